@@ -1,0 +1,119 @@
+"""Annotated rollouts -> tensors. The shape legend of the whole package stands here.
+
+    P  problems of a step            G  samples of a problem        B  sequences (rollouts), B = P·G
+    T  tokens of the longest sequence in a batch, prompt included; shorter ones are padded on the right
+    N  completion tokens of a batch, flat, in order of (sequence, position): the tokens that losses see
+    H  hidden width                  V  vocabulary                  K  kept tokens of a cached teacher   E  events
+
+Prompt and padding tokens are not masked out of the losses: they are never in N. EOS is a completion token like any other, and
+since no token is recognised as padding by its id, it is trained on also where a tokenizer pads with EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headwater.data import Rollout, Verdict
+from headwater.distributions import Distributions, joined
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rollout and what was said of it.
+
+    advantage   the rollout's, spread over its tokens
+    inert       it is counted in the denominator but cannot change the gradient, so it is not run
+    *_logp      per completion token, (n,) float32
+    teacher     the teacher's distributions at the completion tokens, n of them
+    """
+
+    rollout: Rollout
+    verdict: Verdict | None = None
+    advantage: float = 0.0
+    inert: bool = False
+    reference_logp: Tensor | None = None
+    old_logp: Tensor | None = None
+    teacher: Distributions | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.rollout.completion_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors.
+
+    predictor_N  index into the flattened (B·T) hidden states: the position before each target
+    row_N        which sequence (0…B−1) each token belongs to
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    predictor_N: Tensor
+    targets_N: Tensor
+    row_N: Tensor
+    sampler_logp_N: Tensor
+    advantages_N: Tensor
+    reference_logp_N: Tensor | None
+    old_logp_N: Tensor | None
+    teacher: Distributions | None
+    temperature: float
+
+
+def collate(rows: Sequence[Row], pad_id: int, device: torch.device) -> Batch:
+    """Pad on the right and flatten the completion tokens. All rows share one sampling temperature.
+
+    Example: prompt (5, 6), completion (7, 2) gives ids (5, 6, 7, 2), targets (7, 2) and predictors at positions 1, 2.
+    """
+    temperatures = {row.rollout.temperature for row in rows}
+    if len(temperatures) != 1:
+        raise ValueError(f"rows of one batch were sampled at different temperatures: {sorted(temperatures)}")
+    sequences = [row.rollout.prompt_ids + row.rollout.completion_ids for row in rows]
+    width = max(len(sequence) for sequence in sequences)
+    ids_BT = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
+    teachers = [row.teacher for row in rows if row.teacher is not None]
+    predictors, owners = [], []
+    for index, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
+        ids_BT[index, : len(sequence)] = torch.tensor(sequence)
+        mask_BT[index, : len(sequence)] = 1
+        start = index * width + len(row.rollout.prompt_ids) - 1
+        predictors.append(torch.arange(start, start + row.tokens))
+        owners.append(torch.full((row.tokens,), index))
+    return Batch(
+        ids_BT=ids_BT.to(device),
+        mask_BT=mask_BT.to(device),
+        predictor_N=torch.cat(predictors).to(device),
+        targets_N=torch.tensor([i for row in rows for i in row.rollout.completion_ids], dtype=torch.long, device=device),
+        row_N=torch.cat(owners).to(device),
+        sampler_logp_N=torch.tensor([x for row in rows for x in row.rollout.sampler_logp], device=device),
+        advantages_N=torch.tensor([row.advantage for row in rows for _ in range(row.tokens)], device=device),
+        reference_logp_N=_flat([row.reference_logp for row in rows], device),
+        old_logp_N=_flat([row.old_logp for row in rows], device),
+        teacher=joined(teachers, device) if teachers else None,
+        temperature=temperatures.pop(),
+    )
+
+
+def _flat(parts: list[Tensor | None], device: torch.device) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known).to(device) if known else None
+
+
+def microbatches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
+    """Split rows into parts of at most `tokens` padded tokens (a single longer row stands alone), alike in length."""
+    part: list[Row] = []
+    width = 0
+    for row in sorted(rows, key=lambda row: len(row.rollout.prompt_ids) + row.tokens):
+        width = len(row.rollout.prompt_ids) + row.tokens
+        if part and width * (len(part) + 1) > tokens:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part

@@ -1,0 +1,126 @@
+"""A teacher's next-token distributions for N tokens, in the three forms that they come in.
+
+Each form can be cut to rows, made `ready`, and then aligned with a student's log-probs: both sides come back as log-probs over the
+same E events, so that every divergence in `losses` works on every form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states (…, H) -> logits (…, V)."""
+
+
+class Distributions(Protocol):
+    def __len__(self) -> int: ...
+    def rows(self, start: int, stop: int) -> Distributions: ...
+    def ready(self) -> Exact | TopK:
+        """The form with log-probs in hand; what is only recomputable (`FromHidden`) is computed here, for these rows."""
+        ...
+
+
+
+@dataclass(frozen=True)
+class FromHidden:
+    """Exact, held as hidden states and a head: H numbers a token in place of V. Logits are made when needed."""
+
+    hidden_NH: Tensor
+    head: Head
+    temperature: float
+
+    def __len__(self) -> int:
+        return self.hidden_NH.shape[0]
+
+    def rows(self, start: int, stop: int) -> FromHidden:
+        return FromHidden(self.hidden_NH[start:stop], self.head, self.temperature)
+
+    def ready(self) -> Exact:
+        with torch.no_grad():
+            return Exact(torch.log_softmax(self.head(self.hidden_NH).float() / self.temperature, dim=-1))
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Exact, held as log-probs (N, V)."""
+
+    logp_NV: Tensor
+
+    def __len__(self) -> int:
+        return self.logp_NV.shape[0]
+
+    def rows(self, start: int, stop: int) -> Exact:
+        return Exact(self.logp_NV[start:stop])
+
+    def ready(self) -> Exact:
+        return self
+
+    def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """(student (N, E), teacher (N, E)): log-probs of both over the same events; the first keeps its gradient."""
+        return student_logp_NV, self.logp_NV.to(student_logp_NV)
+
+    def token_logp(self, targets_N: Tensor) -> Tensor:
+        """The teacher's log-prob of each target token (N,)."""
+        return self.logp_NV.gather(1, targets_N[:, None]).squeeze(1).float()
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k likeliest tokens and, as one further event, the tail that holds all others.
+
+    A divergence over these k+1 events is that of the two distributions after merging the tail: never more than the exact
+    one, zero when they are equal, and its gradient is its own, with no term dropped (the bias of 2605.11182 comes from a
+    sum over the k tokens alone).
+    """
+
+    ids_NK: Tensor
+    logp_NK: Tensor
+
+    def __len__(self) -> int:
+        return self.ids_NK.shape[0]
+
+    def rows(self, start: int, stop: int) -> TopK:
+        return TopK(self.ids_NK[start:stop], self.logp_NK[start:stop])
+
+    def ready(self) -> TopK:
+        return self
+
+    def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+        student_NK = student_logp_NV.gather(1, self.ids_NK.long())
+        teacher_NK = self.logp_NK.to(student_NK)
+        return _with_tail(student_NK), _with_tail(teacher_NK)
+
+    def token_logp(self, targets_N: Tensor) -> Tensor:
+        """Raises ValueError for a token outside the kept ones: only its tail is known."""
+        found_NK = self.ids_NK == targets_N[:, None]
+        if not bool(found_NK.any(dim=1).all()):
+            raise ValueError("a token outside the teacher's kept top-k has no log-prob of its own")
+        return self.logp_NK.float()[found_NK]
+
+
+TAIL_FLOOR = 1e-7
+"""float32 cannot tell a smaller tail from rounding; both sides get the same floor, so equality still gives zero."""
+
+
+def _with_tail(logp_NK: Tensor) -> Tensor:
+    tail_N1 = (1.0 - logp_NK.exp().sum(dim=-1, keepdim=True)).clamp_min(TAIL_FLOOR).log()
+    return torch.cat([logp_NK, tail_N1], dim=-1)
+
+
+def joined(parts: Sequence[Distributions], device: torch.device) -> Distributions:
+    """One after the other, on a device; all of one form (and of one teacher)."""
+    first = parts[0]
+    if isinstance(first, FromHidden):
+        hidden_NH = torch.cat([part.hidden_NH for part in parts if isinstance(part, FromHidden)])
+        return FromHidden(hidden_NH.to(device), first.head, first.temperature)
+    if isinstance(first, Exact):
+        return Exact(torch.cat([part.logp_NV for part in parts if isinstance(part, Exact)]).to(device))
+    top = [part for part in parts if isinstance(part, TopK)]
+    return TopK(
+        torch.cat([part.ids_NK for part in top]).to(device), torch.cat([part.logp_NK for part in top]).to(device)
+    )

@@ -1,0 +1,93 @@
+"""Token losses. Each returns one unreduced number a token and sees no denominator, no config, no mask.
+
+Tokens are flat: N is the number of completion tokens of a batch, so a prompt or padding token cannot enter a loss. Log-probs
+are natural, float32 or wider, at the temperature that sampled, and named by their author. E is the number of events of a
+distribution: the vocabulary, or the k kept tokens and their tail.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def policy_gradient(
+    student_logp_N: Tensor, old_logp_N: Tensor, advantages_N: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """Clipped policy-gradient loss −min(r·A, clip(r, 1−low, 1+high)·A), with r = exp(student − old).
+
+    Where old is the student's own (detached) log-prob, r is 1 and the gradient is −A ∇log π.
+
+    Shapes: all (N,) -> (N,). Source: PPO 1707.06347 eq. 7; GRPO 2402.03300 eq. 3; clip-higher DAPO 2503.14476.
+
+    Example: r = 1.5, A = 2, high = 0.2 gives −min(3.0, 2.4) = −2.4.
+    """
+    ratio_N = torch.exp(student_logp_N - old_logp_N)
+    clipped_N = ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return -torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
+
+
+def reference_kl(student_logp_N: Tensor, reference_logp_N: Tensor) -> Tensor:
+    """The k3 estimate of KL(student ‖ reference) from sampled tokens: exp(d) − d − 1, with d = reference − student.
+
+    Never negative, zero where the two agree. Shapes: (N,), (N,) -> (N,). Source: GRPO 2402.03300 eq. 4.
+
+    Example: d = ln 2 gives 2 − 0.6931 − 1 = 0.3069.
+    """
+    difference_N = reference_logp_N - student_logp_N
+    return torch.exp(difference_N) - difference_N - 1.0
+
+
+def cross_entropy(student_logp_N: Tensor) -> Tensor:
+    """Hard-label loss −log π(y): fine-tuning on sampled tokens. Shapes: (N,) -> (N,)."""
+    return -student_logp_N
+
+
+def forward_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor) -> Tensor:
+    """KL(teacher ‖ student) = Σ_e p_T (log p_T − log p_S), exact over the events; 0 at equality.
+
+    The warm-up's loss L_F (2605.12483, stage 2a) when the tokens are the teacher's. Shapes: (N, E), (N, E) -> (N,).
+
+    Example: teacher (½, ½), student (¼, ¾): ½ ln 2 + ½ ln ⅔ = 0.1438.
+    """
+    return (teacher_logp_NE.exp() * _difference(teacher_logp_NE, student_logp_NE)).sum(dim=-1)
+
+
+def reverse_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor) -> Tensor:
+    """KL(student ‖ teacher) = Σ_e p_S (log p_S − log p_T), exact over the events and differentiated straight through.
+
+    On-policy distillation's loss L_R (2605.12483, stage 2b) when the tokens are the student's; its negative is the
+    dense-reward objective J_0 / β. Shapes: (N, E), (N, E) -> (N,).
+
+    Example: student (¼, ¾), teacher (½, ½): ¼ ln ½ + ¾ ln 1.5 = 0.1308.
+    """
+    return (student_logp_NE.exp() * _difference(student_logp_NE, teacher_logp_NE)).sum(dim=-1)
+
+
+def jsd(student_logp_NE: Tensor, teacher_logp_NE: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen–Shannon divergence β KL(T ‖ M) + (1−β) KL(S ‖ M), with M = β T + (1−β) S (GKD, 2306.13649).
+
+    Shapes: (N, E), (N, E) -> (N,). Symmetric at β = ½; divided by β it tends to the forward KL as β -> 0.
+
+    Example: β = ½, student (¼, ¾), teacher (½, ½): M = (⅜, ⅝); ½·0.0327 + ½·0.0353 = 0.0340.
+    """
+    mixture_NE = torch.logaddexp(teacher_logp_NE + math.log(beta), student_logp_NE + math.log1p(-beta))
+    return beta * forward_kl(mixture_NE, teacher_logp_NE) + (1.0 - beta) * forward_kl(mixture_NE, student_logp_NE)
+
+
+def sampled_reverse_kl(
+    student_logp_N: Tensor, old_logp_N: Tensor, teacher_logp_N: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """On-policy distillation from sampled tokens alone (k1): a policy gradient whose advantage is log p_T − log p_S.
+
+    Averaged over tokens drawn from the student its gradient is that of the full reverse KL. Shapes: all (N,) -> (N,).
+    """
+    advantages_N = teacher_logp_N - student_logp_N.detach()
+    return policy_gradient(student_logp_N, old_logp_N, advantages_N, clip_low, clip_high)
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    # An event that neither distribution can produce has log-prob −inf on both sides; it adds nothing, not NaN.
+    return torch.where(a == b, torch.zeros_like(a), a - b)

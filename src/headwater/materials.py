@@ -1,0 +1,149 @@
+"""Everything that the nodes of a run share: problems, label pools, graders, prompts; read and checked once, up front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from headwater import model
+from headwater.config import Recipe, Stage
+from headwater.data import Problem
+from headwater.errors import UserError
+from headwater.labels import Grade, Labels, Pools, buy
+from headwater.plan import Plan
+from headwater.prompts import Prompter, refuse_different_prompts
+from headwater.recipes import Pool
+from headwater.sources import load, without_leaks
+from headwater.tasks import Task, find_task
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What the recipe's data section stands for.
+
+    problems   every labelled and unlabelled problem by id, without answers
+    labels     the gold answers that the budget bought, and no others
+    unlabeled  ids of further bridge prompts
+    evals      evaluation -> (problems, labels of their own, counted apart)
+    notes      what was left out on reading, for the user to see
+    """
+
+    recipe: Recipe
+    task: Task
+    problems: Mapping[str, Problem]
+    pools: Pools
+    labels: Labels
+    unlabeled: tuple[str, ...]
+    evals: Mapping[str, tuple[Sequence[Problem], Labels]]
+    notes: tuple[str, ...]
+    device: torch.device
+
+    def pool(self, pool: Pool) -> tuple[str, ...]:
+        return getattr(self.pools, pool)  # type: ignore[no-any-return]
+
+    def prompts(self, pool: Pool, settings: Stage) -> tuple[str, ...]:
+        """Problem ids that a stage samples from: its labelled pool and, where no label is needed, the unlabelled ones."""
+        return self.pool(pool) + (() if settings.needs_labels else self.unlabeled)
+
+    def content(self) -> dict[str, Any]:
+        """What decides outcomes beside the recipe's own text: which weights and which problems.
+
+        Raises UserError, when a role's weights are asked for, if the recipe has none or they are not to be found.
+        """
+
+        @cache
+        def weights(role: str) -> str:
+            name = getattr(self.recipe.models, role)
+            if name is None:
+                raise UserError(f"models.{role}: an arm needs this model, and the recipe names none")
+            return model.fingerprint_of(model.resolve(name, f"models.{role}"))
+
+        return {
+            "models": weights,
+            "pools": {name: self.pool(name) for name in ("all", "first_half", "second_half")},  # type: ignore[arg-type]
+            "unlabeled": self.unlabeled,
+            "evals": {name: [problem.id for problem in problems] for name, (problems, _) in self.evals.items()},
+        }
+
+
+def gather_materials(recipe: Recipe, grade: Grade) -> Materials:
+    """Read all data of a recipe. Raises UserError naming the field, file or row."""
+    evals = {
+        name: load(source, f"data.evals.{name}", need_answers=True) for name, source in recipe.data.evals.items()
+    }
+    labeled, leaks = without_leaks(load(recipe.data.labeled, "data.labeled", need_answers=True), evals)
+    notes = [f"data.labeled: {len(found)} problems also stand in data.evals.{name}; left out" for name, found in leaks.items() if found]
+    if labeled.duplicates:
+        notes.append(f"data.labeled: {len(labeled.duplicates)} repeated problems; each counts once")
+    if labeled.contradictions:
+        notes.append(f"data.labeled: {len(labeled.contradictions)} problems with contradicting answers; left out")
+    unlabeled: tuple[Problem, ...] = ()
+    if recipe.data.unlabeled is not None:
+        more, leaks = without_leaks(load(recipe.data.unlabeled, "data.unlabeled", need_answers=False), evals)
+        known = {problem.id for problem in labeled.problems}
+        unlabeled = tuple(problem for problem in more.problems if problem.id not in known)
+        notes += [f"data.unlabeled: {len(found)} problems also stand in data.evals.{name}; left out" for name, found in leaks.items() if found]
+    pools = buy([problem.id for problem in labeled.problems], recipe.labels.budget, recipe.labels.seed)
+    bought = {name: labeled.gold[name] for name in pools.all}
+    return Materials(
+        recipe=recipe,
+        task=find_task(recipe.task),
+        problems={problem.id: problem for problem in (*labeled.problems, *unlabeled)},
+        pools=pools,
+        labels=Labels(bought, grade, len(bought)),
+        unlabeled=tuple(problem.id for problem in unlabeled),
+        evals={
+            name: (loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))) for name, loaded in evals.items()
+        },
+        notes=tuple(notes),
+        device=device_of(recipe.compute.device),
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """Raises UserError when a GPU is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("compute.device: cuda was asked for, but no CUDA device is available")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_plan(plan: Plan, materials: Materials) -> None:
+    """Refuse what could not run, before any model is loaded. Raises UserError naming the field."""
+    recipe = plan.recipe
+    tokenizers = {"student": _tokenizer(recipe, "student"), "teacher": _tokenizer(recipe, "teacher")}
+    for node in plan.order():
+        if (node.role == "expert" or node.start == "expert") and "expert" not in tokenizers:
+            tokenizers["expert"] = _tokenizer(recipe, "expert")
+        if node.settings is None or node.pool is None or node.kind != "train" or not node.settings.on_policy:
+            continue
+        pool, wanted = len(materials.prompts(node.pool, node.settings)), node.settings.prompts_per_step
+        if pool < wanted:
+            raise UserError(
+                f"labels.budget {len(materials.pools.all)}: gives stage {node.stage} a pool of {pool} problems ({node.pool}), "
+                f"fewer than the {wanted} of one step (stages.{node.stage}.batch_size {node.settings.batch_size} / "
+                f"group_size {node.settings.group_size})"
+            )
+    sample = [materials.problems[name] for name in sorted(materials.problems)[:32]]
+    prompters = {role: Prompter(tokenizer, recipe.prompt) for role, tokenizer in tokenizers.items()}
+    texts = [problem.text for problem in sample]
+    for role in tokenizers:
+        if role != "student":
+            fields = ("models.student", f"models.{role}")
+            model.refuse_different_tokens(tokenizers["student"], tokenizers[role], fields, texts)
+            refuse_different_prompts(prompters["student"], prompters[role], sample)
+    for problem in (*materials.problems.values(), *(one for problems, _ in materials.evals.values() for one in problems)):
+        prompters["student"].ids(problem)
+
+
+def _tokenizer(recipe: Recipe, role: str) -> Any:
+    field, name = f"models.{role}", getattr(recipe.models, role)
+    where = model.resolve(name, field)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=recipe.models.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{field}: the tokenizer of {name} cannot be loaded ({model.first_sentence(error)})") from None

@@ -1,0 +1,176 @@
+"""Arms × seeds -> a DAG of nodes named by content, so that what arms share is one node and runs once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from headwater.config import Recipe, Stage, canonical_json
+from headwater.recipes import Arm, Pool, Step, arm_of, stage_of
+
+Role = Literal["student", "teacher", "expert"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One piece of work: train a model, cache a teacher, or evaluate a base model.
+
+    start    the weights it begins from: a base model of the recipe, or the node that trained them
+    teacher  who supervises a dense on-policy stage
+    cache    the teacher's rollouts that a teacher-sampled stage reads
+    """
+
+    kind: Literal["train", "rollouts", "evaluate"]
+    stage: str
+    role: Role
+    seed: int
+    start: Role | Node
+    pool: Pool | None = None
+    settings: Stage | None = None
+    teacher: Role | Node | None = None
+    cache: Node | None = None
+
+    @property
+    def parents(self) -> tuple[Node, ...]:
+        return tuple(one for one in (self.start, self.teacher, self.cache) if isinstance(one, Node))
+
+    @property
+    def weights(self) -> Role | Node:
+        """Whose weights it works with: its own when it trains."""
+        return self if self.kind == "train" else self.start
+
+    def ancestry(self) -> Iterator[Node]:
+        """Itself and all it stands on, each once, in an order in which they can run."""
+        seen: set[Node] = set()
+
+        def visit(node: Node) -> Iterator[Node]:
+            if node in seen:
+                return
+            for parent in node.parents:
+                yield from visit(parent)
+            seen.add(node)
+            yield node
+
+        yield from visit(self)
+
+
+def nodes_of(arm: Arm, recipe: Recipe, seed: int) -> Node:
+    """The last node of an arm; the others are its ancestry."""
+    teacher: Role | Node = "teacher"
+    for step in arm.teacher:
+        teacher = train_node(recipe, step, "teacher", seed, teacher, supervisor="expert")
+    student: Role | Node = "student"
+    for step in arm.student:
+        student = train_node(recipe, step, "student", seed, student, supervisor=teacher)
+    assert isinstance(student, Node)
+    return student
+
+
+def train_node(recipe: Recipe, step: Step, role: Role, seed: int, start: Role | Node, supervisor: Role | Node) -> Node:
+    settings = stage_of(recipe, step)
+    cache = None
+    if settings.objective in ("forward_kl", "sft"):
+        cache = Node(
+            "rollouts", "teacher_rollouts", "teacher" if role == "student" else "expert", seed, supervisor, step.pool, settings
+        )
+    return Node(
+        kind="train",
+        stage=step.stage,
+        role=role,
+        seed=seed,
+        start=start,
+        pool=step.pool,
+        settings=settings,
+        teacher=supervisor if settings.objective in ("opd", "mixed") else None,
+        cache=cache,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """arms: arm -> seed -> last node; ids: node -> its name, which is a folder's name too."""
+
+    recipe: Recipe
+    seeds: tuple[int, ...]
+    arms: Mapping[str, Mapping[int, Node]]
+    names: Mapping[Node, str]
+    fingerprints: Mapping[Node, str]
+
+    def order(self) -> list[Node]:
+        """Every node once, parents first."""
+        return list(self.names)
+
+    def written(self) -> dict[str, Any]:
+        """What plan.json holds."""
+        return {
+            "recipe": self.recipe.name,
+            "seeds": list(self.seeds),
+            "arms": {
+                arm: {str(seed): [self.names[node] for node in last.ancestry()] for seed, last in by_seed.items()}
+                for arm, by_seed in self.arms.items()
+            },
+        }
+
+
+def make_plan(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], content: Mapping[str, Any]) -> Plan:
+    """Lay out arms × seeds, with the base models' evaluations before them.
+
+    content  what else decides a node's outcome: `models` (role -> fingerprint of its weights), problem ids of each pool and
+             evaluation
+    """
+    lasts: dict[str, dict[int, Node]] = {
+        "base_student": {seed: Node("evaluate", "base_student", "student", seed, "student") for seed in seeds},
+        "base_teacher": {seed: Node("evaluate", "base_teacher", "teacher", seed, "teacher") for seed in seeds},
+    }
+    for arm in arms:
+        lasts[arm] = {seed: nodes_of(arm_of(arm, recipe), recipe, seed) for seed in seeds}
+    fingerprints: dict[Node, str] = {}
+    for by_seed in lasts.values():
+        for last in by_seed.values():
+            for node in last.ancestry():
+                if node not in fingerprints:
+                    fingerprints[node] = fingerprint(node, recipe, content, fingerprints)
+    names: dict[Node, str] = {}
+    merged: dict[Node, str] = {}
+    for node, print_ in fingerprints.items():
+        names[node] = f"{node.stage}.s{node.seed}.{print_[:8]}"
+        merged[node] = print_
+    return Plan(recipe, tuple(seeds), lasts, names, merged)
+
+
+def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: Mapping[Node, str]) -> str:
+    """sha256 of all that decides the node's outcome; how it is computed (device, microbatches) is not part of it."""
+
+    def of(one: Role | Node | None) -> str | None:
+        return known[one] if isinstance(one, Node) else None if one is None else content["models"](one)
+
+    held = {
+        "kind": node.kind,
+        "stage": node.stage,
+        "role": node.role,
+        "seed": node.seed,
+        "start": of(node.start),
+        "teacher": of(node.teacher),
+        "cache": of(node.cache),
+        "pool": None if node.pool is None else content["pools"][node.pool],
+        "unlabeled": content["unlabeled"] if node.settings is not None and not node.settings.needs_labels else None,
+        "settings": _what_counts(node),
+        "evals": None if node.kind == "rollouts" else content["evals"],
+        "evaluate": None if node.kind == "rollouts" else recipe.evaluate.model_dump(mode="json"),
+        "task": recipe.task,
+        "prompt": recipe.prompt.model_dump(mode="json"),
+        "dtype": recipe.models.dtype,
+    }
+    return hashlib.sha256(canonical_json(held).encode()).hexdigest()[:16]
+
+
+def _what_counts(node: Node) -> Any:
+    """A cache depends on how its teacher is sampled and stored only, so that several students share it."""
+    if node.settings is None:
+        return None
+    if node.kind == "train":
+        return node.settings.model_dump(mode="json")
+    settings = node.settings
+    return {"samples": settings.group_size, "sampling": settings.sampling.model_dump(), "top_k": settings.dense.top_k}

@@ -1,0 +1,317 @@
+"""Pocket models: small causal LMs trained from scratch on chained sums, saved as ordinary model folders.
+
+Each is an honest base model: next-token loss on correct solutions, first worked ones only, then a mixture in which a
+share p_cot is worked and the rest short. The length of training sets the skill; p_cot sets how often a sample shows its
+work. Learning the mixture from the first step takes many times longer, because short answers teach almost nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from headwater.tasks.sums import DIALS, SumsDials, generate, grade, is_worked, short, worked
+
+PAD, USER, ASSISTANT, END, UNKNOWN = SPECIAL = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unk|>")
+ALPHABET = "0123456789+=; -*/(),.?:%\n"
+ARCHITECTURES = {"qwen3": Qwen3Config, "llama": LlamaConfig}
+IGNORED = -100  # label of a position without loss, as in transformers
+# A system turn and enable_thinking are accepted and leave no trace: these models know neither.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{ '<|user|>' + message['content'] }}"
+    "{%- elif message['role'] == 'assistant' -%}{{ '<|assistant|>' + message['content'] + '<|end|>' }}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+)
+Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last step)
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainSpec:
+    """One model: its shape, and the training that sets its skill. Steps are optimizer steps of `batch` solutions.
+
+    Example: PretrainSpec("qwen3", hidden=64, layers=2, worked_steps=600, mixture_steps=120)
+    """
+
+    architecture: str
+    hidden: int
+    layers: int
+    worked_steps: int
+    mixture_steps: int
+    p_cot: float = 0.22
+    lr: float = 3e-3
+    batch: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    autocast: bool = False
+    init_std: float = 0.02
+    dials: SumsDials = DIALS
+
+    @property
+    def steps(self) -> int:
+        return self.worked_steps + self.mixture_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Samples at temperature 1 on evaluation problems; all but `problems` are shares between 0 and 1.
+
+    An accuracy is None when no sample was of that form.
+    """
+
+    problems: int
+    pass_rate: float
+    worked_share: float
+    worked_accuracy: float | None
+    short_accuracy: float | None
+    eos_share: float
+
+
+POCKET: dict[str, PretrainSpec] = {
+    "qwen3-student": PretrainSpec(
+        "qwen3", hidden=64, layers=2, worked_steps=850, mixture_steps=150, p_cot=0.22, lr=1e-3
+    ),
+    "qwen3-teacher": PretrainSpec(
+        "qwen3", hidden=128, layers=3, worked_steps=850, mixture_steps=250, p_cot=0.25, lr=2e-3, autocast=True
+    ),
+    "qwen3-teacher-large": PretrainSpec(
+        "qwen3", hidden=192, layers=4, worked_steps=750, mixture_steps=250, p_cot=0.4, lr=2e-3, autocast=True
+    ),
+    "llama-student": PretrainSpec(
+        "llama", hidden=64, layers=2, worked_steps=850, mixture_steps=150, p_cot=0.22, lr=1e-3
+    ),
+    "llama-teacher": PretrainSpec(
+        "llama", hidden=128, layers=3, worked_steps=850, mixture_steps=250, p_cot=0.25, lr=2e-3, autocast=True
+    ),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One id a character, special tokens first; decode(encode(text)) == text for text over ALPHABET."""
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *ALPHABET))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+        padding_side="left",
+    )
+
+
+def make_model(spec: PretrainSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A freshly initialised float32 causal LM of the given shape, from torch's current random state."""
+    config = ARCHITECTURES[spec.architecture](
+        vocab_size=len(tokenizer),
+        hidden_size=spec.hidden,
+        intermediate_size=3 * spec.hidden,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.hidden // spec.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=spec.init_std,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, solutions: Sequence[tuple[str, str]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(problem, completion) pairs -> ids_BT and labels_BT, padded on the right; loss on completion and EOS only."""
+    id_of = tokenizer.get_vocab()
+    rows: list[list[int]] = []
+    prompt_lengths: list[int] = []
+    for problem, completion in solutions:
+        prompt = [id_of[USER], *(id_of[letter] for letter in problem), id_of[ASSISTANT]]
+        rows.append([*prompt, *(id_of[letter] for letter in completion), id_of[END]])
+        prompt_lengths.append(len(prompt))
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), id_of[PAD])
+    labels = torch.full((len(rows), width), IGNORED)
+    for index, (row, start) in enumerate(zip(rows, prompt_lengths, strict=True)):
+        ids[index, : len(row)] = torch.tensor(row)
+        labels[index, start : len(row)] = torch.tensor(row[start:])
+    return ids, labels
+
+
+def batches(spec: PretrainSpec, seed: int) -> Iterator[list[tuple[str, str]]]:
+    """spec.steps batches of (problem, completion), every problem once, all from the pool `pretrain`."""
+    problems = generate(spec.steps * spec.batch, "pretrain", seed, spec.dials)
+    draw = random.Random(f"pretrain:{seed}").random
+    for step in range(spec.steps):
+        share = 1.0 if step < spec.worked_steps else spec.p_cot
+        chosen = problems[step * spec.batch : (step + 1) * spec.batch]
+        yield [(text, (worked if draw() < share else short)(text, spec.dials)) for text, _ in chosen]
+
+
+def rate(step: int, spec: PretrainSpec) -> float:
+    """Learning rate: 5 % linear warm-up, constant, and a linear fall over the last 30 % of the steps."""
+    done = (step + 1) / spec.steps
+    return spec.lr * min(1.0, done / 0.05, (1.0 - done) / 0.3 + 0.02)
+
+
+def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progress | None = None) -> list[float]:
+    """Train one model from scratch and save it, with its tokenizer, as a model folder; returns the loss of each step.
+
+    With torch on one thread, a seed gives the same weights bit for bit on one kind of machine. The caller's random
+    state is left as it was. Matrices inside the layers learn by Muon, the rest by AdamW; AdamW alone is far slower.
+    """
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make_model(spec, tokenizer)
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
+    others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
+    optimizers = (
+        torch.optim.Muon(matrices, lr=spec.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=spec.lr, betas=(0.9, 0.98), weight_decay=0.01),
+    )
+    losses: list[float] = []
+    model.train()
+    for step, solutions in enumerate(batches(spec, seed)):
+        ids, labels = encode(tokenizer, solutions)
+        with torch.autocast("cpu", torch.bfloat16, enabled=spec.autocast):
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, spec)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        if progress is not None:
+            progress(step + 1, spec.steps, losses[-1])
+    save(model, tokenizer, out_dir)
+    return losses
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
+    """Write a model folder: bfloat16 safetensors to stay small, tokenizer, and a generation config that ends at EOS."""
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, top_k=0
+    )
+    model.to(torch.bfloat16).save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+
+
+def measure(folder: Path, dials: SumsDials = DIALS, problems: int = 500, seed: int = 0) -> Measured:
+    """Sample once per problem of the pool `eval` at temperature 1 and grade, in float32.
+
+    Problems of equal length go in one batch, so that no padding enters.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    pairs = generate(problems, "eval", seed, dials)
+    samples: list[tuple[str, bool, bool]] = []  # (completion, correct, ended in EOS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for length in sorted({len(problem) for problem, _ in pairs}):
+            alike = [pair for pair in pairs if len(pair[0]) == length]
+            chats = [[{"role": "user", "content": problem}] for problem, _ in alike]
+            ids = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            out = model.generate(**ids, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=96)
+            for row, (_, gold) in zip(out[:, ids["input_ids"].shape[1] :], alike, strict=True):
+                text = tokenizer.decode(row, skip_special_tokens=True)
+                samples.append((text, grade(gold, text)[0], bool((row == tokenizer.eos_token_id).any())))
+    by_form = {form: [correct for text, correct, _ in samples if is_worked(text) is form] for form in (True, False)}
+    return Measured(
+        problems=len(samples),
+        pass_rate=sum(correct for _, correct, _ in samples) / len(samples),
+        worked_share=len(by_form[True]) / len(samples),
+        worked_accuracy=sum(by_form[True]) / len(by_form[True]) if by_form[True] else None,
+        short_accuracy=sum(by_form[False]) / len(by_form[False]) if by_form[False] else None,
+        eos_share=sum(ended for _, _, ended in samples) / len(samples),
+    )
+
+
+def pretrain_pocket(
+    out_dir: Path, names: Sequence[str] | None = None, seed: int = 0, progress: Progress | None = None
+) -> dict[str, Measured]:
+    """Make the named pocket models (all by default) as out_dir/NAME, each measured and with its model card.
+
+    Raises ValueError for a name that is not in POCKET, before any training.
+    """
+    names = list(POCKET) if names is None else list(names)
+    unknown = [name for name in names if name not in POCKET]
+    if unknown:
+        raise ValueError(f"pretrain: no pocket model {unknown[0]!r}; there are {', '.join(POCKET)}")
+    measured: dict[str, Measured] = {}
+    for name in names:
+        folder = Path(out_dir) / name
+        pretrain(POCKET[name], folder, seed, progress)
+        measured[name] = measure(folder, POCKET[name].dials)
+        (folder / "README.md").write_text(card(name, folder, POCKET[name], measured[name], seed))
+    return measured
+
+
+def card(name: str, folder: Path, spec: PretrainSpec, measured: Measured, seed: int) -> str:
+    """The model card of a saved folder, as markdown."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    tokens = sum(len(problem) + len(completion) + 3 for batch in batches(spec, seed) for problem, completion in batch)
+    dials = spec.dials
+    example = generate(1, "eval", 0, dials)[0][0]
+    shares = (
+        "none" if value is None else f"{value:.1%}" for field, value in asdict(measured).items() if field != "problems"
+    )
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A {type(model).__name__} with {parameters:,} parameters, trained from scratch on chained sums mod {dials.modulus} of
+{dials.min_terms} to {dials.max_terms} terms. It knows nothing else.
+
+Prompt: `{USER}{example}{ASSISTANT}`. Worked completion: `{worked(example, dials)}{END}`.
+Short completion: `{short(example, dials)}{END}`.
+
+## Training
+`headwater pretrain pocket` makes it again (seed {seed}). Next-token loss on correct completions, {spec.batch} a step,
+every problem once: {spec.worked_steps} steps of worked ones, then {spec.mixture_steps} steps with a share of
+{spec.p_cot:.0%} worked and the rest short. That is {tokens:,} tokens; learning rate {spec.lr:g}, Muon and AdamW.
+The problems come from the pool `pretrain`, which shares none with `train`, `unlabelled` and `eval`.
+
+## Measured
+{measured.problems} problems of the pool `eval`, one sample each at temperature 1 without top-k or top-p, float32:
+
+| pass rate | worked completions | right if worked | right if short | ended by EOS |
+|---|---|---|---|---|
+| {" | ".join(shares)} |
+
+With 500 samples a rate over all is known to about four points, and one over the worked ones to about nine.
+
+## Limits
+For experiments in minutes on a CPU. It was trained on correct solutions only and for a set number of steps, not to the
+end, so that reinforcement learning and distillation have something to do. Other lengths, moduli, spacing or words are
+outside its training. On another kind of processor the same recipe gives other weights, of about the same skill.
+"""

@@ -1,0 +1,251 @@
+"""The only module that knows file names. Writes are atomic; append-only files can be cut back to a step.
+
+    OUT/recipe.json            the resolved recipe
+    OUT/env.json               versions, device, threads
+    OUT/plan.json              arms × seeds -> node names in order; the last node of an arm is its result
+    OUT/ledger.jsonl           every node's ledger, joined
+    OUT/report.json report.html
+    OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, fingerprint
+                   metrics.jsonl            a row a training step
+                   ledger.jsonl             a row for every spend
+                   rollouts/000001.jsonl    what was sampled and said of it, a file a step
+                   evals/WHEN/EVAL.jsonl    a row for every graded text; WHEN is `final` or `step-000020`
+                   checkpoint/000020/       weights, optimizer, state.json, sums.json
+                   cache/                   a teacher's rollouts and distributions
+                   model/                   a plain Hugging Face folder
+                   DONE                     the node's fingerprint and totals
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headwater.errors import UserError
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write aside, flush to disk, rename: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError that names the file when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of an append-only file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                if line.endswith("\n"):
+                    raise UserError(f"{path}: row {number} is not JSON") from None
+                return
+            yield row
+
+
+def cut_back(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the rows of an append-only file that a resumed run will write again."""
+    if path.exists():
+        rows = [row for row in read_jsonl(path) if keep(row)]
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@contextlib.contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all: fill the one yielded, it is synced and renamed to `target`."""
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in aside.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def file_sums(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by relative name."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@dataclass(frozen=True)
+class NodeDir:
+    """The files of one node."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def info(self) -> Path:
+        return self.path / "node.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def cache(self) -> Path:
+        return self.path / "cache"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "DONE"
+
+    def rollouts(self, step: int) -> Path:
+        return self.path / "rollouts" / f"{step:06d}.jsonl"
+
+    def evaluation(self, when: str, eval_name: str) -> Path:
+        return self.path / "evals" / when / f"{eval_name}.jsonl"
+
+    def is_done(self, fingerprint: str) -> bool:
+        return self.done.exists() and read_json(self.done).get("fingerprint") == fingerprint
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoint" / f"{step:06d}"
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, newest first."""
+        folder = self.path / "checkpoint"
+        found = [path for path in folder.glob("[0-9]*") if (path / "sums.json").exists()] if folder.exists() else []
+        return sorted(found, reverse=True)
+
+    def cut_back_to(self, step: int) -> None:
+        """Forget what was written after `step`: the resumed run writes it again, the same."""
+        for path in (self.metrics, self.ledger):
+            cut_back(path, lambda row: row.get("step", 0) <= step)
+        for path in (self.path / "rollouts").glob("*.jsonl"):
+            if int(path.stem) > step:
+                path.unlink()
+        for path in (self.path / "evals").glob("*"):
+            if path.name == "final" or (path.name.startswith("step-") and int(path.name[5:]) > step):
+                shutil.rmtree(path)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run or study."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.json"
+
+    @property
+    def env(self) -> Path:
+        return self.path / "env.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def report_json(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def report_html(self) -> Path:
+        return self.path / "report.html"
+
+    def node(self, name: str) -> NodeDir:
+        return NodeDir(self.path / "nodes" / name)
+
+    def nodes(self) -> list[NodeDir]:
+        folder = self.path / "nodes"
+        return [NodeDir(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.exists() else []
+
+    def claim(self, recipe: dict[str, Any]) -> None:
+        """Make the folder this recipe's, or go on with it if it is already.
+
+        Raises UserError naming the first field that differs when the folder belongs to another recipe. The seed may
+        differ: a study adds seeds to the same folder.
+        """
+        if not self.recipe.exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise UserError(f"--out {self.path}: the folder is not empty and holds no run of ours")
+            write_json(self.recipe, recipe)
+            return
+        held = read_json(self.recipe)
+        field = first_difference({**held, "seed": 0}, {**recipe, "seed": 0})
+        if field is not None:
+            raise UserError(f"--out {self.path}: holds a run of another recipe (they differ in {field}); use a new folder")
+
+    def join_ledgers(self) -> None:
+        """Rebuild OUT/ledger.jsonl from the nodes' own ledgers."""
+        parts = [node.ledger.read_text(encoding="utf-8") for node in self.nodes() if node.ledger.exists()]
+        write_atomic(self.ledger, "".join(parts))
+
+
+def first_difference(a: Any, b: Any, path: str = "") -> str | None:
+    """The dotted name of the first field in which two plain values differ; None when equal."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            if key not in a or key not in b:
+                return f"{path}{key}"
+            found = first_difference(a[key], b[key], f"{path}{key}.")
+            if found is not None:
+                return found
+        return None
+    return None if a == b else path.rstrip(".")

@@ -1,0 +1,326 @@
+"""Where problems come from: files, folders saved by `datasets`, hub ids, generators; all become Problems and golds.
+
+Errors name the file, and the row or the column. A problem's id is its content, so rows with the same text fold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from headwater.config import Columns, Source
+from headwater.data import Problem
+from headwater.errors import UserError
+from headwater.tasks import maths_text, sums
+
+PROBLEM_COLUMNS = ("problem", "question", "prompt")
+ANSWER_COLUMNS = ("answer", "solution", "expected_answer")
+# Whole numbers beyond this are not exact as floats; their text stays as it is.
+LARGEST_EXACT_FLOAT = 2**53
+
+Row = tuple[int, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a source held.
+
+    problems         one for each distinct text, in the order of the file
+    gold             answers by problem id; problems without one are missing here
+    duplicates       how many rows repeated a problem that stood before
+    contradictions   ids of problems that stood there with different answers; they are in neither of the above
+    without_answer   ids of problems that have no answer
+    rows             the rows that each id was read from, contradictions included
+
+    Example: `load(Source(path="train.jsonl"), "data.labeled", need_answers=True).gold["9f8b…"]` is `"72"`.
+    """
+
+    problems: list[Problem]
+    gold: dict[str, str]
+    duplicates: int = 0
+    contradictions: tuple[str, ...] = ()
+    without_answer: tuple[str, ...] = ()
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def load(source: Source, what: str, need_answers: bool) -> Loaded:
+    """Read a source; `what` is the recipe's field for it and stands in every error sentence.
+
+    Raises UserError with one sentence for whatever is wrong with the file, a row or a column.
+    """
+    if source.generate is not None:
+        return _generated(source, what)
+    assert source.path is not None
+    where = f"{what}: {source.path}"
+    rows = _rows(source, where)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{where} is empty")
+    found = [str(name) for name in first[1]]
+    problem_column = _column(source.columns.problem, PROBLEM_COLUMNS, found, "problem", where)
+    answer_columns = _answer_columns(source.columns, found, where, need_answers)
+    read: list[tuple[int, str, str | None]] = []
+    for number, row in chain([first], rows):
+        place = f"{where}, row {number}"
+        read.append((number, _problem_text(row, problem_column, place), _answer(row, answer_columns, place)))
+    read = read[: source.limit]
+    if need_answers:
+        lacking = [number for number, _, answer in read if answer is None]
+        if lacking:
+            among = f" ({len(lacking)} of {len(read)} rows have none)" if len(lacking) > 1 else ""
+            raise UserError(f"{where}, row {lacking[0]}: the problem has no answer in {answer_columns[0]!r}{among}")
+    return _folded(read, source.path)
+
+
+def without_leaks(loaded: Loaded, evals: Mapping[str, Loaded]) -> tuple[Loaded, dict[str, list[str]]]:
+    """Take out the problems whose text stands in an evaluation set too, and say which stood in which.
+
+    Texts are compared without punctuation, spaces and case. Rewordings are not found.
+
+    Example: `without_leaks(train, {"math500": test})[1]` is `{"math500": ["9f8b…"]}`.
+    """
+    held = {name: {_letters_of(problem.text) for problem in one.problems} for name, one in evals.items()}
+    leaks: dict[str, list[str]] = {name: [] for name in evals}
+    leaked = set()
+    for problem in loaded.problems:
+        letters = _letters_of(problem.text)
+        for name, texts in held.items():
+            if letters in texts:
+                leaks[name].append(problem.id)
+                leaked.add(problem.id)
+    kept = replace(
+        loaded,
+        problems=[problem for problem in loaded.problems if problem.id not in leaked],
+        gold={name: answer for name, answer in loaded.gold.items() if name not in leaked},
+        without_answer=tuple(name for name in loaded.without_answer if name not in leaked),
+    )
+    return kept, leaks
+
+
+_SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])")
+
+
+def _letters_of(text: str) -> str:
+    """Letters and digits alone; a text without any, such as `(+)`, stays as it is and leaks only to itself.
+
+    Sizing commands are no content: `\\left| x \\right|` and `|x|` are the same problem.
+    """
+    letters = re.sub(r"[\W_]+", "", _SIZES.sub("", text).casefold())
+    return letters or text
+
+
+def gold_answer(value: Any) -> str | None:
+    """The gold answer in a cell: after GSM8K's last `####`, else in the last box, else the text; None for none.
+
+    Example: `gold_answer("… <<48+24=72>>72 clips.\\n#### 1,080")` is `"1,080"`, `gold_answer(27.0)` is `"27"`.
+    """
+    if value is None or isinstance(value, bool):
+        return None if value is None else str(value)
+    if isinstance(value, float):
+        if math.isnan(value):  # how tables write a missing cell
+            return None
+        return str(int(value)) if value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT else repr(value)
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        return gold_answer(value[0])
+    text = str(value)
+    if "####" in text:
+        text = text.rpartition("####")[2]
+    elif "\\boxed" in text or "\\fbox" in text:
+        boxed, _ = maths_text.last_box(text)
+        text = text if boxed is None else boxed
+    return text.strip() or None
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def _rows(source: Source, where: str) -> Iterator[Row]:
+    """(number, row) pairs; numbers are lines of a text file, else they count from 1."""
+    assert source.path is not None
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        return _saved_folder(path, source.split, where)
+    if path.suffix == ".parquet":
+        return _parquet(path, where)
+    if path.exists() or path.suffix in (".jsonl", ".json", ".txt", ".ndjson"):
+        return json_rows(path, where)
+    return _hub(source, where)
+
+
+def json_rows(path: Path, where: str) -> Iterator[Row]:
+    """The objects of a JSONL file, or of a JSON file that is one list; blank lines are passed over."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{where}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{where}, row {row}: is not UTF-8 text") from None
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: is not JSON ({error})") from None
+        yield from ((number, _object(value, f"{where}, row {number}")) for number, value in enumerate(values, 1))
+        return
+    # Only \n ends a row: U+2028 and its like may stand unescaped inside JSON strings.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}, row {number}: is not JSON ({error})") from None
+        yield number, _object(value, f"{where}, row {number}")
+
+
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: is not a JSON object but {type(value).__name__}")
+    return value
+
+
+def _parquet(path: Path, where: str) -> Iterator[Row]:
+    if not path.exists():
+        raise UserError(f"{where}: no such file")
+    import pyarrow.parquet  # comes with `datasets`; slow to import
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except Exception as error:  # pyarrow has many
+        raise UserError(f"{where}: cannot be read as Parquet ({_one_line(error)})") from None
+    yield from enumerate(table.to_pylist(), 1)
+
+
+def _saved_folder(path: Path, split: str, where: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        held = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise UserError(f"{where}: is not a folder saved by datasets ({_one_line(error)})") from None
+    yield from _of_split(held, split, where)
+
+
+def _hub(source: Source, where: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        held = datasets.load_dataset(source.path, split=source.split)
+    except Exception as error:
+        raise UserError(f"{where}: is no file here and cannot be loaded from the hub ({_one_line(error)})") from None
+    yield from enumerate(held, 1)
+
+
+def _of_split(held: Any, split: str, where: str) -> Iterator[Row]:
+    import datasets
+
+    if isinstance(held, datasets.DatasetDict):
+        if split not in held:
+            raise UserError(f"{where}: has no split {split!r}, only {', '.join(held)}")
+        held = held[split]
+    yield from enumerate(held, 1)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{' '.join(str(error).split())[:200] or type(error).__name__}"
+
+
+# Columns --------------------------------------------------------------------------------------------------------------
+
+
+def _column(given: str | None, usual: tuple[str, ...], found: list[str], role: str, where: str) -> str:
+    if given is not None:
+        if given not in found:
+            raise UserError(f"{where}: has no column {given!r} for the {role}; its columns are {', '.join(found)}")
+        return given
+    for name in usual:
+        if name in found:
+            return name
+    raise UserError(f"{where}: has no column {'|'.join(usual)} for the {role}; its columns are {', '.join(found)}")
+
+
+def _answer_columns(columns: Columns, found: list[str], where: str, need_answers: bool) -> tuple[str, ...]:
+    """The column that holds the answers; none for files of bare problems.
+
+    `answer` is preferred to `solution`, whose last box is read, and to `expected_answer`.
+    """
+    if columns.answer is None and not need_answers and not any(name in found for name in ANSWER_COLUMNS):
+        return ()
+    usual = ("answer", "expected_answer", "solution") if columns.answer is None else ANSWER_COLUMNS
+    return (_column(columns.answer, usual, found, "answer", where),)
+
+
+def _problem_text(row: Mapping[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise UserError(f"{where}: has no column {column!r}; its columns are {', '.join(map(str, row))}")
+    value = row[column]
+    if isinstance(value, list):  # a chat: what the user said last is the problem
+        turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "user"]
+        value = turns[-1].get("content") if turns else value
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {column!r} is not text but {type(value).__name__}")
+    if not value.strip():
+        raise UserError(f"{where}: {column!r} is blank")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # "\ud800" is JSON but no text, and could not be written down again
+        raise UserError(f"{where}: {column!r} holds half a surrogate pair and is not UTF-8 text") from None
+    return value
+
+
+def _answer(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> str | None:
+    value = row.get(columns[0]) if columns else None
+    if isinstance(value, dict) or (isinstance(value, list) and len(value) != 1):
+        raise UserError(f"{where}: {columns[0]!r} is not an answer but {type(value).__name__}")
+    return gold_answer(value)
+
+
+# Copies of one problem differ in their spaces ("$2x$" and "$2 x$"), but 1 2 is not 12.
+_IDLE_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
+
+
+def _folded(rows: list[tuple[int, str, str | None]], name: str) -> Loaded:
+    """One problem for each text, spaces ignored. A row without an answer neither contradicts nor hides one with it."""
+    problems: dict[str, Problem] = {}
+    stood: dict[str, list[int]] = {}
+    answers: dict[str, set[str]] = {}
+    gold: dict[str, str] = {}
+    for number, text, answer in rows:
+        problem = problems.setdefault(_IDLE_SPACE.sub("", text.strip()), Problem.of(text, name))
+        stood.setdefault(problem.id, []).append(number)
+        if answer is not None:
+            gold.setdefault(problem.id, answer)
+            answers.setdefault(problem.id, set()).add(maths_text.squeezed(answer))
+    contradictions = tuple(name for name in stood if len(answers.get(name, ())) > 1)
+    dropped = set(contradictions)
+    return Loaded(
+        problems=[problem for problem in problems.values() if problem.id not in dropped],
+        gold={name: answer for name, answer in gold.items() if name not in dropped},
+        duplicates=len(rows) - len(stood),
+        contradictions=contradictions,
+        without_answer=tuple(name for name in stood if name not in gold),
+        rows={name: tuple(numbers) for name, numbers in stood.items()},
+    )
+
+
+def _generated(source: Source, what: str) -> Loaded:
+    made = source.generate
+    assert made is not None
+    try:
+        dials = sums.SumsDials(min_terms=made.min_terms, max_terms=made.max_terms)
+        pairs = sums.generate(made.count, made.pool, made.seed, dials)
+    except ValueError as error:
+        raise UserError(f"{what}.generate: {error}") from None
+    rows: list[tuple[int, str, str | None]] = [(number, *pair) for number, pair in enumerate(pairs, 1)]
+    return _folded(rows[: source.limit], f"sums:{made.pool}")

@@ -1,0 +1,104 @@
+"""The table of tasks: how a completion is held against a gold answer. A new task is one file and one row here."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from headwater.errors import UserError
+from headwater.tasks import maths, sums
+
+Outcome = tuple[bool, str]
+
+
+def _as_is(gold: str) -> str:
+    return gold
+
+
+def _after_equals(completion: str) -> str | None:
+    """The answer of a chained sum, for votes: what stands after the last `=`, where the grader would read it."""
+    _, sign, answer = completion.rpartition("=")
+    answer = answer.strip()
+    return answer if sign and 0 < len(answer) <= sums.LONGEST_ANSWER else None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One way to grade.
+
+    Example: `find_task("sums").grade("47", "17+45=62+82=44+03=47")` gives `(True, "equal")`.
+
+    grade          (gold, completion) -> (correct, reason)
+    extract        the answer a completion gives, as text to vote on (maj@k); None where the task has no such notion
+    bounded        whether grading needs a worker process with limits; False only for what is cheap and safe in-process
+    quick          (gold, completion) -> the outcome where cheap exact comparison settles it, else None; never slow
+    warm_up        a pair whose grading loads and prepares whatever grading needs, before any answer's time counts
+    as_completion  how a gold answer looks as a completion, for `validate`
+    """
+
+    name: str
+    grade: Callable[[str, str], Outcome]
+    extract: Callable[[str], str | None] | None
+    bounded: bool
+    quick: Callable[[str, str], Outcome | None] | None = None
+    as_completion: Callable[[str], str] = _as_is
+    warm_up: tuple[str, str] | None = None
+
+
+TASKS: dict[str, Task] = {
+    "sums": Task("sums", sums.grade, _after_equals, bounded=False, as_completion=lambda gold: f"={gold}"),
+    "maths": Task(
+        "maths",
+        maths.grade,
+        maths.extract,
+        bounded=True,
+        quick=maths.quick,
+        as_completion=lambda gold: f"\\boxed{{{gold}}}",
+        warm_up=("(x+1)^2+\\sqrt{2}", "\\boxed{x^2+2x+1+2^{\\frac{1}{2}}}"),
+    ),
+}
+
+
+def find_task(name: str) -> Task:
+    """A task of the table, or a user's own grader given as `package.module:function`.
+
+    The function takes (gold, completion) and returns a bool or a (bool, reason) pair; the current directory is
+    importable for it. Raises UserError when the name is unknown or leads to nothing that can be called.
+
+    Example: `find_task("my_graders:same_words")`.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    module_name, colon, function_name = name.partition(":")
+    if not (colon and module_name and function_name):
+        raise UserError(f"task {name!r} is unknown; the tasks are {', '.join(TASKS)}, or package.module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's module may fail in any way; the sentence says how
+        raise UserError(f"task {name}: {module_name} does not import ({type(error).__name__}: {error})") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"task {name}: {module_name} has no function {function_name}")
+
+    def grade(gold: str, completion: str) -> Outcome:
+        return _checked(function(gold, completion))
+
+    return Task(name, grade, extract=None, bounded=True)
+
+
+def _checked(value: Any) -> Outcome:
+    """What a user's grader returned, or (False, "error") when that is no verdict.
+
+    A truthy number or text is refused too: a grader that returns its score by mistake would reward everything.
+    """
+    if isinstance(value, bool):
+        return value, "equal" if value else "different"
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], bool) and isinstance(value[1], str):
+        return value[0], value[1]
+    return False, "error"

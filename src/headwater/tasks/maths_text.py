@@ -1,0 +1,270 @@
+"""Answers as text: where a completion states its answer, and one spelling for the many ways of writing it.
+
+Everything here takes time linear in the text (no nested quantifiers over the same characters), so that it may run in
+the parent process on whatever a model wrote.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import deque
+from fractions import Fraction
+
+MOST_BRACKETS = 5  # pairs around the whole that are taken off; a thousand pairs would take quadratic time
+LONGEST_STATEMENT = 4000  # characters read after "the answer is"
+_BRACES = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\,;]+)")
+_PHRASE = re.compile(
+    r"\banswer\b[*_:\s]{0,8}(?:(?:is|are|was)\b|(?<=:)|(?<=:[*_])|(?<=:\*\*)|=)[:*_]{0,4}", re.IGNORECASE
+)
+_HASHES = re.compile(r"(?<!#)####(?!#)")
+
+
+def extract(completion: str) -> tuple[str | None, str]:
+    """The stated answer, and why there is none: (text, "") or (None, "no_answer" | "truncated").
+
+    After the last `</think>`: the last complete box; without any box the last `####` line; else the last "answer is".
+    An empty statement is no answer.
+
+    Example: `extract("so \\boxed{41}, no: \\boxed{42}")` gives `("42", "")`.
+    """
+    text = completion[completion.rfind("</think>") + len("</think>") :] if "</think>" in completion else completion
+    box, opened = last_box(text)
+    if box is None and opened:
+        return None, "truncated"
+    answer = box
+    if answer is None:
+        marks = list(_HASHES.finditer(text))
+        answer = _first_line(text[marks[-1].end() :]) if marks else _phrase(text)
+    answer = answer.strip() if answer else ""
+    return (answer, "") if answer else (None, "no_answer")
+
+
+def last_box(text: str) -> tuple[str | None, bool]:
+    """(content of the complete box that starts last, whether any box starts): one pass with a stack of braces."""
+    if "boxed" not in text and "fbox" not in text:
+        return None, False
+    stack: list[int] = []  # for each open brace: where the box's content starts, or -1 for a plain brace
+    opened = False
+    best: tuple[int, int] | None = None
+    for found in _BRACES.finditer(text):
+        token = found.group()
+        if token == "{":
+            stack.append(-1)
+        elif token == "}":
+            start = stack.pop() if stack else -1
+            if start >= 0 and (best is None or start > best[0]):
+                best = (start, found.start())
+        elif token[-1] == "{" and len(token) > 2:
+            opened = True
+            stack.append(found.end())
+    bare = _last(_BARE_BOX, text)  # TeX allows `\boxed 7`
+    if bare is not None and (best is None or bare.start() > best[0]):
+        return bare.group(1).rstrip("."), True
+    return (text[best[0] : best[1]], True) if best else (None, opened)
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
+
+
+def _first_line(text: str) -> str:
+    return text.lstrip(" \t*").split("\n", 1)[0]
+
+
+def _phrase(text: str) -> str | None:
+    """What the last "answer is …" or "Answer: …" says."""
+    last = _last(_PHRASE, text)
+    return None if last is None else _statement(text[last.end() : last.end() + LONGEST_STATEMENT])
+
+
+def _statement(text: str) -> str:
+    """The answer at the start of a text: its mathematics if it starts with some, else its first sentence."""
+    text = text.lstrip(" \t\n*_:")
+    for opening, closing in (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$")):
+        if text.startswith(opening):
+            end = text.find(closing, len(opening))
+            if end >= 0:
+                tail = re.match(r"\s*(?:,|or\b|and\b)\s*(?=\$|\\\()", text[end + len(closing) :])
+                if tail is None:
+                    return text[len(opening) : end]
+                break  # "$2$ or $3$": the whole sentence is the answer
+    line = _first_line(text)
+    sentence = re.split(r"[.!?](?=\s|$)", line, maxsplit=1)[0]
+    return sentence.strip().strip("*_").strip()
+
+
+# One spelling ---------------------------------------------------------------------------------------------------------
+
+_SIGNS = {
+    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/",
+    "π": r"\pi ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "°": r"^{\circ}", "∪": r"\cup ",
+    "∩": r"\cap ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}",
+    "ℂ": r"\mathbb{C}", "∈": r"\in ", "±": r"\pm ", "∓": r"\mp ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
+    "⌉": r"\rceil ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda ",
+    "μ": r"\mu ", "φ": r"\phi ", "ω": r"\omega ", "√": r"\sqrt ", "∠": r"\angle ", "△": r"\triangle ", "→": r"\to ",
+    "€": "", "£": "", "¥": "", "₹": "", "’": "'", "′": "'",
+}  # fmt: skip
+_SIGN_PATTERN = re.compile("|".join(map(re.escape, _SIGNS)))
+_RAISED = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+_LOWERED = re.compile(r"[₀₁₂₃₄₅₆₇₈₉]+")
+_VULGAR = re.compile(r"(\d?)([¼½¾⅐-⅞])")
+
+# (pattern, replacement) in the order of use. Each only removes a choice of spelling, never a value.
+_REWRITES: list[tuple[re.Pattern[str], str]] = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"\\[$]|[$]", ""),  # currency and stray delimiters
+        (r"(?<!\\)\\[()\[\]]", " "),  # \( \) \[ \]
+        (r"\\(?:pounds|euro|yen|textdollar|texteuro)\b", ""),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*", ""),
+        (r"(?:,\s*\\!|\{,\}|\\,?,(?=\d{3}\b))\s*(?=\d{3})", ","),  # the thousands comma's spellings
+        (r"(?<!\\)\\[!]", ""),
+        (r"(?<!\\)\\[,;:> ]|~|\\q?quad\b|\\(?:thinspace|enspace|hspace\{[^{}]*\})", " "),
+        (r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|it|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|bm"
+         r"|boldsymbol|pmb)(?![a-zA-Z])", ""),
+        (r"\\(?:d|t|c)frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\l?brace(?![a-zA-Z])", r"\\{"),
+        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        (r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|operatorname\*?|emph|textup)"
+         r"\s*(?=\{)", r"\\text"),
+        (r"\\(?:leqslant|leqq|le)(?![a-zA-Z])|<=", r"\\leq "),
+        (r"\\(?:geqslant|geqq|ge)(?![a-zA-Z])|>=|=>", r"\\geq "),
+        (r"\\ne(?![a-zA-Z])|!=", r"\\neq "),
+        (r"\\lt(?![a-zA-Z])", "<"),
+        (r"\\gt(?![a-zA-Z])", ">"),
+        (r"\\(?:varnothing|O)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
+        (r"\\(?:R|reals)(?![a-zA-Z])", r"\\mathbb{R}"),
+        (r"\(\s*-\s*\\infty\s*,\s*\+?\s*\\infty\s*\)", r"\\mathbb{R}"),
+        (r"\\mathbb\s*([RNZQC])", r"\\mathbb{\1}"),
+        (r"\\langle(?![a-zA-Z])", "("),
+        (r"\\rangle(?![a-zA-Z])", ")"),
+        (r"\\[lr]?vert(?![a-zA-Z])|\\mid(?![a-zA-Z])", "|"),
+        (r"\^\s*\{?\s*\\circ\s*\}?|\\(?:degree|textdegree)s?(?![a-zA-Z])", " "),  # degrees do not matter
+        (r"\\%|%", " "),  # nor do percent signs
+        (r"\b(?:percent(?:age)?|pct)\b", " "),
+        (r"\\begin\s*\{array\}\s*\{[lcr| ]*\}", r"\\begin{matrix}"),
+        (r"\\end\s*\{array\}", r"\\end{matrix}"),
+        (r"\\(begin|end)\s*\{(?:small|p|b)matrix\}", r"\\\1{matrix}"),
+        (r"\\\\\s*\[[^\[\]]{0,10}\]", r"\\\\"),
+        (r"\\(?:dots|cdots|ldots|dotsc)(?![a-zA-Z])|\.\.\.|…", r"\\ldots "),
+        (r"\\infin(?![a-zA-Z])|(?<![a-zA-Z\\])(?:infinity|inf)(?![a-zA-Z])", r"\\infty "),
+        (r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![a-zA-Z\\])(pi|sqrt)(?![a-zA-Z])", r"\\\1 "),
+        (r"\*\*", "^"),
+        (r"\*", r"\\cdot "),
+        (r"\\[lr]eft(?![a-zA-Z])", ""),
+        (r";", ","),
+    ]
+]  # fmt: skip
+_SHORT_FRACTION = re.compile(
+    r"\\frac\s*(\{[^{}]*\}|\d|[a-zA-Z]|\\[a-zA-Z]+)\s*(\{[^{}]*\}|\d|[a-zA-Z]|\\[a-zA-Z]+)"
+)
+_SHORT_ROOT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z]|\\[a-zA-Z]+|\(([^()]*)\))")
+_SHORT_SCRIPT = re.compile(r"\s*([\^_])\s*(?:\{\s*([^{}]*?)\s*\}|(-?\d+|[a-zA-Z]|\\[a-zA-Z]+))")
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_TEXT_BY_TEXT = re.compile(r"(\\text\s*\{[^{}]*)\}\s*(/|\\cdot|\s)\s*\\text\s*\{(?!\s*(?:and|or)\b)")
+_QUANTITY = re.compile(r"([-+]?\d[\d,]*(?:\.\d+)?)\s+([a-zA-Z][a-zA-Z ./-]*)")
+_AND_OR = re.compile(r"(?:,\s*)?(?:\\text\{\s*,?\s*(?:and|or),?\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))\s*(?:,)?")
+
+
+def canonical(answer: str) -> str:
+    """One spelling of an answer: ASCII signs, no delimiters, sizes or spacing commands, braces round every argument.
+
+    Example: `canonical("$\\dfrac12\\,\\text{ or }−√3$")` gives `"\\frac{1}{2} , -\\sqrt{3}"`.
+    """
+    text = _VULGAR.sub(_spell_vulgar, answer)
+    text = _RAISED.sub(lambda found: "^{" + unicodedata.normalize("NFKC", found.group()).replace("−", "-") + "}", text)
+    text = _LOWERED.sub(lambda found: "_{" + unicodedata.normalize("NFKC", found.group()) + "}", text)
+    text = _SIGN_PATTERN.sub(lambda found: _SIGNS[found.group()], unicodedata.normalize("NFKC", text))
+    # Zero-width and direction marks are invisible; control characters mean nothing.
+    text = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text
+                   if char.isascii() or unicodedata.category(char) != "Cf")  # fmt: skip
+    text = " ".join(text.split())  # before the patterns that look past spaces
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = _TEXT_BY_TEXT.sub(r"\1 \2 ", text)  # \text{km}/\text{h} is one unit
+    text = _TEXT.sub(_unwrap, text)
+    text = _AND_OR.sub(" , ", text)
+    text = _SHORT_SCRIPT.sub(lambda found: f"{found[1]}{{{found[2] if found[2] is not None else found[3]}}}", text)
+    text = _SHORT_FRACTION.sub(lambda found: rf"\frac{_braced(found[1])}{_braced(found[2])}", text)
+    text = _SHORT_ROOT.sub(lambda found: rf"\sqrt{{{found[2] if found[2] is not None else found[1]}}}", text)
+    return tidy(text)
+
+
+def _spell_vulgar(found: re.Match[str]) -> str:
+    value = Fraction(unicodedata.numeric(found[2])).limit_denominator(10)
+    return rf"{found[1]} \frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _unwrap(found: re.Match[str]) -> str:
+    """Text that is really a number, a letter or a choice loses its wrapper; words and units of one letter keep it."""
+    inner = found[1].strip()
+    before = found.string[: found.start()].rstrip()
+    unit = before[-1:].isdigit() and re.fullmatch(r"[mgshlLJNWVAKCF](?:/[a-zA-Z]+)?", inner)
+    if whole := _QUANTITY.fullmatch(inner):
+        return rf" {whole[1]} \text{{{whole[2]}}}"
+    return found[0] if unit or re.search(r"[a-zA-Z]{2}", inner) else f" {inner} "
+
+
+def _braced(piece: str) -> str:
+    return piece if piece.startswith("{") else f"{{{piece}}}"
+
+
+def tidy(text: str) -> str:
+    """Single spaces, no full stop at the end, no pair of braces around the whole."""
+    text = " ".join(text.split()).rstrip(".:,").strip()
+    for _ in range(MOST_BRACKETS):
+        if not (text.startswith("{") and text.endswith("}") and matching(text, 0) == len(text) - 1):
+            break
+        text = text[1:-1].strip()
+    return text
+
+
+def squeezed(text: str) -> str:
+    """Without the spaces, except those that end a command's name; for comparing spellings."""
+    return re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|\s", lambda found: found[1] + " " if found[1] else "", text)
+
+
+_OPEN = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
+_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
+
+
+def tokens(text: str) -> list[tuple[str, int, int]]:
+    """(token, place, depth of brackets around it). Half-open intervals close what another bracket opened."""
+    depth = 0
+    found = []
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        if token in ("(", "[", "{", "\\{") or token in (r"\lfloor", r"\lceil", r"\begin"):
+            found.append((token, match.start(), depth))
+            depth += 1
+            continue
+        if token in (")", "]", "}", "\\}") or token in (r"\rfloor", r"\rceil", r"\end"):
+            depth -= 1
+        found.append((token, match.start(), depth))
+    return found
+
+
+def matching(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` closes; -1 when it does not."""
+    depth = next((depth for _, place, depth in tokens(text) if place == start), 0)
+    for token, place, inner in tokens(text):
+        if place > start and inner == depth and token in (")", "]", "}", "\\}"):
+            return place
+    return -1
+
+
+def split(text: str, separators: tuple[str, ...]) -> list[str]:
+    """The parts between separators that stand outside all brackets.
+
+    Example: `split("(1,2),3", (",",))` gives `["(1,2)", "3"]`.
+    """
+    parts: list[str] = []
+    start = 0
+    for token, place, depth in tokens(text):
+        if depth == 0 and token in separators:
+            parts.append(text[start:place].strip())
+            start = place + len(token)
+    return [*parts, text[start:].strip()]

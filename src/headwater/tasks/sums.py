@@ -1,0 +1,139 @@
+"""Chained modular sums: the pocket task. No torch here; everything is text.
+
+A problem is `17+45+82+03`; all numbers have as many digits as the largest residue. Its answer, mod 100, is `47`.
+A solution is worked (`17+45=62+82=44+03=47`, one running sum after each term) or short (`=47`). Both end in `=47`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+# Upper edges of each pool on the hash circle [0, 256): half of all problems are for pretraining, which reads most.
+POOLS: dict[str, tuple[int, int]] = {
+    "pretrain": (0, 128),
+    "train": (128, 176),
+    "unlabelled": (176, 224),
+    "eval": (224, 256),
+}
+LONGEST_ANSWER = 32  # characters; more than any modulus needs, and it bounds what the grader copies
+
+
+@dataclass(frozen=True, slots=True)
+class SumsDials:
+    """Difficulty: the modulus and the number of terms (both ends included).
+
+    Example: SumsDials(modulus=100, min_terms=4, max_terms=6)
+    """
+
+    modulus: int = 100
+    min_terms: int = 4
+    max_terms: int = 6
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.modulus <= 10**9:
+            raise ValueError(f"sums: modulus must lie between 2 and 1000000000, not {self.modulus}")
+        if not 2 <= self.min_terms <= self.max_terms <= 64:
+            raise ValueError(
+                f"sums: 2 <= min_terms <= max_terms <= 64 must hold, not {self.min_terms} and {self.max_terms}"
+            )
+
+    @property
+    def width(self) -> int:
+        """Digits of every number: 2 for modulus 100."""
+        return len(str(self.modulus - 1))
+
+
+DIALS = SumsDials()  # what the pocket models are trained on
+
+
+def pool_of(problem: str) -> str:
+    """The one pool that a problem text belongs to, whatever seed or dials made it."""
+    byte = hashlib.sha256(b"headwater-sums:" + problem.encode()).digest()[0]
+    return next(name for name, (low, high) in POOLS.items() if low <= byte < high)
+
+
+def running_sums(problem: str, dials: SumsDials = DIALS) -> list[str]:
+    """`17+45+82` -> ['17', '62', '44']: the padded running sum after each term."""
+    sums: list[str] = []
+    total = 0
+    for term in problem.split("+"):
+        total = (total + int(term)) % dials.modulus
+        sums.append(str(total).zfill(dials.width))
+    return sums
+
+
+def worked(problem: str, dials: SumsDials = DIALS) -> str:
+    """`17+45+82+03` -> `17+45=62+82=44+03=47`."""
+    terms, sums = problem.split("+"), running_sums(problem, dials)
+    return terms[0] + "".join(f"+{term}={total}" for term, total in zip(terms[1:], sums[1:], strict=True))
+
+
+def short(problem: str, dials: SumsDials = DIALS) -> str:
+    """`17+45+82+03` -> `=47`."""
+    return "=" + running_sums(problem, dials)[-1]
+
+
+def is_worked(completion: str) -> bool:
+    """Whether a completion writes steps before its answer; for reading samples, never for grading."""
+    return not completion.lstrip().startswith("=")
+
+
+def generate(n: int, pool: str, seed: int, dials: SumsDials = DIALS) -> list[tuple[str, str]]:
+    """n different (problem, answer) pairs of one pool; the first k do not depend on n.
+
+    The number of terms is uniform between the dials, as long as problems of that length last.
+    Raises ValueError for an unknown pool, or one with fewer than n problems at these dials.
+    Example: generate(1, "eval", 0) -> [("17+45+82+03", "47")]
+    """
+    if pool not in POOLS:
+        raise ValueError(f"sums: no pool {pool!r}; the pools are {', '.join(POOLS)}")
+    if n < 0:
+        raise ValueError(f"sums: cannot generate {n} problems")
+    _refuse_if_too_small(n, pool, dials)
+    # Only random() promises the same numbers in every Python version, so all draws come from it.
+    draw = random.Random(f"sums:{pool}:{seed}").random
+    seen: set[str] = set()
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < n:
+        count = dials.min_terms + int(draw() * (dials.max_terms - dials.min_terms + 1))
+        terms = [int(draw() * dials.modulus) for _ in range(count)]
+        problem = "+".join(str(term).zfill(dials.width) for term in terms)
+        if problem not in seen and pool_of(problem) == pool:
+            seen.add(problem)
+            pairs.append((problem, str(sum(terms) % dials.modulus).zfill(dials.width)))
+    return pairs
+
+
+def _refuse_if_too_small(n: int, pool: str, dials: SumsDials) -> None:
+    """Raise ValueError when fewer than n problems of the pool exist at these dials.
+
+    The smallest pool holds an eighth of all problems, so a space 32 times n is large enough without a count.
+    """
+    total = sum(dials.modulus**count for count in range(dials.min_terms, dials.max_terms + 1))
+    if total > max(32 * n, 20_000):
+        return
+    held = 0
+    for count in range(dials.min_terms, dials.max_terms + 1):
+        for index in range(dials.modulus**count):
+            digits = [index // dials.modulus**place % dials.modulus for place in range(count)]
+            held += pool_of("+".join(str(digit).zfill(dials.width) for digit in digits)) == pool
+    if held < n:
+        raise ValueError(
+            f"sums: pool {pool!r} holds {held} problems with modulus {dials.modulus} and {dials.min_terms} to "
+            f"{dials.max_terms} terms, but {n} were asked for"
+        )
+
+
+def grade(gold: str, completion: str) -> tuple[bool, str]:
+    """(correct, reason): reason is `equal`, `different` or `no_answer`. The answer is all that follows the last `=`.
+
+    Text compared with text, in time linear in the completion, so that no input can run code or raise.
+    Example: grade("47", "17+45=62+82=44+03=47") -> (True, "equal"); grade("47", "47") -> (False, "no_answer")
+    """
+    at = completion.rfind("=")
+    answer = completion[at + 1 :].strip() if at >= 0 else ""
+    if not (0 < len(answer) <= LONGEST_ANSWER and answer.isascii() and answer.isdigit()):
+        return False, "no_answer"
+    return (True, "equal") if answer == gold.strip() else (False, "different")

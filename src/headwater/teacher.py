@@ -1,0 +1,129 @@
+"""Score rollouts under a frozen model, and keep a teacher's rollouts and distributions on disk.
+
+Several students and controls read the same cache: a teacher is sampled and scored once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headwater.batch import Batch, Row, collate, microbatches
+from headwater.data import Rollout
+from headwater.distributions import Distributions, Exact, FromHidden, TopK
+from headwater.errors import UserError
+from headwater.logprobs import token_stats
+from headwater.model import Policy
+
+EXACT_CACHE_LIMIT = 64 << 30
+"""Bytes past which an exact cache is refused before it is made; top-k with its tail is 100–1000 times smaller."""
+
+
+@torch.no_grad()
+def hidden_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Tensor]:
+    """The policy's hidden state before every completion token: one (n, H) tensor a rollout, in order."""
+    rows = [Row(rollout) for rollout in rollouts]
+    place = {id(row): index for index, row in enumerate(rows)}
+    found: dict[int, Tensor] = {}
+    for part in microbatches(rows, tokens):
+        batch = collate(part, policy.pad_id, policy.device)
+        pieces = completion_hidden(policy, batch).split([row.tokens for row in part])
+        found.update((place[id(row)], piece) for row, piece in zip(part, pieces, strict=True))
+    return [found[index] for index in range(len(rows))]
+
+
+def completion_hidden(policy: Policy, batch: Batch) -> Tensor:
+    """Hidden states (N, H) at the positions that predict the completion tokens."""
+    return policy.hidden(batch.ids_BT, batch.mask_BT).flatten(0, 1)[batch.predictor_N]
+
+
+def distributions_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
+    """The teacher's exact distributions at every completion token, held as hidden states, one a rollout."""
+    return [
+        FromHidden(hidden, policy.logits, rollout.temperature)
+        for rollout, hidden in zip(rollouts, hidden_of(policy, rollouts, tokens), strict=True)
+    ]
+
+
+@torch.no_grad()
+def logp_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Tensor]:
+    """Log-prob of every completion token under the policy, at the temperature that sampled: one (n,) a rollout."""
+    return [
+        token_stats(
+            hidden,
+            policy.logits,
+            torch.tensor(rollout.completion_ids, dtype=torch.long, device=hidden.device),
+            rollout.temperature,
+            vocabulary=policy.vocabulary,
+        ).logp_N
+        for rollout, hidden in zip(rollouts, hidden_of(policy, rollouts, tokens), strict=True)
+    ]
+
+
+def refuse_huge_cache(policy: Policy, tokens: int, top_k: int | None) -> None:
+    """Raises UserError when an exact cache of that many tokens would pass EXACT_CACHE_LIMIT."""
+    size = tokens * policy.vocabulary * 4
+    if top_k is None and size > EXACT_CACHE_LIMIT:
+        raise UserError(
+            f"stages.warmup.dense.top_k: exact distributions of {tokens:,} tokens over {policy.vocabulary:,} entries would take "
+            f"{size / 2**30:,.0f} GiB; set it to 64, say, to keep the likeliest tokens and the tail"
+        )
+
+
+def write_cache(
+    folder: Path,
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    top_k: int | None,
+    tokens: int,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Store rollouts and the teacher's distributions at each of their tokens: exact float32, or top-k and the tail."""
+    keys = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
+    lines = [json.dumps({key: getattr(rollout, key) for key in keys}) for rollout in rollouts]
+    (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    parts: list[dict[str, Tensor]] = []
+    for start in range(0, len(rollouts), 256):
+        chosen = rollouts[start : start + 256]
+        for one in distributions_of(policy, chosen, tokens):
+            logp_NV = one.ready().logp_NV  # type: ignore[union-attr]
+            if top_k is None:
+                parts.append({"logp": logp_NV.cpu()})
+            else:
+                kept = logp_NV.topk(min(top_k, logp_NV.shape[-1]), dim=-1)
+                parts.append({"logp": kept.values.half().cpu(), "ids": kept.indices.int().cpu()})
+        if progress is not None:
+            progress(len(chosen))
+    save_file(
+        {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]},
+        folder / "distributions.safetensors",
+    )
+
+
+def read_cache(folder: Path) -> list[Row]:
+    """The cached rollouts with their teacher's distributions. Raises UserError when a file is missing or does not fit."""
+    try:
+        lines = (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
+        stored = load_file(folder / "distributions.safetensors")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: the teacher cache cannot be read ({error})") from None
+    rollouts = [
+        Rollout(**{key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(line).items()})
+        for line in lines
+    ]
+    lengths = [len(rollout.completion_ids) for rollout in rollouts]
+    if sum(lengths) != stored["logp"].shape[0]:
+        raise UserError(f"{folder}: the teacher cache holds {stored['logp'].shape[0]} distributions for {sum(lengths)} tokens")
+    logps = stored["logp"].split(lengths)
+    if "ids" in stored:
+        teachers: list[Distributions] = [
+            TopK(ids, logp.float()) for ids, logp in zip(stored["ids"].split(lengths), logps, strict=True)
+        ]
+    else:
+        teachers = [Exact(logp) for logp in logps]
+    return [Row(rollout, teacher=teacher) for rollout, teacher in zip(rollouts, teachers, strict=True)]

@@ -1,0 +1,247 @@
+"""The loop. It names no objective: what differs between stages is in the values that it is handed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from headwater.batch import Batch, Row, collate, microbatches
+from headwater.checkpoint import load_checkpoint, save_checkpoint
+from headwater.config import Optim, Stage
+from headwater.errors import TrainingStoppedError
+from headwater.ledger import Spend, record
+from headwater.logprobs import token_stats
+from headwater.model import Policy
+from headwater.objective import Objective, Tokens
+from headwater.rundir import NodeDir, append_jsonl
+from headwater.teacher import completion_hidden, logp_of
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What one step trains on, and what it cost to get it."""
+
+    rows: list[Row]
+    metrics: Metrics
+    labels: tuple[str, ...] = ()
+    checks: int = 0
+    tokens_sampled: int = 0
+    tokens_teacher_scored: int = 0
+    flops: float = 0.0
+
+
+def make_optimizer(policy: Policy, optim: Optim) -> torch.optim.AdamW:
+    """AdamW over the weights that train; vectors (norms, biases) are not decayed."""
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [one for one in trained if one.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+
+
+def learning_rate(optim: Optim, step: int, steps: int) -> float:
+    """The rate of step `step` (from 0) of `steps`: a linear rise, then constant, linear to 0 or half a cosine to 0.
+
+    Example: lr 1, warmup 0.5, constant, 4 steps: 0.5, 1, 1, 1.
+    """
+    rise = round(optim.warmup * steps)
+    if step < rise:
+        return optim.lr * (step + 1) / rise
+    progress = (step - rise) / max(1, steps - rise)
+    return optim.lr * {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[optim.schedule]
+
+
+def token_weights(rows: Sequence[Row], stage: Stage) -> list[float]:
+    """The weight of each row's tokens in the loss: the one place that owns the denominator.
+
+    token     1 / all tokens of the optimizer step
+    sequence  1 / (rows × the row's own tokens)
+    constant  1 / (rows × max_tokens), so a long wrong answer is not diluted by its length (Dr.GRPO, 2503.20783)
+
+    Inert rows count here like all others: leaving out their computation must not change the loss.
+
+    Example: rows of 1 and 3 tokens: token ¼ and ¼; sequence ½ and ⅙.
+    """
+    if stage.loss_mean == "token":
+        return [1.0 / sum(row.tokens for row in rows)] * len(rows)
+    if stage.loss_mean == "sequence":
+        return [1.0 / (len(rows) * row.tokens) for row in rows]
+    return [1.0 / (len(rows) * stage.sampling.max_tokens)] * len(rows)
+
+
+def update(
+    policy: Policy, optimizer: torch.optim.Optimizer, rows: Sequence[Row], objective: Objective, stage: Stage, tokens: int
+) -> Metrics:
+    """Every optimizer step that one batch of rows gives: microbatches, denominator, clipping, finite check.
+
+    tokens  at most so many padded tokens in a forward and backward pass
+
+    Raises TrainingStoppedError on a non-finite loss or gradient, before the weights are touched.
+    """
+    if stage.passes * stage.minibatches > 1 and any(weighs(row) for row in rows):
+        live = [row for row in rows if not row.inert]
+        old = iter(logp_of(policy, [row.rollout for row in live], tokens))
+        rows = [row if row.inert else replace(row, old_logp=next(old)) for row in rows]
+    whole = stage.group_size if objective.source == "policy" else 1
+    parts = divided(rows, stage.minibatches, whole)
+    sums: dict[str, float] = defaultdict(float)
+    taken, seconds = 0, time.perf_counter()
+    for _ in range(stage.passes):
+        for part in parts:
+            live = [row for row in part if not row.inert]
+            if not live:
+                continue  # nothing here has a gradient: a step would move the weights on momentum alone
+            optimizer.zero_grad(set_to_none=True)
+            weight_of = {id(row): weight for row, weight in zip(part, token_weights(part, stage), strict=True)}
+            for micro in microbatches(live, tokens):
+                batch = collate(micro, policy.pad_id, policy.device)
+                weight_N = torch.tensor([weight_of[id(row)] for row in micro], device=policy.device)[batch.row_N]
+                backward(policy, objective, batch, weight_N, sums)
+            norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), stage.optim.grad_clip).item()
+            if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
+                what = "gradient" if math.isfinite(sums["loss"]) else "loss"
+                raise TrainingStoppedError(f"the {what} is not finite; the weights were not changed by this step")
+            optimizer.step()
+            taken += 1
+            sums["grad_norm"] += norm
+    count = max(1.0, sums.pop("tokens", 0.0))
+    per_step = {name: sums.pop(name, 0.0) / max(1, taken) for name in ("loss", "grad_norm")}
+    return {
+        **per_step,
+        **{name: value / count for name, value in sums.items()},
+        "updates": taken,
+        "tokens_trained": int(count) if taken else 0,
+        "seconds_update": time.perf_counter() - seconds,
+    }
+
+
+def weighs(row: Row) -> bool:
+    return not row.inert
+
+
+def divided(rows: Sequence[Row], parts: int, whole: int) -> list[list[Row]]:
+    """Split rows into `parts` of nearly equal size without cutting a group of `whole` rows."""
+    groups = [list(rows[start : start + whole]) for start in range(0, len(rows), whole)]
+    cuts = [round(index * len(groups) / parts) for index in range(parts + 1)]
+    return [[row for group in groups[a:b] for row in group] for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+
+
+def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tensor, sums: dict[str, float]) -> None:
+    """Add one microbatch's gradient to the weights' .grad and its measurements, summed over tokens, to `sums`."""
+    stats = token_stats(
+        completion_hidden(policy, batch),
+        policy.logits,
+        batch.targets_N,
+        batch.temperature,
+        batch.teacher,
+        objective.divergence,
+        objective.teacher_tokens,
+        vocabulary=policy.vocabulary,
+    )
+    old_logp_N = batch.old_logp_N if batch.old_logp_N is not None else stats.logp_N.detach()
+    loss = (objective.token_loss(Tokens(stats, old_logp_N, batch)) * weight_N).sum()
+    loss.backward()
+    with torch.no_grad():
+        logp_N = stats.logp_N.detach()
+        measured = {
+            "entropy": stats.entropy_N,
+            "kl_student_teacher": stats.kl_student_teacher_N,
+            "kl_teacher_student": stats.kl_teacher_student_N,
+        }
+        if objective.source == "policy":
+            measured["sampler_gap"] = (old_logp_N - batch.sampler_logp_N).abs()
+            measured["ratio_off"] = ((logp_N - old_logp_N).exp() - 1.0).abs()
+        if batch.reference_logp_N is not None:
+            measured["kl_reference"] = batch.reference_logp_N.sub(logp_N).expm1() - batch.reference_logp_N.sub(logp_N)
+        for name, value_N in measured.items():
+            if value_N is not None:
+                sums[name] += value_N.sum().item()
+    sums["loss"] += loss.item()
+    sums["tokens"] += len(batch.targets_N)
+
+
+def train(
+    policy: Policy,
+    stage: Stage,
+    steps: int,
+    objective: Objective,
+    gather: Callable[[int], Gathered],
+    node: NodeDir,
+    spend: Spend,
+    *,
+    microbatch_tokens: int,
+    update_flops: Callable[[Sequence[Row]], float],
+    on_start: Callable[[int], None],
+    on_step: Callable[[int, Metrics], None],
+    write_rollouts: Callable[[int, Sequence[Row]], None],
+    evaluate: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Run one stage from wherever its last checkpoint left it to its last step.
+
+    spend  the ledger row of this node; each step records a copy with its own amounts
+
+    Raises TrainingStoppedError when training stopped itself, KeyboardInterrupt when it was asked to stop; both leave a
+    checkpoint to go on from.
+    """
+    optimizer = make_optimizer(policy, stage.optim)
+    done = load_checkpoint(node, policy.model, optimizer)
+    node.cut_back_to(done)
+    on_start(done)
+    for step in range(done, steps):
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(stage.optim, step, steps)
+        try:
+            gathered = gather(step)
+            measured = update(policy, optimizer, gathered.rows, objective, stage, microbatch_tokens)
+        except TrainingStoppedError as error:
+            raise TrainingStoppedError(f"{spend.stage}, step {step + 1} of {steps}: {error}") from None
+        seconds = time.perf_counter() - started
+        row: Metrics = {
+            "step": step + 1,
+            **gathered.metrics,
+            **measured,
+            "lr": learning_rate(stage.optim, step, steps),
+            "tokens_sampled": gathered.tokens_sampled,
+            "tokens_teacher_scored": gathered.tokens_teacher_scored,
+            "seconds": seconds,
+        }
+        append_jsonl(node.metrics, [row])
+        record(
+            node.ledger,
+            replace(
+                spend,
+                step=step + 1,
+                labels=gathered.labels,
+                checks=gathered.checks,
+                tokens_sampled=gathered.tokens_sampled,
+                tokens_trained=int(measured["tokens_trained"]),
+                tokens_teacher_scored=gathered.tokens_teacher_scored,
+                flops=gathered.flops + update_flops(gathered.rows),
+                seconds=seconds,
+            ),
+        )
+        write_rollouts(step + 1, gathered.rows)
+        on_step(step + 1, row)
+        last = step + 1 == steps
+        if stage.eval_every and (step + 1) % stage.eval_every == 0 and not last:
+            evaluate(f"step-{step + 1:06d}")
+        asked = should_stop()
+        if last or asked or (stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0):
+            save_checkpoint(node, step + 1, policy.model, optimizer)
+        if asked and not last:
+            raise KeyboardInterrupt
