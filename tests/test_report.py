@@ -337,6 +337,7 @@ def test_an_unfinished_arm_is_named_and_has_no_accuracy(tmp_path: Path) -> None:
     contrast = report_words.find_contrast(found, "bridge", "direct_grpo", "sums")
     assert contrast is not None and contrast["seeds"] == 1
     assert report_words.find_contrast(found, "bridge_rl", "replay", "sums") is None
+    assert found["verdict"].endswith("Not finished: bridge, replay, warmup_only.")
     text = _printed(found, 100)
     assert f"replay: not finished on seed 0 (waits for {plan['replay']['0'][-1]})" in " ".join(text.split())
     assert "unfinished" in (out / "report.html").read_text()
@@ -380,7 +381,7 @@ def test_the_same_files_give_the_same_bytes(run: Path, built: dict[str, Any]) ->
 
 @pytest.mark.parametrize("right", [True, False])
 def test_all_right_or_all_wrong_has_intervals_and_no_verdict_beyond_them(tmp_path: Path, right: bool) -> None:
-    found = report.write(fake_run(tmp_path / "out", correct=lambda *_: right))
+    found = report.build([fake_run(tmp_path / "out", correct=lambda *_: right)])
     accuracy = found["arms"]["bridge"]["accuracy"]["sums"]
     assert accuracy["mean"] == float(right)
     assert accuracy["high"] - accuracy["low"] == pytest.approx(1.959964**2 / (60 + 1.959964**2), abs=1e-5)

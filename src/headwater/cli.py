@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -129,6 +130,32 @@ def grade(
 
     for row in grade_file(data, task=task, seconds=seconds, workers=workers):
         print(json.dumps(row, ensure_ascii=False))
+
+
+@app.command()
+def validate(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="JSONL, Parquet, a `datasets` folder or a hub id.")],
+    task: Annotated[str, typer.Option("--task", help="maths, sums, or package.module:function.")] = "maths",
+    problem_column: Annotated[str | None, typer.Option("--problem", help="Column of the problem.")] = None,
+    answer_column: Annotated[str | None, typer.Option("--answer", help="Column of the answer.")] = None,
+    json_: Json = False,
+) -> None:
+    """Hold every gold answer against its own grader; list those that fail. Exit 3 if any does."""
+    from headwater.config import Columns, Source
+    from headwater.grading import validate as validated
+
+    columns = Columns(problem=problem_column, answer=answer_column)
+    found = validated(Source(path=data, columns=columns), task)
+    if json_:
+        print(json.dumps(asdict(found)))
+    else:
+        for name, gold, reason in found.failed:
+            print(f"{name}: gold {gold!r:.80} grades {reason}")
+        print(
+            f"{data}: {found.total} gold answers, {len(found.failed)} fail; {found.duplicates} repeated rows, "
+            f"{len(found.contradictions)} problems with contradicting answers, {len(found.without_answer)} without an answer"
+        )
+    sys.exit(0 if found.ok else 3)
 
 
 @app.command()

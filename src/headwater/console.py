@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -38,6 +39,7 @@ def narrator(quiet: bool = False) -> Narrator:
     @contextlib.contextmanager
     def node(title: str, number: int, total: int) -> Iterator[Watch]:
         head = f"[{number}/{total}] {title}"
+        began = time.perf_counter()
         last: dict[str, str] = {"unit": "", "facts": ""}
         with Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=18), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
@@ -55,8 +57,8 @@ def narrator(quiet: bool = False) -> Narrator:
                 bar.update(task, advance=count, facts=facts)
 
             yield Watch(start, advance, lambda: False)
-            elapsed = bar.tasks[0].finished_time or bar.tasks[0].elapsed or 0.0
-        console.print(f"{head}: done [dim]{last['facts']} (last part {elapsed:.1f} s)", markup=True, soft_wrap=True)
+        seconds = time.perf_counter() - began
+        console.print(f"{head}: {seconds:.1f} s  {last['facts']}", markup=False, soft_wrap=True)
 
     say: Callable[[str], None] = lambda line: console.print(line, markup=False, soft_wrap=True)  # noqa: E731
     return Narrator(say, node)

@@ -49,13 +49,21 @@ def grade_file(path: Path, task: str = "maths", seconds: float = 2.0, workers: i
     """
     rows = json_rows(Path(path), str(path))
     with Verifier(task, workers=workers, seconds=seconds) as verifier:
-        seen = False
-        while batch := list(islice(rows, BATCH)):
-            seen = True
-            checked = [_checked(number, row, str(path)) for number, row in batch]
-            verdicts = verifier([(gold, completion) for _, gold, completion in checked])
-            for (name, _, _), verdict in zip(checked, verdicts, strict=True):
+        seen, broken = 0, None
+        while broken is None:
+            batch: list[tuple[Any, str, str]] = []
+            try:
+                batch.extend(_checked(number, row, str(path)) for number, row in islice(rows, BATCH))
+            except UserError as error:
+                broken = error  # told once the rows before it are handed out
+            verdicts = verifier([(gold, completion) for _, gold, completion in batch])
+            for (name, _, _), verdict in zip(batch, verdicts, strict=True):
                 yield {"id": name, "correct": verdict.correct, "reason": verdict.reason, "seconds": verdict.seconds}
+            seen += len(batch)
+            if not batch:
+                break
+        if broken is not None:
+            raise broken
         if not seen:
             raise UserError(f"{path} is empty")
 

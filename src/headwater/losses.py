@@ -12,6 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+LOWEST = -1e30
+"""A finite stand-in for the log of 0."""
+
 
 def policy_gradient(
     student_logp_N: Tensor, old_logp_N: Tensor, advantages_N: Tensor, clip_low: float, clip_high: float
@@ -71,9 +74,12 @@ def jsd(student_logp_NE: Tensor, teacher_logp_NE: Tensor, beta: float) -> Tensor
 
     Shapes: (N, E), (N, E) -> (N,). Symmetric at β = ½; divided by β it tends to the forward KL as β -> 0.
 
-    Example: β = ½, student (¼, ¾), teacher (½, ½): M = (⅜, ⅝); ½·0.0327 + ½·0.0353 = 0.0340.
+    Example: β = ½, student (¼, ¾), teacher (½, ½): M = (⅜, ⅝); ½·0.0323 + ½·0.0354 = 0.0338.
     """
-    mixture_NE = torch.logaddexp(teacher_logp_NE + math.log(beta), student_logp_NE + math.log1p(-beta))
+    # The floor keeps the gradient of an event that neither can produce 0: that of logaddexp(−inf, −inf) is NaN.
+    mixture_NE = torch.logaddexp(
+        teacher_logp_NE.clamp_min(LOWEST) + math.log(beta), student_logp_NE.clamp_min(LOWEST) + math.log1p(-beta)
+    )
     return beta * forward_kl(mixture_NE, teacher_logp_NE) + (1.0 - beta) * forward_kl(mixture_NE, student_logp_NE)
 
 
@@ -89,5 +95,5 @@ def sampled_reverse_kl(
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
-    # An event that neither distribution can produce has log-prob −inf on both sides; it adds nothing, not NaN.
-    return torch.where(a == b, torch.zeros_like(a), a - b)
+    # An event of probability 0 under the first distribution adds 0·log 0 = 0 to a divergence, not NaN.
+    return torch.where(a.isneginf(), torch.zeros_like(a), a - b)

@@ -13,10 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from headwater import config
 from headwater.distributions import Head
 from headwater.errors import UserError
+
+transformers_logging.disable_progress_bar()  # a run loads and saves dozens of models; its own progress is what counts
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from headwater import report_html, stats
+from headwater.errors import UserError
 from headwater.report_read import ARM_TEXT, POOL_TEXT, Graded, Node, Study, costs, is_number, mean_costs, read
 from headwater.report_words import NAMED_PAIRS, console, terminal_table, verdict
 from headwater.rundir import RunDir, write_atomic, write_json
@@ -108,7 +109,9 @@ def _stages(runs: Mapping[int, tuple[Node, ...]]) -> list[dict[str, Any]]:
 
 def _scored(by_seed: Mapping[int, Graded], values: Values) -> dict[str, Any]:
     """Mean, 95 % interval and the value of each seed, over the problems that all seeds answered."""
-    values_SP, _ = _matrix(by_seed.values(), values)
+    values_SP, ids = _matrix(by_seed.values(), values)
+    if not ids:
+        raise UserError("report: the seeds of one arm were evaluated on problems of which none is the same")
     found = stats.accuracy_interval(values_SP)
     per_seed = {str(seed): _number(row.mean()) for seed, row in zip(by_seed, values_SP, strict=True)}
     return {"mean": _number(found.mean), "low": _number(found.low), "high": _number(found.high), "per_seed": per_seed}
@@ -251,5 +254,5 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _number(value: float) -> float:
-    """Six decimals of an accuracy; what is not finite never reaches a report."""
+    """Six decimals: a thousandth of what sampling could tell apart."""
     return round(float(value), 6)

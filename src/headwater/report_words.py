@@ -93,8 +93,9 @@ def verdict(report: dict[str, Any]) -> str:
         return "Nothing can be said yet: no arm is finished and evaluated."
     eval_name = report["evals"][0]
     parts = [_ordering(report, eval_name), _fresh_labels(report, eval_name)]
-    said = [part for part in parts if part]
-    return " ".join(said) if said else _fallback(report, eval_name)
+    said = [part for part in parts if part] or [_fallback(report, eval_name)]
+    waiting = [name for name, arm in report["arms"].items() if arm["unfinished"]]
+    return " ".join([*said, f"Not finished: {', '.join(waiting)}."] if waiting else said)
 
 
 def _ordering(report: dict[str, Any], eval_name: str) -> str | None:

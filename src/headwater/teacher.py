@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headwater.batch import Batch, Row, collate, microbatches
 from headwater.data import Rollout
-from headwater.distributions import Distributions, Exact, FromHidden, TopK
+from headwater.distributions import Distributions, Exact, FromHidden, TopK, joined
 from headwater.errors import UserError
-from headwater.logprobs import token_stats
+from headwater.logprobs import CHUNK_ELEMENTS, token_stats
 from headwater.model import Policy
 
 EXACT_CACHE_LIMIT = 64 << 30
@@ -88,10 +89,14 @@ def write_cache(
     lines = [json.dumps({key: getattr(rollout, key) for key in keys}) for rollout in rollouts]
     (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     parts: list[dict[str, Tensor]] = []
-    for start in range(0, len(rollouts), 256):
-        chosen = rollouts[start : start + 256]
-        for one in distributions_of(policy, chosen, tokens):
-            logp_NV = one.ready().logp_NV  # type: ignore[union-attr]
+    for start in range(0, len(rollouts), 64):
+        chosen = rollouts[start : start + 64]
+        whole = joined(distributions_of(policy, chosen, tokens), policy.device)
+        size = max(1, CHUNK_ELEMENTS // policy.vocabulary)
+        for row in range(0, len(whole), size):
+            known = whole.rows(row, min(len(whole), row + size)).ready()
+            assert isinstance(known, Exact)
+            logp_NV = known.logp_NV
             if top_k is None:
                 parts.append({"logp": logp_NV.cpu()})
             else:

@@ -102,10 +102,13 @@ class Verifier:
             return [verdicts[index] for index in range(len(pairs))]
 
     def _here(self, gold: str, completion: str) -> tuple[bool, str] | None:
-        """The outcome where no worker is needed for it."""
-        if not self.task.bounded:
-            return self.task.grade(gold, completion)
-        return self.task.quick(gold, completion) if self.task.quick else None
+        """The outcome where no worker is needed for it. No text may bring the caller down, so nothing is raised."""
+        try:
+            if not self.task.bounded:
+                return self.task.grade(gold, completion)
+            return self.task.quick(gold, completion) if self.task.quick else None
+        except Exception:
+            return False, "error"
 
     def _key(self, gold: str, completion: str) -> bytes:
         text = f"{self.task.name}\0{len(gold)}\0{gold}\0{completion}"

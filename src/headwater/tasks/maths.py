@@ -7,20 +7,23 @@ comparison first, and refusing what would take forever. Limits of time and memor
 from __future__ import annotations
 
 from headwater.tasks import maths_text
-from headwater.tasks.maths_equal import compare_plainly, same
+from headwater.tasks.maths_equal import compare_plainly, same, without_unit
+from headwater.tasks.maths_numbers import number
 
 LONGEST_ANSWER = 3000  # characters beyond four times the gold answer's; longer answers are only compared as they stand
 
 
 def extract(completion: str) -> str | None:
-    """The answer that a completion states, in canonical spelling; None without one.
+    """The answer that a completion states, for votes: equal numbers give equal text; None without an answer.
 
-    Example: `extract("so \\boxed{\\dfrac12}")` gives `"\\frac{1}{2}"`.
+    Example: `extract("so \\boxed{\\dfrac12}")` and `extract("The answer is 0.50.")` both give `"1/2"`.
     """
     answer, _ = maths_text.extract(completion)
-    if answer is None:
-        return None
-    return maths_text.canonical(answer) if len(answer) <= LONGEST_ANSWER else answer
+    if answer is None or len(answer) > LONGEST_ANSWER:
+        return answer
+    spelled = without_unit(maths_text.canonical(answer))
+    value = number(spelled)
+    return maths_text.squeezed(spelled) if value is None else str(value)
 
 
 def quick(gold: str, completion: str) -> tuple[bool, str] | None:

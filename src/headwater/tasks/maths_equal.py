@@ -239,9 +239,9 @@ def _relation(text: str) -> tuple[list[str], list[str]]:
 def _range(text: str) -> Range | None:
     """An inequality about one name, as an interval."""
     sides, signs = _relation(text)
-    if len(sides) == 2 and signs[0] in ("<", r"\leq") and (inside := re.fullmatch(r"\|([^|]*)\|", sides[0])):
-        if _is_name(inside[1]) and number(sides[1]) is not None:  # |x| < 2 is -2 < x < 2
-            sides, signs = [f"-({sides[1]})", inside[1], sides[1]], [signs[0], signs[0]]
+    inside = sides[0].strip("|") if sides[0].startswith("|") else ""
+    if len(sides) == 2 and signs[0] in ("<", r"\leq") and _is_name(inside) and number(sides[1]) is not None:
+        sides, signs = [f"-({sides[1]})", inside, sides[1]], signs * 2  # |x| < 2 is -2 < x < 2
     if len(sides) == 2 and signs[0] != r"\neq":
         if not _is_name(sides[0]) and _is_name(sides[1]):
             sides, signs = sides[::-1], [_FLIPPED[signs[0]]]

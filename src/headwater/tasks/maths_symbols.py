@@ -42,7 +42,7 @@ def equal(gold: str, answer: str) -> bool:
     one, other = _parse(gold), _parse(answer)
     if one is None or other is None:
         return False
-    if isinstance(one, (bool, BooleanAtom)) or isinstance(other, (bool, BooleanAtom)):
+    if _mere_truth(one) or _mere_truth(other):
         return False  # `0.56 = 56` is false and so is `0.56 = 66`; that does not make them the same answer
     if one == other:
         return True
@@ -55,6 +55,10 @@ def equal(gold: str, answer: str) -> bool:
     if _too_large(one, LARGEST_EXPANSION) or _too_large(other, LARGEST_EXPANSION):
         return False
     return bool(verify(one, other, float_rounding=15, numeric_precision=DIGITS, timeout_seconds=None))
+
+
+def _mere_truth(parsed: Any) -> bool:
+    return isinstance(parsed, (bool, BooleanAtom)) or (isinstance(parsed, sympy.Rel) and not parsed.free_symbols)
 
 
 def _parse(text: str) -> Any | None:

@@ -158,9 +158,7 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r";", ","),
     ]
 ]  # fmt: skip
-_SHORT_FRACTION = re.compile(
-    r"\\frac\s*(\{[^{}]*\}|\d|[a-zA-Z]|\\[a-zA-Z]+)\s*(\{[^{}]*\}|\d|[a-zA-Z]|\\[a-zA-Z]+)"
-)
+_SHORT_FRACTION = re.compile(r"\\frac\s*(\{[^{}]*\}|\d|[a-zA-Z]|\\[a-zA-Z]++)\s*(\{[^{}]*\}|\d|[a-zA-Z]|\\[a-zA-Z]++)")
 _SHORT_ROOT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z]|\\[a-zA-Z]+|\(([^()]*)\))")
 _SHORT_SCRIPT = re.compile(r"\s*([\^_])\s*(?:\{\s*([^{}]*?)\s*\}|(-?\d+|[a-zA-Z]|\\[a-zA-Z]+))")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")

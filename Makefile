@@ -1,0 +1,34 @@
+# Everything a fresh machine needs: python3 (3.11 or newer) with venv, and a package registry.
+PY := .venv/bin/python
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	.venv/bin/headwater demo --out runs/demo
+
+test: .venv/installed-test
+	$(PY) -m pytest
+
+check: .venv/installed-check
+	.venv/bin/ruff check src tests
+	.venv/bin/ruff format --check src tests
+	.venv/bin/mypy
+
+.venv/bin/python:
+	python3 -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PY) -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/installed-check: .venv/installed
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[check]'
+	touch $@
+
+clean:
+	rm -rf .venv runs build dist src/*.egg-info
