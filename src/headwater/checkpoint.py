@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,8 +42,7 @@ def load_checkpoint(node: NodeDir, model: Any, optimizer: torch.optim.Optimizer)
     """
     damaged: list[str] = []
     for folder in node.checkpoints():
-        sums = read_json(folder / "sums.json")
-        if {name: value for name, value in file_sums(folder).items() if name != "sums.json"} != sums:
+        if not is_whole(folder):
             damaged.append(str(folder))
             continue
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -57,3 +57,12 @@ def load_checkpoint(node: NodeDir, model: Any, optimizer: torch.optim.Optimizer)
     if damaged:
         raise UserError(f"{damaged[0]}: the checkpoint is damaged (its checksums differ) and no older one is whole; delete it")
     return 0
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint's files are those that were written, by their checksums (which may be damaged themselves)."""
+    try:
+        sums = read_json(folder / "sums.json")
+    except UserError:
+        return False
+    return bool({name: value for name, value in file_sums(folder).items() if name != "sums.json"} == sums)

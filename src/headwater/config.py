@@ -200,11 +200,11 @@ class Stage(Strict):
 
     @property
     def needs_labels(self) -> bool:
-        return self.objective in ("grpo", "mixed")
+        return self.objective == "grpo" or (self.objective == "mixed" and self.sparse_share != 0.0)
 
     @property
     def needs_teacher(self) -> bool:
-        return self.objective != "grpo"
+        return self.objective != "grpo" and not (self.objective == "mixed" and self.sparse_share == 1.0)
 
     @model_validator(mode="after")
     def _legal(self) -> Stage:

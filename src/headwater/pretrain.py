@@ -324,5 +324,5 @@ With 500 samples a rate over all is known to about four points, and one over the
 ## Limits
 For experiments in minutes on a CPU. It was trained on correct solutions only and for a set number of steps, not to the
 end, so that reinforcement learning and distillation have something to do. Other lengths, moduli, spacing or words are
-outside its training. On another kind of processor the same recipe gives other weights, of about the same skill.
+outside its training. On another kind of processor the same recipe gives other weights, and some other skill.
 """

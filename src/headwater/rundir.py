@@ -69,12 +69,12 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of an append-only file; a last line that a crash cut short is left out."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # bytes: a crash may cut within a character
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
             except ValueError:
-                if line.endswith("\n"):
+                if line.endswith(b"\n"):
                     raise UserError(f"{path}: row {number} is not JSON") from None
                 return
             yield row

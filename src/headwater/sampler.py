@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headwater import config, seeds
 from headwater.data import Rollout
+from headwater.decoder import Decoder, decoder_for
 from headwater.model import Policy
 
 
@@ -64,11 +65,16 @@ class TorchSampler:
         # Like lengths decode together: less padding in the prefill.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
         rollouts: dict[int, Rollout] = {}
-        for start in range(0, len(order), self.batch):
-            chosen = order[start : start + self.batch]
-            rollouts.update(zip(chosen, self._decode([requests[i] for i in chosen], sampling), strict=True))
-            if progress is not None:
-                progress(len(chosen))
+        training = self.policy.model.training
+        self.policy.model.eval()  # a model that recomputes activations while it trains refuses a cache
+        try:
+            for start in range(0, len(order), self.batch):
+                chosen = order[start : start + self.batch]
+                rollouts.update(zip(chosen, self._decode([requests[i] for i in chosen], sampling), strict=True))
+                if progress is not None:
+                    progress(len(chosen))
+        finally:
+            self.policy.model.train(training)
         return [rollouts[i] for i in range(len(requests))]
 
     @torch.inference_mode()
@@ -81,7 +87,8 @@ class TorchSampler:
         length_B = torch.full((len(requests),), limit, dtype=torch.long, device=device)
         stopped_B = torch.zeros(len(requests), dtype=torch.bool, device=device)
 
-        hidden_AH, mask_AT, cache = self._prefill(requests)
+        decoder = decoder_for(policy)
+        hidden_AH = self._prefill(decoder, requests)
         alive_A = torch.arange(len(requests), device=device)
         done_A = torch.zeros(len(requests), dtype=torch.bool, device=device)
         for step in range(limit):
@@ -97,18 +104,9 @@ class TorchSampler:
                 break
             if finished >= max(1, len(done_A) // 8):
                 keep_A = (~done_A).nonzero().squeeze(1)
-                alive_A, done_A, token_A, mask_AT = alive_A[keep_A], done_A[keep_A], token_A[keep_A], mask_AT[keep_A]
-                cache.batch_select_indices(keep_A)
-            mask_AT = torch.cat([mask_AT, mask_AT.new_ones(len(alive_A), 1)], dim=1)
-            with policy.autocast():
-                out = policy.body(
-                    input_ids=token_A[:, None],
-                    attention_mask=mask_AT,
-                    position_ids=mask_AT.sum(dim=1, keepdim=True) - 1,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-            hidden_AH, cache = last_hidden(out)[:, -1], out.past_key_values
+                alive_A, done_A, token_A = alive_A[keep_A], done_A[keep_A], token_A[keep_A]
+                decoder.keep(keep_A)
+            hidden_AH = decoder.step(token_A)
         return [
             Rollout(
                 problem_id=request.problem_id,
@@ -125,7 +123,7 @@ class TorchSampler:
             )
         ]
 
-    def _prefill(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, Any]:
+    def _prefill(self, decoder: Decoder, requests: Sequence[Request]) -> Tensor:
         """Run each distinct prompt once, padded on the left, and give every request its copy of the cache."""
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
         width = max(len(prompt) for prompt in prompts)
@@ -134,25 +132,10 @@ class TorchSampler:
         for row, prompt in enumerate(prompts):
             ids_PT[row, width - len(prompt) :] = torch.tensor(prompt)
             mask_PT[row, width - len(prompt) :] = 1
-        device = self.policy.device
-        ids_PT, mask_PT = ids_PT.to(device), mask_PT.to(device)
-        with self.policy.autocast():
-            out = self.policy.body(
-                input_ids=ids_PT,
-                attention_mask=mask_PT,
-                position_ids=(mask_PT.cumsum(dim=1) - 1).clamp_min(0),
-                use_cache=True,
-            )
         place = {prompt: row for row, prompt in enumerate(prompts)}
-        rows_B = torch.tensor([place[request.prompt_ids] for request in requests], device=device)
-        cache = out.past_key_values
-        cache.batch_select_indices(rows_B)
-        return last_hidden(out)[rows_B, -1], mask_PT[rows_B], cache
-
-
-def last_hidden(out: Any) -> Tensor:
-    """The body's hidden states; a body that is the whole model gives logits, and its head is the identity."""
-    return out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
+        rows_B = torch.tensor([place[request.prompt_ids] for request in requests])
+        device = self.policy.device
+        return decoder.prefill(ids_PT.to(device), mask_PT.to(device), rows_B.to(device))
 
 
 def draw_tokens(logits_BV: Tensor, draws_B: Tensor, sampling: config.Sampling) -> tuple[Tensor, Tensor]:

@@ -115,12 +115,12 @@ def read_cache(folder: Path) -> list[Row]:
     try:
         lines = (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
         stored = load_file(folder / "distributions.safetensors")
-    except (OSError, ValueError) as error:
+        rollouts = [
+            Rollout(**{key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(line).items()})
+            for line in lines
+        ]
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: the teacher cache cannot be read ({error})") from None
-    rollouts = [
-        Rollout(**{key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(line).items()})
-        for line in lines
-    ]
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     if sum(lengths) != stored["logp"].shape[0]:
         raise UserError(f"{folder}: the teacher cache holds {stored['logp'].shape[0]} distributions for {sum(lengths)} tokens")

@@ -140,7 +140,7 @@ def _too_large(expression: Any, largest_power: int) -> bool:
             return True
         if isinstance(part, (sympy.Sum, sympy.Product)):
             for limit in part.limits:
-                if any(isinstance(end, sympy.Number) and abs(end) > LONGEST_SUM for end in limit[1:] if end.is_finite):
+                if any(end.is_number and end.is_finite and _bits(end) > math.log2(LONGEST_SUM) for end in limit[1:]):
                     return True
         if isinstance(part, sympy.MatPow):
             return True

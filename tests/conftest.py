@@ -1,0 +1,65 @@
+"""Shared fixtures. One thread everywhere: bit-reproducible sums need a fixed number of them, and CI has few cores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_folder, tiny_policy
+from transformers import PreTrainedTokenizerFast
+
+from headwater.model import Policy
+from headwater.pretrain import make_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_random_state() -> Iterator[None]:
+    """Tests that draw random tensors draw the same ones alone and in company."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(params=["qwen3", "llama"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def policy() -> Policy:
+    """A tiny Qwen3 of its own for each test, so that training it disturbs nobody."""
+    return tiny_policy("qwen3", seed=0)
+
+
+@pytest.fixture
+def teacher() -> Policy:
+    """Another tiny Qwen3 with the same tokenizer and other weights, frozen."""
+    found = tiny_policy("qwen3", seed=1)
+    found.model.requires_grad_(False)
+    return found
+
+
+@pytest.fixture(scope="session")
+def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "qwen3", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "llama", "llama", seed=1)
+
+
+@pytest.fixture(scope="session")
+def pocket_folder() -> Path:
+    """Where the pocket models are shipped: pocket_folder / "qwen3-student", and so on."""
+    return Path(str(files("headwater"))) / "pocket"

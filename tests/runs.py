@@ -1,0 +1,125 @@
+"""What the end-to-end tests share: the pocket recipe made tiny, the program called in-process or as a process of its own."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from headwater.cli import main
+
+SHAPE = ("batch_size=16", "group_size=4", "steps=2", "sampling.max_tokens=16")
+TINY = (
+    "data.labeled.generate.count=64",
+    "data.evals.sums.generate.count=5",
+    "labels.budget=16",
+    *(f"stages.{stage}.{field}" for stage in ("teacher_rl", "warmup", "student_rl") for field in SHAPE),
+    "stages.opd.batch_size=8",
+    "stages.opd.steps=2",
+    "stages.opd.sampling.max_tokens=16",
+    "evaluate.samples=2",
+    "evaluate.sampling.max_tokens=16",
+    "guards.no_signal=continue",
+    "compute.threads=1",
+)
+"""Two steps a stage, ten graded evaluation texts: a whole arm takes a second or two."""
+
+BASES = {"base_student", "base_teacher"}
+
+
+def sets(*changes: str) -> list[str]:
+    """`--set` options of the tiny recipe and these further changes."""
+    return [part for change in (*TINY, *changes) for part in ("--set", change)]
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+def call(*argv: str | Path) -> Said:
+    """The program in this process, as `headwater argv…` would run."""
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    words = ["headwater", *(str(one) for one in argv)]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", words):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    return Said(0 if code is None else code, out.getvalue(), err.getvalue())
+
+
+def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = (), recipe: str | Path = "pocket") -> Said:
+    """`run` or `study` of the tiny recipe into a folder."""
+    return call(verb, recipe, "--out", out, *sets(*changes), *options)
+
+
+def program(*argv: str | Path) -> list[str]:
+    """The command line of the program as a process of its own."""
+    return [sys.executable, "-m", "headwater", *(str(one) for one in argv)]
+
+
+def spawn(*argv: str | Path, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(program(*argv), cwd=cwd, timeout=timeout, capture_output=True, text=True, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def held(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def node_names(out: Path, arm: str, seed: int = 0) -> list[str]:
+    return held(out / "plan.json")["arms"][arm][str(seed)]
+
+
+def nodes(out: Path, arm: str, seed: int = 0) -> list[Path]:
+    """The folders of an arm's nodes, in order."""
+    return [out / "nodes" / name for name in node_names(out, arm, seed)]
+
+
+def node(out: Path, arm: str, stage: str, seed: int = 0) -> Path:
+    """The last node of that stage in an arm."""
+    return [path for path in nodes(out, arm, seed) if path.name.startswith(f"{stage}.")][-1]
+
+
+def infos(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in sorted((out / "nodes").iterdir()):
+        yield path, held(path / "node.json")
+
+
+def temporary() -> Path:
+    """A folder that lasts as long as the tests."""
+    folder = Path(tempfile.mkdtemp(prefix="headwater-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def all_arms() -> Path:
+    """The folder of one finished tiny study of every arm; tests read it and leave it as it is."""
+    out = temporary() / "study"
+    said = tiny("study", out, "--arms", "all")
+    assert said.code == 0, said.err
+    return out

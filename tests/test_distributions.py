@@ -1,0 +1,125 @@
+"""The three forms of a teacher's distributions: what they keep, what they give up, and that they agree."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from headwater import losses
+from headwater.distributions import TAIL_FLOOR, Exact, FromHidden, TopK, joined
+
+DIVERGENCES = {"forward": losses.forward_kl, "reverse": losses.reverse_kl, "jsd": partial(losses.jsd, beta=0.5)}
+
+
+def random_logp(rows: int, events: int, seed: int, spread: float = 2.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.log_softmax(spread * torch.randn(rows, events, dtype=torch.float64, generator=generator), dim=-1)
+
+
+def top(logp_NV: Tensor, k: int) -> TopK:
+    kept = logp_NV.topk(k, dim=-1)
+    return TopK(kept.indices.int(), kept.values)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_top_k_that_keeps_the_whole_vocabulary_gives_the_exact_divergence(name: str) -> None:
+    student, teacher = random_logp(20, 11, 0), random_logp(20, 11, 1)
+    whole = DIVERGENCES[name](*Exact(teacher).align(student))
+    kept = DIVERGENCES[name](*top(teacher, 11).align(student))
+    torch.testing.assert_close(kept, whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("k", [1, 2, 5, 10])
+def test_top_k_never_says_more_than_the_exact_divergence_and_more_tokens_say_more(name: str, k: int) -> None:
+    student, teacher = random_logp(200, 11, 2), random_logp(200, 11, 3)
+    whole = DIVERGENCES[name](student, teacher)
+    kept = DIVERGENCES[name](*top(teacher, k).align(student))
+    more = DIVERGENCES[name](*top(teacher, k + 1).align(student))
+    assert bool((kept >= -1e-12).all())
+    assert bool((kept <= more + 1e-12).all())
+    assert bool((more <= whole + 1e-12).all())
+
+
+def test_top_k_by_hand_merges_the_tail_into_one_event() -> None:
+    student = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64).log()
+    teacher = TopK(torch.tensor([[1]]), torch.tensor([[math.log(0.5)]], dtype=torch.float64))
+    ours, theirs = teacher.align(student)
+    assert ours.exp().tolist() == [pytest.approx([0.25, 0.75], rel=1e-12)]
+    assert theirs.exp().tolist() == [pytest.approx([0.5, 0.5], rel=1e-12)]
+    # ½ ln 2 + ½ ln(⅔) = 0.143841
+    assert losses.forward_kl(ours, theirs).item() == pytest.approx(0.1438410, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("k", [1, 3, 11])
+def test_top_k_of_an_equal_teacher_gives_zero_with_zero_gradient_in_float32(name: str, k: int) -> None:
+    logits = (2.0 * torch.randn(20, 11)).requires_grad_()
+    student = torch.log_softmax(logits, dim=-1)
+    found = DIVERGENCES[name](*top(student.detach(), k).align(student))
+    assert found.abs().max().item() < 1e-6
+    assert torch.autograd.grad(found.sum(), logits)[0].abs().max().item() < 1e-5
+
+
+def test_a_teacher_that_is_sure_leaves_a_tail_that_is_finite_on_both_sides() -> None:
+    sure = torch.tensor([[0.0, -200.0, -300.0]])
+    ours, theirs = top(sure, 2).align(torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0]]), dim=-1))
+    # In float32 the teacher's tail 1 − 1 − 0 is 0; the floor stands in for it.
+    assert theirs[0, -1].item() == pytest.approx(math.log(TAIL_FLOOR), rel=1e-6)
+    # softmax (0.0900, 0.2447, 0.6652): forward KL ≈ −ln 0.0900 = 2.4076, as without a tail.
+    assert losses.forward_kl(ours, theirs).item() == pytest.approx(2.4076, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_gradient_of_a_top_k_divergence_is_its_own(name: str) -> None:
+    logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    teacher = top(random_logp(3, 6, 4), 2)
+    assert gradcheck(lambda x: DIVERGENCES[name](*teacher.align(torch.log_softmax(x, dim=-1))), (logits,))
+
+
+def test_a_token_outside_the_kept_ones_has_no_log_prob_and_says_so() -> None:
+    teacher = TopK(torch.tensor([[4, 2], [0, 3]]), torch.tensor([[-0.5, -1.5], [-0.25, -2.0]]))
+    assert teacher.token_logp(torch.tensor([2, 0])).tolist() == [-1.5, -0.25]
+    with pytest.raises(ValueError, match="outside the teacher's kept top-k"):
+        teacher.token_logp(torch.tensor([2, 1]))
+
+
+def test_the_exact_log_prob_of_a_token_is_looked_up() -> None:
+    logp = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
+    assert Exact(logp).token_logp(torch.tensor([1, 0])).exp().tolist() == pytest.approx([0.75, 0.5])
+
+
+def test_distributions_from_hidden_states_are_the_heads_at_the_temperature_that_sampled() -> None:
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    head = torch.nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[0.0, 0.0], [math.log(3.0), math.log(3.0)]]))
+    plain = FromHidden(hidden, head, 1.0).ready().logp_NV.exp()
+    # logits (0, ln 3) -> (¼, ¾); logits (0, 2 ln 3) -> (1/10, 9/10)
+    assert plain.tolist() == [pytest.approx([0.25, 0.75]), pytest.approx([0.1, 0.9])]
+    warm = FromHidden(hidden, head, 2.0).ready().logp_NV.exp()
+    # At temperature 2 the second row is what the first was: (0, ln 3) -> (¼, ¾).
+    assert warm[1].tolist() == pytest.approx([0.25, 0.75])
+    assert not plain.requires_grad
+
+
+@pytest.mark.parametrize("form", ["hidden", "exact", "top"])
+def test_parts_joined_and_cut_again_are_the_same_rows_in_order(form: str) -> None:
+    head = torch.nn.Linear(4, 7)
+    hidden = torch.randn(6, 4)
+    whole = FromHidden(hidden, head, 1.0)
+    logp = whole.ready().logp_NV
+    forms = {"hidden": whole, "exact": Exact(logp), "top": top(logp, 3)}
+    chosen = forms[form]
+    again = joined([chosen.rows(0, 2), chosen.rows(2, 3), chosen.rows(3, 6)], torch.device("cpu"))
+    student = torch.log_softmax(torch.randn(6, 7), dim=-1)
+    for start, stop in ((0, 6), (1, 4)):
+        ours = losses.reverse_kl(*again.rows(start, stop).ready().align(student[start:stop]))
+        direct = losses.reverse_kl(*chosen.ready().align(student))[start:stop]
+        torch.testing.assert_close(ours, direct)
+    assert len(again) == 6
