@@ -64,7 +64,9 @@ def call(*argv: str | Path) -> Said:
     return Said(0 if code is None else code, out.getvalue(), err.getvalue())
 
 
-def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = (), recipe: str | Path = "pocket") -> Said:
+def tiny(
+    verb: str, out: Path, *options: str | Path, changes: Sequence[str] = (), recipe: str | Path = "pocket"
+) -> Said:
     """`run` or `study` of the tiny recipe into a folder."""
     return call(verb, recipe, "--out", out, *sets(*changes), *options)
 

@@ -112,9 +112,7 @@ def test_the_divergences_by_hand() -> None:
     assert losses.jsd(student, teacher, 0.5).item() == pytest.approx((0.0322693 + 0.0353749) / 2, abs=1e-7)
     # β = ¼: M = ¼ T + ¾ S = (5/16, 11/16). KL(T‖M) = ½ ln(8/5) + ½ ln(8/11) = 0.0757750;
     # KL(S‖M) = ¼ ln(4/5) + ¾ ln(12/11) = 0.0094727
-    assert losses.jsd(student, teacher, 0.25).item() == pytest.approx(
-        0.25 * 0.0757750 + 0.75 * 0.0094727, abs=1e-6
-    )
+    assert losses.jsd(student, teacher, 0.25).item() == pytest.approx(0.25 * 0.0757750 + 0.75 * 0.0094727, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

@@ -89,7 +89,9 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device) -> Batch:
         ids_BT=ids_BT.to(device),
         mask_BT=mask_BT.to(device),
         predictor_N=torch.cat(predictors).to(device),
-        targets_N=torch.tensor([i for row in rows for i in row.rollout.completion_ids], dtype=torch.long, device=device),
+        targets_N=torch.tensor(
+            [i for row in rows for i in row.rollout.completion_ids], dtype=torch.long, device=device
+        ),
         row_N=torch.cat(owners).to(device),
         sampler_logp_N=torch.tensor([x for row in rows for x in row.rollout.sampler_logp], device=device),
         advantages_N=torch.tensor([row.advantage for row in rows for _ in range(row.tokens)], device=device),

@@ -25,7 +25,9 @@ def save_checkpoint(node: NodeDir, step: int, model: Any, optimizer: torch.optim
         save_model(model, str(folder / "model.safetensors"))
         held = optimizer.state_dict()
         tensors = {
-            f"{index}.{key}": value.contiguous() for index, state in held["state"].items() for key, value in state.items()
+            f"{index}.{key}": value.contiguous()
+            for index, state in held["state"].items()
+            for key, value in state.items()
         }
         if tensors:
             save_file(tensors, folder / "optimizer.safetensors")
@@ -55,7 +57,9 @@ def load_checkpoint(node: NodeDir, model: Any, optimizer: torch.optim.Optimizer)
         optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
         return int(state["step"])
     if damaged:
-        raise UserError(f"{damaged[0]}: the checkpoint is damaged (its checksums differ) and no older one is whole; delete it")
+        raise UserError(
+            f"{damaged[0]}: the checkpoint is damaged (its checksums differ) and no older one is whole; delete it"
+        )
     return 0
 
 

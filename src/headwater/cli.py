@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,10 +22,14 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a built-in recipe.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; run again with the same one and it resumes.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run; run again with the same one and it resumes.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change a field: path=value, such as stages.opd.steps=5.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the nodes and what they would cost at most; run nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the nodes and what they would cost at most; run nothing.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON where a machine reads it.")]
 
 
@@ -98,7 +102,9 @@ def eval_(
     top_p: Annotated[float, typer.Option("--top-p", min=0.001, max=1.0)] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", min=0)] = 0,
     template: Annotated[str, typer.Option("--template", help="The user's turn; must contain {problem}.")] = "{problem}",
-    thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="For chat templates that know it.")] = False,
+    thinking: Annotated[
+        bool, typer.Option("--thinking/--no-thinking", help="For chat templates that know it.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
     device: Device = None,
@@ -110,7 +116,10 @@ def eval_(
     from headwater.evaluation import evaluate_model, settings_of
 
     settings = settings_of(
-        {"samples": samples, "sampling": {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}},
+        {
+            "samples": samples,
+            "sampling": {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k},
+        },
         {"template": template, "thinking": thinking},
         {"student": model, "teacher": model, "dtype": dtype},
     )
@@ -226,7 +235,7 @@ def _go(
     _show(found, folder, as_json)
 
 
-def _show(found: dict, folder: Path, as_json: bool) -> None:  # type: ignore[type-arg]
+def _show(found: dict[str, Any], folder: Path, as_json: bool) -> None:
     from headwater.report_words import console, terminal_table
 
     if as_json:
@@ -236,17 +245,19 @@ def _show(found: dict, folder: Path, as_json: bool) -> None:  # type: ignore[typ
     print(f"report: {folder / 'report.html'}")
 
 
-def _show_estimates(plan: object, materials: object, as_json: bool) -> None:
+def _show_estimates(plan: Any, materials: Any, as_json: bool) -> None:
     from rich.table import Table
 
     from headwater.estimate import estimates
     from headwater.report_words import console, units
 
-    rows = estimates(plan, materials)  # type: ignore[arg-type]
+    rows = estimates(plan, materials)
     if as_json:
         print(json.dumps([row.row() for row in rows]))
         return
-    table = Table("node", "labels", "steps", "tokens ≤", "teacher tokens ≤", "FLOPs ≤", "memory", title="what would run")
+    table = Table(
+        "node", "labels", "steps", "tokens ≤", "teacher tokens ≤", "FLOPs ≤", "memory", title="what would run"
+    )
     for row in rows:
         table.add_row(
             row.name, str(row.labels), str(row.steps), units(row.tokens_sampled), units(row.tokens_teacher_scored),

@@ -118,14 +118,15 @@ class FastDecoder:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        held = policy.model.config
+        held, body = policy.model.config, policy.model.base_model
+        self.rope = body.rotary_emb
         self.heads, self.kv_heads = held.num_attention_heads, held.num_key_value_heads
         self.width = getattr(held, "head_dim", None) or held.hidden_size // self.heads
         self.eps = held.rms_norm_eps
         join = sum(parameter.numel() for parameter in policy.model.parameters()) <= FUSED_PARAMETERS
-        self.layers = [self._layer(layer, join) for layer in policy.body.layers]  # type: ignore[union-attr]
-        self.embedding = self._cast(policy.body.embed_tokens.weight)  # type: ignore[union-attr]
-        self.last_norm = self._cast(policy.body.norm.weight)  # type: ignore[union-attr]
+        self.layers = [self._layer(layer, join) for layer in body.layers]
+        self.embedding = self._cast(body.embed_tokens.weight)
+        self.last_norm = self._cast(body.norm.weight)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.used = 0
@@ -166,7 +167,9 @@ class FastDecoder:
         hidden = torch.full((), -torch.inf, dtype=self.embedding.dtype, device=ids_PT.device)
         causal_TT = torch.ones(width, width, dtype=torch.bool, device=ids_PT.device).tril()
         # A padding row sees itself: a row without any key would come out as NaN. No one reads it.
-        seen_P1TT = causal_TT & mask_PT[:, None, None, :].bool() | torch.eye(width, dtype=torch.bool, device=ids_PT.device)
+        seen_P1TT = causal_TT & mask_PT[:, None, None, :].bool() | torch.eye(
+            width, dtype=torch.bool, device=ids_PT.device
+        )
         bias_P1TT = torch.where(seen_P1TT, torch.zeros_like(hidden), hidden)
         last_PH = self._forward(ids_PT, (mask_PT.cumsum(dim=1) - 1).clamp_min(0), bias_P1TT)[:, -1]
         self.keys = [key[rows_B] for key in self.keys]
@@ -198,7 +201,7 @@ class FastDecoder:
         """L new columns of every row, written into the cache from column `used` on: hidden (A, L, H) after the last norm."""
         rows, length = ids_AL.shape
         x = functional.embedding(ids_AL, self.embedding)
-        cos, sin = self.policy.body.rotary_emb(x, positions_AL)  # type: ignore[union-attr, operator]
+        cos, sin = self.rope(x, positions_AL)
         cos, sin = cos[:, None], sin[:, None]
         end = self.used + length
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):

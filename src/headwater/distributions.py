@@ -25,7 +25,6 @@ class Distributions(Protocol):
         ...
 
 
-
 @dataclass(frozen=True)
 class FromHidden:
     """Exact, held as hidden states and a head: H numbers a token in place of V. Logits are made when needed."""

@@ -45,7 +45,7 @@ def estimates(plan: Plan, materials: Materials) -> list[Estimate]:
     for role in ("student", "teacher", "expert"):
         name = getattr(models, role)
         if name is not None:
-            shapes[role] = Shape.of(model.resolve(name, f"models.{role}"), models.trust_remote_code)  # type: ignore[index]
+            shapes[role] = Shape.of(model.resolve(name, f"models.{role}"), models.trust_remote_code)
     return [estimate(node, plan, materials, shapes) for node in plan.order()]
 
 

@@ -37,7 +37,14 @@ def settings_of(evaluate_: dict[str, Any], prompt: dict[str, Any], models: dict[
 
 
 def evaluate_model(
-    settings: Settings, data: str, task: str, limit: int | None, seed: int, device: str, out: Path | None, narrator: Narrator
+    settings: Settings,
+    data: str,
+    task: str,
+    limit: int | None,
+    seed: int,
+    device: str,
+    out: Path | None,
+    narrator: Narrator,
 ) -> dict[str, Any]:
     """Sample and grade; the result holds fractions with 95 % intervals over problems, and `text` for people.
 

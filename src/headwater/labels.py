@@ -42,6 +42,11 @@ class Labels:
         """
         return Labels({name: self._gold[name] for name in problem_ids}, self._grade, min(self.budget, len(problem_ids)))
 
+    def fingerprint(self) -> str:
+        """Names the problems and their answers by content, so that a corrected answer makes a node run again."""
+        held = "\n".join(f"{name}\t{self._gold[name]}" for name in sorted(self._gold))
+        return hashlib.sha256(held.encode()).hexdigest()[:16]
+
     def check(self, answers: Sequence[tuple[str, str]]) -> list[Verdict]:
         """Hold completions against the gold answers of their problems: (problem id, completion text) pairs, in order.
 

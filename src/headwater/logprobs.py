@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,8 +77,10 @@ def token_stats(
             if recompute
             else _chunk(*rows, dists, divergence, teacher_tokens)
         )
-    columns = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
-    return TokenStats(*columns)
+    logp, entropy, *others = zip(*parts, strict=True)
+    return TokenStats(
+        torch.cat(logp), torch.cat(entropy), *(None if one[0] is None else torch.cat(one) for one in others)
+    )
 
 
 def _chunk(
@@ -88,7 +91,7 @@ def _chunk(
     teacher: Distributions | None,
     divergence: Divergence | None,
     teacher_tokens: bool,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     logp_NV = torch.log_softmax(head(hidden_NH).float() / temperature, dim=-1)
     logp_N = logp_NV.gather(1, targets_N[:, None]).squeeze(1)
     with torch.no_grad():

@@ -44,7 +44,8 @@ class Materials:
     device: torch.device
 
     def pool(self, pool: Pool) -> tuple[str, ...]:
-        return getattr(self.pools, pool)  # type: ignore[no-any-return]
+        ids: tuple[str, ...] = getattr(self.pools, pool)
+        return ids
 
     def prompts(self, pool: Pool, settings: Stage) -> tuple[str, ...]:
         """Problem ids that a stage samples from: its labelled pool and, where no label is needed, the unlabelled ones."""
@@ -65,7 +66,7 @@ class Materials:
 
         return {
             "models": weights,
-            "pools": {name: self.pool(name) for name in ("all", "first_half", "second_half")},  # type: ignore[arg-type]
+            "pools": {name: self.pool(name) for name in ("all", "first_half", "second_half")},
             "unlabeled": self.unlabeled,
             "evals": {name: [problem.id for problem in problems] for name, (problems, _) in self.evals.items()},
         }
@@ -73,13 +74,15 @@ class Materials:
 
 def gather_materials(recipe: Recipe, grade: Grade) -> Materials:
     """Read all data of a recipe. Raises UserError naming the field, file or row."""
-    evals = {
-        name: load(source, f"data.evals.{name}", need_answers=True) for name, source in recipe.data.evals.items()
-    }
+    evals = {name: load(source, f"data.evals.{name}", need_answers=True) for name, source in recipe.data.evals.items()}
     labeled, leaks = without_leaks(load(recipe.data.labeled, "data.labeled", need_answers=True), evals)
-    notes = [f"data.labeled: {len(found)} problems also stand in data.evals.{name}; left out" for name, found in leaks.items() if found]
+    notes = [
+        f"data.labeled: {len(found)} problems also stand in data.evals.{name}; left out"
+        for name, found in leaks.items()
+        if found
+    ]
     if labeled.duplicates:
-        notes.append(f"data.labeled: {len(labeled.duplicates)} repeated problems; each counts once")
+        notes.append(f"data.labeled: {labeled.duplicates} repeated problems; each counts once")
     if labeled.contradictions:
         notes.append(f"data.labeled: {len(labeled.contradictions)} problems with contradicting answers; left out")
     unlabeled: tuple[Problem, ...] = ()
@@ -87,7 +90,11 @@ def gather_materials(recipe: Recipe, grade: Grade) -> Materials:
         more, leaks = without_leaks(load(recipe.data.unlabeled, "data.unlabeled", need_answers=False), evals)
         known = {problem.id for problem in labeled.problems}
         unlabeled = tuple(problem for problem in more.problems if problem.id not in known)
-        notes += [f"data.unlabeled: {len(found)} problems also stand in data.evals.{name}; left out" for name, found in leaks.items() if found]
+        notes += [
+            f"data.unlabeled: {len(found)} problems also stand in data.evals.{name}; left out"
+            for name, found in leaks.items()
+            if found
+        ]
     pools = buy([problem.id for problem in labeled.problems], recipe.labels.budget, recipe.labels.seed)
     bought = {name: labeled.gold[name] for name in pools.all}
     return Materials(
@@ -97,9 +104,7 @@ def gather_materials(recipe: Recipe, grade: Grade) -> Materials:
         pools=pools,
         labels=Labels(bought, grade, len(bought)),
         unlabeled=tuple(problem.id for problem in unlabeled),
-        evals={
-            name: (loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))) for name, loaded in evals.items()
-        },
+        evals={name: (loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))) for name, loaded in evals.items()},
         notes=tuple(notes),
         device=device_of(recipe.compute.device),
     )
@@ -136,7 +141,10 @@ def check_plan(plan: Plan, materials: Materials) -> None:
             fields = ("models.student", f"models.{role}")
             model.refuse_different_tokens(tokenizers["student"], tokenizers[role], fields, texts)
             refuse_different_prompts(prompters["student"], prompters[role], sample)
-    for problem in (*materials.problems.values(), *(one for problems, _ in materials.evals.values() for one in problems)):
+    for problem in (
+        *materials.problems.values(),
+        *(one for problems, _ in materials.evals.values() for one in problems),
+    ):
         prompters["student"].ids(problem)
 
 

@@ -90,7 +90,9 @@ def resolve(name: str, field: str) -> str:
         folder = Path(str(files("headwater"))) / "pocket" / name.removeprefix("pocket:")
         if not (folder / "config.json").is_file():
             known = sorted(path.name for path in folder.parent.glob("*") if (path / "config.json").is_file())
-            raise UserError(f"{field}: no pocket model {name!r}; there are {', '.join('pocket:' + one for one in known)}")
+            raise UserError(
+                f"{field}: no pocket model {name!r}; there are {', '.join('pocket:' + one for one in known)}"
+            )
         return str(folder)
     folder = Path(name).expanduser()
     if folder.is_dir():

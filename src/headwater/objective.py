@@ -92,12 +92,12 @@ def hard_term(tokens: Tokens) -> Tensor:
 
 def divergence_of(dense: Dense) -> Divergence | None:
     """The exact divergence a recipe names; None for the sampled form, which needs no distribution of the student."""
-    return {
+    exact: dict[str, Divergence] = {
         "reverse": losses.reverse_kl,
         "forward": losses.forward_kl,
         "jsd": partial(losses.jsd, beta=dense.beta),
-        "sampled": None,
-    }[dense.divergence]
+    }
+    return exact.get(dense.divergence)
 
 
 def on_policy(stage: Stage, sparse_share: float) -> Objective:
@@ -117,7 +117,9 @@ def on_policy(stage: Stage, sparse_share: float) -> Objective:
     if sparse_share < 1.0:
         signals.append("teacher")
         divergence = divergence_of(stage.dense)
-        terms.append((1.0 - sparse_share, dense_term if divergence is not None else partial(sampled_term, stage.sparse)))
+        terms.append(
+            (1.0 - sparse_share, dense_term if divergence is not None else partial(sampled_term, stage.sparse))
+        )
     return Objective(
         source="policy",
         signals=tuple(signals),

@@ -23,7 +23,17 @@ from headwater.rundir import RunDir, read_json, write_json
 from headwater.stages import Watch, Workplace, run_node
 from headwater.verifier import Verifier
 
-VERSIONS_OF = ("headwater", "torch", "transformers", "safetensors", "datasets", "math-verify", "numpy", "scipy", "pydantic")
+VERSIONS_OF = (
+    "headwater",
+    "torch",
+    "transformers",
+    "safetensors",
+    "datasets",
+    "math-verify",
+    "numpy",
+    "scipy",
+    "pydantic",
+)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,13 @@ def train_node(recipe: Recipe, step: Step, role: Role, seed: int, start: Role | 
     cache = None
     if settings.objective in ("forward_kl", "sft"):
         cache = Node(
-            "rollouts", "teacher_rollouts", "teacher" if role == "student" else "expert", seed, supervisor, step.pool, settings
+            "rollouts",
+            "teacher_rollouts",
+            "teacher" if role == "student" else "expert",
+            seed,
+            supervisor,
+            step.pool,
+            settings,
         )
     return Node(
         kind="train",

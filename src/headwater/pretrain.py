@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
@@ -92,7 +94,7 @@ POCKET: dict[str, PretrainSpec] = {
     "qwen3-teacher-large": PretrainSpec(
         "qwen3", hidden=192, layers=4, worked_steps=750, mixture_steps=250, p_cot=0.4, lr=2e-3, autocast=True
     ),
-    # Without Qwen3's normalised queries and keys, Llama stays on a plateau for long at the usual init and rope base.
+    # At the usual init and rope base this Llama stays on a plateau for long, where Qwen3 does not.
     "llama-student": PretrainSpec(
         "llama", hidden=64, layers=2, worked_steps=1200, mixture_steps=150, lr=2e-3, init_std=0.08, rope_theta=100
     ),
@@ -224,10 +226,11 @@ def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progres
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
     """Write a model folder: bfloat16 safetensors to stay small, tokenizer, and a generation config that ends at EOS."""
-    model.generation_config = GenerationConfig(
+    saved: Any = deepcopy(model)
+    saved.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, top_k=0
     )
-    model.to(torch.bfloat16).save_pretrained(out_dir)
+    saved.to(torch.bfloat16).save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
 
 
@@ -236,8 +239,8 @@ def measure(folder: Path, dials: SumsDials = DIALS, problems: int = 500, seed: i
 
     Problems of equal length go in one batch, so that no padding enters.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)  # Any: transformers types these as unions of everything
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     pairs = generate(problems, "eval", seed, dials)
     samples: list[tuple[str, bool, bool]] = []  # (completion, correct, ended in EOS)
     with torch.random.fork_rng(devices=[]):

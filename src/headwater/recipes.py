@@ -41,7 +41,9 @@ CANONICAL = Arm(
 
 
 def on_pool(arm: Arm, pool: Pool) -> Arm:
-    return Arm(tuple(replace(step, pool=pool) for step in arm.teacher), tuple(replace(step, pool=pool) for step in arm.student))
+    return Arm(
+        tuple(replace(step, pool=pool) for step in arm.teacher), tuple(replace(step, pool=pool) for step in arm.student)
+    )
 
 
 def without(arm: Arm, *stages: str) -> Arm:

@@ -1,19 +1,19 @@
 """The only module that knows file names. Writes are atomic; append-only files can be cut back to a step.
 
-    OUT/recipe.json            the resolved recipe
-    OUT/env.json               versions, device, threads
-    OUT/plan.json              arms × seeds -> node names in order; the last node of an arm is its result
-    OUT/ledger.jsonl           every node's ledger, joined
-    OUT/report.json report.html
-    OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, fingerprint
-                   metrics.jsonl            a row a training step
-                   ledger.jsonl             a row for every spend
-                   rollouts/000001.jsonl    what was sampled and said of it, a file a step
-                   evals/WHEN/EVAL.jsonl    a row for every graded text; WHEN is `final` or `step-000020`
-                   checkpoint/000020/       weights, optimizer, state.json, sums.json
-                   cache/                   a teacher's rollouts and distributions
-                   model/                   a plain Hugging Face folder
-                   DONE                     the node's fingerprint and totals
+OUT/recipe.json            the resolved recipe
+OUT/env.json               versions, device, threads
+OUT/plan.json              arms × seeds -> node names in order; the last node of an arm is its result
+OUT/ledger.jsonl           every node's ledger, joined
+OUT/report.json report.html
+OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, fingerprint
+               metrics.jsonl            a row a training step
+               ledger.jsonl             a row for every spend
+               rollouts/000001.jsonl    what was sampled and said of it, a file a step
+               evals/WHEN/EVAL.jsonl    a row for every graded text; WHEN is `final` or `step-000020`
+               checkpoint/000020/       weights, optimizer, state.json, sums.json
+               cache/                   a teacher's rollouts and distributions
+               model/                   a plain Hugging Face folder
+               DONE                     the node's fingerprint and totals
 """
 
 from __future__ import annotations
@@ -220,7 +220,8 @@ class RunDir:
         """Make the folder this recipe's, or go on with it if it is already.
 
         Raises UserError naming the first field that differs when the folder belongs to another recipe. The seed may
-        differ: a study adds seeds to the same folder.
+        differ: a study adds seeds to the same folder. So may `compute` and `guards`, which decide how a run goes on but
+        not what comes out: the recipe written down is the latest.
         """
         if not self.recipe.exists():
             if self.path.exists() and any(self.path.iterdir()):
@@ -228,9 +229,14 @@ class RunDir:
             write_json(self.recipe, recipe)
             return
         held = read_json(self.recipe)
-        field = first_difference({**held, "seed": 0}, {**recipe, "seed": 0})
+        free = dict.fromkeys(("seed", "compute", "guards"))
+        field = first_difference(held | free, recipe | free)
         if field is not None:
-            raise UserError(f"--out {self.path}: holds a run of another recipe (they differ in {field}); use a new folder")
+            raise UserError(
+                f"--out {self.path}: holds a run of another recipe (they differ in {field}); use a new folder"
+            )
+        if held != recipe:
+            write_json(self.recipe, recipe)
 
     def join_ledgers(self) -> None:
         """Rebuild OUT/ledger.jsonl from the nodes' own ledgers."""

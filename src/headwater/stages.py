@@ -5,9 +5,10 @@ A stage is handed labels only if its objective has a sparse term. Warm-up, OPD a
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from headwater import model, seeds
 from headwater.batch import Row
 from headwater.config import Stage
 from headwater.errors import TrainingStoppedError
-from headwater.evaluate import evaluate
+from headwater.evaluate import evaluate, refuse_nan
 from headwater.labels import Labels
 from headwater.ledger import Spend, record
 from headwater.materials import Materials
@@ -25,7 +26,7 @@ from headwater.model import Policy, Shape
 from headwater.objective import Objective, objective_of, with_rewards
 from headwater.plan import Node, Plan, Role
 from headwater.prompts import Prompter
-from headwater.rundir import NodeDir, RunDir, append_jsonl, read_jsonl, write_json, written_aside
+from headwater.rundir import NodeDir, RunDir, append_jsonl, cut_back, read_jsonl, write_json, written_aside
 from headwater.sampler import Sampler, TorchSampler, requests_for
 from headwater.teacher import distributions_of, logp_of, read_cache, refuse_huge_cache, write_cache
 from headwater.train import Gathered, Metrics, train
@@ -116,17 +117,18 @@ def run_evals(policy: Policy, node: Node, place: Workplace, when: str, step: int
     settings, folder = place.materials.recipe.evaluate, place.node_dir(node)
     shape = Shape.from_config(policy.model.config)
     for name, (problems, labels) in place.materials.evals.items():
-        rows, spent = evaluate(
-            place.sampler(policy),
-            place.prompter(policy),
-            problems,
-            labels,
-            settings,
-            # Every model answers a problem with the same random numbers: paired comparisons are then less noisy.
-            (node.seed, "eval", name),
-            place.materials.task.extract,
-            (lambda count: place.watch.advance(count, {})) if when == "final" else None,
-        )
+        with named(node, step):
+            rows, spent = evaluate(
+                place.sampler(policy),
+                place.prompter(policy),
+                problems,
+                labels,
+                settings,
+                # Every model answers a problem with the same random numbers: paired comparisons are then less noisy.
+                (node.seed, "eval", name),
+                place.materials.task.extract,
+                (lambda count: place.watch.advance(count, {})) if when == "final" else None,
+            )
         path = folder.evaluation(when, name)
         path.unlink(missing_ok=True)
         append_jsonl(path, rows)
@@ -146,6 +148,15 @@ def run_evals(policy: Policy, node: Node, place: Workplace, when: str, step: int
         )
 
 
+@contextlib.contextmanager
+def named(node: Node, step: int) -> Iterator[None]:
+    """Put the stage and the step in front of the sentence with which something below stops."""
+    try:
+        yield
+    except TrainingStoppedError as error:
+        raise TrainingStoppedError(f"{node.stage}, after step {step}: {error}") from None
+
+
 def run_rollouts(node: Node, place: Workplace) -> None:
     """Sample a teacher on its prompts and keep what it said with its distributions; one cache for all who need it."""
     assert node.settings is not None and node.pool is not None
@@ -158,6 +169,8 @@ def run_rollouts(node: Node, place: Workplace) -> None:
     place.watch.start(0, 2 * len(prompts) * settings.group_size, "rollouts")
     requests = requests_for(prompts, settings.group_size, 0, node.seed, node.stage)
     rollouts = place.sampler(policy).sample(requests, settings.sampling, lambda count: place.watch.advance(count, {}))
+    with named(node, 0):
+        refuse_nan(rollouts)
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
     refuse_huge_cache(policy, tokens, settings.dense.top_k)
     with written_aside(folder.cache) as aside:
@@ -221,6 +234,8 @@ def run_train(node: Node, place: Workplace) -> None:
         evaluate=lambda when: run_evals(policy, node, place, when, int(when.removeprefix("step-"))),
         should_stop=place.watch.should_stop,
     )
+    # Interrupted between its last step and DONE, a node evaluates again: what it had recorded of that would count twice.
+    cut_back(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < steps)
     with written_aside(folder.model) as aside:
         model.save(policy, aside, policy.compute)
         (aside / "README.md").write_text(model_card(node, place, steps), encoding="utf-8")
@@ -257,7 +272,7 @@ def stored(stage: Stage, seed: int, rows: Sequence[Row]) -> Callable[[int], Gath
         for position in range(step * stage.batch_size, (step + 1) * stage.batch_size):
             epoch, place = divmod(position, len(rows))
             chosen.append(rows[orders(epoch)[place]])
-        return Gathered(chosen, {"truncated": truncated(chosen)})
+        return Gathered(chosen, {"seconds_sample": 0.0, "seconds_score": 0.0, "truncated": truncated(chosen)})
 
     held: dict[int, list[int]] = {}
 
@@ -304,7 +319,7 @@ def on_policy(
             [(name, prompts[name]) for name in problems_of(step, attempt)],
             stage.group_size, 0, node.seed, node.stage, step, attempt,
         )  # fmt: skip
-        return [Row(rollout) for rollout in sampler.sample(wanted, stage.sampling)]
+        return [Row(rollout) for rollout in refuse_nan(sampler.sample(wanted, stage.sampling))]
 
     def gather(step: int) -> Gathered:
         seconds, started = {"sample": 0.0, "score": 0.0}, time.perf_counter()
@@ -325,7 +340,9 @@ def on_policy(
         started = time.perf_counter()
         kept = scored(kept)
         seconds["score"] += time.perf_counter() - started
-        metrics: Metrics = {f"seconds_{name}": value for name, value in seconds.items()} | {"truncated": truncated(everything)}
+        metrics: Metrics = {f"seconds_{name}": value for name, value in seconds.items()} | {
+            "truncated": truncated(everything)
+        }
         metrics["completion_tokens"] = sum(row.tokens for row in everything) / len(everything)
         if labels is not None:
             groups = len(everything) // stage.group_size
@@ -335,7 +352,9 @@ def on_policy(
         tokens = sum(row.tokens for row in everything)
         read = [len(row.rollout.prompt_ids) + row.tokens for row in kept]
         context = sum(read) / len(read)
-        flops = shape.flops(tokens + sum(len(prompts[name]) for name in {r.rollout.problem_id for r in everything}), context / 2)
+        flops = shape.flops(
+            tokens + sum(len(prompts[name]) for name in {r.rollout.problem_id for r in everything}), context / 2
+        )
         for scorer in (teacher, reference):
             if scorer is not None:
                 flops += Shape.from_config(scorer.model.config).flops(sum(read), context / 2)
@@ -416,8 +435,9 @@ class SignalGuard:
         said = "wrong" if metrics["reward"] == 0.0 else "right" if metrics["reward"] == 1.0 else "graded alike"
         raise TrainingStoppedError(
             f"no group is informative: in each of the {groups * (step + 1)} groups so far all completions were {said}, so sparse "
-            f"reward gives no gradient; {self.looked_at()} labels were looked at and bought nothing, and the rest of this stage's "
-            f"{self.pool} labels would be wasted too (set guards.no_signal=continue to go on all the same)"
+            f"reward gives no gradient; {self.looked_at()} labels were looked at and bought nothing, and the other "
+            f"{self.pool - self.looked_at()} of this stage's {self.pool} labels would be wasted too (set guards.no_signal=continue "
+            "to go on all the same)"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -115,15 +116,14 @@ def read_cache(folder: Path) -> list[Row]:
     try:
         lines = (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
         stored = load_file(folder / "distributions.safetensors")
-        rollouts = [
-            Rollout(**{key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(line).items()})
-            for line in lines
-        ]
+        rollouts = [_rollout(json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: the teacher cache cannot be read ({error})") from None
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     if sum(lengths) != stored["logp"].shape[0]:
-        raise UserError(f"{folder}: the teacher cache holds {stored['logp'].shape[0]} distributions for {sum(lengths)} tokens")
+        raise UserError(
+            f"{folder}: the teacher cache holds {stored['logp'].shape[0]} distributions for {sum(lengths)} tokens"
+        )
     logps = stored["logp"].split(lengths)
     if "ids" in stored:
         teachers: list[Distributions] = [
@@ -132,3 +132,7 @@ def read_cache(folder: Path) -> list[Row]:
     else:
         teachers = [Exact(logp) for logp in logps]
     return [Row(rollout, teacher=teacher) for rollout, teacher in zip(rollouts, teachers, strict=True)]
+
+
+def _rollout(stored: dict[str, Any]) -> Rollout:
+    return Rollout(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})

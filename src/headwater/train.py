@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -57,11 +58,14 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     if step < rise:
         return optim.lr * (step + 1) / rise
     progress = (step - rise) / max(1, steps - rise)
-    return optim.lr * {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[optim.schedule]
+    return (
+        optim.lr
+        * {
+            "constant": 1.0,
+            "linear": 1.0 - progress,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        }[optim.schedule]
+    )
 
 
 def token_weights(rows: Sequence[Row], stage: Stage) -> list[float]:
@@ -83,7 +87,12 @@ def token_weights(rows: Sequence[Row], stage: Stage) -> list[float]:
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, rows: Sequence[Row], objective: Objective, stage: Stage, tokens: int
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Row],
+    objective: Objective,
+    stage: Stage,
+    tokens: int,
 ) -> Metrics:
     """Every optimizer step that one batch of rows gives: microbatches, denominator, clipping, finite check.
 
@@ -136,7 +145,7 @@ def divided(rows: Sequence[Row], parts: int, whole: int) -> list[list[Row]]:
     """Split rows into `parts` of nearly equal size without cutting a group of `whole` rows."""
     groups = [list(rows[start : start + whole]) for start in range(0, len(rows), whole)]
     cuts = [round(index * len(groups) / parts) for index in range(parts + 1)]
-    return [[row for group in groups[a:b] for row in group] for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    return [[row for group in groups[a:b] for row in group] for a, b in itertools.pairwise(cuts) if b > a]
 
 
 def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tensor, sums: dict[str, float]) -> None:

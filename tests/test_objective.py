@@ -1,0 +1,164 @@
+"""The table of objectives: its rows, its λ axis with exact endpoints, and rewards written on rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import (
+    CPU,
+    furthest,
+    gradient_of,
+    largest,
+    rollout_of,
+    same_bits,
+    sampled_rows,
+    stage_of,
+    taught,
+)
+
+from headwater.batch import Row, collate
+from headwater.data import Verdict
+from headwater.logprobs import TokenStats
+from headwater.model import Policy
+from headwater.objective import TABLE, Tokens, objective_of, with_rewards
+from headwater.teacher import logp_of
+
+SPARSE = {"kl_coef": 0.05, "clip_low": 0.2, "clip_high": 0.3}
+
+
+def annotated(policy: Policy, teacher: Policy) -> list[Row]:
+    """Rows with everything that any objective may ask for; the reference is the teacher, so its KL is not 0."""
+    rows = taught(sampled_rows(policy, groups=3), teacher)
+    logps = logp_of(teacher, [row.rollout for row in rows], 4096)
+    return [replace(row, reference_logp=logp) for row, logp in zip(rows, logps, strict=True)]
+
+
+def test_sparse_share_one_is_exactly_the_grpo_gradient_and_needs_no_teacher(policy: Policy, teacher: Policy) -> None:
+    rows = [replace(row, teacher=None) for row in annotated(policy, teacher)]
+    grpo = gradient_of(policy, rows, stage_of("grpo", sparse=SPARSE))
+    mixed = gradient_of(policy, rows, stage_of("mixed", sparse_share=1.0, sparse=SPARSE))
+    assert largest(grpo) > 1e-3
+    assert same_bits(mixed, grpo)
+    assert objective_of(stage_of("mixed", sparse_share=1.0, sparse=SPARSE)).signals == ("reward", "reference")
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd", "sampled"])
+def test_sparse_share_zero_is_exactly_the_opd_gradient_and_needs_no_labels(
+    policy: Policy, teacher: Policy, divergence: str
+) -> None:
+    # Advantages and reference log-probs that would spoil any loss that looked at them.
+    rows = [replace(row, advantage=math.nan, reference_logp=None) for row in annotated(policy, teacher)]
+    dense = {"divergence": divergence}
+    opd = gradient_of(policy, rows, stage_of("opd", dense=dense, sparse=SPARSE))
+    mixed = gradient_of(policy, rows, stage_of("mixed", sparse_share=0.0, dense=dense, sparse=SPARSE))
+    assert largest(opd) > 1e-3
+    assert same_bits(mixed, opd)
+    stage = stage_of("mixed", sparse_share=0.0, dense=dense, sparse=SPARSE)
+    assert objective_of(stage).signals == ("teacher",)
+    assert not stage.needs_labels and stage.needs_teacher
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("divergence", ["reverse", "sampled"])
+def test_between_its_endpoints_the_gradient_is_the_weighted_sum_of_both(
+    policy: Policy, teacher: Policy, share: float, divergence: str
+) -> None:
+    rows = annotated(policy, teacher)
+    dense = {"divergence": divergence}
+    grpo = gradient_of(policy, rows, stage_of("grpo", sparse=SPARSE))
+    opd = gradient_of(policy, rows, stage_of("opd", dense=dense))
+    mixed = gradient_of(policy, rows, stage_of("mixed", sparse_share=share, dense=dense, sparse=SPARSE))
+    expected = {name: share * grpo[name] + (1.0 - share) * opd[name] for name in grpo}
+    assert furthest(mixed, expected) < 1e-5 * max(1.0, largest(expected))
+    assert furthest(mixed, grpo) > 0.01 * largest(grpo) and furthest(mixed, opd) > 0.01 * largest(opd)
+
+
+def test_the_loss_of_a_token_by_hand_for_every_row_of_the_table() -> None:
+    rows = [replace(Row(rollout_of((5,), (7,))), advantage=2.0, reference_logp=torch.tensor([-1.0 + math.log(2.0)]))]
+    batch = collate(rows, 0, CPU)
+    student = TokenStats(
+        logp_N=torch.tensor([-1.0]),
+        entropy_N=torch.tensor([0.5]),
+        divergence_N=torch.tensor([0.3]),
+        teacher_logp_N=torch.tensor([-0.6]),
+    )
+    tokens = Tokens(student, torch.tensor([-1.0]), batch)
+    sparse = {"kl_coef": 0.1}
+    # Ratio 1: −A = −2, plus 0.1·(2 − ln 2 − 1) = 0.1·0.306853
+    grpo = -2.0 + 0.0306853
+    expected = {
+        "grpo": (stage_of("grpo", sparse=sparse), grpo),
+        "opd": (stage_of("opd"), 0.3),
+        "opd sampled": (stage_of("opd", dense={"divergence": "sampled"}), -0.4),  # −(−0.6 − −1.0)
+        "mixed": (stage_of("mixed", sparse_share=0.25, sparse=sparse), 0.25 * grpo + 0.75 * 0.3),
+        "forward_kl": (stage_of("forward_kl"), 0.3),
+        "sft": (stage_of("sft"), 1.0),
+    }
+    for name, (stage, loss) in expected.items():
+        assert objective_of(stage).token_loss(tokens).tolist() == pytest.approx([loss], abs=1e-6), name
+    assert {stage.objective for stage, _ in expected.values()} == set(TABLE)
+
+
+def test_who_samples_and_what_is_asked_for() -> None:
+    asked = {
+        name: (objective_of(stage).source, objective_of(stage).signals)
+        for name, stage in {
+            "grpo": stage_of("grpo", sparse=SPARSE),
+            "grpo without kl": stage_of("grpo", sparse={"kl_coef": 0.0}),
+            "opd": stage_of("opd"),
+            "mixed": stage_of("mixed", sparse_share=0.5, sparse=SPARSE),
+            "forward_kl": stage_of("forward_kl"),
+            "sft": stage_of("sft"),
+        }.items()
+    }
+    assert asked == {
+        "grpo": ("policy", ("reward", "reference")),
+        "grpo without kl": ("policy", ("reward",)),
+        "opd": ("policy", ("teacher",)),
+        "mixed": ("policy", ("reward", "reference", "teacher")),
+        "forward_kl": ("teacher", ()),
+        "sft": ("teacher", ()),
+    }
+
+
+def test_only_pure_grpo_without_a_reference_may_leave_out_rows_of_advantage_zero() -> None:
+    idle = {
+        share: objective_of(stage_of("mixed", sparse_share=share, sparse={"kl_coef": kl})).idle_without_advantage
+        for share, kl in ((1.0, 0.0), (0.5, 0.0), (0.0, 0.0))
+    }
+    assert idle == {1.0: True, 0.5: False, 0.0: False}
+    assert not objective_of(stage_of("grpo", sparse={"kl_coef": 1e-4})).idle_without_advantage
+
+
+def graded(texts_right: set[str], seen: list[tuple[str, str]]):  # type: ignore[no-untyped-def]
+    def check(answers: list[tuple[str, str]]) -> list[Verdict]:
+        seen.extend(answers)
+        return [Verdict(text in texts_right, "by hand") for _, text in answers]
+
+    return check
+
+
+def test_rewards_become_advantages_group_by_group_and_uniform_groups_lie_still() -> None:
+    completions = ((10,), (11,), (12,), (13,), (20,), (21,), (22,), (23,))
+    rows = [Row(rollout_of((1, 2) if c[0] < 20 else (1, 3), c, sample=i % 4)) for i, c in enumerate(completions)]
+    seen: list[tuple[str, str]] = []
+    stage = stage_of("grpo", sparse={"advantage": "dr_grpo", "kl_coef": 0.0})
+    found = with_rewards(rows, stage, graded({"11"}, seen), lambda ids: str(ids[0]), idle_without_advantage=True)
+    # Group 1 is 0, 1, 0, 0: mean ¼. Group 2 is all wrong: exactly 0.
+    assert [row.advantage for row in found] == [-0.25, 0.75, -0.25, -0.25, 0.0, 0.0, 0.0, 0.0]
+    assert [row.inert for row in found] == [False] * 4 + [True] * 4
+    assert [row.verdict.correct for row in found if row.verdict] == [False, True] + [False] * 6
+    assert seen == [(row.rollout.problem_id, str(row.rollout.completion_ids[0])) for row in rows]
+    kept = with_rewards(rows, stage, graded({"11"}, []), lambda ids: str(ids[0]), idle_without_advantage=False)
+    assert not any(row.inert for row in kept)
+    assert all(row.verdict is None and row.advantage == 0.0 for row in rows)  # the rows given are left as they were
+
+
+def test_group_normalised_rewards_by_hand() -> None:
+    rows = [Row(rollout_of((1,), (c,), sample=i)) for i, c in enumerate((10, 11, 12, 13))]
+    found = with_rewards(rows, stage_of("grpo"), graded({"10"}, []), lambda ids: str(ids[0]), True)
+    # ¾ / 0.4330 = √3, −¼ / 0.4330 = −1/√3
+    assert [row.advantage for row in found] == pytest.approx([math.sqrt(3), *[-1 / math.sqrt(3)] * 3], rel=1e-5)
