@@ -20,23 +20,20 @@ from unittest import mock
 
 from headwater.cli import main
 
-SHAPE = ("batch_size=16", "group_size=4", "steps=2", "sampling.max_tokens=16")
-TINY = (
+SHAPE = ("batch_size=16", "group_size=4", "steps=2", "sampling.max_tokens=32")
+TINY = (  # two steps a stage, ten graded evaluation texts: a whole arm takes a second or two
     "data.labeled.generate.count=64",
     "data.evals.sums.generate.count=5",
     "labels.budget=16",
     *(f"stages.{stage}.{field}" for stage in ("teacher_rl", "warmup", "student_rl") for field in SHAPE),
     "stages.opd.batch_size=8",
     "stages.opd.steps=2",
-    "stages.opd.sampling.max_tokens=16",
+    "stages.opd.sampling.max_tokens=32",
     "evaluate.samples=2",
-    "evaluate.sampling.max_tokens=16",
+    "evaluate.sampling.max_tokens=32",
     "guards.no_signal=continue",
     "compute.threads=1",
 )
-"""Two steps a stage, ten graded evaluation texts: a whole arm takes a second or two."""
-
-BASES = {"base_student", "base_teacher"}
 
 
 def sets(*changes: str) -> list[str]:
@@ -64,11 +61,11 @@ def call(*argv: str | Path) -> Said:
     return Said(0 if code is None else code, out.getvalue(), err.getvalue())
 
 
-def tiny(
-    verb: str, out: Path, *options: str | Path, changes: Sequence[str] = (), recipe: str | Path = "pocket"
-) -> Said:
-    """`run` or `study` of the tiny recipe into a folder."""
-    return call(verb, recipe, "--out", out, *sets(*changes), *options)
+def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = (), html: bool = False) -> Said:
+    """`run` or `study` of the tiny recipe into a folder; drawing the page takes as long as the rest, so few ask for it."""
+    drawn = contextlib.nullcontext() if html else mock.patch("headwater.report_html.page", return_value="")
+    with drawn:
+        return call(verb, "pocket", "--out", out, *sets(*changes), *options)
 
 
 def program(*argv: str | Path) -> list[str]:
@@ -122,6 +119,6 @@ def temporary() -> Path:
 def all_arms() -> Path:
     """The folder of one finished tiny study of every arm; tests read it and leave it as it is."""
     out = temporary() / "study"
-    said = tiny("study", out, "--arms", "all")
+    said = tiny("study", out, "--arms", "all", html=True)
     assert said.code == 0, said.err
     return out

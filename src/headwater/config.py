@@ -345,9 +345,10 @@ def _with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
 
 def _put(raw: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:
     if len(keys) == 1:
-        return {**raw, keys[0]: value}
+        # Where a recipe gives steps they count, and epochs asked for on the command line would change nothing.
+        return {**raw, **({"steps": None} if keys[0] == "epochs" and "steps" in raw else {}), keys[0]: value}
     child = raw.get(keys[0]) or {}
-    if isinstance(child, str) and keys[0] in ("labeled", "unlabeled"):
+    if isinstance(child, str) and keys[1] in Source.model_fields:
         child = {"path": child}
     if not isinstance(child, dict):
         raise UserError(f"--set {override}: {keys[0]} holds a value, not fields")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from headwater import model, stats
 from headwater.config import Evaluate, Models, Prompt, Source, first_complaint
-from headwater.errors import UserError
+from headwater.errors import TrainingStoppedError, UserError
 from headwater.evaluate import evaluate
 from headwater.labels import Labels
 from headwater.materials import device_of
@@ -57,16 +57,19 @@ def evaluate_model(
         policy = model.load(models.student, "MODEL", models, where, frozen=True)
         watch = stack.enter_context(narrator.node(f"eval {models.student}", 1, 1))
         watch.start(0, len(loaded.problems) * how.samples, "completions")
-        rows, spent = evaluate(
-            TorchSampler(policy, how.batch_size),
-            Prompter(policy.tokenizer, prompt),
-            loaded.problems,
-            Labels(loaded.gold, grade, len(loaded.gold)),
-            how,
-            (seed, "eval", "eval"),
-            found.extract,
-            lambda count: watch.advance(count, {}),
-        )
+        try:
+            rows, spent = evaluate(
+                TorchSampler(policy, how.batch_size),
+                Prompter(policy.tokenizer, prompt),
+                loaded.problems,
+                Labels(loaded.gold, grade, len(loaded.gold)),
+                how,
+                (seed, "eval", "eval"),
+                found.extract,
+                lambda count: watch.advance(count, {}),
+            )
+        except TrainingStoppedError as error:
+            raise UserError(f"{models.student}: {error}") from None
     if out is not None:
         write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return summary(rows, spent["tokens_sampled"], spent["seconds"], votes=found.extract is not None)

@@ -21,6 +21,8 @@ from headwater.recipes import Pool
 from headwater.sources import load, without_leaks
 from headwater.tasks import Task, find_task
 
+POOLS: tuple[Pool, ...] = ("all", "first_half", "second_half")
+
 
 @dataclass(frozen=True)
 class Materials:
@@ -52,7 +54,7 @@ class Materials:
         return self.pool(pool) + (() if settings.needs_labels else self.unlabeled)
 
     def content(self) -> dict[str, Any]:
-        """What decides outcomes beside the recipe's own text: which weights and which problems.
+        """What decides outcomes beside the recipe's own text: which weights, problems and answers.
 
         Raises UserError, when a role's weights are asked for, if the recipe has none or they are not to be found.
         """
@@ -66,9 +68,13 @@ class Materials:
 
         return {
             "models": weights,
-            "pools": {name: self.pool(name) for name in ("all", "first_half", "second_half")},
+            "pools": {name: self.pool(name) for name in POOLS},
+            "labels": {name: self.labels.only(self.pool(name)).fingerprint() for name in POOLS},
             "unlabeled": self.unlabeled,
-            "evals": {name: [problem.id for problem in problems] for name, (problems, _) in self.evals.items()},
+            "evals": {
+                name: [labels.fingerprint(), *(problem.id for problem in problems)]
+                for name, (problems, labels) in self.evals.items()
+            },
         }
 
 
@@ -120,10 +126,10 @@ def device_of(name: str) -> torch.device:
 def check_plan(plan: Plan, materials: Materials) -> None:
     """Refuse what could not run, before any model is loaded. Raises UserError naming the field."""
     recipe = plan.recipe
-    tokenizers = {"student": _tokenizer(recipe, "student"), "teacher": _tokenizer(recipe, "teacher")}
+    tokenizers = {"student": read_tokenizer(recipe, "student"), "teacher": read_tokenizer(recipe, "teacher")}
     for node in plan.order():
         if (node.role == "expert" or node.start == "expert") and "expert" not in tokenizers:
-            tokenizers["expert"] = _tokenizer(recipe, "expert")
+            tokenizers["expert"] = read_tokenizer(recipe, "expert")
         if node.settings is None or node.pool is None or node.kind != "train" or not node.settings.on_policy:
             continue
         pool, wanted = len(materials.prompts(node.pool, node.settings)), node.settings.prompts_per_step
@@ -148,7 +154,8 @@ def check_plan(plan: Plan, materials: Materials) -> None:
         prompters["student"].ids(problem)
 
 
-def _tokenizer(recipe: Recipe, role: str) -> Any:
+def read_tokenizer(recipe: Recipe, role: str) -> Any:
+    """A role's tokenizer, without its weights. Raises UserError."""
     field, name = f"models.{role}", getattr(recipe.models, role)
     where = model.resolve(name, field)
     try:

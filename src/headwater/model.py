@@ -54,12 +54,7 @@ class Policy:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        found: set[int] = set()
-        generation = getattr(self.model, "generation_config", None)
-        ends = (getattr(generation, "eos_token_id", None), getattr(self.model.config, "eos_token_id", None))
-        for value in (*ends, self.tokenizer.eos_token_id):
-            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-        return tuple(sorted(found))
+        return stop_ids_of(getattr(self.model, "generation_config", None), self.model.config, self.tokenizer)
 
     @property
     def pad_id(self) -> int:
@@ -79,6 +74,18 @@ class Policy:
         """The head, at the policy's precision; log-probs are made from it in float32."""
         with self.autocast():
             return self.head(hidden)
+
+
+def stop_ids_of(generation: Any, held: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a completion: what the generation config, the model's config and the tokenizer name together."""
+    found: set[int] = set()
+    for value in (
+        getattr(generation, "eos_token_id", None),
+        getattr(held, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
+        found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return tuple(sorted(found))
 
 
 def resolve(name: str, field: str) -> str:

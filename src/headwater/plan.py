@@ -123,8 +123,8 @@ class Plan:
 def make_plan(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], content: Mapping[str, Any]) -> Plan:
     """Lay out arms × seeds, with the base models' evaluations before them.
 
-    content  what else decides a node's outcome: `models` (role -> fingerprint of its weights), problem ids of each pool and
-             evaluation
+    content  what else decides a node's outcome: `models` (role -> fingerprint of its weights), problem ids of each pool
+             and evaluation, and fingerprints of their answers
     """
     lasts: dict[str, dict[int, Node]] = {
         "base_student": {seed: Node("evaluate", "base_student", "student", seed, "student") for seed in seeds},
@@ -161,6 +161,7 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         "teacher": of(node.teacher),
         "cache": of(node.cache),
         "pool": None if node.pool is None else content["pools"][node.pool],
+        "labels": content["labels"][node.pool] if node.pool and node.settings and node.settings.needs_labels else None,
         "unlabeled": content["unlabeled"] if node.settings is not None and not node.settings.needs_labels else None,
         "settings": _what_counts(node),
         "evals": None if node.kind == "rollouts" else content["evals"],

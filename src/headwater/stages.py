@@ -436,8 +436,8 @@ class SignalGuard:
         raise TrainingStoppedError(
             f"no group is informative: in each of the {groups * (step + 1)} groups so far all completions were {said}, so sparse "
             f"reward gives no gradient; {self.looked_at()} labels were looked at and bought nothing, and the other "
-            f"{self.pool - self.looked_at()} of this stage's {self.pool} labels would be wasted too (set guards.no_signal=continue "
-            "to go on all the same)"
+            f"{self.pool - self.looked_at()} of this stage's {self.pool} labels would be wasted too (set "
+            "guards.no_signal=continue to go on all the same)"
         )
 
 

@@ -135,4 +135,5 @@ def read_cache(folder: Path) -> list[Row]:
 
 
 def _rollout(stored: dict[str, Any]) -> Rollout:
-    return Rollout(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+    return Rollout(**fields)

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from headwater.config import Recipe
+from headwater.errors import UserError
+from headwater.plan import Node, Plan, make_plan
+from headwater.recipes import ARMS, find_recipe
+
+POOLS = {"all": ("a", "b", "c", "d"), "first_half": ("a", "b"), "second_half": ("c", "d")}
+
+
+def content(**other: Any) -> dict[str, Any]:
+    """What a run's data and models would say of themselves."""
+    plain = {
+        "models": lambda role: f"weights of {role}",
+        "pools": POOLS,
+        "labels": {name: f"answers of {name}" for name in POOLS},
+        "unlabeled": (),
+        "evals": {"sums": ["answers", "x", "y"]},
+    }
+    return plain | other
+
+
+def recipe_with(*changes: str) -> Recipe:
+    return find_recipe("pocket", list(changes))
+
+
+def plan_of(*changes: str, arms: tuple[str, ...] = tuple(ARMS), seeds: tuple[int, ...] = (0,), **other: Any) -> Plan:
+    return make_plan(recipe_with(*changes), arms, seeds, content(**other))
+
+
+def chain(plan: Plan, arm: str, seed: int = 0) -> list[Node]:
+    return list(plan.arms[arm][seed].ancestry())
+
+
+def told(one: Node | str | None) -> str | None:
+    return one if isinstance(one, str) or one is None else f"{one.stage}/{one.pool}"
+
+
+def line(node: Node) -> tuple[str, str | None, str | None, str | None]:
+    """(what on which pool, from which weights, supervised by whom, on whose cached samples)."""
+    return (
+        told(node) or "",
+        told(node.start),
+        told(node.teacher),
+        None if node.cache is None else told(node.cache.start),
+    )
+
+
+def trained(plan: Plan, arm: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    return [line(node) for node in chain(plan, arm) if node.kind == "train"]
+
+
+def test_the_bridge_learns_from_the_teacher_that_rl_made_and_each_stage_starts_where_the_last_one_ended() -> None:
+    assert trained(plan_of(), "bridge_rl") == [
+        ("teacher_rl/first_half", "teacher", None, None),
+        ("warmup/first_half", "student", None, "teacher_rl/first_half"),
+        ("opd/first_half", "warmup/first_half", "teacher_rl/first_half", None),
+        ("student_rl/second_half", "opd/first_half", None, None),
+    ]
+
+
+def test_raw_teacher_learns_from_the_teacher_as_it_came_and_trains_it_nowhere() -> None:
+    assert trained(plan_of(), "raw_teacher") == [
+        ("warmup/all", "student", None, "teacher"),
+        ("opd/all", "warmup/all", "teacher", None),
+    ]
+
+
+def test_sft_teacher_fine_tunes_the_teacher_on_the_experts_samples_before_it_teaches() -> None:
+    assert trained(plan_of(), "sft_teacher") == [
+        ("sft/all", "teacher", None, "expert"),
+        ("warmup/all", "student", None, "sft/all"),
+        ("opd/all", "warmup/all", "sft/all", None),
+    ]
+
+
+def test_teacher_2h_spends_the_second_half_on_the_teacher_and_bridges_on_the_first() -> None:
+    assert trained(plan_of(), "teacher_2h") == [
+        ("teacher_rl/first_half", "teacher", None, None),
+        ("teacher_rl/second_half", "teacher_rl/first_half", None, None),
+        ("warmup/first_half", "student", None, "teacher_rl/second_half"),
+        ("opd/first_half", "warmup/first_half", "teacher_rl/second_half", None),
+    ]
+
+
+def test_direct_grpo_is_one_stage_of_the_cold_student_that_never_makes_a_teacher() -> None:
+    assert [line(node) for node in chain(plan_of(), "direct_grpo")] == [("student_rl/all", "student", None, None)]
+
+
+def test_opd_only_and_warmup_only_and_teacher_sft_each_keep_one_part_of_the_bridge() -> None:
+    plan = plan_of()
+    rl = ("teacher_rl/all", "teacher", None, None)
+    assert trained(plan, "opd_only") == [rl, ("opd/all", "student", "teacher_rl/all", None)]
+    assert trained(plan, "warmup_only") == [rl, ("warmup/all", "student", None, "teacher_rl/all")]
+    assert trained(plan, "teacher_sft") == [rl, ("sft/all", "student", None, "teacher_rl/all")]
+
+
+def test_replay_and_stage_three_share_every_node_but_the_last_and_give_it_the_same_settings() -> None:
+    plan = plan_of()
+    fresh, replay = chain(plan, "bridge_rl"), chain(plan, "replay")
+    assert [plan.names[node] for node in fresh[:-1]] == [plan.names[node] for node in replay[:-1]]
+    assert fresh[-1].settings is replay[-1].settings
+    assert (fresh[-1].pool, replay[-1].pool) == ("second_half", "first_half")
+    assert fresh[-1].start == replay[-1].start
+    assert plan.names[fresh[-1]] != plan.names[replay[-1]]
+
+
+def test_what_arms_share_has_one_name_and_what_they_do_not_share_has_two() -> None:
+    plan = plan_of()
+
+    def named(arm: str, stage: str) -> str:
+        return next(plan.names[node] for node in reversed(chain(plan, arm)) if node.stage == stage)
+
+    full = {named(arm, "teacher_rl") for arm in ("bridge", "opd_only", "warmup_only", "teacher_sft")}
+    halves = {named(arm, "teacher_rl") for arm in ("bridge_rl", "replay")}
+    assert len(full) == len(halves) == 1 and full != halves
+    assert named("bridge", "warmup") == named("warmup_only", "warmup")
+    assert named("bridge", "warmup") != named("raw_teacher", "warmup")
+    assert named("bridge", "opd") != named("opd_only", "opd")
+
+
+def test_warm_up_and_fine_tuning_on_teacher_samples_read_one_cache() -> None:
+    plan = plan_of()
+    caches = {
+        arm: [plan.names[node] for node in chain(plan, arm) if node.kind == "rollouts"]
+        for arm in ("bridge", "warmup_only", "teacher_sft", "raw_teacher")
+    }
+    assert caches["bridge"] == caches["warmup_only"] == caches["teacher_sft"]
+    assert len(caches["bridge"]) == 1
+    assert caches["raw_teacher"] != caches["bridge"]
+
+
+def test_a_cache_does_not_depend_on_how_its_readers_train() -> None:
+    def cache_name(*changes: str) -> str:
+        plan = plan_of(*changes, arms=("warmup_only",))
+        return next(plan.names[node] for node in chain(plan, "warmup_only") if node.kind == "rollouts")
+
+    plain = cache_name()
+    for reader in ("optim.lr=0.5", "steps=3", "batch_size=32", "loss_mean=sequence", "checkpoint_every=1"):
+        assert cache_name(f"stages.warmup.{reader}") == plain
+    for sampled in ("group_size=2", "sampling.max_tokens=9", "sampling.temperature=0.5", "dense.top_k=4"):
+        assert cache_name(f"stages.warmup.{sampled}") != plain
+
+
+def test_parents_come_before_children_and_every_arm_ends_with_its_own_last_node() -> None:
+    plan = plan_of(seeds=(0, 1))
+    order = [plan.names[node] for node in plan.order()]
+    for node in plan.order():
+        assert all(order.index(plan.names[parent]) < order.index(plan.names[node]) for parent in node.parents)
+    written = plan.written()
+    assert list(written["arms"]) == ["base_student", "base_teacher", *ARMS]
+    assert written["seeds"] == [0, 1]
+    for arm, by_seed in plan.arms.items():
+        for seed, last in by_seed.items():
+            assert written["arms"][arm][str(seed)][-1] == plan.names[last]
+
+
+def test_seeds_share_no_node() -> None:
+    plan = plan_of(seeds=(0, 1))
+    by_seed = [{plan.names[node] for node in plan.order() if node.seed == seed} for seed in (0, 1)]
+    assert by_seed[0] and not by_seed[0] & by_seed[1]
+    assert len(by_seed[0]) == len(by_seed[1])
+
+
+def prints(plan: Plan, arm: str = "bridge_rl") -> dict[str, str]:
+    return {node.stage: plan.fingerprints[node] for node in chain(plan, arm)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "compute.device=cpu",
+        "compute.microbatch_tokens=64",
+        "compute.threads=1",
+        "compute.sample_batch=3",
+        "compute.grader_workers=1",
+        "models.gradient_checkpointing=true",
+        "guards.no_signal=continue",
+        "guards.patience=9",
+        "name=another",
+        "seed=5",  # the seeds of a plan are given beside the recipe
+    ],
+)
+def test_a_fingerprint_does_not_depend_on_how_or_where_a_run_is_computed(change: str) -> None:
+    assert prints(plan_of(change)) == prints(plan_of())
+
+
+ALL = {"teacher_rl", "teacher_rollouts", "warmup", "opd", "student_rl"}
+AFTER = {
+    "teacher_rl": ALL,
+    "warmup": {"warmup", "opd", "student_rl"},
+    "opd": {"opd", "student_rl"},
+    "student_rl": {"student_rl"},
+}
+
+
+@pytest.mark.parametrize("stage", AFTER)
+@pytest.mark.parametrize(
+    "change",
+    ["steps=3", "optim.lr=0.5", "optim.grad_clip=7", "optim.schedule=cosine", "batch_size=16", "loss_mean=sequence"],
+)
+def test_a_stage_s_settings_change_it_and_what_stands_on_it_and_nothing_before(stage: str, change: str) -> None:
+    before, after = prints(plan_of()), prints(plan_of(f"stages.{stage}.{change}"))
+    assert {name for name in before if before[name] != after[name]} == AFTER[stage]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "task=maths",
+        "prompt.thinking=true",
+        "prompt.template='Q: {problem}'",
+        "prompt.system=Be brief.",
+        "models.dtype=bfloat16",
+    ],
+)
+def test_what_reaches_every_model_changes_every_node(change: str) -> None:
+    before, after = prints(plan_of()), prints(plan_of(change))
+    assert {name for name in before if before[name] != after[name]} == ALL
+
+
+def test_evaluation_settings_change_every_node_that_is_evaluated_and_leave_the_cache_s_own_inputs() -> None:
+    before, after = prints(plan_of()), prints(plan_of("evaluate.samples=9"))
+    assert {name for name in before if before[name] != after[name]} == ALL  # the cache stands on the evaluated teacher
+    raw = [prints(plan_of(*changes), "raw_teacher") for changes in ((), ("evaluate.samples=9",))]
+    assert {name for name in raw[0] if raw[0][name] != raw[1][name]} == {"warmup", "opd"}
+
+
+def test_other_weights_of_a_model_change_what_it_touches() -> None:
+    before = prints(plan_of())
+    student = prints(plan_of(models=lambda role: "new" if role == "student" else f"weights of {role}"))
+    teacher = prints(plan_of(models=lambda role: "new" if role == "teacher" else f"weights of {role}"))
+    assert {name for name in before if before[name] != student[name]} == {"warmup", "opd", "student_rl"}
+    assert {name for name in before if before[name] != teacher[name]} == ALL
+
+
+def test_other_problems_in_a_pool_change_the_stages_that_work_on_it() -> None:
+    before = prints(plan_of())
+    after = prints(plan_of(pools=POOLS | {"second_half": ("c", "e")}))
+    assert {name for name in before if before[name] != after[name]} == {"student_rl"}
+
+
+def test_a_corrected_answer_changes_the_stages_that_may_look_at_it() -> None:
+    before, labels = prints(plan_of()), content()["labels"]
+    after = prints(plan_of(labels=labels | {"second_half": "corrected"}))
+    assert {name for name in before if before[name] != after[name]} == {"student_rl"}
+    raw = [prints(plan_of(**kw), "raw_teacher") for kw in ({}, {"labels": dict.fromkeys(labels, "corrected")})]
+    assert raw[0] == raw[1]  # no label is in reach there
+
+
+def test_further_bridge_prompts_change_the_dense_stages_and_what_stands_on_them_but_not_the_teacher() -> None:
+    before, after = prints(plan_of()), prints(plan_of(unlabeled=("u",)))
+    assert {name for name in before if before[name] != after[name]} == ALL - {"teacher_rl"}
+
+
+def test_an_arm_that_needs_a_model_the_recipe_does_not_name_is_refused_when_its_weights_are_asked_for() -> None:
+    def weights(role: str) -> str:
+        if role == "expert":
+            raise UserError("models.expert: an arm needs this model, and the recipe names none")
+        return role
+
+    assert plan_of(arms=("bridge",), models=weights).names
+    with pytest.raises(UserError, match=r"models\.expert"):
+        plan_of(arms=("sft_teacher",), models=weights)

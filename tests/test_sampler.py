@@ -1,0 +1,272 @@
+"""The embedded sampler: named draws, honest log-probs, right frequencies, and sequences that never touch one another."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy import stats
+from tiny import MODELS, PROMPTS, policy_of, tiny_folder, tiny_model, tiny_policy
+
+from headwater import model as models
+from headwater.config import Sampling
+from headwater.data import Rollout
+from headwater.model import Policy
+from headwater.sampler import Request, TorchSampler, draw_tokens, requests_for
+from headwater.teacher import logp_of
+
+CAPPED = {
+    # Architectures whose logits are not head(body(x)): Gemma 2 caps them, Cohere and Granite scale them.
+    "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 20.0, "query_pre_attn_scalar": 8, "sliding_window": 7},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+}  # fmt: skip
+ARCHITECTURES = {"qwen3": {}, "llama": {}, **CAPPED}
+
+
+def requests(samples: int = 6, prompts: tuple[tuple[int, ...], ...] = PROMPTS) -> list[Request]:
+    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(prompts)], samples, 0, 0, "test", 3)
+
+
+def told(rollouts: list[Rollout]) -> dict[tuple[str, int], tuple[tuple[int, ...], str]]:
+    return {(one.problem_id, one.sample): (one.completion_ids, one.finish) for one in rollouts}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_draws_depend_neither_on_the_order_of_requests_nor_on_the_batch_size(name: str) -> None:
+    policy = tiny_policy(name, seed=2, **ARCHITECTURES[name])
+    wanted, sampling = requests(), Sampling(max_tokens=24)
+    whole = TorchSampler(policy, batch=64).sample(wanted, sampling)
+    assert [(one.problem_id, one.sample) for one in whole] == [(one.problem_id, one.sample) for one in wanted]
+    assert {one.finish for one in whole} == {"stop", "length"} or name in CAPPED
+    for batch, order in ((1, wanted), (64, wanted[::-1]), (5, wanted[7:] + wanted[:7])):
+        again = TorchSampler(policy, batch=batch).sample(order, sampling)
+        assert told(again) == told(whole)
+        held = {(one.problem_id, one.sample): one.sampler_logp for one in whole}
+        for one in again:
+            assert one.sampler_logp == pytest.approx(held[one.problem_id, one.sample], abs=1e-4)
+
+
+def test_other_names_give_other_draws_and_samples_are_numbered_from_first() -> None:
+    policy = tiny_policy(seed=2)
+    first = TorchSampler(policy).sample(requests(), Sampling(max_tokens=12))
+    other = TorchSampler(policy).sample(
+        [replace(one, draw=(1, *one.draw[1:])) for one in requests()], Sampling(max_tokens=12)
+    )
+    assert sum(a.completion_ids == b.completion_ids for a, b in zip(first, other, strict=True)) < 4
+    # Samples 4 and 5 asked for alone are samples 4 and 5 of the six.
+    later = TorchSampler(policy).sample(requests_for([("p0", PROMPTS[0])], 2, 4, 0, "test", 3), Sampling(max_tokens=12))
+    assert told(later) == {key: value for key, value in told(first).items() if key in {("p0", 4), ("p0", 5)}}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sampler_and_the_trainer_give_each_token_the_same_log_prob(name: str, temperature: float) -> None:
+    policy = tiny_policy(name, seed=4, **ARCHITECTURES[name])
+    rollouts = TorchSampler(policy, batch=8).sample(requests(), Sampling(max_tokens=20, temperature=temperature))
+    for one, trained in zip(rollouts, logp_of(policy, rollouts, 256), strict=True):
+        assert one.sampler_logp == pytest.approx(trained.tolist(), abs=2e-5)
+        # And both are the plain model's, uncached, unpadded and alone.
+        ids = torch.tensor([one.prompt_ids + one.completion_ids])
+        with torch.no_grad():
+            logits = policy.model(input_ids=ids).logits[0, len(one.prompt_ids) - 1 : -1]
+        whole = torch.log_softmax(logits / temperature, dim=-1)
+        chosen = whole[torch.arange(len(whole)), torch.tensor(one.completion_ids)]
+        assert one.sampler_logp == pytest.approx(chosen.tolist(), abs=2e-5)
+        assert one.temperature == temperature and one.sampler == policy.fingerprint
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_capped_and_scaled_heads_take_the_general_path_and_plain_ones_do_not(name: str) -> None:
+    capped = tiny_policy(name, **CAPPED[name])
+    assert capped.body is capped.model and isinstance(capped.head, torch.nn.Identity)
+    for plain in (tiny_policy("qwen3"), tiny_policy("llama", tied=False)):
+        assert plain.body is plain.model.model and plain.head is plain.model.lm_head
+
+
+def test_a_cap_is_noticed_also_while_the_logits_are_too_small_to_show_it() -> None:
+    """Logits of 0.1 under a cap of 30 change by 4e-7; after training they would be far from head(body(x))."""
+    fresh = tiny_policy("gemma2", std=0.02, **{**CAPPED["gemma2"], "final_logit_softcapping": 30.0})
+    assert fresh.body is fresh.model
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 4)])
+def test_one_token_completions_come_with_the_frequencies_of_their_probabilities(
+    temperature: float, top_p: float, top_k: int
+) -> None:
+    policy, count = tiny_policy(seed=1), 6000
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=1)
+    rollouts = TorchSampler(policy, batch=count).sample(requests_for([("p", PROMPTS[0])], count, 0, "chi"), sampling)
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double() / temperature
+    expected = torch.softmax(logits, dim=-1)
+    if top_k:
+        expected = expected * (expected >= expected.topk(top_k).values[-1])
+    if top_p < 1.0:
+        order = expected.argsort(descending=True)
+        kept = [int(i) for n, i in enumerate(order) if expected[order[:n]].sum() < top_p]
+        expected = torch.zeros_like(expected).index_copy(0, torch.tensor(kept), expected[kept])
+    expected = expected / expected.sum()
+    seen = Counter(one.completion_ids[0] for one in rollouts)
+    assert all(expected[token] > 0 for token in seen)
+    # Tokens expected fewer than ten times are counted together, as the test asks for.
+    common = [token for token in range(len(expected)) if count * expected[token] >= 10]
+    observed = [seen[token] for token in common]
+    wanted = [count * expected[token].item() for token in common]
+    if count - sum(wanted) > 5:
+        observed, wanted = [*observed, count - sum(observed)], [*wanted, count - sum(wanted)]
+    else:
+        wanted = [one * sum(observed) / sum(wanted) for one in wanted]
+    assert len(observed) >= 3
+    assert stats.chisquare(observed, wanted).pvalue > 0.001
+    for one in rollouts[:50]:
+        assert math.exp(one.sampler_logp[0]) == pytest.approx(expected[one.completion_ids[0]].item(), rel=1e-4)
+
+
+def test_a_second_token_comes_with_the_frequencies_of_its_own_context() -> None:
+    """Draws of one rollout's tokens are independent: given the first token, the second follows the model."""
+    policy, count = tiny_policy(seed=1, std=0.5), 8000
+    found = TorchSampler(policy, batch=2000).sample(
+        requests_for([("p", PROMPTS[0])], count, 0, "chi2"), Sampling(max_tokens=2)
+    )
+    pairs = [one.completion_ids for one in found if len(one.completion_ids) == 2]
+    first = Counter(pair[0] for pair in pairs).most_common(1)[0][0]
+    second = Counter(pair[1] for pair in pairs if pair[0] == first)
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.tensor([[*PROMPTS[0], first]])).logits[0, -1].double()
+    expected = torch.softmax(logits, dim=-1)
+    total = sum(second.values())
+    common = [token for token in range(len(expected)) if total * expected[token] >= 10]
+    observed, wanted = [second[t] for t in common], [total * expected[t].item() for t in common]
+    observed, wanted = [*observed, total - sum(observed)], [*wanted, total - sum(wanted)]
+    assert total > 500 and len(observed) >= 4
+    assert stats.chisquare(observed, wanted).pvalue > 0.001
+
+
+def test_a_completion_ends_with_its_first_stop_token_and_says_so() -> None:
+    policy = tiny_policy(seed=2)
+    rollouts = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=24))
+    stopped = [one for one in rollouts if one.finish == "stop"]
+    cut = [one for one in rollouts if one.finish == "length"]
+    assert len(stopped) > 5 and len(cut) > 5
+    end = policy.tokenizer.eos_token_id
+    for one in stopped:
+        assert one.completion_ids[-1] == end and end not in one.completion_ids[:-1]
+    for one in cut:
+        assert len(one.completion_ids) == 24 and end not in one.completion_ids
+    assert all(len(one.sampler_logp) == len(one.completion_ids) for one in rollouts)
+
+
+def test_a_stop_token_at_the_very_limit_is_a_stop_and_a_shorter_limit_only_cuts() -> None:
+    policy = tiny_policy(seed=2)
+    long = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=24))
+    short = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=6))
+    assert any(one.finish == "stop" and len(one.completion_ids) == 6 for one in short)
+    for ours, theirs in zip(short, long, strict=True):
+        assert ours.completion_ids == theirs.completion_ids[:6]
+        assert ours.finish == (theirs.finish if len(theirs.completion_ids) <= 6 else "length")
+
+
+def test_every_stop_id_of_a_generation_config_ends_a_completion() -> None:
+    held = tiny_model(seed=2)
+    held.generation_config.eos_token_id = [7, 9]
+    policy = policy_of(held)
+    assert policy.stop_ids == (3, 7, 9)  # the tokenizer's EOS is one of them
+    rollouts = TorchSampler(policy).sample(requests(samples=30), Sampling(max_tokens=24))
+    last = Counter(one.completion_ids[-1] for one in rollouts if one.finish == "stop")
+    assert set(last) == {3, 7, 9}
+    assert not any({3, 7, 9} & set(one.completion_ids[:-1]) for one in rollouts)
+
+
+def test_finished_sequences_leave_the_batch_without_touching_the_others() -> None:
+    """Beside many early stoppers, or alone: a long completion is the same."""
+    policy = tiny_policy(seed=2)
+    everyone = TorchSampler(policy, batch=256).sample(requests(samples=40), Sampling(max_tokens=40))
+    lengths = sorted(len(one.completion_ids) for one in everyone)
+    assert lengths[0] <= 2 and lengths[len(lengths) // 2] < 40 == lengths[-1]
+    wanted = {(one.problem_id, one.sample): one for one in requests(samples=40)}
+    for long in [one for one in everyone if len(one.completion_ids) >= 25][:12]:
+        alone = TorchSampler(policy).sample([wanted[long.problem_id, long.sample]], Sampling(max_tokens=40))[0]
+        assert alone.completion_ids == long.completion_ids
+        assert alone.sampler_logp == pytest.approx(long.sampler_logp, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_near_zero_temperature_is_the_greedy_decoding_of_transformers(name: str) -> None:
+    policy = tiny_policy(name, seed=6, **ARCHITECTURES[name])
+    found = TorchSampler(policy).sample(requests(samples=1), Sampling(max_tokens=16, temperature=1e-5))
+    for one in found:
+        ids = torch.tensor([one.prompt_ids])
+        greedy = policy.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16, eos_token_id=3, pad_token_id=0
+        )
+        expected = tuple(greedy[0, len(one.prompt_ids) :].tolist())
+        assert one.completion_ids == expected
+
+
+def test_a_token_is_the_inverse_of_the_cumulative_distribution_at_its_draw() -> None:
+    logits = torch.tensor([[0.25, 0.75]]).log().expand(5, 2)
+    draws = torch.tensor([0.0, 0.2499, 0.2501, 0.75, 1.0 - 2**-53], dtype=torch.float64)
+    token, logp = draw_tokens(logits, draws, Sampling())
+    assert token.tolist() == [0, 0, 1, 1, 1]
+    assert logp.exp().tolist() == pytest.approx([0.25, 0.25, 0.75, 0.75, 0.75])
+
+
+def test_a_token_of_probability_zero_is_never_drawn_even_at_the_ends() -> None:
+    logits = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log().expand(4, 5)
+    draws = torch.tensor([0.0, 0.5, 0.49999999, 1.0 - 2**-53], dtype=torch.float64)
+    assert draw_tokens(logits, draws, Sampling())[0].tolist() == [1, 3, 1, 3]
+
+
+def test_top_k_and_top_p_keep_the_likeliest_and_renormalise_by_hand() -> None:
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log().expand(3, 4)
+    draws = torch.tensor([0.1, 0.66, 0.67], dtype=torch.float64)
+    # top_k 2 keeps 0.5 and 0.25, renormalised to ⅔ and ⅓.
+    token, logp = draw_tokens(logits, draws, Sampling(top_k=2))
+    assert token.tolist() == [1, 1, 3]
+    assert logp.exp().tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3])
+    # top_p 0.6: 0.5 lies before the likeliest's end; 0.25 is begun while the mass before it, 0.5, is below 0.6.
+    assert draw_tokens(logits, draws, Sampling(top_p=0.6))[1].exp().tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3])
+    # top_p 0.8 keeps 0.15 too (0.75 before it): cumulative 0, 5/9, 6.5/9 (token 2), 1.
+    token, logp = draw_tokens(logits, draws, Sampling(top_p=0.8))
+    assert token.tolist() == [1, 2, 2]
+    assert logp.exp().tolist() == pytest.approx([5 / 9, 1.5 / 9, 1.5 / 9])
+    # However small, top_p keeps the likeliest token.
+    assert draw_tokens(logits, draws, Sampling(top_p=1e-6))[0].tolist() == [1, 1, 1]
+    # Both: top_k first, then top_p over what is left: ⅔ is not below 0.6, so one token remains.
+    assert draw_tokens(logits, draws, Sampling(top_k=2, top_p=0.6))[1].tolist() == pytest.approx([0.0] * 3, abs=1e-6)
+    # A top_k wider than the vocabulary keeps everything.
+    assert draw_tokens(logits, draws, Sampling(top_k=9))[1].exp().tolist() == pytest.approx([0.1, 0.15, 0.15])
+
+
+def test_a_policy_that_recomputes_activations_in_training_samples_as_any_other(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Gradient checkpointing refuses a KV cache while training; sampling must not notice, and must leave it on."""
+    folder = str(tiny_folder(tmp_path / "model"))
+    plain = models.load(folder, "models.student", MODELS, torch.device("cpu"), frozen=False)
+    settings = MODELS.model_copy(update={"gradient_checkpointing": True})
+    saving = models.load(folder, "models.student", settings, torch.device("cpu"), frozen=False)
+    assert saving.model.training and saving.model.is_gradient_checkpointing
+    ours, theirs = (TorchSampler(one).sample(requests(), Sampling(max_tokens=12)) for one in (saving, plain))
+    assert told(ours) == told(theirs)
+    assert saving.model.training
+
+
+def test_progress_counts_every_request_once() -> None:
+    seen: list[int] = []
+    TorchSampler(tiny_policy(), batch=5).sample(requests(), Sampling(max_tokens=3), seen.append)
+    assert seen == [5, 5, 5, 5, 4]
+
+
+def test_a_grouped_prompt_is_prefilled_once() -> None:
+    policy: Policy = tiny_policy()
+    shapes: list[tuple[int, ...]] = []
+    policy.body.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    TorchSampler(policy).sample(requests(samples=6), Sampling(max_tokens=2))
+    # Four distinct prompts, the longest of 9 tokens, then at most one token for each of the 24 rollouts.
+    assert shapes[0] == (4, 9)
+    assert shapes[1][1] == 1 and shapes[1][0] <= 24
