@@ -14,7 +14,7 @@ from tiny import MODELS, PROMPTS, policy_of, tiny_folder, tiny_model, tiny_polic
 from headwater import model as models
 from headwater.config import Sampling
 from headwater.data import Rollout
-from headwater.model import Policy
+from headwater.decoder import decoder_for
 from headwater.sampler import Request, TorchSampler, draw_tokens, requests_for
 from headwater.teacher import logp_of
 
@@ -183,10 +183,10 @@ def test_every_stop_id_of_a_generation_config_ends_a_completion() -> None:
 
 def test_finished_sequences_leave_the_batch_without_touching_the_others() -> None:
     """Beside many early stoppers, or alone: a long completion is the same."""
-    policy = tiny_policy(seed=2)
+    policy = tiny_policy(seed=2, std=0.15)
     everyone = TorchSampler(policy, batch=256).sample(requests(samples=40), Sampling(max_tokens=40))
     lengths = sorted(len(one.completion_ids) for one in everyone)
-    assert lengths[0] <= 2 and lengths[len(lengths) // 2] < 40 == lengths[-1]
+    assert lengths[0] <= 2 and lengths[len(lengths) // 4] < 30 and lengths[-1] == 40
     wanted = {(one.problem_id, one.sample): one for one in requests(samples=40)}
     for long in [one for one in everyone if len(one.completion_ids) >= 25][:12]:
         alone = TorchSampler(policy).sample([wanted[long.problem_id, long.sample]], Sampling(max_tokens=40))[0]
@@ -223,7 +223,7 @@ def test_a_token_of_probability_zero_is_never_drawn_even_at_the_ends() -> None:
 
 def test_top_k_and_top_p_keep_the_likeliest_and_renormalise_by_hand() -> None:
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log().expand(3, 4)
-    draws = torch.tensor([0.1, 0.66, 0.67], dtype=torch.float64)
+    draws = torch.tensor([0.05, 0.66, 0.67], dtype=torch.float64)
     # top_k 2 keeps 0.5 and 0.25, renormalised to ⅔ and ⅓.
     token, logp = draw_tokens(logits, draws, Sampling(top_k=2))
     assert token.tolist() == [1, 1, 3]
@@ -260,13 +260,20 @@ def test_progress_counts_every_request_once() -> None:
     assert seen == [5, 5, 5, 5, 4]
 
 
-def test_a_grouped_prompt_is_prefilled_once() -> None:
-    policy: Policy = tiny_policy()
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_a_grouped_prompt_is_prefilled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy(name, **ARCHITECTURES[name])
+    decoder = type(decoder_for(policy))
     shapes: list[tuple[int, ...]] = []
-    policy.body.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    whole = decoder._forward
+
+    def watched(self, ids, *rest):  # type: ignore[no-untyped-def]
+        shapes.append(tuple(ids.shape))
+        return whole(self, ids, *rest)
+
+    monkeypatch.setattr(decoder, "_forward", watched)
     TorchSampler(policy).sample(requests(samples=6), Sampling(max_tokens=2))
     # Four distinct prompts, the longest of 9 tokens, then at most one token for each of the 24 rollouts.
     assert shapes[0] == (4, 9)
-    assert shapes[1][1] == 1 and shapes[1][0] <= 24
+    assert shapes[1][1] == 1 and 4 < shapes[1][0] <= 24
+    assert len(shapes) == 2

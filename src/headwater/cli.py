@@ -90,6 +90,31 @@ def demo(
     _go("pocket", list(DEFAULT_STUDY), [seed], out or Path("runs/demo"), None, None, False, json_)
 
 
+@app.command()
+def doctor(
+    recipe: RecipeName,
+    arms: Annotated[
+        str, typer.Option("--arms", "--arm", help="Arms to be run, separated by commas, or `all`.")
+    ] = "bridge_rl",
+    out: Out = None,
+    set_: Set = None,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Everything that can be wrong before time is spent; exit 3 with named findings. `run` and `study` ask it first."""
+    from headwater import pipeline
+    from headwater.doctor import diagnose
+    from headwater.recipes import ARMS, find_recipe
+
+    found_recipe = find_recipe(recipe, [*(set_ or []), *([] if device is None else [f"compute.device={device}"])])
+    chosen = list(ARMS) if arms == "all" else _listed(arms, "--arms")
+    pipeline.set_up(found_recipe.compute)
+    found = diagnose(found_recipe, chosen, [found_recipe.seed], out or Path("runs") / found_recipe.name)
+    print(json.dumps(found.written()) if json_ else found.text())
+    if found.errors:
+        raise found.refusal(shown=True)
+
+
 @app.command("eval")
 def eval_(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, hub id or pocket:NAME.")],

@@ -4,21 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
 _SPACES = re.compile(r"\s+")
+# Copies of one problem differ in their spaces ("$2x$" and "$2 x$"), but 1 2 is not 12.
+_IDLE_SPACE = re.compile(r"(?<!\d) | (?!\d)")
+
+
+_SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])")
+FAMILY = 6  # hex digits of an id that near spellings share
 
 
 def problem_id(text: str) -> str:
-    """The name of a problem is its content: 16 hex digits of the text with its white space folded.
+    """The name of a problem is its content: 16 hex digits of its text. Splits by id are splits by content.
 
-    Two rows with the same text are the same problem, wherever they stand; splits by id are splits by content.
+    White space does not count, save between digits: rows that differ in nothing else are the same problem, wherever they
+    stand. The first digits come from the letters and digits alone (`family_of`).
 
-    Example: `problem_id("1 + 1") == problem_id(" 1  +\\n1 ")`.
+    Example: `problem_id("1 + 1") == problem_id(" 1+\\n1 ")`, but `problem_id("1 2") != problem_id("12")`.
     """
-    folded = _SPACES.sub(" ", text).strip()
-    return hashlib.sha256(folded.encode()).hexdigest()[:16]
+    folded = _IDLE_SPACE.sub("", _SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip())
+    return _digest(letters_of(text))[:FAMILY] + _digest(folded)[: 16 - FAMILY]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def family_of(problem_id: str) -> str:
+    """What problems share that differ in punctuation, signs, spaces and case only: different or not, they stay together.
+
+    Example: `family_of(problem_id("Find $x.$")) == family_of(problem_id("find x"))`.
+    """
+    return problem_id[:FAMILY]
+
+
+def letters_of(text: str) -> str:
+    """Letters and digits alone; a text without any, such as `(+)`, stays as it is and is like itself only.
+
+    Sizing commands are no content: `\\left| x \\right|` and `|x|` are the same problem.
+    """
+    letters = re.sub(r"[\W_]+", "", without_sizes(unicodedata.normalize("NFKC", text)).casefold())
+    return letters or text
+
+
+def without_sizes(text: str) -> str:
+    return _SIZES.sub("", text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from headwater import doctor_data as data
 from headwater import doctor_tokens as tokens
@@ -20,6 +20,9 @@ from headwater.errors import RefusedError, UserError
 from headwater.materials import Materials, check_plan
 from headwater.plan import Plan
 
+Stage = Literal["files", "weights", "comparisons"]
+STAGES: tuple[Stage, ...] = ("files", "weights", "comparisons")
+
 
 @dataclass(frozen=True)
 class Check:
@@ -27,14 +30,14 @@ class Check:
 
     title   what was looked at, for the list that is printed
     finds   the names that its findings may have
-    heavy   it loads weights: not done once something is known to be wrong
-    told    `run` says the same on reading the data, so it is not said twice
+    stage   it is made only if no earlier stage found an error: weights are not loaded for a run that is refused anyway
+    told    `run` has said or refused the same before it asks the doctor, so it is not looked at twice
     """
 
     title: str
     look: Callable[[Case], list[Finding]]
     finds: tuple[str, ...]
-    heavy: bool = False
+    stage: Stage = "files"
     told: bool = False
 
 
@@ -52,7 +55,7 @@ def plan_can_run(case: Case) -> list[Finding]:
 
 CHECKS = (
     Check("model folders, configs, tokenizers", tokens.models_are_readable, ("model-unreadable",)),
-    Check("token ids of probe strings and problems", tokens.token_ids, ("token-ids-differ",)),
+    Check("token ids of probe strings and problems", tokens.token_ids, ("token-ids-differ",), told=True),
     Check("vocabulary width", tokens.vocabulary, ("vocabulary-width", "token-beyond-vocabulary")),
     Check("stop ids of student and teacher", tokens.stop_sets, ("stop-sets-differ", "no-stop-id")),
     Check(
@@ -78,14 +81,19 @@ CHECKS = (
         data.split,
         ("label-budget-over-pool", "halves-overlap", "halves-unbalanced", "pool-too-small"),
     ),
-    Check("device and plan", plan_can_run, ("device-missing", "cannot-run")),
+    Check("device and plan", plan_can_run, ("device-missing", "cannot-run"), told=True),
     Check("memory", data.memory, ("memory-too-small", "memory-tight")),
     Check("disk", data.disk, ("disk-too-small", "disk-tight", "cache-over-limit")),
-    Check("finite log-probs", weights.finite, ("not-finite",), heavy=True),
-    Check("truncation", weights.truncation, ("truncated",), heavy=True),
-    Check("sampler against trainer", weights.sampler_against_trainer, ("sampler-trainer-gap",), heavy=True),
-    Check("student taught by itself", weights.self_distillation, ("self-kl",), heavy=True),
-    Check("teacher scored twice", weights.teacher_agrees_with_itself, ("teacher-disagrees-with-itself",), heavy=True),
+    Check("finite log-probs", weights.finite, ("not-finite",), stage="weights"),
+    Check("truncation", weights.truncation, ("truncated",), stage="weights"),
+    Check("sampler against trainer", weights.sampler_against_trainer, ("sampler-trainer-gap",), stage="comparisons"),
+    Check("student taught by itself", weights.self_distillation, ("self-kl",), stage="comparisons"),
+    Check(
+        "teacher scored twice",
+        weights.teacher_agrees_with_itself,
+        ("teacher-disagrees-with-itself",),
+        stage="comparisons",
+    ),
 )
 
 
@@ -109,26 +117,42 @@ class Examination:
             "unchecked": list(self.unchecked),
         }
 
-    def refusal(self) -> RefusedError:
+    def text(self) -> str:
+        """Every finding, errors first, then what was looked at."""
+        order = ("error", "warning", "note")
+        lines = [one.text() for one in sorted(self.findings, key=lambda one: order.index(one.severity))]
+        lines.append(f"checked: {', '.join(self.checked)}")
+        if self.unchecked:
+            lines.append(f"not checked, because of the errors above: {', '.join(self.unchecked)}")
+        if not self.errors:
+            lines.append("nothing is wrong that would spoil a run")
+        return "\n".join(lines)
+
+    def refusal(self, shown: bool) -> RefusedError:
+        """shown: the findings stand above already, so their names are enough."""
+        names = ", ".join(one.name for one in self.errors)
+        if shown:
+            return RefusedError(f"refused: {names}")
         errors = "\n".join(one.text() for one in self.errors)
-        count = "1 finding" if len(self.errors) == 1 else f"{len(self.errors)} findings"
-        return RefusedError(f"refused by preflight, {count} (`headwater doctor` shows everything):\n{errors}")
+        return RefusedError(f"refused by preflight: {names} (`headwater doctor` shows every check)\n{errors}")
 
 
 def examine(case: Case, checks: Sequence[Check] = CHECKS) -> Examination:
     """Make every check that can be made. One that fails for want of something says so once, under that thing's name."""
     found: dict[Finding, None] = {}
     checked, unchecked = [], []
-    for check in checks:
-        if check.heavy and any(one.severity == "error" for one in found):
-            unchecked.append(check.title)
-            continue
-        try:
-            found.update(dict.fromkeys(check.look(case)))
-            checked.append(check.title)
-        except UnavailableError as error:
-            found[error.finding] = None
-            unchecked.append(check.title)
+    for stage in STAGES:
+        refused = any(one.severity == "error" for one in found)
+        for check in (one for one in checks if one.stage == stage):
+            if refused:
+                unchecked.append(check.title)
+                continue
+            try:
+                found.update(dict.fromkeys(check.look(case)))
+                checked.append(check.title)
+            except UnavailableError as error:
+                found[error.finding] = None
+                unchecked.append(check.title)
     named = [one for one in found if one.severity == "error" and one.name != "cannot-run"]
     # A plan that cannot be made is the consequence of what is named already.
     findings = tuple(one for one in found if not (named and one.name == "cannot-run"))
@@ -161,4 +185,4 @@ def preflight(plan: Plan, materials: Materials, out: Path, say: Callable[[str], 
         if one.severity == "warning":
             say(one.text())
     if found.errors:
-        raise found.refusal()
+        raise found.refusal(shown=False)

@@ -107,7 +107,7 @@ class Case:
         held = self._held[key]
         if isinstance(held, UnavailableError):
             raise held
-        return held  # type: ignore[no-any-return]
+        return held
 
     def close(self) -> None:
         """Let go of models and graders."""

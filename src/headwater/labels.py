@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from headwater.data import Verdict
+from headwater.data import Verdict, family_of
 from headwater.errors import UserError
 
 Grade = Callable[[Sequence[tuple[str, str]]], list[Verdict]]
@@ -67,9 +67,10 @@ class Labels:
 def half_of(problem_id: str) -> int:
     """0 or 1: the half of the labelled pool that a problem belongs to, decided by its content alone.
 
-    Adding rows or reordering a file never moves a problem to the other half.
+    Adding rows or reordering a file never moves a problem to the other half, and spellings of one problem that differ in
+    punctuation or case are on the same half: held-out labels are of problems that the first half has not seen.
     """
-    return hashlib.sha256(f"half:{problem_id}".encode()).digest()[0] & 1
+    return hashlib.sha256(f"half:{family_of(problem_id)}".encode()).digest()[0] & 1
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,14 @@ def resolve(name: str, field: str) -> str:
     raise UserError(f"{field}: no such model folder: {name}")
 
 
+def read_tokenizer(where: str, trust_remote_code: bool) -> Any:
+    """Raises ValueError where there is none: for some architectures transformers then makes an empty one."""
+    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+    if not tokenizer("1", add_special_tokens=False)["input_ids"]:
+        raise ValueError("its tokenizer gives no ids for the text '1'; are the tokenizer's files there?")
+    return tokenizer
+
+
 def load(
     name: str,
     field: str,
@@ -131,7 +139,7 @@ def load(
     where = resolve(name, field)
     compute = getattr(torch, models.dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=models.trust_remote_code)
+        tokenizer = read_tokenizer(where, models.trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=compute if frozen else torch.float32,
@@ -193,6 +201,8 @@ def save(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     policy.model.config.dtype = dtype
     try:
         policy.model.save_pretrained(folder, state_dict=state)
+        policy.model.config.dtype = dtype  # save_pretrained put down the type in memory, not the one in the file
+        policy.model.config.save_pretrained(folder)
     finally:
         policy.model.config.dtype = held
     policy.tokenizer.save_pretrained(folder)

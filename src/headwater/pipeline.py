@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from headwater import report
-from headwater.config import Recipe
+from headwater.config import Compute, Recipe
+from headwater.doctor import preflight
 from headwater.materials import Materials, check_plan, gather_materials
 from headwater.plan import Node, Plan, make_plan
 from headwater.rundir import RunDir, read_json, write_json
@@ -44,14 +45,19 @@ class Narrator:
     node: Callable[[str, int, int], contextlib.AbstractContextManager[Watch]]
 
 
-@contextlib.contextmanager
-def prepared(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Plan, Materials]]:
-    """Read the data, lay out the nodes and check both. Raises UserError; nothing has been written then."""
-    compute = recipe.compute
+def set_up(compute: Compute) -> None:
+    """Threads and determinism of the tensor library, for the whole process."""
     if compute.threads is not None:
         torch.set_num_threads(compute.threads)
     if compute.deterministic and compute.device != "cuda":
         torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+
+
+@contextlib.contextmanager
+def prepared(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Plan, Materials]]:
+    """Read the data, lay out the nodes and check both. Raises UserError; nothing has been written then."""
+    compute = recipe.compute
+    set_up(compute)
     with Verifier(recipe.task, workers=compute.grader_workers, seconds=compute.grader_seconds) as grade:
         materials = gather_materials(recipe, grade)
         plan = make_plan(recipe, arms, seeds, materials.content())
@@ -62,10 +68,12 @@ def prepared(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Itera
 def run(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Path, narrator: Narrator) -> dict[str, Any]:
     """Run arms × seeds into a folder and write its report; with the same folder again, go on where it stopped.
 
-    Returns the report. Raises UserError, TrainingStoppedError, or KeyboardInterrupt when asked to stop (resumable).
+    Returns the report. Raises UserError, RefusedError before anything is written, TrainingStoppedError, or KeyboardInterrupt
+    when asked to stop (resumable).
     """
     folder = RunDir(out)
     with prepared(recipe, arms, seeds) as (plan, materials):
+        preflight(plan, materials, out, narrator.say)
         folder.claim(recipe.model_dump(mode="json"))
         write_json(folder.env, environment(materials.device))
         write_json(folder.plan, with_earlier(plan.written(), folder))

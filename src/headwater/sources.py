@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from headwater.config import Columns, Source
+from headwater.contamination import Leak, find_leaks
 from headwater.data import Problem
 from headwater.errors import UserError
 from headwater.tasks import maths_text, sums
@@ -36,7 +36,8 @@ class Loaded:
     duplicates       how many rows repeated a problem that stood before
     contradictions   ids of problems that stood there with different answers; they are in neither of the above
     without_answer   ids of problems that have no answer
-    rows             the rows that each id was read from, contradictions included
+    rows             the rows that each id was read from, contradictions and leaks included
+    leaks            the problems that `without_leaks` took out, and why
 
     Example: `load(Source(path="train.jsonl"), "data.labeled", need_answers=True).gold["9f8b…"]` is `"72"`.
     """
@@ -47,10 +48,13 @@ class Loaded:
     contradictions: tuple[str, ...] = ()
     without_answer: tuple[str, ...] = ()
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    leaks: tuple[Leak, ...] = ()
 
 
-def load(source: Source, what: str, need_answers: bool) -> Loaded:
+def load(source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None) -> Loaded:
     """Read a source; `what` is the recipe's field for it and stands in every error sentence.
+
+    gold  how a cell becomes a gold answer (`Task.gold`); by default `gold_answer`
 
     Raises UserError with one sentence for whatever is wrong with the file, a row or a column.
     """
@@ -68,7 +72,7 @@ def load(source: Source, what: str, need_answers: bool) -> Loaded:
     read: list[tuple[int, str, str | None]] = []
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
-        read.append((number, _problem_text(row, problem_column, place), _answer(row, answer_columns, place)))
+        read.append((number, _problem_text(row, problem_column, place), _answer(row, answer_columns, place, gold)))
     read = read[: source.limit]
     if need_answers:
         lacking = [number for number, _, answer in read if answer is None]
@@ -79,40 +83,23 @@ def load(source: Source, what: str, need_answers: bool) -> Loaded:
 
 
 def without_leaks(loaded: Loaded, evals: Mapping[str, Loaded]) -> tuple[Loaded, dict[str, list[str]]]:
-    """Take out the problems whose text stands in an evaluation set too, and say which stood in which.
+    """Take out the problems that stand in an evaluation set too, and say which stood in which; `leaks` says why.
 
-    Texts are compared without punctuation, spaces and case. Rewordings are not found.
+    See `contamination`: the same letters and digits, or mostly the same runs of words.
 
     Example: `without_leaks(train, {"math500": test})[1]` is `{"math500": ["9f8b…"]}`.
     """
-    held = {name: {_letters_of(problem.text) for problem in one.problems} for name, one in evals.items()}
-    leaks: dict[str, list[str]] = {name: [] for name in evals}
-    leaked = set()
-    for problem in loaded.problems:
-        letters = _letters_of(problem.text)
-        for name, texts in held.items():
-            if letters in texts:
-                leaks[name].append(problem.id)
-                leaked.add(problem.id)
+    found = find_leaks(loaded.problems, {name: one.problems for name, one in evals.items()})
+    leaks = {name: [one.problem_id for one in found if one.eval == name] for name in evals}
+    leaked = {one.problem_id for one in found}
     kept = replace(
         loaded,
         problems=[problem for problem in loaded.problems if problem.id not in leaked],
         gold={name: answer for name, answer in loaded.gold.items() if name not in leaked},
         without_answer=tuple(name for name in loaded.without_answer if name not in leaked),
+        leaks=tuple(found),
     )
     return kept, leaks
-
-
-_SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])")
-
-
-def _letters_of(text: str) -> str:
-    """Letters and digits alone; a text without any, such as `(+)`, stays as it is and leaks only to itself.
-
-    Sizing commands are no content: `\\left| x \\right|` and `|x|` are the same problem.
-    """
-    letters = re.sub(r"[\W_]+", "", _SIZES.sub("", text).casefold())
-    return letters or text
 
 
 def gold_answer(value: Any) -> str | None:
@@ -279,25 +266,26 @@ def _problem_text(row: Mapping[str, Any], column: str, where: str) -> str:
     return value
 
 
-def _answer(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> str | None:
+def _answer(
+    row: Mapping[str, Any], columns: tuple[str, ...], where: str, gold: Callable[[Any], str | None] | None
+) -> str | None:
     value = row.get(columns[0]) if columns else None
+    if gold is not None:
+        return gold(value)
     if isinstance(value, dict) or (isinstance(value, list) and len(value) != 1):
         raise UserError(f"{where}: {columns[0]!r} is not an answer but {type(value).__name__}")
     return gold_answer(value)
 
 
-# Copies of one problem differ in their spaces ("$2x$" and "$2 x$"), but 1 2 is not 12.
-_IDLE_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
-
-
 def _folded(rows: list[tuple[int, str, str | None]], name: str) -> Loaded:
-    """One problem for each text, spaces ignored. A row without an answer neither contradicts nor hides one with it."""
+    """One problem for each id. A row without an answer neither contradicts nor hides one with it."""
     problems: dict[str, Problem] = {}
     stood: dict[str, list[int]] = {}
     answers: dict[str, set[str]] = {}
     gold: dict[str, str] = {}
     for number, text, answer in rows:
-        problem = problems.setdefault(_IDLE_SPACE.sub("", text.strip()), Problem.of(text, name))
+        problem = Problem.of(text, name)
+        problem = problems.setdefault(problem.id, problem)
         stood.setdefault(problem.id, []).append(number)
         if answer is not None:
             gold.setdefault(problem.id, answer)

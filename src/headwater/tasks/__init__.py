@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -10,13 +11,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from headwater.errors import UserError
-from headwater.tasks import maths, sums
+from headwater.tasks import choice, exact, fields, maths, numeric, pattern, sums, unit_tests
 
 Outcome = tuple[bool, str]
 
 
 def _as_is(gold: str) -> str:
     return gold
+
+
+def cell_as_is(value: Any) -> str | None:
+    """The gold answer in a cell of a file, as it stands: text, a number's text, an object as JSON; None for none.
+
+    Example: `cell_as_is({"value": 3.14, "abs": 0.01})` is `'{"value": 3.14, "abs": 0.01}'`.
+    """
+    if value is None or value != value:  # NaN is how tables write a missing cell
+        return None
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, bool)) else str(value)
+    return text if text.strip() else None
 
 
 def _after_equals(completion: str) -> str | None:
@@ -37,7 +49,9 @@ class Task:
     bounded        whether grading needs a worker process with limits; False only for what is cheap and safe in-process
     quick          (gold, completion) -> the outcome where cheap exact comparison settles it, else None; never slow
     warm_up        a pair whose grading loads and prepares whatever grading needs, before any answer's time counts
-    as_completion  how a gold answer looks as a completion, for `validate`
+    as_completion  how a gold answer looks as a completion, for `validate`; None where it does not say how to satisfy it
+    blank          a completion that says nothing right: what `validate` tries then; "error" would blame the gold answer
+    gold           how a cell of a data file becomes a gold answer; None reads answers as mathematics data sets write them
     """
 
     name: str
@@ -45,7 +59,9 @@ class Task:
     extract: Callable[[str], str | None] | None
     bounded: bool
     quick: Callable[[str, str], Outcome | None] | None = None
-    as_completion: Callable[[str], str] = _as_is
+    as_completion: Callable[[str], str | None] = _as_is
+    blank: str = "-"
+    gold: Callable[[Any], str | None] | None = None
     warm_up: tuple[str, str] | None = None
 
 
@@ -59,6 +75,25 @@ TASKS: dict[str, Task] = {
         quick=maths.quick,
         as_completion=lambda gold: f"\\boxed{{{gold}}}",
         warm_up=("(x+1)^2+\\sqrt{2}", "\\boxed{x^2+2x+1+2^{\\frac{1}{2}}}"),
+    ),
+    "exact": Task("exact", exact.grade, exact.extract, bounded=False, gold=cell_as_is),
+    "numeric": Task(
+        "numeric", numeric.grade, numeric.extract, bounded=False, as_completion=numeric.as_completion, gold=cell_as_is
+    ),
+    "choice": Task("choice", choice.grade, choice.extract, bounded=False, gold=cell_as_is),
+    "regex": Task(
+        "regex", pattern.grade, exact.extract, bounded=True, as_completion=pattern.as_completion, gold=cell_as_is
+    ),
+    "json": Task("json", fields.grade, fields.extract, bounded=True, as_completion=fields.as_completion, gold=cell_as_is),
+    "python": Task(
+        "python",
+        unit_tests.grade,
+        extract=None,
+        bounded=True,
+        quick=unit_tests.quick,
+        as_completion=unit_tests.as_completion,
+        blank=unit_tests.BLANK,
+        gold=cell_as_is,
     ),
 }
 

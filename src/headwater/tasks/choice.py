@@ -1,0 +1,81 @@
+"""The task `choice`: multiple choice, letters A to J. A gold answer is one letter (`B`, `(B)`) or several (`A, C`)."""
+
+from __future__ import annotations
+
+import re
+
+from headwater.tasks import maths_text
+from headwater.tasks.exact import after_thinking
+
+LONGEST = 400  # characters of a statement that are read for its letters
+# A letter on its own: in brackets or emphasis, or with nothing that makes it a word or a quantity.
+_LETTER = r"[(\[*_\"'`]{0,4}([A-J])[)\]*_\"'`]{0,4}(?![\w'’])"
+_JOINED = re.compile(rf"\s*(?:,?\s*(?:and|or|&|/)\s*|,\s*){_LETTER}")
+_LEAD = re.compile(r"\s*(?:(?:the|option|choice|answer|letter|number)s?\b[\s:]*){0,3}", re.IGNORECASE)
+_FIRST = re.compile(_LETTER)
+# `A` and `I` are words too: "A good idea" names no choice, "A because …" does.
+_GOES_ON = re.compile(r"\s*(?:$|[.,:;)\]!?(\n–—-]|(?:because|since|as|is|was|and|or|with|for)\b)")
+_CHOSEN = re.compile(
+    rf"\b(?:choose|pick|select|option|choice|choosing|picking|selecting)\s+(?:is\s+)?(?:option\s+|choice\s+)?{_LETTER}"
+)
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textit)\s*\{([^{}]*)\}")
+
+
+def letters_of(statement: str) -> str | None:
+    """The letters that a statement begins with, in order of the alphabet; None where it begins with none.
+
+    Example: `letters_of("(C) and A")` is `"A,C"`, `letters_of("B) Paris")` is `"B"`, `letters_of("A good idea")` None.
+    """
+    text = _TEXT.sub(r"\1", statement[:LONGEST]).replace("$", "").strip()
+    if re.fullmatch(r"\(?[a-j]\)?\.?", text):
+        text = text.upper()
+    text = text[_LEAD.match(text).end() :]  # type: ignore[union-attr]  # it matches nothing at the least
+    first = _FIRST.match(text)
+    if first is None:
+        return None
+    letters, place = {first[1]}, first.end()
+    while more := _JOINED.match(text, place):
+        letters.add(more[1])
+        place = more.end()
+    if len(letters) == 1 and first[0] in ("A", "I") and not _GOES_ON.match(text, place):
+        return None
+    return ",".join(sorted(letters))
+
+
+def extract(completion: str) -> str | None:
+    """The letters chosen: in the box, after `####` or "answer is"; else alone on the last line; else "option B".
+
+    Example: `extract("It is Paris.\\nAnswer: **B**")` is `"B"`.
+    """
+    return _chosen(completion)[0]
+
+
+def _chosen(completion: str) -> tuple[str | None, str]:
+    stated, missing = maths_text.extract(completion)
+    if missing == "truncated":
+        return None, missing
+    if stated is not None:
+        found = letters_of(stated)
+        return found, "" if found else "no_answer"
+    text = after_thinking(completion).strip()
+    last = text.rpartition("\n")[2].strip()
+    if re.fullmatch(r"[(\[*_]{0,3}[A-Ja-j][)\]*_.]{0,4}", last) or last == text:
+        found = letters_of(last)
+        if found is not None:
+            return found, ""
+    named = _CHOSEN.findall(text)
+    return (named[-1], "") if named else (None, "no_answer")
+
+
+def grade(gold: str, completion: str) -> tuple[bool, str]:
+    """(correct, reason): `equal`, `different`, `no_answer`, `truncated`, or `error` for a gold without a letter.
+
+    Example: `grade("B", "The answer is (B) Paris.")` gives `(True, "equal")`; "B or C" gives `(False, "different")`.
+    """
+    wanted = letters_of(gold)
+    if wanted is None:
+        return False, "error"
+    given, missing = _chosen(completion)
+    if given is None:
+        return False, missing
+    return (True, "equal") if given == wanted else (False, "different")

@@ -1,0 +1,91 @@
+"""The task `json`: the completion's last JSON object must hold the fields of the gold object, with equal values."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from headwater.tasks.exact import after_thinking, folded
+
+LONGEST = 20_000  # characters at the end of a completion in which its object is looked for
+_FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)```", re.DOTALL)
+_DECODER = json.JSONDecoder(parse_constant=lambda name: _refuse(name))
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def last_object(text: str) -> dict[str, Any] | None:
+    """The object in the last fenced block that is one, else the last object that stands in the text.
+
+    Example: `last_object('so {"a": 1} or rather {"a": {"b": 2}}.')` is `{"a": {"b": 2}}`.
+    """
+    for block in reversed(_FENCE.findall(text)):
+        held = _decoded(block.strip(), 0)
+        if held is not None and not block.strip()[held[1] :]:
+            return held[0]
+    found, place = None, text.find("{")
+    while place >= 0:
+        held = _decoded(text, place)
+        if held is not None:
+            found = held[0]
+        place = text.find("{", place + 1 if held is None else held[1])
+    return found
+
+
+def _decoded(text: str, place: int) -> tuple[dict[str, Any], int] | None:
+    try:
+        held, end = _DECODER.raw_decode(text, place)
+    except (ValueError, RecursionError):
+        return None
+    return (held, end) if isinstance(held, dict) else None
+
+
+def extract(completion: str) -> str | None:
+    """The object in one spelling, for votes."""
+    found = last_object(after_thinking(completion)[-LONGEST:])
+    return None if found is None else json.dumps(found, sort_keys=True, ensure_ascii=False)
+
+
+def holds(given: Any, wanted: Any) -> bool:
+    """Whether a value is the wanted one: objects may hold more fields, lists may not hold more or other things.
+
+    Numbers compare by value, `1` and `1.0` alike; true is not 1; texts compare with white space folded.
+
+    Example: `holds({"a": 1.0, "b": 2}, {"a": 1})` is True, `holds({"a": True}, {"a": 1})` is False.
+    """
+    if isinstance(wanted, dict):
+        return isinstance(given, dict) and all(key in given and holds(given[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, list):
+        same_length = isinstance(given, list) and len(given) == len(wanted)
+        return same_length and all(holds(one, other) for one, other in zip(given, wanted, strict=True))
+    if isinstance(wanted, bool) or isinstance(given, bool) or wanted is None:
+        return given is wanted
+    if isinstance(wanted, str):
+        return isinstance(given, str) and folded(given) == folded(wanted)
+    return isinstance(given, (int, float)) and given == wanted
+
+
+def grade(gold: str, completion: str) -> tuple[bool, str]:
+    """(correct, reason): `equal`, `different`, `no_answer`, `truncated` (an object that never closes), or `error`.
+
+    Example: `grade('{"city": "Paris"}', 'Here: {"city": "Paris", "sure": true}')` gives `(True, "equal")`.
+    """
+    wanted = _decoded(gold.strip(), 0)
+    if wanted is None or not wanted[0]:
+        return False, "error"  # no object, or one that asks for nothing
+    text = after_thinking(completion)[-LONGEST:]
+    given = last_object(text)
+    if given is None:
+        return False, "truncated" if "{" in text else "no_answer"
+    try:
+        equal = holds(given, wanted[0])
+    except RecursionError:
+        return False, "error"
+    return equal, "equal" if equal else "different"
+
+
+def as_completion(gold: str) -> str:
+    return f"```json\n{gold}\n```"

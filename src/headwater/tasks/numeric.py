@@ -1,0 +1,118 @@
+"""The task `numeric`: a number within a tolerance. Exact fractions, no floats; units and spelling as in `maths`.
+
+A gold answer is a number (`3.14`: within a millionth of it), a number with its tolerance (`3.14 ± 0.01`, `250 +/- 2%`),
+or a JSON object `{"value": 3.14, "abs": 0.01, "rel": 0.002}`, of whose tolerances the wider counts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from headwater.tasks import maths_text
+from headwater.tasks.exact import after_thinking
+from headwater.tasks.maths_equal import without_unit
+from headwater.tasks.maths_numbers import number
+
+USUAL_REL = Fraction(1, 10**6)
+LONGEST = 1000  # characters of an answer that may be a number
+_PLUS_MINUS = re.compile(r"±|\+/-|\+-|\\pm(?![a-zA-Z])")
+
+
+@dataclass(frozen=True)
+class Gold:
+    """Example: `Gold(value=Fraction(314, 100), margin=Fraction(1, 100))`."""
+
+    value: Fraction
+    margin: Fraction
+
+
+def read_gold(gold: str) -> Gold | None:
+    """The number and how far off an answer may be; None for a gold answer that is no number.
+
+    Example: `read_gold("250 ± 2%")` is `Gold(value=Fraction(250), margin=Fraction(5))`.
+    """
+    gold = gold.strip()
+    if gold.startswith("{"):
+        return _from_json(gold)
+    parts = _PLUS_MINUS.split(gold)
+    value = value_of(parts[0])
+    if value is None or len(parts) > 2:
+        return None
+    if len(parts) == 1:
+        return Gold(value, abs(value) * USUAL_REL)
+    share = re.search(r"\\?%\s*$", parts[1])
+    margin = value_of(parts[1])
+    if margin is None or margin < 0:
+        return None
+    return Gold(value, abs(value) * margin / 100 if share else margin)
+
+
+def _from_json(gold: str) -> Gold | None:
+    try:
+        # Numbers stay text: `number` reads them exactly and refuses 1e999999999, which a Fraction would try to hold.
+        held = json.loads(gold, parse_float=str, parse_int=str, parse_constant=str)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(held, dict) or "value" not in held or held.keys() - {"value", "abs", "rel"}:
+        return None
+    value, absolute, relative = (_told(held.get(key)) for key in ("value", "abs", "rel"))
+    if value is None or any(held.get(key) is not None and _told(held[key]) is None for key in ("abs", "rel")):
+        return None
+    if absolute is None and relative is None:
+        relative = USUAL_REL
+    margin = max(absolute or Fraction(0), (relative or Fraction(0)) * abs(value))
+    return None if min(absolute or 0, relative or 0) < 0 else Gold(value, margin)
+
+
+def _told(value: Any) -> Fraction | None:
+    return value_of(value) if isinstance(value, str) else None
+
+
+def value_of(text: str) -> Fraction | None:
+    """The number that a text is, units aside. Example: `value_of("$1{,}080$ km")` is `Fraction(1080)`."""
+    if len(text) > LONGEST:
+        return None
+    spelled = maths_text.canonical(text)
+    found = number(without_unit(spelled))
+    return number(spelled) if found is None else found
+
+
+def extract(completion: str) -> str | None:
+    """The number that a completion states, for votes; its text where that is no number."""
+    answer, _ = _answer_of(completion)
+    value = None if answer is None else value_of(answer)
+    return answer if value is None else str(value)
+
+
+def _answer_of(completion: str) -> tuple[str | None, str]:
+    """As in `maths`; a completion that is nothing but a number is its own answer."""
+    answer, missing = maths_text.extract(completion)
+    whole = after_thinking(completion).strip()
+    if answer is None and missing != "truncated" and value_of(whole) is not None:
+        return whole, ""
+    return answer, missing
+
+
+def grade(gold: str, completion: str) -> tuple[bool, str]:
+    """(correct, reason): `equal`, `different`, `no_answer`, `truncated`, or `error` for a gold that is no number.
+
+    Example: `grade("3.14 ± 0.01", "about \\\\boxed{22/7}")` gives `(True, "equal")`.
+    """
+    wanted = read_gold(gold)
+    if wanted is None:
+        return False, "error"
+    answer, missing = _answer_of(completion)
+    if answer is None:
+        return False, missing
+    value = value_of(answer)
+    near = value is not None and abs(value - wanted.value) <= wanted.margin
+    return near, "equal" if near else "different"
+
+
+def as_completion(gold: str) -> str:
+    wanted = read_gold(gold)
+    return f"\\boxed{{{gold if wanted is None else wanted.value}}}"

@@ -1,0 +1,141 @@
+"""The task `regex`: the gold answer is a pattern of Python's `re` that must match the whole answer.
+
+Matching may take exponential time and cannot be interrupted from within, so it runs in a worker that is killed.
+A gold answer is the pattern itself, or a JSON object `{"pattern": …, "example": …}` whose example `validate` tries.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from headwater.tasks.exact import after_thinking, answer_of
+
+try:
+    from re import _constants as sre  # type: ignore[attr-defined]
+    from re import _parser as sre_parser  # type: ignore[attr-defined]
+except ImportError:  # an interpreter that keeps its parser elsewhere: no examples are made then
+    sre = sre_parser = None
+
+
+def read_gold(gold: str) -> tuple[str, str | None]:
+    """(pattern, example or None). Example: `read_gold('{"pattern": "a+", "example": "aa"}')` is `("a+", "aa")`."""
+    if gold.lstrip().startswith("{"):
+        try:
+            held = json.loads(gold)
+        except (ValueError, RecursionError):
+            return gold, None
+        if isinstance(held, dict) and isinstance(held.get("pattern"), str):
+            example = held.get("example")
+            return held["pattern"], example if isinstance(example, str) else None
+    return gold, None
+
+
+def grade(gold: str, completion: str) -> tuple[bool, str]:
+    """(correct, reason): `equal`, `different`, `no_answer`, `truncated`, or `error` for what is no pattern.
+
+    The answer is that of the task `exact`, or all that follows the thinking as it stands. Unbounded in time: call it
+    through `verifier.Verifier`.
+
+    Example: `grade(r"(?i)paris|lutetia", "The answer is Paris.")` gives `(True, "equal")`.
+    """
+    pattern, _ = read_gold(gold)
+    try:
+        wanted = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError, ValueError):
+        return False, "error"
+    whole = after_thinking(completion).strip()
+    answer, missing = answer_of(completion)
+    if answer is None:
+        return False, missing
+    if wanted.fullmatch(answer) or wanted.fullmatch(whole):
+        return True, "equal"
+    return False, "different"
+
+
+def as_completion(gold: str) -> str | None:
+    """A text that the pattern matches, made from the pattern; None where it looks around, since that cannot be followed.
+
+    Example: `as_completion("[a-c]{2}-(x|y)")` is `"aa-x"`.
+    """
+    pattern, example = read_gold(gold)
+    if example is not None:
+        return example
+    if sre_parser is None:
+        return None
+    try:
+        return _example(sre_parser.parse(pattern), {})
+    except (re.error, RecursionError, OverflowError, ValueError, _NoExampleError):
+        return None
+
+
+class _NoExampleError(Exception):
+    """The pattern asks for something that cannot be made piece by piece."""
+
+
+LONGEST_EXAMPLE = 10_000
+
+
+def _example(parts: Any, groups: dict[int, str]) -> str:
+    made: list[str] = []
+    for kind, value in parts:
+        if kind is sre.LITERAL:
+            made.append(chr(value))
+        elif kind is sre.NOT_LITERAL:
+            made.append("a" if value != ord("a") else "b")
+        elif kind is sre.ANY:
+            made.append("a")
+        elif kind is sre.IN:
+            made.append(_one_of(value))
+        elif kind in (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT):
+            least, most, inner = value
+            times = max(least, 1) if most else 0
+            if times > LONGEST_EXAMPLE:
+                raise _NoExampleError
+            made += [_example(inner, groups) for _ in range(times)]
+        elif kind is sre.SUBPATTERN:
+            groups[value[0]] = _example(value[3], groups)
+            made.append(groups[value[0]])
+        elif kind is sre.ATOMIC_GROUP:
+            made.append(_example(value, groups))
+        elif kind is sre.BRANCH:
+            made.append(_example(value[1][0], groups))
+        elif kind is sre.GROUPREF:
+            made.append(groups.get(value, ""))
+        elif kind is not sre.AT:
+            raise _NoExampleError
+        if sum(map(len, made)) > LONGEST_EXAMPLE:
+            raise _NoExampleError
+    return "".join(made)
+
+
+_CATEGORIES = {"CATEGORY_DIGIT": "7", "CATEGORY_SPACE": " ", "CATEGORY_WORD": "a", "CATEGORY_NOT_DIGIT": "a",
+               "CATEGORY_NOT_SPACE": "a", "CATEGORY_NOT_WORD": "-"}  # fmt: skip
+
+
+def _one_of(members: Any) -> str:
+    if members[0][0] is sre.NEGATE:
+        matches = re.compile("|".join(re.escape(_one_of([one])) for one in members[1:]) or "$^")
+        kept = [char for char in "aZ0 -~_" if not _inside(char, members[1:]) and not matches.fullmatch(char)]
+        if not kept:
+            raise _NoExampleError
+        return kept[0]
+    kind, value = members[0]
+    if kind is sre.LITERAL:
+        return chr(value)
+    return chr(value[0]) if kind is sre.RANGE else _CATEGORIES[str(value)]
+
+
+def _inside(char: str, members: Any) -> bool:
+    for kind, value in members:
+        if kind is sre.LITERAL and ord(char) == value:
+            return True
+        if kind is sre.RANGE and value[0] <= ord(char) <= value[1]:
+            return True
+        if kind is sre.CATEGORY:
+            name = str(value).removeprefix("CATEGORY_")
+            letter = {"DIGIT": r"\d", "SPACE": r"\s", "WORD": r"\w"}[name.removeprefix("NOT_")]
+            if (re.fullmatch(letter, char) is not None) != name.startswith("NOT_"):
+                return True
+    return False

@@ -1,0 +1,102 @@
+"""The fast decoder says what the general one says, for every kind of model that it takes, and takes no other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import CPU, PROMPTS, tiny_policy
+
+from headwater.decoder import CACHE_STEP, CacheDecoder, FastDecoder, decoder_for
+from headwater.model import Policy
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("qwen3", {}),
+    "qwen3 with biases": ("qwen3", {"attention_bias": True}),
+    "qwen3 with yarn": ("qwen3", {"rope_parameters": YARN}),
+    "llama": ("llama", {}),
+    "llama untied": ("llama", {"tied": False}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama 3 positions": ("llama", {"rope_parameters": LLAMA3}),
+    "llama, stretched": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama, every head its own keys": ("llama", {"num_key_value_heads": 4}),
+    "llama, wide heads": ("llama", {"head_dim": 16}),
+}
+
+
+def spoken(policy: Policy, decoder: CacheDecoder | FastDecoder, steps: int) -> list[torch.Tensor]:
+    """Hidden states of a script: prefill of four prompts of different length, rows repeated, dropped twice on the way."""
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([(policy.pad_id,) * (width - len(one)) + one for one in PROMPTS])
+    mask = torch.tensor([(0,) * (width - len(one)) + (1,) * len(one) for one in PROMPTS])
+    tokens = torch.randint(5, 30, (steps, 7), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found = [decoder.prefill(ids, mask, torch.tensor([0, 0, 1, 2, 3, 3, 1]))]
+        alive = torch.arange(7)
+        for step in range(steps):
+            if step in (3, 9):
+                keep = torch.tensor([0, 2, 3, 4, 6]) if step == 3 else torch.tensor([3, 1])
+                alive = alive[keep]
+                decoder.keep(keep)
+            found.append(decoder.step(tokens[step, alive]))
+    return found
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_the_fast_decoder_gives_the_hidden_states_of_the_general_one(kind: str) -> None:
+    name, settings = PLAIN[kind]
+    policy = tiny_policy(name, seed=4, **settings)
+    if settings.get("attention_bias"):  # fresh biases are 0 and would hide that they are left out
+        with torch.no_grad():
+            for weight_name, weight in policy.model.named_parameters():
+                if weight_name.endswith("bias"):
+                    weight.normal_(generator=torch.Generator().manual_seed(len(weight_name)))
+    assert isinstance(decoder_for(policy), FastDecoder)
+    # Past the first growth of the cache at 9 + 64 columns, and past the second.
+    steps = 2 * (9 + CACHE_STEP) + 5
+    for ours, theirs in zip(
+        spoken(policy, FastDecoder(policy), steps), spoken(policy, CacheDecoder(policy), steps), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_large_models_keep_their_weights_apart_and_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy("qwen3", seed=4)
+    joined = spoken(policy, FastDecoder(policy), 12)
+    monkeypatch.setattr("headwater.decoder.FUSED_PARAMETERS", 0)
+    apart = FastDecoder(policy)
+    assert len(apart.layers[0].qkv) == 3
+    assert apart.layers[0].qkv[0].weight.data_ptr() == policy.model.model.layers[0].self_attn.q_proj.weight.data_ptr()
+    for ours, theirs in zip(spoken(policy, apart, 12), joined, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("qwen3", {"hidden_act": "gelu"}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+        ("qwen2", {}),
+        ("gemma2", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
+    ],
+)
+def test_what_it_does_not_know_goes_to_the_general_decoder(name: str, settings: dict[str, Any]) -> None:
+    assert isinstance(decoder_for(tiny_policy(name, **settings)), CacheDecoder)
+
+
+def test_a_decoder_made_after_an_update_speaks_with_the_new_weights() -> None:
+    policy = tiny_policy("qwen3", seed=4)
+    before = spoken(policy, FastDecoder(policy), 2)
+    with torch.no_grad():
+        policy.model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
+    after = spoken(policy, FastDecoder(policy), 2)
+    assert (after[-1] - before[-1]).abs().max().item() > 1e-2
+    torch.testing.assert_close(after[-1], spoken(policy, CacheDecoder(policy), 2)[-1], rtol=1e-3, atol=1e-4)
+    assert after[-1].device == CPU

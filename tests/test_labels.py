@@ -1,0 +1,147 @@
+"""Labels as a capability: counted, bounded, divided by content, and never readable by accident."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from headwater.data import Verdict, problem_id
+from headwater.errors import UserError
+from headwater.labels import Labels, Pools, buy, half_of
+
+GOLD = {"a": "secret-1", "b": "secret-2", "c": "secret-3"}
+
+
+class Grader:
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+
+    def __call__(self, pairs: list[tuple[str, str]]) -> list[Verdict]:
+        self.seen += pairs
+        return [Verdict(gold == text, "equal" if gold == text else "different") for gold, text in pairs]
+
+
+@pytest.fixture
+def grader() -> Grader:
+    return Grader()
+
+
+def test_completions_are_held_against_the_gold_answer_of_their_own_problem_in_order(grader: Grader) -> None:
+    labels = Labels(GOLD, grader, 3)
+    found = labels.check([("b", "secret-2"), ("a", "secret-2"), ("b", "x")])
+    assert [one.correct for one in found] == [True, False, False]
+    assert grader.seen == [("secret-2", "secret-2"), ("secret-1", "secret-2"), ("secret-2", "x")]
+
+
+def test_every_look_is_counted_and_a_problem_once(grader: Grader) -> None:
+    labels = Labels(GOLD, grader, 3)
+    labels.check([("a", "x")] * 8)
+    labels.check([("a", "x"), ("b", "y")])
+    assert labels.looked_at == {"a", "b"}
+    assert labels.checks == 10 == len(grader.seen)
+
+
+def test_past_the_budget_nothing_is_graded_and_nothing_is_counted(grader: Grader) -> None:
+    labels = Labels(GOLD, grader, 2)
+    labels.check([("a", "x")])
+    with pytest.raises(UserError, match=r"^labels\.budget 2: a look at another problem's answer was refused$"):
+        labels.check([("a", "x"), ("b", "y"), ("c", "z")])
+    assert (labels.looked_at, labels.checks, len(grader.seen)) == ({"a"}, 1, 1)
+    labels.check([("b", "y")])  # what the budget still allows
+    labels.check([("a", "x"), ("b", "y")])  # and looking again costs nothing new
+    assert labels.looked_at == {"a", "b"}
+
+
+def test_a_problem_without_a_label_here_is_refused_before_anything_is_counted(grader: Grader) -> None:
+    labels = Labels(GOLD, grader, 3)
+    with pytest.raises(KeyError, match="problem z has no label here"):
+        labels.check([("a", "x"), ("z", "y")])
+    assert (labels.looked_at, labels.checks, grader.seen) == (set(), 0, [])
+
+
+def test_a_stage_gets_a_holder_of_its_own_part_alone(grader: Grader) -> None:
+    part = Labels(GOLD, grader, 3).only(["a", "c"])
+    assert len(part) == 2 and "a" in part and "b" not in part
+    part.check([("a", "x"), ("c", "x")])
+    with pytest.raises(KeyError, match="problem b has no label here"):
+        part.check([("b", "x")])
+    with pytest.raises(KeyError):
+        part.only(["b"])
+    # No way to a larger budget: neither through a part nor through a part of a part.
+    assert Labels(GOLD, grader, 1).only(["a", "c"]).budget == 1
+    assert part.only(["a"]).budget == 1
+
+
+def test_gold_answers_do_not_show_when_a_holder_is_printed_logged_or_fails(grader: Grader) -> None:
+    labels = Labels(GOLD, grader, 1)
+    labels.check([("a", "x")])
+    shown = [repr(labels), str(labels), f"{labels}", repr(labels.only(["a"])), repr(copy.copy(labels)), repr([labels])]
+    for failing in ([("b", "x")], [("z", "x")]):
+        with pytest.raises((UserError, KeyError)) as refused:
+            labels.check(failing)
+        shown.append(repr(refused.value))
+    assert not any("secret" in text for text in shown)
+    public = [name for name in vars(labels) if not name.startswith("_")]
+    assert not any("secret" in repr(getattr(labels, name)) for name in public)
+
+
+POOL = [problem_id(f"problem {index}") for index in range(1000)]
+
+
+def test_the_halves_are_disjoint_by_content_and_nearly_equal() -> None:
+    pools = buy(POOL, None, 0)
+    assert set(pools.first_half) | set(pools.second_half) == set(POOL)
+    assert not set(pools.first_half) & set(pools.second_half)
+    assert {half_of(name) for name in pools.first_half} == {0}
+    assert {half_of(name) for name in pools.second_half} == {1}
+    assert pools.all == pools.first_half + pools.second_half
+    # A fair coin over 1000 problems: standard deviation 16.
+    assert abs(len(pools.first_half) - 500) < 64
+
+
+def test_white_space_does_not_make_a_second_problem_that_could_sit_in_the_other_half() -> None:
+    assert problem_id("1 + 1") == problem_id(" 1  +\n1\t") != problem_id("1 + 2")
+
+
+def test_reordering_and_adding_rows_moves_no_problem_and_unbuys_only_for_newcomers() -> None:
+    bought = buy(POOL[:600], 100, 0)
+    assert buy(POOL[:600][::-1], 100, 0) == bought
+    more = buy(POOL, 100, 0)
+    for half in ("first_half", "second_half"):
+        before, after = getattr(bought, half), getattr(more, half)
+        old = [name for name in after if name in set(POOL[:600])]
+        assert old == list(before[: len(old)])  # the old ones that stay are the first ones, in their order
+        assert 0 < len(old) < 50  # newcomers did displace some
+
+
+@pytest.mark.parametrize(("budget", "first", "second"), [(2, 1, 1), (7, 4, 3), (100, 50, 50), (1, 1, 0)])
+def test_a_budget_buys_equal_halves_and_an_odd_one_goes_to_the_first(budget: int, first: int, second: int) -> None:
+    pools = buy(POOL, budget, 0)
+    assert (len(pools.first_half), len(pools.second_half)) == (first, second)
+
+
+def test_when_one_half_of_the_pool_is_too_small_the_other_fills_up() -> None:
+    few = [name for name in POOL if half_of(name) == 0][:3]
+    many = [name for name in POOL if half_of(name) == 1][:20]
+    pools = buy(few + many, 16, 0)
+    assert (len(pools.first_half), len(pools.second_half)) == (3, 13)
+    pools = buy(many + few, 23, 0)
+    assert (len(pools.first_half), len(pools.second_half)) == (3, 20)
+
+
+def test_a_larger_budget_buys_more_labels_and_keeps_those_bought_before() -> None:
+    small, large = buy(POOL, 50, 0), buy(POOL, 200, 0)
+    assert large.first_half[:25] == small.first_half and large.second_half[:25] == small.second_half
+
+
+def test_another_label_seed_buys_others_from_the_same_halves() -> None:
+    one, other = buy(POOL, 50, 0), buy(POOL, 50, 1)
+    assert len(set(one.all) & set(other.all)) < 15  # 2.5 expected by chance
+    assert {half_of(name) for name in other.first_half} == {0}
+
+
+def test_more_labels_than_there_are_cannot_be_bought() -> None:
+    assert buy(["a"], 1, 0) in (Pools(("a",), ()), Pools((), ("a",)))
+    with pytest.raises(UserError, match=r"^labels\.budget 1001 is more than the 1000 labelled problems of data\.labeled$"):
+        buy(POOL, 1001, 0)

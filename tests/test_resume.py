@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from headwater import pipeline
+from runs import Said, environment, held, infos, node, nodes, program, rows, sets, temporary, tiny
+
+# Every kind of node; checkpoints between and at the ends, evaluations on the way; one stage long enough to be hit midway.
+CHANGES = (
+    *(f"stages.{stage}.checkpoint_every=2" for stage in ("teacher_rl", "warmup", "opd", "student_rl")),
+    "stages.teacher_rl.steps=3",
+    "stages.warmup.steps=5",
+    "stages.student_rl.steps=5",
+    "stages.student_rl.eval_every=2",
+    "stages.student_rl.sparse.kl_coef=0.01",
+    "stages.opd.steps=16",
+    "data.evals.more.generate={pool: eval, count: 3, seed: 1}",
+)
+
+
+def go(out: Path) -> Said:
+    return tiny("run", out, changes=CHANGES)
+
+
+@cache
+def counted() -> tuple[Path, int]:
+    """A run that nothing disturbed, and how many times it synced a file to disk."""
+    out, synced = temporary() / "whole", []
+    with mock.patch("os.fsync", synced.append):
+        assert go(out).code == 0
+    return out, len(synced)
+
+
+def uninterrupted() -> Path:
+    return counted()[0]
+
+
+def copied(folder: Path) -> Path:
+    return Path(shutil.copytree(uninterrupted(), folder / "out"))
+
+
+def timeless(value: Any) -> Any:
+    """The value without what clocks say."""
+    if isinstance(value, dict):
+        return {key: timeless(one) for key, one in value.items() if not key.startswith("seconds")}
+    return [timeless(one) for one in value] if isinstance(value, list) else value
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    """Bit-identical weights; metrics, ledgers, rollouts, evaluations and report alike apart from seconds."""
+    assert [path.name for path, _ in infos(out)] == [path.name for path, _ in infos(whole)]
+    for (ours, _), (theirs, _) in zip(infos(out), infos(whole), strict=True):
+        assert held(ours / "DONE") == held(theirs / "DONE")
+        for weights in ("model/model.safetensors", "cache/distributions.safetensors"):
+            assert (ours / weights).exists() == (theirs / weights).exists()
+            if (ours / weights).exists():
+                a, b = load_file(ours / weights), load_file(theirs / weights)
+                assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), ours.name
+        files = [path.relative_to(theirs) for path in sorted(theirs.rglob("*.jsonl"))]
+        assert files == [path.relative_to(ours) for path in sorted(ours.rglob("*.jsonl"))]
+        for name in files:
+            assert timeless(rows(ours / name)) == timeless(rows(theirs / name)), f"{ours.name}/{name}"
+    assert timeless(rows(out / "ledger.jsonl")) == timeless(rows(whole / "ledger.jsonl"))
+    assert timeless(held(out / "report.json")) == timeless(held(whole / "report.json"))
+
+
+class Killed(BaseException):
+    """What stands for a kill in this process: nothing in the program expects it."""
+
+
+def killed_at(count: int, what: Callable[..., Any]) -> Callable[..., Any]:
+    """`what`, until its call number `count`, which ends everything."""
+    calls = iter(range(1, count + 1))
+
+    def call(*args: Any, **more: Any) -> Any:
+        if next(calls, count) == count:
+            raise Killed
+        return what(*args, **more)
+
+    return call
+
+
+# Every durable write syncs, so a kill at one of them is a kill between any two things that a run writes.
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.7, 0.9, 0.97])
+def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(share: float, tmp_path: Path) -> None:
+    out, (whole, synced) = tmp_path / "out", counted()
+    with mock.patch("os.fsync", killed_at(max(4, int(share * synced)), lambda number: None)), pytest.raises(Killed):
+        go(out)
+    assert go(out).code == 0
+    assert_same(out, whole)
+
+
+def test_a_run_killed_in_the_middle_of_a_stage_ends_as_if_it_had_not(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(out)
+    wait_for_steps(out, "opd", 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    opd = next((out / "nodes").glob("opd.*"))
+    assert not (opd / "DONE").exists() and not (opd / "model").exists()
+    assert go(out).code == 0
+    assert_same(out, uninterrupted())
+
+
+def test_an_interrupted_run_says_how_to_go_on_leaves_130_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(out)
+    wait_for_steps(out, "opd", 3, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopping after this step, with a checkpoint" in said
+    assert f"headwater: interrupted; the same command with --out {out} goes on from here" in said
+    assert "Traceback" not in said
+    opd = next((out / "nodes").glob("opd.*"))
+    done = len(rows(opd / "metrics.jsonl"))
+    assert done < 16 and (opd / "checkpoint" / f"{done:06d}" / "sums.json").exists()  # also where none was due
+    assert go(out).code == 0
+    assert_same(out, uninterrupted())
+
+
+def start(out: Path) -> subprocess.Popen[str]:
+    command = program("run", "pocket", "--out", out, *sets(*CHANGES))
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+
+
+def wait_for_steps(out: Path, stage: str, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        for path in out.glob(f"nodes/{stage}.*/metrics.jsonl"):
+            if path.read_text(encoding="utf-8").count("\n") >= count:
+                return
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError(f"{stage} did not reach step {count}")
+
+
+def test_a_finished_run_does_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    assert tiny("run", out, "--arm", "raw_teacher", html=True).code == 0
+    before = {path: path.stat().st_mtime_ns for path in (out / "nodes").rglob("*")}
+    wrote = {name: (out / name).read_bytes() for name in ("report.json", "report.html", "ledger.jsonl", "plan.json")}
+
+    def run_node(*_: Any) -> None:
+        raise AssertionError("a finished node ran again")
+
+    monkeypatch.setattr(pipeline, "run_node", run_node)
+    assert tiny("run", out, "--arm", "raw_teacher", html=True).code == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "nodes").rglob("*")} == before
+    assert {name: (out / name).read_bytes() for name in wrote} == wrote
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    out = copied(tmp_path)
+    for path in nodes(out, "bridge_rl"):
+        (path / "DONE").unlink()
+        newest = max((path / "checkpoint").iterdir(), default=None) if (path / "checkpoint").exists() else None
+        if newest is not None:
+            weights = newest / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert go(out).code == 0
+    assert_same(out, uninterrupted())
+
+
+def test_a_node_that_died_between_its_evaluation_and_its_done_file_is_charged_once(tmp_path: Path) -> None:
+    out = copied(tmp_path)
+    for path, _ in infos(out):
+        (path / "DONE").unlink()
+    assert go(out).code == 0
+    assert_same(out, uninterrupted())
+
+
+def test_a_line_cut_short_by_a_crash_is_written_again(tmp_path: Path) -> None:
+    out = copied(tmp_path)
+    opd = node(out, "bridge_rl", "opd")
+    (opd / "DONE").unlink()
+    shutil.rmtree(opd / "checkpoint" / "000016")
+    for name in ("metrics.jsonl", "ledger.jsonl"):
+        text = (opd / name).read_text(encoding="utf-8")
+        (opd / name).write_text(text[: len(text) * 15 // 16 - 20], encoding="utf-8")  # no new line at its end
+    assert go(out).code == 0
+    assert_same(out, uninterrupted())
+
+
+def test_no_more_than_two_checkpoints_are_kept_of_a_stage() -> None:
+    for path, info in infos(uninterrupted()):
+        if info["kind"] == "train":
+            kept = sorted(int(one.name) for one in (path / "checkpoint").iterdir())
+            assert (
+                kept == {"teacher_rl": [2, 3], "warmup": [4, 5], "opd": [14, 16], "student_rl": [4, 5]}[info["stage"]]
+            )
