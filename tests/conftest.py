@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_folder, tiny_policy
 from transformers import PreTrainedTokenizerFast
 
 from headwater.model import Policy
 from headwater.pretrain import make_tokenizer
+from tiny import tiny_folder, tiny_policy
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def fixed_random_state() -> Iterator[None]:
+def fixed_random_state() -> None:
     """Tests that draw random tensors draw the same ones alone and in company."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    yield
 
 
 @pytest.fixture(scope="session")

@@ -61,10 +61,15 @@ def call(*argv: str | Path) -> Said:
     return Said(0 if code is None else code, out.getvalue(), err.getvalue())
 
 
-def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = (), html: bool = False) -> Said:
-    """`run` or `study` of the tiny recipe into a folder; drawing the page takes as long as the rest, so few ask for it."""
-    drawn = contextlib.nullcontext() if html else mock.patch("headwater.report_html.page", return_value="")
-    with drawn:
+def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = (), whole: bool = False) -> Said:
+    """`run` or `study` of the tiny recipe into a folder.
+
+    Preflight and drawing the page take longer than all the rest; both have tests of their own, so only `whole` has them.
+    """
+    with contextlib.ExitStack() as stack:
+        if not whole:
+            stack.enter_context(mock.patch("headwater.pipeline.preflight"))
+            stack.enter_context(mock.patch("headwater.report_html.page", return_value=""))
         return call(verb, "pocket", "--out", out, *sets(*changes), *options)
 
 
@@ -119,6 +124,6 @@ def temporary() -> Path:
 def all_arms() -> Path:
     """The folder of one finished tiny study of every arm; tests read it and leave it as it is."""
     out = temporary() / "study"
-    said = tiny("study", out, "--arms", "all", html=True)
+    said = tiny("study", out, "--arms", "all", whole=True)
     assert said.code == 0, said.err
     return out

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CPU, copied, furthest, gradient_of, rollout_of, sampled_rows, stage_of, tiny_policy, weights_of
 
 from headwater.batch import Row, collate, microbatches
 from headwater.distributions import Exact
@@ -17,6 +16,7 @@ from headwater.model import Policy
 from headwater.objective import objective_of
 from headwater.teacher import completion_hidden, logp_of
 from headwater.train import make_optimizer, update
+from tiny import CPU, copied, furthest, gradient_of, rollout_of, sampled_rows, stage_of, tiny_policy, weights_of
 
 END = 3
 """The pocket tokenizer's EOS."""

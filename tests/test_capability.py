@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import TINY, rows
 
 from headwater import pipeline
 from headwater.labels import Labels
@@ -17,6 +16,7 @@ from headwater.plan import Node, Plan
 from headwater.recipes import find_recipe
 from headwater.rundir import RunDir
 from headwater.stages import Watch, Workplace, run_node
+from runs import TINY, rows
 
 
 class TouchedError(AssertionError):

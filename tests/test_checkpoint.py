@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import furthest, same_bits, sampled_rows, stage_of, taught, tiny_policy, weights_of
 
 from headwater.batch import Row
 from headwater.checkpoint import load_checkpoint, save_checkpoint
@@ -19,6 +18,7 @@ from headwater.model import Policy
 from headwater.objective import objective_of
 from headwater.rundir import NodeDir, append_jsonl, read_jsonl
 from headwater.train import Gathered, make_optimizer, train, update
+from tiny import furthest, same_bits, sampled_rows, stage_of, taught, tiny_policy, weights_of
 
 OPD = stage_of(
     "opd",
@@ -118,7 +118,7 @@ def test_steps_before_and_after_an_interruption_are_the_uninterrupted_run_to_the
     node = NodeDir(tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
         Driver(tiny_policy(), teacher, node).run(stop_after=stop_after)
-    assert [path.name for path in node.checkpoints()][0] == f"{stop_after:06d}"
+    assert node.checkpoints()[0].name == f"{stop_after:06d}"
     # A new process: other weights in memory, until the checkpoint is read.
     resumed = Driver(tiny_policy(seed=8), teacher, node).run()
     assert resumed.started == [stop_after]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, PROMPTS, tiny_policy
 
 from headwater.decoder import CACHE_STEP, CacheDecoder, FastDecoder, decoder_for
 from headwater.model import Policy
+from tiny import CPU, PROMPTS, tiny_policy
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -143,5 +143,7 @@ def test_another_label_seed_buys_others_from_the_same_halves() -> None:
 
 def test_more_labels_than_there_are_cannot_be_bought() -> None:
     assert buy(["a"], 1, 0) in (Pools(("a",), ()), Pools((), ("a",)))
-    with pytest.raises(UserError, match=r"^labels\.budget 1001 is more than the 1000 labelled problems of data\.labeled$"):
+    with pytest.raises(
+        UserError, match=r"^labels\.budget 1001 is more than the 1000 labelled problems of data\.labeled$"
+    ):
         buy(POOL, 1001, 0)

@@ -13,9 +13,27 @@ from headwater.rundir import read_jsonl
 def test_totals_are_the_sums_of_what_was_recorded_and_a_label_counts_once(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     plain = Spend("node", "opd", 0, 1, "train")
-    record(path, replace(plain, labels=("a", "b"), checks=16, tokens_sampled=100, tokens_trained=90, flops=1e12, seconds=2.0))
-    record(path, replace(plain, step=2, labels=("b", "c"), checks=16, tokens_sampled=50, tokens_teacher_scored=7, flops=5e11, seconds=0.5))
-    record(path, replace(plain, purpose="eval", labels=("x", "y", "z"), checks=12, tokens_sampled=30, flops=1e9, seconds=9.0))
+    record(
+        path,
+        replace(plain, labels=("a", "b"), checks=16, tokens_sampled=100, tokens_trained=90, flops=1e12, seconds=2.0),
+    )
+    record(
+        path,
+        replace(
+            plain,
+            step=2,
+            labels=("b", "c"),
+            checks=16,
+            tokens_sampled=50,
+            tokens_teacher_scored=7,
+            flops=5e11,
+            seconds=0.5,
+        ),
+    )
+    record(
+        path,
+        replace(plain, purpose="eval", labels=("x", "y", "z"), checks=12, tokens_sampled=30, flops=1e9, seconds=9.0),
+    )
     assert totals(read_jsonl(path)) == Totals(3, 32, 150, 90, 7, 1.5e12, 2.5)
     assert totals(read_jsonl(path), "eval") == Totals(3, 12, 30, 0, 0, 1e9, 9.0)
 
@@ -34,7 +52,9 @@ def test_random_spends_agree_with_independent_counts(tmp_path: Path) -> None:
     for purpose in ("train", "eval"):
         found = totals(read_jsonl(path), purpose)  # type: ignore[arg-type]
         assert found.distinct == len(seen[purpose])
-        assert [found.checks, found.tokens_sampled, found.tokens_trained, found.tokens_teacher_scored] == counts[purpose]
+        assert [found.checks, found.tokens_sampled, found.tokens_trained, found.tokens_teacher_scored] == counts[
+            purpose
+        ]
 
 
 def test_an_empty_ledger_spent_nothing(tmp_path: Path) -> None:

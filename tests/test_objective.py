@@ -7,6 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from headwater.batch import Row, collate
+from headwater.data import Verdict
+from headwater.logprobs import TokenStats
+from headwater.model import Policy
+from headwater.objective import TABLE, Tokens, objective_of, with_rewards
+from headwater.teacher import logp_of
 from tiny import (
     CPU,
     furthest,
@@ -18,13 +25,6 @@ from tiny import (
     stage_of,
     taught,
 )
-
-from headwater.batch import Row, collate
-from headwater.data import Verdict
-from headwater.logprobs import TokenStats
-from headwater.model import Policy
-from headwater.objective import TABLE, Tokens, objective_of, with_rewards
-from headwater.teacher import logp_of
 
 SPARSE = {"kl_coef": 0.05, "clip_low": 0.2, "clip_high": 0.3}
 
@@ -133,32 +133,26 @@ def test_only_pure_grpo_without_a_reference_may_leave_out_rows_of_advantage_zero
     assert not objective_of(stage_of("grpo", sparse={"kl_coef": 1e-4})).idle_without_advantage
 
 
-def graded(texts_right: set[str], seen: list[tuple[str, str]]):  # type: ignore[no-untyped-def]
-    def check(answers: list[tuple[str, str]]) -> list[Verdict]:
-        seen.extend(answers)
-        return [Verdict(text in texts_right, "by hand") for _, text in answers]
-
-    return check
+def verdicts_of(rows: list[Row], right: int) -> list[Verdict]:
+    return [Verdict(row.rollout.completion_ids[0] == right, "by hand") for row in rows]
 
 
 def test_rewards_become_advantages_group_by_group_and_uniform_groups_lie_still() -> None:
     completions = ((10,), (11,), (12,), (13,), (20,), (21,), (22,), (23,))
     rows = [Row(rollout_of((1, 2) if c[0] < 20 else (1, 3), c, sample=i % 4)) for i, c in enumerate(completions)]
-    seen: list[tuple[str, str]] = []
     stage = stage_of("grpo", sparse={"advantage": "dr_grpo", "kl_coef": 0.0})
-    found = with_rewards(rows, stage, graded({"11"}, seen), lambda ids: str(ids[0]), idle_without_advantage=True)
+    found = with_rewards(rows, verdicts_of(rows, 11), stage, idle_without_advantage=True)
     # Group 1 is 0, 1, 0, 0: mean ¼. Group 2 is all wrong: exactly 0.
     assert [row.advantage for row in found] == [-0.25, 0.75, -0.25, -0.25, 0.0, 0.0, 0.0, 0.0]
     assert [row.inert for row in found] == [False] * 4 + [True] * 4
     assert [row.verdict.correct for row in found if row.verdict] == [False, True] + [False] * 6
-    assert seen == [(row.rollout.problem_id, str(row.rollout.completion_ids[0])) for row in rows]
-    kept = with_rewards(rows, stage, graded({"11"}, []), lambda ids: str(ids[0]), idle_without_advantage=False)
+    kept = with_rewards(rows, verdicts_of(rows, 11), stage, idle_without_advantage=False)
     assert not any(row.inert for row in kept)
     assert all(row.verdict is None and row.advantage == 0.0 for row in rows)  # the rows given are left as they were
 
 
 def test_group_normalised_rewards_by_hand() -> None:
     rows = [Row(rollout_of((1,), (c,), sample=i)) for i, c in enumerate((10, 11, 12, 13))]
-    found = with_rewards(rows, stage_of("grpo"), graded({"10"}, []), lambda ids: str(ids[0]), True)
+    found = with_rewards(rows, verdicts_of(rows, 10), stage_of("grpo"), True)
     # ¾ / 0.4330 = √3, −¼ / 0.4330 = −1/√3
     assert [row.advantage for row in found] == pytest.approx([math.sqrt(3), *[-1 / math.sqrt(3)] * 3], rel=1e-5)

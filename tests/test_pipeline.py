@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import all_arms, held, infos, node, node_names, nodes, rows, tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +16,7 @@ from headwater.pipeline import environment
 from headwater.recipes import ARMS, find_recipe
 from headwater.sampler import TorchSampler, requests_for
 from headwater.teacher import logp_of
+from runs import all_arms, held, infos, node, node_names, nodes, rows, tiny
 
 
 def sparse(info: dict) -> bool:  # type: ignore[type-arg]

@@ -20,7 +20,9 @@ THINKING = (
 PROBLEM = Problem.of("17+45", "sums:test")
 
 
-def prompter(chat: str | None = THINKING, tokenizer: PreTrainedTokenizerFast | None = None, **prompt: object) -> Prompter:
+def prompter(
+    chat: str | None = THINKING, tokenizer: PreTrainedTokenizerFast | None = None, **prompt: object
+) -> Prompter:
     tokenizer = tokenizer or make_tokenizer()
     tokenizer.chat_template = chat
     return Prompter(tokenizer, Prompt(**prompt))  # type: ignore[arg-type]
@@ -90,7 +92,9 @@ def test_templates_that_render_a_problem_to_other_ids_are_refused() -> None:
     refuse_different_prompts(prompter(), prompter(), [PROBLEM])
     # Read differently only where thinking is off: the mismatch that no width or tokenizer check can see.
     other = prompter(THINKING.replace("(--)", "(-)"))
-    with pytest.raises(UserError, match=r"models\.student and models\.teacher: their chat templates .* prompt\.thinking False"):
+    with pytest.raises(
+        UserError, match=r"models\.student and models\.teacher: their chat templates .* prompt\.thinking False"
+    ):
         refuse_different_prompts(prompter(), other, [PROBLEM])
     other = prompter(THINKING.replace("(--)", "(-)"), thinking=True)
     refuse_different_prompts(prompter(thinking=True), other, [PROBLEM])

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import call
 
 from headwater.config import Recipe, parse_recipe
 from headwater.errors import UserError
 from headwater.recipes import ARMS, CANONICAL, Arm, Step, arm_of, builtin_names, builtin_text, find_recipe, stage_of
+from runs import call
 
 
 def recipe_with(*changes: str) -> Recipe:

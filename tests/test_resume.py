@@ -150,7 +150,7 @@ def wait_for_steps(out: Path, stage: str, count: int, process: subprocess.Popen[
 
 def test_a_finished_run_does_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    assert tiny("run", out, "--arm", "raw_teacher", html=True).code == 0
+    assert tiny("run", out, "--arm", "raw_teacher", whole=True).code == 0
     before = {path: path.stat().st_mtime_ns for path in (out / "nodes").rglob("*")}
     wrote = {name: (out / name).read_bytes() for name in ("report.json", "report.html", "ledger.jsonl", "plan.json")}
 
@@ -158,7 +158,7 @@ def test_a_finished_run_does_nothing_again(tmp_path: Path, monkeypatch: pytest.M
         raise AssertionError("a finished node ran again")
 
     monkeypatch.setattr(pipeline, "run_node", run_node)
-    assert tiny("run", out, "--arm", "raw_teacher", html=True).code == 0
+    assert tiny("run", out, "--arm", "raw_teacher", whole=True).code == 0
     assert {path: path.stat().st_mtime_ns for path in (out / "nodes").rglob("*")} == before
     assert {name: (out / name).read_bytes() for name in wrote} == wrote
 

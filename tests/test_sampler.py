@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from scipy import stats
-from tiny import MODELS, PROMPTS, policy_of, tiny_folder, tiny_model, tiny_policy
 
 from headwater import model as models
 from headwater.config import Sampling
@@ -17,6 +16,7 @@ from headwater.data import Rollout
 from headwater.decoder import decoder_for
 from headwater.sampler import Request, TorchSampler, draw_tokens, requests_for
 from headwater.teacher import logp_of
+from tiny import MODELS, PROMPTS, policy_of, tiny_folder, tiny_model, tiny_policy
 
 CAPPED = {
     # Architectures whose logits are not head(body(x)): Gemma 2 caps them, Cohere and Granite scale them.
@@ -93,7 +93,9 @@ def test_a_cap_is_noticed_also_while_the_logits_are_too_small_to_show_it() -> No
     assert fresh.body is fresh.model
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 4)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 4)]
+)
 def test_one_token_completions_come_with_the_frequencies_of_their_probabilities(
     temperature: float, top_p: float, top_k: int
 ) -> None:
@@ -254,10 +256,16 @@ def test_a_policy_that_recomputes_activations_in_training_samples_as_any_other(t
     assert saving.model.training
 
 
-def test_progress_counts_every_request_once() -> None:
-    seen: list[int] = []
-    TorchSampler(tiny_policy(), batch=5).sample(requests(), Sampling(max_tokens=3), seen.append)
-    assert seen == [5, 5, 5, 5, 4]
+def test_every_rollout_is_told_of_once_as_it_finishes() -> None:
+    seen: list[list[Rollout]] = []
+    found = TorchSampler(tiny_policy(), batch=12).sample(
+        requests(), Sampling(max_tokens=30), lambda finished: seen.append(list(finished))
+    )
+    assert len(seen) > 2  # not only at the end of each of the two batches
+    told_of = [rollout for finished in seen for rollout in finished]
+    assert sorted(told_of, key=lambda one: (one.problem_id, one.sample)) == sorted(
+        found, key=lambda one: (one.problem_id, one.sample)
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])

@@ -12,8 +12,10 @@ DRAWS = [0.13478565653872798, 0.013643475223462431]
 
 
 def test_a_seed_depends_on_every_part_on_their_order_and_on_their_type() -> None:
-    names = [(0, "opd", 3, "a", 7), (1, "opd", 3, "a", 7), (0, "rl", 3, "a", 7), (0, "opd", 4, "a", 7), (0, "opd", 3, "b", 7),
-             (0, "opd", 3, "a", 8), (0, "opd", 3, "a"), ("0", "opd", 3, "a", 7), (0, "opd3", "a", 7), (3, "opd", 0, "a", 7)]  # fmt: skip
+    names = [
+        (0, "opd", 3, "a", 7), (1, "opd", 3, "a", 7), (0, "rl", 3, "a", 7), (0, "opd", 4, "a", 7), (0, "opd", 3, "b", 7),
+        (0, "opd", 3, "a", 8), (0, "opd", 3, "a"), ("0", "opd", 3, "a", 7), (0, "opd3", "a", 7), (3, "opd", 0, "a", 7),
+    ]  # fmt: skip
     assert len({seeds.seed_of(*name) for name in names}) == len(names)
     assert seeds.seed_of(*names[0]) == seeds.seed_of(*names[0])
 
@@ -34,7 +36,7 @@ def test_draws_of_different_names_are_uniform_and_uncorrelated() -> None:
     assert first.mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.02)
     assert abs(np.corrcoef(first[:, 0], first[:, 1])[0, 1]) < 0.06
     assert abs(np.corrcoef(first[:-1, 0], first[1:, 0])[0, 1]) < 0.06
-    assert 0.0 <= first.min() and first.max() < 1.0
+    assert first.min() >= 0.0 and first.max() < 1.0
 
 
 def test_a_shuffle_is_a_permutation_that_ignores_the_given_order_and_obeys_its_name() -> None:
@@ -43,4 +45,6 @@ def test_a_shuffle_is_a_permutation_that_ignores_the_given_order_and_obeys_its_n
     assert sorted(found) == sorted(items) and found != items
     assert seeds.shuffled(items[::-1], 0, "opd", "epoch", 1) == found
     assert seeds.shuffled(items, 0, "opd", "epoch", 2) != found
-    assert [one for one in found if one != "p7"] == seeds.shuffled([i for i in items if i != "p7"], 0, "opd", "epoch", 1)
+    assert [one for one in found if one != "p7"] == seeds.shuffled(
+        [i for i in items if i != "p7"], 0, "opd", "epoch", 1
+    )

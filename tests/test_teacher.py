@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import copied, furthest, gradient_of, largest, sampled_rows, stage_of, taught, tiny_policy
 
 from headwater import losses
 from headwater.batch import Row
@@ -25,6 +24,7 @@ from headwater.teacher import (
     write_cache,
 )
 from headwater.train import make_optimizer, update
+from tiny import copied, furthest, gradient_of, largest, sampled_rows, stage_of, taught, tiny_policy
 
 
 def plain_logp(policy: Policy, row: Row) -> torch.Tensor:
@@ -64,9 +64,7 @@ def test_a_student_that_is_its_own_teacher_gets_no_loss_and_no_gradient(
     # Other microbatches than the student's, so the two forward passes are not the same to the last bit.
     mirrored = taught(rows, itself, tokens=30)
     assert largest(gradient_of(policy, mirrored, stage)) < 1e-4 * scale
-    found = update(
-        policy, make_optimizer(policy, stage.optim), mirrored, objective_of(stage), stage, 4096
-    )
+    found = update(policy, make_optimizer(policy, stage.optim), mirrored, objective_of(stage), stage, 4096)
     assert abs(found["loss"]) < 1e-5
     assert abs(found["kl_student_teacher"]) < 1e-6 and abs(found["kl_teacher_student"]) < 1e-6
 
@@ -90,7 +88,9 @@ def test_a_cached_teacher_teaches_as_the_live_one_does(
     live, stored = gradient_of(policy, taught(rows, teacher), stage), gradient_of(policy, again, stage)
     assert furthest(stored, live) < 1e-5 * max(1.0, largest(live))
     update_of = [
-        update(copied(policy), torch.optim.SGD([torch.zeros(1)], lr=0.0), some, objective_of(stage), stage, 4096)["loss"]
+        update(copied(policy), torch.optim.SGD([torch.zeros(1)], lr=0.0), some, objective_of(stage), stage, 4096)[
+            "loss"
+        ]
         for some in (taught(rows, teacher), again)
     ]
     assert update_of[0] == pytest.approx(update_of[1], abs=1e-5)
@@ -123,7 +123,9 @@ def test_a_top_k_cache_is_close_below_the_exact_divergence_and_closer_with_more_
 def test_an_exact_cache_of_the_student_itself_gives_zero_loss(tmp_path: Path, policy: Policy) -> None:
     cached(tmp_path, policy)
     stage = stage_of("forward_kl", batch_size=16)
-    found = update(copied(policy), make_optimizer(policy, stage.optim), read_cache(tmp_path), objective_of(stage), stage, 64)
+    found = update(
+        copied(policy), make_optimizer(policy, stage.optim), read_cache(tmp_path), objective_of(stage), stage, 64
+    )
     assert abs(found["loss"]) < 1e-6
     assert all(isinstance(row.teacher, Exact) for row in read_cache(tmp_path))
 

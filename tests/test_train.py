@@ -8,6 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from headwater import losses
+from headwater.batch import Row
+from headwater.config import Optim, Stage
+from headwater.distributions import Exact
+from headwater.errors import TrainingStoppedError
+from headwater.model import Policy
+from headwater.objective import objective_of
+from headwater.teacher import logp_of
+from headwater.train import Metrics, divided, learning_rate, make_optimizer, token_weights, update
 from tiny import (
     copied,
     furthest,
@@ -21,16 +31,6 @@ from tiny import (
     tiny_policy,
     weights_of,
 )
-
-from headwater import losses
-from headwater.batch import Row
-from headwater.config import Optim, Stage
-from headwater.distributions import Exact
-from headwater.errors import TrainingStoppedError
-from headwater.model import Policy
-from headwater.objective import objective_of
-from headwater.teacher import logp_of
-from headwater.train import Metrics, divided, learning_rate, make_optimizer, token_weights, update
 
 
 def run(policy: Policy, rows: list[Row], stage: Stage, steps: int = 1, tokens: int = 4096) -> list[Metrics]:
@@ -231,9 +231,7 @@ def test_the_gradient_is_cut_to_its_norm_and_the_norm_before_the_cut_is_reported
     whole = gradient_of(policy, rows, stage_of("grpo"))
     norm = math.sqrt(sum(one.square().sum().item() for one in whole.values()))
     before = weights_of(policy)
-    found = update(
-        policy, torch.optim.SGD(policy.model.parameters(), lr=1.0), rows, objective_of(stage), stage, 4096
-    )
+    found = update(policy, torch.optim.SGD(policy.model.parameters(), lr=1.0), rows, objective_of(stage), stage, 4096)
     moved = math.sqrt(sum((one - before[name]).square().sum().item() for name, one in weights_of(policy).items()))
     assert norm > 0.1
     assert found["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -355,12 +353,12 @@ def test_sparse_reward_makes_what_was_rewarded_likelier_and_the_rest_rarer(polic
 
 
 def test_grpo_steps_raise_the_share_of_rollouts_that_earn_the_reward() -> None:
-    policy = tiny_policy(seed=3, std=0.15)
-    stage = stage_of("grpo", batch_size=32, optim={"lr": 5e-3, "grad_clip": 1.0})
+    policy = tiny_policy(seed=4, std=0.15)
+    stage = stage_of("grpo", batch_size=32, optim={"lr": 1e-2, "grad_clip": 1.0})
     optimizer, share = make_optimizer(policy, stage.optim), []
-    for step in range(15):
+    for step in range(20):
         rows = rewarded(fresh(policy, step), lambda row: row.rollout.completion_ids[0] % 2 == 0)  # an even first token
         share.append(sum(row.advantage > 0 for row in rows) / len(rows))
         update(policy, optimizer, rows, objective_of(stage), stage, 4096)
-    assert sum(share[:3]) / 3 < 0.7
-    assert sum(share[-3:]) / 3 > 0.9
+    assert share[0] < 0.5
+    assert sum(share[-5:]) / 5 > 0.9

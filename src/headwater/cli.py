@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headwater.errors import HeadwaterError, UserError
+from headwater.errors import HeadwaterError, RefusedError, UserError
 
 app = typer.Typer(
     name="headwater",
@@ -196,9 +196,13 @@ def validate(
 def report(
     dirs: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Run directories of one recipe.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; the first DIR by default.")] = None,
+    audit: Annotated[bool, typer.Option("--audit", help="Prove from the files where labels went; exit 3 if not.")] = False,
     json_: Json = False,
 ) -> None:
-    """Rebuild the report from run directories."""
+    """Rebuild the report from run directories, or audit them."""
+    if audit:
+        _audit(dirs, json_)
+        return
     from headwater import report as reports
 
     _show(reports.write(out or dirs[0], dirs), out or dirs[0], json_)
@@ -244,6 +248,8 @@ def _go(
     chosen = seeds or [recipe.seed]
     if len(set(chosen)) != len(chosen):
         raise UserError("--seeds: a seed stands there twice")
+    if len(set(arms)) != len(arms):
+        raise UserError(f"--arms {','.join(arms)}: an arm stands there twice")
     from headwater import pipeline
     from headwater.console import narrator
 
@@ -258,6 +264,18 @@ def _go(
         print(f"headwater: interrupted; the same command with --out {folder} goes on from here", file=sys.stderr)
         sys.exit(130)
     _show(found, folder, as_json)
+
+
+def _audit(dirs: list[Path], as_json: bool) -> None:
+    from headwater import audit as audits
+
+    failed: list[str] = []
+    for folder in dirs:
+        found = audits.audit(folder)
+        print(audits.written(found) if as_json else f"{folder}\n{audits.text(found)}")
+        failed += [f"{folder}: {one.name} ({one.faults[0]})" for one in found if not one.holds]
+    if failed:
+        raise RefusedError(f"audit: {'; '.join(failed)}")
 
 
 def _show(found: dict[str, Any], folder: Path, as_json: bool) -> None:

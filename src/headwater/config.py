@@ -347,7 +347,7 @@ def _put(raw: dict[str, Any], keys: list[str], value: Any, override: str) -> dic
     if len(keys) == 1:
         # Where a recipe gives steps they count, and epochs asked for on the command line would change nothing.
         return {**raw, **({"steps": None} if keys[0] == "epochs" and "steps" in raw else {}), keys[0]: value}
-    child = raw.get(keys[0]) or {}
+    child = {} if raw.get(keys[0]) is None else raw[keys[0]]
     if isinstance(child, str) and keys[1] in Source.model_fields:
         child = {"path": child}
     if not isinstance(child, dict):

@@ -44,7 +44,7 @@ def narrator(quiet: bool = False) -> Narrator:
         with Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=18), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
             Rate(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[facts]}"),
-            console=console, transient=True,
+            console=console, transient=True, disable=not console.is_terminal,  # in a log it would leave blank lines
         ) as bar:  # fmt: skip
             task = bar.add_task(head, total=None, unit="", facts="")
 

@@ -81,9 +81,9 @@ def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem
             name, other, other_words = held[index]
             shorter = min(len(words), len(other_words))
             share = max(rare, any_) / shorter
-            if name not in found or (found[name].why == "ngram" and share > found[name].share):
-                if rare / shorter >= SHARE or any_ / shorter >= NEAR:
-                    found[name] = Leak(one.id, name, "ngram", other.id, round(share, 3))
+            better = name not in found or (found[name].why == "ngram" and share > found[name].share)
+            if better and (rare / shorter >= SHARE or any_ / shorter >= NEAR):
+                found[name] = Leak(one.id, name, "ngram", other.id, round(share, 3))
         leaks += [found[name] for name in evals if name in found]
     return leaks
 

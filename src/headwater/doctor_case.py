@@ -12,6 +12,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from headwater import model
 from headwater.config import Recipe
+from headwater.contamination import Leak
 from headwater.data import Problem, Rollout
 from headwater.errors import UserError
 from headwater.estimate import base_of
@@ -209,10 +210,18 @@ class Case:
         return self._once(
             what,
             # Without answers it is a finding of its own, with every row.
-            lambda: load(chosen, what, need_answers=False),
+            lambda: load(chosen, what, need_answers=False, gold=self._gold),
             "data-unreadable",
             "mend the file or the field that the sentence names",
         )
+
+    @property
+    def _gold(self) -> Callable[[Any], str | None] | None:
+        """How the task reads a gold answer from a cell; as mathematics where the task itself cannot be had."""
+        try:
+            return self.grade.task.gold
+        except UnavailableError:
+            return None
 
     @property
     def labeled(self) -> Loaded:
@@ -226,9 +235,9 @@ class Case:
     def evals(self) -> dict[str, Loaded]:
         return {name: self.source(f"data.evals.{name}") for name in self.recipe.data.evals}
 
-    def leaks(self, what: str) -> dict[str, list[str]]:
-        """Evaluation -> ids of the problems of `data.labeled` or `data.unlabeled` that stand in it too."""
-        return self._parted(what)[1]
+    def leaks(self, what: str) -> tuple[Leak, ...]:
+        """The problems of `data.labeled` or `data.unlabeled` that stand in an evaluation too."""
+        return self._parted(what)[0].leaks
 
     def _parted(self, what: str) -> tuple[Loaded, dict[str, list[str]]]:
         return self._once(
@@ -255,6 +264,9 @@ class Case:
     @property
     def problems(self) -> list[Problem]:
         """Every problem that will be put to a model."""
+        if self.given is not None:
+            held = self.given[1]
+            return [*held.problems.values(), *(one for problems, _ in held.evals.values() for one in problems)]
         more = [] if self.unlabeled is None else self.unlabeled.problems
         return [*self.clean.problems, *more, *(one for held in self.evals.values() for one in held.problems)]
 

@@ -12,6 +12,7 @@ import torch
 
 from headwater.doctor_case import Case, Finding, UnavailableError
 from headwater.estimate import base_of, estimates
+from headwater.grading import failing
 from headwater.model import Shape
 from headwater.sources import Loaded, without_leaks
 from headwater.teacher import EXACT_CACHE_LIMIT
@@ -65,12 +66,7 @@ def golds(case: Case) -> list[Finding]:
     slow = grade.task.bounded and grade.task.quick is None and not case.every
     for what, held in _graded(case).items():
         pairs = list(held.gold.items())[: SLOW_GOLDS if slow else None]
-        verdicts = grade([(gold, grade.task.as_completion(gold)) for _, gold in pairs])
-        failed = [
-            f"{name} ({gold!r:.40}: {verdict.reason})"
-            for (name, gold), verdict in zip(pairs, verdicts, strict=True)
-            if not verdict.correct
-        ]
+        failed = [f"{name} ({gold!r:.40}: {reason})" for name, gold, reason in failing(grade, pairs)]
         if failed:
             # One of our own graders that fails most golds was not made for this data: every reward would be 0.
             hopeless = ":" not in case.recipe.task and 2 * len(failed) > len(pairs)
@@ -91,17 +87,20 @@ def contamination(case: Case) -> list[Finding]:
     for what in ("data.labeled", "data.unlabeled"):
         if what == "data.unlabeled" and case.unlabeled is None:
             continue
-        found += [
-            Finding(
-                "evaluation-leak",
-                "warning",
-                f"{what}: {len(names)} problems also stand in data.evals.{evaluation} ({_few(names)}); they are left out of "
-                "training",
-                "nothing, unless they are many: then look for the same in what the models were pretrained on",
-            )
-            for evaluation, names in case.leaks(what).items()
-            if names
-        ]
+        leaks = case.leaks(what)
+        for evaluation in case.recipe.data.evals:
+            ours = [leak for leak in leaks if leak.eval == evaluation]
+            if ours:
+                exact = sum(leak.why == "exact" for leak in ours)
+                found.append(
+                    Finding(
+                        "evaluation-leak",
+                        "warning",
+                        f"{what}: {len(ours)} problems also stand in data.evals.{evaluation}, {exact} of them word for word "
+                        f"({_few([leak.problem_id for leak in ours])}); they are left out of training",
+                        "nothing, unless they are many: then look for the same in what the models were pretrained on",
+                    )
+                )
     return found
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
-from headwater.config import Evaluate
-from headwater.data import Problem, Rollout
+from headwater.config import Evaluate, Sampling
+from headwater.data import Problem, Rollout, Verdict
 from headwater.errors import TrainingStoppedError
 from headwater.labels import Labels
 from headwater.prompts import Prompter
-from headwater.sampler import Sampler, requests_for
+from headwater.sampler import Request, Sampler, requests_for
+
+Key = tuple[str, int]
 
 
 def evaluate(
@@ -35,9 +39,8 @@ def evaluate(
     started = time.perf_counter()
     prompts = [(problem.id, prompter.ids(problem)) for problem in problems]
     requests = requests_for(prompts, settings.samples, 0, *draw)
-    rollouts = refuse_nan(sampler.sample(requests, settings.sampling, progress))
-    texts = [prompter.completion(rollout.completion_ids) for rollout in rollouts]
-    verdicts = labels.check([(rollout.problem_id, text) for rollout, text in zip(rollouts, texts, strict=True)])
+    found = sampled_and_graded(sampler, requests, settings.sampling, labels, prompter.completion, progress)
+    assert found.verdicts is not None
     rows = [
         {
             "problem_id": rollout.problem_id,
@@ -49,19 +52,72 @@ def evaluate(
             "tokens": len(rollout.completion_ids),
             "finish": rollout.finish,
         }
-        for rollout, text, verdict in zip(rollouts, texts, verdicts, strict=True)
+        for rollout, text, verdict in zip(found.rollouts, found.texts, found.verdicts, strict=True)
     ]
     spent = {
         "checks": len(rows),
-        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
+        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in found.rollouts),
         "tokens_prompt": sum(len(ids) for _, ids in prompts),
         "seconds": time.perf_counter() - started,
     }
     return rows, spent
 
 
-def refuse_nan(rollouts: list[Rollout]) -> list[Rollout]:
-    """The rollouts, unless a model that gives no numbers made them: its texts are noise that would be graded as wrong.
+@dataclass(frozen=True)
+class Graded:
+    """Rollouts in the order of their requests, their texts, and the verdicts where there were labels to look at.
+
+    seconds         until the last rollout was there
+    seconds_waited  for verdicts after that
+    """
+
+    rollouts: list[Rollout]
+    texts: list[str]
+    verdicts: list[Verdict] | None
+    seconds: float
+    seconds_waited: float
+
+
+def sampled_and_graded(
+    sampler: Sampler,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    labels: Labels | None,
+    text: Callable[[Sequence[int]], str],
+    progress: Callable[[int], None] | None = None,
+) -> Graded:
+    """Sample, and grade each rollout while others are still being sampled; without labels only sample.
+
+    One thread hands completions to the graders in the order in which they arrive; slow graders work in processes of their
+    own (`verifier`), so sampling hardly notices. Raises TrainingStoppedError when the model gives no finite numbers.
+    """
+    started = time.perf_counter()
+    waiting: list[tuple[list[Key], Future[list[Verdict]]]] = []
+    with ThreadPoolExecutor(max_workers=1) as thread:
+
+        def arrived(finished: Sequence[Rollout]) -> None:
+            refuse_nan(finished)
+            if labels is not None and finished:
+                pairs = [(rollout.problem_id, text(rollout.completion_ids)) for rollout in finished]
+                keys = [(rollout.problem_id, rollout.sample) for rollout in finished]
+                waiting.append((keys, thread.submit(labels.check, pairs)))
+            if progress is not None:
+                progress(len(finished))
+
+        rollouts = sampler.sample(requests, sampling, arrived)
+        sampled = time.perf_counter()
+        verdicts = {key: one for keys, future in waiting for key, one in zip(keys, future.result(), strict=True)}
+    return Graded(
+        rollouts=rollouts,
+        texts=[text(rollout.completion_ids) for rollout in rollouts],
+        verdicts=None if labels is None else [verdicts[rollout.problem_id, rollout.sample] for rollout in rollouts],
+        seconds=sampled - started,
+        seconds_waited=time.perf_counter() - sampled,
+    )
+
+
+def refuse_nan(rollouts: Sequence[Rollout]) -> None:
+    """Refuse rollouts if a model that gives no numbers made them: its texts are noise that would be graded as wrong.
 
     Raises TrainingStoppedError.
     """
@@ -70,4 +126,3 @@ def refuse_nan(rollouts: list[Rollout]) -> list[Rollout]:
             "the model's log-probs are not finite, so there is nothing to sample from: its weights hold a NaN or an infinity, "
             "or its learning rate was too large"
         )
-    return rollouts

@@ -52,7 +52,7 @@ def evaluate_model(
     """
     how, prompt, models = settings
     found, where = find_task(task), device_of(device)
-    loaded = load(Source(path=data, limit=limit), "--data", need_answers=True)
+    loaded = load(Source(path=data, limit=limit), "--data", need_answers=True, gold=found.gold)
     with Verifier(task) as grade, contextlib.ExitStack() as stack:
         policy = model.load(models.student, "MODEL", models, where, frozen=True)
         watch = stack.enter_context(narrator.node(f"eval {models.student}", 1, 1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -44,7 +45,7 @@ class ValidationResult:
 def grade_file(path: Path, task: str = "maths", seconds: float = 2.0, workers: int = 2) -> Iterator[dict[str, Any]]:
     """Grade `{"id", "gold", "completion"}` rows: `{"id", "correct", "reason", "seconds"}` each, in order, as they come.
 
-    An `id` that is missing is the row's number. A gold that is a number is taken as its text. Raises UserError that
+    An `id` that is missing is the row's number. A gold that is a number or an object is taken as its JSON text. Raises UserError that
     names the row: nothing before it is lost.
     """
     rows = json_rows(Path(path), str(path))
@@ -75,10 +76,31 @@ def _checked(number: int, row: Any, path: str) -> tuple[Any, str, str]:
     gold, completion = row["gold"], row["completion"]
     if isinstance(gold, (int, float)) and not isinstance(gold, bool):
         gold = str(gold)
+    elif isinstance(gold, dict):
+        gold = json.dumps(gold, ensure_ascii=False)
     for field, value in (("gold", gold), ("completion", completion)):
         if not isinstance(value, str):
             raise UserError(f"{path}, row {number}: {field!r} is not text but {type(value).__name__}")
     return row.get("id", number), gold, completion
+
+
+def failing(verifier: Verifier, golds: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """(problem id, gold, reason) of the (problem id, gold) pairs that fail their own grader.
+
+    A gold answer written as a completion must grade correct. One that only tells how to test an answer must be usable
+    (not `error`), and must not pass a completion that says nothing (`passes_blank`).
+    """
+    task = verifier.task
+    own = [task.as_completion(gold) for _, gold in golds]
+    tried = [task.blank if completion is None else completion for completion in own]
+    verdicts = verifier([(gold, completion) for (_, gold), completion in zip(golds, tried, strict=True)])
+    failed = []
+    for (name, gold), completion, verdict in zip(golds, own, verdicts, strict=True):
+        if completion is not None and not verdict.correct:
+            failed.append((name, gold, verdict.reason))
+        elif completion is None and (verdict.correct or verdict.reason in ("error", "timeout", "memory")):
+            failed.append((name, gold, "passes_blank" if verdict.correct else verdict.reason))
+    return failed
 
 
 def validate(source: Source, task: str = "maths", seconds: float = 2.0, workers: int = 2) -> ValidationResult:
@@ -87,17 +109,13 @@ def validate(source: Source, task: str = "maths", seconds: float = 2.0, workers:
     Raises UserError when the source cannot be read.
     """
     grader = find_task(task)
-    loaded = load(source, "validate", need_answers=False)
+    loaded = load(source, "validate", need_answers=False, gold=grader.gold)
     golds = list(loaded.gold.items())
     with Verifier(task, workers=workers, seconds=seconds) as verifier:
-        verdicts = verifier([(gold, grader.as_completion(gold)) for _, gold in golds])
+        failed = failing(verifier, golds)
     return ValidationResult(
         total=len(golds),
-        failed=[
-            (name, gold, verdict.reason)
-            for (name, gold), verdict in zip(golds, verdicts, strict=True)
-            if not verdict.correct
-        ],
+        failed=failed,
         without_answer=loaded.without_answer,
         contradictions=loaded.contradictions,
         duplicates=loaded.duplicates,

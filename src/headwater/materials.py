@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from headwater import model
 from headwater.config import Recipe, Stage
-from headwater.data import Problem
+from headwater.contamination import Leak
+from headwater.data import Problem, letters_of
 from headwater.errors import UserError
 from headwater.labels import Grade, Labels, Pools, buy
 from headwater.plan import Plan
 from headwater.prompts import Prompter, refuse_different_prompts
 from headwater.recipes import Pool
-from headwater.sources import load, without_leaks
+from headwater.sources import Loaded, load, without_leaks
 from headwater.tasks import Task, find_task
 
 POOLS: tuple[Pool, ...] = ("all", "first_half", "second_half")
@@ -33,6 +34,7 @@ class Materials:
     unlabeled  ids of further bridge prompts
     evals      evaluation -> (problems, labels of their own, counted apart)
     notes      what was left out on reading, for the user to see
+    left_out   each problem that also stands in an evaluation: which, in which rows, why
     """
 
     recipe: Recipe
@@ -43,6 +45,7 @@ class Materials:
     unlabeled: tuple[str, ...]
     evals: Mapping[str, tuple[Sequence[Problem], Labels]]
     notes: tuple[str, ...]
+    left_out: tuple[dict[str, Any], ...]
     device: torch.device
 
     def pool(self, pool: Pool) -> tuple[str, ...]:
@@ -80,40 +83,57 @@ class Materials:
 
 def gather_materials(recipe: Recipe, grade: Grade) -> Materials:
     """Read all data of a recipe. Raises UserError naming the field, file or row."""
-    evals = {name: load(source, f"data.evals.{name}", need_answers=True) for name, source in recipe.data.evals.items()}
-    labeled, leaks = without_leaks(load(recipe.data.labeled, "data.labeled", need_answers=True), evals)
-    notes = [
-        f"data.labeled: {len(found)} problems also stand in data.evals.{name}; left out"
-        for name, found in leaks.items()
-        if found
-    ]
+    task = find_task(recipe.task)
+    evals = {
+        name: load(source, f"data.evals.{name}", need_answers=True, gold=task.gold)
+        for name, source in recipe.data.evals.items()
+    }
+    labeled, _ = without_leaks(load(recipe.data.labeled, "data.labeled", need_answers=True, gold=task.gold), evals)
+    notes = [f"data.labeled: {said}" for said in leaks_in_words(labeled.leaks)]
+    left_out = [leak_row("data.labeled", leak, labeled) for leak in labeled.leaks]
     if labeled.duplicates:
         notes.append(f"data.labeled: {labeled.duplicates} repeated problems; each counts once")
     if labeled.contradictions:
         notes.append(f"data.labeled: {len(labeled.contradictions)} problems with contradicting answers; left out")
     unlabeled: tuple[Problem, ...] = ()
     if recipe.data.unlabeled is not None:
-        more, leaks = without_leaks(load(recipe.data.unlabeled, "data.unlabeled", need_answers=False), evals)
-        known = {problem.id for problem in labeled.problems}
-        unlabeled = tuple(problem for problem in more.problems if problem.id not in known)
-        notes += [
-            f"data.unlabeled: {len(found)} problems also stand in data.evals.{name}; left out"
-            for name, found in leaks.items()
-            if found
-        ]
+        read = load(recipe.data.unlabeled, "data.unlabeled", need_answers=False, gold=task.gold)
+        more, _ = without_leaks(read, evals)
+        # By letters, as from the evaluations: a held-out problem in another spelling is no fresh prompt.
+        known = {letters_of(problem.text) for problem in labeled.problems}
+        unlabeled = tuple(problem for problem in more.problems if letters_of(problem.text) not in known)
+        notes += [f"data.unlabeled: {said}" for said in leaks_in_words(more.leaks)]
+        left_out += [leak_row("data.unlabeled", leak, more) for leak in more.leaks]
     pools = buy([problem.id for problem in labeled.problems], recipe.labels.budget, recipe.labels.seed)
     bought = {name: labeled.gold[name] for name in pools.all}
     return Materials(
         recipe=recipe,
-        task=find_task(recipe.task),
+        task=task,
         problems={problem.id: problem for problem in (*labeled.problems, *unlabeled)},
         pools=pools,
         labels=Labels(bought, grade, len(bought)),
         unlabeled=tuple(problem.id for problem in unlabeled),
         evals={name: (loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))) for name, loaded in evals.items()},
         notes=tuple(notes),
+        left_out=tuple(left_out),
         device=device_of(recipe.compute.device),
     )
+
+
+def leaks_in_words(leaks: Sequence[Leak]) -> list[str]:
+    """Example: `["34 problems also stand in data.evals.math500 (8 exact, 26 ngram); left out"]`."""
+    counts: dict[str, Counter[str]] = {}
+    for leak in leaks:
+        counts.setdefault(leak.eval, Counter())[leak.why] += 1
+    return [
+        f"{count.total()} problems also stand in data.evals.{name} "
+        f"({', '.join(f'{number} {why}' for why, number in sorted(count.items()))}); left out"
+        for name, count in counts.items()
+    ]
+
+
+def leak_row(what: str, leak: Leak, loaded: Loaded) -> dict[str, Any]:
+    return {"data": what, **asdict(leak), "rows": list(loaded.rows.get(leak.problem_id, ()))}
 
 
 def device_of(name: str) -> torch.device:
@@ -159,6 +179,6 @@ def read_tokenizer(recipe: Recipe, role: str) -> Any:
     field, name = f"models.{role}", getattr(recipe.models, role)
     where = model.resolve(name, field)
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=recipe.models.trust_remote_code)
+        return model.read_tokenizer(where, recipe.models.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{field}: the tokenizer of {name} cannot be loaded ({model.first_sentence(error)})") from None

@@ -144,17 +144,12 @@ def objective_of(stage: Stage) -> Objective:
 
 
 def with_rewards(
-    rows: Sequence[Row],
-    stage: Stage,
-    check: Callable[[list[tuple[str, str]]], list[Verdict]],
-    text: Callable[[Sequence[int]], str],
-    idle_without_advantage: bool,
+    rows: Sequence[Row], verdicts: Sequence[Verdict], stage: Stage, idle_without_advantage: bool
 ) -> list[Row]:
-    """Grade the rows (groups of `group_size` in a row) and write each group's advantages on them.
+    """Write the verdicts and each group's advantages on the rows (groups of `group_size` in a row).
 
     A completion cut at the token limit is graded as it stands: whatever it says before the cut may be right.
     """
-    verdicts = check([(row.rollout.problem_id, text(row.rollout.completion_ids)) for row in rows])
     rewards_PG = torch.tensor([float(verdict.correct) for verdict in verdicts]).view(-1, stage.group_size)
     advantages = ADVANTAGES[stage.sparse.advantage](rewards_PG).flatten().tolist()
     return [

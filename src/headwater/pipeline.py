@@ -20,7 +20,7 @@ from headwater.config import Compute, Recipe
 from headwater.doctor import preflight
 from headwater.materials import Materials, check_plan, gather_materials
 from headwater.plan import Node, Plan, make_plan
-from headwater.rundir import RunDir, read_json, write_json
+from headwater.rundir import RunDir, read_json, write_json, write_rows
 from headwater.stages import Watch, Workplace, run_node
 from headwater.verifier import Verifier
 
@@ -76,6 +76,7 @@ def run(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Path, na
         preflight(plan, materials, out, narrator.say)
         folder.claim(recipe.model_dump(mode="json"))
         write_json(folder.env, environment(materials.device))
+        write_rows(folder.left_out, materials.left_out)
         write_json(folder.plan, with_earlier(plan.written(), folder))
         for note in materials.notes:
             narrator.say(note)

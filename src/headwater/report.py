@@ -1,7 +1,7 @@
 """Run directories -> the report: report.json, report.html, the terminal table. Reads files only; never imports torch.
 
     build(outs)   the values of report.json, from one run directory or several that differ in seeds
-    write(out)    build, then OUT/report.json and OUT/report.html
+    write(out)    build, then OUT/report.json, OUT/report.html and OUT/labels.csv
     verdict, terminal_table, console    from `report_words`
 
 Costs of an arm are those of all its nodes: a teacher that five arms share was paid for once, but each arm alone would
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater import report_html, stats
+from headwater import label_use, report_html, stats
 from headwater.errors import UserError
 from headwater.report_read import ARM_TEXT, POOL_TEXT, Graded, Node, Study, costs, is_number, mean_costs, read
 from headwater.report_words import NAMED_PAIRS, console, terminal_table, verdict
@@ -34,10 +34,11 @@ def build(outs: Sequence[Path]) -> dict[str, Any]:
 
 
 def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
-    """Build the report of `outs` (by default of `out` itself), write report.json and report.html into `out`."""
+    """Build the report of `outs` (by default of `out` itself), write report.json, report.html and labels.csv into `out`."""
     study = read(outs or [out])
     report = summarise(study)
     write_json(RunDir(out).report_json, report)
+    write_atomic(RunDir(out).labels, label_use.as_csv(label_use.uses(study)))
     write_atomic(RunDir(out).report_html, report_html.page(study, report))
     return report
 

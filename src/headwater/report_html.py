@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from headwater import figures
+from headwater import figures, label_use
 from headwater.report_read import ARM_TEXT, POOL_TEXT, Node, Study, costs, is_number, mean_costs
 from headwater.report_style import STYLE
 from headwater.report_words import count, duration, named_contrasts, p_text, percent, points, reading, units
@@ -220,7 +220,13 @@ def _labels(study: Study) -> str:
         return _section("Labels", _note("No stage of this run looked at a label."))
     heads = ["pool", "→ stage", "→ arms", "allowed", "distinct", "checks"]
     note = "Means per seed. Stages that are not listed were handed no labels at all."
-    return _section("Labels", _table("From pool to stage to arm", heads, rows) + _note(note))
+    taken = []
+    for one in label_use.paths(study):
+        cells = [f"{one['half']}H", str(one["stages"]), count(one["labels"])]
+        taken.append(f'<tr><th scope="row">{_e(one["arm"])}</th>{"".join(map(_td, cells))}</tr>')
+    used = _table("Which stages looked at a label, by arm and half", ["arm", "half", "stages", "labels"], taken)
+    more = " labels.csv, beside this file, has every problem with its stages, seeds and arms."
+    return _section("Labels", _table("From pool to stage to arm", heads, rows) + used + _note(note + more))
 
 
 def _conditions(report: dict[str, Any]) -> str:

@@ -4,7 +4,9 @@ OUT/recipe.json            the resolved recipe
 OUT/env.json               versions, device, threads
 OUT/plan.json              arms × seeds -> node names in order; the last node of an arm is its result
 OUT/ledger.jsonl           every node's ledger, joined
+OUT/left_out.jsonl         problems taken out because they also stand in an evaluation: which, where, why
 OUT/report.json report.html
+OUT/labels.csv             which problem's label was looked at by which node, stage, seed and arms
 OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, fingerprint
                metrics.jsonl            a row a training step
                ledger.jsonl             a row for every spend
@@ -23,7 +25,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,11 @@ def write_atomic(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A JSONL file, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> Any:
@@ -209,6 +216,14 @@ class RunDir:
     def report_html(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def left_out(self) -> Path:
+        return self.path / "left_out.jsonl"
+
+    @property
+    def labels(self) -> Path:
+        return self.path / "labels.csv"
+
     def node(self, name: str) -> NodeDir:
         return NodeDir(self.path / "nodes" / name)
 
@@ -223,10 +238,15 @@ class RunDir:
         differ: a study adds seeds to the same folder. So may `compute` and `guards`, which decide how a run goes on but
         not what comes out: the recipe written down is the latest.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path}: is a file, not a folder")
         if not self.recipe.exists():
             if self.path.exists() and any(self.path.iterdir()):
                 raise UserError(f"--out {self.path}: the folder is not empty and holds no run of ours")
-            write_json(self.recipe, recipe)
+            try:
+                write_json(self.recipe, recipe)
+            except OSError as error:
+                raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from None
             return
         held = read_json(self.recipe)
         free = dict.fromkeys(("seed", "compute", "guards"))

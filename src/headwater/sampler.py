@@ -26,13 +26,19 @@ class Request:
     draw: tuple[str | int, ...]
 
 
+Arrived = Callable[[Sequence[Rollout]], None]
+
+
 class Sampler(Protocol):
     """Whoever samples: the embedded sampler, or an engine beside the trainer."""
 
     def sample(
-        self, requests: Sequence[Request], sampling: config.Sampling, progress: Callable[[int], None] | None = None
+        self, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived | None = None
     ) -> list[Rollout]:
-        """Rollouts in the order of the requests; each records the log-probs that it was drawn with."""
+        """Rollouts in the order of the requests; each records the log-probs that it was drawn with.
+
+        arrived  is told of rollouts as they finish, each once, in any order, so that grading can begin
+        """
         ...
 
 
@@ -60,7 +66,7 @@ class TorchSampler:
     batch: int = 256
 
     def sample(
-        self, requests: Sequence[Request], sampling: config.Sampling, progress: Callable[[int], None] | None = None
+        self, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived | None = None
     ) -> list[Rollout]:
         # Like lengths decode together: less padding in the prefill.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
@@ -70,15 +76,14 @@ class TorchSampler:
         try:
             for start in range(0, len(order), self.batch):
                 chosen = order[start : start + self.batch]
-                rollouts.update(zip(chosen, self._decode([requests[i] for i in chosen], sampling), strict=True))
-                if progress is not None:
-                    progress(len(chosen))
+                found = self._decode([requests[i] for i in chosen], sampling, arrived or (lambda finished: None))
+                rollouts.update(zip(chosen, found, strict=True))
         finally:
             self.policy.model.train(training)
         return [rollouts[i] for i in range(len(requests))]
 
     @torch.inference_mode()
-    def _decode(self, requests: Sequence[Request], sampling: config.Sampling) -> list[Rollout]:
+    def _decode(self, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived) -> list[Rollout]:
         policy, device, limit = self.policy, self.policy.device, sampling.max_tokens
         draws_BT = torch.from_numpy(np.stack([seeds.uniforms(limit, *one.draw) for one in requests])).to(device)
         stops = torch.tensor(policy.stop_ids, device=device)
@@ -86,6 +91,27 @@ class TorchSampler:
         logp_BT = torch.zeros((len(requests), limit), device=device)
         length_B = torch.full((len(requests),), limit, dtype=torch.long, device=device)
         stopped_B = torch.zeros(len(requests), dtype=torch.bool, device=device)
+
+        rollouts: dict[int, Rollout] = {}
+
+        def finish(rows_F: Tensor) -> None:
+            found = {
+                row: Rollout(
+                    problem_id=requests[row].problem_id,
+                    sample=requests[row].sample,
+                    prompt_ids=requests[row].prompt_ids,
+                    completion_ids=tuple(ids_BT[row, :length].tolist()),
+                    sampler_logp=tuple(logp_BT[row, :length].tolist()),
+                    finish="stop" if stopped else "length",
+                    sampler=policy.fingerprint,
+                    temperature=sampling.temperature,
+                )
+                for row, length, stopped in zip(
+                    rows_F.tolist(), length_B[rows_F].tolist(), stopped_B[rows_F].tolist(), strict=True
+                )
+            }
+            rollouts.update(found)
+            arrived(list(found.values()))
 
         decoder = decoder_for(policy)
         hidden_AH = self._prefill(decoder, requests)
@@ -103,25 +129,13 @@ class TorchSampler:
             if finished == len(done_A) or step + 1 == limit:
                 break
             if finished >= max(1, len(done_A) // 8):
+                finish(alive_A[done_A])
                 keep_A = (~done_A).nonzero().squeeze(1)
                 alive_A, done_A, token_A = alive_A[keep_A], done_A[keep_A], token_A[keep_A]
                 decoder.keep(keep_A)
             hidden_AH = decoder.step(token_A)
-        return [
-            Rollout(
-                problem_id=request.problem_id,
-                sample=request.sample,
-                prompt_ids=request.prompt_ids,
-                completion_ids=tuple(ids[:length]),
-                sampler_logp=tuple(logp[:length]),
-                finish="stop" if stopped else "length",
-                sampler=policy.fingerprint,
-                temperature=sampling.temperature,
-            )
-            for request, ids, logp, length, stopped in zip(
-                requests, ids_BT.tolist(), logp_BT.tolist(), length_B.tolist(), stopped_B.tolist(), strict=True
-            )
-        ]
+        finish(alive_A)
+        return [rollouts[row] for row in range(len(requests))]
 
     def _prefill(self, decoder: Decoder, requests: Sequence[Request]) -> Tensor:
         """Run each distinct prompt once, padded on the left, and give every request its copy of the cache."""

@@ -84,7 +84,9 @@ TASKS: dict[str, Task] = {
     "regex": Task(
         "regex", pattern.grade, exact.extract, bounded=True, as_completion=pattern.as_completion, gold=cell_as_is
     ),
-    "json": Task("json", fields.grade, fields.extract, bounded=True, as_completion=fields.as_completion, gold=cell_as_is),
+    "json": Task(
+        "json", fields.grade, fields.extract, bounded=True, as_completion=fields.as_completion, gold=cell_as_is
+    ),
     "python": Task(
         "python",
         unit_tests.grade,

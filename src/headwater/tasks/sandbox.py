@@ -53,7 +53,7 @@ class Outcome:
     layers: tuple[str, ...]
 
 
-def run(code: str, tests: str, entry_point: str | None = None, limits: Limits = Limits()) -> Outcome:  # noqa: B008
+def run(code: str, tests: str, entry_point: str | None = None, limits: Limits = Limits()) -> Outcome:
     """Run a solution and then its tests.
 
     Example: `run("def f(x): return 2 * x", "assert f(2) == 4").passed` is True.
@@ -62,7 +62,13 @@ def run(code: str, tests: str, entry_point: str | None = None, limits: Limits = 
     proof = secrets.token_hex(16)
     parts = [text.encode("utf-8", "surrogatepass") for text in (code, tests)]
     setup = json.dumps(
-        {**asdict(limits), "parent": os.getpid(), "code": len(parts[0]), "tests": len(parts[1]), "entry_point": entry_point}
+        {
+            **asdict(limits),
+            "parent": os.getpid(),
+            "code": len(parts[0]),
+            "tests": len(parts[1]),
+            "entry_point": entry_point,
+        }
     ).encode()
     folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
     try:
@@ -76,7 +82,13 @@ def run(code: str, tests: str, entry_point: str | None = None, limits: Limits = 
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 cwd=folder,
-                env={"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
+                env={
+                    "PATH": "/usr/bin:/bin",
+                    "HOME": folder,
+                    "TMPDIR": folder,
+                    "LANG": "C.UTF-8",
+                    "PYTHONHASHSEED": "0",
+                },
                 start_new_session=True,
             )
         said, late = _listen(process, limits.seconds)

@@ -159,7 +159,17 @@ def shut_calls() -> list[str]:
 def refuser(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
     """An audit hook that raises PermissionError; it holds all it needs, so that later changes to modules do not reach it."""
     reads = tuple(path.rstrip("/") for path in [*readable(), "/dev/null", folder])
-    starts = ("socket.", "ctypes.", "subprocess.", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "gc.get_", "pty.")
+    starts = (
+        "socket.",
+        "ctypes.",
+        "subprocess.",
+        "os.exec",
+        "os.spawn",
+        "os.posix_spawn",
+        "os.fork",
+        "gc.get_",
+        "pty.",
+    )
     names = frozenset({"os.system", "os.kill", "os.killpg", "os.link", "os.symlink", "os.putenv", "sys._current_frames",
                        "signal.pthread_kill", "os.setxattr", "fcntl.ioctl", "resource.prlimit"})  # fmt: skip
     paths = frozenset({"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.chmod", "os.chown", "os.truncate",

@@ -1,0 +1,219 @@
+"""Where a step's rows come from: the policy's own samples with their signals, or a teacher's cached rollouts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from headwater import seeds
+from headwater.batch import Row
+from headwater.config import Guards, Stage
+from headwater.errors import TrainingStoppedError
+from headwater.evaluate import sampled_and_graded
+from headwater.labels import Labels
+from headwater.model import Policy, Shape
+from headwater.objective import Objective, with_rewards
+from headwater.sampler import Sampler, requests_for
+from headwater.teacher import distributions_of, logp_of
+from headwater.train import Gathered, Metrics
+
+
+def stored(stage: Stage, seed: int, rows: Sequence[Row]) -> Callable[[int], Gathered]:
+    """Cached teacher rollouts, gone through in a fresh order each epoch."""
+
+    def gather(step: int) -> Gathered:
+        chosen = []
+        for position in range(step * stage.batch_size, (step + 1) * stage.batch_size):
+            epoch, place = divmod(position, len(rows))
+            chosen.append(rows[orders(epoch)[place]])
+        return Gathered(chosen, {"seconds_sample": 0.0, "seconds_score": 0.0, "truncated": truncated(chosen)})
+
+    held: dict[int, list[int]] = {}
+
+    def orders(epoch: int) -> list[int]:
+        if epoch not in held:
+            held.clear()
+            held[epoch] = seeds.generator(seed, "stored", epoch).permutation(len(rows)).tolist()
+        return held[epoch]
+
+    return gather
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """Rollouts of the policy as it is now, with the signals that the objective asks for: call it with a step.
+
+    prompts    problem id -> prompt ids: what the stage may sample from
+    labels     the answers it may look at; None where the objective is dense
+    teacher    who scores the rollouts; None where the objective is sparse
+    reference  the stage's starting weights, where the objective keeps close to them
+    tokens     at most so many padded tokens in a scoring pass
+    """
+
+    policy: Policy
+    stage: Stage
+    name: str
+    seed: int
+    objective: Objective
+    prompts: Mapping[str, tuple[int, ...]]
+    sampler: Sampler
+    text: Callable[[Sequence[int]], str]
+    labels: Labels | None
+    teacher: Policy | None
+    reference: Policy | None
+    guard: SignalGuard
+    tokens: int
+
+    def __call__(self, step: int) -> Gathered:
+        everything, kept, seconds = self.sampled(step)
+        started = time.perf_counter()
+        kept = self.scored(kept)
+        metrics: Metrics = {
+            "seconds_sample": seconds["sample"],
+            "seconds_score": seconds["grade"] + time.perf_counter() - started,
+            "truncated": truncated(everything),
+            "completion_tokens": sum(row.tokens for row in everything) / len(everything),
+        }
+        if self.labels is not None:
+            groups = len(everything) // self.stage.group_size
+            metrics["reward"] = sum(row.verdict.correct for row in everything if row.verdict) / len(everything)
+            metrics["informative"] = 1.0 - uninformative(everything, self.stage) / groups
+            self.guard.look(step, groups, metrics)
+        problems = {row.rollout.problem_id for row in everything}
+        return Gathered(
+            kept,
+            metrics,
+            labels=() if self.labels is None else tuple(sorted(problems)),
+            checks=0 if self.labels is None else len(everything),
+            tokens_sampled=sum(row.tokens for row in everything),
+            tokens_teacher_scored=0 if self.teacher is None else sum(row.tokens for row in kept),
+            flops=self.flops(everything, kept, sum(len(self.prompts[name]) for name in problems)),
+        )
+
+    def sampled(self, step: int) -> tuple[list[Row], list[Row], dict[str, float]]:
+        """All rows that were sampled, those to train on, and the seconds it took.
+
+        The two differ where groups without a signal are sampled again (dynamic sampling).
+        """
+        everything: list[Row] = []
+        kept: list[Row] = []
+        seconds = {"sample": 0.0, "grade": 0.0}
+        for attempt in range(1 + self.stage.sparse.dynamic_sampling):
+            wanted = requests_for(
+                [(name, self.prompts[name]) for name in self.problems_of(step, attempt)],
+                self.stage.group_size, 0, self.seed, self.name, step, attempt,
+            )  # fmt: skip
+            found = sampled_and_graded(self.sampler, wanted, self.stage.sampling, self.labels, self.text)
+            rows = [Row(rollout) for rollout in found.rollouts]
+            if found.verdicts is not None:
+                rows = with_rewards(rows, found.verdicts, self.stage, self.objective.idle_without_advantage)
+            seconds = {"sample": seconds["sample"] + found.seconds, "grade": seconds["grade"] + found.seconds_waited}
+            everything += rows
+            kept = merged(kept, rows, self.stage)
+            if self.labels is None or uninformative(kept, self.stage) == 0:
+                break
+        return everything, kept, seconds
+
+    def problems_of(self, step: int, attempt: int) -> list[str]:
+        """The problems of a step: an epoch's order cut into steps, so that each comes once before any comes twice."""
+        names, count = list(self.prompts), self.stage.prompts_per_step
+        if attempt:  # replacements for groups without a signal come from an order of their own
+            return seeds.shuffled(names, self.seed, self.name, "again", step, attempt)[:count]
+        chosen: list[str] = []
+        for position in range(step * count, (step + 1) * count):
+            epoch, index = divmod(position, len(names))
+            order = seeds.shuffled(names, self.seed, self.name, "epoch", epoch)
+            # Where an epoch ends within a step, its successor must not bring a problem twice into one batch.
+            chosen.append(next(name for name in order[index:] + order[:index] if name not in chosen))
+        return chosen
+
+    def scored(self, rows: list[Row]) -> list[Row]:
+        """The rows with what the frozen models say of them."""
+        rollouts = [row.rollout for row in rows]
+        if self.reference is not None:
+            logps = logp_of(self.reference, rollouts, self.tokens)
+            rows = [replace(row, reference_logp=logp) for row, logp in zip(rows, logps, strict=True)]
+        if self.teacher is not None:
+            with torch.no_grad():
+                found = distributions_of(self.teacher, rollouts, self.tokens)
+            rows = [replace(row, teacher=one) for row, one in zip(rows, found, strict=True)]
+        return rows
+
+    def flops(self, everything: Sequence[Row], kept: Sequence[Row], prompt_tokens: int) -> float:
+        """Of sampling (each prompt of a group is run once) and scoring."""
+        read = [len(row.rollout.prompt_ids) + row.tokens for row in kept]
+        context = sum(read) / len(read) / 2
+        sampled = sum(row.tokens for row in everything) + prompt_tokens
+        spent = Shape.from_config(self.policy.model.config).flops(sampled, context)
+        for scorer in (self.teacher, self.reference):
+            if scorer is not None:
+                spent += Shape.from_config(scorer.model.config).flops(sum(read), context)
+        return spent
+
+
+def merged(kept: list[Row], fresh: list[Row], stage: Stage) -> list[Row]:
+    """Keep what was there, but let informative fresh groups take the places of uninformative ones (dynamic sampling)."""
+    if not kept:
+        return fresh
+    size = stage.group_size
+    groups = [kept[start : start + size] for start in range(0, len(kept), size)]
+    spare = [fresh[start : start + size] for start in range(0, len(fresh), size)]
+    better = iter([group for group in spare if uninformative(group, stage) == 0])
+    out = [group if uninformative(group, stage) == 0 else next(better, group) for group in groups]
+    return [row for group in out for row in group]
+
+
+def uninformative(rows: Sequence[Row], stage: Stage) -> int:
+    """Groups whose verdicts are all the same."""
+    size = stage.group_size
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return sum(len({row.verdict.correct for row in group if row.verdict}) < 2 for group in groups)
+
+
+def truncated(rows: Sequence[Row]) -> float:
+    return sum(row.rollout.finish == "length" for row in rows) / len(rows)
+
+
+@dataclass(frozen=True)
+class SignalGuard:
+    """Stops a stage whose labels buy nothing: no group of its first steps has rewards that differ.
+
+    pool     how many labels the stage may look at
+    earlier  the metrics rows of the steps before this one
+    """
+
+    stop: bool
+    patience: int
+    pool: int
+    looked_at: Callable[[], int]
+    earlier: Callable[[], list[dict[str, Any]]]
+
+    @staticmethod
+    def of(
+        guards: Guards, labels: Labels | None, steps: int, earlier: Callable[[], list[dict[str, Any]]]
+    ) -> SignalGuard:
+        return SignalGuard(
+            stop=guards.no_signal == "stop",
+            patience=min(guards.patience, steps),
+            pool=0 if labels is None else len(labels),
+            looked_at=lambda: 0 if labels is None else len(labels.looked_at),
+            earlier=earlier,
+        )
+
+    def look(self, step: int, groups: int, metrics: Metrics) -> None:
+        """Raises TrainingStoppedError at the end of the patience if nothing was informative until then."""
+        if not self.stop or step + 1 != self.patience or metrics["informative"] > 0.0:
+            return
+        if any(row.get("informative", 0.0) > 0.0 for row in self.earlier()):
+            return
+        said = "wrong" if metrics["reward"] == 0.0 else "right" if metrics["reward"] == 1.0 else "graded alike"
+        raise TrainingStoppedError(
+            f"no group is informative: in each of the {groups * (step + 1)} groups so far all completions were {said}, so sparse "
+            f"reward gives no gradient; {self.looked_at()} labels were looked at and bought nothing, and the other "
+            f"{self.pool - self.looked_at()} of this stage's {self.pool} labels would be wasted too (set "
+            "guards.no_signal=continue to go on all the same)"
+        )

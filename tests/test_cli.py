@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from headwater.recipes import ARMS, DEFAULT_STUDY
+from runs import all_arms, call, held, node, node_names, rows, sets, spawn, tiny
+
+VERBS = ("init", "run", "study", "demo", "eval", "grade", "validate", "report")
+
+
+def strict(text: str) -> object:
+    """JSON as every reader takes it: no NaN, no Infinity."""
+
+    def refuse(name: str) -> object:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_the_program_lists_its_verbs_and_each_says_what_it_does() -> None:
+    listed = call("--help").out
+    for verb in VERBS:
+        assert f" {verb} " in listed
+        shown = call(verb, "--help")
+        assert shown.code == 0 and "Usage: headwater" in shown.out and verb in shown.out
+
+
+def test_a_run_as_a_process_of_its_own_prints_the_table_and_where_the_report_is(tmp_path: Path) -> None:
+    done = spawn("run", "pocket", "--arm", "raw_teacher", "--out", "mine", *sets(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "base_student" in done.stdout and "raw_teacher" in done.stdout
+    assert done.stdout.strip().endswith("report: mine/report.html")
+    told = [line for line in done.stderr.splitlines() if line.startswith("[")]
+    assert [line.split(":")[0] for line in told] == [
+        "[1/5] base_student (seed 0)",
+        "[2/5] base_teacher (seed 0)",
+        "[3/5] teacher_rollouts on all (seed 0)",
+        "[4/5] warmup on all (seed 0)",
+        "[5/5] opd on all (seed 0)",
+    ]
+    assert "\n\n" not in done.stderr and "Warning" not in done.stderr  # a log without holes and without others' noise
+    page = (tmp_path / "mine/report.html").read_text(encoding="utf-8")
+    assert "raw_teacher" in page and "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "<script src" not in page  # self-contained
+
+
+def test_json_goes_alone_to_standard_output_and_is_the_report(tmp_path: Path) -> None:
+    done = spawn("run", "pocket", "--arm", "direct_grpo", "--json", "--out", "mine", *sets(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert strict(done.stdout) == held(tmp_path / "mine/report.json")
+    assert done.stdout.count("\n") == 1
+
+
+def test_an_error_under_json_still_leaves_standard_output_empty() -> None:
+    said = call("run", "pocket", "--json", "--set", "labels.budget=-1")
+    assert (said.code, said.out) == (2, "") and "labels.budget" in said.err
+
+
+def test_a_study_reports_its_arms_over_its_seeds(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = tiny("study", out, "--arms", "direct_grpo, raw_teacher", "--seeds", "3,5", "--json")
+    assert said.code == 0, said.err
+    report = strict(said.out)
+    assert report["seeds"] == [3, 5]  # type: ignore[index]
+    assert set(report["arms"]) == {"base_student", "base_teacher", "direct_grpo", "raw_teacher"}  # type: ignore[index]
+    for arm in ("direct_grpo", "raw_teacher"):
+        assert set(report["arms"][arm]["accuracy"]["sums"]["per_seed"]) == {"3", "5"}  # type: ignore[index]
+    assert any((one["a"], one["b"]) == ("direct_grpo", "raw_teacher") for one in report["contrasts"])  # type: ignore[index]
+    texts = [
+        [row["completion"] for row in rows(node(out, "direct_grpo", "student_rl", seed) / "rollouts/000001.jsonl")]
+        for seed in (3, 5)
+    ]
+    assert texts[0] != texts[1]
+
+
+def test_the_seed_of_a_run_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert tiny("run", out, "--arm", "direct_grpo", "--seed", "7").code == 0
+    assert held(out / "plan.json")["seeds"] == [7]
+    assert {row["seed"] for row in rows(out / "ledger.jsonl")} == {7}
+
+
+def test_the_same_seed_gives_the_same_run_in_another_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert tiny("run", out, "--arm", "bridge").code == 0
+    for name in node_names(out, "bridge"):
+        for path in sorted((out / "nodes" / name).glob("rollouts/*.jsonl")):
+            there = all_arms() / path.relative_to(out)
+            assert path.read_bytes() == there.read_bytes()
+
+
+def test_what_was_set_is_recorded_and_is_what_ran(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert tiny("run", out, "--arm", "raw_teacher", "--device", "cpu", changes=["stages.opd.steps=3"]).code == 0
+    recipe = held(out / "recipe.json")
+    assert recipe["stages"]["opd"]["steps"] == 3 and recipe["compute"]["device"] == "cpu"
+    assert len(rows(node(out, "raw_teacher", "opd") / "metrics.jsonl")) == 3
+    assert held(node(out, "raw_teacher", "opd") / "node.json")["settings"]["steps"] == 3
+
+
+def test_a_dry_run_lists_every_node_and_its_bounds_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = strict(call("study", "pocket", "--arms", "all", "--dry-run", "--json", *sets()).out)
+    assert not list(tmp_path.iterdir())
+    estimates = {row["node"]: row for row in listed}  # type: ignore[attr-defined,index,misc]
+    ran = {path.name for path in (all_arms() / "nodes").iterdir()}
+    assert set(estimates) == ran  # what it lists is what runs
+    assert len(estimates) == len(listed)  # type: ignore[arg-type]
+    for name, row in estimates.items():
+        spends = rows(all_arms() / "nodes" / name / "ledger.jsonl")
+        train = [one for one in spends if one["purpose"] == "train"]
+        assert len({label for one in train for label in one["labels"]}) <= row["labels"]
+        assert sum(one["tokens_sampled"] for one in spends) <= row["tokens_sampled_at_most"]
+        assert sum(one["tokens_teacher_scored"] for one in spends) <= row["tokens_teacher_scored_at_most"]
+        assert sum(one["flops"] for one in spends) <= row["flops_at_most"] < 1000 * sum(one["flops"] for one in spends)
+
+
+def test_a_dry_run_for_people_names_nodes_labels_and_steps(tmp_path: Path) -> None:
+    said = call("run", "pocket", "--dry-run", "--out", tmp_path / "out", *sets())
+    assert said.code == 0 and not (tmp_path / "out").exists()
+    for word in ("teacher_rl", "warmup", "opd", "student_rl", "labels", "FLOPs", "memory"):
+        assert word in said.out
+
+
+def test_a_study_without_arms_is_the_demos_and_all_is_every_arm(tmp_path: Path) -> None:
+    plain = call("study", "pocket", "--dry-run", "--json", *sets())
+    named = call("study", "pocket", "--arms", ",".join(DEFAULT_STUDY), "--dry-run", "--json", *sets())
+    every = call("study", "pocket", "--arms", ",".join(ARMS), "--dry-run", "--json", *sets())
+    assert strict(plain.out) == strict(named.out)
+    assert len(strict(every.out)) > len(strict(plain.out))  # type: ignore[arg-type]
+
+
+def test_a_report_is_rebuilt_from_the_files_byte_for_byte() -> None:
+    out = all_arms()
+    before = {name: (out / name).read_bytes() for name in ("report.json", "report.html")}
+    said = call("report", out)
+    assert said.code == 0 and "bridge_rl" in said.out
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
+def test_one_report_of_two_folders_that_differ_in_the_seed_holds_both(tmp_path: Path) -> None:
+    for seed in ("0", "1"):
+        assert tiny("run", tmp_path / seed, "--arm", "direct_grpo", "--seed", seed).code == 0
+    said = call("report", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--json")
+    assert said.code == 0, said.err
+    report = strict(said.out)
+    assert report == held(tmp_path / "both/report.json")
+    assert report["arms"]["direct_grpo"]["accuracy"]["sums"]["per_seed"].keys() == {"0", "1"}  # type: ignore[index]
+
+
+def test_evaluating_a_trained_node_agrees_with_the_runs_own_evaluation_file(tmp_path: Path) -> None:
+    """The same model, problems and task; other draws, so the texts differ, but what was graded is what is counted."""
+    out = tmp_path / "graded.jsonl"
+    data = tmp_path / "data.jsonl"
+    pairs = [("17+45+82+03", "47"), ("10+10+10+10", "40"), ("01+02+03+04", "10")]
+    data.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in pairs), encoding="utf-8")
+    options = ["--data", data, "--task", "sums", "--samples", "4", "--max-tokens", "40", "--out", out]
+    said = call("eval", "pocket:qwen3-teacher-large", *options, "--json")
+    assert said.code == 0, said.err
+    found, graded = strict(said.out), rows(out)
+    assert len(graded) == 12 and found["problems"] == 3 and found["samples"] == 4  # type: ignore[index]
+    share = sum(row["correct"] for row in graded) / 12
+    assert found["measures"]["avg@4"]["mean"] == pytest.approx(share)  # type: ignore[index]
+    assert found["tokens"] == sum(row["tokens"] for row in graded)  # type: ignore[index]
+    solved = {row["problem_id"] for row in graded if row["correct"]}
+    assert found["measures"]["pass@4"]["mean"] == pytest.approx(len(solved) / 3)  # type: ignore[index]
+    again = call("eval", "pocket:qwen3-teacher-large", *options)
+    assert "avg@4" in again.out and "pass@4" in again.out and rows(out) == graded  # seeds decide, not the moment
+
+
+def test_the_console_script_is_the_same_program() -> None:
+    from importlib.metadata import entry_points
+
+    (script,) = entry_points(group="console_scripts", name="headwater")
+    from headwater.cli import main
+
+    assert script.load() is main
+    assert (Path(sys.executable).parent / "headwater").exists()

@@ -1,0 +1,229 @@
+"""What a recipe may say: every wrong thing is refused in one sentence that names its field."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from headwater.config import Recipe, Sampling, Stage, canonical_json, parse_recipe, read_recipe
+from headwater.errors import UserError
+
+RAW: dict[str, Any] = {
+    "name": "tiny",
+    "task": "sums",
+    "models": {"student": "pocket:a", "teacher": "pocket:b"},
+    "data": {"labeled": "train.jsonl", "evals": {"test": {"generate": {"pool": "eval", "count": 10}}}},
+    "stages": {
+        "teacher_rl": {"objective": "grpo", "steps": 3},
+        "warmup": {"objective": "forward_kl", "epochs": 1},
+        "opd": {"objective": "opd", "steps": 3},
+        "student_rl": {"objective": "grpo", "steps": 3},
+    },
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """RAW with one field set, or removed where the value is ..."""
+    raw = copy.deepcopy(RAW)
+    *keys, last = path.split(".")
+    held = raw
+    for key in keys:
+        held = held.setdefault(key, {})
+    if value is ...:
+        del held[last]
+    else:
+        held[last] = value
+    return raw
+
+
+def complaint(path: str, value: Any) -> str:
+    with pytest.raises(UserError) as refused:
+        parse_recipe(changed(path, value), "recipe tiny.yaml")
+    said = str(refused.value)
+    assert said.startswith("recipe tiny.yaml: ") and "\n" not in said and refused.value.exit_code == 2
+    return said.removeprefix("recipe tiny.yaml: ")
+
+
+def test_a_plain_recipe_is_read_with_the_papers_defaults() -> None:
+    recipe = parse_recipe(RAW, "here")
+    opd = recipe.stages.opd
+    assert recipe.data.labeled.path == "train.jsonl"
+    assert (opd.optim.lr, opd.optim.grad_clip, opd.batch_size, opd.group_size) == (1e-6, 1.0, 64, 8)
+    assert (opd.sampling.temperature, opd.sampling.top_p, opd.sampling.top_k) == (1.0, 1.0, 0)
+    assert (opd.sparse.clip_low, opd.sparse.clip_high, opd.sparse.kl_coef) == (0.2, 0.2, 5e-4)
+    assert opd.dense.divergence == "reverse" and opd.loss_mean == "token"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("stages.opd.learning_rate", 1e-6, "unknown field stages.opd.learning_rate"),
+        ("extra", 1, "unknown field extra"),
+        ("stages.opd.optim.lr", "fast", "stages.opd.optim.lr: input should be a valid number"),
+        ("stages.opd.optim.lr", 0.0, "stages.opd.optim.lr: input should be greater than 0 (given: 0.0)"),
+        ("stages.opd.optim.lr", float("nan"), "stages.opd.optim.lr: input should be a finite number"),
+        ("stages.opd.optim.warmup", 1.5, "stages.opd.optim.warmup: input should be less than or equal to 1"),
+        ("stages.opd.batch_size", 2.5, "stages.opd.batch_size: input should be a valid integer"),
+        ("stages.opd.steps", -1, "stages.opd.steps: input should be greater than or equal to 0 (given: -1)"),
+        ("stages.opd.objective", "ppo", "stages.opd.objective: input should be 'grpo', 'opd', 'mixed', 'forward_kl' or 'sft'"),
+        ("stages.opd.sampling.temperature", 0.0, "stages.opd.sampling.temperature: input should be greater than 0"),
+        ("stages.opd.dense.beta", 1.0, "stages.opd.dense.beta: input should be less than 1"),
+        ("stages.opd", ..., "stages.opd: field required"),
+        ("models.student", ..., "models.student: field required"),
+        ("models.dtype", "float16", "models.dtype: input should be 'float32' or 'bfloat16' (given: 'float16')"),
+        ("labels.budget", 0, "labels.budget: input should be greater than or equal to 1 (given: 0)"),
+        ("labels.split", "third", "labels.split: input should be 'full' or 'half'"),
+        ("data.evals", {}, "data.evals: dictionary should have at least 1 item"),
+        ("data.evals", {"../x": "a.jsonl"}, "data.evals.../x"),
+        ("data.labeled", {"path": "a", "generate": {"pool": "train", "count": 1}}, "data.labeled: give either path or generate"),
+        ("data.labeled", {}, "data.labeled: give either path or generate"),
+        ("prompt.template", "no place for it", "prompt: template must contain {problem}"),
+        ("name", "../../etc", "name: string should match pattern"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named_with_what_is_wrong_about_it(path: str, value: Any, said: str) -> None:
+    assert said in complaint(path, value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "said"),
+    [
+        ("opd", {"objective": "grpo"}, "stages: opd.objective is grpo; this stage takes opd or mixed"),
+        ("opd", {"objective": "forward_kl"}, "stages: opd.objective is forward_kl"),
+        ("teacher_rl", {"objective": "opd"}, "stages: teacher_rl.objective is opd; this stage takes grpo"),
+        ("warmup", {"objective": "opd"}, "stages: warmup.objective is opd; this stage takes forward_kl or sft"),
+        ("student_rl", {"objective": "sft"}, "stages: student_rl.objective is sft; this stage takes grpo or mixed"),
+        ("opd", {"objective": "mixed"}, "stages.opd: sparse_share belongs to objective mixed, and mixed needs it"),
+        ("opd", {"sparse_share": 0.5}, "stages.opd: sparse_share belongs to objective mixed"),
+        ("opd", {"batch_size": 10, "group_size": 4}, "stages.opd: batch_size 10 is not a multiple of group_size 4"),
+        ("student_rl", {"batch_size": 4, "group_size": 1}, "stages.student_rl: group_size must be at least 2"),
+        ("opd", {"sampling": {"top_p": 0.9}}, "stages.opd: training samples with top_p 1 and no top_k"),
+        ("opd", {"sampling": {"top_k": 20}}, "stages.opd: training samples with top_p 1 and no top_k"),
+        ("opd", {"steps": None}, "stages.opd: give steps or epochs"),
+        ("opd", {"minibatches": 99}, "stages.opd: minibatches 99 is more than batch_size 64"),
+    ],
+)
+def test_pairings_that_make_no_sense_are_refused_when_the_recipe_is_read(
+    stage: str, fields: dict[str, Any], said: str
+) -> None:
+    held = {**RAW["stages"][stage], **fields}
+    assert said in complaint(f"stages.{stage}", held)
+
+
+def test_what_is_refused_in_training_is_allowed_in_evaluation() -> None:
+    recipe = parse_recipe(changed("evaluate.sampling", {"top_p": 0.8, "top_k": 20, "temperature": 0.7}), "here")
+    assert recipe.evaluate.sampling == Sampling(top_p=0.8, top_k=20, temperature=0.7)
+
+
+def test_a_group_of_one_is_fine_where_nothing_is_compared_within_it() -> None:
+    fields = {**RAW["stages"]["opd"], "group_size": 1}
+    assert parse_recipe(changed("stages.opd", fields), "here").stages.opd.group_size == 1
+    only_dense = {**fields, "objective": "mixed", "sparse_share": 0.0}
+    assert not parse_recipe(changed("stages.opd", only_dense), "here").stages.opd.needs_labels
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("stages.opd.optim.lr=1e-4", "stages.opd.optim.lr", 1e-4),
+        ("stages.opd.optim.lr=1E-4", "stages.opd.optim.lr", 1e-4),
+        ("stages.opd.optim.lr=2.5e-5", "stages.opd.optim.lr", 2.5e-5),
+        ("stages.opd.steps=5", "stages.opd.steps", 5),
+        ("labels.budget=null", "labels.budget", None),
+        ("labels.budget=32", "labels.budget", 32),
+        ("prompt.thinking=true", "prompt.thinking", True),
+        ("models.student=pocket:other", "models.student", "pocket:other"),
+        ("name=1e-4", None, None),
+        ("data.labeled.limit=7", "data.labeled.limit", 7),
+        ("prompt.template=Q={problem}", "prompt.template", "Q={problem}"),
+        ("prompt.system=", "prompt.system", None),
+        ('stages.opd.sampling={"max_tokens": 9}', "stages.opd.sampling.max_tokens", 9),
+    ],
+)
+def test_an_override_sets_one_field_with_the_type_that_was_meant(override: str, path: str | None, value: Any) -> None:
+    if path is None:  # a name is text; the number that was meant elsewhere is refused here
+        with pytest.raises(UserError, match="name: input should be a valid string"):
+            parse_recipe(RAW, "here", [override])
+        return
+    found: Any = parse_recipe(RAW, "here", [override])
+    for key in path.split("."):
+        found = getattr(found, key)
+    assert found == value and type(found) is type(value)
+
+
+def test_overrides_keep_the_other_fields_and_the_last_one_wins_and_the_recipe_given_stays_as_it_was() -> None:
+    before = copy.deepcopy(RAW)
+    recipe = parse_recipe(RAW, "here", ["stages.opd.steps=5", "data.labeled.limit=7", "stages.opd.steps=6"])
+    assert recipe.stages.opd.steps == 6 and recipe.stages.opd.objective == "opd"
+    assert (recipe.data.labeled.path, recipe.data.labeled.limit) == ("train.jsonl", 7)
+    assert before == RAW
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.opd.steps", r"--set stages\.opd\.steps: write it as path=value"),
+        ("=5", "--set =5: write it as path=value"),
+        ("stages..steps=5", r"--set stages\.\.steps=5: write it as path=value"),
+        ("stages.opd.step=5", r"unknown field stages\.opd\.step"),
+        ("nowhere.at.all=5", "unknown field nowhere"),
+        ("name.first=5", r"--set name\.first=5: name holds a value, not fields"),
+        ("stages.opd.steps=[1", r"--set stages\.opd\.steps=\[1: the value is not YAML"),
+        ("stages.opd.steps=many", r"stages\.opd\.steps: input should be a valid integer.*\(given: 'many'\)"),
+    ],
+)
+def test_a_bad_override_is_refused_with_its_text_or_field(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_recipe(RAW, "here", [override])
+
+
+def test_a_recipe_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    with pytest.raises(UserError, match=r"recipe .*r\.yaml: cannot be read"):
+        read_recipe(path)
+    for text, said in (("a: [1", "is not YAML"), ("- 1", "must be a mapping of fields, not list"), ("", "not NoneType"),
+                       ("a: !!python/object/apply:os.system ['true']", "is not YAML")):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(UserError, match=said) as refused:
+            read_recipe(path)
+        assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_recipe(path)
+
+
+def test_a_recipe_written_out_and_read_again_is_the_same_recipe(tmp_path: Path) -> None:
+    recipe = parse_recipe(RAW, "here", ["stages.opd.optim.lr=1e-4", "labels.budget=64"])
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    assert read_recipe(path) == recipe
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_read() -> None:
+    recipe = parse_recipe(RAW, "here")
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.stages.opd.optim.lr = 1.0
+
+
+def test_steps_over_a_pool_by_hand() -> None:
+    # 100 prompts × 8 rollouts × 2 epochs / 128 a step = 12.5, so 13.
+    assert Stage(objective="grpo", epochs=2, batch_size=128).steps_over(100) == 13
+    assert Stage(objective="grpo", epochs=2, steps=5).steps_over(100) == 5
+    assert Stage(objective="grpo", steps=1, batch_size=128, group_size=8).prompts_per_step == 16
+
+
+def test_equal_values_have_equal_canonical_text_whatever_their_order() -> None:
+    assert (
+        canonical_json({"b": 1, "a": [1.5, "é"]})
+        == '{"a":[1.5,"é"],"b":1}'
+        == canonical_json({"a": [1.5, "é"], "b": 1})
+    )
+    recipe = parse_recipe(RAW, "here")
+    assert canonical_json(recipe) == canonical_json(parse_recipe(dict(reversed(RAW.items())), "here"))
+    assert canonical_json(recipe) != canonical_json(parse_recipe(RAW, "here", ["seed=1"]))

@@ -1,0 +1,217 @@
+"""Files of a run: whole or not there, cut back to a step, and never another recipe's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from headwater.errors import UserError
+from headwater.rundir import (
+    NodeDir,
+    RunDir,
+    append_jsonl,
+    cut_back,
+    file_sums,
+    first_difference,
+    read_json,
+    read_jsonl,
+    write_atomic,
+    write_json,
+    written_aside,
+)
+
+
+class Unwritable:
+    """Not JSON."""
+
+
+def test_a_file_is_replaced_whole_and_a_failed_write_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "deep" / "state.json"
+    write_json(path, {"step": 1, "name": "αβ"})
+    assert read_json(path) == {"step": 1, "name": "αβ"}
+    with pytest.raises(TypeError):
+        write_json(path, {"step": Unwritable()})
+
+    def full(fd: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("headwater.rundir.os.fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_atomic(path, "half a fi")
+    assert read_json(path) == {"step": 1, "name": "αβ"}
+    assert [one.name for one in path.parent.iterdir()] == ["state.json"]
+
+
+def test_a_missing_or_broken_json_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.json: no such file"):
+        read_json(tmp_path / "none.json")
+    for broken in (b'{"a": ', b"\xff\xfe", b""):
+        (tmp_path / "broken.json").write_bytes(broken)
+        with pytest.raises(UserError, match=r"broken\.json: cannot be read as JSON"):
+            read_json(tmp_path / "broken.json")
+
+
+def test_rows_are_appended_and_read_in_order_whatever_their_text(tmp_path: Path) -> None:
+    path = tmp_path / "node" / "rows.jsonl"
+    rows = [{"step": 1, "text": "a\nb"}, {"step": 2, "text": "数学 🙂 \u2028 \x85 \r"}, {"step": 3, "text": '"\\'}]
+    append_jsonl(path, rows[:1])
+    append_jsonl(path, rows[1:])
+    assert list(read_jsonl(path)) == rows
+    assert list(read_jsonl(tmp_path / "none.jsonl")) == []
+
+
+def test_a_last_line_that_a_crash_cut_anywhere_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, [{"step": 1}])
+    whole = json.dumps({"step": 2, "text": "数学"}, ensure_ascii=False).encode()
+    before = path.read_bytes()
+    for length in range(1, len(whole)):  # also within a character of several bytes
+        path.write_bytes(before + whole[:length])
+        assert list(read_jsonl(path)) == [{"step": 1}]
+    path.write_bytes(before + whole)  # complete but for its line end
+    assert list(read_jsonl(path)) == [{"step": 1}, {"step": 2, "text": "数学"}]
+
+
+def test_a_broken_row_that_is_not_the_last_is_an_error_with_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl: row 2 is not JSON"):
+        list(read_jsonl(path))
+
+
+def test_cutting_back_drops_what_is_not_kept_and_mends_a_cut_line_so_that_appending_is_safe(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, [{"step": step, "text": "é"} for step in (1, 2, 3)])
+    with path.open("ab") as file:
+        file.write('{"step": 4, "text": "é'.encode()[:-1])
+    cut_back(path, lambda row: row["step"] <= 2)
+    append_jsonl(path, [{"step": 3, "text": "again"}])
+    assert [(row["step"], row["text"]) for row in read_jsonl(path)] == [(1, "é"), (2, "é"), (3, "again")]
+    cut_back(tmp_path / "none.jsonl", lambda row: True)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_folder_written_aside_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "checkpoint" / "000003"
+    with written_aside(target) as aside:
+        (aside / "weights").write_text("new")
+        assert not target.exists()
+    assert file_sums(target).keys() == {"weights"}
+
+    def killed() -> None:
+        with written_aside(target) as aside:
+            (aside / "weights").write_text("newer")
+            raise RuntimeError("killed in between")
+
+    with pytest.raises(RuntimeError, match="killed in between"):
+        killed()
+    assert (target / "weights").read_text() == "new"
+    with written_aside(target) as aside:
+        (aside / "other").write_text("x")
+    assert [path.name for path in target.iterdir()] == ["other"]
+    assert [path.name for path in target.parent.iterdir()] == ["000003"]
+
+
+def test_what_a_killed_writer_left_aside_is_no_checkpoint_and_does_not_stop_the_next(tmp_path: Path) -> None:
+    node = NodeDir(tmp_path / "nodes" / "opd")
+    left = node.checkpoint(3).with_name(".000003.tmp")
+    left.mkdir(parents=True)
+    (left / "sums.json").write_text("{}")
+    assert node.checkpoints() == []
+    with written_aside(node.checkpoint(3)) as aside:
+        (aside / "sums.json").write_text("{}")
+    assert node.checkpoints() == [node.checkpoint(3)]
+    assert not left.exists()
+
+
+def test_checkpoints_are_listed_newest_first_past_a_million_steps_too(tmp_path: Path) -> None:
+    node = NodeDir(tmp_path)
+    for step in (2, 10, 9):
+        write_json(node.checkpoint(step) / "sums.json", {})
+    assert [path.name for path in node.checkpoints()] == ["000010", "000009", "000002"]
+
+
+def test_checksums_see_every_file_and_every_byte(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(b"abc")
+    # sha256 of "abc", as published with the standard.
+    assert file_sums(tmp_path) == {"a/b": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+
+
+def test_cutting_a_node_back_forgets_everything_after_the_step_and_nothing_before(tmp_path: Path) -> None:
+    node = NodeDir(tmp_path / "nodes" / "opd")
+    for step in range(1, 7):
+        append_jsonl(node.metrics, [{"step": step}])
+        append_jsonl(node.ledger, [{"step": step, "purpose": "train"}])
+        append_jsonl(node.rollouts(step), [{"sample": 0}])
+    for when in ("step-000002", "step-000004", "step-000006", "final"):
+        append_jsonl(node.evaluation(when, "test"), [{"correct": True}])
+    node.cut_back_to(4)
+    assert [row["step"] for row in read_jsonl(node.metrics)] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_jsonl(node.ledger)] == [1, 2, 3, 4]
+    assert [node.rollouts(step).exists() for step in range(1, 7)] == [True] * 4 + [False] * 2
+    assert sorted(path.name for path in (node.path / "evals").iterdir()) == ["step-000002", "step-000004"]
+
+
+def test_a_node_is_done_only_for_its_own_fingerprint(tmp_path: Path) -> None:
+    node = NodeDir(tmp_path)
+    assert not node.is_done("abc")
+    write_json(node.done, {"fingerprint": "abc"})
+    assert node.is_done("abc") and not node.is_done("abd")
+
+
+RECIPE = {"name": "r", "seed": 0, "stages": {"opd": {"steps": 5, "optim": {"lr": 1e-6}}}, "evals": ["a", "b"]}
+
+
+def test_a_folder_belongs_to_one_recipe_and_the_first_field_that_differs_is_named(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path / "out")
+    folder.claim(RECIPE)
+    folder.claim(RECIPE)
+    changed = {**RECIPE, "stages": {"opd": {"steps": 5, "optim": {"lr": 2e-6}}}}
+    with pytest.raises(
+        UserError, match=r"--out .*out: holds a run of another recipe \(they differ in stages\.opd\.optim\.lr\)"
+    ):
+        folder.claim(changed)
+    assert read_json(folder.recipe) == RECIPE
+
+
+def test_what_decides_no_outcome_of_a_node_may_change_and_the_latest_recipe_is_the_one_written_down(
+    tmp_path: Path,
+) -> None:
+    folder = RunDir(tmp_path / "out")
+    folder.claim({**RECIPE, "compute": {"threads": 1}, "guards": {"patience": 3}})
+    later = {**RECIPE, "seed": 3, "compute": {"threads": 2}, "guards": {"patience": 9}}
+    folder.claim(later)  # a study adds seeds to its folder; another machine goes on with it
+    assert read_json(folder.recipe) == later
+
+
+def test_a_folder_with_someone_elses_files_is_refused_and_an_empty_one_taken(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"--out .*mine: the folder is not empty and holds no run of ours"):
+        RunDir(tmp_path / "mine").claim(RECIPE)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    (tmp_path / "empty").mkdir()
+    RunDir(tmp_path / "empty").claim(RECIPE)
+    assert read_json(tmp_path / "empty" / "recipe.json") == RECIPE
+
+
+def test_the_first_difference_is_named_by_its_dotted_path() -> None:
+    assert first_difference(RECIPE, json.loads(json.dumps(RECIPE))) is None
+    assert first_difference(RECIPE, {**RECIPE, "evals": ["a"]}) == "evals"
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 1, "c": None}}) == "a.c"
+    assert first_difference({"a": {"b": 1}}, {"a": 1}) == "a"
+
+
+def test_the_joined_ledger_is_all_nodes_ledgers_in_order_of_name(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path)
+    for name in ("b", "a"):
+        append_jsonl(folder.node(name).ledger, [{"node": name, "checks": 1}])
+    (tmp_path / "nodes" / "c").mkdir()
+    folder.join_ledgers()
+    folder.join_ledgers()  # rebuilt, not appended
+    assert [row["node"] for row in read_jsonl(folder.ledger)] == ["a", "b"]

@@ -1,0 +1,252 @@
+"""The task python: hostile solutions end in time, reach nothing, and never count as correct."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from headwater.config import Source
+from headwater.grading import validate
+from headwater.tasks import sandbox, unit_tests
+from headwater.verifier import Verifier
+
+TESTS = "assert f(2) == 4\nassert f(-3) == -6"
+RIGHT = "def f(x):\n    return 2 * x"
+LIMITS = sandbox.Limits(seconds=3.0)
+
+
+def block(code: str) -> str:
+    return f"Here it is:\n```python\n{code}\n```\n"
+
+
+def run(code: str, tests: str = TESTS, limits: sandbox.Limits = LIMITS) -> sandbox.Outcome:
+    return sandbox.run(code, tests, limits=limits)
+
+
+@pytest.mark.parametrize(
+    ("completion", "verdict"),
+    [
+        (block(RIGHT), (True, "equal")),
+        (block("def f(x): return x") + block(RIGHT), (True, "equal")),
+        (block(RIGHT) + block("def f(x): return x"), (False, "different")),
+        (block(RIGHT) + "```text\nbye\n```", (True, "equal")),
+        ("<think>" + block(RIGHT) + "</think> no idea", (False, "no_answer")),
+        (f"```\n{RIGHT}\n```", (True, "equal")),
+        (f"```python\n{RIGHT}", (False, "truncated")),
+        ("def f(x): return 2 * x", (False, "no_answer")),
+        (block("def f(x: return"), (False, "error")),
+        (block("def f(x): raise ValueError"), (False, "different")),
+        (block("raise ValueError"), (False, "error")),
+        (block(RIGHT + "\nif __name__ == '__main__':\n    raise SystemExit(1)"), (True, "equal")),
+    ],
+)
+def test_the_last_python_block_must_pass_the_tests(completion: str, verdict: tuple[bool, str]) -> None:
+    assert unit_tests.grade(TESTS, completion) == verdict
+
+
+@pytest.mark.parametrize(
+    ("tests", "passes"),
+    [
+        ("def test_f():\n    assert f(2) == 4", True),
+        ("def test_f():\n    assert f(2) == 5", False),
+        ("import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(2), 4)", True),
+        ("import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(2), 5)", False),
+        ("from solution import f\nassert f(2) == 4", True),
+    ],
+)
+def test_assertions_functions_and_test_cases_are_run(tests: str, passes: bool) -> None:
+    assert run(RIGHT, tests).passed is passes
+
+
+def test_a_gold_object_brings_its_solution_and_its_entry_point() -> None:
+    gold = json.dumps({"tests": "def check(candidate):\n    assert candidate(2) == 4", "solution": RIGHT, "entry_point": "f"})
+    assert unit_tests.grade(gold, str(unit_tests.as_completion(gold))) == (True, "equal")
+    assert unit_tests.grade(gold, block("def f(x): return 5")) == (False, "different")
+    assert unit_tests.as_completion(TESTS) is None
+
+
+ESCAPES = {
+    "sys.exit while it loads": "import sys\nsys.exit(0)",
+    "os._exit while it loads": "import os\nos._exit(0)",
+    "os._exit within a call": "import os\ndef f(x):\n    os._exit(0)",
+    "SystemExit within a call": "def f(x):\n    raise SystemExit(0)",
+    "a printed verdict": "print('passed')\nprint('{\"proof\": \"passed\"}')\nraise SystemExit(0)",
+    "a verdict into every open file": (
+        "import os\nfor n in range(64):\n    try: os.write(n, b'{\"at\": \"end\", \"proof\": \"x\"}')\n"
+        "    except OSError: pass\nos._exit(0)"
+    ),
+    "an exit handler": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x):\n    return 5",
+    "killing itself": "import os\nos.kill(os.getpid(), 9)",
+    "a crash": "import sys\nsys.setrecursionlimit(10**9)\ndef f(x):\n    return f(x)",
+}
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_ending_the_process_is_not_passing_the_tests(name: str) -> None:
+    assert not run(ESCAPES[name]).passed
+
+
+REFUSED = {
+    "a socket": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)",
+    "a process": "import subprocess\nsubprocess.run(['true'])",
+    "a shell": "import os\nassert os.system('true') == 0",
+    "a fork": "import os\nos.fork()",
+    "killing the parent": "import os, signal\nos.kill(os.getppid(), signal.SIGTERM)",
+    "killing the parent's group": "import os, signal\nos.killpg(os.getpgid(os.getppid()), signal.SIGTERM)",
+    "the parent's environment": "import os\nopen(f'/proc/{{os.getppid()}}/environ').read()",
+    "a file outside": "open({outside!r}, 'w').write('x')",
+    "a file outside, by the back door": "import os\nos.chdir('..')\nopen('evil', 'w').write('x')",
+    "removing a file": "import os\nos.remove({victim!r})",
+    "reading a file": "open({victim!r}).read()",
+    "C": "import ctypes",
+    "a new session": "import os\nos.setsid()",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_reaches_outside_is_refused(name: str, tmp_path: Path) -> None:
+    victim, outside = tmp_path / "victim", tmp_path / "evil"
+    victim.write_text("secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        code = REFUSED[name].format(port=server.getsockname()[1], outside=str(outside), victim=str(victim))
+        found = run(f"{code}\n{RIGHT}")
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert (found.passed, found.reason) == (False, "error"), found
+    assert victim.read_text() == "secret" and not outside.exists()
+
+
+def test_secrets_of_the_environment_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_TEST_TOKEN", "secret")
+    assert run("import os\ndef f():\n    return dict(os.environ)", "assert 'secret' not in str(f())").passed
+
+
+def test_the_folder_is_empty_can_be_written_and_is_gone_afterwards() -> None:
+    code = "import os\ndef f(x):\n    assert os.listdir() == []\n    open('a', 'w').write('y' * x)\n    return os.path.getsize('a')"
+    assert run(code, "assert f(4) == 4\nimport os\nos.remove('a')\nassert f(2) == 2").passed
+    made = [path for path in Path(sandbox.tempfile.gettempdir()).glob(f"{sandbox.PREFIX}{os.getpid()}-*")]
+    assert made == []
+
+
+def test_ordinary_libraries_threads_and_event_loops_work() -> None:
+    code = (
+        "import asyncio, collections, decimal, hashlib, heapq, itertools, json, random, re, threading, typing, zoneinfo\n"
+        "async def later(x): return 2 * x\n"
+        "def f(x):\n"
+        "    box = []\n"
+        "    thread = threading.Thread(target=lambda: box.append(asyncio.run(later(x))))\n"
+        "    thread.start(); thread.join()\n"
+        "    return box[0]\n"
+    )
+    assert run(code).passed
+
+
+def test_sets_come_in_the_same_order_every_time() -> None:
+    code = "def f():\n    return ''.join({'a', 'b', 'c', 'd', 'e', 'f'})"
+    order = next(text for text in ("".join(sorted("abcdef")),))
+    first = [run(code, f"assert f() == {order!r}").passed for _ in range(3)]
+    assert len(set(first)) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("while True: pass", "timeout"),
+        ("def f(x):\n    while True: pass", "timeout"),
+        ("import time\ntime.sleep(100)", "timeout"),
+        ("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile 1: pass",
+         "timeout"),
+        ("x = 'a' * 10**10", "memory"),
+        ("x = [0]\nwhile True: x += x", "memory"),
+        ("def f(x):\n    return [0] * 10**10", "memory"),
+        ("import os\nwhile True:\n    os.fork()", "error"),
+        ("with open('big', 'wb') as file:\n    for _ in range(1000): file.write(b'x' * 10**6)", "error"),
+        ("for n in range(1000):\n    with open(str(n), 'wb') as file: file.write(b'x' * 10**6)", "error"),
+        ("held = [open(str(n), 'w') for n in range(1000)]", "error"),
+    ],
+)  # fmt: skip
+def test_time_memory_processes_and_files_are_limited(code: str, reason: str) -> None:
+    if "os.fork" not in code and "range(1000)" in code and "memory folder" not in sandbox.layers() and "str(n), 'wb'" in code:
+        pytest.skip("no memory file system can be mounted here: the size of all files together was NOT tested")
+    started = time.monotonic()
+    found = run(code, limits=sandbox.Limits(seconds=2.0))
+    assert (found.passed, found.reason) == (False, reason), found
+    assert time.monotonic() - started < 8
+
+
+def test_threads_without_end_are_bounded() -> None:
+    code = "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()"
+    found = run(code, limits=sandbox.Limits(seconds=3.0, memory_mb=256))
+    assert not found.passed
+    assert threading.active_count() < 50
+
+
+def test_the_verifier_kills_the_sandbox_with_its_worker() -> None:
+    """The child dies with its parent, however that ends; a solution that hangs holds up nothing."""
+    marker = f"sleep_marker_{os.getpid()}"
+    with Verifier("python", workers=1, seconds=1.0) as verifier:
+        found = verifier([(TESTS, block(f"{marker} = 1\nwhile True: pass")), (TESTS, block(RIGHT))])
+    assert [one.reason for one in found] == ["timeout", "equal"]
+    deadline = time.monotonic() + 5
+    while children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert children() == []
+
+
+def children() -> list[str]:
+    """Sandboxes that are still alive and not ours to wait for."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+            parent = int(path.with_name("stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            continue
+        if str(sandbox.CHILD).encode() in words and parent == 1:
+            found.append(path.parent.name)
+    return found
+
+
+HOOK_ONLY = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("child", {child!r})
+child = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(child)
+child.enter_namespaces = lambda folder, megabytes: []
+child.shut_files = lambda folder: []
+child.shut_calls = lambda: []
+child.main()
+"""
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name != "a new session"])
+def test_the_audit_hook_alone_refuses_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that shuts no door for us, honest mistakes are still stopped (an attack on the interpreter is not)."""
+    script = tmp_path / "child.py"
+    script.write_text(HOOK_ONLY.format(child=str(sandbox.CHILD)))
+    monkeypatch.setattr(sandbox, "CHILD", script)
+    assert run(RIGHT).layers == ("audit hook", "limits")
+    test_what_reaches_outside_is_refused(name, tmp_path)
+
+
+def test_validate_tries_solutions_and_names_tests_that_test_nothing(tmp_path: Path) -> None:
+    golds = [
+        TESTS,
+        {"tests": TESTS, "solution": RIGHT},
+        {"tests": TESTS, "solution": "def f(x): return x"},
+        "assert (",
+        "def helper(): pass",
+        "# nothing",
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"problem": f"p{n}", "answer": gold}) + "\n" for n, gold in enumerate(golds)))
+    found = validate(Source(path=str(path)), "python", workers=1)
+    assert found.total == 6
+    assert [reason for _, _, reason in found.failed] == ["different", "error", "passes_blank", "error"]
