@@ -124,6 +124,6 @@ def temporary() -> Path:
 def all_arms() -> Path:
     """The folder of one finished tiny study of every arm; tests read it and leave it as it is."""
     out = temporary() / "study"
-    said = tiny("study", out, "--arms", "all", whole=True)
+    said = tiny("study", out, "--arms", "all")
     assert said.code == 0, said.err
     return out

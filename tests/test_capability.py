@@ -36,7 +36,9 @@ def forbidden() -> Any:
     return type("Forbidden", (), {name: refuse(name) for name in names if name not in ("__init__", "__class__")})()
 
 
-def run_without_labels(arm: str, out: Path, *changes: str, but: Callable[[Node], bool] = lambda node: False) -> list[Node]:
+def run_without_labels(
+    arm: str, out: Path, *changes: str, but: Callable[[Node], bool] = lambda node: False
+) -> list[Node]:
     """Run an arm's nodes with forbidden labels, apart from those that `but` chooses; the nodes that ran so.
 
     Evaluation keeps labels of its own: a held-out problem is looked at, and counted apart.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_the_program_lists_its_verbs_and_each_says_what_it_does() -> None:
     for verb in VERBS:
         assert f" {verb} " in listed
         shown = call(verb, "--help")
-        assert shown.code == 0 and "Usage: headwater" in shown.out and verb in shown.out
+        assert shown.code == 0 and f"headwater {verb} " in shown.out
 
 
 def test_a_run_as_a_process_of_its_own_prints_the_table_and_where_the_report_is(tmp_path: Path) -> None:
@@ -136,18 +137,22 @@ def test_a_study_without_arms_is_the_demos_and_all_is_every_arm(tmp_path: Path) 
     assert len(strict(every.out)) > len(strict(plain.out))  # type: ignore[arg-type]
 
 
-def test_a_report_is_rebuilt_from_the_files_byte_for_byte() -> None:
-    out = all_arms()
+def test_a_report_is_rebuilt_from_the_files_byte_for_byte(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert tiny("study", out, "--arms", "direct_grpo,warmup_only", whole=True).code == 0
     before = {name: (out / name).read_bytes() for name in ("report.json", "report.html")}
+    for name in before:
+        (out / name).unlink()
     said = call("report", out)
-    assert said.code == 0 and "bridge_rl" in said.out
+    assert said.code == 0 and "warmup_only" in said.out
     assert {name: (out / name).read_bytes() for name in before} == before
 
 
 def test_one_report_of_two_folders_that_differ_in_the_seed_holds_both(tmp_path: Path) -> None:
     for seed in ("0", "1"):
         assert tiny("run", tmp_path / seed, "--arm", "direct_grpo", "--seed", seed).code == 0
-    said = call("report", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--json")
+    with mock.patch("headwater.report_html.page", return_value=""):
+        said = call("report", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--json")
     assert said.code == 0, said.err
     report = strict(said.out)
     assert report == held(tmp_path / "both/report.json")

@@ -25,7 +25,7 @@ from headwater.doctor_tokens import thought
 from headwater.labels import Pools
 from headwater.model import Policy
 from headwater.pretrain import make_tokenizer
-from headwater.recipes import find_recipe
+from headwater.recipes import ARMS, find_recipe
 from runs import TINY, call, tiny
 from tiny import tiny_folder, tiny_model
 
@@ -127,6 +127,11 @@ def one(found: Examination, name: str) -> Finding:
 
 
 # Nothing wrong ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_of_the_pocket_recipe_passes(tmp_path: Path) -> None:
+    found = examined(tmp_path, "evaluate.sampling.max_tokens=48", arms=tuple(ARMS))
+    assert not found.errors and found.unchecked == ()
 
 
 @pytest.mark.parametrize("pair", ["qwen3", "llama"])
@@ -315,7 +320,7 @@ def test_a_missing_model_folder_is_a_finding_of_the_verb_and_exit_2_of_run(tmp_p
     assert said.code == 3 and not found["ok"]
     assert [one["name"] for one in found["findings"]] == ["model-unreadable"]  # once, and no consequence of it
     assert "data files" in found["checked"] and "student taught by itself" in found["unchecked"]
-    ran = tiny("run", tmp_path / "out", *missing)
+    ran = tiny("run", tmp_path / "out", *missing, whole=True)
     assert ran.code == 2 and "models.teacher: no such model folder" in ran.err
 
 
@@ -498,9 +503,12 @@ def test_a_sampler_that_disagrees_with_the_trainer_is_named(tmp_path: Path, monk
     assert finding.severity == "error" and "float32" in finding.evidence
 
 
-def test_a_student_that_differs_from_its_frozen_copy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arm", ["bridge", "warmup_only"])
+def test_a_student_that_differs_from_its_frozen_copy_is_named(
+    arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken(monkeypatch, "student", noisy, frozen=True)
-    found = examined(tmp_path)
+    found = examined(tmp_path, arms=(arm,))
     assert [finding.name for finding in found.errors] == ["self-kl"]
 
 
@@ -545,21 +553,23 @@ def test_bfloat16_is_within_its_wider_bounds(tmp_path: Path) -> None:
 def test_run_refuses_before_anything_is_written_and_says_what_to_do(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
     teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
-    said = tiny("run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}")
+    said = tiny(
+        "run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}", whole=True
+    )
     assert said.code == 3 and "error stop-sets-differ" in said.err and "generation_config.json" in said.err
     assert not (tmp_path / "out").exists()
 
 
 def test_run_says_warnings_and_goes_on(tmp_path: Path) -> None:
-    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", "--set", "prompt.system=Add up.")
+    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", "--set", "prompt.system=Add up.", whole=True)
     assert said.code == 0, said.err
     assert "warning system-without-effect: models.student" in said.err and "pad-is-eos" not in said.err
 
 
 def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo").code == 0
+    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
     monkeypatch.setattr(doctor, "examine", lambda *given: pytest.fail("the doctor was asked again"))
-    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo").code == 0
+    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
 
 
 def test_every_finding_stands_in_the_table_and_in_the_docs() -> None:

@@ -147,3 +147,12 @@ def test_more_labels_than_there_are_cannot_be_bought() -> None:
         UserError, match=r"^labels\.budget 1001 is more than the 1000 labelled problems of data\.labeled$"
     ):
         buy(POOL, 1001, 0)
+
+
+def test_two_parts_of_one_holder_spend_the_same_budget(grader) -> None:
+    whole = Labels(GOLD, grader, 1)
+    first, second = whole.only(["a"]), whole.only(["c"])
+    first.check([("a", "x")])
+    with pytest.raises(UserError, match=r"labels\.budget 1"):
+        second.check([("c", "x")])
+    assert (whole.looked_at, whole.checks, second.looked_at, second.checks) == ({"a"}, 1, set(), 0)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -18,7 +21,7 @@ from headwater.verifier import Verifier
 
 TESTS = "assert f(2) == 4\nassert f(-3) == -6"
 RIGHT = "def f(x):\n    return 2 * x"
-LIMITS = sandbox.Limits(seconds=3.0)
+LIMITS = sandbox.Limits(seconds=5.0)
 
 
 def block(code: str) -> str:
@@ -65,7 +68,9 @@ def test_assertions_functions_and_test_cases_are_run(tests: str, passes: bool) -
 
 
 def test_a_gold_object_brings_its_solution_and_its_entry_point() -> None:
-    gold = json.dumps({"tests": "def check(candidate):\n    assert candidate(2) == 4", "solution": RIGHT, "entry_point": "f"})
+    gold = json.dumps(
+        {"tests": "def check(candidate):\n    assert candidate(2) == 4", "solution": RIGHT, "entry_point": "f"}
+    )
     assert unit_tests.grade(gold, str(unit_tests.as_completion(gold))) == (True, "equal")
     assert unit_tests.grade(gold, block("def f(x): return 5")) == (False, "different")
     assert unit_tests.as_completion(TESTS) is None
@@ -78,12 +83,12 @@ ESCAPES = {
     "SystemExit within a call": "def f(x):\n    raise SystemExit(0)",
     "a printed verdict": "print('passed')\nprint('{\"proof\": \"passed\"}')\nraise SystemExit(0)",
     "a verdict into every open file": (
-        "import os\nfor n in range(64):\n    try: os.write(n, b'{\"at\": \"end\", \"proof\": \"x\"}')\n"
+        'import os\nfor n in range(64):\n    try: os.write(n, b\'{"at": "end", "proof": "x"}\')\n'
         "    except OSError: pass\nos._exit(0)"
     ),
     "an exit handler": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x):\n    return 5",
     "killing itself": "import os\nos.kill(os.getpid(), 9)",
-    "a crash": "import sys\nsys.setrecursionlimit(10**9)\ndef f(x):\n    return f(x)",
+    "a crash": "import sys\nsys.setrecursionlimit(10**6)\ndef f(x):\n    return f(x)",
 }
 
 
@@ -131,8 +136,7 @@ def test_secrets_of_the_environment_are_not_there(monkeypatch: pytest.MonkeyPatc
 def test_the_folder_is_empty_can_be_written_and_is_gone_afterwards() -> None:
     code = "import os\ndef f(x):\n    assert os.listdir() == []\n    open('a', 'w').write('y' * x)\n    return os.path.getsize('a')"
     assert run(code, "assert f(4) == 4\nimport os\nos.remove('a')\nassert f(2) == 2").passed
-    made = [path for path in Path(sandbox.tempfile.gettempdir()).glob(f"{sandbox.PREFIX}{os.getpid()}-*")]
-    assert made == []
+    assert list(Path(tempfile.gettempdir()).glob(f"{sandbox.PREFIX}{os.getpid()}-*")) == []
 
 
 def test_ordinary_libraries_threads_and_event_loops_work() -> None:
@@ -148,11 +152,16 @@ def test_ordinary_libraries_threads_and_event_loops_work() -> None:
     assert run(code).passed
 
 
-def test_sets_come_in_the_same_order_every_time() -> None:
-    code = "def f():\n    return ''.join({'a', 'b', 'c', 'd', 'e', 'f'})"
-    order = next(text for text in ("".join(sorted("abcdef")),))
-    first = [run(code, f"assert f() == {order!r}").passed for _ in range(3)]
-    assert len(set(first)) == 1
+def test_texts_hash_the_same_every_time() -> None:
+    """A verdict that hangs on the hash seed would be noise in the reward; that of 0 gives this order."""
+    code = "def f():\n    return hash('headwater') % 1000"
+    first = subprocess.run(
+        [sys.executable, "-c", "print(hash('headwater') % 1000)"],
+        env={"PYTHONHASHSEED": "0"},
+        capture_output=True,
+        check=True,
+    )
+    assert run(code, f"assert f() == {int(first.stdout)}").passed
 
 
 @pytest.mark.parametrize(
@@ -173,16 +182,18 @@ def test_sets_come_in_the_same_order_every_time() -> None:
     ],
 )  # fmt: skip
 def test_time_memory_processes_and_files_are_limited(code: str, reason: str) -> None:
-    if "os.fork" not in code and "range(1000)" in code and "memory folder" not in sandbox.layers() and "str(n), 'wb'" in code:
+    if "str(n), 'wb'" in code and "memory folder" not in sandbox.layers():
         pytest.skip("no memory file system can be mounted here: the size of all files together was NOT tested")
     started = time.monotonic()
-    found = run(code, limits=sandbox.Limits(seconds=2.0))
+    found = run(code, limits=sandbox.Limits(seconds=1.0))
     assert (found.passed, found.reason) == (False, reason), found
     assert time.monotonic() - started < 8
 
 
 def test_threads_without_end_are_bounded() -> None:
-    code = "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()"
+    code = (
+        "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()"
+    )
     found = run(code, limits=sandbox.Limits(seconds=3.0, memory_mb=256))
     assert not found.passed
     assert threading.active_count() < 50

@@ -112,7 +112,11 @@ JSON: list[Case] = [
     [
         (name, case)
         for name, cases in (
-            ("exact", EXACT), ("numeric", NUMERIC), ("choice", CHOICE), ("regex", REGEX), ("json", JSON),
+            ("exact", EXACT),
+            ("numeric", NUMERIC),
+            ("choice", CHOICE),
+            ("regex", REGEX),
+            ("json", JSON),
         )  # fmt: skip
         for case in cases
     ],
@@ -126,7 +130,14 @@ GOLDS = {
     "exact": ["Paris", "a #### b", "\\boxed{x}", "no. 5: the answer is maybe"],
     "numeric": ["3.14", "3.14 ± 0.01", "-1/3", '{"value": 2.5, "rel": 0.1}', "6\\times 10^{23}"],
     "choice": ["A", "(j)", "B, D", "C) Paris"],
-    "regex": ["[a-c]{2}-(x|y)", r"(\w+) \1", "(?i)yes|no", r"[^a-z\d]+?\.", ".*", '{"pattern": "(?=a)a", "example": "a"}'],
+    "regex": [
+        "[a-c]{2}-(x|y)",
+        r"(\w+) \1",
+        "(?i)yes|no",
+        r"[^a-z\d]+?\.",
+        ".*",
+        '{"pattern": "(?=a)a", "example": "a"}',
+    ],
     "json": ['{"a": 1, "b": [true, null]}', '{"x": {"y": "`z`"}}'],
 }
 
@@ -150,7 +161,15 @@ def test_a_pattern_that_backtracks_forever_is_killed_and_holds_up_nothing_else()
 
 
 def test_hostile_texts_are_graded_in_time_in_process() -> None:
-    hostile = ["{" * 50_000, '{"a":' * 10_000, "A " * 50_000, "9" * 100_000, "\\boxed{" * 20_000, "```\n" * 20_000, "(" * 50_000]
+    hostile = [
+        "{" * 50_000,
+        '{"a":' * 10_000,
+        "A " * 50_000,
+        "9" * 100_000,
+        "\\boxed{" * 20_000,
+        "```\n" * 20_000,
+        "(" * 50_000,
+    ]
     for name in ("exact", "numeric", "choice", "json"):
         for text in hostile:
             started = time.perf_counter()
@@ -199,7 +218,9 @@ def test_validate_reads_golds_as_the_task_does_and_names_those_that_cannot_be_us
     found = validate(patterns, "regex", workers=1)
     # The last two look around, so no example can be made; the pattern that a mere "-" satisfies is named.
     assert [(gold, reason) for _, gold, reason in found.failed] == [("(open", "error"), ("(?!z).*", "passes_blank")]
-    objects = rows_of(tmp_path / "j.jsonl", {"problem": "p", "answer": {"city": "Paris"}}, {"problem": "q", "answer": "{}"})
+    objects = rows_of(
+        tmp_path / "j.jsonl", {"problem": "p", "answer": {"city": "Paris"}}, {"problem": "q", "answer": "{}"}
+    )
     assert [gold for _, gold, _ in validate(objects, "json", workers=1).failed] == ["{}"]
     assert load(objects, "data", need_answers=True, gold=cell_as_is).gold != {}
 

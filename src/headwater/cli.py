@@ -196,7 +196,9 @@ def validate(
 def report(
     dirs: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Run directories of one recipe.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; the first DIR by default.")] = None,
-    audit: Annotated[bool, typer.Option("--audit", help="Prove from the files where labels went; exit 3 if not.")] = False,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Prove from the files where labels went; exit 3 if not.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Rebuild the report from run directories, or audit them."""

@@ -130,7 +130,7 @@ class Examination:
 
     def refusal(self, shown: bool) -> RefusedError:
         """shown: the findings stand above already, so their names are enough."""
-        names = ", ".join(one.name for one in self.errors)
+        names = ", ".join(dict.fromkeys(one.name for one in self.errors))
         if shown:
             return RefusedError(f"refused: {names}")
         errors = "\n".join(one.text() for one in self.errors)

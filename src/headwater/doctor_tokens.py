@@ -307,14 +307,20 @@ def lengths(case: Case) -> list[Finding]:
     longest = max([*completions, case.recipe.evaluate.sampling.max_tokens])
     for role in case.roles:
         known = positions(case.config(role))
-        if known is not None and measured[0][0] + longest > known:
+        room = 0 if known is None else known - measured[0][0]
+        if known is not None and longest > room:
             found.append(
                 Finding(
                     "context-too-short",
                     "error",
                     f"models.{role}: the longest prompt ({measured[0][0]} tokens) and completion (sampling.max_tokens "
                     f"{longest}) are {measured[0][0] + longest} together, over its {known} positions",
-                    f"lower sampling.max_tokens to at most {max(1, known - measured[0][0])}, or take a longer model",
+                    (
+                        f"lower sampling.max_tokens to at most {room}"
+                        if room > 0
+                        else "take the longest problems out of the data"
+                    )
+                    + ", or take a model of more positions",
                 )
             )
     return found

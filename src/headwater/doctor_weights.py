@@ -61,12 +61,11 @@ def sampler_against_trainer(case: Case) -> list[Finding]:
 def teacher_agrees_with_itself(case: Case) -> list[Finding]:
     """One teacher, the same tokens, scored in one batch and one by one: company and padding must not change a score."""
     found = []
-    rollouts = case.sample("student").rollouts if "student" in case.sampled_roles else None
+    rollouts = scored(case)
     for role in [role for role in case.roles if role != "student" and any(pair[1] == role for pair in case.pairs)]:
         teacher = case.policy(role, frozen=True)
-        scored = rollouts or case.sample(role).rollouts
-        together = logp_of(teacher, scored, case.recipe.compute.microbatch_tokens)
-        alone = [logp_of(teacher, [one], 1)[0] for one in scored]
+        together = logp_of(teacher, rollouts, case.recipe.compute.microbatch_tokens)
+        alone = [logp_of(teacher, [one], 1)[0] for one in rollouts]
         gap = mean_gap(together, alone)
         if not gap <= AGREEMENT[teacher.compute]:
             found.append(
@@ -82,22 +81,25 @@ def teacher_agrees_with_itself(case: Case) -> list[Finding]:
     return found
 
 
+def scored(case: Case) -> list[Rollout]:
+    """What teachers are asked about: the student's completions where a stage samples it, else those of its teacher."""
+    return case.sample(case.sampled_roles[0]).rollouts
+
+
 def self_distillation(case: Case) -> list[Finding]:
     """The student as its own teacher: KL must be 0 through the path that on-policy distillation takes."""
-    if "student" not in case.sampled_roles or not any(pair[0] == "student" for pair in case.pairs):
+    if not any(pair[0] == "student" for pair in case.pairs):
         return []
-    sample = case.sample("student")
-    kl = self_kl(
-        sample.policy, case.policy("student", frozen=True), sample.rollouts, case.recipe.compute.microbatch_tokens
-    )
-    if abs(kl) < SELF_KL[sample.policy.compute]:
+    student, copy = case.policy("student", frozen=False), case.policy("student", frozen=True)
+    kl = self_kl(student, copy, scored(case), case.recipe.compute.microbatch_tokens)
+    if abs(kl) < SELF_KL[student.compute]:
         return []
     return [
         Finding(
             "self-kl",
             "error",
             f"models.student: taught by itself it has a mean KL of {kl:.2g} nats a token, where it should have none (less than "
-            f"{SELF_KL[sample.policy.compute]:g} in {name_of(sample.policy)})",
+            f"{SELF_KL[student.compute]:g} in {name_of(student)})",
             "use models.dtype=float32; if it stays, the model is random at inference, or trains in another mode than it scores",
         )
     ]

@@ -18,7 +18,7 @@ class Labels:
     """Gold answers that can be checked against, never read.
 
     A stage is handed the part that it may look at (`only`); stages without sparse reward are handed none. `budget`
-    bounds the distinct problems ever looked at through this object.
+    bounds the distinct problems ever looked at through this object and all parts of it together.
 
     Example: `labels.check([("9f8b…", "…=47")])` gives `[Verdict(correct=True, reason="equal")]`.
     """
@@ -28,6 +28,7 @@ class Labels:
     budget: int
     looked_at: set[str] = field(default_factory=set)
     checks: int = 0
+    _whole: Labels | None = field(default=None, repr=False)
 
     def __contains__(self, problem_id: str) -> bool:
         return problem_id in self._gold
@@ -36,11 +37,12 @@ class Labels:
         return len(self._gold)
 
     def only(self, problem_ids: Sequence[str]) -> Labels:
-        """A holder of these problems' answers alone, whose budget is their number.
+        """A holder of these problems' answers alone, whose budget is their number at most and whose looks count here too.
 
         Raises KeyError when one of them has no answer here.
         """
-        return Labels({name: self._gold[name] for name in problem_ids}, self._grade, min(self.budget, len(problem_ids)))
+        held = {name: self._gold[name] for name in problem_ids}
+        return Labels(held, self._grade, min(self.budget, len(held)), _whole=self)
 
     def fingerprint(self) -> str:
         """Names the problems and their answers by content, so that a corrected answer makes a node run again."""
@@ -57,11 +59,16 @@ class Labels:
         for name in wanted:
             if name not in self._gold:
                 raise KeyError(f"problem {name} has no label here")
+        self._spend(wanted, len(answers))
+        return self._grade([(self._gold[name], text) for name, text in answers])
+
+    def _spend(self, wanted: set[str], checks: int) -> None:
         if len(self.looked_at | wanted) > self.budget:
             raise UserError(f"labels.budget {self.budget}: a look at another problem's answer was refused")
+        if self._whole is not None:
+            self._whole._spend(wanted, checks)
         self.looked_at |= wanted
-        self.checks += len(answers)
-        return self._grade([(self._gold[name], text) for name, text in answers])
+        self.checks += checks
 
 
 def half_of(problem_id: str) -> int:

@@ -162,6 +162,10 @@ def load(
     model.config.attention_dropout = 0.0
     model.to(device)
     model.requires_grad_(not frozen)
+    if not frozen:
+        for parameter in model.parameters():
+            # Weights mapped from a file may lie at odd addresses, on which some kernels round differently.
+            parameter.data = parameter.data.clone()
     if models.gradient_checkpointing and not frozen:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()

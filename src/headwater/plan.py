@@ -105,8 +105,11 @@ class Plan:
     fingerprints: Mapping[Node, str]
 
     def order(self) -> list[Node]:
-        """Every node once, parents first."""
-        return list(self.names)
+        """Every piece of work once, parents first; nodes of one name are the same work, such as a cache with several readers."""
+        first: dict[str, Node] = {}
+        for node, name in self.names.items():
+            first.setdefault(name, node)
+        return list(first.values())
 
     def written(self) -> dict[str, Any]:
         """What plan.json holds."""

@@ -100,7 +100,8 @@ def update(
 
     Raises TrainingStoppedError on a non-finite loss or gradient, before the weights are touched.
     """
-    if stage.passes * stage.minibatches > 1 and any(weighs(row) for row in rows):
+    again = objective.source == "policy" and stage.passes * stage.minibatches > 1
+    if again and not all(row.inert for row in rows):
         live = [row for row in rows if not row.inert]
         old = iter(logp_of(policy, [row.rollout for row in live], tokens))
         rows = [row if row.inert else replace(row, old_logp=next(old)) for row in rows]
@@ -135,10 +136,6 @@ def update(
         "tokens_trained": int(count) if taken else 0,
         "seconds_update": time.perf_counter() - seconds,
     }
-
-
-def weighs(row: Row) -> bool:
-    return not row.inert
 
 
 def divided(rows: Sequence[Row], parts: int, whole: int) -> list[list[Row]]:

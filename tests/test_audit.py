@@ -1,0 +1,290 @@
+"""The audit proves from the files where labels went, and names whatever does not add up."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import all_arms, call, held, infos, node, rows, sets
+
+from headwater import label_use, report_read
+from headwater.audit import CHECKS, audit
+from headwater.errors import UserError
+from headwater.labels import half_of
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A copy of a finished tiny study of every arm; its models are left behind."""
+    return Path(
+        shutil.copytree(
+            all_arms(), tmp_path / "run", ignore=shutil.ignore_patterns("model", "checkpoint", "*.safetensors")
+        )
+    )
+
+
+def failing(out: Path) -> dict[str, str]:
+    """The checks that fail, with their first fault."""
+    return {one.name: one.faults[0] for one in audit(out) if not one.holds}
+
+
+def change(path: Path, number: int, **fields: Any) -> None:
+    """Rewrite fields of one row of a JSONL file."""
+    found = rows(path)
+    found[number] |= fields
+    path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+
+
+def join(out: Path) -> None:
+    """As a forger would: the joined ledger made to agree again."""
+    parts = [path / "ledger.jsonl" for path in sorted((out / "nodes").iterdir())]
+    (out / "ledger.jsonl").write_text("".join(path.read_text() for path in parts if path.exists()))
+
+
+def a_label(out: Path, half: int) -> str:
+    """A label that was looked at in this half."""
+    return next(use.problem_id for use in label_use.uses(report_read.read([out])) if use.half == half + 1)
+
+
+def test_a_finished_study_passes_every_check_with_its_counts(out: Path) -> None:
+    found = audit(out)
+    assert [one.name for one in found] == list(CHECKS)
+    assert all(one.holds for one in found), failing(out)
+    said = {one.name: one.evidence for one in found}
+    assert said["budget"].startswith("budget 16; 16 labels over all arms and seeds, at most 16 in one")
+    assert said["halves-apart"].startswith("8 labels in 1H, 8 in 2H, 0 in both")
+    assert said["evals-not-trained"].startswith("5 evaluation problems, none in ")
+
+
+def test_the_verb_prints_the_evidence_and_its_exit_code_tells(out: Path) -> None:
+    good = call("report", out, "--audit")
+    assert good.code == 0 and good.out.count("holds  ") == len(CHECKS)
+    ledger = node(out, "bridge", "opd") / "ledger.jsonl"
+    change(ledger, 0, labels=[a_label(out, 0)])
+    bad = call("report", "--audit", out)
+    assert bad.code == 3
+    assert "FAILS  dense-without-labels" in bad.out and "audit: " in bad.err and "dense-without-labels (opd." in bad.err
+    assert {row["name"]: row["holds"] for row in json.loads(call("report", out, "--audit", "--json").out)}[
+        "halves-apart"
+    ]
+
+
+def test_the_audit_needs_no_torch(out: Path) -> None:
+    code = (
+        f"import sys; from headwater.audit import audit; assert audit({str(out)!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def label_in_a_dense_ledger(out: Path) -> None:
+    change(node(out, "bridge", "opd") / "ledger.jsonl", 0, labels=[a_label(out, 0)], checks=8)
+
+
+def verdicts_in_a_dense_stage(out: Path) -> None:
+    change(node(out, "bridge", "opd") / "rollouts" / "000001.jsonl", 0, correct=True, reason="equal")
+
+
+def verdicts_in_a_cache(out: Path) -> None:
+    change(node(out, "bridge", "teacher_rollouts") / "cache" / "rollouts.jsonl", 0, correct=True)
+
+
+def label_of_the_other_half(out: Path) -> None:
+    path = node(out, "bridge_rl", "teacher_rl") / "ledger.jsonl"
+    change(path, 0, labels=[*rows(path)[0]["labels"], a_label(out, 1)])
+
+
+def rollouts_of_the_other_half(out: Path) -> None:
+    change(node(out, "bridge_rl", "student_rl") / "rollouts" / "000001.jsonl", 0, problem_id=a_label(out, 0))
+
+
+def evaluation_problem_trained_on(out: Path) -> None:
+    asked = rows(node(out, "bridge", "opd") / "evals" / "final" / "sums.jsonl")[0]["problem_id"]
+    change(node(out, "bridge", "opd") / "rollouts" / "000002.jsonl", 3, problem_id=asked)
+
+
+def evaluation_problem_in_a_cache(out: Path) -> None:
+    asked = rows(node(out, "bridge", "opd") / "evals" / "final" / "sums.jsonl")[0]["problem_id"]
+    change(node(out, "bridge", "teacher_rollouts") / "cache" / "rollouts.jsonl", 0, problem_id=asked)
+
+
+def labels_over_the_budget(out: Path) -> None:
+    path = node(out, "direct_grpo", "student_rl") / "ledger.jsonl"
+    change(path, 0, labels=[*rows(path)[0]["labels"], *(f"{n:016x}" for n in range(20))])
+
+
+def a_smaller_budget_in_the_recipe(out: Path) -> None:
+    recipe = held(out / "recipe.json")
+    recipe["labels"]["budget"] = 12
+    (out / "recipe.json").write_text(json.dumps(recipe))
+
+
+def a_step_taken_out_of_the_ledger(out: Path) -> None:
+    path = node(out, "direct_grpo", "student_rl") / "ledger.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(path)[1:]))
+
+
+def fewer_checks_than_verdicts(out: Path) -> None:
+    change(node(out, "direct_grpo", "student_rl") / "ledger.jsonl", 0, checks=1)
+
+
+def tokens_that_were_not_sampled(out: Path) -> None:
+    change(node(out, "direct_grpo", "student_rl") / "ledger.jsonl", 0, tokens_sampled=1)
+
+
+def graded_texts_taken_away(out: Path) -> None:
+    path = node(out, "bridge", "opd") / "evals" / "final" / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(path)[:-1]))
+
+
+def graded_texts_without_a_ledger_row(out: Path) -> None:
+    path = node(out, "bridge", "opd") / "ledger.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(path) if row["purpose"] != "eval"))
+
+
+def another_joined_ledger(out: Path) -> None:
+    change(out / "ledger.jsonl", 0, checks=7)
+
+
+def another_pool_than_the_recipes(out: Path) -> None:
+    path = node(out, "replay", "student_rl") / "node.json"
+    path.write_text(json.dumps(held(path) | {"labels": {"pool": "second_half", "distinct_allowed": 8}}))
+
+
+def settings_other_than_the_recipes(out: Path) -> None:
+    path = node(out, "bridge", "opd") / "node.json"
+    info = held(path)
+    info["settings"]["objective"] = "grpo"
+    path.write_text(json.dumps(info))
+
+
+def a_node_of_no_arm(out: Path) -> None:
+    shutil.copytree(node(out, "bridge", "opd"), out / "nodes" / "opd.s9.00000000")
+
+
+def an_arm_with_a_node_too_few(out: Path) -> None:
+    plan = held(out / "plan.json")
+    plan["arms"]["bridge"]["0"].pop()
+    (out / "plan.json").write_text(json.dumps(plan))
+
+
+def rows_of_another_shape(out: Path) -> None:
+    (node(out, "bridge", "opd") / "rollouts" / "000001.jsonl").write_text('{"strange": 1}\n')
+
+
+VIOLATIONS: list[tuple[Callable[[Path], None], str, str]] = [
+    (label_in_a_dense_ledger, "dense-without-labels", r"^opd\..*its ledger has 1 labels and 8 checks"),
+    (verdicts_in_a_dense_stage, "dense-without-labels", r"^opd\..*rollouts of step 1 carry verdicts"),
+    (verdicts_in_a_cache, "dense-without-labels", r"^teacher_rollouts\..*carry verdicts"),
+    (label_of_the_other_half, "halves-apart", r"^teacher_rl\..*labels of the other half"),
+    (rollouts_of_the_other_half, "halves-apart", r"^student_rl\..*labels of the other half"),
+    (evaluation_problem_trained_on, "evals-not-trained", r"^opd\..*trained on 1 evaluation problems"),
+    (evaluation_problem_in_a_cache, "evals-not-trained", r"^teacher_rollouts\..*trained on 1 evaluation"),
+    (labels_over_the_budget, "budget", r"^student_rl\..*looked at 2\d labels, 16 were allowed"),
+    (a_smaller_budget_in_the_recipe, "budget", r"looked at 16 labels; labels\.budget is 12"),
+    (a_step_taken_out_of_the_ledger, "ledger-agrees", r"^student_rl\..*steps are not 1 to 1"),
+    (fewer_checks_than_verdicts, "ledger-agrees", r"step 1: 1 checks in the ledger, 16 verdicts"),
+    (tokens_that_were_not_sampled, "ledger-agrees", r"step 1: 1 tokens in the ledger"),
+    (graded_texts_taken_away, "ledger-agrees", r"evals/final/sums: 10 checks in the ledger, 9 graded texts"),
+    (graded_texts_without_a_ledger_row, "ledger-agrees", r"its graded texts are in no row of the ledger"),
+    (another_joined_ledger, "ledger-joined", r"^ledger\.jsonl has"),
+    (
+        another_pool_than_the_recipes,
+        "nodes-as-planned",
+        r"^student_rl\..*not of the pool that the recipe says \(first_half\)",
+    ),
+    (settings_other_than_the_recipes, "nodes-as-planned", r"^opd\..*settings is not what the recipe says"),
+    (a_node_of_no_arm, "nodes-as-planned", r"^opd\.s9\.00000000: is in no arm"),
+    (an_arm_with_a_node_too_few, "nodes-as-planned", r"arm bridge, seed 0: 3 nodes are not what the recipe asks for"),
+    (rows_of_another_shape, "evals-not-trained", r"^KeyError: 'problem_id'"),
+]
+
+
+@pytest.mark.parametrize(("plant", "name", "sentence"), VIOLATIONS, ids=[one[0].__name__ for one in VIOLATIONS])
+def test_each_violation_is_named(out: Path, plant: Callable[[Path], None], name: str, sentence: str) -> None:
+    plant(out)
+    if plant is not another_joined_ledger:
+        join(out)
+    found = {one.name: one for one in audit(out)}
+    assert not found[name].holds, name
+    assert any(re.search(sentence, fault) for fault in found[name].faults), found[name].faults
+
+
+def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run of ours"):
+        audit(tmp_path)
+    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "plan.json").write_text("[]")
+    assert call("report", "--audit", tmp_path).code == 2
+
+
+def test_a_run_that_is_not_finished_is_audited_as_far_as_it_went(tmp_path: Path) -> None:
+    said = call(
+        "run", "pocket", "--out", tmp_path / "run", *sets("guards.no_signal=stop", "stages.teacher_rl.optim.lr=1e30")
+    )
+    assert said.code in (0, 2, 3, 4)
+    if (tmp_path / "run" / "plan.json").exists():
+        assert failing(tmp_path / "run") == {}
+
+
+def test_budgets_hold_across_the_stages_of_every_arm() -> None:
+    """No node looks at more than its pool, no arm at more than the budget, whatever stages it has."""
+    out = all_arms()
+    budget = held(out / "recipe.json")["labels"]["budget"]
+    study = report_read.read([out])
+    assert {"direct_grpo", "bridge_rl", "teacher_2h"} <= study.arms.keys()
+    for by_seed in study.arms.values():
+        for nodes in by_seed.values():
+            assert (
+                len(
+                    {
+                        label
+                        for one in nodes
+                        for row in one.spends
+                        if row["purpose"] == "train"
+                        for label in row["labels"]
+                    }
+                )
+                <= budget
+            )
+    for path, info in infos(out):
+        looked = {label for row in rows(path / "ledger.jsonl") if row["purpose"] == "train" for label in row["labels"]}
+        assert len(looked) <= ((info["labels"] or {}).get("distinct_allowed", 0))
+
+
+def test_the_label_file_says_which_stage_arm_and_seed_looked_at_each_problem() -> None:
+    out = all_arms()
+    with (out / "labels.csv").open(encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    counted = {
+        (label, path.name): sum(
+            label in row["labels"] for row in rows(path / "ledger.jsonl") if row["purpose"] == "train"
+        )
+        for path, _ in infos(out)
+        for row in rows(path / "ledger.jsonl")
+        if row["purpose"] == "train"
+        for label in row["labels"]
+    }
+    assert {(one["problem_id"], one["node"]): int(one["steps"]) for one in found} == counted != {}
+    assert all(int(one["half"]) == 1 + half_of(one["problem_id"]) for one in found)
+    shared = next(one for one in found if one["node"] == node(out, "bridge_rl", "teacher_rl").name)
+    assert {"bridge_rl", "replay"} <= set(shared["arms"].split()) and shared["seed"] == "0"
+    assert not any(one["stage"] in ("warmup", "opd", "sft") for one in found)
+
+
+def test_paths_tell_fresh_labels_from_replayed_ones() -> None:
+    study = report_read.read([all_arms()])
+    taken = {(one["arm"], one["half"], one["stages"]): one["labels"] for one in label_use.paths(study)}
+    assert taken["bridge_rl", 2, "student_rl"] > 0
+    assert not any(arm == "bridge_rl" and "," in stages for arm, _, stages in taken)
+    assert any(arm == "replay" and stages == "teacher_rl, student_rl" for arm, _, stages in taken)
+    assert not any(arm == "replay" and half == 2 for arm, half, _ in taken)
+    report = (all_arms() / "report.html").read_text(encoding="utf-8")
+    assert "Which stages looked at a label" in report and "labels.csv" in report
