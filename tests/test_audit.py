@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import all_arms, call, held, infos, node, rows, sets
 
-from headwater import label_use, report_read
+from headwater import label_use, report_html, report_read
 from headwater.audit import CHECKS, audit
 from headwater.errors import UserError
 from headwater.labels import half_of
+from headwater.report import summarise
+from runs import all_arms, call, held, infos, node, rows, sets
 
 
 @pytest.fixture
@@ -286,5 +287,5 @@ def test_paths_tell_fresh_labels_from_replayed_ones() -> None:
     assert not any(arm == "bridge_rl" and "," in stages for arm, _, stages in taken)
     assert any(arm == "replay" and stages == "teacher_rl, student_rl" for arm, _, stages in taken)
     assert not any(arm == "replay" and half == 2 for arm, half, _ in taken)
-    report = (all_arms() / "report.html").read_text(encoding="utf-8")
-    assert "Which stages looked at a label" in report and "labels.csv" in report
+    page = report_html.page(study, summarise(study))
+    assert "Which stages looked at a label" in page and "labels.csv" in page

@@ -149,7 +149,7 @@ def test_more_labels_than_there_are_cannot_be_bought() -> None:
         buy(POOL, 1001, 0)
 
 
-def test_two_parts_of_one_holder_spend_the_same_budget(grader) -> None:
+def test_two_parts_of_one_holder_spend_the_same_budget(grader: Grader) -> None:
     whole = Labels(GOLD, grader, 1)
     first, second = whole.only(["a"]), whole.only(["c"])
     first.check([("a", "x")])

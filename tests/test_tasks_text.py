@@ -47,6 +47,12 @@ NUMERIC: list[Case] = [
     ('{"value": -2, "rel": 0.5}', "\\boxed{-2.9}", True, "equal"),
     ("1,080", "\\boxed{1080\\text{ m}}", True, "equal"),
     ("1/3", "\\boxed{0.3333333}", True, "equal"),
+    ("9.8", "The answer is 9.8 m/s^2.", True, "equal"),
+    ("9.8", "\\boxed{9.8\\ m}", True, "equal"),
+    ("9.8", "\\boxed{9.8\\ x}", False, "different"),
+    ("9.8", "\\boxed{9.8\\ k}", False, "different"),
+    ("9.8", "\\boxed{9.8 million}", False, "different"),
+    ("3", "\\boxed{3 or 4}", False, "different"),
     ("0", "\\boxed{0.0000001}", False, "different"),
     ("5", "there are 5 of them", False, "no_answer"),
     ("5", "\\boxed{five or so}", False, "different"),
@@ -105,21 +111,12 @@ JSON: list[Case] = [
     ("[1]", "[1]", False, "error"),
     ('{"a": NaN}', '{"a": NaN}', False, "error"),
 ]
+CASES = (("exact", EXACT), ("numeric", NUMERIC), ("choice", CHOICE), ("regex", REGEX), ("json", JSON))
 
 
 @pytest.mark.parametrize(
     ("task", "case"),
-    [
-        (name, case)
-        for name, cases in (
-            ("exact", EXACT),
-            ("numeric", NUMERIC),
-            ("choice", CHOICE),
-            ("regex", REGEX),
-            ("json", JSON),
-        )  # fmt: skip
-        for case in cases
-    ],
+    [(name, case) for name, cases in CASES for case in cases],
 )
 def test_each_way_of_answering_gets_its_verdict(task: str, case: Case) -> None:
     gold, completion, correct, reason = case
@@ -228,3 +225,19 @@ def test_validate_reads_golds_as_the_task_does_and_names_those_that_cannot_be_us
 def test_grade_takes_a_gold_object_as_its_json(tmp_path: Path) -> None:
     rows_of(tmp_path / "g.jsonl", {"id": 1, "gold": {"a": 1}, "completion": '{"a": 1}'})
     assert [row["correct"] for row in grade_file(tmp_path / "g.jsonl", task="json", workers=1)] == [True]
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "tasks.md"
+
+
+def test_the_examples_of_the_documentation_are_correct(tmp_path: Path) -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    examples = [json.loads(line) for line in text.partition("```jsonl\n")[2].partition("\n```\n\n")[0].splitlines()]
+    assert {one["task"] for one in examples} == TASKS.keys()
+    for number, one in enumerate(examples):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(json.dumps(one), encoding="utf-8")
+        assert [
+            (row["correct"], row["reason"]) for row in grade_file(path, task=one["task"], workers=1, seconds=20)
+        ] == [(True, "equal")], one
+    assert all(f"| `{name}` |" in text for name in TASKS)

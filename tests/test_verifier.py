@@ -166,8 +166,7 @@ def test_half_a_surrogate_pair_and_control_characters_get_a_verdict() -> None:
     assert [one.correct for one in verdicts] == [False, True]
 
 
-def test_the_table_has_both_tasks_and_sums_is_graded_in_process() -> None:
-    assert set(TASKS) == {"sums", "maths"}
+def test_sums_is_graded_in_process() -> None:
     with Verifier("sums") as verifier:
         assert [one.reason for one in verifier([("47", "17+30=47"), ("47", "=48"), ("47", "?")])] == [
             "equal", "different", "no_answer",

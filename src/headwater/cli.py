@@ -120,7 +120,9 @@ def eval_(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, hub id or pocket:NAME.")],
     data: Annotated[str, typer.Option("--data", help="JSONL, Parquet, a `datasets` folder or a hub id.")],
     samples: Annotated[int, typer.Option("--samples", min=1, help="Completions a problem.")] = 1,
-    task: Annotated[str, typer.Option("--task", help="sums, maths, or package.module:function.")] = "maths",
+    task: Annotated[
+        str, typer.Option("--task", help="A task's name (docs/tasks.md) or package.module:function.")
+    ] = "maths",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many problems.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest completion.")] = 512,
     temperature: Annotated[float, typer.Option("--temperature", min=0.001)] = 1.0,
@@ -155,7 +157,9 @@ def eval_(
 @app.command()
 def grade(
     data: Annotated[Path, typer.Option("--data", help='JSONL of {"id","gold","completion"} rows.')],
-    task: Annotated[str, typer.Option("--task", help="maths, sums, or package.module:function.")] = "maths",
+    task: Annotated[
+        str, typer.Option("--task", help="A task's name (docs/tasks.md) or package.module:function.")
+    ] = "maths",
     seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="Wall-clock limit of one answer.")] = 2.0,
     workers: Annotated[int, typer.Option("--workers", min=1)] = 2,
 ) -> None:
@@ -169,7 +173,9 @@ def grade(
 @app.command()
 def validate(
     data: Annotated[str, typer.Argument(metavar="DATA", help="JSONL, Parquet, a `datasets` folder or a hub id.")],
-    task: Annotated[str, typer.Option("--task", help="maths, sums, or package.module:function.")] = "maths",
+    task: Annotated[
+        str, typer.Option("--task", help="A task's name (docs/tasks.md) or package.module:function.")
+    ] = "maths",
     problem_column: Annotated[str | None, typer.Option("--problem", help="Column of the problem.")] = None,
     answer_column: Annotated[str | None, typer.Option("--answer", help="Column of the answer.")] = None,
     json_: Json = False,

@@ -280,7 +280,8 @@ class Recipe(Strict):
     name: Name
     seed: int = 0
     task: str
-    """`sums`, `maths`, or a grader of your own as `package.module:function(gold, completion) -> bool`."""
+    """`sums`, `maths`, `exact`, `numeric`, `choice`, `regex`, `json`, `python` (docs/tasks.md), or a grader of your
+    own as `package.module:function(gold, completion) -> bool`."""
     models: Models
     prompt: Prompt = Prompt()
     data: Data
@@ -331,16 +332,16 @@ def first_complaint(error: ValidationError) -> str:
 
 def _with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     path, sign, text = override.partition("=")
-    keys = path.strip().split(".")
+    keys, shown = path.strip().split("."), " ".join(override.split())  # a sentence is one line, whatever was typed
     if not sign or not all(keys):
-        raise UserError(f"--set {override}: write it as path=value, such as stages.opd.steps=5")
+        raise UserError(f"--set {shown}: write it as path=value, such as stages.opd.steps=5")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not YAML") from None
+        raise UserError(f"--set {shown}: the value is not YAML") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-4 as text; a number was meant
-    return _put(raw, keys, value, override)
+    return _put(raw, keys, value, shown)
 
 
 def _put(raw: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:

@@ -102,10 +102,17 @@ def _stages(runs: Mapping[int, tuple[Node, ...]]) -> list[dict[str, Any]]:
                 "pool": first.pool,
                 "nodes": {str(seed): node.name for seed, node in by_seed.items()},
                 "accuracy": {name: _scored(found, _accuracy) for name, found in graded.items()},
+                "informative": _informative(list(by_seed.values())),
                 **mean_costs([costs([node]) for node in by_seed.values()]),
             }
         )
     return rows
+
+
+def _informative(nodes: Sequence[Node]) -> float | None:
+    """The share of groups, over all steps, whose rewards differed; None for a stage that looks at no label."""
+    shares = [row["informative"] for node in nodes for row in node.metrics if is_number(row.get("informative"))]
+    return _mean(shares) if shares else None
 
 
 def _scored(by_seed: Mapping[int, Graded], values: Values) -> dict[str, Any]:

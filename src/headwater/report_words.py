@@ -94,8 +94,21 @@ def verdict(report: dict[str, Any]) -> str:
     eval_name = report["evals"][0]
     parts = [_ordering(report, eval_name), _fresh_labels(report, eval_name)]
     said = [part for part in parts if part] or [_fallback(report, eval_name)]
+    said += [part for part in [_wasted(report)] if part]
     waiting = [name for name, arm in report["arms"].items() if arm["unfinished"]]
     return " ".join([*said, f"Not finished: {', '.join(waiting)}."] if waiting else said)
+
+
+def _wasted(report: dict[str, Any]) -> str | None:
+    """Labels that were looked at in arms where no group ever had rewards that differ."""
+    silent = []
+    for name, arm in report["arms"].items():
+        shares = [row["informative"] for row in arm["stages"] if row.get("informative") is not None]
+        if shares and not any(shares):
+            silent.append(f"{name} ({count(arm['labels']['distinct'])} labels)")
+    if not silent:
+        return None
+    return f"No label bought anything in {', '.join(silent)}: in no group did the rewards differ."
 
 
 def _ordering(report: dict[str, Any], eval_name: str) -> str | None:

@@ -19,6 +19,12 @@ from headwater.tasks.maths_numbers import number
 
 USUAL_REL = Fraction(1, 10**6)
 LONGEST = 1000  # characters of an answer that may be a number
+# `9.8 m/s^{2}`: where the gold answer is a number, a letter behind one is its unit; x, y, n, k and M are not among them.
+_LETTER_UNIT = r"(?:[msghlLNJWVAKCF]|[a-zA-Z]{2,4})(?:\^\{?-?\d\}?)?"
+_UNITS = re.compile(
+    rf"(.*\d\}}?)\s+({_LETTER_UNIT}(?:\s*(?:/|\\cdot)\s*{_LETTER_UNIT})+|[msghlLNJWVAKCF](?:\^\{{?-?\d\}}?)?)",
+    re.DOTALL,
+)
 _PLUS_MINUS = re.compile(r"±|\+/-|\+-|\\pm(?![a-zA-Z])")
 
 
@@ -78,6 +84,8 @@ def value_of(text: str) -> Fraction | None:
         return None
     spelled = maths_text.canonical(text)
     found = number(without_unit(spelled))
+    if found is None and (measured := _UNITS.fullmatch(spelled)):
+        return number(measured[1])
     return number(spelled) if found is None else found
 
 
