@@ -142,3 +142,22 @@ def test_epochs_set_on_the_command_line_count_although_the_recipe_gives_steps() 
     assert asked.steps_over(256) == 8  # half of 256 prompts × 4 rollouts, 64 a step
     assert recipe_with("stages.warmup.epochs=0.5", "stages.warmup.steps=3").stages.warmup.steps_over(256) == 3
     assert recipe_with("stages.teacher_rl.steps=2").stages.teacher_rl.steps_over(256) == 2
+
+
+def test_stages_on_halves_of_unequal_size_take_equally_many_steps() -> None:
+    from headwater.labels import Labels, Pools
+    from headwater.materials import Materials
+
+    recipe = recipe_with(
+        "stages.student_rl.epochs=2", "stages.student_rl.batch_size=16", "stages.student_rl.group_size=8"
+    )
+    pools = Pools(tuple(f"a{i}" for i in range(10)), tuple(f"b{i}" for i in range(13)))
+    held = {name: "1" for name in pools.all}
+    materials = Materials(
+        recipe=recipe, task=None, problems={}, pools=pools, labels=Labels(held, lambda pairs: [], 23),
+        unlabeled=(), evals={}, notes=(), left_out=(), device=None,
+    )  # fmt: skip
+    stage = recipe.stages.student_rl
+    # 2 epochs over the smaller half: 20 prompts, 2 a step; over all 23 labels: 46 prompts, 2 a step.
+    assert materials.steps("first_half", stage) == materials.steps("second_half", stage) == 10
+    assert materials.steps("all", stage) == 23

@@ -252,7 +252,6 @@ class Evaluate(Strict):
 
     samples: Positive = 4
     sampling: Sampling = Sampling()
-    batch_size: Positive = 256
 
 
 class Guards(Strict):
@@ -321,7 +320,7 @@ def parse_recipe(raw: Any, where: str, overrides: list[str] | None = None) -> Re
 def first_complaint(error: ValidationError) -> str:
     """The first thing that pydantic found, as a sentence that names the field."""
     found = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in found["loc"]) or "the recipe"
+    field = " ".join(".".join(str(part) for part in found["loc"]).split()) or "the recipe"
     if found["type"] == "extra_forbidden":
         return f"unknown field {field}"
     message = found["msg"].removeprefix("Value error, ")

@@ -72,7 +72,7 @@ def estimate(node: Node, plan: Plan, materials: Materials, shapes: dict[Role, Sh
         sampled = rollouts * stage.sampling.max_tokens
         flops = 2 * shape.flops(rollouts * length, length / 2)
         return Estimate(plan.names[node], 0, 0, sampled, sampled, flops, frozen_bytes(shape, compute_bytes))
-    steps, objective = stage.steps_over(prompts), objective_of(stage)
+    steps, objective = materials.steps(node.pool, stage), objective_of(stage)
     rollouts = steps * stage.batch_size
     read = rollouts * length
     flops = stage.passes * shape.flops(read, length / 2, passes=3)

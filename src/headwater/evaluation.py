@@ -59,7 +59,7 @@ def evaluate_model(
         watch.start(0, len(loaded.problems) * how.samples, "completions")
         try:
             rows, spent = evaluate(
-                TorchSampler(policy, how.batch_size),
+                TorchSampler(policy),
                 Prompter(policy.tokenizer, prompt),
                 loaded.problems,
                 Labels(loaded.gold, grade, len(loaded.gold)),

@@ -56,6 +56,14 @@ class Materials:
         """Problem ids that a stage samples from: its labelled pool and, where no label is needed, the unlabelled ones."""
         return self.pool(pool) + (() if settings.needs_labels else self.unlabeled)
 
+    def steps(self, pool: Pool, settings: Stage) -> int:
+        """Steps of a stage; those on a half count its epochs over the smaller half, so that stage 3 and its matched replay
+        take equally many whatever the halves' sizes."""
+        prompts = len(self.prompts(pool, settings))
+        if pool != "all":
+            prompts -= len(self.pool(pool)) - min(len(self.pools.first_half), len(self.pools.second_half))
+        return settings.steps_over(prompts)
+
     def content(self) -> dict[str, Any]:
         """What decides outcomes beside the recipe's own text: which weights, problems and answers.
 

@@ -164,6 +164,10 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         "teacher": of(node.teacher),
         "cache": of(node.cache),
         "pool": None if node.pool is None else content["pools"][node.pool],
+        # A stage on a half counts its epochs over the smaller half.
+        "halves": [len(content["pools"][half]) for half in ("first_half", "second_half")]
+        if node.pool != "all"
+        else None,
         "labels": content["labels"][node.pool] if node.pool and node.settings and node.settings.needs_labels else None,
         "unlabeled": content["unlabeled"] if node.settings is not None and not node.settings.needs_labels else None,
         "settings": _what_counts(node),
@@ -181,6 +185,6 @@ def _what_counts(node: Node) -> Any:
     if node.settings is None:
         return None
     if node.kind == "train":
-        return node.settings.model_dump(mode="json")
+        return node.settings.model_dump(mode="json", exclude={"checkpoint_every"})
     settings = node.settings
     return {"samples": settings.group_size, "sampling": settings.sampling.model_dump(), "top_k": settings.dense.top_k}

@@ -200,15 +200,15 @@ def run_train(node: Node, place: Workplace) -> None:
     stage, folder, recipe = node.settings, place.node_dir(node), place.materials.recipe
     policy = place.load(node.start, frozen=False)
     objective = objective_of(stage)
-    names = place.materials.prompts(node.pool, stage)
-    steps = stage.steps_over(len(names))
+    steps = place.materials.steps(node.pool, stage)
     prompter = place.prompter(policy)
     shape = Shape.from_config(policy.model.config)
     spend = place.spend(node)
 
     def update_flops(rows: Sequence[Row]) -> float:
         live = [len(row.rollout.prompt_ids) + row.tokens for row in rows if not row.inert]
-        again = 1.0 / 3.0 if stage.passes * stage.minibatches > 1 else 0.0  # the forward pass for the old log-probs
+        # The old log-probs of several updates on one batch take a forward pass more, a third of an update's.
+        again = 1.0 / 3.0 if objective.source == "policy" and stage.passes * stage.minibatches > 1 else 0.0
         return (stage.passes + again) * sum(shape.flops(length, length / 2, passes=3) for length in live)
 
     def write_rollouts(step: int, rows: Sequence[Row]) -> None:
