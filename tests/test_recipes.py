@@ -152,7 +152,7 @@ def test_stages_on_halves_of_unequal_size_take_equally_many_steps() -> None:
         "stages.student_rl.epochs=2", "stages.student_rl.batch_size=16", "stages.student_rl.group_size=8"
     )
     pools = Pools(tuple(f"a{i}" for i in range(10)), tuple(f"b{i}" for i in range(13)))
-    held = {name: "1" for name in pools.all}
+    held = dict.fromkeys(pools.all, "1")
     materials = Materials(
         recipe=recipe, task=None, problems={}, pools=pools, labels=Labels(held, lambda pairs: [], 23),
         unlabeled=(), evals={}, notes=(), left_out=(), device=None,
