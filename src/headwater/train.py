@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from headwater import losses
 from headwater.batch import Batch, Row, collate, microbatches
 from headwater.checkpoint import load_checkpoint, save_checkpoint
 from headwater.config import Optim, Stage
@@ -171,7 +172,7 @@ def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tenso
             measured["sampler_gap"] = (old_logp_N - batch.sampler_logp_N).abs()
             measured["ratio_off"] = ((logp_N - old_logp_N).exp() - 1.0).abs()
         if batch.reference_logp_N is not None:
-            measured["kl_reference"] = batch.reference_logp_N.sub(logp_N).expm1() - batch.reference_logp_N.sub(logp_N)
+            measured["kl_reference"] = losses.reference_kl(logp_N, batch.reference_logp_N)
         for name, value_N in measured.items():
             if value_N is not None:
                 sums[name] += value_N.sum().item()
