@@ -578,3 +578,36 @@ def test_five_seeds_of_twelve_arms_are_reported_in_seconds(tmp_path: Path) -> No
 def test_the_report_never_imports_torch() -> None:
     code = "import sys, headwater.report, headwater.stats; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_each_arms_way_through_its_stages_is_told_for_teacher_and_student() -> None:
+    from headwater.report_stages import paths
+
+    def scored(mean: float) -> dict[str, Any]:
+        return {"held_out": {"mean": mean}}
+
+    def stage(name: str, role: str, mean: float | None, teacher_scored: int = 0) -> dict[str, Any]:
+        accuracy = {} if mean is None else scored(mean)
+        return {"stage": name, "role": role, "accuracy": accuracy, "tokens": {"teacher_scored": teacher_scored}}
+
+    report = {
+        "arms": {
+            "base_student": {"accuracy": scored(0.089), "stages": []},
+            "base_teacher": {"accuracy": scored(0.221), "stages": []},
+            "direct_grpo": {"stages": [stage("student_rl", "student", 0.58)]},
+            "raw_teacher": {"stages": [stage("opd", "student", 0.142, teacher_scored=9)]},
+            "bridge": {
+                "stages": [
+                    stage("teacher_rl", "teacher", 0.9735),
+                    stage("teacher_rollouts", "teacher", None, teacher_scored=9),
+                    stage("warmup", "student", 0.569),
+                    stage("opd", "student", None, teacher_scored=9),
+                ]
+            },
+        }
+    }
+    assert paths(report, "held_out") == [
+        ("direct_grpo", "–", "8.9 → RL 58.0"),
+        ("raw_teacher", "22.1", "8.9 → OPD 14.2"),
+        ("bridge", "22.1 → RL 97.4", "8.9 → warm-up 56.9 → OPD ?"),
+    ]

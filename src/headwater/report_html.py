@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import html
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,9 +15,21 @@ from typing import Any
 import yaml
 
 from headwater import figures, label_use
+from headwater.html_parts import escaped, framed, noted, section, table, td
 from headwater.report_read import ARM_TEXT, POOL_TEXT, Node, Study, costs, is_number, mean_costs
+from headwater.report_stages import paths
 from headwater.report_style import STYLE
-from headwater.report_words import count, duration, named_contrasts, p_text, percent, points, reading, units
+from headwater.report_words import (
+    count,
+    duration,
+    interval_note,
+    named_contrasts,
+    p_text,
+    percent,
+    points,
+    reading,
+    units,
+)
 
 METRICS = {
     "reward": "reward (share correct)",
@@ -40,10 +51,6 @@ STAGE_TEXT = {
     "student_rl": "Student RL",
 }
 """In the order in which an arm runs them."""
-_NUMBERS = re.compile(
-    r"(accuracy|9|pass@|maj@|best|labels|checks|sampled|trained|scored|FLOPs|time|point|p$|seeds|all|dist|KL)"
-)
-"""Heads of columns of numbers, which stand to the right."""
 SHOWN_EACH = 3
 """Correct and wrong completions shown of an arm."""
 SHOWN_CHARACTERS = 2500
@@ -53,6 +60,7 @@ def page(study: Study, report: dict[str, Any]) -> str:
     """The whole file. Sections that have nothing to say are left out."""
     sections = [
         _arms(report),
+        _paths(report),
         _contrasts(report),
         _labels(study),
         _conditions(report),
@@ -60,7 +68,7 @@ def page(study: Study, report: dict[str, Any]) -> str:
         _samples(study),
         _sources(study),
     ]
-    title = _e(f"headwater: {report['recipe']}")
+    title = escaped(f"headwater: {report['recipe']}")
     seeds = f"seed{'s' * (len(report['seeds']) != 1)} {', '.join(map(str, report['seeds']))}"
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -74,9 +82,9 @@ def page(study: Study, report: dict[str, Any]) -> str:
 </head>
 <body>
 <header>
-<h1>{_e(report["recipe"])}</h1>
-<p class="note">{_e(seeds)}; {len(report["arms"])} arms; made by headwater from the run's files</p>
-<p class="verdict">{_e(report["verdict"])}</p>
+<h1>{escaped(report["recipe"])}</h1>
+<p class="note">{escaped(seeds)}; {len(report["arms"])} arms; made by headwater from the run's files</p>
+<p class="verdict">{escaped(report["verdict"])}</p>
 </header>
 <main>
 {"".join(section for section in sections if section)}
@@ -96,10 +104,10 @@ def _arms(report: dict[str, Any]) -> str:
     for name, arm in report["arms"].items():
         for place, eval_name in enumerate(evals):
             cells = [_name_cell(name, arm, len(evals))] if place == 0 else []
-            cells += [_td(eval_name)] if len(evals) > 1 else []
-            cells += [_td(cell) for cell in _scores(arm, eval_name, k)]
+            cells += [td(eval_name)] if len(evals) > 1 else []
+            cells += [td(cell) for cell in _scores(arm, eval_name, k)]
             if place == 0:
-                cells += [_td(cell, len(evals)) for cell in _spent(arm)]
+                cells += [td(cell, len(evals)) for cell in _spent(arm)]
             rows.append(f"<tr>{''.join(cells)}</tr>")
     note = (
         "Intervals are over problems and seeds. Labels: distinct problems whose answer was looked at, and how often "
@@ -114,19 +122,21 @@ def _arms(report: dict[str, Any]) -> str:
         title = f"Accuracy on {eval_name}"
         forests.append(figures.forest(f"forest{place}", title, lines, base["mean"] if base else None, "%"))
     legend = "Bars: 95 % interval. Ticks: single seeds. Dashed: the student before."
-    return _section(
+    return section(
         "Arms",
-        _table(f"Accuracy{f' on {evals[0]}' if len(evals) == 1 else ''} and costs", heads, rows)
-        + _note(note)
-        + _figures(forests, legend if forests else ""),
+        table(f"Accuracy{f' on {evals[0]}' if len(evals) == 1 else ''} and costs", heads, rows)
+        + noted(note)
+        + framed(forests, legend if forests else ""),
     )
 
 
 def _name_cell(name: str, arm: dict[str, Any], rows: int) -> str:
     waiting = ", ".join(f"seed {seed} waits for {node}" for seed, node in arm["unfinished"].items())
-    more = f'<span class="warn">unfinished: {_e(waiting)}</span>' if waiting else ""
+    more = f'<span class="warn">unfinished: {escaped(waiting)}</span>' if waiting else ""
     span = f' rowspan="{rows}"' if rows > 1 else ""
-    return f'<th scope="row"{span}>{_e(name)}<span class="text">{_e(ARM_TEXT.get(name, ""))}</span>{more}</th>'
+    return (
+        f'<th scope="row"{span}>{escaped(name)}<span class="text">{escaped(ARM_TEXT.get(name, ""))}</span>{more}</th>'
+    )
 
 
 def _scores(arm: dict[str, Any], eval_name: str, common_k: str) -> list[str]:
@@ -151,6 +161,21 @@ def _spent(spent: dict[str, Any]) -> list[str]:
     return [*labels, *tokens, units(spent["flops"]), duration(spent["seconds"])]
 
 
+def _paths(report: dict[str, Any]) -> str:
+    tables = [
+        table(
+            f"Accuracy on {eval_name} before, between and after the stages, %",
+            ("arm", "teacher", "student"),
+            [
+                "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>"
+                for row in paths(report, eval_name)
+            ],
+        )
+        for eval_name in report["evals"]
+    ]
+    return section("Stage by stage", "".join(tables)) if any(paths(report, name) for name in report["evals"]) else ""
+
+
 def _contrasts(report: dict[str, Any]) -> str:
     if not report["contrasts"]:
         return ""
@@ -159,13 +184,13 @@ def _contrasts(report: dict[str, Any]) -> str:
     heads.append("a better than b")
     named = named_contrasts(report)
     rest = [one for one in report["contrasts"] if one not in named]
-    tables = _table("Comparisons of the paper", heads, [_contrast_row(one, several) for one in named])
+    tables = table("Comparisons of the paper", heads, [_contrast_row(one, several) for one in named])
     if rest:
-        against = _table("Every arm against the student before", heads, [_contrast_row(one, several) for one in rest])
+        against = table("Every arm against the student before", heads, [_contrast_row(one, several) for one in rest])
         tables += f"<details><summary>Every arm against the student before</summary>{against}</details>"
     note = (
-        "Paired on the same problems and seeds. The interval is a bootstrap over problems and seeds, so it speaks of "
-        "training again; p is from a sign-flip permutation test over problems, so it speaks of these models. "
+        "Paired on the same problems and seeds; a bootstrap gives the interval, a sign-flip permutation test p: "
+        f"{interval_note(report)}. "
         "Not corrected for the number of comparisons. “Holds”: interval above zero and p < 0.05; “does not hold”: the "
         "reverse is shown; else undecided."
     )
@@ -179,7 +204,7 @@ def _contrasts(report: dict[str, Any]) -> str:
         if lines:
             title = f"Differences on {eval_name}"
             forests.append(figures.forest(f"contrast{place}", title, lines, 0.0, "percentage points"))
-    return _section("Comparisons", tables + _note(note) + _figures(forests, ""))
+    return section("Comparisons", tables + noted(note) + framed(forests, ""))
 
 
 def _contrast_row(c: dict[str, Any], several: bool) -> str:
@@ -194,7 +219,7 @@ def _contrast_row(c: dict[str, Any], several: bool) -> str:
     ]
     mark = {"holds": "▲", "does not hold": "▼", "undecided": "○"}[says]
     last = f'<td class="said">{mark} {says}</td>'
-    return f'<tr><th scope="row">{_e(c["a"])} − {_e(c["b"])}</th>{"".join(map(_td, cells))}{last}</tr>'
+    return f'<tr><th scope="row">{escaped(c["a"])} − {escaped(c["b"])}</th>{"".join(map(td, cells))}{last}</tr>'
 
 
 def _labels(study: Study) -> str:
@@ -214,19 +239,19 @@ def _labels(study: Study) -> str:
             count(spent["distinct"]),
             count(spent["checks"]),
         ]
-        head = f'<th scope="row">{_e(POOL_TEXT.get(pool or "", pool or "–"))}</th>'
-        rows.append(f"<tr>{head}{''.join(map(_td, cells))}</tr>")
+        head = f'<th scope="row">{escaped(POOL_TEXT.get(pool or "", pool or "–"))}</th>'
+        rows.append(f"<tr>{head}{''.join(map(td, cells))}</tr>")
     if not rows:
-        return _section("Labels", _note("No stage of this run looked at a label."))
+        return section("Labels", noted("No stage of this run looked at a label."))
     heads = ["pool", "→ stage", "→ arms", "allowed", "distinct", "checks"]
     note = "Means per seed. Stages that are not listed were handed no labels at all."
     taken = []
     for one in label_use.paths(study):
         cells = [f"{one['half']}H", str(one["stages"]), count(one["labels"])]
-        taken.append(f'<tr><th scope="row">{_e(one["arm"])}</th>{"".join(map(_td, cells))}</tr>')
-    used = _table("Which stages looked at a label, by arm and half", ["arm", "half", "stages", "labels"], taken)
+        taken.append(f'<tr><th scope="row">{escaped(one["arm"])}</th>{"".join(map(td, cells))}</tr>')
+    used = table("Which stages looked at a label, by arm and half", ["arm", "half", "stages", "labels"], taken)
     more = " labels.csv, beside this file, has every problem with its stages, seeds and arms."
-    return _section("Labels", _table("From pool to stage to arm", heads, rows) + used + _note(note + more))
+    return section("Labels", table("From pool to stage to arm", heads, rows) + used + noted(note + more))
 
 
 def _conditions(report: dict[str, Any]) -> str:
@@ -244,22 +269,22 @@ def _conditions(report: dict[str, Any]) -> str:
                 reached = one.get("reached")
                 cells = [when, percent(one["accuracy"]), f"{percent(one['best_of_k'])} (k={one['k']})"]
                 cells += [f"{percent(reached)} %" if reached is not None else "–", ", ".join(one.get("arms", []))]
-                rows.append(f'<tr><th scope="row">{_e(eval_name)}</th>{"".join(map(_td, cells))}</tr>')
+                rows.append(f'<tr><th scope="row">{escaped(eval_name)}</th>{"".join(map(td, cells))}</tr>')
         heads = ["evaluation", "teacher", "accuracy, %", "best-of-k, %", "accuracy / best-of-k before", "arms"]
-        parts.append(_table("C1: the teacher beside its own best-of-k", heads, rows))
+        parts.append(table("C1: the teacher beside its own best-of-k", heads, rows))
     if c2:
         rows = []
         for arm, stages in c2.items():
             for stage, metrics in stages.items():
                 ends = [metrics.get(key) for key in ("kl_teacher_student", "kl_student_teacher")]
                 cells = [_stage(stage), *(f"{one['first']:.3g} → {one['last']:.3g}" if one else "–" for one in ends)]
-                rows.append(f'<tr><th scope="row">{_e(arm)}</th>{"".join(map(_td, cells))}</tr>')
+                rows.append(f'<tr><th scope="row">{escaped(arm)}</th>{"".join(map(td, cells))}</tr>')
         heads = ["arm", "stage", "KL(teacher ‖ student), first → last step", "KL(student ‖ teacher), first → last step"]
-        parts.append(_table("C2: the student's distance from its teacher", heads, rows))
+        parts.append(table("C2: the student's distance from its teacher", heads, rows))
     if not parts:
         return ""
     note = "The paper's two conditions: the teacher is near its optimum (C1), the student is near the teacher (C2)."
-    return _section("Conditions", _note(note) + "".join(parts))
+    return section("Conditions", noted(note) + "".join(parts))
 
 
 def _curves(study: Study) -> str:
@@ -276,17 +301,17 @@ def _curves(study: Study) -> str:
         groups = stages[stage, role]
         name = re.sub(r"\W", "", f"{stage}{role}{len(parts)}")
         keys = [figures.key(f"{name}key{style}", style) for style in range(len(groups))]
-        legend = "".join(f"<li>{key} {_e(label)}</li>" for key, (label, _) in zip(keys, groups, strict=True))
+        legend = "".join(f"<li>{key} {escaped(label)}</li>" for key, (label, _) in zip(keys, groups, strict=True))
         measured = {key for _, by_seed in groups for node in by_seed.values() for row in node.metrics for key in row}
         others = sorted(measured - set(METRICS) - {"step"})
         panels = [list(_panels(name, groups, chosen)) for chosen in (list(METRICS), others)]
-        folded = f"<details><summary>Other measures</summary>{_figures(panels[1], '')}</details>" if panels[1] else ""
+        folded = f"<details><summary>Other measures</summary>{framed(panels[1], '')}</details>" if panels[1] else ""
         title = f"{_stage(stage)}{f' ({role})' if role else ''}"
-        parts.append(f'<h3>{_e(title)}</h3><ul class="legend">{legend}</ul>{_figures(panels[0], "")}{folded}')
+        parts.append(f'<h3>{escaped(title)}</h3><ul class="legend">{legend}</ul>{framed(panels[0], "")}{folded}')
     if not parts:
         return ""
     note = "Thin lines are seeds, the thick line their mean at the steps that all of them reached."
-    return _section("Training curves", _note(note) + "".join(parts))
+    return section("Training curves", noted(note) + "".join(parts))
 
 
 def _panels(name: str, groups: Sequence[tuple[str, dict[int, Node]]], keys: Sequence[str]) -> Iterator[str]:
@@ -312,12 +337,12 @@ def _samples(study: Study) -> str:
             if evals:
                 shown = "".join(_completion(row) for row in _chosen(node.eval_rows(evals[0])))
                 where = f"{arm}: {evals[0]}, {node.name}"
-                parts.append(f"<details><summary>{_e(where)}</summary>{shown}</details>")
+                parts.append(f"<details><summary>{escaped(where)}</summary>{shown}</details>")
                 break
     if not parts:
         return ""
     note = f"Up to {SHOWN_EACH} correct and {SHOWN_EACH} wrong ones of each arm's first finished seed, drawn by name."
-    return _section("Graded completions", _note(note) + "".join(parts))
+    return section("Graded completions", noted(note) + "".join(parts))
 
 
 def _chosen(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -341,59 +366,21 @@ def _completion(row: dict[str, Any]) -> str:
     facts += [f"answer read: {row['extracted']}"] if row.get("extracted") is not None else ["no answer read"]
     facts += [f"{row.get('tokens')} tokens, ended by {row.get('finish')}"]
     return (
-        f'<article class="{kind}"><p><strong>{said}</strong> {_e(" · ".join(facts))}</p>'
-        f'<pre dir="auto">{_e(text[:SHOWN_CHARACTERS])}</pre>{cut}</article>'
+        f'<article class="{kind}"><p><strong>{said}</strong> {escaped(" · ".join(facts))}</p>'
+        f'<pre dir="auto">{escaped(text[:SHOWN_CHARACTERS])}</pre>{cut}</article>'
     )
 
 
 def _sources(study: Study) -> str:
     recipe = yaml.safe_dump(study.recipe, sort_keys=False, allow_unicode=True, width=100)
-    env = "".join(f'<tr><th scope="row">{_e(key)}</th>{_td(str(value))}</tr>' for key, value in study.env.items())
-    env = _table("Environment", ["what", "value"], [env]) if env else _note("No env.json in this run.")
-    return _section(
+    env = "".join(f'<tr><th scope="row">{escaped(key)}</th>{td(str(value))}</tr>' for key, value in study.env.items())
+    env = table("Environment", ["what", "value"], [env]) if env else noted("No env.json in this run.")
+    return section(
         "Recipe and environment",
-        f"<details><summary>The resolved recipe</summary><pre>{_e(recipe)}</pre></details>"
+        f"<details><summary>The resolved recipe</summary><pre>{escaped(recipe)}</pre></details>"
         f"<details><summary>Environment</summary>{env}</details>",
     )
 
 
 def _stage(name: str) -> str:
     return STAGE_TEXT.get(name, name)
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{_e(title)}</h2>{body}</section>\n"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{_e(text)}</p>'
-
-
-def _figures(svgs: Sequence[str], caption: str) -> str:
-    if not svgs:
-        return ""
-    said = f"<p class='note'>{_e(caption)}</p>" if caption else ""
-    return f'<div class="figures">{"".join(f"<figure>{svg}</figure>" for svg in svgs)}</div>{said}'
-
-
-def _table(caption: str, heads: Sequence[str], rows: Sequence[str]) -> str:
-    """A table that scrolls sideways by itself on a narrow screen, also from the keyboard."""
-    kinds = [' class="number"' if _NUMBERS.match(text) else "" for text in heads]
-    head = "".join(f'<th scope="col"{kind}>{_e(text)}</th>' for kind, text in zip(kinds, heads, strict=True))
-    label = _e(caption)
-    return (
-        f'<div class="wide" role="region" aria-label="{label}" tabindex="0"><table><caption>{label}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _td(text: str, rows: int = 1) -> str:
-    kind = ' class="number"' if re.match(r"[–+−<\d]", text) else ""
-    span = f' rowspan="{rows}"' if rows > 1 else ""
-    return f"<td{span}{kind}>{_e(text)}</td>"
-
-
-def _e(text: str) -> str:
-    """Escaped for text and for quoted attributes; what HTML or UTF-8 cannot hold is shown as a replacement."""
-    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text.replace("\r\n", "\n"))
-    return html.escape(text, quote=True)

@@ -12,6 +12,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from headwater.report_stages import paths
+
 Reading = Literal["holds", "does not hold", "undecided"]
 
 NAMED_PAIRS = (
@@ -201,7 +203,8 @@ def _labels(report: dict[str, Any], arms: Sequence[str]) -> str:
 
 def terminal_table(report: dict[str, Any]) -> Group:
     """Arms, contrasts and the verdict for a console of 100 columns or more."""
-    parts: list[Table | Text] = [*_arms_tables(report), *_contrast_tables(report), Text(report["verdict"])]
+    verdict_text = Text(report["verdict"])
+    parts: list[Table | Text] = [*_arms_tables(report), *_path_tables(report), *_contrast_tables(report), verdict_text]
     return Group(*[item for part in parts for item in (part, Text(""))])
 
 
@@ -273,11 +276,32 @@ def _spent(arm: dict[str, Any]) -> list[str]:
     return ["–" if cell in ("0", "0F", "0 s") else cell for cell in costs]
 
 
+def _path_tables(report: dict[str, Any]) -> list[Table]:
+    tables = []
+    for eval_name in report["evals"]:
+        rows = paths(report, eval_name)
+        if rows:
+            table = _plain_table(f"accuracy on {eval_name} before, between and after the stages, %")
+            for head in ("arm", "teacher", "student"):
+                table.add_column(head, no_wrap=head == "arm")
+            for row in rows:
+                table.add_row(*row)
+            tables.append(table)
+    return tables
+
+
+def interval_note(report: dict[str, Any]) -> str:
+    """What the intervals and p speak of: one seed says nothing about training again."""
+    if len(report["seeds"]) > 1:
+        return "the interval is for new problems and training again, p for new problems and these models"
+    return "one seed: interval and p are for new problems and these very models; training again would vary more"
+
+
 def _contrast_tables(report: dict[str, Any]) -> list[Table]:
     rows = named_contrasts(report)
     if not rows:
         return []
-    title = "differences in points, 95 % interval over problems and seeds, two-sided p"
+    title = "differences in points, 95 % interval, two-sided p"
     table = _plain_table(title)
     table.add_column("a − b", no_wrap=True)
     if len(report["evals"]) > 1:
@@ -295,8 +319,5 @@ def _contrast_tables(report: dict[str, Any]) -> list[Table]:
             spent,
             reading(c),
         )
-    table.caption = (
-        "the interval is for new problems and training again, p for new problems and these models; "
-        "holds: the interval is above zero and p < 0.05"
-    )
+    table.caption = f"{interval_note(report)}; holds: the interval is above zero and p < 0.05"
     return [table]
