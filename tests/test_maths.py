@@ -20,6 +20,7 @@ from headwater.verifier import Verifier
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 CASES = DATA / "verifier_cases" / "cases.jsonl"
+SECOND = Path(__file__).parent / "data" / "verifier_second.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,15 @@ def test_nothing_found_in_a_text_is_run(verifier: Verifier, tmp_path: Path) -> N
     calls = [f"__import__('pathlib').Path('{target}').touch()", f"open('{target}','w')", f"\\write18{{touch {target}}}"]
     verifier([("1", f"\\boxed{{{call}}}") for call in calls] + [("x", f"The answer is {call}") for call in calls])
     assert not target.exists()
+
+
+def test_a_second_set_of_cases_written_apart_from_the_first_is_graded_as_expected(verifier: Verifier) -> None:
+    rows = [json.loads(line) for line in SECOND.read_text(encoding="utf-8").split("\n") if line]
+    verdicts = verifier([(row["gold"], row["completion"]) for row in rows])
+    wrong = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict.correct != row["expected"]]
+    assert len(rows) == 334 and sum(row["expected"] for row in rows) > 100
+    assert len(wrong) <= 0.01 * len(rows), wrong
+    assert max(verdict.seconds for verdict in verdicts) < 3
 
 
 def test_the_shared_cases_are_graded_as_expected_and_in_time(verifier: Verifier) -> None:

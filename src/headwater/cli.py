@@ -223,6 +223,9 @@ def pretrain(
     models: Annotated[str | None, typer.Option("--models", help="Some of them, separated by commas.")] = None,
 ) -> None:
     """Make the pocket models again, from scratch."""
+    import torch
+
+    from headwater.console import narrator
     from headwater.pretrain import POCKET, pretrain_pocket
 
     if what != "pocket":
@@ -231,10 +234,15 @@ def pretrain(
     unknown = [name for name in names if name not in POCKET]
     if unknown:
         raise UserError(f"--models {unknown[0]}: no such pocket model; there are {', '.join(POCKET)}")
-    for name in names:
-        print(f"{name}: training", file=sys.stderr)
-        pretrain_pocket(out, [name])
-    print(f"written to {out}")
+    torch.set_num_threads(1)  # the shipped models were made with one; sums over several threads round differently
+    told = narrator()
+    for number, name in enumerate(names, 1):
+        with told.node(name, number, len(names)) as watch:
+            watch.start(0, POCKET[name].steps, "steps")
+            made = pretrain_pocket(out, [name], progress=lambda step, steps, loss: watch.advance(1, {"loss": loss}))
+        print(
+            f"{out / name}: pass rate {made[name].pass_rate:.1%}, {made[name].worked_share:.0%} of samples show their work"
+        )
 
 
 def _go(
