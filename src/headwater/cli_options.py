@@ -1,0 +1,28 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headwater.errors import UserError
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a built-in recipe.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run; run again with the same one and it resumes.")
+]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Change a field: path=value, such as stages.opd.steps=5.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the nodes and what they would cost at most; run nothing.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON where a machine reads it.")]
+
+
+def listed(text: str, option: str) -> list[str]:
+    found = [one.strip() for one in text.split(",") if one.strip()]
+    if not found:
+        raise UserError(f"{option}: names nothing")
+    return found
