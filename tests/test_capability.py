@@ -15,7 +15,8 @@ from headwater.materials import Materials
 from headwater.plan import Node, Plan
 from headwater.recipes import find_recipe
 from headwater.rundir import RunDir
-from headwater.stages import Watch, Workplace, run_node
+from headwater.stages import run_node
+from headwater.workplace import Watch, Workplace
 from runs import TINY, rows
 
 

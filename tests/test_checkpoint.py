@@ -11,12 +11,12 @@ import torch
 
 from headwater.batch import Row
 from headwater.checkpoint import load_checkpoint, save_checkpoint
-from headwater.config import Stage
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.ledger import Spend
 from headwater.model import Policy
 from headwater.objective import objective_of
 from headwater.rundir import NodeDir, append_jsonl, read_jsonl
+from headwater.settings import Stage
 from headwater.train import Gathered, make_optimizer, train, update
 from tiny import furthest, same_bits, sampled_rows, stage_of, taught, tiny_policy, weights_of
 

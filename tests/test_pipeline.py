@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwater import materials, model
-from headwater.config import Models, Sampling
+from headwater.config import Models
 from headwater.data import Verdict, problem_id
 from headwater.pipeline import environment
 from headwater.recipes import ARMS, find_recipe
 from headwater.sampler import TorchSampler, requests_for
+from headwater.settings import Sampling
 from headwater.teacher import logp_of
 from runs import all_arms, held, infos, node, node_names, nodes, rows, tiny
 

@@ -11,10 +11,10 @@ import torch
 from scipy import stats
 
 from headwater import model as models
-from headwater.config import Sampling
 from headwater.data import Rollout
 from headwater.decoder import decoder_for
 from headwater.sampler import Request, TorchSampler, draw_tokens, requests_for
+from headwater.settings import Sampling
 from headwater.teacher import logp_of
 from tiny import MODELS, PROMPTS, policy_of, tiny_folder, tiny_model, tiny_policy
 

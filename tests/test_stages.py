@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from headwater import pipeline
 from headwater.batch import Row
-from headwater.config import Stage
 from headwater.data import Rollout, Verdict
 from headwater.errors import TrainingStoppedError
 from headwater.gather import SignalGuard, merged, stored, uninformative
 from headwater.recipes import find_recipe
+from headwater.settings import Stage
 from runs import TINY, node, rows, temporary, tiny
 
 GROUP = 4

@@ -11,11 +11,11 @@ import torch
 
 from headwater import losses
 from headwater.batch import Row
-from headwater.config import Optim, Stage
 from headwater.distributions import Exact
 from headwater.errors import TrainingStoppedError
 from headwater.model import Policy
 from headwater.objective import objective_of
+from headwater.settings import Optim, Stage
 from headwater.teacher import logp_of
 from headwater.train import Metrics, divided, learning_rate, make_optimizer, token_weights, update
 from tiny import (

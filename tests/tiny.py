@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from headwater.batch import Row
-from headwater.config import Models, Sampling, Stage
+from headwater.config import Models
 from headwater.data import Rollout, problem_id
 from headwater.model import Policy, split
 from headwater.objective import objective_of
 from headwater.pretrain import make_tokenizer
 from headwater.sampler import TorchSampler, requests_for
+from headwater.settings import Sampling, Stage
 from headwater.teacher import distributions_of
 from headwater.train import update
 

@@ -6,23 +6,15 @@ The optimizer, the sampler and the losses are built from these very objects, so 
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from headwater.errors import UserError
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from headwater.settings import Name, Positive, Sampling, Stage, Stages, Strict
 
 
 class Models(Strict):
@@ -96,6 +88,8 @@ class Data(Strict):
     unlabeled: Source | None = None
     """Further bridge prompts, used with the labelled problems' texts in warm-up and OPD; no answers needed."""
     evals: dict[Name, Source] = Field(min_length=1)
+    validation: Source | None = None
+    """Labelled problems that decide when a stage with `until: {metric: validation}` ends; labels of their own account."""
 
 
 class LabelBudget(Strict):
@@ -108,150 +102,22 @@ class LabelBudget(Strict):
     """Which labels the budget buys; the same for every training seed unless changed."""
 
 
-class Sampling(Strict):
-    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """0 keeps every token."""
-    max_tokens: Positive = 512
-
-
-class Optim(Strict):
-    """AdamW. `warmup` is the share of the stage's steps over which the rate rises linearly from 0."""
-
-    lr: Annotated[float, Field(gt=0.0)] = 1e-6
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: Fraction = 0.0
-
-
-class Sparse(Strict):
-    """Group-relative policy gradient (GRPO) and its usual variants."""
-
-    advantage: Literal["group", "dr_grpo"] = "group"
-    """`group` divides by the group's standard deviation; `dr_grpo` only subtracts the mean (2503.20783)."""
-    clip_low: Annotated[float, Field(ge=0.0)] = 0.2
-    clip_high: Annotated[float, Field(ge=0.0)] = 0.2
-    kl_coef: Annotated[float, Field(ge=0.0)] = 5e-4
-    """Weight of KL(policy ‖ the stage's starting weights), k3 estimate a token."""
-    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
-    """How many further rounds of prompts may be sampled to replace groups whose rewards are all equal."""
-
-
-class Dense(Strict):
-    """Token-level teacher supervision."""
-
-    divergence: Literal["reverse", "forward", "jsd", "sampled"] = "reverse"
-    """`reverse` KL(student‖teacher), `forward` KL(teacher‖student), `jsd` with `beta`, exact over the vocabulary;
-    `sampled` is the one-token estimate (k1) as an advantage."""
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    top_k: Positive | None = None
-    """Cached teacher distributions keep the k likeliest tokens and the tail's mass; None keeps all of them."""
-
-
-class Stage(Strict):
-    """One stage of training: who samples × what scores × how densely, and for how long."""
-
-    objective: Literal["grpo", "opd", "mixed", "forward_kl", "sft"]
-    steps: Annotated[int, Field(ge=0)] | None = None
-    epochs: Annotated[float, Field(gt=0.0)] | None = None
-    """Times that the stage's pool is gone through; `steps`, where given, counts instead."""
-    batch_size: Positive = 64
-    """Rollouts a step. On-policy stages sample batch_size / group_size prompts."""
-    group_size: Positive = 8
-    """Rollouts a prompt: sampled by the policy in a step, or cached from the teacher."""
-    optim: Optim = Optim()
-    sampling: Sampling = Sampling()
-    sparse: Sparse = Sparse()
-    dense: Dense = Dense()
-    sparse_share: Fraction | None = None
-    """λ of J_λ = (1−λ) dense + λ sparse; only for `mixed` (1 is GRPO, 0 is OPD)."""
-    loss_mean: Literal["token", "sequence", "constant"] = "token"
-    """The denominator: all tokens; each sequence first; or a constant batch_size × max_tokens (Dr.GRPO)."""
-    minibatches: Positive = 1
-    """Optimizer steps that one sampled batch is divided into."""
-    passes: Positive = 1
-    """Times that each sampled batch is gone through; past the first the importance ratio is not 1."""
-    eval_every: Annotated[int, Field(ge=0)] = 0
-    checkpoint_every: Annotated[int, Field(ge=0)] = 25
-
-    @property
-    def prompts_per_step(self) -> int:
-        """Distinct prompts of an on-policy step."""
-        return self.batch_size // self.group_size
-
-    def steps_over(self, prompts: int) -> int:
-        """Steps of the stage on a pool of `prompts` prompts.
-
-        Example: 2 epochs over 100 prompts, 16 a step, are 13 steps; `steps` given is taken as it is.
-        """
-        if self.steps is not None:
-            return self.steps
-        rollouts = prompts * self.group_size
-        return math.ceil((self.epochs or 0.0) * rollouts / self.batch_size)
-
-    @property
-    def on_policy(self) -> bool:
-        return self.objective in ("grpo", "opd", "mixed")
-
-    @property
-    def needs_labels(self) -> bool:
-        return self.objective == "grpo" or (self.objective == "mixed" and self.sparse_share != 0.0)
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.objective != "grpo" and not (self.objective == "mixed" and self.sparse_share == 1.0)
-
-    @model_validator(mode="after")
-    def _legal(self) -> Stage:
-        if self.steps is None and self.epochs is None:
-            raise ValueError("give steps or epochs")
-        if self.on_policy and self.batch_size % self.group_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}")
-        if self.needs_labels and self.group_size < 2:
-            raise ValueError("group_size must be at least 2 where the reward is compared within a group")
-        if (self.objective == "mixed") != (self.sparse_share is not None):
-            raise ValueError("sparse_share belongs to objective mixed, and mixed needs it")
-        if self.sampling.top_p != 1.0 or self.sampling.top_k != 0:
-            raise ValueError("training samples with top_p 1 and no top_k: no loss here accounts for a cut distribution")
-        if self.minibatches > self.batch_size:
-            raise ValueError(f"minibatches {self.minibatches} is more than batch_size {self.batch_size}")
-        return self
-
-
-class Stages(Strict):
-    teacher_rl: Stage
-    warmup: Stage
-    opd: Stage
-    student_rl: Stage
-    sft: Stage | None = None
-    """Hard-label fine-tuning in the arms `teacher_sft` and `sft_teacher`; None takes the warm-up's settings."""
-
-    @model_validator(mode="after")
-    def _each_in_its_place(self) -> Stages:
-        allowed = {
-            "teacher_rl": ("grpo",),
-            "warmup": ("forward_kl", "sft"),
-            "opd": ("opd", "mixed"),
-            "student_rl": ("grpo", "mixed"),
-            "sft": ("sft",),
-        }
-        for name, objectives in allowed.items():
-            stage: Stage | None = getattr(self, name)
-            if stage is not None and stage.objective not in objectives:
-                raise ValueError(f"{name}.objective is {stage.objective}; this stage takes {' or '.join(objectives)}")
-        return self
-
-
 class Evaluate(Strict):
     """avg@k, pass@k and maj@k on every `data.evals`, before, between and after the stages."""
 
     samples: Positive = 4
     sampling: Sampling = Sampling()
+
+
+class Conditions(Strict):
+    """The paper's condition C2, measured beside every student stage that has a teacher; costs no label."""
+
+    problems: Annotated[int, Field(ge=0)] = 64
+    """Held-out prompts (texts of the first evaluation) on which it is measured; 0 measures nothing."""
+    every: Positive = 25
+    """Steps between two measurements; the first and the last state are always measured."""
+    top_k: Positive = 16
+    """For the overlap: how many of the likeliest tokens are compared."""
 
 
 class Guards(Strict):
@@ -266,6 +132,8 @@ class Compute(Strict):
     """Tokens (padding included) in one forward and backward pass; gradients are accumulated over the passes."""
     threads: Positive | None = None
     """CPU threads of the tensor library; None leaves its own choice."""
+    workers: Positive | None = None
+    """Processes that run independent nodes side by side. None: as many as the cores allow at `threads` each; one on a GPU."""
     sample_batch: Positive = 256
     """Sequences that the embedded sampler decodes at once."""
     grader_workers: Positive = 2
@@ -287,8 +155,18 @@ class Recipe(Strict):
     labels: LabelBudget = LabelBudget()
     stages: Stages
     evaluate: Evaluate = Evaluate()
+    conditions: Conditions = Conditions()
     guards: Guards = Guards()
     compute: Compute = Compute()
+
+    @model_validator(mode="after")
+    def _validation_is_there(self) -> Recipe:
+        for name in type(self.stages).model_fields:
+            stage: Stage | None = getattr(self.stages, name)
+            wanted = stage is not None and stage.until is not None and stage.until.metric == "validation"
+            if wanted and self.data.validation is None:
+                raise ValueError(f"stages.{name}.until.metric validation: data.validation is missing")
+        return self
 
 
 def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:

@@ -20,8 +20,8 @@ from rich.progress import (
 from rich.text import Text
 
 from headwater.pipeline import Narrator
-from headwater.stages import Watch
 from headwater.train import Metrics
+from headwater.workplace import Watch
 
 SHOWN = ("reward", "informative", "kl_student_teacher", "kl_teacher_student", "loss")
 

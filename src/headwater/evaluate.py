@@ -9,12 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from headwater.config import Evaluate, Sampling
+from headwater.config import Evaluate
 from headwater.data import Problem, Rollout, Verdict
 from headwater.errors import TrainingStoppedError
 from headwater.labels import Labels
 from headwater.prompts import Prompter
 from headwater.sampler import Request, Sampler, requests_for
+from headwater.settings import Sampling
 
 Key = tuple[str, int]
 

@@ -11,13 +11,14 @@ import torch
 
 from headwater import seeds
 from headwater.batch import Row
-from headwater.config import Guards, Stage
+from headwater.config import Guards
 from headwater.errors import TrainingStoppedError
 from headwater.evaluate import sampled_and_graded
 from headwater.labels import Labels
 from headwater.model import Policy, Shape
 from headwater.objective import Objective, with_rewards
 from headwater.sampler import Sampler, requests_for
+from headwater.settings import Stage
 from headwater.teacher import distributions_of, logp_of
 from headwater.train import Gathered, Metrics
 
@@ -82,6 +83,7 @@ class OnPolicy:
             groups = len(everything) // self.stage.group_size
             metrics["reward"] = sum(row.verdict.correct for row in everything if row.verdict) / len(everything)
             metrics["informative"] = 1.0 - uninformative(everything, self.stage) / groups
+            metrics["best_of_group"] = solved(everything, self.stage) / groups
             self.guard.look(step, groups, metrics)
         problems = {row.rollout.problem_id for row in everything}
         return Gathered(
@@ -172,6 +174,13 @@ def uninformative(rows: Sequence[Row], stage: Stage) -> int:
     size = stage.group_size
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
     return sum(len({row.verdict.correct for row in group if row.verdict}) < 2 for group in groups)
+
+
+def solved(rows: Sequence[Row], stage: Stage) -> int:
+    """Groups with at least one right completion: pass@G on the problems of a step."""
+    size = stage.group_size
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return sum(any(row.verdict.correct for row in group if row.verdict) for group in groups)
 
 
 def truncated(rows: Sequence[Row]) -> float:

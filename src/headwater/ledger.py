@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from headwater.rundir import append_jsonl
 
+Purpose = Literal["train", "eval", "validation", "measure", "probe"]
+"""What for: training; evaluation; deciding when a stage ends; the conditions (no labels); readiness before a run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spend:
@@ -24,7 +27,7 @@ class Spend:
     stage: str
     seed: int
     step: int
-    purpose: Literal["train", "eval"]
+    purpose: Purpose
     labels: tuple[str, ...] = ()
     checks: int = 0
     tokens_sampled: int = 0
@@ -51,7 +54,7 @@ class Totals:
     seconds: float
 
 
-def totals(rows: Iterable[dict[str, Any]], purpose: Literal["train", "eval"] = "train") -> Totals:
+def totals(rows: Iterable[dict[str, Any]], purpose: Purpose = "train") -> Totals:
     """Add up the rows of one purpose: looks for training and looks for evaluation are never mixed."""
     chosen = [row for row in rows if row["purpose"] == purpose]
     return Totals(

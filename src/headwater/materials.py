@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from headwater import model
-from headwater.config import Recipe, Stage
+from headwater.config import Recipe
 from headwater.contamination import Leak
 from headwater.data import Problem, letters_of
 from headwater.errors import UserError
@@ -19,9 +19,11 @@ from headwater.labels import Grade, Labels, Pools, buy
 from headwater.plan import Plan
 from headwater.prompts import Prompter, refuse_different_prompts
 from headwater.recipes import Pool
+from headwater.settings import Stage
 from headwater.sources import Loaded, load, without_leaks
 from headwater.tasks import Task, find_task
 
+VALIDATION = "data.validation"
 POOLS: tuple[Pool, ...] = ("all", "first_half", "second_half")
 
 
@@ -33,6 +35,7 @@ class Materials:
     labels     the gold answers that the budget bought, and no others
     unlabeled  ids of further bridge prompts
     evals      evaluation -> (problems, labels of their own, counted apart)
+    validation problems that decide when a stage ends, with labels of their own; None where the recipe has none
     notes      what was left out on reading, for the user to see
     left_out   each problem that also stands in an evaluation: which, in which rows, why
     """
@@ -44,6 +47,7 @@ class Materials:
     labels: Labels
     unlabeled: tuple[str, ...]
     evals: Mapping[str, tuple[Sequence[Problem], Labels]]
+    validation: tuple[Sequence[Problem], Labels] | None
     notes: tuple[str, ...]
     left_out: tuple[dict[str, Any], ...]
     device: torch.device
@@ -82,6 +86,9 @@ class Materials:
             "pools": {name: self.pool(name) for name in POOLS},
             "labels": {name: self.labels.only(self.pool(name)).fingerprint() for name in POOLS},
             "unlabeled": self.unlabeled,
+            "validation": None
+            if self.validation is None
+            else [self.validation[1].fingerprint(), *(problem.id for problem in self.validation[0])],
             "evals": {
                 name: [labels.fingerprint(), *(problem.id for problem in problems)]
                 for name, (problems, labels) in self.evals.items()
@@ -96,7 +103,14 @@ def gather_materials(recipe: Recipe, grade: Grade) -> Materials:
         name: load(source, f"data.evals.{name}", need_answers=True, gold=task.gold)
         for name, source in recipe.data.evals.items()
     }
-    labeled, _ = without_leaks(load(recipe.data.labeled, "data.labeled", need_answers=True, gold=task.gold), evals)
+    held_out = evals
+    validation: Loaded | None = None
+    if recipe.data.validation is not None:
+        validation, _ = without_leaks(
+            load(recipe.data.validation, "data.validation", need_answers=True, gold=task.gold), evals
+        )
+        held_out = {**evals, VALIDATION: validation}
+    labeled, _ = without_leaks(load(recipe.data.labeled, "data.labeled", need_answers=True, gold=task.gold), held_out)
     notes = [f"data.labeled: {said}" for said in leaks_in_words(labeled.leaks)]
     left_out = [leak_row("data.labeled", leak, labeled) for leak in labeled.leaks]
     if labeled.duplicates:
@@ -106,7 +120,7 @@ def gather_materials(recipe: Recipe, grade: Grade) -> Materials:
     unlabeled: tuple[Problem, ...] = ()
     if recipe.data.unlabeled is not None:
         read = load(recipe.data.unlabeled, "data.unlabeled", need_answers=False, gold=task.gold)
-        more, _ = without_leaks(read, evals)
+        more, _ = without_leaks(read, held_out)
         # By letters, as from the evaluations: a held-out problem in another spelling is no fresh prompt.
         known = {letters_of(problem.text) for problem in labeled.problems}
         unlabeled = tuple(problem for problem in more.problems if letters_of(problem.text) not in known)
@@ -121,11 +135,17 @@ def gather_materials(recipe: Recipe, grade: Grade) -> Materials:
         pools=pools,
         labels=Labels(bought, grade, len(bought)),
         unlabeled=tuple(problem.id for problem in unlabeled),
-        evals={name: (loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))) for name, loaded in evals.items()},
+        evals={name: with_labels(loaded, grade) for name, loaded in evals.items()},
+        validation=None if validation is None else with_labels(validation, grade),
         notes=tuple(notes),
         left_out=tuple(left_out),
         device=device_of(recipe.compute.device),
     )
+
+
+def with_labels(loaded: Loaded, grade: Grade) -> tuple[Sequence[Problem], Labels]:
+    """Problems with all of their own answers."""
+    return loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))
 
 
 def leaks_in_words(leaks: Sequence[Leak]) -> list[str]:
@@ -134,7 +154,7 @@ def leaks_in_words(leaks: Sequence[Leak]) -> list[str]:
     for leak in leaks:
         counts.setdefault(leak.eval, Counter())[leak.why] += 1
     return [
-        f"{count.total()} problems also stand in data.evals.{name} "
+        f"{count.total()} problems also stand in {name if name == VALIDATION else f'data.evals.{name}'} "
         f"({', '.join(f'{number} {why}' for why, number in sorted(count.items()))}); left out"
         for name, count in counts.items()
     ]

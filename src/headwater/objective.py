@@ -17,9 +17,9 @@ from torch import Tensor
 from headwater import losses
 from headwater.advantages import ADVANTAGES
 from headwater.batch import Batch, Row
-from headwater.config import Dense, Sparse, Stage
 from headwater.data import Verdict
 from headwater.logprobs import Divergence, TokenStats
+from headwater.settings import Dense, Sparse, Stage
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,17 @@ def sampled_term(sparse: Sparse, tokens: Tokens) -> Tensor:
     )
 
 
+def constant_term(sparse: Sparse, tokens: Tokens) -> Tensor:
+    """An advantage of −1 on every sampled token: no reward, no teacher (the control of 2608.31046)."""
+    return losses.policy_gradient(
+        tokens.student.logp_N,
+        tokens.old_logp_N,
+        torch.full_like(tokens.old_logp_N, -1.0),
+        sparse.clip_low,
+        sparse.clip_high,
+    )
+
+
 def hard_term(tokens: Tokens) -> Tensor:
     return losses.cross_entropy(tokens.student.logp_N)
 
@@ -136,6 +147,7 @@ TABLE: dict[str, Callable[[Stage], Objective]] = {
     "mixed": lambda stage: on_policy(stage, stage.sparse_share if stage.sparse_share is not None else 0.5),
     "forward_kl": lambda stage: Objective("teacher", (), ((1.0, dense_term),), losses.forward_kl),
     "sft": lambda stage: Objective("teacher", (), ((1.0, hard_term),)),
+    "constant": lambda stage: Objective("policy", (), ((1.0, partial(constant_term, stage.sparse)),)),
 }
 
 

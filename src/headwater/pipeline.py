@@ -21,8 +21,9 @@ from headwater.doctor import preflight
 from headwater.materials import Materials, check_plan, gather_materials
 from headwater.plan import Node, Plan, make_plan
 from headwater.rundir import RunDir, read_json, write_json, write_rows
-from headwater.stages import Watch, Workplace, run_node
+from headwater.stages import run_node
 from headwater.verifier import Verifier
+from headwater.workplace import Watch, Workplace
 
 VERSIONS_OF = (
     "headwater",
@@ -65,7 +66,15 @@ def prepared(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Itera
         yield plan, materials
 
 
-def run(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Path, narrator: Narrator) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    narrator: Narrator,
+    *,
+    reuse: Sequence[Path] = (),
+) -> dict[str, Any]:
     """Run arms × seeds into a folder and write its report; with the same folder again, go on where it stopped.
 
     Returns the report. Raises UserError, RefusedError before anything is written, TrainingStoppedError, or KeyboardInterrupt

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from headwater.config import Recipe, Stage, canonical_json
+from headwater.config import Recipe, canonical_json
 from headwater.recipes import Arm, Pool, Step, arm_of, stage_of
+from headwater.settings import Stage
 
 Role = Literal["student", "teacher", "expert"]
 
@@ -20,6 +21,7 @@ class Node:
     start    the weights it begins from: a base model of the recipe, or the node that trained them
     teacher  who supervises a dense on-policy stage
     cache    the teacher's rollouts that a teacher-sampled stage reads
+    compute  (like, as): take as many steps as cost what `as` and all it stands on did, at the rate of `like`
     """
 
     kind: Literal["train", "rollouts", "evaluate"]
@@ -31,10 +33,17 @@ class Node:
     settings: Stage | None = None
     teacher: Role | Node | None = None
     cache: Node | None = None
+    compute: tuple[Node, Node] | None = None
+
+    @property
+    def made_of(self) -> tuple[Node, ...]:
+        """The nodes whose weights or rollouts it uses."""
+        return tuple(one for one in (self.start, self.teacher, self.cache) if isinstance(one, Node))
 
     @property
     def parents(self) -> tuple[Node, ...]:
-        return tuple(one for one in (self.start, self.teacher, self.cache) if isinstance(one, Node))
+        """The nodes that must be done before it can run: what it is made of, and those that its length is taken from."""
+        return self.made_of + (self.compute or ())
 
     @property
     def weights(self) -> Role | Node:
@@ -42,18 +51,26 @@ class Node:
         return self if self.kind == "train" else self.start
 
     def ancestry(self) -> Iterator[Node]:
-        """Itself and all it stands on, each once, in an order in which they can run."""
-        seen: set[Node] = set()
+        """Itself and all it waits for, each once, in an order in which they can run."""
+        yield from _above(self, lambda node: node.parents)
 
-        def visit(node: Node) -> Iterator[Node]:
-            if node in seen:
-                return
-            for parent in node.parents:
-                yield from visit(parent)
-            seen.add(node)
-            yield node
+    def lineage(self) -> Iterator[Node]:
+        """Itself and all it is made of, in the same order: what an arm with this last node consists of, and costs."""
+        yield from _above(self, lambda node: node.made_of)
 
-        yield from visit(self)
+
+def _above(node: Node, parents: Callable[[Node], tuple[Node, ...]]) -> Iterator[Node]:
+    seen: set[Node] = set()
+
+    def visit(one: Node) -> Iterator[Node]:
+        if one in seen:
+            return
+        for parent in parents(one):
+            yield from visit(parent)
+        seen.add(one)
+        yield one
+
+    yield from visit(node)
 
 
 def nodes_of(arm: Arm, recipe: Recipe, seed: int) -> Node:
@@ -65,6 +82,9 @@ def nodes_of(arm: Arm, recipe: Recipe, seed: int) -> Node:
     for step in arm.student:
         student = train_node(recipe, step, "student", seed, student, supervisor=teacher)
     assert isinstance(student, Node)
+    if arm.same_compute is not None:
+        like, as_ = (nodes_of(arm_of(name, recipe), recipe, seed) for name in arm.same_compute)
+        student = replace(student, compute=(like, as_))
     return student
 
 
@@ -89,7 +109,7 @@ def train_node(recipe: Recipe, step: Step, role: Role, seed: int, start: Role | 
         start=start,
         pool=step.pool,
         settings=settings,
-        teacher=supervisor if settings.objective in ("opd", "mixed") else None,
+        teacher=supervisor if settings.on_policy and settings.needs_teacher else None,
         cache=cache,
     )
 
@@ -117,7 +137,7 @@ class Plan:
             "recipe": self.recipe.name,
             "seeds": list(self.seeds),
             "arms": {
-                arm: {str(seed): [self.names[node] for node in last.ancestry()] for seed, last in by_seed.items()}
+                arm: {str(seed): [self.names[node] for node in last.lineage()] for seed, last in by_seed.items()}
                 for arm, by_seed in self.arms.items()
             },
         }
@@ -163,6 +183,7 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         "start": of(node.start),
         "teacher": of(node.teacher),
         "cache": of(node.cache),
+        **({} if node.compute is None else {"compute": [of(one) for one in node.compute]}),
         "pool": None if node.pool is None else content["pools"][node.pool],
         # A stage on a half counts its epochs over the smaller half.
         "halves": [len(content["pools"][half]) for half in ("first_half", "second_half")]
@@ -171,6 +192,14 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         "labels": content["labels"][node.pool] if node.pool and node.settings and node.settings.needs_labels else None,
         "unlabeled": content["unlabeled"] if node.settings is not None and not node.settings.needs_labels else None,
         "settings": _what_counts(node),
+        **(
+            {"validation": content["validation"]}
+            if node.kind == "train"
+            and node.settings
+            and node.settings.until
+            and node.settings.until.metric == "validation"
+            else {}
+        ),
         "evals": None if node.kind == "rollouts" else content["evals"],
         "evaluate": None if node.kind == "rollouts" else recipe.evaluate.model_dump(mode="json"),
         "task": recipe.task,
@@ -185,6 +214,7 @@ def _what_counts(node: Node) -> Any:
     if node.settings is None:
         return None
     if node.kind == "train":
-        return node.settings.model_dump(mode="json", exclude={"checkpoint_every"})
+        unset = {"until"} if node.settings.until is None else set()
+        return node.settings.model_dump(mode="json", exclude={"checkpoint_every", *unset})
     settings = node.settings
     return {"samples": settings.group_size, "sampling": settings.sampling.model_dump(), "top_k": settings.dense.top_k}

@@ -13,14 +13,20 @@ OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, f
                rollouts/000001.jsonl    what was sampled and said of it, a file a step
                evals/WHEN/EVAL.jsonl    a row for every graded text; WHEN is `final` or `step-000020`
                checkpoint/000020/       weights, optimizer, state.json, sums.json
+               conditions.jsonl         how far student and teacher stand apart, a row a measurement
                cache/                   a teacher's rollouts and distributions
                model/                   a plain Hugging Face folder
                DONE                     the node's fingerprint and totals
+               FAILED                   {"sentence", "code"} of a node that failed, and the "traceback" of an unexpected error
+OUT/.lock                  held by the process that is at work in the folder
+
+A sweep's folder holds a run directory for every value, and sweep.json sweep.csv sweep.svg sweep.png sweep.html.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -113,6 +119,13 @@ def written_aside(target: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
 def file_sums(folder: Path) -> dict[str, str]:
     """sha256 of every file below a folder, by relative name."""
     return {
@@ -145,6 +158,10 @@ class NodeDir:
         return self.path / "ledger.jsonl"
 
     @property
+    def conditions(self) -> Path:
+        return self.path / "conditions.jsonl"
+
+    @property
     def model(self) -> Path:
         return self.path / "model"
 
@@ -156,6 +173,11 @@ class NodeDir:
     def done(self) -> Path:
         return self.path / "DONE"
 
+    @property
+    def failed(self) -> Path:
+        """Why the node failed when it was last tried: {"sentence", "code"}, for an unexpected error also "traceback"."""
+        return self.path / "FAILED"
+
     def rollouts(self, step: int) -> Path:
         return self.path / "rollouts" / f"{step:06d}.jsonl"
 
@@ -164,6 +186,14 @@ class NodeDir:
 
     def is_done(self, fingerprint: str) -> bool:
         return self.done.exists() and read_json(self.done).get("fingerprint") == fingerprint
+
+    def take_over(self, other: NodeDir) -> None:
+        """Become a finished node of another run. The two share their files where the file system has hard links.
+
+        Sharing is safe: a file of a node is replaced or removed, and appended to only after `cut_back` has replaced it.
+        """
+        with written_aside(self.path) as aside:
+            shutil.copytree(other.path, aside, copy_function=_link_or_copy, dirs_exist_ok=True)
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoint" / f"{step:06d}"
@@ -176,7 +206,7 @@ class NodeDir:
 
     def cut_back_to(self, step: int) -> None:
         """Forget what was written after `step`: the resumed run writes it again, the same."""
-        for path in (self.metrics, self.ledger):
+        for path in (self.metrics, self.ledger, self.conditions):
             cut_back(path, lambda row: row.get("step", 0) <= step)
         for path in (self.path / "rollouts").glob("*.jsonl"):
             if int(path.stem) > step:
@@ -217,6 +247,10 @@ class RunDir:
         return self.path / "report.html"
 
     @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
     def left_out(self) -> Path:
         return self.path / "left_out.jsonl"
 
@@ -229,39 +263,97 @@ class RunDir:
 
     def nodes(self) -> list[NodeDir]:
         folder = self.path / "nodes"
-        return [NodeDir(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.exists() else []
+        found = sorted(folder.iterdir()) if folder.exists() else []
+        return [NodeDir(path) for path in found if path.is_dir() and not path.name.startswith(".")]  # no half-written one
 
-    def claim(self, recipe: dict[str, Any]) -> None:
-        """Make the folder this recipe's, or go on with it if it is already.
+    def refuse_other(self, recipe: dict[str, Any]) -> None:
+        """Raise UserError where the folder could not become, or go on being, this recipe's; writes nothing.
 
-        Raises UserError naming the first field that differs when the folder belongs to another recipe. The seed may
-        differ: a study adds seeds to the same folder. So may `compute` and `guards`, which decide how a run goes on but
-        not what comes out: the recipe written down is the latest.
+        The seed may differ: a study adds seeds to the same folder. So may `compute` and `guards`, which decide how a run
+        goes on but not what comes out.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path}: is a file, not a folder")
         if not self.recipe.exists():
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and any(path != self.lock for path in self.path.iterdir()):
                 raise UserError(f"--out {self.path}: the folder is not empty and holds no run of ours")
-            try:
-                write_json(self.recipe, recipe)
-            except OSError as error:
-                raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from None
             return
-        held = read_json(self.recipe)
         free = dict.fromkeys(("seed", "compute", "guards"))
-        field = first_difference(held | free, recipe | free)
+        field = first_difference(read_json(self.recipe) | free, recipe | free)
         if field is not None:
             raise UserError(
                 f"--out {self.path}: holds a run of another recipe (they differ in {field}); use a new folder"
             )
-        if held != recipe:
+
+    def claim(self, recipe: dict[str, Any]) -> None:
+        """Make the folder this recipe's, or go on with it if it is already; the recipe written down is the latest.
+
+        Raises UserError naming the first field that differs when the folder belongs to another recipe.
+        """
+        self.refuse_other(recipe)
+        if self.recipe.exists() and read_json(self.recipe) == recipe:
+            return
+        try:
             write_json(self.recipe, recipe)
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process. The system lets go of it when the process ends, however it does.
+
+        Raises UserError when another process holds it, or when it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self.lock.open("w")
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"--out {self.path}: another process is at work there; wait until it ends, or use another folder"
+                ) from None
+            except OSError:
+                pass  # some network file systems have no locks
+            yield
 
     def join_ledgers(self) -> None:
         """Rebuild OUT/ledger.jsonl from the nodes' own ledgers."""
         parts = [node.ledger.read_text(encoding="utf-8") for node in self.nodes() if node.ledger.exists()]
         write_atomic(self.ledger, "".join(parts))
+
+
+@dataclass(frozen=True)
+class SweepDir:
+    """The files of a sweep: a run directory for every value, and what is said and drawn of all of them."""
+
+    path: Path
+
+    def point(self, name: str) -> RunDir:
+        return RunDir(self.path / name)
+
+    @property
+    def json(self) -> Path:
+        return self.path / "sweep.json"
+
+    @property
+    def csv(self) -> Path:
+        return self.path / "sweep.csv"
+
+    @property
+    def svg(self) -> Path:
+        return self.path / "sweep.svg"
+
+    @property
+    def png(self) -> Path:
+        return self.path / "sweep.png"
+
+    @property
+    def html(self) -> Path:
+        return self.path / "sweep.html"
 
 
 def first_difference(a: Any, b: Any, path: str = "") -> str | None:

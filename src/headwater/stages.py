@@ -5,66 +5,29 @@ A stage is handed labels only if its objective has a sparse term. Warm-up, OPD a
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from headwater import model
+from headwater import model, plateau
 from headwater.batch import Row
-from headwater.errors import TrainingStoppedError
+from headwater.beside import beside
 from headwater.evaluate import evaluate, refuse_nan
 from headwater.gather import OnPolicy, SignalGuard, stored
-from headwater.ledger import Spend, record
+from headwater.ledger import record
 from headwater.materials import Materials
 from headwater.model import Policy, Shape
 from headwater.objective import Objective, objective_of
-from headwater.plan import Node, Plan, Role
+from headwater.plan import Node
 from headwater.prompts import Prompter
-from headwater.rundir import NodeDir, RunDir, append_jsonl, cut_back, read_jsonl, write_json, written_aside
-from headwater.sampler import Sampler, TorchSampler, requests_for
+from headwater.rundir import NodeDir, append_jsonl, cut_back, read_jsonl, write_json, written_aside
+from headwater.sampler import requests_for
+from headwater.settings import Stage
 from headwater.teacher import read_cache, refuse_huge_cache, write_cache
-from headwater.train import Gathered, Metrics, train
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Who is told how far a node is: start(steps already done, total, unit), advance(count, metrics)."""
-
-    start: Callable[[int, int, str], None]
-    advance: Callable[[int, Metrics], None]
-    should_stop: Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """What a node needs beside its own description."""
-
-    plan: Plan
-    materials: Materials
-    out: RunDir
-    watch: Watch
-
-    def node_dir(self, node: Node) -> NodeDir:
-        return self.out.node(self.plan.names[node])
-
-    def spend(self, node: Node, stage: str | None = None) -> Spend:
-        return Spend(self.plan.names[node], stage or node.stage, node.seed, 0, "train")
-
-    def load(self, whose: Role | Node, frozen: bool) -> Policy:
-        """Base weights of the recipe, or those that a node trained."""
-        models, device = self.materials.recipe.models, self.materials.device
-        if isinstance(whose, Node):
-            folder = self.node_dir(whose).model
-            return model.load(str(folder), str(folder), models, device, frozen, self.plan.fingerprints[whose])
-        return model.load(getattr(models, whose), f"models.{whose}", models, device, frozen)
-
-    def sampler(self, policy: Policy) -> Sampler:
-        return TorchSampler(policy, self.materials.recipe.compute.sample_batch)
-
-    def prompter(self, policy: Policy) -> Prompter:
-        return Prompter(policy.tokenizer, self.materials.recipe.prompt)
+from headwater.train import Gathered, train
+from headwater.workplace import Workplace, named
 
 
 def run_node(node: Node, place: Workplace) -> None:
@@ -84,8 +47,8 @@ def run_node(node: Node, place: Workplace) -> None:
             "settings": None if node.settings is None else node.settings.model_dump(mode="json"),
         },
     )
-    {"train": run_train, "rollouts": run_rollouts, "evaluate": run_evaluate}[node.kind](node, place)
-    write_json(folder.done, {"fingerprint": place.plan.fingerprints[node]})
+    ended = {"train": run_train, "rollouts": run_rollouts, "evaluate": run_evaluate}[node.kind](node, place)
+    write_json(folder.done, {"fingerprint": place.plan.fingerprints[node], **({"ended": ended} if ended else {})})
 
 
 def _label_note(node: Node, materials: Materials) -> dict[str, Any] | None:
@@ -144,15 +107,6 @@ def run_evals(policy: Policy, node: Node, place: Workplace, when: str, step: int
         )
 
 
-@contextlib.contextmanager
-def named(node: Node, step: int) -> Iterator[None]:
-    """Put the stage and the step in front of the sentence with which something below stops."""
-    try:
-        yield
-    except TrainingStoppedError as error:
-        raise TrainingStoppedError(f"{node.stage}, after step {step}: {error}") from None
-
-
 def run_rollouts(node: Node, place: Workplace) -> None:
     """Sample a teacher on its prompts and keep what it said with its distributions; one cache for all who need it."""
     assert node.settings is not None and node.pool is not None
@@ -194,13 +148,16 @@ def run_rollouts(node: Node, place: Workplace) -> None:
     )
 
 
-def run_train(node: Node, place: Workplace) -> None:
-    """One stage of training from its start weights to a model folder and its evaluation."""
+def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
+    """One stage of training from its start weights to a model folder and its evaluation.
+
+    Returns {"step", "of", "why"} for a stage that ended before its last step.
+    """
     assert node.settings is not None and node.pool is not None
     stage, folder, recipe = node.settings, place.node_dir(node), place.materials.recipe
     policy = place.load(node.start, frozen=False)
     objective = objective_of(stage)
-    steps = place.materials.steps(node.pool, stage)
+    steps = place.steps(node)
     prompter = place.prompter(policy)
     shape = Shape.from_config(policy.model.config)
     spend = place.spend(node)
@@ -216,7 +173,7 @@ def run_train(node: Node, place: Workplace) -> None:
         path.unlink(missing_ok=True)
         append_jsonl(path, [rollout_row(row, prompter) for row in rows])
 
-    train(
+    taken = train(
         policy,
         stage,
         steps,
@@ -230,15 +187,30 @@ def run_train(node: Node, place: Workplace) -> None:
         on_step=lambda step, metrics: place.watch.advance(1, metrics),
         write_rollouts=write_rollouts,
         evaluate=lambda when: run_evals(policy, node, place, when, int(when.removeprefix("step-"))),
+        beside=beside(node, place, policy),
+        ended=partial(ended, stage, folder),
         should_stop=place.watch.should_stop,
     )
     # Interrupted between its last step and DONE, a node evaluates again: what it had recorded of that would count twice.
-    cut_back(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < steps)
+    cut_back(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < taken)
     with written_aside(folder.model) as aside:
         model.save(policy, aside, policy.compute)
-        (aside / "README.md").write_text(model_card(node, place, steps), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(node, place, taken), encoding="utf-8")
     place.watch.start(0, _completions(place), "completions")
-    run_evals(policy, node, place, "final", steps)
+    run_evals(policy, node, place, "final", taken)
+    if taken == steps or stage.until is None:
+        return None
+    return {"step": taken, "of": steps, "why": f"plateau of {stage.until.metric}"}
+
+
+def ended(stage: Stage, folder: NodeDir, done: int) -> bool:
+    """Whether the stage's metric has reached its plateau after `done` steps, as far as they are written down."""
+    until = stage.until
+    if until is None or done % until.every:
+        return False
+    return plateau.reached(
+        list(read_jsonl(folder.metrics))[:done], until.metric, until.every, until.patience, until.least
+    )
 
 
 def gatherer(

@@ -15,13 +15,13 @@ from torch import Tensor
 from headwater import losses
 from headwater.batch import Batch, Row, collate, microbatches
 from headwater.checkpoint import load_checkpoint, save_checkpoint
-from headwater.config import Optim, Stage
 from headwater.errors import TrainingStoppedError
 from headwater.ledger import Spend, record
 from headwater.logprobs import token_stats
 from headwater.model import Policy
 from headwater.objective import Objective, Tokens
 from headwater.rundir import NodeDir, append_jsonl
+from headwater.settings import Optim, Stage
 from headwater.teacher import completion_hidden, logp_of
 
 Metrics = dict[str, float]
@@ -195,19 +195,27 @@ def train(
     on_step: Callable[[int, Metrics], None],
     write_rollouts: Callable[[int, Sequence[Row]], None],
     evaluate: Callable[[str], None],
+    beside: Callable[[int, bool], Metrics],
+    ended: Callable[[int], bool],
     should_stop: Callable[[], bool],
-) -> None:
-    """Run one stage from wherever its last checkpoint left it to its last step.
+) -> int:
+    """Run one stage from wherever its last checkpoint left it to its end; how many steps it took.
 
-    spend  the ledger row of this node; each step records a copy with its own amounts
+    spend   the ledger row of this node; each step records a copy with its own amounts
+    beside  measures the policy after that many steps, and whether they are the last; what it returns joins the step's metrics
+    ended   whether the metrics of the first so many steps say that the stage is over before its last step
 
     Raises TrainingStoppedError when training stopped itself, KeyboardInterrupt when it was asked to stop; both leave a
     checkpoint to go on from.
     """
     optimizer = make_optimizer(policy, stage.optim)
     done = load_checkpoint(node, policy.model, optimizer)
-    node.cut_back_to(done)
+    node.cut_back_to(done if done else -1)
     on_start(done)
+    if done and ended(done):
+        return done
+    if not done:
+        beside(0, steps == 0)
     for step in range(done, steps):
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -226,6 +234,7 @@ def train(
             "tokens_sampled": gathered.tokens_sampled,
             "tokens_teacher_scored": gathered.tokens_teacher_scored,
             "seconds": seconds,
+            **beside(step + 1, step + 1 == steps),
         }
         append_jsonl(node.metrics, [row])
         record(
@@ -244,11 +253,14 @@ def train(
         )
         write_rollouts(step + 1, gathered.rows)
         on_step(step + 1, row)
-        last = step + 1 == steps
+        last = step + 1 == steps or ended(step + 1)
         if stage.eval_every and (step + 1) % stage.eval_every == 0 and not last:
             evaluate(f"step-{step + 1:06d}")
         asked = should_stop()
         if last or asked or (stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0):
             save_checkpoint(node, step + 1, policy.model, optimizer)
-        if asked and not last:
+        if last:
+            return step + 1
+        if asked:
             raise KeyboardInterrupt
+    return steps

@@ -1,0 +1,125 @@
+"""What is measured beside a stage's training: the conditions, and the accuracy that decides when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+from headwater import conditions
+from headwater.data import Rollout
+from headwater.evaluate import evaluate, refuse_nan
+from headwater.ledger import record
+from headwater.model import Policy, Shape
+from headwater.plan import Node, Role
+from headwater.rundir import append_jsonl
+from headwater.sampler import requests_for
+from headwater.train import Metrics
+from headwater.workplace import Workplace, named
+
+
+def beside(node: Node, place: Workplace, policy: Policy) -> Callable[[int, bool], Metrics]:
+    """(steps done, whether they are the last) -> metrics that join the step's row; the conditions have a file of their own."""
+    measured, validated = condition_c2(node, place, policy), validation(node, place, policy)
+
+    def measure(step: int, last: bool) -> Metrics:
+        measured(step, last)
+        return validated(step)
+
+    return measure
+
+
+def supervisor(node: Node) -> Role | Node | None:
+    """The teacher of a student's stage, whether it is there to be asked or only its cached rollouts are."""
+    if node.role != "student":
+        return None
+    return node.teacher if node.teacher is not None else None if node.cache is None else node.cache.start
+
+
+def condition_c2(node: Node, place: Workplace, policy: Policy) -> Callable[[int, bool], None]:
+    """Writes a row of conditions.jsonl at the first and last step and every so many between (`conditions.measure`)."""
+    recipe, whose, settings = place.materials.recipe, supervisor(node), node.settings
+    held_out, _ = next(iter(place.materials.evals.values()))
+    problems = held_out[: recipe.conditions.problems]
+    if whose is None or settings is None or not problems:
+        return lambda step, last: None
+    folder, prompter = place.node_dir(node), place.prompter(policy)
+    prompts = [(problem.id, prompter.ids(problem)) for problem in problems]
+
+    def sample(who: Policy, *draw: str | int) -> list[Rollout]:
+        requests = requests_for(prompts, 1, 0, node.seed, "conditions", *draw)
+        rollouts = place.sampler(who).sample(requests, settings.sampling)
+        refuse_nan(rollouts)
+        return rollouts
+
+    @cache
+    def teacher() -> tuple[Policy, list[Rollout]]:
+        loaded = place.load(whose, frozen=True)
+        return loaded, sample(loaded, "teacher")
+
+    def measure(step: int, last: bool) -> None:
+        if step % recipe.conditions.every and not last:
+            return
+        started = time.perf_counter()
+        with named(node, step):
+            (held, theirs), own = teacher(), sample(policy, "student", step)
+        found = conditions.measure(policy, held, own, theirs, recipe.conditions.top_k, recipe.compute.microbatch_tokens)
+        append_jsonl(
+            folder.conditions,
+            [{"step": step, **found, "top_k": recipe.conditions.top_k, "problems": len(problems)}],
+        )
+        read = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in (*own, *theirs))
+        context = read / (len(own) + len(theirs)) / 2
+        student, theirs_shape = (Shape.from_config(one.model.config) for one in (policy, held))
+        sampled = sum(len(rollout.completion_ids) for rollout in own)
+        record(
+            folder.ledger,
+            replace(
+                place.spend(node),
+                purpose="measure",
+                step=step,
+                tokens_sampled=sampled,
+                tokens_teacher_scored=read,
+                flops=student.flops(read + sampled, context) + theirs_shape.flops(read, context),
+                seconds=time.perf_counter() - started,
+            ),
+        )
+
+    return measure
+
+
+def validation(node: Node, place: Workplace, policy: Policy) -> Callable[[int], Metrics]:
+    """The accuracy on `data.validation` whenever a window of a stage that ends on it is over; its looks count apart."""
+    materials = place.materials
+    until = None if node.settings is None else node.settings.until
+    if until is None or until.metric != "validation" or materials.validation is None:
+        return lambda step: {}
+    problems, labels = materials.validation
+    every, shape = until.every, Shape.from_config(policy.model.config)
+
+    def measure(step: int) -> Metrics:
+        if step == 0 or step % every:
+            return {}
+        with named(node, step):
+            rows, spent = evaluate(
+                place.sampler(policy), place.prompter(policy), problems, labels, materials.recipe.evaluate,
+                (node.seed, "validation"), materials.task.extract,
+            )  # fmt: skip
+        tokens = spent["tokens_sampled"] + spent["tokens_prompt"]
+        record(
+            place.node_dir(node).ledger,
+            replace(
+                place.spend(node),
+                purpose="validation",
+                step=step,
+                labels=tuple(problem.id for problem in problems),
+                checks=int(spent["checks"]),
+                tokens_sampled=int(spent["tokens_sampled"]),
+                flops=shape.flops(tokens, tokens / max(1, spent["checks"])),
+                seconds=spent["seconds"],
+            ),
+        )
+        return {"validation": sum(row["correct"] for row in rows) / len(rows)}
+
+    return measure

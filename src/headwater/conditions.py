@@ -1,0 +1,100 @@
+"""The paper's condition C2, which it never measures: how far student and teacher stand apart, both ways.
+
+KL(π_T‖πθ) on prefixes that the teacher visits is what the warm-up lowers; KL(πθ‖π_T) on prefixes that the student visits is
+what on-policy distillation lowers, and what it needs to be small already. Measured on held-out prompts, without labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headwater import losses
+from headwater.data import Rollout
+from headwater.distributions import joined
+from headwater.logprobs import CHUNK_ELEMENTS
+from headwater.model import Policy
+from headwater.teacher import distributions_of, hidden_of
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Token means over one set of rollouts; divergences and entropies in nats."""
+
+    kl_teacher_student: float
+    kl_student_teacher: float
+    overlap: float
+    entropy_student: float
+    entropy_teacher: float
+
+
+def measure(
+    student: Policy,
+    teacher: Policy,
+    student_rollouts: Sequence[Rollout],
+    teacher_rollouts: Sequence[Rollout],
+    top_k: int,
+    tokens: int,
+) -> dict[str, float]:
+    """C2 and its neighbours from a few rollouts of each.
+
+    tokens  at most so many padded tokens in a scoring pass
+
+    Returns kl_teacher_student and overlap_teacher_prefixes and entropy_teacher on the teacher's rollouts; kl_student_teacher,
+    overlap_student_prefixes and entropy_student on the student's.
+    """
+    theirs = apart(student, teacher, teacher_rollouts, top_k, tokens)
+    own = apart(student, teacher, student_rollouts, top_k, tokens)
+    return {
+        "kl_teacher_student": theirs.kl_teacher_student,
+        "kl_student_teacher": own.kl_student_teacher,
+        "overlap_teacher_prefixes": theirs.overlap,
+        "overlap_student_prefixes": own.overlap,
+        "entropy_student": own.entropy_student,
+        "entropy_teacher": theirs.entropy_teacher,
+    }
+
+
+@torch.no_grad()
+def apart(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], top_k: int, tokens: int) -> Apart:
+    """How the two models differ at every completion token of these rollouts, all sampled at one temperature."""
+    own_NH = torch.cat(hidden_of(student, rollouts, tokens))
+    theirs = joined(distributions_of(teacher, rollouts, tokens), student.device)
+    sums, size = torch.zeros(5, dtype=torch.float64), max(1, CHUNK_ELEMENTS // student.vocabulary)
+    for start in range(0, len(own_NH), size):
+        logits_NV = student.logits(own_NH[start : start + size]).float() / rollouts[0].temperature
+        known = theirs.rows(start, start + len(logits_NV)).ready()
+        sums += _sums(*known.align(torch.log_softmax(logits_NV, dim=-1)), top_k)
+    return Apart(*(sums / len(own_NH)).tolist())
+
+
+def _sums(student_NV: Tensor, teacher_NV: Tensor, top_k: int) -> Tensor:
+    """Sums over N tokens of (KL(T‖S), KL(S‖T), overlap, H(S), H(T))."""
+    return torch.stack(
+        [
+            losses.forward_kl(student_NV, teacher_NV).sum(),
+            losses.reverse_kl(student_NV, teacher_NV).sum(),
+            overlap(student_NV, teacher_NV, top_k).sum(),
+            _entropy(student_NV).sum(),
+            _entropy(teacher_NV).sum(),
+        ]
+    ).to("cpu", torch.float64)
+
+
+def overlap(student_NV: Tensor, teacher_NV: Tensor, top_k: int) -> Tensor:
+    """Share of the teacher's k likeliest tokens that are among the student's k likeliest: (N, V), (N, V) -> (N,).
+
+    k is at most half of the vocabulary: beyond that two orders must overlap, whatever they are.
+
+    Example: likeliest two {a, b} and {b, c}: ½.
+    """
+    k = max(1, min(top_k, student_NV.shape[-1] // 2))
+    chosen = torch.zeros_like(student_NV, dtype=torch.bool).scatter_(1, student_NV.topk(k, dim=-1).indices, True)
+    return chosen.gather(1, teacher_NV.topk(k, dim=-1).indices).float().mean(dim=-1)
+
+
+def _entropy(logp_NV: Tensor) -> Tensor:
+    return -(logp_NV.exp() * logp_NV.clamp_min(losses.LOWEST)).sum(dim=-1)

@@ -1,0 +1,185 @@
+"""What a stage may say: who samples × what scores × how densely, and for how long. Frozen; unknown keys are refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Sampling(Strict):
+    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0 keeps every token."""
+    max_tokens: Positive = 512
+
+
+class Optim(Strict):
+    """AdamW. `warmup` is the share of the stage's steps over which the rate rises linearly from 0."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Fraction = 0.0
+
+
+class Sparse(Strict):
+    """Group-relative policy gradient (GRPO) and its usual variants."""
+
+    advantage: Literal["group", "dr_grpo"] = "group"
+    """`group` divides by the group's standard deviation; `dr_grpo` only subtracts the mean (2503.20783)."""
+    clip_low: Annotated[float, Field(ge=0.0)] = 0.2
+    clip_high: Annotated[float, Field(ge=0.0)] = 0.2
+    kl_coef: Annotated[float, Field(ge=0.0)] = 5e-4
+    """Weight of KL(policy ‖ the stage's starting weights), k3 estimate a token."""
+    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    """How many further rounds of prompts may be sampled to replace groups whose rewards are all equal."""
+
+
+class Dense(Strict):
+    """Token-level teacher supervision."""
+
+    divergence: Literal["reverse", "forward", "jsd", "sampled"] = "reverse"
+    """`reverse` KL(student‖teacher), `forward` KL(teacher‖student), `jsd` with `beta`, exact over the vocabulary;
+    `sampled` is the one-token estimate (k1) as an advantage."""
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    top_k: Positive | None = None
+    """Cached teacher distributions keep the k likeliest tokens and the tail's mass; None keeps all of them."""
+
+
+class Until(Strict):
+    """End a stage when a metric has stopped getting better, and not only after its steps.
+
+    The metric is averaged over windows of `every` steps (validation is measured at the end of each). The stage ends when
+    `patience` windows in a row have not been better than the best before them by the share `least`.
+
+    Example: `{metric: kl_teacher_student, every: 10, patience: 2, least: 0.05}`.
+    """
+
+    metric: Literal["kl_teacher_student", "kl_student_teacher", "loss", "reward", "validation"]
+    """`validation` is the accuracy on `data.validation`, whose labels are counted apart; the others cost no label more."""
+    every: Positive = 10
+    patience: Positive = 2
+    least: Annotated[float, Field(ge=0.0)] = 0.02
+
+
+class Stage(Strict):
+    """One stage of training: who samples × what scores × how densely, and for how long."""
+
+    objective: Literal["grpo", "opd", "mixed", "forward_kl", "sft", "constant"]
+    steps: Annotated[int, Field(ge=0)] | None = None
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Times that the stage's pool is gone through; `steps`, where given, counts instead."""
+    until: Until | None = None
+    """A plateau that ends the stage before its steps are over; learning rates follow the steps all the same."""
+    batch_size: Positive = 64
+    """Rollouts a step. On-policy stages sample batch_size / group_size prompts."""
+    group_size: Positive = 8
+    """Rollouts a prompt: sampled by the policy in a step, or cached from the teacher."""
+    optim: Optim = Optim()
+    sampling: Sampling = Sampling()
+    sparse: Sparse = Sparse()
+    dense: Dense = Dense()
+    sparse_share: Fraction | None = None
+    """λ of J_λ = (1−λ) dense + λ sparse; only for `mixed` (1 is GRPO, 0 is OPD)."""
+    loss_mean: Literal["token", "sequence", "constant"] = "token"
+    """The denominator: all tokens; each sequence first; or a constant batch_size × max_tokens (Dr.GRPO)."""
+    minibatches: Positive = 1
+    """Optimizer steps that one sampled batch is divided into."""
+    passes: Positive = 1
+    """Times that each sampled batch is gone through; past the first the importance ratio is not 1."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    checkpoint_every: Annotated[int, Field(ge=0)] = 25
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Distinct prompts of an on-policy step."""
+        return self.batch_size // self.group_size
+
+    def steps_over(self, prompts: int) -> int:
+        """Steps of the stage on a pool of `prompts` prompts.
+
+        Example: 2 epochs over 100 prompts, 16 a step, are 13 steps; `steps` given is taken as it is.
+        """
+        if self.steps is not None:
+            return self.steps
+        rollouts = prompts * self.group_size
+        return math.ceil((self.epochs or 0.0) * rollouts / self.batch_size)
+
+    @property
+    def on_policy(self) -> bool:
+        return self.objective in ("grpo", "opd", "mixed", "constant")
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.objective == "grpo" or (self.objective == "mixed" and self.sparse_share != 0.0)
+
+    @property
+    def needs_teacher(self) -> bool:
+        if self.objective == "mixed":
+            return self.sparse_share != 1.0
+        return self.objective not in ("grpo", "constant")
+
+    @model_validator(mode="after")
+    def _legal(self) -> Stage:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give steps or epochs")
+        if self.on_policy and self.batch_size % self.group_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}")
+        if self.needs_labels and self.group_size < 2:
+            raise ValueError("group_size must be at least 2 where the reward is compared within a group")
+        if (self.objective == "mixed") != (self.sparse_share is not None):
+            raise ValueError("sparse_share belongs to objective mixed, and mixed needs it")
+        if self.sampling.top_p != 1.0 or self.sampling.top_k != 0:
+            raise ValueError("training samples with top_p 1 and no top_k: no loss here accounts for a cut distribution")
+        if self.until is not None:
+            self._has(self.until.metric)
+        if self.minibatches > self.batch_size:
+            raise ValueError(f"minibatches {self.minibatches} is more than batch_size {self.batch_size}")
+        return self
+
+    def _has(self, metric: str) -> None:
+        if metric == "reward" and not self.needs_labels:
+            raise ValueError(f"until.metric reward: objective {self.objective} sees no reward")
+        if metric.startswith("kl_") and not (self.needs_teacher and self.objective != "sft"):
+            raise ValueError(f"until.metric {metric}: objective {self.objective} compares with no teacher")
+
+
+class Stages(Strict):
+    teacher_rl: Stage
+    warmup: Stage
+    opd: Stage
+    student_rl: Stage
+    sft: Stage | None = None
+    """Hard-label fine-tuning in the arms `teacher_sft` and `sft_teacher`; None takes the warm-up's settings."""
+
+    @model_validator(mode="after")
+    def _each_in_its_place(self) -> Stages:
+        allowed = {
+            "teacher_rl": ("grpo",),
+            "warmup": ("forward_kl", "sft"),
+            "opd": ("opd", "mixed", "constant"),
+            "student_rl": ("grpo", "mixed"),
+            "sft": ("sft",),
+        }
+        for name, objectives in allowed.items():
+            stage: Stage | None = getattr(self, name)
+            if stage is not None and stage.objective not in objectives:
+                raise ValueError(f"{name}.objective is {stage.objective}; this stage takes {' or '.join(objectives)}")
+        if self.student_rl.until is not None:
+            raise ValueError("student_rl.until: stage 3 takes fixed steps, so that its matched replay can take as many")
+        return self

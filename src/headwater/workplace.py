@@ -1,0 +1,81 @@
+"""What a node has at hand while it runs: the plan, the data, the folder, and who is told how far it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from headwater import ledger, model
+from headwater.errors import TrainingStoppedError
+from headwater.ledger import Spend
+from headwater.materials import Materials
+from headwater.model import Policy
+from headwater.plan import Node, Plan, Role
+from headwater.prompts import Prompter
+from headwater.rundir import NodeDir, RunDir, read_jsonl
+from headwater.sampler import Sampler, TorchSampler
+from headwater.train import Metrics
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told how far a node is: start(steps already done, total, unit), advance(count, metrics)."""
+
+    start: Callable[[int, int, str], None]
+    advance: Callable[[int, Metrics], None]
+    should_stop: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a node needs beside its own description."""
+
+    plan: Plan
+    materials: Materials
+    out: RunDir
+    watch: Watch
+
+    def node_dir(self, node: Node) -> NodeDir:
+        return self.out.node(self.plan.names[node])
+
+    def spend(self, node: Node, stage: str | None = None) -> Spend:
+        return Spend(self.plan.names[node], stage or node.stage, node.seed, 0, "train")
+
+    def load(self, whose: Role | Node, frozen: bool) -> Policy:
+        """Base weights of the recipe, or those that a node trained."""
+        models, device = self.materials.recipe.models, self.materials.device
+        if isinstance(whose, Node):
+            folder = self.node_dir(whose).model
+            return model.load(str(folder), str(folder), models, device, frozen, self.plan.fingerprints[whose])
+        return model.load(getattr(models, whose), f"models.{whose}", models, device, frozen)
+
+    def steps(self, node: Node) -> int:
+        """How many steps a stage takes at most: the recipe's, or as many as cost what another arm did."""
+        assert node.settings is not None and node.pool is not None
+        usual = self.materials.steps(node.pool, node.settings)
+        if node.compute is None:
+            return usual
+        like, as_ = node.compute
+        spent = {one: self.flops(one) for one in {*node.lineage(), *like.lineage(), *as_.lineage()} - {node}}
+        wanted = sum(spent[one] for one in as_.lineage()) - sum(spent[one] for one in node.lineage() if one != node)
+        return max(1, round(wanted / (spent[like] / usual)))
+
+    def flops(self, node: Node) -> float:
+        """What a finished node's training cost, from its ledger."""
+        return ledger.totals(read_jsonl(self.node_dir(node).ledger)).flops
+
+    def sampler(self, policy: Policy) -> Sampler:
+        return TorchSampler(policy, self.materials.recipe.compute.sample_batch)
+
+    def prompter(self, policy: Policy) -> Prompter:
+        return Prompter(policy.tokenizer, self.materials.recipe.prompt)
+
+
+@contextlib.contextmanager
+def named(node: Node, step: int) -> Iterator[None]:
+    """Put the stage and the step in front of the sentence with which something below stops."""
+    try:
+        yield
+    except TrainingStoppedError as error:
+        raise TrainingStoppedError(f"{node.stage}, after step {step}: {error}") from None
