@@ -96,6 +96,7 @@ def test_the_loss_of_a_token_by_hand_for_every_row_of_the_table() -> None:
         "mixed": (stage_of("mixed", sparse_share=0.25, sparse=sparse), 0.25 * grpo + 0.75 * 0.3),
         "forward_kl": (stage_of("forward_kl"), 0.3),
         "sft": (stage_of("sft"), 1.0),
+        "constant": (stage_of("constant"), 1.0),  # ratio 1, advantage −1, whatever the row's own is
     }
     for name, (stage, loss) in expected.items():
         assert objective_of(stage).token_loss(tokens).tolist() == pytest.approx([loss], abs=1e-6), name

@@ -52,8 +52,61 @@ def test_each_arm_is_the_row_of_the_papers_table_in_both_splits(arm: str, split:
     assert arm_of(arm, recipe_with(f"labels.split={split}")) == Arm(steps(*teacher), steps(*student))
 
 
-def test_the_tables_arms_are_all_the_arms_there_are() -> None:
-    assert set(ARMS) == set(TABLE)
+# Controls of our own; each is the arm beside it with one thing changed.
+CONTROLS = {
+    "bridge_1h", "direct_grpo_compute", "opd_then_rl", "opd_then_rl_compute",
+    "constant_advantage", "bridge_constant", "forward_kl_on_student", "mixed",
+}  # fmt: skip
+
+
+def test_the_tables_arms_and_the_controls_are_all_the_arms_there_are() -> None:
+    assert set(ARMS) == set(TABLE) | CONTROLS
+
+
+@pytest.mark.parametrize("split", ["full", "half"])
+def test_bridge_1h_is_what_stage_three_begins_from_in_either_split(split: str) -> None:
+    recipe = recipe_with(f"labels.split={split}")
+    assert arm_of("bridge_1h", recipe) == replace(CANONICAL, student=CANONICAL.student[:-1])
+
+
+def changed_in(arm: str, of: str) -> dict[str, dict[str, tuple[object, object]]]:
+    """stage -> field -> (in `of`, in `arm`), for the student's stages of two arms that have the same ones."""
+    recipe = recipe_with()
+    first, second = arm_of(of, recipe), arm_of(arm, recipe)
+    assert first.teacher == second.teacher
+    assert [(s.stage, s.pool) for s in first.student] == [(s.stage, s.pool) for s in second.student]
+    found = {}
+    for a, b in zip(first.student, second.student, strict=True):
+        before, after = (stage_of(recipe, one).model_dump() for one in (a, b))
+        fields = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+        if fields:
+            found[a.stage] = fields
+    return found
+
+
+def test_the_controls_of_the_bridge_change_what_their_names_say_and_nothing_else() -> None:
+    assert changed_in("bridge_constant", "bridge") == {"opd": {"objective": ("opd", "constant")}}
+    forward = changed_in("forward_kl_on_student", "bridge")
+    assert set(forward) == {"opd"} and set(forward["opd"]) == {"dense"}
+    before, after = forward["opd"]["dense"]
+    assert after == {**before, "divergence": "forward"}  # type: ignore[dict-item]
+    # Rewards are compared in groups, so J_λ samples 8 prompts × 8 where OPD samples 64 × 1: as many rollouts.
+    mixed = {"objective": ("opd", "mixed"), "sparse_share": (None, 0.5), "group_size": (1, 8)}
+    assert changed_in("mixed", "bridge") == {"opd": mixed}
+
+
+def test_the_control_without_a_teacher_needs_neither_teacher_nor_labels() -> None:
+    recipe = recipe_with()
+    arm = arm_of("constant_advantage", recipe)
+    stage = stage_of(recipe, arm.student[0])
+    assert arm.teacher == () and not stage.needs_teacher and not stage.needs_labels and stage.on_policy
+
+
+def test_arms_at_equal_compute_differ_from_their_like_in_their_length_alone() -> None:
+    recipe = recipe_with()
+    for arm, like in (("direct_grpo_compute", "direct_grpo"), ("opd_then_rl_compute", "opd_then_rl")):
+        assert replace(arm_of(arm, recipe), same_compute=None) == arm_of(like, recipe)
+        assert arm_of(arm, recipe).same_compute == (like, "bridge")
 
 
 def test_replay_differs_from_stage_three_in_nothing_but_the_pool_of_its_last_step() -> None:
@@ -155,7 +208,7 @@ def test_stages_on_halves_of_unequal_size_take_equally_many_steps() -> None:
     held = dict.fromkeys(pools.all, "1")
     materials = Materials(
         recipe=recipe, task=None, problems={}, pools=pools, labels=Labels(held, lambda pairs: [], 23),
-        unlabeled=(), evals={}, notes=(), left_out=(), device=None,
+        unlabeled=(), evals={}, validation=None, notes=(), left_out=(), device=None,
     )  # fmt: skip
     stage = recipe.stages.student_rl
     # 2 epochs over the smaller half: 20 prompts, 2 a step; over all 23 labels: 46 prompts, 2 a step.

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from headwater import model
-from headwater.materials import Materials
+from headwater.materials import Materials, read_tokenizer
 from headwater.model import Shape
 from headwater.objective import objective_of
 from headwater.plan import Node, Plan, Role
-
-PROMPT_TOKENS = 64
-"""Assumed where prompts have not been read; measured otherwise."""
+from headwater.prompts import Prompter
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,40 @@ class Estimate:
 
 
 def estimates(plan: Plan, materials: Materials) -> list[Estimate]:
+    """An estimate for every node of the plan, in its order. Raises UserError for models whose shape cannot be read."""
     models = materials.recipe.models
     shapes: dict[Role, Shape] = {}
     for role in ("student", "teacher", "expert"):
         name = getattr(models, role)
         if name is not None:
             shapes[role] = Shape.of(model.resolve(name, f"models.{role}"), models.trust_remote_code)
-    return [estimate(node, plan, materials, shapes) for node in plan.order()]
+    case = Case(plan, materials, shapes, prompt_tokens(materials))
+    return [estimate(node, case) for node in plan.order()]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What estimates rest on; `prompt` is the mean length of a prompt in tokens."""
+
+    plan: Plan
+    materials: Materials
+    shapes: dict[Role, Shape]
+    prompt: float
+
+    def shape(self, one: Role | Node) -> Shape:
+        return self.shapes[base_of(one)]
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number at the compute type."""
+        return 2 if self.materials.recipe.models.dtype == "bfloat16" else 4
+
+
+def prompt_tokens(materials: Materials) -> float:
+    """Mean length of a prompt, over the first 256 problems."""
+    prompter = Prompter(read_tokenizer(materials.recipe, "student"), materials.recipe.prompt)
+    chosen = [materials.problems[name] for name in sorted(materials.problems)[:256]]
+    return sum(len(prompter.ids(problem)) for problem in chosen) / len(chosen)
 
 
 def base_of(one: Role | Node) -> Role:
@@ -56,42 +81,61 @@ def base_of(one: Role | Node) -> Role:
     return one
 
 
-def estimate(node: Node, plan: Plan, materials: Materials, shapes: dict[Role, Shape]) -> Estimate:
-    shape, recipe = shapes[base_of(node.start)], materials.recipe
-    compute_bytes = 2 if recipe.models.dtype == "bfloat16" else 4
-    evals = sum(len(problems) for problems, _ in materials.evals.values()) * recipe.evaluate.samples
-    eval_tokens = evals * recipe.evaluate.sampling.max_tokens
+def steps_of(node: Node, case: Case) -> int:
+    """A stage's steps; where they depend on what other arms will have cost, on what those are estimated to cost."""
+    assert node.settings is not None and node.pool is not None
+    usual = case.materials.steps(node.pool, node.settings)
+    if node.compute is None:
+        return usual
+    like, as_ = node.compute
+    wanted = sum(work_flops(one, case) for one in as_.lineage())
+    wanted -= sum(work_flops(one, case) for one in node.lineage() if one != node)
+    return max(1, round(wanted / (work_flops(like, case) / usual)))
+
+
+def work_flops(node: Node, case: Case) -> float:
+    """FLOPs of a node without its evaluation."""
     if node.settings is None or node.pool is None:
-        length = recipe.evaluate.sampling.max_tokens + PROMPT_TOKENS
-        flops = shape.flops(eval_tokens + evals * PROMPT_TOKENS, length / 2)
-        return Estimate(plan.names[node], 0, 0, eval_tokens, 0, flops, frozen_bytes(shape, compute_bytes))
-    stage, prompts = node.settings, len(materials.prompts(node.pool, node.settings))
-    length = stage.sampling.max_tokens + PROMPT_TOKENS
+        return 0.0
+    stage, shape = node.settings, case.shape(node.start)
+    length = stage.sampling.max_tokens + case.prompt
     if node.kind == "rollouts":
-        rollouts = prompts * stage.group_size
-        sampled = rollouts * stage.sampling.max_tokens
-        flops = 2 * shape.flops(rollouts * length, length / 2)
-        return Estimate(plan.names[node], 0, 0, sampled, sampled, flops, frozen_bytes(shape, compute_bytes))
-    steps, objective = materials.steps(node.pool, stage), objective_of(stage)
-    rollouts = steps * stage.batch_size
-    read = rollouts * length
+        rollouts = len(case.materials.prompts(node.pool, stage)) * stage.group_size
+        return 2 * shape.flops(rollouts * length, length / 2)
+    objective = objective_of(stage)
+    read = steps_of(node, case) * stage.batch_size * length
     flops = stage.passes * shape.flops(read, length / 2, passes=3)
-    memory = trained_bytes(shape, compute_bytes)
-    scored = 0
     if objective.source == "policy":
         flops += shape.flops(read, length / 2)
         if node.teacher is not None and "teacher" in objective.signals:
-            teacher = shapes[base_of(node.teacher)]
-            flops += teacher.flops(read, length / 2)
-            memory += frozen_bytes(teacher, compute_bytes)
-            scored = rollouts * stage.sampling.max_tokens
+            flops += case.shape(node.teacher).flops(read, length / 2)
         if "reference" in objective.signals:
             flops += shape.flops(read, length / 2)
-            memory += frozen_bytes(shape, compute_bytes)
-    sampled = rollouts * stage.sampling.max_tokens if objective.source == "policy" else 0
-    labels = len(materials.pool(node.pool)) if stage.needs_labels else 0
-    flops += shape.flops(eval_tokens + evals * PROMPT_TOKENS, length / 2)
-    return Estimate(plan.names[node], labels, steps, sampled + eval_tokens, scored, flops, memory)
+    return flops
+
+
+def estimate(node: Node, case: Case) -> Estimate:
+    """Upper bounds of one node, its evaluation included."""
+    name, recipe, shape = case.plan.names[node], case.materials.recipe, case.shape(node.start)
+    evals = sum(len(problems) for problems, _ in case.materials.evals.values()) * recipe.evaluate.samples
+    eval_tokens = evals * recipe.evaluate.sampling.max_tokens
+    eval_flops = shape.flops(eval_tokens + evals * case.prompt, (recipe.evaluate.sampling.max_tokens + case.prompt) / 2)
+    if node.settings is None or node.pool is None:
+        return Estimate(name, 0, 0, eval_tokens, 0, eval_flops, frozen_bytes(shape, case.width))
+    stage, flops = node.settings, work_flops(node, case)
+    if node.kind == "rollouts":
+        sampled = len(case.materials.prompts(node.pool, stage)) * stage.group_size * stage.sampling.max_tokens
+        return Estimate(name, 0, 0, sampled, sampled, flops, frozen_bytes(shape, case.width))
+    steps, objective = steps_of(node, case), objective_of(stage)
+    sampled = steps * stage.batch_size * stage.sampling.max_tokens if objective.source == "policy" else 0
+    scored, memory = 0, trained_bytes(shape, case.width)
+    if node.teacher is not None and "teacher" in objective.signals:
+        memory += frozen_bytes(case.shape(node.teacher), case.width)
+        scored = sampled
+    if "reference" in objective.signals:
+        memory += frozen_bytes(shape, case.width)
+    labels = len(case.materials.pool(node.pool)) if stage.needs_labels else 0
+    return Estimate(name, labels, steps, sampled + eval_tokens, scored, flops + eval_flops, memory)
 
 
 def frozen_bytes(shape: Shape, width: int) -> float:

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from headwater.conditions import apart, measure, overlap
+from headwater.sampler import TorchSampler, requests_for
+from headwater.settings import Sampling
+from tiny import tiny_policy
+
+PROMPTS = [("a", (5, 6, 7)), ("b", (8, 9)), ("c", (10, 5, 6, 7))]
+
+
+def rollouts(policy, draw: str, count: int = 4):  # type: ignore[no-untyped-def]
+    requests = requests_for(PROMPTS, count, 0, draw)
+    return TorchSampler(policy).sample(requests, Sampling(max_tokens=6))
+
+
+def test_overlap_is_the_share_of_the_teachers_likeliest_that_the_student_finds_likely_too() -> None:
+    # Likeliest two: student {0, 1}, teacher {1, 2} and then the same two in the other order.
+    student = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.5, 0.3, 0.1, 0.1]]).log()
+    teacher = torch.tensor([[0.1, 0.3, 0.5, 0.1], [0.3, 0.5, 0.1, 0.1]]).log()
+    assert overlap(student, teacher, 2).tolist() == [0.5, 1.0]
+    # Half the vocabulary is the most that is compared.
+    assert overlap(student, teacher, 4).tolist() == [0.5, 1.0]
+
+
+def test_a_model_beside_itself_is_nowhere_apart() -> None:
+    policy = tiny_policy(seed=1)
+    own = rollouts(policy, "own")
+    found = measure(policy, policy, own, own, 4, 1000)
+    assert found["kl_teacher_student"] == pytest.approx(0.0, abs=1e-6)
+    assert found["kl_student_teacher"] == pytest.approx(0.0, abs=1e-6)
+    assert found["overlap_student_prefixes"] == found["overlap_teacher_prefixes"] == 1.0
+    assert found["entropy_student"] == pytest.approx(found["entropy_teacher"])
+
+
+def test_each_divergence_is_taken_on_the_prefixes_of_the_model_that_it_starts_with() -> None:
+    student, teacher = tiny_policy(seed=1), tiny_policy(seed=2)
+    own, theirs = rollouts(student, "own"), rollouts(teacher, "theirs")
+    found = measure(student, teacher, own, theirs, 4, 1000)
+    assert found["kl_teacher_student"] == pytest.approx(by_hand(teacher, student, theirs), rel=1e-4)
+    assert found["kl_student_teacher"] == pytest.approx(by_hand(student, teacher, own), rel=1e-4)
+    other = measure(student, teacher, theirs, own, 4, 1000)
+    assert abs(other["kl_teacher_student"] - found["kl_teacher_student"]) > 0.01
+
+
+def test_the_size_of_scoring_passes_changes_nothing() -> None:
+    student, teacher = tiny_policy(seed=1), tiny_policy(seed=2)
+    own = rollouts(student, "own")
+    many, few = apart(student, teacher, own, 4, 10_000), apart(student, teacher, own, 4, 12)
+    assert many.kl_student_teacher == pytest.approx(few.kl_student_teacher, rel=1e-5)
+    assert many.overlap == few.overlap
+
+
+@torch.no_grad()
+def by_hand(first, second, found) -> float:  # type: ignore[no-untyped-def]
+    """Token mean of KL(first ‖ second), one sequence at a time through the whole model."""
+    total, count = 0.0, 0
+    for rollout in found:
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        p, q = (torch.log_softmax(one.model(ids).logits[0].double(), dim=-1) for one in (first, second))
+        start = len(rollout.prompt_ids) - 1
+        p, q = p[start:-1], q[start:-1]
+        total += float((p.exp() * (p - q)).sum())
+        count += len(rollout.completion_ids)
+    assert math.isfinite(total)
+    return total / count
