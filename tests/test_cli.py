@@ -113,7 +113,12 @@ def test_a_dry_run_lists_every_node_and_its_bounds_and_writes_nothing(
     ran = {path.name for path in (all_arms() / "nodes").iterdir()}
     assert set(estimates) == ran  # what it lists is what runs
     assert len(estimates) == len(listed)  # type: ignore[arg-type]
+    plan = held(all_arms() / "plan.json")["arms"]
+    # How long these run is known when other arms are done; what is listed is an estimate, and no bound.
+    open_ended = {plan[arm]["0"][-1] for arm in ("direct_grpo_compute", "opd_then_rl_compute")}
     for name, row in estimates.items():
+        if name in open_ended:
+            continue
         spends = rows(all_arms() / "nodes" / name / "ledger.jsonl")
         train = [one for one in spends if one["purpose"] == "train"]
         assert len({label for one in train for label in one["labels"]}) <= row["labels"]

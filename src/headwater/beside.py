@@ -12,7 +12,7 @@ from headwater.data import Rollout
 from headwater.evaluate import evaluate, refuse_nan
 from headwater.ledger import record
 from headwater.model import Policy, Shape
-from headwater.plan import Node, Role
+from headwater.plan import Node, supervisor
 from headwater.rundir import append_jsonl
 from headwater.sampler import requests_for
 from headwater.train import Metrics
@@ -28,13 +28,6 @@ def beside(node: Node, place: Workplace, policy: Policy) -> Callable[[int, bool]
         return validated(step)
 
     return measure
-
-
-def supervisor(node: Node) -> Role | Node | None:
-    """The teacher of a student's stage, whether it is there to be asked or only its cached rollouts are."""
-    if node.role != "student":
-        return None
-    return node.teacher if node.teacher is not None else None if node.cache is None else node.cache.start
 
 
 def condition_c2(node: Node, place: Workplace, policy: Policy) -> Callable[[int, bool], None]:

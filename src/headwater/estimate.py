@@ -9,7 +9,7 @@ from headwater import model
 from headwater.materials import Materials, read_tokenizer
 from headwater.model import Shape
 from headwater.objective import objective_of
-from headwater.plan import Node, Plan, Role
+from headwater.plan import Node, Plan, Role, supervisor
 from headwater.prompts import Prompter
 
 
@@ -51,7 +51,7 @@ def estimates(plan: Plan, materials: Materials) -> list[Estimate]:
 
 @dataclass(frozen=True)
 class Case:
-    """What estimates rest on; `prompt` is the mean length of a prompt in tokens."""
+    """What estimates rest on; `prompt` is the length of the longest prompt in tokens."""
 
     plan: Plan
     materials: Materials
@@ -68,10 +68,10 @@ class Case:
 
 
 def prompt_tokens(materials: Materials) -> float:
-    """Mean length of a prompt, over the first 256 problems."""
+    """Tokens of the longest prompt among the first 256 problems."""
     prompter = Prompter(read_tokenizer(materials.recipe, "student"), materials.recipe.prompt)
     chosen = [materials.problems[name] for name in sorted(materials.problems)[:256]]
-    return sum(len(prompter.ids(problem)) for problem in chosen) / len(chosen)
+    return max(len(prompter.ids(problem)) for problem in chosen)
 
 
 def base_of(one: Role | Node) -> Role:
@@ -135,7 +135,29 @@ def estimate(node: Node, case: Case) -> Estimate:
     if "reference" in objective.signals:
         memory += frozen_bytes(shape, case.width)
     labels = len(case.materials.pool(node.pool)) if stage.needs_labels else 0
-    return Estimate(name, labels, steps, sampled + eval_tokens, scored, flops + eval_flops, memory)
+    more, asked, work = beside_flops(node, steps, case)
+    return Estimate(
+        name, labels, steps, sampled + eval_tokens + more, scored + asked, flops + eval_flops + work, memory
+    )
+
+
+def beside_flops(node: Node, steps: int, case: Case) -> tuple[int, int, float]:
+    """What is measured beside a stage: tokens sampled, tokens shown to the teacher, FLOPs."""
+    recipe, stage, shape = case.materials.recipe, node.settings, case.shape(node.start)
+    assert stage is not None
+    sampled, asked, flops = 0, 0, 0.0
+    whose = supervisor(node)
+    if whose is not None:
+        problems = min(recipe.conditions.problems, len(next(iter(case.materials.evals.values()))[0]))
+        times = (steps // recipe.conditions.every + 2) * problems
+        length = int(stage.sampling.max_tokens + case.prompt)
+        sampled, asked = times * stage.sampling.max_tokens, 2 * times * length
+        flops = shape.flops(3 * times * length, length / 2) + case.shape(whose).flops(asked, length / 2)
+    if stage.until is not None and stage.until.metric == "validation" and case.materials.validation is not None:
+        times = steps // stage.until.every * len(case.materials.validation[0]) * recipe.evaluate.samples
+        length = int(recipe.evaluate.sampling.max_tokens + case.prompt)
+        sampled, flops = sampled + times * length, flops + shape.flops(times * length, length / 2)
+    return sampled, asked, flops
 
 
 def frozen_bytes(shape: Shape, width: int) -> float:

@@ -73,6 +73,13 @@ def _above(node: Node, parents: Callable[[Node], tuple[Node, ...]]) -> Iterator[
     yield from visit(node)
 
 
+def supervisor(node: Node) -> Role | Node | None:
+    """The teacher of a student's stage, whether it is there to be asked or only its cached rollouts are."""
+    if node.role != "student":
+        return None
+    return node.teacher if node.teacher is not None else None if node.cache is None else node.cache.start
+
+
 def nodes_of(arm: Arm, recipe: Recipe, seed: int) -> Node:
     """The last node of an arm; the others are its ancestry."""
     teacher: Role | Node = "teacher"
