@@ -11,12 +11,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import torch
+from safetensors.torch import load_file
 
 from headwater.cli import main
 
@@ -33,6 +37,7 @@ TINY = (  # two steps a stage, ten graded evaluation texts: a whole arm takes a 
     "evaluate.sampling.max_tokens=32",
     "guards.no_signal=continue",
     "compute.threads=1",
+    "compute.workers=1",  # in this process, where tests can look and change things; test_executor.py has others
 )
 
 
@@ -111,6 +116,43 @@ def node(out: Path, arm: str, stage: str, seed: int = 0) -> Path:
 def infos(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted((out / "nodes").iterdir()):
         yield path, held(path / "node.json")
+
+
+def timeless(value: Any) -> Any:
+    """The value without what clocks say."""
+    if isinstance(value, dict):
+        return {key: timeless(one) for key, one in value.items() if not key.startswith("seconds")}
+    return [timeless(one) for one in value] if isinstance(value, list) else value
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    """Bit-identical weights; metrics, ledgers, rollouts, evaluations and report alike apart from seconds."""
+    assert [path.name for path, _ in infos(out)] == [path.name for path, _ in infos(whole)]
+    for (ours, _), (theirs, _) in zip(infos(out), infos(whole), strict=True):
+        assert held(ours / "DONE") == held(theirs / "DONE")
+        for weights in ("model/model.safetensors", "cache/distributions.safetensors"):
+            assert (ours / weights).exists() == (theirs / weights).exists()
+            if (ours / weights).exists():
+                a, b = load_file(ours / weights), load_file(theirs / weights)
+                assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), ours.name
+        files = [path.relative_to(theirs) for path in sorted(theirs.rglob("*.jsonl"))]
+        assert files == [path.relative_to(ours) for path in sorted(ours.rglob("*.jsonl"))]
+        for name in files:
+            assert timeless(rows(ours / name)) == timeless(rows(theirs / name)), f"{ours.name}/{name}"
+    assert timeless(rows(out / "ledger.jsonl")) == timeless(rows(whole / "ledger.jsonl"))
+    assert timeless(held(out / "report.json")) == timeless(held(whole / "report.json"))
+
+
+def wait_for_steps(out: Path, stage: str, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        for path in out.glob(f"nodes/{stage}.*/metrics.jsonl"):
+            if path.read_text(encoding="utf-8").count("\n") >= count:
+                return
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError(f"{stage} did not reach step {count}")
 
 
 def temporary() -> Path:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,11 +10,22 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from headwater import pipeline
-from runs import Said, environment, held, infos, node, nodes, program, rows, sets, temporary, tiny
+from headwater import executor
+from runs import (
+    Said,
+    assert_same,
+    environment,
+    infos,
+    node,
+    nodes,
+    program,
+    rows,
+    sets,
+    temporary,
+    tiny,
+    wait_for_steps,
+)
 
 # Every kind of node; checkpoints between and at the ends, evaluations on the way; one stage long enough to be hit midway.
 CHANGES = (
@@ -49,31 +59,6 @@ def uninterrupted() -> Path:
 
 def copied(folder: Path) -> Path:
     return Path(shutil.copytree(uninterrupted(), folder / "out"))
-
-
-def timeless(value: Any) -> Any:
-    """The value without what clocks say."""
-    if isinstance(value, dict):
-        return {key: timeless(one) for key, one in value.items() if not key.startswith("seconds")}
-    return [timeless(one) for one in value] if isinstance(value, list) else value
-
-
-def assert_same(out: Path, whole: Path) -> None:
-    """Bit-identical weights; metrics, ledgers, rollouts, evaluations and report alike apart from seconds."""
-    assert [path.name for path, _ in infos(out)] == [path.name for path, _ in infos(whole)]
-    for (ours, _), (theirs, _) in zip(infos(out), infos(whole), strict=True):
-        assert held(ours / "DONE") == held(theirs / "DONE")
-        for weights in ("model/model.safetensors", "cache/distributions.safetensors"):
-            assert (ours / weights).exists() == (theirs / weights).exists()
-            if (ours / weights).exists():
-                a, b = load_file(ours / weights), load_file(theirs / weights)
-                assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), ours.name
-        files = [path.relative_to(theirs) for path in sorted(theirs.rglob("*.jsonl"))]
-        assert files == [path.relative_to(ours) for path in sorted(ours.rglob("*.jsonl"))]
-        for name in files:
-            assert timeless(rows(ours / name)) == timeless(rows(theirs / name)), f"{ours.name}/{name}"
-    assert timeless(rows(out / "ledger.jsonl")) == timeless(rows(whole / "ledger.jsonl"))
-    assert timeless(held(out / "report.json")) == timeless(held(whole / "report.json"))
 
 
 class Killed(BaseException):
@@ -136,18 +121,6 @@ def start(out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
-def wait_for_steps(out: Path, stage: str, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        for path in out.glob(f"nodes/{stage}.*/metrics.jsonl"):
-            if path.read_text(encoding="utf-8").count("\n") >= count:
-                return
-        time.sleep(0.005)
-    process.kill()
-    raise AssertionError(f"{stage} did not reach step {count}")
-
-
 def test_a_finished_run_does_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "raw_teacher", whole=True).code == 0
@@ -157,7 +130,7 @@ def test_a_finished_run_does_nothing_again(tmp_path: Path, monkeypatch: pytest.M
     def run_node(*_: Any) -> None:
         raise AssertionError("a finished node ran again")
 
-    monkeypatch.setattr(pipeline, "run_node", run_node)
+    monkeypatch.setattr(executor, "run_node", run_node)
     assert tiny("run", out, "--arm", "raw_teacher", whole=True).code == 0
     assert {path: path.stat().st_mtime_ns for path in (out / "nodes").rglob("*")} == before
     assert {name: (out / name).read_bytes() for name in wrote} == wrote

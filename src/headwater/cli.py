@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from headwater.cli_options import Device, DryRun, Json, Out, RecipeName, Set, listed
+from headwater.cli_options import Device, DryRun, Json, Out, RecipeName, Reuse, Set, Workers, changed, listed
 from headwater.cli_science import science
 from headwater.cli_tools import tools
-from headwater.errors import HeadwaterError, RefusedError, UserError
+from headwater.errors import FailedError, HeadwaterError, RefusedError, UserError
 
 app = typer.Typer(
     name="headwater",
@@ -42,11 +42,14 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed", help="Training seed.")] = None,
     set_: Set = None,
     device: Device = None,
+    workers: Workers = None,
+    reuse: Reuse = None,
     dry_run: DryRun = False,
     json_: Json = False,
 ) -> None:
     """Run one arm to its end: teacher RL -> warm-up -> OPD -> student RL by default."""
-    _go(recipe, [arm], None if seed is None else [seed], out, set_, device, dry_run, json_)
+    changes = changed(set_, device, workers)
+    _go(recipe, [arm], None if seed is None else [seed], out, changes, reuse, dry_run, json_)
 
 
 @app.command()
@@ -57,6 +60,8 @@ def study(
     out: Out = None,
     set_: Set = None,
     device: Device = None,
+    workers: Workers = None,
+    reuse: Reuse = None,
     dry_run: DryRun = False,
     json_: Json = False,
 ) -> None:
@@ -68,19 +73,21 @@ def study(
         numbers = None if seeds is None else [int(one) for one in listed(seeds, "--seeds")]
     except ValueError:
         raise UserError(f"--seeds {seeds}: must be whole numbers separated by commas") from None
-    _go(recipe, chosen, numbers, out, set_, device, dry_run, json_)
+    _go(recipe, chosen, numbers, out, changed(set_, device, workers), reuse, dry_run, json_)
 
 
 @app.command()
 def demo(
     out: Out = None,
     seed: Annotated[int, typer.Option("--seed", help="Training seed.")] = 0,
+    workers: Workers = None,
     json_: Json = False,
 ) -> None:
     """The pocket study: the paper's recipe and its controls, in minutes on two cores."""
     from headwater.recipes import DEFAULT_STUDY
 
-    _go("pocket", list(DEFAULT_STUDY), [seed], out or Path("runs/demo"), None, None, False, json_)
+    changes = changed(None, None, workers)
+    _go("pocket", list(DEFAULT_STUDY), [seed], out or Path("runs/demo"), changes, None, False, json_)
 
 
 @app.command()
@@ -99,7 +106,7 @@ def doctor(
     from headwater.doctor import diagnose
     from headwater.recipes import ARMS, find_recipe
 
-    found_recipe = find_recipe(recipe, [*(set_ or []), *([] if device is None else [f"compute.device={device}"])])
+    found_recipe = find_recipe(recipe, changed(set_, device))
     chosen = list(ARMS) if arms == "all" else listed(arms, "--arms")
     pipeline.set_up(found_recipe.compute)
     found = diagnose(found_recipe, chosen, [found_recipe.seed], out or Path("runs") / found_recipe.name)
@@ -131,14 +138,13 @@ def _go(
     arms: list[str],
     seeds: list[int] | None,
     out: Path | None,
-    overrides: list[str] | None,
-    device: str | None,
+    changes: list[str],
+    reuse: list[Path] | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     from headwater.recipes import arm_of, find_recipe
 
-    changes = [*(overrides or []), *([] if device is None else [f"compute.device={device}"])]
     recipe = find_recipe(name, changes)
     for arm in arms:
         arm_of(arm, recipe)
@@ -149,6 +155,7 @@ def _go(
         raise UserError(f"--arms {','.join(arms)}: an arm stands there twice")
     from headwater import pipeline
     from headwater.console import narrator
+    from headwater.rundir import RunDir, read_json
 
     if dry_run:
         with pipeline.prepared(recipe, arms, chosen) as (plan, materials):
@@ -156,10 +163,14 @@ def _go(
         return
     folder = out or Path("runs") / recipe.name
     try:
-        found = pipeline.run(recipe, arms, chosen, folder, narrator(quiet=as_json))
+        found = pipeline.run(recipe, arms, chosen, folder, narrator(quiet=as_json), reuse=reuse or [])
     except KeyboardInterrupt:
         print(f"headwater: interrupted; the same command with --out {folder} goes on from here", file=sys.stderr)
         sys.exit(130)
+    except FailedError:
+        if len(arms) * len(chosen) > 1:  # the rest of the study has been reported on
+            _show(read_json(RunDir(folder).report_json), folder, as_json)
+        raise
     _show(found, folder, as_json)
 
 
@@ -176,7 +187,8 @@ def _audit(dirs: list[Path], as_json: bool) -> None:
 
 
 def _show(found: dict[str, Any], folder: Path, as_json: bool) -> None:
-    from headwater.report_words import console, terminal_table
+    from headwater.report_terminal import terminal_table
+    from headwater.report_words import console
 
     if as_json:
         print(json.dumps(found))

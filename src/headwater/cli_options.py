@@ -19,6 +19,20 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the nodes and what they would cost at most; run nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON where a machine reads it.")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Processes that run independent nodes; by default what the cores allow."),
+]
+Reuse = Annotated[
+    list[Path] | None,
+    typer.Option("--reuse", help="Another run's folder, whose finished nodes count where they are the same work."),
+]
+
+
+def changed(set_: list[str] | None, device: str | None, workers: int | None = None) -> list[str]:
+    """The options that change a field of the recipe, as `path=value`."""
+    named = {"compute.device": device, "compute.workers": workers}
+    return [*(set_ or []), *(f"{path}={value}" for path, value in named.items() if value is not None)]
 
 
 def listed(text: str, option: str) -> list[str]:

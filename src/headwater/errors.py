@@ -25,3 +25,11 @@ class TrainingStoppedError(HeadwaterError):
     """Training stopped itself: non-finite loss, no informative group. The last good checkpoint is kept."""
 
     exit_code = 4
+
+
+class FailedError(HeadwaterError):
+    """Some of the work failed and the rest was done: the sentences of what failed, and the first one's exit code."""
+
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(sentence)
+        self.exit_code = code

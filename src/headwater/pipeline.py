@@ -1,4 +1,4 @@
-"""Run a recipe or a study: nodes in order, those that are DONE skipped, an interrupted one resumed; then the report."""
+"""Run a recipe or a study: what is DONE is left alone, an executor runs the rest; then the report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ import torch
 from headwater import report
 from headwater.config import Compute, Recipe
 from headwater.doctor import preflight
+from headwater.errors import FailedError, UserError
+from headwater.executor import Executor, Failure, Job, Narrator, describe
 from headwater.materials import Materials, check_plan, gather_materials
 from headwater.plan import Node, Plan, make_plan
+from headwater.processes import local
 from headwater.rundir import RunDir, read_json, write_json, write_rows
-from headwater.stages import run_node
 from headwater.verifier import Verifier
-from headwater.workplace import Watch, Workplace
 
 VERSIONS_OF = (
     "headwater",
@@ -36,14 +37,6 @@ VERSIONS_OF = (
     "scipy",
     "pydantic",
 )
-
-
-@dataclass(frozen=True)
-class Narrator:
-    """Who is told what happens: `say` for lines, `node` for a context manager that watches one node."""
-
-    say: Callable[[str], None]
-    node: Callable[[str, int, int], contextlib.AbstractContextManager[Watch]]
 
 
 def set_up(compute: Compute) -> None:
@@ -74,51 +67,86 @@ def run(
     narrator: Narrator,
     *,
     reuse: Sequence[Path] = (),
+    executor: Executor = local,
 ) -> dict[str, Any]:
     """Run arms × seeds into a folder and write its report; with the same folder again, go on where it stopped.
 
-    Returns the report. Raises UserError, RefusedError before anything is written, TrainingStoppedError, or KeyboardInterrupt
-    when asked to stop (resumable).
+    reuse     other run directories, whose finished nodes are taken over where they are the same work
+    executor  who runs the nodes; `local` asks `compute.workers`
+
+    Returns the report. Raises UserError, RefusedError before anything is written; FailedError when nodes failed, after the
+    others were run and the report was written; KeyboardInterrupt when asked to stop (resumable).
     """
-    folder = RunDir(out)
+    folder, others = RunDir(out), [RunDir(path) for path in reuse]
+    folder.refuse_other(recipe.model_dump(mode="json"))
+    for other in others:
+        if not other.recipe.exists():
+            raise UserError(f"--reuse {other.path}: holds no run of ours")
     with prepared(recipe, arms, seeds) as (plan, materials):
         preflight(plan, materials, out, narrator.say)
-        folder.claim(recipe.model_dump(mode="json"))
-        write_json(folder.env, environment(materials.device))
-        write_rows(folder.left_out, materials.left_out)
-        write_json(folder.plan, with_earlier(plan.written(), folder))
-        for note in materials.notes:
-            narrator.say(note)
-        with stop_requests() as stopped:
-            for number, node in enumerate(plan.order(), 1):
-                run_one(node, number, plan, materials, folder, narrator, stopped)
-                if stopped():
-                    raise KeyboardInterrupt
-    folder.join_ledgers()
-    return report.write(out)
+        with folder.locked():
+            folder.claim(recipe.model_dump(mode="json"))
+            write_json(folder.env, environment(materials.device))
+            write_rows(folder.left_out, materials.left_out)
+            write_json(folder.plan, with_earlier(plan.written(), folder))
+            for note in materials.notes:
+                narrator.say(note)
+            take_over(plan, folder, others, narrator.say)
+            todo = {plan.names[node]: node for node in plan.order() if not is_done(node, plan, folder)}
+            try:
+                with stop_requests() as stopped:
+                    failures = executor(Job(plan, materials, arms, folder, todo, narrator, stopped))
+                    if stopped():
+                        raise KeyboardInterrupt
+            finally:
+                folder.join_ledgers()
+            found = report.write(out)
+    if failures:
+        raise failed(todo, failures, plan, folder, alone=len(arms) * len(seeds) == 1)
+    return found
 
 
-def run_one(
-    node: Node,
-    number: int,
-    plan: Plan,
-    materials: Materials,
-    folder: RunDir,
-    narrator: Narrator,
-    stopped: Callable[[], bool],
-) -> None:
-    if folder.node(plan.names[node]).is_done(plan.fingerprints[node]):
+def is_done(node: Node, plan: Plan, folder: RunDir) -> bool:
+    return folder.node(plan.names[node]).is_done(plan.fingerprints[node])
+
+
+def take_over(plan: Plan, folder: RunDir, others: Sequence[RunDir], say: Callable[[str], None]) -> None:
+    """Take from other runs what they have done of this plan; a node's fingerprint says that it is the same work."""
+    if not others:
         return
-    try:
-        with narrator.node(describe(node), number, len(plan.order())) as watch:
-            run_node(node, Workplace(plan, materials, folder, Watch(watch.start, watch.advance, stopped)))
-    finally:
-        folder.join_ledgers()
+    taken: Counter[Path] = Counter()
+    for node in plan.order():
+        source = next((other for other in others if is_done(node, plan, other)), None)
+        if source is not None and not is_done(node, plan, folder):
+            folder.node(plan.names[node]).take_over(source.node(plan.names[node]))
+            taken[source.path] += 1
+    parts = ", ".join(f"{count} from {path}" for path, count in taken.items())
+    say(f"reuse: {taken.total()} of {len(plan.order())} nodes taken over{': ' if parts else ''}{parts}")
 
 
-def describe(node: Node) -> str:
-    where = "" if node.pool is None else f" on {node.pool.replace('_', ' ')}"
-    return f"{node.stage}{where} (seed {node.seed})"
+def failed(
+    todo: Mapping[str, Node], failures: Mapping[str, Failure], plan: Plan, folder: RunDir, alone: bool
+) -> FailedError:
+    """A sentence for each node that failed, with what was not run because of it, and the first one's exit code.
+
+    alone  there was one arm and one seed, so that a single failure's own sentence says it all
+    """
+    sentences = []
+    for name, node in todo.items():
+        if name not in failures:
+            continue
+        why = failures[name].sentence
+        if failures[name].traceback is not None:
+            why += f" (traceback in {folder.node(name).failed})"
+        if alone and len(failures) == 1:
+            return FailedError(why, failures[name].code)
+        above = {other: {plan.names[one] for one in todo[other].ancestry()} - {other} for other in todo}
+        on_it = [describe(todo[other]) for other in todo if name in above[other]]
+        skipped = f"; not run because of it: {', '.join(on_it)}" if on_it else ""
+        sentences.append(f"{describe(node)}: {why}{skipped}")
+    count = f"{len(sentences)} node{'s' if len(sentences) > 1 else ''} failed"
+    code = next(failures[name].code for name in todo if name in failures)
+    return FailedError(f"study: {count}: " + "\n".join(sentences), code)
 
 
 def with_earlier(written: dict[str, Any], folder: RunDir) -> dict[str, Any]:

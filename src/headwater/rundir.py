@@ -6,6 +6,8 @@ OUT/plan.json              arms × seeds -> node names in order; the last node o
 OUT/ledger.jsonl           every node's ledger, joined
 OUT/left_out.jsonl         problems taken out because they also stand in an evaluation: which, where, why
 OUT/report.json report.html
+OUT/probe.json             readiness before the run, and what it advises
+OUT/probe/ledger.jsonl     its looks at labels
 OUT/labels.csv             which problem's label was looked at by which node, stage, seed and arms
 OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, fingerprint
                metrics.jsonl            a row a training step
@@ -39,13 +41,13 @@ from typing import Any
 from headwater.errors import UserError
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write aside, flush to disk, rename: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -258,13 +260,23 @@ class RunDir:
     def labels(self) -> Path:
         return self.path / "labels.csv"
 
+    @property
+    def probe(self) -> Path:
+        return self.path / "probe.json"
+
+    @property
+    def probe_ledger(self) -> Path:
+        return self.path / "probe" / "ledger.jsonl"
+
     def node(self, name: str) -> NodeDir:
         return NodeDir(self.path / "nodes" / name)
 
     def nodes(self) -> list[NodeDir]:
         folder = self.path / "nodes"
         found = sorted(folder.iterdir()) if folder.exists() else []
-        return [NodeDir(path) for path in found if path.is_dir() and not path.name.startswith(".")]  # no half-written one
+        return [
+            NodeDir(path) for path in found if path.is_dir() and not path.name.startswith(".")
+        ]  # no half-written one
 
     def refuse_other(self, recipe: dict[str, Any]) -> None:
         """Raise UserError where the folder could not become, or go on being, this recipe's; writes nothing.

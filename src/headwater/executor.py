@@ -1,0 +1,142 @@
+"""Running the nodes of a plan: what an executor is handed, what it hands back, and the simplest one.
+
+An executor runs the nodes that are still to be done, parents before children, and returns those that failed. A failed node
+takes along only what stands on it. `in_process` runs them one after the other, `processes` side by side; to the pipeline
+they are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headwater.errors import HeadwaterError
+from headwater.materials import Materials
+from headwater.plan import Node, Plan
+from headwater.rundir import RunDir, write_json
+from headwater.stages import run_node
+from headwater.workplace import Watch, Workplace
+
+Stand = Callable[[int, float | None], None]
+
+
+def _unheard(done: int, left: float | None) -> None:
+    """For those who do not ask where a study stands."""
+
+
+@dataclass(frozen=True)
+class Narrator:
+    """Who is told what happens.
+
+    say       a line
+    node      a context manager that watches one node (title, its number, of how many); several may be open at once
+    together  the same for a study with several nodes at work (of how many): it is told (nodes done, seconds left or None)
+    """
+
+    say: Callable[[str], None]
+    node: Callable[[str, int, int], contextlib.AbstractContextManager[Watch]]
+    together: Callable[[int], contextlib.AbstractContextManager[Stand]] = lambda total: contextlib.nullcontext(_unheard)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a node failed: one sentence, the exit code that goes with it, and the traceback of what nobody expected.
+
+    Example: `Failure("teacher_rl, step 3 of 10: the loss is not finite; …", 4)`.
+    """
+
+    sentence: str
+    code: int
+    traceback: str | None = None
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """An expected end speaks for itself; anything else is named, and code 1."""
+        if isinstance(error, HeadwaterError):
+            return cls(str(error), error.exit_code)
+        said = " ".join(str(error).split())
+        return cls(f"{type(error).__name__}: {said}"[:400], 1, "".join(traceback.format_exception(error)))
+
+    def written(self) -> dict[str, Any]:
+        """What the node's FAILED file holds."""
+        held = {"sentence": self.sentence, "code": self.code}
+        return held if self.traceback is None else {**held, "traceback": self.traceback}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an executor is handed.
+
+    arms     those that were asked for: with the plan's recipe and seeds they let another process lay out the same plan
+    todo     the nodes that are not done, by name, parents first
+    stopped  whether the user asked for a stop: no node is begun then, and those at work end at their next step
+    """
+
+    plan: Plan
+    materials: Materials
+    arms: Sequence[str]
+    out: RunDir
+    todo: Mapping[str, Node]
+    narrator: Narrator
+    stopped: Callable[[], bool]
+
+    def parents(self, name: str) -> set[str]:
+        """The names of the nodes still to be done that a node waits for."""
+        return {self.plan.names[parent] for parent in self.todo[name].parents} & self.todo.keys()
+
+    def shown(self, name: str) -> contextlib.AbstractContextManager[Watch]:
+        """The narrator's watch over a node that begins."""
+        names = [self.plan.names[node] for node in self.plan.order()]
+        return self.narrator.node(describe(self.todo[name]), names.index(name) + 1, len(names))
+
+    def fail(self, name: str, failure: Failure) -> None:
+        """Mark a node as failed and say so. The mark goes when the node is begun again."""
+        with contextlib.suppress(OSError):  # a full disk may be why it failed
+            write_json(self.out.node(name).failed, failure.written())
+        self.narrator.say(f"{describe(self.todo[name])} failed: {failure.sentence}")
+
+
+Executor = Callable[[Job], dict[str, Failure]]
+"""Runs `job.todo` and returns the nodes that failed. Asked to stop, it returns when nothing is at work any more."""
+
+
+def in_process(job: Job) -> dict[str, Failure]:
+    """One node after the other in the plan's order, in this process.
+
+    Raises KeyboardInterrupt from a node that was asked to stop; it has left a checkpoint.
+    """
+    failures: dict[str, Failure] = {}
+    barred: set[str] = set()
+    for name in job.todo:
+        if job.stopped():
+            break
+        if job.parents(name) & barred:
+            barred.add(name)
+            continue
+        try:
+            with job.shown(name) as watch:
+                run_marked(job.todo[name], Workplace(job.plan, job.materials, job.out, watch_of(watch, job.stopped)))
+        except Exception as error:
+            barred.add(name)
+            failures[name] = Failure.of(error)
+            job.fail(name, failures[name])
+    return failures
+
+
+def run_marked(node: Node, place: Workplace) -> None:
+    """Run a node that carries no mark of an earlier failure any more."""
+    place.node_dir(node).failed.unlink(missing_ok=True)
+    run_node(node, place)
+
+
+def watch_of(watch: Watch, stopped: Callable[[], bool]) -> Watch:
+    return Watch(watch.start, watch.advance, stopped)
+
+
+def describe(node: Node) -> str:
+    """What a node is called where people read. Example: `teacher_rl on first half (seed 0)`."""
+    where = "" if node.pool is None else f" on {node.pool.replace('_', ' ')}"
+    return f"{node.stage}{where} (seed {node.seed})"
