@@ -277,7 +277,9 @@ def test_the_label_file_says_which_stage_arm_and_seed_looked_at_each_problem() -
     assert all(int(one["half"]) == 1 + half_of(one["problem_id"]) for one in found)
     shared = next(one for one in found if one["node"] == node(out, "bridge_rl", "teacher_rl").name)
     assert {"bridge_rl", "replay"} <= set(shared["arms"].split()) and shared["seed"] == "0"
-    assert not any(one["stage"] in ("warmup", "opd", "sft") for one in found)
+    mixed = node(out, "mixed", "opd").name  # the one arm that mixes the reward into OPD
+    assert not any(one["stage"] in ("warmup", "opd", "sft") for one in found if one["node"] != mixed)
+    assert any(one["node"] == mixed for one in found)
 
 
 def test_paths_tell_fresh_labels_from_replayed_ones() -> None:

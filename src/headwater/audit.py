@@ -128,9 +128,10 @@ def dense_without_labels(files: Files) -> Found:
         if node.sparse:
             continue
         count += 1
-        checks = sum(row["checks"] for row in node.train_spends)
-        if node.looked_at or checks:
-            faults.append(f"{node.name}: its ledger has {len(node.looked_at)} labels and {checks} checks")
+        checks = sum(row["checks"] for row in node.blind_spends)
+        looked_at = {label for row in node.blind_spends for label in row["labels"]}
+        if looked_at or checks:
+            faults.append(f"{node.name}: its ledger has {len(looked_at)} labels and {checks} checks")
         allowed = (node.info.get("labels") or {}).get("distinct_allowed", 0)
         if allowed:
             faults.append(f"{node.name}: node.json allows it {allowed} labels")

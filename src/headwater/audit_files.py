@@ -49,6 +49,11 @@ class NodeFiles:
     def train_spends(self) -> list[dict[str, Any]]:
         return [row for row in self.spends if row["purpose"] == "train"]
 
+    @property
+    def blind_spends(self) -> list[dict[str, Any]]:
+        """What a dense stage may do without any label: training, and the measurements beside it."""
+        return [row for row in self.spends if row["purpose"] in ("train", "measure")]
+
     @cached_property
     def looked_at(self) -> set[str]:
         return {label for row in self.train_spends for label in row["labels"]}
@@ -121,4 +126,4 @@ def _planned(arm: str, recipe: Recipe, seed: int) -> list[Planned] | None:
     if arm in bases:
         role: Any = bases[arm]
         return [Planned("evaluate", arm, role, seed, role)]
-    return list(nodes_of(arm_of(arm, recipe), recipe, seed).ancestry()) if arm in ARMS else None
+    return list(nodes_of(arm_of(arm, recipe), recipe, seed).lineage()) if arm in ARMS else None

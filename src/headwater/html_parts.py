@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 NUMBERS = re.compile(
-    r"(accuracy|9|pass@|maj@|best|labels|checks|sampled|trained|scored|FLOPs|time|point|p$|seeds|all|dist|KL)"
+    r"(accuracy|9|pass@|maj@|best|labels|checks|sampled|trained|scored|FLOPs|time|point|p$|seeds|all|dist|KL|reward|informative|overlap|entropy)"
 )
 """Heads of columns of numbers, which stand to the right."""
 
@@ -20,11 +20,13 @@ def noted(text: str) -> str:
     return f'<p class="note">{escaped(text)}</p>'
 
 
-def framed(svgs: Sequence[str], caption: str) -> str:
+def framed(svgs: Sequence[str], caption: str, small: bool = False) -> str:
+    """Figures side by side as the page's width allows; small ones four in a row."""
     if not svgs:
         return ""
+    kind = "figures small" if small else "figures"
     said = f"<p class='note'>{escaped(caption)}</p>" if caption else ""
-    return f'<div class="figures">{"".join(f"<figure>{svg}</figure>" for svg in svgs)}</div>{said}'
+    return f'<div class="{kind}">{"".join(f"<figure>{svg}</figure>" for svg in svgs)}</div>{said}'
 
 
 def table(caption: str, heads: Sequence[str], rows: Sequence[str]) -> str:

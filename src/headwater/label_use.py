@@ -6,7 +6,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from headwater.labels import half_of
@@ -61,9 +61,10 @@ def uses(study: Study) -> list[Use]:
 def as_csv(found: Sequence[Use]) -> str:
     """The file `labels.csv`: a header, and a row for each use."""
     sink = io.StringIO()
-    writer = csv.DictWriter(sink, [field.name for field in fields(Use)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(use) for use in found)
+    names = [field.name for field in fields(Use)]
+    writer = csv.writer(sink, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(tuple(getattr(use, name) for name in names) for use in found)
     return sink.getvalue()
 
 

@@ -194,7 +194,7 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         "pool": None if node.pool is None else content["pools"][node.pool],
         # A stage on a half counts its epochs over the smaller half.
         "halves": [len(content["pools"][half]) for half in ("first_half", "second_half")]
-        if node.pool != "all"
+        if node.pool not in (None, "all")
         else None,
         "labels": content["labels"][node.pool] if node.pool and node.settings and node.settings.needs_labels else None,
         "unlabeled": content["unlabeled"] if node.settings is not None and not node.settings.needs_labels else None,

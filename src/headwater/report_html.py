@@ -8,49 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
-from headwater import figures, label_use
+from headwater import label_use, report_html_claims, report_html_stages
 from headwater.html_parts import escaped, framed, noted, section, table, td
-from headwater.report_read import ARM_TEXT, POOL_TEXT, Node, Study, costs, is_number, mean_costs
-from headwater.report_stages import paths
+from headwater.report_read import ARM_TEXT, POOL_TEXT, Study, costs, mean_costs
+from headwater.report_stages import stage_name
 from headwater.report_style import STYLE
-from headwater.report_words import (
-    count,
-    duration,
-    interval_note,
-    named_contrasts,
-    p_text,
-    percent,
-    points,
-    reading,
-    units,
-)
+from headwater.report_words import apart, count, duration, percent, units
 
-METRICS = {
-    "reward": "reward (share correct)",
-    "informative": "informative groups, share",
-    "kl_teacher_student": "KL(teacher ‖ student), nats a token",
-    "kl_student_teacher": "KL(student ‖ teacher), nats a token",
-    "entropy": "entropy, nats a token",
-    "loss": "loss",
-    "truncated": "truncated, share",
-    "sampler_gap": "sampler–trainer gap",
-}
-"""The curves that come first; every other number that a stage measured is folded below them."""
-
-STAGE_TEXT = {
-    "teacher_rl": "Teacher RL",
-    "sft": "SFT",
-    "warmup": "Warm-up",
-    "opd": "On-policy distillation",
-    "student_rl": "Student RL",
-}
-"""In the order in which an arm runs them."""
 SHOWN_EACH = 3
 """Correct and wrong completions shown of an arm."""
 SHOWN_CHARACTERS = 2500
@@ -59,12 +28,13 @@ SHOWN_CHARACTERS = 2500
 def page(study: Study, report: dict[str, Any]) -> str:
     """The whole file. Sections that have nothing to say are left out."""
     sections = [
+        report_html_claims.predictions(report),
         _arms(report),
-        _paths(report),
-        _contrasts(report),
+        report_html_claims.comparisons(report),
+        report_html_stages.by_stage(report),
+        report_html_stages.conditions(study, report),
+        report_html_stages.curves(study),
         _labels(study),
-        _conditions(report),
-        _curves(study),
         _samples(study),
         _sources(study),
     ]
@@ -114,25 +84,31 @@ def _arms(report: dict[str, Any]) -> str:
         "(checks). Tokens are sampled by the policy, trained on, scored by the teacher. Costs are those of every stage "
         "that an arm rests on, shared or not, as the mean per seed; looks at labels for evaluation are not in them."
     )
-    forests = []
-    for place, eval_name in enumerate(report["evals"]):
-        held = [(name, a["accuracy"][eval_name]) for name, a in report["arms"].items() if eval_name in a["accuracy"]]
-        lines = [figures.Row(n, a["mean"], a["low"], a["high"], tuple(a["per_seed"].values())) for n, a in held]
-        base = dict(held).get("base_student")
-        title = f"Accuracy on {eval_name}"
-        forests.append(figures.forest(f"forest{place}", title, lines, base["mean"] if base else None, "%"))
-    legend = "Bars: 95 % interval. Ticks: single seeds. Dashed: the student before."
+    notes = [note, *(f"{one[0].upper()}{one[1:]}." for one in apart(report))]
+    legend = "Bars: 95 % interval. Small ticks: single seeds. Dashed: the student before."
+    cost_legend = "Points: means over seeds, with the 95 % interval. Arms of equal cost stand side by side. Dashed: the models before."
+    forests, costs_ = report_html_claims.forests(report), report_html_claims.costs(report)
     return section(
         "Arms",
-        table(f"Accuracy{f' on {evals[0]}' if len(evals) == 1 else ''} and costs", heads, rows)
-        + noted(note)
-        + framed(forests, legend if forests else ""),
+        table(f"Accuracy{f' on {evals[0]}' if len(evals) == 1 else ''} and costs{_validation(report)}", heads, rows)
+        + "".join(map(noted, notes))
+        + framed(forests, legend)
+        + framed(costs_, cost_legend),
     )
 
 
+def _validation(report: dict[str, Any]) -> str:
+    """Labels of the validation set are labels too: the caption says how many."""
+    most = max((arm["apart"]["validation"]["labels"]["distinct"] for arm in report["arms"].values()), default=0)
+    return f" (and {count(most)} validation labels)" if most else ""
+
+
 def _name_cell(name: str, arm: dict[str, Any], rows: int) -> str:
-    waiting = ", ".join(f"seed {seed} waits for {node}" for seed, node in arm["unfinished"].items())
-    more = f'<span class="warn">unfinished: {escaped(waiting)}</span>' if waiting else ""
+    said = [f"unfinished: seed {seed} waits for {node}" for seed, node in arm["unfinished"].items()]
+    for seed, failure in arm["failed"].items():
+        where = "" if failure["state"] == "failed" else f"{failure['stage']} failed: "
+        said.append(f"{failure['state']} on seed {seed}: {where}{failure['sentence']}")
+    more = "".join(f'<span class="warn">{escaped(one)}</span>' for one in said)
     span = f' rowspan="{rows}"' if rows > 1 else ""
     return (
         f'<th scope="row"{span}>{escaped(name)}<span class="text">{escaped(ARM_TEXT.get(name, ""))}</span>{more}</th>'
@@ -161,67 +137,6 @@ def _spent(spent: dict[str, Any]) -> list[str]:
     return [*labels, *tokens, units(spent["flops"]), duration(spent["seconds"])]
 
 
-def _paths(report: dict[str, Any]) -> str:
-    tables = [
-        table(
-            f"Accuracy on {eval_name} before, between and after the stages, %",
-            ("arm", "teacher", "student"),
-            [
-                "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>"
-                for row in paths(report, eval_name)
-            ],
-        )
-        for eval_name in report["evals"]
-    ]
-    return section("Stage by stage", "".join(tables)) if any(paths(report, name) for name in report["evals"]) else ""
-
-
-def _contrasts(report: dict[str, Any]) -> str:
-    if not report["contrasts"]:
-        return ""
-    several = len(report["evals"]) > 1
-    heads = ["a − b", *(["evaluation"] if several else []), "points", "95 %", "p", "labels a / b", "seeds × problems"]
-    heads.append("a better than b")
-    named = named_contrasts(report)
-    rest = [one for one in report["contrasts"] if one not in named]
-    tables = table("Comparisons of the paper", heads, [_contrast_row(one, several) for one in named])
-    if rest:
-        against = table("Every arm against the student before", heads, [_contrast_row(one, several) for one in rest])
-        tables += f"<details><summary>Every arm against the student before</summary>{against}</details>"
-    note = (
-        "Paired on the same problems and seeds; a bootstrap gives the interval, a sign-flip permutation test p: "
-        f"{interval_note(report)}. "
-        "Not corrected for the number of comparisons. “Holds”: interval above zero and p < 0.05; “does not hold”: the "
-        "reverse is shown; else undecided."
-    )
-    forests = []
-    for place, eval_name in enumerate(report["evals"]):
-        lines = [
-            figures.Row(f"{c['a']} − {c['b']}", c["difference"], c["low"], c["high"])
-            for c in named
-            if c["eval"] == eval_name
-        ]
-        if lines:
-            title = f"Differences on {eval_name}"
-            forests.append(figures.forest(f"contrast{place}", title, lines, 0.0, "percentage points"))
-    return section("Comparisons", tables + noted(note) + framed(forests, ""))
-
-
-def _contrast_row(c: dict[str, Any], several: bool) -> str:
-    says = reading(c)
-    cells = [
-        *([c["eval"]] if several else []),
-        points(c["difference"]),
-        f"{points(c['low'])} to {points(c['high'])}",
-        p_text(c["p"]),
-        f"{count(c['labels']['a'])} / {count(c['labels']['b'])}",
-        f"{c['seeds']} × {c['problems']}",
-    ]
-    mark = {"holds": "▲", "does not hold": "▼", "undecided": "○"}[says]
-    last = f'<td class="said">{mark} {says}</td>'
-    return f'<tr><th scope="row">{escaped(c["a"])} − {escaped(c["b"])}</th>{"".join(map(td, cells))}{last}</tr>'
-
-
 def _labels(study: Study) -> str:
     """Where every label went: a row for each node that looked at any, with the arms that rest on it."""
     rows = []
@@ -233,7 +148,7 @@ def _labels(study: Study) -> str:
             continue
         allowed = (nodes[0].info.get("labels") or {}).get("distinct_allowed")
         cells = [
-            f"{_stage(nodes[0].stage)} ({nodes[0].role or '–'})",
+            f"{stage_name(nodes[0].stage, nodes[0].objective)} ({nodes[0].role or '–'})",
             ", ".join(arms),
             count(allowed) if allowed is not None else "–",
             count(spent["distinct"]),
@@ -252,81 +167,6 @@ def _labels(study: Study) -> str:
     used = table("Which stages looked at a label, by arm and half", ["arm", "half", "stages", "labels"], taken)
     more = " labels.csv, beside this file, has every problem with its stages, seeds and arms."
     return section("Labels", table("From pool to stage to arm", heads, rows) + used + noted(note + more))
-
-
-def _conditions(report: dict[str, Any]) -> str:
-    c1, c2 = report["conditions"]["C1"], report["conditions"]["C2"]
-    parts = []
-    if c1:
-        rows = []
-        for eval_name, found in c1.items():
-            before = [("before", found["before"])] if found["before"] else []
-            after = [
-                (f"after {_stage(one['stage'])}, {POOL_TEXT.get(one['pool'], one['pool'] or 'no labels')}", one)
-                for one in found["after"]
-            ]
-            for when, one in before + after:
-                reached = one.get("reached")
-                cells = [when, percent(one["accuracy"]), f"{percent(one['best_of_k'])} (k={one['k']})"]
-                cells += [f"{percent(reached)} %" if reached is not None else "–", ", ".join(one.get("arms", []))]
-                rows.append(f'<tr><th scope="row">{escaped(eval_name)}</th>{"".join(map(td, cells))}</tr>')
-        heads = ["evaluation", "teacher", "accuracy, %", "best-of-k, %", "accuracy / best-of-k before", "arms"]
-        parts.append(table("C1: the teacher beside its own best-of-k", heads, rows))
-    if c2:
-        rows = []
-        for arm, stages in c2.items():
-            for stage, metrics in stages.items():
-                ends = [metrics.get(key) for key in ("kl_teacher_student", "kl_student_teacher")]
-                cells = [_stage(stage), *(f"{one['first']:.3g} → {one['last']:.3g}" if one else "–" for one in ends)]
-                rows.append(f'<tr><th scope="row">{escaped(arm)}</th>{"".join(map(td, cells))}</tr>')
-        heads = ["arm", "stage", "KL(teacher ‖ student), first → last step", "KL(student ‖ teacher), first → last step"]
-        parts.append(table("C2: the student's distance from its teacher", heads, rows))
-    if not parts:
-        return ""
-    note = "The paper's two conditions: the teacher is near its optimum (C1), the student is near the teacher (C2)."
-    return section("Conditions", noted(note) + "".join(parts))
-
-
-def _curves(study: Study) -> str:
-    """A panel for each metric of each stage; one line for each set of arms that shares the stage's nodes."""
-    stages: dict[tuple[str, str], list[tuple[str, dict[int, Node]]]] = {}
-    for arms, _, by_seed in study.groups():
-        if any(node.metrics for node in by_seed.values()):
-            first = next(iter(by_seed.values()))
-            more = f" and {len(arms) - 3} more" if len(arms) > 3 else ""
-            stages.setdefault((first.stage, first.role), []).append((", ".join(arms[:3]) + more, by_seed))
-    parts: list[str] = []
-    order = list(STAGE_TEXT)
-    for stage, role in sorted(stages, key=lambda one: order.index(one[0]) if one[0] in order else len(order)):
-        groups = stages[stage, role]
-        name = re.sub(r"\W", "", f"{stage}{role}{len(parts)}")
-        keys = [figures.key(f"{name}key{style}", style) for style in range(len(groups))]
-        legend = "".join(f"<li>{key} {escaped(label)}</li>" for key, (label, _) in zip(keys, groups, strict=True))
-        measured = {key for _, by_seed in groups for node in by_seed.values() for row in node.metrics for key in row}
-        others = sorted(measured - set(METRICS) - {"step"})
-        panels = [list(_panels(name, groups, chosen)) for chosen in (list(METRICS), others)]
-        folded = f"<details><summary>Other measures</summary>{framed(panels[1], '')}</details>" if panels[1] else ""
-        title = f"{_stage(stage)}{f' ({role})' if role else ''}"
-        parts.append(f'<h3>{escaped(title)}</h3><ul class="legend">{legend}</ul>{framed(panels[0], "")}{folded}')
-    if not parts:
-        return ""
-    note = "Thin lines are seeds, the thick line their mean at the steps that all of them reached."
-    return section("Training curves", noted(note) + "".join(parts))
-
-
-def _panels(name: str, groups: Sequence[tuple[str, dict[int, Node]]], keys: Sequence[str]) -> Iterator[str]:
-    for place, key in enumerate(keys):
-        series = []
-        for style, (label, by_seed) in enumerate(groups):
-            lines = [
-                tuple(zip(*((row["step"], row[key]) for row in node.metrics if is_number(row.get(key))), strict=True))
-                for node in by_seed.values()
-            ]
-            held = tuple(line for line in lines if line)
-            if held:
-                series.append(figures.Series(label, style, held))  # type: ignore[arg-type]
-        if series:
-            yield figures.curves(f"{name}{'m' if key in METRICS else 'o'}{place}", METRICS.get(key, key), series)
 
 
 def _samples(study: Study) -> str:
@@ -380,7 +220,3 @@ def _sources(study: Study) -> str:
         f"<details><summary>The resolved recipe</summary><pre>{escaped(recipe)}</pre></details>"
         f"<details><summary>Environment</summary>{env}</details>",
     )
-
-
-def _stage(name: str) -> str:
-    return STAGE_TEXT.get(name, name)

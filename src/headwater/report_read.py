@@ -23,15 +23,23 @@ ARM_TEXT = {
     "base_student": "student before",
     "base_teacher": "teacher before",
     "direct_grpo": "cold student, GRPO on all labels",
+    "direct_grpo_compute": "the same, with as many steps as take the bridge's FLOPs",
     "raw_teacher": "bridge from the teacher before RL",
+    "opd_then_rl": "OPD from the teacher before RL, then GRPO on all labels",
+    "opd_then_rl_compute": "the same, with as many GRPO steps as take the bridge's FLOPs",
     "sft_teacher": "bridge from a teacher tuned on a stronger model's answers",
     "bridge": "RL'd teacher → warm-up → OPD",
+    "bridge_1h": "bridge on 1H: what stage 3 and its replay begin from",
     "bridge_rl": "bridge on 1H, then GRPO on fresh labels (2H)",
     "replay": "bridge on 1H, then GRPO on 1H again",
     "teacher_2h": "2H spent on the teacher, then the bridge",
     "opd_only": "bridge without warm-up",
     "warmup_only": "bridge without OPD",
     "teacher_sft": "SFT of the student on teacher samples",
+    "forward_kl_on_student": "bridge with forward instead of reverse KL on the student's own prefixes",
+    "mixed": "bridge with teacher and reward in one loss (J_λ) in the place of OPD",
+    "constant_advantage": "cold student, every sampled token pushed down alike: no teacher, no labels",
+    "bridge_constant": "bridge with the same constant push in the place of OPD",
 }
 """What an arm is, in words; reports list arms in this order and unknown ones after them."""
 
@@ -101,6 +109,25 @@ class Node:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         return list(read_jsonl(self.dir.metrics))
+
+    @cached_property
+    def conditions(self) -> list[dict[str, Any]]:
+        """How far student and teacher stood apart on held-out prompts; a row a measurement."""
+        return list(read_jsonl(self.dir.conditions))
+
+    @cached_property
+    def failure(self) -> dict[str, Any] | None:
+        """{"sentence", "code"} of a node that stopped itself or could not run; None of every other."""
+        return None if self.done or not self.dir.failed.exists() else dict(read_json(self.dir.failed))
+
+    @cached_property
+    def ended(self) -> dict[str, Any] | None:
+        """{"step", "of", "why"} of a stage that ended before its last step, as on a plateau."""
+        return read_json(self.dir.done).get("ended") if self.done else None
+
+    @property
+    def objective(self) -> str:
+        return str((self.info.get("settings") or {}).get("objective") or "")
 
     @cached_property
     def spends(self) -> list[dict[str, Any]]:
@@ -230,10 +257,15 @@ def _count(path: Path) -> Graded | None:
     )
 
 
+APART: tuple[ledger.Purpose, ...] = ("eval", "validation", "measure")
+"""What is spent beside training and never added to it."""
+
+
 def costs(nodes: Sequence[Node]) -> dict[str, Any]:
-    """What these nodes spent, in the contract's shape; looks for evaluation apart. A label counts once over all."""
+    """What these nodes spent on training, in the contract's shape, and `apart` what on looking. A label counts once over all."""
     rows = [row for node in nodes for row in node.spends]
-    train, looks = ledger.totals(rows, "train"), ledger.totals(rows, "eval")
+    train = ledger.totals(rows, "train")
+    apart = {purpose: ledger.totals(rows, purpose) for purpose in APART}
     return {
         "labels": {"distinct": train.distinct, "checks": train.checks},
         "tokens": {
@@ -243,8 +275,15 @@ def costs(nodes: Sequence[Node]) -> dict[str, Any]:
         },
         "flops": train.flops,
         "seconds": train.seconds,
-        "eval_labels": looks.distinct,
-        "eval_checks": looks.checks,
+        "apart": {
+            purpose: {
+                "labels": {"distinct": spent.distinct, "checks": spent.checks},
+                "tokens": {"sampled": spent.tokens_sampled, "teacher_scored": spent.tokens_teacher_scored},
+                "flops": spent.flops,
+                "seconds": spent.seconds,
+            }
+            for purpose, spent in apart.items()
+        },
     }
 
 

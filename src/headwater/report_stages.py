@@ -5,6 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 SHORT = {"teacher_rl": "RL", "sft": "SFT", "warmup": "warm-up", "opd": "OPD", "student_rl": "RL"}
+STAGE_TEXT = {
+    "teacher_rl": "Teacher RL",
+    "warmup": "Warm-up",
+    "opd": "On-policy distillation",
+    "student_rl": "Student RL",
+    "sft": "SFT",
+}
+"""In the order in which a reader meets them."""
+
+
+def stage_name(stage: str, objective: str = "", role: str = "") -> str:
+    """A stage by what it does, also where an arm puts another objective in its place.
+
+    Example: `stage_name("opd", "mixed")` is `On-policy distillation mixed with reward`; `stage_name("sft", "sft", "teacher")`
+    is `SFT of the teacher`.
+    """
+    if objective == "constant":
+        return "Constant advantage"
+    said = STAGE_TEXT.get(stage, stage)
+    if stage == "sft" and role:
+        said = f"{said} of the {role}"
+    return f"{said} mixed with reward" if objective == "mixed" else said
+
+
+def steps_of(report: dict[str, Any], arm: dict[str, Any], role: str) -> list[tuple[str, dict[str, Any]]]:
+    """The model before, and the stages that trained it, by their short names; the values of report.json for each.
+
+    Example: `[("before", {"accuracy": …}), ("warm-up", …), ("OPD", …)]`.
+    """
+    stages = [stage for stage in arm["stages"] if stage["role"] == role and stage["stage"] in SHORT]
+    other = ("constant", "mixed")
+    objectives = [stage.get("objective", "") for stage in stages]
+    named = [(o if o in other else SHORT[stage["stage"]], stage) for o, stage in zip(objectives, stages, strict=True)]
+    return [("before", report["arms"].get(f"base_{role}", {})), *named]
 
 
 def paths(report: dict[str, Any], eval_name: str) -> list[tuple[str, str, str]]:
@@ -22,14 +56,12 @@ def paths(report: dict[str, Any], eval_name: str) -> list[tuple[str, str, str]]:
 
 
 def _way(report: dict[str, Any], arm: dict[str, Any], role: str, eval_name: str) -> str:
-    stages = [stage for stage in arm["stages"] if stage["role"] == role and stage["stage"] in SHORT]
+    steps = steps_of(report, arm, role)
     scored = any(stage["stage"] == "teacher_rollouts" or stage["tokens"]["teacher_scored"] for stage in arm["stages"])
-    if role == "teacher" and not stages and not scored:
+    if role == "teacher" and len(steps) == 1 and not scored:
         return "–"
-    before = report["arms"].get(f"base_{role}", {}).get("accuracy", {}).get(eval_name)
-    parts = [_percent(before)]
-    parts += [f"{SHORT[stage['stage']]} {_percent(stage['accuracy'].get(eval_name))}" for stage in stages]
-    return " → ".join(parts)
+    parts = [_percent(stage.get("accuracy", {}).get(eval_name)) for _, stage in steps]
+    return " → ".join([parts[0], *(f"{name} {part}" for (name, _), part in zip(steps[1:], parts[1:], strict=True))])
 
 
 def _percent(accuracy: dict[str, Any] | None) -> str:

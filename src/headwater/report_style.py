@@ -31,12 +31,14 @@ th .text, th .warn { display: block; font-weight: 400; font-size: 0.8rem; color:
 th .warn { color: var(--wrong); overflow-wrap: anywhere; }
 .figures { display: grid; gap: 0.75rem 1.25rem; 
   grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); }
-figure { margin: 0; max-width: 34rem; }
+.figures.small { grid-template-columns: repeat(auto-fill, minmax(min(16rem, 100%), 1fr)); }
+figure { margin: 0; max-width: 36rem; }
 figure svg { display: block; width: 100%; height: auto; }
 svg text { font-family: system-ui, sans-serif; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; padding: 0; margin: 0.25rem 0 0.5rem;
   font-size: 0.875rem; }
 .legend svg { width: 2.6rem; height: 0.85rem; vertical-align: middle; }
+ul.why { margin: 0; padding-left: 1rem; max-width: 52rem; }
 details { margin: 0.4rem 0; }
 summary { cursor: pointer; padding: 0.2rem 0; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: 0.6rem 0.8rem; margin: 0.3rem 0;

@@ -1,0 +1,292 @@
+"""What the report makes of its numbers: contrasts, predictions, the verdict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fakes import ARMS, MORE_ARMS, by_problem, fake_run, graded, names, printed, write_rows
+from headwater import report, report_contrasts, report_words, stats
+from headwater.report_predictions import predictions
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_run(tmp_path_factory.mktemp("fake") / "out")
+
+
+@pytest.fixture(scope="module")
+def built(run: Path) -> dict[str, Any]:
+    return report.build([run])
+
+
+def test_contrasts_are_the_paired_differences_of_the_files(run: Path, built: dict[str, Any]) -> None:
+    found = report_words.find_contrast(built, "bridge", "direct_grpo", "sums")
+    assert found is not None
+
+    def table(arm: str) -> np.ndarray:
+        seeds = [by_problem(graded(run, arm, seed), "correct") for seed in (0, 1, 2)]
+        return np.array([[np.mean(by_problem[name]) for name in sorted(by_problem)] for by_problem in seeds])
+
+    values = table("bridge") - table("direct_grpo")
+    assert found["difference"] == pytest.approx(values.mean(), abs=1e-6)
+    assert (found["seeds"], found["problems"], found["labels"]) == (3, 60, {"a": 96, "b": 96})
+    # Three stages of 12 steps at 1.5e9 and a cache at 2e9, against one such stage.
+    assert (found["flops"], found["equal"]) == ({"a": 5.6e10, "b": 1.8e10}, ["labels"])
+    # A bootstrap of its own, over problems alone, is no wider than the one over seeds too.
+    draws = np.random.default_rng(0).integers(0, 60, (4000, 60))
+    low, high = np.quantile(values.mean(axis=0)[draws].mean(axis=1), [0.025, 0.975])
+    assert found["low"] < low + 0.01 and found["high"] > high - 0.01
+    assert found["p"] == pytest.approx(stats.sign_flip_p(values.mean(axis=0)), abs=1e-6)
+    pairs = {(c["a"], c["b"]) for c in built["contrasts"]}
+    wanted = set(report_words.NAMED_PAIRS) | {(arm, "base_student") for arm in ARMS if arm != "base_student"}
+    assert pairs == {pair for pair in wanted if set(pair) <= set(ARMS)}
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_all_right_or_all_wrong_has_intervals_and_no_verdict_beyond_them(tmp_path: Path, right: bool) -> None:
+    found = report.build([fake_run(tmp_path / "out", correct=lambda *_: right)])
+    accuracy = found["arms"]["bridge"]["accuracy"]["sums"]
+    assert accuracy["mean"] == float(right)
+    assert accuracy["high"] - accuracy["low"] == pytest.approx(1.959964**2 / (60 + 1.959964**2), abs=1e-5)
+    assert all(c["difference"] == 0 and c["p"] == 1 and c["low"] < 0 < c["high"] for c in found["contrasts"])
+    assert "is undecided" in found["verdict"] and "Whether fresh labels" in found["verdict"]
+
+
+def test_the_verdict_names_the_numbers_and_the_labels(built: dict[str, Any]) -> None:
+    said = built["verdict"]
+    upper = report_words.find_contrast(built, "bridge", "direct_grpo", "sums")
+    assert upper is not None
+    assert said.startswith("On sums (3 seeds × 60 problems) the paper's ordering raw_teacher < direct_grpo < bridge ")
+    assert f"bridge {100 * built['arms']['bridge']['accuracy']['sums']['mean']:.1f} %" in said
+    assert f"bridge − direct_grpo +{100 * upper['difference']:.1f} points" in said
+    assert "equal labels, 96 each, none on raw_teacher" in said
+    assert "labels not equal: bridge_rl 128, replay 64" in said
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ({"raw_teacher": 0.1, "direct_grpo": 0.4, "bridge": 0.8}, "bridge holds:"),
+        ({"raw_teacher": 0.1, "direct_grpo": 0.8, "bridge": 0.4}, "bridge does not hold:"),
+        ({"raw_teacher": 0.4, "direct_grpo": 0.4, "bridge": 0.8}, "bridge is undecided:"),
+    ],
+)
+def test_the_verdict_follows_the_numbers_also_against_the_paper(
+    tmp_path: Path, levels: dict[str, float], expected: str
+) -> None:
+    said = report.build([fake_run(tmp_path / "out", levels={**levels, "bridge_rl": 0.3, "replay": 0.6})])["verdict"]
+    assert expected in said
+    # Without the state before stage 3, P3 can be refuted, since one of its parts is reversed, but never hold.
+    assert "P3, that fresh labels after the bridge help and matched replay does not, does not hold: bridge_rl " in said
+
+
+def test_one_arm_alone_is_compared_with_the_student_before(tmp_path: Path) -> None:
+    arms = {name: ARMS[name] for name in ("base_student", "bridge")}
+    found = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms)])
+    assert found["verdict"].startswith("On sums (1 seed × 60 problems) bridge is better than base_student: bridge ")
+    lone = report.build([fake_run(tmp_path / "lone", seeds=(0,), arms={"bridge": ARMS["bridge"]})])
+    assert "no two arms to compare" in lone["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "flops", "expected"),
+    [
+        ((256, 256), (1.0e12, 0.91e12), ["labels", "compute"]),
+        ((256, 256), (0.89e12, 1.0e12), ["labels"]),
+        ((256, 128), (1.0e12, 0.9e12), ["compute"]),
+        ((256, 0), (1.0e12, 0.0), []),
+        ((0, 0), (0.0, 0.0), ["labels", "compute"]),
+    ],
+)
+def test_labels_are_equal_to_the_label_and_compute_within_a_tenth(
+    labels: tuple[float, float], flops: tuple[float, float], expected: list[str]
+) -> None:
+    found = report_contrasts.equal(
+        dict(zip("ab", labels, strict=True)),
+        dict(zip("ab", flops, strict=True)),
+    )
+    assert found == expected
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A study of all arms in which compute-matched ones are within 10 % of the bridge's 5.6e10 FLOPs."""
+    return report.build([fake_run(tmp_path_factory.mktemp("every") / "out", seeds=(0, 1), arms={**ARMS, **MORE_ARMS})])
+
+
+def test_comparisons_are_grouped_by_what_is_equal_in_them(every: dict[str, Any]) -> None:
+    groups = {
+        title: {(c["a"], c["b"]) for c in held}
+        for title, held in report_words.grouped(report_words.named_contrasts(every))
+    }
+    assert ("bridge", "direct_grpo_compute") in groups["Equal labels and compute"]
+    assert ("bridge", "opd_then_rl_compute") in groups["Equal labels and compute"]
+    assert {("bridge", "direct_grpo"), ("bridge", "opd_then_rl"), ("opd_then_rl", "direct_grpo")} <= groups[
+        "Equal labels"
+    ]
+    assert ("bridge_rl", "replay") in groups["Equal compute"]  # fresh labels are the point of it
+    assert ("direct_grpo", "raw_teacher") in groups["Neither equal"]
+    named = [pair for held in groups.values() for pair in held]
+    assert sorted(named) == sorted(report_words.NAMED_PAIRS)
+
+
+def _report(**differences: tuple[float, float, float]) -> dict[str, Any]:
+    """A report of contrasts alone: `a__b=(low, difference, high)` in points; p is 0.01 where the interval excludes zero."""
+    found, arms = [], set()
+    for pair, (low, middle, high) in differences.items():
+        a, b = pair.split("__")
+        arms |= {a, b}
+        p = 0.01 if low > 0 or high < 0 else 0.4
+        scale = {"low": low / 100, "difference": middle / 100, "high": high / 100, "p": p}
+        cost = {"labels": {"a": 8, "b": 8}, "flops": {"a": 4.0, "b": 2.0}, "equal": ["labels"]}
+        found.append({"a": a, "b": b, "eval": "sums", **scale, "seeds": 2, "problems": 50, **cost})
+    held = {"accuracy": {"sums": {"mean": 0.5}}, "labels": {"distinct": 8}}
+    return {"evals": ["sums"], "contrasts": found, "arms": dict.fromkeys(sorted(arms), held)}
+
+
+def _reading(name: str, **differences: tuple[float, float, float]) -> dict[str, Any]:
+    return next(row for row in predictions(_report(**differences)) if row["name"] == name)
+
+
+UP, OPEN, DOWN = (1.0, 3.0, 5.0), (-1.0, 1.0, 3.0), (-5.0, -3.0, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "expected"),
+    [
+        (UP, UP, "holds"),
+        (UP, OPEN, "undecided"),
+        (OPEN, OPEN, "undecided"),
+        (DOWN, UP, "does not hold"),
+        (OPEN, DOWN, "does not hold"),
+    ],
+)
+def test_a_prediction_holds_with_all_its_parts_and_falls_with_any(
+    lower: tuple[float, float, float], upper: tuple[float, float, float], expected: str
+) -> None:
+    found = _reading("P1", direct_grpo__raw_teacher=lower, bridge__direct_grpo=upper)
+    assert found["reading"] == expected
+    assert [(c["a"], c["b"], c["wants"]) for c in found["rests_on"]] == [
+        ("direct_grpo", "raw_teacher", "above"),
+        ("bridge", "direct_grpo", "above"),
+    ]
+
+
+def test_a_part_that_is_missing_leaves_a_prediction_unmeasured_unless_another_is_reversed() -> None:
+    found = _reading("P2", bridge__warmup_only=UP)
+    assert found["reading"] == "not measured" and "; missing: opd_only" in found["why"]
+    assert _reading("P2", bridge__warmup_only=DOWN)["reading"] == "does not hold"
+    assert _reading("P2", bridge_rl__replay=UP)["reading"] == "not measured"
+
+
+def test_the_papers_confounded_arm_stands_beside_p2_and_decides_nothing() -> None:
+    found = _reading("P2", bridge__warmup_only=UP, bridge__opd_only=UP, bridge__teacher_sft=DOWN)
+    assert found["reading"] == "holds"
+    assert [(c["a"], c["b"], c["reading"]) for c in found["beside"]] == [("bridge", "teacher_sft", "does not hold")]
+    assert (
+        "the paper's “no OPD”, which makes the targets hard as well: bridge − teacher_sft −3.0 points" in found["why"]
+    )
+    assert "warmup_only takes 50.0 % of the bridge's FLOPs" in found["why"]
+
+
+@pytest.mark.parametrize(
+    ("fresh", "against", "again", "expected"),
+    [
+        (UP, UP, OPEN, "holds"),  # no gain of replay is shown
+        (UP, UP, DOWN, "holds"),
+        (UP, UP, UP, "does not hold"),  # replay gains as well
+        (OPEN, UP, DOWN, "undecided"),  # the gap is replay doing harm; that fresh labels help is not shown
+        (DOWN, UP, DOWN, "does not hold"),
+    ],
+)
+def test_p3_asks_for_a_gain_of_fresh_labels_and_none_of_replay(
+    fresh: tuple[float, float, float],
+    against: tuple[float, float, float],
+    again: tuple[float, float, float],
+    expected: str,
+) -> None:
+    found = _reading("P3", bridge_rl__bridge_1h=fresh, bridge_rl__replay=against, replay__bridge_1h=again)
+    assert found["reading"] == expected
+
+
+def test_p3_says_how_much_of_the_gap_is_replay_doing_harm() -> None:
+    """60.8 before stage 3, 62.5 after fresh labels, 59.4 after replay: of 3.1 points 1.7 are gained and 1.4 (45 %) lost."""
+    found = _reading(
+        "P3",
+        bridge_rl__bridge_1h=(0.2, 1.7, 3.2),
+        bridge_rl__replay=(0.3, 3.1, 5.7),
+        replay__bridge_1h=(-3.0, -1.4, 0.2),
+    )
+    assert found["reading"] == "holds"
+    said = "+1.7 are fresh labels over bridge_1h and +1.4 (45 % of it) replay falling below it"
+    assert f"of the +3.1 points between bridge_rl and replay, {said}" in found["why"]
+    assert "replay may still add up to +0.2 points" in found["why"]
+    # Where replay gained, nothing of the gap is harm; without the middle the gap cannot be divided.
+    gained = _reading("P3", bridge_rl__bridge_1h=(1, 4, 6), bridge_rl__replay=(1, 3, 5), replay__bridge_1h=(-1, 1, 3))
+    assert "falling below" not in gained["why"]
+
+
+def test_the_verdict_speaks_of_p2_p3_and_equal_compute_where_they_were_measured(every: dict[str, Any]) -> None:
+    said = every["verdict"]
+    by_name = {row["name"]: row["reading"].replace("undecided", "is undecided") for row in every["predictions"]}
+    assert f"P2, that the bridge needs both its warm-up and OPD, {by_name['P2']}: bridge " in said
+    assert f"matched replay does not, {by_name['P3']}: bridge_1h " in said
+    one = report_words.find_contrast(every, "bridge", "direct_grpo_compute", "sums")
+    assert one is not None
+    assert f"At equal compute the bridge is better than direct_grpo_compute ({report_words.difference(one)};" in said
+    assert "; 56.0 GFLOPs and 54.0 GFLOPs)" in said and "not equal after all" not in said
+
+
+def test_arms_that_were_to_match_compute_and_did_not_are_called_out(tmp_path: Path) -> None:
+    arms = {**ARMS, "direct_grpo_compute": ARMS["direct_grpo"]}
+    said = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms)])["verdict"]
+    assert "; 56.0 GFLOPs and 18.0 GFLOPs, not equal after all)" in said
+
+
+def test_a_failed_node_is_told_with_its_sentence_and_what_stands_on_it_is_not_run(tmp_path: Path) -> None:
+    out = fake_run(tmp_path / "out", seeds=(0, 1))
+    opd = names(out, "bridge_rl", 1)[-2]  # OPD on 1H, which bridge_rl and replay share
+    own = names(out, "direct_grpo", 0)[-1]
+    for node, sentence in ((opd, "opd, step 3 of 12: the loss is <b>not finite</b>"), (own, "no group differs.")):
+        (out / "nodes" / node / "DONE").unlink()
+        failed = {"sentence": sentence, "code": 4, "traceback": "a/private/path"}
+        (out / "nodes" / node / "FAILED").write_text(json.dumps(failed))
+    (out / "nodes" / names(out, "replay", 1)[-1] / "DONE").unlink()
+    found = report.write(out)
+    direct, replay = found["arms"]["direct_grpo"], found["arms"]["replay"]
+    assert direct["failed"]["0"] == {
+        "state": "failed", "node": own, "stage": "student_rl", "sentence": "no group differs.", "code": 4
+    }  # fmt: skip
+    assert direct["unfinished"] == {} and set(direct["accuracy"]["sums"]["per_seed"]) == {"1"}
+    assert (replay["failed"]["1"]["state"], replay["failed"]["1"]["node"]) == ("not run", opd)
+    assert (
+        "Failed: student_rl (seed 0): no group differs. Failed: opd (seed 1): opd, step 3 of 12: " in found["verdict"]
+    )
+    assert found["verdict"].endswith("Not run because of it: bridge_rl, replay.")
+    page, text = (out / "report.html").read_text(), " ".join(printed(found, 110).split())
+    assert "failed on seed 0: no group differs." in page
+    assert "not run on seed 1: opd failed: opd, step 3 of 12: the loss is &lt;b&gt;not finite&lt;/b&gt;" in page
+    assert "replay: not run on seed 1 (opd failed: opd, step 3 of 12: the loss is <b>not finite</b>)" in text
+    assert "private" not in page + text + json.dumps(found)
+
+
+def test_validation_labels_are_counted_apart_and_said_in_the_caption(tmp_path: Path) -> None:
+    out = fake_run(tmp_path / "out", seeds=(0,))
+    ledger = out / "nodes" / names(out, "bridge", 0)[-1] / "ledger.jsonl"
+    rows = [json.loads(line) for line in ledger.read_text().splitlines()]
+    looks = {**rows[0], "purpose": "validation", "labels": [f"v{i}" for i in range(30)], "checks": 120, "flops": 5e9}
+    write_rows(ledger, [*rows, looks, {**looks, "step": 4}])
+    found = report.write(out)
+    bridge = found["arms"]["bridge"]
+    assert bridge["labels"] == {"distinct": 96, "checks": 768} and bridge["flops"] == 5.6e10  # as without them
+    assert bridge["apart"]["validation"]["labels"] == {"distinct": 30, "checks": 240}
+    assert bridge["apart"]["validation"]["flops"] == 1e10
+    page, text = (out / "report.html").read_text(), " ".join(printed(found, 110).split())
+    assert "Accuracy on sums and costs (and 30 validation labels)" in page
+    assert "and 30 validation labels, which decided when stages end, in bridge" in text
+    assert "validating 10.0 GFLOPs" in text
