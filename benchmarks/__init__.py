@@ -1,0 +1,1 @@
+"""Measurements that take minutes to hours; nothing here is part of the package."""

@@ -1,0 +1,185 @@
+"""Put the figures of finished studies and sweeps into docs/results.md, so that no number there is typed by hand.
+
+    python -m benchmarks.results RUNS [--page docs/results.md]
+
+RUNS holds the folders that the page names (`main`, `llama`, `labels`, …). Whatever stands between `<!-- NAME:KIND -->` and
+`<!-- end -->` is replaced by KIND of RUNS/NAME: `arms`, `contrasts`, `predictions`, `conditions`, `sweep`, or `table` (the table.md
+that benchmarks.ten_settings wrote). Plots are written beside the page in `results/`. A block whose run is missing is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from headwater.report_words import count, duration, p_text, percent, points, reading, units
+
+Block = Callable[[Path, str, Path], str]
+
+
+def held(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def interval(found: dict[str, float], scale: Callable[[float], str] = percent) -> str:
+    return f"[{scale(found['low'])}, {scale(found['high'])}]"
+
+
+def arms(run: Path, name: str, plots: Path) -> str:
+    report = held(run / "report.json")
+    eval_name, rows, drawn = report["evals"][0], [], []
+    for arm, one in report["arms"].items():
+        score = one["accuracy"].get(eval_name)
+        if score is None:
+            continue
+        best = list(one["pass_at_k"][eval_name].items())[-1]
+        free = arm.startswith("base_")
+        rows.append(
+            [
+                f"`{arm}`",
+                f"**{percent(score['mean'])}** {interval(score)}",
+                f"{percent(best[1]['mean'])}",
+                "–" if free else count(one["labels"]["distinct"]),
+                "–" if free else units(one["flops"], "FLOPs"),
+                "–" if free else duration(one["seconds"]),
+            ]
+        )
+        drawn.append((arm, score))
+    forest(plots / f"{name}.svg", drawn, f"accuracy on {eval_name}, %, 95 % interval over seeds and problems")
+    head = ["arm", "accuracy, % [95 %]", f"pass@{best[0]}", "labels", "training FLOPs", "seconds of one core"]
+    return f"{table(head, rows)}\n\n![Accuracy of every arm](results/{name}.svg)"
+
+
+def forest(path: Path, rows: list[tuple[str, dict[str, Any]]], title: str) -> None:
+    figure = Figure(figsize=(7.0, 0.26 * len(rows) + 0.8), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (_, score) in enumerate(rows):
+        axes.plot([100 * score["low"], 100 * score["high"]], [place, place], color="#0072b2", linewidth=1.6)
+        each = [100 * value for value in score["per_seed"].values()]
+        axes.plot(each, [place] * len(each), "|", color="#555555", markersize=5)
+        axes.plot([100 * score["mean"]], [place], "o", color="#0072b2", markersize=4.5)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None}, facecolor="white")
+
+
+def contrasts(run: Path, name: str, plots: Path) -> str:
+    report = held(run / "report.json")
+    rows = []
+    for one in report["contrasts"]:
+        if one["b"].startswith("base_") or one["eval"] != report["evals"][0]:
+            continue
+        flops = [units(one["flops"][side]) for side in ("a", "b")]
+        labels = [count(one["labels"][side]) for side in ("a", "b")]
+        rows.append(
+            [
+                f"`{one['a']}` − `{one['b']}`",
+                f"{points(one['difference'])} {interval(one, points)}",
+                p_text(one["p"]),
+                " / ".join(labels),
+                " / ".join(flops),
+                " and ".join(one["equal"]) or "–",
+                reading(one),
+            ]
+        )
+    return table(["a − b", "points [95 %]", "p", "labels a / b", "FLOPs a / b", "equal", "a better than b"], rows)
+
+
+def predictions(run: Path, name: str, plots: Path) -> str:
+    rows = [
+        [one["name"], one["claim"], f"**{one['reading']}**", one["why"]]
+        for one in held(run / "report.json")["predictions"]
+    ]
+    return table(["", "claim", "reading", "why"], rows)
+
+
+def conditions(run: Path, name: str, plots: Path) -> str:
+    """C2 at the ends of every stage of every arm that has one."""
+    report = held(run / "report.json")
+    rows = []
+    for arm, stages in (report["conditions"]["C2"] or {}).items():
+        for stage, found in stages.items():
+            ends = [
+                "–" if key not in found else f"{found[key]['first']:.3f} → {found[key]['last']:.3f}"
+                for key in ("kl_teacher_student", "kl_student_teacher", "overlap_student_prefixes", "entropy_student")
+            ]
+            rows.append([f"`{arm}`", stage, *ends])
+    return table(
+        ["arm", "stage", "KL(π_T‖πθ), teacher prefixes", "KL(πθ‖π_T), student prefixes", "top-k overlap", "entropy"],
+        rows,
+    )
+
+
+def sweep(run: Path, name: str, plots: Path) -> str:
+    found = held(run / "sweep.json")
+    eval_name, rows = found["points"][0]["evals"][0], []
+    for point in found["points"]:
+        scores = [point["arms"].get(arm, {}).get("accuracy", {}).get(eval_name) for arm in found["arms"]]
+        cells = ["–" if score is None else f"{percent(score['mean'])} {interval(score)}" for score in scores]
+        rows.append([str(point["value"]), *cells])
+    plots.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run / "sweep.svg", plots / f"{name}.svg")
+    head = [found["vary"], *(f"`{arm}`, %" for arm in found["arms"])]
+    return (
+        f"{table(head, rows)}\n\n![Accuracy against {found['vary']}](results/{name}.svg)\n\n{' '.join(found['said'])}"
+    )
+
+
+def written_table(run: Path, name: str, plots: Path) -> str:
+    return (run / "table.md").read_text(encoding="utf-8").strip()
+
+
+KINDS: dict[str, Block] = {
+    "arms": arms,
+    "contrasts": contrasts,
+    "predictions": predictions,
+    "conditions": conditions,
+    "sweep": sweep,
+    "table": written_table,
+}
+
+
+def fill(page: Path, runs: Path) -> list[str]:
+    """Replace the blocks of the page whose runs are there; the names of those that are not."""
+    missing: list[str] = []
+
+    def replaced(match: re.Match[str]) -> str:
+        name, kind = match[1], match[2]
+        if not (runs / name).is_dir():
+            missing.append(name)
+            return match[0]
+        return f"<!-- {name}:{kind} -->\n{KINDS[kind](runs / name, name, page.parent / 'results')}\n<!-- end -->"
+
+    text = page.read_text(encoding="utf-8")
+    pattern = r"<!-- ([\w-]+):(\w+) -->\n.*?<!-- end -->"
+    page.write_text(re.sub(pattern, replaced, text, flags=re.DOTALL), encoding="utf-8")
+    return sorted(set(missing))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    asked = parser.parse_args()
+    missing = fill(asked.page, asked.runs)
+    print(f"{asked.page}: written{'; left alone: ' + ', '.join(missing) if missing else ''}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from headwater import sweep_figure, sweep_page, sweep_words
+from headwater.errors import UserError
+from headwater.sweep import Sweep, folder_name, lay_out, text_of
+from runs import call, held, infos, sets, temporary, tiny
+
+
+def pocket(vary: str, values: str | None = None, *changes: str, arms: list[str] | None = None) -> Sweep:
+    return lay_out("pocket", vary, None if values is None else values.split(","), arms, None, list(changes))
+
+
+def values_of(sweep: Sweep) -> list[Any]:
+    return [point.value for point in sweep.points]
+
+
+# What is asked ---------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_not_named_are_a_quarter_half_once_and_twice_the_recipes() -> None:
+    sweep = pocket("labels", None, "labels.budget=100")
+    assert values_of(sweep) == [25, 50, 100, 200] and sweep.arms == ("direct_grpo", "bridge")
+    assert [point.recipe.labels.budget for point in sweep.points] == [25, 50, 100, 200]
+    with pytest.raises(UserError, match=r"sets no labels\.budget to begin from"):
+        pocket("labels", None, "labels.budget=null")
+
+
+def test_the_pocket_teachers_are_those_of_the_students_family() -> None:
+    assert values_of(pocket("teacher")) == [
+        "pocket:qwen3-student", "pocket:qwen3-teacher", "pocket:qwen3-teacher-large",
+    ]  # fmt: skip
+    assert pocket("teacher").arms == ("direct_grpo", "raw_teacher", "bridge")
+    assert values_of(pocket("teacher", None, "models.student=pocket:llama-student"))[-1] == "pocket:llama-teacher"
+    with pytest.raises(UserError, match="name the teachers of /models/mine with --values"):
+        pocket("teacher", None, "models.student=/models/mine")
+
+
+def test_each_lambda_samples_in_the_groups_of_student_rl_with_as_many_rollouts_a_step() -> None:
+    sweep = pocket("lambda", None, "stages.student_rl.group_size=4")
+    assert values_of(sweep) == [0.0, 0.25, 0.5, 0.75, 1.0] and sweep.arms == ("mixed",)
+    for point in sweep.points:
+        opd = point.recipe.stages.opd
+        assert (opd.objective, opd.sparse_share, opd.group_size, opd.batch_size) == ("mixed", point.value, 4, 64)
+    own = pocket("lambda", "0.5", "stages.opd.group_size=16").points[0].recipe.stages.opd
+    assert own.group_size == 16  # --set has the last word
+
+
+def test_a_batch_that_lambdas_groups_do_not_divide_is_refused_in_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"lambda, value 0: .*batch_size 60 is not a multiple of group_size 8"):
+        pocket("lambda", "0,1", "stages.opd.batch_size=60")
+
+
+def test_any_field_may_be_varied_and_its_value_is_the_number_that_the_recipe_holds() -> None:
+    sweep = pocket("stages.opd.optim.lr", "1e-4,0.001,.5")
+    assert values_of(sweep) == [0.0001, 0.001, 0.5]
+    assert [point.name for point in sweep.points] == ["0.0001", "0.001", "0.5"]
+    assert [point.recipe.stages.opd.optim.lr for point in sweep.points] == [0.0001, 0.001, 0.5]
+    assert pocket("labels.budget", "16").vary == "labels"  # the same thing under its own name
+
+
+@pytest.mark.parametrize(
+    ("vary", "values", "said"),
+    [
+        ("labels", "64,0", "value 0: .*labels.budget"),
+        ("labels", "64,many", "value many: .*labels.budget"),
+        ("lambda", "0,1.5", "value 1.5: .*sparse_share"),
+        ("stages.opd.optim.lr", "1e-3,0.001", "1e-3 and 0.001 are the same"),
+        ("models.teacher", "a/b,a-b", "folders.*a/b and a-b are the same"),
+        ("stages.opd.optim.rate", "1,2", "unknown field stages.opd.optim.rate"),
+        ("stages.opd.optim.lr", None, "say with --values"),
+        ("--seeds", "1", "name labels, teacher, lambda or a field"),
+    ],
+)
+def test_what_cannot_be_varied_so_is_one_sentence(vary: str, values: str | None, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        pocket(vary, values)
+
+
+def test_arms_and_seeds_are_checked_before_anything_is_read() -> None:
+    with pytest.raises(UserError, match="no such arm"):
+        pocket("labels", "64", arms=["bridges"])
+    with pytest.raises(UserError, match="--arms: bridge and bridge are the same"):
+        pocket("labels", "64", arms=["bridge", "bridge"])
+    said = call("sweep", "pocket", "--vary", "labels", "--seeds", "1,one")
+    assert (said.code, said.out) == (2, "") and "--seeds 1,one" in said.err
+
+
+def test_folders_are_named_by_their_values() -> None:
+    assert folder_name("pocket:qwen3-teacher") == "pocket-qwen3-teacher"
+    assert folder_name("/models/Qwen3-8B/") == "models-Qwen3-8B"
+    assert folder_name(1.0) == "1" and folder_name(2.5e-7) == "2.5e-07" and folder_name("..") == "empty"
+    assert text_of(True) == "true"
+
+
+def test_a_points_own_command_makes_the_same_recipe_in_the_same_folder() -> None:
+    sweep = pocket("lambda", "0.25", "labels.budget=32")
+    words = shlex.split(sweep.study(sweep.points[0], Path("my runs")))
+    assert words[:3] == ["headwater", "study", "pocket"] and words[-2:] == ["--out", "my runs/0.25"]
+    from headwater.recipes import find_recipe
+
+    changes = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
+    assert find_recipe("pocket", changes) == sweep.points[0].recipe
+
+
+# What the numbers say, on numbers made up -------------------------------------------------------------------------------
+
+
+def scored(mean: float) -> dict[str, Any]:
+    return {"sums": {"mean": mean, "low": mean - 0.02, "high": mean + 0.02, "per_seed": {"101": mean}}}
+
+
+def made_up(vary: str, values: list[Any], bridge: list[float | None], direct: float = 0.5) -> dict[str, Any]:
+    """A sweep of direct_grpo against bridge; None is a point that failed. Differences above 0.03 are certain."""
+    points = []
+    for value, mean in zip(values, bridge, strict=True):
+        arms, contrasts = {}, []
+        if mean is not None:
+            by_arm = {"base_student": 0.1, "direct_grpo": direct, "bridge": mean}
+            costs = {"labels": {"distinct": 64, "checks": 640}, "flops": 1e9}
+            arms = {name: {"accuracy": scored(one), **costs} for name, one in by_arm.items()}
+            difference, p = mean - direct, 0.001 if abs(mean - direct) > 0.03 else 0.4
+            ends = {"low": difference - 0.03, "high": difference + 0.03, "p": p}
+            pair = {"a": "bridge", "b": "direct_grpo", "eval": "sums", "difference": difference, **ends}
+            contrasts = [{**pair, "seeds": 1, "problems": 500}]
+        failed = None if arms else "no group had rewards that differ"
+        page = f"{value}/report.html" if arms else None
+        points.append({"value": value, "failed": failed, "command": "headwater study", "report": page, "page": page,
+                       "seeds": [101], "evals": ["sums"], "arms": arms, "contrasts": contrasts})  # fmt: skip
+    found = {"recipe": "pocket", "vary": vary, "field": vary, "values": values, "seeds": [101], "evals": ["sums"],
+             "arms": ["direct_grpo", "bridge"], "command": "headwater sweep", "points": points, "across": []}  # fmt: skip
+    return {**found, "said": sweep_words.sentences(found)}
+
+
+def test_the_words_say_where_the_bridge_is_better_where_it_is_undecided_and_where_the_order_turns() -> None:
+    said = made_up("labels", [64, 128, 256, 512], [0.6, 0.58, 0.51, 0.4])["said"]
+    assert said == [
+        "On sums, at labels 64 and 128 bridge is better than direct_grpo; at labels 512 bridge is worse than direct_grpo; "
+        "at labels 256 bridge cannot be told from direct_grpo. The order turns between labels 128 and 512."
+    ]
+
+
+def test_a_failed_point_stands_in_words_table_plot_and_page_with_its_sentence() -> None:
+    found = made_up("labels", [64, 128], [0.6, None])
+    assert found["said"][1] == "labels 128 failed: no group had rewards that differ."
+    svg, _ = sweep_figure.draw(found)
+    assert ">failed<" in svg
+    assert "failed: no group had rewards that differ" in sweep_page.page(found, svg)
+    assert sweep_words.cell(found["points"][1], "bridge", "sums") == "failed"
+
+
+def test_one_arm_is_compared_with_itself_at_the_first_value() -> None:
+    found = made_up("lambda", [0.0, 0.5, 1.0], [0.6, 0.62, 0.5])
+    against = [{**found["points"][0]["contrasts"][0], "arm": "bridge", "a": value, "b": 0.0} for value in (0.5, 1.0)]
+    against[1] |= {"low": -0.13, "high": -0.07, "p": 0.001}
+    found |= {"arms": ["bridge"], "across": [against[0] | {"low": -0.01, "high": 0.05, "p": 0.4}, against[1]]}
+    assert sweep_words.sentences(found) == [
+        "On sums, at lambda 1 bridge is worse than bridge at lambda 0; at lambda 0.5 bridge cannot be told from bridge at "
+        "lambda 0. Highest at lambda 0.5, 62.0 %; as the highest of several it overstates what new runs would give."
+    ]
+
+
+def test_models_go_by_their_short_names_where_these_differ() -> None:
+    assert sweep_words.names(["pocket:a", "/models/b/", 0.5]) == ["a", "b", "0.5"]
+    assert sweep_words.names(["x/model", "y/model"]) == ["x/model", "y/model"]
+
+
+@pytest.mark.parametrize(
+    ("vary", "values", "kind"),
+    [
+        ("labels", [64, 128], "log2"),
+        ("lambda", [0.0, 1.0], "linear"),
+        ("stages.opd.steps", [40, 80], "linear"),
+        ("stages.opd.optim.lr", [1e-4, 1e-3], "log"),
+        ("teacher", ["a", "b"], "category"),
+    ],
+)
+def test_the_axis_suits_the_values(vary: str, values: list[Any], kind: str) -> None:
+    assert sweep_figure.axis_kind(made_up(vary, values, [0.5, 0.6])) == kind
+
+
+def test_doubling_budgets_stand_equally_far_apart_and_every_line_has_its_name_beside_it() -> None:
+    found = made_up("labels", [64, 128, 256], [0.5, 0.6, 0.7])
+    svg, png = sweep_figure.draw(found)
+    assert (svg, png) == sweep_figure.draw(found)
+    for word in ("bridge 70.0", "direct_grpo 50.0", "student before 10.0", ">64<", ">128<", ">256<", "log scale"):
+        assert word in svg
+    places = []
+    for label in (">64<", ">128<", ">256<"):
+        before = svg[: svg.index(label)]
+        places.append(float(before[before.rindex('x="') + 3 :].split('"')[0]))
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=0.01)
+
+
+def test_the_page_holds_the_plot_in_its_own_colours_and_fetches_nothing() -> None:
+    found = made_up("labels", [64, 128], [0.6, 0.7])
+    found["said"] = ["<b>&"]
+    page = sweep_page.page(found, sweep_figure.draw(found)[0])
+    assert "&lt;b&gt;&amp;" in page and "<b>" not in page
+    assert "currentColor" in page and sweep_figure.TEXT not in page.split("<svg")[1].split("</svg>")[0]
+    assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
+    assert 'aria-label="Accuracy in per cent.' in page and "bridge on sums by labels 64: 60.0, 128: 70.0" in page
+
+
+# Sweeps that ran --------------------------------------------------------------------------------------------------------
+
+MIXED = ("--vary", "lambda", "--values", "0,.5", "--arms", "direct_grpo,mixed")
+
+
+@cache
+def swept() -> Path:
+    """One finished tiny sweep; tests read it and leave it as it is."""
+    out = temporary() / "sweep"
+    said = tiny("sweep", out, *MIXED)
+    assert said.code == 0, said.err
+    return out
+
+
+def node_names(out: Path) -> set[str]:
+    return {path.name for path, _ in infos(out)}
+
+
+def test_what_points_share_runs_once_and_stands_in_both_folders() -> None:
+    first, second = swept() / "0", swept() / "0.5"
+    shared = node_names(first) & node_names(second)
+    assert {name.split(".")[0] for name in shared} == {
+        "base_student", "base_teacher", "student_rl", "teacher_rl", "teacher_rollouts", "warmup",
+    }  # fmt: skip
+    assert {name.split(".")[0] for name in node_names(second) - shared} == {"opd"}
+    for name in shared:  # the very same seconds: it did not run again
+        assert (first / "nodes" / name / "ledger.jsonl").read_text() == (
+            second / "nodes" / name / "ledger.jsonl"
+        ).read_text()
+
+
+def test_sweep_json_says_what_the_points_reports_say() -> None:
+    found = held(swept() / "sweep.json")
+    assert (found["recipe"], found["vary"], found["values"]) == ("pocket", "lambda", [0.0, 0.5])
+    assert (found["seeds"], found["arms"]) == ([0], ["direct_grpo", "mixed"])
+    for point in found["points"]:
+        report = held(swept() / point["report"])
+        assert set(point["arms"]) == {"base_student", "base_teacher", "direct_grpo", "mixed"}
+        for name, arm in point["arms"].items():
+            assert arm == {key: report["arms"][name][key] for key in ("accuracy", "labels", "flops")}
+        (pair,) = [one for one in point["contrasts"] if (one["a"], one["b"]) == ("mixed", "direct_grpo")]
+        means = [point["arms"][name]["accuracy"]["sums"]["mean"] for name in ("mixed", "direct_grpo")]
+        assert pair["difference"] == pytest.approx(means[0] - means[1], abs=2e-6)
+    means = [point["arms"]["mixed"]["accuracy"]["sums"]["mean"] for point in found["points"]]
+    (one,) = [one for one in found["across"] if one["arm"] == "mixed"]
+    assert (one["a"], one["b"]) == (0.5, 0.0) and one["difference"] == pytest.approx(means[1] - means[0], abs=2e-6)
+
+
+def test_the_table_as_csv_has_a_row_for_each_value_and_arm() -> None:
+    rows = list(csv.DictReader((swept() / "sweep.csv").read_text(encoding="utf-8").splitlines()))
+    assert [(row["lambda"], row["arm"]) for row in rows] == [
+        (value, arm) for value in ("0", "0.5") for arm in ("base_student", "base_teacher", "direct_grpo", "mixed")
+    ]
+    found = held(swept() / "sweep.json")["points"][1]["arms"]["mixed"]
+    assert float(rows[-1]["accuracy"]) == found["accuracy"]["sums"]["mean"]
+    assert float(rows[-1]["labels"]) == found["labels"]["distinct"] and float(rows[-1]["flops"]) == found["flops"]
+
+
+def test_the_picture_shows_a_line_in_the_colour_of_each_arm() -> None:
+    pixels = matplotlib.image.imread(swept() / "sweep.png")[..., :3].reshape(-1, 3)
+    for style in (0, 3):  # direct_grpo and mixed
+        colour = sweep_figure.COLOURS[style].removeprefix("#")
+        wanted = [int(colour[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+        assert (abs(pixels - wanted).max(axis=1) < 0.01).sum() > 100
+
+
+def test_run_again_a_sweep_runs_nothing_and_a_further_value_runs_only_what_it_adds(tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(swept(), out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("DONE")}
+    said = tiny("sweep", out, "--vary", "lambda", "--values", "0,0.5,1", *MIXED[4:], "--json")
+    assert said.code == 0, said.err
+    assert held(out / "sweep.json") == json.loads(said.out)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {name.split(".")[0] for name in node_names(out / "1") - node_names(out / "0")} == {"opd"}
+    assert "opd" not in str([point["failed"] for point in json.loads(said.out)["points"]])
+    words = shlex.split(json.loads(said.out)["points"][0]["command"])
+    assert words[-1] == str(out / "0")
+    assert call(*words[1:]).code == 0  # as a study of its own: the same recipe, the same folder, nothing left to run
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_point_that_stops_itself_does_not_stop_the_others(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    length = "stages.student_rl.sampling.max_tokens"  # nothing is right within one token, so no group carries a signal
+    guard = ("guards.no_signal=stop", "guards.patience=2", "stages.student_rl.batch_size=32")
+    said = tiny("sweep", out, "--vary", length, "--values", "1,32", "--arms", "direct_grpo", changes=guard)
+    assert said.code == 4 and f"1 of 2 points failed: {length} 1" in said.err
+    first, second = held(out / "sweep.json")["points"]
+    assert "student_rl" in first["failed"] and "direct_grpo" not in first["arms"]
+    assert second["failed"] is None and second["arms"]["direct_grpo"]["accuracy"]["sums"]
+    assert f"{length} 1 failed: " in " ".join(said.out.split())
+    assert first["failed"][:40] in (out / "sweep.html").read_text(encoding="utf-8")
+
+
+def test_every_point_is_checked_before_the_first_starts(tmp_path: Path) -> None:
+    said = tiny("sweep", tmp_path / "out", "--vary", "labels", "--values", "16,65")
+    assert (said.code, said.out) == (2, "") and "value 65: labels.budget 65 is more than the 64" in said.err
+    (tmp_path / "out" / "16").mkdir(parents=True)
+    (tmp_path / "out" / "16" / "mine.txt").write_text("mine")
+    said = tiny("sweep", tmp_path / "out", "--vary", "labels", "--values", "32,16")
+    assert said.code == 2 and "not empty and holds no run of ours" in said.err
+    assert not (tmp_path / "out" / "32").exists()
+
+
+def test_a_dry_run_counts_shared_nodes_once_and_leaves_out_budgets_beyond_the_data(tmp_path: Path) -> None:
+    options = ("--vary", "labels", "--arms", "direct_grpo", "--out", tmp_path / "out", "--dry-run")
+    said = call("sweep", "pocket", *options, *sets("labels.budget=64"))
+    assert said.code == 0 and "value 128" in said.err and "left out" in said.err and not (tmp_path / "out").exists()
+    assert [line.split()[0] for line in said.out.splitlines() if line.strip()[:2] in ("16", "32", "64")] == [
+        "16",
+        "32",
+        "64",
+    ]
+    rows = json.loads(call("sweep", "pocket", *MIXED, "--dry-run", "--json", *sets()).out)
+    assert [(row["value"], row["nodes"], row["shared"]) for row in rows] == [(0.0, 7, 0), (0.5, 1, 6)]
+
+
+def test_what_reads_a_sweep_loads_no_torch() -> None:
+    code = "import sys, headwater.sweep, headwater.sweep_report; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert said.stdout.strip() == "False"
