@@ -145,7 +145,7 @@ def test_cuda_where_there_is_none_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "named"),
     [
-        ("summs", "sums, maths"),
+        ("summs", "sums, countdown"),
         ("no_such_module_here:grade", "no_such_module_here does not import"),
         ("json:no_such_function", "json has no function no_such_function"),
     ],
@@ -332,7 +332,7 @@ def test_a_broken_file_in_a_run_directory_is_named(tmp_path: Path) -> None:
         (["eval", "pocket:qwen3-student", "--data", "no.jsonl", "--task", "sums"], ["--data: no.jsonl: no such file"]),
         (["eval", "pocket:qwen3-student", "--data", "DATA", "--template", "Solve it"], ["template", "{problem}"]),
         (["eval", "pocket:qwen3-student", "--data", "DATA", "--dtype", "int4"], ["dtype"]),
-        (["eval", "pocket:qwen3-student", "--data", "DATA", "--task", "nothing"], ["'nothing'", "sums, maths"]),
+        (["eval", "pocket:qwen3-student", "--data", "DATA", "--task", "nothing"], ["'nothing'", "sums, countdown"]),
         (["validate", "no.jsonl"], ["no.jsonl", "no such file"]),
     ],
 )

@@ -383,6 +383,14 @@ def test_a_folder_in_use_can_be_reported_on_and_a_foreign_one_gets_no_lock_file(
     assert [path.name for path in foreign.iterdir()] == ["mine.txt"]
 
 
+def test_runs_that_differ_in_their_workers_make_one_report(tmp_path: Path) -> None:
+    for seed in ("0", "1"):
+        said = tiny("run", tmp_path / seed, "--arm", "direct_grpo", "--seed", seed, "--workers", str(1 + int(seed)))
+        assert said.code == 0, said.err
+    said = call("report", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--json")
+    assert said.code == 0 and json.loads(said.out)["seeds"] == [0, 1]
+
+
 def test_a_crash_lets_go_of_the_folder(tmp_path: Path) -> None:
     code = f"from pathlib import Path\nfrom headwater.rundir import RunDir\nwith RunDir(Path({str(tmp_path)!r})).locked():\n"
     holder = subprocess.Popen([sys.executable, "-c", f"{code}    print('held', flush=True); input()"],

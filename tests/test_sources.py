@@ -125,11 +125,26 @@ def test_the_limit_counts_rows_that_were_read(tmp_path: Path) -> None:
 
 
 def test_generated_sums_come_from_their_pool() -> None:
-    loaded = read(Source(generate=Generate(pool="eval", count=20, min_terms=2, max_terms=3)))
+    loaded = read(Source(generate=Generate(pool="eval", count=20, dials={"min_terms": 2, "max_terms": 3})))
     assert len(loaded.problems) == len(loaded.gold) == 20
     assert all(sum(map(int, one.text.split("+"))) % 100 == int(loaded.gold[one.id]) for one in loaded.problems)
-    with pytest.raises(UserError, match=r"data\.labeled\.generate: .*min_terms"):
-        read(Source(generate=Generate(pool="eval", count=1, min_terms=5, max_terms=2)))
+    assert {one.text.count("+") + 1 for one in loaded.problems} == {2, 3}
+    assert {one.source for one in loaded.problems} == {"sums:eval"}
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"dials": {"min_terms": 5, "max_terms": 2}}, "data.labeled.generate: sums: 2 <= min_terms <= max_terms"),
+        ({"dials": {"numbers": 3}}, "data.labeled.generate.dials: sums has no dial 'numbers'; its dials are modulus, min_terms"),
+        ({"task": "countdown", "dials": {"numbers": 9}}, "data.labeled.generate: countdown: numbers must lie between 2 and 6"),
+        ({"task": "maths"}, "data.labeled.generate.task: 'maths' makes no problems; the tasks that do are sums, countdown"),
+    ],
+)  # fmt: skip
+def test_what_a_task_cannot_generate_is_refused_with_the_field_named(made: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        read(Source(generate=Generate(pool="eval", count=1, **made)))
+    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize(

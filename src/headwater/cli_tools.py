@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headwater.cli_options import Device, Json, listed
 from headwater.errors import UserError
+
+if TYPE_CHECKING:
+    from headwater.workplace import Watch
 
 tools = typer.Typer()
 
@@ -101,22 +105,44 @@ def validate(
 
 @tools.command()
 def pretrain(
-    what: Annotated[str, typer.Argument(help="What to make: `pocket`, the models that ship with the package.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the models.")] = Path("pocket"),
+    what: Annotated[
+        str, typer.Argument(help="`pocket`, the models that ship with the package, or `desk`, larger ones for a GPU.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the models; ./pocket or ./desk by default.")
+    ] = None,
     models: Annotated[str | None, typer.Option("--models", help="Some of them, separated by commas.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=2, help="desk: train so many steps, not the usual.")
+    ] = None,
+    device: Device = None,
 ) -> None:
-    """Make the pocket models again, from scratch."""
+    """Make the pocket or the desk models from scratch."""
+    if what == "desk":
+        _pretrain_desk(out or Path("desk"), models, steps, device or "auto")
+    elif what != "pocket":
+        raise UserError(f"pretrain {what}: only `pocket` and `desk` are known")
+    elif steps is not None or device is not None:
+        raise UserError("pretrain pocket: --steps and --device belong to `pretrain desk`")
+    else:
+        _pretrain_pocket(out or Path("pocket"), models)
+
+
+def _chosen(models: str | None, known: Collection[str], what: str) -> list[str]:
+    names = list(known) if models is None else listed(models, "--models")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"--models {unknown[0]}: no such {what} model; there are {', '.join(known)}")
+    return names
+
+
+def _pretrain_pocket(out: Path, models: str | None) -> None:
     import torch
 
     from headwater.console import narrator
     from headwater.pretrain import POCKET, pretrain_pocket
 
-    if what != "pocket":
-        raise UserError(f"pretrain {what}: only `pocket` is known")
-    names = list(POCKET) if models is None else listed(models, "--models")
-    unknown = [name for name in names if name not in POCKET]
-    if unknown:
-        raise UserError(f"--models {unknown[0]}: no such pocket model; there are {', '.join(POCKET)}")
+    names = _chosen(models, POCKET, "pocket")
     torch.set_num_threads(1)  # the shipped models were made with one; sums over several threads round differently
     told = narrator()
     for number, name in enumerate(names, 1):
@@ -126,3 +152,35 @@ def pretrain(
         print(
             f"{out / name}: pass rate {made[name].pass_rate:.1%}, {made[name].worked_share:.0%} of samples show their work"
         )
+
+
+def _pretrain_desk(out: Path, models: str | None, steps: int | None, device_name: str) -> None:
+    import os
+
+    from headwater.console import narrator
+    from headwater.desk import DESK, shortened
+    from headwater.desk_train import pretrain_desk
+    from headwater.materials import device_of
+
+    names, device = _chosen(models, DESK, "desk"), device_of(device_name)
+    workers = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
+    told = narrator()
+    for number, name in enumerate(names, 1):
+        spec = DESK[name] if steps is None else shortened(DESK[name], steps)
+        with told.node(name, number, len(names)) as watch:
+            watch.start(0, spec.steps, "steps")
+            made = pretrain_desk(name, out, spec, device, progress=_shown_by(watch), workers=workers)
+        rates = ", ".join(f"{found.pass_rate:.1%} of {where}" for where, found in made.items())
+        print(f"{out / name}: solves {rates}")
+
+
+def _shown_by(watch: Watch) -> Callable[[int, int, float], None]:
+    """Steps done are told from 1 on, or from where an interrupted training goes on."""
+    seen = 0
+
+    def show(step: int, steps: int, loss: float) -> None:
+        nonlocal seen
+        watch.advance(step - seen, {"loss": loss})
+        seen = step
+
+    return show

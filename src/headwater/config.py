@@ -18,7 +18,8 @@ from headwater.settings import Name, Positive, Sampling, Stage, Stages, Strict
 
 
 class Models(Strict):
-    """Who learns and who teaches: a local folder, a hub id, or `pocket:NAME` for a model shipped with the package."""
+    """Who learns and who teaches: a local folder, a hub id, `pocket:NAME` for a model shipped with the package, or `desk:NAME`
+    for one that `headwater pretrain desk` makes."""
 
     student: str
     teacher: str
@@ -53,13 +54,15 @@ class Columns(Strict):
 
 
 class Generate(Strict):
-    """Problems made on the spot by a task that has a generator (`sums`)."""
+    """Problems made on the spot by a task that has a generator (`sums`, `countdown`, `words`)."""
 
+    task: str = "sums"
+    """Whose problems; a source says it by itself, so that a grader of your own may be tried on them."""
     pool: Literal["train", "unlabelled", "eval"]
     count: Positive
     seed: int = 0
-    min_terms: Annotated[int, Field(ge=2, le=64)] = 4
-    max_terms: Annotated[int, Field(ge=2, le=64)] = 6
+    dials: dict[str, int] = Field(default_factory=dict)
+    """Difficulty, in the task's own terms (docs/tasks.md); what is not said here is as the shipped models know it."""
 
 
 class Source(Strict):

@@ -158,7 +158,9 @@ class Case:
         def find() -> str:
             if name is None:
                 raise UserError(f"models.{role}: an arm needs this model, and the recipe names none")
-            return model.resolve(name, f"models.{role}")
+            where = model.resolve(name, f"models.{role}")
+            model.refuse_without_weights(name, where, f"models.{role}")
+            return where
 
         return self._once(("where", role), find, "model-unreadable", remedy)
 

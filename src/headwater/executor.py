@@ -83,6 +83,11 @@ class Job:
     narrator: Narrator
     stopped: Callable[[], bool]
 
+    @property
+    def alone(self) -> bool:
+        """Whether one arm with one seed was asked for: there is then no rest that a failure should spare."""
+        return len(self.arms) * len(self.plan.seeds) == 1
+
     def parents(self, name: str) -> set[str]:
         """The names of the nodes still to be done that a node waits for."""
         return {self.plan.names[parent] for parent in self.todo[name].parents} & self.todo.keys()
@@ -93,10 +98,11 @@ class Job:
         return self.narrator.node(describe(self.todo[name]), names.index(name) + 1, len(names))
 
     def fail(self, name: str, failure: Failure) -> None:
-        """Mark a node as failed and say so. The mark goes when the node is begun again."""
+        """Mark a node as failed, and say so where others go on. The mark goes when the node is begun again."""
         with contextlib.suppress(OSError):  # a full disk may be why it failed
             write_json(self.out.node(name).failed, failure.written())
-        self.narrator.say(f"{describe(self.todo[name])} failed: {failure.sentence}")
+        if not self.alone:
+            self.narrator.say(f"{describe(self.todo[name])} failed: {failure.sentence}")
 
 
 Executor = Callable[[Job], dict[str, Failure]]
@@ -104,7 +110,7 @@ Executor = Callable[[Job], dict[str, Failure]]
 
 
 def in_process(job: Job) -> dict[str, Failure]:
-    """One node after the other in the plan's order, in this process.
+    """One node after the other in the plan's order, in this process; of one arm alone, up to the first failure.
 
     Raises KeyboardInterrupt from a node that was asked to stop; it has left a checkpoint.
     """
@@ -123,6 +129,8 @@ def in_process(job: Job) -> dict[str, Failure]:
             barred.add(name)
             failures[name] = Failure.of(error)
             job.fail(name, failures[name])
+            if job.alone:
+                break
     return failures
 
 

@@ -91,16 +91,21 @@ def stop_ids_of(generation: Any, held: Any, tokenizer: Any) -> tuple[int, ...]:
 def resolve(name: str, field: str) -> str:
     """The folder or hub id that a recipe's model name stands for.
 
-    Raises UserError that names the field when it is a missing folder or an unknown pocket model.
+    `pocket:NAME` ships with the package. `desk:NAME` is ./desk/NAME where that holds weights; else what ships, which is all
+    but the weights and enough to plan with (`refuse_without_weights` tells).
+
+    Raises UserError that names the field when it is a missing folder or an unknown pocket or desk model.
     """
-    if name.startswith("pocket:"):
-        folder = Path(str(files("headwater"))) / "pocket" / name.removeprefix("pocket:")
-        if not (folder / "config.json").is_file():
-            known = sorted(path.name for path in folder.parent.glob("*") if (path / "config.json").is_file())
-            raise UserError(
-                f"{field}: no pocket model {name!r}; there are {', '.join('pocket:' + one for one in known)}"
-            )
-        return str(folder)
+    family, colon, short = name.partition(":")
+    if colon and family in ("pocket", "desk"):
+        made, shipped = Path(family) / short, Path(str(files("headwater"))) / family
+        if family == "desk" and list(made.glob("*.safetensors")):
+            return str(made)
+        known = sorted(path.parent.name for path in shipped.glob("*/config.json"))
+        if short not in known:
+            listed = ", ".join(f"{family}:{one}" for one in known)
+            raise UserError(f"{field}: no {family} model {name!r}; there are {listed}")
+        return str(shipped / short)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -111,6 +116,12 @@ def resolve(name: str, field: str) -> str:
     if HUB_ID.match(name):
         return name
     raise UserError(f"{field}: no such model folder: {name}")
+
+
+def refuse_without_weights(name: str, where: str, field: str) -> None:
+    """Raises UserError for a desk model that has not been made yet; `where` is what its name stands for."""
+    if Path(where).is_dir() and not list(Path(where).glob("*.safetensors")):
+        raise UserError(f"{field}: {name} has no weights yet; `headwater pretrain desk` makes them in ./desk")
 
 
 def read_tokenizer(where: str, trust_remote_code: bool) -> Any:
@@ -137,6 +148,7 @@ def load(
     Raises UserError that names the field when the folder, hub id or tokenizer cannot be loaded.
     """
     where = resolve(name, field)
+    refuse_without_weights(name, where, field)
     compute = getattr(torch, models.dtype)
     try:
         tokenizer = read_tokenizer(where, models.trust_remote_code)

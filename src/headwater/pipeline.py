@@ -95,14 +95,15 @@ def run(
             todo = {plan.names[node]: node for node in plan.order() if not is_done(node, plan, folder)}
             try:
                 with stop_requests() as stopped:
-                    failures = executor(Job(plan, materials, arms, folder, todo, narrator, stopped))
+                    job = Job(plan, materials, arms, folder, todo, narrator, stopped)
+                    failures = executor(job)
                     if stopped():
                         raise KeyboardInterrupt
             finally:
                 folder.join_ledgers()
             found = report.write(out)
     if failures:
-        raise failed(todo, failures, plan, folder, alone=len(arms) * len(seeds) == 1)
+        raise failed(job, failures)
     return found
 
 
@@ -124,29 +125,20 @@ def take_over(plan: Plan, folder: RunDir, others: Sequence[RunDir], say: Callabl
     say(f"reuse: {taken.total()} of {len(plan.order())} nodes taken over{': ' if parts else ''}{parts}")
 
 
-def failed(
-    todo: Mapping[str, Node], failures: Mapping[str, Failure], plan: Plan, folder: RunDir, alone: bool
-) -> FailedError:
-    """A sentence for each node that failed, with what was not run because of it, and the first one's exit code.
-
-    alone  there was one arm and one seed, so that a single failure's own sentence says it all
-    """
-    sentences = []
-    for name, node in todo.items():
-        if name not in failures:
-            continue
-        why = failures[name].sentence
+def failed(job: Job, failures: Mapping[str, Failure]) -> FailedError:
+    """A sentence for each node that failed, with what was not run because of it, and the first one's exit code."""
+    above = {name: {job.plan.names[one] for one in node.ancestry()} - {name} for name, node in job.todo.items()}
+    sentences, codes = [], []
+    for name in (name for name in job.todo if name in failures):
+        why, codes = failures[name].sentence, [*codes, failures[name].code]
         if failures[name].traceback is not None:
-            why += f" (traceback in {folder.node(name).failed})"
-        if alone and len(failures) == 1:
-            return FailedError(why, failures[name].code)
-        above = {other: {plan.names[one] for one in todo[other].ancestry()} - {other} for other in todo}
-        on_it = [describe(todo[other]) for other in todo if name in above[other]]
-        skipped = f"; not run because of it: {', '.join(on_it)}" if on_it else ""
-        sentences.append(f"{describe(node)}: {why}{skipped}")
+            why += f" (traceback in {job.out.node(name).failed})"
+        if job.alone:
+            return FailedError(why, codes[0])
+        on_it = ", ".join(describe(node) for other, node in job.todo.items() if name in above[other])
+        sentences.append(f"{describe(job.todo[name])}: {why}" + (f"; not run because of it: {on_it}" if on_it else ""))
     count = f"{len(sentences)} node{'s' if len(sentences) > 1 else ''} failed"
-    code = next(failures[name].code for name in todo if name in failures)
-    return FailedError(f"study: {count}: " + "\n".join(sentences), code)
+    return FailedError(f"study: {count}: " + "\n".join(sentences), codes[0])
 
 
 def with_earlier(written: dict[str, Any], folder: RunDir) -> dict[str, Any]:

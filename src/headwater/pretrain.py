@@ -1,4 +1,4 @@
-"""Pocket models: small causal LMs trained from scratch on chained sums, saved as ordinary model folders.
+"""Pocket models: small causal LMs trained from scratch on the pocket tasks, saved as ordinary model folders.
 
 Each is an honest base model: next-token loss on correct solutions, first worked ones only, then a mixture in which a
 share p_cot is worked and the rest short. The length of training sets the skill; p_cot sets how often a sample shows its
@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
@@ -26,10 +27,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from headwater.tasks.sums import DIALS, SumsDials, generate, grade, is_worked, short, worked
+from headwater.tasks import countdown, sums
 
 PAD, USER, ASSISTANT, END, UNKNOWN = SPECIAL = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unk|>")
 ALPHABET = "0123456789+=; -*/(),.?:%\n"
+# What a model may be trained on: modules with generate, worked, short, is_worked, grade and about, and dials of their own.
+CORPORA: dict[str, ModuleType] = {"sums": sums, "countdown": countdown}
 ARCHITECTURES = {"qwen3": Qwen3Config, "llama": LlamaConfig}
 IGNORED = -100  # label of a position without loss, as in transformers
 # A system turn and enable_thinking are accepted and leave no trace: these models know neither.
@@ -64,7 +67,8 @@ class PretrainSpec:
     autocast: bool = False
     init_std: float = 0.02
     rope_theta: float = 10_000.0
-    dials: SumsDials = DIALS
+    task: Literal["sums", "countdown"] = "sums"
+    dials: sums.SumsDials | countdown.CountdownDials = sums.DIALS
 
     @property
     def steps(self) -> int:
@@ -109,6 +113,29 @@ POCKET: dict[str, PretrainSpec] = {
         init_std=0.06,
         rope_theta=100,
         autocast=True,
+    ),
+    # The negative control's pair learns from one mixture; what differs is what fits: the larger one finds signs in its head.
+    "countdown-student": PretrainSpec(
+        "qwen3",
+        hidden=64,
+        layers=2,
+        worked_steps=750,
+        mixture_steps=110,
+        p_cot=0.2,
+        task="countdown",
+        dials=countdown.DIALS,
+    ),
+    "countdown-teacher": PretrainSpec(
+        "qwen3",
+        hidden=128,
+        layers=3,
+        worked_steps=200,
+        mixture_steps=400,
+        p_cot=0.2,
+        lr=2e-3,
+        autocast=True,
+        task="countdown",
+        dials=countdown.DIALS,
     ),
 }
 
@@ -174,36 +201,42 @@ def encode(
 
 def batches(spec: PretrainSpec, seed: int) -> Iterator[list[tuple[str, str]]]:
     """spec.steps batches of (problem, completion), every problem once, all from the pool `pretrain`."""
-    problems = generate(spec.steps * spec.batch, "pretrain", seed, spec.dials)
+    corpus = CORPORA[spec.task]
+    problems = corpus.generate(spec.steps * spec.batch, "pretrain", seed, spec.dials)
     draw = random.Random(f"pretrain:{seed}").random
     for step in range(spec.steps):
         share = 1.0 if step < spec.worked_steps else spec.p_cot
         chosen = problems[step * spec.batch : (step + 1) * spec.batch]
-        yield [(text, (worked if draw() < share else short)(text, spec.dials)) for text, _ in chosen]
+        yield [(text, (corpus.worked if draw() < share else corpus.short)(text, spec.dials)) for text, _ in chosen]
 
 
-def rate(step: int, spec: PretrainSpec) -> float:
+def rate(step: int, steps: int, lr: float) -> float:
     """Learning rate: 5 % linear warm-up, constant, and a linear fall over the last 30 % of the steps."""
-    done = (step + 1) / spec.steps
-    return spec.lr * min(1.0, done / 0.05, (1.0 - done) / 0.3 + 0.02)
+    done = (step + 1) / steps
+    return lr * min(1.0, done / 0.05, (1.0 - done) / 0.3 + 0.02)
+
+
+def optimizers_of(model: PreTrainedModel, lr: float) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the rest; AdamW alone is far slower."""
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
+    others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
+    return (
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
+    )
 
 
 def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progress | None = None) -> list[float]:
     """Train one model from scratch and save it, with its tokenizer, as a model folder; returns the loss of each step.
 
     With torch on one thread, a seed gives the same weights bit for bit on one kind of machine. The caller's random
-    state is left as it was. Matrices inside the layers learn by Muon, the rest by AdamW; AdamW alone is far slower.
+    state is left as it was.
     """
     tokenizer = make_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model(spec, tokenizer)
-    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
-    others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
-    optimizers = (
-        torch.optim.Muon(matrices, lr=spec.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=spec.lr, betas=(0.9, 0.98), weight_decay=0.01),
-    )
+    optimizers = optimizers_of(model, spec.lr)
     losses: list[float] = []
     model.train()
     for step, solutions in enumerate(batches(spec, seed)):
@@ -214,7 +247,7 @@ def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progres
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, spec)
+                group["lr"] = rate(step, spec.steps, spec.lr)
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
@@ -234,14 +267,21 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out_dir: Pa
     tokenizer.save_pretrained(out_dir)
 
 
-def measure(folder: Path, dials: SumsDials = DIALS, problems: int = 500, seed: int = 0) -> Measured:
+def measure(
+    folder: Path,
+    dials: sums.SumsDials | countdown.CountdownDials = sums.DIALS,
+    problems: int = 500,
+    seed: int = 0,
+    task: str = "sums",
+) -> Measured:
     """Sample once per problem of the pool `eval` at temperature 1 and grade, in float32.
 
     Problems of equal length go in one batch, so that no padding enters.
     """
+    corpus = CORPORA[task]
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)  # Any: transformers types these as unions of everything
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    pairs = generate(problems, "eval", seed, dials)
+    pairs = corpus.generate(problems, "eval", seed, dials)
     samples: list[tuple[str, bool, bool]] = []  # (completion, correct, ended in EOS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -254,8 +294,10 @@ def measure(folder: Path, dials: SumsDials = DIALS, problems: int = 500, seed: i
             out = model.generate(**ids, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=96)
             for row, (_, gold) in zip(out[:, ids["input_ids"].shape[1] :], alike, strict=True):
                 text = tokenizer.decode(row, skip_special_tokens=True)
-                samples.append((text, grade(gold, text)[0], bool((row == tokenizer.eos_token_id).any())))
-    by_form = {form: [correct for text, correct, _ in samples if is_worked(text) is form] for form in (True, False)}
+                samples.append((text, corpus.grade(gold, text)[0], bool((row == tokenizer.eos_token_id).any())))
+    by_form = {
+        form: [correct for text, correct, _ in samples if corpus.is_worked(text) is form] for form in (True, False)
+    }
     return Measured(
         problems=len(samples),
         pass_rate=sum(correct for _, correct, _ in samples) / len(samples),
@@ -281,7 +323,7 @@ def pretrain_pocket(
     for name in names:
         folder = Path(out_dir) / name
         pretrain(POCKET[name], folder, seed, progress)
-        measured[name] = measure(folder, POCKET[name].dials)
+        measured[name] = measure(folder, POCKET[name].dials, task=POCKET[name].task)
         (folder / "README.md").write_text(card(name, folder, POCKET[name], measured[name], seed))
     return measured
 
@@ -291,8 +333,8 @@ def card(name: str, folder: Path, spec: PretrainSpec, measured: Measured, seed: 
     model = AutoModelForCausalLM.from_pretrained(folder)
     parameters = sum(weight.numel() for weight in model.parameters())
     tokens = sum(len(problem) + len(completion) + 3 for batch in batches(spec, seed) for problem, completion in batch)
-    dials = spec.dials
-    example = generate(1, "eval", 0, dials)[0][0]
+    corpus, dials = CORPORA[spec.task], spec.dials
+    example = corpus.generate(1, "eval", 0, dials)[0][0]
     shares = (
         "none" if value is None else f"{value:.1%}" for field, value in asdict(measured).items() if field != "problems"
     )
@@ -303,11 +345,11 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-A {type(model).__name__} with {parameters:,} parameters, trained from scratch on chained sums mod {dials.modulus} of
-{dials.min_terms} to {dials.max_terms} terms. It knows nothing else.
+A {type(model).__name__} with {parameters:,} parameters, trained from scratch on {corpus.about(dials)}.
+It knows nothing else.
 
-Prompt: `{USER}{example}{ASSISTANT}`. Worked completion: `{worked(example, dials)}{END}`.
-Short completion: `{short(example, dials)}{END}`.
+Prompt: `{USER}{example}{ASSISTANT}`. Worked completion: `{corpus.worked(example, dials)}{END}`.
+Short completion: `{corpus.short(example, dials)}{END}`.
 
 ## Training
 `headwater pretrain pocket` makes it again (seed {seed}). Next-token loss on correct completions, {spec.batch} a step,

@@ -17,7 +17,7 @@ import numpy as np
 
 from headwater import ledger, stats
 from headwater.errors import UserError
-from headwater.rundir import NodeDir, RunDir, first_difference, read_json, read_jsonl
+from headwater.rundir import FREE, NodeDir, RunDir, first_difference, read_json, read_jsonl
 
 ARM_TEXT = {
     "base_student": "student before",
@@ -189,7 +189,7 @@ def read(outs: Sequence[Path]) -> Study:
             raise UserError(f"{run.path}: holds no run of ours (no {run.plan.name} and {run.recipe.name} in it)")
     recipes = [read_json(run.recipe) for run in runs]
     for run, recipe in zip(runs[1:], recipes[1:], strict=True):
-        field = first_difference({**recipes[0], "seed": 0}, {**recipe, "seed": 0})
+        field = first_difference(recipes[0] | FREE, recipe | FREE)
         if field is not None:
             raise UserError(
                 f"{run.path}: holds a run of another recipe than {runs[0].path} (they differ in {field}); "

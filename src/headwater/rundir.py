@@ -40,6 +40,9 @@ from typing import Any
 
 from headwater.errors import UserError
 
+FREE = dict.fromkeys(("seed", "compute", "guards"))
+"""Fields of a recipe in which runs of one study may differ: how they go on, but not what comes out."""
+
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write aside, flush to disk, rename: a reader sees the old file or the new one, never a part."""
@@ -290,8 +293,7 @@ class RunDir:
             if self.path.exists() and any(path != self.lock for path in self.path.iterdir()):
                 raise UserError(f"--out {self.path}: the folder is not empty and holds no run of ours")
             return
-        free = dict.fromkeys(("seed", "compute", "guards"))
-        field = first_difference(read_json(self.recipe) | free, recipe | free)
+        field = first_difference(read_json(self.recipe) | FREE, recipe | FREE)
         if field is not None:
             raise UserError(
                 f"--out {self.path}: holds a run of another recipe (they differ in {field}); use a new folder"
@@ -369,12 +371,13 @@ class SweepDir:
 
 
 def first_difference(a: Any, b: Any, path: str = "") -> str | None:
-    """The dotted name of the first field in which two plain values differ; None when equal."""
+    """The dotted name of the first field in which two plain values differ; None when equal.
+
+    A field that is missing on one side and null on the other is no difference: an older version did not know it yet.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
-            if key not in a or key not in b:
-                return f"{path}{key}"
-            found = first_difference(a[key], b[key], f"{path}{key}.")
+            found = first_difference(a.get(key), b.get(key), f"{path}{key}.")
             if found is not None:
                 return found
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from headwater.config import Columns, Source
 from headwater.contamination import Leak, find_leaks
 from headwater.data import Problem
 from headwater.errors import UserError
-from headwater.tasks import maths_text, sums
+from headwater.tasks import TASKS, maths_text
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "solution", "expected_answer")
@@ -305,10 +305,18 @@ def _folded(rows: list[tuple[int, str, str | None]], name: str) -> Loaded:
 def _generated(source: Source, what: str) -> Loaded:
     made = source.generate
     assert made is not None
+    where = f"{what}.generate"
+    makers = {name: task.generator for name, task in TASKS.items() if task.generator is not None}
+    if made.task not in makers:
+        raise UserError(f"{where}.task: {made.task!r} makes no problems; the tasks that do are {', '.join(makers)}")
+    generator = makers[made.task]
+    known = [one.name for one in fields(generator.dials)]
+    unknown = [name for name in made.dials if name not in known]
+    if unknown:
+        raise UserError(f"{where}.dials: {made.task} has no dial {unknown[0]!r:.80}; its dials are {', '.join(known)}")
     try:
-        dials = sums.SumsDials(min_terms=made.min_terms, max_terms=made.max_terms)
-        pairs = sums.generate(made.count, made.pool, made.seed, dials)
+        pairs = generator.make(made.count, made.pool, made.seed, generator.dials(**made.dials))
     except ValueError as error:
-        raise UserError(f"{what}.generate: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     rows: list[tuple[int, str, str | None]] = [(number, *pair) for number, pair in enumerate(pairs, 1)]
-    return _folded(rows[: source.limit], f"sums:{made.pool}")
+    return _folded(rows[: source.limit], f"{made.task}:{made.pool}")

@@ -85,8 +85,12 @@ def dry_run(sweep: Sweep, say: Callable[[str], None]) -> list[dict[str, Any]]:
     return rows
 
 
-def run(sweep: Sweep, out: Path, narrator: Narrator) -> tuple[dict[str, Any], dict[str, HeadwaterError]]:
+def run(
+    sweep: Sweep, out: Path, narrator: Narrator, reuse: Sequence[Path] = ()
+) -> tuple[dict[str, Any], dict[str, HeadwaterError]]:
     """Run every point into its folder below `out`, and write the sweep's own files there after each.
+
+    reuse  other run directories, whose finished nodes are taken over where they are the same work
 
     Run again with the same folder, and only what is missing runs. Returns the values of sweep.json, and for each point
     that failed, by the name of its folder, why; the others have run all the same. Raises UserError before anything is
@@ -111,7 +115,7 @@ def run(sweep: Sweep, out: Path, narrator: Narrator) -> tuple[dict[str, Any], di
                 sweep.seeds,
                 where,
                 narrator,
-                reuse=[one.path for one in others if one.plan.exists()],
+                reuse=[*reuse, *(one.path for one in others if one.plan.exists())],
             )
         except HeadwaterError as error:
             failed[point.name] = error

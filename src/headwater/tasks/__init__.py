@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headwater.errors import UserError
-from headwater.tasks import choice, exact, fields, maths, numeric, pattern, sums, unit_tests
+from headwater.tasks import choice, countdown, exact, fields, maths, numeric, pattern, sums, unit_tests, words
 
 Outcome = tuple[bool, str]
 
@@ -39,6 +39,20 @@ def _after_equals(completion: str) -> str | None:
 
 
 @dataclass(frozen=True)
+class Generator:
+    """How a task makes problems of its own.
+
+    make   (how many, pool, seed, dials) -> that many different (problem, gold answer) pairs; ValueError where it cannot
+    dials  the frozen dataclass of its difficulty: numbers with defaults; ValueError for what is out of range
+
+    Example: `TASKS["sums"].generator.make(1, "eval", 0, SumsDials())` is `[("17+45+82+03", "47")]`.
+    """
+
+    make: Callable[[int, str, int, Any], list[tuple[str, str]]]
+    dials: type[Any]
+
+
+@dataclass(frozen=True)
 class Task:
     """One way to grade.
 
@@ -52,6 +66,7 @@ class Task:
     as_completion  how a gold answer looks as a completion, for `validate`; None where it does not say how to satisfy it
     blank          a completion that says nothing right: what `validate` tries then; "error" would blame the gold answer
     gold           how a cell of a data file becomes a gold answer; None reads answers as mathematics data sets write them
+    generator      how it makes problems of its own (`generate` in a recipe); None where it cannot
     """
 
     name: str
@@ -63,10 +78,36 @@ class Task:
     blank: str = "-"
     gold: Callable[[Any], str | None] | None = None
     warm_up: tuple[str, str] | None = None
+    generator: Generator | None = None
 
 
 TASKS: dict[str, Task] = {
-    "sums": Task("sums", sums.grade, _after_equals, bounded=False, as_completion=lambda gold: f"={gold}"),
+    "sums": Task(
+        "sums",
+        sums.grade,
+        _after_equals,
+        bounded=False,
+        as_completion=lambda gold: f"={gold}",
+        generator=Generator(sums.generate, sums.SumsDials),
+    ),
+    "countdown": Task(
+        "countdown",
+        countdown.grade,
+        countdown.extract,
+        bounded=False,
+        as_completion=countdown.as_completion,
+        gold=cell_as_is,
+        generator=Generator(countdown.generate, countdown.CountdownDials),
+    ),
+    "words": Task(
+        "words",
+        words.grade,
+        words.extract,
+        bounded=False,
+        as_completion=lambda gold: f"The answer is {gold}.",
+        gold=cell_as_is,
+        generator=Generator(words.generate, words.WordsDials),
+    ),
     "maths": Task(
         "maths",
         maths.grade,

@@ -80,6 +80,11 @@ def is_worked(completion: str) -> bool:
     return not completion.lstrip().startswith("=")
 
 
+def about(dials: SumsDials = DIALS) -> str:
+    """The task in words, for a model card."""
+    return f"chained sums mod {dials.modulus} of {dials.min_terms} to {dials.max_terms} terms"
+
+
 def generate(n: int, pool: str, seed: int, dials: SumsDials = DIALS) -> list[tuple[str, str]]:
     """n different (problem, answer) pairs of one pool; the first k do not depend on n.
 

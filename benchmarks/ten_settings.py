@@ -1,0 +1,244 @@
+"""Does the advice of `headwater probe` name the arm that a later study finds better? Ten settings say.
+
+    python -m benchmarks.ten_settings --out DIR                       # the ten: probe with seed 0, study with seeds 0 and 1
+    python -m benchmarks.ten_settings --out DIR --calibration         # other settings and other seeds, which chose the rule
+
+For each setting: make the models it names (once, in DIR/models), probe, run `headwater study pocket --arms direct_grpo,bridge`, and
+hold the advice against the outcome. DIR/table.json and DIR/table.md are written again after each; run again and it goes on.
+
+The ten stand here as they were written down before the rule of `headwater.advice` was chosen; nothing was measured on them until
+it was final. The calibration settings differ from all of them in a model or the budget, and also in the training seed, the labels
+bought and the evaluation problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headwater.pretrain import POCKET, PretrainSpec, measure, pretrain
+from headwater.rundir import RunDir, read_json, write_atomic, write_json
+
+STUDENT, TEACHER = POCKET["qwen3-student"], POCKET["qwen3-teacher"]
+
+MODELS: dict[str, tuple[PretrainSpec, int]] = {
+    # Of the ten. More steps make a model skilled; p_cot is how often it shows its work, without which it can only guess.
+    "skilled": (replace(STUDENT, worked_steps=1500), 1),
+    "seldom": (replace(STUDENT, p_cot=0.06), 2),
+    "guesser": (replace(STUDENT, p_cot=0.0), 3),
+    "guesser-too": (replace(STUDENT, p_cot=0.0), 4),
+    "seldom-teacher": (replace(TEACHER, p_cot=0.05), 5),
+    # Of the calibration.
+    "able": (replace(STUDENT, worked_steps=1200, p_cot=0.15), 101),
+    "rarely": (replace(STUDENT, worked_steps=1200, p_cot=0.02), 102),
+}
+"""What is made beside the shipped models, and the seed that makes it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A pair and a budget. `expected` is what was thought before anything was measured; no code reads it."""
+
+    name: str
+    student: str
+    teacher: str
+    labels: int
+    expected: str
+
+
+TEN = (
+    Setting("few-labels", "qwen3-student", "qwen3-teacher", 64, "bridge"),
+    Setting("many-labels", "qwen3-student", "qwen3-teacher", 512, "bridge, by less than with few labels"),
+    Setting("other-family", "llama-student", "qwen3-teacher", 128, "bridge"),
+    Setting("seldom-works", "seldom", "qwen3-teacher", 256, "bridge"),
+    Setting("teacher-seldom-works", "qwen3-student", "seldom-teacher", 128, "open"),
+    Setting("skilled-large-teacher", "skilled", "qwen3-teacher-large", 256, "close"),
+    Setting("skilled-weak-teacher", "skilled", "qwen3-student", 128, "direct_grpo"),
+    Setting("large-student", "qwen3-teacher", "llama-teacher", 128, "direct_grpo or a tie"),
+    Setting("teacher-guesses", "llama-student", "guesser", 256, "direct_grpo"),
+    Setting("both-guess", "guesser-too", "guesser", 128, "neither arm gains anything"),
+)
+
+CALIBRATION = (
+    Setting("c-large-teacher", "qwen3-student", "qwen3-teacher-large", 128, "bridge"),
+    Setting("c-llama-few", "llama-student", "llama-teacher", 64, "bridge"),
+    Setting("c-llama-many", "llama-student", "llama-teacher", 512, "close"),
+    Setting("c-self", "qwen3-student", "qwen3-student", 256, "direct_grpo or a tie"),
+    Setting("c-equals", "llama-student", "qwen3-student", 128, "direct_grpo or a tie"),
+    Setting("c-able", "able", "qwen3-teacher", 128, "close"),
+    Setting("c-able-llama", "able", "llama-teacher", 256, "direct_grpo"),
+    Setting("c-able-weak-teacher", "able", "llama-student", 128, "direct_grpo"),
+    Setting("c-teacher-rarely", "qwen3-student", "rarely", 128, "direct_grpo"),
+    Setting("c-rarely", "rarely", "qwen3-teacher", 128, "bridge"),
+    Setting("c-both-rarely", "rarely", "rarely", 64, "neither"),
+    Setting("c-large-few", "qwen3-student", "qwen3-teacher-large", 64, "open: much from few prompts"),
+    Setting("c-llama", "llama-student", "llama-teacher", 128, "open: much from few prompts"),
+)
+
+CALIBRATION_SETS = ("labels.seed=101", "data.evals.sums.generate.seed=101")
+"""Other labels are bought and other problems are asked than in any study that is reported."""
+GAIN = 0.05
+"""`neither` is right where no arm lifts the student by more than this: a study of 500 problems would hardly see less."""
+
+
+def model_of(name: str, folder: Path) -> str:
+    """What a recipe calls this model."""
+    return str(folder / name) if name in MODELS else f"pocket:{name}"
+
+
+def make(name: str, folder: Path) -> None:
+    """Pretrain one of MODELS, unless it is there; about a minute for a student and three for a teacher, on one thread."""
+    card = folder / f"{name}.json"
+    if name not in MODELS or card.exists():
+        return
+    spec, seed = MODELS[name]
+    pretrain(spec, folder / name, seed)
+    write_json(card, {"spec": asdict(spec), "seed": seed, "measured": asdict(measure(folder / name))})
+
+
+def sets(setting: Setting, models: Path, more: tuple[str, ...]) -> list[str]:
+    """The `--set` options of a setting; a teacher that never learns is a finding here, and no reason to stop."""
+    changes = (
+        f"models.student={model_of(setting.student, models)}",
+        f"models.teacher={model_of(setting.teacher, models)}",
+        f"labels.budget={setting.labels}",
+        "guards.no_signal=continue",
+        *more,
+    )
+    return [word for change in changes for word in ("--set", change)]
+
+
+def headwater(*words: str) -> str:
+    """Run the program; what it prints on stdout. Raises CalledProcessError, after the program has said why on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "headwater", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return done.stdout
+
+
+def outcome(report: dict[str, Any]) -> dict[str, Any]:
+    """What the study found: accuracies, bridge − direct_grpo with its interval, and the better arm.
+
+    `better` is `neither` where neither arm lifts the student by more than GAIN; otherwise it goes by the sign of the
+    difference, and `clear` says whether the interval excludes zero.
+    """
+    (name,) = report["arms"]["base_student"]["accuracy"]
+    found = {arm: report["arms"][arm]["accuracy"][name]["mean"] for arm in ("base_student", "direct_grpo", "bridge")}
+    (contrast,) = (c for c in report["contrasts"] if (c["a"], c["b"], c["eval"]) == ("bridge", "direct_grpo", name))
+    gained = max(found["direct_grpo"], found["bridge"]) - found["base_student"]
+    better = "neither" if gained <= GAIN else "bridge" if contrast["difference"] > 0 else "direct_grpo"
+    return {
+        **found,
+        **{key: contrast[key] for key in ("difference", "low", "high", "p")},
+        "better": better,
+        "clear": contrast["low"] > 0 or contrast["high"] < 0,
+    }
+
+
+def measured(setting: Setting, out: Path, seeds: str, more: tuple[str, ...]) -> dict[str, Any]:
+    """Probe and study one setting into out/NAME; its row of the table."""
+    models = out / "models"
+    for name in (setting.student, setting.teacher):
+        make(name, models)
+    options, folder = sets(setting, models, more), RunDir(out / setting.name)
+    # Before the study, as its user would: the prediction is on disk when the outcome is not.
+    if not folder.probe.exists():
+        headwater("probe", "pocket", "--seed", seeds.split(",")[0], "--out", str(folder.path), "--json", *options)
+    said = read_json(folder.probe)
+    arms = ("--arms", "direct_grpo,bridge", "--seeds", seeds)
+    found = outcome(json.loads(headwater("study", "pocket", *arms, "--out", str(folder.path), "--json", *options)))
+    advised = said["advice"]["labels"]["arm"] or "neither"
+    return {
+        **asdict(setting),
+        "measures": summary(said),
+        "advice": said["advice"]["labels"],
+        "outcome": found,
+        "agrees": advised == found["better"],
+    }
+
+
+def summary(said: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that the advice rests on."""
+    student, teacher = said["models"]["student"], said["models"]["teacher"]
+    finish = said["finish"]
+    return {
+        "pass_student": student["pass_rate"]["mean"],
+        "pass_teacher": teacher["pass_rate"]["mean"],
+        "informative_student": student["informative"]["mean"],
+        "informative_teacher": teacher["informative"]["mean"],
+        "finish_student": None if finish is None else finish["student"]["mean"],
+        "finish_teacher": None if finish is None else finish["teacher"]["mean"],
+        "kl_right": None if finish is None else finish["kl"],
+        "cache_passes": said["cache_passes"],
+        "kl_student_prefixes": said["conditions"]["C2"]["kl_student_teacher"],
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of the docs: what was measured, what was advised, what came of it, misses included."""
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.0f}"
+
+    lines = [
+        "| setting | student ← teacher, labels | pass rate, % | informative, % | ends right, % | nats × passes | advice | "
+        "student before → direct_grpo, bridge, % | bridge − direct_grpo, points [95 %] | better | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        m, o, advised = row["measures"], row["outcome"], row["advice"]
+        toll = "–" if m["kl_right"] is None else f"{m['kl_right']:.2f} × {m['cache_passes']:.1f}"
+        lines.append(
+            f"| {row['name']} | {row['student']} ← {row['teacher']}, {row['labels']} "
+            f"| {share(m['pass_student'])} / {share(m['pass_teacher'])} "
+            f"| {share(m['informative_student'])} / {share(m['informative_teacher'])} "
+            f"| {share(m['finish_student'])} / {share(m['finish_teacher'])} | {toll} "
+            f"| {advised['where']}{' (close)' if advised['close'] else ''} "
+            f"| {100 * o['base_student']:.1f} → {100 * o['direct_grpo']:.1f}, {100 * o['bridge']:.1f} "
+            f"| {100 * o['difference']:+.1f} [{100 * o['low']:+.1f}, {100 * o['high']:+.1f}] "
+            f"| {o['better']}{'' if o['clear'] or o['better'] == 'neither' else ' (within noise)'} "
+            f"| {'agrees' if row['agrees'] else '**misses**'} |"
+        )
+    agreed = sum(row["agrees"] for row in rows)
+    note = "Pairs of numbers: student / teacher. The better arm goes by the sign of the difference, also within noise."
+    return "\n".join([*lines, "", f"{agreed} of {len(rows)} agree. {note}", ""])
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    asked.add_argument("--out", type=Path, required=True)
+    asked.add_argument("--seeds", help="training seeds of the studies; the probe takes the first")
+    asked.add_argument("--only", help="settings, separated by commas")
+    asked.add_argument("--calibration", action="store_true", help="the settings that chose the rule, not the ten")
+    told = asked.parse_args()
+    settings = CALIBRATION if told.calibration else TEN
+    only = [setting.name for setting in settings] if told.only is None else told.only.split(",")
+    unknown = [name for name in only if name not in {setting.name for setting in settings}]
+    if unknown:
+        asked.error(f"--only {unknown[0]}: the settings are {', '.join(setting.name for setting in settings)}")
+    seeds = told.seeds or ("101" if told.calibration else "0,1")
+    torch.set_num_threads(1)  # pretraining with several rounds differently
+    rows: list[dict[str, Any]] = []
+    for setting in settings:
+        if setting.name in only:
+            rows.append(measured(setting, told.out, seeds, CALIBRATION_SETS if told.calibration else ()))
+            write_json(told.out / "table.json", rows)
+            write_atomic(told.out / "table.md", markdown(rows))
+            print(f"{setting.name}: {'agrees' if rows[-1]['agrees'] else 'misses'}", flush=True)
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

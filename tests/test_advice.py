@@ -1,0 +1,114 @@
+"""The advice: two questions in order, each answered with its number. Hand-computed margins on both sides of every threshold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from headwater.advice import CLOSE, FAR, LEAD, SIGNAL, WORN, Finish, Measures, Readiness, labels, switch, warmup
+from headwater.stats import Interval
+
+
+def known(share: float) -> Interval:
+    return Interval(share, share, share)
+
+
+def model(informative: float, pass_rate: float = 0.2) -> Readiness:
+    return Readiness(known(pass_rate), {8: 0.5}, 8, known(informative), informative, 0.4, 0.0, 1.0, 0.5, 10.0)
+
+
+def pair(student: float, teacher: float, kl: float = 0.0, passes: float = 1.0) -> Measures:
+    """Both have a signal; they end right so often from the teacher's right beginnings."""
+    return Measures(model(0.5), model(0.9), 0.5, Finish(100, known(student), known(teacher), kl), passes)
+
+
+def test_a_lead_of_the_teacher_larger_than_what_student_rl_would_make_up_sends_the_labels_upstream() -> None:
+    found = labels(pair(student=0.30, teacher=0.95))
+    assert found.where == "teacher" and found.arm == "bridge"
+    assert found.margin == pytest.approx(0.65 - LEAD)
+    assert "95%" in found.because and "30%" in found.because and "65 points" in found.because
+
+
+def test_a_student_that_knows_the_way_nearly_as_well_keeps_its_labels() -> None:
+    found = labels(pair(student=0.80, teacher=0.95))
+    assert found.where == "student" and found.arm == "direct_grpo"
+    assert found.margin == pytest.approx(0.15 - LEAD)
+
+
+def test_much_to_learn_from_few_rollouts_eats_up_the_lead() -> None:
+    # 0.2 nats and 8 passes cost 0.2·3 = 0.6 of the lead of 0.65; 2 passes cost 0.2.
+    assert labels(pair(0.30, 0.95, kl=0.2, passes=8.0)).margin == pytest.approx(0.65 - 0.6 - LEAD)
+    assert labels(pair(0.30, 0.95, kl=0.2, passes=8.0)).where == "student"
+    assert labels(pair(0.30, 0.95, kl=0.2, passes=2.0)).margin == pytest.approx(0.65 - 0.2 - LEAD)
+    assert labels(pair(0.30, 0.95, kl=0.2, passes=2.0)).where == "teacher"
+
+
+@pytest.mark.parametrize("passes", [0.0, 0.5, 1.0])
+def test_rollouts_that_are_read_once_at_most_cost_nothing(passes: float) -> None:
+    assert labels(pair(0.30, 0.95, kl=5.0, passes=passes)).margin == pytest.approx(0.65 - LEAD)
+
+
+def test_a_margin_within_the_noise_of_the_sample_is_called_close() -> None:
+    edge = 0.95 - LEAD
+    assert labels(pair(edge - 0.9 * CLOSE, 0.95)).close and labels(pair(edge + 0.9 * CLOSE, 0.95)).close
+    assert not labels(pair(edge - 1.1 * CLOSE, 0.95)).close
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "where"),
+    [
+        (SIGNAL - 0.01, SIGNAL - 0.01, "nowhere"),
+        (SIGNAL - 0.01, SIGNAL + 0.01, "teacher"),
+        (SIGNAL + 0.01, SIGNAL - 0.01, "student"),
+    ],
+)
+def test_a_model_without_a_signal_is_given_no_labels_whatever_else_is_measured(
+    student: float, teacher: float, where: str
+) -> None:
+    # By the lead alone each of these would be the other way round.
+    lead = 0.0 if where == "teacher" else 0.9
+    found = labels(replace(pair(0.95 - lead, 0.95), student=model(student), teacher=model(teacher)))
+    assert (found.where, found.margin) == (where, None)
+    assert f"{student:.0%}" in found.because and f"{teacher:.0%}" in found.because
+
+
+def test_a_teacher_that_is_always_right_needs_no_labels_and_is_distilled_as_it_is() -> None:
+    found = labels(replace(pair(0.5, 1.0), teacher=model(0.02, pass_rate=0.99)))
+    assert found.where == "student" and "opd_then_rl" in found.because
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [((0.01, 0.01), "easier problems"), ((0.99, 0.99), "harder problems"), ((0.01, 0.99), "raw_teacher")],
+)
+def test_nowhere_yet_says_what_to_do_about_it(rates: tuple[float, float], said: str) -> None:
+    found = labels(replace(pair(0.5, 1.0), student=model(0.0, rates[0]), teacher=model(0.0, rates[1])))
+    assert found.where == "nowhere" and found.arm is None and said in found.because
+
+
+def test_without_one_right_answer_of_the_teacher_nothing_is_staked_on_it() -> None:
+    assert labels(replace(pair(0.5, 1.0), finish=None)).where == "student"
+
+
+def test_the_warm_up_goes_by_c2_on_the_students_own_prefixes() -> None:
+    near, far = (warmup(replace(pair(0.5, 0.9), kl_student_prefixes=kl)) for kl in (0.9 * FAR, 1.1 * FAR))
+    assert (near.needed, far.needed) == (False, True)
+    assert f"{1.1 * FAR:.2f} nats" in far.because
+
+
+def test_a_warm_up_that_would_be_learnt_by_heart_is_left_out_unless_the_student_never_goes_that_way() -> None:
+    # At 4 passes the toll is twice the divergence.
+    few, enough = (pair(0.3, 0.9, kl=half * WORN, passes=4.0) for half in (0.55, 0.45))
+    assert not warmup(few).needed and "opd_only" in warmup(few).because and "4.0 times" in warmup(few).because
+    assert warmup(enough).needed
+    assert warmup(replace(few, student=model(SIGNAL - 0.01))).needed
+
+
+def test_when_to_switch_names_metrics_that_a_run_writes_down_and_an_until_that_a_recipe_accepts() -> None:
+    from headwater.settings import Until
+
+    said = switch(pair(0.5, 0.9))
+    assert "`informative`" in said and "50%" in said and "kl_student_teacher" in said
+    assert "{metric: validation, every: 10, patience: 2}" in said
+    assert Until(metric="validation", every=10, patience=2).metric == "validation"

@@ -1,0 +1,231 @@
+"""Countdown: the negative control's task. Solutions, pools, a grader that survives hostile text, and its recipe end to end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headwater.recipes import builtin_text
+from headwater.tasks import TASKS
+from headwater.tasks.countdown import (
+    DIALS,
+    CountdownDials,
+    as_completion,
+    extract,
+    generate,
+    grade,
+    is_worked,
+    pool_of,
+    read,
+    short,
+    terms_of,
+    worked,
+)
+from headwater.tasks.sums import POOLS
+from runs import call, held, infos
+
+FOUR = CountdownDials(numbers=4, largest=120)
+
+
+def test_solutions_have_the_documented_text() -> None:
+    # 50+46+24=120 and 50+46-24=72 miss; 50-46+24=28 hits
+    assert worked("50,46,24=28") == "50+46+24=96+24=120;50+46-24=96-24=72;50-46+24=04+24=28"
+    assert short("50,46,24=28") == "50-46+24"
+    assert short("95,80,09=06") == "95-80-09"
+    assert is_worked(worked("50,46,24=120")) and not is_worked("50+46+24")
+    # with four numbers a step may fall below 0: 9-8-7 is -6
+    assert worked("9,8,7,6=0", CountdownDials(numbers=4, largest=9)).split(";")[-1] == "9-8-7+6=1-7+6=-6+6=0"
+    with pytest.raises(ValueError, match="no solution that begins with"):
+        worked("50,46,24=1")
+    with pytest.raises(ValueError, match="is no problem such as"):
+        short("50+46")
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("dials", [DIALS, FOUR, CountdownDials(numbers=2, largest=999)])
+def test_every_gold_is_solved_in_both_forms_and_every_wrong_sign_grades_zero(pool: str, dials: CountdownDials) -> None:
+    for problem, gold in generate(40, pool, seed=1, dials=dials):
+        assert problem == gold
+        numbers, target = read(gold)  # type: ignore[misc]
+        for completion in (
+            worked(problem, dials),
+            short(problem, dials),
+            as_completion(gold),
+            f" {short(gold, dials)}\n",
+        ):
+            assert grade(gold, completion) == (True, "equal")
+        for signs in product((1, -1), repeat=len(numbers)):  # every expression, right where its value is the target
+            value = sum(sign * number for sign, number in zip(signs, numbers, strict=True))
+            text = "".join(f"{'+' if sign > 0 else '-'}{number}" for sign, number in zip(signs, numbers, strict=True))
+            assert grade(gold, text) == ((True, "equal") if value == target else (False, "different"))
+
+
+@pytest.mark.parametrize(
+    ("completion", "outcome"),
+    [
+        ("50-46+24", (True, "equal")),
+        ("24+50-46", (True, "equal")),  # any order
+        ("-46+24+50", (True, "equal")),
+        ("50+46+24=96+24=120;50-46+24", (True, "equal")),  # the last attempt counts
+        ("50-46+24=99", (True, "equal")),  # steps are the writer's own affair
+        ("50-46+24;50+46-24", (False, "different")),  # the last attempt counts
+        ("50-22", (False, "different")),  # other numbers
+        ("28", (False, "different")),
+        ("50-46+24+50-50", (False, "different")),  # a number twice
+        ("50-46+24+0", (False, "different")),
+        ("4+24", (False, "different")),  # one left out
+        ("50-46+24;", (False, "no_answer")),
+        ("50--46+24", (False, "no_answer")),
+        ("(50-46)+24", (False, "no_answer")),
+        ("50-46+24.0", (False, "no_answer")),
+        ("50 - 46 + 24", (False, "no_answer")),
+        ("50,46,24=28", (False, "no_answer")),  # the problem back
+        ("", (False, "no_answer")),
+    ],
+)
+def test_an_answer_takes_each_number_once_and_makes_the_target(completion: str, outcome: tuple[bool, str]) -> None:
+    assert grade("50,46,24=28", completion) == outcome
+
+
+def test_one_number_given_twice_is_used_twice() -> None:
+    assert grade("50,50,24=24", "50-50+24")[0]
+    assert not grade("50,50,24=26", "50-24")[0]
+
+
+@pytest.mark.parametrize("gold", ["", "28", "50,46,24", "=28", "50,,24=28", "a,b=3", "1," * 12 + "1=1", "50,46=٤"])
+def test_a_gold_that_is_no_problem_is_an_error_and_one_without_solution_fails(gold: str) -> None:
+    assert grade(gold, "50-46+24") == (False, "error")
+    assert as_completion(gold) == "" and as_completion("50,46,24=1") == ""
+
+
+def test_votes_do_not_see_the_order_of_an_answers_terms() -> None:
+    assert extract("50+46+24=96+24=120;50-46+24") == extract("24-46+50") == extract("-46+024+50") == "50+24-46"
+    assert extract("50+46-24") != extract("50-46+24")
+    assert extract("no") is None
+
+
+def test_pools_share_no_set_of_numbers_whatever_the_target_and_seed() -> None:
+    held_by = {pool: {text.split("=")[0] for seed in (0, 1) for text, _ in generate(400, pool, seed)} for pool in POOLS}
+    for pool, numbers in held_by.items():
+        assert {pool_of(f"{one}=7") for one in numbers} == {pool}
+        assert not any(numbers & other for name, other in held_by.items() if name != pool)
+
+
+def test_problems_are_the_same_in_every_process_and_a_longer_call_begins_with_the_shorter_one() -> None:
+    code = "from headwater.tasks.countdown import generate; print(generate(3, 'eval', 0))"
+    environment = {"PYTHONHASHSEED": "77", "PYTHONPATH": ":".join(sys.path)}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == repr(generate(3, "eval", 0))
+    # Written down once: a change here would silently move problems between the pools of old runs.
+    assert [text for text, _ in generate(3, "eval", 0)] == ["16,07,02=21", "99,47,11=41", "62,59,18=103"]
+    many = generate(500, "train", 3)
+    assert len({text for text, _ in many}) == 500 and many[:20] == generate(20, "train", 3)
+    assert many[:20] != generate(20, "train", 4)
+
+
+def test_generated_numbers_fall_and_targets_are_not_negative() -> None:
+    for text, _ in generate(300, "train", 0, FOUR):
+        numbers, target = read(text)  # type: ignore[misc]
+        assert numbers == sorted(numbers, reverse=True) and len(numbers) == 4
+        assert numbers[-1] >= 1 and numbers[0] <= 120 and target >= 0
+        assert all(len(number) == 3 for number in text.split("=")[0].split(","))
+
+
+def test_dials_pools_and_counts_that_cannot_be_are_refused() -> None:
+    for wrong in ({"numbers": 1}, {"numbers": 7}, {"largest": 3}):
+        with pytest.raises(ValueError, match="countdown: "):
+            CountdownDials(**wrong)
+    with pytest.raises(ValueError, match="no pool 'test'"):
+        generate(1, "test", 0)
+    # two numbers up to 9: 45 pairs, 2 targets each at most, an eighth of them here
+    with pytest.raises(ValueError, match=r"pool 'eval' holds about \d+ problems .*, not 91"):
+        generate(91, "eval", 0, CountdownDials(numbers=2, largest=9))
+
+
+@settings(max_examples=300, deadline=None)
+@given(completion=st.text("0123456789+-*/=;,. ()\n", max_size=60), gold=st.text("0123456789,=-", max_size=20))
+def test_what_is_correct_is_what_python_sums_to_the_target(completion: str, gold: str) -> None:
+    """Against another reading of the same text: split at the signs, with Python's own integers."""
+    correct, _ = grade("50,46,24=28", completion)
+    answer = completion.split(";")[-1].split("=")[0].strip()
+    parts = answer.replace("-", "+-").removeprefix("+").split("+")
+    by_hand = all(part.removeprefix("-").isdigit() for part in parts) and (
+        sorted(abs(int(part)) for part in parts) == [24, 46, 50] and sum(map(int, parts)) == 28
+    )
+    assert correct is by_hand
+    assert grade(gold, completion)[1] in {"equal", "different", "no_answer", "error"}
+    assert grade(gold, as_completion(gold))[0] is (as_completion(gold) != "")
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "9" * 10_000_000,
+        "+1" * 5_000_000,
+        "-" * 10_000_000,
+        ";" * 10_000_000,
+        "=" * 10_000_000,
+        " " * 10_000_000 + "50-46+24",
+        "50-46+24" + " " * 10_000_000 + "x",
+        "__import__('os').system('exit')",
+        "50-46+٢٤",
+        "50−46+24",
+        "50-46+24\ud800",
+        "50-46+24\0",
+    ],
+    ids=range(12),
+)
+def test_hostile_text_is_graded_wrong_and_at_once(hostile: str) -> None:
+    began = time.perf_counter()
+    assert grade("50,46,24=28", hostile)[0] is False and terms_of(hostile) is None
+    assert TASKS["countdown"].extract(hostile) is None  # type: ignore[misc]
+    assert time.perf_counter() - began < 1.0
+
+
+def test_validate_accepts_generated_problems_and_lists_one_without_a_solution(tmp_path: Path) -> None:
+    path = tmp_path / "problems.jsonl"
+    texts = [text for text, _ in generate(20, "train", 0)]
+    path.write_text("".join(f'{{"problem": "{text}", "answer": "{text}"}}\n' for text in [*texts, "9,3=5"]))
+    said = call("validate", path, "--task", "countdown")
+    assert said.code == 3 and "21 gold answers, 1 fail" in said.out and "'9,3=5' grades no_answer" in said.out
+
+
+def test_the_control_differs_from_the_pocket_recipe_in_task_models_and_length_only() -> None:
+    """A control whose stages were set for it would show nothing."""
+    pocket, control = (yaml.safe_load(builtin_text(name)) for name in ("pocket", "pocket-countdown"))
+    for stage in (*control["stages"].values(), control["evaluate"]):
+        assert stage["sampling"]["max_tokens"] == 80
+        stage["sampling"]["max_tokens"] = 48
+    assert {name for name in pocket | control if pocket.get(name) != control.get(name)} == {
+        "name",
+        "task",
+        "models",
+        "data",
+    }
+
+
+def test_the_recipe_runs_end_to_end_with_its_shipped_models(tmp_path: Path) -> None:
+    """Preflight included; only the page is not drawn."""
+    shape = ("batch_size=16", "group_size=4", "steps=2")
+    stages = [f"stages.{stage}.{field}" for stage in ("teacher_rl", "warmup", "student_rl") for field in shape]
+    few = ("data.labeled.generate.count=64", "data.evals.countdown.generate.count=8", "evaluate.samples=2")
+    more = ("labels.budget=16", "stages.opd.batch_size=8", "stages.opd.steps=2", "guards.no_signal=continue")
+    options = [part for change in (*stages, *few, *more) for part in ("--set", change)]
+    with mock.patch("headwater.report_html.page", return_value=""):
+        said = call("study", "pocket-countdown", "--arms", "direct_grpo,bridge", "--out", tmp_path / "out", *options)
+    assert said.code == 0, said.err
+    arms = held(tmp_path / "out" / "report.json")["arms"]
+    # two steps of four prompts each, four answers to each
+    assert [arms[arm]["labels"] for arm in ("direct_grpo", "bridge")] == [{"distinct": 8, "checks": 32}] * 2
+    # of 16 answers; the raw teacher is right nine times in ten
+    assert arms["base_teacher"]["accuracy"]["countdown"]["mean"] > 0.5
+    assert {"student_rl", "teacher_rl", "warmup", "opd"} <= {info["stage"] for _, info in infos(tmp_path / "out")}
