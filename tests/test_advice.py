@@ -1,4 +1,4 @@
-"""The advice: two questions in order, each answered with its number. Hand-computed margins on both sides of every threshold."""
+"""The advice: questions in order, each answered with its number. Hand-computed margins on both sides of every threshold."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from headwater.advice import CLOSE, FAR, LEAD, SIGNAL, WORN, Finish, Measures, Readiness, labels, switch, warmup
+from headwater.advice import CLOSE, ENOUGH, FAR, LEAD, SIGNAL, WORN, Finish, Measures, Readiness, labels, switch, warmup
 from headwater.stats import Interval
 
 
@@ -85,6 +85,20 @@ def test_a_teacher_that_is_always_right_needs_no_labels_and_is_distilled_as_it_i
 def test_nowhere_yet_says_what_to_do_about_it(rates: tuple[float, float], said: str) -> None:
     found = labels(replace(pair(0.5, 1.0), student=model(0.0, rates[0]), teacher=model(0.0, rates[1])))
     assert found.where == "nowhere" and found.arm is None and said in found.because
+
+
+def test_a_teacher_that_already_gets_what_its_best_sample_gets_leaves_the_labels_to_the_student() -> None:
+    # Whatever its lead: labels upstream could raise it from 93 % to 98 % at most.
+    held = pair(student=0.30, teacher=0.95)
+    sated = replace(held.teacher, pass_rate=known(0.93), pass_at={8: 0.98}, c1=0.949)
+    found = labels(replace(held, teacher=sated))
+    assert found.where == "student" and found.margin is None
+    assert "93%" in found.because and "98%" in found.because and "0.95" in found.because
+    hungry = replace(sated, c1=ENOUGH - 0.01)
+    assert labels(replace(held, teacher=hungry)).where == "teacher"
+    # A student without a signal can spend none, so they go where there is one all the same.
+    silent = replace(held.student, informative=known(0.0))
+    assert labels(replace(held, teacher=sated, student=silent)).where == "teacher"
 
 
 def test_without_one_right_answer_of_the_teacher_nothing_is_staked_on_it() -> None:

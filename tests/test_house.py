@@ -20,7 +20,20 @@ MODULES = {
     if path != SOURCE / "__init__.py"
 }
 
-NOUNS = {"data", "labels", "ledger", "rundir", "config", "settings", "plateau", "recipes", "prompts", "seeds", "errors", "plan"}
+NOUNS = {
+    "data",
+    "labels",
+    "ledger",
+    "rundir",
+    "config",
+    "settings",
+    "plateau",
+    "recipes",
+    "prompts",
+    "seeds",
+    "errors",
+    "plan",
+}
 PURE = {"batch", "logprobs", "advantages", "losses", "distributions"}
 MACHINES = {"model", "sampler", "decoder", "teacher", "objective", "train", "checkpoint", "evaluate", "conditions"}
 HEAVY = ("torch", "transformers", "safetensors", "datasets")

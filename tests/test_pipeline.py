@@ -20,8 +20,8 @@ from headwater.teacher import logp_of
 from runs import all_arms, held, infos, node, node_names, nodes, rows, tiny
 
 
-def sparse(info: dict) -> bool:  # type: ignore[type-arg]
-    return info["stage"] in ("teacher_rl", "student_rl")
+def objective(info: dict) -> str:  # type: ignore[type-arg]
+    return str(info["settings"]["objective"])
 
 
 def steps_of(path: Path) -> list[tuple[dict, list[dict]]]:  # type: ignore[type-arg]
@@ -46,7 +46,9 @@ def test_the_run_directory_holds_what_the_contract_says() -> None:
         },
     }  # fmt: skip
     for path, info in infos(out):
-        assert {one.name for one in path.iterdir()} == wanted[info["kind"]], path.name
+        taught = info["kind"] == "train" and info["role"] == "student" and objective(info) not in ("grpo", "constant")
+        beside = {"conditions.jsonl"} if taught else set()  # how far the student stands from its teacher
+        assert {one.name for one in path.iterdir()} == wanted[info["kind"]] | beside, path.name
         assert held(path / "DONE")["fingerprint"] == info["fingerprint"]
 
 
@@ -68,11 +70,13 @@ def test_every_metrics_row_holds_the_contracts_keys_and_steps_count_from_one() -
         "step", "loss", "grad_norm", "seconds", "seconds_sample", "seconds_score", "seconds_update",
         "tokens_sampled", "tokens_trained", "tokens_teacher_scored",
     }  # fmt: skip
+    longer = [node(all_arms(), arm, "student_rl") for arm in ("direct_grpo_compute", "opd_then_rl_compute")]
     for path, info in infos(all_arms()):
         if info["kind"] != "train":
             continue
         found = rows(path / "metrics.jsonl")
-        assert [row["step"] for row in found] == [1, 2]
+        assert [row["step"] for row in found] == list(range(1, len(found) + 1))
+        assert len(found) == 2 or path in longer
         for row in found:
             assert wanted <= row.keys(), path.name
             parts = row["seconds_sample"] + row["seconds_score"] + row["seconds_update"]
@@ -117,9 +121,11 @@ def test_a_study_of_all_arms_runs_every_shared_node_once() -> None:
     out = all_arms()
     stages = Counter(info["stage"] for _, info in infos(out))
     # Teachers: RL on all, on 1H, then on 2H; caches: raw, RL'd on all, on 1H, on 1H+2H, fine-tuned, and the expert's.
+    # OPD: after each of the five warm-ups, without one from the RL'd and from the raw teacher; constant advantage with and
+    # without a warm-up, forward KL, the mixture. Student RL: cold, on 2H, on 1H again, after OPD; two at equal compute.
     assert stages == {
-        "base_student": 1, "base_teacher": 1, "teacher_rl": 3, "teacher_rollouts": 6, "sft": 2, "warmup": 5, "opd": 6,
-        "student_rl": 3,
+        "base_student": 1, "base_teacher": 1, "teacher_rl": 3, "teacher_rollouts": 6, "sft": 2, "warmup": 5, "opd": 11,
+        "student_rl": 6,
     }  # fmt: skip
     teacher = node(out, "bridge", "teacher_rl")
     assert all(node(out, arm, "teacher_rl") == teacher for arm in ("opd_only", "warmup_only", "teacher_sft"))
@@ -205,25 +211,26 @@ def test_a_training_problem_that_stands_in_an_evaluation_is_left_out_and_that_is
 
 
 def test_sampled_tokens_labels_and_checks_of_every_step_are_those_of_its_rollouts() -> None:
-    counted = 0
+    counted: Counter[str] = Counter()
     for path, info in infos(all_arms()):
         if info["kind"] != "train":
             continue
         for spend, texts in steps_of(path):
             tokens = sum(row["tokens"] for row in texts)
-            assert spend["tokens_sampled"] == (tokens if info["stage"] in ("teacher_rl", "student_rl", "opd") else 0)
-            assert spend["tokens_teacher_scored"] == (tokens if info["stage"] == "opd" else 0)
-            if sparse(info):
+            assert spend["tokens_sampled"] == (0 if objective(info) in ("forward_kl", "sft") else tokens)
+            assert spend["tokens_teacher_scored"] == (tokens if objective(info) in ("opd", "mixed") else 0)
+            if objective(info) in ("grpo", "mixed"):
                 assert set(spend["labels"]) == {row["problem_id"] for row in texts}
-                assert spend["checks"] == len(texts) == 16
-                # A rollout without advantage is not run: it has no gradient.
-                tokens = sum(row["tokens"] for row in texts if row["advantage"] != 0.0)
+                assert spend["checks"] == len(texts) == info["settings"]["batch_size"]
+                if objective(info) == "grpo":  # a rollout without advantage is not run: it has no gradient
+                    tokens = sum(row["tokens"] for row in texts if row["advantage"] != 0.0)
             else:
                 assert spend["labels"] == [] and spend["checks"] == 0
                 assert all("correct" not in row for row in texts)
             assert spend["tokens_trained"] == tokens
-            counted += 1
-    assert counted == 2 * 19  # 19 trained nodes of two steps
+        counted[objective(info)] += 1
+    # Teacher and student RL; fine-tunings; warm-ups; OPD but for its two constant and its one mixed form.
+    assert counted == {"grpo": 3 + 6, "sft": 2, "forward_kl": 5, "opd": 11 - 3, "constant": 2, "mixed": 1}
 
 
 def test_a_step_s_ledger_row_and_its_metrics_row_say_the_same() -> None:

@@ -1,19 +1,22 @@
 """From readiness measures to advice: where the labels go, whether to warm up, when to go on to student RL. Numbers in, words out.
 
-The rule for the labels asks two things, in this order.
+The rule for the labels asks three things, in this order.
 
 1. Where is there a signal? GRPO learns from groups whose rewards differ, and from nothing else. A model with next to none
    cannot spend a label; if that is so of both, nobody can yet.
-2. Where both have one, what would the teacher bring that the student's own reinforcement would not? Reinforcement makes a
-   model take the right way more often; how well it walks it, it must mostly know. So both models are put on the teacher's
-   right way (`Finish`): the teacher's lead there is what a bridge can carry over, and it must be larger than what the
-   student's own RL and the bridge's losses take of it:
+2. Does the teacher need labels? Where C1 holds as it is, its reward near that of its own best of k, there is little that they
+   could raise; they go to the student, after a bridge from the teacher as it is.
+3. Where both have a signal, and the teacher room, what would the teacher bring that the student's own reinforcement would
+   not? Reinforcement makes a model take the right way more often; how well it walks it, it must mostly know. So both models
+   are put on the teacher's right way (`Finish`): the teacher's lead there is what a bridge can carry over, and it must be
+   larger than what the student's own RL and the bridge's losses take of it:
 
        lead − TOLL · toll > LEAD,    toll = KL(π_T‖πθ) on the teacher's right rollouts · times each of them is trained on
 
    Much to learn from few rollouts, gone through many times, is learnt by heart and not held out.
 
-LEAD, TOLL and SIGNAL were chosen on other models, budgets, seeds and problems than the settings that test them (docs/probe.md).
+LEAD, TOLL and SIGNAL were chosen on other models, budgets, seeds and problems than the settings that test them; ENOUGH was added
+when the rule without it had missed the countdown task (docs/probe.md).
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from headwater.stats import Interval
 
 SIGNAL = 0.15
 """Least share of informative groups. Guessing one of a hundred right by luck gives 0.08 at group size 8."""
+ENOUGH = 0.9
+"""C1, reward over best of k, from which on a teacher counts as one that RL has little to add to."""
 LEAD = 0.3
 CLOSE = 0.05
 """A margin smaller than this is within the noise of 128 problems: the advice is then called close."""
@@ -142,6 +147,14 @@ def labels(found: Measures) -> Labels:
                 "from it without any (opd_then_rl), and spend them on the student",
             )
         return Labels("student", f"{shares}: sparse reward would find nothing to reinforce in this teacher")
+    if teacher.c1 is not None and teacher.c1 >= ENOUGH and has_signal(student):
+        k = max(teacher.pass_at)
+        return Labels(
+            "student",
+            f"the teacher is right {teacher.pass_rate.mean:.0%} of the time and its best of {k} {teacher.pass_at[k]:.0%}, so that C1 "
+            f"holds as it is ({teacher.c1:.2f}, from {ENOUGH:g} on) and labels could hardly raise it. Bridge from it without any "
+            "(raw_teacher), and spend them on the student",
+        )
     if not has_signal(student):
         return Labels("teacher", f"{shares}: only the teacher's samples are right often enough to learn from")
     if finish is None:

@@ -128,17 +128,18 @@ def take_over(plan: Plan, folder: RunDir, others: Sequence[RunDir], say: Callabl
 def failed(job: Job, failures: Mapping[str, Failure]) -> FailedError:
     """A sentence for each node that failed, with what was not run because of it, and the first one's exit code."""
     above = {name: {job.plan.names[one] for one in node.ancestry()} - {name} for name, node in job.todo.items()}
-    sentences, codes = [], []
-    for name in (name for name in job.todo if name in failures):
-        why, codes = failures[name].sentence, [*codes, failures[name].code]
+    named = [name for name in job.todo if name in failures]
+    code, sentences = failures[named[0]].code, []
+    for name in named:
+        why = failures[name].sentence
         if failures[name].traceback is not None:
             why += f" (traceback in {job.out.node(name).failed})"
         if job.alone:
-            return FailedError(why, codes[0])
+            return FailedError(why, code)
         on_it = ", ".join(describe(node) for other, node in job.todo.items() if name in above[other])
         sentences.append(f"{describe(job.todo[name])}: {why}" + (f"; not run because of it: {on_it}" if on_it else ""))
     count = f"{len(sentences)} node{'s' if len(sentences) > 1 else ''} failed"
-    return FailedError(f"study: {count}: " + "\n".join(sentences), codes[0])
+    return FailedError(f"study: {count}: " + "\n".join(sentences), code)
 
 
 def with_earlier(written: dict[str, Any], folder: RunDir) -> dict[str, Any]:
