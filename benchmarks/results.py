@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from headwater.report_words import count, duration, p_text, percent, points, reading, units
+from headwater.report_words import count, p_text, percent, points, reading, units
 
 Block = Callable[[Path, str, Path], str]
 
@@ -53,12 +53,11 @@ def arms(run: Path, name: str, plots: Path) -> str:
                 f"{percent(best[1]['mean'])}",
                 "–" if free else count(one["labels"]["distinct"]),
                 "–" if free else units(one["flops"], "FLOPs"),
-                "–" if free else duration(one["seconds"]),
             ]
         )
         drawn.append((arm, score))
     forest(plots / f"{name}.svg", drawn, f"accuracy on {eval_name}, %, 95 % interval over seeds and problems")
-    head = ["arm", "accuracy, % [95 %]", f"pass@{best[0]}", "labels", "training FLOPs", "seconds of one core"]
+    head = ["arm", "accuracy, % [95 %]", f"pass@{best[0]}", "labels", "training FLOPs"]
     return f"{table(head, rows)}\n\n![Accuracy of every arm](results/{name}.svg)"
 
 
@@ -161,10 +160,12 @@ def fill(page: Path, runs: Path) -> list[str]:
 
     def replaced(match: re.Match[str]) -> str:
         name, kind = match[1], match[2]
-        if not (runs / name).is_dir():
+        try:
+            block = KINDS[kind](runs / name, name, page.parent / "results")
+        except FileNotFoundError:
             missing.append(name)
             return match[0]
-        return f"<!-- {name}:{kind} -->\n{KINDS[kind](runs / name, name, page.parent / 'results')}\n<!-- end -->"
+        return f"<!-- {name}:{kind} -->\n{block}\n<!-- end -->"
 
     text = page.read_text(encoding="utf-8")
     pattern = r"<!-- ([\w-]+):(\w+) -->\n.*?<!-- end -->"
