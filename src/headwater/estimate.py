@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +69,9 @@ class Case:
 
 
 def prompt_tokens(materials: Materials) -> float:
-    """Tokens of the longest prompt among the first 256 problems."""
-    prompter = Prompter(read_tokenizer(materials.recipe, "student"), materials.recipe.prompt)
+    """Tokens of the longest prompt among the first 256 problems; one over the limit is refused elsewhere, by name."""
+    unbounded = materials.recipe.prompt.model_copy(update={"max_tokens": sys.maxsize})
+    prompter = Prompter(read_tokenizer(materials.recipe, "student"), unbounded)
     chosen = [materials.problems[name] for name in sorted(materials.problems)[:256]]
     return max(len(prompter.ids(problem)) for problem in chosen)
 
