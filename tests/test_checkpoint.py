@@ -60,6 +60,8 @@ class Driver:
                 self.node.rollouts(step), [{"ids": row.rollout.completion_ids} for row in rows]
             ),
             evaluate=self.evaluated.append,
+            beside=lambda step, last: {},
+            ended=lambda step: False,
             should_stop=lambda: stop_after is not None and max(self.weights, default=0) >= stop_after,
         )  # fmt: skip
         return self
