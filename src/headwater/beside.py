@@ -9,14 +9,14 @@ from functools import cache
 
 from headwater import conditions
 from headwater.data import Rollout
-from headwater.evaluate import evaluate, refuse_nan
+from headwater.evaluate import refuse_nan
 from headwater.ledger import record
 from headwater.model import Policy, Shape
 from headwater.plan import Node, supervisor
 from headwater.rundir import append_jsonl
 from headwater.sampler import requests_for
 from headwater.train import Metrics
-from headwater.workplace import Workplace, named
+from headwater.workplace import Workplace, held_out, named
 
 
 def beside(node: Node, place: Workplace, policy: Policy) -> Callable[[int, bool], Metrics]:
@@ -88,31 +88,13 @@ def validation(node: Node, place: Workplace, policy: Policy) -> Callable[[int], 
     until = None if node.settings is None else node.settings.until
     if until is None or until.metric != "validation" or materials.validation is None:
         return lambda step: {}
-    problems, labels = materials.validation
-    every, shape = until.every, Shape.from_config(policy.model.config)
+    asked, every = materials.validation, until.every
 
     def measure(step: int) -> Metrics:
         if step == 0 or step % every:
             return {}
-        with named(node, step):
-            rows, spent = evaluate(
-                place.sampler(policy), place.prompter(policy), problems, labels, materials.recipe.evaluate,
-                (node.seed, "validation"), materials.task.extract,
-            )  # fmt: skip
-        tokens = spent["tokens_sampled"] + spent["tokens_prompt"]
-        record(
-            place.node_dir(node).ledger,
-            replace(
-                place.spend(node),
-                purpose="validation",
-                step=step,
-                labels=tuple(problem.id for problem in problems),
-                checks=int(spent["checks"]),
-                tokens_sampled=int(spent["tokens_sampled"]),
-                flops=shape.flops(tokens, tokens / max(1, spent["checks"])),
-                seconds=spent["seconds"],
-            ),
-        )
+        rows, spend = held_out(node, place, policy, asked, "validation", step, (node.seed, "validation"))
+        record(place.node_dir(node).ledger, spend)
         return {"validation": sum(row["correct"] for row in rows) / len(rows)}
 
     return measure

@@ -9,7 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
-from headwater.cli_options import Device, DryRun, Json, Out, RecipeName, Reuse, Set, Workers, changed, listed
+from headwater.cli_options import (
+    Arms,
+    Device,
+    DryRun,
+    Json,
+    Out,
+    RecipeName,
+    Reuse,
+    Seeds,
+    Set,
+    Workers,
+    arms_in,
+    changed,
+    resumable,
+    seeds_in,
+)  # fmt: skip
 from headwater.cli_science import science
 from headwater.cli_tools import tools
 from headwater.errors import FailedError, HeadwaterError, RefusedError, UserError
@@ -55,8 +70,8 @@ def run(
 @app.command()
 def study(
     recipe: RecipeName,
-    arms: Annotated[str | None, typer.Option("--arms", help="Arms, separated by commas, or `all`.")] = None,
-    seeds: Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")] = None,
+    arms: Arms = None,
+    seeds: Seeds = None,
     out: Out = None,
     set_: Set = None,
     device: Device = None,
@@ -66,14 +81,10 @@ def study(
     json_: Json = False,
 ) -> None:
     """Run many arms × seeds as one plan, shared nodes once, then report."""
-    from headwater.recipes import ARMS, DEFAULT_STUDY
+    from headwater.recipes import DEFAULT_STUDY
 
-    chosen = list(DEFAULT_STUDY) if arms is None else list(ARMS) if arms == "all" else listed(arms, "--arms")
-    try:
-        numbers = None if seeds is None else [int(one) for one in listed(seeds, "--seeds")]
-    except ValueError:
-        raise UserError(f"--seeds {seeds}: must be whole numbers separated by commas") from None
-    _go(recipe, chosen, numbers, out, changed(set_, device, workers), reuse, dry_run, json_)
+    chosen = list(DEFAULT_STUDY) if arms is None else arms_in(arms)
+    _go(recipe, chosen, seeds_in(seeds), out, changed(set_, device, workers), reuse, dry_run, json_)
 
 
 @app.command()
@@ -104,10 +115,10 @@ def doctor(
     """Everything that can be wrong before time is spent; exit 3 with named findings. `run` and `study` ask it first."""
     from headwater import pipeline
     from headwater.doctor import diagnose
-    from headwater.recipes import ARMS, find_recipe
+    from headwater.recipes import find_recipe
 
     found_recipe = find_recipe(recipe, changed(set_, device))
-    chosen = list(ARMS) if arms == "all" else listed(arms, "--arms")
+    chosen = arms_in(arms)
     pipeline.set_up(found_recipe.compute)
     found = diagnose(found_recipe, chosen, [found_recipe.seed], out or Path("runs") / found_recipe.name)
     print(json.dumps(found.written()) if json_ else found.text())
@@ -163,10 +174,8 @@ def _go(
         return
     folder = out or Path("runs") / recipe.name
     try:
-        found = pipeline.run(recipe, arms, chosen, folder, narrator(quiet=as_json), reuse=reuse or [])
-    except KeyboardInterrupt:
-        print(f"headwater: interrupted; the same command with --out {folder} goes on from here", file=sys.stderr)
-        sys.exit(130)
+        with resumable(folder):
+            found = pipeline.run(recipe, arms, chosen, folder, narrator(quiet=as_json), reuse=reuse or [])
     except FailedError:
         if len(arms) * len(chosen) > 1:  # the rest of the study has been reported on
             _show(read_json(RunDir(folder).report_json), folder, as_json)

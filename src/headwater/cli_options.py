@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from headwater.errors import UserError
+from headwater.recipes import ARMS
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a built-in recipe.")]
 Out = Annotated[
@@ -19,6 +23,8 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the nodes and what they would cost at most; run nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON where a machine reads it.")]
+Arms = Annotated[str | None, typer.Option("--arms", help="Arms, separated by commas, or `all`.")]
+Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]
 Workers = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Processes that run independent nodes; by default what the cores allow."),
@@ -33,6 +39,29 @@ def changed(set_: list[str] | None, device: str | None, workers: int | None = No
     """The options that change a field of the recipe, as `path=value`."""
     named = {"compute.device": device, "compute.workers": workers}
     return [*(set_ or []), *(f"{path}={value}" for path, value in named.items() if value is not None)]
+
+
+def arms_in(text: str) -> list[str]:
+    """What `--arms` names; every arm there is for `all`."""
+    return list(ARMS) if text == "all" else listed(text, "--arms")
+
+
+def seeds_in(text: str | None) -> list[int] | None:
+    """What `--seeds` names; None where it is not given. Raises UserError."""
+    try:
+        return None if text is None else [int(one) for one in listed(text, "--seeds")]
+    except ValueError:
+        raise UserError(f"--seeds {text}: must be whole numbers separated by commas") from None
+
+
+@contextlib.contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Exit 130 when asked to stop, and say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"headwater: interrupted; the same command with --out {folder} goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 def listed(text: str, option: str) -> list[str]:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from headwater.cli_options import Device, DryRun, Json, Out, RecipeName, Reuse, Set, Workers, changed, listed
-from headwater.errors import FailedError, UserError
+from headwater.cli_options import (
+    Arms,
+    Device,
+    DryRun,
+    Json,
+    Out,
+    RecipeName,
+    Reuse,
+    Seeds,
+    Set,
+    Workers,
+    arms_in,
+    changed,
+    listed,
+    resumable,
+    seeds_in,
+)  # fmt: skip
+from headwater.errors import FailedError
 
 science = typer.Typer()
 
@@ -58,8 +73,8 @@ def sweep(
         str | None,
         typer.Option("--values", help="Its values, separated by commas; the three named ones have defaults."),
     ] = None,
-    arms: Annotated[str | None, typer.Option("--arms", help="Arms, separated by commas, or `all`.")] = None,
-    seeds: Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")] = None,
+    arms: Arms = None,
+    seeds: Seeds = None,
     out: Out = None,
     set_: Set = None,
     device: Device = None,
@@ -69,20 +84,14 @@ def sweep(
     json_: Json = False,
 ) -> None:
     """A study at every value of one thing, what they share run once; then one plot, one table, one page."""
-    from headwater.recipes import ARMS
     from headwater.sweep import lay_out
 
-    chosen = None if arms is None else list(ARMS) if arms == "all" else listed(arms, "--arms")
-    try:
-        numbers = None if seeds is None else [int(one) for one in listed(seeds, "--seeds")]
-    except ValueError:
-        raise UserError(f"--seeds {seeds}: must be whole numbers separated by commas") from None
     asked = lay_out(
         recipe,
         vary,
         None if values is None else listed(values, "--values"),
-        chosen,
-        numbers,
+        None if arms is None else arms_in(arms),
+        seeds_in(seeds),
         changed(set_, device, workers),
     )
     from headwater import sweep_run
@@ -99,11 +108,8 @@ def sweep(
             console().print(dry_run_table(asked.vary, rows))
         return
     folder = out or Path("runs") / f"{asked.title}-by-{asked.vary}"
-    try:
+    with resumable(folder):
         found, failed = sweep_run.run(asked, folder, told, reuse or [])
-    except KeyboardInterrupt:
-        print(f"headwater: interrupted; the same command with --out {folder} goes on from here", file=sys.stderr)
-        sys.exit(130)
     if json_:
         print(json.dumps(found))
     else:

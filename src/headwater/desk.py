@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from headwater.pretrain import CHAT_TEMPLATE, END, PAD, SPECIAL, UNKNOWN
+from headwater import scratch
+from headwater.scratch import SPECIAL, generation_of, wrapped
 from headwater.tasks.words import DIALS, WordsDials, problems
 
 SHIPPED = Path(str(files("headwater"))) / "desk"
@@ -98,16 +99,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator(corpus(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=END,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=POSITIONS,
-        padding_side="left",
-    )
+    return wrapped(backend, POSITIONS)
 
 
 def shipped_tokenizer() -> Any:
@@ -115,23 +107,8 @@ def shipped_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(SHIPPED / "student")
 
 
-def config_of(spec: DeskSpec, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=spec.hidden,
-        intermediate_size=3 * spec.hidden,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.kv_heads,
-        head_dim=spec.hidden // spec.heads,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=True,
-        initializer_range=0.02,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def config_of(spec: DeskSpec, tokenizer: PreTrainedTokenizerFast) -> Any:
+    return scratch.config_of(spec, "qwen3", tokenizer, POSITIONS, init_std=0.02, theta=10_000.0)
 
 
 def ship(out_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -146,9 +123,3 @@ def ship(out_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         tokenizer.save_pretrained(folder)
         # The library indents a line for every merge, which triples the file.
         (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")
-
-
-def generation_of(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    return GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, top_k=0
-    )

@@ -28,10 +28,10 @@ from headwater.config import canonical_json
 from headwater.data import Problem
 from headwater.desk import DeskSpec, config_of, shipped_tokenizer
 from headwater.errors import TrainingStoppedError
-from headwater.pretrain import ASSISTANT, END, IGNORED, USER, Measured, Progress, optimizers_of, rate, save
 from headwater.prompts import Prompter
 from headwater.rundir import NodeDir, read_json, write_json
 from headwater.sampler import TorchSampler, requests_for
+from headwater.scratch import ASSISTANT, END, IGNORED, USER, Measured, Progress, optimizers_of, rate, save, summed_up
 from headwater.tasks.words import WordsDials, generate, grade, is_worked, problems, solutions
 
 CHECKPOINT_EVERY = 500
@@ -212,17 +212,11 @@ def measure(folder: Path, dials: WordsDials, device: torch.device, count: int, s
     rollouts = TorchSampler(policy).sample(requests, config.Sampling(max_tokens=MEASURED_TOKENS))
     texts = [prompter.completion(one.completion_ids) for one in rollouts]
     right = [grade(gold, text)[0] for (_, gold), text in zip(asked, texts, strict=True)]
-    by_form = {
-        form: [correct for correct, text in zip(right, texts, strict=True) if is_worked(text) is form]
-        for form in (True, False)
-    }
-    return Measured(
-        problems=count,
-        pass_rate=sum(right) / count,
-        worked_share=len(by_form[True]) / count,
-        worked_accuracy=sum(by_form[True]) / len(by_form[True]) if by_form[True] else None,
-        short_accuracy=sum(by_form[False]) / len(by_form[False]) if by_form[False] else None,
-        eos_share=sum(one.finish == "stop" for one in rollouts) / count,
+    return summed_up(
+        [
+            (is_worked(text), correct, one.finish == "stop")
+            for text, correct, one in zip(texts, right, rollouts, strict=True)
+        ]
     )
 
 

@@ -12,6 +12,30 @@ NUMBERS = re.compile(
 """Heads of columns of numbers, which stand to the right."""
 
 
+def document(title: str, style: str, header: str, main: str) -> str:
+    """A whole page that asks the network for nothing. `title` is plain text, the rest is HTML and CSS."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escaped(title)}</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+{header}
+</header>
+<main>
+{main}
+</main>
+</body>
+</html>
+"""
+
+
 def section(title: str, body: str) -> str:
     return f"<section><h2>{escaped(title)}</h2>{body}</section>\n"
 

@@ -8,8 +8,7 @@ work. Learning the mixture from the first step takes many times longer, because 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,30 +19,33 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
 )
 
+from headwater.scratch import (
+    ASSISTANT,
+    END,
+    IGNORED,
+    PAD,
+    SPECIAL,
+    UNKNOWN,
+    USER,
+    Measured,
+    Progress,
+    config_of,
+    optimizers_of,
+    rate,
+    save,
+    summed_up,
+    wrapped,
+)  # fmt: skip
 from headwater.tasks import countdown, sums
 
-PAD, USER, ASSISTANT, END, UNKNOWN = SPECIAL = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unk|>")
 ALPHABET = "0123456789+=; -*/(),.?:%\n"
 # What a model may be trained on: modules with generate, worked, short, is_worked, grade and about, and dials of their own.
 CORPORA: dict[str, ModuleType] = {"sums": sums, "countdown": countdown}
-ARCHITECTURES = {"qwen3": Qwen3Config, "llama": LlamaConfig}
-IGNORED = -100  # label of a position without loss, as in transformers
-# A system turn and enable_thinking are accepted and leave no trace: these models know neither.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{ '<|user|>' + message['content'] }}"
-    "{%- elif message['role'] == 'assistant' -%}{{ '<|assistant|>' + message['content'] + '<|end|>' }}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
-)
-Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last step)
+POSITIONS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +75,6 @@ class PretrainSpec:
     @property
     def steps(self) -> int:
         return self.worked_steps + self.mixture_steps
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Samples at temperature 1 on evaluation problems; all but `problems` are shares between 0 and 1.
-
-    An accuracy is None when no sample was of that form.
-    """
-
-    problems: int
-    pass_rate: float
-    worked_share: float
-    worked_accuracy: float | None
-    short_accuracy: float | None
-    eos_share: float
 
 
 POCKET: dict[str, PretrainSpec] = {
@@ -146,37 +133,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=END,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=512,
-        padding_side="left",
-    )
+    return wrapped(backend, POSITIONS)
 
 
 def make_model(spec: PretrainSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A freshly initialised float32 causal LM of the given shape, from torch's current random state."""
-    config = ARCHITECTURES[spec.architecture](
-        vocab_size=len(tokenizer),
-        hidden_size=spec.hidden,
-        intermediate_size=3 * spec.hidden,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.kv_heads,
-        head_dim=spec.hidden // spec.heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=spec.init_std,
-        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    return AutoModelForCausalLM.from_config(
+        config_of(spec, spec.architecture, tokenizer, POSITIONS, spec.init_std, spec.rope_theta)
     )
-    return AutoModelForCausalLM.from_config(config)
 
 
 def encode(
@@ -210,22 +174,6 @@ def batches(spec: PretrainSpec, seed: int) -> Iterator[list[tuple[str, str]]]:
         yield [(text, (corpus.worked if draw() < share else corpus.short)(text, spec.dials)) for text, _ in chosen]
 
 
-def rate(step: int, steps: int, lr: float) -> float:
-    """Learning rate: 5 % linear warm-up, constant, and a linear fall over the last 30 % of the steps."""
-    done = (step + 1) / steps
-    return lr * min(1.0, done / 0.05, (1.0 - done) / 0.3 + 0.02)
-
-
-def optimizers_of(model: PreTrainedModel, lr: float) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the rest; AdamW alone is far slower."""
-    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
-    others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
-    return (
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
-    )
-
-
 def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progress | None = None) -> list[float]:
     """Train one model from scratch and save it, with its tokenizer, as a model folder; returns the loss of each step.
 
@@ -257,16 +205,6 @@ def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progres
     return losses
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
-    """Write a model folder: bfloat16 safetensors to stay small, tokenizer, and a generation config that ends at EOS."""
-    saved: Any = deepcopy(model)
-    saved.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, top_k=0
-    )
-    saved.to(torch.bfloat16).save_pretrained(out_dir)
-    tokenizer.save_pretrained(out_dir)
-
-
 def measure(
     folder: Path,
     dials: sums.SumsDials | countdown.CountdownDials = sums.DIALS,
@@ -295,17 +233,7 @@ def measure(
             for row, (_, gold) in zip(out[:, ids["input_ids"].shape[1] :], alike, strict=True):
                 text = tokenizer.decode(row, skip_special_tokens=True)
                 samples.append((text, corpus.grade(gold, text)[0], bool((row == tokenizer.eos_token_id).any())))
-    by_form = {
-        form: [correct for text, correct, _ in samples if corpus.is_worked(text) is form] for form in (True, False)
-    }
-    return Measured(
-        problems=len(samples),
-        pass_rate=sum(correct for _, correct, _ in samples) / len(samples),
-        worked_share=len(by_form[True]) / len(samples),
-        worked_accuracy=sum(by_form[True]) / len(by_form[True]) if by_form[True] else None,
-        short_accuracy=sum(by_form[False]) / len(by_form[False]) if by_form[False] else None,
-        eos_share=sum(ended for _, _, ended in samples) / len(samples),
-    )
+    return summed_up([(corpus.is_worked(text), correct, ended) for text, correct, ended in samples])
 
 
 def pretrain_pocket(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from headwater.report_words import percent, units
+from headwater.report_words import percent, plain_table, units
 
 
 def text(found: dict[str, Any]) -> Group:
@@ -25,7 +24,7 @@ def text(found: dict[str, Any]) -> Group:
 
 
 def _models(found: dict[str, Any]) -> Table:
-    table = _table(
+    table = plain_table(
         f"{found['recipe']} · seed {found['seed']} · {found['problems']} problems × {found['samples']} samples"
     )
     student, teacher = (found["models"][role] for role in ("student", "teacher"))
@@ -53,7 +52,7 @@ def _models(found: dict[str, Any]) -> Table:
 
 
 def _between(found: dict[str, Any]) -> Table:
-    table, c2, finish = _table("between them (C2)"), found["conditions"]["C2"], found["finish"]
+    table, c2, finish = plain_table("between them (C2)"), found["conditions"]["C2"], found["finish"]
     for head in ("", "on student prefixes", "on teacher prefixes"):
         table.add_column(head, justify="left" if head == "" else "right")
     table.add_row("KL(student‖teacher), nats a token", f"{c2['kl_student_teacher']:.3f}", "")
@@ -88,14 +87,3 @@ def _advice(advice: dict[str, Any]) -> list[Text]:
 
 def _interval(found: dict[str, float]) -> str:
     return f"{percent(found['mean'])} [{percent(found['low'])}, {percent(found['high'])}]"
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=Text(title),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )

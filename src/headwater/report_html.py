@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from headwater import label_use, report_html_claims, report_html_stages
-from headwater.html_parts import escaped, framed, noted, section, table, td
+from headwater.html_parts import document, escaped, framed, noted, section, table, td
 from headwater.report_read import ARM_TEXT, POOL_TEXT, Study, costs, mean_costs
 from headwater.report_stages import stage_name
 from headwater.report_style import STYLE
@@ -38,30 +38,12 @@ def page(study: Study, report: dict[str, Any]) -> str:
         _samples(study),
         _sources(study),
     ]
-    title = escaped(f"headwater: {report['recipe']}")
     seeds = f"seed{'s' * (len(report['seeds']) != 1)} {', '.join(map(str, report['seeds']))}"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<h1>{escaped(report["recipe"])}</h1>
+    header = f"""<h1>{escaped(report["recipe"])}</h1>
 <p class="note">{escaped(seeds)}; {len(report["arms"])} arms; made by headwater from the run's files</p>
-<p class="verdict">{escaped(report["verdict"])}</p>
-</header>
-<main>
-{"".join(section for section in sections if section)}
-</main>
-</body>
-</html>
-"""
+<p class="verdict">{escaped(report["verdict"])}</p>"""
+    main = "".join(section for section in sections if section)
+    return document(f"headwater: {report['recipe']}", STYLE, header, main)
 
 
 def _arms(report: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +19,7 @@ from headwater.report_words import (
     named_contrasts,
     p_text,
     percent,
+    plain_table,
     points,
     ratio,
     reading,
@@ -52,7 +52,7 @@ def _arms_tables(report: dict[str, Any]) -> list[Table]:
 
 
 def _arms_table(report: dict[str, Any], title: str, evals: Sequence[str], costs: bool) -> Table:
-    table = _plain_table(title)
+    table = plain_table(title)
     table.add_column("arm", no_wrap=True)
     best = {list(by_k)[-1] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values()}
     k = best.pop() if len(best) == 1 else "k"
@@ -80,17 +80,6 @@ def _waiting(report: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _plain_table(title: str) -> Table:
-    return Table(
-        title=Text(title),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-
-
 def _scores(arm: dict[str, Any], eval_name: str) -> list[str]:
     accuracy = arm["accuracy"].get(eval_name)
     if accuracy is None:
@@ -113,7 +102,7 @@ def _path_tables(report: dict[str, Any]) -> list[Table]:
     for eval_name in report["evals"]:
         rows = paths(report, eval_name)
         if rows:
-            table = _plain_table(f"accuracy on {eval_name} before, between and after the stages, %")
+            table = plain_table(f"accuracy on {eval_name} before, between and after the stages, %")
             for head in ("arm", "teacher", "student"):
                 table.add_column(head, no_wrap=head == "arm")
             for row in rows:
@@ -129,7 +118,7 @@ def _contrast_tables(report: dict[str, Any]) -> list[Table]:
         if not held:
             continue
         where = f" on {eval_name}" if len(report["evals"]) > 1 else ""
-        table = _plain_table(f"differences{where} in points, 95 % interval, two-sided p")
+        table = plain_table(f"differences{where} in points, 95 % interval, two-sided p")
         table.add_column("a − b", no_wrap=True)
         for head in ("difference [95 %]", "p", "labels a / b", "FLOPs a/b"):
             table.add_column(head, justify="right", no_wrap=True)
@@ -157,7 +146,7 @@ def _prediction_tables(report: dict[str, Any]) -> list[Table]:
     rows = [row for row in report["predictions"] if row["reading"] != "not measured"]
     if not rows:
         return []
-    table, several = _plain_table("the paper's predictions"), len(report["evals"]) > 1
+    table, several = plain_table("the paper's predictions"), len(report["evals"]) > 1
     for head in ("", *(["eval"] if several else []), "claim", "reading"):
         table.add_column(head, no_wrap=head != "claim")
     for row in rows:

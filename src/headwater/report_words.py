@@ -7,7 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any, Literal
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 Reading = Literal["holds", "does not hold", "undecided"]
 
@@ -147,6 +150,18 @@ def apart(report: dict[str, Any]) -> list[str]:
     most = {text: max(spent[purpose]["flops"] for spent in arms.values()) for purpose, text in texts.items()}
     said = [f"{text} {units(flops, 'FLOPs')}" for text, flops in most.items() if flops]
     return [*found, f"not in these figures, at most an arm: {', '.join(said)}"] if said else found
+
+
+def plain_table(title: str) -> Table:
+    """A table without columns yet, as every verb prints it: a title at the left, a line under the heads."""
+    return Table(
+        title=Text(title),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
 
 
 def console(file: IO[str] | None = None) -> Console:

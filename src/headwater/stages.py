@@ -14,7 +14,7 @@ from typing import Any
 from headwater import model, plateau
 from headwater.batch import Row
 from headwater.beside import beside
-from headwater.evaluate import evaluate, refuse_nan
+from headwater.evaluate import refuse_nan
 from headwater.gather import OnPolicy, SignalGuard, stored
 from headwater.ledger import record
 from headwater.materials import Materials
@@ -27,7 +27,7 @@ from headwater.sampler import requests_for
 from headwater.settings import Stage
 from headwater.teacher import read_cache, refuse_huge_cache, write_cache
 from headwater.train import Gathered, train
-from headwater.workplace import Workplace, named
+from headwater.workplace import Workplace, held_out, named
 
 
 def run_node(node: Node, place: Workplace) -> None:
@@ -73,38 +73,15 @@ def _completions(place: Workplace) -> int:
 
 def run_evals(policy: Policy, node: Node, place: Workplace, when: str, step: int) -> None:
     """Every evaluation of the recipe, its graded texts and its spend; looks here are never those of training."""
-    settings, folder = place.materials.recipe.evaluate, place.node_dir(node)
-    shape = Shape.from_config(policy.model.config)
-    for name, (problems, labels) in place.materials.evals.items():
-        with named(node, step):
-            rows, spent = evaluate(
-                place.sampler(policy),
-                place.prompter(policy),
-                problems,
-                labels,
-                settings,
-                # Every model answers a problem with the same random numbers: paired comparisons are then less noisy.
-                (node.seed, "eval", name),
-                place.materials.task.extract,
-                (lambda count: place.watch.advance(count, {})) if when == "final" else None,
-            )
+    folder = place.node_dir(node)
+    for name, asked in place.materials.evals.items():
+        told = (lambda count: place.watch.advance(count, {})) if when == "final" else None
+        # Every model answers a problem with the same random numbers: paired comparisons are then less noisy.
+        rows, spend = held_out(node, place, policy, asked, "eval", step, (node.seed, "eval", name), told)
         path = folder.evaluation(when, name)
         path.unlink(missing_ok=True)
         append_jsonl(path, rows)
-        tokens = spent["tokens_sampled"] + spent["tokens_prompt"]
-        record(
-            folder.ledger,
-            replace(
-                place.spend(node),
-                purpose="eval",
-                step=step,
-                labels=tuple(problem.id for problem in problems),
-                checks=int(spent["checks"]),
-                tokens_sampled=int(spent["tokens_sampled"]),
-                flops=shape.flops(tokens, tokens / max(1, spent["checks"])),
-                seconds=spent["seconds"],
-            ),
-        )
+        record(folder.ledger, spend)
 
 
 def run_rollouts(node: Node, place: Workplace) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from headwater.config import Recipe
 from headwater.errors import UserError
-from headwater.recipes import ARMS, arm_of, find_recipe
+from headwater.recipes import arm_of, find_recipe
 
 Value = str | int | float
 
@@ -214,6 +214,3 @@ def _refuse_twice(option: str, typed: Sequence[str], held: Sequence[str]) -> Non
     for place, one in enumerate(held):
         if one in held[:place]:
             raise UserError(f"{option}: {typed[held.index(one)]} and {typed[place]} are the same")
-
-
-__all__ = ["ARMS", "NAMED", "Point", "Sweep", "Value", "Variation", "folder_name", "lay_out", "text_of", "variation"]

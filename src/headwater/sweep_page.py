@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from headwater.figures import COLOURS
-from headwater.html_parts import escaped, noted, section, table, td
+from headwater.html_parts import document, escaped, noted, section, table, td
 from headwater.report_read import ARM_TEXT
 from headwater.report_style import STYLE
 from headwater.sweep import text_of
@@ -18,31 +18,12 @@ WIDE = ".sweep svg { width: 100%; height: auto; } figure.sweep { max-width: 60re
 
 def page(found: dict[str, Any], svg: str) -> str:
     """The whole file. `svg` is the drawn plot as a file of its own; empty where nothing is there to be drawn."""
-    title = escaped(f"headwater: {found['recipe']} by {found['vary']}")
     seeds = f"seed{'s' * (len(found['seeds']) != 1)} {', '.join(map(str, found['seeds']))}"
     values = ", ".join(text_of(value) for value in found["values"])
     sections = [_plot(found, svg), _words(found), _tables(found), _costs(found), _commands(found)]
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{STYLE}{WIDE}</style>
-</head>
-<body>
-<header>
-<h1>{escaped(found["recipe"])} by {escaped(found["vary"])}</h1>
-<p class="note">{escaped(f"{found['field']} = {values}; {seeds}")}; made by headwater from the points' files</p>
-</header>
-<main>
-{"".join(sections)}
-</main>
-</body>
-</html>
-"""
+    header = f"""<h1>{escaped(found["recipe"])} by {escaped(found["vary"])}</h1>
+<p class="note">{escaped(f"{found['field']} = {values}; {seeds}")}; made by headwater from the points' files</p>"""
+    return document(f"headwater: {found['recipe']} by {found['vary']}", STYLE + WIDE, header, "".join(sections))
 
 
 def _plot(found: dict[str, Any], svg: str) -> str:

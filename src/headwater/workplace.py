@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from headwater import ledger, model
+from headwater.data import Problem
 from headwater.errors import TrainingStoppedError
-from headwater.ledger import Spend
+from headwater.evaluate import evaluate
+from headwater.labels import Labels
+from headwater.ledger import Purpose, Spend
 from headwater.materials import Materials
-from headwater.model import Policy
+from headwater.model import Policy, Shape
 from headwater.plan import Node, Plan, Role
 from headwater.prompts import Prompter
 from headwater.rundir import NodeDir, RunDir, read_jsonl
@@ -70,6 +74,46 @@ class Workplace:
 
     def prompter(self, policy: Policy) -> Prompter:
         return Prompter(policy.tokenizer, self.materials.recipe.prompt)
+
+
+def held_out(
+    node: Node,
+    place: Workplace,
+    policy: Policy,
+    asked: tuple[Sequence[Problem], Labels],
+    purpose: Purpose,
+    step: int,
+    draw: Sequence[str | int],
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[dict[str, Any]], Spend]:
+    """Grade the policy on problems that no stage trains on: a row a completion (`evaluate`), and what the looks cost.
+
+    The caller records the spend. Raises TrainingStoppedError that names the stage when the model gives no finite numbers.
+    """
+    problems, labels = asked
+    with named(node, step):
+        rows, spent = evaluate(
+            place.sampler(policy),
+            place.prompter(policy),
+            problems,
+            labels,
+            place.materials.recipe.evaluate,
+            draw,
+            place.materials.task.extract,
+            progress,
+        )
+    tokens = spent["tokens_sampled"] + spent["tokens_prompt"]
+    spend = replace(
+        place.spend(node),
+        purpose=purpose,
+        step=step,
+        labels=tuple(problem.id for problem in problems),
+        checks=int(spent["checks"]),
+        tokens_sampled=int(spent["tokens_sampled"]),
+        flops=Shape.from_config(policy.model.config).flops(tokens, tokens / max(1, spent["checks"])),
+        seconds=spent["seconds"],
+    )
+    return rows, spend
 
 
 @contextlib.contextmanager
