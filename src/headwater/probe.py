@@ -350,6 +350,12 @@ def written(found: Probed) -> dict[str, Any]:
             "labels": {**asdict(labels), "arm": labels.arm, "close": labels.close},
             "warmup": asdict(warmup),
             "switch": advice.switch(measures),
-            "thresholds": {"signal": advice.SIGNAL, "lead": advice.LEAD, "far": advice.FAR, "worn": advice.WORN},
+            "thresholds": {
+                "signal": advice.SIGNAL,
+                "enough": advice.ENOUGH,
+                "lead": advice.LEAD,
+                "far": advice.FAR,
+                "worn": advice.WORN,
+            },
         },
     }

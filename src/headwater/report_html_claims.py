@@ -64,7 +64,8 @@ def comparisons(report: dict[str, Any]) -> str:
     note = (
         "Paired on the same problems and seeds; a bootstrap gives the interval, a sign-flip permutation test p: "
         f"{interval_note(report)}. Labels are the distinct ones that training looked at, FLOPs those of training, both as "
-        "means per seed; compute counts as equal within 10 %. Not corrected for the number of comparisons. “Holds”: "
+        "means per seed; compute counts as equal where the smaller is at "
+        "least 90 % of the larger. Not corrected for the number of comparisons. “Holds”: "
         "interval above zero and p < 0.05; “does not hold”: the reverse is shown; else undecided."
     )
     forests = []

@@ -194,7 +194,11 @@ def _c1_curves(study: Study) -> str:
         series = [figures.Series(text, style, held) for style, (text, held) in enumerate(lines) if held]
         if series:
             pool = POOL_TEXT.get(nodes[0].pool or "", "")
-            panels.append(figures.curves(f"{stage_name(nodes[0].stage)}, {pool} ({len(arms)} arms)", series))
+            panels.append(
+                figures.curves(
+                    f"{stage_name(nodes[0].stage)}, {pool} ({len(arms)} arm{'s' * (len(arms) != 1)})", series
+                )
+            )
     return _legend(["reward", "best of group"]) + framed(panels, "") if panels else ""
 
 

@@ -136,7 +136,8 @@ def _contrast_tables(report: dict[str, Any]) -> list[Table]:
                     reading(c),
                 )
         table.caption = (
-            f"{interval_note(report)}; holds: the interval is above zero and p < 0.05; compute is equal within 10 %"
+            f"{interval_note(report)}; holds: the interval is above zero and p < 0.05; compute is equal: the smaller is at "
+            "least 90 % of the larger"
         )
         tables.append(table)
     return tables
