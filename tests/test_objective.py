@@ -10,10 +10,10 @@ import torch
 
 from headwater.batch import Row, collate
 from headwater.data import Verdict
-from headwater.logprobs import TokenStats
 from headwater.model import Policy
-from headwater.objective import TABLE, Tokens, objective_of, with_rewards
+from headwater.objective import TABLE, objective_of, with_rewards
 from headwater.teacher import logp_of
+from headwater.tokens import Tokens, TokenStats
 from tiny import (
     CPU,
     furthest,
@@ -85,7 +85,7 @@ def test_the_loss_of_a_token_by_hand_for_every_row_of_the_table() -> None:
         divergence_N=torch.tensor([0.3]),
         teacher_logp_N=torch.tensor([-0.6]),
     )
-    tokens = Tokens(student, torch.tensor([-1.0]), batch)
+    tokens = Tokens(student, torch.tensor([-1.0]), batch.advantages_N, batch.reference_logp_N)
     sparse = {"kl_coef": 0.1}
     # Ratio 1: −A = −2, plus 0.1·(2 − ln 2 − 1) = 0.1·0.306853
     grpo = -2.0 + 0.0306853

@@ -15,7 +15,7 @@ from torch import Tensor
 from headwater import losses
 from headwater.data import Rollout
 from headwater.distributions import joined
-from headwater.logprobs import CHUNK_ELEMENTS
+from headwater.logprobs import tokens_at_once
 from headwater.model import Policy
 from headwater.teacher import distributions_of, hidden_of
 
@@ -63,7 +63,7 @@ def apart(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], top_k: 
     """How the two models differ at every completion token of these rollouts, all sampled at one temperature."""
     own_NH = torch.cat(hidden_of(student, rollouts, tokens))
     theirs = joined(distributions_of(teacher, rollouts, tokens), student.device)
-    sums, size = torch.zeros(5, dtype=torch.float64), max(1, CHUNK_ELEMENTS // student.vocabulary)
+    sums, size = torch.zeros(5, dtype=torch.float64), tokens_at_once(student.vocabulary, own_NH.device)
     for start in range(0, len(own_NH), size):
         logits_NV = student.logits(own_NH[start : start + size]).float() / rollouts[0].temperature
         known = theirs.rows(start, start + len(logits_NV)).ready()

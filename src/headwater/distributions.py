@@ -12,9 +12,37 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states (…, H) -> logits (…, V)."""
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The type that log-probs are made in: float32, or float64 where the logits are."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """The usual head, logits = hidden · Wᵀ + b at the type it computes in, with its weights in reach of `fused`."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    dtype: torch.dtype
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        bias_V = None if self.bias_V is None else self.bias_V.to(self.dtype)
+        return functional.linear(hidden.to(self.dtype), self.weight_VH.to(self.dtype), bias_V)
+
+    def buffer(self, tokens: int) -> Tensor:
+        return self.weight_VH.new_empty((tokens, len(self.weight_VH)), dtype=self.dtype)
+
+    def into(self, logits_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
+        """Logits written where there is room already; `weight_VH` is the weight at the head's type."""
+        if self.bias_V is None:
+            return torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
+        return torch.addmm(self.bias_V.to(self.dtype), hidden_CH, weight_VH.T, out=logits_CV)
 
 
 class Distributions(Protocol):
@@ -40,8 +68,37 @@ class FromHidden:
         return FromHidden(self.hidden_NH[start:stop], self.head, self.temperature)
 
     def ready(self) -> Exact:
-        with torch.no_grad():
-            return Exact(torch.log_softmax(self.head(self.hidden_NH).float() / self.temperature, dim=-1))
+        return self.with_logits().ready()
+
+    def room(self, tokens: int) -> Tensor | None:
+        """A place for the logits of so many tokens that one chunk after the other can use."""
+        return self.head.buffer(tokens) if isinstance(self.head, LinearHead) else None
+
+    @torch.no_grad()
+    def with_logits(self, room_CV: Tensor | None = None) -> FromLogits:
+        """The same with logits in hand, written into `room_CV` where there is one."""
+        if room_CV is None or not isinstance(self.head, LinearHead):
+            return FromLogits(self.head(self.hidden_NH), self.temperature)
+        hidden_NH, weight_VH = self.hidden_NH.to(self.head.dtype), self.head.weight_VH.to(self.head.dtype)
+        return FromLogits(self.head.into(room_CV[: len(self)], hidden_NH, weight_VH), self.temperature)
+
+
+@dataclass(frozen=True)
+class FromLogits:
+    """Exact, held as logits (N, V)."""
+
+    logits_NV: Tensor
+    temperature: float
+
+    def __len__(self) -> int:
+        return self.logits_NV.shape[0]
+
+    def rows(self, start: int, stop: int) -> FromLogits:
+        return FromLogits(self.logits_NV[start:stop], self.temperature)
+
+    def ready(self) -> Exact:
+        wide_NV = self.logits_NV.to(widened(self.logits_NV.dtype))
+        return Exact(torch.log_softmax(wide_NV if self.temperature == 1.0 else wide_NV / self.temperature, dim=-1))
 
 
 @dataclass(frozen=True)
@@ -90,9 +147,11 @@ class TopK:
         return self
 
     def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
-        student_NK = student_logp_NV.gather(1, self.ids_NK.long())
-        teacher_NK = self.logp_NK.to(student_NK)
-        return _with_tail(student_NK), _with_tail(teacher_NK)
+        return self.events(student_logp_NV.gather(1, self.ids_NK.long()))
+
+    def events(self, student_logp_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """As `align`, from the student's log-probs of the kept tokens."""
+        return _with_tail(student_logp_NK), _with_tail(self.logp_NK.to(student_logp_NK))
 
     def token_logp(self, targets_N: Tensor) -> Tensor:
         """Raises ValueError for a token outside the kept ones: only its tail is known."""

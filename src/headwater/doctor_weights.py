@@ -119,8 +119,7 @@ def self_kl(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], token
             batch.targets_N,
             batch.temperature,
             batch.teacher,
-            losses.reverse_kl,
-            vocabulary=student.vocabulary,
+            losses.REVERSE,
         )
         assert stats.divergence_N is not None
         total += stats.divergence_N.sum().item()

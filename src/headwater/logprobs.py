@@ -1,39 +1,48 @@
-"""Hidden states -> log-probs, entropy and divergences a token, in float32 and in chunks.
+"""Hidden states -> log-probs, entropy and divergences a token, and a loss with its gradients, in float32 and in chunks.
 
-The logits of a whole batch, (N, V), never exist at once: each chunk's are made, used and dropped, and made again for its
-backward pass.
+The logits of a whole batch, (N, V), never exist at once. A linear head, which is nearly every model's, goes through `fused`; any
+other head through the plain form here, which makes each chunk's logits again for its backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from headwater import losses
-from headwater.distributions import Distributions, Head
-
-CHUNK_ELEMENTS = 1 << 24
-"""Logits alive at once: 16 Mi float32 (64 MiB) for the student and as many for the teacher."""
-
-Divergence = Callable[[Tensor, Tensor], Tensor]
-"""(student_logp (N, E), teacher_logp (N, E)) -> (N,); one of `losses`."""
+from headwater import fused, losses
+from headwater.distributions import Distributions, Head, LinearHead, widened
+from headwater.fused import TokenLoss, Work
+from headwater.losses import Divergence
+from headwater.tokens import TokenStats
 
 
-@dataclass(frozen=True)
-class TokenStats:
-    """What the policy says of N tokens. Only `logp_N` and `divergence_N` carry gradients."""
+def loss_and_stats(
+    hidden_NH: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    temperature: float,
+    token_loss: TokenLoss,
+    teacher: Distributions | None = None,
+    divergence: Divergence | None = None,
+    teacher_tokens: bool = False,
+    chunk_elements: int | None = None,
+) -> tuple[Tensor, TokenStats]:
+    """The sum of the tokens' losses, which carries gradients to hidden states and head, and what was measured of them.
 
-    logp_N: Tensor
-    entropy_N: Tensor
-    divergence_N: Tensor | None = None
-    kl_student_teacher_N: Tensor | None = None
-    kl_teacher_student_N: Tensor | None = None
-    teacher_logp_N: Tensor | None = None
+    token_loss  gives some of the tokens' losses, weighted and unreduced, from their stats: of those only log-prob and
+                divergence are differentiated; it is called with consecutive parts of the tokens
+    The other arguments are those of `token_stats`.
+
+    Example: with `token_loss` the log-prob itself, the loss is the log-likelihood of the targets.
+    """
+    if isinstance(head, LinearHead) and len(hidden_NH):
+        work = _work(hidden_NH, targets_N, temperature, teacher, divergence, teacher_tokens, token_loss, chunk_elements)
+        return fused.loss_and_stats(hidden_NH, head, work)
+    found = token_stats(hidden_NH, head, targets_N, temperature, teacher, divergence, teacher_tokens, chunk_elements)
+    return token_loss(found, slice(0, len(hidden_NH))).sum(), found
 
 
 def token_stats(
@@ -44,28 +53,29 @@ def token_stats(
     teacher: Distributions | None = None,
     divergence: Divergence | None = None,
     teacher_tokens: bool = False,
-    chunk_elements: int = CHUNK_ELEMENTS,
-    vocabulary: int | None = None,
+    chunk_elements: int | None = None,
 ) -> TokenStats:
     """Log-prob, entropy and, with a teacher, divergences for every token.
 
     hidden_NH   the policy's last hidden state at the position before each target (N, H)
     targets_N   the token ids whose log-probs are wanted (N,)
     temperature the one that sampled the tokens; logits are divided by it
-    divergence  the loss's divergence, differentiated; both KLs are always measured, without gradient
+    divergence  the loss's divergence; both KLs are always measured, without gradient
     teacher_tokens  also measure the teacher's log-prob of each target
-    vocabulary  V, to size the chunks; None takes it from the first token's logits
+    chunk_elements  logits alive at once; None takes what suits the device
 
     Example: a head of zeros over V tokens gives logp −ln V and entropy ln V everywhere.
     """
-    if hidden_NH.shape[0] == 0:
+    count = hidden_NH.shape[0]
+    if count == 0:
         empty_N = hidden_NH.new_zeros(0, dtype=torch.float32)
         return TokenStats(empty_N, empty_N)
-    if vocabulary is None:
-        with torch.no_grad():
-            vocabulary = head(hidden_NH[:1]).shape[-1]
-    size = max(1, chunk_elements // vocabulary)
-    count = hidden_NH.shape[0]
+    if isinstance(head, LinearHead) and not torch.is_grad_enabled():
+        work = _work(hidden_NH, targets_N, temperature, teacher, divergence, teacher_tokens, None, chunk_elements)
+        return fused.stats_only(hidden_NH, head, work)
+    with torch.no_grad():
+        vocabulary = head(hidden_NH[:1]).shape[-1]
+    size = max(1, chunk_elements // vocabulary) if chunk_elements else tokens_at_once(vocabulary, hidden_NH.device)
     recompute = torch.is_grad_enabled() and count > size
     parts = []
     for start in range(0, count, size):
@@ -77,10 +87,32 @@ def token_stats(
             if recompute
             else _chunk(*rows, dists, divergence, teacher_tokens)
         )
-    logp, entropy, *others = zip(*parts, strict=True)
-    return TokenStats(
-        torch.cat(logp), torch.cat(entropy), *(None if one[0] is None else torch.cat(one) for one in others)
-    )
+    return TokenStats.joined([TokenStats(*part) for part in parts])
+
+
+def _work(
+    hidden_NH: Tensor,
+    targets_N: Tensor,
+    temperature: float,
+    teacher: Distributions | None,
+    divergence: Divergence | None,
+    teacher_tokens: bool,
+    token_loss: TokenLoss | None,
+    chunk_elements: int | None,
+) -> Work:
+    kind = _kind(hidden_NH.device)
+    chunk = chunk_elements or fused.CHUNK_ELEMENTS[kind]
+    block = min(chunk, fused.BLOCK_ELEMENTS[kind])
+    return Work(targets_N, temperature, teacher, divergence, teacher_tokens, token_loss, chunk, block)
+
+
+def tokens_at_once(vocabulary: int, device: torch.device) -> int:
+    """How many tokens' logits may be alive at once there."""
+    return max(1, fused.CHUNK_ELEMENTS[_kind(device)] // vocabulary)
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "cuda"
 
 
 def _chunk(
@@ -92,7 +124,8 @@ def _chunk(
     divergence: Divergence | None,
     teacher_tokens: bool,
 ) -> tuple[Any, ...]:
-    logp_NV = torch.log_softmax(head(hidden_NH).float() / temperature, dim=-1)
+    logits_NV = head(hidden_NH)
+    logp_NV = torch.log_softmax(logits_NV.to(widened(logits_NV.dtype)) / temperature, dim=-1)
     logp_N = logp_NV.gather(1, targets_N[:, None]).squeeze(1)
     with torch.no_grad():
         # An impossible token (−inf) has probability 0 and adds 0, not NaN.

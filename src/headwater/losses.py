@@ -8,6 +8,9 @@ distribution: the vocabulary, or the k kept tokens and their tail.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -92,6 +95,88 @@ def sampled_reverse_kl(
     """
     advantages_N = teacher_logp_N - student_logp_N.detach()
     return policy_gradient(student_logp_N, old_logp_N, advantages_N, clip_low, clip_high)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two distributions over the same E events at each of N tokens, with what every divergence is made of.
+
+    log_ratio_NE  log p_S − log p_T
+    reverse_N     KL(student ‖ teacher)
+    forward_N     KL(teacher ‖ student)
+    """
+
+    student_logp_NE: Tensor
+    student_p_NE: Tensor
+    teacher_logp_NE: Tensor
+    teacher_p_NE: Tensor
+    log_ratio_NE: Tensor
+    reverse_N: Tensor
+    forward_N: Tensor
+
+    @staticmethod
+    def of(student_logp_NE: Tensor, student_p_NE: Tensor, teacher_logp_NE: Tensor) -> Pair:
+        """From finite log-probs; events that the teacher excludes come as `LOWEST`."""
+        teacher_p_NE, log_ratio_NE = teacher_logp_NE.exp(), student_logp_NE - teacher_logp_NE
+        reverse_N = torch.linalg.vecdot(student_p_NE, log_ratio_NE)
+        forward_N = -torch.linalg.vecdot(teacher_p_NE, log_ratio_NE)
+        return Pair(student_logp_NE, student_p_NE, teacher_logp_NE, teacher_p_NE, log_ratio_NE, reverse_N, forward_N)
+
+
+Slope = Callable[[Tensor], Tensor]
+"""dL/dD of each token (N, 1) -> dL/dlogits of the student (N, E)."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence D: its definition, which autograd can differentiate, and its gradient by the student's logits in closed form.
+
+    value   (student_logp (N, E), teacher_logp (N, E)) -> (N,)
+    closed  a pair -> its values (N,) and its slope
+
+    Calling it gives its value.
+    """
+
+    value: Callable[[Tensor, Tensor], Tensor]
+    closed: Callable[[Pair], tuple[Tensor, Slope]]
+
+    def __call__(self, student_logp_NE: Tensor, teacher_logp_NE: Tensor) -> Tensor:
+        return self.value(student_logp_NE, teacher_logp_NE)
+
+
+def _reverse_closed(pair: Pair) -> tuple[Tensor, Slope]:
+    """d KL(S ‖ T) / d logit_j = p_S(j) · (log p_S(j) − log p_T(j) − KL(S ‖ T))."""
+
+    def slope(outer_N1: Tensor) -> Tensor:
+        return (pair.log_ratio_NE - pair.reverse_N[:, None]).mul_(pair.student_p_NE).mul_(outer_N1)
+
+    return pair.reverse_N, slope
+
+
+def _forward_closed(pair: Pair) -> tuple[Tensor, Slope]:
+    """d KL(T ‖ S) / d logit_j = p_S(j) − p_T(j)."""
+    return pair.forward_N, lambda outer_N1: (pair.student_p_NE - pair.teacher_p_NE).mul_(outer_N1)
+
+
+def _jsd_closed(pair: Pair, beta: float) -> tuple[Tensor, Slope]:
+    """d JSD / d logit_j = (1−β) · p_S(j) · (log p_S(j) − log M(j) − KL(S ‖ M)); the terms by M itself cancel."""
+    mixture_NE = torch.logaddexp(pair.teacher_logp_NE + math.log(beta), pair.student_logp_NE + math.log1p(-beta))
+    above_NE = pair.student_logp_NE - mixture_NE
+    own_N = torch.linalg.vecdot(pair.student_p_NE, above_NE)
+    theirs_N = torch.linalg.vecdot(pair.teacher_p_NE, mixture_NE.neg_().add_(pair.teacher_logp_NE))
+
+    def slope(outer_N1: Tensor) -> Tensor:
+        return (above_NE - own_N[:, None]).mul_(pair.student_p_NE).mul_(outer_N1 * (1.0 - beta))
+
+    return beta * theirs_N + (1.0 - beta) * own_N, slope
+
+
+REVERSE = Divergence(reverse_kl, _reverse_closed)
+FORWARD = Divergence(forward_kl, _forward_closed)
+
+
+def jensen_shannon(beta: float) -> Divergence:
+    return Divergence(partial(jsd, beta=beta), partial(_jsd_closed, beta=beta))
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:

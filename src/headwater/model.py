@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from headwater import config
-from headwater.distributions import Head
+from headwater.distributions import Head, LinearHead
 from headwater.errors import UserError
 
 transformers_logging.disable_progress_bar()  # a run loads and saves dozens of models; its own progress is what counts
@@ -70,8 +70,15 @@ class Policy:
             out = self.body(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         return out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    @property
+    def logits(self) -> Head:
         """The head, at the policy's precision; log-probs are made from it in float32."""
+        held = self.head
+        if type(held) is nn.Linear and not held._forward_hooks and not held._forward_pre_hooks:
+            return LinearHead(held.weight, held.bias, self.compute)
+        return self._through_head
+
+    def _through_head(self, hidden: Tensor) -> Tensor:
         with self.autocast():
             return self.head(hidden)
 

@@ -16,23 +16,11 @@ from torch import Tensor
 
 from headwater import losses
 from headwater.advantages import ADVANTAGES
-from headwater.batch import Batch, Row
+from headwater.batch import Row
 from headwater.data import Verdict
-from headwater.logprobs import Divergence, TokenStats
+from headwater.losses import Divergence
 from headwater.settings import Dense, Sparse, Stage
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """All that a token loss may look at: N tokens of one microbatch.
-
-    old_logp_N  the policy's own log-probs before the first update on this batch, without gradient
-    """
-
-    student: TokenStats
-    old_logp_N: Tensor
-    batch: Batch
-
+from headwater.tokens import Tokens
 
 Term = Callable[[Tokens], Tensor]
 """Tokens -> loss (N,), unreduced."""
@@ -65,10 +53,10 @@ def sparse_term(sparse: Sparse, tokens: Tokens) -> Tensor:
     """Clipped policy gradient on the rollout's advantage, plus kl_coef · KL to the reference."""
     student_logp_N = tokens.student.logp_N
     loss_N = losses.policy_gradient(
-        student_logp_N, tokens.old_logp_N, tokens.batch.advantages_N, sparse.clip_low, sparse.clip_high
+        student_logp_N, tokens.old_logp_N, tokens.advantages_N, sparse.clip_low, sparse.clip_high
     )
-    if tokens.batch.reference_logp_N is not None:
-        loss_N = loss_N + sparse.kl_coef * losses.reference_kl(student_logp_N, tokens.batch.reference_logp_N)
+    if tokens.reference_logp_N is not None:
+        loss_N = loss_N + sparse.kl_coef * losses.reference_kl(student_logp_N, tokens.reference_logp_N)
     return loss_N
 
 
@@ -104,9 +92,9 @@ def hard_term(tokens: Tokens) -> Tensor:
 def divergence_of(dense: Dense) -> Divergence | None:
     """The exact divergence a recipe names; None for the sampled form, which needs no distribution of the student."""
     exact: dict[str, Divergence] = {
-        "reverse": losses.reverse_kl,
-        "forward": losses.forward_kl,
-        "jsd": partial(losses.jsd, beta=dense.beta),
+        "reverse": losses.REVERSE,
+        "forward": losses.FORWARD,
+        "jsd": losses.jensen_shannon(dense.beta),
     }
     return exact.get(dense.divergence)
 
@@ -145,7 +133,7 @@ TABLE: dict[str, Callable[[Stage], Objective]] = {
     "grpo": lambda stage: on_policy(stage, 1.0),
     "opd": lambda stage: on_policy(stage, 0.0),
     "mixed": lambda stage: on_policy(stage, stage.sparse_share if stage.sparse_share is not None else 0.5),
-    "forward_kl": lambda stage: Objective("teacher", (), ((1.0, dense_term),), losses.forward_kl),
+    "forward_kl": lambda stage: Objective("teacher", (), ((1.0, dense_term),), losses.FORWARD),
     "sft": lambda stage: Objective("teacher", (), ((1.0, hard_term),)),
     "constant": lambda stage: Objective("policy", (), ((1.0, partial(constant_term, stage.sparse)),)),
 }

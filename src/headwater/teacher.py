@@ -19,7 +19,7 @@ from headwater.batch import Batch, Row, collate, microbatches
 from headwater.data import Rollout
 from headwater.distributions import Distributions, Exact, FromHidden, TopK, joined
 from headwater.errors import UserError
-from headwater.logprobs import CHUNK_ELEMENTS, token_stats
+from headwater.logprobs import token_stats, tokens_at_once
 from headwater.model import Policy
 
 EXACT_CACHE_LIMIT = 64 << 30
@@ -61,7 +61,6 @@ def logp_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Te
             policy.logits,
             torch.tensor(rollout.completion_ids, dtype=torch.long, device=hidden.device),
             rollout.temperature,
-            vocabulary=policy.vocabulary,
         ).logp_N
         for rollout, hidden in zip(rollouts, hidden_of(policy, rollouts, tokens), strict=True)
     ]
@@ -93,7 +92,7 @@ def write_cache(
     for start in range(0, len(rollouts), 64):
         chosen = rollouts[start : start + 64]
         whole = joined(distributions_of(policy, chosen, tokens), policy.device)
-        size = max(1, CHUNK_ELEMENTS // policy.vocabulary)
+        size = tokens_at_once(policy.vocabulary, policy.device)
         for row in range(0, len(whole), size):
             known = whole.rows(row, min(len(whole), row + size)).ready()
             assert isinstance(known, Exact)

@@ -17,12 +17,13 @@ from headwater.batch import Batch, Row, collate, microbatches
 from headwater.checkpoint import load_checkpoint, save_checkpoint
 from headwater.errors import TrainingStoppedError
 from headwater.ledger import Spend, record
-from headwater.logprobs import token_stats
+from headwater.logprobs import loss_and_stats
 from headwater.model import Policy
-from headwater.objective import Objective, Tokens
+from headwater.objective import Objective
 from headwater.rundir import NodeDir, append_jsonl
 from headwater.settings import Optim, Stage
 from headwater.teacher import completion_hidden, logp_of
+from headwater.tokens import Tokens, TokenStats
 
 Metrics = dict[str, float]
 
@@ -148,21 +149,27 @@ def divided(rows: Sequence[Row], parts: int, whole: int) -> list[list[Row]]:
 
 def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tensor, sums: dict[str, float]) -> None:
     """Add one microbatch's gradient to the weights' .grad and its measurements, summed over tokens, to `sums`."""
-    stats = token_stats(
+
+    def token_loss(stats: TokenStats, some: slice) -> Tensor:
+        old_logp_N = stats.logp_N.detach() if batch.old_logp_N is None else batch.old_logp_N[some]
+        reference_logp_N = None if batch.reference_logp_N is None else batch.reference_logp_N[some]
+        tokens = Tokens(stats, old_logp_N, batch.advantages_N[some], reference_logp_N)
+        return objective.token_loss(tokens) * weight_N[some]
+
+    loss, stats = loss_and_stats(
         completion_hidden(policy, batch),
         policy.logits,
         batch.targets_N,
         batch.temperature,
+        token_loss,
         batch.teacher,
         objective.divergence,
         objective.teacher_tokens,
-        vocabulary=policy.vocabulary,
     )
-    old_logp_N = batch.old_logp_N if batch.old_logp_N is not None else stats.logp_N.detach()
-    loss = (objective.token_loss(Tokens(stats, old_logp_N, batch)) * weight_N).sum()
     loss.backward()
     with torch.no_grad():
         logp_N = stats.logp_N.detach()
+        old_logp_N = logp_N if batch.old_logp_N is None else batch.old_logp_N
         measured = {
             "entropy": stats.entropy_N,
             "kl_student_teacher": stats.kl_student_teacher_N,
