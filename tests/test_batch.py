@@ -14,7 +14,7 @@ from headwater.distributions import Exact
 from headwater.logprobs import token_stats
 from headwater.model import Policy
 from headwater.objective import objective_of
-from headwater.teacher import completion_hidden, logp_of
+from headwater.teacher import logp_of
 from headwater.train import make_optimizer, update
 from tiny import CPU, copied, furthest, gradient_of, rollout_of, sampled_rows, stage_of, tiny_policy, weights_of
 
@@ -73,7 +73,7 @@ def test_the_padding_id_cannot_change_a_loss_or_a_gradient(policy: Policy) -> No
         policy.model.zero_grad()
         batch = collate(rows, pad, CPU)
         assert not bool(batch.mask_BT.all())
-        stats = token_stats(completion_hidden(policy, batch), policy.logits, batch.targets_N, 1.0)
+        stats = token_stats(policy.completion_hidden(batch), policy.logits, batch.targets_N, 1.0)
         stats.logp_N.sum().backward()
         found.append((stats.logp_N.detach(), {n: p.grad.clone() for n, p in policy.model.named_parameters()}))
     for logp, gradient in found[1:]:

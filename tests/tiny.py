@@ -16,6 +16,7 @@ from headwater.config import Models
 from headwater.data import Rollout, problem_id
 from headwater.model import Policy, split
 from headwater.objective import objective_of
+from headwater.packing import prepare
 from headwater.pretrain import make_tokenizer
 from headwater.sampler import TorchSampler, requests_for
 from headwater.settings import Sampling, Stage
@@ -56,7 +57,9 @@ def tiny_policy(
 
 
 def policy_of(model: Any, tokenizer: PreTrainedTokenizerFast | None = None, fingerprint: str = "tiny") -> Policy:
-    return Policy(model, tokenizer or make_tokenizer(), "memory", fingerprint, CPU, torch.float32, *split(model, CPU))
+    body, head = split(model, CPU)
+    packs = prepare(model, body, CPU)
+    return Policy(model, tokenizer or make_tokenizer(), "memory", fingerprint, CPU, torch.float32, body, head, packs)
 
 
 def copied(policy: Policy) -> Policy:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from headwater import losses
-from headwater.batch import Row, collate, microbatches
+from headwater.batch import Row
 from headwater.data import Rollout
 from headwater.doctor_case import Case, Finding
 from headwater.logprobs import token_stats
 from headwater.model import Policy
-from headwater.teacher import completion_hidden, distributions_of, logp_of
+from headwater.teacher import distributions_of, logp_of
 
 MOST_TRUNCATED = 0.5
 # Bounds in nats, for float32 and bfloat16: float32 leaves 1e-6 and less, bfloat16 about 1e-2 a token.
@@ -111,10 +111,9 @@ def self_kl(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], token
     taught = distributions_of(teacher, rollouts, tokens)
     rows = [Row(rollout, teacher=one) for rollout, one in zip(rollouts, taught, strict=True)]
     total = 0.0
-    for part in microbatches(rows, tokens):
-        batch = collate(part, student.pad_id, student.device)
+    for _, batch in student.batches(rows, tokens):
         stats = token_stats(
-            completion_hidden(student, batch),
+            student.completion_hidden(batch),
             student.logits,
             batch.targets_N,
             batch.temperature,

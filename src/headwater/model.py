@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from headwater import config
+from headwater.batch import Batch, Row, collate, collate_packed, microbatches, packed_microbatches
 from headwater.distributions import Head, LinearHead
 from headwater.errors import UserError
+from headwater.packing import packed_hidden, prepare, spread_out
 
 transformers_logging.disable_progress_bar()  # a run loads and saves dozens of models; its own progress is what counts
 
@@ -37,6 +39,7 @@ class Policy:
     where        the folder or hub id it came from
     fingerprint  names the weights: content hash of the folder it was loaded from, or of the node that trained it
     stop_ids     every id that ends a completion (generation config, model config and tokenizer together)
+    packs        whether sequences may stand behind one another without padding (`packing`)
     """
 
     model: Any
@@ -47,6 +50,7 @@ class Policy:
     compute: torch.dtype
     body: nn.Module
     head: Head
+    packs: bool = False
 
     @property
     def vocabulary(self) -> int:
@@ -63,6 +67,24 @@ class Policy:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute == torch.bfloat16)
+
+    def batches(self, rows: Sequence[Row], tokens: int) -> Iterator[tuple[list[Row], Batch]]:
+        """Rows cut into microbatches of at most `tokens` tokens, each with its tensors: packed where the model packs."""
+        for part in packed_microbatches(rows, tokens) if self.packs else microbatches(rows, tokens):
+            yield (
+                part,
+                collate_packed(part, self.device) if self.packs else collate(part, self.pad_id, self.device),
+            )
+
+    def completion_hidden(self, batch: Batch) -> Tensor:
+        """Hidden states (N, H) at the positions that predict the completion tokens."""
+        if batch.packing is not None:
+            with self.autocast():
+                hidden = packed_hidden(self.body, batch.ids_BT, batch.packing)
+        else:
+            assert batch.mask_BT is not None
+            hidden = self.hidden(batch.ids_BT, batch.mask_BT).flatten(0, 1)
+        return spread_out(hidden, batch.predictor_N)
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Last hidden states (B, T, H) of right-padded sequences, as the head expects them."""
@@ -191,7 +213,8 @@ def load(
     else:
         model.eval()
     body, head = split(model, device)
-    return Policy(model, tokenizer, where, fingerprint or fingerprint_of(where), device, compute, body, head)
+    name, packs = fingerprint or fingerprint_of(where), prepare(model, body, device)
+    return Policy(model, tokenizer, where, name, device, compute, body, head, packs)
 
 
 def split(model: Any, device: torch.device) -> tuple[nn.Module, Head]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headwater.batch import Batch, Row, collate, microbatches
+from headwater.batch import Row
 from headwater.data import Rollout
 from headwater.distributions import Distributions, Exact, FromHidden, TopK, joined
 from headwater.errors import UserError
@@ -32,16 +32,10 @@ def hidden_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[
     rows = [Row(rollout) for rollout in rollouts]
     place = {id(row): index for index, row in enumerate(rows)}
     found: dict[int, Tensor] = {}
-    for part in microbatches(rows, tokens):
-        batch = collate(part, policy.pad_id, policy.device)
-        pieces = completion_hidden(policy, batch).split([row.tokens for row in part])
+    for part, batch in policy.batches(rows, tokens):
+        pieces = policy.completion_hidden(batch).split([row.tokens for row in part])
         found.update((place[id(row)], piece) for row, piece in zip(part, pieces, strict=True))
     return [found[index] for index in range(len(rows))]
-
-
-def completion_hidden(policy: Policy, batch: Batch) -> Tensor:
-    """Hidden states (N, H) at the positions that predict the completion tokens."""
-    return policy.hidden(batch.ids_BT, batch.mask_BT).flatten(0, 1)[batch.predictor_N]
 
 
 def distributions_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headwater import losses
-from headwater.batch import Batch, Row, collate, microbatches
+from headwater.batch import Batch, Row
 from headwater.checkpoint import load_checkpoint, save_checkpoint
 from headwater.errors import TrainingStoppedError
 from headwater.ledger import Spend, record
@@ -22,7 +22,7 @@ from headwater.model import Policy
 from headwater.objective import Objective
 from headwater.rundir import NodeDir, append_jsonl
 from headwater.settings import Optim, Stage
-from headwater.teacher import completion_hidden, logp_of
+from headwater.teacher import logp_of
 from headwater.tokens import Tokens, TokenStats
 
 Metrics = dict[str, float]
@@ -98,7 +98,7 @@ def update(
 ) -> Metrics:
     """Every optimizer step that one batch of rows gives: microbatches, denominator, clipping, finite check.
 
-    tokens  at most so many padded tokens in a forward and backward pass
+    tokens  at most so many tokens in a forward and backward pass
 
     Raises TrainingStoppedError on a non-finite loss or gradient, before the weights are touched.
     """
@@ -118,8 +118,7 @@ def update(
                 continue  # nothing here has a gradient: a step would move the weights on momentum alone
             optimizer.zero_grad(set_to_none=True)
             weight_of = {id(row): weight for row, weight in zip(part, token_weights(part, stage), strict=True)}
-            for micro in microbatches(live, tokens):
-                batch = collate(micro, policy.pad_id, policy.device)
+            for micro, batch in policy.batches(live, tokens):
                 weight_N = torch.tensor([weight_of[id(row)] for row in micro], device=policy.device)[batch.row_N]
                 backward(policy, objective, batch, weight_N, sums)
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), stage.optim.grad_clip).item()
@@ -157,7 +156,7 @@ def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tenso
         return objective.token_loss(tokens) * weight_N[some]
 
     loss, stats = loss_and_stats(
-        completion_hidden(policy, batch),
+        policy.completion_hidden(batch),
         policy.logits,
         batch.targets_N,
         batch.temperature,

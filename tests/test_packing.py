@@ -1,0 +1,203 @@
+"""Packed sequences: what each would be alone, no token sees another sequence, and a shared prompt is computed once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from headwater import model as models
+from headwater import packing
+from headwater.batch import Row, collate_packed, packed_microbatches, packed_tokens
+from headwater.model import Policy
+from headwater.packing import ATTENTION, blocked, pack, packed_hidden
+from headwater.teacher import logp_of
+from tiny import (
+    CPU,
+    MODELS,
+    furthest,
+    gradient_of,
+    largest,
+    rollout_of,
+    sampled_rows,
+    stage_of,
+    taught,
+    tiny_folder,
+    tiny_policy,
+)
+
+ARCHITECTURES = ("qwen3", "llama", "qwen2", "olmo2", "phi3")
+TEXTS = (
+    ((1, 6, 15, 7, 2), (7, 8, 9, 3)),
+    ((1, 6, 15, 7, 2), (8,)),
+    ((1, 8, 2), tuple(range(4, 24))),
+    ((1, 6, 15, 7, 2), (9, 9, 3)),
+    ((5,), (6, 7)),
+)
+
+
+def padded(policy: Policy) -> Policy:
+    return replace(policy, packs=False)
+
+
+def test_packing_by_hand() -> None:
+    ids, found = pack([((5, 6), (7, 2)), ((5, 6), (8,)), ((9,), (4,))], CPU)
+    assert ids.tolist() == [[5, 6, 7, 2, 8, 9, 4]]
+    assert found.position_1L.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert found.start_B == (2, 4, 6) and found.prompt_B == (1, 1, 5)
+    # One block, shortest first: (9, 4), (5, 6, 8), (5, 6, 7, 2), the first two padded with their own last token.
+    assert found.blocks == ((3, 4),)
+    assert found.spread_M.tolist() == [5, 6, 6, 6, 0, 1, 4, 4, 0, 1, 2, 3]
+    assert ids[0][found.spread_M[found.back_L]].tolist() == ids[0].tolist()
+    # A token's own place is in its own sequence, at its own position.
+    assert [place % 4 for place in found.back_L.tolist()] == found.position_1L[0].tolist()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("waste", [0, 1 << 20])
+def test_packed_tokens_have_the_hidden_states_of_each_sequence_alone(
+    name: str, waste: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "WASTE", waste)
+    policy = tiny_policy(name, seed=3)
+    assert policy.packs
+    ids, found = pack(TEXTS, CPU)
+    assert len(found.blocks) == (5 if waste == 0 else 1)
+    with torch.no_grad():
+        hidden = packed_hidden(policy.body, ids, found)
+        for (prompt, text), start, last in zip(TEXTS, found.start_B, found.prompt_B, strict=True):
+            alone = policy.body(input_ids=torch.tensor([prompt + text]), use_cache=False).last_hidden_state[0]
+            torch.testing.assert_close(hidden[start : start + len(text)], alone[len(prompt) :], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(hidden[last], alone[len(prompt) - 1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_stands_beside_a_sequence_cannot_change_it() -> None:
+    policy = tiny_policy(seed=3)
+    with torch.no_grad():
+        held = []
+        for other in ((7, 8, 9, 3), (20, 21, 22, 23)):
+            ids, found = pack([((1, 6, 2), (10, 11)), ((1, 8, 2), other)], CPU)
+            start = found.start_B[0]
+            held.append((packed_hidden(policy.body, ids, found)[start : start + 2], found))
+    assert torch.equal(held[0][0], held[1][0])
+
+
+@pytest.mark.parametrize("objective", ["grpo", "opd", "sft"])
+def test_the_gradient_of_packed_rows_is_that_of_padded_ones(policy: Policy, teacher: Policy, objective: str) -> None:
+    rows = taught(sampled_rows(policy, groups=4), teacher)
+    assert policy.packs and teacher.packs
+    stage = stage_of(objective, batch_size=16)
+    for tokens in (40, 4096):
+        ours, theirs = gradient_of(policy, rows, stage, tokens), gradient_of(padded(policy), rows, stage, tokens)
+        assert furthest(ours, theirs) < 1e-5 * max(1.0, largest(theirs))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_of_packed_rows_are_those_of_padded_ones(policy: Policy, temperature: float) -> None:
+    rollouts = [row.rollout for row in sampled_rows(policy, groups=4, temperature=temperature)]
+    for ours, theirs in zip(logp_of(policy, rollouts, 50), logp_of(padded(policy), rollouts, 50), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shared_prompt_is_computed_once_and_its_gradient_comes_from_all_who_share_it(policy: Policy) -> None:
+    rows = sampled_rows(policy, groups=2, group_size=4)
+    batch = collate_packed(rows, CPU)
+    prompts = {row.rollout.prompt_ids for row in rows}
+    assert batch.ids_BT.shape == (1, sum(map(len, prompts)) + sum(row.tokens for row in rows))
+    assert batch.ids_BT.shape[1] == packed_tokens(rows)
+    seen: list[int] = []
+    hook = policy.body.layers[0].mlp.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[1]))  # type: ignore[union-attr,index]
+    gradient_of(policy, rows, stage_of("grpo"))
+    hook.remove()
+    assert seen == [packed_tokens(rows)]
+
+
+def test_rows_of_very_different_length_do_not_share_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Widths 3 and 3 beside 900: padding two rows of 3 to 900 would cost 1.6 million scores.
+    assert blocked([900, 3, 3]) == [[1, 2], [0]]
+    assert blocked([40, 3, 3]) == [[1, 2, 0]]
+    monkeypatch.setattr(packing, "WASTE", 100)
+    assert blocked([10, 8, 2, 9]) == [[2, 1, 3], [0]]  # up to 9: 243 scores for 149; with the 10: 400 for 249
+
+
+def test_gradient_checkpointing_and_bfloat16_pack_too(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    for settings_, near in (({"gradient_checkpointing": True}, 1e-5), ({"dtype": "bfloat16"}, 0.05)):
+        held = MODELS.model_copy(update=settings_)
+        policy = models.load(str(folder), "models.student", held, CPU, frozen=False)
+        assert policy.packs
+        rows = sampled_rows(policy, groups=2)
+        ours = gradient_of(policy, rows, stage_of("grpo"))
+        theirs = gradient_of(padded(policy), rows, stage_of("grpo"))
+        assert furthest(ours, theirs) < near * max(1.0, largest(theirs))
+
+
+def test_a_saved_model_says_nothing_of_packing(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    models.save(policy, tmp_path, torch.float32)
+    assert ATTENTION not in (tmp_path / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+        ("gemma2", {"query_pre_attn_scalar": 8}),
+        ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}),
+    ],
+)
+def test_models_whose_attention_is_not_plain_are_padded(name: str, more: dict[str, object]) -> None:
+    policy = tiny_policy(name, **more)
+    assert not policy.packs
+    assert policy.model.config._attn_implementation == "sdpa"
+    rollouts = [rollout_of(prompt, text) for prompt, text in TEXTS]
+    found = logp_of(policy, rollouts, 64)
+    for rollout, logp in zip(rollouts, found, strict=True):
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        with torch.no_grad():
+            logits = policy.model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
+        expected = torch.log_softmax(logits, dim=-1)[torch.arange(len(logp)), torch.tensor(rollout.completion_ids)]
+        torch.testing.assert_close(logp, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_mixes_packed_sequences_is_found_out_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An architecture that the list takes for plain and that is not: here one whose attention sees everything."""
+
+    def leaking(module, query, key, value, mask, *, packing=None, scaling=None, **others):  # type: ignore[no-untyped-def]
+        return packing_free(module, query, key, value, None, scaling=scaling)
+
+    packing_free = packing.sdpa_attention_forward
+    monkeypatch.setitem(packing.AttentionInterface._global_mapping, ATTENTION, leaking)
+    policy = tiny_policy(seed=3)
+    assert not policy.packs and policy.model.config._attn_implementation == "sdpa"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 30)), min_size=1, max_size=24),
+    budget=st.integers(1, 200),
+)
+def test_packed_microbatches_respect_the_budget_and_lose_nothing(lengths: list[tuple[int, int]], budget: int) -> None:
+    rows = [Row(rollout_of((5,) * p, (7,) * c, sample=i)) for i, (p, c) in enumerate(lengths)]
+    parts = packed_microbatches(rows, budget)
+    assert sorted(row.rollout.sample for part in parts for row in part) == list(range(len(rows)))
+    assert all(packed_tokens(part) <= budget or len(part) == 1 for part in parts)
+    if packed_tokens(rows) <= budget:
+        assert len(parts) == 1
+
+
+def test_microbatches_are_alike_in_tokens_and_keep_prompts_together() -> None:
+    rows = [Row(rollout_of((5,) * 10, (7,) * 10, sample=i)) for i in range(8)]
+    rows += [Row(rollout_of((6,) * 10, (7,) * 10, sample=i)) for i in range(8)]
+    # 10 + 80 tokens a prompt, 180 in all: two parts of 90 and no prompt twice.
+    assert [packed_tokens(part) for part in packed_microbatches(rows[::2] + rows[1::2], 100)] == [90, 90]
+    long = [Row(rollout_of((5,), (7,) * n)) for n in (9, 9, 9, 9, 9)]
+    assert sorted(map(packed_tokens, packed_microbatches(long, 30))) == [19, 28]
