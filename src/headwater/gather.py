@@ -153,7 +153,7 @@ class OnPolicy:
         spent = Shape.from_config(self.policy.model.config).flops(sampled, context)
         for scorer in (self.teacher, self.reference):
             if scorer is not None:
-                spent += Shape.from_config(scorer.model.config).flops(sum(read), context)
+                spent += scorer.pass_flops(kept)
         return spent
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from headwater import config
-from headwater.batch import Batch, Row, collate, collate_packed, microbatches, packed_microbatches
+from headwater.batch import Batch, Row, collate, collate_packed, microbatches, packed_microbatches, packed_tokens
 from headwater.distributions import Head, LinearHead
 from headwater.errors import UserError
 from headwater.packing import packed_hidden, prepare, spread_out
@@ -75,6 +75,15 @@ class Policy:
                 part,
                 collate_packed(part, self.device) if self.packs else collate(part, self.pad_id, self.device),
             )
+
+    def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float:
+        """FLOPs of running these rows forward (1) or forward and backward (3); a shared prompt counts once where it is run once."""
+        lengths = [len(row.rollout.prompt_ids) + row.tokens for row in rows]
+        if not lengths:
+            return 0.0
+        tokens = packed_tokens(rows) if self.packs else sum(lengths)
+        context = sum(length**2 for length in lengths) / sum(lengths) / 2
+        return Shape.from_config(self.model.config).flops(tokens, context, passes)
 
     def completion_hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, H) at the positions that predict the completion tokens."""

@@ -136,14 +136,12 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
     objective = objective_of(stage)
     steps = place.steps(node)
     prompter = place.prompter(policy)
-    shape = Shape.from_config(policy.model.config)
     spend = place.spend(node)
 
     def update_flops(rows: Sequence[Row]) -> float:
-        live = [len(row.rollout.prompt_ids) + row.tokens for row in rows if not row.inert]
         # The old log-probs of several updates on one batch take a forward pass more, a third of an update's.
         again = 1.0 / 3.0 if objective.source == "policy" and stage.passes * stage.minibatches > 1 else 0.0
-        return (stage.passes + again) * sum(shape.flops(length, length / 2, passes=3) for length in live)
+        return (stage.passes + again) * policy.pass_flops([row for row in rows if not row.inert], passes=3)
 
     def write_rollouts(step: int, rows: Sequence[Row]) -> None:
         path = folder.rollouts(step)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from headwater import token_ids
 from headwater.batch import Row
 from headwater.data import Rollout
 from headwater.distributions import Distributions, Exact, FromHidden, TopK, joined
@@ -78,7 +79,10 @@ def write_cache(
     tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Store rollouts and the teacher's distributions at each of their tokens: exact float32, or top-k and the tail."""
+    """Store rollouts and the teacher's distributions at each of their tokens: exact float32, or top-k and the tail.
+
+    With 64 kept tokens a token takes 256 bytes, 272 for a vocabulary of over 65,536.
+    """
     keys = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
     lines = [json.dumps({key: getattr(rollout, key) for key in keys}) for rollout in rollouts]
     (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -95,7 +99,8 @@ def write_cache(
                 parts.append({"logp": logp_NV.cpu()})
             else:
                 kept = logp_NV.topk(min(top_k, logp_NV.shape[-1]), dim=-1)
-                parts.append({"logp": kept.values.half().cpu(), "ids": kept.indices.int().cpu()})
+                ids = token_ids.narrowed(kept.indices.cpu(), policy.vocabulary)
+                parts.append({"logp": kept.values.half().cpu(), **ids})
         if progress is not None:
             progress(len(chosen))
     save_file(
@@ -118,12 +123,11 @@ def read_cache(folder: Path) -> list[Row]:
             f"{folder}: the teacher cache holds {stored['logp'].shape[0]} distributions for {sum(lengths)} tokens"
         )
     logps = stored["logp"].split(lengths)
-    if "ids" in stored:
-        teachers: list[Distributions] = [
-            TopK(ids, logp.float()) for ids, logp in zip(stored["ids"].split(lengths), logps, strict=True)
-        ]
+    if len(stored) == 1:
+        teachers: list[Distributions] = [Exact(logp) for logp in logps]
     else:
-        teachers = [Exact(logp) for logp in logps]
+        kept = token_ids.widened(stored).split(lengths)
+        teachers = [TopK(ids, logp.float()) for ids, logp in zip(kept, logps, strict=True)]
     return [Row(rollout, teacher=teacher) for rollout, teacher in zip(rollouts, teachers, strict=True)]
 
 
