@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from headwater import plain_yaml
 from headwater.errors import UserError
 from headwater.settings import Name, Positive, Sampling, Stage, Stages, Strict
 
@@ -123,10 +123,48 @@ class Conditions(Strict):
     """For the overlap: how many of the likeliest tokens are compared."""
 
 
+class Guard(Strict):
+    """One guard of training: what to do when its figure, over the last `window` steps, is beyond `bound`."""
+
+    action: Literal["warn", "stop", "off"]
+    bound: Annotated[float, Field(ge=0.0)]
+    window: Positive
+
+
+GUARDS: dict[str, dict[str, Any]] = {
+    "kl_explosion": {"action": "warn", "bound": 1.0, "window": 10},
+    "entropy_collapse": {"action": "warn", "bound": 0.03, "window": 10},
+    "truncation": {"action": "warn", "bound": 0.5, "window": 10},
+    "no_variance": {"action": "warn", "bound": 0.01, "window": 10},
+    "sampler_gap": {"action": "warn", "bound": 0.05, "window": 10},
+}
+"""What a recipe leaves out of a guard. Each is explained in docs/guards.md; `guards` says how it is measured."""
+
+
 class Guards(Strict):
+    """`truncation: stop` changes the action alone, `truncation: {action: stop, bound: 0.3}` what it names."""
+
     no_signal: Literal["stop", "continue"] = "stop"
     """What to do when no group of the first `patience` steps of a stage has rewards that differ."""
     patience: Positive = 3
+    kl_explosion: Guard
+    entropy_collapse: Guard
+    truncation: Guard
+    no_variance: Guard
+    sampler_gap: Guard
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_left_out_is_as_usual(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {**value, **{name: _guard(value.get(name, {}), usual) for name, usual in GUARDS.items()}}
+
+
+def _guard(said: Any, usual: dict[str, Any]) -> Any:
+    """A guard as said, completed. YAML reads a bare `off` as false."""
+    said = {"action": "off" if said is False else said} if isinstance(said, (str, bool)) else said
+    return {**usual, **said} if isinstance(said, dict) else said
 
 
 class Compute(Strict):
@@ -159,7 +197,7 @@ class Recipe(Strict):
     stages: Stages
     evaluate: Evaluate = Evaluate()
     conditions: Conditions = Conditions()
-    guards: Guards = Guards()
+    guards: Guards = Field(default_factory=lambda: Guards.model_validate({}))
     compute: Compute = Compute()
 
     @model_validator(mode="after")
@@ -178,11 +216,11 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises UserError with one sentence that names the file and the field.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(4 * plain_yaml.LONGEST).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path}: is not YAML ({' '.join(str(error).split())})") from None
+    raw = plain_yaml.read(text, f"recipe {path}")
     return parse_recipe(raw, f"recipe {path}", overrides)
 
 
@@ -216,8 +254,8 @@ def _with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     if not sign or not all(keys):
         raise UserError(f"--set {shown}: write it as path=value, such as stages.opd.steps=5")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = plain_yaml.read(text, "")
+    except UserError:
         raise UserError(f"--set {shown}: the value is not YAML") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-4 as text; a number was meant
