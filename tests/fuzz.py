@@ -143,10 +143,12 @@ def cell(draw: random.Random) -> Any:
 
 
 def some_rows(draw: random.Random, names: list[str]) -> list[Any]:
-    rows = []
-    for number in range(draw.choice([0, 1, 3, 12])):
+    rows, share = [], draw.choice([0.0, 0.0, 0.1, 0.5])
+    for number in range(draw.choice([0, 1, 3, 12, 12])):
         good: Any = {names[0]: f"{number:02d}+11", names[1]: f"{number + 11}"}
-        rows.append(mutated(draw, good, 2, cell) if draw.random() < 0.4 else good)
+        if draw.random() < 0.2:
+            good[names[1]] = cell(draw)
+        rows.append(mutated(draw, good, 2, cell) if draw.random() < share else good)
     return rows
 
 
@@ -155,9 +157,9 @@ def as_bytes(draw: random.Random, rows: list[Any]) -> bytes:
     data = "".join(json.dumps(row, ensure_ascii=draw.random() < 0.5) + end for row in rows).encode(
         "utf-8", "surrogatepass"
     )
-    if draw.random() < 0.3:
+    if draw.random() < 0.25:
         data = draw.choice([data + draw.choice(LINES), draw.choice(LINES) + data])
-    return spoiled(draw, data) if draw.random() < 0.2 else data
+    return spoiled(draw, data) if draw.random() < 0.15 else data
 
 
 QUICK = ["numeric", "exact", "choice", "sums", "countdown", "words"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+
+PAGE = resource.getpagesize()
 
 
 class OutOfTimeError(Exception):
@@ -16,37 +18,42 @@ class OutOfTimeError(Exception):
 
 @contextlib.contextmanager
 def within(seconds: float, megabytes: int) -> Iterator[None]:
-    """Raises OutOfTimeError or MemoryError from the body when it takes more; best effort where it cannot be bounded.
+    """Raises OutOfTimeError or MemoryError from the body when it takes more. Outside the main thread nothing is bounded.
 
-    Time is bounded in the main thread alone, where signals are heard; memory by the address space of the whole process, so
-    another thread's large allocation could fail meanwhile: keep bodies short.
+    Time is bounded by an alarm, which only the main thread hears; memory by the address space of the whole process, so another
+    thread's large allocation could fail meanwhile: keep bodies short.
     """
-    main = threading.current_thread() is threading.main_thread()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def over(number: int, frame: object) -> None:
         raise OutOfTimeError
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _used() + megabytes * 2**20
-    bounds = [one for one in (soft, hard, limit) if one != resource.RLIM_INFINITY]
-    handler = signal.signal(signal.SIGALRM, over) if main else None
-    held = signal.setitimer(signal.ITIMER_REAL, seconds) if main else (0.0, 0.0)
+    bounds = [one for one in (soft, hard, _used() + megabytes * 2**20) if one != resource.RLIM_INFINITY]
+    handler = signal.signal(signal.SIGALRM, over)
+    held = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))
+        resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))
         yield
     finally:
-        if main:
+        try:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:  # the alarm may go off on this very line
             signal.signal(signal.SIGALRM, handler)
-            signal.setitimer(signal.ITIMER_REAL, *held)
-        with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if held[0]:
+            signal.setitimer(signal.ITIMER_REAL, *held)
 
 
 def _used() -> int:
     """Bytes of address space that the process has now; nothing known about it is no bound."""
     try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    except (OSError, ValueError):
+        at = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
         return 1 << 62
+    try:
+        return int(os.read(at, 100).split()[0]) * PAGE
+    finally:
+        os.close(at)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from headwater import plain_yaml
 from headwater.errors import UserError
-from headwater.settings import Name, Positive, Sampling, Stage, Stages, Strict
+from headwater.settings import Name, Natural, Positive, Sampling, Seed, Stage, Stages, Strict
 
 
 class Models(Strict):
@@ -59,9 +59,9 @@ class Generate(Strict):
     task: str = "sums"
     """Whose problems; a source says it by itself, so that a grader of your own may be tried on them."""
     pool: Literal["train", "unlabelled", "eval"]
-    count: Positive
-    seed: int = 0
-    dials: dict[str, int] = Field(default_factory=dict)
+    count: Annotated[int, Field(ge=1, le=1_000_000)]
+    seed: Seed = 0
+    dials: dict[str, Annotated[int, Field(ge=-1_000_000_000, le=1_000_000_000)]] = Field(default_factory=dict)
     """Difficulty, in the task's own terms (docs/tasks.md); what is not said here is as the shipped models know it."""
 
 
@@ -101,7 +101,7 @@ class LabelBudget(Strict):
     budget: Positive | None = None
     split: Literal["full", "half"] = "full"
     """For arms without stage 3: `full` spends every label on the teacher, `half` only the first half (1H)."""
-    seed: int = 0
+    seed: Seed = 0
     """Which labels the budget buys; the same for every training seed unless changed."""
 
 
@@ -115,7 +115,7 @@ class Evaluate(Strict):
 class Conditions(Strict):
     """The paper's condition C2, measured beside every student stage that has a teacher; costs no label."""
 
-    problems: Annotated[int, Field(ge=0)] = 64
+    problems: Natural = 64
     """Held-out prompts (texts of the first evaluation) on which it is measured; 0 measures nothing."""
     every: Positive = 25
     """Steps between two measurements; the first and the last state are always measured."""
@@ -171,14 +171,14 @@ class Compute(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     microbatch_tokens: Positive = 16384
     """Tokens (padding included) in one forward and backward pass; gradients are accumulated over the passes."""
-    threads: Positive | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the tensor library; None leaves its own choice."""
-    workers: Positive | None = None
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes that run independent nodes side by side. None: as many as the cores allow at `threads` each; one on a GPU."""
     sample_batch: Positive = 256
     """Sequences that the embedded sampler decodes at once."""
-    grader_workers: Positive = 2
-    grader_seconds: Annotated[float, Field(gt=0.0)] = 2.0
+    grader_workers: Annotated[int, Field(ge=1, le=1024)] = 2
+    grader_seconds: Annotated[float, Field(gt=0.0, le=86_400.0)] = 2.0
     deterministic: bool = True
 
 
@@ -186,7 +186,7 @@ class Recipe(Strict):
     """Everything that decides a run's outcome. The canonical recipe has four stages; arms are edits of it."""
 
     name: Name
-    seed: int = 0
+    seed: Seed = 0
     task: str
     """`sums`, `maths`, `exact`, `numeric`, `choice`, `regex`, `json`, `python` (docs/tasks.md), or a grader of your
     own as `package.module:function(gold, completion) -> bool`."""

@@ -131,7 +131,7 @@ def refuse_untrusted(where: str, field: str, name: str, trust_remote_code: bool)
     if not folder.is_dir():
         return  # a hub id: the library asks the same of it as we do, and downloads safetensors alone
     if not trust_remote_code:
-        model_files.refuse_code(folder, field)
+        model_files.refuse_code(folder, field, name)
     if list(folder.glob("*.safetensors")):
         model_files.refuse_unlike_weights(folder, field, name)
 

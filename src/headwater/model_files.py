@@ -31,10 +31,12 @@ def refuse_unsafe(folder: Path, field: str, name: str) -> None:
         if path.suffix == ".safetensors" and path.is_file():
             wrong = _not_safetensors(path)
             if wrong:
-                raise UserError(f"{field}: {path.name} in {name} is no safetensors file ({wrong}); it was not read")
+                raise UserError(
+                    f"{field}: {name} cannot be loaded ({path.name} is no safetensors file: {wrong}; it was not read)"
+                )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = read_object(index, field).get("weight_map", {})
+        shards = read_object(index, field, name).get("weight_map", {})
         outside = [one for one in shards.values() if not _plain(one)] if isinstance(shards, dict) else []
         if outside:
             raise UserError(
@@ -59,13 +61,12 @@ def _not_safetensors(path: Path) -> str:
     return ""
 
 
-def refuse_code(folder: Path, field: str) -> None:
+def refuse_code(folder: Path, field: str, name: str) -> None:
     """Raises UserError where a config names Python code of the folder to be imported (`auto_map`)."""
-    for name in CONFIGS:
-        path = folder / name
+    for path in (folder / one for one in CONFIGS):
         if not path.is_file():
             continue
-        held = read_object(path, field)
+        held = read_object(path, field, name)
         for key in ("auto_map", "custom_pipelines"):
             if held.get(key):
                 raise UserError(
@@ -74,14 +75,14 @@ def refuse_code(folder: Path, field: str) -> None:
                 )
 
 
-def read_object(path: Path, field: str) -> dict[str, Any]:
+def read_object(path: Path, field: str, name: str) -> dict[str, Any]:
     """A JSON object. Raises UserError that names field and file."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{field}: {path} cannot be read as JSON ({error})") from None
+        raise UserError(f"{field}: {name} cannot be loaded ({path.name} is not JSON: {error})") from None
     if not isinstance(held, dict):
-        raise UserError(f"{field}: {path} is not a JSON object but {type(held).__name__}")
+        raise UserError(f"{field}: {name} cannot be loaded ({path.name} is no JSON object but {type(held).__name__})")
     return held
 
 
@@ -90,7 +91,7 @@ def refuse_unlike_weights(folder: Path, field: str, name: str) -> None:
 
     A config of a few bytes may ask for a billion layers, and the missing ones would be filled with random numbers.
     """
-    held = read_object(folder / "config.json", field)
+    held = read_object(folder / "config.json", field, name)
     counts, numbers = 0, 0
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
