@@ -32,7 +32,7 @@ def leaf(draw: random.Random) -> Any:
             chr(draw.choice([draw.randint(0, 127), draw.randint(0, 0xD7FF)])) for _ in range(draw.randint(0, 12))
         )
     if roll < 0.23:
-        for _ in range(draw.choice([3, 40, 400])):
+        for _ in range(draw.choice([3, 40, 100])):
             value = draw.choice([[value], {"a": value}])
     return copy.deepcopy(value)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from headwater import teacher as teaching
 from headwater import train as training
 from headwater.batch import microbatches
 from headwater.errors import TrainingStoppedError
@@ -208,6 +209,45 @@ def test_a_run_that_ran_out_of_memory_notes_what_fitted_and_keeps_to_it_when_res
     assert tiny("run", out, "--arm", "direct_grpo", changes=changes).code == 0
     assert [row["microbatch_tokens"] for row in rows(path / "metrics.jsonl")] == noted
     assert max(room.sizes[before:]) <= noted[0]
+
+
+def test_scoring_that_runs_out_of_memory_in_a_run_is_done_in_smaller_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher's cache, its live scores, the reference and the conditions: every frozen pass goes through `teacher`."""
+    changes = ["stages.student_rl.sparse.kl_coef=0.1"]
+    assert tiny("run", tmp_path / "whole", changes=changes).code == 0
+    real, failed = teaching.completion_hidden, []
+
+    def completion_hidden(policy: Policy, batch: Any) -> torch.Tensor:
+        if batch.ids_BT.numel() > 250:
+            failed.append(batch.ids_BT.numel())
+            raise OUT["cpu"]()
+        return real(policy, batch)
+
+    monkeypatch.setattr(teaching, "completion_hidden", completion_hidden)
+    assert tiny("run", tmp_path / "out", changes=changes).code == 0
+    assert len(failed) >= 4
+    for name in ("opd", "student_rl"):
+        pairs = zip(
+            *(rows(node(tmp_path / out, "bridge_rl", name) / "metrics.jsonl") for out in ("out", "whole")), strict=True
+        )
+        for ours, theirs in pairs:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2, abs=1e-4)
+
+
+def test_an_optimizer_without_room_for_its_state_stops_with_one_sentence(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stage_of("grpo", batch_size=8)
+    optimizer = make_optimizer(policy, stage.optim)
+
+    def no_room() -> None:
+        raise OUT["cuda"]()
+
+    monkeypatch.setattr(optimizer, "step", no_room)
+    with pytest.raises(TrainingStoppedError, match="memory ran out in the optimizer's step"):
+        update(policy, optimizer, sampled_rows(policy), objective_of(stage), stage, 4096)
 
 
 REAL = """

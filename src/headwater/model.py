@@ -20,6 +20,7 @@ from headwater.distributions import Head
 from headwater.errors import UserError
 
 transformers_logging.disable_progress_bar()  # a run loads and saves dozens of models; its own progress is what counts
+transformers_logging.set_verbosity_error()  # what it warns of when it loads a folder is refused here in a sentence
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
@@ -139,7 +140,10 @@ def refuse_untrusted(where: str, field: str, name: str, trust_remote_code: bool)
 def read_tokenizer(where: str, trust_remote_code: bool) -> Any:
     """Raises ValueError where there is none: for some architectures transformers then makes an empty one."""
     tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
-    if not tokenizer("1", add_special_tokens=False)["input_ids"]:
+    found = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("1", *PROBES)
+    ]  # some fail only when used
+    if not found[0]:
         raise ValueError("its tokenizer gives no ids for the text '1'; are the tokenizer's files there?")
     return tokenizer
 
@@ -172,6 +176,7 @@ def load(
             use_safetensors=True,
             attn_implementation="sdpa",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the name
         )
     model, found = loaded
     made_up = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})

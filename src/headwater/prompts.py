@@ -10,6 +10,7 @@ from headwater.bounded import OutOfTimeError, within
 from headwater.config import Prompt
 from headwater.data import Problem
 from headwater.errors import UserError
+from headwater.model_files import reading
 
 TEMPLATE_SECONDS, TEMPLATE_MB = 5.0, 256
 """What a chat template may take for one problem; those that ship with models take a tenth of a millisecond."""
@@ -39,7 +40,7 @@ class Prompter:
 
         transformers runs it in Jinja's sandbox, which lets it reach nothing; time and memory are bounded here.
         """
-        what = f"the chat template of {getattr(self.tokenizer, 'name_or_path', '') or 'the model'}"
+        what = self._whose("chat template")
         where = f"problem {problem.id} of {problem.source}"
         try:
             with within(TEMPLATE_SECONDS, TEMPLATE_MB):
@@ -59,11 +60,16 @@ class Prompter:
             raise UserError(f"{what} makes {len(text):,} characters of {where}")
         return text
 
+    def _whose(self, part: str) -> str:
+        return f"the {part} of {getattr(self.tokenizer, 'name_or_path', '') or 'the model'}"
+
     def ids(self, problem: Problem) -> tuple[int, ...]:
         """The prompt as token ids. Raises UserError that names the problem when it is empty or over `prompt.max_tokens`."""
         templated = getattr(self.tokenizer, "chat_template", None) is not None
         # A chat template writes its own special tokens; plain text gets the tokenizer's (a BOS, where it has one).
-        ids = tuple(self.tokenizer(self.text(problem), add_special_tokens=not templated)["input_ids"])
+        text = self.text(problem)
+        with reading(f"{self._whose('tokenizer')} cannot be used on problem {problem.id} of {problem.source}"):
+            ids = tuple(self.tokenizer(text, add_special_tokens=not templated)["input_ids"])
         if not ids:
             raise UserError(f"problem {problem.id} of {problem.source}: its prompt has no tokens")
         if len(ids) > self.prompt.max_tokens:

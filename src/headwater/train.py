@@ -246,6 +246,7 @@ def train(
         raise TrainingStoppedError(f"{spend.stage}, step {done} of {steps}: {why}")
     if earlier:  # the sums of smaller microbatches differ in their last bits, so a resumed stage takes the same ones
         microbatch_tokens = min(microbatch_tokens, int(earlier[-1].get("microbatch_tokens", microbatch_tokens)))
+    del earlier
     if done and ended(done):
         return done
     if not done:
