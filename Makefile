@@ -1,13 +1,17 @@
 # Everything a fresh machine needs: python3 (3.11 or newer) with venv, and a package registry.
 PY := .venv/bin/python
 
-.PHONY: demo test check clean
+.PHONY: demo test check fuzz clean
 
 demo: .venv/installed
 	.venv/bin/headwater demo --out runs/demo
 
 test: .venv/installed-test
 	$(PY) -m pytest
+
+# 5,000 hostile recipes, data files, model folders and run directories, as bounded as the program promises to be.
+fuzz: .venv/installed-test
+	PYTHONPATH=tests $(PY) tests/fuzz.py --count 5000
 
 check: .venv/installed-check
 	.venv/bin/ruff check src tests

@@ -33,9 +33,25 @@ NOUNS = {
     "seeds",
     "errors",
     "plan",
+    "guards",
+    "bounded",
+    "plain_yaml",
+    "model_files",
+    "foreign",
 }
 PURE = {"batch", "logprobs", "advantages", "losses", "distributions"}
-MACHINES = {"model", "sampler", "decoder", "teacher", "objective", "train", "checkpoint", "evaluate", "conditions"}
+MACHINES = {
+    "model",
+    "sampler",
+    "decoder",
+    "teacher",
+    "objective",
+    "train",
+    "checkpoint",
+    "evaluate",
+    "conditions",
+    "memory",
+}
 HEAVY = ("torch", "transformers", "safetensors", "datasets")
 
 

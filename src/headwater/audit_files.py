@@ -9,6 +9,7 @@ from typing import Any
 
 from headwater.config import Recipe, parse_recipe
 from headwater.errors import UserError
+from headwater.foreign import NODE
 from headwater.plan import Node as Planned
 from headwater.plan import nodes_of
 from headwater.recipes import ARMS, arm_of
@@ -114,6 +115,8 @@ def read(out: RunDir) -> Files:
                     )
                     continue
                 for name, one in zip(names, planned, strict=True):
+                    if not NODE.fullmatch(name):
+                        raise ValueError(f"no node is called {name!r:.80}")
                     nodes.setdefault(str(name), NodeFiles(out.node(str(name)), one))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{out.plan}: is not a plan ({type(error).__name__}: {error})") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from headwater import losses
 from headwater.data import Rollout
 from headwater.distributions import joined
 from headwater.logprobs import tokens_at_once
+from headwater.memory import Budget, passes
 from headwater.model import Policy
 from headwater.teacher import distributions_of, hidden_of
 
@@ -61,8 +63,9 @@ def measure(
 @torch.no_grad()
 def apart(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], top_k: int, tokens: int) -> Apart:
     """How the two models differ at every completion token of these rollouts, all sampled at one temperature."""
-    own_NH = torch.cat(hidden_of(student, rollouts, tokens))
-    theirs = joined(distributions_of(teacher, rollouts, tokens), student.device)
+    budget = Budget(tokens)
+    own_NH = torch.cat(passes(budget, rollouts, partial(hidden_of, student, rollouts)))
+    theirs = joined(passes(budget, rollouts, partial(distributions_of, teacher, rollouts)), student.device)
     sums, size = torch.zeros(5, dtype=torch.float64), tokens_at_once(student.vocabulary, own_NH.device)
     for start in range(0, len(own_NH), size):
         logits_NV = student.logits(own_NH[start : start + size]).float() / rollouts[0].temperature

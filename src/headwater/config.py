@@ -10,11 +10,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from headwater import plain_yaml
 from headwater.errors import UserError
-from headwater.settings import Name, Positive, Sampling, Stage, Stages, Strict
+from headwater.settings import Name, Natural, Positive, Sampling, Seed, Stage, Stages, Strict
 
 
 class Models(Strict):
@@ -59,9 +59,9 @@ class Generate(Strict):
     task: str = "sums"
     """Whose problems; a source says it by itself, so that a grader of your own may be tried on them."""
     pool: Literal["train", "unlabelled", "eval"]
-    count: Positive
-    seed: int = 0
-    dials: dict[str, int] = Field(default_factory=dict)
+    count: Annotated[int, Field(ge=1, le=1_000_000)]
+    seed: Seed = 0
+    dials: dict[str, Annotated[int, Field(ge=-1_000_000_000, le=1_000_000_000)]] = Field(default_factory=dict)
     """Difficulty, in the task's own terms (docs/tasks.md); what is not said here is as the shipped models know it."""
 
 
@@ -101,7 +101,7 @@ class LabelBudget(Strict):
     budget: Positive | None = None
     split: Literal["full", "half"] = "full"
     """For arms without stage 3: `full` spends every label on the teacher, `half` only the first half (1H)."""
-    seed: int = 0
+    seed: Seed = 0
     """Which labels the budget buys; the same for every training seed unless changed."""
 
 
@@ -115,7 +115,7 @@ class Evaluate(Strict):
 class Conditions(Strict):
     """The paper's condition C2, measured beside every student stage that has a teacher; costs no label."""
 
-    problems: Annotated[int, Field(ge=0)] = 64
+    problems: Natural = 64
     """Held-out prompts (texts of the first evaluation) on which it is measured; 0 measures nothing."""
     every: Positive = 25
     """Steps between two measurements; the first and the last state are always measured."""
@@ -123,24 +123,62 @@ class Conditions(Strict):
     """For the overlap: how many of the likeliest tokens are compared."""
 
 
+class Guard(Strict):
+    """One guard of training: what to do when its figure, over the last `window` steps, is beyond `bound`."""
+
+    action: Literal["warn", "stop", "off"]
+    bound: Annotated[float, Field(ge=0.0)]
+    window: Positive
+
+
+GUARDS: dict[str, dict[str, Any]] = {
+    "kl_explosion": {"action": "warn", "bound": 1.0, "window": 10},
+    "entropy_collapse": {"action": "warn", "bound": 0.03, "window": 10},
+    "truncation": {"action": "warn", "bound": 0.5, "window": 10},
+    "no_variance": {"action": "warn", "bound": 0.01, "window": 10},
+    "sampler_gap": {"action": "warn", "bound": 0.05, "window": 10},
+}
+"""What a recipe leaves out of a guard. Each is explained in docs/guards.md; `guards` says how it is measured."""
+
+
 class Guards(Strict):
+    """`truncation: stop` changes the action alone, `truncation: {action: stop, bound: 0.3}` what it names."""
+
     no_signal: Literal["stop", "continue"] = "stop"
     """What to do when no group of the first `patience` steps of a stage has rewards that differ."""
     patience: Positive = 3
+    kl_explosion: Guard
+    entropy_collapse: Guard
+    truncation: Guard
+    no_variance: Guard
+    sampler_gap: Guard
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_left_out_is_as_usual(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {**value, **{name: _guard(value.get(name, {}), usual) for name, usual in GUARDS.items()}}
+
+
+def _guard(said: Any, usual: dict[str, Any]) -> Any:
+    """A guard as said, completed. YAML reads a bare `off` as false."""
+    said = {"action": "off" if said is False else said} if isinstance(said, (str, bool)) else said
+    return {**usual, **said} if isinstance(said, dict) else said
 
 
 class Compute(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     microbatch_tokens: Positive = 16384
     """Tokens (padding included) in one forward and backward pass; gradients are accumulated over the passes."""
-    threads: Positive | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the tensor library; None leaves its own choice."""
-    workers: Positive | None = None
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes that run independent nodes side by side. None: as many as the cores allow at `threads` each; one on a GPU."""
     sample_batch: Positive = 256
     """Sequences that the embedded sampler decodes at once."""
-    grader_workers: Positive = 2
-    grader_seconds: Annotated[float, Field(gt=0.0)] = 2.0
+    grader_workers: Annotated[int, Field(ge=1, le=1024)] = 2
+    grader_seconds: Annotated[float, Field(gt=0.0, le=86_400.0)] = 2.0
     deterministic: bool = True
 
 
@@ -148,7 +186,7 @@ class Recipe(Strict):
     """Everything that decides a run's outcome. The canonical recipe has four stages; arms are edits of it."""
 
     name: Name
-    seed: int = 0
+    seed: Seed = 0
     task: str
     """`sums`, `maths`, `exact`, `numeric`, `choice`, `regex`, `json`, `python` (docs/tasks.md), or a grader of your
     own as `package.module:function(gold, completion) -> bool`."""
@@ -159,7 +197,7 @@ class Recipe(Strict):
     stages: Stages
     evaluate: Evaluate = Evaluate()
     conditions: Conditions = Conditions()
-    guards: Guards = Guards()
+    guards: Guards = Field(default_factory=lambda: Guards.model_validate({}))
     compute: Compute = Compute()
 
     @model_validator(mode="after")
@@ -178,11 +216,11 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises UserError with one sentence that names the file and the field.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(4 * plain_yaml.LONGEST).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path}: is not YAML ({' '.join(str(error).split())})") from None
+    raw = plain_yaml.read(text, f"recipe {path}")
     return parse_recipe(raw, f"recipe {path}", overrides)
 
 
@@ -216,8 +254,8 @@ def _with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     if not sign or not all(keys):
         raise UserError(f"--set {shown}: write it as path=value, such as stages.opd.steps=5")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = plain_yaml.read(text, "")
+    except UserError:
         raise UserError(f"--set {shown}: the value is not YAML") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-4 as text; a number was meant

@@ -85,7 +85,7 @@ def narrator(quiet: bool = False) -> Narrator:
                 facts = facts_of(metrics) or facts
                 bars.update(task, advance=count, facts=facts)
 
-            yield Watch(start, advance, lambda: False)
+            yield Watch(start, advance, lambda: False, lambda said: say(f"{head}: warning {said}"))
         say(f"{head}: {time.perf_counter() - began:.1f} s  {facts}{standing}")
 
     @contextlib.contextmanager

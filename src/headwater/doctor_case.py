@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from headwater import model
+from headwater import model, model_files
 from headwater.config import Recipe
 from headwater.contamination import Leak
 from headwater.data import Problem, Rollout
@@ -173,12 +173,10 @@ class Case:
         where = self.where(role)
 
         def read() -> Any:
-            try:
-                return AutoConfig.from_pretrained(where, trust_remote_code=self.recipe.models.trust_remote_code)
-            except (OSError, ValueError, KeyError, ImportError) as error:
-                raise UserError(
-                    f"models.{role}: the config of {where} cannot be read ({model.first_sentence(error)})"
-                ) from None
+            trusted = self.recipe.models.trust_remote_code
+            model.refuse_untrusted(where, f"models.{role}", where, trusted)
+            with model_files.reading(f"models.{role}: the config of {where} cannot be read"):
+                return AutoConfig.from_pretrained(where, trust_remote_code=trusted)
 
         return self._once(("config", role), read, "model-unreadable", "mend or replace its config.json")
 
@@ -187,10 +185,11 @@ class Case:
         where, held = self.where(role), self.config(role)
 
         def read() -> GenerationConfig:
-            try:
-                return GenerationConfig.from_pretrained(where)
-            except (OSError, ValueError):
-                return GenerationConfig.from_model_config(held)
+            with model_files.reading(f"models.{role}: the generation config of {where} cannot be read"):
+                try:
+                    return GenerationConfig.from_pretrained(where)
+                except (OSError, ValueError):
+                    return GenerationConfig.from_model_config(held)
 
         return self._once(("generation", role), read, "model-unreadable", "mend its generation_config.json")
 

@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
+LONGEST = 2000
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """Line breaks become spaces; control characters, direction marks and lone surrogates the replacement character.
+
+    Example: `one_line("a\\nb\\x1b[2J")` is `a b\ufffd[2J`.
+    """
+    shown = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    return CONTROL.sub("\ufffd", re.sub("[\r\n\u2028\u2029]+", " ", shown))
+
 
 class HeadwaterError(Exception):
     """An expected end: the command line prints the sentence, without a traceback, and exits with `exit_code`."""
@@ -10,9 +24,15 @@ class HeadwaterError(Exception):
 
 
 class UserError(HeadwaterError):
-    """The user's mistake: a bad recipe, file, row or option. The sentence names the field, file or row."""
+    """The user's mistake: a bad recipe, file, row or option. The sentence names the field, file or row.
+
+    It may quote what it found, so it is made one line without characters that a terminal would act on.
+    """
 
     exit_code = 2
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(one_line(sentence))
 
 
 class RefusedError(HeadwaterError):

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from headwater import model
+from headwater import model, model_files
 from headwater.materials import Materials, read_tokenizer
 from headwater.model import Shape
 from headwater.objective import objective_of
@@ -45,7 +45,10 @@ def estimates(plan: Plan, materials: Materials) -> list[Estimate]:
     for role in ("student", "teacher", "expert"):
         name = getattr(models, role)
         if name is not None:
-            shapes[role] = Shape.of(model.resolve(name, f"models.{role}"), models.trust_remote_code)
+            where = model.resolve(name, f"models.{role}")
+            model.refuse_untrusted(where, f"models.{role}", name, models.trust_remote_code)
+            with model_files.reading(f"models.{role}: the config of {name} cannot be used"):
+                shapes[role] = Shape.of(where, models.trust_remote_code)
     case = Case(plan, materials, shapes, prompt_tokens(materials))
     return [estimate(node, case) for node in plan.order()]
 

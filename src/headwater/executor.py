@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from headwater.errors import HeadwaterError
@@ -141,7 +141,7 @@ def run_marked(node: Node, place: Workplace) -> None:
 
 
 def watch_of(watch: Watch, stopped: Callable[[], bool]) -> Watch:
-    return Watch(watch.start, watch.advance, stopped)
+    return replace(watch, should_stop=stopped)
 
 
 def describe(node: Node) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from headwater.config import Guards
 from headwater.errors import TrainingStoppedError
 from headwater.evaluate import sampled_and_graded
 from headwater.labels import Labels
+from headwater.memory import Budget, passes
 from headwater.model import Policy, Shape
 from headwater.objective import Objective, with_rewards
 from headwater.sampler import Sampler, requests_for
@@ -52,7 +54,7 @@ class OnPolicy:
     labels     the answers it may look at; None where the objective is dense
     teacher    who scores the rollouts; None where the objective is sparse
     reference  the stage's starting weights, where the objective keeps close to them
-    tokens     at most so many padded tokens in a scoring pass
+    budget     at most so many padded tokens in a scoring pass; what fits is remembered
     """
 
     policy: Policy
@@ -67,7 +69,7 @@ class OnPolicy:
     teacher: Policy | None
     reference: Policy | None
     guard: SignalGuard
-    tokens: int
+    budget: Budget
 
     def __call__(self, step: int) -> Gathered:
         everything, kept, seconds = self.sampled(step)
@@ -137,11 +139,11 @@ class OnPolicy:
         """The rows with what the frozen models say of them."""
         rollouts = [row.rollout for row in rows]
         if self.reference is not None:
-            logps = logp_of(self.reference, rollouts, self.tokens)
+            logps = passes(self.budget, rollouts, partial(logp_of, self.reference, rollouts))
             rows = [replace(row, reference_logp=logp) for row, logp in zip(rows, logps, strict=True)]
         if self.teacher is not None:
             with torch.no_grad():
-                found = distributions_of(self.teacher, rollouts, self.tokens)
+                found = passes(self.budget, rollouts, partial(distributions_of, self.teacher, rollouts))
             rows = [replace(row, teacher=one) for row, one in zip(rows, found, strict=True)]
         return rows
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from headwater import model
+from headwater import model, model_files
 from headwater.config import Recipe
 from headwater.contamination import Leak
 from headwater.data import Problem, letters_of
@@ -206,7 +206,6 @@ def read_tokenizer(recipe: Recipe, role: str) -> Any:
     """A role's tokenizer, without its weights. Raises UserError."""
     field, name = f"models.{role}", getattr(recipe.models, role)
     where = model.resolve(name, field)
-    try:
+    model.refuse_untrusted(where, field, name, recipe.models.trust_remote_code)
+    with model_files.reading(f"{field}: the tokenizer of {name} cannot be loaded"):
         return model.read_tokenizer(where, recipe.models.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{field}: the tokenizer of {name} cannot be loaded ({model.first_sentence(error)})") from None

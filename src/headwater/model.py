@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from headwater import config
+from headwater import config, model_files
 from headwater.batch import Batch, Row, collate, collate_packed, microbatches, packed_microbatches, packed_tokens
 from headwater.distributions import Head, LinearHead
 from headwater.errors import UserError
 from headwater.packing import packed_hidden, prepare, spread_out
 
 transformers_logging.disable_progress_bar()  # a run loads and saves dozens of models; its own progress is what counts
+transformers_logging.set_verbosity_error()  # what it warns of when it loads a folder is refused here in a sentence
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
@@ -150,6 +151,7 @@ def resolve(name: str, field: str) -> str:
             raise UserError(f"{field}: the folder {name} holds no config.json, so no model")
         if not list(folder.glob("*.safetensors")):
             raise UserError(f"{field}: the folder {name} holds no *.safetensors; other weight formats are not read")
+        model_files.refuse_unsafe(folder, field, name)
         return str(folder)
     if HUB_ID.match(name):
         return name
@@ -162,10 +164,24 @@ def refuse_without_weights(name: str, where: str, field: str) -> None:
         raise UserError(f"{field}: {name} has no weights yet; `headwater pretrain desk` makes them in ./desk")
 
 
+def refuse_untrusted(where: str, field: str, name: str, trust_remote_code: bool) -> None:
+    """Raises UserError for a folder whose configs name code to be run, or a model unlike the weights beside it."""
+    folder = Path(where)
+    if not folder.is_dir():
+        return  # a hub id: the library asks the same of it as we do, and downloads safetensors alone
+    if not trust_remote_code:
+        model_files.refuse_code(folder, field, name)
+    if list(folder.glob("*.safetensors")):
+        model_files.refuse_unlike_weights(folder, field, name)
+
+
 def read_tokenizer(where: str, trust_remote_code: bool) -> Any:
     """Raises ValueError where there is none: for some architectures transformers then makes an empty one."""
     tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
-    if not tokenizer("1", add_special_tokens=False)["input_ids"]:
+    found = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("1", *PROBES)
+    ]  # some fail only when used
+    if not found[0]:
         raise ValueError("its tokenizer gives no ids for the text '1'; are the tokenizer's files there?")
     return tokenizer
 
@@ -187,23 +203,26 @@ def load(
     """
     where = resolve(name, field)
     refuse_without_weights(name, where, field)
+    refuse_untrusted(where, field, name, models.trust_remote_code)
     compute = getattr(torch, models.dtype)
-    try:
+    with model_files.reading(f"{field}: {name} cannot be loaded"):
         tokenizer = read_tokenizer(where, models.trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=compute if frozen else torch.float32,
             trust_remote_code=models.trust_remote_code,
             use_safetensors=True,
             attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the name
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        # What a damaged folder raises (safetensors, JSON, shapes) differs; the sentence is the same.
-        raise UserError(f"{field}: {name} cannot be loaded ({first_sentence(error)})") from None
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "huggingface_hub", "httpx"):
-            raise
-        raise UserError(f"{field}: {name} cannot be loaded ({first_sentence(error)})") from None
+    model, found = loaded
+    made_up = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if made_up:
+        raise UserError(
+            f"{field}: {name} cannot be loaded (its files lack {len(made_up)} weights that its config.json asks for, such as "
+            f"{made_up[0]}, or hold them in another shape; they would be random)"
+        )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # with dropout the trainer's log-probs would not be the sampler's
@@ -325,7 +344,11 @@ class Shape:
 
     @staticmethod
     def of(where: str, trust_remote_code: bool = False) -> Shape:
-        return Shape.from_config(AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code))
+        found = Shape.from_config(AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code))
+        for name, value in vars(found).items():
+            if not isinstance(value, int) or (value < 1 and name != "tied"):
+                raise ValueError(f"{name} is {value!r:.40}")
+        return found
 
     @staticmethod
     def from_config(held: Any) -> Shape:

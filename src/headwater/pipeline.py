@@ -20,10 +20,11 @@ from headwater.config import Compute, Recipe
 from headwater.doctor import preflight
 from headwater.errors import FailedError, UserError
 from headwater.executor import Executor, Failure, Job, Narrator, describe
+from headwater.foreign import read_plan, refuse_links
 from headwater.materials import Materials, check_plan, gather_materials
 from headwater.plan import Node, Plan, make_plan
 from headwater.processes import local
-from headwater.rundir import RunDir, read_json, write_json, write_rows
+from headwater.rundir import RunDir, write_json, write_rows
 from headwater.verifier import Verifier
 
 VERSIONS_OF = (
@@ -78,10 +79,12 @@ def run(
     others were run and the report was written; KeyboardInterrupt when asked to stop (resumable).
     """
     folder, others = RunDir(out), [RunDir(path) for path in reuse]
+    refuse_links(out, "--out")
     folder.refuse_other(recipe.model_dump(mode="json"))
     for other in others:
         if not other.recipe.exists():
             raise UserError(f"--reuse {other.path}: holds no run of ours")
+        refuse_links(other.path, "--reuse")
     with prepared(recipe, arms, seeds) as (plan, materials):
         preflight(plan, materials, out, narrator.say)
         with folder.locked():
@@ -146,7 +149,7 @@ def with_earlier(written: dict[str, Any], folder: RunDir) -> dict[str, Any]:
     """A study adds arms and seeds to what its folder already holds."""
     if not folder.plan.exists():
         return written
-    held = read_json(folder.plan)
+    held = read_plan(folder.plan)
     arms = {arm: {**held["arms"].get(arm, {}), **seeds} for arm, seeds in (held["arms"] | written["arms"]).items()}
     for arm, seeds in written["arms"].items():
         arms[arm] = {**arms[arm], **seeds}

@@ -22,6 +22,7 @@ from headwater.data import Rollout
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.evaluate import sampled_and_graded
 from headwater.executor import Narrator
+from headwater.foreign import refuse_links
 from headwater.labels import Labels
 from headwater.ledger import Spend, record
 from headwater.materials import Materials
@@ -87,6 +88,7 @@ def probe(
             record(folder.probe_ledger, spend)
 
     if folder is not None:
+        refuse_links(folder.path, "--out")
         folder.refuse_other(wanted)
     with contextlib.ExitStack() as stack:
         _, materials = stack.enter_context(pipeline.prepared(recipe, ["bridge", "direct_grpo"], [seed]))

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headwater import label_use, report_conditions, report_html
+from headwater import label_use, report_conditions, report_guards, report_html
+from headwater.foreign import as_written, refuse_links
 from headwater.report_contrasts import accuracy, contrasts, ks, mean, pass_at, scored
 from headwater.report_predictions import predictions
 from headwater.report_read import ARM_TEXT, POOL_TEXT, Graded, Node, Study, costs, mean_costs, read
@@ -33,11 +34,16 @@ def build(outs: Sequence[Path]) -> dict[str, Any]:
 
 def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
     """Build the report of `outs` (by default of `out` itself), write report.json, report.html and labels.csv into `out`."""
-    study = read(outs or [out])
-    report = summarise(study)
+    sources = list(outs or [out])
+    for folder in {*sources, out}:
+        refuse_links(folder, "report")
+    with as_written(sources[0]):
+        study = read(sources)
+        report = summarise(study)
+        used, page = label_use.as_csv(label_use.uses(study)), report_html.page(study, report)
     write_json(RunDir(out).report_json, report)
-    write_atomic(RunDir(out).labels, label_use.as_csv(label_use.uses(study)))
-    write_atomic(RunDir(out).report_html, report_html.page(study, report))
+    write_atomic(RunDir(out).labels, used)
+    write_atomic(RunDir(out).report_html, page)
     return report
 
 
@@ -53,6 +59,7 @@ def summarise(study: Study) -> dict[str, Any]:
         "contrasts": contrasts(study, arms),
         "conditions": {"C1": report_conditions.c1(study, stages), "C2": report_conditions.c2(stages)},
         "stages": stages,
+        "warnings": report_guards.warnings(study),
     }
     report["predictions"] = predictions(report)
     return {**report, "verdict": verdict(report)}

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from headwater import label_use, report_html_claims, report_html_stages
+from headwater import label_use, report_guards, report_html_claims, report_html_stages
 from headwater.html_parts import document, escaped, framed, noted, section, table, td
 from headwater.report_read import ARM_TEXT, POOL_TEXT, Study, costs, mean_costs
 from headwater.report_stages import stage_name
@@ -34,6 +34,7 @@ def page(study: Study, report: dict[str, Any]) -> str:
         report_html_stages.by_stage(report),
         report_html_stages.conditions(study, report),
         report_html_stages.curves(study),
+        report_guards.page(report),
         _labels(study),
         _samples(study),
         _sources(study),

@@ -17,6 +17,7 @@ import numpy as np
 
 from headwater import ledger, stats
 from headwater.errors import UserError
+from headwater.foreign import read_plan
 from headwater.rundir import FREE, NodeDir, RunDir, first_difference, read_json, read_jsonl
 
 ARM_TEXT = {
@@ -116,6 +117,11 @@ class Node:
         return list(read_jsonl(self.dir.conditions))
 
     @cached_property
+    def warnings(self) -> list[dict[str, Any]]:
+        """When a guard of training began to warn."""
+        return list(read_jsonl(self.dir.warnings))
+
+    @cached_property
     def failure(self) -> dict[str, Any] | None:
         """{"sentence", "code"} of a node that stopped itself or could not run; None of every other."""
         return None if self.done or not self.dir.failed.exists() else dict(read_json(self.dir.failed))
@@ -203,7 +209,7 @@ def _arms(runs: Sequence[RunDir]) -> dict[str, dict[int, tuple[Node, ...]]]:
     nodes: dict[str, Node] = {}
     found: dict[str, dict[int, tuple[Node, ...]]] = {}
     for run in runs:
-        plan = read_json(run.plan)
+        plan = read_plan(run.plan)
         for arm, by_seed in plan["arms"].items():
             for seed, names in by_seed.items():
                 for name in names:

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from headwater import report_guards
 from headwater.report_stages import paths
 from headwater.report_words import (
     apart,
@@ -33,7 +34,8 @@ LONG_NAME = 14
 def terminal_table(report: dict[str, Any]) -> Group:
     """Every table of the report that a terminal has room for, and the verdict below them."""
     parts: list[Table | Text] = [*_arms_tables(report), *_path_tables(report), *_contrast_tables(report)]
-    parts += [*_prediction_tables(report), Text(report["verdict"])]
+    parts += [*_prediction_tables(report), *(Text(f"warning: {one}") for one in report_guards.lines(report))]
+    parts.append(Text(report["verdict"]))
     return Group(*[item for part in parts for item in (part, Text(""))])
 
 

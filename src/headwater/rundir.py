@@ -15,6 +15,7 @@ OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, f
                rollouts/000001.jsonl    what was sampled and said of it, a file a step
                evals/WHEN/EVAL.jsonl    a row for every graded text; WHEN is `final` or `step-000020`
                checkpoint/000020/       weights, optimizer, state.json, sums.json
+               warnings.jsonl           which guard of training began to warn, at which step, on which figure
                conditions.jsonl         how far student and teacher stand apart, a row a measurement
                cache/                   a teacher's rollouts and distributions
                model/                   a plain Hugging Face folder
@@ -73,7 +74,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
@@ -91,7 +92,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 if line.endswith(b"\n"):
                     raise UserError(f"{path}: row {number} is not JSON") from None
                 return
@@ -167,6 +168,10 @@ class NodeDir:
         return self.path / "conditions.jsonl"
 
     @property
+    def warnings(self) -> Path:
+        return self.path / "warnings.jsonl"
+
+    @property
     def model(self) -> Path:
         return self.path / "model"
 
@@ -211,7 +216,7 @@ class NodeDir:
 
     def cut_back_to(self, step: int) -> None:
         """Forget what was written after `step`: the resumed run writes it again, the same."""
-        for path in (self.metrics, self.ledger, self.conditions):
+        for path in (self.metrics, self.ledger, self.conditions, self.warnings):
             cut_back(path, lambda row: row.get("step", 0) <= step)
         for path in (self.path / "rollouts").glob("*.jsonl"):
             if int(path.stem) > step:
@@ -293,7 +298,8 @@ class RunDir:
             if self.path.exists() and any(path != self.lock for path in self.path.iterdir()):
                 raise UserError(f"--out {self.path}: the folder is not empty and holds no run of ours")
             return
-        field = first_difference(read_json(self.recipe) | FREE, recipe | FREE)
+        held = read_json(self.recipe)
+        field = first_difference(held | FREE, recipe | FREE) if isinstance(held, dict) else "everything"
         if field is not None:
             raise UserError(
                 f"--out {self.path}: holds a run of another recipe (they differ in {field}); use a new folder"

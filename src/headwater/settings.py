@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Natural = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -19,7 +21,7 @@ class Strict(BaseModel):
 class Sampling(Strict):
     temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Natural = 0
     """0 keeps every token."""
     max_tokens: Positive = 512
 
@@ -46,7 +48,7 @@ class Sparse(Strict):
     clip_high: Annotated[float, Field(ge=0.0)] = 0.2
     kl_coef: Annotated[float, Field(ge=0.0)] = 5e-4
     """Weight of KL(policy ‖ the stage's starting weights), k3 estimate a token."""
-    dynamic_sampling: Annotated[int, Field(ge=0)] = 0
+    dynamic_sampling: Natural = 0
     """How many further rounds of prompts may be sampled to replace groups whose rewards are all equal."""
 
 
@@ -81,8 +83,8 @@ class Stage(Strict):
     """One stage of training: who samples × what scores × how densely, and for how long."""
 
     objective: Literal["grpo", "opd", "mixed", "forward_kl", "sft", "constant"]
-    steps: Annotated[int, Field(ge=0)] | None = None
-    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    steps: Natural | None = None
+    epochs: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
     """Times that the stage's pool is gone through; `steps`, where given, counts instead."""
     until: Until | None = None
     """A plateau that ends the stage before its steps are over; learning rates follow the steps all the same."""
@@ -102,8 +104,8 @@ class Stage(Strict):
     """Optimizer steps that one sampled batch is divided into."""
     passes: Positive = 1
     """Times that each sampled batch is gone through; past the first the importance ratio is not 1."""
-    eval_every: Annotated[int, Field(ge=0)] = 0
-    checkpoint_every: Annotated[int, Field(ge=0)] = 25
+    eval_every: Natural = 0
+    checkpoint_every: Natural = 25
 
     @property
     def prompts_per_step(self) -> int:

@@ -24,6 +24,9 @@ ANSWER_COLUMNS = ("answer", "solution", "expected_answer")
 # Whole numbers beyond this are not exact as floats; their text stays as it is.
 LARGEST_EXACT_FLOAT = 2**53
 
+MOST_BYTES, MOST_ROWS, PARQUET_ROWS = 4 << 30, 50_000_000, 256
+"""Of a Parquet file once it is unpacked, and the rows that are unpacked at once."""
+
 Row = tuple[int, Mapping[str, Any]]
 
 
@@ -143,6 +146,8 @@ def _rows(source: Source, where: str) -> Iterator[Row]:
 def json_rows(path: Path, where: str) -> Iterator[Row]:
     """The objects of a JSONL file, or of a JSON file that is one list; blank lines are passed over."""
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe has no end
+            raise UserError(f"{where}: is not a file")
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{where}: no such file") from None
@@ -182,11 +187,26 @@ def _parquet(path: Path, where: str) -> Iterator[Row]:
         raise UserError(f"{where}: no such file")
     import pyarrow.parquet  # comes with `datasets`; slow to import
 
+    number = taken = 0
     try:
-        table = pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            held = file.metadata
+            unpacked = sum(held.row_group(place).total_byte_size for place in range(held.num_row_groups))
+            if max(unpacked, 0) > MOST_BYTES or held.num_rows > MOST_ROWS:
+                raise UserError(
+                    f"{where}: unpacks to {held.num_rows:,} rows of {unpacked:,} bytes; that is no file of problems"
+                )
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                taken += batch.nbytes  # a page of repeats is far smaller in the file than its rows are
+                if taken > MOST_BYTES:
+                    raise UserError(f"{where}: unpacks to more than {MOST_BYTES:,} bytes; that is no file of problems")
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (UserError, GeneratorExit):
+        raise
     except Exception as error:  # pyarrow has many
         raise UserError(f"{where}: cannot be read as Parquet ({_one_line(error)})") from None
-    yield from enumerate(table.to_pylist(), 1)
 
 
 def _saved_folder(path: Path, split: str, where: str) -> Iterator[Row]:

@@ -16,8 +16,10 @@ from headwater.batch import Row
 from headwater.beside import beside
 from headwater.evaluate import refuse_nan
 from headwater.gather import OnPolicy, SignalGuard, stored
+from headwater.guards import Watchman
 from headwater.ledger import record
 from headwater.materials import Materials
+from headwater.memory import Budget
 from headwater.model import Policy, Shape
 from headwater.objective import Objective, objective_of
 from headwater.plan import Node
@@ -102,7 +104,7 @@ def run_rollouts(node: Node, place: Workplace) -> None:
         refuse_nan(rollouts)
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
     refuse_huge_cache(policy, tokens, settings.dense.top_k)
-    with written_aside(folder.cache) as aside:
+    with written_aside(folder.cache) as aside, named(node, 0):
         write_cache(
             aside,
             policy,
@@ -164,6 +166,7 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
         evaluate=lambda when: run_evals(policy, node, place, when, int(when.removeprefix("step-"))),
         beside=beside(node, place, policy),
         ended=partial(ended, stage, folder),
+        guards=Watchman(recipe.guards, folder, place.watch.warn),
         should_stop=place.watch.should_stop,
     )
     # Interrupted between its last step and DONE, a node evaluates again: what it had recorded of that would count twice.
@@ -215,7 +218,7 @@ def gatherer(
         teacher=teacher,
         reference=place.load(node.start, frozen=True) if "reference" in objective.signals else None,
         guard=SignalGuard.of(materials.recipe.guards, labels, steps, lambda: list(read_jsonl(folder.metrics))),
-        tokens=materials.recipe.compute.microbatch_tokens,
+        budget=Budget(materials.recipe.compute.microbatch_tokens),
     )
 
 

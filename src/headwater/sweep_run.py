@@ -11,6 +11,7 @@ from headwater import pipeline, sweep_report
 from headwater.errors import HeadwaterError, UserError
 from headwater.estimate import Estimate, estimates
 from headwater.executor import Narrator
+from headwater.foreign import refuse_links
 from headwater.rundir import SweepDir
 from headwater.sweep import Point, Sweep, text_of
 
@@ -98,6 +99,7 @@ def run(
     """
     folder = SweepDir(out)
     sweep, layouts = survey(sweep, narrator.say)
+    refuse_links(out, "--out")
     for point in sweep.points:
         folder.point(point.name).refuse_other(point.recipe.model_dump(mode="json"))
     found: dict[str, Any] = {}

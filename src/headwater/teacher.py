@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from headwater.data import Rollout
 from headwater.distributions import Distributions, Exact, FromHidden, TopK, joined
 from headwater.errors import UserError
 from headwater.logprobs import token_stats, tokens_at_once
+from headwater.memory import Budget, passes
 from headwater.model import Policy
 
 EXACT_CACHE_LIMIT = 64 << 30
@@ -86,10 +88,11 @@ def write_cache(
     keys = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
     lines = [json.dumps({key: getattr(rollout, key) for key in keys}) for rollout in rollouts]
     (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    budget = Budget(tokens)
     parts: list[dict[str, Tensor]] = []
     for start in range(0, len(rollouts), 64):
         chosen = rollouts[start : start + 64]
-        whole = joined(distributions_of(policy, chosen, tokens), policy.device)
+        whole = joined(passes(budget, chosen, partial(distributions_of, policy, chosen)), policy.device)
         size = tokens_at_once(policy.vocabulary, policy.device)
         for row in range(0, len(whole), size):
             known = whole.rows(row, min(len(whole), row + size)).ready()

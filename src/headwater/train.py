@@ -6,8 +6,9 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from headwater import losses
 from headwater.batch import Batch, Row
 from headwater.checkpoint import load_checkpoint, save_checkpoint
 from headwater.errors import TrainingStoppedError
+from headwater.guards import Watchman
 from headwater.ledger import Spend, record
 from headwater.logprobs import loss_and_stats
+from headwater.memory import Budget, out_of_memory, passes_over
 from headwater.model import Policy
 from headwater.objective import Objective
-from headwater.rundir import NodeDir, append_jsonl
+from headwater.rundir import NodeDir, append_jsonl, read_jsonl
 from headwater.settings import Optim, Stage
 from headwater.teacher import logp_of
 from headwater.tokens import Tokens, TokenStats
@@ -98,14 +101,17 @@ def update(
 ) -> Metrics:
     """Every optimizer step that one batch of rows gives: microbatches, denominator, clipping, finite check.
 
-    tokens  at most so many tokens in a forward and backward pass
+    tokens  at most so many tokens in a forward and backward pass; where memory runs out it is halved and the pass
+            made again. `microbatch_tokens` of the result says what fitted.
 
-    Raises TrainingStoppedError on a non-finite loss or gradient, before the weights are touched.
+    Raises TrainingStoppedError on a non-finite loss or gradient, before the weights are touched, and where not even one row
+    fits into memory.
     """
+    budget = Budget(tokens)
     again = objective.source == "policy" and stage.passes * stage.minibatches > 1
     if again and not all(row.inert for row in rows):
         live = [row for row in rows if not row.inert]
-        old = iter(logp_of(policy, [row.rollout for row in live], tokens))
+        old = iter(passes_over(budget, live, lambda fit: logp_of(policy, [row.rollout for row in live], fit)))
         rows = [row if row.inert else replace(row, old_logp=next(old)) for row in rows]
     whole = stage.group_size if objective.source == "policy" else 1
     parts = divided(rows, stage.minibatches, whole)
@@ -116,16 +122,14 @@ def update(
             live = [row for row in part if not row.inert]
             if not live:
                 continue  # nothing here has a gradient: a step would move the weights on momentum alone
-            optimizer.zero_grad(set_to_none=True)
             weight_of = {id(row): weight for row, weight in zip(part, token_weights(part, stage), strict=True)}
-            for micro, batch in policy.batches(live, tokens):
-                weight_N = torch.tensor([weight_of[id(row)] for row in micro], device=policy.device)[batch.row_N]
-                backward(policy, objective, batch, weight_N, sums)
+            for name, value in passes_over(budget, live, partial(gradient, policy, objective, live, weight_of)).items():
+                sums[name] += value
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), stage.optim.grad_clip).item()
             if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
                 what = "gradient" if math.isfinite(sums["loss"]) else "loss"
                 raise TrainingStoppedError(f"the {what} is not finite; the weights were not changed by this step")
-            optimizer.step()
+            stepped(optimizer)
             taken += 1
             sums["grad_norm"] += norm
     count = max(1.0, sums.pop("tokens", 0.0))
@@ -134,9 +138,32 @@ def update(
         **per_step,
         **{name: value / count for name, value in sums.items()},
         "updates": taken,
+        "microbatch_tokens": budget.size,
         "tokens_trained": int(count) if taken else 0,
         "seconds_update": time.perf_counter() - seconds,
     }
+
+
+def gradient(
+    policy: Policy, objective: Objective, live: Sequence[Row], weight_of: Mapping[int, float], tokens: int
+) -> Metrics:
+    """The gradient of one optimizer step in the weights' .grad, whatever was there before, and its measurements summed."""
+    policy.model.zero_grad(set_to_none=True)
+    sums: dict[str, float] = defaultdict(float)
+    for micro, batch in policy.batches(live, tokens):
+        weight_N = torch.tensor([weight_of[id(row)] for row in micro], device=policy.device)[batch.row_N]
+        backward(policy, objective, batch, weight_N, sums)
+    return sums
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> None:
+    """One step. Raises TrainingStoppedError where its own state does not fit, which no microbatch could help."""
+    try:
+        optimizer.step()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingStoppedError("memory ran out in the optimizer's step; take a larger device") from None
 
 
 def divided(rows: Sequence[Row], parts: int, whole: int) -> list[list[Row]]:
@@ -203,6 +230,7 @@ def train(
     evaluate: Callable[[str], None],
     beside: Callable[[int, bool], Metrics],
     ended: Callable[[int], bool],
+    guards: Watchman,
     should_stop: Callable[[], bool],
 ) -> int:
     """Run one stage from wherever its last checkpoint left it to its end; how many steps it took.
@@ -210,6 +238,7 @@ def train(
     spend   the ledger row of this node; each step records a copy with its own amounts
     beside  measures the policy after that many steps, and whether they are the last; what it returns joins the step's metrics
     ended   whether the metrics of the first so many steps say that the stage is over before its last step
+    guards  whether a step's metrics say that it must stop; asked again, a stopped stage stops at once
 
     Raises TrainingStoppedError when training stopped itself, KeyboardInterrupt when it was asked to stop; both leave a
     checkpoint to go on from.
@@ -218,6 +247,12 @@ def train(
     done = load_checkpoint(node, policy.model, optimizer)
     node.cut_back_to(done if done else -1)
     on_start(done)
+    earlier = list(read_jsonl(node.metrics))
+    if why := guards.catch_up(earlier):
+        raise TrainingStoppedError(f"{spend.stage}, step {done} of {steps}: {why}")
+    if earlier:  # the sums of smaller microbatches differ in their last bits, so a resumed stage takes the same ones
+        microbatch_tokens = min(microbatch_tokens, int(earlier[-1].get("microbatch_tokens", microbatch_tokens)))
+    del earlier
     if done and ended(done):
         return done
     if not done:
@@ -229,6 +264,7 @@ def train(
         try:
             gathered = gather(step)
             measured = update(policy, optimizer, gathered.rows, objective, stage, microbatch_tokens)
+            microbatch_tokens = int(measured["microbatch_tokens"])
         except TrainingStoppedError as error:
             raise TrainingStoppedError(f"{spend.stage}, step {step + 1} of {steps}: {error}") from None
         seconds = time.perf_counter() - started
@@ -259,12 +295,15 @@ def train(
         )
         write_rollouts(step + 1, gathered.rows)
         on_step(step + 1, row)
+        why = guards.look(row)
         last = step + 1 == steps or ended(step + 1)
         if stage.eval_every and (step + 1) % stage.eval_every == 0 and not last:
             evaluate(f"step-{step + 1:06d}")
         asked = should_stop()
-        if last or asked or (stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0):
+        if last or asked or why or (stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0):
             save_checkpoint(node, step + 1, policy.model, optimizer)
+        if why:
+            raise TrainingStoppedError(f"{spend.stage}, step {step + 1} of {steps}: {why}")
         if last:
             return step + 1
         if asked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from headwater import ledger, model
@@ -14,6 +15,7 @@ from headwater.evaluate import evaluate
 from headwater.labels import Labels
 from headwater.ledger import Purpose, Spend
 from headwater.materials import Materials
+from headwater.memory import Budget, Frugal
 from headwater.model import Policy, Shape
 from headwater.plan import Node, Plan, Role
 from headwater.prompts import Prompter
@@ -22,13 +24,18 @@ from headwater.sampler import Sampler, TorchSampler
 from headwater.train import Metrics
 
 
+def _unheard(said: str) -> None:
+    """For those who show no warnings."""
+
+
 @dataclass(frozen=True)
 class Watch:
-    """Who is told how far a node is: start(steps already done, total, unit), advance(count, metrics)."""
+    """Who is told how far a node is: start(steps already done, total, unit), advance(count, metrics), warn(a sentence)."""
 
     start: Callable[[int, int, str], None]
     advance: Callable[[int, Metrics], None]
     should_stop: Callable[[], bool]
+    warn: Callable[[str], None] = _unheard
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Workplace:
         return ledger.totals(read_jsonl(self.node_dir(node).ledger)).flops
 
     def sampler(self, policy: Policy) -> Sampler:
-        return TorchSampler(policy, self.materials.recipe.compute.sample_batch)
+        return Frugal(partial(TorchSampler, policy), Budget(self.materials.recipe.compute.sample_batch))
 
     def prompter(self, policy: Policy) -> Prompter:
         return Prompter(policy.tokenizer, self.materials.recipe.prompt)

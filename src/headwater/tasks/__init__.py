@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from headwater.errors import UserError
@@ -154,15 +155,23 @@ def find_task(name: str) -> Task:
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
         raise UserError(f"task {name!r} is unknown; the tasks are {', '.join(TASKS)}, or package.module:function")
+    if module_name.partition(".")[0] in {*sys.stdlib_module_names, *sys.builtin_module_names}:
+        # A recipe that names timeit:timeit would run a gold answer as a program. What is imported is somebody's own grader.
+        raise UserError(
+            f"task {name}: {module_name} has no function {function_name} that grades; Python's own library is never taken"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may fail in any way; the sentence says how
+    except (Exception, SystemExit) as error:  # the user's module may fail in any way; the sentence says how
         raise UserError(f"task {name}: {module_name} does not import ({type(error).__name__}: {error})") from None
     function = getattr(module, function_name, None)
-    if not callable(function):
+    top = module_name.partition(".")[0]
+    if not isinstance(function, FunctionType):
         raise UserError(f"task {name}: {module_name} has no function {function_name}")
+    if function.__module__.partition(".")[0] != top:
+        raise UserError(f"task {name}: {function_name} is not defined in {top}, only imported there")
 
     def grade(gold: str, completion: str) -> Outcome:
         return _checked(function(gold, completion))

@@ -93,7 +93,10 @@ def _example(parts: Any, groups: dict[int, str]) -> str:
             times = max(least, 1) if most else 0
             if times > LONGEST_EXAMPLE:
                 raise _NoExampleError
-            made += [_example(inner, groups) for _ in range(times)]
+            one = _example(inner, groups)  # every round of a repeat makes the same text
+            if len(one) * times > LONGEST_EXAMPLE:
+                raise _NoExampleError
+            made.append(one * times)
         elif kind is sre.SUBPATTERN:
             groups[value[0]] = _example(value[3], groups)
             made.append(groups[value[0]])

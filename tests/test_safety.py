@@ -1,0 +1,374 @@
+"""Recipes, data, completions and run directories are untrusted: what they may not do, tried."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import headwater
+from fakes import ARMS, fake_run, write_rows
+from headwater import plain_yaml, report
+from headwater.config import Source
+from headwater.errors import UserError, one_line
+from headwater.grading import validate
+from headwater.recipes import builtin_text
+from headwater.sources import load as load_data
+from headwater.tasks import find_task, pattern
+from headwater.verifier import Verifier
+from runs import call, tiny
+
+# Recipes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_yaml_bomb_is_refused_before_it_is_built(merge: bool, tmp_path: Path) -> None:
+    lines = ["a0: &a0 {x: 1}"]
+    for n in range(1, 40):
+        inner = ",".join([f"*a{n - 1}"] * 10)
+        lines.append(f"a{n}: &a{n} " + (f"{{<<: [{inner}]}}" if merge else f"[{inner}]"))
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    started = time.monotonic()
+    said = call("run", path, "--out", tmp_path / "out")
+    assert said.code == 2 and "stands for more than 20,000 values" in said.err and said.err.count("\n") == 1
+    assert time.monotonic() - started < 5
+
+
+def test_aliases_within_reason_are_yaml_like_any_other() -> None:
+    assert plain_yaml.read("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n", "r") == {
+        "a": {"x": 1},
+        "b": {"x": 1},
+        "c": {"x": 1, "y": 2},
+    }
+    for name in ("pocket", "gsm8k"):
+        assert plain_yaml.read(builtin_text(name), name) == yaml.safe_load(builtin_text(name))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x: 2001-13-45",
+        f"x: {'9' * 5000}",
+        "!!bool maybe",
+        "!!timestamp x",
+        "!!int ''",
+        "[" * 5000,
+        "x: &a [*a]",
+        "!!python/object/apply:os.system ['true']",
+        "x: " + "y" * (1 << 18),
+    ],
+)
+def test_yaml_that_stands_for_nothing_plain_is_one_sentence(text: str) -> None:
+    with pytest.raises(UserError, match=r"^recipe r: "):
+        plain_yaml.read(text, "recipe r")
+
+
+@pytest.mark.parametrize(
+    "task", ["timeit:timeit", "os:system", "shutil:move", "builtins:exec", "antigravity:x", "posix:unlink"]
+)
+def test_a_recipe_cannot_name_a_function_of_pythons_library_as_its_grader(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("webbrowser.open", lambda *given: pytest.fail("imported"))
+    with pytest.raises(UserError, match="Python's own library is never taken"):
+        find_task(task)
+
+
+def test_a_grader_that_is_only_imported_by_a_module_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_safe_graders.py").write_text(
+        "from shutil import move\nfrom my_safe_parts import other\ndef own(gold, completion): return True\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "my_safe_parts.py").write_text("def other(gold, completion): return True\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert find_task("my_safe_graders:own").grade("", "") == (True, "equal")
+    for name, says in (("move", "shutil"), ("other", "my_safe_parts")):
+        with pytest.raises(UserError, match=f"{name} is not defined in my_safe_graders"):
+            find_task(f"my_safe_graders:{name}")
+        assert says
+
+
+@pytest.mark.parametrize("field", ["name", "data.evals.NAME"])
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".x", "a\n", "", "x" * 65, "é"])
+def test_names_that_become_file_names_lead_nowhere(field: str, name: str, tmp_path: Path) -> None:
+    raw = yaml.safe_load(builtin_text("pocket"))
+    if field == "name":
+        raw["name"] = name
+    else:
+        raw["data"]["evals"] = {name: raw["data"]["evals"]["sums"]}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(raw, allow_unicode=True), encoding="utf-8")
+    said = call("run", path, "--dry-run")
+    assert said.code == 2 and field.replace("NAME", "") in said.err and said.err.count("\n") == 1
+
+
+def test_what_an_error_quotes_cannot_reach_the_terminal() -> None:
+    assert one_line("a\nb\x1b[2J\u202e\ud800") == "a b\ufffd[2J\ufffd\ufffd"
+    assert str(UserError("x\r\n\n y")) == "x  y"
+    assert len(one_line("x" * 10**6)) == 2001
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_what_is_no_file_is_not_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path = Path("/dev/zero")
+    with pytest.raises(UserError, match=r"is not a file|is not a folder saved by datasets"):
+        load_data(Source(path=str(path)), "data.labeled", need_answers=True)
+
+
+@pytest.mark.parametrize("kind", ["rows", "repeats"])
+def test_a_parquet_file_that_unpacks_to_far_more_than_it_holds_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr("headwater.sources.MOST_BYTES", 50 << 20)
+    monkeypatch.setattr("headwater.sources.MOST_ROWS", 100_000)
+    rows = 200_000 if kind == "rows" else 5000
+    table = pyarrow.table({"problem": ["a" if kind == "rows" else "a" * 20_000] * rows, "answer": ["1"] * rows})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    assert (tmp_path / "d.parquet").stat().st_size < 1 << 20
+    with pytest.raises(UserError, match=r"d\.parquet: unpacks to .* that is no file of problems"):
+        load_data(Source(path=str(tmp_path / "d.parquet")), "data.labeled", need_answers=True)
+
+
+def test_a_pattern_that_repeats_repeats_is_not_written_out(tmp_path: Path) -> None:
+    started = time.monotonic()
+    for gold in (
+        "(a{9999}){9999}",
+        "((((a{99}){99}){99}){99}){99}",
+        "(" * 500 + "a" + ")" * 500,
+        "[" * 1000,
+        "(?:a|" * 2000,
+    ):
+        made = pattern.as_completion(gold)
+        assert made is None or len(made) <= pattern.LONGEST_EXAMPLE
+    assert pattern.as_completion("(ab{2}){3}") == "abbabbabb"
+    assert time.monotonic() - started < 2
+    path = tmp_path / "d.jsonl"
+    write_rows(path, [{"problem": "p", "answer": r"(a+)+b"}, {"problem": "q", "answer": "(a{9999}){9999}"}])
+    assert validate(Source(path=str(path)), "regex", seconds=1.0, workers=1).total == 2
+
+
+def test_a_pattern_that_takes_for_ever_takes_its_seconds_and_no_more() -> None:
+    with Verifier("regex", workers=1, seconds=0.5) as verifier:
+        started = time.monotonic()
+        found = verifier([(r"(a+)+b", "a" * 60), (r"(.*)*x\1y", "z" * 60), ("a+", "aaa")])
+    assert found[0].reason == "timeout" and found[2].correct
+    assert time.monotonic() - started < 20
+
+
+# Run directories ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc", "a/b", "..", "", "a\n", 7, None])
+def test_a_plan_that_names_a_node_outside_is_refused(name: Any, tmp_path: Path) -> None:
+    out = fake_run(tmp_path / "run", seeds=(0,), arms={"bridge": ARMS["bridge"]}, problems=4, steps=2)
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    plan["arms"]["bridge"]["0"][-1] = name
+    (out / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    said = call("report", out)
+    assert said.code == 2 and f"{out / 'plan.json'}: names a node" in said.err and said.err.count("\n") == 1
+    assert not (out / "report.json").exists()
+
+
+@pytest.mark.parametrize("where", ["report.json", "nodes/x", "nodes/opd/metrics.jsonl", ".lock"])
+@pytest.mark.parametrize("verb", ["report", "run", "reuse", "probe"])
+def test_a_link_in_a_run_directory_is_refused_and_what_it_leads_to_left_alone(
+    verb: str, where: str, tmp_path: Path
+) -> None:
+    out, victim = tmp_path / "run", tmp_path / "victim"
+    fake_run(out, seeds=(0,), arms={"bridge": ARMS["bridge"]}, problems=4, steps=2)
+    victim.write_text("precious", encoding="utf-8")
+    (out / where).parent.mkdir(parents=True, exist_ok=True)
+    (out / where).symlink_to(victim)
+    said = {
+        "report": lambda: call("report", out),
+        "run": lambda: tiny("run", out),
+        "reuse": lambda: tiny("run", tmp_path / "new", "--reuse", out),
+        "probe": lambda: tiny("probe", out),
+    }[verb]()
+    assert said.code == 2 and f"{where} is a symbolic link" in said.err and said.err.count("\n") == 1, said
+    assert victim.read_text(encoding="utf-8") == "precious" and not (tmp_path / "new").exists()
+
+
+def test_the_output_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo").code == 0
+    assert (tmp_path / "disk" / "report.json").is_file()
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><script src=https://evil.example/x.js></script>",
+    '"><img src=x onerror=alert(1)>',
+    "'><svg onload=alert(1)>",
+    "<a href='javascript:alert(1)'>x</a>",
+    "</pre></details><iframe src=//evil.example>",
+    "]]><!--",
+    "--><b>",
+    "&lt;script&gt;",
+    "\x00<scr\x00ipt>",
+    "</title><script>1</script>",
+    "</style><script>2</script>",
+    "{{7*7}}",
+    "\u202e<script>",
+]
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_nothing_in_a_run_directory_becomes_markup_of_the_page(tmp_path: Path) -> None:
+    text = " ".join(HOSTILE)
+    arms = {**{name: ARMS[name] for name in ("base_student", "bridge", "direct_grpo")}, HOSTILE[1]: ARMS["raw_teacher"]}
+    out = fake_run(tmp_path / "run", seeds=(0,), arms=arms, problems=6, steps=12, text=text)
+    clean = fake_run(tmp_path / "clean", seeds=(0,), arms={**arms}, problems=6, steps=12)
+    recipe = json.loads((out / "recipe.json").read_text(encoding="utf-8"))
+    recipe |= {"name": text, "task": text, "models": {"student": text}}
+    (out / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    (out / "env.json").write_text(json.dumps({text: text}), encoding="utf-8")
+    for path in sorted(out.glob("nodes/*")):
+        info = json.loads((path / "node.json").read_text(encoding="utf-8"))
+        if info["kind"] == "train":
+            (path / "node.json").write_text(json.dumps({**info, "stage": text, "role": "student"}), encoding="utf-8")
+            alarm = {
+                "guard": text,
+                "step": 3,
+                "figure": 1.0,
+                "bound": 0.5,
+                "window": 2,
+                "action": "stop",
+                "sentence": text,
+            }
+            write_rows(path / "warnings.jsonl", [alarm])
+        for file in path.glob("evals/final/*.jsonl"):
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            write_rows(file, [{**row, "problem_id": row["problem_id"] + text, "extracted": text, "reason": text, "finish": text}
+                              for row in rows])  # fmt: skip
+    last = json.loads((out / "plan.json").read_text(encoding="utf-8"))["arms"]["direct_grpo"]["0"][-1]
+    (out / "nodes" / last / "DONE").unlink()
+    (out / "nodes" / last / "FAILED").write_text(json.dumps({"sentence": text, "code": 4}), encoding="utf-8")
+    report.write(out)
+    report.write(clean)
+    page, plain = Page(), Page()
+    page.feed((out / "report.html").read_text(encoding="utf-8"))
+    plain.feed((clean / "report.html").read_text(encoding="utf-8"))
+    assert len(page.tags) > 200 and {tag for tag, _ in page.tags} <= {tag for tag, _ in plain.tags} | {
+        "span",
+        "ul",
+        "li",
+    }
+    assert not {tag for tag, _ in page.tags} & {
+        "script",
+        "iframe",
+        "img",
+        "a",
+        "link",
+        "object",
+        "embed",
+        "form",
+        "base",
+        "b",
+    }
+    for tag, attributes in page.tags:
+        assert not [
+            name for name in attributes if name.startswith("on") or name in ("src", "href", "srcdoc", "action")
+        ], tag
+        assert not any("javascript:" in (value or "") and name != "aria-label" for name, value in attributes.items())
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in html
+    # The hostile texts are there to be read, as text.
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "&amp;lt;script&amp;gt;" in html
+
+
+# Secrets, shells ------------------------------------------------------------------------------------------------------
+
+SECRETS = {
+    "HF_TOKEN": "hf_XyZzy0123456789secret",
+    "AWS_SECRET_ACCESS_KEY": "AKIAplugh/0123456789secret",
+    "OPENAI_API_KEY": "sk-secret-xyzzy",
+    "WANDB_API_KEY": "wandb-secret-xyzzy",
+    "MY_PASSWORD": "correct-horse-secret",
+}
+
+
+def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "out"
+    said = tiny("study", out, "--arms", "direct_grpo,warmup_only", changes=["compute.workers=2"], whole=True)
+    assert said.code == 0, said.err
+
+    def explode(*given: Any) -> None:
+        raise RuntimeError("something nobody expected")
+
+    monkeypatch.setattr("headwater.stages.write_cache", explode)
+    broken = tiny("run", tmp_path / "broken", "--arm", "warmup_only")
+    assert broken.code == 1 and list((tmp_path / "broken").glob("nodes/*/FAILED"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 60
+    for path in files:
+        data = path.read_bytes()
+        for name, value in SECRETS.items():
+            assert value.encode() not in data and name.encode() not in data, path
+    assert not any(value in said.out + said.err + broken.err for value in SECRETS.values())
+
+
+def test_no_module_starts_a_shell_or_hands_a_program_one_text() -> None:
+    """`subprocess` with a list alone; no os.system, popen, shell=, eval of any library."""
+    source = Path(headwater.__file__).parent
+    started = 0
+    for path in sorted(source.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            assert called not in {
+                "os.system",
+                "os.popen",
+                "subprocess.getoutput",
+                "subprocess.getstatusoutput",
+                "pty.spawn",
+            }, path
+            assert not any(word.arg in ("shell", "preexec_fn") for word in node.keywords), path
+            if called.startswith("subprocess.") and called.rpartition(".")[2] in (
+                "Popen",
+                "run",
+                "call",
+                "check_output",
+            ):
+                started += 1
+                assert isinstance(node.args[0], ast.List) or ast.unparse(node.args[0]).startswith("list("), (
+                    path,
+                    ast.unparse(node),
+                )
+    assert started >= 3

@@ -1,0 +1,153 @@
+"""Model folders are untrusted: pickles, code, false sizes and hostile chat templates are refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import resource
+import signal
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headwater import prompts
+from headwater.bounded import OutOfTimeError, within
+from headwater.data import Problem
+from headwater.errors import UserError
+from headwater.materials import read_tokenizer
+from headwater.model import load, resolve
+from headwater.prompts import Prompter
+from headwater.recipes import find_recipe
+from runs import tiny
+from tiny import CPU, MODELS, tiny_folder
+
+
+class Evil:
+    """A pickle that touches a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "weights.pt", "old.PTH", "optimizer.ckpt", "x.pkl", "training_args.bin"]
+)
+def test_a_pickle_beside_good_weights_is_refused_by_name_and_not_read(name: str, folder: Path, tmp_path: Path) -> None:
+    torch.save({"weight": Evil(tmp_path / "touched")}, folder / name)
+    said = tiny("run", tmp_path / "out", changes=(f"models.student={folder}",))
+    assert said.code == 2 and said.err.count("\n") == 1
+    assert all(one in said.err for one in ("models.student", str(folder), name, "a pickle", "*.safetensors"))
+    assert not (tmp_path / "touched").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle", "text", "empty", "length"])
+def test_a_file_that_only_calls_itself_safetensors_is_refused_and_not_read(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    path, touched = folder / "model.safetensors", tmp_path / "touched"
+    if kind == "torch":
+        torch.save({"weight": Evil(touched)}, path)
+        assert zipfile.is_zipfile(path)
+    else:
+        path.write_bytes({"pickle": pickle.dumps(Evil(touched)), "text": b"weights", "empty": b"",
+                          "length": (1 << 40).to_bytes(8, "little") + b"{"}[kind])  # fmt: skip
+    with pytest.raises(UserError, match=r"MODEL: .* \(model\.safetensors is no safetensors file") as refused:
+        load(str(folder), "MODEL", MODELS, CPU, frozen=True)
+    assert ("it is a pickle" in str(refused.value)) is (kind in ("torch", "pickle"))
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_that_a_config_names_is_refused_by_its_field_and_not_imported(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w')\nclass Model: pass\n", encoding="utf-8")
+    held = json.loads((folder / name).read_text(encoding="utf-8"))
+    auto = {"AutoConfig": "evil.Model", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Model", None]}
+    (folder / name).write_text(json.dumps({**held, "auto_map": auto, "model_type": "unheard-of"}), encoding="utf-8")
+    for act in (
+        lambda: load(str(folder), "MODEL", MODELS, CPU, frozen=True),
+        lambda: read_tokenizer(find_recipe("pocket", [f"models.student={folder}"]), "student"),
+    ):
+        with pytest.raises(UserError, match=f"auto_map in .*{name} names code .* models.trust_remote_code"):
+            act()
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_shard_list_that_leads_out_of_the_folder_is_refused(folder: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"a": "../../secret.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UserError, match=r"names '\.\./\.\./secret\.safetensors', which is not a file of the folder"):
+        resolve(str(folder), "models.student")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000"),
+        ({"vocab_size": 10**12}, "vocab_size 1000000000000"),
+        ({"num_hidden_layers": 3}, "lack 11 weights"),
+        ({"intermediate_size": 65}, "in another shape"),
+    ],
+)
+def test_a_config_that_asks_for_more_than_the_weights_is_refused_and_nothing_is_made_up(
+    change: dict[str, int], named: str, folder: Path
+) -> None:
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8")) | change
+    held.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(held), encoding="utf-8")
+    started = time.monotonic()
+    with pytest.raises(UserError, match=named):
+        load(str(folder), "MODEL", MODELS, CPU, frozen=True)
+    assert time.monotonic() - started < 10
+
+
+TEMPLATES = {
+    "syntax": "{% if %}",
+    "attribute": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "mutation": "{{ messages.append(1) }}",
+    "its own error": "{{ raise_exception('no system prompt, please') }}",
+    "division": "{{ 1 / 0 }}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "doubling": "{% set ns = namespace(s='aa') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "multiplication": "{{ 'a' * 10**12 }}",
+    "long": "{{ 'a' * 20000000 }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_hostile_chat_template_is_one_sentence_in_time(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1.0)
+    (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
+    recipe, started = find_recipe("pocket", [f"models.student={folder}"]), time.monotonic()
+    with pytest.raises(UserError, match=rf"the chat template of {re.escape(str(folder))} ") as refused:
+        Prompter(read_tokenizer(recipe, "student"), recipe.prompt).ids(Problem.of("17+45", "d.jsonl"))
+    assert "\n" not in str(refused.value) and "d.jsonl" in str(refused.value)
+    assert time.monotonic() - started < 10
+
+
+def test_bounds_of_time_and_memory_hold_and_are_lifted_again() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(OutOfTimeError), within(0.05, 100):
+        time.sleep(5)
+    with pytest.raises(MemoryError), within(5.0, 100):
+        bytearray(200 << 20)
+    with within(5.0, 400):
+        assert len(bytearray(200 << 20)) == 200 << 20
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
