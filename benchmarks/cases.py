@@ -19,6 +19,10 @@ SAMPLERS = ("headwater", "transformers", "continuous", "vllm")
 PEERS = ("headwater", "trl", "transformers", "continuous", "vllm", "plain", "liger")
 
 
+class CannotRunError(RuntimeError):
+    """A measurement that this machine has no means for; it is skipped with the reason."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One piece of work, done by each of `peers` in turn.
