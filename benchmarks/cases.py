@@ -30,7 +30,7 @@ class Case:
     places   where the result stands in the JSON: (workload, name) pairs, the first of which names the case
     kind     opd, grpo: whole steps; train: an OPD step on given completions; sampling; loss: the loss stage alone
     batch    completions a step, of `group` for each prompt
-    steps    timed repetitions within one process, after one that is not timed
+    steps    timed repetitions within one process, after `untimed` ones
     tokens   for `loss`: how many token positions
     """
 
@@ -43,6 +43,7 @@ class Case:
     prompt_tokens: int = 16
     new_tokens: int = 128
     steps: int = 2
+    untimed: int = 1
     endless: bool = True
     tokens: int = 0
     peers: tuple[str, ...] = TRAINERS
@@ -50,6 +51,10 @@ class Case:
     @property
     def name(self) -> str:
         return ".".join(self.places[0])
+
+    @property
+    def repetitions(self) -> int:
+        return self.untimed + self.steps
 
 
 def steps_of_b(vocabulary: int = 32_768) -> list[Case]:
@@ -79,7 +84,8 @@ def pocket_sampling() -> list[Case]:
 def memory() -> list[Case]:
     """Vocabulary 151,936: the loss stage alone at 2k and 16k tokens, and the training part of an OPD step."""
     student, teacher = STUDENT.format(151_936), TEACHER.format(151_936)
-    loss = Case((("c", "loss_2k"),), "loss", student, teacher, steps=1, tokens=2048, peers=(*TRAINERS, "plain"))
+    loss = Case((("c", "loss_2k"),), "loss", student, teacher, steps=1, tokens=2048)
+    loss = replace(loss, untimed=0, peers=(*TRAINERS, "plain"))
     return [
         loss,
         replace(loss, places=(("c", "loss_16k"),), tokens=16_384, peers=TRAINERS),

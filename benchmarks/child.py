@@ -70,7 +70,7 @@ def measured(peer: str, case: Case, root: Path) -> dict[str, Any]:
     started = time.perf_counter()
     work = work_of(peer, case, root)
     found: dict[str, Any] = {"seconds_load": time.perf_counter() - started, "loaded_bytes": resident()}
-    _, *timed = work(case.steps + 1)
+    timed = work(case.repetitions)[case.untimed :]
     found["peak_bytes"] = max(peak(), found["loaded_bytes"])  # the two are counted apart, and not to the page
     for row in timed:
         if case.endless and row.get("tokens_sampled", case.batch * case.new_tokens) != case.batch * case.new_tokens:

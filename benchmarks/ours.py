@@ -47,7 +47,7 @@ def loaded(spec: str, case: Case, root: Path, frozen: bool) -> Policy:
 def stage_of(case: Case) -> Stage:
     return Stage(
         objective="grpo" if case.kind == "grpo" else "opd",
-        steps=case.steps + 1,
+        steps=case.repetitions,
         batch_size=case.batch,
         group_size=case.group,
         sampling=Sampling(max_tokens=case.new_tokens),
@@ -70,7 +70,7 @@ def step_of(case: Case, root: Path) -> Step:
     """A whole training step: sample, score, update."""
     policy = loaded(case.student, case, root, frozen=False)
     teacher = None if case.teacher is None else loaded(case.teacher, case, root, frozen=True)
-    problems, gold = prompts_of(case, folder_of(case.student, case.endless, root), case.steps + 1)
+    problems, gold = prompts_of(case, folder_of(case.student, case.endless, root), case.repetitions)
     stage, objective = stage_of(case), objective_of(stage_of(case))
     labels = labels_of(problems, gold) if "reward" in objective.signals else None
     prompter = Prompter(policy.tokenizer, config.Prompt())
@@ -86,7 +86,7 @@ def step_of(case: Case, root: Path) -> Step:
         labels=labels,
         teacher=teacher,
         reference=None,
-        guard=SignalGuard.of(config.Guards(no_signal="continue"), labels, case.steps + 1, list),
+        guard=SignalGuard.of(config.Guards(no_signal="continue"), labels, case.repetitions, list),
         tokens=COMPUTE.microbatch_tokens,
     )
     optimizer = make_optimizer(policy, stage.optim)
@@ -114,9 +114,9 @@ def train_of(case: Case, root: Path) -> Step:
     policy = loaded(case.student, case, root, frozen=False)
     assert case.teacher is not None
     teacher = loaded(case.teacher, case, root, frozen=True)
-    problems, _ = prompts_of(case, folder_of(case.student, case.endless, root), case.steps + 1)
+    problems, _ = prompts_of(case, folder_of(case.student, case.endless, root), case.repetitions)
     stage, objective = stage_of(case), objective_of(stage_of(case))
-    given = completions_of(case, case.steps + 1)
+    given = completions_of(case, case.repetitions)
     optimizer = make_optimizer(policy, stage.optim)
 
     def step(number: int) -> dict[str, float]:

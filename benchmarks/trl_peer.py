@@ -80,7 +80,7 @@ def settings_of(case: Case, steps: int) -> dict[str, Any]:
 
 
 def work_of(case: Case, root: Path) -> Callable[[int], list[Row]]:
-    steps = case.steps + 1
+    steps = case.repetitions
     folder = folder_of(case.student, case.endless, root)
     problems, gold = prompts_of(case, folder, steps)
     rows = [{"prompt": one.text, "gold": gold.get(one.id, "")} for one in problems]
