@@ -15,7 +15,7 @@ check: .venv/installed-check
 	.venv/bin/mypy
 
 bench: .venv-bench/installed
-	.venv-bench/bin/python -m benchmarks --json benchmarks.json
+	.venv-bench/bin/python -m benchmarks --json runs/bench.json
 
 .venv/bin/python:
 	python3 -m venv .venv

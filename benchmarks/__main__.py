@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"skipped: {peer} ({why})")
     result = result_of(told, console)
     if told.json is not None:
+        told.json.parent.mkdir(parents=True, exist_ok=True)
         told.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     show(result, console)
 

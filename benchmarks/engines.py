@@ -78,7 +78,7 @@ def continuous_batching(case: Case, root: Path) -> Step:
 
 
 def vllm(case: Case, root: Path) -> Step:
-    """In this process (measured faster than its engine process on two cores), its compiler on, as by default."""
+    """In this process and not in an engine process, so that its memory is counted; its compiler on, as by default."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
