@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: python3 (3.11 or newer) with venv, and a package registry.
 PY := .venv/bin/python
 
-.PHONY: demo test check fuzz clean
+.PHONY: demo test check fuzz bench clean
 
 demo: .venv/installed
 	.venv/bin/headwater demo --out runs/demo
@@ -17,6 +17,9 @@ check: .venv/installed-check
 	.venv/bin/ruff check src tests
 	.venv/bin/ruff format --check src tests
 	.venv/bin/mypy
+
+bench: .venv-bench/installed
+	.venv-bench/bin/python -m benchmarks --json runs/bench.json
 
 .venv/bin/python:
 	python3 -m venv .venv
@@ -34,5 +37,14 @@ check: .venv/installed-check
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[check]'
 	touch $@
 
+# The peers ask for versions of their own, so they get an environment of their own. What they bring for images and sound does not
+# fit this torch and is not needed.
+.venv-bench/installed: pyproject.toml constraints.txt
+	test -x .venv-bench/bin/python || python3 -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	.venv-bench/bin/python -m pip install --quiet torch==2.13.0 transformers==5.19.0 --editable '.[bench]'
+	.venv-bench/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf .venv runs build dist src/*.egg-info
+	rm -rf .venv .venv-bench .bench runs build dist src/*.egg-info

@@ -1,0 +1,136 @@
+"""What is measured: every workload as plain values, the same for Headwater and for each peer. No torch here.
+
+A model is named by a spec: `pocket:NAME` ships with the package; `random:LAYERSxHIDDEN:VOCABULARY` is Qwen3-shaped with random
+weights (`models.py` makes it). `endless` models have an end token that cannot be sampled, so every completion is of full length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Kind = Literal["opd", "grpo", "sampling", "train", "loss", "loss_gpu"]
+
+STUDENT, TEACHER = "random:4x256:{}", "random:8x512:{}"
+POCKET = ("pocket:qwen3-student", "pocket:qwen3-teacher")
+TRAINERS = ("headwater", "trl")
+SAMPLERS = ("headwater", "transformers", "continuous", "vllm")
+PEERS = ("headwater", "trl", "transformers", "continuous", "vllm", "plain", "liger")
+
+
+class CannotRunError(RuntimeError):
+    """A measurement that this machine has no means for; it is skipped with the reason."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work, done by each of `peers` in turn.
+
+    places   where the result stands in the JSON: (workload, name) pairs, the first of which names the case
+    kind     opd, grpo: whole steps; train: an OPD step on given completions; sampling; loss: the loss stage alone
+    batch    completions a step, of `group` for each prompt
+    steps    timed repetitions within one process, after `untimed` ones
+    tokens   for `loss`: how many token positions
+    """
+
+    places: tuple[tuple[str, str], ...]
+    kind: Kind
+    student: str
+    teacher: str | None = None
+    batch: int = 16
+    group: int = 1
+    prompt_tokens: int = 16
+    new_tokens: int = 128
+    steps: int = 2
+    untimed: int = 1
+    endless: bool = True
+    tokens: int = 0
+    peers: tuple[str, ...] = TRAINERS
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.places[0])
+
+    @property
+    def repetitions(self) -> int:
+        return self.untimed + self.steps
+
+
+def steps_of_b(vocabulary: int = 32_768) -> list[Case]:
+    student, teacher = STUDENT.format(vocabulary), TEACHER.format(vocabulary)
+    return [
+        Case((("b", "opd"),), "opd", student, teacher),
+        Case((("b", "grpo"),), "grpo", student, group=8),
+        Case((("b", "sampling"), ("d", "student")), "sampling", student, peers=SAMPLERS),
+    ]
+
+
+def pocket_steps() -> list[Case]:
+    """The pocket recipe's batches and lengths, with its own problems, its grader and its end token."""
+    opd = Case((("a", "opd"),), "opd", *POCKET, batch=64, new_tokens=48, steps=10, endless=False)
+    return [opd, replace(opd, places=(("a", "grpo"),), kind="grpo", teacher=None, batch=128, group=8)]
+
+
+def pocket_sampling() -> list[Case]:
+    base = Case((("d", "pocket_student"),), "sampling", POCKET[0], batch=256, new_tokens=128, steps=3, peers=SAMPLERS)
+    return [
+        base,
+        replace(base, places=(("d", "pocket_teacher"),), student=POCKET[1]),
+        replace(base, places=(("d", "pocket_teacher_large"),), student="pocket:qwen3-teacher-large"),
+    ]
+
+
+def memory() -> list[Case]:
+    """Vocabulary 151,936: the loss stage alone at 2k and 16k tokens, and the training part of an OPD step."""
+    student, teacher = STUDENT.format(151_936), TEACHER.format(151_936)
+    loss = Case((("c", "loss_2k"),), "loss", student, teacher, steps=1, tokens=2048)
+    loss = replace(loss, untimed=0, peers=(*TRAINERS, "plain"))
+    return [
+        loss,
+        replace(loss, places=(("c", "loss_16k"),), tokens=16_384, peers=TRAINERS),
+        Case((("c", "train"),), "train", student, teacher, new_tokens=512, steps=1),
+    ]
+
+
+def growth() -> list[Case]:
+    """An OPD step of (b) as one thing grows: completion length, vocabulary, batch."""
+    base = replace(steps_of_b()[0], steps=1)
+    cases = []
+    for length in (128, 512, 2048):
+        cases.append(replace(base, places=(("e", f"length_{length}"),), new_tokens=length))
+    for vocabulary in (512, 8192, 32_768, 151_936):
+        models = {"student": STUDENT.format(vocabulary), "teacher": TEACHER.format(vocabulary)}
+        cases.append(replace(base, places=(("e", f"vocabulary_{vocabulary}"),), **models))
+    for batch in (8, 32, 128):
+        cases.append(replace(base, places=(("e", f"batch_{batch}"),), batch=batch))
+    # TRL's largest points take minutes each and say nothing that the smaller ones do not.
+    large = {"e.length_2048", "e.batch_128"}
+    return [replace(case, peers=("headwater",)) if case.name in large else case for case in cases]
+
+
+def on_a_gpu() -> list[Case]:
+    """The heads of Qwen3-1.7B and Qwen3-8B over 8,192 tokens."""
+    case = Case((("gpu", "loss"),), "loss_gpu", "random:1x2048:151936", "random:1x4096:151936", steps=5, tokens=8192)
+    return [replace(case, peers=(*TRAINERS, "liger"))]
+
+
+def all_cases() -> list[Case]:
+    return [*pocket_steps(), *steps_of_b(), *memory(), *pocket_sampling(), *growth(), *on_a_gpu()]
+
+
+def chosen(asked: Sequence[str], cases: Sequence[Case]) -> list[Case]:
+    """The cases whose place begins with one of `asked`: a workload (`b`) or one case of it (`b.opd`).
+
+    Raises ValueError for a name that no case has.
+    """
+    named = {one: [case for case in cases if _stands_at(case, one)] for one in asked}
+    for one, found in named.items():
+        if not found:
+            known = sorted({".".join(place) for case in cases for place in case.places})
+            raise ValueError(f"no workload {one!r}; there are {', '.join(known)}")
+    return [case for case in cases if any(case in found for found in named.values())]
+
+
+def _stands_at(case: Case, asked: str) -> bool:
+    return any(asked in (workload, f"{workload}.{name}") for workload, name in case.places)

@@ -1,0 +1,112 @@
+"""Model folders and prompts for the workloads: shipped pocket models, and Qwen3-shaped ones with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.cases import Case
+from headwater import model
+from headwater.config import Generate, Prompt, Source
+from headwater.data import Problem
+from headwater.prompts import Prompter
+from headwater.sources import load
+from headwater.tasks import find_task
+
+NEVER = "<|never|>"
+"""An end token whose id lies past the model's vocabulary: nothing ends before its length is reached."""
+HEAD_DIM = 64
+
+
+def folder_of(spec: str, endless: bool, root: Path) -> Path:
+    """The folder of a model spec (`cases.py`), made under `root` if it is not there yet."""
+    if spec.startswith("pocket:"):
+        shipped = Path(model.resolve(spec, "benchmark"))
+        return _without_end(shipped, root / f"{shipped.name}-endless") if endless else shipped
+    _, shape, vocabulary = spec.split(":")
+    layers, hidden = (int(part) for part in shape.split("x"))
+    return random_model(root / f"{shape}-{vocabulary}", layers, hidden, int(vocabulary))
+
+
+def config_of(layers: int, hidden: int, vocabulary: int) -> Qwen3Config:
+    """Qwen3's proportions: tied embeddings, two query heads for a key head, three times the width within."""
+    return Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // HEAD_DIM,
+        num_key_value_heads=hidden // HEAD_DIM // 2,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=vocabulary,
+        pad_token_id=0,
+    )
+
+
+def random_model(folder: Path, layers: int, hidden: int, vocabulary: int) -> Path:
+    if (folder / "ready").exists():
+        return folder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(layers)
+        made = Qwen3ForCausalLM(config_of(layers, hidden, vocabulary))
+    made.generation_config.eos_token_id, made.generation_config.pad_token_id = vocabulary, 0
+    made.save_pretrained(folder)
+    words = {"<pad>": 0, "<unk>": 1} | {f"t{index}": index for index in range(2, vocabulary)} | {NEVER: vocabulary}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=NEVER, pad_token="<pad>", unk_token="<unk>", padding_side="left"
+    ).save_pretrained(folder)
+    (folder / "ready").touch()
+    return folder
+
+
+def _without_end(shipped: Path, folder: Path) -> Path:
+    if (folder / "ready").exists():
+        return folder
+    shutil.copytree(shipped, folder, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": NEVER})
+    tokenizer.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        held = json.loads((folder / name).read_text(encoding="utf-8"))
+        assert tokenizer.eos_token_id >= json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
+        (folder / name).write_text(json.dumps(held | {"eos_token_id": tokenizer.eos_token_id}), encoding="utf-8")
+    (folder / "ready").touch()
+    return folder
+
+
+def prompts_of(case: Case, folder: Path, steps: int) -> tuple[list[Problem], dict[str, str]]:
+    """Distinct prompts for that many steps, and the gold answers of those that have one (pocket sums).
+
+    A problem's text is the whole prompt, special tokens spelt out, so that every peer tokenizes the same string.
+    """
+    count = steps * case.batch // case.group
+    if not case.student.startswith("pocket:"):
+        vocabulary = int(case.student.split(":")[2])
+        draws = np.random.default_rng(0).integers(2, vocabulary, (count, case.prompt_tokens))
+        return [Problem.of(" ".join(f"t{word}" for word in row), "benchmark") for row in draws], {}
+    # The pool is larger than what is asked for, since the same sum may be made twice.
+    source = Source(generate=Generate(pool="train", count=max(count, 2000)))
+    read = load(source, "benchmark", need_answers=True, gold=find_task("sums").gold)
+    prompter = Prompter(AutoTokenizer.from_pretrained(folder), Prompt())
+    problems = read.problems[:count]
+    assert len(problems) == count
+    texts = [Problem(one.id, prompter.text(one), one.source) for one in problems]
+    return texts, {one.id: read.gold[one.id] for one in problems}
+
+
+def completions_of(case: Case, steps: int) -> list[list[list[int]]]:
+    """Given completions for the training part alone: random ids, step by step."""
+    vocabulary = int(case.student.split(":")[2])
+    draws = np.random.default_rng(1).integers(2, vocabulary, (steps, case.batch, case.new_tokens))
+    return [[[int(one) for one in row] for row in step] for step in draws]

@@ -1,0 +1,122 @@
+"""TRL's side: `DistillationTrainer` (on its own samples, exact reverse KL) and `GRPOTrainer`, set as fairly as they can be.
+
+float32 and no gradient checkpointing (their defaults are bfloat16 and checkpointing), the whole batch in one pass, no logging,
+no evaluation, no saving, no reference model, `transformers.generate` for the samples (its continuous batching, which GRPO may use,
+is slower on a CPU: workload d).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
+
+from benchmarks.cases import Case
+from benchmarks.models import completions_of, folder_of, prompts_of
+from benchmarks.rewards import parity
+from headwater.tasks import find_task
+
+Row = dict[str, float]
+
+
+class Clock(TrainerCallback):
+    """When each optimizer step began and ended, and how much of it went into generation."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.began = self.generating = 0.0
+        self.tokens = 0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        now = time.perf_counter()
+        seconds = now - self.began
+        self.rows.append(
+            {"seconds": seconds, "seconds_sample": self.generating, "seconds_update": seconds - self.generating}
+        )
+        self.began, self.generating = now, 0.0
+
+    def around(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            found = generate(*args, **named)
+            self.generating += time.perf_counter() - started
+            return found
+
+        return timed
+
+
+def settings_of(case: Case, steps: int) -> dict[str, Any]:
+    return {
+        "output_dir": tempfile.mkdtemp(prefix="trl-"),
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": case.batch,
+        "gradient_accumulation_steps": 1,
+        "max_steps": steps,
+        "max_completion_length": case.new_tokens,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "shuffle_dataset": False,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def work_of(case: Case, root: Path) -> Callable[[int], list[Row]]:
+    steps = case.repetitions
+    folder = folder_of(case.student, case.endless, root)
+    problems, gold = prompts_of(case, folder, steps)
+    rows = [{"prompt": one.text, "gold": gold.get(one.id, "")} for one in problems]
+    clock = Clock()
+    held: dict[str, Any] = {
+        "train_dataset": Dataset.from_list(rows),
+        "processing_class": AutoTokenizer.from_pretrained(folder, padding_side="left"),
+        "callbacks": [clock],
+    }
+    student = model_of(folder)
+    if case.teacher is None:
+        arguments = GRPOConfig(**settings_of(case, steps), num_generations=case.group, beta=0.0)
+        trainer = GRPOTrainer(student, reward, args=arguments, **held)
+    else:
+        teacher = model_of(folder_of(case.teacher, case.endless, root))
+        arguments = DistillationConfig(**settings_of(case, steps), beta=1.0)
+        trainer = DistillationTrainer(student, teacher, args=arguments, **held)
+    if case.kind == "train":
+        given = iter(completions_of(case, steps))
+        trainer._generate_single_turn = lambda *_, **__: next(given)
+    else:
+        trainer.model.generate = clock.around(trainer.model.generate)
+
+    def work(times: int) -> list[Row]:
+        assert times == steps
+        trainer.train()
+        return clock.rows
+
+    return work
+
+
+def model_of(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def reward(completions: list[str], gold: list[str], **_: Any) -> list[float]:
+    """The rewards that Headwater gives the same completions: the task's grader, or the parity of the last token."""
+    grade = find_task("sums").grade
+    return [float(grade(a, said)[0] if a else parity(said)) for said, a in zip(completions, gold, strict=True)]
