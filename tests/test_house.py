@@ -35,7 +35,21 @@ NOUNS = {
     "plan",
 }
 PURE = {"batch", "logprobs", "advantages", "losses", "distributions"}
-MACHINES = {"model", "sampler", "decoder", "teacher", "objective", "train", "checkpoint", "evaluate", "conditions"}
+MACHINES = {
+    "model",
+    "sampler",
+    "slots",
+    "draws",
+    "decoder",
+    "decoder_fast",
+    "decoder_weights",
+    "teacher",
+    "objective",
+    "train",
+    "checkpoint",
+    "evaluate",
+    "conditions",
+}
 HEAVY = ("torch", "transformers", "safetensors", "datasets")
 
 
