@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.decoder import CACHE_STEP, CacheDecoder, FastDecoder, decoder_for
+from headwater.decoder import CacheDecoder, decoder_for
+from headwater.decoder_fast import CACHE_STEP, FastDecoder
 from headwater.model import Policy
 from tiny import CPU, PROMPTS, tiny_policy
 
@@ -32,17 +33,15 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
 
 def spoken(policy: Policy, decoder: CacheDecoder | FastDecoder, steps: int) -> list[torch.Tensor]:
     """Hidden states of a script: prefill of four prompts of different length, rows repeated, dropped twice on the way."""
-    width = max(map(len, PROMPTS))
-    ids = torch.tensor([(policy.pad_id,) * (width - len(one)) + one for one in PROMPTS])
-    mask = torch.tensor([(0,) * (width - len(one)) + (1,) * len(one) for one in PROMPTS])
     tokens = torch.randint(5, 30, (steps, 7), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        found = [decoder.prefill(ids, mask, torch.tensor([0, 0, 1, 2, 3, 3, 1]))]
-        alive = torch.arange(7)
+        decoder.begin([PROMPTS[row] for row in (0, 0, 1, 1, 2, 3, 3)], 7, max(map(len, PROMPTS)) + steps)
+        found = [decoder.enter(7)]
+        alive = [0, 1, 2, 3, 4, 5, 6]
         for step in range(steps):
             if step in (3, 9):
-                keep = torch.tensor([0, 2, 3, 4, 6]) if step == 3 else torch.tensor([3, 1])
-                alive = alive[keep]
+                keep = [0, 2, 3, 4, 6] if step == 3 else [3, 1]
+                alive = [alive[row] for row in keep]
                 decoder.keep(keep)
             found.append(decoder.step(tokens[step, alive]))
     return found
@@ -69,10 +68,11 @@ def test_the_fast_decoder_gives_the_hidden_states_of_the_general_one(kind: str) 
 def test_large_models_keep_their_weights_apart_and_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy("qwen3", seed=4)
     joined = spoken(policy, FastDecoder(policy), 12)
-    monkeypatch.setattr("headwater.decoder.FUSED_PARAMETERS", 0)
+    monkeypatch.setattr("headwater.decoder_weights.FUSED_PARAMETERS", 0)
     apart = FastDecoder(policy)
-    assert len(apart.layers[0].qkv) == 3
-    assert apart.layers[0].qkv[0].weight.data_ptr() == policy.model.model.layers[0].self_attn.q_proj.weight.data_ptr()
+    layer, theirs_layer = apart.weights.layers[0], policy.model.model.layers[0]
+    assert len(layer.qkv) == 3
+    assert layer.qkv[0].weight.data_ptr() == theirs_layer.self_attn.q_proj.weight.data_ptr()
     for ours, theirs in zip(spoken(policy, apart, 12), joined, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

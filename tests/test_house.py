@@ -39,11 +39,17 @@ NOUNS = {
     "model_files",
     "foreign",
 }
-PURE = {"batch", "logprobs", "advantages", "losses", "distributions"}
+PURE = {
+    "batch", "packing", "tokens", "token_ids", "logprobs", "fused", "advantages", "losses", "distributions",
+}  # fmt: skip
 MACHINES = {
     "model",
     "sampler",
+    "slots",
+    "draws",
     "decoder",
+    "decoder_fast",
+    "decoder_weights",
     "teacher",
     "objective",
     "train",

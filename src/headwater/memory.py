@@ -23,7 +23,7 @@ SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_
 
 @dataclass
 class Budget:
-    """How much may be done at once (padded tokens of a pass, sequences of a decoding batch); it only ever falls."""
+    """How much may be done at once (tokens of a pass, sequences of a decoding batch); it only ever falls."""
 
     size: int
 

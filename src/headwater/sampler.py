@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from headwater import config, seeds
+from headwater import config
 from headwater.data import Rollout
-from headwater.decoder import Decoder, decoder_for
+from headwater.decoder import decoder_for
+from headwater.draws import draw_tokens
 from headwater.model import Policy
+from headwater.slots import Line, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,17 @@ def requests_for(
     ]
 
 
+LOOK_CPU, LOOK_ELSEWHERE = 1, 8
+"""Steps from one look at who has ended to the next: a look waits for the device; without one, ended rows run on."""
+
+
 @dataclass(frozen=True)
 class TorchSampler:
-    """Batched decoding with a KV cache, in-process.
+    """Batched decoding with a KV cache, in-process, at most `batch` sequences at once.
 
-    The prompts of a group are prefilled once; finished sequences leave the batch. A token is chosen by inverting the
-    cumulative distribution at one uniform number, which its request names, so that neither batch order nor batch size
-    changes a draw (the logits themselves may differ in their last bits between batch shapes).
+    Finished sequences leave and waiting ones enter; each distinct prompt is run once. A token is chosen by inverting the
+    cumulative distribution at one uniform number, which its request names, so that neither batch order nor batch size changes
+    a draw (the logits themselves may differ in their last bits between batch shapes).
     """
 
     policy: Policy
@@ -68,109 +73,72 @@ class TorchSampler:
     def sample(
         self, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived | None = None
     ) -> list[Rollout]:
-        # Like lengths decode together: less padding in the prefill.
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
-        rollouts: dict[int, Rollout] = {}
+        if not requests:
+            return []
+        first: dict[tuple[int, ...], int] = {}
+        for index, one in enumerate(requests):
+            first.setdefault(one.prompt_ids, index)
+        # Equal prompts together and like lengths beside one another; the longest first: what does not fit shows at once.
+        prompts = [one.prompt_ids for one in requests]
+        order = sorted(range(len(requests)), key=lambda i: (-len(prompts[i]), first[prompts[i]], i))
         training = self.policy.model.training
         self.policy.model.eval()  # a model that recomputes activations while it trains refuses a cache
         try:
-            for start in range(0, len(order), self.batch):
-                chosen = order[start : start + self.batch]
-                found = self._decode([requests[i] for i in chosen], sampling, arrived or (lambda finished: None))
-                rollouts.update(zip(chosen, found, strict=True))
+            found = self._run([requests[i] for i in order], sampling, arrived or (lambda finished: None))
         finally:
             self.policy.model.train(training)
-        return [rollouts[i] for i in range(len(requests))]
+        placed = dict(zip(order, found, strict=True))
+        return [placed[i] for i in range(len(requests))]
 
     @torch.inference_mode()
-    def _decode(self, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived) -> list[Rollout]:
-        policy, device, limit = self.policy, self.policy.device, sampling.max_tokens
-        draws_BT = torch.from_numpy(np.stack([seeds.uniforms(limit, *one.draw) for one in requests])).to(device)
-        stops = torch.tensor(policy.stop_ids, device=device)
-        ids_BT = torch.zeros((len(requests), limit), dtype=torch.long, device=device)
-        logp_BT = torch.zeros((len(requests), limit), device=device)
-        length_B = torch.full((len(requests),), limit, dtype=torch.long, device=device)
-        stopped_B = torch.zeros(len(requests), dtype=torch.bool, device=device)
-
+    def _run(self, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived) -> list[Rollout]:
+        prompts = [one.prompt_ids for one in requests]
+        size, limit = min(self.batch, len(requests)), sampling.max_tokens
+        look = LOOK_CPU if self.policy.device.type == "cpu" else LOOK_ELSEWHERE
+        slots = Slots(size, limit, look, stops_of(self.policy))
+        decoder = decoder_for(self.policy)
+        group = decoder.begin(prompts, size, len(max(prompts, key=len)) + limit)
         rollouts: dict[int, Rollout] = {}
+        entered = step = 0
+        while entered < len(requests) or len(slots):
+            hidden = [decoder.step(slots.token_A)] if len(slots) else []
+            entering = range(entered, min(entered + size - len(slots), len(requests)))
+            if entering and size - len(slots) >= group:
+                hidden.append(decoder.enter(len(entering)))
+                slots.enter(entering, [requests[index].draw for index in entering])
+                entered = entering.stop
+            hidden_AH = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+            slots.append(*draw_tokens(decoder.logits(hidden_AH), slots.uniforms(), sampling))
+            step += 1
+            if step % look == 0 or slots.age_A.max() >= limit:
+                ended = slots.ended()
+                if len(ended):
+                    found = {
+                        line.request: self._rollout(requests[line.request], line, sampling)
+                        for line in slots.lines(ended)
+                    }
+                    rollouts.update(found)
+                    arrived(list(found.values()))
+                    decoder.keep(slots.leave(ended))
+        return [rollouts[index] for index in range(len(requests))]
 
-        def finish(rows_F: Tensor) -> None:
-            found = {
-                row: Rollout(
-                    problem_id=requests[row].problem_id,
-                    sample=requests[row].sample,
-                    prompt_ids=requests[row].prompt_ids,
-                    completion_ids=tuple(ids_BT[row, :length].tolist()),
-                    sampler_logp=tuple(logp_BT[row, :length].tolist()),
-                    finish="stop" if stopped else "length",
-                    sampler=policy.fingerprint,
-                    temperature=sampling.temperature,
-                )
-                for row, length, stopped in zip(
-                    rows_F.tolist(), length_B[rows_F].tolist(), stopped_B[rows_F].tolist(), strict=True
-                )
-            }
-            rollouts.update(found)
-            arrived(list(found.values()))
-
-        decoder = decoder_for(policy)
-        hidden_AH = self._prefill(decoder, requests)
-        alive_A = torch.arange(len(requests), device=device)
-        done_A = torch.zeros(len(requests), dtype=torch.bool, device=device)
-        for step in range(limit):
-            token_A, chosen_A = draw_tokens(policy.logits(hidden_AH), draws_BT[alive_A, step], sampling)
-            ids_BT[alive_A, step] = token_A
-            logp_BT[alive_A, step] = chosen_A
-            stop_A = torch.isin(token_A, stops) & ~done_A
-            length_B[alive_A[stop_A]] = step + 1
-            stopped_B[alive_A[stop_A]] = True
-            done_A = done_A | stop_A
-            finished = int(done_A.sum())
-            if finished == len(done_A) or step + 1 == limit:
-                break
-            if finished >= max(1, len(done_A) // 8):
-                finish(alive_A[done_A])
-                keep_A = (~done_A).nonzero().squeeze(1)
-                alive_A, done_A, token_A = alive_A[keep_A], done_A[keep_A], token_A[keep_A]
-                decoder.keep(keep_A)
-            hidden_AH = decoder.step(token_A)
-        finish(alive_A)
-        return [rollouts[row] for row in range(len(requests))]
-
-    def _prefill(self, decoder: Decoder, requests: Sequence[Request]) -> Tensor:
-        """Run each distinct prompt once, padded on the left, and give every request its copy of the cache."""
-        prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
-        width = max(len(prompt) for prompt in prompts)
-        ids_PT = torch.full((len(prompts), width), self.policy.pad_id, dtype=torch.long)
-        mask_PT = torch.zeros((len(prompts), width), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids_PT[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask_PT[row, width - len(prompt) :] = 1
-        place = {prompt: row for row, prompt in enumerate(prompts)}
-        rows_B = torch.tensor([place[request.prompt_ids] for request in requests])
-        device = self.policy.device
-        return decoder.prefill(ids_PT.to(device), mask_PT.to(device), rows_B.to(device))
+    def _rollout(self, request: Request, line: Line, sampling: config.Sampling) -> Rollout:
+        return Rollout(
+            problem_id=request.problem_id,
+            sample=request.sample,
+            prompt_ids=request.prompt_ids,
+            completion_ids=line.ids,
+            sampler_logp=line.logp,
+            finish="stop" if line.stopped else "length",
+            sampler=self.policy.fingerprint,
+            temperature=sampling.temperature,
+        )
 
 
-def draw_tokens(logits_BV: Tensor, draws_B: Tensor, sampling: config.Sampling) -> tuple[Tensor, Tensor]:
-    """One token a row by inverse cumulative distribution, and its log-prob under the distribution drawn from.
-
-    logits_BV  any float; log-probs are made in float32 at `sampling.temperature`
-    draws_B    float64 in [0, 1)
-
-    Example: probabilities (0.25, 0.75) give token 0 for a draw below 0.25, else token 1.
-    """
-    logits_BV = logits_BV.float() / sampling.temperature
-    if sampling.top_k and sampling.top_k < logits_BV.shape[-1]:
-        least_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
-    logp_BV = torch.log_softmax(logits_BV, dim=-1)
-    if sampling.top_p < 1.0:
-        sorted_BV, index_BV = logp_BV.exp().sort(dim=-1, descending=True)
-        # A token stays while the mass before it is below top_p, so the likeliest always stays.
-        cut_BV = sorted_BV.cumsum(dim=-1) - sorted_BV >= sampling.top_p
-        logp_BV = torch.log_softmax(logp_BV.masked_fill(cut_BV.scatter(1, index_BV, cut_BV), -torch.inf), dim=-1)
-    cumulative_BV = logp_BV.exp().double().cumsum(dim=-1)
-    target_B1 = draws_B[:, None].double() * cumulative_BV[:, -1:]
-    token_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_max(logits_BV.shape[-1] - 1)
-    return token_B1.squeeze(1), logp_BV.gather(1, token_B1).squeeze(1)
+def stops_of(policy: Policy) -> Tensor:
+    """bool (V,): whether an id ends a completion."""
+    stops_V = torch.zeros(policy.vocabulary, dtype=torch.bool, device=policy.device)
+    for stop in policy.stop_ids:
+        if stop < policy.vocabulary:  # a tokenizer may know more ids than the model can say
+            stops_V[stop] = True
+    return stops_V
