@@ -22,6 +22,7 @@ from headwater.distributions import FromHidden, LinearHead
 from headwater.gather import OnPolicy, SignalGuard
 from headwater.labels import Labels
 from headwater.logprobs import loss_and_stats
+from headwater.memory import Budget
 from headwater.model import Policy
 from headwater.objective import objective_of
 from headwater.prompts import Prompter
@@ -88,7 +89,7 @@ def step_of(case: Case, root: Path) -> Step:
         teacher=teacher,
         reference=None,
         guard=SignalGuard.of(config.Guards(no_signal="continue"), labels, case.repetitions, list),
-        tokens=COMPUTE.microbatch_tokens,
+        budget=Budget(COMPUTE.microbatch_tokens),
     )
     optimizer = make_optimizer(policy, stage.optim)
 

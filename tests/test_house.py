@@ -43,6 +43,7 @@ PURE = {
     "batch", "packing", "tokens", "token_ids", "logprobs", "fused", "advantages", "losses", "distributions",
 }  # fmt: skip
 MACHINES = {
+    "attention",
     "model",
     "sampler",
     "slots",

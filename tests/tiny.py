@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from headwater.attention import prepare
 from headwater.batch import Row
 from headwater.config import Models
 from headwater.data import Rollout, problem_id
 from headwater.model import Policy, split
 from headwater.objective import objective_of
-from headwater.packing import prepare
 from headwater.pretrain import make_tokenizer
 from headwater.sampler import TorchSampler, requests_for
 from headwater.settings import Sampling, Stage

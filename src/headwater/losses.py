@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -176,7 +175,11 @@ FORWARD = Divergence(forward_kl, _forward_closed)
 
 
 def jensen_shannon(beta: float) -> Divergence:
-    return Divergence(partial(jsd, beta=beta), partial(_jsd_closed, beta=beta))
+    """`jsd` at a β, which is the teacher's share of the mixture."""
+    return Divergence(
+        lambda student_logp_NE, teacher_logp_NE: jsd(student_logp_NE, teacher_logp_NE, beta),
+        lambda pair: _jsd_closed(pair, beta),
+    )
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:

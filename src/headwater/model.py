@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from headwater import config, model_files
+from headwater.attention import packed_hidden, prepare
 from headwater.batch import Batch, Row, collate, collate_packed, microbatches, packed_microbatches, packed_tokens
 from headwater.distributions import Head, LinearHead
 from headwater.errors import UserError
-from headwater.packing import packed_hidden, prepare, spread_out
+from headwater.packing import spread_out
 
 transformers_logging.disable_progress_bar()  # a run loads and saves dozens of models; its own progress is what counts
 transformers_logging.set_verbosity_error()  # what it warns of when it loads a folder is refused here in a sentence
