@@ -170,13 +170,16 @@ def _guard(said: Any, usual: dict[str, Any]) -> Any:
 class Compute(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     microbatch_tokens: Positive = 16384
-    """Tokens (padding included) in one forward and backward pass; gradients are accumulated over the passes."""
+    """Tokens in one forward and backward pass (a prompt that rows share counts once; padding counts where a model must be
+    padded); gradients are accumulated over the passes."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the tensor library; None leaves its own choice."""
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes that run independent nodes side by side. None: as many as the cores allow at `threads` each; one on a GPU."""
     sample_batch: Positive = 256
     """Sequences that the embedded sampler decodes at once."""
+    score_ahead: Annotated[int, Field(ge=1, le=64)] = 1
+    """Parts in which a live teacher scores a step's rollouts, each while later ones are still sampled; pays where a core is idle."""
     grader_workers: Annotated[int, Field(ge=1, le=1024)] = 2
     grader_seconds: Annotated[float, Field(gt=0.0, le=86_400.0)] = 2.0
     deterministic: bool = True

@@ -14,7 +14,7 @@ from headwater.data import Problem, Rollout, Verdict
 from headwater.errors import TrainingStoppedError
 from headwater.labels import Labels
 from headwater.prompts import Prompter
-from headwater.sampler import Request, Sampler, requests_for
+from headwater.sampler import Arrived, Request, Sampler, requests_for
 from headwater.settings import Sampling
 
 Key = tuple[str, int]
@@ -86,8 +86,11 @@ def sampled_and_graded(
     labels: Labels | None,
     text: Callable[[Sequence[int]], str],
     progress: Callable[[int], None] | None = None,
+    beside: Arrived | None = None,
 ) -> Graded:
     """Sample, and grade each rollout while others are still being sampled; without labels only sample.
+
+    beside  is told of rollouts as they finish, like the graders
 
     One thread hands completions to the graders in the order in which they arrive; slow graders work in processes of their
     own (`verifier`), so sampling hardly notices. Raises TrainingStoppedError when the model gives no finite numbers.
@@ -102,6 +105,8 @@ def sampled_and_graded(
                 pairs = [(rollout.problem_id, text(rollout.completion_ids)) for rollout in finished]
                 keys = [(rollout.problem_id, rollout.sample) for rollout in finished]
                 waiting.append((keys, thread.submit(labels.check, pairs)))
+            if beside is not None:
+                beside(finished)
             if progress is not None:
                 progress(len(finished))
 

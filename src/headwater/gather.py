@@ -11,15 +11,18 @@ from typing import Any
 import torch
 
 from headwater import seeds
+from headwater.ahead import Ahead
 from headwater.batch import Row
 from headwater.config import Guards
+from headwater.data import Rollout
+from headwater.distributions import Distributions
 from headwater.errors import TrainingStoppedError
 from headwater.evaluate import sampled_and_graded
 from headwater.labels import Labels
 from headwater.memory import Budget, passes
 from headwater.model import Policy, Shape
 from headwater.objective import Objective, with_rewards
-from headwater.sampler import Sampler, requests_for
+from headwater.sampler import Arrived, Sampler, requests_for
 from headwater.settings import Stage
 from headwater.teacher import distributions_of, logp_of
 from headwater.train import Gathered, Metrics
@@ -54,7 +57,9 @@ class OnPolicy:
     labels     the answers it may look at; None where the objective is dense
     teacher    who scores the rollouts; None where the objective is sparse
     reference  the stage's starting weights, where the objective keeps close to them
-    budget     at most so many padded tokens in a scoring pass; what fits is remembered
+    budget     at most so many tokens in a scoring pass; what fits is remembered
+    parts      the teacher scores a step's rollouts in so many parts, each while later ones are still sampled (`Ahead`);
+               1 scores all of them after sampling
     """
 
     policy: Policy
@@ -70,11 +75,13 @@ class OnPolicy:
     reference: Policy | None
     guard: SignalGuard
     budget: Budget
+    parts: int = 1
 
     def __call__(self, step: int) -> Gathered:
-        everything, kept, seconds = self.sampled(step)
-        started = time.perf_counter()
-        kept = self.scored(kept)
+        with Ahead(self.taught, -(-self.stage.batch_size // self.parts)) as ahead:
+            everything, kept, seconds = self.sampled(step, ahead.arrived if self.parts > 1 else None)
+            started = time.perf_counter()
+            kept = self.scored(kept, ahead.found())
         metrics: Metrics = {
             "seconds_sample": seconds["sample"],
             "seconds_score": seconds["grade"] + time.perf_counter() - started,
@@ -98,7 +105,7 @@ class OnPolicy:
             flops=self.flops(everything, kept, sum(len(self.prompts[name]) for name in problems)),
         )
 
-    def sampled(self, step: int) -> tuple[list[Row], list[Row], dict[str, float]]:
+    def sampled(self, step: int, beside: Arrived | None) -> tuple[list[Row], list[Row], dict[str, float]]:
         """All rows that were sampled, those to train on, and the seconds it took.
 
         The two differ where groups without a signal are sampled again (dynamic sampling).
@@ -111,7 +118,7 @@ class OnPolicy:
                 [(name, self.prompts[name]) for name in self.problems_of(step, attempt)],
                 self.stage.group_size, 0, self.seed, self.name, step, attempt,
             )  # fmt: skip
-            found = sampled_and_graded(self.sampler, wanted, self.stage.sampling, self.labels, self.text)
+            found = sampled_and_graded(self.sampler, wanted, self.stage.sampling, self.labels, self.text, beside=beside)
             rows = [Row(rollout) for rollout in found.rollouts]
             if found.verdicts is not None:
                 rows = with_rewards(rows, found.verdicts, self.stage, self.objective.idle_without_advantage)
@@ -135,15 +142,22 @@ class OnPolicy:
             chosen.append(next(name for name in order[index:] + order[:index] if name not in chosen))
         return chosen
 
-    def scored(self, rows: list[Row]) -> list[Row]:
-        """The rows with what the frozen models say of them."""
+    def taught(self, rollouts: Sequence[Rollout]) -> list[Distributions]:
+        """The teacher's distributions at these rollouts' tokens; none where no teacher is asked."""
+        if self.teacher is None:
+            return []
+        return passes(self.budget, rollouts, partial(distributions_of, self.teacher, rollouts))
+
+    def scored(self, rows: list[Row], known: Mapping[tuple[str, int], Distributions]) -> list[Row]:
+        """The rows with what the frozen models say of them; `known` holds what the teacher has said already."""
         rollouts = [row.rollout for row in rows]
         if self.reference is not None:
             logps = passes(self.budget, rollouts, partial(logp_of, self.reference, rollouts))
             rows = [replace(row, reference_logp=logp) for row, logp in zip(rows, logps, strict=True)]
         if self.teacher is not None:
+            keys = [(rollout.problem_id, rollout.sample) for rollout in rollouts]
             with torch.no_grad():
-                found = passes(self.budget, rollouts, partial(distributions_of, self.teacher, rollouts))
+                found = [known[key] for key in keys] if known else self.taught(rollouts)
             rows = [replace(row, teacher=one) for row, one in zip(rows, found, strict=True)]
         return rows
 

@@ -219,6 +219,8 @@ def gatherer(
         reference=place.load(node.start, frozen=True) if "reference" in objective.signals else None,
         guard=SignalGuard.of(materials.recipe.guards, labels, steps, lambda: list(read_jsonl(folder.metrics))),
         budget=Budget(materials.recipe.compute.microbatch_tokens),
+        # What is sampled again takes other rollouts' places under their names, so nothing may be scored before it stands.
+        parts=1 if teacher is None or stage.sparse.dynamic_sampling else materials.recipe.compute.score_ahead,
     )
 
 

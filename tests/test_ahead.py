@@ -1,0 +1,81 @@
+"""Scoring ahead: the teacher scores what has finished while the student still samples, and the numbers do not change."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headwater.ahead import Ahead
+from headwater.data import Rollout
+from headwater.distributions import Exact
+from headwater.errors import TrainingStoppedError
+from runs import node, rows, tiny
+from tiny import rollout_of
+
+
+def rollouts(count: int) -> list[Rollout]:
+    return [rollout_of((5, 6), (7,) * (1 + index), sample=index) for index in range(count)]
+
+
+def lengths(part: Sequence[Rollout]) -> list[Any]:
+    """Stands for a teacher: each rollout's score holds its number of tokens."""
+    return [Exact(torch.full((1, 1), float(len(one.completion_ids)))) for one in part]
+
+
+def test_parts_follow_the_order_of_arrival_and_every_rollout_gets_its_own_score() -> None:
+    parts: list[int] = []
+
+    def score(part: Sequence[Rollout]) -> list[Any]:
+        parts.append(len(part))
+        return lengths(part)
+
+    some = rollouts(7)
+    with Ahead(score, 3) as ahead:
+        for batch in (some[4:6], some[:4], some[6:]):
+            ahead.arrived(batch)
+        found = ahead.found()
+    assert parts == [3, 3, 1]
+    assert {key: one.logp_NV.item() for key, one in found.items()} == {  # type: ignore[attr-defined]
+        (one.problem_id, one.sample): len(one.completion_ids) for one in some
+    }
+
+
+def test_scoring_begins_before_the_last_rollout_has_arrived() -> None:
+    begun = threading.Event()
+
+    def score(part: Sequence[Rollout]) -> list[Any]:
+        begun.set()
+        return lengths(part)
+
+    some = rollouts(4)
+    with Ahead(score, 2) as ahead:
+        ahead.arrived(some[:2])
+        assert begun.wait(timeout=20)
+        ahead.arrived(some[2:])
+        assert len(ahead.found()) == 4
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_where_the_scores_are_asked_for() -> None:
+    def score(part: Sequence[Rollout]) -> list[Any]:
+        raise TrainingStoppedError("no room")
+
+    with Ahead(score, 1) as ahead:
+        ahead.arrived(rollouts(1))
+        with pytest.raises(TrainingStoppedError, match="no room"):
+            ahead.found()
+
+
+def test_a_run_that_scores_ahead_learns_the_same_and_is_the_same_again(tmp_path: Path) -> None:
+    outs = [tmp_path / name for name in ("plain", "ahead", "again")]
+    for out, parts in zip(outs, (1, 4, 4), strict=True):
+        assert tiny("run", out, changes=[f"compute.score_ahead={parts}"]).code == 0
+    plain, ahead, again = (rows(node(out, "bridge_rl", "opd") / "metrics.jsonl") for out in outs)
+    for one, other, third in zip(plain, ahead, again, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-6)
+        assert other["loss"] == third["loss"] and other["grad_norm"] == third["grad_norm"]
+        assert other["tokens_teacher_scored"] == one["tokens_teacher_scored"] > 0
