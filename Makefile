@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: python3 (3.11 or newer) with venv, and a package registry.
 PY := .venv/bin/python
 
-.PHONY: demo test check fuzz bench clean
+.PHONY: demo test check fuzz chaos endurance bench clean
 
 demo: .venv/installed
 	.venv/bin/headwater demo --out runs/demo
@@ -12,6 +12,14 @@ test: .venv/installed-test
 # 5,000 hostile recipes, data files, model folders and run directories, as bounded as the program promises to be.
 fuzz: .venv/installed-test
 	PYTHONPATH=tests $(PY) tests/fuzz.py --count 5000
+
+# Kills, full disks and damage of every kind, then 500 kills at random times; docs/reliability.md says how long it takes.
+chaos: .venv/installed-test
+	$(PY) -m pytest -m chaos
+	$(PY) tests/chaos.py --kills 500
+
+endurance: .venv/installed-test
+	$(PY) tests/endurance.py --steps 4000 --nodes 200
 
 check: .venv/installed-check
 	.venv/bin/ruff check src tests

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from headwater import faults
 from headwater.config import Evaluate
 from headwater.data import Problem, Rollout, Verdict
 from headwater.errors import TrainingStoppedError
@@ -107,12 +108,16 @@ def sampled_and_graded(
                 waiting.append((keys, thread.submit(labels.check, pairs)))
             if beside is not None:
                 beside(finished)
+            faults.point("rollouts.arrived")
             if progress is not None:
                 progress(len(finished))
 
         rollouts = sampler.sample(requests, sampling, arrived)
         sampled = time.perf_counter()
-        verdicts = {key: one for keys, future in waiting for key, one in zip(keys, future.result(), strict=True)}
+        verdicts: dict[Key, Verdict] = {}
+        for keys, future in waiting:
+            verdicts.update(zip(keys, future.result(), strict=True))
+            faults.point("verdicts.checked")
     return Graded(
         rollouts=rollouts,
         texts=[text(rollout.completion_ids) for rollout in rollouts],

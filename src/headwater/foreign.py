@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater.errors import HeadwaterError, UserError
-from headwater.rundir import read_json
+from headwater.rundir import read_checked
 
 NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 
@@ -33,7 +33,7 @@ def read_plan(path: Path) -> dict[str, Any]:
 
     A node's name becomes a path, so one with a slash in it would lead out of the folder.
     """
-    held = read_json(path)
+    held = read_checked(path)
     arms = held.get("arms") if isinstance(held, dict) else None
     seeds = held.get("seeds", []) if isinstance(held, dict) else None
     runs: list[Any] = list(arms.values()) if isinstance(arms, dict) else [None]

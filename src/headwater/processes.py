@@ -5,6 +5,7 @@ the recipe once (`worker`), then runs the nodes that it is handed by name. A lin
 
     to a worker      {"run": NODE}; {"stop": true} asks for an end at the next step; the end of the pipe ends the process
     from a worker    {"begun": NODE}; {"start": [done, total, unit]}, {"advance": count, "metrics": {…}}, {"warn": sentence} of it;
+                     {"say": LINE};
                      {"ended": NODE, "failure": null or {…}}, {"stopped": NODE}, {"broken": {…}} when it cannot work at all
 """
 
@@ -253,6 +254,8 @@ class _Worker:
             self._watch.advance(said["advance"], said["metrics"])
         elif "warn" in said:
             self._watch.warn(said["warn"])
+        elif "say" in said:
+            self._job.narrator.say(said["say"])
         elif "broken" in said:
             failure = Failure(**said["broken"])
             if failure.code == UserError.exit_code:

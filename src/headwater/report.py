@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headwater import label_use, report_conditions, report_guards, report_html
+from headwater import faults, label_use, report_conditions, report_guards, report_html
 from headwater.foreign import as_written, refuse_links
 from headwater.report_contrasts import accuracy, contrasts, ks, mean, pass_at, scored
 from headwater.report_predictions import predictions
@@ -34,6 +34,7 @@ def build(outs: Sequence[Path]) -> dict[str, Any]:
 
 def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
     """Build the report of `outs` (by default of `out` itself), write report.json, report.html and labels.csv into `out`."""
+    faults.point("report.begun")
     sources = list(outs or [out])
     for folder in {*sources, out}:
         refuse_links(folder, "report")
@@ -42,8 +43,11 @@ def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
         report = summarise(study)
         used, page = label_use.as_csv(label_use.uses(study)), report_html.page(study, report)
     write_json(RunDir(out).report_json, report)
+    faults.point("report.values")
     write_atomic(RunDir(out).labels, used)
+    faults.point("report.labels")
     write_atomic(RunDir(out).report_html, page)
+    faults.point("report.page")
     return report
 
 

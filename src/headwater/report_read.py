@@ -231,12 +231,21 @@ def _node(name: str, runs: Sequence[RunDir]) -> Node:
     for run in runs:
         folder = run.node(name)
         if folder.info.exists():
+            _refuse_damage(folder)
             info = read_json(folder.info)
             node = Node(name, folder, folder.is_done(info["fingerprint"]), info)
             if node.done:
                 return node
             begun.append(node)
     return begun[0] if begun else Node(name, runs[0].node(name), False, {})
+
+
+def _refuse_damage(folder: NodeDir) -> None:
+    """Raise UserError that names a damaged file of a finished node, of those that are read here."""
+    names = (folder.info.name, *(path.name for path in folder.logs), "evals/")
+    broken = folder.damage(*names) if folder.done.exists() else None
+    if broken is not None:
+        raise UserError(f"{broken}: is damaged (it is not what was written); run the study again, which mends it")
 
 
 def _count(path: Path) -> Graded | None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headwater import token_ids
+from headwater import faults, token_ids
 from headwater.batch import Row
 from headwater.data import Rollout
 from headwater.distributions import Distributions, Exact, FromHidden, TopK, joined
@@ -89,6 +89,7 @@ def write_cache(
     lines = [json.dumps({key: getattr(rollout, key) for key in keys}) for rollout in rollouts]
     (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     budget = Budget(tokens)
+    faults.point("cache.rollouts")
     parts: list[dict[str, Tensor]] = []
     for start in range(0, len(rollouts), 64):
         chosen = rollouts[start : start + 64]
@@ -106,10 +107,12 @@ def write_cache(
                 parts.append({"logp": kept.values.half().cpu(), **ids})
         if progress is not None:
             progress(len(chosen))
+        faults.point("cache.scored")
     save_file(
         {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]},
         folder / "distributions.safetensors",
     )
+    faults.point("cache.written")
 
 
 def read_cache(folder: Path) -> list[Row]:

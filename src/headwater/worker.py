@@ -101,4 +101,5 @@ def _watch(tell: Tell, stop: threading.Event) -> tuple[Watch, Callable[[], None]
             tell({"advance": count, "metrics": facts})
         count, facts, last = 0, {}, time.monotonic()
 
-    return Watch(start, advance, stop.is_set, lambda said: tell({"warn": said})), flush
+    watch = Watch(start, advance, stop.is_set, lambda said: tell({"warn": said}), lambda line: tell({"say": line}))
+    return watch, flush

@@ -25,17 +25,19 @@ from headwater.train import Metrics
 
 
 def _unheard(said: str) -> None:
-    """For those who show no warnings."""
+    """For those who show nothing."""
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is told how far a node is: start(steps already done, total, unit), advance(count, metrics), warn(a sentence)."""
+    """Who is told how far a node is: start(steps already done, total, unit), advance(count, metrics), warn(a sentence), say(a line
+    for the user)."""
 
     start: Callable[[int, int, str], None]
     advance: Callable[[int, Metrics], None]
     should_stop: Callable[[], bool]
     warn: Callable[[str], None] = _unheard
+    say: Callable[[str], None] = _unheard
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Workplace:
         models, device = self.materials.recipe.models, self.materials.device
         if isinstance(whose, Node):
             folder = self.node_dir(whose).model
+            self.node_dir(whose).refuse_damage(f"{folder.name}/")
             return model.load(str(folder), str(folder), models, device, frozen, self.plan.fingerprints[whose])
         return model.load(getattr(models, whose), f"models.{whose}", models, device, frozen)
 
