@@ -15,7 +15,9 @@ import torch
 
 from headwater.batch import Row
 from headwater.checkpoint import load_checkpoint, save_checkpoint
+from headwater.config import Guards
 from headwater.errors import TrainingStoppedError, UserError
+from headwater.guards import Watchman
 from headwater.ledger import Spend
 from headwater.model import Policy
 from headwater.objective import objective_of
@@ -40,6 +42,7 @@ class Driver:
         self.policy, self.teacher, self.node = policy, teacher, node
         self.evaluated: list[str] = []
         self.started: list[int] = []
+        self.said: list[str] = []
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
         self.spoil: Callable[[int, list[Row]], list[Row]] = lambda step, rows: rows
 
@@ -66,6 +69,7 @@ class Driver:
             evaluate=self.evaluated.append,
             beside=lambda step, last: {},
             ended=lambda step: False,
+            guards=Watchman(Guards(), self.node, self.said.append),
             should_stop=lambda: stop_after is not None and max(self.weights, default=0) >= stop_after,
         )  # fmt: skip
         return self

@@ -27,6 +27,7 @@ NOUNS = {
     "files",
     "ledger",
     "rundir",
+    "sweepdir",
     "config",
     "settings",
     "plateau",

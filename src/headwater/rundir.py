@@ -24,8 +24,6 @@ OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, f
                FAILED                   {"sentence", "code"} of a node that failed, and the "traceback" of an unexpected error
 OUT/.lock                  held by the process that is at work in the folder
 OUT/.locks/NODE            held by the process that is at work on the node
-
-A sweep's folder holds a run directory for every value, and sweep.json sweep.csv sweep.svg sweep.png sweep.html.
 """
 
 from __future__ import annotations
@@ -61,7 +59,7 @@ from headwater.files import (
 )
 
 __all__ = [  # the rest of the program finds what writes files where it finds their names
-    "FREE", "LARGE", "NodeDir", "RunDir", "SweepDir", "append_jsonl", "cut_back", "first_difference", "read_checked",
+    "FREE", "LARGE", "NodeDir", "RunDir", "append_jsonl", "cut_back", "first_difference", "read_checked",
     "read_json", "read_jsonl", "write_atomic", "write_checked", "write_json", "written_aside",
 ]  # fmt: skip
 
@@ -373,33 +371,3 @@ class RunDir:
         """Rebuild OUT/ledger.jsonl from the nodes' own ledgers."""
         parts = [node.ledger.read_text(encoding="utf-8") for node in self.nodes() if node.ledger.exists()]
         write_atomic(self.ledger, "".join(parts))
-
-
-@dataclass(frozen=True)
-class SweepDir:
-    """The files of a sweep: a run directory for every value, and what is said and drawn of all of them."""
-
-    path: Path
-
-    def point(self, name: str) -> RunDir:
-        return RunDir(self.path / name)
-
-    @property
-    def json(self) -> Path:
-        return self.path / "sweep.json"
-
-    @property
-    def csv(self) -> Path:
-        return self.path / "sweep.csv"
-
-    @property
-    def svg(self) -> Path:
-        return self.path / "sweep.svg"
-
-    @property
-    def png(self) -> Path:
-        return self.path / "sweep.png"
-
-    @property
-    def html(self) -> Path:
-        return self.path / "sweep.html"

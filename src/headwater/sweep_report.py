@@ -16,9 +16,10 @@ import numpy as np
 
 from headwater import report_read, stats, sweep_figure, sweep_page
 from headwater.report_read import Graded, Study
-from headwater.rundir import SweepDir, read_json, write_atomic, write_json
+from headwater.rundir import read_json, write_atomic, write_json
 from headwater.sweep import Point, Sweep, text_of
 from headwater.sweep_words import BASES, contrast_at, pairs, sentences
+from headwater.sweepdir import SweepDir
 
 
 def write(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:

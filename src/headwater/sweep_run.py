@@ -12,8 +12,8 @@ from headwater.errors import HeadwaterError, UserError
 from headwater.estimate import Estimate, estimates
 from headwater.executor import Narrator
 from headwater.foreign import refuse_links
-from headwater.rundir import SweepDir
 from headwater.sweep import Point, Sweep, text_of
+from headwater.sweepdir import SweepDir
 
 
 @dataclass(frozen=True)
