@@ -41,6 +41,7 @@ MACHINES = {
     "slots",
     "draws",
     "decoder",
+    "decoder_cache",
     "decoder_fast",
     "decoder_weights",
     "teacher",
