@@ -52,6 +52,7 @@ MACHINES = {
     "slots",
     "draws",
     "decoder",
+    "decoder_cache",
     "decoder_fast",
     "decoder_weights",
     "teacher",

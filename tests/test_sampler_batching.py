@@ -1,0 +1,215 @@
+"""Continuous batching: sequences come and go, places are used again, and no sequence notices any other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from headwater import decoder_fast, sampler
+from headwater.data import Rollout
+from headwater.decoder_cache import Cache
+from headwater.decoder_fast import FastDecoder
+from headwater.model import Policy
+from headwater.sampler import Request, TorchSampler, requests_for
+from headwater.settings import Sampling
+from tiny import PROMPTS, tiny_policy
+
+LONG = tuple(
+    (1, *((5 + 3 * index + place) % 18 + 4 for place in range(length)), 2)
+    for index, length in enumerate((1, 40, 7, 70, 2, 23))
+)
+MIXED = PROMPTS + LONG
+"""Prompts of 3 to 72 tokens."""
+
+
+def requests(samples: int = 4, prompts: tuple[tuple[int, ...], ...] = MIXED) -> list[Request]:
+    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(prompts)], samples, 0, 0, "batching", 1)
+
+
+def told(rollouts: list[Rollout]) -> list[tuple[str, int, tuple[int, ...], str]]:
+    return [(one.problem_id, one.sample, one.completion_ids, one.finish) for one in rollouts]
+
+
+def alone(policy: Policy, rollout: Rollout) -> list[float]:
+    """The completion's log-probs by the plain model: uncached, unpadded, no other sequence near."""
+    with torch.no_grad():
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        logp = torch.log_softmax(policy.model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1], dim=-1)
+    return logp[torch.arange(len(logp)), torch.tensor(rollout.completion_ids)].tolist()
+
+
+def assert_honest(policy: Policy, rollouts: list[Rollout]) -> None:
+    for one in rollouts:
+        assert one.sampler_logp == pytest.approx(alone(policy, one), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2"])
+@pytest.mark.parametrize("batch", [3, 8])
+def test_a_batch_smaller_than_the_requests_changes_no_completion(name: str, batch: int) -> None:
+    policy = tiny_policy(name, seed=2, std=0.2)
+    whole = TorchSampler(policy, batch=64).sample(requests(), Sampling(max_tokens=90))
+    lengths = sorted(len(one.completion_ids) for one in whole)
+    assert lengths[0] <= 6 and lengths[-1] == 90 and len(set(lengths)) > 8
+    few = TorchSampler(policy, batch=batch).sample(requests(), Sampling(max_tokens=90))
+    assert told(few) == told(whole)
+    assert_honest(policy, few)
+
+
+def test_heads_too_wide_for_one_product_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy(seed=2, std=0.2)
+    joint = TorchSampler(policy, batch=7).sample(requests(), Sampling(max_tokens=40))
+    monkeypatch.setattr(decoder_fast, "NARROW", 0)
+    apart = TorchSampler(policy, batch=7).sample(requests(), Sampling(max_tokens=40))
+    assert told(apart) == told(joint)
+    assert_honest(policy, apart)
+
+
+def test_a_place_used_again_shows_nothing_of_who_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies past a row's own end, and whatever a place held before a row entered, is made huge: no one may see it."""
+    policy = tiny_policy(seed=2, std=0.2)
+    clean = TorchSampler(policy, batch=5).sample(requests(), Sampling(max_tokens=40))
+    enter, show = Cache.enter, Cache.open
+    spoilt = Counter[str]()
+
+    def spoil_places(self: Cache, *args: Any) -> torch.Tensor:
+        for table in (*self.keys, *self.values):
+            table[len(self) :] = torch.nan
+            spoilt["places"] += table[len(self) :].numel()
+        return enter(self, *args)
+
+    def spoil_what_is_past(self: Cache) -> int:
+        window = show(self)
+        for row, length in enumerate(self.lengths):
+            for table in (*self.keys, *self.values):
+                table[row, length + 1 :] = 1e6
+                spoilt["columns"] += table[row, length + 1 : window].numel()
+        return window
+
+    monkeypatch.setattr(Cache, "enter", spoil_places)
+    monkeypatch.setattr(Cache, "open", spoil_what_is_past)
+    again = TorchSampler(policy, batch=5).sample(requests(), Sampling(max_tokens=40))
+    assert spoilt["places"] > 0 and spoilt["columns"] > 0
+    assert told(again) == told(clean)
+    assert_honest(policy, again)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, seen: list[list[list[int]]]) -> None:
+    """Every pass's ids (rows, tokens)."""
+    forward: Callable[..., torch.Tensor] = FastDecoder._forward
+
+    def watch(self: FastDecoder, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(ids.tolist())
+        return forward(self, ids, *rest)
+
+    monkeypatch.setattr(FastDecoder, "_forward", watch)
+
+
+@pytest.mark.parametrize("budget", [1, 100, 4096])
+def test_each_distinct_prompt_is_run_once_within_the_budget(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy(seed=2, std=0.2)
+    seen: list[list[list[int]]] = []
+    watched(monkeypatch, seen)
+    monkeypatch.setattr(decoder_fast, "PREFILL_TOKENS", budget)
+    # Every prompt asked for under two names; its eight samples enter at different times.
+    wanted = [*requests(), *requests_for([(f"q{i}", one) for i, one in enumerate(MIXED)], 4, 0, "other")]
+    found = TorchSampler(policy, batch=5).sample(wanted, Sampling(max_tokens=12))
+    prefills = [ids for ids in seen if len(ids[0]) > 1]
+    ran = Counter(
+        tuple(row[: len(one)]) for ids in prefills for row in ids for one in MIXED if tuple(row[: len(one)]) == one
+    )
+    assert ran == Counter(MIXED) and sum(map(len, prefills)) == len(MIXED)
+    assert all(len(ids) == 1 or len(ids) * len(ids[0]) <= budget for ids in prefills)
+    assert_honest(policy, found)
+
+
+def test_no_step_is_spent_on_a_sequence_that_has_ended_and_the_batch_stays_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = tiny_policy(seed=2, std=0.2)
+    seen: list[list[list[int]]] = []
+    watched(monkeypatch, seen)
+    size = 16
+    found = TorchSampler(policy, batch=size).sample(requests(samples=30), Sampling(max_tokens=30))
+    steps = [len(ids) for ids in seen if len(ids[0]) == 1]
+    tokens = sum(len(one.completion_ids) for one in found)
+    assert sum(steps) == tokens - len(found)  # a completion's first token needs no step of its own
+    assert max(steps) <= size
+    # Fewer than 2 of the 16 places are free before the last request enters, but for those whose rows have only just ended.
+    assert len(steps) <= tokens / (size - 2) * 1.1 + 30
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_looking_only_now_and_then_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy(name, seed=2, std=0.2)
+    often = TorchSampler(policy, batch=6).sample(requests(), Sampling(max_tokens=21))
+    monkeypatch.setattr(sampler, "LOOK_CPU", 8)
+    seldom = TorchSampler(policy, batch=6).sample(requests(), Sampling(max_tokens=21))
+    assert told(seldom) == told(often)
+    assert_honest(policy, seldom)
+
+
+def test_rollouts_are_told_of_in_the_same_order_each_time() -> None:
+    policy = tiny_policy(seed=2, std=0.2)
+    orders: list[list[tuple[str, int]]] = [[], []]
+    for order in orders:
+        TorchSampler(policy, batch=7).sample(
+            requests(), Sampling(max_tokens=20), lambda found, order=order: order.extend((r.problem_id, r.sample) for r in found)
+        )  # fmt: skip
+    assert orders[0] == orders[1]
+    assert sorted(orders[0]) == sorted((one.problem_id, one.sample) for one in requests())
+
+
+def test_a_wide_vocabulary_with_a_packed_head_gives_the_trainers_log_probs() -> None:
+    policy = tiny_policy(seed=3, vocab_size=5000)
+    found = TorchSampler(policy, batch=6).sample(requests(samples=2), Sampling(max_tokens=12))
+    assert len({token for one in found for token in one.completion_ids}) > 50
+    assert_honest(policy, found)
+
+
+def test_a_cache_never_has_more_columns_than_its_longest_sequence_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy(seed=2, std=0.0)  # every token as likely as any other
+    monkeypatch.setattr(decoder_fast, "CACHE_STEP", 4)
+    columns: list[int] = []
+    show = Cache.open
+
+    def watch(self: Cache) -> int:
+        window = show(self)
+        columns.append(self.columns)
+        return window
+
+    monkeypatch.setattr(Cache, "open", watch)
+    found = TorchSampler(policy, batch=4).sample(requests(samples=3, prompts=PROMPTS), Sampling(max_tokens=60))
+    longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in found)
+    assert columns[0] == 9 + 4 and len(set(columns)) >= 3  # it grew twice
+    assert longest - 1 <= max(columns) <= 9 + 60
+    assert_honest(policy, found)
+
+
+def test_no_requests_are_no_rollouts() -> None:
+    assert TorchSampler(tiny_policy()).sample([], Sampling(max_tokens=4)) == []
+
+
+POLICY = tiny_policy("llama", seed=5, std=0.2)
+
+
+@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    order=st.permutations(range(12)),
+    batch=st.integers(1, 13),
+    limit=st.integers(1, 20),
+    chosen=st.lists(st.integers(0, len(MIXED) - 1), min_size=12, max_size=12),
+)
+def test_whatever_the_prompts_the_order_and_the_batch_each_completion_is_its_own(
+    order: list[int], batch: int, limit: int, chosen: list[int]
+) -> None:
+    wanted = [Request(f"p{which}", index, MIXED[which], ("own", index)) for index, which in enumerate(chosen)]
+    single = [TorchSampler(POLICY).sample([one], Sampling(max_tokens=limit))[0] for one in wanted]
+    found = TorchSampler(POLICY, batch=batch).sample([wanted[i] for i in order], Sampling(max_tokens=limit))
+    assert told(found) == told([single[i] for i in order])
