@@ -8,7 +8,7 @@ from headwater import model
 from headwater.doctor_case import Case, Finding, UnavailableError
 from headwater.errors import UserError
 from headwater.plan import Role
-from headwater.prompts import Prompter
+from headwater.prompts import Prompter, rendered
 
 SAMPLED_PROBLEMS = 32
 """Texts held through both tokenizers and templates beside the probe strings; as many as `run` looks at."""
@@ -151,7 +151,10 @@ def turn_end(tokenizer: Any) -> int | None:
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     turns = [{"role": "user", "content": "2+5"}, {"role": "assistant", "content": "=7"}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("=7")[2].lstrip()
+    try:
+        after = rendered(tokenizer, turns, "an assistant's turn").rpartition("=7")[2].lstrip()[:1000]
+    except UserError:  # not every template takes such a turn; what it makes of the problems is checked by another name
+        return None
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return ids[0] if ids and ids[0] in special else None
