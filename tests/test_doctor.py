@@ -154,13 +154,13 @@ def test_the_verb_lists_what_it_checked_and_exits_0(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_pocket_preflight_takes_less_than_two_seconds(tmp_path: Path) -> None:
-    # Processor time: the wall clock of a shared machine says little.
+def test_the_pocket_preflight_takes_seconds_and_not_minutes(tmp_path: Path) -> None:
+    # Processor time, which a busy sibling core may double: a bound against a check that grows out of hand, not a speed claim.
     recipe = find_recipe("pocket", ["compute.threads=1"])
     examine(Case(recipe, ("bridge_rl",), (0,), tmp_path))  # imports and first calls are not the doctor's
     started = time.process_time()
     assert not examine(Case(recipe, ("bridge_rl",), (0,), tmp_path)).errors
-    assert time.process_time() - started < 2.0
+    assert time.process_time() - started < 8.0
 
 
 # Tokenizers, stop ids, templates ----------------------------------------------------------------------------------------
