@@ -62,15 +62,6 @@ def test_a_batch_smaller_than_the_requests_changes_no_completion(name: str, batc
     assert_honest(policy, few)
 
 
-def test_heads_too_wide_for_one_product_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = tiny_policy(seed=2, std=0.2)
-    joint = TorchSampler(policy, batch=7).sample(requests(), Sampling(max_tokens=40))
-    monkeypatch.setattr(decoder_fast, "NARROW", 0)
-    apart = TorchSampler(policy, batch=7).sample(requests(), Sampling(max_tokens=40))
-    assert told(apart) == told(joint)
-    assert_honest(policy, apart)
-
-
 def test_a_place_used_again_shows_nothing_of_who_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever lies past a row's own end, and whatever a place held before a row entered, is made huge: no one may see it."""
     policy = tiny_policy(seed=2, std=0.2)
@@ -88,8 +79,8 @@ def test_a_place_used_again_shows_nothing_of_who_was_there(monkeypatch: pytest.M
         window = show(self)
         for row, length in enumerate(self.lengths):
             for table in (*self.keys, *self.values):
-                table[row, length + 1 :] = 1e6
-                spoilt["columns"] += table[row, length + 1 : window].numel()
+                table[row, :, length + 1 :] = 1e6
+                spoilt["columns"] += table[row, :, length + 1 : window].numel()
         return window
 
     monkeypatch.setattr(Cache, "enter", spoil_places)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Held:
-    """Prompts that have been run: keys and values of each layer (P, T, E), and the hidden state after each prompt's last token.
+    """Prompts that have been run: keys and values of each layer (P, kv_heads, T, D), hidden states after their last tokens.
 
     rows   for each request that is to enter from here, in order: its prompt's row
     """
@@ -31,20 +31,28 @@ class Held:
 class Cache:
     """Room for `rows` sequences of at most `longest` tokens; at first for `columns` tokens, doubled when they are full.
 
-    entries  the width E of a token's keys: kv_heads · head_dim
+    heads  (kv_heads, head_dim)
     """
 
     def __init__(
-        self, layers: int, rows: int, columns: int, longest: int, entries: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        rows: int,
+        columns: int,
+        longest: int,
+        heads: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.columns, self.longest = min(columns, longest), longest
-        shape = (rows, self.columns, entries)
+        self.kv_heads, self.width = heads
+        shape = (rows, self.kv_heads, self.columns, self.width)
         # Zeros, not whatever was in memory: a hidden column counts 0 times, and 0 times NaN is NaN.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.bias_STL = torch.full((*shape[:2], 1), -torch.inf, dtype=dtype, device=device)
+        self.bias_SKT = torch.full(shape[:3], -torch.inf, dtype=dtype, device=device)
         self.position_A = torch.empty(0, dtype=torch.long, device=device)
-        self.place_A = torch.empty(
+        self.place_N = torch.empty(
             0, dtype=torch.long, device=device
         )  # where a row's next keys go, in columns of all rows
         self.lengths: list[int] = []
@@ -58,10 +66,10 @@ class Cache:
         rows_E, length_E = torch.tensor([(row, held.lengths[row]) for row in rows], device=device).t()
         there = slice(len(self), len(self) + len(rows))
         for ours, theirs in zip((*self.keys, *self.values), (*held.keys, *held.values), strict=True):
-            ours[there, : theirs.shape[1]] = theirs[rows_E]
-            ours[there, theirs.shape[1] :] = 0.0  # what a row that left may have held here, NaN perhaps
-        past_ET = torch.arange(self.columns, device=device) >= length_E[:, None]
-        self.bias_STL[there] = torch.zeros_like(self.bias_STL[there]).masked_fill_(past_ET[:, :, None], -torch.inf)
+            ours[there, :, : theirs.shape[2]] = theirs[rows_E]
+            ours[there, :, theirs.shape[2] :] = 0.0  # what a row that left may have held here, NaN perhaps
+        past_E1T = torch.arange(self.columns, device=device) >= length_E[:, None, None]
+        self.bias_SKT[there] = torch.zeros_like(self.bias_SKT[there]).masked_fill_(past_E1T, -torch.inf)
         self.position_A = torch.cat([self.position_A, length_E])
         self.lengths += [held.lengths[row] for row in rows]
         self._place()
@@ -72,17 +80,17 @@ class Cache:
         window = max(self.lengths) + 1
         if window > self.columns:
             self._grow()
-        self.bias_STL.view(-1).index_fill_(0, self.place_A, 0.0)
+        self.bias_SKT.view(-1).index_fill_(0, self.place_N, 0.0)
         return window
 
-    def write(self, layer: int, keys_AE: Tensor, values_AE: Tensor) -> None:
-        for table, new in ((self.keys[layer], keys_AE), (self.values[layer], values_AE)):
-            table.view(-1, table.shape[2]).index_copy_(0, self.place_A, new)
+    def write(self, layer: int, keys_AKD: Tensor, values_AKD: Tensor) -> None:
+        for table, new in ((self.keys[layer], keys_AKD), (self.values[layer], values_AKD)):
+            table.view(-1, self.width).index_copy_(0, self.place_N, new.reshape(-1, self.width))
 
     def close(self) -> None:
         """The next column's turn."""
         self.position_A.add_(1)
-        self.place_A.add_(1)
+        self.place_N.add_(1)
         self.lengths = [length + 1 for length in self.lengths]
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -91,19 +99,20 @@ class Cache:
         if moved:
             source_M, target_M = torch.tensor(moved, device=self.position_A.device).t()
             # Whole rows, so that nothing of a row that left stays behind.
-            for tensor in (*self.keys, *self.values, self.bias_STL, self.position_A):
+            for tensor in (*self.keys, *self.values, self.bias_SKT, self.position_A):
                 tensor.index_copy_(0, target_M, tensor.index_select(0, source_M))
         self.position_A = self.position_A[: len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
         self._place()
 
     def _place(self) -> None:
-        self.place_A = torch.arange(len(self), device=self.position_A.device) * self.columns + self.position_A
+        first_N = torch.arange(len(self) * self.kv_heads, device=self.position_A.device) * self.columns
+        self.place_N = first_N + self.position_A.repeat_interleave(self.kv_heads)
 
     def _grow(self) -> None:
         more = min(self.longest, 2 * self.columns) - self.columns
         self.keys = [functional.pad(one, (0, 0, 0, more)) for one in self.keys]
         self.values = [functional.pad(one, (0, 0, 0, more)) for one in self.values]
-        self.bias_STL = functional.pad(self.bias_STL, (0, 0, 0, more), value=-torch.inf)
+        self.bias_SKT = functional.pad(self.bias_SKT, (0, more), value=-torch.inf)
         self.columns += more
         self._place()

@@ -14,13 +14,10 @@ from headwater.model import Policy
 
 CACHE_STEP = 64
 """Columns that a cache has at first beyond the longest prompt."""
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 2048
 """Prompts are run together up to so many tokens, padding included: enough for full speed, little enough to hold."""
 SHARE = 8
 """New rows enter when at least 1/SHARE of the rows are free, so that the cost of an entry is spread over many."""
-NARROW = 256
-"""Up to so many numbers in a token's keys, all heads of a row are attended to in one product (`_joint_attention`)."""
-
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (N, heads, D), k (N, kv_heads, D), v (N, kv_heads, D)) -> (N, heads · D)."""
 
@@ -44,16 +41,9 @@ class FastDecoder:
         rows, device, dtype = min(rows, len(prompts)), self.policy.device, self.weights.embedding.dtype
         self.waiting = list(prompts)
         self.held: Held | None = None
-        entries = self.kv_heads * self.width
         columns = max(map(len, prompts)) + CACHE_STEP
-        self.cache = Cache(len(self.weights.layers), rows, columns, longest, entries, dtype, device)
+        self.cache = Cache(len(self.weights.layers), rows, columns, longest, (self.kv_heads, self.width), dtype, device)
         self.table = self._rope_table(longest)
-        # Rounded scores would be too coarse below float32; the other form keeps them in float32.
-        self.joint = dtype == torch.float32 and entries <= NARROW
-        if self.joint:
-            self.apart = torch.zeros(
-                rows, self.kv_heads, self.heads // self.kv_heads, self.kv_heads, self.width, device=device
-            )
         return max(1, rows // SHARE)
 
     def enter(self, count: int) -> Tensor:
@@ -71,8 +61,8 @@ class FastDecoder:
 
     def step(self, token_A: Tensor) -> Tensor:
         window = self.cache.open()
-        attend = self._joint_attention(window) if self.joint else self._attention(window)
-        hidden_AH = self._forward(token_A[:, None], self.table.index_select(0, self.cache.position_A), attend)
+        table_A = self.table.index_select(0, self.cache.position_A)
+        hidden_AH = self._forward(token_A[:, None], table_A, self._attention(window))
         self.cache.close()
         return self._norm(hidden_AH, self.weights.last_norm)
 
@@ -101,12 +91,10 @@ class FastDecoder:
         values: list[Tensor] = []
 
         def attend(layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-            q_PTHD, k_PTKD, v_PTKD = (part.unflatten(0, (-1, width)) for part in (q_NHD, k_NKD, v_NKD))
-            keys.append(k_PTKD.flatten(2))
-            values.append(v_PTKD.flatten(2))
-            found = functional.scaled_dot_product_attention(
-                q_PTHD.transpose(1, 2), k_PTKD.transpose(1, 2), v_PTKD.transpose(1, 2), is_causal=True, enable_gqa=True
-            )
+            q_PHTD, k_PKTD, v_PKTD = (part.unflatten(0, (-1, width)).transpose(1, 2) for part in (q_NHD, k_NKD, v_NKD))
+            keys.append(k_PKTD)
+            values.append(v_PKTD)
+            found = functional.scaled_dot_product_attention(q_PHTD, k_PKTD, v_PKTD, is_causal=True, enable_gqa=True)
             return found.transpose(1, 2).flatten(0, 1).flatten(1)
 
         position_N = torch.arange(width, device=device).repeat(len(prompts))
@@ -117,38 +105,21 @@ class FastDecoder:
 
     def _attention(self, window: int) -> Attend:
         """One new token of each row attends to the row's own columns among the first `window`."""
-        cache, rows = self.cache, len(self.cache)
-        bias_A11T = cache.bias_STL[:rows, :window].view(rows, 1, 1, window)
+        cache, rows, group = self.cache, len(self.cache), self.heads // self.kv_heads
+        bias_AKT = cache.bias_SKT[:rows, :, :window]
 
         def attend(layer: int, q_AHD: Tensor, k_AKD: Tensor, v_AKD: Tensor) -> Tensor:
-            cache.write(layer, k_AKD.flatten(1), v_AKD.flatten(1))
-            k_AKTD, v_AKTD = (
-                one[:rows, :window].unflatten(2, (-1, self.width)).transpose(1, 2)
-                for one in (cache.keys[layer], cache.values[layer])
-            )
-            return functional.scaled_dot_product_attention(
-                q_AHD[:, :, None], k_AKTD, v_AKTD, attn_mask=bias_A11T, enable_gqa=True
-            ).flatten(1)
-
-        return attend
-
-    def _joint_attention(self, window: int) -> Attend:
-        """The same with one product a row over all its heads: each query is as wide as the keys of all heads, and zero outside
-        its own. For few and narrow heads that is faster than a product for each of them.
-        """
-        cache, rows = self.cache, len(self.cache)
-        bias_A1T = cache.bias_STL[:rows, :window].transpose(1, 2)
-        apart_AKGKD = self.apart[:rows]
-        own_AGDK = apart_AKGKD.diagonal(dim1=1, dim2=3)
-
-        def attend(layer: int, q_AHD: Tensor, k_AKD: Tensor, v_AKD: Tensor) -> Tensor:
-            cache.write(layer, k_AKD.flatten(1), v_AKD.flatten(1))
-            k_ATE, v_ATE = cache.keys[layer][:rows, :window], cache.values[layer][:rows, :window]
-            own_AGDK.copy_(q_AHD.unflatten(1, (self.kv_heads, -1)).permute(0, 2, 3, 1))
-            q_AHE = apart_AKGKD.view(rows, self.heads, -1)
-            score_AHT = torch.baddbmm(bias_A1T, q_AHE, k_ATE.transpose(1, 2), alpha=self.width**-0.5)
-            found_AHE = torch.bmm(torch.softmax(score_AHT, dim=-1), v_ATE)
-            return found_AHE.view_as(apart_AKGKD).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(rows, -1)
+            cache.write(layer, k_AKD, v_AKD)
+            k_AKTD, v_AKTD = (one[:rows, :, :window] for one in (cache.keys[layer], cache.values[layer]))
+            if q_AHD.dtype != torch.float32:  # rounded scores would be too coarse; this keeps them in float32
+                return functional.scaled_dot_product_attention(
+                    q_AHD[:, :, None], k_AKTD, v_AKTD, attn_mask=bias_AKT[:, :1, None], enable_gqa=True
+                ).flatten(1)
+            # On a CPU two products over all rows and heads are faster than the fused operation, which works one by one.
+            q_NGD = q_AHD.reshape(-1, group, self.width)
+            k_NDT = k_AKTD.flatten(0, 1).transpose(1, 2)
+            score_NGT = torch.baddbmm(bias_AKT.flatten(0, 1)[:, None], q_NGD, k_NDT, alpha=self.width**-0.5)
+            return torch.bmm(torch.softmax(score_NGT, dim=-1), v_AKTD.flatten(0, 1)).view(rows, -1)
 
         return attend
 
@@ -168,11 +139,11 @@ class FastDecoder:
             if layer.heads_norm is not None:
                 qk = self._norm(qk, layer.heads_norm)
             q, k = (self._turned(part, table_N) for part in (qk[:, : self.heads], qk[:, self.heads :]))
-            x = layer.out.added(x, attend(index, q, k, v))
+            x = layer.out.added_to(x, attend(index, q, k, v))
             normed = self._norm(x, layer.before_mlp)
             parts = [linear(normed) for linear in layer.gate_up]
             gate, up = parts[0].chunk(2, dim=-1) if len(parts) == 1 else parts
-            x = layer.down.added(x, functional.silu(gate).mul_(up))
+            x = layer.down.added_to(x, gated(gate, up))
         return x
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -203,3 +174,10 @@ class FastDecoder:
         half = x.shape[-1] // 2
         cos, sin = table_N[:, :1], table_N[:, 1:]
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up; in float32 as three operations, each of which a CPU does at full width."""
+    if gate.dtype != torch.float32:
+        return functional.silu(gate) * up
+    return torch.sigmoid(gate).mul_(gate).mul_(up)

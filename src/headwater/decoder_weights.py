@@ -31,11 +31,11 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
 
-    def added(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + y Wᵀ + b, in one operation where float32 makes the order of roundings harmless."""
+    def added_to(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y Wᵀ + b; in float32, where the order of roundings is harmless, in one operation and in the place of x."""
         if self.bias is not None or x.dtype != torch.float32:
             return x + self(y)
-        return torch.addmm(x, y, self.weight.t())
+        return x.addmm_(y, self.weight.t())
 
 
 @dataclass(frozen=True)
