@@ -42,6 +42,7 @@ class Ended:
 
 class Forks:
     def __init__(self) -> None:
+        self._asked = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
         self._process = subprocess.Popen(
@@ -70,15 +71,20 @@ class Forks:
         then        a point that stops at its first arrival until a second run of the same program has ended; see `err`
         """
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._asked += 1
         asked = {
+            "number": self._asked,
             "argv": [str(one) for one in argv], "fault": fault, "kill_after": kill_after, "signals": list(signals),
             "user": user, "whole": whole, "then": then, "patience": patience,
         }  # fmt: skip
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        assert line, "the warm process is gone"
-        said = json.loads(line)
+        said: dict[str, Any] = {"number": 0}
+        while said["number"] != self._asked:  # one before may have been given up waiting for
+            line = self._process.stdout.readline()
+            assert line, "the warm process is gone"
+            said = json.loads(line)
+        del said["number"]
         return Ended(**{**said, "held": [tuple(one) for one in said["held"]]})
 
     def close(self) -> None:
@@ -96,7 +102,7 @@ def serve() -> None:
         with tempfile.TemporaryDirectory() as folder:
             if asked["user"] is not None:
                 os.chmod(folder, 0o777)
-            print(json.dumps(one_run(asked, Path(folder))), file=sink, flush=True)
+            print(json.dumps({"number": asked["number"], **one_run(asked, Path(folder))}), file=sink, flush=True)
 
 
 def warm_up() -> None:

@@ -25,6 +25,7 @@ from headwater.files import read_json, write_json
 from runs import held, node, rows, temporary
 
 KILLED = -signal.SIGKILL
+pytestmark = pytest.mark.timeout(900)  # processes that are paused or share a core are no fault
 
 
 @cache

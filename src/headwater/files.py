@@ -211,6 +211,8 @@ def written_aside(target: Path) -> Iterator[Path]:
             faults.point("folder.renamed")
             sync(target.parent)
         finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
             for left in (aside, old):
                 shutil.rmtree(left, ignore_errors=True)
     faults.point("folder.durable")
