@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,6 +137,21 @@ def test_steps_before_and_after_an_interruption_are_the_uninterrupted_run_to_the
     assert furthest(whole.weights[10], whole.weights[5]) > 1e-3
 
 
+def test_a_resumed_run_needs_no_random_state(tmp_path: Path, teacher: Policy) -> None:
+    """Why a checkpoint keeps none: whatever the generators of the process stand at, the draws are the same."""
+    whole = Driver(tiny_policy(), teacher, NodeDir(tmp_path / "whole")).run()
+    node = NodeDir(tmp_path / "cut")
+    for seed, stop_after in ((1, 4), (2, None)):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        driver = Driver(tiny_policy(seed=7 + seed), teacher, node) if seed > 1 else Driver(tiny_policy(), teacher, node)
+        with pytest.raises(KeyboardInterrupt) if stop_after else contextlib.nullcontext():
+            driver.run(stop_after=stop_after)
+    assert same_bits(weights_of(driver.policy), weights_of(whole.policy))
+    assert stripped(node.metrics) == stripped(whole.node.metrics)
+
+
 def test_a_crash_without_a_warning_goes_on_from_the_last_checkpoint_and_forgets_what_came_after(
     tmp_path: Path, teacher: Policy
 ) -> None:
@@ -247,6 +266,42 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(node: NodeD
     assert not same_bits(held[1], held[2])
 
 
+def test_a_checkpoint_rests_on_its_logs_and_a_damaged_log_passes_it_over(node: NodeDir, teacher: Policy) -> None:
+    driver = Driver(tiny_policy(), teacher, node).run()
+    whole = stripped(node.metrics)
+    content = node.metrics.read_bytes()
+    rows = content.splitlines(keepends=True)
+    node.metrics.write_bytes(b"".join(rows[:9]) + rows[9].replace(b'"step": 10', b'"step": 11'))
+    said: list[str] = []
+    other = tiny_policy(seed=9)
+    assert load_checkpoint(node, other.model, make_optimizer(other, OPD.optim), said.append) == 9
+    assert said == [f"{node.metrics}: is damaged, so checkpoint 000010 is passed over for the one before"]
+    assert same_bits(weights_of(other), driver.weights[9])
+    assert stripped(Driver(tiny_policy(seed=8), teacher, node).run().node.metrics) == whole
+    node.metrics.write_bytes(content.replace(b'"step": 2,', b'"step": 3,'))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is damaged"):
+        load_checkpoint(node, other.model, make_optimizer(other, OPD.optim))
+
+
+def test_what_a_checkpoint_rests_on_is_on_disk_before_it(
+    node: NodeDir, teacher: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def noted(number: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{number}"))
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    Driver(tiny_policy(), teacher, node).run(OPD.model_copy(update={"steps": 3}))
+    first = next(place for place, name in enumerate(synced) if "/checkpoint/" in name)
+    assert {str(node.metrics), str(node.ledger), *(str(node.rollouts(step)) for step in (1, 2, 3))} <= set(
+        synced[:first]
+    )
+    assert str(node.checkpoint(3).parent) in synced[first:]
+
+
 def test_when_every_checkpoint_is_damaged_the_user_is_told_which_and_nothing_is_changed(node: NodeDir) -> None:
     policy = tiny_policy()
     for step in (1, 2):
@@ -254,7 +309,7 @@ def test_when_every_checkpoint_is_damaged_the_user_is_told_which_and_nothing_is_
         flip(node.checkpoint(step) / "model.safetensors")
     other = tiny_policy(seed=9)
     before = weights_of(other)
-    with pytest.raises(UserError, match="the checkpoint is damaged") as refused:
+    with pytest.raises(UserError, match="is damaged") as refused:
         load_checkpoint(node, other.model, make_optimizer(other, OPD.optim))
     assert str(node.checkpoint(2)) in str(refused.value)
     assert same_bits(weights_of(other), before)

@@ -23,6 +23,8 @@ MODULES = {
 NOUNS = {
     "data",
     "labels",
+    "faults",
+    "files",
     "ledger",
     "rundir",
     "config",

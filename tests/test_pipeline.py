@@ -42,7 +42,7 @@ def test_the_run_directory_holds_what_the_contract_says() -> None:
         "evaluate": {"node.json", "ledger.jsonl", "evals", "DONE"},
         "rollouts": {"node.json", "ledger.jsonl", "cache", "DONE"},
         "train": {
-            "node.json", "metrics.jsonl", "ledger.jsonl", "rollouts", "evals", "checkpoint", "model", "DONE",
+            "node.json", "metrics.jsonl", "ledger.jsonl", "sums.jsonl", "rollouts", "evals", "checkpoint", "model", "DONE",
         },
     }  # fmt: skip
     for path, info in infos(out):

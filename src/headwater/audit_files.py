@@ -12,7 +12,7 @@ from headwater.errors import UserError
 from headwater.plan import Node as Planned
 from headwater.plan import nodes_of
 from headwater.recipes import ARMS, arm_of
-from headwater.rundir import NodeDir, RunDir, read_json, read_jsonl
+from headwater.rundir import NodeDir, RunDir, read_checked, read_json, read_jsonl
 
 HALVES = {"first_half": 0, "second_half": 1}
 
@@ -101,7 +101,7 @@ def read(out: RunDir) -> Files:
     if not out.plan.exists() or not out.recipe.exists():
         raise UserError(f"{out.path}: holds no run of ours (no {out.plan.name} and {out.recipe.name} in it)")
     recipe = parse_recipe(read_json(out.recipe), str(out.recipe))
-    plan = read_json(out.plan)
+    plan = read_checked(out.plan)
     nodes: dict[str, NodeFiles] = {}
     strange: list[str] = []
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
-from headwater import conditions
+from headwater import conditions, faults
 from headwater.data import Rollout
 from headwater.evaluate import refuse_nan
 from headwater.ledger import record
@@ -62,6 +62,7 @@ def condition_c2(node: Node, place: Workplace, policy: Policy) -> Callable[[int,
             folder.conditions,
             [{"step": step, **found, "top_k": recipe.conditions.top_k, "problems": len(problems)}],
         )
+        faults.point("conditions.measured")
         read = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in (*own, *theirs))
         context = read / (len(own) + len(theirs)) / 2
         student, theirs_shape = (Shape.from_config(one.model.config) for one in (policy, held))

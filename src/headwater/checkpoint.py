@@ -1,28 +1,41 @@
-"""One atomic folder that holds all a stage needs to go on: weights, optimizer, step.
+"""One atomic folder that holds all a stage needs to go on: weights, optimizer, step, and how far its logs were.
 
-There is no random state to keep: every draw is named by (seed, stage, step, problem, sample).
+There is no random state and no sampler's position to keep: every draw is named by (seed, stage, step, problem, sample), and
+the learning rate by the step.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
+from headwater import faults
 from headwater.errors import UserError
-from headwater.rundir import NodeDir, file_sums, read_json, write_json, written_aside
+from headwater.files import Logs, file_sums, first_changed
+from headwater.rundir import NodeDir, read_json, write_json, written_aside
 
 KEPT = 2
 
 
-def save_checkpoint(node: NodeDir, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Write step `step` (the number of finished steps) whole, then drop all but the last two."""
+def save_checkpoint(
+    node: NodeDir, step: int, model: Any, optimizer: torch.optim.Optimizer, logs: Logs | None = None
+) -> None:
+    """Write step `step` (the number of finished steps) whole, then drop all but the last two.
+
+    What it rests on comes first: the logs and the files of the steps since the last one are flushed to disk before it.
+    """
+    before = [int(path.name) for path in node.checkpoints()]
+    node.sync_steps(before[0] if before else 0, step)
+    faults.point("checkpoint.begun")
     with written_aside(node.checkpoint(step)) as folder:
         save_model(model, str(folder / "model.safetensors"))
+        faults.point("checkpoint.weights")
         held = optimizer.state_dict()
         tensors = {
             f"{index}.{key}": value.contiguous()
@@ -31,21 +44,31 @@ def save_checkpoint(node: NodeDir, step: int, model: Any, optimizer: torch.optim
         }
         if tensors:
             save_file(tensors, folder / "optimizer.safetensors")
-        write_json(folder / "state.json", {"step": step, "param_groups": held["param_groups"]})
+        faults.point("checkpoint.optimizer")
+        marks = (logs or Logs(node.logs)).marks()
+        write_json(folder / "state.json", {"step": step, "param_groups": held["param_groups"], "logs": marks})
         write_json(folder / "sums.json", file_sums(folder))
+        faults.point("checkpoint.sums")
+    faults.point("checkpoint.saved")
     for old in node.checkpoints()[KEPT:]:
         shutil.rmtree(old)
+    faults.point("checkpoint.pruned")
 
 
-def load_checkpoint(node: NodeDir, model: Any, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    node: NodeDir, model: Any, optimizer: torch.optim.Optimizer, say: Callable[[str], None] = lambda line: None
+) -> int:
     """Load the newest whole checkpoint into model and optimizer; the number of finished steps, 0 when there is none.
 
-    A damaged checkpoint is left out and the one before is used. Raises UserError naming it when none is whole.
+    A damaged checkpoint, or one that rests on a damaged log, is named and the one before is used. Raises UserError naming
+    the damaged file when none is whole.
     """
     damaged: list[str] = []
     for folder in node.checkpoints():
-        if not is_whole(folder):
-            damaged.append(str(folder))
+        broken = damage_of(node, folder)
+        if broken is not None:
+            damaged.append(broken)
+            say(f"{broken}: is damaged, so checkpoint {folder.name} is passed over for the one before")
             continue
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         load_model(model, str(folder / "model.safetensors"), device=str(next(model.parameters()).device))
@@ -58,15 +81,22 @@ def load_checkpoint(node: NodeDir, model: Any, optimizer: torch.optim.Optimizer)
         return int(state["step"])
     if damaged:
         raise UserError(
-            f"{damaged[0]}: the checkpoint is damaged (its checksums differ) and no older one is whole; delete it"
+            f"{damaged[0]}: is damaged (its checksum differs) and no older checkpoint is whole; "
+            f"delete {node.path} to run it again from its start"
         )
     return 0
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint's files are those that were written, by their checksums (which may be damaged themselves)."""
+def damage_of(node: NodeDir, folder: Path) -> str | None:
+    """The first damaged file of a checkpoint, or of the logs that it rests on; None when it is whole."""
     try:
         sums = read_json(folder / "sums.json")
+        names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"sums.json"}
+        if not isinstance(sums, dict) or names - sums.keys():
+            return str(folder / "sums.json")
+        broken = first_changed(folder, {name: (None, sum_) for name, sum_ in sums.items()}, None)
+        if broken is None:
+            broken = node.damaged_before(read_json(folder / "state.json").get("logs", {}))
     except UserError:
-        return False
-    return bool({name: value for name, value in file_sums(folder).items() if name != "sums.json"} == sums)
+        return str(folder / "sums.json")
+    return None if broken is None else str(broken)

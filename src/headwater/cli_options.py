@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,12 +57,22 @@ def seeds_in(text: str | None) -> list[int] | None:
 
 @contextlib.contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Exit 130 when asked to stop, and say how to go on."""
+    """Exit 130 when asked to stop by SIGINT or SIGTERM, and say how to go on."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    held = None
+    with contextlib.suppress(ValueError):  # off the main thread there are no signals to hear
+        held = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:
         print(f"headwater: interrupted; the same command with --out {folder} goes on from here", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if held is not None:
+            signal.signal(signal.SIGTERM, held)
 
 
 def listed(text: str, option: str) -> list[str]:

@@ -27,6 +27,12 @@ class TrainingStoppedError(HeadwaterError):
     exit_code = 4
 
 
+class DiskError(HeadwaterError):
+    """The disk took no more: full, read-only or broken. The sentence names the file; the last checkpoint is kept."""
+
+    exit_code = 4
+
+
 class FailedError(HeadwaterError):
     """Some of the work failed and the rest was done: the sentences of what failed, and the first one's exit code."""
 

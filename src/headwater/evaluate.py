@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from headwater import faults
 from headwater.config import Evaluate
 from headwater.data import Problem, Rollout, Verdict
 from headwater.errors import TrainingStoppedError
@@ -102,12 +103,16 @@ def sampled_and_graded(
                 pairs = [(rollout.problem_id, text(rollout.completion_ids)) for rollout in finished]
                 keys = [(rollout.problem_id, rollout.sample) for rollout in finished]
                 waiting.append((keys, thread.submit(labels.check, pairs)))
+            faults.point("rollouts.arrived")
             if progress is not None:
                 progress(len(finished))
 
         rollouts = sampler.sample(requests, sampling, arrived)
         sampled = time.perf_counter()
-        verdicts = {key: one for keys, future in waiting for key, one in zip(keys, future.result(), strict=True)}
+        verdicts: dict[Key, Verdict] = {}
+        for keys, future in waiting:
+            verdicts.update(zip(keys, future.result(), strict=True))
+            faults.point("verdicts.checked")
     return Graded(
         rollouts=rollouts,
         texts=[text(rollout.completion_ids) for rollout in rollouts],

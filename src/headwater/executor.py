@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headwater.errors import HeadwaterError
+from headwater.errors import DiskError, HeadwaterError
 from headwater.materials import Materials
 from headwater.plan import Node, Plan
 from headwater.rundir import RunDir, write_json
@@ -99,7 +99,7 @@ class Job:
 
     def fail(self, name: str, failure: Failure) -> None:
         """Mark a node as failed, and say so where others go on. The mark goes when the node is begun again."""
-        with contextlib.suppress(OSError):  # a full disk may be why it failed
+        with contextlib.suppress(DiskError):  # a full disk may be why it failed
             write_json(self.out.node(name).failed, failure.written())
         if not self.alone:
             self.narrator.say(f"{describe(self.todo[name])} failed: {failure.sentence}")
@@ -124,7 +124,7 @@ def in_process(job: Job) -> dict[str, Failure]:
             continue
         try:
             with job.shown(name) as watch:
-                run_marked(job.todo[name], Workplace(job.plan, job.materials, job.out, watch_of(watch, job.stopped)))
+                run_marked(job.todo[name], Workplace(job.plan, job.materials, job.out, watch_of(watch, job)))
         except Exception as error:
             barred.add(name)
             failures[name] = Failure.of(error)
@@ -136,12 +136,14 @@ def in_process(job: Job) -> dict[str, Failure]:
 
 def run_marked(node: Node, place: Workplace) -> None:
     """Run a node that carries no mark of an earlier failure any more."""
-    place.node_dir(node).failed.unlink(missing_ok=True)
-    run_node(node, place)
+    folder = place.node_dir(node)
+    with folder.held():
+        folder.failed.unlink(missing_ok=True)
+        run_node(node, place)
 
 
-def watch_of(watch: Watch, stopped: Callable[[], bool]) -> Watch:
-    return Watch(watch.start, watch.advance, stopped)
+def watch_of(watch: Watch, job: Job) -> Watch:
+    return Watch(watch.start, watch.advance, job.stopped, job.narrator.say)
 
 
 def describe(node: Node) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -125,13 +127,12 @@ class OnPolicy:
         names, count = list(self.prompts), self.stage.prompts_per_step
         if attempt:  # replacements for groups without a signal come from an order of their own
             return seeds.shuffled(names, self.seed, self.name, "again", step, attempt)[:count]
-        chosen: list[str] = []
-        for position in range(step * count, (step + 1) * count):
-            epoch, index = divmod(position, len(names))
-            order = seeds.shuffled(names, self.seed, self.name, "epoch", epoch)
-            # Where an epoch ends within a step, its successor must not bring a problem twice into one batch.
-            chosen.append(next(name for name in order[index:] + order[:index] if name not in chosen))
-        return chosen
+        places = (divmod(position, len(names)) for position in range(step * count, (step + 1) * count))
+        return [self.order(epoch)[place] for epoch, place in places]
+
+    @cached_property
+    def order(self) -> Callable[[int], list[str]]:
+        return epochs(list(self.prompts), self.stage.prompts_per_step, self.seed, self.name)
 
     def scored(self, rows: list[Row]) -> list[Row]:
         """The rows with what the frozen models say of them."""
@@ -155,6 +156,36 @@ class OnPolicy:
             if scorer is not None:
                 spent += Shape.from_config(scorer.model.config).flops(sum(read), context)
         return spent
+
+
+def epochs(names: list[str], count: int, *draw: str | int) -> Callable[[int], list[str]]:
+    """epoch -> the order in which it goes through the names, each once, `count` a step; no step holds a name twice.
+
+    An epoch's own shuffle decides. Where the epoch before ends within a step, the names of its last part that would come again
+    in the same step come right after it. That depends on the order before, and so on back to an epoch that begins with a step.
+
+    Example: names a–c, 2 a step, shuffles abc and cab: the second becomes acb, and the steps are ab, ca, cb.
+    """
+    held: dict[int, list[str]] = {}
+    every = count // math.gcd(len(names), count)  # epochs until one begins with a step again
+
+    def order(epoch: int) -> list[str]:
+        if epoch in held:
+            return held[epoch]
+        known = max((one for one in held if one < epoch), default=-1)
+        for one in range(max(known + 1, epoch - epoch % every), epoch + 1):
+            found = seeds.shuffled(names, *draw, "epoch", one)
+            over = one * len(names) % count  # places of its first step that belong to the epoch before
+            if over:
+                before = set(held[one - 1][-over:])
+                first = [name for name in found if name not in before][: count - over]
+                found = first + [name for name in found if name not in set(first)]
+            held[one] = found
+            for old in [key for key in held if key < one - 1]:
+                del held[old]
+        return held[epoch]
+
+    return order
 
 
 def merged(kept: list[Row], fresh: list[Row], stage: Stage) -> list[Row]:
@@ -203,13 +234,18 @@ class SignalGuard:
 
     @staticmethod
     def of(
-        guards: Guards, labels: Labels | None, steps: int, earlier: Callable[[], list[dict[str, Any]]]
+        guards: Guards,
+        labels: Labels | None,
+        steps: int,
+        earlier: Callable[[], list[dict[str, Any]]],
+        charged: Callable[[], set[str]] = set,
     ) -> SignalGuard:
+        """charged  labels that the ledger says were looked at: a resumed process has not seen all of that itself"""
         return SignalGuard(
             stop=guards.no_signal == "stop",
             patience=min(guards.patience, steps),
             pool=0 if labels is None else len(labels),
-            looked_at=lambda: 0 if labels is None else len(labels.looked_at),
+            looked_at=lambda: 0 if labels is None else len(labels.looked_at | charged()),
             earlier=earlier,
         )
 

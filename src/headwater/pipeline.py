@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from headwater import report
+from headwater import faults, report
 from headwater.config import Compute, Recipe
 from headwater.doctor import preflight
 from headwater.errors import FailedError, UserError
 from headwater.executor import Executor, Failure, Job, Narrator, describe
+from headwater.files import write_rows
 from headwater.materials import Materials, check_plan, gather_materials
 from headwater.plan import Node, Plan, make_plan
 from headwater.processes import local
-from headwater.rundir import RunDir, read_json, write_json, write_rows
+from headwater.rundir import RunDir, read_checked, write_checked, write_json
 from headwater.verifier import Verifier
 
 VERSIONS_OF = (
@@ -85,13 +86,17 @@ def run(
     with prepared(recipe, arms, seeds) as (plan, materials):
         preflight(plan, materials, out, narrator.say)
         with folder.locked():
+            faults.point("run.locked")
             folder.claim(recipe.model_dump(mode="json"))
+            faults.point("run.claimed")
             write_json(folder.env, environment(materials.device))
             write_rows(folder.left_out, materials.left_out)
-            write_json(folder.plan, with_earlier(plan.written(), folder))
+            write_checked(folder.plan, with_earlier(plan.written(), folder))
+            faults.point("run.planned")
             for note in materials.notes:
                 narrator.say(note)
             take_over(plan, folder, others, narrator.say)
+            mend(plan, folder, narrator.say)
             todo = {plan.names[node]: node for node in plan.order() if not is_done(node, plan, folder)}
             try:
                 with stop_requests() as stopped:
@@ -100,7 +105,9 @@ def run(
                     if stopped():
                         raise KeyboardInterrupt
             finally:
+                faults.point("run.ended")
                 folder.join_ledgers()
+            faults.point("run.joined")
             found = report.write(out)
     if failures:
         raise failed(job, failures)
@@ -111,13 +118,31 @@ def is_done(node: Node, plan: Plan, folder: RunDir) -> bool:
     return folder.node(plan.names[node]).is_done(plan.fingerprints[node])
 
 
+def is_whole(node: Node, plan: Plan, folder: RunDir) -> bool:
+    """Whether it is done, and what it holds is what was written."""
+    return is_done(node, plan, folder) and folder.node(plan.names[node]).damage() is None
+
+
+def mend(plan: Plan, folder: RunDir, say: Callable[[str], None]) -> None:
+    """Name the damaged files of finished nodes and take DONE from those, so that they are finished again.
+
+    A trained node goes on from its last checkpoint, any other begins again; either way what comes out is the same.
+    """
+    for node in plan.order():
+        held = folder.node(plan.names[node])
+        broken = held.damage() if held.done.exists() else None
+        if broken is not None:
+            say(f"{broken}: is damaged; {describe(node)} is finished again")
+            held.done.unlink()
+
+
 def take_over(plan: Plan, folder: RunDir, others: Sequence[RunDir], say: Callable[[str], None]) -> None:
     """Take from other runs what they have done of this plan; a node's fingerprint says that it is the same work."""
     if not others:
         return
     taken: Counter[Path] = Counter()
     for node in plan.order():
-        source = next((other for other in others if is_done(node, plan, other)), None)
+        source = next((other for other in others if is_whole(node, plan, other)), None)
         if source is not None and not is_done(node, plan, folder):
             folder.node(plan.names[node]).take_over(source.node(plan.names[node]))
             taken[source.path] += 1
@@ -146,7 +171,10 @@ def with_earlier(written: dict[str, Any], folder: RunDir) -> dict[str, Any]:
     """A study adds arms and seeds to what its folder already holds."""
     if not folder.plan.exists():
         return written
-    held = read_json(folder.plan)
+    try:
+        held = read_checked(folder.plan)
+    except UserError as error:
+        raise UserError(f"{error}; delete it and name all arms and seeds again: what is done stays done") from None
     arms = {arm: {**held["arms"].get(arm, {}), **seeds} for arm, seeds in (held["arms"] | written["arms"]).items()}
     for arm, seeds in written["arms"].items():
         arms[arm] = {**arms[arm], **seeds}

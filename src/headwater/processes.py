@@ -4,7 +4,7 @@ Workers are started by `subprocess`, so that no start method, main module or thr
 the recipe once (`worker`), then runs the nodes that it is handed by name. A line of JSON is a message:
 
     to a worker      {"run": NODE}; {"stop": true} asks for an end at the next step; the end of the pipe ends the process
-    from a worker    {"begun": NODE}; {"start": [done, total, unit]}, {"advance": count, "metrics": {…}} of that node;
+    from a worker    {"begun": NODE}; {"start": [done, total, unit]}, {"advance": count, "metrics": {…}} of that node; {"say": LINE};
                      {"ended": NODE, "failure": null or {…}}, {"stopped": NODE}, {"broken": {…}} when it cannot work at all
 """
 
@@ -251,6 +251,8 @@ class _Worker:
             self._watch.start(*said["start"])
         elif "advance" in said:
             self._watch.advance(said["advance"], said["metrics"])
+        elif "say" in said:
+            self._job.narrator.say(said["say"])
         elif "broken" in said:
             failure = Failure(**said["broken"])
             if failure.code == UserError.exit_code:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headwater import label_use, report_conditions, report_html
+from headwater import faults, label_use, report_conditions, report_html
 from headwater.report_contrasts import accuracy, contrasts, ks, mean, pass_at, scored
 from headwater.report_predictions import predictions
 from headwater.report_read import ARM_TEXT, POOL_TEXT, Graded, Node, Study, costs, mean_costs, read
@@ -33,11 +33,15 @@ def build(outs: Sequence[Path]) -> dict[str, Any]:
 
 def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
     """Build the report of `outs` (by default of `out` itself), write report.json, report.html and labels.csv into `out`."""
+    faults.point("report.begun")
     study = read(outs or [out])
     report = summarise(study)
     write_json(RunDir(out).report_json, report)
+    faults.point("report.values")
     write_atomic(RunDir(out).labels, label_use.as_csv(label_use.uses(study)))
+    faults.point("report.labels")
     write_atomic(RunDir(out).report_html, report_html.page(study, report))
+    faults.point("report.page")
     return report
 
 

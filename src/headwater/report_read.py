@@ -17,7 +17,7 @@ import numpy as np
 
 from headwater import ledger, stats
 from headwater.errors import UserError
-from headwater.rundir import FREE, NodeDir, RunDir, first_difference, read_json, read_jsonl
+from headwater.rundir import FREE, NodeDir, RunDir, first_difference, read_checked, read_json, read_jsonl
 
 ARM_TEXT = {
     "base_student": "student before",
@@ -203,7 +203,7 @@ def _arms(runs: Sequence[RunDir]) -> dict[str, dict[int, tuple[Node, ...]]]:
     nodes: dict[str, Node] = {}
     found: dict[str, dict[int, tuple[Node, ...]]] = {}
     for run in runs:
-        plan = read_json(run.plan)
+        plan = read_checked(run.plan)
         for arm, by_seed in plan["arms"].items():
             for seed, names in by_seed.items():
                 for name in names:
@@ -225,12 +225,21 @@ def _node(name: str, runs: Sequence[RunDir]) -> Node:
     for run in runs:
         folder = run.node(name)
         if folder.info.exists():
+            _refuse_damage(folder)
             info = read_json(folder.info)
             node = Node(name, folder, folder.is_done(info["fingerprint"]), info)
             if node.done:
                 return node
             begun.append(node)
     return begun[0] if begun else Node(name, runs[0].node(name), False, {})
+
+
+def _refuse_damage(folder: NodeDir) -> None:
+    """Raise UserError that names a damaged file of a finished node, of those that are read here."""
+    names = (folder.info.name, *(path.name for path in folder.logs), "evals/")
+    broken = folder.damage(*names) if folder.done.exists() else None
+    if broken is not None:
+        raise UserError(f"{broken}: is damaged (it is not what was written); run the study again, which mends it")
 
 
 def _count(path: Path) -> Graded | None:

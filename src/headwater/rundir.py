@@ -1,4 +1,4 @@
-"""The only module that knows file names. Writes are atomic; append-only files can be cut back to a step.
+"""The only module that knows file names, and what a folder that was left anywhere still holds. `files` does the writing.
 
 OUT/recipe.json            the resolved recipe
 OUT/env.json               versions, device, threads
@@ -14,13 +14,15 @@ OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, f
                ledger.jsonl             a row for every spend
                rollouts/000001.jsonl    what was sampled and said of it, a file a step
                evals/WHEN/EVAL.jsonl    a row for every graded text; WHEN is `final` or `step-000020`
-               checkpoint/000020/       weights, optimizer, state.json, sums.json
+               checkpoint/000020/       weights, optimizer, state.json (also how far the logs were), sums.json
                conditions.jsonl         how far student and teacher stand apart, a row a measurement
+               sums.jsonl               a row for every file of a step: which step, its sha256
                cache/                   a teacher's rollouts and distributions
                model/                   a plain Hugging Face folder
-               DONE                     the node's fingerprint and totals
+               DONE                     the node's fingerprint, the checksums of its files, and its own
                FAILED                   {"sentence", "code"} of a node that failed, and the "traceback" of an unexpected error
 OUT/.lock                  held by the process that is at work in the folder
+OUT/.locks/NODE            held by the process that is at work on the node
 
 A sweep's folder holds a run directory for every value, and sweep.json sweep.csv sweep.svg sweep.png sweep.html.
 """
@@ -28,116 +30,50 @@ A sweep's folder holds a run directory for every value, and sweep.json sweep.csv
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headwater import faults
 from headwater.errors import UserError
+from headwater.files import (
+    append_jsonl,
+    copy_tree,
+    cut_back,
+    file_sum,
+    first_changed,
+    first_difference,
+    is_leftover,
+    lock,
+    read_checked,
+    read_json,
+    read_jsonl,
+    sweep_up,
+    sync,
+    write_atomic,
+    write_checked,
+    write_json,
+    writing,
+    written_aside,
+)
+
+__all__ = [  # the rest of the program finds what writes files where it finds their names
+    "FREE", "LARGE", "NodeDir", "RunDir", "SweepDir", "append_jsonl", "cut_back", "first_difference", "read_checked",
+    "read_json", "read_jsonl", "write_atomic", "write_checked", "write_json", "written_aside",
+]  # fmt: skip
 
 FREE = dict.fromkeys(("seed", "compute", "guards"))
 """Fields of a recipe in which runs of one study may differ: how they go on, but not what comes out."""
 
+LARGE = 256 << 20
+"""Bytes past which a finished node's file is known by its size when a run starts, and read whole only where it is used."""
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write aside, flush to disk, rename: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+ENDING_SECONDS = 5.0  # a worker whose parent was killed lets go of its node within a moment
 
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """A JSONL file, whole or not at all."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_json(path: Path) -> Any:
-    """Raises UserError that names the file when it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-
-
-def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of an append-only file; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:  # bytes: a crash may cut within a character
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                if line.endswith(b"\n"):
-                    raise UserError(f"{path}: row {number} is not JSON") from None
-                return
-            yield row
-
-
-def cut_back(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the rows of an append-only file that a resumed run will write again."""
-    if path.exists():
-        rows = [row for row in read_jsonl(path) if keep(row)]
-        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-@contextlib.contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all: fill the one yielded, it is synced and renamed to `target`."""
-    aside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for path in aside.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, target)
-
-
-def file_sums(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by relative name."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+Marks = Mapping[str, Sequence[Any]]
+"""How far a node's logs were at a checkpoint: file name -> [bytes, sha256 of those bytes]."""
 
 
 @dataclass(frozen=True)
@@ -183,42 +119,143 @@ class NodeDir:
         """Why the node failed when it was last tried: {"sentence", "code"}, for an unexpected error also "traceback"."""
         return self.path / "FAILED"
 
+    @property
+    def sums(self) -> Path:
+        return self.path / "sums.jsonl"
+
+    @property
+    def logs(self) -> tuple[Path, ...]:
+        """What is appended to, a row or more a step."""
+        return (self.metrics, self.ledger, self.conditions, self.sums)
+
     def rollouts(self, step: int) -> Path:
         return self.path / "rollouts" / f"{step:06d}.jsonl"
 
     def evaluation(self, when: str, eval_name: str) -> Path:
         return self.path / "evals" / when / f"{eval_name}.jsonl"
 
+    def keep(self, step: int, path: Path, rows: Sequence[dict[str, Any]]) -> None:
+        """Write a file of a step, and its checksum among the logs."""
+        path.unlink(missing_ok=True)  # another run may share it
+        append_jsonl(path, rows)
+        append_jsonl(self.sums, [{"step": step, "file": str(path.relative_to(self.path)), "sha256": file_sum(path)}])
+
     def is_done(self, fingerprint: str) -> bool:
-        return self.done.exists() and read_json(self.done).get("fingerprint") == fingerprint
+        """Whether it says so; `damage` tells whether what it then holds is what was written."""
+        if not self.done.exists():
+            return False
+        try:
+            return read_checked(self.done).get("fingerprint") == fingerprint
+        except UserError:
+            return False
+
+    def finish(self, value: Mapping[str, Any]) -> None:
+        """Write DONE, with the checksums of all that stands here but checkpoints (which have their own) and files of a step."""
+        for path in (*self.logs, self.path):
+            if path.exists():
+                sync(path)
+        paths = [path for path in sorted(self.path.rglob("*")) if path.is_file() and self._counts(path)]
+        sums = {str(path.relative_to(self.path)): [path.stat().st_size, file_sum(path)] for path in paths}
+        write_checked(self.done, {**value, "sums": sums})
+
+    def _counts(self, path: Path) -> bool:
+        top, *rest = path.relative_to(self.path).parts
+        apart = top in ("checkpoint", "rollouts", "DONE", "FAILED") or path.name.startswith(".")
+        return not apart and (top != "evals" or rest[0] == "final")
+
+    def damage(self, *below: str, whole: bool = False) -> Path | None:
+        """The first file of a finished node that is missing or not what was written; None if there is none.
+
+        below  beginnings of names: look at these files only, and not at those of each step
+        whole  read files past LARGE too, which else are known by their size
+        """
+        try:
+            held = read_checked(self.done)
+        except UserError:
+            return self.done
+        sums = {name: sum_ for name, sum_ in held.get("sums", {}).items() if name.startswith(below or "")}
+        broken = first_changed(self.path, sums, None if whole else LARGE)
+        return broken if broken or below else self._damaged_step(read_jsonl(self.sums))
+
+    def _damaged_step(self, rows: Iterator[dict[str, Any]]) -> Path | None:
+        return first_changed(self.path, {row["file"]: (None, row["sha256"]) for row in rows}, None)
+
+    def refuse_damage(self, *below: str) -> None:
+        """Raise UserError that names a damaged file of a finished node, before it is used. The node then counts as unfinished."""
+        broken = self.damage(*below, whole=True) if self.done.exists() else None
+        if broken is not None:
+            self.done.unlink(missing_ok=True)
+            raise UserError(f"{broken}: is damaged (it is not what was written); the same command makes it again")
+
+    def damaged_before(self, marks: Marks) -> Path | None:
+        """The first file on which a checkpoint rests that is no longer what it was then."""
+        for name, (size, sum_) in marks.items():
+            path = self.path / name
+            if not path.is_file() or path.stat().st_size < size or file_sum(path, size) != sum_:
+                return path
+        size = marks[self.sums.name][0] if self.sums.name in marks else 0
+        return self._damaged_step(read_jsonl(self.sums, size))
 
     def take_over(self, other: NodeDir) -> None:
         """Become a finished node of another run. The two share their files where the file system has hard links.
 
-        Sharing is safe: a file of a node is replaced or removed, and appended to only after `cut_back` has replaced it.
-        """
+        That is safe: a file of a node is replaced or removed, and appended to only after it has been replaced."""
         with written_aside(self.path) as aside:
-            shutil.copytree(other.path, aside, copy_function=_link_or_copy, dirs_exist_ok=True)
+            copy_tree(other.path, aside)
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoint" / f"{step:06d}"
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, newest first."""
-        folder = self.path / "checkpoint"
-        found = [path for path in folder.glob("[0-9]*") if (path / "sums.json").exists()] if folder.exists() else []
-        return sorted(found, reverse=True)
+        """Newest first."""
+        return sorted((self.path / "checkpoint").glob("[0-9]*"), reverse=True)
+
+    def sync_steps(self, since: int, step: int) -> None:
+        """Flush the logs, and what was written of the steps after `since` up to `step`, before a checkpoint counts on them."""
+        steps = range(since + 1, step + 1)
+        evals = [path for one in steps for path in self.evaluation(f"step-{one:06d}", "").parent.glob("*")]
+        files = [path for path in (*self.logs, *map(self.rollouts, steps), *evals) if path.exists()]
+        with writing(self.path):
+            for path in (*files, *sorted({path.parent for path in files})):
+                sync(path)
 
     def cut_back_to(self, step: int) -> None:
-        """Forget what was written after `step`: the resumed run writes it again, the same."""
-        for path in (self.metrics, self.ledger, self.conditions):
-            cut_back(path, lambda row: row.get("step", 0) <= step)
+        """Forget what was written after `step`, -1 for all: the resumed run writes it again, the same.
+
+        The step's checkpoint knows how far the logs were; where there is none, a row's own step decides.
+        """
+        state = self.checkpoint(step) / "state.json"
+        marks = read_json(state).get("logs") if state.exists() else None
+        for path in self.logs:
+            if step < 0 or (marks is not None and path.name not in marks):
+                path.unlink(missing_ok=True)
+            elif marks is None:
+                cut_back(path, lambda row: row.get("step", 0) <= step)
+            else:
+                write_atomic(path, path.read_bytes()[: marks[path.name][0]])  # not in place: another run may share it
+            faults.point("stage.cut")
         for path in (self.path / "rollouts").glob("*.jsonl"):
             if int(path.stem) > step:
                 path.unlink()
         for path in (self.path / "evals").glob("*"):
             if path.name == "final" or (path.name.startswith("step-") and int(path.name[5:]) > step):
                 shutil.rmtree(path)
+        for path in self.checkpoints():
+            if int(path.name) > step:
+                shutil.rmtree(path)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the node for this process; wait a moment for a worker whose parent was killed. Raises UserError."""
+        path = self.path.parent.parent / ".locks" / self.name
+        with contextlib.ExitStack() as stack:
+            with writing(path):
+                free = stack.enter_context(lock(path, ENDING_SECONDS))
+            if not free:
+                raise UserError(f"{self.path}: another process is at work there; wait until it ends")
+            for folder in (self.path, *filter(Path.is_dir, self.path.rglob("*"))):
+                sweep_up(folder)
+            yield
 
 
 @dataclass(frozen=True)
@@ -277,9 +314,7 @@ class RunDir:
     def nodes(self) -> list[NodeDir]:
         folder = self.path / "nodes"
         found = sorted(folder.iterdir()) if folder.exists() else []
-        return [
-            NodeDir(path) for path in found if path.is_dir() and not path.name.startswith(".")
-        ]  # no half-written one
+        return [NodeDir(path) for path in found if path.is_dir() and path.name[0] != "."]  # no half-written one
 
     def refuse_other(self, recipe: dict[str, Any]) -> None:
         """Raise UserError where the folder could not become, or go on being, this recipe's; writes nothing.
@@ -290,7 +325,7 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path}: is a file, not a folder")
         if not self.recipe.exists():
-            if self.path.exists() and any(path != self.lock for path in self.path.iterdir()):
+            if self.path.exists() and any(not is_leftover(path) for path in self.path.iterdir()):
                 raise UserError(f"--out {self.path}: the folder is not empty and holds no run of ours")
             return
         field = first_difference(read_json(self.recipe) | FREE, recipe | FREE)
@@ -307,10 +342,7 @@ class RunDir:
         self.refuse_other(recipe)
         if self.recipe.exists() and read_json(self.recipe) == recipe:
             return
-        try:
-            write_json(self.recipe, recipe)
-        except OSError as error:
-            raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from None
+        write_json(self.recipe, recipe)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -318,20 +350,17 @@ class RunDir:
 
         Raises UserError when another process holds it, or when it cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = self.lock.open("w")
-        except OSError as error:
-            raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from None
-        with file:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                free = stack.enter_context(lock(self.lock, 0.0))
+            except OSError as error:
+                raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from None
+            if not free:
                 raise UserError(
                     f"--out {self.path}: another process is at work there; wait until it ends, or use another folder"
-                ) from None
-            except OSError:
-                pass  # some network file systems have no locks
+                )
+            sweep_up(self.path)
+            sweep_up(self.path / "nodes")  # a node that was being taken over
             yield
 
     def join_ledgers(self) -> None:
@@ -368,17 +397,3 @@ class SweepDir:
     @property
     def html(self) -> Path:
         return self.path / "sweep.html"
-
-
-def first_difference(a: Any, b: Any, path: str = "") -> str | None:
-    """The dotted name of the first field in which two plain values differ; None when equal.
-
-    A field that is missing on one side and null on the other is no difference: an older version did not know it yet.
-    """
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted(a.keys() | b.keys()):
-            found = first_difference(a.get(key), b.get(key), f"{path}{key}.")
-            if found is not None:
-                return found
-        return None
-    return None if a == b else path.rstrip(".")

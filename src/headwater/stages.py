@@ -8,13 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from headwater import model, plateau
+from headwater import faults, model, plateau
 from headwater.batch import Row
 from headwater.beside import beside
 from headwater.evaluate import refuse_nan
+from headwater.files import rows_from, write_rows
 from headwater.gather import OnPolicy, SignalGuard, stored
 from headwater.ledger import record
 from headwater.materials import Materials
@@ -22,17 +22,18 @@ from headwater.model import Policy, Shape
 from headwater.objective import Objective, objective_of
 from headwater.plan import Node
 from headwater.prompts import Prompter
-from headwater.rundir import NodeDir, append_jsonl, cut_back, read_jsonl, write_json, written_aside
+from headwater.rundir import NodeDir, cut_back, read_jsonl, write_json, written_aside
 from headwater.sampler import requests_for
 from headwater.settings import Stage
 from headwater.teacher import read_cache, refuse_huge_cache, write_cache
 from headwater.train import Gathered, train
-from headwater.workplace import Workplace, held_out, named
+from headwater.workplace import Watch, Workplace, held_out, named
 
 
 def run_node(node: Node, place: Workplace) -> None:
     """Run a node to its end, or from where it was interrupted. Its DONE file says that it is complete."""
     folder = place.node_dir(node)
+    faults.point("node.begun")
     write_json(
         folder.info,
         {
@@ -47,8 +48,11 @@ def run_node(node: Node, place: Workplace) -> None:
             "settings": None if node.settings is None else node.settings.model_dump(mode="json"),
         },
     )
+    faults.point("node.described")
     ended = {"train": run_train, "rollouts": run_rollouts, "evaluate": run_evaluate}[node.kind](node, place)
-    write_json(folder.done, {"fingerprint": place.plan.fingerprints[node], **({"ended": ended} if ended else {})})
+    faults.point("node.worked")
+    folder.finish({"fingerprint": place.plan.fingerprints[node], **({"ended": ended} if ended else {})})
+    faults.point("node.done")
 
 
 def _label_note(node: Node, materials: Materials) -> dict[str, Any] | None:
@@ -75,13 +79,28 @@ def run_evals(policy: Policy, node: Node, place: Workplace, when: str, step: int
     """Every evaluation of the recipe, its graded texts and its spend; looks here are never those of training."""
     folder = place.node_dir(node)
     for name, asked in place.materials.evals.items():
-        told = (lambda count: place.watch.advance(count, {})) if when == "final" else None
+        faults.point("evaluation.begun")
+        told = stoppable(place.watch) if when == "final" else None
         # Every model answers a problem with the same random numbers: paired comparisons are then less noisy.
         rows, spend = held_out(node, place, policy, asked, "eval", step, (node.seed, "eval", name), told)
-        path = folder.evaluation(when, name)
-        path.unlink(missing_ok=True)
-        append_jsonl(path, rows)
+        if when == "final":
+            write_rows(folder.evaluation(when, name), rows)
+        else:
+            folder.keep(step, folder.evaluation(when, name), rows)
+        faults.point("evaluation.written")
         record(folder.ledger, spend)
+        faults.point("evaluation.charged")
+
+
+def stoppable(watch: Watch) -> Callable[[int], None]:
+    """Progress that ends work which leaves nothing behind: it is done again from its beginning. Raises KeyboardInterrupt."""
+
+    def advance(count: int) -> None:
+        watch.advance(count, {})
+        if watch.should_stop():
+            raise KeyboardInterrupt
+
+    return advance
 
 
 def run_rollouts(node: Node, place: Workplace) -> None:
@@ -95,9 +114,9 @@ def run_rollouts(node: Node, place: Workplace) -> None:
     prompts = [(name, prompter.ids(place.materials.problems[name])) for name in names]
     place.watch.start(0, 2 * len(prompts) * settings.group_size, "rollouts")
     requests = requests_for(prompts, settings.group_size, 0, node.seed, node.stage)
-    rollouts = place.sampler(policy).sample(
-        requests, settings.sampling, lambda found: place.watch.advance(len(found), {})
-    )
+    advance = stoppable(place.watch)
+    rollouts = place.sampler(policy).sample(requests, settings.sampling, lambda found: advance(len(found)))
+    faults.point("cache.sampled")
     with named(node, 0):
         refuse_nan(rollouts)
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
@@ -109,8 +128,9 @@ def run_rollouts(node: Node, place: Workplace) -> None:
             rollouts,
             settings.dense.top_k,
             place.materials.recipe.compute.microbatch_tokens,
-            lambda count: place.watch.advance(count, {}),
+            advance,
         )
+    faults.point("cache.saved")
     shape = Shape.from_config(policy.model.config)
     read = tokens + sum(len(rollout.prompt_ids) for rollout in rollouts)
     record(
@@ -146,9 +166,7 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
         return (stage.passes + again) * sum(shape.flops(length, length / 2, passes=3) for length in live)
 
     def write_rollouts(step: int, rows: Sequence[Row]) -> None:
-        path = folder.rollouts(step)
-        path.unlink(missing_ok=True)
-        append_jsonl(path, [rollout_row(row, prompter) for row in rows])
+        folder.keep(step, folder.rollouts(step), [rollout_row(row, prompter) for row in rows])
 
     taken = train(
         policy,
@@ -165,14 +183,18 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
         write_rollouts=write_rollouts,
         evaluate=lambda when: run_evals(policy, node, place, when, int(when.removeprefix("step-"))),
         beside=beside(node, place, policy),
-        ended=partial(ended, stage, folder),
+        ended=ended(stage, folder),
         should_stop=place.watch.should_stop,
+        say=place.watch.say,
     )
+    faults.point("stage.ended")
     # Interrupted between its last step and DONE, a node evaluates again: what it had recorded of that would count twice.
     cut_back(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < taken)
     with written_aside(folder.model) as aside:
         model.save(policy, aside, policy.compute)
         (aside / "README.md").write_text(model_card(node, place, taken), encoding="utf-8")
+        faults.point("model.written")
+    faults.point("model.saved")
     place.watch.start(0, _completions(place), "completions")
     run_evals(policy, node, place, "final", taken)
     if taken == steps or stage.until is None:
@@ -180,14 +202,23 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
     return {"step": taken, "of": steps, "why": f"plateau of {stage.until.metric}"}
 
 
-def ended(stage: Stage, folder: NodeDir, done: int) -> bool:
-    """Whether the stage's metric has reached its plateau after `done` steps, as far as they are written down."""
+def ended(stage: Stage, folder: NodeDir) -> Callable[[int], bool]:
+    """Steps done -> whether the stage's metric has reached its plateau by then, as far as the steps are written down."""
     until = stage.until
-    if until is None or done % until.every:
-        return False
-    return plateau.reached(
-        list(read_jsonl(folder.metrics))[:done], until.metric, until.every, until.patience, until.least
-    )
+    if until is None:
+        return lambda done: False
+    held: list[dict[str, Any]] = []  # a row a step, of which only the metric is kept
+    size = 0  # of what was read of the file: each row is read once
+
+    def reached(done: int) -> bool:
+        nonlocal size
+        if done % until.every:
+            return False
+        rows, size = rows_from(folder.metrics, size)
+        held.extend({key: row[key] for key in (until.metric,) if key in row} for row in rows)
+        return plateau.reached(held[:done], until.metric, until.every, until.patience, until.least)
+
+    return reached
 
 
 def gatherer(
@@ -198,7 +229,9 @@ def gatherer(
     stage, materials, folder = node.settings, place.materials, place.node_dir(node)
     if objective.source == "teacher":
         assert node.cache is not None
-        return stored(stage, node.seed, read_cache(place.node_dir(node.cache).cache))
+        cached = place.node_dir(node.cache)
+        cached.refuse_damage(f"{cached.cache.name}/")
+        return stored(stage, node.seed, read_cache(cached.cache))
     labels = materials.labels.only(materials.pool(node.pool)) if "reward" in objective.signals else None
     teacher = place.load(node.teacher, frozen=True) if "teacher" in objective.signals and node.teacher else None
     if teacher is not None:
@@ -216,7 +249,15 @@ def gatherer(
         labels=labels,
         teacher=teacher,
         reference=place.load(node.start, frozen=True) if "reference" in objective.signals else None,
-        guard=SignalGuard.of(materials.recipe.guards, labels, steps, lambda: list(read_jsonl(folder.metrics))),
+        guard=SignalGuard.of(
+            materials.recipe.guards,
+            labels,
+            steps,
+            earlier=lambda: list(read_jsonl(folder.metrics)),
+            charged=lambda: {
+                label for row in read_jsonl(folder.ledger) if row["purpose"] == "train" for label in row["labels"]
+            },
+        ),
         tokens=materials.recipe.compute.microbatch_tokens,
     )
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from headwater import faults
 from headwater.batch import Batch, Row, collate, microbatches
 from headwater.data import Rollout
 from headwater.distributions import Distributions, Exact, FromHidden, TopK, joined
@@ -89,6 +90,7 @@ def write_cache(
     keys = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
     lines = [json.dumps({key: getattr(rollout, key) for key in keys}) for rollout in rollouts]
     (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    faults.point("cache.rollouts")
     parts: list[dict[str, Tensor]] = []
     for start in range(0, len(rollouts), 64):
         chosen = rollouts[start : start + 64]
@@ -105,10 +107,12 @@ def write_cache(
                 parts.append({"logp": kept.values.half().cpu(), "ids": kept.indices.int().cpu()})
         if progress is not None:
             progress(len(chosen))
+        faults.point("cache.scored")
     save_file(
         {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]},
         folder / "distributions.safetensors",
     )
+    faults.point("cache.written")
 
 
 def read_cache(folder: Path) -> list[Row]:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from headwater import losses
+from headwater import faults, losses
 from headwater.batch import Batch, Row, collate, microbatches
 from headwater.checkpoint import load_checkpoint, save_checkpoint
 from headwater.errors import TrainingStoppedError
+from headwater.files import Logs
 from headwater.ledger import Spend, record
 from headwater.logprobs import token_stats
 from headwater.model import Policy
@@ -125,7 +126,9 @@ def update(
             if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
                 what = "gradient" if math.isfinite(sums["loss"]) else "loss"
                 raise TrainingStoppedError(f"the {what} is not finite; the weights were not changed by this step")
+            faults.point("update.gradient")
             optimizer.step()
+            faults.point("update.stepped")
             taken += 1
             sums["grad_norm"] += norm
     count = max(1.0, sums.pop("tokens", 0.0))
@@ -198,6 +201,7 @@ def train(
     beside: Callable[[int, bool], Metrics],
     ended: Callable[[int], bool],
     should_stop: Callable[[], bool],
+    say: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Run one stage from wherever its last checkpoint left it to its end; how many steps it took.
 
@@ -209,19 +213,24 @@ def train(
     checkpoint to go on from.
     """
     optimizer = make_optimizer(policy, stage.optim)
-    done = load_checkpoint(node, policy.model, optimizer)
+    done = load_checkpoint(node, policy.model, optimizer, say)
+    faults.point("stage.loaded")
     node.cut_back_to(done if done else -1)
+    faults.point("stage.begun")
+    logs = Logs(node.logs)
     on_start(done)
     if done and ended(done):
         return done
     if not done:
         beside(0, steps == 0)
     for step in range(done, steps):
+        faults.point("step.begun")
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage.optim, step, steps)
         try:
             gathered = gather(step)
+            faults.point("step.gathered")
             measured = update(policy, optimizer, gathered.rows, objective, stage, microbatch_tokens)
         except TrainingStoppedError as error:
             raise TrainingStoppedError(f"{spend.stage}, step {step + 1} of {steps}: {error}") from None
@@ -237,6 +246,7 @@ def train(
             **beside(step + 1, step + 1 == steps),
         }
         append_jsonl(node.metrics, [row])
+        faults.point("step.measured")
         record(
             node.ledger,
             replace(
@@ -251,14 +261,18 @@ def train(
                 seconds=seconds,
             ),
         )
+        faults.point("step.charged")
         write_rollouts(step + 1, gathered.rows)
+        faults.point("step.kept")
         on_step(step + 1, row)
         last = step + 1 == steps or ended(step + 1)
         if stage.eval_every and (step + 1) % stage.eval_every == 0 and not last:
             evaluate(f"step-{step + 1:06d}")
+            faults.point("step.evaluated")
+        faults.point("step.ended")
         asked = should_stop()
         if last or asked or (stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0):
-            save_checkpoint(node, step + 1, policy.model, optimizer)
+            save_checkpoint(node, step + 1, policy.model, optimizer, logs)
         if last:
             return step + 1
         if asked:

@@ -101,4 +101,4 @@ def _watch(tell: Tell, stop: threading.Event) -> tuple[Watch, Callable[[], None]
             tell({"advance": count, "metrics": facts})
         count, facts, last = 0, {}, time.monotonic()
 
-    return Watch(start, advance, stop.is_set), flush
+    return Watch(start, advance, stop.is_set, lambda line: tell({"say": line})), flush

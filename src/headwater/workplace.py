@@ -24,11 +24,12 @@ from headwater.train import Metrics
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is told how far a node is: start(steps already done, total, unit), advance(count, metrics)."""
+    """Who is told how far a node is: start(steps already done, total, unit), advance(count, metrics); say(a line for the user)."""
 
     start: Callable[[int, int, str], None]
     advance: Callable[[int, Metrics], None]
     should_stop: Callable[[], bool]
+    say: Callable[[str], None] = lambda line: None
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Workplace:
         models, device = self.materials.recipe.models, self.materials.device
         if isinstance(whose, Node):
             folder = self.node_dir(whose).model
+            self.node_dir(whose).refuse_damage(f"{folder.name}/")
             return model.load(str(folder), str(folder), models, device, frozen, self.plan.fingerprints[whose])
         return model.load(getattr(models, whose), f"models.{whose}", models, device, frozen)
 

@@ -1,0 +1,181 @@
+"""What writes files: durable, named when the disk refuses, and checked when read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from headwater import files
+from headwater.errors import DiskError, UserError
+from headwater.files import (
+    Logs,
+    append_jsonl,
+    disk_trouble,
+    file_sum,
+    first_changed,
+    lock,
+    read_checked,
+    read_jsonl,
+    rows_from,
+    sweep_up,
+    write_atomic,
+    write_checked,
+    written_aside,
+)
+
+
+def test_the_folder_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    real_sync, real_replace = os.fsync, Path.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (done.append(os.readlink(f"/proc/self/fd/{number}")), real_sync(number))
+    )
+    monkeypatch.setattr(Path, "replace", lambda self, to: (done.append("rename"), real_replace(self, to)))
+    write_atomic(tmp_path / "a.json", "{}")
+    assert done[1:] == ["rename", str(tmp_path)] and Path(done[0]).name.startswith(".a.json.")
+    done.clear()
+    with written_aside(tmp_path / "folder") as aside:
+        (aside / "b").mkdir()
+        (aside / "b" / "c").write_text("x")
+    assert {Path(one).name for one in done[:3]} == {"c", "b", ".folder.tmp"} and done[-1] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "to"), [("", ""), ('"ab"', '"ac"'), ('"check"', '"chebk"'), ('"check": "', '"check": "0'), ("}", "")]
+)
+def test_a_checked_file_is_taken_only_as_it_was_written(change: str, to: str, tmp_path: Path) -> None:
+    path = tmp_path / "DONE"
+    write_checked(path, {"fingerprint": "ab", "count": 1})
+    if not change:
+        assert read_checked(path) == {"fingerprint": "ab", "count": 1}
+        return
+    assert change in path.read_text()
+    path.write_text(path.read_text().replace(change, to))
+    with pytest.raises(UserError, match="DONE"):
+        read_checked(path)
+
+
+def test_every_single_bit_of_a_checked_file_counts_or_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    value = {"recipe": "r", "seeds": [0, 1], "arms": {"bridge": {"0": ["a.s0.1"]}}}
+    write_checked(path, value)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            try:
+                assert read_checked(path) == value
+            except UserError:
+                continue
+
+
+def test_a_checked_file_of_an_earlier_version_is_taken_unless_that_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "DONE"
+    path.write_text('{"fingerprint": "ab"}')
+    assert read_checked(path) == {"fingerprint": "ab"}
+    with pytest.raises(UserError):
+        read_checked(path, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.ENOSPC, "x"), errno.ENOSPC),
+        (OSError(errno.ENOENT, "x"), None),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), errno.ENOSPC),
+        (
+            SafetensorError('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "…" })'),
+            errno.ENOSPC,
+        ),
+        (RuntimeError("os error 280"), None),
+        (ValueError("28"), None),
+    ],
+)
+def test_what_is_a_disks_trouble_and_what_is_not(error: Exception, number: int | None) -> None:
+    assert disk_trouble(error) == number
+
+
+def test_a_full_disk_is_named_by_the_file_and_the_old_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.json"
+    write_atomic(path, "old")
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(DiskError, match=r"report\.json: no space left on device"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_sums_of_growing_files_are_those_of_the_whole_and_each_byte_is_read_once(tmp_path: Path) -> None:
+    path, logs = tmp_path / "metrics.jsonl", Logs([tmp_path / "metrics.jsonl", tmp_path / "none.jsonl"])
+    assert logs.marks() == {}
+    for step in range(5):
+        append_jsonl(path, [{"step": step}])
+        assert logs.marks() == {"metrics.jsonl": [path.stat().st_size, file_sum(path)]}
+    size = path.stat().st_size
+    append_jsonl(path, [{"step": 5}])
+    assert file_sum(path, size) != file_sum(path)
+    assert [row["step"] for row in read_jsonl(path, size)] == [0, 1, 2, 3, 4]
+
+
+def test_rows_are_read_on_from_where_the_last_look_ended(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert rows_from(path, 0) == ([], 0)
+    append_jsonl(path, [{"step": 1}, {"step": 2}])
+    rows, size = rows_from(path, 0)
+    assert [row["step"] for row in rows] == [1, 2] and size == path.stat().st_size
+    append_jsonl(path, [{"step": 3}])
+    with path.open("a") as file:
+        file.write('{"step": 4')
+    rows, more = rows_from(path, size)
+    assert [row["step"] for row in rows] == [3] and rows_from(path, more) == ([], more)
+
+
+def test_a_changed_a_missing_and_a_longer_file_are_found(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    sums = {name: [1, file_sum(tmp_path / name)] for name in ("a", "b")}
+    assert first_changed(tmp_path, sums, None) is None
+    (tmp_path / "b").write_text("c")
+    assert first_changed(tmp_path, sums, None) == tmp_path / "b"
+    assert first_changed(tmp_path, sums, 0) is None  # past the limit the size decides
+    (tmp_path / "b").write_text("bb")
+    assert first_changed(tmp_path, sums, 0) == tmp_path / "b"
+    (tmp_path / "b").unlink()
+    assert first_changed(tmp_path, sums, 0) == tmp_path / "b"
+
+
+def test_what_killed_writers_left_is_removed_and_what_others_are_writing_is_not(tmp_path: Path) -> None:
+    (tmp_path / ".model.tmp").mkdir()
+    (tmp_path / f".a.json.{os.getpid()}.tmp").write_text("x")
+    (tmp_path / ".b.json.999999999.tmp").write_text("x")
+    (tmp_path / "c.json").write_text("x")
+    sweep_up(tmp_path)
+    assert sorted(one.name for one in tmp_path.iterdir()) == [f".a.json.{os.getpid()}.tmp", "c.json"]
+
+
+def test_a_lock_is_one_holders_and_free_when_it_lets_go(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "lock"
+    with lock(path, 0.0) as ours:
+        assert ours
+        with lock(path, 0.1) as theirs:
+            assert not theirs
+    with lock(path, 0.0) as again:
+        assert again
+
+
+def test_a_row_is_whole_or_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, [{"text": "αβ"}])
+    assert json.loads(path.read_text(encoding="utf-8")) == {"text": "αβ"}
