@@ -201,3 +201,31 @@ def test_neither_the_verifier_nor_its_workers_import_torch() -> None:
         "assert 'sympy' in sys.modules and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+
+
+ONCE = """
+import os, signal
+from pathlib import Path
+
+def once(gold, completion):
+    mark = Path(os.environ["HEADWATER_TEST_MARK"] + completion)
+    if completion.startswith("kill") and not mark.exists():
+        mark.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory is short, or anyone with a reason
+    return gold == completion
+"""
+
+
+def test_a_worker_that_is_killed_from_outside_changes_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "graders_once.py").write_text(ONCE)
+    monkeypatch.setenv("HEADWATER_TEST_MARK", f"{tmp_path}/mark-")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    pairs = [(text, text) for text in ("a", "kill1", "b", "kill2", "c")] + [("x", "kill3"), ("x", "d")]
+    with Verifier("graders_once:once", workers=2) as verifier:
+        verdicts = verifier(pairs)
+    assert [one.correct for one in verdicts] == [True] * 5 + [False] * 2
+    assert {one.reason for one in verdicts} == {"equal", "different"}
+    assert len(list(tmp_path.glob("mark-kill*"))) == 3

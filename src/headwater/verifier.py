@@ -28,7 +28,7 @@ from headwater.errors import UserError
 from headwater.tasks import Task, find_task
 
 CHUNK = 16  # answers handed to a worker at once: enough to hide the pipe's latency, few to redo after a kill
-CACHED = 200_000  # verdicts kept; a digest and a verdict are about 200 bytes
+CACHED = 20_000  # verdicts kept; a digest and a verdict are about 200 bytes, and a run of weeks should hold no more
 START_SECONDS = 120.0  # a worker imports sympy; on a loaded machine that takes a while and is not the answer's fault
 GRACE_SECONDS = 0.05  # for the message's way back
 # The child takes the parent's import path before it imports anything of ours.
@@ -123,7 +123,7 @@ class Verifier:
         if self._owner != os.getpid():  # after a fork the pipes are still the parent's
             self._pool, self._owner = [], os.getpid()
         verdicts: dict[int, Verdict] = {}
-        todo = deque(range(len(pairs)))
+        todo, crashed = deque(range(len(pairs))), set[int]()
         try:
             while len(verdicts) < len(pairs):
                 self._pool = [worker for worker in self._pool if worker.asked or worker.alive()]
@@ -134,14 +134,17 @@ class Verifier:
                     if worker.ready and not worker.asked and todo:
                         share = max(1, min(CHUNK, len(todo) // (2 * self.workers)))
                         worker.ask([todo.popleft() for _ in range(share)], pairs)
-                self._listen(verdicts, todo)
+                self._listen(verdicts, todo, crashed)
         except BaseException:
             self._end_workers()  # half-asked workers would answer the next call with this one's verdicts
             raise
         return [verdicts[index] for index in range(len(pairs))]
 
-    def _listen(self, verdicts: dict[int, Verdict], todo: deque[int]) -> None:
-        """Take in what the workers have to say, until something was said or a limit is reached."""
+    def _listen(self, verdicts: dict[int, Verdict], todo: deque[int], crashed: set[int]) -> None:
+        """Take in what the workers have to say, until something was said or a limit is reached.
+
+        crashed  answers at which a worker died once: it may have been killed from outside, so they are tried again
+        """
         busy = [worker for worker in self._pool if worker.asked or not worker.ready]
         patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
         heard, _, _ = select.select([worker.out for worker in busy], [], [], patience)
@@ -159,7 +162,9 @@ class Verifier:
                 continue
             if not worker.ready:
                 raise UserError(f"task {self.task.name}: a grading worker did not start ({worker.complaint or lost})")
-            if worker.asked and not worker.retired:  # the answer it was at is to blame
+            if lost == "error" and worker.asked and worker.asked[0] not in crashed:
+                crashed.add(worker.asked[0])
+            elif worker.asked and not worker.retired:  # the answer it was at is to blame
                 verdicts[worker.asked.popleft()] = Verdict(False, lost, time.monotonic() - worker.since)
             todo.extendleft(reversed(worker.asked))  # those behind it are asked again
             worker.end()
