@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from headwater import model as models
 from headwater.errors import UserError
 from headwater.model import (
     Policy,
@@ -299,3 +300,23 @@ def test_matrix_weights_and_flops_by_hand() -> None:
     # A token costs 2·1456 for the matrices and 4·2·4·3 = 96 for each of the 5 earlier tokens it attends to.
     assert shape.flops(tokens=10, context=5) == 10 * (2912 + 480)
     assert shape.flops(tokens=10, context=5, passes=3) == 3 * 10 * (2912 + 480)
+
+
+def test_a_weights_file_is_named_by_every_byte_and_a_huge_one_by_blocks_all_over_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    content = bytes(range(1, 256)) * (12 << 10)  # 3 MiB
+
+    def named(place: int, many: int = 1) -> str:
+        path.write_bytes(content[:place] + bytes(many) + content[place + many :])
+        return fingerprint_of(str(tmp_path))
+
+    assert named(1_500_001) != named(0, 0)
+    monkeypatch.setattr(models, "WHOLE", 1 << 20)
+    monkeypatch.setattr(models, "BLOCK", 1 << 8)
+    assert all(named(place) != named(0, 0) for place in (1, len(content) - 2))
+    assert all(named(place, 1 << 13) != named(0, 0) for place in range(1 << 20, 2 << 20, 100_003))  # as a tensor would
+    path.write_bytes(content + b"x")
+    longer = fingerprint_of(str(tmp_path))
+    assert longer != named(0, 0)

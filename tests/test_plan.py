@@ -266,3 +266,14 @@ def test_an_arm_that_needs_a_model_the_recipe_does_not_name_is_refused_when_its_
     assert plan_of(arms=("bridge",), models=weights).names
     with pytest.raises(UserError, match=r"models\.expert"):
         plan_of(arms=("sft_teacher",), models=weights)
+
+
+def test_a_users_grader_is_part_of_every_node_that_grades_and_of_no_cache() -> None:
+    before, after, none = plan_of(grader="one"), plan_of(grader="two"), plan_of(grader=None)
+    assert none.names == plan_of().names  # a task of the table has none
+    kinds = {
+        node.kind: before.names[node] == after.names[node]
+        for node in before.order()
+        if node.start in ("student", "teacher")
+    }
+    assert kinds["train"] is False and kinds["evaluate"] is False and kinds["rollouts"] is True

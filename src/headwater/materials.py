@@ -21,7 +21,7 @@ from headwater.prompts import Prompter, refuse_different_prompts
 from headwater.recipes import Pool
 from headwater.settings import Stage
 from headwater.sources import Loaded, load, without_leaks
-from headwater.tasks import Task, find_task
+from headwater.tasks import Task, find_task, grader_code
 
 VALIDATION = "data.validation"
 POOLS: tuple[Pool, ...] = ("all", "first_half", "second_half")
@@ -83,6 +83,7 @@ class Materials:
 
         return {
             "models": weights,
+            "grader": grader_code(self.recipe.task),
             "pools": {name: self.pool(name) for name in POOLS},
             "labels": {name: self.labels.only(self.pool(name)).fingerprint() for name in POOLS},
             "unlabeled": self.unlabeled,

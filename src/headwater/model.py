@@ -23,6 +23,9 @@ transformers_logging.disable_progress_bar()  # a run loads and saves dozens of m
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
+WHOLE, SAMPLES, BLOCK = 256 << 20, 512, 16 << 10
+"""Bytes up to which a weights file is read whole to name it; how many blocks of a larger one, and of how many bytes."""
+
 PROBES = (
     "17+45+82+03", "=62;", "Hello, world!\n", " The answer is \\boxed{\\frac{3}{4}}.", "αβγ – naïve 数学 🙂", "def f(x):\n    return x",
     "<think>\n\n</think>\n\n", "<|im_start|>user\n1 + 1?<|im_end|>\n", "1234567890", "  two  spaces\t tab",
@@ -127,6 +130,7 @@ def refuse_without_weights(name: str, where: str, field: str) -> None:
 def read_tokenizer(where: str, trust_remote_code: bool) -> Any:
     """Raises ValueError where there is none: for some architectures transformers then makes an empty one."""
     tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+    tokenizer.init_kwargs.pop("local_files_only", None)  # how this process reads would be saved with what it trains
     if not tokenizer("1", add_special_tokens=False)["input_ids"]:
         raise ValueError("its tokenizer gives no ids for the text '1'; are the tokenizer's files there?")
     return tokenizer
@@ -227,8 +231,9 @@ def save(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
 def fingerprint_of(where: str) -> str:
     """Names the weights of a model folder by content; a hub id by its name.
 
-    Small files count whole; of each weights file the first and the last MiB and the size, so that a 16 GB model is named in
-    a moment.
+    Files up to WHOLE bytes count whole; of larger ones the size and SAMPLES blocks spread evenly from the first MiB to the last,
+    so that a 16 GB model is named in a moment. A change that touches none of the blocks would go unseen; training touches
+    all of a tensor.
     """
     digest = hashlib.sha256()
     folder = Path(where)
@@ -240,10 +245,16 @@ def fingerprint_of(where: str) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}\n".encode())
         with path.open("rb") as file:
+            if size <= WHOLE:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+                continue
             digest.update(file.read(1 << 20))
-            if size > 1 << 20:
-                file.seek(max(1 << 20, size - (1 << 20)))
-                digest.update(file.read())
+            for place in range(1, SAMPLES):
+                file.seek(place * (size - BLOCK) // SAMPLES)
+                digest.update(file.read(BLOCK))
+            file.seek(size - (1 << 20))
+            digest.update(file.read())
     return digest.hexdigest()[:16]
 
 

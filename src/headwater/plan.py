@@ -210,6 +210,7 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         "evals": None if node.kind == "rollouts" else content["evals"],
         "evaluate": None if node.kind == "rollouts" else recipe.evaluate.model_dump(mode="json"),
         "task": recipe.task,
+        **({} if node.kind == "rollouts" or content.get("grader") is None else {"grader": content["grader"]}),
         "prompt": recipe.prompt.model_dump(mode="json"),
         "dtype": recipe.models.dtype,
     }

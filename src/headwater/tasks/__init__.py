@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib
 import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from headwater.errors import UserError
@@ -168,6 +171,50 @@ def find_task(name: str) -> Task:
         return _checked(function(gold, completion))
 
     return Task(name, grade, extract=None, bounded=True)
+
+
+def grader_code(name: str) -> str | None:
+    """sha256 of a user's grader: its module's file and the modules of its own that it imports, at whatever depth; None for
+    a task of the table, whose code is this version's.
+
+    Its own are those in the folder that holds the grader's top package or module; where that is an installed one, those of its
+    package. What it reads beside code is not seen.
+    """
+    if name in TASKS:
+        return None
+    find_task(name)  # raises UserError where there is no such grader
+    module = name.partition(":")[0]
+    file = Path(str(sys.modules[module].__file__)).resolve()
+    root = file.parents[module.count(".") + (file.name == "__init__.py")]
+    installed = root.name in ("site-packages", "dist-packages")
+    digest, seen, todo = hashlib.sha256(), set[Path](), [module]
+    while todo:
+        dotted = todo.pop(0)
+        for path in (
+            root.joinpath(*dotted.split(".")).with_suffix(".py"),
+            root.joinpath(*dotted.split("."), "__init__.py"),
+        ):
+            if path.is_file() and path not in seen:
+                seen.add(path)
+                content = path.read_bytes()
+                digest.update(f"{path.relative_to(root)}:{len(content)}\n".encode() + content)
+                found = _imports(content, dotted, path.name == "__init__.py")
+                todo += [one for one in found if not installed or one.split(".")[0] == module.split(".")[0]]
+    return digest.hexdigest()[:16]
+
+
+def _imports(content: bytes, module: str, package: bool) -> list[str]:
+    """Dotted names of the modules that a source file may import, and of the packages that hold it and them."""
+    parents = module.split(".")
+    found = [".".join(parents[:end]) for end in range(1, len(parents))]
+    for node in ast.walk(ast.parse(content)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            up = parents[: len(parents) - node.level + package] if node.level else []
+            base = ".".join([*up, *([node.module] if node.module else [])])
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return [".".join(name.split(".")[:end]) for name in found for end in range(1, name.count(".") + 2)]
 
 
 def _checked(value: Any) -> Outcome:
