@@ -1,13 +1,21 @@
 # Everything a fresh machine needs: python3 (3.11 or newer) with venv, and a package registry.
 PY := .venv/bin/python
 
-.PHONY: demo test check clean
+.PHONY: demo test chaos endurance check clean
 
 demo: .venv/installed
 	.venv/bin/headwater demo --out runs/demo
 
 test: .venv/installed-test
 	$(PY) -m pytest
+
+# Kills, full disks and damage of every kind, then 500 kills at random times; docs/reliability.md says how long it takes.
+chaos: .venv/installed-test
+	$(PY) -m pytest -m chaos
+	$(PY) tests/chaos.py --kills 500
+
+endurance: .venv/installed-test
+	$(PY) tests/endurance.py --steps 4000 --nodes 200
 
 check: .venv/installed-check
 	.venv/bin/ruff check src tests

@@ -1,0 +1,221 @@
+"""Runs of the program as children of one warm process: real processes, killed by real signals, without seconds of imports.
+
+    forks = Forks()                                # starts the warm process once
+    forks.run("run", "pocket", "--out", out, fault="step.begun:3=kill").code    # -9
+
+The warm process has one thread and never runs a backward pass, so that it may be forked. A child leads a process group of
+its own. What takes longest and is no part of what is asked here, preflight and the drawn page, is left out unless `whole`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended. `code` is negative for a signal; `arrivals` at every point, of one that ended by itself.
+
+    held  what it held while it ran, every half second: (seconds, bytes of memory, open files)
+    """
+
+    code: int
+    err: str
+    seconds: float
+    arrivals: dict[str, int]
+    held: list[tuple[float, int, int]]
+
+
+class Forks:
+    def __init__(self) -> None:
+        self._asked = 0
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "TOKENIZERS_PARALLELISM": "false"}
+        environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        atexit.register(self.close)
+
+    def run(
+        self,
+        *argv: str | Path,
+        fault: str | None = None,
+        kill_after: float | None = None,
+        signals: Sequence[tuple[float, int]] = (),
+        user: int | None = None,
+        whole: bool = False,
+        then: str = "",
+        patience: float = 280,
+    ) -> Ended:
+        """One run of the program.
+
+        fault       what happens at which point (`headwater.faults`)
+        kill_after  seconds until its whole process group is killed, if it is still there
+        signals     (seconds, number) sent to it alone
+        user        id of the user that it runs as
+        patience    seconds after which a run that should have ended is killed
+        then        a point that stops at its first arrival until a second run of the same program has ended; see `err`
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._asked += 1
+        asked = {
+            "number": self._asked,
+            "argv": [str(one) for one in argv], "fault": fault, "kill_after": kill_after, "signals": list(signals),
+            "user": user, "whole": whole, "then": then, "patience": patience,
+        }  # fmt: skip
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        said: dict[str, Any] = {"number": 0}
+        while said["number"] != self._asked:  # one before may have been given up waiting for
+            line = self._process.stdout.readline()
+            assert line, "the warm process is gone"
+            said = json.loads(line)
+        del said["number"]
+        return Ended(**{**said, "held": [tuple(one) for one in said["held"]]})
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def serve() -> None:
+    """The warm process: forks a child for every line that asks for one, and says how it ended."""
+    warm_up()
+    sink = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        with tempfile.TemporaryDirectory() as folder:
+            if asked["user"] is not None:
+                os.chmod(folder, 0o777)
+            print(json.dumps({"number": asked["number"], **one_run(asked, Path(folder))}), file=sink, flush=True)
+
+
+def warm_up() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    from headwater import cli, cli_science, console, pipeline, processes, report, sampler  # noqa: F401
+    from headwater.model import load
+    from headwater.recipes import find_recipe
+    from headwater.sampler import TorchSampler, requests_for
+    from headwater.settings import Sampling
+    from runs import TINY
+
+    recipe = find_recipe("pocket", list(TINY))
+    with pipeline.prepared(recipe, ["bridge"], [0]):
+        pass  # what is imported late, such as the templates' language, is imported now
+    policy = load("pocket:qwen3-student", "models.student", recipe.models, torch.device("cpu"), frozen=True)
+    TorchSampler(policy).sample(requests_for([("p", (1, 5, 15, 6, 2))], 2, 0, "warm"), Sampling(max_tokens=3))
+
+
+def one_run(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
+    began = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(asked, folder)
+        finally:
+            os._exit(99)
+    until = began + (asked["kill_after"] or asked["patience"])
+    held: list[tuple[float, int, int]] = []
+    signals = sorted((began + after, number) for after, number in asked["signals"])
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        now = time.monotonic()
+        if ended:
+            break
+        while signals and now >= signals[0][0]:
+            os.kill(pid, signals.pop(0)[1])
+        if now >= until:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        if now - began > 0.5 * (len(held) + 1):
+            held.append((now - began, *holds(pid)))
+        time.sleep(0.002)
+    arrivals = folder / "arrivals"
+    return {
+        "code": os.waitstatus_to_exitcode(status),
+        "err": (folder / "err").read_text(errors="replace") if (folder / "err").exists() else "",
+        "seconds": time.monotonic() - began,
+        "arrivals": json.loads(arrivals.read_text()) if arrivals.exists() else {},
+        "held": held,
+    }
+
+
+def holds(pid: int) -> tuple[int, int]:
+    """Bytes of resident memory and open files of a process; zeros when it has just ended."""
+    with contextlib.suppress(OSError, IndexError):
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd"))
+    return 0, 0
+
+
+def child(asked: dict[str, Any], folder: Path) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background was told to ignore it
+    if asked["user"] is not None:
+        os.setgid(asked["user"])
+        os.setuid(asked["user"])
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o666), number)
+    sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w", buffering=1)
+    from headwater import faults
+    from headwater.cli import main
+
+    arrivals: Counter[str] = Counter()
+    strike = faults.struck(asked["fault"]) if asked["fault"] else lambda name: None
+
+    def arrived(name: str) -> None:
+        arrivals[name] += 1
+        if name == asked["then"] and arrivals[name] == 1:
+            second(asked["argv"], folder)
+        strike(name)
+
+    faults.arm(arrived)
+    code: Any = 0
+    with contextlib.ExitStack() as stack:
+        if not asked["whole"]:
+            stack.enter_context(mock.patch("headwater.pipeline.preflight"))
+            stack.enter_context(mock.patch("headwater.report_html.page", return_value=""))
+        stack.enter_context(mock.patch.object(sys, "argv", ["headwater", *asked["argv"]]))
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            code = 1
+    (folder / "arrivals").write_text(json.dumps(arrivals))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def second(argv: list[str], folder: Path) -> None:
+    """Run the same program beside this one, and put how it ended among what this one says."""
+    there = folder / "second"
+    there.mkdir()
+    asked = {"argv": argv, "fault": None, "kill_after": None, "signals": [], "user": None, "whole": False, "then": ""}
+    found = one_run({**asked, "patience": 60}, there)
+    print(f"second: {found['code']}: {found['err'].strip()}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
