@@ -361,6 +361,8 @@ def main() -> int:
                 kind, outcome, said = run_case(number, asked.kind)
             slowest = max(slowest, (time.monotonic() - started, number))
             outcomes[kind, outcome] += 1
+            if (number + 1 - asked.first) % 500 == 0:  # native code may end the process: this says about where
+                print(f"… {number + 1} after {time.monotonic() - began:.0f} s", flush=True)
             if outcome.startswith("!"):
                 failures += 1
                 print(f"case {number} ({kind}): {outcome}\n{said}", flush=True)

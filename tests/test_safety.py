@@ -151,6 +151,15 @@ def test_a_parquet_file_that_unpacks_to_far_more_than_it_holds_is_refused(
         load_data(Source(path=str(tmp_path / "d.parquet")), "data.labeled", need_answers=True)
 
 
+def test_a_problem_of_ten_million_characters_is_refused_before_a_tokenizer_takes_it(tmp_path: Path) -> None:
+    good = [{"problem": f"{n:02d}+07+11+90", "answer": f"{(n + 8) % 100:02d}"} for n in range(20)]
+    write_rows(tmp_path / "d.jsonl", [*good, {"problem": "7" * 10_000_000, "answer": "1"}])
+    started = time.monotonic()
+    said = tiny("run", tmp_path / "out", changes=(f"data.labeled={tmp_path / 'd.jsonl'}",))
+    assert said.code == 2 and "10,000,0" in said.err and "d.jsonl" in said.err and said.err.count("\n") == 1
+    assert time.monotonic() - started < 30
+
+
 def test_a_pattern_that_repeats_repeats_is_not_written_out(tmp_path: Path) -> None:
     started = time.monotonic()
     for gold in (

@@ -23,7 +23,7 @@ from headwater.materials import read_tokenizer
 from headwater.model import load, resolve
 from headwater.prompts import Prompter
 from headwater.recipes import find_recipe
-from runs import tiny
+from runs import call, sets, tiny
 from tiny import CPU, MODELS, tiny_folder
 
 
@@ -126,6 +126,7 @@ TEMPLATES = {
     "doubling": "{% set ns = namespace(s='aa') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     "multiplication": "{{ 'a' * 10**12 }}",
     "long": "{{ 'a' * 20000000 }}",
+    "lipsum": "{{ lipsum(n=10000) }}",
 }
 
 
@@ -136,10 +137,20 @@ def test_a_hostile_chat_template_is_one_sentence_in_time(
     monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1.0)
     (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
     recipe, started = find_recipe("pocket", [f"models.student={folder}"]), time.monotonic()
-    with pytest.raises(UserError, match=rf"the chat template of {re.escape(str(folder))} ") as refused:
+    with pytest.raises(UserError, match=rf"the chat template of {re.escape(str(folder))}") as refused:
         Prompter(read_tokenizer(recipe, "student"), recipe.prompt).ids(Problem.of("17+45", "d.jsonl"))
     assert "\n" not in str(refused.value) and "d.jsonl" in str(refused.value)
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("name", ["attribute", "its own error", "loops"])
+def test_the_doctor_bounds_a_hostile_chat_template_too(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1.0)
+    (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
+    said = call("doctor", "pocket", "--out", tmp_path / "out", *sets(f"models.student={folder}"))
+    assert said.code in (2, 3) and "chat template" in said.out + said.err and "Traceback" not in said.err
 
 
 def test_bounds_of_time_and_memory_hold_and_are_lifted_again() -> None:

@@ -8,7 +8,7 @@ from headwater import model
 from headwater.doctor_case import Case, Finding, UnavailableError
 from headwater.errors import UserError
 from headwater.plan import Role
-from headwater.prompts import Prompter
+from headwater.prompts import Prompter, rendered
 
 SAMPLED_PROBLEMS = 32
 """Texts held through both tokenizers and templates beside the probe strings; as many as `run` looks at."""
@@ -44,7 +44,7 @@ def token_ids(case: Case) -> list[Finding]:
 def _texts(case: Case) -> list[str]:
     """Some problems' texts; none where the data cannot be read, which other checks say."""
     try:
-        return [problem.text for problem in case.problems[:SAMPLED_PROBLEMS]]
+        return [problem.text[:10_000] for problem in case.problems[:SAMPLED_PROBLEMS]]
     except UnavailableError:
         return []
 
@@ -151,7 +151,10 @@ def turn_end(tokenizer: Any) -> int | None:
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     turns = [{"role": "user", "content": "2+5"}, {"role": "assistant", "content": "=7"}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("=7")[2].lstrip()
+    try:
+        after = rendered(tokenizer, turns, "an assistant's turn").rpartition("=7")[2].lstrip()[:1000]
+    except UserError:  # not every template takes such a turn; what it makes of the problems is checked by another name
+        return None
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return ids[0] if ids and ids[0] in special else None
@@ -343,7 +346,7 @@ def unknown_tokens(case: Case) -> list[Finding]:
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None or not problems:
         return []
-    ids = tokenizer([problem.text for problem in problems], add_special_tokens=False)["input_ids"]
+    ids = tokenizer([problem.text[:10_000] for problem in problems], add_special_tokens=False)["input_ids"]
     lost = [problem for problem, one in zip(problems, ids, strict=True) if unknown in one]
     if not lost:
         return []

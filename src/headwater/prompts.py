@@ -14,8 +14,8 @@ from headwater.model_files import reading
 
 TEMPLATE_SECONDS, TEMPLATE_MB = 5.0, 256
 """What a chat template may take for one problem; those that ship with models take a tenth of a millisecond."""
-LONGEST_TEXT = 10_000_000
-"""Characters; a tokenizer's native code may not be asked to take in more at once."""
+LONGEST_TEXT = 500_000
+"""Characters; a tokenizer's native code takes memory in proportion, ends the process where there is none, and hears no alarm."""
 
 
 @dataclass(frozen=True)
@@ -33,42 +33,24 @@ class Prompter:
         messages = [{"role": "user", "content": turn}]
         if self.prompt.system is not None:
             messages.insert(0, {"role": "system", "content": self.prompt.system})
-        return self._templated(problem, messages)
-
-    def _templated(self, problem: Problem, messages: list[dict[str, str]]) -> str:
-        """A chat template is a program that came with the model: whatever it does but give a text is one sentence.
-
-        transformers runs it in Jinja's sandbox, which lets it reach nothing; time and memory are bounded here.
-        """
-        what = self._whose("chat template")
         where = f"problem {problem.id} of {problem.source}"
-        try:
-            with within(TEMPLATE_SECONDS, TEMPLATE_MB):
-                text = self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, enable_thinking=self.prompt.thinking
-                )
-                if not isinstance(text, str):
-                    raise TypeError(f"it gives {type(text).__name__}")
-        except OutOfTimeError:
-            raise UserError(f"{what} takes more than {TEMPLATE_SECONDS:g} seconds on {where}") from None
-        except MemoryError:
-            raise UserError(f"{what} takes more than {TEMPLATE_MB} MiB on {where}") from None
-        except Exception as error:
-            said = " ".join(str(error).split())[:200]
-            raise UserError(f"{what} cannot be used on {where} ({type(error).__name__}: {said})") from None
-        if len(text) > LONGEST_TEXT:
-            raise UserError(f"{what} makes {len(text):,} characters of {where}")
-        return text
-
-    def _whose(self, part: str) -> str:
-        return f"the {part} of {getattr(self.tokenizer, 'name_or_path', '') or 'the model'}"
+        return rendered(
+            self.tokenizer, messages, where, add_generation_prompt=True, enable_thinking=self.prompt.thinking
+        )
 
     def ids(self, problem: Problem) -> tuple[int, ...]:
         """The prompt as token ids. Raises UserError that names the problem when it is empty or over `prompt.max_tokens`."""
         templated = getattr(self.tokenizer, "chat_template", None) is not None
         # A chat template writes its own special tokens; plain text gets the tokenizer's (a BOS, where it has one).
         text = self.text(problem)
-        with reading(f"{self._whose('tokenizer')} cannot be used on problem {problem.id} of {problem.source}"):
+        if len(text) > LONGEST_TEXT:
+            raise UserError(
+                f"problem {problem.id} of {problem.source}: its prompt has {len(text):,} characters under "
+                f"{whose(self.tokenizer, 'chat template')}, over the {LONGEST_TEXT:,} that a tokenizer is given"
+            )
+        with reading(
+            f"{whose(self.tokenizer, 'tokenizer')} cannot be used on problem {problem.id} of {problem.source}"
+        ):
             ids = tuple(self.tokenizer(text, add_special_tokens=not templated)["input_ids"])
         if not ids:
             raise UserError(f"problem {problem.id} of {problem.source}: its prompt has no tokens")
@@ -82,6 +64,31 @@ class Prompter:
     def completion(self, ids: Sequence[int]) -> str:
         """What the model wrote, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, str]], where: str, **options: bool) -> str:
+    """Messages under a chat template, which is a program that came with the model: all it can do else is be refused.
+
+    transformers runs it in Jinja's sandbox, which lets it reach nothing; time and memory are bounded here. Raises UserError.
+    """
+    what = whose(tokenizer, "chat template")
+    try:
+        with within(TEMPLATE_SECONDS, TEMPLATE_MB):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            if not isinstance(text, str):
+                raise TypeError(f"it gives {type(text).__name__}")
+    except OutOfTimeError:
+        raise UserError(f"{what} takes more than {TEMPLATE_SECONDS:g} seconds on {where}") from None
+    except MemoryError:
+        raise UserError(f"{what} takes more than {TEMPLATE_MB} MiB on {where}") from None
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{what} cannot be used on {where} ({type(error).__name__}: {said})") from None
+    return text
+
+
+def whose(tokenizer: Any, part: str) -> str:
+    return f"the {part} of {getattr(tokenizer, 'name_or_path', '') or 'the model'}"
 
 
 def refuse_different_prompts(student: Prompter, teacher: Prompter, problems: Sequence[Problem]) -> None:
