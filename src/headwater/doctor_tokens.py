@@ -44,7 +44,7 @@ def token_ids(case: Case) -> list[Finding]:
 def _texts(case: Case) -> list[str]:
     """Some problems' texts; none where the data cannot be read, which other checks say."""
     try:
-        return [problem.text for problem in case.problems[:SAMPLED_PROBLEMS]]
+        return [problem.text[:10_000] for problem in case.problems[:SAMPLED_PROBLEMS]]
     except UnavailableError:
         return []
 
@@ -346,7 +346,7 @@ def unknown_tokens(case: Case) -> list[Finding]:
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None or not problems:
         return []
-    ids = tokenizer([problem.text for problem in problems], add_special_tokens=False)["input_ids"]
+    ids = tokenizer([problem.text[:10_000] for problem in problems], add_special_tokens=False)["input_ids"]
     lost = [problem for problem, one in zip(problems, ids, strict=True) if unknown in one]
     if not lost:
         return []

@@ -190,7 +190,7 @@ def check_plan(plan: Plan, materials: Materials) -> None:
             )
     sample = [materials.problems[name] for name in sorted(materials.problems)[:32]]
     prompters = {role: Prompter(tokenizer, recipe.prompt) for role, tokenizer in tokenizers.items()}
-    texts = [problem.text for problem in sample]
+    texts = [problem.text[:10_000] for problem in sample]  # one that is far too long is refused below, by name
     for role in tokenizers:
         if role != "student":
             fields = ("models.student", f"models.{role}")
