@@ -141,7 +141,7 @@ def main() -> None:
 def survive(asked: argparse.Namespace, folder: Path) -> bool:
     forks, times = Forks(), random.Random(asked.draw)
     whole = folder / "whole"
-    said = forks.run(*study(whole, asked.seeds), whole=False)
+    said = forks.run(*study(whole, asked.seeds), patience=7200)
     assert said.code == 0, said.err
     print(f"undisturbed: {said.seconds:.1f} s, {len(RunDir(whole).nodes())} nodes", flush=True)
     kills = studies = 0
@@ -150,7 +150,7 @@ def survive(asked: argparse.Namespace, folder: Path) -> bool:
         out, here = folder / f"killed-{studies}", 0
         while True:
             after = times.uniform(asked.shortest, asked.longest) if kills < asked.kills else None
-            said = forks.run(*study(out, asked.seeds), kill_after=after)
+            said = forks.run(*study(out, asked.seeds), kill_after=after, patience=7200)
             if said.code != -signal.SIGKILL:
                 break
             kills, here = kills + 1, here + 1
