@@ -1,6 +1,6 @@
 """Named points at which a test lets a run die, find its disk full or hear a signal. Without one they cost a comparison.
 
-`HEADWATER_FAULT=checkpoint.renamed:2=kill` kills the process at its second arrival at that point; `docs/reliability.md` says
+`HEADWATER_FAULT=checkpoint.saved:2=kill` kills the process at its second arrival at that point; `docs/reliability.md` says
 what then holds. `POINTS` is the list; `python -m headwater.faults` prints it.
 """
 

@@ -325,12 +325,15 @@ class RunDir:
         The seed may differ: a study adds seeds to the same folder. So may `compute` and `guards`, which decide how a run
         goes on but not what comes out.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {self.path}: is a file, not a folder")
-        if not self.recipe.exists():
-            if self.path.exists() and any(not is_leftover(path) for path in self.path.iterdir()):
-                raise UserError(f"--out {self.path}: the folder is not empty and holds no run of ours")
-            return
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"--out {self.path}: is a file, not a folder")
+            if not self.recipe.exists():
+                if self.path.exists() and any(not is_leftover(path) for path in self.path.iterdir()):
+                    raise UserError(f"--out {self.path}: the folder is not empty and holds no run of ours")
+                return
+        except OSError as error:  # such as a folder above it that may not be looked into
+            raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from None
         held = read_json(self.recipe)
         field = first_difference(held | FREE, recipe | FREE) if isinstance(held, dict) else "everything"
         if field is not None:
