@@ -157,7 +157,7 @@ def test_a_problem_of_ten_million_characters_is_refused_before_a_tokenizer_takes
     started = time.monotonic()
     said = tiny("run", tmp_path / "out", changes=(f"data.labeled={tmp_path / 'd.jsonl'}",))
     assert said.code == 2 and "10,000,0" in said.err and "d.jsonl" in said.err and said.err.count("\n") == 1
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 120
 
 
 def test_a_pattern_that_repeats_repeats_is_not_written_out(tmp_path: Path) -> None:
