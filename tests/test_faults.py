@@ -128,6 +128,15 @@ def test_the_environment_arms_a_point_in_any_process() -> None:
     assert said.returncode == KILLED and said.stdout == b""
 
 
+def test_killed_before_the_last_checkpoint_of_a_stage_drops_the_older_ones_they_go_all_the_same(tmp_path: Path) -> None:
+    """Distillation has three checkpoints here, of which two are kept; no step follows that would drop the first."""
+    out, saved = tmp_path / "out", 7  # two of the teacher, two of the warm-up, then the third
+    assert go(out, f"checkpoint.saved:{saved}=kill").code == KILLED
+    assert len(list((node(out, "bridge_rl", "opd") / "checkpoint").glob("[0-9]*"))) == 3
+    assert go(out).code == 0
+    assert differing(out, whole()) == []
+
+
 def flip(path: Path, share: float = 0.5, bit: int = 0) -> None:
     """Turn one bit of a file over."""
     content = bytearray(path.read_bytes())

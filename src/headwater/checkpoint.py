@@ -50,9 +50,14 @@ def save_checkpoint(
         write_json(folder / "sums.json", file_sums(folder))
         faults.point("checkpoint.sums")
     faults.point("checkpoint.saved")
+    prune(node)
+    faults.point("checkpoint.pruned")
+
+
+def prune(node: NodeDir) -> None:
+    """Drop all but the last two."""
     for old in node.checkpoints()[KEPT:]:
         shutil.rmtree(old)
-    faults.point("checkpoint.pruned")
 
 
 def load_checkpoint(

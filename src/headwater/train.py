@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headwater import faults, losses
 from headwater.batch import Batch, Row
-from headwater.checkpoint import load_checkpoint, save_checkpoint
+from headwater.checkpoint import load_checkpoint, prune, save_checkpoint
 from headwater.errors import TrainingStoppedError
 from headwater.files import Logs
 from headwater.guards import Watchman
@@ -251,6 +251,7 @@ def train(
     done = load_checkpoint(node, policy.model, optimizer, say)
     faults.point("stage.loaded")
     node.cut_back_to(done if done else -1)
+    prune(node)  # whoever was killed right after its last checkpoint has not
     faults.point("stage.begun")
     logs = Logs(node.logs)
     on_start(done)
