@@ -62,6 +62,7 @@ MACHINES = {
     "evaluate",
     "conditions",
     "memory",
+    "native",
 }
 HEAVY = ("torch", "transformers", "safetensors", "datasets")
 

@@ -31,7 +31,10 @@ class Held:
 class Cache:
     """Room for `rows` sequences of at most `longest` tokens; at first for `columns` tokens, doubled when they are full.
 
-    heads  (kv_heads, head_dim)
+    heads   (kv_heads, head_dim)
+    lanes   columns whose keys lie side by side, for kernels that score so many at once
+    keys    of each layer (rows, kv_heads, columns / lanes, head_dim, lanes)
+    values  of each layer (rows, kv_heads, columns, head_dim)
     """
 
     def __init__(
@@ -41,14 +44,17 @@ class Cache:
         columns: int,
         longest: int,
         heads: tuple[int, int],
+        lanes: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.columns, self.longest = min(columns, longest), longest
+        self.lanes = lanes
+        self.columns, self.longest = self._whole(min(columns, longest)), self._whole(longest)
         self.kv_heads, self.width = heads
         shape = (rows, self.kv_heads, self.columns, self.width)
+        lying = (rows, self.kv_heads, self.columns // lanes, self.width, lanes)
         # Zeros, not whatever was in memory: a hidden column counts 0 times, and 0 times NaN is NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.keys = [torch.zeros(lying, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.bias_SKT = torch.full(shape[:3], -torch.inf, dtype=dtype, device=device)
         self.position_A = torch.empty(0, dtype=torch.long, device=device)
@@ -65,7 +71,7 @@ class Cache:
         device = self.position_A.device
         rows_E, length_E = torch.tensor([(row, held.lengths[row]) for row in rows], device=device).t()
         there = slice(len(self), len(self) + len(rows))
-        for ours, theirs in zip((*self.keys, *self.values), (*held.keys, *held.values), strict=True):
+        for ours, theirs in zip((*self.keys, *self.values), (*map(self._lying, held.keys), *held.values), strict=True):
             ours[there, :, : theirs.shape[2]] = theirs[rows_E]
             ours[there, :, theirs.shape[2] :] = 0.0  # what a row that left may have held here, NaN perhaps
         past_E1T = torch.arange(self.columns, device=device) >= length_E[:, None, None]
@@ -76,12 +82,15 @@ class Cache:
         return held.hidden_PH[rows_E]
 
     def open(self) -> int:
-        """Show every row its next column; returns up to which column there is anything to see."""
+        """Room for every row's next column; returns up to which column there is anything to see."""
         window = max(self.lengths) + 1
         if window > self.columns:
             self._grow()
-        self.bias_SKT.view(-1).index_fill_(0, self.place_N, 0.0)
         return window
+
+    def show(self) -> None:
+        """The next column is hidden from its row no longer."""
+        self.bias_SKT.view(-1).index_fill_(0, self.place_N, 0.0)
 
     def write(self, layer: int, keys_AKD: Tensor, values_AKD: Tensor) -> None:
         for table, new in ((self.keys[layer], keys_AKD), (self.values[layer], values_AKD)):
@@ -111,8 +120,17 @@ class Cache:
 
     def _grow(self) -> None:
         more = min(self.longest, 2 * self.columns) - self.columns
-        self.keys = [functional.pad(one, (0, 0, 0, more)) for one in self.keys]
+        self.keys = [functional.pad(one, (0, 0, 0, 0, 0, more // self.lanes)) for one in self.keys]
         self.values = [functional.pad(one, (0, 0, 0, more)) for one in self.values]
         self.bias_SKT = functional.pad(self.bias_SKT, (0, more), value=-torch.inf)
         self.columns += more
         self._place()
+
+    def _whole(self, columns: int) -> int:
+        return -(-columns // self.lanes) * self.lanes
+
+    def _lying(self, keys_PKTD: Tensor) -> Tensor:
+        """Keys of prompts as they lie here."""
+        rest = -keys_PKTD.shape[2] % self.lanes
+        whole = functional.pad(keys_PKTD, (0, 0, 0, rest)) if rest else keys_PKTD
+        return whole.unflatten(2, (-1, self.lanes)).transpose(-1, -2)

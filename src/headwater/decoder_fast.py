@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from headwater.decoder_cache import Cache, Held
-from headwater.decoder_weights import Weights
+from headwater.decoder_weights import Projection, Weights
 from headwater.model import Policy
+from headwater.native import LANES, Kernels
 
 CACHE_STEP = 64
 """Columns that a cache has at first beyond the longest prompt."""
@@ -18,8 +19,8 @@ PREFILL_TOKENS = 2048
 """Prompts are run together up to so many tokens, padding included: enough for full speed, little enough to hold."""
 SHARE = 8
 """New rows enter when at least 1/SHARE of the rows are free, so that the cost of an entry is spread over many."""
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q (N, heads, D), k (N, kv_heads, D), v (N, kv_heads, D)) -> (N, heads · D)."""
+Attend = Callable[[int, Tensor], Tensor]
+"""(layer, q, k and v as projected, joined (N, (heads + 2 · kv_heads) · D)) -> (N, heads · D)."""
 
 
 class FastDecoder:
@@ -34,6 +35,7 @@ class FastDecoder:
         self.width = getattr(held, "head_dim", None) or held.hidden_size // self.heads
         self.eps = held.rms_norm_eps
         self.weights = Weights.of(policy, self.heads, self.kv_heads, self.width)
+        self.kernels = self.weights.kernels
         self.eps_1 = torch.full((1,), self.eps, dtype=torch.float32, device=policy.device)
         self.logits = self.weights.head
 
@@ -42,7 +44,9 @@ class FastDecoder:
         self.waiting = list(prompts)
         self.held: Held | None = None
         columns = max(map(len, prompts)) + CACHE_STEP
-        self.cache = Cache(len(self.weights.layers), rows, columns, longest, (self.kv_heads, self.width), dtype, device)
+        lanes = LANES if self.kernels else 1
+        heads = (self.kv_heads, self.width)
+        self.cache = Cache(len(self.weights.layers), rows, columns, longest, heads, lanes, dtype, device)
         self.table = self._rope_table(longest)
         return max(1, rows // SHARE)
 
@@ -61,8 +65,8 @@ class FastDecoder:
 
     def step(self, token_A: Tensor) -> Tensor:
         window = self.cache.open()
-        table_A = self.table.index_select(0, self.cache.position_A)
-        hidden_AH = self._forward(token_A[:, None], table_A, self._attention(window))
+        attend = self._attention(window) if self.kernels is None else self._by(self.kernels)
+        hidden_AH = self._forward(token_A[:, None], attend)
         self.cache.close()
         return self._norm(hidden_AH, self.weights.last_norm)
 
@@ -90,15 +94,17 @@ class FastDecoder:
         keys: list[Tensor] = []
         values: list[Tensor] = []
 
-        def attend(layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        table_N = self.table.index_select(0, torch.arange(width, device=device).repeat(len(prompts)))
+
+        def attend(layer: int, qkv_ND: Tensor) -> Tensor:
+            q_NHD, k_NKD, v_NKD = self._heads(layer, qkv_ND, table_N)
             q_PHTD, k_PKTD, v_PKTD = (part.unflatten(0, (-1, width)).transpose(1, 2) for part in (q_NHD, k_NKD, v_NKD))
             keys.append(k_PKTD)
             values.append(v_PKTD)
             found = functional.scaled_dot_product_attention(q_PHTD, k_PKTD, v_PKTD, is_causal=True, enable_gqa=True)
             return found.transpose(1, 2).flatten(0, 1).flatten(1)
 
-        position_N = torch.arange(width, device=device).repeat(len(prompts))
-        x_NH = self._forward(ids_PT, self.table.index_select(0, position_N), attend)
+        x_NH = self._forward(ids_PT, attend)
         last = [row * width + length - 1 for row, length in enumerate(lengths)]
         hidden_PH = self._norm(x_NH.index_select(0, torch.tensor(last, device=device)), self.weights.last_norm)
         return Held(keys, values, hidden_PH, lengths, rows)
@@ -106,11 +112,14 @@ class FastDecoder:
     def _attention(self, window: int) -> Attend:
         """One new token of each row attends to the row's own columns among the first `window`."""
         cache, rows, group = self.cache, len(self.cache), self.heads // self.kv_heads
+        cache.show()
         bias_AKT = cache.bias_SKT[:rows, :, :window]
+        table_A = self.table.index_select(0, cache.position_A)
 
-        def attend(layer: int, q_AHD: Tensor, k_AKD: Tensor, v_AKD: Tensor) -> Tensor:
+        def attend(layer: int, qkv_AD: Tensor) -> Tensor:
+            q_AHD, k_AKD, v_AKD = self._heads(layer, qkv_AD, table_A)
             cache.write(layer, k_AKD, v_AKD)
-            k_AKTD, v_AKTD = (one[:rows, :, :window] for one in (cache.keys[layer], cache.values[layer]))
+            k_AKTD, v_AKTD = (one[:rows, :, :window] for one in (cache.keys[layer].squeeze(-1), cache.values[layer]))
             if q_AHD.dtype != torch.float32:  # rounded scores would be too coarse; this keeps them in float32
                 return functional.scaled_dot_product_attention(
                     q_AHD[:, :, None], k_AKTD, v_AKTD, attn_mask=bias_AKT[:, :1, None], enable_gqa=True
@@ -123,30 +132,43 @@ class FastDecoder:
 
         return attend
 
-    def _forward(self, ids_AL: Tensor, table_N: Tensor, attend: Attend) -> Tensor:
-        """L new tokens of each of A rows, N = A · L in all: x (N, H) before the last norm.
+    def _by(self, kernels: Kernels) -> Attend:
+        """The same in one pass over each row's own columns."""
+        turns_TD = torch.view_as_real(self.table).flatten(1)
+
+        def attend(layer: int, qkv_AD: Tensor) -> Tensor:
+            cache, heads_norm = self.cache, self.weights.layers[layer].heads_norm
+            return kernels.attend(
+                qkv_AD, heads_norm, turns_TD, cache.position_A, cache.keys[layer], cache.values[layer], self.eps
+            )
+
+        return attend
+
+    def _forward(self, ids_AL: Tensor, attend: Attend) -> Tensor:
+        """L new tokens of each of A rows, N = A · L in all: x (N, H) before the last norm."""
+        x = functional.embedding(ids_AL.reshape(-1), self.weights.embedding)
+        for index, layer in enumerate(self.weights.layers):
+            x = layer.out.added_to(x, attend(index, joined(layer.qkv, self._norm(x, layer.before_attention))))
+            gate_up = joined(layer.gate_up, self._norm(x, layer.before_mlp))
+            x = layer.down.added_to(x, gated(gate_up) if self.kernels is None else self.kernels.gate(gate_up))
+        return x
+
+    def _heads(self, layer: int, qkv_ND: Tensor, table_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (N, heads, D) and k (N, kv_heads, D), normed and turned, and v (N, kv_heads, D).
 
         table_N  the RoPE table at each token's position
         """
-        x = functional.embedding(ids_AL.reshape(-1), self.weights.embedding)
-        q_and_k = (self.heads + self.kv_heads) * self.width
-        for index, layer in enumerate(self.weights.layers):
-            normed = self._norm(x, layer.before_attention)
-            parts = [linear(normed) for linear in layer.qkv]
-            qkv = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-            qk = qkv[:, :q_and_k].unflatten(1, (-1, self.width))
-            v = qkv[:, q_and_k:].unflatten(1, (-1, self.width))
-            if layer.heads_norm is not None:
-                qk = self._norm(qk, layer.heads_norm)
-            q, k = (self._turned(part, table_N) for part in (qk[:, : self.heads], qk[:, self.heads :]))
-            x = layer.out.added_to(x, attend(index, q, k, v))
-            normed = self._norm(x, layer.before_mlp)
-            parts = [linear(normed) for linear in layer.gate_up]
-            gate, up = parts[0].chunk(2, dim=-1) if len(parts) == 1 else parts
-            x = layer.down.added_to(x, gated(gate, up))
-        return x
+        q_and_k, heads_norm = (self.heads + self.kv_heads) * self.width, self.weights.layers[layer].heads_norm
+        qk = qkv_ND[:, :q_and_k].unflatten(1, (-1, self.width))
+        if heads_norm is not None:
+            qk = self._normed(qk, heads_norm)
+        q, k = (self._turned(part, table_N) for part in (qk[:, : self.heads], qk[:, self.heads :]))
+        return q, k, qkv_ND[:, q_and_k:].unflatten(1, (-1, self.width))
 
-    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+    def _norm(self, x_NH: Tensor, weight_H: Tensor | None) -> Tensor:
+        return self._normed(x_NH, weight_H) if self.kernels is None else self.kernels.norm(x_NH, weight_H, self.eps)
+
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """RMS norm over the last dimension. In float32 written out in four operations; the library's takes seven on a CPU."""
         if x.dtype != torch.float32:
             normed = functional.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
@@ -176,8 +198,14 @@ class FastDecoder:
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def joined(linears: Sequence[Projection], x: Tensor) -> Tensor:
+    parts = [linear(x) for linear in linears]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def gated(gate_up: Tensor) -> Tensor:
     """silu(gate) · up; in float32 as three operations, each of which a CPU does at full width."""
+    gate, up = gate_up.chunk(2, dim=-1)
     if gate.dtype != torch.float32:
         return functional.silu(gate) * up
     return torch.sigmoid(gate).mul_(gate).mul_(up)

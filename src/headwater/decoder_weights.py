@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from headwater.model import Policy
+from headwater.native import Kernels, kernels, packed
 
 FUSED_PARAMETERS = 64_000_000
 """Up to this size weights are copied into joined ones for the call; past it a copy would cost more than it saves."""
-PACKED_VOCABULARY = 4096
-"""From this width on the head's weights are packed on a CPU: few rows times a wide matrix is MKL's weak side there."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,26 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """The same by the kernels, on a copy of the weight in their own layout: few rows times a matrix is BLAS's weak side."""
+
+    kernels: Kernels
+    weight: Tensor
+    bias: Tensor | None
+    columns: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.kernels.linear(x, self.weight, self.bias, self.columns)
+
+    def added_to(self, x: Tensor, y: Tensor) -> Tensor:
+        self.kernels.add_linear(x, y, self.weight, self.bias)
+        return x
+
+
+Projection = Linear | Packed
+
+
+@dataclass(frozen=True)
 class Layer:
     """One decoder layer. The norms' weights are None where they are folded into the projections that follow.
 
@@ -47,10 +66,10 @@ class Layer:
     heads_norm   (heads + kv_heads, head_dim): of q and k, None where the model has none
     """
 
-    qkv: tuple[Linear, ...]
-    out: Linear
-    gate_up: tuple[Linear, ...]
-    down: Linear
+    qkv: tuple[Projection, ...]
+    out: Projection
+    gate_up: tuple[Projection, ...]
+    down: Projection
     before_attention: Tensor | None
     before_mlp: Tensor | None
     heads_norm: Tensor | None
@@ -58,13 +77,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """interleaved: q and k come with the two halves of each head in turns (0, D/2, 1, …): RoPE is then one complex product."""
+    """interleaved: q and k come with the two halves of each head in turns (0, D/2, 1, …): RoPE is then one complex product.
+    kernels: what else there is to do with them, where a CPU has kernels for it"""
 
     layers: tuple[Layer, ...]
     embedding: Tensor
     last_norm: Tensor
     head: Callable[[Tensor], Tensor]
     interleaved: bool
+    kernels: Kernels | None
 
     @staticmethod
     def of(policy: Policy, heads: int, kv_heads: int, width: int) -> Weights:
@@ -75,13 +96,15 @@ class Weights:
             heads=heads,
             kv_heads=kv_heads,
             width=width,
+            device=policy.device,
         )
         return Weights(
             layers=tuple(reader.layer(layer) for layer in body.layers),
             embedding=reader.cast(body.embed_tokens.weight),
             last_norm=reader.cast(body.norm.weight),
-            head=reader.head(policy.head),
+            head=reader.made(reader.read(policy.head)),
             interleaved=reader.folds,
+            kernels=reader.kernels,
         )
 
 
@@ -94,11 +117,16 @@ class Reader:
     heads: int
     kv_heads: int
     width: int
+    device: torch.device
 
     @property
     def folds(self) -> bool:
         """Whether norms are folded and heads interleaved: in float32 that only reorders roundings of 1e-7."""
         return self.small and self.dtype == torch.float32
+
+    @property
+    def kernels(self) -> Kernels | None:
+        return kernels() if self.folds and self.device.type == "cpu" else None
 
     def cast(self, weight: Tensor) -> Tensor:
         return weight.detach().to(self.dtype)
@@ -115,9 +143,9 @@ class Reader:
         qk = (attention.q_proj, attention.k_proj)
         return Layer(
             qkv=self.joined([*(self.read(one, before_attention, True) for one in qk), self.read(attention.v_proj, before_attention)]),
-            out=self.read(attention.o_proj),
+            out=self.made(self.read(attention.o_proj)),
             gate_up=self.joined([self.read(mlp.gate_proj, before_mlp), self.read(mlp.up_proj, before_mlp)]),
-            down=self.read(mlp.down_proj),
+            down=self.made(self.read(mlp.down_proj)),
             before_attention=None if self.folds else before_attention,
             before_mlp=None if self.folds else before_mlp,
             heads_norm=heads_norm,
@@ -138,18 +166,14 @@ class Reader:
             return x
         return x.unflatten(-1, (-1, 2, self.width // 2)).transpose(-1, -2).flatten(-3)
 
-    def joined(self, parts: list[Linear]) -> tuple[Linear, ...]:
-        if self.small and all(part.bias is None for part in parts):
-            return (Linear(torch.cat([part.weight for part in parts]), None),)
-        return tuple(parts)
+    def joined(self, parts: list[Linear]) -> tuple[Projection, ...]:
+        if not self.small:
+            return tuple(parts)
+        biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+        bias = None if all(part.bias is None for part in parts) else torch.cat(biases)
+        return (self.made(Linear(torch.cat([part.weight for part in parts]), bias)),)
 
-    def head(self, module: Any) -> Callable[[Tensor], Tensor]:
-        plain = self.read(module)
-        wide = plain.weight.device.type == "cpu" and len(plain.weight) >= PACKED_VOCABULARY
-        return packed(plain) if wide and self.folds and torch.backends.mkldnn.is_available() else plain
-
-
-def packed(plain: Linear) -> Callable[[Tensor], Tensor]:
-    """The same product by oneDNN, on a copy of the weight in its own layout."""
-    weight, bias = torch.ops.mkldnn._reorder_linear_weight(plain.weight, 16), plain.bias
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    def made(self, plain: Linear) -> Projection:
+        if self.kernels is None:
+            return plain
+        return Packed(self.kernels, packed(plain.weight), plain.bias, len(plain.weight))

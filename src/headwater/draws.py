@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from headwater import config, seeds
+from headwater.native import kernels
 
 BLOCK = 128
 """A wide vocabulary is searched in two levels: first among the masses of blocks of so many tokens, then within one."""
@@ -44,6 +45,9 @@ def draw_tokens(logits_BV: Tensor, draws_B: Tensor, sampling: config.Sampling) -
     Example: probabilities (0.25, 0.75) give token 0 for a draw below 0.25, else token 1.
     """
     logits_BV = logits_BV.float()
+    fast = kernels() if logits_BV.device.type == "cpu" and not sampling.top_k and sampling.top_p >= 1.0 else None
+    if fast:
+        return fast.draw(logits_BV.contiguous(), draws_B.double(), sampling.temperature)
     if sampling.temperature != 1.0:
         logits_BV = logits_BV / sampling.temperature
     if sampling.top_k and sampling.top_k < logits_BV.shape[-1]:

@@ -1,0 +1,246 @@
+/* What one decoding step does to each row besides matrix products, on a CPU: each function is one pass over memory where
+   torch takes five to ten. native.py compiles this file and describes its arguments; everything is float32, row-major.
+
+   A row is computed by one thread, in one order: results do not depend on the number of threads. No fast-math: NaN and
+   infinity stay what they are; only the sums marked `omp simd` may be made in another order than written. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <math.h>
+
+#define INLINE static inline __attribute__((always_inline))
+/* One build runs everywhere: the loader takes the version for the processor at hand. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define FITTED __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FITTED __attribute__((noinline))
+#endif
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+#define EIGHT(place) (*(Eight *)(place))
+#define MANY 16384 /* numbers; below it a second thread costs more than it saves */
+#define LANES 16   /* columns of the cache whose keys lie side by side; native.py knows it too */
+#define BLOCK 128  /* tokens; a draw is searched first among the masses of blocks */
+
+/* e^x to 2 units in the last place, 0 below -87; written out so that compilers vectorize it. (Cephes' polynomial.) */
+INLINE float exponential(float x) {
+    float bounded = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    float n = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds to an integer */
+    float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t bits; float value; } power;
+    power.bits = ((int32_t)n + 127) << 23;
+    p *= power.value;
+    return x < -87.0f ? 0.0f : p;
+}
+
+/* out = x · weight / rms(x); weight may be absent. */
+INLINE void normed(const float *x, const float *weight, float *out, int width, float eps) {
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (int i = 0; i < width; i++) squares += x[i] * x[i];
+    float scale = 1.0f / sqrtf(squares / width + eps);
+    if (weight) {
+#pragma omp simd
+        for (int i = 0; i < width; i++) out[i] = x[i] * scale * weight[i];
+    } else {
+#pragma omp simd
+        for (int i = 0; i < width; i++) out[i] = x[i] * scale;
+    }
+}
+
+FITTED static void norm_row(const float *x, const float *weight, float *out, int width, float eps) {
+    normed(x, weight, out, width, eps);
+}
+
+void norm_rows(const float *x, const float *weight, float *out, int64_t rows, int width, float eps) {
+#pragma omp parallel for schedule(static) if (rows * width > MANY)
+    for (int64_t row = 0; row < rows; row++) norm_row(x + row * width, weight, out + row * width, width, eps);
+}
+
+/* gate_up (rows, 2 · width) -> silu(gate) · up (rows, width). */
+FITTED static void gate_row(const float *gate, const float *up, float *out, int width) {
+#pragma omp simd
+    for (int i = 0; i < width; i++) out[i] = gate[i] * up[i] / (1.0f + exponential(-gate[i]));
+}
+
+void gate_rows(const float *gate_up, float *out, int64_t rows, int width) {
+#pragma omp parallel for schedule(static) if (rows * width > MANY)
+    for (int64_t row = 0; row < rows; row++)
+        gate_row(gate_up + row * 2 * width, gate_up + row * 2 * width + width, out + row * width, width);
+}
+
+/* One head after its projection: RMS norm where the model has one, then RoPE on interleaved pairs (cos, sin in turns). */
+INLINE void headed(const float *x, const float *weight, const float *turn, float *out, int width, float eps) {
+    if (weight) normed(x, weight, out, width, eps);
+    else memcpy(out, x, width * sizeof(float));
+    for (int i = 0; i < width; i += 2) {
+        float re = out[i] * turn[i] - out[i + 1] * turn[i + 1];
+        out[i + 1] = out[i] * turn[i + 1] + out[i + 1] * turn[i];
+        out[i] = re;
+    }
+}
+
+/* A query head against `count` columns. q (width) is scaled already; keys (columns / LANES, width, LANES), so that LANES scores are
+   summed side by side; values (columns, width). Two sums for each result, so that an addition need not wait for the last one. */
+INLINE void attended(const float *q, const float *keys, const float *values, float *score, float *out, int64_t count, int width) {
+    float most = -INFINITY, total = 0.0f;
+    for (int64_t block = 0; block * LANES < count; block++) {
+        const float *key = keys + block * LANES * width;
+        Eight low = {0.0f}, high = low, low_too = low, high_too = low;
+        int i = 0;
+        for (; i + 2 <= width; i += 2, key += 2 * LANES) {
+            low += q[i] * EIGHT(key), high += q[i] * EIGHT(key + 8);
+            low_too += q[i + 1] * EIGHT(key + LANES), high_too += q[i + 1] * EIGHT(key + LANES + 8);
+        }
+        EIGHT(score + block * LANES) = low + low_too;
+        EIGHT(score + block * LANES + 8) = high + high_too;
+    }
+#pragma omp simd reduction(max : most)
+    for (int64_t t = 0; t < count; t++) most = score[t] > most ? score[t] : most;
+#pragma omp simd reduction(+ : total)
+    for (int64_t t = 0; t < count; t++) total += score[t] = exponential(score[t] - most);
+    float share = 1.0f / total;
+    int first = 0;
+    for (; first + 16 <= width; first += 16) {
+        const float *value = values + first;
+        Eight low = {0.0f}, high = low, low_too = low, high_too = low;
+        int64_t t = 0;
+        for (; t + 2 <= count; t += 2, value += 2 * width) {
+            low += score[t] * EIGHT(value), high += score[t] * EIGHT(value + 8);
+            low_too += score[t + 1] * EIGHT(value + width), high_too += score[t + 1] * EIGHT(value + width + 8);
+        }
+        if (t < count) low += score[t] * EIGHT(value), high += score[t] * EIGHT(value + 8);
+        EIGHT(out + first) = (low + low_too) * share;
+        EIGHT(out + first + 8) = (high + high_too) * share;
+    }
+    for (; first < width; first++) {
+        float sum = 0.0f;
+        for (int64_t t = 0; t < count; t++) sum += score[t] * values[t * width + first];
+        out[first] = sum * share;
+    }
+}
+
+/* A row's new token: its heads are normed and turned, its keys and values take column `column` of the cache, and it attends to the
+   columns up to it. scratch  columns + width floats. */
+FITTED static void attend_row(const float *qkv, const float *weight, const float *turn, float *keys, float *values, float *out,
+                              float *scratch, int64_t column, int heads, int kv_heads, int width, int64_t columns, float eps) {
+    int group = heads / kv_heads;
+    float scale = 1.0f / sqrtf((float)width), *score = scratch, *one = scratch + columns;
+    for (int head = 0; head < kv_heads; head++) {
+        float *key = keys + head * columns * width, *value = values + head * columns * width;
+        int n = heads + head;
+        headed(qkv + n * width, weight ? weight + n * width : 0, turn, one, width, eps);
+        float *place = key + column / LANES * LANES * width + column % LANES;
+        for (int i = 0; i < width; i++) place[i * LANES] = one[i];
+        memcpy(value + column * width, qkv + (n + kv_heads) * width, width * sizeof(float));
+        for (int g = 0; g < group; g++) {
+            n = head * group + g;
+            headed(qkv + n * width, weight ? weight + n * width : 0, turn, one, width, eps);
+            for (int i = 0; i < width; i++) one[i] *= scale;
+            attended(one, key, value, score, out + n * width, column + 1, width);
+        }
+    }
+}
+
+/* One new token of each of `rows` rows.
+
+   qkv      (rows, (heads + 2 · kv_heads) · width)     weight   (heads + kv_heads, width) or absent
+   turns    (positions, width)                         position (rows)
+   keys     (rows, kv_heads, columns / LANES, width, LANES): columns is a multiple of LANES
+   values   (rows, kv_heads, columns, width)           out      (rows, heads · width) */
+void attend_rows(const float *qkv, const float *weight, const float *turns, const int64_t *position, float *keys,
+                 float *values, float *out, int64_t rows, int heads, int kv_heads, int width, int64_t columns, float eps) {
+    int64_t size = kv_heads * columns * width;
+#pragma omp parallel if (rows > 1)
+    {
+        float *scratch = malloc((columns + width) * sizeof(float));
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++)
+            attend_row(qkv + row * (heads + 2 * kv_heads) * width, weight, turns + position[row] * width, keys + row * size,
+                       values + row * size, out + row * heads * width, scratch, position[row], heads, kv_heads, width,
+                       columns, eps);
+        free(scratch);
+    }
+}
+
+/* Where the cumulative distribution softmax(logits · inverse_temperature) passes draw; its log-prob goes to *logp. A row with NaN
+   gives some token, and NaN. mass  room for each block's */
+FITTED static int64_t draw_row(const float *l, double draw, float *logp, double *mass, int64_t width, float inverse_temperature) {
+    int64_t blocks = (width + BLOCK - 1) / BLOCK, last = 0;
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int64_t v = 0; v < width; v++) most = l[v] > most ? l[v] : most;
+    double total = 0.0;
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t end = (b + 1) * BLOCK < width ? (b + 1) * BLOCK : width;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t v = b * BLOCK; v < end; v++) sum += exponential((l[v] - most) * inverse_temperature);
+        mass[b] = sum;
+        total += sum;
+        if (sum > 0.0f) last = b; /* roundings may hide the target: no draw lands where nothing can be drawn */
+    }
+    double target = draw * total, before = 0.0;
+    int64_t b = 0, chosen = 0;
+    while (b < last && !(before + mass[b] > target)) before += mass[b++];
+    int64_t end = (b + 1) * BLOCK < width ? (b + 1) * BLOCK : width;
+    for (int64_t v = b * BLOCK; v < end && !(before > target); v++) {
+        float p = exponential((l[v] - most) * inverse_temperature);
+        before += p;
+        if (p > 0.0f) chosen = v;
+    }
+    *logp = (float)((double)((l[chosen] - most) * inverse_temperature) - log(total));
+    return chosen;
+}
+
+void draw_rows(const float *logits, const double *draws, int64_t *token, float *logp, int64_t rows, int64_t width,
+               float inverse_temperature) {
+#pragma omp parallel if (rows * width > MANY)
+    {
+        double *mass = malloc((width / BLOCK + 1) * sizeof(double));
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++)
+            token[row] = draw_row(logits + row * width, draws[row], logp + row, mass, width, inverse_temperature);
+        free(mass);
+    }
+}
+
+/* Up to four rows of x (there, width) times LANES columns, packed (width, LANES), of which `wide` are real. */
+FITTED static void four_rows(const float *x, const float *packed, const float *bias, float *out, int64_t there, int width,
+                             int64_t columns, int64_t wide, int add) {
+    const float *x0 = x, *x1 = there > 1 ? x + width : x, *x2 = there > 2 ? x + 2 * width : x, *x3 = there > 3 ? x + 3 * width : x;
+    Eight a0 = {0.0f}, b0 = a0, a1 = a0, b1 = a0, a2 = a0, b2 = a0, a3 = a0, b3 = a0;
+    for (int i = 0; i < width; i++) {
+        Eight a = EIGHT(packed + i * LANES), b = EIGHT(packed + i * LANES + 8);
+        a0 += x0[i] * a, b0 += x0[i] * b, a1 += x1[i] * a, b1 += x1[i] * b;
+        a2 += x2[i] * a, b2 += x2[i] * b, a3 += x3[i] * a, b3 += x3[i] * b;
+    }
+    Eight sums[4][2] = {{a0, b0}, {a1, b1}, {a2, b2}, {a3, b3}};
+    for (int64_t row = 0; row < there; row++, out += columns) {
+        float *sum = (float *)sums[row];
+        for (int64_t lane = 0; bias && lane < wide; lane++) sum[lane] += bias[lane];
+        for (int64_t lane = 0; add && lane < wide; lane++) sum[lane] += out[lane];
+        memcpy(out, sum, wide * sizeof(float));
+    }
+}
+
+/* x (rows, width) · Wᵀ + bias -> out (rows, columns), added to what stands there if `add`. Every weight is read from memory once.
+
+   packed (columns / LANES, rounded up, width, LANES): W (columns, width) with zeros for the columns that are not there.
+   bias   (columns) or absent */
+void linear_rows(const float *x, const float *packed, const float *bias, float *out, int64_t rows, int width, int64_t columns, int add) {
+#pragma omp parallel for schedule(static) if (rows * columns > MANY)
+    for (int64_t block = 0; block < (columns + LANES - 1) / LANES; block++) {
+        int64_t first = block * LANES, wide = columns - first < LANES ? columns - first : LANES;
+        for (int64_t row = 0; row < rows; row += 4)
+            four_rows(x + row * width, packed + first * width, bias ? bias + first : 0, out + row * columns + first,
+                      rows - row < 4 ? rows - row : 4, width, columns, wide, add);
+    }
+}

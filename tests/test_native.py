@@ -1,0 +1,170 @@
+"""The CPU kernels say what torch says, and everything goes through torch where they were not built."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from headwater import decoder_weights, draws, native
+from headwater.decoder import decoder_for
+from headwater.decoder_fast import FastDecoder
+from headwater.draws import draw_tokens
+from headwater.native import LANES, Kernels, packed
+from headwater.sampler import TorchSampler, requests_for
+from headwater.settings import Sampling
+from tiny import PROMPTS, tiny_policy
+
+
+@pytest.fixture
+def fast() -> Kernels:
+    found = native.kernels()
+    if found is None:
+        pytest.skip("NOT tested: the CPU kernels were not built here (no C compiler when headwater was installed)")
+    return found
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 259])
+def test_the_norm_is_the_root_mean_square_norm(fast: Kernels, width: int) -> None:
+    x, weight = drawn(5, width), drawn(width, seed=1)
+    torch.testing.assert_close(fast.norm(x, weight, 1e-6), functional.rms_norm(x, (width,), weight, 1e-6))
+    torch.testing.assert_close(fast.norm(x, None, 1e-2), functional.rms_norm(x, (width,), None, 1e-2))
+
+
+def test_the_gate_is_silu_times_up_also_far_from_zero(fast: Kernels) -> None:
+    gate = torch.cat([drawn(3, 37), torch.tensor([[-200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0] + [1.0] * 30])])
+    up = drawn(4, 37, seed=1)
+    torch.testing.assert_close(fast.gate(torch.cat([gate, up], dim=1)), functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 3, 1), (5, 64, 30), (16, 32, 4099), (130, 48, 96)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_packed_weight_gives_the_product_whatever_its_shape(
+    fast: Kernels, rows: int, width: int, columns: int, biased: bool
+) -> None:
+    x, weight = drawn(rows, width), drawn(columns, width, seed=1)
+    bias = drawn(columns, seed=2) if biased else None
+    wanted = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    close = {"rtol": 0.0, "atol": 1e-6 * math.sqrt(width) * 8}
+    torch.testing.assert_close(fast.linear(x, packed(weight), bias, columns).double(), wanted, **close)
+    to = drawn(rows, columns, seed=3)
+    wanted += to.double()
+    fast.add_linear(to, x, packed(weight), bias)
+    torch.testing.assert_close(to.double(), wanted, **close)
+
+
+def by_hand(q_AHD: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+    """Softmax attention of each row's heads over its own keys and values (kv_heads, t, D), in float64."""
+    found = []
+    for q_HD, k_KTD, v_KTD in zip(q_AHD, keys, values, strict=True):
+        group = len(q_HD) // len(k_KTD)
+        k, v = k_KTD.repeat_interleave(group, 0), v_KTD.repeat_interleave(group, 0)
+        p = torch.softmax(torch.einsum("hd,htd->ht", q_HD, k) / math.sqrt(q_HD.shape[-1]), -1)
+        found.append(torch.einsum("ht,htd->hd", p, v).flatten())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 16), (6, 2, 24), (2, 2, 64), (3, 1, 6)])
+@pytest.mark.parametrize("normed", [True, False])
+def test_attention_of_one_new_token_is_that_of_the_formula_for_rows_of_every_age(
+    fast: Kernels, heads: int, kv_heads: int, width: int, normed: bool
+) -> None:
+    columns, ages = 3 * LANES, [0, 1, 15, 16, 17, 40, 47]
+    rows = len(ages)
+    qkv = drawn(rows, (heads + 2 * kv_heads) * width)
+    weight = drawn(heads + kv_heads, width, seed=1) if normed else None
+    angle = drawn(columns, width // 2, seed=2)
+    turns = torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1)
+    keys, values = drawn(rows, kv_heads, columns, width, seed=3), drawn(rows, kv_heads, columns, width, seed=4)
+    for row, age in enumerate(ages):  # what lies past a row's own end is nobody's, and may be anything
+        keys[row, :, age:], values[row, :, age:] = math.nan, math.nan
+    lying = keys.unflatten(2, (-1, LANES)).transpose(-1, -2).contiguous()
+    held = values.clone()
+    out = fast.attend(qkv, weight, turns, torch.tensor(ages), lying, held, 1e-6)
+
+    parts = qkv.double().unflatten(1, (-1, width))
+    qk, v = parts[:, : heads + kv_heads], parts[:, heads + kv_heads :]
+    if weight is not None:
+        qk = functional.rms_norm(qk, (width,), None, 1e-6) * weight
+    pairs = torch.view_as_complex(qk.unflatten(-1, (-1, 2)).contiguous())
+    qk = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[ages][:, None].to(pairs.dtype)).flatten(
+        -2
+    )
+    q, k = qk[:, :heads], qk[:, heads:]
+    theirs = [torch.cat([keys[row, :, :age].double(), k[row, :, None]], 1) for row, age in enumerate(ages)]
+    seen = [torch.cat([values[row, :, :age].double(), v[row, :, None]], 1) for row, age in enumerate(ages)]
+    torch.testing.assert_close(out.double(), by_hand(q, theirs, seen), rtol=1e-5, atol=1e-5)
+    for row, age in enumerate(ages):
+        written = lying.transpose(-1, -2).flatten(2, 3)[row, :, age]
+        torch.testing.assert_close(written.double(), k[row], rtol=1e-5, atol=1e-5)
+        assert torch.equal(held[row, :, age].double(), v[row])
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 30, 128, 129, 5000])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution(
+    fast: Kernels, vocabulary: int, temperature: float
+) -> None:
+    logits = 3 * drawn(200, vocabulary)
+    logits[:, 1:][drawn(200, vocabulary - 1, seed=1) > 1.0] = -torch.inf  # those are never drawn
+    uniform = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    uniform[:2] = torch.tensor([0.0, 1.0 - 2.0**-53])
+    token, logp = fast.draw(logits, uniform, temperature)
+    p = torch.softmax(logits.double() / temperature, -1)
+    after = p.cumsum(-1).gather(1, token[:, None]).squeeze(1)
+    own = p.gather(1, token[:, None]).squeeze(1)
+    assert bool((own > 0).all())
+    assert bool((after > uniform - 1e-6).all()) and bool((after - own <= uniform + 1e-6).all())
+    torch.testing.assert_close(logp.double(), own.log(), rtol=0.0, atol=2e-6)
+
+
+def test_a_draw_from_what_is_not_a_number_is_some_token_and_says_so(fast: Kernels) -> None:
+    logits = torch.tensor([[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3])
+    token, logp = fast.draw(logits, torch.full((3,), 0.5, dtype=torch.float64), 1.0)
+    assert bool(((token >= 0) & (token < 3)).all())
+    assert bool(logp.isnan().all())
+
+
+def test_results_do_not_depend_on_the_number_of_threads(fast: Kernels) -> None:
+    x, weight = drawn(300, 64), packed(drawn(384, 64, seed=1))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            y = fast.linear(x, weight, None, 384)
+            found.append(
+                (y, fast.gate(y), fast.norm(y, None, 1e-6), *fast.draw(y, torch.full((300,), 0.4).double(), 1.0))
+            )
+        finally:
+            torch.set_num_threads(1)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_without_the_kernels_the_same_tokens_are_drawn(
+    fast: Kernels, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tiny_policy(name)
+    requests = requests_for([(str(row), ids) for row, ids in enumerate(PROMPTS)], 4, 0, "native")
+    with_them = TorchSampler(policy, batch=5).sample(requests, Sampling(max_tokens=20))
+    for module in (decoder_weights, draws):
+        monkeypatch.setattr(module, "kernels", lambda: None)
+    decoder = decoder_for(policy)
+    assert isinstance(decoder, FastDecoder) and decoder.kernels is None
+    without = TorchSampler(policy, batch=5).sample(requests, Sampling(max_tokens=20))
+    assert [one.completion_ids for one in with_them] == [one.completion_ids for one in without]
+    for one, two in zip(with_them, without, strict=True):
+        torch.testing.assert_close(torch.tensor(one.sampler_logp), torch.tensor(two.sampler_logp), rtol=0.0, atol=1e-5)
+
+
+def test_top_k_and_top_p_do_not_go_through_the_kernels(fast: Kernels) -> None:
+    logits, uniform = drawn(50, 40), torch.rand(50, dtype=torch.float64)
+    token, logp = draw_tokens(logits, uniform, Sampling(max_tokens=1, top_k=1))
+    assert torch.equal(token, logits.argmax(-1)) and torch.equal(logp, torch.zeros(50))
