@@ -25,6 +25,7 @@ from headwater.logprobs import loss_and_stats
 from headwater.memory import Budget
 from headwater.model import Policy
 from headwater.objective import objective_of
+from headwater.pipeline import set_up
 from headwater.prompts import Prompter
 from headwater.sampler import TorchSampler, requests_for
 from headwater.settings import Optim, Sampling, Stage
@@ -41,6 +42,7 @@ Step = Callable[[int], dict[str, float]]
 
 
 def loaded(spec: str, case: Case, root: Path, frozen: bool) -> Policy:
+    set_up(COMPUTE)
     folder = str(folder_of(spec, case.endless, root))
     models = config.Models(student=folder, teacher=folder)
     return model.load(folder, "benchmark", models, torch.device("cpu"), frozen)

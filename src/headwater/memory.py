@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,23 @@ from headwater.settings import Sampling
 
 T = TypeVar("T")
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Of glibc's mallopt(3)."""
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What a RuntimeError says when the CPU's allocator or a GPU's library finds no memory."""
+
+
+def keep_what_is_freed() -> bool:
+    """Let the C library use freed memory again instead of giving it back: the same large tensors come and go in every step.
+
+    Otherwise each one of some megabytes is new pages, which the system must clear: 50 ms for 64 MiB against 9 ms to write it (measured
+    on two virtual cores). Returns whether this C library can (glibc); elsewhere nothing changes.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 @dataclass

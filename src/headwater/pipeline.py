@@ -23,6 +23,7 @@ from headwater.executor import Executor, Failure, Job, Narrator, describe
 from headwater.files import write_rows
 from headwater.foreign import read_plan, refuse_links
 from headwater.materials import Materials, check_plan, gather_materials
+from headwater.memory import keep_what_is_freed
 from headwater.plan import Node, Plan, make_plan
 from headwater.processes import local
 from headwater.rundir import RunDir, write_checked, write_json
@@ -42,9 +43,11 @@ VERSIONS_OF = (
 
 
 def set_up(compute: Compute) -> None:
-    """Threads and determinism of the tensor library, for the whole process."""
+    """Threads, memory and determinism of the tensor library, for the whole process."""
     if compute.threads is not None:
         torch.set_num_threads(compute.threads)
+    if compute.device == "cpu" or not torch.cuda.is_available():
+        keep_what_is_freed()
     if compute.deterministic and compute.device != "cuda":
         torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
 
