@@ -293,7 +293,7 @@ if sys.argv[1] == "kept" and not keep_what_is_freed():
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(1 << 24)
 before = faults()
-for _ in range(10):
+for _ in range(20):
     torch.ones(1 << 24)
 print(faults() - before)
 """
