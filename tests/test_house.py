@@ -44,6 +44,7 @@ NOUNS = {
 }
 PURE = {
     "batch", "packing", "tokens", "token_ids", "logprobs", "fused", "advantages", "losses", "distributions",
+    "native",
 }  # fmt: skip
 MACHINES = {
     "attention",
@@ -62,7 +63,6 @@ MACHINES = {
     "evaluate",
     "conditions",
     "memory",
-    "native",
 }
 HEAVY = ("torch", "transformers", "safetensors", "datasets")
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from torch.nn import functional
 
-from headwater import decoder_weights, draws, native
+from headwater import decoder_weights, draws, fused, losses, native
 from headwater.decoder import decoder_for
 from headwater.decoder_fast import FastDecoder
+from headwater.distributions import FromHidden, LinearHead
 from headwater.draws import draw_tokens
 from headwater.native import LANES, Kernels, packed
 from headwater.sampler import TorchSampler, requests_for
@@ -168,3 +170,70 @@ def test_top_k_and_top_p_do_not_go_through_the_kernels(fast: Kernels) -> None:
     logits, uniform = drawn(50, 40), torch.rand(50, dtype=torch.float64)
     token, logp = draw_tokens(logits, uniform, Sampling(max_tokens=1, top_k=1))
     assert torch.equal(token, logits.argmax(-1)) and torch.equal(logp, torch.zeros(50))
+
+
+@pytest.mark.parametrize("vocabulary", [2, 30, 129, 5000])
+@pytest.mark.parametrize("taught", [True, False])
+def test_the_loss_stage_of_a_row_is_that_of_autograd_in_float64(fast: Kernels, vocabulary: int, taught: bool) -> None:
+    logits, teacher = 4 * drawn(9, vocabulary), 4 * drawn(9, vocabulary, seed=1) if taught else None
+    targets = torch.arange(9) % vocabulary
+    by = drawn(9, 3, seed=2)
+    by[:, 1:] *= taught
+    by[:4, 2] = 0.0  # the shorter form, without the teacher's own probabilities
+    exact = logits.double().requires_grad_()
+    ours = exact.log_softmax(-1)
+    logp, entropy = ours.gather(1, targets[:, None]).squeeze(1), -(ours.exp() * ours).sum(-1)
+    wanted = [logp, entropy]
+    loss = (by[:, 0] * logp).sum()
+    if teacher is not None:
+        theirs = teacher.double().log_softmax(-1)
+        reverse = (ours.exp() * (ours - theirs)).sum(-1)
+        forward = (theirs.exp() * (theirs - ours)).sum(-1)
+        wanted += [reverse, forward, theirs.gather(1, targets[:, None]).squeeze(1)]
+        loss = loss + (by[:, 1] * reverse).sum() + (by[:, 2] * forward).sum()
+    (gradient,) = torch.autograd.grad(loss, exact)
+
+    found = fast.measure(logits, teacher, targets)
+    measured = [found.logp_R, found.entropy_R, found.student_teacher_R, found.teacher_student_R, found.teacher_logp_R]
+    for one, other in zip(measured, wanted, strict=False):
+        torch.testing.assert_close(one.double(), other.detach(), rtol=1e-5, atol=1e-5)
+    fast.slope(logits, teacher, targets, found, by)
+    torch.testing.assert_close(logits.double(), gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("divergence", [None, losses.REVERSE, losses.FORWARD])
+def test_with_and_without_the_kernels_the_loss_stage_says_the_same(
+    fast: Kernels, divergence: losses.Divergence | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, teacher_hidden, teacher_weight = (
+        drawn(40, 12),
+        drawn(300, 12, seed=1),
+        drawn(40, 7, seed=2),
+        drawn(300, 7, seed=3),
+    )
+    taught = (
+        None if divergence is None else FromHidden(teacher_hidden, LinearHead(teacher_weight, None, torch.float32), 1.0)
+    )
+    found = []
+    for which in (lambda: fast, lambda: None):
+        monkeypatch.setattr(fused, "kernels", which)
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        work = fused.Work(
+            targets_N=torch.arange(40),
+            temperature=1.0,
+            teacher=taught,
+            divergence=divergence,
+            teacher_tokens=divergence is not None,
+            token_loss=lambda stats, rows: (
+                -stats.logp_N if stats.divergence_N is None else stats.divergence_N + 0.1 * stats.logp_N
+            ),
+            chunk=300 * 16,
+            block=300 * 5,
+        )
+        loss, stats = fused.loss_and_stats(leaves[0], LinearHead(leaves[1], None, torch.float32), work)
+        loss.backward()
+        numbers = [getattr(stats, one.name) for one in fields(stats)]
+        found.append([loss.detach(), *(leaf.grad for leaf in leaves), *(one for one in numbers if one is not None)])
+    assert len(found[0]) == len(found[1]) == (5 if divergence is None else 9)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -12,15 +12,16 @@ however many tokens there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from headwater import losses
-from headwater.distributions import Distributions, Exact, FromHidden, LinearHead, TopK, widened
+from headwater.distributions import Distributions, Exact, FromHidden, FromLogits, LinearHead, TopK, widened
 from headwater.losses import Divergence, Pair
+from headwater.native import Kernels, kernels
 from headwater.tokens import TokenStats
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
@@ -129,6 +130,7 @@ def _run(hidden_NH: Tensor, head: LinearHead, work: Work, gradients: Gradients |
         parts: list[TokenStats] = []
         loss = torch.zeros((), dtype=widened(head.dtype), device=hidden_NH.device)
         step = max(1, work.block // vocabulary)
+        fast = kernels() if room_CV.device.type == "cpu" and room_CV.dtype == torch.float32 else None
         for start in range(0, count, size):
             stop = min(count, start + size)
             hidden_CH = hidden_NH[start:stop].to(head.dtype)
@@ -139,7 +141,7 @@ def _run(hidden_NH: Tensor, head: LinearHead, work: Work, gradients: Gradients |
             for first in range(0, stop - start, step):
                 block = slice(first, min(stop - start, first + step))
                 rows = slice(start + block.start, start + block.stop)
-                one, share = _block(logits_CV[block], rows, known, block, work, gradients is not None)
+                one, share = _block(logits_CV[block], rows, known, block, work, gradients is not None, fast)
                 parts.append(one)
                 if share is not None:
                     loss += share
@@ -149,9 +151,17 @@ def _run(hidden_NH: Tensor, head: LinearHead, work: Work, gradients: Gradients |
 
 
 def _block(
-    logits_RV: Tensor, rows: slice, known: Distributions | None, block: slice, work: Work, train: bool
+    logits_RV: Tensor,
+    rows: slice,
+    known: Distributions | None,
+    block: slice,
+    work: Work,
+    train: bool,
+    fast: Kernels | None,
 ) -> tuple[TokenStats, Tensor | None]:
     """What is measured of R tokens and the sum of their losses; with `train` their logits become their own gradient."""
+    if fast is not None and _is_plain(known, work):
+        return _by_kernels(fast, logits_RV, rows, known and known.rows(block.start, block.stop), work, train)
     wide_RV = logits_RV.to(widened(logits_RV.dtype))
     logp_RV = torch.log_softmax(wide_RV / work.temperature if work.temperature != 1.0 else wide_RV, dim=-1)
     p_RV = logp_RV.exp()
@@ -194,6 +204,47 @@ def _block(
             logits_RV.zero_()
         else:
             logits_RV.copy_(gradient_RV if work.temperature == 1.0 else gradient_RV.div_(work.temperature))
+    return stats, loss_R.sum()
+
+
+def _is_plain(known: Distributions | None, work: Work) -> TypeGuard[FromLogits | None]:
+    """Whether the kernels know it: logits of both, as they are, and no divergence but the two KL."""
+    if work.temperature != 1.0 or work.divergence not in (None, losses.REVERSE, losses.FORWARD):
+        return False
+    if known is None:
+        return work.divergence is None
+    if not isinstance(known, FromLogits) or known.temperature != 1.0:
+        return False
+    theirs = known.logits_NV
+    return theirs.dtype == torch.float32 and theirs.device.type == "cpu" and theirs.is_contiguous()
+
+
+def _by_kernels(
+    fast: Kernels, logits_RV: Tensor, rows: slice, known: FromLogits | None, work: Work, train: bool
+) -> tuple[TokenStats, Tensor | None]:
+    """As `_block`, in two passes over the logits."""
+    targets_R, theirs_RV = work.targets_N[rows], None if known is None else known.logits_NV
+    found = fast.measure(logits_RV, theirs_RV, targets_R)
+    stats = TokenStats(logp_N=found.logp_R, entropy_N=found.entropy_R)
+    if known is not None:
+        stats = replace(
+            stats, kl_student_teacher_N=found.student_teacher_R, kl_teacher_student_N=found.teacher_student_R
+        )
+        if work.divergence is not None:
+            reverse = work.divergence is losses.REVERSE
+            stats = replace(stats, divergence_N=found.student_teacher_R if reverse else found.teacher_student_R)
+        if work.teacher_tokens:
+            stats = replace(stats, teacher_logp_N=found.teacher_logp_R)
+    if work.token_loss is None:
+        return stats, None
+    loss_R, by_logp_R, by_divergence_R = _slopes(stats, rows, work.token_loss)
+    if train:
+        by_R3 = logits_RV.new_zeros(len(logits_RV), 3)
+        if by_logp_R is not None:
+            by_R3[:, 0] = by_logp_R
+        if by_divergence_R is not None:
+            by_R3[:, 1 if work.divergence is losses.REVERSE else 2] = by_divergence_R
+        fast.slope(logits_RV, theirs_RV, targets_R, found, by_R3)
     return stats, loss_R.sum()
 
 

@@ -1,5 +1,5 @@
-/* What one decoding step does to each row besides matrix products, on a CPU: each function is one pass over memory where
-   torch takes five to ten. native.py compiles this file and describes its arguments; everything is float32, row-major.
+/* What a decoding step and the loss stage do to each row besides large matrix products, on a CPU: one pass over memory where torch
+   takes five to ten. native.py compiles this file and describes its arguments; everything is float32, row-major.
 
    A row is computed by one thread, in one order: results do not depend on the number of threads. No fast-math: NaN and
    infinity stay what they are; only the sums marked `omp simd` may be made in another order than written. */
@@ -243,4 +243,91 @@ void linear_rows(const float *x, const float *packed, const float *bias, float *
             four_rows(x + row * width, packed + first * width, bias ? bias + first : 0, out + row * columns + first,
                       rows - row < 4 ? rows - row : 4, width, columns, wide, add);
     }
+}
+
+/* The loss stage: a row of logits, alone or beside a teacher's -> MEASURES numbers. most, lse: log p(v) = (logit − most) − lse. */
+enum { MOST, LSE, TEACHER_MOST, TEACHER_LSE, LOGP, ENTROPY, REVERSE, FORWARD, TEACHER_LOGP, MEASURES };
+
+INLINE void log_sum(const float *l, int64_t width, float *most_out, float *lse_out) {
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int64_t v = 0; v < width; v++) most = l[v] > most ? l[v] : most;
+    double total = 0.0;
+    for (int64_t first = 0; first < width; first += BLOCK) {
+        int64_t end = first + BLOCK < width ? first + BLOCK : width;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t v = first; v < end; v++) sum += exponential(l[v] - most);
+        total += sum;
+    }
+    *most_out = most, *lse_out = (float)log(total);
+}
+
+FITTED static void measure_row(const float *l, const float *teacher, int64_t target, float *out, int64_t width) {
+    log_sum(l, width, out + MOST, out + LSE);
+    if (teacher) log_sum(teacher, width, out + TEACHER_MOST, out + TEACHER_LSE);
+    float most = out[MOST], lse = out[LSE], teacher_most = out[TEACHER_MOST], teacher_lse = out[TEACHER_LSE];
+    double entropy = 0.0, reverse = 0.0, forward = 0.0;
+    for (int64_t first = 0; first < width; first += BLOCK) {
+        int64_t end = first + BLOCK < width ? first + BLOCK : width;
+        float e = 0.0f, r = 0.0f, f = 0.0f;
+        if (teacher) {
+#pragma omp simd reduction(+ : e, r, f)
+            for (int64_t v = first; v < end; v++) {
+                float ours = (l[v] - most) - lse, theirs = (teacher[v] - teacher_most) - teacher_lse;
+                float p = exponential(ours);
+                e += p * ours;
+                r += p * (ours - theirs);
+                f += exponential(theirs) * (theirs - ours);
+            }
+        } else {
+#pragma omp simd reduction(+ : e)
+            for (int64_t v = first; v < end; v++) {
+                float ours = (l[v] - most) - lse;
+                e += exponential(ours) * ours;
+            }
+        }
+        entropy -= e, reverse += r, forward += f;
+    }
+    out[LOGP] = (l[target] - most) - lse;
+    out[ENTROPY] = (float)entropy, out[REVERSE] = (float)reverse, out[FORWARD] = (float)forward;
+    out[TEACHER_LOGP] = teacher ? (teacher[target] - teacher_most) - teacher_lse : 0.0f;
+}
+
+void measure_rows(const float *logits, const float *teacher, const int64_t *target, float *out, int64_t rows, int64_t width) {
+#pragma omp parallel for schedule(static) if (rows * width > MANY)
+    for (int64_t row = 0; row < rows; row++)
+        measure_row(logits + row * width, teacher ? teacher + row * width : 0, target[row], out + row * MEASURES, width);
+}
+
+/* A row's logits become the gradient by them of a loss with these derivatives by log p(target), KL(student, teacher) and
+   KL(teacher, student). */
+FITTED static void slope_row(float *l, const float *teacher, int64_t target, const float *held, const float *by, int64_t width) {
+    float most = held[MOST], lse = held[LSE], teacher_most = held[TEACHER_MOST], teacher_lse = held[TEACHER_LSE];
+    float kl = held[REVERSE], by_logp = by[0], by_reverse = by[1], by_forward = by[2];
+    if (teacher && by_forward != 0.0f) {
+#pragma omp simd
+        for (int64_t v = 0; v < width; v++) {
+            float ours = (l[v] - most) - lse, theirs = (teacher[v] - teacher_most) - teacher_lse, p = exponential(ours);
+            l[v] = p * (by_reverse * (ours - theirs - kl) - by_logp) + by_forward * (p - exponential(theirs));
+        }
+    } else if (teacher) {
+#pragma omp simd
+        for (int64_t v = 0; v < width; v++) {
+            float ours = (l[v] - most) - lse, theirs = (teacher[v] - teacher_most) - teacher_lse;
+            l[v] = exponential(ours) * (by_reverse * (ours - theirs - kl) - by_logp);
+        }
+    } else {
+#pragma omp simd
+        for (int64_t v = 0; v < width; v++) l[v] = exponential((l[v] - most) - lse) * -by_logp;
+    }
+    l[target] += by_logp;
+}
+
+/* by (rows, 3) */
+void slope_rows(float *logits, const float *teacher, const int64_t *target, const float *held, const float *by, int64_t rows,
+                int64_t width) {
+#pragma omp parallel for schedule(static) if (rows * width > MANY)
+    for (int64_t row = 0; row < rows; row++)
+        slope_row(logits + row * width, teacher ? teacher + row * width : 0, target[row], held + row * MEASURES, by + row * 3, width);
 }

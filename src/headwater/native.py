@@ -27,7 +27,28 @@ _ARGUMENTS = {
     "attend_rows": (*[_POINTER] * 7, _LONG, *[_INT] * 3, _LONG, _FLOAT),
     "draw_rows": (*[_POINTER] * 4, _LONG, _LONG, _FLOAT),
     "linear_rows": (*[_POINTER] * 4, _LONG, _INT, _LONG, _INT),
+    "measure_rows": (*[_POINTER] * 4, _LONG, _LONG),
+    "slope_rows": (*[_POINTER] * 5, _LONG, _LONG),
 }
+
+
+MEASURES, FIRST_MEASURE = 9, 4
+"""Numbers a row that the loss stage keeps, and where those of interest begin (native.c)."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of each row of logits: the target's log-prob, the entropy, KL(student ‖ teacher), KL(teacher ‖ student), the teacher's log-prob.
+
+    held_RM  what the kernels keep, these included
+    """
+
+    held_RM: Tensor
+    logp_R: Tensor
+    entropy_R: Tensor
+    student_teacher_R: Tensor
+    teacher_student_R: Tensor
+    teacher_logp_R: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,8 @@ class Kernels:
     attend_rows: Callable[..., None]
     draw_rows: Callable[..., None]
     linear_rows: Callable[..., None]
+    measure_rows: Callable[..., None]
+    slope_rows: Callable[..., None]
 
     def norm(self, x_NH: Tensor, weight_H: Tensor | None, eps: float) -> Tensor:
         """RMS norm of each row (1910.07467)."""
@@ -100,6 +123,26 @@ class Kernels:
             logits_BV.data_ptr(), draws_B.data_ptr(), token_B.data_ptr(), logp_B.data_ptr(), *logits_BV.shape, 1.0 / temperature
         )  # fmt: skip
         return token_B, logp_B
+
+    def measure(self, logits_RV: Tensor, teacher_RV: Tensor | None, targets_R: Tensor) -> Measures:
+        """What is to be known of each row of logits, beside the teacher's where there is one."""
+        held_RM = logits_RV.new_zeros(len(logits_RV), MEASURES)
+        self.measure_rows(
+            logits_RV.data_ptr(), _of(teacher_RV), targets_R.data_ptr(), held_RM.data_ptr(), *logits_RV.shape
+        )
+        return Measures(held_RM, *(column_R.clone() for column_R in held_RM[:, FIRST_MEASURE:].unbind(dim=1)))
+
+    def slope(
+        self, logits_RV: Tensor, teacher_RV: Tensor | None, targets_R: Tensor, measures: Measures, by_R3: Tensor
+    ) -> None:
+        """Logits become, in place, the gradient by them.
+
+        by_R3  derivatives of the loss by the target's log-prob, KL(student ‖ teacher) and KL(teacher ‖ student)
+        """
+        self.slope_rows(
+            logits_RV.data_ptr(), _of(teacher_RV), targets_R.data_ptr(), measures.held_RM.data_ptr(), by_R3.data_ptr(),
+            *logits_RV.shape,
+        )  # fmt: skip
 
 
 def packed(weight_KH: Tensor) -> Tensor:
