@@ -10,8 +10,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -155,17 +154,16 @@ def packed(weight_KH: Tensor) -> Tensor:
 @cache
 def kernels() -> Kernels | None:
     """None where the library was not built, or is not of this machine."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_native{suffix}")
-        if path.is_file():
-            try:
-                library = ctypes.CDLL(str(path))
-            except OSError:
-                return None
-            for name, arguments in _ARGUMENTS.items():
-                getattr(library, name).argtypes, getattr(library, name).restype = arguments, None
-            return Kernels(**{name: getattr(library, name) for name in _ARGUMENTS})
-    return None
+    found = find_spec("headwater._native")
+    if found is None or found.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(found.origin)
+    except OSError:
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        getattr(library, name).argtypes, getattr(library, name).restype = arguments, None
+    return Kernels(**{name: getattr(library, name) for name in _ARGUMENTS})
 
 
 def _of(tensor: Tensor | None) -> int | None:
