@@ -121,7 +121,8 @@ def test_nouns_import_neither_torch_nor_anything_that_does(name: str) -> None:
 def test_pure_tensor_code_knows_no_config_no_files_and_no_machines(name: str) -> None:
     assert own(MODULES[name]) <= PURE | {"data"}
     outside = {found.split(".")[0] for found in imported(MODULES[name])}
-    assert outside <= {"__future__", "collections", "dataclasses", "math", "typing", "torch", "headwater"}
+    library = {"ctypes", "functools", "importlib"} if name == "native" else set()  # it calls one
+    assert outside <= {"__future__", "collections", "dataclasses", "math", "typing", "torch", "headwater"} | library
 
 
 @pytest.mark.parametrize("name", sorted(MACHINES))

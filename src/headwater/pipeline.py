@@ -50,7 +50,8 @@ def set_up(compute: Compute) -> None:
         keep_what_is_freed()
     if compute.deterministic and compute.device != "cuda":
         torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+        # Nothing here reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
