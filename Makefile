@@ -6,8 +6,9 @@ PY := .venv/bin/python
 demo: .venv/installed
 	.venv/bin/headwater demo --out runs/demo
 
+# A process a core, each with one thread; the tests of a file share what is dear, so they stay together.
 test: .venv/installed-test
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --dist loadfile
 
 # 5,000 hostile recipes, data files, model folders and run directories, as bounded as the program promises to be.
 fuzz: .venv/installed-test
