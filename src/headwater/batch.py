@@ -29,6 +29,7 @@ class Row:
 
     advantage   the rollout's, spread over its tokens
     inert       it is counted in the denominator but cannot change the gradient, so it is not run
+    here        whether this process runs it; where several train together, each runs some rows and counts all
     *_logp      per completion token, (n,) float32
     teacher     the teacher's distributions at the completion tokens, n of them
     """
@@ -37,6 +38,7 @@ class Row:
     verdict: Verdict | None = None
     advantage: float = 0.0
     inert: bool = False
+    here: bool = True
     reference_logp: Tensor | None = None
     old_logp: Tensor | None = None
     teacher: Distributions | None = None

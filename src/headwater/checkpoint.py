@@ -6,7 +6,6 @@ the learning rate by the step.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,42 +14,49 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
-from headwater import faults
+from headwater import checkpoint_shards, faults
 from headwater.errors import UserError
 from headwater.files import Logs, file_sums, first_changed
+from headwater.ranks import ALONE, Ranks
 from headwater.rundir import NodeDir, read_json, write_json, written_aside
 
 KEPT = 2
 
 
 def save_checkpoint(
-    node: NodeDir, step: int, model: Any, optimizer: torch.optim.Optimizer, logs: Logs | None = None
+    node: NodeDir,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    logs: Logs | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write step `step` (the number of finished steps) whole, then drop all but the last two.
 
     What it rests on comes first: the logs and the files of the steps since the last one are flushed to disk before it.
+    Where several ranks hold the weights, each writes its part into the first one's folder.
     """
+    if not ranks.first:
+        checkpoint_shards.write(Path(ranks.told("")), model, optimizer, ranks)
+        ranks.told(None)  # the checkpoint stands
+        return
     before = [int(path.name) for path in node.checkpoints()]
     node.sync_steps(before[0] if before else 0, step)
     faults.point("checkpoint.begun")
     with written_aside(node.checkpoint(step)) as folder:
-        save_model(model, str(folder / "model.safetensors"))
-        faults.point("checkpoint.weights")
-        held = optimizer.state_dict()
-        tensors = {
-            f"{index}.{key}": value.contiguous()
-            for index, state in held["state"].items()
-            for key, value in state.items()
-        }
-        if tensors:
-            save_file(tensors, folder / "optimizer.safetensors")
+        if ranks.alone:
+            write_whole(folder, model, optimizer)
+        else:
+            ranks.told(str(folder.resolve()))
+            checkpoint_shards.write(folder, model, optimizer, ranks)
         faults.point("checkpoint.optimizer")
-        marks = (logs or Logs(node.logs)).marks()
-        write_json(folder / "state.json", {"step": step, "param_groups": held["param_groups"], "logs": marks})
+        marks, groups = (logs or Logs(node.logs)).marks(), optimizer.state_dict()["param_groups"]
+        write_json(folder / "state.json", {"step": step, "param_groups": groups, "logs": marks})
         write_json(folder / "sums.json", file_sums(folder))
         faults.point("checkpoint.sums")
     faults.point("checkpoint.saved")
     prune(node)
+    ranks.told(None)
     faults.point("checkpoint.pruned")
 
 
@@ -60,14 +66,45 @@ def prune(node: NodeDir) -> None:
         shutil.rmtree(old)
 
 
+def write_whole(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Weights and optimizer of one process alone."""
+    save_model(model, str(folder / "model.safetensors"))
+    faults.point("checkpoint.weights")
+    tensors = {
+        f"{index}.{key}": value.contiguous()
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+    if tensors:
+        save_file(tensors, folder / "optimizer.safetensors")
+
+
 def load_checkpoint(
-    node: NodeDir, model: Any, optimizer: torch.optim.Optimizer, say: Callable[[str], None] = lambda line: None
+    node: NodeDir,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    say: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = ALONE,
 ) -> int:
     """Load the newest whole checkpoint into model and optimizer; the number of finished steps, 0 when there is none.
 
-    A damaged checkpoint, or one that rests on a damaged log, is named and the one before is used. Raises UserError naming
-    the damaged file when none is whole.
+    A damaged checkpoint, or one that rests on a damaged log, is named and the one before is used. It does not matter how many
+    ranks wrote it. Raises UserError naming the damaged file when none is whole.
     """
+    chosen = ranks.told(newest_whole(node, say) if ranks.first else None)
+    if chosen is None:
+        return 0
+    folder = Path(chosen)
+    state = read_json(folder / "state.json")
+    if ranks.alone and (folder / "model.safetensors").exists():
+        read_whole(folder, state, model, optimizer)
+    else:
+        checkpoint_shards.read(folder, state, model, optimizer, ranks)
+    return int(state["step"])
+
+
+def newest_whole(node: NodeDir, say: Callable[[str], None]) -> str | None:
+    """The folder of the newest checkpoint that is what was written; None when there is none. Raises UserError when none is whole."""
     damaged: list[str] = []
     for folder in node.checkpoints():
         broken = damage_of(node, folder)
@@ -75,21 +112,23 @@ def load_checkpoint(
             damaged.append(broken)
             say(f"{broken}: is damaged, so checkpoint {folder.name} is passed over for the one before")
             continue
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        load_model(model, str(folder / "model.safetensors"), device=str(next(model.parameters()).device))
-        tensors = load_file(folder / "optimizer.safetensors") if (folder / "optimizer.safetensors").exists() else {}
-        per_parameter: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in tensors.items():
-            index, key = name.split(".", 1)
-            per_parameter.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
-        return int(state["step"])
+        return str(folder.resolve())
     if damaged:
         raise UserError(
             f"{damaged[0]}: is damaged (its checksum differs) and no older checkpoint is whole; "
             f"delete {node.path} to run it again from its start"
         )
-    return 0
+    return None
+
+
+def read_whole(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    load_model(model, str(folder / "model.safetensors"), device=str(next(model.parameters()).device))
+    tensors = load_file(folder / "optimizer.safetensors") if (folder / "optimizer.safetensors").exists() else {}
+    per_parameter: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        per_parameter.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
 
 
 def damage_of(node: NodeDir, folder: Path) -> str | None:

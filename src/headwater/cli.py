@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,12 +23,16 @@ from headwater.cli_options import (
     Workers,
     arms_in,
     changed,
+    launched,
     resumable,
     seeds_in,
 )  # fmt: skip
 from headwater.cli_science import science
 from headwater.cli_tools import tools
 from headwater.errors import FailedError, HeadwaterError, RefusedError, UserError
+
+if TYPE_CHECKING:
+    from headwater.executor import Executor
 
 app = typer.Typer(
     name="headwater",
@@ -154,6 +159,34 @@ def _go(
     dry_run: bool,
     as_json: bool,
 ) -> None:
+    """`run` and `study`, by this process or as the first of several that a launcher started."""
+    plain = partial(_run, name, arms, seeds, out, changes, reuse, dry_run, as_json)
+    if not launched():
+        from headwater.processes import local
+
+        return plain(local, 1)
+    from headwater.ranks import join
+    from headwater.together import Together, follow, led
+
+    ranks = join()
+    if not ranks.first:
+        sys.exit(follow(ranks))
+    with led(ranks):
+        return plain(Together(ranks), ranks.size)
+
+
+def _run(
+    name: str,
+    arms: list[str],
+    seeds: list[int] | None,
+    out: Path | None,
+    changes: list[str],
+    reuse: list[Path] | None,
+    dry_run: bool,
+    as_json: bool,
+    executor: Executor,
+    processes: int,
+) -> None:
     from headwater.recipes import arm_of, find_recipe
 
     recipe = find_recipe(name, changes)
@@ -175,7 +208,10 @@ def _go(
     folder = out or Path("runs") / recipe.name
     try:
         with resumable(folder):
-            found = pipeline.run(recipe, arms, chosen, folder, narrator(quiet=as_json), reuse=reuse or [])
+            tell = narrator(quiet=as_json)
+            found = pipeline.run(
+                recipe, arms, chosen, folder, tell, reuse=reuse or [], executor=executor, processes=processes
+            )
     except FailedError:
         if len(arms) * len(chosen) > 1:  # the rest of the study has been reported on
             _show(read_json(RunDir(folder).report_json), folder, as_json)
@@ -231,6 +267,8 @@ def _show_estimates(plan: Any, materials: Any, as_json: bool) -> None:
 def main() -> None:
     """The program: `headwater …` and `python -m headwater …`."""
     try:
+        if launched() and not {"run", "study", "demo"} & set(sys.argv[1:2]):
+            raise UserError("torchrun: only run, study and demo are run by several processes together")
         app()
     except HeadwaterError as error:
         print(f"headwater: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,11 @@ def seeds_in(text: str | None) -> list[int] | None:
         return None if text is None else [int(one) for one in listed(text, "--seeds")]
     except ValueError:
         raise UserError(f"--seeds {text}: must be whole numbers separated by commas") from None
+
+
+def launched() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 @contextlib.contextmanager

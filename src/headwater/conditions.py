@@ -7,7 +7,7 @@ what on-policy distillation lowers, and what it needs to be small already. Measu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from headwater.distributions import joined
 from headwater.logprobs import tokens_at_once
 from headwater.memory import Budget, passes
 from headwater.model import Policy
+from headwater.sharded import within
 from headwater.teacher import distributions_of, hidden_of
 
 
@@ -63,15 +64,27 @@ def measure(
 @torch.no_grad()
 def apart(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], top_k: int, tokens: int) -> Apart:
     """How the two models differ at every completion token of these rollouts, all sampled at one temperature."""
-    budget = Budget(tokens)
-    own_NH = torch.cat(passes(budget, rollouts, partial(hidden_of, student, rollouts)))
-    theirs = joined(passes(budget, rollouts, partial(distributions_of, teacher, rollouts)), student.device)
-    sums, size = torch.zeros(5, dtype=torch.float64), tokens_at_once(student.vocabulary, own_NH.device)
-    for start in range(0, len(own_NH), size):
-        logits_NV = student.logits(own_NH[start : start + size]).float() / rollouts[0].temperature
-        known = theirs.rows(start, start + len(logits_NV)).ready()
-        sums += _sums(*known.align(torch.log_softmax(logits_NV, dim=-1)), top_k)
-    return Apart(*(sums / len(own_NH)).tolist())
+    budget, ranks = Budget(tokens), student.ranks
+    share = ranks.share(rollouts)
+    own = passes(budget, share, partial(hidden_of, student, share))
+    theirs = passes(budget, share, partial(distributions_of, teacher, share))
+
+    def added() -> Tensor:
+        sums = torch.zeros(5, dtype=torch.float64)
+        if not own:
+            return sums
+        own_NH, told = torch.cat(own), joined(theirs, student.device)
+        size = tokens_at_once(student.vocabulary, own_NH.device)
+        for start in range(0, len(own_NH), size):
+            logits_NV = student.logits(own_NH[start : start + size]).float() / rollouts[0].temperature
+            known = told.rows(start, start + len(logits_NV)).ready()
+            sums += _sums(*known.align(torch.log_softmax(logits_NV, dim=-1)), top_k)
+        return sums
+
+    names = [field.name for field in fields(Apart)]
+    found = ranks.summed(dict(zip(names, within(student, added).tolist(), strict=True)))
+    count = sum(len(rollout.completion_ids) for rollout in rollouts)
+    return Apart(**{name: found[name] / count for name in names})
 
 
 def _sums(student_NV: Tensor, teacher_NV: Tensor, top_k: int) -> Tensor:

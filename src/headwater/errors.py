@@ -53,6 +53,15 @@ class DiskError(HeadwaterError):
     exit_code = 4
 
 
+class LostError(HeadwaterError):
+    """One of the processes that run a node together is gone, and with it its part of the weights."""
+
+    exit_code = 4
+
+    def __init__(self) -> None:
+        super().__init__("another process of this run is gone; the same command goes on from the last checkpoint")
+
+
 class FailedError(HeadwaterError):
     """Some of the work failed and the rest was done: the sentences of what failed, and the first one's exit code."""
 

@@ -23,20 +23,22 @@ from headwater.labels import Labels
 from headwater.memory import Budget, passes
 from headwater.model import Policy, Shape
 from headwater.objective import Objective, with_rewards
+from headwater.ranks import ALONE, Ranks
 from headwater.sampler import Arrived, Sampler, requests_for
 from headwater.settings import Stage
 from headwater.teacher import distributions_of, logp_of
-from headwater.train import Gathered, Metrics
+from headwater.train import Gathered, Metrics, divided
 
 
-def stored(stage: Stage, seed: int, rows: Sequence[Row]) -> Callable[[int], Gathered]:
+def stored(stage: Stage, seed: int, rows: Sequence[Row], ranks: Ranks = ALONE) -> Callable[[int], Gathered]:
     """Cached teacher rollouts, gone through in a fresh order each epoch."""
 
     def gather(step: int) -> Gathered:
-        chosen = []
+        chosen: list[Row] = []
         for position in range(step * stage.batch_size, (step + 1) * stage.batch_size):
             epoch, place = divmod(position, len(rows))
             chosen.append(rows[orders(epoch)[place]])
+        chosen = shared_out(chosen, stage, 1, ranks)
         return Gathered(chosen, {"seconds_sample": 0.0, "seconds_score": 0.0, "truncated": truncated(chosen)})
 
     held: dict[int, list[int]] = {}
@@ -82,6 +84,7 @@ class OnPolicy:
         with Ahead(self.taught, -(-self.stage.batch_size // self.parts)) as ahead:
             everything, kept, seconds = self.sampled(step, ahead.arrived if self.parts > 1 else None)
             started = time.perf_counter()
+            kept = shared_out(kept, self.stage, self.stage.group_size, self.policy.ranks)
             kept = self.scored(kept, ahead.found())
         metrics: Metrics = {
             "seconds_sample": seconds["sample"],
@@ -149,16 +152,16 @@ class OnPolicy:
         return passes(self.budget, rollouts, partial(distributions_of, self.teacher, rollouts))
 
     def scored(self, rows: list[Row], known: Mapping[tuple[str, int], Distributions]) -> list[Row]:
-        """The rows with what the frozen models say of them; `known` holds what the teacher has said already."""
-        rollouts = [row.rollout for row in rows]
+        """The rows with what the frozen models say of those that are run here; `known` holds what the teacher said already."""
+        rollouts = [row.rollout for row in rows if row.here]
         if self.reference is not None:
-            logps = passes(self.budget, rollouts, partial(logp_of, self.reference, rollouts))
-            rows = [replace(row, reference_logp=logp) for row, logp in zip(rows, logps, strict=True)]
+            logps = iter(passes(self.budget, rollouts, partial(logp_of, self.reference, rollouts)))
+            rows = [replace(row, reference_logp=next(logps)) if row.here else row for row in rows]
         if self.teacher is not None:
             keys = [(rollout.problem_id, rollout.sample) for rollout in rollouts]
             with torch.no_grad():
-                found = [known[key] for key in keys] if known else self.taught(rollouts)
-            rows = [replace(row, teacher=one) for row, one in zip(rows, found, strict=True)]
+                found = iter([known[key] for key in keys] if known else self.taught(rollouts))
+            rows = [replace(row, teacher=next(found)) if row.here else row for row in rows]
         return rows
 
     def flops(self, everything: Sequence[Row], kept: Sequence[Row], prompt_tokens: int) -> float:
@@ -201,6 +204,32 @@ def epochs(names: list[str], count: int, *draw: str | int) -> Callable[[int], li
         return held[epoch]
 
     return order
+
+
+def shared_out(rows: list[Row], stage: Stage, whole: int, ranks: Ranks) -> list[Row]:
+    """The rows with those marked that this rank runs: of every optimizer step a like number of tokens on each rank.
+
+    Groups of `whole` rows, which share a prompt, stay together where there are enough of them. All ranks come to the same
+    division, from what all of them know.
+
+    Example: groups of 9, 5 and 4 tokens on two ranks: the first on one, the other two on the other.
+    """
+    if ranks.alone:
+        return rows
+    out: list[Row] = []
+    for part in divided(rows, stage.minibatches, whole):
+        groups = [part[start : start + whole] for start in range(0, len(part), whole)]
+        if len(groups) < 2 * ranks.size:
+            groups = [[row] for row in part]
+        cost = [sum(len(row.rollout.prompt_ids) + row.tokens for row in group if not row.inert) for group in groups]
+        load, owner = [0] * ranks.size, [0] * len(groups)
+        for index in sorted(range(len(groups)), key=lambda index: (-cost[index], index)):
+            owner[index] = load.index(min(load))
+            load[owner[index]] += cost[index]
+        out += [
+            replace(row, here=owner[index] == ranks.rank) for index, group in enumerate(groups) for row in group
+        ]
+    return out
 
 
 def merged(kept: list[Row], fresh: list[Row], stage: Stage) -> list[Row]:

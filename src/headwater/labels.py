@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from headwater.data import Verdict, family_of
 from headwater.errors import UserError
@@ -43,6 +43,10 @@ class Labels:
         """
         held = {name: self._gold[name] for name in problem_ids}
         return Labels(held, self._grade, min(self.budget, len(held)), _whole=self)
+
+    def graded_by(self, other: Callable[[Grade], Grade]) -> Labels:
+        """The same holder, whose completions are graded by what `other` makes of its grader."""
+        return replace(self, _grade=other(self._grade))
 
     def fingerprint(self) -> str:
         """Names the problems and their answers by content, so that a corrected answer makes a node run again."""

@@ -21,6 +21,7 @@ from headwater.batch import Batch, Row, collate, collate_packed, microbatches, p
 from headwater.distributions import Head, LinearHead
 from headwater.errors import UserError
 from headwater.packing import spread_out
+from headwater.ranks import ALONE, Ranks
 
 transformers_logging.disable_progress_bar()  # a run loads and saves dozens of models; its own progress is what counts
 transformers_logging.set_verbosity_error()  # what it warns of when it loads a folder is refused here in a sentence
@@ -45,6 +46,8 @@ class Policy:
     fingerprint  names the weights: content hash of the folder it was loaded from, or of the node that trained it
     stop_ids     every id that ends a completion (generation config, model config and tokenizer together)
     packs        whether sequences may stand behind one another without padding (`packing`)
+    ranks        the processes that hold a part each of the weights (`sharded`); one alone holds all
+    plain        then the same model without weights or hooks, to be filled where all of them are needed
     """
 
     model: Any
@@ -56,6 +59,8 @@ class Policy:
     body: nn.Module
     head: Head
     packs: bool = False
+    ranks: Ranks = ALONE
+    plain: Any = None
 
     @property
     def vocabulary(self) -> int:

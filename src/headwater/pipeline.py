@@ -75,11 +75,13 @@ def run(
     *,
     reuse: Sequence[Path] = (),
     executor: Executor = local,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Run arms × seeds into a folder and write its report; with the same folder again, go on where it stopped.
 
     reuse     other run directories, whose finished nodes are taken over where they are the same work
     executor  who runs the nodes; `local` asks `compute.workers`
+    processes  how many run each node together
 
     Returns the report. Raises UserError, RefusedError before anything is written; FailedError when nodes failed, after the
     others were run and the report was written; KeyboardInterrupt when asked to stop (resumable).
@@ -97,7 +99,7 @@ def run(
             faults.point("run.locked")
             folder.claim(recipe.model_dump(mode="json"))
             faults.point("run.claimed")
-            write_json(folder.env, environment(materials.device))
+            write_json(folder.env, environment(materials.device, processes))
             write_rows(folder.left_out, materials.left_out)
             write_checked(folder.plan, with_earlier(plan.written(), folder))
             faults.point("run.planned")
@@ -189,8 +191,8 @@ def with_earlier(written: dict[str, Any], folder: RunDir) -> dict[str, Any]:
     return {**written, "seeds": sorted(set(held["seeds"]) | set(written["seeds"])), "arms": arms}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware; never environment variables, which may hold secrets."""
+def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Versions and hardware, and how many processes run a node together; never environment variables, which may hold secrets."""
     versions = {}
     for name in VERSIONS_OF:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -201,14 +203,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "versions": versions,
     }
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM ask for a stop at the next step; a second one stops at once."""
+def stop_requests(aloud: bool = True) -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM ask for a stop at the next step; a second one stops at once. `aloud` says so to the user."""
     asked = False
 
     def ask(number: int, frame: object) -> None:
@@ -216,7 +219,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
+        if aloud:
+            print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
 
     held = {}
     with contextlib.suppress(ValueError):  # off the main thread there are no signals to hear

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from headwater import faults, model, plateau
+from headwater import faults, model, plateau, sharded
 from headwater.batch import Row
 from headwater.beside import beside
 from headwater.evaluate import refuse_nan
@@ -192,7 +192,7 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
     # Interrupted between its last step and DONE, a node evaluates again: what it had recorded of that would count twice.
     cut_back(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < taken)
     with written_aside(folder.model) as aside:
-        model.save(policy, aside, policy.compute)
+        sharded.save(policy, aside, policy.compute)
         (aside / "README.md").write_text(model_card(node, place, taken), encoding="utf-8")
         faults.point("model.written")
     faults.point("model.saved")
@@ -232,7 +232,7 @@ def gatherer(
         assert node.cache is not None
         cached = place.node_dir(node.cache)
         cached.refuse_damage(f"{cached.cache.name}/")
-        return stored(stage, node.seed, read_cache(cached.cache))
+        return stored(stage, node.seed, read_cache(cached.cache), policy.ranks)
     labels = materials.labels.only(materials.pool(node.pool)) if "reward" in objective.signals else None
     teacher = place.load(node.teacher, frozen=True) if "teacher" in objective.signals and node.teacher else None
     if teacher is not None:
@@ -261,7 +261,8 @@ def gatherer(
         ),
         budget=Budget(materials.recipe.compute.microbatch_tokens),
         # What is sampled again takes other rollouts' places under their names, so nothing may be scored before it stands.
-        parts=1 if teacher is None or stage.sparse.dynamic_sampling else materials.recipe.compute.score_ahead,
+        # Ranks pass together, which a thread beside would disturb.
+        parts=1 if teacher is None or stage.sparse.dynamic_sampling or not policy.ranks.alone else materials.recipe.compute.score_ahead,
     )
 
 

@@ -17,27 +17,42 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headwater import faults, token_ids
-from headwater.batch import Row
+from headwater.batch import Batch, Row
 from headwater.data import Rollout
 from headwater.distributions import Distributions, Exact, FromHidden, TopK, joined
 from headwater.errors import UserError
 from headwater.logprobs import token_stats, tokens_at_once
 from headwater.memory import Budget, passes
 from headwater.model import Policy
+from headwater.sharded import idle, within
 
 EXACT_CACHE_LIMIT = 64 << 30
 """Bytes past which an exact cache is refused before it is made; top-k with its tail is 100–1000 times smaller."""
 
 
-@torch.no_grad()
 def hidden_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Tensor]:
     """The policy's hidden state before every completion token: one (n, H) tensor a rollout, in order."""
+    return read_off(policy, rollouts, tokens, lambda rollout, hidden: hidden)
+
+
+@torch.no_grad()
+def read_off(
+    policy: Policy, rollouts: Sequence[Rollout], tokens: int, what: Callable[[Rollout, Tensor], Tensor]
+) -> list[Tensor]:
+    """What is to be had of each rollout and its hidden states (n, H) while the policy's head is in reach; in order."""
     rows = [Row(rollout) for rollout in rollouts]
     place = {id(row): index for index, row in enumerate(rows)}
     found: dict[int, Tensor] = {}
-    for part, batch in policy.batches(rows, tokens):
+
+    def take(part: Sequence[Row], batch: Batch) -> None:
         pieces = policy.completion_hidden(batch).split([row.tokens for row in part])
-        found.update((place[id(row)], piece) for row, piece in zip(part, pieces, strict=True))
+        found.update((place[id(row)], what(row.rollout, piece)) for row, piece in zip(part, pieces, strict=True))
+
+    for turn in policy.ranks.turns(policy.batches(rows, tokens)):
+        if turn is None:
+            idle(policy)
+        else:
+            within(policy, partial(take, *turn))
     return [found[index] for index in range(len(rows))]
 
 
@@ -49,18 +64,14 @@ def distributions_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -
     ]
 
 
-@torch.no_grad()
 def logp_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Tensor]:
     """Log-prob of every completion token under the policy, at the temperature that sampled: one (n,) a rollout."""
-    return [
-        token_stats(
-            hidden,
-            policy.logits,
-            torch.tensor(rollout.completion_ids, dtype=torch.long, device=hidden.device),
-            rollout.temperature,
-        ).logp_N
-        for rollout, hidden in zip(rollouts, hidden_of(policy, rollouts, tokens), strict=True)
-    ]
+
+    def logp(rollout: Rollout, hidden: Tensor) -> Tensor:
+        targets_N = torch.tensor(rollout.completion_ids, dtype=torch.long, device=hidden.device)
+        return token_stats(hidden, policy.logits, targets_N, rollout.temperature).logp_N
+
+    return read_off(policy, rollouts, tokens, logp)
 
 
 def refuse_huge_cache(policy: Policy, tokens: int, top_k: int | None) -> None:
@@ -91,9 +102,11 @@ def write_cache(
     budget = Budget(tokens)
     faults.point("cache.rollouts")
     parts: list[dict[str, Tensor]] = []
-    for start in range(0, len(rollouts), 64):
-        chosen = rollouts[start : start + 64]
-        whole = joined(passes(budget, chosen, partial(distributions_of, policy, chosen)), policy.device)
+    own = policy.ranks.share(rollouts)
+    for start in policy.ranks.turns(range(0, len(own), 64)):
+        chosen = [] if start is None else own[start : start + 64]
+        said = passes(budget, chosen, partial(distributions_of, policy, chosen))
+        whole = joined(said, policy.device) if said else Exact(torch.empty(0, policy.vocabulary))
         size = tokens_at_once(policy.vocabulary, policy.device)
         for row in range(0, len(whole), size):
             known = whole.rows(row, min(len(whole), row + size)).ready()
@@ -108,6 +121,9 @@ def write_cache(
         if progress is not None:
             progress(len(chosen))
         faults.point("cache.scored")
+    parts = [part for some in policy.ranks.collected(parts) for part in some]
+    if not policy.ranks.first:
+        return
     save_file(
         {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]},
         folder / "distributions.safetensors",

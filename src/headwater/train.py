@@ -26,6 +26,7 @@ from headwater.model import Policy
 from headwater.objective import Objective
 from headwater.rundir import NodeDir, append_jsonl, read_jsonl
 from headwater.settings import Optim, Stage
+from headwater.sharded import clipped, idle, together, within
 from headwater.teacher import logp_of
 from headwater.tokens import Tokens, TokenStats
 
@@ -111,9 +112,9 @@ def update(
     budget = Budget(tokens)
     again = objective.source == "policy" and stage.passes * stage.minibatches > 1
     if again and not all(row.inert for row in rows):
-        live = [row for row in rows if not row.inert]
-        old = iter(passes_over(budget, live, lambda fit: logp_of(policy, [row.rollout for row in live], fit)))
-        rows = [row if row.inert else replace(row, old_logp=next(old)) for row in rows]
+        own = [row for row in rows if row.here and not row.inert]
+        old = iter(passes_over(budget, own, lambda fit: logp_of(policy, [row.rollout for row in own], fit)))
+        rows = [replace(row, old_logp=next(old)) if row.here and not row.inert else row for row in rows]
     whole = stage.group_size if objective.source == "policy" else 1
     parts = divided(rows, stage.minibatches, whole)
     sums: dict[str, float] = defaultdict(float)
@@ -124,9 +125,11 @@ def update(
             if not live:
                 continue  # nothing here has a gradient: a step would move the weights on momentum alone
             weight_of = {id(row): weight for row, weight in zip(part, token_weights(part, stage), strict=True)}
-            for name, value in passes_over(budget, live, partial(gradient, policy, objective, live, weight_of)).items():
+            own = [row for row in live if row.here]
+            found = passes_over(budget, own, partial(gradient, policy, objective, own, weight_of))
+            for name, value in policy.ranks.summed(found).items():
                 sums[name] += value
-            norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), stage.optim.grad_clip).item()
+            norm = clipped(policy, stage.optim.grad_clip)
             if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
                 what = "gradient" if math.isfinite(sums["loss"]) else "loss"
                 raise TrainingStoppedError(f"the {what} is not finite; the weights were not changed by this step")
@@ -153,7 +156,11 @@ def gradient(
     """The gradient of one optimizer step in the weights' .grad, whatever was there before, and its measurements summed."""
     policy.model.zero_grad(set_to_none=True)
     sums: dict[str, float] = defaultdict(float)
-    for micro, batch in policy.batches(live, tokens):
+    for turn in policy.ranks.turns(policy.batches(live, tokens)):
+        if turn is None:
+            idle(policy)
+            continue
+        micro, batch = turn
         weight_N = torch.tensor([weight_of[id(row)] for row in micro], device=policy.device)[batch.row_N]
         backward(policy, objective, batch, weight_N, sums)
     return sums
@@ -185,17 +192,21 @@ def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tenso
         tokens = Tokens(stats, old_logp_N, batch.advantages_N[some], reference_logp_N)
         return objective.token_loss(tokens) * weight_N[some]
 
-    loss, stats = loss_and_stats(
-        policy.completion_hidden(batch),
-        policy.logits,
-        batch.targets_N,
-        batch.temperature,
-        token_loss,
-        batch.teacher,
-        objective.divergence,
-        objective.teacher_tokens,
-    )
-    loss.backward()
+    def forward() -> tuple[Tensor, TokenStats]:
+        return loss_and_stats(
+            policy.completion_hidden(batch),
+            policy.logits,
+            batch.targets_N,
+            batch.temperature,
+            token_loss,
+            batch.teacher,
+            objective.divergence,
+            objective.teacher_tokens,
+        )
+
+    with together(policy):
+        loss, stats = within(policy, forward)
+        loss.backward()
     with torch.no_grad():
         logp_N = stats.logp_N.detach()
         old_logp_N = logp_N if batch.old_logp_N is None else batch.old_logp_N
@@ -248,7 +259,7 @@ def train(
     checkpoint to go on from.
     """
     optimizer = make_optimizer(policy, stage.optim)
-    done = load_checkpoint(node, policy.model, optimizer, say)
+    done = load_checkpoint(node, policy.model, optimizer, say, policy.ranks)
     faults.point("stage.loaded")
     node.cut_back_to(done if done else -1)
     prune(node)  # whoever was killed right after its last checkpoint has not
@@ -316,7 +327,7 @@ def train(
         faults.point("step.ended")
         asked = should_stop()
         if last or asked or why or (stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0):
-            save_checkpoint(node, step + 1, policy.model, optimizer, logs)
+            save_checkpoint(node, step + 1, policy.model, optimizer, logs, policy.ranks)
         if why:
             raise TrainingStoppedError(f"{spend.stage}, step {step + 1} of {steps}: {why}")
         if last:

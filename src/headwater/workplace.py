@@ -19,8 +19,10 @@ from headwater.memory import Budget, Frugal
 from headwater.model import Policy, Shape
 from headwater.plan import Node, Plan, Role
 from headwater.prompts import Prompter
+from headwater.ranks import ALONE, Ranks
 from headwater.rundir import NodeDir, RunDir, read_jsonl
 from headwater.sampler import Sampler, TorchSampler
+from headwater.sharded import Split, shard
 from headwater.train import Metrics
 
 
@@ -42,15 +44,22 @@ class Watch:
 
 @dataclass(frozen=True)
 class Workplace:
-    """What a node needs beside its own description."""
+    """What a node needs beside its own description.
+
+    ranks  the processes that run it together
+    aside  where this one writes of the node at work what the first rank writes to the run's folder; None for the first
+    """
 
     plan: Plan
     materials: Materials
     out: RunDir
     watch: Watch
+    ranks: Ranks = ALONE
+    aside: NodeDir | None = None
 
     def node_dir(self, node: Node) -> NodeDir:
-        return self.out.node(self.plan.names[node])
+        found = self.out.node(self.plan.names[node])
+        return found if self.aside is None or self.aside.name != found.name else self.aside
 
     def spend(self, node: Node, stage: str | None = None) -> Spend:
         return Spend(self.plan.names[node], stage or node.stage, node.seed, 0, "train")
@@ -61,8 +70,10 @@ class Workplace:
         if isinstance(whose, Node):
             folder = self.node_dir(whose).model
             self.node_dir(whose).refuse_damage(f"{folder.name}/")
-            return model.load(str(folder), str(folder), models, device, frozen, self.plan.fingerprints[whose])
-        return model.load(getattr(models, whose), f"models.{whose}", models, device, frozen)
+            held = model.load(str(folder), str(folder), models, device, frozen, self.plan.fingerprints[whose])
+            return shard(held, self.ranks, str(folder))
+        field = f"models.{whose}"
+        return shard(model.load(getattr(models, whose), field, models, device, frozen), self.ranks, field)
 
     def steps(self, node: Node) -> int:
         """How many steps a stage takes at most: the recipe's, or as many as cost what another arm did."""
@@ -80,6 +91,9 @@ class Workplace:
         return ledger.totals(read_jsonl(self.node_dir(node).ledger)).flops
 
     def sampler(self, policy: Policy) -> Sampler:
+        return self._embedded(policy) if policy.ranks.alone else Split(policy, self._embedded)
+
+    def _embedded(self, policy: Policy) -> Sampler:
         return Frugal(partial(TorchSampler, policy), Budget(self.materials.recipe.compute.sample_batch))
 
     def prompter(self, policy: Policy) -> Prompter:

@@ -1,0 +1,115 @@
+"""Checkpoints that several ranks write and any number of them reads: torch.distributed.checkpoint on safetensors files.
+
+Each rank writes one file with its parts of weights and optimizer, and where in the whole tensors they stand; whoever reads takes the
+parts that it needs now. Nothing is pickled, so these files are as harmless as the ones of one process alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from headwater.ranks import Ranks
+
+WEIGHT, STATE = "weight.", "optimizer."
+
+
+def write(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """This rank's parts; all ranks must call it with the same folder."""
+    held = {f"{WEIGHT}{name}": one.detach() for name, one in named(model).items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        held |= {f"{STATE}{index}.{key}": value.detach() for key, value in state.items()}
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    dcp.save(
+        held,
+        storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+        process_group=ranks.group,
+    )
+
+
+def read(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """A checkpoint of any number of ranks into the weights and the optimizer of this one."""
+    weights = {f"{WEIGHT}{name}": one.detach() for name, one in named(model).items()}
+    if (folder / "model.safetensors").exists():
+        _cut_from_whole(folder, model, optimizer, state)
+        return
+    slots = blank(optimizer, keys_in(folder))
+    wanted = weights | {f"{STATE}{index}.{key}": one for index, state_ in slots.items() for key, one in state_.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without other processes it says that it assumes so
+        dcp.load(
+            wanted,
+            storage_reader=HuggingFaceStorageReader(str(folder)),
+            process_group=ranks.group,
+            no_dist=ranks.alone,
+        )
+    optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
+
+
+def named(model: Any) -> dict[str, Tensor]:
+    """Weights and saved buffers by name, tied ones once."""
+    once = dict(model.named_parameters())
+    known = {id(one) for one in once.values()}
+    rest = {name: one for name, one in model.state_dict(keep_vars=True).items() if id(one) not in known and name not in once}
+    return once | {name: one for name, one in rest.items() if not isinstance(one, torch.nn.Parameter)}
+
+
+def keys_in(folder: Path) -> set[str]:
+    """Names of all tensors of a checkpoint."""
+    found: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found.update(file.keys())
+    return found
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """In the order in which the optimizer numbers them."""
+    return [one for group in optimizer.param_groups for one in group["params"]]
+
+
+def blank(optimizer: torch.optim.Optimizer, keys: set[str]) -> dict[int, dict[str, Tensor]]:
+    """Room for what the optimizer held of each parameter: as large as the parameter, or a single number."""
+    found: dict[int, dict[str, Tensor]] = {}
+    every = parameters(optimizer)
+    for key in sorted(one for one in keys if one.startswith(STATE)):
+        index, name = key.removeprefix(STATE).split(".", 1)
+        like = every[int(index)]
+        room = torch.zeros((), device=like.device) if name == "step" else torch.zeros_like(like)
+        found.setdefault(int(index), {})[name] = room.detach()
+    return found
+
+
+def _cut_from_whole(folder: Path, model: Any, optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """This rank's parts of what one process alone wrote."""
+    same: dict[int, list[str]] = {}
+    for name, one in model.named_parameters(remove_duplicate=False):
+        same.setdefault(id(one), []).append(name)
+    with safe_open(folder / "model.safetensors", framework="pt") as file, torch.no_grad():
+        for name, one in named(model).items():
+            known = next(other for other in same.get(id(one), [name]) if other in file.keys())  # noqa: SIM118
+            one.copy_(_part_of(file.get_tensor(known), one))
+    per_parameter: dict[int, dict[str, Tensor]] = {}
+    every, path = parameters(optimizer), folder / "optimizer.safetensors"
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                index, key = name.split(".", 1)
+                value, like = file.get_tensor(name), every[int(index)]
+                per_parameter.setdefault(int(index), {})[key] = value if value.ndim == 0 else _part_of(value, like)
+    optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
+
+
+def _part_of(whole: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,124 @@
+"""A study's nodes on a Ray cluster: the same files as here, processes that die, stops, and what the cluster does not have.
+
+All but the last test need Ray, which is large and no part of the test extra: `pip install 'headwater[ray]'` has them run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runs import Said, assert_same, held, node, rows, temporary, tiny
+
+ARMS = "direct_grpo,raw_teacher"
+LONG = ("stages.student_rl.steps=24", "stages.warmup.steps=24", "compute.workers=2")
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    library = pytest.importorskip("ray", reason="Ray is not installed: nothing of --executor ray is tested here")
+    found = os.pathsep.join(entry for entry in sys.path if entry)
+    os.environ["PYTHONPATH"] = found
+    library.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield library
+    library.shutdown()
+
+
+@cache
+def here() -> Path:
+    """The study that no cluster runs and nothing disturbs."""
+    out = temporary() / "here"
+    assert tiny("study", out, "--arms", ARMS, changes=[*LONG, "compute.workers=1"]).code == 0
+    return out
+
+
+def on_ray(out: Path, *changes: str) -> Said:
+    return tiny("study", out, "--arms", ARMS, "--executor", "ray", changes=[*LONG, *changes])
+
+
+def processes_at(title: str) -> list[int]:
+    """Ids of the cluster's processes that run a node of this name."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(f"ray::{title}".encode()):
+                found.append(int(path.parent.name))
+    return found
+
+
+@contextlib.contextmanager
+def meanwhile(out: Path, stage: str, steps: int, do: Callable[[], None]) -> Iterator[None]:
+    """`do()` as soon as a stage has taken so many steps."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            for path in out.glob(f"nodes/{stage}.*/metrics.jsonl"):
+                if path.read_text(encoding="utf-8").count("\n") >= steps:
+                    do()
+                    return
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield
+    thread.join(timeout=5)
+    assert not thread.is_alive(), f"{stage} did not come to step {steps}"
+
+
+def kill(title: str) -> None:
+    for pid in processes_at(title):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_study_on_a_cluster_whose_process_is_killed_comes_out_bit_for_bit_as_here(ray: Any, tmp_path: Path) -> None:
+    with meanwhile(tmp_path, "student_rl", 3, lambda: kill("student_rl")):
+        said = on_ray(tmp_path)
+    assert said.code == 0, said.err
+    assert "student_rl on all (seed 0): its process is gone; it goes on in another one" in said.err
+    assert said.err.count("warmup on all (seed 0): ") == 1
+    assert_same(tmp_path, here())
+
+
+def test_a_stop_ends_the_nodes_at_their_next_step_and_one_process_here_goes_on(ray: Any, tmp_path: Path) -> None:
+    with meanwhile(tmp_path, "warmup", 2, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        said = on_ray(tmp_path)
+    assert said.code == 130 and said.err.count("stopping after this step, with a checkpoint") == 1, said.err
+    for path in tmp_path.glob("nodes/*/metrics.jsonl"):
+        assert (path.parent / "checkpoint" / f"{len(rows(path)):06d}" / "sums.json").exists()
+    assert tiny("study", tmp_path, "--arms", ARMS, changes=[*LONG, "compute.workers=1"]).code == 0
+    assert_same(tmp_path, here())
+
+
+def test_a_node_that_is_lost_more_often_than_it_may_be_fails_and_the_rest_goes_on(ray: Any, tmp_path: Path) -> None:
+    with meanwhile(tmp_path, "student_rl", 1, lambda: kill("student_rl")):
+        said = on_ray(tmp_path, "compute.ray.retries=0")
+    assert said.code == 1
+    assert "student_rl on all (seed 0): its process was lost 1 times (WorkerCrashedError: " in said.err
+    assert held(node(tmp_path, "direct_grpo", "student_rl") / "FAILED")["code"] == 1
+    assert (node(tmp_path, "raw_teacher", "opd") / "DONE").exists()
+
+
+def test_what_no_machine_has_is_refused_before_anything_waits_for_it(ray: Any, tmp_path: Path) -> None:
+    said = on_ray(tmp_path, "compute.ray.stages.warmup.cpus=64")
+    assert said.code == 2
+    assert said.err.endswith("headwater: compute.ray: warmup on all (seed 0) asks for cpus 64, and the cluster has 2\n")
+
+
+def test_without_ray_a_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    said = tiny("run", tmp_path, "--executor", "ray")
+    assert said.code == 2
+    assert said.err.endswith("headwater: --executor ray: Ray is not installed; pip install 'headwater[ray]'\n")
+    unknown = tiny("run", tmp_path, "--executor", "slurm")
+    assert unknown.code == 2 and unknown.err == "headwater: --executor slurm: there are local and ray\n"
