@@ -22,9 +22,10 @@ from headwater.config import Compute
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.executor import Failure, Job, Narrator
 from headwater.plan import Node
-from headwater.processes import Processes, allowed, by_longest_chain, ended_how, workers_for
+from headwater.processes import Processes, allowed, ended_how, workers_for
 from headwater.recipes import find_recipe
 from headwater.rundir import RunDir
+from headwater.standing import by_longest_chain
 from headwater.workplace import Watch
 from runs import (
     TINY,

@@ -59,7 +59,9 @@ def named(model: Any) -> dict[str, Tensor]:
     """Weights and saved buffers by name, tied ones once."""
     once = dict(model.named_parameters())
     known = {id(one) for one in once.values()}
-    rest = {name: one for name, one in model.state_dict(keep_vars=True).items() if id(one) not in known and name not in once}
+    rest = {
+        name: one for name, one in model.state_dict(keep_vars=True).items() if id(one) not in known and name not in once
+    }
     return once | {name: one for name, one in rest.items() if not isinstance(one, torch.nn.Parameter)}
 
 

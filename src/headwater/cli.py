@@ -14,6 +14,7 @@ from headwater.cli_options import (
     Arms,
     Device,
     DryRun,
+    ExecutorName,
     Json,
     Out,
     RecipeName,
@@ -32,6 +33,8 @@ from headwater.cli_tools import tools
 from headwater.errors import FailedError, HeadwaterError, RefusedError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from headwater.executor import Executor
 
 app = typer.Typer(
@@ -64,12 +67,13 @@ def run(
     device: Device = None,
     workers: Workers = None,
     reuse: Reuse = None,
+    executor: ExecutorName = "local",
     dry_run: DryRun = False,
     json_: Json = False,
 ) -> None:
     """Run one arm to its end: teacher RL -> warm-up -> OPD -> student RL by default."""
     changes = changed(set_, device, workers)
-    _go(recipe, [arm], None if seed is None else [seed], out, changes, reuse, dry_run, json_)
+    _go(recipe, [arm], None if seed is None else [seed], out, changes, reuse, dry_run, json_, executor)
 
 
 @app.command()
@@ -82,6 +86,7 @@ def study(
     device: Device = None,
     workers: Workers = None,
     reuse: Reuse = None,
+    executor: ExecutorName = "local",
     dry_run: DryRun = False,
     json_: Json = False,
 ) -> None:
@@ -89,7 +94,7 @@ def study(
     from headwater.recipes import DEFAULT_STUDY
 
     chosen = list(DEFAULT_STUDY) if arms is None else arms_in(arms)
-    _go(recipe, chosen, seeds_in(seeds), out, changed(set_, device, workers), reuse, dry_run, json_)
+    _go(recipe, chosen, seeds_in(seeds), out, changed(set_, device, workers), reuse, dry_run, json_, executor)
 
 
 @app.command()
@@ -158,13 +163,16 @@ def _go(
     reuse: list[Path] | None,
     dry_run: bool,
     as_json: bool,
+    executor: str = "local",
 ) -> None:
     """`run` and `study`, by this process or as the first of several that a launcher started."""
     plain = partial(_run, name, arms, seeds, out, changes, reuse, dry_run, as_json)
+    if executor not in ("local", "ray"):
+        raise UserError(f"--executor {executor}: there are local and ray")
     if not launched():
-        from headwater.processes import local
-
-        return plain(local, 1)
+        return plain(partial(_executor, executor), 1)
+    if executor != "local":
+        raise UserError(f"--executor {executor}: torchrun has started the processes already; leave one of the two out")
     from headwater.ranks import join
     from headwater.together import Together, follow, led
 
@@ -172,7 +180,17 @@ def _go(
     if not ranks.first:
         sys.exit(follow(ranks))
     with led(ranks):
-        return plain(Together(ranks), ranks.size)
+        return plain(lambda: Together(ranks), ranks.size)
+
+
+def _executor(name: str) -> Executor:
+    if name == "ray":
+        from headwater.cluster import on_ray
+
+        return on_ray
+    from headwater.processes import local
+
+    return local
 
 
 def _run(
@@ -184,7 +202,7 @@ def _run(
     reuse: list[Path] | None,
     dry_run: bool,
     as_json: bool,
-    executor: Executor,
+    executor: Callable[[], Executor],
     processes: int,
 ) -> None:
     from headwater.recipes import arm_of, find_recipe
@@ -210,7 +228,7 @@ def _run(
         with resumable(folder):
             tell = narrator(quiet=as_json)
             found = pipeline.run(
-                recipe, arms, chosen, folder, tell, reuse=reuse or [], executor=executor, processes=processes
+                recipe, arms, chosen, folder, tell, reuse=reuse or [], executor=executor(), processes=processes
             )
     except FailedError:
         if len(arms) * len(chosen) > 1:  # the rest of the study has been reported on

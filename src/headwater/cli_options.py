@@ -31,6 +31,9 @@ Workers = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Processes that run independent nodes; by default what the cores allow."),
 ]
+ExecutorName = Annotated[
+    str, typer.Option("--executor", help="Who runs the nodes: local, or ray for a Ray cluster (RAY_ADDRESS).")
+]
 Reuse = Annotated[
     list[Path] | None,
     typer.Option("--reuse", help="Another run's folder, whose finished nodes count where they are the same work."),

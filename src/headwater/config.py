@@ -167,6 +167,26 @@ def _guard(said: Any, usual: dict[str, Any]) -> Any:
     return {**usual, **said} if isinstance(said, dict) else said
 
 
+class Resources(Strict):
+    """What one node takes of a cluster."""
+
+    cpus: Annotated[float, Field(ge=0.0, le=4096.0)] = 1.0
+    gpus: Annotated[float, Field(ge=0.0, le=64.0)] | None = None
+    """None: one where `compute.device` is cuda, else none."""
+    memory_gib: Annotated[float, Field(gt=0.0, le=65536.0)] | None = None
+    """None asks for no share of the memory."""
+
+
+class Ray(Strict):
+    """How `--executor ray` runs a study's nodes."""
+
+    node: Resources = Resources()
+    stages: dict[Name, Resources] = Field(default_factory=dict)
+    """For nodes of one stage (`teacher_rl`, `warmup`, `teacher_rollouts`, …) in place of `node`."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 2
+    """How often a node whose process died is begun again, from its last checkpoint."""
+
+
 class Compute(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     microbatch_tokens: Positive = 16384
@@ -183,6 +203,7 @@ class Compute(Strict):
     grader_workers: Annotated[int, Field(ge=1, le=1024)] = 2
     grader_seconds: Annotated[float, Field(gt=0.0, le=86_400.0)] = 2.0
     deterministic: bool = True
+    ray: Ray = Ray()
 
 
 class Recipe(Strict):

@@ -226,9 +226,7 @@ def shared_out(rows: list[Row], stage: Stage, whole: int, ranks: Ranks) -> list[
         for index in sorted(range(len(groups)), key=lambda index: (-cost[index], index)):
             owner[index] = load.index(min(load))
             load[owner[index]] += cost[index]
-        out += [
-            replace(row, here=owner[index] == ranks.rank) for index, group in enumerate(groups) for row in group
-        ]
+        out += [replace(row, here=owner[index] == ranks.rank) for index, group in enumerate(groups) for row in group]
     return out
 
 

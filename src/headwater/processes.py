@@ -18,9 +18,7 @@ import select
 import signal
 import subprocess
 import sys
-import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +27,11 @@ import torch
 
 from headwater.config import Compute
 from headwater.errors import FailedError, UserError
-from headwater.estimate import estimates
-from headwater.executor import Failure, Job, Stand, describe, in_process
+from headwater.executor import Failure, Job, in_process
+from headwater.standing import Standing
 from headwater.workplace import Watch
 
 LISTEN_SECONDS = 0.2  # how soon a request to stop is passed on
-TRIES = 2  # a worker may be killed for want of memory that another one took; a node that kills two is to blame itself
-SOON = 0.05  # the share of the work after which the time left is worth saying
 # A worker takes its parent's import path before it imports anything of ours.
 BOOT = (
     "import sys, json; setup = json.loads(sys.stdin.buffer.readline()); sys.path[:] = setup['path']; "
@@ -92,7 +88,7 @@ class Processes:
     def __call__(self, job: Job) -> dict[str, Failure]:
         pool: list[_Worker] = []
         with job.narrator.together(len(job.plan.order())) as stand:
-            standing = _Standing(job, stand)
+            standing = Standing(job, stand)
             try:
                 while True:
                     if not job.stopped():
@@ -105,7 +101,7 @@ class Processes:
                 for worker in pool:
                     worker.end()
 
-    def _listen(self, standing: _Standing, pool: list[_Worker], busy: Sequence[_Worker]) -> None:
+    def _listen(self, standing: Standing, pool: list[_Worker], busy: Sequence[_Worker]) -> None:
         if standing.job.stopped():
             for worker in busy:
                 worker.ask_to_stop()
@@ -115,7 +111,7 @@ class Processes:
             if worker.dead:
                 pool.remove(worker)
 
-    def _hand_out(self, standing: _Standing, pool: list[_Worker]) -> None:
+    def _hand_out(self, standing: Standing, pool: list[_Worker]) -> None:
         for name in standing.ready():
             idle = next((worker for worker in pool if worker.name is None and worker.alive()), None)
             if idle is None:
@@ -128,62 +124,6 @@ class Processes:
                 pool.append(idle)
             standing.waiting.remove(name)
             idle.begin(name)
-
-
-class _Standing:
-    """What has become of a job's nodes so far."""
-
-    def __init__(self, job: Job, stand: Stand) -> None:
-        self.job = job
-        self.stand = stand
-        self.costs = {row.name: row.flops for row in estimates(job.plan, job.materials)}
-        self.waiting = by_longest_chain(job, self.costs)
-        self.failures: dict[str, Failure] = {}
-        self._parents = {name: job.parents(name) for name in job.todo}
-        self._done: set[str] = set()
-        self._deaths: Counter[str] = Counter()
-        self._began = time.perf_counter()
-        self._tell()
-
-    def ready(self) -> list[str]:
-        """Nodes that may begin now, the one with the most work behind it first."""
-        return [name for name in self.waiting if self._parents[name] <= self._done]
-
-    def done(self, name: str) -> None:
-        self._done.add(name)
-        self._tell()
-
-    def failed(self, name: str, failure: Failure) -> None:
-        self.failures[name] = failure
-        self.job.fail(name, failure)
-
-    def died(self, name: str, how: str) -> None:
-        """The worker that was at a node is gone."""
-        self._deaths[name] += 1
-        if self._deaths[name] < TRIES:
-            self.job.narrator.say(f"{describe(self.job.todo[name])}: its process {how}; it goes on in another one")
-            self.waiting.insert(0, name)
-        else:
-            self.failed(name, Failure(f"its process {how}, for the second time", 1))
-
-    def _tell(self) -> None:
-        """Where the study stands; the time left is right if the rest goes as fast as what is done, measured in FLOPs."""
-        done = sum(self.costs[name] for name in self._done)
-        rest = sum(self.costs[name] for name in self.job.todo if name not in self._done)
-        before = len(self.job.plan.order()) - len(self.job.todo)
-        known = done > SOON * (done + rest)
-        left = (time.perf_counter() - self._began) * rest / done if known else None
-        self.stand(before + len(self._done), left)
-
-
-def by_longest_chain(job: Job, costs: Mapping[str, float]) -> list[str]:
-    """The nodes still to be done, the one that the most costly chain of work hangs on first; ties in the plan's order."""
-    chain = dict.fromkeys(job.todo, 0.0)
-    for name in reversed(list(job.todo)):  # parents come after their children here, so the chain behind a node is known
-        chain[name] += costs[name]
-        for parent in job.parents(name):
-            chain[parent] = max(chain[parent], chain[name])
-    return sorted(job.todo, key=lambda name: -chain[name])
 
 
 class _Worker:
@@ -230,7 +170,7 @@ class _Worker:
             self._asked = True
             self._tell({"stop": True})
 
-    def listen(self, standing: _Standing) -> None:
+    def listen(self, standing: Standing) -> None:
         """Take in what the worker has to say; sets `dead` when it will say nothing more."""
         data = os.read(self.fileno(), 65536)
         *lines, self._heard = (self._heard + data).split(b"\n")
@@ -244,7 +184,7 @@ class _Worker:
             if name is not None and not standing.job.stopped():
                 standing.died(name, how)
 
-    def _hear(self, said: dict[str, Any], standing: _Standing) -> None:
+    def _hear(self, said: dict[str, Any], standing: Standing) -> None:
         assert self.name is not None
         if "begun" in said:  # it may have taken a while to get ready
             self._watch = self._shown.enter_context(self._job.shown(self.name))

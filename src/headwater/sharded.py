@@ -43,7 +43,9 @@ def shard(policy: Policy, ranks: Ranks, field: str) -> Policy:
         return policy
     held, frozen = policy.model, not any(one.requires_grad for one in policy.model.parameters())
     if policy.body is held:
-        raise UserError(f"{field}: {policy.where} does more to its logits than its head does, so it runs on one process only")
+        raise UserError(
+            f"{field}: {policy.where} does more to its logits than its head does, so it runs on one process only"
+        )
     skeleton = emptied(held)
     kept = set(policy.head.parameters()) if frozen and isinstance(policy.head, nn.Module) else set()
     blocks = set(getattr(held, "_no_split_modules", None) or ())
@@ -121,7 +123,9 @@ def gathered(tensor: Tensor) -> Tensor:
 
 def emptied(held: Any) -> Any:
     """A copy of a model without its weights, ties kept."""
-    nothing = {id(one): nn.Parameter(torch.empty_like(one, device="meta"), requires_grad=False) for one in held.parameters()}
+    nothing = {
+        id(one): nn.Parameter(torch.empty_like(one, device="meta"), requires_grad=False) for one in held.parameters()
+    }
     return copy.deepcopy(held, dict(nothing))
 
 
@@ -144,7 +148,9 @@ def whole(policy: Policy) -> Iterator[Policy]:
         body, head = skeleton.base_model, skeleton.get_output_embeddings()
         yield replace(policy, model=skeleton, body=body, head=head, ranks=ALONE, plain=None)
     finally:
-        meta = {key: nn.Parameter(torch.empty_like(one, device="meta"), requires_grad=False) for key, one in known.items()}
+        meta = {
+            key: nn.Parameter(torch.empty_like(one, device="meta"), requires_grad=False) for key, one in known.items()
+        }
         for name, one in policy.model.named_parameters(remove_duplicate=False):
             _put(skeleton, name, meta[id(one)])
 

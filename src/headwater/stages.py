@@ -262,7 +262,9 @@ def gatherer(
         budget=Budget(materials.recipe.compute.microbatch_tokens),
         # What is sampled again takes other rollouts' places under their names, so nothing may be scored before it stands.
         # Ranks pass together, which a thread beside would disturb.
-        parts=1 if teacher is None or stage.sparse.dynamic_sampling or not policy.ranks.alone else materials.recipe.compute.score_ahead,
+        parts=1
+        if teacher is None or stage.sparse.dynamic_sampling or not policy.ranks.alone
+        else materials.recipe.compute.score_ahead,
     )
 
 

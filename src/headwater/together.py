@@ -1,8 +1,8 @@
 """A run whose every node is run by several processes together (`torchrun … -m headwater run …`).
 
-The first process is the program as it always is: it reads, checks, writes the folder, reports, and its executor announces each node. The
-others wait for its word and run the same node beside it; what they would write goes to a folder of their own that nobody
-keeps, so a node's code is the same on every rank. Words: {"begin": …} the plan, {"run": NODE}, {"end": exit code}.
+The first process is the program as it always is: it reads, checks, writes the folder, reports, and its executor announces each
+node. The others wait for its word and run the same node beside it; what they would write goes to a folder of their own that
+nobody keeps, so a node's code is the same on every rank. Words: {"begin": …} the plan, {"run": NODE}, {"end": exit code}.
 """
 
 from __future__ import annotations
@@ -116,9 +116,7 @@ def follow(ranks: Ranks) -> int:
             with pipeline.prepared(recipe, begun["arms"], begun["seeds"]) as (plan, materials):
                 nodes = {plan.names[node]: node for node in plan.order()}
                 shared = graded_together(materials, ranks.twin())
-                watch = Watch(
-                    lambda done, total, unit: None, lambda count, metrics: None, agreed(ranks, stopped)
-                )
+                watch = Watch(lambda done, total, unit: None, lambda count, metrics: None, agreed(ranks, stopped))
                 place = Workplace(plan, shared, RunDir(Path(begun["out"])), watch, ranks)
                 while "run" in (word := ranks.told(None)):
                     if not beside(nodes[word["run"]], place):

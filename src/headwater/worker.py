@@ -64,7 +64,7 @@ def _work(setup: dict[str, Any], inbox: queue.SimpleQueue[str], stop: threading.
             name = inbox.get()
             if name not in nodes:
                 raise UserError(f"{name}: data, models or code changed while the study ran; run it again")
-            watch, flush = _watch(tell, stop)
+            watch, flush = telling(tell, stop.is_set)
             try:
                 if stop.is_set():
                     raise KeyboardInterrupt
@@ -81,8 +81,8 @@ def _work(setup: dict[str, Any], inbox: queue.SimpleQueue[str], stop: threading.
                 tell({"ended": name, "failure": None})
 
 
-def _watch(tell: Tell, stop: threading.Event) -> tuple[Watch, Callable[[], None]]:
-    """A watch whose progress goes to the parent in few messages, and a function that passes on what is left."""
+def telling(tell: Tell, stopped: Callable[[], bool]) -> tuple[Watch, Callable[[], None]]:
+    """A watch whose progress goes to whoever handed out the node in few messages, and a function that passes on what is left."""
     count, facts, last = 0, {}, 0.0  # type: int, Metrics, float
 
     def start(done: int, total: int, unit: str) -> None:
@@ -101,5 +101,5 @@ def _watch(tell: Tell, stop: threading.Event) -> tuple[Watch, Callable[[], None]
             tell({"advance": count, "metrics": facts})
         count, facts, last = 0, {}, time.monotonic()
 
-    watch = Watch(start, advance, stop.is_set, lambda said: tell({"warn": said}), lambda line: tell({"say": line}))
+    watch = Watch(start, advance, stopped, lambda said: tell({"warn": said}), lambda line: tell({"say": line}))
     return watch, flush

@@ -1,0 +1,114 @@
+"""Several ranks of one run, forked from one warm process: real processes and real gloo, without seconds of imports for each.
+
+crew = Crew()
+crew.run(2, "run", "pocket", "--out", out, faults={1: "step.ended:3=kill"})    # how each of them ended
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import forks
+
+
+@dataclass(frozen=True)
+class Rank:
+    """How one rank ended: exit code (negative for a signal), what it said on stderr, seconds from the start of all."""
+
+    code: int
+    err: str
+    seconds: float
+
+
+class Crew:
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "TOKENIZERS_PARALLELISM": "false"}
+        environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        atexit.register(self._process.kill)
+
+    def run(
+        self,
+        size: int,
+        *argv: str | Path,
+        faults: Mapping[int, str] | None = None,
+        signals: Sequence[tuple[str, int]] = (),
+        patience: float = 120,
+    ) -> list[Rank]:
+        """faults   rank -> what happens to it, and where
+        signals  (a file, number): sent to every rank once the file is there
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        asked = {"size": size, "argv": [str(one) for one in argv], "faults": faults or {}, "signals": list(signals)}
+        self._process.stdin.write(json.dumps({**asked, "patience": patience}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "the warm process is gone"
+        return [Rank(**one) for one in json.loads(line)]
+
+
+def serve() -> None:
+    forks.warm_up()
+
+    from headwater import together  # noqa: F401
+
+    sink = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(all_ranks(json.loads(line), Path(folder))), file=sink, flush=True)
+
+
+def all_ranks(asked: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size, began, pids = asked["size"], time.monotonic(), {}
+    for rank in range(size):
+        (folder / str(rank)).mkdir()
+        pid = os.fork()
+        if pid == 0:
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+            world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in world.items()}
+            fault = asked["faults"].get(str(rank))
+            one = {"argv": asked["argv"], "fault": fault, "user": None, "whole": False, "then": ""}
+            try:
+                forks.child(one, folder / str(rank))
+            finally:
+                os._exit(99)
+        pids[pid] = rank
+    ended: dict[int, dict[str, Any]] = {}
+    signals = list(asked["signals"])
+    while len(ended) < size:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in pids:
+            said = (folder / str(pids[pid]) / "err").read_text(errors="replace")
+            code = os.waitstatus_to_exitcode(status)
+            ended[pids[pid]] = {"code": code, "err": said, "seconds": time.monotonic() - began}
+        for path, number in [one for one in signals if list(Path("/").glob(one[0].lstrip("/")))]:
+            signals.remove([path, number])
+            for one in [one for one, rank in pids.items() if rank not in ended]:
+                os.kill(one, number)
+        if time.monotonic() - began > asked["patience"]:
+            for one in [one for one, rank in pids.items() if rank not in ended]:
+                os.kill(one, 9)
+        time.sleep(0.005)
+    return [ended[rank] for rank in range(size)]
+
+
+if __name__ == "__main__":
+    serve()
