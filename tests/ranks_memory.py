@@ -1,6 +1,6 @@
 """What one rank holds of a model that several train: bytes of weights, gradients and optimizer, and of the whole process.
 
-    torchrun --nproc-per-node N tests/ranks_memory.py [--layers 12] [--width 768] [--vocabulary 32000] [--steps 2]
+torchrun --nproc-per-node N tests/ranks_memory.py [--layers 12] [--width 768] [--vocabulary 32000] [--steps 2]
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def main() -> None:
         "weights_mb": sum(map(local, parameters)) / 1e6,
         "gradients_mb": sum(local(one.grad) for one in parameters if one.grad is not None) / 1e6,
         "optimizer_mb": sum(local(one) for state in optimizer.state.values() for one in state.values()) / 1e6,
-        "process_mb": (resident() - empty) / 1e6, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - empty / 1e6,
+        "process_mb": (resident() - empty) / 1e6,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - empty / 1e6,
         "grad_norm": found["grad_norm"], "loss": found["loss"], "seconds_step": seconds[-1],
     }  # fmt: skip
     print(json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}))

@@ -63,6 +63,9 @@ MACHINES = {
     "evaluate",
     "conditions",
     "memory",
+    "ranks",
+    "sharded",
+    "checkpoint_shards",
 }
 HEAVY = ("torch", "transformers", "safetensors", "datasets")
 

@@ -29,6 +29,8 @@ from headwater.ranks import Ranks, is_loss
 from headwater.rundir import NodeDir, RunDir
 from headwater.workplace import Watch, Workplace
 
+Word = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Together:
@@ -109,7 +111,7 @@ def follow(ranks: Ranks) -> int:
     """The life of any other rank: run beside the first one what it announces; its exit code."""
     try:
         with pipeline.stop_requests(aloud=False) as stopped:
-            begun = ranks.told(None)
+            begun = ranks.told(Word())
             if "end" in begun:
                 return int(begun["end"])
             recipe = Recipe.model_validate(begun["begin"])
@@ -118,7 +120,7 @@ def follow(ranks: Ranks) -> int:
                 shared = graded_together(materials, ranks.twin())
                 watch = Watch(lambda done, total, unit: None, lambda count, metrics: None, agreed(ranks, stopped))
                 place = Workplace(plan, shared, RunDir(Path(begun["out"])), watch, ranks)
-                while "run" in (word := ranks.told(None)):
+                while "run" in (word := ranks.told(Word())):
                     if not beside(nodes[word["run"]], place):
                         return 1
                 return int(word["end"])
