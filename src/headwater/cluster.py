@@ -2,7 +2,7 @@
 
 Every node is a Ray task with the resources of `compute.ray`; Ray decides where it runs, and begins it again in another process when
 its own one dies. A task lays out the plan from the recipe, as a worker process does (`worker`), and goes on from the node's last
-checkpoint, so the output folder must stand on a file system that all machines share. What it has to say goes through one actor, the board.
+checkpoint, so the output folder must stand on a file system that all machines share. What it says goes through one actor, the board.
 """
 
 from __future__ import annotations

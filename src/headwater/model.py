@@ -273,11 +273,6 @@ def split(model: Any, device: torch.device) -> tuple[nn.Module, Head]:
     return model, nn.Identity()
 
 
-def first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:200]
-
-
 def save(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     """Write a plain Hugging Face folder: config, safetensors, tokenizer. The model in memory is left as it is."""
     state = {name: tensor.detach().to(dtype) for name, tensor in policy.model.state_dict().items()}
