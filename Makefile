@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: python3 (3.11 or newer) with venv, and a package registry.
 PY := .venv/bin/python
 
-.PHONY: demo test check fuzz chaos endurance bench clean
+.PHONY: demo test check fuzz chaos many endurance bench clean
 
 demo: .venv/installed
 	.venv/bin/headwater demo --out runs/demo
@@ -18,6 +18,17 @@ fuzz: .venv/installed-test
 chaos: .venv/installed-test
 	$(PY) -m pytest -m chaos
 	$(PY) tests/chaos.py --kills 500
+
+# Runs of several processes that take longer, those on Ray, and what a rank holds in memory. Ray gets an environment of its own.
+many: .venv-many/installed
+	.venv-many/bin/python -m pytest -m 'many or not many' tests/test_ranks.py tests/test_ray.py
+	for n in 1 2 4; do PYTHONPATH=tests .venv-many/bin/torchrun --nproc-per-node $$n tests/ranks_memory.py; done
+
+.venv-many/installed: pyproject.toml constraints.txt
+	test -x .venv-many/bin/python || python3 -m venv .venv-many
+	.venv-many/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	.venv-many/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,ray]'
+	touch $@
 
 endurance: .venv/installed-test
 	$(PY) tests/endurance.py --steps 4000 --nodes 200
@@ -56,4 +67,4 @@ bench: .venv-bench/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .bench runs build dist src/*.egg-info
+	rm -rf .venv .venv-bench .venv-many .bench runs build dist src/*.egg-info

@@ -121,6 +121,7 @@ def node_of(out: Path, stage: str) -> Path:
     return next((out / "nodes").glob(f"{stage}.*"))
 
 
+@pytest.mark.many
 def test_a_stop_that_all_are_asked_for_leaves_one_checkpoint_and_two_go_on_from_what_one_wrote(tmp_path: Path) -> None:
     out = tmp_path / "out"
     begun = f"{out}/nodes/warmup.*/metrics.jsonl"
@@ -134,6 +135,7 @@ def test_a_stop_that_all_are_asked_for_leaves_one_checkpoint_and_two_go_on_from_
     assert_alike(out, one_process())
 
 
+@pytest.mark.many
 def test_what_stops_one_stage_on_all_ranks_spares_the_rest_of_a_study(tmp_path: Path) -> None:
     changes = ["guards.no_signal=stop", "guards.patience=1", "stages.student_rl.sampling.max_tokens=1"]
     argv = ["study", "pocket", "--arms", "direct_grpo,raw_teacher", "--out", tmp_path, *sets(*changes)]
@@ -144,14 +146,17 @@ def test_what_stops_one_stage_on_all_ranks_spares_the_rest_of_a_study(tmp_path: 
     assert "no group is informative" in held(node(tmp_path, "direct_grpo", "student_rl") / "FAILED")["sentence"]
 
 
-def test_torchrun_runs_it_and_only_run_study_and_demo_may_be_launched_so(tmp_path: Path) -> None:
+@pytest.mark.many
+def test_torchrun_runs_it_to_the_same_end_and_one_process_speaks(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "headwater"]
-    argv = ["run", "pocket", "--arm", "raw_teacher", "--dry-run", "--json"]
-    said = subprocess.run(
-        [*launcher, *argv], capture_output=True, text=True, timeout=280, env=environment(), cwd=tmp_path
-    )
+    argv = [*launcher, *map(str, command(tmp_path / "out"))]
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=280, env=environment())
     assert said.returncode == 0, said.stderr
-    assert said.stdout.count('"teacher_rollouts') == 1  # one process speaks
+    assert said.stdout.count("accuracy on sums before, between and after the stages") == 1
+    assert_alike(tmp_path / "out", one_process())
+
+
+def test_only_run_study_and_demo_may_be_launched_as_several_processes() -> None:
     world = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     refused = subprocess.run(
         [sys.executable, "-m", "headwater", "probe", "pocket"],
