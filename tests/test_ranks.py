@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import pytest
 from safetensors.torch import load_file
 
 from crew import Crew
+from headwater.errors import UserError
 from headwater.gather import shared_out
 from headwater.ranks import Ranks
+from headwater.sharded import shard
 from headwater.train import Row, divided
 from runs import environment, held, infos, node, rows, sets, temporary, tiny
-from tiny import rollout_of, stage_of
+from tiny import rollout_of, stage_of, tiny_policy
 
 # Every kind of pass at once: a reference, several updates of one batch, microbatches so small that ranks have unlike numbers of them.
 CHANGES = (
@@ -187,6 +190,17 @@ def test_every_row_is_run_by_one_rank_and_groups_stay_whole_where_there_are_enou
         # Groups of (3 + length) · 4 tokens: 24, 48, 16, 40 and 20, 44, 32, 28, of which the fairest halves are 64 and 64, 60 and 64.
         load = sum(3 + row.tokens for row in here)
         assert load in {64, 60}
+
+
+def test_what_cannot_be_divided_is_refused_by_name() -> None:
+    policy = tiny_policy()
+    next(policy.model.parameters()).requires_grad_(False)
+    with pytest.raises(UserError, match=r"^models\.student: an adapter on frozen weights is trained by one process only"):
+        shard(policy, Ranks(0, 2), "models.student")
+    odd = tiny_policy()
+    with pytest.raises(UserError, match=r"^models\.student: memory does more to its logits than its head does"):
+        shard(replace(odd, body=odd.model), Ranks(0, 2), "models.student")
+    assert shard(odd, Ranks(), "models.student") is odd
 
 
 def test_one_process_alone_shares_with_nobody() -> None:

@@ -41,13 +41,15 @@ def shard(policy: Policy, ranks: Ranks, field: str) -> Policy:
     """
     if ranks.alone:
         return policy
-    held, frozen = policy.model, not any(one.requires_grad for one in policy.model.parameters())
+    held, trained = policy.model, {one.requires_grad for one in policy.model.parameters()}
+    if len(trained) > 1:
+        raise UserError(f"{field}: an adapter on frozen weights is trained by one process only; leave torchrun out")
     if policy.body is held:
         raise UserError(
             f"{field}: {policy.where} does more to its logits than its head does, so it runs on one process only"
         )
     skeleton = emptied(held)
-    kept = set(policy.head.parameters()) if frozen and isinstance(policy.head, nn.Module) else set()
+    kept = set(policy.head.parameters()) if trained == {False} and isinstance(policy.head, nn.Module) else set()
     blocks = set(getattr(held, "_no_split_modules", None) or ())
     # A bound method that runs what it is given: between the root's hooks, once it is registered as a forward method.
     held.within = _run
