@@ -195,7 +195,9 @@ def test_every_row_is_run_by_one_rank_and_groups_stay_whole_where_there_are_enou
 def test_what_cannot_be_divided_is_refused_by_name() -> None:
     policy = tiny_policy()
     next(policy.model.parameters()).requires_grad_(False)
-    with pytest.raises(UserError, match=r"^models\.student: an adapter on frozen weights is trained by one process only"):
+    with pytest.raises(
+        UserError, match=r"^models\.student: an adapter on frozen weights is trained by one process only"
+    ):
         shard(policy, Ranks(0, 2), "models.student")
     odd = tiny_policy()
     with pytest.raises(UserError, match=r"^models\.student: memory does more to its logits than its head does"):
