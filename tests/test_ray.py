@@ -46,26 +46,27 @@ def on_ray(out: Path, *changes: str) -> Said:
     return tiny("study", out, "--arms", ARMS, "--executor", "ray", changes=[*LONG, *changes])
 
 
-def processes_at(title: str) -> list[int]:
+def processes_at(title: str) -> set[int]:
     """Ids of the cluster's processes that run a node of this name."""
-    found = []
+    found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if path.read_bytes().startswith(f"ray::{title}".encode()):
-                found.append(int(path.parent.name))
+                found.add(int(path.parent.name))
     return found
 
 
 @contextlib.contextmanager
-def meanwhile(out: Path, stage: str, steps: int, do: Callable[[], None]) -> Iterator[None]:
-    """`do()` as soon as a stage has taken so many steps."""
+def meanwhile(out: Path, stage: str, steps: int, do: Callable[[set[int]], None]) -> Iterator[None]:
+    """`do(the processes that run it)` as soon as a stage has taken so many steps."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 200
+        deadline, at_work = time.monotonic() + 400, set[int]()
         while time.monotonic() < deadline:
-            for path in out.glob(f"nodes/{stage}.*/metrics.jsonl"):
+            at_work = at_work or processes_at(stage)  # known beforehand: the stage may end while one looks for it
+            for path in out.glob(f"nodes/{stage}.*/metrics.jsonl") if at_work else ():
                 if path.read_text(encoding="utf-8").count("\n") >= steps:
-                    do()
+                    do(at_work)
                     return
             time.sleep(0.005)
 
@@ -76,13 +77,14 @@ def meanwhile(out: Path, stage: str, steps: int, do: Callable[[], None]) -> Iter
     assert not thread.is_alive(), f"{stage} did not come to step {steps}"
 
 
-def kill(title: str) -> None:
-    for pid in processes_at(title):
+def kill(pids: set[int]) -> None:
+    assert pids
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
 
 
 def test_a_study_on_a_cluster_whose_process_is_killed_comes_out_bit_for_bit_as_here(ray: Any, tmp_path: Path) -> None:
-    with meanwhile(tmp_path, "student_rl", 3, lambda: kill("student_rl")):
+    with meanwhile(tmp_path, "student_rl", 3, kill):
         said = on_ray(tmp_path)
     assert said.code == 0, said.err
     assert "student_rl on all (seed 0): its process is gone; it goes on in another one" in said.err
@@ -91,7 +93,7 @@ def test_a_study_on_a_cluster_whose_process_is_killed_comes_out_bit_for_bit_as_h
 
 
 def test_a_stop_ends_the_nodes_at_their_next_step_and_one_process_here_goes_on(ray: Any, tmp_path: Path) -> None:
-    with meanwhile(tmp_path, "warmup", 2, lambda: os.kill(os.getpid(), signal.SIGINT)):
+    with meanwhile(tmp_path, "warmup", 2, lambda pids: os.kill(os.getpid(), signal.SIGINT)):
         said = on_ray(tmp_path)
     assert said.code == 130 and said.err.count("stopping after this step, with a checkpoint") == 1, said.err
     for path in tmp_path.glob("nodes/*/metrics.jsonl"):
@@ -101,7 +103,7 @@ def test_a_stop_ends_the_nodes_at_their_next_step_and_one_process_here_goes_on(r
 
 
 def test_a_node_that_is_lost_more_often_than_it_may_be_fails_and_the_rest_goes_on(ray: Any, tmp_path: Path) -> None:
-    with meanwhile(tmp_path, "student_rl", 1, lambda: kill("student_rl")):
+    with meanwhile(tmp_path, "student_rl", 1, kill):
         said = on_ray(tmp_path, "compute.ray.retries=0")
     assert said.code == 1
     assert "student_rl on all (seed 0): its process was lost 1 times (WorkerCrashedError: " in said.err
