@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: python3 (3.11 or newer) with venv, and a package registry.
 PY := .venv/bin/python
 
-.PHONY: demo test check fuzz chaos many endurance bench clean
+.PHONY: demo test test-engines check fuzz chaos many endurance bench clean
 
 demo: .venv/installed
 	.venv/bin/headwater demo --out runs/demo
@@ -29,6 +29,11 @@ many: .venv-many/installed
 	.venv-many/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	.venv-many/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,ray]'
 	touch $@
+
+# Against vLLM's CPU build, as sampler and as the teacher's server: about ten minutes on two cores.
+test-engines: .venv-bench/installed
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt pytest pytest-timeout hypothesis
+	.venv-bench/bin/python -m pytest -m engines tests/test_engine_*.py
 
 endurance: .venv/installed-test
 	$(PY) tests/endurance.py --steps 4000 --nodes 200

@@ -27,7 +27,8 @@ from headwater.model import Policy
 from headwater.pretrain import make_tokenizer
 from headwater.recipes import ARMS, find_recipe
 from runs import TINY, call, tiny
-from tiny import tiny_folder, tiny_model
+from serving import Answering, serving
+from tiny import MODELS, tiny_folder, tiny_model
 
 ROOT = Path(__file__).parents[1]
 TEACHER = str(ROOT / "src" / "headwater" / "pocket" / "qwen3-teacher")
@@ -570,6 +571,39 @@ def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytes
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
     monkeypatch.setattr(doctor, "examine", lambda *given: pytest.fail("the doctor was asked again"))
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
+
+
+# Engines and servers ----------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwater.sampler_vllm.installed", lambda: False)
+    found = light(tmp_path, "compute.sampler=vllm")
+    assert "pip install headwater[vllm]" in one(found, "engine-unusable").evidence
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "said"),
+    [
+        ("server-unusable", {"gone": True}, "gave no usable answer in 1 tries"),
+        ("server-unusable", {"most": 3}, "greater than max allowed: 3"),
+        ("server-disagrees", {"shifted": True}, "different ids for the same text"),
+        ("server-context-too-short", {"longest": 40}, "takes sequences of 40 tokens"),
+        (None, {}, ""),
+    ],
+)
+def test_a_teachers_server_is_looked_at_like_a_model(
+    name: str | None, fault: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    answering = Answering(model.load(TEACHER, "models.teacher", MODELS, torch.device("cpu"), frozen=True), **fault)
+    changes = ("stages.warmup.dense.top_k=8", "stages.opd.dense.top_k=8", "compute.server.retries=0")
+    with serving(answering) as there:
+        url = "http://127.0.0.1:9/v1" if answering.gone else there.url
+        found = light(tmp_path, f"models.teacher={url}", *changes, arms=("raw_teacher",))
+    if name is None:
+        assert not found.errors, found.text()
+    else:
+        assert said in one(found, name).evidence and url in one(found, name).evidence + one(found, name).remedy
 
 
 def test_every_finding_stands_in_the_table_and_in_the_docs() -> None:

@@ -223,3 +223,10 @@ def test_the_sampled_gradient_is_unbiased_also_after_the_policy_has_moved_within
     each = losses.sampled_reverse_kl(student[0], old[0], teacher[0], 0.9, 9.0)
     sampled = torch.autograd.grad((old[0].exp() * each).sum(), logits)[0]
     torch.testing.assert_close(sampled, full, rtol=1e-10, atol=1e-14)
+
+
+def test_an_engines_token_counts_as_often_as_the_trainer_would_have_drawn_it_up_to_the_cap() -> None:
+    old, drawn = (torch.tensor(values).log() for values in ([0.3, 0.1, 0.25], [0.1, 0.2, 0.25]))
+    # 0.3 / 0.1 = 3, cut to 2; 0.1 / 0.2 = ½; equal: 1.
+    torch.testing.assert_close(losses.truncated_importance(old, drawn, 2.0), torch.tensor([2.0, 0.5, 1.0]))
+    assert not losses.truncated_importance(old.requires_grad_(), drawn, 2.0).requires_grad

@@ -10,10 +10,12 @@ import torch
 
 from headwater.batch import Row, collate
 from headwater.data import Verdict
+from headwater.losses import truncated_importance
 from headwater.model import Policy
 from headwater.objective import TABLE, objective_of, with_rewards
 from headwater.teacher import logp_of
 from headwater.tokens import Tokens, TokenStats
+from headwater.train import update
 from tiny import (
     CPU,
     furthest,
@@ -157,3 +159,43 @@ def test_group_normalised_rewards_by_hand() -> None:
     found = with_rewards(rows, verdicts_of(rows, 10), stage_of("grpo"), True)
     # ¾ / 0.4330 = √3, −¼ / 0.4330 = −1/√3
     assert [row.advantage for row in found] == pytest.approx([math.sqrt(3), *[-1 / math.sqrt(3)] * 3], rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "opd", "constant"])
+def test_the_policy_gradient_of_an_engines_samples_averages_to_that_of_the_policys_own(objective: str) -> None:
+    """Σ_y q(y) · p(y)/q(y) · ∇loss(y) = Σ_y p(y) · ∇loss(y), summed over the whole vocabulary, for any engine's q."""
+    torch.manual_seed(5)
+    logits_V = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    q_V = torch.softmax(torch.randn(6, dtype=torch.float64), dim=0)
+    advantages_V, teacher_logp_V = torch.randn(6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    stage = stage_of(objective, dense={"divergence": "sampled"})
+
+    def gradient(drawn_V: torch.Tensor, cap: float | None) -> torch.Tensor:
+        logp_V = torch.log_softmax(logits_V, dim=0)
+        stats = TokenStats(logp_V, torch.zeros(6), teacher_logp_N=teacher_logp_V)
+        weight_V = None if cap is None else truncated_importance(logp_V.detach(), drawn_V.log(), cap)
+        tokens = Tokens(stats, logp_V.detach(), advantages_V, importance_N=weight_V)
+        return torch.autograd.grad((drawn_V * objective_of(stage, cap).token_loss(tokens)).sum(), logits_V)[0]
+
+    own = gradient(torch.softmax(logits_V.detach(), dim=0), None)
+    torch.testing.assert_close(gradient(q_V, 1e9), own)
+    assert (gradient(q_V, None) - own).abs().max() > 0.01  # without the weights it is another gradient
+
+
+def test_a_run_corrects_for_how_its_sampler_drew_where_a_cap_is_given(policy: Policy) -> None:
+    rows = sampled_rows(policy)
+    exact = logp_of(policy, [row.rollout for row in rows], 4096)
+    # A sampler that claims to have drawn each token at twice its probability: every token counts half.
+    doubled = [
+        replace(row, rollout=replace(row.rollout, sampler_logp=tuple((logp + math.log(2.0)).tolist())))
+        for row, logp in zip(rows, exact, strict=True)
+    ]
+    stage, optimizer = stage_of("grpo"), torch.optim.SGD(policy.model.parameters(), lr=0.0)
+
+    def gradient(cap: float | None) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        found = update(policy, optimizer, doubled, objective_of(stage, cap), stage, 4096)
+        return {name: one.grad.clone() for name, one in policy.model.named_parameters() if one.grad is not None}, found
+
+    (plain, said), (half, measured) = gradient(None), gradient(2.0)
+    assert furthest({name: one * 0.5 for name, one in plain.items()}, half) < 1e-6 < largest(half)
+    assert measured["importance"] == pytest.approx(0.5, abs=1e-5) and "importance" not in said

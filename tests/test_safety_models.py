@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from headwater import prompts
 from headwater.bounded import OutOfTimeError, within
@@ -51,6 +52,20 @@ def test_a_pickle_beside_good_weights_is_refused_by_name_and_not_read(name: str,
     assert said.code == 2 and said.err.count("\n") == 1
     assert all(one in said.err for one in ("models.student", str(folder), name, "a pickle", "*.safetensors"))
     assert not (tmp_path / "touched").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_safetensors_file_whose_length_begins_like_a_pickle_is_read(folder: Path) -> None:
+    """One header in 32 has a length whose first byte is the one that pickles begin with."""
+    path = folder / "model.safetensors"
+    held = load_file(path)
+    for padding in range(0, 256, 8):
+        save_file(held, path, metadata={"format": "pt", "padding": "x" * padding})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert torch.equal(
+        load(str(folder), "models.student", MODELS, CPU, True).model.lm_head.weight, held["model.embed_tokens.weight"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["torch", "pickle", "text", "empty", "length"])

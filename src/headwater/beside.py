@@ -11,10 +11,11 @@ from headwater import conditions, faults
 from headwater.data import Rollout
 from headwater.evaluate import refuse_nan
 from headwater.ledger import record
-from headwater.model import Policy, Shape
+from headwater.model import Policy
 from headwater.plan import Node, supervisor
 from headwater.rundir import append_jsonl
 from headwater.sampler import requests_for
+from headwater.teachers import Teacher
 from headwater.train import Metrics
 from headwater.workplace import Workplace, held_out, named
 
@@ -40,15 +41,15 @@ def condition_c2(node: Node, place: Workplace, policy: Policy) -> Callable[[int,
     folder, prompter = place.node_dir(node), place.prompter(policy)
     prompts = [(problem.id, prompter.ids(problem)) for problem in problems]
 
-    def sample(who: Policy, *draw: str | int) -> list[Rollout]:
+    def sample(who: Teacher, *draw: str | int) -> list[Rollout]:
         requests = requests_for(prompts, 1, 0, node.seed, "conditions", *draw)
         rollouts = place.sampler(who).sample(requests, settings.sampling)
         refuse_nan(rollouts)
         return rollouts
 
     @cache
-    def teacher() -> tuple[Policy, list[Rollout]]:
-        loaded = place.load(whose, frozen=True)
+    def teacher() -> tuple[Teacher, list[Rollout]]:
+        loaded = place.frozen(whose, settings)
         return loaded, sample(loaded, "teacher")
 
     def measure(step: int, last: bool) -> None:
@@ -65,7 +66,7 @@ def condition_c2(node: Node, place: Workplace, policy: Policy) -> Callable[[int,
         faults.point("conditions.measured")
         read = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in (*own, *theirs))
         context = read / (len(own) + len(theirs)) / 2
-        student, theirs_shape = (Shape.from_config(one.model.config) for one in (policy, held))
+        student, theirs_shape = policy.shape, held.shape
         sampled = sum(len(rollout.completion_ids) for rollout in own)
         record(
             folder.ledger,

@@ -20,7 +20,7 @@ from headwater.logprobs import tokens_at_once
 from headwater.memory import Budget, passes
 from headwater.model import Policy
 from headwater.sharded import within
-from headwater.teacher import distributions_of, hidden_of
+from headwater.teacher import Elsewhere, distributions_of, hidden_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Apart:
 
 def measure(
     student: Policy,
-    teacher: Policy,
+    teacher: Policy | Elsewhere,
     student_rollouts: Sequence[Rollout],
     teacher_rollouts: Sequence[Rollout],
     top_k: int,
@@ -62,7 +62,7 @@ def measure(
 
 
 @torch.no_grad()
-def apart(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], top_k: int, tokens: int) -> Apart:
+def apart(student: Policy, teacher: Policy | Elsewhere, rollouts: Sequence[Rollout], top_k: int, tokens: int) -> Apart:
     """How the two models differ at every completion token of these rollouts, all sampled at one temperature."""
     budget, ranks = Budget(tokens), student.ranks
     share = ranks.share(rollouts)

@@ -22,12 +22,24 @@ class Models(Strict):
     for one that `headwater pretrain desk` makes."""
 
     student: str
-    teacher: str
+    teacher: str | Annotated[dict[Name, str], Field(min_length=1)]
+    """Also `http://HOST:PORT/v1`, for one that a vLLM server scores with, and a mapping from a problem's tag (`data.columns.tag`)
+    to its teacher. Neither kind is trained (docs/engines.md)."""
     expert: str | None = None
     """The stronger model whose sampled answers fine-tune the teacher of the arm `sft_teacher`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+
+    def named(self, role: str) -> dict[str, str]:
+        """Field -> model of a role; none where the recipe names none.
+
+        Example: `{"models.teacher": "/models/t"}`, or `{"models.teacher.code": …, "models.teacher.maths": …}`.
+        """
+        held = getattr(self, role)
+        if isinstance(held, dict):
+            return {f"models.{role}.{tag}": name for tag, name in sorted(held.items())}
+        return {} if held is None else {f"models.{role}": held}
 
 
 class Prompt(Strict):
@@ -51,6 +63,8 @@ class Columns(Strict):
 
     problem: str | None = None
     answer: str | None = None
+    tag: str | None = None
+    """Names the teacher of a problem where `models.teacher` is a mapping; generated problems have their task as tag."""
 
 
 class Generate(Strict):
@@ -187,8 +201,44 @@ class Ray(Strict):
     """How often a node whose process died is begun again, from its last checkpoint."""
 
 
+class Vllm(Strict):
+    """How vLLM samples where `compute.sampler` names it (docs/engines.md)."""
+
+    memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
+    """Share of the device's memory that the engine takes while it samples, weights and cache together."""
+    cache_gb: Annotated[float, Field(gt=0.0, le=65536.0)] | None = None
+    """GiB of its key-value cache; None takes what `memory` leaves on a GPU, and 1 on a CPU."""
+    compiled: bool = True
+    """Whether it compiles the model and captures graphs: a minute or so at its start, faster steps ever after."""
+    sleep: bool = True
+    """Whether it gives its memory back while the policy trains; on a CPU, where it cannot, this says nothing."""
+    importance_cap: Annotated[float, Field(gt=0.0)] | None = 2.0
+    """A policy-gradient token counts min(p_trainer / p_sampler, cap) times, as vLLM's own arithmetic drew it; None leaves that out."""
+
+
+class Server(Strict):
+    """How a teacher behind a server is asked (`models.teacher: http://…`)."""
+
+    seconds: Annotated[float, Field(gt=0.0, le=86_400.0)] = 120.0
+    """For one answer; then it is asked again."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 5
+    """Further tries of a call that brings no usable answer, after pauses of 0.5, 1, 2 … 30 seconds."""
+    concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Calls under way at once."""
+    batch_tokens: Positive = 16384
+    """Tokens that one call has scored."""
+    key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """The environment variable that holds the server's key; the key itself is never written down."""
+
+
 class Compute(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    sampler: Literal["torch", "vllm"] = "torch"
+    """Who samples: the embedded sampler, or vLLM in this process beside the trainer (extra `vllm`)."""
+    vllm: Vllm = Vllm()
+    server: Server = Server()
+    offload_teacher: bool = False
+    """Whether an in-process teacher waits in the machine's memory, but for its head, while it does not score."""
     microbatch_tokens: Positive = 16384
     """Tokens in one forward and backward pass (a prompt that rows share counts once; padding counts where a model must be
     padded); gradients are accumulated over the passes."""

@@ -58,16 +58,19 @@ def without_sizes(text: str) -> str:
 class Problem:
     """A question. It carries no answer: gold answers live behind `labels.Labels` alone.
 
+    tag  whose teacher it belongs to, where a recipe has several
+
     Example: `Problem(id="9f8b…", text="17+45+82+03", source="sums:train")`.
     """
 
     id: str
     text: str
     source: str
+    tag: str = ""
 
     @staticmethod
-    def of(text: str, source: str) -> Problem:
-        return Problem(problem_id(text), text, source)
+    def of(text: str, source: str, tag: str = "") -> Problem:
+        return Problem(problem_id(text), text, source, tag)
 
 
 @dataclass(frozen=True, slots=True)

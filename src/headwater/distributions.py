@@ -110,6 +110,10 @@ class Exact:
     def __len__(self) -> int:
         return self.logp_NV.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        return self.logp_NV.device
+
     def rows(self, start: int, stop: int) -> Exact:
         return Exact(self.logp_NV[start:stop])
 
@@ -119,6 +123,11 @@ class Exact:
     def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
         """(student (N, E), teacher (N, E)): log-probs of both over the same events; the first keeps its gradient."""
         return student_logp_NV, self.logp_NV.to(student_logp_NV)
+
+    def likeliest(self, k: int) -> TopK:
+        """The k likeliest tokens of each, and the tail."""
+        kept = self.logp_NV.topk(min(k, self.logp_NV.shape[-1]), dim=-1)
+        return TopK(kept.indices, kept.values)
 
     def token_logp(self, targets_N: Tensor) -> Tensor:
         """The teacher's log-prob of each target token (N,)."""
@@ -139,6 +148,10 @@ class TopK:
 
     def __len__(self) -> int:
         return self.ids_NK.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids_NK.device
 
     def rows(self, start: int, stop: int) -> TopK:
         return TopK(self.ids_NK[start:stop], self.logp_NK[start:stop])
@@ -161,6 +174,31 @@ class TopK:
         return self.logp_NK.float()[found_NK]
 
 
+@dataclass(frozen=True)
+class Several:
+    """Distributions of several teachers, one after the other; what they come to has one form."""
+
+    parts: tuple[Distributions, ...]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def rows(self, start: int, stop: int) -> Several:
+        chosen, before = [], 0
+        for part in self.parts:
+            first, last = max(0, start - before), min(len(part), stop - before)
+            if first < last:
+                chosen.append(part.rows(first, last))
+            before += len(part)
+        return Several(tuple(chosen))
+
+    def ready(self) -> Exact | TopK:
+        made = [part.ready() for part in self.parts]
+        whole = joined(made, made[0].device)
+        assert isinstance(whole, (Exact, TopK))
+        return whole
+
+
 TAIL_FLOOR = 1e-7
 """float32 cannot tell a smaller tail from rounding; both sides get the same floor, so equality still gives zero."""
 
@@ -171,8 +209,10 @@ def _with_tail(logp_NK: Tensor) -> Tensor:
 
 
 def joined(parts: Sequence[Distributions], device: torch.device) -> Distributions:
-    """One after the other, on a device; all of one form (and of one teacher)."""
+    """One after the other, on a device; all of one form, or each to be made `ready` in one."""
     first = parts[0]
+    if any(isinstance(part, Several) for part in parts) or not _one_head(parts):
+        return Several(tuple(parts))
     if isinstance(first, FromHidden):
         hidden_NH = torch.cat([part.hidden_NH for part in parts if isinstance(part, FromHidden)])
         return FromHidden(hidden_NH.to(device), first.head, first.temperature)
@@ -181,4 +221,13 @@ def joined(parts: Sequence[Distributions], device: torch.device) -> Distribution
     top = [part for part in parts if isinstance(part, TopK)]
     return TopK(
         torch.cat([part.ids_NK for part in top]).to(device), torch.cat([part.logp_NK for part in top]).to(device)
+    )
+
+
+def _one_head(parts: Sequence[Distributions]) -> bool:
+    """Whether all that are held as hidden states go through the same weights."""
+    heads = [part.head for part in parts if isinstance(part, FromHidden)]
+    return (
+        len({id(one.weight_VH) if isinstance(one, LinearHead) else id(getattr(one, "__self__", one)) for one in heads})
+        < 2
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headwater import doctor_data as data
+from headwater import doctor_engines as engines
 from headwater import doctor_tokens as tokens
 from headwater import doctor_weights as weights
 from headwater.config import Recipe
@@ -82,6 +83,12 @@ CHECKS = (
         ("label-budget-over-pool", "halves-overlap", "halves-unbalanced", "pool-too-small"),
     ),
     Check("device and plan", plan_can_run, ("device-missing", "cannot-run"), told=True),
+    Check("sampling engine", engines.engine, ("engine-unusable",)),
+    Check(
+        "teacher servers",
+        engines.servers,
+        ("server-unusable", "server-disagrees", "server-context-too-short"),
+    ),
     Check("memory", data.memory, ("memory-too-small", "memory-tight")),
     Check("disk", data.disk, ("disk-too-small", "disk-tight", "cache-over-limit")),
     Check("finite log-probs", weights.finite, ("not-finite",), stage="weights"),

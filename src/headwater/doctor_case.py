@@ -17,13 +17,14 @@ from headwater.data import Problem, Rollout
 from headwater.errors import UserError
 from headwater.estimate import base_of
 from headwater.labels import Pools, buy
-from headwater.materials import Materials, device_of, gather_materials, read_tokenizer
+from headwater.materials import Materials, device_of, gather_materials, tokenizer_of
 from headwater.model import Policy
 from headwater.plan import Node, Plan, Role, make_plan, nodes_of
 from headwater.prompts import Prompter
 from headwater.recipes import arm_of
 from headwater.rundir import RunDir
-from headwater.sampler import TorchSampler, requests_for
+from headwater.sampler import requests_for
+from headwater.served import is_served
 from headwater.sources import Loaded, load, without_leaks
 from headwater.verifier import Verifier
 
@@ -132,9 +133,19 @@ class Case:
 
     @property
     def roles(self) -> list[Role]:
-        """The base models that are loaded; `run` reads the student's and the teacher's tokenizer whatever the arm."""
+        """The base models that are here; `run` reads the student's and the teacher's tokenizer whatever the arm.
+
+        Teachers by tag are named `teacher.TAG`; one behind a server is looked at elsewhere (`doctor_engines`).
+        """
         used = {base_of(node.start) for node in self.nodes}
-        return ["student", "teacher", *(["expert"] if "expert" in used else [])]  # type: ignore[list-item]
+        return ["student", *self.here("teacher"), *(self.here("expert") if "expert" in used else [])]
+
+    def here(self, role: Role) -> list[Role]:
+        named = self.recipe.models.named(role) or {f"models.{role}": ""}  # one that is missing has its own finding
+        return [field.removeprefix("models.") for field, name in named.items() if not is_served(name)]  # type: ignore[misc]
+
+    def name(self, role: Role) -> str | None:
+        return self.recipe.models.named(role.partition(".")[0]).get(f"models.{role}")
 
     @property
     def pairs(self) -> Mapping[tuple[Role, Role], bool]:
@@ -144,15 +155,15 @@ class Case:
             if node.kind != "train" or node.settings is None or not node.settings.needs_teacher:
                 continue
             supervisor = node.teacher if node.cache is None else node.cache.start
-            if supervisor is not None:
-                pair = base_of(node.start), base_of(supervisor)
+            for one in [] if supervisor is None else self.here(base_of(supervisor)):
+                pair = base_of(node.start), one
                 found[pair] = found.get(pair, False) or node.settings.objective != "sft"
         return found
 
     # Models, without their weights ----------------------------------------------------------------------------------
 
     def where(self, role: Role) -> str:
-        name = getattr(self.recipe.models, role)
+        name = self.name(role)
         remedy = f"set models.{role} to a folder with config.json, *.safetensors and a tokenizer, or a hub id"
 
         def find() -> str:
@@ -166,8 +177,11 @@ class Case:
 
     def tokenizer(self, role: Role) -> Any:
         self.where(role)
+        field, name = f"models.{role}", self.name(role) or ""
         remedy = "save the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights"
-        return self._once(("tokenizer", role), lambda: read_tokenizer(self.recipe, role), "model-unreadable", remedy)
+        return self._once(
+            ("tokenizer", role), lambda: tokenizer_of(self.recipe, field, name), "model-unreadable", remedy
+        )
 
     def config(self, role: Role) -> Any:
         where = self.where(role)
@@ -335,17 +349,21 @@ class Case:
         models = self.recipe.models
         return self._once(
             ("policy", role, frozen),
-            lambda: model.load(getattr(models, role), f"models.{role}", models, self.device, frozen),
+            lambda: model.load(self.name(role) or "", f"models.{role}", models, self.device, frozen),
             "model-unreadable",
             "the weights are damaged or do not fit config.json: fetch or save them again",
         )
 
     def sample(self, role: Role) -> Sample:
         """A few completions on the labelled problems' texts, at the temperature of the first stage that samples this model."""
+        if self.recipe.compute.sampler != "torch":
+            remedy = "set compute.sampler=torch, or mend what the sentence names"
+            return self._once(("sample", role), lambda: self._sample(role), "engine-unusable", remedy)
         return self._once(("sample", role), lambda: self._sample(role), "cannot-run", "mend what the sentence names")
 
     def _sample(self, role: Role) -> Sample:
-        settings = [node.settings for node in self.nodes if node.settings is not None and _samples(node) == role]
+        whose = role.partition(".")[0]
+        settings = [node.settings for node in self.nodes if node.settings is not None and _samples(node) == whose]
         chosen = max(settings, key=lambda one: one.sampling.max_tokens).sampling
         policy = self.policy(role, frozen=role != "student")
         slow = self.device.type == "cpu" and sum(p.numel() for p in policy.model.parameters()) > LARGE_PARAMETERS
@@ -354,14 +372,14 @@ class Case:
         prompter, known = self.prompter(role), self.materials.problems
         prompts = [(name, prompter.ids(known[name])) for name in sorted(self.materials.pools.all)[:problems]]
         requests = requests_for(prompts, PROBE_SAMPLES, 0, self.seeds[0], "doctor", role)
-        rollouts = TorchSampler(policy).sample(requests, sampling)
+        rollouts = self.materials.sampler(policy).sample(requests, sampling)
         return Sample(policy, rollouts, chosen.max_tokens, cut=sampling.max_tokens < chosen.max_tokens)
 
     @property
     def sampled_roles(self) -> list[Role]:
         """The base models that a stage samples from."""
         used = {_samples(node) for node in self.nodes}
-        return [role for role in self.roles if role in used]
+        return [role for role in self.roles if role.partition(".")[0] in used]
 
 
 def _samples(node: Node) -> Role | None:

@@ -250,7 +250,7 @@ def disk(case: Case) -> list[Finding]:
     kept = extra = caches = 0.0
     found = []
     for node in case.pending:
-        shape = shapes[base_of(node.start)]
+        shape = shapes.get(base_of(node.start), shapes["student"])  # teachers elsewhere have the student's width
         if node.kind == "train":
             # A model at the compute type and a checkpoint: float32 weights and two moments. The next one is written beside it.
             kept += shape.parameters * (width + 12)

@@ -12,6 +12,7 @@ from headwater.model import Shape
 from headwater.objective import objective_of
 from headwater.plan import Node, Plan, Role, supervisor
 from headwater.prompts import Prompter
+from headwater.served import NO_SHAPE, is_served
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,22 @@ def estimates(plan: Plan, materials: Materials) -> list[Estimate]:
     models = materials.recipe.models
     shapes: dict[Role, Shape] = {}
     for role in ("student", "teacher", "expert"):
-        name = getattr(models, role)
-        if name is not None:
-            where = model.resolve(name, f"models.{role}")
-            model.refuse_untrusted(where, f"models.{role}", name, models.trust_remote_code)
-            with model_files.reading(f"models.{role}: the config of {name} cannot be used"):
-                shapes[role] = Shape.of(where, models.trust_remote_code)
+        named = models.named(role).items()
+        if named:  # of several teachers the costliest
+            found = [shape_of(field, name, models.trust_remote_code) for field, name in named]
+            shapes[role] = max(found, key=lambda one: one.matrix_parameters)
     case = Case(plan, materials, shapes, prompt_tokens(materials))
     return [estimate(node, case) for node in plan.order()]
+
+
+def shape_of(field: str, name: str, trust_remote_code: bool) -> Shape:
+    """A model's shape from its config; a served one costs nothing here. Raises UserError."""
+    if is_served(name):
+        return NO_SHAPE
+    where = model.resolve(name, field)
+    model.refuse_untrusted(where, field, name, trust_remote_code)
+    with model_files.reading(f"{field}: the config of {name} cannot be used"):
+        return Shape.of(where, trust_remote_code)
 
 
 @dataclass(frozen=True)

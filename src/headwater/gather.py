@@ -27,6 +27,7 @@ from headwater.ranks import ALONE, Ranks
 from headwater.sampler import Arrived, Sampler, requests_for
 from headwater.settings import Stage
 from headwater.teacher import distributions_of, logp_of
+from headwater.teachers import Teacher
 from headwater.train import Gathered, Metrics, divided
 
 
@@ -74,7 +75,7 @@ class OnPolicy:
     sampler: Sampler
     text: Callable[[Sequence[int]], str]
     labels: Labels | None
-    teacher: Policy | None
+    teacher: Teacher | None
     reference: Policy | None
     guard: SignalGuard
     budget: Budget

@@ -96,6 +96,19 @@ def sampled_reverse_kl(
     return policy_gradient(student_logp_N, old_logp_N, advantages_N, clip_low, clip_high)
 
 
+def truncated_importance(old_logp_N: Tensor, sampler_logp_N: Tensor, cap: float) -> Tensor:
+    """min(p_old / p_sampler, cap): how often a token that an engine drew counts, so that its average is the trainer's own.
+
+    The engine's kernels give probabilities a little other than the trainer's; the cap bounds the variance at the price of a bias
+    where it binds. No gradient. Shapes: (N,), (N,) -> (N,).
+    Source: the ρ of IMPALA 1802.01561 eq. 1, token by token for rollout engines (Yao et al. 2025, "Your Efficient RL Framework
+    Secretly Brings You Off-Policy RL Training").
+
+    Example: p_old 0.3, p_sampler 0.1, cap 2 gives 2; p_old 0.1, p_sampler 0.2 gives 0.5.
+    """
+    return torch.exp(old_logp_N - sampler_logp_N).clamp_max(cap).detach()
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two distributions over the same E events at each of N tokens, with what every divergence is made of.

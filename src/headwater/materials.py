@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 
-from headwater import model, model_files
-from headwater.config import Recipe
+from headwater import model, model_files, served
+from headwater.config import Recipe, canonical_json
 from headwater.contamination import Leak
 from headwater.data import Problem, letters_of
 from headwater.errors import UserError
@@ -19,9 +20,12 @@ from headwater.labels import Grade, Labels, Pools, buy
 from headwater.plan import Plan
 from headwater.prompts import Prompter, refuse_different_prompts
 from headwater.recipes import Pool
+from headwater.samplers import Samplers, samplers_of
+from headwater.served import ServedTokenizer
 from headwater.settings import Stage
 from headwater.sources import Loaded, load, without_leaks
 from headwater.tasks import Task, find_task, grader_code
+from headwater.teachers import refuse_what_it_cannot
 
 VALIDATION = "data.validation"
 POOLS: tuple[Pool, ...] = ("all", "first_half", "second_half")
@@ -52,6 +56,17 @@ class Materials:
     left_out: tuple[dict[str, Any], ...]
     device: torch.device
 
+    @cached_property
+    def sampler(self) -> Samplers:
+        """Who samples a policy; engines started for one node serve the next."""
+        return samplers_of(self.recipe)
+
+    @property
+    def everything(self) -> list[Problem]:
+        """Every problem that a model may be asked."""
+        validated = [] if self.validation is None else self.validation[0]
+        return [*self.problems.values(), *validated, *(one for held, _ in self.evals.values() for one in held)]
+
     def pool(self, pool: Pool) -> tuple[str, ...]:
         ids: tuple[str, ...] = getattr(self.pools, pool)
         return ids
@@ -68,6 +83,11 @@ class Materials:
             prompts -= len(self.pool(pool)) - min(len(self.pools.first_half), len(self.pools.second_half))
         return settings.steps_over(prompts)
 
+    def _fingerprint(self, name: str, field: str) -> str:
+        if served.is_served(name):
+            return served.meet(name, field, self.recipe.compute.server).fingerprint
+        return model.fingerprint_of(model.resolve(name, field))
+
     def content(self) -> dict[str, Any]:
         """What decides outcomes beside the recipe's own text: which weights, problems and answers.
 
@@ -76,10 +96,11 @@ class Materials:
 
         @cache
         def weights(role: str) -> str:
-            name = getattr(self.recipe.models, role)
-            if name is None:
+            named = self.recipe.models.named(role)
+            if not named:
                 raise UserError(f"models.{role}: an arm needs this model, and the recipe names none")
-            return model.fingerprint_of(model.resolve(name, f"models.{role}"))
+            prints = {field: self._fingerprint(name, field) for field, name in named.items()}
+            return next(iter(prints.values())) if len(prints) == 1 else combined(prints, self.everything)
 
         return {
             "models": weights,
@@ -95,6 +116,12 @@ class Materials:
                 for name, (problems, labels) in self.evals.items()
             },
         }
+
+
+def combined(prints: Mapping[str, str], problems: Sequence[Problem]) -> str:
+    """Names several teachers and who of them is asked what."""
+    asked = sorted((problem.id, problem.tag) for problem in problems)
+    return hashlib.sha256(canonical_json([dict(prints), asked]).encode()).hexdigest()[:16]
 
 
 def gather_materials(recipe: Recipe, grade: Grade) -> Materials:
@@ -175,10 +202,12 @@ def device_of(name: str) -> torch.device:
 def check_plan(plan: Plan, materials: Materials) -> None:
     """Refuse what could not run, before any model is loaded. Raises UserError naming the field."""
     recipe = plan.recipe
-    tokenizers = {"student": read_tokenizer(recipe, "student"), "teacher": read_tokenizer(recipe, "teacher")}
+    refuse_what_it_cannot(plan)
+    refuse_unknown_tags(recipe, materials)
+    roles = ["student", "teacher"]
     for node in plan.order():
-        if (node.role == "expert" or node.start == "expert") and "expert" not in tokenizers:
-            tokenizers["expert"] = read_tokenizer(recipe, "expert")
+        if (node.role == "expert" or node.start == "expert") and "expert" not in roles:
+            roles.append("expert")
         if node.settings is None or node.pool is None or node.kind != "train" or not node.settings.on_policy:
             continue
         pool, wanted = len(materials.prompts(node.pool, node.settings)), node.settings.prompts_per_step
@@ -189,23 +218,64 @@ def check_plan(plan: Plan, materials: Materials) -> None:
                 f"group_size {node.settings.group_size})"
             )
     sample = [materials.problems[name] for name in sorted(materials.problems)[:32]]
-    prompters = {role: Prompter(tokenizer, recipe.prompt) for role, tokenizer in tokenizers.items()}
+    student = read_tokenizer(recipe, "student")
+    prompter = Prompter(student, recipe.prompt)
     texts = [problem.text[:10_000] for problem in sample]  # one that is far too long is refused below, by name
-    for role in tokenizers:
-        if role != "student":
-            fields = ("models.student", f"models.{role}")
-            model.refuse_different_tokens(tokenizers["student"], tokenizers[role], fields, texts)
-            refuse_different_prompts(prompters["student"], prompters[role], sample)
+    for field, name in [pair for role in roles[1:] for pair in recipe.models.named(role).items()]:
+        tokenizer = tokenizer_of(recipe, field, name)
+        some = FEW if isinstance(tokenizer, ServedTokenizer) else len(sample)
+        model.refuse_different_tokens(student, tokenizer, ("models.student", field), texts[:some])
+        if isinstance(tokenizer, ServedTokenizer):
+            refuse_other_chats(prompter, tokenizer, field, sample[:some])
+        else:
+            refuse_different_prompts(prompter, Prompter(tokenizer, recipe.prompt), sample)
     for problem in (
         *materials.problems.values(),
         *(one for problems, _ in materials.evals.values() for one in problems),
     ):
-        prompters["student"].ids(problem)
+        prompter.ids(problem)
+
+
+FEW = 4
+"""Problems on which a served teacher's tokenizer is compared beside the probe strings: each is a call."""
+
+
+def refuse_unknown_tags(recipe: Recipe, materials: Materials) -> None:
+    """Raises UserError for a problem that no teacher of a mapping is named for."""
+    known = recipe.models.teacher
+    for problem in materials.everything if isinstance(known, dict) else ():
+        if problem.tag not in known:
+            said = f"has the tag {problem.tag!r}" if problem.tag else "has no tag (data.columns.tag names their column)"
+            raise UserError(
+                f"models.teacher: problem {problem.id} of {problem.source} {said}, and the mapping knows {', '.join(known)}"
+            )
+
+
+def refuse_other_chats(student: Prompter, theirs: ServedTokenizer, field: str, problems: Sequence[Problem]) -> None:
+    """Refuse a server whose chat template gives a problem other ids than the student's: every token would be biased.
+
+    Raises UserError.
+    """
+    templated = getattr(student.tokenizer, "chat_template", None) is not None
+    for problem in problems if templated else ():
+        found, ours = theirs.chat(student.messages(problem), student.prompt.thinking), student.ids(problem)
+        if found is not None and tuple(found) != ours:
+            raise UserError(
+                f"models.student and {field}: their chat templates give different ids for the same problem ({list(ours[-6:])} and "
+                f"{found[-6:]} at its end, prompt.thinking {student.prompt.thinking})"
+            )
 
 
 def read_tokenizer(recipe: Recipe, role: str) -> Any:
     """A role's tokenizer, without its weights. Raises UserError."""
-    field, name = f"models.{role}", getattr(recipe.models, role)
+    (field, name), *_ = recipe.models.named(role).items()
+    return tokenizer_of(recipe, field, name)
+
+
+def tokenizer_of(recipe: Recipe, field: str, name: str) -> Any:
+    """The tokenizer of the model that a field names; a server's as far as ids are compared. Raises UserError."""
+    if served.is_served(name):
+        return ServedTokenizer(served.meet(name, field, recipe.compute.server))
     where = model.resolve(name, field)
     model.refuse_untrusted(where, field, name, recipe.models.trust_remote_code)
     with model_files.reading(f"{field}: the tokenizer of {name} cannot be loaded"):

@@ -67,6 +67,10 @@ class Policy:
         return int(self.model.config.get_text_config().vocab_size)
 
     @property
+    def shape(self) -> Shape:
+        return Shape.from_config(self.model.config)
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         return stop_ids_of(getattr(self.model, "generation_config", None), self.model.config, self.tokenizer)
 
@@ -93,7 +97,7 @@ class Policy:
             return 0.0
         tokens = packed_tokens(rows) if self.packs else sum(lengths)
         context = sum(length**2 for length in lengths) / sum(lengths) / 2
-        return Shape.from_config(self.model.config).flops(tokens, context, passes)
+        return self.shape.flops(tokens, context, passes)
 
     def completion_hidden(self, batch: Batch) -> Tensor:
         """Hidden states (N, H) at the positions that predict the completion tokens."""
@@ -188,9 +192,8 @@ def read_tokenizer(where: str, trust_remote_code: bool) -> Any:
     """Raises ValueError where there is none: for some architectures transformers then makes an empty one."""
     tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     tokenizer.init_kwargs.pop("local_files_only", None)  # how this process reads would be saved with what it trains
-    found = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("1", *PROBES)
-    ]  # some fail only when used
+    # Some fail only when used.
+    found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("1", *PROBES)]
     if not found[0]:
         raise ValueError("its tokenizer gives no ids for the text '1'; are the tokenizer's files there?")
     return tokenizer
@@ -332,7 +335,7 @@ def refuse_different_tokens(student: Any, teacher: Any, fields: tuple[str, str],
             )
 
 
-def refuse_different_widths(student: Policy, teacher: Policy, fields: tuple[str, str]) -> None:
+def refuse_different_widths(student: Policy, teacher: Any, fields: tuple[str, str]) -> None:
     """Refuse a pair whose output layers have different widths. Raises UserError."""
     if student.vocabulary != teacher.vocabulary:
         raise UserError(

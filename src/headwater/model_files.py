@@ -53,12 +53,10 @@ def _not_safetensors(path: Path) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        return "it is a pickle"
     length = int.from_bytes(head[:8], "little")
-    if len(head) < 9 or length > min(LONGEST_HEADER, size - 8) or head[8:] != b"{":
-        return "its header is not one"
-    return ""
+    if len(head) == 9 and length <= min(LONGEST_HEADER, size - 8) and head[8:] == b"{":
+        return ""  # also where the length happens to begin with the byte that a pickle begins with
+    return "it is a pickle" if head[:2] == b"PK" or head[:1] == b"\x80" else "its header is not one"
 
 
 def refuse_code(folder: Path, field: str, name: str) -> None:

@@ -44,6 +44,8 @@ class Objective:
     teacher_tokens: bool = False
     idle_without_advantage: bool = False
     """A rollout of advantage 0 cannot change the gradient, so it need not be run."""
+    importance_cap: float | None = None
+    """Where the sampler is not the trainer's own forward pass: the bound of `losses.truncated_importance`."""
 
     def token_loss(self, tokens: Tokens) -> Tensor:
         return sum((weight * term(tokens) for weight, term in self.terms), torch.zeros_like(tokens.old_logp_N))
@@ -52,8 +54,10 @@ class Objective:
 def sparse_term(sparse: Sparse, tokens: Tokens) -> Tensor:
     """Clipped policy gradient on the rollout's advantage, plus kl_coef · KL to the reference."""
     student_logp_N = tokens.student.logp_N
-    loss_N = losses.policy_gradient(
-        student_logp_N, tokens.old_logp_N, tokens.advantages_N, sparse.clip_low, sparse.clip_high
+    loss_N = tokens.as_sampled(
+        losses.policy_gradient(
+            student_logp_N, tokens.old_logp_N, tokens.advantages_N, sparse.clip_low, sparse.clip_high
+        )
     )
     if tokens.reference_logp_N is not None:
         loss_N = loss_N + sparse.kl_coef * losses.reference_kl(student_logp_N, tokens.reference_logp_N)
@@ -69,19 +73,18 @@ def dense_term(tokens: Tokens) -> Tensor:
 def sampled_term(sparse: Sparse, tokens: Tokens) -> Tensor:
     """Reverse KL from the sampled token alone (k1)."""
     assert tokens.student.teacher_logp_N is not None
-    return losses.sampled_reverse_kl(
-        tokens.student.logp_N, tokens.old_logp_N, tokens.student.teacher_logp_N, sparse.clip_low, sparse.clip_high
+    return tokens.as_sampled(
+        losses.sampled_reverse_kl(
+            tokens.student.logp_N, tokens.old_logp_N, tokens.student.teacher_logp_N, sparse.clip_low, sparse.clip_high
+        )
     )
 
 
 def constant_term(sparse: Sparse, tokens: Tokens) -> Tensor:
     """An advantage of −1 on every sampled token: no reward, no teacher (the control of 2608.31046)."""
-    return losses.policy_gradient(
-        tokens.student.logp_N,
-        tokens.old_logp_N,
-        torch.full_like(tokens.old_logp_N, -1.0),
-        sparse.clip_low,
-        sparse.clip_high,
+    down_N = torch.full_like(tokens.old_logp_N, -1.0)
+    return tokens.as_sampled(
+        losses.policy_gradient(tokens.student.logp_N, tokens.old_logp_N, down_N, sparse.clip_low, sparse.clip_high)
     )
 
 
@@ -139,8 +142,9 @@ TABLE: dict[str, Callable[[Stage], Objective]] = {
 }
 
 
-def objective_of(stage: Stage) -> Objective:
-    return TABLE[stage.objective](stage)
+def objective_of(stage: Stage, importance_cap: float | None = None) -> Objective:
+    """The row of a stage. `importance_cap` is for samplers that compute otherwise than the trainer."""
+    return replace(TABLE[stage.objective](stage), importance_cap=importance_cap)
 
 
 def with_rewards(

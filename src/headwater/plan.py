@@ -213,8 +213,16 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         **({} if node.kind == "rollouts" or content.get("grader") is None else {"grader": content["grader"]}),
         "prompt": recipe.prompt.model_dump(mode="json"),
         "dtype": recipe.models.dtype,
+        **_engine(recipe),
     }
     return hashlib.sha256(canonical_json(held).encode()).hexdigest()[:16]
+
+
+def _engine(recipe: Recipe) -> dict[str, Any]:
+    """Another sampler than the embedded one draws other tokens, and the loss corrects for how it draws them."""
+    if recipe.compute.sampler == "torch":
+        return {}
+    return {"sampler": recipe.compute.sampler, "importance_cap": recipe.compute.vllm.importance_cap}
 
 
 def _what_counts(node: Node) -> Any:

@@ -31,6 +31,7 @@ from headwater.prompts import Prompter
 from headwater.recipes import Pool, arm_of
 from headwater.rundir import RunDir, write_json
 from headwater.sampler import Request, TorchSampler, requests_for
+from headwater.served import is_served
 from headwater.settings import Stage
 from headwater.stats import Counts, Floats, Interval
 
@@ -196,14 +197,17 @@ def look(
     recipe = materials.recipe
     stage = recipe.stages.teacher_rl if role == "teacher" else recipe.stages.student_rl
     started = time.perf_counter()
-    policy = model.load(getattr(recipe.models, role), f"models.{role}", recipe.models, materials.device, frozen=True)
+    (field, name), *others = recipe.models.named(role).items()
+    if others or is_served(name):
+        raise UserError(f"{field}: probe measures one model whose weights are here; name a folder or a hub id")
+    policy = model.load(name, field, recipe.models, materials.device, frozen=True)
     prompter = Prompter(policy.tokenizer, recipe.prompt)
     prompts = [(name, prompter.ids(materials.problems[name])) for name in names]
     with narrator.node(f"{role}, {len(names)} problems × {samples} samples", 1 if role == "student" else 2, 3) as watch:
         watch.start(0, len(names) * samples, "completions")
         try:
             found = sampled_and_graded(
-                TorchSampler(policy, recipe.compute.sample_batch),
+                materials.sampler(policy),
                 # Both models draw the same numbers, as in evaluations: what differs is then the models.
                 requests_for(prompts, samples, 0, seed, "probe"),
                 stage.sampling,

@@ -30,13 +30,16 @@ class Prompter:
         turn = self.prompt.template.replace("{problem}", problem.text)
         if getattr(self.tokenizer, "chat_template", None) is None:
             return turn if self.prompt.system is None else f"{self.prompt.system}\n\n{turn}"
-        messages = [{"role": "user", "content": turn}]
-        if self.prompt.system is not None:
-            messages.insert(0, {"role": "system", "content": self.prompt.system})
+        messages = self.messages(problem)
         where = f"problem {problem.id} of {problem.source}"
         return rendered(
             self.tokenizer, messages, where, add_generation_prompt=True, enable_thinking=self.prompt.thinking
         )
+
+    def messages(self, problem: Problem) -> list[dict[str, str]]:
+        """The problem as the turns that a chat template is given."""
+        turn = {"role": "user", "content": self.prompt.template.replace("{problem}", problem.text)}
+        return [turn] if self.prompt.system is None else [{"role": "system", "content": self.prompt.system}, turn]
 
     def ids(self, problem: Problem) -> tuple[int, ...]:
         """The prompt as token ids. Raises UserError that names the problem when it is empty or over `prompt.max_tokens`."""

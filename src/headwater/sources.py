@@ -73,8 +73,11 @@ def load(source: Source, what: str, need_answers: bool, gold: Callable[[Any], st
     problem_column = _column(source.columns.problem, PROBLEM_COLUMNS, found, "problem", where)
     answer_columns = _answer_columns(source.columns, found, where, need_answers)
     read: list[tuple[int, str, str | None]] = []
+    tags: dict[int, str] = {}
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
+        if source.columns.tag is not None:
+            tags[number] = _tag(row, source.columns.tag, place)
         read.append((number, _problem_text(row, problem_column, place), _answer(row, answer_columns, place, gold)))
     read = read[: source.limit]
     if need_answers:
@@ -82,7 +85,7 @@ def load(source: Source, what: str, need_answers: bool, gold: Callable[[Any], st
         if lacking:
             among = f" ({len(lacking)} of {len(read)} rows have none)" if len(lacking) > 1 else ""
             raise UserError(f"{where}, row {lacking[0]}: the problem has no answer in {answer_columns[0]!r}{among}")
-    return _folded(read, source.path)
+    return _folded(read, source.path, tags)
 
 
 def without_leaks(loaded: Loaded, evals: Mapping[str, Loaded]) -> tuple[Loaded, dict[str, list[str]]]:
@@ -286,6 +289,13 @@ def _problem_text(row: Mapping[str, Any], column: str, where: str) -> str:
     return value
 
 
+def _tag(row: Mapping[str, Any], column: str, where: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where}: {column!r} (data.columns.tag) is no text but {value!r:.40}")
+    return value
+
+
 def _answer(
     row: Mapping[str, Any], columns: tuple[str, ...], where: str, gold: Callable[[Any], str | None] | None
 ) -> str | None:
@@ -297,14 +307,14 @@ def _answer(
     return gold_answer(value)
 
 
-def _folded(rows: list[tuple[int, str, str | None]], name: str) -> Loaded:
+def _folded(rows: list[tuple[int, str, str | None]], name: str, tags: Mapping[int, str]) -> Loaded:
     """One problem for each id. A row without an answer neither contradicts nor hides one with it."""
     problems: dict[str, Problem] = {}
     stood: dict[str, list[int]] = {}
     answers: dict[str, set[str]] = {}
     gold: dict[str, str] = {}
     for number, text, answer in rows:
-        problem = Problem.of(text, name)
+        problem = Problem.of(text, name, tags.get(number, ""))
         problem = problems.setdefault(problem.id, problem)
         stood.setdefault(problem.id, []).append(number)
         if answer is not None:
@@ -339,4 +349,4 @@ def _generated(source: Source, what: str) -> Loaded:
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     rows: list[tuple[int, str, str | None]] = [(number, *pair) for number, pair in enumerate(pairs, 1)]
-    return _folded(rows[: source.limit], f"{made.task}:{made.pool}")
+    return _folded(rows[: source.limit], f"{made.task}:{made.pool}", {number: made.task for number, *_ in rows})

@@ -20,14 +20,16 @@ from headwater.guards import Watchman
 from headwater.ledger import record
 from headwater.materials import Materials
 from headwater.memory import Budget
-from headwater.model import Policy, Shape
+from headwater.model import Policy
 from headwater.objective import Objective, objective_of
 from headwater.plan import Node
 from headwater.prompts import Prompter
 from headwater.rundir import NodeDir, cut_back, read_jsonl, write_json, written_aside
 from headwater.sampler import requests_for
+from headwater.samplers import importance_cap
 from headwater.settings import Stage
 from headwater.teacher import read_cache, refuse_huge_cache, write_cache
+from headwater.teachers import Teacher
 from headwater.train import Gathered, train
 from headwater.workplace import Watch, Workplace, held_out, named
 
@@ -69,7 +71,7 @@ def run_evaluate(node: Node, place: Workplace) -> None:
     folder = place.node_dir(node)
     folder.cut_back_to(-1)
     place.watch.start(0, _completions(place), "completions")
-    run_evals(place.load(node.start, frozen=True), node, place, "final", 0)
+    run_evals(place.frozen(node.start), node, place, "final", 0)
 
 
 def _completions(place: Workplace) -> int:
@@ -77,7 +79,7 @@ def _completions(place: Workplace) -> int:
     return sum(len(problems) * samples for problems, _ in place.materials.evals.values())
 
 
-def run_evals(policy: Policy, node: Node, place: Workplace, when: str, step: int) -> None:
+def run_evals(policy: Teacher, node: Node, place: Workplace, when: str, step: int) -> None:
     """Every evaluation of the recipe, its graded texts and its spend; looks here are never those of training."""
     folder = place.node_dir(node)
     for name, asked in place.materials.evals.items():
@@ -110,7 +112,7 @@ def run_rollouts(node: Node, place: Workplace) -> None:
     assert node.settings is not None and node.pool is not None
     started, settings, folder = time.perf_counter(), node.settings, place.node_dir(node)
     folder.cut_back_to(-1)
-    policy = place.load(node.start, frozen=True)
+    policy = place.frozen(node.start, settings)
     prompter = place.prompter(policy)
     names = place.materials.prompts(node.pool, settings)
     prompts = [(name, prompter.ids(place.materials.problems[name])) for name in names]
@@ -133,7 +135,6 @@ def run_rollouts(node: Node, place: Workplace) -> None:
             advance,
         )
     faults.point("cache.saved")
-    shape = Shape.from_config(policy.model.config)
     read = tokens + sum(len(rollout.prompt_ids) for rollout in rollouts)
     record(
         folder.ledger,
@@ -141,7 +142,7 @@ def run_rollouts(node: Node, place: Workplace) -> None:
             place.spend(node),
             tokens_sampled=tokens,
             tokens_teacher_scored=tokens,
-            flops=2 * shape.flops(read, read / len(rollouts)),
+            flops=2 * policy.shape.flops(read, read / len(rollouts)),
             seconds=time.perf_counter() - started,
         ),
     )
@@ -155,7 +156,7 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
     assert node.settings is not None and node.pool is not None
     stage, folder, recipe = node.settings, place.node_dir(node), place.materials.recipe
     policy = place.load(node.start, frozen=False)
-    objective = objective_of(stage)
+    objective = objective_of(stage, importance_cap(recipe))
     steps = place.steps(node)
     prompter = place.prompter(policy)
     spend = place.spend(node)
@@ -234,7 +235,7 @@ def gatherer(
         cached.refuse_damage(f"{cached.cache.name}/")
         return stored(stage, node.seed, read_cache(cached.cache), policy.ranks)
     labels = materials.labels.only(materials.pool(node.pool)) if "reward" in objective.signals else None
-    teacher = place.load(node.teacher, frozen=True) if "teacher" in objective.signals and node.teacher else None
+    teacher = place.frozen(node.teacher, stage) if "teacher" in objective.signals and node.teacher else None
     if teacher is not None:
         model.refuse_different_widths(policy, teacher, ("models.student", "models.teacher"))
     prompter = place.prompter(policy)
@@ -284,7 +285,11 @@ def rollout_row(row: Row, prompter: Prompter) -> dict[str, Any]:
 
 def model_card(node: Node, place: Workplace, steps: int) -> str:
     recipe = place.materials.recipe
-    start = place.plan.names[node.start] if isinstance(node.start, Node) else getattr(recipe.models, node.start)
+    start = (
+        place.plan.names[node.start]
+        if isinstance(node.start, Node)
+        else ", ".join(recipe.models.named(node.start).values())
+    )
     note = _label_note(node, place.materials)
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- headwater\n---\n\n"

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,27 @@ from headwater.errors import UserError
 from headwater.logprobs import token_stats, tokens_at_once
 from headwater.memory import Budget, passes
 from headwater.model import Policy
+from headwater.ranks import Ranks
 from headwater.sharded import idle, within
+
+
+class Scorer(Protocol):
+    """A frozen model that scores: a `Policy` in this process, a server (`served.Served`), or several by tag (`teachers.ByTag`)."""
+
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def ranks(self) -> Ranks: ...
+    def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float: ...
+
+
+class Elsewhere(Scorer, Protocol):
+    """A scorer that makes its distributions itself."""
+
+    def distributions(self, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]: ...
+
 
 EXACT_CACHE_LIMIT = 64 << 30
 """Bytes past which an exact cache is refused before it is made; top-k with its tail is 100–1000 times smaller."""
@@ -56,11 +76,13 @@ def read_off(
     return [found[index] for index in range(len(rows))]
 
 
-def distributions_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
-    """The teacher's exact distributions at every completion token, held as hidden states, one a rollout."""
+def distributions_of(teacher: Policy | Elsewhere, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
+    """The teacher's distributions at every completion token, one a rollout: a policy's exact and held as hidden states."""
+    if not isinstance(teacher, Policy):
+        return teacher.distributions(rollouts, tokens)
     return [
-        FromHidden(hidden, policy.logits, rollout.temperature)
-        for rollout, hidden in zip(rollouts, hidden_of(policy, rollouts, tokens), strict=True)
+        FromHidden(hidden, teacher.logits, rollout.temperature)
+        for rollout, hidden in zip(rollouts, hidden_of(teacher, rollouts, tokens), strict=True)
     ]
 
 
@@ -74,7 +96,7 @@ def logp_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Te
     return read_off(policy, rollouts, tokens, logp)
 
 
-def refuse_huge_cache(policy: Policy, tokens: int, top_k: int | None) -> None:
+def refuse_huge_cache(policy: Scorer, tokens: int, top_k: int | None) -> None:
     """Raises UserError when an exact cache of that many tokens would pass EXACT_CACHE_LIMIT."""
     size = tokens * policy.vocabulary * 4
     if top_k is None and size > EXACT_CACHE_LIMIT:
@@ -86,7 +108,7 @@ def refuse_huge_cache(policy: Policy, tokens: int, top_k: int | None) -> None:
 
 def write_cache(
     folder: Path,
-    policy: Policy,
+    policy: Policy | Elsewhere,
     rollouts: Sequence[Rollout],
     top_k: int | None,
     tokens: int,
@@ -110,14 +132,12 @@ def write_cache(
         size = tokens_at_once(policy.vocabulary, policy.device)
         for row in range(0, len(whole), size):
             known = whole.rows(row, min(len(whole), row + size)).ready()
-            assert isinstance(known, Exact)
-            logp_NV = known.logp_NV
-            if top_k is None:
-                parts.append({"logp": logp_NV.cpu()})
+            if isinstance(known, Exact) and top_k is None:
+                parts.append({"logp": known.logp_NV.cpu()})
             else:
-                kept = logp_NV.topk(min(top_k, logp_NV.shape[-1]), dim=-1)
-                ids = token_ids.narrowed(kept.indices.cpu(), policy.vocabulary)
-                parts.append({"logp": kept.values.half().cpu(), **ids})
+                kept = known if isinstance(known, TopK) else known.likeliest(top_k or 1)
+                ids = token_ids.narrowed(kept.ids_NK.cpu(), policy.vocabulary)
+                parts.append({"logp": kept.logp_NK.half().cpu(), **ids})
         if progress is not None:
             progress(len(chosen))
         faults.point("cache.scored")

@@ -42,9 +42,15 @@ class Tokens:
     old_logp_N        the policy's own log-probs before the first update on this batch, without gradient
     advantages_N      each token's rollout's
     reference_logp_N  the log-probs of the weights that the stage began with, where the loss asks for them
+    importance_N      how often a token counts in a policy gradient, where its sampler computes otherwise than the trainer
     """
 
     student: TokenStats
     old_logp_N: Tensor
     advantages_N: Tensor
     reference_logp_N: Tensor | None = None
+    importance_N: Tensor | None = None
+
+    def as_sampled(self, loss_N: Tensor) -> Tensor:
+        """A policy gradient's loss (N,), corrected for the sampler's own probabilities."""
+        return loss_N if self.importance_N is None else self.importance_N * loss_N

@@ -186,10 +186,14 @@ def divided(rows: Sequence[Row], parts: int, whole: int) -> list[list[Row]]:
 def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tensor, sums: dict[str, float]) -> None:
     """Add one microbatch's gradient to the weights' .grad and its measurements, summed over tokens, to `sums`."""
 
+    cap = objective.importance_cap
+
     def token_loss(stats: TokenStats, some: slice) -> Tensor:
         old_logp_N = stats.logp_N.detach() if batch.old_logp_N is None else batch.old_logp_N[some]
         reference_logp_N = None if batch.reference_logp_N is None else batch.reference_logp_N[some]
-        tokens = Tokens(stats, old_logp_N, batch.advantages_N[some], reference_logp_N)
+        drawn_N = batch.sampler_logp_N[some]
+        importance_N = None if cap is None else losses.truncated_importance(old_logp_N, drawn_N, cap)
+        tokens = Tokens(stats, old_logp_N, batch.advantages_N[some], reference_logp_N, importance_N)
         return objective.token_loss(tokens) * weight_N[some]
 
     def forward() -> tuple[Tensor, TokenStats]:
@@ -218,6 +222,8 @@ def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tenso
         if objective.source == "policy":
             measured["sampler_gap"] = (old_logp_N - batch.sampler_logp_N).abs()
             measured["ratio_off"] = ((logp_N - old_logp_N).exp() - 1.0).abs()
+            if cap is not None:
+                measured["importance"] = losses.truncated_importance(old_logp_N, batch.sampler_logp_N, cap)
         if batch.reference_logp_N is not None:
             measured["kl_reference"] = losses.reference_kl(logp_N, batch.reference_logp_N)
         for name, value_N in measured.items():

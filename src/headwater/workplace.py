@@ -5,24 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from headwater import ledger, model
 from headwater.data import Problem
-from headwater.errors import TrainingStoppedError
+from headwater.errors import TrainingStoppedError, UserError
 from headwater.evaluate import evaluate
 from headwater.labels import Labels
 from headwater.ledger import Purpose, Spend
 from headwater.materials import Materials
-from headwater.memory import Budget, Frugal
-from headwater.model import Policy, Shape
+from headwater.model import Policy
 from headwater.plan import Node, Plan, Role
 from headwater.prompts import Prompter
 from headwater.ranks import ALONE, Ranks
 from headwater.rundir import NodeDir, RunDir, read_jsonl
-from headwater.sampler import Sampler, TorchSampler
+from headwater.sampler import Sampler
+from headwater.settings import Stage
 from headwater.sharded import Split, shard
+from headwater.teachers import Teacher, base_teacher, is_plain, resting, sampler_of
 from headwater.train import Metrics
 
 
@@ -72,8 +72,21 @@ class Workplace:
             self.node_dir(whose).refuse_damage(f"{folder.name}/")
             held = model.load(str(folder), str(folder), models, device, frozen, self.plan.fingerprints[whose])
             return shard(held, self.ranks, str(folder))
-        field = f"models.{whose}"
-        return shard(model.load(getattr(models, whose), field, models, device, frozen), self.ranks, field)
+        (field, name), *others = models.named(whose).items()
+        assert not others  # several teachers are asked (`frozen`), never trained (`refuse_what_it_cannot`)
+        return shard(model.load(name, field, models, device, frozen), self.ranks, field)
+
+    def frozen(self, whose: Role | Node, stage: Stage | None = None) -> Teacher:
+        """Whoever is only asked: to sample, and to score for a stage. A base teacher may be elsewhere.
+
+        Raises UserError where several processes would ask a server, or several teachers.
+        """
+        materials = self.materials
+        if whose != "teacher" or is_plain(materials.recipe):
+            return resting(self.load(whose, frozen=True), materials.recipe, materials.sampler)
+        if not self.ranks.alone:
+            raise UserError("models.teacher: a server, or several teachers by tag, is asked by one process; leave torchrun out")
+        return base_teacher(materials.recipe, stage, materials.everything, materials.sampler, materials.device)
 
     def steps(self, node: Node) -> int:
         """How many steps a stage takes at most: the recipe's, or as many as cost what another arm did."""
@@ -90,20 +103,19 @@ class Workplace:
         """What a finished node's training cost, from its ledger."""
         return ledger.totals(read_jsonl(self.node_dir(node).ledger)).flops
 
-    def sampler(self, policy: Policy) -> Sampler:
-        return self._embedded(policy) if policy.ranks.alone else Split(policy, self._embedded)
+    def sampler(self, policy: Teacher) -> Sampler:
+        if isinstance(policy, Policy) and not policy.ranks.alone:
+            return Split(policy, self.materials.sampler)
+        return sampler_of(policy, self.materials.sampler)
 
-    def _embedded(self, policy: Policy) -> Sampler:
-        return Frugal(partial(TorchSampler, policy), Budget(self.materials.recipe.compute.sample_batch))
-
-    def prompter(self, policy: Policy) -> Prompter:
+    def prompter(self, policy: Teacher) -> Prompter:
         return Prompter(policy.tokenizer, self.materials.recipe.prompt)
 
 
 def held_out(
     node: Node,
     place: Workplace,
-    policy: Policy,
+    policy: Teacher,
     asked: tuple[Sequence[Problem], Labels],
     purpose: Purpose,
     step: int,
@@ -134,7 +146,7 @@ def held_out(
         labels=tuple(problem.id for problem in problems),
         checks=int(spent["checks"]),
         tokens_sampled=int(spent["tokens_sampled"]),
-        flops=Shape.from_config(policy.model.config).flops(tokens, tokens / max(1, spent["checks"])),
+        flops=policy.shape.flops(tokens, tokens / max(1, spent["checks"])),
         seconds=spent["seconds"],
     )
     return rows, spend

@@ -1,0 +1,117 @@
+"""An HTTP server for the tests that answers as a vLLM server does, from a policy of ours, or as a test wants it to fail."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from headwater.data import Rollout
+from headwater.model import Policy
+from headwater.sampler import TorchSampler, requests_for
+from headwater.settings import Sampling
+from headwater.teacher import distributions_of
+
+Answers = Callable[[str, dict[str, Any] | None], Any]
+
+
+@dataclass
+class Endpoint:
+    """A server on the loopback. `answer` gives what it says: a JSON value, (status, value), or bytes as they are."""
+
+    answer: Answers
+    asked: list[tuple[str, Any]] = field(default_factory=list)
+    url: str = ""
+
+
+@contextmanager
+def serving(answer: Answers) -> Iterator[Endpoint]:
+    held = Endpoint(answer)
+
+    class Handler(BaseHTTPRequestHandler):
+        def _speak(self, body: Any) -> None:
+            held.asked.append((self.path, body))
+            found = held.answer(self.path, body)
+            status, value = found if isinstance(found, tuple) else (200, found)
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self) -> None:
+            self._speak(None)
+
+        def do_POST(self) -> None:
+            self._speak(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def log_message(self, *said: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *told: None  # type: ignore[method-assign]  # a client that went away
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    held.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    try:
+        yield held
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What a vLLM server answers, computed from a policy of ours: prompt_logprobs, samples, ids of texts and chats."""
+
+    policy: Policy
+    most: int = 20
+    longest: int = 256
+    shifted: bool = False
+    """Whether its tokenizer gives other ids than the policy's."""
+    gone: bool = False
+
+    def __call__(self, path: str, body: dict[str, Any] | None) -> Any:
+        if path == "/v1/models":
+            return {"data": [{"id": "teacher", "root": "somewhere", "max_model_len": self.longest}]}
+        assert body is not None
+        if path == "/tokenize":
+            text = body.get("prompt")
+            if text is None:
+                text = self.policy.tokenizer.apply_chat_template(
+                    body["messages"], tokenize=False, add_generation_prompt=True, **body["chat_template_kwargs"]
+                )
+            ids = self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return {"tokens": [one + 1 for one in ids] if self.shifted else ids}
+        asked = body.get("prompt_logprobs")
+        if asked is not None and asked > self.most:
+            said = f"Requested prompt logprobs of {asked}, which is greater than max allowed: {self.most}"
+            return 400, {"error": {"message": said, "type": "BadRequestError"}}
+        many = isinstance(body["prompt"][0], list)
+        prompts = body["prompt"] if many else [body["prompt"]]
+        made = [self._scored(ids, asked) if asked is not None else self._sampled(ids, body) for ids in prompts]
+        return {"choices": [{"index": index, **one} for index, one in enumerate(made)][::-1]}  # in no order
+
+    def _scored(self, ids: list[int], k: int) -> dict[str, Any]:
+        whole = Rollout("x", 0, tuple(ids[:1]), tuple(ids[1:]), (0.0,) * (len(ids) - 1), "length", "x")
+        logp_NV = distributions_of(self.policy, [whole], 4096)[0].ready().logp_NV
+        positions: list[Any] = [None]
+        for row_V, token in zip(logp_NV, ids[1:], strict=True):
+            kept = {*row_V.topk(min(k, len(row_V))).indices.tolist(), token}
+            positions.append(
+                {str(one): {"logprob": row_V[one].item(), "rank": 1, "decoded_token": "?"} for one in kept}
+            )
+        return {"prompt_token_ids": ids, "prompt_logprobs": positions, "finish_reason": "length"}
+
+    def _sampled(self, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
+        sampling = Sampling(max_tokens=body["max_tokens"], temperature=body["temperature"])
+        one = TorchSampler(self.policy).sample(requests_for([("x", tuple(ids))], 1, 0, body["seed"]), sampling)[0]
+        return {
+            "token_ids": list(one.completion_ids),
+            "logprobs": {"token_logprobs": list(one.sampler_logp)},
+            "finish_reason": one.finish,
+        }

@@ -1,0 +1,223 @@
+"""vLLM itself beside the embedded sampler: log-probs, hand-over, seeds, distribution, and whole runs of the pocket recipe."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from headwater import model
+from headwater.config import Compute, Models, Vllm
+from headwater.data import Rollout
+from headwater.errors import UserError
+from headwater.model import Policy
+from headwater.sampler import Request, requests_for
+from headwater.sampler_vllm import Engines
+from headwater.settings import Sampling
+from headwater.teacher import logp_of
+from runs import held, node, rows, temporary, tiny
+from tiny import CPU, copied, tiny_folder
+
+HERE = importlib.util.find_spec("vllm") is not None
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.skipif(not HERE, reason="vLLM is not installed here: `make test-engines` runs these"),
+]
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling what these small models do takes longer than doing it
+SETTINGS = Compute(sampler="vllm", vllm=Vllm(compiled=False, cache_gb=0.25), sample_batch=64)
+PROMPTS = ((1, 6, 15, 7, 2), (1, 8, 9, 15, 10, 2), (1, 14, 2), (1, 5, 5, 15, 13, 11, 15, 6, 2))
+
+
+@pytest.fixture(scope="module")
+def engines() -> Engines:
+    return Engines(SETTINGS, longest=160)
+
+
+@cache
+def folder() -> Path:
+    """Heads of 32, the smallest that vLLM's CPU kernels take; distributions far from uniform."""
+    return tiny_folder(
+        temporary() / "wide", hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, seed=3
+    )
+
+
+@pytest.fixture
+def policy() -> Policy:
+    models = Models(student=str(folder()), teacher="unused")
+    return model.load(str(folder()), "models.student", models, CPU, frozen=False)
+
+
+def asked(samples: int = 8, *draw: str | int) -> list[Request]:
+    return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(PROMPTS)], samples, 0, "test", *draw)
+
+
+def gap(policy: Policy, rollouts: Sequence[Rollout]) -> float:
+    """Mean |log-prob that a token was drawn with − the trainer's|."""
+    theirs = torch.cat(logp_of(policy, rollouts, 4096))
+    return (torch.tensor([x for one in rollouts for x in one.sampler_logp]) - theirs).abs().mean().item()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_drawn_tokens_log_prob_is_the_trainers_own(engines: Engines, policy: Policy, temperature: float) -> None:
+    found = engines.sampler(policy).sample(asked(), Sampling(max_tokens=24, temperature=temperature))
+    assert gap(policy, found) < 1e-4  # the promise is 0.01
+    assert {one.temperature for one in found} == {temperature}
+
+
+def test_weights_are_handed_over_as_they_are_at_each_call_without_a_file(engines: Engines, policy: Policy) -> None:
+    sampler = engines.sampler(policy)
+    before = sampler.sample(asked(), Sampling(max_tokens=24))
+    with torch.no_grad():
+        for one in policy.model.parameters():
+            one.add_(0.1 * torch.randn_like(one))
+    after = sampler.sample(asked(), Sampling(max_tokens=24))
+    assert gap(policy, after) < 1e-4 < 0.05 < gap(policy, before)
+    assert [one.prompt_ids for one in after] == [one.prompt_ids for one in before]
+
+
+def test_models_of_one_shape_take_turns_in_one_engine(engines: Engines, policy: Policy) -> None:
+    other = copied(policy)
+    with torch.no_grad():
+        for one in other.model.parameters():
+            one.mul_(0.8)
+    other.model.requires_grad_(False)
+    for _ in range(2):
+        for who in (policy, other, other):
+            assert gap(who, engines.sampler(who).sample(asked(), Sampling(max_tokens=16))) < 1e-4
+    assert len(engines.held) == 1
+
+
+def test_a_requests_seed_decides_its_tokens_whatever_stands_beside_it(engines: Engines, policy: Policy) -> None:
+    sampler, requests = engines.sampler(policy), asked()
+    found = sampler.sample(requests, Sampling(max_tokens=24))
+    again = sampler.sample(requests[::-1], Sampling(max_tokens=24))[::-1]
+    alone = sampler.sample(requests[5:6], Sampling(max_tokens=24))
+    assert [one.completion_ids for one in found] == [one.completion_ids for one in again]
+    assert found[5].completion_ids == alone[0].completion_ids
+    assert len({one.completion_ids for one in found[:8]}) > 4  # eight samples of one prompt
+    other = sampler.sample(asked(8, "other"), Sampling(max_tokens=24))
+    assert [one.completion_ids for one in found] != [one.completion_ids for one in other]
+
+
+def test_first_tokens_are_drawn_as_often_as_the_model_says(engines: Engines, policy: Policy) -> None:
+    count, prompt = 2000, PROMPTS[1]
+    requests = requests_for([("p", prompt)], count, 0, "frequencies")
+    found = engines.sampler(policy).sample(requests, Sampling(max_tokens=1))
+    drawn = Counter(one.completion_ids[0] for one in found)
+    every = [Rollout("p", 0, prompt, (token,), (0.0,), "length", "x") for token in range(policy.vocabulary)]
+    expected = [count * math.exp(one.item()) for one in logp_of(policy, every, 4096)]
+    common = [token for token, wanted in enumerate(expected) if wanted >= 5]
+    seen, wanted = [drawn[token] for token in common], [expected[token] for token in common]
+    assert chisquare([*seen, count - sum(seen)], [*wanted, count - sum(wanted)]).pvalue > 1e-3
+
+
+def test_completions_end_with_a_stop_id_or_at_the_limit(engines: Engines, policy: Policy) -> None:
+    arrived: list[Rollout] = []
+    found = engines.sampler(policy).sample(asked(16), Sampling(max_tokens=24), arrived.extend)
+    stops = set(policy.stop_ids)
+    for one in found:
+        *inner, last = one.completion_ids
+        assert not stops & set(inner)
+        assert (one.finish == "stop") == (last in stops)
+        assert one.finish == "stop" or len(one.completion_ids) == 24
+    assert {one.finish for one in found} == {"stop", "length"}
+    assert Counter((one.problem_id, one.sample) for one in arrived) == Counter(
+        (one.problem_id, one.sample) for one in found
+    )
+
+
+def test_a_batch_stopped_on_its_way_leaves_nothing_behind(engines: Engines, policy: Policy) -> None:
+    def stop(finished: Sequence[Rollout]) -> None:
+        raise KeyboardInterrupt
+
+    sampler = engines.sampler(policy)
+    with pytest.raises(KeyboardInterrupt):
+        sampler.sample(asked(16), Sampling(max_tokens=24), stop)
+    assert len(sampler.sample(asked(1), Sampling(max_tokens=24))) == len(PROMPTS)
+
+
+def test_starting_an_engine_leaves_the_process_as_it_was() -> None:
+    torch.manual_seed(7)
+    threads, drawn = torch.set_num_threads, torch.rand(3)
+    torch.manual_seed(7)
+    models = Models(student=str(folder()), teacher="unused")
+    held = model.load(str(folder()), "models.student", models, CPU, frozen=True)
+    Engines(SETTINGS, longest=64).engine(held)
+    assert torch.set_num_threads is threads
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_a_saved_student_loads_in_vllm_as_it_is(engines: Engines, policy: Policy, tmp_path: Path) -> None:
+    with torch.no_grad():
+        for one in policy.model.parameters():
+            one.mul_(1.1)
+    model.save(policy, tmp_path / "saved", torch.float32)
+    models = Models(student=str(tmp_path / "saved"), teacher="unused")
+    saved = model.load(str(tmp_path / "saved"), "models.student", models, CPU, frozen=True)
+    fresh = Engines(SETTINGS, longest=64)
+    fresh.engine(saved).holds = saved  # as if handed over: what it has are the files' own weights
+    assert gap(policy, fresh.sampler(saved).sample(asked(), Sampling(max_tokens=16))) < 1e-4
+
+
+def test_a_shape_that_vllm_does_not_take_is_refused_in_a_sentence() -> None:
+    models = Models(student="pocket:qwen3-student", teacher="unused")  # heads of 16
+    held = model.load(models.student, "models.student", models, CPU, frozen=True)
+    with pytest.raises(UserError, match=r"compute\.sampler: vllm cannot .*qwen3-student"):
+        Engines(SETTINGS, longest=64).sampler(held).sample(asked(), Sampling(max_tokens=4))
+
+
+# Whole runs -----------------------------------------------------------------------------------------------------------
+
+RUN = (
+    "models.student=pocket:qwen3-teacher",  # heads of 32; the pocket students have 16
+    "data.labeled.generate.count=2000",
+    "data.evals.sums.generate.count=150",
+    "labels.budget=256",
+    "stages.teacher_rl={objective: grpo, steps: 30, batch_size: 128, group_size: 8, sampling: {max_tokens: 48}, "
+    "optim: {lr: 3.0e-4}, sparse: {kl_coef: 0.0}}",
+    "stages.opd={objective: opd, steps: 30, batch_size: 64, group_size: 1, sampling: {max_tokens: 48}, "
+    "optim: {lr: 5.0e-4}}",
+    "evaluate={samples: 4, sampling: {max_tokens: 48}}",
+    "conditions.problems=0",
+    "compute.sample_batch=256",
+)
+BESIDE = ("compute.sampler=vllm", "compute.vllm.compiled=false", "compute.vllm.cache_gb=0.25")
+
+
+@cache
+def ran(sampler: str) -> Path:
+    out = temporary() / sampler
+    said = tiny("run", out, "--arm", "opd_only", changes=(*RUN, *(BESIDE if sampler == "vllm" else ())))
+    assert said.code == 0, said.err
+    return out
+
+
+@pytest.mark.timeout(1500)
+def test_rewards_of_a_pocket_grpo_run_rise_alike() -> None:
+    embedded, engine = (rows(node(ran(one), "opd_only", "teacher_rl") / "metrics.jsonl") for one in ("torch", "vllm"))
+    thirds = [
+        [sum(row["reward"] for row in run[at : at + 10]) / 10 for run in (embedded, engine)] for at in (0, 10, 20)
+    ]
+    # Ten steps are 1,280 rollouts of 160 groups: two such means differ by 0.04 (a standard error of 0.028) by chance alone.
+    assert all(abs(a - b) < 0.12 for a, b in thirds), thirds
+    assert thirds[2][1] > thirds[0][1] + 0.15, thirds
+    assert max(row["sampler_gap"] for row in engine) < 1e-4
+    assert all(abs(row["importance"] - 1.0) < 1e-3 for row in engine)
+
+
+@pytest.mark.timeout(1500)
+def test_distillation_on_vllm_reaches_the_same_accuracy_within_its_interval() -> None:
+    theirs, ours = (held(ran(one) / "report.json")["arms"] for one in ("vllm", "torch"))
+    base, with_vllm, with_torch = (
+        arms[name]["accuracy"]["sums"] for arms, name in ((theirs, "base_student"), (theirs, "opd_only"), (ours, "opd_only"))
+    )  # fmt: skip
+    assert with_vllm["low"] > base["high"]
+    assert with_vllm["low"] <= with_torch["high"] and with_torch["low"] <= with_vllm["high"], (with_vllm, with_torch)
