@@ -29,9 +29,10 @@ from tiny import CPU, MODELS, rollout_of, tiny_policy
 QUICK = Server(seconds=2.0, retries=2, concurrency=3, batch_tokens=64)
 
 
-def teacher_at(url: str, top_k: int = 4, settings: Server = QUICK, width: int = 28) -> Served:
+def teacher_at(url: str, top_k: int = 4, settings: Server = QUICK) -> Served:
     policy = tiny_policy()
-    return Served(meet(url, "models.teacher", settings), policy.tokenizer, width, policy.stop_ids, CPU, top_k)
+    met = meet(url, "models.teacher", settings)
+    return Served(met, policy.tokenizer, policy.vocabulary, policy.stop_ids, CPU, top_k)
 
 
 ROLLOUTS = [
@@ -41,7 +42,7 @@ ROLLOUTS = [
 ]
 
 
-@pytest.mark.parametrize("k", [1, 4, 28])
+@pytest.mark.parametrize("k", [1, 4, 20])
 def test_a_servers_scores_are_the_teachers_own_likeliest_tokens(policy: Policy, k: int) -> None:
     with serving(Answering(policy, most=30)) as there:
         found = teacher_at(there.url, k).distributions(ROLLOUTS, 4096)

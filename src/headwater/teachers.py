@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from headwater import model, served
@@ -138,12 +139,16 @@ class Offloaded:
 
 
 def move(policy: Policy, device: torch.device) -> None:
-    """Take all weights but the head's to a device; tied embeddings are the head's."""
+    """Take all weights but the head's to a device."""
+    for one in movable(policy):
+        one.data = one.data.to(device)
+
+
+def movable(policy: Policy) -> list[Tensor]:
+    """All weights but the head's; tied embeddings are the head's."""
     head = policy.model.get_output_embeddings()
     kept = set() if head is None else {id(one) for one in head.parameters()}
-    for one in (*policy.model.parameters(), *policy.model.buffers()):
-        if id(one) not in kept:
-            one.data = one.data.to(device)
+    return [one for one in (*policy.model.parameters(), *policy.model.buffers()) if id(one) not in kept]
 
 
 def offloaded(policy: Policy, samplers: Samplers) -> Offloaded:

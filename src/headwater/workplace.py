@@ -85,7 +85,9 @@ class Workplace:
         if whose != "teacher" or is_plain(materials.recipe):
             return resting(self.load(whose, frozen=True), materials.recipe, materials.sampler)
         if not self.ranks.alone:
-            raise UserError("models.teacher: a server, or several teachers by tag, is asked by one process; leave torchrun out")
+            raise UserError(
+                "models.teacher: a server, or several teachers by tag, is asked by one process; leave torchrun out"
+            )
         return base_teacher(materials.recipe, stage, materials.everything, materials.sampler, materials.device)
 
     def steps(self, node: Node) -> int:
