@@ -31,7 +31,8 @@ pytestmark = [
     pytest.mark.engines,
     pytest.mark.skipif(not HERE, reason="vLLM is not installed here: `make test-engines` runs these"),
 ]
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling what these small models do takes longer than doing it
+if HERE:
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling what these small models do takes longer than doing it
 SETTINGS = Compute(sampler="vllm", vllm=Vllm(compiled=False, cache_gb=0.25), sample_batch=64)
 PROMPTS = ((1, 6, 15, 7, 2), (1, 8, 9, 15, 10, 2), (1, 14, 2), (1, 5, 5, 15, 13, 11, 15, 6, 2))
 
@@ -176,48 +177,75 @@ def test_a_shape_that_vllm_does_not_take_is_refused_in_a_sentence() -> None:
 
 # Whole runs -----------------------------------------------------------------------------------------------------------
 
-RUN = (
+POCKET = (
     "models.student=pocket:qwen3-teacher",  # heads of 32; the pocket students have 16
     "data.labeled.generate.count=2000",
-    "data.evals.sums.generate.count=150",
     "labels.budget=256",
-    "stages.teacher_rl={objective: grpo, steps: 30, batch_size: 128, group_size: 8, sampling: {max_tokens: 48}, "
-    "optim: {lr: 3.0e-4}, sparse: {kl_coef: 0.0}}",
-    "stages.opd={objective: opd, steps: 30, batch_size: 64, group_size: 1, sampling: {max_tokens: 48}, "
-    "optim: {lr: 5.0e-4}}",
-    "evaluate={samples: 4, sampling: {max_tokens: 48}}",
     "conditions.problems=0",
     "compute.sample_batch=256",
 )
 BESIDE = ("compute.sampler=vllm", "compute.vllm.compiled=false", "compute.vllm.cache_gb=0.25")
+GRPO = (
+    *POCKET,
+    "data.evals.sums.generate.count=2",
+    "stages.student_rl={objective: grpo, steps: 24, batch_size: 128, group_size: 8, sampling: {max_tokens: 48}, "
+    "optim: {lr: 1.0e-4}, sparse: {kl_coef: 0.0}}",
+)
+OPD = (
+    *POCKET,
+    "data.evals.sums.generate.count=150",
+    "evaluate={samples: 4, sampling: {max_tokens: 48}}",
+    "stages.warmup={objective: forward_kl, steps: 2, batch_size: 64, group_size: 1, sampling: {max_tokens: 48}, "
+    "optim: {lr: 1.0e-4}}",
+    "stages.opd={objective: opd, steps: 30, batch_size: 64, group_size: 1, sampling: {max_tokens: 48}, "
+    "optim: {lr: 3.0e-4}}",
+)
 
 
 @cache
-def ran(sampler: str) -> Path:
-    out = temporary() / sampler
-    said = tiny("run", out, "--arm", "opd_only", changes=(*RUN, *(BESIDE if sampler == "vllm" else ())))
+def trained(sampler: str, seed: int) -> Path:
+    """The folder of a GRPO stage from the pocket teacher's weights."""
+    out = temporary() / f"{sampler}-{seed}"
+    changes = (*GRPO, *(BESIDE if sampler == "vllm" else ()))
+    said = tiny("run", out, "--arm", "direct_grpo", "--seed", str(seed), changes=changes)
     assert said.code == 0, said.err
-    return out
+    return node(out, "direct_grpo", "student_rl", seed)
+
+
+def rewards(sampler: str, seed: int) -> list[float]:
+    """Mean reward of each third of the steps."""
+    found = [row["reward"] for row in rows(trained(sampler, seed) / "metrics.jsonl")]
+    return [sum(found[at : at + 8]) / 8 for at in (0, 8, 16)]
 
 
 @pytest.mark.timeout(1500)
-def test_rewards_of_a_pocket_grpo_run_rise_alike() -> None:
-    embedded, engine = (rows(node(ran(one), "opd_only", "teacher_rl") / "metrics.jsonl") for one in ("torch", "vllm"))
-    thirds = [
-        [sum(row["reward"] for row in run[at : at + 10]) / 10 for run in (embedded, engine)] for at in (0, 10, 20)
-    ]
-    # Ten steps are 1,280 rollouts of 160 groups: two such means differ by 0.04 (a standard error of 0.028) by chance alone.
-    assert all(abs(a - b) < 0.12 for a, b in thirds), thirds
-    assert thirds[2][1] > thirds[0][1] + 0.15, thirds
-    assert max(row["sampler_gap"] for row in engine) < 1e-4
-    assert all(abs(row["importance"] - 1.0) < 1e-3 for row in engine)
+def test_rewards_of_a_pocket_grpo_run_rise_as_they_do_on_the_embedded_sampler() -> None:
+    """Other draws are another run, so the embedded sampler's own seeds say how far apart such runs are."""
+    ours, theirs = [rewards("torch", seed) for seed in (0, 1, 2)], rewards("vllm", 0)
+    for third, reached in enumerate(theirs):
+        own = [run[third] for run in ours]
+        assert min(own) - NOISE < reached < max(own) + NOISE, (ours, theirs)
+    assert theirs[2] > theirs[0] + 0.1, theirs
+    metrics = rows(trained("vllm", 0) / "metrics.jsonl")
+    assert max(row["sampler_gap"] for row in metrics) < 1e-4
+    assert all(abs(row["importance"] - 1.0) < 1e-3 for row in metrics)
+
+
+NOISE = 0.06
+"""Beyond the range of three seeds: a third's mean is over 1,024 completions of 128 problems, with a standard error of 0.02 or so."""
+
+
+def distilled(sampler: str, out: Path) -> dict[str, dict[str, float]]:
+    """Accuracy before and after a student is distilled from one and the same trained teacher."""
+    changes = (*OPD, f"models.teacher={trained('torch', 0) / 'model'}", *(BESIDE if sampler == "vllm" else ()))
+    said = tiny("run", out, "--arm", "raw_teacher", changes=changes)
+    assert said.code == 0, said.err
+    return {name: arm["accuracy"]["sums"] for name, arm in held(out / "report.json")["arms"].items()}
 
 
 @pytest.mark.timeout(1500)
-def test_distillation_on_vllm_reaches_the_same_accuracy_within_its_interval() -> None:
-    theirs, ours = (held(ran(one) / "report.json")["arms"] for one in ("vllm", "torch"))
-    base, with_vllm, with_torch = (
-        arms[name]["accuracy"]["sums"] for arms, name in ((theirs, "base_student"), (theirs, "opd_only"), (ours, "opd_only"))
-    )  # fmt: skip
-    assert with_vllm["low"] > base["high"]
-    assert with_vllm["low"] <= with_torch["high"] and with_torch["low"] <= with_vllm["high"], (with_vllm, with_torch)
+def test_distillation_on_vllm_reaches_the_same_accuracy_within_its_interval(tmp_path: Path) -> None:
+    theirs, ours = distilled("vllm", tmp_path / "vllm"), distilled("torch", tmp_path / "torch")
+    assert theirs["raw_teacher"]["low"] > theirs["base_student"]["high"] + 0.1
+    a, b = theirs["raw_teacher"], ours["raw_teacher"]
+    assert a["low"] <= b["high"] and b["low"] <= a["high"], (a, b)
