@@ -222,6 +222,7 @@ def rewards(sampler: str, seed: int) -> list[float]:
 def test_rewards_of_a_pocket_grpo_run_rise_as_they_do_on_the_embedded_sampler() -> None:
     """Other draws are another run, so the embedded sampler's own seeds say how far apart such runs are."""
     ours, theirs = [rewards("torch", seed) for seed in (0, 1, 2)], rewards("vllm", 0)
+    print("rewards", ours, theirs)
     for third, reached in enumerate(theirs):
         own = [run[third] for run in ours]
         assert min(own) - NOISE < reached < max(own) + NOISE, (ours, theirs)
@@ -247,5 +248,6 @@ def distilled(sampler: str, out: Path) -> dict[str, dict[str, float]]:
 def test_distillation_on_vllm_reaches_the_same_accuracy_within_its_interval(tmp_path: Path) -> None:
     theirs, ours = distilled("vllm", tmp_path / "vllm"), distilled("torch", tmp_path / "torch")
     assert theirs["raw_teacher"]["low"] > theirs["base_student"]["high"] + 0.1
+    print("accuracies", theirs, ours)
     a, b = theirs["raw_teacher"], ours["raw_teacher"]
     assert a["low"] <= b["high"] and b["low"] <= a["high"], (a, b)
