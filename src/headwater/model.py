@@ -85,10 +85,8 @@ class Policy:
     def batches(self, rows: Sequence[Row], tokens: int) -> Iterator[tuple[list[Row], Batch]]:
         """Rows cut into microbatches of at most `tokens` tokens, each with its tensors: packed where the model packs."""
         for part in packed_microbatches(rows, tokens) if self.packs else microbatches(rows, tokens):
-            yield (
-                part,
-                collate_packed(part, self.device) if self.packs else collate(part, self.pad_id, self.device),
-            )
+            batch = collate_packed(part, self.device) if self.packs else collate(part, self.pad_id, self.device)
+            yield part, batch
 
     def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float:
         """FLOPs of running these rows forward (1) or forward and backward (3); a shared prompt counts once where it is run once."""
