@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -49,7 +50,7 @@ def free_port() -> int:
 def url() -> Iterator[str]:
     port, said = free_port(), temporary() / "serve.log"
     command = (
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", FOLDER, "--served-model-name", "teacher",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", FOLDER, "--served-model-name", "teacher",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256",
         "--max-logprobs", str(MOST), "--max-num-seqs", "64",
     )  # fmt: skip
@@ -72,7 +73,8 @@ def url() -> Iterator[str]:
                 time.sleep(1.0)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=60)
 
 
