@@ -82,7 +82,9 @@ class ByTag:
     def sample(self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None) -> list[Rollout]:
         return self._each(requests, lambda one, some: sampler_of(one, self.samplers).sample(some, sampling, arrived))
 
-    def _each(self, asked: Sequence[Any], of: Callable[[Policy | Served, list[Any]], Sequence[Any]]) -> list[Any]:
+    def _each(
+        self, asked: Sequence[Any], of: Callable[[Policy | Served | Offloaded, list[Any]], Sequence[Any]]
+    ) -> list[Any]:
         """What each teacher says of its own, in the order asked."""
         found: dict[int, Any] = {}
         for tag, one in self.teachers.items():
