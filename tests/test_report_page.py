@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
 import html.parser
 import io
 import itertools
@@ -74,7 +77,7 @@ class _Page(html.parser.HTMLParser):
         self.tags[tag] = self.tags.get(tag, 0) + 1
         self.attributes += attrs
         self.ids += [value or "" for key, value in attrs if key == "id"]
-        if tag not in ("meta", "br", "link"):
+        if tag not in ("meta", "br", "link", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -99,7 +102,12 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(run: Path, built: dict
     assert len(page.ids) == len(set(page.ids))
     references = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
     assert {a or b for a, b in references} <= set(page.ids)
-    assert not page.tags.keys() & {"script", "link", "img", "iframe", "object", "image"}
+    assert not page.tags.keys() & {"link", "img", "iframe", "object", "image"}
+    # The data, which does not run, and the one script that the page's own policy names.
+    assert re.findall(r"<script[^>]*>", text) == ['<script type="application/json" id="rollouts-data">', "<script>"]
+    script = re.search(r"<script>(.*?)</script>", text, flags=re.DOTALL).group(1)  # type: ignore[union-attr]
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; script-src 'sha256-{allowed}'; style-src 'unsafe-inline'" in text
     outside = [v for k, v in page.attributes if k in ("src", "href", "xlink:href") and not (v or "").startswith("#")]
     assert outside == []
     assert set(re.findall(r"https?://[^\"' )<]+", text)) <= {"http://www.w3.org/2000/svg"}
@@ -127,9 +135,14 @@ def test_what_comes_from_files_cannot_become_markup(tmp_path: Path) -> None:
     report.write(out)
     text = (out / "report.html").read_text()
     page = _parsed(text)
-    assert not page.tags.keys() & {"script", "img", "b", "i", "u"}
+    assert page.tags["script"] == 2 and not page.tags.keys() & {"img", "u", "em"}
+    assert "<b>pocket" not in text and "<i>os" not in text and "alert(3)</script>" not in text
     assert not [key for key, _ in page.attributes if key.startswith("on")]
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "\x00" not in text and "\x1b" not in text
+    rows = _data(text)["rows"]
+    assert any("<script>alert(1)</script>" in row["c"] for row in rows)
+    assert (
+        "\x00" not in text and "\x1b" not in text and not any("\x00" in row["c"] or "\x1b" in row["c"] for row in rows)
+    )
     assert len(page.ids) == len(set(page.ids))
 
 
@@ -137,7 +150,66 @@ def test_a_very_long_completion_is_cut(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"base_student": [BASE_S]}, text="x" * 100_000)
     report.write(out)
     text = (out / "report.html").read_text()
-    assert len(text) < 150_000 and "97,500 more characters" in text
+    row = _data(text)["rows"][0]
+    assert len(text) < 150_000 and len(row["c"]) == 1600 and row["m"] == 98_400
+
+
+def _data(text: str) -> Any:
+    """What the page's script is given."""
+    return json.loads(re.search(r'id="rollouts-data">(.*?)</script>', text, flags=re.DOTALL).group(1))  # type: ignore[union-attr]
+
+
+def test_a_hundred_thousand_rollouts_become_a_bounded_sample_that_says_so(tmp_path: Path) -> None:
+    out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]})
+    node = next(out.glob("nodes/opd*"))
+    info = json.loads((node / "node.json").read_text())
+    (node / "node.json").write_text(json.dumps({**info, "settings": {"objective": "opd", "batch_size": 10_000}}))
+    for step in (1, 5, 10):  # of its twelve steps these are kept
+        rows = ({"problem_id": f"p{n}", "sample": 0, "completion": f"{n} " * 300, "tokens": 600} for n in range(33_400))
+        (node / "rollouts").mkdir(exist_ok=True)
+        (node / "rollouts" / f"{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write(out)
+    text = (out / "report.html").read_text()
+    found = [row for row in _data(text)["rows"] if row["s"] == "On-policy distillation"]
+    assert len(text) < 3_000_000
+    assert sorted({row["t"] for row in found}) == [1, 5, 10] and len(found) == 18
+    assert f"A sample of {len(_data(text)['rows'])} of about 120," in text  # 12 steps × 10,000 and the graded ones
+
+
+def test_the_page_shows_a_problem_beside_its_completion_and_the_teachers_signal(tmp_path: Path) -> None:
+    out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]})
+    node = next(out.glob("nodes/opd*"))
+    (node / "rollouts").mkdir()
+    row = {"problem_id": "p1", "sample": 0, "completion": "=5", "tokens": 3, "finish": "stop"}
+    loud = {**row, "pieces": ["=", "5", ""], "signal": [-4.25, -1.0, 0.5]}
+    (node / "rollouts" / "000001.jsonl").write_text(f"{json.dumps({**row, 'sample': 1})}\n{json.dumps(loud)}\n")
+    (out / "problems.jsonl").write_text(json.dumps({"id": "p1", "text": "2+3 </script>"}) + "\n")
+    report.write(out)
+    data = _data((out / "report.html").read_text())
+    first, second = (one for one in data["rows"] if one["p"] == "p1")
+    assert first["x"] == [-4.25, -1.0, 0.5] and first["w"] == ["=", "5", ""] and "x" not in second
+    assert data["problems"][first["q"]] == "2+3 </script>" and data["arms"][first["a"][0]] == "bridge"
+
+
+def test_every_figure_lies_beside_the_page_as_svg_with_its_numbers_as_csv(run: Path, built: dict[str, Any]) -> None:
+    drawn = {path.stem for path in (run / "figures").glob("*.svg")}
+    assert drawn == {path.stem for path in (run / "figures").glob("*.csv")}
+    assert {"accuracy-sums", "contrasts-sums", "labels", "stages-Accuracy-sums", "cost-training_FLOPs-sums"} <= drawn
+    bridge = built["arms"]["bridge"]["accuracy"]["sums"]
+    rows = list(csv.DictReader((run / "figures" / "accuracy-sums.csv").open()))
+    mine = next(row for row in rows if row["row"] == "bridge")
+    assert [float(mine[key]) for key in ("mean", "low", "high")] == [bridge[key] for key in ("mean", "low", "high")]
+    flows = list(csv.DictReader((run / "figures" / "labels.csv").open()))
+    spent = {(row["pool"], row["stage"], row["arm"]): float(row["labels"]) for row in flows}
+    assert spent["second half (2H)", "Student RL", "bridge_rl"] == 64 and "raw_teacher" not in {
+        arm for *_, arm in spent
+    }
+
+
+def test_the_same_files_give_the_same_page_and_figures(run: Path, built: dict[str, Any]) -> None:
+    before = {path: path.read_bytes() for path in (run / "report.html", *(run / "figures").iterdir())}
+    report.write(run)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_five_seeds_of_twenty_arms_are_reported_in_seconds(tmp_path: Path) -> None:
@@ -152,7 +224,8 @@ def test_five_seeds_of_twenty_arms_are_reported_in_seconds(tmp_path: Path) -> No
 
 
 def test_the_page_shows_predictions_comparisons_conditions_and_costs(tmp_path: Path) -> None:
-    out = fake_run(tmp_path / "out", seeds=(0, 1), arms={**ARMS, **MORE_ARMS})
+    more = {name: MORE_ARMS[name] for name in ("bridge_1h", "opd_only", "teacher_2h")}
+    out = fake_run(tmp_path / "out", seeds=(0, 1), arms={**ARMS, **more})
     found = report.write(out)
     text = (out / "report.html").read_text()
     page = _parsed(text)
@@ -171,14 +244,7 @@ def test_the_page_shows_predictions_comparisons_conditions_and_costs(tmp_path: P
     assert any(one.startswith("Teacher RL, all labels (") and "best of group from" in one for one in described)
 
 
-def test_round_ticks_and_places_on_an_axis() -> None:
-    assert svg.ticks(0, 0.7) == [0.0, 0.2, 0.4, 0.6]
-    assert svg.ticks(-3, 12) == [0.0, 5.0, 10.0]
-    assert svg.ticks(0.995, 1.0) == [0.995, 0.996, 0.997, 0.998, 0.999, 1.0]
-    assert svg.log_ticks(3, 60) == [5.0, 10.0, 20.0, 50.0]
-    assert svg.log_ticks(1e8, 3e12) == [1e8, 1e9, 1e10, 1e11, 1e12]
-    assert svg.Scale(0, 10, 100, 200).at(5) == 150
-    assert svg.Scale(1, 100, 50, 0, log=True).at(10) == pytest.approx(25)
+def test_an_axis_has_room_around_its_values_and_never_no_length() -> None:
     low, high = svg.spanning([2.0, 2.0])
     assert low < 2 < high
     assert svg.spanning([0.0]) == (-5e-7, 5e-7)
@@ -194,19 +260,34 @@ def test_labels_are_spread_without_crossing_and_stay_where_they_can() -> None:
 
 def test_curves_are_the_mean_and_the_range_over_seeds_where_all_have_a_value() -> None:
     lines = (((1, 2, 3), (0.0, 1.0, 2.0)), ((1, 2), (2.0, 3.0)))
-    drawn = figures.curves("reward", [figures.Series("bridge", 0, lines)])
-    # Means at the common steps 1 and 2 are 1 and 2; the band has two edges of two points each.
-    assert 'aria-label="reward over training steps, 2 seeds: bridge from 1 to 2"' in drawn
-    band = re.search(r'<polygon points="([^"]+)"[^>]*opacity="0.13"', drawn)
-    assert band is not None and len(band[1].split()) == 4
-    assert "no step in common" in figures.curves("x", [figures.Series("a", 0, (((1,), (0.0,)), ((2,), (0.0,))))])
+    drawn = figures.curves("a", "reward", [figures.Series("bridge", 0, lines)])
+    # Means at the common steps 1 and 2 are 1 and 2, the lowest seed's values 0 and 1, the highest's 2 and 3.
+    assert drawn.label == "reward over training steps, 2 seeds: bridge from 1 to 2"
+    assert f'aria-label="{drawn.label}"' in drawn.page
+    assert drawn.csv.splitlines()[1:] == ["bridge,1,1.0,0.0,2.0", "bridge,2,2.0,1.0,3.0"]
+    apart = figures.curves("b", "x", [figures.Series("a", 0, (((1,), (0.0,)), ((2,), (0.0,))))])
+    assert "no step in common" in apart.label
 
 
 def test_arms_of_one_cost_stand_beside_each_other() -> None:
+    assert figures.beside([256, 256, 256, 512]) == [-5.0, 0.0, 5.0, 0.0]
     points = [figures.Point(name, 256.0, 0.5, 0.4, 0.6) for name in ("a", "b", "c")]
-    drawn = figures.against("Accuracy on sums", points, [("base_student", 0.1)], "labels", str)
-    uprights = re.findall(
-        r'<polyline points="([\d.]+),[\d.]+ ([\d.]+),[\d.]+" fill="none" stroke="var\(--series', drawn
-    )
+    drawn = figures.against("c", "Accuracy on sums", points, [("base_student", 0.1)], "labels", str)
+    uprights = re.findall(r'd="M ([\d.]+) [\d.]+\nL ([\d.]+) [\d.]+\n"[^>]*stroke: var\(--series', drawn.page)
     across = [float(x) for x, again in uprights if x == again]
-    assert len(across) == 3 and [round(b - a, 1) for a, b in itertools.pairwise(across)] == [6.0, 6.0]
+    assert len(across) == 3 and all(abs(b - a - 5.0) < 0.2 for a, b in itertools.pairwise(across))
+
+
+def test_a_drawing_takes_the_pages_colours_and_keeps_what_its_axes_say() -> None:
+    drawn = figures.curves("d", "share", [figures.Series("a", 0, (((1, 2), (0.25, 0.75)),))])
+    assert "currentColor" in drawn.page and "var(--series0, #0072b2)" in drawn.page and svg.TEXT not in drawn.page
+    assert ">0.75<" in drawn.page.replace("\n", "") or ">0.7<" in drawn.page.replace("\n", "")
+    ids = re.findall(r' id="([^"]+)"', drawn.page)
+    other = figures.curves("e", "share", [figures.Series("a", 0, (((1, 2), (0.25, 0.75)),))])
+    assert ids and not set(ids) & set(re.findall(r' id="([^"]+)"', other.page))
+
+
+def test_names_of_files_are_plain_and_of_different_things_different() -> None:
+    assert figures.named("accuracy", "sums") == "accuracy-sums"
+    odd = [figures.named("way", name) for name in ("../../x", "a/b", "a:b", "é" * 300)]
+    assert len(set(odd)) == 4 and all(re.fullmatch(r"[A-Za-z0-9_-]{1,70}", one) for one in odd)

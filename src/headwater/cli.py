@@ -143,11 +143,20 @@ def report(
     audit: Annotated[
         bool, typer.Option("--audit", help="Prove from the files where labels went; exit 3 if not.")
     ] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show it on a page of this machine that refreshes; writes nothing.")
+    ] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of --serve; 0 takes a free one.")] = 8765,
     json_: Json = False,
 ) -> None:
-    """Rebuild the report from run directories, or audit them."""
+    """Rebuild the report from run directories, audit them, or show it while they grow."""
     if audit:
         _audit(dirs, json_)
+        return
+    if serve:
+        from headwater.serve import serve as served
+
+        served(dirs, port, lambda address: print(f"report: {address} (Ctrl-C ends it)", flush=True))
         return
     from headwater import report as reports
 

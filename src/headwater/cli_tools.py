@@ -104,6 +104,37 @@ def validate(
 
 
 @tools.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, being worked on or not.")],
+    every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Look once; so it does where the output is no terminal.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """How far a run is: stage, step, rate, time left, the numbers that matter, warnings by name."""
+    import time
+
+    from rich.live import Live
+
+    from headwater.report_words import console
+    from headwater.watch import frame, look
+
+    found = look(folder)
+    screen = console()
+    if json_:
+        print(json.dumps(found.written()))
+    elif once or not screen.is_terminal:
+        screen.print(frame(found))
+    else:
+        with Live(frame(found), console=screen, auto_refresh=False) as live:
+            while found.running:
+                time.sleep(every)
+                found = look(folder)
+                live.update(frame(found), refresh=True)
+
+
+@tools.command()
 def pretrain(
     what: Annotated[
         str, typer.Argument(help="`pocket`, the models that ship with the package, or `desk`, larger ones for a GPU.")

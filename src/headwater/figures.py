@@ -1,20 +1,42 @@
-"""The report's figures as inline SVG: curves over steps, forests of intervals, accuracy against what it cost."""
+"""The report's figures by matplotlib: curves over steps, forests of intervals, accuracy against cost, where labels went.
+
+Each is a `Drawn`: an SVG file, the same for the page, a description for those who cannot see it, and its numbers as CSV.
+"""
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
-from headwater import svg
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-# Okabe & Ito's palette, told apart by the colour-blind, without yellow and black, which vanish on one of the pages.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", "--", "-.", ":")
+from headwater.svg import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    QUIET,
+    STYLE,
+    TEXT,
+    as_file,
+    inline,
+    printable,
+    spanning,
+    spread,
+)
 
-_STROKES = {"-": "", "--": "6 3", "-.": "6 2 1.5 2", ":": "1.5 2.5"}
-_TEXT, _FINE = "currentColor", "var(--line)"
-_POINTS = 80
+POINTS = 80
+"""Points of a curve that are drawn; its CSV has the same ones."""
 
 Line = tuple[Sequence[float], Sequence[float]]
 """Steps and values of one seed."""
@@ -38,7 +60,6 @@ class Row:
     low: float
     high: float
     per_seed: tuple[float, ...] = ()
-    style: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,168 +73,335 @@ class Point:
     high: float
 
 
-def colour(style: int) -> str:
-    place = style % len(COLOURS)
-    return f"var(--series{place}, {COLOURS[place]})"
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """A stage that looked at labels: from which pool, how many, and the arms that rest on it."""
+
+    pool: str
+    stage: str
+    labels: float
+    arms: tuple[str, ...]
 
 
-def curves(
-    title: str, series: Sequence[Series], places: Sequence[str] = (), span: tuple[float, float] | None = None
-) -> str:
-    """A metric over steps: the mean over seeds as a line, from the lowest to the highest seed as a band.
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A figure. `name` is that of its files, `page` the element for a page, `file` the SVG, `rows` the CSV with its head."""
 
-    places  names of the steps 0, 1, …, where they are stages rather than training steps
-    span    the ends of the upright axis, where several panels share it
+    name: str
+    label: str
+    page: str
+    file: str
+    rows: tuple[tuple[Any, ...], ...]
 
-    Returns an `<svg>` element.
+    @property
+    def csv(self) -> str:
+        sink = io.StringIO()
+        csv.writer(sink, lineterminator="\n").writerows(self.rows)
+        return sink.getvalue()
+
+
+class Album:
+    """The figures of a page, in the order in which they were drawn."""
+
+    def __init__(self) -> None:
+        self.drawn: list[Drawn] = []
+
+    def add(self, one: Drawn) -> str:
+        """Its element for the page."""
+        self.drawn.append(one)
+        return one.page
+
+
+def named(*parts: str) -> str:
+    """A file's name out of names that may be anything; different parts give different names.
+
+    Example: `named("accuracy", "sums")` is `accuracy-sums`.
     """
-    width, height = 330.0, 200.0
-    drawn = [(one, *_seeds(one)) for one in series]
-    steps = [step for _, at, *_ in drawn for step in at]
-    values = [value for _, _, _, low, high in drawn for value in (*low, *high)]
-    seeds = max((len(one.lines) for one in series), default=0)
-    ends = [f"{one.label} from {mean[0]:.3g} to {mean[-1]:.3g}" for one, _, mean, *_ in drawn if mean]
-    over = "stages" if places else "training steps"
-    label = f"{title} over {over}, {seeds} seed{'s' * (seeds != 1)}: {'; '.join(ends) or 'no step in common'}"
-    if not steps:
-        return svg.drawing(width, height, [svg.text(4, 10, title, size=12)], label)
-    across = svg.Scale(*(svg.spanning(steps, 0.12) if places else svg.spanning(steps, 0.02)), 48, width - 8)
-    up = svg.Scale(*(span or svg.spanning(values)), height - 34, 26)
-    ticks = list(range(len(places))) if places else across.ticks()
-    named = {step: places[int(step)] if places else svg.number(step) for step in ticks}
-    parts = [svg.text(4, 10, title, size=12), *_grid(across, up, named, {v: svg.number(v) for v in up.ticks()})]
-    parts += [] if places else [svg.text(width - 8, height - 9, "step", "end")]
-    for one, at, _, low, high in drawn:
-        if len(one.lines) > 1 and len(at) > 1:
-            edge = [(across.at(s), up.at(v)) for s, v in zip(at, high, strict=True)]
-            edge += [(across.at(s), up.at(v)) for s, v in zip(reversed(at), reversed(low), strict=True)]
-            parts.append(svg.area(edge, colour(one.style), 0.13))
-    for one, at, mean, *_ in drawn:
-        way = [(across.at(s), up.at(v)) for s, v in zip(at, mean, strict=True)]
-        parts.append(svg.line(way, colour(one.style), dash=_STROKES[DASHES[one.style % len(DASHES)]]))
-        every = max(1, len(way) // 5)
-        parts += [svg.mark(MARKERS[one.style % len(MARKERS)], x, y, colour(one.style)) for x, y in way[::every]]
-    return svg.drawing(width, height, parts, label)
+    said = "-".join(parts)
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", said)[:60]
+    return plain if plain == said else f"{plain}-{hashlib.sha256(said.encode(errors='replace')).hexdigest()[:6]}"
+
+
+def colour(style: int) -> str:
+    return COLOURS[style % len(COLOURS)]
+
+
+def _finish(figure: Figure, name: str, label: str, rows: Sequence[tuple[Any, ...]]) -> Drawn:
+    file, label = as_file(figure, name), printable(label)
+    return Drawn(name, label, inline(file, label), file, tuple(rows))
+
+
+def curves(name: str, title: str, series: Sequence[Series]) -> Drawn:
+    """A metric over steps: the mean over seeds as a line, from the lowest to the highest seed as a band."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.5, 2.15))
+        axes = figure.add_axes((0.135, 0.175, 0.845, 0.69))
+        axes.set_title(printable(title), loc="left", x=-0.13, y=1.03, fontsize=9.5)
+        drawn = [(one, *_seeds(one)) for one in series]
+        for one, steps, mean, low, high in drawn:
+            if steps:
+                _curve(axes, one, steps, mean, low, high)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.margins(x=0.02)
+        axes.set_xlabel("step", loc="right", labelpad=0, fontsize=8)
+        seeds = max((len(one.lines) for one in series), default=0)
+        ends = [f"{one.label} from {mean[0]:.3g} to {mean[-1]:.3g}" for one, _, mean, *_ in drawn if mean]
+        label = (
+            f"{title} over training steps, {seeds} seed{'s' * (seeds != 1)}: {'; '.join(ends) or 'no step in common'}"
+        )
+        rows: list[tuple[Any, ...]] = [("series", "step", "mean", "lowest_seed", "highest_seed")]
+        for one, *columns in drawn:
+            rows += [(one.label, *values) for values in zip(*columns, strict=True)]
+        return _finish(figure, name, label, rows)
+
+
+def _curve(axes: Axes, one: Series, steps: list[float], mean: list[float], low: list[float], high: list[float]) -> None:
+    if len(one.lines) > 1 and len(steps) > 1:
+        axes.fill_between(steps, low, high, color=colour(one.style), alpha=0.13, linewidth=0)
+    axes.plot(
+        steps,
+        mean,
+        color=colour(one.style),
+        linestyle=DASHES[one.style // len(COLOURS) % len(DASHES)],
+        marker=MARKERS[one.style % len(MARKERS)],
+        markersize=3.6,
+        markevery=max(1, len(steps) // 5),
+        linewidth=1.4,
+    )
 
 
 def _seeds(one: Series) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Steps that all seeds reached, at most about 80 with the last among them, and mean, lowest and highest seed there."""
+    """Steps that all seeds reached, at most about POINTS with the last among them, and mean, lowest and highest seed there."""
     held = [dict(zip(steps, values, strict=True)) for steps, values in one.lines]
     steps = sorted(set(held[0]).intersection(*held[1:])) if held else []
-    stride = -(-len(steps) // _POINTS) or 1
+    stride = -(-len(steps) // POINTS) or 1
     steps = [step for place, step in enumerate(steps) if place % stride == 0 or place == len(steps) - 1]
     at = [[seed[step] for seed in held] for step in steps]
     return steps, [sum(v) / len(v) for v in at], [min(v) for v in at], [max(v) for v in at]
 
 
-def forest(title: str, rows: Sequence[Row], reference: float | None, unit: str) -> str:
-    """Estimates with intervals, one below the other, over a dashed line at `reference`. Values times 100 are shown.
-
-    Returns an `<svg>` element.
-    """
-    longest = max(len(row.label) for row in rows)
-    left, width = svg.LETTER * longest + 12, svg.LETTER * longest + 290
-    height = 17.0 * len(rows) + 62
-    values = [100 * v for row in rows for v in (row.low, row.high, *row.per_seed)]
-    values += [100 * reference] if reference is not None else []
-    across, top = svg.Scale(*svg.spanning(values), left, width - 10), 26.0
-    floor = height - 36
-    parts = [svg.text(4, 10, title, size=12), svg.text((left + width) / 2, height - 10, unit, "middle")]
-    for tick in across.ticks():
-        parts.append(svg.line([(across.at(tick), top), (across.at(tick), floor)], _FINE, 0.6))
-        parts.append(svg.text(across.at(tick), floor + 10, svg.number(tick), "middle"))
-    if reference is not None:
-        parts.append(
-            svg.line([(across.at(100 * reference), top), (across.at(100 * reference), floor)], _TEXT, 0.8, "4 3")
-        )
-    for place, row in enumerate(rows):
-        y, shade = top + 8.5 + 17 * place, colour(row.style)
-        parts.append(svg.text(left - 8, y, row.label, "end"))
-        parts.append(svg.line([(across.at(100 * row.low), y), (across.at(100 * row.high), y)], shade, 2))
-        parts += [
-            svg.line([(across.at(100 * v), y - 3.5), (across.at(100 * v), y + 3.5)], _TEXT, 0.8) for v in row.per_seed
-        ]
-        parts.append(svg.mark(MARKERS[row.style % len(MARKERS)], across.at(100 * row.mean), y, shade, 3.2))
-    said = [f"{r.label} {100 * r.mean:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f})" for r in rows]
-    return svg.drawing(width, height, parts, f"{title}, {unit}: {'; '.join(said)}")
+def forest(name: str, title: str, rows: Sequence[Row], reference: float | None, unit: str) -> Drawn:
+    """Estimates with intervals, one below the other, over a dashed line at `reference`. Values times 100 are shown."""
+    with matplotlib.rc_context(STYLE):
+        longest = max(len(row.label) for row in rows)
+        left, height = 0.066 * longest + 0.15, 0.22 * len(rows) + 0.85
+        figure = Figure(figsize=(left + 3.6, height))
+        axes = figure.add_axes((left / (left + 3.6), 0.5 / height, 3.5 / (left + 3.6), 1 - 0.85 / height))
+        axes.set_title(printable(title), loc="left")
+        if reference is not None:
+            axes.axvline(100 * reference, color=TEXT, linewidth=0.8, linestyle="--")
+        for place, row in enumerate(rows):
+            shade = colour(0)
+            axes.plot([100 * row.low, 100 * row.high], [place, place], color=shade, linewidth=2)
+            axes.plot([100 * row.mean], [place], color=shade, marker="o", markersize=5)
+            axes.plot([100 * v for v in row.per_seed], [place] * len(row.per_seed), "|", color=TEXT, markersize=7)
+        axes.set_yticks(range(len(rows)), [printable(row.label) for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(unit)
+        said = [f"{r.label} {100 * r.mean:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f})" for r in rows]
+        table: list[tuple[Any, ...]] = [("row", "mean", "low", "high", "per_seed")]
+        table += [(r.label, r.mean, r.low, r.high, " ".join(map(str, r.per_seed))) for r in rows]
+        return _finish(figure, name, f"{title}, {unit}: {'; '.join(said)}", table)
 
 
 def against(
+    name: str,
     title: str,
     points: Sequence[Point],
     levels: Sequence[tuple[str, float]],
     cost: str,
     said: Callable[[float], str],
     log: bool = False,
-) -> str:
+) -> Drawn:
     """Accuracy against what it cost: a point an arm with its interval, named at the right; `levels` are dashed lines.
 
     cost  the name of the axis, and `said` how a cost is written; with `log` every cost must be above zero
 
-    Points of one cost stand beside each other, so that their intervals can be told apart. Returns an `<svg>` element.
+    Points of one cost stand beside each other, so that their intervals can be told apart.
     """
-    names = max(len(name) for name in [*(one.label for one in points), *(name for name, _ in levels)])
-    left, right = 40.0, 330.0
-    width = right + 34 + svg.LETTER * names
-    height = max(250.0, 13.0 * (len(points) + len(levels)) + 60)
-    values = [100 * v for one in points for v in (one.low, one.high)] + [100 * level for _, level in levels]
-    up = svg.Scale(*svg.spanning(values), height - 44, 26)
-    costs = [one.cost for one in points]
-    if log:
+    with matplotlib.rc_context(STYLE):
+        names = [*(one.label for one in points), *(name for name, _ in levels)]
+        right, height = 0.066 * max(map(len, names)) + 0.45, max(2.9, 0.17 * len(names) + 0.85)
+        figure = Figure(figsize=(4.3 + right, height))
+        axes = figure.add_axes((0.45 / (4.3 + right), 0.5 / height, 3.75 / (4.3 + right), 1 - 0.82 / height))
+        axes.set_title(printable(f"{title}, %"), loc="left", x=-0.1)
+        axes.set_xlabel(cost)
+        costs = [one.cost for one in points]
         low, high = min(costs), max(costs)
-        across = svg.Scale(low / (high / low) ** 0.06 / 1.1, high * (high / low) ** 0.06 * 1.1, left, right, log=True)
-    else:
-        across = svg.Scale(*svg.spanning([0.0, *costs, 1e-9], 0.15), left, right)
-    parts = [
-        svg.text(4, 10, f"{title}, %", size=12),
-        *_grid(across, up, {tick: said(tick) for tick in across.ticks()}, {v: svg.number(v) for v in up.ticks()}),
-        svg.text((left + right) / 2, height - 10, cost, "middle"),
-    ]
-    at = [
-        (across.at(one.cost) + shift, up.at(100 * one.mean)) for one, shift in zip(points, _beside(points), strict=True)
-    ]
-    wanted = [y for _, y in at] + [up.at(100 * level) for _, level in levels]
-    names_at = svg.spread(wanted, 13, 24, height - 36)
-    for place, (one, (x, y), name_y) in enumerate(zip(points, at, names_at, strict=False)):
-        shade = colour(place)
-        parts.append(svg.line([(x, up.at(100 * one.low)), (x, up.at(100 * one.high))], shade, 1.4))
-        parts.append(svg.mark(MARKERS[place % len(MARKERS)], x, y, shade, 3.4))
-        parts.append(svg.line([(x + 5, y), (right + 4, y), (right + 18, name_y)], shade, 0.6, opacity=0.55))
-        parts.append(svg.mark(MARKERS[place % len(MARKERS)], right + 22, name_y, shade))
-        parts.append(svg.text(right + 28, name_y, one.label))
-    for (name, level), name_y in zip(levels, names_at[len(points) :], strict=True):
-        y = up.at(100 * level)
-        parts.append(svg.line([(left, y), (right + 4, y), (right + 18, name_y)], _TEXT, 0.8, "4 3"))
-        parts.append(svg.text(right + 28, name_y, name))
-    told = [f"{p.label} {100 * p.mean:.1f} ({100 * p.low:.1f} to {100 * p.high:.1f}) at {said(p.cost)}" for p in points]
-    told += [f"{name} {100 * level:.1f}" for name, level in levels]
-    return svg.drawing(width, height, parts, f"{title}, % ({cost}): {'; '.join(told)}")
+        if log:
+            axes.set_xscale("log")
+            axes.set_xlim(low / (high / low) ** 0.06 / 1.1, high * (high / low) ** 0.06 * 1.1)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_xlim(*spanning([0.0, *costs, 1e-9], 0.12))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: said(value)))
+        values = [100 * v for one in points for v in (one.low, one.high)] + [100 * level for _, level in levels]
+        axes.set_ylim(*spanning(values))
+        _named_points(axes, points, levels)
+        told = [
+            f"{p.label} {100 * p.mean:.1f} ({100 * p.low:.1f} to {100 * p.high:.1f}) at {said(p.cost)}" for p in points
+        ]
+        told += [f"{level_name} {100 * level:.1f}" for level_name, level in levels]
+        rows: list[tuple[Any, ...]] = [("arm", "cost", "mean", "low", "high")]
+        rows += [(p.label, p.cost, p.mean, p.low, p.high) for p in points]
+        rows += [(level_name, "", level, "", "") for level_name, level in levels]
+        return _finish(figure, name, f"{title}, % ({cost}): {'; '.join(told)}", rows)
 
 
-def _beside(points: Sequence[Point]) -> list[float]:
-    """How far each point is moved sideways: those of one cost stand in a row around it."""
+def paths(name: str, title: str, series: Sequence[Series], places: Sequence[str]) -> Drawn:
+    """A value after each stage, a line a series, named at the right; a series passes through the places that it has."""
+    with matplotlib.rc_context(STYLE):
+        right, height = 0.066 * max(len(one.label) for one in series) + 0.45, max(2.9, 0.17 * len(series) + 0.7)
+        figure = Figure(figsize=(4.3 + right, height))
+        axes = figure.add_axes((0.45 / (4.3 + right), 0.3 / height, 3.75 / (4.3 + right), 1 - 0.62 / height))
+        axes.set_title(printable(title), loc="left", x=-0.1)
+        axes.set_xticks(range(len(places)), [printable(place) for place in places])
+        axes.set_xlim(-0.15, len(places) - 0.85)
+        values = [value for one in series for _, line in one.lines for value in line]
+        axes.set_ylim(*spanning(values))
+        ends, rows = [], [("series", "place", "value")]
+        for one in series:
+            at, line = one.lines[0]
+            dash = DASHES[one.style // len(COLOURS) % len(DASHES)]
+            mark = MARKERS[one.style % len(MARKERS)]
+            axes.plot(at, line, color=colour(one.style), linestyle=dash, marker=mark, markersize=5, linewidth=1.4)
+            ends.append(Named(one.label, at[-1], line[-1], colour(one.style), mark))
+            rows += [(one.label, places[int(x)], str(y)) for x, y in zip(at, line, strict=True)]
+        _name(axes, ends)
+        told = [f"{one.label} {' to '.join(f'{y:.1f}' for y in one.lines[0][1])}" for one in series]
+        return _finish(figure, name, f"{title}: {'; '.join(told)}", rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What stands at (x, y) and is named at the right of the axes."""
+
+    label: str
+    x: float
+    y: float
+    colour: str
+    mark: str = ""
+
+
+def _named_points(axes: Axes, points: Sequence[Point], levels: Sequence[tuple[str, float]]) -> None:
+    ends = []
+    for place, (one, shift) in enumerate(zip(points, beside([one.cost for one in points]), strict=True)):
+        x, shade, mark = _shifted(axes, one.cost, shift), colour(place), MARKERS[place % len(MARKERS)]
+        axes.plot([x, x], [100 * one.low, 100 * one.high], color=shade, linewidth=1.4)
+        axes.plot([x], [100 * one.mean], color=shade, marker=mark, markersize=5.5)
+        ends.append(Named(one.label, x, 100 * one.mean, shade, mark))
+    for name, level in levels:
+        axes.axhline(100 * level, color=QUIET, linewidth=0.9, linestyle="--")
+        ends.append(Named(name, axes.get_xlim()[1], 100 * level, QUIET))
+    _name(axes, ends)
+
+
+def _name(axes: Axes, ends: Sequence[Named]) -> None:
+    """Names at the right, apart from each other, each led to by a thin line of its own colour."""
+    bottom, top = axes.get_ylim()
+    assert axes.figure is not None
+    inches = axes.get_position().height * axes.figure.get_size_inches()[1]  # type: ignore[union-attr]
+    gap = (top - bottom) * 0.155 / inches
+    heights = spread([one.y for one in ends], gap, bottom - 2 * gap, top + gap)
+    at = axes.get_yaxis_transform()
+    for one, height in zip(ends, heights, strict=True):
+        line = {"arrowstyle": "-", "color": one.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 5, "alpha": 0.6}
+        axes.annotate("", (one.x, one.y), xytext=(1.04, height), textcoords=at, annotation_clip=False, arrowprops=line)
+        if one.mark:
+            axes.plot([1.06], [height], color=one.colour, marker=one.mark, markersize=5, transform=at, clip_on=False)
+        axes.text(1.09, height, printable(one.label), transform=at, va="center", size=8.5)
+
+
+def _shifted(axes: Axes, cost: float, points: float) -> float:
+    """The cost that is drawn so many points to the right of this one."""
+    assert axes.figure is not None
+    x, y = axes.transData.transform((cost, axes.get_ylim()[0]))
+    return float(axes.transData.inverted().transform((x + points * axes.figure.dpi / 72, y))[0])
+
+
+def beside(costs: Sequence[float]) -> list[float]:
+    """How many points each is moved sideways: those of one cost stand in a row around it.
+
+    Example: `beside([256, 256, 512])` is `[-2.5, 2.5, 0.0]`.
+    """
     shifts = []
-    for one in points:
-        equal = [other for other in points if abs(other.cost - one.cost) <= 1e-9 * abs(one.cost)]
-        place = next(rank for rank, other in enumerate(equal) if other is one)
-        shifts.append(min(6.0, 60.0 / len(equal)) * (place - (len(equal) - 1) / 2))
+    for place, cost in enumerate(costs):
+        equal = [other for other, value in enumerate(costs) if abs(value - cost) <= 1e-9 * abs(cost)]
+        shifts.append(min(5.0, 50.0 / len(equal)) * (equal.index(place) - (len(equal) - 1) / 2))
     return shifts
 
 
-def _grid(across: svg.Scale, up: svg.Scale, below: dict[float, str], beside: dict[float, str]) -> list[str]:
-    """Fine lines and numbers of both axes."""
-    parts = []
-    for value, said in beside.items():
-        parts.append(svg.line([(across.start, up.at(value)), (across.end, up.at(value))], _FINE, 0.6))
-        parts.append(svg.text(across.start - 5, up.at(value), said, "end"))
-    for value, said in below.items():
-        parts.append(svg.line([(across.at(value), up.start), (across.at(value), up.end)], _FINE, 0.6))
-        parts.append(svg.text(across.at(value), up.start + 11, said, "middle"))
-    return parts
+def flow(name: str, title: str, flows: Sequence[Flow], arms: Sequence[str]) -> Drawn:
+    """Labels from pool to stage to arm: the wider a band, the more labels; arms without a band spent none."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        rows = max(len(arms), len(flows))
+        height = 0.3 * rows + 0.75
+        figure = Figure(figsize=(7.4, height))
+        axes = figure.add_axes((0.01, 0.02, 0.98, 1 - 0.62 / height))
+        axes.set_axis_off()
+        axes.set_xlim(0, 10)
+        axes.set_ylim(rows - 0.5, -0.5)
+        axes.set_title(printable(title), loc="left", y=1.0, pad=16)
+        pools = list(dict.fromkeys(one.pool for one in flows))
+        at_arm = {arm: (place + 0.5) * rows / len(arms) - 0.5 for place, arm in enumerate(arms)}
+        middle = [sum(at_arm[arm] for arm in one.arms) / max(1, len(one.arms)) for one in flows]
+        at_stage = spread(middle, 1.1, 0, rows - 1)
+        at_pool = _at_pools(pools, flows, at_stage, rows)
+        widest = max(one.labels for one in flows) or 1.0
+        for one, y in zip(flows, at_stage, strict=True):
+            shade, width = colour(pools.index(one.pool)), max(1.0, 13.0 * one.labels / widest)
+            _band(axes, (1.9, at_pool[one.pool]), (3.7, y), shade, width)
+            for arm in one.arms:
+                _band(axes, (6.55, y), (8.0, at_arm[arm]), shade, max(0.8, width / 2.6))
+            axes.text(3.8, y, printable(f"{one.stage}: {_count(one.labels)} labels"), va="center")
+        spent = {arm: sum(one.labels for one in flows if arm in one.arms) for arm in arms}
+        for pool, y in at_pool.items():
+            axes.text(1.8, y, printable(pool), va="center", ha="right")
+        for arm, y in at_arm.items():
+            axes.text(
+                8.1,
+                y,
+                printable(f"{arm}" if spent[arm] else f"{arm}: none"),
+                va="center",
+                color=TEXT if spent[arm] else QUIET,
+            )
+        for x, head, side in ((1.8, "pool", "right"), (3.8, "stage", "left"), (8.1, "arm", "left")):
+            axes.text(x, 1.0, head, transform=axes.get_xaxis_transform(), va="bottom", ha=side, color=QUIET, size=8)
+        table: list[tuple[Any, ...]] = [("pool", "stage", "labels", "arm")]
+        table += [(one.pool, one.stage, one.labels, arm) for one in flows for arm in one.arms]
+        said = [f"{one.pool} to {one.stage}, {_count(one.labels)} labels, to {', '.join(one.arms)}" for one in flows]
+        idle = [arm for arm in arms if not spent[arm]]
+        said += [f"no labels in {', '.join(idle)}"] if idle else []
+        return _finish(figure, name, f"{title}: {'; '.join(said)}", table)
 
 
+def _at_pools(pools: list[str], flows: Sequence[Flow], at_stage: Sequence[float], rows: int) -> dict[str, float]:
+    held = [[y for one, y in zip(flows, at_stage, strict=True) if one.pool == pool] for pool in pools]
+    return dict(zip(pools, spread([sum(ys) / len(ys) for ys in held], 1.2, 0, rows - 1), strict=True))
+
+
+def _band(axes: Axes, start: tuple[float, float], end: tuple[float, float], shade: str, width: float) -> None:
+    half = (start[0] + end[0]) / 2
+    way = Path([start, (half, start[1]), (half, end[1]), end], [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
+    axes.add_patch(PathPatch(way, facecolor="none", edgecolor=shade, linewidth=width, alpha=0.5, capstyle="butt"))
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if float(number).is_integer() else f"{number:,.1f}"
+
+
+@cache
 def key(style: int) -> str:
     """A small sample of a series' line and marker, for a legend in the page."""
-    shade, dash = colour(style), _STROKES[DASHES[style % len(DASHES)]]
-    parts = [svg.line([(0, 5), (42, 5)], shade, dash=dash), svg.mark(MARKERS[style % len(MARKERS)], 21, 5, shade)]
-    return svg.drawing(42, 10, parts, None)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.5, 0.14))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.set_xlim(0, 1)
+        _curve(axes, Series("", style, ()), [0.0, 0.5, 1.0], [0.0, 0.0, 0.0], [], [])
+        axes.lines[0].set_markevery([1])
+        return inline(as_file(figure, f"key {style}"), None)

@@ -1,10 +1,14 @@
-"""Pieces of the report's page: escaped text, tables that scroll by themselves, framed figures."""
+"""Pieces of the report's page: escaped text, tables that scroll by themselves, framed figures, intervals within a table."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 NUMBERS = re.compile(
     r"(accuracy|9|pass@|maj@|best|labels|checks|sampled|trained|scored|FLOPs|time|point|p$|seeds|all|dist|KL|reward|informative|overlap|entropy)"
@@ -12,13 +16,18 @@ NUMBERS = re.compile(
 """Heads of columns of numbers, which stand to the right."""
 
 
-def document(title: str, style: str, header: str, main: str) -> str:
-    """A whole page that asks the network for nothing. `title` is plain text, the rest is HTML and CSS."""
+def document(title: str, style: str, header: str, main: str, script: str = "", after: str = "") -> str:
+    """A whole page that asks the network for nothing. `title` is plain text, `script` our own code, the rest HTML and CSS.
+
+    The page's Content-Security-Policy names the script by its hash, so nothing else in the page can run, whatever it holds.
+    """
+    may_run = f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'; "
+    policy = f"default-src 'none'; {may_run if script else ''}style-src 'unsafe-inline'; img-src data:"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escaped(title)}</title>
@@ -28,40 +37,68 @@ def document(title: str, style: str, header: str, main: str) -> str:
 <header>
 {header}
 </header>
-<main>
+<main id="main">
 {main}
 </main>
+{after}{f"<script>{script}</script>" if script else ""}
 </body>
 </html>
 """
 
 
+def data_element(name: str, value: Any) -> str:
+    """A value for the page's script, as JSON in which nothing can end the element or begin another."""
+    said = json.dumps(value, separators=(",", ":"))
+    for letter in "<>&":
+        said = said.replace(letter, f"\\u{ord(letter):04x}")
+    return f'<script type="application/json" id="{name}">{said}</script>\n'
+
+
+def anchor(title: str) -> str:
+    """The id of a section. Example: `anchor("The paper's predictions")` is `the-paper-s-predictions`."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
 def section(title: str, body: str) -> str:
-    return f"<section><h2>{escaped(title)}</h2>{body}</section>\n"
+    name = anchor(title)
+    return f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{escaped(title)}</h2>{body}</section>\n'
 
 
 def noted(text: str) -> str:
     return f'<p class="note">{escaped(text)}</p>'
 
 
-def framed(svgs: Sequence[str], caption: str, small: bool = False) -> str:
-    """Figures side by side as the page's width allows; small ones four in a row."""
+def framed(svgs: Sequence[str], caption: str, kind: str = "") -> str:
+    """Figures side by side as the page's width allows. `kind` is `small` (four in a row) or `large` (one, scrolled sideways)."""
     if not svgs:
         return ""
-    kind = "figures small" if small else "figures"
     said = f"<p class='note'>{escaped(caption)}</p>" if caption else ""
-    return f'<div class="{kind}">{"".join(f"<figure>{svg}</figure>" for svg in svgs)}</div>{said}'
+    held = "".join(f"<figure>{svg}</figure>" for svg in svgs)
+    if kind == "large":
+        return f'<div class="wide large" role="region" aria-label="figure" tabindex="0">{held}</div>{said}'
+    return f'<div class="figures {kind}">{held}</div>{said}'
 
 
 def table(caption: str, heads: Sequence[str], rows: Sequence[str]) -> str:
     """A table that scrolls sideways by itself on a narrow screen, also from the keyboard."""
-    kinds = [' class="number"' if NUMBERS.match(text) else "" for text in heads]
-    head = "".join(f'<th scope="col"{kind}>{escaped(text)}</th>' for kind, text in zip(kinds, heads, strict=True))
+    head = "".join(map(_head, heads))
     label = escaped(caption)
     return (
         f'<div class="wide" role="region" aria-label="{label}" tabindex="0"><table><caption>{label}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+AXIS = "\t"
+"""Begins the head of a column of `interval`s and parts the two ends of its axis."""
+
+
+def _head(text: str) -> str:
+    if text.startswith(AXIS):
+        low, high = text.split(AXIS)[1:]
+        return f'<th scope="col" class="axis"><span><b>{escaped(low)}</b><b>{escaped(high)}</b></span></th>'
+    kind = ' class="number"' if NUMBERS.match(text) else ""
+    return f'<th scope="col"{kind}>{escaped(text)}</th>'
 
 
 def td(text: str, rows: int = 1) -> str:
@@ -70,7 +107,29 @@ def td(text: str, rows: int = 1) -> str:
     return f"<td{span}{kind}>{escaped(text)}</td>"
 
 
+def interval(
+    mean: float, low: float, high: float, ends: tuple[float, float], level: float | None, seeds: Sequence[float] = ()
+) -> str:
+    """A cell with an interval drawn from `ends[0]` to `ends[1]`: one row of a forest plot that stands in the table itself.
+
+    level  where the line to compare with stands; the numbers themselves are in the cells beside, so screen readers pass over it
+    """
+
+    def at(value: float) -> str:
+        return f"{100 * min(1.0, max(0.0, (value - ends[0]) / ((ends[1] - ends[0]) or 1.0))):.1f}%"
+
+    parts = [] if level is None else [f'<i class="level" style="left:{at(level)}"></i>']
+    parts.append(f'<i class="bar" style="left:{at(low)};right:calc(100% - {at(high)})"></i>')
+    parts += [f'<i class="seed" style="left:{at(seed)}"></i>' for seed in seeds]
+    parts.append(f'<i class="mean" style="left:{at(mean)}"></i>')
+    return f'<td class="forest" aria-hidden="true"><span>{"".join(parts)}</span></td>'
+
+
+def clean(text: str) -> str:
+    """What HTML or UTF-8 cannot hold is shown as a replacement."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text.replace("\r\n", "\n"))
+
+
 def escaped(text: str) -> str:
-    """Escaped for text and for quoted attributes; what HTML or UTF-8 cannot hold is shown as a replacement."""
-    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text.replace("\r\n", "\n"))
-    return html.escape(text, quote=True)
+    """Escaped for text and for quoted attributes, and `clean`."""
+    return html.escape(clean(text), quote=True)

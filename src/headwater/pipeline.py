@@ -29,6 +29,8 @@ from headwater.processes import local
 from headwater.rundir import RunDir, write_checked, write_json
 from headwater.verifier import Verifier
 
+SHOWN_TEXT = 4000
+"""Characters of a problem that problems.jsonl keeps."""
 VERSIONS_OF = (
     "headwater",
     "torch",
@@ -101,6 +103,7 @@ def run(
             faults.point("run.claimed")
             write_json(folder.env, environment(materials.device, processes))
             write_rows(folder.left_out, materials.left_out)
+            write_rows(folder.problems, texts_of(materials))
             write_checked(folder.plan, with_earlier(plan.written(), folder))
             faults.point("run.planned")
             for note in materials.notes:
@@ -122,6 +125,13 @@ def run(
     if failures:
         raise failed(job, failures)
     return found
+
+
+def texts_of(materials: Materials) -> list[dict[str, Any]]:
+    """What was asked, by id, so that the report can show a completion under its problem; long ones are cut."""
+    asked = [*materials.problems.values(), *(one for held, _ in materials.evals.values() for one in held)]
+    texts = {one.id: one.text[:SHOWN_TEXT].encode(errors="replace").decode() for one in asked}
+    return [{"id": one, "text": text} for one, text in texts.items()]
 
 
 def is_done(node: Node, plan: Plan, folder: RunDir) -> bool:

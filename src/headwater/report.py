@@ -1,7 +1,8 @@
 """Run directories -> the report: report.json, report.html, the terminal table. Reads files only; never imports torch.
 
     build(outs)   the values of report.json, from one run directory or several that differ in seeds
-    write(out)    build, then OUT/report.json, OUT/report.html and OUT/labels.csv
+    write(out)    build, then OUT/report.json, OUT/report.html, OUT/labels.csv and OUT/figures/
+    page(outs)    the page alone, without writing anything
     verdict, terminal_table, console    from the modules that hold them
 
 Costs of an arm are those of all its nodes: a teacher that five arms share was paid for once, but each arm alone would
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headwater import faults, label_use, report_conditions, report_guards, report_html
+from headwater import faults, figures, label_use, report_conditions, report_guards, report_html
 from headwater.foreign import as_written, refuse_links
 from headwater.report_contrasts import accuracy, contrasts, ks, mean, pass_at, scored
 from headwater.report_predictions import predictions
@@ -22,9 +23,20 @@ from headwater.report_read import ARM_TEXT, POOL_TEXT, Graded, Node, Study, cost
 from headwater.report_terminal import terminal_table
 from headwater.report_verdict import verdict
 from headwater.report_words import console
-from headwater.rundir import RunDir, write_atomic, write_json
+from headwater.rundir import RunDir, write_atomic, write_json, written_aside
 
-__all__ = ["ARM_TEXT", "POOL_TEXT", "build", "console", "read", "summarise", "terminal_table", "verdict", "write"]
+__all__ = [
+    "ARM_TEXT",
+    "POOL_TEXT",
+    "build",
+    "console",
+    "page",
+    "read",
+    "summarise",
+    "terminal_table",
+    "verdict",
+    "write",
+]
 
 
 def build(outs: Sequence[Path]) -> dict[str, Any]:
@@ -33,7 +45,7 @@ def build(outs: Sequence[Path]) -> dict[str, Any]:
 
 
 def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
-    """Build the report of `outs` (by default of `out` itself), write report.json, report.html and labels.csv into `out`."""
+    """Build the report of `outs` (by default of `out` itself), write report.json, report.html, labels.csv and figures/ into `out`."""
     faults.point("report.begun")
     sources = list(outs or [out])
     for folder in {*sources, out}:
@@ -41,14 +53,29 @@ def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
     with as_written(sources[0]):
         study = read(sources)
         report = summarise(study)
-        used, page = label_use.as_csv(label_use.uses(study)), report_html.page(study, report)
+        album = figures.Album()
+        used, html = label_use.as_csv(label_use.uses(study)), report_html.page(study, report, album)
     write_json(RunDir(out).report_json, report)
     faults.point("report.values")
     write_atomic(RunDir(out).labels, used)
     faults.point("report.labels")
-    write_atomic(RunDir(out).report_html, page)
+    if album.drawn:
+        with written_aside(RunDir(out).figures) as folder:
+            for one in album.drawn:
+                (folder / f"{one.name}.svg").write_text(one.file, encoding="utf-8")
+                (folder / f"{one.name}.csv").write_text(one.csv, encoding="utf-8")
+    write_atomic(RunDir(out).report_html, html)
     faults.point("report.page")
     return report
+
+
+def page(outs: Sequence[Path]) -> str:
+    """The page alone, as it would be written now; nothing is written. Raises UserError as `build` does."""
+    for folder in outs:
+        refuse_links(folder, "report")
+    with as_written(outs[0]):
+        study = read(outs)
+        return report_html.page(study, summarise(study))
 
 
 def summarise(study: Study) -> dict[str, Any]:

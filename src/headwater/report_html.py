@@ -1,83 +1,138 @@
-"""The report as one HTML file: no script, no network, nothing from a run directory that is not escaped.
+"""The report as one HTML file: no network, one script of our own, nothing from a run directory that is not escaped.
 
 Everything is in the page: figures as inline SVG that take the page's colours, light or dark. The page's own
-Content-Security-Policy forbids the rest, so that a completion which slipped through could fetch and run nothing.
+Content-Security-Policy names our script by its hash and forbids the rest, so that a completion which slipped through could
+fetch and run nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import heapq
-from collections.abc import Iterator
+import importlib.resources
 from typing import Any
 
 import yaml
 
-from headwater import label_use, report_guards, report_html_claims, report_html_stages
-from headwater.html_parts import document, escaped, framed, noted, section, table, td
+from headwater import figures, label_use, report_audit, report_guards, report_html_claims, report_html_stages
+from headwater.html_parts import (
+    anchor,
+    data_element,
+    document,
+    escaped,
+    framed,
+    interval,
+    noted,
+    section,
+    table,
+    td,
+)
+from headwater.report_html_claims import axis_head, extent
 from headwater.report_read import ARM_TEXT, POOL_TEXT, Study, costs, mean_costs
+from headwater.report_rollouts import sample
 from headwater.report_stages import stage_name
 from headwater.report_style import STYLE
 from headwater.report_words import apart, count, duration, percent, units
-
-SHOWN_EACH = 3
-"""Correct and wrong completions shown of an arm."""
-SHOWN_CHARACTERS = 2500
+from headwater.rundir import read_jsonl
 
 
-def page(study: Study, report: dict[str, Any]) -> str:
-    """The whole file. Sections that have nothing to say are left out."""
+def page(study: Study, report: dict[str, Any], album: figures.Album | None = None) -> str:
+    """The whole file, and every figure into `album`. Sections that have nothing to say are left out."""
+    album = figures.Album() if album is None else album
     sections = [
         report_html_claims.predictions(report),
-        _arms(report),
-        report_html_claims.comparisons(report),
-        report_html_stages.by_stage(report),
-        report_html_stages.conditions(study, report),
-        report_html_stages.curves(study),
+        _arms(report, album),
+        _labels(study, report, album),
+        report_html_claims.comparisons(report, album),
+        report_html_claims.costs(report, album),
+        report_html_stages.by_stage(report, album),
+        report_html_stages.conditions(study, report, album),
+        report_html_stages.curves(study, album),
         report_guards.page(report),
-        _labels(study),
-        _samples(study),
+        _rollouts(study),
+        report_audit.page(study),
         _sources(study),
+        _files(album),
     ]
     seeds = f"seed{'s' * (len(report['seeds']) != 1)} {', '.join(map(str, report['seeds']))}"
-    header = f"""<h1>{escaped(report["recipe"])}</h1>
+    body = "".join(one for one in sections if one)
+    header = f"""<a class="skip" href="#main">Skip to the report</a>
+<h1>{escaped(report["recipe"])}</h1>
 <p class="note">{escaped(seeds)}; {len(report["arms"])} arms; made by headwater from the run's files</p>
-<p class="verdict">{escaped(report["verdict"])}</p>"""
-    main = "".join(section for section in sections if section)
-    return document(f"headwater: {report['recipe']}", STYLE, header, main)
+<div class="verdict"><strong>{escaped(report_html_claims.headline(report))}</strong> {escaped(report["verdict"])}</div>
+{report_html_claims.chips(report)}"""
+    nav = "".join(
+        f'<li><a href="#{anchor(title)}">{escaped(title)}</a></li>'
+        for title in TITLES
+        if f'id="{anchor(title)}"' in body
+    )
+    header += f'<nav aria-label="Sections"><ul>{nav}</ul></nav>'
+    script = (importlib.resources.files("headwater") / "page" / "browse.js").read_text(encoding="utf-8")
+    return document(f"headwater: {report['recipe']}", STYLE, header, body, script)
 
 
-def _arms(report: dict[str, Any]) -> str:
+TITLES = (
+    "The paper's predictions",
+    "Arms",
+    "Labels",
+    "Comparisons",
+    "Labels and compute",
+    "Stage by stage",
+    "Conditions",
+    "Training curves",
+    "Warnings",
+    "Rollouts",
+    "Audit",
+    "Recipe and environment",
+    "Figures and data",
+)
+
+
+def _arms(report: dict[str, Any], album: figures.Album) -> str:
     evals = report["evals"] or [""]
     best = {list(by_k)[-1] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values()}
     k = best.pop() if len(best) == 1 else "k"
-    heads = ["arm", *(["evaluation"] if len(evals) > 1 else []), "accuracy, %", "95 %", f"pass@{k}, %", f"maj@{k}, %"]
+    scored = [one for arm in report["arms"].values() for one in arm["accuracy"].values()]
+    ends = extent(scored) if scored else (0.0, 1.0)
+    axis = axis_head(ends, lambda value: f"{percent(max(0.0, value))} %")
+    heads = [
+        "arm",
+        *(["evaluation"] if len(evals) > 1 else []),
+        "accuracy, %",
+        "95 %",
+        axis,
+        f"pass@{k}, %",
+        f"maj@{k}, %",
+    ]
     heads += ["labels", "checks", "sampled", "trained", "scored", "FLOPs", "time"]
+    before = report["arms"].get("base_student", {}).get("accuracy", {})
     rows = []
     for name, arm in report["arms"].items():
         for place, eval_name in enumerate(evals):
             cells = [_name_cell(name, arm, len(evals))] if place == 0 else []
             cells += [td(eval_name)] if len(evals) > 1 else []
-            cells += [td(cell) for cell in _scores(arm, eval_name, k)]
+            mean, between, *rest = map(td, _scores(arm, eval_name, k))
+            level = before[eval_name]["mean"] if eval_name in before else None
+            cells += [mean, between, _interval(arm["accuracy"].get(eval_name), ends, level), *rest]
             if place == 0:
                 cells += [td(cell, len(evals)) for cell in _spent(arm)]
             rows.append(f"<tr>{''.join(cells)}</tr>")
     note = (
-        "Intervals are over problems and seeds. Labels: distinct problems whose answer was looked at, and how often "
+        "Intervals are over problems and seeds: the bar is the interval, thin ticks are single seeds, the dashed line is the student "
+        "before. Labels: distinct problems whose answer was looked at, and how often "
         "(checks). Tokens are sampled by the policy, trained on, scored by the teacher. Costs are those of every stage "
         "that an arm rests on, shared or not, as the mean per seed; looks at labels for evaluation are not in them."
     )
     notes = [note, *(f"{one[0].upper()}{one[1:]}." for one in apart(report))]
-    legend = "Bars: 95 % interval. Small ticks: single seeds. Dashed: the student before."
-    cost_legend = "Points: means over seeds, with the 95 % interval. Arms of equal cost stand side by side. Dashed: the models before."
-    forests, costs_ = report_html_claims.forests(report), report_html_claims.costs(report)
-    return section(
-        "Arms",
-        table(f"Accuracy{f' on {evals[0]}' if len(evals) == 1 else ''} and costs{_validation(report)}", heads, rows)
-        + "".join(map(noted, notes))
-        + framed(forests, legend)
-        + framed(costs_, cost_legend),
-    )
+    report_html_claims.forests(report, album)
+    caption = f"Accuracy{f' on {evals[0]}' if len(evals) == 1 else ''} and costs{_validation(report)}"
+    return section("Arms", table(caption, heads, rows) + "".join(map(noted, notes)))
+
+
+def _interval(accuracy: dict[str, Any] | None, ends: tuple[float, float], level: float | None) -> str:
+    if accuracy is None:
+        return "<td></td>"
+    seeds = list(accuracy["per_seed"].values())
+    mean, low, high = (accuracy[key] for key in ("mean", "low", "high"))
+    return interval(mean, low, high, ends, level, seeds if len(seeds) > 1 else ())
 
 
 def _validation(report: dict[str, Any]) -> str:
@@ -120,9 +175,9 @@ def _spent(spent: dict[str, Any]) -> list[str]:
     return [*labels, *tokens, units(spent["flops"]), duration(spent["seconds"])]
 
 
-def _labels(study: Study) -> str:
-    """Where every label went: a row for each node that looked at any, with the arms that rest on it."""
-    rows = []
+def _labels(study: Study, report: dict[str, Any], album: figures.Album) -> str:
+    """Where every label went: a band and a row for each node that looked at any, with the arms that rest on it."""
+    rows, flows = [], []
     for arms, _, by_seed in study.groups():
         nodes = list(by_seed.values())
         spent = mean_costs([costs([node]) for node in nodes])["labels"]
@@ -130,15 +185,18 @@ def _labels(study: Study) -> str:
         if not pool and not spent["checks"]:
             continue
         allowed = (nodes[0].info.get("labels") or {}).get("distinct_allowed")
+        stage = stage_name(nodes[0].stage, nodes[0].objective)
         cells = [
-            f"{stage_name(nodes[0].stage, nodes[0].objective)} ({nodes[0].role or '–'})",
+            f"{stage} ({nodes[0].role or '–'})",
             ", ".join(arms),
             count(allowed) if allowed is not None else "–",
             count(spent["distinct"]),
             count(spent["checks"]),
         ]
-        head = f'<th scope="row">{escaped(POOL_TEXT.get(pool or "", pool or "–"))}</th>'
-        rows.append(f"<tr>{head}{''.join(map(td, cells))}</tr>")
+        named = POOL_TEXT.get(pool or "", pool or "–")
+        rows.append(f'<tr><th scope="row">{escaped(named)}</th>{"".join(map(td, cells))}</tr>')
+        if spent["distinct"]:
+            flows.append(figures.Flow(named, stage, spent["distinct"], tuple(arms)))
     if not rows:
         return section("Labels", noted("No stage of this run looked at a label."))
     heads = ["pool", "→ stage", "→ arms", "allowed", "distinct", "checks"]
@@ -149,49 +207,45 @@ def _labels(study: Study) -> str:
         taken.append(f'<tr><th scope="row">{escaped(one["arm"])}</th>{"".join(map(td, cells))}</tr>')
     used = table("Which stages looked at a label, by arm and half", ["arm", "half", "stages", "labels"], taken)
     more = " labels.csv, beside this file, has every problem with its stages, seeds and arms."
-    return section("Labels", table("From pool to stage to arm", heads, rows) + used + noted(note + more))
+    trained = [name for name in report["arms"] if not name.startswith("base_")]
+    drawn = figures.flow("labels", "Labels from pool to stage to arm", flows, trained) if flows and trained else None
+    band = framed([album.add(drawn)], "The wider a band, the more distinct labels.", "large") if drawn else ""
+    folded = f"<details><summary>By arm and half</summary>{used}</details>"
+    return section("Labels", band + table("From pool to stage to arm", heads, rows) + folded + noted(note + more))
 
 
-def _samples(study: Study) -> str:
-    parts = []
-    for arm in study.arms:
-        for nodes in study.finished(arm).values():
-            node, evals = nodes[-1], [name for name in study.evals if name in nodes[-1].evals]
-            if evals:
-                shown = "".join(_completion(row) for row in _chosen(node.eval_rows(evals[0])))
-                where = f"{arm}: {evals[0]}, {node.name}"
-                parts.append(f"<details><summary>{escaped(where)}</summary>{shown}</details>")
-                break
-    if not parts:
+def _rollouts(study: Study) -> str:
+    """The browser of rollouts: a form, a list that the page's script fills, and the data."""
+    texts = {}
+    for run in study.runs:
+        if run.problems.exists():
+            texts.update({str(row["id"]): str(row["text"]) for row in read_jsonl(run.problems)})
+    found = sample(study, texts)
+    if not found.rows:
         return ""
-    note = f"Up to {SHOWN_EACH} correct and {SHOWN_EACH} wrong ones of each arm's first finished seed, drawn by name."
-    return section("Graded completions", noted(note) + "".join(parts))
-
-
-def _chosen(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A few correct and a few wrong rows in an order that only their names decide."""
-    best: dict[bool, list[tuple[str, int, dict[str, Any]]]] = {True: [], False: []}
-    for place, row in enumerate(rows):
-        rank = hashlib.sha256(f"{row['problem_id']}:{row.get('sample')}".encode(errors="replace")).hexdigest()
-        kept = best[bool(row["correct"])]
-        kept.append((rank, place, row))
-        if len(kept) > 64:
-            kept[:] = heapq.nsmallest(SHOWN_EACH, kept)
-    return [row for correct in (True, False) for *_, row in heapq.nsmallest(SHOWN_EACH, best[correct])]
-
-
-def _completion(row: dict[str, Any]) -> str:
-    text = str(row.get("text") or "")
-    left = len(text) - SHOWN_CHARACTERS
-    cut = f'<p class="note">… {left:,} more characters</p>' if left > 0 else ""
-    said, kind = ("✓ correct", "right") if row["correct"] else ("✗ wrong", "wrong")
-    facts = [f"problem {row['problem_id']}", f"sample {row.get('sample')}", f"{row.get('reason')}"]
-    facts += [f"answer read: {row['extracted']}"] if row.get("extracted") is not None else ["no answer read"]
-    facts += [f"{row.get('tokens')} tokens, ended by {row.get('finish')}"]
-    return (
-        f'<article class="{kind}"><p><strong>{said}</strong> {escaped(" · ".join(facts))}</p>'
-        f'<pre dir="auto">{escaped(text[:SHOWN_CHARACTERS])}</pre>{cut}</article>'
+    of = f" of about {found.total:,}" if found.total > len(found.rows) else ""
+    note = (
+        f"A sample of {len(found.rows):,}{of} rollouts: of each stage its first, middle and last step, of each arm's result its graded "
+        "evaluation. All of them are in nodes/*/rollouts/ and nodes/*/evals/."
     )
+    selects = "".join(
+        f'<label>{text}<select name="{name}"><option value="">all</option></select></label>'
+        for name, text in (("stage", "Stage"), ("arm", "Arm"), ("verdict", "Verdict"), ("seed", "Seed"))
+    )
+    search = '<label>Search in problem and completion<input type="search" name="search" autocomplete="off"></label>'
+    scale = (
+        "Under dense reward each token is coloured by log π_T/π of the teacher over the student that sampled it: "
+        '<span class="a">the teacher likes it more</span> <span class="b">less</span>, underlined from 2 nats. Under sparse reward '
+        "the whole text has one colour, that of its advantage."
+    )
+    body = (
+        f'{noted(note)}<form id="filters">{selects}{search}<button type="reset">Show all</button></form>'
+        f'<p class="note scale">{scale}</p><p class="note" id="rollout-count" role="status"></p><div id="rollout-list"></div>'
+        '<button type="button" id="rollout-more" hidden>Show more</button>'
+        '<p class="note without">This browser needs the page\'s own script, which did not run.</p>'
+    )
+    data = {"rows": found.rows, "problems": found.problems, "arms": found.arms}
+    return section("Rollouts", body) + data_element("rollouts-data", data)
 
 
 def _sources(study: Study) -> str:
@@ -202,4 +256,18 @@ def _sources(study: Study) -> str:
         "Recipe and environment",
         f"<details><summary>The resolved recipe</summary><pre>{escaped(recipe)}</pre></details>"
         f"<details><summary>Environment</summary>{env}</details>",
+    )
+
+
+def _files(album: figures.Album) -> str:
+    """What lies beside the page for papers: each figure as SVG, its numbers as CSV."""
+    if not album.drawn:
+        return ""
+    items = "".join(
+        f"<li><code>{escaped(one.name)}</code> {escaped(one.label.split(':')[0][:120])}</li>" for one in album.drawn
+    )
+    note = "In figures/ beside this file, each as .svg and with its numbers as .csv; report.json has everything."
+    return section(
+        "Figures and data",
+        noted(note) + f"<details><summary>{len(album.drawn)} figures</summary><ul>{items}</ul></details>",
     )

@@ -21,7 +21,6 @@ METRICS = {
     "overlap": "overlap of likeliest tokens, share",
     "entropy": "entropy, nats a token",
     "validation": "validation accuracy",
-    "loss": "loss",
     "truncated": "truncated, share",
 }
 """The curves of training; every other number that a stage measured stays in its metrics.jsonl."""
@@ -39,7 +38,7 @@ Group = tuple[str, dict[int, Node]]
 """A legend's text, and the nodes by seed."""
 
 
-def by_stage(report: dict[str, Any]) -> str:
+def by_stage(report: dict[str, Any], album: figures.Album) -> str:
     """Accuracy and pass@k before, between and after: each arm's way, a panel an arm, and every stage with its measures."""
     if not any(paths(report, name) for name in report["evals"]):
         return ""
@@ -54,41 +53,36 @@ def by_stage(report: dict[str, Any]) -> str:
         )
         for eval_name in report["evals"]
     ]
-    legend = _legend(["accuracy", "pass@k at the largest k", "the teacher's accuracy"])
     note = "What stands before is the model as it came. Means over seeds."
-    panels = framed([*_ways(report)], "", small=True)
-    return section(
-        "Stage by stage",
-        "".join(tables) + noted(note) + (f"{legend}{panels}" if panels else "") + _stage_table(report) + _ended(report),
-    )
+    drawn = framed([album.add(one) for one in _ways(report)], "Of the student, after each of its stages.")
+    return section("Stage by stage", "".join(tables) + noted(note) + drawn + _stage_table(report) + _ended(report))
 
 
-def _ways(report: dict[str, Any]) -> Iterator[str]:
-    """Accuracy and pass@k of the student of each arm through its stages, on the first evaluation; seeds apart are not shown."""
+def _ways(report: dict[str, Any]) -> Iterator[figures.Drawn]:
+    """Accuracy and pass@k of every arm's student through its stages, on the first evaluation; seeds apart are not shown."""
     eval_name = report["evals"][0]
-    for name, arm in report["arms"].items():
-        steps = steps_of(report, arm, "student")
-        if name.startswith("base_") or len(steps) < 2:
-            continue
-        lines = [
-            _line(steps, lambda stage: _accuracy(stage, eval_name)),
-            _line(steps, lambda stage: _best(stage, eval_name)),
-        ]
-        taught = any(
-            stage["stage"] == "teacher_rollouts" or stage["tokens"]["teacher_scored"] for stage in arm["stages"]
-        )
-        above = _accuracy(steps_of(report, arm, "teacher")[-1][1], eval_name) if taught else None
-        if above is not None:
-            lines.append(((0.0, len(steps) - 1.0), (above, above)))
-        named = zip(("accuracy", "pass@k", "teacher"), lines, strict=False)
-        series = [figures.Series(text, style, (line,)) for style, (text, line) in enumerate(named) if line[0]]
+    held = [
+        (name, steps_of(report, arm, "student")) for name, arm in report["arms"].items() if not name.startswith("base_")
+    ]
+    places = [place for place in PLACES if any(_place(short) == place for _, steps in held for short, _ in steps)]
+    for what, value in (("Accuracy", _accuracy), ("pass@k at the largest k", _best)):
+        series = []
+        for style, (name, steps) in enumerate(held):
+            found = {places.index(_place(short)): value(stage, eval_name) for short, stage in steps}
+            line = [(float(place), one) for place, one in sorted(found.items()) if one is not None]
+            if line:
+                series.append(figures.Series(name, style, (tuple(zip(*line, strict=True)),)))  # type: ignore[arg-type]
         if series:
-            yield figures.curves(f"{name}, %", series, [short for short, _ in steps], (0.0, 100.0))
+            title = f"{what} on {eval_name} through the stages, %"
+            yield figures.paths(figures.named("stages", what.split()[0], eval_name), title, series, places)
 
 
-def _line(steps: Sequence[tuple[str, dict[str, Any]]], value: Callable[[dict[str, Any]], float | None]) -> figures.Line:
-    held = [(float(place), found) for place, (_, stage) in enumerate(steps) if (found := value(stage)) is not None]
-    return [place for place, _ in held], [found for _, found in held]
+PLACES = ("before", "SFT", "warm-up", "OPD", "RL")
+"""Where a student's stages stand in the figure of all arms; what takes OPD's place stands there."""
+
+
+def _place(short: str) -> str:
+    return short if short in PLACES else "OPD"
 
 
 def _accuracy(stage: dict[str, Any], eval_name: str) -> float | None:
@@ -153,9 +147,9 @@ def _ended(report: dict[str, Any]) -> str:
     return "".join(noted(one) for one in said)
 
 
-def conditions(study: Study, report: dict[str, Any]) -> str:
+def conditions(study: Study, report: dict[str, Any], album: figures.Album) -> str:
     """C1 and C2 as tables and curves."""
-    parts = [part for part in (_c1(report), _c1_curves(study), _c2(report), _c2_curves(study)) if part]
+    parts = [part for part in (_c1(report), _c1_curves(study, album), _c2(report), _c2_curves(study, album)) if part]
     if not parts:
         return ""
     note = "The paper's two conditions: the teacher is near its optimum (C1), the student is near the teacher (C2)."
@@ -182,7 +176,7 @@ def _c1(report: dict[str, Any]) -> str:
     return table("C1: the teacher beside its own best-of-k", heads, rows) if rows else ""
 
 
-def _c1_curves(study: Study) -> str:
+def _c1_curves(study: Study, album: figures.Album) -> str:
     """A panel for each way to train the teacher: its reward beside the best of its own groups."""
     panels = []
     for arms, _, by_seed in study.groups():
@@ -194,11 +188,8 @@ def _c1_curves(study: Study) -> str:
         series = [figures.Series(text, style, held) for style, (text, held) in enumerate(lines) if held]
         if series:
             pool = POOL_TEXT.get(nodes[0].pool or "", "")
-            panels.append(
-                figures.curves(
-                    f"{stage_name(nodes[0].stage)}, {pool} ({len(arms)} arm{'s' * (len(arms) != 1)})", series
-                )
-            )
+            title = f"{stage_name(nodes[0].stage)}, {pool} ({len(arms)} arm{'s' * (len(arms) != 1)})"
+            panels.append(album.add(figures.curves(figures.named("c1", nodes[0].name), title, series)))
     return _legend(["reward", "best of group"]) + framed(panels, "") if panels else ""
 
 
@@ -231,13 +222,13 @@ def _c2(report: dict[str, Any]) -> str:
     return table("C2: the student's distance from its teacher", heads, rows) + noted(note)
 
 
-def _c2_curves(study: Study) -> str:
-    return _panels_by_stage(study, HELD_OUT, lambda node: node.conditions, "on held-out prompts")
+def _c2_curves(study: Study, album: figures.Album) -> str:
+    return _panels_by_stage(study, album, HELD_OUT, lambda node: node.conditions, "on held-out prompts")
 
 
-def curves(study: Study) -> str:
+def curves(study: Study, album: figures.Album) -> str:
     """A panel for each metric of each stage; one line for each set of arms that shares the stage's nodes."""
-    parts = _panels_by_stage(study, METRICS, lambda node: node.metrics, "")
+    parts = _panels_by_stage(study, album, METRICS, lambda node: node.metrics, "")
     note = (
         "Lines are means over seeds at the steps that all of them reached, bands run from the lowest to the highest seed. "
         "What else a stage measured is in its metrics.jsonl."
@@ -246,7 +237,11 @@ def curves(study: Study) -> str:
 
 
 def _panels_by_stage(
-    study: Study, titles: dict[str, str], rows: Callable[[Node], list[dict[str, Any]]], where: str
+    study: Study,
+    album: figures.Album,
+    titles: dict[str, str],
+    rows: Callable[[Node], list[dict[str, Any]]],
+    where: str,
 ) -> str:
     stages: dict[tuple[str, str, str], list[Group]] = {}
     for arms, _, by_seed in study.groups():
@@ -268,7 +263,8 @@ def _panels_by_stage(
                 if held
             ]
             if series:
-                panels.append(figures.curves(title, series))
+                name = figures.named("held_out" if where else "curve", stage, role, objective, key)
+                panels.append(album.add(figures.curves(name, title, series)))
         if panels:
             name = stage_name(stage, objective, role) + (f", {where}" if where else "")
             parts.append(f"<h3>{escaped(name)}</h3>{_legend([label for label, _ in groups])}{framed(panels, '')}")

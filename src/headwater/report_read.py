@@ -139,6 +139,11 @@ class Node:
     def spends(self) -> list[dict[str, Any]]:
         return list(read_jsonl(self.dir.ledger))
 
+    def rollout_files(self) -> list[tuple[int, Path]]:
+        """(step, file) of what each step sampled, in order."""
+        files = sorted(self.dir.rollouts(0).parent.glob("[0-9]*.jsonl"))
+        return [(int(path.stem), path) for path in files if path.stem.isdecimal()]
+
     def eval_rows(self, eval_name: str) -> Iterator[dict[str, Any]]:
         return read_jsonl(self.dir.evaluation("final", eval_name))
 
@@ -150,6 +155,7 @@ class Study:
     recipe: dict[str, Any]
     env: dict[str, Any]
     arms: dict[str, dict[int, tuple[Node, ...]]]
+    runs: tuple[RunDir, ...] = ()
 
     @property
     def seeds(self) -> list[int]:
@@ -202,7 +208,7 @@ def read(outs: Sequence[Path]) -> Study:
                 "only runs that differ in nothing but the seed make one report"
             )
     env = read_json(runs[0].env) if runs[0].env.exists() else {}
-    return Study(recipes[0], env, _arms(runs))
+    return Study(recipes[0], env, _arms(runs), tuple(runs))
 
 
 def _arms(runs: Sequence[RunDir]) -> dict[str, dict[int, tuple[Node, ...]]]:

@@ -6,6 +6,8 @@ OUT/plan.json              arms × seeds -> node names in order; the last node o
 OUT/ledger.jsonl           every node's ledger, joined
 OUT/left_out.jsonl         problems taken out because they also stand in an evaluation: which, where, why
 OUT/report.json report.html
+OUT/figures/NAME.svg .csv  each figure of the report, and the numbers in it
+OUT/problems.jsonl         {"id", "text"} of every problem, for readers of the report; no answers
 OUT/probe.json             readiness before the run, and what it advises
 OUT/probe/ledger.jsonl     its looks at labels
 OUT/labels.csv             which problem's label was looked at by which node, stage, seed and arms
@@ -298,6 +300,14 @@ class RunDir:
     @property
     def left_out(self) -> Path:
         return self.path / "left_out.jsonl"
+
+    @property
+    def problems(self) -> Path:
+        return self.path / "problems.jsonl"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
 
     @property
     def labels(self) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from headwater import faults, model, plateau, sharded
+from headwater import faults, model, plateau, sharded, signals
 from headwater.batch import Row
 from headwater.beside import beside
 from headwater.evaluate import refuse_nan
@@ -50,6 +50,7 @@ def run_node(node: Node, place: Workplace) -> None:
             "fingerprint": place.plan.fingerprints[node],
             "labels": _label_note(node, place.materials),
             "settings": None if node.settings is None else node.settings.model_dump(mode="json"),
+            "steps": place.steps(node) if node.kind == "train" else None,
         },
     )
     faults.point("node.described")
@@ -167,7 +168,10 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
         return (stage.passes + again) * policy.pass_flops([row for row in rows if not row.inert], passes=3)
 
     def write_rollouts(step: int, rows: Sequence[Row]) -> None:
-        folder.keep(step, folder.rollouts(step), [rollout_row(row, prompter) for row in rows])
+        shown = signals.kept(rows) if objective.source == "policy" else []
+        told = {place: signals.signal_of(rows[place], prompter.completion) for place in shown}
+        found = [{**rollout_row(row, prompter), **told.get(place, {})} for place, row in enumerate(rows)]
+        folder.keep(step, folder.rollouts(step), found)
 
     taken = train(
         policy,

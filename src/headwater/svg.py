@@ -1,70 +1,86 @@
-"""A drawing as text: SVG elements for the report's page, and the scales that place values on them.
-
-Lengths are the drawing's own units; a page shows about one pixel for each. Colours are the page's: text takes
-`currentColor`, fine lines `--line`, data `--series0`, …, so that the style sheet decides light or dark. There are no ids,
-so drawings never clash, and the same values give the same bytes.
-"""
+"""Drawings by matplotlib as text: an SVG file of its own, and the same as an element of a page in the page's colours."""
 
 from __future__ import annotations
 
-import html
-import math
+import io
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
-FONT = 11.0
-LETTER = 0.56 * FONT
-"""About the width of a letter; a little more than a common sans-serif takes."""
+import matplotlib
+from matplotlib.figure import Figure
 
-Points = Sequence[tuple[float, float]]
+from headwater.html_parts import escaped
+
+# Okabe & Ito's palette, told apart by the colour-blind, without yellow and black, which vanish on one of the pages.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+TEXT, FINE, QUIET = "#1b1f24", "#d0d7de", "#57606a"
+"""Text, thin lines and what stands back, in colours that no arm has."""
+
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9.0,
+    "font.family": "sans-serif",
+    "text.color": TEXT,
+    "axes.edgecolor": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.titlesize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": FINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """Values from `low` to `high` on the way from `start` to `end` of the drawing, by their logarithm where `log`.
+def as_file(figure: Figure, name: str) -> str:
+    """The drawing as an SVG file whose text stays text. The same values under the same name give the same bytes.
 
-    Example: `Scale(0, 10, 100, 200).at(5)` is 150; `Scale(1, 100, 0, 10, log=True).at(10)` is 5.
+    name  different for every drawing of a page, so that no two of them share an id
     """
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        if self.log:
-            share = math.log(value / self.low) / math.log(self.high / self.low)
-        else:
-            share = (value - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
-
-    def ticks(self, most: int = 5) -> list[float]:
-        found = log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high, most)
-        return [value for value in found if self.low <= value <= self.high]
+    sink = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": f"headwater {name}"}):
+        figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return sink.getvalue()
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most `most` + 1 round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`.
+def inline(svg: str, label: str | None) -> str:
+    """A drawing's file as an element of a page: an image with a description (none is passed over), in the page's own colours."""
+    body = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL
+    )
+    head, rest = body.split(">", 1)
+    head = re.sub(r' (width|height|version|xmlns:xlink)="[^"]*"', "", head)
+    # The plate behind a file of its own would be white on a dark page.
+    rest = re.sub(r'<g id="patch_1">.*?</g>', "", rest, count=1, flags=re.DOTALL)
+    rest = rest.replace("xlink:href", "href").replace("fill: #ffffff", "fill: none").replace(TEXT, "currentColor")
+    rest = rest.replace(FINE, "var(--line)").replace(QUIET, "var(--quiet)")
+    for place, colour in enumerate(COLOURS):
+        rest = rest.replace(colour, f"var(--series{place}, {colour})")
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', rest))
+    rest = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", rest)
+    # A tenth of a point is enough for places; what axes say stays as it is.
+    rest = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d)\d+", r"\1", tag[0]), rest)
+    rest = re.sub(r"font-family: [^;]*; ", "", re.sub(r"font: ([\d.]+px) [^;]*;", r"font-size: \1;", rest))
+    rest = re.sub(r' transform="rotate\(-0 [^"]*"', "", rest)
+    rest = re.sub(r"\s*\n\s*", "\n", rest).replace("; stroke-linecap: butt", "").replace("; stroke-linejoin: miter", "")
+    described = f'role="img" aria-label="{escaped(label)}"' if label else 'aria-hidden="true"'
+    return f"{head} {described}>{rest}".strip()
 
-    Example: `ticks(0, 0.7)` is `[0.0, 0.2, 0.4, 0.6]`.
-    """
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [float(f"{place * step:.10g}") for place in range(first, last + 1)]
 
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten between `low` and `high`; over two powers and more, these alone.
-
-    Example: `log_ticks(3, 60)` is `[5.0, 10.0, 20.0, 50.0]`.
-    """
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    wide = math.log10(high / low) >= 2
-    values = [m * 10.0**power for power in powers for m in ((1,) if wide else (1, 2, 5))]
-    return [value for value in values if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+def printable(said: str) -> str:
+    """Text that XML can hold. Example: `printable("a\\0b")` is `a�b`."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in said)
 
 
 def spanning(values: Sequence[float], room: float = 0.04) -> tuple[float, float]:
@@ -73,57 +89,6 @@ def spanning(values: Sequence[float], room: float = 0.04) -> tuple[float, float]
     if high - low < 1e-12 * max(abs(low), abs(high), 1e-12):
         return low - max(abs(low), 1e-6) / 2, high + max(abs(high), 1e-6) / 2
     return low - room * (high - low), high + room * (high - low)
-
-
-def number(value: float) -> str:
-    """A number on an axis. Example: `number(-0.25)` is `−0.25`."""
-    return f"{value:.4g}".replace("-", "−")
-
-
-def line(points: Points, colour: str, width: float = 1.5, dash: str = "", opacity: float = 1.0) -> str:
-    style = f' stroke-dasharray="{dash}"' if dash else ""
-    faint = f' opacity="{opacity:g}"' if opacity < 1.0 else ""
-    return f'<polyline points="{_pairs(points)}" fill="none" stroke="{colour}" stroke-width="{width:g}"{style}{faint}/>'
-
-
-def area(points: Points, colour: str, opacity: float) -> str:
-    return f'<polygon points="{_pairs(points)}" fill="{colour}" opacity="{opacity:g}"/>'
-
-
-MARKS = {
-    "s": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
-    "^": ((0, -1.25), (1.15, 0.9), (-1.15, 0.9)),
-    "v": ((0, 1.25), (1.15, -0.9), (-1.15, -0.9)),
-    "D": ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
-    "P": ((-0.45, -1.2), (0.45, -1.2), (0.45, -0.45), (1.2, -0.45), (1.2, 0.45), (0.45, 0.45), (0.45, 1.2),
-          (-0.45, 1.2), (-0.45, 0.45), (-1.2, 0.45), (-1.2, -0.45), (-0.45, -0.45)),
-    "X": ((-1.1, -1.1), (0, -0.45), (1.1, -1.1), (0.45, 0), (1.1, 1.1), (0, 0.45), (-1.1, 1.1), (-0.45, 0)),
-}  # fmt: skip
-"""Corners of the marks that are no circle, in units of their size."""
-
-
-def mark(kind: str, x: float, y: float, colour: str, size: float = 2.8) -> str:
-    if kind not in MARKS:
-        return f'<circle cx="{_short(x)}" cy="{_short(y)}" r="{_short(size)}" fill="{colour}"/>'
-    corners = [(x + size * dx, y + size * dy) for dx, dy in MARKS[kind]]
-    return f'<polygon points="{_pairs(corners)}" fill="{colour}"/>'
-
-
-def text(x: float, y: float, said: str, anchor: str = "start", size: float = FONT, colour: str = "") -> str:
-    """A line of text whose middle is at height `y`; `anchor` is start, middle or end."""
-    where = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    small = "" if size == FONT else f' font-size="{size:g}"'
-    fill = f' fill="{colour}"' if colour else ""
-    return f'<text x="{_short(x)}" y="{_short(y + 0.35 * size)}"{where}{small}{fill}>{_safe(said)}</text>'
-
-
-def drawing(width: float, height: float, parts: Sequence[str], label: str | None) -> str:
-    """The `<svg>` element: an image with a description, or one that screen readers pass over."""
-    described = f'role="img" aria-label="{_safe(label)}"' if label else 'aria-hidden="true"'
-    return (
-        f'<svg {described} xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_short(width)} {_short(height)}" '
-        f'font-size="{FONT:g}" fill="currentColor">{"".join(parts)}</svg>'
-    )
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -149,17 +114,3 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
         for rank, place in enumerate(block):
             found[place] = middle + gap * (rank - (len(block) - 1) / 2)
     return found
-
-
-def _pairs(points: Points) -> str:
-    return " ".join(f"{_short(x)},{_short(y)}" for x, y in points)
-
-
-def _short(value: float) -> str:
-    """A tenth of a pixel is enough."""
-    said = f"{value:.1f}"
-    return said[:-2] if said.endswith(".0") else said
-
-
-def _safe(said: str) -> str:
-    return html.escape("".join(c if c.isprintable() else "\ufffd" for c in said), quote=True)

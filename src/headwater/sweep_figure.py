@@ -12,36 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from headwater.figures import COLOURS, DASHES, MARKERS
-from headwater.svg import spanning, spread
+from headwater.svg import COLOURS, DASHES, MARKERS, STYLE, TEXT, as_file, spanning, spread
+from headwater.svg import QUIET as BASE
 from headwater.sweep import variation
 from headwater.sweep_words import BASES, names, shown_arms
 
-TEXT, FINE = "#1b1f24", "#d0d7de"
-"""Text and thin lines, in colours that no arm has."""
-BASE = "#57606a"
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "headwater",
-    "text.parse_math": False,
-    "font.size": 9.0,
-    "font.family": "sans-serif",
-    "text.color": TEXT,
-    "axes.edgecolor": TEXT,
-    "axes.labelcolor": TEXT,
-    "axes.titlesize": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-}
 WIDTH, HEIGHT, LEFT, RIGHT = 7.2, 3.8, 0.5, 1.75
 """Inches: a panel, and the room beside its axes for numbers and for the lines' names."""
 LOG_FROM = 8.0
@@ -58,10 +33,9 @@ def draw(found: dict[str, Any]) -> tuple[str, bytes]:
             room = 1 / (HEIGHT * len(evals))
             box = (LEFT / WIDTH, low + 0.55 * room, (WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - 0.93) * room)
             _panel(figure.add_axes(box), found, eval_name)
-        svg, png = io.StringIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Format": None})
+        svg, png = as_file(figure, "sweep"), io.BytesIO()
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
-    return svg.getvalue(), png.getvalue()
+    return svg, png.getvalue()
 
 
 def axis_kind(found: dict[str, Any]) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from headwater.figures import COLOURS
 from headwater.html_parts import document, escaped, noted, section, table, td
 from headwater.report_read import ARM_TEXT
 from headwater.report_style import STYLE
+from headwater.svg import inline
 from headwater.sweep import text_of
-from headwater.sweep_figure import BASE, FINE, TEXT, described
+from headwater.sweep_figure import described
 from headwater.sweep_words import BASES, cell, costs, differences, name_of, note, shown_arms
 
 WIDE = ".sweep svg { width: 100%; height: auto; } figure.sweep { max-width: 60rem; }"
@@ -32,20 +31,6 @@ def _plot(found: dict[str, Any], svg: str) -> str:
     legend = "Bars: 95 % intervals over problems and seeds. Dashed and dotted: the models before training."
     arms = "; ".join(f"{arm}: {ARM_TEXT[arm]}" for arm in shown_arms(found) if arm in ARM_TEXT and arm not in BASES)
     return f'<figure class="sweep">{inline(svg, described(found))}</figure>{noted(f"{legend} {arms}.")}'
-
-
-def inline(svg: str, label: str) -> str:
-    """The plot's file as an element of the page: an image with a description, in the page's own colours."""
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    head, rest = svg.split(">", 1)
-    head = re.sub(r' (width|height)="[^"]*"', "", head)
-    # The plate behind a file of its own would be white on a dark page.
-    rest = re.sub(r'<g id="patch_1">.*?</g>', "", rest, count=1, flags=re.DOTALL)
-    rest = rest.replace("fill: #ffffff", "fill: none").replace(TEXT, "currentColor")
-    rest = rest.replace(FINE, "var(--line)").replace(BASE, "var(--quiet)")
-    for place, colour in enumerate(COLOURS):
-        rest = rest.replace(colour, f"var(--series{place}, {colour})")
-    return f'{head} role="img" aria-label="{escaped(label)}">{rest}'
 
 
 def _words(found: dict[str, Any]) -> str:
