@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: python3 (3.11 or newer) with venv, and a package registry.
 PY := .venv/bin/python
 
-.PHONY: demo test test-engines check fuzz chaos many endurance bench clean
+.PHONY: demo test test-engines check fuzz chaos many endurance bench docs browser clean
 
 demo: .venv/installed
 	.venv/bin/headwater demo --out runs/demo
@@ -43,6 +43,19 @@ check: .venv/installed-check
 	.venv/bin/ruff format --check src tests
 	.venv/bin/mypy
 
+# The site of docs/ into site/. Links that lead nowhere end it; it opens from the folder and asks no network for anything.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
+
+# The report in a headless Chromium, which must be there already (apt install chromium, or HEADWATER_CHROMIUM=path), with axe-core.
+browser: .venv/installed-test .axe/package/axe.min.js
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	$(PY) -m pytest tests/test_browser.py
+
+.axe/package/axe.min.js:
+	mkdir -p .axe
+	cd .axe && npm pack --silent axe-core@4.10.3 && tar xzf axe-core-4.10.3.tgz
+
 bench: .venv-bench/installed
 	.venv-bench/bin/python -m benchmarks --json runs/bench.json
 
@@ -62,6 +75,12 @@ bench: .venv-bench/installed
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[check]'
 	touch $@
 
+# The site's builder reads the sources and imports nothing, so it needs neither torch nor the package.
+.venv-docs/installed: pyproject.toml constraints.txt
+	test -x .venv-docs/bin/python || python3 -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27'
+	touch $@
+
 # The peers ask for versions of their own, so they get an environment of their own. What they bring for images and sound does not
 # fit this torch and is not needed.
 .venv-bench/installed: pyproject.toml constraints.txt
@@ -72,4 +91,4 @@ bench: .venv-bench/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-many .bench runs build dist src/*.egg-info
+	rm -rf .venv .venv-bench .venv-many .venv-docs .axe site .bench runs build dist src/*.egg-info

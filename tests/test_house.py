@@ -70,6 +70,7 @@ MACHINES = {
     "ranks",
     "sharded",
     "checkpoint_shards",
+    "signals",
 }
 HEAVY = ("torch", "transformers", "safetensors", "datasets")
 

@@ -1,4 +1,4 @@
-"""The report's figures by matplotlib: curves over steps, forests of intervals, accuracy against cost, where labels went.
+"""The report's figures by matplotlib: curves over steps, forests of intervals, accuracy against cost and through the stages.
 
 Each is a `Drawn`: an SVG file, the same for the page, a description for those who cannot see it, and its numbers as CSV.
 """
@@ -17,8 +17,6 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from headwater.svg import (
@@ -74,16 +72,6 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
-    """A stage that looked at labels: from which pool, how many, and the arms that rest on it."""
-
-    pool: str
-    stage: str
-    labels: float
-    arms: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Drawn:
     """A figure. `name` is that of its files, `page` the element for a page, `file` the SVG, `rows` the CSV with its head."""
 
@@ -126,7 +114,7 @@ def colour(style: int) -> str:
     return COLOURS[style % len(COLOURS)]
 
 
-def _finish(figure: Figure, name: str, label: str, rows: Sequence[tuple[Any, ...]]) -> Drawn:
+def finish(figure: Figure, name: str, label: str, rows: Sequence[tuple[Any, ...]]) -> Drawn:
     file, label = as_file(figure, name), printable(label)
     return Drawn(name, label, inline(file, label), file, tuple(rows))
 
@@ -153,7 +141,7 @@ def curves(name: str, title: str, series: Sequence[Series]) -> Drawn:
         rows: list[tuple[Any, ...]] = [("series", "step", "mean", "lowest_seed", "highest_seed")]
         for one, *columns in drawn:
             rows += [(one.label, *values) for values in zip(*columns, strict=True)]
-        return _finish(figure, name, label, rows)
+        return finish(figure, name, label, rows)
 
 
 def _curve(axes: Axes, one: Series, steps: list[float], mean: list[float], low: list[float], high: list[float]) -> None:
@@ -203,7 +191,7 @@ def forest(name: str, title: str, rows: Sequence[Row], reference: float | None, 
         said = [f"{r.label} {100 * r.mean:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f})" for r in rows]
         table: list[tuple[Any, ...]] = [("row", "mean", "low", "high", "per_seed")]
         table += [(r.label, r.mean, r.low, r.high, " ".join(map(str, r.per_seed))) for r in rows]
-        return _finish(figure, name, f"{title}, {unit}: {'; '.join(said)}", table)
+        return finish(figure, name, f"{title}, {unit}: {'; '.join(said)}", table)
 
 
 def against(
@@ -249,7 +237,7 @@ def against(
         rows: list[tuple[Any, ...]] = [("arm", "cost", "mean", "low", "high")]
         rows += [(p.label, p.cost, p.mean, p.low, p.high) for p in points]
         rows += [(level_name, "", level, "", "") for level_name, level in levels]
-        return _finish(figure, name, f"{title}, % ({cost}): {'; '.join(told)}", rows)
+        return finish(figure, name, f"{title}, % ({cost}): {'; '.join(told)}", rows)
 
 
 def paths(name: str, title: str, series: Sequence[Series], places: Sequence[str]) -> Drawn:
@@ -273,7 +261,7 @@ def paths(name: str, title: str, series: Sequence[Series], places: Sequence[str]
             rows += [(one.label, places[int(x)], str(y)) for x, y in zip(at, line, strict=True)]
         _name(axes, ends)
         told = [f"{one.label} {' to '.join(f'{y:.1f}' for y in one.lines[0][1])}" for one in series]
-        return _finish(figure, name, f"{title}: {'; '.join(told)}", rows)
+        return finish(figure, name, f"{title}: {'; '.join(told)}", rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,65 +323,6 @@ def beside(costs: Sequence[float]) -> list[float]:
     return shifts
 
 
-def flow(name: str, title: str, flows: Sequence[Flow], arms: Sequence[str]) -> Drawn:
-    """Labels from pool to stage to arm: the wider a band, the more labels; arms without a band spent none."""
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        rows = max(len(arms), len(flows))
-        height = 0.3 * rows + 0.75
-        figure = Figure(figsize=(7.4, height))
-        axes = figure.add_axes((0.01, 0.02, 0.98, 1 - 0.62 / height))
-        axes.set_axis_off()
-        axes.set_xlim(0, 10)
-        axes.set_ylim(rows - 0.5, -0.5)
-        axes.set_title(printable(title), loc="left", y=1.0, pad=16)
-        pools = list(dict.fromkeys(one.pool for one in flows))
-        at_arm = {arm: (place + 0.5) * rows / len(arms) - 0.5 for place, arm in enumerate(arms)}
-        middle = [sum(at_arm[arm] for arm in one.arms) / max(1, len(one.arms)) for one in flows]
-        at_stage = spread(middle, 1.1, 0, rows - 1)
-        at_pool = _at_pools(pools, flows, at_stage, rows)
-        widest = max(one.labels for one in flows) or 1.0
-        for one, y in zip(flows, at_stage, strict=True):
-            shade, width = colour(pools.index(one.pool)), max(1.0, 13.0 * one.labels / widest)
-            _band(axes, (1.9, at_pool[one.pool]), (3.7, y), shade, width)
-            for arm in one.arms:
-                _band(axes, (6.55, y), (8.0, at_arm[arm]), shade, max(0.8, width / 2.6))
-            axes.text(3.8, y, printable(f"{one.stage}: {_count(one.labels)} labels"), va="center")
-        spent = {arm: sum(one.labels for one in flows if arm in one.arms) for arm in arms}
-        for pool, y in at_pool.items():
-            axes.text(1.8, y, printable(pool), va="center", ha="right")
-        for arm, y in at_arm.items():
-            axes.text(
-                8.1,
-                y,
-                printable(f"{arm}" if spent[arm] else f"{arm}: none"),
-                va="center",
-                color=TEXT if spent[arm] else QUIET,
-            )
-        for x, head, side in ((1.8, "pool", "right"), (3.8, "stage", "left"), (8.1, "arm", "left")):
-            axes.text(x, 1.0, head, transform=axes.get_xaxis_transform(), va="bottom", ha=side, color=QUIET, size=8)
-        table: list[tuple[Any, ...]] = [("pool", "stage", "labels", "arm")]
-        table += [(one.pool, one.stage, one.labels, arm) for one in flows for arm in one.arms]
-        said = [f"{one.pool} to {one.stage}, {_count(one.labels)} labels, to {', '.join(one.arms)}" for one in flows]
-        idle = [arm for arm in arms if not spent[arm]]
-        said += [f"no labels in {', '.join(idle)}"] if idle else []
-        return _finish(figure, name, f"{title}: {'; '.join(said)}", table)
-
-
-def _at_pools(pools: list[str], flows: Sequence[Flow], at_stage: Sequence[float], rows: int) -> dict[str, float]:
-    held = [[y for one, y in zip(flows, at_stage, strict=True) if one.pool == pool] for pool in pools]
-    return dict(zip(pools, spread([sum(ys) / len(ys) for ys in held], 1.2, 0, rows - 1), strict=True))
-
-
-def _band(axes: Axes, start: tuple[float, float], end: tuple[float, float], shade: str, width: float) -> None:
-    half = (start[0] + end[0]) / 2
-    way = Path([start, (half, start[1]), (half, end[1]), end], [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
-    axes.add_patch(PathPatch(way, facecolor="none", edgecolor=shade, linewidth=width, alpha=0.5, capstyle="butt"))
-
-
-def _count(number: float) -> str:
-    return f"{number:,.0f}" if float(number).is_integer() else f"{number:,.1f}"
-
-
 @cache
 def key(style: int) -> str:
     """A small sample of a series' line and marker, for a legend in the page."""
@@ -404,4 +333,11 @@ def key(style: int) -> str:
         axes.set_xlim(0, 1)
         _curve(axes, Series("", style, ()), [0.0, 0.5, 1.0], [0.0, 0.0, 0.0], [], [])
         axes.lines[0].set_markevery([1])
-        return inline(as_file(figure, f"key {style}"), None)
+        drawn = inline(as_file(figure, f"key {style}"), None)
+    # It stands in many legends of one page, so it may have no ids: the mark is drawn where it is used.
+    shape = re.search(r'<path id="[^"]*" d="([^"]*)"', drawn)
+    used = re.search(r'<use href="[^"]*" x="([^"]*)" y="([^"]*)" style="([^"]*)"', drawn)
+    assert shape is not None and used is not None
+    mark = f'<path d="{shape[1]}" transform="translate({used[1]} {used[2]})" style="{used[3]}"/>'
+    drawn = re.sub(r"<defs>.*?</defs>", "", drawn, flags=re.DOTALL).replace("</svg>", f"{mark}</svg>")
+    return re.sub(r'<use [^>]*>|<g clip-path[^>]*>\s*</g>| clip-path="[^"]*"', "", drawn)

@@ -12,7 +12,15 @@ from typing import Any
 
 import yaml
 
-from headwater import figures, label_use, report_audit, report_guards, report_html_claims, report_html_stages
+from headwater import (
+    figure_flow,
+    figures,
+    label_use,
+    report_audit,
+    report_guards,
+    report_html_claims,
+    report_html_stages,
+)
 from headwater.html_parts import (
     anchor,
     data_element,
@@ -38,8 +46,8 @@ def page(study: Study, report: dict[str, Any], album: figures.Album | None = Non
     """The whole file, and every figure into `album`. Sections that have nothing to say are left out."""
     album = figures.Album() if album is None else album
     sections = [
-        report_html_claims.predictions(report),
         _arms(report, album),
+        report_html_claims.predictions(report),
         _labels(study, report, album),
         report_html_claims.comparisons(report, album),
         report_html_claims.costs(report, album),
@@ -57,8 +65,8 @@ def page(study: Study, report: dict[str, Any], album: figures.Album | None = Non
     header = f"""<a class="skip" href="#main">Skip to the report</a>
 <h1>{escaped(report["recipe"])}</h1>
 <p class="note">{escaped(seeds)}; {len(report["arms"])} arms; made by headwater from the run's files</p>
-<div class="verdict"><strong>{escaped(report_html_claims.headline(report))}</strong> {escaped(report["verdict"])}</div>
-{report_html_claims.chips(report)}"""
+<div class="verdict"><strong>{escaped(report_html_claims.headline(report))}</strong>{report_html_claims.chips(report)}
+<p>{escaped(report["verdict"])}</p></div>"""
     nav = "".join(
         f'<li><a href="#{anchor(title)}">{escaped(title)}</a></li>'
         for title in TITLES
@@ -70,8 +78,8 @@ def page(study: Study, report: dict[str, Any], album: figures.Album | None = Non
 
 
 TITLES = (
-    "The paper's predictions",
     "Arms",
+    "The paper's predictions",
     "Labels",
     "Comparisons",
     "Labels and compute",
@@ -196,7 +204,7 @@ def _labels(study: Study, report: dict[str, Any], album: figures.Album) -> str:
         named = POOL_TEXT.get(pool or "", pool or "–")
         rows.append(f'<tr><th scope="row">{escaped(named)}</th>{"".join(map(td, cells))}</tr>')
         if spent["distinct"]:
-            flows.append(figures.Flow(named, stage, spent["distinct"], tuple(arms)))
+            flows.append(figure_flow.Flow(named, stage, spent["distinct"], tuple(arms)))
     if not rows:
         return section("Labels", noted("No stage of this run looked at a label."))
     heads = ["pool", "→ stage", "→ arms", "allowed", "distinct", "checks"]
@@ -208,7 +216,9 @@ def _labels(study: Study, report: dict[str, Any], album: figures.Album) -> str:
     used = table("Which stages looked at a label, by arm and half", ["arm", "half", "stages", "labels"], taken)
     more = " labels.csv, beside this file, has every problem with its stages, seeds and arms."
     trained = [name for name in report["arms"] if not name.startswith("base_")]
-    drawn = figures.flow("labels", "Labels from pool to stage to arm", flows, trained) if flows and trained else None
+    drawn = (
+        figure_flow.flow("labels", "Labels from pool to stage to arm", flows, trained) if flows and trained else None
+    )
     band = framed([album.add(drawn)], "The wider a band, the more distinct labels.", "large") if drawn else ""
     folded = f"<details><summary>By arm and half</summary>{used}</details>"
     return section("Labels", band + table("From pool to stage to arm", heads, rows) + folded + noted(note + more))

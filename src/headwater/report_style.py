@@ -25,9 +25,11 @@ h2 { font-size: 1.25rem; margin: 2.5rem 0 0.5rem; padding-top: 0.5rem; border-to
 h3 { font-size: 1.05rem; margin: 1.75rem 0 0.25rem; }
 .verdict { font-size: 1.1rem; padding: 0.75rem 1rem; background: var(--soft); border-left: 4px solid var(--series0);
   overflow-wrap: anywhere; }
-.verdict strong { display: block; font-size: 1.2rem; }
-ul.chips { list-style: none; display: flex; flex-wrap: wrap; gap: 0.5rem; padding: 0; margin: 0.75rem 0; }
-ul.chips li { border: 1px solid var(--line); border-radius: 0.4rem; padding: 0.2rem 0.6rem; font-size: 0.9rem; }
+.verdict > strong { display: block; font-size: 1.2rem; }
+.verdict p { font-size: 0.9rem; margin: 0; }
+ul.chips { list-style: none; display: flex; flex-wrap: wrap; gap: 0.5rem; padding: 0; margin: 0.5rem 0; }
+ul.chips li { background: var(--page);
+  border: 1px solid var(--line); border-radius: 0.4rem; padding: 0.2rem 0.6rem; font-size: 0.9rem; }
 .note { color: var(--quiet); font-size: 0.875rem; max-width: 60rem; margin: 0.4rem 0; }
 .wide { overflow-x: auto; margin: 0.75rem 0; }
 :focus-visible { outline: 2px solid var(--series0); outline-offset: 2px; }
@@ -84,7 +86,7 @@ article.wrong strong { color: var(--wrong); }
 form label { display: flex; flex-direction: column; font-size: 0.8rem; color: var(--quiet); max-width: 100%; }
 form select, form input, button { font: inherit; font-size: 0.9rem; color: var(--text); background: var(--page);
   border: 1px solid var(--quiet); border-radius: 0.3rem; padding: 0.3rem 0.5rem; max-width: 100%; min-height: 2.1rem; }
-.scale span { padding: 0.05rem 0.4rem; border-radius: 0.2rem; }
+.scale span { color: var(--text); padding: 0.05rem 0.4rem; border-radius: 0.2rem; }
 .scale .a { background: color-mix(in srgb, var(--above) 55%, transparent); text-decoration: underline; }
 .scale .b { background: color-mix(in srgb, var(--below) 55%, transparent); text-decoration: underline wavy; }
 @media (max-width: 40rem) { body { padding: 0 0.75rem 3rem; } nav { margin: 0 -0.75rem; padding: 0 0.75rem; }

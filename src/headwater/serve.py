@@ -57,14 +57,14 @@ def serve(outs: Sequence[Path], port: int, ready: Callable[[str], None]) -> None
     except OSError as error:
         raise UserError(f"--port {port}: cannot listen there ({error.strerror})") from None
     with server:
-        ready(f"http://127.0.0.1:{server.server_address[1]}/")
+        ready(f"http://127.0.0.1:{server.server_port}/")
         server.serve_forever()
 
 
 def _handler(page: Page) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            port = self.server.server_address[1]
+            port = self.connection.getsockname()[1]
             if self.headers.get("Host") not in (f"127.0.0.1:{port}", f"localhost:{port}"):
                 return self.send_error(403, "only this machine may ask")
             if self.path.split("?")[0] != "/":

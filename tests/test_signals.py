@@ -1,0 +1,71 @@
+"""The teacher's signal at each token, as it is kept for readers of the report."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from headwater.batch import Row
+from headwater.data import Rollout
+from headwater.distributions import Exact, TopK
+from headwater.rundir import NodeDir
+from headwater.signals import AT_ONCE, kept, pieces, signal_of
+from runs import all_arms, node, rows
+
+
+def _row(ids: tuple[int, ...], sampler: tuple[float, ...], teacher_NV: torch.Tensor | None) -> Row:
+    rollout = Rollout("p", 0, (1,), ids, sampler, "stop", "s")
+    return Row(rollout, teacher=None if teacher_NV is None else Exact(teacher_NV.log()))
+
+
+def _letters(ids: tuple[int, ...] | list[int]) -> str:
+    return "".join("abc"[one] for one in ids)
+
+
+def test_the_signal_is_the_teachers_log_prob_less_the_samplers() -> None:
+    teacher_NV = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
+    found = signal_of(_row((1, 2), (math.log(0.5), math.log(0.4)), teacher_NV), _letters)
+    # ln ¼ − ln ½ = −0.69, ln 0.8 − ln 0.4 = +0.69.
+    assert found == {"pieces": ["b", "c"], "signal": [-0.69, 0.69]}
+
+
+def test_long_completions_are_looked_at_in_pieces_with_the_same_result() -> None:
+    count = 2 * AT_ONCE + 5
+    teacher_NV = torch.rand(count, 3).softmax(dim=-1)
+    ids = tuple(int(one) for one in torch.arange(count) % 3)
+    found = signal_of(_row(ids, (-1.0,) * count, teacher_NV), _letters)
+    whole = (teacher_NV.log()[torch.arange(count), torch.tensor(ids)] + 1.0).tolist()
+    assert found["signal"] == pytest.approx(whole, abs=0.0051) and "".join(found["pieces"]) == _letters(ids)
+
+
+def test_without_an_exact_teacher_there_is_no_signal() -> None:
+    assert signal_of(_row((1,), (-1.0,), None), _letters) == {}
+    top = Row(_row((1,), (-1.0,), None).rollout, teacher=TopK(torch.tensor([[1]]), torch.tensor([[-0.1]])))
+    assert signal_of(top, _letters) == {}
+
+
+def test_a_character_of_two_tokens_stands_with_the_one_that_completes_it() -> None:
+    halves = {(0,): "\ufffd", (0, 1): "é", (0, 1, 2): "é!", (): ""}
+    assert pieces([0, 1, 2], lambda ids: halves[tuple(ids)]) == ["", "é", "!"]
+
+
+def test_rows_are_spread_over_the_step() -> None:
+    assert kept([None] * 8) == [0, 2, 4, 6]  # type: ignore[list-item]
+    assert kept([None] * 2) == [0, 1]  # type: ignore[list-item]
+
+
+def test_a_run_keeps_it_for_on_policy_rollouts_under_a_teacher_and_for_no_others() -> None:
+    out = all_arms()
+    opd = rows(NodeDir(node(out, "bridge", "opd")).rollouts(1))
+    loud = [row for row in opd if "signal" in row]
+    assert 1 <= len(loud) <= 4
+    for row in loud:
+        assert len(row["signal"]) == len(row["pieces"]) == row["tokens"] and "".join(row["pieces"]) == row["completion"]
+    for stage in ("teacher_rl", "warmup"):
+        assert not any("signal" in row for row in rows(NodeDir(node(out, "bridge", stage)).rollouts(1)))
+    asked = {row["id"] for row in rows(Path(out) / "problems.jsonl")}
+    assert {row["problem_id"] for row in opd} <= asked
+    assert not any(set(row) - {"id", "text"} for row in rows(Path(out) / "problems.jsonl"))
