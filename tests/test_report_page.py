@@ -111,7 +111,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(run: Path, built: dict
     outside = [v for k, v in page.attributes if k in ("src", "href", "xlink:href") and not (v or "").startswith("#")]
     assert outside == []
     assert set(re.findall(r"https?://[^\"' )<]+", text)) <= {"http://www.w3.org/2000/svg"}
-    levels = [int(level) for level in re.findall(r"<h([1-6])>", text)]
+    levels = [int(level) for level in re.findall(r"<h([1-6])[ >]", text)]
     assert levels[0] == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
     assert len(text.encode()) < 3_000_000
     accuracy = built["arms"]["bridge"]["accuracy"]["sums"]

@@ -30,6 +30,7 @@ def half(tmp_path: Path) -> Path:
     (opd / "node.json").write_text(json.dumps({**info, "steps": 40}))
     alarm = {
         "guard": "truncation",
+        "action": "warn",
         "step": 9,
         "sentence": "truncation: 0.62 of the completions ran into the token limit",
     }
