@@ -169,7 +169,8 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
 
     def write_rollouts(step: int, rows: Sequence[Row]) -> None:
         shown = signals.kept(rows) if objective.source == "policy" else []
-        told = {place: signals.signal_of(rows[place], prompter.completion) for place in shown}
+        mine = {place: signals.signal_of(rows[place], prompter.completion) for place in shown if rows[place].here}
+        told = {place: found for held in policy.ranks.gathered(mine) for place, found in held.items()}
         found = [{**rollout_row(row, prompter), **told.get(place, {})} for place, row in enumerate(rows)]
         folder.keep(step, folder.rollouts(step), found)
 
