@@ -152,6 +152,15 @@ def test_an_example_is_a_recipe_whose_files_are_there(path: Path, monkeypatch: p
     assert path.name in PAGES["docs/examples.md"]
 
 
+def test_the_two_gpu_example_is_a_command_that_the_program_takes() -> None:
+    command = re.search(
+        r"-m headwater (run .*)$", (EXAMPLES / "two_gpus.sh").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert command is not None
+    verb, *rest = shlex.split(command[1])
+    typer.main.get_command(app).commands[verb].make_context(verb, rest)  # type: ignore[attr-defined]
+
+
 def test_the_example_with_its_own_grader_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES)
     monkeypatch.syspath_prepend(str(EXAMPLES))
