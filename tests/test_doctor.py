@@ -486,8 +486,8 @@ def broken(
     """Plant a fault into one model of the recipe as it is loaded."""
     load = model.load
 
-    def loaded(name: str, field: str, models_: Any, device: torch.device, is_frozen: bool) -> Policy:
-        policy = load(name, field, models_, device, is_frozen)
+    def loaded(name: str, field: str, models_: Any, device: torch.device, is_frozen: bool, adapt: None) -> Policy:
+        policy = load(name, field, models_, device, is_frozen, adapt=adapt)
         hit = field == f"models.{role}" and (frozen is None or frozen == is_frozen)
         return mend(policy) if hit else policy
 

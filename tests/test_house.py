@@ -41,6 +41,7 @@ NOUNS = {
     "plain_yaml",
     "model_files",
     "foreign",
+    "known",
 }
 PURE = {
     "batch", "packing", "tokens", "token_ids", "logprobs", "fused", "advantages", "losses", "distributions",
@@ -49,6 +50,10 @@ PURE = {
 MACHINES = {
     "attention",
     "model",
+    "shape",
+    "folders",
+    "lora",
+    "memory_use",
     "sampler",
     "sampler_vllm",
     "samplers",

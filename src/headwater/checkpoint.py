@@ -21,6 +21,14 @@ from headwater.ranks import ALONE, Ranks
 from headwater.rundir import NodeDir, read_json, write_json, written_aside
 
 KEPT = 2
+WEIGHTS, ADAPTER = "model.safetensors", "adapter.safetensors"
+
+
+def trained_part(model: Any) -> dict[str, torch.nn.Parameter] | None:
+    """The weights that train, where others are frozen and need not be kept; None where all of them train."""
+    named = dict(model.named_parameters())
+    trained = {name: one for name, one in named.items() if one.requires_grad}
+    return None if len(trained) == len(named) else trained
 
 
 def save_checkpoint(
@@ -68,7 +76,11 @@ def prune(node: NodeDir) -> None:
 
 def write_whole(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Weights and optimizer of one process alone."""
-    save_model(model, str(folder / "model.safetensors"))
+    adapter = trained_part(model)
+    if adapter is None:
+        save_model(model, str(folder / WEIGHTS))
+    else:
+        save_file({name: one.detach().contiguous() for name, one in adapter.items()}, folder / ADAPTER)
     faults.point("checkpoint.weights")
     tensors = {
         f"{index}.{key}": value.contiguous()
@@ -96,7 +108,7 @@ def load_checkpoint(
         return 0
     folder = Path(chosen)
     state = read_json(folder / "state.json")
-    if ranks.alone and (folder / "model.safetensors").exists():
+    if ranks.alone and ((folder / WEIGHTS).exists() or (folder / ADAPTER).exists()):
         read_whole(folder, state, model, optimizer)
     else:
         checkpoint_shards.read(folder, state, model, optimizer, ranks)
@@ -122,7 +134,13 @@ def newest_whole(node: NodeDir, say: Callable[[str], None]) -> str | None:
 
 
 def read_whole(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    load_model(model, str(folder / "model.safetensors"), device=str(next(model.parameters()).device))
+    adapter = trained_part(model)
+    if adapter is None:
+        load_model(model, str(folder / WEIGHTS), device=str(next(model.parameters()).device))
+    else:
+        with torch.no_grad():
+            for name, tensor in load_file(folder / ADAPTER).items():
+                adapter[name].copy_(tensor)
     tensors = load_file(folder / "optimizer.safetensors") if (folder / "optimizer.safetensors").exists() else {}
     per_parameter: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():

@@ -16,17 +16,23 @@ from headwater.cli_options import (
     DryRun,
     ExecutorName,
     Json,
+    MeanTokens,
+    On,
     Out,
     RecipeName,
     Reuse,
     Seeds,
     Set,
+    Sized,
+    Track,
     Workers,
     arms_in,
     changed,
     launched,
+    listed,
     resumable,
     seeds_in,
+    sized,
 )  # fmt: skip
 from headwater.cli_science import science
 from headwater.cli_tools import tools
@@ -68,12 +74,26 @@ def run(
     workers: Workers = None,
     reuse: Reuse = None,
     executor: ExecutorName = "local",
+    track: Track = None,
     dry_run: DryRun = False,
+    on: On = None,
+    mean_tokens: MeanTokens = None,
     json_: Json = False,
 ) -> None:
     """Run one arm to its end: teacher RL -> warm-up -> OPD -> student RL by default."""
     changes = changed(set_, device, workers)
-    _go(recipe, [arm], None if seed is None else [seed], out, changes, reuse, dry_run, json_, executor)
+    _go(
+        recipe,
+        [arm],
+        None if seed is None else [seed],
+        out,
+        changes,
+        reuse,
+        track,
+        sized(dry_run, on, mean_tokens),
+        json_,
+        executor,
+    )
 
 
 @app.command()
@@ -87,14 +107,28 @@ def study(
     workers: Workers = None,
     reuse: Reuse = None,
     executor: ExecutorName = "local",
+    track: Track = None,
     dry_run: DryRun = False,
+    on: On = None,
+    mean_tokens: MeanTokens = None,
     json_: Json = False,
 ) -> None:
     """Run many arms × seeds as one plan, shared nodes once, then report."""
     from headwater.recipes import DEFAULT_STUDY
 
     chosen = list(DEFAULT_STUDY) if arms is None else arms_in(arms)
-    _go(recipe, chosen, seeds_in(seeds), out, changed(set_, device, workers), reuse, dry_run, json_, executor)
+    _go(
+        recipe,
+        chosen,
+        seeds_in(seeds),
+        out,
+        changed(set_, device, workers),
+        reuse,
+        track,
+        sized(dry_run, on, mean_tokens),
+        json_,
+        executor,
+    )
 
 
 @app.command()
@@ -108,7 +142,7 @@ def demo(
     from headwater.recipes import DEFAULT_STUDY
 
     changes = changed(None, None, workers)
-    _go("pocket", list(DEFAULT_STUDY), [seed], out or Path("runs/demo"), changes, None, False, json_)
+    _go("pocket", list(DEFAULT_STUDY), [seed], out or Path("runs/demo"), changes, None, None, None, json_)
 
 
 @app.command()
@@ -170,12 +204,13 @@ def _go(
     out: Path | None,
     changes: list[str],
     reuse: list[Path] | None,
-    dry_run: bool,
+    track: str | None,
+    dry_run: Sized | None,
     as_json: bool,
     executor: str = "local",
 ) -> None:
     """`run` and `study`, by this process or as the first of several that a launcher started."""
-    plain = partial(_run, name, arms, seeds, out, changes, reuse, dry_run, as_json)
+    plain = partial(_run, name, arms, seeds, out, changes, reuse, track, dry_run, as_json)
     if executor not in ("local", "ray"):
         raise UserError(f"--executor {executor}: there are local and ray")
     if not launched():
@@ -209,7 +244,8 @@ def _run(
     out: Path | None,
     changes: list[str],
     reuse: list[Path] | None,
-    dry_run: bool,
+    track: str | None,
+    dry_run: Sized | None,
     as_json: bool,
     executor: Callable[[], Executor],
     processes: int,
@@ -228,14 +264,16 @@ def _run(
     from headwater.console import narrator
     from headwater.rundir import RunDir, read_json
 
-    if dry_run:
-        with pipeline.prepared(recipe, arms, chosen) as (plan, materials):
-            _show_estimates(plan, materials, as_json)
+    if dry_run is not None:
+        from headwater.dry_run import dry_run as shown
+
+        shown(recipe, arms, chosen, dry_run, as_json)
         return
-    folder = out or Path("runs") / recipe.name
+    from headwater.track import tracked
+
+    folder, trackers = out or Path("runs") / recipe.name, [] if track is None else listed(track, "--track")
     try:
-        with resumable(folder):
-            tell = narrator(quiet=as_json)
+        with resumable(folder), tracked(narrator(quiet=as_json), folder, trackers) as tell:
             found = pipeline.run(
                 recipe, arms, chosen, folder, tell, reuse=reuse or [], executor=executor(), processes=processes
             )
@@ -267,28 +305,6 @@ def _show(found: dict[str, Any], folder: Path, as_json: bool) -> None:
         return
     console().print(terminal_table(found))
     print(f"report: {folder / 'report.html'}")
-
-
-def _show_estimates(plan: Any, materials: Any, as_json: bool) -> None:
-    from rich.table import Table
-
-    from headwater.estimate import estimates
-    from headwater.report_words import console, units
-
-    rows = estimates(plan, materials)
-    if as_json:
-        print(json.dumps([row.row() for row in rows]))
-        return
-    table = Table(
-        "node", "labels", "steps", "tokens ≤", "teacher tokens ≤", "FLOPs ≤", "memory", title="what would run"
-    )
-    for row in rows:
-        table.add_row(
-            row.name, str(row.labels), str(row.steps), units(row.tokens_sampled), units(row.tokens_teacher_scored),
-            units(row.flops), units(row.bytes, "B"),
-        )  # fmt: skip
-    console().print(table)
-    print("labels: distinct problems a node may look at; memory: weights, gradients and optimizer, without activations")
 
 
 def main() -> None:

@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from headwater.errors import UserError
+from headwater.known import DEVICES
 from headwater.recipes import ARMS
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a built-in recipe.")]
@@ -23,6 +25,20 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Change a field: pa
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the nodes and what they would cost at most; run nothing.")
+]
+Track = Annotated[
+    str | None,
+    typer.Option("--track", help="Trackers to keep up to date: tensorboard, wandb, trackio; commas between."),
+]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on", help="With --dry-run: a device to give hours for, such as rtx4090, or several, such as 16xh200."
+    ),
+]
+MeanTokens = Annotated[
+    float | None,
+    typer.Option("--mean-tokens", min=1.0, help="With --dry-run: the mean length of a completion, where you know it."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON where a machine reads it.")]
 Arms = Annotated[str | None, typer.Option("--arms", help="Arms, separated by commas, or `all`.")]
@@ -44,6 +60,31 @@ def changed(set_: list[str] | None, device: str | None, workers: int | None = No
     """The options that change a field of the recipe, as `path=value`."""
     named = {"compute.device": device, "compute.workers": workers}
     return [*(set_ or []), *(f"{path}={value}" for path, value in named.items() if value is not None)]
+
+
+@dataclass(frozen=True)
+class Sized:
+    """What a dry run is asked beside the recipe: on which devices, how many of them, and how long completions are on average."""
+
+    device: str | None
+    count: int
+    mean_tokens: float | None
+
+
+def sized(dry_run: bool, on: str | None, mean_tokens: float | None) -> Sized | None:
+    """The dry run's options; None where none is asked for. Raises UserError."""
+    if not dry_run:
+        if on is not None or mean_tokens is not None:
+            raise UserError(f"{'--on' if on is not None else '--mean-tokens'}: belongs to --dry-run")
+        return None
+    if on is None:
+        return Sized(None, 1, mean_tokens)
+    count, times, name = on.partition("x") if on[:1].isdigit() else ("1", "", on)
+    if name not in DEVICES or not count.isdigit() or not 1 <= int(count) <= 100_000 or (on[:1].isdigit() and not times):
+        raise UserError(
+            f"--on {on}: not a device that is known; there are {', '.join(DEVICES)}, and 8xh100 is eight of one"
+        )
+    return Sized(name, int(count), mean_tokens)
 
 
 def arms_in(text: str) -> list[str]:

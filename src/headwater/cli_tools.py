@@ -135,6 +135,41 @@ def watch(
 
 
 @tools.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder, such as a node's model/.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the plain model folder goes; must not exist.")],
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32 or bfloat16: of the sum and of the file.")
+    ] = "bfloat16",
+) -> None:
+    """Add an adapter to its base model: a plain model folder that loads anywhere."""
+    from headwater.merging import merged
+
+    merged(adapter, out, dtype)
+    print(out)
+
+
+@tools.command()
+def push(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run directory, or the model/ folder of one of its nodes.")
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="ID", help="Where it goes on the hub: owner/name.")],
+    arm: Annotated[str | None, typer.Option("--arm", help="Whose student, where the run has several arms.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+) -> None:
+    """Upload a finished model to the hub with a card: recipe, labels spent, results with intervals."""
+    from huggingface_hub import HfApi
+
+    from headwater import push as pushes
+    from headwater.folders import HUB_ID
+
+    if not HUB_ID.match(to):
+        raise UserError(f"push --to {to}: must be owner/name")
+    print(pushes.push(pushes.find(folder, arm), to, private, HfApi()))
+
+
+@tools.command()
 def pretrain(
     what: Annotated[
         str, typer.Argument(help="`pocket`, the models that ship with the package, or `desk`, larger ones for a GPU.")

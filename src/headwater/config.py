@@ -17,6 +17,38 @@ from headwater.errors import UserError
 from headwater.settings import Name, Natural, Positive, Sampling, Seed, Stage, Stages, Strict
 
 
+class Lora(Strict):
+    """Low-rank adapters on frozen weights, through peft; what a stage trains instead of all weights (docs/lora.md)."""
+
+    r: Annotated[int, Field(ge=1, le=65536)] = 16
+    alpha: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+    """The adapter's product is scaled by alpha / r."""
+    dropout: float = 0.0
+    """Must be 0: the trainer's log-probs would not be the sampler's."""
+    targets: Literal["all-linear"] | tuple[Name, ...] = "all-linear"
+    """The matrices that get an adapter, by the last part of their names, such as `[q_proj, v_proj]`; the head gets none."""
+    roles: Annotated[tuple[Literal["teacher", "student"], ...], Field(min_length=1)] = ("teacher", "student")
+    """Whose stages train adapters; the other's train all weights."""
+    quantize: Literal["nf4"] | None = None
+    """Hold the frozen weights in four bits while an adapter trains on them (QLoRA); needs bitsandbytes and a GPU."""
+    output: Literal["merged", "adapter"] = "merged"
+    """What a stage leaves behind: a plain model folder with the adapter added in, or the adapter alone, which the next stage goes
+    on with."""
+
+    @model_validator(mode="after")
+    def _trains_what_is_sampled(self) -> Lora:
+        if self.dropout != 0.0:
+            raise ValueError(
+                "dropout must be 0: with it the trainer's log-probs would not be those that the sampler drew with"
+            )
+        if not self.targets:
+            raise ValueError("targets names no matrix; name some, or all-linear")
+        for name in self.targets if isinstance(self.targets, tuple) else ():
+            if name in ("lm_head", "embed_tokens"):
+                raise ValueError(f"targets: {name} gets no adapter here; name matrices of the layers")
+        return self
+
+
 class Models(Strict):
     """Who learns and who teaches: a local folder, a hub id, `pocket:NAME` for a model shipped with the package, or `desk:NAME`
     for one that `headwater pretrain desk` makes."""
@@ -30,6 +62,8 @@ class Models(Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    lora: Lora | None = None
+    """Train low-rank adapters and not all weights; None trains all."""
 
     def named(self, role: str) -> dict[str, str]:
         """Field -> model of a role; none where the recipe names none.

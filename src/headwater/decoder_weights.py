@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from headwater import lora
 from headwater.model import Policy
 from headwater.native import Kernels, kernels, packed
 
@@ -22,17 +23,22 @@ FUSED_PARAMETERS = 64_000_000
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x Wᵀ + b."""
+    """y = x Wᵀ + b, and + x downᵀ upᵀ where an adapter is kept apart."""
 
     weight: Tensor
     bias: Tensor | None
+    adapter: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        y = functional.linear(x, self.weight, self.bias)
+        if self.adapter is None:
+            return y
+        down, up = self.adapter
+        return y + functional.linear(functional.linear(x, down), up)
 
     def added_to(self, x: Tensor, y: Tensor) -> Tensor:
         """x + y Wᵀ + b; in float32, where the order of roundings is harmless, in one operation and in the place of x."""
-        if self.bias is not None or x.dtype != torch.float32:
+        if self.bias is not None or self.adapter is not None or x.dtype != torch.float32:
             return x + self(y)
         return x.addmm_(y, self.weight.t())
 
@@ -153,12 +159,18 @@ class Reader:
 
     def read(self, module: Any, norm: Tensor | None = None, turned: bool = False) -> Linear:
         """`norm` scales the weight's input, `turned` interleaves its output's heads, where folding is on."""
+        adapter = None
+        if hasattr(module, "lora_A"):
+            # Folded in where weights are copied anyway; apart, where a copy would cost much or round a small change away.
+            adapter, module = lora.low_rank(module), module.base_layer
         weight, bias = self.cast(module.weight), None if module.bias is None else self.cast(module.bias)
+        if adapter is not None and self.folds:
+            weight, adapter = weight + adapter[1] @ adapter[0], None
         if self.folds and norm is not None:
             weight = weight * norm
         if turned:
             weight, bias = self.turns(weight.t()).t(), None if bias is None else self.turns(bias)
-        return Linear(weight, bias)
+        return Linear(weight, bias, None if adapter is None else (self.cast(adapter[0]), self.cast(adapter[1])))
 
     def turns(self, x: Tensor) -> Tensor:
         """(…, heads · D): the two halves of each head in turns, where folding is on."""
@@ -167,7 +179,7 @@ class Reader:
         return x.unflatten(-1, (-1, 2, self.width // 2)).transpose(-1, -2).flatten(-3)
 
     def joined(self, parts: list[Linear]) -> tuple[Projection, ...]:
-        if not self.small:
+        if not self.small or any(part.adapter is not None for part in parts):
             return tuple(parts)
         biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
         bias = None if all(part.bias is None for part in parts) else torch.cat(biases)

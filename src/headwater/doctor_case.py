@@ -17,6 +17,7 @@ from headwater.data import Problem, Rollout
 from headwater.errors import UserError
 from headwater.estimate import base_of
 from headwater.labels import Pools, buy
+from headwater.lora import Wanted
 from headwater.materials import Materials, device_of, gather_materials, tokenizer_of
 from headwater.model import Policy
 from headwater.plan import Node, Plan, Role, make_plan, nodes_of
@@ -190,13 +191,14 @@ class Case:
             trusted = self.recipe.models.trust_remote_code
             model.refuse_untrusted(where, f"models.{role}", where, trusted)
             with model_files.reading(f"models.{role}: the config of {where} cannot be read"):
-                return AutoConfig.from_pretrained(where, trust_remote_code=trusted)
+                base = model.base_of(where, f"models.{role}")
+                return AutoConfig.from_pretrained(base, trust_remote_code=trusted)
 
         return self._once(("config", role), read, "model-unreadable", "mend or replace its config.json")
 
     def generation(self, role: Role) -> GenerationConfig:
         """Its generation config; where it has none, what transformers makes of its config."""
-        where, held = self.where(role), self.config(role)
+        where, held = model.base_of(self.where(role), f"models.{role}"), self.config(role)
 
         def read() -> GenerationConfig:
             with model_files.reading(f"models.{role}: the generation config of {where} cannot be read"):
@@ -347,9 +349,11 @@ class Case:
 
     def policy(self, role: Role, frozen: bool) -> Policy:
         models = self.recipe.models
+        adapted = not frozen and models.lora is not None and role in models.lora.roles
+        adapt = Wanted(models.lora, (self.seeds[0], "doctor")) if adapted and models.lora is not None else None
         return self._once(
             ("policy", role, frozen),
-            lambda: model.load(self.name(role) or "", f"models.{role}", models, self.device, frozen),
+            lambda: model.load(self.name(role) or "", f"models.{role}", models, self.device, frozen, adapt=adapt),
             "model-unreadable",
             "the weights are damaged or do not fit config.json: fetch or save them again",
         )

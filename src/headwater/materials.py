@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from headwater import model, model_files, served
-from headwater.config import Recipe, canonical_json
+from headwater.config import Recipe, Source, canonical_json
 from headwater.contamination import Leak
 from headwater.data import Problem, letters_of
 from headwater.errors import UserError
@@ -55,6 +55,8 @@ class Materials:
     notes: tuple[str, ...]
     left_out: tuple[dict[str, Any], ...]
     device: torch.device
+    absent: tuple[str, ...] = ()
+    """For an estimate alone: what was not here and is stood in for (`absent`), in words."""
 
     @cached_property
     def sampler(self) -> Samplers:
@@ -124,8 +126,14 @@ def combined(prints: Mapping[str, str], problems: Sequence[Problem]) -> str:
     return hashlib.sha256(canonical_json([dict(prints), asked]).encode()).hexdigest()[:16]
 
 
-def gather_materials(recipe: Recipe, grade: Grade) -> Materials:
-    """Read all data of a recipe. Raises UserError naming the field, file or row."""
+class Read(Protocol):
+    def __call__(
+        self, source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None
+    ) -> Loaded: ...
+
+
+def gather_materials(recipe: Recipe, grade: Grade, load: Read = load) -> Materials:
+    """Read all data of a recipe with `load`. Raises UserError naming the field, file or row."""
     task = find_task(recipe.task)
     evals = {
         name: load(source, f"data.evals.{name}", need_answers=True, gold=task.gold)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from headwater.config import Recipe, canonical_json
+from headwater.config import Lora, Recipe, canonical_json
 from headwater.recipes import Arm, Pool, Step, arm_of, stage_of
 from headwater.settings import Stage
 
@@ -49,6 +49,11 @@ class Node:
     def weights(self) -> Role | Node:
         """Whose weights it works with: its own when it trains."""
         return self if self.kind == "train" else self.start
+
+    def lora(self, recipe: Recipe) -> Lora | None:
+        """The adapter that this node trains; None where it trains all weights, or none."""
+        asked = recipe.models.lora
+        return asked if asked is not None and self.kind == "train" and self.role in asked.roles else None
 
     def ancestry(self) -> Iterator[Node]:
         """Itself and all it waits for, each once, in an order in which they can run."""
@@ -214,6 +219,7 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         "prompt": recipe.prompt.model_dump(mode="json"),
         "dtype": recipe.models.dtype,
         **_engine(recipe),
+        **({} if node.lora(recipe) is None else {"lora": _adapter(node.lora(recipe))}),
     }
     return hashlib.sha256(canonical_json(held).encode()).hexdigest()[:16]
 
@@ -223,6 +229,10 @@ def _engine(recipe: Recipe) -> dict[str, Any]:
     if recipe.compute.sampler == "torch":
         return {}
     return {"sampler": recipe.compute.sampler, "importance_cap": recipe.compute.vllm.importance_cap}
+
+
+def _adapter(asked: Lora | None) -> Any:
+    return None if asked is None else asked.model_dump(mode="json", exclude={"roles"})
 
 
 def _what_counts(node: Node) -> Any:

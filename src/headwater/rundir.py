@@ -321,6 +321,16 @@ class RunDir:
     def probe_ledger(self) -> Path:
         return self.path / "probe" / "ledger.jsonl"
 
+    @property
+    def trackers(self) -> Path:
+        """Where trackers that write files write them."""
+        return self.path / "trackers"
+
+    @property
+    def tracked(self) -> Path:
+        """Which step of each node trackers were told last."""
+        return self.path / "tracked.json"
+
     def node(self, name: str) -> NodeDir:
         return NodeDir(self.path / "nodes" / name)
 

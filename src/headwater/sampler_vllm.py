@@ -25,6 +25,7 @@ from torch import Tensor
 from headwater import config, seeds
 from headwater.data import Rollout
 from headwater.errors import UserError
+from headwater.folders import base_of
 from headwater.model import Policy
 from headwater.sampler import Arrived, Request
 
@@ -104,7 +105,7 @@ class Engines:
             vllm = _vllm()
             try:
                 llm = vllm.LLM(
-                    model=policy.where,
+                    model=base_of(policy.where, "compute.sampler"),  # an adapter's weights come with the hand-over
                     dtype=str(policy.compute).removeprefix("torch."),
                     max_model_len=min(self.longest, positions),
                     max_num_seqs=self.compute.sample_batch,
@@ -224,7 +225,9 @@ class VllmSampler:
 
 def weights_of(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """The policy's weights under their checkpoint's names, as they are in memory."""
-    for name, tensor in policy.model.state_dict().items():
+    state = policy.model.state_dict()
+    state = state if policy.adapter is None else policy.adapter.merged(state)
+    for name, tensor in state.items():
         yield name, tensor.detach()
 
 

@@ -156,7 +156,7 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
     """
     assert node.settings is not None and node.pool is not None
     stage, folder, recipe = node.settings, place.node_dir(node), place.materials.recipe
-    policy = place.load(node.start, frozen=False)
+    policy = place.trainee(node)
     objective = objective_of(stage, importance_cap(recipe))
     steps = place.steps(node)
     prompter = place.prompter(policy)
@@ -255,7 +255,7 @@ def gatherer(
         text=prompter.completion,
         labels=labels,
         teacher=teacher,
-        reference=place.load(node.start, frozen=True) if "reference" in objective.signals else None,
+        reference=place.reference(node, policy) if "reference" in objective.signals else None,
         guard=SignalGuard.of(
             materials.recipe.guards,
             labels,

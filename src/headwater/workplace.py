@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headwater import ledger, model
+from headwater import ledger, lora, model
 from headwater.data import Problem
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.evaluate import evaluate
@@ -64,17 +64,17 @@ class Workplace:
     def spend(self, node: Node, stage: str | None = None) -> Spend:
         return Spend(self.plan.names[node], stage or node.stage, node.seed, 0, "train")
 
-    def load(self, whose: Role | Node, frozen: bool) -> Policy:
+    def load(self, whose: Role | Node, frozen: bool, adapt: lora.Wanted | None = None) -> Policy:
         """Base weights of the recipe, or those that a node trained."""
         models, device = self.materials.recipe.models, self.materials.device
         if isinstance(whose, Node):
             folder = self.node_dir(whose).model
             self.node_dir(whose).refuse_damage(f"{folder.name}/")
-            held = model.load(str(folder), str(folder), models, device, frozen, self.plan.fingerprints[whose])
+            held = model.load(str(folder), str(folder), models, device, frozen, self.plan.fingerprints[whose], adapt)
             return shard(held, self.ranks, str(folder))
         (field, name), *others = models.named(whose).items()
         assert not others  # several teachers are asked (`frozen`), never trained (`refuse_what_it_cannot`)
-        return shard(model.load(name, field, models, device, frozen), self.ranks, field)
+        return shard(model.load(name, field, models, device, frozen, adapt=adapt), self.ranks, field)
 
     def frozen(self, whose: Role | Node, stage: Stage | None = None) -> Teacher:
         """Whoever is only asked: to sample, and to score for a stage. A base teacher may be elsewhere.
@@ -89,6 +89,18 @@ class Workplace:
                 "models.teacher: a server, or several teachers by tag, is asked by one process; leave torchrun out"
             )
         return base_teacher(materials.recipe, stage, materials.everything, materials.sampler, materials.device)
+
+    def trainee(self, node: Node) -> Policy:
+        """What a stage trains: all weights, or an adapter on frozen ones."""
+        asked = node.lora(self.materials.recipe)
+        if asked is not None and not self.ranks.alone:
+            raise UserError("models.lora: adapters train in one process; leave torchrun out, or train all weights")
+        adapt = None if asked is None else lora.Wanted(asked, (node.seed, node.stage, node.pool or ""))
+        return self.load(node.start, frozen=False, adapt=adapt)
+
+    def reference(self, node: Node, policy: Policy) -> Policy:
+        """The stage's starting weights: what is under an adapter, or a frozen copy."""
+        return self.load(node.start, frozen=True) if policy.adapter is None else model.beneath(policy)
 
     def steps(self, node: Node) -> int:
         """How many steps a stage takes at most: the recipe's, or as many as cost what another arm did."""

@@ -1,0 +1,81 @@
+"""Facts that an estimate needs and that do not change: the configurations of some published models, and what devices can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_QWEN3: dict[str, Any] = {
+    "model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "hidden_act": "silu",
+    "attention_bias": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 40_960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}, "bos_token_id": 151_643, "eos_token_id": 151_645,
+}  # fmt: skip
+_LLAMA3: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 128_256, "head_dim": 128, "num_key_value_heads": 8, "hidden_act": "silu",
+    "attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-5, "max_position_embeddings": 131_072,
+    "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "bos_token_id": 128_000, "eos_token_id": [128_001, 128_008, 128_009],
+}  # fmt: skip
+
+
+def _sized(family: dict[str, Any], layers: int, hidden: int, heads: int, inner: int, tied: bool) -> dict[str, Any]:
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+    }
+    return {**family, **sizes, "tie_word_embeddings": tied}
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen3-0.6B": _sized(_QWEN3, 28, 1024, 16, 3072, tied=True),
+    "Qwen/Qwen3-1.7B": _sized(_QWEN3, 28, 2048, 16, 6144, tied=True),
+    "Qwen/Qwen3-4B": _sized(_QWEN3, 36, 2560, 32, 9728, tied=True),
+    "Qwen/Qwen3-8B": _sized(_QWEN3, 36, 4096, 32, 12_288, tied=False),
+    "Qwen/Qwen3-14B": _sized(_QWEN3, 40, 5120, 40, 17_408, tied=False),
+    "meta-llama/Llama-3.1-8B-Instruct": _sized(_LLAMA3, 32, 4096, 32, 14_336, tied=False),
+    "meta-llama/Llama-3.3-70B-Instruct": _sized(_LLAMA3, 80, 8192, 64, 28_672, tied=False),
+}
+"""Hub id -> the fields of its published config.json that decide shape, positions and special tokens."""
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        "eos_token_id": [151_645, 151_643],
+        "pad_token_id": 151_643,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+    },
+    "llama": {"eos_token_id": [128_001, 128_008, 128_009], "temperature": 0.6, "top_p": 0.9},
+}
+"""Their published generation_config.json, by `model_type`: ids that end a completion, and sampling that is ignored here."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator as its maker describes it: dense bfloat16 FLOP/s with float32 sums, bytes of memory, bytes a second."""
+
+    flops: float
+    memory: float
+    bandwidth: float
+    source: str
+
+
+DEVICES: dict[str, Device] = {
+    "b200": Device(2250e12, 180 * 2**30, 8.0e12, "NVIDIA HGX B200, per GPU"),
+    "h200": Device(989.4e12, 140 * 2**30, 4.8e12, "NVIDIA H200 SXM datasheet"),
+    "h100": Device(989.4e12, 80 * 2**30, 3.35e12, "NVIDIA H100 SXM datasheet"),
+    "a100-80": Device(312e12, 80 * 2**30, 2.039e12, "NVIDIA A100 80GB SXM datasheet"),
+    "a100-40": Device(312e12, 40 * 2**30, 1.555e12, "NVIDIA A100 40GB SXM datasheet"),
+    "l40s": Device(362e12, 48 * 2**30, 0.864e12, "NVIDIA L40S datasheet"),
+    "rtx4090": Device(165.2e12, 24 * 2**30, 1.008e12, "NVIDIA Ada architecture whitepaper"),
+    "rtx3090": Device(71e12, 24 * 2**30, 0.936e12, "NVIDIA Ampere GA102 whitepaper"),
+}
+UTILISATION = 0.4
+"""Share of the peak that scoring, forward and backward passes are taken to reach; well-tuned trainers report 0.3 to 0.5."""
+BANDWIDTH_SHARE = 0.6
+"""Share of the memory's bandwidth that decoding is taken to reach."""

@@ -1,0 +1,223 @@
+"""Trackers, the hub, Python: what others' habits expect of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import headwater
+from headwater import push, track
+from headwater.errors import UserError
+from headwater.rundir import RunDir
+from runs import TINY, call, held, node, rows, sets, temporary, tiny
+
+CHANGES = ("stages.teacher_rl.steps=1", "conditions.problems=0")
+
+
+@cache
+def finished() -> Path:
+    """A small study of two arms, which tests leave as it is."""
+    out = temporary() / "study"
+    said = tiny("study", out, "--arms", "direct_grpo,bridge", changes=CHANGES)
+    assert said.code == 0, said.err
+    return out
+
+
+# Trackers -------------------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """A sink that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int, dict[str, float]]] = []
+        self.closed = False
+
+    def log(self, node: str, step: int, values: Any) -> None:
+        self.told.append((node, step, dict(values)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_tracker_is_told_every_step_of_every_node_once_also_over_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Kept] = []
+
+    def opened(out: RunDir) -> Kept:
+        made.append(Kept())
+        return made[-1]
+
+    monkeypatch.setitem(track.TRACKERS, "json", opened)  # a package that is installed, so that it is not refused
+    out = tmp_path / "run"
+    first = tiny("run", out, "--arm", "direct_grpo", "--track", "json", changes=("stages.student_rl.steps=3",))
+    assert first.code == 0, first.err
+    written = rows(node(out, "direct_grpo", "student_rl") / "metrics.jsonl")
+    name = node(out, "direct_grpo", "student_rl").name
+    assert [(one, step) for one, step, _ in made[0].told] == [(name, 1), (name, 2), (name, 3)]
+    for (_, _, values), row in zip(made[0].told, written, strict=True):
+        assert values == {key: float(one) for key, one in row.items() if key != "step"}
+    assert made[0].closed
+    again = tiny(
+        "study", out, "--arms", "direct_grpo,opd_only", "--track", "json", changes=("stages.student_rl.steps=3",)
+    )
+    assert again.code == 0, again.err
+    assert {one.split(".")[0] for one, _, _ in made[1].told} == {"teacher_rl", "opd"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_shows_the_metrics_that_the_run_wrote(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    assert tiny("run", out, "--arm", "direct_grpo", "--track", "tensorboard", changes=CHANGES).code == 0
+    read = EventAccumulator(str(out / "trackers" / "tensorboard"))
+    read.Reload()
+    folder = node(out, "direct_grpo", "student_rl")
+    found = [(event.step, event.value) for event in read.Scalars(f"{folder.name}/reward")]
+    assert found == [(row["step"], pytest.approx(row["reward"])) for row in rows(folder / "metrics.jsonl")]
+    # What is there of the tracker does not stand in the way of the next start.
+    assert tiny("run", out, "--arm", "direct_grpo", "--track", "tensorboard", changes=CHANGES).code == 0
+
+
+def test_trackers_that_are_unknown_or_not_installed_are_refused_before_anything_is_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = tiny("run", tmp_path / "run", "--track", "mlflow")
+    assert said.code == 2 and "--track mlflow: no such tracker; there are tensorboard, wandb, trackio" in said.err
+    monkeypatch.setitem(track.TRACKERS, "nowhere_installed", track.Tensorboard.opened)
+    said = tiny("run", tmp_path / "run", "--track", "nowhere_installed")
+    assert said.code == 2 and "pip install 'headwater[nowhere_installed]'" in said.err
+    assert not (tmp_path / "run").exists()
+
+
+# The hub --------------------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """The hub's side of two calls: it keeps what is committed in a folder."""
+
+    def __init__(self, folder: Path, refuses: str = "") -> None:
+        self.folder, self.refuses = folder, refuses
+        self.private: dict[str, bool] = {}
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+        if self.refuses:
+            raise RuntimeError(self.refuses)
+        self.private[repo_id] = private
+        return f"https://huggingface.co/{repo_id}"
+
+    def create_commit(self, repo_id: str, operations: Any, *, commit_message: str) -> None:
+        for one in operations:
+            target = self.folder / repo_id / one.path_in_repo
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with one.as_file() as file:
+                target.write_bytes(file.read())
+
+
+def test_what_is_pushed_loads_as_it_is_and_its_card_says_what_the_report_says(tmp_path: Path) -> None:
+    hub, found = Hub(tmp_path), push.find(finished(), "bridge")
+    assert (
+        push.push(found, "me/student", True, hub) == "https://huggingface.co/me/student" and hub.private["me/student"]
+    )
+    AutoModelForCausalLM.from_pretrained(tmp_path / "me" / "student")
+    AutoTokenizer.from_pretrained(tmp_path / "me" / "student")
+    files = {path.name for path in (tmp_path / "me" / "student").iterdir()}
+    assert files == {path.name for path in (node(finished(), "bridge", "opd") / "model").iterdir()}
+    text = (tmp_path / "me" / "student" / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["library_name"] == "transformers" and "base_model" not in head  # pocket:… is on no hub
+    report = held(finished() / "report.json")
+    mine, before = report["arms"]["bridge"], report["arms"]["base_student"]
+    for one, name in ((mine, "this model"), (before, "the student before")):
+        said = one["accuracy"]["sums"]
+        row = f"| sums | {name} | {100 * said['mean']:.1f} | {100 * said['low']:.1f} to {100 * said['high']:.1f} |"
+        assert row in text
+    assert f"Labels: {mine['labels']['distinct']:.0f} distinct problems" in text
+    assert f"{mine['tokens']['teacher_scored']:,.0f} scored by the teacher" in text
+    shown = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert shown["stages"] == held(finished() / "recipe.json")["stages"]
+
+
+def test_a_nodes_own_model_folder_may_be_pushed_and_damage_is_refused(tmp_path: Path) -> None:
+    found = push.find(node(finished(), "bridge", "warmup") / "model", None)
+    assert found.arm == "bridge" and "student after warmup" in push.card(found)
+    with pytest.raises(UserError, match=r"push --to me/x: the hub refuses \(no such user\)"):
+        push.push(found, "me/x", False, Hub(tmp_path, refuses="no such user"))
+
+
+def test_what_cannot_be_pushed_is_said_in_one_sentence(tmp_path: Path) -> None:
+    for words, said in (
+        ((finished(), "--to", "me/x"), "say which arm's student with --arm: direct_grpo, bridge"),
+        ((finished(), "--arm", "replay", "--to", "me/x"), "--arm replay is not among its arms: direct_grpo, bridge"),
+        ((tmp_path, "--to", "me/x"), "is neither a run directory nor the model folder"),
+        ((finished(), "--arm", "bridge", "--to", "a b"), "push --to a b: must be owner/name"),
+    ):
+        answer = call("push", *words)
+        assert answer.code == 2 and said in answer.err
+
+
+# Python ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_python_is_the_run_of_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwater.pipeline.preflight", lambda *given: None)
+    changes = [*TINY, *CHANGES]
+    report = headwater.run("pocket", arm="direct_grpo", out=tmp_path / "api", changes=changes)
+    assert (
+        report["arms"]["direct_grpo"]["accuracy"] == held(finished() / "report.json")["arms"]["direct_grpo"]["accuracy"]
+    )
+    # A recipe as plain values, and a second arm in the same folder, which takes over what is done.
+    recipe = held(tmp_path / "api" / "recipe.json")
+    both = headwater.study(recipe, arms=["direct_grpo", "opd_only"], out=tmp_path / "api")
+    assert both["arms"].keys() == {"base_student", "base_teacher", "direct_grpo", "opd_only"}
+    with pytest.raises(UserError, match="--arm nowhere: no such arm"):
+        headwater.run("pocket", arm="nowhere", out=tmp_path / "api")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        headwater.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("code", "without"),
+    [
+        ("import headwater", ("torch", "pydantic")),
+        ("import headwater.config, headwater.report", ("torch", "transformers")),
+        ("from headwater import losses", ("transformers", "pydantic", "datasets", "headwater.model")),
+        ("from headwater.sampler import TorchSampler, Request", ("datasets", "headwater.pipeline", "headwater.train")),
+    ],
+)
+def test_parts_are_importable_alone(code: str, without: tuple[str, ...]) -> None:
+    asked = f"{code}\nimport sys; print([name for name in {without!r} if name in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, timeout=120, check=True)
+    assert said.stdout.strip() == "[]"
+
+
+def test_the_shells_know_how_to_complete_it() -> None:
+    said = call("--help")
+    assert "--install-completion" in said.out and "--show-completion" in said.out
+
+
+def test_a_dry_run_alone_takes_its_options() -> None:
+    for words, said in (
+        (("--on", "h100"), "--on: belongs to --dry-run"),
+        (("--dry-run", "--on", "h1000"), "--on h1000: not a device that is known; there are b200, h200, h100"),
+        (("--dry-run", "--on", "0xh100"), "--on 0xh100: not a device"),
+    ):
+        answer = call("run", "pocket", *words)
+        assert answer.code == 2 and said in answer.err
+
+
+def test_merging_an_adapter_says_what_it_needs(tmp_path: Path, qwen3_folder: Path) -> None:
+    answer = call("merge", qwen3_folder, tmp_path / "out")
+    assert answer.code == 2 and "holds no adapter" in answer.err
+    assert json.loads(call("run", "pocket", "--dry-run", "--json", *sets(*CHANGES)).out)
