@@ -149,7 +149,7 @@ def test_by_default_a_guard_warns_by_name_in_console_file_and_report_and_the_run
     page = call("report", out)
     assert page.code == 0
     html = (out / "report.html").read_text(encoding="utf-8")
-    assert "<h2>Warnings</h2>" in html and "truncation" in html
+    assert ">Warnings</h2>" in html and "truncation" in html
 
 
 def test_stop_ends_the_stage_with_exit_4_and_a_checkpoint_and_only_the_users_word_lets_it_go_on(tmp_path: Path) -> None:

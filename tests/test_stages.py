@@ -215,8 +215,8 @@ def test_a_non_finite_loss_leaves_the_weights_as_the_last_checkpoint_has_them(
     calls = Counter[str]()
     real = stages.objective_of
 
-    def spoilt(stage_: Stage) -> objective.Objective:
-        found = real(stage_)
+    def spoilt(stage_: Stage, *more: float | None) -> objective.Objective:
+        found = real(stage_, *more)
         if stage_.objective != "forward_kl":
             return found
 
