@@ -273,7 +273,9 @@ def test_a_killed_worker_is_replaced_and_an_interrupted_study_goes_on_as_if_noth
     assert rest.count("stopping after this step, with a checkpoint") == 1
     assert f"headwater: interrupted; the same command with --out {out} goes on from here" in rest
     for path in out.glob("nodes/*/metrics.jsonl"):
-        assert (path.parent / "checkpoint" / f"{len(rows(path)):06d}" / "sums.json").exists()
+        # A worker that took over from the killed one may not have begun when it was asked to stop: then there is none.
+        held = sorted((path.parent / "checkpoint").glob("[0-9]*"))
+        assert not held or (held[-1].name == f"{len(rows(path)):06d}" and (held[-1] / "sums.json").exists())
     assert not all((path / "DONE").exists() for path in out.glob("nodes/*"))
     assert tiny("study", out, "--arms", ARMS, "--workers", "1", changes=LONG).code == 0
     assert_same(out, one_after_the_other())
