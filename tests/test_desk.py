@@ -11,7 +11,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import runs
 from headwater import desk_train, model
@@ -52,7 +52,7 @@ def test_shipped_shapes_are_those_of_the_specs_and_as_large_as_is_said() -> None
     assert all(30e6 < parameters[name] < 150e6 for name in DESK if name != "student")
     for name, spec in DESK.items():
         held = AutoModelForCausalLM.from_config(config_of(replace(spec, layers=1), TOKENIZER)).config
-        shipped = model.AutoConfig.from_pretrained(SHIPPED / name)
+        shipped = AutoConfig.from_pretrained(SHIPPED / name)
         assert (held.hidden_size, held.head_dim, held.vocab_size) == (shipped.hidden_size, 64, 4096)
         assert shipped.num_hidden_layers == spec.layers and shipped.eos_token_id == TOKENIZER.eos_token_id
 

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
 
 from headwater.absent import laid_out
 from headwater.cli_options import Sized
@@ -40,19 +41,20 @@ def row(one: Estimate, asked: Sized) -> dict[str, Any]:
 def table(found: Sequence[Estimate], asked: Sized) -> Table:
     at_most = "" if asked.mean_tokens is not None else " ≤"
     names = (
-        "node",
+        Column("node", no_wrap=True),
         "labels",
         "steps",
         f"tokens{at_most}",
-        f"teacher tokens{at_most}",
+        f"scored{at_most}",
         f"FLOPs{at_most}",
         "weights",
         "peak",
     )
-    made = Table(*names, *(["GPU-hours"] if asked.device is not None else []), title="what would run")
+    more = ["GPU-hours"] if asked.device is not None else []
+    made = Table(*names, *more, title="what would run", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for one in found:
         cells = [
-            one.name, str(one.labels), str(one.steps), units(one.tokens_sampled), units(one.tokens_teacher_scored),
+            one.name.rsplit(".", 1)[0], str(one.labels), str(one.steps), units(one.tokens_sampled), units(one.tokens_teacher_scored),
             units(one.flops), units(one.bytes, "B"), units(one.peak, "B"),
         ]  # fmt: skip
         if asked.device is not None:
@@ -64,7 +66,8 @@ def table(found: Sequence[Estimate], asked: Sized) -> Table:
 def notes(found: Sequence[Estimate], asked: Sized) -> list[str]:
     """What the columns mean, and the sum."""
     said = [
-        "labels: distinct problems a node may look at; weights: their memory with gradients and optimizer state, on all devices "
+        "labels: distinct problems a node may look at; tokens: sampled; scored: by the teacher; "
+        "weights: their memory with gradients and optimizer state, on all devices "
         "together; peak: on each device, with activations and caches"
     ]
     length = "at their longest" if asked.mean_tokens is None else f"{asked.mean_tokens:g} tokens on average"

@@ -55,7 +55,9 @@ def sample(study: Study, problems: Mapping[str, str]) -> Sample:
             break
         rows.append(one)
     order = {name: number for number, name in enumerate(STAGE_TEXT.values())}
-    rows.sort(key=lambda one: (order.get(one["s"], len(order)), one["d"], one["n"], isinstance(one["t"], str), one["t"]))
+    rows.sort(
+        key=lambda one: (order.get(one["s"], len(order)), one["d"], one["n"], isinstance(one["t"], str), one["t"])
+    )
     return Sample(tuple(rows), tuple(texts), arms, _total(study))
 
 
