@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,8 +41,6 @@ from headwater.cli_tools import tools
 from headwater.errors import FailedError, HeadwaterError, RefusedError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from headwater.executor import Executor
 
 app = typer.Typer(
@@ -197,24 +197,15 @@ def report(
     _show(reports.write(out or dirs[0], dirs), out or dirs[0], json_)
 
 
-def _go(
-    name: str,
-    arms: list[str],
-    seeds: list[int] | None,
-    out: Path | None,
-    changes: list[str],
-    reuse: list[Path] | None,
-    track: str | None,
-    dry_run: Sized | None,
-    as_json: bool,
-    executor: str = "local",
-) -> None:
-    """`run` and `study`, by this process or as the first of several that a launcher started."""
-    plain = partial(_run, name, arms, seeds, out, changes, reuse, track, dry_run, as_json)
+@contextlib.contextmanager
+def _nodes_by(executor: str) -> Iterator[tuple[Callable[[], Executor], int]]:
+    """What makes the executor, and how many processes run a node: this one, or those that a launcher started, of which the others
+    do not come back from here."""
     if executor not in ("local", "ray"):
         raise UserError(f"--executor {executor}: there are local and ray")
     if not launched():
-        return plain(partial(_executor, executor), 1)
+        yield partial(_executor, executor), 1
+        return
     if executor != "local":
         raise UserError(f"--executor {executor}: torchrun has started the processes already; leave one of the two out")
     from headwater.ranks import join
@@ -224,7 +215,7 @@ def _go(
     if not ranks.first:
         sys.exit(follow(ranks))
     with led(ranks):
-        return plain(lambda: Together(ranks), ranks.size)
+        yield lambda: Together(ranks), ranks.size
 
 
 def _executor(name: str) -> Executor:
@@ -237,7 +228,7 @@ def _executor(name: str) -> Executor:
     return local
 
 
-def _run(
+def _go(
     name: str,
     arms: list[str],
     seeds: list[int] | None,
@@ -247,41 +238,42 @@ def _run(
     track: str | None,
     dry_run: Sized | None,
     as_json: bool,
-    executor: Callable[[], Executor],
-    processes: int,
+    executor: str = "local",
 ) -> None:
+    """`run` and `study`."""
     from headwater.recipes import arm_of, find_recipe
 
-    recipe = find_recipe(name, changes)
-    for arm in arms:
-        arm_of(arm, recipe)
-    chosen = seeds or [recipe.seed]
-    if len(set(chosen)) != len(chosen):
-        raise UserError("--seeds: a seed stands there twice")
-    if len(set(arms)) != len(arms):
-        raise UserError(f"--arms {','.join(arms)}: an arm stands there twice")
-    from headwater import pipeline
-    from headwater.console import narrator
-    from headwater.rundir import RunDir, read_json
+    with _nodes_by(executor) as (make, processes):
+        recipe = find_recipe(name, changes)
+        for arm in arms:
+            arm_of(arm, recipe)
+        chosen = seeds or [recipe.seed]
+        if len(set(chosen)) != len(chosen):
+            raise UserError("--seeds: a seed stands there twice")
+        if len(set(arms)) != len(arms):
+            raise UserError(f"--arms {','.join(arms)}: an arm stands there twice")
+        from headwater import pipeline
+        from headwater.console import narrator
+        from headwater.rundir import RunDir, read_json
 
-    if dry_run is not None:
-        from headwater.dry_run import dry_run as shown
+        if dry_run is not None:
+            from headwater.dry_run import dry_run as shown
 
-        shown(recipe, arms, chosen, dry_run, as_json)
-        return
-    from headwater.track import tracked
+            shown(recipe, arms, chosen, dry_run, as_json)
+            return
+        from headwater.track import tracked
 
-    folder, trackers = out or Path("runs") / recipe.name, [] if track is None else listed(track, "--track")
-    try:
-        with resumable(folder), tracked(narrator(quiet=as_json), folder, trackers) as tell:
-            found = pipeline.run(
-                recipe, arms, chosen, folder, tell, reuse=reuse or [], executor=executor(), processes=processes
-            )
-    except FailedError:
-        if len(arms) * len(chosen) > 1:  # the rest of the study has been reported on
-            _show(read_json(RunDir(folder).report_json), folder, as_json)
-        raise
-    _show(found, folder, as_json)
+        folder, trackers = out or Path("runs") / recipe.name, [] if track is None else listed(track, "--track")
+        try:
+            with resumable(folder), tracked(narrator(quiet=as_json), folder, trackers) as tell:
+                found = pipeline.run(
+                    recipe, arms, chosen, folder, tell, reuse=reuse or [], executor=make(), processes=processes
+                )
+        except FailedError:
+            if len(arms) * len(chosen) > 1:  # the rest of the study has been reported on
+                _show(read_json(RunDir(folder).report_json), folder, as_json)
+            raise
+        _show(found, folder, as_json)
 
 
 def _audit(dirs: list[Path], as_json: bool) -> None:

@@ -25,7 +25,7 @@ from headwater.executor import Failure, Job, describe, run_marked
 from headwater.materials import Materials
 from headwater.plan import Node, Plan
 from headwater.rundir import RunDir
-from headwater.standing import Standing
+from headwater.standing import Standing, relayed
 from headwater.worker import telling
 from headwater.workplace import Workplace
 
@@ -125,9 +125,7 @@ def setup_of(job: Job) -> dict[str, Any]:
     return {
         "path": [entry or os.getcwd() for entry in sys.path],
         "cwd": os.getcwd(),
-        "recipe": job.plan.recipe.model_dump(mode="json"),
-        "arms": list(job.arms),
-        "seeds": list(job.plan.seeds),
+        **job.told,
         "out": str(job.out.path.resolve()),
     }
 
@@ -228,14 +226,7 @@ class _Shown:
         self._watch = self._open.enter_context(job.shown(name))
 
     def hear(self, message: dict[str, Any]) -> None:
-        if "start" in message:
-            self._watch.start(*message["start"])
-        elif "advance" in message:
-            self._watch.advance(message["advance"], message["metrics"])
-        elif "warn" in message:
-            self._watch.warn(message["warn"])
-        elif "say" in message:
-            self._job.narrator.say(message["say"])
+        relayed(message, self._watch, self._job)
 
     def close(self, error: BaseException | None) -> None:
         self._open.__exit__(None if error is None else type(error), error, None)

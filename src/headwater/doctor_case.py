@@ -202,10 +202,7 @@ class Case:
 
         def read() -> GenerationConfig:
             with model_files.reading(f"models.{role}: the generation config of {where} cannot be read"):
-                try:
-                    return GenerationConfig.from_pretrained(where)
-                except (OSError, ValueError):
-                    return GenerationConfig.from_model_config(held)
+                return model.read_generation(where, held)
 
         return self._once(("generation", role), read, "model-unreadable", "mend its generation_config.json")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +70,7 @@ class Failure:
 class Job:
     """What an executor is handed.
 
-    arms     those that were asked for: with the plan's recipe and seeds they let another process lay out the same plan
+    arms     those that were asked for
     todo     the nodes that are not done, by name, parents first
     stopped  whether the user asked for a stop: no node is begun then, and those at work end at their next step
     """
@@ -87,6 +87,27 @@ class Job:
     def alone(self) -> bool:
         """Whether one arm with one seed was asked for: there is then no rest that a failure should spare."""
         return len(self.arms) * len(self.plan.seeds) == 1
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What another process needs to lay out the same plan."""
+        return {
+            "recipe": self.plan.recipe.model_dump(mode="json"),
+            "arms": list(self.arms),
+            "seeds": list(self.plan.seeds),
+            "out": str(self.out.path),
+        }
+
+    def due(self, failures: Mapping[str, Failure]) -> Iterator[str]:
+        """The nodes in the plan's order, without those that stand on one that has failed by then, until a stop is asked for."""
+        barred: set[str] = set()
+        for name in self.todo:
+            if self.stopped():
+                return
+            if self.parents(name) & (barred | failures.keys()):
+                barred.add(name)
+            else:
+                yield name
 
     def parents(self, name: str) -> set[str]:
         """The names of the nodes still to be done that a node waits for."""
@@ -115,18 +136,11 @@ def in_process(job: Job) -> dict[str, Failure]:
     Raises KeyboardInterrupt from a node that was asked to stop; it has left a checkpoint.
     """
     failures: dict[str, Failure] = {}
-    barred: set[str] = set()
-    for name in job.todo:
-        if job.stopped():
-            break
-        if job.parents(name) & barred:
-            barred.add(name)
-            continue
+    for name in job.due(failures):
         try:
             with job.shown(name) as watch:
                 run_marked(job.todo[name], Workplace(job.plan, job.materials, job.out, watch_of(watch, job)))
         except Exception as error:
-            barred.add(name)
             failures[name] = Failure.of(error)
             job.fail(name, failures[name])
             if job.alone:

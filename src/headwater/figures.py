@@ -132,6 +132,8 @@ def curves(name: str, title: str, series: Sequence[Series]) -> Drawn:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.margins(x=0.02)
+        if axes.get_ylim()[0] < 0.0 <= min((min(low) for *_, low, _ in drawn if low), default=0.0):
+            axes.set_ylim(bottom=0.0)  # what is never negative gets no axis below 0
         axes.set_xlabel("step", loc="right", labelpad=0, fontsize=8)
         seeds = max((len(one.lines) for one in series), default=0)
         ends = [f"{one.label} from {mean[0]:.3g} to {mean[-1]:.3g}" for one, _, mean, *_ in drawn if mean]

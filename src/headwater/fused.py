@@ -161,7 +161,8 @@ def _block(
 ) -> tuple[TokenStats, Tensor | None]:
     """What is measured of R tokens and the sum of their losses; with `train` their logits become their own gradient."""
     if fast is not None and _is_plain(known, work):
-        return _by_kernels(fast, logits_RV, rows, known and known.rows(block.start, block.stop), work, train)
+        theirs = None if known is None else known.rows(block.start, block.stop)
+        return _by_kernels(fast, logits_RV, rows, theirs, work, train)
     wide_RV = logits_RV.to(widened(logits_RV.dtype))
     logp_RV = torch.log_softmax(wide_RV / work.temperature if work.temperature != 1.0 else wide_RV, dim=-1)
     p_RV = logp_RV.exp()

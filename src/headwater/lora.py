@@ -28,6 +28,10 @@ KNOWN = frozenset({
     "peft_version", "inference_mode", "lora_dropout", "init_lora_weights", "revision",
 })  # fmt: skip
 """Entries of an adapter's config that are read, or change nothing once it is trained; any other that says something is refused."""
+HARMLESS = frozenset(
+    {"layers_pattern", "megatron_core", "loftq_config", "runtime_config", "qalora_group_size", "auto_mapping"}
+)
+"""Entries that peft writes into every config and that act only while an adapter is made."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Adapter:
         for name, tensor in state.items():
             path, _, last = name.rpartition(".base_layer.")
             if not path:
-                if ".lora_" not in name and not _quantised_part(name, self.layers):
+                if ".lora_" not in name:
                     found[name] = tensor
             elif last == "weight":
                 down, up = low_rank(self.layers[path])
@@ -107,12 +111,6 @@ class Adapter:
             target_modules=sorted({path.rpartition(".")[2] for path in self.layers}),
             inference_mode=True,
         ).save_pretrained(str(folder))
-
-
-def _quantised_part(name: str, layers: Mapping[str, Any]) -> bool:
-    return any(f".base_layer.{part}" in name for part in ("weight.absmax", "weight.quant", "weight.nested")) and bool(
-        layers
-    )
 
 
 def low_rank(layer: Any) -> tuple[Tensor, Tensor]:
@@ -223,9 +221,8 @@ def base_name(where: str, field: str) -> str:
     """What an adapter folder stands on. Raises UserError when it is no LoRA of the plain kind."""
     held = read_object(Path(where) / CONFIG, field, where)
     others = sorted(
-        key for key, value in held.items() if key not in KNOWN and value not in (None, False, [], {}, "", 0)
+        key for key, value in held.items() if key not in KNOWN | HARMLESS and value not in (None, False, [], {}, "", 0)
     )
-    others = [key for key in others if key not in HARMLESS]
     base, targets = held.get("base_model_name_or_path"), held.get("target_modules")
     wrong = (
         f"peft_type is {held.get('peft_type')!r:.40}" if held.get("peft_type") != "LORA"
@@ -240,12 +237,6 @@ def base_name(where: str, field: str) -> str:
         raise UserError(f"{field}: {where} is an adapter that cannot be used ({wrong})")
     assert isinstance(base, str)
     return base
-
-
-HARMLESS = frozenset(
-    {"layers_pattern", "megatron_core", "loftq_config", "runtime_config", "qalora_group_size", "auto_mapping"}
-)
-"""Entries that peft writes into every config and that act only while an adapter is made."""
 
 
 @torch.no_grad()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headwater.fused import CHUNK_ELEMENTS
 from headwater.shape import Shape
 
-CHUNKS = {False: 1 << 24, True: 1 << 27}
-"""Logits alive at once on a CPU and on a GPU (`fused.CHUNK_ELEMENTS`)."""
 FOUR_BITS = 0.5 + 0.5 / 64 + 4 / 64 / 256
 """Bytes of a weight in nf4 with double quantisation: blocks of 64 with a scale in eight bits, whose own scales are float32."""
 
@@ -84,5 +83,5 @@ def pass_bytes(work: Work) -> float:
     wide = work.width * 4.0 * shape.inner
     layer = narrow + wide
     kept = layer * shape.layers if not work.recomputed else 4.0 * shape.hidden * shape.layers + layer
-    chunks = 2.0 * min(CHUNKS[work.cuda], work.tokens * shape.vocabulary) * work.width
+    chunks = 2.0 * min(CHUNK_ELEMENTS["cuda" if work.cuda else "cpu"], work.tokens * shape.vocabulary) * work.width
     return work.tokens * (kept + 3 * 4.0 * shape.hidden) + chunks

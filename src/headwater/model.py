@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from headwater import config, lora, model_files
@@ -134,6 +134,14 @@ def stop_ids_of(generation: Any, held: Any, tokenizer: Any) -> tuple[int, ...]:
     ):
         found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return tuple(sorted(found))
+
+
+def read_generation(where: str, held: Any) -> GenerationConfig:
+    """A model's generation config; where it has none, what transformers makes of its config."""
+    try:
+        return GenerationConfig.from_pretrained(where)
+    except (OSError, ValueError):
+        return GenerationConfig.from_model_config(held)
 
 
 def read_tokenizer(where: str, trust_remote_code: bool) -> Any:

@@ -1,5 +1,5 @@
 /* What a decoding step and the loss stage do to each row besides large matrix products, on a CPU: one pass over memory where torch
-   takes five to ten. native.py compiles this file and describes its arguments; everything is float32, row-major.
+   takes five to ten. The installation compiles this file, native.py describes its arguments; everything is float32, row-major.
 
    A row is computed by one thread, in one order: results do not depend on the number of threads. No fast-math: NaN and
    infinity stay what they are; only the sums marked `omp simd` may be made in another order than written. */

@@ -28,7 +28,7 @@ import torch
 from headwater.config import Compute
 from headwater.errors import FailedError, UserError
 from headwater.executor import Failure, Job, in_process
-from headwater.standing import Standing
+from headwater.standing import Standing, relayed
 from headwater.workplace import Watch
 
 LISTEN_SECONDS = 0.2  # how soon a request to stop is passed on
@@ -143,15 +143,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is the parent's to pass on
         )
-        self._tell(
-            {
-                "path": [entry or os.getcwd() for entry in sys.path],
-                "recipe": job.plan.recipe.model_dump(mode="json"),
-                "arms": list(job.arms),
-                "seeds": list(job.plan.seeds),
-                "out": str(job.out.path),
-            }
-        )
+        self._tell({"path": [entry or os.getcwd() for entry in sys.path], **job.told})
 
     def fileno(self) -> int:
         """What `select` waits for."""
@@ -188,20 +180,12 @@ class _Worker:
         assert self.name is not None
         if "begun" in said:  # it may have taken a while to get ready
             self._watch = self._shown.enter_context(self._job.shown(self.name))
-        elif "start" in said:
-            self._watch.start(*said["start"])
-        elif "advance" in said:
-            self._watch.advance(said["advance"], said["metrics"])
-        elif "warn" in said:
-            self._watch.warn(said["warn"])
-        elif "say" in said:
-            self._job.narrator.say(said["say"])
         elif "broken" in said:
             failure = Failure(**said["broken"])
             if failure.code == UserError.exit_code:
                 raise UserError(failure.sentence)
             raise RuntimeError(f"a worker process could not begin: {failure.traceback or failure.sentence}")
-        else:
+        elif not relayed(said, self._watch, self._job):
             name, self.name = self.name, None
             if "stopped" in said:
                 self._close(KeyboardInterrupt())

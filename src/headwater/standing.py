@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from headwater.estimate import estimates
 from headwater.executor import Failure, Job, Stand, describe
+from headwater.workplace import Watch
 
 TRIES = 2  # a worker may be killed for want of memory that another one took; a node that kills two is to blame itself
 SOON = 0.05  # the share of the work after which the time left is worth saying
@@ -57,6 +59,21 @@ class Standing:
         known = done > SOON * (done + rest)
         left = (time.perf_counter() - self._began) * rest / done if known else None
         self.stand(before + len(self._done), left)
+
+
+def relayed(said: Mapping[str, Any], watch: Watch, job: Job) -> bool:
+    """Pass on what a node that runs in another process says of its progress (`worker.telling`); whether it was that."""
+    if "start" in said:
+        watch.start(*said["start"])
+    elif "advance" in said:
+        watch.advance(said["advance"], said["metrics"])
+    elif "warn" in said:
+        watch.warn(said["warn"])
+    elif "say" in said:
+        job.narrator.say(said["say"])
+    else:
+        return False
+    return True
 
 
 def by_longest_chain(job: Job, costs: Mapping[str, float]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 from headwater import model, served
 from headwater.batch import Row
@@ -216,12 +216,8 @@ def _served(recipe: Recipe, field: str, name: str, stage: Stage | None, device: 
     where = model.resolve(recipe.models.student, "models.student")
     trusted = recipe.models.trust_remote_code
     config = AutoConfig.from_pretrained(where, trust_remote_code=trusted)
-    try:
-        generation = GenerationConfig.from_pretrained(where)
-    except (OSError, ValueError):
-        generation = GenerationConfig.from_model_config(config)
     tokenizer = model.read_tokenizer(where, trusted)
-    stops = model.stop_ids_of(generation, config, tokenizer)
+    stops = model.stop_ids_of(model.read_generation(where, config), config, tokenizer)
     width = int(config.get_text_config().vocab_size)
     return Served(met, tokenizer, width, stops, device, top_k_of(stage) or 0)
 

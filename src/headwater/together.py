@@ -44,22 +44,9 @@ class Together:
 
     def __call__(self, job: Job) -> dict[str, Failure]:
         failures: dict[str, Failure] = {}
-        barred: set[str] = set()
-        self.ranks.told(
-            {
-                "begin": job.plan.recipe.model_dump(mode="json"),
-                "arms": list(job.arms),
-                "seeds": list(job.plan.seeds),
-                "out": str(job.out.path.resolve()),
-            }
-        )
+        self.ranks.told({"begin": {**job.told, "out": str(job.out.path.resolve())}})
         materials = graded_together(job.materials, self.ranks.twin())
-        for name in job.todo:
-            if job.stopped():
-                break
-            if job.parents(name) & barred:
-                barred.add(name)
-                continue
+        for name in job.due(failures):
             self.ranks.told({"run": name})
             self.ranks.meet()  # the others have read the node's logs
             failure = None
@@ -71,7 +58,6 @@ class Together:
                 if is_loss(error):
                     raise LostError from None
                 failure = Failure.of(error)
-                barred.add(name)
                 failures[name] = failure
                 job.fail(name, failure)
             if not self.ranks.settled(name, failure is not None):
@@ -111,10 +97,11 @@ def follow(ranks: Ranks) -> int:
     """The life of any other rank: run beside the first one what it announces; its exit code."""
     try:
         with pipeline.stop_requests(aloud=False) as stopped:
-            begun = ranks.told(Word())
-            if "end" in begun:
-                return int(begun["end"])
-            recipe = Recipe.model_validate(begun["begin"])
+            word = ranks.told(Word())
+            if "end" in word:
+                return int(word["end"])
+            begun = word["begin"]
+            recipe = Recipe.model_validate(begun["recipe"])
             with pipeline.prepared(recipe, begun["arms"], begun["seeds"]) as (plan, materials):
                 nodes = {plan.names[node]: node for node in plan.order()}
                 shared = graded_together(materials, ranks.twin())

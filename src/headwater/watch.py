@@ -33,10 +33,10 @@ RECENT = 20
 
 
 @dataclass(frozen=True)
-class Standing:
+class NodeNow:
     """One node. `seconds_left` is None where nothing says how long it will take; `numbers` are of its last step.
 
-    Example: `Standing("opd.s0.1a2b3c4d", "On-policy distillation", "student", 0, "at work", 12, 80, 34.0, 120.0,
+    Example: `NodeNow("opd.s0.1a2b3c4d", "On-policy distillation", "student", 0, "at work", 12, 80, 34.0, 120.0,
     {"kl_student_teacher": 0.08, …}, ())`.
     """
 
@@ -59,7 +59,7 @@ class Look:
 
     name: str
     running: bool
-    nodes: tuple[Standing, ...]
+    nodes: tuple[NodeNow, ...]
 
     @property
     def seconds_left(self) -> float | None:
@@ -81,11 +81,11 @@ def look(path: Path) -> Look:
         plan = read_plan(run.plan)
         names = list(dict.fromkeys(name for seeds in plan["arms"].values() for run_ in seeds.values() for name in run_))
         running = is_held(run.lock)
-        nodes = [_standing(run.node(name), running) for name in names]
+        nodes = [_node_now(run.node(name), running) for name in names]
         return Look(clean(str(plan.get("recipe", ""))), running, tuple(_with_guides(nodes, run)))
 
 
-def _standing(node: NodeDir, running: bool) -> Standing:
+def _node_now(node: NodeDir, running: bool) -> NodeNow:
     info = read_json(node.info) if node.info.exists() else {}
     rows = list(read_jsonl(node.metrics))
     last = rows[-1] if rows else {}
@@ -103,7 +103,7 @@ def _standing(node: NodeDir, running: bool) -> Standing:
     left = (int(steps) - step) * each if each is not None and steps is not None else None
     objective = str((info.get("settings") or {}).get("objective") or "")
     parts = node.name.split(".")
-    return Standing(
+    return NodeNow(
         node=node.name,
         stage=stage_name(str(info.get("stage") or parts[0]), objective),
         role=str(info.get("role") or ""),
@@ -118,7 +118,7 @@ def _standing(node: NodeDir, running: bool) -> Standing:
     )
 
 
-def _with_guides(nodes: list[Standing], run: RunDir) -> Iterator[Standing]:
+def _with_guides(nodes: list[NodeNow], run: RunDir) -> Iterator[NodeNow]:
     """Nodes that have no steps of their own yet take as long as finished ones of their stage did on average."""
     took: dict[str, list[float]] = {}
     for one in nodes:
@@ -130,7 +130,7 @@ def _with_guides(nodes: list[Standing], run: RunDir) -> Iterator[Standing]:
     for one in nodes:
         like = took.get(one.node.split(".")[0])
         if one.seconds_left is None and like:
-            yield Standing(**{**asdict(one), "seconds_left": sum(like) / len(like), "warnings": one.warnings})
+            yield NodeNow(**{**asdict(one), "seconds_left": sum(like) / len(like), "warnings": one.warnings})
         else:
             yield one
 
@@ -176,7 +176,7 @@ def frame(found: Look) -> RenderableType:
     return Group(*lines)
 
 
-def _add(table: Table, one: Standing) -> None:
+def _add(table: Table, one: NodeNow) -> None:
     mark, style = MARKS[one.state]
     steps = "–" if not one.steps else f"{one.step}/{one.steps}"
     bar: RenderableType = (
