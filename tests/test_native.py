@@ -47,7 +47,7 @@ def test_the_gate_is_silu_times_up_also_far_from_zero(fast: Kernels) -> None:
 
 @pytest.mark.parametrize(("rows", "width", "columns"), [(1, 3, 1), (5, 64, 30), (16, 32, 4099), (130, 48, 96)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_packed_weight_gives_the_product_whatever_its_shape(
+def test_a_weight_gives_the_product_packed_or_not_whatever_its_shape(
     fast: Kernels, rows: int, width: int, columns: int, biased: bool
 ) -> None:
     x, weight = drawn(rows, width), drawn(columns, width, seed=1)
@@ -55,6 +55,7 @@ def test_a_packed_weight_gives_the_product_whatever_its_shape(
     wanted = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     close = {"rtol": 0.0, "atol": 1e-6 * math.sqrt(width) * 8}
     torch.testing.assert_close(fast.linear(x, packed(weight), bias, columns).double(), wanted, **close)
+    torch.testing.assert_close(fast.product(x, weight, bias, torch.empty(rows, columns)).double(), wanted, **close)
     to = drawn(rows, columns, seed=3)
     wanted += to.double()
     fast.add_linear(to, x, packed(weight), bias)

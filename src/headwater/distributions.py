@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from headwater.native import kernels
+
 Head = Callable[[Tensor], Tensor]
 """Hidden states (…, H) -> logits (…, V)."""
 
@@ -40,9 +42,13 @@ class LinearHead:
 
     def into(self, logits_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
         """Logits written where there is room already; `weight_VH` is the weight at the head's type."""
-        if self.bias_V is None:
+        bias_V = None if self.bias_V is None else self.bias_V.to(self.dtype)
+        fast = kernels() if logits_CV.device.type == "cpu" and self.dtype == torch.float32 else None
+        if fast is not None and fast.product_pays() and weight_VH.is_contiguous():
+            return fast.product(hidden_CH.contiguous(), weight_VH, bias_V, logits_CV)
+        if bias_V is None:
             return torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
-        return torch.addmm(self.bias_V.to(self.dtype), hidden_CH, weight_VH.T, out=logits_CV)
+        return torch.addmm(bias_V, hidden_CH, weight_VH.T, out=logits_CV)
 
 
 class Distributions(Protocol):

@@ -236,12 +236,44 @@ FITTED static void four_rows(const float *x, const float *packed, const float *b
    packed (columns / LANES, rounded up, width, LANES): W (columns, width) with zeros for the columns that are not there.
    bias   (columns) or absent */
 void linear_rows(const float *x, const float *packed, const float *bias, float *out, int64_t rows, int width, int64_t columns, int add) {
-#pragma omp parallel for schedule(static) if (rows * columns > MANY)
+#pragma omp parallel for schedule(static) if (rows * columns * width > 16 * MANY)
     for (int64_t block = 0; block < (columns + LANES - 1) / LANES; block++) {
         int64_t first = block * LANES, wide = columns - first < LANES ? columns - first : LANES;
         for (int64_t row = 0; row < rows; row += 4)
             four_rows(x + row * width, packed + first * width, bias ? bias + first : 0, out + row * columns + first,
                       rows - row < 4 ? rows - row : 4, width, columns, wide, add);
+    }
+}
+
+/* `there` (up to LANES) rows of `width` numbers side by side: (width, LANES), zeros for those that are not there. */
+FITTED static void side_by_side(const float *rows, int64_t there, int width, float *out) {
+    for (int i = 0; i < width; i++)
+        for (int64_t lane = 0; lane < LANES; lane++) out[i * LANES + lane] = lane < there ? rows[lane * width + i] : 0.0f;
+}
+
+/* Whether product_rows is faster than the library that torch calls, as it was seen to be where vectors are of 32 bytes. */
+int product_pays(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !__builtin_cpu_supports("avx512f");
+#else
+    return 0;
+#endif
+}
+
+/* As linear_rows, for many rows and a weight (columns, width) that lies as it is: its layout is made on the way. */
+void product_rows(const float *x, const float *weight, const float *bias, float *out, int64_t rows, int width, int64_t columns) {
+#pragma omp parallel
+    {
+        float *packed = malloc(LANES * width * sizeof(float));
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < columns; first += LANES) {
+            int64_t wide = columns - first < LANES ? columns - first : LANES;
+            side_by_side(weight + first * width, wide, width, packed);
+            for (int64_t row = 0; row < rows; row += 4)
+                four_rows(x + row * width, packed, bias ? bias + first : 0, out + row * columns + first,
+                          rows - row < 4 ? rows - row : 4, width, columns, wide, 0);
+        }
+        free(packed);
     }
 }
 
