@@ -212,13 +212,15 @@ void draw_rows(const float *logits, const double *draws, int64_t *token, float *
     }
 }
 
-/* Up to four rows of x (there, width) times LANES columns, packed (width, LANES), of which `wide` are real. */
+/* Up to four rows of x (there, width) times LANES columns, packed (width, LANES), of which `wide` are real. Meanwhile the memory
+   from `ahead` on is fetched, `stride` numbers further with each of the `width`. */
 FITTED static void four_rows(const float *x, const float *packed, const float *bias, float *out, int64_t there, int width,
-                             int64_t columns, int64_t wide, int add) {
+                             int64_t columns, int64_t wide, int add, const float *ahead, int stride) {
     const float *x0 = x, *x1 = there > 1 ? x + width : x, *x2 = there > 2 ? x + 2 * width : x, *x3 = there > 3 ? x + 3 * width : x;
     Eight a0 = {0.0f}, b0 = a0, a1 = a0, b1 = a0, a2 = a0, b2 = a0, a3 = a0, b3 = a0;
     for (int i = 0; i < width; i++) {
         Eight a = EIGHT(packed + i * LANES), b = EIGHT(packed + i * LANES + 8);
+        __builtin_prefetch(ahead + i * stride, 0, 2);
         a0 += x0[i] * a, b0 += x0[i] * b, a1 += x1[i] * a, b1 += x1[i] * b;
         a2 += x2[i] * a, b2 += x2[i] * b, a3 += x3[i] * a, b3 += x3[i] * b;
     }
@@ -236,12 +238,15 @@ FITTED static void four_rows(const float *x, const float *packed, const float *b
    packed (columns / LANES, rounded up, width, LANES): W (columns, width) with zeros for the columns that are not there.
    bias   (columns) or absent */
 void linear_rows(const float *x, const float *packed, const float *bias, float *out, int64_t rows, int width, int64_t columns, int add) {
+    int64_t blocks = (columns + LANES - 1) / LANES, passes = (rows + 3) / 4;
+    int stride = passes <= LANES ? LANES / passes : 0; /* with the last pass over one block the next one is there */
 #pragma omp parallel for schedule(static) if (rows * columns * width > 16 * MANY)
-    for (int64_t block = 0; block < (columns + LANES - 1) / LANES; block++) {
+    for (int64_t block = 0; block < blocks; block++) {
         int64_t first = block * LANES, wide = columns - first < LANES ? columns - first : LANES;
+        const float *next = packed + (block + 1 < blocks ? block + 1 : block) * LANES * width;
         for (int64_t row = 0; row < rows; row += 4)
             four_rows(x + row * width, packed + first * width, bias ? bias + first : 0, out + row * columns + first,
-                      rows - row < 4 ? rows - row : 4, width, columns, wide, add);
+                      rows - row < 4 ? rows - row : 4, width, columns, wide, add, next + row / 4 * width * stride, stride);
     }
 }
 
@@ -271,7 +276,7 @@ void product_rows(const float *x, const float *weight, const float *bias, float 
             side_by_side(weight + first * width, wide, width, packed);
             for (int64_t row = 0; row < rows; row += 4)
                 four_rows(x + row * width, packed, bias ? bias + first : 0, out + row * columns + first,
-                          rows - row < 4 ? rows - row : 4, width, columns, wide, 0);
+                          rows - row < 4 ? rows - row : 4, width, columns, wide, 0, packed, 0);
         }
         free(packed);
     }
