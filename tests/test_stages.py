@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from headwater.errors import TrainingStoppedError
 from headwater.gather import SignalGuard, merged, stored, uninformative
 from headwater.recipes import find_recipe
 from headwater.settings import Stage
+from headwater.workplace import Workplace
 from runs import TINY, node, rows, temporary, tiny
 
 GROUP = 4
@@ -72,6 +74,23 @@ def test_an_epoch_of_an_on_policy_stage_visits_every_problem_once_and_never_one_
     assert len(set(first)) == 16
     seen = Counter(name for step in found for name in step)
     assert set(seen.values()) == {1, 2}  # 24 visits to 16 problems
+
+
+def test_a_stage_that_is_scored_and_measured_by_its_teacher_loads_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    frozen = Workplace.frozen
+
+    def counted(self: Workplace, *whose: Any) -> Any:
+        asked.append(whose[0])
+        return frozen(self, *whose)
+
+    monkeypatch.setattr(Workplace, "frozen", counted)
+    out, changes = tmp_path / "out", ("conditions.problems=2", "conditions.every=1")
+    assert tiny("run", out, "--arm", "raw_teacher", changes=changes).code == 0
+    assert len(rows(node(out, "raw_teacher", "opd") / "conditions.jsonl")) == 3  # before the two steps and after each
+    assert asked.count("teacher") == 4  # to be evaluated, to sample the cache, beside the warm-up, and in all of OPD
 
 
 def test_stage_three_and_replay_take_their_problems_from_their_own_half_only(tmp_path: Path) -> None:

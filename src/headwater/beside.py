@@ -17,12 +17,12 @@ from headwater.rundir import append_jsonl
 from headwater.sampler import requests_for
 from headwater.teachers import Teacher
 from headwater.train import Metrics
-from headwater.workplace import Workplace, held_out, named
+from headwater.workplace import Asked, Workplace, held_out, named
 
 
-def beside(node: Node, place: Workplace, policy: Policy) -> Callable[[int, bool], Metrics]:
+def beside(node: Node, place: Workplace, policy: Policy, asked: Asked) -> Callable[[int, bool], Metrics]:
     """(steps done, whether they are the last) -> metrics that join the step's row; the conditions have a file of their own."""
-    measured, validated = condition_c2(node, place, policy), validation(node, place, policy)
+    measured, validated = condition_c2(node, place, policy, asked), validation(node, place, policy)
 
     def measure(step: int, last: bool) -> Metrics:
         measured(step, last)
@@ -31,7 +31,7 @@ def beside(node: Node, place: Workplace, policy: Policy) -> Callable[[int, bool]
     return measure
 
 
-def condition_c2(node: Node, place: Workplace, policy: Policy) -> Callable[[int, bool], None]:
+def condition_c2(node: Node, place: Workplace, policy: Policy, asked: Asked) -> Callable[[int, bool], None]:
     """Writes a row of conditions.jsonl at the first and last step and every so many between (`conditions.measure`)."""
     recipe, whose, settings = place.materials.recipe, supervisor(node), node.settings
     held_out, _ = next(iter(place.materials.evals.values()))
@@ -49,7 +49,7 @@ def condition_c2(node: Node, place: Workplace, policy: Policy) -> Callable[[int,
 
     @cache
     def teacher() -> tuple[Teacher, list[Rollout]]:
-        loaded = place.frozen(whose, settings)
+        loaded = asked(whose)
         return loaded, sample(loaded, "teacher")
 
     def measure(step: int, last: bool) -> None:

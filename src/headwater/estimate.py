@@ -276,9 +276,7 @@ def held_of(node: Node, case: Case) -> Held:
     objective, adapter, lora = objective_of(stage), case.adapter(node), node.lora(case.materials.recipe)
     whose = supervisor(node)
     if whose is not None and ("teacher" in objective.signals or case.materials.recipe.conditions.problems):
-        # The conditions are measured with a teacher of their own.
-        measured = bool(case.materials.recipe.conditions.problems)
-        frozen += [case.shape(whose)] * (("teacher" in objective.signals) + measured)
+        frozen.append(case.shape(whose))
     if "reference" in objective.signals and not adapter:
         frozen.append(shape)
     return Held(shape, adapter, lora is not None and lora.quantize is not None, tuple(frozen), case.width)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from headwater import faults, model, plateau, sharded, signals
@@ -22,7 +23,7 @@ from headwater.materials import Materials
 from headwater.memory import Budget
 from headwater.model import Policy
 from headwater.objective import Objective, objective_of
-from headwater.plan import Node
+from headwater.plan import Node, Role
 from headwater.prompts import Prompter
 from headwater.rundir import NodeDir, cut_back, read_jsonl, write_json, written_aside
 from headwater.sampler import requests_for
@@ -31,7 +32,7 @@ from headwater.settings import Stage
 from headwater.teacher import read_cache, refuse_huge_cache, write_cache
 from headwater.teachers import Teacher
 from headwater.train import Gathered, train
-from headwater.workplace import Watch, Workplace, held_out, named
+from headwater.workplace import Asked, Watch, Workplace, held_out, named
 
 
 def run_node(node: Node, place: Workplace) -> None:
@@ -162,6 +163,10 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
     prompter = place.prompter(policy)
     spend = place.spend(node)
 
+    @cache
+    def asked(whose: Role | Node) -> Teacher:
+        return place.frozen(whose, stage)
+
     def update_flops(rows: Sequence[Row]) -> float:
         # The old log-probs of several updates on one batch take a forward pass more, a third of an update's.
         again = 1.0 / 3.0 if objective.source == "policy" and stage.passes * stage.minibatches > 1 else 0.0
@@ -179,7 +184,7 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
         stage,
         steps,
         objective,
-        gatherer(node, place, policy, objective, steps),
+        gatherer(node, place, policy, objective, steps, asked),
         folder,
         spend,
         microbatch_tokens=recipe.compute.microbatch_tokens,
@@ -188,7 +193,7 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
         on_step=lambda step, metrics: place.watch.advance(1, metrics),
         write_rollouts=write_rollouts,
         evaluate=lambda when: run_evals(policy, node, place, when, int(when.removeprefix("step-"))),
-        beside=beside(node, place, policy),
+        beside=beside(node, place, policy, asked),
         ended=ended(stage, folder),
         guards=Watchman(recipe.guards, folder, place.watch.warn),
         should_stop=place.watch.should_stop,
@@ -229,7 +234,7 @@ def ended(stage: Stage, folder: NodeDir) -> Callable[[int], bool]:
 
 
 def gatherer(
-    node: Node, place: Workplace, policy: Policy, objective: Objective, steps: int
+    node: Node, place: Workplace, policy: Policy, objective: Objective, steps: int, asked: Asked
 ) -> Callable[[int], Gathered]:
     """Who samples, and what is written on the samples: step -> annotated rows."""
     assert node.settings is not None and node.pool is not None
@@ -240,7 +245,7 @@ def gatherer(
         cached.refuse_damage(f"{cached.cache.name}/")
         return stored(stage, node.seed, read_cache(cached.cache), policy.ranks)
     labels = materials.labels.only(materials.pool(node.pool)) if "reward" in objective.signals else None
-    teacher = place.frozen(node.teacher, stage) if "teacher" in objective.signals and node.teacher else None
+    teacher = asked(node.teacher) if "teacher" in objective.signals and node.teacher else None
     if teacher is not None:
         model.refuse_different_widths(policy, teacher, ("models.student", "models.teacher"))
     prompter = place.prompter(policy)

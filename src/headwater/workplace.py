@@ -42,6 +42,10 @@ class Watch:
     say: Callable[[str], None] = _unheard
 
 
+Asked = Callable[[Role | Node], Teacher]
+"""Whoever a stage asks, loaded once however many ask it: `Workplace.frozen`, remembered for as long as the stage runs."""
+
+
 @dataclass(frozen=True)
 class Workplace:
     """What a node needs beside its own description.
