@@ -30,9 +30,9 @@ many: .venv-many/installed
 	.venv-many/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,ray]'
 	touch $@
 
-# Against vLLM's CPU build, as sampler and as the teacher's server: about ten minutes on two cores.
-test-engines: .venv-bench/installed
-	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt pytest pytest-timeout hypothesis
+# Against the engines and tools themselves: vLLM's CPU build (as sampler, as the teacher's server, loading students), bitsandbytes,
+# lm-evaluation-harness, Weights & Biases and trackio. docs/engines.md says how long it takes.
+test-engines: .venv-bench/installed-engines
 	.venv-bench/bin/python -m pytest -m engines tests/test_engine_*.py
 
 endurance: .venv/installed-test
@@ -88,6 +88,10 @@ bench: .venv-bench/installed
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	.venv-bench/bin/python -m pip install --quiet torch==2.13.0 transformers==5.19.0 --editable '.[bench]'
 	.venv-bench/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+.venv-bench/installed-engines: .venv-bench/installed
+	.venv-bench/bin/python -m pip install --quiet --editable '.[engines]' pytest pytest-timeout hypothesis
 	touch $@
 
 clean:

@@ -30,7 +30,7 @@ class Lora(Strict):
     roles: Annotated[tuple[Literal["teacher", "student"], ...], Field(min_length=1)] = ("teacher", "student")
     """Whose stages train adapters; the other's train all weights."""
     quantize: Literal["nf4"] | None = None
-    """Hold the frozen weights in four bits while an adapter trains on them (QLoRA); needs bitsandbytes and a GPU."""
+    """Hold the frozen weights in four bits while an adapter trains on them (QLoRA); needs bitsandbytes."""
     output: Literal["merged", "adapter"] = "merged"
     """What a stage leaves behind: a plain model folder with the adapter added in, or the adapter alone, which the next stage goes
     on with."""

@@ -303,4 +303,5 @@ def work_of(node: Node, case: Case) -> Work:
         width=case.width,
         recomputed=recipe.models.gradient_checkpointing,
         cuda=recipe.compute.device != "cpu" and case.materials.device.type == "cuda",
+        logits=2 if trained and stage is not None and objective_of(stage).divergence is not None else 1,
     )

@@ -78,20 +78,22 @@ class Adapter:
                 layer.set_adapter(TRAINED)
                 layer.enable_adapters(True)
 
-    def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A model's weights under their usual names with the adapter added to them; sums in float32, none changed in place."""
-        found: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            path, _, last = name.rpartition(".base_layer.")
-            if not path:
-                if ".lora_" not in name:
-                    found[name] = tensor
-            elif last == "weight":
-                down, up = low_rank(self.layers[path])
-                found[f"{path}.weight"] = base_weight(self.layers[path]).float() + up.float() @ down.float()
-            elif last == "bias":
-                found[f"{path}.bias"] = tensor
-        return found
+    def merged(self, model: Any) -> Iterator[tuple[str, Tensor]]:
+        """A model's weights under their usual names with the adapter added to them, one at a time; none is changed in place.
+
+        Sums are in float32, and what is quantised is made whole again.
+        """
+        modules = dict(model.named_modules())
+        for name, tensor in model.state_dict().items():
+            path, _, last = name.rpartition(".")
+            if ".lora_" in name or path not in modules:
+                continue  # the adapter itself, or the scales of what is quantised, which no module is named for
+            usual = path.removesuffix(".base_layer")
+            found = whole(modules[path]) if last == "weight" else tensor
+            if last == "weight" and usual in self.layers:
+                down, up = low_rank(self.layers[usual])
+                found = found.float() + up.float() @ down.float()
+            yield f"{usual}.{last}", found
 
     def save(self, folder: Path) -> None:
         """Write it as peft does: its config with the name of its base, and its weights in float32."""
@@ -119,11 +121,11 @@ def low_rank(layer: Any) -> tuple[Tensor, Tensor]:
     return down, up * layer.scaling[TRAINED]
 
 
-def base_weight(layer: Any) -> Tensor:
-    """The matrix under an adapter, made whole again where it is quantised."""
+def whole(module: Any) -> Tensor:
+    """A module's weight, made whole again where it is quantised."""
     from peft.utils.integrations import dequantize_module_weight
 
-    found: Tensor = dequantize_module_weight(layer.base_layer)
+    found: Tensor = dequantize_module_weight(module)
     return found.detach()
 
 
@@ -147,6 +149,7 @@ def attach(model: Any, base: str, wanted: Wanted, field: str, start: Path | None
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
     )
     model.requires_grad_(False)
+    keep_layout(model)
     try:
         inject_adapter_in_model(config, model, TRAINED)
     except ValueError as error:
@@ -261,23 +264,26 @@ def fold_in(model: Any, folder: Path, field: str) -> None:
 # Quantised bases ------------------------------------------------------------------------------------------------------
 
 
-def quantisation(kind: str | None, compute: torch.dtype, device: torch.device) -> Any:
-    """What transformers is told to hold a frozen base in four bits; None for none. Raises UserError where it cannot be done."""
+def quantisation(kind: str | None, compute: torch.dtype) -> Any:
+    """What transformers is told to hold a frozen base in four bits; None for none. Raises UserError without bitsandbytes."""
     if kind is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             "models.lora.quantize: needs bitsandbytes, which is not installed; pip install 'headwater[qlora]'"
         )
-    if device.type != "cuda":
-        raise UserError(
-            "models.lora.quantize: needs a CUDA device; leave it out, or set compute.device to cuda where there is one"
-        )
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
+
+
+def keep_layout(model: Any) -> None:
+    """On some CPUs bitsandbytes lays its weights out anew when they first run without a gradient, and from then on gives none."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 class Beneath(nn.Module):

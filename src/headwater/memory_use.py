@@ -53,6 +53,7 @@ class Work:
     rows        sequences that are decoded at once, and the length to which they grow
     width       bytes of a number at the compute type
     recomputed  whether activations are recomputed layer by layer (gradient checkpointing)
+    logits      chunks of them at once: the student's, and where the loss compares distributions the teacher's
     """
 
     shape: Shape
@@ -62,6 +63,7 @@ class Work:
     width: int
     recomputed: bool
     cuda: bool
+    logits: int
 
 
 def working_bytes(work: Work) -> float:
@@ -70,9 +72,9 @@ def working_bytes(work: Work) -> float:
 
 
 def pass_bytes(work: Work) -> float:
-    """Activations that a backward pass needs, and the loss stage's two chunks of logits with the hidden states' gradient.
+    """Activations that a backward pass needs, and the loss stage's chunks of logits with the hidden states' gradient.
 
-    Of a layer and a token: what both norms keep and the residual stream (float32), the projections' outputs and normed heads,
+    Where a layer's activations are recomputed, it stands alone after the loss stage has ended. Of a layer and a token: what both norms keep and the residual stream (float32), the projections' outputs and normed heads,
     attention's inputs and output, and the gated MLP's four wide vectors.
     """
     if not work.tokens:
@@ -82,6 +84,9 @@ def pass_bytes(work: Work) -> float:
     narrow = 4.0 * 6 * shape.hidden + work.width * (5 * query + 4 * keys)
     wide = work.width * 4.0 * shape.inner
     layer = narrow + wide
-    kept = layer * shape.layers if not work.recomputed else 4.0 * shape.hidden * shape.layers + layer
-    chunks = 2.0 * min(CHUNK_ELEMENTS["cuda" if work.cuda else "cpu"], work.tokens * shape.vocabulary) * work.width
-    return work.tokens * (kept + 3 * 4.0 * shape.hidden) + chunks
+    chunk = min(CHUNK_ELEMENTS["cuda" if work.cuda else "cpu"], work.tokens * shape.vocabulary)
+    beside = work.tokens * 3 * 4.0 * shape.hidden
+    chunks = work.logits * float(chunk) * work.width
+    if work.recomputed:
+        return beside + work.tokens * 4.0 * shape.hidden * shape.layers + max(work.tokens * layer, chunks)
+    return beside + work.tokens * layer * shape.layers + chunks

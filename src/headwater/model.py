@@ -178,16 +178,21 @@ def load(
     refuse_untrusted(where, field, name, models.trust_remote_code)
     base, compute = base_of(where, field), getattr(torch, models.dtype)
     still = frozen or adapt is not None
-    quantised = None if adapt is None else lora.quantisation(adapt.lora.quantize, compute, device)
+    quantised = None if adapt is None else lora.quantisation(adapt.lora.quantize, compute)
     with model_files.reading(f"{field}: {name} cannot be loaded"):
         tokenizer = read_tokenizer(where, models.trust_remote_code)
         model = read_weights(
-            base, compute if still else torch.float32, models.trust_remote_code, quantised, f"{field}: {name}"
+            base, compute if still else torch.float32, models.trust_remote_code, quantised, device, f"{field}: {name}"
         )
     without_dropout(model)
     model.to(device)
     start = Path(where) if base != where else None
     if start is not None and not goes_on(adapt):
+        if quantised is not None:
+            raise UserError(
+                f"{field}: {name} is an adapter, which cannot be added to weights in four bits; say models.lora.output: adapter to "
+                "go on with it, or merge it first (`headwater merge`)"
+            )
         lora.fold_in(model, start, field)
         start = None
     model.requires_grad_(not still)
@@ -211,7 +216,7 @@ def goes_on(adapt: lora.Wanted | None) -> bool:
     return adapt is not None and adapt.lora.output == "adapter"
 
 
-def read_weights(base: str, dtype: torch.dtype, trusted: bool, quantised: Any, what: str) -> Any:
+def read_weights(base: str, dtype: torch.dtype, trusted: bool, quantised: Any, device: torch.device, what: str) -> Any:
     """The model of a folder or hub id. Raises UserError where its files lack weights: they would be random."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         base,
@@ -222,6 +227,7 @@ def read_weights(base: str, dtype: torch.dtype, trusted: bool, quantised: Any, w
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, with the name
         quantization_config=quantised,
+        device_map=None if quantised is None else {"": device},  # quantised while they are read, where they will be
     )
     model, found = loaded
     made_up = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
@@ -275,18 +281,23 @@ def save(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     if policy.adapter is not None and policy.adapter.lora.output == "adapter":
         policy.adapter.save(folder)
     else:
-        state = policy.model.state_dict()
         plain = policy.model if policy.adapter is None else skeleton(policy.model)
-        state = state if policy.adapter is None else policy.adapter.merged(state)
         held = policy.model.config.dtype
         plain.config.dtype = dtype
         try:
-            plain.save_pretrained(folder, state_dict={name: one.detach().to(dtype) for name, one in state.items()})
+            plain.save_pretrained(folder, state_dict={name: one.to(dtype) for name, one in weights_of(policy)})
             plain.config.dtype = dtype  # save_pretrained put down the type in memory, not the one in the file
             plain.config.save_pretrained(folder)
         finally:
             policy.model.config.dtype = held
     policy.tokenizer.save_pretrained(folder)
+
+
+def weights_of(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """A policy's weights under their checkpoint's names, an adapter added to them; as they are in memory, but for the sums."""
+    state = policy.model.state_dict().items()
+    for name, tensor in state if policy.adapter is None else policy.adapter.merged(policy.model):
+        yield name, tensor.detach()
 
 
 def skeleton(model: Any) -> Any:

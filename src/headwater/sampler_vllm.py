@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from headwater import config, seeds
 from headwater.data import Rollout
 from headwater.errors import UserError
 from headwater.folders import base_of
-from headwater.model import Policy
+from headwater.model import Policy, weights_of
 from headwater.sampler import Arrived, Request
 
 MISSING = (
@@ -221,14 +220,6 @@ class VllmSampler:
             sampler=self.policy.fingerprint,
             temperature=sampling.temperature,
         )
-
-
-def weights_of(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights under their checkpoint's names, as they are in memory."""
-    state = policy.model.state_dict()
-    state = state if policy.adapter is None else policy.adapter.merged(state)
-    for name, tensor in state.items():
-        yield name, tensor.detach()
 
 
 def shape_of(policy: Policy) -> str:

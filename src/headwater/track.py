@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from headwater.errors import UserError
 from headwater.executor import Narrator
@@ -68,18 +69,34 @@ def _wandb(out: RunDir) -> Hosted:
     import wandb
 
     # Offline unless the user has said otherwise: a run is uploaded later with `wandb sync`. Its files hold links, which a run
-    # directory must not, so they go beside it.
-    mode: Any = os.environ.get("WANDB_MODE", "offline")
-    config, where = read_json(out.recipe), str(out.path.absolute().parent)
-    run = wandb.init(project="headwater", name=out.path.name, dir=where, mode=mode, config=config)
+    # directory must not, so they go beside it. What is done after a resume is a run of its own there, in the same group.
+    run = wandb.init(
+        project="headwater",
+        name=out.path.name,
+        group=out.path.name,
+        dir=str(out.path.absolute().parent),
+        mode=cast(Any, os.environ.get("WANDB_MODE", "offline")),
+        config=read_json(out.recipe),
+        settings=wandb.Settings(console="off"),
+    )
     return Hosted(run, run.finish)
 
 
 def _trackio(out: RunDir) -> Hosted:
     import trackio
 
-    run = trackio.init(project="headwater", name=out.path.name, config=read_json(out.recipe))
-    return Hosted(run, trackio.finish)
+    def finish() -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            trackio.finish()
+
+    with contextlib.redirect_stdout(sys.stderr):  # it tells of itself where the program's own answers go
+        run = trackio.init(
+            project="headwater",
+            name=out.path.name,
+            config=read_json(out.recipe),
+            resume="allow" if out.tracked.exists() else "never",
+        )
+    return Hosted(run, finish)
 
 
 TRACKERS: dict[str, Callable[[RunDir], Sink]] = {

@@ -1,0 +1,60 @@
+"""Students as runs leave them: far enough from where they began that base weights in their place would show."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from headwater import model
+from headwater.data import Rollout
+from headwater.model import Policy
+from headwater.sampler import TorchSampler, requests_for
+from headwater.settings import Sampling
+from headwater.teacher import logp_of
+from runs import node, temporary, tiny
+from tiny import CPU, MODELS, PROMPTS
+
+FAMILIES = ("qwen3", "llama")
+TRAINS = {
+    "whole": ("stages.student_rl.optim.lr=0.0003",),
+    "merged": ("stages.student_rl.optim.lr=0.03", "models.lora.r=8", "models.lora.alpha=16"),
+    "adapter": (
+        "stages.student_rl.optim.lr=0.03", "models.lora.r=8", "models.lora.alpha=16", "models.lora.output=adapter",
+    ),
+}  # fmt: skip
+"""What a run trains and leaves behind: all weights, adapters added to them, or adapters alone."""
+
+
+def start(family: str) -> str:
+    """Of the pocket models those with heads of 32, the smallest that vLLM takes on a CPU."""
+    return f"pocket:{family}-teacher"
+
+
+@cache
+def student(family: str, trains: str) -> Path:
+    """The folder that a run of direct GRPO left behind."""
+    out = temporary() / f"{family}-{trains}"
+    said = tiny("run", out, "--arm", "direct_grpo", changes=(f"models.student={start(family)}", *TRAINS[trains]))
+    assert said.code == 0, said.err
+    return node(out, "direct_grpo", "student_rl") / "model"
+
+
+def loaded(where: str | Path) -> Policy:
+    return model.load(str(where), "models.student", MODELS, CPU, frozen=True)
+
+
+def texts(policy: Policy) -> list[Rollout]:
+    requests = requests_for([(str(place), prompt) for place, prompt in enumerate(PROMPTS)], 4, 0, "texts")
+    return TorchSampler(policy).sample(requests, Sampling(max_tokens=24))
+
+
+def logp(policy: Policy, rollouts: list[Rollout]) -> torch.Tensor:
+    """Of every completion's tokens, one after the other."""
+    return torch.cat(logp_of(policy, rollouts, 4096))
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean absolute difference of log-probs: what other programs' may be is 0.01."""
+    return (a - b).abs().mean().item()

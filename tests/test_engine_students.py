@@ -1,0 +1,115 @@
+"""A student trained here, as its folder stands: vLLM and transformers load it and give each token the log-prob that we give."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from headwater.data import Rollout
+from students import FAMILIES, apart, loaded, logp, start, student, texts
+from tiny import PROMPTS, rollout_of
+
+HERE = importlib.util.find_spec("vllm") is not None
+ADAPTERS = importlib.util.find_spec("peft") is not None
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.skipif(not HERE, reason="vLLM is not installed here: `make test-engines` runs these"),
+]
+if HERE:
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+NEAR = 1e-4
+"""The promise is 0.01."""
+
+
+def engine(where: str, **more: Any) -> Any:
+    """vLLM, started on a folder as anyone would."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import vllm
+
+    return vllm.LLM(where, dtype="float32", max_model_len=64, enforce_eager=True, kv_cache_memory_bytes=1 << 27, **more)
+
+
+def vllm_logp(where: Path, rollouts: list[Rollout]) -> torch.Tensor:
+    """What vLLM says of the completions."""
+    from vllm import SamplingParams
+
+    asked = [{"prompt_token_ids": list(one.prompt_ids + one.completion_ids)} for one in rollouts]
+    found = engine(str(where)).generate(asked, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    return torch.tensor(
+        [
+            known[token].logprob
+            for one, said in zip(rollouts, found, strict=True)
+            for token, known in list(zip(said.prompt_token_ids, said.prompt_logprobs, strict=True))[
+                len(one.prompt_ids) :
+            ]
+        ]
+    )
+
+
+def transformers_logp(where: Path, rollouts: list[Rollout]) -> torch.Tensor:
+    plain, found = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32), []
+    for one in rollouts:
+        ids = torch.tensor([one.prompt_ids + one.completion_ids])
+        with torch.no_grad():
+            every = plain(input_ids=ids).logits[0, len(one.prompt_ids) - 1 : -1].log_softmax(-1)
+        found.append(every.gather(1, torch.tensor(one.completion_ids)[:, None])[:, 0])
+    return torch.cat(found)
+
+
+def need(trains: str) -> None:
+    if trains != "whole" and not ADAPTERS:
+        pytest.skip("peft is not installed here: `make test-engines` brings it")
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trains", ["whole", "merged"])
+def test_a_trained_student_says_the_same_here_in_transformers_and_in_vllm(family: str, trains: str) -> None:
+    need(trains)
+    folder = student(family, trains)
+    policy = loaded(folder)
+    rollouts = texts(policy)
+    ours, theirs, engines = logp(policy, rollouts), transformers_logp(folder, rollouts), vllm_logp(folder, rollouts)
+    moved = apart(ours, logp(loaded(start(family)), rollouts))
+    print(
+        f"{family}, {trains}: transformers {apart(ours, theirs):.1e}, vLLM {apart(ours, engines):.1e}, base {moved:.1e}"
+    )
+    assert apart(ours, theirs) < NEAR and apart(ours, engines) < NEAR
+    assert moved > 100 * NEAR  # what the run changed is what was compared
+    chat = [{"role": "user", "content": "17+45"}]
+    ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert ids == policy.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_that_a_run_left_behind_says_the_same_in_transformers_and_on_its_base_in_vllm(family: str) -> None:
+    """Of tokens that vLLM draws: what it says of prompts it cannot say with an adapter on a CPU (0.32.0: a mismatch of shapes)."""
+    need("adapter")
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    folder = student(family, "adapter")
+    policy, base = loaded(folder), loaded(start(family))
+    found = engine(base.where, enable_lora=True, max_lora_rank=8).generate(
+        [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS * 4],
+        SamplingParams(max_tokens=24, logprobs=0, seed=1),
+        use_tqdm=False,
+        lora_request=LoRARequest("student", 1, str(folder)),
+    )
+    rollouts = [rollout_of(tuple(one.prompt_token_ids), tuple(one.outputs[0].token_ids)) for one in found]
+    said = [
+        at[token].logprob
+        for one in found
+        for token, at in zip(one.outputs[0].token_ids, one.outputs[0].logprobs, strict=True)
+    ]
+    ours, theirs = logp(policy, rollouts), transformers_logp(folder, rollouts)
+    engines, moved = apart(ours, torch.tensor(said)), apart(ours, logp(base, rollouts))
+    print(f"{family}, adapter: transformers {apart(ours, theirs):.1e}, vLLM {engines:.1e}, base {moved:.1e}")
+    assert apart(ours, theirs) < NEAR and engines < NEAR < 100 * NEAR < moved
