@@ -16,6 +16,7 @@ import yaml
 
 import headwater
 from headwater.cli import app
+from headwater.known import DEVICES
 from headwater.recipes import ARMS, find_recipe
 from runs import all_arms, call
 
@@ -150,6 +151,17 @@ def test_an_example_is_a_recipe_whose_files_are_there(path: Path, monkeypatch: p
             said = call("validate", source.path, "--task", recipe.task)
             assert said.code == 0, said.out + said.err
     assert path.name in PAGES["docs/examples.md"]
+
+
+def test_the_example_with_adapters_fits_the_device_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    command = re.search(r"headwater (run .* --dry-run --on \w+)", Path("gsm8k_lora.yaml").read_text(encoding="utf-8"))
+    assert command is not None and command[1].endswith("rtx4090")
+    said = call(*shlex.split(command[1]), "--json")
+    assert said.code == 0, said.err
+    found = json.loads(said.out)
+    assert {one["node"].split(".")[0] for one in found} >= {"teacher_rl", "warmup", "opd", "student_rl"}
+    assert max(one["peak_bytes"] for one in found) < 0.95 * DEVICES["rtx4090"].memory
 
 
 def test_the_two_gpu_example_is_a_command_that_the_program_takes() -> None:

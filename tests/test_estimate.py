@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.profiler import ProfilerActivity, profile
 
+from headwater import lora, model
+from headwater.batch import Row
+from headwater.config import Lora
 from headwater.estimate import Asked, estimates
 from headwater.known import DEVICES, MODELS
-from headwater.memory_use import FOUR_BITS, Held, held_bytes
+from headwater.memory_use import FOUR_BITS, Held, Work, held_bytes, pass_bytes
 from headwater.model import Shape
+from headwater.objective import objective_of
 from headwater.pipeline import prepared
 from headwater.recipes import find_recipe
-from runs import TINY, call, infos, rows, sets, temporary, tiny
+from headwater.train import make_optimizer, update
+from runs import TINY, call, held, infos, rows, sets, temporary, tiny
+from tiny import CPU, rollout_of, stage_of, taught, tiny_folder
+from tiny import MODELS as TINY_MODELS
 
 CHANGES = (
     "stages.teacher_rl.sparse.kl_coef=0.01",  # rollouts without a signal are then trained on too, so costs are known beforehand
@@ -55,6 +65,7 @@ def test_tokens_and_flops_of_every_node_are_those_of_its_ledger_within_a_quarter
     # Models of this size say more or less than the mean in one stage or another; all of them together do not.
     for key in ("flops", "tokens_sampled", "tokens_teacher_scored"):
         total, told = sum(one[key] for one in spent.values()), sum(getattr(one, key) for one in said.values())
+        print(f"{key}: {told:.4g} said, {total:.4g} spent")
         assert told == pytest.approx(total, rel=0.25), key
 
 
@@ -146,3 +157,56 @@ def test_memory_of_what_is_held_is_what_each_part_takes() -> None:
     assert four == pytest.approx(
         (FOUR_BITS * shape.body_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters) / 4
     )
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+MEASURED = {
+    "all weights": ("grpo", {}, None),
+    "distillation": ("opd", {}, None),
+    "recomputed": ("grpo", {"gradient_checkpointing": True}, None),
+    "distillation, recomputed": ("opd", {"gradient_checkpointing": True}, None),
+    "adapter": ("grpo", {}, Lora(r=8, alpha=16)),
+    "adapter, recomputed": ("opd", {"gradient_checkpointing": True}, Lora(r=8, alpha=16)),
+    "bfloat16": ("grpo", {"dtype": "bfloat16"}, None),
+    "bfloat16, adapter": ("grpo", {"dtype": "bfloat16"}, Lora(r=8, alpha=16)),
+}
+"""What is trained how, and held against what the tensor library's allocator then counts."""
+
+
+def most_allocated(do: Callable[[], object], folder: Path) -> float:
+    """Bytes of tensors at once, over those that were there before; what the allocator itself wrote down."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as read:
+        do()
+    read.export_chrome_trace(str(folder / "trace.json"))
+    events = [one for one in held(folder / "trace.json")["traceEvents"] if one.get("name") == "[memory]"]
+    events.sort(key=lambda one: one["ts"])
+    before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
+    return float(max(one["args"]["Total Allocated"] for one in events) - before)
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_memory_of_an_update_is_what_the_allocator_counts_within_a_quarter(case: str, tmp_path: Path) -> None:
+    objective, how, adapt = MEASURED[case]
+    if adapt is not None and importlib.util.find_spec("peft") is None:
+        pytest.skip("the extra `lora` is not installed")
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32, "vocab_size": 2048}
+    folder = tiny_folder(tmp_path / "model", std=0.02, **sizes)
+    models, wanted = TINY_MODELS.model_copy(update=how), None if adapt is None else lora.Wanted(adapt, (0,))
+    policy = model.load(str(folder), "models.student", models, CPU, False, adapt=wanted)
+    stage, tokens = stage_of(objective, batch_size=16, group_size=4), 16 * 128
+    made = [rollout_of((1, 6, 2, row % 9), tuple(3 + (row + at) % 20 for at in range(124))) for row in range(16)]
+    found = [Row(one, advantage=1.0 if row % 2 else -1.0) for row, one in enumerate(made)]
+    if objective == "opd":
+        found = taught(found, model.load(str(folder), "models.teacher", TINY_MODELS, CPU, True))
+    there = sum(one.numel() * one.element_size() for one in policy.model.parameters())
+    optimizer = make_optimizer(policy, stage.optim)
+    grown = most_allocated(
+        lambda: [update(policy, optimizer, found, objective_of(stage), stage, tokens) for _ in range(2)], tmp_path
+    )
+    width, logits = 2 if models.dtype == "bfloat16" else 4, 2 if objective == "opd" else 1
+    more = 0 if policy.adapter is None else policy.adapter.parameters
+    work = Work(policy.shape, tokens, 0, 128, width, models.gradient_checkpointing, cuda=False, logits=logits)
+    said = held_bytes(Held(policy.shape, more, False, (), width), 1) + pass_bytes(work)
+    print(f"{case}: {said / 1e6:.1f} MB said, {(there + grown) / 1e6:.1f} MB measured")
+    assert said == pytest.approx(there + grown, rel=0.25)

@@ -74,8 +74,9 @@ def working_bytes(work: Work) -> float:
 def pass_bytes(work: Work) -> float:
     """Activations that a backward pass needs, and the loss stage's chunks of logits with the hidden states' gradient.
 
-    Where a layer's activations are recomputed, it stands alone after the loss stage has ended. Of a layer and a token: what both norms keep and the residual stream (float32), the projections' outputs and normed heads,
-    attention's inputs and output, and the gated MLP's four wide vectors.
+    Where a layer's activations are recomputed, it stands alone after the loss stage has ended. Of a layer and a token: what both
+    norms keep and the residual stream (float32), the projections' outputs and normed heads, attention's inputs and output,
+    and the gated MLP's four wide vectors.
     """
     if not work.tokens:
         return 0.0
