@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from headwater.tasks.sums import generate
 from headwater.teacher import logp_of
 from runs import call
 from students import FAMILIES, loaded, student, texts
@@ -33,7 +34,7 @@ generation_kwargs: {{until: ["<|end|>"], do_sample: false, max_gen_toks: 48}}
 filter_list:
   - name: last
     filter:
-      - {{function: regex, regex_pattern: "=(\\\\d+);", group_select: -1}}
+      - {{function: regex, regex_pattern: "=(\\\\d+)", group_select: -1}}
       - {{function: take_first}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 metadata: {{version: 1}}
@@ -44,7 +45,7 @@ metadata: {{version: 1}}
 def test_the_harness_evaluates_a_students_folder_with_its_own_template(family: str, tmp_path: Path) -> None:
     import lm_eval
 
-    problems = [(f"{a}+{b}", f"{(a + b) % 100:02d}") for a in range(11, 51, 5) for b in range(23, 63, 5)]
+    problems = generate(128, "eval", seed=0)
     data, folder = tmp_path / "test.jsonl", student(family, "whole")
     data.write_text("\n".join(json.dumps({"problem": text, "answer": answer}) for text, answer in problems))
     (tmp_path / "tasks").mkdir()

@@ -81,7 +81,7 @@ def test_a_trained_student_says_the_same_here_in_transformers_and_in_vllm(family
         f"{family}, {trains}: transformers {apart(ours, theirs):.1e}, vLLM {apart(ours, engines):.1e}, base {moved:.1e}"
     )
     assert apart(ours, theirs) < NEAR and apart(ours, engines) < NEAR
-    assert moved > 100 * NEAR  # what the run changed is what was compared
+    assert moved > 20 * NEAR  # what the run changed is what was compared
     chat = [{"role": "user", "content": "17+45"}]
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert ids == policy.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
@@ -112,4 +112,4 @@ def test_an_adapter_that_a_run_left_behind_says_the_same_in_transformers_and_on_
     ours, theirs = logp(policy, rollouts), transformers_logp(folder, rollouts)
     engines, moved = apart(ours, torch.tensor(said)), apart(ours, logp(base, rollouts))
     print(f"{family}, adapter: transformers {apart(ours, theirs):.1e}, vLLM {engines:.1e}, base {moved:.1e}")
-    assert apart(ours, theirs) < NEAR and engines < NEAR < 100 * NEAR < moved
+    assert apart(ours, theirs) < NEAR and engines < NEAR < 20 * NEAR < moved

@@ -169,7 +169,6 @@ MEASURED = {
     "adapter": ("grpo", {}, Lora(r=8, alpha=16)),
     "adapter, recomputed": ("opd", {"gradient_checkpointing": True}, Lora(r=8, alpha=16)),
     "bfloat16": ("grpo", {"dtype": "bfloat16"}, None),
-    "bfloat16, adapter": ("grpo", {"dtype": "bfloat16"}, Lora(r=8, alpha=16)),
 }
 """What is trained how, and held against what the tensor library's allocator then counts."""
 
