@@ -31,7 +31,7 @@ many: .venv-many/installed
 	touch $@
 
 # Against the engines and tools themselves: vLLM's CPU build (as sampler, as the teacher's server, loading students), bitsandbytes,
-# lm-evaluation-harness, Weights & Biases and trackio. docs/engines.md says how long it takes.
+# lm-evaluation-harness, Weights & Biases and trackio.
 test-engines: .venv-bench/installed-engines
 	.venv-bench/bin/python -m pytest -m engines tests/test_engine_*.py
 
