@@ -74,6 +74,7 @@ MACHINES = {
     "memory",
     "ranks",
     "sharded",
+    "shards",
     "checkpoint_shards",
     "signals",
 }

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from headwater import checkpoint_shards, faults
+from headwater.checkpoint_shards import ADAPTER, WHOLE
 from headwater.errors import UserError
 from headwater.files import Logs, file_sums, first_changed
 from headwater.ranks import ALONE, Ranks
 from headwater.rundir import NodeDir, read_json, write_json, written_aside
 
 KEPT = 2
-WEIGHTS, ADAPTER = "model.safetensors", "adapter.safetensors"
 
 
 def trained_part(model: Any) -> dict[str, torch.nn.Parameter] | None:
@@ -78,7 +78,7 @@ def write_whole(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> N
     """Weights and optimizer of one process alone."""
     adapter = trained_part(model)
     if adapter is None:
-        save_model(model, str(folder / WEIGHTS))
+        save_model(model, str(folder / WHOLE))
     else:
         save_file({name: one.detach().contiguous() for name, one in adapter.items()}, folder / ADAPTER)
     faults.point("checkpoint.weights")
@@ -108,7 +108,7 @@ def load_checkpoint(
         return 0
     folder = Path(chosen)
     state = read_json(folder / "state.json")
-    if ranks.alone and ((folder / WEIGHTS).exists() or (folder / ADAPTER).exists()):
+    if ranks.alone and ((folder / WHOLE).exists() or (folder / ADAPTER).exists()):
         read_whole(folder, state, model, optimizer)
     else:
         checkpoint_shards.read(folder, state, model, optimizer, ranks)
@@ -136,7 +136,7 @@ def newest_whole(node: NodeDir, say: Callable[[str], None]) -> str | None:
 def read_whole(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer) -> None:
     adapter = trained_part(model)
     if adapter is None:
-        load_model(model, str(folder / WEIGHTS), device=str(next(model.parameters()).device))
+        load_model(model, str(folder / WHOLE), device=str(next(model.parameters()).device))
     else:
         with torch.no_grad():
             for name, tensor in load_file(folder / ADAPTER).items():

@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from headwater.ranks import Ranks
 
 WEIGHT, STATE = "weight.", "optimizer."
+WHOLE, ADAPTER = "model.safetensors", "adapter.safetensors"
+"""What one process alone writes: all weights, or those of an adapter (`checkpoint`)."""
 
 
 def write(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
@@ -38,12 +40,22 @@ def write(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: Ran
 
 def read(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """A checkpoint of any number of ranks into the weights and the optimizer of this one."""
-    weights = {f"{WEIGHT}{name}": one.detach() for name, one in named(model).items()}
-    if (folder / "model.safetensors").exists():
-        _cut_from_whole(folder, model, optimizer, state)
+    whole = next((path for path in (folder / WHOLE, folder / ADAPTER) if path.exists()), None)
+    if whole is not None:
+        _cut_from_whole(whole, model, optimizer, state)
         return
+    weights = {f"{WEIGHT}{name}": one.detach() for name, one in named(model).items()}
     slots = blank(optimizer, keys_in(folder))
-    wanted = weights | {f"{STATE}{index}.{key}": one for index, state_ in slots.items() for key, one in state_.items()}
+    read_into(
+        weights | {f"{STATE}{index}.{key}": one for index, state_ in slots.items() for key, one in state_.items()},
+        folder,
+        ranks,
+    )
+    optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
+
+
+def read_into(wanted: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
+    """Fill tensors, or this rank's parts of them, with what safetensors files hold under their names; only those parts are read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # without other processes it says that it assumes so
         dcp.load(
@@ -52,17 +64,20 @@ def read(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer,
             process_group=ranks.group,
             no_dist=ranks.alone,
         )
-    optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
+
+
+def by_names(model: Any) -> list[tuple[Tensor, list[str]]]:
+    """Weights and saved buffers, each once with all of its names: tied ones have several."""
+    found: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, one in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(one), (one, []))[1].append(name)
+    return list(found.values())
 
 
 def named(model: Any) -> dict[str, Tensor]:
-    """Weights and saved buffers by name, tied ones once."""
-    once = dict(model.named_parameters())
-    known = {id(one) for one in once.values()}
-    rest = {
-        name: one for name, one in model.state_dict(keep_vars=True).items() if id(one) not in known and name not in once
-    }
-    return once | {name: one for name, one in rest.items() if not isinstance(one, torch.nn.Parameter)}
+    """What a checkpoint holds of a model, by its first name: weights and saved buffers, or the adapter where the rest is frozen."""
+    adapted = any(not one.requires_grad for one in model.parameters())
+    return {names[0]: one for one, names in by_names(model) if one.requires_grad or not adapted}
 
 
 def keys_in(folder: Path) -> set[str]:
@@ -91,27 +106,27 @@ def blank(optimizer: torch.optim.Optimizer, keys: set[str]) -> dict[int, dict[st
     return found
 
 
-def _cut_from_whole(folder: Path, model: Any, optimizer: torch.optim.Optimizer, state: Any) -> None:
+def _cut_from_whole(file: Path, model: Any, optimizer: torch.optim.Optimizer, state: Any) -> None:
     """This rank's parts of what one process alone wrote."""
-    same: dict[int, list[str]] = {}
-    for name, one in model.named_parameters(remove_duplicate=False):
-        same.setdefault(id(one), []).append(name)
-    with safe_open(folder / "model.safetensors", framework="pt") as file, torch.no_grad():
-        for name, one in named(model).items():
-            known = next(other for other in same.get(id(one), [name]) if other in file.keys())  # noqa: SIM118
-            one.copy_(_part_of(file.get_tensor(known), one))
+    wanted = named(model)
+    with safe_open(file, framework="pt") as held, torch.no_grad():
+        for one, names in by_names(model):
+            if names[0] in wanted:
+                known = next(name for name in names if name in held.keys())  # noqa: SIM118
+                one.copy_(part_of(held.get_tensor(known), one))
     per_parameter: dict[int, dict[str, Tensor]] = {}
-    every, path = parameters(optimizer), folder / "optimizer.safetensors"
+    every, path = parameters(optimizer), file.with_name("optimizer.safetensors")
     if path.exists():
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
+        with safe_open(path, framework="pt") as held:
+            for name in held.keys():  # noqa: SIM118
                 index, key = name.split(".", 1)
-                value, like = file.get_tensor(name), every[int(index)]
-                per_parameter.setdefault(int(index), {})[key] = value if value.ndim == 0 else _part_of(value, like)
+                value, like = held.get_tensor(name), every[int(index)]
+                per_parameter.setdefault(int(index), {})[key] = value if value.ndim == 0 else part_of(value, like)
     optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
 
 
-def _part_of(whole: Tensor, like: Tensor) -> Tensor:
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that all ranks have, divided as another one is."""
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

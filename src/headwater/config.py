@@ -242,6 +242,8 @@ class Vllm(Strict):
     """Share of the device's memory that the engine takes while it samples, weights and cache together."""
     cache_gb: Annotated[float, Field(gt=0.0, le=65536.0)] | None = None
     """GiB of its key-value cache; None takes what `memory` leaves on a GPU, and 1 on a CPU."""
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Devices over which it divides every matrix; past 1 it starts a process for each, which is sent the weights."""
     compiled: bool = True
     """Whether it compiles the model and captures graphs: a minute or so at its start, faster steps ever after."""
     sleep: bool = True

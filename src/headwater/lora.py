@@ -6,15 +6,17 @@ import contextlib
 import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from headwater import seeds
+from headwater.checkpoint_shards import part_of
 from headwater.config import Lora
 from headwater.errors import UserError
 from headwater.model_files import read_object
@@ -62,6 +64,10 @@ class Adapter:
     @property
     def parameters(self) -> int:
         return sum(one.numel() for layer in self.layers.values() for one in low_rank(layer))
+
+    def within(self, model: Any) -> Adapter:
+        """The same adapter in the layers of another model of its kind."""
+        return replace(self, layers=_layers(model))
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -178,8 +184,10 @@ def attach(model: Any, base: str, wanted: Wanted, field: str, start: Path | None
 def _widen(adapter: Adapter) -> None:
     """Steps of a small rate would be rounded away in bfloat16, so what trains is float32."""
     for layer in adapter.layers.values():
-        for pair in (layer.lora_A, layer.lora_B):
-            pair.float()
+        for one in (*layer.lora_A.values(), *layer.lora_B.values()):
+            if one.weight.is_meta:  # peft puts it where its matrix is, and that may be filled later (`shards`)
+                one.to_empty(device="cpu")
+            one.float()
 
 
 def _layers(model: Any) -> dict[str, Any]:
@@ -258,7 +266,11 @@ def fold_in(model: Any, folder: Path, field: str) -> None:
         weight = getattr(modules.get(path), "weight", None)
         if down is None or up is None or weight is None or (up.shape[0], down.shape[1]) != tuple(weight.shape):
             raise UserError(f"{field}: {folder / WEIGHTS} does not fit its base model (at {name:.120})")
-        weight.data = (weight.float() + scaling * (up.float() @ down.float()).to(weight.device)).to(weight.dtype)
+        added = scaling * (up.float() @ down.float()).to(weight.device)
+        if isinstance(weight, DTensor):
+            weight.copy_(weight.float() + part_of(added, weight))  # in place: what gathers its parts knows this memory
+        else:
+            weight.data = (weight.float() + added).to(weight.dtype)
 
 
 # Quantised bases ------------------------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from headwater.folders import base_of, fingerprint_of, refuse_untrusted, refuse_
 from headwater.packing import spread_out
 from headwater.ranks import ALONE, Ranks
 from headwater.shape import Shape
+
+T = TypeVar("T")
 
 transformers_logging.disable_progress_bar()  # a run loads and saves dozens of models; its own progress is what counts
 transformers_logging.set_verbosity_error()  # what it warns of when it loads a folder is refused here in a sentence
@@ -155,6 +157,21 @@ def read_tokenizer(where: str, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How weights come from their files to where they run: all of them here, or a part on each of several ranks (`sharded`).
+
+    read    (folder or hub id, type, trusted, quantisation, device, what an error's sentence begins with) -> a model, perhaps
+            still without numbers in its weights
+    spread  (that model, complete with its adapter; folder or hub id; device) -> it with its weights where they belong, and
+            its `Policy.plain`
+    """
+
+    read: Callable[[str, torch.dtype, bool, Any, torch.device, str], Any]
+    spread: Callable[[Any, str, torch.device], tuple[Any, Any]]
+    ranks: Ranks = ALONE
+
+
 def load(
     name: str,
     field: str,
@@ -163,16 +180,19 @@ def load(
     frozen: bool,
     fingerprint: str | None = None,
     adapt: lora.Wanted | None = None,
+    layout: Layout | None = None,
 ) -> Policy:
     """Load a model and its tokenizer.
 
     A model that will be trained keeps float32 weights even where it computes in bfloat16: steps of 1e-6 vanish when they are
     rounded to bfloat16. A frozen one is held in the compute type.
 
-    adapt  train an adapter of this kind and leave the weights frozen; None trains all weights
+    adapt   train an adapter of this kind and leave the weights frozen; None trains all weights
+    layout  None has all weights in this process
 
     Raises UserError that names the field when the folder, hub id or tokenizer cannot be loaded.
     """
+    layout = layout or HERE
     where = resolve(name, field)
     refuse_without_weights(name, where, field)
     refuse_untrusted(where, field, name, models.trust_remote_code)
@@ -181,34 +201,31 @@ def load(
     quantised = None if adapt is None else lora.quantisation(adapt.lora.quantize, compute)
     with model_files.reading(f"{field}: {name} cannot be loaded"):
         tokenizer = read_tokenizer(where, models.trust_remote_code)
-        model = read_weights(
-            base, compute if still else torch.float32, models.trust_remote_code, quantised, device, f"{field}: {name}"
-        )
+        dtype = compute if still else torch.float32
+        model = layout.read(base, dtype, models.trust_remote_code, quantised, device, f"{field}: {name}")
     without_dropout(model)
-    model.to(device)
-    start = Path(where) if base != where else None
-    if start is not None and not goes_on(adapt):
-        if quantised is not None:
-            raise UserError(
-                f"{field}: {name} is an adapter, which cannot be added to weights in four bits; say models.lora.output: adapter to "
-                "go on with it, or merge it first (`headwater merge`)"
-            )
-        lora.fold_in(model, start, field)
-        start = None
     model.requires_grad_(not still)
-    if not still:
-        for parameter in model.parameters():
-            # Weights mapped from a file may lie at odd addresses, on which some kernels round differently.
-            parameter.data = parameter.data.clone()
-    adapter = None if adapt is None else lora.attach(model, base, adapt, field, start)
+    start = Path(where) if base != where else None
+    resumed = start if goes_on(adapt) else None
+    if start is not None and resumed is None and quantised is not None:
+        raise UserError(
+            f"{field}: {name} is an adapter, which cannot be added to weights in four bits; say models.lora.output: adapter to "
+            "go on with it, or merge it first (`headwater merge`)"
+        )
+    adapter = None if adapt is None else lora.attach(model, base, adapt, field, resumed)
     if models.gradient_checkpointing and not frozen:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     else:
         model.eval()
+    model, plain = layout.spread(model, base, device)
+    if start is not None and resumed is None:
+        lora.fold_in(model, start, field)
     body, head = split(model, device)
-    name, packs = fingerprint or fingerprint_of(where), prepare(model, body, device)
-    return Policy(model, tokenizer, where, name, device, compute, body, head, packs, adapter=adapter)
+    name, packs = fingerprint or fingerprint_of(where), in_reach(model, lambda: prepare(model, body, device))
+    return Policy(
+        model, tokenizer, where, name, device, compute, body, head, packs, layout.ranks, plain=plain, adapter=adapter
+    )
 
 
 def goes_on(adapt: lora.Wanted | None) -> bool:
@@ -239,6 +256,19 @@ def read_weights(base: str, dtype: torch.dtype, trusted: bool, quantised: Any, d
     return model
 
 
+def here(model: Any, base: str, device: torch.device) -> tuple[Any, None]:
+    """All weights on one device."""
+    model.to(device)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Weights mapped from a file may lie at odd addresses, on which some kernels round differently.
+            parameter.data = parameter.data.clone()
+    return model, None
+
+
+HERE = Layout(read_weights, here)
+
+
 def without_dropout(model: Any) -> None:
     """With dropout the trainer's log-probs would not be the sampler's."""
     for module in model.modules():
@@ -255,6 +285,12 @@ def beneath(policy: Policy) -> Policy:
     return replace(policy, body=lora.Beneath(policy.body, policy.adapter), adapter=None)
 
 
+def in_reach(model: Any, attempt: Callable[[], T]) -> T:
+    """`attempt()`, with weights in reach that it uses past the model's own forward: also where ranks hold a part each."""
+    found: T = model.within(attempt) if hasattr(model, "within") else attempt()
+    return found
+
+
 def split(model: Any, device: torch.device) -> tuple[nn.Module, Head]:
     """The body that makes hidden states and the head that makes logits of them.
 
@@ -266,7 +302,7 @@ def split(model: Any, device: torch.device) -> tuple[nn.Module, Head]:
         ids_BT = torch.arange(1, 9, device=device)[None] % model.config.get_text_config().vocab_size
         with torch.no_grad():
             whole = model(input_ids=ids_BT, use_cache=False).logits
-            parts = head(body(input_ids=ids_BT, use_cache=False).last_hidden_state)
+            parts = in_reach(model, lambda: head(body(input_ids=ids_BT, use_cache=False).last_hidden_state))
         # Equal to the bit: a cap such as Gemma's changes small logits by less than any tolerance, and large ones by much.
         if torch.equal(whole.float(), parts.float()):
             return body, head

@@ -49,10 +49,12 @@ class Engine:
 
     holds  the frozen policy whose weights it has; None while it has those of one that trains, which change, or none at all
     naps   whether it gives its memory back between batches of requests
+    apart  whether its workers are processes of their own, to which tensors of this one must be sent
     """
 
     llm: Any
     naps: bool
+    apart: bool = False
     holds: Policy | None = None
 
     def take(self, policy: Policy) -> None:
@@ -61,7 +63,10 @@ class Engine:
             self.llm.wake_up(tags=["weights"])
         if self.holds is not policy:
             # The names are those of the checkpoint, and the engine stacks, pads and packs them as it does a file's.
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights_of(policy)})
+            handed = weights_of(policy)
+            self.llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": list(handed) if self.apart else handed}
+            )
             trains = any(one.requires_grad for one in policy.model.parameters())
             self.holds = None if trains else policy
         if self.naps:
@@ -98,7 +103,9 @@ class Engines:
     def _started(self, policy: Policy) -> Engine:
         if not installed():
             raise UserError(MISSING)
-        naps = self.compute.vllm.sleep and policy.device.type == "cuda"
+        settings = self.compute.vllm
+        refuse_too_few_devices(settings.tensor_parallel_size, policy.device)
+        naps = settings.sleep and policy.device.type == "cuda"
         positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", self.longest)
         with process_as_it_was():
             vllm = _vllm()
@@ -108,9 +115,10 @@ class Engines:
                     dtype=str(policy.compute).removeprefix("torch."),
                     max_model_len=min(self.longest, positions),
                     max_num_seqs=self.compute.sample_batch,
-                    gpu_memory_utilization=self.compute.vllm.memory,
-                    kv_cache_memory_bytes=_cache_bytes(self.compute.vllm, policy.device),
-                    enforce_eager=not self.compute.vllm.compiled,
+                    tensor_parallel_size=settings.tensor_parallel_size,
+                    gpu_memory_utilization=settings.memory,
+                    kv_cache_memory_bytes=_cache_bytes(settings, policy.device),
+                    enforce_eager=not settings.compiled,
                     enable_prefix_caching=True,  # a group's samples share their prompt
                     enable_sleep_mode=naps,
                     logprobs_mode="processed_logprobs",  # of the distribution that was drawn from, temperature included
@@ -123,7 +131,7 @@ class Engines:
                 )
             except Exception as error:  # whatever it raises, it is about this model or this machine
                 raise unfit(policy, error) from None
-        return Engine(llm, naps)
+        return Engine(llm, naps, settings.tensor_parallel_size > 1)
 
     def _on_a_cpu(self, positions: int) -> dict[str, Any]:
         """Each prompt in one piece: a piece's unused draw cannot be taken back from a CPU's generator, and vLLM would stop."""
@@ -131,6 +139,13 @@ class Engines:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(CPU_TOKENS, min(self.longest, positions)),
         }
+
+
+def refuse_too_few_devices(asked: int, device: torch.device) -> None:
+    """Raises UserError where an engine is to lie on more GPUs than there are."""
+    there = torch.cuda.device_count() if device.type == "cuda" else asked
+    if asked > there:
+        raise UserError(f"compute.vllm.tensor_parallel_size: {asked} devices are asked for, and there are {there}")
 
 
 def unfit(policy: Policy, error: Exception) -> UserError:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from headwater import config, model
+from headwater import config, lora, model, shards
 from headwater.data import Rollout
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.memory import out_of_memory
@@ -33,27 +33,51 @@ from headwater.sampler import Arrived, Request, Sampler
 T = TypeVar("T")
 
 
-def shard(policy: Policy, ranks: Ranks, field: str) -> Policy:
-    """The same policy with each rank holding a part of every layer; as it was for one process alone.
+def load(
+    name: str,
+    field: str,
+    models: config.Models,
+    device: torch.device,
+    frozen: bool,
+    fingerprint: str | None,
+    adapt: lora.Wanted | None,
+    ranks: Ranks,
+) -> Policy:
+    """As `model.load`, by all ranks together: each reads its part of every weight, and none ever has all of them.
 
-    A frozen policy's head stays whole on every rank: its logits are made beside the student's, outside of its own passes.
-    Raises UserError that names the field for a model that cannot be divided so.
+    Raises UserError, also for what ranks cannot divide.
     """
     if ranks.alone:
-        return policy
-    held, trained = policy.model, {one.requires_grad for one in policy.model.parameters()}
-    if len(trained) > 1:
-        raise UserError(f"{field}: an adapter on frozen weights is trained by one process only; leave torchrun out")
-    if policy.body is held:
+        return model.load(name, field, models, device, frozen, fingerprint, adapt)
+    if adapt is not None and adapt.lora.quantize is not None:
         raise UserError(
-            f"{field}: {policy.where} does more to its logits than its head does, so it runs on one process only"
+            "models.lora.quantize: four-bit weights run in one process; leave torchrun out, or leave it out"
         )
+
+    def spread(held: Any, base: str, device: torch.device) -> tuple[Any, Any]:
+        skeleton = shard(held, ranks, device)
+        shards.fill(held, base, device, ranks)
+        return held, skeleton
+
+    layout = model.Layout(shards.outline, spread, ranks)
+    policy = model.load(name, field, models, device, frozen, fingerprint, adapt, layout)
+    policy.model.reshard()
+    return policy
+
+
+def shard(held: Any, ranks: Ranks, device: torch.device) -> Any:
+    """Have each rank hold a part of every layer from now on; the same model without weights (`Policy.plain`).
+
+    A frozen model's head stays whole on every rank: its logits are made beside the student's, outside of its own passes.
+    """
+    held._apply(lambda one: one if one.is_meta else one.to(device))
     skeleton = emptied(held)
-    kept = set(policy.head.parameters()) if trained == {False} and isinstance(policy.head, nn.Module) else set()
+    frozen = not any(one.requires_grad for one in held.parameters())
+    kept = set(held.get_output_embeddings().parameters()) if frozen else set()
     blocks = set(getattr(held, "_no_split_modules", None) or ())
     # A bound method that runs what it is given: between the root's hooks, once it is registered as a forward method.
     held.within = _run
-    for module in [one for one in policy.body.modules() if type(one).__name__ in blocks]:
+    for module in [one for one in held.base_model.modules() if type(one).__name__ in blocks]:
         fully_shard(module, mesh=ranks.mesh)
     fully_shard(held, mesh=ranks.mesh, ignored_params=kept)
     register_fsdp_forward_method(held, "within")
@@ -61,7 +85,7 @@ def shard(policy: Policy, ranks: Ranks, field: str) -> Policy:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    return replace(policy, ranks=ranks, plain=skeleton)
+    return skeleton
 
 
 def _run(attempt: Callable[[], T]) -> T:
@@ -76,7 +100,8 @@ def within(policy: Policy, attempt: Callable[[], T]) -> T:
     if policy.ranks.alone:
         return attempt()
     with together(policy):
-        found: T = policy.model.within(attempt)
+        # Where logits are the model's own, its forward has all it needs.
+        found = attempt() if isinstance(policy.head, nn.Identity) else model.in_reach(policy.model, attempt)
         if not torch.is_grad_enabled():
             policy.model.reshard()
     return found
@@ -124,16 +149,19 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def emptied(held: Any) -> Any:
-    """A copy of a model without its weights, ties kept."""
+    """A copy of a model without its weights, ties kept; of what its config says there is one."""
     nothing = {
         id(one): nn.Parameter(torch.empty_like(one, device="meta"), requires_grad=False) for one in held.parameters()
     }
-    return copy.deepcopy(held, dict(nothing))
+    return copy.deepcopy(held, {**nothing, id(held.config): held.config})
 
 
 @contextlib.contextmanager
-def whole(policy: Policy) -> Iterator[Policy]:
-    """The policy with all of its weights on this rank, as one process alone has it; they are let go of at the end."""
+def whole(policy: Policy, where: torch.device | None = None) -> Iterator[Policy]:
+    """The policy with all of its weights on this rank, as one process alone has it; they are let go of at the end.
+
+    where  the device that they are gathered to, one after the other: the policy's own, unless said; on `meta` none is kept
+    """
     if policy.ranks.alone:
         yield policy
         return
@@ -144,28 +172,31 @@ def whole(policy: Policy) -> Iterator[Policy]:
     with torch.no_grad():
         for name, one in policy.model.named_parameters(remove_duplicate=False):
             if id(one) not in known:
-                known[id(one)] = nn.Parameter(gathered(one), requires_grad=False)
-            _put(skeleton, name, known[id(one)])
+                known[id(one)] = nn.Parameter(gathered(one).to(where or policy.device), requires_grad=False)
+            shards.put(skeleton, name, known[id(one)])
     try:
-        body, head = skeleton.base_model, skeleton.get_output_embeddings()
-        yield replace(policy, model=skeleton, body=body, head=head, ranks=ALONE, plain=None)
+        yield as_one(policy, skeleton)
     finally:
         meta = {
             key: nn.Parameter(torch.empty_like(one, device="meta"), requires_grad=False) for key, one in known.items()
         }
         for name, one in policy.model.named_parameters(remove_duplicate=False):
-            _put(skeleton, name, meta[id(one)])
+            shards.put(skeleton, name, meta[id(one)])
 
 
-def _put(held: nn.Module, name: str, value: nn.Parameter) -> None:
-    where, _, last = name.rpartition(".")
-    setattr(held.get_submodule(where), last, value)
+def as_one(policy: Policy, filled: Any) -> Policy:
+    """The policy with another model of its kind, all of whose weights are here."""
+    capped = isinstance(policy.head, nn.Identity)
+    body, head = (filled, nn.Identity()) if capped else (filled.base_model, filled.get_output_embeddings())
+    adapter = None if policy.adapter is None else policy.adapter.within(filled)
+    return replace(policy, model=filled, body=body, head=head, ranks=ALONE, plain=None, adapter=adapter)
 
 
 def save(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
-    """As `model.save`, by the first rank; all must call it."""
-    with whole(policy) as held:
-        if policy.ranks.first:
+    """As `model.save`, by the first rank, which gathers all weights in the machine's memory; all must call it."""
+    alone, first = policy.ranks.alone, policy.ranks.first
+    with whole(policy, None if alone else torch.device("cpu" if first else "meta")) as held:
+        if first:
             model.save(held, folder, dtype)
 
 
@@ -173,19 +204,25 @@ def save(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
 class Split:
     """A sampler of which each rank samples its share of the requests; every rank is then handed all rollouts, in their order.
 
-    make  the sampler of one rank, from the whole policy
+    alone  the sampler of one rank, as long as it is needed
     """
 
-    policy: Policy
-    make: Callable[[Policy], Sampler]
+    ranks: Ranks
+    alone: Callable[[], contextlib.AbstractContextManager[Sampler]]
 
     def sample(
         self, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived | None = None
     ) -> list[Rollout]:
-        ranks = self.policy.ranks
-        with whole(self.policy) as held:
-            found = self.make(held).sample(ranks.share(requests), sampling)
-        every = [one for part in ranks.gathered(found) for one in part]
+        with self.alone() as sampler:
+            found = sampler.sample(self.ranks.share(requests), sampling)
+        every = [one for part in self.ranks.gathered(found) for one in part]
         if arrived is not None:
             arrived(every)
         return every
+
+
+@contextlib.contextmanager
+def sampling(policy: Policy, make: Callable[[Policy], Sampler]) -> Iterator[Sampler]:
+    """The sampler of one rank, from the whole policy."""
+    with whole(policy) as held:
+        yield make(held)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from headwater import model, served
+from headwater import model, served, sharded
 from headwater.batch import Row
 from headwater.config import Recipe
 from headwater.data import Problem, Rollout
@@ -89,7 +90,7 @@ class ByTag:
         found: dict[int, Any] = {}
         for tag, one in self.teachers.items():
             places = [place for place, it in enumerate(asked) if self.tags[it.problem_id] == tag]
-            if places:
+            if places or not self.ranks.alone:  # all ranks pass through it together, also those that ask nothing
                 found.update(zip(places, of(one, [asked[place] for place in places]), strict=True))
         return [found[place] for place in range(len(asked))]
 
@@ -170,19 +171,34 @@ def likeliest(held: Distributions, k: int) -> Distributions:
 
 
 def sampler_of(who: Teacher, samplers: Samplers) -> Sampler:
-    """Who samples for a model: it itself where it is elsewhere, else the recipe's sampler."""
-    return samplers(who) if isinstance(who, Policy) else who
+    """Who samples for a model: it itself where it is elsewhere, else the recipe's sampler; several ranks share the work out."""
+    if who.ranks.alone or isinstance(who, ByTag):  # of several teachers, each is shared out by itself
+        return samplers(who) if isinstance(who, Policy) else who
+    if isinstance(who, Policy):
+        return sharded.Split(who.ranks, partial(sharded.sampling, who, samplers))
+    alone: Sampler = who
+    return sharded.Split(who.ranks, lambda: contextlib.nullcontext(alone))
 
 
 def base_teacher(
-    recipe: Recipe, stage: Stage | None, problems: Sequence[Problem], samplers: Samplers, device: torch.device
+    recipe: Recipe,
+    stage: Stage | None,
+    problems: Sequence[Problem],
+    samplers: Samplers,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Teacher:
-    """The recipe's teacher, ready to sample and to score for a stage (None: only to sample). Raises UserError."""
+    """The recipe's teacher, ready to sample and to score for a stage (None: only to sample).
+
+    ranks  who ask it together, each for a share; weights that are here lie on them in parts
+
+    Raises UserError.
+    """
     named = recipe.models.named("teacher")
     held = {
-        field: _served(recipe, field, name, stage, device)
+        field: replace(_served(recipe, field, name, stage, device), ranks=ranks)
         if served.is_served(name)
-        else resting(model.load(name, field, recipe.models, device, frozen=True), recipe, samplers)
+        else resting(sharded.load(name, field, recipe.models, device, True, None, None, ranks), recipe, samplers)
         for field, name in named.items()
     }
     if not isinstance(recipe.models.teacher, dict):
@@ -196,7 +212,7 @@ def base_teacher(
         )
     k = top_k_of(stage) if any(isinstance(one, Served) for one in held.values()) else None
     teachers = {field.removeprefix("models.teacher."): one for field, one in held.items()}
-    return ByTag(teachers, {one.id: one.tag for one in problems}, samplers, k)
+    return ByTag(teachers, {one.id: one.tag for one in problems}, samplers, k, ranks)
 
 
 def is_plain(recipe: Recipe) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from headwater import ledger, lora, model
 from headwater.data import Problem
-from headwater.errors import TrainingStoppedError, UserError
+from headwater.errors import TrainingStoppedError
 from headwater.evaluate import evaluate
 from headwater.labels import Labels
 from headwater.ledger import Purpose, Spend
@@ -21,7 +21,7 @@ from headwater.ranks import ALONE, Ranks
 from headwater.rundir import NodeDir, RunDir, read_jsonl
 from headwater.sampler import Sampler
 from headwater.settings import Stage
-from headwater.sharded import Split, shard
+from headwater.sharded import load
 from headwater.teachers import Teacher, base_teacher, is_plain, resting, sampler_of
 from headwater.train import Metrics
 
@@ -72,33 +72,25 @@ class Workplace:
         """Base weights of the recipe, or those that a node trained."""
         models, device = self.materials.recipe.models, self.materials.device
         if isinstance(whose, Node):
-            folder = self.node_dir(whose).model
+            folder, known = self.node_dir(whose).model, self.plan.fingerprints[whose]
             self.node_dir(whose).refuse_damage(f"{folder.name}/")
-            held = model.load(str(folder), str(folder), models, device, frozen, self.plan.fingerprints[whose], adapt)
-            return shard(held, self.ranks, str(folder))
+            return load(str(folder), str(folder), models, device, frozen, known, adapt, self.ranks)
         (field, name), *others = models.named(whose).items()
         assert not others  # several teachers are asked (`frozen`), never trained (`refuse_what_it_cannot`)
-        return shard(model.load(name, field, models, device, frozen, adapt=adapt), self.ranks, field)
+        return load(name, field, models, device, frozen, None, adapt, self.ranks)
 
     def frozen(self, whose: Role | Node, stage: Stage | None = None) -> Teacher:
-        """Whoever is only asked: to sample, and to score for a stage. A base teacher may be elsewhere.
-
-        Raises UserError where several processes would ask a server, or several teachers.
-        """
+        """Whoever is only asked: to sample, and to score for a stage. A base teacher may be elsewhere."""
         materials = self.materials
         if whose != "teacher" or is_plain(materials.recipe):
             return resting(self.load(whose, frozen=True), materials.recipe, materials.sampler)
-        if not self.ranks.alone:
-            raise UserError(
-                "models.teacher: a server, or several teachers by tag, is asked by one process; leave torchrun out"
-            )
-        return base_teacher(materials.recipe, stage, materials.everything, materials.sampler, materials.device)
+        return base_teacher(
+            materials.recipe, stage, materials.everything, materials.sampler, materials.device, self.ranks
+        )
 
     def trainee(self, node: Node) -> Policy:
         """What a stage trains: all weights, or an adapter on frozen ones."""
         asked = node.lora(self.materials.recipe)
-        if asked is not None and not self.ranks.alone:
-            raise UserError("models.lora: adapters train in one process; leave torchrun out, or train all weights")
         adapt = None if asked is None else lora.Wanted(asked, (node.seed, node.stage, node.pool or ""))
         return self.load(node.start, frozen=False, adapt=adapt)
 
@@ -122,8 +114,6 @@ class Workplace:
         return ledger.totals(read_jsonl(self.node_dir(node).ledger)).flops
 
     def sampler(self, policy: Teacher) -> Sampler:
-        if isinstance(policy, Policy) and not policy.ranks.alone:
-            return Split(policy, self.materials.sampler)
         return sampler_of(policy, self.materials.sampler)
 
     def prompter(self, policy: Teacher) -> Prompter:

@@ -1,0 +1,58 @@
+"""What an engine is started with, seen by an engine that is none: no vLLM is needed here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from headwater import sampler_vllm
+from headwater.config import Compute, Vllm, parse_recipe
+from headwater.errors import UserError
+from headwater.model import Policy
+from headwater.recipes import find_recipe
+from headwater.sampler_vllm import Engines, refuse_too_few_devices
+
+
+class Recorded:
+    """In the place of `vllm.LLM`: what it was started with, and what its workers were told."""
+
+    def __init__(self, **told: Any) -> None:
+        self.told = told
+        self.calls: list[tuple[str, Any]] = []
+
+    def collective_rpc(self, name: str, kwargs: dict[str, Any]) -> None:
+        self.calls.append((name, kwargs["weights_iterator"]))
+
+    def reset_prefix_cache(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_devices_of_an_engine_and_how_weights_reach_them_follow_the_recipe(
+    size: int, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler_vllm, "installed", lambda: True)
+    monkeypatch.setattr(sampler_vllm, "_vllm", lambda: SimpleNamespace(LLM=Recorded))
+    engine = Engines(Compute(sampler="vllm", vllm=Vllm(tensor_parallel_size=size)), 64).engine(policy)
+    assert engine.llm.told["tensor_parallel_size"] == size
+    engine.take(policy)
+    ((name, handed),) = engine.llm.calls
+    assert name == "reload_weights"
+    assert isinstance(handed, list) == (size > 1)  # workers in processes of their own are sent what a list holds
+    state = policy.model.state_dict()
+    found = dict(handed)
+    assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_more_devices_than_there_are_and_none_at_all_are_refused_by_field() -> None:
+    with pytest.raises(
+        UserError, match=r"^compute\.vllm\.tensor_parallel_size: 99 devices are asked for, and there are "
+    ):
+        refuse_too_few_devices(99, torch.device("cuda"))
+    refuse_too_few_devices(99, torch.device("cpu"))
+    raw = find_recipe("pocket", []).model_dump()
+    with pytest.raises(UserError, match=r"compute\.vllm\.tensor_parallel_size: .*greater than or equal to 1"):
+        parse_recipe({**raw, "compute": {**raw["compute"], "vllm": {"tensor_parallel_size": 0}}}, "recipe x")
