@@ -26,6 +26,9 @@ from headwater.train import make_optimizer, update
 from tiny import CPU, MODELS, sampled_rows, stage_of, tiny_folder
 
 torch.set_num_threads(1)
+# Freed tensors go back to the system at once: what the C library would keep of them is not what a rank needs.
+LIBC, M_MMAP_THRESHOLD = ctypes.CDLL("libc.so.6"), -3
+LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def local(tensor: Tensor) -> int:
@@ -41,7 +44,7 @@ def status(name: str) -> float:
 
 def forget() -> float:
     """Give freed memory back and count the most from here on; what is held now."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    LIBC.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 

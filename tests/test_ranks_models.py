@@ -138,5 +138,5 @@ def test_no_rank_ever_holds_the_whole_model_while_it_loads_and_trains() -> None:
     for rank in two:
         assert rank["weights_mb"] == pytest.approx(whole / 2, rel=0.01)
         assert rank["loaded_mb"] < 0.7 * whole
-        assert rank["load_peak_mb"] < 0.7 * alone["load_peak_mb"]
-        assert rank["step_peak_mb"] < 0.75 * alone["step_peak_mb"]
+        assert rank["load_peak_mb"] < 0.8 * alone["load_peak_mb"]
+        assert rank["step_peak_mb"] < 0.6 * alone["step_peak_mb"]
