@@ -1,5 +1,5 @@
-"""What several ranks train and ask besides plain models with weights of their own: adapters, capped logits, teachers elsewhere; and
-that none of them holds a whole model while it loads."""
+"""What several ranks train and ask besides plain models with weights of their own: adapters, teachers elsewhere; and that
+none of them holds a whole model while it loads."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from serving import Answering, serving
 from test_ranks import CHANGES, assert_alike, command_of, crew, node_of
 from test_served import RAW
 from test_teachers import mapped
-from tiny import CPU, MODELS, tiny_folder
+from tiny import CPU, MODELS
 
 STEADY = tuple(f"stages.{stage}.optim.eps=1e-4" for stage in ("teacher_rl", "warmup", "opd", "student_rl"))
-"""An adapter begins at zero, so that a step which is nothing but rounding would be all that there is of some weights."""
+"""Adapters, and norms of some kinds, begin at zero: a step that is nothing but rounding would be all that there is of such a weight."""
 
 
 def one_and_two(tmp_path: Path, *changes: str, options: tuple[str, ...] = ()) -> tuple[Path, Path]:
@@ -62,14 +62,6 @@ def test_adapters_on_two_ranks_train_as_on_one_and_go_on_from_what_two_wrote(out
         again = crew().run(size, *command_of(tmp_path / str(size), *changes))
         assert [rank.code for rank in again] == [0] * size, again
         assert_alike(tmp_path / str(size), one)
-
-
-def test_capped_logits_come_out_of_two_ranks_as_of_one(tmp_path: Path) -> None:
-    capped = {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
-    student, teacher = (tiny_folder(tmp_path / str(seed), "gemma2", seed, **capped) for seed in (1, 2))
-    changes = (*CHANGES, f"models.student={student}", f"models.teacher={teacher}")
-    one, two = one_and_two(tmp_path, *changes)
-    assert_alike(two, one)
 
 
 def test_a_served_teacher_is_asked_by_each_rank_for_its_own_share(tmp_path: Path, pocket_folder: Path) -> None:
