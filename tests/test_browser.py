@@ -5,6 +5,7 @@ Without Chromium (or HEADWATER_CHROMIUM, the path of one) and playwright all of 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -88,6 +89,25 @@ def test_every_section_and_every_plot_is_there_and_nothing_is_asked_of_any_netwo
             assert one.locator("path").count() > 5
         rows = page.locator("#arms tbody tr").count()
         assert page.locator("#arms td.forest .mean").count() == rows >= 20
+
+
+def test_at_desktop_width_navigation_and_arms_are_seen_whole(study: Path, opened: Any) -> None:
+    with opened(study / "report.html") as page:
+        for seen in ("nav", "#arms .wide", "#comparisons > .wide"):
+            wider = page.locator(seen).first.evaluate("element => element.scrollWidth - element.clientWidth")
+            assert wider <= 0, f"{seen} scrolls sideways by {wider} px"
+
+
+def test_the_arms_on_the_page_are_those_of_the_values_file(study: Path, opened: Any) -> None:
+    found = json.loads((study / "report.json").read_text(encoding="utf-8"))
+    with opened(study / "report.html") as page:
+        for name, arm in found["arms"].items():
+            row = page.locator("#arms tbody tr", has=page.locator(f"th:text-matches('^{name}(?![a-z_0-9])')"))
+            cells = row.locator("td").all_inner_texts()
+            accuracy = arm["accuracy"]["sums"]
+            mean, low, high = (f"{100 * accuracy[key]:.1f}" for key in ("mean", "low", "high"))
+            assert cells[:2] == [mean, f"{low} to {high}"], name
+            assert cells[5:7] == [f"{arm['labels'][key]:,}" for key in ("distinct", "checks")], name
 
 
 def test_filters_and_search_show_what_they_say_and_survive_a_reload(study: Path, opened: Any) -> None:

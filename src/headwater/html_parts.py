@@ -16,6 +16,10 @@ NUMBERS = re.compile(
 """Heads of columns of numbers, which stand to the right."""
 
 
+SENTENCE = re.compile(r"[^\W\d]{4}")
+"""A word, as units and signs are none: what holds one is no number, however it begins."""
+
+
 def document(title: str, style: str, header: str, main: str, script: str = "", after: str = "") -> str:
     """A whole page that asks the network for nothing. `title` is plain text, `script` our own code, the rest HTML and CSS.
 
@@ -69,22 +73,33 @@ def noted(text: str) -> str:
 
 
 def framed(svgs: Sequence[str], caption: str, kind: str = "") -> str:
-    """Figures side by side as the page's width allows. `kind` is `small` (four in a row) or `large` (one, scrolled sideways)."""
+    """Figures side by side as the page's width allows.
+
+    kind  `pair` for two that are wide (one below the other and scrolled sideways on a phone), `large` for one that is
+    """
     if not svgs:
         return ""
     said = f"<p class='note'>{escaped(caption)}</p>" if caption else ""
     held = "".join(f"<figure>{svg}</figure>" for svg in svgs)
-    if kind == "large":
-        return f'<div class="wide large" role="region" aria-label="figure" tabindex="0">{held}</div>{said}'
-    return f'<div class="figures {kind}">{held}</div>{said}'
+    if kind:
+        return f'<div class="wide {kind}" role="region" aria-label="{_region(caption)}" tabindex="0">{held}</div>{said}'
+    return f'<div class="figures">{held}</div>{said}'
 
 
-def table(caption: str, heads: Sequence[str], rows: Sequence[str]) -> str:
-    """A table that scrolls sideways by itself on a narrow screen, also from the keyboard."""
+def _region(caption: str) -> str:
+    """The name of a region that scrolls. Example: `_region("Of the student. All seeds.")` is `figures: Of the student`."""
+    return escaped(f"figures: {caption.split('.')[0]}" if caption else "figures")
+
+
+def table(caption: str, heads: Sequence[str], rows: Sequence[str], kind: str = "") -> str:
+    """A table that scrolls sideways by itself on a narrow screen, also from the keyboard.
+
+    kind  `told` where cells hold sentences: on a phone they then stand below each other
+    """
     head = "".join(map(_head, heads))
     label = escaped(caption)
     return (
-        f'<div class="wide" role="region" aria-label="{label}" tabindex="0"><table><caption>{label}</caption>'
+        f'<div class="wide {kind}" role="region" aria-label="{label}" tabindex="0"><table><caption>{label}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -102,7 +117,7 @@ def _head(text: str) -> str:
 
 
 def td(text: str, rows: int = 1) -> str:
-    kind = ' class="number"' if re.match(r"[–+−<\d]", text) else ""
+    kind = ' class="number"' if re.match(r"[–+−<\d]", text) and not SENTENCE.search(text) else ""
     span = f' rowspan="{rows}"' if rows > 1 else ""
     return f"<td{span}{kind}>{escaped(text)}</td>"
 

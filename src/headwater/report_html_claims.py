@@ -77,7 +77,7 @@ def predictions(report: dict[str, Any]) -> str:
         "p < 0.05. It does not hold if any part is reversed, shown by interval and p; else it is undecided. “Not above” "
         "holds as long as no gain is shown."
     )
-    return section("The paper's predictions", table("P1 to P3", heads, lines) + noted(note))
+    return section("The paper's predictions", table("P1 to P3", heads, lines, "told") + noted(note))
 
 
 def comparisons(report: dict[str, Any], album: figures.Album) -> str:
@@ -177,7 +177,7 @@ def costs(report: dict[str, Any], album: figures.Album) -> str:
         *_against(report, eval_name, lambda arm: arm["flops"], "training FLOPs, mean per seed", _round, log=True),
     ]
     legend = "Points: means over seeds, with the 95 % interval. Arms of equal cost stand side by side. Dashed: the models before."
-    return section("Labels and compute", framed([album.add(one) for one in drawn], legend)) if drawn else ""
+    return section("Labels and compute", framed([album.add(one) for one in drawn], legend, "pair")) if drawn else ""
 
 
 def _round(flops: float) -> str:

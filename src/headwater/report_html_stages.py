@@ -54,7 +54,7 @@ def by_stage(report: dict[str, Any], album: figures.Album) -> str:
         for eval_name in report["evals"]
     ]
     note = "What stands before is the model as it came. Means over seeds."
-    drawn = framed([album.add(one) for one in _ways(report)], "Of the student, after each of its stages.")
+    drawn = framed([album.add(one) for one in _ways(report)], "Of the student, after each of its stages.", "pair")
     return section("Stage by stage", "".join(tables) + noted(note) + drawn + _stage_table(report) + _ended(report))
 
 
@@ -113,7 +113,7 @@ def _stage_table(report: dict[str, Any]) -> str:
         best = f"{percent([*by_k.values()][-1])} (k={[*by_k][-1]})" if by_k else "–"
         shares = row["informative"]
         cells = [
-            POOL_TEXT.get(row["pool"] or "", "–"),
+            POOL_TEXT.get(row["pool"] or "", "none"),
             _some(row["arms"]),
             percent(accuracy["mean"]) if accuracy else "–",
             best,
@@ -203,7 +203,7 @@ def _c2(report: dict[str, Any]) -> str:
             continue
         anywhere |= bool(row["conditions"])
         prompts = "held out" if row["conditions"] else "training"
-        cells = [POOL_TEXT.get(row["pool"] or "", "–"), _some(row["arms"]), prompts]
+        cells = [POOL_TEXT.get(row["pool"] or "", "none"), _some(row["arms"]), prompts]
         cells += [_two(held.get(key)) for key in C2]
         name = stage_name(row["stage"], row["objective"], row["role"])
         rows.append(f'<tr><th scope="row">{escaped(name)}</th>{"".join(map(td, cells))}</tr>')

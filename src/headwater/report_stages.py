@@ -13,6 +13,12 @@ STAGE_TEXT = {
     "sft": "SFT",
 }
 """In the order in which a reader meets them."""
+UNTRAINED_TEXT = {
+    "base_student": "Student before",
+    "base_teacher": "Teacher before",
+    "teacher_rollouts": "Teacher's rollouts",
+}
+"""Nodes that train nothing."""
 
 
 def stage_name(stage: str, objective: str = "", role: str = "") -> str:
@@ -23,7 +29,7 @@ def stage_name(stage: str, objective: str = "", role: str = "") -> str:
     """
     if objective == "constant":
         return "Constant advantage"
-    said = STAGE_TEXT.get(stage, stage)
+    said = STAGE_TEXT.get(stage) or UNTRAINED_TEXT.get(stage, stage)
     if stage == "sft" and role:
         said = f"{said} of the {role}"
     return f"{said} mixed with reward" if objective == "mixed" else said

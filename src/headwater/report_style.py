@@ -16,8 +16,8 @@ a { color: var(--link); }
 a.skip { position: absolute; left: -99rem; }
 a.skip:focus { left: 1rem; top: 0.25rem; background: var(--page); z-index: 3; padding: 0.25rem 0.5rem; }
 nav { position: sticky; top: 0; z-index: 2; background: var(--page); border-bottom: 1px solid var(--line);
-  margin: 0 -1.25rem; padding: 0 1.25rem; overflow-x: auto; white-space: nowrap; font-size: 0.875rem; }
-nav ul { display: flex; gap: 1.1rem; list-style: none; margin: 0; padding: 0.5rem 0; }
+  margin: 0 -1.25rem; padding: 0 1.25rem; overflow-x: auto; white-space: nowrap; font-size: 0.8125rem; }
+nav ul { display: flex; flex-wrap: wrap; gap: 0.15rem 0.8rem; list-style: none; margin: 0; padding: 0.45rem 0; }
 nav a { text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 h1 { font-size: 1.6rem; margin: 1rem 0 0; overflow-wrap: anywhere; }
@@ -43,21 +43,22 @@ thead th { color: var(--quiet); font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 600; position: sticky; left: 0; background: var(--page); z-index: 1; }
 th .text, th .warn { display: block; font-weight: 400; font-size: 0.8rem; color: var(--quiet); min-width: 9rem; }
 th .warn { color: var(--wrong); overflow-wrap: anywhere; }
-td.forest { min-width: 13rem; padding: 0.2rem 0.6rem; }
-td.forest span { display: block; position: relative; height: 1.5rem; }
-td.forest i { position: absolute; top: 0; bottom: 0; }
-td.forest .level { border-left: 1.5px dashed var(--quiet); top: -0.6rem; bottom: -0.6rem; }
-td.forest .bar { top: calc(50% - 1.5px); height: 3px; background: var(--series0); border-radius: 2px; }
-td.forest .mean { width: 9px; height: 9px; margin-left: -4.5px; top: calc(50% - 4.5px); border-radius: 50%;
+td.forest { min-width: 11rem; position: relative; }
+td.forest span { position: absolute; inset: 0 0.6rem; --row: 0.95rem; }
+td.forest i { position: absolute; }
+td.forest .level { border-left: 1.5px dashed var(--quiet); top: 0; bottom: -1px; }
+td.forest .bar { top: calc(var(--row) - 1.5px); height: 3px; background: var(--series0); border-radius: 2px; }
+td.forest .mean { width: 9px; height: 9px; margin-left: -4.5px; top: calc(var(--row) - 4.5px); border-radius: 50%;
   background: var(--series0); }
-td.forest .seed { width: 1.5px; background: var(--text); opacity: 0.6; top: 25%; bottom: 25%; }
+td.forest .seed { width: 1.5px; height: 0.8rem; background: var(--text); opacity: 0.6; top: calc(var(--row) - 0.4rem); }
 tr.group th { padding-top: 0.9rem; color: var(--quiet); position: static; }
-th.axis { min-width: 13rem; }
+th.axis { min-width: 11rem; }
 th.axis span { display: flex; justify-content: space-between; font-weight: 400; }
-.figures { display: grid; gap: 0.75rem 1.25rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); }
-.figures.small { grid-template-columns: repeat(auto-fill, minmax(min(16rem, 100%), 1fr)); }
+.figures, .pair { display: grid; gap: 0.75rem 1.25rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); }
+.pair { grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)); }
 figure { margin: 0; max-width: 40rem; }
+.pair figure { min-width: 30rem; }
 .large figure { max-width: 52rem; min-width: 40rem; }
 figure svg { display: block; width: 100%; height: auto; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
@@ -90,12 +91,16 @@ form select, form input, button { font: inherit; font-size: 0.9rem; color: var(-
 .scale .a { background: color-mix(in srgb, var(--above) 55%, transparent); text-decoration: underline; }
 .scale .b { background: color-mix(in srgb, var(--below) 55%, transparent); text-decoration: underline wavy; }
 @media (max-width: 40rem) { body { padding: 0 0.75rem 3rem; } nav { margin: 0 -0.75rem; padding: 0 0.75rem; }
-  th .text { min-width: 7rem; } td.forest, th.axis { min-width: 9rem; } }
+  nav ul { flex-wrap: nowrap; gap: 1.1rem; }
+  th .text { min-width: 7rem; } td.forest, th.axis { min-width: 9rem; }
+  .told table, .told caption, .told tbody, .told tr, .told th, .told td { display: block; } .told thead { display: none; }
+  .told tr { border-bottom: 1px solid var(--line); padding: 0.4rem 0; } .told td.said { white-space: normal; }
+  .told th, .told td { border: 0; padding: 0.1rem 0; position: static; } }
 @media print { body { max-width: none; font-size: 10pt; padding: 0; } .wide { overflow: visible; }
   nav, a.skip, #rollouts form, #rollouts button { display: none !important; }
   table { font-size: 7pt; } th, td { padding: 0.15rem 0.3rem; } tbody th { position: static; }
   td.forest, th.axis { min-width: 6rem; } td.forest i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  .figures { grid-template-columns: repeat(3, 1fr); } .figures.small { grid-template-columns: repeat(4, 1fr); }
-  .large figure { min-width: 0; }
+  .figures { grid-template-columns: repeat(3, 1fr); } .pair { grid-template-columns: repeat(2, 1fr); }
+  .large figure, .pair figure { min-width: 0; }
   tr, figure, article { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """

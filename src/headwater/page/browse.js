@@ -107,8 +107,8 @@
   const draw = () => {
     list.replaceChildren(...found.slice(0, shown).map(article));
     more.hidden = shown >= found.length;
-    told.textContent = `${found.length.toLocaleString("en")} of ${data.rows.length.toLocaleString("en")} shown here fit; ` +
-      `${Math.min(shown, found.length)} listed`;
+    told.textContent = `${found.length.toLocaleString("en")} of ${data.rows.length.toLocaleString("en")} rollouts match; ` +
+      (found.length > shown ? `the first ${shown} are listed` : found.length ? "all are listed" : "none is listed");
   };
   const update = () => {
     const want = wanted();
