@@ -48,7 +48,7 @@ td.forest span { position: absolute; inset: 0 0.6rem; --row: 0.95rem; }
 td.forest i { position: absolute; }
 td.forest .level { border-left: 1.5px dashed var(--quiet); top: 0; bottom: -1px; }
 td.forest .bar { top: calc(var(--row) - 1.5px); height: 3px; background: var(--series0); border-radius: 2px; }
-td.forest .mean { width: 9px; height: 9px; margin-left: -4.5px; top: calc(var(--row) - 4.5px); border-radius: 50%;
+td.forest .mean { width: 0.5rem; height: 0.5rem; margin-left: -0.25rem; top: calc(var(--row) - 0.25rem); border-radius: 50%;
   background: var(--series0); }
 td.forest .seed { width: 1.5px; height: 0.8rem; background: var(--text); opacity: 0.6; top: calc(var(--row) - 0.4rem); }
 tr.group th { padding-top: 0.9rem; color: var(--quiet); position: static; }
@@ -96,10 +96,10 @@ form select, form input, button { font: inherit; font-size: 0.9rem; color: var(-
   .told table, .told caption, .told tbody, .told tr, .told th, .told td { display: block; } .told thead { display: none; }
   .told tr { border-bottom: 1px solid var(--line); padding: 0.4rem 0; } .told td.said { white-space: normal; }
   .told th, .told td { border: 0; padding: 0.1rem 0; position: static; } }
-@media print { body { max-width: none; font-size: 10pt; padding: 0; } .wide { overflow: visible; }
+@media print { html { font-size: 10.5px; } body { max-width: none; font-size: 1rem; padding: 0; } .wide { overflow: visible; }
   nav, a.skip, #rollouts form, #rollouts button { display: none !important; }
-  table { font-size: 7pt; } th, td { padding: 0.15rem 0.3rem; } tbody th { position: static; }
-  td.forest, th.axis { min-width: 6rem; } td.forest i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  th, td { padding: 0.2rem 0.4rem; } tbody th { position: static; } td.forest span { --row: 0.85rem; }
+  td.forest, th.axis { min-width: 8rem; } td.forest i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .figures { grid-template-columns: repeat(3, 1fr); } .pair { grid-template-columns: repeat(2, 1fr); }
   .large figure, .pair figure { min-width: 0; }
   tr, figure, article { break-inside: avoid; } h2, h3 { break-after: avoid; } }
