@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import click
@@ -18,7 +17,7 @@ import headwater
 from headwater.cli import app
 from headwater.known import DEVICES
 from headwater.recipes import ARMS, find_recipe
-from runs import all_arms, call
+from runs import call
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -47,61 +46,30 @@ def words(command: str) -> list[str]:
     return [re.sub(r"^[A-Z]$", "2", word) for word in shlex.split(said)]
 
 
-def test_every_command_in_the_docs_is_one_that_the_program_takes() -> None:
+def fault(command: str) -> str | None:
+    """Why the program would not take this command, as far as its words say. None if it would."""
     program = typer.main.get_command(app)
-    assert isinstance(program, click.Group) or hasattr(program, "commands")
     verbs = program.commands  # type: ignore[attr-defined]
+    verb, *rest = words(command)
+    if verb not in verbs:
+        return "no such verb"
+    if not rest and verb not in ("init", "demo"):
+        return None  # a verb's name in a sentence
+    try:
+        verbs[verb].make_context(verb, rest)
+    except click.exceptions.Exit:
+        pass
+    except Exception as error:
+        if "Missing" not in str(error):  # a sentence may name an option without its argument
+            return str(error)
+    return None
+
+
+def test_every_command_in_the_docs_is_one_that_the_program_takes() -> None:
+    """tests/test_commands.py runs them."""
     told = commands()
     assert len(told) > 60
-    wrong = []
-    for page, command in told:
-        verb, *rest = words(command)
-        if verb not in verbs:
-            wrong.append((page, command, "no such verb"))
-            continue
-        if not rest and verb not in ("init", "demo"):
-            continue  # a verb's name in a sentence
-        try:
-            verbs[verb].make_context(verb, rest)
-        except click.exceptions.Exit:
-            pass
-        except Exception as error:
-            if "Missing" not in str(error):  # a sentence may name an option without its argument
-                wrong.append((page, command, str(error)))
-    assert wrong == []
-
-
-DRY = sorted({command for _, command in commands() if command.startswith(("run pocket", "study pocket"))})
-
-
-@pytest.mark.parametrize("command", [one for one in DRY if "--dry-run" in one])
-def test_dry_runs_in_the_docs_print_their_plan(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = call(*words(command))
-    assert said.code == 0, said.err
-    arms = re.search(r"--arms? (\S+)", command)
-    assert "teacher_rl" in said.out or ((arms and "teacher_rl" not in arms[1]) and "opd" in said.out)
-
-
-def test_commands_on_a_finished_run_do_what_the_docs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(all_arms(), "runs/demo", ignore=shutil.ignore_patterns("checkpoint"))
-    told = {command for page, command in commands() if page == "docs/report.md" and "runs/demo" in command}
-    assert told == {"report runs/demo", "report runs/demo --audit", "report runs/demo --serve", "watch runs/demo"}
-    said = call(*words("report runs/demo"))
-    assert said.code == 0 and "runs/demo/report.html" in said.out
-    audited = call(*words("report runs/demo --audit"))
-    assert audited.code == 0 and "holds" in audited.out
-    watched = call(*words("watch runs/demo"))
-    nodes = len(list(Path("runs/demo/nodes").iterdir()))
-    assert watched.code == 0 and f"{nodes} of {nodes} nodes done" in watched.out
-
-
-def test_every_make_target_in_the_docs_exists() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    named = {
-        one for text in PAGES.values() for one in re.findall(r"(?:^    |`)make ([a-z]+)", text, flags=re.MULTILINE)
-    }
-    assert {"demo", "test", "bench"} <= named <= targets
+    assert [(page, command, said) for page, command in told if (said := fault(command)) is not None] == []
 
 
 def test_every_function_that_the_theory_page_names_exists() -> None:

@@ -33,4 +33,6 @@ def _one(run: RunDir) -> str:
         rows.append(f'<tr>{head}<td class="said">{said}</td>{td(what)}</tr>')
     held = sum(check.holds for check in found)
     note = f"{held} of {len(found)} claims about where labels went hold, recounted from the run's files."
-    return table("What the files prove about labels", ["claim", "reading", "what was counted"], rows, "told") + noted(note)
+    return table("What the files prove about labels", ["claim", "reading", "what was counted"], rows, "told") + noted(
+        note
+    )

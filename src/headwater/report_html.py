@@ -191,7 +191,9 @@ def _labels(study: Study, report: dict[str, Any], album: figures.Album) -> str:
         spent = mean_costs([costs([node]) for node in nodes])["labels"]
         pool = nodes[0].pool
         allowed = (nodes[0].info.get("labels") or {}).get("distinct_allowed")
-        if not spent["checks"] and not (pool and allowed != 0):  # it trained on problems of the pool without their answers
+        if not spent["checks"] and not (
+            pool and allowed != 0
+        ):  # it trained on problems of the pool without their answers
             continue
         stage = stage_name(nodes[0].stage, nodes[0].objective)
         cells = [

@@ -90,6 +90,7 @@ form select, form input, button { font: inherit; font-size: 0.9rem; color: var(-
 .scale span { color: var(--text); padding: 0.05rem 0.4rem; border-radius: 0.2rem; }
 .scale .a { background: color-mix(in srgb, var(--above) 55%, transparent); text-decoration: underline; }
 .scale .b { background: color-mix(in srgb, var(--below) 55%, transparent); text-decoration: underline wavy; }
+@media screen { main > section { content-visibility: auto; contain-intrinsic-size: auto 50rem; } }
 @media (max-width: 40rem) { body { padding: 0 0.75rem 3rem; } nav { margin: 0 -0.75rem; padding: 0 0.75rem; }
   nav ul { flex-wrap: nowrap; gap: 1.1rem; }
   th .text { min-width: 7rem; } td.forest, th.axis { min-width: 9rem; }

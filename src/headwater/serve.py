@@ -24,29 +24,41 @@ from headwater.watch import SHORT, Look, look
 REFRESH, PATIENCE = 10, 10.0
 """Seconds between two refreshes of the page; how many times its own making a page lasts at least."""
 
+Seen = tuple[tuple[str, int, int], ...]
+"""Of each file its name, when it was last written, and its length."""
+
 
 @dataclass
 class Page:
-    """The page as it was last made, and when to make it again: when files changed, and not more than a tenth of the time."""
+    """The page as it was last made. It is made again beside the answers, when files changed, and not more than a tenth of the time."""
 
     outs: Sequence[Path]
     html: str = ""
-    seen: tuple[float, ...] = ()
+    seen: Seen = ()
     until: float = 0.0
+    maker: threading.Thread | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def now(self) -> str:
+        """The page with what is going on at its top; only the first one is waited for."""
+        changed = _changed(self.outs)
         with self.lock:
-            changed = _changed(self.outs)
-            if not self.html or (changed != self.seen and time.monotonic() >= self.until):
-                began = time.monotonic()
-                try:
-                    self.html = report.page(self.outs)
-                except HeadwaterError as error:  # a run that has just begun, or a row that is being written
-                    return _with_status(document("headwater", STYLE, f"<h1>{escaped(str(error))}</h1>", ""), "", True)
-                self.seen, self.until = changed, time.monotonic() + PATIENCE * (time.monotonic() - began)
-            status, running = _status(self.outs)
-            return _with_status(self.html, status, running or changed != self.seen)
+            idle = self.maker is None or not self.maker.is_alive()
+            if idle and changed != self.seen and time.monotonic() >= self.until:
+                self.maker = threading.Thread(target=self._make, args=(changed,), daemon=True)
+                self.maker.start()
+        if not self.html and self.maker is not None:
+            self.maker.join()
+        status, running = _status(self.outs)
+        return _with_status(self.html, status, running or changed != self.seen)
+
+    def _make(self, changed: Seen) -> None:
+        began = time.monotonic()
+        try:
+            self.html, self.seen = report.page(self.outs), changed
+        except HeadwaterError as error:  # a run that has just begun, or a row that is being written: it is tried again
+            self.html = self.html or document("headwater", STYLE, f"<h1>{escaped(str(error))}</h1>", "")
+        self.until = time.monotonic() + PATIENCE * (time.monotonic() - began)
 
 
 def serve(outs: Sequence[Path], port: int, ready: Callable[[str], None]) -> None:
@@ -93,13 +105,12 @@ HEADERS = {
 }
 
 
-def _changed(outs: Sequence[Path]) -> tuple[float, ...]:
-    """Of each folder when a node last wrote something that the page shows."""
-    times = []
-    for out in outs:
-        files = [file for node in RunDir(out).nodes() for file in (node.metrics, node.done, node.failed, node.warnings)]
-        times.append(max((file.stat().st_mtime for file in files if file.exists()), default=0.0))
-    return tuple(times)
+def _changed(outs: Sequence[Path]) -> Seen:
+    """When each of the files that the page shows was last written, and how long it is."""
+    nodes = [node for out in outs for node in RunDir(out).nodes()]
+    files = [file for node in nodes for file in (node.metrics, node.conditions, node.warnings, node.done, node.failed)]
+    found = [(str(file), file.stat()) for file in files if file.exists()]
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
 
 
 def _status(outs: Sequence[Path]) -> tuple[str, bool]:
