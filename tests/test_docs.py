@@ -6,6 +6,9 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import click
@@ -46,17 +49,20 @@ def words(command: str) -> list[str]:
     return [re.sub(r"^[A-Z]$", "2", word) for word in shlex.split(said)]
 
 
+@cache
+def verbs() -> dict[str, click.Command]:
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined, no-any-return]
+
+
 def fault(command: str) -> str | None:
     """Why the program would not take this command, as far as its words say. None if it would."""
-    program = typer.main.get_command(app)
-    verbs = program.commands  # type: ignore[attr-defined]
     verb, *rest = words(command)
-    if verb not in verbs:
+    if verb not in verbs():
         return "no such verb"
     if not rest and verb not in ("init", "demo"):
         return None  # a verb's name in a sentence
     try:
-        verbs[verb].make_context(verb, rest)
+        verbs()[verb].make_context(verb, rest)
     except click.exceptions.Exit:
         pass
     except Exception as error:
@@ -95,6 +101,24 @@ def _named(name: str) -> object:
             found = getattr(found, part)
         return found
     raise AssertionError(f"{name}: no such module")
+
+
+def test_the_tutorials_own_problems_are_made_and_fit_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    makes, data = (
+        re.search(rf"```{kind}\n(.*?)```", PAGES["docs/tutorial.md"], flags=re.DOTALL)[1]  # type: ignore[index]
+        for kind in ("python", "yaml")
+    )
+    subprocess.run([sys.executable, "-c", makes], check=True, timeout=60)
+    given = re.sub(r"^data:\n(?:  .*\n)+", data, call("init", "pocket").out, flags=re.MULTILINE)
+    Path("my.yaml").write_text(given)
+    recipe = find_recipe("my.yaml", [])
+    assert recipe.data.labeled.path == "problems.jsonl" and list(recipe.data.evals) == ["held_out"]
+    for name, count in (("problems.jsonl", 400), ("held-out.jsonl", 200)):
+        said = call("validate", name, "--task", recipe.task)
+        assert said.code == 0 and f"{count} gold answers, 0 fail; 0 repeated rows" in said.out
 
 
 def test_the_arms_page_has_every_arm() -> None:
@@ -137,8 +161,7 @@ def test_the_two_gpu_example_is_a_command_that_the_program_takes() -> None:
         r"-m headwater (run .*)$", (EXAMPLES / "two_gpus.sh").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
     assert command is not None
-    verb, *rest = shlex.split(command[1])
-    typer.main.get_command(app).commands[verb].make_context(verb, rest)  # type: ignore[attr-defined]
+    assert fault(command[1]) is None
 
 
 def test_the_example_with_its_own_grader_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
