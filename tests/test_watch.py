@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fakes import ARMS, fake_run, names
 from headwater import serve, watch
@@ -75,6 +77,21 @@ def test_the_terminal_names_stages_and_warnings_and_a_machine_reads_the_same(hal
     assert "! On-policy distillation, seed 0: truncation: 0.62" in said.out
     found = json.loads(call("watch", half, "--json").out)
     assert found["running"] is False and [node["step"] for node in found["nodes"] if node["steps"] == 40] == [12]
+
+
+def test_a_study_that_is_longer_than_the_terminal_shows_what_is_at_work() -> None:
+    states: list[watch.State] = [*(["done"] * 40), "at work", *(["waiting"] * 40), "failed", *(["waiting"] * 18)]
+    nodes = tuple(
+        watch.NodeNow(f"n{place}", f"stage{place}", "", 0, state, 3, 8, None, 1.0, {}, (f"loud{place}",))
+        for place, state in enumerate(states)
+    )
+    console = Console(file=io.StringIO(), width=100)
+    console.print(watch.frame(watch.Look("pocket", True, nodes), 30))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert len(text.splitlines()) <= 30
+    listed = re.findall(r"stage(\d+) ", text)
+    assert len(listed) == 20 and {"40", "81", "41"} <= set(listed) and "0" not in listed
+    assert "40 of 100 nodes done" in text and "80 nodes are not listed here; 98 warnings" in text
 
 
 def test_a_folder_without_a_run_and_one_of_another_shape_end_in_a_sentence(tmp_path: Path, half: Path) -> None:

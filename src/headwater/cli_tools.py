@@ -127,11 +127,11 @@ def watch(
     elif once or not screen.is_terminal:
         screen.print(frame(found))
     else:
-        with Live(frame(found), console=screen, auto_refresh=False) as live:
+        with Live(frame(found, screen.height), console=screen, auto_refresh=False) as live:
             while found.running:
                 time.sleep(every)
                 found = look(folder)
-                live.update(frame(found), refresh=True)
+                live.update(frame(found, screen.height), refresh=True)
 
 
 @tools.command()

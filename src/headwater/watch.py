@@ -6,7 +6,7 @@ frame(it)   the same for a terminal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -158,22 +158,41 @@ MARKS: dict[State, tuple[str, str]] = {
 }
 
 
-def frame(found: Look) -> RenderableType:
-    """A line a node, a line for the whole, and the warnings by name."""
+AROUND, WARNINGS = 10, 2
+"""Lines of a frame that are no nodes: heads, the sentence for the whole and as many warnings as have room at least."""
+URGENT: dict[State, int] = {"at work": 0, "failed": 1, "stopped": 1, "waiting": 2, "done": 3}
+"""Which nodes are shown where not all have room: these first."""
+
+
+def frame(found: Look, height: int | None = None) -> RenderableType:
+    """A line a node, a line for the whole, and the warnings by name. With `height`, no more of each than so many lines hold."""
+    warnings = [f"! {one.stage}, seed {one.seed}: {warning}" for one in found.nodes for warning in one.warnings]
+    room = len(found.nodes) + len(warnings) if height is None else max(3, height - AROUND)
+    shown = most_urgent(found.nodes, room)
+    told = warnings[-(WARNINGS + room - len(shown)) :]
     table = plain_table(f"{found.name} · {'at work' if found.running else 'nobody at work'}")
     for head in ("", "stage", "seed", "step", "", "a minute", "left", "what matters"):
         table.add_column(
             head, no_wrap=head != "what matters", justify="right" if head in ("step", "a minute", "left") else "left"
         )
-    for one in found.nodes:
+    for one in shown:
         _add(table, one)
     done = sum(one.state == "done" for one in found.nodes)
     left = found.seconds_left
     said = "" if done == len(found.nodes) else f", {'?' if left is None else duration(left)} left one after the other"
-    lines: list[RenderableType] = [table, Text(f"{done} of {len(found.nodes)} nodes done{said}")]
-    for one in found.nodes:
-        lines += [Text(f"! {one.stage}, seed {one.seed}: {warning}", style="yellow") for warning in one.warnings]
-    return Group(*lines)
+    hidden = [(len(found.nodes) - len(shown), "nodes"), (len(warnings) - len(told), "warnings")]
+    said += "".join(f"; {count} {what} are not listed here" for count, what in hidden if count)
+    return Group(
+        table,
+        Text(f"{done} of {len(found.nodes)} nodes done{said}"),
+        *(Text(warning, style="yellow") for warning in told),
+    )
+
+
+def most_urgent(nodes: Sequence[NodeNow], room: int) -> list[NodeNow]:
+    """As many nodes as there is room for, in the order of the plan: those at work first, then failed ones, then what comes next."""
+    places = sorted(range(len(nodes)), key=lambda place: URGENT[nodes[place].state])[:room]
+    return [nodes[place] for place in sorted(places)]
 
 
 def _add(table: Table, one: NodeNow) -> None:
