@@ -48,7 +48,7 @@ td.forest span { position: absolute; inset: 0 0.6rem; --row: 0.95rem; }
 td.forest i { position: absolute; }
 td.forest .level { border-left: 1.5px dashed var(--quiet); top: 0; bottom: -1px; }
 td.forest .bar { top: calc(var(--row) - 1.5px); height: 3px; background: var(--series0); border-radius: 2px; }
-td.forest .mean { width: 0.5rem; height: 0.5rem; margin-left: -0.25rem; top: calc(var(--row) - 0.25rem); border-radius: 50%;
+td.forest .mean { width: 0.42rem; height: 0.42rem; margin-left: -0.21rem; top: calc(var(--row) - 0.21rem); border-radius: 50%;
   background: var(--series0); }
 td.forest .seed { width: 1.5px; height: 0.8rem; background: var(--text); opacity: 0.6; top: calc(var(--row) - 0.4rem); }
 tr.group th { padding-top: 0.9rem; color: var(--quiet); position: static; }
