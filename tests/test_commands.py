@@ -30,8 +30,8 @@ AS_IT_STANDS = {  # and what it says, as a regular expression
     "init gsm8k": "student: ",
     "init paper-qwen3-1.7b": "student: ",
     "init pocket > my.yaml": "student: pocket:qwen3-student",
-    "validate problems.jsonl": "64 gold answers, 0 fail",
-    "validate problems.jsonl --task sums": "64 gold answers, 0 fail",
+    "validate problems.jsonl": "300 gold answers, 0 fail",
+    "validate problems.jsonl --task sums": "300 gold answers, 0 fail",
     "doctor my.yaml": "nothing is wrong that would spoil a run",
     "run my.yaml --dry-run": "teacher_rl",
     "run my.yaml --dry-run --json": '"steps": ',
@@ -97,7 +97,7 @@ IN_SMALL = {  # what is typed in its place, and what that says
         "direct_grpo",
     ),
     "sweep my.yaml --vary labels --values 64,128,256": (
-        "sweep my.yaml --vary labels --values 64,128,256 --dry-run --set data.labeled=many.jsonl",
+        "sweep my.yaml --vary labels --values 64,128,256 --dry-run",
         "256",
     ),
     "sweep my.yaml --vary stages.opd.optim.lr --values 1e-4,3e-4,1e-3 --arms bridge --seeds 101": (
@@ -117,14 +117,14 @@ IN_SMALL = {  # what is typed in its place, and what that says
     ),
     "doctor RECIPE": ("doctor my.yaml", "nothing is wrong"),
     "doctor RECIPE [--arms a,b|all] [--set path=value] [--device auto|cpu|cuda] [--out DIR] [--json]": (
-        "doctor my.yaml --arms direct_grpo,bridge --set labels.budget=32 --device cpu --out runs/none --json",
+        "doctor my.yaml --arms direct_grpo,bridge --set labels.budget=128 --device cpu --out runs/none --json",
         '"findings"',
     ),
     "probe RECIPE": ("probe my.yaml --problems 8 --samples 4", "labels"),
     "probe my.yaml": ("probe my.yaml --problems 8 --samples 4", "labels"),
     "probe RECIPE [--problems N] [--samples K] [--out DIR] [--seed S] [--set path=value] [--device auto|cpu|cuda] "
     "[--json]": (
-        "probe my.yaml --problems 8 --samples 4 --out runs/probe --seed 1 --set labels.budget=32 --device cpu --json",
+        "probe my.yaml --problems 8 --samples 4 --out runs/probe --seed 1 --set labels.budget=128 --device cpu --json",
         '"advice"',
     ),
     "eval MODEL --data DATA [--samples K]": (
@@ -172,13 +172,11 @@ OTHER_PROGRAMS = {  # a line's beginning, and why the line is not run here
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: my.yaml on problems of one's own, and finished runs that the docs name."""
     place = tmp_path_factory.mktemp("commands")
-    for name, pool, count in (("problems", "train", 64), ("many", "train", 300), ("held-out", "eval", 4)):
+    for name, pool, count in (("problems", "train", 300), ("held-out", "eval", 4)):
         rows = [{"question": text, "answer": gold} for text, gold in sums.generate(count, pool, 0)]
         (place / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     recipe = builtin_text("pocket").replace("{generate: {pool: train, count: 2000}}", "problems.jsonl")
-    recipe = recipe.replace("{generate: {pool: eval, count: 500}}", "held-out.jsonl").replace(
-        "budget: 256", "budget: 32"
-    )
+    recipe = recipe.replace("{generate: {pool: eval, count: 500}}", "held-out.jsonl")
     (place / "mine.yaml").write_text(recipe)
     row = {"id": "1", "gold": "47", "completion": "The answer is 47."}
     (place / "graded.jsonl").write_text(json.dumps(row))
