@@ -83,7 +83,7 @@ IN_SMALL = {  # what is typed in its place, and what that says
         "study pocket-countdown --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --dry-run",
         "teacher_rl",
     ),
-    "study desk --seeds 0,1,2 --out runs/desk": ("study desk --seeds 1 --dry-run", "teacher_rl"),
+    "study desk --seeds 0,1,2 --out runs/desk": ("study desk --dry-run", "teacher_rl"),
     "study my.yaml --arms all --seeds 0,1,2 --executor ray --out /shared/my": (
         "study my.yaml --arms all --seeds 0,1,2 --executor ray --dry-run",
         "teacher_rl",
