@@ -173,13 +173,16 @@ def frame(found: Look, height: int | None = None) -> RenderableType:
     table = plain_table(f"{found.name} · {'at work' if found.running else 'nobody at work'}")
     for head in ("", "stage", "seed", "step", "", "a minute", "left", "what matters"):
         table.add_column(
-            head, no_wrap=head != "what matters", justify="right" if head in ("step", "a minute", "left") else "left"
+            head,
+            no_wrap=head != "what matters" or height is not None,
+            justify="right" if head in ("step", "a minute", "left") else "left",
         )
     for one in shown:
         _add(table, one)
     done = sum(one.state == "done" for one in found.nodes)
     left = found.seconds_left
-    said = "" if done == len(found.nodes) else f", {'?' if left is None else duration(left)} left one after the other"
+    said = f", {duration(left)} left one after the other" if left is not None else ", time left not known yet"
+    said = "" if done == len(found.nodes) else said
     hidden = [(len(found.nodes) - len(shown), "nodes"), (len(warnings) - len(told), "warnings")]
     said += "".join(f"; {count} {what} are not listed here" for count, what in hidden if count)
     return Group(
