@@ -52,7 +52,12 @@ def serving(answer: Answers) -> Iterator[Endpoint]:
         def log_message(self, *said: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = (
+            128  # a real server's; of the usual 5 the rest would be turned away when several ranks ask at once
+        )
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *told: None  # type: ignore[method-assign]  # a client that went away
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

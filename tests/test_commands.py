@@ -120,11 +120,11 @@ IN_SMALL = {  # what is typed in its place, and what that says
         "doctor my.yaml --arms direct_grpo,bridge --set labels.budget=128 --device cpu --out runs/none --json",
         '"findings"',
     ),
-    "probe RECIPE": ("probe my.yaml --problems 8 --samples 4", "labels"),
-    "probe my.yaml": ("probe my.yaml --problems 8 --samples 4", "labels"),
+    "probe RECIPE": ("probe my.yaml --problems 8 --samples 8", "labels"),
+    "probe my.yaml": ("probe my.yaml --problems 8 --samples 8", "labels"),
     "probe RECIPE [--problems N] [--samples K] [--out DIR] [--seed S] [--set path=value] [--device auto|cpu|cuda] "
     "[--json]": (
-        "probe my.yaml --problems 8 --samples 4 --out runs/probe --seed 1 --set labels.budget=128 --device cpu --json",
+        "probe my.yaml --problems 8 --samples 8 --out runs/probe --seed 1 --set labels.budget=128 --device cpu --json",
         '"advice"',
     ),
     "eval MODEL --data DATA [--samples K]": (
