@@ -72,6 +72,12 @@ def opened() -> Iterator[Callable[..., Any]]:
         browser.close()
 
 
+def to_rollouts(page: Page) -> None:
+    """What is off the screen is not laid out, and has no inner text."""
+    page.locator("#rollouts").scroll_into_view_if_needed()
+    page.locator("#rollout-list article").first.wait_for()
+
+
 def heads(page: Page) -> list[str]:
     return page.locator("#rollout-list article > p:first-child").all_inner_texts()
 
@@ -115,14 +121,16 @@ def test_the_arms_on_the_page_are_those_of_the_values_file(study: Path, opened: 
 
 def test_filters_and_search_show_what_they_say_and_survive_a_reload(study: Path, opened: Any) -> None:
     with opened(study / "report.html") as page:
+        to_rollouts(page)
         everything = page.locator("#rollout-count").inner_text()
         page.select_option("#filters [name=stage]", label="On-policy distillation")
-        page.wait_for_function("!document.querySelector('#rollout-list').innerText.includes('Teacher RL')")
+        page.wait_for_timeout(300)
         assert heads(page) and all("On-policy distillation" in head for head in heads(page))
         page.select_option("#filters [name=arm]", label="opd_only")
         page.wait_for_timeout(300)
         assert heads(page) and all("opd_only" in head for head in heads(page))
         page.reload()
+        to_rollouts(page)
         assert page.locator("#filters [name=arm]").input_value() != ""
         assert heads(page) and all("opd_only" in head for head in heads(page))
         page.click("#filters button[type=reset]")
@@ -144,6 +152,7 @@ def test_tokens_carry_the_teachers_signal_under_dense_reward_and_one_colour_unde
     study: Path, opened: Any
 ) -> None:
     with opened(study / "report.html") as page:
+        to_rollouts(page)
         page.select_option("#filters [name=stage]", label="On-policy distillation")
         page.wait_for_timeout(300)
         tokens = page.locator("#rollout-list pre span[title$=nats]")
@@ -183,6 +192,10 @@ def test_axe_finds_no_serious_fault_and_no_page_is_wider_than_its_screen(
     study: Path, opened: Any, size: str, scheme: str
 ) -> None:
     with opened(study / "report.html", size, scheme) as page:
+        # All of it is laid out, and so looked at, not only what is on the screen.
+        page.evaluate(
+            "document.querySelectorAll('main > section').forEach(one => one.style.contentVisibility = 'visible')"
+        )
         assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size]["width"]
         if not AXE.exists():
             pytest.skip(f"AXE DID NOT RUN: no {AXE}; `make browser` fetches axe-core")
@@ -201,6 +214,7 @@ def test_what_a_model_wrote_stays_text(tmp_path: Path, opened: Any) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]}, text=hostile)
     report.write(out)
     with opened(out / "report.html") as page:
+        to_rollouts(page)
         shown = page.locator("#rollout-list pre").first
         assert "<script>alert(1)</script>" in shown.inner_text()
         assert page.locator("#rollouts img, #rollouts b, #rollout-list script").count() == 0
