@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from headwater import faults, model, plateau, sharded, signals
@@ -23,7 +23,7 @@ from headwater.materials import Materials
 from headwater.memory import Budget
 from headwater.model import Policy
 from headwater.objective import Objective, objective_of
-from headwater.plan import Node, Role
+from headwater.plan import Node
 from headwater.prompts import Prompter
 from headwater.rundir import NodeDir, cut_back, read_jsonl, write_json, written_aside
 from headwater.sampler import requests_for
@@ -163,9 +163,7 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
     prompter = place.prompter(policy)
     spend = place.spend(node)
 
-    @cache
-    def asked(whose: Role | Node) -> Teacher:
-        return place.frozen(whose, stage)
+    asked = cache(partial(place.frozen, stage=stage))
 
     def update_flops(rows: Sequence[Row]) -> float:
         # The old log-probs of several updates on one batch take a forward pass more, a third of an update's.
@@ -199,6 +197,7 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
         should_stop=place.watch.should_stop,
         say=place.watch.say,
     )
+    asked.cache_clear()  # who is asked no more need not wait in memory for the evaluation
     faults.point("stage.ended")
     # Interrupted between its last step and DONE, a node evaluates again: what it had recorded of that would count twice.
     cut_back(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < taken)
