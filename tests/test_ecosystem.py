@@ -75,7 +75,10 @@ def test_a_tracker_is_told_every_step_of_every_node_once_also_over_resumes(
     assert {one.split(".")[0] for one, _, _ in made[1].told} == {"teacher_rl", "opd"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None,
+    reason="tensorboard is not installed: --track tensorboard was NOT tested",
+)
 def test_tensorboard_shows_the_metrics_that_the_run_wrote(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

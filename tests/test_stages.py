@@ -82,9 +82,9 @@ def test_a_stage_that_is_scored_and_measured_by_its_teacher_loads_it_once(
     asked: list[object] = []
     frozen = Workplace.frozen
 
-    def counted(self: Workplace, *whose: Any) -> Any:
-        asked.append(whose[0])
-        return frozen(self, *whose)
+    def counted(self: Workplace, whose: Any, stage: Any = None) -> Any:
+        asked.append(whose)
+        return frozen(self, whose, stage)
 
     monkeypatch.setattr(Workplace, "frozen", counted)
     out, changes = tmp_path / "out", ("conditions.problems=2", "conditions.every=1")
