@@ -39,8 +39,8 @@ endurance: .venv/installed-test
 	$(PY) tests/endurance.py --steps 4000 --nodes 200
 
 check: .venv/installed-check
-	.venv/bin/ruff check src tests
-	.venv/bin/ruff format --check src tests
+	.venv/bin/ruff check src tests tools benchmarks
+	.venv/bin/ruff format --check src tests tools benchmarks
 	.venv/bin/mypy
 
 # The site of docs/ into site/. Links that lead nowhere end it; it opens from the folder and asks no network for anything.

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.models import config_of, folder_of
-from headwater.model import Shape
+from headwater.models.policy import Shape
 
 Pass = Literal["forward", "training"]
 HEAD_ELEMENTS = 1 << 26

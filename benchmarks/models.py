@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.cases import Case
-from headwater import model
-from headwater.config import Generate, Prompt, Source
-from headwater.data import Problem
-from headwater.prompts import Prompter
-from headwater.sources import load
+from headwater.config.recipe import Generate, Prompt, Source
+from headwater.data.sources import load
+from headwater.models import policy as model
+from headwater.models.prompts import Prompter
 from headwater.tasks import find_task
+from headwater.types import Problem
 
 NEVER = "<|never|>"
 """An end token whose id lies past the model's vocabulary: nothing ends before its length is reached."""

@@ -15,24 +15,27 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.models import completions_of, folder_of, prompts_of
 from benchmarks.rewards import parity
-from headwater import config, losses, model
-from headwater.batch import Row
-from headwater.data import Problem, Rollout, Verdict
-from headwater.distributions import FromHidden, LinearHead
-from headwater.gather import OnPolicy, SignalGuard
-from headwater.labels import Labels
-from headwater.logprobs import loss_and_stats
-from headwater.memory import Budget
-from headwater.model import Policy
-from headwater.objective import objective_of
-from headwater.pipeline import set_up
-from headwater.prompts import Prompter
-from headwater.sampler import TorchSampler, requests_for
-from headwater.settings import Optim, Sampling, Stage
-from headwater.teacher import distributions_of
-from headwater.tokens import TokenStats
-from headwater.train import make_optimizer, update
-from headwater.verifier import Verifier
+from headwater.config import recipe as config
+from headwater.config.stage import Optim, Sampling, Stage
+from headwater.data.labels import Labels
+from headwater.losses import token_losses
+from headwater.losses.batch import Row
+from headwater.losses.distributions import FromHidden, LinearHead
+from headwater.losses.logprobs import loss_and_stats
+from headwater.losses.objectives import objective_of
+from headwater.losses.token_stats import TokenStats
+from headwater.models import policy as model
+from headwater.models.oom import Budget
+from headwater.models.policy import Policy
+from headwater.models.prompts import Prompter
+from headwater.runs.setup import set_up
+from headwater.sampling.base import requests_for
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.tasks.verifier import Verifier
+from headwater.teachers.scoring import distributions_of
+from headwater.training.loop import make_optimizer, update
+from headwater.training.rollouts import OnPolicy, SignalGuard
+from headwater.types import Problem, Rollout, Verdict
 
 COMPUTE = config.Compute()
 """The microbatch and the sampler's batch are those that a recipe has unless it says otherwise."""
@@ -164,4 +167,6 @@ def loss_stage(inputs: dict[str, Any]) -> torch.Tensor:
         return stats.divergence_N / count
 
     teacher = FromHidden(inputs["teacher_hidden"], theirs, 1.0)
-    return loss_and_stats(inputs["student_hidden"], head, inputs["targets"], 1.0, mean, teacher, losses.REVERSE)[0]
+    return loss_and_stats(inputs["student_hidden"], head, inputs["targets"], 1.0, mean, teacher, token_losses.REVERSE)[
+        0
+    ]

@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from headwater.report_words import count, p_text, percent, points, reading, units
+from headwater.report.text import count, p_text, percent, points, reading, units
 
 Block = Callable[[Path, str, Path], str]
 

@@ -6,7 +6,7 @@
 For each setting: make the models it names (once, in DIR/models), probe, run `headwater study pocket --arms direct_grpo,bridge`, and
 hold the advice against the outcome. DIR/table.json and DIR/table.md are written again after each; run again and it goes on.
 
-The ten stand here as they were written down before the rule of `headwater.advice` was chosen; nothing was measured on them until
+The ten stand here as they were written down before the rule of `headwater.doctor.advice` was chosen; nothing was measured on them until
 it was final. The calibration settings differ from all of them in a model or the budget, and also in the training seed, the labels
 bought and the evaluation problems.
 """
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tools.pretrain.pocket import POCKET, PretrainSpec, measure, pretrain
 
-from headwater.pretrain import POCKET, PretrainSpec, measure, pretrain
-from headwater.rundir import RunDir, read_json, write_atomic, write_json
+from headwater.storage.run_dir import RunDir, read_json, write_atomic, write_json
 
 STUDENT, TEACHER = POCKET["qwen3-student"], POCKET["qwen3-teacher"]
 

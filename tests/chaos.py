@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from forks import Ended, Forks
-from headwater import report
-from headwater.rundir import RunDir, read_json, read_jsonl, write_atomic, write_json
+from headwater.report import build as report
+from headwater.storage.run_dir import RunDir, read_json, read_jsonl, write_atomic, write_json
 from runs import TIMED, done, sets, timeless
 
 SMALL = (  # every kind of node, a checkpoint a step, evaluations and measurements between steps: a second or two

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tools.pretrain.pocket import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from headwater.model import Policy
-from headwater.pretrain import make_tokenizer
+from headwater.models.policy import Policy
 from tiny import tiny_folder, tiny_policy
 
 torch.set_num_threads(1)

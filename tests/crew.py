@@ -63,7 +63,7 @@ class Crew:
 def serve() -> None:
     forks.warm_up()
 
-    from headwater import together  # noqa: F401
+    from headwater.runs.executors import torchrun  # noqa: F401
 
     sink = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -11,7 +11,7 @@ from statistics import median
 
 from chaos import small
 from forks import Ended, Forks
-from headwater.rundir import RunDir
+from headwater.storage.run_dir import RunDir
 
 ARMS = "direct_grpo,raw_teacher,bridge,bridge_rl,replay,opd_only,warmup_only"
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from headwater import report
+from headwater.report import build as report
 
 PROBLEMS, SAMPLES = 60, 4
 LABELED = [f"label-{i:03d}" for i in range(128)]

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from headwater.runs.setup import prepared
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -63,7 +65,7 @@ class Forks:
     ) -> Ended:
         """One run of the program.
 
-        fault       what happens at which point (`headwater.faults`)
+        fault       what happens at which point (`headwater.storage.fault_points`)
         kill_after  seconds until its whole process group is killed, if it is still there
         signals     (seconds, number) sent to it alone
         user        id of the user that it runs as
@@ -109,15 +111,21 @@ def warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from headwater import cli, cli_science, console, pipeline, processes, report, sampler  # noqa: F401
-    from headwater.model import load
-    from headwater.recipes import find_recipe
-    from headwater.sampler import TorchSampler, requests_for
-    from headwater.settings import Sampling
+    import headwater.cli.experiments
+    import headwater.cli.main
+    import headwater.pipeline
+    import headwater.report.build
+    import headwater.runs.executors.local
+    import headwater.runs.progress  # noqa: F401
+    from headwater.config.arms import find_recipe
+    from headwater.config.stage import Sampling
+    from headwater.models.policy import load
+    from headwater.sampling.base import requests_for
+    from headwater.sampling.torch_sampler import TorchSampler
     from runs import TINY
 
     recipe = find_recipe("pocket", list(TINY))
-    with pipeline.prepared(recipe, ["bridge"], [0]):
+    with prepared(recipe, ["bridge"], [0]):
         pass  # what is imported late, such as the templates' language, is imported now
     policy = load("pocket:qwen3-student", "models.student", recipe.models, torch.device("cpu"), frozen=True)
     TorchSampler(policy).sample(requests_for([("p", (1, 5, 15, 6, 2))], 2, 0, "warm"), Sampling(max_tokens=3))
@@ -144,7 +152,7 @@ def one_run(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
         if now >= until:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        if now - began > 0.5 * (len(held) + 1):
+        if now - began > 0.1 * (len(held) + 1):
             held.append((now - began, *holds(pid)))
         time.sleep(0.002)
     arrivals = folder / "arrivals"
@@ -174,11 +182,11 @@ def child(asked: dict[str, Any], folder: Path) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o666), number)
     sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w", buffering=1)
-    from headwater import faults
-    from headwater.cli import main
+    from headwater.cli.main import main
+    from headwater.storage import fault_points
 
     arrivals: Counter[str] = Counter()
-    strike = faults.struck(asked["fault"]) if asked["fault"] else lambda name: None
+    strike = fault_points.struck(asked["fault"]) if asked["fault"] else lambda name: None
 
     def arrived(name: str) -> None:
         arrivals[name] += 1
@@ -186,12 +194,12 @@ def child(asked: dict[str, Any], folder: Path) -> None:
             second(asked["argv"], folder)
         strike(name)
 
-    faults.arm(arrived)
+    fault_points.arm(arrived)
     code: Any = 0
     with contextlib.ExitStack() as stack:
         if not asked["whole"]:
             stack.enter_context(mock.patch("headwater.pipeline.preflight"))
-            stack.enter_context(mock.patch("headwater.report_html.page", return_value=""))
+            stack.enter_context(mock.patch("headwater.report.html.page", return_value=""))
         stack.enter_context(mock.patch.object(sys, "argv", ["headwater", *asked["argv"]]))
         try:
             main()

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from headwater.runs.setup import prepared
+
 if __name__ == "__main__":  # before the libraries are imported, which look at it then
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -34,16 +36,17 @@ import yaml
 
 from fakes import ARMS as FAKE_ARMS
 from fakes import fake_run
-from headwater import model, pipeline, report
-from headwater.config import Columns, Models, Recipe, Source
-from headwater.doctor import diagnose
+from headwater.config.arms import ARMS, builtin_text, find_recipe
+from headwater.config.recipe import Columns, Models, Recipe, Source
+from headwater.data.sources import load
+from headwater.data.validate import grade_file, validate
+from headwater.doctor.checks import diagnose
 from headwater.errors import HeadwaterError, UserError, one_line
-from headwater.estimate import estimates
-from headwater.grading import grade_file, validate
-from headwater.materials import device_of
-from headwater.prompts import Prompter
-from headwater.recipes import ARMS, builtin_text, find_recipe
-from headwater.sources import load
+from headwater.models import policy as model
+from headwater.models.prompts import Prompter
+from headwater.report import build as report
+from headwater.runs.estimate import estimates
+from headwater.runs.inputs import device_of
 from headwater.tasks import TASKS
 from hostile import BOMBS, CELLS, LINES, TEMPLATES, at, leaf, mutated, near, places, spoiled
 
@@ -90,7 +93,7 @@ def with_files(draw: random.Random, folder: Path, raw: dict[str, Any]) -> dict[s
 
 def prepare(recipe: Recipe, arm: str, folder: Path, thorough: bool) -> str:
     """What `--dry-run` does and, where `thorough`, the doctor."""
-    with pipeline.prepared(recipe, [arm], [recipe.seed]) as (plan, materials):
+    with prepared(recipe, [arm], [recipe.seed]) as (plan, materials):
         json.dumps([row.row() for row in estimates(plan, materials)])
     if thorough:
         found = diagnose(recipe, [arm], [recipe.seed], folder / "out")
@@ -257,7 +260,7 @@ def model_folder(draw: random.Random, folder: Path) -> str:
     prepare(read, "direct_grpo", folder, draw.random() < 0.2)
     models = Models(student=str(target), teacher=str(target))
     policy = model.load(str(target), "models.student", models, device_of("cpu"), frozen=True)
-    from headwater.data import Problem
+    from headwater.types import Problem
 
     Prompter(policy.tokenizer, read.prompt).ids(Problem.of("17+45", "fuzz"))
     return "loaded"
@@ -289,7 +292,7 @@ def run_directory(draw: random.Random, folder: Path) -> str:
         if roll > 0.9:
             with contextlib.suppress(FileExistsError):
                 (out / draw.choice(["x", "nodes/x", ".lock", "nodes/.x"])).symlink_to("/etc/passwd")
-    with mock.patch("headwater.report_html.page", return_value="") if draw.random() < 0.8 else contextlib.nullcontext():
+    with mock.patch("headwater.report.html.page", return_value="") if draw.random() < 0.8 else contextlib.nullcontext():
         report.write(out)
     return "reported"
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from headwater import model, sharded
-from headwater.gather import shared_out
-from headwater.objective import objective_of
-from headwater.ranks import ALONE, Ranks, join
-from headwater.train import make_optimizer, update
+from headwater.distributed.process_group import ALONE, Ranks, join
+from headwater.losses.objectives import objective_of
+from headwater.models import fsdp
+from headwater.models import policy as model
+from headwater.training.loop import make_optimizer, update
+from headwater.training.rollouts import shared_out
 from tiny import CPU, MODELS, sampled_rows, stage_of, tiny_folder
 
 torch.set_num_threads(1)
@@ -78,12 +79,12 @@ def main() -> None:
 def measure(folder: Path, steps: int, ranks: Ranks) -> None:
     model.load("pocket:qwen3-student", "warm", MODELS, CPU, frozen=False)
     empty = forget()
-    policy = sharded.load(str(folder), "model", MODELS, CPU, False, None, None, ranks)
+    policy = fsdp.load(str(folder), "model", MODELS, CPU, False, None, None, ranks)
     loading = status("VmHWM") - empty
     loaded = forget() - empty
     stage = stage_of("grpo", batch_size=8, group_size=4)
     optimizer = make_optimizer(policy, stage.optim)
-    with sharded.whole(policy) as held:
+    with fsdp.whole(policy) as held:
         rows = sampled_rows(held, groups=2, group_size=4, max_tokens=16)
         sampling = status("VmHWM") - empty
     del held

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from headwater.data import Rollout
-from headwater.model import Policy
-from headwater.sampler import TorchSampler, requests_for
-from headwater.settings import Sampling
-from headwater.teacher import distributions_of
+from headwater.config.stage import Sampling
+from headwater.models.policy import Policy
+from headwater.sampling.base import requests_for
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.teachers.scoring import distributions_of
+from headwater.types import Rollout
 
 Answers = Callable[[str, dict[str, Any] | None], Any]
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from headwater import model
-from headwater.data import Rollout
-from headwater.model import Policy
-from headwater.sampler import TorchSampler, requests_for
-from headwater.settings import Sampling
-from headwater.teacher import logp_of
+from headwater.config.stage import Sampling
+from headwater.models import policy as model
+from headwater.models.policy import Policy
+from headwater.sampling.base import requests_for
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.teachers.scoring import logp_of
+from headwater.types import Rollout
 from runs import node, temporary, tiny
 from tiny import CPU, MODELS, PROMPTS
 

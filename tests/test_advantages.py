@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from headwater.advantages import ADVANTAGES, group_normalised, informative, mean_centred
+from headwater.losses.advantages import ADVANTAGES, group_normalised, informative, mean_centred
 
 
 def test_group_normalised_by_hand() -> None:

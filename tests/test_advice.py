@@ -6,7 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from headwater.advice import CLOSE, ENOUGH, FAR, LEAD, SIGNAL, WORN, Finish, Measures, Readiness, labels, switch, warmup
+from headwater.doctor.advice import (
+    CLOSE,
+    ENOUGH,
+    FAR,
+    LEAD,
+    SIGNAL,
+    WORN,
+    Finish,
+    Measures,
+    Readiness,
+    labels,
+    switch,
+    warmup,
+)
 from headwater.stats import Interval
 
 
@@ -120,7 +133,7 @@ def test_a_warm_up_that_would_be_learnt_by_heart_is_left_out_unless_the_student_
 
 
 def test_when_to_switch_names_metrics_that_a_run_writes_down_and_an_until_that_a_recipe_accepts() -> None:
-    from headwater.settings import Until
+    from headwater.config.stage import Until
 
     said = switch(pair(0.5, 0.9))
     assert "`informative`" in said and "50%" in said and "kl_student_teacher" in said

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.ahead import Ahead
-from headwater.data import Rollout
-from headwater.distributions import Exact
 from headwater.errors import TrainingStoppedError
+from headwater.losses.distributions import Exact
+from headwater.teachers.async_scoring import Ahead
+from headwater.types import Rollout
 from runs import node, rows, tiny
 from tiny import rollout_of
 

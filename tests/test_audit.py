@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from headwater import label_use, report_html, report_read
-from headwater.audit import CHECKS, audit
+from headwater.data.labels import half_of
 from headwater.errors import UserError
-from headwater.labels import half_of
-from headwater.report import summarise
+from headwater.report import html, label_use
+from headwater.report import read as report_read
+from headwater.report.audit import CHECKS, audit
+from headwater.report.build import summarise
 from runs import all_arms, call, held, infos, node, rows, sets
 
 
@@ -79,9 +80,7 @@ def test_the_verb_prints_the_evidence_and_its_exit_code_tells(out: Path) -> None
 
 
 def test_the_audit_needs_no_torch(out: Path) -> None:
-    code = (
-        f"import sys; from headwater.audit import audit; assert audit({str(out)!r}); assert 'torch' not in sys.modules"
-    )
+    code = f"import sys; from headwater.report.audit import audit; assert audit({str(out)!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
@@ -290,5 +289,5 @@ def test_paths_tell_fresh_labels_from_replayed_ones() -> None:
     assert not any(arm == "bridge_rl" and "," in stages for arm, _, stages in taken)
     assert any(arm == "replay" and stages == "teacher_rl, student_rl" for arm, _, stages in taken)
     assert not any(arm == "replay" and half == 2 for arm, half, _ in taken)
-    page = report_html.page(study, summarise(study))
+    page = html.page(study, summarise(study))
     assert "Which stages looked at a label" in page and "labels.csv" in page

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater.batch import Row, collate, microbatches
-from headwater.distributions import Exact
-from headwater.logprobs import token_stats
-from headwater.model import Policy
-from headwater.objective import objective_of
-from headwater.teacher import logp_of
-from headwater.train import make_optimizer, update
+from headwater.losses.batch import Row, collate, microbatches
+from headwater.losses.distributions import Exact
+from headwater.losses.logprobs import token_stats
+from headwater.losses.objectives import objective_of
+from headwater.models.policy import Policy
+from headwater.teachers.scoring import logp_of
+from headwater.training.loop import make_optimizer, update
 from tiny import CPU, copied, furthest, gradient_of, rollout_of, sampled_rows, stage_of, tiny_policy, weights_of
 
 END = 3

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from fakes import ARMS, MORE_ARMS, fake_run
-from headwater import report
+from headwater.report import build as report
 from runs import all_arms
 
 CHROMIUM = os.environ.get("HEADWATER_CHROMIUM") or next(

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from headwater import pipeline
-from headwater.labels import Labels
-from headwater.materials import Materials
-from headwater.plan import Node, Plan
-from headwater.recipes import find_recipe
-from headwater.rundir import RunDir
-from headwater.stages import run_node
-from headwater.workplace import Watch, Workplace
+from headwater.config.arms import find_recipe
+from headwater.data.labels import Labels
+from headwater.runs.inputs import Materials
+from headwater.runs.node_context import Watch, Workplace
+from headwater.runs.plan import Node, Plan
+from headwater.runs.run_node import run_node
+from headwater.runs.setup import prepared
+from headwater.storage.run_dir import RunDir
 from runs import TINY, rows
 
 
@@ -45,7 +45,7 @@ def run_without_labels(
     Evaluation keeps labels of its own: a held-out problem is looked at, and counted apart.
     """
     recipe = find_recipe("pocket", [*TINY, *changes])
-    with pipeline.prepared(recipe, [arm], [0]) as (plan, materials):
+    with prepared(recipe, [arm], [0]) as (plan, materials):
         return run_nodes(plan, materials, RunDir(out), but)
 
 
@@ -118,7 +118,7 @@ def test_a_stage_is_handed_the_answers_of_its_own_pool_and_no_others(tmp_path: P
     """With the second half's answers in nobody's reach, everything but stage 3 runs as ever."""
     recipe = find_recipe("pocket", list(TINY))
     watch = Watch(lambda done, total, unit: None, lambda count, metrics: None, lambda: False)
-    with pipeline.prepared(recipe, ["bridge_rl"], [0]) as (plan, materials):
+    with prepared(recipe, ["bridge_rl"], [0]) as (plan, materials):
         half = replace(materials, labels=materials.labels.only(materials.pools.first_half))
         for node in plan.order():
             place = Workplace(plan, half, RunDir(tmp_path), watch)
@@ -131,7 +131,7 @@ def test_a_stage_is_handed_the_answers_of_its_own_pool_and_no_others(tmp_path: P
 
 def test_evaluation_looks_do_not_count_as_looks_of_the_training_labels() -> None:
     recipe = find_recipe("pocket", list(TINY))
-    with pipeline.prepared(recipe, ["bridge"], [0]) as (_, materials):
+    with prepared(recipe, ["bridge"], [0]) as (_, materials):
         problems, labels = materials.evals["sums"]
         labels.check([(problems[0].id, "=1")])
         assert labels.looked_at == {problems[0].id}

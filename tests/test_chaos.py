@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from chaos import LONG, differing, small, study
-from headwater import faults
+from headwater.storage import fault_points
 from runs import environment, program
 from test_faults import FILES, KILLED, damaged, forks, go, one_sentence, undisturbed, whole
 
@@ -23,7 +23,7 @@ def arrivals(name: str) -> list[int]:
     return sorted({1, (count + 1) // 2, count} - {0})
 
 
-@pytest.mark.parametrize("name", [name for name in faults.POINTS if name != "folder.moved"])
+@pytest.mark.parametrize("name", [name for name in fault_points.POINTS if name != "folder.moved"])
 def test_killed_at_a_point_it_ends_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
     assert arrivals(name)
     for count in arrivals(name):
@@ -33,7 +33,7 @@ def test_killed_at_a_point_it_ends_as_if_it_had_not_been(name: str, tmp_path: Pa
         assert differing(out, whole()) == [], count
 
 
-@pytest.mark.parametrize("name", sorted(faults.WRITES - {"folder.moved"}))
+@pytest.mark.parametrize("name", sorted(fault_points.WRITES - {"folder.moved"}))
 def test_a_disk_that_is_full_at_a_point_once(name: str, tmp_path: Path) -> None:
     for count in arrivals(name):
         out = tmp_path / str(count)

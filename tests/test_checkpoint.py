@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from headwater.batch import Row
-from headwater.checkpoint import load_checkpoint, save_checkpoint
-from headwater.config import Guards
+from headwater.config.recipe import Guards
+from headwater.config.stage import Stage
 from headwater.errors import TrainingStoppedError, UserError
-from headwater.guards import Watchman
-from headwater.ledger import Spend
-from headwater.model import Policy
-from headwater.objective import objective_of
-from headwater.rundir import NodeDir, append_jsonl, read_jsonl
-from headwater.settings import Stage
-from headwater.train import Gathered, make_optimizer, train, update
+from headwater.losses.batch import Row
+from headwater.losses.objectives import objective_of
+from headwater.models.policy import Policy
+from headwater.storage.ledger import Spend
+from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
+from headwater.training.checkpoint import load_checkpoint, save_checkpoint
+from headwater.training.guards import Watchman
+from headwater.training.loop import Gathered, make_optimizer, train, update
 from tiny import furthest, same_bits, sampled_rows, stage_of, taught, tiny_policy, weights_of
 
 OPD = stage_of(

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from headwater.conditions import apart, measure, overlap
-from headwater.sampler import TorchSampler, requests_for
-from headwater.settings import Sampling
+from headwater.config.stage import Sampling
+from headwater.sampling.base import requests_for
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.training.conditions import apart, measure, overlap
 from tiny import tiny_policy
 
 PROMPTS = [("a", (5, 6, 7)), ("b", (8, 9)), ("c", (10, 5, 6, 7))]

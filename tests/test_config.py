@@ -10,9 +10,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from headwater.config import Recipe, canonical_json, parse_recipe, read_recipe
+from headwater.config.recipe import Recipe, canonical_json, parse_recipe, read_recipe
+from headwater.config.stage import Sampling, Stage
 from headwater.errors import UserError
-from headwater.settings import Sampling, Stage
 
 RAW: dict[str, Any] = {
     "name": "tiny",

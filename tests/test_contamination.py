@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from headwater.config import Source
-from headwater.contamination import Leak, find_leaks, words_of
-from headwater.data import Problem, family_of, letters_of, problem_id
-from headwater.materials import leak_row, leaks_in_words
-from headwater.sources import Loaded, load, without_leaks
+from headwater.config.recipe import Source
+from headwater.data.contamination import Leak, find_leaks, words_of
+from headwater.data.sources import Loaded, load, without_leaks
+from headwater.runs.inputs import leak_row, leaks_in_words
+from headwater.types import Problem, family_of, letters_of, problem_id
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 LONG = (

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.decoder import CacheDecoder, decoder_for
-from headwater.decoder_fast import CACHE_STEP, FastDecoder
-from headwater.model import Policy
+from headwater.models.policy import Policy
+from headwater.sampling.decoder import CacheDecoder, decoder_for
+from headwater.sampling.fast_decoder import CACHE_STEP, FastDecoder
 from tiny import CPU, PROMPTS, tiny_policy
 
 LLAMA3 = {
@@ -68,7 +68,7 @@ def test_the_fast_decoder_gives_the_hidden_states_of_the_general_one(kind: str) 
 def test_large_models_keep_their_weights_apart_and_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy("qwen3", seed=4)
     joined = spoken(policy, FastDecoder(policy), 12)
-    monkeypatch.setattr("headwater.decoder_weights.FUSED_PARAMETERS", 0)
+    monkeypatch.setattr("headwater.sampling.fast_weights.FUSED_PARAMETERS", 0)
     apart = FastDecoder(policy)
     layer, theirs_layer = apart.weights.layers[0], policy.model.model.layers[0]
     assert len(layer.qkv) == 3

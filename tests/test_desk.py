@@ -11,18 +11,19 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tools.pretrain import desk
+from tools.pretrain.desk import Joined, batches, pack, pretrain_desk, train
+from tools.pretrain.desk_models import DESK, SHIPPED, DeskSpec, config_of, make_tokenizer, shipped_tokenizer, shortened
+from tools.pretrain.pocket import ASSISTANT, END, IGNORED, SPECIAL, USER, optimizers_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import runs
-from headwater import desk_train, model
-from headwater.config import parse_recipe
-from headwater.desk import DESK, SHIPPED, DeskSpec, config_of, make_tokenizer, shipped_tokenizer, shortened
-from headwater.desk_train import Joined, batches, pack, pretrain_desk, train
+from headwater.config.arms import builtin_text
+from headwater.config.recipe import parse_recipe
 from headwater.errors import UserError
-from headwater.pretrain import ASSISTANT, END, IGNORED, SPECIAL, USER, optimizers_of
-from headwater.recipes import builtin_text
-from headwater.rundir import NodeDir
-from headwater.tasks.words import WordsDials, pool_of
+from headwater.models import policy as model
+from headwater.storage.run_dir import NodeDir
+from headwater.tasks.word_problems import WordsDials, pool_of
 from tiny import CPU
 
 TINY = DeskSpec(
@@ -155,7 +156,7 @@ def test_rows_that_are_passed_one_by_one_count_as_much_as_together(
 ) -> None:
     spec = replace(TINY, worked_steps=1, mixture_steps=0, batch=8)
     together = train(spec, NodeDir(tmp_path), CPU, seed=101)[1]
-    monkeypatch.setattr(desk_train, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(desk, "ROWS_AT_ONCE", 1)
     assert len(pack(TOKENIZER, next(batches(spec, 101)), spec.width)[0]) > 1
     assert train(spec, NodeDir(tmp_path), CPU, seed=101)[1] == pytest.approx(together, rel=1e-3)
 
@@ -189,8 +190,8 @@ def test_a_few_steps_lower_the_loss(tmp_path: Path) -> None:
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder without ./desk, in which the program is started; the specs are tiny."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(desk_train, "MEASURED_PROBLEMS", 3)
-    monkeypatch.setattr(desk_train, "MEASURED_TOKENS", 8)
+    monkeypatch.setattr(desk, "MEASURED_PROBLEMS", 3)
+    monkeypatch.setattr(desk, "MEASURED_TOKENS", 8)
     for name in ("student", "teacher"):
         monkeypatch.setitem(DESK, name, replace(TINY, hidden=32 if name == "student" else 48))
     return tmp_path
@@ -284,8 +285,8 @@ def test_pretrained_tiny_models_go_through_all_four_stages_of_the_recipe(elsewhe
 def test_a_model_that_is_made_is_left_alone_and_another_spec_makes_it_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(desk_train, "MEASURED_PROBLEMS", 3)
-    monkeypatch.setattr(desk_train, "MEASURED_TOKENS", 8)
+    monkeypatch.setattr(desk, "MEASURED_PROBLEMS", 3)
+    monkeypatch.setattr(desk, "MEASURED_TOKENS", 8)
     spec, steps = shortened(TINY, 2), []
 
     def seen(step: int, total: int, loss: float) -> None:

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from headwater import losses
-from headwater.distributions import TAIL_FLOOR, Exact, FromHidden, TopK, joined
+from headwater.losses import token_losses
+from headwater.losses.distributions import TAIL_FLOOR, Exact, FromHidden, TopK, joined
 
-DIVERGENCES = {"forward": losses.forward_kl, "reverse": losses.reverse_kl, "jsd": partial(losses.jsd, beta=0.5)}
+DIVERGENCES = {
+    "forward": token_losses.forward_kl,
+    "reverse": token_losses.reverse_kl,
+    "jsd": partial(token_losses.jsd, beta=0.5),
+}
 
 
 def random_logp(rows: int, events: int, seed: int, spread: float = 2.0) -> Tensor:
@@ -53,7 +57,7 @@ def test_top_k_by_hand_merges_the_tail_into_one_event() -> None:
     assert ours.exp().tolist() == [pytest.approx([0.25, 0.75], rel=1e-12)]
     assert theirs.exp().tolist() == [pytest.approx([0.5, 0.5], rel=1e-12)]
     # ½ ln 2 + ½ ln(⅔) = 0.143841
-    assert losses.forward_kl(ours, theirs).item() == pytest.approx(0.1438410, abs=1e-7)
+    assert token_losses.forward_kl(ours, theirs).item() == pytest.approx(0.1438410, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -72,7 +76,7 @@ def test_a_teacher_that_is_sure_leaves_a_tail_that_is_finite_on_both_sides() -> 
     # In float32 the teacher's tail 1 − 1 − 0 is 0; the floor stands in for it.
     assert theirs[0, -1].item() == pytest.approx(math.log(TAIL_FLOOR), rel=1e-6)
     # softmax (0.0900, 0.2447, 0.6652): forward KL ≈ −ln 0.0900 = 2.4076, as without a tail.
-    assert losses.forward_kl(ours, theirs).item() == pytest.approx(2.4076, abs=1e-4)
+    assert token_losses.forward_kl(ours, theirs).item() == pytest.approx(2.4076, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -119,7 +123,7 @@ def test_parts_joined_and_cut_again_are_the_same_rows_in_order(form: str) -> Non
     again = joined([chosen.rows(0, 2), chosen.rows(2, 3), chosen.rows(3, 6)], torch.device("cpu"))
     student = torch.log_softmax(torch.randn(6, 7), dim=-1)
     for start, stop in ((0, 6), (1, 4)):
-        ours = losses.reverse_kl(*again.rows(start, stop).ready().align(student[start:stop]))
-        direct = losses.reverse_kl(*chosen.ready().align(student))[start:stop]
+        ours = token_losses.reverse_kl(*again.rows(start, stop).ready().align(student[start:stop]))
+        direct = token_losses.reverse_kl(*chosen.ready().align(student))[start:stop]
         torch.testing.assert_close(ours, direct)
     assert len(again) == 6

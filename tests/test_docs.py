@@ -17,9 +17,9 @@ import typer
 import yaml
 
 import headwater
-from headwater.cli import app
-from headwater.known import DEVICES
-from headwater.recipes import ARMS, find_recipe
+from headwater.cli.main import app
+from headwater.config.arms import ARMS, find_recipe
+from headwater.runs.hardware import DEVICES
 from runs import call
 
 ROOT = Path(__file__).parents[1]

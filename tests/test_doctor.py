@@ -15,17 +15,18 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
+from tools.pretrain.pocket import make_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from headwater import doctor, doctor_data, model
-from headwater.config import Recipe
-from headwater.doctor import CHECKS, Examination, examine
-from headwater.doctor_case import Case, Finding
-from headwater.doctor_tokens import thought
-from headwater.labels import Pools
-from headwater.model import Policy
-from headwater.pretrain import make_tokenizer
-from headwater.recipes import ARMS, find_recipe
+from headwater.config.arms import ARMS, find_recipe
+from headwater.config.recipe import Recipe
+from headwater.data.labels import Pools
+from headwater.doctor import checks, data_checks
+from headwater.doctor.checks import CHECKS, Examination, examine
+from headwater.doctor.context import Case, Finding
+from headwater.doctor.tokenizer_checks import thought
+from headwater.models import policy as model
+from headwater.models.policy import Policy
 from runs import TINY, call, tiny
 from serving import Answering, serving
 from tiny import MODELS, tiny_folder, tiny_model
@@ -402,7 +403,7 @@ def test_unbalanced_and_overlapping_halves_are_named(tmp_path: Path) -> None:
     case = case_of(tmp_path)
     names = case.pools.all
     case._held["pools"] = Pools(names[:12], names[11:16])
-    found = {finding.name: finding for finding in doctor_data.split(case)}
+    found = {finding.name: finding for finding in data_checks.split(case)}
     assert found["halves-overlap"].severity == "error" and names[11] in found["halves-overlap"].evidence
     assert "12 and 5" in found["halves-unbalanced"].evidence
 
@@ -415,9 +416,9 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_only_run_would_refuse_is_still_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(plan: object, materials: object) -> None:
-        raise doctor.UserError("something of a new kind")
+        raise checks.UserError("something of a new kind")
 
-    monkeypatch.setattr(doctor, "check_plan", refuse)
+    monkeypatch.setattr(checks, "check_plan", refuse)
     assert "something of a new kind" in one(light(tmp_path), "cannot-run").evidence
 
 
@@ -430,8 +431,8 @@ def test_memory_is_held_against_the_estimate(
 ) -> None:
     # The teacher's GRPO holds most: float32 weights, gradients and two moments.
     needed = 16 * sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(TEACHER).parameters())
-    monkeypatch.setattr(doctor_data, "free_memory", lambda device: share * needed)
-    found = [finding.name for finding in doctor_data.memory(case_of(tmp_path))]
+    monkeypatch.setattr(data_checks, "free_memory", lambda device: share * needed)
+    found = [finding.name for finding in data_checks.memory(case_of(tmp_path))]
     assert found == ([] if name is None else [name])
 
 
@@ -447,19 +448,19 @@ def test_disk_is_held_against_models_checkpoints_and_caches(
     case = case_of(
         tmp_path, f"stages.warmup.dense.top_k={top_k}", "stages.warmup.sampling.max_tokens=4000", arms=("bridge",)
     )
-    assert [finding.name for finding in doctor_data.disk(case)] == ([] if name is None else [name])
+    assert [finding.name for finding in data_checks.disk(case)] == ([] if name is None else [name])
 
 
 def test_an_exact_cache_that_would_be_refused_is_named_before_it_is_sampled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor_data, "EXACT_CACHE_LIMIT", 1 << 10)
-    assert [finding.name for finding in doctor_data.disk(case_of(tmp_path))] == ["cache-over-limit"]
-    assert doctor_data.disk(case_of(tmp_path, "stages.warmup.dense.top_k=8")) == []
+    monkeypatch.setattr(data_checks, "EXACT_CACHE_LIMIT", 1 << 10)
+    assert [finding.name for finding in data_checks.disk(case_of(tmp_path))] == ["cache-over-limit"]
+    assert data_checks.disk(case_of(tmp_path, "stages.warmup.dense.top_k=8")) == []
 
 
 def test_free_memory_is_known_here() -> None:
-    free = doctor_data.free_memory(torch.device("cpu"))
+    free = data_checks.free_memory(torch.device("cpu"))
     assert free is not None and 1e7 < free < 1e14
 
 
@@ -569,7 +570,7 @@ def test_run_says_warnings_and_goes_on(tmp_path: Path) -> None:
 
 def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
-    monkeypatch.setattr(doctor, "examine", lambda *given: pytest.fail("the doctor was asked again"))
+    monkeypatch.setattr(checks, "examine", lambda *given: pytest.fail("the doctor was asked again"))
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
 
 
@@ -577,7 +578,7 @@ def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headwater.sampler_vllm.installed", lambda: False)
+    monkeypatch.setattr("headwater.sampling.vllm_sampler.installed", lambda: False)
     found = light(tmp_path, "compute.sampler=vllm")
     assert "pip install headwater[vllm]" in one(found, "engine-unusable").evidence
 
@@ -610,7 +611,7 @@ def test_every_finding_stands_in_the_table_and_in_the_docs() -> None:
     """And the other way round: no name of the table or the docs is one that nothing can find."""
     table = {name for check in CHECKS for name in check.finds}
     assert sum(len(check.finds) for check in CHECKS) == len(table)
-    used = {name for file in (ROOT / "src" / "headwater").glob("doctor*.py") for name in kebab_names(file)}
+    used = {name for file in (ROOT / "src" / "headwater" / "doctor").glob("*.py") for name in kebab_names(file)}
     assert used == table
     listed = re.findall(
         r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8"), re.MULTILINE

@@ -10,8 +10,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from headwater import seeds
-from headwater.draws import BLOCK, WIDE, draw_tokens, inverse, named_uniforms
-from headwater.settings import Sampling
+from headwater.config.stage import Sampling
+from headwater.sampling.token_draws import BLOCK, WIDE, draw_tokens, inverse, named_uniforms
 
 
 def test_many_named_uniforms_are_those_of_each_name_alone() -> None:

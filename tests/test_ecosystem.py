@@ -15,9 +15,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import headwater
-from headwater import push, track
+from headwater.cli import push
 from headwater.errors import UserError
-from headwater.rundir import RunDir
+from headwater.runs import trackers
+from headwater.storage.run_dir import RunDir
 from runs import TINY, call, held, node, rows, sets, temporary, tiny
 
 CHANGES = ("stages.teacher_rl.steps=1", "conditions.problems=0")
@@ -58,7 +59,7 @@ def test_a_tracker_is_told_every_step_of_every_node_once_also_over_resumes(
         made.append(Kept())
         return made[-1]
 
-    monkeypatch.setitem(track.TRACKERS, "json", opened)  # a package that is installed, so that it is not refused
+    monkeypatch.setitem(trackers.TRACKERS, "json", opened)  # a package that is installed, so that it is not refused
     out = tmp_path / "run"
     first = tiny("run", out, "--arm", "direct_grpo", "--track", "json", changes=("stages.student_rl.steps=3",))
     assert first.code == 0, first.err
@@ -98,7 +99,7 @@ def test_trackers_that_are_unknown_or_not_installed_are_refused_before_anything_
 ) -> None:
     said = tiny("run", tmp_path / "run", "--track", "mlflow")
     assert said.code == 2 and "--track mlflow: no such tracker; there are tensorboard, wandb, trackio" in said.err
-    monkeypatch.setitem(track.TRACKERS, "nowhere_installed", track.Tensorboard.opened)
+    monkeypatch.setitem(trackers.TRACKERS, "nowhere_installed", trackers.Tensorboard.opened)
     said = tiny("run", tmp_path / "run", "--track", "nowhere_installed")
     assert said.code == 2 and "pip install 'headwater[nowhere_installed]'" in said.err
     assert not (tmp_path / "run").exists()
@@ -194,9 +195,15 @@ def test_a_run_from_python_is_the_run_of_the_program(tmp_path: Path, monkeypatch
     ("code", "without"),
     [
         ("import headwater", ("torch", "pydantic")),
-        ("import headwater.config, headwater.report", ("torch", "transformers")),
-        ("from headwater import losses", ("transformers", "pydantic", "datasets", "headwater.model")),
-        ("from headwater.sampler import TorchSampler, Request", ("datasets", "headwater.pipeline", "headwater.train")),
+        ("import headwater.config.recipe, headwater.report.build", ("torch", "transformers")),
+        (
+            "from headwater.losses import token_losses",
+            ("transformers", "pydantic", "datasets", "headwater.models.policy"),
+        ),
+        (
+            "from headwater.sampling.torch_sampler import TorchSampler; from headwater.sampling.base import Request",
+            ("datasets", "headwater.pipeline", "headwater.training.loop"),
+        ),
     ],
 )
 def test_parts_are_importable_alone(code: str, without: tuple[str, ...]) -> None:

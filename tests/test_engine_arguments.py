@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from headwater import sampler_vllm
-from headwater.config import Compute, Vllm, parse_recipe
+from headwater.config.arms import find_recipe
+from headwater.config.recipe import Compute, Vllm, parse_recipe
 from headwater.errors import UserError
-from headwater.model import Policy
-from headwater.recipes import find_recipe
-from headwater.sampler_vllm import Engines, refuse_too_few_devices
+from headwater.models.policy import Policy
+from headwater.sampling import vllm_sampler
+from headwater.sampling.vllm_sampler import Engines, refuse_too_few_devices
 
 
 class Recorded:
@@ -34,8 +34,8 @@ class Recorded:
 def test_devices_of_an_engine_and_how_weights_reach_them_follow_the_recipe(
     size: int, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampler_vllm, "installed", lambda: True)
-    monkeypatch.setattr(sampler_vllm, "_vllm", lambda: SimpleNamespace(LLM=Recorded))
+    monkeypatch.setattr(vllm_sampler, "installed", lambda: True)
+    monkeypatch.setattr(vllm_sampler, "_vllm", lambda: SimpleNamespace(LLM=Recorded))
     engine = Engines(Compute(sampler="vllm", vllm=Vllm(tensor_parallel_size=size)), 64).engine(policy)
     assert engine.llm.told["tensor_parallel_size"] == size
     engine.take(policy)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headwater.tasks.sums import generate
-from headwater.teacher import logp_of
+from headwater.teachers.scoring import logp_of
 from runs import call
 from students import FAMILIES, loaded, student, texts
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headwater import lora, model
-from headwater.config import Lora
+from headwater.config.recipe import Lora
 from headwater.errors import UserError
-from headwater.model import Policy
-from headwater.objective import objective_of
-from headwater.teacher import logp_of
-from headwater.train import make_optimizer, update
+from headwater.losses.objectives import objective_of
+from headwater.models import lora
+from headwater.models import policy as model
+from headwater.models.policy import Policy
+from headwater.teachers.scoring import logp_of
+from headwater.training.loop import make_optimizer, update
 from runs import assert_same, held, node, rows, tiny
 from test_resume import Killed, killed_at
 from tiny import CPU, MODELS, gradient_of, sampled_rows, stage_of, tiny_folder

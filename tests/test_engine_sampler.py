@@ -15,15 +15,16 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from headwater import lora, model
-from headwater.config import Compute, Lora, Models, Vllm
-from headwater.data import Rollout
+from headwater.config.recipe import Compute, Lora, Models, Vllm
+from headwater.config.stage import Sampling
 from headwater.errors import UserError
-from headwater.model import Policy
-from headwater.sampler import Request, requests_for
-from headwater.sampler_vllm import Engines
-from headwater.settings import Sampling
-from headwater.teacher import logp_of
+from headwater.models import lora
+from headwater.models import policy as model
+from headwater.models.policy import Policy
+from headwater.sampling.base import Request, requests_for
+from headwater.sampling.vllm_sampler import Engines
+from headwater.teachers.scoring import logp_of
+from headwater.types import Rollout
 from runs import held, node, rows, temporary, tiny
 from tiny import CPU, copied, tiny_folder
 

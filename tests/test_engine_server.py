@@ -18,15 +18,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from headwater import model
-from headwater.config import Server
-from headwater.distributions import TopK
+from headwater.config.recipe import Server
+from headwater.config.stage import Sampling
 from headwater.errors import UserError
-from headwater.model import Policy
-from headwater.sampler import TorchSampler, requests_for
-from headwater.served import Served, ServedTokenizer, meet
-from headwater.settings import Sampling
-from headwater.teacher import distributions_of, logp_of, read_cache
+from headwater.losses.distributions import TopK
+from headwater.models import policy as model
+from headwater.models.policy import Policy
+from headwater.sampling.base import requests_for
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.teachers.cache import read_cache
+from headwater.teachers.scoring import distributions_of, logp_of
+from headwater.teachers.server import Served, ServedTokenizer, meet
 from runs import node, rows, temporary, tiny
 from tiny import CPU, MODELS, PROMPTS
 

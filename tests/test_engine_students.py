@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwater.data import Rollout
+from headwater.types import Rollout
 from students import FAMILIES, apart, loaded, logp, start, student, texts
 from tiny import PROMPTS, rollout_of
 

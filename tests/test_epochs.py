@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from headwater import seeds
-from headwater.gather import epochs
+from headwater.training.rollouts import epochs
 
 DRAW = (0, "opd")
 

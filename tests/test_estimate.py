@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from headwater import lora, model
-from headwater.batch import Row
-from headwater.config import Lora
-from headwater.estimate import Asked, estimates
-from headwater.known import DEVICES, MODELS
-from headwater.memory_use import FOUR_BITS, Held, Work, held_bytes, pass_bytes
-from headwater.model import Shape
-from headwater.objective import objective_of
-from headwater.pipeline import prepared
-from headwater.recipes import find_recipe
-from headwater.train import make_optimizer, update
+from headwater.config.arms import find_recipe
+from headwater.config.recipe import Lora
+from headwater.losses.batch import Row
+from headwater.losses.objectives import objective_of
+from headwater.models import lora
+from headwater.models import policy as model
+from headwater.models.policy import Shape
+from headwater.runs.estimate import Asked, estimates
+from headwater.runs.hardware import DEVICES, MODELS
+from headwater.runs.memory_estimate import FOUR_BITS, Held, Work, held_bytes, pass_bytes
+from headwater.runs.setup import prepared
+from headwater.training.loop import make_optimizer, update
 from runs import TINY, call, held, infos, rows, sets, temporary, tiny
 from tiny import CPU, rollout_of, stage_of, taught, tiny_folder
 from tiny import MODELS as TINY_MODELS

@@ -17,16 +17,17 @@ from typing import Any
 import pytest
 import torch
 
-from headwater import executor, pipeline
-from headwater.config import Compute
+from headwater.config.arms import find_recipe
+from headwater.config.recipe import Compute
 from headwater.errors import TrainingStoppedError, UserError
-from headwater.executor import Failure, Job, Narrator
-from headwater.plan import Node
-from headwater.processes import Processes, allowed, ended_how, workers_for
-from headwater.recipes import find_recipe
-from headwater.rundir import RunDir
-from headwater.standing import by_longest_chain
-from headwater.workplace import Watch
+from headwater.runs.executors import base as executor
+from headwater.runs.executors.base import Failure, Job
+from headwater.runs.executors.local import Processes, allowed, ended_how, workers_for
+from headwater.runs.executors.schedule import by_longest_chain
+from headwater.runs.node_context import Narrator, Watch
+from headwater.runs.plan import Node
+from headwater.runs.setup import prepared
+from headwater.storage.run_dir import RunDir
 from runs import (
     TINY,
     assert_same,
@@ -179,7 +180,7 @@ def job_of(folder: Path, arms: str, *changes: str, narrator: Narrator | None = N
     """The tiny recipe's nodes, none of them done, for an executor."""
     wanted = arms.split(",")
     silent = Narrator(lambda line: None, lambda title, number, total: contextlib.nullcontext(deaf()))
-    with pipeline.prepared(find_recipe("pocket", [*TINY, *changes]), wanted, [0]) as (plan, materials):
+    with prepared(find_recipe("pocket", [*TINY, *changes]), wanted, [0]) as (plan, materials):
         todo = {plan.names[one]: one for one in plan.order()}
         yield Job(plan, materials, wanted, RunDir(folder), todo, narrator or silent, lambda: False)
 
@@ -395,7 +396,7 @@ def test_runs_that_differ_in_their_workers_make_one_report(tmp_path: Path) -> No
 
 
 def test_a_crash_lets_go_of_the_folder(tmp_path: Path) -> None:
-    code = f"from pathlib import Path\nfrom headwater.rundir import RunDir\nwith RunDir(Path({str(tmp_path)!r})).locked():\n"
+    code = f"from pathlib import Path\nfrom headwater.storage.run_dir import RunDir\nwith RunDir(Path({str(tmp_path)!r})).locked():\n"
     holder = subprocess.Popen([sys.executable, "-c", f"{code}    print('held', flush=True); input()"],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"

@@ -20,8 +20,8 @@ import pytest
 import headwater
 from chaos import differing, digests, small
 from forks import Ended, Forks
-from headwater import faults
-from headwater.files import read_json, write_json
+from headwater.storage import fault_points
+from headwater.storage.files import read_json, write_json
 from runs import held, node, rows, temporary
 
 KILLED = -signal.SIGKILL
@@ -95,26 +95,26 @@ def test_the_list_of_points_is_that_of_the_source() -> None:
         for path in Path(headwater.__file__).parent.rglob("*.py")
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call)
-        and ast.unparse(call.func) == "faults.point"
+        and ast.unparse(call.func) == "fault_points.point"
         and isinstance(call.args[0], ast.Constant)
     ]
-    assert sorted(set(found)) == sorted(faults.POINTS) and len(faults.POINTS) >= 25
-    assert faults.POINTS.keys() >= faults.WRITES
+    assert sorted(set(found)) == sorted(fault_points.POINTS) and len(fault_points.POINTS) >= 25
+    assert fault_points.POINTS.keys() >= fault_points.WRITES
 
 
 def test_a_run_comes_by_every_point() -> None:
     """All but one, which comes only where something is in the way (`test_killed_while_a_folder_is_replaced`)."""
-    assert set(points()) == set(faults.POINTS) - {"folder.moved"}
+    assert set(points()) == set(fault_points.POINTS) - {"folder.moved"}
 
 
 def test_without_a_fault_a_point_does_nothing_and_an_unknown_one_is_refused() -> None:
-    assert not faults.armed()
-    faults.point("step.begun")
+    assert not fault_points.armed()
+    fault_points.point("step.begun")
     with pytest.raises(KeyError):
-        faults.struck("step.begunn:1=kill")
+        fault_points.struck("step.begunn:1=kill")
     with pytest.raises(KeyError):
-        faults.struck("step.begun:1=explode")
-    strike = faults.struck("step.begun:2=error")
+        fault_points.struck("step.begun:1=explode")
+    strike = fault_points.struck("step.begun:2=error")
     strike("step.begun")
     strike("step.ended")
     with pytest.raises(RuntimeError, match="a fault was asked for"):
@@ -122,7 +122,7 @@ def test_without_a_fault_a_point_does_nothing_and_an_unknown_one_is_refused() ->
 
 
 def test_the_environment_arms_a_point_in_any_process() -> None:
-    code = "from headwater import faults; faults.point('step.begun'); faults.point('step.begun'); print('alive')"
+    code = "from headwater.storage.fault_points import point; point('step.begun'); point('step.begun'); print('alive')"
     environment = {**os.environ, "HEADWATER_FAULT": "step.begun:2=kill", "PYTHONPATH": os.pathsep.join(sys.path)}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
     assert said.returncode == KILLED and said.stdout == b""
@@ -205,7 +205,7 @@ def test_killed_once_late_and_alone(fault: str, tmp_path: Path) -> None:
 def test_a_full_disk_at_every_write_is_one_sentence_and_code_4_and_the_run_goes_on_when_there_is_room(
     tmp_path: Path,
 ) -> None:
-    for name, said in once_at_each([name for name in points() if name in faults.WRITES], "full", tmp_path):
+    for name, said in once_at_each([name for name in points() if name in fault_points.WRITES], "full", tmp_path):
         assert said.code == 4, (name, said.code, said.err)
         assert "no space left on device" in one_sentence(said) and str(tmp_path) in one_sentence(said), name
 
@@ -424,12 +424,12 @@ def test_a_damaged_log_of_an_unfinished_stage_is_written_again_from_a_checkpoint
 
 
 def test_a_large_file_is_read_whole_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headwater import rundir
     from headwater.errors import UserError
+    from headwater.storage import run_dir
 
     out = copied(tmp_path)
-    monkeypatch.setattr(rundir, "LARGE", 1 << 10)
-    folder = rundir.NodeDir(node(out, "bridge_rl", "opd"))
+    monkeypatch.setattr(run_dir, "LARGE", 1 << 10)
+    folder = run_dir.NodeDir(node(out, "bridge_rl", "opd"))
     flip(folder.model / "model.safetensors")
     assert folder.damage() is None  # of the same size: a start does not see it
     with pytest.raises(UserError, match=r"model\.safetensors: is damaged"):

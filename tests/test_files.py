@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from headwater import files
 from headwater.errors import DiskError, UserError
-from headwater.files import (
+from headwater.storage import files
+from headwater.storage.files import (
     Logs,
     append_jsonl,
     disk_trouble,

@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headwater import losses
-from headwater.distributions import Distributions, Exact, FromHidden, LinearHead, TopK
-from headwater.logprobs import loss_and_stats, token_stats
-from headwater.tokens import TokenStats
+from headwater.losses import token_losses
+from headwater.losses.distributions import Distributions, Exact, FromHidden, LinearHead, TopK
+from headwater.losses.logprobs import loss_and_stats, token_stats
+from headwater.losses.token_stats import TokenStats
 
 N, H, HT, V = 9, 4, 5, 11
 DIVERGENCES = {
-    "reverse": losses.REVERSE,
-    "forward": losses.FORWARD,
-    "jsd": losses.jensen_shannon(0.5),
-    "jsd tenth": losses.jensen_shannon(0.1),
+    "reverse": token_losses.REVERSE,
+    "forward": token_losses.FORWARD,
+    "jsd": token_losses.jensen_shannon(0.5),
+    "jsd tenth": token_losses.jensen_shannon(0.1),
 }
 FORMS = ("hidden", "exact", "top")
 
@@ -125,7 +125,9 @@ def test_every_number_and_gradient_is_that_of_the_plain_form(form: str, name: st
 
 @pytest.mark.parametrize("form", ["none", *FORMS])
 def test_measuring_alone_gives_the_same_numbers_without_a_gradient(form: str) -> None:
-    options: dict[str, Any] = {} if form == "none" else {"teacher": teacher_of(form), "divergence": losses.REVERSE}
+    options: dict[str, Any] = (
+        {} if form == "none" else {"teacher": teacher_of(form), "divergence": token_losses.REVERSE}
+    )
     head, hidden = head_of(H, 2), random(N, H, seed=1)
     with torch.no_grad():
         alone = token_stats(hidden, head, targets(), 0.7, chunk_elements=5 * V, **options)
@@ -195,7 +197,14 @@ def test_bfloat16_stays_within_its_rounding_of_the_truth() -> None:
             return stats.divergence_N / 256
 
         loss, stats = loss_and_stats(
-            hidden, LinearHead(weight, None, dtype), some, 1.0, loss_of, teacher, losses.REVERSE, chunk_elements=1 << 14
+            hidden,
+            LinearHead(weight, None, dtype),
+            some,
+            1.0,
+            loss_of,
+            teacher,
+            token_losses.REVERSE,
+            chunk_elements=1 << 14,
         )
         loss.backward()
         found[dtype] = loss.detach(), stats, hidden.grad, weight.grad
@@ -214,7 +223,7 @@ def test_bfloat16_stays_within_its_rounding_of_the_truth() -> None:
 def test_every_matrix_product_is_done_once() -> None:
     head, hidden = head_of(H, 2), random(N, H, seed=1).requires_grad_()
     head.weight_VH.requires_grad_()
-    options: dict[str, Any] = {"teacher": teacher_of("hidden"), "divergence": losses.REVERSE}
+    options: dict[str, Any] = {"teacher": teacher_of("hidden"), "divergence": token_losses.REVERSE}
     with watched() as seen:
         loss, _ = loss_and_stats(hidden, head, targets(), 1.0, weighed, chunk_elements=4 * V, **options)
         loss.backward()
@@ -259,7 +268,7 @@ def test_the_logits_of_all_tokens_never_exist_at_once_in_either_pass(form: str) 
     with watched() as seen:
         loss, _ = loss_and_stats(
             hidden, head, torch.zeros(count, dtype=torch.long), 1.0, lambda stats, some: stats.divergence_N,  # type: ignore[arg-type,return-value]
-            teacher, losses.REVERSE, chunk_elements=chunk,
+            teacher, token_losses.REVERSE, chunk_elements=chunk,
         )  # fmt: skip
         loss.backward()
     assert seen.numel == hidden.numel() < count * V  # its own gradient is the largest

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from headwater.config import Source
+from headwater.config.recipe import Source
+from headwater.data.validate import grade_file, validate
 from headwater.errors import UserError
-from headwater.grading import grade_file, validate
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.config import GUARDS, Guards
+from headwater.config.arms import find_recipe
+from headwater.config.recipe import GUARDS, Guards
 from headwater.errors import TrainingStoppedError, UserError
-from headwater.guards import MEASURES, Watchman
-from headwater.model import Policy
-from headwater.objective import objective_of
-from headwater.recipes import find_recipe
-from headwater.rundir import NodeDir
-from headwater.train import make_optimizer, update
+from headwater.losses.objectives import objective_of
+from headwater.models.policy import Policy
+from headwater.storage.run_dir import NodeDir
+from headwater.training.guards import MEASURES, Watchman
+from headwater.training.loop import make_optimizer, update
 from runs import call, held, node, rows, tiny
 from tiny import same_bits, sampled_rows, stage_of, weights_of
 

@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: layers, light imports, one home for file names, short files, no eval."""
+"""The house rules that a machine can check: one order of folders, light imports, one home for file names, short files, no eval."""
 
 from __future__ import annotations
 
@@ -20,64 +20,15 @@ MODULES = {
     if path != SOURCE / "__init__.py"
 }
 
-NOUNS = {
-    "data",
-    "labels",
-    "faults",
-    "files",
-    "ledger",
-    "rundir",
-    "sweepdir",
-    "config",
-    "settings",
-    "plateau",
-    "recipes",
-    "prompts",
-    "seeds",
-    "errors",
-    "plan",
-    "guards",
-    "bounded",
-    "plain_yaml",
-    "model_files",
-    "foreign",
-    "known",
-}
-PURE = {
-    "batch", "packing", "tokens", "token_ids", "logprobs", "fused", "advantages", "losses", "distributions",
-    "native",
-}  # fmt: skip
-MACHINES = {
-    "attention",
-    "model",
-    "shape",
-    "folders",
-    "lora",
-    "memory_use",
-    "sampler",
-    "sampler_vllm",
-    "samplers",
-    "served",
-    "slots",
-    "draws",
-    "decoder",
-    "decoder_cache",
-    "decoder_fast",
-    "decoder_weights",
-    "teacher",
-    "teachers",
-    "objective",
-    "train",
-    "checkpoint",
-    "evaluate",
-    "conditions",
-    "memory",
-    "ranks",
-    "sharded",
-    "shards",
-    "checkpoint_shards",
-    "signals",
-}
+ORDER = (
+    "errors", "types", "seeds", "stats", "kernels",
+    "config", "storage", "tasks", "data", "distributed", "losses", "models", "sampling", "teachers", "training",
+    "runs", "runs.executors", "doctor", "report", "pipeline", "sweeps", "api", "cli", "__main__",
+)  # fmt: skip
+"""Folders and top-level modules, lowest first. A module imports from its own folder and from those before it."""
+TORCH_FREE = {"errors", "types", "seeds", "config", "storage", "tasks", "data", "report"}
+PURE = {"losses", "kernels"}
+"""Tensor code without files, settings (but for the table of objectives) or models."""
 HEAVY = ("torch", "transformers", "safetensors", "datasets")
 
 
@@ -101,11 +52,35 @@ def imported(path: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def own(path: Path) -> set[str]:
+@cache
+def imported_at_start(path: Path) -> frozenset[str]:
+    """The same without imports within functions, which wait until they are called."""
+    inner = {
+        id(node)
+        for function in ast.walk(tree(path))
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree(path)):
+        if id(node) in inner:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(names)
+
+
+def own(path: Path, names: frozenset[str] | None = None) -> set[str]:
     """Names of our own modules that a file imports."""
-    return {
-        name.removeprefix("headwater.") for name in imported(path) if name.startswith("headwater.")
-    } & MODULES.keys()
+    every = imported(path) if names is None else names
+    return {name.removeprefix("headwater.") for name in every if name.startswith("headwater.")} & MODULES.keys()
+
+
+def folder(module: str) -> str:
+    """The entry of ORDER that a module belongs to. Example: `runs.executors.ray` belongs to `runs.executors`."""
+    return max((one for one in ORDER if module == one or module.startswith(f"{one}.")), key=len)
 
 
 def reached(name: str) -> set[str]:
@@ -120,38 +95,64 @@ def reached(name: str) -> set[str]:
     return seen
 
 
-def test_the_layers_named_here_are_all_there() -> None:
-    assert MODULES.keys() >= (NOUNS | PURE | MACHINES)
+def test_every_module_has_its_place_in_the_order() -> None:
+    places = {folder(name) for name in MODULES}
+    assert places == set(ORDER)
+    assert {path.stem for path in SOURCE.glob("*.py")} - {"__init__"} <= set(ORDER)
 
 
-@pytest.mark.parametrize("name", sorted(NOUNS))
-def test_nouns_import_neither_torch_nor_anything_that_does(name: str) -> None:
-    for one in reached(name):
-        heavy = {found for found in imported(MODULES[one]) if found.split(".")[0] in HEAVY}
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_go_down_the_order_only(name: str) -> None:
+    here = ORDER.index(folder(name))
+    above = {one for one in own(MODULES[name]) if ORDER.index(folder(one)) > here}
+    assert not above, f"{name} imports {above} from above"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_module_imports_itself_in_a_circle(name: str) -> None:
+    assert not any(name in reached(other) for other in own(MODULES[name]))
+
+
+def test_folders_hold_nothing_in_their_init_files() -> None:
+    """An empty `__init__.py` keeps a torch-free module torch-free whatever stands beside it."""
+    full = {str(path.relative_to(SOURCE)) for path in SOURCE.glob("*/**/__init__.py") if path.read_text().strip()}
+    assert full <= {"tasks/__init__.py"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if folder(name) in TORCH_FREE))
+def test_torch_free_folders_reach_nothing_that_imports_torch(name: str) -> None:
+    seen: set[str] = set()
+    todo = [name]
+    while todo:
+        one = todo.pop()
+        if one not in seen:
+            seen.add(one)
+            todo += own(MODULES[one], imported_at_start(MODULES[one]))
+    for one in seen:
+        heavy = {found for found in imported_at_start(MODULES[one]) if found.split(".")[0] in HEAVY}
         assert not heavy, f"{name} reaches {one}, which imports {heavy}"
 
 
-@pytest.mark.parametrize("name", sorted(PURE))
-def test_pure_tensor_code_knows_no_config_no_files_and_no_machines(name: str) -> None:
-    assert own(MODULES[name]) <= PURE | {"data"}
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if folder(name) in PURE))
+def test_pure_tensor_code_knows_no_files_and_no_models(name: str) -> None:
+    settings = {"config"} if name == "losses.objectives" else set()
+    assert {folder(one) for one in own(MODULES[name])} <= PURE | {"types"} | settings
     outside = {found.split(".")[0] for found in imported(MODULES[name])}
-    library = {"ctypes", "functools", "importlib"} if name == "native" else set()  # it calls one
+    library = {"ctypes", "functools", "importlib"} if name == "kernels" else {"functools"}
     assert outside <= {"__future__", "collections", "dataclasses", "math", "typing", "torch", "headwater"} | library
 
 
-@pytest.mark.parametrize("name", sorted(MACHINES))
-def test_machines_import_downward_only(name: str) -> None:
-    outside = own(MODULES[name]) - NOUNS - PURE - MACHINES
-    assert {one for one in outside if not one.startswith("tasks")} <= {"grading"}
-
-
-def test_nothing_imports_the_command_line_and_there_are_no_cycles() -> None:
-    assert not [name for name, path in MODULES.items() if "cli" in own(path) and name != "__main__"]
+def test_the_report_reads_files_and_the_plan_of_a_run_only() -> None:
     for name in MODULES:
-        assert not any(name in reached(other) for other in own(MODULES[name])), f"{name} imports itself in a circle"
+        if folder(name) == "report":
+            from_runs = {one for one in own(MODULES[name]) if folder(one).startswith("runs")}
+            assert from_runs <= {"runs.plan", "runs.sweep"}, name
 
 
-@pytest.mark.parametrize("name", ["report", "config", "recipes", "labels", "rundir", "prompts"])
+@pytest.mark.parametrize(
+    "name",
+    ["report.build", "config.recipe", "config.arms", "data.labels", "storage.run_dir", "models.prompts", "cli.main"],
+)
 def test_importing_it_loads_no_torch(name: str) -> None:
     code = f"import sys, headwater.{name}; print([m for m in {HEAVY!r} if m in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
@@ -174,14 +175,14 @@ RUN_FILES = (
 """Names within a run directory that more than one module would be tempted to spell."""
 
 
-def test_only_rundir_spells_the_names_of_a_runs_files() -> None:
+def test_only_run_dir_spells_the_names_of_a_runs_files() -> None:
     # Keys of recipes and reports ("evals", "nodes") are names of fields and not of files.
     fields = {"nodes", "evals"}
     for name, path in MODULES.items():
-        if name in ("rundir", "cli") or name.startswith("report"):  # the last two tell users where to look
+        if name == "storage.run_dir" or folder(name) in ("cli", "report"):  # the last two tell users where to look
             continue
         spelt = {text for text in strings(path) if text in RUN_FILES and text not in fields}
-        assert not spelt, f"{name} spells {spelt}; rundir knows them"
+        assert not spelt, f"{name} spells {spelt}; storage.run_dir knows them"
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -202,7 +203,7 @@ def test_nothing_is_evaluated_executed_or_unpickled(name: str) -> None:
 
 
 def test_the_loop_names_no_objective() -> None:
-    for name in ("train", "checkpoint"):
+    for name in ("training.loop", "training.checkpoint"):
         words = set(strings(MODULES[name]))
         assert not words & {"grpo", "opd", "mixed", "forward_kl", "sft", "teacher_rl", "warmup", "student_rl"}
 
@@ -211,21 +212,24 @@ def test_only_the_labels_module_and_those_that_fill_it_touch_gold_answers() -> N
     """A stage that read `labels._gold` would make the budget an honour system."""
     for name, path in MODULES.items():
         for node in ast.walk(tree(path)):
-            if isinstance(node, ast.Attribute) and node.attr in {"_gold", "_grade"} and name != "labels":
+            if isinstance(node, ast.Attribute) and node.attr in {"_gold", "_grade"} and name != "data.labels":
                 assert ast.unparse(node.value) == "self", f"{name} reaches into {ast.unparse(node)}"
 
 
 def test_problems_and_rollouts_have_no_field_for_an_answer() -> None:
     from dataclasses import fields
 
-    from headwater.data import Problem, Rollout
+    from headwater.types import Problem, Rollout
 
     for noun in (Problem, Rollout):
         assert not {one.name for one in fields(noun)} & {"answer", "gold", "label", "solution"}
 
 
 def test_no_module_keeps_a_random_state_of_its_own() -> None:
-    """Every draw is named (seeds.py); only the maker of pocket models and the generator of sums seed their own."""
-    for name in NOUNS | PURE | MACHINES:
+    """Every draw is named (seeds.py); only the generators of problems seed their own."""
+    for name in MODULES:
+        if folder(name) in ("tasks", "data", "doctor", "report"):
+            continue
         called = {ast.unparse(n.func) for n in ast.walk(tree(MODULES[name])) if isinstance(n, ast.Call)}
-        assert not {c for c in called if c.startswith(("random.", "torch.manual_seed", "torch.rand", "np.random.seed"))}
+        drawn = {c for c in called if c.startswith(("random.", "torch.manual_seed", "torch.rand", "np.random.seed"))}
+        assert not drawn, f"{name} draws by {drawn}"

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 
-from headwater.data import Verdict, problem_id
+from headwater.data.labels import Labels, Pools, buy, half_of
 from headwater.errors import UserError
-from headwater.labels import Labels, Pools, buy, half_of
+from headwater.types import Verdict, problem_id
 
 GOLD = {"a": "secret-1", "b": "secret-2", "c": "secret-3"}
 

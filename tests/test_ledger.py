@@ -6,8 +6,8 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from headwater.ledger import Spend, Totals, record, totals
-from headwater.rundir import read_jsonl
+from headwater.storage.ledger import Spend, Totals, record, totals
+from headwater.storage.run_dir import read_jsonl
 
 
 def test_totals_are_the_sums_of_what_was_recorded_and_a_label_counts_once(tmp_path: Path) -> None:

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from headwater import losses
-from headwater.distributions import Distributions, Exact, FromHidden, TopK
-from headwater.logprobs import token_stats
-from headwater.tokens import TokenStats
+from headwater.losses import token_losses
+from headwater.losses.distributions import Distributions, Exact, FromHidden, TopK
+from headwater.losses.logprobs import token_stats
+from headwater.losses.token_stats import TokenStats
 
 N, H, V = 23, 5, 11
-DIVERGENCES: dict[str, losses.Divergence] = {
-    "forward": losses.FORWARD,
-    "reverse": losses.REVERSE,
-    "jsd": losses.jensen_shannon(0.3),
+DIVERGENCES: dict[str, token_losses.Divergence] = {
+    "forward": token_losses.FORWARD,
+    "reverse": token_losses.REVERSE,
+    "jsd": token_losses.jensen_shannon(0.3),
 }
 
 
@@ -106,12 +106,12 @@ def test_both_kls_are_measured_and_only_log_prob_and_divergence_carry_gradients(
     teacher = teachers(torch.nn.Linear(H, V))["exact"]
     assert isinstance(teacher, Exact)
     targets = torch.randint(0, V, (N,))
-    found = token_stats(hidden, head, targets, 0.7, teacher, losses.FORWARD, teacher_tokens=True)
+    found = token_stats(hidden, head, targets, 0.7, teacher, token_losses.FORWARD, teacher_tokens=True)
     student = torch.log_softmax(head(hidden) / 0.7, dim=-1)
     for ours, expected in (
-        (found.divergence_N, losses.forward_kl(student, teacher.logp_NV)),
-        (found.kl_teacher_student_N, losses.forward_kl(student, teacher.logp_NV)),
-        (found.kl_student_teacher_N, losses.reverse_kl(student, teacher.logp_NV)),
+        (found.divergence_N, token_losses.forward_kl(student, teacher.logp_NV)),
+        (found.kl_teacher_student_N, token_losses.forward_kl(student, teacher.logp_NV)),
+        (found.kl_student_teacher_N, token_losses.reverse_kl(student, teacher.logp_NV)),
         (found.teacher_logp_N, teacher.logp_NV[torch.arange(N), targets]),
     ):
         assert ours is not None
@@ -135,7 +135,7 @@ def test_no_gradient_reaches_the_teacher_even_where_it_could_be_trained() -> Non
 def test_a_masked_vocabulary_entry_spoils_neither_entropy_nor_divergence() -> None:
     logits = torch.tensor([[0.0, math.log(3.0), -math.inf]])
     teacher = Exact(torch.tensor([[0.5, 0.5, 0.0]]).log())
-    found = token_stats(logits, identity, torch.tensor([1]), 1.0, teacher, losses.REVERSE)
+    found = token_stats(logits, identity, torch.tensor([1]), 1.0, teacher, token_losses.REVERSE)
     assert found.entropy_N.item() == pytest.approx(0.562335, abs=1e-6)
     assert found.divergence_N is not None and found.kl_teacher_student_N is not None
     # As for the two other events alone: KL(S‖T) = 0.130812, KL(T‖S) = 0.143841.

@@ -14,20 +14,22 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from headwater import decoder_weights, lora, model
-from headwater.batch import Row
-from headwater.checkpoint import load_checkpoint, save_checkpoint
-from headwater.config import Lora, parse_recipe
-from headwater.decoder import CacheDecoder, decoder_for
-from headwater.decoder_fast import FastDecoder
+from headwater.config.recipe import Lora, parse_recipe
+from headwater.config.stage import Sampling
 from headwater.errors import UserError
-from headwater.model import Policy, Shape
-from headwater.objective import objective_of
-from headwater.rundir import NodeDir
-from headwater.sampler import TorchSampler
-from headwater.settings import Sampling
-from headwater.teacher import logp_of
-from headwater.train import make_optimizer, update
+from headwater.losses.batch import Row
+from headwater.losses.objectives import objective_of
+from headwater.models import lora
+from headwater.models import policy as model
+from headwater.models.policy import Policy, Shape
+from headwater.sampling import fast_weights
+from headwater.sampling.decoder import CacheDecoder, decoder_for
+from headwater.sampling.fast_decoder import FastDecoder
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.storage.run_dir import NodeDir
+from headwater.teachers.scoring import logp_of
+from headwater.training.checkpoint import load_checkpoint, save_checkpoint
+from headwater.training.loop import make_optimizer, update
 from runs import assert_same, call, held, infos, node, rows, sets, tiny
 from test_decoder import spoken
 from test_resume import Killed, killed_at
@@ -135,7 +137,7 @@ def test_the_fast_decoder_samples_from_the_adapted_weights(
 ) -> None:
     """Small models have the adapter folded into copied weights, large ones keep it apart: the same words either way."""
     if large:
-        monkeypatch.setattr(decoder_weights, "FUSED_PARAMETERS", 0)
+        monkeypatch.setattr(fast_weights, "FUSED_PARAMETERS", 0)
     folder = tiny_folder(tmp_path / "model", architecture, seed=4)
     policy = trained(folder)
     assert isinstance(decoder_for(policy), FastDecoder)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from headwater import losses
+from headwater.losses import token_losses
 
 LN2 = math.log(2.0)
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "forward": losses.forward_kl,
-    "reverse": losses.reverse_kl,
-    "jsd half": partial(losses.jsd, beta=0.5),
-    "jsd tenth": partial(losses.jsd, beta=0.1),
+    "forward": token_losses.forward_kl,
+    "reverse": token_losses.reverse_kl,
+    "jsd half": partial(token_losses.jsd, beta=0.5),
+    "jsd tenth": partial(token_losses.jsd, beta=0.1),
 }
 
 
@@ -58,7 +58,7 @@ def test_the_policy_gradient_clips_only_what_would_go_further_the_same_way(
 ) -> None:
     old = torch.tensor([-1.3], dtype=torch.float64)
     student = (old + math.log(ratio)).requires_grad_()
-    found = losses.policy_gradient(student, old, torch.tensor([advantage], dtype=torch.float64), low, high)
+    found = token_losses.policy_gradient(student, old, torch.tensor([advantage], dtype=torch.float64), low, high)
     assert found.item() == pytest.approx(loss, rel=1e-12)
     assert torch.autograd.grad(found.sum(), student)[0].item() == pytest.approx(gradient, rel=1e-12)
 
@@ -66,7 +66,7 @@ def test_the_policy_gradient_clips_only_what_would_go_further_the_same_way(
 def test_the_policy_gradient_at_ratio_one_is_minus_the_advantage_whatever_the_log_prob() -> None:
     student = torch.tensor([-0.1, -2.0, -30.0], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([1.5, -0.5, 2.0], dtype=torch.float64)
-    losses.policy_gradient(student, student.detach(), advantages, 0.2, 0.2).sum().backward()
+    token_losses.policy_gradient(student, student.detach(), advantages, 0.2, 0.2).sum().backward()
     assert student.grad is not None
     assert student.grad.tolist() == (-advantages).tolist()
 
@@ -75,44 +75,46 @@ def test_the_policy_gradient_agrees_with_finite_differences_away_from_the_clip_e
     old = torch.tensor([-1.0, -2.0, -0.5, -1.5], dtype=torch.float64)
     student = (old + torch.tensor([1.1, 0.5, 1.6, 0.7], dtype=torch.float64).log()).requires_grad_()
     advantages = torch.tensor([1.0, 2.0, -1.0, -2.0], dtype=torch.float64)
-    assert gradcheck(lambda x: losses.policy_gradient(x, old, advantages, 0.2, 0.3), (student,))
+    assert gradcheck(lambda x: token_losses.policy_gradient(x, old, advantages, 0.2, 0.3), (student,))
 
 
 def test_the_k3_estimate_by_hand_is_zero_at_equality_and_positive_on_both_sides() -> None:
     student = torch.tensor([-1.0, -1.0 - LN2, -1.0 + LN2], dtype=torch.float64, requires_grad=True)
     reference = torch.full((3,), -1.0, dtype=torch.float64)
-    found = losses.reference_kl(student, reference)
+    found = token_losses.reference_kl(student, reference)
     # d = 0: 1 − 0 − 1 = 0;  d = ln 2: 2 − 0.6931 − 1 = 0.3069;  d = −ln 2: ½ + 0.6931 − 1 = 0.1931
     assert found.tolist() == pytest.approx([0.0, 1.0 - LN2, LN2 - 0.5], abs=1e-12)
     # Its derivative by the student is 1 − exp(d): 0, −1, ½.
     assert torch.autograd.grad(found.sum(), student)[0].tolist() == pytest.approx([0.0, -1.0, 0.5], abs=1e-12)
-    assert gradcheck(lambda x: losses.reference_kl(x, reference), (student,))
+    assert gradcheck(lambda x: token_losses.reference_kl(x, reference), (student,))
 
 
 def test_the_k3_estimate_averaged_over_the_student_is_its_kl_to_the_reference() -> None:
     student, reference = random_logp(1, 7, seed=1), random_logp(1, 7, seed=2)
-    averaged = (student.exp() * losses.reference_kl(student, reference)).sum()
-    assert averaged.item() == pytest.approx(losses.reverse_kl(student, reference).item(), rel=1e-12)
+    averaged = (student.exp() * token_losses.reference_kl(student, reference)).sum()
+    assert averaged.item() == pytest.approx(token_losses.reverse_kl(student, reference).item(), rel=1e-12)
 
 
 def test_cross_entropy_is_minus_the_log_prob() -> None:
     student = torch.tensor([math.log(0.25), math.log(0.5)], dtype=torch.float64, requires_grad=True)
-    found = losses.cross_entropy(student)
+    found = token_losses.cross_entropy(student)
     assert found.tolist() == pytest.approx([2 * LN2, LN2], rel=1e-12)
-    assert gradcheck(losses.cross_entropy, (student,))
+    assert gradcheck(token_losses.cross_entropy, (student,))
 
 
 def test_the_divergences_by_hand() -> None:
     student, teacher = logp(0.25, 0.75), logp(0.5, 0.5)
     # KL(T‖S) = ½ ln(½ / ¼) + ½ ln(½ / ¾) = 0.34657 − 0.20273 = 0.14384
-    assert losses.forward_kl(student, teacher).item() == pytest.approx(0.1438410, abs=1e-7)
+    assert token_losses.forward_kl(student, teacher).item() == pytest.approx(0.1438410, abs=1e-7)
     # KL(S‖T) = ¼ ln(¼ / ½) + ¾ ln(¾ / ½) = −0.17329 + 0.30410 = 0.13081
-    assert losses.reverse_kl(student, teacher).item() == pytest.approx(0.1308120, abs=1e-7)
+    assert token_losses.reverse_kl(student, teacher).item() == pytest.approx(0.1308120, abs=1e-7)
     # M = (⅜, ⅝). KL(T‖M) = ½ ln(4/3) + ½ ln(4/5) = 0.0322693; KL(S‖M) = ¼ ln(2/3) + ¾ ln(6/5) = 0.0353749
-    assert losses.jsd(student, teacher, 0.5).item() == pytest.approx((0.0322693 + 0.0353749) / 2, abs=1e-7)
+    assert token_losses.jsd(student, teacher, 0.5).item() == pytest.approx((0.0322693 + 0.0353749) / 2, abs=1e-7)
     # β = ¼: M = ¼ T + ¾ S = (5/16, 11/16). KL(T‖M) = ½ ln(8/5) + ½ ln(8/11) = 0.0757750;
     # KL(S‖M) = ¼ ln(4/5) + ¾ ln(12/11) = 0.0094727
-    assert losses.jsd(student, teacher, 0.25).item() == pytest.approx(0.25 * 0.0757750 + 0.75 * 0.0094727, abs=1e-6)
+    assert token_losses.jsd(student, teacher, 0.25).item() == pytest.approx(
+        0.25 * 0.0757750 + 0.75 * 0.0094727, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -142,18 +144,24 @@ def test_a_divergence_of_different_distributions_is_positive_and_unreduced(name:
 
 def test_jsd_is_symmetric_at_one_half_and_mirrored_elsewhere() -> None:
     student, teacher = random_logp(seed=6), random_logp(seed=7)
-    torch.testing.assert_close(losses.jsd(student, teacher, 0.5), losses.jsd(teacher, student, 0.5))
-    torch.testing.assert_close(losses.jsd(student, teacher, 0.2), losses.jsd(teacher, student, 0.8))
+    torch.testing.assert_close(token_losses.jsd(student, teacher, 0.5), token_losses.jsd(teacher, student, 0.5))
+    torch.testing.assert_close(token_losses.jsd(student, teacher, 0.2), token_losses.jsd(teacher, student, 0.8))
 
 
 def test_jsd_divided_by_its_share_tends_to_the_two_kls() -> None:
     student, teacher = random_logp(seed=6), random_logp(seed=7)
     small = 1e-7
     torch.testing.assert_close(
-        losses.jsd(student, teacher, small) / small, losses.forward_kl(student, teacher), rtol=1e-5, atol=1e-6
+        token_losses.jsd(student, teacher, small) / small,
+        token_losses.forward_kl(student, teacher),
+        rtol=1e-5,
+        atol=1e-6,
     )
     torch.testing.assert_close(
-        losses.jsd(student, teacher, 1.0 - small) / small, losses.reverse_kl(student, teacher), rtol=1e-5, atol=1e-6
+        token_losses.jsd(student, teacher, 1.0 - small) / small,
+        token_losses.reverse_kl(student, teacher),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -171,14 +179,14 @@ def test_an_event_that_neither_can_produce_adds_nothing_to_value_or_gradient() -
 def test_events_that_only_one_side_can_produce_give_the_limit_and_not_nan() -> None:
     sure, even = logp(1.0, 0.0), logp(0.5, 0.5)
     # 0 · ln 0 = 0: KL((1, 0) ‖ (½, ½)) = ln 2, seen from either loss; the other direction is infinite.
-    assert losses.reverse_kl(sure, even).item() == pytest.approx(LN2, rel=1e-12)
-    assert losses.forward_kl(even, sure).item() == pytest.approx(LN2, rel=1e-12)
-    assert losses.reverse_kl(even, sure).item() == math.inf
-    assert losses.forward_kl(sure, even).item() == math.inf
+    assert token_losses.reverse_kl(sure, even).item() == pytest.approx(LN2, rel=1e-12)
+    assert token_losses.forward_kl(even, sure).item() == pytest.approx(LN2, rel=1e-12)
+    assert token_losses.reverse_kl(even, sure).item() == math.inf
+    assert token_losses.forward_kl(sure, even).item() == math.inf
     # Disjoint supports: every event's mixture is half of one side, so the Jensen–Shannon divergence is ln 2.
-    assert losses.jsd(sure, logp(0.0, 1.0), 0.5).item() == pytest.approx(LN2, rel=1e-12)
+    assert token_losses.jsd(sure, logp(0.0, 1.0), 0.5).item() == pytest.approx(LN2, rel=1e-12)
     # M = (¾, ¼): ½ [½ ln(⅔) + ½ ln 2] + ½ ln(4/3) = 0.0719205 + 0.1438410
-    assert losses.jsd(sure, even, 0.5).item() == pytest.approx(0.2157616, abs=1e-7)
+    assert token_losses.jsd(sure, even, 0.5).item() == pytest.approx(0.2157616, abs=1e-7)
 
 
 def test_masked_logits_of_the_student_get_a_finite_gradient() -> None:
@@ -195,7 +203,7 @@ def test_masked_logits_of_the_student_get_a_finite_gradient() -> None:
 def test_the_sampled_reverse_kl_by_hand() -> None:
     student = torch.tensor([math.log(0.25)], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([math.log(0.5)], dtype=torch.float64)
-    found = losses.sampled_reverse_kl(student, student.detach(), teacher, 0.2, 0.2)
+    found = token_losses.sampled_reverse_kl(student, student.detach(), teacher, 0.2, 0.2)
     # Advantage ln ½ − ln ¼ = ln 2, ratio 1: loss −ln 2, gradient −ln 2: the token becomes likelier.
     assert found.item() == pytest.approx(-LN2, rel=1e-12)
     assert torch.autograd.grad(found.sum(), student)[0].item() == pytest.approx(-LN2, rel=1e-12)
@@ -205,9 +213,9 @@ def test_the_sampled_gradient_averaged_over_the_vocabulary_is_the_full_reverse_k
     logits = torch.randn(1, 9, dtype=torch.float64, requires_grad=True)
     teacher = random_logp(1, 9, seed=8)
     student = torch.log_softmax(logits, dim=-1)
-    full = torch.autograd.grad(losses.reverse_kl(student, teacher).sum(), logits, retain_graph=True)[0]
+    full = torch.autograd.grad(token_losses.reverse_kl(student, teacher).sum(), logits, retain_graph=True)[0]
     # The nine tokens stand for all nine outcomes of one draw, weighed by their probability under the student.
-    each = losses.sampled_reverse_kl(student[0], student[0].detach(), teacher[0], 0.2, 0.2)
+    each = token_losses.sampled_reverse_kl(student[0], student[0].detach(), teacher[0], 0.2, 0.2)
     sampled = torch.autograd.grad((student[0].detach().exp() * each).sum(), logits)[0]
     assert full.abs().max().item() > 0.01
     torch.testing.assert_close(sampled, full, rtol=1e-12, atol=1e-15)
@@ -219,8 +227,8 @@ def test_the_sampled_gradient_is_unbiased_also_after_the_policy_has_moved_within
     old = torch.log_softmax(logits.detach() + 0.05 * torch.randn(1, 6, dtype=torch.float64), dim=-1)
     teacher = random_logp(1, 6, seed=9)
     student = torch.log_softmax(logits, dim=-1)
-    full = torch.autograd.grad(losses.reverse_kl(student, teacher).sum(), logits, retain_graph=True)[0]
-    each = losses.sampled_reverse_kl(student[0], old[0], teacher[0], 0.9, 9.0)
+    full = torch.autograd.grad(token_losses.reverse_kl(student, teacher).sum(), logits, retain_graph=True)[0]
+    each = token_losses.sampled_reverse_kl(student[0], old[0], teacher[0], 0.9, 9.0)
     sampled = torch.autograd.grad((old[0].exp() * each).sum(), logits)[0]
     torch.testing.assert_close(sampled, full, rtol=1e-10, atol=1e-14)
 
@@ -228,5 +236,5 @@ def test_the_sampled_gradient_is_unbiased_also_after_the_policy_has_moved_within
 def test_an_engines_token_counts_as_often_as_the_trainer_would_have_drawn_it_up_to_the_cap() -> None:
     old, drawn = (torch.tensor(values).log() for values in ([0.3, 0.1, 0.25], [0.1, 0.2, 0.25]))
     # 0.3 / 0.1 = 3, cut to 2; 0.1 / 0.2 = ½; equal: 1.
-    torch.testing.assert_close(losses.truncated_importance(old, drawn, 2.0), torch.tensor([2.0, 0.5, 1.0]))
-    assert not losses.truncated_importance(old.requires_grad_(), drawn, 2.0).requires_grad
+    torch.testing.assert_close(token_losses.truncated_importance(old, drawn, 2.0), torch.tensor([2.0, 0.5, 1.0]))
+    assert not token_losses.truncated_importance(old.requires_grad_(), drawn, 2.0).requires_grad

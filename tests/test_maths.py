@@ -16,11 +16,11 @@ from headwater.tasks import maths
 from headwater.tasks.maths_numbers import number
 from headwater.tasks.maths_text import canonical, split
 from headwater.tasks.maths_text import extract as stated
-from headwater.verifier import Verifier
+from headwater.tasks.verifier import Verifier
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 CASES = DATA / "verifier_cases" / "cases.jsonl"
-SECOND = Path(__file__).parent / "data" / "verifier_second.jsonl"
+SECOND = Path(__file__).parent / "fixtures" / "verifier_second.jsonl"
 
 
 @pytest.mark.parametrize(

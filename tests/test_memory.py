@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from headwater import train as training
-from headwater.batch import packed_microbatches
+from headwater.config.stage import Sampling
 from headwater.errors import TrainingStoppedError
-from headwater.memory import Budget, Frugal, out_of_memory, passes
-from headwater.model import Policy
-from headwater.objective import objective_of
-from headwater.sampler import Arrived, Request, TorchSampler, requests_for
-from headwater.settings import Sampling
-from headwater.teacher import logp_of
-from headwater.train import make_optimizer, update
+from headwater.losses.batch import packed_microbatches
+from headwater.losses.objectives import objective_of
+from headwater.models.oom import Budget, out_of_memory, passes
+from headwater.models.policy import Policy
+from headwater.sampling.base import Arrived, Request, requests_for
+from headwater.sampling.build import Frugal
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.teachers.scoring import logp_of
+from headwater.training import loop as training
+from headwater.training.loop import make_optimizer, update
 from runs import node, rows, tiny
 from tiny import PROMPTS, copied, furthest, same_bits, sampled_rows, stage_of, taught, weights_of
 
@@ -254,9 +256,9 @@ import resource, sys
 import torch
 torch.set_num_threads(1)
 sys.path[:0] = {path!r}
-from headwater.batch import Row
-from headwater.objective import objective_of
-from headwater.train import make_optimizer, update
+from headwater.losses.batch import Row
+from headwater.losses.objectives import objective_of
+from headwater.training.loop import make_optimizer, update
 from tiny import rollout_of, stage_of, tiny_policy
 
 policy = tiny_policy(intermediate_size=4096)
@@ -287,7 +289,7 @@ def test_freed_memory_is_used_again_without_new_pages() -> None:
     """In a process of its own: it is for the whole process. 64 MiB are 16,384 pages, which come anew each time without it."""
     program = """
 import resource, sys, torch
-from headwater.memory import keep_what_is_freed
+from headwater.models.oom import keep_what_is_freed
 if sys.argv[1] == "kept" and not keep_what_is_freed():
     sys.exit(77)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt

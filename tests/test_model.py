@@ -12,11 +12,13 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers import models as tokenizer_models
+from tools.pretrain.pocket import ALPHABET, SPECIAL, UNKNOWN, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from headwater import folders
 from headwater.errors import UserError
-from headwater.model import (
+from headwater.losses.objectives import objective_of
+from headwater.models import locate
+from headwater.models.policy import (
     Policy,
     Shape,
     fingerprint_of,
@@ -26,10 +28,8 @@ from headwater.model import (
     resolve,
     save,
 )
-from headwater.objective import objective_of
-from headwater.pretrain import ALPHABET, SPECIAL, UNKNOWN, make_tokenizer
-from headwater.teacher import logp_of
-from headwater.train import make_optimizer, update
+from headwater.teachers.scoring import logp_of
+from headwater.training.loop import make_optimizer, update
 from tiny import (
     CPU,
     MODELS,
@@ -313,8 +313,8 @@ def test_a_weights_file_is_named_by_every_byte_and_a_huge_one_by_blocks_all_over
         return fingerprint_of(str(tmp_path))
 
     assert named(1_500_001) != named(0, 0)
-    monkeypatch.setattr(folders, "WHOLE", 1 << 20)
-    monkeypatch.setattr(folders, "BLOCK", 1 << 8)
+    monkeypatch.setattr(locate, "WHOLE", 1 << 20)
+    monkeypatch.setattr(locate, "BLOCK", 1 << 8)
     assert all(named(place) != named(0, 0) for place in (1, len(content) - 2))
     assert all(named(place, 1 << 13) != named(0, 0) for place in range(1 << 20, 2 << 20, 100_003))  # as a tensor would
     path.write_bytes(content + b"x")

@@ -9,20 +9,23 @@ import pytest
 import torch
 from torch.nn import functional
 
-from headwater import decoder_weights, draws, fused, losses, native
-from headwater.decoder import decoder_for
-from headwater.decoder_fast import FastDecoder
-from headwater.distributions import FromHidden, LinearHead
-from headwater.draws import draw_tokens
-from headwater.native import LANES, Kernels, packed
-from headwater.sampler import TorchSampler, requests_for
-from headwater.settings import Sampling
+from headwater import kernels
+from headwater.config.stage import Sampling
+from headwater.kernels import LANES, Kernels, packed
+from headwater.losses import fused_linear, token_losses
+from headwater.losses.distributions import FromHidden, LinearHead
+from headwater.sampling import fast_weights, token_draws
+from headwater.sampling.base import requests_for
+from headwater.sampling.decoder import decoder_for
+from headwater.sampling.fast_decoder import FastDecoder
+from headwater.sampling.token_draws import draw_tokens
+from headwater.sampling.torch_sampler import TorchSampler
 from tiny import PROMPTS, tiny_policy
 
 
 @pytest.fixture
 def fast() -> Kernels:
-    found = native.kernels()
+    found = kernels.kernels()
     if found is None:
         pytest.skip("NOT tested: the CPU kernels were not built here (no C compiler when headwater was installed)")
     return found
@@ -157,7 +160,7 @@ def test_without_the_kernels_the_same_tokens_are_drawn(
     policy = tiny_policy(name)
     requests = requests_for([(str(row), ids) for row, ids in enumerate(PROMPTS)], 4, 0, "native")
     with_them = TorchSampler(policy, batch=5).sample(requests, Sampling(max_tokens=20))
-    for module in (decoder_weights, draws):
+    for module in (fast_weights, token_draws):
         monkeypatch.setattr(module, "kernels", lambda: None)
     decoder = decoder_for(policy)
     assert isinstance(decoder, FastDecoder) and decoder.kernels is None
@@ -202,9 +205,9 @@ def test_the_loss_stage_of_a_row_is_that_of_autograd_in_float64(fast: Kernels, v
     torch.testing.assert_close(logits.double(), gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("divergence", [None, losses.REVERSE, losses.FORWARD])
+@pytest.mark.parametrize("divergence", [None, token_losses.REVERSE, token_losses.FORWARD])
 def test_with_and_without_the_kernels_the_loss_stage_says_the_same(
-    fast: Kernels, divergence: losses.Divergence | None, monkeypatch: pytest.MonkeyPatch
+    fast: Kernels, divergence: token_losses.Divergence | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden, weight, teacher_hidden, teacher_weight = (
         drawn(40, 12),
@@ -217,9 +220,9 @@ def test_with_and_without_the_kernels_the_loss_stage_says_the_same(
     )
     found = []
     for which in (lambda: fast, lambda: None):
-        monkeypatch.setattr(fused, "kernels", which)
+        monkeypatch.setattr(fused_linear, "kernels", which)
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        work = fused.Work(
+        work = fused_linear.Work(
             targets_N=torch.arange(40),
             temperature=1.0,
             teacher=taught,
@@ -231,7 +234,7 @@ def test_with_and_without_the_kernels_the_loss_stage_says_the_same(
             chunk=300 * 16,
             block=300 * 5,
         )
-        loss, stats = fused.loss_and_stats(leaves[0], LinearHead(leaves[1], None, torch.float32), work)
+        loss, stats = fused_linear.loss_and_stats(leaves[0], LinearHead(leaves[1], None, torch.float32), work)
         loss.backward()
         numbers = [getattr(stats, one.name) for one in fields(stats)]
         found.append([loss.detach(), *(leaf.grad for leaf in leaves), *(one for one in numbers if one is not None)])

@@ -8,14 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headwater.batch import Row, collate
-from headwater.data import Verdict
-from headwater.losses import truncated_importance
-from headwater.model import Policy
-from headwater.objective import TABLE, objective_of, with_rewards
-from headwater.teacher import logp_of
-from headwater.tokens import Tokens, TokenStats
-from headwater.train import update
+from headwater.losses.batch import Row, collate
+from headwater.losses.objectives import TABLE, objective_of
+from headwater.losses.token_losses import truncated_importance
+from headwater.losses.token_stats import Tokens, TokenStats
+from headwater.models.policy import Policy
+from headwater.teachers.scoring import logp_of
+from headwater.training.loop import update
+from headwater.training.rollouts import with_rewards
+from headwater.types import Verdict
 from tiny import (
     CPU,
     furthest,

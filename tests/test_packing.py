@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from headwater import attention, packing
-from headwater import model as models
-from headwater.attention import ATTENTION, packed_hidden
-from headwater.batch import Row, collate_packed, packed_microbatches, packed_tokens
-from headwater.model import Policy
-from headwater.packing import blocked, pack
-from headwater.teacher import logp_of
+from headwater.losses import packing
+from headwater.losses.batch import Row, collate_packed, packed_microbatches, packed_tokens
+from headwater.losses.packing import blocked, pack
+from headwater.models import packed_attention
+from headwater.models import policy as models
+from headwater.models.packed_attention import ATTENTION, packed_hidden
+from headwater.models.policy import Policy
+from headwater.teachers.scoring import logp_of
 from tiny import (
     CPU,
     MODELS,
@@ -175,8 +176,8 @@ def test_a_model_that_mixes_packed_sequences_is_found_out_before_it_trains(monke
     def leaking(module, query, key, value, mask, *, packing=None, scaling=None, **others):  # type: ignore[no-untyped-def]
         return packing_free(module, query, key, value, None, scaling=scaling)
 
-    packing_free = attention.sdpa_attention_forward
-    monkeypatch.setitem(attention.AttentionInterface._global_mapping, ATTENTION, leaking)
+    packing_free = packed_attention.sdpa_attention_forward
+    monkeypatch.setitem(packed_attention.AttentionInterface._global_mapping, ATTENTION, leaking)
     policy = tiny_policy(seed=3)
     assert not policy.packs and policy.model.config._attn_implementation == "sdpa"
 

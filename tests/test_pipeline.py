@@ -9,14 +9,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwater import materials, model
-from headwater.config import Models
-from headwater.data import Verdict, problem_id
+from headwater.config.arms import ARMS, find_recipe
+from headwater.config.recipe import Models
+from headwater.config.stage import Sampling
+from headwater.models import policy as model
 from headwater.pipeline import environment
-from headwater.recipes import ARMS, find_recipe
-from headwater.sampler import TorchSampler, requests_for
-from headwater.settings import Sampling
-from headwater.teacher import logp_of
+from headwater.runs import inputs as materials
+from headwater.sampling.base import requests_for
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.teachers.scoring import logp_of
+from headwater.types import Verdict, problem_id
 from runs import all_arms, held, infos, node, node_names, nodes, rows, tiny
 
 

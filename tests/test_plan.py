@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from headwater.config import Recipe
+from headwater.config.arms import ARMS, find_recipe
+from headwater.config.recipe import Recipe
 from headwater.errors import UserError
-from headwater.plan import Node, Plan, make_plan
-from headwater.recipes import ARMS, find_recipe
+from headwater.runs.plan import Node, Plan, make_plan
 
 POOLS = {"all": ("a", "b", "c", "d"), "first_half": ("a", "b"), "second_half": ("c", "d")}
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from headwater.plateau import reached
+from headwater.training.early_stopping import reached
 
 
 def rows(metric: str, *values: float | None) -> list[dict[str, float]]:

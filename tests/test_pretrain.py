@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from headwater.pretrain import (
+from tools.pretrain.pocket import (
     ALPHABET,
     ASSISTANT,
     END,
@@ -27,6 +25,8 @@ from headwater.pretrain import (
     pretrain,
     pretrain_pocket,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from headwater.tasks import countdown
 from headwater.tasks.sums import SumsDials, pool_of, short, worked
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headwater import pipeline, probe
-from headwater.data import Verdict
-from headwater.labels import Labels
-from headwater.ledger import Spend
-from headwater.recipes import find_recipe
+from headwater.config.arms import find_recipe
+from headwater.data.labels import Labels
+from headwater.doctor import probe
+from headwater.runs.setup import prepared
+from headwater.storage.ledger import Spend
+from headwater.types import Verdict
 from runs import TINY, call, held, rows, sets, temporary, tiny
 from tiny import policy_of, rollout_of, tiny_folder, tiny_model
 
@@ -62,7 +63,7 @@ def test_every_look_is_in_the_ledger_under_probe_and_the_answer_counts_the_same(
 
 def test_the_labels_looked_at_are_ones_that_training_would_buy() -> None:
     _, _, given = kept()
-    with pipeline.prepared(find_recipe("pocket", list(TINY)), ["bridge"], [0]) as (_, materials):
+    with prepared(find_recipe("pocket", list(TINY)), ["bridge"], [0]) as (_, materials):
         assert {name for name, _ in given} < set(materials.pools.all)
 
 
@@ -139,10 +140,10 @@ def test_what_cannot_be_measured_is_one_sentence(options: tuple[str, ...], said:
 
 def test_how_often_the_warm_up_reads_its_cache_is_counted_from_the_recipe() -> None:
     # 2 steps of 16 rollouts on a cache of 16 prompts × 4 rollouts: half of it is read once.
-    with pipeline.prepared(find_recipe("pocket", list(TINY)), ["bridge"], [0]) as (_, materials):
+    with prepared(find_recipe("pocket", list(TINY)), ["bridge"], [0]) as (_, materials):
         assert probe.cache_passes(materials) == 0.5
     half = find_recipe("pocket", [*TINY, "labels.split=half"])
-    with pipeline.prepared(half, ["bridge"], [0]) as (_, materials):
+    with prepared(half, ["bridge"], [0]) as (_, materials):
         assert probe.cache_passes(materials) == 1.0
         assert set(probe.chosen(materials, None, 0)) == set(materials.pools.first_half)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from tools.pretrain.pocket import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from headwater.config import Prompt
-from headwater.data import Problem
+from headwater.config.recipe import Prompt
 from headwater.errors import UserError
-from headwater.pretrain import make_tokenizer
-from headwater.prompts import Prompter, refuse_different_prompts
+from headwater.models.prompts import Prompter, refuse_different_prompts
+from headwater.types import Problem
 
 # As Qwen3's: without thinking the assistant's turn begins with an empty thought.
 THINKING = (

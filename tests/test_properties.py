@@ -15,16 +15,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headwater.config import Columns, Recipe, Source, canonical_json, parse_recipe, read_recipe
-from headwater.contamination import find_leaks
-from headwater.data import Problem, family_of, letters_of, problem_id
+from headwater.config.arms import ARMS, arm_of, builtin_names, builtin_text
+from headwater.config.recipe import Columns, Recipe, Source, canonical_json, parse_recipe, read_recipe
+from headwater.data.contamination import find_leaks
+from headwater.data.labels import buy, half_of
+from headwater.data.sources import load, without_leaks
+from headwater.data.validate import grade_file
 from headwater.errors import UserError
-from headwater.grading import grade_file
-from headwater.labels import buy, half_of
-from headwater.recipes import ARMS, arm_of, builtin_names, builtin_text
-from headwater.sources import load, without_leaks
 from headwater.tasks import TASKS
-from headwater.verifier import Verifier
+from headwater.tasks.verifier import Verifier
+from headwater.types import Problem, family_of, letters_of, problem_id
 
 quick = settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from crew import Crew
-from headwater.gather import shared_out
-from headwater.ranks import Ranks
-from headwater.train import Row, divided
+from headwater.distributed.process_group import Ranks
+from headwater.training.loop import Row, divided
+from headwater.training.rollouts import shared_out
 from runs import environment, held, infos, node, rows, sets, temporary, tiny
 from tiny import rollout_of, stage_of
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from headwater.config import Lora
+from headwater.config.recipe import Lora
+from headwater.distributed.process_group import Ranks
 from headwater.errors import UserError
-from headwater.lora import Wanted
-from headwater.model import load
-from headwater.ranks import Ranks
-from headwater.sharded import load as load_parts
+from headwater.models.fsdp import load as load_parts
+from headwater.models.lora import Wanted
+from headwater.models.policy import load
 from runs import environment, rows, tiny
 from serving import Answering, serving
 from test_ranks import CHANGES, assert_alike, command_of, crew, node_of

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from headwater.config import Models, Prompt, parse_recipe
-from headwater.recipes import builtin_text
+from headwater.config.arms import builtin_text
+from headwater.config.recipe import Models, Prompt, parse_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,9 +14,9 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from headwater.config import Prompt
-from headwater.data import Problem
-from headwater.prompts import Prompter
+from headwater.config.recipe import Prompt
+from headwater.models.prompts import Prompter
+from headwater.types import Problem
 from runs import Said, call, held, node, nodes, rows, spawn, temporary
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -14,17 +14,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from headwater import model
-from headwater.config import Prompt
-from headwater.data import Problem
-from headwater.decoder import decoder_for
-from headwater.decoder_fast import FastDecoder
-from headwater.known import GENERATION, MODELS
-from headwater.model import Policy
-from headwater.prompts import Prompter
-from headwater.sampler import TorchSampler, requests_for
-from headwater.settings import Sampling
-from headwater.teacher import logp_of
+from headwater.config.recipe import Prompt
+from headwater.config.stage import Sampling
+from headwater.models import policy as model
+from headwater.models.policy import Policy
+from headwater.models.prompts import Prompter
+from headwater.runs.hardware import GENERATION, MODELS
+from headwater.sampling.base import requests_for
+from headwater.sampling.decoder import decoder_for
+from headwater.sampling.fast_decoder import FastDecoder
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.teachers.scoring import logp_of
+from headwater.types import Problem
 from runs import temporary
 from tiny import CPU
 from tiny import MODELS as ASKED

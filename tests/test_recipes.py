@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from headwater.config import Recipe, parse_recipe
+from headwater.config.arms import ARMS, CANONICAL, Arm, Step, arm_of, builtin_names, builtin_text, find_recipe, stage_of
+from headwater.config.recipe import Recipe, parse_recipe
 from headwater.errors import UserError
-from headwater.recipes import ARMS, CANONICAL, Arm, Step, arm_of, builtin_names, builtin_text, find_recipe, stage_of
 from runs import call
 
 
@@ -198,8 +198,8 @@ def test_epochs_set_on_the_command_line_count_although_the_recipe_gives_steps() 
 
 
 def test_stages_on_halves_of_unequal_size_take_equally_many_steps() -> None:
-    from headwater.labels import Labels, Pools
-    from headwater.materials import Materials
+    from headwater.data.labels import Labels, Pools
+    from headwater.runs.inputs import Materials
 
     recipe = recipe_with(
         "stages.student_rl.epochs=2", "stages.student_rl.batch_size=16", "stages.student_rl.group_size=8"

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from fakes import ARMS, BASE_S, PROBLEMS, by_problem, fake_run, graded, names, printed
-from headwater import report, report_words
 from headwater.errors import UserError
+from headwater.report import build as report
+from headwater.report import text as report_words
 
 
 @pytest.fixture(scope="module")
@@ -275,12 +276,12 @@ def test_graders_that_extract_nothing_have_no_majority(tmp_path: Path) -> None:
 
 
 def test_the_report_never_imports_torch() -> None:
-    code = "import sys, headwater.report, headwater.stats; sys.exit('torch' in sys.modules)"
+    code = "import sys, headwater.report.build, headwater.stats; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_each_arms_way_through_its_stages_is_told_for_teacher_and_student() -> None:
-    from headwater.report_stages import paths
+    from headwater.report.stage_table import paths
 
     def scored(mean: float) -> dict[str, Any]:
         return {"held_out": {"mean": mean}}

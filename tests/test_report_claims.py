@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from fakes import ARMS, MORE_ARMS, by_problem, fake_run, graded, names, printed, write_rows
-from headwater import report, report_contrasts, report_words, stats
-from headwater.report_predictions import predictions
+from headwater import stats
+from headwater.report import build as report
+from headwater.report import contrasts
+from headwater.report import text as report_words
+from headwater.report.predictions import predictions
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +109,7 @@ def test_one_arm_alone_is_compared_with_the_student_before(tmp_path: Path) -> No
 def test_labels_are_equal_to_the_label_and_compute_within_a_tenth(
     labels: tuple[float, float], flops: tuple[float, float], expected: list[str]
 ) -> None:
-    found = report_contrasts.equal(
+    found = contrasts.equal(
         dict(zip("ab", labels, strict=True)),
         dict(zip("ab", flops, strict=True)),
     )

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from fakes import ARMS, BASE_S, MORE_ARMS, fake_run, printed
-from headwater import figures, report, report_words, svg
+from headwater.report import build as report
+from headwater.report import figures, svg
+from headwater.report import text as report_words
 
 
 @pytest.fixture(scope="module")

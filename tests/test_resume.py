@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from headwater import executor
+from headwater.runs.executors import base as executor
 from runs import (
     Said,
     assert_same,

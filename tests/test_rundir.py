@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from headwater.errors import UserError
-from headwater.files import file_sums
-from headwater.rundir import (
+from headwater.storage.files import file_sums
+from headwater.storage.run_dir import (
     NodeDir,
     RunDir,
     append_jsonl,
@@ -39,7 +39,7 @@ def test_a_file_is_replaced_whole_and_a_failed_write_leaves_the_old_one(
     def full(fd: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("headwater.files.os.fsync", full)
+    monkeypatch.setattr("headwater.storage.files.os.fsync", full)
     with pytest.raises(OSError, match="no space left"):
         write_atomic(path, "half a fi")
     assert read_json(path) == {"step": 1, "name": "αβ"}

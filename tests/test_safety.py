@@ -15,14 +15,15 @@ import yaml
 
 import headwater
 from fakes import ARMS, fake_run, write_rows
-from headwater import plain_yaml, report
-from headwater.config import Source
+from headwater.config import yaml as plain_yaml
+from headwater.config.arms import builtin_text
+from headwater.config.recipe import Source
+from headwater.data.sources import load as load_data
+from headwater.data.validate import validate
 from headwater.errors import UserError, one_line
-from headwater.grading import validate
-from headwater.recipes import builtin_text
-from headwater.sources import load as load_data
-from headwater.tasks import find_task, pattern
-from headwater.verifier import Verifier
+from headwater.report import build as report
+from headwater.tasks import find_task, regex
+from headwater.tasks.verifier import Verifier
 from runs import call, tiny
 
 # Recipes --------------------------------------------------------------------------------------------------------------
@@ -141,8 +142,8 @@ def test_a_parquet_file_that_unpacks_to_far_more_than_it_holds_is_refused(
     import pyarrow
     import pyarrow.parquet
 
-    monkeypatch.setattr("headwater.sources.MOST_BYTES", 50 << 20)
-    monkeypatch.setattr("headwater.sources.MOST_ROWS", 100_000)
+    monkeypatch.setattr("headwater.data.sources.MOST_BYTES", 50 << 20)
+    monkeypatch.setattr("headwater.data.sources.MOST_ROWS", 100_000)
     rows = 200_000 if kind == "rows" else 5000
     table = pyarrow.table({"problem": ["a" if kind == "rows" else "a" * 20_000] * rows, "answer": ["1"] * rows})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
@@ -169,9 +170,9 @@ def test_a_pattern_that_repeats_repeats_is_not_written_out(tmp_path: Path) -> No
         "[" * 1000,
         "(?:a|" * 2000,
     ):
-        made = pattern.as_completion(gold)
-        assert made is None or len(made) <= pattern.LONGEST_EXAMPLE
-    assert pattern.as_completion("(ab{2}){3}") == "abbabbabb"
+        made = regex.as_completion(gold)
+        assert made is None or len(made) <= regex.LONGEST_EXAMPLE
+    assert regex.as_completion("(ab{2}){3}") == "abbabbabb"
     assert time.monotonic() - started < 2
     path = tmp_path / "d.jsonl"
     write_rows(path, [{"problem": "p", "answer": r"(a+)+b"}, {"problem": "q", "answer": "(a{9999}){9999}"}])
@@ -331,7 +332,7 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path: Path, monk
     def explode(*given: Any) -> None:
         raise RuntimeError("something nobody expected")
 
-    monkeypatch.setattr("headwater.stages.write_cache", explode)
+    monkeypatch.setattr("headwater.runs.run_node.write_cache", explode)
     broken = tiny("run", tmp_path / "broken", "--arm", "warmup_only")
     assert broken.code == 1 and list((tmp_path / "broken").glob("nodes/*/FAILED"))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headwater import prompts
-from headwater.bounded import OutOfTimeError, within
-from headwater.data import Problem
+from headwater.config.arms import find_recipe
 from headwater.errors import UserError
-from headwater.materials import read_tokenizer
-from headwater.model import load, resolve
-from headwater.prompts import Prompter
-from headwater.recipes import find_recipe
+from headwater.models import prompts
+from headwater.models.policy import load, resolve
+from headwater.models.prompts import Prompter
+from headwater.models.time_limit import OutOfTimeError, within
+from headwater.runs.inputs import read_tokenizer
+from headwater.types import Problem
 from runs import call, sets, tiny
 from tiny import CPU, MODELS, tiny_folder
 

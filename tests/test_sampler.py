@@ -10,12 +10,13 @@ import pytest
 import torch
 from scipy import stats
 
-from headwater import model as models
-from headwater.data import Rollout
-from headwater.decoder import decoder_for
-from headwater.sampler import Request, TorchSampler, draw_tokens, requests_for
-from headwater.settings import Sampling
-from headwater.teacher import logp_of
+from headwater.config.stage import Sampling
+from headwater.models import policy as models
+from headwater.sampling.base import Request, requests_for
+from headwater.sampling.decoder import decoder_for
+from headwater.sampling.torch_sampler import TorchSampler, draw_tokens
+from headwater.teachers.scoring import logp_of
+from headwater.types import Rollout
 from tiny import MODELS, PROMPTS, policy_of, tiny_folder, tiny_model, tiny_policy
 
 CAPPED = {

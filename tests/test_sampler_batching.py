@@ -12,14 +12,15 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from headwater import decoder_fast, sampler
-from headwater.data import Rollout
-from headwater.decoder_cache import Cache
-from headwater.decoder_fast import FastDecoder
-from headwater.model import Policy
-from headwater.native import kernels
-from headwater.sampler import Request, TorchSampler, requests_for
-from headwater.settings import Sampling
+from headwater.config.stage import Sampling
+from headwater.kernels import kernels
+from headwater.models.policy import Policy
+from headwater.sampling import fast_decoder, torch_sampler
+from headwater.sampling.base import Request, requests_for
+from headwater.sampling.fast_decoder import FastDecoder
+from headwater.sampling.kv_cache import Cache
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.types import Rollout
 from tiny import PROMPTS, tiny_policy
 
 LONG = tuple(
@@ -108,7 +109,7 @@ def test_each_distinct_prompt_is_run_once_within_the_budget(budget: int, monkeyp
     policy = tiny_policy(seed=2, std=0.2)
     seen: list[list[list[int]]] = []
     watched(monkeypatch, seen)
-    monkeypatch.setattr(decoder_fast, "PREFILL_TOKENS", budget)
+    monkeypatch.setattr(fast_decoder, "PREFILL_TOKENS", budget)
     # Every prompt asked for under two names; its eight samples enter at different times.
     wanted = [*requests(), *requests_for([(f"q{i}", one) for i, one in enumerate(MIXED)], 4, 0, "other")]
     found = TorchSampler(policy, batch=5).sample(wanted, Sampling(max_tokens=12))
@@ -141,7 +142,7 @@ def test_no_step_is_spent_on_a_sequence_that_has_ended_and_the_batch_stays_full(
 def test_looking_only_now_and_then_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy(name, seed=2, std=0.2)
     often = TorchSampler(policy, batch=6).sample(requests(), Sampling(max_tokens=21))
-    monkeypatch.setattr(sampler, "LOOK_CPU", 8)
+    monkeypatch.setattr(torch_sampler, "LOOK_CPU", 8)
     seldom = TorchSampler(policy, batch=6).sample(requests(), Sampling(max_tokens=21))
     assert told(seldom) == told(often)
     assert_honest(policy, seldom)
@@ -167,7 +168,7 @@ def test_a_wide_vocabulary_with_a_packed_head_gives_the_trainers_log_probs() -> 
 
 def test_a_cache_never_has_more_columns_than_its_longest_sequence_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy(seed=2, std=0.0)  # every token as likely as any other
-    monkeypatch.setattr(decoder_fast, "CACHE_STEP", 4)
+    monkeypatch.setattr(fast_decoder, "CACHE_STEP", 4)
     columns: list[int] = []
     show = Cache.open
 
@@ -179,7 +180,7 @@ def test_a_cache_never_has_more_columns_than_its_longest_sequence_needs(monkeypa
     monkeypatch.setattr(Cache, "open", watch)
     found = TorchSampler(policy, batch=4).sample(requests(samples=3, prompts=PROMPTS), Sampling(max_tokens=60))
     longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in found)
-    lanes = decoder_fast.LANES if kernels() else 1  # a cache has whole groups of so many columns
+    lanes = fast_decoder.LANES if kernels() else 1  # a cache has whole groups of so many columns
     assert columns[0] == -(-(9 + 4) // lanes) * lanes and len(set(columns)) >= 3  # it grew twice
     assert longest - 1 <= max(columns) <= -(-(9 + 60) // lanes) * lanes
     assert_honest(policy, found)

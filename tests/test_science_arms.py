@@ -116,7 +116,8 @@ def test_measurements_are_the_same_after_an_interruption(tmp_path: Path) -> None
     changes = ("stages.opd.steps=6", "stages.opd.checkpoint_every=2", "conditions.every=2")
     assert tiny("run", whole, "--arm", "opd_only", changes=changes).code == 0
     code = (
-        "import os, sys; sys.path.insert(0, 'tests'); import headwater.train as t; from runs import tiny; from pathlib import Path\n"
+        "import os, sys; sys.path.insert(0, 'tests'); import headwater.training.loop as t; from runs import tiny\n"
+        "from pathlib import Path\n"
         "real = t.append_jsonl\n"
         "def write(path, rows):\n"
         "    real(path, rows)\n"

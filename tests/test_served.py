@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from headwater import served
-from headwater.config import Server
-from headwater.data import Rollout
-from headwater.distributions import TopK
+from headwater.config.recipe import Server
+from headwater.config.stage import Sampling
 from headwater.errors import TrainingStoppedError, UserError
-from headwater.model import Policy, load
-from headwater.sampler import requests_for
-from headwater.served import Served, meet
-from headwater.settings import Sampling
-from headwater.teacher import distributions_of
+from headwater.losses.distributions import TopK
+from headwater.models.policy import Policy, load
+from headwater.sampling.base import requests_for
+from headwater.teachers import server as served
+from headwater.teachers.scoring import distributions_of
+from headwater.teachers.server import Served, meet
+from headwater.types import Rollout
 from runs import held, node, rows, tiny
 from serving import Answering, Answers, serving
 from tiny import CPU, MODELS, rollout_of, tiny_policy

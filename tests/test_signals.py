@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from headwater.batch import Row
-from headwater.data import Rollout
-from headwater.distributions import Exact, TopK
-from headwater.rundir import NodeDir
-from headwater.signals import AT_ONCE, kept, pieces, signal_of
+from headwater.losses.batch import Row
+from headwater.losses.distributions import Exact, TopK
+from headwater.storage.run_dir import NodeDir
+from headwater.training.token_signals import AT_ONCE, kept, pieces, signal_of
+from headwater.types import Rollout
 from runs import all_arms, node, rows
 
 

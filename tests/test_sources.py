@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headwater.config import Columns, Generate, Source
-from headwater.data import problem_id
+from headwater.config.recipe import Columns, Generate, Source
+from headwater.data.sources import Loaded, gold_answer, load, without_leaks
 from headwater.errors import UserError
-from headwater.sources import Loaded, gold_answer, load, without_leaks
+from headwater.types import problem_id
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

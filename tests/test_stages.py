@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headwater import pipeline
-from headwater.batch import Row
-from headwater.data import Rollout, Verdict
+from headwater.config.arms import find_recipe
+from headwater.config.stage import Stage
 from headwater.errors import TrainingStoppedError
-from headwater.gather import SignalGuard, merged, stored, uninformative
-from headwater.recipes import find_recipe
-from headwater.settings import Stage
-from headwater.workplace import Workplace
+from headwater.losses.batch import Row
+from headwater.runs.node_context import Workplace
+from headwater.runs.setup import prepared
+from headwater.training.rollouts import SignalGuard, merged, stored, uninformative
+from headwater.types import Rollout, Verdict
 from runs import TINY, node, rows, temporary, tiny
 
 GROUP = 4
@@ -95,7 +95,7 @@ def test_a_stage_that_is_scored_and_measured_by_its_teacher_loads_it_once(
 
 def test_stage_three_and_replay_take_their_problems_from_their_own_half_only(tmp_path: Path) -> None:
     recipe = find_recipe("pocket", list(TINY))
-    with pipeline.prepared(recipe, ["bridge_rl", "replay"], [0]) as (plan, materials):
+    with prepared(recipe, ["bridge_rl", "replay"], [0]) as (plan, materials):
         pools = materials.pools
     assert tiny("study", tmp_path / "out", "--arms", "bridge_rl,replay").code == 0
     for arm, pool in (("bridge_rl", pools.second_half), ("replay", pools.first_half)):
@@ -111,7 +111,7 @@ def test_unlabelled_prompts_join_the_dense_stages_and_never_the_sparse_ones(tmp_
         tiny("run", out, "--arm", "bridge", changes=[more, "stages.opd.steps=4", "stages.teacher_rl.steps=4"]).code == 0
     )
     recipe = find_recipe("pocket", [*TINY, more])
-    with pipeline.prepared(recipe, ["bridge"], [0]) as (_, materials):
+    with prepared(recipe, ["bridge"], [0]) as (_, materials):
         unlabeled, labeled = set(materials.unlabeled), set(materials.pools.all)
     assert len(unlabeled) == 16 and not unlabeled & labeled
     opd = {name for step in (1, 2, 3, 4) for name in problems(node(out, "bridge", "opd"), step)}
@@ -229,17 +229,18 @@ def test_a_non_finite_loss_leaves_the_weights_as_the_last_checkpoint_has_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third step's loss is made a NaN: two good checkpoints stay, and without the fault the stage goes on from there."""
-    from headwater import objective, stages
+    from headwater.losses import objectives
+    from headwater.runs import run_node
 
     calls = Counter[str]()
-    real = stages.objective_of
+    real = run_node.objective_of
 
-    def spoilt(stage_: Stage, *more: float | None) -> objective.Objective:
+    def spoilt(stage_: Stage, *more: float | None) -> objectives.Objective:
         found = real(stage_, *more)
         if stage_.objective != "forward_kl":
             return found
 
-        def term(tokens: objective.Tokens) -> torch.Tensor:
+        def term(tokens: objectives.Tokens) -> torch.Tensor:
             calls["loss"] += 1
             value = found.terms[0][1](tokens)
             return value * math.nan if calls["loss"] == 3 else value
@@ -249,7 +250,7 @@ def test_a_non_finite_loss_leaves_the_weights_as_the_last_checkpoint_has_them(
     changes = [f"stages.warmup.{field}" for field in ("steps=4", "checkpoint_every=1")]
     out, whole = tmp_path / "out", tmp_path / "whole"
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "objective_of", spoilt)
+        patch.setattr(run_node, "objective_of", spoilt)
         said = tiny("run", out, "--arm", "warmup_only", changes=changes)
     assert said.code == 4
     assert "warmup, step 3 of 4: the loss is not finite; the weights were not changed by this step" in said.err
@@ -329,9 +330,9 @@ def test_a_teachers_kept_top_tokens_and_tail_stand_in_for_its_whole_distribution
 def test_thinking_is_rendered_as_the_recipe_says(tmp_path: Path, pocket_folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    from headwater.config import Prompt
-    from headwater.data import Problem
-    from headwater.prompts import Prompter
+    from headwater.config.recipe import Prompt
+    from headwater.models.prompts import Prompter
+    from headwater.types import Problem
 
     tokenizer = AutoTokenizer.from_pretrained(pocket_folder / "qwen3-student")
     tokenizer.chat_template = (

@@ -8,16 +8,7 @@ import time
 
 import pytest
 
-from headwater.tasks.sums import (
-    POOLS,
-    SumsDials,
-    generate,
-    grade,
-    is_worked,
-    pool_of,
-    short,
-    worked,
-)
+from headwater.tasks.sums import POOLS, SumsDials, generate, grade, is_worked, pool_of, short, worked
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -13,9 +13,9 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from headwater import sweep_figure, sweep_page, sweep_words
 from headwater.errors import UserError
-from headwater.sweep import Sweep, folder_name, lay_out, text_of
+from headwater.report import sweep_figure, sweep_page, sweep_text
+from headwater.runs.sweep import Sweep, folder_name, lay_out, text_of
 from runs import call, held, infos, sets, temporary, tiny
 
 
@@ -109,7 +109,7 @@ def test_a_points_own_command_makes_the_same_recipe_in_the_same_folder() -> None
     sweep = pocket("lambda", "0.25", "labels.budget=32")
     words = shlex.split(sweep.study(sweep.points[0], Path("my runs")))
     assert words[:3] == ["headwater", "study", "pocket"] and words[-2:] == ["--out", "my runs/0.25"]
-    from headwater.recipes import find_recipe
+    from headwater.config.arms import find_recipe
 
     changes = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
     assert find_recipe("pocket", changes) == sweep.points[0].recipe
@@ -141,7 +141,7 @@ def made_up(vary: str, values: list[Any], bridge: list[float | None], direct: fl
                        "seeds": [101], "evals": ["sums"], "arms": arms, "contrasts": contrasts})  # fmt: skip
     found = {"recipe": "pocket", "vary": vary, "field": vary, "values": values, "seeds": [101], "evals": ["sums"],
              "arms": ["direct_grpo", "bridge"], "command": "headwater sweep", "points": points, "across": []}  # fmt: skip
-    return {**found, "said": sweep_words.sentences(found)}
+    return {**found, "said": sweep_text.sentences(found)}
 
 
 def test_the_words_say_where_the_bridge_is_better_where_it_is_undecided_and_where_the_order_turns() -> None:
@@ -158,7 +158,7 @@ def test_a_failed_point_stands_in_words_table_plot_and_page_with_its_sentence() 
     svg, _ = sweep_figure.draw(found)
     assert ">failed<" in svg
     assert "failed: no group had rewards that differ" in sweep_page.page(found, svg)
-    assert sweep_words.cell(found["points"][1], "bridge", "sums") == "failed"
+    assert sweep_text.cell(found["points"][1], "bridge", "sums") == "failed"
 
 
 def test_one_arm_is_compared_with_itself_at_the_first_value() -> None:
@@ -166,15 +166,15 @@ def test_one_arm_is_compared_with_itself_at_the_first_value() -> None:
     against = [{**found["points"][0]["contrasts"][0], "arm": "bridge", "a": value, "b": 0.0} for value in (0.5, 1.0)]
     against[1] |= {"low": -0.13, "high": -0.07, "p": 0.001}
     found |= {"arms": ["bridge"], "across": [against[0] | {"low": -0.01, "high": 0.05, "p": 0.4}, against[1]]}
-    assert sweep_words.sentences(found) == [
+    assert sweep_text.sentences(found) == [
         "On sums, at lambda 1 bridge is worse than bridge at lambda 0; at lambda 0.5 bridge cannot be told from bridge at "
         "lambda 0. Highest at lambda 0.5, 62.0 %; as the highest of several it overstates what new runs would give."
     ]
 
 
 def test_models_go_by_their_short_names_where_these_differ() -> None:
-    assert sweep_words.names(["pocket:a", "/models/b/", 0.5]) == ["a", "b", "0.5"]
-    assert sweep_words.names(["x/model", "y/model"]) == ["x/model", "y/model"]
+    assert sweep_text.names(["pocket:a", "/models/b/", 0.5]) == ["a", "b", "0.5"]
+    assert sweep_text.names(["x/model", "y/model"]) == ["x/model", "y/model"]
 
 
 @pytest.mark.parametrize(
@@ -333,6 +333,6 @@ def test_a_dry_run_counts_shared_nodes_once_and_leaves_out_budgets_beyond_the_da
 
 
 def test_what_reads_a_sweep_loads_no_torch() -> None:
-    code = "import sys, headwater.sweep, headwater.sweep_report; print('torch' in sys.modules)"
+    code = "import sys, headwater.runs.sweep, headwater.report.sweep_build; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert said.stdout.strip() == "False"

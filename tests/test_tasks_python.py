@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from headwater.config import Source
-from headwater.grading import validate
-from headwater.tasks import sandbox, unit_tests
-from headwater.verifier import Verifier
+from headwater.config.recipe import Source
+from headwater.data.validate import validate
+from headwater.tasks import python_tests, sandbox
+from headwater.tasks.verifier import Verifier
 
 TESTS = "assert f(2) == 4\nassert f(-3) == -6"
 RIGHT = "def f(x):\n    return 2 * x"
@@ -50,7 +50,7 @@ def run(code: str, tests: str = TESTS, limits: sandbox.Limits = LIMITS) -> sandb
     ],
 )
 def test_the_last_python_block_must_pass_the_tests(completion: str, verdict: tuple[bool, str]) -> None:
-    assert unit_tests.grade(TESTS, completion) == verdict
+    assert python_tests.grade(TESTS, completion) == verdict
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,9 @@ def test_a_gold_object_brings_its_solution_and_its_entry_point() -> None:
     gold = json.dumps(
         {"tests": "def check(candidate):\n    assert candidate(2) == 4", "solution": RIGHT, "entry_point": "f"}
     )
-    assert unit_tests.grade(gold, str(unit_tests.as_completion(gold))) == (True, "equal")
-    assert unit_tests.grade(gold, block("def f(x): return 5")) == (False, "different")
-    assert unit_tests.as_completion(TESTS) is None
+    assert python_tests.grade(gold, str(python_tests.as_completion(gold))) == (True, "equal")
+    assert python_tests.grade(gold, block("def f(x): return 5")) == (False, "different")
+    assert python_tests.as_completion(TESTS) is None
 
 
 ESCAPES = {

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from headwater.config import Source
-from headwater.grading import grade_file, validate
-from headwater.sources import load
+from headwater.config.recipe import Source
+from headwater.data.sources import load
+from headwater.data.validate import grade_file, validate
 from headwater.tasks import TASKS, cell_as_is, find_task
 from headwater.tasks.choice import letters_of
-from headwater.tasks.fields import holds, last_object
+from headwater.tasks.json_fields import holds, last_object
 from headwater.tasks.numeric import read_gold
-from headwater.verifier import Verifier
+from headwater.tasks.verifier import Verifier
 
 Case = tuple[str, str, bool, str]
 

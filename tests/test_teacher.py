@@ -9,21 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from headwater import losses
-from headwater.batch import Row
-from headwater.distributions import Exact, TopK
 from headwater.errors import UserError
-from headwater.model import Policy
-from headwater.objective import objective_of
-from headwater.teacher import (
-    distributions_of,
-    hidden_of,
-    logp_of,
-    read_cache,
-    refuse_huge_cache,
-    write_cache,
-)
-from headwater.train import make_optimizer, update
+from headwater.losses import token_losses
+from headwater.losses.batch import Row
+from headwater.losses.distributions import Exact, TopK
+from headwater.losses.objectives import objective_of
+from headwater.models.policy import Policy
+from headwater.teachers.cache import read_cache, refuse_huge_cache, write_cache
+from headwater.teachers.scoring import distributions_of, hidden_of, logp_of
+from headwater.training.loop import make_optimizer, update
 from tiny import copied, furthest, gradient_of, largest, sampled_rows, stage_of, taught, tiny_policy
 
 
@@ -103,7 +97,7 @@ def test_a_top_k_cache_is_close_below_the_exact_divergence_and_closer_with_more_
     exact = cached(tmp_path, teacher)
     student = torch.cat([plain_logp(policy, row) for row in exact])
     known = torch.cat([plain_logp(teacher, row) for row in exact])
-    whole = losses.forward_kl(student, known)
+    whole = token_losses.forward_kl(student, known)
     gaps = []
     for k in (1, 4, 16, 99):  # the vocabulary has 30 entries; more are not to be had
         cached(tmp_path, teacher, top_k=k)
@@ -111,7 +105,7 @@ def test_a_top_k_cache_is_close_below_the_exact_divergence_and_closer_with_more_
         teachers = [row.teacher for row in rows]
         assert all(isinstance(one, TopK) and one.ids_NK.shape[1] == min(k, 30) for one in teachers)
         merged = torch.cat([
-            losses.forward_kl(*one.ready().align(plain_logp(policy, row)))
+            token_losses.forward_kl(*one.ready().align(plain_logp(policy, row)))
             for one, row in zip(teachers, rows, strict=True) if one is not None
         ])  # fmt: skip
         assert bool((merged <= whole + 0.01).all())  # kept log-probs are rounded to float16

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from headwater.batch import Row
-from headwater.config import Columns, Source
-from headwater.data import Rollout
-from headwater.distributions import Distributions, Several, joined
-from headwater.model import Policy
-from headwater.sampler import TorchSampler, requests_for
-from headwater.settings import Sampling
-from headwater.sources import load
-from headwater.teacher import distributions_of
-from headwater.teachers import ByTag, Offloaded, movable
+from headwater.config.recipe import Columns, Source
+from headwater.config.stage import Sampling
+from headwater.data.sources import load
+from headwater.losses.batch import Row
+from headwater.losses.distributions import Distributions, Several, joined
+from headwater.models.policy import Policy
+from headwater.sampling.base import requests_for
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.teachers.build import ByTag, Offloaded, movable
+from headwater.teachers.scoring import distributions_of
+from headwater.types import Rollout
 from runs import held, node, rows, tiny
 from tiny import CPU, PROMPTS, furthest, gradient_of, rollout_of, sampled_rows, stage_of, tiny_policy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headwater.token_ids import narrowed, widened
+from headwater.teachers.compact_ids import narrowed, widened
 
 
 @pytest.mark.parametrize(

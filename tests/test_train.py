@@ -9,15 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headwater import losses
-from headwater.batch import Row
-from headwater.distributions import Exact
+from headwater.config.stage import Optim, Stage
 from headwater.errors import TrainingStoppedError
-from headwater.model import Policy
-from headwater.objective import objective_of
-from headwater.settings import Optim, Stage
-from headwater.teacher import logp_of
-from headwater.train import Metrics, divided, learning_rate, make_optimizer, token_weights, update
+from headwater.losses import token_losses
+from headwater.losses.batch import Row
+from headwater.losses.distributions import Exact
+from headwater.losses.objectives import objective_of
+from headwater.models.policy import Policy
+from headwater.teachers.scoring import logp_of
+from headwater.training.loop import Metrics, divided, learning_rate, make_optimizer, token_weights, update
 from tiny import (
     copied,
     furthest,
@@ -271,9 +271,9 @@ def test_what_an_update_reports_agrees_with_what_is_measured_apart(policy: Polic
     with torch.no_grad():
         pairs = [(plain_logp(policy, row), plain_logp(teacher, row)) for row in rows]
     student, known = (torch.cat([pair[side] for pair in pairs]) for side in (0, 1))
-    assert found["loss"] == pytest.approx(losses.reverse_kl(student, known).mean().item(), abs=1e-4)
-    assert found["kl_student_teacher"] == pytest.approx(losses.reverse_kl(student, known).mean().item(), abs=1e-4)
-    assert found["kl_teacher_student"] == pytest.approx(losses.forward_kl(student, known).mean().item(), abs=1e-4)
+    assert found["loss"] == pytest.approx(token_losses.reverse_kl(student, known).mean().item(), abs=1e-4)
+    assert found["kl_student_teacher"] == pytest.approx(token_losses.reverse_kl(student, known).mean().item(), abs=1e-4)
+    assert found["kl_teacher_student"] == pytest.approx(token_losses.forward_kl(student, known).mean().item(), abs=1e-4)
     assert found["entropy"] == pytest.approx(-(student.exp() * student).sum(dim=-1).mean().item(), abs=1e-4)
     assert found["tokens_trained"] == sum(row.tokens for row in rows)
     assert found["sampler_gap"] < 1e-5 and found["ratio_off"] == 0.0

@@ -14,7 +14,7 @@ import pytest
 
 from headwater.errors import UserError
 from headwater.tasks import TASKS, find_task
-from headwater.verifier import Verifier
+from headwater.tasks.verifier import Verifier
 
 GRADERS = """
 import ctypes, os, time
@@ -117,7 +117,7 @@ def test_it_works_from_several_threads_at_once_without_signals() -> None:
 def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = (
         "import os, signal\n"
-        "from headwater.verifier import Verifier\n"
+        "from headwater.tasks.verifier import Verifier\n"
         "verifier = Verifier('maths', workers=1)\n"
         "verifier([('x+1', r'\\boxed{1+x}')])\n"
         "print(verifier._pool[0]._process.pid, flush=True)\n"
@@ -195,7 +195,7 @@ def test_a_task_that_cannot_be_found_is_one_sentence(graders: str, name: str, wo
 
 def test_neither_the_verifier_nor_its_workers_import_torch() -> None:
     script = (
-        "import sys, headwater.verifier, headwater.grading, headwater.sources\n"
+        "import sys, headwater.tasks.verifier, headwater.data.validate, headwater.data.sources\n"
         "from headwater.tasks import TASKS\n"
         "TASKS['maths'].grade(*TASKS['maths'].warm_up)\n"
         "assert 'sympy' in sys.modules and 'torch' not in sys.modules\n"

@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from fakes import ARMS, fake_run, names
-from headwater import serve, watch
 from headwater.errors import UserError
-from headwater.files import lock
+from headwater.report import serve, watch
+from headwater.storage.files import lock
 from runs import call
 
 

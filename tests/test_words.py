@@ -12,10 +12,10 @@ from itertools import islice
 
 import pytest
 
-from headwater.config import Generate, Source
-from headwater.sources import load
+from headwater.config.recipe import Generate, Source
+from headwater.data.sources import load
 from headwater.tasks import TASKS
-from headwater.tasks.words import (
+from headwater.tasks.word_problems import (
     POOLS,
     WordProblem,
     WordsDials,
@@ -27,8 +27,8 @@ from headwater.tasks.words import (
     problems,
     solutions,
 )
-from headwater.tasks.words_text import NAMES, SCENES
-from headwater.tasks.words_world import Quantity, Step, every_number_counts, slopes
+from headwater.tasks.word_problems_text import NAMES, SCENES
+from headwater.tasks.word_problems_world import Quantity, Step, every_number_counts, slopes
 
 EASY, HARD = WordsDials(1, 4), WordsDials(7, 10, distractors=3)
 
@@ -374,7 +374,7 @@ def test_a_call_has_no_duplicates_and_a_longer_call_begins_with_the_shorter_one(
 
 
 def test_problems_are_the_same_in_every_process() -> None:
-    code = "from headwater.tasks.words import generate; print(generate(2, 'eval', 0))"
+    code = "from headwater.tasks.word_problems import generate; print(generate(2, 'eval', 0))"
     environment = {"PYTHONHASHSEED": "77", "PYTHONPATH": ":".join(sys.path)}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == repr(generate(2, "eval", 0))

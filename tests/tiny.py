@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tools.pretrain.pocket import make_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from headwater.attention import prepare
-from headwater.batch import Row
-from headwater.config import Models
-from headwater.data import Rollout, problem_id
-from headwater.model import Policy, split
-from headwater.objective import objective_of
-from headwater.pretrain import make_tokenizer
-from headwater.sampler import TorchSampler, requests_for
-from headwater.settings import Sampling, Stage
-from headwater.teacher import distributions_of
-from headwater.train import update
+from headwater.config.recipe import Models
+from headwater.config.stage import Sampling, Stage
+from headwater.losses.batch import Row
+from headwater.losses.objectives import objective_of
+from headwater.models.packed_attention import prepare
+from headwater.models.policy import Policy, split
+from headwater.sampling.base import requests_for
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.teachers.scoring import distributions_of
+from headwater.training.loop import update
+from headwater.types import Rollout, problem_id
 
 CPU = torch.device("cpu")
 MODELS = Models(student="unused", teacher="unused")

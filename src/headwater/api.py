@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from headwater import pipeline
-from headwater.config import Recipe, parse_recipe
-from headwater.console import narrator
-from headwater.recipes import DEFAULT_ARM, DEFAULT_STUDY, arm_of, find_recipe
-from headwater.track import tracked
+from headwater.config.arms import DEFAULT_ARM, DEFAULT_STUDY, arm_of, find_recipe
+from headwater.config.recipe import Recipe, parse_recipe
+from headwater.runs.progress import narrator
+from headwater.runs.trackers import tracked
 
 Source = str | Path | Mapping[str, Any] | Recipe
 """A YAML file, the name of a built-in recipe, the fields of one, or a recipe that was read before."""

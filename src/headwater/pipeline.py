@@ -6,28 +6,27 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import signal
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from headwater import faults, report
-from headwater.config import Compute, Recipe
-from headwater.doctor import preflight
+from headwater.config.recipe import Recipe
+from headwater.doctor.checks import preflight
 from headwater.errors import FailedError, UserError
-from headwater.executor import Executor, Failure, Job, Narrator, describe
-from headwater.files import write_rows
-from headwater.foreign import read_plan, refuse_links
-from headwater.materials import Materials, check_plan, gather_materials
-from headwater.memory import keep_what_is_freed
-from headwater.plan import Node, Plan, make_plan
-from headwater.processes import local
-from headwater.rundir import RunDir, write_checked, write_json
-from headwater.verifier import Verifier
+from headwater.report import build as report
+from headwater.runs.executors.base import Executor, Failure, Job, describe
+from headwater.runs.executors.local import local
+from headwater.runs.inputs import Materials
+from headwater.runs.node_context import Narrator
+from headwater.runs.plan import Node, Plan
+from headwater.runs.setup import prepared, stop_requests
+from headwater.storage import fault_points
+from headwater.storage.files import write_rows
+from headwater.storage.run_dir import RunDir, write_checked, write_json
+from headwater.storage.untrusted import read_plan, refuse_links
 
 SHOWN_TEXT = 4000
 """Characters of a problem that problems.jsonl keeps."""
@@ -42,30 +41,6 @@ VERSIONS_OF = (
     "scipy",
     "pydantic",
 )
-
-
-def set_up(compute: Compute) -> None:
-    """Threads, memory and determinism of the tensor library, for the whole process."""
-    if compute.threads is not None:
-        torch.set_num_threads(compute.threads)
-    if compute.device == "cpu" or not torch.cuda.is_available():
-        keep_what_is_freed()
-    if compute.deterministic and compute.device != "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-        # Nothing here reads what it has not written.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def prepared(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Plan, Materials]]:
-    """Read the data, lay out the nodes and check both. Raises UserError; nothing has been written then."""
-    compute = recipe.compute
-    set_up(compute)
-    with Verifier(recipe.task, workers=compute.grader_workers, seconds=compute.grader_seconds) as grade:
-        materials = gather_materials(recipe, grade)
-        plan = make_plan(recipe, arms, seeds, materials.content())
-        check_plan(plan, materials)
-        yield plan, materials
 
 
 def run(
@@ -98,14 +73,14 @@ def run(
     with prepared(recipe, arms, seeds) as (plan, materials):
         preflight(plan, materials, out, narrator.say)
         with folder.locked():
-            faults.point("run.locked")
+            fault_points.point("run.locked")
             folder.claim(recipe.model_dump(mode="json"))
-            faults.point("run.claimed")
+            fault_points.point("run.claimed")
             write_json(folder.env, environment(materials.device, processes))
             write_rows(folder.left_out, materials.left_out)
             write_rows(folder.problems, texts_of(materials))
             write_checked(folder.plan, with_earlier(plan.written(), folder))
-            faults.point("run.planned")
+            fault_points.point("run.planned")
             for note in materials.notes:
                 narrator.say(note)
             take_over(plan, folder, others, narrator.say)
@@ -118,9 +93,9 @@ def run(
                     if stopped():
                         raise KeyboardInterrupt
             finally:
-                faults.point("run.ended")
+                fault_points.point("run.ended")
                 folder.join_ledgers()
-            faults.point("run.joined")
+            fault_points.point("run.joined")
             found = report.write(out)
     if failures:
         raise failed(job, failures)
@@ -217,27 +192,3 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "versions": versions,
     }
-
-
-@contextlib.contextmanager
-def stop_requests(aloud: bool = True) -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM ask for a stop at the next step; a second one stops at once. `aloud` says so to the user."""
-    asked = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        if aloud:
-            print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
-
-    held = {}
-    with contextlib.suppress(ValueError):  # off the main thread there are no signals to hear
-        for number in (signal.SIGINT, signal.SIGTERM):
-            held[number] = signal.signal(number, ask)
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in held.items():
-            signal.signal(number, handler)

@@ -15,7 +15,18 @@ from types import FunctionType
 from typing import Any
 
 from headwater.errors import UserError
-from headwater.tasks import choice, countdown, exact, fields, maths, numeric, pattern, sums, unit_tests, words
+from headwater.tasks import (
+    choice,
+    countdown,
+    exact,
+    json_fields,
+    maths,
+    numeric,
+    python_tests,
+    regex,
+    sums,
+    word_problems,
+)
 
 Outcome = tuple[bool, str]
 
@@ -105,12 +116,12 @@ TASKS: dict[str, Task] = {
     ),
     "words": Task(
         "words",
-        words.grade,
-        words.extract,
+        word_problems.grade,
+        word_problems.extract,
         bounded=False,
         as_completion=lambda gold: f"The answer is {gold}.",
         gold=cell_as_is,
-        generator=Generator(words.generate, words.WordsDials),
+        generator=Generator(word_problems.generate, word_problems.WordsDials),
     ),
     "maths": Task(
         "maths",
@@ -127,19 +138,24 @@ TASKS: dict[str, Task] = {
     ),
     "choice": Task("choice", choice.grade, choice.extract, bounded=False, gold=cell_as_is),
     "regex": Task(
-        "regex", pattern.grade, exact.extract, bounded=True, as_completion=pattern.as_completion, gold=cell_as_is
+        "regex", regex.grade, exact.extract, bounded=True, as_completion=regex.as_completion, gold=cell_as_is
     ),
     "json": Task(
-        "json", fields.grade, fields.extract, bounded=True, as_completion=fields.as_completion, gold=cell_as_is
+        "json",
+        json_fields.grade,
+        json_fields.extract,
+        bounded=True,
+        as_completion=json_fields.as_completion,
+        gold=cell_as_is,
     ),
     "python": Task(
         "python",
-        unit_tests.grade,
+        python_tests.grade,
         extract=None,
         bounded=True,
-        quick=unit_tests.quick,
-        as_completion=unit_tests.as_completion,
-        blank=unit_tests.BLANK,
+        quick=python_tests.quick,
+        as_completion=python_tests.as_completion,
+        blank=python_tests.BLANK,
         gold=cell_as_is,
     ),
 }

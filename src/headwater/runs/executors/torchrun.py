@@ -1,0 +1,180 @@
+"""A run whose every node is run by several processes together (`torchrun … -m headwater run …`).
+
+The first process is the program as it always is: it reads, checks, writes the folder, reports, and its executor announces each
+node. The others wait for its word and run the same node beside it; what they would write goes to a folder of their own that
+nobody keeps, so a node's code is the same on every rank. Words: {"begin": …} the plan, {"run": NODE}, {"end": exit code}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from headwater.config.recipe import Recipe
+from headwater.data.labels import Grade
+from headwater.distributed.process_group import Ranks, is_loss
+from headwater.errors import HeadwaterError, LostError
+from headwater.runs.executors.base import Failure, Job, run_marked
+from headwater.runs.inputs import Materials
+from headwater.runs.node_context import Watch, Workplace
+from headwater.runs.plan import Node
+from headwater.runs.setup import prepared, stop_requests
+from headwater.storage.run_dir import NodeDir, RunDir
+from headwater.types import Verdict
+
+Word = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Together:
+    """The executor of the first rank: one node after the other, each on all ranks.
+
+    Of several nodes it goes on after one that all ranks agree has failed. Raises LostError when another rank is gone, and
+    the failure itself when it befell this rank alone, since the others then wait for it in vain.
+    """
+
+    ranks: Ranks
+
+    def __call__(self, job: Job) -> dict[str, Failure]:
+        failures: dict[str, Failure] = {}
+        self.ranks.told({"begin": {**job.told, "out": str(job.out.path.resolve())}})
+        materials = graded_together(job.materials, self.ranks.twin())
+        for name in job.due(failures):
+            self.ranks.told({"run": name})
+            self.ranks.meet()  # the others have read the node's logs
+            failure = None
+            try:
+                with job.shown(name) as watch:
+                    heard = replace(watch, should_stop=agreed(self.ranks, job.stopped), say=job.narrator.say)
+                    run_marked(job.todo[name], Workplace(job.plan, materials, job.out, heard, self.ranks))
+            except Exception as error:
+                if is_loss(error):
+                    raise LostError from None
+                failure = Failure.of(error)
+                failures[name] = failure
+                job.fail(name, failure)
+            if not self.ranks.settled(name, failure is not None):
+                if failure is None:
+                    raise LostError
+                return failures
+            if failure is not None and job.alone:
+                break
+        return failures
+
+
+def agreed(ranks: Ranks, stopped: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether a stop was asked for on any rank; all of them must ask at the same places."""
+    return lambda: ranks.any(stopped())
+
+
+def graded_together(materials: Materials, ranks: Ranks) -> Materials:
+    """The same answers, of which each rank grades its share and is told the rest."""
+
+    def shared(grade: Grade) -> Grade:
+        def graded(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+            return [one for part in ranks.gathered(grade(ranks.share(pairs))) for one in part]
+
+        return graded
+
+    return replace(
+        materials,
+        labels=materials.labels.graded_by(shared),
+        evals={name: (problems, labels.graded_by(shared)) for name, (problems, labels) in materials.evals.items()},
+        validation=None
+        if materials.validation is None
+        else (materials.validation[0], materials.validation[1].graded_by(shared)),
+    )
+
+
+def follow(ranks: Ranks) -> int:
+    """The life of any other rank: run beside the first one what it announces; its exit code."""
+    try:
+        with stop_requests(aloud=False) as stopped:
+            word = ranks.told(Word())
+            if "end" in word:
+                return int(word["end"])
+            begun = word["begin"]
+            recipe = Recipe.model_validate(begun["recipe"])
+            with prepared(recipe, begun["arms"], begun["seeds"]) as (plan, materials):
+                nodes = {plan.names[node]: node for node in plan.order()}
+                shared = graded_together(materials, ranks.twin())
+                watch = Watch(lambda done, total, unit: None, lambda count, metrics: None, agreed(ranks, stopped))
+                place = Workplace(plan, shared, RunDir(Path(begun["out"])), watch, ranks)
+                while "run" in (word := ranks.told(Word())):
+                    if not beside(nodes[word["run"]], place):
+                        return 1
+                return int(word["end"])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        loss = is_loss(error)
+        said = str(LostError()) if loss else Failure.of(error).sentence
+        print(f"headwater: process {ranks.rank} of {ranks.size}: {said}", file=sys.stderr)
+        return LostError.exit_code if loss else error.exit_code if isinstance(error, HeadwaterError) else 1
+
+
+def beside(node: Node, place: Workplace) -> bool:
+    """Run a node beside the first rank; False where this rank failed and the others did not.
+
+    Raises LostError when another one is gone.
+    """
+    name = place.plan.names[node]
+    failure = None
+    with scratch(place.out.node(name), place.ranks) as aside:
+        try:
+            run_marked(node, replace(place, aside=aside))
+        except KeyboardInterrupt:
+            return True  # all were asked to stop, and all have; the first one says how it ends
+        except Exception as error:
+            if is_loss(error):
+                raise LostError from None
+            failure = Failure.of(error)
+    settled = place.ranks.settled(name, failure is not None)
+    if not settled:
+        if failure is None:
+            raise LostError
+        print(f"headwater: process {place.ranks.rank} of {place.ranks.size}: {failure.sentence}", file=sys.stderr)
+    return settled
+
+
+@contextlib.contextmanager
+def scratch(held: NodeDir, ranks: Ranks) -> Iterator[NodeDir]:
+    """A node folder of this rank's own that begins with the logs of the run's."""
+    with tempfile.TemporaryDirectory(prefix=f"headwater-{ranks.rank}-", ignore_cleanup_errors=True) as folder:
+        aside = RunDir(Path(folder)).node(held.name)
+        aside.path.mkdir(parents=True)
+        for path in filter(Path.exists, held.logs):
+            shutil.copyfile(path, aside.path / path.name)
+        ranks.meet()
+        yield aside
+
+
+@contextlib.contextmanager
+def led(ranks: Ranks) -> Iterator[None]:
+    """The others are told how the first rank ends, if they still listen."""
+    code: Any = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as end:
+        code = end.code
+        raise
+    except HeadwaterError as error:
+        code = error.exit_code
+        raise
+    except KeyboardInterrupt:
+        code = 130
+        raise
+    finally:
+        # A launcher ends the first process as soon as another one has ended with the code that it is told here.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(RuntimeError, LostError):  # they may be gone
+            if not isinstance(sys.exc_info()[1], LostError) and not ranks.apart():
+                ranks.told({"end": code})

@@ -1,0 +1,68 @@
+"""What was spent, on what: an append-only file of spends, and nothing else writes to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from headwater.storage.run_dir import append_jsonl
+
+Purpose = Literal["train", "eval", "validation", "measure", "probe"]
+"""What for: training; evaluation; deciding when a stage ends; the conditions (no labels); readiness before a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spend:
+    """One row of the ledger: what one step, one cache or one evaluation cost.
+
+    labels    ids of the problems whose gold answers were looked at (distinct within the row)
+    checks    how many completions were held against a gold answer
+    tokens_*  sampled by a policy; trained on (completion tokens in the loss); scored under a teacher
+    flops     floating-point operations estimated from the models' shapes
+    """
+
+    node: str
+    stage: str
+    seed: int
+    step: int
+    purpose: Purpose
+    labels: tuple[str, ...] = ()
+    checks: int = 0
+    tokens_sampled: int = 0
+    tokens_trained: int = 0
+    tokens_teacher_scored: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+def record(path: Path, spend: Spend) -> None:
+    append_jsonl(path, [asdict(spend)])
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over ledger rows; `distinct` counts a label once however often it was looked at."""
+
+    distinct: int
+    checks: int
+    tokens_sampled: int
+    tokens_trained: int
+    tokens_teacher_scored: int
+    flops: float
+    seconds: float
+
+
+def totals(rows: Iterable[dict[str, Any]], purpose: Purpose = "train") -> Totals:
+    """Add up the rows of one purpose: looks for training and looks for evaluation are never mixed."""
+    chosen = [row for row in rows if row["purpose"] == purpose]
+    return Totals(
+        distinct=len({label for row in chosen for label in row["labels"]}),
+        checks=sum(row["checks"] for row in chosen),
+        tokens_sampled=sum(row["tokens_sampled"] for row in chosen),
+        tokens_trained=sum(row["tokens_trained"] for row in chosen),
+        tokens_teacher_scored=sum(row["tokens_teacher_scored"] for row in chosen),
+        flops=sum(row["flops"] for row in chosen),
+        seconds=sum(row["seconds"] for row in chosen),
+    )

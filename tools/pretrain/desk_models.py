@@ -1,0 +1,125 @@
+"""Desk models: Qwen3 of 15 to 127 million parameters for word problems in plain English, with a tokenizer for any text.
+
+Configs and tokenizer ship with the package; `headwater pretrain desk` makes the weights (desk_train). The tokenizer is a
+byte-level BPE, so whatever text comes back from its ids as it was; digits stand alone, so that numbers can be computed with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from headwater.tasks.word_problems import DIALS, WordsDials, problems
+from tools.pretrain import common
+from tools.pretrain.common import SPECIAL, generation_of, wrapped
+
+SHIPPED = Path(str(files("headwater"))) / "desk"
+VOCABULARY = 4096
+POSITIONS = 2048
+CORPUS_PROBLEMS = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class DeskSpec:
+    """One model: its shape, and the training that sets its skill. Steps are optimizer steps of `batch` solutions.
+
+    p_cot  share of worked solutions in the mixture that ends the training; before it all are worked
+    width  tokens of a row that solutions are packed into
+
+    Example: `DeskSpec(hidden=384, layers=8, heads=6, kv_heads=2, worked_steps=3000, mixture_steps=500)`
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    worked_steps: int
+    mixture_steps: int
+    p_cot: float = 0.2
+    lr: float = 1e-3
+    batch: int = 256
+    width: int = 1024
+    dials: WordsDials = DIALS
+
+    @property
+    def steps(self) -> int:
+        return self.worked_steps + self.mixture_steps
+
+
+# Shapes are those of small Qwen3s: heads of 64, inner layers three times as wide. Steps and rates were tried on models of
+# 1 million parameters only (docs/desk.md); at these sizes they are guesses that wait for a GPU.
+DESK: dict[str, DeskSpec] = {
+    "student": DeskSpec(hidden=384, layers=8, heads=6, kv_heads=2, worked_steps=4000, mixture_steps=800),
+    "teacher-small": DeskSpec(
+        hidden=512, layers=10, heads=8, kv_heads=4, worked_steps=5000, mixture_steps=1000, p_cot=0.25, lr=8e-4
+    ),
+    "teacher": DeskSpec(
+        hidden=640, layers=12, heads=10, kv_heads=5, worked_steps=6000, mixture_steps=1200, p_cot=0.25, lr=6e-4
+    ),
+    "teacher-large": DeskSpec(
+        hidden=768, layers=18, heads=12, kv_heads=4, worked_steps=6000, mixture_steps=1200, p_cot=0.4, lr=5e-4
+    ),
+}
+
+
+def shortened(spec: DeskSpec, steps: int) -> DeskSpec:
+    """The same training in so many steps, worked and mixed in the same proportion.
+
+    Example: `shortened(DESK["student"], 12)` has 10 worked steps and 2 mixed ones.
+    """
+    worked = round(steps * spec.worked_steps / spec.steps)
+    return replace(spec, worked_steps=worked, mixture_steps=steps - worked)
+
+
+def corpus() -> list[str]:
+    """What the tokenizer learned from: general English (this project's own docs, frozen) and worked word problems."""
+    english = (SHIPPED / "english.txt").read_text(encoding="utf-8")
+    made = islice(problems("pretrain", "tokenizer"), CORPUS_PROBLEMS)
+    return [*english.splitlines(keepends=True), *(f"{one.text}\n{one.worked}" for one in made)]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Train the tokenizer again: the same as the shipped one, with the version of `tokenizers` in constraints.txt."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(corpus(), trainer)
+    return wrapped(backend, POSITIONS)
+
+
+def shipped_tokenizer() -> Any:
+    """The tokenizer of every desk model."""
+    return AutoTokenizer.from_pretrained(SHIPPED / "student")
+
+
+def config_of(spec: DeskSpec, tokenizer: PreTrainedTokenizerFast) -> Any:
+    return common.config_of(spec, "qwen3", tokenizer, POSITIONS, init_std=0.02, theta=10_000.0)
+
+
+def ship(out_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write out_dir/NAME for every desk model: all of a model folder but its weights, as the package ships it."""
+    for name, spec in DESK.items():
+        folder = Path(out_dir) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        held = config_of(spec, tokenizer)
+        held.architectures = ["Qwen3ForCausalLM"]
+        held.save_pretrained(folder)
+        generation_of(tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # The library indents a line for every merge, which triples the file.
+        (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")

@@ -1,0 +1,301 @@
+"""Pocket models: small causal LMs trained from scratch on the pocket tasks, saved as ordinary model folders.
+
+Each is an honest base model: next-token loss on correct solutions, first worked ones only, then a mixture in which a
+share p_cot is worked and the rest short. The length of training sets the skill; p_cot sets how often a sample shows its
+work. Learning the mixture from the first step takes many times longer, because short answers teach almost nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from headwater.tasks import countdown, sums
+from tools.pretrain.common import (  # fmt: skip
+    ASSISTANT,
+    END,
+    IGNORED,
+    PAD,
+    SPECIAL,
+    UNKNOWN,
+    USER,
+    Measured,
+    Progress,
+    config_of,
+    optimizers_of,
+    rate,
+    save,
+    summed_up,
+    wrapped,
+)
+
+ALPHABET = "0123456789+=; -*/(),.?:%\n"
+# What a model may be trained on: modules with generate, worked, short, is_worked, grade and about, and dials of their own.
+CORPORA: dict[str, ModuleType] = {"sums": sums, "countdown": countdown}
+POSITIONS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainSpec:
+    """One model: its shape, and the training that sets its skill. Steps are optimizer steps of `batch` solutions.
+
+    autocast computes in bfloat16, faster from about 0.3 M parameters on; the weights are float32 until they are saved.
+    Example: PretrainSpec("qwen3", hidden=64, layers=2, worked_steps=850, mixture_steps=150)
+    """
+
+    architecture: str
+    hidden: int
+    layers: int
+    worked_steps: int
+    mixture_steps: int
+    p_cot: float = 0.22
+    lr: float = 1e-3
+    batch: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    autocast: bool = False
+    init_std: float = 0.02
+    rope_theta: float = 10_000.0
+    task: Literal["sums", "countdown"] = "sums"
+    dials: sums.SumsDials | countdown.CountdownDials = sums.DIALS
+
+    @property
+    def steps(self) -> int:
+        return self.worked_steps + self.mixture_steps
+
+
+POCKET: dict[str, PretrainSpec] = {
+    "qwen3-student": PretrainSpec("qwen3", hidden=64, layers=2, worked_steps=850, mixture_steps=150),
+    "qwen3-teacher": PretrainSpec(
+        "qwen3", hidden=128, layers=3, worked_steps=850, mixture_steps=250, p_cot=0.25, lr=2e-3, autocast=True
+    ),
+    "qwen3-teacher-large": PretrainSpec(
+        "qwen3", hidden=192, layers=4, worked_steps=750, mixture_steps=250, p_cot=0.4, lr=2e-3, autocast=True
+    ),
+    # At the usual init and rope base this Llama stays on a plateau for long, where Qwen3 does not.
+    "llama-student": PretrainSpec(
+        "llama", hidden=64, layers=2, worked_steps=1200, mixture_steps=150, lr=2e-3, init_std=0.08, rope_theta=100
+    ),
+    "llama-teacher": PretrainSpec(
+        "llama",
+        hidden=128,
+        layers=2,
+        worked_steps=1050,
+        mixture_steps=250,
+        p_cot=0.25,
+        lr=2e-3,
+        init_std=0.06,
+        rope_theta=100,
+        autocast=True,
+    ),
+    # The negative control's pair learns from one mixture; what differs is what fits: the larger one finds signs in its head.
+    "countdown-student": PretrainSpec(
+        "qwen3",
+        hidden=64,
+        layers=2,
+        worked_steps=750,
+        mixture_steps=110,
+        p_cot=0.2,
+        task="countdown",
+        dials=countdown.DIALS,
+    ),
+    "countdown-teacher": PretrainSpec(
+        "qwen3",
+        hidden=128,
+        layers=3,
+        worked_steps=200,
+        mixture_steps=400,
+        p_cot=0.2,
+        lr=2e-3,
+        autocast=True,
+        task="countdown",
+        dials=countdown.DIALS,
+    ),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One id a character, special tokens first; decode(encode(text)) == text for text over ALPHABET."""
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *ALPHABET))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    backend.decoder = decoders.Fuse()
+    return wrapped(backend, POSITIONS)
+
+
+def make_model(spec: PretrainSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A freshly initialised float32 causal LM of the given shape, from torch's current random state."""
+    return AutoModelForCausalLM.from_config(
+        config_of(spec, spec.architecture, tokenizer, POSITIONS, spec.init_std, spec.rope_theta)
+    )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, solutions: Sequence[tuple[str, str]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(problem, completion) pairs -> ids_BT and labels_BT, padded on the right; loss on completion and EOS only."""
+    id_of = tokenizer.get_vocab()
+    rows: list[list[int]] = []
+    prompt_lengths: list[int] = []
+    for problem, completion in solutions:
+        prompt = [id_of[USER], *(id_of[letter] for letter in problem), id_of[ASSISTANT]]
+        rows.append([*prompt, *(id_of[letter] for letter in completion), id_of[END]])
+        prompt_lengths.append(len(prompt))
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), id_of[PAD])
+    labels = torch.full((len(rows), width), IGNORED)
+    for index, (row, start) in enumerate(zip(rows, prompt_lengths, strict=True)):
+        ids[index, : len(row)] = torch.tensor(row)
+        labels[index, start : len(row)] = torch.tensor(row[start:])
+    return ids, labels
+
+
+def batches(spec: PretrainSpec, seed: int) -> Iterator[list[tuple[str, str]]]:
+    """spec.steps batches of (problem, completion), every problem once, all from the pool `pretrain`."""
+    corpus = CORPORA[spec.task]
+    problems = corpus.generate(spec.steps * spec.batch, "pretrain", seed, spec.dials)
+    draw = random.Random(f"pretrain:{seed}").random
+    for step in range(spec.steps):
+        share = 1.0 if step < spec.worked_steps else spec.p_cot
+        chosen = problems[step * spec.batch : (step + 1) * spec.batch]
+        yield [(text, (corpus.worked if draw() < share else corpus.short)(text, spec.dials)) for text, _ in chosen]
+
+
+def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progress | None = None) -> list[float]:
+    """Train one model from scratch and save it, with its tokenizer, as a model folder; returns the loss of each step.
+
+    With torch on one thread, a seed gives the same weights bit for bit on one kind of machine. The caller's random
+    state is left as it was.
+    """
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make_model(spec, tokenizer)
+    optimizers = optimizers_of(model, spec.lr)
+    losses: list[float] = []
+    model.train()
+    for step, solutions in enumerate(batches(spec, seed)):
+        ids, labels = encode(tokenizer, solutions)
+        with torch.autocast("cpu", torch.bfloat16, enabled=spec.autocast):
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, spec.steps, spec.lr)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        if progress is not None:
+            progress(step + 1, spec.steps, losses[-1])
+    save(model, tokenizer, out_dir)
+    return losses
+
+
+def measure(
+    folder: Path,
+    dials: sums.SumsDials | countdown.CountdownDials = sums.DIALS,
+    problems: int = 500,
+    seed: int = 0,
+    task: str = "sums",
+) -> Measured:
+    """Sample once per problem of the pool `eval` at temperature 1 and grade, in float32.
+
+    Problems of equal length go in one batch, so that no padding enters.
+    """
+    corpus = CORPORA[task]
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)  # Any: transformers types these as unions of everything
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    pairs = corpus.generate(problems, "eval", seed, dials)
+    samples: list[tuple[str, bool, bool]] = []  # (completion, correct, ended in EOS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for length in sorted({len(problem) for problem, _ in pairs}):
+            alike = [pair for pair in pairs if len(pair[0]) == length]
+            chats = [[{"role": "user", "content": problem}] for problem, _ in alike]
+            ids = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            out = model.generate(**ids, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=96)
+            for row, (_, gold) in zip(out[:, ids["input_ids"].shape[1] :], alike, strict=True):
+                text = tokenizer.decode(row, skip_special_tokens=True)
+                samples.append((text, corpus.grade(gold, text)[0], bool((row == tokenizer.eos_token_id).any())))
+    return summed_up([(corpus.is_worked(text), correct, ended) for text, correct, ended in samples])
+
+
+def pretrain_pocket(
+    out_dir: Path, names: Sequence[str] | None = None, seed: int = 0, progress: Progress | None = None
+) -> dict[str, Measured]:
+    """Make the named pocket models (all by default) as out_dir/NAME, each measured and with its model card.
+
+    Raises ValueError for a name that is not in POCKET, before any training.
+    """
+    names = list(POCKET) if names is None else list(names)
+    unknown = [name for name in names if name not in POCKET]
+    if unknown:
+        raise ValueError(f"pretrain: no pocket model {unknown[0]!r}; there are {', '.join(POCKET)}")
+    measured: dict[str, Measured] = {}
+    for name in names:
+        folder = Path(out_dir) / name
+        pretrain(POCKET[name], folder, seed, progress)
+        measured[name] = measure(folder, POCKET[name].dials, task=POCKET[name].task)
+        (folder / "README.md").write_text(card(name, folder, POCKET[name], measured[name], seed))
+    return measured
+
+
+def card(name: str, folder: Path, spec: PretrainSpec, measured: Measured, seed: int) -> str:
+    """The model card of a saved folder, as markdown."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    tokens = sum(len(problem) + len(completion) + 3 for batch in batches(spec, seed) for problem, completion in batch)
+    corpus, dials = CORPORA[spec.task], spec.dials
+    example = corpus.generate(1, "eval", 0, dials)[0][0]
+    shares = (
+        "none" if value is None else f"{value:.1%}" for field, value in asdict(measured).items() if field != "problems"
+    )
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A {type(model).__name__} with {parameters:,} parameters, trained from scratch on {corpus.about(dials)}.
+It knows nothing else.
+
+Prompt: `{USER}{example}{ASSISTANT}`. Worked completion: `{corpus.worked(example, dials)}{END}`.
+Short completion: `{corpus.short(example, dials)}{END}`.
+
+## Training
+`headwater pretrain pocket` makes it again (seed {seed}). Next-token loss on correct completions, {spec.batch} a step,
+every problem once: {spec.worked_steps} steps of worked ones, then {spec.mixture_steps} steps with a share of
+{spec.p_cot:.0%} worked and the rest short. That is {tokens:,} tokens; learning rate {spec.lr:g}, Muon and AdamW.
+The problems come from the pool `pretrain`, which shares none with `train`, `unlabelled` and `eval`.
+
+## Measured
+{measured.problems} problems of the pool `eval`, one sample each at temperature 1 without top-k or top-p, float32:
+
+| pass rate | worked completions | right if worked | right if short | ended by EOS |
+|---|---|---|---|---|
+| {" | ".join(shares)} |
+
+With 500 samples a rate over all is known to about four points, and one over the worked ones to about nine.
+
+## Limits
+For experiments in minutes on a CPU. It was trained on correct solutions only and for a set number of steps, not to the
+end, so that reinforcement learning and distillation have something to do. Other lengths, moduli, spacing or words are
+outside its training. On another kind of processor the same recipe gives other weights, and some other skill.
+"""
