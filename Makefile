@@ -12,17 +12,17 @@ test: .venv/installed-test
 
 # 5,000 hostile recipes, data files, model folders and run directories, as bounded as the program promises to be.
 fuzz: .venv/installed-test
-	PYTHONPATH=tests $(PY) tests/fuzz.py --count 5000
+	PYTHONPATH=tests/support $(PY) tests/support/fuzz.py --count 5000
 
 # Kills, full disks and damage of every kind, then 500 kills at random times; docs/reliability.md says how long it takes.
 chaos: .venv/installed-test
 	$(PY) -m pytest -m chaos
-	$(PY) tests/chaos.py --kills 500
+	$(PY) tests/support/chaos.py --kills 500
 
 # Runs of several processes that take longer, those on Ray, and what a rank holds in memory. Ray gets an environment of its own.
 many: .venv-many/installed
-	.venv-many/bin/python -m pytest -m 'many or not many' tests/test_ranks.py tests/test_ray.py
-	for n in 1 2 4; do PYTHONPATH=tests .venv-many/bin/torchrun --nproc-per-node $$n tests/ranks_memory.py; done
+	.venv-many/bin/python -m pytest -m 'many or not many' tests/integration/test_torchrun.py tests/integration/test_ray.py
+	for n in 1 2 4; do PYTHONPATH=tests/support .venv-many/bin/torchrun --nproc-per-node $$n tests/support/ranks_memory.py; done
 
 .venv-many/installed: pyproject.toml constraints.txt
 	test -x .venv-many/bin/python || python3 -m venv .venv-many
@@ -33,10 +33,10 @@ many: .venv-many/installed
 # Against the engines and tools themselves: vLLM's CPU build (as sampler, as the teacher's server, loading students), bitsandbytes,
 # lm-evaluation-harness, Weights & Biases and trackio.
 test-engines: .venv-bench/installed-engines
-	.venv-bench/bin/python -m pytest -m engines tests/test_engine_*.py
+	.venv-bench/bin/python -m pytest -m engines tests/integration/engines
 
 endurance: .venv/installed-test
-	$(PY) tests/endurance.py --steps 4000 --nodes 200
+	$(PY) tests/support/endurance.py --steps 4000 --nodes 200
 
 check: .venv/installed-check
 	.venv/bin/ruff check src tests tools benchmarks
@@ -50,7 +50,7 @@ docs: .venv-docs/installed
 # The report in a headless Chromium, which must be there already (apt install chromium, or HEADWATER_CHROMIUM=path), with axe-core.
 browser: .venv/installed-test .axe/package/axe.min.js
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
-	$(PY) -m pytest tests/test_browser.py
+	$(PY) -m pytest tests/integration/test_browser.py
 
 .axe/package/axe.min.js:
 	mkdir -p .axe

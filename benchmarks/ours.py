@@ -25,7 +25,7 @@ from headwater.losses.logprobs import loss_and_stats
 from headwater.losses.objectives import objective_of
 from headwater.losses.token_stats import TokenStats
 from headwater.models import policy as model
-from headwater.models.oom import Budget
+from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.runs.setup import set_up
@@ -34,7 +34,7 @@ from headwater.sampling.torch_sampler import TorchSampler
 from headwater.tasks.verifier import Verifier
 from headwater.teachers.scoring import distributions_of
 from headwater.training.loop import make_optimizer, update
-from headwater.training.rollouts import OnPolicy, SignalGuard
+from headwater.training.rollouts import PolicyRollouts, SignalGuard
 from headwater.types import Problem, Rollout, Verdict
 
 COMPUTE = config.Compute()
@@ -81,7 +81,7 @@ def step_of(case: Case, root: Path) -> Step:
     stage, objective = stage_of(case), objective_of(stage_of(case))
     labels = labels_of(problems, gold) if "reward" in objective.signals else None
     prompter = Prompter(policy.tokenizer, config.Prompt())
-    gather = OnPolicy(
+    gather = PolicyRollouts(
         policy=policy,
         stage=stage,
         name="benchmark",
@@ -94,7 +94,7 @@ def step_of(case: Case, root: Path) -> Step:
         teacher=teacher,
         reference=None,
         guard=SignalGuard.of(config.Guards(no_signal="continue"), labels, case.repetitions, list),
-        budget=Budget(COMPUTE.microbatch_tokens),
+        budget=BatchBudget(COMPUTE.microbatch_tokens),
     )
     optimizer = make_optimizer(policy, stage.optim)
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tools.pretrain.pocket import POCKET, PretrainSpec, measure, pretrain
 
 from headwater.storage.run_dir import RunDir, read_json, write_atomic, write_json
+from tools.pretrain.pocket import POCKET, PretrainSpec, measure, pretrain
 
 STUDENT, TEACHER = POCKET["qwen3-student"], POCKET["qwen3-teacher"]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools.pretrain.pocket import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from headwater.models.policy import Policy
 from tiny import tiny_folder, tiny_policy
+from tools.pretrain.pocket import make_tokenizer
 
 torch.set_num_threads(1)
 

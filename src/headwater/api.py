@@ -9,7 +9,7 @@ from typing import Any
 from headwater import pipeline
 from headwater.config.arms import DEFAULT_ARM, DEFAULT_STUDY, arm_of, find_recipe
 from headwater.config.recipe import Recipe, parse_recipe
-from headwater.runs.progress import narrator
+from headwater.runs.progress import progress_display
 from headwater.runs.trackers import tracked
 
 Source = str | Path | Mapping[str, Any] | Recipe
@@ -54,7 +54,7 @@ def study(
     for arm in arms:
         arm_of(arm, found)
     folder = Path(out) if out is not None else Path("runs") / found.name
-    with tracked(narrator(quiet), folder, track) as told:
+    with tracked(progress_display(quiet), folder, track) as told:
         return pipeline.run(found, list(arms), list(seeds or [found.seed]), folder, told)
 
 

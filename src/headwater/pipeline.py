@@ -19,8 +19,8 @@ from headwater.errors import FailedError, UserError
 from headwater.report import build as report
 from headwater.runs.executors.base import Executor, Failure, Job, describe
 from headwater.runs.executors.local import local
-from headwater.runs.inputs import Materials
-from headwater.runs.node_context import Narrator
+from headwater.runs.inputs import RunInputs
+from headwater.runs.node_context import ProgressDisplay
 from headwater.runs.plan import Node, Plan
 from headwater.runs.setup import prepared, stop_requests
 from headwater.storage import fault_points
@@ -48,7 +48,7 @@ def run(
     arms: Sequence[str],
     seeds: Sequence[int],
     out: Path,
-    narrator: Narrator,
+    progress_display: ProgressDisplay,
     *,
     reuse: Sequence[Path] = (),
     executor: Executor = local,
@@ -70,41 +70,41 @@ def run(
         if not other.recipe.exists():
             raise UserError(f"--reuse {other.path}: holds no run of ours")
         refuse_links(other.path, "--reuse")
-    with prepared(recipe, arms, seeds) as (plan, materials):
-        preflight(plan, materials, out, narrator.say)
+    with prepared(recipe, arms, seeds) as (plan, inputs):
+        preflight(plan, inputs, out, progress_display.say)
         with folder.locked():
-            fault_points.point("run.locked")
+            fault_points.failpoint("run.locked")
             folder.claim(recipe.model_dump(mode="json"))
-            fault_points.point("run.claimed")
-            write_json(folder.env, environment(materials.device, processes))
-            write_rows(folder.left_out, materials.left_out)
-            write_rows(folder.problems, texts_of(materials))
+            fault_points.failpoint("run.claimed")
+            write_json(folder.env, environment(inputs.device, processes))
+            write_rows(folder.left_out, inputs.left_out)
+            write_rows(folder.problems, texts_of(inputs))
             write_checked(folder.plan, with_earlier(plan.written(), folder))
-            fault_points.point("run.planned")
-            for note in materials.notes:
-                narrator.say(note)
-            take_over(plan, folder, others, narrator.say)
-            mend(plan, folder, narrator.say)
+            fault_points.failpoint("run.planned")
+            for note in inputs.notes:
+                progress_display.say(note)
+            take_over(plan, folder, others, progress_display.say)
+            mend(plan, folder, progress_display.say)
             todo = {plan.names[node]: node for node in plan.order() if not is_done(node, plan, folder)}
             try:
                 with stop_requests() as stopped:
-                    job = Job(plan, materials, arms, folder, todo, narrator, stopped)
+                    job = Job(plan, inputs, arms, folder, todo, progress_display, stopped)
                     failures = executor(job)
                     if stopped():
                         raise KeyboardInterrupt
             finally:
-                fault_points.point("run.ended")
+                fault_points.failpoint("run.ended")
                 folder.join_ledgers()
-            fault_points.point("run.joined")
+            fault_points.failpoint("run.joined")
             found = report.write(out)
     if failures:
         raise failed(job, failures)
     return found
 
 
-def texts_of(materials: Materials) -> list[dict[str, Any]]:
+def texts_of(inputs: RunInputs) -> list[dict[str, Any]]:
     """What was asked, by id, so that the report can show a completion under its problem; long ones are cut."""
-    asked = [*materials.problems.values(), *(one for held, _ in materials.evals.values() for one in held)]
+    asked = [*inputs.problems.values(), *(one for held, _ in inputs.evals.values() for one in held)]
     texts = {one.id: one.text[:SHOWN_TEXT].encode(errors="replace").decode() for one in asked}
     return [{"id": one, "text": text} for one, text in texts.items()]
 

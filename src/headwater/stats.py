@@ -4,7 +4,7 @@ Shapes: S training seeds, P problems, K samples a problem. `values_SP[s, p]` is 
 the model that seed s trained (a fraction in [0, 1]), or the difference of two such values.
 
 Two things vary in a study: which problems happened to be asked and which seed happened to be drawn. Both are in every
-interval; within one run only the problems are. `tests/test_stats.py` simulates the coverage.
+interval; within one run only the problems are. `tests/unit/test_stats.py` simulates the coverage.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from headwater import pipeline
 from headwater.errors import HeadwaterError, UserError
 from headwater.report import sweep_build
 from headwater.runs.estimate import Estimate, estimates
-from headwater.runs.node_context import Narrator
+from headwater.runs.node_context import ProgressDisplay
 from headwater.runs.setup import prepared
 from headwater.runs.sweep import Point, Sweep, text_of
 from headwater.storage.sweep_dir import SweepDir
@@ -47,8 +47,8 @@ def survey(sweep: Sweep, say: Callable[[str], None]) -> tuple[Sweep, list[Layout
 
 
 def _layout(sweep: Sweep, point: Point) -> Layout:
-    with prepared(point.recipe, sweep.arms, sweep.seeds) as (plan, materials):
-        return Layout(point, tuple(estimates(plan, materials)))
+    with prepared(point.recipe, sweep.arms, sweep.seeds) as (plan, inputs):
+        return Layout(point, tuple(estimates(plan, inputs)))
 
 
 def fresh(layouts: Sequence[Layout]) -> list[tuple[Estimate, ...]]:
@@ -89,7 +89,7 @@ def dry_run(sweep: Sweep, say: Callable[[str], None]) -> list[dict[str, Any]]:
 
 
 def run(
-    sweep: Sweep, out: Path, narrator: Narrator, reuse: Sequence[Path] = ()
+    sweep: Sweep, out: Path, progress_display: ProgressDisplay, reuse: Sequence[Path] = ()
 ) -> tuple[dict[str, Any], dict[str, HeadwaterError]]:
     """Run every point into its folder below `out`, and write the sweep's own files there after each.
 
@@ -100,7 +100,7 @@ def run(
     written where a point could not be run, KeyboardInterrupt when asked to stop (resumable).
     """
     folder = SweepDir(out)
-    sweep, layouts = survey(sweep, narrator.say)
+    sweep, layouts = survey(sweep, progress_display.say)
     refuse_links(out, "--out")
     for point in sweep.points:
         folder.point(point.name).refuse_other(point.recipe.model_dump(mode="json"))
@@ -111,19 +111,19 @@ def run(
         where = folder.point(point.name).path
         others = [folder.point(one.name) for one in sweep.points if one is not point]
         told = f"{sweep.vary} = {text_of(point.value)} (point {place} of {len(sweep.points)})"
-        narrator.say(f"{told}: {len(own)} nodes of its own, in {where}")
+        progress_display.say(f"{told}: {len(own)} nodes of its own, in {where}")
         try:
             pipeline.run(
                 point.recipe,
                 sweep.arms,
                 sweep.seeds,
                 where,
-                narrator,
+                progress_display,
                 reuse=[*reuse, *(one.path for one in others if one.plan.exists())],
             )
         except HeadwaterError as error:
             failed[point.name] = error
             said[point.name] = " ".join(str(error).split())  # one line in a table, however many nodes failed
-            narrator.say(f"{told}: failed: {error}")
+            progress_display.say(f"{told}: failed: {error}")
         found = sweep_build.write(sweep, out, said)
     return found, failed

@@ -19,13 +19,13 @@ from headwater.runs.missing_inputs import laid_out
 
 def dry_run(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], asked: Sized, as_json: bool) -> None:
     """Print an estimate for every node. Raises UserError."""
-    plan, materials = laid_out(recipe, arms, seeds)
-    found = estimates(plan, materials, Asked(asked.mean_tokens, asked.count))
+    plan, inputs = laid_out(recipe, arms, seeds)
+    found = estimates(plan, inputs, Asked(asked.mean_tokens, asked.count))
     if as_json:
         print(json.dumps([row(one, asked) for one in found]))
         return
     console().print(table(found, asked))
-    for said in materials.absent:
+    for said in inputs.absent:
         print(said)
     print("\n".join(notes(found, asked)))
 

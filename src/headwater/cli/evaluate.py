@@ -19,7 +19,7 @@ from headwater.errors import TrainingStoppedError, UserError
 from headwater.models import policy as model
 from headwater.models.prompts import Prompter
 from headwater.runs.inputs import device_of
-from headwater.runs.node_context import Narrator
+from headwater.runs.node_context import ProgressDisplay
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage.run_dir import write_atomic
 from headwater.tasks import find_task
@@ -45,7 +45,7 @@ def evaluate_model(
     seed: int,
     device: str,
     out: Path | None,
-    narrator: Narrator,
+    progress_display: ProgressDisplay,
 ) -> dict[str, Any]:
     """Sample and grade; the result holds fractions with 95 % intervals over problems, and `text` for people.
 
@@ -56,7 +56,7 @@ def evaluate_model(
     loaded = load(Source(path=data, limit=limit), "--data", need_answers=True, gold=found.gold)
     with Verifier(task) as grade, contextlib.ExitStack() as stack:
         policy = model.load(models.student, "MODEL", models, where, frozen=True)
-        watch = stack.enter_context(narrator.node(f"eval {models.student}", 1, 1))
+        watch = stack.enter_context(progress_display.node(f"eval {models.student}", 1, 1))
         watch.start(0, len(loaded.problems) * how.samples, "completions")
         try:
             rows, spent = evaluate(

@@ -52,11 +52,11 @@ def probe(
     from headwater.config.arms import find_recipe
     from headwater.doctor import probe as probes
     from headwater.report.text import console
-    from headwater.runs.progress import narrator
+    from headwater.runs.progress import progress_display
 
     chosen = find_recipe(recipe, changed(set_, device))
     number = chosen.seed if seed is None else seed
-    found = probes.probe(chosen, problems, samples, number, out, narrator(quiet=json_))
+    found = probes.probe(chosen, problems, samples, number, out, progress_display(quiet=json_))
     if json_:
         print(json.dumps(found))
     else:
@@ -97,9 +97,9 @@ def sweep(
     from headwater import sweeps
     from headwater.report.sweep_text import dry_run_table, terminal_table
     from headwater.report.text import console
-    from headwater.runs.progress import narrator
+    from headwater.runs.progress import progress_display
 
-    told = narrator(quiet=json_)
+    told = progress_display(quiet=json_)
     if dry_run:
         rows = sweeps.dry_run(asked, told.say)
         if json_:

@@ -254,7 +254,7 @@ def _go(
         if len(set(arms)) != len(arms):
             raise UserError(f"--arms {','.join(arms)}: an arm stands there twice")
         from headwater import pipeline
-        from headwater.runs.progress import narrator
+        from headwater.runs.progress import progress_display
         from headwater.storage.run_dir import RunDir, read_json
 
         if dry_run is not None:
@@ -266,7 +266,7 @@ def _go(
 
         folder, trackers = out or Path("runs") / recipe.name, [] if track is None else listed(track, "--track")
         try:
-            with resumable(folder), tracked(narrator(quiet=as_json), folder, trackers) as tell:
+            with resumable(folder), tracked(progress_display(quiet=as_json), folder, trackers) as tell:
                 found = pipeline.run(
                     recipe, arms, chosen, folder, tell, reuse=reuse or [], executor=make(), processes=processes
                 )

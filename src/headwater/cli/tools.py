@@ -15,7 +15,7 @@ from headwater.cli.options import Device, Json, listed
 from headwater.errors import UserError
 
 if TYPE_CHECKING:
-    from headwater.runs.node_context import Watch
+    from headwater.runs.node_context import NodeProgress
 
 tools = typer.Typer()
 
@@ -45,7 +45,7 @@ def eval_(
 ) -> None:
     """avg@k, pass@k and maj@k with 95 % intervals."""
     from headwater.cli.evaluate import evaluate_model, settings_of
-    from headwater.runs.progress import narrator
+    from headwater.runs.progress import progress_display
 
     settings = settings_of(
         {
@@ -55,7 +55,7 @@ def eval_(
         {"template": template, "thinking": thinking},
         {"student": model, "teacher": model, "dtype": dtype},
     )
-    found = evaluate_model(settings, data, task, limit, seed, device or "auto", out, narrator(quiet=json_))
+    found = evaluate_model(settings, data, task, limit, seed, device or "auto", out, progress_display(quiet=json_))
     print(json.dumps(found) if json_ else found.pop("text"))
 
 
@@ -204,13 +204,13 @@ def _chosen(models: str | None, known: Collection[str], what: str) -> list[str]:
 
 def _pretrain_pocket(out: Path, models: str | None) -> None:
     import torch
-    from tools.pretrain.pocket import POCKET, pretrain_pocket
 
-    from headwater.runs.progress import narrator
+    from headwater.runs.progress import progress_display
+    from tools.pretrain.pocket import POCKET, pretrain_pocket
 
     names = _chosen(models, POCKET, "pocket")
     torch.set_num_threads(1)  # the shipped models were made with one; sums over several threads round differently
-    told = narrator()
+    told = progress_display()
     for number, name in enumerate(names, 1):
         with told.node(name, number, len(names)) as watch:
             watch.start(0, POCKET[name].steps, "steps")
@@ -223,15 +223,14 @@ def _pretrain_pocket(out: Path, models: str | None) -> None:
 def _pretrain_desk(out: Path, models: str | None, steps: int | None, device_name: str) -> None:
     import os
 
+    from headwater.runs.inputs import device_of
+    from headwater.runs.progress import progress_display
     from tools.pretrain.desk import pretrain_desk
     from tools.pretrain.desk_models import DESK, shortened
 
-    from headwater.runs.inputs import device_of
-    from headwater.runs.progress import narrator
-
     names, device = _chosen(models, DESK, "desk"), device_of(device_name)
     workers = min(8, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
-    told = narrator()
+    told = progress_display()
     for number, name in enumerate(names, 1):
         spec = DESK[name] if steps is None else shortened(DESK[name], steps)
         with told.node(name, number, len(names)) as watch:
@@ -241,7 +240,7 @@ def _pretrain_desk(out: Path, models: str | None, steps: int | None, device_name
         print(f"{out / name}: solves {rates}")
 
 
-def _shown_by(watch: Watch) -> Callable[[int, int, float], None]:
+def _shown_by(watch: NodeProgress) -> Callable[[int, int, float], None]:
     """Steps done are told from 1 on, or from where an interrupted training goes on."""
     seen = 0
 

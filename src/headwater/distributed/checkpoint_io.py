@@ -18,14 +18,14 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from headwater.distributed.process_group import Ranks
+from headwater.distributed.process_group import ProcessGroup
 
 WEIGHT, STATE = "weight.", "optimizer."
 WHOLE, ADAPTER = "model.safetensors", "adapter.safetensors"
 """What one process alone writes: all weights, or those of an adapter (`checkpoint`)."""
 
 
-def write(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+def write(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: ProcessGroup) -> None:
     """This rank's parts; all ranks must call it with the same folder."""
     held = {f"{WEIGHT}{name}": one.detach() for name, one in named(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -38,7 +38,7 @@ def write(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: Ran
     )
 
 
-def read(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+def read(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer, ranks: ProcessGroup) -> None:
     """A checkpoint of any number of ranks into the weights and the optimizer of this one."""
     whole = next((path for path in (folder / WHOLE, folder / ADAPTER) if path.exists()), None)
     if whole is not None:
@@ -54,7 +54,7 @@ def read(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer,
     optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
 
 
-def read_into(wanted: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
+def read_into(wanted: dict[str, Tensor], folder: Path, ranks: ProcessGroup) -> None:
     """Fill tensors, or this rank's parts of them, with what safetensors files hold under their names; only those parts are read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # without other processes it says that it assumes so

@@ -31,14 +31,14 @@ GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """This process among those that run a node together.
 
     mesh   the devices over which weights are sharded (FSDP2)
     group  the processes to exchange words with
     store  what the launcher keeps for all of them: it answers also while others wait for this rank
 
-    Example: `Ranks()` is one process alone: `share(rows)` is all of them, `gathered(x)` is [x].
+    Example: `Ranks()` is one process alone: `share(rows)` is all of them, `all_gather(x)` is [x].
     """
 
     rank: int = 0
@@ -61,7 +61,7 @@ class Ranks:
         count = len(items)
         return items[count * self.rank // self.size : count * (self.rank + 1) // self.size]
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """What every rank has, in their order, on every rank."""
         if self.alone:
             return [value]
@@ -70,8 +70,8 @@ class Ranks:
             dist.all_gather_object(held, value, group=self.group)
         return held
 
-    def collected(self, value: T) -> list[T]:
-        """As `gathered`, on the first rank; nothing on the others. For what is large."""
+    def gather_to_first(self, value: T) -> list[T]:
+        """As `all_gather`, on the first rank; nothing on the others. For what is large."""
         if self.alone:
             return [value]
         held: list[Any] | None = [None] * self.size if self.first else None
@@ -79,7 +79,7 @@ class Ranks:
             dist.gather_object(value, held, dst=0, group=self.group)
         return held or []
 
-    def told(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the first rank has, on every rank."""
         if self.alone:
             return value
@@ -89,10 +89,10 @@ class Ranks:
         found: T = held[0]
         return found
 
-    def summed(self, values: Mapping[str, float]) -> dict[str, float]:
+    def all_reduce_sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Named numbers added up over ranks, in their order: the same to the bit on every rank. What a rank lacks is 0."""
         found: dict[str, float] = {}
-        for one in self.gathered(dict(values)):
+        for one in self.all_gather(dict(values)):
             for name, value in one.items():
                 found[name] = found.get(name, 0.0) + value
         return found
@@ -106,7 +106,7 @@ class Ranks:
             dist.all_reduce(held, dist.ReduceOp.MAX, group=self.group)
         return bool(held.item())
 
-    def turns(self, items: Iterable[T]) -> Iterator[T | None]:
+    def in_lockstep(self, items: Iterable[T]) -> Iterator[T | None]:
         """The items, then None while other ranks still have some: so all of them take part in as many passes."""
         if self.alone:
             yield from items
@@ -118,11 +118,11 @@ class Ranks:
                 return
             yield one
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank is here."""
         self.any(False)
 
-    def twin(self) -> Ranks:
+    def duplicate(self) -> ProcessGroup:
         """The same processes with words of their own, for a thread that speaks while another one does."""
         return self if self.alone else replace(self, group=dist.new_group(backend="gloo", timeout=PATIENCE))
 
@@ -147,11 +147,11 @@ class Ranks:
         return not self.alone and bool(self.store.check([APART]))
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 APART = "apart"
 
 
-def join() -> Ranks:
+def join() -> ProcessGroup:
     """Meet the other processes that the launcher started. On GPUs each takes the one of its local rank."""
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
     cuda = torch.cuda.is_available()
@@ -167,7 +167,7 @@ def join() -> Ranks:
         )
         mesh = init_device_mesh("cuda" if cuda else "cpu", (size,))
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return Ranks(rank, size, mesh, group, dist.PrefixStore("settled", store))
+    return ProcessGroup(rank, size, mesh, group, dist.PrefixStore("settled", store))
 
 
 def is_loss(error: BaseException) -> bool:

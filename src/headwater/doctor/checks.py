@@ -19,7 +19,7 @@ from headwater.doctor import tokenizer_checks as tokens
 from headwater.doctor.context import Case, Finding, UnavailableError, pending
 from headwater.errors import RefusedError, UserError
 from headwater.runs.checks import check_plan
-from headwater.runs.inputs import Materials
+from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Plan
 
 Stage = Literal["files", "weights", "comparisons"]
@@ -47,7 +47,7 @@ def plan_can_run(case: Case) -> list[Finding]:
     """What `run` itself would refuse, and no other check has a name for."""
     device = case.device  # a GPU that is not there has its own name
     try:
-        check_plan(case.plan, case.materials)
+        check_plan(case.plan, case.inputs)
     except UnavailableError:
         raise
     except UserError as error:
@@ -176,7 +176,7 @@ def diagnose(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Pat
         case.close()
 
 
-def preflight(plan: Plan, materials: Materials, out: Path, say: Callable[[str], None]) -> None:
+def preflight(plan: Plan, inputs: RunInputs, out: Path, say: Callable[[str], None]) -> None:
     """What `run` and `study` do first: refuse errors, say warnings. A finished run is not looked at again.
 
     Raises RefusedError with every error's name, evidence and remedy.
@@ -184,7 +184,7 @@ def preflight(plan: Plan, materials: Materials, out: Path, say: Callable[[str], 
     if not pending(plan, out):
         return
     arms = tuple(arm for arm in plan.arms if not arm.startswith("base_"))
-    case = Case(plan.recipe, arms, plan.seeds, out, (plan, materials), every=False)
+    case = Case(plan.recipe, arms, plan.seeds, out, (plan, inputs), every=False)
     try:
         found = examine(case, [check for check in CHECKS if not check.told])
     finally:

@@ -22,7 +22,7 @@ from headwater.models.lora import Wanted
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.runs.estimate import base_of
-from headwater.runs.inputs import Materials, device_of, gather_materials, tokenizer_of
+from headwater.runs.inputs import RunInputs, device_of, load_inputs, tokenizer_of
 from headwater.runs.plan import Node, Plan, Role, make_plan, nodes_of
 from headwater.sampling.base import requests_for
 from headwater.storage.run_dir import RunDir
@@ -95,7 +95,7 @@ class Case:
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     out: Path
-    given: tuple[Plan, Materials] | None = None
+    given: tuple[Plan, RunInputs] | None = None
     every: bool = True
     _held: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -320,11 +320,11 @@ class Case:
         )
 
     @property
-    def materials(self) -> Materials:
+    def inputs(self) -> RunInputs:
         if self.given is not None:
             return self.given[1]
         return self._once(
-            "materials", lambda: gather_materials(self.recipe, self.grade), "cannot-run", "mend what the sentence names"
+            "materials", lambda: load_inputs(self.recipe, self.grade), "cannot-run", "mend what the sentence names"
         )
 
     @property
@@ -333,7 +333,7 @@ class Case:
             return self.given[0]
         return self._once(
             "plan",
-            lambda: make_plan(self.recipe, self.arms, self.seeds, self.materials.content()),
+            lambda: make_plan(self.recipe, self.arms, self.seeds, self.inputs.content()),
             "cannot-run",
             "mend what the sentence names",
         )
@@ -371,10 +371,10 @@ class Case:
         slow = self.device.type == "cpu" and sum(p.numel() for p in policy.model.parameters()) > LARGE_PARAMETERS
         most, problems = (FEW_TOKENS, 2) if slow else (PROBE_TOKENS, PROBE_PROBLEMS)
         sampling = chosen.model_copy(update={"max_tokens": min(most, chosen.max_tokens)})
-        prompter, known = self.prompter(role), self.materials.problems
-        prompts = [(name, prompter.ids(known[name])) for name in sorted(self.materials.pools.all)[:problems]]
+        prompter, known = self.prompter(role), self.inputs.problems
+        prompts = [(name, prompter.ids(known[name])) for name in sorted(self.inputs.pools.all)[:problems]]
         requests = requests_for(prompts, PROBE_SAMPLES, 0, self.seeds[0], "doctor", role)
-        rollouts = self.materials.sampler(policy).sample(requests, sampling)
+        rollouts = self.inputs.sampler(policy).sample(requests, sampling)
         return Sample(policy, rollouts, chosen.max_tokens, cut=sampling.max_tokens < chosen.max_tokens)
 
     @property

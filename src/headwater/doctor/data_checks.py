@@ -208,7 +208,7 @@ def memory(case: Case) -> list[Finding]:
     if not case.pending:
         return []
     names = {case.plan.names[node] for node in case.pending}
-    largest = max((row for row in estimates(case.plan, case.materials) if row.name in names), key=lambda row: row.bytes)
+    largest = max((row for row in estimates(case.plan, case.inputs) if row.name in names), key=lambda row: row.bytes)
     free = free_memory(case.device)
     if free is None or largest.bytes <= MOST_MEMORY * free:
         return []
@@ -256,7 +256,7 @@ def disk(case: Case) -> list[Finding]:
             kept += shape.parameters * (width + 12)
             extra = max(extra, shape.parameters * 12.0)
         elif node.kind == "rollouts" and node.settings is not None and node.pool is not None:
-            settings, prompts = node.settings, len(case.materials.prompts(node.pool, node.settings))
+            settings, prompts = node.settings, len(case.inputs.prompts(node.pool, node.settings))
             tokens = prompts * settings.group_size * settings.sampling.max_tokens
             top_k = settings.dense.top_k
             caches += tokens * (4 * shape.vocabulary if top_k is None else 6 * min(top_k, shape.vocabulary))

@@ -11,7 +11,7 @@ from headwater.runs.plan import Node
 from headwater.sampling import vllm_sampler
 from headwater.teachers import server as served
 from headwater.teachers.build import top_k_of
-from headwater.teachers.server import Met, Served, ServedTokenizer
+from headwater.teachers.server import Met, ServedTeacher, ServedTokenizer
 
 
 def engine(case: Case) -> list[Finding]:
@@ -84,7 +84,7 @@ def _can_score(case: Case, field: str, met: Met) -> list[Finding]:
     width, stops = int(case.config("student").get_text_config().vocab_size), case.stop_ids("student")
     for node in _asking(case):
         k = top_k_of(node.settings) or 0
-        teacher = Served(met, case.tokenizer("student"), width, stops, case.device, k)
+        teacher = ServedTeacher(met, case.tokenizer("student"), width, stops, case.device, k)
         try:
             served.try_out(teacher, case.tokenizer("student")(model.PROBES[0], add_special_tokens=False)["input_ids"])
         except HeadwaterError as error:

@@ -26,8 +26,8 @@ from headwater.errors import TrainingStoppedError, UserError
 from headwater.models import policy as model
 from headwater.models.policy import Policy, Shape
 from headwater.models.prompts import Prompter
-from headwater.runs.inputs import Materials
-from headwater.runs.node_context import Narrator
+from headwater.runs.inputs import RunInputs
+from headwater.runs.node_context import ProgressDisplay
 from headwater.runs.setup import prepared
 from headwater.sampling.base import Request, requests_for
 from headwater.sampling.torch_sampler import TorchSampler
@@ -74,7 +74,12 @@ class Probed:
 
 
 def probe(
-    recipe: Recipe, problems: int | None, samples: int | None, seed: int, out: Path | None, narrator: Narrator
+    recipe: Recipe,
+    problems: int | None,
+    samples: int | None,
+    seed: int,
+    out: Path | None,
+    progress_display: ProgressDisplay,
 ) -> dict[str, Any]:
     """Measure and advise; with `out`, keep the answer and the looks at labels in that run's folder.
 
@@ -97,21 +102,21 @@ def probe(
         refuse_links(folder.path, "--out")
         folder.refuse_other(wanted)
     with contextlib.ExitStack() as stack:
-        _, materials = stack.enter_context(prepared(recipe, ["bridge", "direct_grpo"], [seed]))
-        names, count = chosen(materials, problems, seed), samples_of(recipe, samples)
+        _, inputs = stack.enter_context(prepared(recipe, ["bridge", "direct_grpo"], [seed]))
+        names, count = chosen(inputs, problems, seed), samples_of(recipe, samples)
         if folder is not None:
             stack.enter_context(folder.locked())
             folder.claim(wanted)
-        found = measured(materials, names, count, seed, narrator, spent)
+        found = measured(inputs, names, count, seed, progress_display, spent)
         answer = {
             "recipe": recipe.name,
             "seed": seed,
             "problems": len(names),
             "samples": count,
             "labels": {
-                "looked_at": len(materials.labels.looked_at),
-                "checks": materials.labels.checks,
-                "budget": len(materials.pools.all),
+                "looked_at": len(inputs.labels.looked_at),
+                "checks": inputs.labels.checks,
+                "budget": len(inputs.pools.all),
             },
             **written(found),
             "tokens_sampled": sum(spend.tokens_sampled for spend in spends),
@@ -123,20 +128,20 @@ def probe(
 
 
 def measured(
-    materials: Materials,
+    inputs: RunInputs,
     names: Sequence[str],
     samples: int,
     seed: int,
-    narrator: Narrator,
+    progress_display: ProgressDisplay,
     spent: Callable[[Spend], None],
 ) -> Probed:
     """The measures of both models on the problems named; `spent` is told of every look at labels when it was taken."""
-    recipe, labels = materials.recipe, materials.labels.only(names)
-    student = look("student", materials, names, labels, samples, seed, narrator, spent)
-    teacher = look("teacher", materials, names, labels, samples, seed, narrator, spent)
+    recipe, labels = inputs.recipe, inputs.labels.only(names)
+    student = look("student", inputs, names, labels, samples, seed, progress_display, spent)
+    teacher = look("teacher", inputs, names, labels, samples, seed, progress_display, spent)
     model.refuse_different_widths(student.policy, teacher.policy, ("models.student", "models.teacher"))
     tokens = recipe.compute.microbatch_tokens
-    with narrator.node("how far apart they are", 3, 3) as watch:
+    with progress_display.node("how far apart they are", 3, 3) as watch:
         watch.start(0, 3, "measures")
         c2 = conditions.measure(
             student.policy, teacher.policy, student.rollouts, teacher.rollouts, recipe.conditions.top_k, tokens
@@ -150,7 +155,7 @@ def measured(
             teacher=readiness(teacher, c2["entropy_teacher"]),
             kl_student_prefixes=c2["kl_student_teacher"],
             finish=finished,
-            passes=cache_passes(materials),
+            passes=cache_passes(inputs),
         ),
         c2,
         samples,
@@ -162,9 +167,9 @@ def pool_of(recipe: Recipe) -> Pool:
     return arm_of("bridge", recipe).teacher[0].pool
 
 
-def chosen(materials: Materials, problems: int | None, seed: int) -> list[str]:
+def chosen(inputs: RunInputs, problems: int | None, seed: int) -> list[str]:
     """Which labelled problems are sampled, in an order that content and seed decide. Raises UserError past the budget."""
-    pool = materials.pool(pool_of(materials.recipe))
+    pool = inputs.pool(pool_of(inputs.recipe))
     if problems is not None and problems > len(pool):
         raise UserError(f"--problems {problems}: the recipe's label budget buys {len(pool)} problems to look at")
     return seeds.shuffled(list(pool), seed, "probe")[: PROBLEMS if problems is None else problems]
@@ -178,41 +183,43 @@ def samples_of(recipe: Recipe, samples: int | None) -> int:
     return max(SAMPLES, group) if samples is None else samples
 
 
-def cache_passes(materials: Materials) -> float:
+def cache_passes(inputs: RunInputs) -> float:
     """Times that the warm-up goes through each of the teacher's cached rollouts.
 
     Example: 80 steps of 64 rollouts over a cache of 64 prompts × 8 rollouts are 10 passes.
     """
-    settings, pool = materials.recipe.stages.warmup, pool_of(materials.recipe)
-    cached = len(materials.prompts(pool, settings)) * settings.group_size
-    return materials.steps(pool, settings) * settings.batch_size / cached
+    settings, pool = inputs.recipe.stages.warmup, pool_of(inputs.recipe)
+    cached = len(inputs.prompts(pool, settings)) * settings.group_size
+    return inputs.steps(pool, settings) * settings.batch_size / cached
 
 
 def look(
     role: Role,
-    materials: Materials,
+    inputs: RunInputs,
     names: Sequence[str],
     labels: Labels,
     samples: int,
     seed: int,
-    narrator: Narrator,
+    progress_display: ProgressDisplay,
     spent: Callable[[Spend], None],
 ) -> Looks:
     """Sample one model as its RL stage would, and grade. Raises UserError when it gives no finite numbers."""
-    recipe = materials.recipe
+    recipe = inputs.recipe
     stage = recipe.stages.teacher_rl if role == "teacher" else recipe.stages.student_rl
     started = time.perf_counter()
     (field, name), *others = recipe.models.named(role).items()
     if others or is_served(name):
         raise UserError(f"{field}: probe measures one model whose weights are here; name a folder or a hub id")
-    policy = model.load(name, field, recipe.models, materials.device, frozen=True)
+    policy = model.load(name, field, recipe.models, inputs.device, frozen=True)
     prompter = Prompter(policy.tokenizer, recipe.prompt)
-    prompts = [(name, prompter.ids(materials.problems[name])) for name in names]
-    with narrator.node(f"{role}, {len(names)} problems × {samples} samples", 1 if role == "student" else 2, 3) as watch:
+    prompts = [(name, prompter.ids(inputs.problems[name])) for name in names]
+    with progress_display.node(
+        f"{role}, {len(names)} problems × {samples} samples", 1 if role == "student" else 2, 3
+    ) as watch:
         watch.start(0, len(names) * samples, "completions")
         try:
             found = sampled_and_graded(
-                materials.sampler(policy),
+                inputs.sampler(policy),
                 # Both models draw the same numbers, as in evaluations: what differs is then the models.
                 requests_for(prompts, samples, 0, seed, "probe"),
                 stage.sampling,

@@ -4,8 +4,8 @@ Passes: all ranks enter each layer together, so a rank with fewer microbatches m
 reads the head does so `within` the root's forward, while its weights are gathered. Gradients are added over ranks, not averaged: the
 denominator is the whole step's and known to every rank (`train.token_weights`).
 
-Sampling: each rank holds all weights once while it samples its share of the requests (`whole`, `Split`): decoding needs them for
-every token, and draws are named, so no split changes one.
+Sampling: each rank holds all weights once while it samples its share of the requests (`whole`, `ShardedSampler`): decoding
+needs them for every token, and draws are named, so no split changes one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from headwater.config import recipe as config
-from headwater.distributed.process_group import ALONE, Ranks
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.models import fsdp_weights, lora
 from headwater.models import policy as model
@@ -41,7 +41,7 @@ def load(
     frozen: bool,
     fingerprint: str | None,
     adapt: lora.Wanted | None,
-    ranks: Ranks,
+    ranks: ProcessGroup,
 ) -> Policy:
     """As `model.load`, by all ranks together: each reads its part of every weight, and none ever has all of them.
 
@@ -65,7 +65,7 @@ def load(
     return policy
 
 
-def shard(held: Any, ranks: Ranks, device: torch.device) -> Any:
+def shard(held: Any, ranks: ProcessGroup, device: torch.device) -> Any:
     """Have each rank hold a part of every layer from now on; the same model without weights (`Policy.plain`).
 
     A frozen model's head stays whole on every rank: its logits are made beside the student's, outside of its own passes.
@@ -189,7 +189,7 @@ def as_one(policy: Policy, filled: Any) -> Policy:
     capped = isinstance(policy.head, nn.Identity)
     body, head = (filled, nn.Identity()) if capped else (filled.base_model, filled.get_output_embeddings())
     adapter = None if policy.adapter is None else policy.adapter.within(filled)
-    return replace(policy, model=filled, body=body, head=head, ranks=ALONE, plain=None, adapter=adapter)
+    return replace(policy, model=filled, body=body, head=head, ranks=SINGLE_PROCESS, plain=None, adapter=adapter)
 
 
 def save(policy: Policy, folder: Path, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from headwater.distributed import checkpoint_io
-from headwater.distributed.process_group import Ranks
+from headwater.distributed.process_group import ProcessGroup
 from headwater.models import policy as model
 
 ADAPTED = ".base_layer"
@@ -78,7 +78,7 @@ def fits(made: Any, found: dict[str, list[int]]) -> bool:
 
 
 @torch.no_grad()
-def fill(held: Any, base: str, device: torch.device, ranks: Ranks) -> None:
+def fill(held: Any, base: str, device: torch.device, ranks: ProcessGroup) -> None:
     """This rank's parts of every weight that has no numbers yet; all ranks must call it."""
     every = checkpoint_io.by_names(held)
     if not any(one.is_meta for one, _ in every):

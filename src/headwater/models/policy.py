@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from headwater.config import recipe as config
-from headwater.distributed.process_group import ALONE, Ranks
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.losses.batch import Batch, Row, collate, collate_packed, microbatches, packed_microbatches, packed_tokens
 from headwater.losses.distributions import Head, LinearHead
@@ -58,7 +58,7 @@ class Policy:
     body: nn.Module
     head: Head
     packs: bool = False
-    ranks: Ranks = ALONE
+    ranks: ProcessGroup = SINGLE_PROCESS
     plain: Any = None
     adapter: lora.Adapter | None = None
 
@@ -170,7 +170,7 @@ class Layout:
 
     read: Callable[[str, torch.dtype, bool, Any, torch.device, str], Any]
     spread: Callable[[Any, str, torch.device], tuple[Any, Any]]
-    ranks: Ranks = ALONE
+    ranks: ProcessGroup = SINGLE_PROCESS
 
 
 def load(

@@ -48,7 +48,7 @@ def build(outs: Sequence[Path]) -> dict[str, Any]:
 
 def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
     """Build the report of `outs` (by default of `out` itself), write report.json, report.html, labels.csv and figures/ into `out`."""
-    fault_points.point("report.begun")
+    fault_points.failpoint("report.begun")
     sources = list(outs or [out])
     for folder in {*sources, out}:
         refuse_links(folder, "report")
@@ -58,16 +58,16 @@ def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
         album = figures.Album()
         used, html = label_use.as_csv(label_use.uses(study)), report_html.page(study, report, album)
     write_json(RunDir(out).report_json, report)
-    fault_points.point("report.values")
+    fault_points.failpoint("report.values")
     write_atomic(RunDir(out).labels, used)
-    fault_points.point("report.labels")
+    fault_points.failpoint("report.labels")
     if album.drawn:
         with written_aside(RunDir(out).figures) as folder:
             for one in album.drawn:
                 (folder / f"{one.name}.svg").write_text(one.file, encoding="utf-8")
                 (folder / f"{one.name}.csv").write_text(one.csv, encoding="utf-8")
     write_atomic(RunDir(out).report_html, html)
-    fault_points.point("report.page")
+    fault_points.failpoint("report.page")
     return report
 
 

@@ -10,32 +10,32 @@ from headwater.errors import UserError
 from headwater.losses.objectives import divergence_of
 from headwater.models import policy as model
 from headwater.models.prompts import Prompter, refuse_different_prompts
-from headwater.runs.inputs import Materials, read_tokenizer, tokenizer_of
+from headwater.runs.inputs import RunInputs, read_tokenizer, tokenizer_of
 from headwater.runs.plan import Node, Plan
 from headwater.teachers import server as served
 from headwater.teachers.server import ServedTokenizer
 from headwater.types import Problem
 
 
-def check_plan(plan: Plan, materials: Materials) -> None:
+def check_plan(plan: Plan, inputs: RunInputs) -> None:
     """Refuse what could not run, before any model is loaded. Raises UserError naming the field."""
     recipe = plan.recipe
     refuse_what_it_cannot(plan)
-    refuse_unknown_tags(recipe, materials)
+    refuse_unknown_tags(recipe, inputs)
     roles = ["student", "teacher"]
     for node in plan.order():
         if (node.role == "expert" or node.start == "expert") and "expert" not in roles:
             roles.append("expert")
         if node.settings is None or node.pool is None or node.kind != "train" or not node.settings.on_policy:
             continue
-        pool, wanted = len(materials.prompts(node.pool, node.settings)), node.settings.prompts_per_step
+        pool, wanted = len(inputs.prompts(node.pool, node.settings)), node.settings.prompts_per_step
         if pool < wanted:
             raise UserError(
-                f"labels.budget {len(materials.pools.all)}: gives stage {node.stage} a pool of {pool} problems ({node.pool}), "
+                f"labels.budget {len(inputs.pools.all)}: gives stage {node.stage} a pool of {pool} problems ({node.pool}), "
                 f"fewer than the {wanted} of one step (stages.{node.stage}.batch_size {node.settings.batch_size} / "
                 f"group_size {node.settings.group_size})"
             )
-    sample = [materials.problems[name] for name in sorted(materials.problems)[:32]]
+    sample = [inputs.problems[name] for name in sorted(inputs.problems)[:32]]
     student = read_tokenizer(recipe, "student")
     prompter = Prompter(student, recipe.prompt)
     texts = [problem.text[:10_000] for problem in sample]  # one that is far too long is refused below, by name
@@ -48,8 +48,8 @@ def check_plan(plan: Plan, materials: Materials) -> None:
         else:
             refuse_different_prompts(prompter, Prompter(tokenizer, recipe.prompt), sample)
     for problem in (
-        *materials.problems.values(),
-        *(one for problems, _ in materials.evals.values() for one in problems),
+        *inputs.problems.values(),
+        *(one for problems, _ in inputs.evals.values() for one in problems),
     ):
         prompter.ids(problem)
 
@@ -58,10 +58,10 @@ FEW = 4
 """Problems on which a served teacher's tokenizer is compared beside the probe strings: each is a call."""
 
 
-def refuse_unknown_tags(recipe: Recipe, materials: Materials) -> None:
+def refuse_unknown_tags(recipe: Recipe, inputs: RunInputs) -> None:
     """Raises UserError for a problem that no teacher of a mapping is named for."""
     known = recipe.models.teacher
-    for problem in materials.everything if isinstance(known, dict) else ():
+    for problem in inputs.everything if isinstance(known, dict) else ():
         if problem.tag not in known:
             said = f"has the tag {problem.tag!r}" if problem.tag else "has no tag (data.columns.tag names their column)"
             raise UserError(

@@ -16,7 +16,7 @@ from headwater.models import untrusted_files
 from headwater.models.prompts import Prompter
 from headwater.models.shape import Shape
 from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
-from headwater.runs.inputs import Materials, read_tokenizer
+from headwater.runs.inputs import RunInputs, read_tokenizer
 from headwater.runs.memory_estimate import Held, Work, held_bytes, working_bytes
 from headwater.runs.plan import Node, Plan, Role, supervisor
 from headwater.teachers.server import NO_SHAPE, is_served
@@ -68,15 +68,15 @@ class Asked:
     devices: int = 1
 
 
-def estimates(plan: Plan, materials: Materials, asked: Asked = Asked()) -> list[Estimate]:
+def estimates(plan: Plan, inputs: RunInputs, asked: Asked = Asked()) -> list[Estimate]:
     """An estimate for every node of the plan, in its order. Raises UserError for models whose shape cannot be read."""
-    case = Case(plan, materials, shapes_of(materials), prompt_tokens(materials, asked), asked)
+    case = Case(plan, inputs, shapes_of(inputs), prompt_tokens(inputs, asked), asked)
     return [estimate(node, case) for node in plan.order()]
 
 
-def shapes_of(materials: Materials) -> dict[Role, Shape]:
+def shapes_of(inputs: RunInputs) -> dict[Role, Shape]:
     """The shape of every model of the recipe; those that are known (`known.MODELS`) need not be here."""
-    models = materials.recipe.models
+    models = inputs.recipe.models
     shapes: dict[Role, Shape] = {}
     for role in ("student", "teacher", "expert"):
         named = models.named(role).items()
@@ -103,7 +103,7 @@ class Case:
     """What estimates rest on; `prompt` is the length of a prompt in tokens: the longest, or the mean where means are asked for."""
 
     plan: Plan
-    materials: Materials
+    inputs: RunInputs
     shapes: Mapping[Role, Shape]
     prompt: float
     asked: Asked = Asked()
@@ -118,30 +118,30 @@ class Case:
 
     def adapter(self, node: Node) -> int:
         """Weights of the adapter that a node trains; 0 where it trains all."""
-        lora = node.lora(self.materials.recipe)
+        lora = node.lora(self.inputs.recipe)
         return 0 if lora is None else self.shape(node.start).adapter_parameters(lora.r, targets_of(lora))
 
     @property
     def width(self) -> int:
         """Bytes of a number at the compute type."""
-        return 2 if self.materials.recipe.models.dtype == "bfloat16" else 4
+        return 2 if self.inputs.recipe.models.dtype == "bfloat16" else 4
 
 
 def targets_of(lora: Lora) -> tuple[str, ...] | None:
     return None if isinstance(lora.targets, str) else lora.targets
 
 
-def prompt_tokens(materials: Materials, asked: Asked = Asked()) -> float:
+def prompt_tokens(inputs: RunInputs, asked: Asked = Asked()) -> float:
     """Tokens of the longest prompt among the first 256 problems, or of the mean one; one over the limit is refused elsewhere.
 
     Where the student's tokenizer or the problems are not here (`absent`), `prompt.max_tokens`.
     """
-    recipe = materials.recipe
-    if materials.absent or not Path(model.resolve(recipe.models.student, "models.student")).is_dir():
+    recipe = inputs.recipe
+    if inputs.absent or not Path(model.resolve(recipe.models.student, "models.student")).is_dir():
         return float(recipe.prompt.max_tokens)
     unbounded = recipe.prompt.model_copy(update={"max_tokens": sys.maxsize})
     prompter = Prompter(read_tokenizer(recipe, "student"), unbounded)
-    lengths = [len(prompter.ids(materials.problems[name])) for name in sorted(materials.problems)[:256]]
+    lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
     return max(lengths) if asked.mean_tokens is None else sum(lengths) / len(lengths)
 
 
@@ -155,7 +155,7 @@ def base_of(one: Role | Node) -> Role:
 def steps_of(node: Node, case: Case) -> int:
     """A stage's steps; where they depend on what other arms will have cost, on what those are estimated to cost."""
     assert node.settings is not None and node.pool is not None
-    usual = case.materials.steps(node.pool, node.settings)
+    usual = case.inputs.steps(node.pool, node.settings)
     if node.compute is None:
         return usual
     like, as_ = node.compute
@@ -169,7 +169,7 @@ def rows_of(node: Node, case: Case) -> tuple[int, int]:
     assert node.settings is not None and node.pool is not None
     stage = node.settings
     if node.kind == "rollouts":
-        prompts = len(case.materials.prompts(node.pool, stage))
+        prompts = len(case.inputs.prompts(node.pool, stage))
         return prompts * stage.group_size, prompts
     steps = steps_of(node, case)
     shared = stage.on_policy and case.asked.mean_tokens is not None
@@ -200,10 +200,10 @@ def work_flops(node: Node, case: Case) -> float:
 
 def estimate(node: Node, case: Case) -> Estimate:
     """One node, its evaluation included."""
-    name, recipe, shape = case.plan.names[node], case.materials.recipe, case.shape(node.start)
+    name, recipe, shape = case.plan.names[node], case.inputs.recipe, case.shape(node.start)
     sampling, evals = recipe.evaluate.sampling, 0
     if node.kind != "rollouts":
-        evals = sum(len(problems) for problems, _ in case.materials.evals.values()) * recipe.evaluate.samples
+        evals = sum(len(problems) for problems, _ in case.inputs.evals.values()) * recipe.evaluate.samples
     completion = case.completion(sampling)
     eval_tokens = int(evals * completion)
     eval_flops = shape.flops(eval_tokens + evals * case.prompt, (completion + case.prompt) / 2)
@@ -221,7 +221,7 @@ def estimate(node: Node, case: Case) -> Estimate:
     objective = objective_of(stage)
     sampled = own if objective.source == "policy" else 0
     scored = own if node.teacher is not None and "teacher" in objective.signals else 0
-    labels = len(case.materials.pool(node.pool)) if stage.needs_labels else 0
+    labels = len(case.inputs.pool(node.pool)) if stage.needs_labels else 0
     steps = steps_of(node, case)
     more, shown, beside = beside_flops(node, steps, case)
     parts = (
@@ -236,20 +236,20 @@ def estimate(node: Node, case: Case) -> Estimate:
 
 def beside_flops(node: Node, steps: int, case: Case) -> tuple[int, int, float]:
     """What is measured beside a stage: tokens sampled, tokens shown to the teacher, FLOPs."""
-    recipe, stage, shape = case.materials.recipe, node.settings, case.shape(node.start)
+    recipe, stage, shape = case.inputs.recipe, node.settings, case.shape(node.start)
     assert stage is not None
     sampled, shown, flops = 0, 0, 0.0
     whose = supervisor(node)
     completion = case.completion(stage.sampling)
     if whose is not None:
-        problems = min(recipe.conditions.problems, len(next(iter(case.materials.evals.values()))[0]))
+        problems = min(recipe.conditions.problems, len(next(iter(case.inputs.evals.values()))[0]))
         # The first state, the last, and every so many between; the last may be one of those.
         times = (-(-steps // recipe.conditions.every) + 1) * problems
         length = completion + case.prompt
         sampled, shown = int(times * completion), int(2 * times * length)
         flops = shape.flops(3 * times * length, length / 2) + case.shape(whose).flops(shown, length / 2)
-    if stage.until is not None and stage.until.metric == "validation" and case.materials.validation is not None:
-        times = steps // stage.until.every * len(case.materials.validation[0]) * recipe.evaluate.samples
+    if stage.until is not None and stage.until.metric == "validation" and case.inputs.validation is not None:
+        times = steps // stage.until.every * len(case.inputs.validation[0]) * recipe.evaluate.samples
         length = case.completion(recipe.evaluate.sampling) + case.prompt
         sampled, flops = sampled + int(times * length), flops + shape.flops(times * length, length / 2)
     return sampled, shown, flops
@@ -257,7 +257,7 @@ def beside_flops(node: Node, steps: int, case: Case) -> tuple[int, int, float]:
 
 def decoding(shape: Shape, tokens: float, completion: float, case: Case) -> tuple[float, float]:
     """(bytes read, FLOPs) of decoding so many tokens: at each step all weights once, and every row's keys and values so far."""
-    rows, context = case.materials.recipe.compute.sample_batch, case.prompt + completion / 2
+    rows, context = case.inputs.recipe.compute.sample_batch, case.prompt + completion / 2
     keys_and_values = context * shape.cache_numbers * case.width
     return (
         tokens / rows * shape.matrix_parameters * case.width + tokens * keys_and_values,
@@ -274,9 +274,9 @@ def held_of(node: Node, case: Case) -> Held:
     frozen: list[Shape] = []
     if node.kind != "train" or stage is None:
         return Held(None, 0, False, (shape,), case.width)
-    objective, adapter, lora = objective_of(stage), case.adapter(node), node.lora(case.materials.recipe)
+    objective, adapter, lora = objective_of(stage), case.adapter(node), node.lora(case.inputs.recipe)
     whose = supervisor(node)
-    if whose is not None and ("teacher" in objective.signals or case.materials.recipe.conditions.problems):
+    if whose is not None and ("teacher" in objective.signals or case.inputs.recipe.conditions.problems):
         frozen.append(case.shape(whose))
     if "reference" in objective.signals and not adapter:
         frozen.append(shape)
@@ -285,12 +285,10 @@ def held_of(node: Node, case: Case) -> Held:
 
 def work_of(node: Node, case: Case) -> Work:
     """What a node needs for a while: activations of a microbatch, or a decoder's cache."""
-    recipe, shape, stage = case.materials.recipe, case.shape(node.start), node.settings
+    recipe, shape, stage = case.inputs.recipe, case.shape(node.start), node.settings
     sampling = recipe.evaluate.sampling if stage is None else stage.sampling
     rows = (
-        len(next(iter(case.materials.evals.values()))[0]) * recipe.evaluate.samples
-        if stage is None
-        else stage.batch_size
+        len(next(iter(case.inputs.evals.values()))[0]) * recipe.evaluate.samples if stage is None else stage.batch_size
     )
     rows = min(rows, recipe.compute.sample_batch)
     length = case.prompt + case.completion(sampling)
@@ -303,6 +301,6 @@ def work_of(node: Node, case: Case) -> Work:
         length=length,
         width=case.width,
         recomputed=recipe.models.gradient_checkpointing,
-        cuda=recipe.compute.device != "cpu" and case.materials.device.type == "cuda",
+        cuda=recipe.compute.device != "cpu" and case.inputs.device.type == "cuda",
         logits=2 if trained and stage is not None and objective_of(stage).divergence is not None else 1,
     )

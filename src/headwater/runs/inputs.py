@@ -31,7 +31,7 @@ POOLS: tuple[Pool, ...] = ("all", "first_half", "second_half")
 
 
 @dataclass(frozen=True)
-class Materials:
+class RunInputs:
     """What the recipe's data section stands for.
 
     problems   every labelled and unlabelled problem by id, without answers
@@ -131,7 +131,7 @@ class Read(Protocol):
     ) -> Loaded: ...
 
 
-def gather_materials(recipe: Recipe, grade: Grade, load: Read = load) -> Materials:
+def load_inputs(recipe: Recipe, grade: Grade, load: Read = load) -> RunInputs:
     """Read all data of a recipe with `load`. Raises UserError naming the field, file or row."""
     task = find_task(recipe.task)
     evals = {
@@ -163,7 +163,7 @@ def gather_materials(recipe: Recipe, grade: Grade, load: Read = load) -> Materia
         left_out += [leak_row("data.unlabeled", leak, more) for leak in more.leaks]
     pools = buy([problem.id for problem in labeled.problems], recipe.labels.budget, recipe.labels.seed)
     bought = {name: labeled.gold[name] for name in pools.all}
-    return Materials(
+    return RunInputs(
         recipe=recipe,
         task=task,
         problems={problem.id: problem for problem in (*labeled.problems, *unlabeled)},

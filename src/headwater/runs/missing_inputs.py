@@ -12,13 +12,13 @@ from headwater.data.sources import Loaded, load
 from headwater.errors import UserError
 from headwater.models import policy as model
 from headwater.runs.checks import check_plan
-from headwater.runs.inputs import Materials, gather_materials
+from headwater.runs.inputs import RunInputs, load_inputs
 from headwater.runs.plan import Plan, make_plan
 from headwater.teachers.server import is_served
 from headwater.types import Problem, Verdict
 
 
-def laid_out(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> tuple[Plan, Materials]:
+def laid_out(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> tuple[Plan, RunInputs]:
     """Plan and materials for an estimate, also where data, tokenizers or weights are still to be fetched; nothing is fetched.
 
     Raises UserError where not even the number of problems can be known.
@@ -38,14 +38,14 @@ def laid_out(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> tuple
     def ungraded(asked: Sequence[tuple[str, str]]) -> list[Verdict]:
         raise AssertionError("an estimate grades nothing")
 
-    materials = gather_materials(recipe, ungraded, read)
-    plan = make_plan(recipe, arms, seeds, materials.content())
+    inputs = load_inputs(recipe, ungraded, read)
+    plan = make_plan(recipe, arms, seeds, inputs.content())
     named = [pair for role in ("student", "teacher", "expert") for pair in recipe.models.named(role).items()]
     away = [(field, name) for field, name in named if is_served(name) or not Path(model.resolve(name, field)).is_dir()]
     if not absent and not away:
-        check_plan(plan, materials)
+        check_plan(plan, inputs)
     absent += [f"{field}: {name} is not in a local folder; its tokenizer was not asked" for field, name in away]
-    return plan, replace(materials, absent=tuple(absent))
+    return plan, replace(inputs, absent=tuple(absent))
 
 
 def stand_in(what: str, count: int) -> Loaded:

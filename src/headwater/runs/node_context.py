@@ -9,14 +9,14 @@ from typing import Any
 
 from headwater.config.stage import Stage
 from headwater.data.labels import Labels
-from headwater.distributed.process_group import ALONE, Ranks
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import TrainingStoppedError
 from headwater.models import lora
 from headwater.models import policy as model
 from headwater.models.fsdp import load
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
-from headwater.runs.inputs import Materials
+from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Node, Plan, Role
 from headwater.sampling.base import Sampler
 from headwater.storage import ledger
@@ -28,28 +28,28 @@ from headwater.training.loop import Metrics
 from headwater.types import Problem
 
 
-def _unheard(said: str) -> None:
+def _ignore(said: str) -> None:
     """For those who show nothing."""
 
 
 @dataclass(frozen=True)
-class Watch:
+class NodeProgress:
     """Who is told how far a node is: start(steps already done, total, unit), advance(count, metrics), warn(a sentence), say(a line
     for the user)."""
 
     start: Callable[[int, int, str], None]
     advance: Callable[[int, Metrics], None]
     should_stop: Callable[[], bool]
-    warn: Callable[[str], None] = _unheard
-    say: Callable[[str], None] = _unheard
+    warn: Callable[[str], None] = _ignore
+    say: Callable[[str], None] = _ignore
 
 
 Asked = Callable[[Role | Node], Teacher]
-"""Whoever a stage asks, loaded once however many ask it: `Workplace.frozen`, remembered for as long as the stage runs."""
+"""Whoever a stage asks, loaded once however many ask it: `NodeContext.frozen`, remembered for as long as the stage runs."""
 
 
 @dataclass(frozen=True)
-class Workplace:
+class NodeContext:
     """What a node needs beside its own description.
 
     ranks  the processes that run it together
@@ -57,10 +57,10 @@ class Workplace:
     """
 
     plan: Plan
-    materials: Materials
+    inputs: RunInputs
     out: RunDir
-    watch: Watch
-    ranks: Ranks = ALONE
+    watch: NodeProgress
+    ranks: ProcessGroup = SINGLE_PROCESS
     aside: NodeDir | None = None
 
     def node_dir(self, node: Node) -> NodeDir:
@@ -72,7 +72,7 @@ class Workplace:
 
     def load(self, whose: Role | Node, frozen: bool, adapt: lora.Wanted | None = None) -> Policy:
         """Base weights of the recipe, or those that a node trained."""
-        models, device = self.materials.recipe.models, self.materials.device
+        models, device = self.inputs.recipe.models, self.inputs.device
         if isinstance(whose, Node):
             folder, known = self.node_dir(whose).model, self.plan.fingerprints[whose]
             self.node_dir(whose).refuse_damage(f"{folder.name}/")
@@ -83,16 +83,14 @@ class Workplace:
 
     def frozen(self, whose: Role | Node, stage: Stage | None = None) -> Teacher:
         """Whoever is only asked: to sample, and to score for a stage. A base teacher may be elsewhere."""
-        materials = self.materials
-        if whose != "teacher" or is_plain(materials.recipe):
-            return resting(self.load(whose, frozen=True), materials.recipe, materials.sampler)
-        return base_teacher(
-            materials.recipe, stage, materials.everything, materials.sampler, materials.device, self.ranks
-        )
+        inputs = self.inputs
+        if whose != "teacher" or is_plain(inputs.recipe):
+            return resting(self.load(whose, frozen=True), inputs.recipe, inputs.sampler)
+        return base_teacher(inputs.recipe, stage, inputs.everything, inputs.sampler, inputs.device, self.ranks)
 
     def trainee(self, node: Node) -> Policy:
         """What a stage trains: all weights, or an adapter on frozen ones."""
-        asked = node.lora(self.materials.recipe)
+        asked = node.lora(self.inputs.recipe)
         adapt = None if asked is None else lora.Wanted(asked, (node.seed, node.stage, node.pool or ""))
         return self.load(node.start, frozen=False, adapt=adapt)
 
@@ -103,7 +101,7 @@ class Workplace:
     def steps(self, node: Node) -> int:
         """How many steps a stage takes at most: the recipe's, or as many as cost what another arm did."""
         assert node.settings is not None and node.pool is not None
-        usual = self.materials.steps(node.pool, node.settings)
+        usual = self.inputs.steps(node.pool, node.settings)
         if node.compute is None:
             return usual
         like, as_ = node.compute
@@ -116,15 +114,15 @@ class Workplace:
         return ledger.totals(read_jsonl(self.node_dir(node).ledger)).flops
 
     def sampler(self, policy: Teacher) -> Sampler:
-        return sampler_of(policy, self.materials.sampler)
+        return sampler_of(policy, self.inputs.sampler)
 
     def prompter(self, policy: Teacher) -> Prompter:
-        return Prompter(policy.tokenizer, self.materials.recipe.prompt)
+        return Prompter(policy.tokenizer, self.inputs.recipe.prompt)
 
 
 def held_out(
     node: Node,
-    place: Workplace,
+    context: NodeContext,
     policy: Teacher,
     asked: tuple[Sequence[Problem], Labels],
     purpose: Purpose,
@@ -139,18 +137,18 @@ def held_out(
     problems, labels = asked
     with named(node, step):
         rows, spent = evaluate(
-            place.sampler(policy),
-            place.prompter(policy),
+            context.sampler(policy),
+            context.prompter(policy),
             problems,
             labels,
-            place.materials.recipe.evaluate,
+            context.inputs.recipe.evaluate,
             draw,
-            place.materials.task.extract,
+            context.inputs.task.extract,
             progress,
         )
     tokens = spent["tokens_sampled"] + spent["tokens_prompt"]
     spend = replace(
-        place.spend(node),
+        context.spend(node),
         purpose=purpose,
         step=step,
         labels=tuple(problem.id for problem in problems),
@@ -171,15 +169,15 @@ def named(node: Node, step: int) -> Iterator[None]:
         raise TrainingStoppedError(f"{node.stage}, after step {step}: {error}") from None
 
 
-Stand = Callable[[int, float | None], None]
+StudyProgress = Callable[[int, float | None], None]
 
 
-def _unheard_standing(done: int, left: float | None) -> None:
+def _ignore_standing(done: int, left: float | None) -> None:
     """For those who do not ask where a study stands."""
 
 
 @dataclass(frozen=True)
-class Narrator:
+class ProgressDisplay:
     """Who is told what happens.
 
     say       a line
@@ -188,7 +186,7 @@ class Narrator:
     """
 
     say: Callable[[str], None]
-    node: Callable[[str, int, int], contextlib.AbstractContextManager[Watch]]
-    together: Callable[[int], contextlib.AbstractContextManager[Stand]] = lambda total: contextlib.nullcontext(
-        _unheard_standing
+    node: Callable[[str, int, int], contextlib.AbstractContextManager[NodeProgress]]
+    together: Callable[[int], contextlib.AbstractContextManager[StudyProgress]] = lambda total: contextlib.nullcontext(
+        _ignore_standing
     )

@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from headwater.runs.node_context import Narrator, Watch
+from headwater.runs.node_context import NodeProgress, ProgressDisplay
 from headwater.training.loop import Metrics
 
 SHOWN = ("reward", "informative", "kl_student_teacher", "kl_teacher_student", "loss")
@@ -49,7 +49,7 @@ class Left(TimeRemainingColumn):
         return super().render(task)
 
 
-def narrator(quiet: bool = False) -> Narrator:
+def progress_display(quiet: bool = False) -> ProgressDisplay:
     console = Console(stderr=True, quiet=quiet, highlight=False)
     bars = Progress(
         *columns(console.width >= WIDE), console=console, expand=True, transient=True, disable=not console.is_terminal
@@ -72,7 +72,7 @@ def narrator(quiet: bool = False) -> Narrator:
                 bars.stop()
 
     @contextlib.contextmanager
-    def node(title: str, number: int, total: int) -> Iterator[Watch]:
+    def node(title: str, number: int, total: int) -> Iterator[NodeProgress]:
         head, facts, began = f"[{number}/{total}] {title}", "", time.perf_counter()
         with line(head, None, "") as task:
 
@@ -84,7 +84,7 @@ def narrator(quiet: bool = False) -> Narrator:
                 facts = facts_of(metrics) or facts
                 bars.update(task, advance=count, facts=facts)
 
-            yield Watch(start, advance, lambda: False, lambda said: say(f"{head}: warning {said}"))
+            yield NodeProgress(start, advance, lambda: False, lambda said: say(f"{head}: warning {said}"))
         say(f"{head}: {time.perf_counter() - began:.1f} s  {facts}{standing}")
 
     @contextlib.contextmanager
@@ -103,7 +103,7 @@ def narrator(quiet: bool = False) -> Narrator:
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
-    return Narrator(say, node, together)
+    return ProgressDisplay(say, node, together)
 
 
 def columns(wide: bool) -> list[ProgressColumn]:

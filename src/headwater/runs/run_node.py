@@ -16,11 +16,11 @@ from headwater.losses.batch import Row
 from headwater.losses.objectives import Objective, objective_of
 from headwater.models import fsdp
 from headwater.models import policy as model
-from headwater.models.oom import Budget
+from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
-from headwater.runs.inputs import Materials
-from headwater.runs.node_context import Asked, Watch, Workplace, held_out, named
+from headwater.runs.inputs import RunInputs
+from headwater.runs.node_context import Asked, NodeContext, NodeProgress, held_out, named
 from headwater.runs.plan import Node
 from headwater.runs.stage_measurements import beside
 from headwater.sampling.base import requests_for
@@ -33,15 +33,15 @@ from headwater.teachers.build import Teacher
 from headwater.teachers.cache import read_cache, refuse_huge_cache, write_cache
 from headwater.training import early_stopping, token_signals
 from headwater.training.evaluate import refuse_nan
-from headwater.training.guards import Watchman
-from headwater.training.loop import Gathered, train
-from headwater.training.rollouts import OnPolicy, SignalGuard, stored
+from headwater.training.guards import GuardMonitor
+from headwater.training.loop import StepBatch, train
+from headwater.training.rollouts import PolicyRollouts, SignalGuard, stored
 
 
-def run_node(node: Node, place: Workplace) -> None:
+def run_node(node: Node, context: NodeContext) -> None:
     """Run a node to its end, or from where it was interrupted. Its DONE file says that it is complete."""
-    folder = place.node_dir(node)
-    fault_points.point("node.begun")
+    folder = context.node_dir(node)
+    fault_points.failpoint("node.begun")
     write_json(
         folder.info,
         {
@@ -50,58 +50,58 @@ def run_node(node: Node, place: Workplace) -> None:
             "stage": node.stage,
             "role": node.role,
             "seed": node.seed,
-            "parents": [place.plan.names[parent] for parent in node.parents],
-            "fingerprint": place.plan.fingerprints[node],
-            "labels": _label_note(node, place.materials),
+            "parents": [context.plan.names[parent] for parent in node.parents],
+            "fingerprint": context.plan.fingerprints[node],
+            "labels": _label_note(node, context.inputs),
             "settings": None if node.settings is None else node.settings.model_dump(mode="json"),
-            "steps": place.steps(node) if node.kind == "train" else None,
+            "steps": context.steps(node) if node.kind == "train" else None,
         },
     )
-    fault_points.point("node.described")
-    ended = {"train": run_train, "rollouts": run_rollouts, "evaluate": run_evaluate}[node.kind](node, place)
-    fault_points.point("node.worked")
-    folder.finish({"fingerprint": place.plan.fingerprints[node], **({"ended": ended} if ended else {})})
-    fault_points.point("node.done")
+    fault_points.failpoint("node.described")
+    ended = {"train": run_train, "rollouts": run_rollouts, "evaluate": run_evaluate}[node.kind](node, context)
+    fault_points.failpoint("node.worked")
+    folder.finish({"fingerprint": context.plan.fingerprints[node], **({"ended": ended} if ended else {})})
+    fault_points.failpoint("node.done")
 
 
-def _label_note(node: Node, materials: Materials) -> dict[str, Any] | None:
+def _label_note(node: Node, inputs: RunInputs) -> dict[str, Any] | None:
     if node.kind != "train" or node.settings is None or node.pool is None:
         return None
-    allowed = len(materials.pool(node.pool)) if node.settings.needs_labels else 0
+    allowed = len(inputs.pool(node.pool)) if node.settings.needs_labels else 0
     return {"pool": node.pool, "distinct_allowed": allowed}
 
 
-def run_evaluate(node: Node, place: Workplace) -> None:
+def run_evaluate(node: Node, context: NodeContext) -> None:
     """Evaluate a base model."""
-    folder = place.node_dir(node)
+    folder = context.node_dir(node)
     folder.cut_back_to(-1)
-    place.watch.start(0, _completions(place), "completions")
-    run_evals(place.frozen(node.start), node, place, "final", 0)
+    context.watch.start(0, _completions(context), "completions")
+    run_evals(context.frozen(node.start), node, context, "final", 0)
 
 
-def _completions(place: Workplace) -> int:
-    samples = place.materials.recipe.evaluate.samples
-    return sum(len(problems) * samples for problems, _ in place.materials.evals.values())
+def _completions(context: NodeContext) -> int:
+    samples = context.inputs.recipe.evaluate.samples
+    return sum(len(problems) * samples for problems, _ in context.inputs.evals.values())
 
 
-def run_evals(policy: Teacher, node: Node, place: Workplace, when: str, step: int) -> None:
+def run_evals(policy: Teacher, node: Node, context: NodeContext, when: str, step: int) -> None:
     """Every evaluation of the recipe, its graded texts and its spend; looks here are never those of training."""
-    folder = place.node_dir(node)
-    for name, asked in place.materials.evals.items():
-        fault_points.point("evaluation.begun")
-        told = stoppable(place.watch) if when == "final" else None
+    folder = context.node_dir(node)
+    for name, asked in context.inputs.evals.items():
+        fault_points.failpoint("evaluation.begun")
+        told = stoppable(context.watch) if when == "final" else None
         # Every model answers a problem with the same random numbers: paired comparisons are then less noisy.
-        rows, spend = held_out(node, place, policy, asked, "eval", step, (node.seed, "eval", name), told)
+        rows, spend = held_out(node, context, policy, asked, "eval", step, (node.seed, "eval", name), told)
         if when == "final":
             write_rows(folder.evaluation(when, name), rows)
         else:
             folder.keep(step, folder.evaluation(when, name), rows)
-        fault_points.point("evaluation.written")
+        fault_points.failpoint("evaluation.written")
         record(folder.ledger, spend)
-        fault_points.point("evaluation.charged")
+        fault_points.failpoint("evaluation.charged")
 
 
-def stoppable(watch: Watch) -> Callable[[int], None]:
+def stoppable(watch: NodeProgress) -> Callable[[int], None]:
     """Progress that ends work which leaves nothing behind: it is done again from its beginning. Raises KeyboardInterrupt."""
 
     def advance(count: int) -> None:
@@ -112,20 +112,20 @@ def stoppable(watch: Watch) -> Callable[[int], None]:
     return advance
 
 
-def run_rollouts(node: Node, place: Workplace) -> None:
+def run_rollouts(node: Node, context: NodeContext) -> None:
     """Sample a teacher on its prompts and keep what it said with its distributions; one cache for all who need it."""
     assert node.settings is not None and node.pool is not None
-    started, settings, folder = time.perf_counter(), node.settings, place.node_dir(node)
+    started, settings, folder = time.perf_counter(), node.settings, context.node_dir(node)
     folder.cut_back_to(-1)
-    policy = place.frozen(node.start, settings)
-    prompter = place.prompter(policy)
-    names = place.materials.prompts(node.pool, settings)
-    prompts = [(name, prompter.ids(place.materials.problems[name])) for name in names]
-    place.watch.start(0, 2 * len(prompts) * settings.group_size, "rollouts")
+    policy = context.frozen(node.start, settings)
+    prompter = context.prompter(policy)
+    names = context.inputs.prompts(node.pool, settings)
+    prompts = [(name, prompter.ids(context.inputs.problems[name])) for name in names]
+    context.watch.start(0, 2 * len(prompts) * settings.group_size, "rollouts")
     requests = requests_for(prompts, settings.group_size, 0, node.seed, node.stage)
-    advance = stoppable(place.watch)
-    rollouts = place.sampler(policy).sample(requests, settings.sampling, lambda found: advance(len(found)))
-    fault_points.point("cache.sampled")
+    advance = stoppable(context.watch)
+    rollouts = context.sampler(policy).sample(requests, settings.sampling, lambda found: advance(len(found)))
+    fault_points.failpoint("cache.sampled")
     with named(node, 0):
         refuse_nan(rollouts)
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
@@ -136,15 +136,15 @@ def run_rollouts(node: Node, place: Workplace) -> None:
             policy,
             rollouts,
             settings.dense.top_k,
-            place.materials.recipe.compute.microbatch_tokens,
+            context.inputs.recipe.compute.microbatch_tokens,
             advance,
         )
-    fault_points.point("cache.saved")
+    fault_points.failpoint("cache.saved")
     read = tokens + sum(len(rollout.prompt_ids) for rollout in rollouts)
     record(
         folder.ledger,
         replace(
-            place.spend(node),
+            context.spend(node),
             tokens_sampled=tokens,
             tokens_teacher_scored=tokens,
             flops=2 * policy.shape.flops(read, read / len(rollouts)),
@@ -153,20 +153,20 @@ def run_rollouts(node: Node, place: Workplace) -> None:
     )
 
 
-def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
+def run_train(node: Node, context: NodeContext) -> dict[str, Any] | None:
     """One stage of training from its start weights to a model folder and its evaluation.
 
     Returns {"step", "of", "why"} for a stage that ended before its last step.
     """
     assert node.settings is not None and node.pool is not None
-    stage, folder, recipe = node.settings, place.node_dir(node), place.materials.recipe
-    policy = place.trainee(node)
+    stage, folder, recipe = node.settings, context.node_dir(node), context.inputs.recipe
+    policy = context.trainee(node)
     objective = objective_of(stage, importance_cap(recipe))
-    steps = place.steps(node)
-    prompter = place.prompter(policy)
-    spend = place.spend(node)
+    steps = context.steps(node)
+    prompter = context.prompter(policy)
+    spend = context.spend(node)
 
-    asked = cache(partial(place.frozen, stage=stage))
+    asked = cache(partial(context.frozen, stage=stage))
 
     def update_flops(rows: Sequence[Row]) -> float:
         # The old log-probs of several updates on one batch take a forward pass more, a third of an update's.
@@ -175,9 +175,13 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
 
     def write_rollouts(step: int, rows: Sequence[Row]) -> None:
         shown = token_signals.kept(rows) if objective.source == "policy" else []
-        mine = {place: token_signals.signal_of(rows[place], prompter.completion) for place in shown if rows[place].here}
-        told = {place: found for held in policy.ranks.gathered(mine) for place, found in held.items()}
-        found = [{**rollout_row(row, prompter), **told.get(place, {})} for place, row in enumerate(rows)]
+        mine = {
+            index: token_signals.signal_of(rows[index], prompter.completion)
+            for index in shown
+            if rows[index].here
+        }
+        told = {index: found for held in policy.ranks.all_gather(mine) for index, found in held.items()}
+        found = [{**rollout_row(row, prompter), **told.get(index, {})} for index, row in enumerate(rows)]
         folder.keep(step, folder.rollouts(step), found)
 
     taken = train(
@@ -185,32 +189,32 @@ def run_train(node: Node, place: Workplace) -> dict[str, Any] | None:
         stage,
         steps,
         objective,
-        gatherer(node, place, policy, objective, steps, asked),
+        gatherer(node, context, policy, objective, steps, asked),
         folder,
         spend,
         microbatch_tokens=recipe.compute.microbatch_tokens,
         update_flops=update_flops,
-        on_start=lambda done: place.watch.start(done, steps, "steps"),
-        on_step=lambda step, metrics: place.watch.advance(1, metrics),
+        on_start=lambda done: context.watch.start(done, steps, "steps"),
+        on_step=lambda step, metrics: context.watch.advance(1, metrics),
         write_rollouts=write_rollouts,
-        evaluate=lambda when: run_evals(policy, node, place, when, int(when.removeprefix("step-"))),
-        beside=beside(node, place, policy, asked),
+        evaluate=lambda when: run_evals(policy, node, context, when, int(when.removeprefix("step-"))),
+        beside=beside(node, context, policy, asked),
         ended=ended(stage, folder),
-        guards=Watchman(recipe.guards, folder, place.watch.warn),
-        should_stop=place.watch.should_stop,
-        say=place.watch.say,
+        guards=GuardMonitor(recipe.guards, folder, context.watch.warn),
+        should_stop=context.watch.should_stop,
+        say=context.watch.say,
     )
     asked.cache_clear()  # who is asked no more need not wait in memory for the evaluation
-    fault_points.point("stage.ended")
+    fault_points.failpoint("stage.ended")
     # Interrupted between its last step and DONE, a node evaluates again: what it had recorded of that would count twice.
     cut_back(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < taken)
     with written_aside(folder.model) as aside:
         fsdp.save(policy, aside, policy.compute)
-        (aside / "README.md").write_text(model_card(node, place, taken), encoding="utf-8")
-        fault_points.point("model.written")
-    fault_points.point("model.saved")
-    place.watch.start(0, _completions(place), "completions")
-    run_evals(policy, node, place, "final", taken)
+        (aside / "README.md").write_text(model_card(node, context, taken), encoding="utf-8")
+        fault_points.failpoint("model.written")
+    fault_points.failpoint("model.saved")
+    context.watch.start(0, _completions(context), "completions")
+    run_evals(policy, node, context, "final", taken)
     if taken == steps or stage.until is None:
         return None
     return {"step": taken, "of": steps, "why": f"plateau of {stage.until.metric}"}
@@ -236,35 +240,35 @@ def ended(stage: Stage, folder: NodeDir) -> Callable[[int], bool]:
 
 
 def gatherer(
-    node: Node, place: Workplace, policy: Policy, objective: Objective, steps: int, asked: Asked
-) -> Callable[[int], Gathered]:
+    node: Node, context: NodeContext, policy: Policy, objective: Objective, steps: int, asked: Asked
+) -> Callable[[int], StepBatch]:
     """Who samples, and what is written on the samples: step -> annotated rows."""
     assert node.settings is not None and node.pool is not None
-    stage, materials, folder = node.settings, place.materials, place.node_dir(node)
+    stage, inputs, folder = node.settings, context.inputs, context.node_dir(node)
     if objective.source == "teacher":
         assert node.cache is not None
-        cached = place.node_dir(node.cache)
+        cached = context.node_dir(node.cache)
         cached.refuse_damage(f"{cached.cache.name}/")
         return stored(stage, node.seed, read_cache(cached.cache), policy.ranks)
-    labels = materials.labels.only(materials.pool(node.pool)) if "reward" in objective.signals else None
+    labels = inputs.labels.only(inputs.pool(node.pool)) if "reward" in objective.signals else None
     teacher = asked(node.teacher) if "teacher" in objective.signals and node.teacher else None
     if teacher is not None:
         model.refuse_different_widths(policy, teacher, ("models.student", "models.teacher"))
-    prompter = place.prompter(policy)
-    return OnPolicy(
+    prompter = context.prompter(policy)
+    return PolicyRollouts(
         policy=policy,
         stage=stage,
         name=node.stage,
         seed=node.seed,
         objective=objective,
-        prompts={name: prompter.ids(materials.problems[name]) for name in materials.prompts(node.pool, stage)},
-        sampler=place.sampler(policy),
+        prompts={name: prompter.ids(inputs.problems[name]) for name in inputs.prompts(node.pool, stage)},
+        sampler=context.sampler(policy),
         text=prompter.completion,
         labels=labels,
         teacher=teacher,
-        reference=place.reference(node, policy) if "reference" in objective.signals else None,
+        reference=context.reference(node, policy) if "reference" in objective.signals else None,
         guard=SignalGuard.of(
-            materials.recipe.guards,
+            inputs.recipe.guards,
             labels,
             steps,
             earlier=lambda: list(read_jsonl(folder.metrics)),
@@ -272,12 +276,12 @@ def gatherer(
                 label for row in read_jsonl(folder.ledger) if row["purpose"] == "train" for label in row["labels"]
             },
         ),
-        budget=Budget(materials.recipe.compute.microbatch_tokens),
+        budget=BatchBudget(inputs.recipe.compute.microbatch_tokens),
         # What is sampled again takes other rollouts' places under their names, so nothing may be scored before it stands.
         # Ranks pass together, which a thread beside would disturb.
         parts=1
         if teacher is None or stage.sparse.dynamic_sampling or not policy.ranks.alone
-        else materials.recipe.compute.score_ahead,
+        else inputs.recipe.compute.score_ahead,
     )
 
 
@@ -295,14 +299,14 @@ def rollout_row(row: Row, prompter: Prompter) -> dict[str, Any]:
     return out
 
 
-def model_card(node: Node, place: Workplace, steps: int) -> str:
-    recipe = place.materials.recipe
+def model_card(node: Node, context: NodeContext, steps: int) -> str:
+    recipe = context.inputs.recipe
     start = (
-        place.plan.names[node.start]
+        context.plan.names[node.start]
         if isinstance(node.start, Node)
         else ", ".join(recipe.models.named(node.start).values())
     )
-    note = _label_note(node, place.materials)
+    note = _label_note(node, context.inputs)
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- headwater\n---\n\n"
         f"# {recipe.name}: {node.role} after {node.stage} (seed {node.seed})\n\n"

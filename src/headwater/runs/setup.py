@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from headwater.config.recipe import Compute, Recipe
-from headwater.models.oom import keep_what_is_freed
+from headwater.models.oom import keep_freed_memory
 from headwater.runs.checks import check_plan
-from headwater.runs.inputs import Materials, gather_materials
+from headwater.runs.inputs import RunInputs, load_inputs
 from headwater.runs.plan import Plan, make_plan
 from headwater.tasks.verifier import Verifier
 
@@ -22,7 +22,7 @@ def set_up(compute: Compute) -> None:
     if compute.threads is not None:
         torch.set_num_threads(compute.threads)
     if compute.device == "cpu" or not torch.cuda.is_available():
-        keep_what_is_freed()
+        keep_freed_memory()
     if compute.deterministic and compute.device != "cuda":
         torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
         # Nothing here reads what it has not written.
@@ -30,15 +30,15 @@ def set_up(compute: Compute) -> None:
 
 
 @contextlib.contextmanager
-def prepared(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Plan, Materials]]:
+def prepared(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Plan, RunInputs]]:
     """Read the data, lay out the nodes and check both. Raises UserError; nothing has been written then."""
     compute = recipe.compute
     set_up(compute)
     with Verifier(recipe.task, workers=compute.grader_workers, seconds=compute.grader_seconds) as grade:
-        materials = gather_materials(recipe, grade)
-        plan = make_plan(recipe, arms, seeds, materials.content())
-        check_plan(plan, materials)
-        yield plan, materials
+        inputs = load_inputs(recipe, grade)
+        plan = make_plan(recipe, arms, seeds, inputs.content())
+        check_plan(plan, inputs)
+        yield plan, inputs
 
 
 @contextlib.contextmanager

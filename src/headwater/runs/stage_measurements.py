@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 from headwater.models.policy import Policy
-from headwater.runs.node_context import Asked, Workplace, held_out, named
+from headwater.runs.node_context import Asked, NodeContext, held_out, named
 from headwater.runs.plan import Node, supervisor
 from headwater.sampling.base import requests_for
 from headwater.storage import fault_points
@@ -21,7 +21,7 @@ from headwater.training.loop import Metrics
 from headwater.types import Rollout
 
 
-def beside(node: Node, place: Workplace, policy: Policy, asked: Asked) -> Callable[[int, bool], Metrics]:
+def beside(node: Node, place: NodeContext, policy: Policy, asked: Asked) -> Callable[[int, bool], Metrics]:
     """(steps done, whether they are the last) -> metrics that join the step's row; the conditions have a file of their own."""
     measured, validated = condition_c2(node, place, policy, asked), validation(node, place, policy)
 
@@ -32,10 +32,10 @@ def beside(node: Node, place: Workplace, policy: Policy, asked: Asked) -> Callab
     return measure
 
 
-def condition_c2(node: Node, place: Workplace, policy: Policy, asked: Asked) -> Callable[[int, bool], None]:
+def condition_c2(node: Node, place: NodeContext, policy: Policy, asked: Asked) -> Callable[[int, bool], None]:
     """Writes a row of conditions.jsonl at the first and last step and every so many between (`conditions.measure`)."""
-    recipe, whose, settings = place.materials.recipe, supervisor(node), node.settings
-    held_out, _ = next(iter(place.materials.evals.values()))
+    recipe, whose, settings = place.inputs.recipe, supervisor(node), node.settings
+    held_out, _ = next(iter(place.inputs.evals.values()))
     problems = held_out[: recipe.conditions.problems]
     if whose is None or settings is None or not problems:
         return lambda step, last: None
@@ -64,7 +64,7 @@ def condition_c2(node: Node, place: Workplace, policy: Policy, asked: Asked) -> 
             folder.conditions,
             [{"step": step, **found, "top_k": recipe.conditions.top_k, "problems": len(problems)}],
         )
-        fault_points.point("conditions.measured")
+        fault_points.failpoint("conditions.measured")
         read = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in (*own, *theirs))
         context = read / (len(own) + len(theirs)) / 2
         student, theirs_shape = policy.shape, held.shape
@@ -85,13 +85,13 @@ def condition_c2(node: Node, place: Workplace, policy: Policy, asked: Asked) -> 
     return measure
 
 
-def validation(node: Node, place: Workplace, policy: Policy) -> Callable[[int], Metrics]:
+def validation(node: Node, place: NodeContext, policy: Policy) -> Callable[[int], Metrics]:
     """The accuracy on `data.validation` whenever a window of a stage that ends on it is over; its looks count apart."""
-    materials = place.materials
+    inputs = place.inputs
     until = None if node.settings is None else node.settings.until
-    if until is None or until.metric != "validation" or materials.validation is None:
+    if until is None or until.metric != "validation" or inputs.validation is None:
         return lambda step: {}
-    asked, every = materials.validation, until.every
+    asked, every = inputs.validation, until.every
 
     def measure(step: int) -> Metrics:
         if step == 0 or step % every:

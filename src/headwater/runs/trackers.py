@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from headwater.errors import UserError
-from headwater.runs.node_context import Narrator, Watch
+from headwater.runs.node_context import NodeProgress, ProgressDisplay
 from headwater.storage.files import rows_from
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, write_json
 from headwater.training.loop import Metrics
@@ -171,23 +171,23 @@ class Follower:
 
 
 @contextlib.contextmanager
-def tracked(narrator: Narrator, out: Path, names: Sequence[str]) -> Iterator[Narrator]:
+def tracked(progress_display: ProgressDisplay, out: Path, names: Sequence[str]) -> Iterator[ProgressDisplay]:
     """The narrator, which also keeps these trackers up to date. Raises UserError for one that is not installed."""
     refuse_missing(names)
     if not names:
-        yield narrator
+        yield progress_display
         return
     follower = Follower(RunDir(out), {name: TRACKERS[name] for name in names})
     try:
-        yield following(narrator, follower)
+        yield following(progress_display, follower)
     finally:
         follower.close()
 
 
-def following(narrator: Narrator, follower: Follower) -> Narrator:
+def following(progress_display: ProgressDisplay, follower: Follower) -> ProgressDisplay:
     @contextlib.contextmanager
-    def node(title: str, number: int, total: int) -> Iterator[Watch]:
-        with narrator.node(title, number, total) as watch:
+    def node(title: str, number: int, total: int) -> Iterator[NodeProgress]:
+        with progress_display.node(title, number, total) as watch:
 
             def advance(count: int, metrics: Metrics) -> None:
                 watch.advance(count, metrics)
@@ -195,4 +195,4 @@ def following(narrator: Narrator, follower: Follower) -> Narrator:
 
             yield replace(watch, advance=advance)
 
-    return replace(narrator, node=node)
+    return replace(progress_display, node=node)

@@ -8,7 +8,7 @@ from functools import partial
 
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Sampling
-from headwater.models.oom import Budget
+from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.sampling.base import Arrived, Request, Sampler
 from headwater.sampling.torch_sampler import TorchSampler
@@ -20,7 +20,7 @@ Samplers = Callable[[Policy], Sampler]
 
 def embedded(recipe: Recipe) -> Samplers:
     """The embedded sampler, with fewer sequences at once where memory runs out."""
-    return lambda policy: Frugal(partial(TorchSampler, policy), Budget(recipe.compute.sample_batch))
+    return lambda policy: OomRetrySampler(partial(TorchSampler, policy), BatchBudget(recipe.compute.sample_batch))
 
 
 def beside(recipe: Recipe) -> Samplers:
@@ -49,14 +49,14 @@ def longest(recipe: Recipe) -> int:
 
 
 @dataclass(frozen=True)
-class Frugal:
+class OomRetrySampler:
     """A sampler that decodes fewer sequences at once when memory runs out; what had arrived by then is kept.
 
     make  a sampler that decodes so many at once
     """
 
     make: Callable[[int], Sampler]
-    batch: Budget
+    batch: BatchBudget
 
     def sample(self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None) -> list[Rollout]:
         held: dict[tuple[str, int], Rollout] = {}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from headwater.config import recipe as config
-from headwater.distributed.process_group import Ranks
+from headwater.distributed.process_group import ProcessGroup
 from headwater.models.fsdp import whole
 from headwater.models.policy import Policy
 from headwater.sampling.base import Arrived, Request, Sampler
@@ -15,13 +15,13 @@ from headwater.types import Rollout
 
 
 @dataclass(frozen=True)
-class Split:
+class ShardedSampler:
     """A sampler of which each rank samples its share of the requests; every rank is then handed all rollouts, in their order.
 
     alone  the sampler of one rank, as long as it is needed
     """
 
-    ranks: Ranks
+    ranks: ProcessGroup
     alone: Callable[[], contextlib.AbstractContextManager[Sampler]]
 
     def sample(
@@ -29,7 +29,7 @@ class Split:
     ) -> list[Rollout]:
         with self.alone() as sampler:
             found = sampler.sample(self.ranks.share(requests), sampling)
-        every = [one for part in self.ranks.gathered(found) for one in part]
+        every = [one for part in self.ranks.all_gather(found) for one in part]
         if arrived is not None:
             arrived(every)
         return every

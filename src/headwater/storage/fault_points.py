@@ -93,7 +93,7 @@ Strike = Callable[[str], None]
 _strike: Strike | None = None
 
 
-def point(name: str) -> None:
+def failpoint(name: str) -> None:
     """The program is here; a strike that was set is told so, and may end everything."""
     if _strike is not None:
         _strike(name)

@@ -69,25 +69,25 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fault_points.point("file.begun")
+            fault_points.failpoint("file.begun")
             with aside.open("wb") as file:
                 if fault_points.armed():
                     file.write(data[: len(data) // 2])
                     file.flush()
-                    fault_points.point("file.torn")
+                    fault_points.failpoint("file.torn")
                     data = data[len(data) // 2 :]
                 file.write(data)
                 file.flush()
-                fault_points.point("file.written")
+                fault_points.failpoint("file.written")
                 os.fsync(file.fileno())
-            fault_points.point("file.synced")
+            fault_points.failpoint("file.synced")
             aside.replace(path)
-            fault_points.point("file.renamed")
+            fault_points.failpoint("file.renamed")
             sync(path.parent)
         finally:
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
-    fault_points.point("file.durable")
+    fault_points.failpoint("file.durable")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -141,16 +141,16 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fault_points.point("append.begun")
+        fault_points.failpoint("append.begun")
         with path.open("ab") as file:
             if fault_points.armed():
                 cut = max(0, len(data) - 9)
                 file.write(data[:cut])
                 file.flush()
-                fault_points.point("append.torn")
+                fault_points.failpoint("append.torn")
                 data = data[cut:]
             file.write(data)
-    fault_points.point("append.done")
+    fault_points.failpoint("append.done")
 
 
 def read_jsonl(path: Path, size: int | None = None) -> Iterator[dict[str, Any]]:
@@ -197,25 +197,25 @@ def written_aside(target: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
         try:
             aside.mkdir(parents=True)
-            fault_points.point("folder.begun")
+            fault_points.failpoint("folder.begun")
             yield aside
-            fault_points.point("folder.filled")
+            fault_points.failpoint("folder.filled")
             for path in sorted(aside.rglob("*"), reverse=True):  # what a folder holds before the folder
                 sync(path)
             sync(aside)
-            fault_points.point("folder.synced")
+            fault_points.failpoint("folder.synced")
             if target.exists():
                 target.rename(old)
-                fault_points.point("folder.moved")
+                fault_points.failpoint("folder.moved")
             aside.rename(target)
-            fault_points.point("folder.renamed")
+            fault_points.failpoint("folder.renamed")
             sync(target.parent)
         finally:
             if old.exists() and not target.exists():
                 old.rename(target)
             for left in (aside, old):
                 shutil.rmtree(left, ignore_errors=True)
-    fault_points.point("folder.durable")
+    fault_points.failpoint("folder.durable")
 
 
 def is_leftover(path: Path) -> bool:

@@ -238,7 +238,7 @@ class NodeDir:
                 cut_back(path, lambda row: row.get("step", 0) <= step)
             else:
                 write_atomic(path, path.read_bytes()[: marks[path.name][0]])  # not in place: another run may share it
-            fault_points.point("stage.cut")
+            fault_points.failpoint("stage.cut")
         for path in (self.path / "rollouts").glob("*.jsonl"):
             if int(path.stem) > step:
                 path.unlink()

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Sampling, Stage
-from headwater.distributed.process_group import ALONE, Ranks
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, TopK
@@ -24,15 +24,15 @@ from headwater.models import policy as model
 from headwater.models.policy import Policy, Shape
 from headwater.sampling.base import Arrived, Request, Sampler
 from headwater.sampling.build import Samplers
-from headwater.sampling.sharded_sampler import Split, sampling
+from headwater.sampling.sharded_sampler import ShardedSampler, sampling
 from headwater.teachers import server as served
 from headwater.teachers.scoring import distributions_of
-from headwater.teachers.server import Served
+from headwater.teachers.server import ServedTeacher
 from headwater.types import Problem, Rollout
 
 
 @dataclass(frozen=True)
-class ByTag:
+class TaggedTeachers:
     """Several teachers, each for the problems of its tag.
 
     tags   problem id -> tag
@@ -40,14 +40,14 @@ class ByTag:
            all of them are here
     """
 
-    teachers: Mapping[str, Policy | Served | Offloaded]
+    teachers: Mapping[str, Policy | ServedTeacher | OffloadedTeacher]
     tags: Mapping[str, str]
     samplers: Samplers
     top_k: int | None
-    ranks: Ranks = ALONE
+    ranks: ProcessGroup = SINGLE_PROCESS
 
     @property
-    def first(self) -> Policy | Served | Offloaded:
+    def first(self) -> Policy | ServedTeacher | OffloadedTeacher:
         return next(iter(self.teachers.values()))
 
     @property
@@ -77,7 +77,7 @@ class ByTag:
         return self._each(rollouts, lambda one, some: self._scored(one, some, tokens))
 
     def _scored(
-        self, one: Policy | Served | Offloaded, rollouts: Sequence[Rollout], tokens: int
+        self, one: Policy | ServedTeacher | OffloadedTeacher, rollouts: Sequence[Rollout], tokens: int
     ) -> list[Distributions]:
         found = distributions_of(one, rollouts, tokens)
         return found if self.top_k is None else [likeliest(held, self.top_k) for held in found]
@@ -86,7 +86,7 @@ class ByTag:
         return self._each(requests, lambda one, some: sampler_of(one, self.samplers).sample(some, sampling, arrived))
 
     def _each(
-        self, asked: Sequence[Any], of: Callable[[Policy | Served | Offloaded, list[Any]], Sequence[Any]]
+        self, asked: Sequence[Any], of: Callable[[Policy | ServedTeacher | OffloadedTeacher, list[Any]], Sequence[Any]]
     ) -> list[Any]:
         """What each teacher says of its own, in the order asked."""
         found: dict[int, Any] = {}
@@ -98,14 +98,14 @@ class ByTag:
 
 
 @dataclass(frozen=True)
-class Offloaded:
+class OffloadedTeacher:
     """A teacher of this process whose weights wait elsewhere while it is not asked, but for its head: distributions are kept as
     hidden states, and the head makes them whole when the loss reads them."""
 
     policy: Policy
     away: torch.device
     samplers: Samplers
-    ranks: Ranks = ALONE
+    ranks: ProcessGroup = SINGLE_PROCESS
 
     @property
     def tokenizer(self) -> Any:
@@ -156,14 +156,14 @@ def movable(policy: Policy) -> list[Tensor]:
     return [one for one in (*policy.model.parameters(), *policy.model.buffers()) if id(one) not in kept]
 
 
-def offloaded(policy: Policy, samplers: Samplers) -> Offloaded:
+def offloaded(policy: Policy, samplers: Samplers) -> OffloadedTeacher:
     """The policy, at once sent to the machine's memory."""
     away = torch.device("cpu")
     move(policy, away)
-    return Offloaded(policy, away, samplers)
+    return OffloadedTeacher(policy, away, samplers)
 
 
-Teacher = Policy | Served | Offloaded | ByTag
+Teacher = Policy | ServedTeacher | OffloadedTeacher | TaggedTeachers
 
 
 def likeliest(held: Distributions, k: int) -> Distributions:
@@ -174,12 +174,12 @@ def likeliest(held: Distributions, k: int) -> Distributions:
 
 def sampler_of(who: Teacher, samplers: Samplers) -> Sampler:
     """Who samples for a model: it itself where it is elsewhere, else the recipe's sampler; several ranks share the work out."""
-    if who.ranks.alone or isinstance(who, ByTag):  # of several teachers, each is shared out by itself
+    if who.ranks.alone or isinstance(who, TaggedTeachers):  # of several teachers, each is shared out by itself
         return samplers(who) if isinstance(who, Policy) else who
     if isinstance(who, Policy):
-        return Split(who.ranks, partial(sampling, who, samplers))
+        return ShardedSampler(who.ranks, partial(sampling, who, samplers))
     alone: Sampler = who
-    return Split(who.ranks, lambda: contextlib.nullcontext(alone))
+    return ShardedSampler(who.ranks, lambda: contextlib.nullcontext(alone))
 
 
 def base_teacher(
@@ -188,7 +188,7 @@ def base_teacher(
     problems: Sequence[Problem],
     samplers: Samplers,
     device: torch.device,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> Teacher:
     """The recipe's teacher, ready to sample and to score for a stage (None: only to sample).
 
@@ -212,9 +212,9 @@ def base_teacher(
             + ", ".join(f"{field.rpartition('.')[2]} {width}" for field, width in widths.items())
             + "), so their distributions cannot stand in one batch"
         )
-    k = top_k_of(stage) if any(isinstance(one, Served) for one in held.values()) else None
+    k = top_k_of(stage) if any(isinstance(one, ServedTeacher) for one in held.values()) else None
     teachers = {field.removeprefix("models.teacher."): one for field, one in held.items()}
-    return ByTag(teachers, {one.id: one.tag for one in problems}, samplers, k, ranks)
+    return TaggedTeachers(teachers, {one.id: one.tag for one in problems}, samplers, k, ranks)
 
 
 def is_plain(recipe: Recipe) -> bool:
@@ -223,13 +223,13 @@ def is_plain(recipe: Recipe) -> bool:
     return isinstance(held, str) and not served.is_served(held)
 
 
-def resting(policy: Policy, recipe: Recipe, samplers: Samplers) -> Policy | Offloaded:
+def resting(policy: Policy, recipe: Recipe, samplers: Samplers) -> Policy | OffloadedTeacher:
     """A frozen policy as the recipe wants it to wait; where several ranks hold a part each, it stays."""
     away = recipe.compute.offload_teacher and policy.device.type != "cpu" and policy.ranks.alone
     return offloaded(policy, samplers) if away else policy
 
 
-def _served(recipe: Recipe, field: str, name: str, stage: Stage | None, device: torch.device) -> Served:
+def _served(recipe: Recipe, field: str, name: str, stage: Stage | None, device: torch.device) -> ServedTeacher:
     met = served.meet(name, field, recipe.compute.server)
     where = model.resolve(recipe.models.student, "models.student")
     trusted = recipe.models.trust_remote_code
@@ -237,7 +237,7 @@ def _served(recipe: Recipe, field: str, name: str, stage: Stage | None, device: 
     tokenizer = model.read_tokenizer(where, trusted)
     stops = model.stop_ids_of(model.read_generation(where, config), config, tokenizer)
     width = int(config.get_text_config().vocab_size)
-    return Served(met, tokenizer, width, stops, device, top_k_of(stage) or 0)
+    return ServedTeacher(met, tokenizer, width, stops, device, top_k_of(stage) or 0)
 
 
 def top_k_of(stage: Stage | None) -> int | None:

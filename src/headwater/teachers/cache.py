@@ -17,7 +17,7 @@ from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, Exact, TopK, joined
 from headwater.losses.logprobs import tokens_at_once
-from headwater.models.oom import Budget, passes
+from headwater.models.oom import BatchBudget, passes
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
 from headwater.teachers import compact_ids
@@ -53,11 +53,11 @@ def write_cache(
     keys = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
     lines = [json.dumps({key: getattr(rollout, key) for key in keys}) for rollout in rollouts]
     (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    budget = Budget(tokens)
-    fault_points.point("cache.rollouts")
+    budget = BatchBudget(tokens)
+    fault_points.failpoint("cache.rollouts")
     parts: list[dict[str, Tensor]] = []
     own = policy.ranks.share(rollouts)
-    for start in policy.ranks.turns(range(0, len(own), 64)):
+    for start in policy.ranks.in_lockstep(range(0, len(own), 64)):
         chosen = [] if start is None else own[start : start + 64]
         said = passes(budget, chosen, partial(distributions_of, policy, chosen))
         whole = joined(said, policy.device) if said else Exact(torch.empty(0, policy.vocabulary))
@@ -72,15 +72,15 @@ def write_cache(
                 parts.append({"logp": kept.logp_NK.half().cpu(), **ids})
         if progress is not None:
             progress(len(chosen))
-        fault_points.point("cache.scored")
-    parts = [part for some in policy.ranks.collected(parts) for part in some]
+        fault_points.failpoint("cache.scored")
+    parts = [part for some in policy.ranks.gather_to_first(parts) for part in some]
     if not policy.ranks.first:
         return
     save_file(
         {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]},
         folder / "distributions.safetensors",
     )
-    fault_points.point("cache.written")
+    fault_points.failpoint("cache.written")
 
 
 def read_cache(folder: Path) -> list[Row]:

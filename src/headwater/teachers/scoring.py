@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from headwater.distributed.process_group import Ranks
+from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Batch, Row
 from headwater.losses.distributions import Distributions, FromHidden
 from headwater.losses.logprobs import token_stats
@@ -22,14 +22,14 @@ from headwater.types import Rollout
 
 
 class Scorer(Protocol):
-    """A frozen model that scores: a `Policy` in this process, a server (`served.Served`), or several by tag (`teachers.ByTag`)."""
+    """A frozen model that scores: a `Policy` here, a server (`ServedTeacher`), or several by tag (`TaggedTeachers`)."""
 
     @property
     def vocabulary(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
     @property
-    def ranks(self) -> Ranks: ...
+    def ranks(self) -> ProcessGroup: ...
     def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float: ...
 
 
@@ -57,7 +57,7 @@ def read_off(
         pieces = policy.completion_hidden(batch).split([row.tokens for row in part])
         found.update((place[id(row)], what(row.rollout, piece)) for row, piece in zip(part, pieces, strict=True))
 
-    for turn in policy.ranks.turns(policy.batches(rows, tokens)):
+    for turn in policy.ranks.in_lockstep(policy.batches(rows, tokens)):
         if turn is None:
             idle(policy)
         else:

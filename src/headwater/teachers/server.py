@@ -24,7 +24,7 @@ import torch
 from headwater import seeds
 from headwater.config import recipe as config
 from headwater.config.stage import Sampling
-from headwater.distributed.process_group import ALONE, Ranks
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, TopK
@@ -203,7 +203,7 @@ def ids_in(answer: Answer, server: Server) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedTeacher:
     """A served teacher in the place of a frozen `Policy`.
 
     tokenizer   the student's: the ids are the same
@@ -219,7 +219,7 @@ class Served:
     device: torch.device
     top_k: int
     shape: Shape = NO_SHAPE
-    ranks: Ranks = ALONE
+    ranks: ProcessGroup = SINGLE_PROCESS
 
     @property
     def fingerprint(self) -> str:
@@ -364,7 +364,7 @@ def cut(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout]]:
     return parts
 
 
-def try_out(teacher: Served, ids: Sequence[int]) -> None:
+def try_out(teacher: ServedTeacher, ids: Sequence[int]) -> None:
     """Score a short sequence as a stage would. Raises HeadwaterError that says what the server cannot do."""
     probe = Rollout("probe", 0, tuple(ids[:1]), tuple(ids[1:]), (0.0,) * (len(ids) - 1), "length", "probe")
     teacher.distributions([probe], len(ids))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 
 from headwater.distributed import checkpoint_io
 from headwater.distributed.checkpoint_io import ADAPTER, WHOLE
-from headwater.distributed.process_group import ALONE, Ranks
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.storage import fault_points
 from headwater.storage.files import Logs, file_sums, first_changed
@@ -38,7 +38,7 @@ def save_checkpoint(
     model: Any,
     optimizer: torch.optim.Optimizer,
     logs: Logs | None = None,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Write step `step` (the number of finished steps) whole, then drop all but the last two.
 
@@ -46,27 +46,27 @@ def save_checkpoint(
     Where several ranks hold the weights, each writes its part into the first one's folder.
     """
     if not ranks.first:
-        checkpoint_io.write(Path(ranks.told("")), model, optimizer, ranks)
-        ranks.told(None)  # the checkpoint stands
+        checkpoint_io.write(Path(ranks.broadcast("")), model, optimizer, ranks)
+        ranks.broadcast(None)  # the checkpoint stands
         return
     before = [int(path.name) for path in node.checkpoints()]
     node.sync_steps(before[0] if before else 0, step)
-    fault_points.point("checkpoint.begun")
+    fault_points.failpoint("checkpoint.begun")
     with written_aside(node.checkpoint(step)) as folder:
         if ranks.alone:
             write_whole(folder, model, optimizer)
         else:
-            ranks.told(str(folder.resolve()))
+            ranks.broadcast(str(folder.resolve()))
             checkpoint_io.write(folder, model, optimizer, ranks)
-        fault_points.point("checkpoint.optimizer")
+        fault_points.failpoint("checkpoint.optimizer")
         marks, groups = (logs or Logs(node.logs)).marks(), optimizer.state_dict()["param_groups"]
         write_json(folder / "state.json", {"step": step, "param_groups": groups, "logs": marks})
         write_json(folder / "sums.json", file_sums(folder))
-        fault_points.point("checkpoint.sums")
-    fault_points.point("checkpoint.saved")
+        fault_points.failpoint("checkpoint.sums")
+    fault_points.failpoint("checkpoint.saved")
     prune(node)
-    ranks.told(None)
-    fault_points.point("checkpoint.pruned")
+    ranks.broadcast(None)
+    fault_points.failpoint("checkpoint.pruned")
 
 
 def prune(node: NodeDir) -> None:
@@ -82,7 +82,7 @@ def write_whole(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> N
         save_model(model, str(folder / WHOLE))
     else:
         save_file({name: one.detach().contiguous() for name, one in adapter.items()}, folder / ADAPTER)
-    fault_points.point("checkpoint.weights")
+    fault_points.failpoint("checkpoint.weights")
     tensors = {
         f"{index}.{key}": value.contiguous()
         for index, state in optimizer.state_dict()["state"].items()
@@ -97,14 +97,14 @@ def load_checkpoint(
     model: Any,
     optimizer: torch.optim.Optimizer,
     say: Callable[[str], None] = lambda line: None,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> int:
     """Load the newest whole checkpoint into model and optimizer; the number of finished steps, 0 when there is none.
 
     A damaged checkpoint, or one that rests on a damaged log, is named and the one before is used. It does not matter how many
     ranks wrote it. Raises UserError naming the damaged file when none is whole.
     """
-    chosen = ranks.told(newest_whole(node, say) if ranks.first else None)
+    chosen = ranks.broadcast(newest_whole(node, say) if ranks.first else None)
     if chosen is None:
         return 0
     folder = Path(chosen)

@@ -17,7 +17,7 @@ from headwater.losses import token_losses
 from headwater.losses.distributions import joined
 from headwater.losses.logprobs import tokens_at_once
 from headwater.models.fsdp import within
-from headwater.models.oom import Budget, passes
+from headwater.models.oom import BatchBudget, passes
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import Elsewhere, distributions_of, hidden_of
 from headwater.types import Rollout
@@ -64,7 +64,7 @@ def measure(
 @torch.no_grad()
 def apart(student: Policy, teacher: Policy | Elsewhere, rollouts: Sequence[Rollout], top_k: int, tokens: int) -> Apart:
     """How the two models differ at every completion token of these rollouts, all sampled at one temperature."""
-    budget, ranks = Budget(tokens), student.ranks
+    budget, ranks = BatchBudget(tokens), student.ranks
     share = ranks.share(rollouts)
     own = passes(budget, share, partial(hidden_of, student, share))
     theirs = passes(budget, share, partial(distributions_of, teacher, share))
@@ -82,7 +82,7 @@ def apart(student: Policy, teacher: Policy | Elsewhere, rollouts: Sequence[Rollo
         return sums
 
     names = [field.name for field in fields(Apart)]
-    found = ranks.summed(dict(zip(names, within(student, added).tolist(), strict=True)))
+    found = ranks.all_reduce_sum(dict(zip(names, within(student, added).tolist(), strict=True)))
     count = sum(len(rollout.completion_ids) for rollout in rollouts)
     return Apart(**{name: found[name] / count for name in names})
 

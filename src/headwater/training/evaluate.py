@@ -108,7 +108,7 @@ def sampled_and_graded(
                 waiting.append((keys, thread.submit(labels.check, pairs)))
             if beside is not None:
                 beside(finished)
-            fault_points.point("rollouts.arrived")
+            fault_points.failpoint("rollouts.arrived")
             if progress is not None:
                 progress(len(finished))
 
@@ -117,7 +117,7 @@ def sampled_and_graded(
         verdicts: dict[Key, Verdict] = {}
         for keys, future in waiting:
             verdicts.update(zip(keys, future.result(), strict=True))
-            fault_points.point("verdicts.checked")
+            fault_points.failpoint("verdicts.checked")
     return Graded(
         rollouts=rollouts,
         texts=[text(rollout.completion_ids) for rollout in rollouts],

@@ -154,7 +154,7 @@ class _Gauge:
         return alarm, began
 
 
-class Watchman:
+class GuardMonitor:
     """The guards of one stage: shown every row of its metrics once, in order.
 
     node  where an alarm is written down when it begins (warnings.jsonl)

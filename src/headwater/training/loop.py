@@ -21,7 +21,7 @@ from headwater.losses.logprobs import loss_and_stats
 from headwater.losses.objectives import Objective
 from headwater.losses.token_stats import Tokens, TokenStats
 from headwater.models.fsdp import clipped, idle, together, within
-from headwater.models.oom import Budget, out_of_memory, passes_over
+from headwater.models.oom import BatchBudget, out_of_memory, passes_over
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
 from headwater.storage.files import Logs
@@ -29,13 +29,13 @@ from headwater.storage.ledger import Spend, record
 from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
 from headwater.teachers.scoring import logp_of
 from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoint
-from headwater.training.guards import Watchman
+from headwater.training.guards import GuardMonitor
 
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Gathered:
+class StepBatch:
     """What one step trains on, and what it cost to get it."""
 
     rows: list[Row]
@@ -110,7 +110,7 @@ def update(
     Raises TrainingStoppedError on a non-finite loss or gradient, before the weights are touched, and where not even one row
     fits into memory.
     """
-    budget = Budget(tokens)
+    budget = BatchBudget(tokens)
     again = objective.source == "policy" and stage.passes * stage.minibatches > 1
     if again and not all(row.inert for row in rows):
         own = [row for row in rows if row.here and not row.inert]
@@ -128,15 +128,15 @@ def update(
             weight_of = {id(row): weight for row, weight in zip(part, token_weights(part, stage), strict=True)}
             own = [row for row in live if row.here]
             found = passes_over(budget, own, partial(gradient, policy, objective, own, weight_of))
-            for name, value in policy.ranks.summed(found).items():
+            for name, value in policy.ranks.all_reduce_sum(found).items():
                 sums[name] += value
             norm = clipped(policy, stage.optim.grad_clip)
             if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
                 what = "gradient" if math.isfinite(sums["loss"]) else "loss"
                 raise TrainingStoppedError(f"the {what} is not finite; the weights were not changed by this step")
-            fault_points.point("update.gradient")
+            fault_points.failpoint("update.gradient")
             stepped(optimizer)
-            fault_points.point("update.stepped")
+            fault_points.failpoint("update.stepped")
             taken += 1
             sums["grad_norm"] += norm
     count = max(1.0, sums.pop("tokens", 0.0))
@@ -157,7 +157,7 @@ def gradient(
     """The gradient of one optimizer step in the weights' .grad, whatever was there before, and its measurements summed."""
     policy.model.zero_grad(set_to_none=True)
     sums: dict[str, float] = defaultdict(float)
-    for turn in policy.ranks.turns(policy.batches(live, tokens)):
+    for turn in policy.ranks.in_lockstep(policy.batches(live, tokens)):
         if turn is None:
             idle(policy)
             continue
@@ -239,7 +239,7 @@ def train(
     stage: Stage,
     steps: int,
     objective: Objective,
-    gather: Callable[[int], Gathered],
+    gather: Callable[[int], StepBatch],
     node: NodeDir,
     spend: Spend,
     *,
@@ -251,7 +251,7 @@ def train(
     evaluate: Callable[[str], None],
     beside: Callable[[int, bool], Metrics],
     ended: Callable[[int], bool],
-    guards: Watchman,
+    guards: GuardMonitor,
     should_stop: Callable[[], bool],
     say: Callable[[str], None] = lambda line: None,
 ) -> int:
@@ -267,10 +267,10 @@ def train(
     """
     optimizer = make_optimizer(policy, stage.optim)
     done = load_checkpoint(node, policy.model, optimizer, say, policy.ranks)
-    fault_points.point("stage.loaded")
+    fault_points.failpoint("stage.loaded")
     node.cut_back_to(done if done else -1)
     prune(node)  # whoever was killed right after its last checkpoint has not
-    fault_points.point("stage.begun")
+    fault_points.failpoint("stage.begun")
     logs = Logs(node.logs)
     on_start(done)
     earlier = list(read_jsonl(node.metrics))
@@ -284,13 +284,13 @@ def train(
     if not done:
         beside(0, steps == 0)
     for step in range(done, steps):
-        fault_points.point("step.begun")
+        fault_points.failpoint("step.begun")
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage.optim, step, steps)
         try:
             gathered = gather(step)
-            fault_points.point("step.gathered")
+            fault_points.failpoint("step.gathered")
             measured = update(policy, optimizer, gathered.rows, objective, stage, microbatch_tokens)
             microbatch_tokens = int(measured["microbatch_tokens"])
         except TrainingStoppedError as error:
@@ -307,7 +307,7 @@ def train(
             **beside(step + 1, step + 1 == steps),
         }
         append_jsonl(node.metrics, [row])
-        fault_points.point("step.measured")
+        fault_points.failpoint("step.measured")
         record(
             node.ledger,
             replace(
@@ -322,16 +322,16 @@ def train(
                 seconds=seconds,
             ),
         )
-        fault_points.point("step.charged")
+        fault_points.failpoint("step.charged")
         write_rollouts(step + 1, gathered.rows)
-        fault_points.point("step.kept")
+        fault_points.failpoint("step.kept")
         on_step(step + 1, row)
         why = guards.look(row)
         last = step + 1 == steps or ended(step + 1)
         if stage.eval_every and (step + 1) % stage.eval_every == 0 and not last:
             evaluate(f"step-{step + 1:06d}")
-            fault_points.point("step.evaluated")
-        fault_points.point("step.ended")
+            fault_points.failpoint("step.evaluated")
+        fault_points.failpoint("step.ended")
         asked = should_stop()
         if last or asked or why or (stage.checkpoint_every and (step + 1) % stage.checkpoint_every == 0):
             save_checkpoint(node, step + 1, policy.model, optimizer, logs, policy.ranks)

@@ -15,33 +15,35 @@ from headwater import seeds
 from headwater.config.recipe import Guards
 from headwater.config.stage import Stage
 from headwater.data.labels import Labels
-from headwater.distributed.process_group import ALONE, Ranks
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import TrainingStoppedError
 from headwater.losses.advantages import ADVANTAGES
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions
 from headwater.losses.objectives import Objective
-from headwater.models.oom import Budget, passes
+from headwater.models.oom import BatchBudget, passes
 from headwater.models.policy import Policy, Shape
 from headwater.sampling.base import Arrived, Sampler, requests_for
 from headwater.teachers.async_scoring import Ahead
 from headwater.teachers.build import Teacher
 from headwater.teachers.scoring import distributions_of, logp_of
 from headwater.training.evaluate import sampled_and_graded
-from headwater.training.loop import Gathered, Metrics, divided
+from headwater.training.loop import Metrics, StepBatch, divided
 from headwater.types import Rollout, Verdict
 
 
-def stored(stage: Stage, seed: int, rows: Sequence[Row], ranks: Ranks = ALONE) -> Callable[[int], Gathered]:
+def stored(
+    stage: Stage, seed: int, rows: Sequence[Row], ranks: ProcessGroup = SINGLE_PROCESS
+) -> Callable[[int], StepBatch]:
     """Cached teacher rollouts, gone through in a fresh order each epoch."""
 
-    def gather(step: int) -> Gathered:
+    def gather(step: int) -> StepBatch:
         chosen: list[Row] = []
         for position in range(step * stage.batch_size, (step + 1) * stage.batch_size):
             epoch, place = divmod(position, len(rows))
             chosen.append(rows[orders(epoch)[place]])
         chosen = shared_out(chosen, stage, 1, ranks)
-        return Gathered(chosen, {"seconds_sample": 0.0, "seconds_score": 0.0, "truncated": truncated(chosen)})
+        return StepBatch(chosen, {"seconds_sample": 0.0, "seconds_score": 0.0, "truncated": truncated(chosen)})
 
     held: dict[int, list[int]] = {}
 
@@ -55,7 +57,7 @@ def stored(stage: Stage, seed: int, rows: Sequence[Row], ranks: Ranks = ALONE) -
 
 
 @dataclass(frozen=True)
-class OnPolicy:
+class PolicyRollouts:
     """Rollouts of the policy as it is now, with the signals that the objective asks for: call it with a step.
 
     prompts    problem id -> prompt ids: what the stage may sample from
@@ -79,10 +81,10 @@ class OnPolicy:
     teacher: Teacher | None
     reference: Policy | None
     guard: SignalGuard
-    budget: Budget
+    budget: BatchBudget
     parts: int = 1
 
-    def __call__(self, step: int) -> Gathered:
+    def __call__(self, step: int) -> StepBatch:
         with Ahead(self.taught, -(-self.stage.batch_size // self.parts)) as ahead:
             everything, kept, seconds = self.sampled(step, ahead.arrived if self.parts > 1 else None)
             started = time.perf_counter()
@@ -101,7 +103,7 @@ class OnPolicy:
             metrics["best_of_group"] = solved(everything, self.stage) / groups
             self.guard.look(step, groups, metrics)
         problems = {row.rollout.problem_id for row in everything}
-        return Gathered(
+        return StepBatch(
             kept,
             metrics,
             labels=() if self.labels is None else tuple(sorted(problems)),
@@ -208,7 +210,7 @@ def epochs(names: list[str], count: int, *draw: str | int) -> Callable[[int], li
     return order
 
 
-def shared_out(rows: list[Row], stage: Stage, whole: int, ranks: Ranks) -> list[Row]:
+def shared_out(rows: list[Row], stage: Stage, whole: int, ranks: ProcessGroup) -> list[Row]:
     """The rows with those marked that this rank runs: of every optimizer step a like number of tokens on each rank.
 
     Groups of `whole` rows, which share a prompt, stay together where there are enough of them. All ranks come to the same

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from headwater.errors import DiskError, HeadwaterError
-from headwater.runs.inputs import Materials
-from headwater.runs.node_context import Narrator, Watch, Workplace
+from headwater.runs.inputs import RunInputs
+from headwater.runs.node_context import NodeContext, NodeProgress, ProgressDisplay
 from headwater.runs.plan import Node, Plan
 from headwater.runs.run_node import run_node
 from headwater.storage.run_dir import RunDir, write_json
@@ -56,11 +56,11 @@ class Job:
     """
 
     plan: Plan
-    materials: Materials
+    inputs: RunInputs
     arms: Sequence[str]
     out: RunDir
     todo: Mapping[str, Node]
-    narrator: Narrator
+    progress_display: ProgressDisplay
     stopped: Callable[[], bool]
 
     @property
@@ -93,17 +93,17 @@ class Job:
         """The names of the nodes still to be done that a node waits for."""
         return {self.plan.names[parent] for parent in self.todo[name].parents} & self.todo.keys()
 
-    def shown(self, name: str) -> contextlib.AbstractContextManager[Watch]:
+    def shown(self, name: str) -> contextlib.AbstractContextManager[NodeProgress]:
         """The narrator's watch over a node that begins."""
         names = [self.plan.names[node] for node in self.plan.order()]
-        return self.narrator.node(describe(self.todo[name]), names.index(name) + 1, len(names))
+        return self.progress_display.node(describe(self.todo[name]), names.index(name) + 1, len(names))
 
     def fail(self, name: str, failure: Failure) -> None:
         """Mark a node as failed, and say so where others go on. The mark goes when the node is begun again."""
         with contextlib.suppress(DiskError):  # a full disk may be why it failed
             write_json(self.out.node(name).failed, failure.written())
         if not self.alone:
-            self.narrator.say(f"{describe(self.todo[name])} failed: {failure.sentence}")
+            self.progress_display.say(f"{describe(self.todo[name])} failed: {failure.sentence}")
 
 
 Executor = Callable[[Job], dict[str, Failure]]
@@ -119,7 +119,7 @@ def in_process(job: Job) -> dict[str, Failure]:
     for name in job.due(failures):
         try:
             with job.shown(name) as watch:
-                run_marked(job.todo[name], Workplace(job.plan, job.materials, job.out, watch_of(watch, job)))
+                run_marked(job.todo[name], NodeContext(job.plan, job.inputs, job.out, watch_of(watch, job)))
         except Exception as error:
             failures[name] = Failure.of(error)
             job.fail(name, failures[name])
@@ -128,16 +128,16 @@ def in_process(job: Job) -> dict[str, Failure]:
     return failures
 
 
-def run_marked(node: Node, place: Workplace) -> None:
+def run_marked(node: Node, context: NodeContext) -> None:
     """Run a node that carries no mark of an earlier failure any more."""
-    folder = place.node_dir(node)
+    folder = context.node_dir(node)
     with folder.held():
         folder.failed.unlink(missing_ok=True)
-        run_node(node, place)
+        run_node(node, context)
 
 
-def watch_of(watch: Watch, job: Job) -> Watch:
-    return replace(watch, should_stop=job.stopped, say=job.narrator.say)
+def watch_of(watch: NodeProgress, job: Job) -> NodeProgress:
+    return replace(watch, should_stop=job.stopped, say=job.progress_display.say)
 
 
 def describe(node: Node) -> str:

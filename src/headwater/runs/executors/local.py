@@ -29,7 +29,7 @@ from headwater.config.recipe import Compute
 from headwater.errors import FailedError, UserError
 from headwater.runs.executors.base import Failure, Job, in_process
 from headwater.runs.executors.schedule import Standing, relayed
-from headwater.runs.node_context import Watch
+from headwater.runs.node_context import NodeProgress
 
 LISTEN_SECONDS = 0.2  # how soon a request to stop is passed on
 # A worker takes its parent's import path before it imports anything of ours.
@@ -52,7 +52,7 @@ def workers_for(job: Job) -> int:
     """
     inner = {parent for name in job.todo for parent in job.parents(name)}
     ends = sum(node.kind == "train" and name not in inner for name, node in job.todo.items())
-    return max(1, min(allowed(job.plan.recipe.compute, job.materials.device, cores()), ends))
+    return max(1, min(allowed(job.plan.recipe.compute, job.inputs.device, cores()), ends))
 
 
 def allowed(compute: Compute, device: torch.device, cores: int) -> int:
@@ -87,7 +87,7 @@ class Processes:
 
     def __call__(self, job: Job) -> dict[str, Failure]:
         pool: list[_Worker] = []
-        with job.narrator.together(len(job.plan.order())) as stand:
+        with job.progress_display.together(len(job.plan.order())) as stand:
             standing = Standing(job, stand)
             try:
                 while True:
@@ -136,7 +136,7 @@ class _Worker:
         self._asked = False
         self._heard = b""
         self._shown = contextlib.ExitStack()
-        self._watch = Watch(lambda done, total, unit: None, lambda count, metrics: None, lambda: False)
+        self._watch = NodeProgress(lambda done, total, unit: None, lambda count, metrics: None, lambda: False)
         self._process = subprocess.Popen(
             list(command),
             stdin=subprocess.PIPE,

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
 from headwater.runs.executors.base import Failure, run_marked
-from headwater.runs.node_context import Watch, Workplace
+from headwater.runs.node_context import NodeContext, NodeProgress
 from headwater.runs.setup import prepared
 from headwater.storage.run_dir import RunDir
 from headwater.training.loop import Metrics
@@ -58,7 +58,7 @@ def _listen(source: BinaryIO, inbox: queue.SimpleQueue[str], stop: threading.Eve
 
 def _work(setup: dict[str, Any], inbox: queue.SimpleQueue[str], stop: threading.Event, tell: Tell) -> NoReturn:
     recipe = Recipe.model_validate(setup["recipe"])
-    with prepared(recipe, setup["arms"], setup["seeds"]) as (plan, materials):
+    with prepared(recipe, setup["arms"], setup["seeds"]) as (plan, inputs):
         nodes = {plan.names[node]: node for node in plan.order()}
         while True:
             name = inbox.get()
@@ -69,7 +69,7 @@ def _work(setup: dict[str, Any], inbox: queue.SimpleQueue[str], stop: threading.
                 if stop.is_set():
                     raise KeyboardInterrupt
                 tell({"begun": name})
-                run_marked(nodes[name], Workplace(plan, materials, RunDir(Path(setup["out"])), watch))
+                run_marked(nodes[name], NodeContext(plan, inputs, RunDir(Path(setup["out"])), watch))
             except KeyboardInterrupt:
                 if not stop.is_set():
                     raise
@@ -81,7 +81,7 @@ def _work(setup: dict[str, Any], inbox: queue.SimpleQueue[str], stop: threading.
                 tell({"ended": name, "failure": None})
 
 
-def telling(tell: Tell, stopped: Callable[[], bool]) -> tuple[Watch, Callable[[], None]]:
+def telling(tell: Tell, stopped: Callable[[], bool]) -> tuple[NodeProgress, Callable[[], None]]:
     """A watch whose progress goes to whoever handed out the node in few messages, and a function that passes on what is left."""
     count, facts, last = 0, {}, 0.0  # type: int, Metrics, float
 
@@ -101,5 +101,5 @@ def telling(tell: Tell, stopped: Callable[[], bool]) -> tuple[Watch, Callable[[]
             tell({"advance": count, "metrics": facts})
         count, facts, last = 0, {}, time.monotonic()
 
-    watch = Watch(start, advance, stopped, lambda said: tell({"warn": said}), lambda line: tell({"say": line}))
+    watch = NodeProgress(start, advance, stopped, lambda said: tell({"warn": said}), lambda line: tell({"say": line}))
     return watch, flush

@@ -23,8 +23,8 @@ from headwater.errors import FailedError, UserError
 from headwater.runs.executors.base import Failure, Job, describe, run_marked
 from headwater.runs.executors.local_worker import telling
 from headwater.runs.executors.schedule import Standing, relayed
-from headwater.runs.inputs import Materials
-from headwater.runs.node_context import Workplace
+from headwater.runs.inputs import RunInputs
+from headwater.runs.node_context import NodeContext
 from headwater.runs.plan import Node, Plan
 from headwater.runs.setup import prepared
 from headwater.storage.run_dir import RunDir
@@ -60,7 +60,7 @@ def on_ray(job: Job) -> dict[str, Failure]:
 
     Raises UserError where Ray is not installed, does not answer, or has no machine with the resources that a node asks for.
     """
-    with connected(job) as ray, job.narrator.together(len(job.plan.order())) as stand:
+    with connected(job) as ray, job.progress_display.together(len(job.plan.order())) as stand:
         refuse_impossible(job, ray.cluster_resources())
         board = ray.remote(num_cpus=0)(Board).remote()
         with contextlib.closing(_Driver(ray, board, Standing(job, stand), setup_of(job))) as driver:
@@ -177,7 +177,7 @@ class _Driver:
         if "begun" in message:
             if name in self.shown:
                 self.shown.pop(name).close(KeyboardInterrupt())
-                self.job.narrator.say(
+                self.job.progress_display.say(
                     f"{describe(self.job.todo[name])}: its process is gone; it goes on in another one"
                 )
             self.shown[name] = _Shown(self.job, name)
@@ -245,7 +245,7 @@ def run_one(setup: str, name: str, board: Any) -> dict[str, Any]:
         told[:] = [board.tell.remote(name, message)]
 
     try:
-        plan, materials, out = laid_out(setup)
+        plan, inputs, out = laid_out(setup)
         nodes = {plan.names[node]: node for node in plan.order()}
         if name not in nodes:
             raise UserError(f"{name}: data, models or code changed while the study ran; run it again")
@@ -257,7 +257,7 @@ def run_one(setup: str, name: str, board: Any) -> dict[str, Any]:
     try:
         if watch.should_stop():
             raise KeyboardInterrupt
-        run_marked(nodes[name], Workplace(plan, materials, out, watch))
+        run_marked(nodes[name], NodeContext(plan, inputs, out, watch))
     except KeyboardInterrupt:
         found = {"stopped": True}
     except Exception as error:
@@ -268,18 +268,18 @@ def run_one(setup: str, name: str, board: Any) -> dict[str, Any]:
 
 
 @cache
-def laid_out(setup: str) -> tuple[Plan, Materials, RunDir]:
+def laid_out(setup: str) -> tuple[Plan, RunInputs, RunDir]:
     """The plan and what its nodes share, once in the life of a process, which runs several nodes."""
     held = json.loads(setup)
     sys.path += [entry for entry in held["path"] if entry not in sys.path]
     with contextlib.suppress(OSError):  # paths of a recipe are meant from where it was started
         os.chdir(held["cwd"])
     open_as_long_as_the_process = contextlib.ExitStack()
-    plan, materials = open_as_long_as_the_process.enter_context(
+    plan, inputs = open_as_long_as_the_process.enter_context(
         prepared(Recipe.model_validate(held["recipe"]), held["arms"], held["seeds"])
     )
     _held.append(open_as_long_as_the_process)
-    return plan, materials, RunDir(Path(held["out"]))
+    return plan, inputs, RunDir(Path(held["out"]))
 
 
 _held: list[contextlib.ExitStack] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 from headwater.runs.estimate import estimates
 from headwater.runs.executors.base import Failure, Job, describe
-from headwater.runs.node_context import Stand, Watch
+from headwater.runs.node_context import NodeProgress, StudyProgress
 
 TRIES = 2  # a worker may be killed for want of memory that another one took; a node that kills two is to blame itself
 SOON = 0.05  # the share of the work after which the time left is worth saying
@@ -18,10 +18,10 @@ SOON = 0.05  # the share of the work after which the time left is worth saying
 class Standing:
     """What has become of a job's nodes so far."""
 
-    def __init__(self, job: Job, stand: Stand) -> None:
+    def __init__(self, job: Job, stand: StudyProgress) -> None:
         self.job = job
         self.stand = stand
-        self.costs = {row.name: row.flops for row in estimates(job.plan, job.materials)}
+        self.costs = {row.name: row.flops for row in estimates(job.plan, job.inputs)}
         self.waiting = by_longest_chain(job, self.costs)
         self.failures: dict[str, Failure] = {}
         self._parents = {name: job.parents(name) for name in job.todo}
@@ -46,7 +46,9 @@ class Standing:
         """The worker that was at a node is gone."""
         self._deaths[name] += 1
         if self._deaths[name] < TRIES:
-            self.job.narrator.say(f"{describe(self.job.todo[name])}: its process {how}; it goes on in another one")
+            self.job.progress_display.say(
+                f"{describe(self.job.todo[name])}: its process {how}; it goes on in another one"
+            )
             self.waiting.insert(0, name)
         else:
             self.failed(name, Failure(f"its process {how}, for the second time", 1))
@@ -61,7 +63,7 @@ class Standing:
         self.stand(before + len(self._done), left)
 
 
-def relayed(said: Mapping[str, Any], watch: Watch, job: Job) -> bool:
+def relayed(said: Mapping[str, Any], watch: NodeProgress, job: Job) -> bool:
     """Pass on what a node that runs in another process says of its progress (`worker.telling`); whether it was that."""
     if "start" in said:
         watch.start(*said["start"])
@@ -70,7 +72,7 @@ def relayed(said: Mapping[str, Any], watch: Watch, job: Job) -> bool:
     elif "warn" in said:
         watch.warn(said["warn"])
     elif "say" in said:
-        job.narrator.say(said["say"])
+        job.progress_display.say(said["say"])
     else:
         return False
     return True

@@ -19,11 +19,11 @@ from typing import Any
 
 from headwater.config.recipe import Recipe
 from headwater.data.labels import Grade
-from headwater.distributed.process_group import Ranks, is_loss
+from headwater.distributed.process_group import ProcessGroup, is_loss
 from headwater.errors import HeadwaterError, LostError
 from headwater.runs.executors.base import Failure, Job, run_marked
-from headwater.runs.inputs import Materials
-from headwater.runs.node_context import Watch, Workplace
+from headwater.runs.inputs import RunInputs
+from headwater.runs.node_context import NodeContext, NodeProgress
 from headwater.runs.plan import Node
 from headwater.runs.setup import prepared, stop_requests
 from headwater.storage.run_dir import NodeDir, RunDir
@@ -40,20 +40,20 @@ class Together:
     the failure itself when it befell this rank alone, since the others then wait for it in vain.
     """
 
-    ranks: Ranks
+    ranks: ProcessGroup
 
     def __call__(self, job: Job) -> dict[str, Failure]:
         failures: dict[str, Failure] = {}
-        self.ranks.told({"begin": {**job.told, "out": str(job.out.path.resolve())}})
-        materials = graded_together(job.materials, self.ranks.twin())
+        self.ranks.broadcast({"begin": {**job.told, "out": str(job.out.path.resolve())}})
+        inputs = graded_together(job.inputs, self.ranks.duplicate())
         for name in job.due(failures):
-            self.ranks.told({"run": name})
-            self.ranks.meet()  # the others have read the node's logs
+            self.ranks.broadcast({"run": name})
+            self.ranks.barrier()  # the others have read the node's logs
             failure = None
             try:
                 with job.shown(name) as watch:
-                    heard = replace(watch, should_stop=agreed(self.ranks, job.stopped), say=job.narrator.say)
-                    run_marked(job.todo[name], Workplace(job.plan, materials, job.out, heard, self.ranks))
+                    heard = replace(watch, should_stop=agreed(self.ranks, job.stopped), say=job.progress_display.say)
+                    run_marked(job.todo[name], NodeContext(job.plan, inputs, job.out, heard, self.ranks))
             except Exception as error:
                 if is_loss(error):
                     raise LostError from None
@@ -69,46 +69,48 @@ class Together:
         return failures
 
 
-def agreed(ranks: Ranks, stopped: Callable[[], bool]) -> Callable[[], bool]:
+def agreed(ranks: ProcessGroup, stopped: Callable[[], bool]) -> Callable[[], bool]:
     """Whether a stop was asked for on any rank; all of them must ask at the same places."""
     return lambda: ranks.any(stopped())
 
 
-def graded_together(materials: Materials, ranks: Ranks) -> Materials:
+def graded_together(inputs: RunInputs, ranks: ProcessGroup) -> RunInputs:
     """The same answers, of which each rank grades its share and is told the rest."""
 
     def shared(grade: Grade) -> Grade:
         def graded(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-            return [one for part in ranks.gathered(grade(ranks.share(pairs))) for one in part]
+            return [one for part in ranks.all_gather(grade(ranks.share(pairs))) for one in part]
 
         return graded
 
     return replace(
-        materials,
-        labels=materials.labels.graded_by(shared),
-        evals={name: (problems, labels.graded_by(shared)) for name, (problems, labels) in materials.evals.items()},
+        inputs,
+        labels=inputs.labels.graded_by(shared),
+        evals={name: (problems, labels.graded_by(shared)) for name, (problems, labels) in inputs.evals.items()},
         validation=None
-        if materials.validation is None
-        else (materials.validation[0], materials.validation[1].graded_by(shared)),
+        if inputs.validation is None
+        else (inputs.validation[0], inputs.validation[1].graded_by(shared)),
     )
 
 
-def follow(ranks: Ranks) -> int:
+def follow(ranks: ProcessGroup) -> int:
     """The life of any other rank: run beside the first one what it announces; its exit code."""
     try:
         with stop_requests(aloud=False) as stopped:
-            word = ranks.told(Word())
+            word = ranks.broadcast(Word())
             if "end" in word:
                 return int(word["end"])
             begun = word["begin"]
             recipe = Recipe.model_validate(begun["recipe"])
-            with prepared(recipe, begun["arms"], begun["seeds"]) as (plan, materials):
+            with prepared(recipe, begun["arms"], begun["seeds"]) as (plan, inputs):
                 nodes = {plan.names[node]: node for node in plan.order()}
-                shared = graded_together(materials, ranks.twin())
-                watch = Watch(lambda done, total, unit: None, lambda count, metrics: None, agreed(ranks, stopped))
-                place = Workplace(plan, shared, RunDir(Path(begun["out"])), watch, ranks)
-                while "run" in (word := ranks.told(Word())):
-                    if not beside(nodes[word["run"]], place):
+                shared = graded_together(inputs, ranks.duplicate())
+                watch = NodeProgress(
+                    lambda done, total, unit: None, lambda count, metrics: None, agreed(ranks, stopped)
+                )
+                context = NodeContext(plan, shared, RunDir(Path(begun["out"])), watch, ranks)
+                while "run" in (word := ranks.broadcast(Word())):
+                    if not beside(nodes[word["run"]], context):
                         return 1
                 return int(word["end"])
     except KeyboardInterrupt:
@@ -120,44 +122,44 @@ def follow(ranks: Ranks) -> int:
         return LostError.exit_code if loss else error.exit_code if isinstance(error, HeadwaterError) else 1
 
 
-def beside(node: Node, place: Workplace) -> bool:
+def beside(node: Node, context: NodeContext) -> bool:
     """Run a node beside the first rank; False where this rank failed and the others did not.
 
     Raises LostError when another one is gone.
     """
-    name = place.plan.names[node]
+    name = context.plan.names[node]
     failure = None
-    with scratch(place.out.node(name), place.ranks) as aside:
+    with scratch(context.out.node(name), context.ranks) as aside:
         try:
-            run_marked(node, replace(place, aside=aside))
+            run_marked(node, replace(context, aside=aside))
         except KeyboardInterrupt:
             return True  # all were asked to stop, and all have; the first one says how it ends
         except Exception as error:
             if is_loss(error):
                 raise LostError from None
             failure = Failure.of(error)
-    settled = place.ranks.settled(name, failure is not None)
+    settled = context.ranks.settled(name, failure is not None)
     if not settled:
         if failure is None:
             raise LostError
-        print(f"headwater: process {place.ranks.rank} of {place.ranks.size}: {failure.sentence}", file=sys.stderr)
+        print(f"headwater: process {context.ranks.rank} of {context.ranks.size}: {failure.sentence}", file=sys.stderr)
     return settled
 
 
 @contextlib.contextmanager
-def scratch(held: NodeDir, ranks: Ranks) -> Iterator[NodeDir]:
+def scratch(held: NodeDir, ranks: ProcessGroup) -> Iterator[NodeDir]:
     """A node folder of this rank's own that begins with the logs of the run's."""
     with tempfile.TemporaryDirectory(prefix=f"headwater-{ranks.rank}-", ignore_cleanup_errors=True) as folder:
         aside = RunDir(Path(folder)).node(held.name)
         aside.path.mkdir(parents=True)
         for path in filter(Path.exists, held.logs):
             shutil.copyfile(path, aside.path / path.name)
-        ranks.meet()
+        ranks.barrier()
         yield aside
 
 
 @contextlib.contextmanager
-def led(ranks: Ranks) -> Iterator[None]:
+def led(ranks: ProcessGroup) -> Iterator[None]:
     """The others are told how the first rank ends, if they still listen."""
     code: Any = 1
     try:
@@ -177,4 +179,4 @@ def led(ranks: Ranks) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with contextlib.suppress(RuntimeError, LostError):  # they may be gone
             if not isinstance(sys.exc_info()[1], LostError) and not ranks.apart():
-                ranks.told({"end": code})
+                ranks.broadcast({"end": code})

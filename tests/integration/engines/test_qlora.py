@@ -1,0 +1,139 @@
+"""QLoRA through bitsandbytes itself: adapters on weights in four bits sample, train, resume and are saved as on whole ones."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from headwater.config.recipe import Lora
+from headwater.errors import UserError
+from headwater.losses.objectives import objective_of
+from headwater.models import lora
+from headwater.models import policy as model
+from headwater.models.policy import Policy
+from headwater.teachers.scoring import logp_of
+from headwater.training.loop import make_optimizer, update
+from runs import assert_same, held, node, rows, tiny
+from tests.integration.test_resume import Killed, killed_at
+from tiny import CPU, MODELS, gradient_of, sampled_rows, stage_of, tiny_folder
+
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(one) is None for one in ("peft", "bitsandbytes")),
+        reason="peft and bitsandbytes are not installed here: `make test-engines` runs these",
+    ),
+]
+GRPO = stage_of("grpo", optim={"lr": 3e-2, "grad_clip": 1e6})
+FIELD = "models.student"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_folder(tmp_path / "base", hidden_size=64, intermediate_size=128, head_dim=16, std=0.15)
+
+
+def adapted(where: Path, quantize: str | None = "nf4", **settings: Any) -> Policy:
+    asked = Lora.model_validate({"r": 4, "alpha": 8, "quantize": quantize, **settings})
+    return model.load(str(where), FIELD, MODELS, CPU, False, adapt=lora.Wanted(asked, (0, "test")))
+
+
+def moved(policy: Policy) -> Policy:
+    """A large step away from where it began."""
+    update(policy, make_optimizer(policy, GRPO.optim), sampled_rows(policy), objective_of(GRPO), GRPO, 4096)
+    return policy
+
+
+def scores(policy: Policy, found: list[Any]) -> torch.Tensor:
+    return torch.cat(logp_of(policy, [row.rollout for row in found], 4096))
+
+
+def plain(where: Path) -> Policy:
+    return model.load(str(where), FIELD, MODELS, CPU, True)
+
+
+def test_what_trains_is_the_adapter_that_would_train_on_the_rounded_weights(folder: Path, tmp_path: Path) -> None:
+    """Four bits change the weights and nothing else: a base that holds the rounded ones gives the same log-probs and gradients."""
+    policy = adapted(folder)
+    model.save(policy, tmp_path / "rounded", torch.float32)  # a fresh adapter adds nothing
+    same, found = adapted(tmp_path / "rounded", quantize=None), sampled_rows(policy)
+    assert {type(one.base_layer).__name__ for one in policy.adapter.layers.values()} == {"Linear4bit"}  # type: ignore[union-attr]
+    rounding = (scores(policy, found) - scores(plain(folder), found)).abs().mean()
+    assert 1e-3 < rounding < 1.0
+    torch.testing.assert_close(scores(policy, found), scores(same, found), rtol=0, atol=1e-4)
+    ours, theirs = gradient_of(policy, found, GRPO), gradient_of(same, found, GRPO)
+    assert ours.keys() == theirs.keys() and len(ours) == 28
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_token_is_drawn_with_the_trainers_log_prob(folder: Path) -> None:
+    policy = moved(adapted(folder))
+    found = sampled_rows(policy, draw=1)
+    drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in found])
+    assert (drawn - scores(policy, found)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_a_merged_student_is_a_plain_folder_of_whole_weights(folder: Path, tmp_path: Path, targets: Any) -> None:
+    """Also where matrices without an adapter are in four bits."""
+    policy = moved(adapted(folder, targets=targets))
+    model.save(policy, tmp_path / "out", torch.float32)
+    ours, theirs = (load_file(where / "model.safetensors") for where in (tmp_path / "out", folder))
+    assert {name: one.shape for name, one in ours.items()} == {name: one.shape for name, one in theirs.items()}
+    assert "quantization_config" not in held(tmp_path / "out" / "config.json")
+    found = sampled_rows(policy, draw=2)
+    torch.testing.assert_close(scores(plain(tmp_path / "out"), found), scores(policy, found), rtol=0, atol=1e-4)
+
+
+def test_an_adapter_that_is_left_behind_is_gone_on_with_in_four_bits_and_not_folded_into_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    policy = moved(adapted(folder, output="adapter"))
+    model.save(policy, tmp_path / "out", torch.float32)
+    found = sampled_rows(policy, draw=3)
+    again = adapted(tmp_path / "out", output="adapter")
+    torch.testing.assert_close(scores(again, found), scores(policy, found), rtol=0, atol=1e-5)
+    with pytest.raises(
+        UserError, match=r"models\.student: .*out is an adapter, which cannot be added to weights in four"
+    ):
+        adapted(tmp_path / "out", output="merged")
+
+
+def test_gradients_are_there_on_cpus_where_weights_would_be_laid_out_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    policy = adapted(folder)
+    found = sampled_rows(policy)  # without gradients, after which bitsandbytes would have none to give
+    assert all(one.abs().max() > 0 for name, one in gradient_of(policy, found, GRPO).items() if "lora_B" in name)
+
+
+CHANGES = (
+    "models.lora.r=4", "models.lora.alpha=8", "models.lora.quantize=nf4", "models.lora.output=adapter",
+    "stages.student_rl.sparse.kl_coef=0.01", "stages.teacher_rl.optim.lr=0.01",
+    *(f"stages.{stage}.checkpoint_every=1" for stage in ("teacher_rl", "warmup", "opd", "student_rl")),
+)  # fmt: skip
+
+
+@pytest.mark.timeout(400)
+def test_the_whole_recipe_runs_in_four_bits_and_goes_on_to_the_same_bits_after_a_kill(tmp_path: Path) -> None:
+    synced: list[Any] = []
+    with mock.patch("os.fsync", synced.append):
+        said = tiny("run", tmp_path / "whole", changes=CHANGES)
+    assert said.code == 0, said.err
+    with mock.patch("os.fsync", killed_at(int(0.6 * len(synced)), lambda descriptor: None)), pytest.raises(Killed):
+        tiny("run", tmp_path / "out", changes=CHANGES)
+    assert tiny("run", tmp_path / "out", changes=CHANGES).code == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    for stage in ("teacher_rl", "opd", "student_rl"):
+        metrics = rows(node(tmp_path / "out", "bridge_rl", stage) / "metrics.jsonl")
+        assert max(row["sampler_gap"] for row in metrics) < 1e-4
+    assert [row["kl_reference"] > 1e-6 for row in metrics] == [False, True]  # compared with where it began
+    assert (node(tmp_path / "out", "bridge_rl", "student_rl") / "model" / lora.WEIGHTS).exists()

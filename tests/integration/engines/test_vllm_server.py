@@ -1,0 +1,162 @@
+"""A real `vllm serve` on the loopback as the teacher: scores, samples, ids, refusals, and a whole run with its preflight."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from headwater.config.recipe import Server
+from headwater.config.stage import Sampling
+from headwater.errors import UserError
+from headwater.losses.distributions import TopK
+from headwater.models import policy as model
+from headwater.models.policy import Policy
+from headwater.sampling.base import requests_for
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.teachers.cache import read_cache
+from headwater.teachers.scoring import distributions_of, logp_of
+from headwater.teachers.server import ServedTeacher, ServedTokenizer, meet
+from runs import node, rows, temporary, tiny
+from tiny import CPU, MODELS, PROMPTS
+
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: `make test-engines` runs these"
+    ),
+]
+START_SECONDS, MOST = 240, 20
+FOLDER = str(Path(model.__file__).parent / "pocket" / "qwen3-teacher")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    port, said = free_port(), temporary() / "serve.log"
+    command = (
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", FOLDER, "--served-model-name", "teacher",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256",
+        "--max-logprobs", str(MOST), "--max-num-seqs", "64",
+    )  # fmt: skip
+    quiet = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    with said.open("wb") as log:
+        process = subprocess.Popen(command, env=os.environ | quiet, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, said.read_text(errors="replace")[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(1.0)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def here() -> Policy:
+    return model.load(FOLDER, "models.teacher", MODELS, CPU, frozen=True)
+
+
+def served(url: str, here: Policy, top_k: int) -> ServedTeacher:
+    met = meet(url, "models.teacher", Server(batch_tokens=512))
+    return ServedTeacher(met, here.tokenizer, here.vocabulary, here.stop_ids, CPU, top_k)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("k", [1, 8, MOST])
+def test_vllms_scores_are_the_teachers_own(url: str, here: Policy, k: int) -> None:
+    requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 8, 0, "scores")
+    rollouts = TorchSampler(here).sample(requests, Sampling(max_tokens=32))
+    exact = [one.ready() for one in distributions_of(here, rollouts, 4096)]
+    for ours, theirs in zip(exact, served(url, here, k).distributions(rollouts, 4096), strict=True):
+        assert isinstance(theirs, TopK) and theirs.ids_NK.shape[1] == k
+        # The log-probs of the very ids that the server names; equal ones may come in either order.
+        torch.testing.assert_close(ours.logp_NV.gather(1, theirs.ids_NK), theirs.logp_NK, atol=1e-3, rtol=0.0)
+        torch.testing.assert_close(ours.likeliest(k).logp_NK, theirs.logp_NK, atol=1e-3, rtol=0.0)
+
+
+@pytest.mark.timeout(400)
+def test_the_sampled_tokens_alone_have_the_teachers_log_probs(url: str, here: Policy) -> None:
+    rollouts = TorchSampler(here).sample(requests_for([("a", PROMPTS[0])], 8, 0, "alone"), Sampling(max_tokens=32))
+    for one, rollout, logp in zip(
+        served(url, here, 0).distributions(rollouts, 4096), rollouts, logp_of(here, rollouts, 4096), strict=True
+    ):
+        known = one.ready().token_logp(torch.tensor(rollout.completion_ids))
+        torch.testing.assert_close(known, logp, atol=1e-3, rtol=0.0)
+
+
+@pytest.mark.timeout(400)
+def test_its_tokenizer_and_chat_template_give_the_ids_that_ours_give(url: str, here: Policy) -> None:
+    theirs = ServedTokenizer(meet(url, "models.teacher", Server()))
+    model.refuse_different_tokens(here.tokenizer, theirs, ("models.student", "models.teacher"))
+    turns = [{"role": "user", "content": "17+45"}]
+    text = here.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert theirs.chat(turns, thinking=False) == here.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.timeout(400)
+def test_its_samples_carry_the_teachers_log_probs_and_follow_their_seeds(url: str, here: Policy) -> None:
+    requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 4, 0, "samples")
+    teacher = served(url, here, 4)
+    found, again = (teacher.sample(requests, Sampling(max_tokens=32)) for _ in range(2))
+    assert [one.completion_ids for one in found] == [one.completion_ids for one in again]
+    drawn = torch.tensor([logp for one in found for logp in one.sampler_logp])
+    torch.testing.assert_close(drawn, torch.cat(logp_of(here, found, 4096)), atol=1e-3, rtol=0.0)
+    assert all((one.completion_ids[-1] in here.stop_ids) == (one.finish == "stop") for one in found)
+
+
+@pytest.mark.timeout(400)
+def test_more_log_probs_than_the_server_allows_are_refused_with_its_own_words(url: str, here: Policy) -> None:
+    rollouts = TorchSampler(here).sample(requests_for([("a", PROMPTS[0])], 1, 0, "many"), Sampling(max_tokens=4))
+    with pytest.raises(UserError, match=r"models\.teacher: http.* refuses .*max allowed: 20"):
+        served(url, here, MOST + 1).distributions(rollouts, 4096)
+
+
+@pytest.mark.timeout(400)
+def test_a_bridge_from_a_served_teacher_runs_with_its_preflight(url: str, here: Policy, tmp_path: Path) -> None:
+    changes = (
+        "stages.warmup.dense.top_k=16",
+        "stages.opd.dense.top_k=16",
+        "stages.opd.steps=4",
+        "conditions.problems=4",
+    )
+    said = tiny(
+        "run", tmp_path / "out", "--arm", "raw_teacher", changes=(*changes, f"models.teacher={url}"), whole=True
+    )
+    assert said.code == 0, said.err
+    # What the warm-up learns from are the server's samples, and beside each token the teacher's own log-probs, stored as halves.
+    cached = read_cache(node(tmp_path / "out", "raw_teacher", "teacher_rollouts") / "cache")
+    exact = distributions_of(here, [row.rollout for row in cached], 4096)
+    for row, whole in zip(cached, exact, strict=True):
+        assert isinstance(row.teacher, TopK) and row.teacher.ids_NK.shape[1] == 16
+        expected = whole.ready().logp_NV.gather(1, row.teacher.ids_NK.long())
+        torch.testing.assert_close(row.teacher.logp_NK, expected, atol=0.02, rtol=0.0)
+    assert len(rows(node(tmp_path / "out", "raw_teacher", "opd") / "metrics.jsonl")) == 4

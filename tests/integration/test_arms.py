@@ -1,0 +1,170 @@
+"""What the controls and the measurements beside training do in a real, tiny run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runs import all_arms, call, held, node, rows, sets, tiny
+
+PLATEAU = (  # a rate of nothing: the KL cannot fall, so the first window is the best
+    "stages.warmup.steps=12",
+    "stages.warmup.optim.lr=1e-12",
+    "stages.warmup.until={metric: kl_teacher_student, every: 2, patience: 2, least: 0.9}",
+)
+
+
+def done(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "DONE").read_text()))
+
+
+def test_a_stage_without_progress_ends_on_its_plateau_and_says_so(tmp_path: Path) -> None:
+    said = tiny("run", tmp_path / "out", "--arm", "warmup_only", changes=PLATEAU)
+    assert said.code == 0, said.err
+    warmup = node(tmp_path / "out", "warmup_only", "warmup")
+    # Windows of two steps; two after the first are no better: 6 steps of 12.
+    assert len(rows(warmup / "metrics.jsonl")) == 6
+    assert done(warmup)["ended"] == {"step": 6, "of": 12, "why": "plateau of kl_teacher_student"}
+    assert [path.name for path in sorted((warmup / "checkpoint").iterdir())] == ["000006"]
+
+
+def test_a_plateau_that_asks_for_less_lets_the_stage_run_to_its_end(tmp_path: Path) -> None:
+    changes = (*PLATEAU, "stages.warmup.optim.lr=1e-3", "stages.warmup.until.patience=6")
+    assert tiny("run", tmp_path / "out", "--arm", "warmup_only", changes=changes).code == 0
+    warmup = node(tmp_path / "out", "warmup_only", "warmup")
+    assert len(rows(warmup / "metrics.jsonl")) == 12 and "ended" not in done(warmup)
+
+
+def test_validation_decides_when_opd_ends_and_its_labels_have_an_account_of_their_own(tmp_path: Path) -> None:
+    changes = (
+        "data.validation.generate={pool: train, count: 7, seed: 5}",
+        "stages.opd.steps=10",
+        "stages.opd.optim.lr=1e-12",
+        "stages.opd.until={metric: validation, every: 2, patience: 1, least: 0.0}",
+    )
+    out = tmp_path / "out"
+    assert tiny("run", out, "--arm", "opd_only", changes=changes).code == 0
+    opd = node(out, "opd_only", "opd")
+    measured = [row["validation"] for row in rows(opd / "metrics.jsonl") if "validation" in row]
+    # The weights stand still and each measurement has the same draws: the second is no better than the first.
+    assert len(measured) == 2 and measured[0] == measured[1]
+    assert done(opd)["ended"]["step"] == 4
+    looks = [row for row in rows(opd / "ledger.jsonl") if row["purpose"] == "validation"]
+    assert [(row["step"], len(row["labels"]), row["checks"]) for row in looks] == [(2, 7, 14), (4, 7, 14)]
+    assert not any(row["labels"] for row in rows(opd / "ledger.jsonl") if row["purpose"] == "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("stages.opd.until={metric: validation}", "stages.opd.until.metric validation: data.validation is missing"),
+        ("stages.warmup.until={metric: reward}", "until.metric reward: objective forward_kl sees no reward"),
+        ("stages.teacher_rl.until={metric: kl_teacher_student}", "objective grpo compares with no teacher"),
+        ("stages.student_rl.until={metric: reward}", "its matched replay can take as many"),
+    ],
+)
+def test_a_plateau_of_what_is_not_measured_is_refused_by_name(change: str, sentence: str, tmp_path: Path) -> None:
+    said = call("run", "pocket", "--out", tmp_path / "out", *sets(change))
+    assert said.code == 2 and sentence in said.err and not (tmp_path / "out").exists()
+
+
+def test_conditions_stand_at_the_first_and_last_step_of_every_student_stage_with_a_teacher() -> None:
+    out = all_arms()
+    with_teacher, without = [], []
+    for folder in sorted((out / "nodes").iterdir()):
+        info = held(folder / "node.json")
+        if info["kind"] != "train":
+            continue
+        path = folder / "conditions.jsonl"
+        (with_teacher if path.exists() else without).append((info["stage"], info["role"]))
+        if path.exists():
+            found = rows(path)
+            assert [row["step"] for row in found] == [0, 2]
+            assert all(row["kl_teacher_student"] > 0 and row["kl_student_teacher"] > 0 for row in found)
+            assert all(0 < row["overlap_student_prefixes"] <= 1 for row in found)
+    assert {stage for stage, _ in with_teacher} == {"warmup", "opd", "sft"}
+    assert {role for _, role in with_teacher} == {"student"}
+    # GRPO has no teacher, the constant control neither, and the teacher's own fine-tuning is no student's stage.
+    assert set(without) == {
+        ("teacher_rl", "teacher"),
+        ("student_rl", "student"),
+        ("opd", "student"),
+        ("sft", "teacher"),
+    }
+
+
+def test_measuring_costs_no_label_and_changes_no_weight(tmp_path: Path) -> None:
+    plain, silent = tmp_path / "plain", tmp_path / "silent"
+    assert tiny("run", plain, "--arm", "raw_teacher").code == 0
+    assert tiny("run", silent, "--arm", "raw_teacher", changes=("conditions.problems=0",)).code == 0
+    a, b = (node(out, "raw_teacher", "opd") for out in (plain, silent))
+    assert a.name == b.name
+    assert (a / "model/model.safetensors").read_bytes() == (b / "model/model.safetensors").read_bytes()
+    spent = [row for row in rows(plain / "ledger.jsonl") if row["purpose"] == "measure"]
+    assert spent and not any(row["labels"] or row["checks"] for row in spent)
+    assert not (b / "conditions.jsonl").exists()
+
+
+def test_measurements_are_the_same_after_an_interruption(tmp_path: Path) -> None:
+    """Killed by a full stop in the middle of OPD, then resumed: conditions and ledger as if nothing had happened."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    changes = ("stages.opd.steps=6", "stages.opd.checkpoint_every=2", "conditions.every=2")
+    assert tiny("run", whole, "--arm", "opd_only", changes=changes).code == 0
+    code = (
+        "import os, sys; sys.path.insert(0, 'tests/support'); import headwater.training.loop as t; from runs import tiny\n"
+        "from pathlib import Path\n"
+        "real = t.append_jsonl\n"
+        "def write(path, rows):\n"
+        "    real(path, rows)\n"
+        "    if 'opd' in str(path) and rows[0].get('step') == 5: os._exit(9)\n"
+        "t.append_jsonl = write\n"
+        f"tiny('run', Path({str(cut)!r}), '--arm', 'opd_only', changes={changes!r})"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=120)
+    assert ended.returncode == 9
+    assert tiny("run", cut, "--arm", "opd_only", changes=changes).code == 0
+    a, b = (node(out, "opd_only", "opd") for out in (whole, cut))
+    assert rows(a / "conditions.jsonl") == rows(b / "conditions.jsonl")
+    timeless = [[{**row, "seconds": 0} for row in rows(one / "ledger.jsonl")] for one in (a, b)]
+    assert timeless[0] == timeless[1]
+
+
+def test_an_arm_at_equal_compute_takes_the_steps_that_the_other_arms_flops_pay_for() -> None:
+    out = all_arms()
+
+    def flops(folder: Path) -> float:
+        return float(sum(row["flops"] for row in rows(folder / "ledger.jsonl") if row["purpose"] == "train"))
+
+    plan = held(out / "plan.json")["arms"]
+    bridge = sum(flops(out / "nodes" / name) for name in plan["bridge"]["0"])
+    direct, matched = (out / "nodes" / plan[arm]["0"][-1] for arm in ("direct_grpo", "direct_grpo_compute"))
+    steps = len(rows(direct / "metrics.jsonl"))
+    assert len(rows(matched / "metrics.jsonl")) == round(bridge / (flops(direct) / steps))
+    # What an arm's length was taken from is no part of it: its cost is its own.
+    assert plan["direct_grpo_compute"]["0"] == [matched.name]
+    opd = out / "nodes" / plan["opd_then_rl"]["0"][0]
+    like, longer = (out / "nodes" / plan[arm]["0"][-1] for arm in ("opd_then_rl", "opd_then_rl_compute"))
+    per_step = flops(like) / len(rows(like / "metrics.jsonl"))
+    assert len(rows(longer / "metrics.jsonl")) == round((bridge - flops(opd)) / per_step)
+
+
+def test_the_control_without_a_teacher_looks_at_no_label_and_asks_no_teacher() -> None:
+    out = all_arms()
+    name = held(out / "plan.json")["arms"]["constant_advantage"]["0"]
+    assert len(name) == 1
+    spent = rows(out / "nodes" / name[0] / "ledger.jsonl")
+    assert all(not row["labels"] and not row["tokens_teacher_scored"] for row in spent if row["purpose"] == "train")
+    assert sum(row["tokens_trained"] for row in spent) > 0
+
+
+def test_best_of_group_is_the_share_of_groups_with_a_right_completion() -> None:
+    folder = node(all_arms(), "direct_grpo", "student_rl")
+    for row in rows(folder / "metrics.jsonl"):
+        sampled = rows(folder / "rollouts" / f"{row['step']:06d}.jsonl")
+        groups = [sampled[start : start + 4] for start in range(0, len(sampled), 4)]
+        assert row["best_of_group"] == sum(any(one["correct"] for one in group) for group in groups) / len(groups)

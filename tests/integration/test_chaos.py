@@ -1,0 +1,88 @@
+"""The whole of it, by `make chaos`: every point at its first, middle and last arrival, each alone; every file damaged in every
+way; workers killed. `tests/support/chaos.py` makes the random kills, `tests/support/endurance.py` the long runs."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from chaos import LONG, differing, small, study
+from headwater.storage import fault_points
+from runs import environment, program
+from tests.integration.test_faults import FILES, KILLED, damaged, forks, go, one_sentence, undisturbed, whole
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+
+
+def arrivals(name: str) -> list[int]:
+    count = undisturbed()[1].get(name, 0)
+    return sorted({1, (count + 1) // 2, count} - {0})
+
+
+@pytest.mark.parametrize("name", [name for name in fault_points.POINTS if name != "folder.moved"])
+def test_killed_at_a_point_it_ends_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
+    assert arrivals(name)
+    for count in arrivals(name):
+        out = tmp_path / str(count)
+        assert go(out, f"{name}:{count}=kill").code == KILLED
+        assert go(out).code == 0
+        assert differing(out, whole()) == [], count
+
+
+@pytest.mark.parametrize("name", sorted(fault_points.WRITES - {"folder.moved"}))
+def test_a_disk_that_is_full_at_a_point_once(name: str, tmp_path: Path) -> None:
+    for count in arrivals(name):
+        out = tmp_path / str(count)
+        said = go(out, f"{name}:{count}=full")
+        assert said.code == 4 and "no space left on device" in one_sentence(said)
+        assert go(out).code == 0
+        assert differing(out, whole()) == [], count
+
+
+MAY_BE_MISSING = {"opd/DONE", "base_student/DONE", "plan.json", "recipe.json"}
+"""Their absence is no damage: a node without DONE was interrupted, a folder without a plan has just begun."""
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, how) for name in FILES for how in ("cut", "removed") if how == "cut" or name not in MAY_BE_MISSING],
+)
+def test_a_damaged_file_is_found(name: str, how: str, tmp_path: Path) -> None:
+    damaged(name, how, tmp_path)
+
+
+def test_killed_again_and_again_at_random_points(tmp_path: Path) -> None:
+    draw, names = random.Random(0), sorted(undisturbed()[1])
+    kills = runs = 0
+    while kills < 30:  # a run that comes to its end before is compared, and the next one begins
+        said = go(tmp_path / str(runs), f"{draw.choice(names)}:{draw.randint(1, 4)}=kill")
+        if said.code == KILLED:
+            kills += 1
+        else:
+            assert said.code == 0 and differing(tmp_path / str(runs), whole()) == []
+            runs += 1
+    assert go(tmp_path / str(runs)).code == 0
+    assert differing(tmp_path / str(runs), whole()) == []
+
+
+def test_a_study_in_worker_processes_that_is_killed_at_random_times(tmp_path: Path) -> None:
+    """Real processes: the parent is killed, its workers end by themselves before another may go on with their nodes."""
+    alone, out, draw = tmp_path / "alone", tmp_path / "out", random.Random(1)
+    assert forks().run(*study(alone, "0")).code == 0
+    options = ["--arms", "direct_grpo,raw_teacher,bridge,bridge_rl,replay", "--seeds", "0", "--workers", "2"]
+    command = [*program(*small(out, *LONG, verb="study")), *options]
+    kills = 0
+    for _ in range(8):
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=draw.uniform(15, 40))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == KILLED
+    assert subprocess.run(command, env=environment(), capture_output=True, timeout=900).returncode == 0 and kills
+    # Preflight and page ran here and not there; the recipe on disk says how many workers there were.
+    assert set(differing(out, alone)) <= {"recipe.json", "report.html", "env.json"}

@@ -1,0 +1,265 @@
+"""Every command of the README and the docs stands in one of these tables and is run, or not, as the table says.
+
+AS_IT_STANDS    typed literally, in a folder with a recipe, problems and finished runs of one's own
+IN_SMALL        typed so: with what makes minutes or days into seconds, or with a file in the place of DATA
+ONLY_PARSED     needs other hardware, another program or the network; why, and which tests run the like of it
+OTHER_PROGRAMS  does not begin with `headwater`
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import urllib.request
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from headwater.config.arms import builtin_text
+from headwater.tasks import sums
+from runs import TINY, Said, call, environment, program, tiny
+from tests.integration.test_docs import EXAMPLES, PAGES, ROOT, commands, fault
+
+STUDY = "study pocket --dry-run"
+
+AS_IT_STANDS = {  # and what it says, as a regular expression
+    "init gsm8k": "student: ",
+    "init paper-qwen3-1.7b": "student: ",
+    "init pocket > my.yaml": "student: pocket:qwen3-student",
+    "validate problems.jsonl": "300 gold answers, 0 fail",
+    "validate problems.jsonl --task sums": "300 gold answers, 0 fail",
+    "doctor my.yaml": "nothing is wrong that would spoil a run",
+    "run my.yaml --dry-run": "teacher_rl",
+    "run my.yaml --dry-run --json": '"steps": ',
+    "run gsm8k --dry-run --json": '"steps": ',
+    "run gsm8k --dry-run --on rtx4090": "GPU-hours",
+    "run pocket --arm bridge --set stages.opd.dense.divergence=jsd --dry-run": "opd",
+    "run pocket --arm bridge --set stages.teacher_rl.group_size=16 --dry-run": "teacher_rl",
+    "run pocket --arm warmup_only --set stages.warmup.dense.top_k=8 --dry-run": "warmup",
+    "study pocket --arms all --dry-run": "teacher_rl",
+    "study pocket --arms bridge,direct_grpo,raw_teacher --seeds 0,1,2 --dry-run": "teacher_rl",
+    "study pocket --arms bridge_1h,bridge_rl,replay --dry-run": "student_rl",
+    "study paper-qwen3-1.7b --arms direct_grpo,bridge --dry-run --on 16xh200 --mean-tokens 3000": "GPU-hours",
+    "study desk --dry-run": "teacher_rl",
+    "report runs/demo": "report: runs/demo/report.html",
+    "report runs/demo --audit": "holds",
+    "report runs/a runs/b": "seeds 0, 1",
+    "report runs/seed0 runs/seed1 --out runs/both": "report: runs/both/report.html",
+    "report DIR/256": "report: DIR/256/report.html",
+    "doctor own_grader.yaml": "nothing is wrong that would spoil a run",
+    "run own_grader.yaml --out runs/own_grader": "report: runs/own_grader/report.html",
+    "watch runs/demo": r"(\d+) of \1 nodes done",
+}
+
+SMALL = " ".join(f"--set {change}" for change in TINY if not change.startswith("data."))
+IN_SMALL = {  # what is typed in its place, and what that says
+    "init [NAME]": ("init", "student: pocket:qwen3-student"),
+    "run RECIPE [--arm NAME]": ("run my.yaml --arm direct_grpo --out runs/one SMALL", "direct_grpo"),
+    "run my.yaml --out runs/my": ("run my.yaml --out runs/my SMALL", "bridge_rl"),
+    "study RECIPE [--arms a,b] [--seeds 0,1]": ("study my.yaml --arms direct_grpo,raw_teacher --dry-run", "student_rl"),
+    "study my.yaml --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --out runs/my-study": (
+        "study my.yaml --arms direct_grpo,raw_teacher,bridge --seeds 0 --out runs/my-study SMALL",
+        "bridge − direct_grpo",
+    ),
+    "study my.yaml --seeds 0 --out runs/seed0": ("study my.yaml --seeds 0 --dry-run", "teacher_rl"),
+    "study my.yaml --seeds 1 --out runs/seed1": ("study my.yaml --seeds 1 --dry-run", "teacher_rl"),
+    "study pocket --arms direct_grpo,bridge": (f"{STUDY} --arms direct_grpo,bridge", "teacher_rl"),
+    "study pocket --arms all --seeds 0,1,2,3,4 --out RUNS/main": (
+        f"{STUDY} --arms all --seeds 0,1,2,3,4",
+        "teacher_rl",
+    ),
+    "study pocket --seeds 0,1,2,3,4 --arms direct_grpo,raw_teacher,bridge,warmup_only,opd_only  --set "
+    "models.student=pocket:llama-student --set models.teacher=pocket:llama-teacher --set models.expert=null "
+    "--out RUNS/llama": (
+        f"{STUDY} --seeds 0,1,2,3,4 --arms direct_grpo,raw_teacher,bridge,warmup_only,opd_only --set "
+        "models.student=pocket:llama-student --set models.teacher=pocket:llama-teacher --set models.expert=null",
+        "teacher_rl",
+    ),
+    "study pocket-countdown --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --out RUNS/countdown": (
+        "study pocket-countdown --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --dry-run",
+        "teacher_rl",
+    ),
+    "study desk --seeds 0,1,2 --out runs/desk": ("study desk --dry-run", "teacher_rl"),
+    "study my.yaml --arms all --seeds 0,1,2 --executor ray --out /shared/my": (
+        "study my.yaml --arms all --seeds 0,1,2 --executor ray --dry-run",
+        "teacher_rl",
+    ),
+    "sweep RECIPE --vary labels\\|teacher\\|lambda\\|FIELD": (
+        "sweep pocket --vary labels --seeds 0,1,2 --dry-run",
+        "labels",
+    ),
+    "sweep RECIPE --vary WHAT [--values a,b,c] [--arms a,b] [--seeds 0,1] [--out DIR]": (
+        "sweep my.yaml --vary labels --values 8,16 --arms direct_grpo --seeds 0 --out runs/labels SMALL",
+        "direct_grpo",
+    ),
+    "sweep my.yaml --vary labels --values 64,128,256": (
+        "sweep my.yaml --vary labels --values 64,128,256 --dry-run",
+        "256",
+    ),
+    "sweep my.yaml --vary stages.opd.optim.lr --values 1e-4,3e-4,1e-3 --arms bridge --seeds 101": (
+        "sweep my.yaml --vary stages.opd.optim.lr --values 1e-4,3e-4,1e-3 --arms bridge --seeds 101 --dry-run",
+        "0.0003|3e-4",
+    ),
+    "sweep pocket --vary labels --seeds 0,1,2": ("sweep pocket --vary labels --seeds 0,1,2 --dry-run", "labels"),
+    "sweep pocket --vary lambda --seeds 0,1,2": ("sweep pocket --vary lambda --seeds 0,1,2 --dry-run", "lambda|λ"),
+    "sweep pocket --vary teacher --seeds 0,1,2": ("sweep pocket --vary teacher --seeds 0,1,2 --dry-run", "teacher"),
+    "sweep pocket --vary labels --values 64,128,256,512 --seeds 0,1,2 --out RUNS/labels": (
+        "sweep pocket --vary labels --values 64,128,256,512 --seeds 0,1,2 --dry-run",
+        "512",
+    ),
+    "sweep pocket --vary lambda --seeds 0,1,2 --out RUNS/lambda": (
+        "sweep pocket --vary lambda --seeds 0,1,2 --dry-run",
+        "lambda|λ",
+    ),
+    "doctor RECIPE": ("doctor my.yaml", "nothing is wrong"),
+    "doctor RECIPE [--arms a,b|all] [--set path=value] [--device auto|cpu|cuda] [--out DIR] [--json]": (
+        "doctor my.yaml --arms direct_grpo,bridge --set labels.budget=128 --device cpu --out runs/none --json",
+        '"findings"',
+    ),
+    "probe RECIPE": ("probe my.yaml --problems 8 --samples 8", "labels"),
+    "probe my.yaml": ("probe my.yaml --problems 8 --samples 8", "labels"),
+    "probe RECIPE [--problems N] [--samples K] [--out DIR] [--seed S] [--set path=value] [--device auto|cpu|cuda] "
+    "[--json]": (
+        "probe my.yaml --problems 8 --samples 8 --out runs/probe --seed 1 --set labels.budget=128 --device cpu --json",
+        '"advice"',
+    ),
+    "eval MODEL --data DATA [--samples K]": (
+        "eval pocket:qwen3-student --data held-out.jsonl --samples 2 --task sums --limit 4 --max-tokens 32",
+        "avg@2",
+    ),
+    "eval MODEL --data held-out.jsonl --samples 8": (
+        "eval pocket:qwen3-student --data held-out.jsonl --samples 8 --task sums --limit 2 --max-tokens 32",
+        "pass@8",
+    ),
+    "grade --data FILE": ("grade --data graded.jsonl", '"correct": true'),
+    "grade --data FILE --task TASK": ("grade --data graded.jsonl --task numeric", '"correct": true'),
+    "validate DATA": ("validate held-out.jsonl --task sums", "4 gold answers, 0 fail"),
+    "report DIR…": ("report runs/demo --json", '"verdict"'),
+    "watch DIR": ("watch runs/demo --json", '"running": false'),
+}
+
+ONLY_PARSED = {
+    "demo": "takes minutes; it is the study `pocket` of the default arms, whose plan is printed above",
+    "run my.yaml --set compute.sampler=vllm": "needs vLLM: tests/integration/engines/test_vllm_sampler.py, make test-engines",
+    "run my.yaml --arm raw_teacher --set models.teacher=http://gpu-7:8000/v1": "a server: tests/unit/teachers/test_server.py has one",
+    "merge ADAPTER OUT": "needs an adapter that was trained: tests/unit/models/test_lora.py",
+    "push DIR --to ID": "needs the hub: tests/integration/test_ecosystem.py pushes to one of its own",
+    "push DIR --to owner/name": "needs the hub: tests/integration/test_ecosystem.py pushes to one of its own",
+    "pretrain pocket\\|desk": "takes hours: tests/unit/tools/test_pretrain_desk.py makes small ones",
+    "pretrain desk --out desk": "takes hours and a GPU: tests/unit/tools/test_pretrain_desk.py makes small ones",
+    "report runs/demo --serve": "does not end by itself: the test below starts and ends it",
+}
+
+OTHER_PROGRAMS = {  # a line's beginning, and why the line is not run here
+    "make ": "every target is dry-run below; what they install takes minutes",
+    "pip install": "installs packages",
+    ".venv/bin/python make_problems.py": "tests/integration/test_docs.py runs the script of the tutorial",
+    "cd examples": "where the two commands after it are run",
+    "torchrun --nproc-per-node 2 -m headwater run pocket": "tests/integration/test_torchrun.py starts two processes so",
+    "torchrun --nproc-per-node 8 -m headwater run my.yaml": "needs eight GPUs",
+    "torchrun --nnodes 2": "needs two machines",
+    "vllm serve": "needs vLLM: tests/integration/engines/test_vllm_server.py, make test-engines",
+    ".venv-bench/bin/python -m benchmarks": "needs the peers: tests/unit/test_benchmarks.py runs the harness without them",
+    "python -m benchmarks.ten_settings": "takes hours: tests/unit/test_benchmarks.py",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: my.yaml on problems of one's own, and finished runs that the docs name."""
+    place = tmp_path_factory.mktemp("commands")
+    for name, pool, count in (("problems", "train", 300), ("held-out", "eval", 4)):
+        rows = [{"question": text, "answer": gold} for text, gold in sums.generate(count, pool, 0)]
+        (place / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    recipe = builtin_text("pocket").replace("{generate: {pool: train, count: 2000}}", "problems.jsonl")
+    recipe = recipe.replace("{generate: {pool: eval, count: 500}}", "held-out.jsonl")
+    (place / "mine.yaml").write_text(recipe)
+    row = {"id": "1", "gold": "47", "completion": "The answer is 47."}
+    (place / "graded.jsonl").write_text(json.dumps(row))
+    for path in EXAMPLES.glob("*"):
+        shutil.copy(path, place / path.name)
+    for seed in (0, 1):
+        said = tiny("run", place / f"runs/seed{seed}", "--arm", "direct_grpo", "--seed", str(seed))
+        assert said.code == 0, said.err
+    for copy, of in (("runs/demo", 0), ("runs/a", 0), ("runs/b", 1), ("DIR/256", 0)):
+        shutil.copytree(place / f"runs/seed{of}", place / copy, ignore=shutil.ignore_patterns("checkpoint"))
+    return place
+
+
+def told() -> set[str]:
+    """Every command in the docs that is more than a verb's name in a sentence."""
+    return {command for _, command in commands() if len(command.split()) > 1 or command == "demo"}
+
+
+def test_every_command_of_the_docs_stands_in_one_table() -> None:
+    tables = [*AS_IT_STANDS, *IN_SMALL, *ONLY_PARSED]
+    assert len(tables) == len(set(tables))
+    assert sorted(told() - set(tables)) == [] and sorted(set(tables) - told()) == []
+
+
+@cache
+def once(line: str) -> Said:
+    """What the docs say in several ways is typed once."""
+    return call(*shlex.split(line))
+
+
+@pytest.mark.parametrize("command", [*AS_IT_STANDS, *IN_SMALL])
+def test_it_is_run(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed, says = (command, AS_IT_STANDS[command]) if command in AS_IT_STANDS else IN_SMALL[command]
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(place))
+    shutil.copy("mine.yaml", "my.yaml")
+    line, _, into = typed.replace("SMALL", SMALL).partition(" > ")
+    said = once(line)
+    assert said.code == 0, said.out + said.err
+    assert re.search(says, said.out), said.out
+    if into:
+        (place / into).write_text(said.out)
+
+
+@pytest.mark.parametrize("command", ONLY_PARSED)
+def test_it_is_at_least_taken_by_the_program(command: str) -> None:
+    assert fault(command) is None
+    for name in re.findall(r"tests/[\w/]+\.py", ONLY_PARSED[command]):
+        assert (ROOT / name).exists()
+
+
+def test_the_served_page_comes_up_and_ends_with_an_interrupt(place: Path) -> None:
+    words = [*shlex.split("report runs/demo --serve"), "--port", "0"]
+    with subprocess.Popen(program(*words), cwd=place, stdout=subprocess.PIPE, text=True, env=environment()) as served:
+        assert served.stdout is not None
+        address = re.search(r"http://127\.0\.0\.1:\d+/", served.stdout.readline())
+        assert address is not None
+        with urllib.request.urlopen(address[0], timeout=60) as answer:
+            assert "direct_grpo" in answer.read().decode()
+        served.send_signal(2)
+        assert served.wait(20) == 130
+
+
+def test_every_line_of_another_program_stands_in_the_table() -> None:
+    lines = {
+        line
+        for text in PAGES.values()
+        for line in re.findall(
+            r"^    ((?:make|pip|cd|torchrun|vllm|ray|\S*python) .*?)(?:\s+#.*)?$", text, flags=re.MULTILINE
+        )
+    }
+    assert len(lines) > 10
+    assert [line for line in sorted(lines) if not line.startswith(tuple(OTHER_PROGRAMS))] == []
+    assert [begins for begins in OTHER_PROGRAMS if not any(line.startswith(begins) for line in lines)] == []
+    for line in lines:
+        if "-m headwater " in line:
+            assert fault(line.split("-m headwater ")[1]) is None
+
+
+def test_every_make_target_in_the_docs_would_run() -> None:
+    named = {
+        name for text in PAGES.values() for name in re.findall(r"(?:^    |`)make ([a-z-]+)", text, flags=re.MULTILINE)
+    }
+    assert {"demo", "test", "bench", "docs"} <= named
+    done = subprocess.run(["make", "--dry-run", *sorted(named)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

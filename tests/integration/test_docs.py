@@ -1,0 +1,195 @@
+"""What the docs tell people to type works, what they name exists, and the examples are recipes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+import typer
+import yaml
+
+import headwater
+from headwater.cli.main import app
+from headwater.config.arms import ARMS, find_recipe
+from headwater.runs.hardware import DEVICES
+from runs import call
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *DOCS]}
+EXAMPLES = ROOT / "examples"
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, what follows `headwater`) of every command: lines of code blocks, and code within sentences."""
+    found = []
+    for page, text in PAGES.items():
+        text = re.sub(r"\\\n\s*", " ", text)
+        lines = re.findall(
+            r"^(?:    )?(?:[\w./-]*/)?(?:\.venv/bin/)?(?:[A-Z_]+=\S+ )?headwater ([a-z]+.*?)$", text, flags=re.MULTILINE
+        )
+        spans = re.findall(r"`headwater ([a-z]+[^`]*)`", text.replace("\n", " "))
+        found += [(page, re.sub(r"\s+#\s.*", "", one).strip()) for one in lines + spans]
+    return sorted(set(found))
+
+
+def words(command: str) -> list[str]:
+    """A command as its words; in a synopsis what is optional is given, and names in capitals stand for something."""
+    said = command.split(" > ")[0].replace("\\|", "|")
+    said = re.sub(r"[\[\]]", " ", said).replace("…", "")
+    said = re.sub(r"(?<=[a-z])\|\S+", "", said)  # of several choices the first
+    return [re.sub(r"^[A-Z]$", "2", word) for word in shlex.split(said)]
+
+
+@cache
+def verbs() -> dict[str, click.Command]:
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined, no-any-return]
+
+
+def fault(command: str) -> str | None:
+    """Why the program would not take this command, as far as its words say. None if it would."""
+    verb, *rest = words(command)
+    if verb not in verbs():
+        return "no such verb"
+    if not rest and verb not in ("init", "demo"):
+        return None  # a verb's name in a sentence
+    try:
+        verbs()[verb].make_context(verb, rest)
+    except click.exceptions.Exit:
+        pass
+    except Exception as error:
+        if "Missing" not in str(error):  # a sentence may name an option without its argument
+            return str(error)
+    return None
+
+
+def test_every_command_in_the_docs_is_one_that_the_program_takes() -> None:
+    """tests/integration/test_commands.py runs them."""
+    told = commands()
+    assert len(told) > 60
+    assert [(page, command, said) for page, command in told if (said := fault(command)) is not None] == []
+
+
+def test_every_function_that_the_theory_page_names_exists() -> None:
+    named = set(re.findall(r"`(headwater(?:\.\w+)+)`", PAGES["docs/theory.md"]))
+    assert len(named) > 20
+    for name in named | set(re.findall(r"^::: (headwater[.\w]+)", PAGES["docs/api.md"], flags=re.MULTILINE)):
+        _named(name)
+    for module, members in re.findall(
+        r"^::: (headwater[.\w]+)\n    options: \{members: \[(.*?)\]", PAGES["docs/api.md"], flags=re.MULTILINE
+    ):
+        for member in members.split(", "):
+            _named(f"{module}.{member}")
+
+
+def _named(name: str) -> object:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(f"{name}: no such module")
+
+
+def test_the_tutorials_own_problems_are_made_and_fit_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    makes, data = (
+        re.search(rf"```{kind}\n(.*?)```", PAGES["docs/tutorial.md"], flags=re.DOTALL)[1]  # type: ignore[index]
+        for kind in ("python", "yaml")
+    )
+    subprocess.run([sys.executable, "-c", makes], check=True, timeout=60)
+    given = re.sub(r"^data:\n(?:  .*\n)+", data, call("init", "pocket").out, flags=re.MULTILINE)
+    Path("my.yaml").write_text(given)
+    recipe = find_recipe("my.yaml", [])
+    assert recipe.data.labeled.path == "problems.jsonl" and list(recipe.data.evals) == ["held_out"]
+    for name, count in (("problems.jsonl", 400), ("held-out.jsonl", 200)):
+        said = call("validate", name, "--task", recipe.task)
+        assert said.code == 0 and f"{count} gold answers, 0 fail; 0 repeated rows" in said.out
+
+
+def test_the_arms_page_has_every_arm() -> None:
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGES["docs/arms.md"], flags=re.MULTILINE)) == set(ARMS)
+
+
+def test_every_page_of_the_navigation_is_there_and_every_link_between_pages_leads_somewhere() -> None:
+    nav = set(re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert len(nav) > 20 and nav <= {str(path.relative_to(ROOT / "docs")) for path in DOCS}
+    for page, text in PAGES.items():
+        links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+        assert [link for link in links if link and not ((ROOT / page).parent / link).exists()] == [], page
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_example_is_a_recipe_whose_files_are_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    recipe = find_recipe(path.name, [])
+    sources = [recipe.data.labeled, recipe.data.unlabeled, *recipe.data.evals.values()]
+    for source in sources:
+        if source is not None and source.path is not None and not source.path.startswith("gsm8k/"):
+            said = call("validate", source.path, "--task", recipe.task)
+            assert said.code == 0, said.out + said.err
+    assert path.name in PAGES["docs/examples.md"]
+
+
+def test_the_example_with_adapters_fits_the_device_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    command = re.search(r"headwater (run .* --dry-run --on \w+)", Path("gsm8k_lora.yaml").read_text(encoding="utf-8"))
+    assert command is not None and command[1].endswith("rtx4090")
+    said = call(*shlex.split(command[1]), "--json")
+    assert said.code == 0, said.err
+    found = json.loads(said.out)
+    assert {one["node"].split(".")[0] for one in found} >= {"teacher_rl", "warmup", "opd", "student_rl"}
+    assert max(one["peak_bytes"] for one in found) < 0.95 * DEVICES["rtx4090"].memory
+
+
+def test_the_two_gpu_example_is_a_command_that_the_program_takes() -> None:
+    command = re.search(
+        r"-m headwater (run .*)$", (EXAMPLES / "two_gpus.sh").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert command is not None
+    assert fault(command[1]) is None
+
+
+def test_the_example_with_its_own_grader_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    said = call(
+        "run", "own_grader.yaml", "--arm", "direct_grpo", "--out", tmp_path / "out", "--set", "compute.workers=1"
+    )
+    assert said.code == 0, said.err
+    labels = json.loads((tmp_path / "out/report.json").read_text())["arms"]["direct_grpo"]["labels"]
+    assert labels["checks"] == 32 and 4 <= labels["distinct"] <= 8  # two steps of 4 problems × 4 samples
+
+
+def test_the_notebook_was_executed_and_says_what_the_study_said() -> None:
+    book = json.loads((EXAMPLES / "pocket_study.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) >= 5 and [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    text = "".join("".join(output.get("text", output.get("data", {}).get("text/plain", []))) for output in outputs)
+    assert "bridge" in text and any("image/png" in output.get("data", {}) for output in outputs)
+    for cell in cells:
+        compile(re.sub(r"^[!%].*$", "pass", "".join(cell["source"]), flags=re.MULTILINE), "cell", "exec")
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "title", "authors", "message"} <= cited.keys()
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert version is not None and cited["version"] == version[1]
+    assert Path(headwater.__file__).parent.name == "headwater"

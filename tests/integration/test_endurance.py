@@ -1,0 +1,27 @@
+"""A short version of `make endurance`: memory and open files stay as they are, step after step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from endurance import growth, long_stage
+from tests.integration.test_faults import forks
+
+
+def test_steps_that_come_after_steps_hold_memory_and_open_files(tmp_path: Path) -> None:
+    said = long_stage(forks(), tmp_path / "out", 150)
+    assert said.code == 0, said.err
+    grown, files = growth(said)
+    assert grown < 0.02 and files <= 0
+    assert len(said.held) >= 8
+
+
+@pytest.mark.parametrize(("per_step", "seen"), [(0, False), (1 << 18, True)])
+def test_the_measure_sees_a_leak(per_step: int, seen: bool) -> None:
+    from forks import Ended
+
+    held = [(0.5 * at, 200 * 2**20 + at * per_step, 12 + (at % 3 == 0)) for at in range(100)]
+    grown, files = growth(Ended(0, "", 50.0, {}, held))
+    assert (grown > 0.02) == seen and files == 0

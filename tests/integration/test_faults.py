@@ -1,0 +1,459 @@
+"""A run that is killed, starved of disk or damaged anywhere ends as if it had not been, or says in a sentence why it cannot.
+
+The fast part; `make chaos` has the rest (test_chaos.py). Every comparison is of every file, by hash (`chaos.differing`).
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import headwater
+from chaos import differing, digests, small
+from forks import Ended, Forks
+from headwater.storage import fault_points
+from headwater.storage.files import read_json, write_json
+from runs import held, node, rows, temporary
+
+KILLED = -signal.SIGKILL
+pytestmark = pytest.mark.timeout(900)  # processes that are paused or share a core are no fault
+
+
+@cache
+def forks() -> Forks:
+    return Forks()
+
+
+def go(out: Path, fault: str | None = None, *changes: str) -> Ended:
+    return forks().run(*small(out, *changes), fault=fault)
+
+
+@cache
+def undisturbed() -> tuple[Path, dict[str, int]]:
+    """A run that nothing disturbed, and how often it arrived at each point, in the order of first arrivals."""
+    out = temporary() / "whole"
+    said = go(out)
+    assert said.code == 0, said.err
+    return out, said.arrivals
+
+
+def whole() -> Path:
+    return undisturbed()[0]
+
+
+def copied(folder: Path) -> Path:
+    return Path(shutil.copytree(whole(), folder / "out"))
+
+
+def points() -> list[str]:
+    """The points that an undisturbed run comes by, in the order of its first arrivals."""
+    return list(undisturbed()[1])
+
+
+def once_at_each(names: list[str], kind: str, folder: Path) -> Iterator[tuple[str, Ended]]:
+    """Runs that each meet a fault at the next point, going on in one folder where the last one stopped.
+
+    A run that finishes because the work behind its point is done ends that folder, which must be as if nothing had been; the
+    point then has a fresh one, in which it must be reached.
+    """
+    many = 0
+    for name in names:
+        said = go(folder / str(many), f"{name}:1={kind}")
+        if said.code == 0:
+            assert differing(folder / str(many), whole()) == []
+            many += 1
+            said = go(folder / str(many), f"{name}:1={kind}")
+        assert said.code != 0, f"{name} was not reached"
+        yield name, said
+    assert go(folder / str(many)).code == 0
+    assert differing(folder / str(many), whole()) == []
+
+
+def one_sentence(said: Ended) -> str:
+    """What the program said at its end, which is one line without a traceback."""
+    assert "Traceback" not in said.err, said.err
+    last = said.err.strip().splitlines()[-1]
+    assert last.startswith("headwater: "), said.err
+    return last.removeprefix("headwater: ")
+
+
+# The instruments ------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_of_points_is_that_of_the_source() -> None:
+    found = [
+        call.args[0].value
+        for path in Path(headwater.__file__).parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        and ast.unparse(call.func) == "fault_points.point"
+        and isinstance(call.args[0], ast.Constant)
+    ]
+    assert sorted(set(found)) == sorted(fault_points.POINTS) and len(fault_points.POINTS) >= 25
+    assert fault_points.POINTS.keys() >= fault_points.WRITES
+
+
+def test_a_run_comes_by_every_point() -> None:
+    """All but one, which comes only where something is in the way (`test_killed_while_a_folder_is_replaced`)."""
+    assert set(points()) == set(fault_points.POINTS) - {"folder.moved"}
+
+
+def test_without_a_fault_a_point_does_nothing_and_an_unknown_one_is_refused() -> None:
+    assert not fault_points.armed()
+    fault_points.failpoint("step.begun")
+    with pytest.raises(KeyError):
+        fault_points.struck("step.begunn:1=kill")
+    with pytest.raises(KeyError):
+        fault_points.struck("step.begun:1=explode")
+    strike = fault_points.struck("step.begun:2=error")
+    strike("step.begun")
+    strike("step.ended")
+    with pytest.raises(RuntimeError, match="a fault was asked for"):
+        strike("step.begun")
+
+
+def test_the_environment_arms_a_point_in_any_process() -> None:
+    code = "from headwater.storage.fault_points import point; point('step.begun'); point('step.begun'); print('alive')"
+    environment = {**os.environ, "HEADWATER_FAULT": "step.begun:2=kill", "PYTHONPATH": os.pathsep.join(sys.path)}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+    assert said.returncode == KILLED and said.stdout == b""
+
+
+def test_killed_before_the_last_checkpoint_of_a_stage_drops_the_older_ones_they_go_all_the_same(tmp_path: Path) -> None:
+    """Distillation has three checkpoints here, of which two are kept; no step follows that would drop the first."""
+    out, saved = tmp_path / "out", 7  # two of the teacher, two of the warm-up, then the third
+    assert go(out, f"checkpoint.saved:{saved}=kill").code == KILLED
+    assert len(list((node(out, "bridge_rl", "opd") / "checkpoint").glob("[0-9]*"))) == 3
+    assert go(out).code == 0
+    assert differing(out, whole()) == []
+
+
+def flip(path: Path, share: float = 0.5, bit: int = 0) -> None:
+    """Turn one bit of a file over."""
+    content = bytearray(path.read_bytes())
+    content[min(len(content) - 1, int(share * len(content)))] ^= 1 << bit
+    path.unlink()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model/model.safetensors", "checkpoint/000003/optimizer.safetensors", "metrics.jsonl", "ledger.jsonl",
+     "rollouts/000002.jsonl", "evals/final/sums.jsonl", "conditions.jsonl"],
+)  # fmt: skip
+def test_the_comparison_sees_one_bit(name: str, tmp_path: Path) -> None:
+    out = copied(tmp_path)
+    assert differing(out, whole()) == []
+    path = node(out, "bridge_rl", "opd") / name
+    if path.suffix == ".safetensors":
+        flip(path, 1.0)
+    else:  # in the last digit of a number that no clock measured
+        key = {"metrics.jsonl": '"lr": ', "ledger.jsonl": '"flops": ', "conditions.jsonl": '"entropy_student": '}.get(
+            name, '"tokens": '
+        )
+        text = path.read_text(encoding="utf-8")
+        place = text.rindex(key) + len(key)
+        path.write_text(text[:place] + str(int(text[place]) % 9 + 1) + text[place + 1 :], encoding="utf-8")
+    assert differing(out, whole()) == [str(path.relative_to(out))]
+
+
+def test_the_comparison_sees_a_file_too_many_and_one_too_few(tmp_path: Path) -> None:
+    out = copied(tmp_path)
+    (out / "nodes" / ".left.tmp").write_text("")
+    (out / "labels.csv").unlink()
+    assert differing(out, whole()) == ["labels.csv", "nodes/.left.tmp"]
+    assert len(digests(whole())) > 100
+
+
+# Kills ----------------------------------------------------------------------------------------------------------------
+
+
+def test_killed_once_at_every_point_a_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    for name, said in once_at_each(points(), "kill", tmp_path):
+        assert said.code == KILLED, (name, said.err)
+
+
+def test_killed_while_a_folder_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert go(out, "model.saved:1=kill").code == KILLED  # so that the model's folder is there, and is written again
+    for fault, code in (("folder.moved:1=full", 4), ("folder.moved:1=kill", KILLED), ("folder.renamed:1=kill", KILLED)):
+        assert go(out, fault).code == code
+    assert go(out).code == 0
+    assert differing(out, whole()) == []
+
+
+@pytest.mark.parametrize("fault", ["checkpoint.begun:8=kill", "append.torn:40=kill", "update.stepped:5=kill"])
+def test_killed_once_late_and_alone(fault: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert go(out, fault).code == KILLED
+    assert go(out).code == 0
+    assert differing(out, whole()) == []
+
+
+# Disks ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_at_every_write_is_one_sentence_and_code_4_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path,
+) -> None:
+    for name, said in once_at_each([name for name in points() if name in fault_points.WRITES], "full", tmp_path):
+        assert said.code == 4, (name, said.code, said.err)
+        assert "no space left on device" in one_sentence(said) and str(tmp_path) in one_sentence(said), name
+
+
+@pytest.mark.parametrize("fault", ["file.begun:6=readonly", "append.begun:5=readonly", "folder.begun:2=readonly"])
+def test_a_file_system_that_turns_read_only_is_one_sentence_too(fault: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = go(out, fault)
+    assert said.code == 4 and "read-only file system" in one_sentence(said)
+    assert go(out).code == 0
+    assert differing(out, whole()) == []
+
+
+def mounted(folder: Path, size: str) -> bool:
+    folder.mkdir()
+    return (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode
+        == 0
+    )
+
+
+def test_a_disk_that_really_is_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    if not mounted(disk, "3m"):
+        pytest.skip("needs the right to mount")
+    try:
+        for _ in range(2):
+            said = go(disk / "out")
+            assert said.code == 4 and "no space left on device" in one_sentence(said)
+        subprocess.run(["mount", "-o", "remount,size=256m", disk], check=True)
+        assert go(disk / "out").code == 0
+        assert differing(disk / "out", whole()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_may_not_be_written_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    out = copied(tmp_path)
+    before = digests(out)
+    user = 65534 if os.getuid() == 0 else None  # root may write anywhere
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    for path in (out, *filter(Path.is_dir, out.rglob("*"))):
+        path.chmod(0o555)
+    (out / ".lock").chmod(0o444)
+    try:
+        said = forks().run(*small(out), user=user)
+        assert said.code == 2 and one_sentence(said) == f"--out {out}: cannot be written (Permission denied)"
+        said = forks().run(*small(out / "nodes" / "new"), user=user)
+        assert said.code == 2 and "cannot be written (Permission denied)" in one_sentence(said)
+    finally:
+        for path in (out, *filter(Path.is_dir, out.rglob("*"))):
+            path.chmod(0o755)
+        (out / ".lock").chmod(0o644)
+    assert digests(out) == before
+
+
+# Signals, errors, company ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int", "term"])
+@pytest.mark.parametrize(
+    ("point", "stage", "unfinished"),
+    [("step.begun:4", "warmup", True), ("node.described:1", "base_student", True), ("node.described:4", "teacher_rollouts", True),
+     ("run.planned:1", "base_student", True), ("evaluation.begun:3", "teacher_rl", True), ("report.begun:1", "student_rl", False)],
+)  # fmt: skip
+def test_asked_to_stop_it_leaves_130_and_goes_on_later(
+    kind: str, point: str, stage: str, unfinished: bool, tmp_path: Path
+) -> None:
+    """Training after the step at work, with a checkpoint; a cache or an evaluation at once, to be done again."""
+    out = tmp_path / "out"
+    said = go(out, f"{point}={kind}")
+    assert said.code == 130 and "Traceback" not in said.err
+    assert f"headwater: interrupted; the same command with --out {out} goes on from here" in said.err
+    where = list(out.glob(f"nodes/{stage}.*"))
+    assert any((path / "DONE").exists() for path in where) != unfinished
+    if point.startswith("step"):  # the fourth: the second of two of the warm-up
+        assert {path.name for path in (where[0] / "checkpoint").iterdir()} == {"000001", "000002"}
+    assert go(out).code == 0
+    assert differing(out, whole()) == []
+
+
+def test_an_error_of_the_sampler_is_told_and_kept_and_a_second_go_ends_the_same(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = go(out, "rollouts.arrived:9=error")
+    assert said.code == 1 and one_sentence(said).startswith("RuntimeError: a fault was asked for (traceback in ")
+    (mark,) = out.glob("nodes/*/FAILED")
+    assert "Traceback" in read_json(mark)["traceback"]
+    assert go(out).code == 0
+    assert differing(out, whole()) == []
+
+
+def test_a_second_process_on_the_folder_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = forks().run(*small(out), then="step.begun")
+    refused = f"second: 2: headwater: --out {out}: another process is at work there; wait until it ends, or use another folder"
+    assert said.code == 0 and refused in said.err
+    assert differing(out, whole()) == []
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+MENDED, REFUSED, REWRITTEN = "mended", "refused", "rewritten"
+FILES = {  # of a finished run -> what becomes of it: done again and named; refused and named; made anew in any run
+    "opd/model/model.safetensors": MENDED,
+    "opd/model/tokenizer.json": MENDED,
+    "opd/model/README.md": MENDED,
+    "opd/evals/final/sums.jsonl": MENDED,
+    "opd/node.json": MENDED,
+    "opd/DONE": MENDED,
+    "teacher_rollouts/cache/distributions.safetensors": MENDED,
+    "teacher_rollouts/cache/rollouts.jsonl": MENDED,
+    "teacher_rollouts/ledger.jsonl": MENDED,
+    "base_student/evals/final/sums.jsonl": MENDED,
+    "base_student/DONE": MENDED,
+    "opd/metrics.jsonl": REFUSED,  # of a step before the last two checkpoints: they cannot bring it back
+    "opd/ledger.jsonl": REFUSED,
+    "opd/conditions.jsonl": REFUSED,
+    "opd/sums.jsonl": REFUSED,
+    "opd/rollouts/000001.jsonl": REFUSED,
+    "student_rl/evals/step-000001/sums.jsonl": REFUSED,
+    "plan.json": REFUSED,
+    "recipe.json": REFUSED,
+    "env.json": REWRITTEN,
+    "ledger.jsonl": REWRITTEN,
+    "report.json": REWRITTEN,
+    "labels.csv": REWRITTEN,
+}
+
+
+def located(out: Path, name: str) -> Path:
+    stage, _, rest = name.partition("/")
+    return (
+        node(out, "bridge_rl", stage) / rest
+        if rest and "base" not in stage
+        else next(iter(out.glob(f"nodes/{stage}.*"))) / rest
+        if rest
+        else out / name
+    )
+
+
+def damaged(name: str, how: str, folder: Path) -> None:
+    """What must hold of a finished run's folder with one damaged file."""
+    out = copied(folder)
+    path = located(out, name)
+    if how == "flipped":
+        flip(path, 0.5 if name == "recipe.json" else 0.1)  # its first fields may differ, and are written anew
+    elif how == "cut":
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content[: len(content) // 3])
+    else:
+        path.unlink()
+    said = go(out)
+    if FILES[name] == REFUSED:
+        assert said.code == 2, (said.code, said.err)
+        what = "recipe" if name == "recipe.json" and how == "flipped" else str(path)
+        assert what in one_sentence(said)
+        return
+    assert said.code == 0, said.err
+    if FILES[name] == MENDED:
+        assert f"{path}: is damaged; " in said.err.replace("\n", "")
+    assert differing(out, whole()) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found_in_every_file(name: str, tmp_path: Path) -> None:
+    damaged(name, "flipped", tmp_path)
+
+
+def unfinished(folder: Path) -> tuple[Path, Path]:
+    """A run killed in its OPD after the second of three steps, with two checkpoints and a third step half written."""
+    out = folder / "out"
+    assert go(out, "step.kept:7=kill").code == KILLED  # 2 of teacher_rl, 2 of warmup, and the third of opd
+    opd = next(out.glob("nodes/opd.*"))
+    assert sorted(path.name for path in (opd / "checkpoint").iterdir()) == ["000001", "000002"]
+    return out, opd
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "sums.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(name: str, tmp_path: Path) -> None:
+    out, opd = unfinished(tmp_path)
+    flip(opd / "checkpoint" / "000002" / name)
+    said = go(out)
+    assert said.code == 0 and f"{opd}/checkpoint/000002/" in said.err and "is damaged, so checkpoint 000002" in said.err
+    assert differing(out, whole()) == []
+
+
+def test_with_all_checkpoints_damaged_it_is_refused_by_name(tmp_path: Path) -> None:
+    out, opd = unfinished(tmp_path)
+    for step in ("000001", "000002"):
+        flip(opd / "checkpoint" / step / "model.safetensors")
+    said = go(out)
+    assert said.code == 2 and str(opd / "checkpoint/000002/model.safetensors") in one_sentence(said)
+    shutil.rmtree(opd)  # as the sentence says
+    assert go(out).code == 0
+    assert differing(out, whole()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "code"),
+    [("metrics.jsonl", 0.01, 2), ("ledger.jsonl", 0.01, 2), ("rollouts/000001.jsonl", 0.5, 2), ("sums.jsonl", 0.01, 2),
+     ("metrics.jsonl", 0.95, 0), ("ledger.jsonl", 0.95, 0), ("rollouts/000003.jsonl", 0.5, 0), ("rollouts/000002.jsonl", 0.5, 0)],
+)  # fmt: skip
+def test_a_damaged_log_of_an_unfinished_stage_is_written_again_from_a_checkpoint_before_it_or_refused(
+    name: str, share: float, code: int, tmp_path: Path
+) -> None:
+    out, opd = unfinished(tmp_path)
+    flip(opd / name, share)
+    said = go(out)
+    assert said.code == code, said.err
+    if code:
+        assert str(opd / name) in one_sentence(said)
+    else:
+        assert differing(out, whole()) == []
+
+
+def test_a_large_file_is_read_whole_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headwater.errors import UserError
+    from headwater.storage import run_dir
+
+    out = copied(tmp_path)
+    monkeypatch.setattr(run_dir, "LARGE", 1 << 10)
+    folder = run_dir.NodeDir(node(out, "bridge_rl", "opd"))
+    flip(folder.model / "model.safetensors")
+    assert folder.damage() is None  # of the same size: a start does not see it
+    with pytest.raises(UserError, match=r"model\.safetensors: is damaged"):
+        folder.refuse_damage("model/")
+    assert not folder.done.exists()  # so that the next start makes it again
+
+
+def test_a_report_of_damaged_results_is_refused(tmp_path: Path) -> None:
+    out = copied(tmp_path)
+    path = node(out, "bridge_rl", "opd") / "evals/final/sums.jsonl"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"correct": false', '"correct": true', 1), encoding="utf-8"
+    )
+    said = forks().run("report", out)
+    assert said.code == 2 and str(path) in one_sentence(said)
+
+
+def test_a_folder_of_an_earlier_version_without_checksums_is_taken_as_it_is(tmp_path: Path) -> None:
+    out = copied(tmp_path)
+    for path in out.glob("nodes/*/DONE"):
+        write_json(path, {"fingerprint": held(path)["fingerprint"]})
+    plan = held(out / "plan.json")
+    del plan["check"]
+    write_json(out / "plan.json", plan)
+    said = go(out)
+    assert said.code == 0 and not said.arrivals.get("node.begun")
+    assert rows(out / "ledger.jsonl") == rows(whole() / "ledger.jsonl")

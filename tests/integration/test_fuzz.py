@@ -1,0 +1,69 @@
+"""The first cases of `make fuzz`, in a process of their own with a bound on its memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fuzz
+import headwater
+from headwater.errors import RefusedError, TrainingStoppedError, UserError
+
+
+def test_the_first_hundreds_of_fuzzed_cases_are_valid_or_one_sentence() -> None:
+    script = Path(__file__).parents[1] / "support" / "fuzz.py"
+    path = os.pathsep.join([str(Path(headwater.__file__).parents[1]), str(script.parent)])
+    said = subprocess.run(
+        [sys.executable, str(script), "--count", "300"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert said.returncode == 0, said.stdout[-4000:] + said.stderr[-2000:]
+    assert "300 cases from 0, 0 not as they must be" in said.stdout
+    for reached in ("planned", "validated", "graded", "refused 2", "reported"):
+        assert reached in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("raised", "outcome"),
+    [
+        (ValueError("x"), "!ValueError"),
+        (RecursionError(), "!RecursionError"),
+        (SystemExit(0), "!SystemExit"),
+        (UserError(""), "!unprintable"),
+        (UserError("a row"), "refused 2"),
+        (RefusedError("two\nlines"), "refused 3"),
+        (TrainingStoppedError("nothing was trained"), "!exit 4"),
+    ],
+)
+def test_the_fuzzer_tells_a_sentence_from_everything_else(
+    raised: BaseException, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def case(draw: object, folder: Path) -> str:
+        assert folder.is_dir() and not list(folder.iterdir())
+        raise raised
+
+    monkeypatch.setitem(fuzz.KINDS, "made", (1, case))
+    assert fuzz.run_case(7, "made")[:2] == ("made", outcome)
+
+
+def test_the_fuzzer_ends_a_case_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def case(draw: object, folder: Path) -> str:
+        while True:
+            pass
+
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setitem(fuzz.KINDS, "made", (1, case))
+    assert fuzz.run_case(7, "made")[1] == "!HangError"
+
+
+def test_a_case_is_the_same_for_everybody(tmp_path: Path) -> None:
+    first = [fuzz.run_case(number)[:2] for number in (2, 7, 9, 12)]
+    assert first == [fuzz.run_case(number)[:2] for number in (2, 7, 9, 12)]
+    assert {kind for kind, _ in first} == {"recipe"}

@@ -1,0 +1,73 @@
+"""What the README tells people to type works as it stands there, and what it says of the package is so."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from headwater.config.arms import builtin_text
+from headwater.config.recipe import Models, Prompt, parse_recipe
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = [
+    *("stages.teacher_rl.steps=2", "stages.warmup.steps=1", "stages.opd.steps=1", "stages.student_rl.steps=1"),
+    *("data.evals.sums.generate.count=10", "evaluate.samples=1", "labels.budget=128", "guards.no_signal=continue"),
+]
+
+
+def commands() -> list[str]:
+    return re.findall(r"^    \.venv/bin/headwater (.*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
+
+
+def test_the_commands_for_ones_own_problems_run_one_after_the_other(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {n} + {n}?", "answer": f"{n} and {n} are {2 * n}.\n#### {2 * n}"} for n in range(20)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    told = commands()
+    assert [one.split()[0] for one in told] == ["init", "validate", "doctor", "run", "run"]
+    for command in told:
+        line, _, target = command.partition(" > ")
+        words = line.split()
+        if words[0] == "run":
+            words += [word for change in SHORT for word in ("--set", change)]
+        done = subprocess.run(
+            [sys.executable, "-m", "headwater", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        if target:
+            (tmp_path / target.strip()).write_text(done.stdout)
+    report = json.loads((tmp_path / "runs/my/report.json").read_text())
+    assert report["arms"]["bridge_rl"]["labels"]["distinct"] > 0
+
+
+def test_the_recipe_shown_for_real_models_is_valid_on_top_of_the_built_in_one() -> None:
+    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", README, flags=re.DOTALL).group(1))  # type: ignore[union-attr]
+    recipe = parse_recipe({**yaml.safe_load(builtin_text("pocket")), **shown}, "README")
+    assert recipe.models == Models(
+        student="/models/Qwen3-1.7B", teacher="/models/Qwen3-8B", dtype="bfloat16", gradient_checkpointing=True
+    )
+    assert recipe.labels.budget == 512 and recipe.data.unlabeled is not None
+    assert recipe.prompt.template.endswith("\\boxed{}.") and Prompt().thinking is recipe.prompt.thinking
+
+
+def test_every_file_it_links_to_and_every_verb_it_lists_is_there() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert len(links) > 5
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    listed = set(re.findall(r"^\| `headwater ([a-z]+)", README, flags=re.MULTILINE))
+    said = subprocess.run([sys.executable, "-m", "headwater", "--help"], capture_output=True, text=True).stdout
+    assert listed == set(re.findall(r"^│ ([a-z]+) ", said, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_its_two_commands_are_targets_of_the_makefile(target: str) -> None:
+    assert f"    make {target} " in README
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)

@@ -1,0 +1,211 @@
+"""One node on several processes: the same numbers as on one, whoever is killed, and checkpoints that any number of them reads."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crew import Crew
+from headwater.distributed.process_group import ProcessGroup
+from headwater.training.loop import Row, divided
+from headwater.training.rollouts import shared_out
+from runs import environment, held, infos, node, rows, sets, temporary, tiny
+from tiny import rollout_of, stage_of
+
+# Every kind of pass at once: a reference, several updates of one batch, microbatches so small that ranks have unlike numbers of them.
+CHANGES = (
+    "stages.teacher_rl.sparse.kl_coef=0.01",
+    "stages.teacher_rl.passes=2",
+    "stages.teacher_rl.minibatches=2",
+    "compute.microbatch_tokens=150",
+    "stages.opd.checkpoint_every=1",
+    "stages.opd.steps=3",
+    # Where a gradient is nothing but rounding, AdamW makes a whole step of it: that step must be small to see anything else.
+    *(f"stages.{stage}.optim.lr=2e-5" for stage in ("teacher_rl", "warmup", "opd", "student_rl")),
+)
+NEAR = 1e-4
+"""Largest difference of a number, and of a weight matrix against its norm: sums are made in another order."""
+
+
+@cache
+def crew() -> Crew:
+    return Crew()
+
+
+@cache
+def one_process() -> Path:
+    out = temporary() / "one"
+    said = tiny("run", out, changes=CHANGES)
+    assert said.code == 0, said.err
+    return out
+
+
+def command_of(out: Path, *changes: str) -> list[str | Path]:
+    return ["run", "pocket", "--out", out, *sets(*changes)]
+
+
+def command(out: Path) -> list[str | Path]:
+    return command_of(out, *CHANGES)
+
+
+def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[float, str]]:
+    """How far two values are apart, number by number, relative to 1 or the number; anything but a float must be equal."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if not key.startswith("seconds"):
+                yield from differences(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for index, (one, other) in enumerate(zip(a, b, strict=True)):
+            yield from differences(one, other, f"{where}[{index}]")
+    elif isinstance(a, float):
+        yield abs(a - b) / max(1.0, abs(a)), where
+    else:
+        assert a == b, f"{where}: {a!r} and {b!r}"
+
+
+def assert_alike(out: Path, one: Path) -> None:
+    """The same texts, verdicts, labels and costs; weights and measures to within rounding."""
+    assert [path.name for path, _ in infos(out)] == [path.name for path, _ in infos(one)]
+    for theirs, _ in infos(one):
+        ours = out / "nodes" / theirs.name
+        for path in (*theirs.glob("model/*.safetensors"), *theirs.glob("cache/*.safetensors")):
+            a, b = load_file(ours / path.relative_to(theirs)), load_file(path)
+            assert a.keys() == b.keys()
+            apart = max(distance(a[name].float(), b[name].float()) for name in a)
+            assert apart < NEAR, f"{path.relative_to(one)}: {apart}"
+        names = [path.relative_to(theirs) for path in sorted(theirs.rglob("*.jsonl")) if path.name != "sums.jsonl"]
+        assert names == [path.relative_to(ours) for path in sorted(ours.rglob("*.jsonl")) if path.name != "sums.jsonl"]
+        for name in names:
+            assert max(differences(rows(ours / name), rows(theirs / name)), default=(0.0, ""))[0] < NEAR, name
+        assert not [one for one in differences(rows(ours / "ledger.jsonl"), rows(theirs / "ledger.jsonl")) if one[0]]
+    assert max(differences(held(out / "report.json"), held(one / "report.json")))[0] < NEAR
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def test_two_processes_give_the_run_of_one_with_the_same_ledger(tmp_path: Path) -> None:
+    ended = crew().run(2, *command(tmp_path / "out"))
+    assert [one.code for one in ended] == [0, 0], ended
+    assert_alike(tmp_path / "out", one_process())
+    assert held(tmp_path / "out" / "env.json")["processes"] == 2 and ended[1].err == ""
+
+
+def test_a_killed_rank_ends_the_others_with_a_sentence_and_one_or_four_go_on_from_the_checkpoint_of_two(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "two"
+    # OPD's steps are the 9th to 11th that a rank begins: two of teacher RL and two of warm-up come before.
+    ended = crew().run(2, *command(out), faults={1: "step.begun:7=kill"})
+    assert ended[1].code == -signal.SIGKILL and ended[0].code == 4
+    assert ended[0].err.endswith(
+        "headwater: another process of this run is gone; the same command goes on from the last checkpoint\n"
+    )
+    assert ended[0].seconds - ended[1].seconds < 10
+    kept = node_of(out, "opd") / "checkpoint" / "000002"
+    assert sorted(path.name for path in kept.glob("shard-*")) == [
+        f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)
+    ]
+    for size in (1, 4):
+        shutil.copytree(out, tmp_path / str(size))
+        again = crew().run(size, *command(tmp_path / str(size)))
+        assert [one.code for one in again] == [0] * size, again
+        assert_alike(tmp_path / str(size), one_process())
+
+
+def node_of(out: Path, stage: str) -> Path:
+    return next((out / "nodes").glob(f"{stage}.*"))
+
+
+@pytest.mark.many
+def test_a_stop_that_all_are_asked_for_leaves_one_checkpoint_and_two_go_on_from_what_one_wrote(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    begun = f"{out}/nodes/warmup.*/metrics.jsonl"
+    ended = crew().run(2, *command(out), signals=[(begun, signal.SIGTERM)])
+    assert [one.code for one in ended] == [130, 130], ended
+    assert ended[0].err.count("stopping after this step, with a checkpoint") == 1 and ended[1].err == ""
+    again = crew().run(1, *command(out), faults={0: "step.begun:3=int"})
+    assert again[0].code == 130, again
+    assert (node_of(out, "opd") / "checkpoint").exists()
+    assert [one.code for one in crew().run(2, *command(out))] == [0, 0]
+    assert_alike(out, one_process())
+
+
+@pytest.mark.many
+def test_what_stops_one_stage_on_all_ranks_spares_the_rest_of_a_study(tmp_path: Path) -> None:
+    changes = ["guards.no_signal=stop", "guards.patience=1", "stages.student_rl.sampling.max_tokens=1"]
+    argv = ["study", "pocket", "--arms", "direct_grpo,raw_teacher", "--out", tmp_path, *sets(*changes)]
+    ended = crew().run(2, *argv)
+    assert [one.code for one in ended] == [4, 4]
+    assert ended[0].err.count("no group is informative") == 2 and ended[1].err == ""  # as it happens, and at the end
+    assert (node(tmp_path, "raw_teacher", "opd") / "DONE").exists()
+    assert "no group is informative" in held(node(tmp_path, "direct_grpo", "student_rl") / "FAILED")["sentence"]
+
+
+@pytest.mark.many
+def test_torchrun_runs_it_to_the_same_end_and_one_process_speaks(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "headwater"]
+    argv = [*launcher, *map(str, command(tmp_path / "out"))]
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=280, env=environment())
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("accuracy on sums before, between and after the stages") == 1
+    assert_alike(tmp_path / "out", one_process())
+
+
+def test_only_run_study_and_demo_may_be_launched_as_several_processes() -> None:
+    world = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    refused = subprocess.run(
+        [sys.executable, "-m", "headwater", "probe", "pocket"],
+        capture_output=True, text=True, timeout=60, env={**environment(), **world},
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert refused.stderr == "headwater: torchrun: only run, study and demo are run by several processes together\n"
+
+
+# Shares ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_run_by_one_rank_and_groups_stay_whole_where_there_are_enough() -> None:
+    stage = stage_of("grpo", batch_size=32, group_size=4, minibatches=2)
+    lengths = [3, 9, 1, 7, 2, 8, 5, 4]
+    many = [
+        Row(rollout_of((1, group, 2), (5,) * length, sample))
+        for group, length in enumerate(lengths)
+        for sample in range(4)
+    ]
+    shared = [shared_out(many, stage, 4, ProcessGroup(rank, 2)) for rank in (0, 1)]
+    assert [[row.rollout for row in one] for one in shared] == [[row.rollout for row in many]] * 2
+    assert all(a.here != b.here for a, b in zip(*shared, strict=True))
+    for part in divided(shared[0], 2, 4):
+        here = [row for row in part if row.here]
+        assert {len([row for row in here if row.rollout.prompt_ids[1] == group]) for group in range(8)} <= {0, 4}
+        # Groups of (3 + length) · 4 tokens: 24, 48, 16, 40 and 20, 44, 32, 28, of which the fairest halves are 64 and 64, 60 and 64.
+        load = sum(3 + row.tokens for row in here)
+        assert load in {64, 60}
+
+
+def test_one_process_alone_shares_with_nobody() -> None:
+    alone = ProcessGroup()
+    many = [Row(rollout_of((1, 2), (3,)))]
+    assert shared_out(many, stage_of(), 1, alone) is many and alone.share([1, 2]) == [1, 2]
+    assert alone.summed({"loss": 0.1}) == {"loss": 0.1} and list(alone.turns([1, 2])) == [1, 2]
+
+
+def test_consecutive_shares_cover_all_and_differ_by_one_at_most() -> None:
+    for count in range(9):
+        parts = [ProcessGroup(rank, 4).share(range(count)) for rank in range(4)]
+        assert [one for part in parts for one in part] == list(range(count))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1

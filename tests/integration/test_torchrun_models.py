@@ -1,0 +1,134 @@
+"""What several ranks train and ask besides plain models with weights of their own: adapters, teachers elsewhere; and that
+none of them holds a whole model while it loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from headwater.config.recipe import Lora
+from headwater.distributed.process_group import ProcessGroup
+from headwater.errors import UserError
+from headwater.models.fsdp import load as load_parts
+from headwater.models.lora import Wanted
+from headwater.models.policy import load
+from runs import environment, rows, tiny
+from serving import Answering, serving
+from tests.integration.test_torchrun import CHANGES, assert_alike, command_of, crew, node_of
+from tests.unit.teachers.test_build import mapped
+from tests.unit.teachers.test_server import RAW
+from tiny import CPU, MODELS
+
+STEADY = tuple(f"stages.{stage}.optim.eps=1e-4" for stage in ("teacher_rl", "warmup", "opd", "student_rl"))
+"""Adapters, and norms of some kinds, begin at zero: a step that is nothing but rounding would be all that there is of such a weight."""
+
+
+def one_and_two(tmp_path: Path, *changes: str, options: tuple[str, ...] = ()) -> tuple[Path, Path]:
+    """The folders of one run by one process and by two."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    said = tiny("run", one, *options, changes=changes)
+    assert said.code == 0, said.err
+    ended = crew().run(2, *command_of(two, *changes), *options)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    return one, two
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
+@pytest.mark.parametrize("output", ["merged", "adapter"])
+def test_adapters_on_two_ranks_train_as_on_one_and_go_on_from_what_two_wrote(output: str, tmp_path: Path) -> None:
+    changes = (*CHANGES, *STEADY, "models.lora.r=4", "models.lora.alpha=8", f"models.lora.output={output}")
+    one, two = one_and_two(tmp_path, *changes)
+    assert_alike(two, one)
+    broken = tmp_path / "broken"
+    ended = crew().run(2, *command_of(broken, *changes), faults={1: "step.begun:7=kill"})
+    assert [rank.code for rank in ended] == [4, -9], ended
+    kept = sorted((node_of(broken, "opd") / "checkpoint" / "000002").glob("shard-*"))
+    assert len(kept) == 2
+    for path in kept:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith("weight.")]  # noqa: SIM118
+        assert names and all(".lora_" in name for name in names)
+    for size in (1, 2):
+        shutil.copytree(broken, tmp_path / str(size))
+        again = crew().run(size, *command_of(tmp_path / str(size), *changes))
+        assert [rank.code for rank in again] == [0] * size, again
+        assert_alike(tmp_path / str(size), one)
+
+
+def test_a_served_teacher_is_asked_by_each_rank_for_its_own_share(tmp_path: Path, pocket_folder: Path) -> None:
+    teacher = load(str(pocket_folder / "qwen3-teacher"), "models.teacher", MODELS, CPU, frozen=True)
+    with serving(Answering(teacher)) as there:
+        asked, counts = there.asked, []
+        for run in (0, 1):
+            asked.clear()
+            changes = (*CHANGES, *RAW, f"models.teacher={there.url}")
+            if run == 0:
+                said = tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes)
+                assert said.code == 0, said.err
+            else:
+                ended = crew().run(2, *command_of(tmp_path / "two", *changes), "--arm", "raw_teacher")
+                assert [rank.code for rank in ended] == [0, 0], ended
+            counts.append(sequences(asked))
+    assert_alike(tmp_path / "two", tmp_path / "one")
+    assert counts[0] == counts[1]
+
+
+def sequences(asked: list[tuple[str, Any]]) -> dict[str, int]:
+    """How many sequences a server scored, and how many it sampled."""
+    found = {"scored": 0, "sampled": 0}
+    for path, body in asked:
+        if path == "/v1/completions":
+            scores = body.get("prompt_logprobs") is not None
+            found["scored" if scores else "sampled"] += len(body["prompt"]) if scores else 1
+    return found
+
+
+def test_teachers_by_tag_here_in_parts_and_served_teach_two_ranks_as_one(tmp_path: Path, pocket_folder: Path) -> None:
+    large = load(str(pocket_folder / "qwen3-teacher-large"), "models.teacher", MODELS, CPU, frozen=True)
+    with serving(Answering(large)) as there:
+        teachers = f"models.teacher={{left: 'pocket:qwen3-teacher', right: '{there.url}'}}"
+        changes = (*CHANGES, *mapped(tmp_path, *RAW[:3]), teachers)
+        one, two = one_and_two(tmp_path, *changes, options=("--arm", "raw_teacher"))
+    assert_alike(two, one)
+    cached = rows(node_of(two, "teacher_rollouts") / "cache" / "rollouts.jsonl")
+    assert len({row["sampler"] for row in cached}) == 2
+
+
+def test_four_bit_weights_are_refused_by_name_before_anything_is_read() -> None:
+    wanted = Wanted(Lora.model_validate({"quantize": "nf4"}), ("here",))
+    with pytest.raises(UserError, match=r"^models\.lora\.quantize: four-bit weights run in one process"):
+        load_parts("nowhere", "models.student", MODELS, CPU, False, None, wanted, ProcessGroup(0, 2))
+
+
+def measured(size: int) -> list[dict[str, float]]:
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    shape = ["--layers", "16", "--width", "512", "--vocabulary", "4000", "--steps", "1"]
+    script = Path(__file__).parents[1] / "support" / "ranks_memory.py"
+    paths = os.pathsep.join([str(script.parent), *(entry for entry in sys.path if entry)])
+    said = subprocess.run(
+        [*argv, str(script), *shape],
+        capture_output=True, text=True, timeout=280, env={**environment(), "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    return [json.loads(line) for line in said.stdout.splitlines() if line.startswith("{")]
+
+
+def test_no_rank_ever_holds_the_whole_model_while_it_loads_and_trains() -> None:
+    """209 MB of weights: a process alone holds them twice as it loads, once from the file, which the system can take back."""
+    (alone,), two = measured(1), measured(2)
+    whole = alone["weights_mb"]
+    assert alone["loaded_mb"] > 0.95 * whole and alone["load_peak_mb"] > 1.9 * whole
+    for rank in two:
+        assert rank["weights_mb"] == pytest.approx(whole / 2, rel=0.01)
+        assert rank["loaded_mb"] < 0.7 * whole
+        assert rank["load_peak_mb"] < 0.8 * alone["load_peak_mb"]
+        assert rank["step_peak_mb"] < 0.6 * alone["step_peak_mb"]

@@ -1,0 +1,182 @@
+"""What the tests of reliability share, and a program of its own: `python tests/support/chaos.py --kills 500`.
+
+It runs a study of tiny pocket nodes, kills its whole process group at random times until that many kills were made, lets it
+end, and holds every file against those of the study that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from forks import Ended, Forks
+from headwater.report import build as report
+from headwater.storage.run_dir import RunDir, read_json, read_jsonl, write_atomic, write_json
+from runs import TIMED, done, sets, timeless
+
+SMALL = (  # every kind of node, a checkpoint a step, evaluations and measurements between steps: a second or two
+    "data.labeled.generate.count=32",
+    "data.evals.sums.generate.count=3",
+    "labels.budget=8",
+    "conditions.problems=2",
+    "conditions.every=1",
+    *(
+        f"stages.{stage}.{field}"
+        for stage in ("teacher_rl", "warmup", "student_rl")
+        for field in ("batch_size=4", "group_size=2", "steps=2", "checkpoint_every=1", "sampling.max_tokens=10")
+    ),
+    "stages.teacher_rl.sparse.kl_coef=0.01",  # a gradient also where all rewards are alike
+    "stages.student_rl.sparse.kl_coef=0.01",
+    "stages.opd.batch_size=4",
+    "stages.opd.steps=3",
+    "stages.opd.checkpoint_every=1",
+    "stages.opd.sampling.max_tokens=10",
+    "stages.student_rl.eval_every=1",
+    "evaluate.samples=2",
+    "evaluate.sampling.max_tokens=10",
+    "models.teacher=pocket:qwen3-student",  # the smallest there is
+)
+
+
+def small(out: Path, *changes: str, verb: str = "run") -> list[str | Path]:
+    return [verb, "pocket", "--out", out, *sets(*SMALL, *changes)]
+
+
+def digests(out: Path) -> dict[str, str]:
+    """sha256 of everything in a run's folder by name, without what a clock measured: two runs that did the same are equal.
+
+    Nothing is left out but locks. A file that should not be there is a difference.
+    """
+    return {
+        str(path.relative_to(out)): hashlib.sha256(_content(path)).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.parent.name != ".locks" and path.name != ".lock"
+    }
+
+
+def _content(path: Path) -> bytes:
+    if path.suffix == ".jsonl":
+        return _text([timeless(row) for row in read_jsonl(path)])
+    if path.name == "report.json":
+        return _text(timeless(read_json(path)))
+    if path.name == "DONE":
+        return _text(done(path.parent))
+    if path.name == "state.json":
+        held = read_json(path)
+        return _text({**held, "logs": {name: one for name, one in held["logs"].items() if name not in TIMED}})
+    if path.name == "sums.json":
+        return _text({name: one for name, one in read_json(path).items() if name != "state.json"})
+    return path.read_bytes()
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+
+
+def differing(out: Path, whole: Path) -> list[str]:
+    """Names of files that differ between two runs, or that only one has."""
+    ours, theirs = digests(out), digests(whole)
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+
+def report_without_times(out: Path, work: Path) -> dict[str, bytes]:
+    """report.json, report.html and labels.csv as they would be had every second on every clock been 0."""
+    copy = Path(shutil.copytree(out, work, ignore=shutil.ignore_patterns("checkpoint", "model", "cache")))
+    for node in RunDir(copy).nodes():
+        for path in (node.metrics, node.ledger):
+            if path.exists():
+                write_atomic(path, "".join(json.dumps(stopped(row)) + "\n" for row in read_jsonl(path)))
+        write_json(node.done, {"fingerprint": read_json(node.info)["fingerprint"]})
+    report.write(copy)
+    held = RunDir(copy)
+    return {path.name: path.read_bytes() for path in (held.report_json, held.report_html, held.labels)}
+
+
+def stopped(value: Any) -> Any:
+    """The value with every `seconds…` at 0."""
+    if isinstance(value, dict):
+        return {key: 0.0 if key.startswith("seconds") else stopped(one) for key, one in value.items()}
+    return [stopped(one) for one in value] if isinstance(value, list) else value
+
+
+# The long study of random kills ---------------------------------------------------------------------------------------
+
+LONG = (
+    *(f"stages.{stage}.steps=20" for stage in ("teacher_rl", "warmup", "student_rl")),
+    "stages.opd.steps=40",
+    "stages.student_rl.eval_every=10",
+    "conditions.every=10",
+)
+ARMS = "direct_grpo,raw_teacher,bridge,bridge_rl,replay"
+
+
+def study(out: Path, seeds: str) -> list[str | Path]:
+    return [*small(out, *LONG, verb="study"), "--arms", ARMS, "--seeds", seeds]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--seeds", default="0,1,2,3,4,5", help="of the study; more make it longer")
+    parser.add_argument("--shortest", type=float, default=0.05, help="seconds a process lives at least")
+    parser.add_argument("--longest", type=float, default=1.6, help="and at most")
+    parser.add_argument("--draw", type=int, default=0, help="names the random times")
+    asked = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="headwater-chaos-"))
+    try:
+        sys.exit(0 if survive(asked, folder) else 1)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def survive(asked: argparse.Namespace, folder: Path) -> bool:
+    forks, times = Forks(), random.Random(asked.draw)
+    whole = folder / "whole"
+    said = forks.run(*study(whole, asked.seeds), patience=7200)
+    assert said.code == 0, said.err
+    print(f"undisturbed: {said.seconds:.1f} s, {len(RunDir(whole).nodes())} nodes", flush=True)
+    kills = studies = 0
+    began = time.monotonic()
+    while kills < asked.kills:
+        out, here = folder / f"killed-{studies}", 0
+        while True:
+            after = times.uniform(asked.shortest, asked.longest) if kills < asked.kills else None
+            said = forks.run(*study(out, asked.seeds), kill_after=after, patience=7200)
+            if said.code != -signal.SIGKILL:
+                break
+            kills, here = kills + 1, here + 1
+            if kills % 50 == 0:
+                done = sum(node.done.exists() for node in RunDir(out).nodes())
+                print(f"{kills} kills, {time.monotonic() - began:.0f} s, {done} nodes done", flush=True)
+        if not ended_alike(said, out, whole, folder / f"reports-{studies}"):
+            return False
+        studies += 1
+        print(f"study {studies} ended after {here} kills as if there had been none", flush=True)
+        shutil.rmtree(out)
+    print(f"{kills} kills over {studies} studies in {time.monotonic() - began:.0f} s: every file the same")
+    return True
+
+
+def ended_alike(said: Ended, out: Path, whole: Path, work: Path) -> bool:
+    if said.code != 0:
+        print(f"ended with {said.code}: {said.err}")
+        return False
+    if found := differing(out, whole):
+        print(f"differ: {found}")
+        return False
+    ours, theirs = report_without_times(out, work / "ours"), report_without_times(whole, work / "theirs")
+    print(f"reports without times, bytes: { {name: len(one) for name, one in ours.items()} }, equal: {ours == theirs}")
+    return ours == theirs
+
+
+if __name__ == "__main__":
+    main()

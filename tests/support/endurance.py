@@ -1,0 +1,84 @@
+"""Long runs: `python tests/support/endurance.py --steps 4000 --nodes 200`. Memory, open files, and how fast a large study resumes."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from chaos import small
+from forks import Ended, Forks
+from headwater.storage.run_dir import RunDir
+
+ARMS = "direct_grpo,raw_teacher,bridge,bridge_rl,replay,opd_only,warmup_only"
+
+
+def long_stage(forks: Forks, out: Path, steps: int) -> Ended:
+    """A stage of sparse RL with so many steps, rollouts, verdicts, a log row a step and a checkpoint every 20."""
+    changes = (
+        f"stages.student_rl.steps={steps}",
+        "stages.student_rl.checkpoint_every=20",
+        "stages.student_rl.eval_every=0",
+    )
+    return forks.run(*small(out, *changes), "--arm", "direct_grpo", patience=3600)
+
+
+def growth(said: Ended, warm: float = 0.25) -> tuple[float, int]:
+    """(share by which memory grew from the end of the warm-up to the end of the run, open files gained)."""
+    held = [one for one in said.held if one[1]]
+    first = held[int(warm * len(held)) :]
+    part = max(1, len(first) // 5)
+    memory = [[bytes_ for _, bytes_, _ in some] for some in (first[:part], first[-part:])]
+    files = [[count for _, _, count in some] for some in (first[:part], first[-part:])]
+    return median(memory[1]) / median(memory[0]) - 1.0, min(files[1]) - min(files[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--nodes", type=int, default=200)
+    asked = parser.parse_args()
+    forks, folder = Forks(), Path(tempfile.mkdtemp(prefix="headwater-endurance-"))
+    try:
+        sys.exit(0 if endure(forks, folder, asked.steps) and resume(forks, folder, asked.nodes) else 1)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def endure(forks: Forks, folder: Path, steps: int) -> bool:
+    said = long_stage(forks, folder / "long", steps)
+    assert said.code == 0, said.err
+    grown, files = growth(said)
+    peak = max(bytes_ for _, bytes_, _ in said.held) / 2**20
+    print(
+        f"{steps} steps in {said.seconds:.0f} s: memory {peak:.0f} MiB at most, grew {grown:+.2%}; open files {files:+d}"
+    )
+    for share in (0.1, 0.25, 0.5, 0.75, 0.99):
+        seconds, bytes_, count = said.held[int(share * len(said.held))]
+        print(f"  after {seconds:5.0f} s: {bytes_ / 2**20:.1f} MiB, {count} open files")
+    return grown < 0.02 and files <= 0
+
+
+def resume(forks: Forks, folder: Path, nodes: int) -> bool:
+    out, seeds = folder / "study", max(1, nodes // 15)
+    argv = [*small(out, verb="study"), "--arms", ARMS, "--seeds", ",".join(map(str, range(seeds)))]
+    said = forks.run(*argv, patience=3600)
+    assert said.code == 0, said.err
+    count = len(RunDir(out).nodes())
+    again = forks.run(*argv, patience=3600)
+    assert again.code == 0 and not again.arrivals.get("node.begun"), again.err
+    last = RunDir(out).nodes()[-1]
+    last.done.unlink()
+    one = forks.run(*argv, patience=3600)
+    assert one.code == 0 and one.arrivals["node.begun"] == 1, one.err
+    print(
+        f"{count} nodes in {said.seconds:.0f} s; all done, again: {again.seconds:.1f} s; one to finish: {one.seconds:.1f} s"
+    )
+    return again.seconds < 30 and count >= nodes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What one rank holds of a model that several train: in MB, beyond a process that has loaded its libraries and a pocket model.
+
+torchrun --nproc-per-node N tests/support/ranks_memory.py [--layers 12] [--width 768] [--vocabulary 32000] [--steps 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup, join
+from headwater.losses.objectives import objective_of
+from headwater.models import fsdp
+from headwater.models import policy as model
+from headwater.training.loop import make_optimizer, update
+from headwater.training.rollouts import shared_out
+from tiny import CPU, MODELS, sampled_rows, stage_of, tiny_folder
+
+torch.set_num_threads(1)
+# Freed tensors go back to the system at once: what the C library would keep of them is not what a rank needs.
+LIBC, M_MMAP_THRESHOLD = ctypes.CDLL("libc.so.6"), -3
+LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+
+
+def local(tensor: Tensor) -> int:
+    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return held.numel() * held.element_size()
+
+
+def status(name: str) -> float:
+    """A line of this process's status, in MB: VmRSS what it holds now, VmHWM the most since `forget`."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in file if line.startswith(name))
+
+
+def forget() -> float:
+    """Give freed memory back and count the most from here on; what is held now."""
+    LIBC.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def make(folder: Path, layers: int, width: int, vocabulary: int) -> None:
+    tiny_folder(
+        folder, "qwen3", std=0.02, vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width,
+        num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 128, head_dim=64,
+    )  # fmt: skip
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser()
+    for name, usual in (("layers", 12), ("width", 768), ("vocabulary", 32000), ("steps", 2)):
+        asked.add_argument(f"--{name}", type=int, default=usual)
+    given = asked.parse_args()
+    ranks = join() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE_PROCESS
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(ranks.broadcast(temporary))
+        if ranks.first:  # in another process: what it took to make the files is not to be seen here
+            maker = multiprocessing.get_context("spawn").Process(
+                target=make, args=(folder, given.layers, given.width, given.vocabulary)
+            )
+            maker.start()
+            maker.join()
+        ranks.barrier()
+        measure(folder, given.steps, ranks)
+        ranks.barrier()
+
+
+def measure(folder: Path, steps: int, ranks: ProcessGroup) -> None:
+    model.load("pocket:qwen3-student", "warm", MODELS, CPU, frozen=False)
+    empty = forget()
+    policy = fsdp.load(str(folder), "model", MODELS, CPU, False, None, None, ranks)
+    loading = status("VmHWM") - empty
+    loaded = forget() - empty
+    stage = stage_of("grpo", batch_size=8, group_size=4)
+    optimizer = make_optimizer(policy, stage.optim)
+    with fsdp.whole(policy) as held:
+        rows = sampled_rows(held, groups=2, group_size=4, max_tokens=16)
+        sampling = status("VmHWM") - empty
+    del held
+    forget()
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        found = update(policy, optimizer, shared_out(rows, stage, 4, ranks), objective_of(stage), stage, 4096)
+        seconds.append(time.perf_counter() - began)
+    stepping = status("VmHWM") - empty
+    parameters = list(policy.model.parameters())
+    row = {
+        "rank": ranks.rank, "of": ranks.size, "parameters": sum(one.numel() for one in parameters),
+        "weights_mb": sum(map(local, parameters)) / 1e6,
+        "gradients_mb": sum(local(one.grad) for one in parameters if one.grad is not None) / 1e6,
+        "optimizer_mb": sum(local(one) for state in optimizer.state.values() for one in state.values()) / 1e6,
+        "load_peak_mb": loading, "loaded_mb": loaded, "sample_peak_mb": sampling, "step_peak_mb": stepping,
+        "after_mb": forget() - empty, "grad_norm": found["grad_norm"], "loss": found["loss"], "seconds_step": seconds[-1],
+    }  # fmt: skip
+    print(json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from headwater.config.arms import ARMS, CANONICAL, Arm, Step, arm_of, builtin_names, builtin_text, find_recipe, stage_of
+from headwater.config.recipe import Recipe, parse_recipe
+from headwater.errors import UserError
+from runs import call
+
+
+def recipe_with(*changes: str) -> Recipe:
+    return find_recipe("pocket", list(changes))
+
+
+def steps(*pairs: str) -> tuple[Step, ...]:
+    """`teacher_rl:all` -> Step("teacher_rl", "all")."""
+    return tuple(Step(*pair.split(":")) for pair in pairs)  # type: ignore[arg-type]
+
+
+# The paper's table: what is done to the teacher, then to the student, where P is what an arm without stage 3 works on.
+TABLE = {
+    "direct_grpo": ((), ("student_rl:all",)),
+    "bridge": (("teacher_rl:P",), ("warmup:P", "opd:P")),
+    "raw_teacher": ((), ("warmup:P", "opd:P")),
+    "sft_teacher": (("sft:P",), ("warmup:P", "opd:P")),
+    "teacher_sft": (("teacher_rl:P",), ("sft:P",)),
+    "opd_only": (("teacher_rl:P",), ("opd:P",)),
+    "warmup_only": (("teacher_rl:P",), ("warmup:P",)),
+    "bridge_rl": (
+        ("teacher_rl:first_half",),
+        ("warmup:first_half", "opd:first_half", "student_rl:second_half"),
+    ),
+    "replay": (
+        ("teacher_rl:first_half",),
+        ("warmup:first_half", "opd:first_half", "student_rl:first_half"),
+    ),
+    "teacher_2h": (
+        ("teacher_rl:first_half", "teacher_rl:second_half"),
+        ("warmup:first_half", "opd:first_half"),
+    ),
+}
+
+
+@pytest.mark.parametrize("arm", TABLE)
+@pytest.mark.parametrize(("split", "pool"), [("full", "all"), ("half", "first_half")])
+def test_each_arm_is_the_row_of_the_papers_table_in_both_splits(arm: str, split: str, pool: str) -> None:
+    teacher, student = ([pair.replace(":P", f":{pool}") for pair in part] for part in TABLE[arm])
+    assert arm_of(arm, recipe_with(f"labels.split={split}")) == Arm(steps(*teacher), steps(*student))
+
+
+# Controls of our own; each is the arm beside it with one thing changed.
+CONTROLS = {
+    "bridge_1h", "direct_grpo_compute", "opd_then_rl", "opd_then_rl_compute",
+    "constant_advantage", "bridge_constant", "forward_kl_on_student", "mixed",
+}  # fmt: skip
+
+
+def test_the_tables_arms_and_the_controls_are_all_the_arms_there_are() -> None:
+    assert set(ARMS) == set(TABLE) | CONTROLS
+
+
+@pytest.mark.parametrize("split", ["full", "half"])
+def test_bridge_1h_is_what_stage_three_begins_from_in_either_split(split: str) -> None:
+    recipe = recipe_with(f"labels.split={split}")
+    assert arm_of("bridge_1h", recipe) == replace(CANONICAL, student=CANONICAL.student[:-1])
+
+
+def changed_in(arm: str, of: str) -> dict[str, dict[str, tuple[object, object]]]:
+    """stage -> field -> (in `of`, in `arm`), for the student's stages of two arms that have the same ones."""
+    recipe = recipe_with()
+    first, second = arm_of(of, recipe), arm_of(arm, recipe)
+    assert first.teacher == second.teacher
+    assert [(s.stage, s.pool) for s in first.student] == [(s.stage, s.pool) for s in second.student]
+    found = {}
+    for a, b in zip(first.student, second.student, strict=True):
+        before, after = (stage_of(recipe, one).model_dump() for one in (a, b))
+        fields = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+        if fields:
+            found[a.stage] = fields
+    return found
+
+
+def test_the_controls_of_the_bridge_change_what_their_names_say_and_nothing_else() -> None:
+    assert changed_in("bridge_constant", "bridge") == {"opd": {"objective": ("opd", "constant")}}
+    forward = changed_in("forward_kl_on_student", "bridge")
+    assert set(forward) == {"opd"} and set(forward["opd"]) == {"dense"}
+    before, after = forward["opd"]["dense"]
+    assert after == {**before, "divergence": "forward"}  # type: ignore[dict-item]
+    # Rewards are compared in groups, so J_λ samples 8 prompts × 8 where OPD samples 64 × 1: as many rollouts.
+    mixed = {"objective": ("opd", "mixed"), "sparse_share": (None, 0.5), "group_size": (1, 8)}
+    assert changed_in("mixed", "bridge") == {"opd": mixed}
+
+
+def test_the_control_without_a_teacher_needs_neither_teacher_nor_labels() -> None:
+    recipe = recipe_with()
+    arm = arm_of("constant_advantage", recipe)
+    stage = stage_of(recipe, arm.student[0])
+    assert arm.teacher == () and not stage.needs_teacher and not stage.needs_labels and stage.on_policy
+
+
+def test_arms_at_equal_compute_differ_from_their_like_in_their_length_alone() -> None:
+    recipe = recipe_with()
+    for arm, like in (("direct_grpo_compute", "direct_grpo"), ("opd_then_rl_compute", "opd_then_rl")):
+        assert replace(arm_of(arm, recipe), same_compute=None) == arm_of(like, recipe)
+        assert arm_of(arm, recipe).same_compute == (like, "bridge")
+
+
+def test_replay_differs_from_stage_three_in_nothing_but_the_pool_of_its_last_step() -> None:
+    recipe = recipe_with("labels.split=half")
+    fresh, replay = arm_of("bridge_rl", recipe), arm_of("replay", recipe)
+    assert replay == replace(fresh, student=(*fresh.student[:-1], replace(fresh.student[-1], pool="first_half")))
+    # The same stage of the recipe, so the same steps, batch, rate, verifier, lengths and KL.
+    assert stage_of(recipe, replay.student[-1]) is stage_of(recipe, fresh.student[-1])
+
+
+def test_the_bridge_under_the_half_split_is_stage_three_s_arm_without_stage_three() -> None:
+    bridge = arm_of("bridge", recipe_with("labels.split=half"))
+    assert bridge == replace(CANONICAL, student=CANONICAL.student[:-1])
+
+
+def test_fine_tuning_takes_the_warm_ups_settings_with_hard_targets_unless_the_recipe_has_its_own() -> None:
+    recipe = recipe_with("stages.warmup.optim.lr=0.5", "stages.warmup.steps=7")
+    taken = stage_of(recipe, Step("sft", "all"))
+    assert taken == recipe.stages.warmup.model_copy(update={"objective": "sft"})
+    own = recipe_with("stages.sft={objective: sft, steps: 3, optim: {lr: 0.25}}")
+    assert (stage_of(own, Step("sft", "all")).steps, stage_of(own, Step("sft", "all")).optim.lr) == (3, 0.25)
+
+
+def test_an_unknown_arm_is_refused_with_the_names_of_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"--arm brigde: no such arm; there are direct_grpo, .*bridge_rl, replay"):
+        arm_of("brigde", recipe_with())
+
+
+def test_every_built_in_recipe_reads_and_what_init_prints_is_that_recipe() -> None:
+    assert "pocket" in builtin_names()
+    for name in builtin_names():
+        printed = call("init", name).out
+        assert printed == builtin_text(name)
+        assert parse_recipe(yaml.safe_load(printed), name) == find_recipe(name, [])
+        assert sum("#" in line for line in printed.splitlines()) > 5  # commented
+
+
+def test_a_file_of_the_users_is_read_before_a_built_in_recipe_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pocket").write_text(builtin_text("pocket").replace("name: pocket", "name: mine"), encoding="utf-8")
+    assert find_recipe("pocket", []).name == "mine"
+
+
+def test_an_unknown_recipe_is_refused_with_the_names_of_the_built_in_ones() -> None:
+    with pytest.raises(UserError, match=r"recipe poket: no such file, and no built-in .*pocket"):
+        find_recipe("poket", [])
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "value"),
+    [
+        ("stages.opd.steps=5", "stages.opd.steps", 5),
+        ("stages.opd.optim.lr=1e-4", "stages.opd.optim.lr", 1e-4),  # YAML 1.1 alone would read this as text
+        ("models.student=pocket:llama-student", "models.student", "pocket:llama-student"),
+        ("labels.budget=null", "labels.budget", None),
+        ("data.unlabeled=prompts.jsonl", "data.unlabeled.path", "prompts.jsonl"),
+        ("prompt.template='Solve: {problem}'", "prompt.template", "Solve: {problem}"),
+        ("stages.warmup.dense={top_k: 8}", "stages.warmup.dense.top_k", 8),
+    ],
+)
+def test_a_set_option_changes_the_field_that_it_names_and_no_other(change: str, field: str, value: object) -> None:
+    before, after = recipe_with().model_dump(), recipe_with(change).model_dump()
+    *path, last = field.split(".")
+    there, here = after, before
+    for key in path:
+        there, here = there[key], here[key] or {}
+    assert there.pop(last) == value
+    here.pop(last, None)
+    if change.startswith("data.unlabeled"):
+        before["data"]["unlabeled"] = after["data"]["unlabeled"] = None
+    assert after == before
+
+
+def test_a_data_source_given_as_a_path_takes_further_fields_by_set() -> None:
+    changes = ["data.evals.sums=test.jsonl", "data.evals.sums.limit=9", "data.labeled=a.jsonl", "data.labeled.limit=3"]
+    data = recipe_with(*changes).data
+    assert (data.evals["sums"].path, data.evals["sums"].limit) == ("test.jsonl", 9)
+    assert (data.labeled.path, data.labeled.limit) == ("a.jsonl", 3)
+
+
+def test_epochs_set_on_the_command_line_count_although_the_recipe_gives_steps() -> None:
+    assert recipe_with().stages.warmup.steps == 80
+    asked = recipe_with("stages.warmup.epochs=0.5", "stages.warmup.group_size=4").stages.warmup
+    assert asked.steps_over(256) == 8  # half of 256 prompts × 4 rollouts, 64 a step
+    assert recipe_with("stages.warmup.epochs=0.5", "stages.warmup.steps=3").stages.warmup.steps_over(256) == 3
+    assert recipe_with("stages.teacher_rl.steps=2").stages.teacher_rl.steps_over(256) == 2
+
+
+def test_stages_on_halves_of_unequal_size_take_equally_many_steps() -> None:
+    from headwater.data.labels import Labels, Pools
+    from headwater.runs.inputs import RunInputs
+
+    recipe = recipe_with(
+        "stages.student_rl.epochs=2", "stages.student_rl.batch_size=16", "stages.student_rl.group_size=8"
+    )
+    pools = Pools(tuple(f"a{i}" for i in range(10)), tuple(f"b{i}" for i in range(13)))
+    held = dict.fromkeys(pools.all, "1")
+    inputs = RunInputs(
+        recipe=recipe, task=None, problems={}, pools=pools, labels=Labels(held, lambda pairs: [], 23),
+        unlabeled=(), evals={}, validation=None, notes=(), left_out=(), device=None,
+    )  # fmt: skip
+    stage = recipe.stages.student_rl
+    # 2 epochs over the smaller half: 20 prompts, 2 a step; over all 23 labels: 46 prompts, 2 a step.
+    assert inputs.steps("first_half", stage) == inputs.steps("second_half", stage) == 10
+    assert inputs.steps("all", stage) == 23

@@ -1,0 +1,130 @@
+"""Contamination: copies and near copies of evaluation problems are found and left out, shared phrases are not taken for them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from headwater.config.recipe import Source
+from headwater.data.contamination import Leak, find_leaks, words_of
+from headwater.data.sources import Loaded, load, without_leaks
+from headwater.runs.inputs import leak_row, leaks_in_words
+from headwater.types import Problem, family_of, letters_of, problem_id
+
+DATA = Path(__file__).parents[4] / "shared" / "data"
+LONG = (
+    "Jackson's paintbrush makes a narrow strip with a width of $6.5$ millimeters. Jackson has enough paint to make a strip "
+    "$25$ meters long. How many square centimeters of paper could Jackson cover with paint?"
+)
+NAMES = ("cats", "dogs", "hens", "cows", "pigs", "mice", "owls", "bats", "foxes", "goats", "ducks")
+PHRASE = "where m and n are relatively prime positive integers, find the value of m + n"
+
+
+def problems(*texts: str) -> list[Problem]:
+    return [Problem.of(text, "here") for text in texts]
+
+
+def leaks(train: list[Problem], *held: str, n: int = 13) -> list[Leak]:
+    return find_leaks(train, {"held": problems(*held)}, n)
+
+
+def shared(name: str) -> Loaded:
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here: contamination of the real data was NOT tested")
+    return load(Source(path=str(path)), "data", need_answers=True)
+
+
+def test_words_are_numbers_and_runs_of_letters() -> None:
+    assert words_of("Find $\\left|2x\\right|$!") == ["find", "2", "x"]
+    assert words_of("求x的值") == ["求", "x", "的", "值"]
+
+
+def test_the_same_letters_are_an_exact_leak_whatever_the_punctuation() -> None:
+    train = problems("Find $|m|$!", "Find n", "(+)")
+    assert leaks(train, "find $\\left| m \\right|$ ?", "(-)") == [
+        Leak(train[0].id, "held", "exact", problem_id("find $\\left| m \\right|$ ?"), 1.0)
+    ]
+
+
+def test_a_copy_with_another_ending_is_an_ngram_leak_with_its_share() -> None:
+    train = problems(
+        LONG + " The original answer is in the form $a \\times b$. Please give the value of $a + b$.", "Find x"
+    )
+    (found,) = leaks(train, "Other.", LONG)
+    assert (found.problem_id, found.why, found.like) == (train[0].id, "ngram", problem_id(LONG))
+    assert found.share == 1.0  # every word of the shorter text, the evaluation's, stands in the other in runs of 13
+
+
+def test_half_of_the_shorter_text_must_be_shared() -> None:
+    words = LONG.split()
+    most, few = " ".join(words[:16]), " ".join(words[:13])
+    tail = " and then something else entirely happens to quite a few other painters in town"
+    assert [one.why for one in leaks(problems(most + tail), LONG)] == ["ngram"]
+    assert leaks(problems(few + tail + tail), LONG) == []
+
+
+def test_short_texts_are_compared_whole_only() -> None:
+    assert leaks(problems("What is 2 + 2? Explain why this is so."), "What is 2 + 2?") == []
+    assert [one.why for one in leaks(problems("what is 2+2"), "What is 2 + 2?")] == ["exact"]
+    assert [
+        one.why for one in leaks(problems("What is the value of 2 + 3 now?"), "What is the value of 2 + 3", n=4)
+    ] == ["ngram"]
+
+
+def test_a_phrase_that_many_problems_use_is_no_leak_but_a_copy_made_many_times_is() -> None:
+    said = [
+        f"Six {name} stand around a table and five of them leave; the odds are m over n, {PHRASE}." for name in NAMES
+    ]
+    held = f"The area of the largest circle that fits in the figure is m over n, {PHRASE}."
+    assert len(NAMES) == 11 and leaks(problems(*said), held) == []
+    assert len(leaks(problems(*said[:10]), held)) == 10
+    copies = [f"{LONG} {extra}" for extra in "abcdefghijkl"]
+    assert {one.why for one in leaks(problems(*copies), LONG)} == {"ngram"}
+    assert len(leaks(problems(*copies), LONG)) == 12
+
+
+def test_each_evaluation_is_named_and_leaks_are_taken_out_of_everything() -> None:
+    train = Loaded(problems(LONG, "b"), {problem_id(LONG): "1", problem_id("b"): "2"}, rows={problem_id(LONG): (3, 7)})
+    evals = {"one": Loaded(problems(LONG.upper()), {}), "two": Loaded(problems(LONG), {}), "three": Loaded([], {})}
+    kept, found = without_leaks(train, evals)
+    assert found == {"one": [problem_id(LONG)], "two": [problem_id(LONG)], "three": []}
+    assert [one.text for one in kept.problems] == ["b"] and kept.gold == {problem_id("b"): "2"}
+    assert leaks_in_words(kept.leaks) == [
+        "1 problems also stand in data.evals.one (1 exact); left out",
+        "1 problems also stand in data.evals.two (1 exact); left out",
+    ]
+    assert leak_row("data.labeled", kept.leaks[0], kept)["rows"] == [3, 7]
+
+
+def test_two_spellings_of_one_problem_share_an_id_or_at_least_a_family() -> None:
+    assert problem_id("Find $2x$.") == problem_id("Find\n $2 x$ .") and problem_id("1 2") != problem_id("12")
+    assert problem_id("1  2") == problem_id("1 2")  # two spaces between digits are still a space
+    assert problem_id("cafe\u0301") == problem_id("caf\u00e9")
+    near = problem_id("Find $|m|$!"), problem_id("find |m|?")
+    assert near[0] != near[1] and family_of(near[0]) == family_of(near[1])
+    assert letters_of("$\\left|X\\right|$") == "x" and letters_of("(+)") == "(+)"
+
+
+def test_the_copies_in_dapo_are_found_in_seconds() -> None:
+    """README: 9 rows of MATH-500 and 11 of AMC23 by exact text, none of AIME. N-grams find as many again, reworded."""
+    train = shared("dapo_math_17k/train.jsonl")
+    evals = {name: shared(f"{name}/test.jsonl") for name in ("math500", "amc23", "aime24", "aime25", "math")}
+    started = time.perf_counter()
+    kept, _ = without_leaks(train, evals)
+    assert time.perf_counter() - started < 20  # 17k × 5.6k rows; about 2 s on one core of a shared machine
+    rows = {
+        (name, why): sum(len(train.rows[one.problem_id]) for one in kept.leaks if (one.eval, one.why) == (name, why))
+        for name in evals
+        for why in ("exact", "ngram")
+    }
+    assert {name: rows[name, "exact"] for name in ("math500", "amc23", "aime24", "aime25")} == {
+        "math500": 9, "amc23": 11, "aime24": 0, "aime25": 0,
+    }  # fmt: skip
+    assert rows["math", "exact"] >= 1036  # of the README's 1037 rows, one is of a contradictory problem
+    assert rows["math500", "ngram"] >= 20 and rows["amc23", "ngram"] >= 20
+    texts = {one.id: one.text for one in train.problems}
+    reworded = [texts[one.problem_id] for one in kept.leaks if (one.eval, one.why) == ("amc23", "ngram")]
+    assert any("Jackson's paintbrush" in text for text in reworded)

@@ -1,0 +1,259 @@
+"""Sources: every shape of file is read, and whatever is wrong with one is said in a sentence that names the place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headwater.config.recipe import Columns, Generate, Source
+from headwater.data.sources import Loaded, gold_answer, load, without_leaks
+from headwater.errors import UserError
+from headwater.types import problem_id
+
+DATA = Path(__file__).parents[4] / "shared" / "data"
+
+
+def write(path: Path, *rows: Any) -> Source:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return Source(path=str(path))
+
+
+def read(source: Source, need_answers: bool = True) -> Loaded:
+    return load(source, "data.labeled", need_answers)
+
+
+def shared(name: str) -> Source:
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here: reading the real data was NOT tested")
+    return Source(path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("cell", "gold"),
+    [
+        ("Natalia sold 48+24 = <<48+24=72>>72 clips.\n#### 72", "72"),
+        ("#### 1,080", "1,080"),
+        ("So $x = \\boxed{\\frac{1}{2}}$, not \\boxed{3}.", "3"),
+        ("\\frac{1}{2}", "\\frac{1}{2}"),
+        (27.0, "27"),
+        (0.5, "0.5"),
+        (12, "12"),
+        (["34"], "34"),
+        (float("nan"), None),
+        (None, None),
+        ("  ", None),
+        ("#### ", None),
+    ],
+)
+def test_gold_answers_are_read_from_each_usual_form(cell: Any, gold: str | None) -> None:
+    assert gold_answer(cell) == gold
+
+
+def test_the_usual_columns_are_recognised_and_answer_is_preferred_to_solution(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "a.jsonl",
+        {"question": "1+1?", "answer": "2", "solution": "\\boxed{3}"},
+        {"question": "1+2?", "answer": 3, "solution": ""},
+    )
+    loaded = read(source)
+    assert [problem.text for problem in loaded.problems] == ["1+1?", "1+2?"]
+    assert loaded.gold == {problem_id("1+1?"): "2", problem_id("1+2?"): "3"}
+
+
+def test_a_chat_prompt_gives_what_the_user_said_last(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    assert read(write(tmp_path / "a.jsonl", {"prompt": chat, "expected_answer": "2"})).problems[0].text == "1+1?"
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", {"q": "1+1?", "a": "2", "problem": "no"})
+    loaded = read(source.model_copy(update={"columns": Columns(problem="q", answer="a")}))
+    assert loaded.gold == {problem_id("1+1?"): "2"}
+
+
+def test_json_lists_parquet_and_saved_folders_hold_the_same(tmp_path: Path) -> None:
+    rows = [{"problem": f"{n}+1?", "answer": str(n + 1)} for n in range(5)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    wanted = read(write(tmp_path / "a.jsonl", *rows)).gold
+    assert len(wanted) == 5
+    assert read(Source(path=str(tmp_path / "a.json"))).gold == wanted
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    table.save_to_disk(str(tmp_path / "folder"))
+    datasets.DatasetDict({"test": table}).save_to_disk(str(tmp_path / "splits"))
+    assert read(Source(path=str(tmp_path / "a.parquet"))).gold == wanted
+    assert read(Source(path=str(tmp_path / "folder"))).gold == wanted
+    assert read(Source(path=str(tmp_path / "splits"), split="test")).gold == wanted
+    with pytest.raises(UserError, match="no split 'train', only test"):
+        read(Source(path=str(tmp_path / "splits")))
+
+
+def test_duplicates_fold_contradictions_go_and_rows_are_told(tmp_path: Path) -> None:
+    loaded = read(
+        write(
+            tmp_path / "a.jsonl",
+            {"problem": "Find $2 x$.", "answer": "1"},
+            {"problem": "Find  $2x$.", "answer": "1"},
+            {"problem": "Find y.", "answer": "1"},
+            {"problem": "Find y.", "answer": "2"},
+            {"problem": "Add 1 2.", "answer": "3"},
+            {"problem": "Add 12.", "answer": "12"},
+        )
+    )
+    assert [problem.text for problem in loaded.problems] == ["Find $2 x$.", "Add 1 2.", "Add 12."]
+    assert loaded.duplicates == 2
+    assert loaded.contradictions == (problem_id("Find y."),)
+    assert problem_id("Find y.") not in loaded.gold
+    assert loaded.rows[problem_id("Find $2 x$.")] == (1, 2)
+
+
+def test_bridge_prompts_need_no_answers(tmp_path: Path) -> None:
+    loaded = read(write(tmp_path / "a.jsonl", {"prompt": "1+1?"}), need_answers=False)
+    assert loaded.gold == {} and loaded.without_answer == (problem_id("1+1?"),)
+
+
+def test_the_limit_counts_rows_that_were_read(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", *({"problem": f"{n}?", "answer": "1"} for n in range(9)))
+    assert len(read(source.model_copy(update={"limit": 4})).problems) == 4
+
+
+def test_generated_sums_come_from_their_pool() -> None:
+    loaded = read(Source(generate=Generate(pool="eval", count=20, dials={"min_terms": 2, "max_terms": 3})))
+    assert len(loaded.problems) == len(loaded.gold) == 20
+    assert all(sum(map(int, one.text.split("+"))) % 100 == int(loaded.gold[one.id]) for one in loaded.problems)
+    assert {one.text.count("+") + 1 for one in loaded.problems} == {2, 3}
+    assert {one.source for one in loaded.problems} == {"sums:eval"}
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"dials": {"min_terms": 5, "max_terms": 2}}, "data.labeled.generate: sums: 2 <= min_terms <= max_terms"),
+        ({"dials": {"numbers": 3}}, "data.labeled.generate.dials: sums has no dial 'numbers'; its dials are modulus, min_terms"),
+        ({"task": "countdown", "dials": {"numbers": 9}}, "data.labeled.generate: countdown: numbers must lie between 2 and 6"),
+        ({"task": "maths"}, "data.labeled.generate.task: 'maths' makes no problems; the tasks that do are sums, countdown"),
+    ],
+)  # fmt: skip
+def test_what_a_task_cannot_generate_is_refused_with_the_field_named(made: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        read(Source(generate=Generate(pool="eval", count=1, **made)))
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b'{"problem": "a", "answer": "1"}\n{"problem": \n', "row 2: is not JSON"),
+        (b'{"problem": "a", "answer": "1"}\n\n[1]\n', "row 3: is not a JSON object but list"),
+        (b'{"text": "a", "answer": "1"}', r"no column problem\|question\|prompt .* columns are text, answer"),
+        (b'{"problem": "a", "gold": "1"}', r"no column answer\|.* for the answer; its columns are problem, gold"),
+        (b'{"problem": "a", "answer": "1"}\n{"question": "b", "answer": "1"}', "row 2: has no column 'problem'"),
+        (b'{"problem": 5, "answer": "1"}', "row 1: 'problem' is not text but int"),
+        (b'{"problem": " ", "answer": "1"}', "row 1: 'problem' is blank"),
+        (b'{"problem": "\\ud800", "answer": "1"}', "row 1: 'problem' holds half a surrogate"),
+        (b'{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": null}', "row 2: the problem has no answer"),
+        (b'{"problem": "a", "answer": ""}\n{"problem": "b", "answer": null}', r"row 1: .* \(2 of 2 rows have none\)"),
+        (b'{"problem": "a", "answer": {"x": 1}}', "row 1: 'answer' is not an answer but dict"),
+        (b'{"problem": "a", "answer": "1"}\n{"problem": "\xff", "answer": "1"}', "row 2: is not UTF-8"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=sentence) as caught:
+        read(Source(path=str(path)))
+    assert str(caught.value).startswith(f"data.labeled: {path}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}: no such file"):
+        read(Source(path=str(tmp_path / name)))
+
+
+def test_a_broken_parquet_file_and_a_foreign_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"not parquet")
+    (tmp_path / "folder").mkdir()
+    for name, words in (("a.parquet", "cannot be read as Parquet"), ("folder", "not a folder saved by datasets")):
+        with pytest.raises(UserError, match=words):
+            read(Source(path=str(tmp_path / name)))
+
+
+def test_a_hub_id_without_a_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach\n the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match="some/name: is no file here and cannot be loaded from the hub") as caught:
+        read(Source(path="some/name"))
+    assert "\n" not in str(caught.value)
+
+
+def test_leaks_are_found_whatever_the_punctuation_and_taken_out(tmp_path: Path) -> None:
+    rows = [{"problem": "Find $|m|$!", "answer": "1"}, {"problem": "b", "answer": "2"}]
+    train = read(write(tmp_path / "a.jsonl", *rows))
+    test = read(write(tmp_path / "b.jsonl", {"problem": "find $\\left| m \\right|$ ?", "answer": "1"}))
+    kept, leaks = without_leaks(train, {"held_out": test, "other": Loaded([], {})})
+    assert leaks == {"held_out": [problem_id("Find $|m|$!")], "other": []}
+    assert [problem.text for problem in kept.problems] == ["b"] and kept.gold == {problem_id("b"): "2"}
+    assert len(train.problems) == 2
+
+
+def test_dapo_has_its_duplicates_contradictions_and_leaks_found() -> None:
+    train = read(shared("dapo_math_17k/train.jsonl"))
+    evals = {name: read(shared(f"{name}/test.jsonl")) for name in ("math500", "amc23", "aime24", "aime25")}
+    assert train.duplicates == 996
+    assert len(train.contradictions) == 15
+    kept, leaks = without_leaks(train, evals)
+    exact = {(one.eval, one.problem_id) for one in kept.leaks if one.why == "exact"}
+    rows = {name: sum(len(train.rows[one]) for one in ids if (name, one) in exact) for name, ids in leaks.items()}
+    assert rows == {"math500": 9, "amc23": 11, "aime24": 0, "aime25": 0}
+    assert len(kept.problems) == len(train.problems) - len({one for ids in leaks.values() for one in ids})
+
+
+@pytest.mark.parametrize(
+    ("name", "problems", "example"),
+    [
+        ("gsm8k/test.jsonl", 1319, "18"),
+        ("math500/test.jsonl", 500, "\\left( 3, \\frac{\\pi}{2} \\right)"),
+        ("math/test.jsonl", 5000, None),
+        ("aime24/test.jsonl", 30, "73"),
+        ("aime25/test.jsonl", 30, "70"),
+        ("amc23/test.jsonl", 40, "27"),
+    ],
+)
+def test_the_usual_sets_are_read_as_they_are(name: str, problems: int, example: str | None) -> None:
+    loaded = read(shared(name))
+    assert len(loaded.problems) == len(loaded.gold) == problems
+    assert example is None or loaded.gold[loaded.problems[0].id] == example
+
+
+def test_math_train_lacks_four_answers() -> None:
+    source = shared("math/train.jsonl")
+    assert len(read(source, need_answers=False).without_answer) == 4
+    with pytest.raises(UserError, match=r"row 887: the problem has no answer in 'answer' \(4 of 7474 rows have none\)"):
+        read(source)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=80) | st.text(max_size=80).map(lambda text: text.encode("utf-8", "replace")))
+def test_no_file_content_gives_anything_but_problems_or_a_sentence(tmp_path: Path, content: bytes) -> None:
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.json"):
+        path.write_bytes(b'{"problem": "a", "answer": "1"}\n' + content)
+        try:
+            said = "" if read(Source(path=str(path))).problems else "nothing"
+        except UserError as error:
+            said = str(error)
+        assert "\n" not in said and said != "nothing"

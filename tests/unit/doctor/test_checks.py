@@ -1,0 +1,635 @@
+"""Every finding of the doctor is planted and seen by its name, with evidence; a clean recipe has none."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+from headwater.config.arms import ARMS, find_recipe
+from headwater.config.recipe import Recipe
+from headwater.data.labels import Pools
+from headwater.doctor import checks, data_checks
+from headwater.doctor.checks import CHECKS, Examination, examine
+from headwater.doctor.context import Case, Finding
+from headwater.doctor.tokenizer_checks import thought
+from headwater.models import policy as model
+from headwater.models.policy import Policy
+from runs import TINY, call, tiny
+from serving import Answering, serving
+from tiny import MODELS, tiny_folder, tiny_model
+from tools.pretrain.pocket import make_tokenizer
+
+ROOT = Path(__file__).parents[3]
+TEACHER = str(ROOT / "src" / "headwater" / "pocket" / "qwen3-teacher")
+PAD, END = 151643, 151645  # <|endoftext|>, where Qwen's Base models end, and <|im_end|>, where Instruct does
+PLAIN = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + ';' + m['content'] + '<|im_end|>' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant;' }}{%- endif -%}"
+)
+CLOSES = "{%- if add_generation_prompt and not enable_thinking -%}{{ '<think>;;</think>' }}{%- endif -%}"
+HYBRID = PLAIN + CLOSES
+OPENS = PLAIN + "{%- if add_generation_prompt -%}{{ '<think>;' }}{%- endif -%}"
+
+
+def qwen_tokenizer(
+    eos: str = "<|im_end|>", pad: str = "<|endoftext|>", template: str = PLAIN
+) -> PreTrainedTokenizerFast:
+    """Few characters, and Qwen's special tokens at Qwen's own ids."""
+    characters = {one: index for index, one in enumerate("0123456789+=; -*/(),.?:%\nabcdefghijklmnopqrstuvwxyz?!")}
+    special = {
+        "<|endoftext|>": 151643,
+        "<|im_start|>": 151644,
+        "<|im_end|>": 151645,
+        "<think>": 151667,
+        "</think>": 151668,
+    }
+    backend = Tokenizer(models.BPE(vocab=characters | special | {"<|unk|>": 100}, merges=[], unk_token="<|unk|>"))
+    backend.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in special])
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=eos, pad_token=pad, unk_token="<|unk|>", chat_template=template
+    )
+
+
+def qwen_folder(
+    folder: Path,
+    eos: str = "<|im_end|>",
+    pad: str = "<|endoftext|>",
+    template: str = PLAIN,
+    width: int = 151936,
+    ends: int | list[int] | None = None,
+    **generation: Any,
+) -> str:
+    """A model of Qwen's vocabulary, 8 wide and one layer deep."""
+    tokenizer = qwen_tokenizer(eos, pad, template)
+    held = tiny_model(
+        vocab_size=width, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    held.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id if ends is None else ends, pad_token_id=tokenizer.pad_token_id, **generation
+    )
+    held.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def patched(source: Path, folder: Path, file: str, **changes: Any) -> str:
+    """A copy of a model folder with some fields of one of its JSON files changed."""
+    shutil.copytree(source, folder)
+    held = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(held | changes))
+    return str(folder)
+
+
+def jsonl(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def recipe_of(*changes: str) -> Recipe:
+    return find_recipe("pocket", [*TINY, *changes])
+
+
+def from_file(path: str, field: str = "data.labeled") -> str:
+    """An override that replaces a generated source by a file."""
+    return f"{field}={{path: {path}}}"
+
+
+def case_of(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -> Case:
+    return Case(recipe_of(*changes), tuple(arms), (0,), tmp_path / "out")
+
+
+def examined(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -> Examination:
+    return examine(case_of(tmp_path, *changes, arms=arms))
+
+
+def light(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -> Examination:
+    """Without the checks that load weights."""
+    return examine(case_of(tmp_path, *changes, arms=arms), [check for check in CHECKS if check.stage == "files"])
+
+
+def one(found: Examination, name: str) -> Finding:
+    """The finding of that name, which must be there."""
+    named = [finding for finding in found.findings if finding.name == name]
+    assert named, f"{name} was not found among {[finding.text() for finding in found.findings]}"
+    return named[0]
+
+
+# Nothing wrong ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_of_the_pocket_recipe_passes(tmp_path: Path) -> None:
+    found = examined(tmp_path, "evaluate.sampling.max_tokens=48", arms=tuple(ARMS))
+    assert not found.errors and found.unchecked == ()
+
+
+@pytest.mark.parametrize("pair", ["qwen3", "llama"])
+def test_the_pocket_models_have_nothing_wrong_and_everything_is_checked(tmp_path: Path, pair: str) -> None:
+    found = examined(
+        tmp_path, f"models.student=pocket:{pair}-student", f"models.teacher=pocket:{pair}-teacher",
+        "evaluate.sampling.max_tokens=48", *(f"stages.{stage}.sampling.max_tokens=48" for stage in
+        ("teacher_rl", "warmup", "opd", "student_rl")), arms=("direct_grpo", "bridge_rl"),
+    )  # fmt: skip
+    assert [finding.text() for finding in found.findings if finding.severity != "warning"] == []
+    assert {finding.name for finding in found.findings} <= {"halves-unbalanced"}
+    assert found.unchecked == () and len(found.checked) == len(CHECKS)
+
+
+def test_the_verb_lists_what_it_checked_and_exits_0(tmp_path: Path) -> None:
+    said = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1")
+    assert said.code == 0, said.err
+    for check in CHECKS:
+        assert check.title in said.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_pocket_preflight_takes_seconds_and_not_minutes(tmp_path: Path) -> None:
+    # Processor time, which a busy sibling core may double: a bound against a check that grows out of hand, not a speed claim.
+    recipe = find_recipe("pocket", ["compute.threads=1"])
+    examine(Case(recipe, ("bridge_rl",), (0,), tmp_path))  # imports and first calls are not the doctor's
+    started = time.process_time()
+    assert not examine(Case(recipe, ("bridge_rl",), (0,), tmp_path)).errors
+    assert time.process_time() - started < 8.0
+
+
+# Tokenizers, stop ids, templates ----------------------------------------------------------------------------------------
+
+
+def test_a_base_student_of_an_instruct_teacher_stops_elsewhere(tmp_path: Path) -> None:
+    student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
+    teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
+    finding = one(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "stop-sets-differ")
+    assert finding.severity == "error"
+    assert "151643" in finding.evidence and "151645" in finding.evidence and str([PAD, END]) in finding.remedy
+
+
+def test_a_student_that_stops_at_more_ids_than_its_teacher_is_only_warned_of(tmp_path: Path) -> None:
+    student = qwen_folder(tmp_path / "student", ends=[END, PAD])
+    teacher = qwen_folder(tmp_path / "teacher")
+    finding = one(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "stop-sets-differ")
+    assert finding.severity == "warning"
+
+
+def test_stop_sets_are_compared_only_where_one_model_teaches_the_other(tmp_path: Path) -> None:
+    student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
+    teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
+    found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", arms=("direct_grpo",))
+    assert "stop-sets-differ" not in {finding.name for finding in found.findings}
+
+
+def test_an_eos_that_the_generation_config_does_not_list_is_named(tmp_path: Path) -> None:
+    folder = qwen_folder(tmp_path / "model", eos="<|im_end|>", ends=PAD)
+    finding = one(
+        light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "eos-not-in-generation-config"
+    )
+    assert "151645" in finding.evidence and "[151643]" in finding.evidence
+
+
+def test_a_template_that_ends_turns_where_the_model_does_not_stop_is_named(tmp_path: Path) -> None:
+    folder = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
+    finding = one(light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "turn-end-does-not-stop")
+    assert "151645 (<|im_end|>)" in finding.evidence
+
+
+def test_a_model_that_nothing_ends_is_refused(tmp_path: Path, pocket_folder: Path) -> None:
+    folder = tmp_path / "endless"
+    patched(pocket_folder / "qwen3-student", folder, "config.json", eos_token_id=None)
+    (folder / "generation_config.json").unlink()
+    held = json.loads((folder / "tokenizer_config.json").read_text())
+    del held["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(held))
+    assert one(light(tmp_path, f"models.student={folder}"), "no-stop-id").severity == "error"
+
+
+def test_padding_with_eos_is_recognised_and_harmless(tmp_path: Path) -> None:
+    folder = qwen_folder(tmp_path / "model", pad="<|im_end|>")
+    found = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
+    finding = one(found, "pad-is-eos")
+    assert finding.severity == "note" and "151645" in finding.evidence and not found.errors
+
+
+def test_equal_width_with_other_ids_is_refused(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "shuffled")
+    held = json.loads((folder / "tokenizer.json").read_text())
+    ids = held["model"]["vocab"]
+    ids["1"], ids["2"] = ids["2"], ids["1"]
+    (folder / "tokenizer.json").write_text(json.dumps(held))
+    found = light(tmp_path, f"models.teacher={folder}")
+    assert one(found, "token-ids-differ").severity == "error"
+    assert "vocabulary-width" not in {finding.name for finding in found.findings}
+
+
+def test_151936_columns_against_152064_are_refused(tmp_path: Path) -> None:
+    student, teacher = qwen_folder(tmp_path / "small"), qwen_folder(tmp_path / "large", width=152064)
+    found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}")
+    assert [finding.name for finding in found.errors] == ["vocabulary-width"]
+    assert "151936 and 152064" in found.errors[0].evidence
+    sampled = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", arms=("direct_grpo",))
+    assert not sampled.errors
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_columns_is_refused(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "narrow", vocab_size=20)
+    finding = one(light(tmp_path, f"models.student={folder}"), "token-beyond-vocabulary")
+    assert f"ids up to {len(make_tokenizer()) - 1}" in finding.evidence and "20 columns" in finding.evidence
+
+
+def test_sampling_defaults_of_a_model_are_named_as_ignored(tmp_path: Path) -> None:
+    folder = qwen_folder(tmp_path / "model", do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
+    finding = one(light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "sampling-defaults-ignored")
+    assert finding.severity == "note" and "temperature 0.6, top_p 0.95, top_k 20" in finding.evidence
+
+
+def test_a_thinking_template_against_a_plain_one_is_refused(tmp_path: Path) -> None:
+    student, teacher = qwen_folder(tmp_path / "plain"), qwen_folder(tmp_path / "hybrid", template=HYBRID)
+    finding = one(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "thinking-differs")
+    assert finding.severity == "error" and "thought is none, the other's closed" in finding.evidence
+
+
+def test_a_teacher_that_may_think_behind_the_same_prompt_is_warned_of(tmp_path: Path) -> None:
+    student, teacher = qwen_folder(tmp_path / "plain"), qwen_folder(tmp_path / "hybrid", template=HYBRID)
+    found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", "prompt.thinking=true")
+    assert one(found, "thinking-known-to-one").severity == "warning" and not found.errors
+
+
+def test_other_template_differences_are_refused(tmp_path: Path) -> None:
+    student = qwen_folder(tmp_path / "one")
+    teacher = qwen_folder(tmp_path / "other", template=PLAIN.replace("assistant;", "assistant:"))
+    found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}")
+    assert [finding.name for finding in found.errors] == ["prompts-differ"]
+
+
+def test_a_thinking_mode_that_no_template_knows_is_named(tmp_path: Path) -> None:
+    finding = one(light(tmp_path, "prompt.thinking=true"), "thinking-without-effect")
+    assert "models.student" in finding.evidence
+
+
+def test_a_template_that_always_thinks_is_named(tmp_path: Path) -> None:
+    folder = qwen_folder(tmp_path / "model", template=OPENS)
+    found = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
+    assert one(found, "thinking-always-on").severity == "warning" and not found.errors
+
+
+def test_a_system_prompt_that_the_template_drops_is_named(tmp_path: Path) -> None:
+    assert (
+        "models.teacher"
+        in [
+            finding
+            for finding in light(tmp_path, "prompt.system=Add up.").findings
+            if finding.name == "system-without-effect"
+        ][1].evidence
+    )
+
+
+def test_the_state_of_a_thought_is_read_from_the_prompt() -> None:
+    assert [thought(text) for text in ("<think>\n", "<think>\n\n</think>\n", "a")] == ["open", "closed", "none"]
+
+
+def test_a_prompt_over_the_limit_is_refused_with_its_problem(tmp_path: Path) -> None:
+    finding = one(light(tmp_path, "prompt.max_tokens=14"), "prompt-too-long")
+    assert finding.severity == "error" and re.search(
+        r"\d+ of 69 prompts are over prompt.max_tokens 14", finding.evidence
+    )
+
+
+def test_prompt_and_completion_beyond_the_positions_are_refused(tmp_path: Path) -> None:
+    finding = one(light(tmp_path, "stages.opd.sampling.max_tokens=500"), "context-too-short")
+    assert "512 positions" in finding.evidence
+
+
+def test_problems_in_characters_that_the_tokenizer_lacks_are_named(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "words.jsonl", *({"problem": f"{n} plus {n}", "answer": str(2 * n)} for n in range(40)))
+    assert "40 of 45 problems" in one(light(tmp_path, from_file(path)), "unknown-tokens").evidence
+
+
+def test_a_missing_model_folder_is_a_finding_of_the_verb_and_exit_2_of_run(tmp_path: Path) -> None:
+    missing = ("--set", f"models.teacher={tmp_path / 'nowhere'}")
+    said = call("doctor", "pocket", "--json", *missing)
+    found = json.loads(said.out)
+    assert said.code == 3 and not found["ok"]
+    assert [one["name"] for one in found["findings"]] == ["model-unreadable"]  # once, and no consequence of it
+    assert "data files" in found["checked"] and "student taught by itself" in found["unchecked"]
+    ran = tiny("run", tmp_path / "out", *missing, whole=True)
+    assert ran.code == 2 and "models.teacher: no such model folder" in ran.err
+
+
+# Data -------------------------------------------------------------------------------------------------------------------
+
+
+def sums(count: int, first: int = 10) -> list[dict[str, Any]]:
+    return [
+        {"problem": f"{n}+{n + 1}+11", "answer": str((2 * n + 12) % 100).zfill(2)} for n in range(first, first + count)
+    ]
+
+
+def test_a_missing_data_file_is_named_and_the_rest_is_still_checked(tmp_path: Path) -> None:
+    found = light(tmp_path, from_file(str(tmp_path / "none.jsonl")))
+    assert [finding.name for finding in found.errors] == ["data-unreadable"]
+    assert "vocabulary width" in found.checked
+
+
+def test_a_leaked_evaluation_problem_is_named(tmp_path: Path) -> None:
+    labeled = jsonl(tmp_path / "labeled.jsonl", *sums(40))
+    held_out = jsonl(tmp_path / "eval.jsonl", {"problem": "12 + 13 + 11", "answer": "36"}, *sums(4, first=60))
+    finding = one(light(tmp_path, from_file(labeled), from_file(held_out, "data.evals.sums")), "evaluation-leak")
+    assert "data.labeled: 1 problems also stand in data.evals.sums" in finding.evidence
+
+
+def test_a_label_without_answer_is_refused_with_its_row(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "labeled.jsonl", *sums(20), {"problem": "1+1", "answer": None})
+    finding = one(light(tmp_path, from_file(path)), "label-without-answer")
+    assert "1 of 21 problems have no answer (rows 21)" in finding.evidence
+
+
+def test_a_gold_answer_that_its_grader_rejects_is_named_with_its_problem(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "labeled.jsonl", *sums(20), {"problem": "1+1", "answer": "=" * 60})
+    finding = one(light(tmp_path, from_file(path)), "gold-fails-grader")
+    assert finding.severity == "warning" and "1 of 21 gold answers" in finding.evidence
+
+
+def test_a_task_that_rejects_most_gold_answers_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "labeled.jsonl", *({"problem": row["problem"], "answer": "=" * 60} for row in sums(20)))
+    assert one(light(tmp_path, from_file(path)), "gold-fails-grader").severity == "error"
+
+
+def test_an_unknown_task_is_named(tmp_path: Path) -> None:
+    found = light(tmp_path, "task=no_such_module:grade")
+    assert [finding.name for finding in found.errors] == ["task-unusable"]
+
+
+def test_repeated_and_contradicting_rows_are_named(tmp_path: Path) -> None:
+    rows = sums(20)
+    path = jsonl(tmp_path / "labeled.jsonl", *rows, rows[0], {**rows[1], "answer": "99"})
+    found = light(tmp_path, from_file(path))
+    assert "2 rows repeat" in one(found, "duplicates").evidence
+    assert (
+        "1 problems stand there with different answers (rows 2 and 22)" in one(found, "contradicting-answers").evidence
+    )
+
+
+def test_evaluations_that_share_problems_or_hold_none_are_named(tmp_path: Path) -> None:
+    same = jsonl(tmp_path / "same.jsonl", *sums(3, first=60))
+    torn = jsonl(tmp_path / "torn.jsonl", {"problem": "7+7", "answer": "14"}, {"problem": "7+7", "answer": "15"})
+    sources = (f"{name}: {{path: {path}}}" for name, path in (("a", same), ("b", same), ("c", torn)))
+    found = light(tmp_path, f"data.evals={{{', '.join(sources)}}}")
+    assert "data.evals.a and data.evals.b share 3 problems" in one(found, "evaluations-overlap").evidence
+    assert one(found, "evaluation-empty").severity == "error"
+
+
+def test_a_budget_over_the_pool_is_named(tmp_path: Path) -> None:
+    found = light(tmp_path, "labels.budget=65")
+    assert [finding.name for finding in found.errors] == ["label-budget-over-pool"]
+
+
+def test_a_half_that_is_too_small_for_one_step_is_named(tmp_path: Path) -> None:
+    finding = one(light(tmp_path, "labels.budget=6"), "pool-too-small")
+    assert "stages.teacher_rl: its pool (first_half) holds 3 problems, fewer than the 4" in finding.evidence
+
+
+def test_unbalanced_and_overlapping_halves_are_named(tmp_path: Path) -> None:
+    case = case_of(tmp_path)
+    names = case.pools.all
+    case._held["pools"] = Pools(names[:12], names[11:16])
+    found = {finding.name: finding for finding in data_checks.split(case)}
+    assert found["halves-overlap"].severity == "error" and names[11] in found["halves-overlap"].evidence
+    assert "12 and 5" in found["halves-unbalanced"].evidence
+
+
+def test_a_gpu_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = light(tmp_path, "compute.device=cuda")
+    assert [finding.name for finding in found.errors] == ["device-missing"]
+
+
+def test_what_only_run_would_refuse_is_still_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(plan: object, inputs: object) -> None:
+        raise checks.UserError("something of a new kind")
+
+    monkeypatch.setattr(checks, "check_plan", refuse)
+    assert "something of a new kind" in one(light(tmp_path), "cannot-run").evidence
+
+
+# Memory and disk --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "name"), [(0.9, "memory-too-small"), (1.1, "memory-tight"), (2.0, None)])
+def test_memory_is_held_against_the_estimate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, name: str | None
+) -> None:
+    # The teacher's GRPO holds most: float32 weights, gradients and two moments.
+    needed = 16 * sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(TEACHER).parameters())
+    monkeypatch.setattr(data_checks, "free_memory", lambda device: share * needed)
+    found = [finding.name for finding in data_checks.memory(case_of(tmp_path))]
+    assert found == ([] if name is None else [name])
+
+
+@pytest.mark.parametrize(
+    ("free", "top_k", "name"),
+    [(10**4, "null", "disk-too-small"), (2 * 10**7, "4000", "disk-tight"), (10**9, "null", None)],
+)
+def test_disk_is_held_against_models_checkpoints_and_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, top_k: str, name: str | None
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    case = case_of(
+        tmp_path, f"stages.warmup.dense.top_k={top_k}", "stages.warmup.sampling.max_tokens=4000", arms=("bridge",)
+    )
+    assert [finding.name for finding in data_checks.disk(case)] == ([] if name is None else [name])
+
+
+def test_an_exact_cache_that_would_be_refused_is_named_before_it_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_checks, "EXACT_CACHE_LIMIT", 1 << 10)
+    assert [finding.name for finding in data_checks.disk(case_of(tmp_path))] == ["cache-over-limit"]
+    assert data_checks.disk(case_of(tmp_path, "stages.warmup.dense.top_k=8")) == []
+
+
+def test_free_memory_is_known_here() -> None:
+    free = data_checks.free_memory(torch.device("cpu"))
+    assert free is not None and 1e7 < free < 1e14
+
+
+# Weights ----------------------------------------------------------------------------------------------------------------
+
+
+class Noisy(torch.nn.Module):
+    """A body whose hidden states are off by a random amount at every call: what a forgotten dropout does."""
+
+    def __init__(self, body: torch.nn.Module, share: float) -> None:
+        super().__init__()
+        self.body, self.share = body, share
+
+    def forward(self, **given: Any) -> Any:
+        out = self.body(**given)
+        noise = torch.randn_like(out.last_hidden_state) * self.share
+        out.last_hidden_state = out.last_hidden_state * (1.0 + noise)
+        return out
+
+
+def broken(
+    monkeypatch: pytest.MonkeyPatch, role: str, mend: Callable[[Policy], Policy], frozen: bool | None = None
+) -> None:
+    """Plant a fault into one model of the recipe as it is loaded."""
+    load = model.load
+
+    def loaded(name: str, field: str, models_: Any, device: torch.device, is_frozen: bool, adapt: None) -> Policy:
+        policy = load(name, field, models_, device, is_frozen, adapt=adapt)
+        hit = field == f"models.{role}" and (frozen is None or frozen == is_frozen)
+        return mend(policy) if hit else policy
+
+    monkeypatch.setattr(model, "load", loaded)
+
+
+def noisy(policy: Policy) -> Policy:
+    return replace(policy, body=Noisy(policy.body, 0.1))
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, "student", noisy)
+    finding = one(examined(tmp_path), "sampler-trainer-gap")
+    assert finding.severity == "error" and "float32" in finding.evidence
+
+
+@pytest.mark.parametrize("arm", ["bridge", "warmup_only"])
+def test_a_student_that_differs_from_its_frozen_copy_is_named(
+    arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(monkeypatch, "student", noisy, frozen=True)
+    found = examined(tmp_path, arms=(arm,))
+    assert [finding.name for finding in found.errors] == ["self-kl"]
+
+
+def test_a_teacher_that_disagrees_with_itself_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, "teacher", noisy)
+    finding = one(examined(tmp_path), "teacher-disagrees-with-itself")
+    assert finding.severity == "error" and "models.teacher" in finding.evidence
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(policy: Policy) -> Policy:
+        with torch.no_grad():
+            next(policy.model.parameters())[5] = torch.nan
+        return policy
+
+    broken(monkeypatch, "student", spoil)
+    found = examined(tmp_path)
+    assert [finding.name for finding in found.errors] == ["not-finite"]  # and no comparison of such numbers
+
+
+def test_completions_that_run_into_the_limit_are_named(tmp_path: Path) -> None:
+    changes = [f"stages.{stage}.sampling.max_tokens=2" for stage in ("teacher_rl", "warmup", "opd", "student_rl")]
+    found = examined(tmp_path, *changes)
+    assert "100% of 16 sampled completions run into sampling.max_tokens 2" in one(found, "truncated").evidence
+    assert not found.errors
+
+
+def test_nothing_is_said_of_truncation_where_the_sample_is_shorter_than_the_limit(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "endless", max_position_embeddings=4096)
+    changes = [f"stages.{stage}.sampling.max_tokens=2000" for stage in ("teacher_rl", "warmup", "opd", "student_rl")]
+    found = examined(tmp_path, *changes, f"models.student={folder}", f"models.teacher={folder}")
+    assert "truncated" not in {finding.name for finding in found.findings}
+
+
+def test_bfloat16_is_within_its_wider_bounds(tmp_path: Path) -> None:
+    assert not examined(tmp_path, "models.dtype=bfloat16").errors
+
+
+# run, and the table -----------------------------------------------------------------------------------------------------
+
+
+def test_run_refuses_before_anything_is_written_and_says_what_to_do(tmp_path: Path) -> None:
+    student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
+    teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
+    said = tiny(
+        "run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}", whole=True
+    )
+    assert said.code == 3 and "error stop-sets-differ" in said.err and "generation_config.json" in said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_says_warnings_and_goes_on(tmp_path: Path) -> None:
+    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", "--set", "prompt.system=Add up.", whole=True)
+    assert said.code == 0, said.err
+    assert "warning system-without-effect: models.student" in said.err and "pad-is-eos" not in said.err
+
+
+def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
+    monkeypatch.setattr(checks, "examine", lambda *given: pytest.fail("the doctor was asked again"))
+    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
+
+
+# Engines and servers ----------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwater.sampling.vllm_sampler.installed", lambda: False)
+    found = light(tmp_path, "compute.sampler=vllm")
+    assert "pip install headwater[vllm]" in one(found, "engine-unusable").evidence
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "said"),
+    [
+        ("server-unusable", {"gone": True}, "gave no usable answer in 1 tries"),
+        ("server-unusable", {"most": 3}, "greater than max allowed: 3"),
+        ("server-disagrees", {"shifted": True}, "different ids for the same text"),
+        ("server-context-too-short", {"longest": 40}, "takes sequences of 40 tokens"),
+        (None, {}, ""),
+    ],
+)
+def test_a_teachers_server_is_looked_at_like_a_model(
+    name: str | None, fault: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    answering = Answering(model.load(TEACHER, "models.teacher", MODELS, torch.device("cpu"), frozen=True), **fault)
+    changes = ("stages.warmup.dense.top_k=8", "stages.opd.dense.top_k=8", "compute.server.retries=0")
+    with serving(answering) as there:
+        url = "http://127.0.0.1:9/v1" if answering.gone else there.url
+        found = light(tmp_path, f"models.teacher={url}", *changes, arms=("raw_teacher",))
+    if name is None:
+        assert not found.errors, found.text()
+    else:
+        assert said in one(found, name).evidence and "models.teacher" in one(found, name).evidence
+
+
+def test_every_finding_stands_in_the_table_and_in_the_docs() -> None:
+    """And the other way round: no name of the table or the docs is one that nothing can find."""
+    table = {name for check in CHECKS for name in check.finds}
+    assert sum(len(check.finds) for check in CHECKS) == len(table)
+    used = {name for file in (ROOT / "src" / "headwater" / "doctor").glob("*.py") for name in kebab_names(file)}
+    assert used == table
+    listed = re.findall(
+        r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(table)
+
+
+def test_every_finding_is_planted_by_a_test() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert [name for check in CHECKS for name in check.finds if f'"{name}"' not in text] == []
+
+
+def kebab_names(file: Path) -> set[str]:
+    """The names that a file's findings are made with: first arguments of Finding, third ones of Case._once."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            given = node.args[:1] if name == "Finding" else node.args[2:3] if name == "_once" else []
+            found |= {one.value for one in given if isinstance(one, ast.Constant) and isinstance(one.value, str)}
+    return found

@@ -1,0 +1,274 @@
+"""The fused loss stage of a linear head: the plain form's numbers and gradients, each product once, never (N, V) at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from headwater.losses import token_losses
+from headwater.losses.distributions import Distributions, Exact, FromHidden, LinearHead, TopK
+from headwater.losses.logprobs import loss_and_stats, token_stats
+from headwater.losses.token_stats import TokenStats
+
+N, H, HT, V = 9, 4, 5, 11
+DIVERGENCES = {
+    "reverse": token_losses.REVERSE,
+    "forward": token_losses.FORWARD,
+    "jsd": token_losses.jensen_shannon(0.5),
+    "jsd tenth": token_losses.jensen_shannon(0.1),
+}
+FORMS = ("hidden", "exact", "top")
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def head_of(width: int, seed: int, dtype: torch.dtype = torch.float64, bias: bool = True) -> LinearHead:
+    return LinearHead(
+        random(V, width, seed=seed, dtype=dtype), random(V, seed=seed + 1, dtype=dtype) if bias else None, dtype
+    )
+
+
+def teacher_of(form: str, dtype: torch.dtype = torch.float64, temperature: float = 0.7) -> Distributions:
+    held = FromHidden(random(N, HT, seed=5, dtype=dtype), head_of(HT, 6, dtype), temperature)
+    logp = held.ready().logp_NV
+    kept = logp.topk(4, dim=-1)
+    return {"hidden": held, "exact": Exact(logp), "top": TopK(kept.indices, kept.values)}[form]
+
+
+def targets() -> Tensor:
+    return torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(9))
+
+
+def weighed(stats: TokenStats, some: slice) -> Tensor:
+    """A loss that is not linear in the log-prob and pulls at both, differently for each token."""
+    weight = torch.linspace(-1.0, 1.0, N, dtype=torch.float64)[some]
+    loss = weight * torch.exp(0.5 * stats.logp_N)
+    if stats.divergence_N is not None:
+        loss = loss + (weight.square() + 0.1) * stats.divergence_N
+    return loss
+
+
+def plain(head: LinearHead) -> Callable[[Tensor], Tensor]:
+    """The same head as any callable, so that it takes the plain path."""
+    return lambda hidden: head(hidden)
+
+
+@pytest.mark.parametrize("form", ["none", *FORMS])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_gradients_to_hidden_states_weight_and_bias_agree_with_finite_differences(form: str, name: str) -> None:
+    options: dict[str, Any] = {}
+    if form != "none":
+        options = {"teacher": teacher_of(form), "divergence": DIVERGENCES[name]}
+    hidden = random(N, H, seed=1).requires_grad_()
+    weight, bias = (one.requires_grad_() for one in (random(V, H, seed=2), random(V, seed=3)))
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        head = LinearHead(weight, bias, torch.float64)
+        return loss_and_stats(hidden, head, targets(), 0.7, weighed, chunk_elements=4 * V, **options)[0]
+
+    class Repeatable(torch.autograd.Function):
+        """gradcheck runs the backward pass many times; the stage hands its gradients over once."""
+
+        @staticmethod
+        def forward(ctx: Any, *leaves: Tensor) -> Tensor:
+            with torch.enable_grad():
+                copies = [leaf.detach().requires_grad_() for leaf in leaves]
+                value = loss(*copies)
+            ctx.save_for_backward(*torch.autograd.grad(value, copies))
+            return value.detach()
+
+        @staticmethod
+        def backward(ctx: Any, *outer: Tensor) -> Any:
+            return tuple(outer[0] * one for one in ctx.saved_tensors)
+
+    assert gradcheck(Repeatable.apply, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("form", ["none", *FORMS])
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("chunk", [1, 3 * V, N * V, 99 * V])
+def test_every_number_and_gradient_is_that_of_the_plain_form(form: str, name: str, chunk: int) -> None:
+    options: dict[str, Any] = {}
+    if form != "none":
+        options = {"teacher": teacher_of(form), "divergence": DIVERGENCES[name], "teacher_tokens": form != "top"}
+    found = []
+    for path in ("fused", "plain"):
+        head = head_of(H, 2)
+        leaves = [random(N, H, seed=1), head.weight_VH, head.bias_V]
+        assert leaves[2] is not None
+        for leaf in leaves:
+            leaf.requires_grad_()
+        used = head if path == "fused" else plain(head)
+        loss, stats = loss_and_stats(leaves[0], used, targets(), 0.7, weighed, chunk_elements=chunk, **options)
+        found.append((loss.detach(), stats, torch.autograd.grad(3.0 * loss, leaves)))
+    (ours, our_stats, our_slopes), (theirs, their_stats, their_slopes) = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    for field, known in vars(their_stats).items():
+        one = vars(our_stats)[field]
+        assert (one is None) == (known is None), field
+        if known is not None:
+            assert not one.requires_grad
+            torch.testing.assert_close(one, known.detach(), rtol=1e-8, atol=1e-10)
+    for one, known in zip(our_slopes, their_slopes, strict=True):
+        torch.testing.assert_close(one, known, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["none", *FORMS])
+def test_measuring_alone_gives_the_same_numbers_without_a_gradient(form: str) -> None:
+    options: dict[str, Any] = (
+        {} if form == "none" else {"teacher": teacher_of(form), "divergence": token_losses.REVERSE}
+    )
+    head, hidden = head_of(H, 2), random(N, H, seed=1)
+    with torch.no_grad():
+        alone = token_stats(hidden, head, targets(), 0.7, chunk_elements=5 * V, **options)
+    trained = loss_and_stats(hidden, head, targets(), 0.7, weighed, **options)[1]
+    for field, known in vars(trained).items():
+        one = vars(alone)[field]
+        assert (one is None) == (known is None), field
+        if known is not None:
+            torch.testing.assert_close(one, known, rtol=1e-12, atol=1e-12)
+
+
+def test_a_loss_that_looks_at_nothing_has_no_gradient_and_a_part_that_is_not_trained_gets_none() -> None:
+    hidden, head = random(N, H, seed=1).requires_grad_(), head_of(H, 2)
+
+    def constant(stats: TokenStats, some: slice) -> Tensor:
+        return torch.ones_like(stats.logp_N)
+
+    loss, _ = loss_and_stats(hidden, head, targets(), 1.0, constant)
+    loss.backward()
+    assert loss.item() == N and hidden.grad is not None and hidden.grad.abs().max().item() == 0.0
+    assert head.weight_VH.grad is None  # it asked for none
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(name: str) -> None:
+    head, hidden = head_of(H, 2, torch.float32), random(N, H, seed=1, dtype=torch.float32).requires_grad_()
+
+    def divergence(stats: TokenStats, some: slice) -> Tensor:
+        assert stats.divergence_N is not None
+        return stats.divergence_N
+
+    itself = FromHidden(hidden.detach(), head, 1.0)
+    loss, stats = loss_and_stats(hidden, head, targets(), 1.0, divergence, itself, DIVERGENCES[name])
+    loss.backward()
+    assert stats.divergence_N is not None and stats.divergence_N.abs().max().item() < 1e-6
+    assert hidden.grad is not None and hidden.grad.abs().max().item() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["forward", "jsd"])
+def test_events_that_a_cached_teacher_excludes_add_nothing(name: str) -> None:
+    logp = teacher_of("exact").ready().logp_NV.clone()  # type: ignore[union-attr]
+    logp[:, 3] = -math.inf
+    teacher = Exact(torch.log_softmax(logp, dim=-1))
+    found = []
+    for head in (head_of(H, 2), plain(head_of(H, 2))):
+        hidden = random(N, H, seed=1).requires_grad_()
+        loss, stats = loss_and_stats(hidden, head, targets(), 0.7, weighed, teacher, DIVERGENCES[name])
+        found.append((stats, *torch.autograd.grad(loss, hidden)))
+    assert found[0][0].divergence_N is not None and found[1][0].divergence_N is not None
+    torch.testing.assert_close(found[0][0].divergence_N, found[1][0].divergence_N.detach(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_stays_within_its_rounding_of_the_truth() -> None:
+    """The products are in bfloat16 (8 bits: 0.4 % a number); everything between them is in float32."""
+    found = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(256, 64, generator=generator).bfloat16().to(dtype).requires_grad_()
+        weight = (0.2 * torch.randn(500, 64, generator=generator)).bfloat16().to(dtype).requires_grad_()
+        theirs = (0.2 * torch.randn(500, 64, generator=generator)).bfloat16().to(dtype)
+        teacher = FromHidden(hidden.detach(), LinearHead(theirs, None, dtype), 1.0)
+        some = torch.randint(0, 500, (256,), generator=generator)
+
+        def loss_of(stats: TokenStats, part: slice) -> Tensor:
+            assert stats.divergence_N is not None
+            return stats.divergence_N / 256
+
+        loss, stats = loss_and_stats(
+            hidden,
+            LinearHead(weight, None, dtype),
+            some,
+            1.0,
+            loss_of,
+            teacher,
+            token_losses.REVERSE,
+            chunk_elements=1 << 14,
+        )
+        loss.backward()
+        found[dtype] = loss.detach(), stats, hidden.grad, weight.grad
+        if dtype == torch.bfloat16:
+            assert stats.logp_N.dtype == torch.float32 == loss.dtype
+    truth, rough = found[torch.float64], found[torch.bfloat16]
+    assert rough[0].item() == pytest.approx(truth[0].item(), rel=5e-3)
+    # A logit of size 5 is rounded by up to 0.016.
+    assert (rough[1].logp_N - truth[1].logp_N).abs().max().item() < 0.04
+    for ours, known in zip(rough[2:], truth[2:], strict=True):
+        assert ours is not None and known is not None
+        apart = (ours.double() - known).norm() / known.norm()
+        assert 0.0 < apart.item() < 0.02
+
+
+def test_every_matrix_product_is_done_once() -> None:
+    head, hidden = head_of(H, 2), random(N, H, seed=1).requires_grad_()
+    head.weight_VH.requires_grad_()
+    options: dict[str, Any] = {"teacher": teacher_of("hidden"), "divergence": token_losses.REVERSE}
+    with watched() as seen:
+        loss, _ = loss_and_stats(hidden, head, targets(), 1.0, weighed, chunk_elements=4 * V, **options)
+        loss.backward()
+    # Forward, by hidden states and by weights for the student; forward alone for the teacher.
+    assert seen.products == 3 * N * V * H + N * V * HT
+
+
+class NodeProgress(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made, and the multiplications of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(one, Tensor):
+                self.numel = max(self.numel, one.numel())
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            a, b = args[-2:]
+            self.products += a.shape[0] * a.shape[1] * b.shape[1]
+        return out
+
+
+@contextmanager
+def watched() -> Iterator[NodeProgress]:
+    mode = NodeProgress()
+    with mode:
+        yield mode
+
+
+@pytest.mark.parametrize("form", ["hidden", "top"])
+def test_the_logits_of_all_tokens_never_exist_at_once_in_either_pass(form: str) -> None:
+    count, chunk = 4000, 16 * V
+    hidden = random(count, H, seed=1).requires_grad_()
+    head = head_of(H, 2)
+    head.weight_VH.requires_grad_()
+    held = FromHidden(random(count, HT, seed=5), head_of(HT, 6), 1.0)
+    kept = held.ready().logp_NV.topk(4, dim=-1)
+    teacher = held if form == "hidden" else TopK(kept.indices, kept.values)
+    with watched() as seen:
+        loss, _ = loss_and_stats(
+            hidden, head, torch.zeros(count, dtype=torch.long), 1.0, lambda stats, some: stats.divergence_N,  # type: ignore[arg-type,return-value]
+            teacher, token_losses.REVERSE, chunk_elements=chunk,
+        )  # fmt: skip
+        loss.backward()
+    assert seen.numel == hidden.numel() < count * V  # its own gradient is the largest

@@ -1,0 +1,387 @@
+"""Adapters: they begin as nothing, train what full training would move, are sampled as they stand, and resume to the bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from headwater.config.recipe import Lora, parse_recipe
+from headwater.config.stage import Sampling
+from headwater.errors import UserError
+from headwater.losses.batch import Row
+from headwater.losses.objectives import objective_of
+from headwater.models import lora
+from headwater.models import policy as model
+from headwater.models.policy import Policy, Shape
+from headwater.sampling import fast_weights
+from headwater.sampling.decoder import CacheDecoder, decoder_for
+from headwater.sampling.fast_decoder import FastDecoder
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.storage.run_dir import NodeDir
+from headwater.teachers.scoring import logp_of
+from headwater.training.checkpoint import load_checkpoint, save_checkpoint
+from headwater.training.loop import make_optimizer, update
+from runs import assert_same, call, held, infos, node, rows, sets, tiny
+from tests.integration.test_resume import Killed, killed_at
+from tests.unit.sampling.test_decoder import spoken
+from tiny import CPU, MODELS, gradient_of, same_bits, sampled_rows, stage_of, tiny_folder, weights_of
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
+
+FIELD = "models.student"
+GRPO = stage_of("grpo", optim={"lr": 3e-2, "grad_clip": 1e6})
+
+
+def adapted(folder: Path, draw: int = 0, dtype: str = "float32", **settings: Any) -> Policy:
+    asked = Lora.model_validate({"r": 4, "alpha": 8, **settings})
+    models = MODELS.model_copy(update={"dtype": dtype})
+    return model.load(str(folder), FIELD, models, CPU, False, adapt=lora.Wanted(asked, (draw, "test")))
+
+
+def trained(folder: Path, steps: int = 2, **settings: Any) -> Policy:
+    """An adapter some large steps away from where it began."""
+    policy = adapted(folder, **settings)
+    optimizer = make_optimizer(policy, GRPO.optim)
+    for step in range(steps):
+        update(policy, optimizer, sampled_rows(policy, draw=step), objective_of(GRPO), GRPO, 4096)
+    return policy
+
+
+def base(folder: Path, dtype: str = "float32") -> Policy:
+    return model.load(str(folder), FIELD, MODELS.model_copy(update={"dtype": dtype}), CPU, True)
+
+
+def scores(policy: Policy, rows_: list[Row]) -> torch.Tensor:
+    return torch.cat(logp_of(policy, [row.rollout for row in rows_], 4096))
+
+
+def furthest_apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+# What trains ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_adapter_changes_nothing_and_begins_with_the_same_numbers_wherever_it_is_made(
+    qwen3_folder: Path,
+) -> None:
+    policy, same, other = adapted(qwen3_folder), adapted(qwen3_folder), adapted(qwen3_folder, draw=1)
+    found = sampled_rows(policy)
+    assert furthest_apart(scores(policy, found), scores(base(qwen3_folder), found)) < 1e-5
+    first, again, others = (
+        {path: layer.lora_A["default"].weight for path, layer in one.adapter.layers.items()}  # type: ignore[union-attr]
+        for one in (policy, same, other)
+    )
+    assert same_bits(first, again) and not any(torch.equal(first[path], others[path]) for path in first)
+
+
+def test_the_gradient_of_an_adapter_is_that_of_the_whole_matrix_through_its_other_half(qwen3_folder: Path) -> None:
+    """W + s·B·A at B = 0: dL/dB = s · dL/dW · Aᵀ, and dL/dA = 0."""
+    policy = adapted(qwen3_folder)
+    whole = model.load(str(qwen3_folder), FIELD, MODELS, CPU, frozen=False)
+    found = sampled_rows(whole)
+    ours, full = gradient_of(policy, found, GRPO), gradient_of(whole, found, GRPO)
+    assert policy.adapter is not None and len(policy.adapter.layers) == 14
+    assert all(".lora_" in name for name in ours)
+    for path, layer in policy.adapter.layers.items():
+        expected = 8 / 4 * full[f"{path}.weight"] @ layer.lora_A["default"].weight.T
+        torch.testing.assert_close(ours[f"{path}.lora_B.default.weight"], expected, rtol=1e-3, atol=1e-6)
+        assert not ours[f"{path}.lora_A.default.weight"].any()
+
+
+def test_named_targets_get_adapters_and_no_other_matrix_does(qwen3_folder: Path) -> None:
+    policy = adapted(qwen3_folder, targets=["q_proj", "down_proj"])
+    assert policy.adapter is not None
+    assert {path.rpartition(".")[2] for path in policy.adapter.layers} == {"q_proj", "down_proj"}
+    assert policy.adapter.parameters == Shape.from_config(policy.model.config).adapter_parameters(
+        4, ("q_proj", "down_proj")
+    )
+    everything = adapted(qwen3_folder).adapter
+    assert everything is not None
+    assert everything.parameters == Shape.from_config(policy.model.config).adapter_parameters(4, None)
+
+
+def test_in_bfloat16_the_base_is_rounded_and_what_trains_is_not(qwen3_folder: Path) -> None:
+    policy = adapted(qwen3_folder, dtype="bfloat16")
+    types = {(one.requires_grad, one.dtype) for one in policy.model.parameters()}
+    assert types == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("wanted", [None, Lora(r=4, alpha=8)], ids=["all weights", "adapter"])
+def test_flops_of_an_update_are_those_that_the_library_counts(tmp_path: Path, wanted: Lora | None) -> None:
+    folder = tiny_folder(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
+    adapt = None if wanted is None else lora.Wanted(wanted, (0,))
+    policy = model.load(str(folder), FIELD, MODELS, CPU, False, adapt=adapt)
+    found = sampled_rows(policy, max_tokens=24)
+    with FlopCounterMode(display=False) as counter:
+        gradient_of(policy, found, GRPO)
+    # Counted are matrix products; embedding rows and attention's own softmax are not in either figure.
+    assert policy.pass_flops(found, passes=3) == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+# What is sampled and compared with ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_fast_decoder_samples_from_the_adapted_weights(
+    architecture: str, tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small models have the adapter folded into copied weights, large ones keep it apart: the same words either way."""
+    if large:
+        monkeypatch.setattr(fast_weights, "FUSED_PARAMETERS", 0)
+    folder = tiny_folder(tmp_path / "model", architecture, seed=4)
+    policy = trained(folder)
+    assert isinstance(decoder_for(policy), FastDecoder)
+    fast, general = spoken(policy, FastDecoder(policy), 12), spoken(policy, CacheDecoder(policy), 12)
+    plain = base(folder)
+    unadapted = spoken(plain, CacheDecoder(plain), 12)
+    for ours, theirs in zip(fast, general, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert furthest_apart(torch.cat(general), torch.cat(unadapted)) > 0.1
+
+
+def test_log_probs_that_a_token_was_drawn_with_are_the_trainers(qwen3_folder: Path) -> None:
+    for dtype, near in (("float32", 1e-4), ("bfloat16", 0.05)):
+        policy = trained(qwen3_folder, dtype=dtype)
+        found = sampled_rows(policy, draw=9)
+        drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in found])
+        assert (drawn - scores(policy, found)).abs().mean().item() < near
+
+
+def test_the_frozen_base_is_the_kl_reference_without_a_second_copy(qwen3_folder: Path) -> None:
+    policy = trained(qwen3_folder)
+    reference, found = model.beneath(policy), sampled_rows(policy, draw=5)
+    assert reference.model is policy.model
+    assert furthest_apart(scores(reference, found), scores(base(qwen3_folder), found)) < 1e-5
+    assert furthest_apart(scores(policy, found), scores(reference, found)) > 0.1
+    # And the policy trains on as if nobody had asked.
+    asked = gradient_of(policy, found, GRPO)
+    scores(reference, found)
+    assert same_bits(gradient_of(policy, found, GRPO), asked) and len(asked) == 28
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(qwen3_folder: Path) -> None:
+    policy, found = adapted(qwen3_folder), sampled_rows(base(qwen3_folder))
+    models = MODELS.model_copy(update={"gradient_checkpointing": True})
+    again = model.load(str(qwen3_folder), FIELD, models, CPU, False, adapt=lora.Wanted(Lora(r=4, alpha=8), (0, "test")))
+    assert again.model.is_gradient_checkpointing
+    ours, theirs = gradient_of(policy, found, GRPO), gradient_of(again, found, GRPO)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-7)
+
+
+# What is left behind --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", ["merged", "adapter"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_saved_loads_in_transformers_and_says_the_same(tmp_path: Path, output: str, tied: bool) -> None:
+    policy = trained(tiny_folder(tmp_path / "base", tied=tied), output=output)
+    found, out = sampled_rows(policy, draw=7), tmp_path / "out"
+    model.save(policy, out, torch.float32)
+    assert (out / "config.json").exists() is (output == "merged")
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    for row, ours in zip(found, logp_of(policy, [row.rollout for row in found], 4096), strict=True):
+        prompt, completion = row.rollout.prompt_ids, row.rollout.completion_ids
+        ids = torch.tensor([prompt + completion])
+        with torch.no_grad():
+            logp = torch.log_softmax(theirs(input_ids=ids).logits[0, len(prompt) - 1 : -1], dim=-1)
+        torch.testing.assert_close(logp.gather(1, torch.tensor(completion)[:, None])[:, 0], ours, rtol=0, atol=1e-4)
+    assert furthest_apart(scores(base(out), found), scores(policy, found)) < 1e-4
+    if output == "merged":  # a model folder like any other: nothing in it tells of adapters
+        assert load_file(out / "model.safetensors").keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
+
+
+def test_the_next_stage_goes_on_with_the_adapter_and_is_compared_with_where_it_began(
+    qwen3_folder: Path, tmp_path: Path
+) -> None:
+    first = trained(qwen3_folder, output="adapter")
+    model.save(first, tmp_path / "first", torch.float32)
+    second = adapted(tmp_path / "first", draw=1, output="adapter")
+    found = sampled_rows(first, draw=3)
+    assert furthest_apart(scores(second, found), scores(first, found)) < 1e-5
+    optimizer = make_optimizer(second, GRPO.optim)
+    update(second, optimizer, sampled_rows(second, draw=4), objective_of(GRPO), GRPO, 4096)
+    assert furthest_apart(scores(model.beneath(second), found), scores(first, found)) < 1e-5
+    assert furthest_apart(scores(second, found), scores(first, found)) > 0.1
+    # What it leaves behind stands on the first base and is no larger than the first adapter.
+    model.save(second, tmp_path / "second", torch.float32)
+    assert held(tmp_path / "second" / "adapter_config.json")["base_model_name_or_path"] == str(qwen3_folder)
+    shapes = [
+        {key: one.shape for key, one in load_file(tmp_path / name / "adapter_model.safetensors").items()}
+        for name in ("first", "second")
+    ]
+    assert shapes[0] == shapes[1]
+    assert furthest_apart(scores(base(tmp_path / "second"), found), scores(second, found)) < 1e-4
+    # Where the output is merged, the adapter that a stage starts from becomes part of its base.
+    third = adapted(tmp_path / "second", output="merged")
+    assert furthest_apart(scores(model.beneath(third), found), scores(second, found)) < 1e-4
+
+
+def test_an_adapters_name_depends_on_its_base_too(tmp_path: Path) -> None:
+    policy = trained(tiny_folder(tmp_path / "base"), output="adapter")
+    model.save(policy, tmp_path / "out", torch.float32)
+    before = model.fingerprint_of(str(tmp_path / "out"))
+    tiny_folder(tmp_path / "base", seed=5)
+    assert model.fingerprint_of(str(tmp_path / "out")) != before
+
+
+# Checkpoints and whole runs -------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_the_adapter_alone_and_comes_back_to_the_bit(qwen3_folder: Path, tmp_path: Path) -> None:
+    policy, place = adapted(qwen3_folder), NodeDir(tmp_path / "nodes" / "opd")
+    optimizer, found = make_optimizer(policy, GRPO.optim), sampled_rows(policy)
+    update(policy, optimizer, found, objective_of(GRPO), GRPO, 4096)
+    save_checkpoint(place, 1, policy.model, optimizer)
+    kept = load_file(place.checkpoint(1) / "adapter.safetensors")
+    assert len(kept) == 28 and all(".lora_" in name for name in kept)
+    assert not (place.checkpoint(1) / "model.safetensors").exists()
+    other = adapted(qwen3_folder, draw=1)
+    theirs = make_optimizer(other, GRPO.optim)
+    assert load_checkpoint(place, other.model, theirs) == 1
+    for one, its in ((policy, optimizer), (other, theirs)):
+        update(one, its, found, objective_of(GRPO), GRPO, 4096)
+    assert same_bits(weights_of(other), weights_of(policy))
+
+
+ADAPTED = (
+    "models.lora.r=4", "models.lora.alpha=8", "stages.student_rl.sparse.kl_coef=0.01", "stages.teacher_rl.optim.lr=0.01",
+    *(f"stages.{stage}.checkpoint_every=1" for stage in ("teacher_rl", "warmup", "opd", "student_rl")),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("output", "arm"), [("merged", "direct_grpo"), ("adapter", "bridge_rl")])
+def test_a_killed_run_with_adapters_goes_on_to_the_same_bits(tmp_path: Path, output: str, arm: str) -> None:
+    changes, synced = (*ADAPTED, f"models.lora.output={output}"), []
+    with mock.patch("os.fsync", synced.append):
+        said = tiny("run", tmp_path / "whole", "--arm", arm, changes=changes)
+    assert said.code == 0, said.err
+    with mock.patch("os.fsync", killed_at(int(0.6 * len(synced)), lambda descriptor: None)), pytest.raises(Killed):
+        tiny("run", tmp_path / "out", "--arm", arm, changes=changes)
+    assert tiny("run", tmp_path / "out", "--arm", arm, changes=changes).code == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    # The reference of student RL is where it began: not apart at its first step, apart at its second.
+    metrics = rows(node(tmp_path / "out", arm, "student_rl") / "metrics.jsonl")
+    assert [row["kl_reference"] > 1e-9 for row in metrics] == [False, True]
+    if output == "merged":
+        return
+    for folder, info in infos(tmp_path / "whole"):
+        if info["kind"] == "train":
+            both = (tmp_path / run / "nodes" / folder.name / "model" / lora.WEIGHTS for run in ("out", "whole"))
+            ours, theirs = map(load_file, both)
+            assert same_bits(ours, theirs) and len(ours) > 20
+    stood_on = held(node(tmp_path / "out", arm, "student_rl") / "model" / "adapter_config.json")
+    assert stood_on["base_model_name_or_path"].endswith("pocket/qwen3-student")
+    evaluated = call("eval", node(tmp_path / "out", arm, "opd") / "model", "--data", data(tmp_path), "--json")
+    assert evaluated.code == 0 and json.loads(evaluated.out)["problems"] == 4
+
+
+def data(folder: Path) -> Path:
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"problem": f"1{n}+21", "answer": str(31 + n)}) for n in range(4)))
+    return path
+
+
+def test_adapters_are_part_of_a_nodes_name_and_leave_the_other_roles_nodes_alone(tmp_path: Path) -> None:
+    names = []
+    for changes in ((), ("models.lora.roles=[student]",), ("models.lora.r=8",)):
+        said = call("run", "pocket", "--dry-run", "--json", *sets(*changes))
+        names.append({row["node"] for row in json.loads(said.out)})
+    full, students, both = ({name for name in one if name.startswith("teacher_rl")} for one in names)
+    assert full == students != both
+    assert not {name for name in names[0] & names[1] if name.startswith(("warmup", "opd", "student_rl"))}
+
+
+# Sentences ------------------------------------------------------------------------------------------------------------
+
+RECIPE: dict[str, Any] = {
+    "name": "x", "task": "sums", "models": {"student": "a/b", "teacher": "a/c"},
+    "data": {"labeled": "x.jsonl", "evals": {"y": "y.jsonl"}},
+    "stages": {
+        "teacher_rl": {"objective": "grpo", "steps": 1}, "warmup": {"objective": "forward_kl", "steps": 1},
+        "opd": {"objective": "opd", "steps": 1}, "student_rl": {"objective": "grpo", "steps": 1},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"dropout": 0.1}, "models.lora: dropout must be 0"),
+        ({"targets": ["lm_head"]}, "lm_head gets no adapter here"),
+        ({"targets": []}, "targets names no matrix"),
+        ({"r": 0}, "models.lora.r: "),
+        ({"roles": []}, "models.lora.roles: "),
+    ],
+)
+def test_a_recipe_that_asks_for_what_cannot_be_is_refused_by_field(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_recipe({**RECIPE, "models": {**RECIPE["models"], "lora": asked}}, "recipe")
+
+
+def test_targets_that_the_model_does_not_have_are_named(qwen3_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"models\.lora\.targets: .*nowhere"):
+        adapted(qwen3_folder, targets=["nowhere"])
+
+
+def test_what_is_not_installed_is_said_in_one_sentence(qwen3_folder: Path) -> None:
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        with pytest.raises(UserError, match=r"needs peft, which is not installed; pip install 'headwater\[lora\]'"):
+            adapted(qwen3_folder)
+        with pytest.raises(UserError, match=r"needs bitsandbytes, which is not installed; .*headwater\[qlora\]"):
+            adapted(qwen3_folder, quantize="nf4")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "it trains biases"),
+        ({"target_modules": "(a+)+$"}, "target_modules is no list"),
+        ({"base_model_name_or_path": None}, "names no base model"),
+        ({"base_model_name_or_path": "/nowhere/at/all"}, "no such model folder: /nowhere/at/all"),
+        ({"lora_alpha": "many"}, "lora_alpha 'many'"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_by_name(
+    qwen3_folder: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    model.save(trained(qwen3_folder, steps=1, output="adapter"), tmp_path / "out", torch.float32)
+    path = tmp_path / "out" / "adapter_config.json"
+    path.write_text(json.dumps({**held(path), **change}))
+    with pytest.raises(UserError) as raised:
+        base(tmp_path / "out")
+    assert said in str(raised.value) and str(raised.value).startswith(FIELD)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(qwen3_folder: Path, tmp_path: Path) -> None:
+    model.save(trained(qwen3_folder, steps=1, output="adapter"), tmp_path / "out", torch.float32)
+    with pytest.raises(UserError, match=r"of another shape than models.lora asks for \(r 4, alpha 8"):
+        adapted(tmp_path / "out", output="adapter", r=2)
+    path = tmp_path / "out" / lora.WEIGHTS
+    tensors = load_file(path)
+    save_file({name: one[:, :3].contiguous() for name, one in tensors.items()}, path)
+    with pytest.raises(UserError, match="does not fit its base model"):
+        base(tmp_path / "out")
+
+
+def test_a_general_decoder_samples_adapted_models_of_other_kinds_too(tmp_path: Path) -> None:
+    policy = trained(tiny_folder(tmp_path / "model", "qwen2"))
+    assert isinstance(decoder_for(policy), CacheDecoder)
+    found = sampled_rows(policy, draw=2)
+    drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in found])
+    assert furthest_apart(drawn, scores(policy, found)) < 1e-4
+    again = TorchSampler(policy).sample([], Sampling(max_tokens=4))
+    assert again == []

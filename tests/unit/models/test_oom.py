@@ -1,0 +1,308 @@
+"""When memory runs out: the pass is made again in smaller pieces with the same result, and what fitted is remembered."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headwater.config.stage import Sampling
+from headwater.errors import TrainingStoppedError
+from headwater.losses.batch import packed_microbatches
+from headwater.losses.objectives import objective_of
+from headwater.models.oom import BatchBudget, out_of_memory, passes
+from headwater.models.policy import Policy
+from headwater.sampling.base import Arrived, Request, requests_for
+from headwater.sampling.build import OomRetrySampler
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.teachers.scoring import logp_of
+from headwater.training import loop as training
+from headwater.training.loop import make_optimizer, update
+from runs import node, rows, tiny
+from tiny import PROMPTS, copied, furthest, same_bits, sampled_rows, stage_of, taught, weights_of
+
+CPU_SAYS = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+OUT = {
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": lambda: RuntimeError(CPU_SAYS),
+    "python": MemoryError,
+}
+
+
+@dataclass
+class Room:
+    """Stands in for `train.backward`: memory runs out in its nth call, and in every one with more tokens than fit."""
+
+    nth: int = 0
+    most: int = 1 << 30
+    error: Callable[[], BaseException] = OUT["cuda"]
+    sizes: list[int] = field(default_factory=list)
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = training.backward
+
+        def backward(policy: Policy, objective: Any, batch: Any, *rest: Any) -> None:
+            self.sizes.append(batch.ids_BT.numel())
+            if len(self.sizes) == self.nth or batch.ids_BT.numel() > self.most:
+                real(policy, objective, batch, *rest)  # the gradient of the attempt that fails must be dropped
+                raise self.error()
+            real(policy, objective, batch, *rest)
+
+        monkeypatch.setattr(training, "backward", backward)
+
+
+@pytest.mark.parametrize("error", OUT)
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("objective", ["grpo", "opd"])
+def test_an_optimizer_step_that_ran_out_of_memory_is_made_again_with_the_same_result(
+    policy: Policy, teacher: Policy, objective: str, nth: int, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows_ = taught(sampled_rows(policy, groups=4), teacher)
+    stage = stage_of(objective, batch_size=16, optim={"lr": 1e-3, "eps": 1e-4, "grad_clip": 0.5})
+    whole, hurt = copied(policy), copied(policy)
+    expected = update(whole, make_optimizer(whole, stage.optim), rows_, objective_of(stage), stage, 48)
+    assert len(packed_microbatches(rows_, 48)) >= 3
+    room = Room(nth=nth, error=OUT[error])
+    room.patch(monkeypatch)
+    found = update(hurt, make_optimizer(hurt, stage.optim), rows_, objective_of(stage), stage, 48)
+    moved = furthest(weights_of(whole), weights_of(policy))
+    assert furthest(weights_of(hurt), weights_of(whole)) < 1e-3 * moved
+    assert found["microbatch_tokens"] == 24 and expected["microbatch_tokens"] == 48
+    same = ("loss", "grad_norm", "entropy", "tokens_trained", "updates", "sampler_gap")
+    assert {key: found[key] for key in same} == {key: pytest.approx(expected[key], rel=1e-4, abs=1e-6) for key in same}
+    assert max(room.sizes[nth:]) <= 24 < max(room.sizes[:nth])
+
+
+def test_several_optimizer_steps_on_a_batch_each_halve_what_does_not_fit_and_keep_it(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows_, stage = sampled_rows(policy, groups=4), stage_of("grpo", batch_size=16, minibatches=2, passes=2)
+    whole, hurt = copied(policy), copied(policy)
+    update(whole, make_optimizer(whole, stage.optim), rows_, objective_of(stage), stage, 4096)
+    room = Room(most=60)
+    room.patch(monkeypatch)
+    found = update(hurt, make_optimizer(hurt, stage.optim), rows_, objective_of(stage), stage, 4096)
+    moved = furthest(weights_of(whole), weights_of(policy))
+    assert furthest(weights_of(hurt), weights_of(whole)) < 2e-2 * moved and found["updates"] == 4
+    assert found["microbatch_tokens"] <= 60
+    failed = [place for place, size in enumerate(room.sizes) if size > 60]
+    assert failed and max(failed) < 4  # all in the first optimizer step; the others know what fits
+
+
+def test_a_single_row_that_does_not_fit_stops_with_one_sentence_and_leaves_weights_and_optimizer_alone(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows_, stage = sampled_rows(policy, groups=4), stage_of("grpo", batch_size=16)
+    optimizer = make_optimizer(policy, stage.optim)
+    update(policy, optimizer, rows_, objective_of(stage), stage, 4096)
+    before, state = weights_of(policy), state_of(optimizer)
+    Room(most=3).patch(monkeypatch)
+    with pytest.raises(
+        TrainingStoppedError, match=r"memory ran out even with 17 tokens \(the longest row alone\)"
+    ) as stopped:
+        update(policy, optimizer, rows_, objective_of(stage), stage, 4096)
+    assert stopped.value.exit_code == 4 and "gradient_checkpointing" in str(stopped.value)
+    assert same_bits(weights_of(policy), before) and same_bits(state_of(optimizer), state)
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    held = optimizer.state_dict()["state"]
+    return {f"{place}.{key}": value.clone() for place, state in held.items() for key, value in state.items()}
+
+
+def test_any_other_error_is_not_taken_for_it(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = stage_of("grpo", batch_size=8)
+    Room(nth=1, error=lambda: RuntimeError("a matrix is singular")).patch(monkeypatch)
+    with pytest.raises(RuntimeError, match="singular"):
+        update(policy, make_optimizer(policy, stage.optim), sampled_rows(policy), objective_of(stage), stage, 4096)
+    assert all(out_of_memory(make()) for make in OUT.values())
+    assert not out_of_memory(ValueError("out of memory")) and not out_of_memory(RuntimeError("shape"))
+
+
+def test_scoring_is_halved_and_gives_the_same_numbers(policy: Policy) -> None:
+    rollouts = [row.rollout for row in sampled_rows(policy, groups=4)]
+    asked: list[int] = []
+
+    def score(tokens: int) -> list[torch.Tensor]:
+        asked.append(tokens)
+        if tokens > 50:
+            raise OUT["cpu"]()
+        return logp_of(policy, rollouts, tokens)
+
+    budget = BatchBudget(4096)
+    found = passes(budget, rollouts, score)
+    longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in rollouts)
+    assert asked == [4096, 16 * longest // 2, 16 * longest // 4, 16 * longest // 8] and budget.size == asked[-1]
+    for ours, theirs in zip(found, logp_of(policy, rollouts, 4096), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TrainingStoppedError, match="the longest row alone"):
+        passes(budget, rollouts, lambda tokens: (_ for _ in ()).throw(MemoryError))
+
+
+@dataclass(frozen=True)
+class Cramped:
+    """A sampler that has room for so many sequences, and fails on a batch after it has told of the ones before."""
+
+    policy: Policy
+    batch: int
+    room: int
+    decoded: list[int]
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None) -> list[Any]:
+        found: list[Any] = []
+        for start in range(0, len(requests), self.batch):
+            part = requests[start : start + self.batch]
+            if len(part) > self.room and start:
+                raise OUT["cuda"]()
+            self.decoded.append(len(part))
+            found += TorchSampler(self.policy).sample(part, sampling, arrived)
+        return found
+
+
+def test_a_sampler_decodes_fewer_at_once_and_tells_of_each_rollout_once(policy: Policy) -> None:
+    wanted = requests_for([(str(place), prompt) for place, prompt in enumerate(PROMPTS)], 8, 0, 0, "memory")
+    expected = TorchSampler(policy).sample(wanted, Sampling(max_tokens=6))
+    told: list[tuple[str, int]] = []
+    decoded: list[int] = []
+    frugal = OomRetrySampler(lambda batch: Cramped(policy, batch, 5, decoded), BatchBudget(12))
+    found = frugal.sample(
+        wanted, Sampling(max_tokens=6), lambda done: told.extend((r.problem_id, r.sample) for r in done)
+    )
+    assert [(r.problem_id, r.sample, r.completion_ids) for r in found] == [
+        (r.problem_id, r.sample, r.completion_ids) for r in expected
+    ]
+    assert sorted(told) == sorted((one.problem_id, one.sample) for one in wanted)
+    # 12 fit at first, since only later batches lack room; then 6 do once; the rest comes by threes.
+    assert frugal.batch.size == 3 and decoded == [12, 6, *[3] * 4, 2]
+
+
+def test_a_sampler_without_room_for_one_sequence_stops_with_one_sentence(policy: Policy) -> None:
+    def nothing_fits(batch: int) -> TorchSampler:
+        raise OUT["cpu"]()
+
+    wanted = requests_for([("a", PROMPTS[0])], 4, 0, 0, "memory")
+    with pytest.raises(TrainingStoppedError, match="even with 1 sequence at a time"):
+        OomRetrySampler(nothing_fits, BatchBudget(256)).sample(wanted, Sampling(max_tokens=4))
+
+
+def test_a_run_that_ran_out_of_memory_notes_what_fitted_and_keeps_to_it_when_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["stages.student_rl.steps=3", "stages.student_rl.checkpoint_every=1", "compute.microbatch_tokens=2000"]
+    room = Room(nth=1)
+    room.patch(monkeypatch)
+    out = tmp_path / "out"
+    assert tiny("run", out, "--arm", "direct_grpo", changes=changes).code == 0
+    path = node(out, "direct_grpo", "student_rl")
+    noted = [row["microbatch_tokens"] for row in rows(path / "metrics.jsonl")]
+    assert noted[0] < 1000 and len(set(noted)) == 1
+    # As if killed after step 2: what fitted then is what step 3 begins with, though there would be room for more now.
+    (path / "DONE").unlink()
+    shutil.rmtree(path / "checkpoint" / "000003")
+    room.nth, before = 0, len(room.sizes)
+    assert tiny("run", out, "--arm", "direct_grpo", changes=changes).code == 0
+    assert [row["microbatch_tokens"] for row in rows(path / "metrics.jsonl")] == noted
+    assert max(room.sizes[before:]) <= noted[0]
+
+
+def test_scoring_that_runs_out_of_memory_in_a_run_is_done_in_smaller_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher's cache, its live scores, the reference and the conditions: every pass without a gradient."""
+    changes = ["stages.student_rl.sparse.kl_coef=0.1"]
+    assert tiny("run", tmp_path / "whole", changes=changes).code == 0
+    real, failed = Policy.completion_hidden, []
+
+    def completion_hidden(policy: Policy, batch: Any) -> torch.Tensor:
+        if batch.ids_BT.numel() > 250 and not torch.is_grad_enabled():
+            failed.append(batch.ids_BT.numel())
+            raise OUT["cpu"]()
+        return real(policy, batch)
+
+    monkeypatch.setattr(Policy, "completion_hidden", completion_hidden)
+    assert tiny("run", tmp_path / "out", changes=changes).code == 0
+    assert len(failed) >= 4
+    for name in ("opd", "student_rl"):
+        pairs = zip(
+            *(rows(node(tmp_path / out, "bridge_rl", name) / "metrics.jsonl") for out in ("out", "whole")), strict=True
+        )
+        for ours, theirs in pairs:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2, abs=1e-4)
+
+
+def test_an_optimizer_without_room_for_its_state_stops_with_one_sentence(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stage_of("grpo", batch_size=8)
+    optimizer = make_optimizer(policy, stage.optim)
+
+    def no_room() -> None:
+        raise OUT["cuda"]()
+
+    monkeypatch.setattr(optimizer, "step", no_room)
+    with pytest.raises(TrainingStoppedError, match="memory ran out in the optimizer's step"):
+        update(policy, optimizer, sampled_rows(policy), objective_of(stage), stage, 4096)
+
+
+REAL = """
+import resource, sys
+import torch
+torch.set_num_threads(1)
+sys.path[:0] = {path!r}
+from headwater.losses.batch import Row
+from headwater.losses.objectives import objective_of
+from headwater.training.loop import make_optimizer, update
+from tiny import rollout_of, stage_of, tiny_policy
+
+policy = tiny_policy(intermediate_size=4096)
+rows = [Row(rollout_of((1, 6, 2), tuple(5 + (i + j) % 10 for j in range(120)), sample=i), advantage=1.0) for i in range(256)]
+stage = stage_of("sft", batch_size=256)
+update(policy, make_optimizer(policy, stage.optim), rows[:2], objective_of(stage), stage, 300)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 600 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+found = update(policy, make_optimizer(policy, stage.optim), rows, objective_of(stage), stage, 1 << 20)
+print(int(found["microbatch_tokens"]), int(found["tokens_trained"]))
+"""
+
+
+def test_memory_that_really_runs_out_on_the_cpu_is_survived() -> None:
+    """256 rows of 123 tokens want gigabytes for their activations at once; the process may take 600 MiB more."""
+    path = [str(Path(training.__file__).parents[1]), str(Path(__file__).parents[2] / "support")]
+    said = subprocess.run(
+        [sys.executable, "-c", REAL.format(path=path)], capture_output=True, text=True, timeout=250, check=False
+    )
+    assert said.returncode == 0, said.stderr[-2000:]
+    fitted, trained = map(int, said.stdout.split())
+    assert trained == 256 * 120
+    assert 123 <= fitted <= 256 * 123 // 2
+
+
+def test_freed_memory_is_used_again_without_new_pages() -> None:
+    """In a process of its own: it is for the whole process. 64 MiB are 16,384 pages, which come anew each time without it."""
+    program = """
+import resource, sys, torch
+from headwater.models.oom import keep_what_is_freed
+if sys.argv[1] == "kept" and not keep_what_is_freed():
+    sys.exit(77)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 24)
+before = faults()
+for _ in range(20):
+    torch.ones(1 << 24)
+print(faults() - before)
+"""
+    found = {}
+    for how in ("kept", "left"):
+        said = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, timeout=120)
+        if said.returncode == 77:
+            pytest.skip("NOT tested: this C library is not glibc")
+        found[how] = int(said.stdout)
+    assert 4 * found["kept"] < found["left"]

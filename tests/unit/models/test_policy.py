@@ -1,0 +1,322 @@
+"""Loading, saving, fingerprinting, refusing; and the shapes that costs are computed from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers import models as tokenizer_models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from headwater.errors import UserError
+from headwater.losses.objectives import objective_of
+from headwater.models import locate
+from headwater.models.policy import (
+    Policy,
+    Shape,
+    fingerprint_of,
+    load,
+    refuse_different_tokens,
+    refuse_different_widths,
+    resolve,
+    save,
+)
+from headwater.teachers.scoring import logp_of
+from headwater.training.loop import make_optimizer, update
+from tiny import (
+    CPU,
+    MODELS,
+    same_bits,
+    sampled_rows,
+    stage_of,
+    tiny_folder,
+    tiny_model,
+    tiny_policy,
+    weights_of,
+)
+from tools.pretrain.pocket import ALPHABET, SPECIAL, UNKNOWN, make_tokenizer
+
+FIELD = "models.student"
+
+
+def loaded(folder: Path, frozen: bool = False, **settings: Any) -> Policy:
+    return load(str(folder), FIELD, MODELS.model_copy(update=settings), CPU, frozen)
+
+
+def test_what_is_saved_gives_the_same_log_probs_when_loaded(tmp_path: Path, architecture: str) -> None:
+    for tied in (True, False):
+        policy = tiny_policy(architecture, seed=3, tied=tied)
+        rollouts = [row.rollout for row in sampled_rows(policy)]
+        save(policy, tmp_path / str(tied), torch.float32)
+        again = loaded(tmp_path / str(tied))
+        assert again.model.config.tie_word_embeddings is tied
+        assert same_bits(weights_of(again), weights_of(policy))
+        for ours, theirs in zip(logp_of(again, rollouts, 4096), logp_of(policy, rollouts, 4096), strict=True):
+            # Not to the bit: weights read from a file lie at other offsets, and matrix products care about those.
+            torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-5)
+        # An untied head that is not the embedding is really there.
+        same = torch.equal(again.model.lm_head.weight, again.model.get_input_embeddings().weight)
+        assert same is tied
+
+
+def test_a_saved_folder_is_an_ordinary_one_that_the_auto_classes_read(tmp_path: Path) -> None:
+    policy = tiny_policy("qwen3", seed=3)
+    save(policy, tmp_path / "model", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = torch.tensor([[1, 6, 15, 7, 2]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, policy.model(input_ids=ids).logits)
+    assert tokenizer("17+45")["input_ids"] == policy.tokenizer("17+45")["input_ids"]
+    assert tokenizer.chat_template == policy.tokenizer.chat_template
+    assert not [path for path in (tmp_path / "model").iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_saving_in_bfloat16_rounds_the_file_and_leaves_the_policy_alone(tmp_path: Path) -> None:
+    policy = tiny_policy(seed=3)
+    before = weights_of(policy)
+    save(policy, tmp_path / "model", torch.bfloat16)
+    assert all(
+        torch.equal(one, before[name]) and one.dtype == torch.float32 for name, one in weights_of(policy).items()
+    )
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    again = weights_of(loaded(tmp_path / "model"))
+    for name, one in before.items():
+        assert torch.equal(again[name], one.to(torch.bfloat16).float())
+
+
+def test_a_bfloat16_recipe_trains_float32_weights_so_small_steps_are_not_rounded_away(qwen3_folder: Path) -> None:
+    policy = loaded(qwen3_folder, dtype="bfloat16")
+    assert {one.dtype for one in policy.model.parameters()} == {torch.float32}
+    assert policy.compute == torch.bfloat16
+    ids, mask = torch.tensor([[1, 6, 2]]), torch.ones(1, 3, dtype=torch.long)
+    assert policy.logits(policy.hidden(ids, mask)).dtype == torch.bfloat16
+    before = weights_of(policy)["model.layers.0.mlp.down_proj.weight"]
+    stage = stage_of("grpo", optim={"lr": 1e-6})
+    update(policy, make_optimizer(policy, stage.optim), sampled_rows(policy), objective_of(stage), stage, 4096)
+    after = weights_of(policy)["model.layers.0.mlp.down_proj.weight"]
+    # Adam's first step has the size of the rate, 1e-6: visible in float32, nothing in bfloat16 for nearly every weight.
+    assert (after - before).abs().median().item() == pytest.approx(1e-6, rel=0.2)
+    assert (after.bfloat16() == before.bfloat16()).float().mean().item() > 0.99
+
+
+def test_a_frozen_model_is_held_in_the_compute_type_and_cannot_be_trained(qwen3_folder: Path) -> None:
+    policy = loaded(qwen3_folder, frozen=True, dtype="bfloat16")
+    assert {(one.dtype, one.requires_grad) for one in policy.model.parameters()} == {(torch.bfloat16, False)}
+
+
+def test_dropout_is_off_also_while_activations_are_recomputed(tmp_path: Path) -> None:
+    """With dropout the trainer's log-probs would not be the sampler's."""
+    folder = tiny_folder(tmp_path / "model", "qwen3", attention_dropout=0.5)
+    policy = loaded(folder, gradient_checkpointing=True)
+    assert policy.model.training
+    ids, mask = torch.tensor([[1, 6, 15, 7, 2]]), torch.ones(1, 5, dtype=torch.long)
+    assert torch.equal(policy.hidden(ids, mask), policy.hidden(ids, mask))
+
+
+def test_recomputing_activations_gives_the_same_gradient(qwen3_folder: Path) -> None:
+    grads = []
+    for saving in (False, True):
+        policy = loaded(qwen3_folder, gradient_checkpointing=saving)
+        stage = stage_of("sft")
+        rows = sampled_rows(tiny_policy(seed=1))
+        update(policy, torch.optim.SGD(policy.model.parameters(), lr=0.0), rows, objective_of(stage), stage, 4096)
+        grads.append({name: one.grad for name, one in policy.model.named_parameters()})
+    for name, one in grads[0].items():
+        torch.testing.assert_close(grads[1][name], one, rtol=1e-5, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_model_that_is_not_there_is_refused_with_its_field(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^models\.student: no such model folder: /nowhere/at/all$"):
+        resolve("/nowhere/at/all", FIELD)
+    with pytest.raises(
+        UserError, match=r"^models\.teacher: no pocket model 'pocket:qwen9'; there are .*pocket:qwen3-student"
+    ):
+        resolve("pocket:qwen9", "models.teacher")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^models\.student: the folder .*empty holds no config\.json"):
+        resolve(str(tmp_path / "empty"), FIELD)
+
+
+def test_every_pocket_name_leads_to_its_folder(pocket_folder: Path) -> None:
+    names = sorted(path.name for path in pocket_folder.iterdir() if path.is_dir())
+    assert "qwen3-student" in names
+    assert [resolve(f"pocket:{name}", FIELD) for name in names] == [str(pocket_folder / name) for name in names]
+
+
+def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"models\.student: .* holds no \*\.safetensors; other weight formats are not read"
+    ):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("damage", ["weights cut short", "config is not JSON", "no tokenizer", "unknown architecture"])
+def test_a_damaged_folder_is_refused_in_one_sentence_that_names_field_and_folder(tmp_path: Path, damage: str) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    if damage == "weights cut short":
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    elif damage == "config is not JSON":
+        (folder / "config.json").write_text('{"model_type": ')
+    elif damage == "no tokenizer":
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    else:
+        (folder / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(UserError) as refused:
+        loaded(folder)
+    said = str(refused.value)
+    assert said.startswith(f"models.student: {folder} cannot be loaded (") and "\n" not in said and len(said) < 500
+
+
+def words(first: str) -> PreTrainedTokenizerFast:
+    """The pocket tokenizer with two digits swapped: the same width, other ids."""
+    letters = ALPHABET.replace("0", "?").replace(first, "0").replace("?", first, 1)
+    backend = Tokenizer(
+        tokenizer_models.BPE(
+            vocab={t: i for i, t in enumerate(dict.fromkeys((*SPECIAL, *letters)))}, merges=[], unk_token=UNKNOWN
+        )
+    )
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", unk_token=UNKNOWN)
+
+
+def test_a_teacher_with_other_ids_is_refused_though_the_width_is_the_same() -> None:
+    ours, theirs = make_tokenizer(), words("7")
+    fields = (FIELD, "models.teacher")
+    refuse_different_tokens(ours, make_tokenizer(), fields, ["17+45"])
+    with pytest.raises(
+        UserError, match=r"models\.student and models\.teacher: .* different ids for the same text '17\+45\+82\+03'"
+    ):
+        refuse_different_tokens(ours, theirs, fields)
+
+
+def test_a_difference_that_only_the_users_own_problems_show_is_found_too() -> None:
+    ours, theirs = make_tokenizer(), make_tokenizer()
+    theirs.add_tokens(["9/9"])
+    fields = (FIELD, "models.teacher")
+    refuse_different_tokens(ours, theirs, fields)
+    with pytest.raises(UserError, match=r"different ids for the same text '9/9\+1'"):
+        refuse_different_tokens(ours, theirs, fields, ["1+1", "9/9+1"])
+
+
+def test_output_layers_of_different_width_are_refused_with_a_way_out() -> None:
+    wide = tiny_policy(vocab_size=40)
+    refuse_different_widths(tiny_policy(), tiny_policy("llama"), (FIELD, "models.teacher"))
+    with pytest.raises(
+        UserError, match=r"models\.teacher: their output layers have 30 and 40 columns.*resize_token_embeddings"
+    ):
+        refuse_different_widths(tiny_policy(), wide, (FIELD, "models.teacher"))
+
+
+# --------------------------------------------------------------------------------------------------------- fingerprints
+
+
+def test_a_fingerprint_names_the_content_and_not_the_place(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "one")
+    shutil.copytree(folder, tmp_path / "two")
+    assert fingerprint_of(str(folder)) == fingerprint_of(str(tmp_path / "two")) == loaded(folder).fingerprint
+    (tmp_path / "two" / "README.md").write_text("A card changes no outcome.")
+    assert fingerprint_of(str(tmp_path / "two")) == fingerprint_of(str(folder))
+
+
+@pytest.mark.parametrize("what", ["model.safetensors", "config.json", "generation_config.json", "chat_template.jinja"])
+def test_a_fingerprint_changes_with_whatever_decides_an_outcome(tmp_path: Path, what: str) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    before = fingerprint_of(str(folder))
+    held = bytearray((folder / what).read_bytes())
+    held[-3] ^= 1
+    (folder / what).write_bytes(bytes(held))
+    assert fingerprint_of(str(folder)) != before
+
+
+def test_models_of_one_shape_and_other_weights_have_other_fingerprints(tmp_path: Path) -> None:
+    found = {fingerprint_of(str(tiny_folder(tmp_path / str(seed), seed=seed))) for seed in range(3)}
+    assert len(found) == 3
+    assert fingerprint_of("Qwen/Qwen3-1.7B") != fingerprint_of("Qwen/Qwen3-8B")
+
+
+def test_a_node_that_trained_the_weights_may_name_them_itself(qwen3_folder: Path) -> None:
+    assert load(str(qwen3_folder), FIELD, MODELS, CPU, True, "node-abc").fingerprint == "node-abc"
+
+
+def test_stop_ids_are_those_of_generation_config_model_config_and_tokenizer_together(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    assert loaded(folder).stop_ids == (3,)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [3, 8]}))
+    held = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(held | {"eos_token_id": 9}))
+    assert loaded(folder).stop_ids == (3, 8, 9)
+
+
+def test_a_tokenizer_without_padding_pads_with_a_valid_id() -> None:
+    policy = tiny_policy()
+    policy.tokenizer.pad_token = None
+    assert replace(policy).pad_id == 0
+
+
+# --------------------------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_key_value_heads": 4}, {"head_dim": 16}, {"hidden_size": 64, "vocab_size": 200}]
+)
+def test_parameters_from_the_config_alone_are_the_true_count_within_one_percent(
+    architecture: str, tied: bool, settings: dict[str, int]
+) -> None:
+    model = tiny_model(architecture, tied=tied, **settings)
+    counted = sum(weight.numel() for weight in model.parameters())
+    assert Shape.from_config(model.config).parameters == pytest.approx(counted, rel=0.01)
+
+
+def test_shipped_models_have_the_size_that_their_config_says(pocket_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pocket_folder / "qwen3-student")
+    counted = sum(weight.numel() for weight in model.parameters())
+    assert Shape.of(str(pocket_folder / "qwen3-student")).parameters == pytest.approx(counted, rel=0.01)
+
+
+def test_matrix_weights_and_flops_by_hand() -> None:
+    shape = Shape(layers=2, hidden=8, heads=4, kv_heads=2, head_dim=3, inner=10, vocabulary=50, tied=True)
+    # Attention a layer: queries and output 2·(8·4·3) = 192, keys and values 2·(8·2·3) = 96. MLP: 3·8·10 = 240. Head: 8·50.
+    assert shape.matrix_parameters == 2 * (192 + 96 + 240) + 400 == 1456
+    assert shape.parameters == 1456
+    assert replace(shape, tied=False).parameters == 1856
+    # A token costs 2·1456 for the matrices and 4·2·4·3 = 96 for each of the 5 earlier tokens it attends to.
+    assert shape.flops(tokens=10, context=5) == 10 * (2912 + 480)
+    assert shape.flops(tokens=10, context=5, passes=3) == 3 * 10 * (2912 + 480)
+
+
+def test_a_weights_file_is_named_by_every_byte_and_a_huge_one_by_blocks_all_over_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    content = bytes(range(1, 256)) * (12 << 10)  # 3 MiB
+
+    def named(place: int, many: int = 1) -> str:
+        path.write_bytes(content[:place] + bytes(many) + content[place + many :])
+        return fingerprint_of(str(tmp_path))
+
+    assert named(1_500_001) != named(0, 0)
+    monkeypatch.setattr(locate, "WHOLE", 1 << 20)
+    monkeypatch.setattr(locate, "BLOCK", 1 << 8)
+    assert all(named(place) != named(0, 0) for place in (1, len(content) - 2))
+    assert all(named(place, 1 << 13) != named(0, 0) for place in range(1 << 20, 2 << 20, 100_003))  # as a tensor would
+    path.write_bytes(content + b"x")
+    longer = fingerprint_of(str(tmp_path))
+    assert longer != named(0, 0)

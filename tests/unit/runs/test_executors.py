@@ -1,0 +1,408 @@
+"""Nodes side by side, failures that stay where they are, workers that die, one process a folder, nodes taken over."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headwater.config.arms import find_recipe
+from headwater.config.recipe import Compute
+from headwater.errors import TrainingStoppedError, UserError
+from headwater.runs.executors import base as executor
+from headwater.runs.executors.base import Failure, Job
+from headwater.runs.executors.local import Processes, allowed, ended_how, workers_for
+from headwater.runs.executors.schedule import by_longest_chain
+from headwater.runs.node_context import NodeProgress, ProgressDisplay
+from headwater.runs.plan import Node
+from headwater.runs.setup import prepared
+from headwater.storage.run_dir import RunDir
+from runs import (
+    TINY,
+    assert_same,
+    call,
+    environment,
+    held,
+    infos,
+    node,
+    program,
+    rows,
+    sets,
+    temporary,
+    tiny,
+    wait_for_steps,
+)  # fmt: skip
+
+ARMS = "direct_grpo,raw_teacher"
+LONG = ("stages.student_rl.steps=24", "stages.warmup.steps=24")  # two nodes side by side, long enough to be hit midway
+
+
+@cache
+def one_after_the_other() -> Path:
+    """The study that nothing disturbs, in this process."""
+    out = temporary() / "serial"
+    said = tiny("study", out, "--arms", ARMS, "--workers", "1", changes=LONG)
+    assert said.code == 0 and "nodes done" not in said.err, said.err
+    return out
+
+
+# Side by side --------------------------------------------------------------------------------------------------------
+
+
+def test_two_workers_make_what_one_makes_bit_for_bit_and_say_where_the_study_stands(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = tiny("study", out, "--arms", ARMS, "--workers", "2", changes=LONG)
+    assert said.code == 0, said.err
+    assert_same(out, one_after_the_other())
+    ended = [line for line in said.err.splitlines() if line.startswith("[")]
+    assert sorted(line.split("]")[0] for line in ended) == [f"[{number}/6" for number in range(1, 7)]  # a line a node
+    assert [line.split("(")[-1].split(" nodes")[0] for line in ended] == [f"{done} of 6" for done in range(1, 7)]
+    assert held(out / "recipe.json")["compute"]["workers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("compute", "device", "cores", "workers"),
+    [
+        (Compute(threads=1), "cpu", 8, 8),
+        (Compute(threads=3), "cpu", 8, 2),  # a third would fight for the last two cores
+        (Compute(threads=4), "cpu", 2, 1),
+        (Compute(), "cpu", 8, 1),  # its threads take all the cores
+        (Compute(threads=1), "cuda", 8, 1),
+        (Compute(workers=3), "cuda", 2, 3),  # what was asked for counts
+    ],
+)
+def test_as_many_workers_as_the_cores_allow_unless_the_recipe_says(
+    compute: Compute, device: str, cores: int, workers: int
+) -> None:
+    assert allowed(compute, torch.device(device), cores) == workers
+
+
+def test_there_are_never_more_workers_than_ends_to_run_towards(tmp_path: Path) -> None:
+    with job_of(tmp_path, "bridge,raw_teacher,direct_grpo", "compute.workers=8") as job:
+        assert workers_for(job) == 3
+    with job_of(tmp_path, "bridge", "compute.workers=8") as job:
+        assert workers_for(job) == 1  # so a run of one arm stays in this process
+
+
+def test_the_node_with_the_most_work_behind_it_goes_first_and_parents_go_before_children(tmp_path: Path) -> None:
+    with job_of(tmp_path, "bridge,direct_grpo") as job:
+        costs = {name: {"teacher_rl": 1.0, "student_rl": 5.0}.get(name.split(".")[0], 2.0) for name in job.todo}
+        stages = [name.split(".")[0] for name in by_longest_chain(job, costs)]
+    # bridge: teacher_rl 1 + rollouts 2 + warm-up 2 + opd 2 = 7 behind its beginning, 6 behind the rollouts; direct_grpo 5
+    assert stages == [
+        "teacher_rl", "teacher_rollouts", "student_rl", "warmup", "base_student", "base_teacher", "opd",
+    ]  # fmt: skip
+
+
+# What fails -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_stops_takes_along_only_what_stands_on_it_and_is_tried_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    mute = ["stages.teacher_rl.sampling.max_tokens=1", "stages.teacher_rl.steps=3", "guards.patience=2"]
+    said = tiny("study", out, "--arms", "direct_grpo,bridge", changes=[*mute, "guards.no_signal=stop"])
+    assert said.code == 4
+    last = said.err.strip().splitlines()[-1]
+    assert last.startswith("headwater: study: 1 node failed: teacher_rl on all (seed 0): teacher_rl, step 2 of 3: ")
+    assert last.endswith(
+        "; not run because of it: teacher_rollouts on all (seed 0), warmup on all (seed 0), opd on all (seed 0)"
+    )
+    assert "direct_grpo" in said.out and "Traceback" not in said.err
+    report = held(out / "report.json")
+    assert report["arms"]["direct_grpo"]["accuracy"] and not report["arms"]["bridge"]["accuracy"]
+    failed = next((out / "nodes").glob("teacher_rl.*/FAILED"))
+    assert held(failed).keys() == {"sentence", "code"} and held(failed)["code"] == 4
+    assert last.count(held(failed)["sentence"]) == 1
+    assert {path.name.split(".")[0] for path, _ in infos(out)} == {
+        "base_student", "base_teacher", "student_rl", "teacher_rl",
+    }  # fmt: skip
+
+    done = {path: path.stat().st_mtime_ns for path in out.glob("nodes/*/DONE")}
+    said = tiny("study", out, "--arms", "direct_grpo,bridge", changes=[*mute, "guards.no_signal=continue"])
+    assert said.code == 0, said.err
+    assert not failed.exists() and held(out / "report.json")["arms"]["bridge"]["accuracy"]
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_one_arm_that_stops_ends_with_its_own_sentence(tmp_path: Path) -> None:
+    mute = ["stages.student_rl.sampling.max_tokens=1", "guards.patience=2", "guards.no_signal=stop"]
+    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=mute)
+    assert (said.code, said.out) == (4, "")
+    assert said.err.strip().splitlines()[-1].startswith("headwater: student_rl, step 2 of 2: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (UserError("models.teacher: the file is damaged"), 2, "models.teacher: the file is damaged"),
+        (TrainingStoppedError("the loss is not finite"), 4, "the loss is not finite"),
+        (ZeroDivisionError("division\nby zero"), 1, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_whatever_a_node_raises_is_written_down_with_its_code(
+    error: Exception, code: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_node = executor.run_node
+
+    def broken(node: Node, place: Any) -> None:
+        if node.stage == "warmup":
+            raise error
+        run_node(node, place)
+
+    monkeypatch.setattr(executor, "run_node", broken)
+    out = tmp_path / "out"
+    said = tiny("study", out, "--arms", "warmup_only,opd_only", "--workers", "1")
+    assert said.code == code
+    mark = next((out / "nodes").glob("warmup.*/FAILED"))
+    assert (held(mark)["sentence"], held(mark)["code"]) == (sentence, code)
+    assert f"study: 1 node failed: warmup on all (seed 0): {sentence}" in said.err
+    traced = isinstance(error, ZeroDivisionError)
+    assert ("traceback" in held(mark)) == traced and (f"(traceback in {mark})" in said.err) == traced
+    assert held(out / "report.json")["arms"]["opd_only"]["accuracy"]
+
+
+# Workers that die, and those that are asked to stop -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def job_of(folder: Path, arms: str, *changes: str, progress_display: ProgressDisplay | None = None) -> Iterator[Job]:
+    """The tiny recipe's nodes, none of them done, for an executor."""
+    wanted = arms.split(",")
+    silent = ProgressDisplay(lambda line: None, lambda title, number, total: contextlib.nullcontext(deaf()))
+    with prepared(find_recipe("pocket", [*TINY, *changes]), wanted, [0]) as (plan, inputs):
+        todo = {plan.names[one]: one for one in plan.order()}
+        yield Job(plan, inputs, wanted, RunDir(folder), todo, progress_display or silent, lambda: False)
+
+
+def deaf() -> NodeProgress:
+    return NodeProgress(lambda done, total, unit: None, lambda count, metrics: None, lambda: False)
+
+
+# A worker without models: it says of each node that it is done, or dies of it as many times as the file `deaths` has lines.
+FAKE = """
+import json, os, pathlib, sys
+out = pathlib.Path(json.loads(sys.stdin.readline())["out"])
+for line in sys.stdin:
+    name = json.loads(line)["run"]
+    with (out / "begun").open("a") as file:
+        file.write(name + "\\n")
+    if name.startswith("warmup") and (out / "begun").read_text().count("warmup") <= int((out / "deaths").read_text()):
+        os.kill(os.getpid(), 9)
+    print(json.dumps({"begun": name}), flush=True)
+    print(json.dumps({"ended": name, "failure": None}), flush=True)
+"""
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_node_whose_worker_is_killed_is_tried_once_more_and_then_counts_as_failed(
+    deaths: int, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    progress_display = ProgressDisplay(lines.append, lambda title, number, total: contextlib.nullcontext(deaf()))
+    (tmp_path / "deaths").write_text(str(deaths))
+    with job_of(tmp_path, "raw_teacher,direct_grpo", progress_display=progress_display) as job:
+        failures = Processes(2, (sys.executable, "-c", FAKE))(job)
+        warmup = next(name for name in job.todo if name.startswith("warmup"))
+        opd = next(name for name in job.todo if name.startswith("opd"))
+    begun = (tmp_path / "begun").read_text().split()
+    killed = "its process was killed by SIGKILL (too little memory?)"
+    assert lines[0] == f"warmup on all (seed 0): {killed}; it goes on in another one"
+    assert begun.count(warmup) == 2
+    if deaths == 1:
+        assert failures == {} and sorted(begun) == sorted([*job.todo, warmup])
+    else:
+        assert failures == {warmup: Failure(f"{killed}, for the second time", 1)}
+        assert held(tmp_path / "nodes" / warmup / "FAILED") == failures[warmup].written()
+        assert sorted({*begun}) == sorted(job.todo.keys() - {opd})
+
+
+def test_a_worker_that_ends_by_itself_is_named_by_its_code() -> None:
+    assert ended_how(3) == "ended with code 3" and ended_how(-15) == "was killed by SIGTERM"
+
+
+def start(out: Path) -> subprocess.Popen[str]:
+    command = program("study", "pocket", "--arms", ARMS, "--workers", "2", "--out", out, *sets(*LONG))
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the workers that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rsplit(")", 1)[1].split()[:2]
+            if int(parent) == process.pid and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_killed_worker_is_replaced_and_an_interrupted_study_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(out)
+    assert process.stderr is not None
+    wait_for_steps(out, "student_rl", 2, process)
+    for pid in workers_of(process)[:1]:
+        os.kill(pid, signal.SIGKILL)
+    said = ""
+    while "it goes on in another one" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    assert "was killed by SIGKILL" in said
+    wait_for_steps(out, "warmup", 2, process)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said + rest
+    assert rest.count("stopping after this step, with a checkpoint") == 1
+    assert f"headwater: interrupted; the same command with --out {out} goes on from here" in rest
+    for path in out.glob("nodes/*/metrics.jsonl"):
+        # A worker that took over from the killed one may not have begun when it was asked to stop: then there is none.
+        held = sorted((path.parent / "checkpoint").glob("[0-9]*"))
+        assert not held or (held[-1].name == f"{len(rows(path)):06d}" and (held[-1] / "sums.json").exists())
+    assert not all((path / "DONE").exists() for path in out.glob("nodes/*"))
+    assert tiny("study", out, "--arms", ARMS, "--workers", "1", changes=LONG).code == 0
+    assert_same(out, one_after_the_other())
+
+
+def node_of(out: Path, stage: str) -> Path:
+    return next((out / "nodes").glob(f"{stage}.*"))
+
+
+def test_no_worker_outlives_a_killed_study_which_holds_its_folder_no_longer(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(out)
+    wait_for_steps(out, "student_rl", 2, process)
+    refused = tiny("study", out, "--arms", ARMS, changes=LONG)
+    assert refused.code == 2
+    assert refused.err == (
+        f"headwater: --out {out}: another process is at work there; wait until it ends, or use another folder\n"
+    )
+    pids = workers_of(process)
+    assert len(pids) == 2
+    process.kill()
+    process.wait(timeout=10)
+    deadline = time.monotonic() + 2
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with RunDir(out).locked():
+        pass
+
+
+# Nodes taken over -----------------------------------------------------------------------------------------------------
+
+
+def contents(out: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+
+
+def refuse_to_run(node: Node, place: Any) -> None:
+    raise AssertionError(f"{node.stage} ran again")
+
+
+def test_what_another_run_has_done_is_taken_over_with_what_it_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "out", one_after_the_other()
+    before = contents(other)
+    monkeypatch.setattr(executor, "run_node", refuse_to_run)
+    said = tiny("run", out, "--arm", "raw_teacher", "--reuse", other, changes=LONG)
+    assert said.code == 0, said.err
+    assert f"reuse: 5 of 5 nodes taken over: 5 from {other}\n" in said.err
+    ours, theirs = held(out / "report.json"), held(other / "report.json")
+    assert ours["arms"]["raw_teacher"] == theirs["arms"]["raw_teacher"]
+    names = {path.name for path, _ in infos(out)}
+    assert rows(out / "ledger.jsonl") == [row for row in rows(other / "ledger.jsonl") if row["node"] in names]
+    assert (node(out, "raw_teacher", "opd") / "DONE").samefile(node(other, "raw_teacher", "opd") / "DONE")
+    assert contents(other) == before
+
+
+def test_only_what_is_the_same_work_is_taken_over_and_going_on_leaves_the_other_run_as_it_was(tmp_path: Path) -> None:
+    out, other, changes = tmp_path / "out", one_after_the_other(), [*LONG, "stages.opd.steps=3"]
+    before = contents(other)
+    said = tiny("run", out, "--arm", "raw_teacher", "--reuse", other, changes=changes)
+    assert said.code == 0, said.err
+    assert f"reuse: 4 of 5 nodes taken over: 4 from {other}\n" in said.err
+    assert len(rows(node(out, "raw_teacher", "opd") / "metrics.jsonl")) == 3
+    for path, _ in infos(out):  # as if every node had to be looked at again
+        (path / "DONE").unlink()
+    assert tiny("run", out, "--arm", "raw_teacher", changes=changes).code == 0
+    assert contents(other) == before
+
+
+def test_where_there_are_no_hard_links_nodes_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: str, target: str) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(executor, "run_node", refuse_to_run)
+    other = one_after_the_other()
+    assert tiny("run", tmp_path / "out", "--arm", "raw_teacher", "--reuse", other, changes=LONG).code == 0
+    for path, info in infos(tmp_path / "out"):
+        there = other / "nodes" / path.name
+        assert not (path / "DONE").samefile(there / "DONE")
+        files = set(contents(path))
+        assert info["stage"] and files == set(contents(there))
+        assert all((path / name).read_bytes() == (there / name).read_bytes() for name in files)
+
+
+def test_a_folder_without_a_run_is_refused_for_reuse_before_anything_is_written(tmp_path: Path) -> None:
+    said = tiny("run", tmp_path / "out", "--reuse", tmp_path / "no")
+    assert said.code == 2 and said.err == f"headwater: --reuse {tmp_path / 'no'}: holds no run of ours\n"
+    assert not (tmp_path / "out").exists()
+
+
+# One process a folder -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_can_be_reported_on_and_a_foreign_one_gets_no_lock_file(tmp_path: Path) -> None:
+    with RunDir(one_after_the_other()).locked():
+        assert call("report", one_after_the_other(), "--out", tmp_path / "report").code == 0
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("mine")
+    assert tiny("run", foreign).code == 2
+    assert [path.name for path in foreign.iterdir()] == ["mine.txt"]
+
+
+def test_runs_that_differ_in_their_workers_make_one_report(tmp_path: Path) -> None:
+    for seed in ("0", "1"):
+        said = tiny("run", tmp_path / seed, "--arm", "direct_grpo", "--seed", seed, "--workers", str(1 + int(seed)))
+        assert said.code == 0, said.err
+    said = call("report", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--json")
+    assert said.code == 0 and json.loads(said.out)["seeds"] == [0, 1]
+
+
+def test_a_crash_lets_go_of_the_folder(tmp_path: Path) -> None:
+    code = f"from pathlib import Path\nfrom headwater.storage.run_dir import RunDir\nwith RunDir(Path({str(tmp_path)!r})).locked():\n"
+    holder = subprocess.Popen([sys.executable, "-c", f"{code}    print('held', flush=True); input()"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="another process is at work"), RunDir(tmp_path).locked():
+        pass
+    holder.kill()
+    holder.communicate()
+    with RunDir(tmp_path).locked():
+        assert json.dumps(os.listdir(tmp_path)) == '[".lock"]'

@@ -1,0 +1,164 @@
+"""Several teachers by tag, one that waits elsewhere, and who is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from headwater.config.recipe import Columns, Source
+from headwater.config.stage import Sampling
+from headwater.data.sources import load
+from headwater.losses.batch import Row
+from headwater.losses.distributions import Distributions, Several, joined
+from headwater.models.policy import Policy
+from headwater.sampling.base import requests_for
+from headwater.sampling.torch_sampler import TorchSampler
+from headwater.teachers.build import OffloadedTeacher, TaggedTeachers, movable
+from headwater.teachers.scoring import distributions_of
+from headwater.types import Rollout
+from runs import held, node, rows, tiny
+from tiny import CPU, PROMPTS, furthest, gradient_of, rollout_of, sampled_rows, stage_of, tiny_policy
+
+
+def two(cut: int | None = None) -> TaggedTeachers:
+    teachers = {"left": tiny_policy(seed=1), "right": tiny_policy(seed=2)}
+    return TaggedTeachers(teachers, {"a": "left", "b": "right"}, TorchSampler, cut)
+
+
+def mixed_rollouts() -> list[Rollout]:
+    """Of both tags in turn."""
+    return [
+        replace(rollout_of(prompt, (8, 9, 3) * (1 + index)), problem_id="ab"[index % 2], sample=index)
+        for index, prompt in enumerate(PROMPTS)
+    ]
+
+
+def test_each_rollout_is_scored_by_its_own_tags_teacher_in_the_order_asked() -> None:
+    teacher, rollouts = two(), mixed_rollouts()
+    for one, rollout in zip(teacher.distributions(rollouts, 4096), rollouts, strict=True):
+        own = teacher.teachers["left" if rollout.problem_id == "a" else "right"]
+        assert isinstance(own, Policy)
+        expected = distributions_of(own, [rollout], 4096)[0].ready()
+        torch.testing.assert_close(one.ready().logp_NV, expected.logp_NV, atol=1e-5, rtol=1e-5)
+
+
+def test_each_request_is_sampled_by_its_own_tags_teacher_with_the_same_numbers_as_alone() -> None:
+    teacher = two()
+    requests = requests_for([("a", PROMPTS[0]), ("b", PROMPTS[1])], 3, 0, "tags")[::-1]
+    arrived: list[Rollout] = []
+    found = teacher.sample(requests, Sampling(max_tokens=8), arrived.extend)
+    for tag, name in (("left", "a"), ("right", "b")):
+        own = teacher.teachers[tag]
+        assert isinstance(own, Policy)
+        asked = [one for one in requests if one.problem_id == name]
+        alone = TorchSampler(own).sample(asked, Sampling(max_tokens=8))
+        assert [one for one in found if one.problem_id == name] == alone
+    assert len(arrived) == 6
+
+
+@pytest.mark.parametrize("cut", [None, 5])
+@pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd", "sampled"])
+def test_two_teachers_in_one_batch_give_the_gradients_of_each_summed(
+    policy: Policy, divergence: str, cut: int | None
+) -> None:
+    if cut and divergence == "sampled":
+        pytest.skip("a token outside the kept ones has no log-prob of its own")
+    stage = stage_of("opd", dense={"divergence": divergence})
+    rows_ = [
+        Row(replace(row.rollout, problem_id="ab"[index % 2]))
+        for index, row in enumerate(sampled_rows(policy, groups=3))
+    ]
+    teacher = two(cut)
+    found = teacher.distributions([row.rollout for row in rows_], 4096)
+    taught = [replace(row, teacher=one) for row, one in zip(rows_, found, strict=True)]
+    together = gradient_of(policy, taught, stage)
+    total = sum(row.tokens for row in taught)
+    apart: dict[str, torch.Tensor] = {}
+    for name in "ab":
+        some = [row for row in taught if row.rollout.problem_id == name]
+        share = sum(row.tokens for row in some) / total
+        for key, one in gradient_of(policy, some, stage).items():
+            apart[key] = apart.get(key, torch.zeros_like(one)) + share * one
+    assert furthest(together, apart) < 1e-5 < max(one.abs().max().item() for one in together.values())
+
+
+def test_hidden_states_of_different_heads_are_never_joined_under_one(policy: Policy, teacher: Policy) -> None:
+    rollouts = mixed_rollouts()
+    parts: list[Distributions] = [distributions_of(one, rollouts[:2], 4096)[0] for one in (policy, teacher)]
+    whole = joined(parts, CPU)
+    assert isinstance(whole, Several) and len(whole) == sum(map(len, parts))
+    expected = torch.cat([part.ready().logp_NV for part in parts])
+    torch.testing.assert_close(whole.ready().logp_NV, expected)
+    torch.testing.assert_close(whole.rows(2, 5).ready().logp_NV, expected[2:5])
+    assert not isinstance(joined(distributions_of(policy, rollouts, 4096), CPU), Several)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_waiting_teacher_keeps_its_head_alone_and_scores_as_before(tied: bool) -> None:
+    policy = tiny_policy(tied=tied)
+    rollouts = mixed_rollouts()
+    expected = [one.ready().logp_NV for one in distributions_of(policy, rollouts, 4096)]
+    moved = {id(one) for one in movable(policy)}
+    stays = {name for name, one in policy.model.named_parameters() if id(one) not in moved}
+    assert stays == ({"model.embed_tokens.weight"} if tied else {"lm_head.weight"})
+    waiting = OffloadedTeacher(policy, CPU, TorchSampler)
+    for one, whole in zip(waiting.distributions(rollouts, 4096), expected, strict=True):
+        assert torch.equal(one.ready().logp_NV, whole)
+
+
+# Recipes --------------------------------------------------------------------------------------------------------------
+
+
+def problems(path: Path, tags: tuple[str, ...] = ("left", "right")) -> Path:
+    lines = [
+        {"problem": f"{10 + i}+{20 + i}", "answer": str(30 + 2 * i), "kind": tags[i % len(tags)]} for i in range(24)
+    ]
+    path.write_text("\n".join(json.dumps(one) for one in lines), encoding="utf-8")
+    return path
+
+
+def test_a_problems_tag_is_the_column_that_the_recipe_names(tmp_path: Path) -> None:
+    path = problems(tmp_path / "p.jsonl")
+    tagged = load(Source(path=str(path), columns=Columns(tag="kind")), "data.labeled", need_answers=True)
+    assert [one.tag for one in tagged.problems[:3]] == ["left", "right", "left"]
+    assert {one.tag for one in load(Source(path=str(path)), "data.labeled", need_answers=True).problems} == {""}
+
+
+def mapped(tmp_path: Path, *changes: str, tags: tuple[str, ...] = ("left", "right")) -> tuple[str, ...]:
+    source = f"{{path: {problems(tmp_path / 'p.jsonl', tags)}, columns: {{tag: kind}}}}"
+    held_out = tmp_path / "e.jsonl"
+    held_out.write_text(json.dumps({"problem": "55+11", "answer": "66", "kind": "left"}), encoding="utf-8")
+    return (
+        "models.teacher={left: 'pocket:qwen3-teacher', right: 'pocket:qwen3-teacher-large'}",
+        f"data.labeled={source}",
+        f"data.evals.sums={{path: {held_out}, columns: {{tag: kind}}}}",
+        "conditions.problems=1",
+        *changes,
+    )
+
+
+def test_a_bridge_from_two_teachers_runs_and_each_tags_cache_is_its_own_teachers(tmp_path: Path) -> None:
+    said = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=mapped(tmp_path))
+    assert said.code == 0, said.err
+    cached = rows(node(tmp_path / "out", "raw_teacher", "teacher_rollouts") / "cache" / "rollouts.jsonl")
+    samplers = {one["sampler"] for one in cached}
+    assert len(samplers) == 2  # the fingerprints of two models' weights
+    assert "raw_teacher" in held(tmp_path / "out" / "report.json")["arms"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "tags", "said"),
+    [
+        ("bridge", ("left", "right"), "models.teacher: is a mapping to several models, which is not trained here"),
+        ("raw_teacher", ("left", "wrong"), "has the tag 'wrong', and the mapping knows left, right"),
+    ],
+)
+def test_a_mapping_that_cannot_teach_is_refused_in_a_sentence(
+    arm: str, tags: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    found = tiny("run", tmp_path / "out", "--arm", arm, changes=mapped(tmp_path, tags=tags))
+    assert found.code == 2 and said in found.err and found.err.count("\n") == 1

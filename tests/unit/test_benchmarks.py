@@ -1,0 +1,231 @@
+"""The benchmarks' arithmetic and the shape of what they write; Headwater's own side of each workload on tiny models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as program
+from benchmarks import child, limits, loss, runner, summary
+from benchmarks.cases import CannotRunError, Case, all_cases, chosen
+from benchmarks.rewards import parity
+from benchmarks.table import cells
+
+STUDENT, TEACHER = "random:1x128:64", "random:2x128:64"
+OPD = Case((("b", "opd"),), "opd", STUDENT, TEACHER, batch=4, prompt_tokens=3, new_tokens=5, steps=1)
+
+
+def tiny(kind: Any, **fields: Any) -> Case:
+    return replace(OPD, kind=kind, places=(("t", kind),), **fields)
+
+
+def test_figures_are_medians_over_the_runs_and_every_run_is_kept() -> None:
+    runs = [{"seconds": s, "peak_bytes": p, "loaded_bytes": 10.0} for s, p in ((3.0, 40.0), (1.0, 70.0), (2.0, 50.0))]
+    found = summary.over_runs(runs)
+    assert (found["seconds"], found["peak_bytes"], found["growth_bytes"]) == (2.0, 50.0, 40.0)
+    assert (found["each"], found["runs"]) == ([3.0, 1.0, 2.0], 3)
+
+
+def test_tokens_a_second_are_given_where_sampling_is_all_there_is() -> None:
+    row = {"seconds": 4.0, "peak_bytes": 1.0, "loaded_bytes": 0.0, "tokens_sampled": 2048.0}
+    assert summary.over_runs([row])["tokens_per_second"] == 512.0
+    assert "tokens_per_second" not in summary.over_runs([row | {"seconds_sample": 1.0}])
+
+
+def test_a_loss_stage_works_in_what_it_adds_beyond_the_gradient_of_the_hidden_states() -> None:
+    row = {"seconds": 1.0, "peak_bytes": 900.0, "loaded_bytes": 300.0, "hidden_bytes": 100.0}
+    small = {"headwater": summary.over_runs([row]), "plain": summary.over_runs([row | {"peak_bytes": 2400.0}])}
+    assert (small["headwater"]["working_bytes"], small["plain"]["working_bytes"]) == (500.0, 2000.0)
+    large = {"headwater": small["headwater"] | {"working_bytes": 520.0}}
+    assert summary.growth_of_loss({"loss_2k": small, "loss_16k": large}) == {"headwater": pytest.approx(0.04)}
+
+
+def test_ratios_are_the_peers_figures_over_ours() -> None:
+    peers = {
+        "headwater": {"seconds": 2.0, "peak_bytes": 10.0},
+        "trl": {"seconds": 7.0, "peak_bytes": 25.0},
+        "vllm": {"skipped": "vllm is not installed"},
+    }
+    assert summary.ratios(peers) == {"trl": {"seconds": 3.5, "peak_bytes": 2.5}}
+    assert summary.ratios({"trl": peers["trl"]}) == {}
+
+
+def test_a_share_of_the_limit_is_the_least_time_over_the_time_taken() -> None:
+    # 30 at 10 a second and 80 at 20 a second and 40 at 20 a second: 3 + 4 + 2 = 9 seconds at the least.
+    gemm = {"decode": {"float32": 10.0}, "train": {"float32": 20.0}}
+    work = {
+        "sample": {"flops": 30.0, "gemm": "decode"},
+        "score": {"flops": 80.0, "gemm": "train"},
+        "update": {"flops": 40.0, "gemm": "train"},
+    }
+    least = summary.least_seconds(work, gemm)
+    assert least == {"sample": 3.0, "score": 4.0, "update": 2.0}
+    found = {"seconds": 18.0, "seconds_sample": 6.0, "seconds_score": 2.0, "seconds_update": 10.0}
+    got = summary.shares(found, least)
+    assert got == {"share": 0.5, "share_sample": 0.5, "share_training": 0.5, "score_of_step": pytest.approx(1 / 9)}
+
+
+def test_the_work_of_a_step_is_sampling_once_scoring_once_and_an_update_three_times_a_forward_pass() -> None:
+    found = limits.parts_of(OPD)
+    student, teacher, tokens = limits.shape_of(STUDENT), limits.shape_of(TEACHER), 4 * 8
+    assert found["sample"][3] == student.flops(tokens, 4.0) == found["update"][3] / 3
+    assert found["score"][3] == teacher.flops(tokens, 4.0)
+    # Products of one forward pass cover the shape's matrix parameters, two operations each a token.
+    products = sum(times * 2.0 * n * a * b for n, a, b, times in limits.products(student, tokens))
+    assert products == 2.0 * tokens * student.matrix_parameters
+    assert limits.parts_of(tiny("grpo", teacher=None, group=2))["sample"][3] == student.flops(4 * 5 + 2 * 3, 4.0)
+
+
+def test_limits_give_a_rate_for_every_shape_that_the_work_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 0.0005)
+    monkeypatch.setattr(limits, "bandwidth", lambda: 1e10)
+    found = limits.measured([OPD, tiny("loss"), replace(OPD, places=(("a", "opd"),), endless=False)], tmp_path)
+    assert set(found["work"]) == {"b.opd"}
+    assert {one["gemm"] for one in found["work"]["b.opd"].values()} == set(found["gemm"])
+    assert all(rate > 1e6 for rates in found["gemm"].values() for rate in rates.values())
+
+
+def test_workloads_are_chosen_by_letter_or_by_case_and_unknown_ones_are_named() -> None:
+    every = all_cases()
+    assert len({case.name for case in every}) == len(every)
+    assert {case.name for case in chosen(["b"], every)} == {"b.opd", "b.grpo", "b.sampling"}
+    assert "b.sampling" in {case.name for case in chosen(["d"], every)}  # the same measurement stands in both
+    assert [case.name for case in chosen(["c.train"], every)] == ["c.train"]
+    with pytest.raises(ValueError, match="no workload 'z'"):
+        chosen(["b", "z"], every)
+
+
+def fake(peer: str, told: dict[str, Any]) -> dict[str, Any]:
+    if peer == "limits":
+        return {"memory_bandwidth": 1e10, "threads": 1, "gemm": {"k": {"float32": 1e9}}, "work": {"b.opd": {
+            "update": {"flops": 1e9, "gemm": "k"}}}}  # fmt: skip
+    seconds = {"headwater": 2.0, "trl": 7.0}[peer]
+    return {"seconds": seconds, "seconds_update": seconds, "peak_bytes": 1e6, "loaded_bytes": 4e5}
+
+
+def test_peers_take_turns_and_one_that_is_not_installed_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+
+    def run(peer: str, told: dict[str, Any]) -> dict[str, Any]:
+        turns.append(peer)
+        return fake(peer, told)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    found = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda said: None, run)
+    assert turns == ["headwater", "trl"] * 3
+    assert found["trl"]["seconds"] == 7.0
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    turns.clear()
+    found = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda said: None, run)
+    assert turns == ["headwater"] * 3
+    assert found["trl"] == {"skipped": "trl is not installed"}
+    assert cells(found["trl"], {}) == ["trl is not installed"]
+
+
+def test_a_peer_that_fails_is_asked_once_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    turns: list[str] = []
+
+    def run(peer: str, told: dict[str, Any]) -> dict[str, Any]:
+        turns.append(peer)
+        return {"failed": "ValueError: head size 16"} if peer == "trl" else fake(peer, told)
+
+    found = runner.measure(OPD, ["headwater", "trl"], 2, Path(), lambda said: None, run)
+    assert turns == ["headwater", "trl", "headwater"]
+    assert found["trl"] == {"failed": "ValueError: head size 16"}
+    assert found["headwater"]["runs"] == 2
+
+
+def test_the_json_has_the_promised_shape_and_add_keeps_other_cases(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(runner, "in_a_process", fake)
+    monkeypatch.setattr(program.result_of, "__defaults__", (fake,))
+    out = tmp_path / "out.json"
+    common = ["--peers", "trl", "--runs", "1", "--json", str(out), "--models", str(tmp_path / "models")]
+    program.main(["--workloads", "b.opd", *common])
+    read = json.loads(out.read_text(encoding="utf-8"))
+    opd = read["workloads"]["b"]["opd"]
+    assert opd["headwater"]["seconds"] == 2.0 and opd["headwater"]["peak_bytes"] == 1e6
+    assert opd["ratio"]["trl"]["seconds"] == 3.5
+    assert opd["headwater"]["share"] == 0.5  # 1 s at the least, 2 s taken
+    assert read["limits"]["memory_bandwidth"] == 1e10
+
+    program.main(["--workloads", "b.grpo", "--add", *common])
+    read = json.loads(out.read_text(encoding="utf-8"))
+    assert set(read["workloads"]["b"]) == {"opd", "grpo"}
+    assert read["workloads"]["b"]["opd"] == opd
+
+
+def test_unknown_peers_and_workloads_are_a_mistake_of_the_user(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (["--peers", "nobody"], ["--workloads", "z"], ["--runs", "0"]):
+        with pytest.raises(SystemExit) as stopped:
+            program.asked(wrong)
+        assert stopped.value.code == 2
+    assert "no workload 'z'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["opd", "grpo", "train", "sampling"])
+def test_our_side_of_a_workload_does_all_of_its_tokens(kind: Any, tmp_path: Path) -> None:
+    more = {"teacher": None, "group": 4} if kind == "grpo" else {}
+    case = tiny(kind, peers=("headwater",), **more)
+    found = child.measured("headwater", case, tmp_path)
+    if kind != "train":
+        assert found["tokens_sampled"] == 4 * 5
+    if kind in ("opd", "train"):
+        assert found["tokens_trained"] == 4 * 5
+    parts = sum(found.get(f"seconds_{part}", 0.0) for part in summary.PARTS)
+    assert parts <= found["seconds"]
+    assert found["peak_bytes"] >= found["loaded_bytes"] > 1e7
+
+
+def test_a_pocket_step_uses_the_recipes_own_problems_and_grader(tmp_path: Path) -> None:
+    [grpo] = chosen(["a.grpo"], all_cases())
+    found = child.measured("headwater", replace(grpo, batch=16, steps=1), tmp_path)
+    assert 16 <= found["tokens_sampled"] <= 16 * 48
+
+
+def test_pocket_models_without_an_end_sample_to_the_last_token(tmp_path: Path) -> None:
+    [case] = chosen(["d.pocket_student"], all_cases())
+    found = child.measured("headwater", replace(case, batch=4, new_tokens=40, steps=1), tmp_path)
+    assert found["tokens_sampled"] == 4 * 40
+
+
+def test_our_loss_stage_and_the_plain_form_are_the_same_loss_with_the_same_gradients() -> None:
+    found = []
+    for form in (loss.headwater, loss.plain):
+        inputs = loss.inputs_of(tiny("loss", tokens=7), torch.device("cpu"), torch.float32)
+        value = form(inputs)
+        value.backward()
+        found.append((value.detach(), inputs["student_hidden"].grad, inputs["student_head"].weight.grad))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_gpu_workload_is_skipped_with_its_reason_where_there_is_no_gpu() -> None:
+    [case] = chosen(["gpu"], all_cases())
+    with pytest.raises(CannotRunError, match="no GPU"):
+        loss.step_of("headwater", case)
+
+
+def test_a_measurement_in_a_process_of_its_own_comes_back_whole(tmp_path: Path) -> None:
+    case = tiny("sampling", peers=("headwater",))
+    found = runner.in_a_process("headwater", {"case": asdict(case), "root": str(tmp_path)})
+    assert found["tokens_sampled"] == 20.0 and found["seconds"] > 0.0
+    failed = runner.in_a_process("nobody", {"case": asdict(case), "root": str(tmp_path)})
+    assert "KeyError" in failed["failed"]
+
+
+def test_the_reward_without_a_task_is_the_parity_of_the_last_token() -> None:
+    assert parity("t7 t12") and not parity("t12 t7") and parity("")

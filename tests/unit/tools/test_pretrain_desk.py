@@ -1,0 +1,327 @@
+"""Desk models: a tokenizer for any text, packed pretraining that can be resumed, and the recipe from end to end in small."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import runs
+from headwater.config.arms import builtin_text
+from headwater.config.recipe import parse_recipe
+from headwater.errors import UserError
+from headwater.models import policy as model
+from headwater.storage.run_dir import NodeDir
+from headwater.tasks.word_problems import WordsDials, pool_of
+from tiny import CPU
+from tools.pretrain import desk
+from tools.pretrain.desk import Joined, batches, pack, pretrain_desk, train
+from tools.pretrain.desk_models import DESK, SHIPPED, DeskSpec, config_of, make_tokenizer, shipped_tokenizer, shortened
+from tools.pretrain.pocket import ASSISTANT, END, IGNORED, SPECIAL, USER, optimizers_of
+
+TINY = DeskSpec(
+    hidden=32, layers=1, heads=2, kv_heads=1, worked_steps=4, mixture_steps=2, batch=4, width=256, lr=1e-2,
+    dials=WordsDials(1, 2, distractors=0),
+)  # fmt: skip
+TOKENIZER = shipped_tokenizer()
+
+
+# What ships -----------------------------------------------------------------------------------------------------------
+
+
+def test_configs_and_one_tokenizer_ship_without_weights_in_less_than_a_megabyte() -> None:
+    files = [file for file in SHIPPED.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 1_000_000
+    assert {file.suffix for file in files} == {".json", ".jinja", ".txt"}
+    assert {folder.name for folder in SHIPPED.iterdir() if folder.is_dir()} == set(DESK)
+    for what in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert len({(SHIPPED / name / what).read_bytes() for name in DESK}) == 1
+
+
+def test_shipped_shapes_are_those_of_the_specs_and_as_large_as_is_said() -> None:
+    parameters = {name: model.Shape.of(str(SHIPPED / name)).parameters for name in DESK}
+    # A layer of the student: 384·64·(2·6 + 2·2) for attention and 3·384·1152 for the MLP; 8 layers, and 384·4096 tied.
+    assert parameters["student"] == 8 * (384 * 64 * 16 + 3 * 384 * 1152) + 384 * 4096 == 15_335_424
+    assert 10e6 < parameters["student"] < 30e6
+    assert all(30e6 < parameters[name] < 150e6 for name in DESK if name != "student")
+    for name, spec in DESK.items():
+        held = AutoModelForCausalLM.from_config(config_of(replace(spec, layers=1), TOKENIZER)).config
+        shipped = AutoConfig.from_pretrained(SHIPPED / name)
+        assert (held.hidden_size, held.head_dim, held.vocab_size) == (shipped.hidden_size, 64, 4096)
+        assert shipped.num_hidden_layers == spec.layers and shipped.eos_token_id == TOKENIZER.eos_token_id
+
+
+def test_the_tokenizer_can_be_made_again_as_it_ships() -> None:
+    made = make_tokenizer()
+    assert made.backend_tokenizer.to_str() == TOKENIZER.backend_tokenizer.to_str()
+    assert len(made) == 4096
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=60))
+def test_any_text_comes_back_exactly_from_its_ids(text: str) -> None:
+    ids = TOKENIZER(text)["input_ids"]
+    assert TOKENIZER.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert TOKENIZER.unk_token_id not in ids
+
+
+def test_digits_stand_alone_and_words_of_the_problems_are_one_token_each() -> None:
+    tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER("Mia picked 3*14=42 apples.")["input_ids"])
+    assert tokens == ["Mia", "Ġpicked", "Ġ", "3", "*", "1", "4", "=", "4", "2", "Ġapples", "."]
+    assert [TOKENIZER.convert_tokens_to_ids(token) for token in SPECIAL] == [0, 1, 2, 3, 4]
+    # General English costs fewer than half as many tokens as it has letters.
+    prose = "Labelled problems are scarce, so they are spent where exploration is most productive."
+    assert len(TOKENIZER(prose)["input_ids"]) < len(prose) / 2
+
+
+# Pretraining ----------------------------------------------------------------------------------------------------------
+
+
+def test_packed_rows_hold_what_the_chat_template_makes_with_loss_on_completions_only() -> None:
+    pairs = [("Mia had 3 beads.", "The answer is 3."), ("Tom?", "Tom had 2*2=4 beads. The answer is 4."), ("x", "y")]
+    wanted = []
+    for problem, completion in pairs:
+        chat = [{"role": "user", "content": problem}, {"role": "assistant", "content": completion}]
+        wanted.append(TOKENIZER.apply_chat_template(chat, return_dict=True)["input_ids"])
+    width = len(wanted[0]) + len(wanted[1]) + 1  # the third does not fit beside them
+    ids, labels, positions = pack(TOKENIZER, pairs, width)
+    assert ids.shape == labels.shape == positions.shape == (2, width)
+    assert ids[0].tolist() == [*wanted[0], *wanted[1], TOKENIZER.pad_token_id]
+    assert ids[1, : len(wanted[2])].tolist() == wanted[2]
+    assert positions[0].tolist() == [*range(len(wanted[0])), *range(len(wanted[1])), 0]
+    assert TOKENIZER.decode(labels[0][labels[0] != IGNORED]) == "".join(f"{one}{END}" for _, one in pairs[:2])
+    assert TOKENIZER.decode(labels[1][labels[1] != IGNORED]) == f"y{END}"
+    with pytest.raises(ValueError, match="does not fit into rows of 5"):
+        pack(TOKENIZER, pairs, 5)
+
+
+def test_a_solution_in_a_packed_row_is_scored_as_it_is_alone() -> None:
+    pairs = next(batches(TINY, seed=0))
+    ids, _, positions = pack(TOKENIZER, pairs, TINY.width)
+    assert len(ids) < len(pairs)  # so that some do share a row
+    torch.manual_seed(1)
+    learner = AutoModelForCausalLM.from_config(config_of(replace(TINY, layers=2), TOKENIZER), dtype=torch.float32)
+    learner.requires_grad_(False)
+    for parameter in learner.parameters():  # at the usual scale all logits are near 0, and a leak would hardly show
+        parameter.mul_(5.0)
+    together = learner(input_ids=ids, position_ids=positions, use_cache=False).logits
+    starts = (positions == 0).nonzero().tolist()
+    ends = [column for row, column in starts[1:] if column] + [TINY.width]
+    row, begin, end = starts[1][0], starts[1][1], ends[1]
+    assert row == 0 and begin > 0
+    alone = learner(input_ids=ids[row : row + 1, begin:end], use_cache=False).logits[0]
+    assert (together[row, begin:end] - alone).abs().max() < 1e-4 * alone.abs().max()
+
+
+def test_a_steps_problems_depend_on_seed_and_step_alone_also_when_workers_make_them() -> None:
+    here = list(batches(TINY, seed=5))
+    assert len(here) == 6 and len({text for pairs in here for text, _ in pairs}) == 24
+    assert list(batches(TINY, seed=5, first=2)) == here[2:]
+    assert list(batches(TINY, seed=5, workers=2)) == here
+    assert {pool_of(text) for pairs in here for text, _ in pairs} == {"pretrain"}
+    assert all("=" in completion for pairs in here[:4] for _, completion in pairs)  # worked ones come first
+
+
+def test_shortened_training_keeps_the_proportion_of_worked_steps() -> None:
+    spec = shortened(DESK["student"], 12)  # 4000 worked of 4800
+    assert (spec.worked_steps, spec.mixture_steps, spec.hidden) == (10, 2, 384)
+
+
+def test_an_interrupted_pretraining_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    whole, losses = train(TINY, NodeDir(tmp_path / "whole"), CPU, seed=101)
+
+    def stop(step: int, steps: int, loss: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    node = NodeDir(tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, node, CPU, 101, stop, checkpoint_every=2)
+    assert [path.name for path in node.checkpoints()] == ["000004", "000002"]
+    resumed, rest = train(TINY, node, CPU, 101, checkpoint_every=2)
+    assert rest == losses[4:]
+    again = dict(resumed.named_parameters())
+    assert all(torch.equal(weight, again[name]) for name, weight in whole.named_parameters())
+
+
+def test_rows_that_are_passed_one_by_one_count_as_much_as_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = replace(TINY, worked_steps=1, mixture_steps=0, batch=8)
+    together = train(spec, NodeDir(tmp_path), CPU, seed=101)[1]
+    monkeypatch.setattr(desk, "ROWS_AT_ONCE", 1)
+    assert len(pack(TOKENIZER, next(batches(spec, 101)), spec.width)[0]) > 1
+    assert train(spec, NodeDir(tmp_path), CPU, seed=101)[1] == pytest.approx(together, rel=1e-3)
+
+
+def test_two_optimizers_are_told_apart_in_one_state() -> None:
+    learner = torch.nn.ModuleDict({"layer": torch.nn.Linear(3, 2), "embed": torch.nn.Embedding(4, 3)})
+    parts = optimizers_of(learner, 0.1)  # type: ignore[arg-type]
+    learner["layer"](learner["embed"](torch.tensor([1, 2]))).sum().backward()
+    for part in parts:
+        part.step()
+    held = Joined(parts).state_dict()
+    # Muon's one matrix is number 0; AdamW's bias and embedding follow.
+    assert {index: sorted(state) for index, state in held["state"].items()} == {
+        0: ["momentum_buffer"],
+        1: ["exp_avg", "exp_avg_sq", "step"],
+        2: ["exp_avg", "exp_avg_sq", "step"],
+    }
+
+
+def test_a_few_steps_lower_the_loss(tmp_path: Path) -> None:
+    spec = replace(TINY, worked_steps=24, mixture_steps=0, batch=8)
+    _, losses = train(spec, NodeDir(tmp_path), CPU, seed=101)
+    # ln 4096 = 8.3 at first. The sentences' form alone, with names and numbers drawn at random, leaves far less.
+    assert losses[0] > 8.0 and sum(losses[-5:]) / 5 < 5.0
+
+
+# The recipe -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder without ./desk, in which the program is started; the specs are tiny."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(desk, "MEASURED_PROBLEMS", 3)
+    monkeypatch.setattr(desk, "MEASURED_TOKENS", 8)
+    for name in ("student", "teacher"):
+        monkeypatch.setitem(DESK, name, replace(TINY, hidden=32 if name == "student" else 48))
+    return tmp_path
+
+
+FEW = (
+    "data.labeled.generate.count=40",
+    "data.evals.in_distribution.generate.count=4",
+    "data.evals.harder.generate.count=2",
+    "labels.budget=16",
+    *(
+        f"stages.{stage}.{field}"
+        for stage in ("teacher_rl", "warmup", "opd", "student_rl")
+        for field in ("batch_size=8", "group_size=4", "sampling.max_tokens=16", "steps=2")
+    ),
+    "evaluate.samples=1",
+    "evaluate.sampling.max_tokens=16",
+    "guards.no_signal=continue",
+    "compute.device=cpu",
+    "compute.threads=1",
+)
+SETS = [part for change in FEW for part in ("--set", change)]
+
+
+def test_the_recipe_as_it_ships_is_planned_without_weights(elsewhere: Path) -> None:
+    said = runs.call("study", "desk", "--dry-run", "--json")
+    assert said.code == 0, said.err
+    rows = {row["node"].split(".")[0]: row for row in json.loads(said.out)}
+    assert rows.keys() >= {
+        "base_student",
+        "base_teacher",
+        "teacher_rl",
+        "teacher_rollouts",
+        "warmup",
+        "opd",
+        "student_rl",
+    }
+    assert rows["opd"]["labels"] == 0 and rows["warmup"]["labels"] == 0
+    assert max(row["labels"] for row in json.loads(said.out)) == 1000
+    # Evaluations of the student: 1000 problems × 4 samples × 256 tokens at most.
+    assert rows["base_student"]["tokens_sampled_at_most"] == 1_024_000
+    assert rows["base_student"]["memory_bytes"] >= 2 * 15_335_424
+    assert rows["teacher_rl"]["flops_at_most"] > 1e15
+
+
+@pytest.mark.parametrize(("verb", "code"), [("run", 3), ("study", 3), ("doctor", 3)])
+def test_without_weights_a_run_is_refused_in_a_sentence_that_says_what_makes_them(
+    verb: str, code: int, elsewhere: Path
+) -> None:
+    said = runs.call(verb, "desk", "--out", elsewhere / "out", *SETS)
+    assert said.code == code
+    assert (
+        "models.student: desk:student has no weights yet; `headwater pretrain desk` makes them" in said.err + said.out
+    )
+    assert not (elsewhere / "out").exists()
+
+
+def test_a_name_stands_for_the_folder_here_once_that_holds_weights(elsewhere: Path) -> None:
+    assert model.resolve("desk:teacher", "models.teacher") == str(SHIPPED / "teacher")
+    with pytest.raises(UserError, match="desk:teacher has no weights yet"):
+        model.refuse_without_weights("desk:teacher", str(SHIPPED / "teacher"), "models.teacher")
+    (elsewhere / "desk" / "teacher").mkdir(parents=True)
+    assert model.resolve("desk:teacher", "models.teacher") == str(SHIPPED / "teacher")
+    (elsewhere / "desk" / "teacher" / "model.safetensors").touch()
+    assert model.resolve("desk:teacher", "models.teacher") == str(Path("desk/teacher"))
+    with pytest.raises(
+        UserError, match="no desk model 'desk:giant'; there are desk:student, desk:teacher, desk:teacher-large"
+    ):
+        model.resolve("desk:giant", "models.teacher")
+
+
+def test_pretrained_tiny_models_go_through_all_four_stages_of_the_recipe(elsewhere: Path) -> None:
+    said = runs.call("pretrain", "desk", "--models", "student,teacher", "--steps", "3", "--device", "cpu")
+    assert said.code == 0, said.err
+    assert "desk/student: solves" in said.out and "desk/teacher: solves" in said.out
+    assert AutoTokenizer.from_pretrained("desk/student").get_vocab() == TOKENIZER.get_vocab()
+    assert "2 steps of worked ones, then 1 steps" in Path("desk/student/README.md").read_text()
+    assert not Path("desk/student/checkpoint").exists()
+    ended = runs.call("run", "desk", "--out", "out", *SETS)
+    assert ended.code == 0, ended.err
+    stages = [name.split(".")[0] for name in runs.node_names(Path("out"), "bridge_rl")]
+    assert stages == ["teacher_rl", "teacher_rollouts", "warmup", "opd", "student_rl"]
+    report = runs.held(Path("out/report.json"))
+    assert report["arms"]["bridge_rl"]["accuracy"].keys() == {"in_distribution", "harder"}
+    # 2 steps × 8 rollouts on each half's labels: every look is one check.
+    assert report["arms"]["bridge_rl"]["labels"]["checks"] == 32
+    made = AutoModelForCausalLM.from_pretrained(runs.node(Path("out"), "bridge_rl", "student_rl") / "model")
+    assert made.config.hidden_size == 32
+
+
+def test_a_model_that_is_made_is_left_alone_and_another_spec_makes_it_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "MEASURED_PROBLEMS", 3)
+    monkeypatch.setattr(desk, "MEASURED_TOKENS", 8)
+    spec, steps = shortened(TINY, 2), []
+
+    def seen(step: int, total: int, loss: float) -> None:
+        steps.append((step, total))
+
+    first = pretrain_desk("student", tmp_path, spec, CPU, progress=seen)
+    assert pretrain_desk("student", tmp_path, spec, CPU, progress=seen) == first
+    assert steps == [(1, 2), (2, 2)]
+    pretrain_desk("student", tmp_path, shortened(TINY, 3), CPU, progress=seen)
+    assert steps[2:] == [(1, 3), (2, 3), (3, 3)]
+    assert first["its own difficulty"].problems == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("pretrain", "house"), "pretrain house: only `pocket` and `desk` are known"),
+        (("pretrain", "desk", "--models", "giant"), "--models giant: no such desk model; there are student,"),
+        (("pretrain", "pocket", "--steps", "9"), "pretrain pocket: --steps and --device belong to `pretrain desk`"),
+    ],
+)
+def test_what_cannot_be_pretrained_is_refused_in_a_sentence(words: tuple[str, ...], said: str, elsewhere: Path) -> None:
+    refused = runs.call(*words)
+    assert refused.code == 2 and said in refused.err
+    assert not any(elsewhere.iterdir())
+
+
+def test_the_recipe_evaluates_at_its_own_difficulty_and_beyond() -> None:
+    recipe = parse_recipe(yaml.safe_load(builtin_text("desk")), "desk")
+    dials = {name: source.generate.dials for name, source in recipe.data.evals.items() if source.generate}
+    assert dials == {"in_distribution": {"min_ops": 2, "max_ops": 6}, "harder": {"min_ops": 7, "max_ops": 10}}
+    assert recipe.labels.budget == 1000 and recipe.models.dtype == "bfloat16"
+    grouped = [getattr(recipe.stages, stage).group_size for stage in ("teacher_rl", "warmup", "opd", "student_rl")]
+    assert grouped == [8, 8, 8, 8]
+    prompt = TOKENIZER.apply_chat_template(
+        [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt == f"{USER}x{ASSISTANT}"

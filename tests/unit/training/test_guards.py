@@ -1,0 +1,200 @@
+"""Guards of training: each figure by hand, what its action does to a run, and that a resumed run decides the same."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headwater.config.arms import find_recipe
+from headwater.config.recipe import GUARDS, Guards
+from headwater.errors import TrainingStoppedError, UserError
+from headwater.losses.objectives import objective_of
+from headwater.models.policy import Policy
+from headwater.storage.run_dir import NodeDir
+from headwater.training.guards import MEASURES, GuardMonitor
+from headwater.training.loop import make_optimizer, update
+from runs import call, held, node, rows, tiny
+from tiny import same_bits, sampled_rows, stage_of, weights_of
+
+Steps = list[dict[str, Any]]
+
+
+def watchman(folder: Path, **said: Any) -> tuple[GuardMonitor, list[str]]:
+    """A watchman with windows of two steps and these guards alone, and what it says."""
+    off = dict.fromkeys(GUARDS, "off")
+    asked = {name: {"window": 2, **({"action": one} if isinstance(one, str) else one)} for name, one in said.items()}
+    heard: list[str] = []
+    return GuardMonitor(Guards.model_validate({**off, **asked}), NodeDir(folder), heard.append), heard
+
+
+def steps(**columns: list[float]) -> Steps:
+    count = len(next(iter(columns.values())))
+    return [{"step": place + 1, **{name: held[place] for name, held in columns.items()}} for place in range(count)]
+
+
+def sounded(folder: Path, asked: Any, given: Steps) -> list[tuple[int, str, float]]:
+    """(step, guard, figure) of every alarm that begins."""
+    ours, _ = watchman(folder, **asked)
+    for row in given:
+        assert ours.look(row) is None
+    path = folder / "warnings.jsonl"
+    return [(row["step"], row["guard"], pytest.approx(row["figure"])) for row in rows(path)] if path.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("guard", "bound", "columns", "expected"),
+    [
+        # Means of two: 0.3, 0.6, 0.8: above 0.5 from step 3 on; told once.
+        ("truncation", 0.5, {"truncated": [0.2, 0.4, 0.8, 0.8]}, [(3, 0.6)]),
+        ("truncation", 0.5, {"truncated": [0.5, 0.5, 0.5]}, []),
+        # Above, below, above again: told twice.
+        ("truncation", 0.5, {"truncated": [1.0, 1.0, 0.0, 0.0, 1.0, 1.0]}, [(2, 1.0), (6, 1.0)]),
+        ("sampler_gap", 0.05, {"sampler_gap": [0.0, 0.2]}, [(2, 0.1)]),
+        # Shares 0.25, 0.005, 0.0: at or below 0.01 from step 3 on.
+        ("no_variance", 0.01, {"informative": [0.49, 0.01, 0.0, 0.0]}, [(3, 0.005)]),
+        ("no_variance", 0.0, {"informative": [0.1, 0.0, 0.0]}, [(3, 0.0)]),
+        # First window 1.0; later 0.5, 0.02, 0.0: below 3 % at step 4.
+        ("entropy_collapse", 0.03, {"entropy": [1.2, 0.8, 0.02, 0.02]}, [(4, 0.02)]),
+        ("entropy_collapse", 0.03, {"entropy": [0.001, 0.001, 0.001]}, []),  # low, but no lower than it was
+        # A student that nears a sure teacher becomes sure: nothing to say where a teacher is compared with.
+        ("entropy_collapse", 0.03, {"entropy": [1.0, 1.0, 0.0, 0.0], "kl_student_teacher": [0.1] * 4}, []),
+        # Means 2.0, 0.5, 1.0, 2.0: 1.5 above the lowest at step 5.
+        ("kl_explosion", 1.0, {"kl_student_teacher": [3.0, 1.0, 0.0, 2.0, 2.0]}, [(5, 1.5)]),
+        ("kl_explosion", 1.0, {"kl_student_teacher": [9.0, 7.0, 5.0, 3.0]}, []),  # a cold student's is high, and falls
+        ("kl_explosion", 1.0, {"kl_reference": [0.0, 0.0, 1.0, 3.0]}, [(4, 2.0)]),
+        # Of two divergences the worse counts.
+        ("kl_explosion", 1.0, {"kl_student_teacher": [0.0] * 4, "kl_teacher_student": [0, 0, 0, 4]}, [(4, 2.0)]),
+    ],
+)  # fmt: skip
+def test_each_guard_by_hand(
+    guard: str, bound: float, columns: dict[str, list[float]], expected: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    found = sounded(tmp_path, {guard: {"action": "warn", "bound": bound}}, steps(**columns))
+    assert found == [(step, guard, figure) for step, figure in expected]
+
+
+def test_a_window_that_is_not_full_says_nothing_and_a_row_without_the_metric_changes_nothing(tmp_path: Path) -> None:
+    ours, heard = watchman(tmp_path, truncation="warn")
+    for row in (*steps(truncated=[1.0]), {"step": 2, "loss": 0.0}):
+        assert ours.look(row) is None
+    assert not heard
+    ours.look({"step": 3, "truncated": 1.0})
+    assert heard == [
+        "truncation: 1 of the completions ran into the token limit (mean of the last 2 steps; bound 0.5): "
+        "raise sampling.max_tokens"
+    ]
+
+
+def test_stop_names_guard_figure_bound_and_the_way_on_and_a_resumed_stage_decides_the_same(tmp_path: Path) -> None:
+    given = steps(truncated=[0.2, 0.4, 0.8])
+    ours, _ = watchman(tmp_path, truncation="stop", no_variance="warn")
+    said = [ours.look(row) for row in given]
+    assert said[:2] == [None, None]
+    why = str(said[2])
+    assert "guard truncation: 0.6 of" in why and "bound 0.5" in why and "guards.truncation=warn" in why
+    for cut in range(3):  # whatever part of the steps was there before
+        again, heard = watchman(tmp_path / str(cut), truncation="stop", no_variance="warn")
+        assert again.catch_up(given[:cut]) is None and not heard
+        assert [again.look(row) for row in given[cut:]] == said[cut:]
+    stopped, heard = watchman(tmp_path / "all", truncation="stop")
+    assert stopped.catch_up(given) == why and not heard
+    for action in ("warn", "off"):
+        eased, _ = watchman(tmp_path / action, truncation=action)
+        assert eased.catch_up(given) is None
+
+
+def test_what_a_recipe_says_of_a_guard_and_what_it_leaves_out(tmp_path: Path) -> None:
+    guards = find_recipe("pocket", []).guards
+    assert {name: getattr(guards, name).model_dump() for name in GUARDS} == GUARDS
+    assert {one["action"] for one in GUARDS.values()} == {"warn"} and GUARDS.keys() == MEASURES.keys()
+    changes = ["guards.truncation=stop", "guards.no_variance=off", "guards.sampler_gap.bound=0.2", "guards.patience=5"]
+    guards = find_recipe("pocket", changes).guards
+    assert guards.truncation.model_dump() == {"action": "stop", "bound": 0.5, "window": 10}
+    assert guards.no_variance.action == "off"  # YAML reads `off` as false
+    assert guards.sampler_gap.model_dump() == {"action": "warn", "bound": 0.2, "window": 10}
+    assert guards.patience == 5
+    for wrong in ("guards.truncation=loud", "guards.truncation.bound=-1", "guards.kl=stop", "guards.truncation=[1]",
+                  "guards.truncation=true", "guards.truncation.windows=3", "guards.truncation.bound=.nan"):  # fmt: skip
+        with pytest.raises(UserError, match=wrong.split("=")[0].rpartition(".")[0]):
+            find_recipe("pocket", [wrong])
+    with pytest.raises(UserError, match="guards"):
+        find_recipe("pocket", ["guards=3"])
+
+
+# In a run -------------------------------------------------------------------------------------------------------------
+
+CUT = ("stages.student_rl.sampling.max_tokens=1", "stages.student_rl.steps=6", "guards.truncation.window=3",
+       "stages.student_rl.checkpoint_every=0")  # fmt: skip
+
+
+def test_by_default_a_guard_warns_by_name_in_console_file_and_report_and_the_run_ends(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = tiny("run", out, "--arm", "direct_grpo", changes=CUT)
+    assert said.code == 0
+    assert "student_rl on all (seed 0): warning truncation: 1 of the completions ran into the token limit" in said.err
+    assert said.err.count("warning truncation") == 1
+    (row,) = rows(node(out, "direct_grpo", "student_rl") / "warnings.jsonl")
+    assert (row["guard"], row["step"], row["figure"], row["bound"], row["window"], row["action"]) == (
+        "truncation", 3, 1.0, 0.5, 3, "warn",
+    )  # fmt: skip
+    (told,) = held(out / "report.json")["warnings"]
+    assert told["guard"] == "truncation" and told["arms"] == ["direct_grpo"] and told["seed"] == 0
+    assert row["sentence"] == told["sentence"]
+    assert "student_rl, step 3, seed 0 (direct_grpo): truncation" in said.out.replace("\n", " ")
+    page = call("report", out)
+    assert page.code == 0
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert ">Warnings</h2>" in html and "truncation" in html
+
+
+def test_stop_ends_the_stage_with_exit_4_and_a_checkpoint_and_only_the_users_word_lets_it_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop = (*CUT, "guards.truncation.action=stop")
+    said = tiny("run", out, "--arm", "direct_grpo", changes=stop)
+    assert said.code == 4
+    assert "student_rl, step 3 of 6: guard truncation: 1 of the completions" in said.err and "bound 0.5" in said.err
+    path = next(out.glob("nodes/student_rl.*"))
+    metrics = rows(path / "metrics.jsonl")
+    assert len(metrics) == 3 and [one.name for one in (path / "checkpoint").iterdir()] == ["000003"]
+    # Run again it does not train on: the same sentence, the same files.
+    again = tiny("run", out, "--arm", "direct_grpo", changes=stop)
+    assert again.code == 4 and "student_rl, step 3 of 6: guard truncation: 1 of" in again.err
+    assert rows(path / "metrics.jsonl") == metrics and len(rows(path / "warnings.jsonl")) == 1
+    # With `warn` it goes on from the checkpoint, to what a run that only warned would have become.
+    eased = tiny("run", out, "--arm", "direct_grpo", changes=CUT)
+    assert eased.code == 0
+    assert rows(path / "metrics.jsonl")[:3] == metrics and len(rows(path / "metrics.jsonl")) == 6
+
+
+def test_warnings_come_through_from_worker_processes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    changes = [*CUT, "compute.workers=2", "stages.teacher_rl.sampling.max_tokens=1", "stages.teacher_rl.steps=4"]
+    said = tiny("study", out, "--arms", "direct_grpo,opd_only", changes=changes)
+    assert said.code == 0, said
+    assert "student_rl on all (seed 0): warning truncation" in said.err
+    assert "teacher_rl on all (seed 0): warning truncation" in said.err
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
+def test_a_non_finite_loss_or_gradient_leaves_weights_and_optimizer_state_as_they_were(
+    policy: Policy, bad: float
+) -> None:
+    rows_, stage = sampled_rows(policy), stage_of("grpo")
+    optimizer = make_optimizer(policy, stage.optim)
+    update(policy, optimizer, rows_, objective_of(stage), stage, 4096)
+
+    def state() -> dict[str, torch.Tensor]:
+        held_ = optimizer.state_dict()["state"]
+        return {f"{place}.{key}": value.clone() for place, one in held_.items() for key, value in one.items()}
+
+    weights, before = weights_of(policy), state()
+    rows_[3] = replace(rows_[3], advantage=bad)
+    with pytest.raises(TrainingStoppedError, match="not finite"):
+        update(policy, optimizer, rows_, objective_of(stage), stage, 4096)
+    assert same_bits(weights_of(policy), weights) and same_bits(state(), before)
+    assert before and any(value.ndim for value in before.values())
