@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.config.arms import builtin_text
-from headwater.tasks import TASKS
+from headwater.tasks.registry import TASKS
 from headwater.tasks.countdown import (
     DIALS,
     CountdownDials,
