@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headwater.config.arms import DESCRIPTIONS
 from headwater.report import conditions, figures, guards, label_use
 from headwater.report import html as report_html
 from headwater.report.contrasts import accuracy, contrasts, ks, mean, pass_at, scored
 from headwater.report.predictions import predictions
-from headwater.report.read import ARM_TEXT, POOL_TEXT, Graded, Node, Study, costs, mean_costs, read
+from headwater.report.read import POOL_TEXT, Graded, Node, Study, costs, mean_costs, read
 from headwater.report.terminal import terminal_table
 from headwater.report.text import console
 from headwater.report.verdict import verdict
@@ -28,7 +29,6 @@ from headwater.storage.run_dir import RunDir, write_atomic, write_json, written_
 from headwater.storage.untrusted import as_written, refuse_links
 
 __all__ = [
-    "ARM_TEXT",
     "POOL_TEXT",
     "build",
     "console",
@@ -104,7 +104,7 @@ def _arm(study: Study, name: str, stages: Sequence[dict[str, Any]]) -> dict[str,
     results = {eval_name: by_seed for eval_name, by_seed in results.items() if by_seed}
     failed = {str(seed): failure for seed, nodes in runs.items() if (failure := _failure(nodes))}
     return {
-        "text": ARM_TEXT.get(name, ""),
+        "text": DESCRIPTIONS.get(name, ""),
         "accuracy": {key: scored(by_seed, accuracy) for key, by_seed in results.items()},
         "pass_at_k": {
             key: {str(k): scored(by_seed, pass_at(k)) for k in ks(by_seed.values())} for key, by_seed in results.items()

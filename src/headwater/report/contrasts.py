@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from headwater import stats
+from headwater.config.arms import CONTRASTS
 from headwater.errors import UserError
 from headwater.report.read import Graded, Study
-from headwater.report.text import NAMED_PAIRS
 
 Values = Callable[[Graded], np.ndarray]
 """A value for each problem of one evaluation, (P,)."""
@@ -57,7 +57,7 @@ def contrasts(study: Study, arms: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     arms  the arms' values in report.json, for what they took
     """
-    pairs = [pair for pair in NAMED_PAIRS if set(pair) <= set(study.arms)]
+    pairs = [pair for pair in CONTRASTS if set(pair) <= set(study.arms)]
     if "base_student" in study.arms:
         pairs += [(name, "base_student") for name in study.arms if name != "base_student"]
     found = [_contrast(study, arms, a, b, eval_name) for a, b in pairs for eval_name in study.evals]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from headwater.config.arms import DESCRIPTIONS
 from headwater.report.html_parts import document, escaped, noted, section, table, td
-from headwater.report.read import ARM_TEXT
 from headwater.report.style import STYLE
 from headwater.report.svg import inline
 from headwater.report.sweep_figure import described
@@ -29,7 +29,9 @@ def _plot(found: dict[str, Any], svg: str) -> str:
     if not svg:
         return noted("No point has a result yet.")
     legend = "Bars: 95 % intervals over problems and seeds. Dashed and dotted: the models before training."
-    arms = "; ".join(f"{arm}: {ARM_TEXT[arm]}" for arm in shown_arms(found) if arm in ARM_TEXT and arm not in BASES)
+    arms = "; ".join(
+        f"{arm}: {DESCRIPTIONS[arm]}" for arm in shown_arms(found) if arm in DESCRIPTIONS and arm not in BASES
+    )
     return f'<figure class="sweep">{inline(svg, described(found))}</figure>{noted(f"{legend} {arms}.")}'
 
 

@@ -12,7 +12,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from headwater.report.text import NAMED_PAIRS, count, interval_note, listed, p_text, percent, points, reading, units
+from headwater.config.arms import CONTRASTS
+from headwater.report.text import count, interval_note, listed, p_text, percent, points, reading, units
 from headwater.runs.sweep import Value, text_of
 
 BASES = ("base_student", "base_teacher")
@@ -23,7 +24,7 @@ VERBS = {"holds": "is better than", "does not hold": "is worse than", "undecided
 
 def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     """The paper's comparisons among these arms; where none of them is there, each against the first."""
-    named = [(a, b) for a, b in NAMED_PAIRS if a in arms and b in arms]
+    named = [(a, b) for a, b in CONTRASTS if a in arms and b in arms]
     return named or [(arm, arms[0]) for arm in arms[1:]]
 
 

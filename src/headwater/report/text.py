@@ -12,31 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-Reading = Literal["holds", "does not hold", "undecided"]
+from headwater.config.arms import CONTRASTS
 
-NAMED_PAIRS = (
-    ("bridge", "direct_grpo"),
-    ("direct_grpo", "raw_teacher"),
-    ("bridge", "raw_teacher"),
-    ("bridge", "direct_grpo_compute"),
-    ("bridge", "opd_then_rl"),
-    ("bridge", "opd_then_rl_compute"),
-    ("opd_then_rl", "direct_grpo"),
-    ("bridge", "warmup_only"),
-    ("bridge", "opd_only"),
-    ("bridge", "teacher_sft"),
-    ("bridge", "sft_teacher"),
-    ("bridge", "forward_kl_on_student"),
-    ("bridge", "mixed"),
-    ("bridge", "bridge_constant"),
-    ("opd_only", "constant_advantage"),
-    ("bridge_rl", "bridge_1h"),
-    ("replay", "bridge_1h"),
-    ("bridge_rl", "replay"),
-    ("bridge_rl", "direct_grpo"),
-    ("teacher_2h", "bridge_rl"),
-)
-"""The comparisons that the paper makes, that its claims need, or that could embarrass it: a minus b."""
+Reading = Literal["holds", "does not hold", "undecided"]
 
 GROUPS: tuple[tuple[str, list[str]], ...] = (
     ("Equal labels and compute", ["labels", "compute"]),
@@ -101,8 +79,8 @@ def find_contrast(report: dict[str, Any], a: str, b: str, eval_name: str) -> dic
 
 
 def named_contrasts(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The comparisons of NAMED_PAIRS; where none of them is there, every arm against the student before."""
-    named = [c for c in report["contrasts"] if (c["a"], c["b"]) in NAMED_PAIRS]
+    """The comparisons of CONTRASTS; where none of them is there, every arm against the student before."""
+    named = [c for c in report["contrasts"] if (c["a"], c["b"]) in CONTRASTS]
     return named or list(report["contrasts"])
 
 
