@@ -21,7 +21,7 @@ from headwater.errors import UserError
 from headwater.models import policy as model
 from headwater.models import untrusted_files
 from headwater.sampling.build import SamplerFactory, sampler_factory
-from headwater.tasks import Task, find_task, grader_code
+from headwater.tasks.registry import Task, find_task, grader_code
 from headwater.teachers import server_client
 from headwater.teachers.server_client import ServedTokenizer
 from headwater.types import Problem, letters_of
