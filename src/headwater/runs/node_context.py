@@ -22,7 +22,13 @@ from headwater.sampling.base import Sampler
 from headwater.storage import ledger
 from headwater.storage.ledger import Purpose, Spend
 from headwater.storage.run_dir import NodeDir, RunDir, read_jsonl
-from headwater.teachers.build import Teacher, base_teacher, is_plain, resting, sampler_of
+from headwater.teachers.build import (
+    Teacher,
+    is_single_local_model,
+    load_base_teacher,
+    offload_if_configured,
+    sampler_for,
+)
 from headwater.training.evaluate import evaluate
 from headwater.training.update import Metrics
 from headwater.types import Problem
@@ -121,9 +127,9 @@ class NodeContext:
     def frozen(self, source: Role | Node, stage: Stage | None = None) -> Teacher:
         """Load a model that only samples and scores. A base teacher may be a server, or several models by tag."""
         inputs = self.inputs
-        if source != "teacher" or is_plain(inputs.recipe):
-            return resting(self.load(source, frozen=True), inputs.recipe, inputs.sampler)
-        return base_teacher(inputs.recipe, stage, inputs.everything, inputs.sampler, inputs.device, self.ranks)
+        if source != "teacher" or is_single_local_model(inputs.recipe):
+            return offload_if_configured(self.load(source, frozen=True), inputs.recipe, inputs.sampler)
+        return load_base_teacher(inputs.recipe, stage, inputs.everything, inputs.sampler, inputs.device, self.ranks)
 
     def trainee(self, node: Node) -> Policy:
         """Load the model that a stage trains: all weights, or a LoRA adapter on frozen ones."""
@@ -151,7 +157,7 @@ class NodeContext:
         return ledger.totals(read_jsonl(self.node_dir(node).ledger)).flops
 
     def sampler(self, policy: Teacher) -> Sampler:
-        return sampler_of(policy, self.inputs.sampler)
+        return sampler_for(policy, self.inputs.sampler)
 
     def prompter(self, policy: Teacher) -> Prompter:
         return Prompter(policy.tokenizer, self.inputs.recipe.prompt)

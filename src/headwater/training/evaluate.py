@@ -14,7 +14,7 @@ from headwater.config.stage import Sampling
 from headwater.data.labels import Labels
 from headwater.errors import TrainingStoppedError
 from headwater.models.prompts import Prompter
-from headwater.sampling.base import Arrived, Request, Sampler, requests_for
+from headwater.sampling.base import OnFinished, Request, Sampler, requests_for
 from headwater.storage import fault_points
 from headwater.types import Problem, Rollout, Verdict
 
@@ -87,7 +87,7 @@ def sample_and_grade(
     sampling: Sampling,
     labels: Labels | None,
     prompter: Prompter,
-    on_finished: Arrived | None = None,
+    on_finished: OnFinished | None = None,
 ) -> Graded:
     """Sample, and grade finished rollouts while others are still being sampled; only sample when `labels` is None.
 

@@ -19,8 +19,8 @@ from headwater.losses.objectives import Objective
 from headwater.models.oom import BatchBudget, passes
 from headwater.models.policy import Policy, Shape
 from headwater.models.prompts import Prompter
-from headwater.sampling.base import Arrived, Sampler, requests_for
-from headwater.teachers.async_scoring import Ahead
+from headwater.sampling.base import OnFinished, Sampler, requests_for
+from headwater.teachers.async_scoring import AsyncScorer
 from headwater.teachers.build import Teacher
 from headwater.teachers.scoring import distributions_of, logp_of
 from headwater.training.evaluate import sample_and_grade
@@ -70,7 +70,7 @@ class PolicyRollouts:
     reference  the stage's initial weights, for an objective with a KL term to them
     budget     maximum tokens of a scoring pass; shrinks when memory runs out
     parts      number of parts in which the teacher scores a step's rollouts, each while later ones are still being
-               sampled (`Ahead`); 1 scores everything after sampling
+               sampled (`AsyncScorer`); 1 scores everything after sampling
     """
 
     policy: Policy
@@ -87,11 +87,11 @@ class PolicyRollouts:
     parts: int = 1
 
     def __call__(self, step: int) -> StepBatch:
-        with Ahead(self._teacher_distributions, -(-self.stage.batch_size // self.parts)) as ahead:
-            sampled, kept, seconds = self._sample(step, ahead.arrived if self.parts > 1 else None)
+        with AsyncScorer(self._teacher_distributions, -(-self.stage.batch_size // self.parts)) as scorer:
+            sampled, kept, seconds = self._sample(step, scorer.submit if self.parts > 1 else None)
             started = time.perf_counter()
             kept = assign_to_ranks(kept, self.stage, self.stage.group_size, self.policy.ranks)
-            kept = self._score(kept, ahead.found())
+            kept = self._score(kept, scorer.results())
         metrics: Metrics = {
             "seconds_sample": seconds["sample"],
             "seconds_score": seconds["grade"] + time.perf_counter() - started,
@@ -115,7 +115,7 @@ class PolicyRollouts:
             flops=self._flops(sampled, kept, sum(len(self.prompts[name]) for name in problems)),
         )
 
-    def _sample(self, step: int, on_finished: Arrived | None) -> tuple[list[Row], list[Row], dict[str, float]]:
+    def _sample(self, step: int, on_finished: OnFinished | None) -> tuple[list[Row], list[Row], dict[str, float]]:
         """Return all sampled rows, the rows to train on, and the seconds of sampling and grading.
 
         The two lists differ when dynamic sampling replaces uninformative groups.
