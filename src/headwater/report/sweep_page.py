@@ -46,16 +46,6 @@ def write(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
     return summary
 
 
-def _plot(found: dict[str, Any], svg: str) -> str:
-    if not svg:
-        return noted("No point has a result yet.")
-    legend = "Bars: 95 % intervals over problems and seeds. Dashed and dotted: the models before training."
-    arms = "; ".join(
-        f"{arm}: {DESCRIPTIONS[arm]}" for arm in shown_arms(found) if arm in DESCRIPTIONS and arm not in BASES
-    )
-    return f'<figure class="sweep">{inline(svg, described(found))}</figure>{noted(f"{legend} {arms}.")}'
-
-
 def page(summary: dict[str, Any], svg: str) -> str:
     """The page. `svg` is the plot as an SVG file; empty where no point has a result."""
     title = f"{summary['recipe']} by {summary['vary']}"
