@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from headwater import stats
-from headwater.report import read as report_read
 from headwater.report import sweep_figure, sweep_page
-from headwater.report.read import Graded, Study
+from headwater.report.study import EvalCounts, Study, read_study
 from headwater.report.sweep_text import BASES, contrast_at, pairs, sentences
 from headwater.runs.sweep import Point, Sweep, text_of
 from headwater.storage.run_dir import read_json, write_atomic, write_json
@@ -46,7 +45,7 @@ def build(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
              run yet
     """
     runs = [SweepDir(out).point(point.name) for point in sweep.points]
-    studies = [report_read.read([run.path]) if run.report_json.exists() else None for run in runs]
+    studies = [read_study([run.path]) if run.report_json.exists() else None for run in runs]
     rows = [
         _point(sweep, point, study, out, failed.get(point.name))
         for point, study in zip(sweep.points, studies, strict=True)
@@ -115,7 +114,7 @@ def across(sweep: Sweep, studies: Sequence[Study | None]) -> list[dict[str, Any]
     return found
 
 
-def _paired(first: Mapping[int, Graded], second: Mapping[int, Graded]) -> dict[str, Any] | None:
+def _paired(first: Mapping[int, EvalCounts], second: Mapping[int, EvalCounts]) -> dict[str, Any] | None:
     """First minus second on the seeds and problems that both have; None where there are none."""
     seeds = sorted(first.keys() & second.keys())
     both = [[by_seed[seed] for seed in seeds] for by_seed in (first, second)]

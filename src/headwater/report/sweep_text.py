@@ -12,7 +12,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from headwater.report.text import NAMED_PAIRS, count, interval_note, listed, p_text, percent, points, reading, units
+from headwater.report.contrasts import NAMED_PAIRS, interval_note, reading
+from headwater.report.format import count, join_and, p_text, percent, points, units
 from headwater.runs.sweep import Value, text_of
 
 BASES = ("base_student", "base_teacher")
@@ -103,7 +104,7 @@ def _one_arm(found: dict[str, Any], arm: str, eval_name: str) -> list[str]:
 
 def _at(found: dict[str, Any], values: Sequence[Any]) -> str:
     """Example: `labels 64, 128 and 256`."""
-    return f"{found['vary']} {listed([name_of(found, value) for value in values])}"
+    return f"{found['vary']} {join_and([name_of(found, value) for value in values])}"
 
 
 def note(found: dict[str, Any]) -> str:
