@@ -96,7 +96,7 @@ def sweep(
     )
     from headwater import sweeps
     from headwater.report.format import console
-    from headwater.report.sweep_text import dry_run_table, terminal_table
+    from headwater.report.sweep import dry_run_table, terminal_table
     from headwater.runs.progress import progress_display
 
     told = progress_display(quiet=json_)
