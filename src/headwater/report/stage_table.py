@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from headwater.config.objectives import OBJECTIVES
+
 SHORT = {"teacher_rl": "RL", "sft": "SFT", "warmup": "warm-up", "opd": "OPD", "student_rl": "RL"}
 STAGE_TEXT = {
     "teacher_rl": "Teacher RL",
@@ -27,12 +29,16 @@ def stage_name(stage: str, objective: str = "", role: str = "") -> str:
     Example: `stage_name("opd", "mixed")` is `On-policy distillation mixed with reward`; `stage_name("sft", "sft", "teacher")`
     is `SFT of the teacher`.
     """
-    if objective == "constant":
-        return "Constant advantage"
-    said = STAGE_TEXT.get(stage) or UNTRAINED_TEXT.get(stage, stage)
+    title = STAGE_TEXT.get(stage) or UNTRAINED_TEXT.get(stage, stage)
     if stage == "sft" and role:
-        said = f"{said} of the {role}"
-    return f"{said} mixed with reward" if objective == "mixed" else said
+        title = f"{title} of the {role}"
+    replaced = report_title(objective)
+    return replaced.format(stage=title) if replaced else title
+
+
+def report_title(objective: str) -> str:
+    """The title that an objective gives its stage; empty for a stage's usual objective and for one that is unknown here."""
+    return OBJECTIVES[objective].report_title if objective in OBJECTIVES else ""
 
 
 def steps_of(report: dict[str, Any], arm: dict[str, Any], role: str) -> list[tuple[str, dict[str, Any]]]:
@@ -41,9 +47,10 @@ def steps_of(report: dict[str, Any], arm: dict[str, Any], role: str) -> list[tup
     Example: `[("before", {"accuracy": …}), ("warm-up", …), ("OPD", …)]`.
     """
     stages = [stage for stage in arm["stages"] if stage["role"] == role and stage["stage"] in SHORT]
-    other = ("constant", "mixed")
     objectives = [stage.get("objective", "") for stage in stages]
-    named = [(o if o in other else SHORT[stage["stage"]], stage) for o, stage in zip(objectives, stages, strict=True)]
+    named = [
+        (o if report_title(o) else SHORT[stage["stage"]], stage) for o, stage in zip(objectives, stages, strict=True)
+    ]
     return [("before", report["arms"].get(f"base_{role}", {})), *named]
 
 

@@ -171,14 +171,12 @@ def run_train(node: Node, context: NodeContext) -> dict[str, Any] | None:
     def update_flops(rows: Sequence[Row]) -> float:
         # The old log-probs of several updates on one batch take a forward pass more, a third of an update's.
         again = 1.0 / 3.0 if objective.source == "policy" and stage.passes * stage.minibatches > 1 else 0.0
-        return (stage.passes + again) * policy.pass_flops([row for row in rows if not row.inert], passes=3)
+        return (stage.passes + again) * policy.pass_flops([row for row in rows if not row.zero_gradient], passes=3)
 
     def write_rollouts(step: int, rows: Sequence[Row]) -> None:
         shown = token_signals.kept(rows) if objective.source == "policy" else []
         mine = {
-            index: token_signals.signal_of(rows[index], prompter.completion)
-            for index in shown
-            if rows[index].here
+            index: token_signals.signal_of(rows[index], prompter.completion) for index in shown if rows[index].local
         }
         told = {index: found for held in policy.ranks.all_gather(mine) for index, found in held.items()}
         found = [{**rollout_row(row, prompter), **told.get(index, {})} for index, row in enumerate(rows)]
@@ -280,7 +278,7 @@ def gatherer(
         # What is sampled again takes other rollouts' places under their names, so nothing may be scored before it stands.
         # Ranks pass together, which a thread beside would disturb.
         parts=1
-        if teacher is None or stage.sparse.dynamic_sampling or not policy.ranks.alone
+        if teacher is None or stage.sparse.dynamic_sampling or not policy.ranks.single_process
         else inputs.recipe.compute.score_ahead,
     )
 

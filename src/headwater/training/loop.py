@@ -19,7 +19,7 @@ from headwater.losses import token_losses
 from headwater.losses.batch import Batch, Row
 from headwater.losses.logprobs import loss_and_stats
 from headwater.losses.objectives import Objective
-from headwater.losses.token_stats import Tokens, TokenStats
+from headwater.losses.token_stats import TokenInputs, Tokens, TokenStats
 from headwater.models.fsdp import clipped, idle, together, within
 from headwater.models.oom import BatchBudget, out_of_memory, passes_over
 from headwater.models.policy import Policy
@@ -112,21 +112,21 @@ def update(
     """
     budget = BatchBudget(tokens)
     again = objective.source == "policy" and stage.passes * stage.minibatches > 1
-    if again and not all(row.inert for row in rows):
-        own = [row for row in rows if row.here and not row.inert]
+    if again and not all(row.zero_gradient for row in rows):
+        own = [row for row in rows if row.local and not row.zero_gradient]
         old = iter(passes_over(budget, own, lambda fit: logp_of(policy, [row.rollout for row in own], fit)))
-        rows = [replace(row, old_logp=next(old)) if row.here and not row.inert else row for row in rows]
+        rows = [replace(row, old_logp=next(old)) if row.local and not row.zero_gradient else row for row in rows]
     whole = stage.group_size if objective.source == "policy" else 1
     parts = divided(rows, stage.minibatches, whole)
     sums: dict[str, float] = defaultdict(float)
     taken, seconds = 0, time.perf_counter()
     for _ in range(stage.passes):
         for part in parts:
-            live = [row for row in part if not row.inert]
+            live = [row for row in part if not row.zero_gradient]
             if not live:
                 continue  # nothing here has a gradient: a step would move the weights on momentum alone
             weight_of = {id(row): weight for row, weight in zip(part, token_weights(part, stage), strict=True)}
-            own = [row for row in live if row.here]
+            own = [row for row in live if row.local]
             found = passes_over(budget, own, partial(gradient, policy, objective, own, weight_of))
             for name, value in policy.ranks.all_reduce_sum(found).items():
                 sums[name] += value
@@ -157,7 +157,7 @@ def gradient(
     """The gradient of one optimizer step in the weights' .grad, whatever was there before, and its measurements summed."""
     policy.model.zero_grad(set_to_none=True)
     sums: dict[str, float] = defaultdict(float)
-    for turn in policy.ranks.in_lockstep(policy.batches(live, tokens)):
+    for turn in policy.ranks.lockstep(policy.batches(live, tokens)):
         if turn is None:
             idle(policy)
             continue
@@ -201,12 +201,10 @@ def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tenso
         return loss_and_stats(
             policy.completion_hidden(batch),
             policy.logits,
-            batch.targets_N,
-            batch.temperature,
+            TokenInputs(
+                batch.targets_N, batch.temperature, batch.teacher, objective.divergence, objective.teacher_tokens
+            ),
             token_loss,
-            batch.teacher,
-            objective.divergence,
-            objective.teacher_tokens,
         )
 
     with together(policy):

@@ -129,7 +129,7 @@ class PolicyRollouts:
             found = sampled_and_graded(self.sampler, wanted, self.stage.sampling, self.labels, self.text, beside=beside)
             rows = [Row(rollout) for rollout in found.rollouts]
             if found.verdicts is not None:
-                rows = with_rewards(rows, found.verdicts, self.stage, self.objective.idle_without_advantage)
+                rows = with_rewards(rows, found.verdicts, self.stage, self.objective.skip_zero_advantage)
             seconds = {"sample": seconds["sample"] + found.seconds, "grade": seconds["grade"] + found.seconds_waited}
             everything += rows
             kept = merged(kept, rows, self.stage)
@@ -157,15 +157,15 @@ class PolicyRollouts:
 
     def scored(self, rows: list[Row], known: Mapping[tuple[str, int], Distributions]) -> list[Row]:
         """The rows with what the frozen models say of those that are run here; `known` holds what the teacher said already."""
-        rollouts = [row.rollout for row in rows if row.here]
+        rollouts = [row.rollout for row in rows if row.local]
         if self.reference is not None:
             logps = iter(passes(self.budget, rollouts, partial(logp_of, self.reference, rollouts)))
-            rows = [replace(row, reference_logp=next(logps)) if row.here else row for row in rows]
+            rows = [replace(row, reference_logp=next(logps)) if row.local else row for row in rows]
         if self.teacher is not None:
             keys = [(rollout.problem_id, rollout.sample) for rollout in rollouts]
             with torch.no_grad():
                 found = iter([known[key] for key in keys] if known else self.taught(rollouts))
-            rows = [replace(row, teacher=next(found)) if row.here else row for row in rows]
+            rows = [replace(row, teacher=next(found)) if row.local else row for row in rows]
         return rows
 
     def flops(self, everything: Sequence[Row], kept: Sequence[Row], prompt_tokens: int) -> float:
@@ -218,19 +218,21 @@ def shared_out(rows: list[Row], stage: Stage, whole: int, ranks: ProcessGroup) -
 
     Example: groups of 9, 5 and 4 tokens on two ranks: the first on one, the other two on the other.
     """
-    if ranks.alone:
+    if ranks.single_process:
         return rows
     out: list[Row] = []
     for part in divided(rows, stage.minibatches, whole):
         groups = [part[start : start + whole] for start in range(0, len(part), whole)]
         if len(groups) < 2 * ranks.size:
             groups = [[row] for row in part]
-        cost = [sum(len(row.rollout.prompt_ids) + row.tokens for row in group if not row.inert) for group in groups]
+        cost = [
+            sum(len(row.rollout.prompt_ids) + row.tokens for row in group if not row.zero_gradient) for group in groups
+        ]
         load, owner = [0] * ranks.size, [0] * len(groups)
         for index in sorted(range(len(groups)), key=lambda index: (-cost[index], index)):
             owner[index] = load.index(min(load))
             load[owner[index]] += cost[index]
-        out += [replace(row, here=owner[index] == ranks.rank) for index, group in enumerate(groups) for row in group]
+        out += [replace(row, local=owner[index] == ranks.rank) for index, group in enumerate(groups) for row in group]
     return out
 
 
@@ -314,7 +316,7 @@ Annotate = Callable[[Sequence[Row]], list[Row]]
 
 
 def with_rewards(
-    rows: Sequence[Row], verdicts: Sequence[Verdict], stage: Stage, idle_without_advantage: bool
+    rows: Sequence[Row], verdicts: Sequence[Verdict], stage: Stage, skip_zero_advantage: bool
 ) -> list[Row]:
     """Write the verdicts and each group's advantages on the rows (groups of `group_size` in a row).
 
@@ -323,6 +325,6 @@ def with_rewards(
     rewards_PG = torch.tensor([float(verdict.correct) for verdict in verdicts]).view(-1, stage.group_size)
     advantages = ADVANTAGES[stage.sparse.advantage](rewards_PG).flatten().tolist()
     return [
-        replace(row, verdict=verdict, advantage=advantage, inert=idle_without_advantage and advantage == 0.0)
+        replace(row, verdict=verdict, advantage=advantage, zero_gradient=skip_zero_advantage and advantage == 0.0)
         for row, verdict, advantage in zip(rows, verdicts, advantages, strict=True)
     ]
