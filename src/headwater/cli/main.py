@@ -282,16 +282,16 @@ def _audit(dirs: list[Path], as_json: bool) -> None:
 
     failed: list[str] = []
     for folder in dirs:
-        found = audits.audit(folder)
-        print(audits.written(found) if as_json else f"{folder}\n{audits.text(found)}")
+        found = audits.audit_run(folder)
+        print(audits.to_json(found) if as_json else f"{folder}\n{audits.to_text(found)}")
         failed += [f"{folder}: {one.name} ({one.faults[0]})" for one in found if not one.holds]
     if failed:
         raise RefusedError(f"audit: {'; '.join(failed)}")
 
 
 def _show(found: dict[str, Any], folder: Path, as_json: bool) -> None:
+    from headwater.report.format import console
     from headwater.report.terminal import terminal_table
-    from headwater.report.text import console
 
     if as_json:
         print(json.dumps(found))

@@ -8,7 +8,7 @@ from typing import Any
 
 from headwater.report import sweep_plot
 from headwater.report.html_parts import document, escaped, noted, section, table, td
-from headwater.report.read import ARM_TEXT
+from headwater.report.study import ARM_TEXT
 from headwater.report.style import STYLE
 from headwater.report.svg import inline
 from headwater.report.sweep import (

@@ -1,13 +1,13 @@
-"""Run directories -> one Study: which nodes each arm rests on, how their texts were graded, what they cost.
+"""Read run directories into one Study: the nodes of each arm, their graded evaluations and their costs.
 
-Everything that the report says is read here, from files alone. Several directories merge into one study when they
-hold the same recipe, apart from the seed.
+The report uses only what this module reads from files. Run directories of the same recipe with different seeds merge
+into one study.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,40 +43,39 @@ ARM_TEXT = {
     "constant_advantage": "cold student, every sampled token pushed down alike: no teacher, no labels",
     "bridge_constant": "bridge with the same constant push in the place of OPD",
 }
-"""What an arm is, in words; reports list arms in this order and unknown ones after them."""
+"""One-line description of each arm. Reports list the arms in this order, unknown arms last."""
 
 POOL_TEXT = {"all": "all labels", "first_half": "first half (1H)", "second_half": "second half (2H)"}
 
 
 @dataclass(frozen=True)
-class Graded:
-    """One evaluation of one node, counted up by problem: (P,) arrays in the order of `ids`."""
+class EvalCounts:
+    """Per-problem counts of one evaluation of one node: (P,) arrays in the order of `ids`."""
 
     ids: tuple[str, ...]
     correct: np.ndarray
     sampled: np.ndarray
     majority: np.ndarray | None
-    """None where no completion has an extracted answer to vote for."""
+    """maj@k per problem; None if the grader extracted no answer from any completion."""
     truncated: float
-    tokens: float
-    """Mean completion length."""
+    """Share of the completions that reached the token limit."""
 
     @property
     def samples(self) -> int:
-        """Samples that every problem has: the largest k of pass@k."""
+        """Smallest number of samples of any problem: the largest k for which pass@k is defined."""
         return int(self.sampled.min())
 
     def at(self, ids: Sequence[str], values_P: np.ndarray) -> np.ndarray:
-        """`values_P`, which go with `self.ids`, in the order of `ids`."""
+        """Select and reorder `values_P`, given in the order of `self.ids`, to the order of `ids`."""
         if tuple(ids) == self.ids:
             return values_P
-        place = {name: index for index, name in enumerate(self.ids)}
-        return values_P[[place[name] for name in ids]]
+        index_of = {name: index for index, name in enumerate(self.ids)}
+        return values_P[[index_of[name] for name in ids]]
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node as it stands on disk; a node not begun is one without files."""
+    """One node on disk. A node that has not started has no files and an empty `info`."""
 
     name: str
     dir: NodeDir
@@ -97,16 +96,16 @@ class Node:
 
     @property
     def pool(self) -> str | None:
-        """The labelled pool that the node was allowed to look at, None for none."""
+        """Labelled pool that the node may use; None if it uses no labels."""
         labels = self.info.get("labels")
         return labels["pool"] if labels else None
 
     @cached_property
-    def evals(self) -> dict[str, Graded]:
-        """The final evaluations, by name; none of a node that is not done."""
+    def evals(self) -> dict[str, EvalCounts]:
+        """Final evaluations by name; empty until the node is done."""
         files = sorted((self.dir.path / "evals" / "final").glob("*.jsonl")) if self.done else []
-        graded = {path.stem: _count(path) for path in files}
-        return {name: value for name, value in graded.items() if value is not None}
+        counts = {path.stem: _count(path) for path in files}
+        return {name: value for name, value in counts.items() if value is not None}
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -114,22 +113,22 @@ class Node:
 
     @cached_property
     def conditions(self) -> list[dict[str, Any]]:
-        """How far student and teacher stood apart on held-out prompts; a row a measurement."""
+        """KL and top-k overlap of student and teacher on held-out prompts, one row per measurement."""
         return list(read_jsonl(self.dir.conditions))
 
     @cached_property
     def warnings(self) -> list[dict[str, Any]]:
-        """When a guard of training began to warn."""
+        """Rows written when a training guard started to warn."""
         return list(read_jsonl(self.dir.warnings))
 
     @cached_property
     def failure(self) -> dict[str, Any] | None:
-        """{"sentence", "code"} of a node that stopped itself or could not run; None of every other."""
+        """{"sentence", "code"} of a failed node, else None."""
         return None if self.done or not self.dir.failed.exists() else dict(read_json(self.dir.failed))
 
     @cached_property
     def ended(self) -> dict[str, Any] | None:
-        """{"step", "of", "why"} of a stage that ended before its last step, as on a plateau."""
+        """{"step", "of", "why"} of a stage that stopped early, for example on a plateau."""
         return read_json(self.dir.done).get("ended") if self.done else None
 
     @property
@@ -137,11 +136,11 @@ class Node:
         return str((self.info.get("settings") or {}).get("objective") or "")
 
     @cached_property
-    def spends(self) -> list[dict[str, Any]]:
+    def ledger_rows(self) -> list[dict[str, Any]]:
         return list(read_jsonl(self.dir.ledger))
 
     def rollout_files(self) -> list[tuple[int, Path]]:
-        """(step, file) of what each step sampled, in order."""
+        """(step, file) of each step's rollouts, in order."""
         files = sorted(self.dir.rollouts(0).parent.glob("[0-9]*.jsonl"))
         return [(int(path.stem), path) for path in files if path.stem.isdecimal()]
 
@@ -151,7 +150,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Study:
-    """What one recipe did, over seeds and arms. `arms[arm][seed]` are its nodes in the order in which they run."""
+    """Runs of one recipe over arms and seeds. `arms[arm][seed]` lists the nodes in execution order."""
 
     recipe: dict[str, Any]
     env: dict[str, Any]
@@ -164,32 +163,37 @@ class Study:
 
     @property
     def evals(self) -> list[str]:
-        """Evaluations in the recipe's order; the first is the one that the verdict speaks of."""
-        named = list(self.recipe.get("data", {}).get("evals", {}))
-        held = {name for runs in self.arms.values() for nodes in runs.values() for name in nodes[-1].evals}
-        return [name for name in named if name in held] + sorted(held - set(named))
+        """Evaluation names in the recipe's order. The verdict uses the first one."""
+        declared = list(self.recipe.get("data", {}).get("evals", {}))
+        measured = {name for runs in self.arms.values() for nodes in runs.values() for name in nodes[-1].evals}
+        return [name for name in declared if name in measured] + sorted(measured - set(declared))
 
     def finished(self, arm: str) -> dict[int, tuple[Node, ...]]:
-        """The seeds of an arm that ran to its end: all its nodes are done."""
+        """Nodes of the seeds for which every node of the arm is done."""
         return {seed: nodes for seed, nodes in self.arms[arm].items() if all(node.done for node in nodes)}
 
-    def results(self, arm: str, eval_name: str) -> dict[int, Graded]:
-        """An arm's final evaluations by seed, finished seeds only."""
-        held = {seed: nodes[-1].evals.get(eval_name) for seed, nodes in sorted(self.finished(arm).items())}
-        return {seed: graded for seed, graded in held.items() if graded is not None}
+    def results(self, arm: str, eval_name: str) -> dict[int, EvalCounts]:
+        """Final evaluations of an arm by seed, finished seeds only."""
+        counts = {seed: nodes[-1].evals.get(eval_name) for seed, nodes in sorted(self.finished(arm).items())}
+        return {seed: value for seed, value in counts.items() if value is not None}
 
-    def groups(self) -> Iterator[tuple[list[str], int, dict[int, Node]]]:
-        """Each place in the arms' plans once: (the arms that share it, its place, its node by seed)."""
-        seen: dict[tuple[str, ...], tuple[list[str], int, dict[int, Node]]] = {}
+    def stage_groups(self) -> Iterator[tuple[list[str], dict[int, Node]]]:
+        """Yield each distinct stage once as (the arms that share it, its node by seed)."""
+        groups: dict[tuple[str, ...], tuple[list[str], dict[int, Node]]] = {}
         for arm, runs in self.arms.items():
-            for place in range(max(len(nodes) for nodes in runs.values())):
-                by_seed = {seed: nodes[place] for seed, nodes in sorted(runs.items()) if place < len(nodes)}
-                key = tuple(node.name for node in by_seed.values())
-                seen.setdefault(key, ([], place, by_seed))[0].append(arm)
-        yield from seen.values()
+            for index in range(max(len(nodes) for nodes in runs.values())):
+                by_seed = nodes_at(runs, index)
+                names = tuple(node.name for node in by_seed.values())
+                groups.setdefault(names, ([], by_seed))[0].append(arm)
+        yield from groups.values()
 
 
-def read(outs: Sequence[Path]) -> Study:
+def nodes_at(runs: Mapping[int, Sequence[Node]], index: int) -> dict[int, Node]:
+    """The node at position `index` of each seed's run, in the order of the seeds."""
+    return {seed: nodes[index] for seed, nodes in sorted(runs.items()) if index < len(nodes)}
+
+
+def read_study(outs: Sequence[Path]) -> Study:
     """Read one or more run directories as one study.
 
     Raises UserError for a folder that holds no run and for folders of different recipes.
@@ -214,7 +218,7 @@ def read(outs: Sequence[Path]) -> Study:
 
 def _arms(runs: Sequence[RunDir]) -> dict[str, dict[int, tuple[Node, ...]]]:
     nodes: dict[str, Node] = {}
-    found: dict[str, dict[int, tuple[Node, ...]]] = {}
+    arms: dict[str, dict[int, tuple[Node, ...]]] = {}
     for run in runs:
         plan = read_plan(run.plan)
         for arm, by_seed in plan["arms"].items():
@@ -222,19 +226,19 @@ def _arms(runs: Sequence[RunDir]) -> dict[str, dict[int, tuple[Node, ...]]]:
                 for name in names:
                     if name not in nodes:
                         nodes[name] = _node(name, runs)
-                held = found.setdefault(arm, {}).get(int(seed))
+                known = arms.setdefault(arm, {}).get(int(seed))
                 new = tuple(nodes[name] for name in names)
-                # Two directories may plan the same seed, one of them interrupted: the finished one counts.
-                if new and (held is None or (not all(n.done for n in held) and all(n.done for n in new))):
-                    found[arm][int(seed)] = new
-    order = {arm: place for place, arm in enumerate(ARM_TEXT)}
-    names = sorted((arm for arm in found if found[arm]), key=lambda arm: (order.get(arm, len(order)), arm))
-    return {arm: dict(sorted(found[arm].items())) for arm in names}
+                # If two directories plan the same seed, prefer the one that finished it.
+                if new and (known is None or (not all(n.done for n in known) and all(n.done for n in new))):
+                    arms[arm][int(seed)] = new
+    order = {arm: index for index, arm in enumerate(ARM_TEXT)}
+    names = sorted((arm for arm in arms if arms[arm]), key=lambda arm: (order.get(arm, len(order)), arm))
+    return {arm: dict(sorted(arms[arm].items())) for arm in names}
 
 
 def _node(name: str, runs: Sequence[RunDir]) -> Node:
-    """The node from the directory in which it is done, else from the first that began it."""
-    begun: list[Node] = []
+    """The node from the directory that finished it, else from the first one that started it."""
+    started: list[Node] = []
     for run in runs:
         folder = run.node(name)
         if folder.info.exists():
@@ -243,51 +247,51 @@ def _node(name: str, runs: Sequence[RunDir]) -> Node:
             node = Node(name, folder, folder.is_done(info["fingerprint"]), info)
             if node.done:
                 return node
-            begun.append(node)
-    return begun[0] if begun else Node(name, runs[0].node(name), False, {})
+            started.append(node)
+    return started[0] if started else Node(name, runs[0].node(name), False, {})
 
 
 def _refuse_damage(folder: NodeDir) -> None:
-    """Raise UserError that names a damaged file of a finished node, of those that are read here."""
+    """Raise UserError if a file of a finished node that the report reads does not match its checksum."""
     names = (folder.info.name, *(path.name for path in folder.logs), "evals/")
-    broken = folder.damage(*names) if folder.done.exists() else None
-    if broken is not None:
-        raise UserError(f"{broken}: is damaged (it is not what was written); run the study again, which mends it")
+    damaged = folder.damage(*names) if folder.done.exists() else None
+    if damaged is not None:
+        raise UserError(f"{damaged}: is damaged (its checksum differs); run the study again to repair it")
 
 
-def _count(path: Path) -> Graded | None:
-    """Read a graded file row by row; only counts and answers are kept. None for a file without rows."""
+def _count(path: Path) -> EvalCounts | None:
+    """Count a graded evaluation file row by row; None for a file without rows."""
     answers: dict[str, list[tuple[str | None, bool]]] = {}
-    rows = truncated = tokens = 0
+    rows = truncated = 0
     for row in read_jsonl(path):
         answers.setdefault(row["problem_id"], []).append((row.get("extracted"), bool(row["correct"])))
         rows += 1
         truncated += row.get("finish") == "length"
-        tokens += row.get("tokens") or 0
     if not rows:
         return None
     ids = tuple(sorted(answers))
     votes = [stats.maj_at_k(answers[name]) for name in ids]
-    return Graded(
+    return EvalCounts(
         ids=ids,
         correct=np.array([sum(correct for _, correct in answers[name]) for name in ids]),
         sampled=np.array([len(answers[name]) for name in ids]),
-        # A problem without any answer has a wrong majority, unless the grader extracts no answers at all.
+        # A problem without any answer counts as a wrong majority, unless the grader never extracts answers.
         majority=None if all(vote is None for vote in votes) else np.array([vote or 0.0 for vote in votes]),
         truncated=truncated / rows,
-        tokens=tokens / rows,
     )
 
 
-APART: tuple[ledger.Purpose, ...] = ("eval", "validation", "measure")
-"""What is spent beside training and never added to it."""
+NON_TRAINING: tuple[ledger.Purpose, ...] = ("eval", "validation", "measure")
+"""Purposes in the ledger that are reported apart from the training costs."""
 
 
 def costs(nodes: Sequence[Node]) -> dict[str, Any]:
-    """What these nodes spent on training, in the contract's shape, and `apart` what on looking. A label counts once over all."""
-    rows = [row for node in nodes for row in node.spends]
+    """Training costs of these nodes in the layout of report.json; `apart` holds the costs of NON_TRAINING.
+
+    A label that several nodes look at counts once.
+    """
+    rows = [row for node in nodes for row in node.ledger_rows]
     train = ledger.totals(rows, "train")
-    apart = {purpose: ledger.totals(rows, purpose) for purpose in APART}
     return {
         "labels": {"distinct": train.distinct, "checks": train.checks},
         "tokens": {
@@ -297,26 +301,32 @@ def costs(nodes: Sequence[Node]) -> dict[str, Any]:
         },
         "flops": train.flops,
         "seconds": train.seconds,
-        "apart": {
-            purpose: {
-                "labels": {"distinct": spent.distinct, "checks": spent.checks},
-                "tokens": {"sampled": spent.tokens_sampled, "teacher_scored": spent.tokens_teacher_scored},
-                "flops": spent.flops,
-                "seconds": spent.seconds,
-            }
-            for purpose, spent in apart.items()
-        },
+        "apart": {purpose: _non_training_costs(ledger.totals(rows, purpose)) for purpose in NON_TRAINING},
+    }
+
+
+def _non_training_costs(total: ledger.Totals) -> dict[str, Any]:
+    return {
+        "labels": {"distinct": total.distinct, "checks": total.checks},
+        "tokens": {"sampled": total.tokens_sampled, "teacher_scored": total.tokens_teacher_scored},
+        "flops": total.flops,
+        "seconds": total.seconds,
     }
 
 
 def mean_costs(each: Sequence[Any]) -> Any:
-    """The mean over seeds of several `costs`, field by field; a whole number stays one."""
+    """Mean of several `costs` over seeds, field by field. Whole numbers stay integers."""
     if isinstance(each[0], dict):
-        return {key: mean_costs([one[key] for one in each]) for key in each[0]}
-    mean = sum(each) / len(each)
+        return {key: mean_costs([value[key] for value in each]) for key in each[0]}
+    return mean_number(each)
+
+
+def mean_number(values: Sequence[float]) -> float:
+    """Mean with 9 significant digits; an int if it is whole."""
+    mean = sum(values) / len(values)
     return int(mean) if float(mean).is_integer() else float(f"{mean:.9g}")
 
 
-def is_number(value: Any) -> bool:
-    """Whether a metric can be plotted: finite, and not a flag."""
+def is_finite_number(value: Any) -> bool:
+    """Whether a metric can be plotted: a finite number and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
