@@ -209,11 +209,11 @@ def _nodes_by(executor: str) -> Iterator[tuple[Callable[[], Executor], int]]:
         return
     if executor != "local":
         raise UserError(f"--executor {executor}: torchrun has started the processes already; leave one of the two out")
-    from headwater.distributed.process_group import join
+    from headwater.distributed.process_group import init_process_group
     from headwater.runs.executors.torchrun import Together, follow, led
 
-    ranks = join()
-    if not ranks.first:
+    ranks = init_process_group()
+    if not ranks.is_main:
         sys.exit(follow(ranks))
     with led(ranks):
         yield lambda: Together(ranks), ranks.size
