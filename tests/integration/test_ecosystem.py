@@ -219,8 +219,8 @@ def test_the_shells_know_how_to_complete_it() -> None:
 
 def test_a_dry_run_alone_takes_its_options() -> None:
     for words, said in (
-        (("--on", "h100"), "--on: belongs to --dry-run"),
-        (("--dry-run", "--on", "h1000"), "--on h1000: not a device that is known; there are b200, h200, h100"),
+        (("--on", "h100"), "--on: needs --dry-run"),
+        (("--dry-run", "--on", "h1000"), "--on h1000: unknown device; there are b200, h200, h100"),
         (("--dry-run", "--on", "0xh100"), "--on 0xh100: not a device"),
     ):
         answer = call("run", "pocket", *words)
