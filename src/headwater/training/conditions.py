@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headwater.losses import token_losses
-from headwater.losses.distributions import joined
+from headwater.losses.distributions import concatenate
 from headwater.losses.logprobs import tokens_at_once
 from headwater.models.fsdp import within
 from headwater.models.oom import BatchBudget, passes
@@ -67,7 +67,7 @@ def divergences(
 ) -> Divergences:
     """Compare the two models at every completion token of rollouts that share one sampling temperature."""
     budget, ranks = BatchBudget(tokens), student.ranks
-    share = ranks.share(rollouts)
+    share = ranks.shard(rollouts)
     student_hidden = passes(budget, share, partial(hidden_of, student, share))
     teacher_distributions = passes(budget, share, partial(distributions_of, teacher, share))
 
@@ -75,11 +75,11 @@ def divergences(
         sums = torch.zeros(5, dtype=torch.float64)
         if not student_hidden:
             return sums
-        hidden_NH, teacher_NV = torch.cat(student_hidden), joined(teacher_distributions, student.device)
+        hidden_NH, teacher_NV = torch.cat(student_hidden), concatenate(teacher_distributions, student.device)
         size = tokens_at_once(student.vocabulary, hidden_NH.device)
         for start in range(0, len(hidden_NH), size):
             logits_NV = student.logits(hidden_NH[start : start + size]).float() / rollouts[0].temperature
-            known = teacher_NV.rows(start, start + len(logits_NV)).ready()
+            known = teacher_NV.rows(start, start + len(logits_NV)).materialize()
             sums += _sums(*known.align(torch.log_softmax(logits_NV, dim=-1)), top_k)
         return sums
 
