@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater import pipeline
+from headwater.doctor.checks import check_plan
 from headwater.errors import HeadwaterError, UserError
 from headwater.report import sweep_build
 from headwater.runs.estimate import Estimate, estimates
@@ -48,6 +49,7 @@ def survey(sweep: Sweep, say: Callable[[str], None]) -> tuple[Sweep, list[Layout
 
 def _layout(sweep: Sweep, point: Point) -> Layout:
     with prepared(point.recipe, sweep.arms, sweep.seeds) as (plan, inputs):
+        check_plan(plan, inputs)
         return Layout(point, tuple(estimates(plan, inputs)))
 
 
