@@ -22,7 +22,7 @@ from headwater.runs.plan import Node, Plan, Role, make_plan, nodes_of
 from headwater.runs.read_once import InputError, read_once
 from headwater.sampling.base import requests_for
 from headwater.storage.run_dir import RunDir
-from headwater.teachers.server import is_served
+from headwater.teachers.server_client import is_served
 from headwater.types import Problem, Rollout
 
 SAMPLED_PROBLEMS, SAMPLES, SAMPLED_TOKENS = 8, 2, 64

@@ -15,7 +15,8 @@ from headwater.runs.plan import Node
 from headwater.runs.read_once import InputError
 from headwater.sampling import vllm_sampler
 from headwater.teachers.build import top_k_of
-from headwater.teachers.server import ServedTeacher, is_served, try_out
+from headwater.teachers.served_teacher import ServedTeacher, check_scoring
+from headwater.teachers.server_client import is_served
 
 SERVER_PROBLEMS = 4
 """Problems on which a server's tokenizer is compared, in addition to the probe strings: each is a request."""
@@ -116,7 +117,7 @@ def servers(context: DoctorContext) -> Iterator[Finding]:
 
 
 def _longest_sequence(context: DoctorContext, role: str, nodes: list[Node]) -> Iterator[Finding]:
-    longest = context.inputs.server(role).longest
+    longest = context.inputs.server(role).max_tokens
     completions = [node.settings.sampling.max_tokens for node in nodes if node.settings is not None]
     if longest is None or not completions or not context.prompt_lengths:
         return
@@ -138,7 +139,7 @@ def _scoring(context: DoctorContext, role: str, nodes: list[Node]) -> Iterator[F
     for top_k in dict.fromkeys(top_k_of(node.settings) or 0 for node in nodes):
         teacher = ServedTeacher(inputs.server(role), tokenizer, width, inputs.stop_ids("student"), inputs.device, top_k)
         try:
-            try_out(teacher, tokenizer(model.PROBES[0], add_special_tokens=False)["input_ids"])
+            check_scoring(teacher, tokenizer(model.PROBES[0], add_special_tokens=False)["input_ids"])
         except HeadwaterError as error:
             remedy = (
                 f"start the server with --max-logprobs {top_k}, or lower dense.top_k"

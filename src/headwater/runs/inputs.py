@@ -25,11 +25,10 @@ from headwater.models import untrusted_files
 from headwater.models.prompts import Prompter
 from headwater.runs.read_once import InputError, read_once
 from headwater.runs.source_readers import SourceReader, placeholder_reader
-from headwater.sampling.build import Samplers, samplers_of
-from headwater.tasks import Task, find_task, grader_code
+from headwater.sampling.build import SamplerFactory, sampler_factory
+from headwater.tasks.registry import Task, find_task, grader_code
 from headwater.tasks.verifier import Verifier
-from headwater.teachers import server as served
-from headwater.teachers.server import Met, ServedTokenizer
+from headwater.teachers.server_client import ServedModel, ServedTokenizer, connect, is_served
 from headwater.types import Problem, letters_of
 
 VALIDATION = "data.validation"
@@ -58,7 +57,7 @@ class RunInputs:
         missing: list[str] = []
         for role in ("student", "teacher", "expert"):
             for field_, name in recipe.models.named(role).items():
-                if served.is_served(name) or not Path(model.resolve(name, field_)).is_dir():
+                if is_served(name) or not Path(model.resolve(name, field_)).is_dir():
                     missing.append(f"{field_}: {name} is not in a local folder; its tokenizer was not read")
         return cls(recipe, placeholder_reader(missing), missing)
 
@@ -241,16 +240,16 @@ class RunInputs:
         return model.resolve(name, field_)
 
     @read_once("server")
-    def server(self, role: str) -> Met:
+    def server(self, role: str) -> ServedModel:
         """What the server of a served teacher says about itself."""
         field_, name = self.field_and_name(role)
-        return served.meet(name, field_, self.recipe.compute.server)
+        return connect(name, field_, self.recipe.compute.server)
 
     @read_once("tokenizer")
     def tokenizer(self, role: str) -> Any:
         """The model's tokenizer; of a served teacher, its server's."""
         field_, name = self.field_and_name(role)
-        if served.is_served(name):
+        if is_served(name):
             return ServedTokenizer(self.server(role))
         path, trusted = self.model_path(role), self.recipe.models.trust_remote_code
         model.refuse_untrusted(path, field_, name, trusted)
@@ -286,9 +285,9 @@ class RunInputs:
         return device_of(self.recipe.compute.device)
 
     @cached_property
-    def sampler(self) -> Samplers:
+    def sampler(self) -> SamplerFactory:
         """Builds the sampler of a policy; engines started for one node serve the next."""
-        return samplers_of(self.recipe)
+        return sampler_factory(self.recipe)
 
     # Fingerprints -----------------------------------------------------------------------------------------------------
 
@@ -304,7 +303,7 @@ class RunInputs:
         prints = {}
         for field_, name in named.items():
             key = field_.removeprefix("models.")
-            remote = served.is_served(name)
+            remote = is_served(name)
             prints[field_] = self.server(key).fingerprint if remote else model.fingerprint_of(self.model_path(key))
         if len(prints) == 1:
             return next(iter(prints.values()))

@@ -124,7 +124,7 @@ def beside(node: Node, context: NodeContext) -> bool:
     failure = None
     with scratch(context.out.node(name), context.ranks) as aside:
         try:
-            run_marked(node, replace(context, aside=aside))
+            run_marked(node, replace(context, scratch=aside))
         except KeyboardInterrupt:
             return True  # all were asked to stop, and all have; the first one says how it ends
         except Exception as error:
