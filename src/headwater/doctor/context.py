@@ -126,7 +126,7 @@ class DoctorContext:
             supervisor = node.teacher if node.cache is None else node.cache.start
             for teacher in [] if supervisor is None else self.local(base_of(supervisor)):
                 pair = base_of(node.start), teacher
-                pairs[pair] = pairs.get(pair, False) or node.settings.objective != "sft"
+                pairs[pair] = pairs.get(pair, False) or "teacher" in node.settings.signals
         return pairs
 
     @property

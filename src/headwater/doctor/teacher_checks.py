@@ -9,7 +9,6 @@ from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding
 from headwater.doctor.model_checks import compared_texts
 from headwater.errors import HeadwaterError, UserError
-from headwater.losses.objectives import divergence_of
 from headwater.models import policy as model
 from headwater.runs.plan import Node
 from headwater.runs.read_once import InputError
@@ -52,8 +51,8 @@ def teacher_form(context: DoctorContext) -> Iterator[Finding]:
 
 def _server_limits(node: Node, stage: Stage, server: str) -> Iterator[Finding]:
     name = "warmup" if node.kind == "rollouts" else node.stage
-    scores = node.kind == "train" or stage.objective != "sft"
-    if scores and divergence_of(stage.dense) is not None and stage.dense.top_k is None:
+    scores = node.kind == "train" or "teacher" in stage.signals
+    if scores and stage.dense.exact and stage.dense.top_k is None:
         yield Finding(
             "cannot-run",
             "error",

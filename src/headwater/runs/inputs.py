@@ -29,7 +29,7 @@ from headwater.sampling.build import SamplerFactory, sampler_factory
 from headwater.tasks.registry import Task, find_task, grader_code
 from headwater.tasks.verifier import Verifier
 from headwater.teachers.server_client import ServedModel, ServedTokenizer, connect, is_served
-from headwater.types import Problem, letters_of
+from headwater.types import Problem, letters_and_digits
 
 VALIDATION = "data.validation"
 POOLS: tuple[Pool, ...] = ("all", "first_half", "second_half")
@@ -125,9 +125,9 @@ class RunInputs:
         """Problems of `data.unlabeled`; by letters, as in evaluations: another spelling of a labelled problem is no fresh prompt."""
         if "data.unlabeled" not in self.data_fields:
             return ()
-        known = {letters_of(problem.text) for problem in self.labeled.problems}
+        known = {letters_and_digits(problem.text) for problem in self.labeled.problems}
         problems = self.decontaminated("data.unlabeled").problems
-        return tuple(problem for problem in problems if letters_of(problem.text) not in known)
+        return tuple(problem for problem in problems if letters_and_digits(problem.text) not in known)
 
     @property
     @read_once("data")
