@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedModel, PreTrai
 
 PAD, USER, ASSISTANT, END, UNKNOWN = SPECIAL = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unk|>")
 ARCHITECTURES = {"qwen3": Qwen3Config, "llama": LlamaConfig}
-IGNORED = -100  # label of a position without loss, as in transformers
+IGNORE_INDEX = -100  # label of a position without loss, as in transformers
 # A system turn and enable_thinking are accepted and leave no trace: these models know neither.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -27,7 +27,7 @@ Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss 
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class SampleStats:
     """Samples at temperature 1 on evaluation problems; all but `problems` are shares between 0 and 1.
 
     An accuracy is None when no sample was of that form.
@@ -41,10 +41,10 @@ class Measured:
     eos_share: float
 
 
-def summed_up(samples: Sequence[tuple[bool, bool, bool]]) -> Measured:
+def sample_stats(samples: Sequence[tuple[bool, bool, bool]]) -> SampleStats:
     """(whether it is worked, right, ended in EOS) of each sample -> the shares."""
     by_form = {form: [right for worked, right, _ in samples if worked is form] for form in (True, False)}
-    return Measured(
+    return SampleStats(
         problems=len(samples),
         pass_rate=sum(right for _, right, _ in samples) / len(samples),
         worked_share=len(by_form[True]) / len(samples),
@@ -54,7 +54,7 @@ def summed_up(samples: Sequence[tuple[bool, bool, bool]]) -> Measured:
     )
 
 
-def wrapped(backend: Tokenizer, longest: int) -> PreTrainedTokenizerFast:
+def wrap_tokenizer(backend: Tokenizer, longest: int) -> PreTrainedTokenizerFast:
     """A tokenizer with the special tokens and the chat template of every model that is made here."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -68,7 +68,7 @@ def wrapped(backend: Tokenizer, longest: int) -> PreTrainedTokenizerFast:
     )
 
 
-class Shaped(Protocol):
+class ModelShape(Protocol):
     """What a spec says of a model's shape."""
 
     @property
@@ -81,8 +81,13 @@ class Shaped(Protocol):
     def kv_heads(self) -> int: ...
 
 
-def config_of(
-    spec: Shaped, architecture: str, tokenizer: PreTrainedTokenizerFast, positions: int, init_std: float, theta: float
+def model_config(
+    spec: ModelShape,
+    architecture: str,
+    tokenizer: PreTrainedTokenizerFast,
+    positions: int,
+    init_std: float,
+    theta: float,
 ) -> Any:
     """The transformers config of a model made here: tied embeddings, inner layers three times as wide, EOS as the only end."""
     return ARCHITECTURES[architecture](
@@ -103,20 +108,20 @@ def config_of(
     )
 
 
-def generation_of(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
     """Samples the plain distribution and ends at EOS."""
     return GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, top_k=0
     )
 
 
-def rate(step: int, steps: int, lr: float) -> float:
+def learning_rate(step: int, steps: int, lr: float) -> float:
     """Learning rate: 5 % linear warm-up, constant, and a linear fall over the last 30 % of the steps."""
     done = (step + 1) / steps
     return lr * min(1.0, done / 0.05, (1.0 - done) / 0.3 + 0.02)
 
 
-def optimizers_of(model: PreTrainedModel, lr: float) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+def make_optimizers(model: PreTrainedModel, lr: float) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for the rest; AdamW alone is far slower."""
     matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
     others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
@@ -129,6 +134,6 @@ def optimizers_of(model: PreTrainedModel, lr: float) -> tuple[torch.optim.Optimi
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
     """Write a model folder: bfloat16 safetensors to stay small, tokenizer, and a generation config that ends at EOS."""
     saved: Any = deepcopy(model)
-    saved.generation_config = generation_of(tokenizer)
+    saved.generation_config = generation_config(tokenizer)
     saved.to(torch.bfloat16).save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)

@@ -36,16 +36,16 @@ from headwater.types import Problem
 from tools.pretrain.common import (
     ASSISTANT,
     END,
-    IGNORED,
+    IGNORE_INDEX,
     USER,
-    Measured,
     Progress,
-    optimizers_of,
-    rate,
+    SampleStats,
+    learning_rate,
+    make_optimizers,
+    sample_stats,
     save,
-    summed_up,
 )
-from tools.pretrain.desk_models import DeskSpec, config_of, shipped_tokenizer
+from tools.pretrain.desk_models import DeskSpec, model_config, shipped_tokenizer
 
 CHECKPOINT_EVERY = 500
 ROWS_AT_ONCE = 16  # in one forward and backward pass: it bounds the memory of activations
@@ -54,7 +54,7 @@ Pairs = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Joined:
+class CombinedOptimizer:
     """Optimizers of one parameter group each as one, for a checkpoint: their states under consecutive numbers."""
 
     parts: tuple[torch.optim.Optimizer, ...]
@@ -119,12 +119,12 @@ def pack(tokenizer: Any, pairs: Sequence[tuple[str, str]], width: int) -> tuple[
             for rows in (ids, labels, positions):
                 rows.append([])
         ids[-1] += [*prompt, *completion]
-        labels[-1] += [*[IGNORED] * len(prompt), *completion]
+        labels[-1] += [*[IGNORE_INDEX] * len(prompt), *completion]
         positions[-1] += range(length)
     for row, target, places in zip(ids, labels, positions, strict=True):
         rest = width - len(row)
         row += [tokenizer.pad_token_id] * rest
-        target += [IGNORED] * rest
+        target += [IGNORE_INDEX] * rest
         places += range(rest)
     return torch.tensor(ids), torch.tensor(labels), torch.tensor(positions)
 
@@ -145,15 +145,15 @@ def train(
     tokenizer = shipped_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        learner: Any = AutoModelForCausalLM.from_config(config_of(spec, tokenizer), dtype=torch.float32)
+        learner: Any = AutoModelForCausalLM.from_config(model_config(spec, tokenizer), dtype=torch.float32)
     learner.to(device).train()
-    optimizers = optimizers_of(learner, spec.lr)
-    joined: Any = Joined(optimizers)
+    optimizers = make_optimizers(learner, spec.lr)
+    joined: Any = CombinedOptimizer(optimizers)
     done = load_checkpoint(node, learner, joined)
     losses: list[float] = []
     for step, pairs in enumerate(batches(spec, seed, done, workers), done):
         packed = [part.to(device) for part in pack(tokenizer, pairs, spec.width)]
-        trained_on, total = (packed[1] != IGNORED).sum(), torch.zeros((), device=device)
+        trained_on, total = (packed[1] != IGNORE_INDEX).sum(), torch.zeros((), device=device)
         for ids, labels, positions in zip(*(part.split(ROWS_AT_ONCE) for part in packed), strict=True):
             with torch.autocast(device.type, torch.bfloat16):
                 loss = learner(
@@ -171,7 +171,7 @@ def train(
             raise TrainingStoppedError(f"{node.name}: the loss of step {step + 1} is {losses[-1]}; try a lower rate")
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, spec.steps, spec.lr)
+                group["lr"] = learning_rate(step, spec.steps, spec.lr)
             optimizer.step()
             optimizer.zero_grad()
         if progress is not None:
@@ -189,7 +189,7 @@ def pretrain_desk(
     seed: int = 0,
     progress: Progress | None = None,
     workers: int = 0,
-) -> dict[str, Measured]:
+) -> dict[str, SampleStats]:
     """Make one desk model as the model folder out_dir/name, with its card, and measure it in and beyond its own difficulty.
 
     A folder that holds the very same model is left as it is; one that was interrupted is gone on with.
@@ -197,7 +197,7 @@ def pretrain_desk(
     node = NodeDir(Path(out_dir) / name)
     fingerprint = hashlib.sha256(canonical_json({"spec": asdict(spec), "seed": seed}).encode()).hexdigest()[:16]
     if node.is_done(fingerprint):
-        return {where: Measured(**found) for where, found in read_json(node.done)["measured"].items()}
+        return {where: SampleStats(**found) for where, found in read_json(node.done)["measured"].items()}
     begun = node.info.exists() and read_json(node.info)["fingerprint"] == fingerprint
     if not begun:
         shutil.rmtree(node.checkpoint(0).parent, ignore_errors=True)  # another model's
@@ -207,13 +207,13 @@ def pretrain_desk(
     evals = {"its own difficulty": spec.dials, "7 to 10 operations": replace(spec.dials, min_ops=7, max_ops=10)}
     measured = {where: measure(node.path, dials, device, MEASURED_PROBLEMS) for where, dials in evals.items()}
     parameters = sum(weight.numel() for weight in learner.parameters())
-    (node.path / "README.md").write_text(card(name, parameters, spec, measured, seed), encoding="utf-8")
+    (node.path / "README.md").write_text(model_card(name, parameters, spec, measured, seed), encoding="utf-8")
     shutil.rmtree(node.checkpoint(0).parent, ignore_errors=True)
     write_json(node.done, {"fingerprint": fingerprint, "measured": {one: asdict(m) for one, m in measured.items()}})
     return measured
 
 
-def measure(folder: Path, dials: WordsDials, device: torch.device, count: int, seed: int = 0) -> Measured:
+def measure(folder: Path, dials: WordsDials, device: torch.device, count: int, seed: int = 0) -> SampleStats:
     """Sample once per problem of the pool `eval` at temperature 1 and grade."""
     name = str(folder)
     dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -225,7 +225,7 @@ def measure(folder: Path, dials: WordsDials, device: torch.device, count: int, s
     rollouts = TorchSampler(policy).sample(requests, config.Sampling(max_tokens=MEASURED_TOKENS))
     texts = [prompter.completion(one.completion_ids) for one in rollouts]
     right = [grade(gold, text)[0] for (_, gold), text in zip(asked, texts, strict=True)]
-    return summed_up(
+    return sample_stats(
         [
             (is_worked(text), correct, one.finish == "stop")
             for text, correct, one in zip(texts, right, rollouts, strict=True)
@@ -233,7 +233,7 @@ def measure(folder: Path, dials: WordsDials, device: torch.device, count: int, s
     )
 
 
-def card(name: str, parameters: int, spec: DeskSpec, measured: dict[str, Measured], seed: int) -> str:
+def model_card(name: str, parameters: int, spec: DeskSpec, measured: dict[str, SampleStats], seed: int) -> str:
     """The model card of a desk model, as markdown."""
     example = next(problems("eval", 0, spec.dials))
     rows = []
@@ -261,7 +261,7 @@ once: {spec.worked_steps} steps of worked ones, then {spec.mixture_steps} steps 
 short; learning rate {spec.lr:g}, Muon and AdamW, bfloat16 passes on float32 weights. The problems come from the pool
 `pretrain`, which shares none with `train`, `unlabelled` and `eval`.
 
-## Measured
+## SampleStats
 {count} problems of the pool `eval`, one sample each at temperature 1 without top-k or top-p:
 
 | problems | pass rate | worked completions | right if worked | right if short | ended by EOS |

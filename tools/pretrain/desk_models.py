@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from headwater.tasks.word_problems import DIALS, WordsDials, problems
 from tools.pretrain import common
-from tools.pretrain.common import SPECIAL, generation_of, wrapped
+from tools.pretrain.common import SPECIAL, generation_config, wrap_tokenizer
 
 SHIPPED = Path(str(files("headwater"))) / "desk"
 VOCABULARY = 4096
@@ -68,7 +68,7 @@ DESK: dict[str, DeskSpec] = {
 }
 
 
-def shortened(spec: DeskSpec, steps: int) -> DeskSpec:
+def with_steps(spec: DeskSpec, steps: int) -> DeskSpec:
     """The same training in so many steps, worked and mixed in the same proportion.
 
     Example: `shortened(DESK["student"], 12)` has 10 worked steps and 2 mixed ones.
@@ -99,7 +99,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator(corpus(), trainer)
-    return wrapped(backend, POSITIONS)
+    return wrap_tokenizer(backend, POSITIONS)
 
 
 def shipped_tokenizer() -> Any:
@@ -107,8 +107,8 @@ def shipped_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(SHIPPED / "student")
 
 
-def config_of(spec: DeskSpec, tokenizer: PreTrainedTokenizerFast) -> Any:
-    return common.config_of(spec, "qwen3", tokenizer, POSITIONS, init_std=0.02, theta=10_000.0)
+def model_config(spec: DeskSpec, tokenizer: PreTrainedTokenizerFast) -> Any:
+    return common.model_config(spec, "qwen3", tokenizer, POSITIONS, init_std=0.02, theta=10_000.0)
 
 
 def ship(out_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -116,10 +116,10 @@ def ship(out_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for name, spec in DESK.items():
         folder = Path(out_dir) / name
         folder.mkdir(parents=True, exist_ok=True)
-        held = config_of(spec, tokenizer)
+        held = model_config(spec, tokenizer)
         held.architectures = ["Qwen3ForCausalLM"]
         held.save_pretrained(folder)
-        generation_of(tokenizer).save_pretrained(folder)
+        generation_config(tokenizer).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         # The library indents a line for every merge, which triples the file.
         (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")

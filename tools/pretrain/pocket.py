@@ -27,19 +27,19 @@ from headwater.tasks import countdown, sums
 from tools.pretrain.common import (  # fmt: skip
     ASSISTANT,
     END,
-    IGNORED,
+    IGNORE_INDEX,
     PAD,
     SPECIAL,
     UNKNOWN,
     USER,
-    Measured,
     Progress,
-    config_of,
-    optimizers_of,
-    rate,
+    SampleStats,
+    learning_rate,
+    make_optimizers,
+    model_config,
+    sample_stats,
     save,
-    summed_up,
-    wrapped,
+    wrap_tokenizer,
 )
 
 ALPHABET = "0123456789+=; -*/(),.?:%\n"
@@ -133,13 +133,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     backend.decoder = decoders.Fuse()
-    return wrapped(backend, POSITIONS)
+    return wrap_tokenizer(backend, POSITIONS)
 
 
 def make_model(spec: PretrainSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A freshly initialised float32 causal LM of the given shape, from torch's current random state."""
     return AutoModelForCausalLM.from_config(
-        config_of(spec, spec.architecture, tokenizer, POSITIONS, spec.init_std, spec.rope_theta)
+        model_config(spec, spec.architecture, tokenizer, POSITIONS, spec.init_std, spec.rope_theta)
     )
 
 
@@ -156,7 +156,7 @@ def encode(
         prompt_lengths.append(len(prompt))
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), id_of[PAD])
-    labels = torch.full((len(rows), width), IGNORED)
+    labels = torch.full((len(rows), width), IGNORE_INDEX)
     for index, (row, start) in enumerate(zip(rows, prompt_lengths, strict=True)):
         ids[index, : len(row)] = torch.tensor(row)
         labels[index, start : len(row)] = torch.tensor(row[start:])
@@ -184,7 +184,7 @@ def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progres
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model(spec, tokenizer)
-    optimizers = optimizers_of(model, spec.lr)
+    optimizers = make_optimizers(model, spec.lr)
     losses: list[float] = []
     model.train()
     for step, solutions in enumerate(batches(spec, seed)):
@@ -195,7 +195,7 @@ def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progres
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, spec.steps, spec.lr)
+                group["lr"] = learning_rate(step, spec.steps, spec.lr)
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
@@ -211,7 +211,7 @@ def measure(
     problems: int = 500,
     seed: int = 0,
     task: str = "sums",
-) -> Measured:
+) -> SampleStats:
     """Sample once per problem of the pool `eval` at temperature 1 and grade, in float32.
 
     Problems of equal length go in one batch, so that no padding enters.
@@ -233,12 +233,12 @@ def measure(
             for row, (_, gold) in zip(out[:, ids["input_ids"].shape[1] :], alike, strict=True):
                 text = tokenizer.decode(row, skip_special_tokens=True)
                 samples.append((text, corpus.grade(gold, text)[0], bool((row == tokenizer.eos_token_id).any())))
-    return summed_up([(corpus.is_worked(text), correct, ended) for text, correct, ended in samples])
+    return sample_stats([(corpus.is_worked(text), correct, ended) for text, correct, ended in samples])
 
 
 def pretrain_pocket(
     out_dir: Path, names: Sequence[str] | None = None, seed: int = 0, progress: Progress | None = None
-) -> dict[str, Measured]:
+) -> dict[str, SampleStats]:
     """Make the named pocket models (all by default) as out_dir/NAME, each measured and with its model card.
 
     Raises ValueError for a name that is not in POCKET, before any training.
@@ -247,16 +247,16 @@ def pretrain_pocket(
     unknown = [name for name in names if name not in POCKET]
     if unknown:
         raise ValueError(f"pretrain: no pocket model {unknown[0]!r}; there are {', '.join(POCKET)}")
-    measured: dict[str, Measured] = {}
+    measured: dict[str, SampleStats] = {}
     for name in names:
         folder = Path(out_dir) / name
         pretrain(POCKET[name], folder, seed, progress)
         measured[name] = measure(folder, POCKET[name].dials, task=POCKET[name].task)
-        (folder / "README.md").write_text(card(name, folder, POCKET[name], measured[name], seed))
+        (folder / "README.md").write_text(model_card(name, folder, POCKET[name], measured[name], seed))
     return measured
 
 
-def card(name: str, folder: Path, spec: PretrainSpec, measured: Measured, seed: int) -> str:
+def model_card(name: str, folder: Path, spec: PretrainSpec, measured: SampleStats, seed: int) -> str:
     """The model card of a saved folder, as markdown."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -285,7 +285,7 @@ every problem once: {spec.worked_steps} steps of worked ones, then {spec.mixture
 {spec.p_cot:.0%} worked and the rest short. That is {tokens:,} tokens; learning rate {spec.lr:g}, Muon and AdamW.
 The problems come from the pool `pretrain`, which shares none with `train`, `unlabelled` and `eval`.
 
-## Measured
+## SampleStats
 {measured.problems} problems of the pool `eval`, one sample each at temperature 1 without top-k or top-p, float32:
 
 | pass rate | worked completions | right if worked | right if short | ended by EOS |

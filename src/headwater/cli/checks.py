@@ -12,6 +12,7 @@ import typer
 
 from headwater.cli.options import Device, Json, Out, RecipeName, Set, TaskName, parse_arms, recipe_changes
 from headwater.config.arms import DEFAULT_ARM
+from headwater.errors import RefusedError
 
 commands = typer.Typer()
 
@@ -36,9 +37,9 @@ def doctor(
     names = parse_arms(arms)
     set_up(resolved.compute)
     diagnosis = diagnose(resolved, names, [resolved.seed], out or Path("runs") / resolved.name)
-    print(json.dumps(diagnosis.written()) if json_ else diagnosis.text())
+    print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text())
     if diagnosis.errors:
-        raise diagnosis.refusal(shown=True)
+        raise RefusedError(f"refused: {diagnosis.error_names}")
 
 
 @commands.command()

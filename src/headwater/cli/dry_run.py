@@ -11,23 +11,28 @@ from rich.table import Column, Table
 
 from headwater.cli.options import DryRunOptions
 from headwater.config.recipe import Recipe
+from headwater.doctor.checks import check_plan
 from headwater.report.format import console, units
 from headwater.runs.estimate import Asked, Estimate, estimates
 from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION
-from headwater.runs.missing_inputs import laid_out
+from headwater.runs.inputs import RunInputs
+from headwater.runs.plan import make_plan
 
 
 def print_dry_run(
     recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], options: DryRunOptions, as_json: bool
 ) -> None:
     """Print an estimate for every node. Raises UserError."""
-    plan, inputs = laid_out(recipe, arms, seeds)
+    with RunInputs.for_estimate(recipe) as inputs:
+        plan = make_plan(recipe, arms, seeds, inputs.content())
+        if not inputs.missing:
+            check_plan(plan, inputs)
     nodes = estimates(plan, inputs, Asked(options.mean_tokens, options.count))
     if as_json:
         print(json.dumps([json_row(estimate, options) for estimate in nodes]))
         return
     console().print(cost_table(nodes, options))
-    for message in inputs.absent:
+    for message in inputs.missing:
         print(message)
     print("\n".join(notes(nodes, options)))
 

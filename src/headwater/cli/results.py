@@ -78,20 +78,20 @@ def watch(
     from rich.live import Live
 
     from headwater.report.format import console
-    from headwater.report.watch import frame, look
+    from headwater.report.watch import read_status, status_table
 
-    progress = look(folder)
+    status = read_status(folder)
     screen = console()
     if json_:
-        print(json.dumps(progress.written()))
+        print(json.dumps(status.to_json()))
     elif once or not screen.is_terminal:
-        screen.print(frame(progress))
+        screen.print(status_table(status))
     else:
-        with Live(frame(progress, screen.height), console=screen, auto_refresh=False) as live:
-            while progress.running:
+        with Live(status_table(status, screen.height), console=screen, auto_refresh=False) as live:
+            while status.running:
                 time.sleep(every)
-                progress = look(folder)
-                live.update(frame(progress, screen.height), refresh=True)
+                status = read_status(folder)
+                live.update(status_table(status, screen.height), refresh=True)
 
 
 @commands.command("eval")

@@ -83,14 +83,7 @@ def graded_together(inputs: RunInputs, ranks: ProcessGroup) -> RunInputs:
 
         return graded
 
-    return replace(
-        inputs,
-        labels=inputs.labels.graded_by(shared),
-        evals={name: (problems, labels.graded_by(shared)) for name, (problems, labels) in inputs.evals.items()},
-        validation=None
-        if inputs.validation is None
-        else (inputs.validation[0], inputs.validation[1].graded_by(shared)),
-    )
+    return inputs.with_grader(shared)
 
 
 def follow(ranks: ProcessGroup) -> int:
