@@ -1,8 +1,8 @@
 """Pocket models: small causal LMs trained from scratch on the pocket tasks, saved as ordinary model folders.
 
-Each is an honest base model: next-token loss on correct solutions, first worked ones only, then a mixture in which a
-share p_cot is worked and the rest short. The length of training sets the skill; p_cot sets how often a sample shows its
-work. Learning the mixture from the first step takes many times longer, because short answers teach almost nothing.
+Each is trained by next-token loss on correct solutions: first worked ones only, then a mixture with a fraction p_cot of worked
+ones, the rest short. Training length sets the accuracy; p_cot sets how often a sample shows its work. Training on the mixture
+from the first step takes many times longer, because short answers teach almost nothing.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ from tools.pretrain.common import (  # fmt: skip
 )
 
 ALPHABET = "0123456789+=; -*/(),.?:%\n"
-# What a model may be trained on: modules with generate, worked, short, is_worked, grade and about, and dials of their own.
+# Tasks to train on: modules with generate, worked, short, is_worked, grade, about and their own dials.
 CORPORA: dict[str, ModuleType] = {"sums": sums, "countdown": countdown}
 POSITIONS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class PretrainSpec:
-    """One model: its shape, and the training that sets its skill. Steps are optimizer steps of `batch` solutions.
+    """Shape and training length of one model. A step is an optimizer step on `batch` solutions.
 
-    autocast computes in bfloat16, faster from about 0.3 M parameters on; the weights are float32 until they are saved.
+    autocast  compute in bfloat16, faster from about 0.3 M parameters on; the weights stay float32 until they are saved
+
     Example: PretrainSpec("qwen3", hidden=64, layers=2, worked_steps=850, mixture_steps=150)
     """
 
@@ -85,7 +86,7 @@ POCKET: dict[str, PretrainSpec] = {
     "qwen3-teacher-large": PretrainSpec(
         "qwen3", hidden=192, layers=4, worked_steps=750, mixture_steps=250, p_cot=0.4, lr=2e-3, autocast=True
     ),
-    # At the usual init and rope base this Llama stays on a plateau for long, where Qwen3 does not.
+    # At the usual init and RoPE base this Llama, unlike Qwen3, stays on a long plateau.
     "llama-student": PretrainSpec(
         "llama", hidden=64, layers=2, worked_steps=1200, mixture_steps=150, lr=2e-3, init_std=0.08, rope_theta=100
     ),
@@ -101,7 +102,7 @@ POCKET: dict[str, PretrainSpec] = {
         rope_theta=100,
         autocast=True,
     ),
-    # The negative control's pair learns from one mixture; what differs is what fits: the larger one finds signs in its head.
+    # The negative control's pair trains on the same mixture and differs in capacity: the larger one finds the signs without work.
     "countdown-student": PretrainSpec(
         "qwen3",
         hidden=64,
@@ -128,7 +129,7 @@ POCKET: dict[str, PretrainSpec] = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a character, special tokens first; decode(encode(text)) == text for text over ALPHABET."""
+    """Character tokenizer, special tokens first; decode(encode(text)) == text for text over ALPHABET."""
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *ALPHABET))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
@@ -137,7 +138,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(spec: PretrainSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A freshly initialised float32 causal LM of the given shape, from torch's current random state."""
+    """A float32 causal LM of the given shape, initialized from torch's current random state."""
     return AutoModelForCausalLM.from_config(
         model_config(spec, spec.architecture, tokenizer, POSITIONS, spec.init_std, spec.rope_theta)
     )
@@ -146,7 +147,7 @@ def make_model(spec: PretrainSpec, tokenizer: PreTrainedTokenizerFast) -> PreTra
 def encode(
     tokenizer: PreTrainedTokenizerFast, solutions: Sequence[tuple[str, str]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(problem, completion) pairs -> ids_BT and labels_BT, padded on the right; loss on completion and EOS only."""
+    """Token ids_BT and labels_BT of (problem, completion) pairs, right-padded; loss on completion and EOS only."""
     id_of = tokenizer.get_vocab()
     rows: list[list[int]] = []
     prompt_lengths: list[int] = []
@@ -164,7 +165,7 @@ def encode(
 
 
 def batches(spec: PretrainSpec, seed: int) -> Iterator[list[tuple[str, str]]]:
-    """spec.steps batches of (problem, completion), every problem once, all from the pool `pretrain`."""
+    """Yield spec.steps batches of (problem, completion) pairs, every problem once, from the pool `pretrain`."""
     corpus = CORPORA[spec.task]
     problems = corpus.generate(spec.steps * spec.batch, "pretrain", seed, spec.dials)
     draw = random.Random(f"pretrain:{seed}").random
@@ -175,10 +176,9 @@ def batches(spec: PretrainSpec, seed: int) -> Iterator[list[tuple[str, str]]]:
 
 
 def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progress | None = None) -> list[float]:
-    """Train one model from scratch and save it, with its tokenizer, as a model folder; returns the loss of each step.
+    """Train one model from scratch and save it as a model folder; returns the loss of each step.
 
-    With torch on one thread, a seed gives the same weights bit for bit on one kind of machine. The caller's random
-    state is left as it was.
+    With torch on one thread, a seed gives bit-identical weights on one kind of machine. The caller's random state is restored.
     """
     tokenizer = make_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -214,7 +214,7 @@ def measure(
 ) -> SampleStats:
     """Sample once per problem of the pool `eval` at temperature 1 and grade, in float32.
 
-    Problems of equal length go in one batch, so that no padding enters.
+    Problems of equal length share a batch, so that nothing is padded.
     """
     corpus = CORPORA[task]
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)  # Any: transformers types these as unions of everything
@@ -224,13 +224,13 @@ def measure(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for length in sorted({len(problem) for problem, _ in pairs}):
-            alike = [pair for pair in pairs if len(pair[0]) == length]
-            chats = [[{"role": "user", "content": problem}] for problem, _ in alike]
+            same_length = [pair for pair in pairs if len(pair[0]) == length]
+            chats = [[{"role": "user", "content": problem}] for problem, _ in same_length]
             ids = tokenizer.apply_chat_template(
                 chats, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             out = model.generate(**ids, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=96)
-            for row, (_, gold) in zip(out[:, ids["input_ids"].shape[1] :], alike, strict=True):
+            for row, (_, gold) in zip(out[:, ids["input_ids"].shape[1] :], same_length, strict=True):
                 text = tokenizer.decode(row, skip_special_tokens=True)
                 samples.append((text, corpus.grade(gold, text)[0], bool((row == tokenizer.eos_token_id).any())))
     return sample_stats([(corpus.is_worked(text), correct, ended) for text, correct, ended in samples])
@@ -239,7 +239,7 @@ def measure(
 def pretrain_pocket(
     out_dir: Path, names: Sequence[str] | None = None, seed: int = 0, progress: Progress | None = None
 ) -> dict[str, SampleStats]:
-    """Make the named pocket models (all by default) as out_dir/NAME, each measured and with its model card.
+    """Train the named pocket models (all by default) into out_dir/NAME; measure each and write its model card.
 
     Raises ValueError for a name that is not in POCKET, before any training.
     """
@@ -280,7 +280,7 @@ Prompt: `{USER}{example}{ASSISTANT}`. Worked completion: `{corpus.worked(example
 Short completion: `{corpus.short(example, dials)}{END}`.
 
 ## Training
-`headwater pretrain pocket` makes it again (seed {seed}). Next-token loss on correct completions, {spec.batch} a step,
+`python -m tools.pretrain pocket` trains it again (seed {seed}). Next-token loss on correct completions, {spec.batch} a step,
 every problem once: {spec.worked_steps} steps of worked ones, then {spec.mixture_steps} steps with a share of
 {spec.p_cot:.0%} worked and the rest short. That is {tokens:,} tokens; learning rate {spec.lr:g}, Muon and AdamW.
 The problems come from the pool `pretrain`, which shares none with `train`, `unlabelled` and `eval`.

@@ -165,7 +165,7 @@ def test_rows_that_are_passed_one_by_one_count_as_much_as_together(
 ) -> None:
     spec = replace(TINY, worked_steps=1, mixture_steps=0, batch=8)
     together = train(spec, NodeDir(tmp_path), CPU, seed=101)[1]
-    monkeypatch.setattr(desk, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(desk, "MICROBATCH_ROWS", 1)
     assert len(pack(TOKENIZER, next(batches(spec, 101)), spec.width)[0]) > 1
     assert train(spec, NodeDir(tmp_path), CPU, seed=101)[1] == pytest.approx(together, rel=1e-3)
 
