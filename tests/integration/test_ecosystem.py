@@ -162,7 +162,7 @@ def test_a_nodes_own_model_folder_may_be_pushed_and_damage_is_refused(tmp_path: 
 
 def test_what_cannot_be_pushed_is_said_in_one_sentence(tmp_path: Path) -> None:
     for words, said in (
-        ((finished(), "--to", "me/x"), "say which arm's student with --arm: direct_grpo, bridge"),
+        ((finished(), "--to", "me/x"), "choose an arm with --arm: direct_grpo, bridge"),
         ((finished(), "--arm", "replay", "--to", "me/x"), "--arm replay is not among its arms: direct_grpo, bridge"),
         ((tmp_path, "--to", "me/x"), "is neither a run directory nor the model folder"),
         ((finished(), "--arm", "bridge", "--to", "a b"), "push --to a b: must be owner/name"),
