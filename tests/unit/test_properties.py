@@ -15,7 +15,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headwater.config.arms import ARMS, arm_of, builtin_names, builtin_text
+from headwater.config.arms import ARMS, arm_of
+from headwater.config.builtin import builtin_names, builtin_text
 from headwater.config.recipe import Columns, Recipe, Source, canonical_json, parse_recipe, read_recipe
 from headwater.data.contamination import find_leaks
 from headwater.data.labels import buy, half_of

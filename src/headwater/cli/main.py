@@ -58,7 +58,7 @@ app.add_typer(tools)
 @app.command()
 def init(name: Annotated[str, typer.Argument(help="Which recipe to start from.")] = "pocket") -> None:
     """Print a commented recipe to start from."""
-    from headwater.config.arms import builtin_text
+    from headwater.config.builtin import builtin_text
 
     print(builtin_text(name), end="")
 
@@ -157,7 +157,7 @@ def doctor(
     json_: Json = False,
 ) -> None:
     """Everything that can be wrong before time is spent; exit 3 with named findings. `run` and `study` ask it first."""
-    from headwater.config.arms import find_recipe
+    from headwater.config.builtin import find_recipe
     from headwater.doctor.checks import diagnose
 
     found_recipe = find_recipe(recipe, changed(set_, device))
@@ -242,7 +242,8 @@ def _go(
     executor: str = "local",
 ) -> None:
     """`run` and `study`."""
-    from headwater.config.arms import arm_of, find_recipe
+    from headwater.config.arms import arm_of
+    from headwater.config.builtin import find_recipe
 
     with _nodes_by(executor) as (make, processes):
         recipe = find_recipe(name, changes)
