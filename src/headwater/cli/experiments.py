@@ -49,7 +49,7 @@ def probe(
 ) -> None:
     """Measure how ready student and teacher are, and say where the labels should go, and why."""
     from headwater.cli.probe_table import text
-    from headwater.config.arms import find_recipe
+    from headwater.config.builtin import find_recipe
     from headwater.doctor import probe as probes
     from headwater.report.format import console
     from headwater.runs.progress import progress_display

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from headwater.config.arms import DESCRIPTIONS
 from headwater.report import conditions, figures
 from headwater.report import html as report_html
 from headwater.report.contrasts import accuracy, mean, paired_contrasts, pass_at, pass_ks, summarize_seeds
 from headwater.report.label_use import label_csv, label_uses
 from headwater.report.predictions import predictions
 from headwater.report.stages import stage_rows, stages_of_arm
-from headwater.report.study import ARM_TEXT, EvalCounts, Node, Study, costs, mean_costs, read_study
+from headwater.report.study import EvalCounts, Node, Study, costs, mean_costs, read_study
 from headwater.report.verdict import verdict
 from headwater.storage import fault_points
 from headwater.storage.run_dir import RunDir, write_atomic, write_json, written_aside
@@ -102,7 +103,7 @@ def _arm(study: Study, name: str, stages: Sequence[dict[str, Any]]) -> dict[str,
     results = {eval_name: by_seed for eval_name, by_seed in results.items() if by_seed}
     failed = {str(seed): failure for seed, nodes in runs.items() if (failure := _failure(nodes))}
     return {
-        "text": ARM_TEXT.get(name, ""),
+        "text": DESCRIPTIONS.get(name, ""),
         "accuracy": {key: summarize_seeds(by_seed, accuracy) for key, by_seed in results.items()},
         "pass_at_k": {
             key: {str(k): summarize_seeds(by_seed, pass_at(k)) for k in pass_ks(by_seed.values())}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from headwater import stats
+from headwater.config.arms import CONTRASTS
 from headwater.errors import UserError
 from headwater.report.format import p_text, points
 from headwater.report.study import EvalCounts, Study, mean_number
@@ -17,30 +18,6 @@ Values = Callable[[EvalCounts], np.ndarray]
 Reading = Literal["holds", "does not hold", "undecided"]
 
 COMPUTE_TOLERANCE = 0.1
-NAMED_PAIRS = (
-    ("bridge", "direct_grpo"),
-    ("direct_grpo", "raw_teacher"),
-    ("bridge", "raw_teacher"),
-    ("bridge", "direct_grpo_compute"),
-    ("bridge", "opd_then_rl"),
-    ("bridge", "opd_then_rl_compute"),
-    ("opd_then_rl", "direct_grpo"),
-    ("bridge", "warmup_only"),
-    ("bridge", "opd_only"),
-    ("bridge", "teacher_sft"),
-    ("bridge", "sft_teacher"),
-    ("bridge", "forward_kl_on_student"),
-    ("bridge", "mixed"),
-    ("bridge", "bridge_constant"),
-    ("opd_only", "constant_advantage"),
-    ("bridge_rl", "bridge_1h"),
-    ("replay", "bridge_1h"),
-    ("bridge_rl", "replay"),
-    ("bridge_rl", "direct_grpo"),
-    ("teacher_2h", "bridge_rl"),
-)
-"""Pairs (a, b) of arms whose difference a − b the report shows: the paper's comparisons and the controls."""
-
 EQUALITY_GROUPS: tuple[tuple[str, list[str]], ...] = (
     ("Equal labels and compute", ["labels", "compute"]),
     ("Equal labels", ["labels"]),
@@ -106,7 +83,7 @@ def paired_contrasts(study: Study, arms: Mapping[str, Any]) -> list[dict[str, An
 
     arms  the arms' values in report.json, for their labels and FLOPs
     """
-    pairs = [pair for pair in NAMED_PAIRS if set(pair) <= set(study.arms)]
+    pairs = [pair for pair in CONTRASTS if set(pair) <= set(study.arms)]
     if "base_student" in study.arms:
         pairs += [(name, "base_student") for name in study.arms if name != "base_student"]
     rows = [_contrast(study, arms, a, b, eval_name) for a, b in pairs for eval_name in study.evals]
@@ -198,8 +175,8 @@ def find_contrast(report: dict[str, Any], a: str, b: str, eval_name: str) -> dic
 
 
 def named_contrasts(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Contrasts of NAMED_PAIRS; if the report has none of them, every arm against the untrained student."""
-    named = [c for c in report["contrasts"] if (c["a"], c["b"]) in NAMED_PAIRS]
+    """Contrasts of CONTRASTS; if the report has none of them, every arm against the untrained student."""
+    named = [c for c in report["contrasts"] if (c["a"], c["b"]) in CONTRASTS]
     return named or list(report["contrasts"])
 
 

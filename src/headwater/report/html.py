@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from headwater.config.arms import DESCRIPTIONS
 from headwater.report import audit_section, figures, guards, html_claims, html_stages, label_flow, label_use
 from headwater.report.format import count, duration, non_training_notes, percent, units
 from headwater.report.html_claims import axis_head, extent
@@ -29,7 +30,7 @@ from headwater.report.html_parts import (
 )
 from headwater.report.rollouts import sample
 from headwater.report.stages import stage_name
-from headwater.report.study import ARM_TEXT, POOL_TEXT, Study, costs, mean_costs
+from headwater.report.study import POOL_TEXT, Study, costs, mean_costs
 from headwater.report.style import STYLE
 from headwater.storage.run_dir import read_jsonl
 
@@ -148,9 +149,7 @@ def _name_cell(name: str, arm: dict[str, Any], rows: int) -> str:
         said.append(f"{failure['state']} on seed {seed}: {where}{failure['sentence']}")
     more = "".join(f'<span class="warn">{escaped(one)}</span>' for one in said)
     span = f' rowspan="{rows}"' if rows > 1 else ""
-    return (
-        f'<th scope="row"{span}>{escaped(name)}<span class="text">{escaped(ARM_TEXT.get(name, ""))}</span>{more}</th>'
-    )
+    return f'<th scope="row"{span}>{escaped(name)}<span class="text">{escaped(DESCRIPTIONS.get(name, ""))}</span>{more}</th>'
 
 
 def _scores(arm: dict[str, Any], eval_name: str, common_k: str) -> list[str]:

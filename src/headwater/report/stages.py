@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from headwater.config.objectives import OBJECTIVES
 from headwater.report.conditions import C2_MEASURES
 from headwater.report.contrasts import accuracy, mean, pass_at, pass_ks, summarize_seeds
 from headwater.report.study import EvalCounts, Node, Study, costs, is_finite_number, mean_costs, nodes_at
@@ -47,12 +48,16 @@ def stage_name(stage: str, objective: str = "", role: str = "") -> str:
     Example: `stage_name("opd", "mixed")` is `On-policy distillation mixed with reward`; `stage_name("sft", "sft", "teacher")`
     is `SFT of the teacher`.
     """
-    if objective == "constant":
-        return "Constant advantage"
     name = STAGE_NAMES.get(stage) or UNTRAINED_NAMES.get(stage, stage)
     if stage == "sft" and role:
         name = f"{name} of the {role}"
-    return f"{name} mixed with reward" if objective == "mixed" else name
+    title = report_title(objective)
+    return title.format(stage=name) if title else name
+
+
+def report_title(objective: str) -> str:
+    """The title that an objective gives its stage; empty for a stage's usual objective and for an unknown one."""
+    return OBJECTIVES[objective].report_title if objective in OBJECTIVES else ""
 
 
 # Rows of report.json --------------------------------------------------------------------------------------------------
@@ -146,7 +151,7 @@ def accuracy_steps(report: dict[str, Any], arm: dict[str, Any], role: str) -> li
     for stage in arm["stages"]:
         if stage["role"] == role and stage["stage"] in SHORT_NAMES:
             objective = stage.get("objective", "")
-            steps.append((objective if objective in ("constant", "mixed") else SHORT_NAMES[stage["stage"]], stage))
+            steps.append((objective if report_title(objective) else SHORT_NAMES[stage["stage"]], stage))
     return steps
 
 

@@ -16,34 +16,11 @@ from typing import Any
 import numpy as np
 
 from headwater import stats
+from headwater.config.arms import DESCRIPTIONS
 from headwater.errors import UserError
 from headwater.storage import ledger
 from headwater.storage.run_dir import FREE, NodeDir, RunDir, first_difference, read_json, read_jsonl
 from headwater.storage.untrusted import read_plan
-
-ARM_TEXT = {
-    "base_student": "student before",
-    "base_teacher": "teacher before",
-    "direct_grpo": "cold student, GRPO on all labels",
-    "direct_grpo_compute": "the same, with as many steps as take the bridge's FLOPs",
-    "raw_teacher": "bridge from the teacher before RL",
-    "opd_then_rl": "OPD from the teacher before RL, then GRPO on all labels",
-    "opd_then_rl_compute": "the same, with as many GRPO steps as take the bridge's FLOPs",
-    "sft_teacher": "bridge from a teacher tuned on a stronger model's answers",
-    "bridge": "RL'd teacher → warm-up → OPD",
-    "bridge_1h": "bridge on 1H: what stage 3 and its replay begin from",
-    "bridge_rl": "bridge on 1H, then GRPO on fresh labels (2H)",
-    "replay": "bridge on 1H, then GRPO on 1H again",
-    "teacher_2h": "2H spent on the teacher, then the bridge",
-    "opd_only": "bridge without warm-up",
-    "warmup_only": "bridge without OPD",
-    "teacher_sft": "SFT of the student on teacher samples",
-    "forward_kl_on_student": "bridge with forward instead of reverse KL on the student's own prefixes",
-    "mixed": "bridge with teacher and reward in one loss (J_λ) in the place of OPD",
-    "constant_advantage": "cold student, every sampled token pushed down alike: no teacher, no labels",
-    "bridge_constant": "bridge with the same constant push in the place of OPD",
-}
-"""One-line description of each arm. Reports list the arms in this order, unknown arms last."""
 
 POOL_TEXT = {"all": "all labels", "first_half": "first half (1H)", "second_half": "second half (2H)"}
 
@@ -231,7 +208,7 @@ def _arms(runs: Sequence[RunDir]) -> dict[str, dict[int, tuple[Node, ...]]]:
                 # If two directories plan the same seed, prefer the one that finished it.
                 if new and (known is None or (not all(n.done for n in known) and all(n.done for n in new))):
                     arms[arm][int(seed)] = new
-    order = {arm: index for index, arm in enumerate(ARM_TEXT)}
+    order = {arm: index for index, arm in enumerate(DESCRIPTIONS)}
     names = sorted((arm for arm in arms if arms[arm]), key=lambda arm: (order.get(arm, len(order)), arm))
     return {arm: dict(sorted(arms[arm].items())) for arm in names}
 

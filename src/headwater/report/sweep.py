@@ -16,8 +16,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from headwater import stats
+from headwater.config.arms import CONTRASTS
 from headwater.report import contrasts
-from headwater.report.contrasts import NAMED_PAIRS, find_contrast, interval_note, reading
+from headwater.report.contrasts import find_contrast, interval_note, reading
 from headwater.report.format import count, join_and, p_text, percent, plain_table, points, units
 from headwater.report.study import EvalCounts, read_study
 from headwater.runs.sweep import Sweep, Value, text_of
@@ -126,7 +127,7 @@ def as_csv(summary: dict[str, Any]) -> str:
 
 def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     """The paper's comparisons among these arms; where there are none, each arm against the first."""
-    named = [(a, b) for a, b in NAMED_PAIRS if a in arms and b in arms]
+    named = [(a, b) for a, b in CONTRASTS if a in arms and b in arms]
     return named or [(arm, arms[0]) for arm in arms[1:]]
 
 

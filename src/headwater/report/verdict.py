@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from headwater.config.arms import ARMS
 from headwater.report.contrasts import difference_text, find_contrast, reading, sample_size
 from headwater.report.format import count, join_and, percent, units
 from headwater.report.predictions import reading_text
@@ -90,7 +91,7 @@ def _fresh_labels(report: dict[str, Any], eval_name: str) -> str | None:
 def _equal_compute(report: dict[str, Any], eval_name: str) -> str | None:
     """The bridge against the arms that were given its FLOPs. Says so if the measured FLOPs are not equal."""
     parts = []
-    for name in ("direct_grpo_compute", "opd_then_rl_compute"):
+    for name in [name for name, arm in ARMS.items() if arm.same_compute and arm.same_compute[1] == "bridge"]:
         c = find_contrast(report, "bridge", name, eval_name)
         if c is not None:
             a, b = units(c["flops"]["a"], "FLOPs"), units(c["flops"]["b"], "FLOPs")

@@ -11,6 +11,7 @@ import pytest
 
 from fakes import ARMS, MORE_ARMS, by_problem, fake_run, graded, names, printed, write_rows
 from headwater import stats
+from headwater.config.arms import CONTRASTS
 from headwater.report import build as report
 from headwater.report import contrasts
 from headwater.report.predictions import predictions
@@ -45,7 +46,7 @@ def test_contrasts_are_the_paired_differences_of_the_files(run: Path, built: dic
     assert found["low"] < low + 0.01 and found["high"] > high - 0.01
     assert found["p"] == pytest.approx(stats.sign_flip_p(values.mean(axis=0)), abs=1e-6)
     pairs = {(c["a"], c["b"]) for c in built["contrasts"]}
-    wanted = set(contrasts.NAMED_PAIRS) | {(arm, "base_student") for arm in ARMS if arm != "base_student"}
+    wanted = set(CONTRASTS) | {(arm, "base_student") for arm in ARMS if arm != "base_student"}
     assert pairs == {pair for pair in wanted if set(pair) <= set(ARMS)}
 
 
@@ -134,7 +135,7 @@ def test_comparisons_are_grouped_by_what_is_equal_in_them(every: dict[str, Any])
     assert ("bridge_rl", "replay") in groups["Equal compute"]  # fresh labels are the point of it
     assert ("direct_grpo", "raw_teacher") in groups["Neither equal"]
     named = [pair for held in groups.values() for pair in held]
-    assert sorted(named) == sorted(contrasts.NAMED_PAIRS)
+    assert sorted(named) == sorted(CONTRASTS)
 
 
 def _report(**differences: tuple[float, float, float]) -> dict[str, Any]:
