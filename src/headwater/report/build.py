@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headwater.report import conditions, figures, guards, label_use
+from headwater.report import conditions, guards, label_use
 from headwater.report import html as report_html
 from headwater.report.contrasts import accuracy, contrasts, ks, mean, pass_at, scored
 from headwater.report.predictions import predictions
@@ -55,18 +55,17 @@ def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
     with as_written(sources[0]):
         study = read(sources)
         report = summarise(study)
-        album = figures.Album()
-        used, html = label_use.as_csv(label_use.uses(study)), report_html.page(study, report, album)
+        used, page = label_use.as_csv(label_use.uses(study)), report_html.page(study, report)
     write_json(RunDir(out).report_json, report)
     fault_points.failpoint("report.values")
     write_atomic(RunDir(out).labels, used)
     fault_points.failpoint("report.labels")
-    if album.drawn:
+    if page.plots:
         with written_aside(RunDir(out).figures) as folder:
-            for one in album.drawn:
-                (folder / f"{one.name}.svg").write_text(one.file, encoding="utf-8")
-                (folder / f"{one.name}.csv").write_text(one.csv, encoding="utf-8")
-    write_atomic(RunDir(out).report_html, html)
+            for plot in page.plots:
+                (folder / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+                (folder / f"{plot.name}.csv").write_text(plot.csv, encoding="utf-8")
+    write_atomic(RunDir(out).report_html, page.html)
     fault_points.failpoint("report.page")
     return report
 
@@ -77,7 +76,7 @@ def page(outs: Sequence[Path]) -> str:
         refuse_links(folder, "report")
     with as_written(outs[0]):
         study = read(outs)
-        return report_html.page(study, summarise(study))
+        return report_html.page(study, summarise(study)).html
 
 
 def summarise(study: Study) -> dict[str, Any]:

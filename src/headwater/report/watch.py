@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from headwater.errors import UserError
-from headwater.report.html_parts import clean
 from headwater.report.read import is_number
+from headwater.report.render import clean
 from headwater.report.stage_table import stage_name
 from headwater.report.text import duration, plain_table
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, read_jsonl
