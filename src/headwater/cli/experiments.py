@@ -95,7 +95,7 @@ def sweep(
         changed(set_, device, workers),
     )
     from headwater import sweeps
-    from headwater.report.sweep_text import dry_run_table, terminal_table
+    from headwater.report.sweep import dry_run_table, terminal_table
     from headwater.report.text import console
     from headwater.runs.progress import progress_display
 

@@ -220,7 +220,7 @@ def accuracy_by_cost(
     """Plot accuracy against cost: one point with its interval per arm; `levels` are dashed lines with their names."""
     with matplotlib.rc_context(STYLE):
         labels = [*(one.label for one in points), *(label for label, _ in levels)]
-        axes = _axes_with_labels(f"{title}, %", labels, below=0.5)
+        figure, axes = _axes_with_labels(f"{title}, %", labels, below=0.5)
         axes.set_xlabel(cost.label)
         costs = [one.cost for one in points]
         low, high = min(costs), max(costs)
@@ -253,13 +253,13 @@ def accuracy_by_cost(
         rows: list[tuple[Any, ...]] = [("arm", "cost", "mean", "low", "high")]
         rows += [(p.label, p.cost, p.mean, p.low, p.high) for p in points]
         rows += [(label, "", level, "", "") for label, level in levels]
-        return as_plot(axes.figure, name, f"{title}, % ({cost.label}): {'; '.join(texts)}", rows)
+        return as_plot(figure, name, f"{title}, % ({cost.label}): {'; '.join(texts)}", rows)
 
 
 def stage_paths(name: str, title: str, series: Sequence[Series], places: Sequence[str]) -> Plot:
     """Plot a value after each stage, one labelled line per series. Steps of a series are indices into `places`."""
     with matplotlib.rc_context(STYLE):
-        axes = _axes_with_labels(title, [one.label for one in series], below=0.3)
+        figure, axes = _axes_with_labels(title, [one.label for one in series], below=0.3)
         axes.set_xticks(range(len(places)), [printable(place) for place in places])
         axes.set_xlim(-0.15, len(places) - 0.85)
         axes.set_ylim(*spanning([value for one in series for _, values in one.lines for value in values]))
@@ -272,23 +272,22 @@ def stage_paths(name: str, title: str, series: Sequence[Series], places: Sequenc
             rows += [(one.label, places[int(place)], str(value)) for place, value in zip(x, y, strict=True)]
         _draw_labels(axes, line_labels)
         texts = [f"{one.label} {' to '.join(f'{value:.1f}' for value in one.lines[0][1])}" for one in series]
-        return as_plot(axes.figure, name, f"{title}: {'; '.join(texts)}", rows)
+        return as_plot(figure, name, f"{title}: {'; '.join(texts)}", rows)
 
 
-def _axes_with_labels(title: str, labels: Sequence[str], below: float) -> Axes:
-    """Axes with room for `labels` at the right, and `below` inches under them."""
+def _axes_with_labels(title: str, labels: Sequence[str], below: float) -> tuple[Figure, Axes]:
+    """A figure with room for `labels` at the right, and `below` inches under the axes."""
     width, height = 4.75 + 0.066 * max(map(len, labels)), max(2.9, 0.17 * len(labels) + below + 0.35)
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0.45 / width, below / height, 3.75 / width, 1 - (below + 0.32) / height))
     axes.set_title(printable(title), loc="left", x=-0.1)
-    return axes
+    return figure, axes
 
 
 def _draw_labels(axes: Axes, labels: Sequence[LineLabel]) -> None:
     """Draw labels at the right without overlap, each connected to its point by a thin line."""
     bottom, top = axes.get_ylim()
-    inches = axes.get_position().height * axes.figure.get_size_inches()[1]
-    gap = (top - bottom) * 0.155 / inches
+    gap = (top - bottom) * 0.155 * axes.figure.dpi / axes.bbox.height  # 0.155 inches
     heights = spread([label.y for label in labels], gap, bottom - 2 * gap, top + gap)
     at = axes.get_yaxis_transform()
     for label, height in zip(labels, heights, strict=True):
@@ -330,7 +329,7 @@ def swatch(style: int) -> Markup:
     """The line and marker of a series, as inline SVG for a legend. It has no ids, because a page shows it many times."""
     symbol = MarkerStyle(marker(style))
     outline = symbol.get_path().transformed(symbol.get_transform() + Affine2D().scale(3.6, -3.6).translate(18, 5))
-    (corners,) = outline.to_polygons()
+    corners: Any = outline.to_polygons()[0]
     paint = f"var(--series{style % len(COLOURS)}, {colour(style)})"
     return Markup(
         f'<svg viewBox="0 0 36 10" aria-hidden="true"><path d="M2 5h32" fill="none" stroke="{paint}" stroke-width="1.4"'

@@ -200,9 +200,12 @@ def _c2_table(report: dict[str, Any]) -> Table | None:
             "held out" if row["conditions"] else "training",
             *(first_to_last(ends.get(key)) for key in C2),
         ])  # fmt: skip
-    numbers = ("KL(T ‖ S), teacher prefixes", "KL(S ‖ T), student prefixes", "overlap, teacher prefixes")
-    numbers += ("overlap, student prefixes", "entropy of the student", "entropy of the teacher")
-    columns = [*text_columns("stage", "pool", "arms", "prompts"), *number_columns(*numbers)]
+    columns = [
+        *text_columns("stage", "pool", "arms", "prompts"),
+        *number_columns("KL(T ‖ S), teacher prefixes", "KL(S ‖ T), student prefixes"),
+        *number_columns("overlap, teacher prefixes", "overlap, student prefixes"),
+        *number_columns("entropy of the student", "entropy of the teacher"),
+    ]
     return Table("C2: the student's distance from its teacher", columns, rows)
 
 

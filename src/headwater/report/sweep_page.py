@@ -1,55 +1,74 @@
-"""A sweep as one HTML file without script or network access, rendered from templates/sweep.html.j2."""
+"""Write a sweep's files, with the plot, the tables and the sentences as one HTML page without scripts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from headwater.report import sweep_plot
 from headwater.report.read import ARM_TEXT
 from headwater.report.render import render
 from headwater.report.svg import inline
-from headwater.report.sweep_figure import described
-from headwater.report.sweep_text import BASES, cell, costs, differences, name_of, note, shown_arms
-from headwater.report.view import RowHeader, Table, number_columns, text_columns
-from headwater.runs.sweep import text_of
+from headwater.report.sweep import (
+    BASES,
+    Table,
+    as_csv,
+    build,
+    cost_table,
+    names,
+    note,
+    seeds_text,
+    shown_arms,
+    tables,
+)
+from headwater.report.view import Column, RowHeader
+from headwater.report.view import Table as PageTable
+from headwater.runs.sweep import Sweep, text_of
+from headwater.storage.run_dir import write_atomic, write_json
 
 
-def page(found: dict[str, Any], svg: str) -> str:
-    """Render the page. `svg` is the drawn plot as a stand-alone file; empty if there is nothing to draw."""
-    seeds = f"seed{'s' * (len(found['seeds']) != 1)} {', '.join(map(str, found['seeds']))}"
-    arms = [arm for arm in shown_arms(found) if arm not in BASES]
+def write(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
+    """Write sweep.json, sweep.csv, sweep.svg, sweep.png and sweep.html into `out`. Returns the contents of sweep.json.
+
+    failed  folder name of a point -> its error message
+    """
+    summary = build(sweep, out, failed)
+    write_json(out / "sweep.json", summary)
+    write_atomic(out / "sweep.csv", as_csv(summary))
+    svg = ""
+    if summary["evals"]:
+        svg, png = sweep_plot.draw(summary)
+        write_atomic(out / "sweep.svg", svg)
+        write_atomic(out / "sweep.png", png)
+    write_atomic(out / "sweep.html", page(summary, svg))
+    return summary
+
+
+def page(summary: dict[str, Any], svg: str) -> str:
+    """The page. `svg` is the plot as an SVG file; empty where no point has a result."""
+    arms = [arm for arm in shown_arms(summary) if arm not in BASES]
+    texts = names(summary["values"])
+    headers = {text: _header(text, point) for text, point in zip(texts, summary["points"], strict=True)}
     values = {
-        "sweep": found,
-        "settings": f"{found['field']} = {', '.join(text_of(value) for value in found['values'])}; {seeds}",
-        "plot": inline(svg, described(found)) if svg else "",
+        "summary": summary,
+        "settings": f"{summary['field']} = {', '.join(map(text_of, summary['values']))}; {seeds_text(summary)}",
+        "plot": inline(svg, sweep_plot.description(summary)) if svg else None,
         "arms": "; ".join(f"{arm}: {ARM_TEXT[arm]}" for arm in arms if arm in ARM_TEXT),
-        "note": note(found),
-        "tables": [table for eval_name in found["evals"] for table in _tables(found, eval_name)],
-        "costs": _costs(found, arms) if arms else None,
-        "commands": "\n".join([found["command"], "", *(point["command"] for point in found["points"])]),
+        "note": note(summary),
+        "tables": [(_page_table(table, headers), table.caption) for table in tables(summary)] if svg else [],
+        "costs": [(_page_table(table, {}), table.caption) for table in [cost_table(summary)] if arms],
+        "commands": "\n".join([summary["command"], "", *(point["command"] for point in summary["points"])]),
     }
     return render("sweep.html.j2", values)
 
 
-def _tables(found: dict[str, Any], eval_name: str) -> list[Table]:
-    """Accuracy by value and arm, and the differences between arms."""
-    arms = shown_arms(found)
-    rows = []
-    for point in found["points"]:
-        failed = (f"failed: {point['failed']}",) if point["failed"] else ()
-        header = RowHeader(name_of(found, point["value"]), warnings=failed, href=point["page"])
-        rows.append([header, *(cell(point, arm, eval_name) for arm in arms)])
-    tables = [Table(f"Accuracy on {eval_name}, % [95 %]", [*text_columns(found["vary"]), *number_columns(*arms)], rows)]
-    lines = differences(found, eval_name)
-    if lines:
-        columns = [*text_columns(found["vary"], "a − b"), *number_columns("points [95 %]", "p"), *text_columns("a is")]
-        tables.append(Table(f"Differences on {eval_name}, paired over problems and seeds", columns, lines))
-    return tables
+def _header(value: str, point: dict[str, Any]) -> RowHeader:
+    """The value as a link to its report, with the error of a failed point."""
+    errors = (f"failed: {point['failed']}",) if point["failed"] else ()
+    return RowHeader(value, warnings=errors, href=point["page"])
 
 
-def _costs(found: dict[str, Any], arms: list[str]) -> Table:
-    columns = number_columns(*(title for arm in arms for title in (f"labels, {arm}", f"FLOPs, {arm}")))
-    rows = [
-        [name_of(found, point["value"]), *(text for arm in arms for text in costs(point, arm))]
-        for point in found["points"]
-    ]
-    return Table("What each arm cost", [*text_columns(found["vary"]), *columns], rows)
+def _page_table(table: Table, headers: Mapping[str, RowHeader]) -> PageTable:
+    columns = [Column(table.heads[0]), *(Column(head, "right") for head in table.heads[1:])]
+    return PageTable(table.title, columns, [[headers.get(first, first), *rest] for first, *rest in table.rows])

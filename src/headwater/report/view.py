@@ -89,14 +89,14 @@ Cell = str | Sequence[str] | Interval | RowHeader | None
 class Table:
     """A table that scrolls sideways on a narrow screen.
 
-    rows            each has a cell for every column; a string instead of a row is the heading of a group of rows
+    rows            each a `Cell` for every column; a string instead of a row is the heading of a group of rows
     rows_per_entry  rows that share the cells of the columns with `spans`
     stacked         cells hold sentences: on a phone they are placed below each other
     """
 
     caption: str
     columns: Sequence[Column]
-    rows: Sequence[Sequence[Cell] | str]
+    rows: Sequence[Sequence[Any]]
     rows_per_entry: int = 1
     stacked: bool = False
 
