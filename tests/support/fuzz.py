@@ -37,7 +37,8 @@ import yaml
 
 from fakes import ARMS as FAKE_ARMS
 from fakes import fake_run
-from headwater.config.arms import ARMS, builtin_text, find_recipe
+from headwater.config.arms import ARMS
+from headwater.config.builtin import builtin_text, find_recipe
 from headwater.config.recipe import Columns, Models, Recipe, Source
 from headwater.data.sources import load
 from headwater.data.validate import grade_file, validate
@@ -293,7 +294,11 @@ def run_directory(draw: random.Random, folder: Path) -> str:
         if roll > 0.9:
             with contextlib.suppress(FileExistsError):
                 (out / draw.choice(["x", "nodes/x", ".lock", "nodes/.x"])).symlink_to("/etc/passwd")
-    with mock.patch("headwater.report.html.page", return_value=Page("")) if draw.random() < 0.8 else contextlib.nullcontext():
+    with (
+        mock.patch("headwater.report.html.page", return_value=Page(""))
+        if draw.random() < 0.8
+        else contextlib.nullcontext()
+    ):
         report.write(out)
     return "reported"
 

@@ -9,10 +9,10 @@ import yaml
 
 from headwater.report import html_arms, html_contrasts, html_labels, html_stages
 from headwater.report.figures import Plot
-from headwater.report.read import Study
 from headwater.report.render import render
 from headwater.report.rollouts import sample
-from headwater.report.stage_table import stage_name
+from headwater.report.stages import stage_name
+from headwater.report.study import Study
 from headwater.report.view import Section, Table, text_columns
 from headwater.storage.run_dir import read_jsonl
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from headwater.config.arms import DESCRIPTIONS
 from headwater.report import figures
 from headwater.report.figures import CostAxis, Plot
-from headwater.report.read import ARM_TEXT
-from headwater.report.text import apart, count, duration, percent, units
+from headwater.report.format import count, duration, non_training_notes, percent, units
 from headwater.report.view import Column, Interval, RowHeader, Section, Table, interval_axis, number_columns
 
 
@@ -42,7 +42,7 @@ def arms(report: dict[str, Any]) -> Section:
     validation = max((arm["apart"]["validation"]["labels"]["distinct"] for arm in report["arms"].values()), default=0)
     caption = f"Accuracy{f' on {evals[0]}' if len(evals) == 1 else ''} and costs"
     caption += f" (and {count(validation)} validation labels)" if validation else ""
-    notes = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in apart(report)]
+    notes = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in non_training_notes(report)]
     table = Table(caption, columns, rows, rows_per_entry=len(evals))
     return Section("Arms", "arms", {"table": table, "notes": notes}, tuple(_forests(report)))
 
@@ -52,7 +52,7 @@ def _header(name: str, arm: dict[str, Any]) -> RowHeader:
     for seed, failure in arm["failed"].items():
         stage = "" if failure["state"] == "failed" else f"{failure['stage']} failed: "
         warnings.append(f"{failure['state']} on seed {seed}: {stage}{failure['sentence']}")
-    return RowHeader(name, (ARM_TEXT.get(name, ""),), tuple(warnings))
+    return RowHeader(name, (DESCRIPTIONS.get(name, ""),), tuple(warnings))
 
 
 def _scores(report: dict[str, Any], arm: dict[str, Any], eval_name: str, common_k: str) -> list[str | Interval | None]:

@@ -6,20 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from headwater.report import figures
-from headwater.report.figures import Plot
-from headwater.report.text import (
-    count,
-    difference,
+from headwater.report.contrasts import (
+    difference_text,
     find_contrast,
-    grouped,
+    group_by_equality,
     interval_note,
     named_contrasts,
-    p_text,
-    percent,
-    points,
     reading,
-    units,
 )
+from headwater.report.figures import Plot
+from headwater.report.format import count, p_text, percent, points, units
 from headwater.report.view import Cell, Column, Interval, RowHeader, Section, Table, interval_axis, number_columns
 
 MARKS = {"holds": "▲", "does not hold": "▼", "undecided": "○", "not measured": "–"}
@@ -35,7 +31,7 @@ def headline(report: dict[str, Any]) -> str:
         verbs = {"holds": "beats", "does not hold": "loses to", "undecided": "does not differ significantly from"}
         labels = contrast["labels"]
         equal = f"{count(labels['a'])} labels each" if labels["a"] == labels["b"] else "labels not equal"
-        numbers = difference(contrast).split("direct_grpo ", 1)[1]
+        numbers = difference_text(contrast).split("direct_grpo ", 1)[1]
         return f"The bridge {verbs[reading(contrast)]} direct GRPO on {eval_name}: {numbers}; {equal}."
     scores = {name: arm["accuracy"][eval_name] for name, arm in report["arms"].items() if eval_name in arm["accuracy"]}
     best = max(scores, key=lambda name: scores[name]["mean"])
@@ -82,7 +78,7 @@ def comparisons(report: dict[str, Any]) -> Section | None:
     named = named_contrasts(report)
     others = [contrast for contrast in report["contrasts"] if contrast not in named]
     rows: list[Any] = []
-    for title, contrasts in grouped(named):
+    for title, contrasts in group_by_equality(named):
         rows += [title, *(_row(report, contrast) for contrast in contrasts)]
     table = Table("Differences of accuracy, grouped by what is equal", _columns(report, named), rows)
     folded = Table("Every arm against the student before", _columns(report, others), [_row(report, c) for c in others])
@@ -123,7 +119,7 @@ def _forests(report: dict[str, Any], named: Sequence[dict[str, Any]]) -> Iterato
     for eval_name in report["evals"]:
         rows = [
             figures.Estimate(f"{c['a']} − {c['b']}", c["difference"], c["low"], c["high"])
-            for _, contrasts in grouped(named)
+            for _, contrasts in group_by_equality(named)
             for c in contrasts
             if c["eval"] == eval_name
         ]

@@ -6,9 +6,9 @@ from typing import Any
 
 from headwater.errors import UserError
 from headwater.report import audit, label_flow, label_use
-from headwater.report.read import POOL_TEXT, Study, costs, mean_costs
-from headwater.report.stage_table import stage_name
-from headwater.report.text import count
+from headwater.report.format import count
+from headwater.report.stages import stage_name
+from headwater.report.study import POOL_TEXT, Study, costs, mean_costs
 from headwater.report.view import Column, RowHeader, Section, Table, number_columns, text_columns
 from headwater.storage.run_dir import RunDir
 
@@ -19,7 +19,7 @@ MAX_AUDIT_BYTES = 300_000_000
 def labels(study: Study, report: dict[str, Any]) -> Section:
     """How many labels each stage used, from which pool, and for which arms."""
     rows, flows = [], []
-    for arms, _, by_seed in study.groups():
+    for arms, by_seed in study.stage_groups():
         nodes = list(by_seed.values())
         spent = mean_costs([costs([node]) for node in nodes])["labels"]
         pool = nodes[0].pool
@@ -33,7 +33,8 @@ def labels(study: Study, report: dict[str, Any]) -> Section:
             flows.append(label_flow.Flow(pool_text, stage, spent["distinct"], tuple(arms)))
     columns = [*text_columns("pool", "→ stage", "→ arms"), *number_columns("allowed", "distinct", "checks")]
     by_half = [
-        [path["arm"], f"{path['half']}H", str(path["stages"]), count(path["labels"])] for path in label_use.paths(study)
+        [path["arm"], f"{path['half']}H", str(path["stages"]), count(path["labels"])]
+        for path in label_use.label_paths(study)
     ]
     half_columns = [*text_columns("arm", "half", "stages"), *number_columns("labels")]
     trained = [name for name in report["arms"] if not name.startswith("base_")]
@@ -57,7 +58,7 @@ def _audit(run: RunDir) -> dict[str, Any]:
         note = f"{size / 1e6:,.0f} MB of rollouts are too many to recount here; run `headwater report DIR --audit`."
         return {"table": None, "note": note}
     try:
-        checks = audit.audit(run.path)
+        checks = audit.audit_run(run.path)
     except UserError as error:
         return {"table": None, "note": f"This run cannot be audited: {error}"}
     rows = [

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from headwater.report import figures
-from headwater.report.conditions import C2
+from headwater.report.conditions import C2_MEASURES
 from headwater.report.figures import Plot, Series, file_stem
-from headwater.report.read import POOL_TEXT, Node, Study, is_number
-from headwater.report.stage_table import STAGE_TEXT, paths, stage_name, steps_of
-from headwater.report.text import percent
+from headwater.report.format import percent
+from headwater.report.stages import STAGE_NAMES, accuracy_paths, accuracy_steps, stage_name
+from headwater.report.study import POOL_TEXT, Node, Study, is_finite_number
 from headwater.report.view import Section, Table, number_columns, text_columns
 
 METRICS = {
@@ -44,7 +44,7 @@ Panels = dict[str, Any]
 
 def stages(report: dict[str, Any]) -> Section | None:
     """Accuracy and pass@k before, between and after the stages, and the measures of every stage."""
-    if not any(paths(report, eval_name) for eval_name in report["evals"]):
+    if not any(accuracy_paths(report, eval_name) for eval_name in report["evals"]):
         return None
     columns = text_columns("arm", "teacher", "student")
     plots = list(_stage_plots(report))
@@ -56,7 +56,7 @@ def stages(report: dict[str, Any]) -> Section | None:
     ]
     view = {
         "paths": [
-            Table(f"Accuracy on {name} before, between and after the stages, %", columns, paths(report, name))
+            Table(f"Accuracy on {name} before, between and after the stages, %", columns, accuracy_paths(report, name))
             for name in report["evals"]
         ],
         "plots": plots,
@@ -70,7 +70,7 @@ def _stage_plots(report: dict[str, Any]) -> Iterator[Plot]:
     """Accuracy and pass@k of every arm's student over its stages, on the first evaluation, as means over seeds."""
     eval_name = report["evals"][0]
     steps = {
-        name: [(short if short in PLACES else "OPD", stage) for short, stage in steps_of(report, arm, "student")]
+        name: [(short if short in PLACES else "OPD", stage) for short, stage in accuracy_steps(report, arm, "student")]
         for name, arm in report["arms"].items()
         if not name.startswith("base_")
     }
@@ -173,7 +173,7 @@ def _c1_panels(study: Study) -> Panels:
     """One panel per way to train the teacher: its reward and the best of its own groups."""
     metrics = {"reward": "reward", "best of group": "best_of_group"}
     plots = []
-    for arms, _, by_seed in study.groups():
+    for arms, by_seed in study.stage_groups():
         nodes = list(by_seed.values())
         if not all(node.role == "teacher" and node.trained for node in nodes):
             continue
@@ -190,7 +190,7 @@ def _c2_table(report: dict[str, Any]) -> Table | None:
         return None
     rows = []
     for row in report["stages"]:
-        ends = row["conditions"] or {key: row["ends"][key] for key in C2[:2] if key in row["ends"]}
+        ends = row["conditions"] or {key: row["ends"][key] for key in C2_MEASURES[:2] if key in row["ends"]}
         if row["role"] != "student" or not ends:
             continue
         rows.append([
@@ -198,7 +198,7 @@ def _c2_table(report: dict[str, Any]) -> Table | None:
             POOL_TEXT.get(row["pool"] or "", "none"),
             shortened(row["arms"]),
             "held out" if row["conditions"] else "training",
-            *(first_to_last(ends.get(key)) for key in C2),
+            *(first_to_last(ends.get(key)) for key in C2_MEASURES),
         ])  # fmt: skip
     columns = [
         *text_columns("stage", "pool", "arms", "prompts"),
@@ -219,14 +219,14 @@ def curves(study: Study) -> Section | None:
 def _panels_by_stage(
     study: Study, titles: dict[str, str], rows: Callable[[Node], list[dict[str, Any]]]
 ) -> list[Panels]:
-    """The curves of `rows` for each stage, role and objective, in the order of STAGE_TEXT."""
+    """The curves of `rows` for each stage, role and objective, in the order of STAGE_NAMES."""
     stages: dict[tuple[str, str, str], list[tuple[str, list[list[dict[str, Any]]]]]] = {}
-    for arms, _, by_seed in study.groups():
+    for arms, by_seed in study.stage_groups():
         seeds = [rows(node) for node in by_seed.values()]
         if any(seeds):
             first = next(iter(by_seed.values()))
             stages.setdefault((first.stage, first.role, first.objective), []).append((shortened(arms), seeds))
-    order = list(STAGE_TEXT)
+    order = list(STAGE_NAMES)
     panels = []
     for stage, role, objective in sorted(
         stages, key=lambda key: order.index(key[0]) if key[0] in order else len(order)
@@ -248,7 +248,7 @@ def _series(lines: Iterable[tuple[str, Sequence[Sequence[dict[str, Any]]], str]]
     """Series from (label, rows of each seed, key of the metric). Labels without a value are left out but keep their style."""
     series = []
     for style, (label, seeds, key) in enumerate(lines):
-        measured = [[(row["step"], row[key]) for row in rows if is_number(row.get(key))] for rows in seeds]
+        measured = [[(row["step"], row[key]) for row in rows if is_finite_number(row.get(key))] for rows in seeds]
         curves = tuple(([step for step, _ in line], [value for _, value in line]) for line in measured if line)
         if curves:
             series.append(Series(label, style, curves))

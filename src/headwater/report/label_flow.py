@@ -13,8 +13,8 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
 from headwater.report.figures import Plot, as_plot, colour
+from headwater.report.format import count
 from headwater.report.svg import QUIET, STYLE, TEXT, printable, spread
-from headwater.report.text import count
 
 POOL_X, STAGE_X, ARM_X = (1.8, 1.9), (3.7, 3.8, 6.55), (8.0, 8.1)
 """Horizontal positions: text and band start of pools; band end, text and band start of stages; band end and text of arms."""

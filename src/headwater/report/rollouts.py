@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from headwater.report.read import Node, Study, is_number
 from headwater.report.render import clean
-from headwater.report.stage_table import STAGE_TEXT, stage_name
+from headwater.report.stages import STAGE_NAMES, stage_name
+from headwater.report.study import Node, Study, is_finite_number
 from headwater.storage.run_dir import read_jsonl
 
 MAX_BYTES = 1_300_000
@@ -55,7 +55,7 @@ def sample(study: Study, problems: Mapping[str, str]) -> Sample:
         if size > MAX_BYTES:
             break
         rows.append(shown)
-    order = {name: index for index, name in enumerate(STAGE_TEXT.values())}
+    order = {name: index for index, name in enumerate(STAGE_NAMES.values())}
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
         return order.get(row["stage"], len(order)), row["seed"], row["node"], isinstance(row["step"], str), row["step"]
@@ -78,7 +78,7 @@ def _candidates(study: Study) -> Iterator[tuple[Source, dict[str, Any]]]:
     for seed in study.seeds:
         sources = [
             [(source, row) for row in choose(itertools.islice(rows, MAX_ROWS_READ))]
-            for arms, _, by_seed in study.groups()
+            for arms, by_seed in study.stage_groups()
             if seed in by_seed
             for source, rows in _sources(arms, by_seed[seed], seed, study)
         ]
@@ -104,7 +104,7 @@ def choose(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         signal = row.get("signal")
         strongest = -1.0
         if isinstance(signal, list):
-            strongest = max((abs(value) for value in signal if is_number(value)), default=0.0)
+            strongest = max((abs(value) for value in signal if is_finite_number(value)), default=0.0)
         kept = by_verdict.setdefault(row.get("correct"), [])
         kept.append((-strongest, rank, number, row))
         if len(kept) > 64:
@@ -134,12 +134,12 @@ def _shown(row: Mapping[str, Any], source: Source) -> dict[str, Any]:
     }
     if len(text) > MAX_TEXT:
         shown["cut"] = len(text) - MAX_TEXT
-    if is_number(row.get("advantage")):
+    if is_finite_number(row.get("advantage")):
         shown["advantage"] = round(row["advantage"], 2)
     pieces, signal = row.get("pieces"), row.get("signal")
     if isinstance(pieces, list) and isinstance(signal, list) and len(pieces) == len(signal):
         shown["pieces"] = [clean(str(piece))[:80] for piece in pieces[:MAX_PIECES]]
-        shown["signal"] = [round(float(value), 2) if is_number(value) else 0.0 for value in signal[:MAX_PIECES]]
+        shown["signal"] = [round(float(value), 2) if is_finite_number(value) else 0.0 for value in signal[:MAX_PIECES]]
     return shown
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from headwater.errors import HeadwaterError, UserError
 from headwater.report import build as report
+from headwater.report.format import duration
 from headwater.report.render import render
-from headwater.report.text import duration
-from headwater.report.watch import SHORT, Look, look
+from headwater.report.watch import METRIC_LABELS, RunStatus, read_status
 from headwater.storage.run_dir import RunDir
 
 REFRESH, PATIENCE = 10, 10.0
@@ -115,21 +115,21 @@ def _changed(outs: Sequence[Path]) -> Seen:
 def _status(outs: Sequence[Path]) -> tuple[str, bool]:
     """The nodes at work as HTML, and whether anybody is."""
     try:
-        found = [look(out) for out in outs]
+        found = [read_status(out) for out in outs]
     except HeadwaterError:
         return "", True
-    return "".join(map(_status_section, found)), any(one.running for one in found)
+    return "".join(map(_one, found)), any(one.running for one in found)
 
 
-def _status_section(found: Look) -> str:
+def _one(found: RunStatus) -> str:
     rows = []
-    for node in found.nodes:
-        if node.state == "at work":
-            numbers = " · ".join(f"{SHORT.get(name, name)} {value:.3g}" for name, value in node.numbers.items())
-            left = duration(node.seconds_left) if node.seconds_left is not None else "?"
-            step = f"{node.step} of {node.steps or '?'}"
-            rows.append([node.stage, str(node.seed), step, left, numbers, "; ".join(node.warnings)])
-    done = sum(node.state == "done" for node in found.nodes)
+    for one in found.nodes:
+        if one.state == "at work":
+            numbers = " · ".join(f"{METRIC_LABELS.get(name, name)} {value:.3g}" for name, value in one.numbers.items())
+            left = duration(one.seconds_left) if one.seconds_left is not None else "?"
+            step = f"{one.step} of {one.steps or '?'}"
+            rows.append([one.stage, str(one.seed), step, left, numbers, "; ".join(one.warnings)])
+    done = sum(one.state == "done" for one in found.nodes)
     summary = f"{done} of {len(found.nodes)} nodes done; {'at work' if found.running else 'nobody at work'}"
     return render("status.html.j2", {"summary": summary, "rows": rows})
 

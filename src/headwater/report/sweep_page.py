@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from headwater.config.arms import DESCRIPTIONS
 from headwater.report import sweep_plot
-from headwater.report.read import ARM_TEXT
 from headwater.report.render import render
 from headwater.report.svg import inline
 from headwater.report.sweep import (
@@ -54,7 +54,7 @@ def page(summary: dict[str, Any], svg: str) -> str:
         "summary": summary,
         "settings": f"{summary['field']} = {', '.join(map(text_of, summary['values']))}; {seeds_text(summary)}",
         "plot": inline(svg, sweep_plot.description(summary)) if svg else None,
-        "arms": "; ".join(f"{arm}: {ARM_TEXT[arm]}" for arm in arms if arm in ARM_TEXT),
+        "arms": "; ".join(f"{arm}: {DESCRIPTIONS[arm]}" for arm in arms if arm in DESCRIPTIONS),
         "note": note(summary),
         "tables": [(_page_table(table, headers), table.caption) for table in tables(summary)] if svg else [],
         "costs": [(_page_table(table, {}), table.caption) for table in [cost_table(summary)] if arms],

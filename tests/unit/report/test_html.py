@@ -19,7 +19,7 @@ import pytest
 from fakes import ARMS, BASE_S, MORE_ARMS, fake_run, printed
 from headwater.report import build as report
 from headwater.report import figures, svg
-from headwater.report import text as report_words
+from headwater.report.format import console, units
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_terminal_table_fits_in_a_hundred_columns(tmp_path: Path, evals: tup
 
 def test_output_to_a_file_is_110_columns_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert report.console(io.StringIO()).width == 110
+    assert console(io.StringIO()).width == 110
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_output_to_a_file_is_110_columns_wide(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_units_keep_three_digits(value: float, text: str) -> None:
-    assert report_words.units(value) == text
+    assert units(value) == text
 
 
 class _Page(html.parser.HTMLParser):
@@ -143,7 +143,9 @@ def test_what_comes_from_files_cannot_become_markup(tmp_path: Path) -> None:
     rows = _data(text)["rows"]
     assert any("<script>alert(1)</script>" in row["text"] for row in rows)
     assert (
-        "\x00" not in text and "\x1b" not in text and not any("\x00" in row["text"] or "\x1b" in row["text"] for row in rows)
+        "\x00" not in text
+        and "\x1b" not in text
+        and not any("\x00" in row["text"] or "\x1b" in row["text"] for row in rows)
     )
     assert len(page.ids) == len(set(page.ids))
 
@@ -286,7 +288,9 @@ def test_arms_of_one_cost_stand_beside_each_other() -> None:
 
 def test_a_drawing_takes_the_pages_colours_and_keeps_what_its_axes_say() -> None:
     drawn = figures.curves("d", "share", [figures.Series("a", 0, (((1, 2), (0.25, 0.75)),))])
-    assert "currentColor" in drawn.element and "var(--series0, #0072b2)" in drawn.element and svg.TEXT not in drawn.element
+    assert (
+        "currentColor" in drawn.element and "var(--series0, #0072b2)" in drawn.element and svg.TEXT not in drawn.element
+    )
     assert ">0.75<" in drawn.element.replace("\n", "") or ">0.7<" in drawn.element.replace("\n", "")
     ids = re.findall(r' id="([^"]+)"', drawn.element)
     other = figures.curves("e", "share", [figures.Series("a", 0, (((1, 2), (0.25, 0.75)),))])
