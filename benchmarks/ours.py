@@ -33,8 +33,8 @@ from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.tasks.verifier import Verifier
 from headwater.teachers.scoring import distributions_of
-from headwater.training.loop import make_optimizer, update
-from headwater.training.rollouts import PolicyRollouts, SignalGuard
+from headwater.training.rollouts import PolicyRollouts
+from headwater.training.update import make_optimizer, update
 from headwater.types import Problem, Rollout, Verdict
 
 COMPUTE = config.Compute()
@@ -84,16 +84,14 @@ def step_of(case: Case, root: Path) -> Step:
     gather = PolicyRollouts(
         policy=policy,
         stage=stage,
-        name="benchmark",
-        seed=0,
+        draw=("benchmark", 0),
         objective=objective,
         prompts={one.id: ids_of(policy, one) for one in problems},
         sampler=TorchSampler(policy, COMPUTE.sample_batch),
-        text=prompter.completion,
+        prompter=prompter,
         labels=labels,
         teacher=teacher,
         reference=None,
-        guard=SignalGuard.of(config.Guards(no_signal="continue"), labels, case.repetitions, list),
         budget=BatchBudget(COMPUTE.microbatch_tokens),
     )
     optimizer = make_optimizer(policy, stage.optim)

@@ -22,8 +22,8 @@ from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup, jo
 from headwater.losses.objectives import objective_of
 from headwater.models import fsdp
 from headwater.models import policy as model
-from headwater.training.loop import make_optimizer, update
-from headwater.training.rollouts import shared_out
+from headwater.training.groups import assign_to_ranks
+from headwater.training.update import make_optimizer, update
 from tiny import CPU, MODELS, sampled_rows, stage_of, tiny_folder
 
 torch.set_num_threads(1)
@@ -92,7 +92,7 @@ def measure(folder: Path, steps: int, ranks: ProcessGroup) -> None:
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()
-        found = update(policy, optimizer, shared_out(rows, stage, 4, ranks), objective_of(stage), stage, 4096)
+        found = update(policy, optimizer, assign_to_ranks(rows, stage, 4, ranks), objective_of(stage), stage, 4096)
         seconds.append(time.perf_counter() - began)
     stepping = status("VmHWM") - empty
     parameters = list(policy.model.parameters())

@@ -203,7 +203,7 @@ def test_nothing_is_evaluated_executed_or_unpickled(name: str) -> None:
 
 
 def test_the_loop_names_no_objective() -> None:
-    for name in ("training.loop", "training.checkpoint"):
+    for name in ("training.loop", "training.update", "training.checkpoint"):
         words = set(strings(MODULES[name]))
         assert not words & {"grpo", "opd", "mixed", "forward_kl", "sft", "teacher_rl", "warmup", "student_rl"}
 

@@ -37,7 +37,7 @@ from headwater.storage.run_dir import RunDir, write_json
 from headwater.storage.untrusted import refuse_links
 from headwater.teachers.server_client import is_served
 from headwater.training import conditions
-from headwater.training.evaluate import sampled_and_graded
+from headwater.training.evaluate import sample_and_grade
 from headwater.types import Rollout
 
 PROBLEMS = 128
@@ -218,14 +218,14 @@ def look(
     ) as watch:
         watch.start(0, len(names) * samples, "completions")
         try:
-            found = sampled_and_graded(
+            found = sample_and_grade(
                 inputs.sampler(policy),
                 # Both models draw the same numbers, as in evaluations: what differs is then the models.
                 requests_for(prompts, samples, 0, seed, "probe"),
                 stage.sampling,
                 labels,
-                prompter.completion,
-                lambda done: watch.advance(done, {}),
+                prompter,
+                lambda finished: watch.advance(len(finished), {}),
             )
         except TrainingStoppedError as error:
             raise UserError(f"models.{role}: {error}") from None

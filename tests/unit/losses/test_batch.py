@@ -15,7 +15,7 @@ from headwater.losses.logprobs import token_stats
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import logp_of
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from tiny import CPU, copied, furthest, gradient_of, rollout_of, sampled_rows, stage_of, tiny_policy, weights_of
 
 END = 3

@@ -14,8 +14,8 @@ from headwater.losses.token_losses import truncated_importance
 from headwater.losses.token_stats import Tokens, TokenStats
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import logp_of
-from headwater.training.loop import update
-from headwater.training.rollouts import with_rewards
+from headwater.training.groups import with_rewards
+from headwater.training.update import update
 from headwater.types import Verdict
 from tiny import (
     CPU,

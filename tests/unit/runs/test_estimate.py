@@ -23,7 +23,7 @@ from headwater.runs.estimate import Asked, estimates
 from headwater.runs.hardware import DEVICES, MODELS
 from headwater.runs.memory_estimate import FOUR_BITS, Held, Work, held_bytes, pass_bytes
 from headwater.runs.setup import prepared
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from runs import TINY, call, held, infos, rows, sets, temporary, tiny
 from tiny import CPU, rollout_of, stage_of, taught, tiny_folder
 from tiny import MODELS as TINY_MODELS

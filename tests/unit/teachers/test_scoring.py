@@ -17,7 +17,7 @@ from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
 from headwater.teachers.cache import read_cache, refuse_huge_cache, write_cache
 from headwater.teachers.scoring import distributions_of, hidden_of, logp_of
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from tiny import copied, furthest, gradient_of, largest, sampled_rows, stage_of, taught, tiny_policy
 
 

@@ -17,7 +17,7 @@ from headwater.losses.distributions import Exact
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import logp_of
-from headwater.training.loop import Metrics, divided, learning_rate, make_optimizer, token_weights, update
+from headwater.training.update import Metrics, learning_rate, make_optimizer, split_minibatches, token_weights, update
 from tiny import (
     copied,
     furthest,
@@ -147,11 +147,11 @@ def test_a_batch_without_any_live_row_takes_no_step_even_with_momentum(policy: P
 
 def test_rows_are_divided_without_cutting_a_group() -> None:
     rows = [Row(rollout_of((5,), (7,), sample=index)) for index in range(12)]
-    parts = divided(rows, 2, 4)
+    parts = split_minibatches(rows, 2, 4)
     # Three groups of four in two parts: cuts at round(1.5) = 2 groups.
     assert [[row.rollout.sample for row in part] for part in parts] == [list(range(8)), list(range(8, 12))]
-    assert [len(part) for part in divided(rows, 5, 4)] == [4, 4, 4]
-    assert [len(part) for part in divided(rows, 3, 1)] == [4, 4, 4]
+    assert [len(part) for part in split_minibatches(rows, 5, 4)] == [4, 4, 4]
+    assert [len(part) for part in split_minibatches(rows, 3, 1)] == [4, 4, 4]
 
 
 def test_one_update_a_batch_is_exactly_on_policy_and_more_are_not(policy: Policy) -> None:

@@ -81,20 +81,22 @@ class RayExecutor:
                         if name in nodes:
                             nodes[name].receive(message)
                     for task in ended:
-                        running.pop(task).receive(self._result(ray, job, task))
+                        running.pop(task).receive(result_of(ray, job, task))
             finally:
                 for task, node in running.items():
                     ray.cancel(task, force=True)  # the node's state is on disk
                     node.close(KeyboardInterrupt())
 
-    def _result(self, ray: Any, job: Job, task: Any) -> Message:
-        try:
-            message: Message = ray.get(task)
-        except ray.exceptions.RayError as error:
-            tries = 1 + job.plan.recipe.compute.ray.retries
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            return {"failure": Failure(f"its process was lost {tries} times ({reason})", 1).to_json()}
-        return message
+
+def result_of(ray: Any, job: Job, task: Any) -> Message:
+    """The message that an ended task returned, or a failure where Ray lost its process."""
+    try:
+        message: Message = ray.get(task)
+    except ray.exceptions.RayError as error:
+        tries = 1 + job.plan.recipe.compute.ray.retries
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return {"failure": Failure(f"its process was lost {tries} times ({reason})", 1).to_json()}
+    return message
 
 
 @contextlib.contextmanager
