@@ -23,7 +23,7 @@ from headwater.losses.batch import Row
 from headwater.losses.distributions import FromHidden, LinearHead
 from headwater.losses.logprobs import loss_and_stats
 from headwater.losses.objectives import objective_of
-from headwater.losses.token_stats import TokenStats
+from headwater.losses.token_stats import TokenInputs, TokenStats
 from headwater.models import policy as model
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
@@ -165,6 +165,6 @@ def loss_stage(inputs: dict[str, Any]) -> torch.Tensor:
         return stats.divergence_N / count
 
     teacher = FromHidden(inputs["teacher_hidden"], theirs, 1.0)
-    return loss_and_stats(inputs["student_hidden"], head, inputs["targets"], 1.0, mean, teacher, token_losses.REVERSE)[
-        0
-    ]
+    return loss_and_stats(
+        inputs["student_hidden"], head, TokenInputs(inputs["targets"], 1.0, teacher, token_losses.REVERSE), mean
+    )[0]

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwater.config.arms import ARMS, find_recipe
+from headwater.config.arms import ARMS
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Models
 from headwater.config.stage import Sampling
 from headwater.models import policy as model

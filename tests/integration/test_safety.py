@@ -16,7 +16,7 @@ import yaml
 import headwater
 from fakes import ARMS, fake_run, write_rows
 from headwater.config import yaml as plain_yaml
-from headwater.config.arms import builtin_text
+from headwater.config.builtin import builtin_text
 from headwater.config.recipe import Source
 from headwater.data.sources import load as load_data
 from headwater.data.validate import validate

@@ -117,7 +117,7 @@ def warm_up() -> None:
     import headwater.report.build
     import headwater.runs.executors.local
     import headwater.runs.progress  # noqa: F401
-    from headwater.config.arms import find_recipe
+    from headwater.config.builtin import find_recipe
     from headwater.config.stage import Sampling
     from headwater.models.policy import load
     from headwater.sampling.base import requests_for

@@ -36,7 +36,8 @@ import yaml
 
 from fakes import ARMS as FAKE_ARMS
 from fakes import fake_run
-from headwater.config.arms import ARMS, builtin_text, find_recipe
+from headwater.config.arms import ARMS
+from headwater.config.builtin import builtin_text, find_recipe
 from headwater.config.recipe import Columns, Models, Recipe, Source
 from headwater.data.sources import load
 from headwater.data.validate import grade_file, validate

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup, join
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup, init_process_group
 from headwater.losses.objectives import objective_of
 from headwater.models import fsdp
 from headwater.models import policy as model
@@ -62,10 +62,10 @@ def main() -> None:
     for name, usual in (("layers", 12), ("width", 768), ("vocabulary", 32000), ("steps", 2)):
         asked.add_argument(f"--{name}", type=int, default=usual)
     given = asked.parse_args()
-    ranks = join() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE_PROCESS
+    ranks = init_process_group() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE_PROCESS
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(ranks.broadcast(temporary))
-        if ranks.first:  # in another process: what it took to make the files is not to be seen here
+        if ranks.is_main:  # in another process: what it took to make the files is not to be seen here
             maker = multiprocessing.get_context("spawn").Process(
                 target=make, args=(folder, given.layers, given.width, given.vocabulary)
             )

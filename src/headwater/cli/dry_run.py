@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from headwater.cli.options import Sized
 from headwater.config.recipe import Recipe
-from headwater.report.text import console, units
+from headwater.report.format import console, units
 from headwater.runs.estimate import Asked, Estimate, estimates
 from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION
 from headwater.runs.missing_inputs import laid_out

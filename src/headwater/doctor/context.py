@@ -159,7 +159,7 @@ class Case:
             supervisor = node.teacher if node.cache is None else node.cache.start
             for one in [] if supervisor is None else self.here(base_of(supervisor)):
                 pair = base_of(node.start), one
-                found[pair] = found.get(pair, False) or node.settings.objective != "sft"
+                found[pair] = found.get(pair, False) or "teacher" in node.settings.signals
         return found
 
     # Models, without their weights ----------------------------------------------------------------------------------

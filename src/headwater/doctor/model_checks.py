@@ -12,6 +12,7 @@ from headwater.doctor.context import Case, Finding
 from headwater.losses import token_losses
 from headwater.losses.batch import Row
 from headwater.losses.logprobs import token_stats
+from headwater.losses.token_stats import TokenInputs
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import distributions_of, logp_of
 from headwater.types import Rollout
@@ -115,10 +116,7 @@ def self_kl(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], token
         stats = token_stats(
             student.completion_hidden(batch),
             student.logits,
-            batch.targets_N,
-            batch.temperature,
-            batch.teacher,
-            token_losses.REVERSE,
+            TokenInputs(batch.targets_N, batch.temperature, batch.teacher, token_losses.REVERSE),
         )
         assert stats.divergence_N is not None
         total += stats.divergence_N.sum().item()

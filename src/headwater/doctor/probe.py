@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import seeds, stats
-from headwater.config.arms import Pool, arm_of
+from headwater.config.arms import split_pool
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
 from headwater.data.labels import Labels
@@ -162,14 +162,9 @@ def measured(
     )
 
 
-def pool_of(recipe: Recipe) -> Pool:
-    """The labelled problems in question: those that the bridge would spend on the teacher."""
-    return arm_of("bridge", recipe).teacher[0].pool
-
-
 def chosen(inputs: RunInputs, problems: int | None, seed: int) -> list[str]:
     """Which labelled problems are sampled, in an order that content and seed decide. Raises UserError past the budget."""
-    pool = inputs.pool(pool_of(inputs.recipe))
+    pool = inputs.pool(split_pool(inputs.recipe))
     if problems is not None and problems > len(pool):
         raise UserError(f"--problems {problems}: the recipe's label budget buys {len(pool)} problems to look at")
     return seeds.shuffled(list(pool), seed, "probe")[: PROBLEMS if problems is None else problems]
@@ -188,7 +183,7 @@ def cache_passes(inputs: RunInputs) -> float:
 
     Example: 80 steps of 64 rollouts over a cache of 64 prompts × 8 rollouts are 10 passes.
     """
-    settings, pool = inputs.recipe.stages.warmup, pool_of(inputs.recipe)
+    settings, pool = inputs.recipe.stages.warmup, split_pool(inputs.recipe)
     cached = len(inputs.prompts(pool, settings)) * settings.group_size
     return inputs.steps(pool, settings) * settings.batch_size / cached
 

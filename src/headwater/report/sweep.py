@@ -16,28 +16,18 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from headwater import stats
+from headwater.config.arms import CONTRASTS
 from headwater.report import contrasts
-from headwater.report.read import Graded, read
-from headwater.report.text import (
-    NAMED_PAIRS,
-    count,
-    find_contrast,
-    interval_note,
-    listed,
-    p_text,
-    percent,
-    plain_table,
-    points,
-    reading,
-    units,
-)
+from headwater.report.contrasts import find_contrast, interval_note, reading
+from headwater.report.format import count, join_and, p_text, percent, plain_table, points, units
+from headwater.report.study import EvalCounts, read_study
 from headwater.runs.sweep import Sweep, Value, text_of
 from headwater.storage.run_dir import RunDir, read_json
 
 BASES = {"base_student": "student before", "base_teacher": "teacher before"}
 WORDS = {"holds": "better", "undecided": "undecided", "does not hold": "worse"}
 VERBS = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
-Results = Mapping[int, Graded]
+Results = Mapping[int, EvalCounts]
 """seed -> graded completions of one arm on one evaluation"""
 CSV_HEAD = ("arm", "eval", "accuracy", "low", "high", "seeds", "labels", "checks", "flops", "failed")
 
@@ -56,7 +46,7 @@ def build(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
         report = read_json(run.report_json) if finished else {"seeds": [], "evals": [], "arms": {}, "contrasts": []}
         by_arm: dict[tuple[str, str], Results] = {}
         if finished:
-            study = read([run.path])
+            study = read_study([run.path])
             by_arm = {(arm, name): study.results(arm, name) for arm in study.arms for name in study.evals}
         results += [(point.value, *key, graded) for key, graded in by_arm.items() if graded]
         known = [contrast for contrast in report["contrasts"] if {contrast["a"], contrast["b"]} <= names]
@@ -110,11 +100,11 @@ def _contrast(head: Mapping[str, Any], first: Results, second: Results) -> list[
     if not seeds:
         return []
     graded = [by_seed[seed] for by_seed in (first, second) for seed in seeds]
-    values_SP, ids = contrasts.matrix(graded, contrasts.accuracy)
+    values_SP, ids = contrasts.seed_matrix(graded, contrasts.accuracy)
     if not ids:
         return []
     found = stats.contrast(values_SP[: len(seeds)], values_SP[len(seeds) :])
-    numbers = {key: contrasts.number(getattr(found, key)) for key in ("difference", "low", "high", "p")}
+    numbers = {key: contrasts.rounded(getattr(found, key)) for key in ("difference", "low", "high", "p")}
     return [{**head, **numbers, "seeds": len(seeds), "problems": len(ids)}]
 
 
@@ -137,7 +127,7 @@ def as_csv(summary: dict[str, Any]) -> str:
 
 def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     """The paper's comparisons among these arms; where there are none, each arm against the first."""
-    named = [(a, b) for a, b in NAMED_PAIRS if a in arms and b in arms]
+    named = [(a, b) for a, b in CONTRASTS if a in arms and b in arms]
     return named or [(arm, arms[0]) for arm in arms[1:]]
 
 
@@ -170,7 +160,7 @@ def names(values: Sequence[Value]) -> list[str]:
 def at(summary: dict[str, Any], values: Sequence[Value]) -> str:
     """Example: `labels 64, 128 and 256`."""
     text = dict(zip(summary["values"], names(summary["values"]), strict=True))
-    return f"{summary['vary']} {listed([text[value] for value in values])}"
+    return f"{summary['vary']} {join_and([text[value] for value in values])}"
 
 
 def sentences(summary: dict[str, Any]) -> list[str]:

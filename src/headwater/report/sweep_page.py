@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from headwater.config.arms import DESCRIPTIONS
 from headwater.report import sweep_plot
 from headwater.report.html_parts import document, escaped, noted, section, table, td
-from headwater.report.read import ARM_TEXT
 from headwater.report.style import STYLE
 from headwater.report.svg import inline
 from headwater.report.sweep import (
@@ -55,7 +55,7 @@ def page(summary: dict[str, Any], svg: str) -> str:
     arms = [arm for arm in shown_arms(summary) if arm not in BASES]
     if svg:
         legend = "Bars: 95 % intervals over problems and seeds. Dashed and dotted: the models before training. "
-        legend += "; ".join(f"{arm}: {ARM_TEXT[arm]}" for arm in arms if arm in ARM_TEXT)
+        legend += "; ".join(f"{arm}: {DESCRIPTIONS[arm]}" for arm in arms if arm in DESCRIPTIONS)
         plot = f'<figure class="sweep">{inline(svg, sweep_plot.description(summary))}</figure>{noted(f"{legend}.")}'
     else:
         plot = noted("No point has a result yet.")

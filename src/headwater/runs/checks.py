@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
 from headwater.errors import UserError
-from headwater.losses.objectives import divergence_of
 from headwater.models import policy as model
 from headwater.models.prompts import Prompter, refuse_different_prompts
 from headwater.runs.inputs import RunInputs, read_tokenizer, tokenizer_of
@@ -104,8 +103,8 @@ def refuse_what_it_cannot(plan: Plan) -> None:
 
 def _refuse_inexact(node: Node, stage: Stage, name: str) -> None:
     where = "warmup" if node.kind == "rollouts" else node.stage
-    scores = node.kind == "train" or stage.objective != "sft"
-    if scores and divergence_of(stage.dense) is not None and stage.dense.top_k is None:
+    scores = node.kind == "train" or "teacher" in stage.signals
+    if scores and stage.dense.exact and stage.dense.top_k is None:
         raise UserError(
             f"stages.{where}.dense.top_k: models.teacher is a server ({name}), which gives the likeliest tokens and not the whole "
             "distribution; set it (64, say, with --max-logprobs 64 at the server)"

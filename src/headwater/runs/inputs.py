@@ -24,7 +24,7 @@ from headwater.sampling.build import SamplerFactory, sampler_factory
 from headwater.tasks.registry import Task, find_task, grader_code
 from headwater.teachers import server_client
 from headwater.teachers.server_client import ServedTokenizer
-from headwater.types import Problem, letters_of
+from headwater.types import Problem, letters_and_digits
 
 VALIDATION = "data.validation"
 POOLS: tuple[Pool, ...] = ("all", "first_half", "second_half")
@@ -157,8 +157,8 @@ def load_inputs(recipe: Recipe, grade: Grade, load: Read = load) -> RunInputs:
         read = load(recipe.data.unlabeled, "data.unlabeled", need_answers=False, gold=task.gold)
         more, _ = without_leaks(read, held_out)
         # By letters, as from the evaluations: a held-out problem in another spelling is no fresh prompt.
-        known = {letters_of(problem.text) for problem in labeled.problems}
-        unlabeled = tuple(problem for problem in more.problems if letters_of(problem.text) not in known)
+        known = {letters_and_digits(problem.text) for problem in labeled.problems}
+        unlabeled = tuple(problem for problem in more.problems if letters_and_digits(problem.text) not in known)
         notes += [f"data.unlabeled: {said}" for said in leaks_in_words(more.leaks)]
         left_out += [leak_row("data.unlabeled", leak, more) for leak in more.leaks]
     pools = buy([problem.id for problem in labeled.problems], recipe.labels.budget, recipe.labels.seed)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headwater.config.arms import arm_of, find_recipe
+from headwater.config.arms import arm_of
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
 

@@ -144,7 +144,7 @@ def rollout_source(
     prompter = context.prompter(policy)
     # Dynamic sampling reuses (problem, sample) keys, so scores made while sampling could belong to discarded rollouts.
     # Ranks make their passes together, which a scoring thread would break.
-    score_while_sampling = teacher is not None and not stage.sparse.dynamic_sampling and policy.ranks.alone
+    score_while_sampling = teacher is not None and not stage.sparse.dynamic_sampling and policy.ranks.single_process
     return PolicyRollouts(
         policy=policy,
         stage=stage,
@@ -188,14 +188,14 @@ def update_flops(stage: Stage, objective: Objective, policy: Policy, rows: Seque
     """
     reused = objective.source == "policy" and stage.passes * stage.minibatches > 1
     passes = stage.passes + (1.0 / 3.0 if reused else 0.0)
-    return passes * policy.pass_flops([row for row in rows if not row.inert], passes=3)
+    return passes * policy.pass_flops([row for row in rows if not row.zero_gradient], passes=3)
 
 
 def write_rollouts(node: Node, context: NodeContext, result: StepResult, objective: Objective, policy: Policy) -> None:
     """Write the step's completions and verdicts; a few with the teacher's signal per token."""
     folder, prompter, rows = context.node_dir(node), context.prompter(policy), result.batch.rows
     shown = token_signals.kept(rows) if objective.source == "policy" else []
-    own = {i: token_signals.signal_of(rows[i], prompter.completion) for i in shown if rows[i].here}
+    own = {i: token_signals.signal_of(rows[i], prompter.completion) for i in shown if rows[i].local}
     signals = {i: signal for part in policy.ranks.all_gather(own) for i, signal in part.items()}
     lines = [{**rollout_row(row, prompter), **signals.get(i, {})} for i, row in enumerate(rows)]
     folder.keep(result.step, folder.rollouts(result.step), lines)

@@ -138,7 +138,7 @@ class FastDecoder:
 
         def attend(layer: int, qkv_AD: Tensor) -> Tensor:
             cache, heads_norm = self.cache, self.weights.layers[layer].heads_norm
-            return kernels.attend(
+            return kernels.decode_attention(
                 qkv_AD, heads_norm, turns_TD, cache.position_A, cache.keys[layer], cache.values[layer], self.eps
             )
 
@@ -150,7 +150,7 @@ class FastDecoder:
         for index, layer in enumerate(self.weights.layers):
             x = layer.out.added_to(x, attend(index, joined(layer.qkv, self._norm(x, layer.before_attention))))
             gate_up = joined(layer.gate_up, self._norm(x, layer.before_mlp))
-            x = layer.down.added_to(x, gated(gate_up) if self.kernels is None else self.kernels.gate(gate_up))
+            x = layer.down.added_to(x, gated(gate_up) if self.kernels is None else self.kernels.silu_gate(gate_up))
         return x
 
     def _heads(self, layer: int, qkv_ND: Tensor, table_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +166,7 @@ class FastDecoder:
         return q, k, qkv_ND[:, q_and_k:].unflatten(1, (-1, self.width))
 
     def _norm(self, x_NH: Tensor, weight_H: Tensor | None) -> Tensor:
-        return self._normed(x_NH, weight_H) if self.kernels is None else self.kernels.norm(x_NH, weight_H, self.eps)
+        return self._normed(x_NH, weight_H) if self.kernels is None else self.kernels.rms_norm(x_NH, weight_H, self.eps)
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """RMS norm over the last dimension. In float32 written out in four operations; the library's takes seven on a CPU."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headwater.kernels import Kernels, kernels, packed
+from headwater.kernels import Kernels, kernels, pack_weight
 from headwater.models import lora
 from headwater.models.policy import Policy
 
@@ -188,4 +188,4 @@ class Reader:
     def made(self, plain: Linear) -> Projection:
         if self.kernels is None:
             return plain
-        return Packed(self.kernels, packed(plain.weight), plain.bias, len(plain.weight))
+        return Packed(self.kernels, pack_weight(plain.weight), plain.bias, len(plain.weight))

@@ -28,7 +28,7 @@ class ShardedSampler:
         self, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished | None = None
     ) -> list[Rollout]:
         with self.alone() as sampler:
-            found = sampler.sample(self.ranks.share(requests), sampling)
+            found = sampler.sample(self.ranks.shard(requests), sampling)
         every = [one for part in self.ranks.all_gather(found) for one in part]
         if arrived is not None:
             arrived(every)

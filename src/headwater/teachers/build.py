@@ -18,7 +18,6 @@ from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, TopK
-from headwater.losses.objectives import divergence_of
 from headwater.models import fsdp
 from headwater.models import policy as model
 from headwater.models.policy import Policy, Shape
@@ -94,7 +93,9 @@ class TaggedTeachers:
         found: dict[int, Any] = {}
         for tag, one in self.teachers.items():
             places = [place for place, it in enumerate(asked) if self.tags[it.problem_id] == tag]
-            if places or not self.ranks.alone:  # all ranks pass through it together, also those that ask nothing
+            if (
+                places or not self.ranks.single_process
+            ):  # all ranks pass through it together, also those that ask nothing
                 found.update(zip(places, of(one, [asked[place] for place in places]), strict=True))
         return [found[place] for place in range(len(asked))]
 
@@ -172,13 +173,13 @@ Teacher = Policy | ServedTeacher | OffloadedTeacher | TaggedTeachers
 
 def likeliest(held: Distributions, k: int) -> Distributions:
     """The k likeliest tokens, where more is known."""
-    known = held.ready()
-    return known if isinstance(known, TopK) else known.likeliest(k)
+    known = held.materialize()
+    return known if isinstance(known, TopK) else known.top_k(k)
 
 
 def sampler_for(who: Teacher, samplers: SamplerFactory) -> Sampler:
     """Who samples for a model: it itself where it is elsewhere, else the recipe's sampler; several ranks share the work out."""
-    if who.ranks.alone or isinstance(who, TaggedTeachers):  # of several teachers, each is shared out by itself
+    if who.ranks.single_process or isinstance(who, TaggedTeachers):  # of several teachers, each is shared out by itself
         return samplers(who) if isinstance(who, Policy) else who
     if isinstance(who, Policy):
         return ShardedSampler(who.ranks, partial(sampling, who, samplers))
@@ -231,7 +232,7 @@ def is_single_local_model(recipe: Recipe) -> bool:
 
 def offload_if_configured(policy: Policy, recipe: Recipe, samplers: SamplerFactory) -> Policy | OffloadedTeacher:
     """A frozen policy as the recipe wants it to wait; where several ranks hold a part each, it stays."""
-    away = recipe.compute.offload_teacher and policy.device.type != "cpu" and policy.ranks.alone
+    away = recipe.compute.offload_teacher and policy.device.type != "cpu" and policy.ranks.single_process
     return offloaded(policy, samplers) if away else policy
 
 
@@ -248,6 +249,6 @@ def _served(recipe: Recipe, field: str, name: str, stage: Stage | None, device: 
 
 def top_k_of(stage: Stage | None) -> int | None:
     """How many tokens a served teacher is asked for: those of the stage's divergence; None for the sampled one alone."""
-    if stage is None or divergence_of(stage.dense) is None:
+    if stage is None or not stage.dense.exact:
         return None
     return stage.dense.top_k

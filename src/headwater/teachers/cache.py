@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headwater.errors import UserError
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, Exact, TopK, joined
+from headwater.losses.distributions import Distributions, Exact, TopK, concatenate
 from headwater.losses.logprobs import tokens_at_once
 from headwater.models.oom import BatchBudget, passes
 from headwater.models.policy import Policy
@@ -56,25 +56,25 @@ def write_cache(
     budget = BatchBudget(tokens)
     fault_points.failpoint("cache.rollouts")
     parts: list[dict[str, Tensor]] = []
-    own = policy.ranks.share(rollouts)
-    for start in policy.ranks.in_lockstep(range(0, len(own), 64)):
+    own = policy.ranks.shard(rollouts)
+    for start in policy.ranks.lockstep(range(0, len(own), 64)):
         chosen = [] if start is None else own[start : start + 64]
         said = passes(budget, chosen, partial(distributions_of, policy, chosen))
-        whole = joined(said, policy.device) if said else Exact(torch.empty(0, policy.vocabulary))
+        whole = concatenate(said, policy.device) if said else Exact(torch.empty(0, policy.vocabulary))
         size = tokens_at_once(policy.vocabulary, policy.device)
         for row in range(0, len(whole), size):
-            known = whole.rows(row, min(len(whole), row + size)).ready()
+            known = whole.rows(row, min(len(whole), row + size)).materialize()
             if isinstance(known, Exact) and top_k is None:
                 parts.append({"logp": known.logp_NV.cpu()})
             else:
-                kept = known if isinstance(known, TopK) else known.likeliest(top_k or 1)
+                kept = known if isinstance(known, TopK) else known.top_k(top_k or 1)
                 ids = compact_ids.narrowed(kept.ids_NK.cpu(), policy.vocabulary)
                 parts.append({"logp": kept.logp_NK.half().cpu(), **ids})
         if progress is not None:
             progress(len(chosen))
         fault_points.failpoint("cache.scored")
-    parts = [part for some in policy.ranks.gather_to_first(parts) for part in some]
-    if not policy.ranks.first:
+    parts = [part for some in policy.ranks.gather(parts) for part in some]
+    if not policy.ranks.is_main:
         return
     save_file(
         {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]},

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from headwater.distributed import checkpoint_io
-from headwater.distributed.checkpoint_io import ADAPTER, WHOLE
+from headwater.distributed.checkpoint_io import ADAPTER_FILE, MODEL_FILE
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.storage import fault_points
@@ -45,19 +45,19 @@ def save_checkpoint(
     What it rests on comes first: the logs and the files of the steps since the last one are flushed to disk before it.
     Where several ranks hold the weights, each writes its part into the first one's folder.
     """
-    if not ranks.first:
-        checkpoint_io.write(Path(ranks.broadcast("")), model, optimizer, ranks)
+    if not ranks.is_main:
+        checkpoint_io.save(Path(ranks.broadcast("")), model, optimizer, ranks)
         ranks.broadcast(None)  # the checkpoint stands
         return
     before = [int(path.name) for path in node.checkpoints()]
     node.sync_steps(before[0] if before else 0, step)
     fault_points.failpoint("checkpoint.begun")
     with written_aside(node.checkpoint(step)) as folder:
-        if ranks.alone:
+        if ranks.single_process:
             write_whole(folder, model, optimizer)
         else:
             ranks.broadcast(str(folder.resolve()))
-            checkpoint_io.write(folder, model, optimizer, ranks)
+            checkpoint_io.save(folder, model, optimizer, ranks)
         fault_points.failpoint("checkpoint.optimizer")
         marks, groups = (logs or Logs(node.logs)).marks(), optimizer.state_dict()["param_groups"]
         write_json(folder / "state.json", {"step": step, "param_groups": groups, "logs": marks})
@@ -79,9 +79,9 @@ def write_whole(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> N
     """Weights and optimizer of one process alone."""
     adapter = trained_part(model)
     if adapter is None:
-        save_model(model, str(folder / WHOLE))
+        save_model(model, str(folder / MODEL_FILE))
     else:
-        save_file({name: one.detach().contiguous() for name, one in adapter.items()}, folder / ADAPTER)
+        save_file({name: one.detach().contiguous() for name, one in adapter.items()}, folder / ADAPTER_FILE)
     fault_points.failpoint("checkpoint.weights")
     tensors = {
         f"{index}.{key}": value.contiguous()
@@ -104,15 +104,15 @@ def load_checkpoint(
     A damaged checkpoint, or one that rests on a damaged log, is named and the one before is used. It does not matter how many
     ranks wrote it. Raises UserError naming the damaged file when none is whole.
     """
-    chosen = ranks.broadcast(newest_whole(node, say) if ranks.first else None)
+    chosen = ranks.broadcast(newest_whole(node, say) if ranks.is_main else None)
     if chosen is None:
         return 0
     folder = Path(chosen)
     state = read_json(folder / "state.json")
-    if ranks.alone and ((folder / WHOLE).exists() or (folder / ADAPTER).exists()):
+    if ranks.single_process and ((folder / MODEL_FILE).exists() or (folder / ADAPTER_FILE).exists()):
         read_whole(folder, state, model, optimizer)
     else:
-        checkpoint_io.read(folder, state, model, optimizer, ranks)
+        checkpoint_io.load(folder, state, model, optimizer, ranks)
     return int(state["step"])
 
 
@@ -137,10 +137,10 @@ def newest_whole(node: NodeDir, say: Callable[[str], None]) -> str | None:
 def read_whole(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer) -> None:
     adapter = trained_part(model)
     if adapter is None:
-        load_model(model, str(folder / WHOLE), device=str(next(model.parameters()).device))
+        load_model(model, str(folder / MODEL_FILE), device=str(next(model.parameters()).device))
     else:
         with torch.no_grad():
-            for name, tensor in load_file(folder / ADAPTER).items():
+            for name, tensor in load_file(folder / ADAPTER_FILE).items():
                 adapter[name].copy_(tensor)
     tensors = load_file(folder / "optimizer.safetensors") if (folder / "optimizer.safetensors").exists() else {}
     per_parameter: dict[int, dict[str, torch.Tensor]] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headwater.losses import token_losses
-from headwater.losses.distributions import joined
+from headwater.losses.distributions import concatenate
 from headwater.losses.logprobs import tokens_at_once
 from headwater.models.fsdp import within
 from headwater.models.oom import BatchBudget, passes
@@ -67,7 +67,7 @@ def apart(
 ) -> Apart:
     """How the two models differ at every completion token of these rollouts, all sampled at one temperature."""
     budget, ranks = BatchBudget(tokens), student.ranks
-    share = ranks.share(rollouts)
+    share = ranks.shard(rollouts)
     own = passes(budget, share, partial(hidden_of, student, share))
     theirs = passes(budget, share, partial(distributions_of, teacher, share))
 
@@ -75,11 +75,11 @@ def apart(
         sums = torch.zeros(5, dtype=torch.float64)
         if not own:
             return sums
-        own_NH, told = torch.cat(own), joined(theirs, student.device)
+        own_NH, told = torch.cat(own), concatenate(theirs, student.device)
         size = tokens_at_once(student.vocabulary, own_NH.device)
         for start in range(0, len(own_NH), size):
             logits_NV = student.logits(own_NH[start : start + size]).float() / rollouts[0].temperature
-            known = told.rows(start, start + len(logits_NV)).ready()
+            known = told.rows(start, start + len(logits_NV)).materialize()
             sums += _sums(*known.align(torch.log_softmax(logits_NV, dim=-1)), top_k)
         return sums
 

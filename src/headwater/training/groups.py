@@ -16,7 +16,7 @@ from headwater.types import Verdict
 
 
 def with_rewards(
-    rows: Sequence[Row], verdicts: Sequence[Verdict], stage: Stage, idle_without_advantage: bool
+    rows: Sequence[Row], verdicts: Sequence[Verdict], stage: Stage, skip_zero_advantage: bool
 ) -> list[Row]:
     """Add verdicts and group advantages to rows (consecutive groups of `group_size`).
 
@@ -25,7 +25,7 @@ def with_rewards(
     rewards_PG = torch.tensor([float(verdict.correct) for verdict in verdicts]).view(-1, stage.group_size)
     advantages = ADVANTAGES[stage.sparse.advantage](rewards_PG).flatten().tolist()
     return [
-        replace(row, verdict=verdict, advantage=advantage, inert=idle_without_advantage and advantage == 0.0)
+        replace(row, verdict=verdict, advantage=advantage, zero_gradient=skip_zero_advantage and advantage == 0.0)
         for row, verdict, advantage in zip(rows, verdicts, advantages, strict=True)
     ]
 
@@ -69,17 +69,19 @@ def assign_to_ranks(rows: list[Row], stage: Stage, group_size: int, ranks: Proce
 
     Example: groups of 9, 5 and 4 tokens on two ranks: the first on rank 0, the other two on rank 1.
     """
-    if ranks.alone:
+    if ranks.single_process:
         return rows
     assigned: list[Row] = []
     for minibatch in split_minibatches(rows, stage.minibatches, group_size):
         groups = groups_of(minibatch, group_size)
         if len(groups) < 2 * ranks.size:
             groups = [[row] for row in minibatch]
-        cost = [sum(len(row.rollout.prompt_ids) + row.tokens for row in group if not row.inert) for group in groups]
+        cost = [
+            sum(len(row.rollout.prompt_ids) + row.tokens for row in group if not row.zero_gradient) for group in groups
+        ]
         load, owner = [0] * ranks.size, [0] * len(groups)
         for index in sorted(range(len(groups)), key=lambda index: (-cost[index], index)):
             owner[index] = load.index(min(load))
             load[owner[index]] += cost[index]
-        assigned += [replace(row, here=owner[i] == ranks.rank) for i, group in enumerate(groups) for row in group]
+        assigned += [replace(row, local=owner[i] == ranks.rank) for i, group in enumerate(groups) for row in group]
     return assigned

@@ -132,7 +132,7 @@ class PolicyRollouts:
             )
             rows = [Row(rollout) for rollout in graded.rollouts]
             if graded.verdicts is not None:
-                rows = with_rewards(rows, graded.verdicts, self.stage, self.objective.idle_without_advantage)
+                rows = with_rewards(rows, graded.verdicts, self.stage, self.objective.skip_zero_advantage)
             seconds["sample"] += graded.seconds
             seconds["grade"] += graded.seconds_waited
             sampled += rows
@@ -161,15 +161,15 @@ class PolicyRollouts:
 
     def _score(self, rows: list[Row], scored: Mapping[tuple[str, int], Distributions]) -> list[Row]:
         """Add reference log-probs and teacher distributions to this rank's rows; `scored` holds those computed while sampling."""
-        rollouts = [row.rollout for row in rows if row.here]
+        rollouts = [row.rollout for row in rows if row.local]
         if self.reference is not None:
             logps = iter(passes(self.budget, rollouts, partial(logp_of, self.reference, rollouts)))
-            rows = [replace(row, reference_logp=next(logps)) if row.here else row for row in rows]
+            rows = [replace(row, reference_logp=next(logps)) if row.local else row for row in rows]
         if self.teacher is not None:
             keys = [(rollout.problem_id, rollout.sample) for rollout in rollouts]
             with torch.no_grad():
                 distributions = iter([scored[key] for key in keys] if scored else self._teacher_distributions(rollouts))
-            rows = [replace(row, teacher=next(distributions)) if row.here else row for row in rows]
+            rows = [replace(row, teacher=next(distributions)) if row.local else row for row in rows]
         return rows
 
     def _flops(self, sampled: Sequence[Row], kept: Sequence[Row], prompt_tokens: int) -> float:

@@ -40,7 +40,7 @@ def signal_of(row: Row, text: Text) -> dict[str, Any]:
     teacher_logp: list[float] = []
     for start in range(0, len(ids), AT_ONCE):
         some = ids[start : start + AT_ONCE]
-        taught = row.teacher.rows(start, start + len(some)).ready()
+        taught = row.teacher.rows(start, start + len(some)).materialize()
         if not isinstance(taught, Exact):
             return {}  # of a top-k teacher only the kept tokens are known
         teacher_logp += taught.token_logp(torch.tensor(some, device=taught.logp_NV.device)).tolist()

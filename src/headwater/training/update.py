@@ -19,7 +19,7 @@ from headwater.losses import token_losses
 from headwater.losses.batch import Batch, Row
 from headwater.losses.logprobs import loss_and_stats
 from headwater.losses.objectives import Objective
-from headwater.losses.token_stats import Tokens, TokenStats
+from headwater.losses.token_stats import TokenInputs, Tokens, TokenStats
 from headwater.models.fsdp import clipped, idle, together, within
 from headwater.models.oom import BatchBudget, out_of_memory, passes_over
 from headwater.models.policy import Policy
@@ -94,22 +94,22 @@ def update(
     """
     budget = BatchBudget(tokens)
     reused = objective.source == "policy" and stage.passes * stage.minibatches > 1
-    if reused and not all(row.inert for row in rows):
-        own = [row for row in rows if row.here and not row.inert]
+    if reused and not all(row.zero_gradient for row in rows):
+        own = [row for row in rows if row.local and not row.zero_gradient]
         old_logps = iter(passes_over(budget, own, lambda fit: logp_of(policy, [row.rollout for row in own], fit)))
-        rows = [replace(row, old_logp=next(old_logps)) if row.here and not row.inert else row for row in rows]
+        rows = [replace(row, old_logp=next(old_logps)) if row.local and not row.zero_gradient else row for row in rows]
     group_size = stage.group_size if objective.source == "policy" else 1
     minibatches = split_minibatches(rows, stage.minibatches, group_size)
     sums: dict[str, float] = defaultdict(float)
     updates, started = 0, time.perf_counter()
     for _ in range(stage.passes):
         for minibatch in minibatches:
-            live = [row for row in minibatch if not row.inert]
+            live = [row for row in minibatch if not row.zero_gradient]
             if not live:
                 continue  # no gradient: a step would move the weights by momentum alone
             weights = token_weights(minibatch, stage)
             weight_of = {id(row): weight for row, weight in zip(minibatch, weights, strict=True)}
-            own = [row for row in live if row.here]
+            own = [row for row in live if row.local]
             measured = passes_over(budget, own, partial(gradient, policy, objective, own, weight_of))
             for name, value in policy.ranks.all_reduce_sum(measured).items():
                 sums[name] += value
@@ -140,7 +140,7 @@ def gradient(
     """Compute the gradient of one optimizer step into `.grad` (cleared first); return the measurements, summed over tokens."""
     policy.model.zero_grad(set_to_none=True)
     sums: dict[str, float] = defaultdict(float)
-    for turn in policy.ranks.in_lockstep(policy.batches(live, tokens)):
+    for turn in policy.ranks.lockstep(policy.batches(live, tokens)):
         if turn is None:
             idle(policy)
             continue
@@ -183,12 +183,10 @@ def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tenso
         return loss_and_stats(
             policy.completion_hidden(batch),
             policy.logits,
-            batch.targets_N,
-            batch.temperature,
+            TokenInputs(
+                batch.targets_N, batch.temperature, batch.teacher, objective.divergence, objective.teacher_tokens
+            ),
             token_loss,
-            batch.teacher,
-            objective.divergence,
-            objective.teacher_tokens,
         )
 
     with together(policy):

@@ -17,7 +17,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from headwater.config.arms import ARMS, find_recipe
+from headwater.config.arms import ARMS
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.data.labels import Pools
 from headwater.doctor import checks, data_checks

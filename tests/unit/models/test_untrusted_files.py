@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.errors import UserError
 from headwater.models import prompts
 from headwater.models.policy import load, resolve

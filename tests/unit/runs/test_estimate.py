@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Lora
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Guards
 from headwater.config.stage import Stage
 from headwater.losses.batch import Row

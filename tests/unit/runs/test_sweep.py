@@ -111,7 +111,7 @@ def test_a_points_own_command_makes_the_same_recipe_in_the_same_folder() -> None
     sweep = pocket("lambda", "0.25", "labels.budget=32")
     words = shlex.split(sweep.study_command(sweep.points[0], Path("my runs")))
     assert words[:3] == ["headwater", "study", "pocket"] and words[-2:] == ["--out", "my runs/0.25"]
-    from headwater.config.arms import find_recipe
+    from headwater.config.builtin import find_recipe
 
     changes = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
     assert find_recipe("pocket", changes) == sweep.points[0].recipe

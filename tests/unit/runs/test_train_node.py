@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.config.stage import Stage
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.batch import Row

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import GUARDS, Guards
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.objectives import objective_of

@@ -50,7 +50,7 @@ def plain_logp(policy: Policy, row: Row) -> torch.Tensor:
 
 
 def test_token_weights_by_hand() -> None:
-    rows = [Row(rollout_of((5,), (7,))), replace(Row(rollout_of((5,), (7, 8, 9))), inert=True)]
+    rows = [Row(rollout_of((5,), (7,))), replace(Row(rollout_of((5,), (7, 8, 9))), zero_gradient=True)]
     # token: 1 and 3 of 4 tokens; sequence: 1/(2·1) and 1/(2·3); constant: 1/(2·10). The inert row counts everywhere.
     expected = {"token": [1 / 4, 1 / 4], "sequence": [1 / 2, 1 / 6], "constant": [1 / 20, 1 / 20]}
     for mean, weights in expected.items():
@@ -124,7 +124,7 @@ def test_inert_rows_left_out_give_the_gradient_of_running_them(policy: Policy, m
     rows = [replace(row, advantage=0.0) if index < 4 else row for index, row in enumerate(rows)]
     stage = stage_of("grpo", loss_mean=mean, batch_size=12)
     run_all = gradient_of(policy, rows, stage)
-    left_out = gradient_of(policy, [replace(row, inert=row.advantage == 0.0) for row in rows], stage)
+    left_out = gradient_of(policy, [replace(row, zero_gradient=row.advantage == 0.0) for row in rows], stage)
     dropped = gradient_of(policy, rows[4:], stage)
     assert furthest(left_out, run_all) < 1e-6 * max(1.0, largest(run_all))
     # Rows missing from the denominator too would give another gradient: that is the silent bug this guards against.
@@ -136,7 +136,7 @@ def test_a_batch_without_any_live_row_takes_no_step_even_with_momentum(policy: P
     optimizer = make_optimizer(policy, stage.optim)
     update(policy, optimizer, rows, objective_of(stage), stage, 4096)
     before = weights_of(policy)
-    idle = [replace(row, advantage=0.0, inert=True) for row in rows]
+    idle = [replace(row, advantage=0.0, zero_gradient=True) for row in rows]
     found = update(policy, optimizer, idle, objective_of(stage), stage, 4096)
     assert same_bits(weights_of(policy), before)
     assert found["updates"] == 0 and found["tokens_trained"] == 0

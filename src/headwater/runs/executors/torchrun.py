@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from headwater.data.labels import Grade
-from headwater.distributed.process_group import ProcessGroup, is_loss
-from headwater.errors import HeadwaterError, LostError
+from headwater.distributed.process_group import ProcessGroup, is_lost_process
+from headwater.errors import HeadwaterError, LostProcessError
 from headwater.runs.executors.base import Failure, Job, start_node
 from headwater.runs.executors.remote import Message, Worker
 from headwater.runs.inputs import RunInputs
@@ -34,7 +34,7 @@ from headwater.types import Verdict
 class TorchrunExecutor:
     """The executor of rank 0: one node after the other, each on all ranks.
 
-    Of several nodes it goes on after one that failed on all ranks. Raises LostError when another rank is gone; returns at once
+    Of several nodes it goes on after one that failed on all ranks. Raises LostProcessError when another rank is gone; returns at once
     when only this rank failed, since the others then wait for it in vain.
     """
 
@@ -54,14 +54,14 @@ class TorchrunExecutor:
                     progress = replace(progress, should_stop=should_stop, say=job.progress_display.say)
                     start_node(job.todo[name], NodeContext(job.plan, inputs, job.out, progress, self.ranks))
             except Exception as error:
-                if is_loss(error):
-                    raise LostError from None
+                if is_lost_process(error):
+                    raise LostProcessError from None
                 failure = Failure.of(error)
                 failures[name] = failure
                 job.fail(name, failure)
-            if not self.ranks.settled(name, failure is not None):
+            if not self.ranks.same_outcome(name, failure is not None):
                 if failure is None:
-                    raise LostError
+                    raise LostProcessError
                 return failures
             if failure is not None and job.single:
                 break
@@ -78,7 +78,7 @@ def share_grading(inputs: RunInputs, ranks: ProcessGroup) -> RunInputs:
 
     def shared(grade: Grade) -> Grade:
         def grade_share(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-            return [verdict for part in ranks.all_gather(grade(ranks.share(pairs))) for verdict in part]
+            return [verdict for part in ranks.all_gather(grade(ranks.shard(pairs))) for verdict in part]
 
         return grade_share
 
@@ -112,15 +112,15 @@ def run_worker_rank(ranks: ProcessGroup) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        lost = is_loss(error)
-        _print_error(ranks, str(LostError()) if lost else Failure.of(error).sentence)
-        return LostError.exit_code if lost else error.exit_code if isinstance(error, HeadwaterError) else 1
+        lost = is_lost_process(error)
+        _print_error(ranks, str(LostProcessError()) if lost else Failure.of(error).sentence)
+        return LostProcessError.exit_code if lost else error.exit_code if isinstance(error, HeadwaterError) else 1
 
 
 def run_on_worker_rank(node: Node, context: NodeContext) -> bool:
     """Run a node on a rank > 0; False where this rank failed and others did not.
 
-    Raises LostError when another rank is gone.
+    Raises LostProcessError when another rank is gone.
     """
     name = context.plan.names[node]
     failure = None
@@ -130,15 +130,15 @@ def run_on_worker_rank(node: Node, context: NodeContext) -> bool:
         except KeyboardInterrupt:
             return True  # all ranks have stopped; rank 0 broadcasts the exit code
         except Exception as error:
-            if is_loss(error):
-                raise LostError from None
+            if is_lost_process(error):
+                raise LostProcessError from None
             failure = Failure.of(error)
-    settled = context.ranks.settled(name, failure is not None)
-    if not settled:
+    same_outcome = context.ranks.same_outcome(name, failure is not None)
+    if not same_outcome:
         if failure is None:
-            raise LostError
+            raise LostProcessError
         _print_error(context.ranks, failure.sentence)
-    return settled
+    return same_outcome
 
 
 def _print_error(ranks: ProcessGroup, message: str) -> None:
@@ -176,6 +176,6 @@ def broadcast_exit_code(ranks: ProcessGroup) -> Iterator[None]:
     finally:
         # A launcher terminates rank 0 as soon as another rank has exited with the code that it receives here.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        with contextlib.suppress(RuntimeError, LostError):  # the others may be gone
-            if not isinstance(sys.exc_info()[1], LostError) and not ranks.apart():
+        with contextlib.suppress(RuntimeError, LostProcessError):  # the others may be gone
+            if not isinstance(sys.exc_info()[1], LostProcessError) and not ranks.diverged():
                 ranks.broadcast({"end": code})
