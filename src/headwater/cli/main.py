@@ -166,9 +166,9 @@ def doctor(
 
     set_up(found_recipe.compute)
     found = diagnose(found_recipe, chosen, [found_recipe.seed], out or Path("runs") / found_recipe.name)
-    print(json.dumps(found.written()) if json_ else found.text())
+    print(json.dumps(found.as_json()) if json_ else found.text())
     if found.errors:
-        raise found.refusal(shown=True)
+        raise RefusedError(f"refused: {found.error_names}")
 
 
 @app.command()

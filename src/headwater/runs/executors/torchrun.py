@@ -82,14 +82,7 @@ def share_grading(inputs: RunInputs, ranks: ProcessGroup) -> RunInputs:
 
         return grade_share
 
-    return replace(
-        inputs,
-        labels=inputs.labels.graded_by(shared),
-        evals={name: (problems, labels.graded_by(shared)) for name, (problems, labels) in inputs.evals.items()},
-        validation=None
-        if inputs.validation is None
-        else (inputs.validation[0], inputs.validation[1].graded_by(shared)),
-    )
+    return inputs.with_grader(shared)
 
 
 def run_worker_rank(ranks: ProcessGroup) -> int:
