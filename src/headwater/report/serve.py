@@ -16,8 +16,7 @@ from pathlib import Path
 from headwater.errors import HeadwaterError, UserError
 from headwater.report import build as report
 from headwater.report.format import duration
-from headwater.report.html_parts import document, escaped, td
-from headwater.report.style import STYLE
+from headwater.report.render import render
 from headwater.report.watch import RunStatus, read_status
 from headwater.storage.run_dir import RunDir
 
@@ -70,7 +69,7 @@ class LivePage:
         try:
             self.html, self.built_from = report.page(self.outs), versions
         except HeadwaterError as error:  # the run has just started or is writing a row: the next request tries again
-            self.html = self.html or document("headwater", STYLE, f"<h1>{escaped(str(error))}</h1>", "")
+            self.html = self.html or render("message.html.j2", {"message": str(error)})
         self.next_build = time.monotonic() + REST_FACTOR * (time.monotonic() - started)
 
 
@@ -131,8 +130,6 @@ def _status_section(status: RunStatus) -> str:
         if node.state == "at work":
             left = duration(node.seconds_left) if node.seconds_left is not None else "?"
             metrics, warnings = " · ".join(node.metrics_text), "; ".join(node.warnings)
-            cells = [str(node.seed), f"{node.step} of {node.steps or '?'}", left, metrics, warnings]
-            rows.append(f'<tr><th scope="row">{escaped(node.stage)}</th>{"".join(map(td, cells))}</tr>')
+            rows.append([node.stage, str(node.seed), f"{node.step} of {node.steps or '?'}", left, metrics, warnings])
     summary = f"{status.done} of {len(status.nodes)} nodes done; {'running' if status.running else 'not running'}"
-    table = f"<table><tbody>{''.join(rows)}</tbody></table>" if rows else ""
-    return f'<section id="now" aria-label="Now"><p><strong>{escaped(summary)}</strong></p>{table}</section>'
+    return render("status.html.j2", {"summary": summary, "rows": rows})
