@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from headwater.config.samplers import missing_package
 from headwater.doctor.context import Case, Finding, UnavailableError
 from headwater.errors import HeadwaterError, UserError
 from headwater.models import policy as model
 from headwater.models.prompts import Prompter
 from headwater.runs.checks import FEW, refuse_other_chats
 from headwater.runs.plan import Node
-from headwater.sampling import vllm_sampler
 from headwater.teachers import server_client
 from headwater.teachers.build import top_k_of
 from headwater.teachers.served_teacher import ServedTeacher, check_scoring
@@ -17,11 +17,10 @@ from headwater.teachers.server_client import ServedModel, ServedTokenizer
 
 def engine(case: Case) -> list[Finding]:
     """Whether the sampler that the recipe names is installed; that it takes the model shows when it samples."""
-    if case.recipe.compute.sampler == "torch" or vllm_sampler.installed():
+    message = missing_package(case.recipe.compute.sampler)
+    if message is None:
         return []
-    return [
-        Finding("engine-unusable", "error", vllm_sampler.MISSING, "install the extra, or set compute.sampler=torch")
-    ]
+    return [Finding("engine-unusable", "error", message, "install the extra, or set compute.sampler=torch")]
 
 
 def servers(case: Case) -> list[Finding]:
