@@ -53,7 +53,7 @@ class DiskError(HeadwaterError):
     exit_code = 4
 
 
-class LostError(HeadwaterError):
+class LostProcessError(HeadwaterError):
     """One of the processes that run a node together is gone, and with it its part of the weights."""
 
     exit_code = 4

@@ -26,7 +26,7 @@ def problem_id(text: str) -> str:
     Example: `problem_id("1 + 1") == problem_id(" 1+\\n1 ")`, but `problem_id("1 2") != problem_id("12")`.
     """
     folded = _IDLE_SPACE.sub("", _SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip())
-    return _digest(letters_of(text))[:FAMILY] + _digest(folded)[: 16 - FAMILY]
+    return _digest(letters_and_digits(text))[:FAMILY] + _digest(folded)[: 16 - FAMILY]
 
 
 def _digest(text: str) -> str:
@@ -41,16 +41,16 @@ def family_of(problem_id: str) -> str:
     return problem_id[:FAMILY]
 
 
-def letters_of(text: str) -> str:
+def letters_and_digits(text: str) -> str:
     """Letters and digits alone; a text without any, such as `(+)`, stays as it is and is like itself only.
 
     Sizing commands are no content: `\\left| x \\right|` and `|x|` are the same problem.
     """
-    letters = re.sub(r"[\W_]+", "", without_sizes(unicodedata.normalize("NFKC", text)).casefold())
+    letters = re.sub(r"[\W_]+", "", strip_sizing(unicodedata.normalize("NFKC", text)).casefold())
     return letters or text
 
 
-def without_sizes(text: str) -> str:
+def strip_sizing(text: str) -> str:
     return _SIZES.sub("", text)
 
 

@@ -116,7 +116,7 @@ def test_measurements_are_the_same_after_an_interruption(tmp_path: Path) -> None
     changes = ("stages.opd.steps=6", "stages.opd.checkpoint_every=2", "conditions.every=2")
     assert tiny("run", whole, "--arm", "opd_only", changes=changes).code == 0
     code = (
-        "import os, sys; sys.path.insert(0, 'tests/support'); import headwater.training.loop as t; from runs import tiny\n"
+        "import os, sys; sys.path.insert(0, 'tests/support'); import headwater.runs.train_node as t; from runs import tiny\n"
         "from pathlib import Path\n"
         "real = t.append_jsonl\n"
         "def write(path, rows):\n"

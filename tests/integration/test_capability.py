@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.data.labels import Labels
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import NodeContext, NodeProgress

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from headwater.doctor.checks import Examination
 from headwater.runs.setup import prepared
 
 
@@ -117,7 +118,7 @@ def warm_up() -> None:
     import headwater.report.build
     import headwater.runs.executors.local
     import headwater.runs.progress  # noqa: F401
-    from headwater.config.arms import find_recipe
+    from headwater.config.builtin import find_recipe
     from headwater.config.stage import Sampling
     from headwater.models.policy import load
     from headwater.sampling.base import requests_for
@@ -198,7 +199,7 @@ def child(asked: dict[str, Any], folder: Path) -> None:
     code: Any = 0
     with contextlib.ExitStack() as stack:
         if not asked["whole"]:
-            stack.enter_context(mock.patch("headwater.pipeline.preflight"))
+            stack.enter_context(mock.patch("headwater.doctor.checks.examine", return_value=Examination((), (), ())))
             stack.enter_context(mock.patch("headwater.report.html.page", return_value=""))
         stack.enter_context(mock.patch.object(sys, "argv", ["headwater", *asked["argv"]]))
         try:

@@ -36,11 +36,12 @@ import yaml
 
 from fakes import ARMS as FAKE_ARMS
 from fakes import fake_run
-from headwater.config.arms import ARMS, builtin_text, find_recipe
+from headwater.config.arms import ARMS
+from headwater.config.builtin import builtin_text, find_recipe
 from headwater.config.recipe import Columns, Models, Recipe, Source
 from headwater.data.sources import load
 from headwater.data.validate import grade_file, validate
-from headwater.doctor.checks import diagnose
+from headwater.doctor.checks import check_plan, diagnose
 from headwater.errors import HeadwaterError, UserError, one_line
 from headwater.models import policy as model
 from headwater.models.prompts import Prompter
@@ -94,6 +95,7 @@ def with_files(draw: random.Random, folder: Path, raw: dict[str, Any]) -> dict[s
 def prepare(recipe: Recipe, arm: str, folder: Path, thorough: bool) -> str:
     """What `--dry-run` does and, where `thorough`, the doctor."""
     with prepared(recipe, [arm], [recipe.seed]) as (plan, inputs):
+        check_plan(plan, inputs)
         json.dumps([row.row() for row in estimates(plan, inputs)])
     if thorough:
         found = diagnose(recipe, [arm], [recipe.seed], folder / "out")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from headwater.config.objectives import OBJECTIVES, ObjectiveSpec, Signal, known_objective
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
@@ -60,7 +62,12 @@ class Dense(Strict):
     `sampled` is the one-token estimate (k1) as an advantage."""
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     top_k: Positive | None = None
-    """Cached teacher distributions keep the k likeliest tokens and the tail's mass; None keeps all of them."""
+    """Teacher distributions keep the top k tokens and the total mass of the others; None keeps the whole vocabulary."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the divergence sums over the vocabulary, so that it needs the teacher's whole distribution."""
+        return self.divergence != "sampled"
 
 
 class Until(Strict):
@@ -82,7 +89,8 @@ class Until(Strict):
 class Stage(Strict):
     """One stage of training: who samples × what scores × how densely, and for how long."""
 
-    objective: Literal["grpo", "opd", "mixed", "forward_kl", "sft", "constant"]
+    objective: Annotated[str, AfterValidator(known_objective)]
+    """A row of `config.objectives.OBJECTIVES`."""
     steps: Natural | None = None
     epochs: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
     """Times that the stage's pool is gone through; `steps`, where given, counts instead."""
@@ -123,41 +131,55 @@ class Stage(Strict):
         return math.ceil((self.epochs or 0.0) * rollouts / self.batch_size)
 
     @property
+    def spec(self) -> ObjectiveSpec:
+        return OBJECTIVES[self.objective]
+
+    @property
     def on_policy(self) -> bool:
-        return self.objective in ("grpo", "opd", "mixed", "constant")
+        return self.spec.source == "policy"
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """What scores a rollout, without a signal that `sparse_share` gives weight 0."""
+        unused = {0.0: "reward", 1.0: "teacher"}.get(-1.0 if self.sparse_share is None else self.sparse_share)
+        return tuple(signal for signal in self.spec.signals if signal != unused)
 
     @property
     def needs_labels(self) -> bool:
-        return self.objective == "grpo" or (self.objective == "mixed" and self.sparse_share != 0.0)
+        return "reward" in self.signals
 
     @property
     def needs_teacher(self) -> bool:
-        if self.objective == "mixed":
-            return self.sparse_share != 1.0
-        return self.objective not in ("grpo", "constant")
+        return not self.on_policy or "teacher" in self.signals
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads log-probs of the stage's starting weights."""
+        return self.spec.reference_kl and self.needs_labels and self.sparse.kl_coef > 0.0
 
     @model_validator(mode="after")
-    def _legal(self) -> Stage:
+    def _check_consistency(self) -> Stage:
         if self.steps is None and self.epochs is None:
             raise ValueError("give steps or epochs")
         if self.on_policy and self.batch_size % self.group_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}")
         if self.needs_labels and self.group_size < 2:
             raise ValueError("group_size must be at least 2 where the reward is compared within a group")
-        if (self.objective == "mixed") != (self.sparse_share is not None):
-            raise ValueError("sparse_share belongs to objective mixed, and mixed needs it")
+        if self.spec.weighted != (self.sparse_share is not None):
+            names = " or ".join(name for name, spec in OBJECTIVES.items() if spec.weighted)
+            raise ValueError(f"sparse_share belongs to objective {names}, and {names} needs it")
         if self.sampling.top_p != 1.0 or self.sampling.top_k != 0:
             raise ValueError("training samples with top_p 1 and no top_k: no loss here accounts for a cut distribution")
         if self.until is not None:
-            self._has(self.until.metric)
+            self._check_metric(self.until.metric)
         if self.minibatches > self.batch_size:
             raise ValueError(f"minibatches {self.minibatches} is more than batch_size {self.batch_size}")
         return self
 
-    def _has(self, metric: str) -> None:
+    def _check_metric(self, metric: str) -> None:
         if metric == "reward" and not self.needs_labels:
             raise ValueError(f"until.metric reward: objective {self.objective} sees no reward")
-        if metric.startswith("kl_") and not (self.needs_teacher and self.objective != "sft"):
+        if metric.startswith("kl_") and "teacher" not in self.signals:
             raise ValueError(f"until.metric {metric}: objective {self.objective} compares with no teacher")
 
 
@@ -170,18 +192,12 @@ class Stages(Strict):
     """Hard-label fine-tuning in the arms `teacher_sft` and `sft_teacher`; None takes the warm-up's settings."""
 
     @model_validator(mode="after")
-    def _each_in_its_place(self) -> Stages:
-        allowed = {
-            "teacher_rl": ("grpo",),
-            "warmup": ("forward_kl", "sft"),
-            "opd": ("opd", "mixed", "constant"),
-            "student_rl": ("grpo", "mixed"),
-            "sft": ("sft",),
-        }
-        for name, objectives in allowed.items():
+    def _check_objectives(self) -> Stages:
+        for name in type(self).model_fields:
             stage: Stage | None = getattr(self, name)
-            if stage is not None and stage.objective not in objectives:
-                raise ValueError(f"{name}.objective is {stage.objective}; this stage takes {' or '.join(objectives)}")
+            if stage is not None and name not in stage.spec.stages:
+                allowed = " or ".join(objective for objective, spec in OBJECTIVES.items() if name in spec.stages)
+                raise ValueError(f"{name}.objective is {stage.objective}; this stage takes {allowed}")
         if self.student_rl.until is not None:
             raise ValueError("student_rl.until: stage 3 takes fixed steps, so that its matched replay can take as many")
         return self

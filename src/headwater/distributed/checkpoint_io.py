@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from headwater.distributed.process_group import ProcessGroup
 
 WEIGHT, STATE = "weight.", "optimizer."
-WHOLE, ADAPTER = "model.safetensors", "adapter.safetensors"
+MODEL_FILE, ADAPTER_FILE = "model.safetensors", "adapter.safetensors"
 """What one process alone writes: all weights, or those of an adapter (`checkpoint`)."""
 
 
-def write(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: ProcessGroup) -> None:
+def save(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: ProcessGroup) -> None:
     """This rank's parts; all ranks must call it with the same folder."""
     held = {f"{WEIGHT}{name}": one.detach() for name, one in named(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -38,15 +38,15 @@ def write(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: Pro
     )
 
 
-def read(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer, ranks: ProcessGroup) -> None:
+def load(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer, ranks: ProcessGroup) -> None:
     """A checkpoint of any number of ranks into the weights and the optimizer of this one."""
-    whole = next((path for path in (folder / WHOLE, folder / ADAPTER) if path.exists()), None)
+    whole = next((path for path in (folder / MODEL_FILE, folder / ADAPTER_FILE) if path.exists()), None)
     if whole is not None:
         _cut_from_whole(whole, model, optimizer, state)
         return
     weights = {f"{WEIGHT}{name}": one.detach() for name, one in named(model).items()}
     slots = blank(optimizer, keys_in(folder))
-    read_into(
+    load_tensors(
         weights | {f"{STATE}{index}.{key}": one for index, state_ in slots.items() for key, one in state_.items()},
         folder,
         ranks,
@@ -54,7 +54,7 @@ def read(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer,
     optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
 
 
-def read_into(wanted: dict[str, Tensor], folder: Path, ranks: ProcessGroup) -> None:
+def load_tensors(wanted: dict[str, Tensor], folder: Path, ranks: ProcessGroup) -> None:
     """Fill tensors, or this rank's parts of them, with what safetensors files hold under their names; only those parts are read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # without other processes it says that it assumes so
@@ -62,11 +62,11 @@ def read_into(wanted: dict[str, Tensor], folder: Path, ranks: ProcessGroup) -> N
             wanted,
             storage_reader=HuggingFaceStorageReader(str(folder)),
             process_group=ranks.group,
-            no_dist=ranks.alone,
+            no_dist=ranks.single_process,
         )
 
 
-def by_names(model: Any) -> list[tuple[Tensor, list[str]]]:
+def tensors_with_names(model: Any) -> list[tuple[Tensor, list[str]]]:
     """Weights and saved buffers, each once with all of its names: tied ones have several."""
     found: dict[int, tuple[Tensor, list[str]]] = {}
     for name, one in model.state_dict(keep_vars=True).items():
@@ -77,7 +77,7 @@ def by_names(model: Any) -> list[tuple[Tensor, list[str]]]:
 def named(model: Any) -> dict[str, Tensor]:
     """What a checkpoint holds of a model, by its first name: weights and saved buffers, or the adapter where the rest is frozen."""
     adapted = any(not one.requires_grad for one in model.parameters())
-    return {names[0]: one for one, names in by_names(model) if one.requires_grad or not adapted}
+    return {names[0]: one for one, names in tensors_with_names(model) if one.requires_grad or not adapted}
 
 
 def keys_in(folder: Path) -> set[str]:
@@ -110,10 +110,10 @@ def _cut_from_whole(file: Path, model: Any, optimizer: torch.optim.Optimizer, st
     """This rank's parts of what one process alone wrote."""
     wanted = named(model)
     with safe_open(file, framework="pt") as held, torch.no_grad():
-        for one, names in by_names(model):
+        for one, names in tensors_with_names(model):
             if names[0] in wanted:
                 known = next(name for name in names if name in held.keys())  # noqa: SIM118
-                one.copy_(part_of(held.get_tensor(known), one))
+                one.copy_(local_shard(held.get_tensor(known), one))
     per_parameter: dict[int, dict[str, Tensor]] = {}
     every, path = parameters(optimizer), file.with_name("optimizer.safetensors")
     if path.exists():
@@ -121,11 +121,11 @@ def _cut_from_whole(file: Path, model: Any, optimizer: torch.optim.Optimizer, st
             for name in held.keys():  # noqa: SIM118
                 index, key = name.split(".", 1)
                 value, like = held.get_tensor(name), every[int(index)]
-                per_parameter.setdefault(int(index), {})[key] = value if value.ndim == 0 else part_of(value, like)
+                per_parameter.setdefault(int(index), {})[key] = value if value.ndim == 0 else local_shard(value, like)
     optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
+def local_shard(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a tensor that all ranks have, divided as another one is."""
     if not isinstance(like, DTensor):
         return whole

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from headwater.errors import LostError
+from headwater.errors import LostProcessError
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class ProcessGroup:
     group  the processes to exchange words with
     store  what the launcher keeps for all of them: it answers also while others wait for this rank
 
-    Example: `Ranks()` is one process alone: `share(rows)` is all of them, `all_gather(x)` is [x].
+    Example: `Ranks()` is one process alone: `shard(rows)` is all of them, `all_gather(x)` is [x].
     """
 
     rank: int = 0
@@ -48,43 +48,43 @@ class ProcessGroup:
     store: Any = None
 
     @property
-    def alone(self) -> bool:
+    def single_process(self) -> bool:
         return self.size == 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that writes the run's folder and talks to the user."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's part of what all have: consecutive, alike in number. Example: rank 1 of 2 has (c, d) of (a, b, c, d)."""
         count = len(items)
         return items[count * self.rank // self.size : count * (self.rank + 1) // self.size]
 
     def all_gather(self, value: T) -> list[T]:
         """What every rank has, in their order, on every rank."""
-        if self.alone:
+        if self.single_process:
             return [value]
         held: list[Any] = [None] * self.size
-        with named_loss():
+        with detect_lost_process():
             dist.all_gather_object(held, value, group=self.group)
         return held
 
-    def gather_to_first(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """As `all_gather`, on the first rank; nothing on the others. For what is large."""
-        if self.alone:
+        if self.single_process:
             return [value]
-        held: list[Any] | None = [None] * self.size if self.first else None
-        with named_loss():
+        held: list[Any] | None = [None] * self.size if self.is_main else None
+        with detect_lost_process():
             dist.gather_object(value, held, dst=0, group=self.group)
         return held or []
 
     def broadcast(self, value: T) -> T:
         """What the first rank has, on every rank."""
-        if self.alone:
+        if self.single_process:
             return value
         held: list[Any] = [value]
-        with named_loss():
+        with detect_lost_process():
             dist.broadcast_object_list(held, src=0, group=self.group)
         found: T = held[0]
         return found
@@ -99,16 +99,16 @@ class ProcessGroup:
 
     def any(self, flag: bool) -> bool:
         """Whether it holds on any rank."""
-        if self.alone:
+        if self.single_process:
             return flag
         held = torch.tensor([int(flag)])
-        with named_loss():
+        with detect_lost_process():
             dist.all_reduce(held, dist.ReduceOp.MAX, group=self.group)
         return bool(held.item())
 
-    def in_lockstep(self, items: Iterable[T]) -> Iterator[T | None]:
+    def lockstep(self, items: Iterable[T]) -> Iterator[T | None]:
         """The items, then None while other ranks still have some: so all of them take part in as many passes."""
-        if self.alone:
+        if self.single_process:
             yield from items
             return
         rest = iter(items)
@@ -124,11 +124,11 @@ class ProcessGroup:
 
     def duplicate(self) -> ProcessGroup:
         """The same processes with words of their own, for a thread that speaks while another one does."""
-        return self if self.alone else replace(self, group=dist.new_group(backend="gloo", timeout=PATIENCE))
+        return self if self.single_process else replace(self, group=dist.new_group(backend="gloo", timeout=PATIENCE))
 
-    def settled(self, what: str, failed: bool) -> bool:
+    def same_outcome(self, what: str, failed: bool) -> bool:
         """Whether every rank came to the end of `what`, and all of them failed or none. One that failed does not wait long."""
-        if self.alone:
+        if self.single_process:
             return True
         keys = [f"{what}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], str(failed))
@@ -142,22 +142,22 @@ class ProcessGroup:
             self.store.set(APART, "")
         return False
 
-    def apart(self) -> bool:
+    def diverged(self) -> bool:
         """Whether some rank has left the common way, so that no word of this one would be understood."""
-        return not self.alone and bool(self.store.check([APART]))
+        return not self.single_process and bool(self.store.check([APART]))
 
 
 SINGLE_PROCESS = ProcessGroup()
 APART = "apart"
 
 
-def join() -> ProcessGroup:
+def init_process_group() -> ProcessGroup:
     """Meet the other processes that the launcher started. On GPUs each takes the one of its local rank."""
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
-    with named_loss():
+    with detect_lost_process():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=dist.PrefixStore("headwater", store),
@@ -170,19 +170,19 @@ def join() -> ProcessGroup:
     return ProcessGroup(rank, size, mesh, group, dist.PrefixStore("settled", store))
 
 
-def is_loss(error: BaseException) -> bool:
+def is_lost_process(error: BaseException) -> bool:
     """Whether an exception says that another process does not answer any more."""
-    return isinstance(error, LostError) or (
+    return isinstance(error, LostProcessError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in GONE)
     )
 
 
 @contextlib.contextmanager
-def named_loss() -> Iterator[None]:
-    """Raises LostError where another process is gone."""
+def detect_lost_process() -> Iterator[None]:
+    """Raises LostProcessError where another process is gone."""
     try:
         yield
     except RuntimeError as error:
-        if not is_loss(error):
+        if not is_lost_process(error):
             raise
-        raise LostError from None
+        raise LostProcessError from None

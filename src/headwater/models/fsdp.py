@@ -47,7 +47,7 @@ def load(
 
     Raises UserError, also for what ranks cannot divide.
     """
-    if ranks.alone:
+    if ranks.single_process:
         return model.load(name, field, models, device, frozen, fingerprint, adapt)
     if adapt is not None and adapt.lora.quantize is not None:
         raise UserError(
@@ -97,7 +97,7 @@ def within(policy: Policy, attempt: Callable[[], T]) -> T:
 
     Raises TrainingStoppedError where memory runs out on a rank: the others are in the same pass, so it cannot be made again.
     """
-    if policy.ranks.alone:
+    if policy.ranks.single_process:
         return attempt()
     with together(policy):
         # Where logits are the model's own, its forward has all it needs.
@@ -113,7 +113,7 @@ def together(policy: Policy) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if policy.ranks.alone or not out_of_memory(error):
+        if policy.ranks.single_process or not out_of_memory(error):
             raise
         raise TrainingStoppedError(
             f"memory ran out on process {policy.ranks.rank} of {policy.ranks.size}; lower compute.microbatch_tokens, or take "
@@ -162,7 +162,7 @@ def whole(policy: Policy, where: torch.device | None = None) -> Iterator[Policy]
 
     where  the device that they are gathered to, one after the other: the policy's own, unless said; on `meta` none is kept
     """
-    if policy.ranks.alone:
+    if policy.ranks.single_process:
         yield policy
         return
     for module in policy.model.modules():
@@ -194,7 +194,7 @@ def as_one(policy: Policy, filled: Any) -> Policy:
 
 def save(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     """As `model.save`, by the first rank, which gathers all weights in the machine's memory; all must call it."""
-    alone, first = policy.ranks.alone, policy.ranks.first
+    alone, first = policy.ranks.single_process, policy.ranks.is_main
     with whole(policy, None if alone else torch.device("cpu" if first else "meta")) as held:
         if first:
             model.save(held, folder, dtype)

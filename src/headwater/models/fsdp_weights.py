@@ -74,13 +74,16 @@ def fits(made: Any, found: dict[str, list[int]]) -> bool:
     """Whether files hold every weight and saved buffer of a model under its own name, in its shape, and all in one type."""
     if getattr(made, "_keep_in_fp32_modules", None) or getattr(made, "_keep_in_fp32_modules_strict", None):
         return False
-    return all(any(found.get(name) == list(one.shape) for name in names) for one, names in checkpoint_io.by_names(made))
+    return all(
+        any(found.get(name) == list(one.shape) for name in names)
+        for one, names in checkpoint_io.tensors_with_names(made)
+    )
 
 
 @torch.no_grad()
 def fill(held: Any, base: str, device: torch.device, ranks: ProcessGroup) -> None:
     """This rank's parts of every weight that has no numbers yet; all ranks must call it."""
-    every = checkpoint_io.by_names(held)
+    every = checkpoint_io.tensors_with_names(held)
     if not any(one.is_meta for one, _ in every):
         return
     folder, wanted = folder_of(base), dict[str, Tensor]()
@@ -89,7 +92,7 @@ def fill(held: Any, base: str, device: torch.device, ranks: ProcessGroup) -> Non
         found = next((name for name in (name.replace(ADAPTED, "") for name in names) if name in known), None)
         if found is not None:
             wanted[found] = with_room(held, one, names, device).detach()
-    checkpoint_io.read_into(wanted, folder, ranks)
+    checkpoint_io.load_tensors(wanted, folder, ranks)
 
 
 def with_room(held: Any, one: Tensor, names: list[str], device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from headwater import seeds
 from headwater.config.recipe import Lora
-from headwater.distributed.checkpoint_io import part_of
+from headwater.distributed.checkpoint_io import local_shard
 from headwater.errors import UserError
 from headwater.models.untrusted_files import read_object
 
@@ -268,7 +268,9 @@ def fold_in(model: Any, folder: Path, field: str) -> None:
             raise UserError(f"{field}: {folder / WEIGHTS} does not fit its base model (at {name:.120})")
         added = scaling * (up.float() @ down.float()).to(weight.device)
         if isinstance(weight, DTensor):
-            weight.copy_(weight.float() + part_of(added, weight))  # in place: what gathers its parts knows this memory
+            weight.copy_(
+                weight.float() + local_shard(added, weight)
+            )  # in place: what gathers its parts knows this memory
         else:
             weight.data = (weight.float() + added).to(weight.dtype)
 

@@ -24,10 +24,10 @@ VERDICT_FIELDS = ("correct", "reason", "advantage")
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckResult:
     """One claim: whether it holds, and what was counted. `faults` are sentences that name the file and the ids.
 
-    Example: `Check("budget", "at most 256 distinct labels", "256 looked at by 9 nodes", ())`.
+    Example: `CheckResult("budget", "at most 256 distinct labels", "256 looked at by 9 nodes", ())`.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Check:
         return not self.faults
 
 
-def audit(path: Path) -> list[Check]:
+def audit_run(path: Path) -> list[CheckResult]:
     """Every check of one run directory, in the order of CHECKS.
 
     Raises UserError for a folder that holds no run, or one whose recipe or plan cannot be read.
@@ -55,7 +55,7 @@ def audit(path: Path) -> list[Check]:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             # Whoever edits a file may leave any shape behind; what cannot be recounted is not proved.
             evidence, faults = "a row is not of the shape that the run writes", [f"{type(error).__name__}: {error}"]
-        found.append(Check(name, claim, evidence, tuple(faults)))
+        found.append(CheckResult(name, claim, evidence, tuple(faults)))
     return found
 
 
@@ -278,12 +278,12 @@ CHECKS: dict[str, tuple[str, Callable[[Files], Found]]] = {
 }
 
 
-def written(found: list[Check]) -> str:
+def to_json(found: list[CheckResult]) -> str:
     """The checks as JSON."""
     return json.dumps([{"holds": one.holds, **asdict(one)} for one in found], ensure_ascii=False)
 
 
-def text(found: list[Check]) -> str:
+def to_text(found: list[CheckResult]) -> str:
     """The checks for people: a line each, and the first faults of those that fail."""
     lines = []
     for one in found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from headwater.errors import UserError
 from headwater.report import audit
 from headwater.report.html_parts import escaped, noted, section, table, td
-from headwater.report.read import Study
+from headwater.report.study import Study
 from headwater.storage.run_dir import RunDir
 
 MOST_BYTES = 300_000_000
@@ -22,7 +22,7 @@ def _one(run: RunDir) -> str:
     if size > MOST_BYTES:
         return noted(f"{size / 1e6:,.0f} MB of rollouts: not recounted here; `headwater report DIR --audit` does it.")
     try:
-        found = audit.audit(run.path)
+        found = audit.audit_run(run.path)
     except UserError as error:
         return noted(f"This run cannot be audited: {error}")
     rows = []

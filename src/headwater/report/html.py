@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
+from headwater.config.arms import DESCRIPTIONS
 from headwater.report import audit_section, figures, guards, html_claims, html_stages, label_flow, label_use
+from headwater.report.format import count, duration, non_training_notes, percent, units
 from headwater.report.html_claims import axis_head, extent
 from headwater.report.html_parts import (
     anchor,
@@ -26,11 +28,10 @@ from headwater.report.html_parts import (
     table,
     td,
 )
-from headwater.report.read import ARM_TEXT, POOL_TEXT, Study, costs, mean_costs
 from headwater.report.rollouts import sample
-from headwater.report.stage_table import stage_name
+from headwater.report.stages import stage_name
+from headwater.report.study import POOL_TEXT, Study, costs, mean_costs
 from headwater.report.style import STYLE
-from headwater.report.text import apart, count, duration, percent, units
 from headwater.storage.run_dir import read_jsonl
 
 
@@ -121,7 +122,7 @@ def _arms(report: dict[str, Any], album: figures.Album) -> str:
         "(checks). Tokens are sampled by the policy, trained on, scored by the teacher. Costs are those of every stage "
         "that an arm rests on, shared or not, as the mean per seed; looks at labels for evaluation are not in them."
     )
-    notes = [note, *(f"{one[0].upper()}{one[1:]}." for one in apart(report))]
+    notes = [note, *(f"{one[0].upper()}{one[1:]}." for one in non_training_notes(report))]
     html_claims.forests(report, album)
     caption = f"Accuracy{f' on {evals[0]}' if len(evals) == 1 else ''} and costs{_validation(report)}"
     return section("Arms", table(caption, heads, rows) + "".join(map(noted, notes)))
@@ -148,9 +149,7 @@ def _name_cell(name: str, arm: dict[str, Any], rows: int) -> str:
         said.append(f"{failure['state']} on seed {seed}: {where}{failure['sentence']}")
     more = "".join(f'<span class="warn">{escaped(one)}</span>' for one in said)
     span = f' rowspan="{rows}"' if rows > 1 else ""
-    return (
-        f'<th scope="row"{span}>{escaped(name)}<span class="text">{escaped(ARM_TEXT.get(name, ""))}</span>{more}</th>'
-    )
+    return f'<th scope="row"{span}>{escaped(name)}<span class="text">{escaped(DESCRIPTIONS.get(name, ""))}</span>{more}</th>'
 
 
 def _scores(arm: dict[str, Any], eval_name: str, common_k: str) -> list[str]:
@@ -178,7 +177,7 @@ def _spent(spent: dict[str, Any]) -> list[str]:
 def _labels(study: Study, report: dict[str, Any], album: figures.Album) -> str:
     """Where every label went: a band and a row for each node that looked at any, with the arms that rest on it."""
     rows, flows = [], []
-    for arms, _, by_seed in study.groups():
+    for arms, by_seed in study.stage_groups():
         nodes = list(by_seed.values())
         spent = mean_costs([costs([node]) for node in nodes])["labels"]
         pool = nodes[0].pool
@@ -204,7 +203,7 @@ def _labels(study: Study, report: dict[str, Any], album: figures.Album) -> str:
     heads = ["pool", "→ stage", "→ arms", "allowed", "distinct", "checks"]
     note = "Means per seed. Stages that are not listed were handed no labels at all."
     taken = []
-    for one in label_use.paths(study):
+    for one in label_use.label_paths(study):
         cells = [f"{one['half']}H", str(one["stages"]), count(one["labels"])]
         taken.append(f'<tr><th scope="row">{escaped(one["arm"])}</th>{"".join(map(td, cells))}</tr>')
     used = table("Which stages looked at a label, by arm and half", ["arm", "half", "stages", "labels"], taken)

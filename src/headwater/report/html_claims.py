@@ -7,21 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from headwater.report import figures
-from headwater.report.html_parts import AXIS, escaped, framed, interval, noted, section, table, td
-from headwater.report.svg import spanning
-from headwater.report.text import (
-    count,
-    difference,
+from headwater.report.contrasts import (
+    difference_text,
     find_contrast,
-    grouped,
+    group_by_equality,
     interval_note,
     named_contrasts,
-    p_text,
-    percent,
-    points,
     reading,
-    units,
 )
+from headwater.report.format import count, p_text, percent, points, units
+from headwater.report.html_parts import AXIS, escaped, framed, interval, noted, section, table, td
+from headwater.report.svg import spanning
 
 MARKS = {"holds": "▲", "does not hold": "▼", "undecided": "○", "not measured": "–"}
 
@@ -36,9 +32,7 @@ def headline(report: dict[str, Any]) -> str:
         verb = {"holds": "beats", "does not hold": "loses to", "undecided": "cannot be told apart from"}[reading(found)]
         labels = found["labels"]
         spent = f"{count(labels['a'])} labels each" if labels["a"] == labels["b"] else "labels not equal"
-        return (
-            f"The bridge {verb} direct GRPO on {eval_name}: {difference(found).split('direct_grpo ', 1)[1]}; {spent}."
-        )
+        return f"The bridge {verb} direct GRPO on {eval_name}: {difference_text(found).split('direct_grpo ', 1)[1]}; {spent}."
     held = {name: arm["accuracy"][eval_name] for name, arm in report["arms"].items() if eval_name in arm["accuracy"]}
     best = max(held, key=lambda name: held[name]["mean"])
     one = held[best]
@@ -101,7 +95,7 @@ def comparisons(report: dict[str, Any], album: figures.Album) -> str:
     ]
     heads += ["FLOPs a / b", "seeds × problems"]
     rows = []
-    for title, held in grouped(named):
+    for title, held in group_by_equality(named):
         rows.append(f'<tr class="group"><th scope="rowgroup" colspan="{len(heads)}">{escaped(title)}</th></tr>')
         rows += [_contrast_row(one, several, ends) for one in held]
     tables = table("Differences of accuracy, by what is equal in them", heads, rows)
@@ -121,7 +115,7 @@ def comparisons(report: dict[str, Any], album: figures.Album) -> str:
     for eval_name in report["evals"]:  # for papers; the page has them in its tables
         drawn = [
             figures.Row(f"{c['a']} − {c['b']}", c["difference"], c["low"], c["high"])
-            for _, held in grouped(named)
+            for _, held in group_by_equality(named)
             for c in held
             if c["eval"] == eval_name
         ]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from headwater.report import figures
-from headwater.report.conditions import C2
+from headwater.report.conditions import C2_MEASURES
+from headwater.report.format import percent
 from headwater.report.html_parts import escaped, framed, noted, section, table, td
-from headwater.report.read import POOL_TEXT, Node, Study, is_number
-from headwater.report.stage_table import STAGE_TEXT, paths, stage_name, steps_of
-from headwater.report.text import percent
+from headwater.report.stages import STAGE_NAMES, accuracy_paths, accuracy_steps, stage_name
+from headwater.report.study import POOL_TEXT, Node, Study, is_finite_number
 
 METRICS = {
     "reward": "reward (share correct)",
@@ -40,7 +40,7 @@ Group = tuple[str, dict[int, Node]]
 
 def by_stage(report: dict[str, Any], album: figures.Album) -> str:
     """Accuracy and pass@k before, between and after: each arm's way, a panel an arm, and every stage with its measures."""
-    if not any(paths(report, name) for name in report["evals"]):
+    if not any(accuracy_paths(report, name) for name in report["evals"]):
         return ""
     tables = [
         table(
@@ -48,7 +48,7 @@ def by_stage(report: dict[str, Any], album: figures.Album) -> str:
             ("arm", "teacher", "student"),
             [
                 f'<tr><th scope="row">{escaped(arm)}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in ways)}</tr>'
-                for arm, *ways in paths(report, eval_name)
+                for arm, *ways in accuracy_paths(report, eval_name)
             ],
         )
         for eval_name in report["evals"]
@@ -62,7 +62,9 @@ def _ways(report: dict[str, Any]) -> Iterator[figures.Drawn]:
     """Accuracy and pass@k of every arm's student through its stages, on the first evaluation; seeds apart are not shown."""
     eval_name = report["evals"][0]
     held = [
-        (name, steps_of(report, arm, "student")) for name, arm in report["arms"].items() if not name.startswith("base_")
+        (name, accuracy_steps(report, arm, "student"))
+        for name, arm in report["arms"].items()
+        if not name.startswith("base_")
     ]
     places = [place for place in PLACES if any(_place(short) == place for _, steps in held for short, _ in steps)]
     for what, value in (("Accuracy", _accuracy), ("pass@k at the largest k", _best)):
@@ -179,7 +181,7 @@ def _c1(report: dict[str, Any]) -> str:
 def _c1_curves(study: Study, album: figures.Album) -> str:
     """A panel for each way to train the teacher: its reward beside the best of its own groups."""
     panels = []
-    for arms, _, by_seed in study.groups():
+    for arms, by_seed in study.stage_groups():
         nodes = list(by_seed.values())
         if not all(node.role == "teacher" and node.trained for node in nodes):
             continue
@@ -198,13 +200,13 @@ def _c2(report: dict[str, Any]) -> str:
         return ""
     rows, anywhere = [], False
     for row in report["stages"]:
-        held = row["conditions"] or {key: row["ends"][key] for key in C2[:2] if key in row["ends"]}
+        held = row["conditions"] or {key: row["ends"][key] for key in C2_MEASURES[:2] if key in row["ends"]}
         if row["role"] != "student" or not held:
             continue
         anywhere |= bool(row["conditions"])
         prompts = "held out" if row["conditions"] else "training"
         cells = [POOL_TEXT.get(row["pool"] or "", "none"), _some(row["arms"]), prompts]
-        cells += [_two(held.get(key)) for key in C2]
+        cells += [_two(held.get(key)) for key in C2_MEASURES]
         name = stage_name(row["stage"], row["objective"], row["role"])
         rows.append(f'<tr><th scope="row">{escaped(name)}</th>{"".join(map(td, cells))}</tr>')
     heads = ["stage", "pool", "arms", "prompts", "KL(T ‖ S), teacher prefixes", "KL(S ‖ T), student prefixes"]
@@ -244,12 +246,12 @@ def _panels_by_stage(
     where: str,
 ) -> str:
     stages: dict[tuple[str, str, str], list[Group]] = {}
-    for arms, _, by_seed in study.groups():
+    for arms, by_seed in study.stage_groups():
         if any(rows(node) for node in by_seed.values()):
             first = next(iter(by_seed.values()))
             held = stages.setdefault((first.stage, first.role, first.objective), [])
             held.append((_some(arms), by_seed))
-    order, parts = list(STAGE_TEXT), []
+    order, parts = list(STAGE_NAMES), []
     for stage, role, objective in sorted(
         stages, key=lambda one: order.index(one[0]) if one[0] in order else len(order)
     ):
@@ -275,7 +277,7 @@ def _lines(
     nodes: Any, key: str, rows: Callable[[Node], list[dict[str, Any]]] = lambda node: node.metrics
 ) -> tuple[figures.Line, ...]:
     """(steps, values) of each node that measured it."""
-    held = [[(row["step"], row[key]) for row in rows(node) if is_number(row.get(key))] for node in nodes]
+    held = [[(row["step"], row[key]) for row in rows(node) if is_finite_number(row.get(key))] for node in nodes]
     return tuple(([step for step, _ in one], [value for _, value in one]) for one in held if one)
 
 

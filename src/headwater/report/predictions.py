@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from headwater.report.text import count, difference, extent, find_contrast, listed, percent, points, reading, units
+from headwater.report.contrasts import difference_text, find_contrast, reading, sample_size
+from headwater.report.format import count, join_and, percent, points, units
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Prediction:
 
     @property
     def rule(self) -> str:
-        return f"holds if {listed([str(part) for part in self.parts])}"
+        return f"holds if {join_and([str(part) for part in self.parts])}"
 
 
 def predictions(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -79,9 +80,9 @@ def _row(report: dict[str, Any], one: Prediction, eval_name: str) -> dict[str, A
     beside = [c for c in (find_contrast(report, a, b, eval_name) for a, b in one.beside) if c is not None]
     why = [_part(part, c) for part, c in held]
     if len(held) < len(found):
-        why.append(f"missing: {listed(missing) or 'pairs on the same seeds'}")
+        why.append(f"missing: {join_and(missing) or 'pairs on the same seeds'}")
     if held:
-        why[0] = f"{extent(held[0][1])}: {why[0]}"
+        why[0] = f"{sample_size(held[0][1])}: {why[0]}"
         why += one.more(report, eval_name)
     return {
         "name": one.name,
@@ -102,7 +103,7 @@ def _brief(c: dict[str, Any]) -> dict[str, Any]:
 
 
 def _part(part: Part, c: dict[str, Any]) -> str:
-    return f"{difference(c)} ({part} {part.says(c).replace('undecided', 'is undecided')})"
+    return f"{difference_text(c)} ({part} {part.says(c).replace('undecided', 'is undecided')})"
 
 
 def _there(report: dict[str, Any], arm: str) -> bool:
@@ -118,7 +119,7 @@ def _ordering_more(report: dict[str, Any], eval_name: str) -> list[str]:
     found = [f"compute is not equal here: bridge {a}, direct_grpo {b}"]
     same = find_contrast(report, "bridge", "direct_grpo_compute", eval_name)
     if same is not None and "compute" in same["equal"]:
-        found.append(f"at equal compute {difference(same)} (bridge above it: {reading(same)})")
+        found.append(f"at equal compute {difference_text(same)} (bridge above it: {reading(same)})")
     return found
 
 
@@ -131,7 +132,7 @@ def _stages_more(report: dict[str, Any], eval_name: str) -> list[str]:
             found.append(f"{name} takes {percent(c['flops']['b'] / c['flops']['a'])} % of the bridge's FLOPs")
     c = find_contrast(report, "bridge", "teacher_sft", eval_name)
     if c is not None:
-        found.append(f"beside it, the paper's “no OPD”, which makes the targets hard as well: {difference(c)}")
+        found.append(f"beside it, the paper's “no OPD”, which makes the targets hard as well: {difference_text(c)}")
     return found
 
 

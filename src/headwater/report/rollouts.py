@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from headwater.report.html_parts import clean
-from headwater.report.read import Node, Study, is_number
-from headwater.report.stage_table import STAGE_TEXT, stage_name
+from headwater.report.stages import STAGE_NAMES, stage_name
+from headwater.report.study import Node, Study, is_finite_number
 from headwater.storage.run_dir import read_jsonl
 
 BYTES = 1_200_000
@@ -54,7 +54,7 @@ def sample(study: Study, problems: Mapping[str, str]) -> Sample:
         if size > BYTES:
             break
         rows.append(one)
-    order = {name: number for number, name in enumerate(STAGE_TEXT.values())}
+    order = {name: number for number, name in enumerate(STAGE_NAMES.values())}
     rows.sort(
         key=lambda one: (order.get(one["s"], len(order)), one["d"], one["n"], isinstance(one["t"], str), one["t"])
     )
@@ -70,7 +70,7 @@ def _offered(study: Study) -> Iterator[Offer]:
     for seed in study.seeds:
         sources = [
             iterator
-            for arms, _, by_seed in study.groups()
+            for arms, by_seed in study.stage_groups()
             if seed in by_seed
             for iterator in _sources(arms, by_seed[seed], seed, study)
         ]
@@ -103,7 +103,9 @@ def chosen(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         kept = best.setdefault(row.get("correct"), [])
         signal = row.get("signal")
         strongest = (
-            max((abs(one) for one in signal if is_number(one)), default=0.0) if isinstance(signal, list) else -1.0
+            max((abs(one) for one in signal if is_finite_number(one)), default=0.0)
+            if isinstance(signal, list)
+            else -1.0
         )
         kept.append((-strongest, rank, number, row))
         if len(kept) > 64:
@@ -134,12 +136,12 @@ def _row(row: Mapping[str, Any], node: Node, seed: int, step: int) -> dict[str, 
     }
     if len(text) > CHARACTERS:
         found["m"] = len(text) - CHARACTERS
-    if is_number(row.get("advantage")):
+    if is_finite_number(row.get("advantage")):
         found["g"] = round(row["advantage"], 2)
     pieces, signal = row.get("pieces"), row.get("signal")
     if isinstance(pieces, list) and isinstance(signal, list) and len(pieces) == len(signal):
         found["w"] = [clean(str(piece))[:80] for piece in pieces[:PIECES]]
-        found["x"] = [round(float(value), 2) if is_number(value) else 0.0 for value in signal[:PIECES]]
+        found["x"] = [round(float(value), 2) if is_finite_number(value) else 0.0 for value in signal[:PIECES]]
     return found
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from headwater.errors import HeadwaterError, UserError
 from headwater.report import build as report
+from headwater.report.format import duration
 from headwater.report.html_parts import document, escaped, td
 from headwater.report.style import STYLE
-from headwater.report.text import duration
-from headwater.report.watch import SHORT, Look, look
+from headwater.report.watch import METRIC_LABELS, RunStatus, read_status
 from headwater.storage.run_dir import RunDir
 
 REFRESH, PATIENCE = 10, 10.0
@@ -116,17 +116,17 @@ def _changed(outs: Sequence[Path]) -> Seen:
 def _status(outs: Sequence[Path]) -> tuple[str, bool]:
     """The nodes at work as HTML, and whether anybody is."""
     try:
-        found = [look(out) for out in outs]
+        found = [read_status(out) for out in outs]
     except HeadwaterError:
         return "", True
     return "".join(map(_one, found)), any(one.running for one in found)
 
 
-def _one(found: Look) -> str:
+def _one(found: RunStatus) -> str:
     rows = []
     for one in found.nodes:
         if one.state == "at work":
-            numbers = " · ".join(f"{SHORT.get(name, name)} {value:.3g}" for name, value in one.numbers.items())
+            numbers = " · ".join(f"{METRIC_LABELS.get(name, name)} {value:.3g}" for name, value in one.numbers.items())
             left = duration(one.seconds_left) if one.seconds_left is not None else "?"
             cells = [str(one.seed), f"{one.step} of {one.steps or '?'}", left, numbers, "; ".join(one.warnings)]
             rows.append(f'<tr><th scope="row">{escaped(one.stage)}</th>{"".join(map(td, cells))}</tr>')

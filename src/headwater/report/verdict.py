@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from headwater.report.text import count, difference, extent, find_contrast, listed, percent, reading, units
+from headwater.config.arms import ARMS
+from headwater.report.contrasts import difference_text, find_contrast, reading, sample_size
+from headwater.report.format import count, join_and, percent, units
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -29,7 +31,7 @@ def _claims(report: dict[str, Any], eval_name: str) -> list[str]:
     if said and not said[0].startswith("On "):
         first = next(c for c in report["contrasts"] if c["eval"] == eval_name)
         start = said[0] if said[0].startswith("P") else said[0][0].lower() + said[0][1:]
-        said[0] = f"On {eval_name} ({extent(first)}) {start}"
+        said[0] = f"On {eval_name} ({sample_size(first)}) {start}"
     return said
 
 
@@ -41,12 +43,12 @@ def _ordering(report: dict[str, Any], eval_name: str) -> str | None:
     if not held:
         return None
     there = [name for name in names if _finished(report, name, eval_name)]
-    where = f"On {eval_name} ({extent(held[0])})"
-    numbers = "; ".join(difference(c) for c in held)
+    where = f"On {eval_name} ({sample_size(held[0])})"
+    numbers = "; ".join(difference_text(c) for c in held)
     shown = ", ".join(_accuracy(report, name, eval_name) for name in there)
     if len(held) < 2 and _row(report, "P1", eval_name)["reading"] == "not measured":
         missing = [name for name in names if name not in there]
-        says = f"cannot be judged, since {listed(missing) or 'a pair on the same seeds'} is missing"
+        says = f"cannot be judged, since {join_and(missing) or 'a pair on the same seeds'} is missing"
     else:
         says = _says(report, "P1", eval_name)
     return (
@@ -78,20 +80,20 @@ def _fresh_labels(report: dict[str, Any], eval_name: str) -> str | None:
         "undecided": "Whether fresh labels after the bridge beat replaying the used ones is undecided",
     }[reading(c)]
     shown = ", ".join(_accuracy(report, name, eval_name) for name in ("bridge_rl", "replay"))
-    return f"{says}: {shown} ({difference(c)}; {_labels(report, ('bridge_rl', 'replay'))})."
+    return f"{says}: {shown} ({difference_text(c)}; {_labels(report, ('bridge_rl', 'replay'))})."
 
 
 def _equal_compute(report: dict[str, Any], eval_name: str) -> str | None:
     """The bridge against the arms that were given its FLOPs; where they did not come out equal, it says so."""
     words = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
     parts = []
-    for name in ("direct_grpo_compute", "opd_then_rl_compute"):
+    for name in [name for name, arm in ARMS.items() if arm.same_compute and arm.same_compute[1] == "bridge"]:
         c = find_contrast(report, "bridge", name, eval_name)
         if c is not None:
             a, b = units(c["flops"]["a"], "FLOPs"), units(c["flops"]["b"], "FLOPs")
             but = "" if "compute" in c["equal"] else ", not equal after all"
-            parts.append(f"{words[reading(c)]} {name} ({difference(c)}; {a} and {b}{but})")
-    return f"At equal compute the bridge {listed(parts)}." if parts else None
+            parts.append(f"{words[reading(c)]} {name} ({difference_text(c)}; {a} and {b}{but})")
+    return f"At equal compute the bridge {join_and(parts)}." if parts else None
 
 
 def _wasted(report: dict[str, Any]) -> list[str]:
@@ -137,8 +139,8 @@ def _fallback(report: dict[str, Any], eval_name: str) -> str:
     best = max(held, key=lambda c: float(c["difference"]))
     says = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
     return (
-        f"On {eval_name} ({extent(best)}) {best['a']} {says[reading(best)]} {best['b']}: "
-        f"{_accuracy(report, best['a'], eval_name)}, {_accuracy(report, best['b'], eval_name)} ({difference(best)}); "
+        f"On {eval_name} ({sample_size(best)}) {best['a']} {says[reading(best)]} {best['b']}: "
+        f"{_accuracy(report, best['a'], eval_name)}, {_accuracy(report, best['b'], eval_name)} ({difference_text(best)}); "
         "the arms that the paper compares are not in this run."
     )
 
@@ -152,7 +154,7 @@ def _says(report: dict[str, Any], name: str, eval_name: str) -> str:
 
 
 def _shown(report: dict[str, Any], name: str, eval_name: str, arms: Sequence[str]) -> str:
-    numbers = "; ".join(difference(c) for c in _row(report, name, eval_name)["rests_on"])
+    numbers = "; ".join(difference_text(c) for c in _row(report, name, eval_name)["rests_on"])
     accuracies = ", ".join(_accuracy(report, arm, eval_name) for arm in arms)
     return f"{_says(report, name, eval_name)}: {accuracies} ({numbers}; {_labels(report, arms)})"
 

@@ -103,7 +103,7 @@ def nodes_of(arm: Arm, recipe: Recipe, seed: int) -> Node:
 def train_node(recipe: Recipe, step: Step, role: Role, seed: int, start: Role | Node, supervisor: Role | Node) -> Node:
     settings = stage_of(recipe, step)
     cache = None
-    if settings.objective in ("forward_kl", "sft"):
+    if not settings.on_policy:
         cache = Node(
             "rollouts",
             "teacher_rollouts",

@@ -138,7 +138,7 @@ class FastDecoder:
 
         def attend(layer: int, qkv_AD: Tensor) -> Tensor:
             cache, heads_norm = self.cache, self.weights.layers[layer].heads_norm
-            return kernels.attend(
+            return kernels.decode_attention(
                 qkv_AD, heads_norm, table_TD, cache.position_A, cache.keys[layer], cache.values[layer], self.eps
             )
 
@@ -150,7 +150,7 @@ class FastDecoder:
         for index, layer in enumerate(self.weights.layers):
             x = layer.out.add_to(x, attend(index, project(layer.qkv, self._norm(x, layer.attention_norm))))
             gate_up = project(layer.gate_up, self._norm(x, layer.mlp_norm))
-            x = layer.down.add_to(x, swiglu(gate_up) if self.kernels is None else self.kernels.gate(gate_up))
+            x = layer.down.add_to(x, swiglu(gate_up) if self.kernels is None else self.kernels.silu_gate(gate_up))
         return x
 
     def _split_heads(self, layer: int, qkv_ND: Tensor, table_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +166,9 @@ class FastDecoder:
         return q, k, qkv_ND[:, q_and_k:].unflatten(1, (-1, self.width))
 
     def _norm(self, x_NH: Tensor, weight_H: Tensor | None) -> Tensor:
-        return self._rms_norm(x_NH, weight_H) if self.kernels is None else self.kernels.norm(x_NH, weight_H, self.eps)
+        return (
+            self._rms_norm(x_NH, weight_H) if self.kernels is None else self.kernels.rms_norm(x_NH, weight_H, self.eps)
+        )
 
     def _rms_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """RMS norm over the last dimension; in float32 as four operations, where torch's own takes seven on a CPU."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headwater.kernels import Kernels, kernels, packed
+from headwater.kernels import Kernels, kernels, pack_weight
 from headwater.models import lora
 from headwater.models.policy import Policy
 
@@ -197,4 +197,4 @@ class WeightReader:
         """The same projection by the CPU kernels, if they are used."""
         if self.kernels is None:
             return linear
-        return PackedLinear(self.kernels, packed(linear.weight), linear.bias, len(linear.weight))
+        return PackedLinear(self.kernels, pack_weight(linear.weight), linear.bias, len(linear.weight))

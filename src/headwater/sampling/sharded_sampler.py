@@ -28,7 +28,7 @@ class ShardedSampler:
         self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
     ) -> list[Rollout]:
         with self.local() as sampler:
-            shard = sampler.sample(self.ranks.share(requests), sampling)
+            shard = sampler.sample(self.ranks.shard(requests), sampling)
         rollouts = [rollout for part in self.ranks.all_gather(shard) for rollout in part]
         if on_finished is not None:
             on_finished(rollouts)

@@ -48,7 +48,7 @@ def draw_tokens(logits_BV: Tensor, draws_B: Tensor, sampling: Sampling) -> tuple
     logits_BV = logits_BV.float()
     fast = kernels() if logits_BV.device.type == "cpu" and not sampling.top_k and sampling.top_p >= 1.0 else None
     if fast:
-        return fast.draw(logits_BV.contiguous(), draws_B.double(), sampling.temperature)
+        return fast.sample(logits_BV.contiguous(), draws_B.double(), sampling.temperature)
     if sampling.temperature != 1.0:
         logits_BV = logits_BV / sampling.temperature
     if sampling.top_k and sampling.top_k < logits_BV.shape[-1]:

@@ -18,7 +18,6 @@ from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, TopK
-from headwater.losses.objectives import divergence_of
 from headwater.models import fsdp
 from headwater.models import policy as model
 from headwater.models.policy import Policy, Shape
@@ -97,7 +96,7 @@ def offloadable_weights(policy: Policy) -> list[Tensor]:
 
 def offload_if_configured(policy: Policy, recipe: Recipe, make_sampler: SamplerFactory) -> Policy | OffloadedTeacher:
     """Offload a frozen policy to CPU memory if the recipe says so; one that is sharded over ranks stays."""
-    if not recipe.compute.offload_teacher or policy.device.type == "cpu" or not policy.ranks.alone:
+    if not recipe.compute.offload_teacher or policy.device.type == "cpu" or not policy.ranks.single_process:
         return policy
     cpu = torch.device("cpu")
     move_weights(policy, cpu)
@@ -168,7 +167,7 @@ class TaggedTeachers:
         results: dict[int, Any] = {}
         for tag, teacher in self.teachers.items():
             own = [index for index, item in enumerate(items) if self.tags[item.problem_id] == tag]
-            if own or not self.ranks.alone:  # calls are collective: ranks without items take part too
+            if own or not self.ranks.single_process:  # calls are collective: ranks without items take part too
                 results.update(zip(own, call(teacher, [items[index] for index in own]), strict=True))
         return [results[index] for index in range(len(items))]
 
@@ -178,13 +177,13 @@ Teacher = SingleTeacher | TaggedTeachers
 
 def truncate_to_top_k(distributions: Distributions, k: int) -> Distributions:
     """The k most likely tokens and the tail, if the distributions hold more."""
-    known = distributions.ready()
-    return known if isinstance(known, TopK) else known.likeliest(k)
+    known = distributions.materialize()
+    return known if isinstance(known, TopK) else known.top_k(k)
 
 
 def sampler_for(model: Teacher, make_sampler: SamplerFactory) -> Sampler:
     """A model's sampler: itself if it is not a policy, else the recipe's; requests are sharded over the model's ranks."""
-    if model.ranks.alone or isinstance(model, TaggedTeachers):  # tagged teachers are sharded one by one
+    if model.ranks.single_process or isinstance(model, TaggedTeachers):  # tagged teachers are sharded one by one
         return make_sampler(model) if isinstance(model, Policy) else model
     if isinstance(model, Policy):
         return ShardedSampler(model.ranks, partial(unsharded_sampler, model, make_sampler))
@@ -246,6 +245,6 @@ def _served_teacher(recipe: Recipe, field: str, name: str, stage: Stage | None, 
 
 def top_k_of(stage: Stage | None) -> int | None:
     """Tokens per position that a served teacher is asked for: the divergence's top-k; None for the sampled token only."""
-    if stage is None or divergence_of(stage.dense) is None:
+    if stage is None or not stage.dense.exact:
         return None
     return stage.dense.top_k

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headwater.errors import UserError
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, Exact, TopK, joined
+from headwater.losses.distributions import Distributions, Exact, TopK, concatenate
 from headwater.losses.logprobs import tokens_at_once
 from headwater.models.oom import BatchBudget, passes
 from headwater.models.policy import Policy
@@ -59,25 +59,25 @@ def write_cache(
     budget = BatchBudget(tokens)
     fault_points.failpoint("cache.rollouts")
     chunks: list[dict[str, Tensor]] = []
-    shard = teacher.ranks.share(rollouts)
-    for start in teacher.ranks.in_lockstep(range(0, len(shard), 64)):
+    shard = teacher.ranks.shard(rollouts)
+    for start in teacher.ranks.lockstep(range(0, len(shard), 64)):
         batch = [] if start is None else shard[start : start + 64]
         scored = passes(budget, batch, partial(distributions_of, teacher, batch))
-        distributions = joined(scored, teacher.device) if scored else Exact(torch.empty(0, teacher.vocabulary))
+        distributions = concatenate(scored, teacher.device) if scored else Exact(torch.empty(0, teacher.vocabulary))
         size = tokens_at_once(teacher.vocabulary, teacher.device)
         for row in range(0, len(distributions), size):
-            block = distributions.rows(row, min(len(distributions), row + size)).ready()
+            block = distributions.rows(row, min(len(distributions), row + size)).materialize()
             if isinstance(block, Exact) and top_k is None:
                 chunks.append({"logp": block.logp_NV.cpu()})
             else:
-                kept = block if isinstance(block, TopK) else block.likeliest(top_k or 1)
+                kept = block if isinstance(block, TopK) else block.top_k(top_k or 1)
                 ids = compact_ids.pack_ids(kept.ids_NK.cpu(), teacher.vocabulary)
                 chunks.append({"logp": kept.logp_NK.half().cpu(), **ids})
         if progress is not None:
             progress(len(batch))
         fault_points.failpoint("cache.scored")
-    chunks = [chunk for some in teacher.ranks.gather_to_first(chunks) for chunk in some]
-    if not teacher.ranks.first:
+    chunks = [chunk for some in teacher.ranks.gather(chunks) for chunk in some]
+    if not teacher.ranks.is_main:
         return
     save_file(
         {key: torch.cat([chunk[key] for chunk in chunks]).contiguous() for key in chunks[0]},

@@ -13,6 +13,7 @@ from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Batch, Row
 from headwater.losses.distributions import Distributions, FromHidden
 from headwater.losses.logprobs import token_stats
+from headwater.losses.token_stats import TokenInputs
 from headwater.models.fsdp import idle, within
 from headwater.models.policy import Policy
 from headwater.types import Rollout
@@ -57,7 +58,7 @@ def map_hidden(
         pieces = policy.completion_hidden(batch).split([row.tokens for row in part])
         results.update((index_of[id(row)], reduce(row.rollout, piece)) for row, piece in zip(part, pieces, strict=True))
 
-    for microbatch in policy.ranks.in_lockstep(policy.batches(rows, tokens)):
+    for microbatch in policy.ranks.lockstep(policy.batches(rows, tokens)):
         if microbatch is None:
             idle(policy)
         else:
@@ -80,6 +81,6 @@ def logp_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Te
 
     def logp(rollout: Rollout, hidden: Tensor) -> Tensor:
         targets_N = torch.tensor(rollout.completion_ids, dtype=torch.long, device=hidden.device)
-        return token_stats(hidden, policy.logits, targets_N, rollout.temperature).logp_N
+        return token_stats(hidden, policy.logits, TokenInputs(targets_N, rollout.temperature)).logp_N
 
     return map_hidden(policy, rollouts, tokens, logp)

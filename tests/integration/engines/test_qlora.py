@@ -18,7 +18,7 @@ from headwater.models import lora
 from headwater.models import policy as model
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import logp_of
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from runs import assert_same, held, node, rows, tiny
 from tests.integration.test_resume import Killed, killed_at
 from tiny import CPU, MODELS, gradient_of, sampled_rows, stage_of, tiny_folder

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Compute, Vllm, parse_recipe
 from headwater.errors import UserError
 from headwater.models.policy import Policy

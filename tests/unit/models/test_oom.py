@@ -22,8 +22,8 @@ from headwater.models.policy import Policy
 from headwater.sampling.base import OnFinished, Request, requests_for
 from headwater.sampling.torch_sampler import OomRetrySampler, TorchSampler
 from headwater.teachers.scoring import logp_of
-from headwater.training import loop as training
-from headwater.training.loop import make_optimizer, update
+from headwater.training import update as training
+from headwater.training.update import make_optimizer, update
 from runs import node, rows, tiny
 from tiny import PROMPTS, copied, furthest, same_bits, sampled_rows, stage_of, taught, weights_of
 
@@ -259,7 +259,7 @@ torch.set_num_threads(1)
 sys.path[:0] = {path!r}
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from tiny import rollout_of, stage_of, tiny_policy
 
 policy = tiny_policy(intermediate_size=4096)
@@ -290,8 +290,8 @@ def test_freed_memory_is_used_again_without_new_pages() -> None:
     """In a process of its own: it is for the whole process. 64 MiB are 16,384 pages, which come anew each time without it."""
     program = """
 import resource, sys, torch
-from headwater.models.oom import keep_what_is_freed
-if sys.argv[1] == "kept" and not keep_what_is_freed():
+from headwater.models.oom import keep_freed_memory
+if sys.argv[1] == "kept" and not keep_freed_memory():
     sys.exit(77)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(1 << 24)

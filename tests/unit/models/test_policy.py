@@ -28,7 +28,7 @@ from headwater.models.policy import (
     save,
 )
 from headwater.teachers.scoring import logp_of
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from tiny import (
     CPU,
     MODELS,

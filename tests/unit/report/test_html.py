@@ -19,7 +19,7 @@ import pytest
 from fakes import ARMS, BASE_S, MORE_ARMS, fake_run, printed
 from headwater.report import build as report
 from headwater.report import figures, svg
-from headwater.report import text as report_words
+from headwater.report.format import console, units
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_terminal_table_fits_in_a_hundred_columns(tmp_path: Path, evals: tup
 
 def test_output_to_a_file_is_110_columns_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert report.console(io.StringIO()).width == 110
+    assert console(io.StringIO()).width == 110
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_output_to_a_file_is_110_columns_wide(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_units_keep_three_digits(value: float, text: str) -> None:
-    assert report_words.units(value) == text
+    assert units(value) == text
 
 
 class _Page(html.parser.HTMLParser):

@@ -43,7 +43,7 @@ def half(tmp_path: Path) -> Path:
 
 
 def test_a_look_says_step_rate_time_left_and_the_numbers_that_matter(half: Path) -> None:
-    found = watch.look(half)
+    found = watch.read_status(half)
     standing = {one.node: one for one in found.nodes}
     opd = standing[names(half, "bridge")[-1]]
     assert (opd.state, opd.step, opd.steps, opd.steps_a_minute, opd.seconds_left) == ("stopped", 12, 40, 120.0, 14.0)
@@ -57,17 +57,17 @@ def test_a_look_says_step_rate_time_left_and_the_numbers_that_matter(half: Path)
 
 def test_a_waiting_stage_is_taken_to_last_as_long_as_a_finished_one_did(half: Path) -> None:
     (half / "nodes" / names(half, "bridge")[-1] / "DONE").write_text('{"fingerprint": "x"}')
-    waiting = next(one for one in watch.look(half).nodes if one.node == names(half, "bridge_rl")[-2])
+    waiting = next(one for one in watch.read_status(half).nodes if one.node == names(half, "bridge_rl")[-2])
     assert waiting.seconds_left == pytest.approx(6.0)  # twelve steps of half a second
 
 
 def test_a_run_that_somebody_works_on_is_seen_by_its_lock_without_touching_it(half: Path) -> None:
-    assert not watch.is_held(half / ".lock")
+    assert not watch.is_locked(half / ".lock")
     with lock(half / ".lock", 0.0) as free:
         assert free
-        found = watch.look(half)
+        found = watch.read_status(half)
         assert found.running and "at work" in {one.state for one in found.nodes}
-    assert not watch.look(half).running
+    assert not watch.read_status(half).running
 
 
 def test_the_terminal_names_stages_and_warnings_and_a_machine_reads_the_same(half: Path) -> None:
@@ -82,11 +82,11 @@ def test_the_terminal_names_stages_and_warnings_and_a_machine_reads_the_same(hal
 def test_a_study_that_is_longer_than_the_terminal_shows_what_is_at_work() -> None:
     states: list[watch.State] = [*(["done"] * 40), "at work", *(["waiting"] * 40), "failed", *(["waiting"] * 18)]
     nodes = tuple(
-        watch.NodeNow(f"n{place}", f"stage{place}", "", 0, state, 3, 8, None, 1.0, {}, (f"loud{place}",))
+        watch.NodeStatus(f"n{place}", f"stage{place}", "", 0, state, 3, 8, None, 1.0, {}, (f"loud{place}",))
         for place, state in enumerate(states)
     )
     console = Console(file=io.StringIO(), width=100)
-    console.print(watch.frame(watch.Look("pocket", True, nodes), 30))
+    console.print(watch.status_table(watch.RunStatus("pocket", True, nodes), 30))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert len(text.splitlines()) <= 30
     listed = re.findall(r"stage(\d+) ", text)

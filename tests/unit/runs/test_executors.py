@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Compute
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.runs.executors import base as executor

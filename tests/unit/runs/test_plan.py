@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from headwater.config.arms import ARMS, find_recipe
+from headwater.config.arms import ARMS
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
 from headwater.runs.plan import Node, Plan, make_plan

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater.config.arms import builtin_text
+from headwater.config.builtin import builtin_text
 from headwater.tasks.countdown import (
     DIALS,
     CountdownDials,

@@ -47,7 +47,7 @@ ROLLOUTS = [
 def test_a_servers_scores_are_the_teachers_own_likeliest_tokens(policy: Policy, k: int) -> None:
     with serving(Answering(policy, most=30)) as there:
         found = teacher_at(there.url, k).distributions(ROLLOUTS, 4096)
-    exact = [one.ready().likeliest(k) for one in distributions_of(policy, ROLLOUTS, 4096)]
+    exact = [one.materialize().top_k(k) for one in distributions_of(policy, ROLLOUTS, 4096)]
     assert [len(one) for one in found] == [len(one.completion_ids) for one in ROLLOUTS]
     for ours, theirs in zip(exact, found, strict=True):
         assert isinstance(theirs, TopK) and torch.equal(ours.ids_NK, theirs.ids_NK)
@@ -69,7 +69,9 @@ def test_the_sampled_token_alone_is_scored_where_no_divergence_is_asked_for(poli
         found = teacher_at(there.url, 0).distributions(ROLLOUTS[:2], 4096)
     for one, rollout, exact in zip(found, ROLLOUTS, distributions_of(policy, ROLLOUTS[:2], 4096), strict=False):
         targets = torch.tensor(rollout.completion_ids)
-        torch.testing.assert_close(one.token_logp(targets), exact.ready().token_logp(targets), atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(
+            one.token_logp(targets), exact.materialize().token_logp(targets), atol=1e-5, rtol=0.0
+        )
 
 
 def test_samples_are_drawn_by_the_seeds_that_their_requests_name(policy: Policy) -> None:

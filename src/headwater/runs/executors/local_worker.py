@@ -19,7 +19,7 @@ from headwater.runs.executors.base import Failure, run_marked
 from headwater.runs.node_context import NodeContext, NodeProgress
 from headwater.runs.setup import prepared
 from headwater.storage.run_dir import RunDir
-from headwater.training.loop import Metrics
+from headwater.training.update import Metrics
 
 TELL_SECONDS = 0.1  # progress is passed on at most so often
 

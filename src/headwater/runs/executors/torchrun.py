@@ -19,8 +19,8 @@ from typing import Any
 
 from headwater.config.recipe import Recipe
 from headwater.data.labels import Grade
-from headwater.distributed.process_group import ProcessGroup, is_loss
-from headwater.errors import HeadwaterError, LostError
+from headwater.distributed.process_group import ProcessGroup, is_lost_process
+from headwater.errors import HeadwaterError, LostProcessError
 from headwater.runs.executors.base import Failure, Job, run_marked
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import NodeContext, NodeProgress
@@ -36,7 +36,7 @@ Word = dict[str, Any]
 class Together:
     """The executor of the first rank: one node after the other, each on all ranks.
 
-    Of several nodes it goes on after one that all ranks agree has failed. Raises LostError when another rank is gone, and
+    Of several nodes it goes on after one that all ranks agree has failed. Raises LostProcessError when another rank is gone, and
     the failure itself when it befell this rank alone, since the others then wait for it in vain.
     """
 
@@ -55,14 +55,14 @@ class Together:
                     heard = replace(watch, should_stop=agreed(self.ranks, job.stopped), say=job.progress_display.say)
                     run_marked(job.todo[name], NodeContext(job.plan, inputs, job.out, heard, self.ranks))
             except Exception as error:
-                if is_loss(error):
-                    raise LostError from None
+                if is_lost_process(error):
+                    raise LostProcessError from None
                 failure = Failure.of(error)
                 failures[name] = failure
                 job.fail(name, failure)
-            if not self.ranks.settled(name, failure is not None):
+            if not self.ranks.same_outcome(name, failure is not None):
                 if failure is None:
-                    raise LostError
+                    raise LostProcessError
                 return failures
             if failure is not None and job.alone:
                 break
@@ -79,18 +79,11 @@ def graded_together(inputs: RunInputs, ranks: ProcessGroup) -> RunInputs:
 
     def shared(grade: Grade) -> Grade:
         def graded(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-            return [one for part in ranks.all_gather(grade(ranks.share(pairs))) for one in part]
+            return [one for part in ranks.all_gather(grade(ranks.shard(pairs))) for one in part]
 
         return graded
 
-    return replace(
-        inputs,
-        labels=inputs.labels.graded_by(shared),
-        evals={name: (problems, labels.graded_by(shared)) for name, (problems, labels) in inputs.evals.items()},
-        validation=None
-        if inputs.validation is None
-        else (inputs.validation[0], inputs.validation[1].graded_by(shared)),
-    )
+    return inputs.with_grader(shared)
 
 
 def follow(ranks: ProcessGroup) -> int:
@@ -116,32 +109,32 @@ def follow(ranks: ProcessGroup) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        loss = is_loss(error)
-        said = str(LostError()) if loss else Failure.of(error).sentence
+        loss = is_lost_process(error)
+        said = str(LostProcessError()) if loss else Failure.of(error).sentence
         print(f"headwater: process {ranks.rank} of {ranks.size}: {said}", file=sys.stderr)
-        return LostError.exit_code if loss else error.exit_code if isinstance(error, HeadwaterError) else 1
+        return LostProcessError.exit_code if loss else error.exit_code if isinstance(error, HeadwaterError) else 1
 
 
 def beside(node: Node, context: NodeContext) -> bool:
     """Run a node beside the first rank; False where this rank failed and the others did not.
 
-    Raises LostError when another one is gone.
+    Raises LostProcessError when another one is gone.
     """
     name = context.plan.names[node]
     failure = None
     with scratch(context.out.node(name), context.ranks) as aside:
         try:
-            run_marked(node, replace(context, aside=aside))
+            run_marked(node, replace(context, scratch=aside))
         except KeyboardInterrupt:
             return True  # all were asked to stop, and all have; the first one says how it ends
         except Exception as error:
-            if is_loss(error):
-                raise LostError from None
+            if is_lost_process(error):
+                raise LostProcessError from None
             failure = Failure.of(error)
-    settled = context.ranks.settled(name, failure is not None)
+    settled = context.ranks.same_outcome(name, failure is not None)
     if not settled:
         if failure is None:
-            raise LostError
+            raise LostProcessError
         print(f"headwater: process {context.ranks.rank} of {context.ranks.size}: {failure.sentence}", file=sys.stderr)
     return settled
 
@@ -177,6 +170,6 @@ def led(ranks: ProcessGroup) -> Iterator[None]:
     finally:
         # A launcher ends the first process as soon as another one has ended with the code that it is told here.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        with contextlib.suppress(RuntimeError, LostError):  # they may be gone
-            if not isinstance(sys.exc_info()[1], LostError) and not ranks.apart():
+        with contextlib.suppress(RuntimeError, LostProcessError):  # they may be gone
+            if not isinstance(sys.exc_info()[1], LostProcessError) and not ranks.diverged():
                 ranks.broadcast({"end": code})

@@ -7,16 +7,14 @@ from collections import Counter
 import pytest
 
 from headwater import seeds
-from headwater.training.rollouts import epochs
+from headwater.training.prompt_order import PromptOrder
 
 DRAW = (0, "opd")
 
 
 def steps(names: list[str], count: int, many: int) -> list[list[str]]:
-    order = epochs(names, count, *DRAW)
-    places = [divmod(position, len(names)) for position in range(count * many)]
-    chosen = [order(epoch)[place] for epoch, place in places]
-    return [chosen[start : start + count] for start in range(0, len(chosen), count)]
+    order = PromptOrder(names, count, *DRAW)
+    return [order.step(step) for step in range(many)]
 
 
 def as_before(names: list[str], count: int, step: int) -> list[str]:
@@ -62,8 +60,9 @@ def test_the_step_in_which_an_epoch_ends_is_as_it_was() -> None:
 @pytest.mark.parametrize("first", [0, 1, 5, 37, 4999])
 def test_an_order_does_not_depend_on_which_epoch_was_asked_for_first(first: int) -> None:
     names = [f"p{number}" for number in range(11)]
-    fresh, used = epochs(names, 4, *DRAW), epochs(names, 4, *DRAW)
+    fresh, used = PromptOrder(names, 4, *DRAW), PromptOrder(names, 4, *DRAW)
     for epoch in range(first + 1):
-        used(epoch)
-    assert fresh(first) == used(first)
-    assert fresh(max(0, first - 1)) == epochs(names, 4, *DRAW)(max(0, first - 1))  # and back
+        used.epoch(epoch)
+    assert fresh.epoch(first) == used.epoch(first)
+    earlier = max(0, first - 1)
+    assert fresh.epoch(earlier) == PromptOrder(names, 4, *DRAW).epoch(earlier)  # and back
