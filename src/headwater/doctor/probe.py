@@ -332,7 +332,7 @@ def finish(
                 seconds=time.perf_counter() - started,
             )
         )
-    apart = conditions.apart(
+    apart = conditions.divergences(
         student.policy, teacher.policy, teacher.right, recipe.conditions.top_k, recipe.compute.microbatch_tokens
     )
     return Finish(len(beginnings), ends[0], ends[1], apart.kl_teacher_student)

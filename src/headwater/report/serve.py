@@ -16,8 +16,7 @@ from pathlib import Path
 from headwater.errors import HeadwaterError, UserError
 from headwater.report import build as report
 from headwater.report.format import duration
-from headwater.report.html_parts import document, escaped, td
-from headwater.report.style import STYLE
+from headwater.report.render import render
 from headwater.report.watch import METRIC_LABELS, RunStatus, read_status
 from headwater.storage.run_dir import RunDir
 
@@ -57,7 +56,7 @@ class Page:
         try:
             self.html, self.seen = report.page(self.outs), changed
         except HeadwaterError as error:  # a run that has just begun, or a row that is being written: it is tried again
-            self.html = self.html or document("headwater", STYLE, f"<h1>{escaped(str(error))}</h1>", "")
+            self.html = self.html or render("message.html.j2", {"message": str(error)})
         self.until = time.monotonic() + PATIENCE * (time.monotonic() - began)
 
 
@@ -128,12 +127,11 @@ def _one(found: RunStatus) -> str:
         if one.state == "at work":
             numbers = " · ".join(f"{METRIC_LABELS.get(name, name)} {value:.3g}" for name, value in one.numbers.items())
             left = duration(one.seconds_left) if one.seconds_left is not None else "?"
-            cells = [str(one.seed), f"{one.step} of {one.steps or '?'}", left, numbers, "; ".join(one.warnings)]
-            rows.append(f'<tr><th scope="row">{escaped(one.stage)}</th>{"".join(map(td, cells))}</tr>')
+            step = f"{one.step} of {one.steps or '?'}"
+            rows.append([one.stage, str(one.seed), step, left, numbers, "; ".join(one.warnings)])
     done = sum(one.state == "done" for one in found.nodes)
-    said = f"{done} of {len(found.nodes)} nodes done; {'at work' if found.running else 'nobody at work'}"
-    table = f"<table><tbody>{''.join(rows)}</tbody></table>" if rows else ""
-    return f'<section id="now" aria-label="Now"><p><strong>{escaped(said)}</strong></p>{table}</section>'
+    summary = f"{done} of {len(found.nodes)} nodes done; {'at work' if found.running else 'nobody at work'}"
+    return render("status.html.j2", {"summary": summary, "rows": rows})
 
 
 def _with_status(html: str, status: str, again: bool) -> str:

@@ -289,5 +289,5 @@ def test_paths_tell_fresh_labels_from_replayed_ones() -> None:
     assert not any(arm == "bridge_rl" and "," in stages for arm, _, stages in taken)
     assert any(arm == "replay" and stages == "teacher_rl, student_rl" for arm, _, stages in taken)
     assert not any(arm == "replay" and half == 2 for arm, half, _ in taken)
-    page = html.page(study, summarize(study))
-    assert "Which stages looked at a label" in page and "labels.csv" in page
+    page = html.page(study, summarize(study)).html
+    assert "Which stages used a label" in page and "labels.csv" in page
