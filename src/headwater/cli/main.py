@@ -166,9 +166,9 @@ def doctor(
 
     set_up(found_recipe.compute)
     found = diagnose(found_recipe, chosen, [found_recipe.seed], out or Path("runs") / found_recipe.name)
-    print(json.dumps(found.written()) if json_ else found.text())
+    print(json.dumps(found.as_json()) if json_ else found.text())
     if found.errors:
-        raise found.refusal(shown=True)
+        raise RefusedError(f"refused: {found.error_names}")
 
 
 @app.command()
@@ -210,23 +210,23 @@ def _nodes_by(executor: str) -> Iterator[tuple[Callable[[], Executor], int]]:
     if executor != "local":
         raise UserError(f"--executor {executor}: torchrun has started the processes already; leave one of the two out")
     from headwater.distributed.process_group import init_process_group
-    from headwater.runs.executors.torchrun import Together, follow, led
+    from headwater.runs.executors.torchrun import TorchrunExecutor, broadcast_exit_code, run_worker_rank
 
     ranks = init_process_group()
     if not ranks.is_main:
-        sys.exit(follow(ranks))
-    with led(ranks):
-        yield lambda: Together(ranks), ranks.size
+        sys.exit(run_worker_rank(ranks))
+    with broadcast_exit_code(ranks):
+        yield lambda: TorchrunExecutor(ranks), ranks.size
 
 
 def _executor(name: str) -> Executor:
     if name == "ray":
-        from headwater.runs.executors.ray import on_ray
+        from headwater.runs.executors.ray import RayExecutor
 
-        return on_ray
-    from headwater.runs.executors.local import local
+        return RayExecutor()
+    from headwater.runs.executors.local import LocalExecutor
 
-    return local
+    return LocalExecutor()
 
 
 def _go(

@@ -22,6 +22,7 @@ from headwater.config.stage import Stage
 from headwater.data.labels import Labels
 from headwater.doctor import advice
 from headwater.doctor.advice import Finish, Measures, Readiness
+from headwater.doctor.checks import check_plan
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.models import policy as model
 from headwater.models.policy import Policy, Shape
@@ -102,7 +103,8 @@ def probe(
         refuse_links(folder.path, "--out")
         folder.refuse_other(wanted)
     with contextlib.ExitStack() as stack:
-        _, inputs = stack.enter_context(prepared(recipe, ["bridge", "direct_grpo"], [seed]))
+        plan, inputs = stack.enter_context(prepared(recipe, ["bridge", "direct_grpo"], [seed]))
+        check_plan(plan, inputs)
         names, count = chosen(inputs, problems, seed), samples_of(recipe, samples)
         if folder is not None:
             stack.enter_context(folder.locked())
@@ -330,7 +332,7 @@ def finish(
                 seconds=time.perf_counter() - started,
             )
         )
-    apart = conditions.apart(
+    apart = conditions.divergences(
         student.policy, teacher.policy, teacher.right, recipe.conditions.top_k, recipe.compute.microbatch_tokens
     )
     return Finish(len(beginnings), ends[0], ends[1], apart.kl_teacher_student)

@@ -215,18 +215,14 @@ def test_epochs_set_on_the_command_line_count_although_the_recipe_gives_steps() 
 
 
 def test_stages_on_halves_of_unequal_size_take_equally_many_steps() -> None:
-    from headwater.data.labels import Labels, Pools
+    from headwater.data.labels import Pools
     from headwater.runs.inputs import RunInputs
 
     recipe = recipe_with(
         "stages.student_rl.epochs=2", "stages.student_rl.batch_size=16", "stages.student_rl.group_size=8"
     )
     pools = Pools(tuple(f"a{i}" for i in range(10)), tuple(f"b{i}" for i in range(13)))
-    held = dict.fromkeys(pools.all, "1")
-    inputs = RunInputs(
-        recipe=recipe, task=None, problems={}, pools=pools, labels=Labels(held, lambda pairs: [], 23),
-        unlabeled=(), evals={}, validation=None, notes=(), left_out=(), device=None,
-    )  # fmt: skip
+    inputs = RunInputs(recipe, memo={("pools",): pools})
     stage = recipe.stages.student_rl
     # 2 epochs over the smaller half: 20 prompts, 2 a step; over all 23 labels: 46 prompts, 2 a step.
     assert inputs.steps("first_half", stage) == inputs.steps("second_half", stage) == 10

@@ -128,7 +128,7 @@ def test_data_of_unknown_size_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     assert answer.code == 2
     assert "data.labeled: elsewhere.jsonl is not here, and data.labeled.limit does not say" in answer.err
     text = call("run", "gsm8k", "--dry-run", "--on", "rtx4090").out
-    assert "data.labeled: gsm8k/train.jsonl is not here; taken to hold 7,473 problems, its limit" in text
+    assert "data.labeled: gsm8k/train.jsonl is not here; assumed to hold 7,473 problems, its limit" in text
     assert "which fits" in text and "GPU-hours" in text
 
 

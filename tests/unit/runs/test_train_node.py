@@ -225,7 +225,7 @@ def test_a_checkpoint_rests_on_its_logs_and_a_damaged_log_passes_it_over(node: N
     said: list[str] = []
     other = tiny_policy(seed=9)
     assert load_checkpoint(node, other.model, make_optimizer(other, OPD.optim), said.append) == 9
-    assert said == [f"{node.metrics}: is damaged, so checkpoint 000010 is passed over for the one before"]
+    assert said == [f"{node.metrics}: is damaged; checkpoint 000010 is skipped for the one before it"]
     assert same_bits(weights_of(other), driver.weights[9])
     assert stripped(Driver(tiny_policy(seed=8), teacher, node).run().node.metrics) == whole
     node.metrics.write_bytes(content.replace(b'"step": 2,', b'"step": 3,'))
