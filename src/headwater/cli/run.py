@@ -189,20 +189,20 @@ def _executor_factory(name: str) -> Iterator[tuple[Callable[[], Executor], int]]
     if name != "local":
         raise UserError(f"--executor {name}: torchrun has already started the processes; use one of the two")
     from headwater.distributed.process_group import init_process_group
-    from headwater.runs.executors.torchrun import Together, follow, led
+    from headwater.runs.executors.torchrun import TorchrunExecutor, broadcast_exit_code, run_worker_rank
 
     ranks = init_process_group()
     if not ranks.is_main:
-        sys.exit(follow(ranks))
-    with led(ranks):
-        yield lambda: Together(ranks), ranks.size
+        sys.exit(run_worker_rank(ranks))
+    with broadcast_exit_code(ranks):
+        yield lambda: TorchrunExecutor(ranks), ranks.size
 
 
 def _executor(name: str) -> Executor:
     if name == "ray":
-        from headwater.runs.executors.ray import on_ray
+        from headwater.runs.executors.ray import RayExecutor
 
-        return on_ray
-    from headwater.runs.executors.local import local
+        return RayExecutor()
+    from headwater.runs.executors.local import LocalExecutor
 
-    return local
+    return LocalExecutor()

@@ -143,8 +143,8 @@ class Plan:
             first.setdefault(name, node)
         return list(first.values())
 
-    def written(self) -> dict[str, Any]:
-        """What plan.json holds."""
+    def to_json(self) -> dict[str, Any]:
+        """Contents of plan.json."""
         return {
             "recipe": self.recipe.name,
             "seeds": list(self.seeds),
