@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from tests.unit.teachers.test_server import RAW
 
 from headwater.config.recipe import Lora
 from headwater.distributed.process_group import ProcessGroup
@@ -25,7 +26,6 @@ from runs import environment, rows, tiny
 from serving import Answering, serving
 from tests.integration.test_torchrun import CHANGES, assert_alike, command_of, crew, node_of
 from tests.unit.teachers.test_build import mapped
-from tests.unit.teachers.test_server import RAW
 from tiny import CPU, MODELS
 
 STEADY = tuple(f"stages.{stage}.optim.eps=1e-4" for stage in ("teacher_rl", "warmup", "opd", "student_rl"))
