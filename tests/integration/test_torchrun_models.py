@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
-from tests.unit.teachers.test_server import RAW
+from tests.integration.test_teachers import RAW
 
 from headwater.config.recipe import Lora
 from headwater.distributed.process_group import ProcessGroup
