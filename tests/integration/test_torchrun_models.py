@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
-from tests.integration.test_teachers import RAW
 
 from headwater.config.recipe import Lora
 from headwater.distributed.process_group import ProcessGroup
@@ -24,6 +23,7 @@ from headwater.models.lora import Wanted
 from headwater.models.policy import load
 from runs import environment, rows, tiny
 from serving import Answering, serving
+from tests.integration.test_teachers import RAW
 from tests.integration.test_torchrun import CHANGES, assert_alike, command_of, crew, node_of
 from tests.unit.teachers.test_build import mapped
 from tiny import CPU, MODELS
