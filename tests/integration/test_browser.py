@@ -28,7 +28,7 @@ AXE = Path(os.environ.get("HEADWATER_AXE", Path(__file__).parents[2] / ".axe/pac
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
 try:
-    from playwright.sync_api import Page, sync_playwright
+    from playwright.sync_api import Page, expect, sync_playwright
 except ImportError:
     CHROMIUM = None
 if CHROMIUM is None:
@@ -73,10 +73,14 @@ def open_page() -> Iterator[Callable[..., Any]]:
         browser.close()
 
 
-def scroll_to_rollouts(page: Page) -> None:
-    """Sections off the screen are not laid out (content-visibility), so they have no inner text."""
-    page.locator("#rollouts").scroll_into_view_if_needed()
+def go_to_rollouts(page: Page) -> None:
+    """Follow the link to the section. Sections off the screen are not laid out (content-visibility): they have no inner text.
+
+    A plain scroll misses the section, because the sections above it grow when they come into view.
+    """
+    page.locator("nav a", has_text="Rollouts").click()
     page.locator("#rollout-list article").first.wait_for()
+    expect(page.locator("#rollout-count")).to_contain_text("match", use_inner_text=True)
 
 
 def heads(page: Page) -> list[str]:
@@ -123,7 +127,7 @@ def test_arms_on_the_page_match_report_json(study: Path, open_page: Any) -> None
 
 def test_filters_and_search_select_rollouts_and_survive_a_reload(study: Path, open_page: Any) -> None:
     with open_page(study / "report.html") as page:
-        scroll_to_rollouts(page)
+        go_to_rollouts(page)
         everything = page.locator("#rollout-count").inner_text()
         page.select_option("#filters [name=stage]", label="On-policy distillation")
         page.wait_for_timeout(300)
@@ -132,7 +136,7 @@ def test_filters_and_search_select_rollouts_and_survive_a_reload(study: Path, op
         page.wait_for_timeout(300)
         assert heads(page) and all("opd_only" in head for head in heads(page))
         page.reload()
-        scroll_to_rollouts(page)
+        go_to_rollouts(page)
         assert page.locator("#filters [name=arm]").input_value() != ""
         assert heads(page) and all("opd_only" in head for head in heads(page))
         page.click("#filters button[type=reset]")
@@ -152,7 +156,7 @@ def test_filters_and_search_select_rollouts_and_survive_a_reload(study: Path, op
 
 def test_tokens_are_coloured_under_dense_reward_and_whole_texts_under_sparse(study: Path, open_page: Any) -> None:
     with open_page(study / "report.html") as page:
-        scroll_to_rollouts(page)
+        go_to_rollouts(page)
         page.select_option("#filters [name=stage]", label="On-policy distillation")
         page.wait_for_timeout(300)
         tokens = page.locator("#rollout-list pre span[title$=nats]")
@@ -214,7 +218,7 @@ def test_completions_are_inserted_as_text(tmp_path: Path, open_page: Any) -> Non
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]}, text=hostile)
     report.write(out)
     with open_page(out / "report.html") as page:
-        scroll_to_rollouts(page)
+        go_to_rollouts(page)
         shown = page.locator("#rollout-list pre").first
         assert "<script>alert(1)</script>" in shown.inner_text()
         assert page.locator("#rollouts img, #rollouts b, #rollout-list script").count() == 0
