@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -70,5 +71,5 @@ def _header(value: str, point: dict[str, Any]) -> RowHeader:
 
 
 def _page_table(table: Table, headers: Mapping[str, RowHeader]) -> PageTable:
-    columns = [Column(table.heads[0]), *(Column(head, "right") for head in table.heads[1:])]
+    columns = [Column(head, itemgetter(index), "right" if index else "left") for index, head in enumerate(table.heads)]
     return PageTable(table.title, columns, [[headers.get(first, first), *rest] for first, *rest in table.rows])
