@@ -13,7 +13,7 @@ from headwater.cli.options import Sized
 from headwater.config.recipe import Recipe
 from headwater.doctor.checks import check_plan
 from headwater.report.format import console, units
-from headwater.runs.estimate import Asked, Estimate, estimates
+from headwater.runs.estimate import Assumptions, Estimate, estimates
 from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import make_plan
@@ -25,7 +25,7 @@ def dry_run(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], asked: Si
         plan = make_plan(recipe, arms, seeds, inputs.content())
         if not inputs.missing:
             check_plan(plan, inputs)
-    found = estimates(plan, inputs, Asked(asked.mean_tokens, asked.count))
+    found = estimates(plan, inputs, Assumptions(asked.mean_tokens, asked.count))
     if as_json:
         print(json.dumps([row(one, asked) for one in found]))
         return
