@@ -11,7 +11,7 @@ from headwater.config.arms import ARMS, arm_of
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.errors import UserError
 from headwater.runs.plan import Node as Planned
-from headwater.runs.plan import nodes_of
+from headwater.runs.plan import last_node
 from headwater.storage.run_dir import NodeDir, RunDir, read_checked, read_json, read_jsonl
 from headwater.storage.untrusted import NODE
 
@@ -129,4 +129,4 @@ def _planned(arm: str, recipe: Recipe, seed: int) -> list[Planned] | None:
     if arm in bases:
         role: Any = bases[arm]
         return [Planned("evaluate", arm, role, seed, role)]
-    return list(nodes_of(arm_of(arm, recipe), recipe, seed).lineage()) if arm in ARMS else None
+    return list(last_node(arm_of(arm, recipe), recipe, seed).lineage()) if arm in ARMS else None
