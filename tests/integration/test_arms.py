@@ -63,9 +63,9 @@ def test_validation_decides_when_opd_ends_and_its_labels_have_an_account_of_thei
     ("change", "sentence"),
     [
         ("stages.opd.until={metric: validation}", "stages.opd.until.metric validation: data.validation is missing"),
-        ("stages.warmup.until={metric: reward}", "until.metric reward: objective forward_kl sees no reward"),
-        ("stages.teacher_rl.until={metric: kl_teacher_student}", "objective grpo compares with no teacher"),
-        ("stages.student_rl.until={metric: reward}", "its matched replay can take as many"),
+        ("stages.warmup.until={metric: reward}", "until.metric reward: objective forward_kl uses no reward"),
+        ("stages.teacher_rl.until={metric: kl_teacher_student}", "objective grpo does not compare with a teacher"),
+        ("stages.student_rl.until={metric: reward}", "its matched replay takes as many"),
     ],
 )
 def test_a_plateau_of_what_is_not_measured_is_refused_by_name(change: str, sentence: str, tmp_path: Path) -> None:

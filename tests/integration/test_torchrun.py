@@ -113,7 +113,7 @@ def test_a_killed_rank_ends_the_others_with_a_sentence_and_one_or_four_go_on_fro
     ended = crew().run(2, *command(out), faults={1: "step.begun:7=kill"})
     assert ended[1].code == -signal.SIGKILL and ended[0].code == 4
     assert ended[0].err.endswith(
-        "headwater: another process of this run is gone; the same command goes on from the last checkpoint\n"
+        "headwater: another process of this run was lost; run the same command again to resume from the last checkpoint\n"
     )
     assert ended[0].seconds - ended[1].seconds < 10
     kept = node_of(out, "opd") / "checkpoint" / "000002"
@@ -173,7 +173,7 @@ def test_only_run_study_and_demo_may_be_launched_as_several_processes() -> None:
         capture_output=True, text=True, timeout=60, env={**environment(), **world},
     )  # fmt: skip
     assert refused.returncode == 2
-    assert refused.stderr == "headwater: torchrun: only run, study and demo are run by several processes together\n"
+    assert refused.stderr == "headwater: torchrun: only run, study and demo run in several processes\n"
 
 
 # Shares ---------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 from headwater.doctor.checks import Examination
+from headwater.report.html import Page
 from headwater.runs.setup import prepared
 
 
@@ -112,7 +113,6 @@ def warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import headwater.cli.experiments
     import headwater.cli.main
     import headwater.pipeline
     import headwater.report.build
@@ -200,7 +200,7 @@ def child(asked: dict[str, Any], folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         if not asked["whole"]:
             stack.enter_context(mock.patch("headwater.doctor.checks.examine", return_value=Examination((), (), ())))
-            stack.enter_context(mock.patch("headwater.report.html.page", return_value=""))
+            stack.enter_context(mock.patch("headwater.report.html.page", return_value=Page("")))
         stack.enter_context(mock.patch.object(sys, "argv", ["headwater", *asked["argv"]]))
         try:
             main()

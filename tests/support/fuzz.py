@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from headwater.report.html import Page
 from headwater.runs.setup import prepared
 
 if __name__ == "__main__":  # before the libraries are imported, which look at it then
@@ -294,7 +295,11 @@ def run_directory(draw: random.Random, folder: Path) -> str:
         if roll > 0.9:
             with contextlib.suppress(FileExistsError):
                 (out / draw.choice(["x", "nodes/x", ".lock", "nodes/.x"])).symlink_to("/etc/passwd")
-    with mock.patch("headwater.report.html.page", return_value="") if draw.random() < 0.8 else contextlib.nullcontext():
+    with (
+        mock.patch("headwater.report.html.page", return_value=Page(""))
+        if draw.random() < 0.8
+        else contextlib.nullcontext()
+    ):
         report.write(out)
     return "reported"
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from headwater.cli.main import main
 from headwater.doctor.checks import Examination
+from headwater.report.html import Page
 
 SHAPE = ("batch_size=16", "group_size=4", "steps=2", "sampling.max_tokens=32")
 TINY = (  # two steps a stage, ten graded evaluation texts: a whole arm takes a second or two
@@ -54,14 +55,14 @@ class Said:
     err: str
 
 
-def call(*argv: str | Path) -> Said:
-    """The program in this process, as `headwater argv…` would run."""
+def call(*argv: str | Path, entry: Callable[[], None] = main) -> Said:
+    """The program in this process, as `headwater argv…` would run; `entry` is another program's entry point."""
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
     words = ["headwater", *(str(one) for one in argv)]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", words):
         try:
-            main()
+            entry()
         except SystemExit as end:
             code = end.code
     return Said(0 if code is None else code, out.getvalue(), err.getvalue())
@@ -75,7 +76,7 @@ def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = ()
     with contextlib.ExitStack() as stack:
         if not whole:
             stack.enter_context(mock.patch("headwater.doctor.checks.examine", return_value=Examination((), (), ())))
-            stack.enter_context(mock.patch("headwater.report.html.page", return_value=""))
+            stack.enter_context(mock.patch("headwater.report.html.page", return_value=Page("")))
         return call(verb, "pocket", "--out", out, *sets(*changes), *options)
 
 

@@ -1,4 +1,4 @@
-"""What a stage may say: who samples × what scores × how densely, and for how long. Frozen; unknown keys are refused."""
+"""Schema of a training stage: objective, optimizer, sampling, length. Frozen; unknown keys are rejected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sampling(Strict):
 
 
 class Optim(Strict):
-    """AdamW. `warmup` is the share of the stage's steps over which the rate rises linearly from 0."""
+    """AdamW. `warmup` is the share of the stage's steps over which the learning rate rises linearly from 0."""
 
     lr: Annotated[float, Field(gt=0.0)] = 1e-6
     beta1: Fraction = 0.9
@@ -49,9 +49,9 @@ class Sparse(Strict):
     clip_low: Annotated[float, Field(ge=0.0)] = 0.2
     clip_high: Annotated[float, Field(ge=0.0)] = 0.2
     kl_coef: Annotated[float, Field(ge=0.0)] = 5e-4
-    """Weight of KL(policy ‖ the stage's starting weights), k3 estimate a token."""
+    """Weight of KL(policy ‖ the stage's starting weights), by the k3 estimate per token."""
     dynamic_sampling: Natural = 0
-    """How many further rounds of prompts may be sampled to replace groups whose rewards are all equal."""
+    """Maximum number of extra sampling rounds that replace groups whose rewards are all equal."""
 
 
 class Dense(Strict):
@@ -71,35 +71,35 @@ class Dense(Strict):
 
 
 class Until(Strict):
-    """End a stage when a metric has stopped getting better, and not only after its steps.
+    """Early stopping: end a stage before its last step when a metric has stopped improving.
 
-    The metric is averaged over windows of `every` steps (validation is measured at the end of each). The stage ends when
-    `patience` windows in a row have not been better than the best before them by the share `least`.
+    The metric is averaged over windows of `every` steps (validation is measured at the end of each). The stage ends after
+    `patience` consecutive windows that do not improve on the best earlier one by the relative amount `least`.
 
     Example: `{metric: kl_teacher_student, every: 10, patience: 2, least: 0.05}`.
     """
 
     metric: Literal["kl_teacher_student", "kl_student_teacher", "loss", "reward", "validation"]
-    """`validation` is the accuracy on `data.validation`, whose labels are counted apart; the others cost no label more."""
+    """`validation` is the accuracy on `data.validation`, whose labels are counted separately; the others need no extra labels."""
     every: Positive = 10
     patience: Positive = 2
     least: Annotated[float, Field(ge=0.0)] = 0.02
 
 
 class Stage(Strict):
-    """One stage of training: who samples × what scores × how densely, and for how long."""
+    """Settings of one training stage: who samples × what scores × how densely, and for how long."""
 
     objective: Annotated[str, AfterValidator(known_objective)]
     """A row of `config.objectives.OBJECTIVES`."""
     steps: Natural | None = None
     epochs: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
-    """Times that the stage's pool is gone through; `steps`, where given, counts instead."""
+    """Passes over the stage's pool of prompts; ignored if `steps` is given."""
     until: Until | None = None
-    """A plateau that ends the stage before its steps are over; learning rates follow the steps all the same."""
+    """Early stopping. The learning-rate schedule still spans all steps."""
     batch_size: Positive = 64
-    """Rollouts a step. On-policy stages sample batch_size / group_size prompts."""
+    """Rollouts per step. On-policy stages sample batch_size / group_size prompts."""
     group_size: Positive = 8
-    """Rollouts a prompt: sampled by the policy in a step, or cached from the teacher."""
+    """Rollouts per prompt: sampled by the policy in a step, or cached from the teacher."""
     optim: Optim = Optim()
     sampling: Sampling = Sampling()
     sparse: Sparse = Sparse()
@@ -107,23 +107,23 @@ class Stage(Strict):
     sparse_share: Fraction | None = None
     """λ of J_λ = (1−λ) dense + λ sparse; only for `mixed` (1 is GRPO, 0 is OPD)."""
     loss_mean: Literal["token", "sequence", "constant"] = "token"
-    """The denominator: all tokens; each sequence first; or a constant batch_size × max_tokens (Dr.GRPO)."""
+    """Denominator of the loss: all tokens; tokens of a sequence, then sequences; or the constant batch_size × max_tokens (Dr.GRPO)."""
     minibatches: Positive = 1
-    """Optimizer steps that one sampled batch is divided into."""
+    """Optimizer steps per pass over a sampled batch."""
     passes: Positive = 1
-    """Times that each sampled batch is gone through; past the first the importance ratio is not 1."""
+    """Passes over each sampled batch; after the first update the importance ratio is not 1."""
     eval_every: Natural = 0
     checkpoint_every: Natural = 25
 
     @property
     def prompts_per_step(self) -> int:
-        """Distinct prompts of an on-policy step."""
+        """Distinct prompts in an on-policy step."""
         return self.batch_size // self.group_size
 
     def steps_over(self, prompts: int) -> int:
-        """Steps of the stage on a pool of `prompts` prompts.
+        """Number of steps on a pool of `prompts` prompts.
 
-        Example: 2 epochs over 100 prompts, 16 a step, are 13 steps; `steps` given is taken as it is.
+        Example: 2 epochs over 100 prompts with 16 per step are 13 steps. `steps`, if given, takes precedence.
         """
         if self.steps is not None:
             return self.steps
@@ -141,8 +141,8 @@ class Stage(Strict):
     @property
     def signals(self) -> tuple[Signal, ...]:
         """What scores a rollout, without a signal that `sparse_share` gives weight 0."""
-        unused = {0.0: "reward", 1.0: "teacher"}.get(-1.0 if self.sparse_share is None else self.sparse_share)
-        return tuple(signal for signal in self.spec.signals if signal != unused)
+        weightless = (("reward", 0.0), ("teacher", 1.0))
+        return tuple(signal for signal in self.spec.signals if (signal, self.sparse_share) not in weightless)
 
     @property
     def needs_labels(self) -> bool:
@@ -169,7 +169,9 @@ class Stage(Strict):
             names = " or ".join(name for name, spec in OBJECTIVES.items() if spec.weighted)
             raise ValueError(f"sparse_share belongs to objective {names}, and {names} needs it")
         if self.sampling.top_p != 1.0 or self.sampling.top_k != 0:
-            raise ValueError("training samples with top_p 1 and no top_k: no loss here accounts for a cut distribution")
+            raise ValueError(
+                "training must sample with top_p 1 and top_k 0: no loss accounts for a truncated distribution"
+            )
         if self.until is not None:
             self._check_metric(self.until.metric)
         if self.minibatches > self.batch_size:
@@ -178,9 +180,9 @@ class Stage(Strict):
 
     def _check_metric(self, metric: str) -> None:
         if metric == "reward" and not self.needs_labels:
-            raise ValueError(f"until.metric reward: objective {self.objective} sees no reward")
+            raise ValueError(f"until.metric reward: objective {self.objective} uses no reward")
         if metric.startswith("kl_") and "teacher" not in self.signals:
-            raise ValueError(f"until.metric {metric}: objective {self.objective} compares with no teacher")
+            raise ValueError(f"until.metric {metric}: objective {self.objective} does not compare with a teacher")
 
 
 class Stages(Strict):
@@ -199,5 +201,7 @@ class Stages(Strict):
                 allowed = " or ".join(objective for objective, spec in OBJECTIVES.items() if name in spec.stages)
                 raise ValueError(f"{name}.objective is {stage.objective}; this stage takes {allowed}")
         if self.student_rl.until is not None:
-            raise ValueError("student_rl.until: stage 3 takes fixed steps, so that its matched replay can take as many")
+            raise ValueError(
+                "student_rl.until: stage 3 needs a fixed number of steps, because its matched replay takes as many"
+            )
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from headwater.config.samplers import missing_package
 from headwater.config.stage import Stage
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding
@@ -12,7 +13,6 @@ from headwater.errors import HeadwaterError, UserError
 from headwater.models import policy as model
 from headwater.runs.plan import Node
 from headwater.runs.read_once import InputError
-from headwater.sampling import vllm_sampler
 from headwater.teachers.build import top_k_of
 from headwater.teachers.served_teacher import ServedTeacher, check_scoring
 from headwater.teachers.server_client import is_served
@@ -24,9 +24,9 @@ REMEDY = "fix what the sentence names"
 
 def engine(context: DoctorContext) -> Iterator[Finding]:
     """Whether the sampler that the recipe names is installed; sampling shows whether it takes the model."""
-    if context.recipe.compute.sampler != "torch" and not vllm_sampler.installed():
-        remedy = "install the extra, or set compute.sampler=torch"
-        yield Finding("engine-unusable", "error", vllm_sampler.MISSING, remedy)
+    message = missing_package(context.recipe.compute.sampler)
+    if message is not None:
+        yield Finding("engine-unusable", "error", message, "install the extra, or set compute.sampler=torch")
 
 
 def teacher_form(context: DoctorContext) -> Iterator[Finding]:

@@ -50,7 +50,9 @@ def resolve(name: str, field: str) -> str:
 def refuse_without_weights(name: str, where: str, field: str) -> None:
     """Raises UserError for a desk model that has not been made yet; `where` is what its name stands for."""
     if Path(where).is_dir() and not list(Path(where).glob("*.safetensors")):
-        raise UserError(f"{field}: {name} has no weights yet; `headwater pretrain desk` makes them in ./desk")
+        raise UserError(
+            f"{field}: {name} has no weights yet; `python -m tools.pretrain desk`, in a checkout of the source, makes them in ./desk"
+        )
 
 
 def refuse_untrusted(where: str, field: str, name: str, trust_remote_code: bool) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from headwater.config.arms import DESCRIPTIONS
-from headwater.report import conditions, figures
+from headwater.report import conditions
 from headwater.report import html as report_html
 from headwater.report.contrasts import accuracy, mean, paired_contrasts, pass_at, pass_ks, summarize_seeds
 from headwater.report.label_use import label_csv, label_uses
@@ -44,18 +44,17 @@ def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
     with as_written(sources[0]):
         study = read_study(sources)
         report = summarize(study)
-        album = figures.Album()
-        labels, html = label_csv(label_uses(study)), report_html.page(study, report, album)
+        labels, page = label_csv(label_uses(study)), report_html.page(study, report)
     write_json(RunDir(out).report_json, report)
     fault_points.failpoint("report.values")
     write_atomic(RunDir(out).labels, labels)
     fault_points.failpoint("report.labels")
-    if album.drawn:
+    if page.plots:
         with written_aside(RunDir(out).figures) as folder:
-            for figure in album.drawn:
-                (folder / f"{figure.name}.svg").write_text(figure.file, encoding="utf-8")
-                (folder / f"{figure.name}.csv").write_text(figure.csv, encoding="utf-8")
-    write_atomic(RunDir(out).report_html, html)
+            for plot in page.plots:
+                (folder / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+                (folder / f"{plot.name}.csv").write_text(plot.csv, encoding="utf-8")
+    write_atomic(RunDir(out).report_html, page.html)
     fault_points.failpoint("report.page")
     return report
 
@@ -66,7 +65,7 @@ def page(outs: Sequence[Path]) -> str:
         refuse_links(folder, "report")
     with as_written(outs[0]):
         study = read_study(outs)
-        return report_html.page(study, summarize(study))
+        return report_html.page(study, summarize(study)).html
 
 
 def summarize(study: Study) -> dict[str, Any]:

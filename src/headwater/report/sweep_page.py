@@ -8,8 +8,7 @@ from typing import Any
 
 from headwater.config.arms import DESCRIPTIONS
 from headwater.report import sweep_plot
-from headwater.report.html_parts import document, escaped, noted, section, table, td
-from headwater.report.style import STYLE
+from headwater.report.render import render
 from headwater.report.svg import inline
 from headwater.report.sweep import (
     BASES,
@@ -23,10 +22,10 @@ from headwater.report.sweep import (
     shown_arms,
     tables,
 )
+from headwater.report.view import Column, RowHeader
+from headwater.report.view import Table as PageTable
 from headwater.runs.sweep import Sweep, text_of
 from headwater.storage.run_dir import write_atomic, write_json
-
-WIDE = ".sweep svg { width: 100%; height: auto; } figure.sweep { max-width: 60rem; }"
 
 
 def write(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
@@ -48,41 +47,28 @@ def write(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
 
 def page(summary: dict[str, Any], svg: str) -> str:
     """The page. `svg` is the plot as an SVG file; empty where no point has a result."""
-    title = f"{summary['recipe']} by {summary['vary']}"
-    values = ", ".join(text_of(value) for value in summary["values"])
-    field = summary["field"]
-    header = f"<h1>{escaped(title)}</h1>{noted(f'{field} = {values}; {seeds_text(summary)}')}"
     arms = [arm for arm in shown_arms(summary) if arm not in BASES]
-    if svg:
-        legend = "Bars: 95 % intervals over problems and seeds. Dashed and dotted: the models before training. "
-        legend += "; ".join(f"{arm}: {DESCRIPTIONS[arm]}" for arm in arms if arm in DESCRIPTIONS)
-        plot = f'<figure class="sweep">{inline(svg, sweep_plot.description(summary))}</figure>{noted(f"{legend}.")}'
-    else:
-        plot = noted("No point has a result yet.")
-    verdicts = "".join(f'<p class="verdict">{escaped(sentence)}</p>' for sentence in summary["said"])
-    commands = "\n".join([summary["command"], "", *(point["command"] for point in summary["points"])])
-    how = "The whole sweep, and each point alone, in the same folder. Run again, each resumes where it stopped."
     texts = names(summary["values"])
-    links = {text: _link(text, point) for text, point in zip(texts, summary["points"], strict=True)}
-    sections = [
-        plot,
-        section("What the numbers say", verdicts + noted(note(summary))) if verdicts else "",
-        section("Tables", "".join(_table(one, links) for one in tables(summary))) if svg else "",
-        section("Costs", _table(cost_table(summary), {})) if arms else "",
-        section("Commands", f"{noted(how)}<pre>{escaped(commands)}</pre>"),
-    ]
-    return document(f"headwater: {title}", STYLE + WIDE, header, "".join(sections))
+    headers = {text: _header(text, point) for text, point in zip(texts, summary["points"], strict=True)}
+    values = {
+        "summary": summary,
+        "settings": f"{summary['field']} = {', '.join(map(text_of, summary['values']))}; {seeds_text(summary)}",
+        "plot": inline(svg, sweep_plot.description(summary)) if svg else None,
+        "arms": "; ".join(f"{arm}: {DESCRIPTIONS[arm]}" for arm in arms if arm in DESCRIPTIONS),
+        "note": note(summary),
+        "tables": [(_page_table(table, headers), table.caption) for table in tables(summary)] if svg else [],
+        "costs": [(_page_table(table, {}), table.caption) for table in [cost_table(summary)] if arms],
+        "commands": "\n".join([summary["command"], "", *(point["command"] for point in summary["points"])]),
+    }
+    return render("sweep.html.j2", values)
 
 
-def _link(value: str, point: dict[str, Any]) -> str:
+def _header(value: str, point: dict[str, Any]) -> RowHeader:
     """The value as a link to its report, with the error of a failed point."""
-    link = f'<a href="{escaped(point["page"])}">{escaped(value)}</a>' if point["page"] else escaped(value)
-    return link + (f'<span class="warn">failed: {escaped(point["failed"])}</span>' if point["failed"] else "")
+    errors = (f"failed: {point['failed']}",) if point["failed"] else ()
+    return RowHeader(value, warnings=errors, href=point["page"])
 
 
-def _table(data: Table, links: Mapping[str, str]) -> str:
-    rows = [
-        f'<tr><th scope="row">{links.get(first, escaped(first))}</th>{"".join(map(td, rest))}</tr>'
-        for first, *rest in data.rows
-    ]
-    return table(data.title, data.heads, rows) + (noted(data.caption) if data.caption else "")
+def _page_table(table: Table, headers: Mapping[str, RowHeader]) -> PageTable:
+    columns = [Column(table.heads[0]), *(Column(head, "right") for head in table.heads[1:])]
+    return PageTable(table.title, columns, [[headers.get(first, first), *rest] for first, *rest in table.rows])

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from headwater.errors import UserError
 from headwater.report.format import duration, plain_table
-from headwater.report.html_parts import clean
+from headwater.report.render import clean
 from headwater.report.stages import stage_name
 from headwater.report.study import is_finite_number
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, read_jsonl

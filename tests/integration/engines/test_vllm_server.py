@@ -87,8 +87,8 @@ def here() -> Policy:
 
 
 def served(url: str, here: Policy, top_k: int) -> ServedTeacher:
-    met = connect(url, "models.teacher", Server(batch_tokens=512))
-    return ServedTeacher(met, here.tokenizer, here.vocabulary, here.stop_ids, CPU, top_k)
+    served_model = connect(url, "models.teacher", Server(batch_tokens=512))
+    return ServedTeacher(served_model, here.tokenizer, here.vocabulary, here.stop_ids, CPU, top_k)
 
 
 @pytest.mark.timeout(400)

@@ -591,7 +591,7 @@ def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headwater.sampling.vllm_sampler.installed", lambda: False)
+    monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: False)
     found = light(tmp_path, "compute.sampler=vllm")
     assert "pip install headwater[vllm]" in one(found, "engine-unusable").evidence
 

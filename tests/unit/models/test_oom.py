@@ -20,8 +20,7 @@ from headwater.losses.objectives import objective_of
 from headwater.models.oom import BatchBudget, out_of_memory, passes
 from headwater.models.policy import Policy
 from headwater.sampling.base import OnFinished, Request, requests_for
-from headwater.sampling.build import OomRetrySampler
-from headwater.sampling.torch_sampler import TorchSampler
+from headwater.sampling.torch_sampler import OomRetrySampler, TorchSampler
 from headwater.teachers.scoring import logp_of
 from headwater.training import update as training
 from headwater.training.update import make_optimizer, update
@@ -155,14 +154,16 @@ class Cramped:
     room: int
     decoded: list[int]
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling, arrived: OnFinished | None = None) -> list[Any]:
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[Any]:
         found: list[Any] = []
         for start in range(0, len(requests), self.batch):
             part = requests[start : start + self.batch]
             if len(part) > self.room and start:
                 raise OUT["cuda"]()
             self.decoded.append(len(part))
-            found += TorchSampler(self.policy).sample(part, sampling, arrived)
+            found += TorchSampler(self.policy).sample(part, sampling, on_finished)
         return found
 
 

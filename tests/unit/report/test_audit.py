@@ -58,7 +58,7 @@ def a_label(out: Path, half: int) -> str:
 
 def test_a_finished_study_passes_every_check_with_its_counts(out: Path) -> None:
     found = audit_run(out)
-    assert [one.name for one in found] == list(CHECKS)
+    assert [one.name for one in found] == [check.name for check in CHECKS]
     assert all(one.holds for one in found), failing(out)
     said = {one.name: one.evidence for one in found}
     assert said["budget"].startswith("budget 16; 16 labels over all arms and seeds, at most 16 in one")
@@ -188,8 +188,8 @@ VIOLATIONS: list[tuple[Callable[[Path], None], str, str]] = [
     (rollouts_of_the_other_half, "halves-apart", r"^student_rl\..*labels of the other half"),
     (evaluation_problem_trained_on, "evals-not-trained", r"^opd\..*trained on 1 evaluation problems"),
     (evaluation_problem_in_a_cache, "evals-not-trained", r"^teacher_rollouts\..*trained on 1 evaluation"),
-    (labels_over_the_budget, "budget", r"^student_rl\..*looked at 2\d labels, 16 were allowed"),
-    (a_smaller_budget_in_the_recipe, "budget", r"looked at 16 labels; labels\.budget is 12"),
+    (labels_over_the_budget, "budget", r"^student_rl\..*used 2\d labels, 16 were allowed"),
+    (a_smaller_budget_in_the_recipe, "budget", r"used 16 labels; labels\.budget is 12"),
     (a_step_taken_out_of_the_ledger, "ledger-agrees", r"^student_rl\..*steps are not 1 to 1"),
     (fewer_checks_than_verdicts, "ledger-agrees", r"step 1: 1 checks in the ledger, 16 verdicts"),
     (tokens_that_were_not_sampled, "ledger-agrees", r"step 1: 1 tokens in the ledger"),
@@ -289,5 +289,5 @@ def test_paths_tell_fresh_labels_from_replayed_ones() -> None:
     assert not any(arm == "bridge_rl" and "," in stages for arm, _, stages in taken)
     assert any(arm == "replay" and stages == "teacher_rl, student_rl" for arm, _, stages in taken)
     assert not any(arm == "replay" and half == 2 for arm, half, _ in taken)
-    page = html.page(study, summarize(study))
-    assert "Which stages looked at a label" in page and "labels.csv" in page
+    page = html.page(study, summarize(study)).html
+    assert "Which stages used a label" in page and "labels.csv" in page

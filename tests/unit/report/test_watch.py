@@ -168,20 +168,20 @@ def test_the_served_page_is_made_again_only_when_files_changed_and_nobody_waits_
         return f"<title>report {len(made)}</title><main></main>"
 
     monkeypatch.setattr(serve.report, "page", slow)
-    monkeypatch.setattr(serve, "PATIENCE", 0.0)
-    page = serve.Page([half])
-    assert all("report 1" in page.now() for _ in range(5)) and len(made) == 1
+    monkeypatch.setattr(serve, "REST_FACTOR", 0.0)
+    page = serve.LivePage([half])
+    assert all("report 1" in page.render() for _ in range(5)) and len(made) == 1
     go_on.clear()
     opd = half / "nodes" / names(half, "bridge")[-1]
     with (opd / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "seconds": 1.0}\n')
-    stale = page.now()  # comes at once, though the next page is not yet made, and asks again by itself
+    stale = page.render()  # comes at once, though the next page is not yet made, and asks again by itself
     assert "report 1" in stale and "13 of 40" not in stale and '<meta http-equiv="refresh"' in stale
     go_on.set()
-    assert page.maker is not None
-    page.maker.join()
-    assert "report 2" in page.now() and len(made) == 2
-    assert '<meta http-equiv="refresh"' not in page.now() and len(made) == 2
+    assert page.builder is not None
+    page.builder.join()
+    assert "report 2" in page.render() and len(made) == 2
+    assert '<meta http-equiv="refresh"' not in page.render() and len(made) == 2
 
 
 def test_only_the_page_is_there_and_only_this_machine_may_ask(address: str) -> None:

@@ -17,7 +17,7 @@ from headwater.losses.distributions import Concatenated, Distributions, concaten
 from headwater.models.policy import Policy
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
-from headwater.teachers.build import OffloadedTeacher, TaggedTeachers, movable
+from headwater.teachers.build import OffloadedTeacher, TaggedTeachers, offloadable_weights
 from headwater.teachers.scoring import distributions_of
 from headwater.types import Rollout
 from runs import held, node, rows, tiny
@@ -102,7 +102,7 @@ def test_a_waiting_teacher_keeps_its_head_alone_and_scores_as_before(tied: bool)
     policy = tiny_policy(tied=tied)
     rollouts = mixed_rollouts()
     expected = [one.materialize().logp_NV for one in distributions_of(policy, rollouts, 4096)]
-    moved = {id(one) for one in movable(policy)}
+    moved = {id(one) for one in offloadable_weights(policy)}
     stays = {name for name, one in policy.model.named_parameters() if id(one) not in moved}
     assert stays == ({"model.embed_tokens.weight"} if tied else {"lm_head.weight"})
     waiting = OffloadedTeacher(policy, CPU, TorchSampler)

@@ -32,8 +32,8 @@ QUICK = Server(seconds=2.0, retries=2, concurrency=3, batch_tokens=64)
 
 def teacher_at(url: str, top_k: int = 4, settings: Server = QUICK) -> ServedTeacher:
     policy = tiny_policy()
-    met = connect(url, "models.teacher", settings)
-    return ServedTeacher(met, policy.tokenizer, policy.vocabulary, policy.stop_ids, CPU, top_k)
+    served_model = connect(url, "models.teacher", settings)
+    return ServedTeacher(served_model, policy.tokenizer, policy.vocabulary, policy.stop_ids, CPU, top_k)
 
 
 ROLLOUTS = [
@@ -132,7 +132,7 @@ def test_a_server_that_fails_twice_is_asked_again_and_one_that_goes_on_failing_s
         if kind != "timeout":
             monkeypatch.setattr(server_client.time, "sleep", paused.append)
         else:
-            monkeypatch.setattr(server_client, "FIRST_WAIT", 0.01)
+            monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.01)
         assert len(teacher.distributions(ROLLOUTS[:1], 4096)) == 1
         there.answer = failing(Answering(policy), 99, bad)
         with pytest.raises(TrainingStoppedError) as stopped:
@@ -213,8 +213,8 @@ def test_the_key_comes_from_the_environment_and_is_sent_with_every_call(
         with pytest.raises(UserError, match=r"compute\.server\.key_env: the environment has no variable SERVER_KEY"):
             connect(there.url, "models.teacher", settings)
         monkeypatch.setenv("SERVER_KEY", "secret")
-        met = connect(there.url, "models.teacher", settings)
-    assert met.server.headers["Authorization"] == "Bearer secret" and "secret" not in repr(met)
+        model = connect(there.url, "models.teacher", settings)
+    assert model.client.headers["Authorization"] == "Bearer secret" and "secret" not in repr(model)
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------
