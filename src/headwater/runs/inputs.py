@@ -239,6 +239,13 @@ class RunInputs:
         field_, name = self.field_and_name(role)
         return model.resolve(name, field_)
 
+    @read_once("model")
+    def weights_path(self, role: str) -> str:
+        """The same; refused if the folder holds no weights."""
+        field_, name = self.field_and_name(role)
+        model.refuse_without_weights(name, self.model_path(role), field_)
+        return self.model_path(role)
+
     @read_once("server")
     def server(self, role: str) -> ServedModel:
         """What the server of a served teacher says about itself."""
