@@ -201,12 +201,12 @@ def test_every_row_is_run_by_one_rank_and_groups_stay_whole_where_there_are_enou
 def test_one_process_alone_shares_with_nobody() -> None:
     alone = ProcessGroup()
     many = [Row(rollout_of((1, 2), (3,)))]
-    assert assign_to_ranks(many, stage_of(), 1, alone) is many and alone.share([1, 2]) == [1, 2]
+    assert assign_to_ranks(many, stage_of(), 1, alone) is many and alone.shard([1, 2]) == [1, 2]
     assert alone.all_reduce_sum({"loss": 0.1}) == {"loss": 0.1} and list(alone.lockstep([1, 2])) == [1, 2]
 
 
 def test_consecutive_shares_cover_all_and_differ_by_one_at_most() -> None:
     for count in range(9):
-        parts = [ProcessGroup(rank, 4).share(range(count)) for rank in range(4)]
+        parts = [ProcessGroup(rank, 4).shard(range(count)) for rank in range(4)]
         assert [one for part in parts for one in part] == list(range(count))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
