@@ -144,7 +144,7 @@ class DoctorContext:
     def prompt_lengths(self) -> list[tuple[int, Problem]]:
         """(tokens, problem) under the student's template, longest first."""
         prompter = self.prompter("student")
-        lengths = [(len(prompter.ids(problem)), problem) for problem in self.inputs.everything]
+        lengths = [(len(prompter.ids(problem)), problem) for problem in self.inputs.all_problems]
         return sorted(lengths, key=lambda pair: -pair[0])
 
     # Models, with their weights ---------------------------------------------------------------------------------------
