@@ -114,7 +114,7 @@ def _stage_table(report: dict[str, Any]) -> Table:
         ),
         Column("pass@k, %", lambda row: _largest_k(row["pass_at_k"].get(name)), "right"),
         *_ends_columns("ends", ("reward", "best_of_group", "informative", "entropy")),
-        Column("informative, all steps", lambda row: row["informative"] and f"{row['informative']:.2f}", "right"),
+        Column("informative, all steps", _informative, "right"),
     ]
     rows = [row for row in report["stages"] if row["ends"] or name in row["accuracy"]]
     return Table(f"Every stage once: on {name}, and first → last step of training", columns, rows)
@@ -137,6 +137,10 @@ def _first_to_last(row: dict[str, Any], key: str, measure: str) -> str | None:
     """Example: `0.1 → 0.5`."""
     ends = row[key].get(measure)
     return ends and f"{ends['first']:.3g} → {ends['last']:.3g}".replace("-", "−")
+
+
+def _informative(row: dict[str, Any]) -> str | None:
+    return None if row["informative"] is None else f"{row['informative']:.2f}"
 
 
 def _largest_k(by_k: dict[str, float] | None) -> str | None:
@@ -174,12 +178,14 @@ def _c1_table(report: dict[str, Any]) -> Table | None:
         Column("arms", lambda row: shortened(row["arms"])),
         Column("accuracy, %", lambda row: percent(row["accuracy"]), "right"),
         Column("best-of-k, %", lambda row: f"{percent(row['best_of_k'])} (k={row['k']})", "right"),
-        Column(
-            "accuracy / best-of-k before", lambda row: row.get("reached") and f"{percent(row['reached'])} %", "right"
-        ),
+        Column("accuracy / best-of-k before", _reached, "right"),
         *_ends_columns("training", ("reward", "best_of_group")),
     ]
     return Table("C1: the teacher compared with its own best-of-k", columns, rows) if rows else None
+
+
+def _reached(row: dict[str, Any]) -> str | None:
+    return None if row.get("reached") is None else f"{percent(row['reached'])} %"
 
 
 def _c1_panels(study: Study) -> Panels:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -172,25 +171,11 @@ class RunInputs:
 
     @property
     @read_once("data")
-    def everything(self) -> list[Problem]:
+    def all_problems(self) -> list[Problem]:
         """Every problem that a model may be asked."""
         validation = [] if self.validation is None else self.validation[0]
         evals = [problem for problems, _ in self.evals.values() for problem in problems]
         return [*self.problems.values(), *validation, *evals]
-
-    @property
-    def notes(self) -> list[str]:
-        """What was left out on reading, for the user to see."""
-        labeled = self.labeled
-        notes = [f"data.labeled: {note}" for note in describe_leaks(labeled.leaks)]
-        if labeled.duplicates:
-            notes.append(f"data.labeled: {labeled.duplicates} repeated problems; each counts once")
-        if labeled.contradictions:
-            notes.append(f"data.labeled: {len(labeled.contradictions)} problems with contradicting answers; left out")
-        if "data.unlabeled" in self.data_fields:
-            leaks = self.decontaminated("data.unlabeled").leaks
-            notes += [f"data.unlabeled: {note}" for note in describe_leaks(leaks)]
-        return notes
 
     @property
     def left_out(self) -> list[dict[str, Any]]:
@@ -314,7 +299,7 @@ class RunInputs:
             prints[field_] = self.server(key).fingerprint if remote else model.fingerprint_of(self.model_path(key))
         if len(prints) == 1:
             return next(iter(prints.values()))
-        tags = sorted((problem.id, problem.tag) for problem in self.everything)
+        tags = sorted((problem.id, problem.tag) for problem in self.all_problems)
         return hashlib.sha256(canonical_json([prints, tags]).encode()).hexdigest()[:16]
 
     def content(self) -> dict[str, Any]:
@@ -339,18 +324,6 @@ class RunInputs:
 def with_labels(loaded: Loaded, grade: Grade) -> tuple[Sequence[Problem], Labels]:
     """A source's problems and labels for all of them."""
     return loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))
-
-
-def describe_leaks(leaks: Sequence[Leak]) -> list[str]:
-    """Example: `["34 problems also stand in data.evals.math500 (8 exact, 26 ngram); left out"]`."""
-    counts: dict[str, Counter[str]] = {}
-    for leak in leaks:
-        counts.setdefault(leak.eval, Counter())[leak.why] += 1
-    return [
-        f"{count.total()} problems also stand in {name if name == VALIDATION else f'data.evals.{name}'} "
-        f"({', '.join(f'{number} {why}' for why, number in sorted(count.items()))}); left out"
-        for name, count in counts.items()
-    ]
 
 
 def leak_row(source: str, leak: Leak, loaded: Loaded) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import pytest
 
 from fakes import ARMS, BASE_S, MORE_ARMS, fake_run, printed
 from headwater.report import build as report
-from headwater.report import figures, render, svg
+from headwater.report import figures, html_stages, render, svg
 from headwater.report.format import console, units
 from headwater.report.label_flow import Flow, evenly_spaced, label_flow
 from headwater.report.view import Axis, Column, Interval, RowHeader, Table
@@ -153,6 +153,16 @@ def test_table_cells_span_the_rows_of_an_entry_and_draw_intervals() -> None:
     ):
         assert part in text
     assert _parsed(text).tags["i"] == 4
+
+
+def test_a_measure_of_zero_is_shown_and_a_missing_one_is_a_dash(built: dict[str, Any]) -> None:
+    first = built["stages"][0]
+    rows = [{**first, "informative": value, "accuracy": {"sums": {"mean": 0.0}}, "ends": {}} for value in (0.0, None)]
+    section = html_stages.stages({**built, "stages": rows})
+    assert section is not None
+    text = _table(section.view["table"])
+    assert text.count('<td class="number">0.00</td>') == 1 and text.count('<td class="number">0.0</td>') == 2
+    assert text.count('<td class="number">–</td>') == 9  # four measures of each row and one `informative`
 
 
 def test_every_kind_of_cell_is_escaped_and_cleaned() -> None:
