@@ -16,7 +16,7 @@ from headwater.config.recipe import Generate, Prompt, Source
 from headwater.data.sources import load
 from headwater.models import policy as model
 from headwater.models.prompts import Prompter
-from headwater.tasks import find_task
+from headwater.tasks.registry import find_task
 from headwater.types import Problem
 
 NEVER = "<|never|>"

@@ -21,7 +21,7 @@ from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 from benchmarks.cases import Case
 from benchmarks.models import completions_of, folder_of, prompts_of
 from benchmarks.rewards import parity
-from headwater.tasks import find_task
+from headwater.tasks.registry import find_task
 
 Row = dict[str, float]
 

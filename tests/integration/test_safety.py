@@ -22,7 +22,7 @@ from headwater.data.sources import load as load_data
 from headwater.data.validate import validate
 from headwater.errors import UserError, one_line
 from headwater.report import build as report
-from headwater.tasks import find_task, regex
+from headwater.tasks.registry import find_task, regex
 from headwater.tasks.verifier import Verifier
 from runs import call, tiny
 

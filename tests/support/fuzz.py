@@ -47,7 +47,7 @@ from headwater.models.prompts import Prompter
 from headwater.report import build as report
 from headwater.runs.estimate import estimates
 from headwater.runs.inputs import device_of
-from headwater.tasks import TASKS
+from headwater.tasks.registry import TASKS
 from hostile import BOMBS, CELLS, LINES, TEMPLATES, at, leaf, mutated, near, places, spoiled
 
 SECONDS = 40  # for one case; a template that loops takes 5 of them in each of a few places

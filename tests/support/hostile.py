@@ -14,7 +14,8 @@ NASTY: list[Any] = [
     "off", "null", "{problem}", "{", "}", "%s", "$(true)", "`true`", "<script>alert(1)</script>", "pocket:", "pocket:nope",
     "pocket:qwen3-student", "pocket:countdown-student", "pocket:../pocket/qwen3-student", "desk:", "desk:../../x", "desk:student",
     "grpo", "opd", "sft", "mixed", "constant", "forward_kl", "full", "half", "sums", "maths", "countdown", "words", "regex", "json",
-    "python", "choice", "numeric", "exact", "os:system", "timeit:timeit", "builtins:exec", "headwater.tasks:find_task", ":", "a:b:c",
+    "python", "choice", "numeric", "exact", "os:system", "timeit:timeit", "builtins:exec", "headwater.tasks.registry:find_task",
+    ":", "a:b:c",
     "no.such:thing", "antigravity:x", "bfloat16", "cuda", "eval", "train", [], {}, [None], [[]], {"a": {"b": []}}, {"": ""}, [1, 2],
     {"path": "x.jsonl"}, {"generate": {"pool": "train", "count": 3}}, "x.jsonl", "x.parquet", "x.json",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from headwater.data.labels import buy, half_of
 from headwater.data.sources import load, without_leaks
 from headwater.data.validate import grade_file
 from headwater.errors import UserError
-from headwater.tasks import TASKS
+from headwater.tasks.registry import TASKS
 from headwater.tasks.verifier import Verifier
 from headwater.types import Problem, family_of, letters_of, problem_id
 

@@ -22,7 +22,7 @@ from headwater.runs.inputs import device_of
 from headwater.runs.node_context import ProgressDisplay
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage.run_dir import write_atomic
-from headwater.tasks import find_task
+from headwater.tasks.registry import find_task
 from headwater.tasks.verifier import Verifier
 from headwater.training.evaluate import evaluate
 

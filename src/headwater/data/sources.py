@@ -16,7 +16,8 @@ from typing import Any
 from headwater.config.recipe import Columns, Source
 from headwater.data.contamination import Leak, find_leaks
 from headwater.errors import UserError
-from headwater.tasks import TASKS, maths_text
+from headwater.tasks import maths_text
+from headwater.tasks.registry import TASKS
 from headwater.types import Problem
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt")

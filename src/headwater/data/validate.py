@@ -12,7 +12,7 @@ from typing import Any
 from headwater.config.recipe import Source
 from headwater.data.sources import json_rows, load
 from headwater.errors import UserError
-from headwater.tasks import find_task
+from headwater.tasks.registry import find_task
 from headwater.tasks.verifier import Verifier
 
 BATCH = 256  # rows graded between two that are handed on: enough to keep every worker busy

@@ -27,7 +27,7 @@ from headwater.runs.plan import Node, Plan, Role, make_plan, nodes_of
 from headwater.sampling.base import requests_for
 from headwater.storage.run_dir import RunDir
 from headwater.tasks.verifier import Verifier
-from headwater.teachers.server import is_served
+from headwater.teachers.server_client import is_served
 from headwater.types import Problem, Rollout
 
 T = TypeVar("T")

@@ -35,7 +35,7 @@ from headwater.stats import Counts, Floats, Interval
 from headwater.storage.ledger import Spend, record
 from headwater.storage.run_dir import RunDir, write_json
 from headwater.storage.untrusted import refuse_links
-from headwater.teachers.server import is_served
+from headwater.teachers.server_client import is_served
 from headwater.training import conditions
 from headwater.training.evaluate import sampled_and_graded
 from headwater.types import Rollout

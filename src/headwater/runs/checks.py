@@ -12,8 +12,8 @@ from headwater.models import policy as model
 from headwater.models.prompts import Prompter, refuse_different_prompts
 from headwater.runs.inputs import RunInputs, read_tokenizer, tokenizer_of
 from headwater.runs.plan import Node, Plan
-from headwater.teachers import server as served
-from headwater.teachers.server import ServedTokenizer
+from headwater.teachers import server_client
+from headwater.teachers.server_client import ServedTokenizer
 from headwater.types import Problem
 
 
@@ -88,7 +88,7 @@ def refuse_what_it_cannot(plan: Plan) -> None:
     """Raises UserError for a plan that asks of the base teacher what its form does not give; weights of one model give all."""
     models = plan.recipe.models
     several, names = isinstance(models.teacher, dict), models.named("teacher").values()
-    away = [name for name in names if served.is_served(name)]
+    away = [name for name in names if server_client.is_served(name)]
     if not several and not away:
         return
     what = "a mapping to several models" if several else f"a server ({away[0]})"

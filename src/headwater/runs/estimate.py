@@ -19,7 +19,8 @@ from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
 from headwater.runs.inputs import RunInputs, read_tokenizer
 from headwater.runs.memory_estimate import Held, Work, held_bytes, working_bytes
 from headwater.runs.plan import Node, Plan, Role, supervisor
-from headwater.teachers.server import NO_SHAPE, is_served
+from headwater.teachers.served_teacher import NO_SHAPE
+from headwater.teachers.server_client import is_served
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from headwater.data.sources import Loaded, load, without_leaks
 from headwater.errors import UserError
 from headwater.models import policy as model
 from headwater.models import untrusted_files
-from headwater.sampling.build import Samplers, samplers_of
-from headwater.tasks import Task, find_task, grader_code
-from headwater.teachers import server as served
-from headwater.teachers.server import ServedTokenizer
+from headwater.sampling.build import SamplerFactory, sampler_factory
+from headwater.tasks.registry import Task, find_task, grader_code
+from headwater.teachers import server_client
+from headwater.teachers.server_client import ServedTokenizer
 from headwater.types import Problem, letters_of
 
 VALIDATION = "data.validation"
@@ -58,9 +58,9 @@ class RunInputs:
     """For an estimate alone: what was not here and is stood in for (`absent`), in words."""
 
     @cached_property
-    def sampler(self) -> Samplers:
+    def sampler(self) -> SamplerFactory:
         """Who samples a policy; engines started for one node serve the next."""
-        return samplers_of(self.recipe)
+        return sampler_factory(self.recipe)
 
     @property
     def everything(self) -> list[Problem]:
@@ -85,8 +85,8 @@ class RunInputs:
         return settings.steps_over(prompts)
 
     def _fingerprint(self, name: str, field: str) -> str:
-        if served.is_served(name):
-            return served.meet(name, field, self.recipe.compute.server).fingerprint
+        if server_client.is_served(name):
+            return server_client.connect(name, field, self.recipe.compute.server).fingerprint
         return model.fingerprint_of(model.resolve(name, field))
 
     def content(self) -> dict[str, Any]:
@@ -214,8 +214,8 @@ def read_tokenizer(recipe: Recipe, role: str) -> Any:
 
 def tokenizer_of(recipe: Recipe, field: str, name: str) -> Any:
     """The tokenizer of the model that a field names; a server's as far as ids are compared. Raises UserError."""
-    if served.is_served(name):
-        return ServedTokenizer(served.meet(name, field, recipe.compute.server))
+    if server_client.is_served(name):
+        return ServedTokenizer(server_client.connect(name, field, recipe.compute.server))
     where = model.resolve(name, field)
     model.refuse_untrusted(where, field, name, recipe.models.trust_remote_code)
     with untrusted_files.reading(f"{field}: the tokenizer of {name} cannot be loaded"):

@@ -14,7 +14,7 @@ from headwater.models import policy as model
 from headwater.runs.checks import check_plan
 from headwater.runs.inputs import RunInputs, load_inputs
 from headwater.runs.plan import Plan, make_plan
-from headwater.teachers.server import is_served
+from headwater.teachers.server_client import is_served
 from headwater.types import Problem, Verdict
 
 

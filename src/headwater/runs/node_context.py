@@ -22,7 +22,13 @@ from headwater.sampling.base import Sampler
 from headwater.storage import ledger
 from headwater.storage.ledger import Purpose, Spend
 from headwater.storage.run_dir import NodeDir, RunDir, read_jsonl
-from headwater.teachers.build import Teacher, base_teacher, is_plain, resting, sampler_of
+from headwater.teachers.build import (
+    Teacher,
+    is_single_local_model,
+    load_base_teacher,
+    offload_if_configured,
+    sampler_for,
+)
 from headwater.training.evaluate import evaluate
 from headwater.training.loop import Metrics
 from headwater.types import Problem
@@ -84,9 +90,9 @@ class NodeContext:
     def frozen(self, whose: Role | Node, stage: Stage | None = None) -> Teacher:
         """Whoever is only asked: to sample, and to score for a stage. A base teacher may be elsewhere."""
         inputs = self.inputs
-        if whose != "teacher" or is_plain(inputs.recipe):
-            return resting(self.load(whose, frozen=True), inputs.recipe, inputs.sampler)
-        return base_teacher(inputs.recipe, stage, inputs.everything, inputs.sampler, inputs.device, self.ranks)
+        if whose != "teacher" or is_single_local_model(inputs.recipe):
+            return offload_if_configured(self.load(whose, frozen=True), inputs.recipe, inputs.sampler)
+        return load_base_teacher(inputs.recipe, stage, inputs.everything, inputs.sampler, inputs.device, self.ranks)
 
     def trainee(self, node: Node) -> Policy:
         """What a stage trains: all weights, or an adapter on frozen ones."""
@@ -114,7 +120,7 @@ class NodeContext:
         return ledger.totals(read_jsonl(self.node_dir(node).ledger)).flops
 
     def sampler(self, policy: Teacher) -> Sampler:
-        return sampler_of(policy, self.inputs.sampler)
+        return sampler_for(policy, self.inputs.sampler)
 
     def prompter(self, policy: Teacher) -> Prompter:
         return Prompter(policy.tokenizer, self.inputs.recipe.prompt)

@@ -175,11 +175,7 @@ def run_train(node: Node, context: NodeContext) -> dict[str, Any] | None:
 
     def write_rollouts(step: int, rows: Sequence[Row]) -> None:
         shown = token_signals.kept(rows) if objective.source == "policy" else []
-        mine = {
-            index: token_signals.signal_of(rows[index], prompter.completion)
-            for index in shown
-            if rows[index].here
-        }
+        mine = {index: token_signals.signal_of(rows[index], prompter.completion) for index in shown if rows[index].here}
         told = {index: found for held in policy.ranks.all_gather(mine) for index, found in held.items()}
         found = [{**rollout_row(row, prompter), **told.get(index, {})} for index, row in enumerate(rows)]
         folder.keep(step, folder.rollouts(step), found)

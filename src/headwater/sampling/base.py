@@ -20,14 +20,14 @@ class Request:
     draw: tuple[str | int, ...]
 
 
-Arrived = Callable[[Sequence[Rollout]], None]
+OnFinished = Callable[[Sequence[Rollout]], None]
 
 
 class Sampler(Protocol):
     """Whoever samples: the embedded sampler, or an engine beside the trainer."""
 
     def sample(
-        self, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived | None = None
+        self, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished | None = None
     ) -> list[Rollout]:
         """Rollouts in the order of the requests; each records the log-probs that it was drawn with.
 

@@ -10,28 +10,28 @@ from headwater.config.recipe import Recipe
 from headwater.config.stage import Sampling
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
-from headwater.sampling.base import Arrived, Request, Sampler
+from headwater.sampling.base import OnFinished, Request, Sampler
 from headwater.sampling.torch_sampler import TorchSampler
-from headwater.sampling.vllm_sampler import Engines
+from headwater.sampling.vllm_sampler import EnginePool
 from headwater.types import Rollout
 
-Samplers = Callable[[Policy], Sampler]
+SamplerFactory = Callable[[Policy], Sampler]
 
 
-def embedded(recipe: Recipe) -> Samplers:
+def embedded(recipe: Recipe) -> SamplerFactory:
     """The embedded sampler, with fewer sequences at once where memory runs out."""
     return lambda policy: OomRetrySampler(partial(TorchSampler, policy), BatchBudget(recipe.compute.sample_batch))
 
 
-def beside(recipe: Recipe) -> Samplers:
+def beside(recipe: Recipe) -> SamplerFactory:
     """vLLM in this process; engines are started when first asked, and stay."""
-    return Engines(recipe.compute, longest(recipe)).sampler
+    return EnginePool(recipe.compute, longest(recipe)).sampler
 
 
-SAMPLERS: dict[str, Callable[[Recipe], Samplers]] = {"torch": embedded, "vllm": beside}
+SAMPLERS: dict[str, Callable[[Recipe], SamplerFactory]] = {"torch": embedded, "vllm": beside}
 
 
-def samplers_of(recipe: Recipe) -> Samplers:
+def sampler_factory(recipe: Recipe) -> SamplerFactory:
     """The recipe's own; what it returns may be kept for as long as the process lives."""
     return SAMPLERS[recipe.compute.sampler](recipe)
 
@@ -58,7 +58,9 @@ class OomRetrySampler:
     make: Callable[[int], Sampler]
     batch: BatchBudget
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None) -> list[Rollout]:
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, arrived: OnFinished | None = None
+    ) -> list[Rollout]:
         held: dict[tuple[str, int], Rollout] = {}
 
         def told(found: Sequence[Rollout]) -> None:

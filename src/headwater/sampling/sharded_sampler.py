@@ -10,7 +10,7 @@ from headwater.config import recipe as config
 from headwater.distributed.process_group import ProcessGroup
 from headwater.models.fsdp import whole
 from headwater.models.policy import Policy
-from headwater.sampling.base import Arrived, Request, Sampler
+from headwater.sampling.base import OnFinished, Request, Sampler
 from headwater.types import Rollout
 
 
@@ -25,7 +25,7 @@ class ShardedSampler:
     alone: Callable[[], contextlib.AbstractContextManager[Sampler]]
 
     def sample(
-        self, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived | None = None
+        self, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished | None = None
     ) -> list[Rollout]:
         with self.alone() as sampler:
             found = sampler.sample(self.ranks.share(requests), sampling)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headwater.config import recipe as config
 from headwater.models.policy import Policy
-from headwater.sampling.base import Arrived, Request
+from headwater.sampling.base import OnFinished, Request
 from headwater.sampling.decoder import decoder_for
 from headwater.sampling.sequence_slots import Line, Slots
 from headwater.sampling.token_draws import draw_tokens
@@ -33,7 +33,7 @@ class TorchSampler:
     batch: int = 256
 
     def sample(
-        self, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived | None = None
+        self, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished | None = None
     ) -> list[Rollout]:
         if not requests:
             return []
@@ -53,7 +53,7 @@ class TorchSampler:
         return [placed[i] for i in range(len(requests))]
 
     @torch.inference_mode()
-    def _run(self, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived) -> list[Rollout]:
+    def _run(self, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished) -> list[Rollout]:
         prompts = [one.prompt_ids for one in requests]
         size, limit = min(self.batch, len(requests)), sampling.max_tokens
         look = LOOK_CPU if self.policy.device.type == "cpu" else LOOK_ELSEWHERE

@@ -26,7 +26,7 @@ from headwater.config import recipe as config
 from headwater.errors import UserError
 from headwater.models.locate import base_of
 from headwater.models.policy import Policy, weights_of
-from headwater.sampling.base import Arrived, Request
+from headwater.sampling.base import OnFinished, Request
 from headwater.types import Rollout
 
 MISSING = (
@@ -81,7 +81,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Engines:
+class EnginePool:
     """The engines of this process by the shape of their models, each started when first asked.
 
     longest  tokens of prompt and completion together, at most
@@ -105,7 +105,7 @@ class Engines:
         if not installed():
             raise UserError(MISSING)
         settings = self.compute.vllm
-        refuse_too_few_devices(settings.tensor_parallel_size, policy.device)
+        check_device_count(settings.tensor_parallel_size, policy.device)
         naps = settings.sleep and policy.device.type == "cuda"
         positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", self.longest)
         with process_as_it_was():
@@ -142,7 +142,7 @@ class Engines:
         }
 
 
-def refuse_too_few_devices(asked: int, device: torch.device) -> None:
+def check_device_count(asked: int, device: torch.device) -> None:
     """Raises UserError where an engine is to lie on more GPUs than there are."""
     there = torch.cuda.device_count() if device.type == "cuda" else asked
     if asked > there:
@@ -166,10 +166,10 @@ class VllmSampler:
     """
 
     policy: Policy
-    engines: Engines
+    engines: EnginePool
 
     def sample(
-        self, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived | None = None
+        self, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished | None = None
     ) -> list[Rollout]:
         if not requests:
             return []
@@ -181,7 +181,7 @@ class VllmSampler:
             engine.rest()
 
     def _run(
-        self, engine: Any, requests: Sequence[Request], sampling: config.Sampling, arrived: Arrived
+        self, engine: Any, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished
     ) -> list[Rollout]:
         held: dict[str, int] = {}
         rollouts: dict[int, Rollout] = {}

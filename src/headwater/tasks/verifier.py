@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from headwater.errors import UserError
-from headwater.tasks import Task, find_task
+from headwater.tasks.registry import Task, find_task
 from headwater.types import Verdict
 
 CHUNK = 16  # answers handed to a worker at once: enough to hide the pipe's latency, few to redo after a kill

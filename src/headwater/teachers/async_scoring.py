@@ -15,7 +15,7 @@ Key = tuple[str, int]
 Score = Callable[[Sequence[Rollout]], list[Distributions]]
 
 
-class Ahead:
+class AsyncScorer:
     """Scores rollouts part by part as they finish.
 
     Which rollouts form a part follows from the order in which they finish and from nothing that depends on time, so the
@@ -33,19 +33,19 @@ class Ahead:
         self.pending: list[Rollout] = []
         self.parts: list[tuple[list[Key], Future[list[Distributions]]]] = []
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> AsyncScorer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.thread.shutdown(wait=True, cancel_futures=True)
 
-    def arrived(self, finished: Sequence[Rollout]) -> None:
+    def submit(self, finished: Sequence[Rollout]) -> None:
         for rollout in finished:
             self.pending.append(rollout)
             if len(self.pending) == self.size:
                 self._begin()
 
-    def found(self) -> dict[Key, Distributions]:
+    def results(self) -> dict[Key, Distributions]:
         """The scores of all that arrived, by (problem id, sample); waits for what is still to be done."""
         if self.pending:
             self._begin()

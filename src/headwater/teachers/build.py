@@ -22,12 +22,12 @@ from headwater.losses.objectives import divergence_of
 from headwater.models import fsdp
 from headwater.models import policy as model
 from headwater.models.policy import Policy, Shape
-from headwater.sampling.base import Arrived, Request, Sampler
-from headwater.sampling.build import Samplers
+from headwater.sampling.base import OnFinished, Request, Sampler
+from headwater.sampling.build import SamplerFactory
 from headwater.sampling.sharded_sampler import ShardedSampler, sampling
-from headwater.teachers import server as served
+from headwater.teachers import server_client
 from headwater.teachers.scoring import distributions_of
-from headwater.teachers.server import ServedTeacher
+from headwater.teachers.served_teacher import ServedTeacher
 from headwater.types import Problem, Rollout
 
 
@@ -42,7 +42,7 @@ class TaggedTeachers:
 
     teachers: Mapping[str, Policy | ServedTeacher | OffloadedTeacher]
     tags: Mapping[str, str]
-    samplers: Samplers
+    samplers: SamplerFactory
     top_k: int | None
     ranks: ProcessGroup = SINGLE_PROCESS
 
@@ -82,8 +82,10 @@ class TaggedTeachers:
         found = distributions_of(one, rollouts, tokens)
         return found if self.top_k is None else [likeliest(held, self.top_k) for held in found]
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None) -> list[Rollout]:
-        return self._each(requests, lambda one, some: sampler_of(one, self.samplers).sample(some, sampling, arrived))
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, arrived: OnFinished | None = None
+    ) -> list[Rollout]:
+        return self._each(requests, lambda one, some: sampler_for(one, self.samplers).sample(some, sampling, arrived))
 
     def _each(
         self, asked: Sequence[Any], of: Callable[[Policy | ServedTeacher | OffloadedTeacher, list[Any]], Sequence[Any]]
@@ -104,7 +106,7 @@ class OffloadedTeacher:
 
     policy: Policy
     away: torch.device
-    samplers: Samplers
+    samplers: SamplerFactory
     ranks: ProcessGroup = SINGLE_PROCESS
 
     @property
@@ -130,7 +132,9 @@ class OffloadedTeacher:
         with self.here():
             return distributions_of(self.policy, rollouts, tokens)
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None) -> list[Rollout]:
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, arrived: OnFinished | None = None
+    ) -> list[Rollout]:
         with self.here():
             return self.samplers(self.policy).sample(requests, sampling, arrived)
 
@@ -156,7 +160,7 @@ def movable(policy: Policy) -> list[Tensor]:
     return [one for one in (*policy.model.parameters(), *policy.model.buffers()) if id(one) not in kept]
 
 
-def offloaded(policy: Policy, samplers: Samplers) -> OffloadedTeacher:
+def offloaded(policy: Policy, samplers: SamplerFactory) -> OffloadedTeacher:
     """The policy, at once sent to the machine's memory."""
     away = torch.device("cpu")
     move(policy, away)
@@ -172,7 +176,7 @@ def likeliest(held: Distributions, k: int) -> Distributions:
     return known if isinstance(known, TopK) else known.likeliest(k)
 
 
-def sampler_of(who: Teacher, samplers: Samplers) -> Sampler:
+def sampler_for(who: Teacher, samplers: SamplerFactory) -> Sampler:
     """Who samples for a model: it itself where it is elsewhere, else the recipe's sampler; several ranks share the work out."""
     if who.ranks.alone or isinstance(who, TaggedTeachers):  # of several teachers, each is shared out by itself
         return samplers(who) if isinstance(who, Policy) else who
@@ -182,11 +186,11 @@ def sampler_of(who: Teacher, samplers: Samplers) -> Sampler:
     return ShardedSampler(who.ranks, lambda: contextlib.nullcontext(alone))
 
 
-def base_teacher(
+def load_base_teacher(
     recipe: Recipe,
     stage: Stage | None,
     problems: Sequence[Problem],
-    samplers: Samplers,
+    samplers: SamplerFactory,
     device: torch.device,
     ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> Teacher:
@@ -199,8 +203,10 @@ def base_teacher(
     named = recipe.models.named("teacher")
     held = {
         field: replace(_served(recipe, field, name, stage, device), ranks=ranks)
-        if served.is_served(name)
-        else resting(fsdp.load(name, field, recipe.models, device, True, None, None, ranks), recipe, samplers)
+        if server_client.is_served(name)
+        else offload_if_configured(
+            fsdp.load(name, field, recipe.models, device, True, None, None, ranks), recipe, samplers
+        )
         for field, name in named.items()
     }
     if not isinstance(recipe.models.teacher, dict):
@@ -217,20 +223,20 @@ def base_teacher(
     return TaggedTeachers(teachers, {one.id: one.tag for one in problems}, samplers, k, ranks)
 
 
-def is_plain(recipe: Recipe) -> bool:
+def is_single_local_model(recipe: Recipe) -> bool:
     """Whether the teacher is one model whose weights are here."""
     held = recipe.models.teacher
-    return isinstance(held, str) and not served.is_served(held)
+    return isinstance(held, str) and not server_client.is_served(held)
 
 
-def resting(policy: Policy, recipe: Recipe, samplers: Samplers) -> Policy | OffloadedTeacher:
+def offload_if_configured(policy: Policy, recipe: Recipe, samplers: SamplerFactory) -> Policy | OffloadedTeacher:
     """A frozen policy as the recipe wants it to wait; where several ranks hold a part each, it stays."""
     away = recipe.compute.offload_teacher and policy.device.type != "cpu" and policy.ranks.alone
     return offloaded(policy, samplers) if away else policy
 
 
 def _served(recipe: Recipe, field: str, name: str, stage: Stage | None, device: torch.device) -> ServedTeacher:
-    met = served.meet(name, field, recipe.compute.server)
+    met = server_client.connect(name, field, recipe.compute.server)
     where = model.resolve(recipe.models.student, "models.student")
     trusted = recipe.models.trust_remote_code
     config = AutoConfig.from_pretrained(where, trust_remote_code=trusted)

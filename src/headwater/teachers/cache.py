@@ -21,14 +21,14 @@ from headwater.models.oom import BatchBudget, passes
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
 from headwater.teachers import compact_ids
-from headwater.teachers.scoring import Elsewhere, Scorer, distributions_of
+from headwater.teachers.scoring import FrozenModel, ScoringTeacher, distributions_of
 from headwater.types import Rollout
 
 EXACT_CACHE_LIMIT = 64 << 30
 """Bytes past which an exact cache is refused before it is made; top-k with its tail is 100–1000 times smaller."""
 
 
-def refuse_huge_cache(policy: Scorer, tokens: int, top_k: int | None) -> None:
+def refuse_huge_cache(policy: FrozenModel, tokens: int, top_k: int | None) -> None:
     """Raises UserError when an exact cache of that many tokens would pass EXACT_CACHE_LIMIT."""
     size = tokens * policy.vocabulary * 4
     if top_k is None and size > EXACT_CACHE_LIMIT:
@@ -40,7 +40,7 @@ def refuse_huge_cache(policy: Scorer, tokens: int, top_k: int | None) -> None:
 
 def write_cache(
     folder: Path,
-    policy: Policy | Elsewhere,
+    policy: Policy | ScoringTeacher,
     rollouts: Sequence[Rollout],
     top_k: int | None,
     tokens: int,

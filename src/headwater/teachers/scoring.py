@@ -21,7 +21,7 @@ from headwater.models.policy import Policy
 from headwater.types import Rollout
 
 
-class Scorer(Protocol):
+class FrozenModel(Protocol):
     """A frozen model that scores: a `Policy` here, a server (`ServedTeacher`), or several by tag (`TaggedTeachers`)."""
 
     @property
@@ -33,7 +33,7 @@ class Scorer(Protocol):
     def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float: ...
 
 
-class Elsewhere(Scorer, Protocol):
+class ScoringTeacher(FrozenModel, Protocol):
     """A scorer that makes its distributions itself."""
 
     def distributions(self, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]: ...
@@ -65,7 +65,7 @@ def read_off(
     return [found[index] for index in range(len(rows))]
 
 
-def distributions_of(teacher: Policy | Elsewhere, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
+def distributions_of(teacher: Policy | ScoringTeacher, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
     """The teacher's distributions at every completion token, one a rollout: a policy's exact and held as hidden states."""
     if not isinstance(teacher, Policy):
         return teacher.distributions(rollouts, tokens)

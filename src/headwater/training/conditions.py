@@ -19,7 +19,7 @@ from headwater.losses.logprobs import tokens_at_once
 from headwater.models.fsdp import within
 from headwater.models.oom import BatchBudget, passes
 from headwater.models.policy import Policy
-from headwater.teachers.scoring import Elsewhere, distributions_of, hidden_of
+from headwater.teachers.scoring import ScoringTeacher, distributions_of, hidden_of
 from headwater.types import Rollout
 
 
@@ -36,7 +36,7 @@ class Apart:
 
 def measure(
     student: Policy,
-    teacher: Policy | Elsewhere,
+    teacher: Policy | ScoringTeacher,
     student_rollouts: Sequence[Rollout],
     teacher_rollouts: Sequence[Rollout],
     top_k: int,
@@ -62,7 +62,9 @@ def measure(
 
 
 @torch.no_grad()
-def apart(student: Policy, teacher: Policy | Elsewhere, rollouts: Sequence[Rollout], top_k: int, tokens: int) -> Apart:
+def apart(
+    student: Policy, teacher: Policy | ScoringTeacher, rollouts: Sequence[Rollout], top_k: int, tokens: int
+) -> Apart:
     """How the two models differ at every completion token of these rollouts, all sampled at one temperature."""
     budget, ranks = BatchBudget(tokens), student.ranks
     share = ranks.share(rollouts)

@@ -14,7 +14,7 @@ from headwater.config.stage import Sampling
 from headwater.data.labels import Labels
 from headwater.errors import TrainingStoppedError
 from headwater.models.prompts import Prompter
-from headwater.sampling.base import Arrived, Request, Sampler, requests_for
+from headwater.sampling.base import OnFinished, Request, Sampler, requests_for
 from headwater.storage import fault_points
 from headwater.types import Problem, Rollout, Verdict
 
@@ -87,7 +87,7 @@ def sampled_and_graded(
     labels: Labels | None,
     text: Callable[[Sequence[int]], str],
     progress: Callable[[int], None] | None = None,
-    beside: Arrived | None = None,
+    beside: OnFinished | None = None,
 ) -> Graded:
     """Sample, and grade each rollout while others are still being sampled; without labels only sample.
 

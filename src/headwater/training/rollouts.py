@@ -23,8 +23,8 @@ from headwater.losses.distributions import Distributions
 from headwater.losses.objectives import Objective
 from headwater.models.oom import BatchBudget, passes
 from headwater.models.policy import Policy, Shape
-from headwater.sampling.base import Arrived, Sampler, requests_for
-from headwater.teachers.async_scoring import Ahead
+from headwater.sampling.base import OnFinished, Sampler, requests_for
+from headwater.teachers.async_scoring import AsyncScorer
 from headwater.teachers.build import Teacher
 from headwater.teachers.scoring import distributions_of, logp_of
 from headwater.training.evaluate import sampled_and_graded
@@ -65,7 +65,7 @@ class PolicyRollouts:
     teacher    who scores the rollouts; None where the objective is sparse
     reference  the stage's starting weights, where the objective keeps close to them
     budget     at most so many tokens in a scoring pass; what fits is remembered
-    parts      the teacher scores a step's rollouts in so many parts, each while later ones are still sampled (`Ahead`);
+    parts      the teacher scores a step's rollouts in so many parts, each while later ones are still sampled (`AsyncScorer`);
                1 scores all of them after sampling
     """
 
@@ -85,11 +85,11 @@ class PolicyRollouts:
     parts: int = 1
 
     def __call__(self, step: int) -> StepBatch:
-        with Ahead(self.taught, -(-self.stage.batch_size // self.parts)) as ahead:
-            everything, kept, seconds = self.sampled(step, ahead.arrived if self.parts > 1 else None)
+        with AsyncScorer(self.taught, -(-self.stage.batch_size // self.parts)) as ahead:
+            everything, kept, seconds = self.sampled(step, ahead.submit if self.parts > 1 else None)
             started = time.perf_counter()
             kept = shared_out(kept, self.stage, self.stage.group_size, self.policy.ranks)
-            kept = self.scored(kept, ahead.found())
+            kept = self.scored(kept, ahead.results())
         metrics: Metrics = {
             "seconds_sample": seconds["sample"],
             "seconds_score": seconds["grade"] + time.perf_counter() - started,
@@ -113,7 +113,7 @@ class PolicyRollouts:
             flops=self.flops(everything, kept, sum(len(self.prompts[name]) for name in problems)),
         )
 
-    def sampled(self, step: int, beside: Arrived | None) -> tuple[list[Row], list[Row], dict[str, float]]:
+    def sampled(self, step: int, beside: OnFinished | None) -> tuple[list[Row], list[Row], dict[str, float]]:
         """All rows that were sampled, those to train on, and the seconds it took.
 
         The two differ where groups without a signal are sampled again (dynamic sampling).

@@ -13,7 +13,7 @@ from headwater.config.recipe import Compute, Vllm, parse_recipe
 from headwater.errors import UserError
 from headwater.models.policy import Policy
 from headwater.sampling import vllm_sampler
-from headwater.sampling.vllm_sampler import Engines, refuse_too_few_devices
+from headwater.sampling.vllm_sampler import EnginePool, check_device_count
 
 
 class Recorded:
@@ -36,7 +36,7 @@ def test_devices_of_an_engine_and_how_weights_reach_them_follow_the_recipe(
 ) -> None:
     monkeypatch.setattr(vllm_sampler, "installed", lambda: True)
     monkeypatch.setattr(vllm_sampler, "_vllm", lambda: SimpleNamespace(LLM=Recorded))
-    engine = Engines(Compute(sampler="vllm", vllm=Vllm(tensor_parallel_size=size)), 64).engine(policy)
+    engine = EnginePool(Compute(sampler="vllm", vllm=Vllm(tensor_parallel_size=size)), 64).engine(policy)
     assert engine.llm.told["tensor_parallel_size"] == size
     engine.take(policy)
     ((name, handed),) = engine.llm.calls
@@ -51,8 +51,8 @@ def test_more_devices_than_there_are_and_none_at_all_are_refused_by_field() -> N
     with pytest.raises(
         UserError, match=r"^compute\.vllm\.tensor_parallel_size: 99 devices are asked for, and there are "
     ):
-        refuse_too_few_devices(99, torch.device("cuda"))
-    refuse_too_few_devices(99, torch.device("cpu"))
+        check_device_count(99, torch.device("cuda"))
+    check_device_count(99, torch.device("cpu"))
     raw = find_recipe("pocket", []).model_dump()
     with pytest.raises(UserError, match=r"compute\.vllm\.tensor_parallel_size: .*greater than or equal to 1"):
         parse_recipe({**raw, "compute": {**raw["compute"], "vllm": {"tensor_parallel_size": 0}}}, "recipe x")

@@ -22,7 +22,7 @@ from headwater.models import lora
 from headwater.models import policy as model
 from headwater.models.policy import Policy
 from headwater.sampling.base import Request, requests_for
-from headwater.sampling.vllm_sampler import Engines
+from headwater.sampling.vllm_sampler import EnginePool
 from headwater.teachers.scoring import logp_of
 from headwater.types import Rollout
 from runs import held, node, rows, temporary, tiny
@@ -40,8 +40,8 @@ PROMPTS = ((1, 6, 15, 7, 2), (1, 8, 9, 15, 10, 2), (1, 14, 2), (1, 5, 5, 15, 13,
 
 
 @pytest.fixture(scope="module")
-def engines() -> Engines:
-    return Engines(SETTINGS, longest=160)
+def engines() -> EnginePool:
+    return EnginePool(SETTINGS, longest=160)
 
 
 @cache
@@ -69,13 +69,13 @@ def gap(policy: Policy, rollouts: Sequence[Rollout]) -> float:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_a_drawn_tokens_log_prob_is_the_trainers_own(engines: Engines, policy: Policy, temperature: float) -> None:
+def test_a_drawn_tokens_log_prob_is_the_trainers_own(engines: EnginePool, policy: Policy, temperature: float) -> None:
     found = engines.sampler(policy).sample(asked(), Sampling(max_tokens=24, temperature=temperature))
     assert gap(policy, found) < 1e-4  # the promise is 0.01
     assert {one.temperature for one in found} == {temperature}
 
 
-def test_weights_are_handed_over_as_they_are_at_each_call_without_a_file(engines: Engines, policy: Policy) -> None:
+def test_weights_are_handed_over_as_they_are_at_each_call_without_a_file(engines: EnginePool, policy: Policy) -> None:
     sampler = engines.sampler(policy)
     before = sampler.sample(asked(), Sampling(max_tokens=24))
     with torch.no_grad():
@@ -102,7 +102,7 @@ def adapted(quantize: str | None = None) -> Policy:
 
 @pytest.mark.skipif(not ADAPTERS, reason="peft is not installed here: `make test-engines` brings it")
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_an_adapter_is_handed_over_as_it_is_at_each_call(engines: Engines, quantize: str | None) -> None:
+def test_an_adapter_is_handed_over_as_it_is_at_each_call(engines: EnginePool, quantize: str | None) -> None:
     if quantize and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed here: `make test-engines` brings it")
     policy = adapted(quantize)
@@ -119,7 +119,7 @@ def test_an_adapter_is_handed_over_as_it_is_at_each_call(engines: Engines, quant
     assert gap(policy, after) < 1e-4 < 0.05 < gap(policy, before)
 
 
-def test_models_of_one_shape_take_turns_in_one_engine(engines: Engines, policy: Policy) -> None:
+def test_models_of_one_shape_take_turns_in_one_engine(engines: EnginePool, policy: Policy) -> None:
     other = copied(policy)
     with torch.no_grad():
         for one in other.model.parameters():
@@ -133,7 +133,7 @@ def test_models_of_one_shape_take_turns_in_one_engine(engines: Engines, policy: 
     assert list(engines.held) == known
 
 
-def test_a_requests_seed_decides_its_tokens_whatever_stands_beside_it(engines: Engines, policy: Policy) -> None:
+def test_a_requests_seed_decides_its_tokens_whatever_stands_beside_it(engines: EnginePool, policy: Policy) -> None:
     sampler, requests = engines.sampler(policy), asked()
     found = sampler.sample(requests, Sampling(max_tokens=24))
     again = sampler.sample(requests[::-1], Sampling(max_tokens=24))[::-1]
@@ -145,7 +145,7 @@ def test_a_requests_seed_decides_its_tokens_whatever_stands_beside_it(engines: E
     assert [one.completion_ids for one in found] != [one.completion_ids for one in other]
 
 
-def test_first_tokens_are_drawn_as_often_as_the_model_says(engines: Engines, policy: Policy) -> None:
+def test_first_tokens_are_drawn_as_often_as_the_model_says(engines: EnginePool, policy: Policy) -> None:
     count, prompt = 2000, PROMPTS[1]
     requests = requests_for([("p", prompt)], count, 0, "frequencies")
     found = engines.sampler(policy).sample(requests, Sampling(max_tokens=1))
@@ -157,7 +157,7 @@ def test_first_tokens_are_drawn_as_often_as_the_model_says(engines: Engines, pol
     assert chisquare([*seen, count - sum(seen)], [*wanted, count - sum(wanted)]).pvalue > 1e-3
 
 
-def test_completions_end_with_a_stop_id_or_at_the_limit(engines: Engines, policy: Policy) -> None:
+def test_completions_end_with_a_stop_id_or_at_the_limit(engines: EnginePool, policy: Policy) -> None:
     arrived: list[Rollout] = []
     found = engines.sampler(policy).sample(asked(16), Sampling(max_tokens=24), arrived.extend)
     stops = set(policy.stop_ids)
@@ -172,7 +172,7 @@ def test_completions_end_with_a_stop_id_or_at_the_limit(engines: Engines, policy
     )
 
 
-def test_a_batch_stopped_on_its_way_leaves_nothing_behind(engines: Engines, policy: Policy) -> None:
+def test_a_batch_stopped_on_its_way_leaves_nothing_behind(engines: EnginePool, policy: Policy) -> None:
     def stop(finished: Sequence[Rollout]) -> None:
         raise KeyboardInterrupt
 
@@ -188,19 +188,19 @@ def test_starting_an_engine_leaves_the_process_as_it_was() -> None:
     torch.manual_seed(7)
     models = Models(student=str(folder()), teacher="unused")
     held = model.load(str(folder()), "models.student", models, CPU, frozen=True)
-    Engines(SETTINGS, longest=64).engine(held)
+    EnginePool(SETTINGS, longest=64).engine(held)
     assert torch.set_num_threads is threads
     assert torch.equal(torch.rand(3), drawn)
 
 
-def test_a_saved_student_loads_in_vllm_as_it_is(engines: Engines, policy: Policy, tmp_path: Path) -> None:
+def test_a_saved_student_loads_in_vllm_as_it_is(engines: EnginePool, policy: Policy, tmp_path: Path) -> None:
     with torch.no_grad():
         for one in policy.model.parameters():
             one.mul_(1.1)
     model.save(policy, tmp_path / "saved", torch.float32)
     models = Models(student=str(tmp_path / "saved"), teacher="unused")
     saved = model.load(str(tmp_path / "saved"), "models.student", models, CPU, frozen=True)
-    fresh = Engines(SETTINGS, longest=64)
+    fresh = EnginePool(SETTINGS, longest=64)
     fresh.engine(saved).holds = saved  # as if handed over: what it has are the files' own weights
     assert gap(policy, fresh.sampler(saved).sample(asked(), Sampling(max_tokens=16))) < 1e-4
 
@@ -209,7 +209,7 @@ def test_a_shape_that_vllm_does_not_take_is_refused_in_a_sentence() -> None:
     models = Models(student="pocket:qwen3-student", teacher="unused")  # heads of 16
     held = model.load(models.student, "models.student", models, CPU, frozen=True)
     with pytest.raises(UserError, match=r"compute\.sampler: vllm cannot .*qwen3-student"):
-        Engines(SETTINGS, longest=64).sampler(held).sample(asked(), Sampling(max_tokens=4))
+        EnginePool(SETTINGS, longest=64).sampler(held).sample(asked(), Sampling(max_tokens=4))
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------

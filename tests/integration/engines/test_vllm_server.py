@@ -28,7 +28,8 @@ from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.teachers.cache import read_cache
 from headwater.teachers.scoring import distributions_of, logp_of
-from headwater.teachers.server import ServedTeacher, ServedTokenizer, meet
+from headwater.teachers.served_teacher import ServedTeacher
+from headwater.teachers.server_client import ServedTokenizer, connect
 from runs import node, rows, temporary, tiny
 from tiny import CPU, MODELS, PROMPTS
 
@@ -86,7 +87,7 @@ def here() -> Policy:
 
 
 def served(url: str, here: Policy, top_k: int) -> ServedTeacher:
-    met = meet(url, "models.teacher", Server(batch_tokens=512))
+    met = connect(url, "models.teacher", Server(batch_tokens=512))
     return ServedTeacher(met, here.tokenizer, here.vocabulary, here.stop_ids, CPU, top_k)
 
 
@@ -115,7 +116,7 @@ def test_the_sampled_tokens_alone_have_the_teachers_log_probs(url: str, here: Po
 
 @pytest.mark.timeout(400)
 def test_its_tokenizer_and_chat_template_give_the_ids_that_ours_give(url: str, here: Policy) -> None:
-    theirs = ServedTokenizer(meet(url, "models.teacher", Server()))
+    theirs = ServedTokenizer(connect(url, "models.teacher", Server()))
     model.refuse_different_tokens(here.tokenizer, theirs, ("models.student", "models.teacher"))
     turns = [{"role": "user", "content": "17+45"}]
     text = here.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -19,7 +19,7 @@ from headwater.losses.batch import packed_microbatches
 from headwater.losses.objectives import objective_of
 from headwater.models.oom import BatchBudget, out_of_memory, passes
 from headwater.models.policy import Policy
-from headwater.sampling.base import Arrived, Request, requests_for
+from headwater.sampling.base import OnFinished, Request, requests_for
 from headwater.sampling.build import OomRetrySampler
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.teachers.scoring import logp_of
@@ -155,7 +155,7 @@ class Cramped:
     room: int
     decoded: list[int]
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling, arrived: Arrived | None = None) -> list[Any]:
+    def sample(self, requests: Sequence[Request], sampling: Sampling, arrived: OnFinished | None = None) -> list[Any]:
         found: list[Any] = []
         for start in range(0, len(requests), self.batch):
             part = requests[start : start + self.batch]

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.config.arms import builtin_text
-from headwater.tasks import TASKS
 from headwater.tasks.countdown import (
     DIALS,
     CountdownDials,
@@ -30,6 +29,7 @@ from headwater.tasks.countdown import (
     terms_of,
     worked,
 )
+from headwater.tasks.registry import TASKS
 from headwater.tasks.sums import POOLS
 from runs import call, held, infos
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from headwater.tasks import TASKS, grader_code
+from headwater.tasks.registry import TASKS, grader_code
 
 MAIN = "from helpers import equal\nimport json\n\ndef grade(gold, completion):\n    return equal(gold, completion)\n"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from headwater.errors import UserError
-from headwater.tasks import TASKS, find_task
+from headwater.tasks.registry import TASKS, find_task
 from headwater.tasks.verifier import Verifier
 
 GRADERS = """
@@ -196,7 +196,7 @@ def test_a_task_that_cannot_be_found_is_one_sentence(graders: str, name: str, wo
 def test_neither_the_verifier_nor_its_workers_import_torch() -> None:
     script = (
         "import sys, headwater.tasks.verifier, headwater.data.validate, headwater.data.sources\n"
-        "from headwater.tasks import TASKS\n"
+        "from headwater.tasks.registry import TASKS\n"
         "TASKS['maths'].grade(*TASKS['maths'].warm_up)\n"
         "assert 'sympy' in sys.modules and 'torch' not in sys.modules\n"
     )

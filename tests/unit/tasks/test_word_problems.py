@@ -14,7 +14,7 @@ import pytest
 
 from headwater.config.recipe import Generate, Source
 from headwater.data.sources import load
-from headwater.tasks import TASKS
+from headwater.tasks.registry import TASKS
 from headwater.tasks.word_problems import (
     POOLS,
     WordProblem,

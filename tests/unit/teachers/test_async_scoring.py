@@ -12,7 +12,7 @@ import torch
 
 from headwater.errors import TrainingStoppedError
 from headwater.losses.distributions import Exact
-from headwater.teachers.async_scoring import Ahead
+from headwater.teachers.async_scoring import AsyncScorer
 from headwater.types import Rollout
 from runs import node, rows, tiny
 from tiny import rollout_of
@@ -35,10 +35,10 @@ def test_parts_follow_the_order_of_arrival_and_every_rollout_gets_its_own_score(
         return lengths(part)
 
     some = rollouts(7)
-    with Ahead(score, 3) as ahead:
+    with AsyncScorer(score, 3) as ahead:
         for batch in (some[4:6], some[:4], some[6:]):
-            ahead.arrived(batch)
-        found = ahead.found()
+            ahead.submit(batch)
+        found = ahead.results()
     assert parts == [3, 3, 1]
     assert {key: one.logp_NV.item() for key, one in found.items()} == {  # type: ignore[attr-defined]
         (one.problem_id, one.sample): len(one.completion_ids) for one in some
@@ -53,21 +53,21 @@ def test_scoring_begins_before_the_last_rollout_has_arrived() -> None:
         return lengths(part)
 
     some = rollouts(4)
-    with Ahead(score, 2) as ahead:
-        ahead.arrived(some[:2])
+    with AsyncScorer(score, 2) as ahead:
+        ahead.submit(some[:2])
         assert begun.wait(timeout=20)
-        ahead.arrived(some[2:])
-        assert len(ahead.found()) == 4
+        ahead.submit(some[2:])
+        assert len(ahead.results()) == 4
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_where_the_scores_are_asked_for() -> None:
     def score(part: Sequence[Rollout]) -> list[Any]:
         raise TrainingStoppedError("no room")
 
-    with Ahead(score, 1) as ahead:
-        ahead.arrived(rollouts(1))
+    with AsyncScorer(score, 1) as ahead:
+        ahead.submit(rollouts(1))
         with pytest.raises(TrainingStoppedError, match="no room"):
-            ahead.found()
+            ahead.results()
 
 
 def test_a_run_that_scores_ahead_learns_the_same_and_is_the_same_again(tmp_path: Path) -> None:

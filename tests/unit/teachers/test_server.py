@@ -18,9 +18,10 @@ from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.distributions import TopK
 from headwater.models.policy import Policy, load
 from headwater.sampling.base import requests_for
-from headwater.teachers import server as served
+from headwater.teachers import server_client
 from headwater.teachers.scoring import distributions_of
-from headwater.teachers.server import ServedTeacher, meet
+from headwater.teachers.served_teacher import ServedTeacher
+from headwater.teachers.server_client import connect
 from headwater.types import Rollout
 from runs import held, node, rows, tiny
 from serving import Answering, Answers, serving
@@ -31,7 +32,7 @@ QUICK = Server(seconds=2.0, retries=2, concurrency=3, batch_tokens=64)
 
 def teacher_at(url: str, top_k: int = 4, settings: Server = QUICK) -> ServedTeacher:
     policy = tiny_policy()
-    met = meet(url, "models.teacher", settings)
+    met = connect(url, "models.teacher", settings)
     return ServedTeacher(met, policy.tokenizer, policy.vocabulary, policy.stop_ids, CPU, top_k)
 
 
@@ -127,9 +128,9 @@ def test_a_server_that_fails_twice_is_asked_again_and_one_that_goes_on_failing_s
     with serving(failing(Answering(policy), 2, bad)) as there:
         teacher = teacher_at(there.url, settings=settings)
         if kind != "timeout":
-            monkeypatch.setattr(served.time, "sleep", paused.append)
+            monkeypatch.setattr(server_client.time, "sleep", paused.append)
         else:
-            monkeypatch.setattr(served, "FIRST_WAIT", 0.01)
+            monkeypatch.setattr(server_client, "FIRST_WAIT", 0.01)
         assert len(teacher.distributions(ROLLOUTS[:1], 4096)) == 1
         there.answer = failing(Answering(policy), 99, bad)
         with pytest.raises(TrainingStoppedError) as stopped:
@@ -188,18 +189,18 @@ def test_more_log_probs_than_a_server_gives_are_refused_with_its_own_words(polic
 
 
 def test_a_server_that_is_not_there_is_named_with_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(server_client.time, "sleep", lambda seconds: None)
     with pytest.raises(UserError, match=r"models\.teacher: http://127\.0\.0\.1:9/v1 gave no usable answer in 3 tries"):
-        meet("http://127.0.0.1:9/v1", "models.teacher", QUICK)
+        connect("http://127.0.0.1:9/v1", "models.teacher", QUICK)
 
 
 def test_one_of_several_models_is_named_after_the_address() -> None:
     listed = {"data": [{"id": "a"}, {"id": "b", "max_model_len": 9}]}
     with serving(lambda path, body: listed) as there:
-        assert meet(f"{there.url}#b", "models.teacher", QUICK).longest == 9
+        assert connect(f"{there.url}#b", "models.teacher", QUICK).max_tokens == 9
         for name in (there.url, f"{there.url}#c"):
             with pytest.raises(UserError, match="has the models a, b; name one"):
-                meet(name, "models.teacher", QUICK)
+                connect(name, "models.teacher", QUICK)
 
 
 def test_the_key_comes_from_the_environment_and_is_sent_with_every_call(
@@ -208,9 +209,9 @@ def test_the_key_comes_from_the_environment_and_is_sent_with_every_call(
     settings = QUICK.model_copy(update={"key_env": "SERVER_KEY"})
     with serving(Answering(policy)) as there:
         with pytest.raises(UserError, match=r"compute\.server\.key_env: the environment has no variable SERVER_KEY"):
-            meet(there.url, "models.teacher", settings)
+            connect(there.url, "models.teacher", settings)
         monkeypatch.setenv("SERVER_KEY", "secret")
-        met = meet(there.url, "models.teacher", settings)
+        met = connect(there.url, "models.teacher", settings)
     assert met.server.headers["Authorization"] == "Bearer secret" and "secret" not in repr(met)
 
 
