@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 from headwater.config import recipe as config
 from headwater.config.recipe import canonical_json
 from headwater.errors import TrainingStoppedError
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.prompts import Prompter
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
@@ -218,7 +219,7 @@ def measure(folder: Path, dials: WordsDials, device: torch.device, count: int, s
     name = str(folder)
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     held = config.Models.model_validate({"student": name, "teacher": name, "dtype": dtype})
-    policy = model.load(name, "pretrain desk", held, device, frozen=True)
+    policy = load_policy(ModelFolder.open(name, "pretrain desk"), LoadOptions(held, device, frozen=True))
     prompter = Prompter(policy.tokenizer, config.Prompt())
     asked = [(Problem.of(text, "words:eval"), gold) for text, gold in generate(count, "eval", seed, dials)]
     requests = requests_for([(one.id, prompter.ids(one)) for one, _ in asked], 1, 0, "pretrain desk", seed)

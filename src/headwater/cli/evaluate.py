@@ -16,7 +16,8 @@ from headwater.config.recipe import Evaluate, Models, Prompt, Source, first_comp
 from headwater.data.labels import Labels
 from headwater.data.sources import load
 from headwater.errors import TrainingStoppedError, UserError
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.prompts import Prompter
 from headwater.runs.inputs import device_of
 from headwater.runs.node_context import ProgressDisplay
@@ -55,7 +56,9 @@ def evaluate_model(
     found, where = find_task(task), device_of(device)
     loaded = load(Source(path=data, limit=limit), "--data", need_answers=True, gold=found.gold)
     with Verifier(task) as grade, contextlib.ExitStack() as stack:
-        policy = model.load(models.student, "MODEL", models, where, frozen=True)
+        policy = load_policy(
+            ModelFolder.open(models.student, "MODEL", models.trust_remote_code), LoadOptions(models, where, frozen=True)
+        )
         watch = stack.enter_context(progress_display.node(f"eval {models.student}", 1, 1))
         watch.start(0, len(loaded.problems) * how.samples, "completions")
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from headwater.config.arms import arm_of
 from headwater.config.recipe import Recipe
@@ -16,13 +16,14 @@ from headwater.data.contamination import Leak
 from headwater.data.labels import Pools, buy
 from headwater.data.sources import Loaded, load, without_leaks
 from headwater.errors import UserError
-from headwater.models import policy as model
-from headwater.models import untrusted_files
-from headwater.models.lora import Wanted
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
+from headwater.models.tokenizer import stop_ids_of
 from headwater.runs.estimate import base_of
-from headwater.runs.inputs import RunInputs, device_of, load_inputs, tokenizer_of
+from headwater.runs.inputs import RunInputs, device_of, load_inputs
 from headwater.runs.plan import Node, Plan, Role, make_plan, nodes_of
 from headwater.sampling.base import requests_for
 from headwater.storage.run_dir import RunDir
@@ -164,51 +165,39 @@ class Case:
 
     # Models, without their weights ----------------------------------------------------------------------------------
 
-    def where(self, role: Role) -> str:
+    def folder(self, role: Role) -> ModelFolder:
+        """The files of a role's model, opened once."""
         name = self.name(role)
         remedy = f"set models.{role} to a folder with config.json, *.safetensors and a tokenizer, or a hub id"
 
-        def find() -> str:
+        def find() -> ModelFolder:
             if name is None:
                 raise UserError(f"models.{role}: an arm needs this model, and the recipe names none")
-            where = model.resolve(name, f"models.{role}")
-            model.refuse_without_weights(name, where, f"models.{role}")
-            return where
+            folder = ModelFolder.open(name, f"models.{role}", self.recipe.models.trust_remote_code)
+            folder.require_weights()
+            return folder
 
-        return self._once(("where", role), find, "model-unreadable", remedy)
+        return self._once(("folder", role), find, "model-unreadable", remedy)
 
     def tokenizer(self, role: Role) -> Any:
-        self.where(role)
-        field, name = f"models.{role}", self.name(role) or ""
+        folder = self.folder(role)
         remedy = "save the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights"
-        return self._once(
-            ("tokenizer", role), lambda: tokenizer_of(self.recipe, field, name), "model-unreadable", remedy
-        )
+        return self._once(("tokenizer", role), lambda: folder.tokenizer, "model-unreadable", remedy)
 
     def config(self, role: Role) -> Any:
-        where = self.where(role)
-
-        def read() -> Any:
-            trusted = self.recipe.models.trust_remote_code
-            model.refuse_untrusted(where, f"models.{role}", where, trusted)
-            with untrusted_files.reading(f"models.{role}: the config of {where} cannot be read"):
-                base = model.base_of(where, f"models.{role}")
-                return AutoConfig.from_pretrained(base, trust_remote_code=trusted)
-
-        return self._once(("config", role), read, "model-unreadable", "mend or replace its config.json")
+        folder = self.folder(role)
+        return self._once(
+            ("config", role), lambda: folder.config, "model-unreadable", "mend or replace its config.json"
+        )
 
     def generation(self, role: Role) -> GenerationConfig:
         """Its generation config; where it has none, what transformers makes of its config."""
-        where, held = model.base_of(self.where(role), f"models.{role}"), self.config(role)
-
-        def read() -> GenerationConfig:
-            with untrusted_files.reading(f"models.{role}: the generation config of {where} cannot be read"):
-                return model.read_generation(where, held)
-
-        return self._once(("generation", role), read, "model-unreadable", "mend its generation_config.json")
+        folder, _ = self.folder(role), self.config(role)
+        remedy = "mend its generation_config.json"
+        return self._once(("generation", role), lambda: folder.generation_config, "model-unreadable", remedy)
 
     def stop_ids(self, role: Role) -> tuple[int, ...]:
-        return model.stop_ids_of(self.generation(role), self.config(role), self.tokenizer(role))
+        return stop_ids_of(self.generation(role), self.config(role), self.tokenizer(role))
 
     def prompter(self, role: Role) -> Prompter:
         """As the run's, but for the limit: the doctor measures how far over it a prompt is."""
@@ -348,10 +337,10 @@ class Case:
     def policy(self, role: Role, frozen: bool) -> Policy:
         models = self.recipe.models
         adapted = not frozen and models.lora is not None and role in models.lora.roles
-        adapt = Wanted(models.lora, (self.seeds[0], "doctor")) if adapted and models.lora is not None else None
+        adapt = AdapterSpec(models.lora, (self.seeds[0], "doctor")) if adapted and models.lora is not None else None
         return self._once(
             ("policy", role, frozen),
-            lambda: model.load(self.name(role) or "", f"models.{role}", models, self.device, frozen, adapt=adapt),
+            lambda: load_policy(self.folder(role), LoadOptions(models, self.device, frozen, adapt)),
             "model-unreadable",
             "the weights are damaged or do not fit config.json: fetch or save them again",
         )

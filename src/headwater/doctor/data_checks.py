@@ -13,7 +13,6 @@ import torch
 from headwater.data.sources import Loaded, without_leaks
 from headwater.data.validate import failing
 from headwater.doctor.context import Case, Finding, UnavailableError
-from headwater.models.policy import Shape
 from headwater.runs.estimate import base_of, estimates
 from headwater.teachers.cache import EXACT_CACHE_LIMIT
 
@@ -245,7 +244,7 @@ def free_memory(device: torch.device) -> float | None:
 
 def disk(case: Case) -> list[Finding]:
     """Models, checkpoints and teacher caches of what is still to run against the space of the output folder."""
-    shapes = {role: Shape.from_config(case.config(role)) for role in case.roles}
+    shapes = {role: case.folder(role).shape for role in case.roles}
     width = 2 if case.recipe.models.dtype == "bfloat16" else 4
     kept = extra = caches = 0.0
     found = []

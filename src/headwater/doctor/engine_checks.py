@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from headwater.doctor.context import Case, Finding, UnavailableError
 from headwater.errors import HeadwaterError, UserError
-from headwater.models import policy as model
 from headwater.models.prompts import Prompter
+from headwater.models.tokenizer import PROBES, refuse_different_tokens
 from headwater.runs.checks import FEW, refuse_other_chats
 from headwater.runs.plan import Node
 from headwater.sampling import vllm_sampler
@@ -47,7 +47,7 @@ def _server(case: Case, field: str, name: str) -> list[Finding]:
     theirs = ServedTokenizer(met)
     try:
         texts = [problem.text[:10_000] for problem in problems]
-        model.refuse_different_tokens(student.tokenizer, theirs, ("models.student", field), texts)
+        refuse_different_tokens(student.tokenizer, theirs, ("models.student", field), texts)
         refuse_other_chats(student, theirs, field, problems)
     except HeadwaterError as error:
         remedy = "serve a model of the student's own family with the student's chat template (--chat-template)"
@@ -87,7 +87,7 @@ def _can_score(case: Case, field: str, met: ServedModel) -> list[Finding]:
         k = top_k_of(node.settings) or 0
         teacher = ServedTeacher(met, case.tokenizer("student"), width, stops, case.device, k)
         try:
-            check_scoring(teacher, case.tokenizer("student")(model.PROBES[0], add_special_tokens=False)["input_ids"])
+            check_scoring(teacher, case.tokenizer("student")(PROBES[0], add_special_tokens=False)["input_ids"])
         except HeadwaterError as error:
             remedy = (
                 f"start the server with --max-logprobs {k}, or lower dense.top_k" if k else "serve the model with vLLM"

@@ -45,13 +45,13 @@ def sampler_against_trainer(case: Case) -> list[Finding]:
         theirs = logp_of(sample.policy, sample.rollouts, case.recipe.compute.microbatch_tokens)
         drawn = [torch.tensor(one.sampler_logp) for one in sample.rollouts]
         gap = mean_gap(drawn, theirs)
-        if not gap <= GAP[sample.policy.compute]:
+        if not gap <= GAP[sample.policy.compute_dtype]:
             found.append(
                 Finding(
                     "sampler-trainer-gap",
                     "error",
                     f"models.{role}: a sampled token's log-prob differs by {gap:.2g} nats on average between sampler and "
-                    f"trainer (at most {GAP[sample.policy.compute]:g} in {name_of(sample.policy)})",
+                    f"trainer (at most {GAP[sample.policy.compute_dtype]:g} in {name_of(sample.policy)})",
                     "use models.dtype=float32; if the gap stays, the model's cached and whole forward passes differ: report it",
                 )
             )
@@ -67,13 +67,13 @@ def teacher_agrees_with_itself(case: Case) -> list[Finding]:
         together = logp_of(teacher, rollouts, case.recipe.compute.microbatch_tokens)
         alone = [logp_of(teacher, [one], 1)[0] for one in rollouts]
         gap = mean_gap(together, alone)
-        if not gap <= AGREEMENT[teacher.compute]:
+        if not gap <= AGREEMENT[teacher.compute_dtype]:
             found.append(
                 Finding(
                     "teacher-disagrees-with-itself",
                     "error",
                     f"models.{role}: scored twice, in a batch and alone, the same tokens differ by {gap:.2g} nats on average "
-                    f"(at most {AGREEMENT[teacher.compute]:g} in {name_of(teacher)})",
+                    f"(at most {AGREEMENT[teacher.compute_dtype]:g} in {name_of(teacher)})",
                     "use models.dtype=float32 or compute.deterministic=true; if it stays, the model is random at inference or "
                     "reads its padding",
                 )
@@ -92,14 +92,14 @@ def self_distillation(case: Case) -> list[Finding]:
         return []
     student, copy = case.policy("student", frozen=False), case.policy("student", frozen=True)
     kl = self_kl(student, copy, scored(case), case.recipe.compute.microbatch_tokens)
-    if abs(kl) < SELF_KL[student.compute]:
+    if abs(kl) < SELF_KL[student.compute_dtype]:
         return []
     return [
         Finding(
             "self-kl",
             "error",
             f"models.student: taught by itself it has a mean KL of {kl:.2g} nats a token, where it should have none (less than "
-            f"{SELF_KL[student.compute]:g} in {name_of(student)})",
+            f"{SELF_KL[student.compute_dtype]:g} in {name_of(student)})",
             "use models.dtype=float32; if it stays, the model is random at inference, or trains in another mode than it scores",
         )
     ]
@@ -150,4 +150,4 @@ def mean_gap(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 
 def name_of(policy: Policy) -> str:
-    return str(policy.compute).removeprefix("torch.")
+    return str(policy.compute_dtype).removeprefix("torch.")

@@ -23,9 +23,12 @@ from headwater.data.labels import Labels
 from headwater.doctor import advice
 from headwater.doctor.advice import Finish, Measures, Readiness
 from headwater.errors import TrainingStoppedError, UserError
-from headwater.models import policy as model
-from headwater.models.policy import Policy, Shape
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
+from headwater.models.shape import Shape
+from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import ProgressDisplay
 from headwater.runs.setup import prepared
@@ -139,7 +142,7 @@ def measured(
     recipe, labels = inputs.recipe, inputs.labels.only(names)
     student = look("student", inputs, names, labels, samples, seed, progress_display, spent)
     teacher = look("teacher", inputs, names, labels, samples, seed, progress_display, spent)
-    model.refuse_different_widths(student.policy, teacher.policy, ("models.student", "models.teacher"))
+    refuse_different_widths(student.policy, teacher.policy, ("models.student", "models.teacher"))
     tokens = recipe.compute.microbatch_tokens
     with progress_display.node("how far apart they are", 3, 3) as watch:
         watch.start(0, 3, "measures")
@@ -210,7 +213,7 @@ def look(
     (field, name), *others = recipe.models.named(role).items()
     if others or is_served(name):
         raise UserError(f"{field}: probe measures one model whose weights are here; name a folder or a hub id")
-    policy = model.load(name, field, recipe.models, inputs.device, frozen=True)
+    policy = load_policy(ModelFolder.open(name, field), LoadOptions(recipe.models, inputs.device, frozen=True))
     prompter = Prompter(policy.tokenizer, recipe.prompt)
     prompts = [(name, prompter.ids(inputs.problems[name])) for name in names]
     with progress_display.node(

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from headwater.doctor.context import Case, Finding, UnavailableError
 from headwater.errors import UserError
-from headwater.models import policy as model
-from headwater.models.prompts import Prompter, rendered
+from headwater.models.prompts import Prompter, render_chat
+from headwater.models.tokenizer import refuse_different_tokens
 from headwater.runs.plan import Role
 
 SAMPLED_PROBLEMS = 32
@@ -30,7 +30,7 @@ def token_ids(case: Case) -> list[Finding]:
     found = []
     for role in case.roles[1:]:
         try:
-            model.refuse_different_tokens(
+            refuse_different_tokens(
                 case.tokenizer("student"), case.tokenizer(role), ("models.student", f"models.{role}"), _texts(case)
             )
         except UnavailableError:
@@ -152,7 +152,7 @@ def turn_end(tokenizer: Any) -> int | None:
         return None
     turns = [{"role": "user", "content": "2+5"}, {"role": "assistant", "content": "=7"}]
     try:
-        after = rendered(tokenizer, turns, "an assistant's turn").rpartition("=7")[2].lstrip()[:1000]
+        after = render_chat(tokenizer, turns, "an assistant's turn").rpartition("=7")[2].lstrip()[:1000]
     except UserError:  # not every template takes such a turn; what it makes of the problems is checked by another name
         return None
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []

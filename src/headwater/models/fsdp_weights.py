@@ -73,8 +73,7 @@ def _matches(model: Any, shapes: dict[str, list[int]]) -> bool:
     if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
         return False
     return all(
-        any(shapes.get(name) == list(tensor.shape) for name in names)
-        for tensor, names in checkpoint_io.by_names(model)
+        any(shapes.get(name) == list(tensor.shape) for name in names) for tensor, names in checkpoint_io.by_names(model)
     )
 
 

@@ -98,7 +98,7 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
 
 def _read_model(folder: ModelFolder, dtype: torch.dtype, quantization: Any, device: torch.device) -> Any:
     """The model with its weights. Raises UserError if the files lack weights, which transformers would draw at random."""
-    model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder.base.path,
         dtype=dtype,
         trust_remote_code=folder.trust_remote_code,
@@ -109,6 +109,7 @@ def _read_model(folder: ModelFolder, dtype: torch.dtype, quantization: Any, devi
         quantization_config=quantization,
         device_map=None if quantization is None else {"": device},  # quantized while they are read, on their device
     )
+    model, info = loaded
     random = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if random:
         raise UserError(

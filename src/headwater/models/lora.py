@@ -222,9 +222,7 @@ def merge_into(model: Any, folder: ModelFolder) -> None:
     config, weights = folder.json(CONFIG), Path(folder.path, WEIGHTS)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
-        raise UserError(
-            f"{folder.field}: {Path(folder.path, CONFIG)} says r {rank!r:.40} and lora_alpha {alpha!r:.40}"
-        )
+        raise UserError(f"{folder.field}: {Path(folder.path, CONFIG)} says r {rank!r:.40} and lora_alpha {alpha!r:.40}")
     scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     modules, tensors = dict(model.named_modules()), load_file(weights)
     while tensors:
@@ -252,7 +250,10 @@ def quantization_config(kind: str | None, compute_dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
     )
 
 

@@ -68,9 +68,7 @@ class Policy:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
-        )
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def batches(self, rows: Sequence[Row], tokens: int) -> Iterator[tuple[list[Row], Batch]]:
         """Split rows into microbatches of at most `tokens` tokens, packed if the model supports it; yield rows and tensors."""

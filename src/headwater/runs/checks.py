@@ -8,8 +8,8 @@ from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
 from headwater.errors import UserError
 from headwater.losses.objectives import divergence_of
-from headwater.models import policy as model
 from headwater.models.prompts import Prompter, refuse_different_prompts
+from headwater.models.tokenizer import refuse_different_tokens
 from headwater.runs.inputs import RunInputs, read_tokenizer, tokenizer_of
 from headwater.runs.plan import Node, Plan
 from headwater.teachers import server_client
@@ -42,7 +42,7 @@ def check_plan(plan: Plan, inputs: RunInputs) -> None:
     for field, name in [pair for role in roles[1:] for pair in recipe.models.named(role).items()]:
         tokenizer = tokenizer_of(recipe, field, name)
         some = FEW if isinstance(tokenizer, ServedTokenizer) else len(sample)
-        model.refuse_different_tokens(student, tokenizer, ("models.student", field), texts[:some])
+        refuse_different_tokens(student, tokenizer, ("models.student", field), texts[:some])
         if isinstance(tokenizer, ServedTokenizer):
             refuse_other_chats(prompter, tokenizer, field, sample[:some])
         else:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import Lora
 from headwater.config.stage import Sampling
 from headwater.losses.objectives import objective_of
-from headwater.models import policy as model
-from headwater.models import untrusted_files
+from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
 from headwater.models.shape import Shape
 from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
@@ -91,12 +89,8 @@ def shape_of(field: str, name: str, trust_remote_code: bool) -> Shape:
     """A model's shape from its config; a served one costs nothing here. Raises UserError."""
     if is_served(name):
         return NO_SHAPE
-    where = model.resolve(name, field)
-    if where in MODELS:
-        return Shape.known(MODELS[where])
-    model.refuse_untrusted(where, field, name, trust_remote_code)
-    with untrusted_files.reading(f"{field}: the config of {name} cannot be used"):
-        return Shape.of(model.base_of(where, field), trust_remote_code)
+    folder = ModelFolder.open(name, field, trust_remote_code)
+    return Shape.from_fields(MODELS[folder.path]) if folder.path in MODELS else folder.shape
 
 
 @dataclass(frozen=True)
@@ -138,7 +132,7 @@ def prompt_tokens(inputs: RunInputs, asked: Asked = Asked()) -> float:
     Where the student's tokenizer or the problems are not here (`absent`), `prompt.max_tokens`.
     """
     recipe = inputs.recipe
-    if inputs.absent or not Path(model.resolve(recipe.models.student, "models.student")).is_dir():
+    if inputs.absent or not ModelFolder.open(recipe.models.student, "models.student").is_local:
         return float(recipe.prompt.max_tokens)
     unbounded = recipe.prompt.model_copy(update={"max_tokens": sys.maxsize})
     prompter = Prompter(read_tokenizer(recipe, "student"), unbounded)
@@ -259,7 +253,7 @@ def beside_flops(node: Node, steps: int, case: Case) -> tuple[int, int, float]:
 def decoding(shape: Shape, tokens: float, completion: float, case: Case) -> tuple[float, float]:
     """(bytes read, FLOPs) of decoding so many tokens: at each step all weights once, and every row's keys and values so far."""
     rows, context = case.inputs.recipe.compute.sample_batch, case.prompt + completion / 2
-    keys_and_values = context * shape.cache_numbers * case.width
+    keys_and_values = context * shape.kv_cache_numbers * case.width
     return (
         tokens / rows * shape.matrix_parameters * case.width + tokens * keys_and_values,
         shape.flops(tokens, context),

@@ -18,8 +18,7 @@ from headwater.data.contamination import Leak
 from headwater.data.labels import Grade, Labels, Pools, buy
 from headwater.data.sources import Loaded, load, without_leaks
 from headwater.errors import UserError
-from headwater.models import policy as model
-from headwater.models import untrusted_files
+from headwater.models.folder import ModelFolder
 from headwater.sampling.build import SamplerFactory, sampler_factory
 from headwater.tasks.registry import Task, find_task, grader_code
 from headwater.teachers import server_client
@@ -87,7 +86,7 @@ class RunInputs:
     def _fingerprint(self, name: str, field: str) -> str:
         if server_client.is_served(name):
             return server_client.connect(name, field, self.recipe.compute.server).fingerprint
-        return model.fingerprint_of(model.resolve(name, field))
+        return ModelFolder.open(name, field).fingerprint
 
     def content(self) -> dict[str, Any]:
         """What decides outcomes beside the recipe's own text: which weights, problems and answers.
@@ -216,7 +215,4 @@ def tokenizer_of(recipe: Recipe, field: str, name: str) -> Any:
     """The tokenizer of the model that a field names; a server's as far as ids are compared. Raises UserError."""
     if server_client.is_served(name):
         return ServedTokenizer(server_client.connect(name, field, recipe.compute.server))
-    where = model.resolve(name, field)
-    model.refuse_untrusted(where, field, name, recipe.models.trust_remote_code)
-    with untrusted_files.reading(f"{field}: the tokenizer of {name} cannot be loaded"):
-        return model.read_tokenizer(where, recipe.models.trust_remote_code)
+    return ModelFolder.open(name, field, recipe.models.trust_remote_code).tokenizer

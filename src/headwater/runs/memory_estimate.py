@@ -68,7 +68,7 @@ class Work:
 
 def working_bytes(work: Work) -> float:
     """The larger of a training pass and of decoding, which take turns."""
-    return max(pass_bytes(work), work.rows * work.length * work.shape.cache_numbers * work.width)
+    return max(pass_bytes(work), work.rows * work.length * work.shape.kv_cache_numbers * work.width)
 
 
 def pass_bytes(work: Work) -> float:
@@ -83,7 +83,7 @@ def pass_bytes(work: Work) -> float:
     shape = work.shape
     query, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     narrow = 4.0 * 6 * shape.hidden + work.width * (5 * query + 4 * keys)
-    wide = work.width * 4.0 * shape.inner
+    wide = work.width * 4.0 * shape.intermediate
     layer = narrow + wide
     chunk = min(CHUNK_ELEMENTS["cuda" if work.cuda else "cpu"], work.tokens * shape.vocabulary)
     beside = work.tokens * 3 * 4.0 * shape.hidden

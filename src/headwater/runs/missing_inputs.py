@@ -10,7 +10,7 @@ from typing import Any
 from headwater.config.recipe import Recipe, Source
 from headwater.data.sources import Loaded, load
 from headwater.errors import UserError
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
 from headwater.runs.checks import check_plan
 from headwater.runs.inputs import RunInputs, load_inputs
 from headwater.runs.plan import Plan, make_plan
@@ -41,7 +41,7 @@ def laid_out(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> tuple
     inputs = load_inputs(recipe, ungraded, read)
     plan = make_plan(recipe, arms, seeds, inputs.content())
     named = [pair for role in ("student", "teacher", "expert") for pair in recipe.models.named(role).items()]
-    away = [(field, name) for field, name in named if is_served(name) or not Path(model.resolve(name, field)).is_dir()]
+    away = [(field, name) for field, name in named if is_served(name) or not ModelFolder.open(name, field).is_local]
     if not absent and not away:
         check_plan(plan, inputs)
     absent += [f"{field}: {name} is not in a local folder; its tokenizer was not asked" for field, name in away]

@@ -11,9 +11,9 @@ from headwater.config.stage import Stage
 from headwater.data.labels import Labels
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import TrainingStoppedError
-from headwater.models import lora
-from headwater.models import policy as model
-from headwater.models.fsdp import load
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.runs.inputs import RunInputs
@@ -76,16 +76,18 @@ class NodeContext:
     def spend(self, node: Node, stage: str | None = None) -> Spend:
         return Spend(self.plan.names[node], stage or node.stage, node.seed, 0, "train")
 
-    def load(self, whose: Role | Node, frozen: bool, adapt: lora.Wanted | None = None) -> Policy:
+    def load(self, whose: Role | Node, frozen: bool, adapt: AdapterSpec | None = None) -> Policy:
         """Base weights of the recipe, or those that a node trained."""
         models, device = self.inputs.recipe.models, self.inputs.device
         if isinstance(whose, Node):
             folder, known = self.node_dir(whose).model, self.plan.fingerprints[whose]
             self.node_dir(whose).refuse_damage(f"{folder.name}/")
-            return load(str(folder), str(folder), models, device, frozen, known, adapt, self.ranks)
+            source = ModelFolder.open(str(folder), str(folder), models.trust_remote_code)
+            return load_policy(source, LoadOptions(models, device, frozen, adapt, known, self.ranks))
         (field, name), *others = models.named(whose).items()
         assert not others  # several teachers are asked (`frozen`), never trained (`refuse_what_it_cannot`)
-        return load(name, field, models, device, frozen, None, adapt, self.ranks)
+        source = ModelFolder.open(name, field, models.trust_remote_code)
+        return load_policy(source, LoadOptions(models, device, frozen, adapt, ranks=self.ranks))
 
     def frozen(self, whose: Role | Node, stage: Stage | None = None) -> Teacher:
         """Whoever is only asked: to sample, and to score for a stage. A base teacher may be elsewhere."""
@@ -97,12 +99,12 @@ class NodeContext:
     def trainee(self, node: Node) -> Policy:
         """What a stage trains: all weights, or an adapter on frozen ones."""
         asked = node.lora(self.inputs.recipe)
-        adapt = None if asked is None else lora.Wanted(asked, (node.seed, node.stage, node.pool or ""))
+        adapt = None if asked is None else AdapterSpec(asked, (node.seed, node.stage, node.pool or ""))
         return self.load(node.start, frozen=False, adapt=adapt)
 
     def reference(self, node: Node, policy: Policy) -> Policy:
         """The stage's starting weights: what is under an adapter, or a frozen copy."""
-        return self.load(node.start, frozen=True) if policy.adapter is None else model.beneath(policy)
+        return self.load(node.start, frozen=True) if policy.adapter is None else policy.reference()
 
     def steps(self, node: Node) -> int:
         """How many steps a stage takes at most: the recipe's, or as many as cost what another arm did."""

@@ -14,11 +14,11 @@ from typing import Any
 from headwater.config.stage import Stage
 from headwater.losses.batch import Row
 from headwater.losses.objectives import Objective, objective_of
-from headwater.models import fsdp
-from headwater.models import policy as model
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
+from headwater.models.save import save_policy
+from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import Asked, NodeContext, NodeProgress, held_out, named
 from headwater.runs.plan import Node
@@ -205,7 +205,7 @@ def run_train(node: Node, context: NodeContext) -> dict[str, Any] | None:
     # Interrupted between its last step and DONE, a node evaluates again: what it had recorded of that would count twice.
     cut_back(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < taken)
     with written_aside(folder.model) as aside:
-        fsdp.save(policy, aside, policy.compute)
+        save_policy(policy, aside, policy.compute_dtype)
         (aside / "README.md").write_text(model_card(node, context, taken), encoding="utf-8")
         fault_points.failpoint("model.written")
     fault_points.failpoint("model.saved")
@@ -249,7 +249,7 @@ def gatherer(
     labels = inputs.labels.only(inputs.pool(node.pool)) if "reward" in objective.signals else None
     teacher = asked(node.teacher) if "teacher" in objective.signals and node.teacher else None
     if teacher is not None:
-        model.refuse_different_widths(policy, teacher, ("models.student", "models.teacher"))
+        refuse_different_widths(policy, teacher, ("models.student", "models.teacher"))
     prompter = context.prompter(policy)
     return PolicyRollouts(
         policy=policy,

@@ -57,7 +57,7 @@ def is_plain(policy: Policy) -> bool:
         and getattr(held, "hidden_act", "") == "silu"
         and not getattr(held, "use_sliding_window", False)
         and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
-        and (policy.adapter.plain if policy.adapter is not None else not hasattr(policy.model, "peft_config"))
+        and (policy.adapter.is_unquantized if policy.adapter is not None else not hasattr(policy.model, "peft_config"))
     )
 
 

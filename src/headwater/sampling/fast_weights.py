@@ -97,7 +97,7 @@ class Weights:
     def of(policy: Policy, heads: int, kv_heads: int, width: int) -> Weights:
         body = policy.model.base_model
         reader = Reader(
-            dtype=policy.compute,
+            dtype=policy.compute_dtype,
             small=sum(parameter.numel() for parameter in policy.model.parameters()) <= FUSED_PARAMETERS,
             heads=heads,
             kv_heads=kv_heads,
@@ -162,7 +162,7 @@ class Reader:
         adapter = None
         if hasattr(module, "lora_A"):
             # Folded in where weights are copied anyway; apart, where a copy would cost much or round a small change away.
-            adapter, module = lora.low_rank(module), module.base_layer
+            adapter, module = lora.low_rank_pair(module), module.base_layer
         weight, bias = self.cast(module.weight), None if module.bias is None else self.cast(module.bias)
         if adapter is not None and self.folds:
             weight, adapter = weight + adapter[1] @ adapter[0], None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from headwater.config import recipe as config
 from headwater.distributed.process_group import ProcessGroup
-from headwater.models.fsdp import whole
+from headwater.models.fsdp import unsharded
 from headwater.models.policy import Policy
 from headwater.sampling.base import OnFinished, Request, Sampler
 from headwater.types import Rollout
@@ -38,5 +38,5 @@ class ShardedSampler:
 @contextlib.contextmanager
 def sampling(policy: Policy, make: Callable[[Policy], Sampler]) -> Iterator[Sampler]:
     """The sampler of one rank, from the whole policy."""
-    with whole(policy) as held:
+    with unsharded(policy) as held:
         yield make(held)

@@ -24,8 +24,7 @@ import torch
 from headwater import seeds
 from headwater.config import recipe as config
 from headwater.errors import UserError
-from headwater.models.locate import base_of
-from headwater.models.policy import Policy, weights_of
+from headwater.models.policy import Policy
 from headwater.sampling.base import OnFinished, Request
 from headwater.types import Rollout
 
@@ -64,7 +63,7 @@ class Engine:
             self.llm.wake_up(tags=["weights"])
         if self.holds is not policy:
             # The names are those of the checkpoint, and the engine stacks, pads and packs them as it does a file's.
-            handed = weights_of(policy)
+            handed = policy.merged_weights()
             self.llm.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": list(handed) if self.apart else handed}
             )
@@ -112,8 +111,8 @@ class EnginePool:
             vllm = _vllm()
             try:
                 llm = vllm.LLM(
-                    model=base_of(policy.where, "compute.sampler"),  # an adapter's weights come with the hand-over
-                    dtype=str(policy.compute).removeprefix("torch."),
+                    model=policy.folder.base.path,  # an adapter's weights come with the hand-over
+                    dtype=str(policy.compute_dtype).removeprefix("torch."),
                     max_model_len=min(self.longest, positions),
                     max_num_seqs=self.compute.sample_batch,
                     tensor_parallel_size=settings.tensor_parallel_size,
@@ -152,7 +151,7 @@ def check_device_count(asked: int, device: torch.device) -> None:
 def unfit(policy: Policy, error: Exception) -> UserError:
     said = " ".join(str(error).split())[:300] or type(error).__name__
     return UserError(
-        f"compute.sampler: vllm cannot run {policy.where} ({said}); set compute.sampler=torch, or mend compute.vllm"
+        f"compute.sampler: vllm cannot run {policy.folder.path} ({said}); set compute.sampler=torch, or mend compute.vllm"
     )
 
 
@@ -241,7 +240,7 @@ class VllmSampler:
 def shape_of(policy: Policy) -> str:
     """Names what an engine is built for: the architecture with all its numbers, the type and the device."""
     held = {key: value for key, value in policy.model.config.to_dict().items() if key not in SHAPE_SAYS_NOTHING}
-    text = json.dumps([held, str(policy.compute), policy.device.type], sort_keys=True, default=str)
+    text = json.dumps([held, str(policy.compute_dtype), policy.device.type], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Sampling, Stage
@@ -19,9 +18,10 @@ from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, TopK
 from headwater.losses.objectives import divergence_of
-from headwater.models import fsdp
-from headwater.models import policy as model
-from headwater.models.policy import Policy, Shape
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.policy import Policy
+from headwater.models.shape import Shape
 from headwater.sampling.base import OnFinished, Request, Sampler
 from headwater.sampling.build import SamplerFactory
 from headwater.sampling.sharded_sampler import ShardedSampler, sampling
@@ -205,7 +205,12 @@ def load_base_teacher(
         field: replace(_served(recipe, field, name, stage, device), ranks=ranks)
         if server_client.is_served(name)
         else offload_if_configured(
-            fsdp.load(name, field, recipe.models, device, True, None, None, ranks), recipe, samplers
+            load_policy(
+                ModelFolder.open(name, field, recipe.models.trust_remote_code),
+                LoadOptions(recipe.models, device, frozen=True, ranks=ranks),
+            ),
+            recipe,
+            samplers,
         )
         for field, name in named.items()
     }
@@ -237,13 +242,9 @@ def offload_if_configured(policy: Policy, recipe: Recipe, samplers: SamplerFacto
 
 def _served(recipe: Recipe, field: str, name: str, stage: Stage | None, device: torch.device) -> ServedTeacher:
     met = server_client.connect(name, field, recipe.compute.server)
-    where = model.resolve(recipe.models.student, "models.student")
-    trusted = recipe.models.trust_remote_code
-    config = AutoConfig.from_pretrained(where, trust_remote_code=trusted)
-    tokenizer = model.read_tokenizer(where, trusted)
-    stops = model.stop_ids_of(model.read_generation(where, config), config, tokenizer)
-    width = int(config.get_text_config().vocab_size)
-    return ServedTeacher(met, tokenizer, width, stops, device, top_k_of(stage) or 0)
+    student = ModelFolder.open(recipe.models.student, "models.student", recipe.models.trust_remote_code)
+    width = int(student.config.get_text_config().vocab_size)
+    return ServedTeacher(met, student.tokenizer, width, student.stop_ids, device, top_k_of(stage) or 0)
 
 
 def top_k_of(stage: Stage | None) -> int | None:

@@ -17,7 +17,7 @@ from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, Exact, TopK, joined
 from headwater.losses.logprobs import tokens_at_once
-from headwater.models.oom import BatchBudget, passes
+from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
 from headwater.teachers import compact_ids
@@ -59,7 +59,7 @@ def write_cache(
     own = policy.ranks.share(rollouts)
     for start in policy.ranks.in_lockstep(range(0, len(own), 64)):
         chosen = [] if start is None else own[start : start + 64]
-        said = passes(budget, chosen, partial(distributions_of, policy, chosen))
+        said = budget.fit_passes(partial(distributions_of, policy, chosen), chosen)
         whole = joined(said, policy.device) if said else Exact(torch.empty(0, policy.vocabulary))
         size = tokens_at_once(policy.vocabulary, policy.device)
         for row in range(0, len(whole), size):

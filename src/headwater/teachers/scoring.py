@@ -16,7 +16,7 @@ from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Batch, Row
 from headwater.losses.distributions import Distributions, FromHidden
 from headwater.losses.logprobs import token_stats
-from headwater.models.fsdp import idle, within
+from headwater.models.fsdp import idle_pass, sharded_forward
 from headwater.models.policy import Policy
 from headwater.types import Rollout
 
@@ -59,9 +59,9 @@ def read_off(
 
     for turn in policy.ranks.in_lockstep(policy.batches(rows, tokens)):
         if turn is None:
-            idle(policy)
+            idle_pass(policy)
         else:
-            within(policy, partial(take, *turn))
+            sharded_forward(policy, partial(take, *turn))
     return [found[index] for index in range(len(rows))]
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from headwater.losses import token_losses
 from headwater.losses.distributions import joined
 from headwater.losses.logprobs import tokens_at_once
-from headwater.models.fsdp import within
-from headwater.models.oom import BatchBudget, passes
+from headwater.models.fsdp import sharded_forward
+from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import ScoringTeacher, distributions_of, hidden_of
 from headwater.types import Rollout
@@ -68,8 +68,8 @@ def apart(
     """How the two models differ at every completion token of these rollouts, all sampled at one temperature."""
     budget, ranks = BatchBudget(tokens), student.ranks
     share = ranks.share(rollouts)
-    own = passes(budget, share, partial(hidden_of, student, share))
-    theirs = passes(budget, share, partial(distributions_of, teacher, share))
+    own = budget.fit_passes(partial(hidden_of, student, share), share)
+    theirs = budget.fit_passes(partial(distributions_of, teacher, share), share)
 
     def added() -> Tensor:
         sums = torch.zeros(5, dtype=torch.float64)
@@ -84,7 +84,7 @@ def apart(
         return sums
 
     names = [field.name for field in fields(Apart)]
-    found = ranks.all_reduce_sum(dict(zip(names, within(student, added).tolist(), strict=True)))
+    found = ranks.all_reduce_sum(dict(zip(names, sharded_forward(student, added).tolist(), strict=True)))
     count = sum(len(rollout.completion_ids) for rollout in rollouts)
     return Apart(**{name: found[name] / count for name in names})
 

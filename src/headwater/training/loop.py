@@ -20,8 +20,8 @@ from headwater.losses.batch import Batch, Row
 from headwater.losses.logprobs import loss_and_stats
 from headwater.losses.objectives import Objective
 from headwater.losses.token_stats import Tokens, TokenStats
-from headwater.models.fsdp import clipped, idle, together, within
-from headwater.models.oom import BatchBudget, out_of_memory, passes_over
+from headwater.models.fsdp import clip_grad_norm, idle_pass, sharded_forward, stop_on_oom
+from headwater.models.oom import BatchBudget, is_out_of_memory
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
 from headwater.storage.files import Logs
@@ -114,7 +114,8 @@ def update(
     again = objective.source == "policy" and stage.passes * stage.minibatches > 1
     if again and not all(row.inert for row in rows):
         own = [row for row in rows if row.here and not row.inert]
-        old = iter(passes_over(budget, own, lambda fit: logp_of(policy, [row.rollout for row in own], fit)))
+        rollouts = [row.rollout for row in own]
+        old = iter(budget.fit_passes(partial(logp_of, policy, rollouts), rollouts))
         rows = [replace(row, old_logp=next(old)) if row.here and not row.inert else row for row in rows]
     whole = stage.group_size if objective.source == "policy" else 1
     parts = divided(rows, stage.minibatches, whole)
@@ -127,10 +128,11 @@ def update(
                 continue  # nothing here has a gradient: a step would move the weights on momentum alone
             weight_of = {id(row): weight for row, weight in zip(part, token_weights(part, stage), strict=True)}
             own = [row for row in live if row.here]
-            found = passes_over(budget, own, partial(gradient, policy, objective, own, weight_of))
+            attempt = partial(gradient, policy, objective, own, weight_of)
+            found = budget.fit_passes(attempt, [row.rollout for row in own])
             for name, value in policy.ranks.all_reduce_sum(found).items():
                 sums[name] += value
-            norm = clipped(policy, stage.optim.grad_clip)
+            norm = clip_grad_norm(policy, stage.optim.grad_clip)
             if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
                 what = "gradient" if math.isfinite(sums["loss"]) else "loss"
                 raise TrainingStoppedError(f"the {what} is not finite; the weights were not changed by this step")
@@ -159,7 +161,7 @@ def gradient(
     sums: dict[str, float] = defaultdict(float)
     for turn in policy.ranks.in_lockstep(policy.batches(live, tokens)):
         if turn is None:
-            idle(policy)
+            idle_pass(policy)
             continue
         micro, batch = turn
         weight_N = torch.tensor([weight_of[id(row)] for row in micro], device=policy.device)[batch.row_N]
@@ -172,7 +174,7 @@ def stepped(optimizer: torch.optim.Optimizer) -> None:
     try:
         optimizer.step()
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise TrainingStoppedError("memory ran out in the optimizer's step; take a larger device") from None
 
@@ -209,8 +211,8 @@ def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tenso
             objective.teacher_tokens,
         )
 
-    with together(policy):
-        loss, stats = within(policy, forward)
+    with stop_on_oom(policy):
+        loss, stats = sharded_forward(policy, forward)
         loss.backward()
     with torch.no_grad():
         logp_N = stats.logp_N.detach()

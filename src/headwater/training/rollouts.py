@@ -21,8 +21,9 @@ from headwater.losses.advantages import ADVANTAGES
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions
 from headwater.losses.objectives import Objective
-from headwater.models.oom import BatchBudget, passes
-from headwater.models.policy import Policy, Shape
+from headwater.models.oom import BatchBudget
+from headwater.models.policy import Policy
+from headwater.models.shape import Shape
 from headwater.sampling.base import OnFinished, Sampler, requests_for
 from headwater.teachers.async_scoring import AsyncScorer
 from headwater.teachers.build import Teacher
@@ -153,13 +154,13 @@ class PolicyRollouts:
         """The teacher's distributions at these rollouts' tokens; none where no teacher is asked."""
         if self.teacher is None:
             return []
-        return passes(self.budget, rollouts, partial(distributions_of, self.teacher, rollouts))
+        return self.budget.fit_passes(partial(distributions_of, self.teacher, rollouts), rollouts)
 
     def scored(self, rows: list[Row], known: Mapping[tuple[str, int], Distributions]) -> list[Row]:
         """The rows with what the frozen models say of those that are run here; `known` holds what the teacher said already."""
         rollouts = [row.rollout for row in rows if row.here]
         if self.reference is not None:
-            logps = iter(passes(self.budget, rollouts, partial(logp_of, self.reference, rollouts)))
+            logps = iter(self.budget.fit_passes(partial(logp_of, self.reference, rollouts), rollouts))
             rows = [replace(row, reference_logp=next(logps)) if row.here else row for row in rows]
         if self.teacher is not None:
             keys = [(rollout.problem_id, rollout.sample) for rollout in rollouts]

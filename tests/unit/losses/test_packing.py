@@ -15,9 +15,11 @@ from headwater.losses import packing
 from headwater.losses.batch import Row, collate_packed, packed_microbatches, packed_tokens
 from headwater.losses.packing import blocked, pack
 from headwater.models import packed_attention
-from headwater.models import policy as models
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.packed_attention import ATTENTION, packed_hidden
 from headwater.models.policy import Policy
+from headwater.models.save import save_policy
 from headwater.teachers.scoring import logp_of
 from tiny import (
     CPU,
@@ -44,7 +46,7 @@ TEXTS = (
 
 
 def padded(policy: Policy) -> Policy:
-    return replace(policy, packs=False)
+    return replace(policy, supports_packing=False)
 
 
 def test_packing_by_hand() -> None:
@@ -67,7 +69,7 @@ def test_packed_tokens_have_the_hidden_states_of_each_sequence_alone(
 ) -> None:
     monkeypatch.setattr(packing, "WASTE", waste)
     policy = tiny_policy(name, seed=3)
-    assert policy.packs
+    assert policy.supports_packing
     ids, found = pack(TEXTS, CPU)
     assert len(found.blocks) == (5 if waste == 0 else 1)
     with torch.no_grad():
@@ -92,7 +94,7 @@ def test_what_stands_beside_a_sequence_cannot_change_it() -> None:
 @pytest.mark.parametrize("objective", ["grpo", "opd", "sft"])
 def test_the_gradient_of_packed_rows_is_that_of_padded_ones(policy: Policy, teacher: Policy, objective: str) -> None:
     rows = taught(sampled_rows(policy, groups=4), teacher)
-    assert policy.packs and teacher.packs
+    assert policy.supports_packing and teacher.supports_packing
     stage = stage_of(objective, batch_size=16)
     for tokens in (40, 4096):
         ours, theirs = gradient_of(policy, rows, stage, tokens), gradient_of(padded(policy), rows, stage, tokens)
@@ -131,8 +133,8 @@ def test_gradient_checkpointing_and_bfloat16_pack_too(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     for settings_, near in (({"gradient_checkpointing": True}, 1e-5), ({"dtype": "bfloat16"}, 0.05)):
         held = MODELS.model_copy(update=settings_)
-        policy = models.load(str(folder), "models.student", held, CPU, frozen=False)
-        assert policy.packs
+        policy = load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(held, CPU, frozen=False))
+        assert policy.supports_packing
         rows = sampled_rows(policy, groups=2)
         ours = gradient_of(policy, rows, stage_of("grpo"))
         theirs = gradient_of(padded(policy), rows, stage_of("grpo"))
@@ -141,7 +143,7 @@ def test_gradient_checkpointing_and_bfloat16_pack_too(tmp_path: Path) -> None:
 
 def test_a_saved_model_says_nothing_of_packing(tmp_path: Path) -> None:
     policy = tiny_policy()
-    models.save(policy, tmp_path, torch.float32)
+    save_policy(policy, tmp_path, torch.float32)
     assert ATTENTION not in (tmp_path / "config.json").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config._attn_implementation == "sdpa"
@@ -158,7 +160,7 @@ def test_a_saved_model_says_nothing_of_packing(tmp_path: Path) -> None:
 )
 def test_models_whose_attention_is_not_plain_are_padded(name: str, more: dict[str, object]) -> None:
     policy = tiny_policy(name, **more)
-    assert not policy.packs
+    assert not policy.supports_packing
     assert policy.model.config._attn_implementation == "sdpa"
     rollouts = [rollout_of(prompt, text) for prompt, text in TEXTS]
     found = logp_of(policy, rollouts, 64)
@@ -179,7 +181,7 @@ def test_a_model_that_mixes_packed_sequences_is_found_out_before_it_trains(monke
     packing_free = packed_attention.sdpa_attention_forward
     monkeypatch.setitem(packed_attention.AttentionInterface._global_mapping, ATTENTION, leaking)
     policy = tiny_policy(seed=3)
-    assert not policy.packs and policy.model.config._attn_implementation == "sdpa"
+    assert not policy.supports_packing and policy.model.config._attn_implementation == "sdpa"
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,7 +16,9 @@ from headwater.config.recipe import Server
 from headwater.config.stage import Sampling
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.distributions import TopK
-from headwater.models.policy import Policy, load
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.policy import Policy
 from headwater.sampling.base import requests_for
 from headwater.teachers import server_client
 from headwater.teachers.scoring import distributions_of
@@ -222,7 +224,9 @@ RAW = ("stages.warmup.dense.top_k=20", "stages.opd.dense.top_k=20", "compute.ser
 
 @pytest.fixture(scope="module")
 def pocket_teacher(pocket_folder: Path) -> Policy:
-    return load(str(pocket_folder / "qwen3-teacher"), "models.teacher", MODELS, CPU, frozen=True)
+    return load_policy(
+        ModelFolder.open(str(pocket_folder / "qwen3-teacher"), "models.teacher"), LoadOptions(MODELS, CPU, frozen=True)
+    )
 
 
 def test_a_bridge_from_a_served_teacher_comes_to_what_the_same_teacher_here_does(
