@@ -23,7 +23,7 @@ from headwater.losses.batch import Row
 from headwater.losses.distributions import FromHidden, LinearHead
 from headwater.losses.logprobs import loss_and_stats
 from headwater.losses.objectives import objective_of
-from headwater.losses.token_stats import TokenStats
+from headwater.losses.token_stats import TokenInputs, TokenStats
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.oom import BatchBudget
@@ -34,8 +34,8 @@ from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.tasks.verifier import Verifier
 from headwater.teachers.scoring import distributions_of
-from headwater.training.loop import make_optimizer, update
-from headwater.training.rollouts import PolicyRollouts, SignalGuard
+from headwater.training.rollouts import PolicyRollouts
+from headwater.training.update import make_optimizer, update
 from headwater.types import Problem, Rollout, Verdict
 
 COMPUTE = config.Compute()
@@ -85,16 +85,14 @@ def step_of(case: Case, root: Path) -> Step:
     gather = PolicyRollouts(
         policy=policy,
         stage=stage,
-        name="benchmark",
-        seed=0,
+        draw=("benchmark", 0),
         objective=objective,
         prompts={one.id: ids_of(policy, one) for one in problems},
         sampler=TorchSampler(policy, COMPUTE.sample_batch),
-        text=prompter.completion,
+        prompter=prompter,
         labels=labels,
         teacher=teacher,
         reference=None,
-        guard=SignalGuard.of(config.Guards(no_signal="continue"), labels, case.repetitions, list),
         budget=BatchBudget(COMPUTE.microbatch_tokens),
     )
     optimizer = make_optimizer(policy, stage.optim)
@@ -168,6 +166,6 @@ def loss_stage(inputs: dict[str, Any]) -> torch.Tensor:
         return stats.divergence_N / count
 
     teacher = FromHidden(inputs["teacher_hidden"], theirs, 1.0)
-    return loss_and_stats(inputs["student_hidden"], head, inputs["targets"], 1.0, mean, teacher, token_losses.REVERSE)[
-        0
-    ]
+    return loss_and_stats(
+        inputs["student_hidden"], head, TokenInputs(inputs["targets"], 1.0, teacher, token_losses.REVERSE), mean
+    )[0]

@@ -19,7 +19,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from headwater.report.text import count, p_text, percent, points, reading, units
+from headwater.report.contrasts import reading
+from headwater.report.format import count, p_text, percent, points, units
 
 Block = Callable[[Path, str, Path], str]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from headwater import pipeline
-from headwater.config.arms import DEFAULT_ARM, DEFAULT_STUDY, arm_of, find_recipe
+from headwater.config.arms import DEFAULT_ARM, DEFAULT_STUDY, arm_of
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.runs.progress import progress_display
 from headwater.runs.trackers import tracked

@@ -1,8 +1,8 @@
-/* What a decoding step and the loss stage do to each row besides large matrix products, on a CPU: one pass over memory where torch
-   takes five to ten. The installation compiles this file, native.py describes its arguments; everything is float32, row-major.
+/* Fused CPU kernels for the row-wise work of a decode step and of the loss: one pass over memory where torch needs five to ten.
+   The installation compiles this file; kernels.py declares the argument types. Everything is float32 and row-major.
 
-   A row is computed by one thread, in one order: results do not depend on the number of threads. No fast-math: NaN and
-   infinity stay what they are; only the sums marked `omp simd` may be made in another order than written. */
+   Each row is computed by one thread in a fixed order, so results do not depend on the number of threads. No fast-math: NaN and
+   infinity propagate; only sums marked `omp simd` may be reordered. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -10,7 +10,7 @@
 #include <math.h>
 
 #define INLINE static inline __attribute__((always_inline))
-/* One build runs everywhere: the loader takes the version for the processor at hand. */
+/* One build runs everywhere: the loader selects the clone for the processor. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FITTED __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -18,11 +18,11 @@
 #endif
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 #define EIGHT(place) (*(Eight *)(place))
-#define MANY 16384 /* numbers; below it a second thread costs more than it saves */
-#define LANES 16   /* columns of the cache whose keys lie side by side; native.py knows it too */
-#define BLOCK 128  /* tokens; a draw is searched first among the masses of blocks */
+#define MANY 16384 /* numbers; for less work a second thread costs more than it saves */
+#define LANES 16   /* cache columns whose keys are interleaved; also defined in kernels.py */
+#define BLOCK 128  /* tokens; a draw is located first among block masses, then within its block */
 
-/* e^x to 2 units in the last place, 0 below -87; written out so that compilers vectorize it. (Cephes' polynomial.) */
+/* e^x to 2 ulp, 0 below -87; a polynomial (Cephes) that compilers vectorize. */
 INLINE float exponential(float x) {
     float bounded = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
     float n = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds to an integer */
@@ -40,7 +40,7 @@ INLINE float exponential(float x) {
     return x < -87.0f ? 0.0f : p;
 }
 
-/* out = x · weight / rms(x); weight may be absent. */
+/* out = x · weight / rms(x); weight may be null. */
 INLINE void normed(const float *x, const float *weight, float *out, int width, float eps) {
     float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
@@ -76,7 +76,7 @@ void gate_rows(const float *gate_up, float *out, int64_t rows, int width) {
         gate_row(gate_up + row * 2 * width, gate_up + row * 2 * width + width, out + row * width, width);
 }
 
-/* One head after its projection: RMS norm where the model has one, then RoPE on interleaved pairs (cos, sin in turns). */
+/* One head after its projection: RMS norm if the model has one, then RoPE on interleaved pairs (cos and sin interleaved). */
 INLINE void headed(const float *x, const float *weight, const float *turn, float *out, int width, float eps) {
     if (weight) normed(x, weight, out, width, eps);
     else memcpy(out, x, width * sizeof(float));
@@ -87,8 +87,8 @@ INLINE void headed(const float *x, const float *weight, const float *turn, float
     }
 }
 
-/* A query head against `count` columns. q (width) is scaled already; keys (columns / LANES, width, LANES), so that LANES scores are
-   summed side by side; values (columns, width). Two sums for each result, so that an addition need not wait for the last one. */
+/* Attention of one query head to `count` columns. q (width) is already scaled; keys (columns / LANES, width, LANES), so that LANES
+   scores accumulate in parallel; values (columns, width). Two accumulators per result hide the latency of additions. */
 INLINE void attended(const float *q, const float *keys, const float *values, float *score, float *out, int64_t count, int width) {
     float most = -INFINITY, total = 0.0f;
     for (int64_t block = 0; block * LANES < count; block++) {
@@ -127,8 +127,8 @@ INLINE void attended(const float *q, const float *keys, const float *values, flo
     }
 }
 
-/* A row's new token: its heads are normed and turned, its keys and values take column `column` of the cache, and it attends to the
-   columns up to it. scratch  columns + width floats. */
+/* New token of one row: norm and RoPE of its heads, write keys and values to cache column `column`, attend to all columns up to it.
+   scratch  columns + width floats */
 FITTED static void attend_row(const float *qkv, const float *weight, const float *turn, float *keys, float *values, float *out,
                               float *scratch, int64_t column, int heads, int kv_heads, int width, int64_t columns, float eps) {
     int group = heads / kv_heads;
@@ -149,9 +149,9 @@ FITTED static void attend_row(const float *qkv, const float *weight, const float
     }
 }
 
-/* One new token of each of `rows` rows.
+/* Decode attention: one new token for each of `rows` rows.
 
-   qkv      (rows, (heads + 2 · kv_heads) · width)     weight   (heads + kv_heads, width) or absent
+   qkv      (rows, (heads + 2 · kv_heads) · width)     weight   (heads + kv_heads, width) or null
    turns    (positions, width)                         position (rows)
    keys     (rows, kv_heads, columns / LANES, width, LANES): columns is a multiple of LANES
    values   (rows, kv_heads, columns, width)           out      (rows, heads · width) */
@@ -170,8 +170,8 @@ void attend_rows(const float *qkv, const float *weight, const float *turns, cons
     }
 }
 
-/* Where the cumulative distribution softmax(logits · inverse_temperature) passes draw; its log-prob goes to *logp. A row with NaN
-   gives some token, and NaN. mass  room for each block's */
+/* Inverse-CDF sampling: the token at which the CDF of softmax(logits · inverse_temperature) passes `draw`; its log-prob goes to
+   *logp. A row with NaN gives an arbitrary token and log-prob NaN. mass  scratch, one number per block */
 FITTED static int64_t draw_row(const float *l, double draw, float *logp, double *mass, int64_t width, float inverse_temperature) {
     int64_t blocks = (width + BLOCK - 1) / BLOCK, last = 0;
     float most = -INFINITY;
@@ -185,7 +185,7 @@ FITTED static int64_t draw_row(const float *l, double draw, float *logp, double 
         for (int64_t v = b * BLOCK; v < end; v++) sum += exponential((l[v] - most) * inverse_temperature);
         mass[b] = sum;
         total += sum;
-        if (sum > 0.0f) last = b; /* roundings may hide the target: no draw lands where nothing can be drawn */
+        if (sum > 0.0f) last = b; /* rounding may push the target past the end: never stop in a block without mass */
     }
     double target = draw * total, before = 0.0;
     int64_t b = 0, chosen = 0;
@@ -212,8 +212,8 @@ void draw_rows(const float *logits, const double *draws, int64_t *token, float *
     }
 }
 
-/* Up to four rows of x (there, width) times LANES columns, packed (width, LANES), of which `wide` are real. Meanwhile the memory
-   from `ahead` on is fetched, `stride` numbers further with each of the `width`. */
+/* Up to four rows of x (there, width) times LANES packed columns (width, LANES), of which `wide` are real. Meanwhile memory from
+   `ahead` is prefetched, advancing `stride` numbers with each of the `width`. */
 FITTED static void four_rows(const float *x, const float *packed, const float *bias, float *out, int64_t there, int width,
                              int64_t columns, int64_t wide, int add, const float *ahead, int stride) {
     const float *x0 = x, *x1 = there > 1 ? x + width : x, *x2 = there > 2 ? x + 2 * width : x, *x3 = there > 3 ? x + 3 * width : x;
@@ -233,13 +233,13 @@ FITTED static void four_rows(const float *x, const float *packed, const float *b
     }
 }
 
-/* x (rows, width) · Wᵀ + bias -> out (rows, columns), added to what stands there if `add`. Every weight is read from memory once.
+/* out (rows, columns) = x (rows, width) · Wᵀ + bias, or out += if `add`. Every weight is read from memory once.
 
-   packed (columns / LANES, rounded up, width, LANES): W (columns, width) with zeros for the columns that are not there.
-   bias   (columns) or absent */
+   packed (columns / LANES rounded up, width, LANES): W (columns, width) with zeros for missing columns
+   bias   (columns) or null */
 void linear_rows(const float *x, const float *packed, const float *bias, float *out, int64_t rows, int width, int64_t columns, int add) {
     int64_t blocks = (columns + LANES - 1) / LANES, passes = (rows + 3) / 4;
-    int stride = passes <= LANES ? LANES / passes : 0; /* with the last pass over one block the next one is there */
+    int stride = passes <= LANES ? LANES / passes : 0; /* the next block is in cache after the last pass over this one */
 #pragma omp parallel for schedule(static) if (rows * columns * width > 16 * MANY)
     for (int64_t block = 0; block < blocks; block++) {
         int64_t first = block * LANES, wide = columns - first < LANES ? columns - first : LANES;
@@ -250,13 +250,13 @@ void linear_rows(const float *x, const float *packed, const float *bias, float *
     }
 }
 
-/* `there` (up to LANES) rows of `width` numbers side by side: (width, LANES), zeros for those that are not there. */
+/* Interleave `there` (up to LANES) rows of `width` numbers: (width, LANES), with zeros for missing rows. */
 FITTED static void side_by_side(const float *rows, int64_t there, int width, float *out) {
     for (int i = 0; i < width; i++)
         for (int64_t lane = 0; lane < LANES; lane++) out[i * LANES + lane] = lane < there ? rows[lane * width + i] : 0.0f;
 }
 
-/* Whether product_rows is faster than the library that torch calls, as it was seen to be where vectors are of 32 bytes. */
+/* Whether product_rows is faster than the BLAS that torch calls: measured so with 32-byte vectors (AVX2 without AVX-512). */
 int product_pays(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !__builtin_cpu_supports("avx512f");
@@ -265,7 +265,7 @@ int product_pays(void) {
 #endif
 }
 
-/* As linear_rows, for many rows and a weight (columns, width) that lies as it is: its layout is made on the way. */
+/* As linear_rows, for many rows and an unpacked weight (columns, width), which is packed on the fly. */
 void product_rows(const float *x, const float *weight, const float *bias, float *out, int64_t rows, int width, int64_t columns) {
 #pragma omp parallel
     {
@@ -282,7 +282,7 @@ void product_rows(const float *x, const float *weight, const float *bias, float 
     }
 }
 
-/* The loss stage: a row of logits, alone or beside a teacher's -> MEASURES numbers. most, lse: log p(v) = (logit − most) − lse. */
+/* Loss statistics: MEASURES numbers for a row of logits, with or without the teacher's. log p(v) = (logit − most) − lse. */
 enum { MOST, LSE, TEACHER_MOST, TEACHER_LSE, LOGP, ENTROPY, REVERSE, FORWARD, TEACHER_LOGP, MEASURES };
 
 INLINE void log_sum(const float *l, int64_t width, float *most_out, float *lse_out) {
@@ -337,8 +337,8 @@ void measure_rows(const float *logits, const float *teacher, const int64_t *targ
         measure_row(logits + row * width, teacher ? teacher + row * width : 0, target[row], out + row * MEASURES, width);
 }
 
-/* A row's logits become the gradient by them of a loss with these derivatives by log p(target), KL(student, teacher) and
-   KL(teacher, student). */
+/* Overwrite a row's logits with the gradient of the loss with respect to them.
+   by  derivatives of the loss by log p(target), KL(student ‖ teacher) and KL(teacher ‖ student) */
 FITTED static void slope_row(float *l, const float *teacher, int64_t target, const float *held, const float *by, int64_t width) {
     float most = held[MOST], lse = held[LSE], teacher_most = held[TEACHER_MOST], teacher_lse = held[TEACHER_LSE];
     float kl = held[REVERSE], by_logp = by[0], by_reverse = by[1], by_forward = by[2];

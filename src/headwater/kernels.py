@@ -1,13 +1,12 @@
-"""The kernels of kernels.c, where the installation built them: one pass over memory for what takes torch many, on a CPU in float32.
+"""ctypes bindings of the fused CPU kernels in kernels.c (float32): decoding and the linear-head loss.
 
-They are a shared library beside this file, not a Python module, and are called through ctypes. Where no compiler was at hand there is
-no library, and everything goes through torch.
+The shared library lies beside this file; it is not a Python module. Without a C compiler at installation there is no library, and
+`kernels()` is None: callers then use torch.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -17,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 LANES = 16
-"""Columns of the cache whose keys lie side by side (kernels.c)."""
+"""Cache columns whose keys are interleaved (kernels.c)."""
+STATS, FIRST_STAT = 9, 4
+"""Numbers per row that `loss_stats` keeps, and the index of the first public one (kernels.c)."""
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
@@ -33,67 +34,55 @@ _ARGUMENTS = {
 }
 
 
-MEASURES, FIRST_MEASURE = 9, 4
-"""Numbers a row that the loss stage keeps, and where those of interest begin (kernels.c)."""
-
-
 @dataclass(frozen=True)
-class Measures:
-    """Of each row of logits: the target's log-prob, the entropy, KL(student ‖ teacher), KL(teacher ‖ student), the teacher's log-prob.
+class LossStats:
+    """Per row of logits: log-prob of the target, entropy, both KLs, the teacher's log-prob of the target.
 
-    held_RM  what the kernels keep, these included
+    raw_RM  all numbers that `loss_gradient` reads again, these included
     """
 
-    held_RM: Tensor
+    raw_RM: Tensor
     logp_R: Tensor
     entropy_R: Tensor
-    student_teacher_R: Tensor
-    teacher_student_R: Tensor
+    kl_student_teacher_R: Tensor
+    kl_teacher_student_R: Tensor
     teacher_logp_R: Tensor
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Each takes float32 on the CPU, with contiguous rows, and gives a new tensor."""
+    """The kernels as methods. Inputs are float32 CPU tensors with contiguous rows; unless noted, the result is a new tensor."""
 
-    norm_rows: Callable[..., None]
-    gate_rows: Callable[..., None]
-    attend_rows: Callable[..., None]
-    draw_rows: Callable[..., None]
-    linear_rows: Callable[..., None]
-    product_pays: Callable[[], int]
-    product_rows: Callable[..., None]
-    measure_rows: Callable[..., None]
-    slope_rows: Callable[..., None]
+    library: ctypes.CDLL
 
-    def norm(self, x_NH: Tensor, weight_H: Tensor | None, eps: float) -> Tensor:
+    def rms_norm(self, x_NH: Tensor, weight_H: Tensor | None, eps: float) -> Tensor:
         """RMS norm of each row (1910.07467)."""
         out_NH = torch.empty_like(x_NH)
-        self.norm_rows(x_NH.data_ptr(), _of(weight_H), out_NH.data_ptr(), *x_NH.shape, eps)
+        self.library.norm_rows(x_NH.data_ptr(), _pointer(weight_H), out_NH.data_ptr(), *x_NH.shape, eps)
         return out_NH
 
-    def gate(self, gate_up_NI: Tensor) -> Tensor:
-        """silu(gate) · up of rows that hold gate and up one after the other: (N, 2I) -> (N, I)."""
+    def silu_gate(self, gate_up_NI: Tensor) -> Tensor:
+        """silu(gate) · up for rows that concatenate gate and up: (N, 2I) -> (N, I)."""
         rows, width = gate_up_NI.shape
         out_NI = gate_up_NI.new_empty(rows, width // 2)
-        self.gate_rows(gate_up_NI.data_ptr(), out_NI.data_ptr(), rows, width // 2)
+        self.library.gate_rows(gate_up_NI.data_ptr(), out_NI.data_ptr(), rows, width // 2)
         return out_NI
 
-    def attend(
+    def decode_attention(
         self,
         qkv_AD: Tensor,
-        heads_norm: Tensor | None,
-        turns_TD: Tensor,
+        head_norm: Tensor | None,
+        rope_TD: Tensor,
         position_A: Tensor,
         keys: Tensor,
         values: Tensor,
         eps: float,
     ) -> Tensor:
-        """One new token of each row: norm of heads, RoPE, its keys and values into the cache, attention up to it.
+        """Attention of one new token per row: head norm, RoPE, write its keys and values to the cache, attend to it.
 
-        qkv_AD      (A, (heads + 2 · kv_heads) · D), the halves of q's and k's heads in turns
-        heads_norm  (heads + kv_heads, D), None where the model has none
-        turns_TD    cos and sin in turns, for each position
+        qkv_AD      (A, (heads + 2 · kv_heads) · D), the halves of the heads of q and k interleaved
+        head_norm   (heads + kv_heads, D), None where the model has none
+        rope_TD     cos and sin interleaved, for each position
         keys        (rows, kv_heads, columns / LANES, D, LANES), of which the first A rows are used
         values      (rows, kv_heads, columns, D)
         returns     (A, heads · D)
@@ -101,84 +90,91 @@ class Kernels:
         _, kv_heads, columns, width = values.shape
         heads = qkv_AD.shape[1] // width - 2 * kv_heads
         out_AD = qkv_AD.new_empty(len(qkv_AD), heads * width)
-        self.attend_rows(
-            qkv_AD.data_ptr(), _of(heads_norm), turns_TD.data_ptr(), position_A.data_ptr(), keys.data_ptr(), values.data_ptr(),
-            out_AD.data_ptr(), len(qkv_AD), heads, kv_heads, width, columns, eps,
+        self.library.attend_rows(
+            qkv_AD.data_ptr(), _pointer(head_norm), rope_TD.data_ptr(), position_A.data_ptr(), keys.data_ptr(),
+            values.data_ptr(), out_AD.data_ptr(), len(qkv_AD), heads, kv_heads, width, columns, eps,
         )  # fmt: skip
         return out_AD
 
     def linear(self, x_NH: Tensor, packed: Tensor, bias_K: Tensor | None, columns: int) -> Tensor:
-        """x Wᵀ + b: (N, K) for a weight of K rows that `packed` has laid out."""
+        """x Wᵀ + b: (N, K), for a weight of K rows in the layout of `pack_weight`."""
         out_NK = x_NH.new_empty(len(x_NH), columns)
-        self.linear_rows(x_NH.data_ptr(), packed.data_ptr(), _of(bias_K), out_NK.data_ptr(), *x_NH.shape, columns, 0)
+        self._linear(out_NK, x_NH, packed, bias_K, add=0)
         return out_NK
 
     def add_linear(self, to_NK: Tensor, x_NH: Tensor, packed: Tensor, bias_K: Tensor | None) -> None:
         """to += x Wᵀ + b, in place."""
-        shape = (*x_NH.shape, to_NK.shape[1])
-        self.linear_rows(x_NH.data_ptr(), packed.data_ptr(), _of(bias_K), to_NK.data_ptr(), *shape, 1)
+        self._linear(to_NK, x_NH, packed, bias_K, add=1)
 
-    def product(self, x_NH: Tensor, weight_KH: Tensor, bias_K: Tensor | None, out_NK: Tensor) -> Tensor:
-        """x Wᵀ + b into `out_NK`, for many rows and a weight as it lies; faster than torch where `product_pays`."""
-        self.product_rows(
-            x_NH.data_ptr(), weight_KH.data_ptr(), _of(bias_K), out_NK.data_ptr(), *x_NH.shape, len(weight_KH)
+    def _linear(self, out_NK: Tensor, x_NH: Tensor, packed: Tensor, bias_K: Tensor | None, add: int) -> None:
+        self.library.linear_rows(
+            x_NH.data_ptr(), packed.data_ptr(), _pointer(bias_K), out_NK.data_ptr(), *x_NH.shape, out_NK.shape[1], add
+        )
+
+    def matmul_is_faster(self) -> bool:
+        """Whether `matmul` beats torch on this processor."""
+        return bool(self.library.product_pays())
+
+    def matmul(self, x_NH: Tensor, weight_KH: Tensor, bias_K: Tensor | None, out_NK: Tensor) -> Tensor:
+        """x Wᵀ + b into `out_NK`, for many rows and a weight that is not packed."""
+        self.library.product_rows(
+            x_NH.data_ptr(), weight_KH.data_ptr(), _pointer(bias_K), out_NK.data_ptr(), *x_NH.shape, len(weight_KH)
         )
         return out_NK
 
-    def draw(self, logits_BV: Tensor, draws_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """One token a row by inverse cumulative distribution at float64 draws, and its log-prob."""
+    def sample(self, logits_BV: Tensor, draws_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """One token per row by inverse CDF of float64 uniform draws, and its log-prob."""
         token_B = torch.empty(len(logits_BV), dtype=torch.long)
         logp_B = torch.empty(len(logits_BV))
-        self.draw_rows(
+        self.library.draw_rows(
             logits_BV.data_ptr(), draws_B.data_ptr(), token_B.data_ptr(), logp_B.data_ptr(), *logits_BV.shape, 1.0 / temperature
         )  # fmt: skip
         return token_B, logp_B
 
-    def measure(self, logits_RV: Tensor, teacher_RV: Tensor | None, targets_R: Tensor) -> Measures:
-        """What is to be known of each row of logits, beside the teacher's where there is one."""
-        held_RM = logits_RV.new_zeros(len(logits_RV), MEASURES)
-        self.measure_rows(
-            logits_RV.data_ptr(), _of(teacher_RV), targets_R.data_ptr(), held_RM.data_ptr(), *logits_RV.shape
+    def loss_stats(self, logits_RV: Tensor, teacher_RV: Tensor | None, targets_R: Tensor) -> LossStats:
+        """Statistics of each row of logits; those of the teacher are 0 without one."""
+        raw_RM = logits_RV.new_zeros(len(logits_RV), STATS)
+        self.library.measure_rows(
+            logits_RV.data_ptr(), _pointer(teacher_RV), targets_R.data_ptr(), raw_RM.data_ptr(), *logits_RV.shape
         )
-        return Measures(held_RM, *(column_R.clone() for column_R in held_RM[:, FIRST_MEASURE:].unbind(dim=1)))
+        return LossStats(raw_RM, *(column_R.clone() for column_R in raw_RM[:, FIRST_STAT:].unbind(dim=1)))
 
-    def slope(
-        self, logits_RV: Tensor, teacher_RV: Tensor | None, targets_R: Tensor, measures: Measures, by_R3: Tensor
+    def loss_gradient(
+        self, logits_RV: Tensor, teacher_RV: Tensor | None, targets_R: Tensor, stats: LossStats, grad_R3: Tensor
     ) -> None:
-        """Logits become, in place, the gradient by them.
+        """Overwrite the logits with the gradient of the loss with respect to them.
 
-        by_R3  derivatives of the loss by the target's log-prob, KL(student ‖ teacher) and KL(teacher ‖ student)
+        grad_R3  derivatives of the loss by the target's log-prob, KL(student ‖ teacher) and KL(teacher ‖ student)
         """
-        self.slope_rows(
-            logits_RV.data_ptr(), _of(teacher_RV), targets_R.data_ptr(), measures.held_RM.data_ptr(), by_R3.data_ptr(),
+        self.library.slope_rows(
+            logits_RV.data_ptr(), _pointer(teacher_RV), targets_R.data_ptr(), stats.raw_RM.data_ptr(), grad_R3.data_ptr(),
             *logits_RV.shape,
         )  # fmt: skip
 
 
-def packed(weight_KH: Tensor) -> Tensor:
-    """(K / LANES, rounded up, H, LANES): LANES outputs side by side, zeros for those that are not there."""
-    rest = -len(weight_KH) % LANES
-    whole = functional.pad(weight_KH, (0, 0, 0, rest)) if rest else weight_KH
-    return whole.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+def pack_weight(weight_KH: Tensor) -> Tensor:
+    """Interleave LANES output rows: (K, H) -> (K / LANES rounded up, H, LANES), with zeros for missing rows."""
+    missing = -len(weight_KH) % LANES
+    padded = functional.pad(weight_KH, (0, 0, 0, missing)) if missing else weight_KH
+    return padded.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
 
 
 @cache
 def kernels() -> Kernels | None:
-    """None where the library was not built, or is not of this machine."""
-    found = find_spec("headwater._kernels")
-    if found is None or found.origin is None:
+    """Load the library once. None where it was not built, or was built for another machine."""
+    spec = find_spec("headwater._kernels")
+    if spec is None or spec.origin is None:
         return None
     try:
-        library = ctypes.CDLL(found.origin)
+        library = ctypes.CDLL(spec.origin)
     except OSError:
         return None
     for name, arguments in _ARGUMENTS.items():
-        getattr(library, name).argtypes, getattr(library, name).restype = (
-            arguments,
-            ctypes.c_int if name == "product_pays" else None,
-        )
-    return Kernels(**{name: getattr(library, name) for name in _ARGUMENTS})
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = ctypes.c_int if name == "product_pays" else None
+    return Kernels(library)
 
 
-def _of(tensor: Tensor | None) -> int | None:
+def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

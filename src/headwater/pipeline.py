@@ -1,4 +1,4 @@
-"""Run a recipe or a study: what is DONE is left alone, an executor runs the rest; then the report."""
+"""Run a recipe or a study: skip nodes that are DONE, run the others with an executor, write the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headwater.doctor.checks import preflight
 from headwater.errors import FailedError, UserError
 from headwater.report import build as report
 from headwater.runs.executors.base import Executor, Failure, Job, describe
-from headwater.runs.executors.local import local
+from headwater.runs.executors.local import LocalExecutor
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import ProgressDisplay
 from headwater.runs.plan import Node, Plan
@@ -29,7 +29,7 @@ from headwater.storage.run_dir import RunDir, write_checked, write_json
 from headwater.storage.untrusted import read_plan, refuse_links
 
 SHOWN_TEXT = 4000
-"""Characters of a problem that problems.jsonl keeps."""
+"""Characters of a problem in problems.jsonl."""
 VERSIONS_OF = (
     "headwater",
     "torch",
@@ -51,19 +51,20 @@ def run(
     progress_display: ProgressDisplay,
     *,
     reuse: Sequence[Path] = (),
-    executor: Executor = local,
+    executor: Executor | None = None,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Run arms × seeds into a folder and write its report; with the same folder again, go on where it stopped.
+    """Run arms × seeds into a folder and write its report; with the same folder again, resume.
 
-    reuse     other run directories, whose finished nodes are taken over where they are the same work
-    executor  who runs the nodes; `local` asks `compute.workers`
-    processes  how many run each node together
+    reuse      other run directories whose finished nodes are copied where their fingerprints match
+    executor   runs the nodes; LocalExecutor by default
+    processes  how many processes run each node together
 
-    Returns the report. Raises UserError, RefusedError before anything is written; FailedError when nodes failed, after the
-    others were run and the report was written; KeyboardInterrupt when asked to stop (resumable).
+    Returns the report. Raises UserError or RefusedError before anything is written; FailedError when nodes failed, after the
+    others have run and the report is written; KeyboardInterrupt when asked to stop (resumable).
     """
     folder, others = RunDir(out), [RunDir(path) for path in reuse]
+    say = progress_display.say
     refuse_links(out, "--out")
     folder.refuse_other(recipe.model_dump(mode="json"))
     for other in others:
@@ -71,113 +72,113 @@ def run(
             raise UserError(f"--reuse {other.path}: holds no run of ours")
         refuse_links(other.path, "--reuse")
     with prepared(recipe, arms, seeds) as (plan, inputs):
-        preflight(plan, inputs, out, progress_display.say)
+        preflight(plan, inputs, out, say)
         with folder.locked():
             fault_points.failpoint("run.locked")
             folder.claim(recipe.model_dump(mode="json"))
             fault_points.failpoint("run.claimed")
             write_json(folder.env, environment(inputs.device, processes))
             write_rows(folder.left_out, inputs.left_out)
-            write_rows(folder.problems, texts_of(inputs))
-            write_checked(folder.plan, with_earlier(plan.written(), folder))
+            write_rows(folder.problems, problem_texts(inputs))
+            write_checked(folder.plan, merged_with_earlier(plan.to_json(), folder))
             fault_points.failpoint("run.planned")
             for note in inputs.notes:
-                progress_display.say(note)
-            take_over(plan, folder, others, progress_display.say)
-            mend(plan, folder, progress_display.say)
+                say(note)
+            reuse_nodes(plan, folder, others, say)
+            reopen_damaged_nodes(plan, folder, say)
             todo = {plan.names[node]: node for node in plan.order() if not is_done(node, plan, folder)}
             try:
                 with stop_requests() as stopped:
                     job = Job(plan, inputs, arms, folder, todo, progress_display, stopped)
-                    failures = executor(job)
+                    failures = (executor or LocalExecutor())(job)
                     if stopped():
                         raise KeyboardInterrupt
             finally:
                 fault_points.failpoint("run.ended")
                 folder.join_ledgers()
             fault_points.failpoint("run.joined")
-            found = report.write(out)
+            result = report.write(out)
     if failures:
-        raise failed(job, failures)
-    return found
+        raise study_error(job, failures)
+    return result
 
 
-def texts_of(inputs: RunInputs) -> list[dict[str, Any]]:
-    """What was asked, by id, so that the report can show a completion under its problem; long ones are cut."""
-    asked = [*inputs.problems.values(), *(one for held, _ in inputs.evals.values() for one in held)]
-    texts = {one.id: one.text[:SHOWN_TEXT].encode(errors="replace").decode() for one in asked}
-    return [{"id": one, "text": text} for one, text in texts.items()]
+def problem_texts(inputs: RunInputs) -> list[dict[str, Any]]:
+    """Rows of problems.jsonl: the texts by id, so that the report can show a completion's problem; long ones are cut."""
+    evals = [problem for problems, _ in inputs.evals.values() for problem in problems]
+    texts = {
+        problem.id: problem.text[:SHOWN_TEXT].encode(errors="replace").decode()
+        for problem in [*inputs.problems.values(), *evals]
+    }
+    return [{"id": id_, "text": text} for id_, text in texts.items()]
 
 
 def is_done(node: Node, plan: Plan, folder: RunDir) -> bool:
     return folder.node(plan.names[node]).is_done(plan.fingerprints[node])
 
 
-def is_whole(node: Node, plan: Plan, folder: RunDir) -> bool:
-    """Whether it is done, and what it holds is what was written."""
-    return is_done(node, plan, folder) and folder.node(plan.names[node]).damage() is None
+def reopen_damaged_nodes(plan: Plan, folder: RunDir, say: Callable[[str], None]) -> None:
+    """Remove DONE from nodes with damaged files and name the files, so that these nodes run again.
 
-
-def mend(plan: Plan, folder: RunDir, say: Callable[[str], None]) -> None:
-    """Name the damaged files of finished nodes and take DONE from those, so that they are finished again.
-
-    A trained node goes on from its last checkpoint, any other begins again; either way what comes out is the same.
+    A trained node resumes from its last checkpoint, any other starts anew; the result is the same.
     """
     for node in plan.order():
-        held = folder.node(plan.names[node])
-        broken = held.damage() if held.done.exists() else None
-        if broken is not None:
-            say(f"{broken}: is damaged; {describe(node)} is finished again")
-            held.done.unlink()
+        node_dir = folder.node(plan.names[node])
+        damaged = node_dir.damage() if node_dir.done.exists() else None
+        if damaged is not None:
+            say(f"{damaged}: is damaged; {describe(node)} is finished again")
+            node_dir.done.unlink()
 
 
-def take_over(plan: Plan, folder: RunDir, others: Sequence[RunDir], say: Callable[[str], None]) -> None:
-    """Take from other runs what they have done of this plan; a node's fingerprint says that it is the same work."""
+def reuse_nodes(plan: Plan, folder: RunDir, others: Sequence[RunDir], say: Callable[[str], None]) -> None:
+    """Copy undamaged finished nodes with this plan's fingerprints from other runs."""
     if not others:
         return
-    taken: Counter[Path] = Counter()
+    counts: Counter[Path] = Counter()
     for node in plan.order():
-        source = next((other for other in others if is_whole(node, plan, other)), None)
+        name = plan.names[node]
+        intact = (o for o in others if is_done(node, plan, o) and o.node(name).damage() is None)
+        source = next(intact, None)
         if source is not None and not is_done(node, plan, folder):
-            folder.node(plan.names[node]).take_over(source.node(plan.names[node]))
-            taken[source.path] += 1
-    parts = ", ".join(f"{count} from {path}" for path, count in taken.items())
-    say(f"reuse: {taken.total()} of {len(plan.order())} nodes taken over{': ' if parts else ''}{parts}")
+            folder.node(name).take_over(source.node(name))
+            counts[source.path] += 1
+    parts = ", ".join(f"{count} from {path}" for path, count in counts.items())
+    say(f"reuse: {counts.total()} of {len(plan.order())} nodes taken over{': ' if parts else ''}{parts}")
 
 
-def failed(job: Job, failures: Mapping[str, Failure]) -> FailedError:
-    """A sentence for each node that failed, with what was not run because of it, and the first one's exit code."""
-    above = {name: {job.plan.names[one] for one in node.ancestry()} - {name} for name, node in job.todo.items()}
-    named = [name for name in job.todo if name in failures]
-    code, sentences = failures[named[0]].code, []
-    for name in named:
-        why = failures[name].sentence
+def study_error(job: Job, failures: Mapping[str, Failure]) -> FailedError:
+    """One sentence per failed node with the descendants that it skipped, and the exit code of the first."""
+    ancestors = {name: {job.plan.names[one] for one in node.ancestry()} - {name} for name, node in job.todo.items()}
+    failed = [name for name in job.todo if name in failures]
+    code, sentences = failures[failed[0]].code, []
+    for name in failed:
+        sentence = failures[name].sentence
         if failures[name].traceback is not None:
-            why += f" (traceback in {job.out.node(name).failed})"
-        if job.alone:
-            return FailedError(why, code)
-        on_it = ", ".join(describe(node) for other, node in job.todo.items() if name in above[other])
-        sentences.append(f"{describe(job.todo[name])}: {why}" + (f"; not run because of it: {on_it}" if on_it else ""))
+            sentence += f" (traceback in {job.out.node(name).failed})"
+        if job.single:
+            return FailedError(sentence, code)
+        skipped = ", ".join(describe(node) for other, node in job.todo.items() if name in ancestors[other])
+        suffix = f"; not run because of it: {skipped}" if skipped else ""
+        sentences.append(f"{describe(job.todo[name])}: {sentence}{suffix}")
     count = f"{len(sentences)} node{'s' if len(sentences) > 1 else ''} failed"
     return FailedError(f"study: {count}: " + "\n".join(sentences), code)
 
 
-def with_earlier(written: dict[str, Any], folder: RunDir) -> dict[str, Any]:
-    """A study adds arms and seeds to what its folder already holds."""
+def merged_with_earlier(plan: dict[str, Any], folder: RunDir) -> dict[str, Any]:
+    """The plan with the arms and seeds that the folder already holds."""
     if not folder.plan.exists():
-        return written
+        return plan
     try:
-        held = read_plan(folder.plan)
+        earlier = read_plan(folder.plan)
     except UserError as error:
         raise UserError(f"{error}; delete it and name all arms and seeds again: what is done stays done") from None
-    arms = {arm: {**held["arms"].get(arm, {}), **seeds} for arm, seeds in (held["arms"] | written["arms"]).items()}
-    for arm, seeds in written["arms"].items():
-        arms[arm] = {**arms[arm], **seeds}
-    return {**written, "seeds": sorted(set(held["seeds"]) | set(written["seeds"])), "arms": arms}
+    names = earlier["arms"] | plan["arms"]
+    arms = {arm: {**earlier["arms"].get(arm, {}), **plan["arms"].get(arm, {})} for arm in names}
+    return {**plan, "seeds": sorted({*earlier["seeds"], *plan["seeds"]}), "arms": arms}
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """Versions and hardware, and how many processes run a node together; never environment variables, which may hold secrets."""
+    """Versions, hardware and number of processes; never environment variables, which may hold secrets."""
     versions = {}
     for name in VERSIONS_OF:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

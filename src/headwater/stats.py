@@ -1,10 +1,10 @@
-"""Accuracies and their intervals, paired contrasts and their p: numpy and scipy, no files.
+"""Accuracy estimates with confidence intervals, and paired contrasts with p-values.
 
 Shapes: S training seeds, P problems, K samples a problem. `values_SP[s, p]` is the mean correctness of problem p under
 the model that seed s trained (a fraction in [0, 1]), or the difference of two such values.
 
-Two things vary in a study: which problems happened to be asked and which seed happened to be drawn. Both are in every
-interval; within one run only the problems are. `tests/unit/test_stats.py` simulates the coverage.
+Two things vary in a study: the problems that were sampled and the training seeds. Every interval accounts for both; within one
+run, only for the problems. `tests/unit/test_stats.py` simulates the coverage.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEVEL = 0.95
 DRAWS = 4000
 FLIPS = 9999
 _EXACT_UP_TO = 13
-"""With so few problems that differ, all 2^n sign patterns are fewer than FLIPS: the test is then exact."""
+"""With at most this many differing problems, all 2^n sign patterns are enumerated: the test is exact."""
 _Z = float(ndtri(0.5 + LEVEL / 2))
 
 
@@ -41,7 +41,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """Arm a minus arm b: the difference of mean accuracy, its 95 % interval, and a two-sided p."""
+    """Arm a minus arm b: the difference of mean accuracy, its 95 % interval, and a two-sided p-value."""
 
     difference: float
     low: float
@@ -50,7 +50,7 @@ class Contrast:
 
 
 def avg_at_k(correct_P: Counts, samples_P: Counts) -> Floats:
-    """(P,) share of each problem's samples that are correct; its mean over problems is avg@k.
+    """Share of each problem's samples that are correct, (P,); its mean over problems is avg@k.
 
     Example: `avg_at_k([1, 4], [4, 4])` is `[0.25, 1.0]`.
     """
@@ -58,11 +58,11 @@ def avg_at_k(correct_P: Counts, samples_P: Counts) -> Floats:
 
 
 def pass_at_k(correct_P: Counts, samples_P: Counts, k: int) -> Floats:
-    """(P,) unbiased chance that at least one of k samples is correct, from c correct among n >= k.
+    """Unbiased estimate, (P,), of the probability that at least one of k samples is correct, from c correct among n >= k.
 
         pass@k = 1 - C(n-c, k) / C(n, k) = 1 - prod_{j<k} (n-c-j) / (n-j)
 
-    The product never forms a binomial coefficient, so it neither overflows nor cancels. Source: Chen et al.,
+    The product form avoids binomial coefficients, so it neither overflows nor cancels. Source: Chen et al.,
     2107.03374, eq. 1. Raises ValueError where a problem has fewer than k samples.
 
     Example: two samples of four are correct, k = 2: `1 - (2·1)/(4·3) = 5/6`.
@@ -79,9 +79,9 @@ def pass_at_k(correct_P: Counts, samples_P: Counts, k: int) -> Floats:
 def maj_at_k(answers: Sequence[tuple[str | None, bool]]) -> float | None:
     """Correctness of a problem's most frequent extracted answer, from (answer, correct) pairs.
 
-    Tied answers are averaged: the expectation when the tie is broken at random. Completions without an answer (None)
-    vote together for an answer that is wrong. None when no completion has an answer, as with graders that extract
-    none. Answers are compared as text, so a grader should extract them in one normal form.
+    Tied answers are averaged, which is the expectation of breaking the tie at random. Completions without an answer (None)
+    count as one wrong answer. None if no completion has an answer, as with graders that extract none. Answers are compared
+    as text, so a grader should extract them in a normal form.
 
     Example: `[("7", True), ("7", True), ("9", False)]` gives 1; `[("7", True), ("9", False)]` gives 0.5.
     """
@@ -90,15 +90,15 @@ def maj_at_k(answers: Sequence[tuple[str | None, bool]]) -> float | None:
         return None
     most = max(votes.values())
     tied = [answer for answer, count in votes.items() if count == most]
-    right = [
+    shares = [
         0.0 if chosen is None else sum(correct for answer, correct in answers if answer == chosen) / most
         for chosen in tied
     ]
-    return sum(right) / len(right)
+    return sum(shares) / len(shares)
 
 
 def wilson(share: float, n: float, z: float = _Z) -> tuple[float, float]:
-    """Score interval of a share seen in n independent trials; never of zero width, never outside [0, 1].
+    """Wilson score interval of a share in n independent trials; never of zero width, never outside [0, 1].
 
         (share + z²/2n ± z √(share(1-share)/n + z²/4n²)) / (1 + z²/n)
 
@@ -108,17 +108,16 @@ def wilson(share: float, n: float, z: float = _Z) -> tuple[float, float]:
     half = z * math.sqrt(max(share * (1 - share), 0.0) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     low, high = (middle - half) / scale, (middle + half) / scale
-    # At the ends the formula gives 0 and 1 up to rounding.
+    # For shares of 0 and 1 the formula gives 0 and 1 only up to rounding.
     return (0.0 if share <= 0 else max(low, 0.0)), (1.0 if share >= 1 else min(high, 1.0))
 
 
 def accuracy_interval(values_SP: Floats) -> Interval:
     """Mean accuracy of S seeds on the same P problems, with its 95 % interval for new problems and new seeds.
 
-    The bootstrap of `_bootstrap`, widened where need be to the Wilson interval of the effective number of trials,
-    mean(1-mean)/variance (Korn & Graubard 1998): near 0 and 1 a bootstrap of few successes is too narrow (it covers
-    78 % at a pass rate of 0.3 % on 100 problems), and where all values are 0 or all 1 it has no width; then the trials
-    are the P problems.
+    The union of the `_bootstrap` interval and the Wilson interval for the effective number of trials, mean(1-mean)/variance
+    (Korn & Graubard 1998). Near 0 and 1 a bootstrap of few successes is too narrow: it covers 78 % at a pass rate of 0.3 %
+    on 100 problems. If all values are equal it has no width, and the result is the Wilson interval for P trials.
 
     Example: 100 problems, all wrong, one seed: mean 0, interval (0, 0.037).
     """
@@ -128,21 +127,21 @@ def accuracy_interval(values_SP: Floats) -> Interval:
     if variance == 0.0:
         low, high = wilson(mean, values_SP.shape[1])
         return Interval(mean, low, high)
-    low_b, high_b = _bootstrap(values_SP)
-    low_w, high_w = wilson(mean, mean * (1 - mean) / variance, _quantile(freedom))
-    return Interval(mean, max(min(low_b, low_w), 0.0), min(max(high_b, high_w), 1.0))
+    bootstrap = _bootstrap(values_SP)
+    score = wilson(mean, mean * (1 - mean) / variance, _quantile(freedom))
+    return Interval(mean, max(min(bootstrap[0], score[0]), 0.0), min(max(bootstrap[1], score[1]), 1.0))
 
 
 def contrast(a_SP: Floats, b_SP: Floats) -> Contrast:
     """Arm a minus arm b on the same problems and seeds: `a_SP[s, p]` is paired with `b_SP[s, p]`.
 
-    The interval is the bootstrap of the differences over seeds and problems, so it speaks of training again. The p is
-    that of a sign-flip permutation test over problems (each problem's two arms may be swapped, in all seeds at once,
-    so that what a problem does alike in every seed is not counted S times); with few problems that differ it is
-    exact. It speaks of these trained models: a small p beside an interval that includes 0 says that the models differ
-    but that another seed might not show it. contrast(a, b) is exactly -contrast(b, a), with the same p.
+    The interval bootstraps the differences over seeds and problems, so it covers retraining. The p-value is that of a
+    sign-flip permutation test over problems, exact if few problems differ. A flip swaps a problem's two arms in all seeds
+    at once, so that an effect of the problem is not counted S times. The p-value is about these trained models: a small p
+    with an interval that includes 0 means that the models differ but that another seed might not show it.
+    contrast(a, b) is exactly -contrast(b, a), with the same p.
 
-    Where every difference is the same the interval has the width that P problems allow (`wilson` of 0 in P).
+    If all differences are equal, the interval has the half-width of `wilson` for 0 successes in P trials.
 
     Example: a right and b wrong on all of 3 problems: difference 1, p = 2/2³ = 0.25.
     """
@@ -152,10 +151,10 @@ def contrast(a_SP: Floats, b_SP: Floats) -> Contrast:
     values_SP = a_SP - b_SP
     mean = float(values_SP.mean())
     if _variance(values_SP)[0] == 0.0:
-        unseen = wilson(0.0, values_SP.shape[1])[1]
-        low, high = mean - unseen, mean + unseen
+        half = wilson(0.0, values_SP.shape[1])[1]
+        low, high = mean - half, mean + half
     elif mean < 0 or (mean == 0 and values_SP[values_SP != 0][0] < 0):
-        # The draws are shared, but a quantile of -x is not always minus that of x to the last bit: take one side.
+        # A quantile of -x may differ from minus that of x in the last bit: always bootstrap the positive side.
         low, high = (-end for end in reversed(_bootstrap(-values_SP)))
     else:
         low, high = _bootstrap(values_SP)
@@ -163,41 +162,40 @@ def contrast(a_SP: Floats, b_SP: Floats) -> Contrast:
 
 
 def sign_flip_p(values_P: Floats) -> float:
-    """Two-sided p of the mean of P paired differences, were each as likely to have the other sign.
+    """Two-sided p-value of the mean of P paired differences under random sign flips.
 
-    p = (1 + #{|mean of flipped| >= |mean|}) / (1 + FLIPS) from a fixed seed; exact over all 2^n patterns where at most
-    13 differences are not 0. The same as scipy.stats.permutation_test with `permutation_type="samples"`, as one
-    matrix product over shared signs.
+    p = (1 + #{|mean of flipped| >= |mean|}) / (1 + FLIPS) from a fixed seed; exact over all 2^n patterns if at most 13
+    differences are not 0. Equals scipy.stats.permutation_test with `permutation_type="samples"`, computed as one matrix
+    product over shared signs.
 
     Example: `[1, 1, 1]`: of eight patterns two are as extreme, p = 0.25. `[0, 0]`: p = 1.
     """
-    moved = np.abs(values_P[values_P != 0.0])
-    if moved.size == 0:
+    # Flipped sums depend on absolute values only; sorting makes p the same to the bit for a and -a.
+    sizes = np.sort(np.abs(values_P[values_P != 0.0]))
+    if sizes.size == 0:
         return 1.0
-    # Only sizes matter to the flipped sums, so take them in a fixed order: a and -a then give the same p to the bit.
-    moved = np.sort(moved)
-    # Equal sums count as equal although they were rounded differently, in single precision.
-    seen = abs(float(values_P.sum())) - 1e-6 * float(moved.sum())
-    if moved.size <= _EXACT_UP_TO:
-        patterns = (np.arange(2**moved.size)[:, None] >> np.arange(moved.size)) & 1
-        return float((np.abs((2.0 * patterns - 1.0) @ moved) >= seen).mean())
-    # A width rounded up lets contrasts of nearly the same size share one draw of signs.
-    signs, sizes = _signs(-(-moved.size // 64) * 64)[:, : moved.size], moved.astype(np.float32)
-    extreme = sum(int((np.abs(part @ sizes) >= seen).sum()) for part in np.array_split(signs, 8))
+    # The tolerance makes equal sums compare equal despite single-precision rounding.
+    observed = abs(float(values_P.sum())) - 1e-6 * float(sizes.sum())
+    if sizes.size <= _EXACT_UP_TO:
+        patterns = (np.arange(2**sizes.size)[:, None] >> np.arange(sizes.size)) & 1
+        return float((np.abs((2.0 * patterns - 1.0) @ sizes) >= observed).mean())
+    # Rounding the width up lets contrasts of similar size share one cached draw of signs.
+    signs = _signs(-(-sizes.size // 64) * 64)[:, : sizes.size]
+    extreme = sum(int((np.abs(part @ sizes.astype(np.float32)) >= observed).sum()) for part in np.array_split(signs, 8))
     return (1 + extreme) / (1 + FLIPS)
 
 
 def _bootstrap(values_SP: Floats) -> tuple[float, float]:
-    """95 % interval of the mean by resampling seeds and problems, each as a whole (Owen 2007, "pigeonhole").
+    """95 % interval of the mean by the pigeonhole bootstrap: resample whole seeds and whole problems (Owen 2007).
 
-    With one seed only problems are drawn. The draws give the interval its shape; its scale is corrected, for resampling
-    a few seeds understates the variance over seeds by (S-1)/S and counts the residual of seed × problem three times.
-    So the percentile ends are moved by
+    With one seed, only problems are resampled. The draws give the interval its shape, and its scale is corrected: resampling
+    few seeds understates the variance over seeds by (S-1)/S and counts the residual of seed × problem three times. The
+    distances of the percentile ends from the mean are multiplied by
 
-        sqrt(variance / variance of the draws) · t(0.975, freedom) / z(0.975)        with `_variance`'s two numbers.
+        sqrt(variance / variance of the draws) · t(0.975, freedom) / z(0.975)        with `_variance`'s results.
 
-    In simulations with a strong seed effect the plain percentile ends cover 89 % at two seeds and 90 to 94 % at three
-    and five; without a seed effect 99 %. The corrected ones cover 92 to 98 % throughout.
+    In simulations with a strong seed effect the plain percentile interval covers 89 % at two seeds and 90 to 94 % at three
+    and five; without a seed effect 99 %. The corrected interval covers 92 to 98 % in all of these cases.
     """
     seeds_DS, problems_DP = _draws(*values_SP.shape)
     means_D = ((problems_DP @ values_SP.T.astype(np.float32)) * seeds_DS).sum(axis=1, dtype=np.float64)
@@ -213,7 +211,7 @@ def _variance(values_SP: Floats) -> tuple[float, float]:
         var = V_s + V_p - V_r,    V_s = var_s(seed means)/S,  V_p = var_p(problem means)/P,  V_r = MS_residual/(SP)
         freedom = var² / (V_s²/(S-1) + V_p²/(P-1) + V_r²/((S-1)(P-1)))
 
-    The residual stands in both of the first two terms, so once is taken off (two-way analysis of variance).
+    Both of the first two terms contain the residual, so one of them is subtracted (two-way analysis of variance).
     """
     S, P = values_SP.shape
     if P == 1:
@@ -222,13 +220,13 @@ def _variance(values_SP: Floats) -> tuple[float, float]:
     if S == 1:
         return by_problem, P - 1.0
     by_seed = float(values_SP.mean(axis=1).var(ddof=1)) / S
-    rest_SP = values_SP - values_SP.mean(axis=0) - values_SP.mean(axis=1)[:, None] + values_SP.mean()
-    rest = float((rest_SP**2).sum()) / ((S - 1) * (P - 1)) / (S * P)
-    terms = by_seed**2 / (S - 1) + by_problem**2 / (P - 1) + rest**2 / ((S - 1) * (P - 1))
+    residual_SP = values_SP - values_SP.mean(axis=0) - values_SP.mean(axis=1)[:, None] + values_SP.mean()
+    by_residual = float((residual_SP**2).sum()) / ((S - 1) * (P - 1)) / (S * P)
+    terms = by_seed**2 / (S - 1) + by_problem**2 / (P - 1) + by_residual**2 / ((S - 1) * (P - 1))
     if terms < 1e-40:
-        # Equal values leave only rounding behind.
+        # Equal values: only rounding errors remain.
         return 0.0, math.inf
-    variance = max(by_seed + by_problem - rest, by_seed, by_problem)
+    variance = max(by_seed + by_problem - by_residual, by_seed, by_problem)
     return variance, variance**2 / terms
 
 

@@ -1,4 +1,4 @@
-"""The nouns: what is asked (Problem), what was sampled (Rollout), what the grader said (Verdict)."""
+"""Core data types: problems, rollouts and grader verdicts."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 _SPACES = re.compile(r"\s+")
-# Copies of one problem differ in their spaces ("$2x$" and "$2 x$"), but 1 2 is not 12.
-_IDLE_SPACE = re.compile(r"(?<!\d) | (?!\d)")
-
-
-_SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])")
-FAMILY = 6  # hex digits of an id that near spellings share
+# Copies of one problem differ in spaces ("$2x$" and "$2 x$"), but "1 2" is not "12".
+_INSIGNIFICANT_SPACE = re.compile(r"(?<!\d) | (?!\d)")
+_SIZING_COMMANDS = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])")
+FAMILY_DIGITS = 6  # leading hex digits of an id that near-duplicates share
 
 
 def problem_id(text: str) -> str:
-    """The name of a problem is its content: 16 hex digits of its text. Splits by id are splits by content.
+    """Content hash of a problem's text, 16 hex digits: splits by id are splits by content.
 
-    White space does not count, save between digits: rows that differ in nothing else are the same problem, wherever they
-    stand. The first digits come from the letters and digits alone (`family_of`).
+    White space counts between digits only, so rows that differ in nothing else are the same problem, in any file. The first
+    digits hash the letters and digits alone (`family_of`).
 
     Example: `problem_id("1 + 1") == problem_id(" 1+\\n1 ")`, but `problem_id("1 2") != problem_id("12")`.
     """
-    folded = _IDLE_SPACE.sub("", _SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip())
-    return _digest(letters_of(text))[:FAMILY] + _digest(folded)[: 16 - FAMILY]
+    folded = _INSIGNIFICANT_SPACE.sub("", _SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip())
+    return _digest(letters_and_digits(text))[:FAMILY_DIGITS] + _digest(folded)[: 16 - FAMILY_DIGITS]
 
 
 def _digest(text: str) -> str:
@@ -34,31 +32,32 @@ def _digest(text: str) -> str:
 
 
 def family_of(problem_id: str) -> str:
-    """What problems share that differ in punctuation, signs, spaces and case only: different or not, they stay together.
+    """Group key of problems that differ in punctuation, signs, spaces and case only; splits keep a group together.
 
     Example: `family_of(problem_id("Find $x.$")) == family_of(problem_id("find x"))`.
     """
-    return problem_id[:FAMILY]
+    return problem_id[:FAMILY_DIGITS]
 
 
-def letters_of(text: str) -> str:
-    """Letters and digits alone; a text without any, such as `(+)`, stays as it is and is like itself only.
+def letters_and_digits(text: str) -> str:
+    """Lower-case letters and digits of a text. A text without any, such as `(+)`, is returned unchanged.
 
-    Sizing commands are no content: `\\left| x \\right|` and `|x|` are the same problem.
+    Sizing commands are ignored: `\\left| x \\right|` and `|x|` are the same problem.
     """
-    letters = re.sub(r"[\W_]+", "", without_sizes(unicodedata.normalize("NFKC", text)).casefold())
+    letters = re.sub(r"[\W_]+", "", strip_sizing(unicodedata.normalize("NFKC", text)).casefold())
     return letters or text
 
 
-def without_sizes(text: str) -> str:
-    return _SIZES.sub("", text)
+def strip_sizing(text: str) -> str:
+    """Remove the LaTeX sizing commands `\\left`, `\\right` and `\\displaystyle`."""
+    return _SIZING_COMMANDS.sub("", text)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question. It carries no answer: gold answers live behind `labels.Labels` alone.
+    """A question without its answer: gold answers are accessible only through `data.labels.Labels`.
 
-    tag  whose teacher it belongs to, where a recipe has several
+    tag  selects the teacher, if a recipe has several
 
     Example: `Problem(id="9f8b…", text="17+45+82+03", source="sums:train")`.
     """
@@ -75,15 +74,15 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled completion. Token ids are the truth; text is derived from them.
+    """One sampled completion. Token ids are authoritative; text is derived from them.
 
     Example: prompt `17+45` (ids 5 6 …), completion ids `(31, 9, 5, 2)` whose last id is EOS, `finish="stop"`.
     A completion cut at the token limit has `finish="length"` and no EOS.
 
-    prompt_ids      the whole prompt as the model saw it, chat template included
+    prompt_ids      the whole prompt as the model reads it, chat template included
     completion_ids  the sampled ids, EOS included when it was sampled
     sampler_logp    natural-log probability of each sampled id under the sampler, at its temperature; same length
-    sampler         fingerprint of the weights that sampled
+    sampler         fingerprint of the sampling weights
     """
 
     problem_id: str
@@ -98,9 +97,9 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the grader said of one completion.
+    """Result of grading one completion.
 
-    Example: `Verdict(correct=False, reason="no_answer", seconds=0.0)`; reasons are those of the task's grader
+    Example: `Verdict(correct=False, reason="no_answer", seconds=0.0)`; the reason comes from the task's grader
     (`equal`, `different`, `no_answer`, `truncated`, `timeout`, `memory`, `error`).
     """
 

@@ -63,9 +63,9 @@ def test_validation_decides_when_opd_ends_and_its_labels_have_an_account_of_thei
     ("change", "sentence"),
     [
         ("stages.opd.until={metric: validation}", "stages.opd.until.metric validation: data.validation is missing"),
-        ("stages.warmup.until={metric: reward}", "until.metric reward: objective forward_kl sees no reward"),
-        ("stages.teacher_rl.until={metric: kl_teacher_student}", "objective grpo compares with no teacher"),
-        ("stages.student_rl.until={metric: reward}", "its matched replay can take as many"),
+        ("stages.warmup.until={metric: reward}", "until.metric reward: objective forward_kl uses no reward"),
+        ("stages.teacher_rl.until={metric: kl_teacher_student}", "objective grpo does not compare with a teacher"),
+        ("stages.student_rl.until={metric: reward}", "its matched replay takes as many"),
     ],
 )
 def test_a_plateau_of_what_is_not_measured_is_refused_by_name(change: str, sentence: str, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_measurements_are_the_same_after_an_interruption(tmp_path: Path) -> None
     changes = ("stages.opd.steps=6", "stages.opd.checkpoint_every=2", "conditions.every=2")
     assert tiny("run", whole, "--arm", "opd_only", changes=changes).code == 0
     code = (
-        "import os, sys; sys.path.insert(0, 'tests/support'); import headwater.training.loop as t; from runs import tiny\n"
+        "import os, sys; sys.path.insert(0, 'tests/support'); import headwater.runs.train_node as t; from runs import tiny\n"
         "from pathlib import Path\n"
         "real = t.append_jsonl\n"
         "def write(path, rows):\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headwater.config.arms import builtin_text
+from headwater.config.builtin import builtin_text
 from runs import Said, call, rows, sets, tiny
 
 GOOD = [{"problem": f"{a:02d}+07+11+90", "answer": f"{(a + 8) % 100:02d}"} for a in range(20)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.data.labels import Labels
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import NodeContext, NodeProgress
@@ -49,6 +49,10 @@ def run_without_labels(
         return run_nodes(plan, inputs, RunDir(out), but)
 
 
+def with_labels(inputs: RunInputs, labels: Labels) -> RunInputs:
+    return replace(inputs, memo={**inputs.memo, ("labels",): labels})
+
+
 def run_nodes(plan: Plan, inputs: RunInputs, out: RunDir, but: Callable[[Node], bool]) -> list[Node]:
     watch = NodeProgress(lambda done, total, unit: None, lambda count, metrics: None, lambda: False)
     blind = []
@@ -56,7 +60,7 @@ def run_nodes(plan: Plan, inputs: RunInputs, out: RunDir, but: Callable[[Node], 
         if but(node):
             run_node(node, NodeContext(plan, inputs, out, watch))
         else:
-            run_node(node, NodeContext(plan, replace(inputs, labels=forbidden()), out, watch))
+            run_node(node, NodeContext(plan, with_labels(inputs, forbidden()), out, watch))
             blind.append(node)
     return blind
 
@@ -119,7 +123,7 @@ def test_a_stage_is_handed_the_answers_of_its_own_pool_and_no_others(tmp_path: P
     recipe = find_recipe("pocket", list(TINY))
     watch = NodeProgress(lambda done, total, unit: None, lambda count, metrics: None, lambda: False)
     with prepared(recipe, ["bridge_rl"], [0]) as (plan, inputs):
-        half = replace(inputs, labels=inputs.labels.only(inputs.pools.first_half))
+        half = with_labels(inputs, inputs.labels.only(inputs.pools.first_half))
         for node in plan.order():
             context = NodeContext(plan, half, RunDir(tmp_path), watch)
             if node.stage == "student_rl":

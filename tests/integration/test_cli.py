@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 
 from headwater.config.arms import ARMS, DEFAULT_STUDY
+from headwater.report.html import Page
 from runs import all_arms, call, held, node, node_names, rows, sets, spawn, tiny
 
 VERBS = ("init", "run", "study", "demo", "eval", "grade", "validate", "report")
@@ -156,7 +157,7 @@ def test_a_report_is_rebuilt_from_the_files_byte_for_byte(tmp_path: Path) -> Non
 def test_one_report_of_two_folders_that_differ_in_the_seed_holds_both(tmp_path: Path) -> None:
     for seed in ("0", "1"):
         assert tiny("run", tmp_path / seed, "--arm", "direct_grpo", "--seed", seed).code == 0
-    with mock.patch("headwater.report.html.page", return_value=""):
+    with mock.patch("headwater.report.html.page", return_value=Page("")):
         said = call("report", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--json")
     assert said.code == 0, said.err
     report = strict(said.out)

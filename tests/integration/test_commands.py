@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from headwater.config.arms import builtin_text
+from headwater.config.builtin import builtin_text
 from headwater.tasks import sums
 from runs import TINY, Said, call, environment, program, tiny
 from tests.integration.test_docs import EXAMPLES, PAGES, ROOT, commands, fault

@@ -18,7 +18,8 @@ import yaml
 
 import headwater
 from headwater.cli.main import app
-from headwater.config.arms import ARMS, find_recipe
+from headwater.config.arms import ARMS
+from headwater.config.builtin import find_recipe
 from headwater.runs.hardware import DEVICES
 from runs import call
 

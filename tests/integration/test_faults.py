@@ -95,7 +95,7 @@ def test_the_list_of_points_is_that_of_the_source() -> None:
         for path in Path(headwater.__file__).parent.rglob("*.py")
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call)
-        and ast.unparse(call.func) == "fault_points.point"
+        and ast.unparse(call.func) == "fault_points.failpoint"
         and isinstance(call.args[0], ast.Constant)
     ]
     assert sorted(set(found)) == sorted(fault_points.POINTS) and len(fault_points.POINTS) >= 25
@@ -122,7 +122,7 @@ def test_without_a_fault_a_point_does_nothing_and_an_unknown_one_is_refused() ->
 
 
 def test_the_environment_arms_a_point_in_any_process() -> None:
-    code = "from headwater.storage.fault_points import point; point('step.begun'); point('step.begun'); print('alive')"
+    code = "from headwater.storage.fault_points import failpoint; failpoint('step.begun'); failpoint('step.begun'); print('alive')"
     environment = {**os.environ, "HEADWATER_FAULT": "step.begun:2=kill", "PYTHONPATH": os.pathsep.join(sys.path)}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
     assert said.returncode == KILLED and said.stdout == b""

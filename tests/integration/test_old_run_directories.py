@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from headwater.report.audit import audit
+from headwater.report.audit import audit_run
 from runs import call, held, rows, sets
 
 ARCHIVE = Path(__file__).parents[1] / "fixtures" / "run_of_0_1_0.tar.xz"
@@ -61,4 +61,4 @@ def test_a_cut_run_resumes_without_doing_finished_nodes_again(
         {name: arm["labels"] for name, arm in old["arms"].items()}, sort_keys=True
     )
     assert len(rows(Path("run/ledger.jsonl"))) == old["ledger_rows"]
-    assert all(row.holds for row in audit(Path("run")))
+    assert all(row.holds for row in audit_run(Path("run")))

@@ -9,17 +9,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwater.config.arms import ARMS, find_recipe
+from headwater.config.arms import ARMS
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Models
 from headwater.config.stage import Sampling
+from headwater.data.sources import load
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.pipeline import environment
-from headwater.runs import inputs as inputs
+from headwater.runs.inputs import RunInputs
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.teachers.scoring import logp_of
-from headwater.types import Verdict, problem_id
+from headwater.types import problem_id
 from runs import all_arms, held, infos, node, node_names, nodes, rows, tiny
 
 
@@ -186,7 +188,7 @@ def test_the_half_split_is_disjoint_by_content_whatever_the_order_of_the_file(tm
         path = tmp_path / "labeled.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows_), encoding="utf-8")
         recipe = find_recipe("pocket", [f"data.labeled={path}", "labels.budget=24"])
-        pools = inputs.load_inputs(recipe, lambda pairs: [Verdict(True, "equal") for _ in pairs]).pools
+        pools = RunInputs(recipe).pools
         assert len(pools.all) == 24 == len(set(pools.all))
         return set(pools.first_half), set(pools.second_half)
 
@@ -198,7 +200,7 @@ def test_the_half_split_is_disjoint_by_content_whatever_the_order_of_the_file(tm
 
 def test_a_training_problem_that_stands_in_an_evaluation_is_left_out_and_that_is_said(tmp_path: Path) -> None:
     test = find_recipe("pocket", ["data.evals.sums.generate.count=5"])
-    leaked = inputs.load(test.data.evals["sums"], "x", need_answers=True).problems[0].text
+    leaked = load(test.data.evals["sums"], "x", need_answers=True).problems[0].text
     path = tmp_path / "labeled.jsonl"
     pairs = [(leaked, "00"), *((f"{a:02d}+07+11+90", "00") for a in range(24))]
     path.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in pairs), encoding="utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from headwater.config.arms import builtin_text
+from headwater.config.builtin import builtin_text
 from headwater.config.recipe import Models, Prompt, parse_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ import yaml
 import headwater
 from fakes import ARMS, fake_run, write_rows
 from headwater.config import yaml as plain_yaml
-from headwater.config.arms import builtin_text
+from headwater.config.builtin import builtin_text
 from headwater.config.recipe import Source
 from headwater.data.sources import load as load_data
 from headwater.data.validate import validate
@@ -332,7 +332,7 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path: Path, monk
     def explode(*given: Any) -> None:
         raise RuntimeError("something nobody expected")
 
-    monkeypatch.setattr("headwater.runs.run_node.write_cache", explode)
+    monkeypatch.setattr("headwater.runs.cache_node.write_cache", explode)
     broken = tiny("run", tmp_path / "broken", "--arm", "warmup_only")
     assert broken.code == 1 and list((tmp_path / "broken").glob("nodes/*/FAILED"))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from crew import Crew
 from headwater.distributed.process_group import ProcessGroup
-from headwater.training.loop import Row, divided
-from headwater.training.rollouts import shared_out
+from headwater.losses.batch import Row
+from headwater.training.groups import assign_to_ranks
+from headwater.training.update import split_minibatches
 from runs import environment, held, infos, node, rows, sets, temporary, tiny
 from tiny import rollout_of, stage_of
 
@@ -112,7 +113,7 @@ def test_a_killed_rank_ends_the_others_with_a_sentence_and_one_or_four_go_on_fro
     ended = crew().run(2, *command(out), faults={1: "step.begun:7=kill"})
     assert ended[1].code == -signal.SIGKILL and ended[0].code == 4
     assert ended[0].err.endswith(
-        "headwater: another process of this run is gone; the same command goes on from the last checkpoint\n"
+        "headwater: another process of this run was lost; run the same command again to resume from the last checkpoint\n"
     )
     assert ended[0].seconds - ended[1].seconds < 10
     kept = node_of(out, "opd") / "checkpoint" / "000002"
@@ -186,11 +187,11 @@ def test_every_row_is_run_by_one_rank_and_groups_stay_whole_where_there_are_enou
         for group, length in enumerate(lengths)
         for sample in range(4)
     ]
-    shared = [shared_out(many, stage, 4, ProcessGroup(rank, 2)) for rank in (0, 1)]
+    shared = [assign_to_ranks(many, stage, 4, ProcessGroup(rank, 2)) for rank in (0, 1)]
     assert [[row.rollout for row in one] for one in shared] == [[row.rollout for row in many]] * 2
-    assert all(a.here != b.here for a, b in zip(*shared, strict=True))
-    for part in divided(shared[0], 2, 4):
-        here = [row for row in part if row.here]
+    assert all(a.local != b.local for a, b in zip(*shared, strict=True))
+    for part in split_minibatches(shared[0], 2, 4):
+        here = [row for row in part if row.local]
         assert {len([row for row in here if row.rollout.prompt_ids[1] == group]) for group in range(8)} <= {0, 4}
         # Groups of (3 + length) · 4 tokens: 24, 48, 16, 40 and 20, 44, 32, 28, of which the fairest halves are 64 and 64, 60 and 64.
         load = sum(3 + row.tokens for row in here)
@@ -200,12 +201,12 @@ def test_every_row_is_run_by_one_rank_and_groups_stay_whole_where_there_are_enou
 def test_one_process_alone_shares_with_nobody() -> None:
     alone = ProcessGroup()
     many = [Row(rollout_of((1, 2), (3,)))]
-    assert shared_out(many, stage_of(), 1, alone) is many and alone.share([1, 2]) == [1, 2]
-    assert alone.summed({"loss": 0.1}) == {"loss": 0.1} and list(alone.turns([1, 2])) == [1, 2]
+    assert assign_to_ranks(many, stage_of(), 1, alone) is many and alone.shard([1, 2]) == [1, 2]
+    assert alone.all_reduce_sum({"loss": 0.1}) == {"loss": 0.1} and list(alone.lockstep([1, 2])) == [1, 2]
 
 
 def test_consecutive_shares_cover_all_and_differ_by_one_at_most() -> None:
     for count in range(9):
-        parts = [ProcessGroup(rank, 4).share(range(count)) for rank in range(4)]
+        parts = [ProcessGroup(rank, 4).shard(range(count)) for rank in range(4)]
         assert [one for part in parts for one in part] == list(range(count))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1

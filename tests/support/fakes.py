@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from headwater.report import build as report
+from headwater.report.terminal import terminal_table
 
 PROBLEMS, SAMPLES = 60, 4
 LABELED = [f"label-{i:03d}" for i in range(128)]
@@ -229,5 +229,5 @@ def by_problem(rows: list[dict[str, Any]], key: str) -> dict[str, list[Any]]:
 
 def printed(found: dict[str, Any], width: int) -> str:
     buffer = io.StringIO()
-    Console(file=buffer, width=width).print(report.terminal_table(found))
+    Console(file=buffer, width=width).print(terminal_table(found))
     return buffer.getvalue()

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from headwater.doctor.checks import Examination
+from headwater.report.html import Page
 from headwater.runs.setup import prepared
 
 
@@ -117,7 +119,7 @@ def warm_up() -> None:
     import headwater.report.build
     import headwater.runs.executors.local
     import headwater.runs.progress  # noqa: F401
-    from headwater.config.arms import find_recipe
+    from headwater.config.builtin import find_recipe
     from headwater.config.stage import Sampling
     from headwater.models.folder import ModelFolder
     from headwater.models.load import LoadOptions, load_policy
@@ -202,8 +204,8 @@ def child(asked: dict[str, Any], folder: Path) -> None:
     code: Any = 0
     with contextlib.ExitStack() as stack:
         if not asked["whole"]:
-            stack.enter_context(mock.patch("headwater.pipeline.preflight"))
-            stack.enter_context(mock.patch("headwater.report.html.page", return_value=""))
+            stack.enter_context(mock.patch("headwater.doctor.checks.examine", return_value=Examination((), (), ())))
+            stack.enter_context(mock.patch("headwater.report.html.page", return_value=Page("")))
         stack.enter_context(mock.patch.object(sys, "argv", ["headwater", *asked["argv"]]))
         try:
             main()

@@ -29,6 +29,7 @@ from unittest import mock
 
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
+from headwater.report.html import Page
 from headwater.runs.setup import prepared
 
 if __name__ == "__main__":  # before the libraries are imported, which look at it then
@@ -38,11 +39,12 @@ import yaml
 
 from fakes import ARMS as FAKE_ARMS
 from fakes import fake_run
-from headwater.config.arms import ARMS, builtin_text, find_recipe
+from headwater.config.arms import ARMS
+from headwater.config.builtin import builtin_text, find_recipe
 from headwater.config.recipe import Columns, Models, Recipe, Source
 from headwater.data.sources import load
 from headwater.data.validate import grade_file, validate
-from headwater.doctor.checks import diagnose
+from headwater.doctor.checks import check_plan, diagnose
 from headwater.errors import HeadwaterError, UserError, one_line
 from headwater.models.prompts import Prompter
 from headwater.report import build as report
@@ -95,6 +97,7 @@ def with_files(draw: random.Random, folder: Path, raw: dict[str, Any]) -> dict[s
 def prepare(recipe: Recipe, arm: str, folder: Path, thorough: bool) -> str:
     """What `--dry-run` does and, where `thorough`, the doctor."""
     with prepared(recipe, [arm], [recipe.seed]) as (plan, inputs):
+        check_plan(plan, inputs)
         json.dumps([row.row() for row in estimates(plan, inputs)])
     if thorough:
         found = diagnose(recipe, [arm], [recipe.seed], folder / "out")
@@ -295,7 +298,11 @@ def run_directory(draw: random.Random, folder: Path) -> str:
         if roll > 0.9:
             with contextlib.suppress(FileExistsError):
                 (out / draw.choice(["x", "nodes/x", ".lock", "nodes/.x"])).symlink_to("/etc/passwd")
-    with mock.patch("headwater.report.html.page", return_value="") if draw.random() < 0.8 else contextlib.nullcontext():
+    with (
+        mock.patch("headwater.report.html.page", return_value=Page(""))
+        if draw.random() < 0.8
+        else contextlib.nullcontext()
+    ):
         report.write(out)
     return "reported"
 

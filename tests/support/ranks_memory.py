@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup, join
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup, init_process_group
 from headwater.losses.objectives import objective_of
 from headwater.models import fsdp
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
-from headwater.training.loop import make_optimizer, update
-from headwater.training.rollouts import shared_out
+from headwater.training.groups import assign_to_ranks
+from headwater.training.update import make_optimizer, update
 from tiny import CPU, MODELS, sampled_rows, stage_of, tiny_folder
 
 torch.set_num_threads(1)
@@ -63,10 +63,10 @@ def main() -> None:
     for name, usual in (("layers", 12), ("width", 768), ("vocabulary", 32000), ("steps", 2)):
         asked.add_argument(f"--{name}", type=int, default=usual)
     given = asked.parse_args()
-    ranks = join() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE_PROCESS
+    ranks = init_process_group() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE_PROCESS
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(ranks.broadcast(temporary))
-        if ranks.first:  # in another process: what it took to make the files is not to be seen here
+        if ranks.is_main:  # in another process: what it took to make the files is not to be seen here
             maker = multiprocessing.get_context("spawn").Process(
                 target=make, args=(folder, given.layers, given.width, given.vocabulary)
             )
@@ -93,7 +93,7 @@ def measure(folder: Path, steps: int, ranks: ProcessGroup) -> None:
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()
-        found = update(policy, optimizer, shared_out(rows, stage, 4, ranks), objective_of(stage), stage, 4096)
+        found = update(policy, optimizer, assign_to_ranks(rows, stage, 4, ranks), objective_of(stage), stage, 4096)
         seconds.append(time.perf_counter() - began)
     stepping = status("VmHWM") - empty
     parameters = list(policy.model.parameters())

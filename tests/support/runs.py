@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import load_file
 
 from headwater.cli.main import main
+from headwater.doctor.checks import Examination
+from headwater.report.html import Page
 
 SHAPE = ("batch_size=16", "group_size=4", "steps=2", "sampling.max_tokens=32")
 TINY = (  # two steps a stage, ten graded evaluation texts: a whole arm takes a second or two
@@ -73,8 +75,8 @@ def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = ()
     """
     with contextlib.ExitStack() as stack:
         if not whole:
-            stack.enter_context(mock.patch("headwater.pipeline.preflight"))
-            stack.enter_context(mock.patch("headwater.report.html.page", return_value=""))
+            stack.enter_context(mock.patch("headwater.doctor.checks.examine", return_value=Examination((), (), ())))
+            stack.enter_context(mock.patch("headwater.report.html.page", return_value=Page("")))
         return call(verb, "pocket", "--out", out, *sets(*changes), *options)
 
 

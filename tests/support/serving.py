@@ -104,7 +104,7 @@ class Answering:
 
     def _scored(self, ids: list[int], k: int) -> dict[str, Any]:
         whole = Rollout("x", 0, tuple(ids[:1]), tuple(ids[1:]), (0.0,) * (len(ids) - 1), "length", "x")
-        logp_NV = distributions_of(self.policy, [whole], 4096)[0].ready().logp_NV
+        logp_NV = distributions_of(self.policy, [whole], 4096)[0].materialize().logp_NV
         positions: list[Any] = [None]
         for row_V, token in zip(logp_NV, ids[1:], strict=True):
             kept = {*row_V.topk(min(k, len(row_V))).indices.tolist(), token}

@@ -21,7 +21,7 @@ from headwater.models.policy import Policy, split_head
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.teachers.scoring import distributions_of
-from headwater.training.loop import update
+from headwater.training.update import update
 from headwater.types import Rollout, problem_id
 from tools.pretrain.pocket import make_tokenizer
 

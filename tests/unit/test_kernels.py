@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from headwater import kernels
 from headwater.config.stage import Sampling
-from headwater.kernels import LANES, Kernels, packed
+from headwater.kernels import LANES, Kernels, pack_weight
 from headwater.losses import fused_linear, token_losses
 from headwater.losses.distributions import FromHidden, LinearHead
+from headwater.losses.token_stats import TokenInputs
 from headwater.sampling import fast_weights, token_draws
 from headwater.sampling.base import requests_for
 from headwater.sampling.decoder import decoder_for
@@ -38,14 +39,14 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("width", [1, 7, 64, 259])
 def test_the_norm_is_the_root_mean_square_norm(fast: Kernels, width: int) -> None:
     x, weight = drawn(5, width), drawn(width, seed=1)
-    torch.testing.assert_close(fast.norm(x, weight, 1e-6), functional.rms_norm(x, (width,), weight, 1e-6))
-    torch.testing.assert_close(fast.norm(x, None, 1e-2), functional.rms_norm(x, (width,), None, 1e-2))
+    torch.testing.assert_close(fast.rms_norm(x, weight, 1e-6), functional.rms_norm(x, (width,), weight, 1e-6))
+    torch.testing.assert_close(fast.rms_norm(x, None, 1e-2), functional.rms_norm(x, (width,), None, 1e-2))
 
 
 def test_the_gate_is_silu_times_up_also_far_from_zero(fast: Kernels) -> None:
     gate = torch.cat([drawn(3, 37), torch.tensor([[-200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0] + [1.0] * 30])])
     up = drawn(4, 37, seed=1)
-    torch.testing.assert_close(fast.gate(torch.cat([gate, up], dim=1)), functional.silu(gate) * up)
+    torch.testing.assert_close(fast.silu_gate(torch.cat([gate, up], dim=1)), functional.silu(gate) * up)
 
 
 @pytest.mark.parametrize(("rows", "width", "columns"), [(1, 3, 1), (5, 64, 30), (16, 32, 4099), (130, 48, 96)])
@@ -57,11 +58,11 @@ def test_a_weight_gives_the_product_packed_or_not_whatever_its_shape(
     bias = drawn(columns, seed=2) if biased else None
     wanted = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     close = {"rtol": 0.0, "atol": 1e-6 * math.sqrt(width) * 8}
-    torch.testing.assert_close(fast.linear(x, packed(weight), bias, columns).double(), wanted, **close)
-    torch.testing.assert_close(fast.product(x, weight, bias, torch.empty(rows, columns)).double(), wanted, **close)
+    torch.testing.assert_close(fast.linear(x, pack_weight(weight), bias, columns).double(), wanted, **close)
+    torch.testing.assert_close(fast.matmul(x, weight, bias, torch.empty(rows, columns)).double(), wanted, **close)
     to = drawn(rows, columns, seed=3)
     wanted += to.double()
-    fast.add_linear(to, x, packed(weight), bias)
+    fast.add_linear(to, x, pack_weight(weight), bias)
     torch.testing.assert_close(to.double(), wanted, **close)
 
 
@@ -92,7 +93,7 @@ def test_attention_of_one_new_token_is_that_of_the_formula_for_rows_of_every_age
         keys[row, :, age:], values[row, :, age:] = math.nan, math.nan
     lying = keys.unflatten(2, (-1, LANES)).transpose(-1, -2).contiguous()
     held = values.clone()
-    out = fast.attend(qkv, weight, turns, torch.tensor(ages), lying, held, 1e-6)
+    out = fast.decode_attention(qkv, weight, turns, torch.tensor(ages), lying, held, 1e-6)
 
     parts = qkv.double().unflatten(1, (-1, width))
     qk, v = parts[:, : heads + kv_heads], parts[:, heads + kv_heads :]
@@ -121,7 +122,7 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution(
     logits[:, 1:][drawn(200, vocabulary - 1, seed=1) > 1.0] = -torch.inf  # those are never drawn
     uniform = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     uniform[:2] = torch.tensor([0.0, 1.0 - 2.0**-53])
-    token, logp = fast.draw(logits, uniform, temperature)
+    token, logp = fast.sample(logits, uniform, temperature)
     p = torch.softmax(logits.double() / temperature, -1)
     after = p.cumsum(-1).gather(1, token[:, None]).squeeze(1)
     own = p.gather(1, token[:, None]).squeeze(1)
@@ -132,20 +133,25 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution(
 
 def test_a_draw_from_what_is_not_a_number_is_some_token_and_says_so(fast: Kernels) -> None:
     logits = torch.tensor([[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3])
-    token, logp = fast.draw(logits, torch.full((3,), 0.5, dtype=torch.float64), 1.0)
+    token, logp = fast.sample(logits, torch.full((3,), 0.5, dtype=torch.float64), 1.0)
     assert bool(((token >= 0) & (token < 3)).all())
     assert bool(logp.isnan().all())
 
 
 def test_results_do_not_depend_on_the_number_of_threads(fast: Kernels) -> None:
-    x, weight = drawn(300, 64), packed(drawn(384, 64, seed=1))
+    x, weight = drawn(300, 64), pack_weight(drawn(384, 64, seed=1))
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
             y = fast.linear(x, weight, None, 384)
             found.append(
-                (y, fast.gate(y), fast.norm(y, None, 1e-6), *fast.draw(y, torch.full((300,), 0.4).double(), 1.0))
+                (
+                    y,
+                    fast.silu_gate(y),
+                    fast.rms_norm(y, None, 1e-6),
+                    *fast.sample(y, torch.full((300,), 0.4).double(), 1.0),
+                )
             )
         finally:
             torch.set_num_threads(1)
@@ -197,11 +203,17 @@ def test_the_loss_stage_of_a_row_is_that_of_autograd_in_float64(fast: Kernels, v
         loss = loss + (by[:, 1] * reverse).sum() + (by[:, 2] * forward).sum()
     (gradient,) = torch.autograd.grad(loss, exact)
 
-    found = fast.measure(logits, teacher, targets)
-    measured = [found.logp_R, found.entropy_R, found.student_teacher_R, found.teacher_student_R, found.teacher_logp_R]
+    found = fast.loss_stats(logits, teacher, targets)
+    measured = [
+        found.logp_R,
+        found.entropy_R,
+        found.kl_student_teacher_R,
+        found.kl_teacher_student_R,
+        found.teacher_logp_R,
+    ]
     for one, other in zip(measured, wanted, strict=False):
         torch.testing.assert_close(one.double(), other.detach(), rtol=1e-5, atol=1e-5)
-    fast.slope(logits, teacher, targets, found, by)
+    fast.loss_gradient(logits, teacher, targets, found, by)
     torch.testing.assert_close(logits.double(), gradient, rtol=1e-4, atol=1e-5)
 
 
@@ -222,19 +234,15 @@ def test_with_and_without_the_kernels_the_loss_stage_says_the_same(
     for which in (lambda: fast, lambda: None):
         monkeypatch.setattr(fused_linear, "kernels", which)
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        work = fused_linear.Work(
-            targets_N=torch.arange(40),
-            temperature=1.0,
-            teacher=taught,
-            divergence=divergence,
-            teacher_tokens=divergence is not None,
+        fused = fused_linear.FusedPass(
+            TokenInputs(torch.arange(40), 1.0, taught, divergence, teacher_tokens=divergence is not None),
             token_loss=lambda stats, rows: (
                 -stats.logp_N if stats.divergence_N is None else stats.divergence_N + 0.1 * stats.logp_N
             ),
-            chunk=300 * 16,
-            block=300 * 5,
+            chunk_elements=300 * 16,
+            block_elements=300 * 5,
         )
-        loss, stats = fused_linear.loss_and_stats(leaves[0], LinearHead(leaves[1], None, torch.float32), work)
+        loss, stats = fused_linear.loss_and_stats(leaves[0], LinearHead(leaves[1], None, torch.float32), fused)
         loss.backward()
         numbers = [getattr(stats, one.name) for one in fields(stats)]
         found.append([loss.detach(), *(leaf.grad for leaf in leaves), *(one for one in numbers if one is not None)])

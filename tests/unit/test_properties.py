@@ -15,7 +15,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headwater.config.arms import ARMS, arm_of, builtin_names, builtin_text
+from headwater.config.arms import ARMS, arm_of
+from headwater.config.builtin import builtin_names, builtin_text
 from headwater.config.recipe import Columns, Recipe, Source, canonical_json, parse_recipe, read_recipe
 from headwater.data.contamination import find_leaks
 from headwater.data.labels import buy, half_of
@@ -24,7 +25,7 @@ from headwater.data.validate import grade_file
 from headwater.errors import UserError
 from headwater.tasks.registry import TASKS
 from headwater.tasks.verifier import Verifier
-from headwater.types import Problem, family_of, letters_of, problem_id
+from headwater.types import Problem, family_of, letters_and_digits, problem_id
 
 quick = settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -312,7 +313,7 @@ def test_spellings_of_one_problem_stay_on_one_half_and_leak_to_each_other(text: 
     assert len({half_of(one) for one in names}) == 1 == len({family_of(one) for one in names})
     leaks = find_leaks([Problem.of(text, "a")], {"e": [Problem.of(spellings[2 + seed % 2], "b")]})
     assert [one.why for one in leaks] == ["exact"]
-    assert letters_of(text) == letters_of(spellings[2])
+    assert letters_and_digits(text) == letters_and_digits(spellings[2])
 
 
 @quick

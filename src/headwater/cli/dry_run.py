@@ -11,21 +11,26 @@ from rich.table import Column, Table
 
 from headwater.cli.options import Sized
 from headwater.config.recipe import Recipe
-from headwater.report.text import console, units
+from headwater.doctor.checks import check_plan
+from headwater.report.format import console, units
 from headwater.runs.estimate import Asked, Estimate, estimates
 from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION
-from headwater.runs.missing_inputs import laid_out
+from headwater.runs.inputs import RunInputs
+from headwater.runs.plan import make_plan
 
 
 def dry_run(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], asked: Sized, as_json: bool) -> None:
     """Print an estimate for every node. Raises UserError."""
-    plan, inputs = laid_out(recipe, arms, seeds)
+    with RunInputs.for_estimate(recipe) as inputs:
+        plan = make_plan(recipe, arms, seeds, inputs.content())
+        if not inputs.missing:
+            check_plan(plan, inputs)
     found = estimates(plan, inputs, Asked(asked.mean_tokens, asked.count))
     if as_json:
         print(json.dumps([row(one, asked) for one in found]))
         return
     console().print(table(found, asked))
-    for said in inputs.absent:
+    for said in inputs.missing:
         print(said)
     print("\n".join(notes(found, asked)))
 

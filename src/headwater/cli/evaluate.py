@@ -56,9 +56,8 @@ def evaluate_model(
     found, where = find_task(task), device_of(device)
     loaded = load(Source(path=data, limit=limit), "--data", need_answers=True, gold=found.gold)
     with Verifier(task) as grade, contextlib.ExitStack() as stack:
-        policy = load_policy(
-            ModelFolder.open(models.student, "MODEL", models.trust_remote_code), LoadOptions(models, where, frozen=True)
-        )
+        folder = ModelFolder.open(models.student, "MODEL", models.trust_remote_code)
+        policy = load_policy(folder, LoadOptions(models, where, frozen=True))
         watch = stack.enter_context(progress_display.node(f"eval {models.student}", 1, 1))
         watch.start(0, len(loaded.problems) * how.samples, "completions")
         try:

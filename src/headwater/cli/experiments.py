@@ -49,9 +49,9 @@ def probe(
 ) -> None:
     """Measure how ready student and teacher are, and say where the labels should go, and why."""
     from headwater.cli.probe_table import text
-    from headwater.config.arms import find_recipe
+    from headwater.config.builtin import find_recipe
     from headwater.doctor import probe as probes
-    from headwater.report.text import console
+    from headwater.report.format import console
     from headwater.runs.progress import progress_display
 
     chosen = find_recipe(recipe, changed(set_, device))
@@ -95,8 +95,8 @@ def sweep(
         changed(set_, device, workers),
     )
     from headwater import sweeps
-    from headwater.report.sweep_text import dry_run_table, terminal_table
-    from headwater.report.text import console
+    from headwater.report.format import console
+    from headwater.report.sweep import dry_run_table, terminal_table
     from headwater.runs.progress import progress_display
 
     told = progress_display(quiet=json_)

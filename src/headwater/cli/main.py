@@ -58,7 +58,7 @@ app.add_typer(tools)
 @app.command()
 def init(name: Annotated[str, typer.Argument(help="Which recipe to start from.")] = "pocket") -> None:
     """Print a commented recipe to start from."""
-    from headwater.config.arms import builtin_text
+    from headwater.config.builtin import builtin_text
 
     print(builtin_text(name), end="")
 
@@ -157,7 +157,7 @@ def doctor(
     json_: Json = False,
 ) -> None:
     """Everything that can be wrong before time is spent; exit 3 with named findings. `run` and `study` ask it first."""
-    from headwater.config.arms import find_recipe
+    from headwater.config.builtin import find_recipe
     from headwater.doctor.checks import diagnose
 
     found_recipe = find_recipe(recipe, changed(set_, device))
@@ -166,9 +166,9 @@ def doctor(
 
     set_up(found_recipe.compute)
     found = diagnose(found_recipe, chosen, [found_recipe.seed], out or Path("runs") / found_recipe.name)
-    print(json.dumps(found.written()) if json_ else found.text())
+    print(json.dumps(found.as_json()) if json_ else found.text())
     if found.errors:
-        raise found.refusal(shown=True)
+        raise RefusedError(f"refused: {found.error_names}")
 
 
 @app.command()
@@ -209,24 +209,24 @@ def _nodes_by(executor: str) -> Iterator[tuple[Callable[[], Executor], int]]:
         return
     if executor != "local":
         raise UserError(f"--executor {executor}: torchrun has started the processes already; leave one of the two out")
-    from headwater.distributed.process_group import join
-    from headwater.runs.executors.torchrun import Together, follow, led
+    from headwater.distributed.process_group import init_process_group
+    from headwater.runs.executors.torchrun import TorchrunExecutor, broadcast_exit_code, run_worker_rank
 
-    ranks = join()
-    if not ranks.first:
-        sys.exit(follow(ranks))
-    with led(ranks):
-        yield lambda: Together(ranks), ranks.size
+    ranks = init_process_group()
+    if not ranks.is_main:
+        sys.exit(run_worker_rank(ranks))
+    with broadcast_exit_code(ranks):
+        yield lambda: TorchrunExecutor(ranks), ranks.size
 
 
 def _executor(name: str) -> Executor:
     if name == "ray":
-        from headwater.runs.executors.ray import on_ray
+        from headwater.runs.executors.ray import RayExecutor
 
-        return on_ray
-    from headwater.runs.executors.local import local
+        return RayExecutor()
+    from headwater.runs.executors.local import LocalExecutor
 
-    return local
+    return LocalExecutor()
 
 
 def _go(
@@ -242,7 +242,8 @@ def _go(
     executor: str = "local",
 ) -> None:
     """`run` and `study`."""
-    from headwater.config.arms import arm_of, find_recipe
+    from headwater.config.arms import arm_of
+    from headwater.config.builtin import find_recipe
 
     with _nodes_by(executor) as (make, processes):
         recipe = find_recipe(name, changes)
@@ -282,16 +283,16 @@ def _audit(dirs: list[Path], as_json: bool) -> None:
 
     failed: list[str] = []
     for folder in dirs:
-        found = audits.audit(folder)
-        print(audits.written(found) if as_json else f"{folder}\n{audits.text(found)}")
+        found = audits.audit_run(folder)
+        print(audits.to_json(found) if as_json else f"{folder}\n{audits.to_text(found)}")
         failed += [f"{folder}: {one.name} ({one.faults[0]})" for one in found if not one.holds]
     if failed:
         raise RefusedError(f"audit: {'; '.join(failed)}")
 
 
 def _show(found: dict[str, Any], folder: Path, as_json: bool) -> None:
+    from headwater.report.format import console
     from headwater.report.terminal import terminal_table
-    from headwater.report.text import console
 
     if as_json:
         print(json.dumps(found))

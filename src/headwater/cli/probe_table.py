@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from headwater.report.text import percent, plain_table, units
+from headwater.report.format import percent, plain_table, units
 
 
 def text(found: dict[str, Any]) -> Group:

@@ -117,21 +117,21 @@ def watch(
 
     from rich.live import Live
 
-    from headwater.report.text import console
-    from headwater.report.watch import frame, look
+    from headwater.report.format import console
+    from headwater.report.watch import read_status, status_table
 
-    found = look(folder)
+    found = read_status(folder)
     screen = console()
     if json_:
-        print(json.dumps(found.written()))
+        print(json.dumps(found.to_json()))
     elif once or not screen.is_terminal:
-        screen.print(frame(found))
+        screen.print(status_table(found))
     else:
-        with Live(frame(found, screen.height), console=screen, auto_refresh=False) as live:
+        with Live(status_table(found, screen.height), console=screen, auto_refresh=False) as live:
             while found.running:
                 time.sleep(every)
-                found = look(folder)
-                live.update(frame(found, screen.height), refresh=True)
+                found = read_status(folder)
+                live.update(status_table(found, screen.height), refresh=True)
 
 
 @tools.command()

@@ -1,176 +1,251 @@
-"""The canonical recipe's stages, and every control as a short edit of it: the diff is the experimental claim."""
+"""Arms of a study: the stages of each, and everything that reports and docs state about it, in one table.
+
+Every control is the method with one stage removed, swapped or changed. A new arm is one row of `ARMS` (docs/extending.md).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
-from headwater.config.recipe import Recipe, parse_recipe, read_recipe
+from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
 from headwater.errors import UserError
 
 Pool = Literal["all", "first_half", "second_half"]
 
-
 Edit = Callable[[Recipe, Stage], Stage]
-"""How an arm changes the settings of a stage: (the recipe, the stage as it stands there) -> the stage that runs."""
+"""Changes a stage's settings: (the recipe, the stage as the recipe has it) -> the stage that runs."""
 
 
-def as_it_is(recipe: Recipe, stage: Stage) -> Stage:
+def unchanged(recipe: Recipe, stage: Stage) -> Stage:
     return stage
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage of the recipe and the part of the labelled pool that it works on (their texts alone, where it is dense)."""
+    """One stage of an arm and the part of the labelled pool that it trains on (dense stages use the problem texts only).
+
+    pool  None in the table: `split_pool`
+    """
 
     stage: Literal["teacher_rl", "warmup", "opd", "student_rl", "sft"]
-    pool: Pool
-    edit: Edit = as_it_is
+    pool: Pool | None = None
+    edit: Edit = unchanged
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What happens to the teacher, then to the student.
+    """One arm: stages of the teacher, then of the student. Without dense student stages the teacher is never trained.
 
-    An arm without dense student steps never uses its teacher, which is then not made.
-
-    same_compute  (like, as): the last step runs as long as makes the whole arm cost the FLOPs that arm `as` cost, a step
-                  taken to cost what one did in arm `like`; None leaves the recipe's own number of steps
+    description   what the arm is, as reports and docs/arms.md print it
+    question      the question that the arm answers (docs/arms.md)
+    compare_with  arms whose accuracy is reported as a contrast with this one: each of them minus this arm
+    same_compute  (like, as): the last stage takes as many steps as bring the whole arm to the FLOPs of arm `as`, where a step costs
+                  what it cost in arm `like`; None keeps the recipe's number of steps
     """
 
+    description: str
+    question: str
     teacher: tuple[Step, ...]
     student: tuple[Step, ...]
+    compare_with: tuple[str, ...] = ()
     same_compute: tuple[str, str] | None = None
 
 
-CANONICAL = Arm(
-    teacher=(Step("teacher_rl", "first_half"),),
-    student=(Step("warmup", "first_half"), Step("opd", "first_half"), Step("student_rl", "second_half")),
-)
-"""Sparse reward on the teacher, warm-up, on-policy distillation, sparse reward on the student: labels held out for each end."""
-
-
-def on_pool(arm: Arm, pool: Pool) -> Arm:
-    return Arm(
-        tuple(replace(step, pool=pool) for step in arm.teacher), tuple(replace(step, pool=pool) for step in arm.student)
-    )
-
-
-def without(arm: Arm, *stages: str) -> Arm:
-    return replace(arm, student=tuple(step for step in arm.student if step.stage not in stages))
-
-
-def bridge(pool: Pool) -> Arm:
-    """RL'd teacher -> warm-up -> OPD, all on one pool."""
-    return on_pool(without(CANONICAL, "student_rl"), pool)
-
-
-def edited(arm: Arm, stage: str, edit: Edit) -> Arm:
-    """The same arm with the settings of one of the student's stages changed."""
-    return replace(
-        arm, student=tuple(replace(step, edit=edit) if step.stage == stage else step for step in arm.student)
-    )
-
-
-def changed(stage: Stage, **fields: Any) -> Stage:
-    """The stage with these fields, checked anew."""
-    return Stage.model_validate({**stage.model_dump(), **fields})
-
-
 def constant(recipe: Recipe, stage: Stage) -> Stage:
-    """Every sampled token is pushed down alike: no teacher, no labels (2608.31046)."""
-    return changed(stage, objective="constant", sparse_share=None, until=None)
+    """Advantage −1 on every sampled token: no teacher, no labels (2608.31046)."""
+    return _with(stage, objective="constant", sparse_share=None, until=None)
 
 
-def forward(recipe: Recipe, stage: Stage) -> Stage:
-    """Forward KL on the student's own prefixes: the warm-up's divergence where OPD has its occupancy (2605.16826)."""
-    return changed(stage, dense={**stage.dense.model_dump(), "divergence": "forward"})
+def forward_kl(recipe: Recipe, stage: Stage) -> Stage:
+    """Forward KL on the student's own samples: the divergence of the warm-up on the prefixes of OPD (2605.16826)."""
+    return _with(stage, dense={**stage.dense.model_dump(), "divergence": "forward"})
 
 
 def mixture(recipe: Recipe, stage: Stage) -> Stage:
-    """J_λ, with the recipe's λ where it has one, else ½; groups as in student RL, so that rewards can be compared."""
+    """J_λ with the recipe's λ, or ½; sampled in groups of the size of student RL, so that rewards can be compared."""
     if stage.objective == "mixed":
         return stage
     group = recipe.stages.student_rl.group_size
     batch = max(group, stage.batch_size // group * group)
-    return changed(stage, objective="mixed", sparse_share=0.5, group_size=group, batch_size=batch)
+    return _with(stage, objective="mixed", sparse_share=0.5, group_size=group, batch_size=batch)
 
 
-ARMS: dict[str, Callable[[Pool], Arm]] = {
-    # `pool` is what arms without stage 3 work on: every label (full split) or the first half.
-    "direct_grpo": lambda pool: Arm(teacher=(), student=(Step("student_rl", "all"),)),
-    "raw_teacher": lambda pool: replace(bridge(pool), teacher=()),
-    "sft_teacher": lambda pool: replace(bridge(pool), teacher=(Step("sft", pool),)),
-    "teacher_sft": lambda pool: replace(bridge(pool), student=(Step("sft", pool),)),
-    "opd_only": lambda pool: without(bridge(pool), "warmup"),
-    "warmup_only": lambda pool: without(bridge(pool), "opd"),
-    "bridge": bridge,
-    "bridge_rl": lambda pool: CANONICAL,
-    "replay": lambda pool: on_pool(CANONICAL, "first_half"),
-    "teacher_2h": lambda pool: replace(
-        bridge("first_half"), teacher=(Step("teacher_rl", "first_half"), Step("teacher_rl", "second_half"))
+def _with(stage: Stage, **fields: Any) -> Stage:
+    """A copy of the stage with these fields, validated."""
+    return Stage.model_validate({**stage.model_dump(), **fields})
+
+
+TEACHER_RL, WARMUP, OPD, SFT = Step("teacher_rl"), Step("warmup"), Step("opd"), Step("sft")
+RL_ON_ALL = Step("student_rl", "all")
+TEACHER_RL_1H = Step("teacher_rl", "first_half")
+BRIDGE_1H = (Step("warmup", "first_half"), Step("opd", "first_half"))
+
+BASE_MODELS = {"base_student": "student before", "base_teacher": "teacher before"}
+"""Untrained models, which every study evaluates, and their descriptions."""
+
+ARMS: dict[str, Arm] = {  # reports list arms in this order
+    "direct_grpo": Arm(
+        "cold student, GRPO on all labels",
+        "would the labels have done as much on the student?",
+        teacher=(),
+        student=(RL_ON_ALL,),
+        compare_with=("bridge", "opd_then_rl", "bridge_rl"),
     ),
-    "bridge_1h": lambda pool: bridge("first_half"),  # what stage 3 and its replay begin from
-    # The paper matches labels, not compute; these two match compute, and the second is 2609.04108's open question.
-    "direct_grpo_compute": lambda pool: replace(ARMS["direct_grpo"](pool), same_compute=("direct_grpo", "bridge")),
-    "opd_then_rl": lambda pool: Arm(teacher=(), student=(Step("opd", pool), Step("student_rl", "all"))),
-    "opd_then_rl_compute": lambda pool: replace(ARMS["opd_then_rl"](pool), same_compute=("opd_then_rl", "bridge")),
-    # Controls that could embarrass the method.
-    "constant_advantage": lambda pool: Arm(teacher=(), student=(Step("opd", pool, constant),)),
-    "bridge_constant": lambda pool: edited(bridge(pool), "opd", constant),
-    "forward_kl_on_student": lambda pool: edited(bridge(pool), "opd", forward),
-    "mixed": lambda pool: edited(bridge(pool), "opd", mixture),
+    # The paper matches labels, not compute. The two `_compute` arms match compute; the second is an open question of 2609.04108.
+    "direct_grpo_compute": Arm(
+        "the same, with as many steps as take the bridge's FLOPs",
+        "is it only the compute?",
+        teacher=(),
+        student=(RL_ON_ALL,),
+        compare_with=("bridge",),
+        same_compute=("direct_grpo", "bridge"),
+    ),
+    "raw_teacher": Arm(
+        "bridge from the teacher before RL",
+        "did the labels matter at all?",
+        teacher=(),
+        student=(WARMUP, OPD),
+        compare_with=("direct_grpo", "bridge"),
+    ),
+    "opd_then_rl": Arm(
+        "OPD from the teacher before RL, then GRPO on all labels",
+        "teacher first, or student first?",
+        teacher=(),
+        student=(OPD, RL_ON_ALL),
+        compare_with=("bridge",),
+    ),
+    "opd_then_rl_compute": Arm(
+        "the same, with as many GRPO steps as take the bridge's FLOPs",
+        "and at equal compute?",
+        teacher=(),
+        student=(OPD, RL_ON_ALL),
+        compare_with=("bridge",),
+        same_compute=("opd_then_rl", "bridge"),
+    ),
+    "sft_teacher": Arm(
+        "bridge from a teacher tuned on a stronger model's answers",
+        "is it RL, or any better teacher?",
+        teacher=(SFT,),
+        student=(WARMUP, OPD),
+        compare_with=("bridge",),
+    ),
+    "bridge": Arm(
+        "RL'd teacher → warm-up → OPD",
+        "the method",
+        teacher=(TEACHER_RL,),
+        student=(WARMUP, OPD),
+    ),
+    "bridge_1h": Arm(
+        "bridge on 1H: what stage 3 and its replay begin from",
+        "what do the stages before stage 3 reach?",
+        teacher=(TEACHER_RL_1H,),
+        student=BRIDGE_1H,
+        compare_with=("bridge_rl", "replay"),
+    ),
+    "bridge_rl": Arm(  # the canonical recipe
+        "bridge on 1H, then GRPO on fresh labels (2H)",
+        "the whole recipe",
+        teacher=(TEACHER_RL_1H,),
+        student=(*BRIDGE_1H, Step("student_rl", "second_half")),
+        compare_with=("teacher_2h",),
+    ),
+    "replay": Arm(
+        "bridge on 1H, then GRPO on 1H again",
+        "are fresh labels better than more training?",
+        teacher=(TEACHER_RL_1H,),
+        student=(*BRIDGE_1H, Step("student_rl", "first_half")),
+        compare_with=("bridge_rl",),
+    ),
+    "teacher_2h": Arm(
+        "2H spent on the teacher, then the bridge",
+        "teacher or student, for the second half?",
+        teacher=(TEACHER_RL_1H, Step("teacher_rl", "second_half")),
+        student=BRIDGE_1H,
+    ),
+    "opd_only": Arm(
+        "bridge without warm-up",
+        "is the warm-up needed?",
+        teacher=(TEACHER_RL,),
+        student=(OPD,),
+        compare_with=("bridge",),
+    ),
+    "warmup_only": Arm(
+        "bridge without OPD",
+        "is OPD needed? (the paper never reports it)",
+        teacher=(TEACHER_RL,),
+        student=(WARMUP,),
+        compare_with=("bridge",),
+    ),
+    "teacher_sft": Arm(
+        "SFT of the student on teacher samples",
+        "do soft targets matter?",
+        teacher=(TEACHER_RL,),
+        student=(SFT,),
+        compare_with=("bridge",),
+    ),
+    "forward_kl_on_student": Arm(
+        "bridge with forward instead of reverse KL on the student's own prefixes",
+        "the direction of the KL alone",
+        teacher=(TEACHER_RL,),
+        student=(WARMUP, replace(OPD, edit=forward_kl)),
+        compare_with=("bridge",),
+    ),
+    "mixed": Arm(
+        "bridge with teacher and reward in one loss (J_λ) in the place of OPD",
+        "are two stages better than one?",
+        teacher=(TEACHER_RL,),
+        student=(WARMUP, replace(OPD, edit=mixture)),
+        compare_with=("bridge",),
+    ),
+    # Controls that could refute the method.
+    "constant_advantage": Arm(
+        "cold student, every sampled token pushed down alike: no teacher, no labels",
+        "a control without teacher and labels",
+        teacher=(),
+        student=(replace(OPD, edit=constant),),
+        compare_with=("opd_only",),
+    ),
+    "bridge_constant": Arm(
+        "bridge with the same constant push in the place of OPD",
+        "is it the teacher that OPD owes its gain to?",
+        teacher=(TEACHER_RL,),
+        student=(WARMUP, replace(OPD, edit=constant)),
+        compare_with=("bridge",),
+    ),
 }
 DEFAULT_ARM = "bridge_rl"
 DEFAULT_STUDY = ("direct_grpo", "raw_teacher", "bridge", "bridge_1h", "bridge_rl", "replay")
 
+DESCRIPTIONS = {**BASE_MODELS, **{name: arm.description for name, arm in ARMS.items()}}
+"""Description of every arm and base model, in the order in which reports list them."""
+
+CONTRASTS = tuple((other, name) for name, arm in ARMS.items() for other in arm.compare_with)
+"""Pairs (a, b) whose difference a − b reports show: comparisons of the paper, or that its claims need, or that could refute it."""
+
+
+def split_pool(recipe: Recipe) -> Pool:
+    """The pool of the steps that name none: every label under `labels.split: full`, else the first half."""
+    return "all" if recipe.labels.split == "full" else "first_half"
+
 
 def arm_of(name: str, recipe: Recipe) -> Arm:
-    """The stages of an arm under the recipe's split. Raises UserError for an unknown name."""
+    """The arm with its pools resolved for the recipe's split. Raises UserError for an unknown name."""
     if name not in ARMS:
         raise UserError(f"--arm {name}: no such arm; there are {', '.join(ARMS)}")
-    return ARMS[name]("all" if recipe.labels.split == "full" else "first_half")
+    arm, default = ARMS[name], split_pool(recipe)
+    teacher, student = (
+        tuple(replace(step, pool=step.pool or default) for step in steps) for steps in (arm.teacher, arm.student)
+    )
+    return replace(arm, teacher=teacher, student=student)
 
 
 def stage_of(recipe: Recipe, step: Step) -> Stage:
-    """The settings of a step; hard-label fine-tuning takes the warm-up's unless the recipe has its own."""
+    """The settings of a step. Hard-label fine-tuning takes those of the warm-up unless the recipe has its own."""
     if step.stage == "sft":
-        return step.edit(
-            recipe, recipe.stages.sft or recipe.stages.warmup.model_copy(update={"objective": "sft", "until": None})
-        )
-    return step.edit(recipe, getattr(recipe.stages, step.stage))
-
-
-def builtin_names() -> list[str]:
-    return sorted(path.name.removesuffix(".yaml") for path in _builtin().iterdir() if path.name.endswith(".yaml"))
-
-
-def builtin_text(name: str) -> str:
-    """The commented YAML of a built-in recipe. Raises UserError for an unknown name."""
-    path = _builtin() / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"no recipe named {name}; there are {', '.join(builtin_names())}")
-    return path.read_text(encoding="utf-8")
-
-
-def find_recipe(name: str, overrides: list[str]) -> Recipe:
-    """A YAML file, or the name of a built-in recipe. Raises UserError."""
-    if Path(name).is_file():
-        return read_recipe(Path(name), overrides)
-    if (_builtin() / f"{name}.yaml").is_file():
-        return read_recipe(_builtin() / f"{name}.yaml", overrides)
-    raise UserError(f"recipe {name}: no such file, and no built-in recipe of that name ({', '.join(builtin_names())})")
-
-
-def _builtin() -> Path:
-    return Path(str(files("headwater"))) / "builtin"
-
-
-__all__ = [
-    "ARMS", "CANONICAL", "DEFAULT_ARM", "DEFAULT_STUDY", "Arm", "Pool", "Step", "arm_of", "bridge", "builtin_names",
-    "builtin_text", "find_recipe", "on_pool", "parse_recipe", "stage_of", "without",
-]  # fmt: skip
+        stage = recipe.stages.sft or recipe.stages.warmup.model_copy(update={"objective": "sft", "until": None})
+    else:
+        stage = getattr(recipe.stages, step.stage)
+    return step.edit(recipe, stage)

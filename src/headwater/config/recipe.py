@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from headwater.config import yaml
+from headwater.config.samplers import check_sampler_name
 from headwater.config.stage import Name, Natural, Positive, Sampling, Seed, Stage, Stages, Strict
 from headwater.errors import UserError
 
@@ -269,8 +270,8 @@ class Server(Strict):
 
 class Compute(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    sampler: Literal["torch", "vllm"] = "torch"
-    """Who samples: the embedded sampler, or vLLM in this process beside the trainer (extra `vllm`)."""
+    sampler: Annotated[str, AfterValidator(check_sampler_name)] = "torch"
+    """A sampler of `config.samplers.SAMPLERS`: `torch`, the embedded one, or `vllm`, in this process (extra `vllm`)."""
     vllm: Vllm = Vllm()
     server: Server = Server()
     offload_teacher: bool = False

@@ -1,11 +1,13 @@
-"""What a stage may say: who samples × what scores × how densely, and for how long. Frozen; unknown keys are refused."""
+"""Schema of a training stage: objective, optimizer, sampling, length. Frozen; unknown keys are rejected."""
 
 from __future__ import annotations
 
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from headwater.config.objectives import OBJECTIVES, ObjectiveSpec, Signal, known_objective
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
@@ -27,7 +29,7 @@ class Sampling(Strict):
 
 
 class Optim(Strict):
-    """AdamW. `warmup` is the share of the stage's steps over which the rate rises linearly from 0."""
+    """AdamW. `warmup` is the share of the stage's steps over which the learning rate rises linearly from 0."""
 
     lr: Annotated[float, Field(gt=0.0)] = 1e-6
     beta1: Fraction = 0.9
@@ -47,9 +49,9 @@ class Sparse(Strict):
     clip_low: Annotated[float, Field(ge=0.0)] = 0.2
     clip_high: Annotated[float, Field(ge=0.0)] = 0.2
     kl_coef: Annotated[float, Field(ge=0.0)] = 5e-4
-    """Weight of KL(policy ‖ the stage's starting weights), k3 estimate a token."""
+    """Weight of KL(policy ‖ the stage's starting weights), by the k3 estimate per token."""
     dynamic_sampling: Natural = 0
-    """How many further rounds of prompts may be sampled to replace groups whose rewards are all equal."""
+    """Maximum number of extra sampling rounds that replace groups whose rewards are all equal."""
 
 
 class Dense(Strict):
@@ -60,38 +62,44 @@ class Dense(Strict):
     `sampled` is the one-token estimate (k1) as an advantage."""
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     top_k: Positive | None = None
-    """Cached teacher distributions keep the k likeliest tokens and the tail's mass; None keeps all of them."""
+    """Teacher distributions keep the top k tokens and the total mass of the others; None keeps the whole vocabulary."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the divergence sums over the vocabulary, so that it needs the teacher's whole distribution."""
+        return self.divergence != "sampled"
 
 
 class Until(Strict):
-    """End a stage when a metric has stopped getting better, and not only after its steps.
+    """Early stopping: end a stage before its last step when a metric has stopped improving.
 
-    The metric is averaged over windows of `every` steps (validation is measured at the end of each). The stage ends when
-    `patience` windows in a row have not been better than the best before them by the share `least`.
+    The metric is averaged over windows of `every` steps (validation is measured at the end of each). The stage ends after
+    `patience` consecutive windows that do not improve on the best earlier one by the relative amount `least`.
 
     Example: `{metric: kl_teacher_student, every: 10, patience: 2, least: 0.05}`.
     """
 
     metric: Literal["kl_teacher_student", "kl_student_teacher", "loss", "reward", "validation"]
-    """`validation` is the accuracy on `data.validation`, whose labels are counted apart; the others cost no label more."""
+    """`validation` is the accuracy on `data.validation`, whose labels are counted separately; the others need no extra labels."""
     every: Positive = 10
     patience: Positive = 2
     least: Annotated[float, Field(ge=0.0)] = 0.02
 
 
 class Stage(Strict):
-    """One stage of training: who samples × what scores × how densely, and for how long."""
+    """Settings of one training stage: who samples × what scores × how densely, and for how long."""
 
-    objective: Literal["grpo", "opd", "mixed", "forward_kl", "sft", "constant"]
+    objective: Annotated[str, AfterValidator(known_objective)]
+    """A row of `config.objectives.OBJECTIVES`."""
     steps: Natural | None = None
     epochs: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
-    """Times that the stage's pool is gone through; `steps`, where given, counts instead."""
+    """Passes over the stage's pool of prompts; ignored if `steps` is given."""
     until: Until | None = None
-    """A plateau that ends the stage before its steps are over; learning rates follow the steps all the same."""
+    """Early stopping. The learning-rate schedule still spans all steps."""
     batch_size: Positive = 64
-    """Rollouts a step. On-policy stages sample batch_size / group_size prompts."""
+    """Rollouts per step. On-policy stages sample batch_size / group_size prompts."""
     group_size: Positive = 8
-    """Rollouts a prompt: sampled by the policy in a step, or cached from the teacher."""
+    """Rollouts per prompt: sampled by the policy in a step, or cached from the teacher."""
     optim: Optim = Optim()
     sampling: Sampling = Sampling()
     sparse: Sparse = Sparse()
@@ -99,23 +107,23 @@ class Stage(Strict):
     sparse_share: Fraction | None = None
     """λ of J_λ = (1−λ) dense + λ sparse; only for `mixed` (1 is GRPO, 0 is OPD)."""
     loss_mean: Literal["token", "sequence", "constant"] = "token"
-    """The denominator: all tokens; each sequence first; or a constant batch_size × max_tokens (Dr.GRPO)."""
+    """Denominator of the loss: all tokens; tokens of a sequence, then sequences; or the constant batch_size × max_tokens (Dr.GRPO)."""
     minibatches: Positive = 1
-    """Optimizer steps that one sampled batch is divided into."""
+    """Optimizer steps per pass over a sampled batch."""
     passes: Positive = 1
-    """Times that each sampled batch is gone through; past the first the importance ratio is not 1."""
+    """Passes over each sampled batch; after the first update the importance ratio is not 1."""
     eval_every: Natural = 0
     checkpoint_every: Natural = 25
 
     @property
     def prompts_per_step(self) -> int:
-        """Distinct prompts of an on-policy step."""
+        """Distinct prompts in an on-policy step."""
         return self.batch_size // self.group_size
 
     def steps_over(self, prompts: int) -> int:
-        """Steps of the stage on a pool of `prompts` prompts.
+        """Number of steps on a pool of `prompts` prompts.
 
-        Example: 2 epochs over 100 prompts, 16 a step, are 13 steps; `steps` given is taken as it is.
+        Example: 2 epochs over 100 prompts with 16 per step are 13 steps. `steps`, if given, takes precedence.
         """
         if self.steps is not None:
             return self.steps
@@ -123,42 +131,58 @@ class Stage(Strict):
         return math.ceil((self.epochs or 0.0) * rollouts / self.batch_size)
 
     @property
+    def spec(self) -> ObjectiveSpec:
+        return OBJECTIVES[self.objective]
+
+    @property
     def on_policy(self) -> bool:
-        return self.objective in ("grpo", "opd", "mixed", "constant")
+        return self.spec.source == "policy"
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """What scores a rollout, without a signal that `sparse_share` gives weight 0."""
+        weightless = (("reward", 0.0), ("teacher", 1.0))
+        return tuple(signal for signal in self.spec.signals if (signal, self.sparse_share) not in weightless)
 
     @property
     def needs_labels(self) -> bool:
-        return self.objective == "grpo" or (self.objective == "mixed" and self.sparse_share != 0.0)
+        return "reward" in self.signals
 
     @property
     def needs_teacher(self) -> bool:
-        if self.objective == "mixed":
-            return self.sparse_share != 1.0
-        return self.objective not in ("grpo", "constant")
+        return not self.on_policy or "teacher" in self.signals
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads log-probs of the stage's starting weights."""
+        return self.spec.reference_kl and self.needs_labels and self.sparse.kl_coef > 0.0
 
     @model_validator(mode="after")
-    def _legal(self) -> Stage:
+    def _check_consistency(self) -> Stage:
         if self.steps is None and self.epochs is None:
             raise ValueError("give steps or epochs")
         if self.on_policy and self.batch_size % self.group_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}")
         if self.needs_labels and self.group_size < 2:
             raise ValueError("group_size must be at least 2 where the reward is compared within a group")
-        if (self.objective == "mixed") != (self.sparse_share is not None):
-            raise ValueError("sparse_share belongs to objective mixed, and mixed needs it")
+        if self.spec.weighted != (self.sparse_share is not None):
+            names = " or ".join(name for name, spec in OBJECTIVES.items() if spec.weighted)
+            raise ValueError(f"sparse_share belongs to objective {names}, and {names} needs it")
         if self.sampling.top_p != 1.0 or self.sampling.top_k != 0:
-            raise ValueError("training samples with top_p 1 and no top_k: no loss here accounts for a cut distribution")
+            raise ValueError(
+                "training must sample with top_p 1 and top_k 0: no loss accounts for a truncated distribution"
+            )
         if self.until is not None:
-            self._has(self.until.metric)
+            self._check_metric(self.until.metric)
         if self.minibatches > self.batch_size:
             raise ValueError(f"minibatches {self.minibatches} is more than batch_size {self.batch_size}")
         return self
 
-    def _has(self, metric: str) -> None:
+    def _check_metric(self, metric: str) -> None:
         if metric == "reward" and not self.needs_labels:
-            raise ValueError(f"until.metric reward: objective {self.objective} sees no reward")
-        if metric.startswith("kl_") and not (self.needs_teacher and self.objective != "sft"):
-            raise ValueError(f"until.metric {metric}: objective {self.objective} compares with no teacher")
+            raise ValueError(f"until.metric reward: objective {self.objective} uses no reward")
+        if metric.startswith("kl_") and "teacher" not in self.signals:
+            raise ValueError(f"until.metric {metric}: objective {self.objective} does not compare with a teacher")
 
 
 class Stages(Strict):
@@ -170,18 +194,14 @@ class Stages(Strict):
     """Hard-label fine-tuning in the arms `teacher_sft` and `sft_teacher`; None takes the warm-up's settings."""
 
     @model_validator(mode="after")
-    def _each_in_its_place(self) -> Stages:
-        allowed = {
-            "teacher_rl": ("grpo",),
-            "warmup": ("forward_kl", "sft"),
-            "opd": ("opd", "mixed", "constant"),
-            "student_rl": ("grpo", "mixed"),
-            "sft": ("sft",),
-        }
-        for name, objectives in allowed.items():
+    def _check_objectives(self) -> Stages:
+        for name in type(self).model_fields:
             stage: Stage | None = getattr(self, name)
-            if stage is not None and stage.objective not in objectives:
-                raise ValueError(f"{name}.objective is {stage.objective}; this stage takes {' or '.join(objectives)}")
+            if stage is not None and name not in stage.spec.stages:
+                allowed = " or ".join(objective for objective, spec in OBJECTIVES.items() if name in spec.stages)
+                raise ValueError(f"{name}.objective is {stage.objective}; this stage takes {allowed}")
         if self.student_rl.until is not None:
-            raise ValueError("student_rl.until: stage 3 takes fixed steps, so that its matched replay can take as many")
+            raise ValueError(
+                "student_rl.until: stage 3 needs a fixed number of steps, because its matched replay takes as many"
+            )
         return self

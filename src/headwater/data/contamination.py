@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from headwater.types import Problem, letters_of, without_sizes
+from headwater.types import Problem, letters_and_digits, strip_sizing
 
 NGRAM = 13
 """Words in a row that two texts must share (GPT-3's choice, and most others' since)."""
@@ -46,7 +46,7 @@ def words_of(text: str) -> list[str]:
 
     Example: `words_of("Find $|2x|$!")` is `["find", "2", "x"]`.
     """
-    return _WORD.findall(without_sizes(text).casefold())
+    return _WORD.findall(strip_sizing(text).casefold())
 
 
 def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem]], n: int = NGRAM) -> list[Leak]:
@@ -61,7 +61,7 @@ def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem
     by_letters: dict[str, dict[str, str]] = defaultdict(dict)
     by_gram: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, (name, one, words) in enumerate(held):
-        by_letters[letters_of(one.text)].setdefault(name, one.id)
+        by_letters[letters_and_digits(one.text)].setdefault(name, one.id)
         for gram in _grams(words, n):
             if not (places := by_gram[gram]) or places[-1] != index:
                 places.append(index)
@@ -75,7 +75,7 @@ def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem
     for one, words, places in zip(problems, searched, shared, strict=True):
         found = {
             name: Leak(one.id, name, "exact", other, 1.0)
-            for name, other in by_letters.get(letters_of(one.text), {}).items()
+            for name, other in by_letters.get(letters_and_digits(one.text), {}).items()
         }
         for index, (rare, any_) in _covered(words, places, by_gram, seen, n).items():
             name, other, other_words = held[index]

@@ -1,7 +1,7 @@
-"""Checkpoints that several ranks write and any number of them reads: torch.distributed.checkpoint on safetensors files.
+"""Sharded training checkpoints: torch.distributed.checkpoint (DCP) on safetensors files, readable by any number of ranks.
 
-Each rank writes one file with its parts of weights and optimizer, and where in the whole tensors they stand; whoever reads takes the
-parts that it needs now. Nothing is pickled, so these files are as harmless as the ones of one process alone.
+Each rank writes one file with its shards of weights and optimizer state and their offsets in the whole tensors. A reader takes only
+the shards that it needs. Nothing is pickled, so these files are as safe as those of a single process.
 """
 
 from __future__ import annotations
@@ -21,112 +21,111 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from headwater.distributed.process_group import ProcessGroup
 
 WEIGHT, STATE = "weight.", "optimizer."
-WHOLE, ADAPTER = "model.safetensors", "adapter.safetensors"
-"""What one process alone writes: all weights, or those of an adapter (`checkpoint`)."""
+"""Prefixes of tensor names in a sharded checkpoint."""
+MODEL_FILE, ADAPTER_FILE = "model.safetensors", "adapter.safetensors"
+"""File with the unsharded weights of a single process: the whole model, or its adapter (`training.checkpoint`)."""
 
 
-def write(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: ProcessGroup) -> None:
-    """This rank's parts; all ranks must call it with the same folder."""
-    held = {f"{WEIGHT}{name}": one.detach() for name, one in named(model).items()}
+def save(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: ProcessGroup) -> None:
+    """Write this rank's shards. All ranks must call it with the same folder."""
+    tensors = {f"{WEIGHT}{name}": tensor.detach() for name, tensor in checkpoint_tensors(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
-        held |= {f"{STATE}{index}.{key}": value.detach() for key, value in state.items()}
+        tensors |= {f"{STATE}{index}.{key}": value.detach() for key, value in state.items()}
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     dcp.save(
-        held,
+        tensors,
         storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
         process_group=ranks.group,
     )
 
 
-def read(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer, ranks: ProcessGroup) -> None:
-    """A checkpoint of any number of ranks into the weights and the optimizer of this one."""
-    whole = next((path for path in (folder / WHOLE, folder / ADAPTER) if path.exists()), None)
-    if whole is not None:
-        _cut_from_whole(whole, model, optimizer, state)
-        return
-    weights = {f"{WEIGHT}{name}": one.detach() for name, one in named(model).items()}
-    slots = blank(optimizer, keys_in(folder))
-    read_into(
-        weights | {f"{STATE}{index}.{key}": one for index, state_ in slots.items() for key, one in state_.items()},
-        folder,
-        ranks,
-    )
+def load(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer, ranks: ProcessGroup) -> None:
+    """Load a checkpoint that any number of ranks wrote into this rank's weights and optimizer."""
+    for path in (folder / MODEL_FILE, folder / ADAPTER_FILE):
+        if path.exists():
+            _load_unsharded(path, model, optimizer, state)
+            return
+    tensors = {f"{WEIGHT}{name}": tensor.detach() for name, tensor in checkpoint_tensors(model).items()}
+    slots = empty_state(optimizer, tensor_names(folder))
+    for index, slot in slots.items():
+        tensors |= {f"{STATE}{index}.{key}": value for key, value in slot.items()}
+    load_tensors(tensors, folder, ranks)
     optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
 
 
-def read_into(wanted: dict[str, Tensor], folder: Path, ranks: ProcessGroup) -> None:
-    """Fill tensors, or this rank's parts of them, with what safetensors files hold under their names; only those parts are read."""
+def load_tensors(tensors: dict[str, Tensor], folder: Path, ranks: ProcessGroup) -> None:
+    """Fill tensors (of sharded ones, this rank's shards) from safetensors files, by name; only the needed parts are read."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # without other processes it says that it assumes so
+        warnings.simplefilter("ignore")  # DCP warns that it assumes a single process
         dcp.load(
-            wanted,
+            tensors,
             storage_reader=HuggingFaceStorageReader(str(folder)),
             process_group=ranks.group,
-            no_dist=ranks.alone,
+            no_dist=ranks.single_process,
         )
 
 
-def by_names(model: Any) -> list[tuple[Tensor, list[str]]]:
-    """Weights and saved buffers, each once with all of its names: tied ones have several."""
-    found: dict[int, tuple[Tensor, list[str]]] = {}
-    for name, one in model.state_dict(keep_vars=True).items():
-        found.setdefault(id(one), (one, []))[1].append(name)
-    return list(found.values())
+def tensors_with_names(model: Any) -> list[tuple[Tensor, list[str]]]:
+    """Weights and persistent buffers, each once with all of its names: tied weights have several."""
+    tensors: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensors.setdefault(id(tensor), (tensor, []))[1].append(name)
+    return list(tensors.values())
 
 
-def named(model: Any) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model, by its first name: weights and saved buffers, or the adapter where the rest is frozen."""
-    adapted = any(not one.requires_grad for one in model.parameters())
-    return {names[0]: one for one, names in by_names(model) if one.requires_grad or not adapted}
+def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
+    """Tensors that a checkpoint stores, by first name: weights and persistent buffers, or the adapter if the rest is frozen."""
+    adapter_only = any(not parameter.requires_grad for parameter in model.parameters())
+    return {names[0]: tensor for tensor, names in tensors_with_names(model) if tensor.requires_grad or not adapter_only}
 
 
-def keys_in(folder: Path) -> set[str]:
-    """Names of all tensors of a checkpoint."""
-    found: set[str] = set()
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors in a checkpoint's files."""
+    names: set[str] = set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            found.update(file.keys())
-    return found
+            names.update(file.keys())
+    return names
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """In the order in which the optimizer numbers them."""
-    return [one for group in optimizer.param_groups for one in group["params"]]
+    """Parameters in the order in which the optimizer numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def blank(optimizer: torch.optim.Optimizer, keys: set[str]) -> dict[int, dict[str, Tensor]]:
-    """Room for what the optimizer held of each parameter: as large as the parameter, or a single number."""
-    found: dict[int, dict[str, Tensor]] = {}
-    every = parameters(optimizer)
-    for key in sorted(one for one in keys if one.startswith(STATE)):
-        index, name = key.removeprefix(STATE).split(".", 1)
-        like = every[int(index)]
-        room = torch.zeros((), device=like.device) if name == "step" else torch.zeros_like(like)
-        found.setdefault(int(index), {})[name] = room.detach()
-    return found
+def empty_state(optimizer: torch.optim.Optimizer, names: set[str]) -> dict[int, dict[str, Tensor]]:
+    """Zeroed optimizer state for the stored names: shaped as its parameter, or a scalar for `step`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    numbered = parameters(optimizer)
+    for name in sorted(name for name in names if name.startswith(STATE)):
+        index, key = name.removeprefix(STATE).split(".", 1)
+        parameter = numbered[int(index)]
+        value = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+        state.setdefault(int(index), {})[key] = value.detach()
+    return state
 
 
-def _cut_from_whole(file: Path, model: Any, optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """This rank's parts of what one process alone wrote."""
-    wanted = named(model)
-    with safe_open(file, framework="pt") as held, torch.no_grad():
-        for one, names in by_names(model):
+def _load_unsharded(path: Path, model: Any, optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Load this rank's shards of what a single process wrote."""
+    wanted = checkpoint_tensors(model)
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        for tensor, names in tensors_with_names(model):
             if names[0] in wanted:
-                known = next(name for name in names if name in held.keys())  # noqa: SIM118
-                one.copy_(part_of(held.get_tensor(known), one))
-    per_parameter: dict[int, dict[str, Tensor]] = {}
-    every, path = parameters(optimizer), file.with_name("optimizer.safetensors")
-    if path.exists():
-        with safe_open(path, framework="pt") as held:
-            for name in held.keys():  # noqa: SIM118
+                stored_name = next(name for name in names if name in file.keys())  # noqa: SIM118
+                tensor.copy_(local_shard(file.get_tensor(stored_name), tensor))
+    slots: dict[int, dict[str, Tensor]] = {}
+    numbered, optimizer_path = parameters(optimizer), path.with_name("optimizer.safetensors")
+    if optimizer_path.exists():
+        with safe_open(optimizer_path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
                 index, key = name.split(".", 1)
-                value, like = held.get_tensor(name), every[int(index)]
-                per_parameter.setdefault(int(index), {})[key] = value if value.ndim == 0 else part_of(value, like)
-    optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
+                value, parameter = file.get_tensor(name), numbered[int(index)]
+                slots.setdefault(int(index), {})[key] = value if value.ndim == 0 else local_shard(value, parameter)
+    optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that all ranks have, divided as another one is."""
+def local_shard(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's shard of a tensor that all ranks hold, placed like another tensor."""
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,7 +1,7 @@
-"""The processes that run one node together, and the few words that they exchange. One process alone says and waits for nothing.
+"""Process group of the ranks that train one node together, with object collectives; no-ops for a single process.
 
-Every rank runs the same program on its share of the rows; what decides how it goes on is made equal here first. Tensors travel by
-FSDP2's own collectives (`sharded`); these words travel by gloo, also where the models are on GPUs.
+Every rank runs the same program on its shard of the rows; decisions that control the flow are made equal on all ranks here.
+Tensors travel by FSDP2's own collectives (`models.fsdp`); these objects travel by gloo, even where the models are on GPUs.
 """
 
 from __future__ import annotations
@@ -17,28 +17,32 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from headwater.errors import LostError
+from headwater.errors import LostProcessError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=1)
-"""How long a rank waits for another that is alive and silent; one that is gone shows itself at once."""
-SETTLING = timedelta(seconds=20)
-"""How long a rank that failed waits to hear that the others failed as well; they may be waiting for it."""
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Timed out waiting",
-        "Application timeout", "Socket Timeout", "NCCL communicator was aborted", "remote process exited")  # fmt: skip
-"""What the libraries say when another process does not answer any more."""
+TIMEOUT = timedelta(hours=1)
+"""Longest wait for a rank that is alive but silent; a rank that has died is noticed at once."""
+FAILURE_TIMEOUT = timedelta(seconds=20)
+"""How long a failed rank waits to hear that the others failed too; they may be blocked waiting for it."""
+LOST_PROCESS_MESSAGES = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Timed out waiting",
+    "Application timeout", "Socket Timeout", "NCCL communicator was aborted", "remote process exited",
+)  # fmt: skip
+"""Parts of the libraries' error messages when another process no longer answers."""
+DIVERGED = "diverged"
+"""Store key that a rank sets once the ranks' outcomes differ."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those that run a node together.
+    """This process among the ranks that run a node together.
 
-    mesh   the devices over which weights are sharded (FSDP2)
-    group  the processes to exchange words with
-    store  what the launcher keeps for all of them: it answers also while others wait for this rank
+    mesh   devices over which weights are sharded (FSDP2)
+    group  gloo group for the object collectives
+    store  the launcher's key-value store, which answers even while other ranks wait for this one
 
-    Example: `Ranks()` is one process alone: `share(rows)` is all of them, `all_gather(x)` is [x].
+    Example: `ProcessGroup()` is a single process: `shard(rows)` is all of them, `all_gather(x)` is [x].
     """
 
     rank: int = 0
@@ -48,141 +52,139 @@ class ProcessGroup:
     store: Any = None
 
     @property
-    def alone(self) -> bool:
+    def single_process(self) -> bool:
         return self.size == 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the rank that writes the run's folder and talks to the user."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes the run directory and prints progress."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part of what all have: consecutive, alike in number. Example: rank 1 of 2 has (c, d) of (a, b, c, d)."""
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's consecutive share of the items. Example: rank 1 of 2 has (c, d) of (a, b, c, d)."""
         count = len(items)
         return items[count * self.rank // self.size : count * (self.rank + 1) // self.size]
 
     def all_gather(self, value: T) -> list[T]:
-        """What every rank has, in their order, on every rank."""
-        if self.alone:
+        """The values of all ranks, in rank order, on every rank."""
+        if self.single_process:
             return [value]
-        held: list[Any] = [None] * self.size
-        with named_loss():
-            dist.all_gather_object(held, value, group=self.group)
-        return held
+        values: list[Any] = [None] * self.size
+        with detect_lost_process():
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
-    def gather_to_first(self, value: T) -> list[T]:
-        """As `all_gather`, on the first rank; nothing on the others. For what is large."""
-        if self.alone:
+    def gather(self, value: T) -> list[T]:
+        """As `all_gather`, on rank 0 only; an empty list on the others. For large values."""
+        if self.single_process:
             return [value]
-        held: list[Any] | None = [None] * self.size if self.first else None
-        with named_loss():
-            dist.gather_object(value, held, dst=0, group=self.group)
-        return held or []
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        with detect_lost_process():
+            dist.gather_object(value, values, dst=0, group=self.group)
+        return values or []
 
     def broadcast(self, value: T) -> T:
-        """What the first rank has, on every rank."""
-        if self.alone:
+        """Rank 0's value, on every rank."""
+        if self.single_process:
             return value
-        held: list[Any] = [value]
-        with named_loss():
-            dist.broadcast_object_list(held, src=0, group=self.group)
-        found: T = held[0]
-        return found
+        values: list[T] = [value]
+        with detect_lost_process():
+            dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
 
     def all_reduce_sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Named numbers added up over ranks, in their order: the same to the bit on every rank. What a rank lacks is 0."""
-        found: dict[str, float] = {}
-        for one in self.all_gather(dict(values)):
-            for name, value in one.items():
-                found[name] = found.get(name, 0.0) + value
-        return found
+        """Sum named numbers over ranks, in rank order, so that every rank gets the same bits. A missing name counts as 0."""
+        sums: dict[str, float] = {}
+        for rank_values in self.all_gather(dict(values)):
+            for name, value in rank_values.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds on any rank."""
-        if self.alone:
+        """Whether the flag is set on any rank."""
+        if self.single_process:
             return flag
-        held = torch.tensor([int(flag)])
-        with named_loss():
-            dist.all_reduce(held, dist.ReduceOp.MAX, group=self.group)
-        return bool(held.item())
+        flags = torch.tensor([int(flag)])
+        with detect_lost_process():
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        return bool(flags.item())
 
-    def in_lockstep(self, items: Iterable[T]) -> Iterator[T | None]:
-        """The items, then None while other ranks still have some: so all of them take part in as many passes."""
-        if self.alone:
+    def lockstep(self, items: Iterable[T]) -> Iterator[T | None]:
+        """Yield the items, then None while other ranks have some left: every rank iterates equally often."""
+        if self.single_process:
             yield from items
             return
-        rest = iter(items)
+        remaining = iter(items)
         while True:
-            one = next(rest, None)
-            if not self.any(one is not None):
+            item = next(remaining, None)
+            if not self.any(item is not None):
                 return
-            yield one
+            yield item
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait for every rank."""
         self.any(False)
 
     def duplicate(self) -> ProcessGroup:
-        """The same processes with words of their own, for a thread that speaks while another one does."""
-        return self if self.alone else replace(self, group=dist.new_group(backend="gloo", timeout=PATIENCE))
+        """The same ranks with a gloo group of their own, for a thread that communicates while another one does."""
+        return self if self.single_process else replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
-    def settled(self, what: str, failed: bool) -> bool:
-        """Whether every rank came to the end of `what`, and all of them failed or none. One that failed does not wait long."""
-        if self.alone:
+    def same_outcome(self, name: str, failed: bool) -> bool:
+        """Whether every rank finished `name`, and either all failed or none did. A failed rank waits only briefly."""
+        if self.single_process:
             return True
-        keys = [f"{what}/{rank}" for rank in range(self.size)]
+        keys = [f"{name}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], str(failed))
         try:
-            self.store.wait(keys, SETTLING if failed else PATIENCE)
+            self.store.wait(keys, FAILURE_TIMEOUT if failed else TIMEOUT)
             if all(self.store.get(key).decode() == str(failed) for key in keys):
                 return True
         except RuntimeError:  # such as torch's DistStoreError
             pass
         with contextlib.suppress(RuntimeError):
-            self.store.set(APART, "")
+            self.store.set(DIVERGED, "")
         return False
 
-    def apart(self) -> bool:
-        """Whether some rank has left the common way, so that no word of this one would be understood."""
-        return not self.alone and bool(self.store.check([APART]))
+    def diverged(self) -> bool:
+        """Whether the outcomes of some node differed, so that collectives of the ranks no longer match."""
+        return not self.single_process and bool(self.store.check([DIVERGED]))
 
 
 SINGLE_PROCESS = ProcessGroup()
-APART = "apart"
 
 
-def join() -> ProcessGroup:
-    """Meet the other processes that the launcher started. On GPUs each takes the one of its local rank."""
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+def init_process_group() -> ProcessGroup:
+    """Join the ranks that the launcher (torchrun) started. With GPUs, each rank uses the GPU of its local rank."""
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
-    with named_loss():
+    with detect_lost_process():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=dist.PrefixStore("headwater", store),
             rank=rank,
             world_size=size,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
         mesh = init_device_mesh("cuda" if cuda else "cpu", (size,))
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return ProcessGroup(rank, size, mesh, group, dist.PrefixStore("settled", store))
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return ProcessGroup(rank, size, mesh, group, dist.PrefixStore("outcomes", store))
 
 
-def is_loss(error: BaseException) -> bool:
-    """Whether an exception says that another process does not answer any more."""
-    return isinstance(error, LostError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in GONE)
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an exception means that another process no longer answers."""
+    return isinstance(error, LostProcessError) or (
+        isinstance(error, RuntimeError) and any(message in str(error) for message in LOST_PROCESS_MESSAGES)
     )
 
 
 @contextlib.contextmanager
-def named_loss() -> Iterator[None]:
-    """Raises LostError where another process is gone."""
+def detect_lost_process() -> Iterator[None]:
+    """Raise LostProcessError instead of the library's error if another process is gone."""
     try:
         yield
     except RuntimeError as error:
-        if not is_loss(error):
+        if not is_lost_process(error):
             raise
-        raise LostError from None
+        raise LostProcessError from None

@@ -1,26 +1,30 @@
-"""`headwater doctor`: everything that can be wrong before time is spent. `run` and `study` ask it first.
+"""The table of checks behind `headwater doctor`, `run` and `study`, and what runs them.
 
-Every check is a function Case -> findings and a row of CHECKS. A new one is a function, a row, a line in docs/doctor.md and a
-test that plants the fault.
+A check is a generator of findings and a row of CHECKS. A new one is a function, a row, a line in docs/doctor.md and a test that
+plants the fault.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from headwater.config.recipe import Recipe
 from headwater.doctor import data_checks as data
-from headwater.doctor import engine_checks as engines
-from headwater.doctor import model_checks as weights
-from headwater.doctor import tokenizer_checks as tokens
-from headwater.doctor.context import Case, Finding, UnavailableError, pending
+from headwater.doctor import model_checks as models
+from headwater.doctor import prompt_checks as prompts
+from headwater.doctor import resource_checks as resources
+from headwater.doctor import teacher_checks as teachers
+from headwater.doctor import weight_checks as weights
+from headwater.doctor.context import DoctorContext
+from headwater.doctor.finding import Finding, unreadable
 from headwater.errors import RefusedError, UserError
-from headwater.runs.checks import check_plan
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Plan
+from headwater.runs.read_once import InputError
+from headwater.runs.source_readers import load_with_missing_answers
 
 Stage = Literal["files", "weights", "comparisons"]
 STAGES: tuple[Stage, ...] = ("files", "weights", "comparisons")
@@ -30,68 +34,72 @@ STAGES: tuple[Stage, ...] = ("files", "weights", "comparisons")
 class Check:
     """A row of the table.
 
-    title   what was looked at, for the list that is printed
-    finds   the names that its findings may have
-    stage   it is made only if no earlier stage found an error: weights are not loaded for a run that is refused anyway
-    told    `run` has said or refused the same before it asks the doctor, so it is not looked at twice
+    title      what is checked, for the list that is printed
+    finds      the names that its findings may have
+    stage      it runs only if no earlier stage found an error: a run that is refused anyway loads no weights
+    exit_code  of `run` when it finds an error: 2 for a mistake in the recipe or its data, reported alone in one sentence
+    noted      `run` prints the same in its own notes, so that preflight leaves it out
     """
 
     title: str
-    look: Callable[[Case], list[Finding]]
+    run: Callable[[DoctorContext], Iterator[Finding]]
     finds: tuple[str, ...]
     stage: Stage = "files"
-    told: bool = False
+    exit_code: Literal[2, 3] = 3
+    noted: bool = False
 
 
-def plan_can_run(case: Case) -> list[Finding]:
-    """What `run` itself would refuse, and no other check has a name for."""
-    device = case.device  # a GPU that is not there has its own name
-    try:
-        check_plan(case.plan, case.inputs)
-    except UnavailableError:
-        raise
-    except UserError as error:
-        return [Finding("cannot-run", "error", f"{error} (on {device.type})", "mend what the sentence names")]
-    return []
+def plan_can_be_made(context: DoctorContext) -> Iterator[Finding]:
+    """Raises InputError for what no other check has a name for."""
+    yield from ()
+    assert context.inputs.device and context.plan
 
 
 CHECKS = (
-    Check("model folders, configs, tokenizers", tokens.models_are_readable, ("model-unreadable",)),
-    Check("token ids of probe strings and problems", tokens.token_ids, ("token-ids-differ",), told=True),
-    Check("vocabulary width", tokens.vocabulary, ("vocabulary-width", "token-beyond-vocabulary")),
-    Check("stop ids of student and teacher", tokens.stop_sets, ("stop-sets-differ", "no-stop-id")),
+    Check("model folders, configs, tokenizers", models.models_are_readable, ("model-unreadable",)),
+    Check("token ids of probe strings and problems", models.token_ids, ("token-ids-differ",), exit_code=2),
+    Check("vocabulary width", models.vocabulary, ("vocabulary-width", "token-beyond-vocabulary")),
+    Check("stop ids of student and teacher", models.stop_sets, ("stop-sets-differ", "no-stop-id")),
     Check(
-        "EOS, padding, turn end", tokens.ends, ("eos-not-in-generation-config", "turn-end-does-not-stop", "pad-is-eos")
+        "EOS, padding, turn end",
+        models.end_tokens,
+        ("eos-not-in-generation-config", "turn-end-does-not-stop", "pad-is-eos"),
     ),
-    Check("sampling defaults", tokens.sampling_defaults, ("sampling-defaults-ignored",)),
+    Check("sampling defaults", models.sampling_defaults, ("sampling-defaults-ignored",)),
     Check("data files", data.data_is_readable, ("data-unreadable",)),
-    Check("chat templates", tokens.templates, ("thinking-differs", "prompts-differ", "thinking-known-to-one")),
+    Check(
+        "chat templates",
+        prompts.templates,
+        ("thinking-differs", "prompts-differ", "thinking-known-to-one"),
+        exit_code=2,
+    ),
     Check(
         "thinking mode and system prompt",
-        tokens.fields_without_effect,
+        prompts.fields_without_effect,
         ("thinking-without-effect", "thinking-always-on", "system-without-effect"),
     ),
-    Check("prompt lengths and positions", tokens.lengths, ("prompt-too-long", "context-too-short")),
-    Check("characters of the problems", tokens.unknown_tokens, ("unknown-tokens",)),
+    Check("prompt lengths", prompts.prompt_lengths, ("prompt-too-long",), exit_code=2),
+    Check("positions", prompts.context_length, ("context-too-short",)),
+    Check("characters of the problems", prompts.unknown_tokens, ("unknown-tokens",)),
     Check("an answer for every label", data.answers, ("label-without-answer",)),
     Check("gold answers against their grader", data.golds, ("task-unusable", "gold-fails-grader")),
-    Check("contamination by evaluation problems", data.contamination, ("evaluation-leak",), told=True),
-    Check("duplicates and contradictions", data.repeats, ("duplicates", "contradicting-answers"), told=True),
+    Check("contamination by evaluation problems", data.contamination, ("evaluation-leak",), noted=True),
+    Check("duplicates and contradictions", data.repeats, ("duplicates", "contradicting-answers"), noted=True),
     Check("evaluation sets", data.evaluations, ("evaluation-empty", "evaluations-overlap")),
     Check(
         "label budget and halves",
-        data.split,
-        ("label-budget-over-pool", "halves-overlap", "halves-unbalanced", "pool-too-small"),
+        data.halves,
+        ("label-budget-over-pool", "halves-overlap", "halves-unbalanced"),
     ),
-    Check("device and plan", plan_can_run, ("device-missing", "cannot-run"), told=True),
-    Check("sampling engine", engines.engine, ("engine-unusable",)),
-    Check(
-        "teacher servers",
-        engines.servers,
-        ("server-unusable", "server-disagrees", "server-context-too-short"),
-    ),
-    Check("memory", data.memory, ("memory-too-small", "memory-tight")),
-    Check("disk", data.disk, ("disk-too-small", "disk-tight", "cache-over-limit")),
+    Check("pool sizes", data.pool_sizes, ("pool-too-small",), exit_code=2),
+    Check("what teachers can do", teachers.teacher_form, ("cannot-run",), exit_code=2),
+    Check("tags of problems", teachers.teacher_tags, (), exit_code=2),
+    Check("device and plan", plan_can_be_made, ("device-missing",), exit_code=2),
+    Check("sampling engine", teachers.engine, ("engine-unusable",)),
+    Check("teacher servers' tokens", teachers.server_tokens, ("server-disagrees",), exit_code=2),
+    Check("teacher servers", teachers.servers, ("server-unusable", "server-context-too-short")),
+    Check("memory", resources.memory, ("memory-too-small", "memory-tight")),
+    Check("disk", resources.disk, ("disk-too-small", "disk-tight", "cache-over-limit")),
     Check("finite log-probs", weights.finite, ("not-finite",), stage="weights"),
     Check("truncation", weights.truncation, ("truncated",), stage="weights"),
     Check("sampler against trainer", weights.sampler_against_trainer, ("sampler-trainer-gap",), stage="comparisons"),
@@ -107,7 +115,7 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found, what was looked at, and what could not be."""
+    """What was found, what was checked, and what could not be."""
 
     findings: tuple[Finding, ...]
     checked: tuple[str, ...]
@@ -115,82 +123,99 @@ class Examination:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        return tuple(one for one in self.findings if one.severity == "error")
+        return tuple(finding for finding in self.findings if finding.severity == "error")
 
-    def written(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return {
             "ok": not self.errors,
-            "findings": [vars(one) for one in self.findings],
+            "findings": [vars(finding) for finding in self.findings],
             "checked": list(self.checked),
             "unchecked": list(self.unchecked),
         }
 
     def text(self) -> str:
-        """Every finding, errors first, then what was looked at."""
+        """Every finding, errors first, then what was checked."""
         order = ("error", "warning", "note")
-        lines = [one.text() for one in sorted(self.findings, key=lambda one: order.index(one.severity))]
+        lines = [finding.text() for finding in sorted(self.findings, key=lambda finding: order.index(finding.severity))]
         lines.append(f"checked: {', '.join(self.checked)}")
         if self.unchecked:
             lines.append(f"not checked, because of the errors above: {', '.join(self.unchecked)}")
         if not self.errors:
-            lines.append("nothing is wrong that would spoil a run")
+            lines.append("nothing found that would spoil a run")
         return "\n".join(lines)
 
-    def refusal(self, shown: bool) -> RefusedError:
-        """shown: the findings stand above already, so their names are enough."""
-        names = ", ".join(dict.fromkeys(one.name for one in self.errors))
-        if shown:
-            return RefusedError(f"refused: {names}")
-        errors = "\n".join(one.text() for one in self.errors)
-        return RefusedError(f"refused by preflight: {names} (`headwater doctor` shows every check)\n{errors}")
+    @property
+    def error_names(self) -> str:
+        return ", ".join(dict.fromkeys(finding.name for finding in self.errors))
 
 
-def examine(case: Case, checks: Sequence[Check] = CHECKS) -> Examination:
-    """Make every check that can be made. One that fails for want of something says so once, under that thing's name."""
+def examine(context: DoctorContext, checks: Sequence[Check] = CHECKS) -> Examination:
+    """Run every check that can be run. An input that cannot be read is one finding, whatever checks need it."""
     found: dict[Finding, None] = {}
     checked, unchecked = [], []
     for stage in STAGES:
-        refused = any(one.severity == "error" for one in found)
-        for check in (one for one in checks if one.stage == stage):
+        refused = any(finding.severity == "error" for finding in found)
+        for check in (check for check in checks if check.stage == stage):
             if refused:
                 unchecked.append(check.title)
                 continue
             try:
-                found.update(dict.fromkeys(check.look(case)))
+                for finding in check.run(context):
+                    found[finding] = None
                 checked.append(check.title)
-            except UnavailableError as error:
-                found[error.finding] = None
+            except InputError as error:
+                found[unreadable(error)] = None
                 unchecked.append(check.title)
-    named = [one for one in found if one.severity == "error" and one.name != "cannot-run"]
-    # A plan that cannot be made is the consequence of what is named already.
-    findings = tuple(one for one in found if not (named and one.name == "cannot-run"))
+    # A plan that cannot be made is the consequence of any error with a name of its own.
+    named = any(finding.severity == "error" and finding.name != "cannot-run" for finding in found)
+    findings = tuple(finding for finding in found if not (named and finding.name == "cannot-run"))
     return Examination(findings, tuple(checked), tuple(unchecked))
 
 
 def diagnose(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Path) -> Examination:
-    """Everything about a recipe and some of its arms; nothing is written. Raises UserError for an unknown arm."""
-    case = Case(recipe, tuple(arms), tuple(seeds), out)
-    try:
-        return examine(case)
-    finally:
-        case.close()
+    """Check all of a recipe and some of its arms; nothing is written. Raises UserError for an unknown arm."""
+    with RunInputs(recipe, load_with_missing_answers) as inputs:
+        context = DoctorContext(inputs, tuple(arms), tuple(seeds), out)
+        try:
+            return examine(context)
+        finally:
+            context.close()
+
+
+def check_plan(plan: Plan, inputs: RunInputs) -> None:
+    """Refuse a plan that could not run, before any model is loaded. Raises UserError naming the field."""
+    _refuse_user_errors(DoctorContext.of(plan, inputs))
+
+
+def _refuse_user_errors(context: DoctorContext) -> list[Finding]:
+    """Run the checks of exit code 2; returns their other findings. Raises UserError for the first error."""
+    findings = []
+    for check in CHECKS:
+        for finding in check.run(context) if check.exit_code == 2 else ():
+            if finding.severity == "error":
+                raise UserError(finding.evidence)
+            findings.append(finding)
+    return findings
 
 
 def preflight(plan: Plan, inputs: RunInputs, out: Path, say: Callable[[str], None]) -> None:
-    """What `run` and `study` do first: refuse errors, say warnings. A finished run is not looked at again.
+    """Refuse what would spoil a run before anything is written, and say warnings. For a finished run it is `check_plan`.
 
-    Raises RefusedError with every error's name, evidence and remedy.
+    Raises UserError for a mistake in the recipe or its data, RefusedError with the name, evidence and remedy of other errors.
     """
-    if not pending(plan, out):
-        return
-    arms = tuple(arm for arm in plan.arms if not arm.startswith("base_"))
-    case = Case(plan.recipe, arms, plan.seeds, out, (plan, inputs), every=False)
+    context = DoctorContext.of(plan, inputs, out)
     try:
-        found = examine(case, [check for check in CHECKS if not check.told])
+        findings = _refuse_user_errors(context)
+        if not context.pending:
+            return
+        found = examine(context, [check for check in CHECKS if check.exit_code == 3 and not check.noted])
     finally:
-        case.close()
-    for one in found.findings:
-        if one.severity == "warning":
-            say(one.text())
+        context.close()
+    for finding in (*findings, *found.findings):
+        if finding.severity == "warning":
+            say(finding.text())
     if found.errors:
-        raise found.refusal(shown=False)
+        errors = "\n".join(finding.text() for finding in found.errors)
+        raise RefusedError(
+            f"refused by preflight: {found.error_names} (`headwater doctor` shows every check)\n{errors}"
+        )

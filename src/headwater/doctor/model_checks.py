@@ -1,153 +1,173 @@
-"""The doctor's checks that need weights: a few problems, a few tokens, through the very paths that training uses."""
+"""Doctor checks of model folders, tokenizers, vocabularies and stop ids; no weights are loaded."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
-import torch
-from torch import Tensor
+from headwater.doctor.context import DoctorContext
+from headwater.doctor.finding import Finding, unreadable
+from headwater.errors import UserError
+from headwater.models.prompts import render_chat
+from headwater.models.tokenizer import refuse_different_tokens
+from headwater.runs.read_once import InputError
 
-from headwater.doctor.context import Case, Finding
-from headwater.losses import token_losses
-from headwater.losses.batch import Row
-from headwater.losses.logprobs import token_stats
-from headwater.models.policy import Policy
-from headwater.teachers.scoring import distributions_of, logp_of
-from headwater.types import Rollout
-
-MOST_TRUNCATED = 0.5
-# Bounds in nats, for float32 and bfloat16: float32 leaves 1e-6 and less, bfloat16 about 1e-2 a token.
-AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-SELF_KL = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+MAX_COMPARED_CHARACTERS = 10_000
+"""Of a problem's text; a prompt that is far too long is reported by name."""
 
 
-def finite(case: Case) -> list[Finding]:
-    return [
-        Finding(
-            "not-finite",
-            "error",
-            f"models.{role}: its log-probs are not finite, so there is nothing to sample from",
-            "its weights hold a NaN or an infinity, or models.dtype is too narrow for it: fetch the weights again, or use "
-            "models.dtype=float32",
-        )
-        for role in case.sampled_roles
-        if not all(math.isfinite(sum(rollout.sampler_logp)) for rollout in case.sample(role).rollouts)
-    ]
+def models_are_readable(context: DoctorContext) -> Iterator[Finding]:
+    inputs = context.inputs
+    for role in context.roles:
+        try:
+            inputs.model_folder(role).require_weights()
+        except InputError as error:
+            yield unreadable(error)
+            continue
+        except UserError as error:
+            yield unreadable(InputError("model", str(error)))
+        for read in (inputs.config, inputs.tokenizer):
+            try:
+                read(role)
+            except InputError as error:
+                yield unreadable(error)
 
 
-def sampler_against_trainer(case: Case) -> list[Finding]:
-    """The log-probs that a token was drawn with against those that the trainer computes for it (TRL #6789)."""
-    found = []
-    for role in case.sampled_roles:
-        sample = case.sample(role)
-        theirs = logp_of(sample.policy, sample.rollouts, case.recipe.compute.microbatch_tokens)
-        drawn = [torch.tensor(one.sampler_logp) for one in sample.rollouts]
-        gap = mean_gap(drawn, theirs)
-        if not gap <= GAP[sample.policy.compute_dtype]:
-            found.append(
-                Finding(
-                    "sampler-trainer-gap",
-                    "error",
-                    f"models.{role}: a sampled token's log-prob differs by {gap:.2g} nats on average between sampler and "
-                    f"trainer (at most {GAP[sample.policy.compute_dtype]:g} in {name_of(sample.policy)})",
-                    "use models.dtype=float32; if the gap stays, the model's cached and whole forward passes differ: report it",
-                )
-            )
-    return found
-
-
-def teacher_agrees_with_itself(case: Case) -> list[Finding]:
-    """One teacher, the same tokens, scored in one batch and one by one: company and padding must not change a score."""
-    found = []
-    rollouts = scored(case)
-    for role in [role for role in case.roles if role != "student" and any(pair[1] == role for pair in case.pairs)]:
-        teacher = case.policy(role, frozen=True)
-        together = logp_of(teacher, rollouts, case.recipe.compute.microbatch_tokens)
-        alone = [logp_of(teacher, [one], 1)[0] for one in rollouts]
-        gap = mean_gap(together, alone)
-        if not gap <= AGREEMENT[teacher.compute_dtype]:
-            found.append(
-                Finding(
-                    "teacher-disagrees-with-itself",
-                    "error",
-                    f"models.{role}: scored twice, in a batch and alone, the same tokens differ by {gap:.2g} nats on average "
-                    f"(at most {AGREEMENT[teacher.compute_dtype]:g} in {name_of(teacher)})",
-                    "use models.dtype=float32 or compute.deterministic=true; if it stays, the model is random at inference or "
-                    "reads its padding",
-                )
-            )
-    return found
-
-
-def scored(case: Case) -> list[Rollout]:
-    """What teachers are asked about: the student's completions where a stage samples it, else those of its teacher."""
-    return case.sample(case.sampled_roles[0]).rollouts
-
-
-def self_distillation(case: Case) -> list[Finding]:
-    """The student as its own teacher: KL must be 0 through the path that on-policy distillation takes."""
-    if not any(pair[0] == "student" for pair in case.pairs):
+def compared_texts(context: DoctorContext) -> list[str]:
+    """Some problems' texts; none if the data cannot be read, which has its own finding."""
+    try:
+        return [problem.text[:MAX_COMPARED_CHARACTERS] for problem in context.compared_problems]
+    except InputError:
         return []
-    student, copy = case.policy("student", frozen=False), case.policy("student", frozen=True)
-    kl = self_kl(student, copy, scored(case), case.recipe.compute.microbatch_tokens)
-    if abs(kl) < SELF_KL[student.compute_dtype]:
-        return []
-    return [
-        Finding(
-            "self-kl",
-            "error",
-            f"models.student: taught by itself it has a mean KL of {kl:.2g} nats a token, where it should have none (less than "
-            f"{SELF_KL[student.compute_dtype]:g} in {name_of(student)})",
-            "use models.dtype=float32; if it stays, the model is random at inference, or trains in another mode than it scores",
-        )
-    ]
 
 
-@torch.no_grad()
-def self_kl(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], tokens: int) -> float:
-    """Mean reverse KL a token between a policy and its frozen copy, each as training holds it."""
-    taught = distributions_of(teacher, rollouts, tokens)
-    rows = [Row(rollout, teacher=one) for rollout, one in zip(rollouts, taught, strict=True)]
-    total = 0.0
-    for _, batch in student.batches(rows, tokens):
-        stats = token_stats(
-            student.completion_hidden(batch),
-            student.logits,
-            batch.targets_N,
-            batch.temperature,
-            batch.teacher,
-            token_losses.REVERSE,
-        )
-        assert stats.divergence_N is not None
-        total += stats.divergence_N.sum().item()
-    return total / sum(row.tokens for row in rows)
+def token_ids(context: DoctorContext) -> Iterator[Finding]:
+    """Equal width is not enough (unsloth-zoo #965): ids of probe strings and of problems are compared."""
+    student, texts = context.inputs.tokenizer("student"), compared_texts(context)
+    for role in context.roles[1:]:
+        teacher = context.inputs.tokenizer(role)
+        try:
+            refuse_different_tokens(student, teacher, ("models.student", f"models.{role}"), texts)
+        except UserError as error:
+            remedy = "choose a teacher of the student's model family, or one with the same tokenizer files"
+            yield Finding("token-ids-differ", "error", str(error), remedy)
 
 
-def truncation(case: Case) -> list[Finding]:
-    """Completions that run into the limit are graded as they stand, and a model that never ends is no teacher."""
-    found = []
-    for role in case.sampled_roles:
-        sample = case.sample(role)
-        cut = sum(rollout.finish == "length" for rollout in sample.rollouts) / len(sample.rollouts)
-        if not sample.cut and cut > MOST_TRUNCATED:
-            found.append(
-                Finding(
-                    "truncated",
-                    "warning",
-                    f"models.{role}: {cut:.0%} of {len(sample.rollouts)} sampled completions run into sampling.max_tokens "
-                    f"{sample.limit}",
-                    "raise sampling.max_tokens, or check that the model knows how to end (its stop ids, its chat template)",
-                )
+def vocabulary(context: DoctorContext) -> Iterator[Finding]:
+    widths = {role: int(context.inputs.config(role).get_text_config().vocab_size) for role in context.roles}
+    for (learner, teacher), whole in context.distillations.items():
+        if whole and widths[learner] != widths[teacher]:
+            yield Finding(
+                "vocabulary-width",
+                "error",
+                f"models.{learner} and models.{teacher}: their output layers have {widths[learner]} and {widths[teacher]} columns, "
+                "so their distributions cannot be compared",
+                "pad the narrower model to the wider (resize_token_embeddings) and save it; the added columns stand for no token",
             )
-    return found
+    for role, width in widths.items():
+        largest = max(context.inputs.tokenizer(role).get_vocab().values(), default=-1)
+        if largest >= width:
+            yield Finding(
+                "token-beyond-vocabulary",
+                "error",
+                f"models.{role}: its tokenizer gives ids up to {largest}, its output layer has {width} columns",
+                "use the tokenizer that the model was trained with, or resize_token_embeddings",
+            )
 
 
-def mean_gap(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Mean absolute difference a token; NaN where either is."""
-    return (torch.cat([one.cpu() for one in ours]) - torch.cat([one.cpu() for one in theirs])).abs().mean().item()
+def stop_sets(context: DoctorContext) -> Iterator[Finding]:
+    """A teacher that ends with an id at which the student does not stop teaches it to run on (ms-swift #9526)."""
+    inputs = context.inputs
+    for role in context.roles:
+        if not inputs.stop_ids(role):
+            remedy = "set eos_token_id in its generation_config.json"
+            yield Finding("no-stop-id", "error", f"models.{role}: no id ends a completion", remedy)
+
+    def named(role: str) -> str:
+        tokenizer = inputs.tokenizer(role)
+        return ", ".join(f"{id_} ({tokenizer.convert_ids_to_tokens(id_)})" for id_ in inputs.stop_ids(role))
+
+    for learner, teacher in context.distillations:
+        learner_ids, teacher_ids = set(inputs.stop_ids(learner)), set(inputs.stop_ids(teacher))
+        if learner_ids == teacher_ids or not learner_ids or not teacher_ids:
+            continue
+        evidence = f"models.{learner} ends a completion at {named(learner)}, models.{teacher} at {named(teacher)}"
+        unknown = sorted(teacher_ids - learner_ids)
+        if unknown:
+            evidence += f"; after {unknown}, which the teacher ends with, the {learner} would continue"
+        yield Finding(
+            "stop-sets-differ",
+            "error" if unknown else "warning",
+            evidence,
+            f"write the union {sorted(learner_ids | teacher_ids)} as eos_token_id into each model's generation_config.json, or pair "
+            "Base with Base, Instruct with Instruct",
+        )
 
 
-def name_of(policy: Policy) -> str:
-    return str(policy.compute_dtype).removeprefix("torch.")
+def end_tokens(context: DoctorContext) -> Iterator[Finding]:
+    """Whether tokenizer, generation config and chat template agree on the end of a turn, and whether padding differs from it."""
+    for role in context.roles:
+        tokenizer, stops = context.inputs.tokenizer(role), context.inputs.stop_ids(role)
+        named = context.inputs.generation_config(role).eos_token_id
+        listed = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
+        if listed and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in listed:
+            yield Finding(
+                "eos-not-in-generation-config",
+                "warning",
+                f"models.{role}: the tokenizer's EOS is {tokenizer.eos_token_id} ({tokenizer.eos_token}), "
+                f"generation_config.json names {list(listed)}; both stop here, elsewhere the first may not",
+                "write both ids as eos_token_id into generation_config.json, so that every engine stops at both",
+            )
+        end = turn_end(tokenizer)
+        if end is not None and end not in stops:
+            yield Finding(
+                "turn-end-does-not-stop",
+                "warning",
+                f"models.{role}: its chat template ends a turn with {end} ({tokenizer.convert_ids_to_tokens(end)}), which is not "
+                f"among its stop ids {list(stops)}",
+                "add that id to eos_token_id in generation_config.json, or use the model's own template",
+            )
+        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in stops:
+            yield Finding(
+                "pad-is-eos",
+                "note",
+                f"models.{role}: id {tokenizer.pad_token_id} ({tokenizer.pad_token}) both pads and ends a completion",
+                "nothing: padding is never recognised by its id here and EOS is trained on; trainers that mask the pad id would "
+                "unlearn stopping",
+            )
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes after an assistant's turn, if there is one."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    turns = [{"role": "user", "content": "2+5"}, {"role": "assistant", "content": "=7"}]
+    try:
+        after = render_chat(tokenizer, turns, "an assistant's turn").rpartition("=7")[2].lstrip()[:1000]
+    except UserError:  # not every template takes such a turn; prompts of the problems have a check of their own
+        return None
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return ids[0] if ids and ids[0] in special else None
+
+
+def sampling_defaults(context: DoctorContext) -> Iterator[Finding]:
+    """A model's own sampling defaults are never used, which a user may not expect."""
+    used = context.recipe.evaluate.sampling.model_dump(include={"temperature", "top_p", "top_k"})
+    for role in context.roles:
+        config = context.inputs.generation_config(role)
+        defaults = {name: getattr(config, name, None) for name in used}
+        other = {name: value for name, value in defaults.items() if value is not None and value != used[name]}
+        # transformers' own default is top_k 50; where no file names it, it says nothing about this model.
+        if other and other != {"top_k": 50}:
+            yield Finding(
+                "sampling-defaults-ignored",
+                "note",
+                f"models.{role}: generation_config.json names {_named(other)}; this recipe trains at temperature, top-p and top-k "
+                f"of its stages and evaluates at {_named(used)}",
+                "nothing, or set evaluate.sampling to the model's own values to compare with published numbers",
+            )
+
+
+def _named(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())

@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import seeds, stats
-from headwater.config.arms import Pool, arm_of
+from headwater.config.arms import split_pool
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
 from headwater.data.labels import Labels
 from headwater.doctor import advice
 from headwater.doctor.advice import Finish, Measures, Readiness
+from headwater.doctor.checks import check_plan
 from headwater.errors import TrainingStoppedError, UserError
-from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
@@ -40,7 +40,7 @@ from headwater.storage.run_dir import RunDir, write_json
 from headwater.storage.untrusted import refuse_links
 from headwater.teachers.server_client import is_served
 from headwater.training import conditions
-from headwater.training.evaluate import sampled_and_graded
+from headwater.training.evaluate import sample_and_grade
 from headwater.types import Rollout
 
 PROBLEMS = 128
@@ -105,7 +105,8 @@ def probe(
         refuse_links(folder.path, "--out")
         folder.refuse_other(wanted)
     with contextlib.ExitStack() as stack:
-        _, inputs = stack.enter_context(prepared(recipe, ["bridge", "direct_grpo"], [seed]))
+        plan, inputs = stack.enter_context(prepared(recipe, ["bridge", "direct_grpo"], [seed]))
+        check_plan(plan, inputs)
         names, count = chosen(inputs, problems, seed), samples_of(recipe, samples)
         if folder is not None:
             stack.enter_context(folder.locked())
@@ -165,14 +166,9 @@ def measured(
     )
 
 
-def pool_of(recipe: Recipe) -> Pool:
-    """The labelled problems in question: those that the bridge would spend on the teacher."""
-    return arm_of("bridge", recipe).teacher[0].pool
-
-
 def chosen(inputs: RunInputs, problems: int | None, seed: int) -> list[str]:
     """Which labelled problems are sampled, in an order that content and seed decide. Raises UserError past the budget."""
-    pool = inputs.pool(pool_of(inputs.recipe))
+    pool = inputs.pool(split_pool(inputs.recipe))
     if problems is not None and problems > len(pool):
         raise UserError(f"--problems {problems}: the recipe's label budget buys {len(pool)} problems to look at")
     return seeds.shuffled(list(pool), seed, "probe")[: PROBLEMS if problems is None else problems]
@@ -191,7 +187,7 @@ def cache_passes(inputs: RunInputs) -> float:
 
     Example: 80 steps of 64 rollouts over a cache of 64 prompts × 8 rollouts are 10 passes.
     """
-    settings, pool = inputs.recipe.stages.warmup, pool_of(inputs.recipe)
+    settings, pool = inputs.recipe.stages.warmup, split_pool(inputs.recipe)
     cached = len(inputs.prompts(pool, settings)) * settings.group_size
     return inputs.steps(pool, settings) * settings.batch_size / cached
 
@@ -213,7 +209,7 @@ def look(
     (field, name), *others = recipe.models.named(role).items()
     if others or is_served(name):
         raise UserError(f"{field}: probe measures one model whose weights are here; name a folder or a hub id")
-    policy = load_policy(ModelFolder.open(name, field), LoadOptions(recipe.models, inputs.device, frozen=True))
+    policy = load_policy(inputs.model_folder(role), LoadOptions(recipe.models, inputs.device, frozen=True))
     prompter = Prompter(policy.tokenizer, recipe.prompt)
     prompts = [(name, prompter.ids(inputs.problems[name])) for name in names]
     with progress_display.node(
@@ -221,14 +217,14 @@ def look(
     ) as watch:
         watch.start(0, len(names) * samples, "completions")
         try:
-            found = sampled_and_graded(
+            found = sample_and_grade(
                 inputs.sampler(policy),
                 # Both models draw the same numbers, as in evaluations: what differs is then the models.
                 requests_for(prompts, samples, 0, seed, "probe"),
                 stage.sampling,
                 labels,
-                prompter.completion,
-                lambda done: watch.advance(done, {}),
+                prompter,
+                lambda finished: watch.advance(len(finished), {}),
             )
         except TrainingStoppedError as error:
             raise UserError(f"models.{role}: {error}") from None
@@ -338,7 +334,7 @@ def finish(
                 seconds=time.perf_counter() - started,
             )
         )
-    apart = conditions.apart(
+    apart = conditions.divergences(
         student.policy, teacher.policy, teacher.right, recipe.conditions.top_k, recipe.compute.microbatch_tokens
     )
     return Finish(len(beginnings), ends[0], ends[1], apart.kl_teacher_student)

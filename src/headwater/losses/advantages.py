@@ -1,4 +1,4 @@
-"""Rewards of a group of rollouts -> advantages. Pure: no I/O, no config."""
+"""Group-relative advantages from rewards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def group_normalised(rewards_PG: Tensor) -> Tensor:
 
 
 def mean_centred(rewards_PG: Tensor) -> Tensor:
-    """A = r − mean within each group (Dr.GRPO, 2503.20783): no division, so hard and easy problems weigh alike.
+    """A = r − mean within each group (Dr.GRPO, 2503.20783): no division, so hard and easy problems have the same weight.
 
     Example: rewards `[[1, 0, 0, 0]]` give `[[0.75, -0.25, -0.25, -0.25]]`.
     """
@@ -32,7 +32,7 @@ def mean_centred(rewards_PG: Tensor) -> Tensor:
 
 
 def informative(rewards_PG: Tensor) -> Tensor:
-    """Which groups carry a signal: those whose rewards are not all equal. Shape (P, G) -> (P,) bool."""
+    """Mask of the groups with a learning signal, whose rewards are not all equal: (P, G) -> (P,) bool."""
     return (rewards_PG != rewards_PG[:, :1]).any(dim=1)
 
 

@@ -1,13 +1,13 @@
-"""Annotated rollouts -> tensors, packed or padded. The shape legend of the whole package stands here.
+"""Collate annotated rollouts into tensors, packed or padded. Holds the shape legend of the whole package.
 
     P  problems of a step            G  samples of a problem        B  sequences (rollouts), B = P·G
-    T  tokens of the longest sequence in a batch, prompt included; shorter ones are padded on the right
-    L  tokens of a packed batch: (1, L) in place of (B, T), no padding and each shared prompt once
-    N  completion tokens of a batch, flat, in order of (sequence, position): the tokens that losses see
+    T  tokens of the longest sequence in a batch, prompt included; shorter sequences are padded on the right
+    L  tokens of a packed batch: (1, L) instead of (B, T), without padding and with each shared prompt once
+    N  completion tokens of a batch, flattened in order of (sequence, position): the tokens that losses see
     H  hidden width                  V  vocabulary                  K  kept tokens of a cached teacher   E  events
 
-Prompt and padding tokens are not masked out of the losses: they are never in N. EOS is a completion token like any other, and
-since no token is recognised as padding by its id, it is trained on also where a tokenizer pads with EOS.
+Prompt and padding tokens need no mask in the losses: they are never in N. EOS is a completion token like any other. No token is
+recognized as padding by its id, so EOS is trained on even where a tokenizer pads with it.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headwater.losses.distributions import Distributions, joined
+from headwater.losses.distributions import Distributions, concatenate
 from headwater.losses.packing import Packing, pack
 from headwater.types import Rollout, Verdict
 
 
 @dataclass(frozen=True)
 class Row:
-    """A rollout and what was said of it.
+    """A rollout with its training signals.
 
-    advantage   the rollout's, spread over its tokens
-    inert       it is counted in the denominator but cannot change the gradient, so it is not run
-    here        whether this process runs it; where several train together, each runs some rows and counts all
-    *_logp      per completion token, (n,) float32
-    teacher     the teacher's distributions at the completion tokens, n of them
+    advantage      of the rollout, the same for each of its tokens
+    zero_gradient  the row counts in the denominator but has no gradient, so its forward pass is skipped
+    local          this rank runs the row; each rank runs some rows and counts all
+    *_logp         per completion token, (n,) float32
+    teacher        the teacher's distributions at the n completion tokens
     """
 
     rollout: Rollout
     verdict: Verdict | None = None
     advantage: float = 0.0
-    inert: bool = False
-    here: bool = True
+    zero_gradient: bool = False
+    local: bool = True
     reference_logp: Tensor | None = None
     old_logp: Tensor | None = None
     teacher: Distributions | None = None
@@ -52,10 +52,10 @@ class Row:
 class Batch:
     """Rows as tensors.
 
-    ids_BT       token ids; (1, L) where they are packed
-    mask_BT      which are not padding; None where they are packed
-    predictor_N  index into the flattened (B·T or L) hidden states: the position before each target
-    row_N        which sequence (0…B−1) each token belongs to
+    ids_BT       token ids; (1, L) if packed
+    mask_BT      1 for real tokens, 0 for padding; None if packed
+    predictor_N  index of the position before each target in the flattened (B·T or L) hidden states
+    row_N        index of the sequence (0…B−1) of each token
     """
 
     ids_BT: Tensor
@@ -73,7 +73,7 @@ class Batch:
 
 
 def collate(rows: Sequence[Row], pad_id: int, device: torch.device) -> Batch:
-    """Pad on the right and flatten the completion tokens. All rows share one sampling temperature.
+    """Pad on the right and flatten the completion tokens. All rows must share one sampling temperature.
 
     Example: prompt (5, 6), completion (7, 2) gives ids (5, 6, 7, 2), targets (7, 2) and predictors at positions 1, 2.
     """
@@ -91,11 +91,11 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device) -> Batch:
 
 
 def collate_packed(rows: Sequence[Row], device: torch.device) -> Batch:
-    """One row of real tokens, each distinct prompt once, and the completion tokens flat; otherwise as `collate`."""
+    """As `collate`, but pack all tokens into one row without padding, with each distinct prompt once."""
     ids_1L, packing = pack([(row.rollout.prompt_ids, row.rollout.completion_ids) for row in rows], device)
     predictors = [
         torch.cat([torch.tensor([last]), torch.arange(start, start + row.tokens - 1)])
-        for row, last, start in zip(rows, packing.prompt_B, packing.start_B, strict=True)
+        for row, last, start in zip(rows, packing.prompt_end_B, packing.start_B, strict=True)
     ]
     return _batch(rows, ids_1L, None, packing, torch.cat(predictors).to(device))
 
@@ -115,25 +115,25 @@ def _batch(
         packing=packing,
         predictor_N=predictor_N,
         targets_N=torch.tensor(
-            [i for row in rows for i in row.rollout.completion_ids], dtype=torch.long, device=device
+            [token for row in rows for token in row.rollout.completion_ids], dtype=torch.long, device=device
         ),
         row_N=torch.repeat_interleave(counts).to(device),
-        sampler_logp_N=torch.tensor([x for row in rows for x in row.rollout.sampler_logp], device=device),
+        sampler_logp_N=torch.tensor([logp for row in rows for logp in row.rollout.sampler_logp], device=device),
         advantages_N=torch.tensor([row.advantage for row in rows]).repeat_interleave(counts).to(device),
-        reference_logp_N=_flat([row.reference_logp for row in rows], device),
-        old_logp_N=_flat([row.old_logp for row in rows], device),
-        teacher=joined(teachers, device) if teachers else None,
+        reference_logp_N=_concatenate([row.reference_logp for row in rows], device),
+        old_logp_N=_concatenate([row.old_logp for row in rows], device),
+        teacher=concatenate(teachers, device) if teachers else None,
         temperature=temperatures.pop(),
     )
 
 
-def _flat(parts: list[Tensor | None], device: torch.device) -> Tensor | None:
-    known = [part for part in parts if part is not None]
-    return torch.cat(known).to(device) if known else None
+def _concatenate(parts: list[Tensor | None], device: torch.device) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present).to(device) if present else None
 
 
 def microbatches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
-    """Split rows into parts of at most `tokens` padded tokens (a single longer row stands alone), alike in length."""
+    """Split rows, sorted by length, into parts of at most `tokens` padded tokens. A longer row is a part of its own."""
     part: list[Row] = []
     width = 0
     for row in sorted(rows, key=lambda row: len(row.rollout.prompt_ids) + row.tokens):
@@ -147,9 +147,9 @@ def microbatches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
 
 
 def packed_microbatches(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
-    """Split rows into as few parts of at most `tokens` packed tokens as an even cut allows (a single longer row stands alone).
+    """Split rows into the fewest parts of similar size with at most `tokens` packed tokens. A longer row is a part of its own.
 
-    Rows of one prompt stay side by side, so that few parts repeat it; parts are alike in tokens.
+    Rows of one prompt stay adjacent, so that few parts repeat it.
 
     Example: four rows of prompt 2 and completion 3 under one prompt are 14 tokens; a budget of 10 cuts them 2 + 2.
     """
@@ -157,16 +157,16 @@ def packed_microbatches(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
     for row in rows:
         by_prompt.setdefault(row.rollout.prompt_ids, []).append(row)
     ordered = [row for group in by_prompt.values() for row in group]
-    whole = sum(row.tokens for row in rows) + sum(map(len, by_prompt))
-    for count in range(max(1, -(-whole // tokens)), len(rows)):
-        parts = _cut(ordered, whole / count)
+    total = sum(row.tokens for row in rows) + sum(map(len, by_prompt))
+    for count in range(max(1, -(-total // tokens)), len(rows)):
+        parts = _split(ordered, total / count)
         if all(len(part) == 1 or packed_tokens(part) <= tokens for part in parts):
             return parts
     return [[row] for row in ordered]
 
 
-def _cut(rows: Sequence[Row], share: float) -> list[list[Row]]:
-    """Consecutive parts, each ended by the row with which it reaches its share of the tokens so far."""
+def _split(rows: Sequence[Row], share: float) -> list[list[Row]]:
+    """Consecutive parts of about `share` tokens: part i (from 1) ends before the row that takes the total past i · share."""
     parts: list[list[Row]] = [[]]
     done = 0
     last: tuple[int, ...] | None = None
@@ -180,5 +180,5 @@ def _cut(rows: Sequence[Row], share: float) -> list[list[Row]]:
 
 
 def packed_tokens(rows: Sequence[Row]) -> int:
-    """Tokens that a packed pass over these rows computes: every completion, and each distinct prompt once."""
+    """Tokens that a packed forward pass computes: every completion, and each distinct prompt once."""
     return sum(row.tokens for row in rows) + sum(len(prompt) for prompt in {row.rollout.prompt_ids for row in rows})

@@ -1,7 +1,7 @@
-"""The table: every objective is who samples × what scores × how densely.
+"""Loss terms of each objective: the per-token loss as a weighted sum of terms.
 
-A row names the source of its rollouts, the signals that annotate them, and a weighted sum of token losses. GRPO and on-policy
-distillation differ here exactly where they differ in the paper, and the λ axis between them is their weighted sum.
+`config.objectives` says who samples and what scores; a row here adds the loss. GRPO and on-policy distillation are the two ends
+of one axis, λ, of which `mixed` is the inside.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from headwater.config.objectives import Source
 from headwater.config.stage import Dense, Sparse, Stage
 from headwater.losses import token_losses
 from headwater.losses.token_losses import Divergence
@@ -25,23 +25,37 @@ Term = Callable[[Tokens], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """One row of the table.
+    """The loss of a stage, and the inputs that the training loop computes for it.
 
-    source       whose samples are trained on
-    signals      what is written on the rows before the update, in this order
     terms        (weight, token loss) pairs; the loss of a token is their weighted sum
     divergence   the exact divergence that a term reads from `student.divergence_N`
     """
 
-    source: Literal["policy", "teacher"]
-    signals: tuple[Literal["reward", "reference", "teacher"], ...]
+    stage: Stage
     terms: tuple[tuple[float, Term], ...]
     divergence: Divergence | None = None
     teacher_tokens: bool = False
-    idle_without_advantage: bool = False
-    """A rollout of advantage 0 cannot change the gradient, so it need not be run."""
+    """Whether a term reads the teacher's log-prob of each sampled token."""
+    skip_zero_advantage: bool = False
+    """Whether a rollout of advantage 0 has no gradient, so that its forward pass can be skipped."""
     importance_cap: float | None = None
-    """Where the sampler is not the trainer's own forward pass: the bound of `losses.truncated_importance`."""
+    """Bound of `token_losses.truncated_importance`; None where the sampler's log-probs are those of the trainer."""
+
+    @property
+    def source(self) -> Source:
+        return self.stage.spec.source
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """What each step computes for its rollouts: `reward`, `reference` (log-probs), `teacher`. Cached rollouts need nothing."""
+        if not self.stage.on_policy:
+            return ()
+        needed = {
+            "reward": self.stage.needs_labels,
+            "reference": self.stage.needs_reference,
+            "teacher": self.stage.needs_teacher,
+        }
+        return tuple(name for name, is_needed in needed.items() if is_needed)
 
     def token_loss(self, tokens: Tokens) -> Tensor:
         return sum((weight * term(tokens) for weight, term in self.terms), torch.zeros_like(tokens.old_logp_N))
@@ -49,15 +63,23 @@ class Objective:
 
 def sparse_term(sparse: Sparse, tokens: Tokens) -> Tensor:
     """Clipped policy gradient on the rollout's advantage, plus kl_coef · KL to the reference."""
-    student_logp_N = tokens.student.logp_N
-    loss_N = tokens.as_sampled(
-        token_losses.policy_gradient(
-            student_logp_N, tokens.old_logp_N, tokens.advantages_N, sparse.clip_low, sparse.clip_high
-        )
-    )
+    loss_N = clipped_term(sparse, tokens, tokens.advantages_N)
     if tokens.reference_logp_N is not None:
-        loss_N = loss_N + sparse.kl_coef * token_losses.reference_kl(student_logp_N, tokens.reference_logp_N)
+        loss_N = loss_N + sparse.kl_coef * token_losses.reference_kl(tokens.student.logp_N, tokens.reference_logp_N)
     return loss_N
+
+
+def constant_term(sparse: Sparse, tokens: Tokens) -> Tensor:
+    """An advantage of −1 on every sampled token: no reward, no teacher (the control of 2608.31046)."""
+    return clipped_term(sparse, tokens, torch.full_like(tokens.old_logp_N, -1.0))
+
+
+def clipped_term(sparse: Sparse, tokens: Tokens, advantages_N: Tensor) -> Tensor:
+    """Clipped policy gradient, with importance weights where the sampler's probabilities differ from the trainer's."""
+    loss_N = token_losses.policy_gradient(
+        tokens.student.logp_N, tokens.old_logp_N, advantages_N, sparse.clip_low, sparse.clip_high
+    )
+    return tokens.importance_weighted(loss_N)
 
 
 def dense_term(tokens: Tokens) -> Tensor:
@@ -67,31 +89,21 @@ def dense_term(tokens: Tokens) -> Tensor:
 
 
 def sampled_term(sparse: Sparse, tokens: Tokens) -> Tensor:
-    """Reverse KL from the sampled token alone (k1)."""
+    """Reverse KL estimated from the sampled token alone (k1)."""
     assert tokens.student.teacher_logp_N is not None
-    return tokens.as_sampled(
-        token_losses.sampled_reverse_kl(
-            tokens.student.logp_N, tokens.old_logp_N, tokens.student.teacher_logp_N, sparse.clip_low, sparse.clip_high
-        )
+    loss_N = token_losses.sampled_reverse_kl(
+        tokens.student.logp_N, tokens.old_logp_N, tokens.student.teacher_logp_N, sparse.clip_low, sparse.clip_high
     )
+    return tokens.importance_weighted(loss_N)
 
 
-def constant_term(sparse: Sparse, tokens: Tokens) -> Tensor:
-    """An advantage of −1 on every sampled token: no reward, no teacher (the control of 2608.31046)."""
-    down_N = torch.full_like(tokens.old_logp_N, -1.0)
-    return tokens.as_sampled(
-        token_losses.policy_gradient(
-            tokens.student.logp_N, tokens.old_logp_N, down_N, sparse.clip_low, sparse.clip_high
-        )
-    )
-
-
-def hard_term(tokens: Tokens) -> Tensor:
+def cross_entropy_term(tokens: Tokens) -> Tensor:
+    """Hard-label loss on the sampled tokens."""
     return token_losses.cross_entropy(tokens.student.logp_N)
 
 
 def divergence_of(dense: Dense) -> Divergence | None:
-    """The exact divergence a recipe names; None for the sampled form, which needs no distribution of the student."""
+    """The exact divergence that a recipe names; None for `sampled`, which reads the sampled tokens alone."""
     exact: dict[str, Divergence] = {
         "reverse": token_losses.REVERSE,
         "forward": token_losses.FORWARD,
@@ -103,43 +115,37 @@ def divergence_of(dense: Dense) -> Divergence | None:
 def on_policy(stage: Stage, sparse_share: float) -> Objective:
     """J_λ = (1−λ) dense + λ sparse on the policy's own rollouts (2605.12483, v1).
 
-    A term of weight 0 is left out with its signals, so λ=1 is GRPO itself and needs no teacher, and λ=0 is on-policy
-    distillation itself and needs no labels.
+    A term of weight 0 is left out, so λ=1 is GRPO itself and needs no teacher, and λ=0 is on-policy distillation itself and
+    needs no labels.
     """
-    signals: list[Literal["reward", "reference", "teacher"]] = []
     terms: list[tuple[float, Term]] = []
-    if sparse_share > 0.0:
-        signals.append("reward")
-        if stage.sparse.kl_coef > 0.0:
-            signals.append("reference")
-        terms.append((sparse_share, partial(sparse_term, stage.sparse)))
     divergence = None
+    if sparse_share > 0.0:
+        terms.append((sparse_share, partial(sparse_term, stage.sparse)))
     if sparse_share < 1.0:
-        signals.append("teacher")
         divergence = divergence_of(stage.dense)
-        terms.append(
-            (1.0 - sparse_share, dense_term if divergence is not None else partial(sampled_term, stage.sparse))
-        )
+        dense = partial(sampled_term, stage.sparse) if divergence is None else dense_term
+        terms.append((1.0 - sparse_share, dense))
     return Objective(
-        source="policy",
-        signals=tuple(signals),
-        terms=tuple(terms),
-        divergence=divergence,
+        stage,
+        tuple(terms),
+        divergence,
         teacher_tokens=sparse_share < 1.0 and divergence is None,
-        idle_without_advantage=sparse_share == 1.0 and stage.sparse.kl_coef == 0.0,
+        skip_zero_advantage=sparse_share == 1.0 and stage.sparse.kl_coef == 0.0,
     )
 
 
-TABLE: dict[str, Callable[[Stage], Objective]] = {
+LOSSES: dict[str, Callable[[Stage], Objective]] = {
     "grpo": lambda stage: on_policy(stage, 1.0),
     "opd": lambda stage: on_policy(stage, 0.0),
-    "mixed": lambda stage: on_policy(stage, stage.sparse_share if stage.sparse_share is not None else 0.5),
-    "forward_kl": lambda stage: Objective("teacher", (), ((1.0, dense_term),), token_losses.FORWARD),
-    "sft": lambda stage: Objective("teacher", (), ((1.0, hard_term),)),
-    "constant": lambda stage: Objective("policy", (), ((1.0, partial(constant_term, stage.sparse)),)),
+    "mixed": lambda stage: on_policy(stage, stage.sparse_share or 0.0),
+    "forward_kl": lambda stage: Objective(stage, ((1.0, dense_term),), token_losses.FORWARD),
+    "sft": lambda stage: Objective(stage, ((1.0, cross_entropy_term),)),
+    "constant": lambda stage: Objective(stage, ((1.0, partial(constant_term, stage.sparse)),)),
 }
+"""One row for each row of `config.objectives.OBJECTIVES`."""
 
 
 def objective_of(stage: Stage, importance_cap: float | None = None) -> Objective:
-    """The row of a stage. `importance_cap` is for samplers that compute otherwise than the trainer."""
-    return replace(TABLE[stage.objective](stage), importance_cap=importance_cap)
+    """The objective of a stage, with the cap on importance weights for samplers that are not the trainer's own forward pass."""
+    return replace(LOSSES[stage.objective](stage), importance_cap=importance_cap)

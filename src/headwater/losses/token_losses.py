@@ -1,7 +1,7 @@
-"""Token losses. Each returns one unreduced number a token and sees no denominator, no config, no mask.
+"""Token losses: one unreduced number per token. They see no denominator, no config and no mask.
 
-Tokens are flat: N is the number of completion tokens of a batch, so a prompt or padding token cannot enter a loss. Log-probs
-are natural, float32 or wider, at the temperature that sampled, and named by their author. E is the number of events of a
+Tokens are flat: N is the number of completion tokens of a batch, so prompt and padding tokens cannot enter a loss. Log-probs are
+natural, float32 or wider, at the sampling temperature, and named after the model that gives them. E is the number of events of a
 distribution: the vocabulary, or the k kept tokens and their tail.
 """
 
@@ -23,7 +23,7 @@ def policy_gradient(
 ) -> Tensor:
     """Clipped policy-gradient loss −min(r·A, clip(r, 1−low, 1+high)·A), with r = exp(student − old).
 
-    Where old is the student's own (detached) log-prob, r is 1 and the gradient is −A ∇log π.
+    Where old is the student's own detached log-prob, r is 1 and the gradient is −A ∇log π.
 
     Shapes: all (N,) -> (N,). Source: PPO 1707.06347 eq. 7; GRPO 2402.03300 eq. 3; clip-higher DAPO 2503.14476.
 
@@ -35,7 +35,7 @@ def policy_gradient(
 
 
 def reference_kl(student_logp_N: Tensor, reference_logp_N: Tensor) -> Tensor:
-    """The k3 estimate of KL(student ‖ reference) from sampled tokens: exp(d) − d − 1, with d = reference − student.
+    """k3 estimate of KL(student ‖ reference) from sampled tokens: exp(d) − d − 1, with d = reference − student.
 
     Never negative, zero where the two agree. Shapes: (N,), (N,) -> (N,). Source: GRPO 2402.03300 eq. 4.
 
@@ -46,12 +46,12 @@ def reference_kl(student_logp_N: Tensor, reference_logp_N: Tensor) -> Tensor:
 
 
 def cross_entropy(student_logp_N: Tensor) -> Tensor:
-    """Hard-label loss −log π(y): fine-tuning on sampled tokens. Shapes: (N,) -> (N,)."""
+    """Hard-label loss −log π(y), for fine-tuning on sampled tokens. Shapes: (N,) -> (N,)."""
     return -student_logp_N
 
 
 def forward_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor) -> Tensor:
-    """KL(teacher ‖ student) = Σ_e p_T (log p_T − log p_S), exact over the events; 0 at equality.
+    """KL(teacher ‖ student) = Σ_e p_T (log p_T − log p_S), exact over the events; 0 where both are equal.
 
     The warm-up's loss L_F (2605.12483, stage 2a) when the tokens are the teacher's. Shapes: (N, E), (N, E) -> (N,).
 
@@ -61,7 +61,7 @@ def forward_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor) -> Tensor:
 
 
 def reverse_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor) -> Tensor:
-    """KL(student ‖ teacher) = Σ_e p_S (log p_S − log p_T), exact over the events and differentiated straight through.
+    """KL(student ‖ teacher) = Σ_e p_S (log p_S − log p_T), exact over the events, differentiable.
 
     On-policy distillation's loss L_R (2605.12483, stage 2b) when the tokens are the student's; its negative is the
     dense-reward objective J_0 / β. Shapes: (N, E), (N, E) -> (N,).
@@ -88,19 +88,19 @@ def jsd(student_logp_NE: Tensor, teacher_logp_NE: Tensor, beta: float) -> Tensor
 def sampled_reverse_kl(
     student_logp_N: Tensor, old_logp_N: Tensor, teacher_logp_N: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
-    """On-policy distillation from sampled tokens alone (k1): a policy gradient whose advantage is log p_T − log p_S.
+    """On-policy distillation from the sampled tokens alone (k1): a policy gradient with advantage log p_T − log p_S.
 
-    Averaged over tokens drawn from the student its gradient is that of the full reverse KL. Shapes: all (N,) -> (N,).
+    Averaged over tokens drawn from the student, its gradient is that of the full reverse KL. Shapes: all (N,) -> (N,).
     """
     advantages_N = teacher_logp_N - student_logp_N.detach()
     return policy_gradient(student_logp_N, old_logp_N, advantages_N, clip_low, clip_high)
 
 
 def truncated_importance(old_logp_N: Tensor, sampler_logp_N: Tensor, cap: float) -> Tensor:
-    """min(p_old / p_sampler, cap): how often a token that an engine drew counts, so that its average is the trainer's own.
+    """Truncated importance weight min(p_old / p_sampler, cap) of tokens that an inference engine sampled. No gradient.
 
-    The engine's kernels give probabilities a little other than the trainer's; the cap bounds the variance at the price of a bias
-    where it binds. No gradient. Shapes: (N,), (N,) -> (N,).
+    The engine's kernels give slightly other probabilities than the trainer's, and the weights make averages those of the trainer.
+    The cap bounds their variance, at the price of a bias where it binds. Shapes: (N,), (N,) -> (N,).
     Source: the ρ of IMPALA 1802.01561 eq. 1, token by token for rollout engines (Yao et al. 2025, "Your Efficient RL Framework
     Secretly Brings You Off-Policy RL Training").
 
@@ -111,7 +111,7 @@ def truncated_importance(old_logp_N: Tensor, sampler_logp_N: Tensor, cap: float)
 
 @dataclass(frozen=True)
 class Pair:
-    """Two distributions over the same E events at each of N tokens, with what every divergence is made of.
+    """Student and teacher distributions over the same E events at N tokens, and the terms that all divergences share.
 
     log_ratio_NE  log p_S − log p_T
     reverse_N     KL(student ‖ teacher)
@@ -128,70 +128,68 @@ class Pair:
 
     @staticmethod
     def of(student_logp_NE: Tensor, student_p_NE: Tensor, teacher_logp_NE: Tensor) -> Pair:
-        """From finite log-probs; events that the teacher excludes come as `LOWEST`."""
+        """From finite log-probs: `LOWEST` stands for events that the teacher excludes."""
         teacher_p_NE, log_ratio_NE = teacher_logp_NE.exp(), student_logp_NE - teacher_logp_NE
         reverse_N = torch.linalg.vecdot(student_p_NE, log_ratio_NE)
         forward_N = -torch.linalg.vecdot(teacher_p_NE, log_ratio_NE)
         return Pair(student_logp_NE, student_p_NE, teacher_logp_NE, teacher_p_NE, log_ratio_NE, reverse_N, forward_N)
 
 
-Slope = Callable[[Tensor], Tensor]
+LogitGradient = Callable[[Tensor], Tensor]
 """dL/dD of each token (N, 1) -> dL/dlogits of the student (N, E)."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence D: its definition, which autograd can differentiate, and its gradient by the student's logits in closed form.
+    """A divergence D: a definition that autograd can differentiate, and its closed-form gradient by the student's logits.
 
-    value   (student_logp (N, E), teacher_logp (N, E)) -> (N,)
-    closed  a pair -> its values (N,) and its slope
-
-    Calling it gives its value.
+    value        (student_logp (N, E), teacher_logp (N, E)) -> (N,); also what a call returns
+    closed_form  a pair -> values (N,), and the gradient
     """
 
     value: Callable[[Tensor, Tensor], Tensor]
-    closed: Callable[[Pair], tuple[Tensor, Slope]]
+    closed_form: Callable[[Pair], tuple[Tensor, LogitGradient]]
 
     def __call__(self, student_logp_NE: Tensor, teacher_logp_NE: Tensor) -> Tensor:
         return self.value(student_logp_NE, teacher_logp_NE)
 
 
-def _reverse_closed(pair: Pair) -> tuple[Tensor, Slope]:
+def _reverse_closed_form(pair: Pair) -> tuple[Tensor, LogitGradient]:
     """d KL(S ‖ T) / d logit_j = p_S(j) · (log p_S(j) − log p_T(j) − KL(S ‖ T))."""
 
-    def slope(outer_N1: Tensor) -> Tensor:
+    def gradient(outer_N1: Tensor) -> Tensor:
         return (pair.log_ratio_NE - pair.reverse_N[:, None]).mul_(pair.student_p_NE).mul_(outer_N1)
 
-    return pair.reverse_N, slope
+    return pair.reverse_N, gradient
 
 
-def _forward_closed(pair: Pair) -> tuple[Tensor, Slope]:
+def _forward_closed_form(pair: Pair) -> tuple[Tensor, LogitGradient]:
     """d KL(T ‖ S) / d logit_j = p_S(j) − p_T(j)."""
     return pair.forward_N, lambda outer_N1: (pair.student_p_NE - pair.teacher_p_NE).mul_(outer_N1)
 
 
-def _jsd_closed(pair: Pair, beta: float) -> tuple[Tensor, Slope]:
+def _jsd_closed_form(pair: Pair, beta: float) -> tuple[Tensor, LogitGradient]:
     """d JSD / d logit_j = (1−β) · p_S(j) · (log p_S(j) − log M(j) − KL(S ‖ M)); the terms by M itself cancel."""
     mixture_NE = torch.logaddexp(pair.teacher_logp_NE + math.log(beta), pair.student_logp_NE + math.log1p(-beta))
-    above_NE = pair.student_logp_NE - mixture_NE
-    own_N = torch.linalg.vecdot(pair.student_p_NE, above_NE)
-    theirs_N = torch.linalg.vecdot(pair.teacher_p_NE, mixture_NE.neg_().add_(pair.teacher_logp_NE))
+    student_ratio_NE = pair.student_logp_NE - mixture_NE
+    student_N = torch.linalg.vecdot(pair.student_p_NE, student_ratio_NE)
+    teacher_N = torch.linalg.vecdot(pair.teacher_p_NE, mixture_NE.neg_().add_(pair.teacher_logp_NE))
 
-    def slope(outer_N1: Tensor) -> Tensor:
-        return (above_NE - own_N[:, None]).mul_(pair.student_p_NE).mul_(outer_N1 * (1.0 - beta))
+    def gradient(outer_N1: Tensor) -> Tensor:
+        return (student_ratio_NE - student_N[:, None]).mul_(pair.student_p_NE).mul_(outer_N1 * (1.0 - beta))
 
-    return beta * theirs_N + (1.0 - beta) * own_N, slope
+    return beta * teacher_N + (1.0 - beta) * student_N, gradient
 
 
-REVERSE = Divergence(reverse_kl, _reverse_closed)
-FORWARD = Divergence(forward_kl, _forward_closed)
+REVERSE = Divergence(reverse_kl, _reverse_closed_form)
+FORWARD = Divergence(forward_kl, _forward_closed_form)
 
 
 def jensen_shannon(beta: float) -> Divergence:
-    """`jsd` at a β, which is the teacher's share of the mixture."""
+    """`jsd` at a fixed β, the teacher's share of the mixture."""
     return Divergence(
         lambda student_logp_NE, teacher_logp_NE: jsd(student_logp_NE, teacher_logp_NE, beta),
-        lambda pair: _jsd_closed(pair, beta),
+        lambda pair: _jsd_closed_form(pair, beta),
     )
 
 

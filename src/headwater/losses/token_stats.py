@@ -1,4 +1,4 @@
-"""What is known of the completion tokens of a batch, one number a token: all that a token loss may look at."""
+"""Per-token inputs and outputs of the loss: what is compared, what was measured, what a token loss reads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,34 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from headwater.losses.distributions import Distributions
+from headwater.losses.token_losses import Divergence
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """N target tokens and the teacher that they are compared with.
+
+    temperature     the one that sampled the tokens; logits are divided by it
+    divergence      the loss's divergence; with a teacher both KLs are always measured, without gradient
+    teacher_tokens  also measure the teacher's log-prob of each target
+    """
+
+    targets_N: Tensor
+    temperature: float
+    teacher: Distributions | None = None
+    divergence: Divergence | None = None
+    teacher_tokens: bool = False
+
+    def rows(self, start: int, stop: int) -> TokenInputs:
+        teacher = None if self.teacher is None else self.teacher.rows(start, stop)
+        return replace(self, targets_N=self.targets_N[start:stop], teacher=teacher)
+
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What the policy says of N tokens, and how far its distributions are from the teacher's. Only `logp_N` and
-    `divergence_N` may carry gradients."""
+    """Statistics of N tokens under the policy, and their divergences from the teacher. Only `logp_N` and `divergence_N` may
+    carry gradients."""
 
     logp_N: Tensor
     entropy_N: Tensor
@@ -22,27 +45,27 @@ class TokenStats:
     teacher_logp_N: Tensor | None = None
 
     @staticmethod
-    def joined(parts: Sequence[TokenStats]) -> TokenStats:
-        """One after the other; all have the same fields filled."""
+    def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
+        """All parts have the same fields filled."""
         if len(parts) == 1:
             return parts[0]
-        columns = {one.name: [getattr(part, one.name) for part in parts] for one in fields(TokenStats)}
-        joined = {name: None if one[0] is None else torch.cat(one) for name, one in columns.items()}
-        return TokenStats(**joined)  # type: ignore[arg-type]
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(TokenStats)}
+        values = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
+        return TokenStats(**values)  # type: ignore[arg-type]
 
-    def led_by(self, logp_N: Tensor, divergence_N: Tensor | None) -> TokenStats:
-        """The same with other tensors in the places that carry gradients."""
+    def with_leaves(self, logp_N: Tensor, divergence_N: Tensor | None) -> TokenStats:
+        """A copy whose two differentiable fields are replaced."""
         return replace(self, logp_N=logp_N, divergence_N=divergence_N)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """N tokens as a token loss sees them.
+    """N tokens as a token loss reads them.
 
-    old_logp_N        the policy's own log-probs before the first update on this batch, without gradient
-    advantages_N      each token's rollout's
-    reference_logp_N  the log-probs of the weights that the stage began with, where the loss asks for them
-    importance_N      how often a token counts in a policy gradient, where its sampler computes otherwise than the trainer
+    old_logp_N        the policy's log-probs before the first update on this batch, without gradient
+    advantages_N      the advantage of each token's rollout
+    reference_logp_N  log-probs under the weights that the stage started with, if the loss has a KL penalty
+    importance_N      importance weight of each token, if its sampler's probabilities differ from the trainer's
     """
 
     student: TokenStats
@@ -51,6 +74,6 @@ class Tokens:
     reference_logp_N: Tensor | None = None
     importance_N: Tensor | None = None
 
-    def as_sampled(self, loss_N: Tensor) -> Tensor:
-        """A policy gradient's loss (N,), corrected for the sampler's own probabilities."""
+    def importance_weighted(self, loss_N: Tensor) -> Tensor:
+        """A policy-gradient loss (N,), corrected for the sampler's probabilities."""
         return loss_N if self.importance_N is None else self.importance_N * loss_N

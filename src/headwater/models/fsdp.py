@@ -62,7 +62,7 @@ def sharded_forward(policy: Policy, forward: Callable[[], T]) -> T:
 
     Raises TrainingStoppedError if a rank runs out of memory: the others are in the same pass, so it cannot be retried.
     """
-    if policy.ranks.alone:
+    if policy.ranks.single_process:
         return forward()
     with stop_on_oom(policy):
         # If logits are the model's own output, its forward already gathers all it needs.
@@ -79,7 +79,7 @@ def stop_on_oom(policy: Policy) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if policy.ranks.alone or not is_out_of_memory(error):
+        if policy.ranks.single_process or not is_out_of_memory(error):
             raise
         raise TrainingStoppedError(
             f"memory ran out on process {policy.ranks.rank} of {policy.ranks.size}; lower compute.microbatch_tokens, or take "
@@ -127,7 +127,7 @@ def unsharded(policy: Policy, device: torch.device | None = None) -> Iterator[Po
 
     device  where the weights are gathered, one after the other; the policy's own by default; `meta` keeps none
     """
-    if policy.ranks.alone:
+    if policy.ranks.single_process:
         yield policy
         return
     for module in policy.model.modules():

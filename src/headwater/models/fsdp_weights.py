@@ -73,14 +73,15 @@ def _matches(model: Any, shapes: dict[str, list[int]]) -> bool:
     if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
         return False
     return all(
-        any(shapes.get(name) == list(tensor.shape) for name in names) for tensor, names in checkpoint_io.by_names(model)
+        any(shapes.get(name) == list(tensor.shape) for name in names)
+        for tensor, names in checkpoint_io.tensors_with_names(model)
     )
 
 
 @torch.no_grad()
 def load_shards(model: Any, base: str, device: torch.device, ranks: ProcessGroup) -> None:
     """Read this rank's shard of every weight that is still on the meta device. All ranks must call it."""
-    tensors = checkpoint_io.by_names(model)
+    tensors = checkpoint_io.tensors_with_names(model)
     if not any(tensor.is_meta for tensor, _ in tensors):
         return
     folder, shards = _local_folder(base), dict[str, Tensor]()
@@ -89,7 +90,7 @@ def load_shards(model: Any, base: str, device: torch.device, ranks: ProcessGroup
         name = next((name for name in (name.replace(ADAPTED, "") for name in names) if name in stored), None)
         if name is not None:
             shards[name] = _allocated(model, tensor, names, device).detach()
-    checkpoint_io.read_into(shards, folder, ranks)
+    checkpoint_io.load_tensors(shards, folder, ranks)
 
 
 def _allocated(model: Any, tensor: Tensor, names: list[str], device: torch.device) -> Tensor:

@@ -48,7 +48,7 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
     Raises UserError that names the field if the folder, hub id or tokenizer cannot be loaded.
     """
     spec, ranks, device = options.adapter, options.ranks, options.device
-    if not ranks.alone and spec is not None and spec.lora.quantize is not None:
+    if not ranks.single_process and spec is not None and spec.lora.quantize is not None:
         raise UserError(
             "models.lora.quantize: four-bit weights run in one process; leave torchrun out, or leave it out"
         )
@@ -60,7 +60,7 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
     with as_user_error(f"{folder.field}: {folder.name} cannot be loaded"):
         tokenizer = read_tokenizer(folder.path, folder.trust_remote_code)
         dtype = compute_dtype if base_frozen else torch.float32
-        model = None if ranks.alone else fsdp_weights.build_without_weights(base, dtype)
+        model = None if ranks.single_process else fsdp_weights.build_without_weights(base, dtype)
         if model is None:
             model = _read_model(folder, dtype, quantization, device)
     _disable_dropout(model)
@@ -79,7 +79,7 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
     else:
         model.eval()
     meta_model = None
-    if ranks.alone:
+    if ranks.single_process:
         _move(model, device)
     else:
         meta_model = fsdp.shard_model(model, ranks, device)
@@ -88,7 +88,7 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
         lora.merge_into(model, folder)
     body, head = split_head(model, device)
     packs = with_root_weights(model, lambda: enable_packing(model, body, device))
-    if not ranks.alone:
+    if not ranks.single_process:
         model.reshard()
     fingerprint = options.fingerprint or folder.fingerprint
     return Policy(

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from headwater import seeds
 from headwater.config.recipe import Lora
-from headwater.distributed.checkpoint_io import part_of
+from headwater.distributed.checkpoint_io import local_shard
 from headwater.errors import UserError
 from headwater.models.adapter_files import CONFIG, WEIGHTS
 from headwater.models.folder import ModelFolder
@@ -234,7 +234,7 @@ def merge_into(model: Any, folder: ModelFolder) -> None:
             raise UserError(f"{folder.field}: {weights} does not fit its base model (at {name:.120})")
         update = scaling * (up.float() @ down.float()).to(weight.device)
         if isinstance(weight, DTensor):
-            weight.copy_(weight.float() + part_of(update, weight))  # in place: FSDP2 gathers from this memory
+            weight.copy_(weight.float() + local_shard(update, weight))  # in place: FSDP2 gathers from this memory
         else:
             weight.data = (weight.float() + update).to(weight.dtype)
 

@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from headwater.losses.packing import Packing, attended, pack
+from headwater.losses.packing import Packing, pack, packed_attention
 
 ATTENTION = "headwater_packed"
 """The name under which `attention` is registered with transformers."""
@@ -33,7 +33,7 @@ def attention(
     """Attention over packed tokens, q (1, heads, L, D) -> (1, L, heads, D); without a packing, transformers' `sdpa`."""
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    return attended(packing, query, key, value, scaling), None
+    return packed_attention(packing, query, key, value, scaling), None
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.losses.batch import Batch, Row, collate, collate_packed, microbatches, packed_microbatches, packed_tokens
 from headwater.losses.distributions import Head, LinearHead
-from headwater.losses.packing import spread_out
+from headwater.losses.packing import gather_rows
 from headwater.models import lora
 from headwater.models.folder import ModelFolder
 from headwater.models.packed_attention import packed_hidden
@@ -97,7 +97,7 @@ class Policy:
         else:
             assert batch.mask_BT is not None
             hidden = self.hidden(batch.ids_BT, batch.mask_BT).flatten(0, 1)
-        return spread_out(hidden, batch.predictor_N)
+        return gather_rows(hidden, batch.predictor_N)
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Last hidden states (B, T, H) of right-padded sequences, as the head expects them."""

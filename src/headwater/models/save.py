@@ -23,8 +23,10 @@ def save_policy(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     All ranks must call it: the first gathers sharded weights in CPU memory and writes. The model in memory is unchanged.
     """
     ranks = policy.ranks
-    with fsdp.unsharded(policy, None if ranks.alone else torch.device("cpu" if ranks.first else "meta")) as whole:
-        if ranks.first:
+    with fsdp.unsharded(
+        policy, None if ranks.single_process else torch.device("cpu" if ranks.is_main else "meta")
+    ) as whole:
+        if ranks.is_main:
             _write(whole, folder, dtype)
 
 

@@ -1,8 +1,8 @@
-"""`headwater report --audit`: what a run's files prove about its labels. Reads files only; never imports torch.
+"""Audit a run directory: check from its files which labels were used where. Reads files only and never imports torch.
 
-Each check recounts one claim from several files that were written independently of each other: what a stage was to do
-(recipe.json, through the same plan), what it says it did (node.json, ledger.jsonl), and what it left behind (rollouts,
-caches, graded texts). Texts are known by their ids, which are hashes of their content.
+Each check compares files that were written independently: what a stage was to do (recipe.json and the plan made from it),
+what it recorded (node.json, ledger.jsonl, metrics.jsonl), and what it left (rollouts, caches, graded evaluations). Problem
+ids are hashes of the problem's content.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from typing import Any
 from headwater.config.recipe import Recipe
 from headwater.data.labels import half_of
 from headwater.errors import UserError
-from headwater.report.audit_files import Files, NodeFiles, read
+from headwater.report.audit_files import NodeFiles, RunFiles, read_files
 from headwater.storage.run_dir import RunDir, read_json, read_jsonl
 
-SHOWN = 3
+SHOWN_FAULTS = 3
 VERDICT_FIELDS = ("correct", "reason", "advantage")
+HALVES = {"first_half": 0, "second_half": 1}
 
 
 @dataclass(frozen=True)
-class Check:
-    """One claim: whether it holds, and what was counted. `faults` are sentences that name the file and the ids.
+class CheckResult:
+    """Result of one check: what was counted, and the faults, each naming the file and the ids.
 
-    Example: `Check("budget", "at most 256 distinct labels", "256 looked at by 9 nodes", ())`.
+    Example: `CheckResult("budget", "at most 256 distinct labels", "256 used by 9 nodes", ())`.
     """
 
     name: str
@@ -40,255 +41,266 @@ class Check:
         return not self.faults
 
 
-def audit(path: Path) -> list[Check]:
-    """Every check of one run directory, in the order of CHECKS.
+def audit_run(path: Path) -> list[CheckResult]:
+    """Run every check of CHECKS on a run directory.
 
-    Raises UserError for a folder that holds no run, or one whose recipe or plan cannot be read.
+    Raises UserError for a folder that holds no run, or whose recipe or plan cannot be read.
     """
-    files = read(RunDir(Path(path)))
-    found = []
-    for name, (claim, check) in CHECKS.items():
-        try:
-            evidence, faults = check(files)
-        except UserError as error:
-            evidence, faults = "a file cannot be read", [str(error)]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            # Whoever edits a file may leave any shape behind; what cannot be recounted is not proved.
-            evidence, faults = "a row is not of the shape that the run writes", [f"{type(error).__name__}: {error}"]
-        found.append(Check(name, claim, evidence, tuple(faults)))
-    return found
+    files = read_files(RunDir(Path(path)))
+    return [_result(check, files) for check in CHECKS]
 
 
-# The checks: each gives (evidence, faults) ----------------------------------------------------------------------------
+def _result(check: Check, files: RunFiles) -> CheckResult:
+    try:
+        evidence, faults = check.count(files)
+    except UserError as error:
+        evidence, faults = "a file cannot be read", [str(error)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # An edited file may have any content. What cannot be recounted is not proved.
+        evidence, faults = "a row has not the fields that a run writes", [f"{type(error).__name__}: {error}"]
+    return CheckResult(check.name, check.claim, evidence, tuple(faults))
 
-Found = tuple[str, list[str]]
+
+def to_json(results: list[CheckResult]) -> str:
+    return json.dumps([{"holds": result.holds, **asdict(result)} for result in results], ensure_ascii=False)
+
+
+def to_text(results: list[CheckResult]) -> str:
+    """One line per check, followed by the first faults of those that fail."""
+    lines = []
+    for result in results:
+        lines.append(f"{'holds' if result.holds else 'FAILS'}  {result.name:21} {result.claim}: {result.evidence}")
+        lines += [f"       {fault}" for fault in result.faults[:SHOWN_FAULTS]]
+        if len(result.faults) > SHOWN_FAULTS:
+            lines.append(f"       and {len(result.faults) - SHOWN_FAULTS} more")
+    return "\n".join(lines)
+
+
+# The checks: each returns what it counted and the faults --------------------------------------------------------------
+
+Counted = tuple[str, list[str]]
 
 
 def _few(names: set[str]) -> str:
-    shown = sorted(names)[:SHOWN]
-    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    shown = sorted(names)[:SHOWN_FAULTS]
+    return ", ".join(shown) + (f" and {len(names) - SHOWN_FAULTS} more" if len(names) > SHOWN_FAULTS else "")
 
 
-def nodes_as_planned(files: Files) -> Found:
-    faults, begun, done = list(files.strange), 0, 0
+def nodes_as_planned(files: RunFiles) -> Counted:
+    faults, started, done = list(files.plan_faults), 0, 0
     for node in files.nodes.values():
         if not node.dir.info.exists():
             if node.dir.path.exists() and any(node.dir.path.iterdir()):
                 faults.append(f"{node.name}: has files but no node.json")
             continue
-        begun += 1
+        started += 1
         planned, info = node.planned, node.info
-        wanted = {
+        expected = {
             "kind": planned.kind,
             "stage": planned.stage,
             "role": planned.role,
             "seed": planned.seed,
             "settings": None if planned.settings is None else planned.settings.model_dump(mode="json"),
         }
-        faults += [f"{node.name}: {key} is not what the recipe says" for key in wanted if info.get(key) != wanted[key]]
-        noted = info.get("labels")
-        if planned.kind == "train" and (noted is None or noted["pool"] != planned.pool):
+        faults += [
+            f"{node.name}: {key} is not what the recipe says" for key in expected if info.get(key) != expected[key]
+        ]
+        labels = info.get("labels")
+        if node.trains and (labels is None or labels["pool"] != planned.pool):
             faults.append(f"{node.name}: its labels are not of the pool that the recipe says ({planned.pool})")
         if node.dir.done.exists():
             done += 1
             if read_json(node.dir.done).get("fingerprint") != info.get("fingerprint"):
-                faults.append(f"{node.name}: DONE carries another fingerprint than node.json")
-    unknown = {one.name for one in files.out.nodes()} - files.nodes.keys()
+                faults.append(f"{node.name}: DONE and node.json have different fingerprints")
+    unknown = {folder.name for folder in files.out.nodes()} - files.nodes.keys()
     faults += [f"{name}: is in no arm of plan.json" for name in sorted(unknown)]
-    return f"{len(files.nodes)} nodes planned, {begun} begun, {done} done", faults
+    return f"{len(files.nodes)} nodes planned, {started} started, {done} done", faults
 
 
-def halves_apart(files: Files) -> Found:
+def halves_apart(files: RunFiles) -> Counted:
     faults: list[str] = []
-    looks = 0
-    by_half: dict[int, set[str]] = {0: set(), 1: set()}
+    uses = 0
+    by_half: tuple[set[str], set[str]] = (set(), set())
     for node in files.nodes.values():
-        if node.half is None:
+        half = HALVES.get(node.planned.pool or "")
+        if half is None:
             continue
         graded = {row["problem_id"] for rows in node.rollouts.values() for row in rows if "correct" in row}
-        held = node.looked_at | graded
-        looks += len(held)
-        by_half[node.half] |= held
-        strangers = {label for label in held if half_of(label) != node.half}
-        if strangers:
-            faults.append(f"{node.name}: looked at labels of the other half ({_few(strangers)})")
-        prompts = {label for label in node.trained_on if half_of(label) != node.half} - strangers
-        if prompts and files.recipe.data.unlabeled is None:
-            faults.append(f"{node.name}: sampled on problems of the other half ({_few(prompts)})")
+        labels = node.labels_used | graded
+        uses += len(labels)
+        by_half[half].update(labels)
+        wrong_labels = {label for label in labels if half_of(label) != half}
+        if wrong_labels:
+            faults.append(f"{node.name}: used labels of the other half ({_few(wrong_labels)})")
+        wrong_prompts = {problem for problem in node.problems_sampled if half_of(problem) != half} - wrong_labels
+        if wrong_prompts and files.recipe.data.unlabeled is None:
+            faults.append(f"{node.name}: sampled on problems of the other half ({_few(wrong_prompts)})")
     both = by_half[0] & by_half[1]
     if both:
-        faults.append(f"stages of 1H and stages of 2H looked at the same labels ({_few(both)})")
+        faults.append(f"stages on 1H and stages on 2H used the same labels ({_few(both)})")
     sizes = f"{len(by_half[0])} labels in 1H, {len(by_half[1])} in 2H, {len(both)} in both"
-    return f"{sizes}; each id's half recomputed for {looks} uses", faults
+    return f"{sizes}; each id's half recomputed for {uses} uses", faults
 
 
-def dense_without_labels(files: Files) -> Found:
-    faults, count, rows_read = [], 0, 0
+def dense_without_labels(files: RunFiles) -> Counted:
+    faults, nodes, rollouts = [], 0, 0
     for node in files.nodes.values():
-        if node.sparse:
+        if node.needs_labels:
             continue
-        count += 1
-        checks = sum(row["checks"] for row in node.blind_spends)
-        looked_at = {label for row in node.blind_spends for label in row["labels"]}
-        if looked_at or checks:
-            faults.append(f"{node.name}: its ledger has {len(looked_at)} labels and {checks} checks")
-        allowed = (node.info.get("labels") or {}).get("distinct_allowed", 0)
-        if allowed:
-            faults.append(f"{node.name}: node.json allows it {allowed} labels")
+        nodes += 1
+        ledger_rows = [row for row in node.ledger_rows if row["purpose"] in ("train", "measure")]
+        checks = sum(row["checks"] for row in ledger_rows)
+        labels = {label for row in ledger_rows for label in row["labels"]}
+        if labels or checks:
+            faults.append(f"{node.name}: its ledger has {len(labels)} labels and {checks} checks")
+        if node.labels_allowed:
+            faults.append(f"{node.name}: node.json allows it {node.labels_allowed} labels")
         for step, rows in node.rollouts.items():
-            rows_read += len(rows)
+            rollouts += len(rows)
             if any(field in row for row in rows for field in VERDICT_FIELDS):
                 faults.append(f"{node.name}: its rollouts of step {step} carry verdicts")
-    return f"{count} nodes without sparse reward, {rows_read} rollouts without a verdict", faults
+    return f"{nodes} nodes without sparse reward, {rollouts} rollouts without a verdict", faults
 
 
-def evals_not_trained(files: Files) -> Found:
-    faults, rows_read = [], 0
+def evals_not_trained(files: RunFiles) -> Counted:
+    faults, rollouts = [], 0
     for node in files.nodes.values():
-        rows_read += sum(map(len, node.rollouts.values()))
-        for what, ids in (("trained on", node.trained_on), ("looked at labels of", node.looked_at)):
+        rollouts += sum(map(len, node.rollouts.values()))
+        for use, ids in (("trained on", node.problems_sampled), ("used labels of", node.labels_used)):
             if shared := ids & files.eval_ids:
-                faults.append(f"{node.name}: {what} {len(shared)} evaluation problems ({_few(shared)})")
-    return f"{len(files.eval_ids)} evaluation problems, none in {rows_read} rollouts", faults
+                faults.append(f"{node.name}: {use} {len(shared)} evaluation problems ({_few(shared)})")
+    return f"{len(files.eval_ids)} evaluation problems, none in {rollouts} rollouts", faults
 
 
-def budget_held(files: Files) -> Found:
-    faults: list[str] = []
-    everything: set[str] = set()
+def budget_held(files: RunFiles) -> Counted:
+    faults = []
     for node in files.nodes.values():
-        everything |= node.looked_at
-        allowed = (node.info.get("labels") or {}).get("distinct_allowed")
-        if allowed is not None and len(node.looked_at) > allowed:
-            faults.append(f"{node.name}: looked at {len(node.looked_at)} labels, {allowed} were allowed")
+        if node.labels_allowed is not None and len(node.labels_used) > node.labels_allowed:
+            faults.append(f"{node.name}: used {len(node.labels_used)} labels, {node.labels_allowed} were allowed")
+    total = len(set().union(*(node.labels_used for node in files.nodes.values())))
     budget = files.recipe.labels.budget
-    if budget is not None and len(everything) > budget:
-        faults.append(f"all nodes together looked at {len(everything)} labels; labels.budget is {budget}")
-    spent = [
-        len(set().union(*(files.nodes[name].looked_at for name in names if name in files.nodes)))
+    if budget is not None and total > budget:
+        faults.append(f"all nodes together used {total} labels; labels.budget is {budget}")
+    per_arm = [
+        len(set().union(*(files.nodes[name].labels_used for name in names if name in files.nodes)))
         for by_seed in files.plan["arms"].values()
         for names in by_seed.values()
     ]
-    bound = "no budget set" if budget is None else f"budget {budget}"
-    return f"{bound}; {len(everything)} labels over all arms and seeds, at most {max(spent, default=0)} in one", faults
+    limit = "no budget set" if budget is None else f"budget {budget}"
+    return f"{limit}; {total} labels over all arms and seeds, at most {max(per_arm, default=0)} in one", faults
 
 
-def ledger_agrees(files: Files) -> Found:
+def ledger_agrees(files: RunFiles) -> Counted:
     faults: list[str] = []
     steps = graded = 0
     for node in files.nodes.values():
-        if node.planned.kind == "train":
-            steps += len(node.train_spends)
-            faults += _steps_agree(node)
-        elif node.planned.kind == "rollouts" and node.train_spends:
-            rows = node.rollouts.get(0, [])
-            if node.train_spends[0]["tokens_sampled"] != sum(len(row["completion_ids"]) for row in rows):
+        if node.trains:
+            steps += len(node.train_rows)
+            faults += _step_faults(node)
+        elif node.planned.kind == "rollouts" and node.train_rows:
+            tokens = sum(len(row["completion_ids"]) for row in node.rollouts.get(0, []))
+            if node.train_rows[0]["tokens_sampled"] != tokens:
                 faults.append(f"{node.name}: the ledger's tokens are not those of the cache")
-        for when, name, found in _looks(node, files.recipe):
-            graded += len(found[1])
-            faults += [f"{node.name}, evals/{when}/{name}: {said}" for said in _eval_faults(*found)]
+        for when, name, ledger_row, rows in _charged_evaluations(node, files.recipe):
+            graded += len(rows)
+            faults += [f"{node.name}, evals/{when}/{name}: {fault}" for fault in _eval_faults(ledger_row, rows)]
     return f"{steps} training steps and {graded} graded evaluation texts recounted", faults
 
 
-def _steps_agree(node: NodeFiles) -> Iterator[str]:
-    """Each step once, with the labels, checks and tokens that its rollouts have."""
-    seen = [row["step"] for row in node.train_spends]
-    if seen != list(range(1, len(seen) + 1)):
-        yield f"{node.name}: the ledger's steps are not 1 to {len(seen)}, each once"
-    if set(seen) != node.rollouts.keys():
-        yield f"{node.name}: {len(seen)} steps in the ledger, rollouts of {len(node.rollouts)}"
+def _step_faults(node: NodeFiles) -> Iterator[str]:
+    """Each step must be in the ledger once, with the labels, checks and tokens of its rollouts."""
+    steps = [row["step"] for row in node.train_rows]
+    if steps != list(range(1, len(steps) + 1)):
+        yield f"{node.name}: the ledger's steps are not 1 to {len(steps)}, each once"
+    if set(steps) != node.rollouts.keys():
+        yield f"{node.name}: {len(steps)} steps in the ledger, rollouts of {len(node.rollouts)}"
     metrics = {row["step"]: row for row in read_jsonl(node.dir.metrics)}
-    if set(seen) != metrics.keys():
-        yield f"{node.name}: {len(seen)} steps in the ledger, {len(metrics)} in metrics.jsonl"
+    if set(steps) != metrics.keys():
+        yield f"{node.name}: {len(steps)} steps in the ledger, {len(metrics)} in metrics.jsonl"
     settings = node.planned.settings
-    # What dynamic sampling replaced was looked at, paid for and not kept.
-    whole = settings is not None and settings.sparse.dynamic_sampling == 0
-    for row in node.train_spends:
-        rows = node.rollouts.get(row["step"], [])
-        graded = [one for one in rows if "correct" in one]
-        labels, ids = set(row["labels"]), {one["problem_id"] for one in graded}
-        if not (labels == ids if whole else labels >= ids):
-            yield f"{node.name}, step {row['step']}: the ledger's labels are not the rollouts' ({_few(labels ^ ids)})"
-        if not (row["checks"] == len(graded) if whole else row["checks"] >= len(graded)):
-            yield f"{node.name}, step {row['step']}: {row['checks']} checks in the ledger, {len(graded)} verdicts"
-        sampled, tokens = row["tokens_sampled"], sum(one["tokens"] for one in rows)
-        if settings is not None and settings.on_policy and not (sampled == tokens if whole else sampled >= tokens):
-            yield f"{node.name}, step {row['step']}: {sampled} tokens in the ledger, {tokens} in the rollouts"
+    # Dynamic sampling charges the ledger for groups that it discards, so the ledger may then have more than the rollouts.
+    exact = settings is not None and settings.sparse.dynamic_sampling == 0
+    for row in node.train_rows:
+        where = f"{node.name}, step {row['step']}"
+        rollouts = node.rollouts.get(row["step"], [])
+        graded = [rollout for rollout in rollouts if "correct" in rollout]
+        labels, ids = set(row["labels"]), {rollout["problem_id"] for rollout in graded}
+        if not (labels == ids if exact else labels >= ids):
+            yield f"{where}: the ledger's labels are not the rollouts' ({_few(labels ^ ids)})"
+        if not (row["checks"] == len(graded) if exact else row["checks"] >= len(graded)):
+            yield f"{where}: {row['checks']} checks in the ledger, {len(graded)} verdicts"
+        sampled, tokens = row["tokens_sampled"], sum(rollout["tokens"] for rollout in rollouts)
+        if settings is not None and settings.on_policy and not (sampled == tokens if exact else sampled >= tokens):
+            yield f"{where}: {sampled} tokens in the ledger, {tokens} in the rollouts"
         trained = metrics.get(row["step"], {}).get("tokens_trained")
         if trained != row["tokens_trained"]:
-            yield f"{node.name}, step {row['step']}: {row['tokens_trained']} tokens trained on, metrics.jsonl has {trained}"
+            yield f"{where}: {row['tokens_trained']} tokens trained on, metrics.jsonl has {trained}"
 
 
-Look = tuple[dict[str, Any] | None, list[dict[str, Any]]]
+Evaluation = tuple[str, str, dict[str, Any] | None, list[dict[str, Any]]]
 
 
-def _looks(node: NodeFiles, recipe: Recipe) -> Iterator[tuple[str, str, Look]]:
-    """(when, evaluation, (ledger row, graded texts)): the ledger has a row an evaluation, in the recipe's order."""
-    last = max((row["step"] for row in node.train_spends), default=0)
+def _charged_evaluations(node: NodeFiles, recipe: Recipe) -> Iterator[Evaluation]:
+    """Yield (when, name, ledger row or None, graded rows). The ledger has one row per evaluation, in the recipe's order."""
+    last = max((row["step"] for row in node.train_rows), default=0)
     names = list(recipe.data.evals)
-    ledger: dict[tuple[int, str], dict[str, Any]] = {}
+    charged: dict[tuple[int, str], dict[str, Any]] = {}
     counts: dict[int, int] = {}
-    for row in node.spends:
+    for row in node.ledger_rows:
         if row["purpose"] == "eval":
-            place = counts.get(row["step"], 0)
-            counts[row["step"]] = place + 1
-            ledger[row["step"], names[place] if place < len(names) else f"evaluation {place + 1}"] = row
+            index = counts.get(row["step"], 0)
+            counts[row["step"]] = index + 1
+            charged[row["step"], names[index] if index < len(names) else f"evaluation {index + 1}"] = row
     for when, name, rows in node.evaluations():
-        step = (last if node.planned.kind == "train" else 0) if when == "final" else int(when.removeprefix("step-"))
-        yield when, name, (ledger.pop((step, name), None), rows)
-    for (step, name), row in ledger.items():
-        yield f"step {step}", name, (row, [])
+        step = (last if node.trains else 0) if when == "final" else int(when.removeprefix("step-"))
+        yield when, name, charged.pop((step, name), None), rows
+    for (step, name), row in charged.items():
+        yield f"step {step}", name, row, []
 
 
-def _eval_faults(row: dict[str, Any] | None, rows: list[dict[str, Any]]) -> Iterator[str]:
-    if row is None:
+def _eval_faults(ledger_row: dict[str, Any] | None, rows: list[dict[str, Any]]) -> Iterator[str]:
+    if ledger_row is None:
         yield "its graded texts are in no row of the ledger"
         return
-    if set(row["labels"]) != {one["problem_id"] for one in rows}:
+    if set(ledger_row["labels"]) != {row["problem_id"] for row in rows}:
         yield "the ledger's problems are not those of the graded texts"
-    if row["checks"] != len(rows):
-        yield f"{row['checks']} checks in the ledger, {len(rows)} graded texts"
-    if row["tokens_sampled"] != sum(one["tokens"] for one in rows):
-        yield f"{row['tokens_sampled']} tokens in the ledger, {sum(one['tokens'] for one in rows)} in the graded texts"
+    if ledger_row["checks"] != len(rows):
+        yield f"{ledger_row['checks']} checks in the ledger, {len(rows)} graded texts"
+    if ledger_row["tokens_sampled"] != (tokens := sum(row["tokens"] for row in rows)):
+        yield f"{ledger_row['tokens_sampled']} tokens in the ledger, {tokens} in the graded texts"
 
 
-def ledger_joined(files: Files) -> Found:
+def ledger_joined(files: RunFiles) -> Counted:
     def lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
     own = [line for node in files.out.nodes() for line in lines(node.ledger)]
     joined = lines(files.out.ledger)
-    strangers = [
+    faults = [] if own == joined else [f"ledger.jsonl has {len(joined)} rows that are not the nodes' {len(own)}"]
+    faults += [
         f"{node.name}: row {number} of its ledger is another node's"
         for node in files.nodes.values()
-        for number, row in enumerate(node.spends, 1)
+        for number, row in enumerate(node.ledger_rows, 1)
         if (row["node"], row["seed"]) != (node.name, node.planned.seed)
     ]
-    faults = [] if own == joined else [f"ledger.jsonl has {len(joined)} rows that are not the nodes' {len(own)}"]
-    return f"{len(joined)} rows, the same in both", faults + strangers
+    return f"{len(joined)} rows, the same in both", faults
 
 
-CHECKS: dict[str, tuple[str, Callable[[Files], Found]]] = {
-    "nodes-as-planned": ("every node did what the recipe says, on the pool it says", nodes_as_planned),
-    "halves-apart": ("1H and 2H stayed disjoint, by content and by ledger", halves_apart),
-    "dense-without-labels": ("no label reached a dense stage", dense_without_labels),
-    "evals-not-trained": ("no evaluation problem was trained on", evals_not_trained),
-    "budget": ("no more labels were looked at than the budget allows", budget_held),
-    "ledger-agrees": ("the ledger's counts are those of the rollouts and the graded texts", ledger_agrees),
-    "ledger-joined": ("the joined ledger is the nodes' ledgers", ledger_joined),
-}
+@dataclass(frozen=True)
+class Check:
+    """A claim about a run, and the function that recounts it: files -> (evidence, faults)."""
+
+    name: str
+    claim: str
+    count: Callable[[RunFiles], Counted]
 
 
-def written(found: list[Check]) -> str:
-    """The checks as JSON."""
-    return json.dumps([{"holds": one.holds, **asdict(one)} for one in found], ensure_ascii=False)
-
-
-def text(found: list[Check]) -> str:
-    """The checks for people: a line each, and the first faults of those that fail."""
-    lines = []
-    for one in found:
-        lines.append(f"{'holds' if one.holds else 'FAILS'}  {one.name:21} {one.claim}: {one.evidence}")
-        lines += [f"       {fault}" for fault in one.faults[:SHOWN]]
-        if len(one.faults) > SHOWN:
-            lines.append(f"       and {len(one.faults) - SHOWN} more")
-    return "\n".join(lines)
+CHECKS = (
+    Check("nodes-as-planned", "every node did what the recipe says, on the pool it says", nodes_as_planned),
+    Check("halves-apart", "1H and 2H stayed disjoint, by content and by ledger", halves_apart),
+    Check("dense-without-labels", "no label reached a dense stage", dense_without_labels),
+    Check("evals-not-trained", "no evaluation problem was trained on", evals_not_trained),
+    Check("budget", "no more labels were used than the budget allows", budget_held),
+    Check("ledger-agrees", "the ledger's counts are those of the rollouts and the graded texts", ledger_agrees),
+    Check("ledger-joined", "the joined ledger is the nodes' ledgers", ledger_joined),
+)

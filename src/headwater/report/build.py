@@ -1,12 +1,11 @@
-"""Run directories -> the report: report.json, report.html, the terminal table. Reads files only; never imports torch.
+"""Build and write the report of one or more run directories. Reads files only and never imports torch.
 
-    build(outs)   the values of report.json, from one run directory or several that differ in seeds
-    write(out)    build, then OUT/report.json, OUT/report.html, OUT/labels.csv and OUT/figures/
-    page(outs)    the page alone, without writing anything
-    verdict, terminal_table, console    from the modules that hold them
+    build(outs)   the values of report.json, from one run directory or several with different seeds
+    write(out)    write report.json, report.html, labels.csv and figures/ into OUT
+    page(outs)    the HTML page alone; writes nothing
 
-Costs of an arm are those of all its nodes: a teacher that five arms share was paid for once, but each arm alone would
-have had to pay for it. They are means per seed, over the seeds that finished.
+The costs of an arm are those of all its nodes: a teacher that five arms share was trained once, but each arm on its own
+would have had to train it. Costs are means per seed over the finished seeds.
 """
 
 from __future__ import annotations
@@ -15,87 +14,86 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headwater.report import conditions, figures, guards, label_use
+import numpy as np
+
+from headwater.config.arms import DESCRIPTIONS
+from headwater.report import conditions
 from headwater.report import html as report_html
-from headwater.report.contrasts import accuracy, contrasts, ks, mean, pass_at, scored
+from headwater.report.contrasts import accuracy, mean, paired_contrasts, pass_at, pass_ks, summarize_seeds
+from headwater.report.label_use import label_csv, label_uses
 from headwater.report.predictions import predictions
-from headwater.report.read import ARM_TEXT, POOL_TEXT, Graded, Node, Study, costs, mean_costs, read
-from headwater.report.terminal import terminal_table
-from headwater.report.text import console
+from headwater.report.stages import stage_rows, stages_of_arm
+from headwater.report.study import EvalCounts, Node, Study, costs, mean_costs, read_study
 from headwater.report.verdict import verdict
 from headwater.storage import fault_points
 from headwater.storage.run_dir import RunDir, write_atomic, write_json, written_aside
 from headwater.storage.untrusted import as_written, refuse_links
 
-__all__ = [
-    "ARM_TEXT",
-    "POOL_TEXT",
-    "build",
-    "console",
-    "page",
-    "read",
-    "summarise",
-    "terminal_table",
-    "verdict",
-    "write",
-]
-
 
 def build(outs: Sequence[Path]) -> dict[str, Any]:
     """The values of report.json. Raises UserError for a folder without a run and for runs of different recipes."""
-    return summarise(read(outs))
+    return summarize(read_study(outs))
 
 
 def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
-    """Build the report of `outs` (by default of `out` itself), write report.json, report.html, labels.csv and figures/ into `out`."""
+    """Build the report of `outs` (default: `out`) and write report.json, report.html, labels.csv and figures/ into `out`."""
     fault_points.failpoint("report.begun")
     sources = list(outs or [out])
     for folder in {*sources, out}:
         refuse_links(folder, "report")
     with as_written(sources[0]):
-        study = read(sources)
-        report = summarise(study)
-        album = figures.Album()
-        used, html = label_use.as_csv(label_use.uses(study)), report_html.page(study, report, album)
+        study = read_study(sources)
+        report = summarize(study)
+        labels, page = label_csv(label_uses(study)), report_html.page(study, report)
     write_json(RunDir(out).report_json, report)
     fault_points.failpoint("report.values")
-    write_atomic(RunDir(out).labels, used)
+    write_atomic(RunDir(out).labels, labels)
     fault_points.failpoint("report.labels")
-    if album.drawn:
+    if page.plots:
         with written_aside(RunDir(out).figures) as folder:
-            for one in album.drawn:
-                (folder / f"{one.name}.svg").write_text(one.file, encoding="utf-8")
-                (folder / f"{one.name}.csv").write_text(one.csv, encoding="utf-8")
-    write_atomic(RunDir(out).report_html, html)
+            for plot in page.plots:
+                (folder / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+                (folder / f"{plot.name}.csv").write_text(plot.csv, encoding="utf-8")
+    write_atomic(RunDir(out).report_html, page.html)
     fault_points.failpoint("report.page")
     return report
 
 
 def page(outs: Sequence[Path]) -> str:
-    """The page alone, as it would be written now; nothing is written. Raises UserError as `build` does."""
+    """The HTML page as `write` would write it now. Raises UserError as `build` does."""
     for folder in outs:
         refuse_links(folder, "report")
     with as_written(outs[0]):
-        study = read(outs)
-        return report_html.page(study, summarise(study))
+        study = read_study(outs)
+        return report_html.page(study, summarize(study)).html
 
 
-def summarise(study: Study) -> dict[str, Any]:
-    """Every value that the terminal and the page show; each part may read those that were built before it."""
-    stages = conditions.stages(study)
+def summarize(study: Study) -> dict[str, Any]:
+    """Every value that the terminal and the page show."""
+    stages = stage_rows(study)
     arms = {name: _arm(study, name, stages) for name in study.arms}
     report: dict[str, Any] = {
         "recipe": study.recipe.get("name", ""),
         "seeds": study.seeds,
         "evals": study.evals,
         "arms": arms,
-        "contrasts": contrasts(study, arms),
+        "contrasts": paired_contrasts(study, arms),
         "conditions": {"C1": conditions.c1(study, stages), "C2": conditions.c2(stages)},
         "stages": stages,
-        "warnings": guards.warnings(study),
+        "warnings": _warnings(study),
     }
     report["predictions"] = predictions(report)
     return {**report, "verdict": verdict(report)}
+
+
+def _warnings(study: Study) -> list[dict[str, Any]]:
+    """One row for each time that a training guard started to warn or stopped its stage."""
+    return [
+        {"arms": arms, "stage": node.stage, "seed": seed, **row}
+        for arms, by_seed in study.stage_groups()
+        for seed, node in by_seed.items()
+        for row in node.warnings
+    ]
 
 
 def _arm(study: Study, name: str, stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -104,16 +102,17 @@ def _arm(study: Study, name: str, stages: Sequence[dict[str, Any]]) -> dict[str,
     results = {eval_name: by_seed for eval_name, by_seed in results.items() if by_seed}
     failed = {str(seed): failure for seed, nodes in runs.items() if (failure := _failure(nodes))}
     return {
-        "text": ARM_TEXT.get(name, ""),
-        "accuracy": {key: scored(by_seed, accuracy) for key, by_seed in results.items()},
+        "text": DESCRIPTIONS.get(name, ""),
+        "accuracy": {key: summarize_seeds(by_seed, accuracy) for key, by_seed in results.items()},
         "pass_at_k": {
-            key: {str(k): scored(by_seed, pass_at(k)) for k in ks(by_seed.values())} for key, by_seed in results.items()
+            key: {str(k): summarize_seeds(by_seed, pass_at(k)) for k in pass_ks(by_seed.values())}
+            for key, by_seed in results.items()
         },
         "maj_at_k": {key: _majority(by_seed) for key, by_seed in results.items()},
-        "truncated": {key: mean(g.truncated for g in by_seed.values()) for key, by_seed in results.items()},
+        "truncated": {key: mean(counts.truncated for counts in by_seed.values()) for key, by_seed in results.items()},
         **mean_costs([costs(nodes) for nodes in (finished or runs).values()]),
         "costs_per_seed": {str(seed): costs(nodes) for seed, nodes in runs.items()},
-        "stages": conditions.of_arm(stages, runs),
+        "stages": stages_of_arm(stages, runs),
         "failed": failed,
         "unfinished": {
             str(seed): next(node.name for node in nodes if not node.done)
@@ -124,19 +123,26 @@ def _arm(study: Study, name: str, stages: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def _failure(nodes: Sequence[Node]) -> dict[str, Any] | None:
-    """Why a run of an arm cannot end: its own last node "failed", or it is "not run" since one that it stands on did."""
+    """The first failed node of a run. Its state is "failed" if it is the last node, "not run" if a node before it failed."""
     for node in nodes:
         if node.failure is not None:
-            why = {"sentence": str(node.failure.get("sentence", "")), "code": node.failure.get("code")}
-            state = "failed" if node is nodes[-1] else "not run"
-            return {"state": state, "node": node.name, "stage": node.stage, **why}
+            return {
+                "state": "failed" if node is nodes[-1] else "not run",
+                "node": node.name,
+                "stage": node.stage,
+                "sentence": str(node.failure.get("sentence", "")),
+                "code": node.failure.get("code"),
+            }
     return None
 
 
-def _majority(by_seed: Mapping[int, Graded]) -> dict[str, Any] | None:
-    """None where a grader extracts no answers; a mean over other seeds than the accuracy's would mislead."""
-    held = {seed: graded.majority for seed, graded in by_seed.items() if graded.majority is not None}
-    if len(held) < len(by_seed):
+def _majority(by_seed: Mapping[int, EvalCounts]) -> dict[str, Any] | None:
+    """maj@k; None unless every seed has it, since a mean over fewer seeds than the accuracy's would mislead."""
+    if any(counts.majority is None for counts in by_seed.values()):
         return None
-    votes = {id(graded): held[seed] for seed, graded in by_seed.items()}
-    return {"k": min(g.samples for g in by_seed.values()), **scored(by_seed, lambda graded: votes[id(graded)])}
+    return {"k": min(counts.samples for counts in by_seed.values()), **summarize_seeds(by_seed, _votes)}
+
+
+def _votes(counts: EvalCounts) -> np.ndarray:
+    assert counts.majority is not None
+    return counts.majority

@@ -1,139 +1,212 @@
-"""Accuracies with intervals, and paired contrasts of arms with what each of the two arms took."""
+"""Accuracies with confidence intervals, and paired contrasts between arms with the resources of both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from headwater import stats
+from headwater.config.arms import CONTRASTS
 from headwater.errors import UserError
-from headwater.report.read import Graded, Study
-from headwater.report.text import NAMED_PAIRS
+from headwater.report.format import p_text, points
+from headwater.report.study import EvalCounts, Study, mean_number
 
-Values = Callable[[Graded], np.ndarray]
-"""A value for each problem of one evaluation, (P,)."""
+Values = Callable[[EvalCounts], np.ndarray]
+"""A function from one evaluation to a value per problem, (P,)."""
+Reading = Literal["holds", "does not hold", "undecided"]
 
-COMPUTE_WITHIN = 0.1
+COMPUTE_TOLERANCE = 0.1
+EQUALITY_GROUPS: tuple[tuple[str, list[str]], ...] = (
+    ("Equal labels and compute", ["labels", "compute"]),
+    ("Equal labels", ["labels"]),
+    ("Equal compute", ["compute"]),
+    ("Neither equal", []),
+)
 
 
-def accuracy(graded: Graded) -> np.ndarray:
-    return stats.avg_at_k(graded.correct, graded.sampled)
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+
+def accuracy(counts: EvalCounts) -> np.ndarray:
+    return stats.avg_at_k(counts.correct, counts.sampled)
 
 
 def pass_at(k: int) -> Values:
-    return lambda graded: stats.pass_at_k(graded.correct, graded.sampled, k)
+    return lambda counts: stats.pass_at_k(counts.correct, counts.sampled, k)
 
 
-def ks(graded: Iterable[Graded]) -> list[int]:
-    """1, 2, 4, … up to the samples that every problem has, and that number itself."""
-    most = min(one.samples for one in graded)
-    return sorted({k for k in (2**power for power in range(most.bit_length())) if k <= most} | {most})
+def pass_ks(evals: Iterable[EvalCounts]) -> list[int]:
+    """The k of pass@k: powers of two up to the number of samples of every problem, and that number."""
+    largest = min(counts.samples for counts in evals)
+    return sorted({k for k in (2**power for power in range(largest.bit_length())) if k <= largest} | {largest})
 
 
-def scored(by_seed: Mapping[int, Graded], values: Values) -> dict[str, Any]:
-    """Mean, 95 % interval and the value of each seed, over the problems that all seeds answered.
+def summarize_seeds(by_seed: Mapping[int, EvalCounts], values: Values) -> dict[str, Any]:
+    """Mean, 95 % interval and the value of each seed, on the problems that all seeds were evaluated on.
 
-    Raises UserError where the seeds have no problem in common.
+    Raises UserError if the seeds have no problem in common.
     """
-    values_SP, ids = matrix(by_seed.values(), values)
+    values_SP, ids = seed_matrix(by_seed.values(), values)
     if not ids:
         raise UserError("report: the seeds of one arm were evaluated on problems of which none is the same")
-    found = stats.accuracy_interval(values_SP)
-    per_seed = {str(seed): number(row.mean()) for seed, row in zip(by_seed, values_SP, strict=True)}
-    return {"mean": number(found.mean), "low": number(found.low), "high": number(found.high), "per_seed": per_seed}
+    interval = stats.accuracy_interval(values_SP)
+    per_seed = {str(seed): rounded(row.mean()) for seed, row in zip(by_seed, values_SP, strict=True)}
+    return {
+        "mean": rounded(interval.mean), "low": rounded(interval.low), "high": rounded(interval.high), "per_seed": per_seed
+    }  # fmt: skip
 
 
-def matrix(graded: Iterable[Graded], values: Values) -> tuple[np.ndarray, list[str]]:
-    """(S, P) values on the problems that all have, and these problems."""
-    held = list(graded)
-    ids = sorted(set(held[0].ids).intersection(*(one.ids for one in held[1:])))
-    return np.stack([one.at(ids, values(one)) for one in held]), ids
+def seed_matrix(evals: Iterable[EvalCounts], values: Values) -> tuple[np.ndarray, list[str]]:
+    """(S, P) values on the problems that all evaluations share, and the ids of these problems."""
+    seeds = list(evals)
+    ids = sorted(set(seeds[0].ids).intersection(*(counts.ids for counts in seeds[1:])))
+    return np.stack([counts.at(ids, values(counts)) for counts in seeds]), ids
 
 
-def contrasts(study: Study, arms: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The named pairs that the study has, then every arm against the student before; on every evaluation.
+def mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return rounded(sum(numbers) / len(numbers))
 
-    arms  the arms' values in report.json, for what they took
+
+def rounded(value: float) -> float:
+    """Round to six decimals, a thousandth of what the sampling error can resolve."""
+    return round(float(value), 6)
+
+
+# Rows of report.json --------------------------------------------------------------------------------------------------
+
+
+def paired_contrasts(study: Study, arms: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Contrasts of the named pairs in the study, then of every arm with the untrained student, per evaluation.
+
+    arms  the arms' values in report.json, for their labels and FLOPs
     """
-    pairs = [pair for pair in NAMED_PAIRS if set(pair) <= set(study.arms)]
+    pairs = [pair for pair in CONTRASTS if set(pair) <= set(study.arms)]
     if "base_student" in study.arms:
         pairs += [(name, "base_student") for name in study.arms if name != "base_student"]
-    found = [_contrast(study, arms, a, b, eval_name) for a, b in pairs for eval_name in study.evals]
-    return [one for one in found if one is not None]
+    rows = [_contrast(study, arms, a, b, eval_name) for a, b in pairs for eval_name in study.evals]
+    return [row for row in rows if row is not None]
 
 
 def _contrast(study: Study, arms: Mapping[str, Any], a: str, b: str, eval_name: str) -> dict[str, Any] | None:
-    seeds, first, second = _paired(study, a, b, eval_name)
+    seeds, evals_a, evals_b = _paired_seeds(study, a, b, eval_name)
     if not seeds:
         return None
-    values_SP, ids = matrix(first + second, accuracy)
+    values_SP, ids = seed_matrix(evals_a + evals_b, accuracy)
     if not ids:
         return None
-    found = stats.contrast(values_SP[: len(seeds)], values_SP[len(seeds) :])
-    labels = {side: _took(arms[arm], seeds, lambda c: c["labels"]["distinct"]) for side, arm in (("a", a), ("b", b))}
-    flops = {side: _took(arms[arm], seeds, lambda c: c["flops"]) for side, arm in (("a", a), ("b", b))}
+    result = stats.contrast(values_SP[: len(seeds)], values_SP[len(seeds) :])
+    labels = {
+        side: _mean_cost(arms[arm], seeds, lambda c: c["labels"]["distinct"]) for side, arm in (("a", a), ("b", b))
+    }
+    flops = {side: _mean_cost(arms[arm], seeds, lambda c: c["flops"]) for side, arm in (("a", a), ("b", b))}
     return {
         "a": a,
         "b": b,
         "eval": eval_name,
-        "difference": number(found.difference),
-        "low": number(found.low),
-        "high": number(found.high),
-        "p": number(found.p),
+        "difference": rounded(result.difference),
+        "low": rounded(result.low),
+        "high": rounded(result.high),
+        "p": rounded(result.p),
         "seeds": len(seeds),
         "problems": len(ids),
         "labels": labels,
         "flops": flops,
-        "equal": equal(labels, flops),
+        "equal": equal_resources(labels, flops),
     }
 
 
-def equal(labels: Mapping[str, float], flops: Mapping[str, float]) -> list[str]:
-    """What a contrast's arms have in common, of "labels" and "compute".
+def equal_resources(labels: Mapping[str, float], flops: Mapping[str, float]) -> list[str]:
+    """Which of "labels" and "compute" are equal for both arms of a contrast.
 
-    labels  distinct labels that training looked at, mean per seed: equal if the same number
-    flops   measured in training, mean per seed: equal if the smaller is within 10 % of the larger
+    labels  distinct labels used in training, mean per seed: equal if the same number
+    flops   training FLOPs, mean per seed: equal if the smaller is within 10 % of the larger
 
-    Example: `equal({"a": 256, "b": 256}, {"a": 1.6e12, "b": 0.5e12})` is `["labels"]`; 0.95e12 beside 1.0e12 is compute too.
+    Example: `equal_resources({"a": 256, "b": 256}, {"a": 1.6e12, "b": 0.5e12})` is `["labels"]`.
     """
-    found = ["labels"] if labels["a"] == labels["b"] else []
-    apart = abs(flops["a"] - flops["b"]) > COMPUTE_WITHIN * max(flops["a"], flops["b"])
-    return found if apart else [*found, "compute"]
+    names = ["labels"] if labels["a"] == labels["b"] else []
+    differ = abs(flops["a"] - flops["b"]) > COMPUTE_TOLERANCE * max(flops["a"], flops["b"])
+    return names if differ else [*names, "compute"]
 
 
-def _took(arm: Mapping[str, Any], seeds: list[int], what: Callable[[Any], float]) -> float:
-    """The mean per seed over the paired seeds; a model that was not trained took nothing on any of them."""
-    held = [what(arm["costs_per_seed"][str(seed)]) for seed in seeds if str(seed) in arm["costs_per_seed"]]
-    mean = sum(held) / len(held)
-    return int(mean) if float(mean).is_integer() else float(f"{mean:.9g}")
+def _mean_cost(arm: Mapping[str, Any], seeds: list[int], cost: Callable[[Any], float]) -> float:
+    """Mean over the paired seeds. An untrained model has costs for some of them only, all zero."""
+    return mean_number([cost(arm["costs_per_seed"][str(seed)]) for seed in seeds if str(seed) in arm["costs_per_seed"]])
 
 
-def _paired(study: Study, a: str, b: str, eval_name: str) -> tuple[list[int], list[Graded], list[Graded]]:
-    """The seeds on which both arms finished, and the two arms' evaluations in that order.
+def _paired_seeds(study: Study, a: str, b: str, eval_name: str) -> tuple[list[int], list[EvalCounts], list[EvalCounts]]:
+    """The seeds on which both arms finished, and both arms' evaluations in that order.
 
-    A model that was not trained has no seed: its one evaluation stands beside every seed of the other arm.
+    The evaluation of an untrained model does not depend on the seed, so it is paired with every seed of the other arm.
     """
-    first, second = study.results(a, eval_name), study.results(b, eval_name)
-    if first and second:
-        if not _trained(study, a):
-            first = {seed: first.get(seed, next(iter(first.values()))) for seed in second.keys() | first.keys()}
-        if not _trained(study, b):
-            second = {seed: second.get(seed, next(iter(second.values()))) for seed in first.keys() | second.keys()}
-    seeds = sorted(first.keys() & second.keys())
-    return seeds, [first[seed] for seed in seeds], [second[seed] for seed in seeds]
+    evals_a, evals_b = study.results(a, eval_name), study.results(b, eval_name)
+    if evals_a and evals_b:
+        if not _is_trained(study, a):
+            evals_a = {
+                seed: evals_a.get(seed, next(iter(evals_a.values()))) for seed in evals_b.keys() | evals_a.keys()
+            }
+        if not _is_trained(study, b):
+            evals_b = {
+                seed: evals_b.get(seed, next(iter(evals_b.values()))) for seed in evals_a.keys() | evals_b.keys()
+            }
+    seeds = sorted(evals_a.keys() & evals_b.keys())
+    return seeds, [evals_a[seed] for seed in seeds], [evals_b[seed] for seed in seeds]
 
 
-def _trained(study: Study, arm: str) -> bool:
+def _is_trained(study: Study, arm: str) -> bool:
     return any(node.trained for nodes in study.arms[arm].values() for node in nodes)
 
 
-def mean(values: Iterable[float]) -> float:
-    held = list(values)
-    return number(sum(held) / len(held))
+# Selection and text of contrasts --------------------------------------------------------------------------------------
 
 
-def number(value: float) -> float:
-    """Six decimals: a thousandth of what sampling could tell apart."""
-    return round(float(value), 6)
+def reading(contrast: dict[str, Any]) -> Reading:
+    """Whether `a` is better than `b`. Decided only if the interval excludes zero and p < 0.05."""
+    if contrast["p"] < 0.05 and contrast["low"] > 0:
+        return "holds"
+    return "does not hold" if contrast["p"] < 0.05 and contrast["high"] < 0 else "undecided"
+
+
+def find_contrast(report: dict[str, Any], a: str, b: str, eval_name: str) -> dict[str, Any] | None:
+    wanted = (a, b, eval_name)
+    return next((c for c in report["contrasts"] if (c["a"], c["b"], c["eval"]) == wanted), None)
+
+
+def named_contrasts(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Contrasts of CONTRASTS; if the report has none of them, every arm against the untrained student."""
+    named = [c for c in report["contrasts"] if (c["a"], c["b"]) in CONTRASTS]
+    return named or list(report["contrasts"])
+
+
+def group_by_equality(contrasts: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Contrasts grouped by their equal resources, in the order of EQUALITY_GROUPS, without empty groups."""
+    groups = [(title, [c for c in contrasts if c["equal"] == equal]) for title, equal in EQUALITY_GROUPS]
+    return [(title, members) for title, members in groups if members]
+
+
+def difference_text(c: dict[str, Any]) -> str:
+    """Example: `bridge − replay +3.6 points, 95 % +1.0 to +6.3, p 0.009`."""
+    return (
+        f"{c['a']} − {c['b']} {points(c['difference'])} points, 95 % {points(c['low'])} to {points(c['high'])}, "
+        f"p {p_text(c['p'])}"
+    )
+
+
+def sample_size(c: dict[str, Any]) -> str:
+    """Example: `3 seeds × 500 problems`."""
+    return f"{c['seeds']} seed{'s' * (c['seeds'] != 1)} × {c['problems']} problems"
+
+
+def flops_ratio(c: dict[str, Any]) -> str:
+    """FLOPs of a divided by those of b. Example: `3.20×`; `–` if one of them is zero."""
+    a, b = c["flops"]["a"], c["flops"]["b"]
+    return f"{a / b:.2f}×" if a and b else "–"
+
+
+def interval_note(report: dict[str, Any]) -> str:
+    """What the intervals and p values generalize to; with one seed they do not cover training noise."""
+    if len(report["seeds"]) > 1:
+        return "the interval covers new problems and new training runs, p covers new problems with these models"
+    return "one seed: interval and p cover new problems with these models; new training runs would vary more"

@@ -1,7 +1,7 @@
-"""A bounded sample of a study's rollouts, for the page's browser: what was asked, what was written, what was said of it.
+"""Sample a bounded number of rollouts for the page's browser: problem, completion, verdict and training signal.
 
-Of each stage the first, the middle and the last step; of each arm's result its graded evaluations. Right and wrong ones, and
-those whose dense signal was kept, come first. The whole lies in the run's files.
+The sample has the first, middle and last step of each stage, and the graded evaluation of each arm's result. Right and wrong
+rollouts alternate, and those with a stored dense signal come first. The run's files hold all rollouts.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from headwater.report.html_parts import clean
-from headwater.report.read import Node, Study, is_number
-from headwater.report.stage_table import STAGE_TEXT, stage_name
+from headwater.report.render import clean
+from headwater.report.stages import STAGE_NAMES, stage_name
+from headwater.report.study import Node, Study, is_finite_number
 from headwater.storage.run_dir import read_jsonl
 
-BYTES = 1_200_000
-"""Of the sample as JSON; it is most of the page."""
-EACH = 6
-"""Rollouts of one step, or of one evaluation."""
-CHARACTERS, PROMPT_CHARACTERS, PIECES = 1600, 800, 200
-READ = 20_000
-"""Rows of one file that are looked at: the sample of a very large step is one of its beginning."""
+MAX_BYTES = 1_300_000
+"""Size of the sample as JSON, which is most of the page."""
+PER_SOURCE = 6
+"""Rollouts of one step or one evaluation."""
+MAX_TEXT, MAX_PROBLEM, MAX_PIECES = 1600, 800, 200
+"""Characters of a completion and of a problem; tokens with their signal."""
+MAX_ROWS_READ = 20_000
+"""Rows read of one file; a larger step is sampled from its beginning."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`rows` for the page, `total` rollouts in the files that they were taken from, as far as these say."""
+    """`rows` for browse.js, and `total`, the number of rollouts in the files they come from."""
 
     rows: tuple[dict[str, Any], ...]
     problems: tuple[str, ...]
@@ -39,116 +40,115 @@ class Sample:
 
 
 def sample(study: Study, problems: Mapping[str, str]) -> Sample:
-    """A sample that is the same for the same files. `problems` are the problems' texts by id."""
+    """Choose rollouts; the same files give the same sample. `problems` maps ids to the texts of the problems."""
     arms = tuple(study.arms)
-    place = {arm: number for number, arm in enumerate(arms)}
     rows: list[dict[str, Any]] = []
     texts: dict[str, int] = {}
     size = 0
-    for held, node, seed, where, row in _offered(study):
-        one = _row(row, node, seed, where) | {"a": [place[arm] for arm in held]}
-        text = clean(problems.get(str(row.get("problem_id")), ""))[:PROMPT_CHARACTERS]
+    for source, row in _candidates(study):
+        shown = _shown(row, source) | {"arms": [arms.index(arm) for arm in source.arms]}
+        text = clean(problems.get(str(row.get("problem_id")), ""))[:MAX_PROBLEM]
         if text:
-            one["q"] = texts.setdefault(text, len(texts))
-        size += len(json.dumps(one)) + (len(json.dumps(text)) if one.get("q") == len(texts) - 1 else 0)
-        if size > BYTES:
+            size += 0 if text in texts else len(json.dumps(text))
+            shown["question"] = texts.setdefault(text, len(texts))
+        size += len(json.dumps(shown))
+        if size > MAX_BYTES:
             break
-        rows.append(one)
-    order = {name: number for number, name in enumerate(STAGE_TEXT.values())}
-    rows.sort(
-        key=lambda one: (order.get(one["s"], len(order)), one["d"], one["n"], isinstance(one["t"], str), one["t"])
-    )
-    return Sample(tuple(rows), tuple(texts), arms, _total(study))
+        rows.append(shown)
+    order = {name: index for index, name in enumerate(STAGE_NAMES.values())}
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return order.get(row["stage"], len(order)), row["seed"], row["node"], isinstance(row["step"], str), row["step"]
+
+    return Sample(tuple(sorted(rows, key=place)), tuple(texts), arms, _total(study))
 
 
-Offer = tuple[list[str], Node, int, int, dict[str, Any]]
-"""The arms that share it, its node, seed, step (−1 for a final evaluation), and the row as it stands in the file."""
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where rows come from: a step of a node, or its final evaluation (step None), and the arms that share the node."""
+
+    arms: list[str]
+    node: Node
+    seed: int
+    step: int | None
 
 
-def _offered(study: Study) -> Iterator[Offer]:
-    """Every row that could be shown, seed by seed, and within a seed one of each source in turn: a cut anywhere is fair."""
+def _candidates(study: Study) -> Iterator[tuple[Source, dict[str, Any]]]:
+    """Rows by seed, within a seed one from each source in turn, so that any prefix is balanced."""
     for seed in study.seeds:
         sources = [
-            iterator
-            for arms, _, by_seed in study.groups()
+            [(source, row) for row in choose(itertools.islice(rows, MAX_ROWS_READ))]
+            for arms, by_seed in study.stage_groups()
             if seed in by_seed
-            for iterator in _sources(arms, by_seed[seed], seed, study)
+            for source, rows in _sources(arms, by_seed[seed], seed, study)
         ]
         for round_ in itertools.zip_longest(*sources):
-            yield from (offer for offer in round_ if offer is not None)
+            yield from (candidate for candidate in round_ if candidate is not None)
 
 
-def _sources(arms: list[str], node: Node, seed: int, study: Study) -> Iterator[Iterator[Offer]]:
+def _sources(arms: list[str], node: Node, seed: int, study: Study) -> Iterator[tuple[Source, Iterator[dict[str, Any]]]]:
     files = node.rollout_files()
-    chosen = {files[0], files[len(files) // 2], files[-1]} if files else set()
-    for step, path in sorted(chosen):
-        yield _each(arms, node, seed, step, read_jsonl(path))
+    for step, path in sorted({files[0], files[len(files) // 2], files[-1]} if files else ()):
+        yield Source(arms, node, seed, step), read_jsonl(path)
     for eval_name in study.evals:
         if eval_name in node.evals and any(study.arms[arm][seed][-1] == node for arm in arms):
-            rows = ({**row, "eval": eval_name} for row in node.eval_rows(eval_name))
-            yield _each(arms, node, seed, -1, rows)
+            yield Source(arms, node, seed, None), ({**row, "eval": eval_name} for row in node.eval_rows(eval_name))
 
 
-def _each(arms: list[str], node: Node, seed: int, step: int, rows: Iterable[dict[str, Any]]) -> Iterator[Offer]:
-    for row in chosen(itertools.islice(rows, READ)):
-        yield arms, node, seed, step, row
-
-
-def chosen(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """EACH rows at most, right and wrong ones in turn, the strongest signals first, else in an order that only names decide."""
-    best: dict[Any, list[tuple[float, str, int, dict[str, Any]]]] = {}
+def choose(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most PER_SOURCE rows: verdicts alternate, strongest signals first, ties in an order given by hashed names."""
+    by_verdict: dict[Any, list[tuple[float, str, int, dict[str, Any]]]] = {}
     for number, row in enumerate(rows):
         name = f"{row.get('problem_id')}:{row.get('sample')}"
         rank = hashlib.sha256(name.encode(errors="replace")).hexdigest()
-        kept = best.setdefault(row.get("correct"), [])
         signal = row.get("signal")
-        strongest = (
-            max((abs(one) for one in signal if is_number(one)), default=0.0) if isinstance(signal, list) else -1.0
-        )
+        strongest = -1.0
+        if isinstance(signal, list):
+            strongest = max((abs(value) for value in signal if is_finite_number(value)), default=0.0)
+        kept = by_verdict.setdefault(row.get("correct"), [])
         kept.append((-strongest, rank, number, row))
         if len(kept) > 64:
-            kept[:] = heapq.nsmallest(EACH, kept)
-    kinds = [
-        [row for *_, row in heapq.nsmallest(EACH, kept)] for _, kept in sorted(best.items(), key=str, reverse=True)
-    ]
-    mixed = [row for several in itertools.zip_longest(*kinds) for row in several if row is not None]
-    return mixed[:EACH]
+            kept[:] = heapq.nsmallest(PER_SOURCE, kept)
+    verdicts = sorted(by_verdict.items(), key=str, reverse=True)
+    best = [[row for *_, row in heapq.nsmallest(PER_SOURCE, kept)] for _, kept in verdicts]
+    mixed = [row for round_ in itertools.zip_longest(*best) for row in round_ if row is not None]
+    return mixed[:PER_SOURCE]
 
 
-def _row(row: Mapping[str, Any], node: Node, seed: int, step: int) -> dict[str, Any]:
-    """One rollout in the page's short names (read by page/browse.js)."""
+def _shown(row: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """One rollout as browse.js reads it; `cut` is the number of characters left out."""
     text = clean(str(row.get("completion", row.get("text")) or ""))
-    correct = row.get("correct")
-    found: dict[str, Any] = {
-        "s": "Evaluation" if step < 0 else stage_name(node.stage, node.objective),
-        "n": node.name,
-        "d": seed,
-        "t": clean(str(row.get("eval")))[:64] if step < 0 else step,
-        "v": "not graded" if correct is None else "right" if correct else "wrong",
-        "r": clean(str(row.get("reason") or ""))[:80],
-        "p": clean(str(row.get("problem_id")))[:64],
-        "i": _whole(row.get("sample")),
-        "c": text[:CHARACTERS],
-        "k": _whole(row.get("tokens")),
-        "f": clean(str(row.get("finish") or ""))[:16],
+    correct, node = row.get("correct"), source.node
+    shown: dict[str, Any] = {
+        "stage": "Evaluation" if source.step is None else stage_name(node.stage, node.objective),
+        "node": node.name,
+        "seed": source.seed,
+        "step": clean(str(row.get("eval")))[:64] if source.step is None else source.step,
+        "verdict": "not graded" if correct is None else "right" if correct else "wrong",
+        "reason": clean(str(row.get("reason") or ""))[:80],
+        "problem": clean(str(row.get("problem_id")))[:64],
+        "sample": _integer(row.get("sample")),
+        "text": text[:MAX_TEXT],
+        "tokens": _integer(row.get("tokens")),
+        "finish": clean(str(row.get("finish") or ""))[:16],
     }
-    if len(text) > CHARACTERS:
-        found["m"] = len(text) - CHARACTERS
-    if is_number(row.get("advantage")):
-        found["g"] = round(row["advantage"], 2)
+    if len(text) > MAX_TEXT:
+        shown["cut"] = len(text) - MAX_TEXT
+    if is_finite_number(row.get("advantage")):
+        shown["advantage"] = round(row["advantage"], 2)
     pieces, signal = row.get("pieces"), row.get("signal")
     if isinstance(pieces, list) and isinstance(signal, list) and len(pieces) == len(signal):
-        found["w"] = [clean(str(piece))[:80] for piece in pieces[:PIECES]]
-        found["x"] = [round(float(value), 2) if is_number(value) else 0.0 for value in signal[:PIECES]]
-    return found
+        shown["pieces"] = [clean(str(piece))[:80] for piece in pieces[:MAX_PIECES]]
+        shown["signal"] = [round(float(value), 2) if is_finite_number(value) else 0.0 for value in signal[:MAX_PIECES]]
+    return shown
 
 
-def _whole(value: Any) -> int:
+def _integer(value: Any) -> int:
     return value if isinstance(value, int) else 0
 
 
 def _total(study: Study) -> int:
-    """Rollouts that stages trained on, and graded completions of results."""
+    """Rollouts used in training, and graded completions of the results."""
     nodes = {node.name: node for runs in study.arms.values() for run in runs.values() for node in run}
     graded = sum(int(one.sampled.sum()) for node in nodes.values() for one in node.evals.values())
     sizes = [(node.info.get("settings") or {}).get("batch_size", 0) * len(node.metrics) for node in nodes.values()]

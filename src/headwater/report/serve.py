@@ -1,7 +1,7 @@
-"""`headwater report DIR --serve`: the report on a page that refreshes from the run's files, for this machine alone.
+"""Local HTTP server for `headwater report DIR --serve`: the report page, rebuilt as the run's files change.
 
-Nothing is written, nothing can be asked for but the page, and who asks by another name than this machine's own (as a web page
-that rebinds its name would) is refused.
+Listens on 127.0.0.1 only, serves one page, writes nothing, and refuses requests with another Host header, so that a web page
+cannot read it by DNS rebinding.
 """
 
 from __future__ import annotations
@@ -15,55 +15,67 @@ from pathlib import Path
 
 from headwater.errors import HeadwaterError, UserError
 from headwater.report import build as report
-from headwater.report.html_parts import document, escaped, td
-from headwater.report.style import STYLE
-from headwater.report.text import duration
-from headwater.report.watch import SHORT, Look, look
+from headwater.report.format import duration
+from headwater.report.render import render
+from headwater.report.watch import RunStatus, read_status
 from headwater.storage.run_dir import RunDir
 
-REFRESH, PATIENCE = 10, 10.0
-"""Seconds between two refreshes of the page; how many times its own making a page lasts at least."""
+REFRESH_SECONDS = 10
+"""The page reloads itself after this time while there is something to come."""
+REST_FACTOR = 10.0
+"""After a build, wait this many times the build's duration before the next one."""
+HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "frame-ancestors 'none'",
+}
 
-Seen = tuple[tuple[str, int, int], ...]
-"""Of each file its name, when it was last written, and its length."""
+FileVersions = tuple[tuple[str, int, int], ...]
+"""(name, modification time, size) of each file."""
 
 
 @dataclass
-class Page:
-    """The page as it was last made. It is made again beside the answers, when files changed, and not more than a tenth of the time."""
+class LivePage:
+    """The last built report page. A background thread rebuilds it when files changed, at most a tenth of the time."""
 
     outs: Sequence[Path]
     html: str = ""
-    seen: Seen = ()
-    until: float = 0.0
-    maker: threading.Thread | None = None
+    built_from: FileVersions = ()
+    next_build: float = 0.0
+    builder: threading.Thread | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def now(self) -> str:
-        """The page with what is going on at its top; only the first one is waited for."""
-        changed = _changed(self.outs)
+    def render(self) -> str:
+        """The page with the current status at its top. Only the first call waits for a build."""
+        versions = _file_versions(self.outs)
         with self.lock:
-            idle = self.maker is None or not self.maker.is_alive()
-            if idle and changed != self.seen and time.monotonic() >= self.until:
-                self.maker = threading.Thread(target=self._make, args=(changed,), daemon=True)
-                self.maker.start()
-        if not self.html and self.maker is not None:
-            self.maker.join()
+            idle = self.builder is None or not self.builder.is_alive()
+            if idle and versions != self.built_from and time.monotonic() >= self.next_build:
+                self.builder = threading.Thread(target=self._build, args=(versions,), daemon=True)
+                self.builder.start()
+        if not self.html and self.builder is not None:
+            self.builder.join()
         status, running = _status(self.outs)
-        return _with_status(self.html, status, running or changed != self.seen)
+        html = self.html.replace("<main", f"{status}<main", 1)
+        if running or versions != self.built_from:
+            refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">'
+            html = html.replace("<title>", f"{refresh}\n<title>", 1)
+        return html
 
-    def _make(self, changed: Seen) -> None:
-        began = time.monotonic()
+    def _build(self, versions: FileVersions) -> None:
+        started = time.monotonic()
         try:
-            self.html, self.seen = report.page(self.outs), changed
-        except HeadwaterError as error:  # a run that has just begun, or a row that is being written: it is tried again
-            self.html = self.html or document("headwater", STYLE, f"<h1>{escaped(str(error))}</h1>", "")
-        self.until = time.monotonic() + PATIENCE * (time.monotonic() - began)
+            self.html, self.built_from = report.page(self.outs), versions
+        except HeadwaterError as error:  # the run has just started or is writing a row: the next request tries again
+            self.html = self.html or render("message.html.j2", {"message": str(error)})
+        self.next_build = time.monotonic() + REST_FACTOR * (time.monotonic() - started)
 
 
 def serve(outs: Sequence[Path], port: int, ready: Callable[[str], None]) -> None:
-    """Answer until interrupted. `ready` is told the address; port 0 takes a free one. Raises UserError where it cannot listen."""
-    page = Page(outs)
+    """Serve until interrupted. Calls `ready` with the address; port 0 takes a free one. Raises UserError if the port is taken."""
+    page = LivePage(outs)
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), _handler(page))
     except OSError as error:
@@ -73,15 +85,15 @@ def serve(outs: Sequence[Path], port: int, ready: Callable[[str], None]) -> None
         server.serve_forever()
 
 
-def _handler(page: Page) -> type[BaseHTTPRequestHandler]:
+def _handler(page: LivePage) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             port = self.connection.getsockname()[1]
             if self.headers.get("Host") not in (f"127.0.0.1:{port}", f"localhost:{port}"):
-                return self.send_error(403, "only this machine may ask")
+                return self.send_error(403, "only this machine may connect")
             if self.path.split("?")[0] != "/":
                 return self.send_error(404, "there is only one page")
-            body = page.now().encode()
+            body = page.render().encode()
             self.send_response(200)
             for name, value in HEADERS.items():
                 self.send_header(name, value)
@@ -91,53 +103,33 @@ def _handler(page: Page) -> type[BaseHTTPRequestHandler]:
             return None
 
         def log_message(self, format: str, *args: object) -> None:
-            """Silent: the terminal belongs to the user."""
+            """Log nothing: the terminal belongs to the user."""
 
     return Handler
 
 
-HEADERS = {
-    "Content-Type": "text/html; charset=utf-8",
-    "Cache-Control": "no-store",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "frame-ancestors 'none'",
-}
-
-
-def _changed(outs: Sequence[Path]) -> Seen:
-    """When each of the files that the page shows was last written, and how long it is."""
+def _file_versions(outs: Sequence[Path]) -> FileVersions:
     nodes = [node for out in outs for node in RunDir(out).nodes()]
     files = [file for node in nodes for file in (node.metrics, node.conditions, node.warnings, node.done, node.failed)]
-    found = [(str(file), file.stat()) for file in files if file.exists()]
-    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
+    stats = [(str(file), file.stat()) for file in files if file.exists()]
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 
 
 def _status(outs: Sequence[Path]) -> tuple[str, bool]:
-    """The nodes at work as HTML, and whether anybody is."""
+    """The running nodes as HTML, and whether a run is going on."""
     try:
-        found = [look(out) for out in outs]
+        statuses = [read_status(out) for out in outs]
     except HeadwaterError:
         return "", True
-    return "".join(map(_one, found)), any(one.running for one in found)
+    return "".join(map(_status_section, statuses)), any(status.running for status in statuses)
 
 
-def _one(found: Look) -> str:
+def _status_section(status: RunStatus) -> str:
     rows = []
-    for one in found.nodes:
-        if one.state == "at work":
-            numbers = " · ".join(f"{SHORT.get(name, name)} {value:.3g}" for name, value in one.numbers.items())
-            left = duration(one.seconds_left) if one.seconds_left is not None else "?"
-            cells = [str(one.seed), f"{one.step} of {one.steps or '?'}", left, numbers, "; ".join(one.warnings)]
-            rows.append(f'<tr><th scope="row">{escaped(one.stage)}</th>{"".join(map(td, cells))}</tr>')
-    done = sum(one.state == "done" for one in found.nodes)
-    said = f"{done} of {len(found.nodes)} nodes done; {'at work' if found.running else 'nobody at work'}"
-    table = f"<table><tbody>{''.join(rows)}</tbody></table>" if rows else ""
-    return f'<section id="now" aria-label="Now"><p><strong>{escaped(said)}</strong></p>{table}</section>'
-
-
-def _with_status(html: str, status: str, again: bool) -> str:
-    """The page with what is going on at its top; it asks again by itself while there is something to come."""
-    if again:
-        html = html.replace("<title>", f'<meta http-equiv="refresh" content="{REFRESH}">\n<title>', 1)
-    return html.replace("<main", f"{status}<main", 1)
+    for node in status.nodes:
+        if node.state == "at work":
+            left = duration(node.seconds_left) if node.seconds_left is not None else "?"
+            metrics, warnings = " · ".join(node.metrics_text), "; ".join(node.warnings)
+            rows.append([node.stage, str(node.seed), f"{node.step} of {node.steps or '?'}", left, metrics, warnings])
+    summary = f"{status.done} of {len(status.nodes)} nodes done; {'running' if status.running else 'not running'}"
+    return render("status.html.j2", {"summary": summary, "rows": rows})

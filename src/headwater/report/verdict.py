@@ -1,4 +1,4 @@
-"""The report's first paragraph: what the study says of the paper's claims, as its numbers have it."""
+"""The report's first paragraph: what the study's numbers say about the paper's claims."""
 
 from __future__ import annotations
 
@@ -6,173 +6,176 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from headwater.report.text import count, difference, extent, find_contrast, listed, percent, reading, units
+from headwater.config.arms import ARMS
+from headwater.report.contrasts import difference_text, find_contrast, reading, sample_size
+from headwater.report.format import count, join_and, percent, units
+from headwater.report.predictions import reading_text
+
+COMPARISON = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """A few sentences: the paper's ordering, its two stages, fresh labels against replay, equal compute, what failed.
+    """A few sentences: the paper's ordering (P1), its two stages (P2), fresh labels (P3), equal compute, failures.
 
-    It speaks of the recipe's first evaluation. "Holds" and "does not hold" are said only where the interval excludes
-    zero and p < 0.05; everything else is "undecided".
+    Uses the recipe's first evaluation. "Holds" and "does not hold" require that the interval excludes zero and p < 0.05;
+    everything else is "undecided".
     """
-    lost = _failed(report) + _unfinished(report)
+    incomplete = _failed(report) + _unfinished(report)
     if not report["evals"]:
-        return " ".join(["Nothing can be said yet: no arm is finished and evaluated.", *lost])
+        return " ".join(["Nothing can be said yet: no arm is finished and evaluated.", *incomplete])
     eval_name = report["evals"][0]
-    said = _claims(report, eval_name) or [_fallback(report, eval_name)]
-    return " ".join([*said, *_wasted(report), *lost])
+    claims = _claims(report, eval_name) or [_best_arm(report, eval_name)]
+    return " ".join([*claims, *_uninformative(report), *incomplete])
 
 
 def _claims(report: dict[str, Any], eval_name: str) -> list[str]:
-    parts = [part(report, eval_name) for part in (_ordering, _both_stages, _fresh_labels, _equal_compute)]
-    said = [part for part in parts if part]
-    if said and not said[0].startswith("On "):
+    sentences = [claim(report, eval_name) for claim in (_ordering, _both_stages, _fresh_labels, _equal_compute)]
+    claims = [sentence for sentence in sentences if sentence]
+    if claims and not claims[0].startswith("On "):
         first = next(c for c in report["contrasts"] if c["eval"] == eval_name)
-        start = said[0] if said[0].startswith("P") else said[0][0].lower() + said[0][1:]
-        said[0] = f"On {eval_name} ({extent(first)}) {start}"
-    return said
+        start = claims[0] if claims[0].startswith("P") else claims[0][0].lower() + claims[0][1:]
+        claims[0] = f"On {eval_name} ({sample_size(first)}) {start}"
+    return claims
 
 
 def _ordering(report: dict[str, Any], eval_name: str) -> str | None:
     """P1: raw_teacher < direct_grpo < bridge."""
     names = ("raw_teacher", "direct_grpo", "bridge")
-    found = [find_contrast(report, b, a, eval_name) for a, b in pairwise(names)]
-    held = [c for c in found if c is not None]
-    if not held:
+    pairs = [find_contrast(report, b, a, eval_name) for a, b in pairwise(names)]
+    contrasts = [c for c in pairs if c is not None]
+    if not contrasts:
         return None
-    there = [name for name in names if _finished(report, name, eval_name)]
-    where = f"On {eval_name} ({extent(held[0])})"
-    numbers = "; ".join(difference(c) for c in held)
-    shown = ", ".join(_accuracy(report, name, eval_name) for name in there)
-    if len(held) < 2 and _row(report, "P1", eval_name)["reading"] == "not measured":
-        missing = [name for name in names if name not in there]
-        says = f"cannot be judged, since {listed(missing) or 'a pair on the same seeds'} is missing"
-    else:
-        says = _says(report, "P1", eval_name)
+    finished = _finished(report, names, eval_name)
+    result = _prediction(report, "P1", eval_name)["reading"]
+    if len(contrasts) < 2 and result == "not measured":
+        missing = [name for name in names if name not in finished]
+        result = f"cannot be judged, since {join_and(missing) or 'a pair on the same seeds'} is missing"
     return (
-        f"{where} the paper's ordering raw_teacher < direct_grpo < bridge {says}: {shown} "
-        f"({numbers}; {_labels(report, there)})."
+        f"On {eval_name} ({sample_size(contrasts[0])}) the paper's ordering raw_teacher < direct_grpo < bridge "
+        f"{reading_text(result)}: {_numbers(report, eval_name, finished, contrasts)}."
     )
 
 
 def _both_stages(report: dict[str, Any], eval_name: str) -> str | None:
-    """P2, where it was measured."""
-    if _row(report, "P2", eval_name)["reading"] == "not measured":
+    """P2, if it was measured."""
+    prediction = _prediction(report, "P2", eval_name)
+    if prediction["reading"] == "not measured":
         return None
-    names = [name for name in ("bridge", "warmup_only", "opd_only") if _finished(report, name, eval_name)]
-    return f"P2, that the bridge needs both its warm-up and OPD, {_shown(report, 'P2', eval_name, names)}."
+    finished = _finished(report, ("bridge", "warmup_only", "opd_only"), eval_name)
+    return (
+        f"P2, that the bridge needs both its warm-up and OPD, {reading_text(prediction['reading'])}: "
+        f"{_numbers(report, eval_name, finished, prediction['rests_on'])}."
+    )
 
 
 def _fresh_labels(report: dict[str, Any], eval_name: str) -> str | None:
-    """P3, or without the state before stage 3 what fresh labels do against replay."""
+    """P3; if it was not measured, the contrast of fresh labels with replay."""
+    prediction = _prediction(report, "P3", eval_name)
+    if prediction["reading"] != "not measured":
+        finished = _finished(report, ("bridge_1h", "bridge_rl", "replay"), eval_name)
+        return (
+            "P3, that fresh labels after the bridge help and matched replay does not, "
+            f"{reading_text(prediction['reading'])}: {_numbers(report, eval_name, finished, prediction['rests_on'])}."
+        )
     c = find_contrast(report, "bridge_rl", "replay", eval_name)
-    if _row(report, "P3", eval_name)["reading"] != "not measured":
-        names = [name for name in ("bridge_1h", "bridge_rl", "replay") if _finished(report, name, eval_name)]
-        shown = _shown(report, "P3", eval_name, names)
-        return f"P3, that fresh labels after the bridge help and matched replay does not, {shown}."
     if c is None:
         return None
-    says = {
+    claim = {
         "holds": "Fresh labels after the bridge do better than replaying the used ones",
         "does not hold": "Fresh labels after the bridge do worse than replaying the used ones, against the paper",
         "undecided": "Whether fresh labels after the bridge beat replaying the used ones is undecided",
     }[reading(c)]
-    shown = ", ".join(_accuracy(report, name, eval_name) for name in ("bridge_rl", "replay"))
-    return f"{says}: {shown} ({difference(c)}; {_labels(report, ('bridge_rl', 'replay'))})."
+    return f"{claim}: {_numbers(report, eval_name, ('bridge_rl', 'replay'), [c])}."
 
 
 def _equal_compute(report: dict[str, Any], eval_name: str) -> str | None:
-    """The bridge against the arms that were given its FLOPs; where they did not come out equal, it says so."""
-    words = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
+    """The bridge against the arms that were given its FLOPs. Says so if the measured FLOPs are not equal."""
     parts = []
-    for name in ("direct_grpo_compute", "opd_then_rl_compute"):
+    for name in [name for name, arm in ARMS.items() if arm.same_compute and arm.same_compute[1] == "bridge"]:
         c = find_contrast(report, "bridge", name, eval_name)
         if c is not None:
             a, b = units(c["flops"]["a"], "FLOPs"), units(c["flops"]["b"], "FLOPs")
-            but = "" if "compute" in c["equal"] else ", not equal after all"
-            parts.append(f"{words[reading(c)]} {name} ({difference(c)}; {a} and {b}{but})")
-    return f"At equal compute the bridge {listed(parts)}." if parts else None
+            unequal = "" if "compute" in c["equal"] else ", not equal after all"
+            parts.append(f"{COMPARISON[reading(c)]} {name} ({difference_text(c)}; {a} and {b}{unequal})")
+    return f"At equal compute the bridge {join_and(parts)}." if parts else None
 
 
-def _wasted(report: dict[str, Any]) -> list[str]:
-    """Labels that were looked at in arms where no group ever had rewards that differ."""
-    silent = []
-    for name, arm in report["arms"].items():
-        shares = [row["informative"] for row in arm["stages"] if row.get("informative") is not None]
-        if shares and not any(shares):
-            silent.append(f"{name} ({count(arm['labels']['distinct'])} labels)")
-    if not silent:
-        return []
-    return [f"No label bought anything in {', '.join(silent)}: in no group did the rewards differ."]
-
-
-def _failed(report: dict[str, Any]) -> list[str]:
-    """Each node that failed, once, with its sentence and the arms that were not run because of it."""
-    nodes: dict[str, dict[str, Any]] = {}
-    arms: dict[str, list[str]] = {}
-    for name, arm in report["arms"].items():
-        for seed, failure in arm["failed"].items():
-            nodes[failure["node"]] = {"seed": seed, **failure}
-            if failure["state"] == "not run" and name not in arms.setdefault(failure["node"], []):
-                arms[failure["node"]].append(name)
-    found = []
-    for name, failure in nodes.items():
-        because = f" Not run because of it: {', '.join(arms[name])}." if arms.get(name) else ""
-        sentence = failure["sentence"].rstrip(".")
-        found.append(f"Failed: {failure['stage']} (seed {failure['seed']}): {sentence}.{because}")
-    return found
-
-
-def _unfinished(report: dict[str, Any]) -> list[str]:
-    waiting = [name for name, arm in report["arms"].items() if arm["unfinished"]]
-    return [f"Not finished: {', '.join(waiting)}."] if waiting else []
-
-
-def _fallback(report: dict[str, Any], eval_name: str) -> str:
-    """No pair of the paper is there: the best arm against the student before."""
-    held = [c for c in report["contrasts"] if c["eval"] == eval_name and c["a"] != "base_teacher"]
-    if not held:
-        shown = [_accuracy(report, a, eval_name) for a in report["arms"] if _finished(report, a, eval_name)]
-        return f"On {eval_name}: {', '.join(shown)}; no two arms to compare."
-    best = max(held, key=lambda c: float(c["difference"]))
-    says = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
+def _best_arm(report: dict[str, Any], eval_name: str) -> str:
+    """For studies without the paper's pairs: the best arm against the untrained student."""
+    contrasts = [c for c in report["contrasts"] if c["eval"] == eval_name and c["a"] != "base_teacher"]
+    if not contrasts:
+        accuracies = _accuracies(report, eval_name, _finished(report, [*report["arms"]], eval_name))
+        return f"On {eval_name}: {accuracies}; no two arms to compare."
+    best = max(contrasts, key=lambda c: float(c["difference"]))
     return (
-        f"On {eval_name} ({extent(best)}) {best['a']} {says[reading(best)]} {best['b']}: "
-        f"{_accuracy(report, best['a'], eval_name)}, {_accuracy(report, best['b'], eval_name)} ({difference(best)}); "
+        f"On {eval_name} ({sample_size(best)}) {best['a']} {COMPARISON[reading(best)]} {best['b']}: "
+        f"{_accuracies(report, eval_name, (best['a'], best['b']))} ({difference_text(best)}); "
         "the arms that the paper compares are not in this run."
     )
 
 
-def _row(report: dict[str, Any], name: str, eval_name: str) -> dict[str, Any]:
+def _uninformative(report: dict[str, Any]) -> list[str]:
+    """Arms that spent labels although the rewards never differed within any group."""
+    arms = []
+    for name, arm in report["arms"].items():
+        shares = [row["informative"] for row in arm["stages"] if row.get("informative") is not None]
+        if shares and not any(shares):
+            arms.append(f"{name} ({count(arm['labels']['distinct'])} labels)")
+    return [f"No label bought anything in {', '.join(arms)}: in no group did the rewards differ."] if arms else []
+
+
+def _failed(report: dict[str, Any]) -> list[str]:
+    """One sentence per failed node, with the arms that were not run because of it."""
+    failures: dict[str, dict[str, Any]] = {}
+    skipped: dict[str, list[str]] = {}
+    for name, arm in report["arms"].items():
+        for seed, failure in arm["failed"].items():
+            failures[failure["node"]] = {"seed": seed, **failure}
+            if failure["state"] == "not run" and name not in skipped.setdefault(failure["node"], []):
+                skipped[failure["node"]].append(name)
+    sentences = []
+    for node, failure in failures.items():
+        because = f" Not run because of it: {', '.join(skipped[node])}." if skipped.get(node) else ""
+        sentence = failure["sentence"].rstrip(".")
+        sentences.append(f"Failed: {failure['stage']} (seed {failure['seed']}): {sentence}.{because}")
+    return sentences
+
+
+def _unfinished(report: dict[str, Any]) -> list[str]:
+    arms = [name for name, arm in report["arms"].items() if arm["unfinished"]]
+    return [f"Not finished: {', '.join(arms)}."] if arms else []
+
+
+# Parts of sentences ---------------------------------------------------------------------------------------------------
+
+
+def _prediction(report: dict[str, Any], name: str, eval_name: str) -> dict[str, Any]:
     return next(row for row in report["predictions"] if (row["name"], row["eval"]) == (name, eval_name))
 
 
-def _says(report: dict[str, Any], name: str, eval_name: str) -> str:
-    return str(_row(report, name, eval_name)["reading"]).replace("undecided", "is undecided")
+def _finished(report: dict[str, Any], arms: Sequence[str], eval_name: str) -> list[str]:
+    return [arm for arm in arms if eval_name in report["arms"].get(arm, {}).get("accuracy", {})]
 
 
-def _shown(report: dict[str, Any], name: str, eval_name: str, arms: Sequence[str]) -> str:
-    numbers = "; ".join(difference(c) for c in _row(report, name, eval_name)["rests_on"])
-    accuracies = ", ".join(_accuracy(report, arm, eval_name) for arm in arms)
-    return f"{_says(report, name, eval_name)}: {accuracies} ({numbers}; {_labels(report, arms)})"
+def _numbers(report: dict[str, Any], eval_name: str, arms: Sequence[str], contrasts: Sequence[dict[str, Any]]) -> str:
+    """Example: `bridge 66.8 %, replay 60.8 % (bridge − replay +6.0 points, …; equal labels, 256 each)`."""
+    differences = "; ".join(map(difference_text, contrasts))
+    return f"{_accuracies(report, eval_name, arms)} ({differences}; {_labels(report, arms)})"
 
 
-def _finished(report: dict[str, Any], arm: str, eval_name: str) -> bool:
-    return eval_name in report["arms"].get(arm, {}).get("accuracy", {})
-
-
-def _accuracy(report: dict[str, Any], arm: str, eval_name: str) -> str:
-    return f"{arm} {percent(report['arms'][arm]['accuracy'][eval_name]['mean'])} %"
+def _accuracies(report: dict[str, Any], eval_name: str, arms: Sequence[str]) -> str:
+    return ", ".join(f"{arm} {percent(report['arms'][arm]['accuracy'][eval_name]['mean'])} %" for arm in arms)
 
 
 def _labels(report: dict[str, Any], arms: Sequence[str]) -> str:
-    spent = {arm: report["arms"][arm]["labels"]["distinct"] for arm in arms}
-    some = {arm: number for arm, number in spent.items() if number}
-    if not some:
+    """Example: `equal labels, 96 each, none on raw_teacher`."""
+    labels = {arm: report["arms"][arm]["labels"]["distinct"] for arm in arms}
+    used = {arm: number for arm, number in labels.items() if number}
+    if not used:
         return "no labels spent"
-    none = [arm for arm in arms if arm not in some]
-    free = f", none on {' and '.join(none)}" if none else ""
-    if len(set(some.values())) == 1:
-        number = count(next(iter(some.values())))
-        return f"equal labels, {number} each{free}" if len(some) > 1 else f"{number} labels on {next(iter(some))}{free}"
-    return f"labels not equal: {', '.join(f'{arm} {count(number)}' for arm, number in some.items())}{free}"
+    unlabelled = [arm for arm in arms if arm not in used]
+    none = f", none on {' and '.join(unlabelled)}" if unlabelled else ""
+    if len(set(used.values())) == 1:
+        number = count(next(iter(used.values())))
+        return f"equal labels, {number} each{none}" if len(used) > 1 else f"{number} labels on {next(iter(used))}{none}"
+    return f"labels not equal: {', '.join(f'{arm} {count(number)}' for arm, number in used.items())}{none}"

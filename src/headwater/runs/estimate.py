@@ -14,7 +14,7 @@ from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
 from headwater.models.shape import Shape
 from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
-from headwater.runs.inputs import RunInputs, read_tokenizer
+from headwater.runs.inputs import RunInputs
 from headwater.runs.memory_estimate import Held, Work, held_bytes, working_bytes
 from headwater.runs.plan import Node, Plan, Role, supervisor
 from headwater.teachers.served_teacher import NO_SHAPE
@@ -129,13 +129,13 @@ def targets_of(lora: Lora) -> tuple[str, ...] | None:
 def prompt_tokens(inputs: RunInputs, asked: Asked = Asked()) -> float:
     """Tokens of the longest prompt among the first 256 problems, or of the mean one; one over the limit is refused elsewhere.
 
-    Where the student's tokenizer or the problems are not here (`absent`), `prompt.max_tokens`.
+    Where the student's tokenizer or the problems are not here (`missing`), `prompt.max_tokens`.
     """
     recipe = inputs.recipe
-    if inputs.absent or not ModelFolder.open(recipe.models.student, "models.student").is_local:
+    if inputs.missing or not inputs.model_folder("student").is_local:
         return float(recipe.prompt.max_tokens)
     unbounded = recipe.prompt.model_copy(update={"max_tokens": sys.maxsize})
-    prompter = Prompter(read_tokenizer(recipe, "student"), unbounded)
+    prompter = Prompter(inputs.tokenizer("student"), unbounded)
     lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
     return max(lengths) if asked.mean_tokens is None else sum(lengths) / len(lengths)
 

@@ -1,15 +1,16 @@
-"""Everything that the nodes of a run share: problems, label pools, graders, prompts; read and checked once, up front."""
+"""Inputs of a run: data, label pools, graders, tokenizers and device, each read once on first use."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, cached_property
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, Self
 
 import torch
+from transformers import GenerationConfig
 
 from headwater.config.arms import Pool
 from headwater.config.recipe import Recipe, Source, canonical_json
@@ -19,11 +20,15 @@ from headwater.data.labels import Grade, Labels, Pools, buy
 from headwater.data.sources import Loaded, load, without_leaks
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
+from headwater.models.prompts import Prompter
+from headwater.models.tokenizer import stop_ids_of
+from headwater.runs.read_once import InputError, read_once
+from headwater.runs.source_readers import SourceReader, placeholder_reader
 from headwater.sampling.build import SamplerFactory, sampler_factory
 from headwater.tasks.registry import Task, find_task, grader_code
-from headwater.teachers import server_client
-from headwater.teachers.server_client import ServedTokenizer
-from headwater.types import Problem, letters_of
+from headwater.tasks.verifier import Verifier
+from headwater.teachers.server_client import ServedModel, ServedTokenizer, connect, is_served
+from headwater.types import Problem, letters_and_digits
 
 VALIDATION = "data.validation"
 POOLS: tuple[Pool, ...] = ("all", "first_half", "second_half")
@@ -31,41 +36,168 @@ POOLS: tuple[Pool, ...] = ("all", "first_half", "second_half")
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What the recipe's data section stands for.
+    """Everything that a recipe's run reads: use as a context manager, which ends the grader's worker processes.
 
-    problems   every labelled and unlabelled problem by id, without answers
-    labels     the gold answers that the budget bought, and no others
-    unlabeled  ids of further bridge prompts
-    evals      evaluation -> (problems, labels of their own, counted apart)
-    validation problems that decide when a stage ends, with labels of their own; None where the recipe has none
-    notes      what was left out on reading, for the user to see
-    left_out   each problem that also stands in an evaluation: which, in which rows, why
+    read     how data sources are read
+    missing  what a placeholder stands in for, as sentences; only for estimates (`for_estimate`)
+
+    Models are named by role: `student`, `teacher`, `expert`, or `teacher.TAG` where `models.teacher` is a mapping.
+    Reading anything raises InputError with the field, file or row.
     """
 
     recipe: Recipe
-    task: Task
-    problems: Mapping[str, Problem]
-    pools: Pools
-    labels: Labels
-    unlabeled: tuple[str, ...]
-    evals: Mapping[str, tuple[Sequence[Problem], Labels]]
-    validation: tuple[Sequence[Problem], Labels] | None
-    notes: tuple[str, ...]
-    left_out: tuple[dict[str, Any], ...]
-    device: torch.device
-    absent: tuple[str, ...] = ()
-    """For an estimate alone: what was not here and is stood in for (`absent`), in words."""
+    read: SourceReader = load
+    missing: Sequence[str] = ()
+    memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
-    def sampler(self) -> SamplerFactory:
-        """Who samples a policy; engines started for one node serve the next."""
-        return sampler_factory(self.recipe)
+    @classmethod
+    def for_estimate(cls, recipe: Recipe) -> RunInputs:
+        """Inputs with placeholders for missing data files; models that are not in a local folder are noted, not fetched."""
+        missing: list[str] = []
+        for role in ("student", "teacher", "expert"):
+            for field_, name in recipe.models.named(role).items():
+                if is_served(name) or not ModelFolder.open(name, field_).is_local:
+                    missing.append(f"{field_}: {name} is not in a local folder; its tokenizer was not read")
+        return cls(recipe, placeholder_reader(missing), missing)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        grader = self.memo.get(("grader",))
+        if isinstance(grader, Verifier):
+            grader.close()
+
+    # Data -------------------------------------------------------------------------------------------------------------
 
     @property
+    @read_once("task")
+    def task(self) -> Task:
+        return find_task(self.recipe.task)
+
+    @property
+    @read_once("task")
+    def grader(self) -> Verifier:
+        compute = self.recipe.compute
+        return Verifier(self.recipe.task, workers=compute.grader_workers, seconds=compute.grader_seconds)
+
+    @property
+    def data_fields(self) -> dict[str, Source]:
+        """The recipe's data sources by field: `data.labeled`, `data.unlabeled`, `data.validation`, `data.evals.NAME`."""
+        data = self.recipe.data
+        sources = {
+            **{f"data.evals.{name}": source for name, source in data.evals.items()},
+            VALIDATION: data.validation,
+            "data.labeled": data.labeled,
+            "data.unlabeled": data.unlabeled,
+        }
+        return {name: source for name, source in sources.items() if source is not None}
+
+    @read_once("data")
+    def source(self, name: str) -> Loaded:
+        """All that the file of a data field holds."""
+        try:
+            gold = self.task.gold
+        except InputError:  # has its own error where a task is needed; the file can still be read
+            gold = None
+        return self.read(self.data_fields[name], name, need_answers=name != "data.unlabeled", gold=gold)
+
+    @read_once("data")
+    def decontaminated(self, name: str) -> Loaded:
+        """A data source without the problems that an evaluation, or the validation set, holds too."""
+        held_out = self.eval_sources
+        if name != VALIDATION and VALIDATION in self.data_fields:
+            held_out = {**held_out, VALIDATION: self.decontaminated(VALIDATION)}
+        return without_leaks(self.source(name), held_out)[0]
+
+    @property
+    def eval_sources(self) -> dict[str, Loaded]:
+        return {name: self.source(f"data.evals.{name}") for name in self.recipe.data.evals}
+
+    @property
+    def labeled(self) -> Loaded:
+        return self.decontaminated("data.labeled")
+
+    @property
+    @read_once("data")
+    def unlabeled_problems(self) -> tuple[Problem, ...]:
+        """Problems of `data.unlabeled`; by letters, as in evaluations: another spelling of a labelled problem is no fresh prompt."""
+        if "data.unlabeled" not in self.data_fields:
+            return ()
+        known = {letters_and_digits(problem.text) for problem in self.labeled.problems}
+        problems = self.decontaminated("data.unlabeled").problems
+        return tuple(problem for problem in problems if letters_and_digits(problem.text) not in known)
+
+    @property
+    @read_once("data")
+    def unlabeled(self) -> tuple[str, ...]:
+        """Ids of further bridge prompts."""
+        return tuple(problem.id for problem in self.unlabeled_problems)
+
+    @property
+    @read_once("data")
+    def problems(self) -> Mapping[str, Problem]:
+        """Every labelled and unlabelled problem by id, without answers."""
+        return {problem.id: problem for problem in (*self.labeled.problems, *self.unlabeled_problems)}
+
+    @property
+    @read_once("labels")
+    def pools(self) -> Pools:
+        """The problems whose labels the budget buys."""
+        labels = self.recipe.labels
+        return buy([problem.id for problem in self.labeled.problems], labels.budget, labels.seed)
+
+    @property
+    @read_once("plan")
+    def labels(self) -> Labels:
+        """The gold answers that the budget bought, and no others."""
+        gold, ids = self.labeled.gold, self.pools.all
+        without = sum(id_ not in gold for id_ in ids)
+        if without:
+            raise UserError(f"data.labeled: {without} of the {len(ids)} problems that the budget buys have no answer")
+        return Labels({id_: gold[id_] for id_ in ids}, self.grader, len(ids))
+
+    @property
+    @read_once("data")
+    def evals(self) -> Mapping[str, tuple[Sequence[Problem], Labels]]:
+        """Evaluation -> its problems and their labels, which are counted apart from the budget."""
+        return {name: with_labels(loaded, self.grader) for name, loaded in self.eval_sources.items()}
+
+    @property
+    @read_once("data")
+    def validation(self) -> tuple[Sequence[Problem], Labels] | None:
+        """Problems that decide when a stage ends, and their labels; None where the recipe has none."""
+        return with_labels(self.decontaminated(VALIDATION), self.grader) if VALIDATION in self.data_fields else None
+
+    @property
+    @read_once("data")
     def everything(self) -> list[Problem]:
         """Every problem that a model may be asked."""
-        validated = [] if self.validation is None else self.validation[0]
-        return [*self.problems.values(), *validated, *(one for held, _ in self.evals.values() for one in held)]
+        validation = [] if self.validation is None else self.validation[0]
+        evals = [problem for problems, _ in self.evals.values() for problem in problems]
+        return [*self.problems.values(), *validation, *evals]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out on reading, for the user to see."""
+        labeled = self.labeled
+        notes = [f"data.labeled: {note}" for note in describe_leaks(labeled.leaks)]
+        if labeled.duplicates:
+            notes.append(f"data.labeled: {labeled.duplicates} repeated problems; each counts once")
+        if labeled.contradictions:
+            notes.append(f"data.labeled: {len(labeled.contradictions)} problems with contradicting answers; left out")
+        if "data.unlabeled" in self.data_fields:
+            leaks = self.decontaminated("data.unlabeled").leaks
+            notes += [f"data.unlabeled: {note}" for note in describe_leaks(leaks)]
+        return notes
+
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        """Each training problem that an evaluation holds too: which one, in which rows, why."""
+        sources = {
+            name: self.decontaminated(name) for name in ("data.labeled", "data.unlabeled") if name in self.data_fields
+        }
+        return [leak_row(name, leak, loaded) for name, loaded in sources.items() for leak in loaded.leaks]
 
     def pool(self, pool: Pool) -> tuple[str, ...]:
         ids: tuple[str, ...] = getattr(self.pools, pool)
@@ -76,41 +208,109 @@ class RunInputs:
         return self.pool(pool) + (() if settings.needs_labels else self.unlabeled)
 
     def steps(self, pool: Pool, settings: Stage) -> int:
-        """Steps of a stage; those on a half count its epochs over the smaller half, so that stage 3 and its matched replay
-        take equally many whatever the halves' sizes."""
+        """Steps of a stage. Epochs on a half count over the smaller half, so that stage 3 and its matched replay are equally long."""
         prompts = len(self.prompts(pool, settings))
         if pool != "all":
             prompts -= len(self.pool(pool)) - min(len(self.pools.first_half), len(self.pools.second_half))
         return settings.steps_over(prompts)
 
-    def _fingerprint(self, name: str, field: str) -> str:
-        if server_client.is_served(name):
-            return server_client.connect(name, field, self.recipe.compute.server).fingerprint
-        return ModelFolder.open(name, field).fingerprint
+    def with_grader(self, wrap: Callable[[Grade], Grade]) -> RunInputs:
+        """The same inputs, whose completions are graded by `wrap(grader)`: for ranks that share the grading."""
+        evals = {name: (problems, labels.graded_by(wrap)) for name, (problems, labels) in self.evals.items()}
+        validation = self.validation
+        if validation is not None:
+            validation = validation[0], validation[1].graded_by(wrap)
+        wrapped = {"labels": self.labels.graded_by(wrap), "evals": evals, "validation": validation}
+        return replace(self, memo={**self.memo, **{(name,): value for name, value in wrapped.items()}})
+
+    # Models, without their weights ------------------------------------------------------------------------------------
+
+    def field_and_name(self, role: str) -> tuple[str, str]:
+        """The recipe's field for a role, and the model that it names."""
+        named, field_ = self.recipe.models.named(role.partition(".")[0]), f"models.{role}"
+        if field_ not in named:
+            raise InputError("model", f"{field_}: an arm needs this model, and the recipe names none")
+        return field_, named[field_]
+
+    @read_once("model")
+    def model_folder(self, role: str) -> ModelFolder:
+        """The files of a role's model."""
+        field_, name = self.field_and_name(role)
+        return ModelFolder.open(name, field_, self.recipe.models.trust_remote_code)
+
+    @read_once("server")
+    def server(self, role: str) -> ServedModel:
+        """What the server of a served teacher says about itself."""
+        field_, name = self.field_and_name(role)
+        return connect(name, field_, self.recipe.compute.server)
+
+    @read_once("tokenizer")
+    def tokenizer(self, role: str) -> Any:
+        """The model's tokenizer; of a served teacher, its server's."""
+        _, name = self.field_and_name(role)
+        return ServedTokenizer(self.server(role)) if is_served(name) else self.model_folder(role).tokenizer
+
+    @read_once("config")
+    def config(self, role: str) -> Any:
+        return self.model_folder(role).config
+
+    @read_once("generation config")
+    def generation_config(self, role: str) -> GenerationConfig:
+        """The model's generation config or, where it has none, the one that transformers derives from its config."""
+        self.config(role)
+        return self.model_folder(role).generation_config
+
+    def stop_ids(self, role: str) -> tuple[int, ...]:
+        return stop_ids_of(self.generation_config(role), self.config(role), self.tokenizer(role))
+
+    def prompter(self, role: str) -> Prompter:
+        return Prompter(self.tokenizer(role), self.recipe.prompt)
+
+    # Where and how it runs --------------------------------------------------------------------------------------------
+
+    @property
+    @read_once("device")
+    def device(self) -> torch.device:
+        return device_of(self.recipe.compute.device)
+
+    @cached_property
+    def sampler(self) -> SamplerFactory:
+        """Builds the sampler of a policy; engines started for one node serve the next."""
+        return sampler_factory(self.recipe)
+
+    # Fingerprints -----------------------------------------------------------------------------------------------------
+
+    @read_once("plan")
+    def weights_fingerprint(self, role: str) -> str:
+        """Names a role's weights by content and, where several teachers are named, which of them each problem is for.
+
+        Raises InputError if the recipe has no such model or it is not to be found.
+        """
+        named = self.recipe.models.named(role)
+        if not named:
+            raise InputError("model", f"models.{role}: an arm needs this model, and the recipe names none")
+        prints = {}
+        for field_, name in named.items():
+            key = field_.removeprefix("models.")
+            remote = is_served(name)
+            prints[field_] = self.server(key).fingerprint if remote else self.model_folder(key).fingerprint
+        if len(prints) == 1:
+            return next(iter(prints.values()))
+        tags = sorted((problem.id, problem.tag) for problem in self.everything)
+        return hashlib.sha256(canonical_json([prints, tags]).encode()).hexdigest()[:16]
 
     def content(self) -> dict[str, Any]:
-        """What decides outcomes beside the recipe's own text: which weights, problems and answers.
-
-        Raises UserError, when a role's weights are asked for, if the recipe has none or they are not to be found.
-        """
-
-        @cache
-        def weights(role: str) -> str:
-            named = self.recipe.models.named(role)
-            if not named:
-                raise UserError(f"models.{role}: an arm needs this model, and the recipe names none")
-            prints = {field: self._fingerprint(name, field) for field, name in named.items()}
-            return next(iter(prints.values())) if len(prints) == 1 else combined(prints, self.everything)
-
+        """What decides outcomes besides the recipe's own text: weights, problems and answers."""
+        validation = self.validation
         return {
-            "models": weights,
+            "models": self.weights_fingerprint,
             "grader": grader_code(self.recipe.task),
             "pools": {name: self.pool(name) for name in POOLS},
             "labels": {name: self.labels.only(self.pool(name)).fingerprint() for name in POOLS},
             "unlabeled": self.unlabeled,
             "validation": None
-            if self.validation is None
-            else [self.validation[1].fingerprint(), *(problem.id for problem in self.validation[0])],
+            if validation is None
+            else [validation[1].fingerprint(), *(problem.id for problem in validation[0])],
             "evals": {
                 name: [labels.fingerprint(), *(problem.id for problem in problems)]
                 for name, (problems, labels) in self.evals.items()
@@ -118,71 +318,12 @@ class RunInputs:
         }
 
 
-def combined(prints: Mapping[str, str], problems: Sequence[Problem]) -> str:
-    """Names several teachers and who of them is asked what."""
-    asked = sorted((problem.id, problem.tag) for problem in problems)
-    return hashlib.sha256(canonical_json([dict(prints), asked]).encode()).hexdigest()[:16]
-
-
-class Read(Protocol):
-    def __call__(
-        self, source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None
-    ) -> Loaded: ...
-
-
-def load_inputs(recipe: Recipe, grade: Grade, load: Read = load) -> RunInputs:
-    """Read all data of a recipe with `load`. Raises UserError naming the field, file or row."""
-    task = find_task(recipe.task)
-    evals = {
-        name: load(source, f"data.evals.{name}", need_answers=True, gold=task.gold)
-        for name, source in recipe.data.evals.items()
-    }
-    held_out = evals
-    validation: Loaded | None = None
-    if recipe.data.validation is not None:
-        validation, _ = without_leaks(
-            load(recipe.data.validation, "data.validation", need_answers=True, gold=task.gold), evals
-        )
-        held_out = {**evals, VALIDATION: validation}
-    labeled, _ = without_leaks(load(recipe.data.labeled, "data.labeled", need_answers=True, gold=task.gold), held_out)
-    notes = [f"data.labeled: {said}" for said in leaks_in_words(labeled.leaks)]
-    left_out = [leak_row("data.labeled", leak, labeled) for leak in labeled.leaks]
-    if labeled.duplicates:
-        notes.append(f"data.labeled: {labeled.duplicates} repeated problems; each counts once")
-    if labeled.contradictions:
-        notes.append(f"data.labeled: {len(labeled.contradictions)} problems with contradicting answers; left out")
-    unlabeled: tuple[Problem, ...] = ()
-    if recipe.data.unlabeled is not None:
-        read = load(recipe.data.unlabeled, "data.unlabeled", need_answers=False, gold=task.gold)
-        more, _ = without_leaks(read, held_out)
-        # By letters, as from the evaluations: a held-out problem in another spelling is no fresh prompt.
-        known = {letters_of(problem.text) for problem in labeled.problems}
-        unlabeled = tuple(problem for problem in more.problems if letters_of(problem.text) not in known)
-        notes += [f"data.unlabeled: {said}" for said in leaks_in_words(more.leaks)]
-        left_out += [leak_row("data.unlabeled", leak, more) for leak in more.leaks]
-    pools = buy([problem.id for problem in labeled.problems], recipe.labels.budget, recipe.labels.seed)
-    bought = {name: labeled.gold[name] for name in pools.all}
-    return RunInputs(
-        recipe=recipe,
-        task=task,
-        problems={problem.id: problem for problem in (*labeled.problems, *unlabeled)},
-        pools=pools,
-        labels=Labels(bought, grade, len(bought)),
-        unlabeled=tuple(problem.id for problem in unlabeled),
-        evals={name: with_labels(loaded, grade) for name, loaded in evals.items()},
-        validation=None if validation is None else with_labels(validation, grade),
-        notes=tuple(notes),
-        left_out=tuple(left_out),
-        device=device_of(recipe.compute.device),
-    )
-
-
 def with_labels(loaded: Loaded, grade: Grade) -> tuple[Sequence[Problem], Labels]:
-    """Problems with all of their own answers."""
+    """A source's problems and labels for all of them."""
     return loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))
 
 
-def leaks_in_words(leaks: Sequence[Leak]) -> list[str]:
+def describe_leaks(leaks: Sequence[Leak]) -> list[str]:
     """Example: `["34 problems also stand in data.evals.math500 (8 exact, 26 ngram); left out"]`."""
     counts: dict[str, Counter[str]] = {}
     for leak in leaks:
@@ -194,8 +335,8 @@ def leaks_in_words(leaks: Sequence[Leak]) -> list[str]:
     ]
 
 
-def leak_row(what: str, leak: Leak, loaded: Loaded) -> dict[str, Any]:
-    return {"data": what, **asdict(leak), "rows": list(loaded.rows.get(leak.problem_id, ()))}
+def leak_row(source: str, leak: Leak, loaded: Loaded) -> dict[str, Any]:
+    return {"data": source, **asdict(leak), "rows": list(loaded.rows.get(leak.problem_id, ()))}
 
 
 def device_of(name: str) -> torch.device:
@@ -203,16 +344,3 @@ def device_of(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("compute.device: cuda was asked for, but no CUDA device is available")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def read_tokenizer(recipe: Recipe, role: str) -> Any:
-    """A role's tokenizer, without its weights. Raises UserError."""
-    (field, name), *_ = recipe.models.named(role).items()
-    return tokenizer_of(recipe, field, name)
-
-
-def tokenizer_of(recipe: Recipe, field: str, name: str) -> Any:
-    """The tokenizer of the model that a field names; a server's as far as ids are compared. Raises UserError."""
-    if server_client.is_served(name):
-        return ServedTokenizer(server_client.connect(name, field, recipe.compute.server))
-    return ModelFolder.open(name, field, recipe.models.trust_remote_code).tokenizer

@@ -1,4 +1,4 @@
-"""What a node has at hand while it runs: the plan, the data, the folder, and who is told how far it is."""
+"""What a node runs with: the plan, the run's inputs, its folder, its processes, and a progress display."""
 
 from __future__ import annotations
 
@@ -30,18 +30,27 @@ from headwater.teachers.build import (
     sampler_for,
 )
 from headwater.training.evaluate import evaluate
-from headwater.training.loop import Metrics
+from headwater.training.update import Metrics
 from headwater.types import Problem
 
 
-def _ignore(said: str) -> None:
-    """For those who show nothing."""
+def _ignore(message: str) -> None:
+    """Show nothing."""
+
+
+def _ignore_study(done: int, seconds_left: float | None) -> None:
+    """Show nothing."""
 
 
 @dataclass(frozen=True)
 class NodeProgress:
-    """Who is told how far a node is: start(steps already done, total, unit), advance(count, metrics), warn(a sentence), say(a line
-    for the user)."""
+    """Progress of one node.
+
+    start        (steps already done, total, unit)
+    advance      (count, metrics of the step)
+    should_stop  whether the user asked for a stop
+    warn, say    show a warning, a line
+    """
 
     start: Callable[[int, int, str], None]
     advance: Callable[[int, Metrics], None]
@@ -49,76 +58,103 @@ class NodeProgress:
     warn: Callable[[str], None] = _ignore
     say: Callable[[str], None] = _ignore
 
+    def advance_or_stop(self, count: int) -> None:
+        """Advance work that leaves nothing behind when it is cut short. Raises KeyboardInterrupt when asked to stop."""
+        self.advance(count, {})
+        if self.should_stop():
+            raise KeyboardInterrupt
 
-Asked = Callable[[Role | Node], Teacher]
-"""Whoever a stage asks, loaded once however many ask it: `NodeContext.frozen`, remembered for as long as the stage runs."""
+
+StudyProgress = Callable[[int, float | None], None]
+"""(nodes done, seconds left or None)"""
+
+
+@dataclass(frozen=True)
+class ProgressDisplay:
+    """Shows a run's progress to the user.
+
+    say       show a line
+    node      context manager that shows one node (title, its number, number of nodes); several may be open at once
+    together  context manager that shows a study with several nodes running (number of nodes)
+    """
+
+    say: Callable[[str], None]
+    node: Callable[[str, int, int], contextlib.AbstractContextManager[NodeProgress]]
+    together: Callable[[int], contextlib.AbstractContextManager[StudyProgress]] = lambda total: contextlib.nullcontext(
+        _ignore_study
+    )
+
+
+LoadFrozen = Callable[[Role | Node], Teacher]
+"""Memoized loader of the frozen models that a stage queries: `NodeContext.frozen`, cached while the stage runs."""
 
 
 @dataclass(frozen=True)
 class NodeContext:
-    """What a node needs beside its own description.
+    """What a node needs besides its own description.
 
-    ranks  the processes that run it together
-    aside  where this one writes of the node at work what the first rank writes to the run's folder; None for the first
+    ranks    the processes that run the node together
+    scratch  node folder of a rank other than the first, for what the first rank writes to the run directory; None on the
+             first rank
     """
 
     plan: Plan
     inputs: RunInputs
     out: RunDir
-    watch: NodeProgress
+    progress: NodeProgress
     ranks: ProcessGroup = SINGLE_PROCESS
-    aside: NodeDir | None = None
+    scratch: NodeDir | None = None
 
     def node_dir(self, node: Node) -> NodeDir:
-        found = self.out.node(self.plan.names[node])
-        return found if self.aside is None or self.aside.name != found.name else self.aside
+        folder = self.out.node(self.plan.names[node])
+        return folder if self.scratch is None or self.scratch.name != folder.name else self.scratch
 
     def spend(self, node: Node, stage: str | None = None) -> Spend:
+        """An empty ledger row of the node."""
         return Spend(self.plan.names[node], stage or node.stage, node.seed, 0, "train")
 
-    def load(self, whose: Role | Node, frozen: bool, adapt: AdapterSpec | None = None) -> Policy:
-        """Base weights of the recipe, or those that a node trained."""
+    def load(self, source: Role | Node, frozen: bool, adapter: AdapterSpec | None = None) -> Policy:
+        """Load a base model of the recipe, or the model that a node trained."""
         models, device = self.inputs.recipe.models, self.inputs.device
-        if isinstance(whose, Node):
-            folder, known = self.node_dir(whose).model, self.plan.fingerprints[whose]
-            self.node_dir(whose).refuse_damage(f"{folder.name}/")
-            source = ModelFolder.open(str(folder), str(folder), models.trust_remote_code)
-            return load_policy(source, LoadOptions(models, device, frozen, adapt, known, self.ranks))
-        (field, name), *others = models.named(whose).items()
-        assert not others  # several teachers are asked (`frozen`), never trained (`refuse_what_it_cannot`)
-        source = ModelFolder.open(name, field, models.trust_remote_code)
-        return load_policy(source, LoadOptions(models, device, frozen, adapt, ranks=self.ranks))
+        if isinstance(source, Node):
+            folder, fingerprint = self.node_dir(source).model, self.plan.fingerprints[source]
+            self.node_dir(source).refuse_damage(f"{folder.name}/")
+            opened = ModelFolder.open(str(folder), str(folder), models.trust_remote_code)
+            return load_policy(opened, LoadOptions(models, device, frozen, adapter, fingerprint, self.ranks))
+        # Several teachers by tag have no role of their own here: they are queried (`frozen`), never trained.
+        opened = self.inputs.model_folder(source)
+        return load_policy(opened, LoadOptions(models, device, frozen, adapter, ranks=self.ranks))
 
-    def frozen(self, whose: Role | Node, stage: Stage | None = None) -> Teacher:
-        """Whoever is only asked: to sample, and to score for a stage. A base teacher may be elsewhere."""
+    def frozen(self, source: Role | Node, stage: Stage | None = None) -> Teacher:
+        """Load a model that only samples and scores. A base teacher may be a server, or several models by tag."""
         inputs = self.inputs
-        if whose != "teacher" or is_single_local_model(inputs.recipe):
-            return offload_if_configured(self.load(whose, frozen=True), inputs.recipe, inputs.sampler)
+        if source != "teacher" or is_single_local_model(inputs.recipe):
+            return offload_if_configured(self.load(source, frozen=True), inputs.recipe, inputs.sampler)
         return load_base_teacher(inputs.recipe, stage, inputs.everything, inputs.sampler, inputs.device, self.ranks)
 
     def trainee(self, node: Node) -> Policy:
-        """What a stage trains: all weights, or an adapter on frozen ones."""
-        asked = node.lora(self.inputs.recipe)
-        adapt = None if asked is None else AdapterSpec(asked, (node.seed, node.stage, node.pool or ""))
-        return self.load(node.start, frozen=False, adapt=adapt)
+        """Load the model that a stage trains: all weights, or a LoRA adapter on frozen ones."""
+        settings = node.lora(self.inputs.recipe)
+        adapter = None if settings is None else AdapterSpec(settings, (node.seed, node.stage, node.pool or ""))
+        return self.load(node.start, frozen=False, adapter=adapter)
 
     def reference(self, node: Node, policy: Policy) -> Policy:
-        """The stage's starting weights: what is under an adapter, or a frozen copy."""
+        """The stage's initial weights, frozen: the base under a LoRA adapter, or a second copy."""
         return self.load(node.start, frozen=True) if policy.adapter is None else policy.reference()
 
     def steps(self, node: Node) -> int:
-        """How many steps a stage takes at most: the recipe's, or as many as cost what another arm did."""
+        """Maximum steps of a stage: the recipe's, or as many as match another arm's FLOPs."""
         assert node.settings is not None and node.pool is not None
-        usual = self.inputs.steps(node.pool, node.settings)
+        steps = self.inputs.steps(node.pool, node.settings)
         if node.compute is None:
-            return usual
-        like, as_ = node.compute
-        spent = {one: self.flops(one) for one in {*node.lineage(), *like.lineage(), *as_.lineage()} - {node}}
-        wanted = sum(spent[one] for one in as_.lineage()) - sum(spent[one] for one in node.lineage() if one != node)
-        return max(1, round(wanted / (spent[like] / usual)))
+            return steps
+        like, match = node.compute
+        flops = {one: self.flops(one) for one in {*node.lineage(), *like.lineage(), *match.lineage()} - {node}}
+        left = sum(flops[one] for one in match.lineage()) - sum(flops[one] for one in node.lineage() if one != node)
+        return max(1, round(left / (flops[like] / steps)))
 
     def flops(self, node: Node) -> float:
-        """What a finished node's training cost, from its ledger."""
+        """Training FLOPs of a finished node, from its ledger."""
         return ledger.totals(read_jsonl(self.node_dir(node).ledger)).flops
 
     def sampler(self, policy: Teacher) -> Sampler:
@@ -127,74 +163,50 @@ class NodeContext:
     def prompter(self, policy: Teacher) -> Prompter:
         return Prompter(policy.tokenizer, self.inputs.recipe.prompt)
 
+    def grade_held_out(
+        self,
+        node: Node,
+        policy: Teacher,
+        held_out: tuple[Sequence[Problem], Labels],
+        purpose: Purpose,
+        step: int,
+        draw: Sequence[str | int],
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[list[dict[str, Any]], Spend]:
+        """Grade the policy on problems that no stage trains on: one row per completion (`evaluate`), and the ledger row.
 
-def held_out(
-    node: Node,
-    context: NodeContext,
-    policy: Teacher,
-    asked: tuple[Sequence[Problem], Labels],
-    purpose: Purpose,
-    step: int,
-    draw: Sequence[str | int],
-    progress: Callable[[int], None] | None = None,
-) -> tuple[list[dict[str, Any]], Spend]:
-    """Grade the policy on problems that no stage trains on: a row a completion (`evaluate`), and what the looks cost.
-
-    The caller records the spend. Raises TrainingStoppedError that names the stage when the model gives no finite numbers.
-    """
-    problems, labels = asked
-    with named(node, step):
-        rows, spent = evaluate(
-            context.sampler(policy),
-            context.prompter(policy),
-            problems,
-            labels,
-            context.inputs.recipe.evaluate,
-            draw,
-            context.inputs.task.extract,
-            progress,
+        The caller records the ledger row. Raises TrainingStoppedError when the model's log-probs are not finite.
+        """
+        problems, labels = held_out
+        with after_step(step):
+            rows, cost = evaluate(
+                self.sampler(policy),
+                self.prompter(policy),
+                problems,
+                labels,
+                self.inputs.recipe.evaluate,
+                draw,
+                self.inputs.task.extract,
+                progress,
+            )
+        tokens = cost["tokens_sampled"] + cost["tokens_prompt"]
+        spend = replace(
+            self.spend(node),
+            purpose=purpose,
+            step=step,
+            labels=tuple(problem.id for problem in problems),
+            checks=int(cost["checks"]),
+            tokens_sampled=int(cost["tokens_sampled"]),
+            flops=policy.shape.flops(tokens, tokens / max(1, cost["checks"])),
+            seconds=cost["seconds"],
         )
-    tokens = spent["tokens_sampled"] + spent["tokens_prompt"]
-    spend = replace(
-        context.spend(node),
-        purpose=purpose,
-        step=step,
-        labels=tuple(problem.id for problem in problems),
-        checks=int(spent["checks"]),
-        tokens_sampled=int(spent["tokens_sampled"]),
-        flops=policy.shape.flops(tokens, tokens / max(1, spent["checks"])),
-        seconds=spent["seconds"],
-    )
-    return rows, spend
+        return rows, spend
 
 
 @contextlib.contextmanager
-def named(node: Node, step: int) -> Iterator[None]:
-    """Put the stage and the step in front of the sentence with which something below stops."""
+def after_step(step: int) -> Iterator[None]:
+    """Prefix the sentence of a TrainingStoppedError with the number of finished steps."""
     try:
         yield
     except TrainingStoppedError as error:
-        raise TrainingStoppedError(f"{node.stage}, after step {step}: {error}") from None
-
-
-StudyProgress = Callable[[int, float | None], None]
-
-
-def _ignore_standing(done: int, left: float | None) -> None:
-    """For those who do not ask where a study stands."""
-
-
-@dataclass(frozen=True)
-class ProgressDisplay:
-    """Who is told what happens.
-
-    say       a line
-    node      a context manager that watches one node (title, its number, of how many); several may be open at once
-    together  the same for a study with several nodes at work (of how many): it is told (nodes done, seconds left or None)
-    """
-
-    say: Callable[[str], None]
-    node: Callable[[str, int, int], contextlib.AbstractContextManager[NodeProgress]]
-    together: Callable[[int], contextlib.AbstractContextManager[StudyProgress]] = lambda total: contextlib.nullcontext(
-        _ignore_standing
-    )
+        raise TrainingStoppedError(f"after step {step}: {error}") from None

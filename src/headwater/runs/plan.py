@@ -103,7 +103,7 @@ def nodes_of(arm: Arm, recipe: Recipe, seed: int) -> Node:
 def train_node(recipe: Recipe, step: Step, role: Role, seed: int, start: Role | Node, supervisor: Role | Node) -> Node:
     settings = stage_of(recipe, step)
     cache = None
-    if settings.objective in ("forward_kl", "sft"):
+    if not settings.on_policy:
         cache = Node(
             "rollouts",
             "teacher_rollouts",
@@ -143,8 +143,8 @@ class Plan:
             first.setdefault(name, node)
         return list(first.values())
 
-    def written(self) -> dict[str, Any]:
-        """What plan.json holds."""
+    def to_json(self) -> dict[str, Any]:
+        """Contents of plan.json."""
         return {
             "recipe": self.recipe.name,
             "seeds": list(self.seeds),

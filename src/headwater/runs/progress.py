@@ -26,7 +26,7 @@ from rich.table import Column
 from rich.text import Text
 
 from headwater.runs.node_context import NodeProgress, ProgressDisplay
-from headwater.training.loop import Metrics
+from headwater.training.update import Metrics
 
 SHOWN = ("reward", "informative", "kl_student_teacher", "kl_teacher_student", "loss")
 WIDE = 110  # characters: a line with its longest title, without the facts

@@ -1,4 +1,4 @@
-"""Prepare a process for a run: threads and determinism, data and plan, stop signals."""
+"""Prepare a process for a run: threads and determinism, inputs and plan, stop signals."""
 
 from __future__ import annotations
 
@@ -11,55 +11,49 @@ import torch
 
 from headwater.config.recipe import Compute, Recipe
 from headwater.models.oom import keep_freed_memory
-from headwater.runs.checks import check_plan
-from headwater.runs.inputs import RunInputs, load_inputs
+from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Plan, make_plan
-from headwater.tasks.verifier import Verifier
 
 
 def set_up(compute: Compute) -> None:
-    """Threads, memory and determinism of the tensor library, for the whole process."""
+    """Set threads, memory handling and determinism of torch for the whole process."""
     if compute.threads is not None:
         torch.set_num_threads(compute.threads)
     if compute.device == "cpu" or not torch.cuda.is_available():
         keep_freed_memory()
     if compute.deterministic and compute.device != "cuda":
         torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-        # Nothing here reads what it has not written.
+        # No uninitialized memory is ever read, so filling it would only cost time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def prepared(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Plan, RunInputs]]:
-    """Read the data, lay out the nodes and check both. Raises UserError; nothing has been written then."""
-    compute = recipe.compute
-    set_up(compute)
-    with Verifier(recipe.task, workers=compute.grader_workers, seconds=compute.grader_seconds) as grade:
-        inputs = load_inputs(recipe, grade)
-        plan = make_plan(recipe, arms, seeds, inputs.content())
-        check_plan(plan, inputs)
-        yield plan, inputs
+    """Read the data and make the plan, which `doctor.checks.check_plan` checks. Raises UserError; nothing is written."""
+    set_up(recipe.compute)
+    with RunInputs(recipe) as inputs:
+        yield make_plan(recipe, arms, seeds, inputs.content()), inputs
 
 
 @contextlib.contextmanager
 def stop_requests(aloud: bool = True) -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM ask for a stop at the next step; a second one stops at once. `aloud` says so to the user."""
-    asked = False
+    """On SIGINT or SIGTERM request a stop at the next step; a second signal interrupts at once. `aloud` tells the user."""
+    requested = False
 
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
+    def request(number: int, frame: object) -> None:
+        nonlocal requested
+        if requested:
             raise KeyboardInterrupt
-        asked = True
+        requested = True
         if aloud:
             print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
 
-    held = {}
-    with contextlib.suppress(ValueError):  # off the main thread there are no signals to hear
+    previous = {}
+    with contextlib.suppress(ValueError):  # signals reach the main thread only
         for number in (signal.SIGINT, signal.SIGTERM):
-            held[number] = signal.signal(number, ask)
+            previous[number] = signal.signal(number, request)
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
-        for number, handler in held.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,14 +1,14 @@
-"""What is measured beside a stage's training: the conditions, and the accuracy that decides when it ends."""
+"""Measurements of the policy while a stage trains: condition C2 against its teacher, and accuracy on data.validation."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from headwater.models.policy import Policy
-from headwater.runs.node_context import Asked, NodeContext, held_out, named
+from headwater.runs.node_context import LoadFrozen, NodeContext, after_step
 from headwater.runs.plan import Node, supervisor
 from headwater.sampling.base import requests_for
 from headwater.storage import fault_points
@@ -17,87 +17,97 @@ from headwater.storage.run_dir import append_jsonl
 from headwater.teachers.build import Teacher
 from headwater.training import conditions
 from headwater.training.evaluate import refuse_nan
-from headwater.training.loop import Metrics
-from headwater.types import Rollout
+from headwater.training.update import Metrics
+from headwater.types import Problem, Rollout
 
 
-def beside(node: Node, place: NodeContext, policy: Policy, asked: Asked) -> Callable[[int, bool], Metrics]:
-    """(steps done, whether they are the last) -> metrics that join the step's row; the conditions have a file of their own."""
-    measured, validated = condition_c2(node, place, policy, asked), validation(node, place, policy)
+@dataclass(frozen=True)
+class StageMeasurements:
+    """Measures the policy between the steps of one stage.
 
-    def measure(step: int, last: bool) -> Metrics:
-        measured(step, last)
-        return validated(step)
+    load_frozen  loads the stage's teacher, which the stage itself may query too
+    """
 
-    return measure
+    node: Node
+    context: NodeContext
+    policy: Policy
+    load_frozen: LoadFrozen
 
+    def after(self, step: int, last: bool) -> Metrics:
+        """Measure the policy after `step` steps; return what joins the step's row of metrics.jsonl."""
+        self._condition_c2(step, last)
+        return self._validation(step)
 
-def condition_c2(node: Node, place: NodeContext, policy: Policy, asked: Asked) -> Callable[[int, bool], None]:
-    """Writes a row of conditions.jsonl at the first and last step and every so many between (`conditions.measure`)."""
-    recipe, whose, settings = place.inputs.recipe, supervisor(node), node.settings
-    held_out, _ = next(iter(place.inputs.evals.values()))
-    problems = held_out[: recipe.conditions.problems]
-    if whose is None or settings is None or not problems:
-        return lambda step, last: None
-    folder, prompter = place.node_dir(node), place.prompter(policy)
-    prompts = [(problem.id, prompter.ids(problem)) for problem in problems]
-
-    def sample(who: Teacher, *draw: str | int) -> list[Rollout]:
-        requests = requests_for(prompts, 1, 0, node.seed, "conditions", *draw)
-        rollouts = place.sampler(who).sample(requests, settings.sampling)
-        refuse_nan(rollouts)
-        return rollouts
-
-    @cache
-    def teacher() -> tuple[Teacher, list[Rollout]]:
-        loaded = asked(whose)
-        return loaded, sample(loaded, "teacher")
-
-    def measure(step: int, last: bool) -> None:
-        if step % recipe.conditions.every and not last:
+    def _condition_c2(self, step: int, last: bool) -> None:
+        """Write a row of conditions.jsonl at the first and the last step and every `conditions.every` steps."""
+        settings = self.context.inputs.recipe.conditions
+        if supervisor(self.node) is None or not self._problems or (step % settings.every and not last):
             return
         started = time.perf_counter()
-        with named(node, step):
-            (held, theirs), own = teacher(), sample(policy, "student", step)
-        found = conditions.measure(policy, held, own, theirs, recipe.conditions.top_k, recipe.compute.microbatch_tokens)
+        with after_step(step):
+            teacher, teacher_rollouts = self._teacher
+            student_rollouts = self._sample(self.policy, "student", step)
+        microbatch_tokens = self.context.inputs.recipe.compute.microbatch_tokens
+        measured = conditions.measure(
+            self.policy, teacher, student_rollouts, teacher_rollouts, settings.top_k, microbatch_tokens
+        )
+        folder = self.context.node_dir(self.node)
         append_jsonl(
             folder.conditions,
-            [{"step": step, **found, "top_k": recipe.conditions.top_k, "problems": len(problems)}],
+            [{"step": step, **measured, "top_k": settings.top_k, "problems": len(self._problems)}],
         )
         fault_points.failpoint("conditions.measured")
-        read = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in (*own, *theirs))
-        context = read / (len(own) + len(theirs)) / 2
-        student, theirs_shape = policy.shape, held.shape
-        sampled = sum(len(rollout.completion_ids) for rollout in own)
+        rollouts = (*student_rollouts, *teacher_rollouts)
+        tokens = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
+        mean_context = tokens / len(rollouts) / 2
+        tokens_sampled = sum(len(rollout.completion_ids) for rollout in student_rollouts)
+        student_flops = self.policy.shape.flops(tokens + tokens_sampled, mean_context)
         record(
             folder.ledger,
             replace(
-                place.spend(node),
+                self.context.spend(self.node),
                 purpose="measure",
                 step=step,
-                tokens_sampled=sampled,
-                tokens_teacher_scored=read,
-                flops=student.flops(read + sampled, context) + theirs_shape.flops(read, context),
+                tokens_sampled=tokens_sampled,
+                tokens_teacher_scored=tokens,
+                flops=student_flops + teacher.shape.flops(tokens, mean_context),
                 seconds=time.perf_counter() - started,
             ),
         )
 
-    return measure
-
-
-def validation(node: Node, place: NodeContext, policy: Policy) -> Callable[[int], Metrics]:
-    """The accuracy on `data.validation` whenever a window of a stage that ends on it is over; its looks count apart."""
-    inputs = place.inputs
-    until = None if node.settings is None else node.settings.until
-    if until is None or until.metric != "validation" or inputs.validation is None:
-        return lambda step: {}
-    asked, every = inputs.validation, until.every
-
-    def measure(step: int) -> Metrics:
-        if step == 0 or step % every:
+    def _validation(self, step: int) -> Metrics:
+        """Accuracy on `data.validation` at the end of each window of a stage that stops on it; its checks count apart."""
+        until = None if self.node.settings is None else self.node.settings.until
+        held_out = self.context.inputs.validation
+        if until is None or until.metric != "validation" or held_out is None or step == 0 or step % until.every:
             return {}
-        rows, spend = held_out(node, place, policy, asked, "validation", step, (node.seed, "validation"))
-        record(place.node_dir(node).ledger, spend)
+        rows, spend = self.context.grade_held_out(
+            self.node, self.policy, held_out, "validation", step, (self.node.seed, "validation")
+        )
+        record(self.context.node_dir(self.node).ledger, spend)
         return {"validation": sum(row["correct"] for row in rows) / len(rows)}
 
-    return measure
+    @cached_property
+    def _problems(self) -> Sequence[Problem]:
+        problems, _ = next(iter(self.context.inputs.evals.values()))
+        return problems[: self.context.inputs.recipe.conditions.problems]
+
+    @cached_property
+    def _teacher(self) -> tuple[Teacher, list[Rollout]]:
+        """The stage's teacher and its rollouts, sampled once."""
+        source = supervisor(self.node)
+        assert source is not None
+        teacher = self.load_frozen(source)
+        return teacher, self._sample(teacher, "teacher")
+
+    @cached_property
+    def _prompts(self) -> list[tuple[str, tuple[int, ...]]]:
+        prompter = self.context.prompter(self.policy)
+        return [(problem.id, prompter.ids(problem)) for problem in self._problems]
+
+    def _sample(self, model: Teacher, *draw: str | int) -> list[Rollout]:
+        assert self.node.settings is not None
+        requests = requests_for(self._prompts, 1, 0, self.node.seed, "conditions", *draw)
+        rollouts = self.context.sampler(model).sample(requests, self.node.settings.sampling)
+        refuse_nan(rollouts)
+        return rollouts

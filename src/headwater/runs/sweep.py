@@ -1,10 +1,4 @@
-"""One recipe at several values of one thing. Each value is a point: a study with a folder of its own.
-
-    lay_out(…)   the points, every recipe among them read; no data are touched yet
-    Sweep        what `sweep_run` runs and `sweep_report` reads back from the folders
-
-Never imports torch.
-"""
+"""Define a sweep: one recipe at several values of one field, a study at each value. Never imports torch."""
 
 from __future__ import annotations
 
@@ -15,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headwater.config.arms import arm_of, find_recipe
+from headwater.config.arms import arm_of
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
 
@@ -24,10 +19,7 @@ Value = str | int | float
 
 @dataclass(frozen=True)
 class Point:
-    """The recipe at one value.
-
-    name     the value as text: the name of the point's folder
-    changes  the `--set` options that make this recipe of the one that was named
+    """The recipe at one value; `name` is the point's folder, `changes` the `--set` options that lead to this recipe.
 
     Example: `Point(64, "64", ("labels.budget=64",), recipe)`.
     """
@@ -40,10 +32,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is asked: `recipe` as it was typed, one field of it varied, arms × seeds at every point.
+    """Arms × seeds at every point.
 
-    derived  nobody named the values, so one that the data do not allow may be left out
-    changes  `--set` options that hold at every point
+    recipe   as typed: a file or the name of a built-in recipe
+    changes  `--set` options of every point
+    derived  the values are defaults, so those that the data do not allow may be left out
     """
 
     recipe: str
@@ -60,37 +53,35 @@ class Sweep:
         return self.points[0].recipe.name
 
     def command(self, out: Path) -> str:
-        """The command line of the whole sweep, with all that was left to defaults written out."""
+        """The command line of the whole sweep, with every default written out."""
         values = ",".join(text_of(point.value) for point in self.points)
-        return _line(["sweep", self.recipe, "--vary", self.vary, "--values", values], self, self.changes, out)
+        return self._command_line(["sweep", self.recipe, "--vary", self.vary, "--values", values], self.changes, out)
 
-    def study(self, point: Point, out: Path) -> str:
-        """The command line that runs one point alone, into the very folder that the sweep uses."""
-        return _line(["study", self.recipe], self, point.changes, out / point.name)
+    def study_command(self, point: Point, out: Path) -> str:
+        """The command line that runs one point alone, in the folder that the sweep uses for it."""
+        return self._command_line(["study", self.recipe], point.changes, out / point.name)
 
-
-def _line(words: Sequence[str], sweep: Sweep, changes: Sequence[str], out: Path) -> str:
-    asked = ["--arms", ",".join(sweep.arms), "--seeds", ",".join(map(str, sweep.seeds))]
-    sets = [word for change in changes for word in ("--set", change)]
-    return shlex.join(["headwater", *words, *asked, *sets, "--out", str(out)])
+    def _command_line(self, words: Sequence[str], changes: Sequence[str], out: Path) -> str:
+        options = ["--arms", ",".join(self.arms), "--seeds", ",".join(map(str, self.seeds))]
+        options += [word for change in changes for word in ("--set", change)]
+        return shlex.join(["headwater", *words, *options, "--out", str(out)])
 
 
 @dataclass(frozen=True)
 class Variation:
-    """A thing that is often varied.
+    """A field to vary, with defaults.
 
-    field    the field of the recipe that it is
-    arms     the arms whose order it may turn
-    axis     what stands under the plot
-    values   the recipe -> values worth asking for. Raises UserError where the recipe does not say
-    beside   the recipe -> further fields that must go with it, which `--set` may still change
+    arms        arms to compare unless named
+    axis        axis label of the plot
+    values      recipe -> default values; raises UserError where the recipe does not determine them
+    companions  recipe -> `--set` options that go with the field; the user's own `--set` overrides them
     """
 
     field: str
     arms: tuple[str, ...]
     axis: str
     values: Callable[[Recipe], Sequence[Value]]
-    beside: Callable[[Recipe], Sequence[str]] = lambda recipe: ()
+    companions: Callable[[Recipe], Sequence[str]] = lambda recipe: ()
 
 
 def budgets(recipe: Recipe) -> list[int]:
@@ -105,7 +96,7 @@ POCKET_TEACHERS = {
     "pocket:qwen3-student": ("pocket:qwen3-student", "pocket:qwen3-teacher", "pocket:qwen3-teacher-large"),
     "pocket:llama-student": ("pocket:llama-student", "pocket:llama-teacher"),
 }
-"""The student itself is the smallest teacher, as in the paper's table."""
+"""Teachers of a pocket student, smallest first; the student itself is the smallest, as in the paper's table."""
 
 
 def teachers(recipe: Recipe) -> tuple[str, ...]:
@@ -114,12 +105,8 @@ def teachers(recipe: Recipe) -> tuple[str, ...]:
     return POCKET_TEACHERS[recipe.models.student]
 
 
-def shares(recipe: Recipe) -> tuple[float, ...]:
-    return (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-def as_mixture(recipe: Recipe) -> list[str]:
-    """J_λ compares rewards within groups, so every λ samples in the groups of student RL, with as many rollouts a step."""
+def mixed_objective(recipe: Recipe) -> list[str]:
+    """J_λ compares rewards within groups, so each λ samples student RL's group size; rollouts per step stay the same."""
     return ["stages.opd.objective=mixed", f"stages.opd.group_size={recipe.stages.student_rl.group_size}"]
 
 
@@ -127,23 +114,22 @@ NAMED = {
     "labels": Variation("labels.budget", ("direct_grpo", "bridge"), "labels (distinct problems)", budgets),
     "teacher": Variation("models.teacher", ("direct_grpo", "raw_teacher", "bridge"), "teacher", teachers),
     "lambda": Variation(
-        "stages.opd.sparse_share", ("mixed",), "λ, the weight of the sparse reward in J_λ", shares, as_mixture
+        "stages.opd.sparse_share",
+        ("mixed",),
+        "λ, the weight of the sparse reward in J_λ",
+        lambda recipe: (0.0, 0.25, 0.5, 0.75, 1.0),
+        mixed_objective,
     ),
 }
-OTHER_ARMS = ("direct_grpo", "bridge")
-"""The arms where any other field is varied."""
-
-
-def _no_values(field: str) -> Callable[[Recipe], Sequence[Value]]:
-    def values(recipe: Recipe) -> Sequence[Value]:
-        raise UserError(f"--vary {field}: say with --values which values to try")
-
-    return values
 
 
 def variation(vary: str) -> Variation:
-    """A named one, or a field path taken for itself. Example: `variation("labels").field` is `"labels.budget"`."""
-    return NAMED[vary] if vary in NAMED else Variation(vary, OTHER_ARMS, vary, _no_values(vary))
+    """A named variation, or any field by its path. Example: `variation("labels").field` is `"labels.budget"`."""
+
+    def no_defaults(recipe: Recipe) -> Sequence[Value]:
+        raise UserError(f"--vary {vary}: name the values to try with --values")
+
+    return NAMED.get(vary) or Variation(vary, ("direct_grpo", "bridge"), vary, no_defaults)
 
 
 def lay_out(
@@ -154,48 +140,44 @@ def lay_out(
     seeds: Sequence[int] | None,
     changes: Sequence[str],
 ) -> Sweep:
-    """Read the recipe at every value; where values, arms or seeds are None, those that the thing varied suggests.
+    """Read the recipe at every value; values, arms and seeds that are None take their defaults. No data are read.
 
-    Raises UserError naming the value whose recipe is not legal.
+    Raises UserError naming the value whose recipe is not valid.
 
     Example: `lay_out("pocket", "labels", ["64", "128"], None, [0, 1], [])` has two points and the arms direct_grpo and
     bridge.
     """
-    vary = next((name for name, one in NAMED.items() if vary == one.field), vary)
+    vary = next((name for name, named in NAMED.items() if vary == named.field), vary)
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[\w-]+)*", vary):
         raise UserError(f"--vary {vary}: name labels, teacher, lambda or a field such as stages.opd.optim.lr")
     varied = variation(vary)
     base = find_recipe(recipe, list(changes))
     typed = [text_of(value) for value in varied.values(base)] if values is None else list(values)
-    points = tuple(_point(recipe, vary, text, base, changes) for text in typed)
-    _refuse_twice("--values", typed, [text_of(point.value) for point in points])
-    _refuse_twice("--values (as names of folders)", typed, [point.name for point in points])
-    chosen = list(varied.arms) if arms is None else list(arms)
-    for arm in chosen:
+    shared_changes = (*varied.companions(base), *changes)
+    points = tuple(_point(recipe, vary, varied.field, text, shared_changes) for text in typed)
+    _refuse_duplicates("--values", typed, [text_of(point.value) for point in points])
+    _refuse_duplicates("--values (as names of folders)", typed, [point.name for point in points])
+    arms = varied.arms if arms is None else arms
+    for arm in arms:
         arm_of(arm, base)
-    _refuse_twice("--arms", chosen, chosen)
-    numbers = [base.seed] if seeds is None else list(seeds)
-    _refuse_twice("--seeds", [str(one) for one in numbers], [str(one) for one in numbers])
-    return Sweep(recipe, vary, varied.field, tuple(chosen), tuple(numbers), tuple(changes), points, values is None)
+    _refuse_duplicates("--arms", arms, arms)
+    seeds = [base.seed] if seeds is None else seeds
+    _refuse_duplicates("--seeds", seeds, seeds)
+    return Sweep(recipe, vary, varied.field, tuple(arms), tuple(seeds), tuple(changes), points, values is None)
 
 
-def _point(recipe: str, vary: str, text: str, base: Recipe, changes: Sequence[str]) -> Point:
-    varied = variation(vary)
-    all_changes = (*varied.beside(base), *changes, f"{varied.field}={text}")
+def _point(recipe: str, vary: str, field: str, text: str, shared_changes: Sequence[str]) -> Point:
+    changes = (*shared_changes, f"{field}={text}")
     try:
-        found = find_recipe(recipe, list(all_changes))
+        parsed = find_recipe(recipe, list(changes))
     except UserError as error:
         raise UserError(f"--vary {vary}, value {text}: {error}") from None
-    value = _held(found, varied.field, text)
-    return Point(value, folder_name(value), all_changes, found)
-
-
-def _held(recipe: Recipe, field: str, text: str) -> Value:
-    """The value as the recipe holds it, so that 1e-3 and 0.001 are one; the text itself where that is no single value."""
-    held: Any = recipe.model_dump(mode="json")
+    # The value as the recipe holds it, so that 1e-3 and 0.001 are one; the text itself where that is no scalar.
+    value: Any = parsed.model_dump(mode="json")
     for key in field.split("."):
-        held = held.get(key) if isinstance(held, dict) else None
-    return held if isinstance(held, (str, int, float)) else text
+        value = value.get(key) if isinstance(value, dict) else None
+    value = value if isinstance(value, (str, int, float)) else text
+    return Point(value, folder_name(value), changes, parsed)
 
 
 def text_of(value: Value) -> str:
@@ -210,7 +192,7 @@ def folder_name(value: Value) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text_of(value)).strip("-.")[-100:] or "empty"
 
 
-def _refuse_twice(option: str, typed: Sequence[str], held: Sequence[str]) -> None:
-    for place, one in enumerate(held):
-        if one in held[:place]:
-            raise UserError(f"{option}: {typed[held.index(one)]} and {typed[place]} are the same")
+def _refuse_duplicates(option: str, typed: Sequence[Value], normalized: Sequence[Value]) -> None:
+    for place, value in enumerate(normalized):
+        if value in normalized[:place]:
+            raise UserError(f"{option}: {typed[normalized.index(value)]} and {typed[place]} are the same")

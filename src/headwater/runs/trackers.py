@@ -19,7 +19,7 @@ from headwater.errors import UserError
 from headwater.runs.node_context import NodeProgress, ProgressDisplay
 from headwater.storage.files import rows_from
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, write_json
-from headwater.training.loop import Metrics
+from headwater.training.update import Metrics
 
 EVERY_SECONDS = 2.0
 

@@ -6,42 +6,47 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from headwater.config import recipe as config
+from headwater.config.stage import Sampling
+from headwater.models.policy import Policy
 from headwater.types import Rollout
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion wanted. `draw` names its random numbers, so they depend on nothing else in the batch."""
+    """One completion to sample. `rng_key` names its random numbers, so they do not depend on the rest of the batch."""
 
     problem_id: str
     sample: int
     prompt_ids: tuple[int, ...]
-    draw: tuple[str | int, ...]
+    rng_key: tuple[str | int, ...]
 
 
 OnFinished = Callable[[Sequence[Rollout]], None]
 
 
 class Sampler(Protocol):
-    """Whoever samples: the embedded sampler, or an engine beside the trainer."""
+    """Samples completions from one set of weights, in this process or on a server."""
 
     def sample(
-        self, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
     ) -> list[Rollout]:
-        """Rollouts in the order of the requests; each records the log-probs that it was drawn with.
+        """Rollouts in the order of the requests, each with the log-probs that its tokens were drawn with.
 
-        arrived  is told of rollouts as they finish, each once, in any order, so that grading can begin
+        on_finished  called with rollouts as they finish, each exactly once, in any order, so that grading can start early
         """
         ...
 
 
+SamplerFactory = Callable[[Policy], Sampler]
+"""policy -> its sampler, with the weights that the policy has when `sample` is called."""
+
+
 def requests_for(
-    problems: Sequence[tuple[str, tuple[int, ...]]], samples: int, first: int, *draw: str | int
+    prompts: Sequence[tuple[str, tuple[int, ...]]], samples: int, first: int, *rng_key: str | int
 ) -> list[Request]:
-    """`samples` requests for every (problem id, prompt ids), numbered from `first`; draws are named (*draw, id, sample)."""
+    """`samples` requests for every (problem id, prompt ids), numbered from `first`, with RNG keys (*rng_key, id, sample)."""
     return [
-        Request(name, sample, ids, (*draw, name, sample))
-        for name, ids in problems
+        Request(problem_id, sample, prompt_ids, (*rng_key, problem_id, sample))
+        for problem_id, prompt_ids in prompts
         for sample in range(first, first + samples)
     ]

@@ -1,6 +1,4 @@
-"""One decoding step at a time, behind one small protocol: the general decoder for any causal LM; the fast one for plain Qwen3 and
-Llama is in sampling/fast_decoder.py.
-"""
+"""Decoder protocol (prefill, decode one token a step), and the general decoder for any causal LM."""
 
 from __future__ import annotations
 
@@ -15,56 +13,57 @@ from headwater.sampling.fast_decoder import FastDecoder
 
 
 class Decoder(Protocol):
-    """Rows of sequences, extended by one token at a time; further ones enter as rows after those that are there."""
+    """A batch of sequences that grow by one token a step; new sequences are appended as rows after the present ones."""
 
-    def begin(self, prompts: Sequence[tuple[int, ...]], rows: int, longest: int) -> int:
-        """Make ready for prompts that will enter in this order, equal ones together.
+    def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
+        """Prepare for prompts that will be prefilled in this order, equal ones adjacent.
 
-        rows     at most so many are there at once
-        longest  no sequence comes to more tokens, its prompt included
-        returns  how many rows should be free before the next enter
+        max_rows    rows in the batch at once, at most
+        max_tokens  tokens of a sequence at most, prompt included
+        returns     how many rows should be free before the next prefill
         """
         ...
 
-    def enter(self, count: int) -> Tensor:
-        """The next `count` prompts become rows: hidden (count, H) that predicts their first tokens."""
+    def prefill(self, count: int) -> Tensor:
+        """Append the next `count` prompts as rows: hidden (count, H) that predicts their first tokens."""
         ...
 
-    def step(self, token_A: Tensor) -> Tensor:
+    def decode_step(self, token_A: Tensor) -> Tensor:
         """Append one token to each of the A rows: hidden (A, H) that predicts the next."""
         ...
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """From now on row i is what rows[i] was; all others are dropped."""
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Reorder the batch: new row i is old row rows[i]; all other rows are dropped."""
         ...
 
     def logits(self, hidden_AH: Tensor) -> Tensor:
-        """The head, at the policy's precision."""
+        """Output layer: (A, H) -> (A, V), at the policy's precision."""
         ...
 
 
 def decoder_for(policy: Policy) -> Decoder:
-    """The fast decoder where the model is of a kind whose every operation it knows, else the general one."""
-    return FastDecoder(policy) if is_plain(policy) else CacheDecoder(policy)
+    """The fast decoder for plain Qwen3 and Llama models, else the general one."""
+    return FastDecoder(policy) if supports_fast_decoder(policy) else CacheDecoder(policy)
 
 
-def is_plain(policy: Policy) -> bool:
-    held = policy.model.config
-    rope = getattr(held, "rope_parameters", None) or {}
+def supports_fast_decoder(policy: Policy) -> bool:
+    config = policy.model.config
+    rope = getattr(config, "rope_parameters", None) or {}
     return (
-        held.model_type in ("qwen3", "llama")
+        config.model_type in ("qwen3", "llama")
         and policy.body is policy.model.base_model
-        and getattr(held, "hidden_act", "") == "silu"
-        and not getattr(held, "use_sliding_window", False)
+        and getattr(config, "hidden_act", "") == "silu"
+        and not getattr(config, "use_sliding_window", False)
         and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
         and (policy.adapter.is_unquantized if policy.adapter is not None else not hasattr(policy.model, "peft_config"))
     )
 
 
 class CacheDecoder:
-    """Any causal LM, through transformers' own forward pass and cache: left-padded batches, one after the other.
+    """Any causal LM, through transformers' forward pass and cache, in left-padded batches one after the other.
 
-    A cache of unknown kind (sliding windows, states) cannot take in a row beside older ones, so the next enter when all have left.
+    Rows cannot be appended to a transformers cache of unknown kind (sliding windows, recurrent states), so the next prompts
+    are prefilled once all rows have left.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -73,13 +72,13 @@ class CacheDecoder:
         self.cache: Any = None
         self.mask_AT = torch.empty(0)
 
-    def begin(self, prompts: Sequence[tuple[int, ...]], rows: int, longest: int) -> int:
+    def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
         self.prompts = list(prompts)
-        return rows
+        return max_rows
 
-    def enter(self, count: int) -> Tensor:
-        entering, self.prompts = self.prompts[:count], self.prompts[count:]
-        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(entering))}
+    def prefill(self, count: int) -> Tensor:
+        prompts, self.prompts = self.prompts[:count], self.prompts[count:]
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         width = max(map(len, distinct))
         ids_PT = torch.full((len(distinct), width), self.policy.pad_id, dtype=torch.long)
         mask_PT = torch.zeros((len(distinct), width), dtype=torch.long)
@@ -90,16 +89,16 @@ class CacheDecoder:
         mask_PT = mask_PT.to(device)
         self.cache = None
         hidden_PH = self._forward(ids_PT.to(device), mask_PT, (mask_PT.cumsum(dim=1) - 1).clamp_min(0))
-        rows_B = torch.tensor([distinct[prompt] for prompt in entering], device=device)
+        rows_B = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
         self.cache.batch_select_indices(rows_B)
         self.mask_AT = mask_PT[rows_B]
         return hidden_PH[rows_B]
 
-    def step(self, token_A: Tensor) -> Tensor:
+    def decode_step(self, token_A: Tensor) -> Tensor:
         self.mask_AT = torch.cat([self.mask_AT, self.mask_AT.new_ones(len(token_A), 1)], dim=1)
         return self._forward(token_A[:, None], self.mask_AT, self.mask_AT.sum(dim=1, keepdim=True) - 1)
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         rows_K = torch.tensor(rows, dtype=torch.long, device=self.mask_AT.device)
         self.mask_AT = self.mask_AT[rows_K]
         self.cache.batch_select_indices(rows_K)

@@ -6,37 +6,37 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from headwater.config import recipe as config
+from headwater.config.stage import Sampling
 from headwater.distributed.process_group import ProcessGroup
 from headwater.models.fsdp import unsharded
 from headwater.models.policy import Policy
-from headwater.sampling.base import OnFinished, Request, Sampler
+from headwater.sampling.base import OnFinished, Request, Sampler, SamplerFactory
 from headwater.types import Rollout
 
 
 @dataclass(frozen=True)
 class ShardedSampler:
-    """A sampler of which each rank samples its share of the requests; every rank is then handed all rollouts, in their order.
+    """Each rank samples its shard of the requests; all ranks receive all rollouts, in the order of the requests.
 
-    alone  the sampler of one rank, as long as it is needed
+    local  context manager that gives this rank's sampler
     """
 
     ranks: ProcessGroup
-    alone: Callable[[], contextlib.AbstractContextManager[Sampler]]
+    local: Callable[[], contextlib.AbstractContextManager[Sampler]]
 
     def sample(
-        self, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
     ) -> list[Rollout]:
-        with self.alone() as sampler:
-            found = sampler.sample(self.ranks.share(requests), sampling)
-        every = [one for part in self.ranks.all_gather(found) for one in part]
-        if arrived is not None:
-            arrived(every)
-        return every
+        with self.local() as sampler:
+            shard = sampler.sample(self.ranks.shard(requests), sampling)
+        rollouts = [rollout for part in self.ranks.all_gather(shard) for rollout in part]
+        if on_finished is not None:
+            on_finished(rollouts)
+        return rollouts
 
 
 @contextlib.contextmanager
-def sampling(policy: Policy, make: Callable[[Policy], Sampler]) -> Iterator[Sampler]:
-    """The sampler of one rank, from the whole policy."""
-    with unsharded(policy) as held:
-        yield make(held)
+def unsharded_sampler(policy: Policy, make_sampler: SamplerFactory) -> Iterator[Sampler]:
+    """This rank's sampler, on the policy's gathered weights."""
+    with unsharded(policy) as gathered:
+        yield make_sampler(gathered)

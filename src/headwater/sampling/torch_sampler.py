@@ -1,106 +1,144 @@
-"""Sampling completions: a small protocol, and the embedded sampler that works with any causal LM transformers loads."""
+"""The embedded sampler: continuous batching with a KV cache, for any causal LM that transformers loads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from headwater.config import recipe as config
+from headwater.config.recipe import Recipe
+from headwater.config.stage import Sampling
+from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
-from headwater.sampling.base import OnFinished, Request
+from headwater.sampling.base import OnFinished, Request, Sampler, SamplerFactory
+from headwater.sampling.continuous_batch import ContinuousBatch, FinishedSequence
 from headwater.sampling.decoder import decoder_for
-from headwater.sampling.sequence_slots import Line, Slots
 from headwater.sampling.token_draws import draw_tokens
 from headwater.types import Rollout
 
-LOOK_CPU, LOOK_ELSEWHERE = 1, 8
-"""Steps from one look at who has ended to the next: a look waits for the device; without one, ended rows run on."""
+CHECK_EVERY_CPU, CHECK_EVERY_GPU = 1, 8
+"""Steps between checks for finished sequences. Each check synchronizes the device; until then finished rows decode on."""
+
+
+def make_factory(recipe: Recipe) -> SamplerFactory:
+    """Embedded samplers that decode up to `compute.sample_batch` sequences at once, fewer after running out of memory."""
+    return lambda policy: OomRetrySampler(partial(TorchSampler, policy), BatchBudget(recipe.compute.sample_batch))
 
 
 @dataclass(frozen=True)
 class TorchSampler:
-    """Batched decoding with a KV cache, in-process, at most `batch` sequences at once.
+    """Batched decoding in this process, at most `batch` sequences at once.
 
-    Finished sequences leave and waiting ones enter; each distinct prompt is run once. A token is chosen by inverting the
-    cumulative distribution at one uniform number, which its request names, so that neither batch order nor batch size changes
-    a draw (the logits themselves may differ in their last bits between batch shapes).
+    Finished sequences leave the batch and waiting ones enter; each distinct prompt is prefilled once. A token is the inverse of
+    the cumulative distribution at one uniform number that its request names, so neither batch order nor batch size changes
+    a draw (the logits may differ in their last bits between batch shapes).
     """
 
     policy: Policy
     batch: int = 256
 
     def sample(
-        self, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
     ) -> list[Rollout]:
         if not requests:
             return []
         first: dict[tuple[int, ...], int] = {}
-        for index, one in enumerate(requests):
-            first.setdefault(one.prompt_ids, index)
-        # Equal prompts together and like lengths beside one another; the longest first: what does not fit shows at once.
-        prompts = [one.prompt_ids for one in requests]
+        for index, request in enumerate(requests):
+            first.setdefault(request.prompt_ids, index)
+        # Equal prompts together, similar lengths adjacent; longest first, so that running out of memory shows at once.
+        prompts = [request.prompt_ids for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (-len(prompts[i]), first[prompts[i]], i))
         training = self.policy.model.training
-        self.policy.model.eval()  # a model that recomputes activations while it trains refuses a cache
+        self.policy.model.eval()  # with gradient checkpointing, a model in training mode refuses a KV cache
         try:
-            found = self._run([requests[i] for i in order], sampling, arrived or (lambda finished: None))
+            rollouts = self._run([requests[i] for i in order], sampling, on_finished)
         finally:
             self.policy.model.train(training)
-        placed = dict(zip(order, found, strict=True))
-        return [placed[i] for i in range(len(requests))]
+        by_index = dict(zip(order, rollouts, strict=True))
+        return [by_index[i] for i in range(len(requests))]
 
     @torch.inference_mode()
-    def _run(self, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished) -> list[Rollout]:
-        prompts = [one.prompt_ids for one in requests]
+    def _run(self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None) -> list[Rollout]:
+        prompts = [request.prompt_ids for request in requests]
         size, limit = min(self.batch, len(requests)), sampling.max_tokens
-        look = LOOK_CPU if self.policy.device.type == "cpu" else LOOK_ELSEWHERE
-        slots = Slots(size, limit, look, stops_of(self.policy))
+        check_every = CHECK_EVERY_CPU if self.policy.device.type == "cpu" else CHECK_EVERY_GPU
+        batch = ContinuousBatch(size, limit, check_every, stop_mask(self.policy))
         decoder = decoder_for(self.policy)
-        group = decoder.begin(prompts, size, len(max(prompts, key=len)) + limit)
+        min_free = decoder.begin(prompts, size, len(max(prompts, key=len)) + limit)
         rollouts: dict[int, Rollout] = {}
-        entered = step = 0
-        while entered < len(requests) or len(slots):
-            hidden = [decoder.step(slots.token_A)] if len(slots) else []
-            entering = range(entered, min(entered + size - len(slots), len(requests)))
-            if entering and size - len(slots) >= group:
-                hidden.append(decoder.enter(len(entering)))
-                slots.enter(entering, [requests[index].draw for index in entering])
-                entered = entering.stop
+        admitted = step = 0
+        while admitted < len(requests) or len(batch):
+            hidden = [decoder.decode_step(batch.token_A)] if len(batch) else []
+            new = range(admitted, min(admitted + size - len(batch), len(requests)))
+            if new and size - len(batch) >= min_free:
+                hidden.append(decoder.prefill(len(new)))
+                batch.add(new, [requests[index].rng_key for index in new])
+                admitted = new.stop
             hidden_AH = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
-            slots.append(*draw_tokens(decoder.logits(hidden_AH), slots.uniforms(), sampling))
+            batch.append(*draw_tokens(decoder.logits(hidden_AH), batch.uniforms(), sampling))
             step += 1
-            if step % look == 0 or slots.age_A.max() >= limit:
-                ended = slots.ended()
-                if len(ended):
-                    found = {
-                        line.request: self._rollout(requests[line.request], line, sampling)
-                        for line in slots.lines(ended)
+            if step % check_every == 0 or batch.age_A.max() >= limit:
+                finished_rows = batch.finished_rows()
+                if len(finished_rows):
+                    finished = {
+                        sequence.request: self._rollout(requests[sequence.request], sequence, sampling)
+                        for sequence in batch.sequences(finished_rows)
                     }
-                    rollouts.update(found)
-                    arrived(list(found.values()))
-                    decoder.keep(slots.leave(ended))
+                    rollouts.update(finished)
+                    if on_finished is not None:
+                        on_finished(list(finished.values()))
+                    decoder.select_rows(batch.remove(finished_rows))
         return [rollouts[index] for index in range(len(requests))]
 
-    def _rollout(self, request: Request, line: Line, sampling: config.Sampling) -> Rollout:
+    def _rollout(self, request: Request, sequence: FinishedSequence, sampling: Sampling) -> Rollout:
         return Rollout(
             problem_id=request.problem_id,
             sample=request.sample,
             prompt_ids=request.prompt_ids,
-            completion_ids=line.ids,
-            sampler_logp=line.logp,
-            finish="stop" if line.stopped else "length",
+            completion_ids=sequence.ids,
+            sampler_logp=sequence.logp,
+            finish="stop" if sequence.stopped else "length",
             sampler=self.policy.fingerprint,
             temperature=sampling.temperature,
         )
 
 
-def stops_of(policy: Policy) -> Tensor:
-    """bool (V,): whether an id ends a completion."""
-    stops_V = torch.zeros(policy.vocabulary, dtype=torch.bool, device=policy.device)
-    for stop in policy.stop_ids:
-        if stop < policy.vocabulary:  # a tokenizer may know more ids than the model can say
-            stops_V[stop] = True
-    return stops_V
+def stop_mask(policy: Policy) -> Tensor:
+    """bool (V,): whether a token id ends a completion."""
+    stop_V = torch.zeros(policy.vocabulary, dtype=torch.bool, device=policy.device)
+    # A tokenizer may have more ids than the model's output layer.
+    stop_V[[stop for stop in policy.stop_ids if stop < policy.vocabulary]] = True
+    return stop_V
+
+
+@dataclass(frozen=True)
+class OomRetrySampler:
+    """Retry sampling with a smaller batch when memory runs out, keeping the rollouts that had finished.
+
+    make_sampler  batch size -> sampler
+    """
+
+    make_sampler: Callable[[int], Sampler]
+    batch: BatchBudget
+
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[Rollout]:
+        finished: dict[tuple[str, int], Rollout] = {}
+
+        def keep(rollouts: Sequence[Rollout]) -> None:
+            finished.update({(rollout.problem_id, rollout.sample): rollout for rollout in rollouts})
+            if on_finished is not None:
+                on_finished(rollouts)
+
+        def attempt(batch: int) -> list[Rollout]:
+            left = [request for request in requests if (request.problem_id, request.sample) not in finished]
+            rollouts = self.make_sampler(batch).sample(left, sampling, keep) if left else []
+            known = {**finished, **{(rollout.problem_id, rollout.sample): rollout for rollout in rollouts}}
+            return [known[request.problem_id, request.sample] for request in requests]
+
+        remedy = "shorten sampling.max_tokens or prompt.max_tokens, or take a larger device"
+        return self.batch.fit(attempt, max(1, len(requests)), 1, "sequence", remedy)

@@ -1,15 +1,13 @@
-"""Sampling by vLLM, in this process beside the trainer. The only file that imports vLLM (extra `vllm`).
+"""vLLM sampler, in the trainer's process. The only file that imports vLLM (extra `vllm`).
 
-The engine reads a model's shape from the folder that the policy came from, and its weights from the policy's own memory before
-each batch of requests; nothing goes over a disk, and no process is started. Token ids go in and come out; vLLM's tokenizer
-is never asked.
+The engine reads the architecture from the policy's model folder, and the weights from the policy's memory before each batch of
+requests, without files or (on one device) other processes. Token ids go in and out; vLLM's tokenizer is not loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -22,192 +20,202 @@ import numpy as np
 import torch
 
 from headwater import seeds
-from headwater.config import recipe as config
+from headwater.config.recipe import Compute, Recipe, Vllm
+from headwater.config.samplers import missing_package
+from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.models.policy import Policy
-from headwater.sampling.base import OnFinished, Request
+from headwater.sampling.base import OnFinished, Request, SamplerFactory
 from headwater.types import Rollout
 
-MISSING = (
-    "compute.sampler: vllm is not installed here; install the extra with `pip install headwater[vllm]`, or set "
-    "compute.sampler=torch"
-)
 SEEDS = 1 << 63
 """vLLM takes a request's seed as a signed 64-bit number."""
 CPU_TOKENS = 8192
-"""Tokens of one of its steps on a CPU."""
-SHAPE_SAYS_NOTHING = {"_name_or_path", "name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+"""Tokens that the engine prefills in one step on a CPU, at least."""
+NOT_ARCHITECTURE = {"_name_or_path", "name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+"""Fields of a model's config that do not affect its engine."""
 
 
-def installed() -> bool:
-    return importlib.util.find_spec("vllm") is not None
+def make_factory(recipe: Recipe) -> SamplerFactory:
+    """vLLM samplers over one pool of engines, which are started when first used and kept."""
+    return EnginePool(recipe.compute, max_sequence_tokens(recipe)).sampler
+
+
+def max_sequence_tokens(recipe: Recipe) -> int:
+    """Tokens of the longest sequence, prompt and completion, that the recipe allows."""
+    stages = [getattr(recipe.stages, name) for name in type(recipe.stages).model_fields]
+    settings = [recipe.evaluate.sampling, *(stage.sampling for stage in stages if stage is not None)]
+    return recipe.prompt.max_tokens + max(sampling.max_tokens for sampling in settings)
 
 
 @dataclass
 class Engine:
-    """One vLLM engine. Models of one shape take turns in it.
+    """One vLLM engine, shared by models of the same architecture.
 
-    holds  the frozen policy whose weights it has; None while it has those of one that trains, which change, or none at all
-    naps   whether it gives its memory back between batches of requests
-    apart  whether its workers are processes of their own, to which tensors of this one must be sent
+    sleeps         it frees its GPU memory between batches of requests
+    multiprocess   its workers are separate processes, to which weights are sent
+    loaded_policy  the frozen policy whose weights it holds; None if it holds none, or those of a policy that trains
     """
 
     llm: Any
-    naps: bool
-    apart: bool = False
-    holds: Policy | None = None
+    sleeps: bool
+    multiprocess: bool = False
+    loaded_policy: Policy | None = None
 
-    def take(self, policy: Policy) -> None:
-        """Make the policy's weights, as they are now, the engine's own, and forget what it computed with others."""
-        if self.naps:
+    def load_weights(self, policy: Policy) -> None:
+        """Copy the policy's current weights into the engine, and drop the prefix cache of the previous ones."""
+        if self.sleeps:
             self.llm.wake_up(tags=["weights"])
-        if self.holds is not policy:
-            # The names are those of the checkpoint, and the engine stacks, pads and packs them as it does a file's.
-            handed = policy.merged_weights()
-            self.llm.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": list(handed) if self.apart else handed}
-            )
-            trains = any(one.requires_grad for one in policy.model.parameters())
-            self.holds = None if trains else policy
-        if self.naps:
+        if self.loaded_policy is not policy:
+            # Names are those of a checkpoint file: the engine stacks, pads and packs the tensors as it does a file's.
+            weights = policy.merged_weights()
+            iterator = list(weights) if self.multiprocess else weights
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
+            trains = any(parameter.requires_grad for parameter in policy.model.parameters())
+            self.loaded_policy = None if trains else policy
+        if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
-    def rest(self) -> None:
-        if self.naps:
-            self.llm.sleep(level=2)  # forgets the weights too: they come anew with the next requests
-            self.holds = None
+    def sleep(self) -> None:
+        """Free the GPU memory, if the engine is configured to."""
+        if self.sleeps:
+            self.llm.sleep(level=2)  # drops the weights too: they are loaded again with the next requests
+            self.loaded_policy = None
 
 
 @dataclass(frozen=True)
 class EnginePool:
-    """The engines of this process by the shape of their models, each started when first asked.
+    """The engines of this process by architecture, each started when first used.
 
-    longest  tokens of prompt and completion together, at most
+    max_tokens  prompt and completion together, at most
     """
 
-    compute: config.Compute
-    longest: int
-    held: dict[str, Engine] = field(default_factory=dict)
+    compute: Compute
+    max_tokens: int
+    engines: dict[str, Engine] = field(default_factory=dict)
 
     def sampler(self, policy: Policy) -> VllmSampler:
         return VllmSampler(policy, self)
 
     def engine(self, policy: Policy) -> Engine:
-        """Raises UserError when vLLM is missing or does not take the model."""
-        shape = shape_of(policy)
-        if shape not in self.held:
-            self.held[shape] = self._started(policy)
-        return self.held[shape]
+        """Raises UserError if vLLM is not installed or cannot run the model."""
+        key = architecture_key(policy)
+        if key not in self.engines:
+            self.engines[key] = self._start(policy)
+        return self.engines[key]
 
-    def _started(self, policy: Policy) -> Engine:
-        if not installed():
-            raise UserError(MISSING)
+    def _start(self, policy: Policy) -> Engine:
+        message = missing_package("vllm")
+        if message is not None:
+            raise UserError(message)
         settings = self.compute.vllm
         check_device_count(settings.tensor_parallel_size, policy.device)
-        naps = settings.sleep and policy.device.type == "cuda"
-        positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", self.longest)
-        with process_as_it_was():
-            vllm = _vllm()
+        sleeps = settings.sleep and policy.device.type == "cuda"
+        positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", self.max_tokens)
+        with preserve_process_state():
+            vllm = _import_vllm()
             try:
                 llm = vllm.LLM(
-                    model=policy.folder.base.path,  # an adapter's weights come with the hand-over
+                    model=policy.folder.base.path,  # an adapter's weights are loaded later, merged
                     dtype=str(policy.compute_dtype).removeprefix("torch."),
-                    max_model_len=min(self.longest, positions),
+                    max_model_len=min(self.max_tokens, positions),
                     max_num_seqs=self.compute.sample_batch,
                     tensor_parallel_size=settings.tensor_parallel_size,
                     gpu_memory_utilization=settings.memory,
                     kv_cache_memory_bytes=_cache_bytes(settings, policy.device),
                     enforce_eager=not settings.compiled,
-                    enable_prefix_caching=True,  # a group's samples share their prompt
-                    enable_sleep_mode=naps,
-                    logprobs_mode="processed_logprobs",  # of the distribution that was drawn from, temperature included
-                    generation_config="vllm",  # what a folder says of sampling is not ours
+                    enable_prefix_caching=True,  # the samples of a group share their prompt
+                    enable_sleep_mode=sleeps,
+                    logprobs_mode="processed_logprobs",  # after temperature, top-p and top-k
+                    generation_config="vllm",  # ignore the model folder's sampling defaults
                     skip_tokenizer_init=True,
                     disable_log_stats=True,
                     use_tqdm_on_load=False,
                     seed=0,
-                    **(self._on_a_cpu(positions) if policy.device.type == "cpu" else {}),
+                    **(self._cpu_options(positions) if policy.device.type == "cpu" else {}),
                 )
-            except Exception as error:  # whatever it raises, it is about this model or this machine
-                raise unfit(policy, error) from None
-        return Engine(llm, naps, settings.tensor_parallel_size > 1)
+            except Exception as error:  # vLLM raises many types for an unsupported model or machine
+                raise engine_error(policy, error) from None
+        return Engine(llm, sleeps, settings.tensor_parallel_size > 1)
 
-    def _on_a_cpu(self, positions: int) -> dict[str, Any]:
-        """Each prompt in one piece: a piece's unused draw cannot be taken back from a CPU's generator, and vLLM would stop."""
+    def _cpu_options(self, positions: int) -> dict[str, Any]:
+        """Prefill each prompt in one chunk: vLLM cannot undo the unused draw of a partial chunk on a CPU, and would stop."""
         return {
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(CPU_TOKENS, min(self.longest, positions)),
+            "max_num_batched_tokens": max(CPU_TOKENS, min(self.max_tokens, positions)),
         }
 
 
-def check_device_count(asked: int, device: torch.device) -> None:
-    """Raises UserError where an engine is to lie on more GPUs than there are."""
-    there = torch.cuda.device_count() if device.type == "cuda" else asked
-    if asked > there:
-        raise UserError(f"compute.vllm.tensor_parallel_size: {asked} devices are asked for, and there are {there}")
+def check_device_count(count: int, device: torch.device) -> None:
+    """Raises UserError if an engine is to use more GPUs than the machine has."""
+    available = torch.cuda.device_count() if device.type == "cuda" else count
+    if count > available:
+        raise UserError(
+            f"compute.vllm.tensor_parallel_size: {count} devices are requested, and {available} are available"
+        )
 
 
-def unfit(policy: Policy, error: Exception) -> UserError:
-    said = " ".join(str(error).split())[:300] or type(error).__name__
+def engine_error(policy: Policy, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
     return UserError(
-        f"compute.sampler: vllm cannot run {policy.folder.path} ({said}); set compute.sampler=torch, or mend compute.vllm"
+        f"compute.sampler: vllm cannot run {policy.folder.path} ({reason}); set compute.sampler=torch, or change compute.vllm"
     )
 
 
 @dataclass(frozen=True)
 class VllmSampler:
-    """vLLM behind the sampler protocol: the same requests, rollouts and log-probs as the embedded sampler's.
+    """Sampler protocol on a vLLM engine.
 
-    A request's seed is named by its `draw`, as the embedded sampler's numbers are; the two draw different tokens from
-    them. The same weights and requests give the same tokens as long as the engine's logits are the same to the last bit,
-    which on a GPU depends on who else is in the batch.
+    Each request's seed is derived from its `rng_key`. The embedded sampler draws other tokens from the same key. Equal weights and
+    requests give equal tokens as long as the engine's logits are equal to the last bit, which on a GPU depends on the
+    rest of the batch.
     """
 
     policy: Policy
-    engines: EnginePool
+    pool: EnginePool
 
     def sample(
-        self, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
     ) -> list[Rollout]:
         if not requests:
             return []
-        engine = self.engines.engine(self.policy)
-        engine.take(self.policy)
+        engine = self.pool.engine(self.policy)
+        engine.load_weights(self.policy)
         try:
-            return self._run(engine.llm.llm_engine, requests, sampling, arrived or (lambda finished: None))
+            return self._run(engine.llm.llm_engine, requests, sampling, on_finished)
         finally:
-            engine.rest()
+            engine.sleep()
 
     def _run(
-        self, engine: Any, requests: Sequence[Request], sampling: config.Sampling, arrived: OnFinished
+        self, engine: Any, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None
     ) -> list[Rollout]:
-        held: dict[str, int] = {}
+        indices: dict[str, int] = {}  # by the engine's request id
         rollouts: dict[int, Rollout] = {}
         try:
-            for index, one in enumerate(requests):
-                asked = {"type": "token", "prompt_token_ids": list(one.prompt_ids)}
-                held[engine.add_request(str(index), asked, self._told(one, sampling))] = index
+            for index, request in enumerate(requests):
+                prompt = {"type": "token", "prompt_token_ids": list(request.prompt_ids)}
+                indices[engine.add_request(str(index), prompt, self._sampling_params(request, sampling))] = index
             while engine.has_unfinished_requests():
-                ended = {int(one.request_id): one.outputs[0] for one in self._step(engine) if one.finished}
-                found = {index: self._rollout(requests[index], one, sampling) for index, one in ended.items()}
-                rollouts.update(found)
-                if found:
-                    arrived(list(found.values()))
+                outputs = {int(out.request_id): out.outputs[0] for out in self._step(engine) if out.finished}
+                finished = {index: self._rollout(requests[index], out, sampling) for index, out in outputs.items()}
+                rollouts.update(finished)
+                if finished and on_finished is not None:
+                    on_finished(list(finished.values()))
         finally:
-            left = [name for name, index in held.items() if index not in rollouts]
-            if left:  # stopped on the way: the next batch must not find them there
+            left = [request_id for request_id, index in indices.items() if index not in rollouts]
+            if left:  # an exception came first: the requests must not be in the next batch
                 engine.abort_request(left, internal=True)
         return [rollouts[index] for index in range(len(requests))]
 
     def _step(self, engine: Any) -> list[Any]:
         try:
-            found: list[Any] = engine.step()
-        except Exception as error:  # some shapes are refused by the kernels only
-            raise unfit(self.policy, error) from None
-        return found
+            outputs: list[Any] = engine.step()
+        except Exception as error:  # some shapes are refused only by the kernels
+            raise engine_error(self.policy, error) from None
+        return outputs
 
-    def _told(self, request: Request, sampling: config.Sampling) -> Any:
+    def _sampling_params(self, request: Request, sampling: Sampling) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         return SamplingParams(
@@ -215,37 +223,37 @@ class VllmSampler:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             max_tokens=sampling.max_tokens,
-            seed=seeds.seed_of(*request.draw) % SEEDS,
-            logprobs=0,  # of the sampled token alone
-            stop_token_ids=[one for one in self.policy.stop_ids if one < self.policy.vocabulary],
-            ignore_eos=True,  # the policy's own stop ids are all of them
+            seed=seeds.seed_of(*request.rng_key) % SEEDS,
+            logprobs=0,  # of the sampled token only
+            stop_token_ids=[stop for stop in self.policy.stop_ids if stop < self.policy.vocabulary],
+            ignore_eos=True,  # the policy's stop ids include EOS
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _rollout(self, request: Request, found: Any, sampling: config.Sampling) -> Rollout:
-        ids = tuple(found.token_ids)
+    def _rollout(self, request: Request, output: Any, sampling: Sampling) -> Rollout:
+        ids = tuple(output.token_ids)
         return Rollout(
             problem_id=request.problem_id,
             sample=request.sample,
             prompt_ids=request.prompt_ids,
             completion_ids=ids,
-            sampler_logp=tuple(known[one].logprob for one, known in zip(ids, found.logprobs, strict=True)),
-            finish="stop" if found.finish_reason == "stop" else "length",
+            sampler_logp=tuple(logprobs[token].logprob for token, logprobs in zip(ids, output.logprobs, strict=True)),
+            finish="stop" if output.finish_reason == "stop" else "length",
             sampler=self.policy.fingerprint,
             temperature=sampling.temperature,
         )
 
 
-def shape_of(policy: Policy) -> str:
-    """Names what an engine is built for: the architecture with all its numbers, the type and the device."""
-    held = {key: value for key, value in policy.model.config.to_dict().items() if key not in SHAPE_SAYS_NOTHING}
-    text = json.dumps([held, str(policy.compute_dtype), policy.device.type], sort_keys=True, default=str)
+def architecture_key(policy: Policy) -> str:
+    """Hash of all that an engine is built for: the model's architecture and sizes, the dtype and the device type."""
+    config = {key: value for key, value in policy.model.config.to_dict().items() if key not in NOT_ARCHITECTURE}
+    text = json.dumps([config, str(policy.compute_dtype), policy.device.type], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _vllm() -> Any:
-    """vLLM, told before it is imported to stay in this process and to be quiet."""
+def _import_vllm() -> Any:
+    """Import vLLM with its engine core in this process, usage statistics off and logging quiet."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for name, value in (("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "CRITICAL")):
         os.environ.setdefault(name, value)
@@ -255,16 +263,16 @@ def _vllm() -> Any:
     return vllm
 
 
-def _cache_bytes(settings: config.Vllm, device: torch.device) -> int | None:
-    """Of the key-value cache; None lets the engine measure what is left of its share of a GPU."""
+def _cache_bytes(settings: Vllm, device: torch.device) -> int | None:
+    """Size of the KV cache; None lets the engine take what is left of its share of a GPU."""
     if settings.cache_gb is not None:
         return int(settings.cache_gb * 2**30)
     return 1 << 30 if device.type == "cpu" else None
 
 
 @contextlib.contextmanager
-def process_as_it_was() -> Iterator[None]:
-    """Starting an engine seeds every generator of the process and, on a CPU, takes `torch.set_num_threads` away."""
+def preserve_process_state() -> Iterator[None]:
+    """Undo what starting an engine does to the process: it seeds every RNG and, on a CPU, replaces `torch.set_num_threads`."""
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     states = python.getstate(), np.random.get_state(), torch.get_rng_state()
     try:

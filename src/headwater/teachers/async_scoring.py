@@ -1,4 +1,4 @@
-"""Teacher scoring while the student is still sampling: what has finished is scored in a thread of its own."""
+"""Teacher scoring in a background thread, while the student is still sampling."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ Score = Callable[[Sequence[Rollout]], list[Distributions]]
 
 
 class AsyncScorer:
-    """Scores rollouts part by part as they finish.
+    """Scores rollouts in chunks as they finish; use it as a context manager.
 
-    Which rollouts form a part follows from the order in which they finish and from nothing that depends on time, so the
-    same sampler gives the same scores to the last bit.
+    Chunks follow from the order in which rollouts finish and not from timing, so the same sampler gives bit-identical scores.
 
     score  rollouts -> their teacher's distributions, in order
-    size   rollouts of a part
+    size   rollouts of a chunk
 
     Example: with size 2, rollouts that finish as a, b, c are scored as (a, b) while c is sampled, and then (c).
     """
@@ -31,7 +30,7 @@ class AsyncScorer:
         self.score, self.size = score, size
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: list[Rollout] = []
-        self.parts: list[tuple[list[Key], Future[list[Distributions]]]] = []
+        self.chunks: list[tuple[list[Key], Future[list[Distributions]]]] = []
 
     def __enter__(self) -> AsyncScorer:
         return self
@@ -43,23 +42,23 @@ class AsyncScorer:
         for rollout in finished:
             self.pending.append(rollout)
             if len(self.pending) == self.size:
-                self._begin()
+                self._start_chunk()
 
     def results(self) -> dict[Key, Distributions]:
-        """The scores of all that arrived, by (problem id, sample); waits for what is still to be done."""
+        """Wait for all submitted rollouts: distributions by (problem id, sample). Raises what `score` raised."""
         if self.pending:
-            self._begin()
-        done: dict[Key, Distributions] = {}
-        for keys, future in self.parts:
-            done.update(zip(keys, future.result(), strict=True))
-        self.parts = []
-        return done
+            self._start_chunk()
+        scores: dict[Key, Distributions] = {}
+        for keys, future in self.chunks:
+            scores.update(zip(keys, future.result(), strict=True))
+        self.chunks = []
+        return scores
 
-    def _begin(self) -> None:
-        part, self.pending = self.pending, []
-        keys = [(rollout.problem_id, rollout.sample) for rollout in part]
-        self.parts.append((keys, self.thread.submit(self._scored, part)))
+    def _start_chunk(self) -> None:
+        chunk, self.pending = self.pending, []
+        keys = [(rollout.problem_id, rollout.sample) for rollout in chunk]
+        self.chunks.append((keys, self.thread.submit(self._score, chunk)))
 
     @torch.no_grad()
-    def _scored(self, part: list[Rollout]) -> list[Distributions]:
-        return self.score(part)
+    def _score(self, chunk: list[Rollout]) -> list[Distributions]:
+        return self.score(chunk)

@@ -1,4 +1,4 @@
-"""The recipe's base teacher in whichever form it is named: weights here, a server, or several of either by tag."""
+"""Load the recipe's base teacher: weights in this process, a server, or several of either by problem tag."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, TopK
-from headwater.losses.objectives import divergence_of
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.shape import Shape
-from headwater.sampling.base import OnFinished, Request, Sampler
-from headwater.sampling.build import SamplerFactory
-from headwater.sampling.sharded_sampler import ShardedSampler, sampling
+from headwater.sampling.base import OnFinished, Request, Sampler, SamplerFactory
+from headwater.sampling.sharded_sampler import ShardedSampler, unsharded_sampler
 from headwater.teachers import server_client
 from headwater.teachers.scoring import distributions_of
 from headwater.teachers.served_teacher import ServedTeacher
@@ -32,81 +30,17 @@ from headwater.types import Problem, Rollout
 
 
 @dataclass(frozen=True)
-class TaggedTeachers:
-    """Several teachers, each for the problems of its tag.
-
-    tags   problem id -> tag
-    top_k  what each is cut to, so that those that score here and those behind servers come in one form; None where
-           all of them are here
-    """
-
-    teachers: Mapping[str, Policy | ServedTeacher | OffloadedTeacher]
-    tags: Mapping[str, str]
-    samplers: SamplerFactory
-    top_k: int | None
-    ranks: ProcessGroup = SINGLE_PROCESS
-
-    @property
-    def first(self) -> Policy | ServedTeacher | OffloadedTeacher:
-        return next(iter(self.teachers.values()))
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.first.tokenizer
-
-    @property
-    def vocabulary(self) -> int:
-        return self.first.vocabulary
-
-    @property
-    def device(self) -> torch.device:
-        return self.first.device
-
-    @property
-    def shape(self) -> Shape:
-        """The costliest one's, so that what is counted is an upper bound."""
-        return max((one.shape for one in self.teachers.values()), key=lambda one: one.matrix_parameters)
-
-    def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float:
-        return sum(
-            one.pass_flops([row for row in rows if self.tags[row.rollout.problem_id] == tag], passes)
-            for tag, one in self.teachers.items()
-        )
-
-    def distributions(self, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
-        return self._each(rollouts, lambda one, some: self._scored(one, some, tokens))
-
-    def _scored(
-        self, one: Policy | ServedTeacher | OffloadedTeacher, rollouts: Sequence[Rollout], tokens: int
-    ) -> list[Distributions]:
-        found = distributions_of(one, rollouts, tokens)
-        return found if self.top_k is None else [likeliest(held, self.top_k) for held in found]
-
-    def sample(
-        self, requests: Sequence[Request], sampling: Sampling, arrived: OnFinished | None = None
-    ) -> list[Rollout]:
-        return self._each(requests, lambda one, some: sampler_for(one, self.samplers).sample(some, sampling, arrived))
-
-    def _each(
-        self, asked: Sequence[Any], of: Callable[[Policy | ServedTeacher | OffloadedTeacher, list[Any]], Sequence[Any]]
-    ) -> list[Any]:
-        """What each teacher says of its own, in the order asked."""
-        found: dict[int, Any] = {}
-        for tag, one in self.teachers.items():
-            places = [place for place, it in enumerate(asked) if self.tags[it.problem_id] == tag]
-            if places or not self.ranks.alone:  # all ranks pass through it together, also those that ask nothing
-                found.update(zip(places, of(one, [asked[place] for place in places]), strict=True))
-        return [found[place] for place in range(len(asked))]
-
-
-@dataclass(frozen=True)
 class OffloadedTeacher:
-    """A teacher of this process whose weights wait elsewhere while it is not asked, but for its head: distributions are kept as
-    hidden states, and the head makes them whole when the loss reads them."""
+    """A teacher of this process whose weights are on another device between calls, except for its output layer.
+
+    The output layer stays because distributions are kept as hidden states and computed from them when the loss reads them.
+
+    away  the device between calls
+    """
 
     policy: Policy
     away: torch.device
-    samplers: SamplerFactory
+    make_sampler: SamplerFactory
     ranks: ProcessGroup = SINGLE_PROCESS
 
     @property
@@ -129,126 +63,185 @@ class OffloadedTeacher:
         return self.policy.pass_flops(rows, passes)
 
     def distributions(self, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
-        with self.here():
+        with self.on_device():
             return distributions_of(self.policy, rollouts, tokens)
 
     def sample(
-        self, requests: Sequence[Request], sampling: Sampling, arrived: OnFinished | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
     ) -> list[Rollout]:
-        with self.here():
-            return self.samplers(self.policy).sample(requests, sampling, arrived)
+        with self.on_device():
+            return self.make_sampler(self.policy).sample(requests, sampling, on_finished)
 
     @contextlib.contextmanager
-    def here(self) -> Iterator[None]:
-        move(self.policy, self.policy.device)
+    def on_device(self) -> Iterator[None]:
+        move_weights(self.policy, self.policy.device)
         try:
             yield
         finally:
-            move(self.policy, self.away)
+            move_weights(self.policy, self.away)
 
 
-def move(policy: Policy, device: torch.device) -> None:
-    """Take all weights but the head's to a device."""
-    for one in movable(policy):
-        one.data = one.data.to(device)
+def move_weights(policy: Policy, device: torch.device) -> None:
+    """Move all weights but the output layer's to a device."""
+    for tensor in offloadable_weights(policy):
+        tensor.data = tensor.data.to(device)
 
 
-def movable(policy: Policy) -> list[Tensor]:
-    """All weights but the head's; tied embeddings are the head's."""
+def offloadable_weights(policy: Policy) -> list[Tensor]:
+    """All weights but the output layer's, which include tied embeddings."""
     head = policy.model.get_output_embeddings()
-    kept = set() if head is None else {id(one) for one in head.parameters()}
+    kept = set() if head is None else {id(parameter) for parameter in head.parameters()}
     return [one for one in (*policy.model.parameters(), *policy.model.buffers()) if id(one) not in kept]
 
 
-def offloaded(policy: Policy, samplers: SamplerFactory) -> OffloadedTeacher:
-    """The policy, at once sent to the machine's memory."""
-    away = torch.device("cpu")
-    move(policy, away)
-    return OffloadedTeacher(policy, away, samplers)
+def offload_if_configured(policy: Policy, recipe: Recipe, make_sampler: SamplerFactory) -> Policy | OffloadedTeacher:
+    """Offload a frozen policy to CPU memory if the recipe says so; one that is sharded over ranks stays."""
+    if not recipe.compute.offload_teacher or policy.device.type == "cpu" or not policy.ranks.single_process:
+        return policy
+    cpu = torch.device("cpu")
+    move_weights(policy, cpu)
+    return OffloadedTeacher(policy, cpu, make_sampler)
 
 
-Teacher = Policy | ServedTeacher | OffloadedTeacher | TaggedTeachers
+SingleTeacher = Policy | ServedTeacher | OffloadedTeacher
 
 
-def likeliest(held: Distributions, k: int) -> Distributions:
-    """The k likeliest tokens, where more is known."""
-    known = held.ready()
-    return known if isinstance(known, TopK) else known.likeliest(k)
+@dataclass(frozen=True)
+class TaggedTeachers:
+    """Several teachers, each for the problems of its tag.
+
+    tags   problem id -> tag
+    top_k  tokens kept of each distribution, so that served and local teachers give one form; None if all are local
+    """
+
+    teachers: Mapping[str, SingleTeacher]
+    tags: Mapping[str, str]
+    make_sampler: SamplerFactory
+    top_k: int | None
+    ranks: ProcessGroup = SINGLE_PROCESS
+
+    @property
+    def first(self) -> SingleTeacher:
+        return next(iter(self.teachers.values()))
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.first.tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        return self.first.vocabulary
+
+    @property
+    def device(self) -> torch.device:
+        return self.first.device
+
+    @property
+    def shape(self) -> Shape:
+        """The largest teacher's, so that costs derived from it are upper bounds."""
+        return max((teacher.shape for teacher in self.teachers.values()), key=lambda shape: shape.matrix_parameters)
+
+    def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float:
+        return sum(
+            teacher.pass_flops([row for row in rows if self.tags[row.rollout.problem_id] == tag], passes)
+            for tag, teacher in self.teachers.items()
+        )
+
+    def distributions(self, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
+        return self._by_tag(rollouts, lambda teacher, own: self._score(teacher, own, tokens))
+
+    def _score(self, teacher: SingleTeacher, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
+        scored = distributions_of(teacher, rollouts, tokens)
+        return scored if self.top_k is None else [truncate_to_top_k(one, self.top_k) for one in scored]
+
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[Rollout]:
+        def sample(teacher: SingleTeacher, own: list[Any]) -> list[Rollout]:
+            return sampler_for(teacher, self.make_sampler).sample(own, sampling, on_finished)
+
+        return self._by_tag(requests, sample)
+
+    def _by_tag(self, items: Sequence[Any], call: Callable[[SingleTeacher, list[Any]], Sequence[Any]]) -> list[Any]:
+        """Call each teacher with the requests or rollouts of its tag; results in the order of `items`."""
+        results: dict[int, Any] = {}
+        for tag, teacher in self.teachers.items():
+            own = [index for index, item in enumerate(items) if self.tags[item.problem_id] == tag]
+            if own or not self.ranks.single_process:  # calls are collective: ranks without items take part too
+                results.update(zip(own, call(teacher, [items[index] for index in own]), strict=True))
+        return [results[index] for index in range(len(items))]
 
 
-def sampler_for(who: Teacher, samplers: SamplerFactory) -> Sampler:
-    """Who samples for a model: it itself where it is elsewhere, else the recipe's sampler; several ranks share the work out."""
-    if who.ranks.alone or isinstance(who, TaggedTeachers):  # of several teachers, each is shared out by itself
-        return samplers(who) if isinstance(who, Policy) else who
-    if isinstance(who, Policy):
-        return ShardedSampler(who.ranks, partial(sampling, who, samplers))
-    alone: Sampler = who
-    return ShardedSampler(who.ranks, lambda: contextlib.nullcontext(alone))
+Teacher = SingleTeacher | TaggedTeachers
+
+
+def truncate_to_top_k(distributions: Distributions, k: int) -> Distributions:
+    """The k most likely tokens and the tail, if the distributions hold more."""
+    known = distributions.materialize()
+    return known if isinstance(known, TopK) else known.top_k(k)
+
+
+def sampler_for(model: Teacher, make_sampler: SamplerFactory) -> Sampler:
+    """A model's sampler: itself if it is not a policy, else the recipe's; requests are sharded over the model's ranks."""
+    if model.ranks.single_process or isinstance(model, TaggedTeachers):  # tagged teachers are sharded one by one
+        return make_sampler(model) if isinstance(model, Policy) else model
+    if isinstance(model, Policy):
+        return ShardedSampler(model.ranks, partial(unsharded_sampler, model, make_sampler))
+    local: Sampler = model
+    return ShardedSampler(model.ranks, lambda: contextlib.nullcontext(local))
 
 
 def load_base_teacher(
     recipe: Recipe,
     stage: Stage | None,
     problems: Sequence[Problem],
-    samplers: SamplerFactory,
+    make_sampler: SamplerFactory,
     device: torch.device,
     ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> Teacher:
     """The recipe's teacher, ready to sample and to score for a stage (None: only to sample).
 
-    ranks  who ask it together, each for a share; weights that are here lie on them in parts
+    ranks  they call it together, each with a shard of the work; local weights are sharded over them
 
     Raises UserError.
     """
-    named = recipe.models.named("teacher")
-    held = {
-        field: replace(_served(recipe, field, name, stage, device), ranks=ranks)
-        if server_client.is_served(name)
-        else offload_if_configured(
-            load_policy(
-                ModelFolder.open(name, field, recipe.models.trust_remote_code),
-                LoadOptions(recipe.models, device, frozen=True, ranks=ranks),
-            ),
-            recipe,
-            samplers,
-        )
-        for field, name in named.items()
-    }
+    loaded: dict[str, SingleTeacher] = {}
+    for field, name in recipe.models.named("teacher").items():
+        if server_client.is_served(name):
+            loaded[field] = replace(_served_teacher(recipe, field, name, stage, device), ranks=ranks)
+        else:
+            folder = ModelFolder.open(name, field, recipe.models.trust_remote_code)
+            policy = load_policy(folder, LoadOptions(recipe.models, device, frozen=True, ranks=ranks))
+            loaded[field] = offload_if_configured(policy, recipe, make_sampler)
     if not isinstance(recipe.models.teacher, dict):
-        return next(iter(held.values()))
-    widths = {field: one.vocabulary for field, one in held.items()}
+        return next(iter(loaded.values()))
+    widths = {field: teacher.vocabulary for field, teacher in loaded.items()}
     if len(set(widths.values())) > 1:
         raise UserError(
             "models.teacher: its models have output layers of different widths ("
             + ", ".join(f"{field.rpartition('.')[2]} {width}" for field, width in widths.items())
-            + "), so their distributions cannot stand in one batch"
+            + "), so one batch cannot hold their distributions"
         )
-    k = top_k_of(stage) if any(isinstance(one, ServedTeacher) for one in held.values()) else None
-    teachers = {field.removeprefix("models.teacher."): one for field, one in held.items()}
-    return TaggedTeachers(teachers, {one.id: one.tag for one in problems}, samplers, k, ranks)
+    top_k = top_k_of(stage) if any(isinstance(teacher, ServedTeacher) for teacher in loaded.values()) else None
+    teachers = {field.removeprefix("models.teacher."): teacher for field, teacher in loaded.items()}
+    return TaggedTeachers(teachers, {problem.id: problem.tag for problem in problems}, make_sampler, top_k, ranks)
 
 
 def is_single_local_model(recipe: Recipe) -> bool:
-    """Whether the teacher is one model whose weights are here."""
-    held = recipe.models.teacher
-    return isinstance(held, str) and not server_client.is_served(held)
+    """Whether the recipe's teacher is one model loaded in this process."""
+    teacher = recipe.models.teacher
+    return isinstance(teacher, str) and not server_client.is_served(teacher)
 
 
-def offload_if_configured(policy: Policy, recipe: Recipe, samplers: SamplerFactory) -> Policy | OffloadedTeacher:
-    """A frozen policy as the recipe wants it to wait; where several ranks hold a part each, it stays."""
-    away = recipe.compute.offload_teacher and policy.device.type != "cpu" and policy.ranks.alone
-    return offloaded(policy, samplers) if away else policy
-
-
-def _served(recipe: Recipe, field: str, name: str, stage: Stage | None, device: torch.device) -> ServedTeacher:
-    met = server_client.connect(name, field, recipe.compute.server)
+def _served_teacher(recipe: Recipe, field: str, name: str, stage: Stage | None, device: torch.device) -> ServedTeacher:
+    served_model = server_client.connect(name, field, recipe.compute.server)
     student = ModelFolder.open(recipe.models.student, "models.student", recipe.models.trust_remote_code)
-    width = int(student.config.get_text_config().vocab_size)
-    return ServedTeacher(met, student.tokenizer, width, student.stop_ids, device, top_k_of(stage) or 0)
+    width, top_k = int(student.config.get_text_config().vocab_size), top_k_of(stage) or 0
+    return ServedTeacher(served_model, student.tokenizer, width, student.stop_ids, device, top_k)
 
 
 def top_k_of(stage: Stage | None) -> int | None:
-    """How many tokens a served teacher is asked for: those of the stage's divergence; None for the sampled one alone."""
-    if stage is None or divergence_of(stage.dense) is None:
+    """Tokens per position that a served teacher is asked for: the divergence's top-k; None for the sampled token only."""
+    if stage is None or not stage.dense.exact:
         return None
     return stage.dense.top_k

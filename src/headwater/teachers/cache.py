@@ -1,4 +1,4 @@
-"""Teacher rollouts and their distributions, cached on disk for teacher-sampled stages."""
+"""On-disk cache of teacher rollouts and their distributions, for stages that the teacher samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headwater.errors import UserError
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, Exact, TopK, joined
+from headwater.losses.distributions import Distributions, Exact, TopK, concatenate
 from headwater.losses.logprobs import tokens_at_once
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
@@ -25,66 +25,69 @@ from headwater.teachers.scoring import FrozenModel, ScoringTeacher, distribution
 from headwater.types import Rollout
 
 EXACT_CACHE_LIMIT = 64 << 30
-"""Bytes past which an exact cache is refused before it is made; top-k with its tail is 100–1000 times smaller."""
+"""Largest exact cache in bytes; a top-k cache is 100 to 1000 times smaller."""
 
 
-def refuse_huge_cache(policy: FrozenModel, tokens: int, top_k: int | None) -> None:
-    """Raises UserError when an exact cache of that many tokens would pass EXACT_CACHE_LIMIT."""
-    size = tokens * policy.vocabulary * 4
+def refuse_huge_cache(teacher: FrozenModel, tokens: int, top_k: int | None) -> None:
+    """Raises UserError if an exact cache of this many tokens would exceed EXACT_CACHE_LIMIT."""
+    size = tokens * teacher.vocabulary * 4
     if top_k is None and size > EXACT_CACHE_LIMIT:
         raise UserError(
-            f"stages.warmup.dense.top_k: exact distributions of {tokens:,} tokens over {policy.vocabulary:,} entries would take "
-            f"{size / 2**30:,.0f} GiB; set it to 64, say, to keep the likeliest tokens and the tail"
+            f"stages.warmup.dense.top_k: exact distributions of {tokens:,} tokens over {teacher.vocabulary:,} entries would take "
+            f"{size / 2**30:,.0f} GiB; set it to 64, say, to keep the top tokens and the mass of the tail"
         )
 
 
 def write_cache(
     folder: Path,
-    policy: Policy | ScoringTeacher,
+    teacher: Policy | ScoringTeacher,
     rollouts: Sequence[Rollout],
     top_k: int | None,
     tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Store rollouts and the teacher's distributions at each of their tokens: exact float32, or top-k and the tail.
+    """Write rollouts and the teacher's distributions at each of their tokens: exact float32, or top-k and the tail's mass.
 
-    With 64 kept tokens a token takes 256 bytes, 272 for a vocabulary of over 65,536.
+    Size with top_k 64: 256 bytes per token, 272 for a vocabulary of more than 65,536.
+
+    tokens    of one scoring pass
+    progress  called with the number of rollouts scored since the last call
     """
     keys = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
     lines = [json.dumps({key: getattr(rollout, key) for key in keys}) for rollout in rollouts]
     (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     budget = BatchBudget(tokens)
     fault_points.failpoint("cache.rollouts")
-    parts: list[dict[str, Tensor]] = []
-    own = policy.ranks.share(rollouts)
-    for start in policy.ranks.in_lockstep(range(0, len(own), 64)):
-        chosen = [] if start is None else own[start : start + 64]
-        said = budget.fit_passes(partial(distributions_of, policy, chosen), chosen)
-        whole = joined(said, policy.device) if said else Exact(torch.empty(0, policy.vocabulary))
-        size = tokens_at_once(policy.vocabulary, policy.device)
-        for row in range(0, len(whole), size):
-            known = whole.rows(row, min(len(whole), row + size)).ready()
-            if isinstance(known, Exact) and top_k is None:
-                parts.append({"logp": known.logp_NV.cpu()})
+    chunks: list[dict[str, Tensor]] = []
+    shard = teacher.ranks.shard(rollouts)
+    for start in teacher.ranks.lockstep(range(0, len(shard), 64)):
+        batch = [] if start is None else shard[start : start + 64]
+        scored = budget.fit_passes(partial(distributions_of, teacher, batch), batch)
+        distributions = concatenate(scored, teacher.device) if scored else Exact(torch.empty(0, teacher.vocabulary))
+        size = tokens_at_once(teacher.vocabulary, teacher.device)
+        for row in range(0, len(distributions), size):
+            block = distributions.rows(row, min(len(distributions), row + size)).materialize()
+            if isinstance(block, Exact) and top_k is None:
+                chunks.append({"logp": block.logp_NV.cpu()})
             else:
-                kept = known if isinstance(known, TopK) else known.likeliest(top_k or 1)
-                ids = compact_ids.narrowed(kept.ids_NK.cpu(), policy.vocabulary)
-                parts.append({"logp": kept.logp_NK.half().cpu(), **ids})
+                kept = block if isinstance(block, TopK) else block.top_k(top_k or 1)
+                ids = compact_ids.pack_ids(kept.ids_NK.cpu(), teacher.vocabulary)
+                chunks.append({"logp": kept.logp_NK.half().cpu(), **ids})
         if progress is not None:
-            progress(len(chosen))
+            progress(len(batch))
         fault_points.failpoint("cache.scored")
-    parts = [part for some in policy.ranks.gather_to_first(parts) for part in some]
-    if not policy.ranks.first:
+    chunks = [chunk for some in teacher.ranks.gather(chunks) for chunk in some]
+    if not teacher.ranks.is_main:
         return
     save_file(
-        {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]},
+        {key: torch.cat([chunk[key] for chunk in chunks]).contiguous() for key in chunks[0]},
         folder / "distributions.safetensors",
     )
     fault_points.failpoint("cache.written")
 
 
 def read_cache(folder: Path) -> list[Row]:
-    """The cached rollouts with their teacher's distributions. Raises UserError when a file is missing or does not fit."""
+    """Read rollouts with their teacher's distributions. Raises UserError if a file is missing, damaged or inconsistent."""
     try:
         lines = (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
         stored = load_file(folder / "distributions.safetensors")
@@ -100,7 +103,7 @@ def read_cache(folder: Path) -> list[Row]:
     if len(stored) == 1:
         teachers: list[Distributions] = [Exact(logp) for logp in logps]
     else:
-        kept = compact_ids.widened(stored).split(lengths)
+        kept = compact_ids.unpack_ids(stored).split(lengths)
         teachers = [TopK(ids, logp.float()) for ids, logp in zip(kept, logps, strict=True)]
     return [Row(rollout, teacher=teacher) for rollout, teacher in zip(rollouts, teachers, strict=True)]
 

@@ -1,7 +1,7 @@
-"""Token ids in as few bytes as the vocabulary needs: a cache of top-k distributions is mostly ids.
+"""Bit-packing of token ids, which make up most of a top-k teacher cache.
 
-Up to 65,536 entries an id is two bytes. Up to 262,144 its two highest bits stand apart, four ids to a byte: 2.25 bytes. Past
-that four bytes.
+Bytes per id: 2 for a vocabulary of up to 65,536; 2.25 up to 262,144 (the two high bits are stored separately, four ids to
+a byte); 4 above that.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 LOW_BITS, HIGH_BITS = 16, 2
 
 
-def narrowed(ids_NK: Tensor, vocabulary: int) -> dict[str, Tensor]:
-    """Ids (N, K) of a vocabulary as named tensors to be stored.
+def pack_ids(ids_NK: Tensor, vocabulary: int) -> dict[str, Tensor]:
+    """Pack ids (N, K) into named tensors for storage.
 
     Example: of 151,936 entries, 64 ids a token take 128 bytes in `ids_low` and 16 in `ids_high`.
     """
@@ -31,8 +31,8 @@ def narrowed(ids_NK: Tensor, vocabulary: int) -> dict[str, Tensor]:
     return stored
 
 
-def widened(stored: Mapping[str, Tensor]) -> Tensor:
-    """The ids (N, K), int32, from what `narrowed` made of them."""
+def unpack_ids(stored: Mapping[str, Tensor]) -> Tensor:
+    """Unpack the tensors of `pack_ids`: ids (N, K), int32."""
     if "ids" in stored:
         return stored["ids"]
     ids_NK = stored["ids_low"].int() + 0x8000

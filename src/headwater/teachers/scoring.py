@@ -1,7 +1,4 @@
-"""Score rollouts under a frozen model, and keep a teacher's rollouts and distributions on disk.
-
-Several students and controls read the same cache: a teacher is sampled and scored once.
-"""
+"""Scoring of rollouts under a frozen model: hidden states, token log-probs and full distributions."""
 
 from __future__ import annotations
 
@@ -16,13 +13,14 @@ from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Batch, Row
 from headwater.losses.distributions import Distributions, FromHidden
 from headwater.losses.logprobs import token_stats
+from headwater.losses.token_stats import TokenInputs
 from headwater.models.fsdp import idle_pass, sharded_forward
 from headwater.models.policy import Policy
 from headwater.types import Rollout
 
 
 class FrozenModel(Protocol):
-    """A frozen model that scores: a `Policy` here, a server (`ServedTeacher`), or several by tag (`TaggedTeachers`)."""
+    """A frozen model that scores: a `Policy`, a server (`ServedTeacher`), or several models by tag (`TaggedTeachers`)."""
 
     @property
     def vocabulary(self) -> int: ...
@@ -34,39 +32,42 @@ class FrozenModel(Protocol):
 
 
 class ScoringTeacher(FrozenModel, Protocol):
-    """A scorer that makes its distributions itself."""
+    """A frozen model other than a `Policy`, which computes its distributions itself."""
 
     def distributions(self, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]: ...
 
 
 def hidden_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Tensor]:
-    """The policy's hidden state before every completion token: one (n, H) tensor a rollout, in order."""
-    return read_off(policy, rollouts, tokens, lambda rollout, hidden: hidden)
+    """Hidden state that predicts each completion token: one (n, H) tensor per rollout, in order."""
+    return map_hidden(policy, rollouts, tokens, lambda rollout, hidden: hidden)
 
 
 @torch.no_grad()
-def read_off(
-    policy: Policy, rollouts: Sequence[Rollout], tokens: int, what: Callable[[Rollout, Tensor], Tensor]
+def map_hidden(
+    policy: Policy, rollouts: Sequence[Rollout], tokens: int, reduce: Callable[[Rollout, Tensor], Tensor]
 ) -> list[Tensor]:
-    """What is to be had of each rollout and its hidden states (n, H) while the policy's head is in reach; in order."""
+    """`reduce(rollout, hidden (n, H))` for each rollout, in order, called while a sharded policy's output layer is gathered.
+
+    tokens  of one forward pass
+    """
     rows = [Row(rollout) for rollout in rollouts]
-    place = {id(row): index for index, row in enumerate(rows)}
-    found: dict[int, Tensor] = {}
+    index_of = {id(row): index for index, row in enumerate(rows)}
+    results: dict[int, Tensor] = {}
 
-    def take(part: Sequence[Row], batch: Batch) -> None:
+    def forward(part: Sequence[Row], batch: Batch) -> None:
         pieces = policy.completion_hidden(batch).split([row.tokens for row in part])
-        found.update((place[id(row)], what(row.rollout, piece)) for row, piece in zip(part, pieces, strict=True))
+        results.update((index_of[id(row)], reduce(row.rollout, piece)) for row, piece in zip(part, pieces, strict=True))
 
-    for turn in policy.ranks.in_lockstep(policy.batches(rows, tokens)):
-        if turn is None:
+    for microbatch in policy.ranks.lockstep(policy.batches(rows, tokens)):
+        if microbatch is None:
             idle_pass(policy)
         else:
-            sharded_forward(policy, partial(take, *turn))
-    return [found[index] for index in range(len(rows))]
+            sharded_forward(policy, partial(forward, *microbatch))
+    return [results[index] for index in range(len(rows))]
 
 
 def distributions_of(teacher: Policy | ScoringTeacher, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
-    """The teacher's distributions at every completion token, one a rollout: a policy's exact and held as hidden states."""
+    """Teacher distributions at every completion token, one per rollout; a policy's are exact and stored as hidden states."""
     if not isinstance(teacher, Policy):
         return teacher.distributions(rollouts, tokens)
     return [
@@ -76,10 +77,10 @@ def distributions_of(teacher: Policy | ScoringTeacher, rollouts: Sequence[Rollou
 
 
 def logp_of(policy: Policy, rollouts: Sequence[Rollout], tokens: int) -> list[Tensor]:
-    """Log-prob of every completion token under the policy, at the temperature that sampled: one (n,) a rollout."""
+    """Log-prob of each completion token under the policy, at the sampling temperature: one (n,) tensor per rollout."""
 
     def logp(rollout: Rollout, hidden: Tensor) -> Tensor:
         targets_N = torch.tensor(rollout.completion_ids, dtype=torch.long, device=hidden.device)
-        return token_stats(hidden, policy.logits, targets_N, rollout.temperature).logp_N
+        return token_stats(hidden, policy.logits, TokenInputs(targets_N, rollout.temperature)).logp_N
 
-    return read_off(policy, rollouts, tokens, logp)
+    return map_hidden(policy, rollouts, tokens, logp)

@@ -1,127 +1,161 @@
-"""A teacher behind an OpenAI-compatible vLLM server: token ids go out, the k likeliest tokens and their log-probs come back.
-
-No weights, no head and no full distribution of it are ever here. The server is held to the same ids: its tokenizer is asked
-before the run, and what it answers to is compared with what was sent.
-"""
+"""HTTP client for an OpenAI-compatible vLLM server: retries, the served model, and its tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from headwater.config import recipe as config
+import httpx2
+
+from headwater.config.recipe import Server
 from headwater.errors import TrainingStoppedError, UserError
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-"""Seconds before a second try; they double from one to the next, up to the other."""
-SAID = 300
-LONGEST_ANSWER, LONGEST_COMPLAINT = 2 << 30, 1 << 16
-"""Bytes that are read of an answer, and of a refusal."""
+FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
+"""Seconds before the first retry, and the largest pause; pauses double from one retry to the next."""
+MAX_MESSAGE_CHARS = 300
+MAX_ANSWER_BYTES, MAX_ERROR_BYTES = 2 << 30, 1 << 16
 
 Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Server:
-    """One server, by the recipe's field that names it; safe to be asked from several threads."""
+class ServerClient:
+    """Client of one server; thread-safe.
+
+    field  the recipe's field that names the server, for error messages
+    """
 
     field: str
     url: str
-    settings: config.Server
+    settings: Server
 
     @cached_property
     def headers(self) -> dict[str, str]:
+        """Raises UserError if the key's environment variable is missing or is no header value."""
         name = self.settings.key_env
         key = None if name is None else os.environ.get(name)
         if name is not None and not key:
             raise UserError(f"compute.server.key_env: the environment has no variable {name}")
-        return {"Content-Type": "application/json", **({} if key is None else {"Authorization": f"Bearer {key}"})}
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise UserError(
+                f"compute.server.key_env: {name} holds characters that an HTTP header cannot (a line break?)"
+            )
+        # Uncompressed answers, so that the limits on their size hold for what is read into memory.
+        plain = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        return {**plain, **({} if key is None else {"Authorization": f"Bearer {key}"})}
+
+    @cached_property
+    def http(self) -> httpx2.Client:
+        # A connection per request: one kept alive can be closed by the server just as it is used again. Redirects are not
+        # followed, so neither prompts nor the key go to another host than the recipe's.
+        try:
+            return httpx2.Client(
+                headers=self.headers,
+                timeout=self.settings.seconds,
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
+                follow_redirects=False,
+            )
+        except (ValueError, ImportError) as error:
+            raise UserError(f"{self.field}: the environment's proxy cannot be used ({_one_line(error)})") from None
 
     @property
     def root(self) -> str:
-        """Without the /v1 under which the OpenAI-compatible part stands."""
+        """The address without the /v1 of the OpenAI-compatible part."""
         return self.url.rstrip("/").removesuffix("/v1")
 
-    def ask(self, path: str, body: Answer | None = None) -> Answer:
-        """What the server answers, asked again with growing pauses while it does not answer as it should.
+    def request(self, path: str, body: Answer | None = None) -> Answer:
+        """GET, or POST a JSON body; retried with growing pauses on timeouts, 408, 429, 5xx and unusable answers.
 
-        Raises UserError when it refuses, TrainingStoppedError when it stays away: the run can be gone on with later.
+        Raises UserError if the server refuses, TrainingStoppedError when the retries are used up: the run can be resumed.
         """
-        why = ""
+        reason = ""
         for attempt in range(self.settings.retries + 1):
             if attempt:
-                time.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)))
+                time.sleep(min(MAX_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)))
             try:
-                return self._once(path, body)
-            except _UnusableError as error:
-                why = str(error)
+                return self._request_once(path, body)
+            except _RetryableError as error:
+                reason = str(error)
         tries = self.settings.retries + 1
         raise TrainingStoppedError(
-            f"{self.field}: {self.url} gave no usable answer in {tries} tries ({why}); see to the server and run again, "
-            "which goes on from here"
+            f"{self.field}: {self.url} gave no usable answer in {tries} tries ({reason}); check the server and run again, "
+            "which resumes from here"
         )
 
-    def _once(self, path: str, body: Answer | None) -> Answer:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.root}{path}", data, self.headers)
+    def _request_once(self, path: str, body: Answer | None) -> Answer:
+        method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         try:
-            with urllib.request.urlopen(request, timeout=self.settings.seconds) as found:
-                text = found.read(LONGEST_ANSWER)
-        except urllib.error.HTTPError as error:
-            said = _complaint(error)
-            if error.code in (408, 429) or error.code >= 500:
-                raise _UnusableError(f"status {error.code}: {said}") from None
-            raise UserError(f"{self.field}: {self.url} refuses (status {error.code}: {said})") from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            late = isinstance(reason, TimeoutError)
-            raise _UnusableError(f"no answer within {self.settings.seconds:g} s" if late else _short(reason)) from None
+            with self.http.stream(method, f"{self.root}{path}", content=content) as response:
+                if not response.is_success:
+                    self._raise_for_status(response)
+                text = _read(response, MAX_ANSWER_BYTES)
+        except httpx2.TimeoutException:
+            raise _RetryableError(f"no answer within {self.settings.seconds:g} s") from None
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise _RetryableError(_one_line(error)) from None
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError):
-            raise _UnusableError("its answer is not JSON") from None
+            raise _RetryableError("its answer is not JSON") from None
         if not isinstance(answer, dict):
-            raise _UnusableError(f"its answer is not a JSON object but {type(answer).__name__}")
+            raise _RetryableError(f"its answer is not a JSON object but {type(answer).__name__}")
         return answer
 
+    def _raise_for_status(self, response: httpx2.Response) -> None:
+        status = response.status_code
+        if response.has_redirect_location:
+            message = f"it redirects to {_one_line(response.headers['location'])}; name that address in the recipe"
+        else:
+            message = _error_message(response)
+        if status in (408, 429) or status >= 500:
+            raise _RetryableError(f"status {status}: {message}")
+        raise UserError(f"{self.field}: {self.url} refuses (status {status}: {message})")
 
-class _UnusableError(Exception):
-    """An answer that another try may mend."""
+
+class _RetryableError(Exception):
+    """A failure that another try may not have."""
 
 
-def _short(said: object) -> str:
-    return " ".join(str(said).split())[:SAID] or type(said).__name__
+def _read(response: httpx2.Response, limit: int) -> bytes:
+    """The body up to a number of bytes."""
+    data = bytearray()
+    for chunk in response.iter_bytes():
+        data += chunk
+        if len(data) >= limit:
+            break
+    return bytes(data[:limit])
 
 
-def _complaint(error: urllib.error.HTTPError) -> str:
-    """The sentence in vLLM's error object, or whatever text came."""
+def _error_message(response: httpx2.Response) -> str:
+    """The message in vLLM's error object, or else the text of the answer."""
     try:
-        text = error.read(LONGEST_COMPLAINT).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        return error.reason
+        text = _read(response, MAX_ERROR_BYTES).decode("utf-8", "replace")
+    except httpx2.HTTPError:
+        return response.reason_phrase
     try:
-        return _short(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return _short(text)
+        return _one_line(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return _one_line(text)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())[:MAX_MESSAGE_CHARS] or type(message).__name__
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a server says of itself.
+    """A model on a server, as the server describes it.
 
-    name        the id under which it serves the model
-    max_tokens  tokens of the longest sequence it accepts
+    name        the id under which it is served
+    max_tokens  tokens of the longest sequence that it takes; None if the server does not say
     """
 
-    server: Server
+    client: ServerClient
     name: str
     max_tokens: int | None
     fingerprint: str
@@ -132,56 +166,61 @@ def is_served(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-def connect(name: str, field: str, settings: config.Server) -> ServedModel:
-    """Ask a server which model it has; `#MODEL` after the address chooses one of several.
+def connect(name: str, field: str, settings: Server) -> ServedModel:
+    """Ask a server which models it has and choose one; `#MODEL` after the address chooses one of several.
 
-    Raises UserError that names the field when it cannot be reached, or the model is not there.
+    Raises UserError that names the field if the server cannot be reached or does not have the model.
     """
     url, _, wanted = name.partition("#")
-    server = Server(field, url, settings)
+    client = ServerClient(field, url, settings)
     try:
-        listed = server.ask("/v1/models").get("data")
+        listed = client.request("/v1/models").get("data")
     except TrainingStoppedError as error:
         raise UserError(str(error)) from None
-    models = [one for one in listed if isinstance(one, dict) and "id" in one] if isinstance(listed, list) else []
-    names = [str(one["id"]) for one in models]
+    models = (
+        [entry for entry in listed if isinstance(entry, dict) and "id" in entry] if isinstance(listed, list) else []
+    )
+    names = [str(model["id"]) for model in models]
     if not names or (wanted and wanted not in names) or (not wanted and len(names) > 1):
         raise UserError(
             f"{field}: {url} has {'no model' if not names else 'the models ' + ', '.join(names)}; name one as {url}#MODEL"
         )
-    chosen = next(one for one in models if not wanted or one["id"] == wanted)
-    longest = chosen.get("max_model_len")
-    # The address may change from run to run; what is served under which name is what decides outcomes.
-    known = hashlib.sha256(f"served:{chosen['id']}:{chosen.get('root')}".encode()).hexdigest()[:16]
-    return ServedModel(server, str(chosen["id"]), longest if isinstance(longest, int) else None, known)
+    chosen = next(model for model in models if not wanted or model["id"] == wanted)
+    max_tokens = chosen.get("max_model_len")
+    # Without the address, which may change from run to run while the served model stays the same.
+    identity = f"served:{chosen['id']}:{chosen.get('root')}"
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return ServedModel(client, str(chosen["id"]), max_tokens if isinstance(max_tokens, int) else None, fingerprint)
 
 
 @dataclass(frozen=True)
 class ServedTokenizer:
-    """The server's tokenizer as far as ids are compared: text -> ids."""
+    """The server's tokenizer, callable like a local one: text -> {"input_ids": ids}."""
 
-    met: ServedModel
+    model: ServedModel
 
     def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
-        body = {"model": self.met.name, "prompt": text, "add_special_tokens": add_special_tokens}
-        return {"input_ids": ids_in(self.met.server.ask("/tokenize", body), self.met.server)}
+        body = {"model": self.model.name, "prompt": text, "add_special_tokens": add_special_tokens}
+        return {"input_ids": self._tokenize(body)}
 
     def chat(self, messages: list[dict[str, str]], thinking: bool) -> list[int] | None:
-        """The ids of a chat up to where the model answers; None where its model has no chat template."""
+        """Token ids of a chat including the generation prompt; None if the model has no chat template."""
         body = {
-            "model": self.met.name,
+            "model": self.model.name,
             "messages": messages,
             "add_generation_prompt": True,
             "chat_template_kwargs": {"enable_thinking": thinking},
         }
         try:
-            return ids_in(self.met.server.ask("/tokenize", body), self.met.server)
+            return self._tokenize(body)
         except UserError:
             return None
 
-
-def ids_in(answer: Answer, server: Server) -> list[int]:
-    ids = answer.get("tokens")
-    if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
-        raise UserError(f"{server.field}: {server.url} gives no token ids for a text (/tokenize); serve it with vLLM")
-    return ids
+    def _tokenize(self, body: Answer) -> list[int]:
+        client = self.model.client
+        ids = client.request("/tokenize", body).get("tokens")
+        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+            raise UserError(
+                f"{client.field}: {client.url} gives no token ids for a text (/tokenize); serve it with vLLM"
+            )
+        return ids

@@ -1,7 +1,7 @@
-"""One atomic folder that holds all a stage needs to go on: weights, optimizer, step, and how far its logs were.
+"""Checkpoints: one atomic folder with weights, optimizer state, step and log offsets.
 
-There is no random state and no sampler's position to keep: every draw is named by (seed, stage, step, problem, sample), and
-the learning rate by the step.
+No random state and no sampler position is saved: every draw is named by (seed, stage, step, problem, sample), and the learning
+rate follows from the step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from headwater.distributed import checkpoint_io
-from headwater.distributed.checkpoint_io import ADAPTER, WHOLE
+from headwater.distributed.checkpoint_io import ADAPTER_FILE, MODEL_FILE
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.storage import fault_points
@@ -23,10 +23,11 @@ from headwater.storage.files import Logs, file_sums, first_changed
 from headwater.storage.run_dir import NodeDir, read_json, write_json, written_aside
 
 KEPT = 2
+"""Checkpoints that stay on disk: the newest may turn out to be damaged."""
 
 
 def trained_part(model: Any) -> dict[str, torch.nn.Parameter] | None:
-    """The weights that train, where others are frozen and need not be kept; None where all of them train."""
+    """The trainable weights of a model with frozen ones (LoRA); None when all weights train."""
     named = dict(model.named_parameters())
     trained = {name: one for name, one in named.items() if one.requires_grad}
     return None if len(trained) == len(named) else trained
@@ -40,24 +41,24 @@ def save_checkpoint(
     logs: Logs | None = None,
     ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
-    """Write step `step` (the number of finished steps) whole, then drop all but the last two.
+    """Write a checkpoint after `step` finished steps, then delete all but the last two.
 
-    What it rests on comes first: the logs and the files of the steps since the last one are flushed to disk before it.
-    Where several ranks hold the weights, each writes its part into the first one's folder.
+    The logs and the files of the steps since the last checkpoint are synced to disk first. With several ranks each writes its
+    shard into the first rank's folder.
     """
-    if not ranks.first:
-        checkpoint_io.write(Path(ranks.broadcast("")), model, optimizer, ranks)
-        ranks.broadcast(None)  # the checkpoint stands
+    if not ranks.is_main:
+        checkpoint_io.save(Path(ranks.broadcast("")), model, optimizer, ranks)
+        ranks.broadcast(None)  # wait until the checkpoint is complete
         return
     before = [int(path.name) for path in node.checkpoints()]
     node.sync_steps(before[0] if before else 0, step)
     fault_points.failpoint("checkpoint.begun")
     with written_aside(node.checkpoint(step)) as folder:
-        if ranks.alone:
-            write_whole(folder, model, optimizer)
+        if ranks.single_process:
+            write_single_process(folder, model, optimizer)
         else:
             ranks.broadcast(str(folder.resolve()))
-            checkpoint_io.write(folder, model, optimizer, ranks)
+            checkpoint_io.save(folder, model, optimizer, ranks)
         fault_points.failpoint("checkpoint.optimizer")
         marks, groups = (logs or Logs(node.logs)).marks(), optimizer.state_dict()["param_groups"]
         write_json(folder / "state.json", {"step": step, "param_groups": groups, "logs": marks})
@@ -70,18 +71,18 @@ def save_checkpoint(
 
 
 def prune(node: NodeDir) -> None:
-    """Drop all but the last two."""
+    """Delete all but the last two checkpoints."""
     for old in node.checkpoints()[KEPT:]:
         shutil.rmtree(old)
 
 
-def write_whole(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Weights and optimizer of one process alone."""
+def write_single_process(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Write weights and optimizer state of a single process."""
     adapter = trained_part(model)
     if adapter is None:
-        save_model(model, str(folder / WHOLE))
+        save_model(model, str(folder / MODEL_FILE))
     else:
-        save_file({name: one.detach().contiguous() for name, one in adapter.items()}, folder / ADAPTER)
+        save_file({name: one.detach().contiguous() for name, one in adapter.items()}, folder / ADAPTER_FILE)
     fault_points.failpoint("checkpoint.weights")
     tensors = {
         f"{index}.{key}": value.contiguous()
@@ -99,48 +100,48 @@ def load_checkpoint(
     say: Callable[[str], None] = lambda line: None,
     ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> int:
-    """Load the newest whole checkpoint into model and optimizer; the number of finished steps, 0 when there is none.
+    """Load the newest intact checkpoint into model and optimizer; return its number of finished steps, 0 without one.
 
-    A damaged checkpoint, or one that rests on a damaged log, is named and the one before is used. It does not matter how many
-    ranks wrote it. Raises UserError naming the damaged file when none is whole.
+    A checkpoint that is damaged, or whose logs are, is reported and the one before it is used. The number of ranks may
+    differ from the one that wrote it. Raises UserError naming the damaged file when no checkpoint is intact.
     """
-    chosen = ranks.broadcast(newest_whole(node, say) if ranks.first else None)
+    chosen = ranks.broadcast(newest_intact(node, say) if ranks.is_main else None)
     if chosen is None:
         return 0
     folder = Path(chosen)
     state = read_json(folder / "state.json")
-    if ranks.alone and ((folder / WHOLE).exists() or (folder / ADAPTER).exists()):
-        read_whole(folder, state, model, optimizer)
+    if ranks.single_process and ((folder / MODEL_FILE).exists() or (folder / ADAPTER_FILE).exists()):
+        read_single_process(folder, state, model, optimizer)
     else:
-        checkpoint_io.read(folder, state, model, optimizer, ranks)
+        checkpoint_io.load(folder, state, model, optimizer, ranks)
     return int(state["step"])
 
 
-def newest_whole(node: NodeDir, say: Callable[[str], None]) -> str | None:
-    """The folder of the newest checkpoint that is what was written; None when there is none. Raises UserError when none is whole."""
+def newest_intact(node: NodeDir, say: Callable[[str], None]) -> str | None:
+    """Folder of the newest intact checkpoint; None without any checkpoint. Raises UserError when none is intact."""
     damaged: list[str] = []
     for folder in node.checkpoints():
         broken = damage_of(node, folder)
         if broken is not None:
             damaged.append(broken)
-            say(f"{broken}: is damaged, so checkpoint {folder.name} is passed over for the one before")
+            say(f"{broken}: is damaged; checkpoint {folder.name} is skipped for the one before it")
             continue
         return str(folder.resolve())
     if damaged:
         raise UserError(
-            f"{damaged[0]}: is damaged (its checksum differs) and no older checkpoint is whole; "
-            f"delete {node.path} to run it again from its start"
+            f"{damaged[0]}: is damaged (its checksum differs) and no older checkpoint is intact; "
+            f"delete {node.path} to start the stage again"
         )
     return None
 
 
-def read_whole(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer) -> None:
+def read_single_process(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer) -> None:
     adapter = trained_part(model)
     if adapter is None:
-        load_model(model, str(folder / WHOLE), device=str(next(model.parameters()).device))
+        load_model(model, str(folder / MODEL_FILE), device=str(next(model.parameters()).device))
     else:
         with torch.no_grad():
-            for name, tensor in load_file(folder / ADAPTER).items():
+            for name, tensor in load_file(folder / ADAPTER_FILE).items():
                 adapter[name].copy_(tensor)
     tensors = load_file(folder / "optimizer.safetensors") if (folder / "optimizer.safetensors").exists() else {}
     per_parameter: dict[int, dict[str, torch.Tensor]] = {}
@@ -151,7 +152,7 @@ def read_whole(folder: Path, state: Any, model: Any, optimizer: torch.optim.Opti
 
 
 def damage_of(node: NodeDir, folder: Path) -> str | None:
-    """The first damaged file of a checkpoint, or of the logs that it rests on; None when it is whole."""
+    """First damaged file of a checkpoint or of the logs it refers to; None when all are intact."""
     try:
         sums = read_json(folder / "sums.json")
         names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"sums.json"}

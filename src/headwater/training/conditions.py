@@ -1,7 +1,7 @@
-"""The paper's condition C2, which it never measures: how far student and teacher stand apart, both ways.
+"""Condition C2 of the paper (minimal deviation): divergence between student and teacher, in both directions.
 
-KL(π_T‖πθ) on prefixes that the teacher visits is what the warm-up lowers; KL(πθ‖π_T) on prefixes that the student visits is
-what on-policy distillation lowers, and what it needs to be small already. Measured on held-out prompts, without labels.
+The warm-up lowers KL(π_T‖πθ) on teacher prefixes. On-policy distillation lowers KL(πθ‖π_T) on student prefixes, and needs it
+to be small at its start. Measured on held-out prompts, without labels; the paper argues from C2 but does not measure it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headwater.losses import token_losses
-from headwater.losses.distributions import joined
+from headwater.losses.distributions import concatenate
 from headwater.losses.logprobs import tokens_at_once
 from headwater.models.fsdp import sharded_forward
 from headwater.models.oom import BatchBudget
@@ -24,7 +24,7 @@ from headwater.types import Rollout
 
 
 @dataclass(frozen=True)
-class Apart:
+class Divergences:
     """Token means over one set of rollouts; divergences and entropies in nats."""
 
     kl_teacher_student: float
@@ -42,51 +42,51 @@ def measure(
     top_k: int,
     tokens: int,
 ) -> dict[str, float]:
-    """C2 and its neighbours from a few rollouts of each.
+    """Measure C2, top-k overlap and entropies on rollouts of both models.
 
-    tokens  at most so many padded tokens in a scoring pass
+    tokens  maximum tokens in a scoring pass
 
-    Returns kl_teacher_student and overlap_teacher_prefixes and entropy_teacher on the teacher's rollouts; kl_student_teacher,
+    Returns kl_teacher_student, overlap_teacher_prefixes and entropy_teacher on the teacher's rollouts; kl_student_teacher,
     overlap_student_prefixes and entropy_student on the student's.
     """
-    theirs = apart(student, teacher, teacher_rollouts, top_k, tokens)
-    own = apart(student, teacher, student_rollouts, top_k, tokens)
+    on_teacher = divergences(student, teacher, teacher_rollouts, top_k, tokens)
+    on_student = divergences(student, teacher, student_rollouts, top_k, tokens)
     return {
-        "kl_teacher_student": theirs.kl_teacher_student,
-        "kl_student_teacher": own.kl_student_teacher,
-        "overlap_teacher_prefixes": theirs.overlap,
-        "overlap_student_prefixes": own.overlap,
-        "entropy_student": own.entropy_student,
-        "entropy_teacher": theirs.entropy_teacher,
+        "kl_teacher_student": on_teacher.kl_teacher_student,
+        "kl_student_teacher": on_student.kl_student_teacher,
+        "overlap_teacher_prefixes": on_teacher.overlap,
+        "overlap_student_prefixes": on_student.overlap,
+        "entropy_student": on_student.entropy_student,
+        "entropy_teacher": on_teacher.entropy_teacher,
     }
 
 
 @torch.no_grad()
-def apart(
+def divergences(
     student: Policy, teacher: Policy | ScoringTeacher, rollouts: Sequence[Rollout], top_k: int, tokens: int
-) -> Apart:
-    """How the two models differ at every completion token of these rollouts, all sampled at one temperature."""
+) -> Divergences:
+    """Compare the two models at every completion token of rollouts that share one sampling temperature."""
     budget, ranks = BatchBudget(tokens), student.ranks
-    share = ranks.share(rollouts)
-    own = budget.fit_passes(partial(hidden_of, student, share), share)
-    theirs = budget.fit_passes(partial(distributions_of, teacher, share), share)
+    share = ranks.shard(rollouts)
+    student_hidden = budget.fit_passes(partial(hidden_of, student, share), share)
+    teacher_distributions = budget.fit_passes(partial(distributions_of, teacher, share), share)
 
-    def added() -> Tensor:
+    def sum_over_tokens() -> Tensor:
         sums = torch.zeros(5, dtype=torch.float64)
-        if not own:
+        if not student_hidden:
             return sums
-        own_NH, told = torch.cat(own), joined(theirs, student.device)
-        size = tokens_at_once(student.vocabulary, own_NH.device)
-        for start in range(0, len(own_NH), size):
-            logits_NV = student.logits(own_NH[start : start + size]).float() / rollouts[0].temperature
-            known = told.rows(start, start + len(logits_NV)).ready()
+        hidden_NH, teacher_NV = torch.cat(student_hidden), concatenate(teacher_distributions, student.device)
+        size = tokens_at_once(student.vocabulary, hidden_NH.device)
+        for start in range(0, len(hidden_NH), size):
+            logits_NV = student.logits(hidden_NH[start : start + size]).float() / rollouts[0].temperature
+            known = teacher_NV.rows(start, start + len(logits_NV)).materialize()
             sums += _sums(*known.align(torch.log_softmax(logits_NV, dim=-1)), top_k)
         return sums
 
-    names = [field.name for field in fields(Apart)]
-    found = ranks.all_reduce_sum(dict(zip(names, sharded_forward(student, added).tolist(), strict=True)))
+    names = [field.name for field in fields(Divergences)]
+    totals = ranks.all_reduce_sum(dict(zip(names, sharded_forward(student, sum_over_tokens).tolist(), strict=True)))
     count = sum(len(rollout.completion_ids) for rollout in rollouts)
-    return Apart(**{name: found[name] / count for name in names})
+    return Divergences(**{name: totals[name] / count for name in names})
 
 
 def _sums(student_NV: Tensor, teacher_NV: Tensor, top_k: int) -> Tensor:
@@ -103,11 +103,11 @@ def _sums(student_NV: Tensor, teacher_NV: Tensor, top_k: int) -> Tensor:
 
 
 def overlap(student_NV: Tensor, teacher_NV: Tensor, top_k: int) -> Tensor:
-    """Share of the teacher's k likeliest tokens that are among the student's k likeliest: (N, V), (N, V) -> (N,).
+    """Share of the teacher's top-k tokens that are in the student's top k: (N, V), (N, V) -> (N,).
 
-    k is at most half of the vocabulary: beyond that two orders must overlap, whatever they are.
+    k is at most half of the vocabulary: beyond that any two rankings overlap.
 
-    Example: likeliest two {a, b} and {b, c}: ½.
+    Example: top two {a, b} and {b, c}: ½.
     """
     k = max(1, min(top_k, student_NV.shape[-1] // 2))
     chosen = torch.zeros_like(student_NV, dtype=torch.bool).scatter_(1, student_NV.topk(k, dim=-1).indices, True)

@@ -1,4 +1,4 @@
-"""Evaluate a policy on held-out problems and keep every graded text."""
+"""Sample and grade completions; evaluate a policy on held-out problems."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ def evaluate(
     extract: Callable[[str], str | None] | None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], Mapping[str, float]]:
-    """Sample `settings.samples` completions a problem and grade them.
+    """Sample `settings.samples` completions per problem and grade them.
 
-    Returns one row a completion, {"problem_id", "sample", "correct", "reason", "text", "extracted", "tokens", "finish"}, in
-    order of (problem, sample), and what it cost: {"checks", "tokens_sampled", "tokens_prompt", "seconds"}.
+    Returns one row per completion, {"problem_id", "sample", "correct", "reason", "text", "extracted", "tokens", "finish"},
+    ordered by (problem, sample), and the cost {"checks", "tokens_sampled", "tokens_prompt", "seconds"}.
 
-    Raises TrainingStoppedError when the model gives no finite numbers; nothing is graded then.
+    Raises TrainingStoppedError when the model's log-probs are not finite; nothing is graded then.
     """
     started = time.perf_counter()
     prompts = [(problem.id, prompter.ids(problem)) for problem in problems]
     requests = requests_for(prompts, settings.samples, 0, *draw)
-    found = sampled_and_graded(sampler, requests, settings.sampling, labels, prompter.completion, progress)
-    assert found.verdicts is not None
+    on_finished = None if progress is None else lambda rollouts: progress(len(rollouts))
+    graded = sample_and_grade(sampler, requests, settings.sampling, labels, prompter, on_finished)
+    assert graded.verdicts is not None
     rows = [
         {
             "problem_id": rollout.problem_id,
@@ -54,11 +55,11 @@ def evaluate(
             "tokens": len(rollout.completion_ids),
             "finish": rollout.finish,
         }
-        for rollout, text, verdict in zip(found.rollouts, found.texts, found.verdicts, strict=True)
+        for rollout, text, verdict in zip(graded.rollouts, graded.texts, graded.verdicts, strict=True)
     ]
     spent = {
         "checks": len(rows),
-        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in found.rollouts),
+        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in graded.rollouts),
         "tokens_prompt": sum(len(ids) for _, ids in prompts),
         "seconds": time.perf_counter() - started,
     }
@@ -67,10 +68,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Graded:
-    """Rollouts in the order of their requests, their texts, and the verdicts where there were labels to look at.
+    """Rollouts in the order of their requests, their texts, and their verdicts (None without labels).
 
-    seconds         until the last rollout was there
-    seconds_waited  for verdicts after that
+    seconds         time until the last rollout was sampled
+    seconds_waited  time spent waiting for verdicts after that
     """
 
     rollouts: list[Rollout]
@@ -80,47 +81,44 @@ class Graded:
     seconds_waited: float
 
 
-def sampled_and_graded(
+def sample_and_grade(
     sampler: Sampler,
     requests: Sequence[Request],
     sampling: Sampling,
     labels: Labels | None,
-    text: Callable[[Sequence[int]], str],
-    progress: Callable[[int], None] | None = None,
-    beside: OnFinished | None = None,
+    prompter: Prompter,
+    on_finished: OnFinished | None = None,
 ) -> Graded:
-    """Sample, and grade each rollout while others are still being sampled; without labels only sample.
+    """Sample, and grade finished rollouts while others are still being sampled; only sample when `labels` is None.
 
-    beside  is told of rollouts as they finish, like the graders
+    on_finished  called with rollouts as they finish
 
-    One thread hands completions to the graders in the order in which they arrive; slow graders work in processes of their
-    own (`verifier`), so sampling hardly notices. Raises TrainingStoppedError when the model gives no finite numbers.
+    One thread hands completions to the graders in the order in which they finish; slow graders run in processes of their
+    own (tasks/verifier.py), so sampling is hardly slowed. Raises TrainingStoppedError when log-probs are not finite.
     """
     started = time.perf_counter()
-    waiting: list[tuple[list[Key], Future[list[Verdict]]]] = []
+    pending: list[tuple[list[Key], Future[list[Verdict]]]] = []
     with ThreadPoolExecutor(max_workers=1) as thread:
 
         def arrived(finished: Sequence[Rollout]) -> None:
             refuse_nan(finished)
             if labels is not None and finished:
-                pairs = [(rollout.problem_id, text(rollout.completion_ids)) for rollout in finished]
+                pairs = [(rollout.problem_id, prompter.completion(rollout.completion_ids)) for rollout in finished]
                 keys = [(rollout.problem_id, rollout.sample) for rollout in finished]
-                waiting.append((keys, thread.submit(labels.check, pairs)))
-            if beside is not None:
-                beside(finished)
+                pending.append((keys, thread.submit(labels.check, pairs)))
+            if on_finished is not None:
+                on_finished(finished)
             fault_points.failpoint("rollouts.arrived")
-            if progress is not None:
-                progress(len(finished))
 
         rollouts = sampler.sample(requests, sampling, arrived)
         sampled = time.perf_counter()
         verdicts: dict[Key, Verdict] = {}
-        for keys, future in waiting:
+        for keys, future in pending:
             verdicts.update(zip(keys, future.result(), strict=True))
             fault_points.failpoint("verdicts.checked")
     return Graded(
         rollouts=rollouts,
-        texts=[text(rollout.completion_ids) for rollout in rollouts],
+        texts=[prompter.completion(rollout.completion_ids) for rollout in rollouts],
         verdicts=None if labels is None else [verdicts[rollout.problem_id, rollout.sample] for rollout in rollouts],
         seconds=sampled - started,
         seconds_waited=time.perf_counter() - sampled,
@@ -128,12 +126,8 @@ def sampled_and_graded(
 
 
 def refuse_nan(rollouts: Sequence[Rollout]) -> None:
-    """Refuse rollouts if a model that gives no numbers made them: its texts are noise that would be graded as wrong.
-
-    Raises TrainingStoppedError.
-    """
+    """Raise TrainingStoppedError when sampled log-probs are not finite: the texts are noise that would be graded as wrong."""
     if any(math.isnan(sum(rollout.sampler_logp)) for rollout in rollouts):
         raise TrainingStoppedError(
-            "the model's log-probs are not finite, so there is nothing to sample from: its weights hold a NaN or an infinity, "
-            "or its learning rate was too large"
+            "the model's log-probs are not finite: its weights hold a NaN or an infinity, or its learning rate was too large"
         )

@@ -1,7 +1,7 @@
-"""Where the dense reward was: for a few rollouts of a step, the teacher's log-ratio at every token, beside the token's text.
+"""Per-token teacher signal of a few rollouts, for the report's rollout browser.
 
-It is the per-token reward of the trust-region reading (2605.12483, v4): R_t = log(π_T(y_t | s_t) / π_k(y_t | s_t)), in nats. The
-loss itself uses whole distributions; this is kept for readers of the report alone.
+The signal is the per-token reward of the trust-region reading (2605.12483, v4): R_t = log(π_T(y_t | s_t) / π_k(y_t | s_t)), in
+nats. The loss uses whole distributions instead.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from headwater.losses.batch import Row
 from headwater.losses.distributions import Exact
 
 ROWS, TOKENS = 4, 256
-"""Rollouts of a step, and tokens of each, whose signal is kept."""
+"""Number of rollouts of a step, and of tokens of each, whose signal is kept."""
 AT_ONCE = 32
-"""Tokens whose whole distributions are in memory together: 20 MB of them at a vocabulary of 150,000."""
+"""Tokens whose distributions are in memory at once: 20 MB at a vocabulary of 150,000."""
 
 Text = Callable[[Sequence[int]], str]
 """Token ids -> text (`Prompter.completion`)."""
 
 
 def kept(rows: Sequence[Row]) -> list[int]:
-    """Places of the rows whose signal is kept: spread over the step. Example: of 8 rows 0, 2, 4 and 6."""
+    """Indices of the rows whose signal is kept, spread over the step. Example: 0, 2, 4 and 6 of 8 rows."""
     return list(range(0, len(rows), max(1, len(rows) // ROWS)))[:ROWS]
 
 
 @torch.no_grad()
 def signal_of(row: Row, text: Text) -> dict[str, Any]:
-    """{"pieces": [text, …], "signal": [nats, …]} of the first tokens; empty where no exact teacher looked at the row.
+    """{"pieces": [text, …], "signal": [nats, …]} of the first tokens; empty without an exact teacher distribution.
 
-    Example: a student that wrote `=5` where its teacher would have gone on working: `{"pieces": ["=", "5"], "signal": [-4.1, -2.3]}`.
+    Example: a student that wrote `=5` where its teacher would have shown more steps: `{"pieces": ["=", "5"], "signal": [-4.1, -2.3]}`.
     """
     if row.teacher is None:
         return {}
@@ -40,16 +40,16 @@ def signal_of(row: Row, text: Text) -> dict[str, Any]:
     teacher_logp: list[float] = []
     for start in range(0, len(ids), AT_ONCE):
         some = ids[start : start + AT_ONCE]
-        taught = row.teacher.rows(start, start + len(some)).ready()
+        taught = row.teacher.rows(start, start + len(some)).materialize()
         if not isinstance(taught, Exact):
-            return {}  # of a top-k teacher only the kept tokens are known
+            return {}  # a top-k distribution does not hold every token's log-prob
         teacher_logp += taught.token_logp(torch.tensor(some, device=taught.logp_NV.device)).tolist()
     ratios = [t - s for t, s in zip(teacher_logp, row.rollout.sampler_logp, strict=False)]
     return {"pieces": pieces(ids, text), "signal": [round(ratio, 2) for ratio in ratios]}
 
 
 def pieces(ids: Sequence[int], text: Text) -> list[str]:
-    """What each token adds to the text. A token that ends within a character adds nothing, the one that completes it all of it.
+    """Text that each token adds. A token that ends within a character adds nothing; the one that completes it adds the character.
 
     Example: where `é` is two tokens, their pieces are `""` and `"é"`.
     """

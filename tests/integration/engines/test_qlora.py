@@ -20,7 +20,7 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.save import save_policy
 from headwater.teachers.scoring import logp_of
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from runs import assert_same, held, node, rows, tiny
 from tests.integration.test_resume import Killed, killed_at
 from tiny import CPU, MODELS, gradient_of, sampled_rows, stage_of, tiny_folder

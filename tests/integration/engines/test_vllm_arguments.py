@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Compute, Vllm, parse_recipe
 from headwater.errors import UserError
 from headwater.models.policy import Policy
@@ -34,11 +34,11 @@ class Recorded:
 def test_devices_of_an_engine_and_how_weights_reach_them_follow_the_recipe(
     size: int, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_sampler, "installed", lambda: True)
-    monkeypatch.setattr(vllm_sampler, "_vllm", lambda: SimpleNamespace(LLM=Recorded))
+    monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: True)
+    monkeypatch.setattr(vllm_sampler, "_import_vllm", lambda: SimpleNamespace(LLM=Recorded))
     engine = EnginePool(Compute(sampler="vllm", vllm=Vllm(tensor_parallel_size=size)), 64).engine(policy)
     assert engine.llm.told["tensor_parallel_size"] == size
-    engine.take(policy)
+    engine.load_weights(policy)
     ((name, handed),) = engine.llm.calls
     assert name == "reload_weights"
     assert isinstance(handed, list) == (size > 1)  # workers in processes of their own are sent what a list holds
@@ -48,9 +48,7 @@ def test_devices_of_an_engine_and_how_weights_reach_them_follow_the_recipe(
 
 
 def test_more_devices_than_there_are_and_none_at_all_are_refused_by_field() -> None:
-    with pytest.raises(
-        UserError, match=r"^compute\.vllm\.tensor_parallel_size: 99 devices are asked for, and there are "
-    ):
+    with pytest.raises(UserError, match=r"^compute\.vllm\.tensor_parallel_size: 99 devices are requested, and "):
         check_device_count(99, torch.device("cuda"))
     check_device_count(99, torch.device("cpu"))
     raw = find_recipe("pocket", []).model_dump()

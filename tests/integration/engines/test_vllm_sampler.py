@@ -42,8 +42,8 @@ PROMPTS = ((1, 6, 15, 7, 2), (1, 8, 9, 15, 10, 2), (1, 14, 2), (1, 5, 5, 15, 13,
 
 
 @pytest.fixture(scope="module")
-def engines() -> EnginePool:
-    return EnginePool(SETTINGS, longest=160)
+def pool() -> EnginePool:
+    return EnginePool(SETTINGS, max_tokens=160)
 
 
 @cache
@@ -71,14 +71,14 @@ def gap(policy: Policy, rollouts: Sequence[Rollout]) -> float:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_a_drawn_tokens_log_prob_is_the_trainers_own(engines: EnginePool, policy: Policy, temperature: float) -> None:
-    found = engines.sampler(policy).sample(asked(), Sampling(max_tokens=24, temperature=temperature))
+def test_a_drawn_tokens_log_prob_is_the_trainers_own(pool: EnginePool, policy: Policy, temperature: float) -> None:
+    found = pool.sampler(policy).sample(asked(), Sampling(max_tokens=24, temperature=temperature))
     assert gap(policy, found) < 1e-4  # the promise is 0.01
     assert {one.temperature for one in found} == {temperature}
 
 
-def test_weights_are_handed_over_as_they_are_at_each_call_without_a_file(engines: EnginePool, policy: Policy) -> None:
-    sampler = engines.sampler(policy)
+def test_weights_are_handed_over_as_they_are_at_each_call_without_a_file(pool: EnginePool, policy: Policy) -> None:
+    sampler = pool.sampler(policy)
     before = sampler.sample(asked(), Sampling(max_tokens=24))
     with torch.no_grad():
         for one in policy.model.parameters():
@@ -105,12 +105,12 @@ def adapted(quantize: str | None = None) -> Policy:
 
 @pytest.mark.skipif(not ADAPTERS, reason="peft is not installed here: `make test-engines` brings it")
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_an_adapter_is_handed_over_as_it_is_at_each_call(engines: EnginePool, quantize: str | None) -> None:
+def test_an_adapter_is_handed_over_as_it_is_at_each_call(pool: EnginePool, quantize: str | None) -> None:
     if quantize and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed here: `make test-engines` brings it")
     policy = adapted(quantize)
     assert policy.adapter is not None
-    sampler = engines.sampler(policy)
+    sampler = pool.sampler(policy)
     before = sampler.sample(asked(), Sampling(max_tokens=24))
     with policy.adapter.disabled():
         assert gap(policy, before) > 0.05
@@ -122,22 +122,22 @@ def test_an_adapter_is_handed_over_as_it_is_at_each_call(engines: EnginePool, qu
     assert gap(policy, after) < 1e-4 < 0.05 < gap(policy, before)
 
 
-def test_models_of_one_shape_take_turns_in_one_engine(engines: EnginePool, policy: Policy) -> None:
+def test_models_of_one_shape_take_turns_in_one_engine(pool: EnginePool, policy: Policy) -> None:
     other = copied(policy)
     with torch.no_grad():
         for one in other.model.parameters():
             one.mul_(0.8)
     other.model.requires_grad_(False)
-    engines.sampler(policy).sample(asked(), Sampling(max_tokens=16))
-    known = list(engines.held)  # other tests' models, a four-bit one among them, have brought theirs
+    pool.sampler(policy).sample(asked(), Sampling(max_tokens=16))
+    known = list(pool.engines)  # other tests' models, a four-bit one among them, have brought theirs
     for _ in range(2):
         for who in (policy, other, other):
-            assert gap(who, engines.sampler(who).sample(asked(), Sampling(max_tokens=16))) < 1e-4
-    assert list(engines.held) == known
+            assert gap(who, pool.sampler(who).sample(asked(), Sampling(max_tokens=16))) < 1e-4
+    assert list(pool.engines) == known
 
 
-def test_a_requests_seed_decides_its_tokens_whatever_stands_beside_it(engines: EnginePool, policy: Policy) -> None:
-    sampler, requests = engines.sampler(policy), asked()
+def test_a_requests_seed_decides_its_tokens_whatever_stands_beside_it(pool: EnginePool, policy: Policy) -> None:
+    sampler, requests = pool.sampler(policy), asked()
     found = sampler.sample(requests, Sampling(max_tokens=24))
     again = sampler.sample(requests[::-1], Sampling(max_tokens=24))[::-1]
     alone = sampler.sample(requests[5:6], Sampling(max_tokens=24))
@@ -148,10 +148,10 @@ def test_a_requests_seed_decides_its_tokens_whatever_stands_beside_it(engines: E
     assert [one.completion_ids for one in found] != [one.completion_ids for one in other]
 
 
-def test_first_tokens_are_drawn_as_often_as_the_model_says(engines: EnginePool, policy: Policy) -> None:
+def test_first_tokens_are_drawn_as_often_as_the_model_says(pool: EnginePool, policy: Policy) -> None:
     count, prompt = 2000, PROMPTS[1]
     requests = requests_for([("p", prompt)], count, 0, "frequencies")
-    found = engines.sampler(policy).sample(requests, Sampling(max_tokens=1))
+    found = pool.sampler(policy).sample(requests, Sampling(max_tokens=1))
     drawn = Counter(one.completion_ids[0] for one in found)
     every = [Rollout("p", 0, prompt, (token,), (0.0,), "length", "x") for token in range(policy.vocabulary)]
     expected = [count * math.exp(one.item()) for one in logp_of(policy, every, 4096)]
@@ -160,9 +160,9 @@ def test_first_tokens_are_drawn_as_often_as_the_model_says(engines: EnginePool, 
     assert chisquare([*seen, count - sum(seen)], [*wanted, count - sum(wanted)]).pvalue > 1e-3
 
 
-def test_completions_end_with_a_stop_id_or_at_the_limit(engines: EnginePool, policy: Policy) -> None:
+def test_completions_end_with_a_stop_id_or_at_the_limit(pool: EnginePool, policy: Policy) -> None:
     arrived: list[Rollout] = []
-    found = engines.sampler(policy).sample(asked(16), Sampling(max_tokens=24), arrived.extend)
+    found = pool.sampler(policy).sample(asked(16), Sampling(max_tokens=24), arrived.extend)
     stops = set(policy.stop_ids)
     for one in found:
         *inner, last = one.completion_ids
@@ -175,11 +175,11 @@ def test_completions_end_with_a_stop_id_or_at_the_limit(engines: EnginePool, pol
     )
 
 
-def test_a_batch_stopped_on_its_way_leaves_nothing_behind(engines: EnginePool, policy: Policy) -> None:
+def test_a_batch_stopped_on_its_way_leaves_nothing_behind(pool: EnginePool, policy: Policy) -> None:
     def stop(finished: Sequence[Rollout]) -> None:
         raise KeyboardInterrupt
 
-    sampler = engines.sampler(policy)
+    sampler = pool.sampler(policy)
     with pytest.raises(KeyboardInterrupt):
         sampler.sample(asked(16), Sampling(max_tokens=24), stop)
     assert len(sampler.sample(asked(1), Sampling(max_tokens=24))) == len(PROMPTS)
@@ -191,12 +191,12 @@ def test_starting_an_engine_leaves_the_process_as_it_was() -> None:
     torch.manual_seed(7)
     models = Models(student=str(folder()), teacher="unused")
     held = load_policy(ModelFolder.open(str(folder()), "models.student"), LoadOptions(models, CPU, frozen=True))
-    EnginePool(SETTINGS, longest=64).engine(held)
+    EnginePool(SETTINGS, max_tokens=64).engine(held)
     assert torch.set_num_threads is threads
     assert torch.equal(torch.rand(3), drawn)
 
 
-def test_a_saved_student_loads_in_vllm_as_it_is(engines: EnginePool, policy: Policy, tmp_path: Path) -> None:
+def test_a_saved_student_loads_in_vllm_as_it_is(pool: EnginePool, policy: Policy, tmp_path: Path) -> None:
     with torch.no_grad():
         for one in policy.model.parameters():
             one.mul_(1.1)
@@ -205,8 +205,10 @@ def test_a_saved_student_loads_in_vllm_as_it_is(engines: EnginePool, policy: Pol
     saved = load_policy(
         ModelFolder.open(str(tmp_path / "saved"), "models.student"), LoadOptions(models, CPU, frozen=True)
     )
-    fresh = EnginePool(SETTINGS, longest=64)
-    fresh.engine(saved).holds = saved  # as if handed over: what it has are the files' own weights
+    fresh = EnginePool(SETTINGS, max_tokens=64)
+    fresh.engine(
+        saved
+    ).loaded_policy = saved  # as if already loaded: the engine keeps the weights that it read from the files
     assert gap(policy, fresh.sampler(saved).sample(asked(), Sampling(max_tokens=16))) < 1e-4
 
 
@@ -214,7 +216,7 @@ def test_a_shape_that_vllm_does_not_take_is_refused_in_a_sentence() -> None:
     models = Models(student="pocket:qwen3-student", teacher="unused")  # heads of 16
     held = load_policy(ModelFolder.open(models.student, "models.student"), LoadOptions(models, CPU, frozen=True))
     with pytest.raises(UserError, match=r"compute\.sampler: vllm cannot .*qwen3-student"):
-        EnginePool(SETTINGS, longest=64).sampler(held).sample(asked(), Sampling(max_tokens=4))
+        EnginePool(SETTINGS, max_tokens=64).sampler(held).sample(asked(), Sampling(max_tokens=4))
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------

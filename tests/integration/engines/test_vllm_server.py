@@ -90,8 +90,8 @@ def here() -> Policy:
 
 
 def served(url: str, here: Policy, top_k: int) -> ServedTeacher:
-    met = connect(url, "models.teacher", Server(batch_tokens=512))
-    return ServedTeacher(met, here.tokenizer, here.vocabulary, here.stop_ids, CPU, top_k)
+    served_model = connect(url, "models.teacher", Server(batch_tokens=512))
+    return ServedTeacher(served_model, here.tokenizer, here.vocabulary, here.stop_ids, CPU, top_k)
 
 
 @pytest.mark.timeout(400)
@@ -99,12 +99,12 @@ def served(url: str, here: Policy, top_k: int) -> ServedTeacher:
 def test_vllms_scores_are_the_teachers_own(url: str, here: Policy, k: int) -> None:
     requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 8, 0, "scores")
     rollouts = TorchSampler(here).sample(requests, Sampling(max_tokens=32))
-    exact = [one.ready() for one in distributions_of(here, rollouts, 4096)]
+    exact = [one.materialize() for one in distributions_of(here, rollouts, 4096)]
     for ours, theirs in zip(exact, served(url, here, k).distributions(rollouts, 4096), strict=True):
         assert isinstance(theirs, TopK) and theirs.ids_NK.shape[1] == k
         # The log-probs of the very ids that the server names; equal ones may come in either order.
         torch.testing.assert_close(ours.logp_NV.gather(1, theirs.ids_NK), theirs.logp_NK, atol=1e-3, rtol=0.0)
-        torch.testing.assert_close(ours.likeliest(k).logp_NK, theirs.logp_NK, atol=1e-3, rtol=0.0)
+        torch.testing.assert_close(ours.top_k(k).logp_NK, theirs.logp_NK, atol=1e-3, rtol=0.0)
 
 
 @pytest.mark.timeout(400)
@@ -113,7 +113,7 @@ def test_the_sampled_tokens_alone_have_the_teachers_log_probs(url: str, here: Po
     for one, rollout, logp in zip(
         served(url, here, 0).distributions(rollouts, 4096), rollouts, logp_of(here, rollouts, 4096), strict=True
     ):
-        known = one.ready().token_logp(torch.tensor(rollout.completion_ids))
+        known = one.materialize().token_logp(torch.tensor(rollout.completion_ids))
         torch.testing.assert_close(known, logp, atol=1e-3, rtol=0.0)
 
 
@@ -161,6 +161,6 @@ def test_a_bridge_from_a_served_teacher_runs_with_its_preflight(url: str, here: 
     exact = distributions_of(here, [row.rollout for row in cached], 4096)
     for row, whole in zip(cached, exact, strict=True):
         assert isinstance(row.teacher, TopK) and row.teacher.ids_NK.shape[1] == 16
-        expected = whole.ready().logp_NV.gather(1, row.teacher.ids_NK.long())
+        expected = whole.materialize().logp_NV.gather(1, row.teacher.ids_NK.long())
         torch.testing.assert_close(row.teacher.logp_NK, expected, atol=0.02, rtol=0.0)
     assert len(rows(node(tmp_path / "out", "raw_teacher", "opd") / "metrics.jsonl")) == 4

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from headwater.config.arms import ARMS, CANONICAL, Arm, Step, arm_of, builtin_names, builtin_text, find_recipe, stage_of
+from headwater.config.arms import ARMS, CONTRASTS, DESCRIPTIONS, Step, arm_of, stage_of
+from headwater.config.builtin import builtin_names, builtin_text, find_recipe
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.errors import UserError
 from runs import call
@@ -19,6 +20,12 @@ def recipe_with(*changes: str) -> Recipe:
 def steps(*pairs: str) -> tuple[Step, ...]:
     """`teacher_rl:all` -> Step("teacher_rl", "all")."""
     return tuple(Step(*pair.split(":")) for pair in pairs)  # type: ignore[arg-type]
+
+
+def steps_of(arm: str, recipe: Recipe) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """The teacher's steps and the student's."""
+    found = arm_of(arm, recipe)
+    return found.teacher, found.student
 
 
 # The paper's table: what is done to the teacher, then to the student, where P is what an arm without stage 3 works on.
@@ -49,7 +56,7 @@ TABLE = {
 @pytest.mark.parametrize(("split", "pool"), [("full", "all"), ("half", "first_half")])
 def test_each_arm_is_the_row_of_the_papers_table_in_both_splits(arm: str, split: str, pool: str) -> None:
     teacher, student = ([pair.replace(":P", f":{pool}") for pair in part] for part in TABLE[arm])
-    assert arm_of(arm, recipe_with(f"labels.split={split}")) == Arm(steps(*teacher), steps(*student))
+    assert steps_of(arm, recipe_with(f"labels.split={split}")) == (steps(*teacher), steps(*student))
 
 
 # Controls of our own; each is the arm beside it with one thing changed.
@@ -63,10 +70,18 @@ def test_the_tables_arms_and_the_controls_are_all_the_arms_there_are() -> None:
     assert set(ARMS) == set(TABLE) | CONTROLS
 
 
+def test_contrasts_name_arms_of_the_table_each_pair_once() -> None:
+    assert {name for pair in CONTRASTS for name in pair} == set(ARMS)
+    assert len({frozenset(pair) for pair in CONTRASTS}) == len(CONTRASTS) == 20
+    assert {("bridge", "direct_grpo"), ("direct_grpo", "raw_teacher"), ("bridge_rl", "replay")} <= set(CONTRASTS)
+    assert list(DESCRIPTIONS) == ["base_student", "base_teacher", *ARMS] and all(DESCRIPTIONS.values())
+
+
 @pytest.mark.parametrize("split", ["full", "half"])
 def test_bridge_1h_is_what_stage_three_begins_from_in_either_split(split: str) -> None:
     recipe = recipe_with(f"labels.split={split}")
-    assert arm_of("bridge_1h", recipe) == replace(CANONICAL, student=CANONICAL.student[:-1])
+    teacher, student = steps_of("bridge_rl", recipe)
+    assert steps_of("bridge_1h", recipe) == (teacher, student[:-1])
 
 
 def changed_in(arm: str, of: str) -> dict[str, dict[str, tuple[object, object]]]:
@@ -105,21 +120,23 @@ def test_the_control_without_a_teacher_needs_neither_teacher_nor_labels() -> Non
 def test_arms_at_equal_compute_differ_from_their_like_in_their_length_alone() -> None:
     recipe = recipe_with()
     for arm, like in (("direct_grpo_compute", "direct_grpo"), ("opd_then_rl_compute", "opd_then_rl")):
-        assert replace(arm_of(arm, recipe), same_compute=None) == arm_of(like, recipe)
+        assert steps_of(arm, recipe) == steps_of(like, recipe)
         assert arm_of(arm, recipe).same_compute == (like, "bridge")
 
 
 def test_replay_differs_from_stage_three_in_nothing_but_the_pool_of_its_last_step() -> None:
     recipe = recipe_with("labels.split=half")
     fresh, replay = arm_of("bridge_rl", recipe), arm_of("replay", recipe)
-    assert replay == replace(fresh, student=(*fresh.student[:-1], replace(fresh.student[-1], pool="first_half")))
+    assert replay.teacher == fresh.teacher and replay.same_compute is fresh.same_compute is None
+    assert replay.student == (*fresh.student[:-1], replace(fresh.student[-1], pool="first_half"))
     # The same stage of the recipe, so the same steps, batch, rate, verifier, lengths and KL.
     assert stage_of(recipe, replay.student[-1]) is stage_of(recipe, fresh.student[-1])
 
 
 def test_the_bridge_under_the_half_split_is_stage_three_s_arm_without_stage_three() -> None:
-    bridge = arm_of("bridge", recipe_with("labels.split=half"))
-    assert bridge == replace(CANONICAL, student=CANONICAL.student[:-1])
+    recipe = recipe_with("labels.split=half")
+    teacher, student = steps_of("bridge_rl", recipe)
+    assert steps_of("bridge", recipe) == (teacher, student[:-1])
 
 
 def test_fine_tuning_takes_the_warm_ups_settings_with_hard_targets_unless_the_recipe_has_its_own() -> None:
@@ -198,18 +215,14 @@ def test_epochs_set_on_the_command_line_count_although_the_recipe_gives_steps() 
 
 
 def test_stages_on_halves_of_unequal_size_take_equally_many_steps() -> None:
-    from headwater.data.labels import Labels, Pools
+    from headwater.data.labels import Pools
     from headwater.runs.inputs import RunInputs
 
     recipe = recipe_with(
         "stages.student_rl.epochs=2", "stages.student_rl.batch_size=16", "stages.student_rl.group_size=8"
     )
     pools = Pools(tuple(f"a{i}" for i in range(10)), tuple(f"b{i}" for i in range(13)))
-    held = dict.fromkeys(pools.all, "1")
-    inputs = RunInputs(
-        recipe=recipe, task=None, problems={}, pools=pools, labels=Labels(held, lambda pairs: [], 23),
-        unlabeled=(), evals={}, validation=None, notes=(), left_out=(), device=None,
-    )  # fmt: skip
+    inputs = RunInputs(recipe, memo={("pools",): pools})
     stage = recipe.stages.student_rl
     # 2 epochs over the smaller half: 20 prompts, 2 a step; over all 23 labels: 46 prompts, 2 a step.
     assert inputs.steps("first_half", stage) == inputs.steps("second_half", stage) == 10

@@ -10,8 +10,8 @@ import pytest
 from headwater.config.recipe import Source
 from headwater.data.contamination import Leak, find_leaks, words_of
 from headwater.data.sources import Loaded, load, without_leaks
-from headwater.runs.inputs import leak_row, leaks_in_words
-from headwater.types import Problem, family_of, letters_of, problem_id
+from headwater.runs.inputs import describe_leaks, leak_row
+from headwater.types import Problem, family_of, letters_and_digits, problem_id
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 LONG = (
@@ -92,7 +92,7 @@ def test_each_evaluation_is_named_and_leaks_are_taken_out_of_everything() -> Non
     kept, found = without_leaks(train, evals)
     assert found == {"one": [problem_id(LONG)], "two": [problem_id(LONG)], "three": []}
     assert [one.text for one in kept.problems] == ["b"] and kept.gold == {problem_id("b"): "2"}
-    assert leaks_in_words(kept.leaks) == [
+    assert describe_leaks(kept.leaks) == [
         "1 problems also stand in data.evals.one (1 exact); left out",
         "1 problems also stand in data.evals.two (1 exact); left out",
     ]
@@ -105,7 +105,7 @@ def test_two_spellings_of_one_problem_share_an_id_or_at_least_a_family() -> None
     assert problem_id("cafe\u0301") == problem_id("caf\u00e9")
     near = problem_id("Find $|m|$!"), problem_id("find |m|?")
     assert near[0] != near[1] and family_of(near[0]) == family_of(near[1])
-    assert letters_of("$\\left|X\\right|$") == "x" and letters_of("(+)") == "(+)"
+    assert letters_and_digits("$\\left|X\\right|$") == "x" and letters_and_digits("(+)") == "(+)"
 
 
 def test_the_copies_in_dapo_are_found_in_seconds() -> None:

@@ -123,7 +123,7 @@ def test_gsm8k_with_a_model_that_solves_nothing_stops_and_says_how_many_labels_w
         "4 labels were looked at and bought nothing, and the other 12 of this stage's 16 labels would be wasted too"
         in why
     )
-    assert "set guards.no_signal=continue to go on" in why
+    assert "set guards.no_signal=continue to train on" in why
     assert "Traceback" not in said.err
     assert not list(out.glob("nodes/teacher_rl*/DONE")) and list(out.glob("nodes/base_teacher*/DONE"))
     # What the sentence advises works in the same folder.

@@ -17,16 +17,20 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from headwater.config.arms import ARMS, find_recipe
+from headwater.config.arms import ARMS
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.data.labels import Pools
-from headwater.doctor import checks, context, data_checks
-from headwater.doctor.checks import CHECKS, Examination, examine
-from headwater.doctor.context import Case, Finding
-from headwater.doctor.tokenizer_checks import thought
+from headwater.doctor import checks, context, data_checks, resource_checks
+from headwater.doctor.checks import CHECKS, Examination, diagnose, examine
+from headwater.doctor.context import DoctorContext
+from headwater.doctor.finding import Finding
+from headwater.doctor.prompt_checks import thinking_state
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
+from headwater.runs.inputs import RunInputs
+from headwater.runs.source_readers import load_with_missing_answers
 from runs import TINY, call, tiny
 from serving import Answering, serving
 from tiny import MODELS, tiny_folder, tiny_model
@@ -109,17 +113,20 @@ def from_file(path: str, field: str = "data.labeled") -> str:
     return f"{field}={{path: {path}}}"
 
 
-def case_of(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -> Case:
-    return Case(recipe_of(*changes), tuple(arms), (0,), tmp_path / "out")
+def context_of(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -> DoctorContext:
+    inputs = RunInputs(recipe_of(*changes), load_with_missing_answers)
+    return DoctorContext(inputs, tuple(arms), (0,), tmp_path / "out")
 
 
 def examined(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -> Examination:
-    return examine(case_of(tmp_path, *changes, arms=arms))
+    return diagnose(recipe_of(*changes), arms, (0,), tmp_path / "out")
 
 
 def light(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -> Examination:
     """Without the checks that load weights."""
-    return examine(case_of(tmp_path, *changes, arms=arms), [check for check in CHECKS if check.stage == "files"])
+    context = context_of(tmp_path, *changes, arms=arms)
+    with context.inputs:
+        return examine(context, [check for check in CHECKS if check.stage == "files"])
 
 
 def one(found: Examination, name: str) -> Finding:
@@ -160,9 +167,9 @@ def test_the_verb_lists_what_it_checked_and_exits_0(tmp_path: Path) -> None:
 def test_the_pocket_preflight_takes_seconds_and_not_minutes(tmp_path: Path) -> None:
     # Processor time, which a busy sibling core may double: a bound against a check that grows out of hand, not a speed claim.
     recipe = find_recipe("pocket", ["compute.threads=1"])
-    examine(Case(recipe, ("bridge_rl",), (0,), tmp_path))  # imports and first calls are not the doctor's
+    diagnose(recipe, ("bridge_rl",), (0,), tmp_path)  # imports and first calls are not the doctor's
     started = time.process_time()
-    assert not examine(Case(recipe, ("bridge_rl",), (0,), tmp_path)).errors
+    assert not diagnose(recipe, ("bridge_rl",), (0,), tmp_path).errors
     assert time.process_time() - started < 8.0
 
 
@@ -257,7 +264,10 @@ def test_sampling_defaults_of_a_model_are_named_as_ignored(tmp_path: Path) -> No
 def test_a_thinking_template_against_a_plain_one_is_refused(tmp_path: Path) -> None:
     student, teacher = qwen_folder(tmp_path / "plain"), qwen_folder(tmp_path / "hybrid", template=HYBRID)
     finding = one(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "thinking-differs")
-    assert finding.severity == "error" and "thought is none, the other's closed" in finding.evidence
+    assert (
+        finding.severity == "error"
+        and "the thinking block is none in the first's prompt and closed in the other's" in finding.evidence
+    )
 
 
 def test_a_teacher_that_may_think_behind_the_same_prompt_is_warned_of(tmp_path: Path) -> None:
@@ -296,7 +306,7 @@ def test_a_system_prompt_that_the_template_drops_is_named(tmp_path: Path) -> Non
 
 
 def test_the_state_of_a_thought_is_read_from_the_prompt() -> None:
-    assert [thought(text) for text in ("<think>\n", "<think>\n\n</think>\n", "a")] == ["open", "closed", "none"]
+    assert [thinking_state(text) for text in ("<think>\n", "<think>\n\n</think>\n", "a")] == ["open", "closed", "none"]
 
 
 def test_a_prompt_over_the_limit_is_refused_with_its_problem(tmp_path: Path) -> None:
@@ -376,9 +386,7 @@ def test_repeated_and_contradicting_rows_are_named(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "labeled.jsonl", *rows, rows[0], {**rows[1], "answer": "99"})
     found = light(tmp_path, from_file(path))
     assert "2 rows repeat" in one(found, "duplicates").evidence
-    assert (
-        "1 problems stand there with different answers (rows 2 and 22)" in one(found, "contradicting-answers").evidence
-    )
+    assert "1 problems have several different answers (rows 2 and 22)" in one(found, "contradicting-answers").evidence
 
 
 def test_evaluations_that_share_problems_or_hold_none_are_named(tmp_path: Path) -> None:
@@ -397,14 +405,14 @@ def test_a_budget_over_the_pool_is_named(tmp_path: Path) -> None:
 
 def test_a_half_that_is_too_small_for_one_step_is_named(tmp_path: Path) -> None:
     finding = one(light(tmp_path, "labels.budget=6"), "pool-too-small")
-    assert "stages.teacher_rl: its pool (first_half) holds 3 problems, fewer than the 4" in finding.evidence
+    assert "gives stage teacher_rl a pool of 3 problems (first_half), fewer than the 4" in finding.evidence
 
 
 def test_unbalanced_and_overlapping_halves_are_named(tmp_path: Path) -> None:
-    case = case_of(tmp_path)
-    names = case.pools.all
-    case._held["pools"] = Pools(names[:12], names[11:16])
-    found = {finding.name: finding for finding in data_checks.split(case)}
+    context = context_of(tmp_path)
+    names = context.inputs.pools.all
+    context.inputs.memo[("pools",)] = Pools(names[:12], names[11:16])
+    found = {finding.name: finding for finding in data_checks.halves(context)}
     assert found["halves-overlap"].severity == "error" and names[11] in found["halves-overlap"].evidence
     assert "12 and 5" in found["halves-unbalanced"].evidence
 
@@ -415,12 +423,17 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert [finding.name for finding in found.errors] == ["device-missing"]
 
 
-def test_what_only_run_would_refuse_is_still_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(plan: object, inputs: object) -> None:
+def test_a_plan_that_cannot_be_made_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*parts: object) -> None:
         raise checks.UserError("something of a new kind")
 
-    monkeypatch.setattr(checks, "check_plan", refuse)
+    monkeypatch.setattr("headwater.doctor.context.make_plan", refuse)
     assert "something of a new kind" in one(light(tmp_path), "cannot-run").evidence
+
+
+def test_training_one_of_several_teachers_is_a_finding(tmp_path: Path) -> None:
+    found = light(tmp_path, f"models.teacher={{a: {TEACHER}, b: {TEACHER}}}")
+    assert "is a mapping to several models, which is not trained here" in one(found, "cannot-run").evidence
 
 
 # Memory and disk --------------------------------------------------------------------------------------------------------
@@ -432,8 +445,8 @@ def test_memory_is_held_against_the_estimate(
 ) -> None:
     # The teacher's GRPO holds most: float32 weights, gradients and two moments.
     needed = 16 * sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(TEACHER).parameters())
-    monkeypatch.setattr(data_checks, "free_memory", lambda device: share * needed)
-    found = [finding.name for finding in data_checks.memory(case_of(tmp_path))]
+    monkeypatch.setattr(resource_checks, "free_memory", lambda device: share * needed)
+    found = [finding.name for finding in resource_checks.memory(context_of(tmp_path))]
     assert found == ([] if name is None else [name])
 
 
@@ -446,22 +459,22 @@ def test_disk_is_held_against_models_checkpoints_and_caches(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    case = case_of(
+    context = context_of(
         tmp_path, f"stages.warmup.dense.top_k={top_k}", "stages.warmup.sampling.max_tokens=4000", arms=("bridge",)
     )
-    assert [finding.name for finding in data_checks.disk(case)] == ([] if name is None else [name])
+    assert [finding.name for finding in resource_checks.disk(context)] == ([] if name is None else [name])
 
 
 def test_an_exact_cache_that_would_be_refused_is_named_before_it_is_sampled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_checks, "EXACT_CACHE_LIMIT", 1 << 10)
-    assert [finding.name for finding in data_checks.disk(case_of(tmp_path))] == ["cache-over-limit"]
-    assert data_checks.disk(case_of(tmp_path, "stages.warmup.dense.top_k=8")) == []
+    monkeypatch.setattr(resource_checks, "EXACT_CACHE_LIMIT", 1 << 10)
+    assert [finding.name for finding in resource_checks.disk(context_of(tmp_path))] == ["cache-over-limit"]
+    assert list(resource_checks.disk(context_of(tmp_path, "stages.warmup.dense.top_k=8"))) == []
 
 
 def test_free_memory_is_known_here() -> None:
-    free = data_checks.free_memory(torch.device("cpu"))
+    free = resource_checks.free_memory(torch.device("cpu"))
     assert free is not None and 1e7 < free < 1e14
 
 
@@ -578,7 +591,7 @@ def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headwater.sampling.vllm_sampler.installed", lambda: False)
+    monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: False)
     found = light(tmp_path, "compute.sampler=vllm")
     assert "pip install headwater[vllm]" in one(found, "engine-unusable").evidence
 
@@ -628,11 +641,11 @@ def test_every_finding_is_planted_by_a_test() -> None:
 
 
 def kebab_names(file: Path) -> set[str]:
-    """The names that a file's findings are made with: first arguments of Finding, third ones of Case._once."""
+    """The names that a file's findings are made with: first arguments of Finding."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            given = node.args[:1] if name == "Finding" else node.args[2:3] if name == "_once" else []
+            given = node.args[:1] if name == "Finding" else []
             found |= {one.value for one in given if isinstance(one, ast.Constant) and isinstance(one.value, str)}
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.data.labels import Labels
 from headwater.doctor import probe
 from headwater.runs.setup import prepared

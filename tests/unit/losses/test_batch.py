@@ -13,9 +13,10 @@ from headwater.losses.batch import Row, collate, microbatches
 from headwater.losses.distributions import Exact
 from headwater.losses.logprobs import token_stats
 from headwater.losses.objectives import objective_of
+from headwater.losses.token_stats import TokenInputs
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import logp_of
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from tiny import CPU, copied, furthest, gradient_of, rollout_of, sampled_rows, stage_of, tiny_policy, weights_of
 
 END = 3
@@ -56,7 +57,7 @@ def test_each_token_meets_the_teachers_distribution_of_its_own_position() -> Non
     ]
     batch = collate(rows, 0, CPU)
     assert batch.teacher is not None
-    assert batch.teacher.ready().token_logp(batch.targets_N).tolist() == [-2.0, -3.0, -6.0]
+    assert batch.teacher.materialize().token_logp(batch.targets_N).tolist() == [-2.0, -3.0, -6.0]
 
 
 def test_rows_sampled_at_different_temperatures_do_not_share_a_batch() -> None:
@@ -73,7 +74,7 @@ def test_the_padding_id_cannot_change_a_loss_or_a_gradient(policy: Policy) -> No
         policy.model.zero_grad()
         batch = collate(rows, pad, CPU)
         assert not bool(batch.mask_BT.all())
-        stats = token_stats(policy.completion_hidden(batch), policy.logits, batch.targets_N, 1.0)
+        stats = token_stats(policy.completion_hidden(batch), policy.logits, TokenInputs(batch.targets_N, 1.0))
         stats.logp_N.sum().backward()
         found.append((stats.logp_N.detach(), {n: p.grad.clone() for n, p in policy.model.named_parameters()}))
     for logp, gradient in found[1:]:
@@ -85,7 +86,7 @@ def test_the_loss_has_no_gradient_at_a_prompt_or_padding_position(policy: Policy
     rows = sampled_rows(policy, groups=4, group_size=1)
     batch = collate(rows, policy.pad_id, CPU)
     hidden = policy.hidden(batch.ids_BT, batch.mask_BT).detach().requires_grad_()
-    stats = token_stats(hidden.flatten(0, 1)[batch.predictor_N], policy.logits, batch.targets_N, 1.0)
+    stats = token_stats(hidden.flatten(0, 1)[batch.predictor_N], policy.logits, TokenInputs(batch.targets_N, 1.0))
     stats.logp_N.square().sum().backward()
     assert hidden.grad is not None
     touched = (hidden.grad.abs().sum(dim=-1) > 0).tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from headwater.losses import token_losses
-from headwater.losses.distributions import TAIL_FLOOR, Exact, FromHidden, TopK, joined
+from headwater.losses.distributions import TAIL_FLOOR, Exact, FromHidden, TopK, concatenate
 
 DIVERGENCES = {
     "forward": token_losses.forward_kl,
@@ -103,10 +103,10 @@ def test_distributions_from_hidden_states_are_the_heads_at_the_temperature_that_
     head = torch.nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[0.0, 0.0], [math.log(3.0), math.log(3.0)]]))
-    plain = FromHidden(hidden, head, 1.0).ready().logp_NV.exp()
+    plain = FromHidden(hidden, head, 1.0).materialize().logp_NV.exp()
     # logits (0, ln 3) -> (¼, ¾); logits (0, 2 ln 3) -> (1/10, 9/10)
     assert plain.tolist() == [pytest.approx([0.25, 0.75]), pytest.approx([0.1, 0.9])]
-    warm = FromHidden(hidden, head, 2.0).ready().logp_NV.exp()
+    warm = FromHidden(hidden, head, 2.0).materialize().logp_NV.exp()
     # At temperature 2 the second row is what the first was: (0, ln 3) -> (¼, ¾).
     assert warm[1].tolist() == pytest.approx([0.25, 0.75])
     assert not plain.requires_grad
@@ -117,13 +117,13 @@ def test_parts_joined_and_cut_again_are_the_same_rows_in_order(form: str) -> Non
     head = torch.nn.Linear(4, 7)
     hidden = torch.randn(6, 4)
     whole = FromHidden(hidden, head, 1.0)
-    logp = whole.ready().logp_NV
+    logp = whole.materialize().logp_NV
     forms = {"hidden": whole, "exact": Exact(logp), "top": top(logp, 3)}
     chosen = forms[form]
-    again = joined([chosen.rows(0, 2), chosen.rows(2, 3), chosen.rows(3, 6)], torch.device("cpu"))
+    again = concatenate([chosen.rows(0, 2), chosen.rows(2, 3), chosen.rows(3, 6)], torch.device("cpu"))
     student = torch.log_softmax(torch.randn(6, 7), dim=-1)
     for start, stop in ((0, 6), (1, 4)):
-        ours = token_losses.reverse_kl(*again.rows(start, stop).ready().align(student[start:stop]))
-        direct = token_losses.reverse_kl(*chosen.ready().align(student))[start:stop]
+        ours = token_losses.reverse_kl(*again.rows(start, stop).materialize().align(student[start:stop]))
+        direct = token_losses.reverse_kl(*chosen.materialize().align(student))[start:stop]
         torch.testing.assert_close(ours, direct)
     assert len(again) == 6

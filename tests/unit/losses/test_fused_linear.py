@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headwater.losses import token_losses
 from headwater.losses.distributions import Distributions, Exact, FromHidden, LinearHead, TopK
 from headwater.losses.logprobs import loss_and_stats, token_stats
-from headwater.losses.token_stats import TokenStats
+from headwater.losses.token_stats import TokenInputs, TokenStats
 
 N, H, HT, V = 9, 4, 5, 11
 DIVERGENCES = {
@@ -40,7 +40,7 @@ def head_of(width: int, seed: int, dtype: torch.dtype = torch.float64, bias: boo
 
 def teacher_of(form: str, dtype: torch.dtype = torch.float64, temperature: float = 0.7) -> Distributions:
     held = FromHidden(random(N, HT, seed=5, dtype=dtype), head_of(HT, 6, dtype), temperature)
-    logp = held.ready().logp_NV
+    logp = held.materialize().logp_NV
     kept = logp.topk(4, dim=-1)
     return {"hidden": held, "exact": Exact(logp), "top": TopK(kept.indices, kept.values)}[form]
 
@@ -74,7 +74,7 @@ def test_gradients_to_hidden_states_weight_and_bias_agree_with_finite_difference
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         head = LinearHead(weight, bias, torch.float64)
-        return loss_and_stats(hidden, head, targets(), 0.7, weighed, chunk_elements=4 * V, **options)[0]
+        return loss_and_stats(hidden, head, TokenInputs(targets(), 0.7, **options), weighed, chunk_elements=4 * V)[0]
 
     class Repeatable(torch.autograd.Function):
         """gradcheck runs the backward pass many times; the stage hands its gradients over once."""
@@ -109,7 +109,9 @@ def test_every_number_and_gradient_is_that_of_the_plain_form(form: str, name: st
         for leaf in leaves:
             leaf.requires_grad_()
         used = head if path == "fused" else plain(head)
-        loss, stats = loss_and_stats(leaves[0], used, targets(), 0.7, weighed, chunk_elements=chunk, **options)
+        loss, stats = loss_and_stats(
+            leaves[0], used, TokenInputs(targets(), 0.7, **options), weighed, chunk_elements=chunk
+        )
         found.append((loss.detach(), stats, torch.autograd.grad(3.0 * loss, leaves)))
     (ours, our_stats, our_slopes), (theirs, their_stats, their_slopes) = found
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -130,8 +132,8 @@ def test_measuring_alone_gives_the_same_numbers_without_a_gradient(form: str) ->
     )
     head, hidden = head_of(H, 2), random(N, H, seed=1)
     with torch.no_grad():
-        alone = token_stats(hidden, head, targets(), 0.7, chunk_elements=5 * V, **options)
-    trained = loss_and_stats(hidden, head, targets(), 0.7, weighed, **options)[1]
+        alone = token_stats(hidden, head, TokenInputs(targets(), 0.7, **options), chunk_elements=5 * V)
+    trained = loss_and_stats(hidden, head, TokenInputs(targets(), 0.7, **options), weighed)[1]
     for field, known in vars(trained).items():
         one = vars(alone)[field]
         assert (one is None) == (known is None), field
@@ -145,7 +147,7 @@ def test_a_loss_that_looks_at_nothing_has_no_gradient_and_a_part_that_is_not_tra
     def constant(stats: TokenStats, some: slice) -> Tensor:
         return torch.ones_like(stats.logp_N)
 
-    loss, _ = loss_and_stats(hidden, head, targets(), 1.0, constant)
+    loss, _ = loss_and_stats(hidden, head, TokenInputs(targets(), 1.0), constant)
     loss.backward()
     assert loss.item() == N and hidden.grad is not None and hidden.grad.abs().max().item() == 0.0
     assert head.weight_VH.grad is None  # it asked for none
@@ -160,7 +162,7 @@ def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(name: 
         return stats.divergence_N
 
     itself = FromHidden(hidden.detach(), head, 1.0)
-    loss, stats = loss_and_stats(hidden, head, targets(), 1.0, divergence, itself, DIVERGENCES[name])
+    loss, stats = loss_and_stats(hidden, head, TokenInputs(targets(), 1.0, itself, DIVERGENCES[name]), divergence)
     loss.backward()
     assert stats.divergence_N is not None and stats.divergence_N.abs().max().item() < 1e-6
     assert hidden.grad is not None and hidden.grad.abs().max().item() < 1e-5
@@ -168,13 +170,13 @@ def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(name: 
 
 @pytest.mark.parametrize("name", ["forward", "jsd"])
 def test_events_that_a_cached_teacher_excludes_add_nothing(name: str) -> None:
-    logp = teacher_of("exact").ready().logp_NV.clone()  # type: ignore[union-attr]
+    logp = teacher_of("exact").materialize().logp_NV.clone()  # type: ignore[union-attr]
     logp[:, 3] = -math.inf
     teacher = Exact(torch.log_softmax(logp, dim=-1))
     found = []
     for head in (head_of(H, 2), plain(head_of(H, 2))):
         hidden = random(N, H, seed=1).requires_grad_()
-        loss, stats = loss_and_stats(hidden, head, targets(), 0.7, weighed, teacher, DIVERGENCES[name])
+        loss, stats = loss_and_stats(hidden, head, TokenInputs(targets(), 0.7, teacher, DIVERGENCES[name]), weighed)
         found.append((stats, *torch.autograd.grad(loss, hidden)))
     assert found[0][0].divergence_N is not None and found[1][0].divergence_N is not None
     torch.testing.assert_close(found[0][0].divergence_N, found[1][0].divergence_N.detach(), rtol=1e-8, atol=1e-10)
@@ -199,11 +201,8 @@ def test_bfloat16_stays_within_its_rounding_of_the_truth() -> None:
         loss, stats = loss_and_stats(
             hidden,
             LinearHead(weight, None, dtype),
-            some,
-            1.0,
+            TokenInputs(some, 1.0, teacher, token_losses.REVERSE),
             loss_of,
-            teacher,
-            token_losses.REVERSE,
             chunk_elements=1 << 14,
         )
         loss.backward()
@@ -225,13 +224,13 @@ def test_every_matrix_product_is_done_once() -> None:
     head.weight_VH.requires_grad_()
     options: dict[str, Any] = {"teacher": teacher_of("hidden"), "divergence": token_losses.REVERSE}
     with watched() as seen:
-        loss, _ = loss_and_stats(hidden, head, targets(), 1.0, weighed, chunk_elements=4 * V, **options)
+        loss, _ = loss_and_stats(hidden, head, TokenInputs(targets(), 1.0, **options), weighed, chunk_elements=4 * V)
         loss.backward()
     # Forward, by hidden states and by weights for the student; forward alone for the teacher.
     assert seen.products == 3 * N * V * H + N * V * HT
 
 
-class NodeProgress(TorchDispatchMode):
+class OperationLog(TorchDispatchMode):
     """Remembers the largest tensor that any operation made, and the multiplications of all matrix products."""
 
     def __init__(self) -> None:
@@ -250,8 +249,8 @@ class NodeProgress(TorchDispatchMode):
 
 
 @contextmanager
-def watched() -> Iterator[NodeProgress]:
-    mode = NodeProgress()
+def watched() -> Iterator[OperationLog]:
+    mode = OperationLog()
     with mode:
         yield mode
 
@@ -263,12 +262,12 @@ def test_the_logits_of_all_tokens_never_exist_at_once_in_either_pass(form: str) 
     head = head_of(H, 2)
     head.weight_VH.requires_grad_()
     held = FromHidden(random(count, HT, seed=5), head_of(HT, 6), 1.0)
-    kept = held.ready().logp_NV.topk(4, dim=-1)
+    kept = held.materialize().logp_NV.topk(4, dim=-1)
     teacher = held if form == "hidden" else TopK(kept.indices, kept.values)
     with watched() as seen:
         loss, _ = loss_and_stats(
-            hidden, head, torch.zeros(count, dtype=torch.long), 1.0, lambda stats, some: stats.divergence_N,  # type: ignore[arg-type,return-value]
-            teacher, token_losses.REVERSE, chunk_elements=chunk,
+            hidden, head, TokenInputs(torch.zeros(count, dtype=torch.long), 1.0, teacher, token_losses.REVERSE),
+            lambda stats, some: stats.divergence_N, chunk_elements=chunk,  # type: ignore[arg-type,return-value]
         )  # fmt: skip
         loss.backward()
     assert seen.numel == hidden.numel() < count * V  # its own gradient is the largest

@@ -12,7 +12,7 @@ from torch import Tensor
 from headwater.losses import token_losses
 from headwater.losses.distributions import Distributions, Exact, FromHidden, TopK
 from headwater.losses.logprobs import token_stats
-from headwater.losses.token_stats import TokenStats
+from headwater.losses.token_stats import TokenInputs, TokenStats
 
 N, H, V = 23, 5, 11
 DIVERGENCES: dict[str, token_losses.Divergence] = {
@@ -28,18 +28,18 @@ def identity(logits: Tensor) -> Tensor:
 
 
 def test_a_head_of_zeros_is_uniform() -> None:
-    found = token_stats(torch.randn(4, H), lambda x: x.new_zeros(len(x), V), torch.arange(4), 1.0)
+    found = token_stats(torch.randn(4, H), lambda x: x.new_zeros(len(x), V), TokenInputs(torch.arange(4), 1.0))
     assert found.logp_N.tolist() == pytest.approx([-math.log(V)] * 4)
     assert found.entropy_N.tolist() == pytest.approx([math.log(V)] * 4)
 
 
 def test_log_prob_and_entropy_by_hand_at_two_temperatures() -> None:
     logits = torch.tensor([[0.0, math.log(3.0)]] * 2)
-    at_one = token_stats(logits, identity, torch.tensor([0, 1]), 1.0)
+    at_one = token_stats(logits, identity, TokenInputs(torch.tensor([0, 1]), 1.0))
     # softmax (0, ln 3) = (¼, ¾); entropy ¼ ln 4 + ¾ ln(4/3) = 0.34657 + 0.21576 = 0.56234
     assert at_one.logp_N.exp().tolist() == pytest.approx([0.25, 0.75])
     assert at_one.entropy_N.tolist() == pytest.approx([0.562335] * 2, abs=1e-6)
-    at_two = token_stats(logits, identity, torch.tensor([0, 1]), 2.0)
+    at_two = token_stats(logits, identity, TokenInputs(torch.tensor([0, 1]), 2.0))
     # softmax (0, ½ ln 3) = (1, √3) / (1 + √3) = (0.366025, 0.633975); entropy 0.366025·1.005053 + 0.633975·0.455747
     assert at_two.logp_N.exp().tolist() == pytest.approx([0.366025, 0.633975], abs=1e-6)
     assert at_two.entropy_N.tolist() == pytest.approx([0.366025 * 1.005053 + 0.633975 * 0.455747] * 2, abs=1e-5)
@@ -47,7 +47,7 @@ def test_log_prob_and_entropy_by_hand_at_two_temperatures() -> None:
 
 def teachers(head: Callable[[Tensor], Tensor]) -> dict[str, Distributions]:
     hidden = torch.randn(N, H)
-    logp = FromHidden(hidden, head, 0.7).ready().logp_NV
+    logp = FromHidden(hidden, head, 0.7).materialize().logp_NV
     kept = logp.topk(3, dim=-1)
     return {"hidden": FromHidden(hidden, head, 0.7), "exact": Exact(logp), "top": TopK(kept.indices, kept.values)}
 
@@ -57,7 +57,7 @@ def measured(
 ) -> tuple[TokenStats, Tensor, Tensor]:
     """The stats, and the gradients of a weighted sum of log-probs and divergences to hidden states and head."""
     hidden = hidden.clone().requires_grad_()
-    found = token_stats(hidden, head, targets, 0.7, chunk_elements=chunk, **options)  # type: ignore[arg-type]
+    found = token_stats(hidden, head, TokenInputs(targets, 0.7, **options), chunk_elements=chunk)  # type: ignore[arg-type]
     weight = torch.linspace(-1.0, 1.0, len(targets))
     loss = (weight * found.logp_N).sum()
     if found.divergence_N is not None:
@@ -93,7 +93,9 @@ def test_the_logits_of_all_tokens_never_exist_at_once() -> None:
         rows.append(len(hidden))
         return linear(hidden)
 
-    found = token_stats(torch.randn(N, H), head, torch.zeros(N, dtype=torch.long), 1.0, chunk_elements=4 * V)
+    found = token_stats(
+        torch.randn(N, H), head, TokenInputs(torch.zeros(N, dtype=torch.long), 1.0), chunk_elements=4 * V
+    )
     found.logp_N.sum().backward()
     # 23 tokens in chunks of 4: one row to learn V, six chunks forward, and the same six again for the backward pass.
     assert max(rows) == 4
@@ -106,7 +108,7 @@ def test_both_kls_are_measured_and_only_log_prob_and_divergence_carry_gradients(
     teacher = teachers(torch.nn.Linear(H, V))["exact"]
     assert isinstance(teacher, Exact)
     targets = torch.randint(0, V, (N,))
-    found = token_stats(hidden, head, targets, 0.7, teacher, token_losses.FORWARD, teacher_tokens=True)
+    found = token_stats(hidden, head, TokenInputs(targets, 0.7, teacher, token_losses.FORWARD, teacher_tokens=True))
     student = torch.log_softmax(head(hidden) / 0.7, dim=-1)
     for ours, expected in (
         (found.divergence_N, token_losses.forward_kl(student, teacher.logp_NV)),
@@ -125,7 +127,9 @@ def test_no_gradient_reaches_the_teacher_even_where_it_could_be_trained() -> Non
     teacher = FromHidden(torch.randn(N, H), theirs, 1.0)
     head = torch.nn.Linear(H, V)
     targets = torch.zeros(N, dtype=torch.long)
-    found = token_stats(torch.randn(N, H), head, targets, 1.0, teacher, DIVERGENCES["jsd"], chunk_elements=3 * V)
+    found = token_stats(
+        torch.randn(N, H), head, TokenInputs(targets, 1.0, teacher, DIVERGENCES["jsd"]), chunk_elements=3 * V
+    )
     assert found.divergence_N is not None
     found.divergence_N.sum().backward()
     assert theirs.weight.grad is None
@@ -135,7 +139,7 @@ def test_no_gradient_reaches_the_teacher_even_where_it_could_be_trained() -> Non
 def test_a_masked_vocabulary_entry_spoils_neither_entropy_nor_divergence() -> None:
     logits = torch.tensor([[0.0, math.log(3.0), -math.inf]])
     teacher = Exact(torch.tensor([[0.5, 0.5, 0.0]]).log())
-    found = token_stats(logits, identity, torch.tensor([1]), 1.0, teacher, token_losses.REVERSE)
+    found = token_stats(logits, identity, TokenInputs(torch.tensor([1]), 1.0, teacher, token_losses.REVERSE))
     assert found.entropy_N.item() == pytest.approx(0.562335, abs=1e-6)
     assert found.divergence_N is not None and found.kl_teacher_student_N is not None
     # As for the two other events alone: KL(S‖T) = 0.130812, KL(T‖S) = 0.143841.
@@ -145,7 +149,7 @@ def test_a_masked_vocabulary_entry_spoils_neither_entropy_nor_divergence() -> No
 
 def test_bfloat16_logits_are_normalised_in_float32() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=torch.bfloat16)  # exact in bfloat16
-    found = token_stats(logits, identity, torch.tensor([2]), 1.0)
+    found = token_stats(logits, identity, TokenInputs(torch.tensor([2]), 1.0))
     # 2 − ln(1 + e + e² + e³) = 2 − 3.4401897
     assert found.logp_N.dtype == torch.float32
     assert found.logp_N.item() == pytest.approx(2.0 - 3.4401897, abs=1e-6)

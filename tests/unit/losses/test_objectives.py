@@ -8,14 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from headwater.config.objectives import OBJECTIVES
 from headwater.losses.batch import Row, collate
-from headwater.losses.objectives import TABLE, objective_of
+from headwater.losses.objectives import LOSSES, objective_of
 from headwater.losses.token_losses import truncated_importance
 from headwater.losses.token_stats import Tokens, TokenStats
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import logp_of
-from headwater.training.loop import update
-from headwater.training.rollouts import with_rewards
+from headwater.training.groups import with_rewards
+from headwater.training.update import update
 from headwater.types import Verdict
 from tiny import (
     CPU,
@@ -103,7 +104,7 @@ def test_the_loss_of_a_token_by_hand_for_every_row_of_the_table() -> None:
     }
     for name, (stage, loss) in expected.items():
         assert objective_of(stage).token_loss(tokens).tolist() == pytest.approx([loss], abs=1e-6), name
-    assert {stage.objective for stage, _ in expected.values()} == set(TABLE)
+    assert {stage.objective for stage, _ in expected.values()} == set(LOSSES) == set(OBJECTIVES)
 
 
 def test_who_samples_and_what_is_asked_for() -> None:
@@ -130,11 +131,11 @@ def test_who_samples_and_what_is_asked_for() -> None:
 
 def test_only_pure_grpo_without_a_reference_may_leave_out_rows_of_advantage_zero() -> None:
     idle = {
-        share: objective_of(stage_of("mixed", sparse_share=share, sparse={"kl_coef": kl})).idle_without_advantage
+        share: objective_of(stage_of("mixed", sparse_share=share, sparse={"kl_coef": kl})).skip_zero_advantage
         for share, kl in ((1.0, 0.0), (0.5, 0.0), (0.0, 0.0))
     }
     assert idle == {1.0: True, 0.5: False, 0.0: False}
-    assert not objective_of(stage_of("grpo", sparse={"kl_coef": 1e-4})).idle_without_advantage
+    assert not objective_of(stage_of("grpo", sparse={"kl_coef": 1e-4})).skip_zero_advantage
 
 
 def verdicts_of(rows: list[Row], right: int) -> list[Verdict]:
@@ -145,13 +146,13 @@ def test_rewards_become_advantages_group_by_group_and_uniform_groups_lie_still()
     completions = ((10,), (11,), (12,), (13,), (20,), (21,), (22,), (23,))
     rows = [Row(rollout_of((1, 2) if c[0] < 20 else (1, 3), c, sample=i % 4)) for i, c in enumerate(completions)]
     stage = stage_of("grpo", sparse={"advantage": "dr_grpo", "kl_coef": 0.0})
-    found = with_rewards(rows, verdicts_of(rows, 11), stage, idle_without_advantage=True)
+    found = with_rewards(rows, verdicts_of(rows, 11), stage, skip_zero_advantage=True)
     # Group 1 is 0, 1, 0, 0: mean ¼. Group 2 is all wrong: exactly 0.
     assert [row.advantage for row in found] == [-0.25, 0.75, -0.25, -0.25, 0.0, 0.0, 0.0, 0.0]
-    assert [row.inert for row in found] == [False] * 4 + [True] * 4
+    assert [row.zero_gradient for row in found] == [False] * 4 + [True] * 4
     assert [row.verdict.correct for row in found if row.verdict] == [False, True] + [False] * 6
-    kept = with_rewards(rows, verdicts_of(rows, 11), stage, idle_without_advantage=False)
-    assert not any(row.inert for row in kept)
+    kept = with_rewards(rows, verdicts_of(rows, 11), stage, skip_zero_advantage=False)
+    assert not any(row.zero_gradient for row in kept)
     assert all(row.verdict is None and row.advantage == 0.0 for row in rows)  # the rows given are left as they were
 
 

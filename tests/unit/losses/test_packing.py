@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from headwater.losses import packing
 from headwater.losses.batch import Row, collate_packed, packed_microbatches, packed_tokens
-from headwater.losses.packing import blocked, pack
+from headwater.losses.packing import group_by_length, pack
 from headwater.models import packed_attention
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
@@ -53,13 +53,13 @@ def test_packing_by_hand() -> None:
     ids, found = pack([((5, 6), (7, 2)), ((5, 6), (8,)), ((9,), (4,))], CPU)
     assert ids.tolist() == [[5, 6, 7, 2, 8, 9, 4]]
     assert found.position_1L.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
-    assert found.start_B == (2, 4, 6) and found.prompt_B == (1, 1, 5)
+    assert found.start_B == (2, 4, 6) and found.prompt_end_B == (1, 1, 5)
     # One block, shortest first: (9, 4), (5, 6, 8), (5, 6, 7, 2), the first two padded with their own last token.
     assert found.blocks == ((3, 4),)
-    assert found.spread_M.tolist() == [5, 6, 6, 6, 0, 1, 4, 4, 0, 1, 2, 3]
-    assert ids[0][found.spread_M[found.back_L]].tolist() == ids[0].tolist()
+    assert found.to_blocks_M.tolist() == [5, 6, 6, 6, 0, 1, 4, 4, 0, 1, 2, 3]
+    assert ids[0][found.to_blocks_M[found.from_blocks_L]].tolist() == ids[0].tolist()
     # A token's own place is in its own sequence, at its own position.
-    assert [place % 4 for place in found.back_L.tolist()] == found.position_1L[0].tolist()
+    assert [place % 4 for place in found.from_blocks_L.tolist()] == found.position_1L[0].tolist()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -67,14 +67,14 @@ def test_packing_by_hand() -> None:
 def test_packed_tokens_have_the_hidden_states_of_each_sequence_alone(
     name: str, waste: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "WASTE", waste)
+    monkeypatch.setattr(packing, "MAX_WASTE", waste)
     policy = tiny_policy(name, seed=3)
     assert policy.supports_packing
     ids, found = pack(TEXTS, CPU)
     assert len(found.blocks) == (5 if waste == 0 else 1)
     with torch.no_grad():
         hidden = packed_hidden(policy.body, ids, found)
-        for (prompt, text), start, last in zip(TEXTS, found.start_B, found.prompt_B, strict=True):
+        for (prompt, text), start, last in zip(TEXTS, found.start_B, found.prompt_end_B, strict=True):
             alone = policy.body(input_ids=torch.tensor([prompt + text]), use_cache=False).last_hidden_state[0]
             torch.testing.assert_close(hidden[start : start + len(text)], alone[len(prompt) :], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(hidden[last], alone[len(prompt) - 1], rtol=1e-4, atol=1e-5)
@@ -123,10 +123,10 @@ def test_a_shared_prompt_is_computed_once_and_its_gradient_comes_from_all_who_sh
 
 def test_rows_of_very_different_length_do_not_share_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     # Widths 3 and 3 beside 900: padding two rows of 3 to 900 would cost 1.6 million scores.
-    assert blocked([900, 3, 3]) == [[1, 2], [0]]
-    assert blocked([40, 3, 3]) == [[1, 2, 0]]
-    monkeypatch.setattr(packing, "WASTE", 100)
-    assert blocked([10, 8, 2, 9]) == [[2, 1, 3], [0]]  # up to 9: 243 scores for 149; with the 10: 400 for 249
+    assert group_by_length([900, 3, 3]) == [[1, 2], [0]]
+    assert group_by_length([40, 3, 3]) == [[1, 2, 0]]
+    monkeypatch.setattr(packing, "MAX_WASTE", 100)
+    assert group_by_length([10, 8, 2, 9]) == [[2, 1, 3], [0]]  # up to 9: 243 scores for 149; with the 10: 400 for 249
 
 
 def test_gradient_checkpointing_and_bfloat16_pack_too(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage.run_dir import NodeDir
 from headwater.teachers.scoring import logp_of
 from headwater.training.checkpoint import load_checkpoint, save_checkpoint
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from runs import assert_same, call, held, infos, node, rows, sets, tiny
 from tests.integration.test_resume import Killed, killed_at
 from tests.unit.sampling.test_decoder import spoken

@@ -20,11 +20,10 @@ from headwater.losses.objectives import objective_of
 from headwater.models.oom import BatchBudget, is_out_of_memory
 from headwater.models.policy import Policy
 from headwater.sampling.base import OnFinished, Request, requests_for
-from headwater.sampling.build import OomRetrySampler
-from headwater.sampling.torch_sampler import TorchSampler
+from headwater.sampling.torch_sampler import OomRetrySampler, TorchSampler
 from headwater.teachers.scoring import logp_of
-from headwater.training import loop as training
-from headwater.training.loop import make_optimizer, update
+from headwater.training import update as training
+from headwater.training.update import make_optimizer, update
 from runs import node, rows, tiny
 from tiny import PROMPTS, copied, furthest, same_bits, sampled_rows, stage_of, taught, weights_of
 
@@ -155,14 +154,16 @@ class Cramped:
     room: int
     decoded: list[int]
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling, arrived: OnFinished | None = None) -> list[Any]:
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
+    ) -> list[Any]:
         found: list[Any] = []
         for start in range(0, len(requests), self.batch):
             part = requests[start : start + self.batch]
             if len(part) > self.room and start:
                 raise OUT["cuda"]()
             self.decoded.append(len(part))
-            found += TorchSampler(self.policy).sample(part, sampling, arrived)
+            found += TorchSampler(self.policy).sample(part, sampling, on_finished)
         return found
 
 
@@ -258,7 +259,7 @@ torch.set_num_threads(1)
 sys.path[:0] = {path!r}
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from tiny import rollout_of, stage_of, tiny_policy
 
 policy = tiny_policy(intermediate_size=4096)

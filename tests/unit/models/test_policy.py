@@ -24,7 +24,7 @@ from headwater.models.save import save_policy
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import refuse_different_tokens, refuse_different_widths
 from headwater.teachers.scoring import logp_of
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from tiny import (
     CPU,
     MODELS,

@@ -16,14 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.errors import UserError
 from headwater.models import prompts
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
-from headwater.models.prompts import Prompter
 from headwater.models.resource_limits import OutOfTimeError, resource_limits
-from headwater.runs.inputs import read_tokenizer
+from headwater.runs.inputs import RunInputs
 from headwater.types import Problem
 from runs import call, sets, tiny
 from tiny import CPU, MODELS, tiny_folder
@@ -99,7 +98,7 @@ def test_code_that_a_config_names_is_refused_by_its_field_and_not_imported(
     (folder / name).write_text(json.dumps({**held, "auto_map": auto, "model_type": "unheard-of"}), encoding="utf-8")
     for act in (
         lambda: load_policy(ModelFolder.open(str(folder), "MODEL"), LoadOptions(MODELS, CPU, frozen=True)),
-        lambda: read_tokenizer(find_recipe("pocket", [f"models.student={folder}"]), "student"),
+        lambda: RunInputs(find_recipe("pocket", [f"models.student={folder}"])).tokenizer("student"),
     ):
         with pytest.raises(UserError, match=f"auto_map in .*{name} names code .* models.trust_remote_code"):
             act()
@@ -157,7 +156,7 @@ def test_a_hostile_chat_template_is_one_sentence_in_time(
     (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
     recipe, started = find_recipe("pocket", [f"models.student={folder}"]), time.monotonic()
     with pytest.raises(UserError, match=rf"the chat template of {re.escape(str(folder))}") as refused:
-        Prompter(read_tokenizer(recipe, "student"), recipe.prompt).ids(Problem.of("17+45", "d.jsonl"))
+        RunInputs(recipe).prompter("student").ids(Problem.of("17+45", "d.jsonl"))
     assert "\n" not in str(refused.value) and "d.jsonl" in str(refused.value)
     assert time.monotonic() - started < 10
 

@@ -17,9 +17,9 @@ import pytest
 from headwater.data.labels import half_of
 from headwater.errors import UserError
 from headwater.report import html, label_use
-from headwater.report import read as report_read
-from headwater.report.audit import CHECKS, audit
-from headwater.report.build import summarise
+from headwater.report.audit import CHECKS, audit_run
+from headwater.report.build import summarize
+from headwater.report.study import read_study
 from runs import all_arms, call, held, infos, node, rows, sets
 
 
@@ -35,7 +35,7 @@ def out(tmp_path: Path) -> Path:
 
 def failing(out: Path) -> dict[str, str]:
     """The checks that fail, with their first fault."""
-    return {one.name: one.faults[0] for one in audit(out) if not one.holds}
+    return {one.name: one.faults[0] for one in audit_run(out) if not one.holds}
 
 
 def change(path: Path, number: int, **fields: Any) -> None:
@@ -53,12 +53,12 @@ def join(out: Path) -> None:
 
 def a_label(out: Path, half: int) -> str:
     """A label that was looked at in this half."""
-    return next(use.problem_id for use in label_use.uses(report_read.read([out])) if use.half == half + 1)
+    return next(use.problem_id for use in label_use.label_uses(read_study([out])) if use.half == half + 1)
 
 
 def test_a_finished_study_passes_every_check_with_its_counts(out: Path) -> None:
-    found = audit(out)
-    assert [one.name for one in found] == list(CHECKS)
+    found = audit_run(out)
+    assert [one.name for one in found] == [check.name for check in CHECKS]
     assert all(one.holds for one in found), failing(out)
     said = {one.name: one.evidence for one in found}
     assert said["budget"].startswith("budget 16; 16 labels over all arms and seeds, at most 16 in one")
@@ -80,7 +80,7 @@ def test_the_verb_prints_the_evidence_and_its_exit_code_tells(out: Path) -> None
 
 
 def test_the_audit_needs_no_torch(out: Path) -> None:
-    code = f"import sys; from headwater.report.audit import audit; assert audit({str(out)!r}); assert 'torch' not in sys.modules"
+    code = f"import sys; from headwater.report.audit import audit_run as a; assert a({str(out)!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
@@ -188,8 +188,8 @@ VIOLATIONS: list[tuple[Callable[[Path], None], str, str]] = [
     (rollouts_of_the_other_half, "halves-apart", r"^student_rl\..*labels of the other half"),
     (evaluation_problem_trained_on, "evals-not-trained", r"^opd\..*trained on 1 evaluation problems"),
     (evaluation_problem_in_a_cache, "evals-not-trained", r"^teacher_rollouts\..*trained on 1 evaluation"),
-    (labels_over_the_budget, "budget", r"^student_rl\..*looked at 2\d labels, 16 were allowed"),
-    (a_smaller_budget_in_the_recipe, "budget", r"looked at 16 labels; labels\.budget is 12"),
+    (labels_over_the_budget, "budget", r"^student_rl\..*used 2\d labels, 16 were allowed"),
+    (a_smaller_budget_in_the_recipe, "budget", r"used 16 labels; labels\.budget is 12"),
     (a_step_taken_out_of_the_ledger, "ledger-agrees", r"^student_rl\..*steps are not 1 to 1"),
     (fewer_checks_than_verdicts, "ledger-agrees", r"step 1: 1 checks in the ledger, 16 verdicts"),
     (tokens_that_were_not_sampled, "ledger-agrees", r"step 1: 1 tokens in the ledger"),
@@ -213,14 +213,14 @@ def test_each_violation_is_named(out: Path, plant: Callable[[Path], None], name:
     plant(out)
     if plant is not another_joined_ledger:
         join(out)
-    found = {one.name: one for one in audit(out)}
+    found = {one.name: one for one in audit_run(out)}
     assert not found[name].holds, name
     assert any(re.search(sentence, fault) for fault in found[name].faults), found[name].faults
 
 
 def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run of ours"):
-        audit(tmp_path)
+        audit_run(tmp_path)
     (tmp_path / "recipe.json").write_text("{}")
     (tmp_path / "plan.json").write_text("[]")
     assert call("report", "--audit", tmp_path).code == 2
@@ -239,7 +239,7 @@ def test_budgets_hold_across_the_stages_of_every_arm() -> None:
     """No node looks at more than its pool, no arm at more than the budget, whatever stages it has."""
     out = all_arms()
     budget = held(out / "recipe.json")["labels"]["budget"]
-    study = report_read.read([out])
+    study = read_study([out])
     assert {"direct_grpo", "bridge_rl", "teacher_2h"} <= study.arms.keys()
     for by_seed in study.arms.values():
         for nodes in by_seed.values():
@@ -248,7 +248,7 @@ def test_budgets_hold_across_the_stages_of_every_arm() -> None:
                     {
                         label
                         for one in nodes
-                        for row in one.spends
+                        for row in one.ledger_rows
                         if row["purpose"] == "train"
                         for label in row["labels"]
                     }
@@ -283,11 +283,11 @@ def test_the_label_file_says_which_stage_arm_and_seed_looked_at_each_problem() -
 
 
 def test_paths_tell_fresh_labels_from_replayed_ones() -> None:
-    study = report_read.read([all_arms()])
-    taken = {(one["arm"], one["half"], one["stages"]): one["labels"] for one in label_use.paths(study)}
+    study = read_study([all_arms()])
+    taken = {(one["arm"], one["half"], one["stages"]): one["labels"] for one in label_use.label_paths(study)}
     assert taken["bridge_rl", 2, "student_rl"] > 0
     assert not any(arm == "bridge_rl" and "," in stages for arm, _, stages in taken)
     assert any(arm == "replay" and stages == "teacher_rl, student_rl" for arm, _, stages in taken)
     assert not any(arm == "replay" and half == 2 for arm, half, _ in taken)
-    page = html.page(study, summarise(study))
-    assert "Which stages looked at a label" in page and "labels.csv" in page
+    page = html.page(study, summarize(study)).html
+    assert "Which stages used a label" in page and "labels.csv" in page

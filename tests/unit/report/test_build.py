@@ -14,7 +14,7 @@ import pytest
 from fakes import ARMS, BASE_S, PROBLEMS, by_problem, fake_run, graded, names, printed
 from headwater.errors import UserError
 from headwater.report import build as report
-from headwater.report import text as report_words
+from headwater.report import contrasts
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +211,9 @@ def test_an_unfinished_arm_is_named_and_has_no_accuracy(tmp_path: Path) -> None:
     assert found["arms"]["warmup_only"]["unfinished"] == {"2": warmup}
     assert bridge["unfinished"] == {"1": plan["bridge"]["1"][-1], "2": warmup}
     assert set(bridge["accuracy"]["sums"]["per_seed"]) == {"0"}
-    contrast = report_words.find_contrast(found, "bridge", "direct_grpo", "sums")
+    contrast = contrasts.find_contrast(found, "bridge", "direct_grpo", "sums")
     assert contrast is not None and contrast["seeds"] == 1
-    assert report_words.find_contrast(found, "bridge_rl", "replay", "sums") is None
+    assert contrasts.find_contrast(found, "bridge_rl", "replay", "sums") is None
     assert found["verdict"].endswith("Not finished: bridge, replay, warmup_only.")
     text = printed(found, 110)
     assert f"replay: not finished on seed 0 (waits for {plan['replay']['0'][-1]})" in " ".join(text.split())
@@ -261,8 +261,8 @@ def test_a_base_model_listed_for_one_seed_stands_beside_every_seed(tmp_path: Pat
     plan = json.loads((out / "plan.json").read_text())
     plan["arms"]["base_student"] = {"0": plan["arms"]["base_student"]["0"]}
     (out / "plan.json").write_text(json.dumps(plan))
-    contrast = report_words.find_contrast(report.build([out]), "bridge", "base_student", "sums")
-    assert contrast == report_words.find_contrast(built, "bridge", "base_student", "sums")
+    contrast = contrasts.find_contrast(report.build([out]), "bridge", "base_student", "sums")
+    assert contrast == contrasts.find_contrast(built, "bridge", "base_student", "sums")
 
 
 def test_graders_that_extract_nothing_have_no_majority(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_the_report_never_imports_torch() -> None:
 
 
 def test_each_arms_way_through_its_stages_is_told_for_teacher_and_student() -> None:
-    from headwater.report.stage_table import paths
+    from headwater.report.stages import accuracy_paths
 
     def scored(mean: float) -> dict[str, Any]:
         return {"held_out": {"mean": mean}}
@@ -306,7 +306,7 @@ def test_each_arms_way_through_its_stages_is_told_for_teacher_and_student() -> N
             },
         }
     }
-    assert paths(report, "held_out") == [
+    assert accuracy_paths(report, "held_out") == [
         ("direct_grpo", "–", "8.9 → RL 58.0"),
         ("raw_teacher", "22.1", "8.9 → OPD 14.2"),
         ("bridge", "22.1 → RL 97.4", "8.9 → warm-up 56.9 → OPD ?"),

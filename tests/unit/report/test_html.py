@@ -19,7 +19,7 @@ import pytest
 from fakes import ARMS, BASE_S, MORE_ARMS, fake_run, printed
 from headwater.report import build as report
 from headwater.report import figures, svg
-from headwater.report import text as report_words
+from headwater.report.format import console, units
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_terminal_table_fits_in_a_hundred_columns(tmp_path: Path, evals: tup
 
 def test_output_to_a_file_is_110_columns_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert report.console(io.StringIO()).width == 110
+    assert console(io.StringIO()).width == 110
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_output_to_a_file_is_110_columns_wide(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_units_keep_three_digits(value: float, text: str) -> None:
-    assert report_words.units(value) == text
+    assert units(value) == text
 
 
 class _Page(html.parser.HTMLParser):
@@ -141,9 +141,11 @@ def test_what_comes_from_files_cannot_become_markup(tmp_path: Path) -> None:
     assert "<b>pocket" not in text and "<i>os" not in text and "alert(3)</script>" not in text
     assert not [key for key, _ in page.attributes if key.startswith("on")]
     rows = _data(text)["rows"]
-    assert any("<script>alert(1)</script>" in row["c"] for row in rows)
+    assert any("<script>alert(1)</script>" in row["text"] for row in rows)
     assert (
-        "\x00" not in text and "\x1b" not in text and not any("\x00" in row["c"] or "\x1b" in row["c"] for row in rows)
+        "\x00" not in text
+        and "\x1b" not in text
+        and not any("\x00" in row["text"] or "\x1b" in row["text"] for row in rows)
     )
     assert len(page.ids) == len(set(page.ids))
 
@@ -153,7 +155,7 @@ def test_a_very_long_completion_is_cut(tmp_path: Path) -> None:
     report.write(out)
     text = (out / "report.html").read_text()
     row = _data(text)["rows"][0]
-    assert len(text) < 150_000 and len(row["c"]) == 1600 and row["m"] == 98_400
+    assert len(text) < 150_000 and len(row["text"]) == 1600 and row["cut"] == 98_400
 
 
 def _data(text: str) -> Any:
@@ -172,9 +174,9 @@ def test_a_hundred_thousand_rollouts_become_a_bounded_sample_that_says_so(tmp_pa
         (node / "rollouts" / f"{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.write(out)
     text = (out / "report.html").read_text()
-    found = [row for row in _data(text)["rows"] if row["s"] == "On-policy distillation"]
+    found = [row for row in _data(text)["rows"] if row["stage"] == "On-policy distillation"]
     assert len(text) < 3_000_000
-    assert sorted({row["t"] for row in found}) == [1, 5, 10] and len(found) == 18
+    assert sorted({row["step"] for row in found}) == [1, 5, 10] and len(found) == 18
     assert f"A sample of {len(_data(text)['rows'])} of about 120," in text  # 12 steps × 10,000 and the graded ones
 
 
@@ -188,9 +190,9 @@ def test_the_page_shows_a_problem_beside_its_completion_and_the_teachers_signal(
     (out / "problems.jsonl").write_text(json.dumps({"id": "p1", "text": "2+3 </script>"}) + "\n")
     report.write(out)
     data = _data((out / "report.html").read_text())
-    first, second = (one for one in data["rows"] if one["p"] == "p1")
-    assert first["x"] == [-4.25, -1.0, 0.5] and first["w"] == ["=", "5", ""] and "x" not in second
-    assert data["problems"][first["q"]] == "2+3 </script>" and data["arms"][first["a"][0]] == "bridge"
+    first, second = (row for row in data["rows"] if row["problem"] == "p1")
+    assert first["signal"] == [-4.25, -1.0, 0.5] and first["pieces"] == ["=", "5", ""] and "signal" not in second
+    assert data["problems"][first["question"]] == "2+3 </script>" and data["arms"][first["arms"][0]] == "bridge"
 
 
 def test_every_figure_lies_beside_the_page_as_svg_with_its_numbers_as_csv(run: Path, built: dict[str, Any]) -> None:
@@ -236,10 +238,10 @@ def test_the_page_shows_predictions_comparisons_conditions_and_costs(tmp_path: P
     page = _parsed(text)
     assert page.open == []
     for title in ("The paper's predictions", "Equal labels and compute", "Conditions", "Stage by stage"):
-        assert html.escape(title) in text
-    said = re.sub(r"<[^>]+>", " ", text)
+        assert title in html.unescape(text)
+    shown = html.unescape(re.sub(r"<[^>]+>", " ", text))
     for row in found["predictions"]:
-        assert f"{row['reading']}" in said and html.escape(row["why"].split("; ")[0]) in said
+        assert row["reading"] in shown and row["why"].split("; ")[0] in shown
     described = [value or "" for key, value in page.attributes if key == "aria-label"]
     cost = [one for one in described if "against training FLOPs" in one]
     assert len(cost) == 1 and "bridge " in cost[0] and "at 56G" in cost[0] and "base_student" in cost[0]
@@ -267,32 +269,35 @@ def test_curves_are_the_mean_and_the_range_over_seeds_where_all_have_a_value() -
     lines = (((1, 2, 3), (0.0, 1.0, 2.0)), ((1, 2), (2.0, 3.0)))
     drawn = figures.curves("a", "reward", [figures.Series("bridge", 0, lines)])
     # Means at the common steps 1 and 2 are 1 and 2, the lowest seed's values 0 and 1, the highest's 2 and 3.
-    assert drawn.label == "reward over training steps, 2 seeds: bridge from 1 to 2"
-    assert f'aria-label="{drawn.label}"' in drawn.page
+    assert drawn.description == "reward over training steps, 2 seeds: bridge from 1 to 2"
+    assert f'aria-label="{drawn.description}"' in drawn.element
     assert drawn.csv.splitlines()[1:] == ["bridge,1,1.0,0.0,2.0", "bridge,2,2.0,1.0,3.0"]
     apart = figures.curves("b", "x", [figures.Series("a", 0, (((1,), (0.0,)), ((2,), (0.0,))))])
-    assert "no step in common" in apart.label
+    assert "no step in common" in apart.description
 
 
 def test_arms_of_one_cost_stand_beside_each_other() -> None:
-    assert figures.beside([256, 256, 256, 512]) == [-5.0, 0.0, 5.0, 0.0]
+    assert figures.sideways_shifts([256, 256, 256, 512]) == [-5.0, 0.0, 5.0, 0.0]
     points = [figures.Point(name, 256.0, 0.5, 0.4, 0.6) for name in ("a", "b", "c")]
-    drawn = figures.against("c", "Accuracy on sums", points, [("base_student", 0.1)], "labels", str)
-    uprights = re.findall(r'd="M ([\d.]+) [\d.]+\nL ([\d.]+) [\d.]+\n"[^>]*stroke: var\(--series', drawn.page)
+    axis = figures.CostAxis("labels", str)
+    plot = figures.accuracy_by_cost("c", "Accuracy on sums", points, [("base_student", 0.1)], axis)
+    uprights = re.findall(r'd="M ([\d.]+) [\d.]+\nL ([\d.]+) [\d.]+\n"[^>]*stroke: var\(--series', plot.element)
     across = [float(x) for x, again in uprights if x == again]
     assert len(across) == 3 and all(abs(b - a - 5.0) < 0.2 for a, b in itertools.pairwise(across))
 
 
 def test_a_drawing_takes_the_pages_colours_and_keeps_what_its_axes_say() -> None:
     drawn = figures.curves("d", "share", [figures.Series("a", 0, (((1, 2), (0.25, 0.75)),))])
-    assert "currentColor" in drawn.page and "var(--series0, #0072b2)" in drawn.page and svg.TEXT not in drawn.page
-    assert ">0.75<" in drawn.page.replace("\n", "") or ">0.7<" in drawn.page.replace("\n", "")
-    ids = re.findall(r' id="([^"]+)"', drawn.page)
+    assert (
+        "currentColor" in drawn.element and "var(--series0, #0072b2)" in drawn.element and svg.TEXT not in drawn.element
+    )
+    assert ">0.75<" in drawn.element.replace("\n", "") or ">0.7<" in drawn.element.replace("\n", "")
+    ids = re.findall(r' id="([^"]+)"', drawn.element)
     other = figures.curves("e", "share", [figures.Series("a", 0, (((1, 2), (0.25, 0.75)),))])
-    assert ids and not set(ids) & set(re.findall(r' id="([^"]+)"', other.page))
+    assert ids and not set(ids) & set(re.findall(r' id="([^"]+)"', other.element))
 
 
 def test_names_of_files_are_plain_and_of_different_things_different() -> None:
-    assert figures.named("accuracy", "sums") == "accuracy-sums"
-    odd = [figures.named("way", name) for name in ("../../x", "a/b", "a:b", "é" * 300)]
+    assert figures.file_stem("accuracy", "sums") == "accuracy-sums"
+    odd = [figures.file_stem("way", name) for name in ("../../x", "a/b", "a:b", "é" * 300)]
     assert len(set(odd)) == 4 and all(re.fullmatch(r"[A-Za-z0-9_-]{1,70}", one) for one in odd)

@@ -11,9 +11,9 @@ import pytest
 
 from fakes import ARMS, MORE_ARMS, by_problem, fake_run, graded, names, printed, write_rows
 from headwater import stats
+from headwater.config.arms import CONTRASTS
 from headwater.report import build as report
 from headwater.report import contrasts
-from headwater.report import text as report_words
 from headwater.report.predictions import predictions
 
 
@@ -28,7 +28,7 @@ def built(run: Path) -> dict[str, Any]:
 
 
 def test_contrasts_are_the_paired_differences_of_the_files(run: Path, built: dict[str, Any]) -> None:
-    found = report_words.find_contrast(built, "bridge", "direct_grpo", "sums")
+    found = contrasts.find_contrast(built, "bridge", "direct_grpo", "sums")
     assert found is not None
 
     def table(arm: str) -> np.ndarray:
@@ -46,7 +46,7 @@ def test_contrasts_are_the_paired_differences_of_the_files(run: Path, built: dic
     assert found["low"] < low + 0.01 and found["high"] > high - 0.01
     assert found["p"] == pytest.approx(stats.sign_flip_p(values.mean(axis=0)), abs=1e-6)
     pairs = {(c["a"], c["b"]) for c in built["contrasts"]}
-    wanted = set(report_words.NAMED_PAIRS) | {(arm, "base_student") for arm in ARMS if arm != "base_student"}
+    wanted = set(CONTRASTS) | {(arm, "base_student") for arm in ARMS if arm != "base_student"}
     assert pairs == {pair for pair in wanted if set(pair) <= set(ARMS)}
 
 
@@ -62,7 +62,7 @@ def test_all_right_or_all_wrong_has_intervals_and_no_verdict_beyond_them(tmp_pat
 
 def test_the_verdict_names_the_numbers_and_the_labels(built: dict[str, Any]) -> None:
     said = built["verdict"]
-    upper = report_words.find_contrast(built, "bridge", "direct_grpo", "sums")
+    upper = contrasts.find_contrast(built, "bridge", "direct_grpo", "sums")
     assert upper is not None
     assert said.startswith("On sums (3 seeds × 60 problems) the paper's ordering raw_teacher < direct_grpo < bridge ")
     assert f"bridge {100 * built['arms']['bridge']['accuracy']['sums']['mean']:.1f} %" in said
@@ -109,7 +109,7 @@ def test_one_arm_alone_is_compared_with_the_student_before(tmp_path: Path) -> No
 def test_labels_are_equal_to_the_label_and_compute_within_a_tenth(
     labels: tuple[float, float], flops: tuple[float, float], expected: list[str]
 ) -> None:
-    found = contrasts.equal(
+    found = contrasts.equal_resources(
         dict(zip("ab", labels, strict=True)),
         dict(zip("ab", flops, strict=True)),
     )
@@ -125,7 +125,7 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_comparisons_are_grouped_by_what_is_equal_in_them(every: dict[str, Any]) -> None:
     groups = {
         title: {(c["a"], c["b"]) for c in held}
-        for title, held in report_words.grouped(report_words.named_contrasts(every))
+        for title, held in contrasts.group_by_equality(contrasts.named_contrasts(every))
     }
     assert ("bridge", "direct_grpo_compute") in groups["Equal labels and compute"]
     assert ("bridge", "opd_then_rl_compute") in groups["Equal labels and compute"]
@@ -135,7 +135,7 @@ def test_comparisons_are_grouped_by_what_is_equal_in_them(every: dict[str, Any])
     assert ("bridge_rl", "replay") in groups["Equal compute"]  # fresh labels are the point of it
     assert ("direct_grpo", "raw_teacher") in groups["Neither equal"]
     named = [pair for held in groups.values() for pair in held]
-    assert sorted(named) == sorted(report_words.NAMED_PAIRS)
+    assert sorted(named) == sorted(CONTRASTS)
 
 
 def _report(**differences: tuple[float, float, float]) -> dict[str, Any]:
@@ -239,9 +239,9 @@ def test_the_verdict_speaks_of_p2_p3_and_equal_compute_where_they_were_measured(
     by_name = {row["name"]: row["reading"].replace("undecided", "is undecided") for row in every["predictions"]}
     assert f"P2, that the bridge needs both its warm-up and OPD, {by_name['P2']}: bridge " in said
     assert f"matched replay does not, {by_name['P3']}: bridge_1h " in said
-    one = report_words.find_contrast(every, "bridge", "direct_grpo_compute", "sums")
+    one = contrasts.find_contrast(every, "bridge", "direct_grpo_compute", "sums")
     assert one is not None
-    assert f"At equal compute the bridge is better than direct_grpo_compute ({report_words.difference(one)};" in said
+    assert f"At equal compute the bridge is better than direct_grpo_compute ({contrasts.difference_text(one)};" in said
     assert "; 56.0 GFLOPs and 54.0 GFLOPs)" in said and "not equal after all" not in said
 
 
@@ -292,4 +292,4 @@ def test_validation_labels_are_counted_apart_and_said_in_the_caption(tmp_path: P
     page, text = (out / "report.html").read_text(), " ".join(printed(found, 110).split())
     assert "Accuracy on sums and costs (and 30 validation labels)" in page
     assert "and 30 validation labels, which decided when stages end, in bridge" in text
-    assert "validating 10.0 GFLOPs" in text
+    assert "validation 10.0 GFLOPs" in text

@@ -43,7 +43,7 @@ def half(tmp_path: Path) -> Path:
 
 
 def test_a_look_says_step_rate_time_left_and_the_numbers_that_matter(half: Path) -> None:
-    found = watch.look(half)
+    found = watch.read_status(half)
     standing = {one.node: one for one in found.nodes}
     opd = standing[names(half, "bridge")[-1]]
     assert (opd.state, opd.step, opd.steps, opd.steps_a_minute, opd.seconds_left) == ("stopped", 12, 40, 120.0, 14.0)
@@ -57,17 +57,17 @@ def test_a_look_says_step_rate_time_left_and_the_numbers_that_matter(half: Path)
 
 def test_a_waiting_stage_is_taken_to_last_as_long_as_a_finished_one_did(half: Path) -> None:
     (half / "nodes" / names(half, "bridge")[-1] / "DONE").write_text('{"fingerprint": "x"}')
-    waiting = next(one for one in watch.look(half).nodes if one.node == names(half, "bridge_rl")[-2])
+    waiting = next(one for one in watch.read_status(half).nodes if one.node == names(half, "bridge_rl")[-2])
     assert waiting.seconds_left == pytest.approx(6.0)  # twelve steps of half a second
 
 
 def test_a_run_that_somebody_works_on_is_seen_by_its_lock_without_touching_it(half: Path) -> None:
-    assert not watch.is_held(half / ".lock")
+    assert not watch.is_locked(half / ".lock")
     with lock(half / ".lock", 0.0) as free:
         assert free
-        found = watch.look(half)
+        found = watch.read_status(half)
         assert found.running and "at work" in {one.state for one in found.nodes}
-    assert not watch.look(half).running
+    assert not watch.read_status(half).running
 
 
 def test_the_terminal_names_stages_and_warnings_and_a_machine_reads_the_same(half: Path) -> None:
@@ -82,11 +82,11 @@ def test_the_terminal_names_stages_and_warnings_and_a_machine_reads_the_same(hal
 def test_a_study_that_is_longer_than_the_terminal_shows_what_is_at_work() -> None:
     states: list[watch.State] = [*(["done"] * 40), "at work", *(["waiting"] * 40), "failed", *(["waiting"] * 18)]
     nodes = tuple(
-        watch.NodeNow(f"n{place}", f"stage{place}", "", 0, state, 3, 8, None, 1.0, {}, (f"loud{place}",))
+        watch.NodeStatus(f"n{place}", f"stage{place}", "", 0, state, 3, 8, None, 1.0, {}, (f"loud{place}",))
         for place, state in enumerate(states)
     )
     console = Console(file=io.StringIO(), width=100)
-    console.print(watch.frame(watch.Look("pocket", True, nodes), 30))
+    console.print(watch.status_table(watch.RunStatus("pocket", True, nodes), 30))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert len(text.splitlines()) <= 30
     listed = re.findall(r"stage(\d+) ", text)
@@ -168,20 +168,20 @@ def test_the_served_page_is_made_again_only_when_files_changed_and_nobody_waits_
         return f"<title>report {len(made)}</title><main></main>"
 
     monkeypatch.setattr(serve.report, "page", slow)
-    monkeypatch.setattr(serve, "PATIENCE", 0.0)
-    page = serve.Page([half])
-    assert all("report 1" in page.now() for _ in range(5)) and len(made) == 1
+    monkeypatch.setattr(serve, "REST_FACTOR", 0.0)
+    page = serve.LivePage([half])
+    assert all("report 1" in page.render() for _ in range(5)) and len(made) == 1
     go_on.clear()
     opd = half / "nodes" / names(half, "bridge")[-1]
     with (opd / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "seconds": 1.0}\n')
-    stale = page.now()  # comes at once, though the next page is not yet made, and asks again by itself
+    stale = page.render()  # comes at once, though the next page is not yet made, and asks again by itself
     assert "report 1" in stale and "13 of 40" not in stale and '<meta http-equiv="refresh"' in stale
     go_on.set()
-    assert page.maker is not None
-    page.maker.join()
-    assert "report 2" in page.now() and len(made) == 2
-    assert '<meta http-equiv="refresh"' not in page.now() and len(made) == 2
+    assert page.builder is not None
+    page.builder.join()
+    assert "report 2" in page.render() and len(made) == 2
+    assert '<meta http-equiv="refresh"' not in page.render() and len(made) == 2
 
 
 def test_only_the_page_is_there_and_only_this_machine_may_ask(address: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Lora
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
@@ -24,7 +24,7 @@ from headwater.runs.estimate import Asked, estimates
 from headwater.runs.hardware import DEVICES, MODELS
 from headwater.runs.memory_estimate import FOUR_BITS, Held, Work, held_bytes, pass_bytes
 from headwater.runs.setup import prepared
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from runs import TINY, call, held, infos, rows, sets, temporary, tiny
 from tiny import CPU, rollout_of, stage_of, taught, tiny_folder
 from tiny import MODELS as TINY_MODELS
@@ -129,7 +129,7 @@ def test_data_of_unknown_size_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     assert answer.code == 2
     assert "data.labeled: elsewhere.jsonl is not here, and data.labeled.limit does not say" in answer.err
     text = call("run", "gsm8k", "--dry-run", "--on", "rtx4090").out
-    assert "data.labeled: gsm8k/train.jsonl is not here; taken to hold 7,473 problems, its limit" in text
+    assert "data.labeled: gsm8k/train.jsonl is not here; assumed to hold 7,473 problems, its limit" in text
     assert "which fits" in text and "GPU-hours" in text
 
 

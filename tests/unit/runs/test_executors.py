@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Compute
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.runs.executors import base as executor
 from headwater.runs.executors.base import Failure, Job
-from headwater.runs.executors.local import Processes, allowed, ended_how, workers_for
-from headwater.runs.executors.schedule import by_longest_chain
+from headwater.runs.executors.local import LocalExecutor, exit_reason, worker_count, worker_limit
+from headwater.runs.executors.schedule import critical_path_first
 from headwater.runs.node_context import NodeProgress, ProgressDisplay
 from headwater.runs.plan import Node
 from headwater.runs.setup import prepared
@@ -85,20 +85,20 @@ def test_two_workers_make_what_one_makes_bit_for_bit_and_say_where_the_study_sta
 def test_as_many_workers_as_the_cores_allow_unless_the_recipe_says(
     compute: Compute, device: str, cores: int, workers: int
 ) -> None:
-    assert allowed(compute, torch.device(device), cores) == workers
+    assert worker_limit(compute, torch.device(device), cores) == workers
 
 
 def test_there_are_never_more_workers_than_ends_to_run_towards(tmp_path: Path) -> None:
     with job_of(tmp_path, "bridge,raw_teacher,direct_grpo", "compute.workers=8") as job:
-        assert workers_for(job) == 3
+        assert worker_count(job) == 3
     with job_of(tmp_path, "bridge", "compute.workers=8") as job:
-        assert workers_for(job) == 1  # so a run of one arm stays in this process
+        assert worker_count(job) == 1  # so a run of one arm stays in this process
 
 
 def test_the_node_with_the_most_work_behind_it_goes_first_and_parents_go_before_children(tmp_path: Path) -> None:
     with job_of(tmp_path, "bridge,direct_grpo") as job:
         costs = {name: {"teacher_rl": 1.0, "student_rl": 5.0}.get(name.split(".")[0], 2.0) for name in job.todo}
-        stages = [name.split(".")[0] for name in by_longest_chain(job, costs)]
+        stages = [name.split(".")[0] for name in critical_path_first(job, costs)]
     # bridge: teacher_rl 1 + rollouts 2 + warm-up 2 + opd 2 = 7 behind its beginning, 6 behind the rollouts; direct_grpo 5
     assert stages == [
         "teacher_rl", "teacher_rollouts", "student_rl", "warmup", "base_student", "base_teacher", "opd",
@@ -200,7 +200,7 @@ for line in sys.stdin:
     if name.startswith("warmup") and (out / "begun").read_text().count("warmup") <= int((out / "deaths").read_text()):
         os.kill(os.getpid(), 9)
     print(json.dumps({"begun": name}), flush=True)
-    print(json.dumps({"ended": name, "failure": None}), flush=True)
+    print(json.dumps({"done": name}), flush=True)
 """
 
 
@@ -212,7 +212,7 @@ def test_a_node_whose_worker_is_killed_is_tried_once_more_and_then_counts_as_fai
     progress_display = ProgressDisplay(lines.append, lambda title, number, total: contextlib.nullcontext(deaf()))
     (tmp_path / "deaths").write_text(str(deaths))
     with job_of(tmp_path, "raw_teacher,direct_grpo", progress_display=progress_display) as job:
-        failures = Processes(2, (sys.executable, "-c", FAKE))(job)
+        failures = LocalExecutor(2, (sys.executable, "-c", FAKE))(job)
         warmup = next(name for name in job.todo if name.startswith("warmup"))
         opd = next(name for name in job.todo if name.startswith("opd"))
     begun = (tmp_path / "begun").read_text().split()
@@ -223,12 +223,12 @@ def test_a_node_whose_worker_is_killed_is_tried_once_more_and_then_counts_as_fai
         assert failures == {} and sorted(begun) == sorted([*job.todo, warmup])
     else:
         assert failures == {warmup: Failure(f"{killed}, for the second time", 1)}
-        assert held(tmp_path / "nodes" / warmup / "FAILED") == failures[warmup].written()
+        assert held(tmp_path / "nodes" / warmup / "FAILED") == failures[warmup].to_json()
         assert sorted({*begun}) == sorted(job.todo.keys() - {opd})
 
 
 def test_a_worker_that_ends_by_itself_is_named_by_its_code() -> None:
-    assert ended_how(3) == "ended with code 3" and ended_how(-15) == "was killed by SIGTERM"
+    assert exit_reason(3) == "ended with code 3" and exit_reason(-15) == "was killed by SIGTERM"
 
 
 def start(out: Path) -> subprocess.Popen[str]:

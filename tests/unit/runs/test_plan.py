@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from headwater.config.arms import ARMS, find_recipe
+from headwater.config.arms import ARMS
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
 from headwater.runs.plan import Node, Plan, make_plan
@@ -151,7 +152,7 @@ def test_parents_come_before_children_and_every_arm_ends_with_its_own_last_node(
     order = [plan.names[node] for node in plan.order()]
     for node in plan.order():
         assert all(order.index(plan.names[parent]) < order.index(plan.names[node]) for parent in node.parents)
-    written = plan.written()
+    written = plan.to_json()
     assert list(written["arms"]) == ["base_student", "base_teacher", *ARMS]
     assert written["seeds"] == [0, 1]
     for arm, by_seed in plan.arms.items():

@@ -12,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
+from headwater.config.recipe import Guards
 from headwater.config.stage import Stage
-from headwater.errors import TrainingStoppedError
 from headwater.losses.batch import Row
 from headwater.runs.node_context import NodeContext
 from headwater.runs.setup import prepared
-from headwater.training.rollouts import SignalGuard, merged, stored, uninformative
+from headwater.training.groups import count_uninformative, replace_uninformative
+from headwater.training.guards import NoSignalGuard
+from headwater.training.rollouts import CachedRollouts
 from headwater.types import Rollout, Verdict
 from runs import TINY, node, rows, temporary, tiny
 
@@ -52,15 +54,15 @@ def problems(path: Path, step: int) -> list[str]:
 
 def test_an_epoch_of_cached_rollouts_reads_each_once_and_the_next_in_another_order() -> None:
     cached = [Row(Rollout(f"p{index}", 0, (1,), (2,), (-1.0,), "stop", "s")) for index in range(12)]
-    gather = stored(stage(objective="sft", batch_size=4), 0, cached)
+    gather = CachedRollouts(cached, stage(objective="sft", batch_size=4), 0)
     epochs = [
         [row.rollout.problem_id for step in steps for row in gather(step).rows] for steps in ((0, 1, 2), (3, 4, 5))
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"p{index}" for index in range(12))
     assert epochs[0] != epochs[1]
-    again = stored(stage(objective="sft", batch_size=4), 0, cached)
+    again = CachedRollouts(cached, stage(objective="sft", batch_size=4), 0)
     assert [row.rollout.problem_id for row in again(4).rows] == epochs[1][4:8]  # a resumed stage goes on where it was
-    other = stored(stage(objective="sft", batch_size=4), 1, cached)
+    other = CachedRollouts(cached, stage(objective="sft", batch_size=4), 1)
     assert [row.rollout.problem_id for row in other(0).rows] != epochs[0][:4]
 
 
@@ -125,14 +127,14 @@ def test_unlabelled_prompts_join_the_dense_stages_and_never_the_sparse_ones(tmp_
 
 
 def test_a_group_is_uninformative_when_all_its_verdicts_agree() -> None:
-    assert uninformative(group("a", "1111") + group("b", "0000") + group("c", "0100"), stage()) == 2
+    assert count_uninformative(group("a", "1111") + group("b", "0000") + group("c", "0100"), GROUP) == 2
 
 
 def test_fresh_informative_groups_take_the_places_of_those_without_a_signal() -> None:
     kept = group("a", "0000") + group("b", "0110") + group("c", "1111")
     fresh = group("d", "1111") + group("e", "0001")
-    assert names(merged(kept, fresh, stage())) == ["e", "b", "c"]
-    assert names(merged([], fresh, stage())) == ["d", "e"]
+    assert names(replace_uninformative(kept, fresh, GROUP)) == ["e", "b", "c"]
+    assert names(replace_uninformative([], fresh, GROUP)) == ["d", "e"]
 
 
 def test_every_label_that_dynamic_sampling_looked_at_is_counted_also_of_groups_that_it_threw_away(
@@ -156,29 +158,44 @@ def test_every_label_that_dynamic_sampling_looked_at_is_counted_also_of_groups_t
 # No signal, no numbers ------------------------------------------------------------------------------------------------
 
 
-def guard(stop: bool = True, earlier: tuple[float, ...] = ()) -> SignalGuard:
-    return SignalGuard(stop, 3, 40, lambda: 12, lambda: [{"informative": value} for value in earlier])
+def silent(step: int, informative: float = 0.0, reward: float = 0.0) -> dict[str, float]:
+    return {"step": step, "informative": informative, "reward": reward}
 
 
-def test_a_stage_without_signal_is_stopped_at_the_end_of_its_patience_with_the_labels_that_it_wasted() -> None:
-    silent = {"informative": 0.0, "reward": 0.0}
-    guard().look(0, 4, silent)
-    guard().look(1, 4, silent)
-    with pytest.raises(TrainingStoppedError) as stopped:
-        guard(earlier=(0.0, 0.0)).look(2, 4, silent)
-    said = str(stopped.value)
-    assert "no group is informative: in each of the 12 groups so far all completions were wrong" in said
-    assert "12 labels were looked at and bought nothing" in said
-    assert "the other 28 of this stage's 40 labels would be wasted too" in said
-    with pytest.raises(TrainingStoppedError, match="all completions were right"):
-        guard().look(2, 4, {"informative": 0.0, "reward": 1.0})
+def no_signal_guard(folder: Path, stop: bool = True) -> NoSignalGuard:
+    """Patience 3, 40 labels; the ledger holds three steps of four groups each, on 12 labels."""
+    guards = Guards(no_signal="stop" if stop else "continue", patience=3)
+    folder.mkdir(exist_ok=True)
+    spend = {"purpose": "train", "checks": 4 * GROUP}
+    lines = [json.dumps({**spend, "labels": [f"p{4 * step + i}" for i in range(4)]}) for step in range(3)]
+    (folder / "ledger.jsonl").write_text(
+        "\n".join([*lines, json.dumps({**spend, "purpose": "eval", "labels": ["e"]})]) + "\n"
+    )
+    return NoSignalGuard(guards, stage(), 10, 40, folder / "ledger.jsonl")
 
 
-def test_one_informative_group_early_on_or_the_users_word_lets_a_stage_go_on() -> None:
-    silent = {"informative": 0.0, "reward": 0.0}
-    guard(earlier=(0.0, 0.25)).look(2, 4, silent)
-    guard(stop=False).look(2, 4, silent)
-    guard().look(3, 4, silent)  # only the beginning is judged
+def test_a_stage_without_signal_is_stopped_at_the_end_of_its_patience_with_the_labels_that_it_wasted(
+    tmp_path: Path,
+) -> None:
+    guard = no_signal_guard(tmp_path)
+    assert guard.check(silent(1)) is None and guard.check(silent(2)) is None
+    message = str(guard.check(silent(3)))
+    assert "no group is informative: in each of the 12 groups so far all completions were wrong" in message
+    assert "12 labels were looked at and bought nothing" in message
+    assert "the other 28 of this stage's 40 labels would be wasted too" in message
+    assert "all completions were right" in str(no_signal_guard(tmp_path).check(silent(3, reward=1.0)))
+    # A resumed stage that had stopped there stops again; with `continue` it goes on.
+    rows_ = [silent(step) for step in (1, 2, 3)]
+    assert no_signal_guard(tmp_path).catch_up(rows_) == message
+    assert no_signal_guard(tmp_path, stop=False).catch_up(rows_) is None
+
+
+def test_one_informative_group_early_on_or_the_users_word_lets_a_stage_go_on(tmp_path: Path) -> None:
+    guard = no_signal_guard(tmp_path)
+    assert [guard.check(row) for row in (silent(1), silent(2, informative=0.25), silent(3))] == [None] * 3
+    assert no_signal_guard(tmp_path, stop=False).check(silent(3)) is None
+    assert no_signal_guard(tmp_path).check(silent(4)) is None  # only the beginning is judged
+    assert no_signal_guard(tmp_path).check({"step": 3, "loss": 0.0}) is None  # a dense stage looks at no labels
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -230,10 +247,10 @@ def test_a_non_finite_loss_leaves_the_weights_as_the_last_checkpoint_has_them(
 ) -> None:
     """The third step's loss is made a NaN: two good checkpoints stay, and without the fault the stage goes on from there."""
     from headwater.losses import objectives
-    from headwater.runs import run_node
+    from headwater.runs import train_node
 
     calls = Counter[str]()
-    real = run_node.objective_of
+    real = train_node.objective_of
 
     def spoilt(stage_: Stage, *more: float | None) -> objectives.Objective:
         found = real(stage_, *more)
@@ -250,7 +267,7 @@ def test_a_non_finite_loss_leaves_the_weights_as_the_last_checkpoint_has_them(
     changes = [f"stages.warmup.{field}" for field in ("steps=4", "checkpoint_every=1")]
     out, whole = tmp_path / "out", tmp_path / "whole"
     with monkeypatch.context() as patch:
-        patch.setattr(run_node, "objective_of", spoilt)
+        patch.setattr(train_node, "objective_of", spoilt)
         said = tiny("run", out, "--arm", "warmup_only", changes=changes)
     assert said.code == 4
     assert "warmup, step 3 of 4: the loss is not finite; the weights were not changed by this step" in said.err

@@ -14,7 +14,9 @@ import matplotlib.image
 import pytest
 
 from headwater.errors import UserError
-from headwater.report import sweep_figure, sweep_page, sweep_text
+from headwater.report import sweep as sweep_report
+from headwater.report import sweep_page, sweep_plot
+from headwater.report.svg import COLOURS, TEXT
 from headwater.runs.sweep import Sweep, folder_name, lay_out, text_of
 from runs import call, held, infos, sets, temporary, tiny
 
@@ -80,7 +82,7 @@ def test_any_field_may_be_varied_and_its_value_is_the_number_that_the_recipe_hol
         ("stages.opd.optim.lr", "1e-3,0.001", "1e-3 and 0.001 are the same"),
         ("models.teacher", "a/b,a-b", "folders.*a/b and a-b are the same"),
         ("stages.opd.optim.rate", "1,2", "unknown field stages.opd.optim.rate"),
-        ("stages.opd.optim.lr", None, "say with --values"),
+        ("stages.opd.optim.lr", None, "name the values to try with --values"),
         ("--seeds", "1", "name labels, teacher, lambda or a field"),
     ],
 )
@@ -107,9 +109,9 @@ def test_folders_are_named_by_their_values() -> None:
 
 def test_a_points_own_command_makes_the_same_recipe_in_the_same_folder() -> None:
     sweep = pocket("lambda", "0.25", "labels.budget=32")
-    words = shlex.split(sweep.study(sweep.points[0], Path("my runs")))
+    words = shlex.split(sweep.study_command(sweep.points[0], Path("my runs")))
     assert words[:3] == ["headwater", "study", "pocket"] and words[-2:] == ["--out", "my runs/0.25"]
-    from headwater.config.arms import find_recipe
+    from headwater.config.builtin import find_recipe
 
     changes = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
     assert find_recipe("pocket", changes) == sweep.points[0].recipe
@@ -141,7 +143,7 @@ def made_up(vary: str, values: list[Any], bridge: list[float | None], direct: fl
                        "seeds": [101], "evals": ["sums"], "arms": arms, "contrasts": contrasts})  # fmt: skip
     found = {"recipe": "pocket", "vary": vary, "field": vary, "values": values, "seeds": [101], "evals": ["sums"],
              "arms": ["direct_grpo", "bridge"], "command": "headwater sweep", "points": points, "across": []}  # fmt: skip
-    return {**found, "said": sweep_text.sentences(found)}
+    return {**found, "said": sweep_report.sentences(found)}
 
 
 def test_the_words_say_where_the_bridge_is_better_where_it_is_undecided_and_where_the_order_turns() -> None:
@@ -155,10 +157,10 @@ def test_the_words_say_where_the_bridge_is_better_where_it_is_undecided_and_wher
 def test_a_failed_point_stands_in_words_table_plot_and_page_with_its_sentence() -> None:
     found = made_up("labels", [64, 128], [0.6, None])
     assert found["said"][1] == "labels 128 failed: no group had rewards that differ."
-    svg, _ = sweep_figure.draw(found)
+    svg, _ = sweep_plot.draw(found)
     assert ">failed<" in svg
     assert "failed: no group had rewards that differ" in sweep_page.page(found, svg)
-    assert sweep_text.cell(found["points"][1], "bridge", "sums") == "failed"
+    assert sweep_report.cell(found["points"][1], "bridge", "sums") == "failed"
 
 
 def test_one_arm_is_compared_with_itself_at_the_first_value() -> None:
@@ -166,21 +168,21 @@ def test_one_arm_is_compared_with_itself_at_the_first_value() -> None:
     against = [{**found["points"][0]["contrasts"][0], "arm": "bridge", "a": value, "b": 0.0} for value in (0.5, 1.0)]
     against[1] |= {"low": -0.13, "high": -0.07, "p": 0.001}
     found |= {"arms": ["bridge"], "across": [against[0] | {"low": -0.01, "high": 0.05, "p": 0.4}, against[1]]}
-    assert sweep_text.sentences(found) == [
+    assert sweep_report.sentences(found) == [
         "On sums, at lambda 1 bridge is worse than bridge at lambda 0; at lambda 0.5 bridge cannot be told from bridge at "
         "lambda 0. Highest at lambda 0.5, 62.0 %; as the highest of several it overstates what new runs would give."
     ]
 
 
 def test_models_go_by_their_short_names_where_these_differ() -> None:
-    assert sweep_text.names(["pocket:a", "/models/b/", 0.5]) == ["a", "b", "0.5"]
-    assert sweep_text.names(["x/model", "y/model"]) == ["x/model", "y/model"]
+    assert sweep_report.names(["pocket:a", "/models/b/", 0.5]) == ["a", "b", "0.5"]
+    assert sweep_report.names(["x/model", "y/model"]) == ["x/model", "y/model"]
 
 
 @pytest.mark.parametrize(
     ("vary", "values", "kind"),
     [
-        ("labels", [64, 128], "log2"),
+        ("labels", [64, 128], "log"),
         ("lambda", [0.0, 1.0], "linear"),
         ("stages.opd.steps", [40, 80], "linear"),
         ("stages.opd.optim.lr", [1e-4, 1e-3], "log"),
@@ -188,13 +190,13 @@ def test_models_go_by_their_short_names_where_these_differ() -> None:
     ],
 )
 def test_the_axis_suits_the_values(vary: str, values: list[Any], kind: str) -> None:
-    assert sweep_figure.axis_kind(made_up(vary, values, [0.5, 0.6])) == kind
+    assert sweep_plot.axis_kind(made_up(vary, values, [0.5, 0.6])) == kind
 
 
 def test_doubling_budgets_stand_equally_far_apart_and_every_line_has_its_name_beside_it() -> None:
     found = made_up("labels", [64, 128, 256], [0.5, 0.6, 0.7])
-    svg, png = sweep_figure.draw(found)
-    assert (svg, png) == sweep_figure.draw(found)
+    svg, png = sweep_plot.draw(found)
+    assert (svg, png) == sweep_plot.draw(found)
     for word in ("bridge 70.0", "direct_grpo 50.0", "student before 10.0", ">64<", ">128<", ">256<", "log scale"):
         assert word in svg
     places = []
@@ -207,9 +209,9 @@ def test_doubling_budgets_stand_equally_far_apart_and_every_line_has_its_name_be
 def test_the_page_holds_the_plot_in_its_own_colours_and_fetches_nothing() -> None:
     found = made_up("labels", [64, 128], [0.6, 0.7])
     found["said"] = ["<b>&"]
-    page = sweep_page.page(found, sweep_figure.draw(found)[0])
+    page = sweep_page.page(found, sweep_plot.draw(found)[0])
     assert "&lt;b&gt;&amp;" in page and "<b>" not in page
-    assert "currentColor" in page and sweep_figure.TEXT not in page.split("<svg")[1].split("</svg>")[0]
+    assert "currentColor" in page and TEXT not in page.split("<svg")[1].split("</svg>")[0]
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
     assert 'aria-label="Accuracy in per cent.' in page and "bridge on sums by labels 64: 60.0, 128: 70.0" in page
 
@@ -275,7 +277,7 @@ def test_the_table_as_csv_has_a_row_for_each_value_and_arm() -> None:
 def test_the_picture_shows_a_line_in_the_colour_of_each_arm() -> None:
     pixels = matplotlib.image.imread(swept() / "sweep.png")[..., :3].reshape(-1, 3)
     for style in (0, 3):  # direct_grpo and mixed
-        colour = sweep_figure.COLOURS[style].removeprefix("#")
+        colour = COLOURS[style].removeprefix("#")
         wanted = [int(colour[place : place + 2], 16) / 255 for place in (0, 2, 4)]
         assert (abs(pixels - wanted).max(axis=1) < 0.01).sum() > 100
 
@@ -333,6 +335,6 @@ def test_a_dry_run_counts_shared_nodes_once_and_leaves_out_budgets_beyond_the_da
 
 
 def test_what_reads_a_sweep_loads_no_torch() -> None:
-    code = "import sys, headwater.runs.sweep, headwater.report.sweep_build; print('torch' in sys.modules)"
+    code = "import sys, headwater.runs.sweep, headwater.report.sweep_page; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert said.stdout.strip() == "False"

@@ -18,7 +18,7 @@ from headwater.models.policy import Policy
 from headwater.sampling import fast_decoder, torch_sampler
 from headwater.sampling.base import Request, requests_for
 from headwater.sampling.fast_decoder import FastDecoder
-from headwater.sampling.kv_cache import Cache
+from headwater.sampling.kv_cache import KVCache
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.types import Rollout
 from tiny import PROMPTS, tiny_policy
@@ -68,25 +68,25 @@ def test_a_place_used_again_shows_nothing_of_who_was_there(monkeypatch: pytest.M
     """Whatever lies past a row's own end, and whatever a place held before a row entered, is made huge: no one may see it."""
     policy = tiny_policy(seed=2, std=0.2)
     clean = TorchSampler(policy, batch=5).sample(requests(), Sampling(max_tokens=40))
-    enter, show = Cache.enter, Cache.open
+    insert, reserve_column = KVCache.insert, KVCache.reserve_column
     spoilt = Counter[str]()
 
-    def spoil_places(self: Cache, *args: Any) -> torch.Tensor:
+    def spoil_places(self: KVCache, *args: Any) -> torch.Tensor:
         for table in (*self.keys, *self.values):
             table[len(self) :] = torch.nan
             spoilt["places"] += table[len(self) :].numel()
-        return enter(self, *args)
+        return insert(self, *args)
 
-    def spoil_what_is_past(self: Cache) -> int:
-        window = show(self)
+    def spoil_what_is_past(self: KVCache) -> int:
+        window = reserve_column(self)
         for row, length in enumerate(self.lengths):
             for table in (*self.keys, *self.values):
                 table[row, :, length + 1 :] = 1e6
                 spoilt["columns"] += table[row, :, length + 1 : window].numel()
         return window
 
-    monkeypatch.setattr(Cache, "enter", spoil_places)
-    monkeypatch.setattr(Cache, "open", spoil_what_is_past)
+    monkeypatch.setattr(KVCache, "insert", spoil_places)
+    monkeypatch.setattr(KVCache, "reserve_column", spoil_what_is_past)
     again = TorchSampler(policy, batch=5).sample(requests(), Sampling(max_tokens=40))
     assert spoilt["places"] > 0 and spoilt["columns"] > 0
     assert told(again) == told(clean)
@@ -142,7 +142,7 @@ def test_no_step_is_spent_on_a_sequence_that_has_ended_and_the_batch_stays_full(
 def test_looking_only_now_and_then_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy(name, seed=2, std=0.2)
     often = TorchSampler(policy, batch=6).sample(requests(), Sampling(max_tokens=21))
-    monkeypatch.setattr(torch_sampler, "LOOK_CPU", 8)
+    monkeypatch.setattr(torch_sampler, "CHECK_EVERY_CPU", 8)
     seldom = TorchSampler(policy, batch=6).sample(requests(), Sampling(max_tokens=21))
     assert told(seldom) == told(often)
     assert_honest(policy, seldom)
@@ -168,16 +168,16 @@ def test_a_wide_vocabulary_with_a_packed_head_gives_the_trainers_log_probs() -> 
 
 def test_a_cache_never_has_more_columns_than_its_longest_sequence_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy(seed=2, std=0.0)  # every token as likely as any other
-    monkeypatch.setattr(fast_decoder, "CACHE_STEP", 4)
+    monkeypatch.setattr(fast_decoder, "INITIAL_COLUMNS", 4)
     columns: list[int] = []
-    show = Cache.open
+    reserve_column = KVCache.reserve_column
 
-    def watch(self: Cache) -> int:
-        window = show(self)
+    def watch(self: KVCache) -> int:
+        window = reserve_column(self)
         columns.append(self.columns)
         return window
 
-    monkeypatch.setattr(Cache, "open", watch)
+    monkeypatch.setattr(KVCache, "reserve_column", watch)
     found = TorchSampler(policy, batch=4).sample(requests(samples=3, prompts=PROMPTS), Sampling(max_tokens=60))
     longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in found)
     lanes = fast_decoder.LANES if kernels() else 1  # a cache has whole groups of so many columns

@@ -9,7 +9,7 @@ import torch
 
 from headwater.models.policy import Policy
 from headwater.sampling.decoder import CacheDecoder, decoder_for
-from headwater.sampling.fast_decoder import CACHE_STEP, FastDecoder
+from headwater.sampling.fast_decoder import INITIAL_COLUMNS, FastDecoder
 from tiny import CPU, PROMPTS, tiny_policy
 
 LLAMA3 = {
@@ -36,14 +36,14 @@ def spoken(policy: Policy, decoder: CacheDecoder | FastDecoder, steps: int) -> l
     tokens = torch.randint(5, 30, (steps, 7), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         decoder.begin([PROMPTS[row] for row in (0, 0, 1, 1, 2, 3, 3)], 7, max(map(len, PROMPTS)) + steps)
-        found = [decoder.enter(7)]
+        found = [decoder.prefill(7)]
         alive = [0, 1, 2, 3, 4, 5, 6]
         for step in range(steps):
             if step in (3, 9):
                 keep = [0, 2, 3, 4, 6] if step == 3 else [3, 1]
                 alive = [alive[row] for row in keep]
-                decoder.keep(keep)
-            found.append(decoder.step(tokens[step, alive]))
+                decoder.select_rows(keep)
+            found.append(decoder.decode_step(tokens[step, alive]))
     return found
 
 
@@ -58,7 +58,7 @@ def test_the_fast_decoder_gives_the_hidden_states_of_the_general_one(kind: str) 
                     weight.normal_(generator=torch.Generator().manual_seed(len(weight_name)))
     assert isinstance(decoder_for(policy), FastDecoder)
     # Past the first growth of the cache at 9 + 64 columns, and past the second.
-    steps = 2 * (9 + CACHE_STEP) + 5
+    steps = 2 * (9 + INITIAL_COLUMNS) + 5
     for ours, theirs in zip(
         spoken(policy, FastDecoder(policy), steps), spoken(policy, CacheDecoder(policy), steps), strict=True
     ):

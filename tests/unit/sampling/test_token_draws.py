@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headwater import seeds
 from headwater.config.stage import Sampling
-from headwater.sampling.token_draws import BLOCK, WIDE, draw_tokens, inverse, named_uniforms
+from headwater.sampling.token_draws import BLOCK, WIDE, draw_tokens, inverse_cdf, named_uniforms
 
 
 def test_many_named_uniforms_are_those_of_each_name_alone() -> None:
@@ -25,7 +25,7 @@ def test_in_two_levels_the_token_is_the_one_of_a_single_exact_sum(seed: int, wid
     generator = torch.Generator().manual_seed(seed)
     p_BV = torch.softmax(torch.randn(8, width, generator=generator) * spread, dim=-1)
     draws_B = torch.rand(8, generator=generator, dtype=torch.float64)
-    token_B = inverse(p_BV, draws_B[:, None]).squeeze(1)
+    token_B = inverse_cdf(p_BV, draws_B[:, None]).squeeze(1)
     cumulative_BV = p_BV.double().cumsum(dim=1)
     target_B = draws_B * cumulative_BV[:, -1]
     for row, token in enumerate(token_B.tolist()):
@@ -40,14 +40,14 @@ def test_in_two_levels_tokens_come_in_equal_shares_of_an_even_grid_of_draws() ->
     width = 10 * BLOCK + 24  # the last block is not full
     assert width >= WIDE
     draws = ((torch.arange(width, dtype=torch.float64) + 0.5) / width)[:, None]
-    assert inverse(torch.full((width, width), 1.0 / width), draws).squeeze(1).tolist() == list(range(width))
+    assert inverse_cdf(torch.full((width, width), 1.0 / width), draws).squeeze(1).tolist() == list(range(width))
 
 
 def test_in_two_levels_a_token_of_probability_zero_is_never_drawn_even_at_the_ends() -> None:
     p_BV = torch.zeros(6, 2 * WIDE)
     p_BV[:, 5], p_BV[:, BLOCK + 3], p_BV[:, BLOCK + 9] = 0.25, 0.25, 0.5
     draws = torch.tensor([0.0, 0.24999, 0.25, 0.49999, 0.5, 1.0 - 2**-53], dtype=torch.float64)
-    assert inverse(p_BV, draws[:, None]).squeeze(1).tolist() == [5, 5, BLOCK + 3, BLOCK + 3, BLOCK + 9, BLOCK + 9]
+    assert inverse_cdf(p_BV, draws[:, None]).squeeze(1).tolist() == [5, 5, BLOCK + 3, BLOCK + 3, BLOCK + 9, BLOCK + 9]
 
 
 @pytest.mark.parametrize("width", [30, 2 * WIDE])

@@ -56,7 +56,7 @@ def test_other_names_give_other_draws_and_samples_are_numbered_from_first() -> N
     policy = tiny_policy(seed=2)
     first = TorchSampler(policy).sample(requests(), Sampling(max_tokens=12))
     other = TorchSampler(policy).sample(
-        [replace(one, draw=(1, *one.draw[1:])) for one in requests()], Sampling(max_tokens=12)
+        [replace(one, rng_key=(1, *one.rng_key[1:])) for one in requests()], Sampling(max_tokens=12)
     )
     assert sum(a.completion_ids == b.completion_ids for a, b in zip(first, other, strict=True)) < 4
     # Samples 4 and 5 asked for alone are samples 4 and 5 of the six.

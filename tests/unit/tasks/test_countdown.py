@@ -14,7 +14,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater.config.arms import builtin_text
+from headwater.config.builtin import builtin_text
+from headwater.report.html import Page
 from headwater.tasks.countdown import (
     DIALS,
     CountdownDials,
@@ -220,7 +221,7 @@ def test_the_recipe_runs_end_to_end_with_its_shipped_models(tmp_path: Path) -> N
     few = ("data.labeled.generate.count=64", "data.evals.countdown.generate.count=8", "evaluate.samples=2")
     more = ("labels.budget=16", "stages.opd.batch_size=8", "stages.opd.steps=2", "guards.no_signal=continue")
     options = [part for change in (*stages, *few, *more) for part in ("--set", change)]
-    with mock.patch("headwater.report.html.page", return_value=""):
+    with mock.patch("headwater.report.html.page", return_value=Page("")):
         said = call("study", "pocket-countdown", "--arms", "direct_grpo,bridge", "--out", tmp_path / "out", *options)
     assert said.code == 0, said.err
     arms = held(tmp_path / "out" / "report.json")["arms"]

@@ -13,11 +13,11 @@ from headwater.config.recipe import Columns, Source
 from headwater.config.stage import Sampling
 from headwater.data.sources import load
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, Several, joined
+from headwater.losses.distributions import Concatenated, Distributions, concatenate
 from headwater.models.policy import Policy
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
-from headwater.teachers.build import OffloadedTeacher, TaggedTeachers, movable
+from headwater.teachers.build import OffloadedTeacher, TaggedTeachers, offloadable_weights
 from headwater.teachers.scoring import distributions_of
 from headwater.types import Rollout
 from runs import held, node, rows, tiny
@@ -42,8 +42,8 @@ def test_each_rollout_is_scored_by_its_own_tags_teacher_in_the_order_asked() -> 
     for one, rollout in zip(teacher.distributions(rollouts, 4096), rollouts, strict=True):
         own = teacher.teachers["left" if rollout.problem_id == "a" else "right"]
         assert isinstance(own, Policy)
-        expected = distributions_of(own, [rollout], 4096)[0].ready()
-        torch.testing.assert_close(one.ready().logp_NV, expected.logp_NV, atol=1e-5, rtol=1e-5)
+        expected = distributions_of(own, [rollout], 4096)[0].materialize()
+        torch.testing.assert_close(one.materialize().logp_NV, expected.logp_NV, atol=1e-5, rtol=1e-5)
 
 
 def test_each_request_is_sampled_by_its_own_tags_teacher_with_the_same_numbers_as_alone() -> None:
@@ -89,25 +89,25 @@ def test_two_teachers_in_one_batch_give_the_gradients_of_each_summed(
 def test_hidden_states_of_different_heads_are_never_joined_under_one(policy: Policy, teacher: Policy) -> None:
     rollouts = mixed_rollouts()
     parts: list[Distributions] = [distributions_of(one, rollouts[:2], 4096)[0] for one in (policy, teacher)]
-    whole = joined(parts, CPU)
-    assert isinstance(whole, Several) and len(whole) == sum(map(len, parts))
-    expected = torch.cat([part.ready().logp_NV for part in parts])
-    torch.testing.assert_close(whole.ready().logp_NV, expected)
-    torch.testing.assert_close(whole.rows(2, 5).ready().logp_NV, expected[2:5])
-    assert not isinstance(joined(distributions_of(policy, rollouts, 4096), CPU), Several)
+    whole = concatenate(parts, CPU)
+    assert isinstance(whole, Concatenated) and len(whole) == sum(map(len, parts))
+    expected = torch.cat([part.materialize().logp_NV for part in parts])
+    torch.testing.assert_close(whole.materialize().logp_NV, expected)
+    torch.testing.assert_close(whole.rows(2, 5).materialize().logp_NV, expected[2:5])
+    assert not isinstance(concatenate(distributions_of(policy, rollouts, 4096), CPU), Concatenated)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_waiting_teacher_keeps_its_head_alone_and_scores_as_before(tied: bool) -> None:
     policy = tiny_policy(tied=tied)
     rollouts = mixed_rollouts()
-    expected = [one.ready().logp_NV for one in distributions_of(policy, rollouts, 4096)]
-    moved = {id(one) for one in movable(policy)}
+    expected = [one.materialize().logp_NV for one in distributions_of(policy, rollouts, 4096)]
+    moved = {id(one) for one in offloadable_weights(policy)}
     stays = {name for name, one in policy.model.named_parameters() if id(one) not in moved}
     assert stays == ({"model.embed_tokens.weight"} if tied else {"lm_head.weight"})
     waiting = OffloadedTeacher(policy, CPU, TorchSampler)
     for one, whole in zip(waiting.distributions(rollouts, 4096), expected, strict=True):
-        assert torch.equal(one.ready().logp_NV, whole)
+        assert torch.equal(one.materialize().logp_NV, whole)
 
 
 # Recipes --------------------------------------------------------------------------------------------------------------

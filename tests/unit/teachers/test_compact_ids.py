@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headwater.teachers.compact_ids import narrowed, widened
+from headwater.teachers.compact_ids import pack_ids, unpack_ids
 
 
 @pytest.mark.parametrize(
@@ -15,8 +15,8 @@ from headwater.teachers.compact_ids import narrowed, widened
 def test_ids_come_back_as_they_were(vocabulary: int, bytes_of_64: int, kept: int) -> None:
     ids = torch.randint(0, vocabulary, (50, kept), generator=torch.Generator().manual_seed(0))
     ids[0, 0], ids[1, 0] = 0, vocabulary - 1
-    stored = narrowed(ids, vocabulary)
-    assert torch.equal(widened(stored), ids.int())
+    stored = pack_ids(ids, vocabulary)
+    assert torch.equal(unpack_ids(stored), ids.int())
     if kept == 64:
         assert sum(one.nbytes for one in stored.values()) == 50 * bytes_of_64
 
@@ -24,4 +24,4 @@ def test_ids_come_back_as_they_were(vocabulary: int, bytes_of_64: int, kept: int
 def test_sixty_four_kept_tokens_of_a_large_vocabulary_take_less_than_300_bytes_a_token() -> None:
     ids = torch.randint(0, 151_936, (10, 64))
     logp = torch.randn(10, 64).half()
-    assert (sum(one.nbytes for one in narrowed(ids, 151_936).values()) + logp.nbytes) / 10 == 272
+    assert (sum(one.nbytes for one in pack_ids(ids, 151_936).values()) + logp.nbytes) / 10 == 272

@@ -17,7 +17,7 @@ from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
 from headwater.teachers.cache import read_cache, refuse_huge_cache, write_cache
 from headwater.teachers.scoring import distributions_of, hidden_of, logp_of
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from tiny import copied, furthest, gradient_of, largest, sampled_rows, stage_of, taught, tiny_policy
 
 
@@ -44,7 +44,7 @@ def test_scores_are_those_of_the_plain_model_in_the_order_given(
         whole = plain_logp(policy, row)
         targets = torch.tensor(row.rollout.completion_ids)
         torch.testing.assert_close(logp, whole[torch.arange(row.tokens), targets], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(known.ready().align(whole)[1], whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(known.materialize().align(whole)[1], whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd", "sampled"])
@@ -105,7 +105,7 @@ def test_a_top_k_cache_is_close_below_the_exact_divergence_and_closer_with_more_
         teachers = [row.teacher for row in rows]
         assert all(isinstance(one, TopK) and one.ids_NK.shape[1] == min(k, 30) for one in teachers)
         merged = torch.cat([
-            token_losses.forward_kl(*one.ready().align(plain_logp(policy, row)))
+            token_losses.forward_kl(*one.materialize().align(plain_logp(policy, row)))
             for one, row in zip(teachers, rows, strict=True) if one is not None
         ])  # fmt: skip
         assert bool((merged <= whole + 0.01).all())  # kept log-probs are rounded to float16

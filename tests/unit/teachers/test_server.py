@@ -34,8 +34,8 @@ QUICK = Server(seconds=2.0, retries=2, concurrency=3, batch_tokens=64)
 
 def teacher_at(url: str, top_k: int = 4, settings: Server = QUICK) -> ServedTeacher:
     policy = tiny_policy()
-    met = connect(url, "models.teacher", settings)
-    return ServedTeacher(met, policy.tokenizer, policy.vocabulary, policy.stop_ids, CPU, top_k)
+    served_model = connect(url, "models.teacher", settings)
+    return ServedTeacher(served_model, policy.tokenizer, policy.vocabulary, policy.stop_ids, CPU, top_k)
 
 
 ROLLOUTS = [
@@ -49,7 +49,7 @@ ROLLOUTS = [
 def test_a_servers_scores_are_the_teachers_own_likeliest_tokens(policy: Policy, k: int) -> None:
     with serving(Answering(policy, most=30)) as there:
         found = teacher_at(there.url, k).distributions(ROLLOUTS, 4096)
-    exact = [one.ready().likeliest(k) for one in distributions_of(policy, ROLLOUTS, 4096)]
+    exact = [one.materialize().top_k(k) for one in distributions_of(policy, ROLLOUTS, 4096)]
     assert [len(one) for one in found] == [len(one.completion_ids) for one in ROLLOUTS]
     for ours, theirs in zip(exact, found, strict=True):
         assert isinstance(theirs, TopK) and torch.equal(ours.ids_NK, theirs.ids_NK)
@@ -71,7 +71,9 @@ def test_the_sampled_token_alone_is_scored_where_no_divergence_is_asked_for(poli
         found = teacher_at(there.url, 0).distributions(ROLLOUTS[:2], 4096)
     for one, rollout, exact in zip(found, ROLLOUTS, distributions_of(policy, ROLLOUTS[:2], 4096), strict=False):
         targets = torch.tensor(rollout.completion_ids)
-        torch.testing.assert_close(one.token_logp(targets), exact.ready().token_logp(targets), atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(
+            one.token_logp(targets), exact.materialize().token_logp(targets), atol=1e-5, rtol=0.0
+        )
 
 
 def test_samples_are_drawn_by_the_seeds_that_their_requests_name(policy: Policy) -> None:
@@ -132,7 +134,7 @@ def test_a_server_that_fails_twice_is_asked_again_and_one_that_goes_on_failing_s
         if kind != "timeout":
             monkeypatch.setattr(server_client.time, "sleep", paused.append)
         else:
-            monkeypatch.setattr(server_client, "FIRST_WAIT", 0.01)
+            monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.01)
         assert len(teacher.distributions(ROLLOUTS[:1], 4096)) == 1
         there.answer = failing(Answering(policy), 99, bad)
         with pytest.raises(TrainingStoppedError) as stopped:
@@ -213,8 +215,8 @@ def test_the_key_comes_from_the_environment_and_is_sent_with_every_call(
         with pytest.raises(UserError, match=r"compute\.server\.key_env: the environment has no variable SERVER_KEY"):
             connect(there.url, "models.teacher", settings)
         monkeypatch.setenv("SERVER_KEY", "secret")
-        met = connect(there.url, "models.teacher", settings)
-    assert met.server.headers["Authorization"] == "Bearer secret" and "secret" not in repr(met)
+        model = connect(there.url, "models.teacher", settings)
+    assert model.client.headers["Authorization"] == "Bearer secret" and "secret" not in repr(model)
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------

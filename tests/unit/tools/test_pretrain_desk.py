@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import runs
-from headwater.config.arms import builtin_text
+from headwater.config.builtin import builtin_text
 from headwater.config.recipe import parse_recipe
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder

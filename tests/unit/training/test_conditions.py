@@ -8,7 +8,7 @@ import torch
 from headwater.config.stage import Sampling
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
-from headwater.training.conditions import apart, measure, overlap
+from headwater.training.conditions import divergences, measure, overlap
 from tiny import tiny_policy
 
 PROMPTS = [("a", (5, 6, 7)), ("b", (8, 9)), ("c", (10, 5, 6, 7))]
@@ -51,7 +51,7 @@ def test_each_divergence_is_taken_on_the_prefixes_of_the_model_that_it_starts_wi
 def test_the_size_of_scoring_passes_changes_nothing() -> None:
     student, teacher = tiny_policy(seed=1), tiny_policy(seed=2)
     own = rollouts(student, "own")
-    many, few = apart(student, teacher, own, 4, 10_000), apart(student, teacher, own, 4, 12)
+    many, few = divergences(student, teacher, own, 4, 10_000), divergences(student, teacher, own, 4, 12)
     assert many.kl_student_teacher == pytest.approx(few.kl_student_teacher, rel=1e-5)
     assert many.overlap == few.overlap
 

@@ -10,22 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.config.arms import find_recipe
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import GUARDS, Guards
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
 from headwater.storage.run_dir import NodeDir
 from headwater.training.guards import MEASURES, GuardMonitor
-from headwater.training.loop import make_optimizer, update
+from headwater.training.update import make_optimizer, update
 from runs import call, held, node, rows, tiny
 from tiny import same_bits, sampled_rows, stage_of, weights_of
 
 Steps = list[dict[str, Any]]
 
 
-def watchman(folder: Path, **said: Any) -> tuple[GuardMonitor, list[str]]:
-    """A watchman with windows of two steps and these guards alone, and what it says."""
+def monitor(folder: Path, **said: Any) -> tuple[GuardMonitor, list[str]]:
+    """A GuardMonitor with these guards alone, windows of two steps, and the list that receives its warnings."""
     off = dict.fromkeys(GUARDS, "off")
     asked = {name: {"window": 2, **({"action": one} if isinstance(one, str) else one)} for name, one in said.items()}
     heard: list[str] = []
@@ -39,9 +39,9 @@ def steps(**columns: list[float]) -> Steps:
 
 def sounded(folder: Path, asked: Any, given: Steps) -> list[tuple[int, str, float]]:
     """(step, guard, figure) of every alarm that begins."""
-    ours, _ = watchman(folder, **asked)
+    ours, _ = monitor(folder, **asked)
     for row in given:
-        assert ours.look(row) is None
+        assert ours.check(row) is None
     path = folder / "warnings.jsonl"
     return [(row["step"], row["guard"], pytest.approx(row["figure"])) for row in rows(path)] if path.exists() else []
 
@@ -79,32 +79,32 @@ def test_each_guard_by_hand(
 
 
 def test_a_window_that_is_not_full_says_nothing_and_a_row_without_the_metric_changes_nothing(tmp_path: Path) -> None:
-    ours, heard = watchman(tmp_path, truncation="warn")
+    ours, heard = monitor(tmp_path, truncation="warn")
     for row in (*steps(truncated=[1.0]), {"step": 2, "loss": 0.0}):
-        assert ours.look(row) is None
+        assert ours.check(row) is None
     assert not heard
-    ours.look({"step": 3, "truncated": 1.0})
+    ours.check({"step": 3, "truncated": 1.0})
     assert heard == [
-        "truncation: 1 of the completions ran into the token limit (mean of the last 2 steps; bound 0.5): "
+        "truncation: 1 of the completions reached the token limit (mean of the last 2 steps; bound 0.5): "
         "raise sampling.max_tokens"
     ]
 
 
 def test_stop_names_guard_figure_bound_and_the_way_on_and_a_resumed_stage_decides_the_same(tmp_path: Path) -> None:
     given = steps(truncated=[0.2, 0.4, 0.8])
-    ours, _ = watchman(tmp_path, truncation="stop", no_variance="warn")
-    said = [ours.look(row) for row in given]
+    ours, _ = monitor(tmp_path, truncation="stop", no_variance="warn")
+    said = [ours.check(row) for row in given]
     assert said[:2] == [None, None]
     why = str(said[2])
     assert "guard truncation: 0.6 of" in why and "bound 0.5" in why and "guards.truncation=warn" in why
     for cut in range(3):  # whatever part of the steps was there before
-        again, heard = watchman(tmp_path / str(cut), truncation="stop", no_variance="warn")
+        again, heard = monitor(tmp_path / str(cut), truncation="stop", no_variance="warn")
         assert again.catch_up(given[:cut]) is None and not heard
-        assert [again.look(row) for row in given[cut:]] == said[cut:]
-    stopped, heard = watchman(tmp_path / "all", truncation="stop")
+        assert [again.check(row) for row in given[cut:]] == said[cut:]
+    stopped, heard = monitor(tmp_path / "all", truncation="stop")
     assert stopped.catch_up(given) == why and not heard
     for action in ("warn", "off"):
-        eased, _ = watchman(tmp_path / action, truncation=action)
+        eased, _ = monitor(tmp_path / action, truncation=action)
         assert eased.catch_up(given) is None
 
 
@@ -136,7 +136,7 @@ def test_by_default_a_guard_warns_by_name_in_console_file_and_report_and_the_run
     out = tmp_path / "out"
     said = tiny("run", out, "--arm", "direct_grpo", changes=CUT)
     assert said.code == 0
-    assert "student_rl on all (seed 0): warning truncation: 1 of the completions ran into the token limit" in said.err
+    assert "student_rl on all (seed 0): warning truncation: 1 of the completions reached the token limit" in said.err
     assert said.err.count("warning truncation") == 1
     (row,) = rows(node(out, "direct_grpo", "student_rl") / "warnings.jsonl")
     assert (row["guard"], row["step"], row["figure"], row["bound"], row["window"], row["action"]) == (

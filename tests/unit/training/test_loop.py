@@ -17,7 +17,7 @@ from headwater.losses.distributions import Exact
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import logp_of
-from headwater.training.loop import Metrics, divided, learning_rate, make_optimizer, token_weights, update
+from headwater.training.update import Metrics, learning_rate, make_optimizer, split_minibatches, token_weights, update
 from tiny import (
     copied,
     furthest,
@@ -50,7 +50,7 @@ def plain_logp(policy: Policy, row: Row) -> torch.Tensor:
 
 
 def test_token_weights_by_hand() -> None:
-    rows = [Row(rollout_of((5,), (7,))), replace(Row(rollout_of((5,), (7, 8, 9))), inert=True)]
+    rows = [Row(rollout_of((5,), (7,))), replace(Row(rollout_of((5,), (7, 8, 9))), zero_gradient=True)]
     # token: 1 and 3 of 4 tokens; sequence: 1/(2·1) and 1/(2·3); constant: 1/(2·10). The inert row counts everywhere.
     expected = {"token": [1 / 4, 1 / 4], "sequence": [1 / 2, 1 / 6], "constant": [1 / 20, 1 / 20]}
     for mean, weights in expected.items():
@@ -124,7 +124,7 @@ def test_inert_rows_left_out_give_the_gradient_of_running_them(policy: Policy, m
     rows = [replace(row, advantage=0.0) if index < 4 else row for index, row in enumerate(rows)]
     stage = stage_of("grpo", loss_mean=mean, batch_size=12)
     run_all = gradient_of(policy, rows, stage)
-    left_out = gradient_of(policy, [replace(row, inert=row.advantage == 0.0) for row in rows], stage)
+    left_out = gradient_of(policy, [replace(row, zero_gradient=row.advantage == 0.0) for row in rows], stage)
     dropped = gradient_of(policy, rows[4:], stage)
     assert furthest(left_out, run_all) < 1e-6 * max(1.0, largest(run_all))
     # Rows missing from the denominator too would give another gradient: that is the silent bug this guards against.
@@ -136,7 +136,7 @@ def test_a_batch_without_any_live_row_takes_no_step_even_with_momentum(policy: P
     optimizer = make_optimizer(policy, stage.optim)
     update(policy, optimizer, rows, objective_of(stage), stage, 4096)
     before = weights_of(policy)
-    idle = [replace(row, advantage=0.0, inert=True) for row in rows]
+    idle = [replace(row, advantage=0.0, zero_gradient=True) for row in rows]
     found = update(policy, optimizer, idle, objective_of(stage), stage, 4096)
     assert same_bits(weights_of(policy), before)
     assert found["updates"] == 0 and found["tokens_trained"] == 0
@@ -147,11 +147,11 @@ def test_a_batch_without_any_live_row_takes_no_step_even_with_momentum(policy: P
 
 def test_rows_are_divided_without_cutting_a_group() -> None:
     rows = [Row(rollout_of((5,), (7,), sample=index)) for index in range(12)]
-    parts = divided(rows, 2, 4)
+    parts = split_minibatches(rows, 2, 4)
     # Three groups of four in two parts: cuts at round(1.5) = 2 groups.
     assert [[row.rollout.sample for row in part] for part in parts] == [list(range(8)), list(range(8, 12))]
-    assert [len(part) for part in divided(rows, 5, 4)] == [4, 4, 4]
-    assert [len(part) for part in divided(rows, 3, 1)] == [4, 4, 4]
+    assert [len(part) for part in split_minibatches(rows, 5, 4)] == [4, 4, 4]
+    assert [len(part) for part in split_minibatches(rows, 3, 1)] == [4, 4, 4]
 
 
 def test_one_update_a_batch_is_exactly_on_policy_and_more_are_not(policy: Policy) -> None:

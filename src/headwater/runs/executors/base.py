@@ -1,13 +1,14 @@
-"""Running the nodes of a plan: what an executor is handed, what it hands back, and the simplest one.
+"""Executors run the nodes of a plan: their input and output, and the one that runs all nodes in this process.
 
-An executor runs the nodes that are still to be done, parents before children, and returns those that failed. A failed node
-takes along only what stands on it. `in_process` runs them one after the other, `processes` side by side; to the pipeline
-they are the same.
+An executor runs the nodes that are not done, parents before children, and returns those that failed. A failed node skips
+only its descendants.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from headwater.storage.run_dir import RunDir, write_json
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a node failed: one sentence, the exit code that goes with it, and the traceback of what nobody expected.
+    """Why a node failed: a sentence, the exit code, and for unexpected errors the traceback.
 
     Example: `Failure("teacher_rl, step 3 of 10: the loss is not finite; …", 4)`.
     """
@@ -34,25 +35,25 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """An expected end speaks for itself; anything else is named, and code 1."""
+        """A HeadwaterError keeps its message and exit code; any other exception has its type's name and code 1."""
         if isinstance(error, HeadwaterError):
             return cls(str(error), error.exit_code)
-        said = " ".join(str(error).split())
-        return cls(f"{type(error).__name__}: {said}"[:400], 1, "".join(traceback.format_exception(error)))
+        message = " ".join(str(error).split())
+        return cls(f"{type(error).__name__}: {message}"[:400], 1, "".join(traceback.format_exception(error)))
 
-    def written(self) -> dict[str, Any]:
-        """What the node's FAILED file holds."""
-        held = {"sentence": self.sentence, "code": self.code}
-        return held if self.traceback is None else {**held, "traceback": self.traceback}
+    def to_json(self) -> dict[str, Any]:
+        """Contents of the node's FAILED file."""
+        fields = {"sentence": self.sentence, "code": self.code}
+        return fields if self.traceback is None else {**fields, "traceback": self.traceback}
 
 
 @dataclass(frozen=True)
 class Job:
-    """What an executor is handed.
+    """Input of an executor.
 
-    arms     those that were asked for
-    todo     the nodes that are not done, by name, parents first
-    stopped  whether the user asked for a stop: no node is begun then, and those at work end at their next step
+    arms     requested arms
+    todo     nodes that are not done, by name, parents first
+    stopped  whether the user asked for a stop: no node starts then, and running ones end at their next step
     """
 
     plan: Plan
@@ -64,83 +65,81 @@ class Job:
     stopped: Callable[[], bool]
 
     @property
-    def alone(self) -> bool:
-        """Whether one arm with one seed was asked for: there is then no rest that a failure should spare."""
+    def single(self) -> bool:
+        """Whether one arm with one seed was requested, so that its first failure ends the run."""
         return len(self.arms) * len(self.plan.seeds) == 1
 
-    @property
-    def told(self) -> dict[str, Any]:
-        """What another process needs to lay out the same plan."""
+    def worker_setup(self) -> dict[str, Any]:
+        """What a worker process needs to make the same plan, as JSON."""
         return {
+            "path": [entry or os.getcwd() for entry in sys.path],
+            "cwd": os.getcwd(),
             "recipe": self.plan.recipe.model_dump(mode="json"),
             "arms": list(self.arms),
             "seeds": list(self.plan.seeds),
-            "out": str(self.out.path),
+            "out": str(self.out.path.resolve()),
         }
 
-    def due(self, failures: Mapping[str, Failure]) -> Iterator[str]:
-        """The nodes in the plan's order, without those that stand on one that has failed by then, until a stop is asked for."""
-        barred: set[str] = set()
+    def runnable(self, failures: Mapping[str, Failure]) -> Iterator[str]:
+        """Nodes in the plan's order, without descendants of nodes that have failed by then, until a stop is requested."""
+        skipped: set[str] = set()
         for name in self.todo:
             if self.stopped():
                 return
-            if self.parents(name) & (barred | failures.keys()):
-                barred.add(name)
+            if self.parents(name) & (skipped | failures.keys()):
+                skipped.add(name)
             else:
                 yield name
 
     def parents(self, name: str) -> set[str]:
-        """The names of the nodes still to be done that a node waits for."""
+        """Names of a node's parents that are not done."""
         return {self.plan.names[parent] for parent in self.todo[name].parents} & self.todo.keys()
 
-    def shown(self, name: str) -> contextlib.AbstractContextManager[NodeProgress]:
-        """The narrator's watch over a node that begins."""
+    def show(self, name: str) -> contextlib.AbstractContextManager[NodeProgress]:
+        """Show the progress of a node that starts."""
         names = [self.plan.names[node] for node in self.plan.order()]
         return self.progress_display.node(describe(self.todo[name]), names.index(name) + 1, len(names))
 
     def fail(self, name: str, failure: Failure) -> None:
-        """Mark a node as failed, and say so where others go on. The mark goes when the node is begun again."""
+        """Write the node's FAILED file, which its next start removes; report it unless the run ends with it anyway."""
         with contextlib.suppress(DiskError):  # a full disk may be why it failed
-            write_json(self.out.node(name).failed, failure.written())
-        if not self.alone:
+            write_json(self.out.node(name).failed, failure.to_json())
+        if not self.single:
             self.progress_display.say(f"{describe(self.todo[name])} failed: {failure.sentence}")
 
 
 Executor = Callable[[Job], dict[str, Failure]]
-"""Runs `job.todo` and returns the nodes that failed. Asked to stop, it returns when nothing is at work any more."""
+"""Runs `job.todo` and returns the failed nodes. When asked to stop, it returns once no node is running."""
 
 
-def in_process(job: Job) -> dict[str, Failure]:
-    """One node after the other in the plan's order, in this process; of one arm alone, up to the first failure.
+def run_in_process(job: Job) -> dict[str, Failure]:
+    """Run the nodes one after the other in this process; with a single arm and seed, up to the first failure.
 
-    Raises KeyboardInterrupt from a node that was asked to stop; it has left a checkpoint.
+    Raises KeyboardInterrupt when a node was asked to stop; it has left a checkpoint.
     """
     failures: dict[str, Failure] = {}
-    for name in job.due(failures):
+    for name in job.runnable(failures):
         try:
-            with job.shown(name) as watch:
-                run_marked(job.todo[name], NodeContext(job.plan, job.inputs, job.out, watch_of(watch, job)))
+            with job.show(name) as progress:
+                progress = replace(progress, should_stop=job.stopped, say=job.progress_display.say)
+                start_node(job.todo[name], NodeContext(job.plan, job.inputs, job.out, progress))
         except Exception as error:
             failures[name] = Failure.of(error)
             job.fail(name, failures[name])
-            if job.alone:
+            if job.single:
                 break
     return failures
 
 
-def run_marked(node: Node, context: NodeContext) -> None:
-    """Run a node that carries no mark of an earlier failure any more."""
+def start_node(node: Node, context: NodeContext) -> None:
+    """Lock the node's folder, remove an earlier FAILED file, and run the node."""
     folder = context.node_dir(node)
     with folder.held():
         folder.failed.unlink(missing_ok=True)
         run_node(node, context)
 
 
-def watch_of(watch: NodeProgress, job: Job) -> NodeProgress:
-    return replace(watch, should_stop=job.stopped, say=job.progress_display.say)
-
-
 def describe(node: Node) -> str:
-    """What a node is called where people read. Example: `teacher_rl on first half (seed 0)`."""
+    """A node's title for users. Example: `teacher_rl on first half (seed 0)`."""
     where = "" if node.pool is None else f" on {node.pool.replace('_', ' ')}"
     return f"{node.stage}{where} (seed {node.seed})"

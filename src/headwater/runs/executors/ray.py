@@ -1,8 +1,8 @@
-"""The executor that runs a study's nodes on a Ray cluster: `--executor ray`, extra `ray`. Ray itself is imported here alone.
+"""Run nodes on a Ray cluster: `--executor ray`, extra `ray`. No other module imports Ray.
 
-Every node is a Ray task with the resources of `compute.ray`; Ray decides where it runs, and begins it again in another process when
-its own one dies. A task lays out the plan from the recipe, as a worker process does (`worker`), and goes on from the node's last
-checkpoint, so the output folder must stand on a file system that all machines share. What it says goes through one actor, the board.
+Every node is a Ray task with the resources of `compute.ray`. Ray places it, and restarts it in another process when its process
+dies. A task makes the plan from the recipe and resumes from the node's last checkpoint, so the output folder must be on a file
+system that all machines share. Messages go through one actor, the board.
 """
 
 from __future__ import annotations
@@ -15,63 +15,93 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from headwater.config.recipe import Recipe, Resources
-from headwater.errors import FailedError, UserError
-from headwater.runs.executors.base import Failure, Job, describe, run_marked
-from headwater.runs.executors.local_worker import telling
-from headwater.runs.executors.schedule import Standing, relayed
-from headwater.runs.inputs import RunInputs
-from headwater.runs.node_context import NodeContext
-from headwater.runs.plan import Node, Plan
-from headwater.runs.setup import prepared
-from headwater.storage.run_dir import RunDir
+from headwater.config.recipe import Resources
+from headwater.errors import UserError
+from headwater.runs.executors.base import Failure, Job, describe
+from headwater.runs.executors.remote import Message, RemoteNode, Worker
+from headwater.runs.executors.schedule import Schedule
+from headwater.runs.plan import Node
 
 LISTEN_SECONDS = 0.2
-"""How often the driver looks at the board, and a node whether it was asked to stop."""
+"""How often the driver reads the board, and a node asks it whether to stop."""
 
 
 class Board:
-    """What nodes have to say, and whether they should stop: a Ray actor of no resources."""
+    """Messages of the nodes, and whether they should stop: a Ray actor without resources."""
 
     def __init__(self) -> None:
-        self._said: list[tuple[str, dict[str, Any]]] = []
+        self._messages: list[tuple[str, Message]] = []
         self._stop = False
 
-    def tell(self, name: str, message: dict[str, Any]) -> None:
-        self._said.append((name, message))
+    def post(self, name: str, message: Message) -> None:
+        self._messages.append((name, message))
 
-    def heard(self) -> list[tuple[str, dict[str, Any]]]:
-        """Everything since the last time."""
-        found, self._said = self._said, []
-        return found
+    def drain(self) -> list[tuple[str, Message]]:
+        """All messages since the last call, with the names of their nodes."""
+        messages, self._messages = self._messages, []
+        return messages
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         self._stop = True
 
     def stopped(self) -> bool:
         return self._stop
 
 
-def on_ray(job: Job) -> dict[str, Failure]:
-    """The executor. RAY_ADDRESS names the cluster; without it one is started on this machine, of `compute.workers` CPUs or all.
+class RayExecutor:
+    """Run nodes on the cluster that RAY_ADDRESS names, or on one started here with `compute.workers` CPUs (all by default).
 
-    Raises UserError where Ray is not installed, does not answer, or has no machine with the resources that a node asks for.
+    Raises UserError where Ray is not installed, does not answer, or has no machine with the resources that a node needs.
     """
-    with connected(job) as ray, job.progress_display.together(len(job.plan.order())) as stand:
-        refuse_impossible(job, ray.cluster_resources())
-        board = ray.remote(num_cpus=0)(Board).remote()
-        with contextlib.closing(_Driver(ray, board, Standing(job, stand), setup_of(job))) as driver:
-            while driver.turn():
-                pass
-            return driver.standing.failures
+
+    def __call__(self, job: Job) -> dict[str, Failure]:
+        with connected(job) as ray, job.progress_display.together(len(job.plan.order())) as study_progress:
+            refuse_impossible(job, ray.cluster_resources())
+            board = ray.remote(num_cpus=0)(Board).remote()
+            schedule, setup = Schedule(job, study_progress), json.dumps(job.worker_setup())
+            running: dict[Any, RemoteNode] = {}
+            stop_requested = False
+            try:
+                while True:
+                    if not job.stopped():
+                        for name in schedule.ready():
+                            schedule.start(name)
+                            task = task_for(ray, job, job.todo[name])
+                            running[task.remote(setup, name, board)] = RemoteNode(schedule, name)
+                    elif not stop_requested:
+                        stop_requested = True
+                        board.request_stop.remote()
+                    if not running:
+                        return schedule.failures
+                    ended, _ = ray.wait(list(running), timeout=LISTEN_SECONDS)
+                    nodes = {node.name: node for node in running.values()}
+                    for name, message in ray.get(board.drain.remote()):
+                        if name in nodes:
+                            nodes[name].receive(message)
+                    for task in ended:
+                        running.pop(task).receive(result_of(ray, job, task))
+            finally:
+                for task, node in running.items():
+                    ray.cancel(task, force=True)  # the node's state is on disk
+                    node.close(KeyboardInterrupt())
+
+
+def result_of(ray: Any, job: Job, task: Any) -> Message:
+    """The message that an ended task returned, or a failure where Ray lost its process."""
+    try:
+        message: Message = ray.get(task)
+    except ray.exceptions.RayError as error:
+        tries = 1 + job.plan.recipe.compute.ray.retries
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return {"failure": Failure(f"its process was lost {tries} times ({reason})", 1).to_json()}
+    return message
 
 
 @contextlib.contextmanager
 def connected(job: Job) -> Iterator[Any]:
-    """The library, connected to a cluster; where this process was not before, it is let go of at the end."""
+    """Connect the library to a cluster, and disconnect at the end unless this process was connected before."""
     try:
         import ray
     except ImportError:
@@ -82,11 +112,11 @@ def connected(job: Job) -> Iterator[Any]:
     address = os.environ.get("RAY_ADDRESS")
     here: dict[str, Any] = {} if address else {"num_cpus": job.plan.recipe.compute.workers, "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a run leaves the cluster
-    heard = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **here)
-        with contextlib.suppress(ValueError):  # off the main thread there are no signals to hear
-            signal.signal(signal.SIGTERM, heard)  # Ray puts a handler of its own in place of the one that stops a run
+        with contextlib.suppress(ValueError):  # only the main thread may set signal handlers
+            signal.signal(signal.SIGTERM, handler)  # Ray replaces the handler that stops a run
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"--executor ray: {address or 'a local cluster'} does not answer ({error})") from None
     try:
@@ -95,204 +125,82 @@ def connected(job: Job) -> Iterator[Any]:
         ray.shutdown()
 
 
-def wanted(job: Job, node: Node) -> Resources:
-    """What a node asks of the cluster: the stage's own resources, or those of every node."""
-    asked = job.plan.recipe.compute.ray
-    return asked.stages.get(node.stage, asked.node)
+def resources_of(job: Job, node: Node) -> Resources:
+    """Resources of the node's stage, or those of every node; `gpus` is set."""
+    settings = job.plan.recipe.compute.ray
+    resources = settings.stages.get(node.stage, settings.node)
+    gpus = float(job.plan.recipe.compute.device == "cuda") if resources.gpus is None else resources.gpus
+    return resources.model_copy(update={"gpus": gpus})
 
 
-def gpus_of(resources: Resources, job: Job) -> float:
-    return resources.gpus if resources.gpus is not None else float(job.plan.recipe.compute.device == "cuda")
+def task_for(ray: Any, job: Job, node: Node) -> Any:
+    """The Ray task of a node, with its resources."""
+    resources = resources_of(job, node)
+    return ray.remote(run_on_worker).options(
+        name=describe(node),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+        memory=None if resources.memory_gib is None else int(resources.memory_gib * 2**30),
+        max_retries=job.plan.recipe.compute.ray.retries,
+    )
 
 
-def refuse_impossible(job: Job, there: dict[str, float]) -> None:
-    """Raises UserError for resources that the whole cluster does not have: a task that asks for them would wait for ever."""
+def refuse_impossible(job: Job, cluster: dict[str, float]) -> None:
+    """Raises UserError for resources that the whole cluster lacks: such a task would wait forever."""
     for node in job.todo.values():
-        resources = wanted(job, node)
-        for what, asked, held in (
-            ("cpus", resources.cpus, there.get("CPU", 0.0)),
-            ("gpus", gpus_of(resources, job), there.get("GPU", 0.0)),
-            ("memory_gib", resources.memory_gib or 0.0, there.get("memory", 0.0) / 2**30),
+        resources = resources_of(job, node)
+        for field, needed, available in (
+            ("cpus", resources.cpus, cluster.get("CPU", 0.0)),
+            ("gpus", resources.gpus or 0.0, cluster.get("GPU", 0.0)),
+            ("memory_gib", resources.memory_gib or 0.0, cluster.get("memory", 0.0) / 2**30),
         ):
-            if asked > held:
+            if needed > available:
                 raise UserError(
-                    f"compute.ray: {describe(node)} asks for {what} {asked:g}, and the cluster has {held:g}"
+                    f"compute.ray: {describe(node)} asks for {field} {needed:g}, and the cluster has {available:g}"
                 )
-
-
-def setup_of(job: Job) -> dict[str, Any]:
-    """What another process needs to lay out the same plan."""
-    return {
-        "path": [entry or os.getcwd() for entry in sys.path],
-        "cwd": os.getcwd(),
-        **job.told,
-        "out": str(job.out.path.resolve()),
-    }
-
-
-class _Driver:
-    """Hands out nodes to the cluster, and shows what it hears of them."""
-
-    def __init__(self, ray: Any, board: Any, standing: Standing, setup: dict[str, Any]) -> None:
-        self.ray, self.board, self.standing, self.job = ray, board, standing, standing.job
-        self.setup = json.dumps(setup)
-        self.shown: dict[str, _Shown] = {}
-        self.tasks: dict[Any, str] = {}
-        self.asked = False
-
-    def turn(self) -> bool:
-        """Hand out, wait a moment, listen; False when nothing is at work any more."""
-        if not self.job.stopped():
-            for name in self.standing.ready():
-                self.standing.waiting.remove(name)
-                self.tasks[self._begin(name)] = name
-        elif not self.asked:
-            self.asked = True
-            self.board.ask_to_stop.remote()
-        if not self.tasks:
-            return False
-        ended, _ = self.ray.wait(list(self.tasks), timeout=LISTEN_SECONDS)
-        for name, message in self.ray.get(self.board.heard.remote()):
-            self._hear(name, message)
-        for task in ended:
-            self._end(task, self.tasks.pop(task))
-        return True
-
-    def _begin(self, name: str) -> Any:
-        node = self.job.todo[name]
-        resources = wanted(self.job, node)
-        return (
-            self.ray.remote(run_one)
-            .options(
-                name=describe(node),
-                num_cpus=resources.cpus,
-                num_gpus=gpus_of(resources, self.job),
-                memory=None if resources.memory_gib is None else int(resources.memory_gib * 2**30),
-                max_retries=self.job.plan.recipe.compute.ray.retries,
-            )
-            .remote(self.setup, name, self.board)
-        )
-
-    def _hear(self, name: str, message: dict[str, Any]) -> None:
-        if "begun" in message:
-            if name in self.shown:
-                self.shown.pop(name).close(KeyboardInterrupt())
-                self.job.progress_display.say(
-                    f"{describe(self.job.todo[name])}: its process is gone; it goes on in another one"
-                )
-            self.shown[name] = _Shown(self.job, name)
-        elif name in self.shown:
-            self.shown[name].hear(message)
-
-    def _end(self, task: Any, name: str) -> None:
-        shown = self.shown.pop(name, None) or _Shown(self.job, name)
-        try:
-            found = self.ray.get(task)
-        except self.ray.exceptions.RayError as error:
-            tries = 1 + self.job.plan.recipe.compute.ray.retries
-            said = " ".join(str(error).split())[:200]
-            found = {
-                "failure": {
-                    "sentence": f"its process was lost {tries} times ({type(error).__name__}: {said})",
-                    "code": 1,
-                }
-            }
-        if found.get("stopped"):
-            shown.close(KeyboardInterrupt())
-        elif found["failure"] is None:
-            self.standing.done(name)
-            shown.close(None)
-        else:
-            failure = Failure(**found["failure"])
-            shown.close(FailedError(failure.sentence, failure.code))
-            if found.get("broken") and failure.code == UserError.exit_code:
-                raise UserError(failure.sentence)
-            self.standing.failed(name, failure)
-
-    def close(self) -> None:
-        """At once, wherever the nodes are: all that counts is on disk."""
-        for task in self.tasks:
-            self.ray.cancel(task, force=True)
-        for shown in self.shown.values():
-            shown.close(KeyboardInterrupt())
-
-
-class _Shown:
-    """The narrator's watch over a node that runs elsewhere."""
-
-    def __init__(self, job: Job, name: str) -> None:
-        self._job = job
-        self._open = contextlib.ExitStack()
-        self._watch = self._open.enter_context(job.shown(name))
-
-    def hear(self, message: dict[str, Any]) -> None:
-        relayed(message, self._watch, self._job)
-
-    def close(self, error: BaseException | None) -> None:
-        self._open.__exit__(None if error is None else type(error), error, None)
 
 
 # On the cluster -------------------------------------------------------------------------------------------------------
 
 
-def run_one(setup: str, name: str, board: Any) -> dict[str, Any]:
-    """Run one node in a process of the cluster: {"failure": null or what failed}, or {"stopped": true}."""
+def run_on_worker(setup: str, name: str, board: Any) -> Message:
+    """Run one node in a process of the cluster; returns the message about its end."""
     import ray
 
-    told: list[Any] = []
+    posted: list[Any] = []
 
-    def tell(message: dict[str, Any]) -> None:
-        told[:] = [board.tell.remote(name, message)]
+    def send(message: Message) -> None:
+        posted[:] = [board.post.remote(name, message)]
 
     try:
-        plan, inputs, out = laid_out(setup)
-        nodes = {plan.names[node]: node for node in plan.order()}
-        if name not in nodes:
-            raise UserError(f"{name}: data, models or code changed while the study ran; run it again")
+        end = worker_of(setup).run(name, send, polled(lambda: bool(ray.get(board.stopped.remote()))))
     except Exception as error:
-        return {"failure": Failure.of(error).written(), "broken": True}
-    watch, flush = telling(tell, asked(lambda: bool(ray.get(board.stopped.remote()))))
-    tell({"begun": name})
-    found: dict[str, Any] = {"failure": None}
-    try:
-        if watch.should_stop():
-            raise KeyboardInterrupt
-        run_marked(nodes[name], NodeContext(plan, inputs, out, watch))
-    except KeyboardInterrupt:
-        found = {"stopped": True}
-    except Exception as error:
-        found = {"failure": Failure.of(error).written()}
-    flush()
-    ray.get(told)  # the last word is on the board before the node counts as ended
-    return found
+        return {"broken": name, "failure": Failure.of(error).to_json()}
+    ray.get(posted)  # the last message is on the board before the task ends
+    return end
 
 
 @cache
-def laid_out(setup: str) -> tuple[Plan, RunInputs, RunDir]:
-    """The plan and what its nodes share, once in the life of a process, which runs several nodes."""
-    held = json.loads(setup)
-    sys.path += [entry for entry in held["path"] if entry not in sys.path]
-    with contextlib.suppress(OSError):  # paths of a recipe are meant from where it was started
-        os.chdir(held["cwd"])
-    open_as_long_as_the_process = contextlib.ExitStack()
-    plan, inputs = open_as_long_as_the_process.enter_context(
-        prepared(Recipe.model_validate(held["recipe"]), held["arms"], held["seeds"])
-    )
-    _held.append(open_as_long_as_the_process)
-    return plan, inputs, RunDir(Path(held["out"]))
+def worker_of(setup: str) -> Worker:
+    """The plan and inputs, made once in a process that runs several nodes."""
+    fields = json.loads(setup)
+    sys.path += [entry for entry in fields["path"] if entry not in sys.path]
+    with contextlib.suppress(OSError):  # relative paths of a recipe start where the run was started
+        os.chdir(fields["cwd"])
+    return _open_for_process.enter_context(Worker.prepare(fields))
 
 
-_held: list[contextlib.ExitStack] = []
+_open_for_process = contextlib.ExitStack()
 
 
-def asked(stopped: Callable[[], bool]) -> Callable[[], bool]:
-    """The same question, put at most every LISTEN_SECONDS; once it was answered with yes it is not put again."""
+def polled(stopped: Callable[[], bool]) -> Callable[[], bool]:
+    """Call `stopped` at most every LISTEN_SECONDS, and not again once it was true."""
     last, answer = 0.0, False
 
-    def found() -> bool:
+    def should_stop() -> bool:
         nonlocal last, answer
         if not answer and time.monotonic() - last > LISTEN_SECONDS:
             last, answer = time.monotonic(), stopped()
         return answer
 
-    return found
+    return should_stop

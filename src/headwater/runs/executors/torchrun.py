@@ -1,8 +1,8 @@
-"""A run whose every node is run by several processes together (`torchrun … -m headwater run …`).
+"""Run every node on several processes together (`torchrun … -m headwater run …`).
 
-The first process is the program as it always is: it reads, checks, writes the folder, reports, and its executor announces each
-node. The others wait for its word and run the same node beside it; what they would write goes to a folder of their own that
-nobody keeps, so a node's code is the same on every rank. Words: {"begin": …} the plan, {"run": NODE}, {"end": exit code}.
+Rank 0 is the usual program: it reads, checks, writes the run directory and reports; its executor broadcasts each node. The other
+ranks wait for its messages and run the same node, with a scratch folder for what they would write, so a node's code is the same
+on every rank. Messages: {"begin": setup}, {"run": NODE}, {"end": exit code}.
 """
 
 from __future__ import annotations
@@ -17,150 +17,142 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from headwater.config.recipe import Recipe
 from headwater.data.labels import Grade
-from headwater.distributed.process_group import ProcessGroup, is_loss
-from headwater.errors import HeadwaterError, LostError
-from headwater.runs.executors.base import Failure, Job, run_marked
+from headwater.distributed.process_group import ProcessGroup, is_lost_process
+from headwater.errors import HeadwaterError, LostProcessError
+from headwater.runs.executors.base import Failure, Job, start_node
+from headwater.runs.executors.remote import Message, Worker
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import NodeContext, NodeProgress
 from headwater.runs.plan import Node
-from headwater.runs.setup import prepared, stop_requests
+from headwater.runs.setup import stop_requests
 from headwater.storage.run_dir import NodeDir, RunDir
 from headwater.types import Verdict
 
-Word = dict[str, Any]
-
 
 @dataclass(frozen=True)
-class Together:
-    """The executor of the first rank: one node after the other, each on all ranks.
+class TorchrunExecutor:
+    """The executor of rank 0: one node after the other, each on all ranks.
 
-    Of several nodes it goes on after one that all ranks agree has failed. Raises LostError when another rank is gone, and
-    the failure itself when it befell this rank alone, since the others then wait for it in vain.
+    Of several nodes it goes on after one that failed on all ranks. Raises LostProcessError when another rank is gone; returns at once
+    when only this rank failed, since the others then wait for it in vain.
     """
 
     ranks: ProcessGroup
 
     def __call__(self, job: Job) -> dict[str, Failure]:
         failures: dict[str, Failure] = {}
-        self.ranks.broadcast({"begin": {**job.told, "out": str(job.out.path.resolve())}})
-        inputs = graded_together(job.inputs, self.ranks.duplicate())
-        for name in job.due(failures):
+        self.ranks.broadcast({"begin": job.worker_setup()})
+        inputs = share_grading(job.inputs, self.ranks.duplicate())
+        for name in job.runnable(failures):
             self.ranks.broadcast({"run": name})
             self.ranks.barrier()  # the others have read the node's logs
             failure = None
             try:
-                with job.shown(name) as watch:
-                    heard = replace(watch, should_stop=agreed(self.ranks, job.stopped), say=job.progress_display.say)
-                    run_marked(job.todo[name], NodeContext(job.plan, inputs, job.out, heard, self.ranks))
+                with job.show(name) as progress:
+                    should_stop = stopped_on_any(self.ranks, job.stopped)
+                    progress = replace(progress, should_stop=should_stop, say=job.progress_display.say)
+                    start_node(job.todo[name], NodeContext(job.plan, inputs, job.out, progress, self.ranks))
             except Exception as error:
-                if is_loss(error):
-                    raise LostError from None
+                if is_lost_process(error):
+                    raise LostProcessError from None
                 failure = Failure.of(error)
                 failures[name] = failure
                 job.fail(name, failure)
-            if not self.ranks.settled(name, failure is not None):
+            if not self.ranks.same_outcome(name, failure is not None):
                 if failure is None:
-                    raise LostError
+                    raise LostProcessError
                 return failures
-            if failure is not None and job.alone:
+            if failure is not None and job.single:
                 break
         return failures
 
 
-def agreed(ranks: ProcessGroup, stopped: Callable[[], bool]) -> Callable[[], bool]:
-    """Whether a stop was asked for on any rank; all of them must ask at the same places."""
+def stopped_on_any(ranks: ProcessGroup, stopped: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether a stop was requested on any rank; a collective, so all ranks must call it at the same places."""
     return lambda: ranks.any(stopped())
 
 
-def graded_together(inputs: RunInputs, ranks: ProcessGroup) -> RunInputs:
-    """The same answers, of which each rank grades its share and is told the rest."""
+def share_grading(inputs: RunInputs, ranks: ProcessGroup) -> RunInputs:
+    """The same inputs, with grading split over the ranks and its results gathered on all of them."""
 
     def shared(grade: Grade) -> Grade:
-        def graded(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-            return [one for part in ranks.all_gather(grade(ranks.share(pairs))) for one in part]
+        def grade_share(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+            return [verdict for part in ranks.all_gather(grade(ranks.shard(pairs))) for verdict in part]
 
-        return graded
+        return grade_share
 
-    return replace(
-        inputs,
-        labels=inputs.labels.graded_by(shared),
-        evals={name: (problems, labels.graded_by(shared)) for name, (problems, labels) in inputs.evals.items()},
-        validation=None
-        if inputs.validation is None
-        else (inputs.validation[0], inputs.validation[1].graded_by(shared)),
-    )
+    return inputs.with_grader(shared)
 
 
-def follow(ranks: ProcessGroup) -> int:
-    """The life of any other rank: run beside the first one what it announces; its exit code."""
+def run_worker_rank(ranks: ProcessGroup) -> int:
+    """Worker loop for ranks > 0: run each node that rank 0 broadcasts. Returns the exit code."""
     try:
         with stop_requests(aloud=False) as stopped:
-            word = ranks.broadcast(Word())
-            if "end" in word:
-                return int(word["end"])
-            begun = word["begin"]
-            recipe = Recipe.model_validate(begun["recipe"])
-            with prepared(recipe, begun["arms"], begun["seeds"]) as (plan, inputs):
-                nodes = {plan.names[node]: node for node in plan.order()}
-                shared = graded_together(inputs, ranks.duplicate())
-                watch = NodeProgress(
-                    lambda done, total, unit: None, lambda count, metrics: None, agreed(ranks, stopped)
+            message = ranks.broadcast(Message())
+            if "end" in message:
+                return int(message["end"])
+            with Worker.prepare(message["begin"]) as worker:
+                inputs = share_grading(worker.inputs, ranks.duplicate())
+                progress = NodeProgress(
+                    lambda done, total, unit: None, lambda count, metrics: None, stopped_on_any(ranks, stopped)
                 )
-                context = NodeContext(plan, shared, RunDir(Path(begun["out"])), watch, ranks)
-                while "run" in (word := ranks.broadcast(Word())):
-                    if not beside(nodes[word["run"]], context):
+                context = NodeContext(worker.plan, inputs, worker.out, progress, ranks)
+                while "run" in (message := ranks.broadcast(Message())):
+                    if not run_on_worker_rank(worker.node(message["run"]), context):
                         return 1
-                return int(word["end"])
+                return int(message["end"])
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        loss = is_loss(error)
-        said = str(LostError()) if loss else Failure.of(error).sentence
-        print(f"headwater: process {ranks.rank} of {ranks.size}: {said}", file=sys.stderr)
-        return LostError.exit_code if loss else error.exit_code if isinstance(error, HeadwaterError) else 1
+        lost = is_lost_process(error)
+        _print_error(ranks, str(LostProcessError()) if lost else Failure.of(error).sentence)
+        return LostProcessError.exit_code if lost else error.exit_code if isinstance(error, HeadwaterError) else 1
 
 
-def beside(node: Node, context: NodeContext) -> bool:
-    """Run a node beside the first rank; False where this rank failed and the others did not.
+def run_on_worker_rank(node: Node, context: NodeContext) -> bool:
+    """Run a node on a rank > 0; False where this rank failed and others did not.
 
-    Raises LostError when another one is gone.
+    Raises LostProcessError when another rank is gone.
     """
     name = context.plan.names[node]
     failure = None
-    with scratch(context.out.node(name), context.ranks) as aside:
+    with scratch_folder(context.out.node(name), context.ranks) as scratch:
         try:
-            run_marked(node, replace(context, aside=aside))
+            start_node(node, replace(context, scratch=scratch))
         except KeyboardInterrupt:
-            return True  # all were asked to stop, and all have; the first one says how it ends
+            return True  # all ranks have stopped; rank 0 broadcasts the exit code
         except Exception as error:
-            if is_loss(error):
-                raise LostError from None
+            if is_lost_process(error):
+                raise LostProcessError from None
             failure = Failure.of(error)
-    settled = context.ranks.settled(name, failure is not None)
-    if not settled:
+    same_outcome = context.ranks.same_outcome(name, failure is not None)
+    if not same_outcome:
         if failure is None:
-            raise LostError
-        print(f"headwater: process {context.ranks.rank} of {context.ranks.size}: {failure.sentence}", file=sys.stderr)
-    return settled
+            raise LostProcessError
+        _print_error(context.ranks, failure.sentence)
+    return same_outcome
+
+
+def _print_error(ranks: ProcessGroup, message: str) -> None:
+    print(f"headwater: process {ranks.rank} of {ranks.size}: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def scratch(held: NodeDir, ranks: ProcessGroup) -> Iterator[NodeDir]:
-    """A node folder of this rank's own that begins with the logs of the run's."""
+def scratch_folder(node_dir: NodeDir, ranks: ProcessGroup) -> Iterator[NodeDir]:
+    """A temporary node folder of this rank, with copies of the logs in the run directory."""
     with tempfile.TemporaryDirectory(prefix=f"headwater-{ranks.rank}-", ignore_cleanup_errors=True) as folder:
-        aside = RunDir(Path(folder)).node(held.name)
-        aside.path.mkdir(parents=True)
-        for path in filter(Path.exists, held.logs):
-            shutil.copyfile(path, aside.path / path.name)
+        scratch = RunDir(Path(folder)).node(node_dir.name)
+        scratch.path.mkdir(parents=True)
+        for path in filter(Path.exists, node_dir.logs):
+            shutil.copyfile(path, scratch.path / path.name)
         ranks.barrier()
-        yield aside
+        yield scratch
 
 
 @contextlib.contextmanager
-def led(ranks: ProcessGroup) -> Iterator[None]:
-    """The others are told how the first rank ends, if they still listen."""
+def broadcast_exit_code(ranks: ProcessGroup) -> Iterator[None]:
+    """Around rank 0's program: tell the other ranks how it ends, if they still listen."""
     code: Any = 1
     try:
         yield
@@ -175,8 +167,8 @@ def led(ranks: ProcessGroup) -> Iterator[None]:
         code = 130
         raise
     finally:
-        # A launcher ends the first process as soon as another one has ended with the code that it is told here.
+        # A launcher terminates rank 0 as soon as another rank has exited with the code that it receives here.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        with contextlib.suppress(RuntimeError, LostError):  # they may be gone
-            if not isinstance(sys.exc_info()[1], LostError) and not ranks.apart():
+        with contextlib.suppress(RuntimeError, LostProcessError):  # the others may be gone
+            if not isinstance(sys.exc_info()[1], LostProcessError) and not ranks.diverged():
                 ranks.broadcast({"end": code})

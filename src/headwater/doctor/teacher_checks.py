@@ -1,0 +1,148 @@
+"""Doctor checks of the sampling engine, of teachers behind a server, and of teachers by tag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from headwater.config.samplers import missing_package
+from headwater.config.stage import Stage
+from headwater.doctor.context import DoctorContext
+from headwater.doctor.finding import Finding
+from headwater.doctor.model_checks import compared_texts
+from headwater.errors import HeadwaterError, UserError
+from headwater.models.tokenizer import PROBES, refuse_different_tokens
+from headwater.runs.plan import Node
+from headwater.runs.read_once import InputError
+from headwater.teachers.build import top_k_of
+from headwater.teachers.served_teacher import ServedTeacher, check_scoring
+from headwater.teachers.server_client import is_served
+
+SERVER_PROBLEMS = 4
+"""Problems on which a server's tokenizer is compared, in addition to the probe strings: each is a request."""
+REMEDY = "fix what the sentence names"
+
+
+def engine(context: DoctorContext) -> Iterator[Finding]:
+    """Whether the sampler that the recipe names is installed; sampling shows whether it takes the model."""
+    message = missing_package(context.recipe.compute.sampler)
+    if message is not None:
+        yield Finding("engine-unusable", "error", message, "install the extra, or set compute.sampler=torch")
+
+
+def teacher_form(context: DoctorContext) -> Iterator[Finding]:
+    """A teacher behind a server, or a mapping of teachers, cannot do all that a model in one folder can."""
+    teacher = context.recipe.models.teacher
+    servers = [name for name in context.recipe.models.named("teacher").values() if is_served(name)]
+    if not servers and not isinstance(teacher, dict):
+        return
+    form = "a mapping to several models" if isinstance(teacher, dict) else f"a server ({servers[0]})"
+    for node in context.nodes:
+        if node.kind == "train" and node.start == "teacher":
+            yield Finding(
+                "cannot-run",
+                "error",
+                f"models.teacher: is {form}, which is not trained here, and stage {node.stage} of this arm would; choose arms that "
+                "do not train the teacher (raw_teacher), or name one folder",
+                REMEDY,
+            )
+        if servers and node.settings is not None and "teacher" in (node.teacher, node.start):
+            yield from _server_limits(node, node.settings, servers[0])
+
+
+def _server_limits(node: Node, stage: Stage, server: str) -> Iterator[Finding]:
+    name = "warmup" if node.kind == "rollouts" else node.stage
+    scores = node.kind == "train" or "teacher" in stage.signals
+    if scores and stage.dense.exact and stage.dense.top_k is None:
+        yield Finding(
+            "cannot-run",
+            "error",
+            f"stages.{name}.dense.top_k: models.teacher is a server ({server}), which gives the top-k log-probs and not the whole "
+            "distribution; set it (for example 64, with --max-logprobs 64 at the server)",
+            REMEDY,
+        )
+    if stage.sampling.temperature != 1.0:
+        yield Finding(
+            "cannot-run",
+            "error",
+            f"stages.{name}.sampling.temperature: models.teacher is a server ({server}), which scores at temperature 1 only",
+            REMEDY,
+        )
+
+
+def teacher_tags(context: DoctorContext) -> Iterator[Finding]:
+    """With a mapping of teachers, every problem needs the tag of one."""
+    known = context.recipe.models.teacher
+    for problem in context.inputs.everything if isinstance(known, dict) else ():
+        if problem.tag not in known:
+            tag = f"has the tag {problem.tag!r}" if problem.tag else "has no tag (data.columns.tag names their column)"
+            yield Finding(
+                "cannot-run",
+                "error",
+                f"models.teacher: problem {problem.id} of {problem.source} {tag}, and the mapping knows {', '.join(known)}",
+                REMEDY,
+            )
+            return
+
+
+def server_tokens(context: DoctorContext) -> Iterator[Finding]:
+    """A server must give the student's ids for the same text and for the same chat."""
+    for role in context.served_teachers:
+        student, served = context.prompter("student"), context.inputs.tokenizer(role)
+        templated = getattr(student.tokenizer, "chat_template", None) is not None
+        field, texts = f"models.{role}", compared_texts(context)[:SERVER_PROBLEMS]
+        remedy = "serve a model of the student's family with the student's chat template (--chat-template)"
+        try:
+            refuse_different_tokens(student.tokenizer, served, ("models.student", field), texts)
+            for problem in context.compared_problems[:SERVER_PROBLEMS] if templated and texts else ():
+                theirs = served.chat(student.messages(problem), student.prompt.thinking)
+                ours = student.ids(problem)
+                if theirs is not None and tuple(theirs) != ours:
+                    raise UserError(
+                        f"models.student and {field}: their chat templates give different ids for the same problem "
+                        f"({list(ours[-6:])} and {theirs[-6:]} at its end, prompt.thinking {student.prompt.thinking})"
+                    )
+        except InputError:
+            raise
+        except HeadwaterError as error:
+            yield Finding("server-disagrees", "error", str(error), remedy)
+
+
+def servers(context: DoctorContext) -> Iterator[Finding]:
+    """A server must take the longest sequence and score as the stages need."""
+    nodes = [n for n in context.nodes if n.settings is not None and "teacher" in (n.teacher, n.start)]
+    for role in context.served_teachers:
+        yield from _longest_sequence(context, role, nodes)
+        yield from _scoring(context, role, nodes)
+
+
+def _longest_sequence(context: DoctorContext, role: str, nodes: list[Node]) -> Iterator[Finding]:
+    longest = context.inputs.server(role).max_tokens
+    completions = [node.settings.sampling.max_tokens for node in nodes if node.settings is not None]
+    if longest is None or not completions or not context.prompt_lengths:
+        return
+    needed = context.prompt_lengths[0][0] + max(completions) + 1  # a server samples one token more than it scores
+    if needed > longest:
+        yield Finding(
+            "server-context-too-short",
+            "error",
+            f"models.{role}: the server takes sequences of {longest} tokens; the longest prompt and completion, and one token more, "
+            f"are {needed}",
+            f"start it with --max-model-len {needed}, or lower sampling.max_tokens",
+        )
+
+
+def _scoring(context: DoctorContext, role: str, nodes: list[Node]) -> Iterator[Finding]:
+    """Score a few tokens as each stage would."""
+    inputs, tokenizer = context.inputs, context.inputs.tokenizer("student")
+    width = int(inputs.config("student").get_text_config().vocab_size)
+    for top_k in dict.fromkeys(top_k_of(node.settings) or 0 for node in nodes):
+        teacher = ServedTeacher(inputs.server(role), tokenizer, width, inputs.stop_ids("student"), inputs.device, top_k)
+        try:
+            check_scoring(teacher, tokenizer(PROBES[0], add_special_tokens=False)["input_ids"])
+        except HeadwaterError as error:
+            remedy = (
+                f"start the server with --max-logprobs {top_k}, or lower dense.top_k"
+                if top_k
+                else "serve the model with vLLM"
+            )
+            yield Finding("server-unusable", "error", str(error), remedy)

@@ -1,0 +1,137 @@
+"""Doctor checks that need weights: a few problems and tokens through the code paths that training uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from headwater.doctor.context import DoctorContext
+from headwater.doctor.finding import Finding
+from headwater.losses import token_losses
+from headwater.losses.batch import Row
+from headwater.losses.logprobs import token_stats
+from headwater.losses.token_stats import TokenInputs
+from headwater.models.policy import Policy
+from headwater.teachers.scoring import distributions_of, logp_of
+from headwater.types import Rollout
+
+MAX_TRUNCATED = 0.5
+# Bounds in nats for float32 and bfloat16: float32 leaves 1e-6 and less, bfloat16 about 1e-2 a token.
+AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+SELF_KL = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def finite(context: DoctorContext) -> Iterator[Finding]:
+    for role in context.sampled_roles:
+        if not all(math.isfinite(sum(rollout.sampler_logp)) for rollout in context.sample(role).rollouts):
+            yield Finding(
+                "not-finite",
+                "error",
+                f"models.{role}: its log-probs are not finite, so that nothing can be sampled",
+                "its weights hold a NaN or an infinity, or models.dtype is too narrow for it: download the weights again, or use "
+                "models.dtype=float32",
+            )
+
+
+def sampler_against_trainer(context: DoctorContext) -> Iterator[Finding]:
+    """The log-probs that tokens were sampled with against those that the trainer computes for them (TRL #6789)."""
+    for role in context.sampled_roles:
+        sample = context.sample(role)
+        trainer_logp = logp_of(sample.policy, sample.rollouts, context.recipe.compute.microbatch_tokens)
+        gap = mean_gap([torch.tensor(rollout.sampler_logp) for rollout in sample.rollouts], trainer_logp)
+        bound = GAP[sample.policy.compute_dtype]
+        if not gap <= bound:
+            yield Finding(
+                "sampler-trainer-gap",
+                "error",
+                f"models.{role}: a sampled token's log-prob differs by {gap:.2g} nats on average between sampler and trainer (at "
+                f"most {bound:g} in {dtype_name(sample.policy)})",
+                "use models.dtype=float32; if the gap stays, the model's cached and whole forward passes differ: report it",
+            )
+
+
+def teacher_agrees_with_itself(context: DoctorContext) -> Iterator[Finding]:
+    """The same tokens scored in one batch and one by one: neither other rows nor padding may change a score."""
+    rollouts = scored_rollouts(context)
+    teachers = {teacher for _, teacher in context.distillations}
+    for role in [role for role in context.roles if role != "student" and role in teachers]:
+        teacher = context.policy(role, True)
+        batched = logp_of(teacher, rollouts, context.recipe.compute.microbatch_tokens)
+        single = [logp_of(teacher, [rollout], 1)[0] for rollout in rollouts]
+        gap, bound = mean_gap(batched, single), AGREEMENT[teacher.compute_dtype]
+        if not gap <= bound:
+            yield Finding(
+                "teacher-disagrees-with-itself",
+                "error",
+                f"models.{role}: scored twice, in a batch and alone, the same tokens differ by {gap:.2g} nats on average (at most "
+                f"{bound:g} in {dtype_name(teacher)})",
+                "use models.dtype=float32 or compute.deterministic=true; if it stays, the model is random at inference or reads "
+                "its padding",
+            )
+
+
+def scored_rollouts(context: DoctorContext) -> list[Rollout]:
+    """What teachers score: the student's completions if a stage samples it, else those of its teacher."""
+    return context.sample(context.sampled_roles[0]).rollouts
+
+
+def self_distillation(context: DoctorContext) -> Iterator[Finding]:
+    """The student as its own teacher: KL must be 0 through the path of on-policy distillation."""
+    if not any(learner == "student" for learner, _ in context.distillations):
+        return
+    student, copy = context.policy("student", False), context.policy("student", True)
+    kl = self_kl(student, copy, scored_rollouts(context), context.recipe.compute.microbatch_tokens)
+    bound = SELF_KL[student.compute_dtype]
+    if not abs(kl) < bound:
+        yield Finding(
+            "self-kl",
+            "error",
+            f"models.student: taught by itself it has a mean KL of {kl:.2g} nats a token, where it should have none (less than "
+            f"{bound:g} in {dtype_name(student)})",
+            "use models.dtype=float32; if it stays, the model is random at inference, or trains in another mode than it scores",
+        )
+
+
+@torch.no_grad()
+def self_kl(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], tokens: int) -> float:
+    """Mean reverse KL a token between a policy and its frozen copy, each in the form that training uses."""
+    signals = distributions_of(teacher, rollouts, tokens)
+    rows = [Row(rollout, teacher=signal) for rollout, signal in zip(rollouts, signals, strict=True)]
+    total = 0.0
+    for _, batch in student.batches(rows, tokens):
+        stats = token_stats(
+            student.completion_hidden(batch),
+            student.logits,
+            TokenInputs(batch.targets_N, batch.temperature, batch.teacher, token_losses.REVERSE),
+        )
+        assert stats.divergence_N is not None
+        total += stats.divergence_N.sum().item()
+    return total / sum(row.tokens for row in rows)
+
+
+def truncation(context: DoctorContext) -> Iterator[Finding]:
+    """Completions cut by the limit are graded as they are, and a model that never ends is no teacher."""
+    for role in context.sampled_roles:
+        sample = context.sample(role)
+        truncated = sum(rollout.finish == "length" for rollout in sample.rollouts) / len(sample.rollouts)
+        if not sample.shortened and truncated > MAX_TRUNCATED:
+            yield Finding(
+                "truncated",
+                "warning",
+                f"models.{role}: {truncated:.0%} of {len(sample.rollouts)} sampled completions run into sampling.max_tokens "
+                f"{sample.limit}",
+                "raise sampling.max_tokens, or check that the model knows how to end (its stop ids, its chat template)",
+            )
+
+
+def mean_gap(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Mean absolute difference a token; NaN where either is."""
+    return (torch.cat([row.cpu() for row in first]) - torch.cat([row.cpu() for row in second])).abs().mean().item()
+
+
+def dtype_name(policy: Policy) -> str:
+    return str(policy.compute_dtype).removeprefix("torch.")

@@ -1,0 +1,128 @@
+"""Sections of the page about differences between arms: the paper's predictions and the comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from headwater.report import figures
+from headwater.report.contrasts import (
+    difference_text,
+    find_contrast,
+    group_by_equality,
+    interval_note,
+    named_contrasts,
+    reading,
+)
+from headwater.report.figures import Plot
+from headwater.report.format import count, p_text, percent, points, units
+from headwater.report.view import Cell, Column, Interval, RowHeader, Section, Table, interval_axis, number_columns
+
+MARKS = {"holds": "▲", "does not hold": "▼", "undecided": "○", "not measured": "–"}
+
+
+def headline(report: dict[str, Any]) -> str:
+    """One sentence: bridge against direct GRPO if the study has both, else the best arm."""
+    if not report["evals"]:
+        return "No arm has a result yet."
+    eval_name = report["evals"][0]
+    contrast = find_contrast(report, "bridge", "direct_grpo", eval_name)
+    if contrast is not None:
+        verbs = {"holds": "beats", "does not hold": "loses to", "undecided": "does not differ significantly from"}
+        labels = contrast["labels"]
+        equal = f"{count(labels['a'])} labels each" if labels["a"] == labels["b"] else "labels not equal"
+        numbers = difference_text(contrast).split("direct_grpo ", 1)[1]
+        return f"The bridge {verbs[reading(contrast)]} direct GRPO on {eval_name}: {numbers}; {equal}."
+    scores = {name: arm["accuracy"][eval_name] for name, arm in report["arms"].items() if eval_name in arm["accuracy"]}
+    best = max(scores, key=lambda name: scores[name]["mean"])
+    mean, low, high = (percent(scores[best][key]) for key in ("mean", "low", "high"))
+    return f"Best on {eval_name}: {best} with {mean} %, 95 % {low} to {high}."
+
+
+def chips(report: dict[str, Any]) -> list[dict[str, str]]:
+    """Name and reading of each prediction on the first evaluation, for the top of the page."""
+    first = report["evals"][:1]
+    return [
+        {"mark": MARKS[row["reading"]], "name": row["name"], "reading": row["reading"]}
+        for row in report["predictions"]
+        if row["reading"] != "not measured" and [row["eval"]] == first
+    ]
+
+
+def predictions(report: dict[str, Any]) -> Section | None:
+    """The paper's three predictions: the rule for each, its reading, and the numbers behind it."""
+    if all(row["reading"] == "not measured" for row in report["predictions"]):
+        return None
+    several = len(report["evals"]) > 1
+    columns = [Column("prediction"), Column("reading", nowrap=True), Column("why")]
+    rows: list[list[Cell]] = [
+        [
+            RowHeader(row["name"], (row["claim"], row["rule"])),
+            f"{MARKS[row['reading']]} {row['reading']}",
+            row["why"].split("; "),
+        ]
+        for row in report["predictions"]
+    ]
+    if several:
+        columns.insert(1, Column("evaluation"))
+        for cells, row in zip(rows, report["predictions"], strict=True):
+            cells.insert(1, row["eval"])
+    table = Table("P1 to P3", columns, rows, stacked=True)
+    return Section("The paper's predictions", "predictions", {"table": table})
+
+
+def comparisons(report: dict[str, Any]) -> Section | None:
+    """The named contrasts, grouped by whether labels, compute or both are equal; all others in a folded table."""
+    if not report["contrasts"]:
+        return None
+    named = named_contrasts(report)
+    others = [contrast for contrast in report["contrasts"] if contrast not in named]
+    rows: list[Any] = []
+    for title, contrasts in group_by_equality(named):
+        rows += [title, *(_row(report, contrast) for contrast in contrasts)]
+    table = Table("Differences of accuracy, grouped by what is equal", _columns(report, named), rows)
+    folded = Table("Every arm against the student before", _columns(report, others), [_row(report, c) for c in others])
+    view = {"table": table, "folded": folded if others else None, "interval_note": interval_note(report)}
+    return Section("Comparisons", "comparisons", view, tuple(_forests(report, named)))
+
+
+def _columns(report: dict[str, Any], contrasts: Sequence[dict[str, Any]]) -> list[Column]:
+    return [
+        Column("a − b"),
+        *([Column("evaluation")] if len(report["evals"]) > 1 else []),
+        Column("a better than b", nowrap=True),
+        *number_columns("points", "95 %"),
+        Column("", axis=interval_axis(contrasts, points)),
+        *number_columns("p", "labels a / b", "FLOPs a / b", "seeds × problems"),
+    ]
+
+
+def _row(report: dict[str, Any], contrast: dict[str, Any]) -> list[Cell]:
+    labels, flops = contrast["labels"], contrast["flops"]
+    mean, low, high = (contrast[key] for key in ("difference", "low", "high"))
+    return [
+        f"{contrast['a']} − {contrast['b']}",
+        *([contrast["eval"]] if len(report["evals"]) > 1 else []),
+        f"{MARKS[reading(contrast)]} {reading(contrast)}",
+        points(mean),
+        f"{points(low)} to {points(high)}",
+        Interval(mean, low, high, 0.0),
+        p_text(contrast["p"]),
+        f"{count(labels['a'])} / {count(labels['b'])}",
+        f"{units(flops['a'])} / {units(flops['b'])}",
+        f"{contrast['seeds']} × {contrast['problems']}",
+    ]
+
+
+def _forests(report: dict[str, Any], named: Sequence[dict[str, Any]]) -> Iterator[Plot]:
+    """A forest plot of the differences per evaluation, for figures/ only: the page shows the same in its tables."""
+    for eval_name in report["evals"]:
+        rows = [
+            figures.Estimate(f"{c['a']} − {c['b']}", c["difference"], c["low"], c["high"])
+            for _, contrasts in group_by_equality(named)
+            for c in contrasts
+            if c["eval"] == eval_name
+        ]
+        if rows:
+            name = figures.file_stem("contrasts", eval_name)
+            yield figures.forest(name, f"Differences on {eval_name}", rows, 0.0, "percentage points")

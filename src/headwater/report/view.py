@@ -1,0 +1,109 @@
+"""Plain data that the page templates render: sections, tables, columns with their alignment, intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from headwater.report.figures import Plot
+from headwater.report.svg import spanning
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One section of the page, rendered by templates/sections/{template}.html.j2.
+
+    view   the values that the template reads
+    plots  every figure of the section; some are only written to figures/ and not shown
+    """
+
+    title: str
+    template: str
+    view: dict[str, Any]
+    plots: tuple[Plot, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Horizontal axis of a column of intervals: its range and the labels at its two ends."""
+
+    low: float
+    high: float
+    labels: tuple[str, str]
+
+    def position(self, value: float) -> str:
+        """Distance from the left end, clipped to the axis. Example: `Axis(0, 2, ("0", "2")).position(1)` is `50.0%`."""
+        share = (value - self.low) / ((self.high - self.low) or 1.0)
+        return f"{100 * min(1.0, max(0.0, share)):.1f}%"
+
+
+def interval_axis(rows: Iterable[dict[str, Any]], label: Callable[[float], str]) -> Axis:
+    """An axis with room for zero and the intervals of all `rows`; from 0 to 1 if there are none."""
+    ends = [row[end] for row in rows for end in ("low", "high")]
+    low, high = spanning([0.0, *ends]) if ends else (0.0, 1.0)
+    return Axis(low, high, (label(low), label(high)))
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate, drawn as one row of a forest plot. `level` is the reference line, `seeds` the values of single seeds."""
+
+    mean: float
+    low: float
+    high: float
+    level: float | None = None
+    seeds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowHeader:
+    """The first cell of a row: a name, small print below it, warnings, and where the name links to."""
+
+    text: str
+    details: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    href: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table.
+
+    axis   the cells are `Interval`s, drawn on this axis
+    spans  one cell for all rows of an entry (`Table.rows_per_entry`)
+    """
+
+    title: str
+    align: Literal["left", "right"] = "left"
+    nowrap: bool = False
+    axis: Axis | None = None
+    spans: bool = False
+
+
+Cell = str | Sequence[str] | Interval | RowHeader | None
+"""Text, a list of points, an interval (None: an empty cell of that column), or the header of a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that scrolls sideways on a narrow screen.
+
+    rows            each a `Cell` for every column; a string instead of a row is the heading of a group of rows
+    rows_per_entry  rows that share the cells of the columns with `spans`
+    stacked         cells hold sentences: on a phone they are placed below each other
+    """
+
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    rows_per_entry: int = 1
+    stacked: bool = False
+
+
+def text_columns(*titles: str) -> list[Column]:
+    return [Column(title) for title in titles]
+
+
+def number_columns(*titles: str, spans: bool = False) -> list[Column]:
+    return [Column(title, "right", spans=spans) for title in titles]

@@ -1,0 +1,44 @@
+"""Evaluate a model on every evaluation set of the recipe."""
+
+from __future__ import annotations
+
+from headwater.runs.node_context import NodeContext
+from headwater.runs.plan import Node
+from headwater.storage import fault_points
+from headwater.storage.files import write_rows
+from headwater.storage.ledger import record
+from headwater.teachers.build import Teacher
+
+
+def evaluate_node(node: Node, context: NodeContext) -> None:
+    """Evaluate a base model."""
+    context.node_dir(node).cut_back_to(-1)
+    start_final_evaluation(context)
+    run_evals(context.frozen(node.start), node, context, "final", 0)
+
+
+def start_final_evaluation(context: NodeContext) -> None:
+    samples = context.inputs.recipe.evaluate.samples
+    completions = sum(len(problems) * samples for problems, _ in context.inputs.evals.values())
+    context.progress.start(0, completions, "completions")
+
+
+def run_evals(policy: Teacher, node: Node, context: NodeContext, when: str, step: int) -> None:
+    """Run every evaluation of the recipe; write its graded completions and its ledger row (purpose `eval`).
+
+    when  `final`, or `step-000010` for an evaluation between two steps
+    """
+    folder = context.node_dir(node)
+    for name, held_out in context.inputs.evals.items():
+        fault_points.failpoint("evaluation.begun")
+        progress = context.progress.advance_or_stop if when == "final" else None
+        # Every model answers a problem with the same random numbers, which makes paired comparisons less noisy.
+        draw = (node.seed, "eval", name)
+        rows, spend = context.grade_held_out(node, policy, held_out, "eval", step, draw, progress)
+        if when == "final":
+            write_rows(folder.evaluation(when, name), rows)
+        else:
+            folder.keep(step, folder.evaluation(when, name), rows)
+        fault_points.failpoint("evaluation.written")
+        record(folder.ledger, spend)
+        fault_points.failpoint("evaluation.charged")

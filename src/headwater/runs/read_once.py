@@ -1,0 +1,58 @@
+"""Memoized reading of inputs: each is read on first use, and its error is kept like its value."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
+
+from headwater.errors import UserError
+
+Part = Literal[
+    "task", "data", "labels", "device", "model", "tokenizer", "config", "generation config", "weights", "server",
+    "engine", "plan",
+]  # fmt: skip
+"""What an InputError is about; the doctor has a finding for each."""
+
+
+class InputError(UserError):
+    """An input that cannot be read or does not fit the recipe."""
+
+    def __init__(self, part: Part, sentence: str) -> None:
+        super().__init__(sentence)
+        self.part = part
+
+
+class _Memoized(Protocol):
+    @property
+    def memo(self) -> dict[Hashable, Any]: ...
+
+
+S = TypeVar("S", bound=_Memoized)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def read_once(part: Part) -> Callable[[Callable[Concatenate[S, P], T]], Callable[Concatenate[S, P], T]]:
+    """Memoize a method of an object with a `memo`, its UserErrors included; those are raised as InputErrors of `part`."""
+
+    def decorate(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+        @functools.wraps(method)
+        def once(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
+            key = (method.__name__, *args, *kwargs.items())
+            if key not in self.memo:
+                try:
+                    self.memo[key] = method(self, *args, **kwargs)
+                except InputError as error:  # of an input that this one is read from
+                    self.memo[key] = error
+                except UserError as error:
+                    self.memo[key] = InputError(part, str(error))
+            value = self.memo[key]
+            if isinstance(value, InputError):
+                raise value
+            result: T = value
+            return result
+
+        return once
+
+    return decorate

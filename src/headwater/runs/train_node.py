@@ -1,0 +1,240 @@
+"""Train one node: a stage from its initial weights, or its last checkpoint, to a saved and evaluated model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+from headwater.config.stage import Stage
+from headwater.errors import TrainingStoppedError
+from headwater.losses.batch import Row
+from headwater.losses.objectives import Objective, objective_of
+from headwater.models.oom import BatchBudget
+from headwater.models.policy import Policy
+from headwater.models.prompts import Prompter
+from headwater.models.save import save_policy
+from headwater.models.tokenizer import refuse_different_widths
+from headwater.runs.evaluate_node import run_evals, start_final_evaluation
+from headwater.runs.node_context import LoadFrozen, NodeContext
+from headwater.runs.plan import Node
+from headwater.runs.stage_measurements import StageMeasurements
+from headwater.sampling.build import importance_cap
+from headwater.storage import fault_points
+from headwater.storage.files import Logs
+from headwater.storage.ledger import record
+from headwater.storage.run_dir import append_jsonl, cut_back, read_jsonl, written_aside
+from headwater.teachers.cache import read_cache
+from headwater.training import token_signals
+from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoint
+from headwater.training.early_stopping import PlateauMonitor
+from headwater.training.guards import GuardMonitor, NoSignalGuard
+from headwater.training.loop import Source, StepResult, train_steps
+from headwater.training.rollouts import CachedRollouts, PolicyRollouts
+from headwater.training.update import make_optimizer
+
+
+def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
+    """Train a stage, save its model and evaluate it.
+
+    Returns {"step", "of", "why"} for a stage that stopped before its last step.
+    """
+    assert node.settings is not None
+    stage, folder = node.settings, context.node_dir(node)
+    policy = context.trainee(node)
+    steps = context.steps(node)
+    step = train_stage(node, context, policy, steps)
+    fault_points.failpoint("stage.ended")
+    # A node that was interrupted between its last step and DONE evaluates again: drop the ledger rows of the first time.
+    cut_back(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < step)
+    with written_aside(folder.model) as aside:
+        save_policy(policy, aside, policy.compute_dtype)
+        (aside / "README.md").write_text(model_card(node, context, step), encoding="utf-8")
+        fault_points.failpoint("model.written")
+    fault_points.failpoint("model.saved")
+    start_final_evaluation(context)
+    run_evals(policy, node, context, "final", step)
+    if step == steps or stage.until is None:
+        return None
+    return {"step": step, "of": steps, "why": f"plateau of {stage.until.metric}"}
+
+
+def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) -> int:
+    """Train the policy from its last checkpoint to the end of the stage; return the number of finished steps.
+
+    Each step is recorded in the order metrics, ledger, rollouts, checkpoint: exact resume depends on it.
+
+    Raises TrainingStoppedError when a guard or the loop stops training, KeyboardInterrupt when asked to stop. Both leave a
+    checkpoint to resume from.
+    """
+    assert node.settings is not None
+    stage, recipe, folder, progress = node.settings, context.inputs.recipe, context.node_dir(node), context.progress
+    objective = objective_of(stage, importance_cap(recipe))
+    load_frozen: LoadFrozen = cache(partial(context.frozen, stage=stage))
+    source = rollout_source(node, context, policy, objective, load_frozen)
+    measurements = StageMeasurements(node, context, policy, load_frozen)
+    optimizer = make_optimizer(policy, stage.optim)
+    done = load_checkpoint(folder, policy.model, optimizer, progress.say, policy.ranks)
+    fault_points.failpoint("stage.loaded")
+    folder.cut_back_to(done if done else -1)
+    prune(folder)  # a process killed right after its last checkpoint has not pruned
+    fault_points.failpoint("stage.begun")
+    logs = Logs(folder.logs)
+    progress.start(done, steps, "steps")
+
+    guards = GuardMonitor(recipe.guards, folder, progress.warn)
+    pool = 0 if node.pool is None else len(context.inputs.pool(node.pool))
+    no_signal = NoSignalGuard(recipe.guards, stage, steps, pool, folder.ledger)
+    plateau = PlateauMonitor(stage.until, folder.metrics)
+    microbatch_tokens = recipe.compute.microbatch_tokens
+    earlier = list(read_jsonl(folder.metrics))
+    if why := no_signal.catch_up(earlier) or guards.catch_up(earlier):
+        raise TrainingStoppedError(f"step {done} of {steps}: {why}")
+    if earlier:  # sums over smaller microbatches differ in their last bits, so a resumed stage keeps the size
+        microbatch_tokens = min(microbatch_tokens, int(earlier[-1].get("microbatch_tokens", microbatch_tokens)))
+    if done and plateau.reached(done):
+        return done
+    if not done:
+        measurements.after(0, last=steps == 0)
+
+    for result in train_steps(policy, optimizer, source, objective, stage, range(done, steps), microbatch_tokens):
+        step = result.step
+        row = {**result.metrics, **measurements.after(step, last=step == steps)}
+        append_jsonl(folder.metrics, [row])
+        fault_points.failpoint("step.measured")
+        charge(node, context, result, objective, policy)
+        fault_points.failpoint("step.charged")
+        write_rollouts(node, context, result, objective, policy)
+        fault_points.failpoint("step.kept")
+        progress.advance(1, row)
+        no_signal_stop, guard_stop = no_signal.check(row), guards.check(row)
+        why = no_signal_stop or guard_stop
+        last = step == steps or plateau.reached(step)
+        if stage.eval_every and step % stage.eval_every == 0 and not last:
+            run_evals(policy, node, context, f"step-{step:06d}", step)
+            fault_points.failpoint("step.evaluated")
+        fault_points.failpoint("step.ended")
+        stop = progress.should_stop()
+        if last or stop or why or (stage.checkpoint_every and step % stage.checkpoint_every == 0):
+            save_checkpoint(folder, step, policy.model, optimizer, logs, policy.ranks)
+        if why:
+            raise TrainingStoppedError(f"step {step} of {steps}: {why}")
+        if last:
+            return step
+        if stop:
+            raise KeyboardInterrupt
+    return steps
+
+
+def rollout_source(
+    node: Node, context: NodeContext, policy: Policy, objective: Objective, load_frozen: LoadFrozen
+) -> Source:
+    """The stage's source of rollouts. It is given labels only when its objective has a sparse term."""
+    assert node.settings is not None and node.pool is not None
+    stage, inputs = node.settings, context.inputs
+    if objective.source == "teacher":
+        assert node.cache is not None
+        folder = context.node_dir(node.cache)
+        folder.refuse_damage(f"{folder.cache.name}/")
+        return CachedRollouts(read_cache(folder.cache), stage, node.seed, policy.ranks)
+    teacher = load_frozen(node.teacher) if "teacher" in objective.signals and node.teacher else None
+    if teacher is not None:
+        refuse_different_widths(policy, teacher, ("models.student", "models.teacher"))
+    prompter = context.prompter(policy)
+    # Dynamic sampling reuses (problem, sample) keys, so scores made while sampling could belong to discarded rollouts.
+    # Ranks make their passes together, which a scoring thread would break.
+    score_while_sampling = teacher is not None and not stage.sparse.dynamic_sampling and policy.ranks.single_process
+    return PolicyRollouts(
+        policy=policy,
+        stage=stage,
+        draw=(node.stage, node.seed),
+        objective=objective,
+        prompts={name: prompter.ids(inputs.problems[name]) for name in inputs.prompts(node.pool, stage)},
+        sampler=context.sampler(policy),
+        prompter=prompter,
+        labels=inputs.labels.only(inputs.pool(node.pool)) if "reward" in objective.signals else None,
+        teacher=teacher,
+        reference=context.reference(node, policy) if "reference" in objective.signals else None,
+        budget=BatchBudget(inputs.recipe.compute.microbatch_tokens),
+        parts=inputs.recipe.compute.score_ahead if score_while_sampling else 1,
+    )
+
+
+def charge(node: Node, context: NodeContext, result: StepResult, objective: Objective, policy: Policy) -> None:
+    """Add the step's ledger row: labels, completions graded, tokens, FLOPs and seconds."""
+    assert node.settings is not None
+    batch = result.batch
+    record(
+        context.node_dir(node).ledger,
+        replace(
+            context.spend(node),
+            step=result.step,
+            labels=batch.labels,
+            checks=batch.checks,
+            tokens_sampled=batch.tokens_sampled,
+            tokens_trained=int(result.metrics["tokens_trained"]),
+            tokens_teacher_scored=batch.tokens_teacher_scored,
+            flops=batch.flops + update_flops(node.settings, objective, policy, batch.rows),
+            seconds=result.seconds,
+        ),
+    )
+
+
+def update_flops(stage: Stage, objective: Objective, policy: Policy, rows: Sequence[Row]) -> float:
+    """FLOPs of a step's forward and backward passes.
+
+    Several updates on one batch need the old log-probs: one more forward pass, a third of an update.
+    """
+    reused = objective.source == "policy" and stage.passes * stage.minibatches > 1
+    passes = stage.passes + (1.0 / 3.0 if reused else 0.0)
+    return passes * policy.pass_flops([row for row in rows if not row.zero_gradient], passes=3)
+
+
+def write_rollouts(node: Node, context: NodeContext, result: StepResult, objective: Objective, policy: Policy) -> None:
+    """Write the step's completions and verdicts; a few with the teacher's signal per token."""
+    folder, prompter, rows = context.node_dir(node), context.prompter(policy), result.batch.rows
+    shown = token_signals.kept(rows) if objective.source == "policy" else []
+    own = {i: token_signals.signal_of(rows[i], prompter.completion) for i in shown if rows[i].local}
+    signals = {i: signal for part in policy.ranks.all_gather(own) for i, signal in part.items()}
+    lines = [{**rollout_row(row, prompter), **signals.get(i, {})} for i, row in enumerate(rows)]
+    folder.keep(result.step, folder.rollouts(result.step), lines)
+
+
+def rollout_row(row: Row, prompter: Prompter) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "problem_id": row.rollout.problem_id,
+        "sample": row.rollout.sample,
+        "completion": prompter.completion(row.rollout.completion_ids),
+        "tokens": row.tokens,
+        "finish": row.rollout.finish,
+        "sampler": row.rollout.sampler,
+    }
+    if row.verdict is not None:
+        line |= {"correct": row.verdict.correct, "reason": row.verdict.reason, "advantage": row.advantage}
+    return line
+
+
+def label_note(node: Node, context: NodeContext) -> dict[str, Any] | None:
+    """The labels that a stage may look at: {"pool", "distinct_allowed"}; None for a node that does not train."""
+    if node.kind != "train" or node.settings is None or node.pool is None:
+        return None
+    allowed = len(context.inputs.pool(node.pool)) if node.settings.needs_labels else 0
+    return {"pool": node.pool, "distinct_allowed": allowed}
+
+
+def model_card(node: Node, context: NodeContext, steps: int) -> str:
+    """README.md of a trained model."""
+    recipe = context.inputs.recipe
+    if isinstance(node.start, Node):
+        start = context.plan.names[node.start]
+    else:
+        start = ", ".join(recipe.models.named(node.start).values())
+    note = label_note(node, context)
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- headwater\n---\n\n"
+        f"# {recipe.name}: {node.role} after {node.stage} (seed {node.seed})\n\n"
+        f"Trained with Headwater from `{start}`: stage `{node.stage}`, objective `{node.settings.objective if node.settings else ''}`, "
+        f"{steps} steps. Labels this stage may look at: {note['distinct_allowed'] if note else 0}. "
+        "The run's `recipe.json`, `ledger.jsonl` and `report.json` say how it was made and what it scored.\n"
+    )

@@ -1,0 +1,87 @@
+"""Groups of rollouts that share a prompt: rewards, advantages, dynamic sampling, and their assignment to ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from headwater.config.stage import Stage
+from headwater.distributed.process_group import ProcessGroup
+from headwater.losses.advantages import ADVANTAGES
+from headwater.losses.batch import Row
+from headwater.training.update import split_minibatches
+from headwater.types import Verdict
+
+
+def with_rewards(
+    rows: Sequence[Row], verdicts: Sequence[Verdict], stage: Stage, skip_zero_advantage: bool
+) -> list[Row]:
+    """Add verdicts and group advantages to rows (consecutive groups of `group_size`).
+
+    A completion cut at the token limit is graded as it is: the answer may come before the cut.
+    """
+    rewards_PG = torch.tensor([float(verdict.correct) for verdict in verdicts]).view(-1, stage.group_size)
+    advantages = ADVANTAGES[stage.sparse.advantage](rewards_PG).flatten().tolist()
+    return [
+        replace(row, verdict=verdict, advantage=advantage, zero_gradient=skip_zero_advantage and advantage == 0.0)
+        for row, verdict, advantage in zip(rows, verdicts, advantages, strict=True)
+    ]
+
+
+def groups_of(rows: Sequence[Row], group_size: int) -> list[Sequence[Row]]:
+    return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]
+
+
+def count_uninformative(rows: Sequence[Row], group_size: int) -> int:
+    """Number of groups whose verdicts are all equal: their advantages are 0."""
+    return sum(len({row.verdict.correct for row in group if row.verdict}) < 2 for group in groups_of(rows, group_size))
+
+
+def count_solved(rows: Sequence[Row], group_size: int) -> int:
+    """Number of groups with at least one correct completion (pass@G on the step's problems)."""
+    return sum(any(row.verdict.correct for row in group if row.verdict) for group in groups_of(rows, group_size))
+
+
+def truncated_share(rows: Sequence[Row]) -> float:
+    """Share of completions that ended at the token limit."""
+    return sum(row.rollout.finish == "length" for row in rows) / len(rows)
+
+
+def replace_uninformative(kept: list[Row], fresh: list[Row], group_size: int) -> list[Row]:
+    """Replace uninformative groups by informative fresh ones (dynamic sampling); keep the rest in place."""
+    if not kept:
+        return fresh
+    informative = iter([group for group in groups_of(fresh, group_size) if count_uninformative(group, group_size) == 0])
+    groups = [
+        group if count_uninformative(group, group_size) == 0 else next(informative, group)
+        for group in groups_of(kept, group_size)
+    ]
+    return [row for group in groups for row in group]
+
+
+def assign_to_ranks(rows: list[Row], stage: Stage, group_size: int, ranks: ProcessGroup) -> list[Row]:
+    """Mark the rows that this rank trains on: about equal tokens per rank in every optimizer step.
+
+    Groups of `group_size` rows, which share a prompt, stay together where there are enough of them. Every rank computes the
+    same assignment from the same rows.
+
+    Example: groups of 9, 5 and 4 tokens on two ranks: the first on rank 0, the other two on rank 1.
+    """
+    if ranks.single_process:
+        return rows
+    assigned: list[Row] = []
+    for minibatch in split_minibatches(rows, stage.minibatches, group_size):
+        groups = groups_of(minibatch, group_size)
+        if len(groups) < 2 * ranks.size:
+            groups = [[row] for row in minibatch]
+        cost = [
+            sum(len(row.rollout.prompt_ids) + row.tokens for row in group if not row.zero_gradient) for group in groups
+        ]
+        load, owner = [0] * ranks.size, [0] * len(groups)
+        for index in sorted(range(len(groups)), key=lambda index: (-cost[index], index)):
+            owner[index] = load.index(min(load))
+            load[owner[index]] += cost[index]
+        assigned += [replace(row, local=owner[i] == ranks.rank) for i, group in enumerate(groups) for row in group]
+    return assigned

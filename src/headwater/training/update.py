@@ -1,0 +1,216 @@
+"""Policy updates: optimizer, learning rate, loss denominator, microbatches, gradient clipping."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from headwater.config.stage import Optim, Stage
+from headwater.errors import TrainingStoppedError
+from headwater.losses import token_losses
+from headwater.losses.batch import Batch, Row
+from headwater.losses.logprobs import loss_and_stats
+from headwater.losses.objectives import Objective
+from headwater.losses.token_stats import TokenInputs, Tokens, TokenStats
+from headwater.models.fsdp import clip_grad_norm, idle_pass, sharded_forward, stop_on_oom
+from headwater.models.oom import BatchBudget, is_out_of_memory
+from headwater.models.policy import Policy
+from headwater.storage import fault_points
+from headwater.teachers.scoring import logp_of
+
+Metrics = dict[str, float]
+
+
+def make_optimizer(policy: Policy, optim: Optim) -> torch.optim.AdamW:
+    """AdamW over the trainable weights; no weight decay on vectors (norms, biases)."""
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [one for one in trained if one.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+
+
+def learning_rate(optim: Optim, step: int, steps: int) -> float:
+    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, then constant, linear or cosine decay to 0.
+
+    Example: lr 1, warmup 0.5, constant, 4 steps: 0.5, 1, 1, 1.
+    """
+    rise = round(optim.warmup * steps)
+    if step < rise:
+        return optim.lr * (step + 1) / rise
+    progress = (step - rise) / max(1, steps - rise)
+    return (
+        optim.lr
+        * {
+            "constant": 1.0,
+            "linear": 1.0 - progress,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        }[optim.schedule]
+    )
+
+
+def token_weights(rows: Sequence[Row], stage: Stage) -> list[float]:
+    """Loss weight of each row's tokens: the only place that computes the denominator.
+
+    token     1 / all tokens of the optimizer step
+    sequence  1 / (rows × the row's own tokens)
+    constant  1 / (rows × max_tokens), so that length does not dilute a long wrong answer (Dr.GRPO, 2503.20783)
+
+    Inert rows count too: skipping their computation must not change the loss.
+
+    Example: rows of 1 and 3 tokens: token ¼ and ¼; sequence ½ and ⅙.
+    """
+    if stage.loss_mean == "token":
+        return [1.0 / sum(row.tokens for row in rows)] * len(rows)
+    if stage.loss_mean == "sequence":
+        return [1.0 / (len(rows) * row.tokens) for row in rows]
+    return [1.0 / (len(rows) * stage.sampling.max_tokens)] * len(rows)
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Row],
+    objective: Objective,
+    stage: Stage,
+    tokens: int,
+) -> Metrics:
+    """Take every optimizer step for one batch of rows (passes × minibatches) and return its metrics.
+
+    tokens  maximum tokens in one forward and backward pass; halved and retried when memory runs out. The result's
+            `microbatch_tokens` is the size that fitted.
+
+    Raises TrainingStoppedError on a non-finite loss or gradient, before the weights change, and when a single row does not
+    fit into memory.
+    """
+    budget = BatchBudget(tokens)
+    reused = objective.source == "policy" and stage.passes * stage.minibatches > 1
+    if reused and not all(row.zero_gradient for row in rows):
+        own = [row for row in rows if row.local and not row.zero_gradient]
+        rollouts = [row.rollout for row in own]
+        old_logps = iter(budget.fit_passes(partial(logp_of, policy, rollouts), rollouts))
+        rows = [replace(row, old_logp=next(old_logps)) if row.local and not row.zero_gradient else row for row in rows]
+    group_size = stage.group_size if objective.source == "policy" else 1
+    minibatches = split_minibatches(rows, stage.minibatches, group_size)
+    sums: dict[str, float] = defaultdict(float)
+    updates, started = 0, time.perf_counter()
+    for _ in range(stage.passes):
+        for minibatch in minibatches:
+            live = [row for row in minibatch if not row.zero_gradient]
+            if not live:
+                continue  # no gradient: a step would move the weights by momentum alone
+            weights = token_weights(minibatch, stage)
+            weight_of = {id(row): weight for row, weight in zip(minibatch, weights, strict=True)}
+            own = [row for row in live if row.local]
+            attempt = partial(gradient, policy, objective, own, weight_of)
+            measured = budget.fit_passes(attempt, [row.rollout for row in own])
+            for name, value in policy.ranks.all_reduce_sum(measured).items():
+                sums[name] += value
+            norm = clip_grad_norm(policy, stage.optim.grad_clip)
+            if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
+                what = "gradient" if math.isfinite(sums["loss"]) else "loss"
+                raise TrainingStoppedError(f"the {what} is not finite; the weights were not changed by this step")
+            fault_points.failpoint("update.gradient")
+            optimizer_step(optimizer)
+            fault_points.failpoint("update.stepped")
+            updates += 1
+            sums["grad_norm"] += norm
+    count = max(1.0, sums.pop("tokens", 0.0))
+    per_step = {name: sums.pop(name, 0.0) / max(1, updates) for name in ("loss", "grad_norm")}
+    return {
+        **per_step,
+        **{name: value / count for name, value in sums.items()},
+        "updates": updates,
+        "microbatch_tokens": budget.size,
+        "tokens_trained": int(count) if updates else 0,
+        "seconds_update": time.perf_counter() - started,
+    }
+
+
+def gradient(
+    policy: Policy, objective: Objective, live: Sequence[Row], weight_of: Mapping[int, float], tokens: int
+) -> Metrics:
+    """Compute the gradient of one optimizer step into `.grad` (cleared first); return the measurements, summed over tokens."""
+    policy.model.zero_grad(set_to_none=True)
+    sums: dict[str, float] = defaultdict(float)
+    for turn in policy.ranks.lockstep(policy.batches(live, tokens)):
+        if turn is None:
+            idle_pass(policy)
+            continue
+        micro, batch = turn
+        weight_N = torch.tensor([weight_of[id(row)] for row in micro], device=policy.device)[batch.row_N]
+        backward(policy, objective, batch, weight_N, sums)
+    return sums
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
+    """Step the optimizer. Raises TrainingStoppedError when its state does not fit: smaller microbatches would not help."""
+    try:
+        optimizer.step()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingStoppedError("memory ran out in the optimizer's step; take a larger device") from None
+
+
+def split_minibatches(rows: Sequence[Row], parts: int, group_size: int) -> list[list[Row]]:
+    """Split rows into `parts` of nearly equal size without cutting a group of `group_size` rows."""
+    groups = [list(rows[start : start + group_size]) for start in range(0, len(rows), group_size)]
+    cuts = [round(index * len(groups) / parts) for index in range(parts + 1)]
+    return [[row for group in groups[a:b] for row in group] for a, b in itertools.pairwise(cuts) if b > a]
+
+
+def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tensor, sums: dict[str, float]) -> None:
+    """Add one microbatch's gradient to `.grad` and its measurements, summed over tokens, to `sums`."""
+    cap = objective.importance_cap
+
+    def token_loss(stats: TokenStats, chunk: slice) -> Tensor:
+        old_logp_N = stats.logp_N.detach() if batch.old_logp_N is None else batch.old_logp_N[chunk]
+        reference_logp_N = None if batch.reference_logp_N is None else batch.reference_logp_N[chunk]
+        sampler_logp_N = batch.sampler_logp_N[chunk]
+        importance_N = None if cap is None else token_losses.truncated_importance(old_logp_N, sampler_logp_N, cap)
+        tokens = Tokens(stats, old_logp_N, batch.advantages_N[chunk], reference_logp_N, importance_N)
+        return objective.token_loss(tokens) * weight_N[chunk]
+
+    def forward() -> tuple[Tensor, TokenStats]:
+        return loss_and_stats(
+            policy.completion_hidden(batch),
+            policy.logits,
+            TokenInputs(
+                batch.targets_N, batch.temperature, batch.teacher, objective.divergence, objective.teacher_tokens
+            ),
+            token_loss,
+        )
+
+    with stop_on_oom(policy):
+        loss, stats = sharded_forward(policy, forward)
+        loss.backward()
+    with torch.no_grad():
+        logp_N = stats.logp_N.detach()
+        old_logp_N = logp_N if batch.old_logp_N is None else batch.old_logp_N
+        measured = {
+            "entropy": stats.entropy_N,
+            "kl_student_teacher": stats.kl_student_teacher_N,
+            "kl_teacher_student": stats.kl_teacher_student_N,
+        }
+        if objective.source == "policy":
+            measured["sampler_gap"] = (old_logp_N - batch.sampler_logp_N).abs()
+            measured["ratio_off"] = ((logp_N - old_logp_N).exp() - 1.0).abs()
+            if cap is not None:
+                measured["importance"] = token_losses.truncated_importance(old_logp_N, batch.sampler_logp_N, cap)
+        if batch.reference_logp_N is not None:
+            measured["kl_reference"] = token_losses.reference_kl(logp_N, batch.reference_logp_N)
+        for name, value_N in measured.items():
+            if value_N is not None:
+                sums[name] += value_N.sum().item()
+    sums["loss"] += loss.item()
+    sums["tokens"] += len(batch.targets_N)

@@ -1,0 +1,99 @@
+"""docs/extending.md: each diff, applied to a copy of the package, is complete and works."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from runs import rows, sets
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One hunk of a diff: the lines that it expects in a file, and those that replace them."""
+
+    path: str
+    before: str
+    after: str
+
+
+def edits_of(section: str) -> list[Edit]:
+    """The hunks of the diff in a section of docs/extending.md."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    body = page.split(f"\n## {section}\n", 1)[1].split("\n## ", 1)[0]
+    (diff,) = re.findall(r"```diff\n(.*?)```", body, re.DOTALL)
+    edits = []
+    for file in re.split(r"^--- a?/.*\n", diff, flags=re.MULTILINE)[1:]:
+        header, *hunks = re.split(r"^@@.*\n", file, flags=re.MULTILINE)
+        path = header.removeprefix("+++ b/").strip()
+        for hunk in hunks:
+            lines = [(line[:1], line[1:] + "\n") for line in hunk.splitlines()]
+            assert {sign for sign, _ in lines} <= {"+", "-", " ", ""}, f"{path}: not a hunk of a diff: {hunk}"
+            before = "".join(text for sign, text in lines if sign != "+")
+            edits.append(Edit(path, before, "".join(text for sign, text in lines if sign != "-")))
+    return edits
+
+
+def copy_with(edits: list[Edit], folder: Path) -> Path:
+    """Copy the package and its tests to a folder, and apply the edits there. An empty `before` creates a file."""
+    for name in ("src", "tests", "tools"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "fixtures"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for edit in edits:
+        path = folder / edit.path
+        if not edit.before:
+            path.write_text(edit.after, encoding="utf-8")
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert text.count(edit.before) == 1, f"docs/extending.md: the context in {edit.path} is not there just once"
+        path.write_text(text.replace(edit.before, edit.after), encoding="utf-8")
+    return folder
+
+
+def python(copy: Path, *arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run Python on the copy's package instead of the installed one."""
+    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *(str(argument) for argument in arguments)]
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def test_an_objective_is_three_edits_and_trains_a_step(tmp_path: Path) -> None:
+    edits = edits_of("Add an objective")
+    assert [edit.path for edit in edits] == [
+        "src/headwater/config/objectives.py",
+        "src/headwater/losses/objectives.py",
+        "tests/unit/losses/test_objectives.py",
+    ]
+    copy = copy_with(edits, tmp_path / "copy")
+    tested = python(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", edits[2].path, "-k", "by_hand_for_every_row")
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+    assert "1 passed" in tested.stdout
+
+    out = tmp_path / "run"
+    change = ("stages.student_rl.objective=raft", "stages.student_rl.steps=1")
+    trained = python(copy, "-m", "headwater", "run", "pocket", "--arm", "direct_grpo", "--out", out, *sets(*change))
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    (node,) = (path for path in (out / "nodes").iterdir() if path.name.startswith("student_rl."))
+    assert json.loads((node / "node.json").read_text(encoding="utf-8"))["settings"]["objective"] == "raft"
+    (step,) = rows(node / "metrics.jsonl")
+    # Cross-entropy is positive; it is 0 only where no group had both right and wrong samples.
+    assert step["loss"] > 0.0 and step["informative"] > 0.0 and step["grad_norm"] > 0.0
+    graded = [row["checks"] for row in rows(node / "ledger.jsonl") if row["purpose"] == "train"]
+    assert graded == [16]  # it is handed labels, and grades its 16 rollouts
+
+
+def test_an_unknown_objective_is_refused_with_the_rows_of_the_table() -> None:
+    from headwater.config.objectives import OBJECTIVES, known_objective
+
+    with pytest.raises(ValueError, match=", ".join(f"'{name}'" for name in OBJECTIVES)):
+        known_objective("raft")
