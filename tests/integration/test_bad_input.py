@@ -124,8 +124,6 @@ def test_a_set_option_that_cannot_be_used_is_refused_by_name(change: str, named:
         (["study", "pocket", "--seeds", " "], ["--seeds"]),
         (["run", "poket"], ["poket", "pocket"]),
         (["init", "poket"], ["poket", "pocket"]),
-        (["pretrain", "everything"], ["everything", "pocket"]),
-        (["pretrain", "pocket", "--models", "qwen9"], ["--models qwen9", "qwen3-student"]),
     ],
 )
 def test_a_name_or_number_that_means_nothing_is_refused_with_what_would(

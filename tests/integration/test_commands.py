@@ -149,8 +149,6 @@ ONLY_PARSED = {
     "merge ADAPTER OUT": "needs an adapter that was trained: tests/unit/models/test_lora.py",
     "push DIR --to ID": "needs the hub: tests/integration/test_ecosystem.py pushes to one of its own",
     "push DIR --to owner/name": "needs the hub: tests/integration/test_ecosystem.py pushes to one of its own",
-    "pretrain pocket\\|desk": "takes hours: tests/unit/tools/test_pretrain_desk.py makes small ones",
-    "pretrain desk --out desk": "takes hours and a GPU: tests/unit/tools/test_pretrain_desk.py makes small ones",
     "report runs/demo --serve": "does not end by itself: the test below starts and ends it",
 }
 
@@ -164,6 +162,7 @@ OTHER_PROGRAMS = {  # a line's beginning, and why the line is not run here
     "torchrun --nnodes 2": "needs two machines",
     "vllm serve": "needs vLLM: tests/integration/engines/test_vllm_server.py, make test-engines",
     ".venv-bench/bin/python -m benchmarks": "needs the peers: tests/unit/test_benchmarks.py runs the harness without them",
+    "python -m tools.pretrain desk": "takes hours and a GPU: tests/unit/tools/test_pretrain_desk.py makes small ones",
     "python -m benchmarks.ten_settings": "takes hours: tests/unit/test_benchmarks.py",
 }
 

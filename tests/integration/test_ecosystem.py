@@ -162,7 +162,7 @@ def test_a_nodes_own_model_folder_may_be_pushed_and_damage_is_refused(tmp_path: 
 
 def test_what_cannot_be_pushed_is_said_in_one_sentence(tmp_path: Path) -> None:
     for words, said in (
-        ((finished(), "--to", "me/x"), "say which arm's student with --arm: direct_grpo, bridge"),
+        ((finished(), "--to", "me/x"), "choose an arm with --arm: direct_grpo, bridge"),
         ((finished(), "--arm", "replay", "--to", "me/x"), "--arm replay is not among its arms: direct_grpo, bridge"),
         ((tmp_path, "--to", "me/x"), "is neither a run directory nor the model folder"),
         ((finished(), "--arm", "bridge", "--to", "a b"), "push --to a b: must be owner/name"),
@@ -219,8 +219,8 @@ def test_the_shells_know_how_to_complete_it() -> None:
 
 def test_a_dry_run_alone_takes_its_options() -> None:
     for words, said in (
-        (("--on", "h100"), "--on: belongs to --dry-run"),
-        (("--dry-run", "--on", "h1000"), "--on h1000: not a device that is known; there are b200, h200, h100"),
+        (("--on", "h100"), "--on: needs --dry-run"),
+        (("--dry-run", "--on", "h1000"), "--on h1000: unknown device; there are b200, h200, h100"),
         (("--dry-run", "--on", "0xh100"), "--on 0xh100: not a device"),
     ):
         answer = call("run", "pocket", *words)

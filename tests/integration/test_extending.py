@@ -75,7 +75,9 @@ def test_an_objective_is_three_edits_and_trains_a_step(tmp_path: Path) -> None:
         "tests/unit/losses/test_objectives.py",
     ]
     copy = copy_with(edits, tmp_path / "copy")
-    tested = python(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", edits[2].path, "-k", "by_hand_for_every_row")
+    tested = python(
+        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", edits[2].path, "-k", "every_objective_by_hand"
+    )
     assert tested.returncode == 0, tested.stdout + tested.stderr
     assert "1 passed" in tested.stdout
 

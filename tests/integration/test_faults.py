@@ -279,7 +279,7 @@ def test_asked_to_stop_it_leaves_130_and_goes_on_later(
     out = tmp_path / "out"
     said = go(out, f"{point}={kind}")
     assert said.code == 130 and "Traceback" not in said.err
-    assert f"headwater: interrupted; the same command with --out {out} goes on from here" in said.err
+    assert f"headwater: interrupted; the same command with --out {out} resumes" in said.err
     where = list(out.glob(f"nodes/{stage}.*"))
     assert any((path / "DONE").exists() for path in where) != unfinished
     if point.startswith("step"):  # the fourth: the second of two of the warm-up

@@ -107,7 +107,7 @@ def test_an_interrupted_run_says_how_to_go_on_leaves_130_and_ends_as_if_it_had_n
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopping after this step, with a checkpoint" in said
-    assert f"headwater: interrupted; the same command with --out {out} goes on from here" in said
+    assert f"headwater: interrupted; the same command with --out {out} resumes" in said
     assert "Traceback" not in said
     opd = next((out / "nodes").glob("opd.*"))
     done = len(rows(opd / "metrics.jsonl"))

@@ -173,7 +173,7 @@ def test_only_run_study_and_demo_may_be_launched_as_several_processes() -> None:
         capture_output=True, text=True, timeout=60, env={**environment(), **world},
     )  # fmt: skip
     assert refused.returncode == 2
-    assert refused.stderr == "headwater: torchrun: only run, study and demo are run by several processes together\n"
+    assert refused.stderr == "headwater: torchrun: only run, study and demo run in several processes\n"
 
 
 # Shares ---------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,6 @@ def warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import headwater.cli.experiments
     import headwater.cli.main
     import headwater.pipeline
     import headwater.report.build

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,14 +55,14 @@ class Said:
     err: str
 
 
-def call(*argv: str | Path) -> Said:
-    """The program in this process, as `headwater argv…` would run."""
+def call(*argv: str | Path, entry: Callable[[], None] = main) -> Said:
+    """The program in this process, as `headwater argv…` would run; `entry` is another program's entry point."""
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
     words = ["headwater", *(str(one) for one in argv)]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", words):
         try:
-            main()
+            entry()
         except SystemExit as end:
             code = end.code
     return Said(0 if code is None else code, out.getvalue(), err.getvalue())

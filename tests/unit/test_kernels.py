@@ -1,4 +1,4 @@
-"""The CPU kernels say what torch says, and everything goes through torch where they were not built."""
+"""CPU kernels: equal to torch, and torch replaces them where they were not built."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from tiny import PROMPTS, tiny_policy
 
 @pytest.fixture
 def fast() -> Kernels:
-    found = kernels.kernels()
-    if found is None:
+    result = kernels.kernels()
+    if result is None:
         pytest.skip("NOT tested: the CPU kernels were not built here (no C compiler when headwater was installed)")
-    return found
+    return result
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -37,13 +37,13 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("width", [1, 7, 64, 259])
-def test_the_norm_is_the_root_mean_square_norm(fast: Kernels, width: int) -> None:
+def test_rms_norm_matches_torch(fast: Kernels, width: int) -> None:
     x, weight = drawn(5, width), drawn(width, seed=1)
     torch.testing.assert_close(fast.rms_norm(x, weight, 1e-6), functional.rms_norm(x, (width,), weight, 1e-6))
     torch.testing.assert_close(fast.rms_norm(x, None, 1e-2), functional.rms_norm(x, (width,), None, 1e-2))
 
 
-def test_the_gate_is_silu_times_up_also_far_from_zero(fast: Kernels) -> None:
+def test_silu_gate_matches_torch_far_from_zero(fast: Kernels) -> None:
     gate = torch.cat([drawn(3, 37), torch.tensor([[-200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0] + [1.0] * 30])])
     up = drawn(4, 37, seed=1)
     torch.testing.assert_close(fast.silu_gate(torch.cat([gate, up], dim=1)), functional.silu(gate) * up)
@@ -51,7 +51,7 @@ def test_the_gate_is_silu_times_up_also_far_from_zero(fast: Kernels) -> None:
 
 @pytest.mark.parametrize(("rows", "width", "columns"), [(1, 3, 1), (5, 64, 30), (16, 32, 4099), (130, 48, 96)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_weight_gives_the_product_packed_or_not_whatever_its_shape(
+def test_linear_and_matmul_match_torch_for_odd_shapes(
     fast: Kernels, rows: int, width: int, columns: int, biased: bool
 ) -> None:
     x, weight = drawn(rows, width), drawn(columns, width, seed=1)
@@ -68,18 +68,18 @@ def test_a_weight_gives_the_product_packed_or_not_whatever_its_shape(
 
 def by_hand(q_AHD: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
     """Softmax attention of each row's heads over its own keys and values (kv_heads, t, D), in float64."""
-    found = []
+    result = []
     for q_HD, k_KTD, v_KTD in zip(q_AHD, keys, values, strict=True):
         group = len(q_HD) // len(k_KTD)
         k, v = k_KTD.repeat_interleave(group, 0), v_KTD.repeat_interleave(group, 0)
         p = torch.softmax(torch.einsum("hd,htd->ht", q_HD, k) / math.sqrt(q_HD.shape[-1]), -1)
-        found.append(torch.einsum("ht,htd->hd", p, v).flatten())
-    return torch.stack(found)
+        result.append(torch.einsum("ht,htd->hd", p, v).flatten())
+    return torch.stack(result)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 16), (6, 2, 24), (2, 2, 64), (3, 1, 6)])
 @pytest.mark.parametrize("normed", [True, False])
-def test_attention_of_one_new_token_is_that_of_the_formula_for_rows_of_every_age(
+def test_decode_attention_matches_the_formula_for_rows_of_any_length(
     fast: Kernels, heads: int, kv_heads: int, width: int, normed: bool
 ) -> None:
     columns, ages = 3 * LANES, [0, 1, 15, 16, 17, 40, 47]
@@ -115,9 +115,7 @@ def test_attention_of_one_new_token_is_that_of_the_formula_for_rows_of_every_age
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 30, 128, 129, 5000])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_a_draw_is_the_inverse_of_the_cumulative_distribution(
-    fast: Kernels, vocabulary: int, temperature: float
-) -> None:
+def test_sample_inverts_the_cumulative_distribution(fast: Kernels, vocabulary: int, temperature: float) -> None:
     logits = 3 * drawn(200, vocabulary)
     logits[:, 1:][drawn(200, vocabulary - 1, seed=1) > 1.0] = -torch.inf  # those are never drawn
     uniform = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -131,21 +129,21 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution(
     torch.testing.assert_close(logp.double(), own.log(), rtol=0.0, atol=2e-6)
 
 
-def test_a_draw_from_what_is_not_a_number_is_some_token_and_says_so(fast: Kernels) -> None:
+def test_sample_from_nan_logits_returns_some_token_with_logp_nan(fast: Kernels) -> None:
     logits = torch.tensor([[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3])
     token, logp = fast.sample(logits, torch.full((3,), 0.5, dtype=torch.float64), 1.0)
     assert bool(((token >= 0) & (token < 3)).all())
     assert bool(logp.isnan().all())
 
 
-def test_results_do_not_depend_on_the_number_of_threads(fast: Kernels) -> None:
+def test_kernels_do_not_depend_on_the_number_of_threads(fast: Kernels) -> None:
     x, weight = drawn(300, 64), pack_weight(drawn(384, 64, seed=1))
-    found = []
+    result = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
             y = fast.linear(x, weight, None, 384)
-            found.append(
+            result.append(
                 (
                     y,
                     fast.silu_gate(y),
@@ -155,12 +153,12 @@ def test_results_do_not_depend_on_the_number_of_threads(fast: Kernels) -> None:
             )
         finally:
             torch.set_num_threads(1)
-    for other in found[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+    for other in result[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(result[0], other, strict=True))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama"])
-def test_without_the_kernels_the_same_tokens_are_drawn(
+def test_sampling_without_kernels_draws_the_same_tokens(
     fast: Kernels, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = tiny_policy(name)
@@ -176,7 +174,7 @@ def test_without_the_kernels_the_same_tokens_are_drawn(
         torch.testing.assert_close(torch.tensor(one.sampler_logp), torch.tensor(two.sampler_logp), rtol=0.0, atol=1e-5)
 
 
-def test_top_k_and_top_p_do_not_go_through_the_kernels(fast: Kernels) -> None:
+def test_sampling_with_top_k_or_top_p_bypasses_the_kernels(fast: Kernels) -> None:
     logits, uniform = drawn(50, 40), torch.rand(50, dtype=torch.float64)
     token, logp = draw_tokens(logits, uniform, Sampling(max_tokens=1, top_k=1))
     assert torch.equal(token, logits.argmax(-1)) and torch.equal(logp, torch.zeros(50))
@@ -184,7 +182,7 @@ def test_top_k_and_top_p_do_not_go_through_the_kernels(fast: Kernels) -> None:
 
 @pytest.mark.parametrize("vocabulary", [2, 30, 129, 5000])
 @pytest.mark.parametrize("taught", [True, False])
-def test_the_loss_stage_of_a_row_is_that_of_autograd_in_float64(fast: Kernels, vocabulary: int, taught: bool) -> None:
+def test_loss_stats_and_gradient_match_autograd_in_float64(fast: Kernels, vocabulary: int, taught: bool) -> None:
     logits, teacher = 4 * drawn(9, vocabulary), 4 * drawn(9, vocabulary, seed=1) if taught else None
     targets = torch.arange(9) % vocabulary
     by = drawn(9, 3, seed=2)
@@ -203,22 +201,22 @@ def test_the_loss_stage_of_a_row_is_that_of_autograd_in_float64(fast: Kernels, v
         loss = loss + (by[:, 1] * reverse).sum() + (by[:, 2] * forward).sum()
     (gradient,) = torch.autograd.grad(loss, exact)
 
-    found = fast.loss_stats(logits, teacher, targets)
+    result = fast.loss_stats(logits, teacher, targets)
     measured = [
-        found.logp_R,
-        found.entropy_R,
-        found.kl_student_teacher_R,
-        found.kl_teacher_student_R,
-        found.teacher_logp_R,
+        result.logp_R,
+        result.entropy_R,
+        result.kl_student_teacher_R,
+        result.kl_teacher_student_R,
+        result.teacher_logp_R,
     ]
     for one, other in zip(measured, wanted, strict=False):
         torch.testing.assert_close(one.double(), other.detach(), rtol=1e-5, atol=1e-5)
-    fast.loss_gradient(logits, teacher, targets, found, by)
+    fast.loss_gradient(logits, teacher, targets, result, by)
     torch.testing.assert_close(logits.double(), gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("divergence", [None, token_losses.REVERSE, token_losses.FORWARD])
-def test_with_and_without_the_kernels_the_loss_stage_says_the_same(
+def test_fused_loss_is_the_same_with_and_without_kernels(
     fast: Kernels, divergence: token_losses.Divergence | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden, weight, teacher_hidden, teacher_weight = (
@@ -230,7 +228,7 @@ def test_with_and_without_the_kernels_the_loss_stage_says_the_same(
     taught = (
         None if divergence is None else FromHidden(teacher_hidden, LinearHead(teacher_weight, None, torch.float32), 1.0)
     )
-    found = []
+    result = []
     for which in (lambda: fast, lambda: None):
         monkeypatch.setattr(fused_linear, "kernels", which)
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -245,7 +243,7 @@ def test_with_and_without_the_kernels_the_loss_stage_says_the_same(
         loss, stats = fused_linear.loss_and_stats(leaves[0], LinearHead(leaves[1], None, torch.float32), fused)
         loss.backward()
         numbers = [getattr(stats, one.name) for one in fields(stats)]
-        found.append([loss.detach(), *(leaf.grad for leaf in leaves), *(one for one in numbers if one is not None)])
-    assert len(found[0]) == len(found[1]) == (5 if divergence is None else 9)
-    for one, other in zip(*found, strict=True):
+        result.append([loss.detach(), *(leaf.grad for leaf in leaves), *(one for one in numbers if one is not None)])
+    assert len(result[0]) == len(result[1]) == (5 if divergence is None else 9)
+    for one, other in zip(*result, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Draws are named by what they are for."""
+"""Random seeds: stable across versions, one per purpose."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SEED = 288531424136263703488692420358895036193
 DRAWS = [0.13478565653872798, 0.013643475223462431]
 
 
-def test_a_seed_depends_on_every_part_on_their_order_and_on_their_type() -> None:
+def test_seed_of_depends_on_every_part_and_on_their_order_and_type() -> None:
     names = [
         (0, "opd", 3, "a", 7), (1, "opd", 3, "a", 7), (0, "rl", 3, "a", 7), (0, "opd", 4, "a", 7), (0, "opd", 3, "b", 7),
         (0, "opd", 3, "a", 8), (0, "opd", 3, "a"), ("0", "opd", 3, "a", 7), (0, "opd3", "a", 7), (3, "opd", 0, "a", 7),
@@ -20,17 +20,17 @@ def test_a_seed_depends_on_every_part_on_their_order_and_on_their_type() -> None
     assert seeds.seed_of(*names[0]) == seeds.seed_of(*names[0])
 
 
-def test_a_seed_is_the_same_in_every_process_and_version() -> None:
+def test_seed_of_and_uniforms_never_change_between_versions() -> None:
     # Written down once: a change here makes every earlier run irreproducible.
     assert seeds.seed_of(0, "opd", 3, "a1b2", 7) == SEED
     assert seeds.uniforms(2, 0, "opd", 3, "a1b2", 7).tolist() == pytest.approx(DRAWS, abs=1e-15)
 
 
-def test_a_longer_call_begins_with_the_shorter_one_so_a_token_limit_changes_no_draw() -> None:
+def test_uniforms_of_a_longer_call_begin_with_those_of_a_shorter_one() -> None:
     assert np.array_equal(seeds.uniforms(1000, 0, "a")[:10], seeds.uniforms(10, 0, "a"))
 
 
-def test_draws_of_different_names_are_uniform_and_uncorrelated() -> None:
+def test_uniforms_of_different_names_are_uniform_and_uncorrelated() -> None:
     first = np.array([seeds.uniforms(2, 0, "stage", 1, "p", sample) for sample in range(4000)])
     # The mean of 4000 uniforms has standard deviation 0.0046; a correlation of independent ones 0.0158.
     assert first.mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.02)
@@ -39,12 +39,12 @@ def test_draws_of_different_names_are_uniform_and_uncorrelated() -> None:
     assert first.min() >= 0.0 and first.max() < 1.0
 
 
-def test_a_shuffle_is_a_permutation_that_ignores_the_given_order_and_obeys_its_name() -> None:
+def test_shuffled_is_a_permutation_that_depends_on_its_name_and_not_on_the_input_order() -> None:
     items = [f"p{index}" for index in range(50)]
-    found = seeds.shuffled(items, 0, "opd", "epoch", 1)
-    assert sorted(found) == sorted(items) and found != items
-    assert seeds.shuffled(items[::-1], 0, "opd", "epoch", 1) == found
-    assert seeds.shuffled(items, 0, "opd", "epoch", 2) != found
-    assert [one for one in found if one != "p7"] == seeds.shuffled(
+    result = seeds.shuffled(items, 0, "opd", "epoch", 1)
+    assert sorted(result) == sorted(items) and result != items
+    assert seeds.shuffled(items[::-1], 0, "opd", "epoch", 1) == result
+    assert seeds.shuffled(items, 0, "opd", "epoch", 2) != result
+    assert [one for one in result if one != "p7"] == seeds.shuffled(
         [i for i in items if i != "p7"], 0, "opd", "epoch", 1
     )

@@ -29,12 +29,12 @@ def test_pass_at_k_neither_overflows_nor_cancels_at_a_thousand_samples() -> None
     assert stats.pass_at_k([1], [1_000_000], 1)[0] == pytest.approx(1e-6, rel=1e-9)
 
 
-def test_pass_at_k_refuses_more_tries_than_samples() -> None:
+def test_pass_at_k_rejects_k_above_the_number_of_samples() -> None:
     with pytest.raises(ValueError, match="at least 5 samples"):
         stats.pass_at_k([1, 1], [8, 4], 5)
 
 
-def test_the_majority_answer_decides_and_ties_are_averaged() -> None:
+def test_maj_at_k_takes_the_most_frequent_answer_and_averages_ties() -> None:
     right, wrong, other, none = ("7", True), ("9", False), ("8", False), (None, False)
     assert stats.maj_at_k([right, right, wrong]) == 1.0
     assert stats.maj_at_k([right, wrong, wrong]) == 0.0
@@ -46,7 +46,7 @@ def test_the_majority_answer_decides_and_ties_are_averaged() -> None:
     assert stats.maj_at_k([none, (None, True)]) is None
 
 
-def test_wilson_has_the_published_value_and_closed_forms_at_the_ends() -> None:
+def test_wilson_matches_scipy_and_the_closed_form_at_0_and_1() -> None:
     # Zero of n: high = z²/(n+z²) = 3.8415/13.8415.
     assert stats.wilson(0.0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
     assert stats.wilson(1.0, 10) == pytest.approx((1 - 0.27753, 1.0), abs=1e-5)
@@ -56,26 +56,26 @@ def test_wilson_has_the_published_value_and_closed_forms_at_the_ends() -> None:
 
 @pytest.mark.parametrize("seeds", [1, 3])
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_all_wrong_or_all_right_has_an_interval_with_width(value: float, seeds: int) -> None:
-    found = stats.accuracy_interval(np.full((seeds, 100), value))
+def test_accuracy_interval_has_width_if_all_answers_are_wrong_or_all_right(value: float, seeds: int) -> None:
+    result = stats.accuracy_interval(np.full((seeds, 100), value))
     width = 1.959964**2 / (100 + 1.959964**2)
-    assert found.mean == value
-    assert found.high - found.low == pytest.approx(width, abs=1e-6)
-    assert found.low == 0.0 or found.high == 1.0
+    assert result.mean == value
+    assert result.high - result.low == pytest.approx(width, abs=1e-6)
+    assert result.low == 0.0 or result.high == 1.0
 
 
-def test_one_run_has_the_interval_that_scipys_bootstrap_gives() -> None:
+def test_accuracy_interval_of_one_seed_matches_scipys_bootstrap() -> None:
     values = np.random.default_rng(3).binomial(4, np.random.default_rng(4).beta(1, 2, 300)) / 4
     expected = scipy.stats.bootstrap(
         (values,), np.mean, method="percentile", n_resamples=9999, rng=np.random.default_rng(5)
     ).confidence_interval
-    found = stats.accuracy_interval(values[None])
-    assert found.mean == pytest.approx(values.mean())
+    result = stats.accuracy_interval(values[None])
+    assert result.mean == pytest.approx(values.mean())
     # Two percentile bootstraps differ by their draws (0.001) and by t/z with 299 degrees of freedom (0.4 % of 0.045).
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.003)
+    assert (result.low, result.high) == pytest.approx((expected.low, expected.high), abs=0.003)
 
 
-def test_variance_is_the_two_way_analysis_of_variance() -> None:
+def test_variance_matches_the_two_way_analysis_of_variance_by_hand() -> None:
     # x = [[0, 1], [1, 1]]: seed means .5 and 1, problem means .5 and 1, residuals ±.25.
     # var_s/S = .125/2, var_p/P = .125/2, MS_rest/(SP) = (4·.0625/1)/4 = .0625; sum .0625 each: .0625+.0625-.0625.
     variance, freedom = stats._variance(np.array([[0.0, 1.0], [1.0, 1.0]]))
@@ -84,7 +84,7 @@ def test_variance_is_the_two_way_analysis_of_variance() -> None:
     assert freedom == pytest.approx(1 / 3)
 
 
-def test_seeds_that_differ_widen_the_interval() -> None:
+def test_accuracy_interval_widens_with_the_spread_of_seeds() -> None:
     values = np.random.default_rng(0).binomial(1, 0.5, (3, 200)).astype(float)
     apart = np.clip(values + np.array([[-0.2], [0.0], [0.2]]), 0, 1)
     near, far = stats.accuracy_interval(values), stats.accuracy_interval(apart)
@@ -94,21 +94,21 @@ def test_seeds_that_differ_widen_the_interval() -> None:
 @pytest.mark.parametrize(
     ("seeds", "seed_effect", "offset"), [(1, 0.0, -1.0), (3, 0.4, -1.0), (5, 0.4, -1.0), (1, 0.0, -5.5)]
 )
-def test_the_interval_covers_the_truth_about_as_often_as_it_says(seeds: int, seed_effect: float, offset: float) -> None:
+def test_accuracy_interval_has_its_nominal_coverage(seeds: int, seed_effect: float, offset: float) -> None:
     """Pass rates logit-normal over 80 problems, 4 samples each; the truth is the mean over problems and seeds."""
     rng = np.random.default_rng(11)
     truth = expit(offset + math.hypot(1.5, seed_effect) * rng.normal(size=400_000)).mean()
     trials, covered = 300, 0
     for _ in range(trials):
         logits = offset + 1.5 * rng.normal(size=(1, 80)) + seed_effect * rng.normal(size=(seeds, 1))
-        found = stats.accuracy_interval(rng.binomial(4, expit(logits), (seeds, 80)) / 4)
-        covered += found.low <= truth <= found.high
+        result = stats.accuracy_interval(rng.binomial(4, expit(logits), (seeds, 80)) / 4)
+        covered += result.low <= truth <= result.high
     # Three standard errors of 300 trials at 95 % are 3.8 points; it may err on the careful side.
     assert covered / trials > 0.912
 
 
 @pytest.mark.parametrize(("seeds", "seed_effect"), [(2, 0.3), (5, 0.0), (5, 0.3)])
-def test_a_contrasts_interval_covers_the_truth_and_is_not_wasteful(seeds: int, seed_effect: float) -> None:
+def test_contrast_interval_has_its_nominal_coverage_and_is_not_too_wide(seeds: int, seed_effect: float) -> None:
     """Two arms on the same 80 problems, 4 samples each; without a seed effect the plain bootstrap covers 99.5 %."""
     rng = np.random.default_rng(12)
 
@@ -121,12 +121,12 @@ def test_a_contrasts_interval_covers_the_truth_and_is_not_wasteful(seeds: int, s
     for _ in range(trials):
         a, b = trial(80)
         b = np.broadcast_to(b, a.shape)
-        found = stats.contrast(rng.binomial(4, a) / 4, rng.binomial(4, b) / 4)
-        covered += found.low <= truth <= found.high
+        result = stats.contrast(rng.binomial(4, a) / 4, rng.binomial(4, b) / 4)
+        covered += result.low <= truth <= result.high
     assert 0.895 < covered / trials < 0.995
 
 
-def test_a_contrast_turns_its_sign_with_its_arms_exactly() -> None:
+def test_contrast_of_swapped_arms_is_the_exact_negative() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.binomial(4, 0.4, (3, 60)) / 4, rng.binomial(4, 0.35, (3, 60)) / 4
     ab, ba = stats.contrast(a, b), stats.contrast(b, a)
@@ -136,15 +136,15 @@ def test_a_contrast_turns_its_sign_with_its_arms_exactly() -> None:
     assert (ab.difference, ab.low, ab.high, ab.p) == (-ba.difference, -ba.high, -ba.low, ba.p)
 
 
-def test_a_contrast_of_equal_arms_is_zero_with_p_one_and_a_width() -> None:
+def test_contrast_of_equal_arms_is_zero_with_p_one_and_a_nonzero_width() -> None:
     same = np.random.default_rng(2).binomial(4, 0.4, (2, 50)) / 4
-    found = stats.contrast(same, same)
+    result = stats.contrast(same, same)
     unseen = stats.wilson(0.0, 50)[1]
-    assert (found.difference, found.p) == (0.0, 1.0)
-    assert (found.low, found.high) == pytest.approx((-unseen, unseen))
+    assert (result.difference, result.p) == (0.0, 1.0)
+    assert (result.low, result.high) == pytest.approx((-unseen, unseen))
 
 
-def test_pairing_narrows_the_interval_where_problems_are_alike_for_both_arms() -> None:
+def test_contrast_is_narrower_than_each_arm_if_problem_difficulty_is_shared() -> None:
     hard = np.random.default_rng(3).random(200)
     a, b = np.clip(hard + 0.1, 0, 1)[None], hard[None]
     paired = stats.contrast(a, b)
@@ -154,7 +154,7 @@ def test_pairing_narrows_the_interval_where_problems_are_alike_for_both_arms() -
     assert alone.high - alone.low > 0.06
 
 
-def test_the_sign_flip_p_is_exact_where_few_problems_differ() -> None:
+def test_sign_flip_p_is_exact_if_few_problems_differ() -> None:
     # [1, 1, 1]: |sum| = 3 in 2 of 8 patterns. [2, 1, 1, 0]: |sum| = 4 in 2 of 8; the 0 changes nothing.
     assert stats.sign_flip_p(np.array([1.0, 1.0, 1.0])) == 0.25
     assert stats.sign_flip_p(np.array([2.0, 1.0, 1.0, 0.0])) == 0.25
@@ -163,7 +163,7 @@ def test_the_sign_flip_p_is_exact_where_few_problems_differ() -> None:
     assert stats.sign_flip_p(np.zeros(5)) == 1.0
 
 
-def test_the_sign_flip_p_is_that_of_scipy() -> None:
+def test_sign_flip_p_matches_scipys_permutation_test() -> None:
     values = np.random.default_rng(6).normal(0.18, 1.0, 120)
     expected = scipy.stats.permutation_test(
         (values,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(7), axis=0
@@ -172,13 +172,13 @@ def test_the_sign_flip_p_is_that_of_scipy() -> None:
     assert stats.sign_flip_p(values) == pytest.approx(expected, abs=0.015)
 
 
-def test_p_is_uniform_when_the_arms_do_not_differ() -> None:
+def test_sign_flip_p_is_uniform_under_the_null_hypothesis() -> None:
     rng = np.random.default_rng(8)
-    found = [stats.sign_flip_p(rng.normal(size=40)) for _ in range(400)]
-    assert scipy.stats.kstest(found, "uniform").pvalue > 0.01
+    result = [stats.sign_flip_p(rng.normal(size=40)) for _ in range(400)]
+    assert scipy.stats.kstest(result, "uniform").pvalue > 0.01
 
 
-def test_p_stays_honest_when_problems_favour_an_arm_alike_in_every_seed() -> None:
+def test_contrast_p_keeps_its_level_if_problem_effects_repeat_in_every_seed() -> None:
     """Flips of each (problem, seed) by itself would count the same problem's leaning five times over."""
     rng, low = np.random.default_rng(9), 0
     for _ in range(300):
@@ -188,14 +188,14 @@ def test_p_stays_honest_when_problems_favour_an_arm_alike_in_every_seed() -> Non
     assert low / 300 < 0.09
 
 
-def test_values_that_are_not_a_full_table_are_refused() -> None:
+def test_intervals_reject_missing_values_and_unpaired_shapes() -> None:
     with pytest.raises(ValueError, match="finite"):
         stats.accuracy_interval(np.array([[0.5, np.nan]]))
     with pytest.raises(ValueError, match="same seeds and problems"):
         stats.contrast(np.zeros((1, 3)), np.zeros((2, 3)))
 
 
-def test_one_problem_is_not_an_error() -> None:
-    found = stats.accuracy_interval(np.array([[0.5]]))
-    assert found.low < 0.5 < found.high
+def test_intervals_accept_a_single_problem() -> None:
+    result = stats.accuracy_interval(np.array([[0.5]]))
+    assert result.low < 0.5 < result.high
     assert stats.contrast(np.array([[1.0]]), np.array([[0.0]])).p == 1.0

@@ -1,4 +1,4 @@
-"""What models made from scratch share, small (`pretrain`) and larger (`desk`): special tokens, shape, optimizers, measures."""
+"""Shared by the pocket and desk models: special tokens, chat template, model config, optimizers, sample statistics."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedModel, PreTrai
 
 PAD, USER, ASSISTANT, END, UNKNOWN = SPECIAL = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|unk|>")
 ARCHITECTURES = {"qwen3": Qwen3Config, "llama": LlamaConfig}
-IGNORED = -100  # label of a position without loss, as in transformers
-# A system turn and enable_thinking are accepted and leave no trace: these models know neither.
+IGNORE_INDEX = -100  # label of positions without loss, as in transformers
+# A system turn and enable_thinking are accepted and ignored: these models know neither.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}{{ '<|user|>' + message['content'] }}"
@@ -23,14 +23,14 @@ CHAT_TEMPLATE = (
     "{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
-Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last step)
+Progress = Callable[[int, int, float], None]  # (steps done, total steps, loss of the last step)
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """Samples at temperature 1 on evaluation problems; all but `problems` are shares between 0 and 1.
+class SampleStats:
+    """Statistics of samples at temperature 1 on evaluation problems; all but `problems` are fractions.
 
-    An accuracy is None when no sample was of that form.
+    An accuracy is None when no sample had that form.
     """
 
     problems: int
@@ -41,12 +41,12 @@ class Measured:
     eos_share: float
 
 
-def summed_up(samples: Sequence[tuple[bool, bool, bool]]) -> Measured:
-    """(whether it is worked, right, ended in EOS) of each sample -> the shares."""
-    by_form = {form: [right for worked, right, _ in samples if worked is form] for form in (True, False)}
-    return Measured(
+def sample_stats(samples: Sequence[tuple[bool, bool, bool]]) -> SampleStats:
+    """Statistics of (worked, correct, ended in EOS) samples."""
+    by_form = {form: [correct for worked, correct, _ in samples if worked is form] for form in (True, False)}
+    return SampleStats(
         problems=len(samples),
-        pass_rate=sum(right for _, right, _ in samples) / len(samples),
+        pass_rate=sum(correct for _, correct, _ in samples) / len(samples),
         worked_share=len(by_form[True]) / len(samples),
         worked_accuracy=sum(by_form[True]) / len(by_form[True]) if by_form[True] else None,
         short_accuracy=sum(by_form[False]) / len(by_form[False]) if by_form[False] else None,
@@ -54,8 +54,8 @@ def summed_up(samples: Sequence[tuple[bool, bool, bool]]) -> Measured:
     )
 
 
-def wrapped(backend: Tokenizer, longest: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with the special tokens and the chat template of every model that is made here."""
+def wrap_tokenizer(backend: Tokenizer, longest: int) -> PreTrainedTokenizerFast:
+    """A fast tokenizer with the special tokens and chat template of all these models."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END,
@@ -68,8 +68,8 @@ def wrapped(backend: Tokenizer, longest: int) -> PreTrainedTokenizerFast:
     )
 
 
-class Shaped(Protocol):
-    """What a spec says of a model's shape."""
+class ModelShape(Protocol):
+    """The shape of a model, as part of its spec."""
 
     @property
     def hidden(self) -> int: ...
@@ -81,10 +81,15 @@ class Shaped(Protocol):
     def kv_heads(self) -> int: ...
 
 
-def config_of(
-    spec: Shaped, architecture: str, tokenizer: PreTrainedTokenizerFast, positions: int, init_std: float, theta: float
+def model_config(
+    spec: ModelShape,
+    architecture: str,
+    tokenizer: PreTrainedTokenizerFast,
+    positions: int,
+    init_std: float,
+    theta: float,
 ) -> Any:
-    """The transformers config of a model made here: tied embeddings, inner layers three times as wide, EOS as the only end."""
+    """transformers config: tied embeddings, MLP three times as wide as the model, EOS as the only stop token."""
     return ARCHITECTURES[architecture](
         vocab_size=len(tokenizer),
         hidden_size=spec.hidden,
@@ -103,21 +108,21 @@ def config_of(
     )
 
 
-def generation_of(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """Samples the plain distribution and ends at EOS."""
+def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    """Generation config: samples from the full distribution, stops at EOS."""
     return GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, top_k=0
     )
 
 
-def rate(step: int, steps: int, lr: float) -> float:
-    """Learning rate: 5 % linear warm-up, constant, and a linear fall over the last 30 % of the steps."""
-    done = (step + 1) / steps
-    return lr * min(1.0, done / 0.05, (1.0 - done) / 0.3 + 0.02)
+def learning_rate(step: int, steps: int, lr: float) -> float:
+    """Learning rate: linear warm-up over 5 % of the steps, constant, linear decay over the last 30 %."""
+    progress = (step + 1) / steps
+    return lr * min(1.0, progress / 0.05, (1.0 - progress) / 0.3 + 0.02)
 
 
-def optimizers_of(model: PreTrainedModel, lr: float) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the rest; AdamW alone is far slower."""
+def make_optimizers(model: PreTrainedModel, lr: float) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the rest; AdamW alone learns far slower."""
     matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
     others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
     return (
@@ -127,8 +132,8 @@ def optimizers_of(model: PreTrainedModel, lr: float) -> tuple[torch.optim.Optimi
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
-    """Write a model folder: bfloat16 safetensors to stay small, tokenizer, and a generation config that ends at EOS."""
+    """Write a model folder: bfloat16 safetensors, tokenizer and generation config."""
     saved: Any = deepcopy(model)
-    saved.generation_config = generation_of(tokenizer)
+    saved.generation_config = generation_config(tokenizer)
     saved.to(torch.bfloat16).save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)

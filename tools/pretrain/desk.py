@@ -1,8 +1,8 @@
-"""Pretraining of the desk models: next-token loss on solutions of word problems, packed into rows, on one device.
+"""Pretraining of the desk models: next-token loss on packed solutions of word problems, on one device.
 
-Like the pocket models each is an honest base model: correct solutions only, first worked ones, then a mixture in which a
-share p_cot is worked. The length of training sets the skill, p_cot how often a sample shows its work. What is interrupted
-goes on from its last checkpoint.
+As for the pocket models, the data are correct solutions only: first worked ones, then a mixture with a fraction p_cot of worked
+ones. Training length sets the accuracy, p_cot how often a sample shows its work. Interrupted training resumes from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from headwater.types import Problem
 from tools.pretrain.common import (
     ASSISTANT,
     END,
-    IGNORED,
+    IGNORE_INDEX,
     USER,
-    Measured,
     Progress,
-    optimizers_of,
-    rate,
+    SampleStats,
+    learning_rate,
+    make_optimizers,
+    sample_stats,
     save,
-    summed_up,
 )
-from tools.pretrain.desk_models import DeskSpec, config_of, shipped_tokenizer
+from tools.pretrain.desk_models import DeskSpec, model_config, shipped_tokenizer
 
 CHECKPOINT_EVERY = 500
-ROWS_AT_ONCE = 16  # in one forward and backward pass: it bounds the memory of activations
+MICROBATCH_ROWS = 16  # rows per forward and backward pass, which bounds activation memory
 MEASURED_PROBLEMS, MEASURED_TOKENS = 500, 256
 Pairs = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Optimizers of one parameter group each as one, for a checkpoint: their states under consecutive numbers."""
+class CombinedOptimizer:
+    """Several optimizers with one parameter group each, saved and loaded as one: parameters are numbered consecutively."""
 
     parts: tuple[torch.optim.Optimizer, ...]
 
@@ -64,48 +64,48 @@ class Joined:
         state: dict[int, Any] = {}
         groups: list[Any] = []
         for part in self.parts:
-            held, first = part.state_dict(), sum(len(group["params"]) for group in groups)
-            state |= {first + index: one for index, one in held["state"].items()}
-            groups += held["param_groups"]
+            saved, first = part.state_dict(), sum(len(group["params"]) for group in groups)
+            state |= {first + index: value for index, value in saved["state"].items()}
+            groups += saved["param_groups"]
         return {"state": state, "param_groups": groups}
 
-    def load_state_dict(self, held: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         first = 0
-        for part, group in zip(self.parts, held["param_groups"], strict=True):
-            own = {index: held["state"].get(first + index, {}) for index in group["params"]}
-            part.load_state_dict({"state": own, "param_groups": [group]})
+        for part, group in zip(self.parts, saved["param_groups"], strict=True):
+            state = {index: saved["state"].get(first + index, {}) for index in group["params"]}
+            part.load_state_dict({"state": state, "param_groups": [group]})
             first += len(group["params"])
 
 
 def batches(spec: DeskSpec, seed: int, first: int = 0, workers: int = 0) -> Iterator[Pairs]:
-    """The (problem, completion) pairs of each step from `first` on, from the pool `pretrain`; made ahead by worker processes,
-    or here where there are none. A GPU is through with a batch before one core has made the next.
+    """Yield the (problem, completion) pairs of each step from `first` on, from the pool `pretrain`.
 
-    A step's pairs depend on seed and step alone, so neither a resume nor the workers change them.
+    Worker processes prefetch them, since a GPU consumes a batch faster than one core generates it; 0 generates them here. The
+    pairs depend on seed and step only, so resuming and the number of workers do not change them.
     """
 
-    def asked(step: int) -> tuple[int, str, str, float, WordsDials]:
+    def arguments(step: int) -> tuple[int, str, str, float, WordsDials]:
         share = 1.0 if step < spec.worked_steps else spec.p_cot
         return spec.batch, "pretrain", f"{seed}:{step}", share, spec.dials
 
     if not workers:
-        yield from (solutions(*asked(step)) for step in range(first, spec.steps))
+        yield from (solutions(*arguments(step)) for step in range(first, spec.steps))
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting: deque[Future[Pairs]] = deque()
+        pending: deque[Future[Pairs]] = deque()
         for step in range(first, spec.steps):
-            waiting.append(pool.submit(solutions, *asked(step)))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(solutions, *arguments(step)))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def pack(tokenizer: Any, pairs: Sequence[tuple[str, str]], width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Solutions one after another in rows of `width` tokens: ids, labels and positions, each (B, T).
+    """Pack solutions into rows of `width` tokens: ids, labels and positions, each (B, T).
 
-    Positions begin at 0 with every solution; from that transformers sees where one ends, and none attends to another. Loss
-    is on completion and EOS only. Raises ValueError for a solution that is longer than a row.
+    Positions restart at 0 with every solution, by which transformers keeps attention within a solution. Loss is on completion
+    and EOS only. Raises ValueError for a solution longer than a row.
     """
     prompts = tokenizer([f"{USER}{text}{ASSISTANT}" for text, _ in pairs], add_special_tokens=False)["input_ids"]
     completions = tokenizer([f"{completion}{END}" for _, completion in pairs], add_special_tokens=False)["input_ids"]
@@ -120,13 +120,13 @@ def pack(tokenizer: Any, pairs: Sequence[tuple[str, str]], width: int) -> tuple[
             for rows in (ids, labels, positions):
                 rows.append([])
         ids[-1] += [*prompt, *completion]
-        labels[-1] += [*[IGNORED] * len(prompt), *completion]
+        labels[-1] += [*[IGNORE_INDEX] * len(prompt), *completion]
         positions[-1] += range(length)
-    for row, target, places in zip(ids, labels, positions, strict=True):
-        rest = width - len(row)
-        row += [tokenizer.pad_token_id] * rest
-        target += [IGNORED] * rest
-        places += range(rest)
+    for row_ids, row_labels, row_positions in zip(ids, labels, positions, strict=True):
+        padding = width - len(row_ids)
+        row_ids += [tokenizer.pad_token_id] * padding
+        row_labels += [IGNORE_INDEX] * padding
+        row_positions += range(padding)
     return torch.tensor(ids), torch.tensor(labels), torch.tensor(positions)
 
 
@@ -139,30 +139,30 @@ def train(
     workers: int = 0,
     checkpoint_every: int = CHECKPOINT_EVERY,
 ) -> tuple[Any, list[float]]:
-    """Train one model from scratch, or on from the node's last checkpoint: the model and the loss of each step taken here.
+    """Train one model from scratch or from the node's last checkpoint; returns it and the loss of each step taken here.
 
-    Weights stay float32; the passes run in bfloat16. Raises TrainingStoppedError when a loss is not finite.
+    Weights stay float32, forward and backward run in bfloat16. Raises TrainingStoppedError for a non-finite loss.
     """
     tokenizer = shipped_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        learner: Any = AutoModelForCausalLM.from_config(config_of(spec, tokenizer), dtype=torch.float32)
+        learner: Any = AutoModelForCausalLM.from_config(model_config(spec, tokenizer), dtype=torch.float32)
     learner.to(device).train()
-    optimizers = optimizers_of(learner, spec.lr)
-    joined: Any = Joined(optimizers)
-    done = load_checkpoint(node, learner, joined)
+    optimizers = make_optimizers(learner, spec.lr)
+    combined: Any = CombinedOptimizer(optimizers)
+    done = load_checkpoint(node, learner, combined)
     losses: list[float] = []
     for step, pairs in enumerate(batches(spec, seed, done, workers), done):
         packed = [part.to(device) for part in pack(tokenizer, pairs, spec.width)]
-        trained_on, total = (packed[1] != IGNORED).sum(), torch.zeros((), device=device)
-        for ids, labels, positions in zip(*(part.split(ROWS_AT_ONCE) for part in packed), strict=True):
+        num_tokens, total = (packed[1] != IGNORE_INDEX).sum(), torch.zeros((), device=device)
+        for ids, labels, positions in zip(*(part.split(MICROBATCH_ROWS) for part in packed), strict=True):
             with torch.autocast(device.type, torch.bfloat16):
                 loss = learner(
                     input_ids=ids,
                     labels=labels,
                     position_ids=positions,
                     use_cache=False,
-                    num_items_in_batch=trained_on,  # one denominator for all rows of the step
+                    num_items_in_batch=num_tokens,  # one denominator for all rows of the step
                 ).loss
             loss.backward()
             total += loss.detach()
@@ -172,13 +172,13 @@ def train(
             raise TrainingStoppedError(f"{node.name}: the loss of step {step + 1} is {losses[-1]}; try a lower rate")
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, spec.steps, spec.lr)
+                group["lr"] = learning_rate(step, spec.steps, spec.lr)
             optimizer.step()
             optimizer.zero_grad()
         if progress is not None:
             progress(step + 1, spec.steps, losses[-1])
         if (step + 1) % checkpoint_every == 0 and step + 1 < spec.steps:
-            save_checkpoint(node, step + 1, learner, joined)
+            save_checkpoint(node, step + 1, learner, combined)
     return learner, losses
 
 
@@ -190,56 +190,56 @@ def pretrain_desk(
     seed: int = 0,
     progress: Progress | None = None,
     workers: int = 0,
-) -> dict[str, Measured]:
-    """Make one desk model as the model folder out_dir/name, with its card, and measure it in and beyond its own difficulty.
+) -> dict[str, SampleStats]:
+    """Train one desk model into out_dir/name, with a model card, and measure it on problems as hard as its own and harder.
 
-    A folder that holds the very same model is left as it is; one that was interrupted is gone on with.
+    A finished model of the same spec and seed is left alone; interrupted training resumes.
     """
     node = NodeDir(Path(out_dir) / name)
     fingerprint = hashlib.sha256(canonical_json({"spec": asdict(spec), "seed": seed}).encode()).hexdigest()[:16]
     if node.is_done(fingerprint):
-        return {where: Measured(**found) for where, found in read_json(node.done)["measured"].items()}
-    begun = node.info.exists() and read_json(node.info)["fingerprint"] == fingerprint
-    if not begun:
-        shutil.rmtree(node.checkpoint(0).parent, ignore_errors=True)  # another model's
+        return {where: SampleStats(**stats) for where, stats in read_json(node.done)["measured"].items()}
+    if not (node.info.exists() and read_json(node.info)["fingerprint"] == fingerprint):
+        shutil.rmtree(node.checkpoint(0).parent, ignore_errors=True)  # checkpoints of another spec
         write_json(node.info, {"fingerprint": fingerprint, "spec": asdict(spec), "seed": seed})
     learner, _ = train(spec, node, device, seed, progress, workers)
     save(learner, shipped_tokenizer(), node.path)
     evals = {"its own difficulty": spec.dials, "7 to 10 operations": replace(spec.dials, min_ops=7, max_ops=10)}
     measured = {where: measure(node.path, dials, device, MEASURED_PROBLEMS) for where, dials in evals.items()}
     parameters = sum(weight.numel() for weight in learner.parameters())
-    (node.path / "README.md").write_text(card(name, parameters, spec, measured, seed), encoding="utf-8")
+    (node.path / "README.md").write_text(model_card(name, parameters, spec, measured, seed), encoding="utf-8")
     shutil.rmtree(node.checkpoint(0).parent, ignore_errors=True)
     write_json(node.done, {"fingerprint": fingerprint, "measured": {one: asdict(m) for one, m in measured.items()}})
     return measured
 
 
-def measure(folder: Path, dials: WordsDials, device: torch.device, count: int, seed: int = 0) -> Measured:
+def measure(folder: Path, dials: WordsDials, device: torch.device, count: int, seed: int = 0) -> SampleStats:
     """Sample once per problem of the pool `eval` at temperature 1 and grade."""
     name = str(folder)
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    held = config.Models.model_validate({"student": name, "teacher": name, "dtype": dtype})
-    policy = load_policy(ModelFolder.open(name, "pretrain desk"), LoadOptions(held, device, frozen=True))
+    models = config.Models.model_validate({"student": name, "teacher": name, "dtype": dtype})
+    policy = load_policy(ModelFolder.open(name, "pretrain desk"), LoadOptions(models, device, frozen=True))
     prompter = Prompter(policy.tokenizer, config.Prompt())
-    asked = [(Problem.of(text, "words:eval"), gold) for text, gold in generate(count, "eval", seed, dials)]
-    requests = requests_for([(one.id, prompter.ids(one)) for one, _ in asked], 1, 0, "pretrain desk", seed)
+    labeled = [(Problem.of(text, "words:eval"), gold) for text, gold in generate(count, "eval", seed, dials)]
+    requests = requests_for(
+        [(problem.id, prompter.ids(problem)) for problem, _ in labeled], 1, 0, "pretrain desk", seed
+    )
     rollouts = TorchSampler(policy).sample(requests, config.Sampling(max_tokens=MEASURED_TOKENS))
-    texts = [prompter.completion(one.completion_ids) for one in rollouts]
-    right = [grade(gold, text)[0] for (_, gold), text in zip(asked, texts, strict=True)]
-    return summed_up(
+    texts = [prompter.completion(rollout.completion_ids) for rollout in rollouts]
+    return sample_stats(
         [
-            (is_worked(text), correct, one.finish == "stop")
-            for text, correct, one in zip(texts, right, rollouts, strict=True)
+            (is_worked(text), grade(gold, text)[0], rollout.finish == "stop")
+            for text, (_, gold), rollout in zip(texts, labeled, rollouts, strict=True)
         ]
     )
 
 
-def card(name: str, parameters: int, spec: DeskSpec, measured: dict[str, Measured], seed: int) -> str:
+def model_card(name: str, parameters: int, spec: DeskSpec, measured: dict[str, SampleStats], seed: int) -> str:
     """The model card of a desk model, as markdown."""
     example = next(problems("eval", 0, spec.dials))
     rows = []
-    for where, found in measured.items():
-        shares = [value for field, value in asdict(found).items() if field != "problems"]
+    for where, stats in measured.items():
+        shares = [value for field, value in asdict(stats).items() if field != "problems"]
         rows.append(" | ".join([where, *("none" if value is None else f"{value:.1%}" for value in shares)]))
     count = next(iter(measured.values())).problems
     return f"""---
@@ -257,12 +257,12 @@ A Qwen3ForCausalLM with {parameters:,} parameters, trained from scratch on word 
 - Short: {example.short}
 
 ## Training
-`headwater pretrain desk` makes it (seed {seed}). Next-token loss on correct completions, {spec.batch} a step, each problem
+`python -m tools.pretrain desk` trains it (seed {seed}). Next-token loss on correct completions, {spec.batch} a step, each problem
 once: {spec.worked_steps} steps of worked ones, then {spec.mixture_steps} steps with a share of {spec.p_cot:.0%} worked and the rest
 short; learning rate {spec.lr:g}, Muon and AdamW, bfloat16 passes on float32 weights. The problems come from the pool
 `pretrain`, which shares none with `train`, `unlabelled` and `eval`.
 
-## Measured
+## SampleStats
 {count} problems of the pool `eval`, one sample each at temperature 1 without top-k or top-p:
 
 | problems | pass rate | worked completions | right if worked | right if short | ended by EOS |

@@ -1,7 +1,7 @@
-"""Desk models: Qwen3 of 15 to 127 million parameters for word problems in plain English, with a tokenizer for any text.
+"""Desk models: Qwen3 with 15 to 127 million parameters for word problems in English; specs and tokenizer.
 
-Configs and tokenizer ship with the package; `headwater pretrain desk` makes the weights (desk_train). The tokenizer is a
-byte-level BPE, so whatever text comes back from its ids as it was; digits stand alone, so that numbers can be computed with.
+Configs and tokenizer ship with the package; `python -m tools.pretrain desk` trains the weights (desk.py). The tokenizer is a
+byte-level BPE, so decoding returns any text exactly; each digit is a token of its own, so that arithmetic can be learned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from headwater.tasks.word_problems import DIALS, WordsDials, problems
 from tools.pretrain import common
-from tools.pretrain.common import SPECIAL, generation_of, wrapped
+from tools.pretrain.common import SPECIAL, generation_config, wrap_tokenizer
 
 SHIPPED = Path(str(files("headwater"))) / "desk"
 VOCABULARY = 4096
@@ -27,10 +27,10 @@ CORPUS_PROBLEMS = 4000
 
 @dataclass(frozen=True, slots=True)
 class DeskSpec:
-    """One model: its shape, and the training that sets its skill. Steps are optimizer steps of `batch` solutions.
+    """Shape and training length of one model. A step is an optimizer step on `batch` solutions.
 
-    p_cot  share of worked solutions in the mixture that ends the training; before it all are worked
-    width  tokens of a row that solutions are packed into
+    p_cot  fraction of worked solutions in the final mixture; before it all solutions are worked
+    width  tokens in a row of packed solutions
 
     Example: `DeskSpec(hidden=384, layers=8, heads=6, kv_heads=2, worked_steps=3000, mixture_steps=500)`
     """
@@ -52,8 +52,8 @@ class DeskSpec:
         return self.worked_steps + self.mixture_steps
 
 
-# Shapes are those of small Qwen3s: heads of 64, inner layers three times as wide. Steps and rates were tried on models of
-# 1 million parameters only (docs/desk.md); at these sizes they are guesses that wait for a GPU.
+# Shapes follow small Qwen3 models: head size 64, MLP three times as wide. Steps and learning rates were tried on models with
+# 1 million parameters only (docs/desk.md); at these sizes they are untested guesses.
 DESK: dict[str, DeskSpec] = {
     "student": DeskSpec(hidden=384, layers=8, heads=6, kv_heads=2, worked_steps=4000, mixture_steps=800),
     "teacher-small": DeskSpec(
@@ -68,8 +68,8 @@ DESK: dict[str, DeskSpec] = {
 }
 
 
-def shortened(spec: DeskSpec, steps: int) -> DeskSpec:
-    """The same training in so many steps, worked and mixed in the same proportion.
+def with_steps(spec: DeskSpec, steps: int) -> DeskSpec:
+    """The same spec with so many steps, worked and mixed in the same proportion.
 
     Example: `shortened(DESK["student"], 12)` has 10 worked steps and 2 mixed ones.
     """
@@ -78,14 +78,14 @@ def shortened(spec: DeskSpec, steps: int) -> DeskSpec:
 
 
 def corpus() -> list[str]:
-    """What the tokenizer learned from: general English (this project's own docs, frozen) and worked word problems."""
-    english = (SHIPPED / "english.txt").read_text(encoding="utf-8")
-    made = islice(problems("pretrain", "tokenizer"), CORPUS_PROBLEMS)
-    return [*english.splitlines(keepends=True), *(f"{one.text}\n{one.worked}" for one in made)]
+    """Training text of the tokenizer: general English (a frozen copy of this project's docs) and worked word problems."""
+    english = Path(__file__).with_name("english.txt").read_text(encoding="utf-8")
+    examples = islice(problems("pretrain", "tokenizer"), CORPUS_PROBLEMS)
+    return [*english.splitlines(keepends=True), *(f"{example.text}\n{example.worked}" for example in examples)]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Train the tokenizer again: the same as the shipped one, with the version of `tokenizers` in constraints.txt."""
+    """Train the tokenizer; equal to the shipped one with the version of `tokenizers` in constraints.txt."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -99,7 +99,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator(corpus(), trainer)
-    return wrapped(backend, POSITIONS)
+    return wrap_tokenizer(backend, POSITIONS)
 
 
 def shipped_tokenizer() -> Any:
@@ -107,19 +107,19 @@ def shipped_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(SHIPPED / "student")
 
 
-def config_of(spec: DeskSpec, tokenizer: PreTrainedTokenizerFast) -> Any:
-    return common.config_of(spec, "qwen3", tokenizer, POSITIONS, init_std=0.02, theta=10_000.0)
+def model_config(spec: DeskSpec, tokenizer: PreTrainedTokenizerFast) -> Any:
+    return common.model_config(spec, "qwen3", tokenizer, POSITIONS, init_std=0.02, theta=10_000.0)
 
 
 def ship(out_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write out_dir/NAME for every desk model: all of a model folder but its weights, as the package ships it."""
+    """Write out_dir/NAME for every desk model: config and tokenizer without weights, as the package ships them."""
     for name, spec in DESK.items():
         folder = Path(out_dir) / name
         folder.mkdir(parents=True, exist_ok=True)
-        held = config_of(spec, tokenizer)
-        held.architectures = ["Qwen3ForCausalLM"]
-        held.save_pretrained(folder)
-        generation_of(tokenizer).save_pretrained(folder)
+        config = model_config(spec, tokenizer)
+        config.architectures = ["Qwen3ForCausalLM"]
+        config.save_pretrained(folder)
+        generation_config(tokenizer).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        # The library indents a line for every merge, which triples the file.
+        # The library writes one indented line per merge, which triples the file size.
         (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")

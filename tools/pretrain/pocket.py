@@ -1,8 +1,8 @@
 """Pocket models: small causal LMs trained from scratch on the pocket tasks, saved as ordinary model folders.
 
-Each is an honest base model: next-token loss on correct solutions, first worked ones only, then a mixture in which a
-share p_cot is worked and the rest short. The length of training sets the skill; p_cot sets how often a sample shows its
-work. Learning the mixture from the first step takes many times longer, because short answers teach almost nothing.
+Each is trained by next-token loss on correct solutions: first worked ones only, then a mixture with a fraction p_cot of worked
+ones, the rest short. Training length sets the accuracy; p_cot sets how often a sample shows its work. Training on the mixture
+from the first step takes many times longer, because short answers teach almost nothing.
 """
 
 from __future__ import annotations
@@ -27,32 +27,33 @@ from headwater.tasks import countdown, sums
 from tools.pretrain.common import (  # fmt: skip
     ASSISTANT,
     END,
-    IGNORED,
+    IGNORE_INDEX,
     PAD,
     SPECIAL,
     UNKNOWN,
     USER,
-    Measured,
     Progress,
-    config_of,
-    optimizers_of,
-    rate,
+    SampleStats,
+    learning_rate,
+    make_optimizers,
+    model_config,
+    sample_stats,
     save,
-    summed_up,
-    wrapped,
+    wrap_tokenizer,
 )
 
 ALPHABET = "0123456789+=; -*/(),.?:%\n"
-# What a model may be trained on: modules with generate, worked, short, is_worked, grade and about, and dials of their own.
+# Tasks to train on: modules with generate, worked, short, is_worked, grade, about and their own dials.
 CORPORA: dict[str, ModuleType] = {"sums": sums, "countdown": countdown}
 POSITIONS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class PretrainSpec:
-    """One model: its shape, and the training that sets its skill. Steps are optimizer steps of `batch` solutions.
+    """Shape and training length of one model. A step is an optimizer step on `batch` solutions.
 
-    autocast computes in bfloat16, faster from about 0.3 M parameters on; the weights are float32 until they are saved.
+    autocast  compute in bfloat16, faster from about 0.3 M parameters on; the weights stay float32 until they are saved
+
     Example: PretrainSpec("qwen3", hidden=64, layers=2, worked_steps=850, mixture_steps=150)
     """
 
@@ -85,7 +86,7 @@ POCKET: dict[str, PretrainSpec] = {
     "qwen3-teacher-large": PretrainSpec(
         "qwen3", hidden=192, layers=4, worked_steps=750, mixture_steps=250, p_cot=0.4, lr=2e-3, autocast=True
     ),
-    # At the usual init and rope base this Llama stays on a plateau for long, where Qwen3 does not.
+    # At the usual init and RoPE base this Llama, unlike Qwen3, stays on a long plateau.
     "llama-student": PretrainSpec(
         "llama", hidden=64, layers=2, worked_steps=1200, mixture_steps=150, lr=2e-3, init_std=0.08, rope_theta=100
     ),
@@ -101,7 +102,7 @@ POCKET: dict[str, PretrainSpec] = {
         rope_theta=100,
         autocast=True,
     ),
-    # The negative control's pair learns from one mixture; what differs is what fits: the larger one finds signs in its head.
+    # The negative control's pair trains on the same mixture and differs in capacity: the larger one finds the signs without work.
     "countdown-student": PretrainSpec(
         "qwen3",
         hidden=64,
@@ -128,25 +129,25 @@ POCKET: dict[str, PretrainSpec] = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a character, special tokens first; decode(encode(text)) == text for text over ALPHABET."""
+    """Character tokenizer, special tokens first; decode(encode(text)) == text for text over ALPHABET."""
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *ALPHABET))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     backend.decoder = decoders.Fuse()
-    return wrapped(backend, POSITIONS)
+    return wrap_tokenizer(backend, POSITIONS)
 
 
 def make_model(spec: PretrainSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A freshly initialised float32 causal LM of the given shape, from torch's current random state."""
+    """A float32 causal LM of the given shape, initialized from torch's current random state."""
     return AutoModelForCausalLM.from_config(
-        config_of(spec, spec.architecture, tokenizer, POSITIONS, spec.init_std, spec.rope_theta)
+        model_config(spec, spec.architecture, tokenizer, POSITIONS, spec.init_std, spec.rope_theta)
     )
 
 
 def encode(
     tokenizer: PreTrainedTokenizerFast, solutions: Sequence[tuple[str, str]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(problem, completion) pairs -> ids_BT and labels_BT, padded on the right; loss on completion and EOS only."""
+    """Token ids_BT and labels_BT of (problem, completion) pairs, right-padded; loss on completion and EOS only."""
     id_of = tokenizer.get_vocab()
     rows: list[list[int]] = []
     prompt_lengths: list[int] = []
@@ -156,7 +157,7 @@ def encode(
         prompt_lengths.append(len(prompt))
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), id_of[PAD])
-    labels = torch.full((len(rows), width), IGNORED)
+    labels = torch.full((len(rows), width), IGNORE_INDEX)
     for index, (row, start) in enumerate(zip(rows, prompt_lengths, strict=True)):
         ids[index, : len(row)] = torch.tensor(row)
         labels[index, start : len(row)] = torch.tensor(row[start:])
@@ -164,7 +165,7 @@ def encode(
 
 
 def batches(spec: PretrainSpec, seed: int) -> Iterator[list[tuple[str, str]]]:
-    """spec.steps batches of (problem, completion), every problem once, all from the pool `pretrain`."""
+    """Yield spec.steps batches of (problem, completion) pairs, every problem once, from the pool `pretrain`."""
     corpus = CORPORA[spec.task]
     problems = corpus.generate(spec.steps * spec.batch, "pretrain", seed, spec.dials)
     draw = random.Random(f"pretrain:{seed}").random
@@ -175,16 +176,15 @@ def batches(spec: PretrainSpec, seed: int) -> Iterator[list[tuple[str, str]]]:
 
 
 def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progress | None = None) -> list[float]:
-    """Train one model from scratch and save it, with its tokenizer, as a model folder; returns the loss of each step.
+    """Train one model from scratch and save it as a model folder; returns the loss of each step.
 
-    With torch on one thread, a seed gives the same weights bit for bit on one kind of machine. The caller's random
-    state is left as it was.
+    With torch on one thread, a seed gives bit-identical weights on one kind of machine. The caller's random state is restored.
     """
     tokenizer = make_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model(spec, tokenizer)
-    optimizers = optimizers_of(model, spec.lr)
+    optimizers = make_optimizers(model, spec.lr)
     losses: list[float] = []
     model.train()
     for step, solutions in enumerate(batches(spec, seed)):
@@ -195,7 +195,7 @@ def pretrain(spec: PretrainSpec, out_dir: Path, seed: int = 0, progress: Progres
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, spec.steps, spec.lr)
+                group["lr"] = learning_rate(step, spec.steps, spec.lr)
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
@@ -211,10 +211,10 @@ def measure(
     problems: int = 500,
     seed: int = 0,
     task: str = "sums",
-) -> Measured:
+) -> SampleStats:
     """Sample once per problem of the pool `eval` at temperature 1 and grade, in float32.
 
-    Problems of equal length go in one batch, so that no padding enters.
+    Problems of equal length share a batch, so that nothing is padded.
     """
     corpus = CORPORA[task]
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)  # Any: transformers types these as unions of everything
@@ -224,22 +224,22 @@ def measure(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for length in sorted({len(problem) for problem, _ in pairs}):
-            alike = [pair for pair in pairs if len(pair[0]) == length]
-            chats = [[{"role": "user", "content": problem}] for problem, _ in alike]
+            same_length = [pair for pair in pairs if len(pair[0]) == length]
+            chats = [[{"role": "user", "content": problem}] for problem, _ in same_length]
             ids = tokenizer.apply_chat_template(
                 chats, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             out = model.generate(**ids, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=96)
-            for row, (_, gold) in zip(out[:, ids["input_ids"].shape[1] :], alike, strict=True):
+            for row, (_, gold) in zip(out[:, ids["input_ids"].shape[1] :], same_length, strict=True):
                 text = tokenizer.decode(row, skip_special_tokens=True)
                 samples.append((text, corpus.grade(gold, text)[0], bool((row == tokenizer.eos_token_id).any())))
-    return summed_up([(corpus.is_worked(text), correct, ended) for text, correct, ended in samples])
+    return sample_stats([(corpus.is_worked(text), correct, ended) for text, correct, ended in samples])
 
 
 def pretrain_pocket(
     out_dir: Path, names: Sequence[str] | None = None, seed: int = 0, progress: Progress | None = None
-) -> dict[str, Measured]:
-    """Make the named pocket models (all by default) as out_dir/NAME, each measured and with its model card.
+) -> dict[str, SampleStats]:
+    """Train the named pocket models (all by default) into out_dir/NAME; measure each and write its model card.
 
     Raises ValueError for a name that is not in POCKET, before any training.
     """
@@ -247,16 +247,16 @@ def pretrain_pocket(
     unknown = [name for name in names if name not in POCKET]
     if unknown:
         raise ValueError(f"pretrain: no pocket model {unknown[0]!r}; there are {', '.join(POCKET)}")
-    measured: dict[str, Measured] = {}
+    measured: dict[str, SampleStats] = {}
     for name in names:
         folder = Path(out_dir) / name
         pretrain(POCKET[name], folder, seed, progress)
         measured[name] = measure(folder, POCKET[name].dials, task=POCKET[name].task)
-        (folder / "README.md").write_text(card(name, folder, POCKET[name], measured[name], seed))
+        (folder / "README.md").write_text(model_card(name, folder, POCKET[name], measured[name], seed))
     return measured
 
 
-def card(name: str, folder: Path, spec: PretrainSpec, measured: Measured, seed: int) -> str:
+def model_card(name: str, folder: Path, spec: PretrainSpec, measured: SampleStats, seed: int) -> str:
     """The model card of a saved folder, as markdown."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -280,12 +280,12 @@ Prompt: `{USER}{example}{ASSISTANT}`. Worked completion: `{corpus.worked(example
 Short completion: `{corpus.short(example, dials)}{END}`.
 
 ## Training
-`headwater pretrain pocket` makes it again (seed {seed}). Next-token loss on correct completions, {spec.batch} a step,
+`python -m tools.pretrain pocket` trains it again (seed {seed}). Next-token loss on correct completions, {spec.batch} a step,
 every problem once: {spec.worked_steps} steps of worked ones, then {spec.mixture_steps} steps with a share of
 {spec.p_cot:.0%} worked and the rest short. That is {tokens:,} tokens; learning rate {spec.lr:g}, Muon and AdamW.
 The problems come from the pool `pretrain`, which shares none with `train`, `unlabelled` and `eval`.
 
-## Measured
+## SampleStats
 {measured.problems} problems of the pool `eval`, one sample each at temperature 1 without top-k or top-p, float32:
 
 | pass rate | worked completions | right if worked | right if short | ended by EOS |

@@ -1,4 +1,4 @@
-"""`--dry-run`: what would run and what it would cost, as a table or as JSON. Nothing is loaded, fetched or written."""
+"""`--dry-run`: nodes and estimated costs as a table or JSON. Nothing is loaded, fetched or written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
-from headwater.cli.options import Sized
+from headwater.cli.options import DryRunOptions
 from headwater.config.recipe import Recipe
 from headwater.doctor.checks import check_plan
 from headwater.report.format import console, units
@@ -19,81 +19,73 @@ from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import make_plan
 
 
-def dry_run(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], asked: Sized, as_json: bool) -> None:
+def print_dry_run(
+    recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], options: DryRunOptions, as_json: bool
+) -> None:
     """Print an estimate for every node. Raises UserError."""
     with RunInputs.for_estimate(recipe) as inputs:
         plan = make_plan(recipe, arms, seeds, inputs.content())
         if not inputs.missing:
             check_plan(plan, inputs)
-    found = estimates(plan, inputs, Asked(asked.mean_tokens, asked.count))
+    nodes = estimates(plan, inputs, Asked(options.mean_tokens, options.count))
     if as_json:
-        print(json.dumps([row(one, asked) for one in found]))
+        print(json.dumps([json_row(estimate, options) for estimate in nodes]))
         return
-    console().print(table(found, asked))
-    for said in inputs.missing:
-        print(said)
-    print("\n".join(notes(found, asked)))
+    console().print(cost_table(nodes, options))
+    for message in inputs.missing:
+        print(message)
+    print("\n".join(notes(nodes, options)))
 
 
-def row(one: Estimate, asked: Sized) -> dict[str, Any]:
-    """An estimate as JSON has it; hours where a device is named."""
-    if asked.device is None:
-        return one.row()
-    seconds = one.seconds(DEVICES[asked.device], asked.count)
-    return {**one.row(), "hours": seconds / 3600, "gpu_hours": asked.count * seconds / 3600}
+def json_row(estimate: Estimate, options: DryRunOptions) -> dict[str, Any]:
+    """The estimate as JSON, with hours where a device is named."""
+    if options.device is None:
+        return estimate.row()
+    seconds = estimate.seconds(DEVICES[options.device], options.count)
+    return {**estimate.row(), "hours": seconds / 3600, "gpu_hours": options.count * seconds / 3600}
 
 
-def table(found: Sequence[Estimate], asked: Sized) -> Table:
-    at_most = "" if asked.mean_tokens is not None else " ≤"
-    names = (
-        Column("node", no_wrap=True),
-        "labels",
-        "steps",
-        f"tokens{at_most}",
-        f"scored{at_most}",
-        f"FLOPs{at_most}",
-        "weights",
-        "peak",
-    )
-    more = ["GPU-hours"] if asked.device is not None else []
-    made = Table(*names, *more, title="what would run", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for one in found:
+def cost_table(nodes: Sequence[Estimate], options: DryRunOptions) -> Table:
+    at_most = "" if options.mean_tokens is not None else " ≤"
+    columns = ["labels", "steps", f"tokens{at_most}", f"scored{at_most}", f"FLOPs{at_most}", "weights", "peak"]
+    if options.device is not None:
+        columns.append("GPU-hours")
+    table = Table(Column("node", no_wrap=True), *columns, title="what would run", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for node in nodes:
         cells = [
-            one.name.rsplit(".", 1)[0], str(one.labels), str(one.steps), units(one.tokens_sampled), units(one.tokens_teacher_scored),
-            units(one.flops), units(one.bytes, "B"), units(one.peak, "B"),
+            node.name.rsplit(".", 1)[0], str(node.labels), str(node.steps), units(node.tokens_sampled),
+            units(node.tokens_teacher_scored), units(node.flops), units(node.bytes, "B"), units(node.peak, "B"),
         ]  # fmt: skip
-        if asked.device is not None:
-            cells.append(hours(asked.count * one.seconds(DEVICES[asked.device], asked.count)))
-        made.add_row(*cells)
-    return made
+        if options.device is not None:
+            cells.append(hours(options.count * node.seconds(DEVICES[options.device], options.count)))
+        table.add_row(*cells)
+    return table
 
 
-def notes(found: Sequence[Estimate], asked: Sized) -> list[str]:
-    """What the columns mean, and the sum."""
-    said = [
-        "labels: distinct problems a node may look at; tokens: sampled; scored: by the teacher; "
-        "weights: their memory with gradients and optimizer state, on all devices "
-        "together; peak: on each device, with activations and caches"
+def notes(nodes: Sequence[Estimate], options: DryRunOptions) -> list[str]:
+    """Explain the columns, and give the totals."""
+    lines = [
+        "labels: distinct problems whose answers a node may use; tokens: sampled; scored: by the teacher; "
+        "weights: memory with gradients and optimizer state, summed over devices; peak: per device, with activations and caches"
     ]
-    length = "at their longest" if asked.mean_tokens is None else f"{asked.mean_tokens:g} tokens on average"
-    total = sum(one.flops for one in found)
-    said.append(f"in all {units(total, 'FLOPs')}, with completions {length}")
-    if asked.device is None:
-        return said
-    device = DEVICES[asked.device]
-    spent = sum(one.seconds(device, asked.count) for one in found)
-    largest = max(one.peak for one in found)
+    length = "at full length" if options.mean_tokens is None else f"of {options.mean_tokens:g} tokens on average"
+    lines.append(f"in all {units(sum(node.flops for node in nodes), 'FLOPs')}, with completions {length}")
+    if options.device is None:
+        return lines
+    device = DEVICES[options.device]
+    seconds = sum(node.seconds(device, options.count) for node in nodes)
+    largest = max(node.peak for node in nodes)
     fits = "which fits" if largest <= device.memory else "which does not fit"
-    said += [
-        f"on {asked.count} × {asked.device}: {hours(asked.count * spent)} GPU-hours, {hours(spent)} hours one node after the "
-        f"other; {units(largest, 'B')} at most on one device of {units(device.memory, 'B')}, {fits}",
-        f"taken: {UTILISATION:.0%} of {units(device.flops, 'FLOP')}/s in bfloat16 and, while decoding, {BANDWIDTH_SHARE:.0%} of "
+    lines += [
+        f"on {options.count} × {options.device}: {hours(options.count * seconds)} GPU-hours, {hours(seconds)} hours if nodes run "
+        f"one after the other; at most {units(largest, 'B')} on a device of {units(device.memory, 'B')}, {fits}",
+        f"assumed: {UTILISATION:.0%} of {units(device.flops, 'FLOP')}/s in bfloat16 and, while decoding, {BANDWIDTH_SHARE:.0%} of "
         f"{units(device.bandwidth, 'B')}/s ({device.source}); the work divided evenly",
     ]
-    return said
+    return lines
 
 
 def hours(seconds: float) -> str:
     """Example: `hours(5400)` is `"1.5"`."""
-    found = seconds / 3600
-    return f"{found:,.0f}" if found >= 10 else f"{found:.2g}"
+    value = seconds / 3600
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

@@ -1,132 +1,221 @@
-"""Options that several verbs share."""
+"""Options that several commands share, as dataclasses whose fields are typer options."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from headwater.config.arms import ARMS
-from headwater.errors import UserError
+from headwater.errors import HeadwaterError, UserError
 from headwater.runs.hardware import DEVICES
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a built-in recipe.")]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="Folder of the run; run again with the same one and it resumes.")
-]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory; the same one again resumes the run.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change a field: path=value, such as stages.opd.steps=5.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the nodes and what they would cost at most; run nothing.")
-]
-Track = Annotated[
-    str | None,
-    typer.Option("--track", help="Trackers to keep up to date: tensorboard, wandb, trackio; commas between."),
-]
-On = Annotated[
-    str | None,
-    typer.Option(
-        "--on", help="With --dry-run: a device to give hours for, such as rtx4090, or several, such as 16xh200."
-    ),
-]
-MeanTokens = Annotated[
-    float | None,
-    typer.Option("--mean-tokens", min=1.0, help="With --dry-run: the mean length of a completion, where you know it."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON where a machine reads it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 Arms = Annotated[str | None, typer.Option("--arms", help="Arms, separated by commas, or `all`.")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]
+TaskName = Annotated[str, typer.Option("--task", help="A task's name (docs/tasks.md) or package.module:function.")]
 Workers = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Processes that run independent nodes; by default what the cores allow."),
 ]
-ExecutorName = Annotated[
-    str, typer.Option("--executor", help="Who runs the nodes: local, or ray for a Ray cluster (RAY_ADDRESS).")
-]
-Reuse = Annotated[
-    list[Path] | None,
-    typer.Option("--reuse", help="Another run's folder, whose finished nodes count where they are the same work."),
-]
 
 
-def changed(set_: list[str] | None, device: str | None, workers: int | None = None) -> list[str]:
-    """The options that change a field of the recipe, as `path=value`."""
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of `run`, `study` and `sweep`."""
+
+    out: Out = None
+    set_: Set = None
+    device: Device = None
+    workers: Workers = None
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--reuse", help="Another run directory; its finished nodes are used where they are the same work."
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the nodes and what they would cost at most; run nothing.")
+    ] = False
+    json_: Json = False
+
+    @property
+    def changes(self) -> list[str]:
+        return recipe_changes(self.set_, self.device, self.workers)
+
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """Further options of `run` and `study`: who runs the nodes, trackers, and the assumptions of a dry run."""
+
+    executor: Annotated[
+        str, typer.Option("--executor", help="What runs the nodes: local, or ray for a Ray cluster (RAY_ADDRESS).")
+    ] = "local"
+    track: Annotated[
+        str | None, typer.Option("--track", help="Trackers to log to: tensorboard, wandb, trackio; commas between.")
+    ] = None
+    on: Annotated[
+        str | None,
+        typer.Option("--on", help="With --dry-run: the device to estimate hours for, such as rtx4090 or 16xh200."),
+    ] = None
+    mean_tokens: Annotated[
+        float | None,
+        typer.Option("--mean-tokens", min=1.0, help="With --dry-run: mean completion length, where you know it."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Options of `eval`: how the model is prompted and sampled, and how completions are graded."""
+
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Completions per problem.")] = 1
+    task: TaskName = "maths"
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first so many problems.")] = None
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest completion.")] = 512
+    temperature: Annotated[float, typer.Option("--temperature", min=0.001)] = 1.0
+    top_p: Annotated[float, typer.Option("--top-p", min=0.001, max=1.0)] = 1.0
+    top_k: Annotated[int, typer.Option("--top-k", min=0)] = 0
+    template: Annotated[str, typer.Option("--template", help="The user turn; must contain {problem}.")] = "{problem}"
+    thinking: Annotated[
+        bool, typer.Option("--thinking/--no-thinking", help="Passed to chat templates that have a thinking mode.")
+    ] = False
+    seed: Annotated[int, typer.Option("--seed")] = 0
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32"
+    device: Device = None
+    out: Annotated[Path | None, typer.Option("--out", help="Write every graded completion here as JSONL.")] = None
+    json_: Json = False
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace every parameter of a command that is annotated with a dataclass by one option for each of its fields.
+
+    Example: `def run(recipe: RecipeName, options: RunOptions)` becomes a command with the options `--out`, `--set`, …
+    """
+    groups: dict[str, Any] = {}
+    own: list[inspect.Parameter] = []
+    expanded: list[inspect.Parameter] = []
+    hints = get_type_hints(command, include_extras=True)
+    for name, parameter in inspect.signature(command).parameters.items():
+        if is_dataclass(hints[name]):
+            groups[name] = hints[name]
+            types = get_type_hints(hints[name], include_extras=True)
+            expanded += [
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name]
+                )
+                for field in fields(hints[name])
+            ]
+        else:
+            own.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    parameters = [*own, *expanded]
+
+    @functools.wraps(command)
+    def run_command(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run_command
+
+
+def recipe_changes(set_: list[str] | None, device: str | None, workers: int | None = None) -> list[str]:
+    """Options that change a field of the recipe, as `path=value`."""
     named = {"compute.device": device, "compute.workers": workers}
     return [*(set_ or []), *(f"{path}={value}" for path, value in named.items() if value is not None)]
 
 
 @dataclass(frozen=True)
-class Sized:
-    """What a dry run is asked beside the recipe: on which devices, how many of them, and how long completions are on average."""
+class DryRunOptions:
+    """Assumptions of a dry run: the device (None for no hours), how many of them, and the mean completion length."""
 
     device: str | None
     count: int
     mean_tokens: float | None
 
 
-def sized(dry_run: bool, on: str | None, mean_tokens: float | None) -> Sized | None:
-    """The dry run's options; None where none is asked for. Raises UserError."""
+def dry_run_options(dry_run: bool, on: str | None, mean_tokens: float | None) -> DryRunOptions | None:
+    """None without --dry-run. Raises UserError for --on or --mean-tokens without it, and for an unknown device."""
     if not dry_run:
         if on is not None or mean_tokens is not None:
-            raise UserError(f"{'--on' if on is not None else '--mean-tokens'}: belongs to --dry-run")
+            raise UserError(f"{'--on' if on is not None else '--mean-tokens'}: needs --dry-run")
         return None
     if on is None:
-        return Sized(None, 1, mean_tokens)
+        return DryRunOptions(None, 1, mean_tokens)
     count, times, name = on.partition("x") if on[:1].isdigit() else ("1", "", on)
     if name not in DEVICES or not count.isdigit() or not 1 <= int(count) <= 100_000 or (on[:1].isdigit() and not times):
-        raise UserError(
-            f"--on {on}: not a device that is known; there are {', '.join(DEVICES)}, and 8xh100 is eight of one"
-        )
-    return Sized(name, int(count), mean_tokens)
+        raise UserError(f"--on {on}: unknown device; there are {', '.join(DEVICES)}, and 8xh100 means eight of one")
+    return DryRunOptions(name, int(count), mean_tokens)
 
 
-def arms_in(text: str) -> list[str]:
-    """What `--arms` names; every arm there is for `all`."""
-    return list(ARMS) if text == "all" else listed(text, "--arms")
+def parse_list(text: str, option: str) -> list[str]:
+    """Comma-separated values of an option. Raises UserError where there are none."""
+    values = [value.strip() for value in text.split(",") if value.strip()]
+    if not values:
+        raise UserError(f"{option}: names nothing")
+    return values
 
 
-def seeds_in(text: str | None) -> list[int] | None:
-    """What `--seeds` names; None where it is not given. Raises UserError."""
+def parse_arms(text: str) -> list[str]:
+    """The arms that `--arms` names; `all` names every arm."""
+    return list(ARMS) if text == "all" else parse_list(text, "--arms")
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """The seeds that `--seeds` names; None without the option. Raises UserError."""
     try:
-        return None if text is None else [int(one) for one in listed(text, "--seeds")]
+        return None if text is None else [int(value) for value in parse_list(text, "--seeds")]
     except ValueError:
         raise UserError(f"--seeds {text}: must be whole numbers separated by commas") from None
 
 
-def launched() -> bool:
-    """Whether a launcher such as torchrun started this process as one of several."""
+def launched_by_torchrun() -> bool:
+    """Whether torchrun or a similar launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 @contextlib.contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """Exit 130 when asked to stop by SIGINT or SIGTERM, and say how to go on."""
+def exit_codes() -> Iterator[None]:
+    """Turn expected errors into one line on stderr and an exit code; Ctrl-C exits with 130."""
+    try:
+        yield
+    except HeadwaterError as error:
+        print(f"headwater: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
-    def stop(number: int, frame: object) -> None:
+
+@contextlib.contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """On SIGINT or SIGTERM print how to resume and exit with 130."""
+
+    def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    held = None
-    with contextlib.suppress(ValueError):  # off the main thread there are no signals to hear
-        held = signal.signal(signal.SIGTERM, stop)
+    previous = None
+    with contextlib.suppress(ValueError):  # signal handlers can be set on the main thread only
+        previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        print(f"headwater: interrupted; the same command with --out {folder} goes on from here", file=sys.stderr)
+        print(f"headwater: interrupted; the same command with --out {folder} resumes", file=sys.stderr)
         sys.exit(130)
     finally:
-        if held is not None:
-            signal.signal(signal.SIGTERM, held)
-
-
-def listed(text: str, option: str) -> list[str]:
-    found = [one.strip() for one in text.split(",") if one.strip()]
-    if not found:
-        raise UserError(f"{option}: names nothing")
-    return found
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,4 @@
-"""A finished model to the hub, with a card that says how it was made, what it cost in labels, and what it scores."""
+"""`headwater push`: upload a finished model to the hub with a model card (recipe, labels spent, results)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from headwater.config.arms import BASE_MODELS
 from headwater.errors import UserError
 from headwater.report import build as report
 from headwater.storage.run_dir import NodeDir, RunDir, read_json
@@ -16,7 +17,7 @@ from headwater.storage.untrusted import read_plan
 
 
 class Api(Protocol):
-    """What is asked of `huggingface_hub.HfApi`."""
+    """The methods of `huggingface_hub.HfApi` that `push` calls."""
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any: ...
 
@@ -25,7 +26,7 @@ class Api(Protocol):
 
 @dataclass(frozen=True)
 class Finished:
-    """A trained node of a run: its folder, the run's, and the arm that it is shown as the end of."""
+    """A trained node of a run, and the arm under which its results are reported."""
 
     run: RunDir
     node: NodeDir
@@ -34,44 +35,40 @@ class Finished:
 
 
 def find(folder: Path, arm: str | None) -> Finished:
-    """What a user means by DIR: a node's model folder, or a run of which an arm's student is meant.
+    """Resolve DIR, a node's model folder or a run directory, to a finished node; in a run, the last one of the arm.
 
     Raises UserError where there is no such run, arm or finished node.
     """
-    inside = folder.parent.parent.parent if folder.name == "model" else folder
-    run = RunDir(inside)
+    run = RunDir(folder.parent.parent.parent if folder.name == "model" else folder)
     if not run.plan.exists():
         raise UserError(f"push {folder}: is neither a run directory nor the model folder of one of its nodes")
     arms: Mapping[str, Mapping[str, Sequence[str]]] = read_plan(run.plan)["arms"]
     if folder.name == "model":
         node = NodeDir(folder.parent)
-        ends = [
-            (name, int(seed)) for name, seeds in arms.items() for seed, names in seeds.items() if names[-1] == node.name
-        ]
-        held = [
-            (name, int(seed)) for name, seeds in arms.items() for seed, names in seeds.items() if node.name in names
-        ]
-        if not held:
-            raise UserError(f"push {folder}: no arm of the run holds it")
-        found = Finished(run, node, *(ends or held)[0])
+        paths = [(name, int(seed), names) for name, seeds in arms.items() for seed, names in seeds.items()]
+        with_node = [(name, seed) for name, seed, names in paths if node.name in names]
+        ending_in_it = [(name, seed) for name, seed, names in paths if names[-1] == node.name]
+        if not with_node:
+            raise UserError(f"push {folder}: no arm of the run contains it")
+        finished = Finished(run, node, *(ending_in_it or with_node)[0])
     else:
-        own = [name for name in arms if not name.startswith("base_")]
-        chosen = arm or (own[0] if len(own) == 1 else None)
-        if chosen not in own:
-            which = "say which arm's student with --arm" if arm is None else f"--arm {arm} is not among its arms"
-            raise UserError(f"push {folder}: {which}: {', '.join(own)}")
+        trained = [name for name in arms if name not in BASE_MODELS]
+        chosen = arm or (trained[0] if len(trained) == 1 else None)
+        if chosen not in trained:
+            reason = "choose an arm with --arm" if arm is None else f"--arm {arm} is not among its arms"
+            raise UserError(f"push {folder}: {reason}: {', '.join(trained)}")
         seed = min(arms[chosen], key=int)
-        found = Finished(run, run.node(arms[chosen][seed][-1]), chosen, int(seed))
-    if not found.node.done.exists() or not found.node.model.is_dir():
-        raise UserError(f"push {folder}: {found.node.name} is not finished; run it to its end first")
-    return found
+        finished = Finished(run, run.node(arms[chosen][seed][-1]), chosen, int(seed))
+    if not finished.node.done.exists() or not finished.node.model.is_dir():
+        raise UserError(f"push {folder}: {finished.node.name} is not finished; finish the run first")
+    return finished
 
 
-def card(found: Finished) -> str:
+def card(finished: Finished) -> str:
     """The model card: README.md as the hub shows it."""
-    recipe, made = read_json(found.run.recipe), report.build([found.run.path])
-    info, arm = read_json(found.node.info), made["arms"].get(found.arm)
-    adapter = not (found.node.model / "config.json").exists()
+    recipe, summary = read_json(finished.run.recipe), report.build([finished.run.path])
+    info, arm = read_json(finished.node.info), summary["arms"].get(finished.arm)
+    adapter = not (finished.node.model / "config.json").exists()
     base = recipe["models"][info["role"]]
     head = {
         "library_name": "peft" if adapter else "transformers",
@@ -82,49 +79,49 @@ def card(found: Finished) -> str:
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {recipe['name']}: {info['role']} after {info['stage']}",
-        f"Post-trained from `{base}` with [Headwater](https://arxiv.org/abs/2605.12483): arm `{found.arm}`, seed {found.seed}. The "
-        f"teacher was `{recipe['models']['teacher']}`.",
+        f"Post-trained from `{base}` with [Headwater](https://arxiv.org/abs/2605.12483): arm `{finished.arm}`, seed "
+        f"{finished.seed}. The teacher was `{recipe['models']['teacher']}`.",
     ]
     if arm is not None:
-        lines += ["## Results", results(made, found.arm), "## Cost", costs(arm)]
-    shown = {key: recipe[key] for key in ("name", "task", "models", "prompt", "labels", "stages", "evaluate")}
-    lines += ["## Recipe", f"```yaml\n{yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)}```"]
+        lines += ["## Results", results(summary, finished.arm), "## Cost", costs(arm)]
+    settings = {key: recipe[key] for key in ("name", "task", "models", "prompt", "labels", "stages", "evaluate")}
+    lines += ["## Recipe", f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```"]
     return "\n\n".join(lines) + "\n"
 
 
-def results(made: Mapping[str, Any], arm: str) -> str:
-    """A table: this model and where it and its teacher began, with 95 % intervals."""
+def results(summary: Mapping[str, Any], arm: str) -> str:
+    """Accuracy table: this model and the untrained student and teacher, with 95 % intervals."""
     rows = ["| evaluation | model | accuracy, % | 95 % interval |", "|---|---|---|---|"]
-    names = {arm: "this model", "base_student": "the student before", "base_teacher": "the teacher before"}
-    for name, said in names.items():
-        for evaluation, one in made["arms"].get(name, {}).get("accuracy", {}).items():
-            if one.get("mean") is not None:
-                low, high = 100 * one["low"], 100 * one["high"]
-                rows.append(f"| {evaluation} | {said} | {100 * one['mean']:.1f} | {low:.1f} to {high:.1f} |")
+    labels = {arm: "this model", "base_student": "the student before", "base_teacher": "the teacher before"}
+    for name, label in labels.items():
+        for evaluation, accuracy in summary["arms"].get(name, {}).get("accuracy", {}).items():
+            if accuracy.get("mean") is not None:
+                mean, low, high = (100 * accuracy[key] for key in ("mean", "low", "high"))
+                rows.append(f"| {evaluation} | {label} | {mean:.1f} | {low:.1f} to {high:.1f} |")
     return "\n".join(rows)
 
 
 def costs(arm: Mapping[str, Any]) -> str:
     labels, tokens = arm["labels"], arm["tokens"]
     return (
-        f"Labels: {labels['distinct']:,.0f} distinct problems whose answer training looked at, {labels['checks']:,.0f} looks. Tokens: "
+        f"Labels: {labels['distinct']:,.0f} distinct problems whose answer training used, {labels['checks']:,.0f} checks. Tokens: "
         f"{tokens['sampled']:,.0f} sampled, {tokens['trained']:,.0f} trained on, {tokens['teacher_scored']:,.0f} scored by the "
         f"teacher. {arm['flops']:.3g} FLOPs."
     )
 
 
-def push(found: Finished, to: str, private: bool, api: Api) -> str:
-    """Upload the model folder with its card in one commit; the repository's address. Raises UserError when the hub refuses."""
+def push(finished: Finished, to: str, private: bool, api: Api) -> str:
+    """Upload the model folder with its card in one commit; returns the repository's address. Raises UserError."""
     from huggingface_hub import CommitOperationAdd
 
-    found.node.refuse_damage(f"{found.node.model.name}/")
-    files = [path for path in sorted(found.node.model.iterdir()) if path.is_file() and path.name != "README.md"]
+    finished.node.refuse_damage(f"{finished.node.model.name}/")
+    files = [path for path in sorted(finished.node.model.iterdir()) if path.is_file() and path.name != "README.md"]
     operations = [CommitOperationAdd(path.name, path) for path in files]
-    operations.append(CommitOperationAdd("README.md", card(found).encode()))
+    operations.append(CommitOperationAdd("README.md", card(finished).encode()))
     try:
         address = api.create_repo(to, private=private, exist_ok=True)
-        api.create_commit(to, operations, commit_message=f"{found.node.name}, made with Headwater")
+        api.create_commit(to, operations, commit_message=f"{finished.node.name}, made with Headwater")
     except Exception as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"push --to {to}: the hub refuses ({said})") from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"push --to {to}: the hub refuses ({reason})") from None
     return str(address)

@@ -52,7 +52,7 @@ class Lora(Strict):
 
 class Models(Strict):
     """Who learns and who teaches: a local folder, a hub id, `pocket:NAME` for a model shipped with the package, or `desk:NAME`
-    for one that `headwater pretrain desk` makes."""
+    for one that `python -m tools.pretrain desk` makes."""
 
     student: str
     teacher: str | Annotated[dict[Name, str], Field(min_length=1)]

@@ -1,122 +1,53 @@
-"""From readiness measures to advice: where the labels go, whether to warm up, when to go on to student RL. Numbers in, words out.
+"""Advice from readiness measures: where the labels go, whether to warm up, when to start student RL.
 
-The rule for the labels asks three things, in this order.
+The rule for the labels asks three questions, in this order.
 
-1. Where is there a signal? GRPO learns from groups whose rewards differ, and from nothing else. A model with next to none
-   cannot spend a label; if that is so of both, nobody can yet.
-2. Does the teacher need labels? Where C1 holds as it is, its reward near that of its own best of k, there is little that they
-   could raise; they go to the student, after a bridge from the teacher as it is.
-3. Where both have a signal, and the teacher room, what would the teacher bring that the student's own reinforcement would
-   not? Reinforcement makes a model take the right way more often; how well it walks it, it must mostly know. So both models
-   are put on the teacher's right way (`Finish`): the teacher's lead there is what a bridge can carry over, and it must be
-   larger than what the student's own RL and the bridge's losses take of it:
+1. Is there a signal? GRPO learns only from groups whose rewards differ. A model with almost none cannot use a label; if that is
+   true of both, nobody can yet.
+2. Does the teacher need labels? If C1 holds already (its reward is near that of its own best of k), labels could raise it
+   little; they go to the student, after a bridge from the teacher as it is.
+3. If both have a signal and the teacher has room: what would the teacher transfer that the student's own RL would not find? RL
+   makes a model choose the right path more often, but it must mostly be able to complete that path already. So both models
+   continue prefixes of the teacher's right answers (`Continuations`). The teacher's lead there is what a bridge can transfer,
+   and must exceed what the student's own RL and the bridge's losses take of it:
 
-       lead − TOLL · toll > LEAD,    toll = KL(π_T‖πθ) on the teacher's right rollouts · times each of them is trained on
+       lead − cost > MIN_LEAD,    cost = KL(π_T‖πθ) on the teacher's right rollouts · log2(times each of them is trained on)
 
-   Much to learn from few rollouts, gone through many times, is learnt by heart and not held out.
+   Much to learn from few rollouts, repeated many times, is memorized and does not generalize.
 
-LEAD, TOLL and SIGNAL were chosen on other models, budgets, seeds and problems than the settings that test them; ENOUGH was added
-when the rule without it had missed the countdown task (docs/probe.md).
+MIN_LEAD, the cost and MIN_INFORMATIVE were chosen on other models, budgets, seeds and problems than the settings that test them;
+C1_SATURATED was added when the rule without it had failed on the countdown task (docs/probe.md).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from headwater.stats import Interval
+from headwater.doctor.readiness import PairMeasures, Readiness
 
-SIGNAL = 0.15
-"""Least share of informative groups. Guessing one of a hundred right by luck gives 0.08 at group size 8."""
-ENOUGH = 0.9
-"""C1, reward over best of k, from which on a teacher counts as one that RL has little to add to."""
-LEAD = 0.3
-CLOSE = 0.05
-"""A margin smaller than this is within the noise of 128 problems: the advice is then called close."""
-FAR = 0.1
-"""Nats a token on student prefixes up to which C2 holds as it is: there is nothing to warm up."""
-WORN = 0.12
-"""A toll beyond which a warm-up on so few rollouts costs the student more than it brings."""
+MIN_INFORMATIVE = 0.15
+"""Least share of informative groups. Guessing one of a hundred right by chance gives 0.08 at group size 8."""
+C1_SATURATED = 0.9
+"""C1, reward over best of k, from which RL has little to add to a teacher."""
+MIN_LEAD = 0.3
+CLOSE_MARGIN = 0.05
+"""A smaller margin is within the noise of 128 problems: the advice is then called close."""
+MAX_KL_WITHOUT_WARMUP = 0.1
+"""Nats a token on student prefixes up to which C2 holds already, so that no warm-up is needed."""
+MAX_WARMUP_COST = 0.12
+"""Memorization cost above which a warm-up on so few rollouts costs the student more than it brings."""
 
-
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    """One model on the sampled problems, at the sampling of its own RL stage; shares between 0 and 1.
-
-    pass_at              k -> chance that one of k samples is right (`stats.pass_at_k`)
-    informative          share of groups of `group_size` whose rewards differ, over all groups that the samples hold
-    informative_formula  1 − p^G − (1−p)^G at each problem's own measured p, averaged; too low, for a measured p lies nearer
-                         to 0 or 1 than the true one
-    c1                   reward ÷ best of k: 1 is C1, a policy that already gets what its best sample gets
-    entropy              nats a token on its own rollouts
-    """
-
-    pass_rate: Interval
-    pass_at: Mapping[int, float]
-    group_size: int
-    informative: Interval
-    informative_formula: float
-    c1: float | None
-    truncated: float
-    ended: float
-    entropy: float
-    tokens: float
+Target = Literal["teacher", "student", "nowhere"]
+ARM: Mapping[Target, str | None] = {"teacher": "bridge", "student": "direct_grpo", "nowhere": None}
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
-    """What becomes of the teacher's right answers when a model goes on from their first quarter: shares that end right.
+class LabelAdvice:
+    """Where the labels go, and why. `margin` is lead − cost − MIN_LEAD; None if an earlier question decides."""
 
-    Example: `Finish(100, Interval(0.45, …), Interval(0.95, …), 0.04)`: the teacher knows the way, the student loses it.
-
-    problems  how many the teacher got right at least once; each gives one beginning
-    kl        KL(π_T‖πθ) a token on all of the teacher's right rollouts, in nats
-    """
-
-    problems: int
-    student: Interval
-    teacher: Interval
-    kl: float
-
-    @property
-    def lead(self) -> float:
-        return self.teacher.mean - self.student.mean
-
-    def toll(self, passes: float) -> float:
-        """What a bridge would lose of the lead: `kl` for each doubling of the times that a cached rollout is trained on.
-
-        Example: 0.04 nats and 8 passes cost 0.12; at one pass or fewer nothing is lost.
-        """
-        return self.kl * max(0.0, math.log2(passes)) if passes > 0.0 else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Measures:
-    """What the probe measured.
-
-    kl_student_prefixes  KL(πθ‖π_T), nats a token: C2 where OPD works
-    finish               None where the teacher got nothing right
-    passes               times that the warm-up goes through each of the teacher's cached rollouts
-    """
-
-    student: Readiness
-    teacher: Readiness
-    kl_student_prefixes: float
-    finish: Finish | None
-    passes: float
-
-
-Where = Literal["teacher", "student", "nowhere"]
-ARM: Mapping[Where, str | None] = {"teacher": "bridge", "student": "direct_grpo", "nowhere": None}
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """Where the labels go, and why. `margin` is lead − toll − LEAD; None where the signal decides alone."""
-
-    where: Where
+    where: Target
     because: str
     margin: float | None = None
 
@@ -126,111 +57,118 @@ class Labels:
 
     @property
     def close(self) -> bool:
-        return self.margin is not None and abs(self.margin) < CLOSE
+        return self.margin is not None and abs(self.margin) < CLOSE_MARGIN
 
 
-def labels(found: Measures) -> Labels:
+def label_advice(measures: PairMeasures) -> LabelAdvice:
     """Where the labels go.
 
-    Example: the teacher ends 95 % of its right answers right again, the student 45 %, at 0.04 nats and 4 passes: the lead is
-    0.50, the toll 0.08, the margin 0.50 − 0.08 − 0.30 = 0.12, so the teacher.
+    Example: the teacher completes 95 % of its right answers, the student 45 %, at 0.04 nats and 4 passes: the lead is 0.50, the
+    cost 0.08, the margin 0.50 − 0.08 − 0.30 = 0.12, so the teacher.
     """
-    student, teacher, finish = found.student, found.teacher, found.finish
+    student, teacher, continuations = measures.student, measures.teacher, measures.continuations
     shares = f"{_share(teacher)} of the teacher's groups are informative, {_share(student)} of the student's"
     if not has_signal(teacher) and not has_signal(student):
-        return Labels("nowhere", f"{shares}; below {SIGNAL:.0%} a label buys next to nothing. {_remedy(found)}")
+        return LabelAdvice(
+            "nowhere", f"{shares}; below {MIN_INFORMATIVE:.0%} a label is of little use. {_remedy(measures)}"
+        )
     if not has_signal(teacher):
         if teacher.pass_rate.mean > student.pass_rate.mean and teacher.pass_rate.mean > 0.5:
-            return Labels(
+            return LabelAdvice(
                 "student",
-                f"{shares}: the teacher is right {teacher.pass_rate.mean:.0%} of the time as it is and needs no labels. Bridge "
-                "from it without any (opd_then_rl), and spend them on the student",
+                f"{shares}: the teacher is right {teacher.pass_rate.mean:.0%} of the time already and needs no labels. Bridge from "
+                "it without any (opd_then_rl), and spend them on the student",
             )
-        return Labels("student", f"{shares}: sparse reward would find nothing to reinforce in this teacher")
-    if teacher.c1 is not None and teacher.c1 >= ENOUGH and has_signal(student):
+        return LabelAdvice("student", f"{shares}: sparse reward would find nothing to reinforce in this teacher")
+    if teacher.c1 is not None and teacher.c1 >= C1_SATURATED and has_signal(student):
         k = max(teacher.pass_at)
-        return Labels(
+        return LabelAdvice(
             "student",
-            f"the teacher is right {teacher.pass_rate.mean:.0%} of the time and its best of {k} {teacher.pass_at[k]:.0%}, so that C1 "
-            f"holds as it is ({teacher.c1:.2f}, from {ENOUGH:g} on) and labels could hardly raise it. Bridge from it without any "
+            f"the teacher is right {teacher.pass_rate.mean:.0%} of the time and its best of {k} {teacher.pass_at[k]:.0%}: C1 holds "
+            f"already ({teacher.c1:.2f}, at least {C1_SATURATED:g}) and labels could hardly raise it. Bridge from it without any "
             "(raw_teacher), and spend them on the student",
         )
     if not has_signal(student):
-        return Labels("teacher", f"{shares}: only the teacher's samples are right often enough to learn from")
-    if finish is None:
-        return Labels(
-            "student", f"{shares}, but the teacher got too little right to say what a student would learn from it"
+        return LabelAdvice("teacher", f"{shares}: only the teacher's samples are right often enough to learn from")
+    if continuations is None:
+        return LabelAdvice(
+            "student", f"{shares}, but the teacher got too little right to measure what a student would learn from it"
         )
-    toll = finish.toll(found.passes)
-    margin = finish.lead - toll - LEAD
-    said = (
-        f"from the first quarter of the teacher's right answers the teacher ends right {finish.teacher.mean:.0%} of the time, the "
-        f"student {finish.student.mean:.0%}; of this lead of {100 * finish.lead:.0f} points the bridge would lose about "
-        f"{100 * toll:.0f} ({finish.kl:.2f} nats a token to learn, each cached rollout trained on {found.passes:.1f} times), and "
-        f"{100 * LEAD:.0f} are what the student's own RL would make up"
+    cost = continuations.memorization_cost(measures.passes)
+    margin = continuations.lead - cost - MIN_LEAD
+    because = (
+        f"after the first quarter of the teacher's right answers the teacher ends right {continuations.teacher.mean:.0%} of the "
+        f"time, the student {continuations.student.mean:.0%}; of this lead of {100 * continuations.lead:.0f} points the bridge "
+        f"would lose about {100 * cost:.0f} ({continuations.kl:.2f} nats a token to learn, each cached rollout trained on "
+        f"{measures.passes:.1f} times), and {100 * MIN_LEAD:.0f} are what the student's own RL would recover"
     )
-    return Labels("teacher" if margin > 0 else "student", said, margin)
+    return LabelAdvice("teacher" if margin > 0 else "student", because, margin)
 
 
-def has_signal(one: Readiness) -> bool:
-    return one.informative.mean >= SIGNAL
+def has_signal(model: Readiness) -> bool:
+    return model.informative.mean >= MIN_INFORMATIVE
 
 
-def _share(one: Readiness) -> str:
-    return f"{one.informative.mean:.0%}"
+def _share(model: Readiness) -> str:
+    return f"{model.informative.mean:.0%}"
 
 
-def _remedy(found: Measures) -> str:
-    if min(found.student.pass_rate.mean, found.teacher.pass_rate.mean) > 0.5:
-        return "Both models are right nearly always: take harder problems, or distil without labels (raw_teacher)"
-    if found.teacher.pass_rate.mean > 0.5:
+def _remedy(measures: PairMeasures) -> str:
+    student, teacher = measures.student, measures.teacher
+    if min(student.pass_rate.mean, teacher.pass_rate.mean) > 0.5:
+        return "Both models are right nearly always: use harder problems, or distil without labels (raw_teacher)"
+    if teacher.pass_rate.mean > 0.5:
         return (
             "The teacher is right nearly always: distil it without labels (raw_teacher), then probe the student again"
         )
-    best = max(found.teacher.group_size, found.student.group_size)
     return (
-        "Take easier problems, a stronger teacher, worked examples for either model (sft_teacher), or look whether a larger "
-        f"group than {best} finds a right answer: pass@k says how fast it would"
+        "Use easier problems, a stronger teacher, or worked examples for either model (sft_teacher), or check whether a larger "
+        f"group than {max(teacher.group_size, student.group_size)} finds a right answer: pass@k shows how soon it would"
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Warmup:
+class WarmupAdvice:
     needed: bool
     because: str
 
 
-def warmup(found: Measures) -> Warmup:
-    """Whether 2a comes before 2b.
+def warmup_advice(measures: PairMeasures) -> WarmupAdvice:
+    """Whether the warm-up (2a) comes before on-policy distillation (2b).
 
-    Not where C2 holds on the prefixes that the student visits. Beyond that, always where the student hardly ever goes the
-    teacher's way by itself; else only where the teacher's rollouts are not so few that it would learn them by heart.
+    Not if C2 holds on the prefixes that the student visits. Otherwise yes if the student hardly ever produces what the teacher
+    writes; else only if the teacher's rollouts are not so few that the student would memorize them.
     """
-    said = f"KL(student‖teacher) on the student's own prefixes is {found.kl_student_prefixes:.2f} nats a token"
-    if found.kl_student_prefixes <= FAR:
-        return Warmup(False, f"{said}, not above {FAR:g}: on-policy distillation can begin at once")
-    if not has_signal(found.student):
-        return Warmup(
+    distance = f"KL(student‖teacher) on the student's own prefixes is {measures.kl_student_prefixes:.2f} nats a token"
+    if measures.kl_student_prefixes <= MAX_KL_WITHOUT_WARMUP:
+        return WarmupAdvice(
+            False, f"{distance}, not above {MAX_KL_WITHOUT_WARMUP:g}: on-policy distillation can start at once"
+        )
+    distance += f", above {MAX_KL_WITHOUT_WARMUP:g}"
+    if not has_signal(measures.student):
+        return WarmupAdvice(
             True,
-            f"{said}, above {FAR:g}, and only {_share(found.student)} of the student's groups are informative: it must be shown "
-            "what its own samples hardly ever hold",
+            f"{distance}, and only {_share(measures.student)} of the student's groups are informative: it must see what its own "
+            "samples hardly ever contain",
         )
-    toll = 0.0 if found.finish is None else found.finish.toll(found.passes)
-    if toll > WORN:
-        return Warmup(
+    continuations = measures.continuations
+    cost = 0.0 if continuations is None else continuations.memorization_cost(measures.passes)
+    if cost > MAX_WARMUP_COST:
+        return WarmupAdvice(
             False,
-            f"{said}, above {FAR:g}, but the warm-up would go {found.passes:.1f} times through too few rollouts and cost about "
-            f"{100 * toll:.0f} points: leave it out (opd_only), or give it further prompts, which need no labels (data.unlabeled)",
+            f"{distance}, but the warm-up would train {measures.passes:.1f} times on too few rollouts and cost about "
+            f"{100 * cost:.0f} points: leave it out (opd_only), or add prompts, which need no labels (data.unlabeled)",
         )
-    return Warmup(True, f"{said}, above {FAR:g}: the teacher would judge text that it would hardly write itself")
+    return WarmupAdvice(True, f"{distance}: the teacher would score text that it would hardly write itself")
 
 
-def switch(found: Measures) -> str:
-    """When to go on from OPD to student RL, and with which labels: a rule that names its metrics."""
-    group = found.student.group_size
+def student_rl_advice(measures: PairMeasures) -> str:
+    """When to switch from OPD to student RL, and with which labels: a rule that names its metrics."""
+    student = measures.student
     return (
-        "Leave OPD when it has stopped helping: validation accuracy flat over two windows "
-        "(stages.opd.until: {metric: validation, every: 10, patience: 2}), or, without validation problems, kl_student_teacher in "
-        f"the stage's metrics. Go on to student RL with labels that the teacher has not used, while at least {SIGNAL:.0%} of the "
-        f"student's groups of {group} are informative (`informative` in the metrics of student_rl; now {_share(found.student)})"
+        "Stop OPD when it no longer helps: validation accuracy flat over two windows "
+        "(stages.opd.until: {metric: validation, every: 10, patience: 2}) or, without validation problems, kl_student_teacher in "
+        "the stage's metrics. Continue with student RL on labels that the teacher has not used, as long as at least "
+        f"{MIN_INFORMATIVE:.0%} of the student's groups of {student.group_size} are informative (`informative` in the metrics of "
+        f"student_rl; now {_share(student)})"
     )

@@ -19,7 +19,7 @@ from headwater.doctor import resource_checks as resources
 from headwater.doctor import teacher_checks as teachers
 from headwater.doctor import weight_checks as weights
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, unreadable
+from headwater.doctor.finding import Finding, try_each, unreadable
 from headwater.errors import RefusedError, UserError
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Plan
@@ -35,7 +35,6 @@ class Check:
     """A row of the table.
 
     title      what is checked, for the list that is printed
-    finds      the names that its findings may have
     stage      it runs only if no earlier stage found an error: a run that is refused anyway loads no weights
     exit_code  of `run` when it finds an error: 2 for a mistake in the recipe or its data, reported alone in one sentence
     noted      `run` prints the same in its own notes, so that preflight leaves it out
@@ -43,73 +42,49 @@ class Check:
 
     title: str
     run: Callable[[DoctorContext], Iterator[Finding]]
-    finds: tuple[str, ...]
     stage: Stage = "files"
     exit_code: Literal[2, 3] = 3
     noted: bool = False
 
 
 def plan_can_be_made(context: DoctorContext) -> Iterator[Finding]:
-    """Raises InputError for what no other check has a name for."""
-    yield from ()
-    assert context.inputs.device and context.plan
+    """The plan cannot be made for reasons that no other check has a name for."""
+    yield from try_each(lambda: context.inputs.device, lambda: context.plan)
 
 
 CHECKS = (
-    Check("model folders, configs, tokenizers", models.models_are_readable, ("model-unreadable",)),
-    Check("token ids of probe strings and problems", models.token_ids, ("token-ids-differ",), exit_code=2),
-    Check("vocabulary width", models.vocabulary, ("vocabulary-width", "token-beyond-vocabulary")),
-    Check("stop ids of student and teacher", models.stop_sets, ("stop-sets-differ", "no-stop-id")),
-    Check(
-        "EOS, padding, turn end",
-        models.end_tokens,
-        ("eos-not-in-generation-config", "turn-end-does-not-stop", "pad-is-eos"),
-    ),
-    Check("sampling defaults", models.sampling_defaults, ("sampling-defaults-ignored",)),
-    Check("data files", data.data_is_readable, ("data-unreadable",)),
-    Check(
-        "chat templates",
-        prompts.templates,
-        ("thinking-differs", "prompts-differ", "thinking-known-to-one"),
-        exit_code=2,
-    ),
-    Check(
-        "thinking mode and system prompt",
-        prompts.fields_without_effect,
-        ("thinking-without-effect", "thinking-always-on", "system-without-effect"),
-    ),
-    Check("prompt lengths", prompts.prompt_lengths, ("prompt-too-long",), exit_code=2),
-    Check("positions", prompts.context_length, ("context-too-short",)),
-    Check("characters of the problems", prompts.unknown_tokens, ("unknown-tokens",)),
-    Check("an answer for every label", data.answers, ("label-without-answer",)),
-    Check("gold answers against their grader", data.golds, ("task-unusable", "gold-fails-grader")),
-    Check("contamination by evaluation problems", data.contamination, ("evaluation-leak",), noted=True),
-    Check("duplicates and contradictions", data.repeats, ("duplicates", "contradicting-answers"), noted=True),
-    Check("evaluation sets", data.evaluations, ("evaluation-empty", "evaluations-overlap")),
-    Check(
-        "label budget and halves",
-        data.halves,
-        ("label-budget-over-pool", "halves-overlap", "halves-unbalanced"),
-    ),
-    Check("pool sizes", data.pool_sizes, ("pool-too-small",), exit_code=2),
-    Check("what teachers can do", teachers.teacher_form, ("cannot-run",), exit_code=2),
-    Check("tags of problems", teachers.teacher_tags, (), exit_code=2),
-    Check("device and plan", plan_can_be_made, ("device-missing",), exit_code=2),
-    Check("sampling engine", teachers.engine, ("engine-unusable",)),
-    Check("teacher servers' tokens", teachers.server_tokens, ("server-disagrees",), exit_code=2),
-    Check("teacher servers", teachers.servers, ("server-unusable", "server-context-too-short")),
-    Check("memory", resources.memory, ("memory-too-small", "memory-tight")),
-    Check("disk", resources.disk, ("disk-too-small", "disk-tight", "cache-over-limit")),
-    Check("finite log-probs", weights.finite, ("not-finite",), stage="weights"),
-    Check("truncation", weights.truncation, ("truncated",), stage="weights"),
-    Check("sampler against trainer", weights.sampler_against_trainer, ("sampler-trainer-gap",), stage="comparisons"),
-    Check("student taught by itself", weights.self_distillation, ("self-kl",), stage="comparisons"),
-    Check(
-        "teacher scored twice",
-        weights.teacher_agrees_with_itself,
-        ("teacher-disagrees-with-itself",),
-        stage="comparisons",
-    ),
+    Check("model folders, configs, tokenizers", models.models_are_readable),
+    Check("token ids of probe strings and problems", models.token_ids, exit_code=2),
+    Check("vocabulary width", models.vocabulary),
+    Check("stop ids of student and teacher", models.stop_sets),
+    Check("EOS, padding, turn end", models.end_tokens),
+    Check("sampling defaults", models.sampling_defaults),
+    Check("data files", data.data_is_readable),
+    Check("chat templates", prompts.templates, exit_code=2),
+    Check("thinking mode and system prompt", prompts.fields_without_effect),
+    Check("prompt lengths", prompts.prompt_lengths, exit_code=2),
+    Check("positions", prompts.context_length),
+    Check("characters of the problems", prompts.unknown_tokens),
+    Check("an answer for every label", data.answers),
+    Check("gold answers against their grader", data.golds),
+    Check("contamination by evaluation problems", data.contamination, noted=True),
+    Check("duplicates and contradictions", data.repeats, noted=True),
+    Check("evaluation sets", data.evaluations),
+    Check("label budget and halves", data.halves),
+    Check("pool sizes", data.pool_sizes, exit_code=2),
+    Check("what teachers can do", teachers.teacher_form, exit_code=2),
+    Check("tags of problems", teachers.teacher_tags, exit_code=2),
+    Check("device and plan", plan_can_be_made, exit_code=2),
+    Check("sampling engine", teachers.engine),
+    Check("teacher servers' tokens", teachers.server_tokens, exit_code=2),
+    Check("teacher servers", teachers.servers),
+    Check("memory", resources.memory),
+    Check("disk", resources.disk),
+    Check("finite log-probs", weights.finite, "weights"),
+    Check("truncation", weights.truncation, "weights"),
+    Check("sampler against trainer", weights.sampler_against_trainer, "comparisons"),
+    Check("student taught by itself", weights.self_distillation, "comparisons"),
+    Check("teacher scored twice", weights.teacher_agrees_with_itself, "comparisons"),
 )
 
 

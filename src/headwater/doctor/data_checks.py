@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import combinations
 
 from headwater.data.sources import Loaded, without_leaks
 from headwater.data.validate import failing
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, unreadable
+from headwater.doctor.finding import Finding, error, try_each, warning
 from headwater.runs.inputs import VALIDATION
-from headwater.runs.read_once import InputError
 
 SHOWN = 3
 MIN_BALANCE = 0.5
@@ -20,11 +20,7 @@ SLOW_GOLDS = 200
 
 
 def data_is_readable(context: DoctorContext) -> Iterator[Finding]:
-    for name in context.inputs.data_fields:
-        try:
-            context.inputs.source(name)
-        except InputError as error:
-            yield unreadable(error)
+    yield from try_each(*(partial(context.inputs.source, name) for name in context.inputs.data_fields))
 
 
 def _graded(context: DoctorContext) -> dict[str, Loaded]:
@@ -40,9 +36,8 @@ def answers(context: DoctorContext) -> Iterator[Finding]:
     for name, loaded in _graded(context).items():
         if loaded.without_answer:
             rows = _few([str(loaded.rows[id_][0]) for id_ in loaded.without_answer])
-            yield Finding(
+            yield error(
                 "label-without-answer",
-                "error",
                 f"{name}: {len(loaded.without_answer)} of {len(loaded.problems)} problems have no answer (rows {rows})",
                 "give them answers, name the column in data.columns.answer, or move them to data.unlabeled",
             )
@@ -73,9 +68,8 @@ def contamination(context: DoctorContext) -> Iterator[Finding]:
         for held_out in dict.fromkeys(leak.eval for leak in leaks):
             shared = [leak for leak in leaks if leak.eval == held_out]
             exact = sum(leak.why == "exact" for leak in shared)
-            yield Finding(
+            yield warning(
                 "evaluation-leak",
-                "warning",
                 f"{name}: {len(shared)} problems also stand in {held_out if held_out == VALIDATION else f'data.evals.{held_out}'}, "
                 f"{exact} of them word for word ({_few([leak.problem_id for leak in shared])}); they are left out of training",
                 "nothing, unless they are many: then check the models' pretraining data for the same",
@@ -86,17 +80,15 @@ def repeats(context: DoctorContext) -> Iterator[Finding]:
     for name in context.inputs.data_fields:
         loaded = context.inputs.source(name)
         if loaded.duplicates:
-            yield Finding(
+            yield warning(
                 "duplicates",
-                "warning",
                 f"{name}: {loaded.duplicates} rows repeat an earlier problem; each problem counts once",
                 "nothing, or remove the repeated rows so that counts agree with the file",
             )
         if loaded.contradictions:
             rows = [" and ".join(map(str, loaded.rows[id_][:2])) for id_ in loaded.contradictions]
-            yield Finding(
+            yield warning(
                 "contradicting-answers",
-                "warning",
                 f"{name}: {len(loaded.contradictions)} problems have several different answers (rows {_few(rows)}); left out",
                 "keep the right answer and remove the others",
             )
@@ -106,18 +98,16 @@ def evaluations(context: DoctorContext) -> Iterator[Finding]:
     evals = context.inputs.eval_sources
     for name, loaded in evals.items():
         if not loaded.problems:
-            yield Finding(
+            yield error(
                 "evaluation-empty",
-                "error",
                 f"data.evals.{name}: holds no problem that could be graded",
                 "give it another file, or remove it from data.evals",
             )
     for (first, loaded), (second, other) in combinations(evals.items(), 2):
         shared = without_leaks(loaded, {second: other})[1][second]
         if shared:
-            yield Finding(
+            yield warning(
                 "evaluations-overlap",
-                "warning",
                 f"data.evals.{first} and data.evals.{second} share {len(shared)} problems ({_few(shared)}), so their results are "
                 "not independent",
                 "remove the shared problems from one of them",
@@ -129,18 +119,16 @@ def halves(context: DoctorContext) -> Iterator[Finding]:
     pools = context.inputs.pools
     both = set(pools.first_half) & set(pools.second_half)
     if both:
-        yield Finding(
+        yield error(
             "halves-overlap",
-            "error",
             f"labels.budget: {len(both)} problems are in both halves ({_few(sorted(both))})",
             "report it: halves are made by content and must be disjoint",
         )
     sizes = len(pools.first_half), len(pools.second_half)
     used = {node.pool for node in context.nodes} & {"first_half", "second_half"}
     if used and min(sizes) < MIN_BALANCE * max(sizes):
-        yield Finding(
+        yield warning(
             "halves-unbalanced",
-            "warning",
             f"labels.budget: the halves hold {sizes[0]} and {sizes[1]} problems",
             "buy an even number of labels, or add labelled problems: halves go by content, so a small pool divides unevenly",
         )
@@ -156,9 +144,8 @@ def pool_sizes(context: DoctorContext) -> Iterator[Finding]:
         pool = len(inputs.prompts(node.pool, stage))
         needed = stage.prompts_per_step if node.kind == "train" and stage.on_policy else 1
         if pool < needed:
-            yield Finding(
+            yield error(
                 "pool-too-small",
-                "error",
                 f"labels.budget {len(inputs.pools.all)}: gives stage {node.stage} a pool of {pool} problems ({node.pool}), fewer "
                 f"than the {needed} of one step (stages.{node.stage}.batch_size {stage.batch_size} / group_size {stage.group_size})",
                 "raise labels.budget, lower the stage's batch_size, or raise its group_size",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from headwater.runs.read_once import InputError, Part
@@ -18,7 +18,7 @@ class Finding:
     evidence  what was seen, with its numbers
     remedy    what to do about it
 
-    Example: `Finding("pad-is-eos", "note", "models.student: id 3 both pads and ends", "nothing: …")`.
+    Example: `note("pad-is-eos", "models.student: id 3 both pads and ends", "nothing: …")`.
     """
 
     name: str
@@ -30,49 +30,44 @@ class Finding:
         return f"{self.severity} {self.name}: {self.evidence}\n    -> {self.remedy}"
 
 
-UNREADABLE: Mapping[Part, Finding] = {
-    "task": Finding(
-        "task-unusable",
-        "error",
-        "",
-        "set task to sums, maths, or package.module:function of a module that imports from this folder",
-    ),
-    "data": Finding("data-unreadable", "error", "", "fix the file or the field that the sentence names"),
-    "labels": Finding("label-budget-over-pool", "error", "", "lower labels.budget, or add labelled problems"),
-    "device": Finding(
-        "device-missing", "error", "", "set compute.device to auto or cpu, or run where a GPU is visible"
-    ),
-    "model": Finding(
-        "model-unreadable",
-        "error",
-        "",
-        "set the field to a folder with config.json, *.safetensors and a tokenizer, or to a hub id",
-    ),
-    "tokenizer": Finding(
-        "model-unreadable",
-        "error",
-        "",
-        "save the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
-    ),
-    "config": Finding("model-unreadable", "error", "", "fix or replace its config.json"),
-    "generation config": Finding("model-unreadable", "error", "", "fix its generation_config.json"),
-    "weights": Finding(
-        "model-unreadable",
-        "error",
-        "",
-        "the weights are damaged or do not fit config.json: download or save them again",
-    ),
-    "server": Finding(
-        "server-unusable",
-        "error",
-        "",
-        "check that `vllm serve` runs at that address and has finished loading",
-    ),
-    "engine": Finding("engine-unusable", "error", "", "set compute.sampler=torch, or fix what the sentence names"),
-    "plan": Finding("cannot-run", "error", "", "fix what the sentence names"),
+def error(name: str, evidence: str, remedy: str) -> Finding:
+    return Finding(name, "error", evidence, remedy)
+
+
+def warning(name: str, evidence: str, remedy: str) -> Finding:
+    return Finding(name, "warning", evidence, remedy)
+
+
+def note(name: str, evidence: str, remedy: str) -> Finding:
+    return Finding(name, "note", evidence, remedy)
+
+
+UNREADABLE: Mapping[Part, tuple[str, str]] = {
+    "task": ("task-unusable", "set task to sums, maths, or package.module:function of a module that imports from here"),
+    "data": ("data-unreadable", "fix the file or the field that the sentence names"),
+    "labels": ("label-budget-over-pool", "lower labels.budget, or add labelled problems"),
+    "device": ("device-missing", "set compute.device to auto or cpu, or run where a GPU is visible"),
+    "model": ("model-unreadable", "name a folder with config.json, *.safetensors and a tokenizer, or a hub id"),
+    "tokenizer": ("model-unreadable", "save tokenizer.json and tokenizer_config.json beside the weights"),
+    "config": ("model-unreadable", "fix or replace its config.json"),
+    "generation config": ("model-unreadable", "fix its generation_config.json"),
+    "weights": ("model-unreadable", "download or save the weights again: they are damaged or do not fit config.json"),
+    "server": ("server-unusable", "check that `vllm serve` runs at that address and has finished loading"),
+    "engine": ("engine-unusable", "set compute.sampler=torch, or fix what the sentence names"),
+    "plan": ("cannot-run", "fix what the sentence names"),
 }
-"""The finding for each input that cannot be read; the evidence is the error's sentence."""
+"""Name and remedy of the finding for each input that cannot be read; the evidence is the error's sentence."""
 
 
-def unreadable(error: InputError) -> Finding:
-    return replace(UNREADABLE[error.part], evidence=str(error))
+def unreadable(failure: InputError) -> Finding:
+    name, remedy = UNREADABLE[failure.part]
+    return error(name, str(failure), remedy)
+
+
+def try_each(*reads: Callable[[], object]) -> Iterator[Finding]:
+    """A finding for each of the reads that fails."""
+    for read in reads:
+        try:
+            read()
+        except InputError as failure:
+            yield unreadable(failure)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, unreadable
+from headwater.doctor.finding import Finding, error, note, try_each, warning
 from headwater.errors import UserError
 from headwater.models.prompts import render_chat
 from headwater.models.tokenizer import refuse_different_tokens
@@ -18,19 +19,8 @@ MAX_COMPARED_CHARACTERS = 10_000
 
 def models_are_readable(context: DoctorContext) -> Iterator[Finding]:
     inputs = context.inputs
-    for role in context.roles:
-        try:
-            inputs.model_folder(role).require_weights()
-        except InputError as error:
-            yield unreadable(error)
-            continue
-        except UserError as error:
-            yield unreadable(InputError("model", str(error)))
-        for read in (inputs.config, inputs.tokenizer):
-            try:
-                read(role)
-            except InputError as error:
-                yield unreadable(error)
+    reads = (inputs.weights_path, inputs.config, inputs.tokenizer)
+    yield from try_each(*(partial(read, role) for role in context.roles for read in reads))
 
 
 def compared_texts(context: DoctorContext) -> list[str]:
@@ -48,18 +38,17 @@ def token_ids(context: DoctorContext) -> Iterator[Finding]:
         teacher = context.inputs.tokenizer(role)
         try:
             refuse_different_tokens(student, teacher, ("models.student", f"models.{role}"), texts)
-        except UserError as error:
+        except UserError as refusal:
             remedy = "choose a teacher of the student's model family, or one with the same tokenizer files"
-            yield Finding("token-ids-differ", "error", str(error), remedy)
+            yield error("token-ids-differ", str(refusal), remedy)
 
 
 def vocabulary(context: DoctorContext) -> Iterator[Finding]:
     widths = {role: int(context.inputs.config(role).get_text_config().vocab_size) for role in context.roles}
     for (learner, teacher), whole in context.distillations.items():
         if whole and widths[learner] != widths[teacher]:
-            yield Finding(
+            yield error(
                 "vocabulary-width",
-                "error",
                 f"models.{learner} and models.{teacher}: their output layers have {widths[learner]} and {widths[teacher]} columns, "
                 "so their distributions cannot be compared",
                 "pad the narrower model to the wider (resize_token_embeddings) and save it; the added columns stand for no token",
@@ -67,9 +56,8 @@ def vocabulary(context: DoctorContext) -> Iterator[Finding]:
     for role, width in widths.items():
         largest = max(context.inputs.tokenizer(role).get_vocab().values(), default=-1)
         if largest >= width:
-            yield Finding(
+            yield error(
                 "token-beyond-vocabulary",
-                "error",
                 f"models.{role}: its tokenizer gives ids up to {largest}, its output layer has {width} columns",
                 "use the tokenizer that the model was trained with, or resize_token_embeddings",
             )
@@ -81,7 +69,7 @@ def stop_sets(context: DoctorContext) -> Iterator[Finding]:
     for role in context.roles:
         if not inputs.stop_ids(role):
             remedy = "set eos_token_id in its generation_config.json"
-            yield Finding("no-stop-id", "error", f"models.{role}: no id ends a completion", remedy)
+            yield error("no-stop-id", f"models.{role}: no id ends a completion", remedy)
 
     def named(role: str) -> str:
         tokenizer = inputs.tokenizer(role)
@@ -111,26 +99,23 @@ def end_tokens(context: DoctorContext) -> Iterator[Finding]:
         named = context.inputs.generation_config(role).eos_token_id
         listed = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
         if listed and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in listed:
-            yield Finding(
+            yield warning(
                 "eos-not-in-generation-config",
-                "warning",
                 f"models.{role}: the tokenizer's EOS is {tokenizer.eos_token_id} ({tokenizer.eos_token}), "
                 f"generation_config.json names {list(listed)}; both stop here, elsewhere the first may not",
                 "write both ids as eos_token_id into generation_config.json, so that every engine stops at both",
             )
         end = turn_end(tokenizer)
         if end is not None and end not in stops:
-            yield Finding(
+            yield warning(
                 "turn-end-does-not-stop",
-                "warning",
                 f"models.{role}: its chat template ends a turn with {end} ({tokenizer.convert_ids_to_tokens(end)}), which is not "
                 f"among its stop ids {list(stops)}",
                 "add that id to eos_token_id in generation_config.json, or use the model's own template",
             )
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in stops:
-            yield Finding(
+            yield note(
                 "pad-is-eos",
-                "note",
                 f"models.{role}: id {tokenizer.pad_token_id} ({tokenizer.pad_token}) both pads and ends a completion",
                 "nothing: padding is never recognised by its id here and EOS is trained on; trainers that mask the pad id would "
                 "unlearn stopping",
@@ -160,9 +145,8 @@ def sampling_defaults(context: DoctorContext) -> Iterator[Finding]:
         other = {name: value for name, value in defaults.items() if value is not None and value != used[name]}
         # transformers' own default is top_k 50; where no file names it, it says nothing about this model.
         if other and other != {"top_k": 50}:
-            yield Finding(
+            yield note(
                 "sampling-defaults-ignored",
-                "note",
                 f"models.{role}: generation_config.json names {_named(other)}; this recipe trains at temperature, top-p and top-k "
                 f"of its stages and evaluates at {_named(used)}",
                 "nothing, or set evaluate.sampling to the model's own values to compare with published numbers",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding
+from headwater.doctor.finding import Finding, error, warning
 from headwater.models.prompts import Prompter
 
 ThinkingState = Literal["open", "closed", "none"]
@@ -30,23 +30,20 @@ def templates(context: DoctorContext) -> Iterator[Finding]:
         states = [thinking_state(prompt) for prompt in prompts]
         shown = f"{prompts[0][-40:]!r} and {prompts[1][-40:]!r}, prompt.thinking {str(context.recipe.prompt.thinking).lower()}"
         if states[0] != states[1]:
-            yield Finding(
+            yield error(
                 "thinking-differs",
-                "error",
                 f"{fields}: the thinking block is {states[0]} in the first's prompt and {states[1]} in the other's ({shown})",
                 "give both the same chat template (chat_template.jinja), or set prompt.thinking to what both understand",
             )
         elif any(student.ids(problem) != teacher.ids(problem) for problem in problems):
-            yield Finding(
+            yield error(
                 "prompts-differ",
-                "error",
                 f"{fields}: their chat templates give different ids for the same problem ({shown})",
                 "copy the student's chat_template.jinja into the teacher's folder, or the other way round",
             )
         elif knows_thinking(student, context) != knows_thinking(teacher, context):
-            yield Finding(
+            yield warning(
                 "thinking-known-to-one",
-                "warning",
                 f"{fields}: their prompts agree, but only one template knows enable_thinking, so one model may think where the "
                 f"other answers ({shown})",
                 "set prompt.thinking=false, or pair two models of one kind",
@@ -70,23 +67,20 @@ def fields_without_effect(context: DoctorContext) -> Iterator[Finding]:
         prompter = context.prompter(role)
         text = prompter.text(context.compared_problems[0])
         if prompt.thinking and not knows_thinking(prompter, context):
-            yield Finding(
+            yield warning(
                 "thinking-without-effect",
-                "warning",
                 f"models.{role}: prompt.thinking is true, but its chat template gives the same prompt either way",
                 "set prompt.thinking=false, or use a model whose template knows enable_thinking",
             )
         if not prompt.thinking and thinking_state(text) == "open":
-            yield Finding(
+            yield warning(
                 "thinking-always-on",
-                "warning",
                 f"models.{role}: prompt.thinking is false, but its chat template opens a thinking block ({text[-40:]!r})",
                 "set prompt.thinking=true and a larger sampling.max_tokens, or change the template",
             )
         if prompt.system is not None and prompt.system.strip() not in text:
-            yield Finding(
+            yield warning(
                 "system-without-effect",
-                "warning",
                 f"models.{role}: prompt.system does not appear in the prompt; its chat template leaves it out",
                 "put the instruction into prompt.template instead",
             )
@@ -98,9 +92,8 @@ def prompt_lengths(context: DoctorContext) -> Iterator[Finding]:
     over = sum(tokens > limit for tokens, _ in lengths)
     if over:
         tokens, problem = lengths[0]
-        yield Finding(
+        yield error(
             "prompt-too-long",
-            "error",
             f"{over} of {len(lengths)} prompts are over prompt.max_tokens {limit}; the longest, problem {problem.id} of "
             f"{problem.source} ({problem.text[:40]!r}…), has {tokens} tokens",
             "raise prompt.max_tokens, or remove those problems from the data",
@@ -118,9 +111,8 @@ def context_length(context: DoctorContext) -> Iterator[Finding]:
         known = positions(context.inputs.config(role))
         if known is not None and prompt + completion > known:
             room = known - prompt
-            yield Finding(
+            yield error(
                 "context-too-short",
-                "error",
                 f"models.{role}: the longest prompt ({prompt} tokens) and completion (sampling.max_tokens {completion}) are "
                 f"{prompt + completion} together, over its {known} positions",
                 (
@@ -152,9 +144,8 @@ def unknown_tokens(context: DoctorContext) -> Iterator[Finding]:
     ids = tokenizer([problem.text[:10_000] for problem in problems], add_special_tokens=False)["input_ids"]
     lost = [problem for problem, row in zip(problems, ids, strict=True) if unknown in row]
     if lost:
-        yield Finding(
+        yield warning(
             "unknown-tokens",
-            "warning",
             f"models.student: {len(lost)} of {len(problems)} problems hold text that its tokenizer reads as {tokenizer.unk_token} "
             f"(the first: problem {lost[0].id} of {lost[0].source})",
             "choose a model whose tokenizer covers these problems",

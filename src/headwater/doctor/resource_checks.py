@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding
+from headwater.doctor.finding import Finding, error, warning
 from headwater.runs.estimate import base_of, estimates
 from headwater.teachers.cache import EXACT_CACHE_LIMIT
 
@@ -32,10 +32,10 @@ def memory(context: DoctorContext) -> Iterator[Finding]:
     )
     remedy = "take smaller models, models.dtype=bfloat16 (halves frozen models) or a larger machine"
     if largest.bytes > free:
-        yield Finding("memory-too-small", "error", evidence, remedy)
+        yield error("memory-too-small", evidence, remedy)
     elif largest.bytes > MAX_MEMORY * free:
         reduce = "lower compute.microbatch_tokens and compute.sample_batch, set models.gradient_checkpointing=true, or "
-        yield Finding("memory-tight", "warning", evidence, reduce + remedy)
+        yield warning("memory-tight", evidence, reduce + remedy)
 
 
 def free_memory(device: torch.device) -> float | None:
@@ -59,7 +59,7 @@ def free_memory(device: torch.device) -> float | None:
 def disk(context: DoctorContext) -> Iterator[Finding]:
     """Models, checkpoints and teacher caches of the pending nodes against the output folder's free space."""
     inputs = context.inputs
-    shapes = {role: inputs.model_folder(role).shape for role in context.roles}
+    shapes = {role: inputs.shape(role) for role in context.roles}
     bytes_per_weight = 2 if context.recipe.models.dtype == "bfloat16" else 4
     models = next_checkpoint = caches = 0.0
     for node in context.pending:
@@ -74,9 +74,8 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
             top_k, exact = stage.dense.top_k, tokens * shape.vocabulary * 4
             caches += exact if top_k is None else 6 * tokens * min(top_k, shape.vocabulary)
             if top_k is None and exact > EXACT_CACHE_LIMIT:
-                yield Finding(
+                yield warning(
                     "cache-over-limit",
-                    "warning",
                     f"{context.plan.names[node]}: exact distributions of up to {tokens:,} tokens over {shape.vocabulary:,} entries "
                     f"take up to {size(exact)}; a cache over {size(EXACT_CACHE_LIMIT)} is refused once its rollouts are sampled",
                     "set for example stages.warmup.dense.top_k=64: the most probable tokens and the tail's mass",
@@ -88,10 +87,10 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
         f"needed, {size(free)} are free"
     )
     if needed > free:
-        yield Finding("disk-too-small", "error", evidence, "free some space, or choose another --out")
+        yield error("disk-too-small", evidence, "free some space, or choose another --out")
     elif needed + caches > free:
         remedy = "free some space, choose another --out, or set stages.warmup.dense.top_k"
-        yield Finding("disk-tight", "warning", evidence, remedy)
+        yield warning("disk-tight", evidence, remedy)
 
 
 def size(number: float) -> str:

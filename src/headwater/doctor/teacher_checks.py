@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from headwater.config.samplers import missing_package
 from headwater.config.stage import Stage
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding
+from headwater.doctor.finding import Finding, error
 from headwater.doctor.model_checks import compared_texts
 from headwater.errors import HeadwaterError, UserError
 from headwater.models.tokenizer import PROBES, refuse_different_tokens
@@ -19,14 +19,17 @@ from headwater.teachers.server_client import is_served
 
 SERVER_PROBLEMS = 4
 """Problems on which a server's tokenizer is compared, in addition to the probe strings: each is a request."""
-REMEDY = "fix what the sentence names"
+
+
+def cannot_run(evidence: str) -> Finding:
+    return error("cannot-run", evidence, "fix what the sentence names")
 
 
 def engine(context: DoctorContext) -> Iterator[Finding]:
     """Whether the sampler that the recipe names is installed; sampling shows whether it takes the model."""
     message = missing_package(context.recipe.compute.sampler)
     if message is not None:
-        yield Finding("engine-unusable", "error", message, "install the extra, or set compute.sampler=torch")
+        yield error("engine-unusable", message, "install the extra, or set compute.sampler=torch")
 
 
 def teacher_form(context: DoctorContext) -> Iterator[Finding]:
@@ -38,12 +41,9 @@ def teacher_form(context: DoctorContext) -> Iterator[Finding]:
     form = "a mapping to several models" if isinstance(teacher, dict) else f"a server ({servers[0]})"
     for node in context.nodes:
         if node.kind == "train" and node.start == "teacher":
-            yield Finding(
-                "cannot-run",
-                "error",
+            yield cannot_run(
                 f"models.teacher: is {form}, which is not trained here, and stage {node.stage} of this arm would; choose arms that "
                 "do not train the teacher (raw_teacher), or name one folder",
-                REMEDY,
             )
         if servers and node.settings is not None and "teacher" in (node.teacher, node.start):
             yield from _server_limits(node, node.settings, servers[0])
@@ -53,19 +53,13 @@ def _server_limits(node: Node, stage: Stage, server: str) -> Iterator[Finding]:
     name = "warmup" if node.kind == "rollouts" else node.stage
     scores = node.kind == "train" or "teacher" in stage.signals
     if scores and stage.dense.exact and stage.dense.top_k is None:
-        yield Finding(
-            "cannot-run",
-            "error",
+        yield cannot_run(
             f"stages.{name}.dense.top_k: models.teacher is a server ({server}), which gives the top-k log-probs and not the whole "
             "distribution; set it (for example 64, with --max-logprobs 64 at the server)",
-            REMEDY,
         )
     if stage.sampling.temperature != 1.0:
-        yield Finding(
-            "cannot-run",
-            "error",
+        yield cannot_run(
             f"stages.{name}.sampling.temperature: models.teacher is a server ({server}), which scores at temperature 1 only",
-            REMEDY,
         )
 
 
@@ -75,11 +69,8 @@ def teacher_tags(context: DoctorContext) -> Iterator[Finding]:
     for problem in context.inputs.everything if isinstance(known, dict) else ():
         if problem.tag not in known:
             tag = f"has the tag {problem.tag!r}" if problem.tag else "has no tag (data.columns.tag names their column)"
-            yield Finding(
-                "cannot-run",
-                "error",
+            yield cannot_run(
                 f"models.teacher: problem {problem.id} of {problem.source} {tag}, and the mapping knows {', '.join(known)}",
-                REMEDY,
             )
             return
 
@@ -103,8 +94,8 @@ def server_tokens(context: DoctorContext) -> Iterator[Finding]:
                     )
         except InputError:
             raise
-        except HeadwaterError as error:
-            yield Finding("server-disagrees", "error", str(error), remedy)
+        except HeadwaterError as refusal:
+            yield error("server-disagrees", str(refusal), remedy)
 
 
 def servers(context: DoctorContext) -> Iterator[Finding]:
@@ -122,9 +113,8 @@ def _longest_sequence(context: DoctorContext, role: str, nodes: list[Node]) -> I
         return
     needed = context.prompt_lengths[0][0] + max(completions) + 1  # a server samples one token more than it scores
     if needed > longest:
-        yield Finding(
+        yield error(
             "server-context-too-short",
-            "error",
             f"models.{role}: the server takes sequences of {longest} tokens; the longest prompt and completion, and one token more, "
             f"are {needed}",
             f"start it with --max-model-len {needed}, or lower sampling.max_tokens",
@@ -139,10 +129,10 @@ def _scoring(context: DoctorContext, role: str, nodes: list[Node]) -> Iterator[F
         teacher = ServedTeacher(inputs.server(role), tokenizer, width, inputs.stop_ids("student"), inputs.device, top_k)
         try:
             check_scoring(teacher, tokenizer(PROBES[0], add_special_tokens=False)["input_ids"])
-        except HeadwaterError as error:
+        except HeadwaterError as refusal:
             remedy = (
                 f"start the server with --max-logprobs {top_k}, or lower dense.top_k"
                 if top_k
                 else "serve the model with vLLM"
             )
-            yield Finding("server-unusable", "error", str(error), remedy)
+            yield error("server-unusable", str(refusal), remedy)

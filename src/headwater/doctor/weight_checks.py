@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding
+from headwater.doctor.finding import Finding, error, warning
 from headwater.losses import token_losses
 from headwater.losses.batch import Row
 from headwater.losses.logprobs import token_stats
@@ -28,9 +28,8 @@ GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 def finite(context: DoctorContext) -> Iterator[Finding]:
     for role in context.sampled_roles:
         if not all(math.isfinite(sum(rollout.sampler_logp)) for rollout in context.sample(role).rollouts):
-            yield Finding(
+            yield error(
                 "not-finite",
-                "error",
                 f"models.{role}: its log-probs are not finite, so that nothing can be sampled",
                 "its weights hold a NaN or an infinity, or models.dtype is too narrow for it: download the weights again, or use "
                 "models.dtype=float32",
@@ -45,9 +44,8 @@ def sampler_against_trainer(context: DoctorContext) -> Iterator[Finding]:
         gap = mean_gap([torch.tensor(rollout.sampler_logp) for rollout in sample.rollouts], trainer_logp)
         bound = GAP[sample.policy.compute_dtype]
         if not gap <= bound:
-            yield Finding(
+            yield error(
                 "sampler-trainer-gap",
-                "error",
                 f"models.{role}: a sampled token's log-prob differs by {gap:.2g} nats on average between sampler and trainer (at "
                 f"most {bound:g} in {dtype_name(sample.policy)})",
                 "use models.dtype=float32; if the gap stays, the model's cached and whole forward passes differ: report it",
@@ -64,9 +62,8 @@ def teacher_agrees_with_itself(context: DoctorContext) -> Iterator[Finding]:
         single = [logp_of(teacher, [rollout], 1)[0] for rollout in rollouts]
         gap, bound = mean_gap(batched, single), AGREEMENT[teacher.compute_dtype]
         if not gap <= bound:
-            yield Finding(
+            yield error(
                 "teacher-disagrees-with-itself",
-                "error",
                 f"models.{role}: scored twice, in a batch and alone, the same tokens differ by {gap:.2g} nats on average (at most "
                 f"{bound:g} in {dtype_name(teacher)})",
                 "use models.dtype=float32 or compute.deterministic=true; if it stays, the model is random at inference or reads "
@@ -87,9 +84,8 @@ def self_distillation(context: DoctorContext) -> Iterator[Finding]:
     kl = self_kl(student, copy, scored_rollouts(context), context.recipe.compute.microbatch_tokens)
     bound = SELF_KL[student.compute_dtype]
     if not abs(kl) < bound:
-        yield Finding(
+        yield error(
             "self-kl",
-            "error",
             f"models.student: taught by itself it has a mean KL of {kl:.2g} nats a token, where it should have none (less than "
             f"{bound:g} in {dtype_name(student)})",
             "use models.dtype=float32; if it stays, the model is random at inference, or trains in another mode than it scores",
@@ -119,9 +115,8 @@ def truncation(context: DoctorContext) -> Iterator[Finding]:
         sample = context.sample(role)
         truncated = sum(rollout.finish == "length" for rollout in sample.rollouts) / len(sample.rollouts)
         if not sample.shortened and truncated > MAX_TRUNCATED:
-            yield Finding(
+            yield warning(
                 "truncated",
-                "warning",
                 f"models.{role}: {truncated:.0%} of {len(sample.rollouts)} sampled completions run into sampling.max_tokens "
                 f"{sample.limit}",
                 "raise sampling.max_tokens, or check that the model knows how to end (its stop ids, its chat template)",

@@ -71,7 +71,8 @@ class ModelFolder:
         """Raises UserError for a desk model that has not been pretrained yet."""
         if self.is_local and not list(Path(self.path).glob("*.safetensors")):
             raise UserError(
-                f"{self.field}: {self.name} has no weights yet; `headwater pretrain desk` makes them in ./desk"
+                f"{self.field}: {self.name} has no weights yet; `python -m tools.pretrain desk`, in a checkout of the source, makes "
+                "them in ./desk"
             )
 
     def require_trusted(self) -> None:

@@ -10,18 +10,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from headwater.config.recipe import Recipe
+from headwater.config.arms import ARMS, arm_of
+from headwater.config.recipe import Recipe, parse_recipe
 from headwater.data.labels import half_of
 from headwater.errors import UserError
-from headwater.report.audit_files import NodeFiles, RunFiles, read_files
+from headwater.report.study import Node
+from headwater.runs.plan import Node as PlannedNode
+from headwater.runs.plan import nodes_of
 from headwater.storage.run_dir import RunDir, read_json, read_jsonl
+from headwater.storage.untrusted import read_plan
 
 SHOWN_FAULTS = 3
 VERDICT_FIELDS = ("correct", "reason", "advantage")
 HALVES = {"first_half": 0, "second_half": 1}
+BASE_ROLES: dict[str, Literal["student", "teacher"]] = {"base_student": "student", "base_teacher": "teacher"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,77 @@ def to_text(results: list[CheckResult]) -> str:
     return "\n".join(lines)
 
 
+# The files of a run ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run directory: `nodes` by name, each with the node that the recipe plans in its place, and `arms` as lists of names."""
+
+    out: RunDir
+    recipe: Recipe
+    arms: tuple[tuple[str, ...], ...]
+    nodes: dict[str, tuple[Node, PlannedNode]]
+    faults: tuple[str, ...]
+    """What is wrong with plan.json and the node.json files themselves."""
+
+    @cached_property
+    def eval_ids(self) -> set[str]:
+        ids: set[str] = set()
+        for node, _ in self.nodes.values():
+            ids.update(row["problem_id"] for _, _, rows in _evaluations(node) for row in rows)
+            ids.update(label for row in node.ledger_rows if row["purpose"] == "eval" for label in row["labels"])
+        return ids
+
+
+def read_files(out: RunDir) -> RunFiles:
+    """Raises UserError for a folder that holds no run, or whose recipe or plan cannot be read."""
+    if not out.plan.exists() or not out.recipe.exists():
+        raise UserError(f"{out.path}: holds no run of ours (no {out.plan.name} and {out.recipe.name} in it)")
+    recipe = parse_recipe(read_json(out.recipe), str(out.recipe))
+    arms: list[tuple[str, ...]] = []
+    nodes: dict[str, tuple[Node, PlannedNode]] = {}
+    faults: list[str] = []
+    for arm, by_seed in read_plan(out.plan)["arms"].items():
+        for seed, names in by_seed.items():
+            arms.append(tuple(names))
+            planned = _planned_nodes(arm, recipe, int(seed))
+            if len(planned) != len(names):
+                faults.append(f"plan.json: arm {arm}, seed {seed}: {len(names)} nodes are not what the recipe asks for")
+                continue
+            for name, planned_node in zip(names, planned, strict=True):
+                if name not in nodes:
+                    nodes[name] = _read_node(out, name, faults), planned_node
+    return RunFiles(out, recipe, tuple(arms), nodes, tuple(faults))
+
+
+def _read_node(out: RunDir, name: str, faults: list[str]) -> Node:
+    folder = out.node(name)
+    try:
+        info = read_json(folder.info) if folder.info.exists() else {}
+    except UserError as error:
+        faults.append(str(error))
+        info = {}
+    return Node(name, folder, folder.done.exists(), info)
+
+
+def _planned_nodes(arm: str, recipe: Recipe, seed: int) -> list[PlannedNode]:
+    """The nodes that the recipe gives an arm, parents first; empty for an unknown arm."""
+    if arm in BASE_ROLES:
+        return [PlannedNode("evaluate", arm, BASE_ROLES[arm], seed, BASE_ROLES[arm])]
+    return list(nodes_of(arm_of(arm, recipe), recipe, seed).lineage()) if arm in ARMS else []
+
+
+def _evaluations(node: Node) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Yield (when, evaluation name, graded rows) in the order of the ledger."""
+    for path in sorted((node.dir.path / "evals").glob("*/*.jsonl")):
+        yield path.parent.name, path.stem, list(read_jsonl(path))
+
+
+def _problems_sampled(node: Node) -> set[str]:
+    return {row["problem_id"] for rows in node.rollouts.values() for row in rows}
+
+
 # The checks: each returns what it counted and the faults --------------------------------------------------------------
 
 Counted = tuple[str, list[str]]
@@ -87,14 +164,13 @@ def _few(names: set[str]) -> str:
 
 
 def nodes_as_planned(files: RunFiles) -> Counted:
-    faults, started, done = list(files.plan_faults), 0, 0
-    for node in files.nodes.values():
+    faults, started, done = list(files.faults), 0, 0
+    for node, planned in files.nodes.values():
         if not node.dir.info.exists():
             if node.dir.path.exists() and any(node.dir.path.iterdir()):
                 faults.append(f"{node.name}: has files but no node.json")
             continue
         started += 1
-        planned, info = node.planned, node.info
         expected = {
             "kind": planned.kind,
             "stage": planned.stage,
@@ -103,14 +179,14 @@ def nodes_as_planned(files: RunFiles) -> Counted:
             "settings": None if planned.settings is None else planned.settings.model_dump(mode="json"),
         }
         faults += [
-            f"{node.name}: {key} is not what the recipe says" for key in expected if info.get(key) != expected[key]
+            f"{node.name}: {key} is not what the recipe says" for key in expected if node.info.get(key) != expected[key]
         ]
-        labels = info.get("labels")
-        if node.trains and (labels is None or labels["pool"] != planned.pool):
+        labels = node.info.get("labels")
+        if planned.kind == "train" and (labels is None or labels["pool"] != planned.pool):
             faults.append(f"{node.name}: its labels are not of the pool that the recipe says ({planned.pool})")
-        if node.dir.done.exists():
+        if node.done:
             done += 1
-            if read_json(node.dir.done).get("fingerprint") != info.get("fingerprint"):
+            if read_json(node.dir.done).get("fingerprint") != node.info.get("fingerprint"):
                 faults.append(f"{node.name}: DONE and node.json have different fingerprints")
     unknown = {folder.name for folder in files.out.nodes()} - files.nodes.keys()
     faults += [f"{name}: is in no arm of plan.json" for name in sorted(unknown)]
@@ -121,8 +197,8 @@ def halves_apart(files: RunFiles) -> Counted:
     faults: list[str] = []
     uses = 0
     by_half: tuple[set[str], set[str]] = (set(), set())
-    for node in files.nodes.values():
-        half = HALVES.get(node.planned.pool or "")
+    for node, planned in files.nodes.values():
+        half = HALVES.get(planned.pool or "")
         if half is None:
             continue
         graded = {row["problem_id"] for rows in node.rollouts.values() for row in rows if "correct" in row}
@@ -132,7 +208,7 @@ def halves_apart(files: RunFiles) -> Counted:
         wrong_labels = {label for label in labels if half_of(label) != half}
         if wrong_labels:
             faults.append(f"{node.name}: used labels of the other half ({_few(wrong_labels)})")
-        wrong_prompts = {problem for problem in node.problems_sampled if half_of(problem) != half} - wrong_labels
+        wrong_prompts = {problem for problem in _problems_sampled(node) if half_of(problem) != half} - wrong_labels
         if wrong_prompts and files.recipe.data.unlabeled is None:
             faults.append(f"{node.name}: sampled on problems of the other half ({_few(wrong_prompts)})")
     both = by_half[0] & by_half[1]
@@ -144,8 +220,8 @@ def halves_apart(files: RunFiles) -> Counted:
 
 def dense_without_labels(files: RunFiles) -> Counted:
     faults, nodes, rollouts = [], 0, 0
-    for node in files.nodes.values():
-        if node.needs_labels:
+    for node, planned in files.nodes.values():
+        if planned.kind == "train" and planned.settings is not None and planned.settings.needs_labels:
             continue
         nodes += 1
         ledger_rows = [row for row in node.ledger_rows if row["purpose"] in ("train", "measure")]
@@ -164,9 +240,9 @@ def dense_without_labels(files: RunFiles) -> Counted:
 
 def evals_not_trained(files: RunFiles) -> Counted:
     faults, rollouts = [], 0
-    for node in files.nodes.values():
+    for node, _ in files.nodes.values():
         rollouts += sum(map(len, node.rollouts.values()))
-        for use, ids in (("trained on", node.problems_sampled), ("used labels of", node.labels_used)):
+        for use, ids in (("trained on", _problems_sampled(node)), ("used labels of", node.labels_used)):
             if shared := ids & files.eval_ids:
                 faults.append(f"{node.name}: {use} {len(shared)} evaluation problems ({_few(shared)})")
     return f"{len(files.eval_ids)} evaluation problems, none in {rollouts} rollouts", faults
@@ -174,17 +250,16 @@ def evals_not_trained(files: RunFiles) -> Counted:
 
 def budget_held(files: RunFiles) -> Counted:
     faults = []
-    for node in files.nodes.values():
+    for node, _ in files.nodes.values():
         if node.labels_allowed is not None and len(node.labels_used) > node.labels_allowed:
             faults.append(f"{node.name}: used {len(node.labels_used)} labels, {node.labels_allowed} were allowed")
-    total = len(set().union(*(node.labels_used for node in files.nodes.values())))
+    total = len(set().union(*(node.labels_used for node, _ in files.nodes.values())))
     budget = files.recipe.labels.budget
     if budget is not None and total > budget:
         faults.append(f"all nodes together used {total} labels; labels.budget is {budget}")
     per_arm = [
-        len(set().union(*(files.nodes[name].labels_used for name in names if name in files.nodes)))
-        for by_seed in files.plan["arms"].values()
-        for names in by_seed.values()
+        len(set().union(*(files.nodes[name][0].labels_used for name in names if name in files.nodes)))
+        for names in files.arms
     ]
     limit = "no budget set" if budget is None else f"budget {budget}"
     return f"{limit}; {total} labels over all arms and seeds, at most {max(per_arm, default=0)} in one", faults
@@ -193,21 +268,21 @@ def budget_held(files: RunFiles) -> Counted:
 def ledger_agrees(files: RunFiles) -> Counted:
     faults: list[str] = []
     steps = graded = 0
-    for node in files.nodes.values():
-        if node.trains:
+    for node, planned in files.nodes.values():
+        if planned.kind == "train":
             steps += len(node.train_rows)
-            faults += _step_faults(node)
-        elif node.planned.kind == "rollouts" and node.train_rows:
+            faults += _step_faults(node, planned)
+        elif planned.kind == "rollouts" and node.train_rows:
             tokens = sum(len(row["completion_ids"]) for row in node.rollouts.get(0, []))
             if node.train_rows[0]["tokens_sampled"] != tokens:
                 faults.append(f"{node.name}: the ledger's tokens are not those of the cache")
-        for when, name, ledger_row, rows in _charged_evaluations(node, files.recipe):
+        for when, name, ledger_row, rows in _charged_evaluations(node, planned, files.recipe):
             graded += len(rows)
             faults += [f"{node.name}, evals/{when}/{name}: {fault}" for fault in _eval_faults(ledger_row, rows)]
     return f"{steps} training steps and {graded} graded evaluation texts recounted", faults
 
 
-def _step_faults(node: NodeFiles) -> Iterator[str]:
+def _step_faults(node: Node, planned: PlannedNode) -> Iterator[str]:
     """Each step must be in the ledger once, with the labels, checks and tokens of its rollouts."""
     steps = [row["step"] for row in node.train_rows]
     if steps != list(range(1, len(steps) + 1)):
@@ -217,7 +292,7 @@ def _step_faults(node: NodeFiles) -> Iterator[str]:
     metrics = {row["step"]: row for row in read_jsonl(node.dir.metrics)}
     if set(steps) != metrics.keys():
         yield f"{node.name}: {len(steps)} steps in the ledger, {len(metrics)} in metrics.jsonl"
-    settings = node.planned.settings
+    settings = planned.settings
     # Dynamic sampling charges the ledger for groups that it discards, so the ledger may then have more than the rollouts.
     exact = settings is not None and settings.sparse.dynamic_sampling == 0
     for row in node.train_rows:
@@ -240,7 +315,7 @@ def _step_faults(node: NodeFiles) -> Iterator[str]:
 Evaluation = tuple[str, str, dict[str, Any] | None, list[dict[str, Any]]]
 
 
-def _charged_evaluations(node: NodeFiles, recipe: Recipe) -> Iterator[Evaluation]:
+def _charged_evaluations(node: Node, planned: PlannedNode, recipe: Recipe) -> Iterator[Evaluation]:
     """Yield (when, name, ledger row or None, graded rows). The ledger has one row per evaluation, in the recipe's order."""
     last = max((row["step"] for row in node.train_rows), default=0)
     names = list(recipe.data.evals)
@@ -251,8 +326,8 @@ def _charged_evaluations(node: NodeFiles, recipe: Recipe) -> Iterator[Evaluation
             index = counts.get(row["step"], 0)
             counts[row["step"]] = index + 1
             charged[row["step"], names[index] if index < len(names) else f"evaluation {index + 1}"] = row
-    for when, name, rows in node.evaluations():
-        step = (last if node.trains else 0) if when == "final" else int(when.removeprefix("step-"))
+    for when, name, rows in _evaluations(node):
+        step = (last if planned.kind == "train" else 0) if when == "final" else int(when.removeprefix("step-"))
         yield when, name, charged.pop((step, name), None), rows
     for (step, name), row in charged.items():
         yield f"step {step}", name, row, []
@@ -279,9 +354,9 @@ def ledger_joined(files: RunFiles) -> Counted:
     faults = [] if own == joined else [f"ledger.jsonl has {len(joined)} rows that are not the nodes' {len(own)}"]
     faults += [
         f"{node.name}: row {number} of its ledger is another node's"
-        for node in files.nodes.values()
+        for node, planned in files.nodes.values()
         for number, row in enumerate(node.ledger_rows, 1)
-        if (row["node"], row["seed"]) != (node.name, node.planned.seed)
+        if (row["node"], row["seed"]) != (node.name, planned.seed)
     ]
     return f"{len(joined)} rows, the same in both", faults
 

@@ -14,13 +14,9 @@ from headwater.report.contrasts import accuracy, mean, pass_at, rounded
 from headwater.report.study import EvalCounts, Study
 
 C2_MEASURES = (
-    "kl_teacher_student",
-    "kl_student_teacher",
-    "overlap_teacher_prefixes",
-    "overlap_student_prefixes",
-    "entropy_student",
+    "kl_teacher_student", "kl_student_teacher", "overlap_teacher_prefixes", "overlap_student_prefixes", "entropy_student",
     "entropy_teacher",
-)
+)  # fmt: skip
 
 
 def c1(study: Study, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -65,10 +65,9 @@ def label_uses(study: Study) -> list[LabelUse]:
 
 def _steps_by_label(node: Node) -> dict[str, list[int]]:
     steps: dict[str, list[int]] = {}
-    for row in node.ledger_rows:
-        if row["purpose"] == "train":
-            for label in row["labels"]:
-                steps.setdefault(label, []).append(row["step"])
+    for row in node.train_rows:
+        for label in row["labels"]:
+            steps.setdefault(label, []).append(row["step"])
     return steps
 
 

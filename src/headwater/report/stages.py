@@ -26,16 +26,9 @@ UNTRAINED_NAMES = {
 """Names of the nodes that train nothing."""
 SHORT_NAMES = {"teacher_rl": "RL", "sft": "SFT", "warmup": "warm-up", "opd": "OPD", "student_rl": "RL"}
 TRAINING_MEASURES = (
-    "reward",
-    "informative",
-    "best_of_group",
-    "kl_teacher_student",
-    "kl_student_teacher",
-    "overlap",
-    "entropy",
-    "truncated",
+    "reward", "informative", "best_of_group", "kl_teacher_student", "kl_student_teacher", "overlap", "entropy", "truncated",
     "validation",
-)
+)  # fmt: skip
 """Columns of metrics.jsonl whose curves report.json keeps."""
 MAX_CURVE_POINTS = 100
 

@@ -77,6 +77,11 @@ class Node:
         labels = self.info.get("labels")
         return labels["pool"] if labels else None
 
+    @property
+    def labels_allowed(self) -> int | None:
+        """How many distinct labels the node may use; None for a node that does not train."""
+        return (self.info.get("labels") or {}).get("distinct_allowed")
+
     @cached_property
     def evals(self) -> dict[str, EvalCounts]:
         """Final evaluations by name; empty until the node is done."""
@@ -115,6 +120,23 @@ class Node:
     @cached_property
     def ledger_rows(self) -> list[dict[str, Any]]:
         return list(read_jsonl(self.dir.ledger))
+
+    @property
+    def train_rows(self) -> list[dict[str, Any]]:
+        return [row for row in self.ledger_rows if row["purpose"] == "train"]
+
+    @cached_property
+    def labels_used(self) -> set[str]:
+        """Ids of the problems whose labels were used in training."""
+        return {label for row in self.train_rows for label in row["labels"]}
+
+    @cached_property
+    def rollouts(self) -> dict[int, list[dict[str, Any]]]:
+        """All rollout rows by training step; step 0 holds a teacher's cache."""
+        cached = self.dir.cache / "rollouts.jsonl"
+        files = {0: cached} if cached.exists() else {}
+        files |= {int(path.stem): path for path in sorted(self.dir.rollouts(0).parent.glob("*.jsonl"))}
+        return {step: list(read_jsonl(path)) for step, path in files.items()}
 
     def rollout_files(self) -> list[tuple[int, Path]]:
         """(step, file) of each step's rollouts, in order."""

@@ -11,6 +11,10 @@ from headwater.report.contrasts import difference_text, find_contrast, reading, 
 from headwater.report.format import count, join_and, percent, units
 from headwater.report.predictions import reading_text
 
+P1_ARMS = ("raw_teacher", "direct_grpo", "bridge")
+P2_ARMS = ("bridge", "warmup_only", "opd_only")
+P3_ARMS = ("bridge_1h", "bridge_rl", "replay")
+"""Arms of each prediction in the order in which their accuracies are listed."""
 COMPARISON = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
 
 
@@ -29,7 +33,13 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def _claims(report: dict[str, Any], eval_name: str) -> list[str]:
-    sentences = [claim(report, eval_name) for claim in (_ordering, _both_stages, _fresh_labels, _equal_compute)]
+    sentences = [
+        _ordering(report, eval_name),
+        _prediction(report, "P2", "the bridge needs both its warm-up and OPD", P2_ARMS, eval_name),
+        _prediction(report, "P3", "fresh labels after the bridge help and matched replay does not", P3_ARMS, eval_name)
+        or _fresh_labels(report, eval_name),
+        _equal_compute(report, eval_name),
+    ]
     claims = [sentence for sentence in sentences if sentence]
     if claims and not claims[0].startswith("On "):
         first = next(c for c in report["contrasts"] if c["eval"] == eval_name)
@@ -39,44 +49,33 @@ def _claims(report: dict[str, Any], eval_name: str) -> list[str]:
 
 
 def _ordering(report: dict[str, Any], eval_name: str) -> str | None:
-    """P1: raw_teacher < direct_grpo < bridge."""
-    names = ("raw_teacher", "direct_grpo", "bridge")
-    pairs = [find_contrast(report, b, a, eval_name) for a, b in pairwise(names)]
+    """P1, also if only one of its two contrasts was measured."""
+    pairs = [find_contrast(report, b, a, eval_name) for a, b in pairwise(P1_ARMS)]
     contrasts = [c for c in pairs if c is not None]
     if not contrasts:
         return None
-    finished = _finished(report, names, eval_name)
-    result = _prediction(report, "P1", eval_name)["reading"]
-    if len(contrasts) < 2 and result == "not measured":
-        missing = [name for name in names if name not in finished]
+    finished = _finished(report, P1_ARMS, eval_name)
+    result = _row(report, "P1", eval_name)["reading"]
+    if result == "not measured":
+        missing = [name for name in P1_ARMS if name not in finished]
         result = f"cannot be judged, since {join_and(missing) or 'a pair on the same seeds'} is missing"
     return (
-        f"On {eval_name} ({sample_size(contrasts[0])}) the paper's ordering raw_teacher < direct_grpo < bridge "
-        f"{reading_text(result)}: {_numbers(report, eval_name, finished, contrasts)}."
+        f"On {eval_name} ({sample_size(contrasts[0])}) the paper's ordering {' < '.join(P1_ARMS)} "
+        f"{reading_text(result)}: {_numbers(report, finished, contrasts, eval_name)}."
     )
 
 
-def _both_stages(report: dict[str, Any], eval_name: str) -> str | None:
-    """P2, if it was measured."""
-    prediction = _prediction(report, "P2", eval_name)
-    if prediction["reading"] == "not measured":
+def _prediction(report: dict[str, Any], name: str, claim: str, arms: Sequence[str], eval_name: str) -> str | None:
+    """P2 or P3, if it was measured."""
+    row = _row(report, name, eval_name)
+    if row["reading"] == "not measured":
         return None
-    finished = _finished(report, ("bridge", "warmup_only", "opd_only"), eval_name)
-    return (
-        f"P2, that the bridge needs both its warm-up and OPD, {reading_text(prediction['reading'])}: "
-        f"{_numbers(report, eval_name, finished, prediction['rests_on'])}."
-    )
+    numbers = _numbers(report, _finished(report, arms, eval_name), row["rests_on"], eval_name)
+    return f"{name}, that {claim}, {reading_text(row['reading'])}: {numbers}."
 
 
 def _fresh_labels(report: dict[str, Any], eval_name: str) -> str | None:
-    """P3; if it was not measured, the contrast of fresh labels with replay."""
-    prediction = _prediction(report, "P3", eval_name)
-    if prediction["reading"] != "not measured":
-        finished = _finished(report, ("bridge_1h", "bridge_rl", "replay"), eval_name)
-        return (
-            "P3, that fresh labels after the bridge help and matched replay does not, "
-            f"{reading_text(prediction['reading'])}: {_numbers(report, eval_name, finished, prediction['rests_on'])}."
-        )
+    """Fresh labels against replay, for studies in which P3 was not measured."""
     c = find_contrast(report, "bridge_rl", "replay", eval_name)
     if c is None:
         return None
@@ -85,7 +84,7 @@ def _fresh_labels(report: dict[str, Any], eval_name: str) -> str | None:
         "does not hold": "Fresh labels after the bridge do worse than replaying the used ones, against the paper",
         "undecided": "Whether fresh labels after the bridge beat replaying the used ones is undecided",
     }[reading(c)]
-    return f"{claim}: {_numbers(report, eval_name, ('bridge_rl', 'replay'), [c])}."
+    return f"{claim}: {_numbers(report, ('bridge_rl', 'replay'), [c], eval_name)}."
 
 
 def _equal_compute(report: dict[str, Any], eval_name: str) -> str | None:
@@ -104,12 +103,12 @@ def _best_arm(report: dict[str, Any], eval_name: str) -> str:
     """For studies without the paper's pairs: the best arm against the untrained student."""
     contrasts = [c for c in report["contrasts"] if c["eval"] == eval_name and c["a"] != "base_teacher"]
     if not contrasts:
-        accuracies = _accuracies(report, eval_name, _finished(report, [*report["arms"]], eval_name))
+        accuracies = _accuracies(report, _finished(report, [*report["arms"]], eval_name), eval_name)
         return f"On {eval_name}: {accuracies}; no two arms to compare."
     best = max(contrasts, key=lambda c: float(c["difference"]))
     return (
         f"On {eval_name} ({sample_size(best)}) {best['a']} {COMPARISON[reading(best)]} {best['b']}: "
-        f"{_accuracies(report, eval_name, (best['a'], best['b']))} ({difference_text(best)}); "
+        f"{_accuracies(report, (best['a'], best['b']), eval_name)} ({difference_text(best)}); "
         "the arms that the paper compares are not in this run."
     )
 
@@ -149,7 +148,7 @@ def _unfinished(report: dict[str, Any]) -> list[str]:
 # Parts of sentences ---------------------------------------------------------------------------------------------------
 
 
-def _prediction(report: dict[str, Any], name: str, eval_name: str) -> dict[str, Any]:
+def _row(report: dict[str, Any], name: str, eval_name: str) -> dict[str, Any]:
     return next(row for row in report["predictions"] if (row["name"], row["eval"]) == (name, eval_name))
 
 
@@ -157,13 +156,13 @@ def _finished(report: dict[str, Any], arms: Sequence[str], eval_name: str) -> li
     return [arm for arm in arms if eval_name in report["arms"].get(arm, {}).get("accuracy", {})]
 
 
-def _numbers(report: dict[str, Any], eval_name: str, arms: Sequence[str], contrasts: Sequence[dict[str, Any]]) -> str:
+def _numbers(report: dict[str, Any], arms: Sequence[str], contrasts: Sequence[dict[str, Any]], eval_name: str) -> str:
     """Example: `bridge 66.8 %, replay 60.8 % (bridge − replay +6.0 points, …; equal labels, 256 each)`."""
     differences = "; ".join(map(difference_text, contrasts))
-    return f"{_accuracies(report, eval_name, arms)} ({differences}; {_labels(report, arms)})"
+    return f"{_accuracies(report, arms, eval_name)} ({differences}; {_labels(report, arms)})"
 
 
-def _accuracies(report: dict[str, Any], eval_name: str, arms: Sequence[str]) -> str:
+def _accuracies(report: dict[str, Any], arms: Sequence[str], eval_name: str) -> str:
     return ", ".join(f"{arm} {percent(report['arms'][arm]['accuracy'][eval_name]['mean'])} %" for arm in arms)
 
 

@@ -21,6 +21,7 @@ from headwater.data.sources import Loaded, load, without_leaks
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
+from headwater.models.shape import Shape
 from headwater.models.tokenizer import stop_ids_of
 from headwater.runs.read_once import InputError, read_once
 from headwater.runs.source_readers import SourceReader, placeholder_reader
@@ -238,6 +239,13 @@ class RunInputs:
         field_, name = self.field_and_name(role)
         return ModelFolder.open(name, field_, self.recipe.models.trust_remote_code)
 
+    @read_once("model")
+    def weights_path(self, role: str) -> str:
+        """The same; refused if the folder holds no weights."""
+        folder = self.model_folder(role)
+        folder.require_weights()
+        return folder.path
+
     @read_once("server")
     def server(self, role: str) -> ServedModel:
         """What the server of a served teacher says about itself."""
@@ -253,6 +261,10 @@ class RunInputs:
     @read_once("config")
     def config(self, role: str) -> Any:
         return self.model_folder(role).config
+
+    @read_once("config")
+    def shape(self, role: str) -> Shape:
+        return self.model_folder(role).shape
 
     @read_once("generation config")
     def generation_config(self, role: str) -> GenerationConfig:

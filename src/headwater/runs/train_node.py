@@ -230,11 +230,12 @@ def model_card(node: Node, context: NodeContext, steps: int) -> str:
         start = context.plan.names[node.start]
     else:
         start = ", ".join(recipe.models.named(node.start).values())
-    note = label_note(node, context)
+    note, stage = label_note(node, context), node.settings
+    assert stage is not None
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- headwater\n---\n\n"
         f"# {recipe.name}: {node.role} after {node.stage} (seed {node.seed})\n\n"
-        f"Trained with Headwater from `{start}`: stage `{node.stage}`, objective `{node.settings.objective if node.settings else ''}`, "
-        f"{steps} steps. Labels this stage may look at: {note['distinct_allowed'] if note else 0}. "
+        f"Trained with Headwater from `{start}`: stage `{node.stage}`, objective `{stage.objective}` "
+        f"({stage.spec.description}), {steps} steps. Labels this stage may look at: {note['distinct_allowed'] if note else 0}. "
         "The run's `recipe.json`, `ledger.jsonl` and `report.json` say how it was made and what it scored.\n"
     )

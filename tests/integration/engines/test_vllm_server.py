@@ -22,7 +22,6 @@ from headwater.config.recipe import Server
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.losses.distributions import TopK
-from headwater.models import policy as model
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
@@ -43,7 +42,7 @@ pytestmark = [
     ),
 ]
 START_SECONDS, MOST = 240, 20
-FOLDER = str(Path(model.__file__).parent / "pocket" / "qwen3-teacher")
+FOLDER = ModelFolder.open("pocket:qwen3-teacher", "models.teacher").path
 
 
 def free_port() -> int:

@@ -7,19 +7,17 @@ from dataclasses import replace
 import pytest
 
 from headwater.doctor.advice import (
-    CLOSE,
-    ENOUGH,
-    FAR,
-    LEAD,
-    SIGNAL,
-    WORN,
-    Finish,
-    Measures,
-    Readiness,
-    labels,
-    switch,
-    warmup,
+    C1_SATURATED,
+    CLOSE_MARGIN,
+    MAX_KL_WITHOUT_WARMUP,
+    MAX_WARMUP_COST,
+    MIN_INFORMATIVE,
+    MIN_LEAD,
+    label_advice,
+    student_rl_advice,
+    warmup_advice,
 )
+from headwater.doctor.readiness import Continuations, PairMeasures, Readiness
 from headwater.stats import Interval
 
 
@@ -31,49 +29,52 @@ def model(informative: float, pass_rate: float = 0.2) -> Readiness:
     return Readiness(known(pass_rate), {8: 0.5}, 8, known(informative), informative, 0.4, 0.0, 1.0, 0.5, 10.0)
 
 
-def pair(student: float, teacher: float, kl: float = 0.0, passes: float = 1.0) -> Measures:
+def pair(student: float, teacher: float, kl: float = 0.0, passes: float = 1.0) -> PairMeasures:
     """Both have a signal; they end right so often from the teacher's right beginnings."""
-    return Measures(model(0.5), model(0.9), 0.5, Finish(100, known(student), known(teacher), kl), passes)
+    return PairMeasures(model(0.5), model(0.9), 0.5, Continuations(100, known(student), known(teacher), kl), passes)
 
 
 def test_a_lead_of_the_teacher_larger_than_what_student_rl_would_make_up_sends_the_labels_upstream() -> None:
-    found = labels(pair(student=0.30, teacher=0.95))
+    found = label_advice(pair(student=0.30, teacher=0.95))
     assert found.where == "teacher" and found.arm == "bridge"
-    assert found.margin == pytest.approx(0.65 - LEAD)
+    assert found.margin == pytest.approx(0.65 - MIN_LEAD)
     assert "95%" in found.because and "30%" in found.because and "65 points" in found.because
 
 
 def test_a_student_that_knows_the_way_nearly_as_well_keeps_its_labels() -> None:
-    found = labels(pair(student=0.80, teacher=0.95))
+    found = label_advice(pair(student=0.80, teacher=0.95))
     assert found.where == "student" and found.arm == "direct_grpo"
-    assert found.margin == pytest.approx(0.15 - LEAD)
+    assert found.margin == pytest.approx(0.15 - MIN_LEAD)
 
 
 def test_much_to_learn_from_few_rollouts_eats_up_the_lead() -> None:
     # 0.2 nats and 8 passes cost 0.2·3 = 0.6 of the lead of 0.65; 2 passes cost 0.2.
-    assert labels(pair(0.30, 0.95, kl=0.2, passes=8.0)).margin == pytest.approx(0.65 - 0.6 - LEAD)
-    assert labels(pair(0.30, 0.95, kl=0.2, passes=8.0)).where == "student"
-    assert labels(pair(0.30, 0.95, kl=0.2, passes=2.0)).margin == pytest.approx(0.65 - 0.2 - LEAD)
-    assert labels(pair(0.30, 0.95, kl=0.2, passes=2.0)).where == "teacher"
+    assert label_advice(pair(0.30, 0.95, kl=0.2, passes=8.0)).margin == pytest.approx(0.65 - 0.6 - MIN_LEAD)
+    assert label_advice(pair(0.30, 0.95, kl=0.2, passes=8.0)).where == "student"
+    assert label_advice(pair(0.30, 0.95, kl=0.2, passes=2.0)).margin == pytest.approx(0.65 - 0.2 - MIN_LEAD)
+    assert label_advice(pair(0.30, 0.95, kl=0.2, passes=2.0)).where == "teacher"
 
 
 @pytest.mark.parametrize("passes", [0.0, 0.5, 1.0])
 def test_rollouts_that_are_read_once_at_most_cost_nothing(passes: float) -> None:
-    assert labels(pair(0.30, 0.95, kl=5.0, passes=passes)).margin == pytest.approx(0.65 - LEAD)
+    assert label_advice(pair(0.30, 0.95, kl=5.0, passes=passes)).margin == pytest.approx(0.65 - MIN_LEAD)
 
 
 def test_a_margin_within_the_noise_of_the_sample_is_called_close() -> None:
-    edge = 0.95 - LEAD
-    assert labels(pair(edge - 0.9 * CLOSE, 0.95)).close and labels(pair(edge + 0.9 * CLOSE, 0.95)).close
-    assert not labels(pair(edge - 1.1 * CLOSE, 0.95)).close
+    edge = 0.95 - MIN_LEAD
+    assert (
+        label_advice(pair(edge - 0.9 * CLOSE_MARGIN, 0.95)).close
+        and label_advice(pair(edge + 0.9 * CLOSE_MARGIN, 0.95)).close
+    )
+    assert not label_advice(pair(edge - 1.1 * CLOSE_MARGIN, 0.95)).close
 
 
 @pytest.mark.parametrize(
     ("student", "teacher", "where"),
     [
-        (SIGNAL - 0.01, SIGNAL - 0.01, "nowhere"),
-        (SIGNAL - 0.01, SIGNAL + 0.01, "teacher"),
-        (SIGNAL + 0.01, SIGNAL - 0.01, "student"),
+        (MIN_INFORMATIVE - 0.01, MIN_INFORMATIVE - 0.01, "nowhere"),
+        (MIN_INFORMATIVE - 0.01, MIN_INFORMATIVE + 0.01, "teacher"),
+        (MIN_INFORMATIVE + 0.01, MIN_INFORMATIVE - 0.01, "student"),
     ],
 )
 def test_a_model_without_a_signal_is_given_no_labels_whatever_else_is_measured(
@@ -81,13 +82,13 @@ def test_a_model_without_a_signal_is_given_no_labels_whatever_else_is_measured(
 ) -> None:
     # By the lead alone each of these would be the other way round.
     lead = 0.0 if where == "teacher" else 0.9
-    found = labels(replace(pair(0.95 - lead, 0.95), student=model(student), teacher=model(teacher)))
+    found = label_advice(replace(pair(0.95 - lead, 0.95), student=model(student), teacher=model(teacher)))
     assert (found.where, found.margin) == (where, None)
     assert f"{student:.0%}" in found.because and f"{teacher:.0%}" in found.because
 
 
 def test_a_teacher_that_is_always_right_needs_no_labels_and_is_distilled_as_it_is() -> None:
-    found = labels(replace(pair(0.5, 1.0), teacher=model(0.02, pass_rate=0.99)))
+    found = label_advice(replace(pair(0.5, 1.0), teacher=model(0.02, pass_rate=0.99)))
     assert found.where == "student" and "opd_then_rl" in found.because
 
 
@@ -96,7 +97,7 @@ def test_a_teacher_that_is_always_right_needs_no_labels_and_is_distilled_as_it_i
     [((0.01, 0.01), "easier problems"), ((0.99, 0.99), "harder problems"), ((0.01, 0.99), "raw_teacher")],
 )
 def test_nowhere_yet_says_what_to_do_about_it(rates: tuple[float, float], said: str) -> None:
-    found = labels(replace(pair(0.5, 1.0), student=model(0.0, rates[0]), teacher=model(0.0, rates[1])))
+    found = label_advice(replace(pair(0.5, 1.0), student=model(0.0, rates[0]), teacher=model(0.0, rates[1])))
     assert found.where == "nowhere" and found.arm is None and said in found.because
 
 
@@ -104,38 +105,45 @@ def test_a_teacher_that_already_gets_what_its_best_sample_gets_leaves_the_labels
     # Whatever its lead: labels upstream could raise it from 93 % to 98 % at most.
     held = pair(student=0.30, teacher=0.95)
     sated = replace(held.teacher, pass_rate=known(0.93), pass_at={8: 0.98}, c1=0.949)
-    found = labels(replace(held, teacher=sated))
+    found = label_advice(replace(held, teacher=sated))
     assert found.where == "student" and found.margin is None
     assert "93%" in found.because and "98%" in found.because and "0.95" in found.because
-    hungry = replace(sated, c1=ENOUGH - 0.01)
-    assert labels(replace(held, teacher=hungry)).where == "teacher"
+    hungry = replace(sated, c1=C1_SATURATED - 0.01)
+    assert label_advice(replace(held, teacher=hungry)).where == "teacher"
     # A student without a signal can spend none, so they go where there is one all the same.
     silent = replace(held.student, informative=known(0.0))
-    assert labels(replace(held, teacher=sated, student=silent)).where == "teacher"
+    assert label_advice(replace(held, teacher=sated, student=silent)).where == "teacher"
 
 
 def test_without_one_right_answer_of_the_teacher_nothing_is_staked_on_it() -> None:
-    assert labels(replace(pair(0.5, 1.0), finish=None)).where == "student"
+    assert label_advice(replace(pair(0.5, 1.0), continuations=None)).where == "student"
 
 
 def test_the_warm_up_goes_by_c2_on_the_students_own_prefixes() -> None:
-    near, far = (warmup(replace(pair(0.5, 0.9), kl_student_prefixes=kl)) for kl in (0.9 * FAR, 1.1 * FAR))
+    near, far = (
+        warmup_advice(replace(pair(0.5, 0.9), kl_student_prefixes=kl))
+        for kl in (0.9 * MAX_KL_WITHOUT_WARMUP, 1.1 * MAX_KL_WITHOUT_WARMUP)
+    )
     assert (near.needed, far.needed) == (False, True)
-    assert f"{1.1 * FAR:.2f} nats" in far.because
+    assert f"{1.1 * MAX_KL_WITHOUT_WARMUP:.2f} nats" in far.because
 
 
 def test_a_warm_up_that_would_be_learnt_by_heart_is_left_out_unless_the_student_never_goes_that_way() -> None:
     # At 4 passes the toll is twice the divergence.
-    few, enough = (pair(0.3, 0.9, kl=half * WORN, passes=4.0) for half in (0.55, 0.45))
-    assert not warmup(few).needed and "opd_only" in warmup(few).because and "4.0 times" in warmup(few).because
-    assert warmup(enough).needed
-    assert warmup(replace(few, student=model(SIGNAL - 0.01))).needed
+    few, enough = (pair(0.3, 0.9, kl=half * MAX_WARMUP_COST, passes=4.0) for half in (0.55, 0.45))
+    assert (
+        not warmup_advice(few).needed
+        and "opd_only" in warmup_advice(few).because
+        and "4.0 times" in warmup_advice(few).because
+    )
+    assert warmup_advice(enough).needed
+    assert warmup_advice(replace(few, student=model(MIN_INFORMATIVE - 0.01))).needed
 
 
 def test_when_to_switch_names_metrics_that_a_run_writes_down_and_an_until_that_a_recipe_accepts() -> None:
     from headwater.config.stage import Until
 
-    said = switch(pair(0.5, 0.9))
+    said = student_rl_advice(pair(0.5, 0.9))
     assert "`informative`" in said and "50%" in said and "kl_student_teacher" in said
     assert "{metric: validation, every: 10, patience: 2}" in said
     assert Until(metric="validation", every=10, patience=2).metric == "validation"

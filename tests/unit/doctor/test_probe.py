@@ -13,6 +13,9 @@ import pytest
 from headwater.config.builtin import find_recipe
 from headwater.data.labels import Labels
 from headwater.doctor import probe
+from headwater.doctor.readiness import informative_share
+from headwater.runs.inputs import RunInputs
+from headwater.runs.progress import progress_display
 from headwater.runs.setup import prepared
 from headwater.storage.ledger import Spend
 from headwater.types import Verdict
@@ -46,9 +49,9 @@ def kept() -> tuple[Path, dict[str, Any], list[tuple[str, bool]]]:
 
 def test_informative_share_counts_the_groups_that_the_samples_hold() -> None:
     # Of four samples one is right: of the six pairs three hold it. Two right: four pairs of six. None or all: no pair.
-    assert probe.informative([1, 2, 0, 4], 4, 2) == pytest.approx([1 / 2, 2 / 3, 0.0, 0.0])
+    assert informative_share([1, 2, 0, 4], 4, 2) == pytest.approx([1 / 2, 2 / 3, 0.0, 0.0])
     # Where the samples are one whole group, it is informative or not.
-    assert probe.informative([0, 1, 3, 4], 4, 4) == pytest.approx([0.0, 1.0, 1.0, 0.0])
+    assert informative_share([0, 1, 3, 4], 4, 4) == pytest.approx([0.0, 1.0, 1.0, 0.0])
 
 
 def test_every_look_is_in_the_ledger_under_probe_and_the_answer_counts_the_same() -> None:
@@ -145,7 +148,7 @@ def test_how_often_the_warm_up_reads_its_cache_is_counted_from_the_recipe() -> N
     half = find_recipe("pocket", [*TINY, "labels.split=half"])
     with prepared(half, ["bridge"], [0]) as (_, inputs):
         assert probe.cache_passes(inputs) == 1.0
-        assert set(probe.chosen(inputs, None, 0)) == set(inputs.pools.first_half)
+        assert set(probe.sampled_problems(inputs, None, 0)) == set(inputs.pools.first_half)
 
 
 def test_both_models_go_on_from_the_first_quarter_of_the_teachers_first_right_answer() -> None:
@@ -159,16 +162,20 @@ def test_both_models_go_on_from_the_first_quarter_of_the_teachers_first_right_an
     wrong, right, later = (rollout_of(prompt, (first, *[9] * 7), sample) for sample, first in enumerate((7, 8, 6)))
     policies = [policy_of(tiny_model(seed=seed)) for seed in (0, 1)]
     stage = recipe.stages.teacher_rl
-    student = probe.Looks(policies[0], stage, (wrong,), np.zeros((1, 1), dtype=np.int64))
-    teacher = probe.Looks(policies[1], stage, (wrong, right, later), np.array([[0, 1, 1]]))
+    student = probe.ModelSamples(policies[0], stage, (wrong,), np.zeros((1, 1), dtype=np.int64))
+    teacher = probe.ModelSamples(policies[1], stage, (wrong, right, later), np.array([[0, 1, 1]]))
     spends: list[Spend] = []
-    found = probe.finish(student, teacher, Labels({right.problem_id: "4"}, grade, 1), recipe, 0, spends.append)
+    labels = Labels({right.problem_id: "4"}, grade, 1)
+    task = probe.ProbeTask(
+        RunInputs(recipe), [right.problem_id], 1, 0, labels, progress_display(quiet=True), spends.append
+    )
+    found = probe.continue_right_answers(student, teacher, task)
     beginning = policies[0].tokenizer.decode([8, 9])
     assert found is not None and found.problems == 1
-    assert len(seen) == 2 * probe.FINISHES and all(text.startswith(beginning) for text in seen)
-    for interval, part in ((found.student, seen[: probe.FINISHES]), (found.teacher, seen[probe.FINISHES :])):
-        assert interval.mean == pytest.approx(sum(len(text) % 2 == 0 for text in part) / probe.FINISHES)
-    assert [spend.checks for spend in spends] == [probe.FINISHES] * 2
+    assert len(seen) == 2 * probe.CONTINUATIONS and all(text.startswith(beginning) for text in seen)
+    for interval, part in ((found.student, seen[: probe.CONTINUATIONS]), (found.teacher, seen[probe.CONTINUATIONS :])):
+        assert interval.mean == pytest.approx(sum(len(text) % 2 == 0 for text in part) / probe.CONTINUATIONS)
+    assert [spend.checks for spend in spends] == [probe.CONTINUATIONS] * 2
     assert found.kl > 0.1  # two models of random weights on two right answers
 
 

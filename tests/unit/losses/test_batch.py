@@ -1,4 +1,4 @@
-"""Rows -> tensors: which tokens a loss sees, what padding can do (nothing), and how rows are cut into microbatches."""
+"""Collation: which tokens a loss sees, independence of padding, and microbatches."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_collate_by_hand() -> None:
     assert batch.reference_logp_N is None and batch.teacher is None
 
 
-def test_padding_is_on_the_right_and_outside_the_mask() -> None:
+def test_collate_pads_on_the_right_outside_the_mask() -> None:
     batch = collate([Row(rollout_of((5, 6, 4), (7, 2))), Row(rollout_of((8,), (9,)))], pad_id=11, device=CPU)
     assert batch.ids_BT.tolist() == [[5, 6, 4, 7, 2], [8, 9, 11, 11, 11]]
     assert batch.mask_BT.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
@@ -50,7 +50,7 @@ def test_padding_is_on_the_right_and_outside_the_mask() -> None:
     assert batch.predictor_N.tolist() == [2, 3, 5]
 
 
-def test_each_token_meets_the_teachers_distribution_of_its_own_position() -> None:
+def test_collate_aligns_teacher_distributions_with_targets() -> None:
     rows = [
         Row(rollout_of((5, 6), (1, 0)), teacher=Exact(torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]))),
         Row(rollout_of((8,), (1,)), teacher=Exact(torch.tensor([[-5.0, -6.0]]))),
@@ -60,29 +60,29 @@ def test_each_token_meets_the_teachers_distribution_of_its_own_position() -> Non
     assert batch.teacher.materialize().token_logp(batch.targets_N).tolist() == [-2.0, -3.0, -6.0]
 
 
-def test_rows_sampled_at_different_temperatures_do_not_share_a_batch() -> None:
+def test_collate_rejects_rows_of_different_temperatures() -> None:
     rows = [Row(rollout_of((5,), (7,), temperature=1.0)), Row(rollout_of((5,), (7,), temperature=0.7))]
     with pytest.raises(ValueError, match=r"different temperatures: \[0.7, 1.0\]"):
         collate(rows, 0, CPU)
     assert collate(rows[1:], 0, CPU).temperature == 0.7
 
 
-def test_the_padding_id_cannot_change_a_loss_or_a_gradient(policy: Policy) -> None:
+def test_padding_id_changes_neither_log_probs_nor_gradients(policy: Policy) -> None:
     rows = sampled_rows(policy, groups=4)
-    found = []
+    result = []
     for pad in (0, 3, 17):
         policy.model.zero_grad()
         batch = collate(rows, pad, CPU)
         assert not bool(batch.mask_BT.all())
         stats = token_stats(policy.completion_hidden(batch), policy.logits, TokenInputs(batch.targets_N, 1.0))
         stats.logp_N.sum().backward()
-        found.append((stats.logp_N.detach(), {n: p.grad.clone() for n, p in policy.model.named_parameters()}))
-    for logp, gradient in found[1:]:
-        assert torch.equal(logp, found[0][0])
-        assert furthest(gradient, found[0][1]) == 0.0
+        result.append((stats.logp_N.detach(), {n: p.grad.clone() for n, p in policy.model.named_parameters()}))
+    for logp, gradient in result[1:]:
+        assert torch.equal(logp, result[0][0])
+        assert furthest(gradient, result[0][1]) == 0.0
 
 
-def test_the_loss_has_no_gradient_at_a_prompt_or_padding_position(policy: Policy) -> None:
+def test_loss_gradient_is_zero_at_prompt_and_padding_positions(policy: Policy) -> None:
     rows = sampled_rows(policy, groups=4, group_size=1)
     batch = collate(rows, policy.pad_id, CPU)
     hidden = policy.hidden(batch.ids_BT, batch.mask_BT).detach().requires_grad_()
@@ -97,12 +97,12 @@ def test_the_loss_has_no_gradient_at_a_prompt_or_padding_position(policy: Policy
         assert marks == [prompt - 1 <= at < prompt - 1 + row.tokens for at in range(width)]
 
 
-def test_a_prompt_token_is_never_a_target_whatever_stands_there() -> None:
+def test_prompt_tokens_are_never_targets() -> None:
     for prompt in ((5, 6, 4), (7, 7, 7), (END, END, END)):
         assert collate([Row(rollout_of(prompt, (7, END)))], END, CPU).targets_N.tolist() == [7, END]
 
 
-def test_eos_is_trained_on_also_where_the_tokenizer_pads_with_it(policy: Policy) -> None:
+def test_eos_is_trained_on_even_if_the_tokenizer_pads_with_it(policy: Policy) -> None:
     policy.tokenizer.pad_token = policy.tokenizer.eos_token
     assert policy.pad_id == END == policy.tokenizer.eos_token_id
     ended = [Row(rollout_of((1, 6, 2), (7, END))), Row(rollout_of((1, 6, 8, 2), (9, 9, 9, END)))]
@@ -119,7 +119,7 @@ def test_eos_is_trained_on_also_where_the_tokenizer_pads_with_it(policy: Policy)
         assert new[-1].exp().item() > 0.9 > old[-1].exp().item()
 
 
-def test_the_gradient_of_fine_tuning_pulls_at_the_eos_row_of_the_head() -> None:
+def test_sft_gradient_of_the_eos_row_of_the_head_by_hand() -> None:
     policy = tiny_policy(tied=False)
     stage = stage_of("sft")
     only_eos = gradient_of(policy, [Row(rollout_of((1, 6, 2), (END,)))], stage)["lm_head.weight"]

@@ -1,4 +1,4 @@
-"""The three forms of a teacher's distributions: what they keep, what they give up, and that they agree."""
+"""Teacher distributions: the three forms agree, and top-k bounds the exact divergence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def top(logp_NV: Tensor, k: int) -> TopK:
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_top_k_that_keeps_the_whole_vocabulary_gives_the_exact_divergence(name: str) -> None:
+def test_top_k_of_the_whole_vocabulary_gives_the_exact_divergence(name: str) -> None:
     student, teacher = random_logp(20, 11, 0), random_logp(20, 11, 1)
     whole = DIVERGENCES[name](*Exact(teacher).align(student))
     kept = DIVERGENCES[name](*top(teacher, 11).align(student))
@@ -40,7 +40,7 @@ def test_top_k_that_keeps_the_whole_vocabulary_gives_the_exact_divergence(name: 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("k", [1, 2, 5, 10])
-def test_top_k_never_says_more_than_the_exact_divergence_and_more_tokens_say_more(name: str, k: int) -> None:
+def test_top_k_divergence_grows_with_k_and_never_exceeds_the_exact_one(name: str, k: int) -> None:
     student, teacher = random_logp(200, 11, 2), random_logp(200, 11, 3)
     whole = DIVERGENCES[name](student, teacher)
     kept = DIVERGENCES[name](*top(teacher, k).align(student))
@@ -50,7 +50,7 @@ def test_top_k_never_says_more_than_the_exact_divergence_and_more_tokens_say_mor
     assert bool((more <= whole + 1e-12).all())
 
 
-def test_top_k_by_hand_merges_the_tail_into_one_event() -> None:
+def test_top_k_merges_the_tail_into_one_event_by_hand() -> None:
     student = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64).log()
     teacher = TopK(torch.tensor([[1]]), torch.tensor([[math.log(0.5)]], dtype=torch.float64))
     ours, theirs = teacher.align(student)
@@ -62,15 +62,15 @@ def test_top_k_by_hand_merges_the_tail_into_one_event() -> None:
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("k", [1, 3, 11])
-def test_top_k_of_an_equal_teacher_gives_zero_with_zero_gradient_in_float32(name: str, k: int) -> None:
+def test_top_k_divergence_of_equal_models_is_zero_with_zero_gradient_in_float32(name: str, k: int) -> None:
     logits = (2.0 * torch.randn(20, 11)).requires_grad_()
     student = torch.log_softmax(logits, dim=-1)
-    found = DIVERGENCES[name](*top(student.detach(), k).align(student))
-    assert found.abs().max().item() < 1e-6
-    assert torch.autograd.grad(found.sum(), logits)[0].abs().max().item() < 1e-5
+    result = DIVERGENCES[name](*top(student.detach(), k).align(student))
+    assert result.abs().max().item() < 1e-6
+    assert torch.autograd.grad(result.sum(), logits)[0].abs().max().item() < 1e-5
 
 
-def test_a_teacher_that_is_sure_leaves_a_tail_that_is_finite_on_both_sides() -> None:
+def test_top_k_tail_of_a_certain_teacher_is_finite_on_both_sides() -> None:
     sure = torch.tensor([[0.0, -200.0, -300.0]])
     ours, theirs = top(sure, 2).align(torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0]]), dim=-1))
     # In float32 the teacher's tail 1 − 1 − 0 is 0; the floor stands in for it.
@@ -80,25 +80,25 @@ def test_a_teacher_that_is_sure_leaves_a_tail_that_is_finite_on_both_sides() -> 
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_the_gradient_of_a_top_k_divergence_is_its_own(name: str) -> None:
+def test_top_k_divergence_passes_gradcheck(name: str) -> None:
     logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     teacher = top(random_logp(3, 6, 4), 2)
     assert gradcheck(lambda x: DIVERGENCES[name](*teacher.align(torch.log_softmax(x, dim=-1))), (logits,))
 
 
-def test_a_token_outside_the_kept_ones_has_no_log_prob_and_says_so() -> None:
+def test_top_k_token_logp_rejects_tokens_outside_the_top_k() -> None:
     teacher = TopK(torch.tensor([[4, 2], [0, 3]]), torch.tensor([[-0.5, -1.5], [-0.25, -2.0]]))
     assert teacher.token_logp(torch.tensor([2, 0])).tolist() == [-1.5, -0.25]
     with pytest.raises(ValueError, match="outside the teacher's kept top-k"):
         teacher.token_logp(torch.tensor([2, 1]))
 
 
-def test_the_exact_log_prob_of_a_token_is_looked_up() -> None:
+def test_exact_token_logp_gathers_the_targets() -> None:
     logp = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
     assert Exact(logp).token_logp(torch.tensor([1, 0])).exp().tolist() == pytest.approx([0.75, 0.5])
 
 
-def test_distributions_from_hidden_states_are_the_heads_at_the_temperature_that_sampled() -> None:
+def test_from_hidden_applies_head_and_temperature_by_hand() -> None:
     hidden = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     head = torch.nn.Linear(2, 2, bias=False)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_distributions_from_hidden_states_are_the_heads_at_the_temperature_that_
 
 
 @pytest.mark.parametrize("form", ["hidden", "exact", "top"])
-def test_parts_joined_and_cut_again_are_the_same_rows_in_order(form: str) -> None:
+def test_concatenate_keeps_the_order_of_rows_in_every_form(form: str) -> None:
     head = torch.nn.Linear(4, 7)
     hidden = torch.randn(6, 4)
     whole = FromHidden(hidden, head, 1.0)

@@ -1,4 +1,4 @@
-"""The fused loss stage of a linear head: the plain form's numbers and gradients, each product once, never (N, V) at once."""
+"""Fused linear loss: equal to the plain form, each matrix product once, never (N, V) in memory."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def plain(head: LinearHead) -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize("form", ["none", *FORMS])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_gradients_to_hidden_states_weight_and_bias_agree_with_finite_differences(form: str, name: str) -> None:
+def test_fused_loss_passes_gradcheck_for_hidden_states_weight_and_bias(form: str, name: str) -> None:
     options: dict[str, Any] = {}
     if form != "none":
         options = {"teacher": teacher_of(form), "divergence": DIVERGENCES[name]}
@@ -97,11 +97,11 @@ def test_gradients_to_hidden_states_weight_and_bias_agree_with_finite_difference
 @pytest.mark.parametrize("form", ["none", *FORMS])
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("chunk", [1, 3 * V, N * V, 99 * V])
-def test_every_number_and_gradient_is_that_of_the_plain_form(form: str, name: str, chunk: int) -> None:
+def test_fused_loss_equals_the_plain_form_in_statistics_and_gradients(form: str, name: str, chunk: int) -> None:
     options: dict[str, Any] = {}
     if form != "none":
         options = {"teacher": teacher_of(form), "divergence": DIVERGENCES[name], "teacher_tokens": form != "top"}
-    found = []
+    result = []
     for path in ("fused", "plain"):
         head = head_of(H, 2)
         leaves = [random(N, H, seed=1), head.weight_VH, head.bias_V]
@@ -112,8 +112,8 @@ def test_every_number_and_gradient_is_that_of_the_plain_form(form: str, name: st
         loss, stats = loss_and_stats(
             leaves[0], used, TokenInputs(targets(), 0.7, **options), weighed, chunk_elements=chunk
         )
-        found.append((loss.detach(), stats, torch.autograd.grad(3.0 * loss, leaves)))
-    (ours, our_stats, our_slopes), (theirs, their_stats, their_slopes) = found
+        result.append((loss.detach(), stats, torch.autograd.grad(3.0 * loss, leaves)))
+    (ours, our_stats, our_slopes), (theirs, their_stats, their_slopes) = result
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     for field, known in vars(their_stats).items():
         one = vars(our_stats)[field]
@@ -126,7 +126,7 @@ def test_every_number_and_gradient_is_that_of_the_plain_form(form: str, name: st
 
 
 @pytest.mark.parametrize("form", ["none", *FORMS])
-def test_measuring_alone_gives_the_same_numbers_without_a_gradient(form: str) -> None:
+def test_fused_statistics_without_loss_equal_those_with_loss(form: str) -> None:
     options: dict[str, Any] = (
         {} if form == "none" else {"teacher": teacher_of(form), "divergence": token_losses.REVERSE}
     )
@@ -141,7 +141,7 @@ def test_measuring_alone_gives_the_same_numbers_without_a_gradient(form: str) ->
             torch.testing.assert_close(one, known, rtol=1e-12, atol=1e-12)
 
 
-def test_a_loss_that_looks_at_nothing_has_no_gradient_and_a_part_that_is_not_trained_gets_none() -> None:
+def test_fused_loss_independent_of_the_statistics_has_zero_gradient() -> None:
     hidden, head = random(N, H, seed=1).requires_grad_(), head_of(H, 2)
 
     def constant(stats: TokenStats, some: slice) -> Tensor:
@@ -154,7 +154,7 @@ def test_a_loss_that_looks_at_nothing_has_no_gradient_and_a_part_that_is_not_tra
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(name: str) -> None:
+def test_fused_divergence_of_equal_models_is_zero_with_zero_gradient(name: str) -> None:
     head, hidden = head_of(H, 2, torch.float32), random(N, H, seed=1, dtype=torch.float32).requires_grad_()
 
     def divergence(stats: TokenStats, some: slice) -> Tensor:
@@ -169,23 +169,23 @@ def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(name: 
 
 
 @pytest.mark.parametrize("name", ["forward", "jsd"])
-def test_events_that_a_cached_teacher_excludes_add_nothing(name: str) -> None:
+def test_fused_loss_accepts_events_of_probability_zero_in_a_cached_teacher(name: str) -> None:
     logp = teacher_of("exact").materialize().logp_NV.clone()  # type: ignore[union-attr]
     logp[:, 3] = -math.inf
     teacher = Exact(torch.log_softmax(logp, dim=-1))
-    found = []
+    result = []
     for head in (head_of(H, 2), plain(head_of(H, 2))):
         hidden = random(N, H, seed=1).requires_grad_()
         loss, stats = loss_and_stats(hidden, head, TokenInputs(targets(), 0.7, teacher, DIVERGENCES[name]), weighed)
-        found.append((stats, *torch.autograd.grad(loss, hidden)))
-    assert found[0][0].divergence_N is not None and found[1][0].divergence_N is not None
-    torch.testing.assert_close(found[0][0].divergence_N, found[1][0].divergence_N.detach(), rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
+        result.append((stats, *torch.autograd.grad(loss, hidden)))
+    assert result[0][0].divergence_N is not None and result[1][0].divergence_N is not None
+    torch.testing.assert_close(result[0][0].divergence_N, result[1][0].divergence_N.detach(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(result[0][1], result[1][1], rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_stays_within_its_rounding_of_the_truth() -> None:
+def test_fused_loss_in_bfloat16_stays_within_rounding_of_float64() -> None:
     """The products are in bfloat16 (8 bits: 0.4 % a number); everything between them is in float32."""
-    found = {}
+    result = {}
     for dtype in (torch.float64, torch.bfloat16):
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(256, 64, generator=generator).bfloat16().to(dtype).requires_grad_()
@@ -206,10 +206,10 @@ def test_bfloat16_stays_within_its_rounding_of_the_truth() -> None:
             chunk_elements=1 << 14,
         )
         loss.backward()
-        found[dtype] = loss.detach(), stats, hidden.grad, weight.grad
+        result[dtype] = loss.detach(), stats, hidden.grad, weight.grad
         if dtype == torch.bfloat16:
             assert stats.logp_N.dtype == torch.float32 == loss.dtype
-    truth, rough = found[torch.float64], found[torch.bfloat16]
+    truth, rough = result[torch.float64], result[torch.bfloat16]
     assert rough[0].item() == pytest.approx(truth[0].item(), rel=5e-3)
     # A logit of size 5 is rounded by up to 0.016.
     assert (rough[1].logp_N - truth[1].logp_N).abs().max().item() < 0.04
@@ -219,7 +219,7 @@ def test_bfloat16_stays_within_its_rounding_of_the_truth() -> None:
         assert 0.0 < apart.item() < 0.02
 
 
-def test_every_matrix_product_is_done_once() -> None:
+def test_fused_loss_does_every_matrix_product_once() -> None:
     head, hidden = head_of(H, 2), random(N, H, seed=1).requires_grad_()
     head.weight_VH.requires_grad_()
     options: dict[str, Any] = {"teacher": teacher_of("hidden"), "divergence": token_losses.REVERSE}
@@ -256,7 +256,7 @@ def watched() -> Iterator[OperationLog]:
 
 
 @pytest.mark.parametrize("form", ["hidden", "top"])
-def test_the_logits_of_all_tokens_never_exist_at_once_in_either_pass(form: str) -> None:
+def test_fused_loss_never_holds_the_logits_of_all_tokens(form: str) -> None:
     count, chunk = 4000, 16 * V
     hidden = random(count, H, seed=1).requires_grad_()
     head = head_of(H, 2)

@@ -1,4 +1,4 @@
-"""Log-probs, entropy and divergences a token: by hand, chunked = whole, at the temperature that sampled."""
+"""Token statistics in the plain form: by hand, in chunks, at the sampling temperature."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def identity(logits: Tensor) -> Tensor:
     return logits
 
 
-def test_a_head_of_zeros_is_uniform() -> None:
-    found = token_stats(torch.randn(4, H), lambda x: x.new_zeros(len(x), V), TokenInputs(torch.arange(4), 1.0))
-    assert found.logp_N.tolist() == pytest.approx([-math.log(V)] * 4)
-    assert found.entropy_N.tolist() == pytest.approx([math.log(V)] * 4)
+def test_token_stats_of_a_zero_head_are_uniform() -> None:
+    result = token_stats(torch.randn(4, H), lambda x: x.new_zeros(len(x), V), TokenInputs(torch.arange(4), 1.0))
+    assert result.logp_N.tolist() == pytest.approx([-math.log(V)] * 4)
+    assert result.entropy_N.tolist() == pytest.approx([math.log(V)] * 4)
 
 
-def test_log_prob_and_entropy_by_hand_at_two_temperatures() -> None:
+def test_token_stats_by_hand_at_two_temperatures() -> None:
     logits = torch.tensor([[0.0, math.log(3.0)]] * 2)
     at_one = token_stats(logits, identity, TokenInputs(torch.tensor([0, 1]), 1.0))
     # softmax (0, ln 3) = (¼, ¾); entropy ¼ ln 4 + ¾ ln(4/3) = 0.34657 + 0.21576 = 0.56234
@@ -57,17 +57,17 @@ def measured(
 ) -> tuple[TokenStats, Tensor, Tensor]:
     """The stats, and the gradients of a weighted sum of log-probs and divergences to hidden states and head."""
     hidden = hidden.clone().requires_grad_()
-    found = token_stats(hidden, head, TokenInputs(targets, 0.7, **options), chunk_elements=chunk)  # type: ignore[arg-type]
+    result = token_stats(hidden, head, TokenInputs(targets, 0.7, **options), chunk_elements=chunk)  # type: ignore[arg-type]
     weight = torch.linspace(-1.0, 1.0, len(targets))
-    loss = (weight * found.logp_N).sum()
-    if found.divergence_N is not None:
-        loss = loss + (weight.square() * found.divergence_N).sum()
-    return found, *torch.autograd.grad(loss, (hidden, head.weight))
+    loss = (weight * result.logp_N).sum()
+    if result.divergence_N is not None:
+        loss = loss + (weight.square() * result.divergence_N).sum()
+    return result, *torch.autograd.grad(loss, (hidden, head.weight))
 
 
 @pytest.mark.parametrize("form", ["none", "hidden", "exact", "top"])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_chunked_equals_whole_in_values_and_in_gradients_to_hidden_states_and_head(form: str, name: str) -> None:
+def test_token_stats_in_chunks_equal_the_whole_in_values_and_gradients(form: str, name: str) -> None:
     head, hidden = torch.nn.Linear(H, V), torch.randn(N, H)
     targets = torch.randint(0, V, (N,))
     options: dict[str, object] = {}
@@ -85,7 +85,7 @@ def test_chunked_equals_whole_in_values_and_in_gradients_to_hidden_states_and_he
         torch.testing.assert_close(cut_to_head, to_head, rtol=1e-5, atol=1e-5)
 
 
-def test_the_logits_of_all_tokens_never_exist_at_once() -> None:
+def test_token_stats_never_hold_the_logits_of_all_tokens() -> None:
     rows: list[int] = []
     linear = torch.nn.Linear(H, V)
 
@@ -93,63 +93,63 @@ def test_the_logits_of_all_tokens_never_exist_at_once() -> None:
         rows.append(len(hidden))
         return linear(hidden)
 
-    found = token_stats(
+    result = token_stats(
         torch.randn(N, H), head, TokenInputs(torch.zeros(N, dtype=torch.long), 1.0), chunk_elements=4 * V
     )
-    found.logp_N.sum().backward()
+    result.logp_N.sum().backward()
     # 23 tokens in chunks of 4: one row to learn V, six chunks forward, and the same six again for the backward pass.
     assert max(rows) == 4
     assert sum(rows) == 1 + 2 * N
 
 
-def test_both_kls_are_measured_and_only_log_prob_and_divergence_carry_gradients() -> None:
+def test_token_stats_measure_both_kls_and_carry_gradients_only_in_log_prob_and_divergence() -> None:
     hidden = torch.randn(N, H, requires_grad=True)
     head = torch.nn.Linear(H, V)
     teacher = teachers(torch.nn.Linear(H, V))["exact"]
     assert isinstance(teacher, Exact)
     targets = torch.randint(0, V, (N,))
-    found = token_stats(hidden, head, TokenInputs(targets, 0.7, teacher, token_losses.FORWARD, teacher_tokens=True))
+    result = token_stats(hidden, head, TokenInputs(targets, 0.7, teacher, token_losses.FORWARD, teacher_tokens=True))
     student = torch.log_softmax(head(hidden) / 0.7, dim=-1)
     for ours, expected in (
-        (found.divergence_N, token_losses.forward_kl(student, teacher.logp_NV)),
-        (found.kl_teacher_student_N, token_losses.forward_kl(student, teacher.logp_NV)),
-        (found.kl_student_teacher_N, token_losses.reverse_kl(student, teacher.logp_NV)),
-        (found.teacher_logp_N, teacher.logp_NV[torch.arange(N), targets]),
+        (result.divergence_N, token_losses.forward_kl(student, teacher.logp_NV)),
+        (result.kl_teacher_student_N, token_losses.forward_kl(student, teacher.logp_NV)),
+        (result.kl_student_teacher_N, token_losses.reverse_kl(student, teacher.logp_NV)),
+        (result.teacher_logp_N, teacher.logp_NV[torch.arange(N), targets]),
     ):
         assert ours is not None
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-    carries = {name for name, one in vars(found).items() if one is not None and one.requires_grad}
+    carries = {name for name, one in vars(result).items() if one is not None and one.requires_grad}
     assert carries == {"logp_N", "divergence_N"}
 
 
-def test_no_gradient_reaches_the_teacher_even_where_it_could_be_trained() -> None:
+def test_token_stats_send_no_gradient_to_the_teacher() -> None:
     theirs = torch.nn.Linear(H, V)
     teacher = FromHidden(torch.randn(N, H), theirs, 1.0)
     head = torch.nn.Linear(H, V)
     targets = torch.zeros(N, dtype=torch.long)
-    found = token_stats(
+    result = token_stats(
         torch.randn(N, H), head, TokenInputs(targets, 1.0, teacher, DIVERGENCES["jsd"]), chunk_elements=3 * V
     )
-    assert found.divergence_N is not None
-    found.divergence_N.sum().backward()
+    assert result.divergence_N is not None
+    result.divergence_N.sum().backward()
     assert theirs.weight.grad is None
     assert head.weight.grad is not None and head.weight.grad.abs().max().item() > 1e-3
 
 
-def test_a_masked_vocabulary_entry_spoils_neither_entropy_nor_divergence() -> None:
+def test_token_stats_accept_masked_vocabulary_entries() -> None:
     logits = torch.tensor([[0.0, math.log(3.0), -math.inf]])
     teacher = Exact(torch.tensor([[0.5, 0.5, 0.0]]).log())
-    found = token_stats(logits, identity, TokenInputs(torch.tensor([1]), 1.0, teacher, token_losses.REVERSE))
-    assert found.entropy_N.item() == pytest.approx(0.562335, abs=1e-6)
-    assert found.divergence_N is not None and found.kl_teacher_student_N is not None
+    result = token_stats(logits, identity, TokenInputs(torch.tensor([1]), 1.0, teacher, token_losses.REVERSE))
+    assert result.entropy_N.item() == pytest.approx(0.562335, abs=1e-6)
+    assert result.divergence_N is not None and result.kl_teacher_student_N is not None
     # As for the two other events alone: KL(S‖T) = 0.130812, KL(T‖S) = 0.143841.
-    assert found.divergence_N.item() == pytest.approx(0.130812, abs=1e-6)
-    assert found.kl_teacher_student_N.item() == pytest.approx(0.143841, abs=1e-6)
+    assert result.divergence_N.item() == pytest.approx(0.130812, abs=1e-6)
+    assert result.kl_teacher_student_N.item() == pytest.approx(0.143841, abs=1e-6)
 
 
-def test_bfloat16_logits_are_normalised_in_float32() -> None:
+def test_token_stats_normalize_bfloat16_logits_in_float32() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=torch.bfloat16)  # exact in bfloat16
-    found = token_stats(logits, identity, TokenInputs(torch.tensor([2]), 1.0))
+    result = token_stats(logits, identity, TokenInputs(torch.tensor([2]), 1.0))
     # 2 − ln(1 + e + e² + e³) = 2 − 3.4401897
-    assert found.logp_N.dtype == torch.float32
-    assert found.logp_N.item() == pytest.approx(2.0 - 3.4401897, abs=1e-6)
+    assert result.logp_N.dtype == torch.float32
+    assert result.logp_N.item() == pytest.approx(2.0 - 3.4401897, abs=1e-6)

@@ -1,4 +1,4 @@
-"""The table of objectives: its rows, its λ axis with exact endpoints, and rewards written on rows."""
+"""Objectives: token losses by hand, exact endpoints of the λ axis, advantages of rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def annotated(policy: Policy, teacher: Policy) -> list[Row]:
     return [replace(row, reference_logp=logp) for row, logp in zip(rows, logps, strict=True)]
 
 
-def test_sparse_share_one_is_exactly_the_grpo_gradient_and_needs_no_teacher(policy: Policy, teacher: Policy) -> None:
+def test_mixed_with_sparse_share_one_equals_grpo_bitwise_and_needs_no_teacher(policy: Policy, teacher: Policy) -> None:
     rows = [replace(row, teacher=None) for row in annotated(policy, teacher)]
     grpo = gradient_of(policy, rows, stage_of("grpo", sparse=SPARSE))
     mixed = gradient_of(policy, rows, stage_of("mixed", sparse_share=1.0, sparse=SPARSE))
@@ -50,7 +50,7 @@ def test_sparse_share_one_is_exactly_the_grpo_gradient_and_needs_no_teacher(poli
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd", "sampled"])
-def test_sparse_share_zero_is_exactly_the_opd_gradient_and_needs_no_labels(
+def test_mixed_with_sparse_share_zero_equals_opd_bitwise_and_needs_no_labels(
     policy: Policy, teacher: Policy, divergence: str
 ) -> None:
     # Advantages and reference log-probs that would spoil any loss that looked at them.
@@ -67,7 +67,7 @@ def test_sparse_share_zero_is_exactly_the_opd_gradient_and_needs_no_labels(
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("divergence", ["reverse", "sampled"])
-def test_between_its_endpoints_the_gradient_is_the_weighted_sum_of_both(
+def test_mixed_gradient_is_the_weighted_sum_of_grpo_and_opd(
     policy: Policy, teacher: Policy, share: float, divergence: str
 ) -> None:
     rows = annotated(policy, teacher)
@@ -80,7 +80,7 @@ def test_between_its_endpoints_the_gradient_is_the_weighted_sum_of_both(
     assert furthest(mixed, grpo) > 0.01 * largest(grpo) and furthest(mixed, opd) > 0.01 * largest(opd)
 
 
-def test_the_loss_of_a_token_by_hand_for_every_row_of_the_table() -> None:
+def test_token_loss_of_every_objective_by_hand() -> None:
     rows = [replace(Row(rollout_of((5,), (7,))), advantage=2.0, reference_logp=torch.tensor([-1.0 + math.log(2.0)]))]
     batch = collate(rows, 0, CPU)
     student = TokenStats(
@@ -107,7 +107,7 @@ def test_the_loss_of_a_token_by_hand_for_every_row_of_the_table() -> None:
     assert {stage.objective for stage, _ in expected.values()} == set(LOSSES) == set(OBJECTIVES)
 
 
-def test_who_samples_and_what_is_asked_for() -> None:
+def test_source_and_signals_of_each_objective() -> None:
     asked = {
         name: (objective_of(stage).source, objective_of(stage).signals)
         for name, stage in {
@@ -129,7 +129,7 @@ def test_who_samples_and_what_is_asked_for() -> None:
     }
 
 
-def test_only_pure_grpo_without_a_reference_may_leave_out_rows_of_advantage_zero() -> None:
+def test_only_grpo_without_reference_kl_skips_rows_of_zero_advantage() -> None:
     idle = {
         share: objective_of(stage_of("mixed", sparse_share=share, sparse={"kl_coef": kl})).skip_zero_advantage
         for share, kl in ((1.0, 0.0), (0.5, 0.0), (0.0, 0.0))
@@ -142,29 +142,29 @@ def verdicts_of(rows: list[Row], right: int) -> list[Verdict]:
     return [Verdict(row.rollout.completion_ids[0] == right, "by hand") for row in rows]
 
 
-def test_rewards_become_advantages_group_by_group_and_uniform_groups_lie_still() -> None:
+def test_with_rewards_sets_advantages_by_group_and_marks_zero_gradient_rows() -> None:
     completions = ((10,), (11,), (12,), (13,), (20,), (21,), (22,), (23,))
     rows = [Row(rollout_of((1, 2) if c[0] < 20 else (1, 3), c, sample=i % 4)) for i, c in enumerate(completions)]
     stage = stage_of("grpo", sparse={"advantage": "dr_grpo", "kl_coef": 0.0})
-    found = with_rewards(rows, verdicts_of(rows, 11), stage, skip_zero_advantage=True)
+    result = with_rewards(rows, verdicts_of(rows, 11), stage, skip_zero_advantage=True)
     # Group 1 is 0, 1, 0, 0: mean ¼. Group 2 is all wrong: exactly 0.
-    assert [row.advantage for row in found] == [-0.25, 0.75, -0.25, -0.25, 0.0, 0.0, 0.0, 0.0]
-    assert [row.zero_gradient for row in found] == [False] * 4 + [True] * 4
-    assert [row.verdict.correct for row in found if row.verdict] == [False, True] + [False] * 6
+    assert [row.advantage for row in result] == [-0.25, 0.75, -0.25, -0.25, 0.0, 0.0, 0.0, 0.0]
+    assert [row.zero_gradient for row in result] == [False] * 4 + [True] * 4
+    assert [row.verdict.correct for row in result if row.verdict] == [False, True] + [False] * 6
     kept = with_rewards(rows, verdicts_of(rows, 11), stage, skip_zero_advantage=False)
     assert not any(row.zero_gradient for row in kept)
     assert all(row.verdict is None and row.advantage == 0.0 for row in rows)  # the rows given are left as they were
 
 
-def test_group_normalised_rewards_by_hand() -> None:
+def test_with_rewards_normalizes_by_group_by_hand() -> None:
     rows = [Row(rollout_of((1,), (c,), sample=i)) for i, c in enumerate((10, 11, 12, 13))]
-    found = with_rewards(rows, verdicts_of(rows, 10), stage_of("grpo"), True)
+    result = with_rewards(rows, verdicts_of(rows, 10), stage_of("grpo"), True)
     # ¾ / 0.4330 = √3, −¼ / 0.4330 = −1/√3
-    assert [row.advantage for row in found] == pytest.approx([math.sqrt(3), *[-1 / math.sqrt(3)] * 3], rel=1e-5)
+    assert [row.advantage for row in result] == pytest.approx([math.sqrt(3), *[-1 / math.sqrt(3)] * 3], rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["grpo", "opd", "constant"])
-def test_the_policy_gradient_of_an_engines_samples_averages_to_that_of_the_policys_own(objective: str) -> None:
+def test_importance_weights_make_an_engines_policy_gradient_unbiased(objective: str) -> None:
     """Σ_y q(y) · p(y)/q(y) · ∇loss(y) = Σ_y p(y) · ∇loss(y), summed over the whole vocabulary, for any engine's q."""
     torch.manual_seed(5)
     logits_V = torch.randn(6, dtype=torch.float64, requires_grad=True)
@@ -184,7 +184,7 @@ def test_the_policy_gradient_of_an_engines_samples_averages_to_that_of_the_polic
     assert (gradient(q_V, None) - own).abs().max() > 0.01  # without the weights it is another gradient
 
 
-def test_a_run_corrects_for_how_its_sampler_drew_where_a_cap_is_given(policy: Policy) -> None:
+def test_update_applies_importance_weights_if_a_cap_is_set(policy: Policy) -> None:
     rows = sampled_rows(policy)
     exact = logp_of(policy, [row.rollout for row in rows], 4096)
     # A sampler that claims to have drawn each token at twice its probability: every token counts half.
@@ -195,8 +195,8 @@ def test_a_run_corrects_for_how_its_sampler_drew_where_a_cap_is_given(policy: Po
     stage, optimizer = stage_of("grpo"), torch.optim.SGD(policy.model.parameters(), lr=0.0)
 
     def gradient(cap: float | None) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        found = update(policy, optimizer, doubled, objective_of(stage, cap), stage, 4096)
-        return {name: one.grad.clone() for name, one in policy.model.named_parameters() if one.grad is not None}, found
+        result = update(policy, optimizer, doubled, objective_of(stage, cap), stage, 4096)
+        return {name: one.grad.clone() for name, one in policy.model.named_parameters() if one.grad is not None}, result
 
     (plain, said), (half, measured) = gradient(None), gradient(2.0)
     assert furthest({name: one * 0.5 for name, one in plain.items()}, half) < 1e-6 < largest(half)

@@ -1,4 +1,4 @@
-"""Packed sequences: what each would be alone, no token sees another sequence, and a shared prompt is computed once."""
+"""Packed sequences: equal to each sequence alone, no leakage between them, shared prompts computed once."""
 
 from __future__ import annotations
 
@@ -49,50 +49,50 @@ def padded(policy: Policy) -> Policy:
     return replace(policy, supports_packing=False)
 
 
-def test_packing_by_hand() -> None:
-    ids, found = pack([((5, 6), (7, 2)), ((5, 6), (8,)), ((9,), (4,))], CPU)
+def test_pack_by_hand() -> None:
+    ids, result = pack([((5, 6), (7, 2)), ((5, 6), (8,)), ((9,), (4,))], CPU)
     assert ids.tolist() == [[5, 6, 7, 2, 8, 9, 4]]
-    assert found.position_1L.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
-    assert found.start_B == (2, 4, 6) and found.prompt_end_B == (1, 1, 5)
+    assert result.position_1L.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert result.start_B == (2, 4, 6) and result.prompt_end_B == (1, 1, 5)
     # One block, shortest first: (9, 4), (5, 6, 8), (5, 6, 7, 2), the first two padded with their own last token.
-    assert found.blocks == ((3, 4),)
-    assert found.to_blocks_M.tolist() == [5, 6, 6, 6, 0, 1, 4, 4, 0, 1, 2, 3]
-    assert ids[0][found.to_blocks_M[found.from_blocks_L]].tolist() == ids[0].tolist()
+    assert result.blocks == ((3, 4),)
+    assert result.to_blocks_M.tolist() == [5, 6, 6, 6, 0, 1, 4, 4, 0, 1, 2, 3]
+    assert ids[0][result.to_blocks_M[result.from_blocks_L]].tolist() == ids[0].tolist()
     # A token's own place is in its own sequence, at its own position.
-    assert [place % 4 for place in found.from_blocks_L.tolist()] == found.position_1L[0].tolist()
+    assert [place % 4 for place in result.from_blocks_L.tolist()] == result.position_1L[0].tolist()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("waste", [0, 1 << 20])
-def test_packed_tokens_have_the_hidden_states_of_each_sequence_alone(
+def test_packed_hidden_states_equal_those_of_each_sequence_alone(
     name: str, waste: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "MAX_WASTE", waste)
     policy = tiny_policy(name, seed=3)
     assert policy.supports_packing
-    ids, found = pack(TEXTS, CPU)
-    assert len(found.blocks) == (5 if waste == 0 else 1)
+    ids, result = pack(TEXTS, CPU)
+    assert len(result.blocks) == (5 if waste == 0 else 1)
     with torch.no_grad():
-        hidden = packed_hidden(policy.body, ids, found)
-        for (prompt, text), start, last in zip(TEXTS, found.start_B, found.prompt_end_B, strict=True):
+        hidden = packed_hidden(policy.body, ids, result)
+        for (prompt, text), start, last in zip(TEXTS, result.start_B, result.prompt_end_B, strict=True):
             alone = policy.body(input_ids=torch.tensor([prompt + text]), use_cache=False).last_hidden_state[0]
             torch.testing.assert_close(hidden[start : start + len(text)], alone[len(prompt) :], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(hidden[last], alone[len(prompt) - 1], rtol=1e-4, atol=1e-5)
 
 
-def test_what_stands_beside_a_sequence_cannot_change_it() -> None:
+def test_packed_sequences_do_not_influence_each_other() -> None:
     policy = tiny_policy(seed=3)
     with torch.no_grad():
         held = []
         for other in ((7, 8, 9, 3), (20, 21, 22, 23)):
-            ids, found = pack([((1, 6, 2), (10, 11)), ((1, 8, 2), other)], CPU)
-            start = found.start_B[0]
-            held.append((packed_hidden(policy.body, ids, found)[start : start + 2], found))
+            ids, result = pack([((1, 6, 2), (10, 11)), ((1, 8, 2), other)], CPU)
+            start = result.start_B[0]
+            held.append((packed_hidden(policy.body, ids, result)[start : start + 2], result))
     assert torch.equal(held[0][0], held[1][0])
 
 
 @pytest.mark.parametrize("objective", ["grpo", "opd", "sft"])
-def test_the_gradient_of_packed_rows_is_that_of_padded_ones(policy: Policy, teacher: Policy, objective: str) -> None:
+def test_packed_and_padded_rows_have_the_same_gradient(policy: Policy, teacher: Policy, objective: str) -> None:
     rows = taught(sampled_rows(policy, groups=4), teacher)
     assert policy.supports_packing and teacher.supports_packing
     stage = stage_of(objective, batch_size=16)
@@ -102,13 +102,13 @@ def test_the_gradient_of_packed_rows_is_that_of_padded_ones(policy: Policy, teac
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_scores_of_packed_rows_are_those_of_padded_ones(policy: Policy, temperature: float) -> None:
+def test_packed_and_padded_rows_have_the_same_log_probs(policy: Policy, temperature: float) -> None:
     rollouts = [row.rollout for row in sampled_rows(policy, groups=4, temperature=temperature)]
     for ours, theirs in zip(logp_of(policy, rollouts, 50), logp_of(padded(policy), rollouts, 50), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_shared_prompt_is_computed_once_and_its_gradient_comes_from_all_who_share_it(policy: Policy) -> None:
+def test_packed_forward_pass_computes_a_shared_prompt_once(policy: Policy) -> None:
     rows = sampled_rows(policy, groups=2, group_size=4)
     batch = collate_packed(rows, CPU)
     prompts = {row.rollout.prompt_ids for row in rows}
@@ -121,7 +121,7 @@ def test_a_shared_prompt_is_computed_once_and_its_gradient_comes_from_all_who_sh
     assert seen == [packed_tokens(rows)]
 
 
-def test_rows_of_very_different_length_do_not_share_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_by_length_separates_rows_of_very_different_length(monkeypatch: pytest.MonkeyPatch) -> None:
     # Widths 3 and 3 beside 900: padding two rows of 3 to 900 would cost 1.6 million scores.
     assert group_by_length([900, 3, 3]) == [[1, 2], [0]]
     assert group_by_length([40, 3, 3]) == [[1, 2, 0]]
@@ -129,7 +129,7 @@ def test_rows_of_very_different_length_do_not_share_a_block(monkeypatch: pytest.
     assert group_by_length([10, 8, 2, 9]) == [[2, 1, 3], [0]]  # up to 9: 243 scores for 149; with the 10: 400 for 249
 
 
-def test_gradient_checkpointing_and_bfloat16_pack_too(tmp_path: Path) -> None:
+def test_packing_works_with_gradient_checkpointing_and_bfloat16(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     for settings_, near in (({"gradient_checkpointing": True}, 1e-5), ({"dtype": "bfloat16"}, 0.05)):
         held = MODELS.model_copy(update=settings_)
@@ -141,7 +141,7 @@ def test_gradient_checkpointing_and_bfloat16_pack_too(tmp_path: Path) -> None:
         assert furthest(ours, theirs) < near * max(1.0, largest(theirs))
 
 
-def test_a_saved_model_says_nothing_of_packing(tmp_path: Path) -> None:
+def test_saved_model_config_does_not_mention_packing(tmp_path: Path) -> None:
     policy = tiny_policy()
     save_policy(policy, tmp_path, torch.float32)
     assert ATTENTION not in (tmp_path / "config.json").read_text()
@@ -158,13 +158,13 @@ def test_a_saved_model_says_nothing_of_packing(tmp_path: Path) -> None:
         ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}),
     ],
 )
-def test_models_whose_attention_is_not_plain_are_padded(name: str, more: dict[str, object]) -> None:
+def test_models_without_plain_causal_attention_are_padded(name: str, more: dict[str, object]) -> None:
     policy = tiny_policy(name, **more)
     assert not policy.supports_packing
     assert policy.model.config._attn_implementation == "sdpa"
     rollouts = [rollout_of(prompt, text) for prompt, text in TEXTS]
-    found = logp_of(policy, rollouts, 64)
-    for rollout, logp in zip(rollouts, found, strict=True):
+    result = logp_of(policy, rollouts, 64)
+    for rollout, logp in zip(rollouts, result, strict=True):
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
         with torch.no_grad():
             logits = policy.model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
@@ -172,7 +172,7 @@ def test_models_whose_attention_is_not_plain_are_padded(name: str, more: dict[st
         torch.testing.assert_close(logp, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_mixes_packed_sequences_is_found_out_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_leaks_between_packed_sequences_falls_back_to_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """An architecture that the list takes for plain and that is not: here one whose attention sees everything."""
 
     def leaking(module, query, key, value, mask, *, packing=None, scaling=None, **others):  # type: ignore[no-untyped-def]
@@ -189,7 +189,7 @@ def test_a_model_that_mixes_packed_sequences_is_found_out_before_it_trains(monke
     lengths=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 30)), min_size=1, max_size=24),
     budget=st.integers(1, 200),
 )
-def test_packed_microbatches_respect_the_budget_and_lose_nothing(lengths: list[tuple[int, int]], budget: int) -> None:
+def test_packed_microbatches_respect_the_budget_and_keep_every_row(lengths: list[tuple[int, int]], budget: int) -> None:
     rows = [Row(rollout_of((5,) * p, (7,) * c, sample=i)) for i, (p, c) in enumerate(lengths)]
     parts = packed_microbatches(rows, budget)
     assert sorted(row.rollout.sample for part in parts for row in part) == list(range(len(rows)))
@@ -198,7 +198,7 @@ def test_packed_microbatches_respect_the_budget_and_lose_nothing(lengths: list[t
         assert len(parts) == 1
 
 
-def test_microbatches_are_alike_in_tokens_and_keep_prompts_together() -> None:
+def test_packed_microbatches_have_similar_sizes_and_keep_prompts_together() -> None:
     rows = [Row(rollout_of((5,) * 10, (7,) * 10, sample=i)) for i in range(8)]
     rows += [Row(rollout_of((6,) * 10, (7,) * 10, sample=i)) for i in range(8)]
     # 10 + 80 tokens a prompt, 180 in all: two parts of 90 and no prompt twice.

@@ -1,4 +1,4 @@
-"""Every loss against numbers worked out by hand, its gradient against finite differences, its limits and its edges."""
+"""Token losses: numbers worked out by hand, gradients against finite differences, limits and edge cases."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ def random_logp(rows: int = 6, events: int = 5, seed: int = 0) -> Tensor:
         (0.95, -1.0, 0.1, 0.5, 0.95, 0.95),
     ],
 )
-def test_the_policy_gradient_clips_only_what_would_go_further_the_same_way(
+def test_policy_gradient_clips_only_updates_beyond_the_trust_region(
     ratio: float, advantage: float, low: float, high: float, loss: float, gradient: float
 ) -> None:
     old = torch.tensor([-1.3], dtype=torch.float64)
     student = (old + math.log(ratio)).requires_grad_()
-    found = token_losses.policy_gradient(student, old, torch.tensor([advantage], dtype=torch.float64), low, high)
-    assert found.item() == pytest.approx(loss, rel=1e-12)
-    assert torch.autograd.grad(found.sum(), student)[0].item() == pytest.approx(gradient, rel=1e-12)
+    result = token_losses.policy_gradient(student, old, torch.tensor([advantage], dtype=torch.float64), low, high)
+    assert result.item() == pytest.approx(loss, rel=1e-12)
+    assert torch.autograd.grad(result.sum(), student)[0].item() == pytest.approx(gradient, rel=1e-12)
 
 
-def test_the_policy_gradient_at_ratio_one_is_minus_the_advantage_whatever_the_log_prob() -> None:
+def test_policy_gradient_at_ratio_one_is_minus_the_advantage() -> None:
     student = torch.tensor([-0.1, -2.0, -30.0], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([1.5, -0.5, 2.0], dtype=torch.float64)
     token_losses.policy_gradient(student, student.detach(), advantages, 0.2, 0.2).sum().backward()
@@ -71,25 +71,25 @@ def test_the_policy_gradient_at_ratio_one_is_minus_the_advantage_whatever_the_lo
     assert student.grad.tolist() == (-advantages).tolist()
 
 
-def test_the_policy_gradient_agrees_with_finite_differences_away_from_the_clip_edges() -> None:
+def test_policy_gradient_passes_gradcheck_away_from_the_clip_edges() -> None:
     old = torch.tensor([-1.0, -2.0, -0.5, -1.5], dtype=torch.float64)
     student = (old + torch.tensor([1.1, 0.5, 1.6, 0.7], dtype=torch.float64).log()).requires_grad_()
     advantages = torch.tensor([1.0, 2.0, -1.0, -2.0], dtype=torch.float64)
     assert gradcheck(lambda x: token_losses.policy_gradient(x, old, advantages, 0.2, 0.3), (student,))
 
 
-def test_the_k3_estimate_by_hand_is_zero_at_equality_and_positive_on_both_sides() -> None:
+def test_reference_kl_k3_by_hand() -> None:
     student = torch.tensor([-1.0, -1.0 - LN2, -1.0 + LN2], dtype=torch.float64, requires_grad=True)
     reference = torch.full((3,), -1.0, dtype=torch.float64)
-    found = token_losses.reference_kl(student, reference)
+    result = token_losses.reference_kl(student, reference)
     # d = 0: 1 − 0 − 1 = 0;  d = ln 2: 2 − 0.6931 − 1 = 0.3069;  d = −ln 2: ½ + 0.6931 − 1 = 0.1931
-    assert found.tolist() == pytest.approx([0.0, 1.0 - LN2, LN2 - 0.5], abs=1e-12)
+    assert result.tolist() == pytest.approx([0.0, 1.0 - LN2, LN2 - 0.5], abs=1e-12)
     # Its derivative by the student is 1 − exp(d): 0, −1, ½.
-    assert torch.autograd.grad(found.sum(), student)[0].tolist() == pytest.approx([0.0, -1.0, 0.5], abs=1e-12)
+    assert torch.autograd.grad(result.sum(), student)[0].tolist() == pytest.approx([0.0, -1.0, 0.5], abs=1e-12)
     assert gradcheck(lambda x: token_losses.reference_kl(x, reference), (student,))
 
 
-def test_the_k3_estimate_averaged_over_the_student_is_its_kl_to_the_reference() -> None:
+def test_reference_kl_k3_is_unbiased_over_the_vocabulary() -> None:
     student, reference = random_logp(1, 7, seed=1), random_logp(1, 7, seed=2)
     averaged = (student.exp() * token_losses.reference_kl(student, reference)).sum()
     assert averaged.item() == pytest.approx(token_losses.reverse_kl(student, reference).item(), rel=1e-12)
@@ -97,12 +97,12 @@ def test_the_k3_estimate_averaged_over_the_student_is_its_kl_to_the_reference() 
 
 def test_cross_entropy_is_minus_the_log_prob() -> None:
     student = torch.tensor([math.log(0.25), math.log(0.5)], dtype=torch.float64, requires_grad=True)
-    found = token_losses.cross_entropy(student)
-    assert found.tolist() == pytest.approx([2 * LN2, LN2], rel=1e-12)
+    result = token_losses.cross_entropy(student)
+    assert result.tolist() == pytest.approx([2 * LN2, LN2], rel=1e-12)
     assert gradcheck(token_losses.cross_entropy, (student,))
 
 
-def test_the_divergences_by_hand() -> None:
+def test_divergences_by_hand() -> None:
     student, teacher = logp(0.25, 0.75), logp(0.5, 0.5)
     # KL(T‖S) = ½ ln(½ / ¼) + ½ ln(½ / ¾) = 0.34657 − 0.20273 = 0.14384
     assert token_losses.forward_kl(student, teacher).item() == pytest.approx(0.1438410, abs=1e-7)
@@ -118,28 +118,28 @@ def test_the_divergences_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_a_divergence_agrees_with_finite_differences_by_the_students_logits(name: str) -> None:
+def test_divergences_pass_gradcheck_by_the_students_logits(name: str) -> None:
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     teacher = random_logp(4, 5, seed=3)
     assert gradcheck(lambda x: DIVERGENCES[name](torch.log_softmax(x, dim=-1), teacher), (logits,))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_a_divergence_of_equal_distributions_is_zero_with_zero_gradient(name: str) -> None:
+def test_divergences_of_equal_distributions_are_zero_with_zero_gradient(name: str) -> None:
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     student = torch.log_softmax(logits, dim=-1)
-    found = DIVERGENCES[name](student, student.detach())
-    assert found.tolist() == pytest.approx([0.0] * 4, abs=1e-15)
-    assert torch.autograd.grad(found.sum(), logits)[0].abs().max().item() < 1e-15
+    result = DIVERGENCES[name](student, student.detach())
+    assert result.tolist() == pytest.approx([0.0] * 4, abs=1e-15)
+    assert torch.autograd.grad(result.sum(), logits)[0].abs().max().item() < 1e-15
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_a_divergence_of_different_distributions_is_positive_and_unreduced(name: str) -> None:
+def test_divergences_of_different_distributions_are_positive_and_unreduced(name: str) -> None:
     student, teacher = random_logp(6, 5, seed=4), random_logp(6, 5, seed=5)
-    found = DIVERGENCES[name](student, teacher)
+    result = DIVERGENCES[name](student, teacher)
     alone = [DIVERGENCES[name](student[i : i + 1], teacher[i : i + 1]).item() for i in range(6)]
     assert min(alone) > 1e-3
-    assert found.tolist() == pytest.approx(alone, rel=1e-12)
+    assert result.tolist() == pytest.approx(alone, rel=1e-12)
 
 
 def test_jsd_is_symmetric_at_one_half_and_mirrored_elsewhere() -> None:
@@ -165,7 +165,7 @@ def test_jsd_divided_by_its_share_tends_to_the_two_kls() -> None:
     )
 
 
-def test_an_event_that_neither_can_produce_adds_nothing_to_value_or_gradient() -> None:
+def test_divergences_ignore_events_of_probability_zero_in_both_distributions() -> None:
     teacher = logp(0.5, 0.5, 0.0)
     for divergence in DIVERGENCES.values():
         with_it = logp(0.25, 0.75, 0.0).requires_grad_()
@@ -176,7 +176,7 @@ def test_an_event_that_neither_can_produce_adds_nothing_to_value_or_gradient() -
         assert gradient == pytest.approx([*torch.autograd.grad(expected.sum(), without)[0][0].tolist(), 0.0], rel=1e-12)
 
 
-def test_events_that_only_one_side_can_produce_give_the_limit_and_not_nan() -> None:
+def test_divergences_of_one_sided_zero_probability_give_the_limit_and_not_nan() -> None:
     sure, even = logp(1.0, 0.0), logp(0.5, 0.5)
     # 0 · ln 0 = 0: KL((1, 0) ‖ (½, ½)) = ln 2, seen from either loss; the other direction is infinite.
     assert token_losses.reverse_kl(sure, even).item() == pytest.approx(LN2, rel=1e-12)
@@ -189,27 +189,27 @@ def test_events_that_only_one_side_can_produce_give_the_limit_and_not_nan() -> N
     assert token_losses.jsd(sure, even, 0.5).item() == pytest.approx(0.2157616, abs=1e-7)
 
 
-def test_masked_logits_of_the_student_get_a_finite_gradient() -> None:
+def test_divergences_have_a_finite_gradient_at_masked_student_logits() -> None:
     """A model that masks unused vocabulary entries gives log-probs of −inf there."""
     logits = torch.tensor([[1.0, 0.0, -math.inf]], dtype=torch.float64, requires_grad=True)
     for teacher in (logp(0.5, 0.5, 0.0), logp(1.0, 0.0, 0.0)):
         for name in ("forward", "jsd half"):
-            found = DIVERGENCES[name](torch.log_softmax(logits, dim=-1), teacher)
-            gradient = torch.autograd.grad(found.sum(), logits)[0]
+            result = DIVERGENCES[name](torch.log_softmax(logits, dim=-1), teacher)
+            gradient = torch.autograd.grad(result.sum(), logits)[0]
             assert gradient[0, 2].item() == 0.0
             assert gradient[0, 0].item() == pytest.approx(-gradient[0, 1].item(), rel=1e-9)
 
 
-def test_the_sampled_reverse_kl_by_hand() -> None:
+def test_sampled_reverse_kl_by_hand() -> None:
     student = torch.tensor([math.log(0.25)], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([math.log(0.5)], dtype=torch.float64)
-    found = token_losses.sampled_reverse_kl(student, student.detach(), teacher, 0.2, 0.2)
+    result = token_losses.sampled_reverse_kl(student, student.detach(), teacher, 0.2, 0.2)
     # Advantage ln ½ − ln ¼ = ln 2, ratio 1: loss −ln 2, gradient −ln 2: the token becomes likelier.
-    assert found.item() == pytest.approx(-LN2, rel=1e-12)
-    assert torch.autograd.grad(found.sum(), student)[0].item() == pytest.approx(-LN2, rel=1e-12)
+    assert result.item() == pytest.approx(-LN2, rel=1e-12)
+    assert torch.autograd.grad(result.sum(), student)[0].item() == pytest.approx(-LN2, rel=1e-12)
 
 
-def test_the_sampled_gradient_averaged_over_the_vocabulary_is_the_full_reverse_kl_gradient() -> None:
+def test_sampled_reverse_kl_gradient_averages_to_the_full_reverse_kl_gradient() -> None:
     logits = torch.randn(1, 9, dtype=torch.float64, requires_grad=True)
     teacher = random_logp(1, 9, seed=8)
     student = torch.log_softmax(logits, dim=-1)
@@ -221,7 +221,7 @@ def test_the_sampled_gradient_averaged_over_the_vocabulary_is_the_full_reverse_k
     torch.testing.assert_close(sampled, full, rtol=1e-12, atol=1e-15)
 
 
-def test_the_sampled_gradient_is_unbiased_also_after_the_policy_has_moved_within_the_clip() -> None:
+def test_sampled_reverse_kl_gradient_is_unbiased_after_an_update_within_the_clip() -> None:
     """Tokens drawn from the old policy, weighed by the importance ratio, give the gradient at the new one."""
     logits = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
     old = torch.log_softmax(logits.detach() + 0.05 * torch.randn(1, 6, dtype=torch.float64), dim=-1)
@@ -233,7 +233,7 @@ def test_the_sampled_gradient_is_unbiased_also_after_the_policy_has_moved_within
     torch.testing.assert_close(sampled, full, rtol=1e-10, atol=1e-14)
 
 
-def test_an_engines_token_counts_as_often_as_the_trainer_would_have_drawn_it_up_to_the_cap() -> None:
+def test_truncated_importance_by_hand_without_gradient() -> None:
     old, drawn = (torch.tensor(values).log() for values in ([0.3, 0.1, 0.25], [0.1, 0.2, 0.25]))
     # 0.3 / 0.1 = 3, cut to 2; 0.1 / 0.2 = ½; equal: 1.
     torch.testing.assert_close(token_losses.truncated_importance(old, drawn, 2.0), torch.tensor([2.0, 0.5, 1.0]))

@@ -272,7 +272,7 @@ def test_a_killed_worker_is_replaced_and_an_interrupted_study_goes_on_as_if_noth
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said + rest
     assert rest.count("stopping after this step, with a checkpoint") == 1
-    assert f"headwater: interrupted; the same command with --out {out} goes on from here" in rest
+    assert f"headwater: interrupted; the same command with --out {out} resumes" in rest
     for path in out.glob("nodes/*/metrics.jsonl"):
         # A worker that took over from the killed one may not have begun when it was asked to stop: then there is none.
         held = sorted((path.parent / "checkpoint").glob("[0-9]*"))

@@ -22,9 +22,18 @@ from headwater.storage.run_dir import NodeDir
 from headwater.tasks.word_problems import WordsDials, pool_of
 from tiny import CPU
 from tools.pretrain import desk
-from tools.pretrain.desk import Joined, batches, pack, pretrain_desk, train
-from tools.pretrain.desk_models import DESK, SHIPPED, DeskSpec, config_of, make_tokenizer, shipped_tokenizer, shortened
-from tools.pretrain.pocket import ASSISTANT, END, IGNORED, SPECIAL, USER, optimizers_of
+from tools.pretrain.__main__ import main
+from tools.pretrain.desk import CombinedOptimizer, batches, pack, pretrain_desk, train
+from tools.pretrain.desk_models import (
+    DESK,
+    SHIPPED,
+    DeskSpec,
+    make_tokenizer,
+    model_config,
+    shipped_tokenizer,
+    with_steps,
+)
+from tools.pretrain.pocket import ASSISTANT, END, IGNORE_INDEX, SPECIAL, USER, make_optimizers
 
 TINY = DeskSpec(
     hidden=32, layers=1, heads=2, kv_heads=1, worked_steps=4, mixture_steps=2, batch=4, width=256, lr=1e-2,
@@ -39,7 +48,7 @@ TOKENIZER = shipped_tokenizer()
 def test_configs_and_one_tokenizer_ship_without_weights_in_less_than_a_megabyte() -> None:
     files = [file for file in SHIPPED.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 1_000_000
-    assert {file.suffix for file in files} == {".json", ".jinja", ".txt"}
+    assert {file.suffix for file in files} == {".json", ".jinja"}
     assert {folder.name for folder in SHIPPED.iterdir() if folder.is_dir()} == set(DESK)
     for what in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert len({(SHIPPED / name / what).read_bytes() for name in DESK}) == 1
@@ -52,7 +61,7 @@ def test_shipped_shapes_are_those_of_the_specs_and_as_large_as_is_said() -> None
     assert 10e6 < parameters["student"] < 30e6
     assert all(30e6 < parameters[name] < 150e6 for name in DESK if name != "student")
     for name, spec in DESK.items():
-        held = AutoModelForCausalLM.from_config(config_of(replace(spec, layers=1), TOKENIZER)).config
+        held = AutoModelForCausalLM.from_config(model_config(replace(spec, layers=1), TOKENIZER)).config
         shipped = AutoConfig.from_pretrained(SHIPPED / name)
         assert (held.hidden_size, held.head_dim, held.vocab_size) == (shipped.hidden_size, 64, 4096)
         assert shipped.num_hidden_layers == spec.layers and shipped.eos_token_id == TOKENIZER.eos_token_id
@@ -96,8 +105,8 @@ def test_packed_rows_hold_what_the_chat_template_makes_with_loss_on_completions_
     assert ids[0].tolist() == [*wanted[0], *wanted[1], TOKENIZER.pad_token_id]
     assert ids[1, : len(wanted[2])].tolist() == wanted[2]
     assert positions[0].tolist() == [*range(len(wanted[0])), *range(len(wanted[1])), 0]
-    assert TOKENIZER.decode(labels[0][labels[0] != IGNORED]) == "".join(f"{one}{END}" for _, one in pairs[:2])
-    assert TOKENIZER.decode(labels[1][labels[1] != IGNORED]) == f"y{END}"
+    assert TOKENIZER.decode(labels[0][labels[0] != IGNORE_INDEX]) == "".join(f"{one}{END}" for _, one in pairs[:2])
+    assert TOKENIZER.decode(labels[1][labels[1] != IGNORE_INDEX]) == f"y{END}"
     with pytest.raises(ValueError, match="does not fit into rows of 5"):
         pack(TOKENIZER, pairs, 5)
 
@@ -107,7 +116,7 @@ def test_a_solution_in_a_packed_row_is_scored_as_it_is_alone() -> None:
     ids, _, positions = pack(TOKENIZER, pairs, TINY.width)
     assert len(ids) < len(pairs)  # so that some do share a row
     torch.manual_seed(1)
-    learner = AutoModelForCausalLM.from_config(config_of(replace(TINY, layers=2), TOKENIZER), dtype=torch.float32)
+    learner = AutoModelForCausalLM.from_config(model_config(replace(TINY, layers=2), TOKENIZER), dtype=torch.float32)
     learner.requires_grad_(False)
     for parameter in learner.parameters():  # at the usual scale all logits are near 0, and a leak would hardly show
         parameter.mul_(5.0)
@@ -130,7 +139,7 @@ def test_a_steps_problems_depend_on_seed_and_step_alone_also_when_workers_make_t
 
 
 def test_shortened_training_keeps_the_proportion_of_worked_steps() -> None:
-    spec = shortened(DESK["student"], 12)  # 4000 worked of 4800
+    spec = with_steps(DESK["student"], 12)  # 4000 worked of 4800
     assert (spec.worked_steps, spec.mixture_steps, spec.hidden) == (10, 2, 384)
 
 
@@ -156,18 +165,18 @@ def test_rows_that_are_passed_one_by_one_count_as_much_as_together(
 ) -> None:
     spec = replace(TINY, worked_steps=1, mixture_steps=0, batch=8)
     together = train(spec, NodeDir(tmp_path), CPU, seed=101)[1]
-    monkeypatch.setattr(desk, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(desk, "MICROBATCH_ROWS", 1)
     assert len(pack(TOKENIZER, next(batches(spec, 101)), spec.width)[0]) > 1
     assert train(spec, NodeDir(tmp_path), CPU, seed=101)[1] == pytest.approx(together, rel=1e-3)
 
 
 def test_two_optimizers_are_told_apart_in_one_state() -> None:
     learner = torch.nn.ModuleDict({"layer": torch.nn.Linear(3, 2), "embed": torch.nn.Embedding(4, 3)})
-    parts = optimizers_of(learner, 0.1)  # type: ignore[arg-type]
+    parts = make_optimizers(learner, 0.1)  # type: ignore[arg-type]
     learner["layer"](learner["embed"](torch.tensor([1, 2]))).sum().backward()
     for part in parts:
         part.step()
-    held = Joined(parts).state_dict()
+    held = CombinedOptimizer(parts).state_dict()
     # Muon's one matrix is number 0; AdamW's bias and embedding follow.
     assert {index: sorted(state) for index, state in held["state"].items()} == {
         0: ["momentum_buffer"],
@@ -244,7 +253,8 @@ def test_without_weights_a_run_is_refused_in_a_sentence_that_says_what_makes_the
     said = runs.call(verb, "desk", "--out", elsewhere / "out", *SETS)
     assert said.code == code
     assert (
-        "models.student: desk:student has no weights yet; `headwater pretrain desk` makes them" in said.err + said.out
+        "models.student: desk:student has no weights yet; `python -m tools.pretrain desk`, in a checkout"
+        in said.err + said.out
     )
     assert not (elsewhere / "out").exists()
 
@@ -264,7 +274,7 @@ def test_a_name_stands_for_the_folder_here_once_that_holds_weights(elsewhere: Pa
 
 
 def test_pretrained_tiny_models_go_through_all_four_stages_of_the_recipe(elsewhere: Path) -> None:
-    said = runs.call("pretrain", "desk", "--models", "student,teacher", "--steps", "3", "--device", "cpu")
+    said = runs.call("desk", "--models", "student,teacher", "--steps", "3", "--device", "cpu", entry=main)
     assert said.code == 0, said.err
     assert "desk/student: solves" in said.out and "desk/teacher: solves" in said.out
     assert AutoTokenizer.from_pretrained("desk/student").get_vocab() == TOKENIZER.get_vocab()
@@ -287,7 +297,7 @@ def test_a_model_that_is_made_is_left_alone_and_another_spec_makes_it_anew(
 ) -> None:
     monkeypatch.setattr(desk, "MEASURED_PROBLEMS", 3)
     monkeypatch.setattr(desk, "MEASURED_TOKENS", 8)
-    spec, steps = shortened(TINY, 2), []
+    spec, steps = with_steps(TINY, 2), []
 
     def seen(step: int, total: int, loss: float) -> None:
         steps.append((step, total))
@@ -295,7 +305,7 @@ def test_a_model_that_is_made_is_left_alone_and_another_spec_makes_it_anew(
     first = pretrain_desk("student", tmp_path, spec, CPU, progress=seen)
     assert pretrain_desk("student", tmp_path, spec, CPU, progress=seen) == first
     assert steps == [(1, 2), (2, 2)]
-    pretrain_desk("student", tmp_path, shortened(TINY, 3), CPU, progress=seen)
+    pretrain_desk("student", tmp_path, with_steps(TINY, 3), CPU, progress=seen)
     assert steps[2:] == [(1, 3), (2, 3), (3, 3)]
     assert first["its own difficulty"].problems == 3
 
@@ -303,13 +313,14 @@ def test_a_model_that_is_made_is_left_alone_and_another_spec_makes_it_anew(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("pretrain", "house"), "pretrain house: only `pocket` and `desk` are known"),
-        (("pretrain", "desk", "--models", "giant"), "--models giant: no such desk model; there are student,"),
-        (("pretrain", "pocket", "--steps", "9"), "pretrain pocket: --steps and --device belong to `pretrain desk`"),
+        (("house",), "No such command 'house'"),
+        (("desk", "--models", "giant"), "--models giant: no such desk model; there are student,"),
+        (("pocket", "--models", "qwen9"), "--models qwen9: no such pocket model; there are qwen3-student,"),
+        (("pocket", "--steps", "9"), "No such option: --steps"),
     ],
 )
 def test_what_cannot_be_pretrained_is_refused_in_a_sentence(words: tuple[str, ...], said: str, elsewhere: Path) -> None:
-    refused = runs.call(*words)
+    refused = runs.call(*words, entry=main)
     assert refused.code == 2 and said in refused.err
     assert not any(elsewhere.iterdir())
 

@@ -16,7 +16,7 @@ from tools.pretrain.pocket import (
     ALPHABET,
     ASSISTANT,
     END,
-    IGNORED,
+    IGNORE_INDEX,
     PAD,
     POCKET,
     SPECIAL,
@@ -121,8 +121,8 @@ def test_training_text_is_exactly_what_the_chat_template_makes_and_only_the_comp
         expected = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
         assert row[: len(expected)].tolist() == expected
         assert set(row[len(expected) :].tolist()) <= {tokenizer.pad_token_id}
-        assert tokenizer.decode(target[target != IGNORED]) == completion + END
-        assert (target[: len(problem) + 2] == IGNORED).all()
+        assert tokenizer.decode(target[target != IGNORE_INDEX]) == completion + END
+        assert (target[: len(problem) + 2] == IGNORE_INDEX).all()
 
 
 def test_training_reads_the_pretraining_pool_only_and_worked_solutions_first() -> None:

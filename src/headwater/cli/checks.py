@@ -1,0 +1,115 @@
+"""Commands that check before training: doctor, probe, validate and grade."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headwater.cli.options import Device, Json, Out, RecipeName, Set, TaskName, parse_arms, recipe_changes
+from headwater.config.arms import DEFAULT_ARM
+from headwater.errors import RefusedError
+
+commands = typer.Typer()
+
+
+@commands.command()
+def doctor(
+    recipe: RecipeName,
+    arms: Annotated[
+        str, typer.Option("--arms", "--arm", help="Arms to be run, separated by commas, or `all`.")
+    ] = DEFAULT_ARM,
+    out: Out = None,
+    set_: Set = None,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Check everything that could fail or spoil a run; exit 3 with named findings. `run` and `study` do this first."""
+    from headwater.config.builtin import find_recipe
+    from headwater.doctor.checks import diagnose
+    from headwater.runs.setup import set_up
+
+    resolved = find_recipe(recipe, recipe_changes(set_, device))
+    names = parse_arms(arms)
+    set_up(resolved.compute)
+    diagnosis = diagnose(resolved, names, [resolved.seed], out or Path("runs") / resolved.name)
+    print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text())
+    if diagnosis.errors:
+        raise RefusedError(f"refused: {diagnosis.error_names}")
+
+
+@commands.command()
+def probe(
+    recipe: RecipeName,
+    problems: Annotated[
+        int | None, typer.Option("--problems", min=2, help="Labelled problems to sample; 128 by default.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=2, help="Completions per problem; 8 or the group size by default.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory of the later run: stores the result and the label checks.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the sampled problems and of every draw.")] = None,
+    set_: Set = None,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Measure how ready student and teacher are, and recommend where to spend the labels, with reasons."""
+    from headwater.cli.probe_table import probe_tables
+    from headwater.config.builtin import find_recipe
+    from headwater.doctor import probe as probes
+    from headwater.report.format import console
+    from headwater.runs.progress import progress_display
+
+    resolved = find_recipe(recipe, recipe_changes(set_, device))
+    seed = resolved.seed if seed is None else seed
+    result = probes.probe(resolved, problems, samples, seed, out, progress_display(quiet=json_))
+    if json_:
+        print(json.dumps(result))
+    else:
+        console().print(probe_tables(result))
+
+
+@commands.command()
+def grade(
+    data: Annotated[Path, typer.Option("--data", help='JSONL of {"id","gold","completion"} rows.')],
+    task: TaskName = "maths",
+    seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="Wall-clock limit per completion.")] = 2.0,
+    workers: Annotated[int, typer.Option("--workers", min=1)] = 2,
+) -> None:
+    """Grade completions: one JSON line out for each row in, in order."""
+    from headwater.data.validate import grade_file
+
+    for row in grade_file(data, task=task, seconds=seconds, workers=workers):
+        print(json.dumps(row, ensure_ascii=False))
+
+
+@commands.command()
+def validate(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="JSONL, Parquet, a `datasets` folder or a hub id.")],
+    task: TaskName = "maths",
+    problem_column: Annotated[str | None, typer.Option("--problem", help="Column of the problem.")] = None,
+    answer_column: Annotated[str | None, typer.Option("--answer", help="Column of the answer.")] = None,
+    json_: Json = False,
+) -> None:
+    """Grade every gold answer with its own grader and list those that fail. Exit 3 if any does."""
+    from headwater.config.recipe import Columns, Source
+    from headwater.data.validate import validate as validate_source
+
+    columns = Columns(problem=problem_column, answer=answer_column)
+    result = validate_source(Source(path=data, columns=columns), task)
+    if json_:
+        print(json.dumps(asdict(result)))
+    else:
+        for problem_id, gold, reason in result.failed:
+            print(f"{problem_id}: gold {gold!r:.80} grades {reason}")
+        print(
+            f"{data}: {result.total} gold answers, {len(result.failed)} fail; {result.duplicates} repeated rows, "
+            f"{len(result.contradictions)} problems with contradicting answers, {len(result.without_answer)} without an answer"
+        )
+    sys.exit(0 if result.ok else 3)

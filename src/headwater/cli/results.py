@@ -1,0 +1,144 @@
+"""Commands on results and models: report, watch, eval, merge and push."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headwater.cli.options import EvalOptions, Json, with_options
+from headwater.errors import RefusedError, UserError
+
+commands = typer.Typer()
+
+
+@commands.command()
+def report(
+    dirs: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Run directories of one recipe.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write; the first DIR by default.")] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Prove from the files where labels went; exit 3 if not.")
+    ] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve a local page that refreshes while runs grow; writes nothing.")
+    ] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of --serve; 0 takes a free one.")] = 8765,
+    json_: Json = False,
+) -> None:
+    """Rebuild the report from run directories, audit them, or serve it while they grow."""
+    from headwater.report import build
+    from headwater.report.serve import serve as serve_report
+
+    if audit:
+        _audit(dirs, json_)
+    elif serve:
+        serve_report(dirs, port, lambda address: print(f"report: {address} (Ctrl-C ends it)", flush=True))
+    else:
+        folder = out or dirs[0]
+        print_report(build.write(folder, dirs), folder, json_)
+
+
+def _audit(dirs: list[Path], as_json: bool) -> None:
+    from headwater.report import audit
+
+    failed: list[str] = []
+    for folder in dirs:
+        checks = audit.audit_run(folder)
+        print(audit.to_json(checks) if as_json else f"{folder}\n{audit.to_text(checks)}")
+        failed += [f"{folder}: {check.name} ({check.faults[0]})" for check in checks if not check.holds]
+    if failed:
+        raise RefusedError(f"audit: {'; '.join(failed)}")
+
+
+def print_report(report: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print report.json, or the terminal table and where the page is."""
+    from headwater.report.format import console
+    from headwater.report.terminal import terminal_table
+
+    if as_json:
+        print(json.dumps(report))
+        return
+    console().print(terminal_table(report))
+    print(f"report: {folder / 'report.html'}")
+
+
+@commands.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, running or not.")],
+    every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two refreshes.")] = 1.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print once and exit, as it does where the output is no terminal.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Show the progress of a run: stage, step, rate, time left, key metrics, warnings by name."""
+    from rich.live import Live
+
+    from headwater.report.format import console
+    from headwater.report.watch import read_status, status_table
+
+    status = read_status(folder)
+    screen = console()
+    if json_:
+        print(json.dumps(status.to_json()))
+    elif once or not screen.is_terminal:
+        screen.print(status_table(status))
+    else:
+        with Live(status_table(status, screen.height), console=screen, auto_refresh=False) as live:
+            while status.running:
+                time.sleep(every)
+                status = read_status(folder)
+                live.update(status_table(status, screen.height), refresh=True)
+
+
+@commands.command("eval")
+@with_options
+def eval_(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, hub id or pocket:NAME.")],
+    data: Annotated[str, typer.Option("--data", help="JSONL, Parquet, a `datasets` folder or a hub id.")],
+    options: EvalOptions,
+) -> None:
+    """Evaluate a model: avg@k, pass@k and maj@k with 95 % intervals."""
+    from headwater.cli.evaluate import evaluate_model
+    from headwater.runs.progress import progress_display
+
+    summary = evaluate_model(model, data, options, progress_display(quiet=options.json_))
+    print(json.dumps(summary) if options.json_ else summary["text"])
+
+
+@commands.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder, such as a node's model/.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the merged model; must not exist.")],
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32 or bfloat16: dtype of the merged weights.")
+    ] = "bfloat16",
+) -> None:
+    """Merge an adapter into its base model: a plain model folder that loads anywhere."""
+    from headwater.models.save import merge_adapter
+
+    merge_adapter(adapter, out, dtype)
+    print(out)
+
+
+@commands.command()
+def push(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run directory, or the model/ folder of one of its nodes.")
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="ID", help="Repository on the hub: owner/name.")],
+    arm: Annotated[str | None, typer.Option("--arm", help="Which arm's student, if the run has several arms.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+) -> None:
+    """Upload a finished model to the hub with a card: recipe, labels spent, results with intervals."""
+    from huggingface_hub import HfApi
+
+    from headwater.cli import push as hub
+    from headwater.models.folder import HUB_ID
+
+    if not HUB_ID.match(to):
+        raise UserError(f"push --to {to}: must be owner/name")
+    print(hub.push(hub.find(folder, arm), to, private, HfApi()))

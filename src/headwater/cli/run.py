@@ -1,0 +1,208 @@
+"""Commands that train: run, study, demo and sweep."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headwater.cli.options import (
+    Arms,
+    ExecutionOptions,
+    Json,
+    Out,
+    RecipeName,
+    RunOptions,
+    Seeds,
+    Workers,
+    dry_run_options,
+    launched_by_torchrun,
+    parse_arms,
+    parse_list,
+    parse_seeds,
+    resumable,
+    with_options,
+)
+from headwater.config.arms import DEFAULT_ARM, DEFAULT_STUDY
+from headwater.errors import FailedError, UserError
+
+if TYPE_CHECKING:
+    from headwater.runs.executors.base import Executor
+
+commands = typer.Typer()
+
+
+@commands.command()
+@with_options
+def run(
+    recipe: RecipeName,
+    options: RunOptions,
+    execution: ExecutionOptions,
+    arm: Annotated[str, typer.Option("--arm", help="Which arm; the default is the whole recipe.")] = DEFAULT_ARM,
+    seed: Annotated[int | None, typer.Option("--seed", help="Training seed.")] = None,
+) -> None:
+    """Run one arm: teacher RL -> warm-up -> OPD -> student RL by default."""
+    run_study(recipe, [arm], None if seed is None else [seed], options, execution)
+
+
+@commands.command()
+@with_options
+def study(
+    recipe: RecipeName, options: RunOptions, execution: ExecutionOptions, arms: Arms = None, seeds: Seeds = None
+) -> None:
+    """Run many arms × seeds as one plan, shared nodes once, then report."""
+    run_study(recipe, DEFAULT_STUDY if arms is None else parse_arms(arms), parse_seeds(seeds), options, execution)
+
+
+@commands.command()
+def demo(
+    out: Out = None,
+    seed: Annotated[int, typer.Option("--seed", help="Training seed.")] = 0,
+    workers: Workers = None,
+    json_: Json = False,
+) -> None:
+    """Run the pocket study: the paper's recipe and its controls, in minutes on two cores."""
+    options = RunOptions(out=out or Path("runs/demo"), workers=workers, json_=json_)
+    run_study("pocket", DEFAULT_STUDY, [seed], options, ExecutionOptions())
+
+
+@commands.command()
+@with_options
+def sweep(
+    recipe: RecipeName,
+    vary: Annotated[
+        str, typer.Option("--vary", metavar="WHAT", help="labels, teacher, lambda, or a field: stages.opd.optim.lr.")
+    ],
+    options: RunOptions,
+    values: Annotated[
+        str | None,
+        typer.Option("--values", help="Its values, separated by commas; the three named ones have defaults."),
+    ] = None,
+    arms: Arms = None,
+    seeds: Seeds = None,
+) -> None:
+    """Run a study at every value of one setting, shared nodes once; then one plot, one table, one page."""
+    from headwater.runs.sweep import lay_out
+
+    plan = lay_out(
+        recipe,
+        vary,
+        None if values is None else parse_list(values, "--values"),
+        None if arms is None else parse_arms(arms),
+        parse_seeds(seeds),
+        options.changes,
+    )
+    from headwater import sweeps
+    from headwater.report.format import console
+    from headwater.report.sweep import dry_run_table, terminal_table
+    from headwater.runs.progress import progress_display
+
+    display = progress_display(quiet=options.json_)
+    if options.dry_run:
+        rows = sweeps.dry_run(plan, display.say)
+        if options.json_:
+            print(json.dumps(rows))
+        else:
+            console().print(dry_run_table(plan.vary, rows))
+        return
+    folder = options.out or Path("runs") / f"{plan.title}-by-{plan.vary}"
+    with resumable(folder):
+        summary, failed = sweeps.run(plan, folder, display, options.reuse or [])
+    if options.json_:
+        print(json.dumps(summary))
+    else:
+        console().print(terminal_table(summary))
+        print(f"plot and page: {folder / 'sweep.png'}, {folder / 'sweep.html'}")
+    if failed:
+        first = next(iter(failed.values()))
+        names = ", ".join(f"{plan.vary} {name}" for name in failed)
+        raise FailedError(f"sweep: {len(failed)} of {len(summary['points'])} points failed: {names}", first.exit_code)
+
+
+def run_study(
+    name: str, arms: Sequence[str], seeds: Sequence[int] | None, options: RunOptions, execution: ExecutionOptions
+) -> None:
+    """Run arms × seeds of a recipe, or print what that would cost; then print the report."""
+    from headwater.config.arms import arm_of
+    from headwater.config.builtin import find_recipe
+
+    assumptions = dry_run_options(options.dry_run, execution.on, execution.mean_tokens)
+    with _executor_factory(execution.executor) as (make_executor, processes):
+        recipe = find_recipe(name, options.changes)
+        for arm in arms:
+            arm_of(arm, recipe)
+        seeds = seeds or [recipe.seed]
+        if len(set(seeds)) != len(seeds):
+            raise UserError("--seeds: a seed is named twice")
+        if len(set(arms)) != len(arms):
+            raise UserError(f"--arms {','.join(arms)}: an arm is named twice")
+        from headwater import pipeline
+        from headwater.cli.results import print_report
+        from headwater.runs.progress import progress_display
+        from headwater.storage.run_dir import RunDir, read_json
+
+        if assumptions is not None:
+            from headwater.cli.dry_run import print_dry_run
+
+            print_dry_run(recipe, arms, seeds, assumptions, options.json_)
+            return
+        from headwater.runs.trackers import tracked
+
+        folder = options.out or Path("runs") / recipe.name
+        trackers = [] if execution.track is None else parse_list(execution.track, "--track")
+        try:
+            with resumable(folder), tracked(progress_display(quiet=options.json_), folder, trackers) as display:
+                report = pipeline.run(
+                    recipe,
+                    arms,
+                    seeds,
+                    folder,
+                    display,
+                    reuse=options.reuse or [],
+                    executor=make_executor(),
+                    processes=processes,
+                )
+        except FailedError:
+            if len(arms) * len(seeds) > 1:  # the other arms and seeds have a report
+                print_report(read_json(RunDir(folder).report_json), folder, options.json_)
+            raise
+        print_report(report, folder, options.json_)
+
+
+@contextlib.contextmanager
+def _executor_factory(name: str) -> Iterator[tuple[Callable[[], Executor], int]]:
+    """Yield a function that makes the executor, and the number of processes that run each node together.
+
+    Under torchrun, ranks > 0 work here until rank 0 is done, and exit.
+    """
+    if name not in ("local", "ray"):
+        raise UserError(f"--executor {name}: there are local and ray")
+    if not launched_by_torchrun():
+        yield partial(_executor, name), 1
+        return
+    if name != "local":
+        raise UserError(f"--executor {name}: torchrun has already started the processes; use one of the two")
+    from headwater.distributed.process_group import init_process_group
+    from headwater.runs.executors.torchrun import TorchrunExecutor, broadcast_exit_code, run_worker_rank
+
+    ranks = init_process_group()
+    if not ranks.is_main:
+        sys.exit(run_worker_rank(ranks))
+    with broadcast_exit_code(ranks):
+        yield lambda: TorchrunExecutor(ranks), ranks.size
+
+
+def _executor(name: str) -> Executor:
+    if name == "ray":
+        from headwater.runs.executors.ray import RayExecutor
+
+        return RayExecutor()
+    from headwater.runs.executors.local import LocalExecutor
+
+    return LocalExecutor()
