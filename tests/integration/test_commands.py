@@ -145,7 +145,7 @@ IN_SMALL = {  # what is typed in its place, and what that says
 ONLY_PARSED = {
     "demo": "takes minutes; it is the study `pocket` of the default arms, whose plan is printed above",
     "run my.yaml --set compute.sampler=vllm": "needs vLLM: tests/integration/engines/test_vllm_sampler.py, make test-engines",
-    "run my.yaml --arm raw_teacher --set models.teacher=http://gpu-7:8000/v1": "a server: tests/unit/teachers/test_server.py has one",
+    "run my.yaml --arm raw_teacher --set models.teacher=http://gpu-7:8000/v1": "a server: tests/integration/test_teachers.py has one",
     "merge ADAPTER OUT": "needs an adapter that was trained: tests/unit/models/test_lora.py",
     "push DIR --to ID": "needs the hub: tests/integration/test_ecosystem.py pushes to one of its own",
     "push DIR --to owner/name": "needs the hub: tests/integration/test_ecosystem.py pushes to one of its own",

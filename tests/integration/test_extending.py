@@ -67,6 +67,41 @@ def python(copy: Path, *arguments: str | Path, timeout: float = 240) -> subproce
     return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
+def test_an_arm_is_one_edit_and_is_compared_in_the_report(tmp_path: Path) -> None:
+    edits = edits_of("Add an arm")
+    assert [edit.path for edit in edits] == ["src/headwater/config/arms.py"]
+    copy, out = copy_with(edits, tmp_path / "copy"), tmp_path / "run"
+    arms = ("--arms", "raw_teacher,raw_warmup_only")
+    done = python(copy, "-m", "headwater", "study", "pocket", *arms, "--out", out, "--json", *sets())
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["arms"]["raw_warmup_only"]["text"] == "warm-up from the teacher before RL, nothing else"
+    assert report["arms"]["raw_warmup_only"]["labels"]["distinct"] == 0
+    assert ("raw_teacher", "raw_warmup_only") in {(contrast["a"], contrast["b"]) for contrast in report["contrasts"]}
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))["arms"]
+    assert plan["raw_teacher"]["0"][:-1] == plan["raw_warmup_only"]["0"]  # shared nodes run once
+
+
+def test_a_task_is_a_file_and_a_row_and_grades(tmp_path: Path) -> None:
+    edits = edits_of("Add a task")
+    assert {edit.path for edit in edits} == {"src/headwater/tasks/yes_no.py", "src/headwater/tasks/registry.py"}
+    copy, data = copy_with(edits, tmp_path / "copy"), tmp_path / "data.jsonl"
+    golds = [{"problem": "Is 7 prime?", "answer": "yes"}, {"problem": "Is 8 prime?", "answer": "No"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in golds), encoding="utf-8")
+    validated = python(copy, "-m", "headwater", "validate", data, "--task", "yes_no")
+    assert "2 gold answers, 0 fail" in validated.stdout, validated.stdout + validated.stderr
+    completions = ["Not sure. Yes.", "Yes? It is 2*4, so no.", "Perhaps."]
+    rows_ = [{"gold": "no", "completion": completion} for completion in completions]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_), encoding="utf-8")
+    graded = python(copy, "-m", "headwater", "grade", "--data", data, "--task", "yes_no")
+    verdicts = [json.loads(line) for line in graded.stdout.splitlines()]
+    assert [(row["correct"], row["reason"]) for row in verdicts] == [
+        (False, "different"),
+        (True, "equal"),
+        (False, "no_answer"),
+    ]
+
+
 def test_an_objective_is_three_edits_and_trains_a_step(tmp_path: Path) -> None:
     edits = edits_of("Add an objective")
     assert [edit.path for edit in edits] == [

@@ -23,9 +23,8 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
 from runs import environment, rows, tiny
 from serving import Answering, serving
+from tests.integration.test_teachers import RAW, mapped
 from tests.integration.test_torchrun import CHANGES, assert_alike, command_of, crew, node_of
-from tests.unit.teachers.test_build import mapped
-from tests.unit.teachers.test_server import RAW
 from tiny import CPU, MODELS
 
 STEADY = tuple(f"stages.{stage}.optim.eps=1e-4" for stage in ("teacher_rl", "warmup", "opd", "student_rl"))

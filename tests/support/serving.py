@@ -22,10 +22,11 @@ Answers = Callable[[str, dict[str, Any] | None], Any]
 
 @dataclass
 class Endpoint:
-    """A server on the loopback. `answer` gives what it says: a JSON value, (status, value), or bytes as they are."""
+    """A server on the loopback. `answer` returns a JSON value or bytes, (status, value), or (status, value, headers)."""
 
     answer: Answers
     asked: list[tuple[str, Any]] = field(default_factory=list)
+    authorization: list[str | None] = field(default_factory=list)
     url: str = ""
 
 
@@ -36,11 +37,13 @@ def serving(answer: Answers) -> Iterator[Endpoint]:
     class Handler(BaseHTTPRequestHandler):
         def _speak(self, body: Any) -> None:
             held.asked.append((self.path, body))
+            held.authorization.append(self.headers["Authorization"])
             found = held.answer(self.path, body)
-            status, value = found if isinstance(found, tuple) else (200, found)
+            status, value, *more = found if isinstance(found, tuple) else (200, found)
             data = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
+            for name, text in {"Content-Length": str(len(data)), **(more[0] if more else {})}.items():
+                self.send_header(name, text)
             self.end_headers()
             self.wfile.write(data)
 

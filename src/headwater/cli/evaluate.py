@@ -16,6 +16,8 @@ from headwater.config.recipe import Evaluate, Models, Prompt, Source, first_comp
 from headwater.data.labels import Labels
 from headwater.data.sources import load
 from headwater.errors import TrainingStoppedError, UserError
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.prompts import Prompter
 from headwater.runs.inputs import device_of
 from headwater.runs.node_context import ProgressDisplay

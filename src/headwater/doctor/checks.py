@@ -116,7 +116,7 @@ class Examination:
         if self.unchecked:
             lines.append(f"not checked, because of the errors above: {', '.join(self.unchecked)}")
         if not self.errors:
-            lines.append("nothing found that would spoil a run")
+            lines.append("nothing is wrong that would spoil a run")
         return "\n".join(lines)
 
     @property

@@ -18,7 +18,7 @@ from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.runs.estimate import base_of
 from headwater.runs.inputs import RunInputs
-from headwater.runs.plan import Node, Plan, Role, make_plan, nodes_of
+from headwater.runs.plan import Node, Plan, Role, last_node, make_plan
 from headwater.runs.read_once import InputError, read_once
 from headwater.sampling.base import requests_for
 from headwater.storage.run_dir import RunDir
@@ -85,7 +85,7 @@ class DoctorContext:
     def nodes(self) -> list[Node]:
         """Every node of the arms, from the recipe alone; seeds differ in nothing that is checked."""
         arms = (arm_of(arm, self.recipe) for arm in self.arms)
-        return list(dict.fromkeys(n for arm in arms for n in nodes_of(arm, self.recipe, self.seeds[0]).ancestry()))
+        return list(dict.fromkeys(n for arm in arms for n in last_node(arm, self.recipe, self.seeds[0]).ancestry()))
 
     @property
     @read_once("plan")
@@ -144,7 +144,7 @@ class DoctorContext:
     def prompt_lengths(self) -> list[tuple[int, Problem]]:
         """(tokens, problem) under the student's template, longest first."""
         prompter = self.prompter("student")
-        lengths = [(len(prompter.ids(problem)), problem) for problem in self.inputs.everything]
+        lengths = [(len(prompter.ids(problem)), problem) for problem in self.inputs.all_problems]
         return sorted(lengths, key=lambda pair: -pair[0])
 
     # Models, with their weights ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from headwater.data.labels import half_of
 from headwater.errors import UserError
 from headwater.report.study import Node
 from headwater.runs.plan import Node as PlannedNode
-from headwater.runs.plan import nodes_of
+from headwater.runs.plan import last_node
 from headwater.storage.run_dir import RunDir, read_json, read_jsonl
 from headwater.storage.untrusted import read_plan
 
@@ -140,7 +140,7 @@ def _planned_nodes(arm: str, recipe: Recipe, seed: int) -> list[PlannedNode]:
     """The nodes that the recipe gives an arm, parents first; empty for an unknown arm."""
     if arm in BASE_ROLES:
         return [PlannedNode("evaluate", arm, BASE_ROLES[arm], seed, BASE_ROLES[arm])]
-    return list(nodes_of(arm_of(arm, recipe), recipe, seed).lineage()) if arm in ARMS else []
+    return list(last_node(arm_of(arm, recipe), recipe, seed).lineage()) if arm in ARMS else []
 
 
 def _evaluations(node: Node) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:

@@ -16,6 +16,7 @@ from headwater.report.study import EvalCounts, Study, mean_number
 Values = Callable[[EvalCounts], np.ndarray]
 """A function from one evaluation to a value per problem, (P,)."""
 Reading = Literal["holds", "does not hold", "undecided"]
+COMPARISON = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
 
 COMPUTE_TOLERANCE = 0.1
 EQUALITY_GROUPS: tuple[tuple[str, list[str]], ...] = (

@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from headwater import stats
-from headwater.config.arms import CONTRASTS
+from headwater.config.arms import BASE_MODELS, CONTRASTS
 from headwater.report import contrasts
 from headwater.report.contrasts import find_contrast, interval_note, reading
 from headwater.report.format import count, join_and, p_text, percent, plain_table, points, units
@@ -24,9 +24,7 @@ from headwater.report.study import EvalCounts, read_study
 from headwater.runs.sweep import Sweep, Value, text_of
 from headwater.storage.run_dir import RunDir, read_json
 
-BASES = {"base_student": "student before", "base_teacher": "teacher before"}
 WORDS = {"holds": "better", "undecided": "undecided", "does not hold": "worse"}
-VERBS = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
 Results = Mapping[int, EvalCounts]
 """seed -> graded completions of one arm on one evaluation"""
 CSV_HEAD = ("arm", "eval", "accuracy", "low", "high", "seeds", "labels", "checks", "flops", "failed")
@@ -37,7 +35,7 @@ def build(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
 
     failed  folder name of a point -> its error message; a point without a report that is not in here has not run yet
     """
-    names = {*sweep.arms, *BASES}
+    names = {*sweep.arms, *BASE_MODELS}
     rows: list[dict[str, Any]] = []
     results: list[tuple[Value, str, str, Results]] = []
     for point in sweep.points:
@@ -172,7 +170,10 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     for eval_name in summary["evals"]:
         for a, b, by_value in comparisons(summary, eval_name):
             judged = [(value, reading(contrast)) for value, contrast in by_value]
-            groups = [(verb, [value for value, one in judged if one == verdict]) for verdict, verb in VERBS.items()]
+            groups = [
+                (verb, [value for value, one in judged if one == verdict])
+                for verdict, verb in contrasts.COMPARISON.items()
+            ]
             sentence = "; ".join(f"at {at(summary, values)} {a} {verb} {b}" for verb, values in groups if values)
             found.append(f"On {eval_name}, {sentence}.")
             decided = [(value, verdict) for value, verdict in judged if verdict != "undecided"]
@@ -219,7 +220,7 @@ class Table:
 def shown_arms(summary: dict[str, Any]) -> list[str]:
     """The base models, then the arms of the sweep, without those that no point has."""
     present = {name for point in summary["points"] for name in point["arms"]}
-    return [name for name in (*BASES, *summary["arms"]) if name in present]
+    return [name for name in (*BASE_MODELS, *summary["arms"]) if name in present]
 
 
 def seeds_text(summary: dict[str, Any]) -> str:
@@ -265,7 +266,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
 
 def cost_table(summary: dict[str, Any]) -> Table:
     """Labels and FLOPs of each trained arm at each value, means per seed."""
-    arms = [arm for arm in shown_arms(summary) if arm not in BASES]
+    arms = [arm for arm in shown_arms(summary) if arm not in BASE_MODELS]
     rows = []
     for text, point in zip(names(summary["values"]), summary["points"], strict=True):
         row = [text]

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from headwater.config.arms import DESCRIPTIONS
+from headwater.config.arms import BASE_MODELS, DESCRIPTIONS
 from headwater.report import sweep_plot
 from headwater.report.render import render
 from headwater.report.svg import inline
 from headwater.report.sweep import (
-    BASES,
     Table,
     as_csv,
     build,
@@ -47,7 +46,7 @@ def write(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
 
 def page(summary: dict[str, Any], svg: str) -> str:
     """The page. `svg` is the plot as an SVG file; empty where no point has a result."""
-    arms = [arm for arm in shown_arms(summary) if arm not in BASES]
+    arms = [arm for arm in shown_arms(summary) if arm not in BASE_MODELS]
     texts = names(summary["values"])
     headers = {text: _header(text, point) for text, point in zip(texts, summary["points"], strict=True)}
     values = {

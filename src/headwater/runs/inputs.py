@@ -172,7 +172,7 @@ class RunInputs:
 
     @property
     @read_once("data")
-    def everything(self) -> list[Problem]:
+    def all_problems(self) -> list[Problem]:
         """Every problem that a model may be asked."""
         validation = [] if self.validation is None else self.validation[0]
         evals = [problem for problems, _ in self.evals.values() for problem in problems]
@@ -308,7 +308,7 @@ class RunInputs:
             prints[field_] = self.server(key).fingerprint if remote else self.model_folder(key).fingerprint
         if len(prints) == 1:
             return next(iter(prints.values()))
-        tags = sorted((problem.id, problem.tag) for problem in self.everything)
+        tags = sorted((problem.id, problem.tag) for problem in self.all_problems)
         return hashlib.sha256(canonical_json([prints, tags]).encode()).hexdigest()[:16]
 
     def content(self) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class NodeContext:
         inputs = self.inputs
         if source != "teacher" or is_single_local_model(inputs.recipe):
             return offload_if_configured(self.load(source, frozen=True), inputs.recipe, inputs.sampler)
-        return load_base_teacher(inputs.recipe, stage, inputs.everything, inputs.sampler, inputs.device, self.ranks)
+        return load_base_teacher(inputs.recipe, stage, inputs.all_problems, inputs.sampler, inputs.device, self.ranks)
 
     def trainee(self, node: Node) -> Policy:
         """Load the model that a stage trains: all weights, or a LoRA adapter on frozen ones."""

@@ -140,7 +140,7 @@ def _error_message(response: httpx2.Response) -> str:
     try:
         return _one_line(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        return _one_line(text)
+        return _one_line(text or response.reason_phrase)
 
 
 def _one_line(message: object) -> str:

@@ -83,12 +83,12 @@ def test_packed_hidden_states_equal_those_of_each_sequence_alone(
 def test_packed_sequences_do_not_influence_each_other() -> None:
     policy = tiny_policy(seed=3)
     with torch.no_grad():
-        held = []
+        hidden_states = []
         for other in ((7, 8, 9, 3), (20, 21, 22, 23)):
             ids, result = pack([((1, 6, 2), (10, 11)), ((1, 8, 2), other)], CPU)
             start = result.start_B[0]
-            held.append((packed_hidden(policy.body, ids, result)[start : start + 2], result))
-    assert torch.equal(held[0][0], held[1][0])
+            hidden_states.append(packed_hidden(policy.body, ids, result)[start : start + 2])
+    assert torch.equal(hidden_states[0], hidden_states[1])
 
 
 @pytest.mark.parametrize("objective", ["grpo", "opd", "sft"])
@@ -97,15 +97,20 @@ def test_packed_and_padded_rows_have_the_same_gradient(policy: Policy, teacher: 
     assert policy.supports_packing and teacher.supports_packing
     stage = stage_of(objective, batch_size=16)
     for tokens in (40, 4096):
-        ours, theirs = gradient_of(policy, rows, stage, tokens), gradient_of(padded(policy), rows, stage, tokens)
-        assert furthest(ours, theirs) < 1e-5 * max(1.0, largest(theirs))
+        packed_value, padded_value = (
+            gradient_of(policy, rows, stage, tokens),
+            gradient_of(padded(policy), rows, stage, tokens),
+        )
+        assert furthest(packed_value, padded_value) < 1e-5 * max(1.0, largest(padded_value))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_packed_and_padded_rows_have_the_same_log_probs(policy: Policy, temperature: float) -> None:
     rollouts = [row.rollout for row in sampled_rows(policy, groups=4, temperature=temperature)]
-    for ours, theirs in zip(logp_of(policy, rollouts, 50), logp_of(padded(policy), rollouts, 50), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for packed_value, padded_value in zip(
+        logp_of(policy, rollouts, 50), logp_of(padded(policy), rollouts, 50), strict=True
+    ):
+        torch.testing.assert_close(packed_value, padded_value, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_forward_pass_computes_a_shared_prompt_once(policy: Policy) -> None:
@@ -114,11 +119,13 @@ def test_packed_forward_pass_computes_a_shared_prompt_once(policy: Policy) -> No
     prompts = {row.rollout.prompt_ids for row in rows}
     assert batch.ids_BT.shape == (1, sum(map(len, prompts)) + sum(row.tokens for row in rows))
     assert batch.ids_BT.shape[1] == packed_tokens(rows)
-    seen: list[int] = []
-    hook = policy.body.layers[0].mlp.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[1]))  # type: ignore[union-attr,index]
+    computed: list[int] = []
+    hook = policy.body.layers[0].mlp.register_forward_hook(
+        lambda module, given, out: computed.append(given[0].shape[1])
+    )  # type: ignore[union-attr,index]
     gradient_of(policy, rows, stage_of("grpo"))
     hook.remove()
-    assert seen == [packed_tokens(rows)]
+    assert computed == [packed_tokens(rows)]
 
 
 def test_group_by_length_separates_rows_of_very_different_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,22 +138,22 @@ def test_group_by_length_separates_rows_of_very_different_length(monkeypatch: py
 
 def test_packing_works_with_gradient_checkpointing_and_bfloat16(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
-    for settings_, near in (({"gradient_checkpointing": True}, 1e-5), ({"dtype": "bfloat16"}, 0.05)):
-        held = MODELS.model_copy(update=settings_)
-        policy = load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(held, CPU, frozen=False))
+    for settings_, tolerance in (({"gradient_checkpointing": True}, 1e-5), ({"dtype": "bfloat16"}, 0.05)):
+        config = MODELS.model_copy(update=settings_)
+        policy = load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(config, CPU, frozen=False))
         assert policy.supports_packing
         rows = sampled_rows(policy, groups=2)
-        ours = gradient_of(policy, rows, stage_of("grpo"))
-        theirs = gradient_of(padded(policy), rows, stage_of("grpo"))
-        assert furthest(ours, theirs) < near * max(1.0, largest(theirs))
+        packed_value = gradient_of(policy, rows, stage_of("grpo"))
+        padded_value = gradient_of(padded(policy), rows, stage_of("grpo"))
+        assert furthest(packed_value, padded_value) < tolerance * max(1.0, largest(padded_value))
 
 
 def test_saved_model_config_does_not_mention_packing(tmp_path: Path) -> None:
     policy = tiny_policy()
     save_policy(policy, tmp_path, torch.float32)
     assert ATTENTION not in (tmp_path / "config.json").read_text()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.config._attn_implementation == "sdpa"
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +180,7 @@ def test_models_without_plain_causal_attention_are_padded(name: str, more: dict[
 
 
 def test_model_that_leaks_between_packed_sequences_falls_back_to_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An architecture that the list takes for plain and that is not: here one whose attention sees everything."""
+    """An architecture listed as packable whose attention nevertheless crosses sequences."""
 
     def leaking(module, query, key, value, mask, *, packing=None, scaling=None, **others):  # type: ignore[no-untyped-def]
         return packing_free(module, query, key, value, None, scaling=scaling)

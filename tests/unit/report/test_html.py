@@ -1,4 +1,4 @@
-"""What the report looks like: the page, its figures, the terminal's tables."""
+"""The HTML report: templates, page, figures, rollout sample; and the width of the terminal's tables."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
 from fakes import ARMS, BASE_S, MORE_ARMS, fake_run, printed
 from headwater.report import build as report
-from headwater.report import figures, svg
+from headwater.report import figures, render, svg
 from headwater.report.format import console, units
+from headwater.report.view import Axis, Column, Interval, RowHeader, Table
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def built(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("evals", [("sums",), ("math500", "aime24", "aime25")])
-def test_the_terminal_table_fits_in_a_hundred_columns(tmp_path: Path, evals: tuple[str, ...]) -> None:
+def test_terminal_table_fits_in_100_columns(tmp_path: Path, evals: tuple[str, ...]) -> None:
     found = report.build([fake_run(tmp_path / "out", arms={**ARMS, **MORE_ARMS}, evals=evals)])
     text = printed(found, 100)
     assert max(map(len, text.splitlines())) <= 100
@@ -44,7 +46,7 @@ def test_the_terminal_table_fits_in_a_hundred_columns(tmp_path: Path, evals: tup
     assert list(found["arms"])[-1] == "zz_own"
 
 
-def test_output_to_a_file_is_110_columns_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_console_to_a_file_is_110_columns_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     assert console(io.StringIO()).width == 110
 
@@ -66,7 +68,7 @@ def test_units_keep_three_digits(value: float, text: str) -> None:
 
 
 class _Page(html.parser.HTMLParser):
-    """Collects ids, references and headings, and checks that elements close in order."""
+    """Collects tags, ids and attributes, and checks that elements are closed in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,20 +100,72 @@ def _parsed(text: str) -> _Page:
     return page
 
 
-def test_the_page_is_whole_and_needs_nothing_from_outside(run: Path, built: dict[str, Any]) -> None:
+def _table(table: Table) -> str:
+    template = '{% import "parts.html.j2" as parts %}{{ parts.table(table) }}'
+    return render.ENVIRONMENT.from_string(template).render(table=table)
+
+
+def test_every_template_compiles() -> None:
+    names = render.ENVIRONMENT.list_templates(filter_func=lambda name: name.endswith(".j2"))
+    assert {"report.html.j2", "sweep.html.j2", "sections/arms.html.j2"} <= set(names)
+    for name in names:
+        render.ENVIRONMENT.get_template(name)
+
+
+def test_a_value_that_a_template_lacks_is_an_error_not_an_empty_text() -> None:
+    with pytest.raises(jinja2.UndefinedError):
+        render.render("status.html.j2", {"rows": []})
+
+
+def test_table_alignment_comes_from_the_column_not_from_the_text() -> None:
+    columns = [Column("arm"), Column("half"), Column("labels", "right"), Column("reading", nowrap=True)]
+    text = _table(Table("t", columns, [["bridge", "1H", "none", "12 of 13"], "a group"]))
+    assert '<th scope="col">half</th>' in text and '<th scope="col" class="number">labels</th>' in text
+    assert '<th scope="row">bridge</th>' in text and "<td>1H</td>" in text
+    assert '<td class="number">none</td>' in text and '<td class="reading">12 of 13</td>' in text
+    assert '<th scope="rowgroup" colspan="4">a group</th>' in text
+
+
+def test_table_cells_span_the_rows_of_an_entry_and_draw_intervals() -> None:
+    axis = Axis(0.0, 2.0, ("0", "2"))
+    columns = [Column("arm", spans=True), Column("evaluation"), Column("", axis=axis), Column("time", spans=True)]
+    interval = Interval(1.0, 0.5, 1.5, level=3.0, seeds=(0.9,))
+    rows = [["a", "x", interval, "1 s"], ["a", "y", None, "1 s"]]
+    text = _table(Table("t", columns, rows, rows_per_entry=2))
+    assert text.count('<th scope="row" rowspan="2">a</th>') == 1 and text.count('<td rowspan="2">1 s</td>') == 1
+    # 0.5, 1 and 1.5 on an axis from 0 to 2; the level 3 is clipped to its right end.
+    for part in (
+        "left:25.0%;right:calc(100% - 75.0%)",
+        'class="mean" style="left:50.0%"',
+        'class="level" style="left:100.0%"',
+    ):
+        assert part in text
+    assert _parsed(text).tags["i"] == 4
+
+
+def test_every_kind_of_cell_is_escaped_and_cleaned() -> None:
+    bad = "<i>\"'&\x00\ud800"
+    header = RowHeader(bad, (bad,), (bad,), href=bad)
+    text = _table(Table(bad, [Column(bad), Column(bad), Column(bad)], [[header, bad, [bad]], bad]))
+    assert "<i>" not in text and "\x00" not in text and "\ud800" not in text
+    # Caption and aria-label; 3 heads; header, href, detail, warning; cell; list item; group.
+    assert text.count("&lt;i&gt;&#34;&#39;&amp;\ufffd\ufffd") == 12
+
+
+def test_page_is_well_formed_and_self_contained(run: Path, built: dict[str, Any]) -> None:
     text = (run / "report.html").read_text()
     page = _parsed(text)
     assert len(page.ids) == len(set(page.ids))
     references = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
     assert {a or b for a, b in references} <= set(page.ids)
     assert not page.tags.keys() & {"link", "img", "iframe", "object", "image"}
-    # The data, which does not run, and the one script that the page's own policy names.
+    # Only the data element, which does not run, and the script that the Content-Security-Policy allows by its hash.
     assert re.findall(r"<script[^>]*>", text) == ['<script type="application/json" id="rollouts-data">', "<script>"]
     script = re.search(r"<script>(.*?)</script>", text, flags=re.DOTALL).group(1)  # type: ignore[union-attr]
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"default-src 'none'; script-src 'sha256-{allowed}'; style-src 'unsafe-inline'" in text
-    outside = [v for k, v in page.attributes if k in ("src", "href", "xlink:href") and not (v or "").startswith("#")]
-    assert outside == []
+    external = [v for k, v in page.attributes if k in ("src", "href", "xlink:href") and not (v or "").startswith("#")]
+    assert external == []
     assert set(re.findall(r"https?://[^\"' )<]+", text)) <= {"http://www.w3.org/2000/svg"}
     levels = [int(level) for level in re.findall(r"<h([1-6])[ >]", text)]
     assert levels[0] == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
@@ -122,7 +176,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(run: Path, built: dict
         assert f">{title}<" in text.replace("&#8214;", "‖")
 
 
-def test_what_comes_from_files_cannot_become_markup(tmp_path: Path) -> None:
+def test_text_from_run_files_cannot_become_markup(tmp_path: Path) -> None:
     hostile = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\x00\ud800\x1b[31m '\""
     out = fake_run(tmp_path / "out", seeds=(0,), text=hostile)
     name = "<b>pocket</b>$x^2$"
@@ -150,7 +204,7 @@ def test_what_comes_from_files_cannot_become_markup(tmp_path: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
 
 
-def test_a_very_long_completion_is_cut(tmp_path: Path) -> None:
+def test_very_long_completion_is_truncated(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"base_student": [BASE_S]}, text="x" * 100_000)
     report.write(out)
     text = (out / "report.html").read_text()
@@ -159,34 +213,34 @@ def test_a_very_long_completion_is_cut(tmp_path: Path) -> None:
 
 
 def _data(text: str) -> Any:
-    """What the page's script is given."""
+    """The JSON that browse.js reads."""
     return json.loads(re.search(r'id="rollouts-data">(.*?)</script>', text, flags=re.DOTALL).group(1))  # type: ignore[union-attr]
 
 
-def test_a_hundred_thousand_rollouts_become_a_bounded_sample_that_says_so(tmp_path: Path) -> None:
+def test_100_000_rollouts_are_sampled_within_bounds_and_the_page_says_so(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]})
     node = next(out.glob("nodes/opd*"))
     info = json.loads((node / "node.json").read_text())
     (node / "node.json").write_text(json.dumps({**info, "settings": {"objective": "opd", "batch_size": 10_000}}))
-    for step in (1, 5, 10):  # of its twelve steps these are kept
+    for step in (1, 5, 10):  # of its twelve steps, those with stored rollouts
         rows = ({"problem_id": f"p{n}", "sample": 0, "completion": f"{n} " * 40, "tokens": 600} for n in range(33_400))
         (node / "rollouts").mkdir(exist_ok=True)
         (node / "rollouts" / f"{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.write(out)
     text = (out / "report.html").read_text()
-    found = [row for row in _data(text)["rows"] if row["stage"] == "On-policy distillation"]
+    rows_shown = [row for row in _data(text)["rows"] if row["stage"] == "On-policy distillation"]
     assert len(text) < 3_000_000
-    assert sorted({row["step"] for row in found}) == [1, 5, 10] and len(found) == 18
-    assert f"A sample of {len(_data(text)['rows'])} of about 120," in text  # 12 steps × 10,000 and the graded ones
+    assert sorted({row["step"] for row in rows_shown}) == [1, 5, 10] and len(rows_shown) == 18
+    assert f"A sample of {len(_data(text)['rows'])} of about 120," in text  # 12 steps × 10,000, and the evaluation
 
 
-def test_the_page_shows_a_problem_beside_its_completion_and_the_teachers_signal(tmp_path: Path) -> None:
+def test_rollout_data_has_problem_completion_and_dense_signal(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]})
     node = next(out.glob("nodes/opd*"))
     (node / "rollouts").mkdir()
     row = {"problem_id": "p1", "sample": 0, "completion": "=5", "tokens": 3, "finish": "stop"}
-    loud = {**row, "pieces": ["=", "5", ""], "signal": [-4.25, -1.0, 0.5]}
-    (node / "rollouts" / "000001.jsonl").write_text(f"{json.dumps({**row, 'sample': 1})}\n{json.dumps(loud)}\n")
+    dense = {**row, "pieces": ["=", "5", ""], "signal": [-4.25, -1.0, 0.5]}
+    (node / "rollouts" / "000001.jsonl").write_text(f"{json.dumps({**row, 'sample': 1})}\n{json.dumps(dense)}\n")
     (out / "problems.jsonl").write_text(json.dumps({"id": "p1", "text": "2+3 </script>"}) + "\n")
     report.write(out)
     data = _data((out / "report.html").read_text())
@@ -195,14 +249,14 @@ def test_the_page_shows_a_problem_beside_its_completion_and_the_teachers_signal(
     assert data["problems"][first["question"]] == "2+3 </script>" and data["arms"][first["arms"][0]] == "bridge"
 
 
-def test_every_figure_lies_beside_the_page_as_svg_with_its_numbers_as_csv(run: Path, built: dict[str, Any]) -> None:
-    drawn = {path.stem for path in (run / "figures").glob("*.svg")}
-    assert drawn == {path.stem for path in (run / "figures").glob("*.csv")}
-    assert {"accuracy-sums", "contrasts-sums", "labels", "stages-Accuracy-sums", "cost-training_FLOPs-sums"} <= drawn
+def test_every_figure_is_written_as_svg_and_csv(run: Path, built: dict[str, Any]) -> None:
+    names = {path.stem for path in (run / "figures").glob("*.svg")}
+    assert names == {path.stem for path in (run / "figures").glob("*.csv")}
+    assert {"accuracy-sums", "contrasts-sums", "labels", "stages-Accuracy-sums", "cost-training_FLOPs-sums"} <= names
     bridge = built["arms"]["bridge"]["accuracy"]["sums"]
     rows = list(csv.DictReader((run / "figures" / "accuracy-sums.csv").open()))
-    mine = next(row for row in rows if row["row"] == "bridge")
-    assert [float(mine[key]) for key in ("mean", "low", "high")] == [bridge[key] for key in ("mean", "low", "high")]
+    csv_row = next(row for row in rows if row["row"] == "bridge")
+    assert [float(csv_row[key]) for key in ("mean", "low", "high")] == [bridge[key] for key in ("mean", "low", "high")]
     flows = list(csv.DictReader((run / "figures" / "labels.csv").open()))
     spent = {(row["pool"], row["stage"], row["arm"]): float(row["labels"]) for row in flows}
     assert spent["second half (2H)", "Student RL", "bridge_rl"] == 64 and "raw_teacher" not in {
@@ -210,7 +264,7 @@ def test_every_figure_lies_beside_the_page_as_svg_with_its_numbers_as_csv(run: P
     }
 
 
-def test_the_same_files_give_the_same_page_and_figures(tmp_path: Path) -> None:
+def test_same_files_give_the_same_page_and_figures(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "out", seeds=(0,), arms={"direct_grpo": ARMS["direct_grpo"]})
     report.write(run)
     before = {path: path.read_bytes() for path in (run / "report.html", *(run / "figures").iterdir())}
@@ -218,7 +272,7 @@ def test_the_same_files_give_the_same_page_and_figures(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_five_seeds_of_twelve_arms_are_reported_in_seconds(tmp_path: Path) -> None:
+def test_report_of_five_seeds_of_twelve_arms_takes_seconds(tmp_path: Path) -> None:
     arms = dict(list({**ARMS, **MORE_ARMS}.items())[:12])
     out = fake_run(tmp_path / "out", seeds=(0, 1, 2, 3, 4), arms=arms, problems=100, steps=60)
     start = time.process_time()
@@ -230,7 +284,7 @@ def test_five_seeds_of_twelve_arms_are_reported_in_seconds(tmp_path: Path) -> No
     assert seconds < 20
 
 
-def test_the_page_shows_predictions_comparisons_conditions_and_costs(tmp_path: Path) -> None:
+def test_page_shows_predictions_comparisons_conditions_and_costs(tmp_path: Path) -> None:
     more = {name: MORE_ARMS[name] for name in ("bridge_1h", "opd_only", "teacher_2h")}
     out = fake_run(tmp_path / "out", seeds=(0, 1), arms={**ARMS, **more})
     found = report.write(out)
@@ -242,62 +296,60 @@ def test_the_page_shows_predictions_comparisons_conditions_and_costs(tmp_path: P
     shown = html.unescape(re.sub(r"<[^>]+>", " ", text))
     for row in found["predictions"]:
         assert row["reading"] in shown and row["why"].split("; ")[0] in shown
-    described = [value or "" for key, value in page.attributes if key == "aria-label"]
-    cost = [one for one in described if "against training FLOPs" in one]
+    descriptions = [value or "" for key, value in page.attributes if key == "aria-label"]
+    cost = [one for one in descriptions if "against training FLOPs" in one]
     assert len(cost) == 1 and "bridge " in cost[0] and "at 56G" in cost[0] and "base_student" in cost[0]
     assert any(
-        one.startswith("overlap on student prefixes over training steps, 2 seeds: raw_teacher") for one in described
+        one.startswith("overlap on student prefixes over training steps, 2 seeds: raw_teacher") for one in descriptions
     )
-    assert any(one.startswith("Teacher RL, all labels (") and "best of group from" in one for one in described)
+    assert any(one.startswith("Teacher RL, all labels (") and "best of group from" in one for one in descriptions)
 
 
-def test_an_axis_has_room_around_its_values_and_never_no_length() -> None:
+def test_axis_limits_have_a_margin_and_are_never_equal() -> None:
     low, high = svg.spanning([2.0, 2.0])
     assert low < 2 < high
     assert svg.spanning([0.0]) == (-5e-7, 5e-7)
 
 
-def test_labels_are_spread_without_crossing_and_stay_where_they_can() -> None:
+def test_spread_labels_keep_their_order_and_stay_close_to_the_wanted_positions() -> None:
     assert svg.spread([10, 11, 50], 4, 0, 100) == [8.5, 12.5, 50]
-    # Unordered wishes keep their order; a block at the edge is pushed inside: 0, 4, 8 for three that want 1, 0 and 2.
+    # Wanted 1, 0 and 2: one block in the order 0, 1, 2, moved inside the bounds to 0, 4, 8.
     assert svg.spread([1, 0, 2], 4, 0, 100) == [4, 0, 8]
     found = svg.spread([5, 7, 9, 30, 31, 32, 33], 4, 0, 100)
     assert all(b - a >= 4 - 1e-9 for a, b in itertools.pairwise(found))
 
 
-def test_curves_are_the_mean_and_the_range_over_seeds_where_all_have_a_value() -> None:
+def test_curves_show_mean_and_range_over_seeds_at_common_steps() -> None:
     lines = (((1, 2, 3), (0.0, 1.0, 2.0)), ((1, 2), (2.0, 3.0)))
-    drawn = figures.curves("a", "reward", [figures.Series("bridge", 0, lines)])
-    # Means at the common steps 1 and 2 are 1 and 2, the lowest seed's values 0 and 1, the highest's 2 and 3.
-    assert drawn.description == "reward over training steps, 2 seeds: bridge from 1 to 2"
-    assert f'aria-label="{drawn.description}"' in drawn.element
-    assert drawn.csv.splitlines()[1:] == ["bridge,1,1.0,0.0,2.0", "bridge,2,2.0,1.0,3.0"]
+    plot = figures.curves("a", "reward", [figures.Series("bridge", 0, lines)])
+    # At the common steps 1 and 2 the means are 1 and 2, the minima 0 and 1, the maxima 2 and 3.
+    assert plot.description == "reward over training steps, 2 seeds: bridge from 1 to 2"
+    assert f'aria-label="{plot.description}"' in plot.element
+    assert plot.csv.splitlines()[1:] == ["bridge,1,1.0,0.0,2.0", "bridge,2,2.0,1.0,3.0"]
     apart = figures.curves("b", "x", [figures.Series("a", 0, (((1,), (0.0,)), ((2,), (0.0,))))])
     assert "no step in common" in apart.description
 
 
-def test_arms_of_one_cost_stand_beside_each_other() -> None:
+def test_arms_of_equal_cost_are_plot_next_to_each_other() -> None:
     assert figures.sideways_shifts([256, 256, 256, 512]) == [-5.0, 0.0, 5.0, 0.0]
     points = [figures.Point(name, 256.0, 0.5, 0.4, 0.6) for name in ("a", "b", "c")]
     axis = figures.CostAxis("labels", str)
     plot = figures.accuracy_by_cost("c", "Accuracy on sums", points, [("base_student", 0.1)], axis)
-    uprights = re.findall(r'd="M ([\d.]+) [\d.]+\nL ([\d.]+) [\d.]+\n"[^>]*stroke: var\(--series', plot.element)
-    across = [float(x) for x, again in uprights if x == again]
-    assert len(across) == 3 and all(abs(b - a - 5.0) < 0.2 for a, b in itertools.pairwise(across))
+    verticals = re.findall(r'd="M ([\d.]+) [\d.]+\nL ([\d.]+) [\d.]+\n"[^>]*stroke: var\(--series', plot.element)
+    xs = [float(x) for x, end in verticals if x == end]
+    assert len(xs) == 3 and all(abs(b - a - 5.0) < 0.2 for a, b in itertools.pairwise(xs))
 
 
-def test_a_drawing_takes_the_pages_colours_and_keeps_what_its_axes_say() -> None:
-    drawn = figures.curves("d", "share", [figures.Series("a", 0, (((1, 2), (0.25, 0.75)),))])
-    assert (
-        "currentColor" in drawn.element and "var(--series0, #0072b2)" in drawn.element and svg.TEXT not in drawn.element
-    )
-    assert ">0.75<" in drawn.element.replace("\n", "") or ">0.7<" in drawn.element.replace("\n", "")
-    ids = re.findall(r' id="([^"]+)"', drawn.element)
+def test_inline_figure_uses_page_colours_and_keeps_axis_labels() -> None:
+    plot = figures.curves("d", "share", [figures.Series("a", 0, (((1, 2), (0.25, 0.75)),))])
+    assert "currentColor" in plot.element and "var(--series0, #0072b2)" in plot.element and svg.TEXT not in plot.element
+    assert ">0.75<" in plot.element.replace("\n", "") or ">0.7<" in plot.element.replace("\n", "")
+    ids = re.findall(r' id="([^"]+)"', plot.element)
     other = figures.curves("e", "share", [figures.Series("a", 0, (((1, 2), (0.25, 0.75)),))])
     assert ids and not set(ids) & set(re.findall(r' id="([^"]+)"', other.element))
 
 
-def test_names_of_files_are_plain_and_of_different_things_different() -> None:
+def test_file_stems_are_portable_and_unique() -> None:
     assert figures.file_stem("accuracy", "sums") == "accuracy-sums"
-    odd = [figures.file_stem("way", name) for name in ("../../x", "a/b", "a:b", "é" * 300)]
-    assert len(set(odd)) == 4 and all(re.fullmatch(r"[A-Za-z0-9_-]{1,70}", one) for one in odd)
+    stems = [figures.file_stem("way", name) for name in ("../../x", "a/b", "a:b", "é" * 300)]
+    assert len(set(stems)) == 4 and all(re.fullmatch(r"[A-Za-z0-9_-]{1,70}", stem) for stem in stems)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from headwater.errors import TrainingStoppedError
 from headwater.losses.distributions import Exact
 from headwater.teachers.async_scoring import AsyncScorer
 from headwater.types import Rollout
-from runs import node, rows, tiny
 from tiny import rollout_of
 
 
@@ -68,14 +66,3 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_the_scores_are_asked_for(
         ahead.submit(rollouts(1))
         with pytest.raises(TrainingStoppedError, match="no room"):
             ahead.results()
-
-
-def test_a_run_that_scores_ahead_learns_the_same_and_is_the_same_again(tmp_path: Path) -> None:
-    outs = [tmp_path / name for name in ("plain", "ahead", "again")]
-    for out, parts in zip(outs, (1, 4, 4), strict=True):
-        assert tiny("run", out, changes=[f"compute.score_ahead={parts}"]).code == 0
-    plain, ahead, again = (rows(node(out, "bridge_rl", "opd") / "metrics.jsonl") for out in outs)
-    for one, other, third in zip(plain, ahead, again, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-6)
-        assert other["loss"] == third["loss"] and other["grad_norm"] == third["grad_norm"]
-        assert other["tokens_teacher_scored"] == one["tokens_teacher_scored"] > 0

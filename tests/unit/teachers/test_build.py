@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from headwater.config.recipe import Columns, Source
 from headwater.config.stage import Sampling
-from headwater.data.sources import load
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Concatenated, Distributions, concatenate
 from headwater.models.policy import Policy
@@ -20,7 +16,6 @@ from headwater.sampling.torch_sampler import TorchSampler
 from headwater.teachers.build import OffloadedTeacher, TaggedTeachers, offloadable_weights
 from headwater.teachers.scoring import distributions_of
 from headwater.types import Rollout
-from runs import held, node, rows, tiny
 from tiny import CPU, PROMPTS, furthest, gradient_of, rollout_of, sampled_rows, stage_of, tiny_policy
 
 
@@ -108,57 +103,3 @@ def test_a_waiting_teacher_keeps_its_head_alone_and_scores_as_before(tied: bool)
     waiting = OffloadedTeacher(policy, CPU, TorchSampler)
     for one, whole in zip(waiting.distributions(rollouts, 4096), expected, strict=True):
         assert torch.equal(one.materialize().logp_NV, whole)
-
-
-# Recipes --------------------------------------------------------------------------------------------------------------
-
-
-def problems(path: Path, tags: tuple[str, ...] = ("left", "right")) -> Path:
-    lines = [
-        {"problem": f"{10 + i}+{20 + i}", "answer": str(30 + 2 * i), "kind": tags[i % len(tags)]} for i in range(24)
-    ]
-    path.write_text("\n".join(json.dumps(one) for one in lines), encoding="utf-8")
-    return path
-
-
-def test_a_problems_tag_is_the_column_that_the_recipe_names(tmp_path: Path) -> None:
-    path = problems(tmp_path / "p.jsonl")
-    tagged = load(Source(path=str(path), columns=Columns(tag="kind")), "data.labeled", need_answers=True)
-    assert [one.tag for one in tagged.problems[:3]] == ["left", "right", "left"]
-    assert {one.tag for one in load(Source(path=str(path)), "data.labeled", need_answers=True).problems} == {""}
-
-
-def mapped(tmp_path: Path, *changes: str, tags: tuple[str, ...] = ("left", "right")) -> tuple[str, ...]:
-    source = f"{{path: {problems(tmp_path / 'p.jsonl', tags)}, columns: {{tag: kind}}}}"
-    held_out = tmp_path / "e.jsonl"
-    held_out.write_text(json.dumps({"problem": "55+11", "answer": "66", "kind": "left"}), encoding="utf-8")
-    return (
-        "models.teacher={left: 'pocket:qwen3-teacher', right: 'pocket:qwen3-teacher-large'}",
-        f"data.labeled={source}",
-        f"data.evals.sums={{path: {held_out}, columns: {{tag: kind}}}}",
-        "conditions.problems=1",
-        *changes,
-    )
-
-
-def test_a_bridge_from_two_teachers_runs_and_each_tags_cache_is_its_own_teachers(tmp_path: Path) -> None:
-    said = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=mapped(tmp_path))
-    assert said.code == 0, said.err
-    cached = rows(node(tmp_path / "out", "raw_teacher", "teacher_rollouts") / "cache" / "rollouts.jsonl")
-    samplers = {one["sampler"] for one in cached}
-    assert len(samplers) == 2  # the fingerprints of two models' weights
-    assert "raw_teacher" in held(tmp_path / "out" / "report.json")["arms"]
-
-
-@pytest.mark.parametrize(
-    ("arm", "tags", "said"),
-    [
-        ("bridge", ("left", "right"), "models.teacher: is a mapping to several models, which is not trained here"),
-        ("raw_teacher", ("left", "wrong"), "has the tag 'wrong', and the mapping knows left, right"),
-    ],
-)
-def test_a_mapping_that_cannot_teach_is_refused_in_a_sentence(
-    arm: str, tags: tuple[str, ...], said: str, tmp_path: Path
-) -> None:
-    found = tiny("run", tmp_path / "out", "--arm", arm, changes=mapped(tmp_path, tags=tags))
-    assert found.code == 2 and said in found.err and found.err.count("\n") == 1

@@ -1,0 +1,166 @@
+"""Whole runs with a served teacher, with teachers by tag, and with asynchronous scoring."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headwater.config.recipe import Columns, Source
+from headwater.data.sources import load as load_source
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.policy import Policy
+from runs import held, node, rows, tiny
+from serving import Answering, serving
+from tiny import CPU, MODELS
+
+# A served teacher -----------------------------------------------------------------------------------------------------
+
+RAW = ("stages.warmup.dense.top_k=20", "stages.opd.dense.top_k=20", "compute.server.retries=0", "conditions.problems=4")
+
+
+@pytest.fixture(scope="module")
+def pocket_teacher(pocket_folder: Path) -> Policy:
+    return load_policy(
+        ModelFolder.open(str(pocket_folder / "qwen3-teacher"), "models.teacher"), LoadOptions(MODELS, CPU, frozen=True)
+    )
+
+
+def test_distilling_from_a_served_teacher_gives_the_kl_of_the_same_teacher_in_process(
+    pocket_teacher: Policy, tmp_path: Path
+) -> None:
+    with serving(Answering(pocket_teacher)) as there:
+        said = tiny("run", tmp_path / "away", "--arm", "raw_teacher", changes=(*RAW, f"models.teacher={there.url}"))
+    assert said.code == 0, said.err
+    assert tiny("run", tmp_path / "here", "--arm", "raw_teacher", changes=RAW).code == 0
+    away, here = (rows(node(tmp_path / one, "raw_teacher", "opd") / "metrics.jsonl") for one in ("away", "here"))
+    # The student of the first step has learnt from the server's samples, which are drawn by other numbers.
+    assert away[0]["kl_student_teacher"] == pytest.approx(here[0]["kl_student_teacher"], rel=0.5)
+    ledger = rows(tmp_path / "away" / "ledger.jsonl")
+    assert sum(row["tokens_teacher_scored"] for row in ledger if row["stage"] == "opd") > 0
+    assert all(math.isfinite(row["loss"]) for row in away)
+    assert "base_teacher" in held(tmp_path / "away" / "report.json")["arms"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "changes", "said"),
+    [
+        ("bridge", (), "is not trained here, and stage teacher_rl of this arm would"),
+        ("raw_teacher", ("stages.opd.dense.top_k=null",), "stages.opd.dense.top_k: models.teacher is a server"),
+        ("raw_teacher", ("stages.warmup.dense.top_k=null",), "stages.warmup.dense.top_k: models.teacher is a server"),
+        ("raw_teacher", ("stages.opd.sampling.temperature=0.7",), "scores at temperature 1 only"),
+    ],
+)
+def test_a_recipe_that_a_server_cannot_serve_is_refused_before_the_run(
+    arm: str, changes: tuple[str, ...], said: str, pocket_teacher: Policy, tmp_path: Path
+) -> None:
+    with serving(Answering(pocket_teacher)) as there:
+        found = tiny("run", tmp_path / "out", "--arm", arm, changes=(*RAW, *changes, f"models.teacher={there.url}"))
+    assert found.code == 2 and said in found.err and found.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("which", "said"),
+    [("prompt", "different ids for the same text"), ("messages", "their chat templates give different ids")],
+)
+def test_a_server_with_another_tokenizer_or_template_is_refused(
+    which: str, said: str, pocket_teacher: Policy, tmp_path: Path
+) -> None:
+    def other(path: str, body: dict[str, Any] | None) -> Any:
+        found = Answering(pocket_teacher)(path, body)
+        wrong = path == "/tokenize" and body is not None and which in body
+        return {"tokens": [*found["tokens"], 4]} if wrong else found
+
+    with serving(other) as there:
+        found = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=(*RAW, f"models.teacher={there.url}"))
+    assert found.code == 2 and said in found.err, found.err
+
+
+def test_a_server_that_fails_stops_the_run_which_resumes_once_the_server_is_back(
+    pocket_teacher: Policy, tmp_path: Path
+) -> None:
+    good, calls = Answering(pocket_teacher), [0]
+
+    def tiring(path: str, body: dict[str, Any] | None) -> Any:
+        calls[0] += path == "/v1/completions"
+        return (503, b"restarting") if path == "/v1/completions" and calls[0] > 70 else good(path, body)
+
+    with serving(tiring) as there:
+        changes = (*RAW, f"models.teacher={there.url}")
+        stopped = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes)
+        assert stopped.code == 4 and "gave no usable answer in 1 tries (status 503: restarting)" in stopped.err
+        there.answer = good
+        assert tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes).code == 0
+
+
+# Teachers by tag ------------------------------------------------------------------------------------------------------
+
+
+def problems(path: Path, tags: tuple[str, ...] = ("left", "right")) -> Path:
+    lines = [
+        {"problem": f"{10 + i}+{20 + i}", "answer": str(30 + 2 * i), "kind": tags[i % len(tags)]} for i in range(24)
+    ]
+    path.write_text("\n".join(json.dumps(one) for one in lines), encoding="utf-8")
+    return path
+
+
+def test_a_problems_tag_is_the_recipes_tag_column(tmp_path: Path) -> None:
+    path = problems(tmp_path / "p.jsonl")
+    tagged = load_source(Source(path=str(path), columns=Columns(tag="kind")), "data.labeled", need_answers=True)
+    assert [one.tag for one in tagged.problems[:3]] == ["left", "right", "left"]
+    assert {one.tag for one in load_source(Source(path=str(path)), "data.labeled", need_answers=True).problems} == {""}
+
+
+def mapped(tmp_path: Path, *changes: str, tags: tuple[str, ...] = ("left", "right")) -> tuple[str, ...]:
+    source = f"{{path: {problems(tmp_path / 'p.jsonl', tags)}, columns: {{tag: kind}}}}"
+    held_out = tmp_path / "e.jsonl"
+    held_out.write_text(json.dumps({"problem": "55+11", "answer": "66", "kind": "left"}), encoding="utf-8")
+    return (
+        "models.teacher={left: 'pocket:qwen3-teacher', right: 'pocket:qwen3-teacher-large'}",
+        f"data.labeled={source}",
+        f"data.evals.sums={{path: {held_out}, columns: {{tag: kind}}}}",
+        "conditions.problems=1",
+        *changes,
+    )
+
+
+def test_with_teachers_by_tag_each_cached_rollout_is_from_its_own_tags_teacher(tmp_path: Path) -> None:
+    said = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=mapped(tmp_path))
+    assert said.code == 0, said.err
+    cached = rows(node(tmp_path / "out", "raw_teacher", "teacher_rollouts") / "cache" / "rollouts.jsonl")
+    samplers = {one["sampler"] for one in cached}
+    assert len(samplers) == 2  # the fingerprints of two models' weights
+    assert "raw_teacher" in held(tmp_path / "out" / "report.json")["arms"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "tags", "said"),
+    [
+        ("bridge", ("left", "right"), "models.teacher: is a mapping to several models, which is not trained here"),
+        ("raw_teacher", ("left", "wrong"), "has the tag 'wrong', and the mapping knows left, right"),
+    ],
+)
+def test_an_unusable_mapping_of_teachers_is_refused_in_one_sentence(
+    arm: str, tags: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    found = tiny("run", tmp_path / "out", "--arm", arm, changes=mapped(tmp_path, tags=tags))
+    assert found.code == 2 and said in found.err and found.err.count("\n") == 1
+
+
+# Asynchronous scoring -------------------------------------------------------------------------------------------------
+
+
+def test_async_scoring_gives_the_same_metrics_and_is_deterministic(tmp_path: Path) -> None:
+    outs = [tmp_path / name for name in ("plain", "ahead", "again")]
+    for out, parts in zip(outs, (1, 4, 4), strict=True):
+        assert tiny("run", out, changes=[f"compute.score_ahead={parts}"]).code == 0
+    plain, ahead, again = (rows(node(out, "bridge_rl", "opd") / "metrics.jsonl") for out in outs)
+    for one, other, third in zip(plain, ahead, again, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-6)
+        assert other["loss"] == third["loss"] and other["grad_norm"] == third["grad_norm"]
+        assert other["tokens_teacher_scored"] == one["tokens_teacher_scored"] > 0

@@ -1,0 +1,155 @@
+"""Served teacher: scoring and sampling through a server, and answers that it must refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from headwater.config.recipe import Server
+from headwater.config.stage import Sampling
+from headwater.errors import TrainingStoppedError, UserError
+from headwater.losses.distributions import TopK
+from headwater.models.policy import Policy
+from headwater.sampling.base import requests_for
+from headwater.teachers import server_client
+from headwater.teachers.scoring import distributions_of
+from headwater.teachers.served_teacher import ServedTeacher
+from headwater.teachers.server_client import connect
+from headwater.types import Rollout
+from serving import Answering, Answers, serving
+from tiny import CPU, rollout_of, tiny_policy
+
+QUICK = Server(seconds=2.0, retries=2, concurrency=3, batch_tokens=64)
+
+
+def teacher_at(url: str, top_k: int = 4, settings: Server = QUICK) -> ServedTeacher:
+    policy = tiny_policy()
+    served_model = connect(url, "models.teacher", settings)
+    return ServedTeacher(served_model, policy.tokenizer, policy.vocabulary, policy.stop_ids, CPU, top_k)
+
+
+ROLLOUTS = [
+    replace(rollout_of((1, 6, 15, 7, 2), (8, 9, 3), sample=0)),
+    replace(rollout_of((1, 5, 2), (13, 11, 15, 6, 2), sample=1)),
+    *(rollout_of((1, 8, 9, 15, 10, 2), (5,) * count, sample=count) for count in range(2, 12)),
+]
+
+
+@pytest.mark.parametrize("k", [1, 4, 20])
+def test_a_servers_scores_are_the_teachers_own_top_k(policy: Policy, k: int) -> None:
+    with serving(Answering(policy, most=30)) as there:
+        found = teacher_at(there.url, k).distributions(ROLLOUTS, 4096)
+    exact = [one.materialize().top_k(k) for one in distributions_of(policy, ROLLOUTS, 4096)]
+    assert [len(one) for one in found] == [len(one.completion_ids) for one in ROLLOUTS]
+    for ours, theirs in zip(exact, found, strict=True):
+        assert isinstance(theirs, TopK) and torch.equal(ours.ids_NK, theirs.ids_NK)
+        torch.testing.assert_close(ours.logp_NK, theirs.logp_NK, atol=1e-5, rtol=0.0)
+
+
+def test_sequences_are_sent_as_ids_in_batches_of_bounded_size(policy: Policy) -> None:
+    with serving(Answering(policy)) as there:
+        teacher_at(there.url).distributions(ROLLOUTS, 4096)
+    sent = [body["prompt"] for path, body in there.asked if path == "/v1/completions"]
+    assert len(sent) > 1 and all(sum(map(len, part)) <= QUICK.batch_tokens for part in sent)
+    assert sorted(one for part in sent for one in part) == sorted(
+        [*one.prompt_ids, *one.completion_ids] for one in ROLLOUTS
+    )
+
+
+def test_with_top_k_0_only_the_sampled_token_is_scored(policy: Policy) -> None:
+    with serving(Answering(policy)) as there:
+        found = teacher_at(there.url, 0).distributions(ROLLOUTS[:2], 4096)
+    for one, rollout, exact in zip(found, ROLLOUTS, distributions_of(policy, ROLLOUTS[:2], 4096), strict=False):
+        targets = torch.tensor(rollout.completion_ids)
+        torch.testing.assert_close(
+            one.token_logp(targets), exact.materialize().token_logp(targets), atol=1e-5, rtol=0.0
+        )
+
+
+def test_each_sample_has_the_seed_of_its_request(policy: Policy) -> None:
+    requests = requests_for([("a", (1, 6, 15, 7, 2)), ("b", (1, 5, 2))], 3, 0, "draw")
+    arrived: list[Rollout] = []
+    with serving(Answering(policy)) as there:
+        teacher = teacher_at(there.url)
+        found = teacher.sample(requests, Sampling(max_tokens=8), arrived.extend)
+        again = teacher.sample(requests[::-1], Sampling(max_tokens=8))[::-1]
+        seeds = {body["seed"] for path, body in there.asked if path == "/v1/completions"}
+    assert len(seeds) == 6 and all(0 <= one < 2**63 for one in seeds)
+    assert [one.completion_ids for one in found] == [one.completion_ids for one in again]
+    assert [(one.problem_id, one.sample) for one in found] == [(one.problem_id, one.sample) for one in requests]
+    assert {one.completion_ids for one in arrived} == {one.completion_ids for one in found}
+    assert all(len(one.sampler_logp) == len(one.completion_ids) for one in found)
+
+
+# Failures -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_fails_is_retried_and_only_a_persistent_failure_stops_the_run(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_client.time, "sleep", lambda seconds: None)
+    answer, failures = Answering(policy), [2]
+
+    def failing(path: str, body: dict[str, Any] | None) -> Any:
+        failures[0] -= path == "/v1/completions"
+        return (500, b"engine died") if path == "/v1/completions" and failures[0] >= 0 else answer(path, body)
+
+    with serving(failing) as there:
+        teacher = teacher_at(there.url)
+        assert len(teacher.distributions(ROLLOUTS[:1], 4096)) == 1
+        failures[0] = 99
+        with pytest.raises(TrainingStoppedError, match=r"3 tries \(status 500: engine died\)"):
+            teacher.distributions(ROLLOUTS[:1], 4096)
+
+
+def changed(good: Answers, change: Callable[[dict[str, Any]], Any]) -> Answers:
+    """Answers with every choice of a completion changed."""
+
+    def answer(path: str, body: dict[str, Any] | None) -> Any:
+        found = good(path, body)
+        if path == "/v1/completions" and isinstance(found, dict):
+            return {"choices": [change(one) for one in found["choices"]]}
+        return found
+
+    return answer
+
+
+def without(choice: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in choice.items() if key != name}
+
+
+def each(choice: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """A choice with the log-probs of every position changed."""
+    return {**choice, "prompt_logprobs": [None if one is None else change(one) for one in choice["prompt_logprobs"]]}
+
+
+UNFIT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no prompt_logprobs": (lambda one: without(one, "prompt_logprobs"), "gives no prompt_logprobs"),
+    "other ids": (lambda one: {**one, "prompt_token_ids": [1, 2]}, "other token ids than it was sent"),
+    "too few": (lambda one: each(one, lambda known: dict(list(known.items())[:1])), "log-prob"),
+    "without the token": (lambda one: each(one, lambda known: {"27": {"logprob": -1.0}}), "no log-prob for token"),
+    "beyond": (
+        lambda one: each(one, lambda known: known | {"151999": {"logprob": -9.0}}),
+        "beyond the student's vocab",
+    ),
+    "another form": (lambda one: each(one, lambda known: {"a": 1}), "in another form than vLLM's"),
+    "a list": (lambda one: each(one, lambda known: [1.0]), "in another form than vLLM's"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_an_answer_that_the_loss_cannot_use_is_refused_in_one_sentence(kind: str, policy: Policy) -> None:
+    change, said = UNFIT[kind]
+    with serving(changed(Answering(policy), change)) as there, pytest.raises(UserError) as refused:
+        teacher_at(there.url).distributions(ROLLOUTS, 4096)
+    assert str(refused.value).startswith("models.teacher: http://") and said in str(refused.value)
+
+
+def test_a_top_k_above_the_servers_limit_is_refused_with_the_servers_message(policy: Policy) -> None:
+    with serving(Answering(policy, most=20)) as there, pytest.raises(UserError, match="greater than max allowed: 20"):
+        teacher_at(there.url, top_k=24).distributions(ROLLOUTS, 4096)
+    assert len([1 for path, _ in there.asked if path == "/v1/completions"]) <= QUICK.concurrency  # not retried

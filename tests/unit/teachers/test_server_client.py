@@ -1,0 +1,191 @@
+"""HTTP client of a served teacher: retries, refusals, redirects, limits, proxies, keys, and the choice of a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from headwater.config.recipe import Server
+from headwater.errors import TrainingStoppedError, UserError
+from headwater.teachers import server_client
+from headwater.teachers.server_client import ServerClient, connect
+from serving import Answers, serving
+
+QUICK = Server(seconds=2.0, retries=2)
+
+
+def client(url: str, **settings: Any) -> ServerClient:
+    return ServerClient("models.teacher", url, QUICK.model_copy(update=settings))
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the client would have slept."""
+    slept: list[float] = []
+    monkeypatch.setattr(server_client.time, "sleep", slept.append)
+    return slept
+
+
+def failing(times: int, bad: Callable[[], Any]) -> Answers:
+    """The first `times` requests fail, later ones succeed."""
+    left = [times]
+
+    def answer(path: str, body: dict[str, Any] | None) -> Any:
+        left[0] -= 1
+        return bad() if left[0] >= 0 else {"good": body}
+
+    return answer
+
+
+RETRYABLE: dict[str, tuple[Callable[[], Any], str]] = {
+    "error 500": (lambda: (500, {"error": {"message": "engine died"}}), "status 500: engine died"),
+    "error 429": (lambda: (429, b"slow down"), "status 429: slow down"),
+    "error 408": (lambda: (408, b""), "status 408: Request Timeout"),
+    "HTML": (lambda: b"<html>oops", "its answer is not JSON"),
+    "a JSON list": (lambda: [1], "its answer is not a JSON object but list"),
+    "half a JSON object": (lambda: b'{"choices": [', "its answer is not JSON"),
+    "deep JSON": (lambda: b"[" * 100_000, "its answer is not JSON"),
+    "connection closed early": (lambda: (200, b"{", {"Content-Length": "9"}), "peer closed connection"),
+}
+
+
+@pytest.mark.parametrize("kind", RETRYABLE)
+def test_a_retryable_failure_is_retried_with_growing_pauses_and_then_stops_the_run(
+    kind: str, pauses: list[float]
+) -> None:
+    bad, message = RETRYABLE[kind]
+    with serving(failing(2, bad)) as there:
+        assert client(there.url).request("/v1/completions", {"a": 1}) == {"good": {"a": 1}}
+        assert pauses == [0.5, 1.0]
+        there.answer = failing(99, bad)
+        with pytest.raises(TrainingStoppedError) as stopped:
+            client(there.url, retries=8).request("/v1/completions", {})
+    assert pauses[2:] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert all(part in str(stopped.value) for part in ("models.teacher", there.url, "9 tries", message))
+
+
+def test_no_answer_in_time_is_retried() -> None:
+    def late(path: str, body: dict[str, Any] | None) -> Any:
+        time.sleep(0.4)
+        return {}
+
+    with serving(late) as there, pytest.raises(TrainingStoppedError, match=r"1 tries \(no answer within 0\.1 s\)"):
+        client(there.url, seconds=0.1, retries=0).request("/v1/models")
+
+
+def test_a_refused_connection_names_the_reason(pauses: list[float]) -> None:
+    with pytest.raises(TrainingStoppedError, match=r"3 tries \(.*Connection refused\)"):
+        client("http://127.0.0.1:9/v1").request("/v1/models")
+
+
+@pytest.mark.parametrize("url", ["http://", "http://host:99999/v1", "http://[::1/v1"])
+def test_an_address_that_is_none_is_an_error_of_its_field(url: str, pauses: list[float]) -> None:
+    with pytest.raises(UserError, match=r"^models\.teacher: http://"):
+        connect(url, "models.teacher", QUICK)
+
+
+def test_other_client_errors_are_not_retried_and_quote_the_servers_message() -> None:
+    with serving(lambda path, body: (400, {"error": {"message": "max allowed:\n20"}})) as there:
+        with pytest.raises(UserError, match=r"refuses \(status 400: max allowed: 20\)"):
+            client(there.url).request("/v1/completions", {})
+        assert len(there.asked) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_and_neither_prompts_nor_the_key_go_to_the_other_host(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVER_KEY", "secret")
+    with serving(lambda path, body: {}) as other:
+        with serving(lambda path, body: (status, b"", {"Location": f"{other.url}/elsewhere"})) as there:
+            for body in (None, {"prompt": [1, 2]}):
+                with pytest.raises(
+                    UserError, match=rf"refuses \(status {status}: it redirects to {other.url}/elsewhere;"
+                ):
+                    client(there.url, key_env="SERVER_KEY").request("/v1/completions", body)
+            assert there.authorization == ["Bearer secret"] * 2
+        assert other.asked == []
+
+
+def test_answers_and_error_messages_are_read_up_to_a_limit(
+    monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+) -> None:
+    monkeypatch.setattr(server_client, "MAX_ANSWER_BYTES", 100)
+    monkeypatch.setattr(server_client, "MAX_ERROR_BYTES", 20)
+    with serving(lambda path, body: {"long": "x" * 200_000}) as there:
+        with pytest.raises(TrainingStoppedError, match="its answer is not JSON"):
+            client(there.url).request("/v1/models")
+        there.answer = lambda path, body: (400, b"y" * 200_000)
+        with pytest.raises(UserError, match=r"status 400: y{20}\)"):
+            client(there.url).request("/v1/models")
+
+
+def test_the_root_is_the_address_without_v1() -> None:
+    assert {client(f"http://a:1{path}").root for path in ("", "/", "/v1", "/v1/")} == {"http://a:1"}
+
+
+# The key and the environment ------------------------------------------------------------------------------------------
+
+
+def test_the_key_comes_from_the_environment_and_is_sent_with_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = QUICK.model_copy(update={"key_env": "SERVER_KEY"})
+    with serving(lambda path, body: {"data": [{"id": "a"}]}) as there:
+        with pytest.raises(UserError, match=r"compute\.server\.key_env: the environment has no variable SERVER_KEY"):
+            connect(there.url, "models.teacher", settings)
+        assert there.asked == []
+        monkeypatch.setenv("SERVER_KEY", "secret")
+        model = connect(there.url, "models.teacher", settings)
+        model.client.request("/v1/completions", {})
+    assert there.authorization == ["Bearer secret"] * 2 and "secret" not in repr(model)
+
+
+@pytest.mark.parametrize("key", ["secret\n", "secr\u00e9t", "a\r\nX-Other: b"])
+def test_a_key_that_is_no_header_value_is_refused_without_being_shown(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVER_KEY", key)
+    with pytest.raises(UserError, match=r"compute\.server\.key_env: SERVER_KEY holds characters") as refused:
+        client("http://127.0.0.1:9", key_env="SERVER_KEY").request("/v1/models")
+    assert "secr" not in str(refused.value)
+
+
+def test_no_key_sends_no_authorization_header() -> None:
+    with serving(lambda path, body: {}) as there:
+        client(there.url).request("/v1/models")
+    assert there.authorization == [None]
+
+
+def test_a_proxy_that_cannot_be_used_is_an_error_of_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(UserError, match=r"^models\.teacher: the environment's proxy cannot be used \(.*gopher"):
+        client("http://127.0.0.1:9").request("/v1/models")
+
+
+# The served model -----------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_cannot_be_reached_is_named_with_its_field(pauses: list[float]) -> None:
+    with pytest.raises(UserError, match=r"models\.teacher: http://127\.0\.0\.1:9/v1 gave no usable answer in 3 tries"):
+        connect("http://127.0.0.1:9/v1", "models.teacher", QUICK)
+
+
+def test_one_of_several_models_is_named_after_the_address() -> None:
+    listed = {"data": [{"id": "a"}, {"id": "b", "max_model_len": 9}]}
+    with serving(lambda path, body: listed) as there:
+        assert connect(f"{there.url}#b", "models.teacher", QUICK).max_tokens == 9
+        for name in (there.url, f"{there.url}#c"):
+            with pytest.raises(UserError, match="has the models a, b; name one"):
+                connect(name, "models.teacher", QUICK)
+
+
+def test_a_served_models_fingerprint_is_its_name_and_root_and_not_its_address() -> None:
+    found = []
+    for root in ("x", "x", "y"):
+        with serving(lambda path, body, root=root: {"data": [{"id": "a", "root": root}]}) as there:  # type: ignore[misc]
+            found.append(connect(there.url, "models.teacher", QUICK).fingerprint)
+    assert found[0] == found[1] != found[2]
+    assert found[0] == "3b70405c9b75078a"  # run directories of earlier versions hold it
