@@ -206,8 +206,9 @@ def test_a_training_problem_that_stands_in_an_evaluation_is_left_out_and_that_is
     path.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in pairs), encoding="utf-8")
     said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=[f"data.labeled={path}", "labels.budget=24"])
     assert said.code == 0
-    (told,) = [line for line in said.err.splitlines() if line.startswith("data.labeled: ")]
-    assert told.startswith("data.labeled: 1 problems also stand in data.evals.sums") and "left out" in told
+    (warning,) = [line for line in said.err.splitlines() if "data.labeled: " in line]
+    assert warning.startswith("warning evaluation-leak: data.labeled: 1 problems also stand in data.evals.sums")
+    assert "left out" in warning
     seen = {row["problem_id"] for row in rows(next((tmp_path / "out/nodes").glob("student_rl*/rollouts/000001.jsonl")))}
     assert problem_id(leaked) not in seen
 

@@ -6,7 +6,6 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from rich.text import Text
 from headwater import stats
 from headwater.config.arms import BASE_MODELS, CONTRASTS
 from headwater.report import contrasts
-from headwater.report.contrasts import find_contrast, interval_note, reading
+from headwater.report.contrasts import COMPARISON, find_contrast, interval_note, reading
 from headwater.report.format import count, join_and, p_text, percent, plain_table, points, units
 from headwater.report.study import EvalCounts, read_study
+from headwater.report.view import Column, Table, number_columns
 from headwater.runs.sweep import Sweep, Value, text_of
 from headwater.storage.run_dir import RunDir, read_json
 
@@ -170,12 +170,9 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     for eval_name in summary["evals"]:
         for a, b, by_value in comparisons(summary, eval_name):
             judged = [(value, reading(contrast)) for value, contrast in by_value]
-            groups = [
-                (verb, [value for value, one in judged if one == verdict])
-                for verdict, verb in contrasts.COMPARISON.items()
-            ]
-            sentence = "; ".join(f"at {at(summary, values)} {a} {verb} {b}" for verb, values in groups if values)
-            found.append(f"On {eval_name}, {sentence}.")
+            groups = {one: [value for value, verdict in judged if verdict == one] for one in COMPARISON}
+            parts = [f"at {at(summary, groups[one])} {a} {COMPARISON[one]} {b}" for one in groups if groups[one]]
+            found.append(f"On {eval_name}, {'; '.join(parts)}.")
             decided = [(value, verdict) for value, verdict in judged if verdict != "undecided"]
             for (one, before), (two, after) in pairwise(decided):
                 if before != after and len(summary["arms"]) > 1:
@@ -205,16 +202,6 @@ def note(summary: dict[str, Any]) -> str:
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as text; the first cell of every row is the value."""
-
-    title: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
 
 
 def shown_arms(summary: dict[str, Any]) -> list[str]:
@@ -248,7 +235,8 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     for eval_name in summary["evals"]:
         title = f"{summary['recipe']} · {seeds_text(summary)} · accuracy on {eval_name}, % [95 %]"
         cells = [[cell(point, arm, eval_name) for arm in arms] for point in summary["points"]]
-        found.append(Table(title, [vary, *arms], [[text, *row] for text, row in zip(texts, cells, strict=True)]))
+        rows = [[text, *row] for text, row in zip(texts, cells, strict=True)]
+        found.append(Table(title, columns(vary, *arms), rows))
         compared = [
             (values.index(value), f"{a} − {b}", contrast)
             for a, b, by_value in comparisons(summary, eval_name)
@@ -260,7 +248,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
             rows.append([texts[place], what, interval, p_text(c["p"]), WORDS[reading(c)]])
         if rows:
             title = f"differences on {eval_name} in points, 95 % interval, two-sided p, paired"
-            found.append(Table(title, [vary, "a − b", "difference [95 %]", "p", "a is"], rows, note(summary)))
+            found.append(Table(title, columns(vary, "a − b", "difference [95 %]", "p", "a is"), rows))
     return found
 
 
@@ -275,35 +263,39 @@ def cost_table(summary: dict[str, Any]) -> Table:
             row.append(count(spent["labels"]["distinct"]) if trained else "–")
             row.append(units(spent["flops"], "F").replace(" ", "") if trained else "–")
         rows.append(row)
-    caption = "Labels: distinct problems whose answer was used. Means per seed; a stage that several points share counts in each."
     heads = [head for arm in arms for head in (f"labels, {arm}", f"FLOPs, {arm}")]
-    return Table("cost of each arm", [summary["vary"], *heads], rows, caption)
+    return Table("cost of each arm", columns(summary["vary"], *heads), rows)
 
 
 def dry_run_table(vary: str, rows: Sequence[dict[str, Any]]) -> RichTable:
     """The rows of `sweeps.dry_run` for a console."""
     heads = [vary, "nodes", "shared", "labels", "steps", "tokens ≤", "teacher tokens ≤", "FLOPs ≤", "memory"]
+    bounds = ("tokens_sampled_at_most", "tokens_teacher_scored_at_most", "flops_at_most")
     cells = []
     for row in rows:
         counts = [count(row[key]) for key in ("nodes", "shared", "labels", "steps")]
-        bounds = ("tokens_sampled_at_most", "tokens_teacher_scored_at_most", "flops_at_most")
-        bounds_text = [units(row[key]) for key in bounds]
-        cells.append([text_of(row["value"]), *counts, *bounds_text, units(row["memory_bytes"], "B")])
-    caption = "shared: nodes of an earlier value, which run once; labels: distinct problems, of one node"
-    return rich_table(Table("what would run", heads, cells, caption))
+        cells.append(
+            [text_of(row["value"]), *counts, *(units(row[key]) for key in bounds), units(row["memory_bytes"], "B")]
+        )
+    table = rich_table(Table("what would run", columns(*heads), cells))
+    table.caption = "shared: nodes of an earlier value, which run once; labels: distinct problems, of one node"
+    return table
 
 
 def terminal_table(summary: dict[str, Any]) -> Group:
     """Tables and sentences for a console of 100 columns or more."""
-    parts: list[RichTable | Text] = [*map(rich_table, tables(summary)), *map(Text, summary["said"])]
+    parts: list[RichTable | Text] = [*map(rich_table, tables(summary)), *map(Text, [*summary["said"], note(summary)])]
     return Group(*[item for part in parts for item in (part, Text(""))])
 
 
+def columns(first: str, *others: str) -> list[Column]:
+    return [Column(first), *number_columns(*others)]
+
+
 def rich_table(table: Table) -> RichTable:
-    rich = plain_table(table.title)
-    for place, head in enumerate(table.heads):
-        rich.add_column(Text(head), justify="left" if place == 0 else "right", overflow="fold")
+    rich = plain_table(table.caption)
+    for column in table.columns:
+        rich.add_column(Text(column.title), justify=column.align, overflow="fold")
     for row in table.rows:
         rich.add_row(*row)
-    rich.caption = table.caption or None
     return rich

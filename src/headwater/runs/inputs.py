@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -179,20 +178,6 @@ class RunInputs:
         return [*self.problems.values(), *validation, *evals]
 
     @property
-    def notes(self) -> list[str]:
-        """What was left out on reading, for the user to see."""
-        labeled = self.labeled
-        notes = [f"data.labeled: {note}" for note in describe_leaks(labeled.leaks)]
-        if labeled.duplicates:
-            notes.append(f"data.labeled: {labeled.duplicates} repeated problems; each counts once")
-        if labeled.contradictions:
-            notes.append(f"data.labeled: {len(labeled.contradictions)} problems with contradicting answers; left out")
-        if "data.unlabeled" in self.data_fields:
-            leaks = self.decontaminated("data.unlabeled").leaks
-            notes += [f"data.unlabeled: {note}" for note in describe_leaks(leaks)]
-        return notes
-
-    @property
     def left_out(self) -> list[dict[str, Any]]:
         """Each training problem that an evaluation holds too: which one, in which rows, why."""
         sources = {
@@ -333,18 +318,6 @@ class RunInputs:
 def with_labels(loaded: Loaded, grade: Grade) -> tuple[Sequence[Problem], Labels]:
     """A source's problems and labels for all of them."""
     return loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))
-
-
-def describe_leaks(leaks: Sequence[Leak]) -> list[str]:
-    """Example: `["34 problems also stand in data.evals.math500 (8 exact, 26 ngram); left out"]`."""
-    counts: dict[str, Counter[str]] = {}
-    for leak in leaks:
-        counts.setdefault(leak.eval, Counter())[leak.why] += 1
-    return [
-        f"{count.total()} problems also stand in {name if name == VALIDATION else f'data.evals.{name}'} "
-        f"({', '.join(f'{number} {why}' for why, number in sorted(count.items()))}); left out"
-        for name, count in counts.items()
-    ]
 
 
 def leak_row(source: str, leak: Leak, loaded: Loaded) -> dict[str, Any]:

@@ -575,6 +575,15 @@ def test_run_refuses_before_anything_is_written_and_says_what_to_do(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_run_reports_a_mistake_in_the_recipe_in_one_sentence_and_exits_2(tmp_path: Path) -> None:
+    student = qwen_folder(tmp_path / "one")
+    teacher = qwen_folder(tmp_path / "other", template=PLAIN.replace("assistant;", "assistant:"))
+    said = tiny("run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}")
+    assert said.code == 2 and said.err.count("\n") == 1
+    assert "models.student and models.teacher: their chat templates give different ids for the same problem" in said.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_run_says_warnings_and_goes_on(tmp_path: Path) -> None:
     said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", "--set", "prompt.system=Add up.", whole=True)
     assert said.code == 0, said.err
