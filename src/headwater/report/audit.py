@@ -18,7 +18,7 @@ from headwater.config.arms import ARMS, arm_of
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.data.labels import half_of
 from headwater.errors import UserError
-from headwater.report.study import Node
+from headwater.report.study import Node, require_run
 from headwater.runs.plan import Node as PlannedNode
 from headwater.runs.plan import last_node
 from headwater.storage.run_dir import RunDir, read_json, read_jsonl
@@ -107,8 +107,7 @@ class RunFiles:
 
 def read_files(out: RunDir) -> RunFiles:
     """Raises UserError for a folder that holds no run, or whose recipe or plan cannot be read."""
-    if not out.plan.exists() or not out.recipe.exists():
-        raise UserError(f"{out.path}: holds no run of ours (no {out.plan.name} and {out.recipe.name} in it)")
+    require_run(out)
     recipe = parse_recipe(read_json(out.recipe), str(out.recipe))
     arms: list[tuple[str, ...]] = []
     nodes: dict[str, tuple[Node, PlannedNode]] = {}

@@ -219,7 +219,7 @@ def test_each_violation_fails_its_check(out: Path, plant: Callable[[Path], None]
 
 
 def test_audit_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no run of ours"):
+    with pytest.raises(UserError, match=r"holds no run \(plan.json is missing\)"):
         audit_run(tmp_path)
     (tmp_path / "recipe.json").write_text("{}")
     (tmp_path / "plan.json").write_text("[]")
