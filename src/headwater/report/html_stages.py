@@ -194,9 +194,8 @@ def _c1_panels(study: Study) -> Panels:
     plots = []
     for arms, by_seed in study.stage_groups():
         nodes = list(by_seed.values())
-        if not all(node.role == "teacher" and node.trained for node in nodes):
-            continue
-        series = _series((label, [node.metrics for node in nodes], key) for label, key in metrics.items())
+        teacher = all(node.role == "teacher" and node.trained for node in nodes)
+        series = teacher and _series((label, [node.metrics for node in nodes], key) for label, key in metrics.items())
         if series:
             pool = POOL_TEXT.get(nodes[0].pool or "", "")
             title = f"{stage_name(nodes[0].stage)}, {pool} ({len(arms)} arm{'s' * (len(arms) != 1)})"
@@ -231,13 +230,11 @@ def _panels_by_stage(
         if any(seeds):
             first = next(iter(by_seed.values()))
             stages.setdefault((first.stage, first.role, first.objective), []).append((shortened(arms), seeds))
-    order = list(STAGE_NAMES)
+    order = {stage: index for index, stage in enumerate(STAGE_NAMES)}
+    held_out = titles is HELD_OUT_METRICS
     panels = []
-    for stage, role, objective in sorted(
-        stages, key=lambda key: order.index(key[0]) if key[0] in order else len(order)
-    ):
+    for stage, role, objective in sorted(stages, key=lambda key: order.get(key[0], len(order))):
         groups, plots = stages[stage, role, objective], []
-        held_out = titles is HELD_OUT_METRICS
         for key, title in titles.items():
             series = _series((label, seeds, key) for label, seeds in groups)
             if series:

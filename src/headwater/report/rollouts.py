@@ -7,6 +7,7 @@ rollouts alternate, and those with a stored dense signal come first. The run's f
 from __future__ import annotations
 
 import hashlib
+import heapq
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -97,9 +98,13 @@ def _sources(arms: list[str], node: Node, seed: int, study: Study) -> Iterator[t
 def choose(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most PER_SOURCE rows: verdicts alternate, strongest signals first, ties in an order given by hashed names."""
     by_verdict: dict[Any, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=_rank):
-        by_verdict.setdefault(row.get("correct"), []).append(row)
-    groups = [by_verdict[verdict] for verdict in sorted(by_verdict, key=str, reverse=True)]
+    for row in rows:
+        best = by_verdict.setdefault(row.get("correct"), [])
+        best.append(row)
+        if len(best) > 64:  # bounds the memory: a row may hold a long text and its signal
+            best[:] = heapq.nsmallest(PER_SOURCE, best, key=_rank)
+    verdicts = sorted(by_verdict, key=str, reverse=True)
+    groups = [heapq.nsmallest(PER_SOURCE, by_verdict[verdict], key=_rank) for verdict in verdicts]
     mixed = (row for round_ in itertools.zip_longest(*groups) for row in round_ if row is not None)
     return list(itertools.islice(mixed, PER_SOURCE))
 
