@@ -12,8 +12,8 @@ import torch
 from headwater.config.arms import arm_of
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
-from headwater.models import policy as model
-from headwater.models.lora import Wanted
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.runs.estimate import base_of
@@ -153,9 +153,8 @@ class DoctorContext:
     def policy(self, role: str, frozen: bool) -> Policy:
         models = self.recipe.models
         adapted = not frozen and models.lora is not None and role in models.lora.roles
-        adapt = Wanted(models.lora, (self.seeds[0], "doctor")) if adapted and models.lora is not None else None
-        field_, name = self.inputs.field_and_name(role)
-        return model.load(name, field_, models, self.inputs.device, frozen, adapt=adapt)
+        adapt = AdapterSpec(models.lora, (self.seeds[0], "doctor")) if adapted and models.lora is not None else None
+        return load_policy(self.inputs.model_folder(role), LoadOptions(models, self.inputs.device, frozen, adapt))
 
     @read_once("plan")
     def sample(self, role: str) -> Sample:

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from headwater.report import contrasts
 from headwater.report.contrasts import COMPARISON, find_contrast, interval_note, reading
 from headwater.report.format import count, join_and, p_text, percent, plain_table, points, units
 from headwater.report.study import EvalCounts, read_study
-from headwater.report.view import Column, Table, number_columns
+from headwater.report.view import Column, Table
 from headwater.runs.sweep import Sweep, Value, text_of
 from headwater.storage.run_dir import RunDir, read_json
 
@@ -288,8 +289,9 @@ def terminal_table(summary: dict[str, Any]) -> Group:
     return Group(*[item for part in parts for item in (part, Text(""))])
 
 
-def columns(first: str, *others: str) -> list[Column]:
-    return [Column(first), *number_columns(*others)]
+def columns(*titles: str) -> list[Column]:
+    """Columns of rows that are lists of texts; all but the first one are aligned to the right."""
+    return [Column(title, itemgetter(index), "right" if index else "left") for index, title in enumerate(titles)]
 
 
 def rich_table(table: Table) -> RichTable:

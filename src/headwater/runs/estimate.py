@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from headwater.config.stage import Sampling
 from headwater.losses.objectives import objective_of
-from headwater.models import policy as model
-from headwater.models import untrusted_files
+from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
 from headwater.models.shape import Shape
 from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
@@ -90,12 +88,8 @@ def model_shape(field: str, name: str, trust_remote_code: bool) -> Shape:
     """A model's shape from its config; a served model costs nothing on this machine. Raises UserError."""
     if is_served(name):
         return NO_SHAPE
-    path = model.resolve(name, field)
-    if path in MODELS:
-        return Shape.known(MODELS[path])
-    model.refuse_untrusted(path, field, name, trust_remote_code)
-    with untrusted_files.reading(f"{field}: the config of {name} cannot be used"):
-        return Shape.of(model.base_of(path, field), trust_remote_code)
+    folder = ModelFolder.open(name, field, trust_remote_code)
+    return Shape.from_fields(MODELS[folder.path]) if folder.path in MODELS else folder.shape
 
 
 def prompt_tokens(inputs: RunInputs, assumptions: Assumptions) -> float:
@@ -104,7 +98,7 @@ def prompt_tokens(inputs: RunInputs, assumptions: Assumptions) -> float:
     Where the student's tokenizer or the problems are not on this machine, `prompt.max_tokens`.
     """
     recipe = inputs.recipe
-    if inputs.missing or not Path(model.resolve(recipe.models.student, "models.student")).is_dir():
+    if inputs.missing or not inputs.model_folder("student").is_local:
         return float(recipe.prompt.max_tokens)
     unbounded = recipe.prompt.model_copy(update={"max_tokens": sys.maxsize})
     prompter = Prompter(inputs.tokenizer("student"), unbounded)
@@ -256,7 +250,7 @@ class Estimator:
     def decoding(self, shape: Shape, tokens: float, completion: float) -> tuple[float, float]:
         """(bytes read, FLOPs) of decoding: each step reads all weights once, and every row's KV cache so far."""
         rows, context = self.inputs.recipe.compute.sample_batch, self.prompt + completion / 2
-        kv_cache = context * shape.cache_numbers * self.bytes_per_value
+        kv_cache = context * shape.kv_cache_numbers * self.bytes_per_value
         read = tokens / rows * shape.matrix_parameters * self.bytes_per_value + tokens * kv_cache
         return read, shape.flops(tokens, context)
 

@@ -64,7 +64,7 @@ class WorkingMemory:
 
     def bytes(self) -> float:
         """The larger of a training pass and of decoding, which alternate."""
-        return max(self.pass_bytes(), self.rows * self.length * self.shape.cache_numbers * self.bytes_per_value)
+        return max(self.pass_bytes(), self.rows * self.length * self.shape.kv_cache_numbers * self.bytes_per_value)
 
     def pass_bytes(self) -> float:
         """Activations that a backward pass needs, and the loss's chunks of logits with the gradient of the hidden states.
@@ -77,7 +77,7 @@ class WorkingMemory:
             return 0.0
         shape, width = self.shape, self.bytes_per_value
         query, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        layer = 4.0 * 6 * shape.hidden + width * (5 * query + 4 * keys) + width * 4.0 * shape.inner
+        layer = 4.0 * 6 * shape.hidden + width * (5 * query + 4 * keys) + width * 4.0 * shape.intermediate
         chunk = min(CHUNK_ELEMENTS["cuda" if self.cuda else "cpu"], self.tokens * shape.vocabulary)
         chunks = self.logits * float(chunk) * width
         hidden = self.tokens * 3 * 4.0 * shape.hidden

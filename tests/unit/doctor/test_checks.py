@@ -21,12 +21,13 @@ from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.data.labels import Pools
-from headwater.doctor import checks, data_checks, resource_checks
+from headwater.doctor import checks, context, data_checks, resource_checks
 from headwater.doctor.checks import CHECKS, Examination, diagnose, examine
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import UNREADABLE, Finding
 from headwater.doctor.prompt_checks import thinking_state
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.runs.inputs import RunInputs
 from headwater.runs.source_readers import load_with_missing_answers
@@ -498,14 +499,13 @@ def broken(
     monkeypatch: pytest.MonkeyPatch, role: str, mend: Callable[[Policy], Policy], frozen: bool | None = None
 ) -> None:
     """Plant a fault into one model of the recipe as it is loaded."""
-    load = model.load
 
-    def loaded(name: str, field: str, models_: Any, device: torch.device, is_frozen: bool, adapt: None) -> Policy:
-        policy = load(name, field, models_, device, is_frozen, adapt=adapt)
-        hit = field == f"models.{role}" and (frozen is None or frozen == is_frozen)
+    def loaded(folder: ModelFolder, options: LoadOptions) -> Policy:
+        policy = load_policy(folder, options)
+        hit = folder.field == f"models.{role}" and (frozen is None or frozen == options.frozen)
         return mend(policy) if hit else policy
 
-    monkeypatch.setattr(model, "load", loaded)
+    monkeypatch.setattr(context, "load_policy", loaded)
 
 
 def noisy(policy: Policy) -> Policy:
@@ -618,7 +618,10 @@ def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
 def test_a_teachers_server_is_looked_at_like_a_model(
     name: str | None, fault: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    answering = Answering(model.load(TEACHER, "models.teacher", MODELS, torch.device("cpu"), frozen=True), **fault)
+    answering = Answering(
+        load_policy(ModelFolder.open(TEACHER, "models.teacher"), LoadOptions(MODELS, torch.device("cpu"), frozen=True)),
+        **fault,
+    )
     changes = ("stages.warmup.dense.top_k=8", "stages.opd.dense.top_k=8", "compute.server.retries=0")
     with serving(answering) as there:
         url = "http://127.0.0.1:9/v1" if answering.gone else there.url

@@ -15,9 +15,11 @@ from headwater.losses import packing
 from headwater.losses.batch import Row, collate_packed, packed_microbatches, packed_tokens
 from headwater.losses.packing import group_by_length, pack
 from headwater.models import packed_attention
-from headwater.models import policy as models
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.packed_attention import ATTENTION, packed_hidden
 from headwater.models.policy import Policy
+from headwater.models.save import save_policy
 from headwater.teachers.scoring import logp_of
 from tiny import (
     CPU,
@@ -44,7 +46,7 @@ TEXTS = (
 
 
 def padded(policy: Policy) -> Policy:
-    return replace(policy, packs=False)
+    return replace(policy, supports_packing=False)
 
 
 def test_pack_by_hand() -> None:
@@ -67,7 +69,7 @@ def test_packed_hidden_states_equal_those_of_each_sequence_alone(
 ) -> None:
     monkeypatch.setattr(packing, "MAX_WASTE", waste)
     policy = tiny_policy(name, seed=3)
-    assert policy.packs
+    assert policy.supports_packing
     ids, result = pack(TEXTS, CPU)
     assert len(result.blocks) == (5 if waste == 0 else 1)
     with torch.no_grad():
@@ -92,7 +94,7 @@ def test_packed_sequences_do_not_influence_each_other() -> None:
 @pytest.mark.parametrize("objective", ["grpo", "opd", "sft"])
 def test_packed_and_padded_rows_have_the_same_gradient(policy: Policy, teacher: Policy, objective: str) -> None:
     rows = taught(sampled_rows(policy, groups=4), teacher)
-    assert policy.packs and teacher.packs
+    assert policy.supports_packing and teacher.supports_packing
     stage = stage_of(objective, batch_size=16)
     for tokens in (40, 4096):
         packed_value, padded_value = (
@@ -138,8 +140,8 @@ def test_packing_works_with_gradient_checkpointing_and_bfloat16(tmp_path: Path) 
     folder = tiny_folder(tmp_path / "model")
     for settings_, tolerance in (({"gradient_checkpointing": True}, 1e-5), ({"dtype": "bfloat16"}, 0.05)):
         config = MODELS.model_copy(update=settings_)
-        policy = models.load(str(folder), "models.student", config, CPU, frozen=False)
-        assert policy.packs
+        policy = load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(config, CPU, frozen=False))
+        assert policy.supports_packing
         rows = sampled_rows(policy, groups=2)
         packed_value = gradient_of(policy, rows, stage_of("grpo"))
         padded_value = gradient_of(padded(policy), rows, stage_of("grpo"))
@@ -148,7 +150,7 @@ def test_packing_works_with_gradient_checkpointing_and_bfloat16(tmp_path: Path) 
 
 def test_saved_model_config_does_not_mention_packing(tmp_path: Path) -> None:
     policy = tiny_policy()
-    models.save(policy, tmp_path, torch.float32)
+    save_policy(policy, tmp_path, torch.float32)
     assert ATTENTION not in (tmp_path / "config.json").read_text()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert reloaded.config._attn_implementation == "sdpa"
@@ -165,7 +167,7 @@ def test_saved_model_config_does_not_mention_packing(tmp_path: Path) -> None:
 )
 def test_models_without_plain_causal_attention_are_padded(name: str, more: dict[str, object]) -> None:
     policy = tiny_policy(name, **more)
-    assert not policy.packs
+    assert not policy.supports_packing
     assert policy.model.config._attn_implementation == "sdpa"
     rollouts = [rollout_of(prompt, text) for prompt, text in TEXTS]
     result = logp_of(policy, rollouts, 64)
@@ -186,7 +188,7 @@ def test_model_that_leaks_between_packed_sequences_falls_back_to_padding(monkeyp
     packing_free = packed_attention.sdpa_attention_forward
     monkeypatch.setitem(packed_attention.AttentionInterface._global_mapping, ATTENTION, leaking)
     policy = tiny_policy(seed=3)
-    assert not policy.packs and policy.model.config._attn_implementation == "sdpa"
+    assert not policy.supports_packing and policy.model.config._attn_implementation == "sdpa"
 
 
 @settings(max_examples=60, deadline=None)

@@ -17,8 +17,9 @@ from headwater.config.recipe import Lora
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
 from headwater.models import lora
-from headwater.models import policy as model
-from headwater.models.policy import Shape
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.shape import Shape
 from headwater.runs.estimate import Assumptions, estimates
 from headwater.runs.hardware import DEVICES, MODELS
 from headwater.runs.memory_estimate import FOUR_BITS, PersistentMemory, WorkingMemory
@@ -143,11 +144,11 @@ BILLIONS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_known_models_have_the_parameters_that_their_publishers_count(name: str) -> None:
-    assert Shape.known(MODELS[name]).parameters / 1e9 == pytest.approx(BILLIONS[name], rel=0.003)
+    assert Shape.from_fields(MODELS[name]).parameters / 1e9 == pytest.approx(BILLIONS[name], rel=0.003)
 
 
 def test_memory_of_what_is_held_is_what_each_part_takes() -> None:
-    shape = Shape.known(MODELS["Qwen/Qwen3-8B"])
+    shape = Shape.from_fields(MODELS["Qwen/Qwen3-8B"])
     whole = PersistentMemory(shape, 0, False, (), 2).bytes(1)
     assert whole == 18.0 * shape.parameters  # float32 weights, gradients, two moments, and the copy that autocast makes
     adapter = shape.adapter_parameters(16, None)
@@ -192,13 +193,18 @@ def test_memory_of_an_update_is_what_the_allocator_counts_within_a_quarter(case:
         pytest.skip("the extra `lora` is not installed")
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32, "vocab_size": 2048}
     folder = tiny_folder(tmp_path / "model", std=0.02, **sizes)
-    models, wanted = TINY_MODELS.model_copy(update=how), None if adapt is None else lora.Wanted(adapt, (0,))
-    policy = model.load(str(folder), "models.student", models, CPU, False, adapt=wanted)
+    models, wanted = TINY_MODELS.model_copy(update=how), None if adapt is None else lora.AdapterSpec(adapt, (0,))
+    policy = load_policy(
+        ModelFolder.open(str(folder), "models.student"), LoadOptions(models, CPU, frozen=False, adapter=wanted)
+    )
     stage, tokens = stage_of(objective, batch_size=16, group_size=4), 16 * 128
     made = [rollout_of((1, 6, 2, row % 9), tuple(3 + (row + at) % 20 for at in range(124))) for row in range(16)]
     found = [Row(one, advantage=1.0 if row % 2 else -1.0) for row, one in enumerate(made)]
     if objective == "opd":
-        found = taught(found, model.load(str(folder), "models.teacher", TINY_MODELS, CPU, True))
+        found = taught(
+            found,
+            load_policy(ModelFolder.open(str(folder), "models.teacher"), LoadOptions(TINY_MODELS, CPU, frozen=True)),
+        )
     there = sum(one.numel() * one.element_size() for one in policy.model.parameters())
     optimizer = make_optimizer(policy, stage.optim)
     grown = most_allocated(
