@@ -68,8 +68,7 @@ class Assumptions:
 
 def estimates(plan: Plan, inputs: RunInputs, assumptions: Assumptions = Assumptions()) -> list[Estimate]:
     """An estimate for every node of the plan, in its order. Raises UserError for models whose shape cannot be read."""
-    prompt = prompt_tokens(inputs, assumptions.mean_tokens is not None)
-    estimator = Estimator(plan, inputs, model_shapes(inputs), prompt, assumptions)
+    estimator = Estimator(plan, inputs, model_shapes(inputs), prompt_tokens(inputs, assumptions), assumptions)
     return [estimator.estimate(node) for node in plan.order()]
 
 
@@ -93,8 +92,8 @@ def model_shape(field: str, name: str, trust_remote_code: bool) -> Shape:
     return Shape.from_fields(MODELS[folder.path]) if folder.path in MODELS else folder.shape
 
 
-def prompt_tokens(inputs: RunInputs, mean: bool) -> float:
-    """Tokens of the longest prompt among the first 256 problems, or their mean. The doctor checks prompts over the limit.
+def prompt_tokens(inputs: RunInputs, assumptions: Assumptions) -> float:
+    """Tokens of the longest prompt among the first 256 problems, or the mean where completions are assumed to be of mean length.
 
     Where the student's tokenizer or the problems are not on this machine, `prompt.max_tokens`.
     """
@@ -104,7 +103,7 @@ def prompt_tokens(inputs: RunInputs, mean: bool) -> float:
     unbounded = recipe.prompt.model_copy(update={"max_tokens": sys.maxsize})
     prompter = Prompter(inputs.tokenizer("student"), unbounded)
     lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
-    return sum(lengths) / len(lengths) if mean else max(lengths)
+    return max(lengths) if assumptions.mean_tokens is None else sum(lengths) / len(lengths)
 
 
 def base_of(source: Role | Node) -> Role:
