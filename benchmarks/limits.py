@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.models import config_of, folder_of
-from headwater.models.policy import Shape
+from headwater.models.folder import ModelFolder
+from headwater.models.shape import Shape
 
 Pass = Literal["forward", "training"]
 HEAD_ELEMENTS = 1 << 26
@@ -26,7 +27,7 @@ def shape_of(spec: str) -> Shape:
         _, size, vocabulary = spec.split(":")
         layers, hidden = (int(part) for part in size.split("x"))
         return Shape.from_config(config_of(layers, hidden, int(vocabulary)))
-    return Shape.of(str(folder_of(spec, False, Path())))
+    return ModelFolder.open(str(folder_of(spec, False, Path())), "benchmark").shape
 
 
 def products(shape: Shape, rows: int) -> list[tuple[int, int, int, float]]:
@@ -38,8 +39,8 @@ def products(shape: Shape, rows: int) -> list[tuple[int, int, int, float]]:
     layer = [
         (shape.hidden, attention),
         (shape.head_dim * shape.heads, shape.hidden),
-        (shape.hidden, 2 * shape.inner),
-        (shape.inner, shape.hidden),
+        (shape.hidden, 2 * shape.intermediate),
+        (shape.intermediate, shape.hidden),
     ]
     at_once = max(1, min(rows, HEAD_ELEMENTS // shape.vocabulary))
     return [

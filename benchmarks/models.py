@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 from benchmarks.cases import Case
 from headwater.config.recipe import Generate, Prompt, Source
 from headwater.data.sources import load
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
 from headwater.tasks.registry import find_task
 from headwater.types import Problem
@@ -27,7 +27,7 @@ HEAD_DIM = 64
 def folder_of(spec: str, endless: bool, root: Path) -> Path:
     """The folder of a model spec (`cases.py`), made under `root` if it is not there yet."""
     if spec.startswith("pocket:"):
-        shipped = Path(model.resolve(spec, "benchmark"))
+        shipped = Path(ModelFolder.open(spec, "benchmark").path)
         return _without_end(shipped, root / f"{shipped.name}-endless") if endless else shipped
     _, shape, vocabulary = spec.split(":")
     layers, hidden = (int(part) for part in shape.split("x"))

@@ -24,7 +24,8 @@ from headwater.losses.distributions import FromHidden, LinearHead
 from headwater.losses.logprobs import loss_and_stats
 from headwater.losses.objectives import objective_of
 from headwater.losses.token_stats import TokenInputs, TokenStats
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
@@ -48,7 +49,7 @@ def loaded(spec: str, case: Case, root: Path, frozen: bool) -> Policy:
     set_up(COMPUTE)
     folder = str(folder_of(spec, case.endless, root))
     models = config.Models(student=folder, teacher=folder)
-    return model.load(folder, "benchmark", models, torch.device("cpu"), frozen)
+    return load_policy(ModelFolder.open(folder, "benchmark"), LoadOptions(models, torch.device("cpu"), frozen))
 
 
 def stage_of(case: Case) -> Stage:

@@ -1,4 +1,4 @@
-"""Headwater from Python: what `headwater run` and `headwater study` do, as two functions (docs/python-api.md)."""
+"""Python API: `run` and `study`, as the commands of these names (docs/python-api.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headwater.runs.progress import progress_display
 from headwater.runs.trackers import tracked
 
 Source = str | Path | Mapping[str, Any] | Recipe
-"""A YAML file, the name of a built-in recipe, the fields of one, or a recipe that was read before."""
+"""A YAML file, the name of a built-in recipe, a recipe's fields, or a parsed recipe."""
 
 
 def run(
@@ -27,13 +27,13 @@ def run(
     track: Sequence[str] = (),
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Run one arm to its end, or go on where it stopped; returns the report, which also stands in `out`.
+    """Run one arm, or resume it; returns the report, which is also written to `out`.
 
-    changes  such as `["stages.opd.steps=5"]`, as `--set` takes them
-    track    trackers to keep up to date: `tensorboard`, `wandb`, `trackio`
+    changes  as for `--set`, such as `["stages.opd.steps=5"]`
+    track    trackers to log to: `tensorboard`, `wandb`, `trackio`
 
-    Raises `headwater.errors.HeadwaterError`, whose text is the sentence that the program prints. Guard the call with
-    `if __name__ == "__main__":` where nodes run in processes of their own (`compute.workers`).
+    Raises `headwater.errors.HeadwaterError` with the message that the command prints. Guard the call with
+    `if __name__ == "__main__":` where nodes run in worker processes (`compute.workers`).
     """
     return study(
         recipe, arms=[arm], seeds=None if seed is None else [seed], out=out, changes=changes, track=track, quiet=quiet
@@ -50,17 +50,17 @@ def study(
     track: Sequence[str] = (),
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Run many arms × seeds as one plan, shared nodes once; returns the report. The arguments are those of `run`."""
-    found = recipe_of(recipe, changes)
+    """Run arms × seeds as one plan with shared nodes run once; returns the report. Arguments as for `run`."""
+    parsed = recipe_of(recipe, changes)
     for arm in arms:
-        arm_of(arm, found)
-    folder = Path(out) if out is not None else Path("runs") / found.name
-    with tracked(progress_display(quiet), folder, track) as told:
-        return pipeline.run(found, list(arms), list(seeds or [found.seed]), folder, told)
+        arm_of(arm, parsed)
+    folder = Path(out) if out is not None else Path("runs") / parsed.name
+    with tracked(progress_display(quiet), folder, track) as display:
+        return pipeline.run(parsed, list(arms), list(seeds or [parsed.seed]), folder, display)
 
 
 def recipe_of(recipe: Source, changes: Sequence[str] = ()) -> Recipe:
-    """Raises UserError with the sentence that the program would print."""
+    """Parse a recipe. Raises UserError with the message that the command would print."""
     if isinstance(recipe, Recipe):
         recipe = recipe.model_dump(mode="json")
     if isinstance(recipe, Mapping):

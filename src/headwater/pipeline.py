@@ -82,8 +82,6 @@ def run(
             write_rows(folder.problems, problem_texts(inputs))
             write_checked(folder.plan, merged_with_earlier(plan.to_json(), folder))
             fault_points.failpoint("run.planned")
-            for note in inputs.notes:
-                say(note)
             reuse_nodes(plan, folder, others, say)
             reopen_damaged_nodes(plan, folder, say)
             todo = {plan.names[node]: node for node in plan.order() if not is_done(node, plan, folder)}

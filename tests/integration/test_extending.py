@@ -134,3 +134,33 @@ def test_an_unknown_objective_is_refused_with_the_rows_of_the_table() -> None:
 
     with pytest.raises(ValueError, match=", ".join(f"'{name}'" for name in OBJECTIVES)):
         known_objective("raft")
+
+
+def test_a_sampler_is_a_file_and_a_row_and_samples_what_the_embedded_one_does(tmp_path: Path) -> None:
+    edits = edits_of("Add a sampler")
+    assert [edit.path for edit in edits] == [
+        "src/headwater/sampling/uncached_sampler.py",
+        "src/headwater/config/samplers.py",
+    ]
+    copy = copy_with(edits, tmp_path / "copy")
+    steps = {}
+    for sampler in ("torch", "uncached"):
+        out = tmp_path / sampler
+        change = (f"compute.sampler={sampler}", "stages.student_rl.steps=2", "conditions.problems=0")
+        trained = python(copy, "-m", "headwater", "run", "pocket", "--arm", "direct_grpo", "--out", out, *sets(*change))
+        assert trained.returncode == 0, trained.stdout + trained.stderr
+        (node,) = (path for path in (out / "nodes").iterdir() if path.name.startswith("student_rl."))
+        steps[sampler] = node.name, rows(node / "metrics.jsonl")
+    assert steps["torch"][0] != steps["uncached"][0]  # fingerprints
+    # Both draw by the same numbers from the same distributions: the same tokens, so the same rewards and the same training.
+    for embedded, uncached in zip(steps["torch"][1], steps["uncached"][1], strict=True):
+        assert embedded["tokens_sampled"] == uncached["tokens_sampled"] > 0
+        assert embedded["reward"] == uncached["reward"]
+        assert (
+            embedded["grad_norm"] == pytest.approx(uncached["grad_norm"], rel=1e-3) and uncached["sampler_gap"] < 1e-5
+        )
+    refused = python(
+        copy, "-m", "headwater", "run", "pocket", "--out", tmp_path / "none", "--set", "compute.sampler=cached"
+    )
+    assert refused.returncode == 2
+    assert "compute.sampler: input should be 'torch' or 'uncached' or 'vllm' (given: 'cached')" in refused.stderr

@@ -14,7 +14,8 @@ from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Models
 from headwater.config.stage import Sampling
 from headwater.data.sources import load
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.pipeline import environment
 from headwater.runs.inputs import RunInputs
 from headwater.sampling.base import requests_for
@@ -140,7 +141,7 @@ def test_a_study_of_all_arms_runs_every_shared_node_once() -> None:
 
 def test_fine_tuning_the_teacher_reads_the_experts_samples() -> None:
     cache = nodes(all_arms(), "sft_teacher")[0]
-    expert = model.fingerprint_of(model.resolve("pocket:qwen3-teacher-large", "models.expert"))
+    expert = ModelFolder.open("pocket:qwen3-teacher-large", "models.expert").fingerprint
     assert {row["sampler"] for row in rows(cache / "cache" / "rollouts.jsonl")} == {expert}
 
 
@@ -205,8 +206,9 @@ def test_a_training_problem_that_stands_in_an_evaluation_is_left_out_and_that_is
     path.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in pairs), encoding="utf-8")
     said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=[f"data.labeled={path}", "labels.budget=24"])
     assert said.code == 0
-    (told,) = [line for line in said.err.splitlines() if line.startswith("data.labeled: ")]
-    assert told.startswith("data.labeled: 1 problems also stand in data.evals.sums") and "left out" in told
+    (warning,) = [line for line in said.err.splitlines() if "data.labeled: " in line]
+    assert warning.startswith("warning evaluation-leak: data.labeled: 1 problems also stand in data.evals.sums")
+    assert "left out" in warning
     seen = {row["problem_id"] for row in rows(next((tmp_path / "out/nodes").glob("student_rl*/rollouts/000001.jsonl")))}
     assert problem_id(leaked) not in seen
 
@@ -313,7 +315,10 @@ def test_a_trained_node_s_model_is_a_plain_hugging_face_folder_with_its_last_che
 
 def test_plain_transformers_gives_a_trained_models_own_log_probs() -> None:
     folder = node(all_arms(), "bridge", "opd") / "model"
-    ours = model.load(str(folder), "x", Models(student="s", teacher="t"), torch.device("cpu"), frozen=True)
+    ours = load_policy(
+        ModelFolder.open(str(folder), "x"),
+        LoadOptions(Models(student="s", teacher="t"), torch.device("cpu"), frozen=True),
+    )
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "17+45+82+03"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

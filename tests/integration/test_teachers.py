@@ -11,7 +11,9 @@ import pytest
 
 from headwater.config.recipe import Columns, Source
 from headwater.data.sources import load as load_source
-from headwater.models.policy import Policy, load
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.policy import Policy
 from runs import held, node, rows, tiny
 from serving import Answering, serving
 from tiny import CPU, MODELS
@@ -23,7 +25,9 @@ RAW = ("stages.warmup.dense.top_k=20", "stages.opd.dense.top_k=20", "compute.ser
 
 @pytest.fixture(scope="module")
 def pocket_teacher(pocket_folder: Path) -> Policy:
-    return load(str(pocket_folder / "qwen3-teacher"), "models.teacher", MODELS, CPU, frozen=True)
+    return load_policy(
+        ModelFolder.open(str(pocket_folder / "qwen3-teacher"), "models.teacher"), LoadOptions(MODELS, CPU, frozen=True)
+    )
 
 
 def test_distilling_from_a_served_teacher_gives_the_kl_of_the_same_teacher_in_process(

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from headwater.config.recipe import Lora
 from headwater.distributed.process_group import ProcessGroup
 from headwater.errors import UserError
-from headwater.models.fsdp import load as load_parts
-from headwater.models.lora import Wanted
-from headwater.models.policy import load
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.lora import AdapterSpec
 from runs import environment, rows, tiny
 from serving import Answering, serving
 from tests.integration.test_teachers import RAW, mapped
@@ -64,7 +64,9 @@ def test_adapters_on_two_ranks_train_as_on_one_and_go_on_from_what_two_wrote(out
 
 
 def test_a_served_teacher_is_asked_by_each_rank_for_its_own_share(tmp_path: Path, pocket_folder: Path) -> None:
-    teacher = load(str(pocket_folder / "qwen3-teacher"), "models.teacher", MODELS, CPU, frozen=True)
+    teacher = load_policy(
+        ModelFolder.open(str(pocket_folder / "qwen3-teacher"), "models.teacher"), LoadOptions(MODELS, CPU, frozen=True)
+    )
     with serving(Answering(teacher)) as there:
         asked, counts = there.asked, []
         for run in (0, 1):
@@ -92,7 +94,10 @@ def sequences(asked: list[tuple[str, Any]]) -> dict[str, int]:
 
 
 def test_teachers_by_tag_here_in_parts_and_served_teach_two_ranks_as_one(tmp_path: Path, pocket_folder: Path) -> None:
-    large = load(str(pocket_folder / "qwen3-teacher-large"), "models.teacher", MODELS, CPU, frozen=True)
+    large = load_policy(
+        ModelFolder.open(str(pocket_folder / "qwen3-teacher-large"), "models.teacher"),
+        LoadOptions(MODELS, CPU, frozen=True),
+    )
     with serving(Answering(large)) as there:
         teachers = f"models.teacher={{left: 'pocket:qwen3-teacher', right: '{there.url}'}}"
         changes = (*CHANGES, *mapped(tmp_path, *RAW[:3]), teachers)
@@ -103,9 +108,12 @@ def test_teachers_by_tag_here_in_parts_and_served_teach_two_ranks_as_one(tmp_pat
 
 
 def test_four_bit_weights_are_refused_by_name_before_anything_is_read() -> None:
-    wanted = Wanted(Lora.model_validate({"quantize": "nf4"}), ("here",))
+    wanted = AdapterSpec(Lora.model_validate({"quantize": "nf4"}), ("here",))
     with pytest.raises(UserError, match=r"^models\.lora\.quantize: four-bit weights run in one process"):
-        load_parts("nowhere", "models.student", MODELS, CPU, False, None, wanted, ProcessGroup(0, 2))
+        load_policy(
+            ModelFolder("nowhere", "models.student", "nowhere"),
+            LoadOptions(MODELS, CPU, frozen=False, adapter=wanted, ranks=ProcessGroup(0, 2)),
+        )
 
 
 def measured(size: int) -> list[dict[str, float]]:

@@ -120,7 +120,8 @@ def warm_up() -> None:
     import headwater.runs.progress  # noqa: F401
     from headwater.config.builtin import find_recipe
     from headwater.config.stage import Sampling
-    from headwater.models.policy import load
+    from headwater.models.folder import ModelFolder
+    from headwater.models.load import LoadOptions, load_policy
     from headwater.sampling.base import requests_for
     from headwater.sampling.torch_sampler import TorchSampler
     from runs import TINY
@@ -128,7 +129,10 @@ def warm_up() -> None:
     recipe = find_recipe("pocket", list(TINY))
     with prepared(recipe, ["bridge"], [0]):
         pass  # what is imported late, such as the templates' language, is imported now
-    policy = load("pocket:qwen3-student", "models.student", recipe.models, torch.device("cpu"), frozen=True)
+    policy = load_policy(
+        ModelFolder.open("pocket:qwen3-student", "models.student"),
+        LoadOptions(recipe.models, torch.device("cpu"), frozen=True),
+    )
     TorchSampler(policy).sample(requests_for([("p", (1, 5, 15, 6, 2))], 2, 0, "warm"), Sampling(max_tokens=3))
 
 

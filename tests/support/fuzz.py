@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.report.html import Page
 from headwater.runs.setup import prepared
 
@@ -44,7 +46,6 @@ from headwater.data.sources import load
 from headwater.data.validate import grade_file, validate
 from headwater.doctor.checks import check_plan, diagnose
 from headwater.errors import HeadwaterError, UserError, one_line
-from headwater.models import policy as model
 from headwater.models.prompts import Prompter
 from headwater.report import build as report
 from headwater.runs.estimate import estimates
@@ -54,7 +55,7 @@ from hostile import BOMBS, CELLS, LINES, TEMPLATES, at, leaf, mutated, near, pla
 
 SECONDS = 40  # for one case; a template that loops takes 5 of them in each of a few places
 MEGABYTES = 6000  # for the process and all that it holds, of which the tensor library alone maps much
-POCKET = model.resolve("pocket:qwen3-student", "models.student")
+POCKET = ModelFolder.open("pocket:qwen3-student", "models.student").path
 
 Case = Callable[[random.Random, Path], str]
 """Draws a case, runs it in an empty folder, and says what it was; raises what the program raised."""
@@ -262,7 +263,9 @@ def model_folder(draw: random.Random, folder: Path) -> str:
     read = find_recipe(str(path), [])
     prepare(read, "direct_grpo", folder, draw.random() < 0.2)
     models = Models(student=str(target), teacher=str(target))
-    policy = model.load(str(target), "models.student", models, device_of("cpu"), frozen=True)
+    policy = load_policy(
+        ModelFolder.open(str(target), "models.student"), LoadOptions(models, device_of("cpu"), frozen=True)
+    )
     from headwater.types import Problem
 
     Prompter(policy.tokenizer, read.prompt).ids(Problem.of("17+45", "fuzz"))

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup, init_process_group
 from headwater.losses.objectives import objective_of
 from headwater.models import fsdp
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.training.groups import assign_to_ranks
 from headwater.training.update import make_optimizer, update
 from tiny import CPU, MODELS, sampled_rows, stage_of, tiny_folder
@@ -77,14 +78,14 @@ def main() -> None:
 
 
 def measure(folder: Path, steps: int, ranks: ProcessGroup) -> None:
-    model.load("pocket:qwen3-student", "warm", MODELS, CPU, frozen=False)
+    load_policy(ModelFolder.open("pocket:qwen3-student", "warm"), LoadOptions(MODELS, CPU, frozen=False))
     empty = forget()
-    policy = fsdp.load(str(folder), "model", MODELS, CPU, False, None, None, ranks)
+    policy = load_policy(ModelFolder.open(str(folder), "model"), LoadOptions(MODELS, CPU, frozen=False, ranks=ranks))
     loading = status("VmHWM") - empty
     loaded = forget() - empty
     stage = stage_of("grpo", batch_size=8, group_size=4)
     optimizer = make_optimizer(policy, stage.optim)
-    with fsdp.whole(policy) as held:
+    with fsdp.unsharded(policy) as held:
         rows = sampled_rows(held, groups=2, group_size=4, max_tokens=16)
         sampling = status("VmHWM") - empty
     del held

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from headwater.config.stage import Sampling
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
@@ -43,7 +44,7 @@ def student(family: str, trains: str) -> Path:
 
 
 def loaded(where: str | Path) -> Policy:
-    return model.load(str(where), "models.student", MODELS, CPU, frozen=True)
+    return load_policy(ModelFolder.open(str(where), "models.student"), LoadOptions(MODELS, CPU, frozen=True))
 
 
 def texts(policy: Policy) -> list[Rollout]:

@@ -15,8 +15,9 @@ from headwater.config.recipe import Models
 from headwater.config.stage import Sampling, Stage
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
-from headwater.models.packed_attention import prepare
-from headwater.models.policy import Policy, split
+from headwater.models.folder import ModelFolder
+from headwater.models.packed_attention import enable_packing
+from headwater.models.policy import Policy, split_head
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.teachers.scoring import distributions_of
@@ -57,16 +58,20 @@ def tiny_policy(
     return policy_of(tiny_model(architecture, seed, **more), tokenizer, f"{architecture}-{seed}")
 
 
+MEMORY = ModelFolder("memory", "test", "memory")
+"""For models that were never in a folder."""
+
+
 def policy_of(model: Any, tokenizer: PreTrainedTokenizerFast | None = None, fingerprint: str = "tiny") -> Policy:
-    body, head = split(model, CPU)
-    packs = prepare(model, body, CPU)
-    return Policy(model, tokenizer or make_tokenizer(), "memory", fingerprint, CPU, torch.float32, body, head, packs)
+    body, head = split_head(model, CPU)
+    packs = enable_packing(model, body, CPU)
+    return Policy(model, tokenizer or make_tokenizer(), MEMORY, fingerprint, CPU, torch.float32, body, head, packs)
 
 
 def copied(policy: Policy) -> Policy:
     """The same weights in other memory."""
     model = copy.deepcopy(policy.model)
-    return replace(policy, model=model, body=split(model, CPU)[0], head=split(model, CPU)[1])
+    return replace(policy, model=model, body=split_head(model, CPU)[0], head=split_head(model, CPU)[1])
 
 
 def tiny_folder(folder: Path, architecture: str = "qwen3", seed: int = 0, **more: Any) -> Path:

@@ -216,6 +216,17 @@ def test_only_the_labels_module_and_those_that_fill_it_touch_gold_answers() -> N
                 assert ast.unparse(node.value) == "self", f"{name} reaches into {ast.unparse(node)}"
 
 
+def test_only_readers_and_checks_of_data_see_loaded_gold_answers() -> None:
+    """`RunInputs` keeps what it has read; the nodes that it is handed to look at answers through `Labels` alone."""
+    readers = {"runs.inputs", "runs.read_once", "doctor.data_checks", "doctor.context", "cli.evaluate"}
+    for name, path in MODULES.items():
+        if folder(name) in ("tasks", "data") or name in readers:
+            continue
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Attribute) and node.attr in {"gold", "memo"}:
+                assert ast.unparse(node.value).endswith("task"), f"{name} reads {ast.unparse(node)}"
+
+
 def test_problems_and_rollouts_have_no_field_for_an_answer() -> None:
     from dataclasses import fields
 

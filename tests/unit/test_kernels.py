@@ -32,20 +32,20 @@ def fast() -> Kernels:
     return result
 
 
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("width", [1, 7, 64, 259])
 def test_rms_norm_matches_torch(fast: Kernels, width: int) -> None:
-    x, weight = drawn(5, width), drawn(width, seed=1)
+    x, weight = random(5, width), random(width, seed=1)
     torch.testing.assert_close(fast.rms_norm(x, weight, 1e-6), functional.rms_norm(x, (width,), weight, 1e-6))
     torch.testing.assert_close(fast.rms_norm(x, None, 1e-2), functional.rms_norm(x, (width,), None, 1e-2))
 
 
 def test_silu_gate_matches_torch_far_from_zero(fast: Kernels) -> None:
-    gate = torch.cat([drawn(3, 37), torch.tensor([[-200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0] + [1.0] * 30])])
-    up = drawn(4, 37, seed=1)
+    gate = torch.cat([random(3, 37), torch.tensor([[-200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0] + [1.0] * 30])])
+    up = random(4, 37, seed=1)
     torch.testing.assert_close(fast.silu_gate(torch.cat([gate, up], dim=1)), functional.silu(gate) * up)
 
 
@@ -54,16 +54,16 @@ def test_silu_gate_matches_torch_far_from_zero(fast: Kernels) -> None:
 def test_linear_and_matmul_match_torch_for_odd_shapes(
     fast: Kernels, rows: int, width: int, columns: int, biased: bool
 ) -> None:
-    x, weight = drawn(rows, width), drawn(columns, width, seed=1)
-    bias = drawn(columns, seed=2) if biased else None
-    wanted = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    x, weight = random(rows, width), random(columns, width, seed=1)
+    bias = random(columns, seed=2) if biased else None
+    expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     close = {"rtol": 0.0, "atol": 1e-6 * math.sqrt(width) * 8}
-    torch.testing.assert_close(fast.linear(x, pack_weight(weight), bias, columns).double(), wanted, **close)
-    torch.testing.assert_close(fast.matmul(x, weight, bias, torch.empty(rows, columns)).double(), wanted, **close)
-    to = drawn(rows, columns, seed=3)
-    wanted += to.double()
+    torch.testing.assert_close(fast.linear(x, pack_weight(weight), bias, columns).double(), expected, **close)
+    torch.testing.assert_close(fast.matmul(x, weight, bias, torch.empty(rows, columns)).double(), expected, **close)
+    to = random(rows, columns, seed=3)
+    expected += to.double()
     fast.add_linear(to, x, pack_weight(weight), bias)
-    torch.testing.assert_close(to.double(), wanted, **close)
+    torch.testing.assert_close(to.double(), expected, **close)
 
 
 def by_hand(q_AHD: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
@@ -84,16 +84,16 @@ def test_decode_attention_matches_the_formula_for_rows_of_any_length(
 ) -> None:
     columns, ages = 3 * LANES, [0, 1, 15, 16, 17, 40, 47]
     rows = len(ages)
-    qkv = drawn(rows, (heads + 2 * kv_heads) * width)
-    weight = drawn(heads + kv_heads, width, seed=1) if normed else None
-    angle = drawn(columns, width // 2, seed=2)
-    turns = torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1)
-    keys, values = drawn(rows, kv_heads, columns, width, seed=3), drawn(rows, kv_heads, columns, width, seed=4)
-    for row, age in enumerate(ages):  # what lies past a row's own end is nobody's, and may be anything
+    qkv = random(rows, (heads + 2 * kv_heads) * width)
+    weight = random(heads + kv_heads, width, seed=1) if normed else None
+    angle = random(columns, width // 2, seed=2)
+    rope = torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1)
+    keys, values = random(rows, kv_heads, columns, width, seed=3), random(rows, kv_heads, columns, width, seed=4)
+    for row, age in enumerate(ages):  # cache slots past the end of a row may hold anything
         keys[row, :, age:], values[row, :, age:] = math.nan, math.nan
-    lying = keys.unflatten(2, (-1, LANES)).transpose(-1, -2).contiguous()
-    held = values.clone()
-    out = fast.decode_attention(qkv, weight, turns, torch.tensor(ages), lying, held, 1e-6)
+    cached_keys = keys.unflatten(2, (-1, LANES)).transpose(-1, -2).contiguous()
+    cached_values = values.clone()
+    out = fast.decode_attention(qkv, weight, rope, torch.tensor(ages), cached_keys, cached_values, 1e-6)
 
     parts = qkv.double().unflatten(1, (-1, width))
     qk, v = parts[:, : heads + kv_heads], parts[:, heads + kv_heads :]
@@ -104,20 +104,20 @@ def test_decode_attention_matches_the_formula_for_rows_of_any_length(
         -2
     )
     q, k = qk[:, :heads], qk[:, heads:]
-    theirs = [torch.cat([keys[row, :, :age].double(), k[row, :, None]], 1) for row, age in enumerate(ages)]
-    seen = [torch.cat([values[row, :, :age].double(), v[row, :, None]], 1) for row, age in enumerate(ages)]
-    torch.testing.assert_close(out.double(), by_hand(q, theirs, seen), rtol=1e-5, atol=1e-5)
+    all_keys = [torch.cat([keys[row, :, :age].double(), k[row, :, None]], 1) for row, age in enumerate(ages)]
+    all_values = [torch.cat([values[row, :, :age].double(), v[row, :, None]], 1) for row, age in enumerate(ages)]
+    torch.testing.assert_close(out.double(), by_hand(q, all_keys, all_values), rtol=1e-5, atol=1e-5)
     for row, age in enumerate(ages):
-        written = lying.transpose(-1, -2).flatten(2, 3)[row, :, age]
+        written = cached_keys.transpose(-1, -2).flatten(2, 3)[row, :, age]
         torch.testing.assert_close(written.double(), k[row], rtol=1e-5, atol=1e-5)
-        assert torch.equal(held[row, :, age].double(), v[row])
+        assert torch.equal(cached_values[row, :, age].double(), v[row])
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 30, 128, 129, 5000])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sample_inverts_the_cumulative_distribution(fast: Kernels, vocabulary: int, temperature: float) -> None:
-    logits = 3 * drawn(200, vocabulary)
-    logits[:, 1:][drawn(200, vocabulary - 1, seed=1) > 1.0] = -torch.inf  # those are never drawn
+    logits = 3 * random(200, vocabulary)
+    logits[:, 1:][random(200, vocabulary - 1, seed=1) > 1.0] = -torch.inf  # those are never sampled
     uniform = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     uniform[:2] = torch.tensor([0.0, 1.0 - 2.0**-53])
     token, logp = fast.sample(logits, uniform, temperature)
@@ -137,7 +137,7 @@ def test_sample_from_nan_logits_returns_some_token_with_logp_nan(fast: Kernels) 
 
 
 def test_kernels_do_not_depend_on_the_number_of_threads(fast: Kernels) -> None:
-    x, weight = drawn(300, 64), pack_weight(drawn(384, 64, seed=1))
+    x, weight = random(300, 64), pack_weight(random(384, 64, seed=1))
     result = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -169,35 +169,35 @@ def test_sampling_without_kernels_draws_the_same_tokens(
     decoder = decoder_for(policy)
     assert isinstance(decoder, FastDecoder) and decoder.kernels is None
     without = TorchSampler(policy, batch=5).sample(requests, Sampling(max_tokens=20))
-    assert [one.completion_ids for one in with_them] == [one.completion_ids for one in without]
+    assert [rollout.completion_ids for rollout in with_them] == [rollout.completion_ids for rollout in without]
     for one, two in zip(with_them, without, strict=True):
         torch.testing.assert_close(torch.tensor(one.sampler_logp), torch.tensor(two.sampler_logp), rtol=0.0, atol=1e-5)
 
 
 def test_sampling_with_top_k_or_top_p_bypasses_the_kernels(fast: Kernels) -> None:
-    logits, uniform = drawn(50, 40), torch.rand(50, dtype=torch.float64)
+    logits, uniform = random(50, 40), torch.rand(50, dtype=torch.float64)
     token, logp = draw_tokens(logits, uniform, Sampling(max_tokens=1, top_k=1))
     assert torch.equal(token, logits.argmax(-1)) and torch.equal(logp, torch.zeros(50))
 
 
 @pytest.mark.parametrize("vocabulary", [2, 30, 129, 5000])
-@pytest.mark.parametrize("taught", [True, False])
-def test_loss_stats_and_gradient_match_autograd_in_float64(fast: Kernels, vocabulary: int, taught: bool) -> None:
-    logits, teacher = 4 * drawn(9, vocabulary), 4 * drawn(9, vocabulary, seed=1) if taught else None
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_loss_stats_and_gradient_match_autograd_in_float64(fast: Kernels, vocabulary: int, with_teacher: bool) -> None:
+    logits, teacher = 4 * random(9, vocabulary), 4 * random(9, vocabulary, seed=1) if with_teacher else None
     targets = torch.arange(9) % vocabulary
-    by = drawn(9, 3, seed=2)
-    by[:, 1:] *= taught
+    by = random(9, 3, seed=2)
+    by[:, 1:] *= with_teacher
     by[:4, 2] = 0.0  # the shorter form, without the teacher's own probabilities
     exact = logits.double().requires_grad_()
-    ours = exact.log_softmax(-1)
-    logp, entropy = ours.gather(1, targets[:, None]).squeeze(1), -(ours.exp() * ours).sum(-1)
-    wanted = [logp, entropy]
+    student_logp = exact.log_softmax(-1)
+    logp, entropy = student_logp.gather(1, targets[:, None]).squeeze(1), -(student_logp.exp() * student_logp).sum(-1)
+    expected = [logp, entropy]
     loss = (by[:, 0] * logp).sum()
     if teacher is not None:
-        theirs = teacher.double().log_softmax(-1)
-        reverse = (ours.exp() * (ours - theirs)).sum(-1)
-        forward = (theirs.exp() * (theirs - ours)).sum(-1)
-        wanted += [reverse, forward, theirs.gather(1, targets[:, None]).squeeze(1)]
+        teacher_logp = teacher.double().log_softmax(-1)
+        reverse = (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
+        forward = (teacher_logp.exp() * (teacher_logp - student_logp)).sum(-1)
+        expected += [reverse, forward, teacher_logp.gather(1, targets[:, None]).squeeze(1)]
         loss = loss + (by[:, 1] * reverse).sum() + (by[:, 2] * forward).sum()
     (gradient,) = torch.autograd.grad(loss, exact)
 
@@ -209,8 +209,8 @@ def test_loss_stats_and_gradient_match_autograd_in_float64(fast: Kernels, vocabu
         result.kl_teacher_student_R,
         result.teacher_logp_R,
     ]
-    for one, other in zip(measured, wanted, strict=False):
-        torch.testing.assert_close(one.double(), other.detach(), rtol=1e-5, atol=1e-5)
+    for actual, other in zip(measured, expected, strict=False):
+        torch.testing.assert_close(actual.double(), other.detach(), rtol=1e-5, atol=1e-5)
     fast.loss_gradient(logits, teacher, targets, result, by)
     torch.testing.assert_close(logits.double(), gradient, rtol=1e-4, atol=1e-5)
 
@@ -220,12 +220,12 @@ def test_fused_loss_is_the_same_with_and_without_kernels(
     fast: Kernels, divergence: token_losses.Divergence | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden, weight, teacher_hidden, teacher_weight = (
-        drawn(40, 12),
-        drawn(300, 12, seed=1),
-        drawn(40, 7, seed=2),
-        drawn(300, 7, seed=3),
+        random(40, 12),
+        random(300, 12, seed=1),
+        random(40, 7, seed=2),
+        random(300, 7, seed=3),
     )
-    taught = (
+    distributions = (
         None if divergence is None else FromHidden(teacher_hidden, LinearHead(teacher_weight, None, torch.float32), 1.0)
     )
     result = []
@@ -233,7 +233,7 @@ def test_fused_loss_is_the_same_with_and_without_kernels(
         monkeypatch.setattr(fused_linear, "kernels", which)
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         fused = fused_linear.FusedPass(
-            TokenInputs(torch.arange(40), 1.0, taught, divergence, teacher_tokens=divergence is not None),
+            TokenInputs(torch.arange(40), 1.0, distributions, divergence, teacher_tokens=divergence is not None),
             token_loss=lambda stats, rows: (
                 -stats.logp_N if stats.divergence_N is None else stats.divergence_N + 0.1 * stats.logp_N
             ),
@@ -242,8 +242,10 @@ def test_fused_loss_is_the_same_with_and_without_kernels(
         )
         loss, stats = fused_linear.loss_and_stats(leaves[0], LinearHead(leaves[1], None, torch.float32), fused)
         loss.backward()
-        numbers = [getattr(stats, one.name) for one in fields(stats)]
-        result.append([loss.detach(), *(leaf.grad for leaf in leaves), *(one for one in numbers if one is not None)])
+        numbers = [getattr(stats, field.name) for field in fields(stats)]
+        result.append(
+            [loss.detach(), *(leaf.grad for leaf in leaves), *(number for number in numbers if number is not None)]
+        )
     assert len(result[0]) == len(result[1]) == (5 if divergence is None else 9)
-    for one, other in zip(*result, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for actual, other in zip(*result, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-5)

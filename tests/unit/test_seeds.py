@@ -45,6 +45,6 @@ def test_shuffled_is_a_permutation_that_depends_on_its_name_and_not_on_the_input
     assert sorted(result) == sorted(items) and result != items
     assert seeds.shuffled(items[::-1], 0, "opd", "epoch", 1) == result
     assert seeds.shuffled(items, 0, "opd", "epoch", 2) != result
-    assert [one for one in result if one != "p7"] == seeds.shuffled(
-        [i for i in items if i != "p7"], 0, "opd", "epoch", 1
+    assert [item for item in result if item != "p7"] == seeds.shuffled(
+        [item for item in items if item != "p7"], 0, "opd", "epoch", 1
     )

@@ -40,7 +40,7 @@ def test_maj_at_k_takes_the_most_frequent_answer_and_averages_ties() -> None:
     assert stats.maj_at_k([right, wrong, wrong]) == 0.0
     assert stats.maj_at_k([right, wrong]) == 0.5
     assert stats.maj_at_k([right, wrong, other]) == pytest.approx(1 / 3)
-    # Those without an answer vote together: two of them beat one right answer, and tie with two.
+    # Missing answers count as one wrong answer: two of them beat one right answer, and tie with two.
     assert stats.maj_at_k([right, none, none]) == 0.0
     assert stats.maj_at_k([right, right, none, none]) == 0.5
     assert stats.maj_at_k([none, (None, True)]) is None
@@ -86,9 +86,9 @@ def test_variance_matches_the_two_way_analysis_of_variance_by_hand() -> None:
 
 def test_accuracy_interval_widens_with_the_spread_of_seeds() -> None:
     values = np.random.default_rng(0).binomial(1, 0.5, (3, 200)).astype(float)
-    apart = np.clip(values + np.array([[-0.2], [0.0], [0.2]]), 0, 1)
-    near, far = stats.accuracy_interval(values), stats.accuracy_interval(apart)
-    assert far.high - far.low > 2 * (near.high - near.low)
+    shifted = np.clip(values + np.array([[-0.2], [0.0], [0.2]]), 0, 1)
+    narrow, wide = stats.accuracy_interval(values), stats.accuracy_interval(shifted)
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_accuracy_interval_has_its_nominal_coverage(seeds: int, seed_effect: flo
         logits = offset + 1.5 * rng.normal(size=(1, 80)) + seed_effect * rng.normal(size=(seeds, 1))
         result = stats.accuracy_interval(rng.binomial(4, expit(logits), (seeds, 80)) / 4)
         covered += result.low <= truth <= result.high
-    # Three standard errors of 300 trials at 95 % are 3.8 points; it may err on the careful side.
+    # Three standard errors of 300 trials at 95 % are 3.8 points; a wider interval is acceptable.
     assert covered / trials > 0.912
 
 
@@ -139,9 +139,9 @@ def test_contrast_of_swapped_arms_is_the_exact_negative() -> None:
 def test_contrast_of_equal_arms_is_zero_with_p_one_and_a_nonzero_width() -> None:
     same = np.random.default_rng(2).binomial(4, 0.4, (2, 50)) / 4
     result = stats.contrast(same, same)
-    unseen = stats.wilson(0.0, 50)[1]
+    half_width = stats.wilson(0.0, 50)[1]
     assert (result.difference, result.p) == (0.0, 1.0)
-    assert (result.low, result.high) == pytest.approx((-unseen, unseen))
+    assert (result.low, result.high) == pytest.approx((-half_width, half_width))
 
 
 def test_contrast_is_narrower_than_each_arm_if_problem_difficulty_is_shared() -> None:
@@ -179,11 +179,11 @@ def test_sign_flip_p_is_uniform_under_the_null_hypothesis() -> None:
 
 
 def test_contrast_p_keeps_its_level_if_problem_effects_repeat_in_every_seed() -> None:
-    """Flips of each (problem, seed) by itself would count the same problem's leaning five times over."""
+    """Flipping each (problem, seed) independently would count the effect of one problem five times."""
     rng, low = np.random.default_rng(9), 0
     for _ in range(300):
-        leaning = rng.normal(0, 0.2, 60)
-        a = np.clip(0.5 + leaning + rng.normal(0, 0.05, (5, 60)), 0, 1)
+        effect = rng.normal(0, 0.2, 60)
+        a = np.clip(0.5 + effect + rng.normal(0, 0.05, (5, 60)), 0, 1)
         low += stats.contrast(a, np.full((5, 60), 0.5)).p < 0.05
     assert low / 300 < 0.09
 

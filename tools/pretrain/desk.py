@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 from headwater.config import recipe as config
 from headwater.config.recipe import canonical_json
 from headwater.errors import TrainingStoppedError
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.prompts import Prompter
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
@@ -217,7 +218,7 @@ def measure(folder: Path, dials: WordsDials, device: torch.device, count: int, s
     name = str(folder)
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     models = config.Models.model_validate({"student": name, "teacher": name, "dtype": dtype})
-    policy = model.load(name, "pretrain desk", models, device, frozen=True)
+    policy = load_policy(ModelFolder.open(name, "pretrain desk"), LoadOptions(models, device, frozen=True))
     prompter = Prompter(policy.tokenizer, config.Prompt())
     labeled = [(Problem.of(text, "words:eval"), gold) for text, gold in generate(count, "eval", seed, dials)]
     requests = requests_for(

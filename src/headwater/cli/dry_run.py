@@ -13,7 +13,7 @@ from headwater.cli.options import DryRunOptions
 from headwater.config.recipe import Recipe
 from headwater.doctor.checks import check_plan
 from headwater.report.format import console, units
-from headwater.runs.estimate import Asked, Estimate, estimates
+from headwater.runs.estimate import Assumptions, Estimate, estimates
 from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import make_plan
@@ -27,7 +27,7 @@ def print_dry_run(
         plan = make_plan(recipe, arms, seeds, inputs.content())
         if not inputs.missing:
             check_plan(plan, inputs)
-    nodes = estimates(plan, inputs, Asked(options.mean_tokens, options.count))
+    nodes = estimates(plan, inputs, Assumptions(options.mean_tokens, options.count))
     if as_json:
         print(json.dumps([json_row(estimate, options) for estimate in nodes]))
         return

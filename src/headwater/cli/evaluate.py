@@ -16,7 +16,8 @@ from headwater.config.recipe import Evaluate, Models, Prompt, Source, first_comp
 from headwater.data.labels import Labels
 from headwater.data.sources import load
 from headwater.errors import TrainingStoppedError, UserError
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.prompts import Prompter
 from headwater.runs.inputs import device_of
 from headwater.runs.node_context import ProgressDisplay
@@ -36,7 +37,8 @@ def evaluate_model(name: str, data: str, options: EvalOptions, display: Progress
     task, device = find_task(options.task), device_of(options.device or "auto")
     loaded = load(Source(path=data, limit=options.limit), "--data", need_answers=True, gold=task.gold)
     with Verifier(options.task) as grade, contextlib.ExitStack() as stack:
-        policy = model.load(name, "MODEL", models, device, frozen=True)
+        folder = ModelFolder.open(name, "MODEL", models.trust_remote_code)
+        policy = load_policy(folder, LoadOptions(models, device, frozen=True))
         progress = stack.enter_context(display.node(f"eval {name}", 1, 1))
         progress.start(0, len(loaded.problems) * settings.samples, "completions")
         try:

@@ -118,9 +118,9 @@ def merge(
     ] = "bfloat16",
 ) -> None:
     """Merge an adapter into its base model: a plain model folder that loads anywhere."""
-    from headwater.models.merge_adapter import merged
+    from headwater.models.save import merge_adapter
 
-    merged(adapter, out, dtype)
+    merge_adapter(adapter, out, dtype)
     print(out)
 
 
@@ -137,7 +137,7 @@ def push(
     from huggingface_hub import HfApi
 
     from headwater.cli import push as hub
-    from headwater.models.locate import HUB_ID
+    from headwater.models.folder import HUB_ID
 
     if not HUB_ID.match(to):
         raise UserError(f"push --to {to}: must be owner/name")

@@ -36,15 +36,14 @@ class Check:
 
     title      what is checked, for the list that is printed
     stage      it runs only if no earlier stage found an error: a run that is refused anyway loads no weights
-    exit_code  of `run` when it finds an error: 2 for a mistake in the recipe or its data, reported alone in one sentence
-    noted      `run` prints the same in its own notes, so that preflight leaves it out
+    exit_code  of `run` when it finds an error: 2 for a mistake in the recipe or its data, which is reported alone in one sentence
+               and also for a finished run, that preflight does not examine otherwise
     """
 
     title: str
     run: Callable[[DoctorContext], Iterator[Finding]]
     stage: Stage = "files"
     exit_code: Literal[2, 3] = 3
-    noted: bool = False
 
 
 def plan_can_be_made(context: DoctorContext) -> Iterator[Finding]:
@@ -67,8 +66,8 @@ CHECKS = (
     Check("characters of the problems", prompts.unknown_tokens),
     Check("an answer for every label", data.answers),
     Check("gold answers against their grader", data.golds),
-    Check("contamination by evaluation problems", data.contamination, noted=True),
-    Check("duplicates and contradictions", data.repeats, noted=True),
+    Check("contamination by evaluation problems", data.contamination, exit_code=2),
+    Check("duplicates and contradictions", data.repeats, exit_code=2),
     Check("evaluation sets", data.evaluations),
     Check("label budget and halves", data.halves),
     Check("pool sizes", data.pool_sizes, exit_code=2),
@@ -116,7 +115,7 @@ class Examination:
         if self.unchecked:
             lines.append(f"not checked, because of the errors above: {', '.join(self.unchecked)}")
         if not self.errors:
-            lines.append("nothing found that would spoil a run")
+            lines.append("nothing is wrong that would spoil a run")
         return "\n".join(lines)
 
     @property
@@ -173,6 +172,12 @@ def _refuse_user_errors(context: DoctorContext) -> list[Finding]:
     return findings
 
 
+def _say_warnings(findings: Sequence[Finding], say: Callable[[str], None]) -> None:
+    for finding in findings:
+        if finding.severity == "warning":
+            say(finding.text())
+
+
 def preflight(plan: Plan, inputs: RunInputs, out: Path, say: Callable[[str], None]) -> None:
     """Refuse what would spoil a run before anything is written, and say warnings. For a finished run it is `check_plan`.
 
@@ -180,15 +185,13 @@ def preflight(plan: Plan, inputs: RunInputs, out: Path, say: Callable[[str], Non
     """
     context = DoctorContext.of(plan, inputs, out)
     try:
-        findings = _refuse_user_errors(context)
+        _say_warnings(_refuse_user_errors(context), say)
         if not context.pending:
             return
-        found = examine(context, [check for check in CHECKS if check.exit_code == 3 and not check.noted])
+        found = examine(context, [check for check in CHECKS if check.exit_code == 3])
     finally:
         context.close()
-    for finding in (*findings, *found.findings):
-        if finding.severity == "warning":
-            say(finding.text())
+    _say_warnings(found.findings, say)
     if found.errors:
         errors = "\n".join(finding.text() for finding in found.errors)
         raise RefusedError(

@@ -12,13 +12,13 @@ import torch
 from headwater.config.arms import arm_of
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
-from headwater.models import policy as model
-from headwater.models.lora import Wanted
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.runs.estimate import base_of
 from headwater.runs.inputs import RunInputs
-from headwater.runs.plan import Node, Plan, Role, make_plan, nodes_of
+from headwater.runs.plan import Node, Plan, Role, last_node, make_plan
 from headwater.runs.read_once import InputError, read_once
 from headwater.sampling.base import requests_for
 from headwater.storage.run_dir import RunDir
@@ -85,7 +85,7 @@ class DoctorContext:
     def nodes(self) -> list[Node]:
         """Every node of the arms, from the recipe alone; seeds differ in nothing that is checked."""
         arms = (arm_of(arm, self.recipe) for arm in self.arms)
-        return list(dict.fromkeys(n for arm in arms for n in nodes_of(arm, self.recipe, self.seeds[0]).ancestry()))
+        return list(dict.fromkeys(n for arm in arms for n in last_node(arm, self.recipe, self.seeds[0]).ancestry()))
 
     @property
     @read_once("plan")
@@ -144,7 +144,7 @@ class DoctorContext:
     def prompt_lengths(self) -> list[tuple[int, Problem]]:
         """(tokens, problem) under the student's template, longest first."""
         prompter = self.prompter("student")
-        lengths = [(len(prompter.ids(problem)), problem) for problem in self.inputs.everything]
+        lengths = [(len(prompter.ids(problem)), problem) for problem in self.inputs.all_problems]
         return sorted(lengths, key=lambda pair: -pair[0])
 
     # Models, with their weights ---------------------------------------------------------------------------------------
@@ -153,9 +153,8 @@ class DoctorContext:
     def policy(self, role: str, frozen: bool) -> Policy:
         models = self.recipe.models
         adapted = not frozen and models.lora is not None and role in models.lora.roles
-        adapt = Wanted(models.lora, (self.seeds[0], "doctor")) if adapted and models.lora is not None else None
-        field_, name = self.inputs.field_and_name(role)
-        return model.load(name, field_, models, self.inputs.device, frozen, adapt=adapt)
+        adapt = AdapterSpec(models.lora, (self.seeds[0], "doctor")) if adapted and models.lora is not None else None
+        return load_policy(self.inputs.model_folder(role), LoadOptions(models, self.inputs.device, frozen, adapt))
 
     @read_once("plan")
     def sample(self, role: str) -> Sample:

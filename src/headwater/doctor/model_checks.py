@@ -9,8 +9,8 @@ from typing import Any
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, note, try_each, warning
 from headwater.errors import UserError
-from headwater.models import policy as model
-from headwater.models.prompts import rendered
+from headwater.models.prompts import render_chat
+from headwater.models.tokenizer import refuse_different_tokens
 from headwater.runs.read_once import InputError
 
 MAX_COMPARED_CHARACTERS = 10_000
@@ -37,7 +37,7 @@ def token_ids(context: DoctorContext) -> Iterator[Finding]:
     for role in context.roles[1:]:
         teacher = context.inputs.tokenizer(role)
         try:
-            model.refuse_different_tokens(student, teacher, ("models.student", f"models.{role}"), texts)
+            refuse_different_tokens(student, teacher, ("models.student", f"models.{role}"), texts)
         except UserError as refusal:
             remedy = "choose a teacher of the student's model family, or one with the same tokenizer files"
             yield error("token-ids-differ", str(refusal), remedy)
@@ -128,7 +128,7 @@ def turn_end(tokenizer: Any) -> int | None:
         return None
     turns = [{"role": "user", "content": "2+5"}, {"role": "assistant", "content": "=7"}]
     try:
-        after = rendered(tokenizer, turns, "an assistant's turn").rpartition("=7")[2].lstrip()[:1000]
+        after = render_chat(tokenizer, turns, "an assistant's turn").rpartition("=7")[2].lstrip()[:1000]
     except UserError:  # not every template takes such a turn; prompts of the problems have a check of their own
         return None
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []

@@ -24,9 +24,11 @@ from headwater.doctor import advice
 from headwater.doctor.checks import check_plan
 from headwater.doctor.readiness import Continuations, PairMeasures, Readiness, informative_share
 from headwater.errors import TrainingStoppedError, UserError
-from headwater.models import policy as model
-from headwater.models.policy import Policy, Shape
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
+from headwater.models.shape import Shape
+from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import ProgressDisplay
 from headwater.runs.setup import prepared
@@ -146,7 +148,7 @@ def measure(task: ProbeTask) -> tuple[PairMeasures, dict[str, float]]:
     """Measure both models; also returns C2 on all samples (`conditions.measure`)."""
     recipe = task.recipe
     student, teacher = sample_model("student", task), sample_model("teacher", task)
-    model.refuse_different_widths(student.policy, teacher.policy, ("models.student", "models.teacher"))
+    refuse_different_widths(student.policy, teacher.policy, ("models.student", "models.teacher"))
     top_k, tokens = recipe.conditions.top_k, recipe.compute.microbatch_tokens
     with task.progress.node("how far apart they are", 3, 3) as watch:
         watch.start(0, 3, "measures")
@@ -197,7 +199,7 @@ def sample_model(role: Role, task: ProbeTask) -> ModelSamples:
     (field, name), *others = recipe.models.named(role).items()
     if others or is_served(name):
         raise UserError(f"{field}: probe measures one model whose weights are local; name a folder or a hub id")
-    policy = model.load(name, field, recipe.models, inputs.device, frozen=True)
+    policy = load_policy(inputs.model_folder(role), LoadOptions(recipe.models, inputs.device, frozen=True))
     prompter = Prompter(policy.tokenizer, recipe.prompt)
     prompts = [(name, prompter.ids(inputs.problems[name])) for name in task.problems]
     title = f"{role}, {len(prompts)} problems × {task.samples} samples"

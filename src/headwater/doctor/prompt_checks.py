@@ -137,7 +137,7 @@ def positions(config: Any) -> int | None:
 
 def unknown_tokens(context: DoctorContext) -> Iterator[Finding]:
     """Problems with text that the tokenizer can only read as its unknown token."""
-    tokenizer, problems = context.inputs.tokenizer("student"), context.inputs.everything
+    tokenizer, problems = context.inputs.tokenizer("student"), context.inputs.all_problems
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None or not problems:
         return

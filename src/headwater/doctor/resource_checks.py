@@ -11,7 +11,6 @@ import torch
 
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, warning
-from headwater.models.policy import Shape
 from headwater.runs.estimate import base_of, estimates
 from headwater.teachers.cache import EXACT_CACHE_LIMIT
 
@@ -60,7 +59,7 @@ def free_memory(device: torch.device) -> float | None:
 def disk(context: DoctorContext) -> Iterator[Finding]:
     """Models, checkpoints and teacher caches of the pending nodes against the output folder's free space."""
     inputs = context.inputs
-    shapes = {role: Shape.from_config(inputs.config(role)) for role in context.roles}
+    shapes = {role: inputs.shape(role) for role in context.roles}
     bytes_per_weight = 2 if context.recipe.models.dtype == "bfloat16" else 4
     models = next_checkpoint = caches = 0.0
     for node in context.pending:

@@ -10,7 +10,7 @@ from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error
 from headwater.doctor.model_checks import compared_texts
 from headwater.errors import HeadwaterError, UserError
-from headwater.models import policy as model
+from headwater.models.tokenizer import PROBES, refuse_different_tokens
 from headwater.runs.plan import Node
 from headwater.runs.read_once import InputError
 from headwater.teachers.build import top_k_of
@@ -66,7 +66,7 @@ def _server_limits(node: Node, stage: Stage, server: str) -> Iterator[Finding]:
 def teacher_tags(context: DoctorContext) -> Iterator[Finding]:
     """With a mapping of teachers, every problem needs the tag of one."""
     known = context.recipe.models.teacher
-    for problem in context.inputs.everything if isinstance(known, dict) else ():
+    for problem in context.inputs.all_problems if isinstance(known, dict) else ():
         if problem.tag not in known:
             tag = f"has the tag {problem.tag!r}" if problem.tag else "has no tag (data.columns.tag names their column)"
             yield cannot_run(
@@ -83,7 +83,7 @@ def server_tokens(context: DoctorContext) -> Iterator[Finding]:
         field, texts = f"models.{role}", compared_texts(context)[:SERVER_PROBLEMS]
         remedy = "serve a model of the student's family with the student's chat template (--chat-template)"
         try:
-            model.refuse_different_tokens(student.tokenizer, served, ("models.student", field), texts)
+            refuse_different_tokens(student.tokenizer, served, ("models.student", field), texts)
             for problem in context.compared_problems[:SERVER_PROBLEMS] if templated and texts else ():
                 theirs = served.chat(student.messages(problem), student.prompt.thinking)
                 ours = student.ids(problem)
@@ -128,7 +128,7 @@ def _scoring(context: DoctorContext, role: str, nodes: list[Node]) -> Iterator[F
     for top_k in dict.fromkeys(top_k_of(node.settings) or 0 for node in nodes):
         teacher = ServedTeacher(inputs.server(role), tokenizer, width, inputs.stop_ids("student"), inputs.device, top_k)
         try:
-            check_scoring(teacher, tokenizer(model.PROBES[0], add_special_tokens=False)["input_ids"])
+            check_scoring(teacher, tokenizer(PROBES[0], add_special_tokens=False)["input_ids"])
         except HeadwaterError as refusal:
             remedy = (
                 f"start the server with --max-logprobs {top_k}, or lower dense.top_k"

@@ -42,7 +42,7 @@ def sampler_against_trainer(context: DoctorContext) -> Iterator[Finding]:
         sample = context.sample(role)
         trainer_logp = logp_of(sample.policy, sample.rollouts, context.recipe.compute.microbatch_tokens)
         gap = mean_gap([torch.tensor(rollout.sampler_logp) for rollout in sample.rollouts], trainer_logp)
-        bound = GAP[sample.policy.compute]
+        bound = GAP[sample.policy.compute_dtype]
         if not gap <= bound:
             yield error(
                 "sampler-trainer-gap",
@@ -60,7 +60,7 @@ def teacher_agrees_with_itself(context: DoctorContext) -> Iterator[Finding]:
         teacher = context.policy(role, True)
         batched = logp_of(teacher, rollouts, context.recipe.compute.microbatch_tokens)
         single = [logp_of(teacher, [rollout], 1)[0] for rollout in rollouts]
-        gap, bound = mean_gap(batched, single), AGREEMENT[teacher.compute]
+        gap, bound = mean_gap(batched, single), AGREEMENT[teacher.compute_dtype]
         if not gap <= bound:
             yield error(
                 "teacher-disagrees-with-itself",
@@ -82,7 +82,7 @@ def self_distillation(context: DoctorContext) -> Iterator[Finding]:
         return
     student, copy = context.policy("student", False), context.policy("student", True)
     kl = self_kl(student, copy, scored_rollouts(context), context.recipe.compute.microbatch_tokens)
-    bound = SELF_KL[student.compute]
+    bound = SELF_KL[student.compute_dtype]
     if not abs(kl) < bound:
         yield error(
             "self-kl",
@@ -129,4 +129,4 @@ def mean_gap(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 
 
 def dtype_name(policy: Policy) -> str:
-    return str(policy.compute).removeprefix("torch.")
+    return str(policy.compute_dtype).removeprefix("torch.")

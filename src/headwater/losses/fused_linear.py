@@ -11,7 +11,7 @@ and one for the teacher, the minimum for any method. Memory is two chunks and th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -256,7 +256,7 @@ def _loss_derivatives(
         logp_R = stats.logp_N.detach().requires_grad_()
         divergence_R = None if stats.divergence_N is None else stats.divergence_N.detach().requires_grad_()
         leaves = [logp_R] if divergence_R is None else [logp_R, divergence_R]
-        loss_R = token_loss(stats.with_leaves(logp_R, divergence_R), rows)
+        loss_R = token_loss(replace(stats, logp_N=logp_R, divergence_N=divergence_R), rows)
         if not loss_R.requires_grad:
             return loss_R, None, None
         gradients = torch.autograd.grad(loss_R.sum(), leaves, allow_unused=True)

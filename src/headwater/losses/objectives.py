@@ -1,7 +1,7 @@
 """Loss terms of each objective: the per-token loss as a weighted sum of terms.
 
-`config.objectives` says who samples and what scores; a row here adds the loss. GRPO and on-policy distillation are the two ends
-of one axis, λ, of which `mixed` is the inside.
+`config.objectives` says who samples and what scores; a row here adds the loss. GRPO (λ = 1) and on-policy distillation (λ = 0) are
+the endpoints of one axis, and `mixed` interpolates between them.
 """
 
 from __future__ import annotations

@@ -53,10 +53,6 @@ class TokenStats:
         values = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
         return TokenStats(**values)  # type: ignore[arg-type]
 
-    def with_leaves(self, logp_N: Tensor, divergence_N: Tensor | None) -> TokenStats:
-        """A copy whose two differentiable fields are replaced."""
-        return replace(self, logp_N=logp_N, divergence_N=divergence_N)
-
 
 @dataclass(frozen=True)
 class Tokens:

@@ -1,7 +1,7 @@
-"""A model's own files read by several ranks, each its part of every weight: what no rank ever holds is the whole model.
+"""Read a model's safetensors files directly into FSDP2 shards: no rank ever holds the whole model.
 
-The model is made with its buffers and without numbers in its weights, adapted and divided (`sharded`), and then filled. A model
-whose files name its weights otherwise than it does itself is read whole by every rank before it is divided.
+The model is built with its buffers and with its weights on the meta device, adapted and sharded (`fsdp`), and then filled. If the
+files name weights differently from the model, every rank reads the whole model before it is sharded.
 """
 
 from __future__ import annotations
@@ -16,96 +16,94 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import AutoConfig
 
 from headwater.distributed import checkpoint_io
 from headwater.distributed.process_group import ProcessGroup
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
 
 ADAPTED = ".base_layer"
-"""What an adapter puts into the name of a matrix that it stands on."""
+"""What peft inserts into the name of an adapted matrix."""
 
 
-def outline(base: str, dtype: torch.dtype, trusted: bool, quantised: Any, device: torch.device, what: str) -> Any:
-    """As `model.read_weights`, without numbers in the weights, to be filled; whole where the files do not fit name by name."""
-    held = AutoConfig.from_pretrained(base, trust_remote_code=trusted)
-    with weightless():
-        made = AutoModelForCausalLM.from_config(
-            held, dtype=dtype, trust_remote_code=trusted, attn_implementation="sdpa"
+def build_without_weights(base: ModelFolder, dtype: torch.dtype) -> Any | None:
+    """The model with its weights on the meta device, for `load_shards`; None if the files do not match it name by name."""
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(
+            base.config, dtype=dtype, trust_remote_code=base.trust_remote_code, attn_implementation="sdpa"
         )
-    if not fits(made, sizes(folder_of(base))):
-        return model.read_weights(base, dtype, trusted, quantised, device, what)
-    made.generation_config = model.read_generation(base, held)
-    return made
+    if not _matches(model, _tensor_shapes(_local_folder(base.path))):
+        return None
+    model.generation_config = base.generation_config
+    return model
 
 
 @contextlib.contextmanager
-def weightless() -> Iterator[None]:
-    """Models that are made here get their buffers as usual, and weights that take no memory (on the device `meta`)."""
-    usual = nn.Module.register_parameter
+def _parameters_on_meta() -> Iterator[None]:
+    """Models built here get buffers as usual, and parameters on the meta device, which take no memory."""
+    original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:  # one that is tied to another comes as that one
+        if param is not None and not param.is_meta:  # a tied parameter is passed as the one it is tied to
             param = nn.Parameter(param.to("meta"), param.requires_grad)
-        usual(self, name, param)
+        original(self, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.Module.register_parameter = usual  # type: ignore[method-assign]
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def folder_of(base: str) -> Path:
-    """Where a model's files are; those of a hub id are fetched, as `from_pretrained` would."""
-    return Path(base) if Path(base).is_dir() else Path(snapshot_download(base, allow_patterns=["model*.safetensors"]))
+def _local_folder(path: str) -> Path:
+    """The folder with the model's files; those of a hub id are downloaded, as `from_pretrained` does."""
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=["model*.safetensors"]))
 
 
-def sizes(folder: Path) -> dict[str, list[int]]:
-    """The shape of every tensor in a folder's safetensors files."""
-    found: dict[str, list[int]] = {}
+def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor in a folder's safetensors files."""
+    shapes: dict[str, list[int]] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return found
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
 
 
-def fits(made: Any, found: dict[str, list[int]]) -> bool:
-    """Whether files hold every weight and saved buffer of a model under its own name, in its shape, and all in one type."""
-    if getattr(made, "_keep_in_fp32_modules", None) or getattr(made, "_keep_in_fp32_modules_strict", None):
+def _matches(model: Any, shapes: dict[str, list[int]]) -> bool:
+    """Whether the files hold every weight and saved buffer under the model's own name, in its shape, all in one dtype."""
+    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
         return False
     return all(
-        any(found.get(name) == list(one.shape) for name in names)
-        for one, names in checkpoint_io.tensors_with_names(made)
+        any(shapes.get(name) == list(tensor.shape) for name in names)
+        for tensor, names in checkpoint_io.tensors_with_names(model)
     )
 
 
 @torch.no_grad()
-def fill(held: Any, base: str, device: torch.device, ranks: ProcessGroup) -> None:
-    """This rank's parts of every weight that has no numbers yet; all ranks must call it."""
-    every = checkpoint_io.tensors_with_names(held)
-    if not any(one.is_meta for one, _ in every):
+def load_shards(model: Any, base: str, device: torch.device, ranks: ProcessGroup) -> None:
+    """Read this rank's shard of every weight that is still on the meta device. All ranks must call it."""
+    tensors = checkpoint_io.tensors_with_names(model)
+    if not any(tensor.is_meta for tensor, _ in tensors):
         return
-    folder, wanted = folder_of(base), dict[str, Tensor]()
-    known = sizes(folder)
-    for one, names in every:
-        found = next((name for name in (name.replace(ADAPTED, "") for name in names) if name in known), None)
-        if found is not None:
-            wanted[found] = with_room(held, one, names, device).detach()
-    checkpoint_io.load_tensors(wanted, folder, ranks)
+    folder, shards = _local_folder(base), dict[str, Tensor]()
+    stored = _tensor_shapes(folder)
+    for tensor, names in tensors:
+        name = next((name for name in (name.replace(ADAPTED, "") for name in names) if name in stored), None)
+        if name is not None:
+            shards[name] = _allocated(model, tensor, names, device).detach()
+    checkpoint_io.load_tensors(shards, folder, ranks)
 
 
-def with_room(held: Any, one: Tensor, names: list[str], device: torch.device) -> Tensor:
-    """A weight in the place of one that takes no memory yet, under all of its names; else that one."""
-    if not one.is_meta:
-        return one
-    room = nn.Parameter(torch.empty_like(one, device=device), requires_grad=one.requires_grad)
+def _allocated(model: Any, tensor: Tensor, names: list[str], device: torch.device) -> Tensor:
+    """The tensor itself, or memory that replaces one on the meta device, under all of its names."""
+    if not tensor.is_meta:
+        return tensor
+    parameter = nn.Parameter(torch.empty_like(tensor, device=device), requires_grad=tensor.requires_grad)
     for name in names:
-        put(held, name, room)
-    return room
+        set_parameter(model, name, parameter)
+    return parameter
 
 
-def put(held: nn.Module, name: str, value: nn.Parameter) -> None:
-    """Make it the weight of that name."""
-    where, _, last = name.rpartition(".")
-    setattr(held.get_submodule(where), last, value)
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Make it the model's parameter of that dotted name."""
+    module, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module), attribute, parameter)

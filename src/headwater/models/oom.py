@@ -1,4 +1,4 @@
-"""When memory runs out: halve how much is done at once, do it again, and remember what fitted."""
+"""Retry on out-of-memory: halve the batch, run again, and remember the size that fits."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from typing import TypeVar
 import torch
 
 from headwater.errors import TrainingStoppedError
-from headwater.losses.batch import Row
 from headwater.types import Rollout
 
 T = TypeVar("T")
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of glibc's mallopt(3)."""
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What a RuntimeError says when the CPU's allocator or a GPU's library finds no memory."""
+"""Options of glibc's mallopt(3)."""
+OOM_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How RuntimeErrors of the CPU allocator and of GPU libraries report out-of-memory."""
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library use freed memory again instead of giving it back: the same large tensors come and go in every step.
+    """Make glibc reuse freed memory instead of returning it to the system: every step allocates the same large tensors.
 
-    Otherwise each one of some megabytes is new pages, which the system must clear: 50 ms for 64 MiB against 9 ms to write it (measured
-    on two virtual cores). Returns whether this C library can (glibc); elsewhere nothing changes.
+    Otherwise each allocation of some megabytes gets new pages, which the system must clear: 50 ms for 64 MiB against 9 ms to
+    write it (measured on two virtual cores). Returns whether the C library supports it; elsewhere nothing changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -37,26 +36,26 @@ def keep_freed_memory() -> bool:
 
 @dataclass
 class BatchBudget:
-    """How much may be done at once (tokens of a pass, sequences of a decoding batch); it only ever falls."""
+    """The most that is processed at once (tokens of a pass, sequences of a decoding batch); it only shrinks."""
 
     size: int
 
     def fit(self, attempt: Callable[[int], T], most: int, least: int, unit: str, remedy: str) -> T:
-        """`attempt(size)`, again with half of it whenever memory runs out, so it must begin anew each time.
+        """Call `attempt(size)`; on out-of-memory, again with half the size, so each attempt must start from scratch.
 
-        most   what there is to do: half of anything more would change nothing
-        least  the smallest piece that cannot be divided; when that does not fit either, nothing will
+        most   the total work: half of anything larger would change nothing
+        least  the smallest indivisible piece
 
-        Raises TrainingStoppedError in that case. Example: with room for 100 tokens, `Budget(512).fit(f, 300, 40, …)` calls
-        f(512), f(150), f(75) and leaves a size of 75.
+        Raises TrainingStoppedError if even `least` does not fit. Example: with room for 100 tokens,
+        `BatchBudget(512).fit(f, 300, 40, …)` calls f(512), f(150), f(75) and leaves a size of 75.
         """
         while True:
             try:
                 return attempt(self.size)
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-            # Past the handler: its traceback would hold every tensor of the attempt alive.
+            # Outside the handler: its traceback would keep every tensor of the attempt alive.
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -64,30 +63,21 @@ class BatchBudget:
                 raise TrainingStoppedError(f"memory ran out even with {least} {unit} at a time; {remedy}")
             self.size = max(1, min(self.size, most) // 2)
 
+    def fit_passes(self, attempt: Callable[[int], T], rollouts: Sequence[Rollout]) -> T:
+        """`fit` for forward or backward passes over rollouts, in microbatches of at most `size` tokens."""
+        longest = max((len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts), default=1)
+        remedy = (
+            "shorten sampling.max_tokens or prompt.max_tokens, set models.gradient_checkpointing or models.dtype bfloat16, "
+            "or take a larger device"
+        )
+        return self.fit(attempt, longest * max(1, len(rollouts)), longest, "tokens (the longest row alone)", remedy)
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or on the CPU.
 
-    Example: `out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))` is True.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception reports that memory ran out, on a GPU or on the CPU.
+
+    Example: `is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))` is True.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
-
-
-def width(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + len(rollout.completion_ids)
-
-
-def passes(budget: BatchBudget, rollouts: Sequence[Rollout], attempt: Callable[[int], T]) -> T:
-    """`attempt(tokens)` for forward or backward passes over these rollouts, in microbatches of what fits."""
-    longest = max((width(one) for one in rollouts), default=1)
-    remedy = (
-        "shorten sampling.max_tokens or prompt.max_tokens, set models.gradient_checkpointing or models.dtype bfloat16, "
-        "or take a larger device"
-    )
-    return budget.fit(attempt, longest * max(1, len(rollouts)), longest, "tokens (the longest row alone)", remedy)
-
-
-def passes_over(budget: BatchBudget, rows: Sequence[Row], attempt: Callable[[int], T]) -> T:
-    return passes(budget, [row.rollout for row in rows], attempt)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in OOM_MESSAGES)

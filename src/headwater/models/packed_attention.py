@@ -1,4 +1,4 @@
-"""Packed sequences through transformers' models: their attention interface, and which models it may be used for."""
+"""Run packed sequences through transformers models: an attention implementation, and a check of which models allow it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from headwater.losses.packing import Packing, pack, packed_attention
 
 ATTENTION = "headwater_packed"
-"""The name under which transformers' models find `attention`."""
+"""The name under which `attention` is registered with transformers."""
+
+PACKABLE = frozenset({"qwen3", "qwen2", "llama", "mistral", "granite", "cohere", "olmo2", "smollm3", "phi3"})
+"""Architectures whose tokens interact in attention only, so that packed sequences cannot influence each other."""
 
 
 def attention(
@@ -27,7 +30,7 @@ def attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of packed tokens, q (1, heads, L, D) -> (1, L, heads, D); without a packing that of `sdpa`."""
+    """Attention over packed tokens, q (1, heads, L, D) -> (1, L, heads, D); without a packing, transformers' `sdpa`."""
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     return packed_attention(packing, query, key, value, scaling), None
@@ -39,57 +42,53 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 def packed_hidden(body: nn.Module, ids_1L: Tensor, packing: Packing) -> Tensor:
     """Last hidden states (L, H) of packed tokens."""
-    # A mask of four dimensions is taken as it is: no model builds one of its own, and `attention` looks at none.
-    unused = ids_1L.new_zeros((1, 1, 1, 1), dtype=torch.bool)
+    # A 4-d mask stops the model from building one; `attention` ignores it.
+    unused_mask = ids_1L.new_zeros((1, 1, 1, 1), dtype=torch.bool)
     out = body(
-        input_ids=ids_1L, attention_mask=unused, position_ids=packing.position_1L, use_cache=False, packing=packing
+        input_ids=ids_1L, attention_mask=unused_mask, position_ids=packing.position_1L, use_cache=False, packing=packing
     )
     return out.last_hidden_state[0]
 
 
-def prepare(model: Any, body: nn.Module, device: torch.device) -> bool:
-    """Whether sequences may be packed for this model; where they may, its attention is made to know how.
+def enable_packing(model: Any, body: nn.Module, device: torch.device) -> bool:
+    """Switch a model to packed attention if it supports it; returns whether it does.
 
-    Its attention must be plain (every token of the sequence seen, no cap), go through transformers' interface, and give two
-    packed sequences the same hidden states as each alone.
+    Its attention must be full (all earlier tokens, no cap), go through transformers' interface, and give two packed sequences
+    the same hidden states as each alone.
     """
-    held = model.config
-    if body is not model.base_model or not getattr(model, "_supports_attention_backend", False) or not plain(held):
+    config = model.config
+    supported = body is model.base_model and getattr(model, "_supports_attention_backend", False)
+    if not supported or not _has_full_attention(config) or config._attn_implementation != "sdpa":
         return False
-    before = held._attn_implementation
-    if before != "sdpa":
-        return False
-    held._attn_implementation = ATTENTION
-    if _same_packed(body, held.get_text_config().vocab_size, device):
+    config._attn_implementation = ATTENTION
+    if _same_when_packed(body, config.get_text_config().vocab_size, device):
         return True
-    held._attn_implementation = before
+    config._attn_implementation = "sdpa"
     return False
 
 
-def plain(held: Any) -> bool:
-    kinds = set(getattr(held, "layer_types", None) or ["full_attention"])
+def _has_full_attention(config: Any) -> bool:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
         kinds == {"full_attention"}
-        and getattr(held, "model_type", "") in PLAIN
-        and not getattr(held, "attn_logit_softcapping", None)
-        and not (getattr(held, "use_sliding_window", True) and getattr(held, "sliding_window", None))
+        and getattr(config, "model_type", "") in PACKABLE
+        and not getattr(config, "attn_logit_softcapping", None)
+        and not (getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None))
     )
 
 
-PLAIN = frozenset({"qwen3", "qwen2", "llama", "mistral", "granite", "cohere", "olmo2", "smollm3", "phi3"})
-"""Architectures whose tokens meet each other in attention alone, so that packed ones cannot."""
-
-
 @torch.no_grad()
-def _same_packed(body: nn.Module, vocabulary: int, device: torch.device) -> bool:
-    ids = [int(one) for one in torch.arange(3, 17) % vocabulary]
-    prompt, texts = tuple(ids[:4]), (tuple(ids[4:7]), tuple(ids[7:]))
+def _same_when_packed(body: nn.Module, vocabulary: int, device: torch.device) -> bool:
+    ids = (torch.arange(3, 17) % vocabulary).tolist()
+    prompt, completions = tuple(ids[:4]), (tuple(ids[4:7]), tuple(ids[7:]))
     try:
-        found = packed_hidden(body, *pack([(prompt, text) for text in texts], device))
-        apart = (torch.tensor([prompt + text], device=device) for text in texts)
-        expected = [body(input_ids=one, use_cache=False).last_hidden_state[0] for one in apart]
+        packed = packed_hidden(body, *pack([(prompt, completion) for completion in completions], device))
+        separate = [
+            body(input_ids=torch.tensor([prompt + completion], device=device), use_cache=False).last_hidden_state[0]
+            for completion in completions
+        ]
     except (TypeError, ValueError, RuntimeError, AttributeError):
-        return False  # a body that does not take what packing hands it
-    whole = torch.cat([expected[0], expected[1][len(prompt) :]]).float()
-    near = 1e-4 if found.dtype == torch.float32 else 5e-2
-    return bool((found.float() - whole).abs().max() <= near * whole.abs().max())
+        return False  # the body does not accept the packing's arguments
+    expected = torch.cat([separate[0], separate[1][len(prompt) :]]).float()
+    tolerance = 1e-4 if packed.dtype == torch.float32 else 5e-2
+    return bool((packed.float() - expected).abs().max() <= tolerance * expected.abs().max())

@@ -1,4 +1,4 @@
-"""The one place where a problem becomes token ids and ids become text."""
+"""Render problems to token ids with a model's chat template, and decode completions to text."""
 
 from __future__ import annotations
 
@@ -8,100 +8,100 @@ from typing import Any
 
 from headwater.config.recipe import Prompt
 from headwater.errors import UserError
-from headwater.models.time_limit import OutOfTimeError, within
-from headwater.models.untrusted_files import reading
+from headwater.models.resource_limits import OutOfTimeError, resource_limits
+from headwater.models.untrusted_files import as_user_error
 from headwater.types import Problem
 
 TEMPLATE_SECONDS, TEMPLATE_MB = 5.0, 256
-"""What a chat template may take for one problem; those that ship with models take a tenth of a millisecond."""
-LONGEST_TEXT = 500_000
-"""Characters; a tokenizer's native code takes memory in proportion, ends the process where there is none, and hears no alarm."""
+"""Limits of a chat template for one problem; those that ship with models take a tenth of a millisecond."""
+MAX_CHARACTERS = 500_000
+"""A tokenizer's native code needs memory in proportion, aborts the process without it, and cannot be interrupted."""
 
 
 @dataclass(frozen=True)
 class Prompter:
-    """Renders problems with a model's own chat template (or as plain text where it has none)."""
+    """Renders problems with a model's own chat template (or as plain text if it has none)."""
 
     tokenizer: Any
     prompt: Prompt
 
+    @property
+    def has_template(self) -> bool:
+        return getattr(self.tokenizer, "chat_template", None) is not None
+
     def text(self, problem: Problem) -> str:
-        """The prompt as text, special tokens spelt out."""
-        turn = self.prompt.template.replace("{problem}", problem.text)
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            return turn if self.prompt.system is None else f"{self.prompt.system}\n\n{turn}"
+        """The prompt as text, special tokens included."""
         messages = self.messages(problem)
+        if not self.has_template:
+            return "\n\n".join(message["content"] for message in messages)
         where = f"problem {problem.id} of {problem.source}"
-        return rendered(
+        return render_chat(
             self.tokenizer, messages, where, add_generation_prompt=True, enable_thinking=self.prompt.thinking
         )
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
-        """The problem as the turns that a chat template is given."""
-        turn = {"role": "user", "content": self.prompt.template.replace("{problem}", problem.text)}
-        return [turn] if self.prompt.system is None else [{"role": "system", "content": self.prompt.system}, turn]
+        """The problem as chat messages."""
+        user = {"role": "user", "content": self.prompt.template.replace("{problem}", problem.text)}
+        return [user] if self.prompt.system is None else [{"role": "system", "content": self.prompt.system}, user]
 
     def ids(self, problem: Problem) -> tuple[int, ...]:
-        """The prompt as token ids. Raises UserError that names the problem when it is empty or over `prompt.max_tokens`."""
-        templated = getattr(self.tokenizer, "chat_template", None) is not None
-        # A chat template writes its own special tokens; plain text gets the tokenizer's (a BOS, where it has one).
-        text = self.text(problem)
-        if len(text) > LONGEST_TEXT:
+        """The prompt as token ids. Raises UserError that names the problem if it is empty or over `prompt.max_tokens`."""
+        text, where = self.text(problem), f"problem {problem.id} of {problem.source}"
+        if len(text) > MAX_CHARACTERS:
             raise UserError(
-                f"problem {problem.id} of {problem.source}: its prompt has {len(text):,} characters under "
-                f"{whose(self.tokenizer, 'chat template')}, over the {LONGEST_TEXT:,} that a tokenizer is given"
+                f"{where}: its prompt has {len(text):,} characters under {_named(self.tokenizer, 'chat template')}, over the "
+                f"{MAX_CHARACTERS:,} that a tokenizer is given"
             )
-        with reading(
-            f"{whose(self.tokenizer, 'tokenizer')} cannot be used on problem {problem.id} of {problem.source}"
-        ):
-            ids = tuple(self.tokenizer(text, add_special_tokens=not templated)["input_ids"])
+        with as_user_error(f"{_named(self.tokenizer, 'tokenizer')} cannot be used on {where}"):
+            # A chat template writes its own special tokens; plain text gets the tokenizer's (a BOS, if it has one).
+            ids = tuple(self.tokenizer(text, add_special_tokens=not self.has_template)["input_ids"])
         if not ids:
-            raise UserError(f"problem {problem.id} of {problem.source}: its prompt has no tokens")
+            raise UserError(f"{where}: its prompt has no tokens")
         if len(ids) > self.prompt.max_tokens:
             raise UserError(
-                f"problem {problem.id} of {problem.source} ({problem.text[:40]!r}…): its prompt has {len(ids)} tokens, "
-                f"over prompt.max_tokens {self.prompt.max_tokens}"
+                f"{where} ({problem.text[:40]!r}…): its prompt has {len(ids)} tokens, over prompt.max_tokens "
+                f"{self.prompt.max_tokens}"
             )
         return ids
 
     def completion(self, ids: Sequence[int]) -> str:
-        """What the model wrote, without special tokens."""
+        """A completion as text, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def rendered(tokenizer: Any, messages: list[dict[str, str]], where: str, **options: bool) -> str:
-    """Messages under a chat template, which is a program that came with the model: all it can do else is be refused.
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], where: str, **options: bool) -> str:
+    """Render messages with the model's chat template, which is untrusted code.
 
-    transformers runs it in Jinja's sandbox, which lets it reach nothing; time and memory are bounded here. Raises UserError.
+    transformers runs it in Jinja's sandbox; time and memory are limited here. Raises UserError for any failure; `where` names
+    what is rendered.
     """
-    what = whose(tokenizer, "chat template")
+    template = _named(tokenizer, "chat template")
     try:
-        with within(TEMPLATE_SECONDS, TEMPLATE_MB):
+        with resource_limits(TEMPLATE_SECONDS, TEMPLATE_MB):
             text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
             if not isinstance(text, str):
                 raise TypeError(f"it gives {type(text).__name__}")
     except OutOfTimeError:
-        raise UserError(f"{what} takes more than {TEMPLATE_SECONDS:g} seconds on {where}") from None
+        raise UserError(f"{template} takes more than {TEMPLATE_SECONDS:g} seconds on {where}") from None
     except MemoryError:
-        raise UserError(f"{what} takes more than {TEMPLATE_MB} MiB on {where}") from None
+        raise UserError(f"{template} takes more than {TEMPLATE_MB} MiB on {where}") from None
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{what} cannot be used on {where} ({type(error).__name__}: {said})") from None
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{template} cannot be used on {where} ({type(error).__name__}: {detail})") from None
     return text
 
 
-def whose(tokenizer: Any, part: str) -> str:
+def _named(tokenizer: Any, part: str) -> str:
     return f"the {part} of {getattr(tokenizer, 'name_or_path', '') or 'the model'}"
 
 
 def refuse_different_prompts(student: Prompter, teacher: Prompter, problems: Sequence[Problem]) -> None:
     """Refuse a teacher whose chat template renders a problem to other ids than the student's.
 
-    A template mismatch does not fail: it biases every token of the distillation. Raises UserError.
+    A template mismatch raises no error of its own: it biases every token of the distillation. Raises UserError.
     """
     for problem in problems:
-        ours, theirs = student.ids(problem), teacher.ids(problem)
-        if ours != theirs:
+        if student.ids(problem) != teacher.ids(problem):
             raise UserError(
                 f"models.student and models.teacher: their chat templates give different ids for the same problem "
                 f"({student.text(problem)[-60:]!r} and {teacher.text(problem)[-60:]!r}, prompt.thinking {student.prompt.thinking})"

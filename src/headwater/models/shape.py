@@ -1,4 +1,4 @@
-"""The numbers of a model's shape that decide its cost; from its config alone, without its weights."""
+"""Model dimensions read from a config, and the parameter and FLOP counts that follow."""
 
 from __future__ import annotations
 
@@ -11,53 +11,50 @@ from transformers import AutoConfig
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a model's shape that decide its cost; from its config alone, without its weights."""
+    """Dimensions of a decoder-only transformer that determine its cost."""
 
     layers: int
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
-    inner: int
+    intermediate: int
     vocabulary: int
     tied: bool
 
     @staticmethod
-    def of(where: str, trust_remote_code: bool = False) -> Shape:
-        found = Shape.from_config(AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code))
-        for name, value in vars(found).items():
-            if not isinstance(value, int) or (value < 1 and name != "tied"):
-                raise ValueError(f"{name} is {value!r:.40}")
-        return found
-
-    @staticmethod
-    def known(fields: Mapping[str, Any]) -> Shape:
+    def from_fields(fields: Mapping[str, Any]) -> Shape:
         """From the fields of a config.json."""
         return Shape.from_config(AutoConfig.for_model(**fields))
 
     @staticmethod
-    def from_config(held: Any) -> Shape:
-        held = held.get_text_config()
-        heads = held.num_attention_heads
-        return Shape(
-            layers=held.num_hidden_layers,
-            hidden=held.hidden_size,
+    def from_config(config: Any) -> Shape:
+        """From a transformers config. Raises ValueError for sizes that are no positive integers."""
+        config = config.get_text_config()
+        heads = config.num_attention_heads
+        shape = Shape(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
             heads=heads,
-            kv_heads=getattr(held, "num_key_value_heads", None) or heads,
-            head_dim=getattr(held, "head_dim", None) or held.hidden_size // heads,
-            inner=getattr(held, "intermediate_size", None) or 4 * held.hidden_size,
-            vocabulary=held.vocab_size,
-            tied=bool(held.tie_word_embeddings),
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            vocabulary=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
         )
+        for name, value in vars(shape).items():
+            if not isinstance(value, int) or (value < 1 and name != "tied"):
+                raise ValueError(f"{name} is {value!r:.40}")
+        return shape
 
     @property
     def body_parameters(self) -> int:
-        """Weights of the layers' matrices: attention and gated MLP."""
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.linear.values())
+        """Weights of all layers' matrices: attention and gated MLP."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.layer_matrices.values())
 
     @property
     def matrix_parameters(self) -> int:
-        """Weights that multiply every token: the layers' and the head's; embeddings are looked up, not multiplied."""
+        """Weights that multiply every token: layers and head, but not the embedding, which is a lookup."""
         return self.body_parameters + self.hidden * self.vocabulary
 
     @property
@@ -65,38 +62,38 @@ class Shape:
         return self.matrix_parameters + (0 if self.tied else self.hidden * self.vocabulary)
 
     @property
-    def linear(self) -> dict[str, tuple[int, int]]:
-        """The matrices of a layer, (inputs, outputs), under the names that Qwen3 and Llama give them."""
+    def layer_matrices(self) -> dict[str, tuple[int, int]]:
+        """Qwen3's and Llama's name -> (inputs, outputs) of each matrix in a layer."""
         query, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.hidden, query),
             "k_proj": (self.hidden, keys),
             "v_proj": (self.hidden, keys),
             "o_proj": (query, self.hidden),
-            "gate_proj": (self.hidden, self.inner),
-            "up_proj": (self.hidden, self.inner),
-            "down_proj": (self.inner, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
         }
 
     @property
-    def cache_numbers(self) -> int:
-        """Numbers that a decoder keeps for every token: a key and a value of each layer."""
+    def kv_cache_numbers(self) -> int:
+        """Elements of the KV cache per token."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
     def adapter_parameters(self, rank: int, targets: Sequence[str] | None) -> int:
-        """Weights of low-rank adapters beside these matrices of every layer; None stands for all of them."""
-        chosen = [sizes for name, sizes in self.linear.items() if targets is None or name in targets]
+        """Weights of LoRA adapters of a rank on the named matrices of every layer; None means all of them."""
+        chosen = [sizes for name, sizes in self.layer_matrices.items() if targets is None or name in targets]
         return self.layers * rank * sum(inputs + outputs for inputs, outputs in chosen)
 
     def flops(self, tokens: float, context: float, passes: Literal[1, 3] = 1, adapter: int = 0) -> float:
-        """Floating-point operations of a forward pass (1) or a forward and backward pass (3) over `tokens` tokens.
+        """FLOPs of a forward pass (1) or a forward and backward pass (3) over `tokens` tokens.
 
-        Two for each matrix weight and token, and 4·layers·heads·head_dim a token and each earlier token it attends to;
-        `context` is the mean number of those. A backward pass costs twice the forward one; where only an adapter of so many
-        weights trains, the matrices need no gradient of their own, so it costs them once the forward one.
+        2 per matrix weight and token, plus 4·layers·heads·head_dim per token and earlier token that it attends to; `context`
+        is the mean number of those. A backward pass costs twice the forward pass. If only an adapter of `adapter` weights
+        trains, the base matrices need no gradient of their own, so their backward pass costs as much as their forward pass.
         """
         attention = 4.0 * self.layers * self.heads * self.head_dim * context
         if not adapter:
             return passes * tokens * (2.0 * self.matrix_parameters + attention)
-        over_matrices = 1 if passes == 1 else 2
-        return tokens * (over_matrices * 2.0 * self.matrix_parameters + passes * (attention + 2.0 * adapter))
+        base_passes = 1 if passes == 1 else 2
+        return tokens * (base_passes * 2.0 * self.matrix_parameters + passes * (attention + 2.0 * adapter))

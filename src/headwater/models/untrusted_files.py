@@ -1,14 +1,15 @@
-"""Model folders from people we do not know: what is looked at before a library opens anything in them.
+"""Check model folders from unknown sources before any library opens a file in them.
 
-Weights are read from safetensors alone, which hold numbers and nothing else. A pickle is a program; it is refused by name,
-not read. So is code that a config would have imported, unless the recipe says so.
+Weights are read from safetensors only, which hold nothing but numbers. A pickle can run code, so a folder with one is refused
+without reading it. Code that a config would import is refused unless the recipe trusts it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from headwater.errors import HeadwaterError, UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
-LONGEST_HEADER = 100_000_000
-"""Bytes; the format's own limit."""
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors format's own limit."""
 
 
 def refuse_unsafe(folder: Path, field: str, name: str) -> None:
-    """Raises UserError for a folder with a pickle in it, also one that calls itself safetensors."""
+    """Raises UserError for a folder with a pickle in it (also one named *.safetensors), or an index that points outside."""
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in PICKLES:
             raise UserError(
@@ -29,117 +30,99 @@ def refuse_unsafe(folder: Path, field: str, name: str) -> None:
                 "only *.safetensors there"
             )
         if path.suffix == ".safetensors" and path.is_file():
-            wrong = _not_safetensors(path)
-            if wrong:
+            problem = _not_safetensors(path)
+            if problem:
                 raise UserError(
-                    f"{field}: {name} cannot be loaded ({path.name} is no safetensors file: {wrong}; it was not read)"
+                    f"{field}: {name} cannot be loaded ({path.name} is no safetensors file: {problem}; it was not read)"
                 )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = read_object(index, field, name).get("weight_map", {})
-        outside = [one for one in shards.values() if not _plain(one)] if isinstance(shards, dict) else []
-        if outside:
-            raise UserError(
-                f"{field}: {index.name} in {name} names {str(outside[0])!r:.80}, which is not a file of the folder"
-            )
-
-
-def _plain(name: Any) -> bool:
-    return isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
+        for file in shards.values() if isinstance(shards, dict) else ():
+            if not isinstance(file, str) or file != Path(file).name or file in ("", ".", ".."):
+                raise UserError(
+                    f"{field}: {index.name} in {name} names {str(file)!r:.80}, which is not a file of the folder"
+                )
 
 
 def _not_safetensors(path: Path) -> str:
-    """What a file is instead; "" where it begins as safetensors do: a length, then a JSON object of that length."""
+    """What a file is instead; "" if it starts as safetensors do: a length, then a JSON object of that length."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)
     length = int.from_bytes(head[:8], "little")
-    if len(head) == 9 and length <= min(LONGEST_HEADER, size - 8) and head[8:] == b"{":
-        return ""  # also where the length happens to begin with the byte that a pickle begins with
+    if len(head) == 9 and length <= min(MAX_HEADER_BYTES, size - 8) and head[8:] == b"{":
+        return ""  # even if the length happens to start with the byte that starts a pickle
     return "it is a pickle" if head[:2] == b"PK" or head[:1] == b"\x80" else "its header is not one"
-
-
-def refuse_code(folder: Path, field: str, name: str) -> None:
-    """Raises UserError where a config names Python code of the folder to be imported (`auto_map`)."""
-    for path in (folder / one for one in CONFIGS):
-        if not path.is_file():
-            continue
-        held = read_object(path, field, name)
-        for key in ("auto_map", "custom_pipelines"):
-            if held.get(key):
-                raise UserError(
-                    f"{field}: {key} in {path} names code that would be imported and run; set models.trust_remote_code to true only "
-                    "if you have read it, or remove the entry"
-                )
 
 
 def read_object(path: Path, field: str, name: str) -> dict[str, Any]:
     """A JSON object. Raises UserError that names field and file."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{field}: {name} cannot be loaded ({path.name} is not JSON: {error})") from None
-    if not isinstance(held, dict):
-        raise UserError(f"{field}: {name} cannot be loaded ({path.name} is no JSON object but {type(held).__name__})")
-    return held
+    if not isinstance(value, dict):
+        raise UserError(f"{field}: {name} cannot be loaded ({path.name} is no JSON object but {type(value).__name__})")
+    return value
 
 
-def refuse_unlike_weights(folder: Path, field: str, name: str) -> None:
-    """Raises UserError where config.json describes a model far larger than the weights beside it: it would be made up.
+def refuse_code(config: Mapping[str, Any], path: Path, field: str) -> None:
+    """Raises UserError if a config (read from `path`) names Python code to import."""
+    for key in ("auto_map", "custom_pipelines"):
+        if config.get(key):
+            raise UserError(
+                f"{field}: {key} in {path} names code that would be imported and run; set models.trust_remote_code to true only "
+                "if you have read it, or remove the entry"
+            )
 
-    A config of a few bytes may ask for a billion layers, and the missing ones would be filled with random numbers.
+
+def refuse_unlike_weights(config: Mapping[str, Any], folder: Path, field: str, name: str) -> None:
+    """Raises UserError if config.json describes a model much larger than the folder's weights.
+
+    A config of a few bytes can request a billion layers, and the missing weights would be filled with random numbers.
     """
-    held = read_object(folder / "config.json", field, name)
-    counts, numbers = 0, 0
+    tensors, numbers = 0, 0
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
         try:
-            tensors = {key: one for key, one in json.loads(header).items() if key != "__metadata__"}
-            counts += len(tensors)
-            numbers += sum(_product(one["shape"]) for one in tensors.values())
+            shapes = [entry["shape"] for key, entry in json.loads(header).items() if key != "__metadata__"]
+            tensors += len(shapes)
+            numbers += sum(math.prod(int(size) for size in shape) for shape in shapes)
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{field}: {path.name} in {name} has a header that cannot be read ({error!r:.100})"
             ) from None
-    for section in (held, *(one for one in held.values() if isinstance(one, dict))):
-        for key in ("num_hidden_layers", "n_layer", "num_layers"):
-            if _number(section.get(key)) > counts:
-                raise UserError(
-                    f"{field}: {name} has weights of {counts} tensors, and its config.json says {key} {section[key]}"
-                )
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "n_embd", "n_inner"):
-            if _number(section.get(key)) > max(numbers, 1):
-                raise UserError(
-                    f"{field}: {name} has weights of {numbers:,} numbers, and its config.json says {key} {section[key]}"
-                )
+    limits = [
+        (("num_hidden_layers", "n_layer", "num_layers"), tensors, f"{tensors} tensors"),
+        (
+            ("vocab_size", "hidden_size", "intermediate_size", "n_embd", "n_inner"),
+            max(numbers, 1),
+            f"{numbers:,} numbers",
+        ),
+    ]
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for keys, limit, weights in limits:
+            for key in keys:
+                value = section.get(key)
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and value > limit:
+                    raise UserError(f"{field}: {name} has weights of {weights}, and its config.json says {key} {value}")
 
 
 @contextlib.contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Whatever a library raises over a damaged or hostile folder becomes one sentence that begins with `what`.
+def as_user_error(message: str) -> Iterator[None]:
+    """Turn any error that a library raises over a damaged or hostile folder into a UserError that starts with `message`.
 
-    Damage shows itself in any way: a wrong type deep in a constructor, a shape, a panic of a tokenizer's native code, which is
-    not even an Exception. A model that does not fit into memory is not the folder's fault and is left alone.
+    Damage shows in many ways: a wrong type deep in a constructor, a shape, a panic in a tokenizer's native code, which is not
+    even an Exception. Running out of memory is not the folder's fault and passes through.
     """
     try:
         yield
     except (HeadwaterError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        plain = isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
-        raise UserError(
-            f"{what} ({said[:200]})" if plain else f"{what} ({type(error).__name__}: {said[:200]})"
-        ) from None
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0.0
-
-
-def _product(shape: list[int]) -> int:
-    found = 1
-    for one in shape:
-        found *= int(one)
-    return found
+        detail = " ".join(str(error).split())[:200] or type(error).__name__
+        if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+            detail = f"{type(error).__name__}: {detail}"
+        raise UserError(f"{message} ({detail})") from None

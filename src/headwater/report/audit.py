@@ -18,9 +18,9 @@ from headwater.config.arms import ARMS, arm_of
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.data.labels import half_of
 from headwater.errors import UserError
-from headwater.report.study import Node
+from headwater.report.study import Node, require_run
 from headwater.runs.plan import Node as PlannedNode
-from headwater.runs.plan import nodes_of
+from headwater.runs.plan import last_node
 from headwater.storage.run_dir import RunDir, read_json, read_jsonl
 from headwater.storage.untrusted import read_plan
 
@@ -107,8 +107,7 @@ class RunFiles:
 
 def read_files(out: RunDir) -> RunFiles:
     """Raises UserError for a folder that holds no run, or whose recipe or plan cannot be read."""
-    if not out.plan.exists() or not out.recipe.exists():
-        raise UserError(f"{out.path}: holds no run of ours (no {out.plan.name} and {out.recipe.name} in it)")
+    require_run(out)
     recipe = parse_recipe(read_json(out.recipe), str(out.recipe))
     arms: list[tuple[str, ...]] = []
     nodes: dict[str, tuple[Node, PlannedNode]] = {}
@@ -140,7 +139,7 @@ def _planned_nodes(arm: str, recipe: Recipe, seed: int) -> list[PlannedNode]:
     """The nodes that the recipe gives an arm, parents first; empty for an unknown arm."""
     if arm in BASE_ROLES:
         return [PlannedNode("evaluate", arm, BASE_ROLES[arm], seed, BASE_ROLES[arm])]
-    return list(nodes_of(arm_of(arm, recipe), recipe, seed).lineage()) if arm in ARMS else []
+    return list(last_node(arm_of(arm, recipe), recipe, seed).lineage()) if arm in ARMS else []
 
 
 def _evaluations(node: Node) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:

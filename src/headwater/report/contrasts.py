@@ -16,6 +16,7 @@ from headwater.report.study import EvalCounts, Study, mean_number
 Values = Callable[[EvalCounts], np.ndarray]
 """A function from one evaluation to a value per problem, (P,)."""
 Reading = Literal["holds", "does not hold", "undecided"]
+COMPARISON = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
 
 COMPUTE_TOLERANCE = 0.1
 EQUALITY_GROUPS: tuple[tuple[str, list[str]], ...] = (
@@ -50,7 +51,7 @@ def summarize_seeds(by_seed: Mapping[int, EvalCounts], values: Values) -> dict[s
     """
     values_SP, ids = seed_matrix(by_seed.values(), values)
     if not ids:
-        raise UserError("report: the seeds of one arm were evaluated on problems of which none is the same")
+        raise UserError("report: the evaluations of an arm's seeds have no problem in common")
     interval = stats.accuracy_interval(values_SP)
     per_seed = {str(seed): rounded(row.mean()) for seed, row in zip(by_seed, values_SP, strict=True)}
     return {

@@ -12,26 +12,16 @@ from functools import cache
 from typing import Any
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-from matplotlib.transforms import Affine2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Affine2D, ScaledTranslation
 
-from headwater.report.svg import (
-    COLOURS,
-    DASHES,
-    MARKERS,
-    QUIET,
-    STYLE,
-    TEXT,
-    as_file,
-    inline,
-    printable,
-    spanning,
-    spread,
-)
+from headwater.report.svg import COLOURS, DASHES, MARKERS, QUIET, STYLE, TEXT, as_file, inline, printable, spanning
 
 MAX_POINTS = 80
 """Points per curve, in the figure and in its CSV."""
@@ -51,24 +41,14 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One row of a forest plot: mean, interval, and the values of single seeds as ticks."""
+    """Mean and interval of an arm or a difference (fractions), the values of single seeds, and what the arm cost."""
 
     label: str
     mean: float
     low: float
     high: float
     per_seed: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One arm: its cost, and its accuracy with the interval (fractions)."""
-
-    label: str
-    cost: float
-    mean: float
-    low: float
-    high: float
+    cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +100,10 @@ def colour(style: int) -> str:
     return COLOURS[style % len(COLOURS)]
 
 
-def marker(style: int) -> str:
-    return MARKERS[style % len(MARKERS)]
-
-
-def dash(style: int) -> str:
-    return DASHES[style // len(COLOURS) % len(DASHES)]
+def line_style(style: int) -> dict[str, Any]:
+    """Colour, marker and dashes of a series."""
+    dashes = DASHES[style // len(COLOURS) % len(DASHES)]
+    return {"color": colour(style), "marker": MARKERS[style % len(MARKERS)], "linestyle": dashes}
 
 
 def as_plot(figure: Figure, name: str, description: str, rows: Sequence[tuple[Any, ...]]) -> Plot:
@@ -144,16 +122,8 @@ def curves(name: str, title: str, series: Sequence[Series]) -> Plot:
             if len(one.lines) > 1 and len(steps) > 1:
                 axes.fill_between(steps, low, high, color=colour(one.style), alpha=0.13, linewidth=0)
             if steps:
-                axes.plot(
-                    steps,
-                    mean,
-                    color=colour(one.style),
-                    linestyle=dash(one.style),
-                    marker=marker(one.style),
-                    markersize=3.6,
-                    markevery=max(1, len(steps) // 5),
-                    linewidth=1.4,
-                )
+                every = max(1, len(steps) // 5)
+                axes.plot(steps, mean, **line_style(one.style), markersize=3.6, markevery=every, linewidth=1.4)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.margins(x=0.02)
@@ -182,11 +152,7 @@ def seed_range(series: Series) -> tuple[list[float], list[float], list[float], l
 def forest(name: str, title: str, estimates: Sequence[Estimate], reference: float | None, unit: str) -> Plot:
     """Draw a forest plot with a dashed line at `reference`. Values are shown times 100."""
     with matplotlib.rc_context(STYLE):
-        left = 0.066 * max(len(row.label) for row in estimates) + 0.15
-        width, height = left + 3.6, 0.22 * len(estimates) + 0.85
-        figure = Figure(figsize=(width, height))
-        axes = figure.add_axes((left / width, 0.5 / height, 3.5 / width, 1 - 0.85 / height))
-        axes.set_title(printable(title), loc="left")
+        figure, axes = _axes(title, 0.22 * len(estimates) + 0.85)
         if reference is not None:
             axes.axvline(100 * reference, color=TEXT, linewidth=0.8, linestyle="--")
         for y, row in enumerate(estimates):
@@ -203,48 +169,37 @@ def forest(name: str, title: str, estimates: Sequence[Estimate], reference: floa
         return as_plot(figure, name, f"{title}, {unit}: {'; '.join(values)}", rows)
 
 
-@dataclass(frozen=True, slots=True)
-class LineLabel:
-    """The label at the right of the axes for the point (x, y)."""
-
-    text: str
-    x: float
-    y: float
-    colour: str
-    marker: str = ""
-
-
 def accuracy_by_cost(
-    name: str, title: str, points: Sequence[Point], levels: Sequence[tuple[str, float]], cost: CostAxis
+    name: str, title: str, points: Sequence[Estimate], levels: Sequence[tuple[str, float]], cost: CostAxis
 ) -> Plot:
     """Plot accuracy against cost: one point with its interval per arm; `levels` are dashed lines with their names."""
     with matplotlib.rc_context(STYLE):
-        labels = [*(one.label for one in points), *(label for label, _ in levels)]
-        figure, axes = _axes_with_labels(f"{title}, %", labels, below=0.5)
+        figure, axes = _axes(f"{title}, %", max(2.9, 0.17 * (len(points) + len(levels)) + 0.85))
         axes.set_xlabel(cost.label)
-        costs = [one.cost for one in points]
+        costs = [point.cost for point in points]
         low, high = min(costs), max(costs)
         if cost.log:
             axes.set_xscale("log")
             axes.set_xlim(low / (high / low) ** 0.06 / 1.1, high * (high / low) ** 0.06 * 1.1)
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0)))
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_xlim(*spanning([0.0, *costs, 1e-9], 0.12))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.format(value)))
-        values = [100 * v for one in points for v in (one.low, one.high)] + [100 * level for _, level in levels]
-        axes.set_ylim(*spanning(values))
-        line_labels = []
-        for style, (one, shift) in enumerate(zip(points, sideways_shifts(costs), strict=True)):
-            x = _shifted(axes, one.cost, shift)
-            axes.plot([x, x], [100 * one.low, 100 * one.high], color=colour(style), linewidth=1.4)
-            axes.plot([x], [100 * one.mean], color=colour(style), marker=marker(style), markersize=5.5)
-            line_labels.append(LineLabel(one.label, x, 100 * one.mean, colour(style), marker(style)))
+        ends = [value for point in points for value in (point.low, point.high)]
+        axes.set_ylim(*spanning([100 * value for value in (*ends, *(level for _, level in levels))]))
+        lines = []
+        for style, (point, shift) in enumerate(zip(points, sideways_shifts(costs), strict=True)):
+            moved = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
+            ends = [100 * point.low, 100 * point.high]
+            axes.plot([point.cost] * 2, ends, color=colour(style), linewidth=1.4, transform=moved)
+            look = {**line_style(style), "linestyle": ""}
+            lines += axes.plot(
+                [point.cost], [100 * point.mean], **look, markersize=5.5, transform=moved, label=point.label
+            )
         for label, level in levels:
-            axes.axhline(100 * level, color=QUIET, linewidth=0.9, linestyle="--")
-            line_labels.append(LineLabel(label, axes.get_xlim()[1], 100 * level, QUIET))
-        _draw_labels(axes, line_labels)
+            lines.append(axes.axhline(100 * level, color=QUIET, linewidth=0.9, linestyle="--", label=label))
+        _legend(axes, lines)
         texts = [
             f"{p.label} {100 * p.mean:.1f} ({100 * p.low:.1f} to {100 * p.high:.1f}) at {cost.format(p.cost)}"
             for p in points
@@ -257,55 +212,34 @@ def accuracy_by_cost(
 
 
 def stage_paths(name: str, title: str, series: Sequence[Series], places: Sequence[str]) -> Plot:
-    """Plot a value after each stage, one labelled line per series. Steps of a series are indices into `places`."""
+    """Plot a value after each stage, one line per series. Steps of a series are indices into `places`."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes_with_labels(title, [one.label for one in series], below=0.3)
+        figure, axes = _axes(title, max(2.9, 0.17 * len(series) + 0.65))
         axes.set_xticks(range(len(places)), [printable(place) for place in places])
-        axes.set_xlim(-0.15, len(places) - 0.85)
-        axes.set_ylim(*spanning([value for one in series for _, values in one.lines for value in values]))
-        line_labels, rows = [], [("series", "place", "value")]
+        lines = []
+        rows = [("series", "place", "value")]
         for one in series:
             x, y = one.lines[0]
-            shade, symbol = colour(one.style), marker(one.style)
-            axes.plot(x, y, color=shade, linestyle=dash(one.style), marker=symbol, markersize=5, linewidth=1.4)
-            line_labels.append(LineLabel(one.label, x[-1], y[-1], shade, symbol))
+            lines += axes.plot(x, y, **line_style(one.style), markersize=5, linewidth=1.4, label=one.label)
             rows += [(one.label, places[int(place)], str(value)) for place, value in zip(x, y, strict=True)]
-        _draw_labels(axes, line_labels)
+        _legend(axes, lines)
         texts = [f"{one.label} {' to '.join(f'{value:.1f}' for value in one.lines[0][1])}" for one in series]
         return as_plot(figure, name, f"{title}: {'; '.join(texts)}", rows)
 
 
-def _axes_with_labels(title: str, labels: Sequence[str], below: float) -> tuple[Figure, Axes]:
-    """A figure with room for `labels` at the right, and `below` inches under the axes."""
-    width, height = 4.75 + 0.066 * max(map(len, labels)), max(2.9, 0.17 * len(labels) + below + 0.35)
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((0.45 / width, below / height, 3.75 / width, 1 - (below + 0.32) / height))
-    axes.set_title(printable(title), loc="left", x=-0.1)
+def _axes(title: str, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.2, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(printable(title), loc="left")
     return figure, axes
 
 
-def _draw_labels(axes: Axes, labels: Sequence[LineLabel]) -> None:
-    """Draw labels at the right without overlap, each connected to its point by a thin line."""
-    bottom, top = axes.get_ylim()
-    gap = (top - bottom) * 0.155 * axes.figure.dpi / axes.bbox.height  # 0.155 inches
-    heights = spread([label.y for label in labels], gap, bottom - 2 * gap, top + gap)
-    at = axes.get_yaxis_transform()
-    for label, height in zip(labels, heights, strict=True):
-        line = {"arrowstyle": "-", "color": label.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 5, "alpha": 0.6}
-        axes.annotate(
-            "", (label.x, label.y), xytext=(1.04, height), textcoords=at, annotation_clip=False, arrowprops=line
-        )
-        if label.marker:
-            axes.plot(
-                [1.06], [height], color=label.colour, marker=label.marker, markersize=5, transform=at, clip_on=False
-            )
-        axes.text(1.09, height, printable(label.text), transform=at, va="center", size=8.5)
-
-
-def _shifted(axes: Axes, cost: float, points: float) -> float:
-    """The cost that is drawn this many typographic points to the right of `cost`."""
-    x, y = axes.transData.transform((cost, axes.get_ylim()[0]))
-    return float(axes.transData.inverted().transform((x + points * axes.figure.dpi / 72, y))[0])
+def _legend(axes: Axes, lines: Sequence[Line2D]) -> None:
+    """List the lines at the right in the order of their last values, and give these."""
+    last = {line: float(np.asarray(line.get_ydata())[-1]) for line in lines}
+    ordered = sorted(lines, key=lambda line: -last[line])
+    labels = [f"{printable(str(line.get_label()))} {last[line]:.1f}" for line in ordered]
+    axes.legend(ordered, labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def sideways_shifts(costs: Sequence[float]) -> list[float]:
@@ -321,18 +255,19 @@ def sideways_shifts(costs: Sequence[float]) -> list[float]:
 
 
 DASH_ARRAYS = {"-": "", "--": "5.2 2.2", "-.": "9 2.2 1.4 2.2", ":": "1.4 2.3"}
-"""SVG stroke-dasharray of each matplotlib line style at the line width of the legend."""
+"""SVG stroke-dasharray of each matplotlib line style."""
 
 
 @cache
 def swatch(style: int) -> Markup:
     """The line and marker of a series, as inline SVG for a legend. It has no ids, because a page shows it many times."""
-    symbol = MarkerStyle(marker(style))
+    look = line_style(style)
+    symbol = MarkerStyle(look["marker"])
     outline = symbol.get_path().transformed(symbol.get_transform() + Affine2D().scale(3.6, -3.6).translate(18, 5))
     corners: Any = outline.to_polygons()[0]
-    paint = f"var(--series{style % len(COLOURS)}, {colour(style)})"
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+    paint, dashes = f"var(--series{style % len(COLOURS)}, {look['color']})", DASH_ARRAYS[look["linestyle"]]
     return Markup(
         f'<svg viewBox="0 0 36 10" aria-hidden="true"><path d="M2 5h32" fill="none" stroke="{paint}" stroke-width="1.4"'
-        f' stroke-dasharray="{DASH_ARRAYS[dash(style)]}"/>'
-        f'<polygon points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in corners)}" fill="{paint}"/></svg>'
+        f' stroke-dasharray="{dashes}"/><polygon points="{points}" fill="{paint}"/></svg>'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import yaml
@@ -13,7 +14,7 @@ from headwater.report.render import render
 from headwater.report.rollouts import sample
 from headwater.report.stages import stage_name
 from headwater.report.study import Study
-from headwater.report.view import Section, Table, text_columns
+from headwater.report.view import Column, Section, Table
 from headwater.storage.run_dir import read_jsonl
 
 
@@ -57,18 +58,15 @@ def page(study: Study, report: dict[str, Any]) -> Page:
 
 def _warnings(report: dict[str, Any]) -> Section | None:
     """The guards that began to warn during training, or stopped their stage."""
-    rows = [
-        [
-            f"{row['guard']}{' (stopped)' if row['action'] == 'stop' else ''}",
-            stage_name(row["stage"]),
-            ", ".join(row["arms"]),
-            str(row["seed"]),
-            str(row["step"]),
-            row["sentence"],
-        ]
-        for row in report["warnings"]
+    columns = [
+        Column("guard", lambda row: f"{row['guard']}{' (stopped)' if row['action'] == 'stop' else ''}"),
+        Column("stage", lambda row: stage_name(row["stage"])),
+        Column("arms", lambda row: ", ".join(row["arms"])),
+        Column("seed", lambda row: str(row["seed"]), "right"),
+        Column("step", lambda row: str(row["step"]), "right"),
+        Column("what it measured", itemgetter("sentence")),
     ]
-    columns = text_columns("guard", "stage", "arms", "seed", "step", "what it measured")
+    rows = report["warnings"]
     return Section("Warnings", "warnings", {"table": Table("Guards", columns, rows)}) if rows else None
 
 
@@ -84,7 +82,6 @@ def _rollouts(study: Study) -> Section | None:
 
 def _sources(study: Study) -> Section:
     recipe = yaml.safe_dump(study.recipe, sort_keys=False, allow_unicode=True, width=100)
-    environment = [[key, str(value)] for key, value in study.env.items()]
-    table = Table("Environment", text_columns("name", "value"), environment)
-    view = {"recipe": recipe, "environment": table if environment else None}
-    return Section("Recipe and environment", "sources", view)
+    columns = [Column("name", itemgetter(0)), Column("value", lambda item: str(item[1]))]
+    table = Table("Environment", columns, list(study.env.items()))
+    return Section("Recipe and environment", "sources", {"recipe": recipe, "environment": table})

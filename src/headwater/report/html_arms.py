@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any
 
 from headwater.config.arms import DESCRIPTIONS
 from headwater.report import figures
-from headwater.report.figures import CostAxis, Plot
+from headwater.report.figures import CostAxis, Estimate, Plot, file_stem
 from headwater.report.format import count, duration, non_training_notes, percent, units
-from headwater.report.view import Column, Interval, RowHeader, Section, Table, interval_axis, number_columns
+from headwater.report.view import Column, Interval, RowHeader, Section, Table, interval_axis
+
+Cost = Callable[[dict[str, Any]], float]
 
 
 def arms(report: dict[str, Any]) -> Section:
@@ -18,25 +21,24 @@ def arms(report: dict[str, Any]) -> Section:
     evals = report["evals"] or [""]
     largest = {list(by_k)[-1] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values()}
     k = largest.pop() if len(largest) == 1 else "k"
-    scores = [score for arm in report["arms"].values() for score in arm["accuracy"].values()]
+    rows = [_row(report, name, eval_name, k) for name in report["arms"] for eval_name in evals]
+    scores = [row["accuracy"] for row in rows if row["accuracy"]]
     axis = interval_axis(scores, lambda value: f"{percent(max(0.0, value))} %")
     columns = [
-        Column("arm", spans=True),
-        *([Column("evaluation")] if len(evals) > 1 else []),
-        *number_columns("accuracy, %", "95 %"),
-        Column("", axis=axis),
-        *number_columns(f"pass@{k}, %", f"maj@{k}, %"),
-        *number_columns("labels", "checks", "sampled", "trained", "scored", "FLOPs", "time", spans=True),
-    ]
-    rows = [
-        [
-            _header(name, arm),
-            *([eval_name] if len(evals) > 1 else []),
-            *_scores(report, arm, eval_name, k),
-            *_costs(arm),
-        ]
-        for name, arm in report["arms"].items()
-        for eval_name in evals
+        Column("arm", itemgetter("header"), spans=True),
+        *([Column("evaluation", itemgetter("eval"))] if len(evals) > 1 else []),
+        Column("accuracy, %", itemgetter("mean"), "right"),
+        Column("95 %", itemgetter("range"), "right"),
+        Column("", itemgetter("interval"), axis=axis),
+        Column(f"pass@{k}, %", itemgetter("pass"), "right"),
+        Column(f"maj@{k}, %", itemgetter("maj"), "right"),
+        Column("labels", lambda row: count(row["costs"]["labels"]["distinct"]), "right", spans=True),
+        Column("checks", lambda row: count(row["costs"]["labels"]["checks"]), "right", spans=True),
+        Column("sampled", lambda row: units(row["costs"]["tokens"]["sampled"]), "right", spans=True),
+        Column("trained", lambda row: units(row["costs"]["tokens"]["trained"]), "right", spans=True),
+        Column("scored", lambda row: units(row["costs"]["tokens"]["teacher_scored"]), "right", spans=True),
+        Column("FLOPs", lambda row: units(row["costs"]["flops"]), "right", spans=True),
+        Column("time", lambda row: duration(row["costs"]["seconds"]), "right", spans=True),
     ]
     # Labels of the validation set are labels too, so the caption gives their number.
     validation = max((arm["apart"]["validation"]["labels"]["distinct"] for arm in report["arms"].values()), default=0)
@@ -47,54 +49,49 @@ def arms(report: dict[str, Any]) -> Section:
     return Section("Arms", "arms", {"table": table, "notes": notes}, tuple(_forests(report)))
 
 
-def _header(name: str, arm: dict[str, Any]) -> RowHeader:
+def _row(report: dict[str, Any], name: str, eval_name: str, common_k: str) -> dict[str, Any]:
+    """Values of one arm and evaluation. A k that is not in the column's title is in the cell."""
+    arm = report["arms"][name]
     warnings = [f"unfinished: seed {seed} waits for {node}" for seed, node in arm["unfinished"].items()]
     for seed, failure in arm["failed"].items():
         stage = "" if failure["state"] == "failed" else f"{failure['stage']} failed: "
         warnings.append(f"{failure['state']} on seed {seed}: {stage}{failure['sentence']}")
-    return RowHeader(name, (DESCRIPTIONS.get(name, ""),), tuple(warnings))
-
-
-def _scores(report: dict[str, Any], arm: dict[str, Any], eval_name: str, common_k: str) -> list[str | Interval | None]:
-    """Accuracy, its interval as text and drawn, pass@k, maj@k. A k that is not in the column's title is in the cell."""
+    row = dict.fromkeys(("accuracy", "mean", "range", "interval", "pass", "maj"))
+    row |= {"header": RowHeader(name, (DESCRIPTIONS.get(name, ""),), tuple(warnings)), "eval": eval_name, "costs": arm}
     accuracy = arm["accuracy"].get(eval_name)
-    if accuracy is None:
-        return ["–", "–", None, "–", "–"]
-    mean, low, high = accuracy["mean"], accuracy["low"], accuracy["high"]
-    seeds = tuple(accuracy["per_seed"].values())
-    before = report["arms"].get("base_student", {}).get("accuracy", {}).get(eval_name)
-    level = before["mean"] if before else None
-    k, best = list(arm["pass_at_k"][eval_name].items())[-1]
-    majority = arm["maj_at_k"][eval_name]
-    suffix = "" if common_k == k else f" (k={k})"
+    if accuracy is not None:
+        mean, low, high = accuracy["mean"], accuracy["low"], accuracy["high"]
+        seeds = tuple(accuracy["per_seed"].values())
+        before = report["arms"].get("base_student", {}).get("accuracy", {}).get(eval_name)
+        level = before["mean"] if before else None
+        interval = Interval(mean, low, high, level, seeds if len(seeds) > 1 else ())
+        row |= {
+            "accuracy": accuracy,
+            "mean": percent(mean),
+            "range": f"{percent(low)} to {percent(high)}",
+            "interval": interval,
+        }
+        k, best = list(arm["pass_at_k"][eval_name].items())[-1]
+        majority, suffix = arm["maj_at_k"][eval_name], "" if common_k == k else f" (k={k})"
+        row["pass"] = f"{percent(best['mean'])}{suffix}"
+        row["maj"] = f"{percent(majority['mean'])}{suffix}" if majority else None
+    return row
+
+
+def _estimates(report: dict[str, Any], eval_name: str, cost: Cost = lambda arm: 0.0) -> list[Estimate]:
     return [
-        percent(mean),
-        f"{percent(low)} to {percent(high)}",
-        Interval(mean, low, high, level, seeds if len(seeds) > 1 else ()),
-        f"{percent(best['mean'])}{suffix}",
-        f"{percent(majority['mean'])}{suffix}" if majority else "–",
+        Estimate(name, score["mean"], score["low"], score["high"], tuple(score["per_seed"].values()), cost(arm))
+        for name, arm in report["arms"].items()
+        if (score := arm["accuracy"].get(eval_name)) is not None
     ]
-
-
-def _costs(arm: dict[str, Any]) -> list[str]:
-    tokens = [units(arm["tokens"][key]) for key in ("sampled", "trained", "teacher_scored")]
-    labels = [count(arm["labels"]["distinct"]), count(arm["labels"]["checks"])]
-    return [*labels, *tokens, units(arm["flops"]), duration(arm["seconds"])]
 
 
 def _forests(report: dict[str, Any]) -> Iterator[Plot]:
     """A forest plot of the arms per evaluation, for figures/ only: the page shows the same in its table."""
     for eval_name in report["evals"]:
-        scores = {name: arm["accuracy"].get(eval_name) for name, arm in report["arms"].items()}
-        rows = [
-            figures.Estimate(name, score["mean"], score["low"], score["high"], tuple(score["per_seed"].values()))
-            for name, score in scores.items()
-            if score is not None
-        ]
-        base = scores.get("base_student")
-        if rows:
-            name, level = figures.file_stem("accuracy", eval_name), base["mean"] if base else None
-            yield figures.forest(name, f"Accuracy on {eval_name}", rows, level, "%")
+        estimates = _estimates(report, eval_name)
+        level = next((one.mean for one in estimates if one.label == "base_student"), None)
+        yield figures.forest(file_stem("accuracy", eval_name), f"Accuracy on {eval_name}", estimates, level, "%")
 
 
 def costs(report: dict[str, Any]) -> Section | None:
@@ -113,19 +110,12 @@ def _short_units(flops: float) -> str:
     return re.sub(r"\.0+(?=\D|$)", "", units(flops))
 
 
-def _accuracy_by_cost(
-    report: dict[str, Any], axis: CostAxis, cost: Callable[[dict[str, Any]], float]
-) -> Iterator[Plot]:
+def _accuracy_by_cost(report: dict[str, Any], axis: CostAxis, cost: Cost) -> Iterator[Plot]:
     for eval_name in report["evals"][:1]:
-        scores = {name: arm["accuracy"].get(eval_name) for name, arm in report["arms"].items()}
-        levels = [(name, score["mean"]) for name, score in scores.items() if score and name.startswith("base_")]
-        points = [
-            figures.Point(name, cost(report["arms"][name]), score["mean"], score["low"], score["high"])
-            for name, score in scores.items()
-            if score and not name.startswith("base_")
-        ]
-        points = [point for point in points if point.cost > 0 or not axis.log]
+        estimates = _estimates(report, eval_name, cost)
+        levels = [(one.label, one.mean) for one in estimates if one.label.startswith("base_")]
+        points = [one for one in estimates if not one.label.startswith("base_") and (one.cost > 0 or not axis.log)]
         if any(point.cost for point in points):
             quantity = axis.label.split(",")[0]
-            name = figures.file_stem("cost", quantity.replace(" ", "_"), eval_name)
+            name = file_stem("cost", quantity.replace(" ", "_"), eval_name)
             yield figures.accuracy_by_cost(name, f"Accuracy on {eval_name} against {quantity}", points, levels, axis)

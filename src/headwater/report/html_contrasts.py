@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 from headwater.report import figures
@@ -16,7 +17,7 @@ from headwater.report.contrasts import (
 )
 from headwater.report.figures import Plot
 from headwater.report.format import count, p_text, percent, points, units
-from headwater.report.view import Cell, Column, Interval, RowHeader, Section, Table, interval_axis, number_columns
+from headwater.report.view import Column, Interval, RowHeader, Section, Table, interval_axis
 
 MARKS = {"holds": "▲", "does not hold": "▼", "undecided": "○", "not measured": "–"}
 
@@ -53,22 +54,19 @@ def predictions(report: dict[str, Any]) -> Section | None:
     """The paper's three predictions: the rule for each, its reading, and the numbers behind it."""
     if all(row["reading"] == "not measured" for row in report["predictions"]):
         return None
-    several = len(report["evals"]) > 1
-    columns = [Column("prediction"), Column("reading", nowrap=True), Column("why")]
-    rows: list[list[Cell]] = [
-        [
-            RowHeader(row["name"], (row["claim"], row["rule"])),
-            f"{MARKS[row['reading']]} {row['reading']}",
-            row["why"].split("; "),
-        ]
-        for row in report["predictions"]
+    columns = [
+        Column("prediction", lambda row: RowHeader(row["name"], (row["claim"], row["rule"]))),
+        *_evaluation(report),
+        Column("reading", lambda row: f"{MARKS[row['reading']]} {row['reading']}", nowrap=True),
+        Column("why", lambda row: row["why"].split("; ")),
     ]
-    if several:
-        columns.insert(1, Column("evaluation"))
-        for cells, row in zip(rows, report["predictions"], strict=True):
-            cells.insert(1, row["eval"])
-    table = Table("P1 to P3", columns, rows, stacked=True)
+    table = Table("P1 to P3", columns, report["predictions"], stacked=True)
     return Section("The paper's predictions", "predictions", {"table": table})
+
+
+def _evaluation(report: dict[str, Any]) -> list[Column]:
+    """The column of the evaluation's name, if there are several."""
+    return [Column("evaluation", itemgetter("eval"))] if len(report["evals"]) > 1 else []
 
 
 def comparisons(report: dict[str, Any]) -> Section | None:
@@ -77,40 +75,26 @@ def comparisons(report: dict[str, Any]) -> Section | None:
         return None
     named = named_contrasts(report)
     others = [contrast for contrast in report["contrasts"] if contrast not in named]
-    rows: list[Any] = []
-    for title, contrasts in group_by_equality(named):
-        rows += [title, *(_row(report, contrast) for contrast in contrasts)]
+    rows = [row for title, contrasts in group_by_equality(named) for row in (title, *contrasts)]
     table = Table("Differences of accuracy, grouped by what is equal", _columns(report, named), rows)
-    folded = Table("Every arm against the student before", _columns(report, others), [_row(report, c) for c in others])
+    folded = Table("Every arm against the student before", _columns(report, others), others)
     view = {"table": table, "folded": folded if others else None, "interval_note": interval_note(report)}
     return Section("Comparisons", "comparisons", view, tuple(_forests(report, named)))
 
 
 def _columns(report: dict[str, Any], contrasts: Sequence[dict[str, Any]]) -> list[Column]:
+    axis = interval_axis(contrasts, points)
     return [
-        Column("a − b"),
-        *([Column("evaluation")] if len(report["evals"]) > 1 else []),
-        Column("a better than b", nowrap=True),
-        *number_columns("points", "95 %"),
-        Column("", axis=interval_axis(contrasts, points)),
-        *number_columns("p", "labels a / b", "FLOPs a / b", "seeds × problems"),
-    ]
-
-
-def _row(report: dict[str, Any], contrast: dict[str, Any]) -> list[Cell]:
-    labels, flops = contrast["labels"], contrast["flops"]
-    mean, low, high = (contrast[key] for key in ("difference", "low", "high"))
-    return [
-        f"{contrast['a']} − {contrast['b']}",
-        *([contrast["eval"]] if len(report["evals"]) > 1 else []),
-        f"{MARKS[reading(contrast)]} {reading(contrast)}",
-        points(mean),
-        f"{points(low)} to {points(high)}",
-        Interval(mean, low, high, 0.0),
-        p_text(contrast["p"]),
-        f"{count(labels['a'])} / {count(labels['b'])}",
-        f"{units(flops['a'])} / {units(flops['b'])}",
-        f"{contrast['seeds']} × {contrast['problems']}",
+        Column("a − b", lambda c: f"{c['a']} − {c['b']}"),
+        *_evaluation(report),
+        Column("a better than b", lambda c: f"{MARKS[reading(c)]} {reading(c)}", nowrap=True),
+        Column("points", lambda c: points(c["difference"]), "right"),
+        Column("95 %", lambda c: f"{points(c['low'])} to {points(c['high'])}", "right"),
+        Column("", lambda c: Interval(c["difference"], c["low"], c["high"], 0.0), axis=axis),
+        Column("p", lambda c: p_text(c["p"]), "right"),
+        Column("labels a / b", lambda c: f"{count(c['labels']['a'])} / {count(c['labels']['b'])}", "right"),
+        Column("FLOPs a / b", lambda c: f"{units(c['flops']['a'])} / {units(c['flops']['b'])}", "right"),
+        Column("seeds × problems", lambda c: f"{c['seeds']} × {c['problems']}", "right"),
     ]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 from headwater.errors import UserError
-from headwater.report import audit, label_flow, label_use
+from headwater.report import audit, label_use
 from headwater.report.format import count
+from headwater.report.label_flow import Flow, label_flow
 from headwater.report.stages import stage_name
 from headwater.report.study import POOL_TEXT, Study, costs, mean_costs
-from headwater.report.view import Column, RowHeader, Section, Table, number_columns, text_columns
+from headwater.report.view import Column, RowHeader, Section, Table
 from headwater.storage.run_dir import RunDir
 
 MAX_AUDIT_BYTES = 300_000_000
@@ -18,32 +20,34 @@ MAX_AUDIT_BYTES = 300_000_000
 
 def labels(study: Study, report: dict[str, Any]) -> Section:
     """How many labels each stage used, from which pool, and for which arms."""
-    rows, flows = [], []
+    rows: list[dict[str, Any]] = []
     for arms, by_seed in study.stage_groups():
         nodes = list(by_seed.values())
-        spent = mean_costs([costs([node]) for node in nodes])["labels"]
-        pool = nodes[0].pool
-        allowed = (nodes[0].info.get("labels") or {}).get("distinct_allowed")
-        if not spent["checks"] and (not pool or allowed == 0):  # with a pool: trained on its problems without answers
-            continue
-        stage, pool_text = stage_name(nodes[0].stage, nodes[0].objective), POOL_TEXT.get(pool or "", pool or "–")
-        numbers = ["–" if allowed is None else count(allowed), count(spent["distinct"]), count(spent["checks"])]
-        rows.append([pool_text, f"{stage} ({nodes[0].role or '–'})", ", ".join(arms), *numbers])
-        if spent["distinct"]:
-            flows.append(label_flow.Flow(pool_text, stage, spent["distinct"], tuple(arms)))
-    columns = [*text_columns("pool", "→ stage", "→ arms"), *number_columns("allowed", "distinct", "checks")]
-    by_half = [
-        [path["arm"], f"{path['half']}H", str(path["stages"]), count(path["labels"])]
-        for path in label_use.label_paths(study)
+        used = mean_costs([costs([node]) for node in nodes])["labels"]
+        pool, allowed = nodes[0].pool, nodes[0].labels_allowed
+        if used["checks"] or (pool and allowed != 0):  # with a pool: trained on its problems without their answers
+            stage, role = stage_name(nodes[0].stage, nodes[0].objective), nodes[0].role or "–"
+            name = POOL_TEXT.get(pool or "", pool or "–")
+            rows.append({"pool": name, "stage": stage, "role": role, "arms": arms, "allowed": allowed, **used})
+    columns = [
+        Column("pool", itemgetter("pool")),
+        Column("→ stage", lambda row: f"{row['stage']} ({row['role']})"),
+        Column("→ arms", lambda row: ", ".join(row["arms"])),
+        Column("allowed", lambda row: None if row["allowed"] is None else count(row["allowed"]), "right"),
+        Column("distinct", lambda row: count(row["distinct"]), "right"),
+        Column("checks", lambda row: count(row["checks"]), "right"),
     ]
-    half_columns = [*text_columns("arm", "half", "stages"), *number_columns("labels")]
+    half_columns = [
+        Column("arm", itemgetter("arm")),
+        Column("half", lambda path: f"{path['half']}H"),
+        Column("stages", itemgetter("stages")),
+        Column("labels", lambda path: count(path["labels"]), "right"),
+    ]
+    by_half = Table("Which stages used a label, by arm and half", half_columns, label_use.label_paths(study))
     trained = [name for name in report["arms"] if not name.startswith("base_")]
-    plots = [label_flow.flow("labels", "Labels from pool to stage to arm", flows, trained)] if flows and trained else []
-    view = {
-        "plots": plots,
-        "table": Table("From pool to stage to arm", columns, rows) if rows else None,
-        "by_half": Table("Which stages used a label, by arm and half", half_columns, by_half),
-    }
+    flows = [Flow(row["pool"], row["stage"], row["distinct"], tuple(row["arms"])) for row in rows if row["distinct"]]
+    plots = [label_flow("labels", "Labels from pool to stage to arm", flows, trained)] if flows and trained else []
+    view = {"plots": plots, "table": Table("From pool to stage to arm", columns, rows), "by_half": by_half}
     return Section("Labels", "labels", view, tuple(plots))
 
 
@@ -61,15 +65,11 @@ def _audit(run: RunDir) -> dict[str, Any]:
         checks = audit.audit_run(run.path)
     except UserError as error:
         return {"table": None, "note": f"This run cannot be audited: {error}"}
-    rows = [
-        [
-            RowHeader(check.name, (check.claim,)),
-            "✓ holds" if check.holds else f"✗ {len(check.faults)} faults",
-            check.evidence if check.holds else f"{check.evidence}; {check.faults[0]}",
-        ]
-        for check in checks
+    columns = [
+        Column("claim", lambda check: RowHeader(check.name, (check.claim,))),
+        Column("reading", lambda check: "✓ holds" if check.holds else f"✗ {len(check.faults)} faults", nowrap=True),
+        Column("what was counted", lambda check: "; ".join([check.evidence, *check.faults[:1]])),
     ]
-    columns = [Column("claim"), Column("reading", nowrap=True), Column("what was counted")]
     holding = sum(check.holds for check in checks)
     note = f"{holding} of {len(checks)} claims about the use of labels hold, recounted from the run's files."
-    return {"table": Table("What the files prove about labels", columns, rows, stacked=True), "note": note}
+    return {"table": Table("What the files prove about labels", columns, checks, stacked=True), "note": note}

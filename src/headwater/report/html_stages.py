@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from headwater.report import figures
@@ -11,7 +13,7 @@ from headwater.report.figures import Plot, Series, file_stem
 from headwater.report.format import percent
 from headwater.report.stages import STAGE_NAMES, accuracy_paths, accuracy_steps, stage_name
 from headwater.report.study import POOL_TEXT, Node, Study, is_finite_number
-from headwater.report.view import Section, Table, number_columns, text_columns
+from headwater.report.view import Column, Section, Table
 
 METRICS = {
     "reward": "reward (share correct)",
@@ -34,6 +36,7 @@ HELD_OUT_METRICS = {
     "entropy_student": "student's entropy, nats a token",
 }
 """Measures of the conditions on held-out prompts that have a curve."""
+TITLES = {**METRICS, **HELD_OUT_METRICS, "entropy_teacher": "teacher's entropy, nats a token"}
 
 PLACES = ("before", "SFT", "warm-up", "OPD", "RL")
 """Positions on the axis of the figure of all arms. A stage that replaces OPD has OPD's position."""
@@ -46,7 +49,7 @@ def stages(report: dict[str, Any]) -> Section | None:
     """Accuracy and pass@k before, between and after the stages, and the measures of every stage."""
     if not any(accuracy_paths(report, eval_name) for eval_name in report["evals"]):
         return None
-    columns = text_columns("arm", "teacher", "student")
+    columns = [Column(title, itemgetter(index)) for index, title in enumerate(("arm", "teacher", "student"))]
     plots = list(_stage_plots(report))
     ended_early = [
         f"{stage_name(row['stage'], row['objective'])} of {', '.join(row['arms'])} ended on seed {seed} after "
@@ -103,30 +106,45 @@ def _pass_at_largest_k(stage: dict[str, Any], eval_name: str) -> float | None:
 
 def _stage_table(report: dict[str, Any]) -> Table:
     """Every stage once: its result, and its measures at the first and the last step of training."""
-    eval_name = report["evals"][0]
-    rows = []
-    for row in report["stages"]:
-        accuracy, by_k = row["accuracy"].get(eval_name), row["pass_at_k"].get(eval_name, {})
-        if not row["ends"] and accuracy is None:
-            continue
-        informative = row["informative"]
-        rows.append([
-            stage_name(row["stage"], row["objective"], row["role"]),
-            POOL_TEXT.get(row["pool"] or "", "none"),
-            shortened(row["arms"]),
-            percent(accuracy["mean"]) if accuracy else "–",
-            f"{percent([*by_k.values()][-1])} (k={[*by_k][-1]})" if by_k else "–",
-            *(first_to_last(row["ends"].get(key)) for key in ("reward", "best_of_group", "informative", "entropy")),
-            "–" if informative is None else f"{informative:.2f}",
-        ])  # fmt: skip
-    numbers = ("accuracy, %", "pass@k, %", "reward", "best of group", "informative", "entropy")
-    columns = [*text_columns("stage", "pool", "arms"), *number_columns(*numbers, "informative, all steps")]
-    return Table(f"Every stage once: on {eval_name}, and first → last step of training", columns, rows)
+    name = report["evals"][0]
+    columns = [
+        *_stage_columns(),
+        Column(
+            "accuracy, %", lambda row: row["accuracy"].get(name) and percent(row["accuracy"][name]["mean"]), "right"
+        ),
+        Column("pass@k, %", lambda row: _largest_k(row["pass_at_k"].get(name)), "right"),
+        *_ends_columns("ends", ("reward", "best_of_group", "informative", "entropy")),
+        Column("informative, all steps", _informative, "right"),
+    ]
+    rows = [row for row in report["stages"] if row["ends"] or name in row["accuracy"]]
+    return Table(f"Every stage once: on {name}, and first → last step of training", columns, rows)
 
 
-def first_to_last(ends: dict[str, float] | None) -> str:
-    """Example: `first_to_last({"first": 0.1, "last": 0.5})` is `0.1 → 0.5`."""
-    return "–" if ends is None else f"{ends['first']:.3g} → {ends['last']:.3g}".replace("-", "−")
+def _stage_columns() -> list[Column]:
+    return [
+        Column("stage", lambda row: stage_name(row["stage"], row["objective"], row["role"])),
+        Column("pool", lambda row: POOL_TEXT.get(row["pool"] or "", "none")),
+        Column("arms", lambda row: shortened(row["arms"])),
+    ]
+
+
+def _ends_columns(key: str, measures: Sequence[str]) -> list[Column]:
+    """First and last value of each measure of `row[key]`."""
+    return [Column(TITLES[one], partial(_first_to_last, key=key, measure=one), "right") for one in measures]
+
+
+def _first_to_last(row: dict[str, Any], key: str, measure: str) -> str | None:
+    """Example: `0.1 → 0.5`."""
+    ends = row[key].get(measure)
+    return ends and f"{ends['first']:.3g} → {ends['last']:.3g}".replace("-", "−")
+
+
+def _informative(row: dict[str, Any]) -> str | None:
+    return None if row["informative"] is None else f"{row['informative']:.2f}"
+
+
+def _largest_k(by_k: dict[str, float] | None) -> str | None:
+    return f"{percent([*by_k.values()][-1])} (k={[*by_k][-1]})" if by_k else None
 
 
 def shortened(arms: Sequence[str]) -> str:
@@ -149,24 +167,25 @@ def conditions(study: Study, report: dict[str, Any]) -> Section | None:
 def _c1_table(report: dict[str, Any]) -> Table | None:
     rows = []
     for eval_name, teachers in (report["conditions"]["C1"] or {}).items():
-        states = [("before", teachers["before"])] if teachers["before"] else []
+        if teachers["before"]:
+            rows.append({"eval": eval_name, "when": "before", "arms": [], "training": {}, **teachers["before"]})
         for state in teachers["after"]:
             pool = POOL_TEXT.get(state["pool"], state["pool"] or "no labels")
-            states.append((f"after {stage_name(state['stage'])}, {pool}", state))
-        for when, state in states:
-            reached, training = state.get("reached"), state.get("training", {})
-            rows.append([
-                eval_name,
-                when,
-                shortened(state.get("arms", [])),
-                percent(state["accuracy"]),
-                f"{percent(state['best_of_k'])} (k={state['k']})",
-                "–" if reached is None else f"{percent(reached)} %",
-                *(first_to_last(training.get(key)) for key in ("reward", "best_of_group")),
-            ])  # fmt: skip
-    numbers = ("accuracy, %", "best-of-k, %", "accuracy / best-of-k before", "reward in training")
-    columns = [*text_columns("evaluation", "teacher", "arms"), *number_columns(*numbers, "best of group in training")]
+            rows.append({"eval": eval_name, "when": f"after {stage_name(state['stage'])}, {pool}", **state})
+    columns = [
+        Column("evaluation", itemgetter("eval")),
+        Column("teacher", itemgetter("when")),
+        Column("arms", lambda row: shortened(row["arms"])),
+        Column("accuracy, %", lambda row: percent(row["accuracy"]), "right"),
+        Column("best-of-k, %", lambda row: f"{percent(row['best_of_k'])} (k={row['k']})", "right"),
+        Column("accuracy / best-of-k before", _reached, "right"),
+        *_ends_columns("training", ("reward", "best_of_group")),
+    ]
     return Table("C1: the teacher compared with its own best-of-k", columns, rows) if rows else None
+
+
+def _reached(row: dict[str, Any]) -> str | None:
+    return None if row.get("reached") is None else f"{percent(row['reached'])} %"
 
 
 def _c1_panels(study: Study) -> Panels:
@@ -175,9 +194,8 @@ def _c1_panels(study: Study) -> Panels:
     plots = []
     for arms, by_seed in study.stage_groups():
         nodes = list(by_seed.values())
-        if not all(node.role == "teacher" and node.trained for node in nodes):
-            continue
-        series = _series((label, [node.metrics for node in nodes], key) for label, key in metrics.items())
+        teacher = all(node.role == "teacher" and node.trained for node in nodes)
+        series = teacher and _series((label, [node.metrics for node in nodes], key) for label, key in metrics.items())
         if series:
             pool = POOL_TEXT.get(nodes[0].pool or "", "")
             title = f"{stage_name(nodes[0].stage)}, {pool} ({len(arms)} arm{'s' * (len(arms) != 1)})"
@@ -186,27 +204,13 @@ def _c1_panels(study: Study) -> Panels:
 
 
 def _c2_table(report: dict[str, Any]) -> Table | None:
-    if not report["conditions"]["C2"]:
-        return None
     rows = []
-    for row in report["stages"]:
+    for row in report["stages"] if report["conditions"]["C2"] else ():
         ends = row["conditions"] or {key: row["ends"][key] for key in C2_MEASURES[:2] if key in row["ends"]}
-        if row["role"] != "student" or not ends:
-            continue
-        rows.append([
-            stage_name(row["stage"], row["objective"], row["role"]),
-            POOL_TEXT.get(row["pool"] or "", "none"),
-            shortened(row["arms"]),
-            "held out" if row["conditions"] else "training",
-            *(first_to_last(ends.get(key)) for key in C2_MEASURES),
-        ])  # fmt: skip
-    columns = [
-        *text_columns("stage", "pool", "arms", "prompts"),
-        *number_columns("KL(T ‖ S), teacher prefixes", "KL(S ‖ T), student prefixes"),
-        *number_columns("overlap, teacher prefixes", "overlap, student prefixes"),
-        *number_columns("entropy of the student", "entropy of the teacher"),
-    ]
-    return Table("C2: the student's distance from its teacher", columns, rows)
+        if row["role"] == "student" and ends:
+            rows.append({**row, "prompts": "held out" if row["conditions"] else "training", "values": ends})
+    columns = [*_stage_columns(), Column("prompts", itemgetter("prompts")), *_ends_columns("values", C2_MEASURES)]
+    return Table("C2: the student's distance from its teacher", columns, rows) if rows else None
 
 
 def curves(study: Study) -> Section | None:
@@ -226,13 +230,11 @@ def _panels_by_stage(
         if any(seeds):
             first = next(iter(by_seed.values()))
             stages.setdefault((first.stage, first.role, first.objective), []).append((shortened(arms), seeds))
-    order = list(STAGE_NAMES)
+    order = {stage: index for index, stage in enumerate(STAGE_NAMES)}
+    held_out = titles is HELD_OUT_METRICS
     panels = []
-    for stage, role, objective in sorted(
-        stages, key=lambda key: order.index(key[0]) if key[0] in order else len(order)
-    ):
+    for stage, role, objective in sorted(stages, key=lambda key: order.get(key[0], len(order))):
         groups, plots = stages[stage, role, objective], []
-        held_out = titles is HELD_OUT_METRICS
         for key, title in titles.items():
             series = _series((label, seeds, key) for label, seeds in groups)
             if series:

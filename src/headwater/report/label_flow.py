@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -14,7 +15,7 @@ from matplotlib.path import Path
 
 from headwater.report.figures import Plot, as_plot, colour
 from headwater.report.format import count
-from headwater.report.svg import QUIET, STYLE, TEXT, printable, spread
+from headwater.report.svg import QUIET, STYLE, TEXT, printable
 
 POOL_X, STAGE_X, ARM_X = (1.8, 1.9), (3.7, 3.8, 6.55), (8.0, 8.1)
 """Horizontal positions: text and band start of pools; band end, text and band start of stages; band end and text of arms."""
@@ -30,7 +31,7 @@ class Flow:
     arms: tuple[str, ...]
 
 
-def flow(name: str, title: str, flows: Sequence[Flow], arms: Sequence[str]) -> Plot:
+def label_flow(name: str, title: str, flows: Sequence[Flow], arms: Sequence[str]) -> Plot:
     """Draw the labels from pool to stage to arm. Arms without a band used none."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         rows = max(len(arms), len(flows))
@@ -42,11 +43,10 @@ def flow(name: str, title: str, flows: Sequence[Flow], arms: Sequence[str]) -> P
         axes.set_ylim(rows - 0.5, -0.5)
         axes.set_title(printable(title), loc="left", y=1.0, pad=16)
         pools = list(dict.fromkeys(one.pool for one in flows))
-        arm_y = {arm: (index + 0.5) * rows / len(arms) - 0.5 for index, arm in enumerate(arms)}
-        centres = [sum(arm_y[arm] for arm in one.arms) / max(1, len(one.arms)) for one in flows]
-        stage_y = spread(centres, 1.1, 0, rows - 1)
+        arm_y = dict(zip(arms, evenly_spaced(range(len(arms)), rows), strict=True))
+        stage_y = evenly_spaced([fmean(arm_y[arm] for arm in one.arms) for one in flows], rows)
         by_pool = [[y for one, y in zip(flows, stage_y, strict=True) if one.pool == pool] for pool in pools]
-        pool_y = dict(zip(pools, spread([sum(ys) / len(ys) for ys in by_pool], 1.2, 0, rows - 1), strict=True))
+        pool_y = dict(zip(pools, evenly_spaced([fmean(ys) for ys in by_pool], rows), strict=True))
         widest = max(one.labels for one in flows) or 1.0
         for one, y in zip(flows, stage_y, strict=True):
             shade, width = colour(pools.index(one.pool)), max(1.0, 13.0 * one.labels / widest)
@@ -67,6 +67,15 @@ def flow(name: str, title: str, flows: Sequence[Flow], arms: Sequence[str]) -> P
         texts = [f"{one.pool} to {one.stage}, {count(one.labels)} labels, to {', '.join(one.arms)}" for one in flows]
         texts += [f"no labels in {', '.join(unused)}"] if unused else []
         return as_plot(figure, name, f"{title}: {'; '.join(texts)}", table)
+
+
+def evenly_spaced(wanted: Sequence[float], rows: int) -> list[float]:
+    """Positions on an axis of `rows` rows at equal distances, in the order of the wanted ones.
+
+    Example: `evenly_spaced([7, 0], 4)` is `[2.5, 0.5]`.
+    """
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    return [(order.index(index) + 0.5) * rows / len(wanted) - 0.5 for index in range(len(wanted))]
 
 
 def _band(axes: Axes, start: tuple[float, float], end: tuple[float, float], shade: str, width: float) -> None:

@@ -53,7 +53,7 @@ ENVIRONMENT = Environment(
 )
 ENVIRONMENT.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
 ENVIRONMENT.filters.update(anchor=anchor, csp_hash=csp_hash)
-ENVIRONMENT.globals.update(asset=asset, zip=zip)
+ENVIRONMENT.globals.update(asset=asset)
 
 
 def render(template: str, values: dict[str, Any]) -> str:

@@ -97,22 +97,25 @@ def _sources(arms: list[str], node: Node, seed: int, study: Study) -> Iterator[t
 
 def choose(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most PER_SOURCE rows: verdicts alternate, strongest signals first, ties in an order given by hashed names."""
-    by_verdict: dict[Any, list[tuple[float, str, int, dict[str, Any]]]] = {}
-    for number, row in enumerate(rows):
-        name = f"{row.get('problem_id')}:{row.get('sample')}"
-        rank = hashlib.sha256(name.encode(errors="replace")).hexdigest()
-        signal = row.get("signal")
-        strongest = -1.0
-        if isinstance(signal, list):
-            strongest = max((abs(value) for value in signal if is_finite_number(value)), default=0.0)
-        kept = by_verdict.setdefault(row.get("correct"), [])
-        kept.append((-strongest, rank, number, row))
-        if len(kept) > 64:
-            kept[:] = heapq.nsmallest(PER_SOURCE, kept)
-    verdicts = sorted(by_verdict.items(), key=str, reverse=True)
-    best = [[row for *_, row in heapq.nsmallest(PER_SOURCE, kept)] for _, kept in verdicts]
-    mixed = [row for round_ in itertools.zip_longest(*best) for row in round_ if row is not None]
-    return mixed[:PER_SOURCE]
+    by_verdict: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        best = by_verdict.setdefault(row.get("correct"), [])
+        best.append(row)
+        if len(best) > 64:  # bounds the memory: a row may hold a long text and its signal
+            best[:] = heapq.nsmallest(PER_SOURCE, best, key=_rank)
+    verdicts = sorted(by_verdict, key=str, reverse=True)
+    groups = [heapq.nsmallest(PER_SOURCE, by_verdict[verdict], key=_rank) for verdict in verdicts]
+    mixed = (row for round_ in itertools.zip_longest(*groups) for row in round_ if row is not None)
+    return list(itertools.islice(mixed, PER_SOURCE))
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[float, str]:
+    signal = row.get("signal")
+    strongest = -1.0
+    if isinstance(signal, list):
+        strongest = max((abs(value) for value in signal if is_finite_number(value)), default=0.0)
+    name = f"{row.get('problem_id')}:{row.get('sample')}"
+    return -strongest, hashlib.sha256(name.encode(errors="replace")).hexdigest()
 
 
 def _shown(row: Mapping[str, Any], source: Source) -> dict[str, Any]:

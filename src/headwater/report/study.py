@@ -201,18 +201,24 @@ def read_study(outs: Sequence[Path]) -> Study:
         raise UserError("report: name at least one run directory")
     runs = [RunDir(Path(out)) for out in outs]
     for run in runs:
-        if not run.plan.exists() or not run.recipe.exists():
-            raise UserError(f"{run.path}: holds no run of ours (no {run.plan.name} and {run.recipe.name} in it)")
+        require_run(run)
     recipes = [read_json(run.recipe) for run in runs]
     for run, recipe in zip(runs[1:], recipes[1:], strict=True):
         field = first_difference(recipes[0] | FREE, recipe | FREE)
         if field is not None:
             raise UserError(
                 f"{run.path}: holds a run of another recipe than {runs[0].path} (they differ in {field}); "
-                "only runs that differ in nothing but the seed make one report"
+                "a report can merge runs of one recipe only (seed, compute and guards may differ)"
             )
     env = read_json(runs[0].env) if runs[0].env.exists() else {}
     return Study(recipes[0], env, _arms(runs), tuple(runs))
+
+
+def require_run(run: RunDir) -> None:
+    """Raise UserError unless the folder has a plan and a recipe."""
+    for file in (run.plan, run.recipe):
+        if not file.exists():
+            raise UserError(f"{run.path}: holds no run ({file.name} is missing)")
 
 
 def _arms(runs: Sequence[RunDir]) -> dict[str, dict[int, tuple[Node, ...]]]:

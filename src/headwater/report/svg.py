@@ -25,22 +25,15 @@ STYLE: Any = {
     "text.parse_math": False,
     "font.size": 9.0,
     "font.family": "sans-serif",
-    "text.color": TEXT,
-    "axes.edgecolor": TEXT,
-    "axes.labelcolor": TEXT,
     "axes.titlesize": 10.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.linewidth": 0.6,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.unicode_minus": True,
     "grid.color": FINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
+    **dict.fromkeys(("axes.linewidth", "grid.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), TEXT),
 }
 
 
@@ -55,11 +48,8 @@ def as_file(figure: Figure, name: str) -> str:
     return sink.getvalue()
 
 
-def inline(svg: str, label: str | None) -> Markup:
-    """Turn an SVG file into an element of a page, in the page's colours.
-
-    label  the description for screen readers; they skip an element without one
-    """
+def inline(svg: str, description: str) -> Markup:
+    """Turn an SVG file into an element of a page in the page's colours, with a description for screen readers."""
     body = re.sub(
         r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL
     )
@@ -78,8 +68,7 @@ def inline(svg: str, label: str | None) -> Markup:
     rest = re.sub(r"font-family: [^;]*; ", "", re.sub(r"font: ([\d.]+px) [^;]*;", r"font-size: \1;", rest))
     rest = re.sub(r' transform="rotate\(-0 [^"]*"', "", rest)
     rest = re.sub(r"\s*\n\s*", "\n", rest).replace("; stroke-linecap: butt", "").replace("; stroke-linejoin: miter", "")
-    description = f'role="img" aria-label="{escape(clean(label))}"' if label else 'aria-hidden="true"'
-    return Markup(f"{head} {description}>{rest}".strip())
+    return Markup(f'{head} role="img" aria-label="{escape(clean(description))}">{rest}'.strip())
 
 
 def printable(text: str) -> str:
@@ -93,28 +82,3 @@ def spanning(values: Sequence[float], room: float = 0.04) -> tuple[float, float]
     if high - low < 1e-12 * max(abs(low), abs(high), 1e-12):
         return low - max(abs(low), 1e-6) / 2, high + max(abs(high), 1e-6) / 2
     return low - room * (high - low), high + room * (high - low)
-
-
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions for labels at least `gap` apart, as close to the wanted ones as the bounds allow; the order is kept.
-
-    Example: `spread([10, 11, 50], 4, 0, 100)` is `[8.5, 12.5, 50]`.
-    """
-    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
-    # Labels that would overlap are merged into a block centred on the mean of their wanted positions.
-    blocks: list[list[int]] = []
-    centres: list[float] = []
-    for index in order:
-        block, centre = [index], min(max(wanted[index], low), high)
-        while blocks and centre - gap * (len(block) - 1) / 2 < centres[-1] + gap * (len(blocks[-1]) + 1) / 2:
-            block = [*blocks.pop(), *block]
-            centres.pop()
-            centre = sum(wanted[member] for member in block) / len(block)
-        half = gap * (len(block) - 1) / 2
-        blocks.append(block)
-        centres.append(max(min(centre, high - half), low + half))
-    positions = list(wanted)
-    for block, centre in zip(blocks, centres, strict=True):
-        for rank, index in enumerate(block):
-            positions[index] = centre + gap * (rank - (len(block) - 1) / 2)
-    return positions

@@ -6,8 +6,8 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,16 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from headwater import stats
-from headwater.config.arms import CONTRASTS
+from headwater.config.arms import BASE_MODELS, CONTRASTS
 from headwater.report import contrasts
-from headwater.report.contrasts import find_contrast, interval_note, reading
+from headwater.report.contrasts import COMPARISON, find_contrast, interval_note, reading
 from headwater.report.format import count, join_and, p_text, percent, plain_table, points, units
 from headwater.report.study import EvalCounts, read_study
+from headwater.report.view import Column, Table
 from headwater.runs.sweep import Sweep, Value, text_of
 from headwater.storage.run_dir import RunDir, read_json
 
-BASES = {"base_student": "student before", "base_teacher": "teacher before"}
 WORDS = {"holds": "better", "undecided": "undecided", "does not hold": "worse"}
-VERBS = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
 Results = Mapping[int, EvalCounts]
 """seed -> graded completions of one arm on one evaluation"""
 CSV_HEAD = ("arm", "eval", "accuracy", "low", "high", "seeds", "labels", "checks", "flops", "failed")
@@ -37,7 +36,7 @@ def build(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
 
     failed  folder name of a point -> its error message; a point without a report that is not in here has not run yet
     """
-    names = {*sweep.arms, *BASES}
+    names = {*sweep.arms, *BASE_MODELS}
     rows: list[dict[str, Any]] = []
     results: list[tuple[Value, str, str, Results]] = []
     for point in sweep.points:
@@ -172,9 +171,9 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     for eval_name in summary["evals"]:
         for a, b, by_value in comparisons(summary, eval_name):
             judged = [(value, reading(contrast)) for value, contrast in by_value]
-            groups = [(verb, [value for value, one in judged if one == verdict]) for verdict, verb in VERBS.items()]
-            sentence = "; ".join(f"at {at(summary, values)} {a} {verb} {b}" for verb, values in groups if values)
-            found.append(f"On {eval_name}, {sentence}.")
+            groups = {one: [value for value, verdict in judged if verdict == one] for one in COMPARISON}
+            parts = [f"at {at(summary, groups[one])} {a} {COMPARISON[one]} {b}" for one in groups if groups[one]]
+            found.append(f"On {eval_name}, {'; '.join(parts)}.")
             decided = [(value, verdict) for value, verdict in judged if verdict != "undecided"]
             for (one, before), (two, after) in pairwise(decided):
                 if before != after and len(summary["arms"]) > 1:
@@ -206,20 +205,10 @@ def note(summary: dict[str, Any]) -> str:
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table as text; the first cell of every row is the value."""
-
-    title: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-
-
 def shown_arms(summary: dict[str, Any]) -> list[str]:
     """The base models, then the arms of the sweep, without those that no point has."""
     present = {name for point in summary["points"] for name in point["arms"]}
-    return [name for name in (*BASES, *summary["arms"]) if name in present]
+    return [name for name in (*BASE_MODELS, *summary["arms"]) if name in present]
 
 
 def seeds_text(summary: dict[str, Any]) -> str:
@@ -247,7 +236,8 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     for eval_name in summary["evals"]:
         title = f"{summary['recipe']} · {seeds_text(summary)} · accuracy on {eval_name}, % [95 %]"
         cells = [[cell(point, arm, eval_name) for arm in arms] for point in summary["points"]]
-        found.append(Table(title, [vary, *arms], [[text, *row] for text, row in zip(texts, cells, strict=True)]))
+        rows = [[text, *row] for text, row in zip(texts, cells, strict=True)]
+        found.append(Table(title, columns(vary, *arms), rows))
         compared = [
             (values.index(value), f"{a} − {b}", contrast)
             for a, b, by_value in comparisons(summary, eval_name)
@@ -259,13 +249,13 @@ def tables(summary: dict[str, Any]) -> list[Table]:
             rows.append([texts[place], what, interval, p_text(c["p"]), WORDS[reading(c)]])
         if rows:
             title = f"differences on {eval_name} in points, 95 % interval, two-sided p, paired"
-            found.append(Table(title, [vary, "a − b", "difference [95 %]", "p", "a is"], rows, note(summary)))
+            found.append(Table(title, columns(vary, "a − b", "difference [95 %]", "p", "a is"), rows))
     return found
 
 
 def cost_table(summary: dict[str, Any]) -> Table:
     """Labels and FLOPs of each trained arm at each value, means per seed."""
-    arms = [arm for arm in shown_arms(summary) if arm not in BASES]
+    arms = [arm for arm in shown_arms(summary) if arm not in BASE_MODELS]
     rows = []
     for text, point in zip(names(summary["values"]), summary["points"], strict=True):
         row = [text]
@@ -274,35 +264,40 @@ def cost_table(summary: dict[str, Any]) -> Table:
             row.append(count(spent["labels"]["distinct"]) if trained else "–")
             row.append(units(spent["flops"], "F").replace(" ", "") if trained else "–")
         rows.append(row)
-    caption = "Labels: distinct problems whose answer was used. Means per seed; a stage that several points share counts in each."
     heads = [head for arm in arms for head in (f"labels, {arm}", f"FLOPs, {arm}")]
-    return Table("cost of each arm", [summary["vary"], *heads], rows, caption)
+    return Table("cost of each arm", columns(summary["vary"], *heads), rows)
 
 
 def dry_run_table(vary: str, rows: Sequence[dict[str, Any]]) -> RichTable:
     """The rows of `sweeps.dry_run` for a console."""
     heads = [vary, "nodes", "shared", "labels", "steps", "tokens ≤", "teacher tokens ≤", "FLOPs ≤", "memory"]
+    bounds = ("tokens_sampled_at_most", "tokens_teacher_scored_at_most", "flops_at_most")
     cells = []
     for row in rows:
         counts = [count(row[key]) for key in ("nodes", "shared", "labels", "steps")]
-        bounds = ("tokens_sampled_at_most", "tokens_teacher_scored_at_most", "flops_at_most")
-        bounds_text = [units(row[key]) for key in bounds]
-        cells.append([text_of(row["value"]), *counts, *bounds_text, units(row["memory_bytes"], "B")])
-    caption = "shared: nodes of an earlier value, which run once; labels: distinct problems, of one node"
-    return rich_table(Table("what would run", heads, cells, caption))
+        cells.append(
+            [text_of(row["value"]), *counts, *(units(row[key]) for key in bounds), units(row["memory_bytes"], "B")]
+        )
+    table = rich_table(Table("what would run", columns(*heads), cells))
+    table.caption = "shared: nodes of an earlier value, which run once; labels: distinct problems, of one node"
+    return table
 
 
 def terminal_table(summary: dict[str, Any]) -> Group:
     """Tables and sentences for a console of 100 columns or more."""
-    parts: list[RichTable | Text] = [*map(rich_table, tables(summary)), *map(Text, summary["said"])]
+    parts: list[RichTable | Text] = [*map(rich_table, tables(summary)), *map(Text, [*summary["said"], note(summary)])]
     return Group(*[item for part in parts for item in (part, Text(""))])
 
 
+def columns(*titles: str) -> list[Column]:
+    """Columns of rows that are lists of texts; all but the first one are aligned to the right."""
+    return [Column(title, itemgetter(index), "right" if index else "left") for index, title in enumerate(titles)]
+
+
 def rich_table(table: Table) -> RichTable:
-    rich = plain_table(table.title)
-    for place, head in enumerate(table.heads):
-        rich.add_column(Text(head), justify="left" if place == 0 else "right", overflow="fold")
+    rich = plain_table(table.caption)
+    for column in table.columns:
+        rich.add_column(Text(column.title), justify=column.align, overflow="fold")
     for row in table.rows:
         rich.add_row(*row)
-    rich.caption = table.caption or None
     return rich

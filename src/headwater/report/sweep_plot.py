@@ -10,8 +10,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from headwater.config.arms import BASE_MODELS
 from headwater.report.svg import COLOURS, DASHES, MARKERS, QUIET, STYLE, TEXT, as_file, printable, spanning
-from headwater.report.sweep import BASES, accuracy, names, seeds_text, shown_arms
+from headwater.report.sweep import accuracy, names, seeds_text, shown_arms
 from headwater.runs.sweep import variation
 
 LOG_FROM = 8.0
@@ -72,7 +73,7 @@ def _panel(axes: Axes, summary: dict[str, Any], eval_name: str) -> None:
             continue
         places, means = [xs[place] for place, _ in points], [100 * one["mean"] for _, one in points]
         line: Any
-        if name in BASES:
+        if name in BASE_MODELS:
             if max(means) - min(means) < 1e-9:  # the same model at every value: a level across the plot
                 places, means = [left, right], means[:1] * 2
             dash = "--" if name == "base_student" else ":"
@@ -89,7 +90,7 @@ def _panel(axes: Axes, summary: dict[str, Any], eval_name: str) -> None:
                 [place + aside for place in places], means, yerr=[below, above],
                 color=colour, marker=marker, linestyle=dash, linewidth=1.6, markersize=5, elinewidth=1.1, capsize=2.5,
             )  # fmt: skip
-        ends.append((means[-1], line, BASES.get(name, name)))
+        ends.append((means[-1], line, BASE_MODELS.get(name, name)))
     for x, point in zip(xs, summary["points"], strict=True):
         if point["failed"]:
             top = axes.get_xaxis_transform()

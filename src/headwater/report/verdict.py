@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from headwater.config.arms import ARMS
-from headwater.report.contrasts import difference_text, find_contrast, reading, sample_size
+from headwater.report.contrasts import COMPARISON, difference_text, find_contrast, reading, sample_size
 from headwater.report.format import count, join_and, percent, units
 from headwater.report.predictions import reading_text
 
@@ -15,7 +15,6 @@ P1_ARMS = ("raw_teacher", "direct_grpo", "bridge")
 P2_ARMS = ("bridge", "warmup_only", "opd_only")
 P3_ARMS = ("bridge_1h", "bridge_rl", "replay")
 """Arms of each prediction in the order in which their accuracies are listed."""
-COMPARISON = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
 
 
 def verdict(report: dict[str, Any]) -> str:

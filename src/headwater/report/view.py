@@ -66,44 +66,38 @@ class RowHeader:
     href: str | None = None
 
 
+Cell = str | Sequence[str] | Interval | RowHeader | None
+"""Text, a list of points, an interval, or the header of a row. None: there is no value."""
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """A column of a table.
 
+    cell   the content of a row's cell; the first column of a table has the headers of the rows
     axis   the cells are `Interval`s, drawn on this axis
     spans  one cell for all rows of an entry (`Table.rows_per_entry`)
     """
 
     title: str
+    cell: Callable[[Any], Cell]
     align: Literal["left", "right"] = "left"
     nowrap: bool = False
     axis: Axis | None = None
     spans: bool = False
 
 
-Cell = str | Sequence[str] | Interval | RowHeader | None
-"""Text, a list of points, an interval (None: an empty cell of that column), or the header of a row."""
-
-
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table that scrolls sideways on a narrow screen.
 
-    rows            each a `Cell` for every column; a string instead of a row is the heading of a group of rows
+    rows            values that the columns read; a string is the heading of a group of rows
     rows_per_entry  rows that share the cells of the columns with `spans`
     stacked         cells hold sentences: on a phone they are placed below each other
     """
 
     caption: str
     columns: Sequence[Column]
-    rows: Sequence[Sequence[Any]]
+    rows: Sequence[Any]
     rows_per_entry: int = 1
     stacked: bool = False
-
-
-def text_columns(*titles: str) -> list[Column]:
-    return [Column(title) for title in titles]
-
-
-def number_columns(*titles: str, spans: bool = False) -> list[Column]:
-    return [Column(title, "right", spans=spans) for title in titles]

@@ -91,7 +91,7 @@ def read_status(path: Path) -> RunStatus:
     """Read the status of a run directory. Raises UserError for a folder without a run and for malformed files."""
     run = RunDir(path)
     if not run.plan.exists():
-        raise UserError(f"{path}: holds no run of ours (no {run.plan.name} in it)")
+        raise UserError(f"{path}: holds no run ({run.plan.name} is missing)")
     with as_written(path):
         plan = read_plan(run.plan)
         names = dict.fromkeys(name for seeds in plan["arms"].values() for nodes in seeds.values() for name in nodes)

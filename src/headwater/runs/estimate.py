@@ -1,23 +1,20 @@
-"""What a plan would cost, from its recipe and its models' shapes alone: labels, tokens, FLOPs, memory, hours on a device."""
+"""Estimate what a plan costs from its recipe and model shapes: labels, tokens, FLOPs, memory, hours on a device."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from headwater.config.recipe import Lora
 from headwater.config.stage import Sampling
 from headwater.losses.objectives import objective_of
-from headwater.models import policy as model
-from headwater.models import untrusted_files
+from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
 from headwater.models.shape import Shape
 from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
-from headwater.runs.memory_estimate import Held, Work, held_bytes, working_bytes
+from headwater.runs.memory_estimate import PersistentMemory, WorkingMemory
 from headwater.runs.plan import Node, Plan, Role, supervisor
 from headwater.teachers.served_teacher import NO_SHAPE
 from headwater.teachers.server_client import is_served
@@ -25,11 +22,11 @@ from headwater.teachers.server_client import is_served
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a node costs where every completion is `max_tokens` long (an upper bound), or as long as was said.
+    """Cost of a node where every completion has `max_tokens` tokens (an upper bound), or the assumed mean.
 
-    bytes    of weights, gradients and optimizer state, all devices together
+    bytes    weights, gradients and optimizer state, all devices together
     peak     bytes on each device at once, with activations and caches
-    decoded  (bytes read, FLOPs) of decoding, where memory is what takes the time; FLOPs are part of `flops`
+    decoded  (bytes read, FLOPs) of decoding, which memory bandwidth limits; the FLOPs are part of `flops`
     """
 
     name: str
@@ -43,7 +40,7 @@ class Estimate:
     decoded: tuple[float, float] = (0.0, 0.0)
 
     def seconds(self, device: Device, count: int = 1) -> float:
-        """On `count` devices of a kind, at the stated shares of its peaks and divided evenly."""
+        """On `count` devices, at UTILISATION and BANDWIDTH_SHARE of their peaks, with the work divided evenly."""
         read, flops = self.decoded
         decoding = max(read / (BANDWIDTH_SHARE * device.bandwidth), flops / (UTILISATION * device.flops))
         return (decoding + (self.flops - flops) / (UTILISATION * device.flops)) / count
@@ -62,246 +59,236 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What an estimate is for: the mean length of completions where it is known, and how many devices share the weights."""
+class Assumptions:
+    """Mean length of completions where it is known, and how many devices share the weights."""
 
     mean_tokens: float | None = None
     devices: int = 1
 
 
-def estimates(plan: Plan, inputs: RunInputs, asked: Asked = Asked()) -> list[Estimate]:
+def estimates(plan: Plan, inputs: RunInputs, assumptions: Assumptions = Assumptions()) -> list[Estimate]:
     """An estimate for every node of the plan, in its order. Raises UserError for models whose shape cannot be read."""
-    case = Case(plan, inputs, shapes_of(inputs), prompt_tokens(inputs, asked), asked)
-    return [estimate(node, case) for node in plan.order()]
+    estimator = Estimator(plan, inputs, model_shapes(inputs), prompt_tokens(inputs, assumptions), assumptions)
+    return [estimator.estimate(node) for node in plan.order()]
 
 
-def shapes_of(inputs: RunInputs) -> dict[Role, Shape]:
-    """The shape of every model of the recipe; those that are known (`known.MODELS`) need not be here."""
+def model_shapes(inputs: RunInputs) -> dict[Role, Shape]:
+    """Shape of every model of the recipe; those in `hardware.MODELS` need not be on this machine."""
     models = inputs.recipe.models
     shapes: dict[Role, Shape] = {}
     for role in ("student", "teacher", "expert"):
         named = models.named(role).items()
-        if named:  # of several teachers the costliest
-            found = [shape_of(field, name, models.trust_remote_code) for field, name in named]
-            shapes[role] = max(found, key=lambda one: one.matrix_parameters)
+        if named:  # of several teachers the largest
+            candidates = [model_shape(field, name, models.trust_remote_code) for field, name in named]
+            shapes[role] = max(candidates, key=lambda shape: shape.matrix_parameters)
     return shapes
 
 
-def shape_of(field: str, name: str, trust_remote_code: bool) -> Shape:
-    """A model's shape from its config; a served one costs nothing here. Raises UserError."""
+def model_shape(field: str, name: str, trust_remote_code: bool) -> Shape:
+    """A model's shape from its config; a served model costs nothing on this machine. Raises UserError."""
     if is_served(name):
         return NO_SHAPE
-    where = model.resolve(name, field)
-    if where in MODELS:
-        return Shape.known(MODELS[where])
-    model.refuse_untrusted(where, field, name, trust_remote_code)
-    with untrusted_files.reading(f"{field}: the config of {name} cannot be used"):
-        return Shape.of(model.base_of(where, field), trust_remote_code)
+    folder = ModelFolder.open(name, field, trust_remote_code)
+    return Shape.from_fields(MODELS[folder.path]) if folder.path in MODELS else folder.shape
+
+
+def prompt_tokens(inputs: RunInputs, assumptions: Assumptions) -> float:
+    """Tokens of the longest prompt among the first 256 problems, or the mean where completions are assumed to be of mean length.
+
+    Where the student's tokenizer or the problems are not on this machine, `prompt.max_tokens`.
+    """
+    recipe = inputs.recipe
+    if inputs.missing or not inputs.model_folder("student").is_local:
+        return float(recipe.prompt.max_tokens)
+    unbounded = recipe.prompt.model_copy(update={"max_tokens": sys.maxsize})
+    prompter = Prompter(inputs.tokenizer("student"), unbounded)
+    lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
+    return max(lengths) if assumptions.mean_tokens is None else sum(lengths) / len(lengths)
+
+
+def base_of(source: Role | Node) -> Role:
+    """The base model whose shape a node's weights have."""
+    while isinstance(source, Node):
+        source = source.start
+    return source
 
 
 @dataclass(frozen=True)
-class Case:
-    """What estimates rest on; `prompt` is the length of a prompt in tokens: the longest, or the mean where means are asked for."""
+class Estimator:
+    """Estimates nodes of one plan; `prompt` is the length of a prompt in tokens."""
 
     plan: Plan
     inputs: RunInputs
     shapes: Mapping[Role, Shape]
     prompt: float
-    asked: Asked = Asked()
+    assumptions: Assumptions
 
-    def shape(self, one: Role | Node) -> Shape:
-        return self.shapes[base_of(one)]
+    def estimate(self, node: Node) -> Estimate:
+        """Cost of one node, its evaluation and measurements included."""
+        recipe, shape, stage = self.inputs.recipe, self.shape(node.start), node.settings
+        evals = 0
+        if node.kind != "rollouts":
+            evals = sum(len(problems) for problems, _ in self.inputs.evals.values()) * recipe.evaluate.samples
+        completion = self.completion_tokens(recipe.evaluate.sampling)
+        eval_tokens = int(evals * completion)
+        labels = steps = scored = 0
+        sampled = eval_tokens
+        flops = shape.flops(eval_tokens + evals * self.prompt, (completion + self.prompt) / 2)
+        decoded = self.decoding(shape, eval_tokens, completion)
+        if stage is not None and node.pool is not None:
+            stage_completion, stage_flops = self.completion_tokens(stage.sampling), self.stage_flops(node)
+            own = int(self.rows(node)[0] * stage_completion)
+            if node.kind == "rollouts":
+                sampled, scored, flops, generated = own, own, stage_flops, own
+            else:
+                objective = objective_of(stage)
+                labels = len(self.inputs.pool(node.pool)) if stage.needs_labels else 0
+                steps = self.steps(node)
+                generated, scored, measured_flops = self.measurements(node, steps)
+                generated += own if objective.source == "policy" else 0
+                scored += own if node.teacher is not None and "teacher" in objective.signals else 0
+                sampled += generated
+                flops = stage_flops + flops + measured_flops
+            read, decoding_flops = self.decoding(shape, generated, stage_completion)
+            decoded = read + decoded[0], decoding_flops + decoded[1]
+        persistent = self.persistent_memory(node)
+        return Estimate(
+            name=self.plan.names[node],
+            labels=labels,
+            steps=steps,
+            tokens_sampled=sampled,
+            tokens_teacher_scored=scored,
+            flops=flops,
+            bytes=persistent.bytes(devices=1),
+            peak=persistent.bytes(self.assumptions.devices) + self.working_memory(node).bytes(),
+            decoded=decoded,
+        )
 
-    def completion(self, sampling: Sampling) -> float:
-        """Tokens of a completion."""
-        mean = self.asked.mean_tokens
+    def shape(self, source: Role | Node) -> Shape:
+        return self.shapes[base_of(source)]
+
+    def completion_tokens(self, sampling: Sampling) -> float:
+        mean = self.assumptions.mean_tokens
         return float(sampling.max_tokens) if mean is None else min(mean, float(sampling.max_tokens))
 
-    def adapter(self, node: Node) -> int:
-        """Weights of the adapter that a node trains; 0 where it trains all."""
+    def adapter_parameters(self, node: Node) -> int:
+        """Weights of the LoRA adapter that a node trains; 0 where it trains all weights."""
         lora = node.lora(self.inputs.recipe)
-        return 0 if lora is None else self.shape(node.start).adapter_parameters(lora.r, targets_of(lora))
+        if lora is None:
+            return 0
+        targets = None if isinstance(lora.targets, str) else lora.targets
+        return self.shape(node.start).adapter_parameters(lora.r, targets)
 
     @property
-    def width(self) -> int:
-        """Bytes of a number at the compute type."""
+    def bytes_per_value(self) -> int:
+        """Of the compute dtype."""
         return 2 if self.inputs.recipe.models.dtype == "bfloat16" else 4
 
+    def steps(self, node: Node) -> int:
+        """A stage's steps; at equal compute, as many as the estimated FLOPs of the other arm pay for."""
+        assert node.settings is not None and node.pool is not None
+        steps = self.inputs.steps(node.pool, node.settings)
+        if node.compute is None:
+            return steps
+        like, match = node.compute
+        left = sum(self.stage_flops(one) for one in match.lineage())
+        left -= sum(self.stage_flops(one) for one in node.lineage() if one != node)
+        return max(1, round(left / (self.stage_flops(like) / steps)))
 
-def targets_of(lora: Lora) -> tuple[str, ...] | None:
-    return None if isinstance(lora.targets, str) else lora.targets
+    def rows(self, node: Node) -> tuple[int, int]:
+        """(rows, prompts prefilled) of all steps. An upper bound prefills a prompt per row, an estimate one per group."""
+        assert node.settings is not None and node.pool is not None
+        stage = node.settings
+        if node.kind == "rollouts":
+            prompts = len(self.inputs.prompts(node.pool, stage))
+            return prompts * stage.group_size, prompts
+        steps = self.steps(node)
+        shared = stage.on_policy and self.assumptions.mean_tokens is not None
+        return steps * stage.batch_size, steps * (stage.prompts_per_step if shared else stage.batch_size)
 
+    def stage_flops(self, node: Node) -> float:
+        """FLOPs of a node without its evaluation and measurements."""
+        if node.settings is None or node.pool is None:
+            return 0.0
+        stage, shape, (rows, prompts) = node.settings, self.shape(node.start), self.rows(node)
+        completion = self.completion_tokens(stage.sampling)
+        tokens, context = rows * completion + prompts * self.prompt, (completion + self.prompt) / 2
+        if node.kind == "rollouts":  # sampled, and scored row by row
+            return 2 * shape.flops(rows * (completion + self.prompt), context)
+        objective, adapter = objective_of(stage), self.adapter_parameters(node)
+        flops = stage.passes * shape.flops(tokens, context, 3, adapter)
+        if objective.source == "policy":
+            if stage.passes * stage.minibatches > 1:
+                flops += shape.flops(tokens, context, 1, adapter)
+            flops += shape.flops(tokens, context)
+            if node.teacher is not None and "teacher" in objective.signals:
+                flops += self.shape(node.teacher).flops(tokens, context)
+            if "reference" in objective.signals:
+                flops += shape.flops(tokens, context)
+        return flops
 
-def prompt_tokens(inputs: RunInputs, asked: Asked = Asked()) -> float:
-    """Tokens of the longest prompt among the first 256 problems, or of the mean one; one over the limit is refused elsewhere.
+    def measurements(self, node: Node, steps: int) -> tuple[int, int, float]:
+        """(tokens sampled, tokens scored by the teacher, FLOPs) of measurements between a stage's steps."""
+        recipe, stage, shape = self.inputs.recipe, node.settings, self.shape(node.start)
+        assert stage is not None
+        sampled, scored, flops = 0, 0, 0.0
+        teacher = supervisor(node)
+        completion = self.completion_tokens(stage.sampling)
+        if teacher is not None:
+            problems = min(recipe.conditions.problems, len(next(iter(self.inputs.evals.values()))[0]))
+            # Before the first step, after the last, and every so many between; the last may be one of those.
+            rows = (-(-steps // recipe.conditions.every) + 1) * problems
+            length = completion + self.prompt
+            sampled, scored = int(rows * completion), int(2 * rows * length)
+            flops = shape.flops(3 * rows * length, length / 2) + self.shape(teacher).flops(scored, length / 2)
+        if stage.until is not None and stage.until.metric == "validation" and self.inputs.validation is not None:
+            rows = steps // stage.until.every * len(self.inputs.validation[0]) * recipe.evaluate.samples
+            length = self.completion_tokens(recipe.evaluate.sampling) + self.prompt
+            sampled, flops = sampled + int(rows * length), flops + shape.flops(rows * length, length / 2)
+        return sampled, scored, flops
 
-    Where the student's tokenizer or the problems are not here (`missing`), `prompt.max_tokens`.
-    """
-    recipe = inputs.recipe
-    if inputs.missing or not Path(model.resolve(recipe.models.student, "models.student")).is_dir():
-        return float(recipe.prompt.max_tokens)
-    unbounded = recipe.prompt.model_copy(update={"max_tokens": sys.maxsize})
-    prompter = Prompter(inputs.tokenizer("student"), unbounded)
-    lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
-    return max(lengths) if asked.mean_tokens is None else sum(lengths) / len(lengths)
+    def decoding(self, shape: Shape, tokens: float, completion: float) -> tuple[float, float]:
+        """(bytes read, FLOPs) of decoding: each step reads all weights once, and every row's KV cache so far."""
+        rows, context = self.inputs.recipe.compute.sample_batch, self.prompt + completion / 2
+        kv_cache = context * shape.kv_cache_numbers * self.bytes_per_value
+        read = tokens / rows * shape.matrix_parameters * self.bytes_per_value + tokens * kv_cache
+        return read, shape.flops(tokens, context)
 
+    def persistent_memory(self, node: Node) -> PersistentMemory:
+        """What a node holds from its start to its end."""
+        shape, stage = self.shape(node.start), node.settings
+        if node.kind != "train" or stage is None:
+            return PersistentMemory(None, 0, False, (shape,), self.bytes_per_value)
+        objective, adapter, lora = objective_of(stage), self.adapter_parameters(node), node.lora(self.inputs.recipe)
+        frozen = []
+        teacher = supervisor(node)
+        if teacher is not None and ("teacher" in objective.signals or self.inputs.recipe.conditions.problems):
+            frozen.append(self.shape(teacher))
+        if "reference" in objective.signals and not adapter:
+            frozen.append(shape)
+        quantized = lora is not None and lora.quantize is not None
+        return PersistentMemory(shape, adapter, quantized, tuple(frozen), self.bytes_per_value)
 
-def base_of(one: Role | Node) -> Role:
-    """The base model whose shape a node's weights have."""
-    while isinstance(one, Node):
-        one = one.start
-    return one
-
-
-def steps_of(node: Node, case: Case) -> int:
-    """A stage's steps; where they depend on what other arms will have cost, on what those are estimated to cost."""
-    assert node.settings is not None and node.pool is not None
-    usual = case.inputs.steps(node.pool, node.settings)
-    if node.compute is None:
-        return usual
-    like, as_ = node.compute
-    wanted = sum(work_flops(one, case) for one in as_.lineage())
-    wanted -= sum(work_flops(one, case) for one in node.lineage() if one != node)
-    return max(1, round(wanted / (work_flops(like, case) / usual)))
-
-
-def rows_of(node: Node, case: Case) -> tuple[int, int]:
-    """(rows, prompts run for them) of all of a node's steps: a group's prompt is run once, but for a bound no row shares one."""
-    assert node.settings is not None and node.pool is not None
-    stage = node.settings
-    if node.kind == "rollouts":
-        prompts = len(case.inputs.prompts(node.pool, stage))
-        return prompts * stage.group_size, prompts
-    steps = steps_of(node, case)
-    shared = stage.on_policy and case.asked.mean_tokens is not None
-    return steps * stage.batch_size, steps * (stage.prompts_per_step if shared else stage.batch_size)
-
-
-def work_flops(node: Node, case: Case) -> float:
-    """FLOPs of a node without its evaluation."""
-    if node.settings is None or node.pool is None:
-        return 0.0
-    stage, shape, (rows, prompts) = node.settings, case.shape(node.start), rows_of(node, case)
-    completion = case.completion(stage.sampling)
-    read, context = rows * completion + prompts * case.prompt, (completion + case.prompt) / 2
-    if node.kind == "rollouts":  # sampled, and scored row by row
-        return 2 * shape.flops(rows * (completion + case.prompt), context)
-    objective, adapter = objective_of(stage), case.adapter(node)
-    flops = stage.passes * shape.flops(read, context, 3, adapter)
-    if objective.source == "policy":
-        if stage.passes * stage.minibatches > 1:
-            flops += shape.flops(read, context, 1, adapter)
-        flops += shape.flops(read, context)
-        if node.teacher is not None and "teacher" in objective.signals:
-            flops += case.shape(node.teacher).flops(read, context)
-        if "reference" in objective.signals:
-            flops += shape.flops(read, context)
-    return flops
-
-
-def estimate(node: Node, case: Case) -> Estimate:
-    """One node, its evaluation included."""
-    name, recipe, shape = case.plan.names[node], case.inputs.recipe, case.shape(node.start)
-    sampling, evals = recipe.evaluate.sampling, 0
-    if node.kind != "rollouts":
-        evals = sum(len(problems) for problems, _ in case.inputs.evals.values()) * recipe.evaluate.samples
-    completion = case.completion(sampling)
-    eval_tokens = int(evals * completion)
-    eval_flops = shape.flops(eval_tokens + evals * case.prompt, (completion + case.prompt) / 2)
-    held, work, devices = held_of(node, case), work_of(node, case), case.asked.devices
-    memory = held_bytes(held, devices=1)
-    peak = held_bytes(held, devices) + working_bytes(work)
-    if node.settings is None or node.pool is None:
-        decoded = decoding(shape, eval_tokens, completion, case)
-        return Estimate(name, 0, 0, eval_tokens, 0, eval_flops, memory, peak, decoded)
-    stage, flops, (rows, _) = node.settings, work_flops(node, case), rows_of(node, case)
-    own = int(rows * case.completion(stage.sampling))
-    if node.kind == "rollouts":
-        decoded = decoding(shape, own, case.completion(stage.sampling), case)
-        return Estimate(name, 0, 0, own, own, flops, memory, peak, decoded)
-    objective = objective_of(stage)
-    sampled = own if objective.source == "policy" else 0
-    scored = own if node.teacher is not None and "teacher" in objective.signals else 0
-    labels = len(case.inputs.pool(node.pool)) if stage.needs_labels else 0
-    steps = steps_of(node, case)
-    more, shown, beside = beside_flops(node, steps, case)
-    parts = (
-        decoding(shape, sampled + more, case.completion(stage.sampling), case),
-        decoding(shape, eval_tokens, completion, case),
-    )
-    decoded = sum(one[0] for one in parts), sum(one[1] for one in parts)
-    return Estimate(
-        name, labels, steps, sampled + eval_tokens + more, scored + shown, flops + eval_flops + beside, memory, peak, decoded
-    )  # fmt: skip
-
-
-def beside_flops(node: Node, steps: int, case: Case) -> tuple[int, int, float]:
-    """What is measured beside a stage: tokens sampled, tokens shown to the teacher, FLOPs."""
-    recipe, stage, shape = case.inputs.recipe, node.settings, case.shape(node.start)
-    assert stage is not None
-    sampled, shown, flops = 0, 0, 0.0
-    whose = supervisor(node)
-    completion = case.completion(stage.sampling)
-    if whose is not None:
-        problems = min(recipe.conditions.problems, len(next(iter(case.inputs.evals.values()))[0]))
-        # The first state, the last, and every so many between; the last may be one of those.
-        times = (-(-steps // recipe.conditions.every) + 1) * problems
-        length = completion + case.prompt
-        sampled, shown = int(times * completion), int(2 * times * length)
-        flops = shape.flops(3 * times * length, length / 2) + case.shape(whose).flops(shown, length / 2)
-    if stage.until is not None and stage.until.metric == "validation" and case.inputs.validation is not None:
-        times = steps // stage.until.every * len(case.inputs.validation[0]) * recipe.evaluate.samples
-        length = case.completion(recipe.evaluate.sampling) + case.prompt
-        sampled, flops = sampled + int(times * length), flops + shape.flops(times * length, length / 2)
-    return sampled, shown, flops
-
-
-def decoding(shape: Shape, tokens: float, completion: float, case: Case) -> tuple[float, float]:
-    """(bytes read, FLOPs) of decoding so many tokens: at each step all weights once, and every row's keys and values so far."""
-    rows, context = case.inputs.recipe.compute.sample_batch, case.prompt + completion / 2
-    keys_and_values = context * shape.cache_numbers * case.width
-    return (
-        tokens / rows * shape.matrix_parameters * case.width + tokens * keys_and_values,
-        shape.flops(tokens, context),
-    )
-
-
-# Memory ---------------------------------------------------------------------------------------------------------------
-
-
-def held_of(node: Node, case: Case) -> Held:
-    """What a node keeps from its beginning to its end."""
-    shape, stage = case.shape(node.start), node.settings
-    frozen: list[Shape] = []
-    if node.kind != "train" or stage is None:
-        return Held(None, 0, False, (shape,), case.width)
-    objective, adapter, lora = objective_of(stage), case.adapter(node), node.lora(case.inputs.recipe)
-    whose = supervisor(node)
-    if whose is not None and ("teacher" in objective.signals or case.inputs.recipe.conditions.problems):
-        frozen.append(case.shape(whose))
-    if "reference" in objective.signals and not adapter:
-        frozen.append(shape)
-    return Held(shape, adapter, lora is not None and lora.quantize is not None, tuple(frozen), case.width)
-
-
-def work_of(node: Node, case: Case) -> Work:
-    """What a node needs for a while: activations of a microbatch, or a decoder's cache."""
-    recipe, shape, stage = case.inputs.recipe, case.shape(node.start), node.settings
-    sampling = recipe.evaluate.sampling if stage is None else stage.sampling
-    rows = (
-        len(next(iter(case.inputs.evals.values()))[0]) * recipe.evaluate.samples if stage is None else stage.batch_size
-    )
-    rows = min(rows, recipe.compute.sample_batch)
-    length = case.prompt + case.completion(sampling)
-    trained = node.kind == "train" and stage is not None
-    tokens = min(float(recipe.compute.microbatch_tokens), stage.batch_size * length) if trained and stage else 0.0
-    return Work(
-        shape=shape,
-        tokens=max(tokens, length) if trained else 0.0,
-        rows=rows,
-        length=length,
-        width=case.width,
-        recomputed=recipe.models.gradient_checkpointing,
-        cuda=recipe.compute.device != "cpu" and case.inputs.device.type == "cuda",
-        logits=2 if trained and stage is not None and objective_of(stage).divergence is not None else 1,
-    )
+    def working_memory(self, node: Node) -> WorkingMemory:
+        """What a node holds for a while: activations of a microbatch, or the decoder's KV cache."""
+        recipe, stage = self.inputs.recipe, node.settings
+        sampling = recipe.evaluate.sampling if stage is None else stage.sampling
+        length = self.prompt + self.completion_tokens(sampling)
+        if stage is None:
+            rows = len(next(iter(self.inputs.evals.values()))[0]) * recipe.evaluate.samples
+        else:
+            rows = stage.batch_size
+        tokens, logits = 0.0, 1
+        if node.kind == "train" and stage is not None:
+            tokens = max(min(float(recipe.compute.microbatch_tokens), stage.batch_size * length), length)
+            logits = 2 if objective_of(stage).divergence is not None else 1
+        return WorkingMemory(
+            shape=self.shape(node.start),
+            tokens=tokens,
+            rows=min(rows, recipe.compute.sample_batch),
+            length=length,
+            bytes_per_value=self.bytes_per_value,
+            recompute=recipe.models.gradient_checkpointing,
+            cuda=recipe.compute.device != "cpu" and self.inputs.device.type == "cuda",
+            logits=logits,
+        )

@@ -1,4 +1,4 @@
-"""Facts that an estimate needs and that do not change: the configurations of some published models, and what devices can do."""
+"""Constants for estimates: configurations of published models and peak rates of accelerators."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B-Instruct": _sized(_LLAMA3, 32, 4096, 32, 14_336, tied=False),
     "meta-llama/Llama-3.3-70B-Instruct": _sized(_LLAMA3, 80, 8192, 64, 28_672, tied=False),
 }
-"""Hub id -> the fields of its published config.json that decide shape, positions and special tokens."""
+"""Hub id -> fields of its published config.json that determine shape, positions and special tokens."""
 
 GENERATION: dict[str, dict[str, Any]] = {
     "qwen3": {
@@ -52,12 +52,12 @@ GENERATION: dict[str, dict[str, Any]] = {
     },
     "llama": {"eos_token_id": [128_001, 128_008, 128_009], "temperature": 0.6, "top_p": 0.9},
 }
-"""Their published generation_config.json, by `model_type`: ids that end a completion, and sampling that is ignored here."""
+"""Published generation_config.json by `model_type`: stop ids, and sampling settings, which runs ignore."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator as its maker describes it: dense bfloat16 FLOP/s with float32 sums, bytes of memory, bytes a second."""
+    """Datasheet of one accelerator: dense bfloat16 FLOP/s with float32 accumulation, bytes of memory, bytes per second."""
 
     flops: float
     memory: float
@@ -76,6 +76,6 @@ DEVICES: dict[str, Device] = {
     "rtx3090": Device(71e12, 24 * 2**30, 0.936e12, "NVIDIA Ampere GA102 whitepaper"),
 }
 UTILISATION = 0.4
-"""Share of the peak that scoring, forward and backward passes are taken to reach; well-tuned trainers report 0.3 to 0.5."""
+"""Assumed share of peak FLOP/s of scoring, forward and backward passes; well-tuned trainers report 0.3 to 0.5."""
 BANDWIDTH_SHARE = 0.6
-"""Share of the memory's bandwidth that decoding is taken to reach."""
+"""Assumed share of peak memory bandwidth of decoding."""

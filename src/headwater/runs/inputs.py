@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from headwater.config.arms import Pool
 from headwater.config.recipe import Recipe, Source, canonical_json
@@ -20,9 +18,10 @@ from headwater.data.contamination import Leak
 from headwater.data.labels import Grade, Labels, Pools, buy
 from headwater.data.sources import Loaded, load, without_leaks
 from headwater.errors import UserError
-from headwater.models import policy as model
-from headwater.models import untrusted_files
+from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
+from headwater.models.shape import Shape
+from headwater.models.tokenizer import stop_ids_of
 from headwater.runs.read_once import InputError, read_once
 from headwater.runs.source_readers import SourceReader, placeholder_reader
 from headwater.sampling.build import SamplerFactory, sampler_factory
@@ -57,7 +56,7 @@ class RunInputs:
         missing: list[str] = []
         for role in ("student", "teacher", "expert"):
             for field_, name in recipe.models.named(role).items():
-                if is_served(name) or not Path(model.resolve(name, field_)).is_dir():
+                if is_served(name) or not ModelFolder.open(name, field_).is_local:
                     missing.append(f"{field_}: {name} is not in a local folder; its tokenizer was not read")
         return cls(recipe, placeholder_reader(missing), missing)
 
@@ -172,25 +171,11 @@ class RunInputs:
 
     @property
     @read_once("data")
-    def everything(self) -> list[Problem]:
+    def all_problems(self) -> list[Problem]:
         """Every problem that a model may be asked."""
         validation = [] if self.validation is None else self.validation[0]
         evals = [problem for problems, _ in self.evals.values() for problem in problems]
         return [*self.problems.values(), *validation, *evals]
-
-    @property
-    def notes(self) -> list[str]:
-        """What was left out on reading, for the user to see."""
-        labeled = self.labeled
-        notes = [f"data.labeled: {note}" for note in describe_leaks(labeled.leaks)]
-        if labeled.duplicates:
-            notes.append(f"data.labeled: {labeled.duplicates} repeated problems; each counts once")
-        if labeled.contradictions:
-            notes.append(f"data.labeled: {len(labeled.contradictions)} problems with contradicting answers; left out")
-        if "data.unlabeled" in self.data_fields:
-            leaks = self.decontaminated("data.unlabeled").leaks
-            notes += [f"data.unlabeled: {note}" for note in describe_leaks(leaks)]
-        return notes
 
     @property
     def left_out(self) -> list[dict[str, Any]]:
@@ -234,17 +219,17 @@ class RunInputs:
         return field_, named[field_]
 
     @read_once("model")
-    def model_path(self, role: str) -> str:
-        """The model's folder or hub id."""
+    def model_folder(self, role: str) -> ModelFolder:
+        """The files of a role's model."""
         field_, name = self.field_and_name(role)
-        return model.resolve(name, field_)
+        return ModelFolder.open(name, field_, self.recipe.models.trust_remote_code)
 
     @read_once("model")
     def weights_path(self, role: str) -> str:
         """The same; refused if the folder holds no weights."""
-        field_, name = self.field_and_name(role)
-        model.refuse_without_weights(name, self.model_path(role), field_)
-        return self.model_path(role)
+        folder = self.model_folder(role)
+        folder.require_weights()
+        return folder.path
 
     @read_once("server")
     def server(self, role: str) -> ServedModel:
@@ -255,31 +240,25 @@ class RunInputs:
     @read_once("tokenizer")
     def tokenizer(self, role: str) -> Any:
         """The model's tokenizer; of a served teacher, its server's."""
-        field_, name = self.field_and_name(role)
-        if is_served(name):
-            return ServedTokenizer(self.server(role))
-        path, trusted = self.model_path(role), self.recipe.models.trust_remote_code
-        model.refuse_untrusted(path, field_, name, trusted)
-        with untrusted_files.reading(f"{field_}: the tokenizer of {name} cannot be loaded"):
-            return model.read_tokenizer(path, trusted)
+        _, name = self.field_and_name(role)
+        return ServedTokenizer(self.server(role)) if is_served(name) else self.model_folder(role).tokenizer
 
     @read_once("config")
     def config(self, role: str) -> Any:
-        path, trusted = self.model_path(role), self.recipe.models.trust_remote_code
-        model.refuse_untrusted(path, f"models.{role}", path, trusted)
-        with untrusted_files.reading(f"models.{role}: the config of {path} cannot be read"):
-            base = model.base_of(path, f"models.{role}")
-            return AutoConfig.from_pretrained(base, trust_remote_code=trusted)
+        return self.model_folder(role).config
+
+    @read_once("config")
+    def shape(self, role: str) -> Shape:
+        return self.model_folder(role).shape
 
     @read_once("generation config")
     def generation_config(self, role: str) -> GenerationConfig:
         """The model's generation config or, where it has none, the one that transformers derives from its config."""
-        path, config = model.base_of(self.model_path(role), f"models.{role}"), self.config(role)
-        with untrusted_files.reading(f"models.{role}: the generation config of {path} cannot be read"):
-            return model.read_generation(path, config)
+        self.config(role)
+        return self.model_folder(role).generation_config
 
     def stop_ids(self, role: str) -> tuple[int, ...]:
-        return model.stop_ids_of(self.generation_config(role), self.config(role), self.tokenizer(role))
+        return stop_ids_of(self.generation_config(role), self.config(role), self.tokenizer(role))
 
     def prompter(self, role: str) -> Prompter:
         return Prompter(self.tokenizer(role), self.recipe.prompt)
@@ -311,10 +290,10 @@ class RunInputs:
         for field_, name in named.items():
             key = field_.removeprefix("models.")
             remote = is_served(name)
-            prints[field_] = self.server(key).fingerprint if remote else model.fingerprint_of(self.model_path(key))
+            prints[field_] = self.server(key).fingerprint if remote else self.model_folder(key).fingerprint
         if len(prints) == 1:
             return next(iter(prints.values()))
-        tags = sorted((problem.id, problem.tag) for problem in self.everything)
+        tags = sorted((problem.id, problem.tag) for problem in self.all_problems)
         return hashlib.sha256(canonical_json([prints, tags]).encode()).hexdigest()[:16]
 
     def content(self) -> dict[str, Any]:
@@ -339,18 +318,6 @@ class RunInputs:
 def with_labels(loaded: Loaded, grade: Grade) -> tuple[Sequence[Problem], Labels]:
     """A source's problems and labels for all of them."""
     return loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))
-
-
-def describe_leaks(leaks: Sequence[Leak]) -> list[str]:
-    """Example: `["34 problems also stand in data.evals.math500 (8 exact, 26 ngram); left out"]`."""
-    counts: dict[str, Counter[str]] = {}
-    for leak in leaks:
-        counts.setdefault(leak.eval, Counter())[leak.why] += 1
-    return [
-        f"{count.total()} problems also stand in {name if name == VALIDATION else f'data.evals.{name}'} "
-        f"({', '.join(f'{number} {why}' for why, number in sorted(count.items()))}); left out"
-        for name, count in counts.items()
-    ]
 
 
 def leak_row(source: str, leak: Leak, loaded: Loaded) -> dict[str, Any]:

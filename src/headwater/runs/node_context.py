@@ -11,9 +11,9 @@ from headwater.config.stage import Stage
 from headwater.data.labels import Labels
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import TrainingStoppedError
-from headwater.models import lora
-from headwater.models import policy as model
-from headwater.models.fsdp import load
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.runs.inputs import RunInputs
@@ -113,33 +113,34 @@ class NodeContext:
         """An empty ledger row of the node."""
         return Spend(self.plan.names[node], stage or node.stage, node.seed, 0, "train")
 
-    def load(self, source: Role | Node, frozen: bool, adapter: lora.Wanted | None = None) -> Policy:
+    def load(self, source: Role | Node, frozen: bool, adapter: AdapterSpec | None = None) -> Policy:
         """Load a base model of the recipe, or the model that a node trained."""
         models, device = self.inputs.recipe.models, self.inputs.device
         if isinstance(source, Node):
             folder, fingerprint = self.node_dir(source).model, self.plan.fingerprints[source]
             self.node_dir(source).refuse_damage(f"{folder.name}/")
-            return load(str(folder), str(folder), models, device, frozen, fingerprint, adapter, self.ranks)
-        (field, name), *others = models.named(source).items()
-        assert not others  # several teachers by tag are queried (`frozen`), never trained
-        return load(name, field, models, device, frozen, None, adapter, self.ranks)
+            opened = ModelFolder.open(str(folder), str(folder), models.trust_remote_code)
+            return load_policy(opened, LoadOptions(models, device, frozen, adapter, fingerprint, self.ranks))
+        # Several teachers by tag have no role of their own here: they are queried (`frozen`), never trained.
+        opened = self.inputs.model_folder(source)
+        return load_policy(opened, LoadOptions(models, device, frozen, adapter, ranks=self.ranks))
 
     def frozen(self, source: Role | Node, stage: Stage | None = None) -> Teacher:
         """Load a model that only samples and scores. A base teacher may be a server, or several models by tag."""
         inputs = self.inputs
         if source != "teacher" or is_single_local_model(inputs.recipe):
             return offload_if_configured(self.load(source, frozen=True), inputs.recipe, inputs.sampler)
-        return load_base_teacher(inputs.recipe, stage, inputs.everything, inputs.sampler, inputs.device, self.ranks)
+        return load_base_teacher(inputs.recipe, stage, inputs.all_problems, inputs.sampler, inputs.device, self.ranks)
 
     def trainee(self, node: Node) -> Policy:
         """Load the model that a stage trains: all weights, or a LoRA adapter on frozen ones."""
         settings = node.lora(self.inputs.recipe)
-        adapter = None if settings is None else lora.Wanted(settings, (node.seed, node.stage, node.pool or ""))
+        adapter = None if settings is None else AdapterSpec(settings, (node.seed, node.stage, node.pool or ""))
         return self.load(node.start, frozen=False, adapter=adapter)
 
     def reference(self, node: Node, policy: Policy) -> Policy:
         """The stage's initial weights, frozen: the base under a LoRA adapter, or a second copy."""
-        return self.load(node.start, frozen=True) if policy.adapter is None else model.beneath(policy)
+        return self.load(node.start, frozen=True) if policy.adapter is None else policy.reference()
 
     def steps(self, node: Node) -> int:
         """Maximum steps of a stage: the recipe's, or as many as match another arm's FLOPs."""

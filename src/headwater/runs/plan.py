@@ -1,4 +1,4 @@
-"""Arms × seeds -> a DAG of nodes named by content, so that what arms share is one node and runs once."""
+"""Plan arms × seeds as a DAG of content-addressed nodes, so that work that arms share is one node and runs once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Role = Literal["student", "teacher", "expert"]
 
 @dataclass(frozen=True)
 class Node:
-    """One piece of work: train a model, cache a teacher, or evaluate a base model.
+    """One unit of work: train a model, cache a teacher's rollouts, or evaluate a base model.
 
-    start    the weights it begins from: a base model of the recipe, or the node that trained them
-    teacher  who supervises a dense on-policy stage
-    cache    the teacher's rollouts that a teacher-sampled stage reads
-    compute  (like, as): take as many steps as cost what `as` and all it stands on did, at the rate of `like`
+    start    initial weights: a base model of the recipe, or the node that trained them
+    teacher  scores the rollouts of a dense on-policy stage
+    cache    the teacher rollouts that an off-policy stage reads
+    compute  (like, match): take as many steps as the FLOPs of `match` and its lineage pay for, at the cost per step of `like`
     """
 
     kind: Literal["train", "rollouts", "evaluate"]
@@ -36,71 +36,72 @@ class Node:
     compute: tuple[Node, Node] | None = None
 
     @property
-    def made_of(self) -> tuple[Node, ...]:
+    def inputs(self) -> tuple[Node, ...]:
         """The nodes whose weights or rollouts it uses."""
-        return tuple(one for one in (self.start, self.teacher, self.cache) if isinstance(one, Node))
+        return tuple(source for source in (self.start, self.teacher, self.cache) if isinstance(source, Node))
 
     @property
     def parents(self) -> tuple[Node, ...]:
-        """The nodes that must be done before it can run: what it is made of, and those that its length is taken from."""
-        return self.made_of + (self.compute or ())
+        """The nodes that must be done before it starts: its inputs, and those that determine its number of steps."""
+        return self.inputs + (self.compute or ())
 
     @property
     def weights(self) -> Role | Node:
-        """Whose weights it works with: its own when it trains."""
+        """The model that it evaluates: its own when it trains."""
         return self if self.kind == "train" else self.start
 
     def lora(self, recipe: Recipe) -> Lora | None:
-        """The adapter that this node trains; None where it trains all weights, or none."""
-        asked = recipe.models.lora
-        return asked if asked is not None and self.kind == "train" and self.role in asked.roles else None
+        """The LoRA settings of this node; None where it trains all weights, or none."""
+        lora = recipe.models.lora
+        return lora if lora is not None and self.kind == "train" and self.role in lora.roles else None
 
     def ancestry(self) -> Iterator[Node]:
-        """Itself and all it waits for, each once, in an order in which they can run."""
-        yield from _above(self, lambda node: node.parents)
+        """Itself and all nodes that it waits for, each once, in topological order."""
+        yield from _post_order(self, lambda node: node.parents)
 
     def lineage(self) -> Iterator[Node]:
-        """Itself and all it is made of, in the same order: what an arm with this last node consists of, and costs."""
-        yield from _above(self, lambda node: node.made_of)
+        """Itself, its inputs and theirs, in topological order: the nodes, and so the cost, of an arm that ends here."""
+        yield from _post_order(self, lambda node: node.inputs)
 
 
-def _above(node: Node, parents: Callable[[Node], tuple[Node, ...]]) -> Iterator[Node]:
+def _post_order(node: Node, parents: Callable[[Node], tuple[Node, ...]]) -> Iterator[Node]:
     seen: set[Node] = set()
 
-    def visit(one: Node) -> Iterator[Node]:
-        if one in seen:
-            return
-        for parent in parents(one):
-            yield from visit(parent)
-        seen.add(one)
-        yield one
+    def visit(node: Node) -> Iterator[Node]:
+        if node not in seen:
+            for parent in parents(node):
+                yield from visit(parent)
+            seen.add(node)
+            yield node
 
     yield from visit(node)
 
 
 def supervisor(node: Node) -> Role | Node | None:
-    """The teacher of a student's stage, whether it is there to be asked or only its cached rollouts are."""
+    """The teacher of a student's stage, live or as cached rollouts."""
     if node.role != "student":
         return None
     return node.teacher if node.teacher is not None else None if node.cache is None else node.cache.start
 
 
-def nodes_of(arm: Arm, recipe: Recipe, seed: int) -> Node:
+def last_node(arm: Arm, recipe: Recipe, seed: int) -> Node:
     """The last node of an arm; the others are its ancestry."""
     teacher: Role | Node = "teacher"
     for step in arm.teacher:
-        teacher = train_node(recipe, step, "teacher", seed, teacher, supervisor="expert")
+        teacher = _training_node(recipe, step, "teacher", seed, teacher, supervisor="expert")
     student: Role | Node = "student"
     for step in arm.student:
-        student = train_node(recipe, step, "student", seed, student, supervisor=teacher)
+        student = _training_node(recipe, step, "student", seed, student, supervisor=teacher)
     assert isinstance(student, Node)
     if arm.same_compute is not None:
-        like, as_ = (nodes_of(arm_of(name, recipe), recipe, seed) for name in arm.same_compute)
-        student = replace(student, compute=(like, as_))
+        like, match = (last_node(arm_of(name, recipe), recipe, seed) for name in arm.same_compute)
+        student = replace(student, compute=(like, match))
     return student
 
 
-def train_node(recipe: Recipe, step: Step, role: Role, seed: int, start: Role | Node, supervisor: Role | Node) -> Node:
+def _training_node(
+    recipe: Recipe, step: Step, role: Role, seed: int, start: Role | Node, supervisor: Role | Node
+) -> Node:
     settings = stage_of(recipe, step)
     cache = None
     if not settings.on_policy:
@@ -128,7 +129,12 @@ def train_node(recipe: Recipe, step: Step, role: Role, seed: int, start: Role | 
 
 @dataclass(frozen=True)
 class Plan:
-    """arms: arm -> seed -> last node; ids: node -> its name, which is a folder's name too."""
+    """Nodes of arms × seeds.
+
+    arms          arm -> seed -> last node
+    names         node -> its name, which is also its folder's
+    fingerprints  node -> hash of everything that determines its result
+    """
 
     recipe: Recipe
     seeds: tuple[int, ...]
@@ -137,7 +143,7 @@ class Plan:
     fingerprints: Mapping[Node, str]
 
     def order(self) -> list[Node]:
-        """Every piece of work once, parents first; nodes of one name are the same work, such as a cache with several readers."""
+        """Every node once in topological order; nodes of equal name are the same work, such as a cache with several readers."""
         first: dict[str, Node] = {}
         for node, name in self.names.items():
             first.setdefault(name, node)
@@ -156,9 +162,9 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], content: Mapping[str, Any]) -> Plan:
-    """Lay out arms × seeds, with the base models' evaluations before them.
+    """Plan arms × seeds, with the evaluations of the base models before them.
 
-    content  what else decides a node's outcome: `models` (role -> fingerprint of its weights), problem ids of each pool
+    content  what else determines a node's result: `models` (role -> fingerprint of its weights), problem ids of each pool
              and evaluation, and fingerprints of their answers
     """
     lasts: dict[str, dict[int, Node]] = {
@@ -166,28 +172,26 @@ def make_plan(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], content
         "base_teacher": {seed: Node("evaluate", "base_teacher", "teacher", seed, "teacher") for seed in seeds},
     }
     for arm in arms:
-        lasts[arm] = {seed: nodes_of(arm_of(arm, recipe), recipe, seed) for seed in seeds}
+        lasts[arm] = {seed: last_node(arm_of(arm, recipe), recipe, seed) for seed in seeds}
     fingerprints: dict[Node, str] = {}
     for by_seed in lasts.values():
         for last in by_seed.values():
             for node in last.ancestry():
                 if node not in fingerprints:
                     fingerprints[node] = fingerprint(node, recipe, content, fingerprints)
-    names: dict[Node, str] = {}
-    merged: dict[Node, str] = {}
-    for node, print_ in fingerprints.items():
-        names[node] = f"{node.stage}.s{node.seed}.{print_[:8]}"
-        merged[node] = print_
-    return Plan(recipe, tuple(seeds), lasts, names, merged)
+    names = {node: f"{node.stage}.s{node.seed}.{digest[:8]}" for node, digest in fingerprints.items()}
+    return Plan(recipe, tuple(seeds), lasts, names, fingerprints)
 
 
 def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: Mapping[Node, str]) -> str:
-    """sha256 of all that decides the node's outcome; how it is computed (device, microbatches) is not part of it."""
+    """sha256 of everything that determines the node's result; how it is computed (device, microbatches) is not part of it."""
 
-    def of(one: Role | Node | None) -> str | None:
-        return known[one] if isinstance(one, Node) else None if one is None else content["models"](one)
+    def of(source: Role | Node | None) -> str | None:
+        return known[source] if isinstance(source, Node) else None if source is None else content["models"](source)
 
-    held = {
+    stage, lora = node.settings, node.lora(recipe)
+    graded = node.kind != "rollouts"
+    fields = {
         "kind": node.kind,
         "stage": node.stage,
         "role": node.role,
@@ -195,48 +199,37 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         "start": of(node.start),
         "teacher": of(node.teacher),
         "cache": of(node.cache),
-        **({} if node.compute is None else {"compute": [of(one) for one in node.compute]}),
         "pool": None if node.pool is None else content["pools"][node.pool],
-        # A stage on a half counts its epochs over the smaller half.
-        "halves": [len(content["pools"][half]) for half in ("first_half", "second_half")]
-        if node.pool not in (None, "all")
-        else None,
-        "labels": content["labels"][node.pool] if node.pool and node.settings and node.settings.needs_labels else None,
-        "unlabeled": content["unlabeled"] if node.settings is not None and not node.settings.needs_labels else None,
-        "settings": _what_counts(node),
-        **(
-            {"validation": content["validation"]}
-            if node.kind == "train"
-            and node.settings
-            and node.settings.until
-            and node.settings.until.metric == "validation"
-            else {}
-        ),
-        "evals": None if node.kind == "rollouts" else content["evals"],
-        "evaluate": None if node.kind == "rollouts" else recipe.evaluate.model_dump(mode="json"),
+        "halves": None,
+        "labels": content["labels"][node.pool] if node.pool and stage and stage.needs_labels else None,
+        "unlabeled": content["unlabeled"] if stage and not stage.needs_labels else None,
+        "settings": _relevant_settings(node),
+        "evals": content["evals"] if graded else None,
+        "evaluate": recipe.evaluate.model_dump(mode="json") if graded else None,
         "task": recipe.task,
-        **({} if node.kind == "rollouts" or content.get("grader") is None else {"grader": content["grader"]}),
         "prompt": recipe.prompt.model_dump(mode="json"),
         "dtype": recipe.models.dtype,
-        **_engine(recipe),
-        **({} if node.lora(recipe) is None else {"lora": _adapter(node.lora(recipe))}),
     }
-    return hashlib.sha256(canonical_json(held).encode()).hexdigest()[:16]
+    if node.pool not in (None, "all"):  # a stage on a half counts its epochs over the smaller half
+        fields["halves"] = [len(content["pools"][half]) for half in ("first_half", "second_half")]
+    # Fields that came later are absent where they do not apply, so that earlier fingerprints stay valid.
+    if node.compute is not None:
+        fields["compute"] = [of(source) for source in node.compute]
+    if node.kind == "train" and stage and stage.until and stage.until.metric == "validation":
+        fields["validation"] = content["validation"]
+    if graded and content.get("grader") is not None:
+        fields["grader"] = content["grader"]
+    if (
+        recipe.compute.sampler != "torch"
+    ):  # another sampler draws other tokens, and the loss corrects for its distribution
+        fields |= {"sampler": recipe.compute.sampler, "importance_cap": recipe.compute.vllm.importance_cap}
+    if lora is not None:
+        fields["lora"] = lora.model_dump(mode="json", exclude={"roles"})
+    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:16]
 
 
-def _engine(recipe: Recipe) -> dict[str, Any]:
-    """Another sampler than the embedded one draws other tokens, and the loss corrects for how it draws them."""
-    if recipe.compute.sampler == "torch":
-        return {}
-    return {"sampler": recipe.compute.sampler, "importance_cap": recipe.compute.vllm.importance_cap}
-
-
-def _adapter(asked: Lora | None) -> Any:
-    return None if asked is None else asked.model_dump(mode="json", exclude={"roles"})
-
-
-def _what_counts(node: Node) -> Any:
-    """A cache depends on how its teacher is sampled and stored only, so that several students share it."""
+def _relevant_settings(node: Node) -> Any:
+    """Settings that determine the result; of a cache only the teacher's sampling and storage, so that students share it."""
     if node.settings is None:
         return None
     if node.kind == "train":

@@ -1,7 +1,6 @@
-"""What the user sees while something runs: lines, and progress bars with rate and time left. All of it on stderr.
+"""Progress display on stderr: one bar per running node, with rate and time left, and one line per finished node.
 
-A line for each node at work; where several are, one more for all of them together. In a log file only the lines that stay:
-one for each node that ended.
+Where several nodes run at once, one more bar shows all of them together. A log file has the lines only.
 """
 
 from __future__ import annotations
@@ -29,18 +28,20 @@ from headwater.runs.node_context import NodeProgress, ProgressDisplay
 from headwater.training.update import Metrics
 
 SHOWN = ("reward", "informative", "kl_student_teacher", "kl_teacher_student", "loss")
-WIDE = 110  # characters: a line with its longest title, without the facts
+"""Metrics to show, where a step has them."""
+WIDE = 110
+"""Characters of a line with the longest title, without metrics."""
 
 
 class Rate(ProgressColumn):
-    """Units a second since the bar began; nodes are too unlike each other to have a rate."""
+    """Units per second since the bar began; nodes differ too much to have a rate."""
 
     def render(self, task: Task) -> Text:
         return Text("" if not task.speed or "left" in task.fields else f"{task.speed:.3g}/s", style="dim")
 
 
-class Left(TimeRemainingColumn):
-    """Time left: what was said of it, or else the units left at the rate so far."""
+class TimeLeft(TimeRemainingColumn):
+    """Time left as estimated by the schedule, or for the remaining units at the rate so far."""
 
     def render(self, task: Task) -> Text:
         if "left" in task.fields:
@@ -50,55 +51,56 @@ class Left(TimeRemainingColumn):
 
 
 def progress_display(quiet: bool = False) -> ProgressDisplay:
+    """A display on stderr; with `quiet` it shows nothing."""
     console = Console(stderr=True, quiet=quiet, highlight=False)
     bars = Progress(
         *columns(console.width >= WIDE), console=console, expand=True, transient=True, disable=not console.is_terminal
     )  # in a log it would leave blank lines
-    shown: set[TaskID] = set()
-    standing = ""
+    open_tasks: set[TaskID] = set()
+    study_state = ""
 
     @contextlib.contextmanager
-    def line(title: str, total: int | None, unit: str) -> Iterator[TaskID]:
-        if not shown:
+    def bar(title: str, total: int | None, unit: str) -> Iterator[TaskID]:
+        if not open_tasks:
             bars.start()
-        task = bars.add_task(title, total=total, unit=unit, facts="")
-        shown.add(task)
+        task = bars.add_task(title, total=total, unit=unit, metrics="")
+        open_tasks.add(task)
         try:
             yield task
         finally:
             bars.remove_task(task)
-            shown.remove(task)
-            if not shown:
+            open_tasks.remove(task)
+            if not open_tasks:
                 bars.stop()
 
     @contextlib.contextmanager
     def node(title: str, number: int, total: int) -> Iterator[NodeProgress]:
-        head, facts, began = f"[{number}/{total}] {title}", "", time.perf_counter()
-        with line(head, None, "") as task:
+        head, text, began = f"[{number}/{total}] {title}", "", time.perf_counter()
+        with bar(head, None, "") as task:
 
             def start(done: int, units: int, unit: str) -> None:
-                bars.reset(task, total=units, completed=done, unit=unit, facts=facts)
+                bars.reset(task, total=units, completed=done, unit=unit, metrics=text)
 
             def advance(count: int, metrics: Metrics) -> None:
-                nonlocal facts
-                facts = facts_of(metrics) or facts
-                bars.update(task, advance=count, facts=facts)
+                nonlocal text
+                text = metrics_text(metrics) or text
+                bars.update(task, advance=count, metrics=text)
 
-            yield NodeProgress(start, advance, lambda: False, lambda said: say(f"{head}: warning {said}"))
-        say(f"{head}: {time.perf_counter() - began:.1f} s  {facts}{standing}")
+            yield NodeProgress(start, advance, lambda: False, lambda warning: say(f"{head}: warning {warning}"))
+        say(f"{head}: {time.perf_counter() - began:.1f} s  {text}{study_state}")
 
     @contextlib.contextmanager
     def together(total: int) -> Iterator[Callable[[int, float | None], None]]:
-        with line("all nodes", total, "nodes") as task:
+        with bar("all nodes", total, "nodes") as task:
             bars.update(task, left=None)
 
-            def stand(done: int, left: float | None) -> None:
-                nonlocal standing
+            def update(done: int, left: float | None) -> None:
+                nonlocal study_state
                 bars.update(task, completed=done, left=left)
-                said = "" if left is None else f", {in_words(left)} left"
-                standing = f"  ({done} of {total} nodes done{said})"
+                time_left = "" if left is None else f", {in_words(left)} left"
+                study_state = f"  ({done} of {total} nodes done{time_left})"
 
-            yield stand
+            yield update
 
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
@@ -107,14 +109,14 @@ def progress_display(quiet: bool = False) -> ProgressDisplay:
 
 
 def columns(wide: bool) -> list[ProgressColumn]:
-    """Of a progress line; a narrow terminal has no room for the bar, the rate and the facts. One column takes what is left."""
+    """Columns of a progress bar; a narrow terminal has no room for bar, rate and metrics. One column takes the remaining width."""
     rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     counts = [MofNCompleteColumn(), TextColumn("{task.fields[unit]}")]
-    times = [TimeElapsedColumn(), TextColumn("left"), Left()]
+    times = [TimeElapsedColumn(), TextColumn("left"), TimeLeft()]
     if not wide:
         return [TextColumn("{task.description}", table_column=rest), *counts, *times]
-    facts = TextColumn("[dim]{task.fields[facts]}", table_column=rest)
-    return [TextColumn("{task.description}"), BarColumn(bar_width=18), *counts, Rate(), *times, facts]
+    metrics = TextColumn("[dim]{task.fields[metrics]}", table_column=rest)
+    return [TextColumn("{task.description}"), BarColumn(bar_width=18), *counts, Rate(), *times, metrics]
 
 
 def in_words(seconds: float) -> str:
@@ -125,6 +127,6 @@ def in_words(seconds: float) -> str:
     return f"about {seconds:.0f} s"
 
 
-def facts_of(metrics: Metrics) -> str:
-    """The few numbers worth a line: those of SHOWN that the step measured."""
+def metrics_text(metrics: Metrics) -> str:
+    """The metrics of SHOWN that the step has."""
     return " ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics)[:72]

@@ -1,6 +1,6 @@
-"""Trackers: what a run writes down of its steps, told to tensorboard, Weights & Biases or trackio as it comes.
+"""Forward a run's step metrics to TensorBoard, Weights & Biases or Trackio while it runs.
 
-They read metrics.jsonl like anyone else, so training knows nothing of them, whichever process runs a node.
+Trackers read metrics.jsonl, so the training loop does not know about them, whichever process runs a node.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from headwater.training.update import Metrics
 EVERY_SECONDS = 2.0
 
 
-class Sink(Protocol):
-    """One tracker."""
-
+class Tracker(Protocol):
     def log(self, node: str, step: int, values: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
@@ -51,8 +49,8 @@ class Tensorboard:
 
 
 @dataclass(frozen=True)
-class Hosted:
-    """wandb or trackio, which are called alike: a run a node's name stands in front of, since steps of nodes overlap."""
+class HostedRun:
+    """A wandb or trackio run, which have the same interface. Metrics have the node's name as prefix, since steps overlap."""
 
     run: Any
     finish: Callable[[], Any]
@@ -64,11 +62,11 @@ class Hosted:
         self.finish()
 
 
-def _wandb(out: RunDir) -> Hosted:
+def _wandb(out: RunDir) -> HostedRun:
     import wandb
 
-    # Offline unless the user has said otherwise: a run is uploaded later with `wandb sync`. Its files hold links, which a run
-    # directory must not, so they go beside it. What is done after a resume is a run of its own there, in the same group.
+    # Offline by default: a run is uploaded later with `wandb sync`. Its files contain symbolic links, which a run directory must
+    # not, so they go into the parent folder. A resumed run is a new wandb run in the same group.
     run = wandb.init(
         project="headwater",
         name=out.path.name,
@@ -78,27 +76,27 @@ def _wandb(out: RunDir) -> Hosted:
         config=read_json(out.recipe),
         settings=wandb.Settings(console="off"),
     )
-    return Hosted(run, run.finish)
+    return HostedRun(run, run.finish)
 
 
-def _trackio(out: RunDir) -> Hosted:
+def _trackio(out: RunDir) -> HostedRun:
     import trackio
 
     def finish() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             trackio.finish()
 
-    with contextlib.redirect_stdout(sys.stderr):  # it tells of itself where the program's own answers go
+    with contextlib.redirect_stdout(sys.stderr):  # trackio prints to stdout, which is for the report
         run = trackio.init(
             project="headwater",
             name=out.path.name,
             config=read_json(out.recipe),
             resume="allow" if out.tracked.exists() else "never",
         )
-    return Hosted(run, finish)
+    return HostedRun(run, finish)
 
 
-TRACKERS: dict[str, Callable[[RunDir], Sink]] = {
+TRACKERS: dict[str, Callable[[RunDir], Tracker]] = {
     "tensorboard": Tensorboard.opened,
     "wandb": _wandb,
     "trackio": _trackio,
@@ -106,7 +104,7 @@ TRACKERS: dict[str, Callable[[RunDir], Sink]] = {
 
 
 def refuse_missing(names: Sequence[str]) -> None:
-    """Raises UserError for a tracker that is not known or not installed."""
+    """Raises UserError for an unknown tracker or one that is not installed."""
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"--track {name}: no such tracker; there are {', '.join(TRACKERS)}")
@@ -115,84 +113,82 @@ def refuse_missing(names: Sequence[str]) -> None:
 
 
 @dataclass
-class Follower:
-    """Tells sinks every row of a run once, also over resumes: a step that is done again comes out the same."""
+class MetricsForwarder:
+    """Logs every row of a run's metrics.jsonl once to each tracker, also over resumes: a repeated step is the same.
+
+    trackers   opened with their first row
+    last_step  tracker -> node -> last logged step; kept in `out.tracked`
+    sizes      node -> bytes of its metrics.jsonl that were read
+    """
 
     out: RunDir
-    opening: Mapping[str, Callable[[RunDir], Sink]]
-    sinks: dict[str, Sink] = field(default_factory=dict)
-    told: dict[str, dict[str, int]] = field(default_factory=dict)
+    openers: Mapping[str, Callable[[RunDir], Tracker]]
+    trackers: dict[str, Tracker] = field(default_factory=dict)
+    last_step: dict[str, dict[str, int]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
-    looked: float = 0.0
+    updated: float = 0.0
 
-    def catch_up(self) -> None:
+    def update(self) -> None:
+        """Log all new rows."""
+        if not self.last_step and self.out.tracked.exists():
+            earlier = read_json(self.out.tracked)
+            self.last_step = {key: dict(steps) for key, steps in earlier.items()} if isinstance(earlier, dict) else {}
         for node in self.out.nodes():
-            for row in self._fresh(node):
+            for row in self._new_rows(node):
                 step = int(row["step"])
                 values = {
-                    key: float(one) for key, one in row.items() if key != "step" and isinstance(one, (int, float))
+                    key: float(value) for key, value in row.items() if key != "step" and isinstance(value, (int, float))
                 }
-                for name in self.opening:
-                    if step > self._steps(name).get(node.name, 0):
-                        self._sink(name).log(node.name, step, values)
-                        self._steps(name)[node.name] = step
-        if self.sinks:
-            write_json(self.out.tracked, self.told)
+                for name, opener in self.openers.items():
+                    steps = self.last_step.setdefault(name, {})
+                    if step > steps.get(node.name, 0):
+                        if name not in self.trackers:
+                            self.trackers[name] = opener(self.out)
+                        self.trackers[name].log(node.name, step, values)
+                        steps[node.name] = step
+        if self.trackers:
+            write_json(self.out.tracked, self.last_step)
 
-    def now_and_then(self) -> None:
-        if time.monotonic() - self.looked >= EVERY_SECONDS:
-            self.looked = time.monotonic()
-            self.catch_up()
+    def update_if_due(self) -> None:
+        if time.monotonic() - self.updated >= EVERY_SECONDS:
+            self.updated = time.monotonic()
+            self.update()
 
     def close(self) -> None:
-        self.catch_up()
-        for sink in self.sinks.values():
-            sink.close()
+        self.update()
+        for tracker in self.trackers.values():
+            tracker.close()
 
-    def _fresh(self, node: NodeDir) -> list[dict[str, Any]]:
+    def _new_rows(self, node: NodeDir) -> list[dict[str, Any]]:
         if not node.metrics.exists():
             return []
-        before = self.sizes.get(node.name, 0)
-        if node.metrics.stat().st_size < before:
-            before = 0  # cut back to a checkpoint: what comes again is known by its step
-        rows, self.sizes[node.name] = rows_from(node.metrics, before)
+        read = self.sizes.get(node.name, 0)
+        if node.metrics.stat().st_size < read:
+            read = 0  # truncated to a checkpoint; repeated rows are recognized by their step
+        rows, self.sizes[node.name] = rows_from(node.metrics, read)
         return list(rows)
-
-    def _sink(self, name: str) -> Sink:
-        if name not in self.sinks:
-            self.sinks[name] = self.opening[name](self.out)
-        return self.sinks[name]
-
-    def _steps(self, name: str) -> dict[str, int]:
-        if not self.told and self.out.tracked.exists():
-            held = read_json(self.out.tracked)
-            self.told = {key: dict(one) for key, one in held.items()} if isinstance(held, dict) else {}
-        return self.told.setdefault(name, {})
 
 
 @contextlib.contextmanager
 def tracked(progress_display: ProgressDisplay, out: Path, names: Sequence[str]) -> Iterator[ProgressDisplay]:
-    """The narrator, which also keeps these trackers up to date. Raises UserError for one that is not installed."""
+    """The progress display, extended to update these trackers. Raises UserError for one that is not installed."""
     refuse_missing(names)
     if not names:
         yield progress_display
         return
-    follower = Follower(RunDir(out), {name: TRACKERS[name] for name in names})
-    try:
-        yield following(progress_display, follower)
-    finally:
-        follower.close()
+    forwarder = MetricsForwarder(RunDir(out), {name: TRACKERS[name] for name in names})
 
-
-def following(progress_display: ProgressDisplay, follower: Follower) -> ProgressDisplay:
     @contextlib.contextmanager
     def node(title: str, number: int, total: int) -> Iterator[NodeProgress]:
-        with progress_display.node(title, number, total) as watch:
+        with progress_display.node(title, number, total) as progress:
 
             def advance(count: int, metrics: Metrics) -> None:
-                watch.advance(count, metrics)
-                follower.now_and_then()
+                progress.advance(count, metrics)
+                forwarder.update_if_due()
 
-            yield replace(watch, advance=advance)
+            yield replace(progress, advance=advance)
 
-    return replace(progress_display, node=node)
+    try:
+        yield replace(progress_display, node=node)
+    finally:
+        forwarder.close()

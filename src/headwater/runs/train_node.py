@@ -11,11 +11,11 @@ from headwater.config.stage import Stage
 from headwater.errors import TrainingStoppedError
 from headwater.losses.batch import Row
 from headwater.losses.objectives import Objective, objective_of
-from headwater.models import fsdp
-from headwater.models import policy as model
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
+from headwater.models.save import save_policy
+from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.evaluate_node import run_evals, start_final_evaluation
 from headwater.runs.node_context import LoadFrozen, NodeContext
 from headwater.runs.plan import Node
@@ -49,7 +49,7 @@ def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
     # A node that was interrupted between its last step and DONE evaluates again: drop the ledger rows of the first time.
     cut_back(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < step)
     with written_aside(folder.model) as aside:
-        fsdp.save(policy, aside, policy.compute)
+        save_policy(policy, aside, policy.compute_dtype)
         (aside / "README.md").write_text(model_card(node, context, step), encoding="utf-8")
         fault_points.failpoint("model.written")
     fault_points.failpoint("model.saved")
@@ -140,7 +140,7 @@ def rollout_source(
         return CachedRollouts(read_cache(folder.cache), stage, node.seed, policy.ranks)
     teacher = load_frozen(node.teacher) if "teacher" in objective.signals and node.teacher else None
     if teacher is not None:
-        model.refuse_different_widths(policy, teacher, ("models.student", "models.teacher"))
+        refuse_different_widths(policy, teacher, ("models.student", "models.teacher"))
     prompter = context.prompter(policy)
     # Dynamic sampling reuses (problem, sample) keys, so scores made while sampling could belong to discarded rollouts.
     # Ranks make their passes together, which a scoring thread would break.

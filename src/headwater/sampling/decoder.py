@@ -55,7 +55,7 @@ def supports_fast_decoder(policy: Policy) -> bool:
         and getattr(config, "hidden_act", "") == "silu"
         and not getattr(config, "use_sliding_window", False)
         and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
-        and (policy.adapter.plain if policy.adapter is not None else not hasattr(policy.model, "peft_config"))
+        and (policy.adapter.is_unquantized if policy.adapter is not None else not hasattr(policy.model, "peft_config"))
     )
 
 

@@ -100,7 +100,7 @@ class DecoderWeights:
     def read(policy: Policy, heads: int, kv_heads: int, width: int) -> DecoderWeights:
         body = policy.model.base_model
         reader = WeightReader(
-            dtype=policy.compute,
+            dtype=policy.compute_dtype,
             small=sum(parameter.numel() for parameter in policy.model.parameters()) <= FUSED_PARAMETERS,
             heads=heads,
             kv_heads=kv_heads,
@@ -169,7 +169,7 @@ class WeightReader:
         adapter = None
         if hasattr(module, "lora_A"):
             # Folded in if weights are copied anyway; kept apart where a copy costs much or rounding would lose a small update.
-            adapter, module = lora.low_rank(module), module.base_layer
+            adapter, module = lora.low_rank_pair(module), module.base_layer
         weight, bias = self.cast(module.weight), None if module.bias is None else self.cast(module.bias)
         if adapter is not None and self.fold:
             weight, adapter = weight + adapter[1] @ adapter[0], None

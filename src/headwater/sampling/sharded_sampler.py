@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from headwater.config.stage import Sampling
 from headwater.distributed.process_group import ProcessGroup
-from headwater.models.fsdp import whole
+from headwater.models.fsdp import unsharded
 from headwater.models.policy import Policy
 from headwater.sampling.base import OnFinished, Request, Sampler, SamplerFactory
 from headwater.types import Rollout
@@ -38,5 +38,5 @@ class ShardedSampler:
 @contextlib.contextmanager
 def unsharded_sampler(policy: Policy, make_sampler: SamplerFactory) -> Iterator[Sampler]:
     """This rank's sampler, on the policy's gathered weights."""
-    with whole(policy) as gathered:
+    with unsharded(policy) as gathered:
         yield make_sampler(gathered)

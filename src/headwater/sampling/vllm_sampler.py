@@ -24,8 +24,7 @@ from headwater.config.recipe import Compute, Recipe, Vllm
 from headwater.config.samplers import missing_package
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
-from headwater.models.locate import base_of
-from headwater.models.policy import Policy, weights_of
+from headwater.models.policy import Policy
 from headwater.sampling.base import OnFinished, Request, SamplerFactory
 from headwater.types import Rollout
 
@@ -69,7 +68,7 @@ class Engine:
             self.llm.wake_up(tags=["weights"])
         if self.loaded_policy is not policy:
             # Names are those of a checkpoint file: the engine stacks, pads and packs the tensors as it does a file's.
-            weights = weights_of(policy)
+            weights = policy.merged_weights()
             iterator = list(weights) if self.multiprocess else weights
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
             trains = any(parameter.requires_grad for parameter in policy.model.parameters())
@@ -118,8 +117,8 @@ class EnginePool:
             vllm = _import_vllm()
             try:
                 llm = vllm.LLM(
-                    model=base_of(policy.where, "compute.sampler"),  # an adapter's weights are loaded later, merged
-                    dtype=str(policy.compute).removeprefix("torch."),
+                    model=policy.folder.base.path,  # an adapter's weights are loaded later, merged
+                    dtype=str(policy.compute_dtype).removeprefix("torch."),
                     max_model_len=min(self.max_tokens, positions),
                     max_num_seqs=self.compute.sample_batch,
                     tensor_parallel_size=settings.tensor_parallel_size,
@@ -160,7 +159,7 @@ def check_device_count(count: int, device: torch.device) -> None:
 def engine_error(policy: Policy, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return UserError(
-        f"compute.sampler: vllm cannot run {policy.where} ({reason}); set compute.sampler=torch, or change compute.vllm"
+        f"compute.sampler: vllm cannot run {policy.folder.path} ({reason}); set compute.sampler=torch, or change compute.vllm"
     )
 
 
@@ -249,7 +248,7 @@ class VllmSampler:
 def architecture_key(policy: Policy) -> str:
     """Hash of all that an engine is built for: the model's architecture and sizes, the dtype and the device type."""
     config = {key: value for key, value in policy.model.config.to_dict().items() if key not in NOT_ARCHITECTURE}
-    text = json.dumps([config, str(policy.compute), policy.device.type], sort_keys=True, default=str)
+    text = json.dumps([config, str(policy.compute_dtype), policy.device.type], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

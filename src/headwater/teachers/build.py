@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Sampling, Stage
@@ -18,9 +17,10 @@ from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, TopK
-from headwater.models import fsdp
-from headwater.models import policy as model
-from headwater.models.policy import Policy, Shape
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.policy import Policy
+from headwater.models.shape import Shape
 from headwater.sampling.base import OnFinished, Request, Sampler, SamplerFactory
 from headwater.sampling.sharded_sampler import ShardedSampler, unsharded_sampler
 from headwater.teachers import server_client
@@ -210,7 +210,8 @@ def load_base_teacher(
         if server_client.is_served(name):
             loaded[field] = replace(_served_teacher(recipe, field, name, stage, device), ranks=ranks)
         else:
-            policy = fsdp.load(name, field, recipe.models, device, True, None, None, ranks)
+            folder = ModelFolder.open(name, field, recipe.models.trust_remote_code)
+            policy = load_policy(folder, LoadOptions(recipe.models, device, frozen=True, ranks=ranks))
             loaded[field] = offload_if_configured(policy, recipe, make_sampler)
     if not isinstance(recipe.models.teacher, dict):
         return next(iter(loaded.values()))
@@ -234,13 +235,9 @@ def is_single_local_model(recipe: Recipe) -> bool:
 
 def _served_teacher(recipe: Recipe, field: str, name: str, stage: Stage | None, device: torch.device) -> ServedTeacher:
     served_model = server_client.connect(name, field, recipe.compute.server)
-    where = model.resolve(recipe.models.student, "models.student")
-    trusted = recipe.models.trust_remote_code
-    config = AutoConfig.from_pretrained(where, trust_remote_code=trusted)
-    tokenizer = model.read_tokenizer(where, trusted)
-    stops = model.stop_ids_of(model.read_generation(where, config), config, tokenizer)
-    width = int(config.get_text_config().vocab_size)
-    return ServedTeacher(served_model, tokenizer, width, stops, device, top_k_of(stage) or 0)
+    student = ModelFolder.open(recipe.models.student, "models.student", recipe.models.trust_remote_code)
+    width, top_k = int(student.config.get_text_config().vocab_size), top_k_of(stage) or 0
+    return ServedTeacher(served_model, student.tokenizer, width, student.stop_ids, device, top_k)
 
 
 def top_k_of(stage: Stage | None) -> int | None:

@@ -17,7 +17,7 @@ from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, Exact, TopK, concatenate
 from headwater.losses.logprobs import tokens_at_once
-from headwater.models.oom import BatchBudget, passes
+from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
 from headwater.teachers import compact_ids
@@ -62,7 +62,7 @@ def write_cache(
     shard = teacher.ranks.shard(rollouts)
     for start in teacher.ranks.lockstep(range(0, len(shard), 64)):
         batch = [] if start is None else shard[start : start + 64]
-        scored = passes(budget, batch, partial(distributions_of, teacher, batch))
+        scored = budget.fit_passes(partial(distributions_of, teacher, batch), batch)
         distributions = concatenate(scored, teacher.device) if scored else Exact(torch.empty(0, teacher.vocabulary))
         size = tokens_at_once(teacher.vocabulary, teacher.device)
         for row in range(0, len(distributions), size):

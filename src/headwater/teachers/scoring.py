@@ -14,7 +14,7 @@ from headwater.losses.batch import Batch, Row
 from headwater.losses.distributions import Distributions, FromHidden
 from headwater.losses.logprobs import token_stats
 from headwater.losses.token_stats import TokenInputs
-from headwater.models.fsdp import idle, within
+from headwater.models.fsdp import idle_pass, sharded_forward
 from headwater.models.policy import Policy
 from headwater.types import Rollout
 
@@ -60,9 +60,9 @@ def map_hidden(
 
     for microbatch in policy.ranks.lockstep(policy.batches(rows, tokens)):
         if microbatch is None:
-            idle(policy)
+            idle_pass(policy)
         else:
-            within(policy, partial(forward, *microbatch))
+            sharded_forward(policy, partial(forward, *microbatch))
     return [results[index] for index in range(len(rows))]
 
 

@@ -19,7 +19,7 @@ from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, TopK
-from headwater.models.policy import Shape
+from headwater.models.shape import Shape
 from headwater.sampling.base import OnFinished, Request
 from headwater.teachers.server_client import Answer, ServedModel
 from headwater.types import Rollout

@@ -16,8 +16,8 @@ from torch import Tensor
 from headwater.losses import token_losses
 from headwater.losses.distributions import concatenate
 from headwater.losses.logprobs import tokens_at_once
-from headwater.models.fsdp import within
-from headwater.models.oom import BatchBudget, passes
+from headwater.models.fsdp import sharded_forward
+from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import ScoringTeacher, distributions_of, hidden_of
 from headwater.types import Rollout
@@ -68,8 +68,8 @@ def divergences(
     """Compare the two models at every completion token of rollouts that share one sampling temperature."""
     budget, ranks = BatchBudget(tokens), student.ranks
     share = ranks.shard(rollouts)
-    student_hidden = passes(budget, share, partial(hidden_of, student, share))
-    teacher_distributions = passes(budget, share, partial(distributions_of, teacher, share))
+    student_hidden = budget.fit_passes(partial(hidden_of, student, share), share)
+    teacher_distributions = budget.fit_passes(partial(distributions_of, teacher, share), share)
 
     def sum_over_tokens() -> Tensor:
         sums = torch.zeros(5, dtype=torch.float64)
@@ -84,7 +84,7 @@ def divergences(
         return sums
 
     names = [field.name for field in fields(Divergences)]
-    totals = ranks.all_reduce_sum(dict(zip(names, within(student, sum_over_tokens).tolist(), strict=True)))
+    totals = ranks.all_reduce_sum(dict(zip(names, sharded_forward(student, sum_over_tokens).tolist(), strict=True)))
     count = sum(len(rollout.completion_ids) for rollout in rollouts)
     return Divergences(**{name: totals[name] / count for name in names})
 

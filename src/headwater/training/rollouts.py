@@ -16,9 +16,10 @@ from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions
 from headwater.losses.objectives import Objective
-from headwater.models.oom import BatchBudget, passes
-from headwater.models.policy import Policy, Shape
+from headwater.models.oom import BatchBudget
+from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
+from headwater.models.shape import Shape
 from headwater.sampling.base import OnFinished, Sampler, requests_for
 from headwater.teachers.async_scoring import AsyncScorer
 from headwater.teachers.build import Teacher
@@ -157,13 +158,13 @@ class PolicyRollouts:
         """The teacher's distributions at the rollouts' tokens; empty without a teacher."""
         if self.teacher is None:
             return []
-        return passes(self.budget, rollouts, partial(distributions_of, self.teacher, rollouts))
+        return self.budget.fit_passes(partial(distributions_of, self.teacher, rollouts), rollouts)
 
     def _score(self, rows: list[Row], scored: Mapping[tuple[str, int], Distributions]) -> list[Row]:
         """Add reference log-probs and teacher distributions to this rank's rows; `scored` holds those computed while sampling."""
         rollouts = [row.rollout for row in rows if row.local]
         if self.reference is not None:
-            logps = iter(passes(self.budget, rollouts, partial(logp_of, self.reference, rollouts)))
+            logps = iter(self.budget.fit_passes(partial(logp_of, self.reference, rollouts), rollouts))
             rows = [replace(row, reference_logp=next(logps)) if row.local else row for row in rows]
         if self.teacher is not None:
             keys = [(rollout.problem_id, rollout.sample) for rollout in rollouts]

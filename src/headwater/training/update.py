@@ -20,8 +20,8 @@ from headwater.losses.batch import Batch, Row
 from headwater.losses.logprobs import loss_and_stats
 from headwater.losses.objectives import Objective
 from headwater.losses.token_stats import TokenInputs, Tokens, TokenStats
-from headwater.models.fsdp import clipped, idle, together, within
-from headwater.models.oom import BatchBudget, out_of_memory, passes_over
+from headwater.models.fsdp import clip_grad_norm, idle_pass, sharded_forward, stop_on_oom
+from headwater.models.oom import BatchBudget, is_out_of_memory
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
 from headwater.teachers.scoring import logp_of
@@ -96,7 +96,8 @@ def update(
     reused = objective.source == "policy" and stage.passes * stage.minibatches > 1
     if reused and not all(row.zero_gradient for row in rows):
         own = [row for row in rows if row.local and not row.zero_gradient]
-        old_logps = iter(passes_over(budget, own, lambda fit: logp_of(policy, [row.rollout for row in own], fit)))
+        rollouts = [row.rollout for row in own]
+        old_logps = iter(budget.fit_passes(partial(logp_of, policy, rollouts), rollouts))
         rows = [replace(row, old_logp=next(old_logps)) if row.local and not row.zero_gradient else row for row in rows]
     group_size = stage.group_size if objective.source == "policy" else 1
     minibatches = split_minibatches(rows, stage.minibatches, group_size)
@@ -110,10 +111,11 @@ def update(
             weights = token_weights(minibatch, stage)
             weight_of = {id(row): weight for row, weight in zip(minibatch, weights, strict=True)}
             own = [row for row in live if row.local]
-            measured = passes_over(budget, own, partial(gradient, policy, objective, own, weight_of))
+            attempt = partial(gradient, policy, objective, own, weight_of)
+            measured = budget.fit_passes(attempt, [row.rollout for row in own])
             for name, value in policy.ranks.all_reduce_sum(measured).items():
                 sums[name] += value
-            norm = clipped(policy, stage.optim.grad_clip)
+            norm = clip_grad_norm(policy, stage.optim.grad_clip)
             if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
                 what = "gradient" if math.isfinite(sums["loss"]) else "loss"
                 raise TrainingStoppedError(f"the {what} is not finite; the weights were not changed by this step")
@@ -142,7 +144,7 @@ def gradient(
     sums: dict[str, float] = defaultdict(float)
     for turn in policy.ranks.lockstep(policy.batches(live, tokens)):
         if turn is None:
-            idle(policy)
+            idle_pass(policy)
             continue
         micro, batch = turn
         weight_N = torch.tensor([weight_of[id(row)] for row in micro], device=policy.device)[batch.row_N]
@@ -155,7 +157,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
     try:
         optimizer.step()
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise TrainingStoppedError("memory ran out in the optimizer's step; take a larger device") from None
 
@@ -189,8 +191,8 @@ def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tenso
             token_loss,
         )
 
-    with together(policy):
-        loss, stats = within(policy, forward)
+    with stop_on_oom(policy):
+        loss, stats = sharded_forward(policy, forward)
         loss.backward()
     with torch.no_grad():
         logp_N = stats.logp_N.detach()

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from headwater.config.recipe import Lora
 from headwater.errors import UserError
 from headwater.losses.objectives import objective_of
-from headwater.models import lora
-from headwater.models import policy as model
+from headwater.models import adapter_files, lora
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
+from headwater.models.save import save_policy
 from headwater.teachers.scoring import logp_of
 from headwater.training.update import make_optimizer, update
 from runs import assert_same, held, node, rows, tiny
@@ -41,7 +43,10 @@ def folder(tmp_path: Path) -> Path:
 
 def adapted(where: Path, quantize: str | None = "nf4", **settings: Any) -> Policy:
     asked = Lora.model_validate({"r": 4, "alpha": 8, "quantize": quantize, **settings})
-    return model.load(str(where), FIELD, MODELS, CPU, False, adapt=lora.Wanted(asked, (0, "test")))
+    return load_policy(
+        ModelFolder.open(str(where), FIELD),
+        LoadOptions(MODELS, CPU, frozen=False, adapter=lora.AdapterSpec(asked, (0, "test"))),
+    )
 
 
 def moved(policy: Policy) -> Policy:
@@ -55,13 +60,13 @@ def scores(policy: Policy, found: list[Any]) -> torch.Tensor:
 
 
 def plain(where: Path) -> Policy:
-    return model.load(str(where), FIELD, MODELS, CPU, True)
+    return load_policy(ModelFolder.open(str(where), FIELD), LoadOptions(MODELS, CPU, frozen=True))
 
 
 def test_what_trains_is_the_adapter_that_would_train_on_the_rounded_weights(folder: Path, tmp_path: Path) -> None:
     """Four bits change the weights and nothing else: a base that holds the rounded ones gives the same log-probs and gradients."""
     policy = adapted(folder)
-    model.save(policy, tmp_path / "rounded", torch.float32)  # a fresh adapter adds nothing
+    save_policy(policy, tmp_path / "rounded", torch.float32)  # a fresh adapter adds nothing
     same, found = adapted(tmp_path / "rounded", quantize=None), sampled_rows(policy)
     assert {type(one.base_layer).__name__ for one in policy.adapter.layers.values()} == {"Linear4bit"}  # type: ignore[union-attr]
     rounding = (scores(policy, found) - scores(plain(folder), found)).abs().mean()
@@ -84,7 +89,7 @@ def test_a_token_is_drawn_with_the_trainers_log_prob(folder: Path) -> None:
 def test_a_merged_student_is_a_plain_folder_of_whole_weights(folder: Path, tmp_path: Path, targets: Any) -> None:
     """Also where matrices without an adapter are in four bits."""
     policy = moved(adapted(folder, targets=targets))
-    model.save(policy, tmp_path / "out", torch.float32)
+    save_policy(policy, tmp_path / "out", torch.float32)
     ours, theirs = (load_file(where / "model.safetensors") for where in (tmp_path / "out", folder))
     assert {name: one.shape for name, one in ours.items()} == {name: one.shape for name, one in theirs.items()}
     assert "quantization_config" not in held(tmp_path / "out" / "config.json")
@@ -96,7 +101,7 @@ def test_an_adapter_that_is_left_behind_is_gone_on_with_in_four_bits_and_not_fol
     folder: Path, tmp_path: Path
 ) -> None:
     policy = moved(adapted(folder, output="adapter"))
-    model.save(policy, tmp_path / "out", torch.float32)
+    save_policy(policy, tmp_path / "out", torch.float32)
     found = sampled_rows(policy, draw=3)
     again = adapted(tmp_path / "out", output="adapter")
     torch.testing.assert_close(scores(again, found), scores(policy, found), rtol=0, atol=1e-5)
@@ -136,4 +141,4 @@ def test_the_whole_recipe_runs_in_four_bits_and_goes_on_to_the_same_bits_after_a
         metrics = rows(node(tmp_path / "out", "bridge_rl", stage) / "metrics.jsonl")
         assert max(row["sampler_gap"] for row in metrics) < 1e-4
     assert [row["kl_reference"] > 1e-6 for row in metrics] == [False, True]  # compared with where it began
-    assert (node(tmp_path / "out", "bridge_rl", "student_rl") / "model" / lora.WEIGHTS).exists()
+    assert (node(tmp_path / "out", "bridge_rl", "student_rl") / "model" / adapter_files.WEIGHTS).exists()

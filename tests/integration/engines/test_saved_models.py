@@ -97,7 +97,7 @@ def test_an_adapter_that_a_run_left_behind_says_the_same_in_transformers_and_on_
 
     folder = student(family, "adapter")
     policy, base = loaded(folder), loaded(start(family))
-    found = engine(base.where, enable_lora=True, max_lora_rank=8).generate(
+    found = engine(base.folder.path, enable_lora=True, max_lora_rank=8).generate(
         [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS * 4],
         SamplingParams(max_tokens=24, logprobs=0, seed=1),
         use_tqdm=False,

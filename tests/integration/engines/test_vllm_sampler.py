@@ -19,8 +19,10 @@ from headwater.config.recipe import Compute, Lora, Models, Vllm
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.models import lora
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
+from headwater.models.save import save_policy
 from headwater.sampling.base import Request, requests_for
 from headwater.sampling.vllm_sampler import EnginePool
 from headwater.teachers.scoring import logp_of
@@ -55,7 +57,7 @@ def folder() -> Path:
 @pytest.fixture
 def policy() -> Policy:
     models = Models(student=str(folder()), teacher="unused")
-    return model.load(str(folder()), "models.student", models, CPU, frozen=False)
+    return load_policy(ModelFolder.open(str(folder()), "models.student"), LoadOptions(models, CPU, frozen=False))
 
 
 def asked(samples: int = 8, *draw: str | int) -> list[Request]:
@@ -89,9 +91,10 @@ def test_weights_are_handed_over_as_they_are_at_each_call_without_a_file(pool: E
 def adapted(quantize: str | None = None) -> Policy:
     """With an adapter that says something else than its base."""
     asked = Lora.model_validate({"r": 4, "alpha": 8, "quantize": quantize})
-    wanted = lora.Wanted(asked, (0, "test"))
-    policy = model.load(
-        str(folder()), "models.student", Models(student="unused", teacher="unused"), CPU, False, adapt=wanted
+    wanted = lora.AdapterSpec(asked, (0, "test"))
+    policy = load_policy(
+        ModelFolder.open(str(folder()), "models.student"),
+        LoadOptions(Models(student="unused", teacher="unused"), CPU, frozen=False, adapter=wanted),
     )
     assert policy.adapter is not None
     with torch.no_grad():
@@ -109,7 +112,7 @@ def test_an_adapter_is_handed_over_as_it_is_at_each_call(pool: EnginePool, quant
     assert policy.adapter is not None
     sampler = pool.sampler(policy)
     before = sampler.sample(asked(), Sampling(max_tokens=24))
-    with policy.adapter.off():
+    with policy.adapter.disabled():
         assert gap(policy, before) > 0.05
     assert gap(policy, before) < 1e-4
     with torch.no_grad():
@@ -187,7 +190,7 @@ def test_starting_an_engine_leaves_the_process_as_it_was() -> None:
     threads, drawn = torch.set_num_threads, torch.rand(3)
     torch.manual_seed(7)
     models = Models(student=str(folder()), teacher="unused")
-    held = model.load(str(folder()), "models.student", models, CPU, frozen=True)
+    held = load_policy(ModelFolder.open(str(folder()), "models.student"), LoadOptions(models, CPU, frozen=True))
     EnginePool(SETTINGS, max_tokens=64).engine(held)
     assert torch.set_num_threads is threads
     assert torch.equal(torch.rand(3), drawn)
@@ -197,9 +200,11 @@ def test_a_saved_student_loads_in_vllm_as_it_is(pool: EnginePool, policy: Policy
     with torch.no_grad():
         for one in policy.model.parameters():
             one.mul_(1.1)
-    model.save(policy, tmp_path / "saved", torch.float32)
+    save_policy(policy, tmp_path / "saved", torch.float32)
     models = Models(student=str(tmp_path / "saved"), teacher="unused")
-    saved = model.load(str(tmp_path / "saved"), "models.student", models, CPU, frozen=True)
+    saved = load_policy(
+        ModelFolder.open(str(tmp_path / "saved"), "models.student"), LoadOptions(models, CPU, frozen=True)
+    )
     fresh = EnginePool(SETTINGS, max_tokens=64)
     fresh.engine(
         saved
@@ -209,7 +214,7 @@ def test_a_saved_student_loads_in_vllm_as_it_is(pool: EnginePool, policy: Policy
 
 def test_a_shape_that_vllm_does_not_take_is_refused_in_a_sentence() -> None:
     models = Models(student="pocket:qwen3-student", teacher="unused")  # heads of 16
-    held = model.load(models.student, "models.student", models, CPU, frozen=True)
+    held = load_policy(ModelFolder.open(models.student, "models.student"), LoadOptions(models, CPU, frozen=True))
     with pytest.raises(UserError, match=r"compute\.sampler: vllm cannot .*qwen3-student"):
         EnginePool(SETTINGS, max_tokens=64).sampler(held).sample(asked(), Sampling(max_tokens=4))
 

@@ -22,8 +22,10 @@ from headwater.config.recipe import Server
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.losses.distributions import TopK
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
+from headwater.models.tokenizer import refuse_different_tokens
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.teachers.cache import read_cache
@@ -40,7 +42,7 @@ pytestmark = [
     ),
 ]
 START_SECONDS, MOST = 240, 20
-FOLDER = str(Path(model.__file__).parent / "pocket" / "qwen3-teacher")
+FOLDER = ModelFolder.open("pocket:qwen3-teacher", "models.teacher").path
 
 
 def free_port() -> int:
@@ -83,7 +85,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def here() -> Policy:
-    return model.load(FOLDER, "models.teacher", MODELS, CPU, frozen=True)
+    return load_policy(ModelFolder.open(FOLDER, "models.teacher"), LoadOptions(MODELS, CPU, frozen=True))
 
 
 def served(url: str, here: Policy, top_k: int) -> ServedTeacher:
@@ -117,7 +119,7 @@ def test_the_sampled_tokens_alone_have_the_teachers_log_probs(url: str, here: Po
 @pytest.mark.timeout(400)
 def test_its_tokenizer_and_chat_template_give_the_ids_that_ours_give(url: str, here: Policy) -> None:
     theirs = ServedTokenizer(connect(url, "models.teacher", Server()))
-    model.refuse_different_tokens(here.tokenizer, theirs, ("models.student", "models.teacher"))
+    refuse_different_tokens(here.tokenizer, theirs, ("models.student", "models.teacher"))
     turns = [{"role": "user", "content": "17+45"}]
     text = here.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert theirs.chat(turns, thinking=False) == here.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -10,7 +10,7 @@ import pytest
 from headwater.config.recipe import Source
 from headwater.data.contamination import Leak, find_leaks, words_of
 from headwater.data.sources import Loaded, load, without_leaks
-from headwater.runs.inputs import describe_leaks, leak_row
+from headwater.runs.inputs import leak_row
 from headwater.types import Problem, family_of, letters_and_digits, problem_id
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -92,10 +92,7 @@ def test_each_evaluation_is_named_and_leaks_are_taken_out_of_everything() -> Non
     kept, found = without_leaks(train, evals)
     assert found == {"one": [problem_id(LONG)], "two": [problem_id(LONG)], "three": []}
     assert [one.text for one in kept.problems] == ["b"] and kept.gold == {problem_id("b"): "2"}
-    assert describe_leaks(kept.leaks) == [
-        "1 problems also stand in data.evals.one (1 exact); left out",
-        "1 problems also stand in data.evals.two (1 exact); left out",
-    ]
+    assert [(leak.eval, leak.why) for leak in kept.leaks] == [("one", "exact"), ("two", "exact")]
     assert leak_row("data.labeled", kept.leaks[0], kept)["rows"] == [3, 7]
 
 

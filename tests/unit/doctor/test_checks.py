@@ -21,12 +21,13 @@ from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.data.labels import Pools
-from headwater.doctor import checks, data_checks, resource_checks
+from headwater.doctor import checks, context, data_checks, resource_checks
 from headwater.doctor.checks import CHECKS, Examination, diagnose, examine
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import UNREADABLE, Finding
 from headwater.doctor.prompt_checks import thinking_state
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.runs.inputs import RunInputs
 from headwater.runs.source_readers import load_with_missing_answers
@@ -128,7 +129,7 @@ def light(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -
         return examine(context, [check for check in CHECKS if check.stage == "files"])
 
 
-def one(found: Examination, name: str) -> Finding:
+def find(found: Examination, name: str) -> Finding:
     """The finding of that name, which must be there."""
     named = [finding for finding in found.findings if finding.name == name]
     assert named, f"{name} was not found among {[finding.text() for finding in found.findings]}"
@@ -178,7 +179,7 @@ def test_the_pocket_preflight_takes_seconds_and_not_minutes(tmp_path: Path) -> N
 def test_a_base_student_of_an_instruct_teacher_stops_elsewhere(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
     teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
-    finding = one(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "stop-sets-differ")
+    finding = find(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "stop-sets-differ")
     assert finding.severity == "error"
     assert "151643" in finding.evidence and "151645" in finding.evidence and str([PAD, END]) in finding.remedy
 
@@ -186,7 +187,7 @@ def test_a_base_student_of_an_instruct_teacher_stops_elsewhere(tmp_path: Path) -
 def test_a_student_that_stops_at_more_ids_than_its_teacher_is_only_warned_of(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "student", ends=[END, PAD])
     teacher = qwen_folder(tmp_path / "teacher")
-    finding = one(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "stop-sets-differ")
+    finding = find(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "stop-sets-differ")
     assert finding.severity == "warning"
 
 
@@ -199,7 +200,7 @@ def test_stop_sets_are_compared_only_where_one_model_teaches_the_other(tmp_path:
 
 def test_an_eos_that_the_generation_config_does_not_list_is_named(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "model", eos="<|im_end|>", ends=PAD)
-    finding = one(
+    finding = find(
         light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "eos-not-in-generation-config"
     )
     assert "151645" in finding.evidence and "[151643]" in finding.evidence
@@ -207,7 +208,7 @@ def test_an_eos_that_the_generation_config_does_not_list_is_named(tmp_path: Path
 
 def test_a_template_that_ends_turns_where_the_model_does_not_stop_is_named(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
-    finding = one(light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "turn-end-does-not-stop")
+    finding = find(light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "turn-end-does-not-stop")
     assert "151645 (<|im_end|>)" in finding.evidence
 
 
@@ -218,13 +219,13 @@ def test_a_model_that_nothing_ends_is_refused(tmp_path: Path, pocket_folder: Pat
     held = json.loads((folder / "tokenizer_config.json").read_text())
     del held["eos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(held))
-    assert one(light(tmp_path, f"models.student={folder}"), "no-stop-id").severity == "error"
+    assert find(light(tmp_path, f"models.student={folder}"), "no-stop-id").severity == "error"
 
 
 def test_padding_with_eos_is_recognised_and_harmless(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "model", pad="<|im_end|>")
     found = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
-    finding = one(found, "pad-is-eos")
+    finding = find(found, "pad-is-eos")
     assert finding.severity == "note" and "151645" in finding.evidence and not found.errors
 
 
@@ -235,7 +236,7 @@ def test_equal_width_with_other_ids_is_refused(tmp_path: Path) -> None:
     ids["1"], ids["2"] = ids["2"], ids["1"]
     (folder / "tokenizer.json").write_text(json.dumps(held))
     found = light(tmp_path, f"models.teacher={folder}")
-    assert one(found, "token-ids-differ").severity == "error"
+    assert find(found, "token-ids-differ").severity == "error"
     assert "vocabulary-width" not in {finding.name for finding in found.findings}
 
 
@@ -250,19 +251,19 @@ def test_151936_columns_against_152064_are_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_more_ids_than_the_model_has_columns_is_refused(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "narrow", vocab_size=20)
-    finding = one(light(tmp_path, f"models.student={folder}"), "token-beyond-vocabulary")
+    finding = find(light(tmp_path, f"models.student={folder}"), "token-beyond-vocabulary")
     assert f"ids up to {len(make_tokenizer()) - 1}" in finding.evidence and "20 columns" in finding.evidence
 
 
 def test_sampling_defaults_of_a_model_are_named_as_ignored(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "model", do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
-    finding = one(light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "sampling-defaults-ignored")
+    finding = find(light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "sampling-defaults-ignored")
     assert finding.severity == "note" and "temperature 0.6, top_p 0.95, top_k 20" in finding.evidence
 
 
 def test_a_thinking_template_against_a_plain_one_is_refused(tmp_path: Path) -> None:
     student, teacher = qwen_folder(tmp_path / "plain"), qwen_folder(tmp_path / "hybrid", template=HYBRID)
-    finding = one(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "thinking-differs")
+    finding = find(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "thinking-differs")
     assert (
         finding.severity == "error"
         and "the thinking block is none in the first's prompt and closed in the other's" in finding.evidence
@@ -272,7 +273,7 @@ def test_a_thinking_template_against_a_plain_one_is_refused(tmp_path: Path) -> N
 def test_a_teacher_that_may_think_behind_the_same_prompt_is_warned_of(tmp_path: Path) -> None:
     student, teacher = qwen_folder(tmp_path / "plain"), qwen_folder(tmp_path / "hybrid", template=HYBRID)
     found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", "prompt.thinking=true")
-    assert one(found, "thinking-known-to-one").severity == "warning" and not found.errors
+    assert find(found, "thinking-known-to-one").severity == "warning" and not found.errors
 
 
 def test_other_template_differences_are_refused(tmp_path: Path) -> None:
@@ -283,14 +284,14 @@ def test_other_template_differences_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_thinking_mode_that_no_template_knows_is_named(tmp_path: Path) -> None:
-    finding = one(light(tmp_path, "prompt.thinking=true"), "thinking-without-effect")
+    finding = find(light(tmp_path, "prompt.thinking=true"), "thinking-without-effect")
     assert "models.student" in finding.evidence
 
 
 def test_a_template_that_always_thinks_is_named(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "model", template=OPENS)
     found = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
-    assert one(found, "thinking-always-on").severity == "warning" and not found.errors
+    assert find(found, "thinking-always-on").severity == "warning" and not found.errors
 
 
 def test_a_system_prompt_that_the_template_drops_is_named(tmp_path: Path) -> None:
@@ -309,20 +310,20 @@ def test_the_state_of_a_thought_is_read_from_the_prompt() -> None:
 
 
 def test_a_prompt_over_the_limit_is_refused_with_its_problem(tmp_path: Path) -> None:
-    finding = one(light(tmp_path, "prompt.max_tokens=14"), "prompt-too-long")
+    finding = find(light(tmp_path, "prompt.max_tokens=14"), "prompt-too-long")
     assert finding.severity == "error" and re.search(
         r"\d+ of 69 prompts are over prompt.max_tokens 14", finding.evidence
     )
 
 
 def test_prompt_and_completion_beyond_the_positions_are_refused(tmp_path: Path) -> None:
-    finding = one(light(tmp_path, "stages.opd.sampling.max_tokens=500"), "context-too-short")
+    finding = find(light(tmp_path, "stages.opd.sampling.max_tokens=500"), "context-too-short")
     assert "512 positions" in finding.evidence
 
 
 def test_problems_in_characters_that_the_tokenizer_lacks_are_named(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "words.jsonl", *({"problem": f"{n} plus {n}", "answer": str(2 * n)} for n in range(40)))
-    assert "40 of 45 problems" in one(light(tmp_path, from_file(path)), "unknown-tokens").evidence
+    assert "40 of 45 problems" in find(light(tmp_path, from_file(path)), "unknown-tokens").evidence
 
 
 def test_a_missing_model_folder_is_a_finding_of_the_verb_and_exit_2_of_run(tmp_path: Path) -> None:
@@ -354,25 +355,25 @@ def test_a_missing_data_file_is_named_and_the_rest_is_still_checked(tmp_path: Pa
 def test_a_leaked_evaluation_problem_is_named(tmp_path: Path) -> None:
     labeled = jsonl(tmp_path / "labeled.jsonl", *sums(40))
     held_out = jsonl(tmp_path / "eval.jsonl", {"problem": "12 + 13 + 11", "answer": "36"}, *sums(4, first=60))
-    finding = one(light(tmp_path, from_file(labeled), from_file(held_out, "data.evals.sums")), "evaluation-leak")
+    finding = find(light(tmp_path, from_file(labeled), from_file(held_out, "data.evals.sums")), "evaluation-leak")
     assert "data.labeled: 1 problems also stand in data.evals.sums" in finding.evidence
 
 
 def test_a_label_without_answer_is_refused_with_its_row(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "labeled.jsonl", *sums(20), {"problem": "1+1", "answer": None})
-    finding = one(light(tmp_path, from_file(path)), "label-without-answer")
+    finding = find(light(tmp_path, from_file(path)), "label-without-answer")
     assert "1 of 21 problems have no answer (rows 21)" in finding.evidence
 
 
 def test_a_gold_answer_that_its_grader_rejects_is_named_with_its_problem(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "labeled.jsonl", *sums(20), {"problem": "1+1", "answer": "=" * 60})
-    finding = one(light(tmp_path, from_file(path)), "gold-fails-grader")
+    finding = find(light(tmp_path, from_file(path)), "gold-fails-grader")
     assert finding.severity == "warning" and "1 of 21 gold answers" in finding.evidence
 
 
 def test_a_task_that_rejects_most_gold_answers_is_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "labeled.jsonl", *({"problem": row["problem"], "answer": "=" * 60} for row in sums(20)))
-    assert one(light(tmp_path, from_file(path)), "gold-fails-grader").severity == "error"
+    assert find(light(tmp_path, from_file(path)), "gold-fails-grader").severity == "error"
 
 
 def test_an_unknown_task_is_named(tmp_path: Path) -> None:
@@ -384,8 +385,8 @@ def test_repeated_and_contradicting_rows_are_named(tmp_path: Path) -> None:
     rows = sums(20)
     path = jsonl(tmp_path / "labeled.jsonl", *rows, rows[0], {**rows[1], "answer": "99"})
     found = light(tmp_path, from_file(path))
-    assert "2 rows repeat" in one(found, "duplicates").evidence
-    assert "1 problems have several different answers (rows 2 and 22)" in one(found, "contradicting-answers").evidence
+    assert "2 rows repeat" in find(found, "duplicates").evidence
+    assert "1 problems have several different answers (rows 2 and 22)" in find(found, "contradicting-answers").evidence
 
 
 def test_evaluations_that_share_problems_or_hold_none_are_named(tmp_path: Path) -> None:
@@ -393,8 +394,8 @@ def test_evaluations_that_share_problems_or_hold_none_are_named(tmp_path: Path) 
     torn = jsonl(tmp_path / "torn.jsonl", {"problem": "7+7", "answer": "14"}, {"problem": "7+7", "answer": "15"})
     sources = (f"{name}: {{path: {path}}}" for name, path in (("a", same), ("b", same), ("c", torn)))
     found = light(tmp_path, f"data.evals={{{', '.join(sources)}}}")
-    assert "data.evals.a and data.evals.b share 3 problems" in one(found, "evaluations-overlap").evidence
-    assert one(found, "evaluation-empty").severity == "error"
+    assert "data.evals.a and data.evals.b share 3 problems" in find(found, "evaluations-overlap").evidence
+    assert find(found, "evaluation-empty").severity == "error"
 
 
 def test_a_budget_over_the_pool_is_named(tmp_path: Path) -> None:
@@ -403,7 +404,7 @@ def test_a_budget_over_the_pool_is_named(tmp_path: Path) -> None:
 
 
 def test_a_half_that_is_too_small_for_one_step_is_named(tmp_path: Path) -> None:
-    finding = one(light(tmp_path, "labels.budget=6"), "pool-too-small")
+    finding = find(light(tmp_path, "labels.budget=6"), "pool-too-small")
     assert "gives stage teacher_rl a pool of 3 problems (first_half), fewer than the 4" in finding.evidence
 
 
@@ -427,12 +428,12 @@ def test_a_plan_that_cannot_be_made_is_a_finding(tmp_path: Path, monkeypatch: py
         raise checks.UserError("something of a new kind")
 
     monkeypatch.setattr("headwater.doctor.context.make_plan", refuse)
-    assert "something of a new kind" in one(light(tmp_path), "cannot-run").evidence
+    assert "something of a new kind" in find(light(tmp_path), "cannot-run").evidence
 
 
 def test_training_one_of_several_teachers_is_a_finding(tmp_path: Path) -> None:
     found = light(tmp_path, f"models.teacher={{a: {TEACHER}, b: {TEACHER}}}")
-    assert "is a mapping to several models, which is not trained here" in one(found, "cannot-run").evidence
+    assert "is a mapping to several models, which is not trained here" in find(found, "cannot-run").evidence
 
 
 # Memory and disk --------------------------------------------------------------------------------------------------------
@@ -498,14 +499,13 @@ def broken(
     monkeypatch: pytest.MonkeyPatch, role: str, mend: Callable[[Policy], Policy], frozen: bool | None = None
 ) -> None:
     """Plant a fault into one model of the recipe as it is loaded."""
-    load = model.load
 
-    def loaded(name: str, field: str, models_: Any, device: torch.device, is_frozen: bool, adapt: None) -> Policy:
-        policy = load(name, field, models_, device, is_frozen, adapt=adapt)
-        hit = field == f"models.{role}" and (frozen is None or frozen == is_frozen)
+    def loaded(folder: ModelFolder, options: LoadOptions) -> Policy:
+        policy = load_policy(folder, options)
+        hit = folder.field == f"models.{role}" and (frozen is None or frozen == options.frozen)
         return mend(policy) if hit else policy
 
-    monkeypatch.setattr(model, "load", loaded)
+    monkeypatch.setattr(context, "load_policy", loaded)
 
 
 def noisy(policy: Policy) -> Policy:
@@ -514,7 +514,7 @@ def noisy(policy: Policy) -> Policy:
 
 def test_a_sampler_that_disagrees_with_the_trainer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, "student", noisy)
-    finding = one(examined(tmp_path), "sampler-trainer-gap")
+    finding = find(examined(tmp_path), "sampler-trainer-gap")
     assert finding.severity == "error" and "float32" in finding.evidence
 
 
@@ -529,7 +529,7 @@ def test_a_student_that_differs_from_its_frozen_copy_is_named(
 
 def test_a_teacher_that_disagrees_with_itself_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, "teacher", noisy)
-    finding = one(examined(tmp_path), "teacher-disagrees-with-itself")
+    finding = find(examined(tmp_path), "teacher-disagrees-with-itself")
     assert finding.severity == "error" and "models.teacher" in finding.evidence
 
 
@@ -547,7 +547,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, monkeypatch: pyte
 def test_completions_that_run_into_the_limit_are_named(tmp_path: Path) -> None:
     changes = [f"stages.{stage}.sampling.max_tokens=2" for stage in ("teacher_rl", "warmup", "opd", "student_rl")]
     found = examined(tmp_path, *changes)
-    assert "100% of 16 sampled completions run into sampling.max_tokens 2" in one(found, "truncated").evidence
+    assert "100% of 16 sampled completions run into sampling.max_tokens 2" in find(found, "truncated").evidence
     assert not found.errors
 
 
@@ -575,6 +575,15 @@ def test_run_refuses_before_anything_is_written_and_says_what_to_do(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_run_reports_a_mistake_in_the_recipe_in_one_sentence_and_exits_2(tmp_path: Path) -> None:
+    student = qwen_folder(tmp_path / "one")
+    teacher = qwen_folder(tmp_path / "other", template=PLAIN.replace("assistant;", "assistant:"))
+    said = tiny("run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}")
+    assert said.code == 2 and said.err.count("\n") == 1
+    assert "models.student and models.teacher: their chat templates give different ids for the same problem" in said.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_run_says_warnings_and_goes_on(tmp_path: Path) -> None:
     said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", "--set", "prompt.system=Add up.", whole=True)
     assert said.code == 0, said.err
@@ -593,7 +602,7 @@ def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytes
 def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: False)
     found = light(tmp_path, "compute.sampler=vllm")
-    assert "pip install headwater[vllm]" in one(found, "engine-unusable").evidence
+    assert "pip install headwater[vllm]" in find(found, "engine-unusable").evidence
 
 
 @pytest.mark.parametrize(
@@ -609,7 +618,10 @@ def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
 def test_a_teachers_server_is_looked_at_like_a_model(
     name: str | None, fault: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    answering = Answering(model.load(TEACHER, "models.teacher", MODELS, torch.device("cpu"), frozen=True), **fault)
+    answering = Answering(
+        load_policy(ModelFolder.open(TEACHER, "models.teacher"), LoadOptions(MODELS, torch.device("cpu"), frozen=True)),
+        **fault,
+    )
     changes = ("stages.warmup.dense.top_k=8", "stages.opd.dense.top_k=8", "compute.server.retries=0")
     with serving(answering) as there:
         url = "http://127.0.0.1:9/v1" if answering.gone else there.url
@@ -617,7 +629,7 @@ def test_a_teachers_server_is_looked_at_like_a_model(
     if name is None:
         assert not found.errors, found.text()
     else:
-        assert said in one(found, name).evidence and "models.teacher" in one(found, name).evidence
+        assert said in find(found, name).evidence and "models.teacher" in find(found, name).evidence
 
 
 def test_every_finding_is_in_the_docs_and_the_docs_have_no_other() -> None:

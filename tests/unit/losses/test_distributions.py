@@ -53,11 +53,11 @@ def test_top_k_divergence_grows_with_k_and_never_exceeds_the_exact_one(name: str
 def test_top_k_merges_the_tail_into_one_event_by_hand() -> None:
     student = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64).log()
     teacher = TopK(torch.tensor([[1]]), torch.tensor([[math.log(0.5)]], dtype=torch.float64))
-    ours, theirs = teacher.align(student)
-    assert ours.exp().tolist() == [pytest.approx([0.25, 0.75], rel=1e-12)]
-    assert theirs.exp().tolist() == [pytest.approx([0.5, 0.5], rel=1e-12)]
+    student_logp, teacher_logp = teacher.align(student)
+    assert student_logp.exp().tolist() == [pytest.approx([0.25, 0.75], rel=1e-12)]
+    assert teacher_logp.exp().tolist() == [pytest.approx([0.5, 0.5], rel=1e-12)]
     # ½ ln 2 + ½ ln(⅔) = 0.143841
-    assert token_losses.forward_kl(ours, theirs).item() == pytest.approx(0.1438410, abs=1e-7)
+    assert token_losses.forward_kl(student_logp, teacher_logp).item() == pytest.approx(0.1438410, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -72,11 +72,11 @@ def test_top_k_divergence_of_equal_models_is_zero_with_zero_gradient_in_float32(
 
 def test_top_k_tail_of_a_certain_teacher_is_finite_on_both_sides() -> None:
     sure = torch.tensor([[0.0, -200.0, -300.0]])
-    ours, theirs = top(sure, 2).align(torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0]]), dim=-1))
+    student_logp, teacher_logp = top(sure, 2).align(torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0]]), dim=-1))
     # In float32 the teacher's tail 1 − 1 − 0 is 0; the floor stands in for it.
-    assert theirs[0, -1].item() == pytest.approx(math.log(TAIL_FLOOR), rel=1e-6)
+    assert teacher_logp[0, -1].item() == pytest.approx(math.log(TAIL_FLOOR), rel=1e-6)
     # softmax (0.0900, 0.2447, 0.6652): forward KL ≈ −ln 0.0900 = 2.4076, as without a tail.
-    assert token_losses.forward_kl(ours, theirs).item() == pytest.approx(2.4076, abs=1e-4)
+    assert token_losses.forward_kl(student_logp, teacher_logp).item() == pytest.approx(2.4076, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -120,10 +120,10 @@ def test_concatenate_keeps_the_order_of_rows_in_every_form(form: str) -> None:
     logp = whole.materialize().logp_NV
     forms = {"hidden": whole, "exact": Exact(logp), "top": top(logp, 3)}
     chosen = forms[form]
-    again = concatenate([chosen.rows(0, 2), chosen.rows(2, 3), chosen.rows(3, 6)], torch.device("cpu"))
+    rejoined = concatenate([chosen.rows(0, 2), chosen.rows(2, 3), chosen.rows(3, 6)], torch.device("cpu"))
     student = torch.log_softmax(torch.randn(6, 7), dim=-1)
     for start, stop in ((0, 6), (1, 4)):
-        ours = token_losses.reverse_kl(*again.rows(start, stop).materialize().align(student[start:stop]))
-        direct = token_losses.reverse_kl(*chosen.materialize().align(student))[start:stop]
-        torch.testing.assert_close(ours, direct)
-    assert len(again) == 6
+        actual = token_losses.reverse_kl(*rejoined.rows(start, stop).materialize().align(student[start:stop]))
+        expected = token_losses.reverse_kl(*chosen.materialize().align(student))[start:stop]
+        torch.testing.assert_close(actual, expected)
+    assert len(rejoined) == 6

@@ -39,19 +39,19 @@ def head_of(width: int, seed: int, dtype: torch.dtype = torch.float64, bias: boo
 
 
 def teacher_of(form: str, dtype: torch.dtype = torch.float64, temperature: float = 0.7) -> Distributions:
-    held = FromHidden(random(N, HT, seed=5, dtype=dtype), head_of(HT, 6, dtype), temperature)
-    logp = held.materialize().logp_NV
+    from_hidden = FromHidden(random(N, HT, seed=5, dtype=dtype), head_of(HT, 6, dtype), temperature)
+    logp = from_hidden.materialize().logp_NV
     kept = logp.topk(4, dim=-1)
-    return {"hidden": held, "exact": Exact(logp), "top": TopK(kept.indices, kept.values)}[form]
+    return {"hidden": from_hidden, "exact": Exact(logp), "top": TopK(kept.indices, kept.values)}[form]
 
 
 def targets() -> Tensor:
     return torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(9))
 
 
-def weighed(stats: TokenStats, some: slice) -> Tensor:
-    """A loss that is not linear in the log-prob and pulls at both, differently for each token."""
-    weight = torch.linspace(-1.0, 1.0, N, dtype=torch.float64)[some]
+def weighted_loss(stats: TokenStats, rows: slice) -> Tensor:
+    """A loss, not linear in the log-prob, that depends on log-prob and divergence with weights per token."""
+    weight = torch.linspace(-1.0, 1.0, N, dtype=torch.float64)[rows]
     loss = weight * torch.exp(0.5 * stats.logp_N)
     if stats.divergence_N is not None:
         loss = loss + (weight.square() + 0.1) * stats.divergence_N
@@ -59,7 +59,7 @@ def weighed(stats: TokenStats, some: slice) -> Tensor:
 
 
 def plain(head: LinearHead) -> Callable[[Tensor], Tensor]:
-    """The same head as any callable, so that it takes the plain path."""
+    """The same head as a plain callable, which `fused_linear` does not handle."""
     return lambda hidden: head(hidden)
 
 
@@ -70,14 +70,16 @@ def test_fused_loss_passes_gradcheck_for_hidden_states_weight_and_bias(form: str
     if form != "none":
         options = {"teacher": teacher_of(form), "divergence": DIVERGENCES[name]}
     hidden = random(N, H, seed=1).requires_grad_()
-    weight, bias = (one.requires_grad_() for one in (random(V, H, seed=2), random(V, seed=3)))
+    weight, bias = (leaf.requires_grad_() for leaf in (random(V, H, seed=2), random(V, seed=3)))
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         head = LinearHead(weight, bias, torch.float64)
-        return loss_and_stats(hidden, head, TokenInputs(targets(), 0.7, **options), weighed, chunk_elements=4 * V)[0]
+        return loss_and_stats(
+            hidden, head, TokenInputs(targets(), 0.7, **options), weighted_loss, chunk_elements=4 * V
+        )[0]
 
     class Repeatable(torch.autograd.Function):
-        """gradcheck runs the backward pass many times; the stage hands its gradients over once."""
+        """gradcheck runs the backward pass many times; the fused loss hands its gradients over once."""
 
         @staticmethod
         def forward(ctx: Any, *leaves: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ def test_fused_loss_passes_gradcheck_for_hidden_states_weight_and_bias(form: str
 
         @staticmethod
         def backward(ctx: Any, *outer: Tensor) -> Any:
-            return tuple(outer[0] * one for one in ctx.saved_tensors)
+            return tuple(outer[0] * gradient for gradient in ctx.saved_tensors)
 
     assert gradcheck(Repeatable.apply, (hidden, weight, bias))
 
@@ -110,19 +112,19 @@ def test_fused_loss_equals_the_plain_form_in_statistics_and_gradients(form: str,
             leaf.requires_grad_()
         used = head if path == "fused" else plain(head)
         loss, stats = loss_and_stats(
-            leaves[0], used, TokenInputs(targets(), 0.7, **options), weighed, chunk_elements=chunk
+            leaves[0], used, TokenInputs(targets(), 0.7, **options), weighted_loss, chunk_elements=chunk
         )
         result.append((loss.detach(), stats, torch.autograd.grad(3.0 * loss, leaves)))
-    (ours, our_stats, our_slopes), (theirs, their_stats, their_slopes) = result
+    (ours, our_stats, our_gradients), (theirs, their_stats, their_gradients) = result
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    for field, known in vars(their_stats).items():
-        one = vars(our_stats)[field]
-        assert (one is None) == (known is None), field
-        if known is not None:
-            assert not one.requires_grad
-            torch.testing.assert_close(one, known.detach(), rtol=1e-8, atol=1e-10)
-    for one, known in zip(our_slopes, their_slopes, strict=True):
-        torch.testing.assert_close(one, known, rtol=1e-8, atol=1e-10)
+    for field, expected in vars(their_stats).items():
+        actual = vars(our_stats)[field]
+        assert (actual is None) == (expected is None), field
+        if expected is not None:
+            assert not actual.requires_grad
+            torch.testing.assert_close(actual, expected.detach(), rtol=1e-8, atol=1e-10)
+    for actual, expected in zip(our_gradients, their_gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("form", ["none", *FORMS])
@@ -133,31 +135,31 @@ def test_fused_statistics_without_loss_equal_those_with_loss(form: str) -> None:
     head, hidden = head_of(H, 2), random(N, H, seed=1)
     with torch.no_grad():
         alone = token_stats(hidden, head, TokenInputs(targets(), 0.7, **options), chunk_elements=5 * V)
-    trained = loss_and_stats(hidden, head, TokenInputs(targets(), 0.7, **options), weighed)[1]
-    for field, known in vars(trained).items():
-        one = vars(alone)[field]
-        assert (one is None) == (known is None), field
-        if known is not None:
-            torch.testing.assert_close(one, known, rtol=1e-12, atol=1e-12)
+    trained = loss_and_stats(hidden, head, TokenInputs(targets(), 0.7, **options), weighted_loss)[1]
+    for field, expected in vars(trained).items():
+        actual = vars(alone)[field]
+        assert (actual is None) == (expected is None), field
+        if expected is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_fused_loss_independent_of_the_statistics_has_zero_gradient() -> None:
     hidden, head = random(N, H, seed=1).requires_grad_(), head_of(H, 2)
 
-    def constant(stats: TokenStats, some: slice) -> Tensor:
+    def constant(stats: TokenStats, rows: slice) -> Tensor:
         return torch.ones_like(stats.logp_N)
 
     loss, _ = loss_and_stats(hidden, head, TokenInputs(targets(), 1.0), constant)
     loss.backward()
     assert loss.item() == N and hidden.grad is not None and hidden.grad.abs().max().item() == 0.0
-    assert head.weight_VH.grad is None  # it asked for none
+    assert head.weight_VH.grad is None  # it does not require a gradient
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_fused_divergence_of_equal_models_is_zero_with_zero_gradient(name: str) -> None:
     head, hidden = head_of(H, 2, torch.float32), random(N, H, seed=1, dtype=torch.float32).requires_grad_()
 
-    def divergence(stats: TokenStats, some: slice) -> Tensor:
+    def divergence(stats: TokenStats, rows: slice) -> Tensor:
         assert stats.divergence_N is not None
         return stats.divergence_N
 
@@ -176,7 +178,9 @@ def test_fused_loss_accepts_events_of_probability_zero_in_a_cached_teacher(name:
     result = []
     for head in (head_of(H, 2), plain(head_of(H, 2))):
         hidden = random(N, H, seed=1).requires_grad_()
-        loss, stats = loss_and_stats(hidden, head, TokenInputs(targets(), 0.7, teacher, DIVERGENCES[name]), weighed)
+        loss, stats = loss_and_stats(
+            hidden, head, TokenInputs(targets(), 0.7, teacher, DIVERGENCES[name]), weighted_loss
+        )
         result.append((stats, *torch.autograd.grad(loss, hidden)))
     assert result[0][0].divergence_N is not None and result[1][0].divergence_N is not None
     torch.testing.assert_close(result[0][0].divergence_N, result[1][0].divergence_N.detach(), rtol=1e-8, atol=1e-10)
@@ -190,9 +194,9 @@ def test_fused_loss_in_bfloat16_stays_within_rounding_of_float64() -> None:
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(256, 64, generator=generator).bfloat16().to(dtype).requires_grad_()
         weight = (0.2 * torch.randn(500, 64, generator=generator)).bfloat16().to(dtype).requires_grad_()
-        theirs = (0.2 * torch.randn(500, 64, generator=generator)).bfloat16().to(dtype)
-        teacher = FromHidden(hidden.detach(), LinearHead(theirs, None, dtype), 1.0)
-        some = torch.randint(0, 500, (256,), generator=generator)
+        teacher_weight = (0.2 * torch.randn(500, 64, generator=generator)).bfloat16().to(dtype)
+        teacher = FromHidden(hidden.detach(), LinearHead(teacher_weight, None, dtype), 1.0)
+        target_ids = torch.randint(0, 500, (256,), generator=generator)
 
         def loss_of(stats: TokenStats, part: slice) -> Tensor:
             assert stats.divergence_N is not None
@@ -201,7 +205,7 @@ def test_fused_loss_in_bfloat16_stays_within_rounding_of_float64() -> None:
         loss, stats = loss_and_stats(
             hidden,
             LinearHead(weight, None, dtype),
-            TokenInputs(some, 1.0, teacher, token_losses.REVERSE),
+            TokenInputs(target_ids, 1.0, teacher, token_losses.REVERSE),
             loss_of,
             chunk_elements=1 << 14,
         )
@@ -213,25 +217,27 @@ def test_fused_loss_in_bfloat16_stays_within_rounding_of_float64() -> None:
     assert rough[0].item() == pytest.approx(truth[0].item(), rel=5e-3)
     # A logit of size 5 is rounded by up to 0.016.
     assert (rough[1].logp_N - truth[1].logp_N).abs().max().item() < 0.04
-    for ours, known in zip(rough[2:], truth[2:], strict=True):
-        assert ours is not None and known is not None
-        apart = (ours.double() - known).norm() / known.norm()
-        assert 0.0 < apart.item() < 0.02
+    for ours, expected in zip(rough[2:], truth[2:], strict=True):
+        assert ours is not None and expected is not None
+        relative_error = (ours.double() - expected).norm() / expected.norm()
+        assert 0.0 < relative_error.item() < 0.02
 
 
 def test_fused_loss_does_every_matrix_product_once() -> None:
     head, hidden = head_of(H, 2), random(N, H, seed=1).requires_grad_()
     head.weight_VH.requires_grad_()
     options: dict[str, Any] = {"teacher": teacher_of("hidden"), "divergence": token_losses.REVERSE}
-    with watched() as seen:
-        loss, _ = loss_and_stats(hidden, head, TokenInputs(targets(), 1.0, **options), weighed, chunk_elements=4 * V)
+    with watched() as log:
+        loss, _ = loss_and_stats(
+            hidden, head, TokenInputs(targets(), 1.0, **options), weighted_loss, chunk_elements=4 * V
+        )
         loss.backward()
     # Forward, by hidden states and by weights for the student; forward alone for the teacher.
-    assert seen.products == 3 * N * V * H + N * V * HT
+    assert log.products == 3 * N * V * H + N * V * HT
 
 
 class OperationLog(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made, and the multiplications of all matrix products."""
+    """Records the largest tensor that an operation creates, and the multiplications of all matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,9 +245,9 @@ class OperationLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(one, Tensor):
-                self.numel = max(self.numel, one.numel())
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             a, b = args[-2:]
             self.products += a.shape[0] * a.shape[1] * b.shape[1]
@@ -261,13 +267,13 @@ def test_fused_loss_never_holds_the_logits_of_all_tokens(form: str) -> None:
     hidden = random(count, H, seed=1).requires_grad_()
     head = head_of(H, 2)
     head.weight_VH.requires_grad_()
-    held = FromHidden(random(count, HT, seed=5), head_of(HT, 6), 1.0)
-    kept = held.materialize().logp_NV.topk(4, dim=-1)
-    teacher = held if form == "hidden" else TopK(kept.indices, kept.values)
-    with watched() as seen:
+    from_hidden = FromHidden(random(count, HT, seed=5), head_of(HT, 6), 1.0)
+    kept = from_hidden.materialize().logp_NV.topk(4, dim=-1)
+    teacher = from_hidden if form == "hidden" else TopK(kept.indices, kept.values)
+    with watched() as log:
         loss, _ = loss_and_stats(
             hidden, head, TokenInputs(torch.zeros(count, dtype=torch.long), 1.0, teacher, token_losses.REVERSE),
-            lambda stats, some: stats.divergence_N, chunk_elements=chunk,  # type: ignore[arg-type,return-value]
+            lambda stats, rows: stats.divergence_N, chunk_elements=chunk,  # type: ignore[arg-type,return-value]
         )  # fmt: skip
         loss.backward()
-    assert seen.numel == hidden.numel() < count * V  # its own gradient is the largest
+    assert log.numel == hidden.numel() < count * V  # its own gradient is the largest

@@ -76,11 +76,11 @@ def test_token_stats_in_chunks_equal_the_whole_in_values_and_gradients(form: str
     whole, to_hidden, to_head = measured(head, hidden, targets, N * V, **options)
     for chunk in (1, 2 * V, 5 * V + 3):
         cut, cut_to_hidden, cut_to_head = measured(head, hidden, targets, chunk, **options)
-        for ours, theirs in zip(vars(cut).values(), vars(whole).values(), strict=True):
-            if theirs is None:
-                assert ours is None
+        for actual, expected in zip(vars(cut).values(), vars(whole).values(), strict=True):
+            if expected is None:
+                assert actual is None
             else:
-                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(cut_to_hidden, to_hidden, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(cut_to_head, to_head, rtol=1e-5, atol=1e-5)
 
@@ -118,13 +118,13 @@ def test_token_stats_measure_both_kls_and_carry_gradients_only_in_log_prob_and_d
     ):
         assert ours is not None
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-    carries = {name for name, one in vars(result).items() if one is not None and one.requires_grad}
+    carries = {name for name, value in vars(result).items() if value is not None and value.requires_grad}
     assert carries == {"logp_N", "divergence_N"}
 
 
 def test_token_stats_send_no_gradient_to_the_teacher() -> None:
-    theirs = torch.nn.Linear(H, V)
-    teacher = FromHidden(torch.randn(N, H), theirs, 1.0)
+    teacher_head = torch.nn.Linear(H, V)
+    teacher = FromHidden(torch.randn(N, H), teacher_head, 1.0)
     head = torch.nn.Linear(H, V)
     targets = torch.zeros(N, dtype=torch.long)
     result = token_stats(
@@ -132,7 +132,7 @@ def test_token_stats_send_no_gradient_to_the_teacher() -> None:
     )
     assert result.divergence_N is not None
     result.divergence_N.sum().backward()
-    assert theirs.weight.grad is None
+    assert teacher_head.weight.grad is None
     assert head.weight.grad is not None and head.weight.grad.abs().max().item() > 1e-3
 
 

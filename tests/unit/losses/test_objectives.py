@@ -34,7 +34,7 @@ SPARSE = {"kl_coef": 0.05, "clip_low": 0.2, "clip_high": 0.3}
 
 
 def annotated(policy: Policy, teacher: Policy) -> list[Row]:
-    """Rows with everything that any objective may ask for; the reference is the teacher, so its KL is not 0."""
+    """Rows with the inputs of every objective; the reference is the teacher, so its KL is not 0."""
     rows = taught(sampled_rows(policy, groups=3), teacher)
     logps = logp_of(teacher, [row.rollout for row in rows], 4096)
     return [replace(row, reference_logp=logp) for row, logp in zip(rows, logps, strict=True)]
@@ -53,7 +53,7 @@ def test_mixed_with_sparse_share_one_equals_grpo_bitwise_and_needs_no_teacher(po
 def test_mixed_with_sparse_share_zero_equals_opd_bitwise_and_needs_no_labels(
     policy: Policy, teacher: Policy, divergence: str
 ) -> None:
-    # Advantages and reference log-probs that would spoil any loss that looked at them.
+    # NaN advantages and missing reference log-probs would break any loss that reads them.
     rows = [replace(row, advantage=math.nan, reference_logp=None) for row in annotated(policy, teacher)]
     dense = {"divergence": divergence}
     opd = gradient_of(policy, rows, stage_of("opd", dense=dense, sparse=SPARSE))
@@ -108,7 +108,7 @@ def test_token_loss_of_every_objective_by_hand() -> None:
 
 
 def test_source_and_signals_of_each_objective() -> None:
-    asked = {
+    needed = {
         name: (objective_of(stage).source, objective_of(stage).signals)
         for name, stage in {
             "grpo": stage_of("grpo", sparse=SPARSE),
@@ -119,7 +119,7 @@ def test_source_and_signals_of_each_objective() -> None:
             "sft": stage_of("sft"),
         }.items()
     }
-    assert asked == {
+    assert needed == {
         "grpo": ("policy", ("reward", "reference")),
         "grpo without kl": ("policy", ("reward",)),
         "opd": ("policy", ("teacher",)),
@@ -153,7 +153,7 @@ def test_with_rewards_sets_advantages_by_group_and_marks_zero_gradient_rows() ->
     assert [row.verdict.correct for row in result if row.verdict] == [False, True] + [False] * 6
     kept = with_rewards(rows, verdicts_of(rows, 11), stage, skip_zero_advantage=False)
     assert not any(row.zero_gradient for row in kept)
-    assert all(row.verdict is None and row.advantage == 0.0 for row in rows)  # the rows given are left as they were
+    assert all(row.verdict is None and row.advantage == 0.0 for row in rows)  # the input rows are unchanged
 
 
 def test_with_rewards_normalizes_by_group_by_hand() -> None:
@@ -196,8 +196,10 @@ def test_update_applies_importance_weights_if_a_cap_is_set(policy: Policy) -> No
 
     def gradient(cap: float | None) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         result = update(policy, optimizer, doubled, objective_of(stage, cap), stage, 4096)
-        return {name: one.grad.clone() for name, one in policy.model.named_parameters() if one.grad is not None}, result
+        return {
+            name: weight.grad.clone() for name, weight in policy.model.named_parameters() if weight.grad is not None
+        }, result
 
-    (plain, said), (half, measured) = gradient(None), gradient(2.0)
-    assert furthest({name: one * 0.5 for name, one in plain.items()}, half) < 1e-6 < largest(half)
-    assert measured["importance"] == pytest.approx(0.5, abs=1e-5) and "importance" not in said
+    (plain, plain_metrics), (half, measured) = gradient(None), gradient(2.0)
+    assert furthest({name: gradient_ * 0.5 for name, gradient_ in plain.items()}, half) < 1e-6 < largest(half)
+    assert measured["importance"] == pytest.approx(0.5, abs=1e-5) and "importance" not in plain_metrics

@@ -15,9 +15,11 @@ from headwater.losses import packing
 from headwater.losses.batch import Row, collate_packed, packed_microbatches, packed_tokens
 from headwater.losses.packing import group_by_length, pack
 from headwater.models import packed_attention
-from headwater.models import policy as models
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.packed_attention import ATTENTION, packed_hidden
 from headwater.models.policy import Policy
+from headwater.models.save import save_policy
 from headwater.teachers.scoring import logp_of
 from tiny import (
     CPU,
@@ -44,7 +46,7 @@ TEXTS = (
 
 
 def padded(policy: Policy) -> Policy:
-    return replace(policy, packs=False)
+    return replace(policy, supports_packing=False)
 
 
 def test_pack_by_hand() -> None:
@@ -67,7 +69,7 @@ def test_packed_hidden_states_equal_those_of_each_sequence_alone(
 ) -> None:
     monkeypatch.setattr(packing, "MAX_WASTE", waste)
     policy = tiny_policy(name, seed=3)
-    assert policy.packs
+    assert policy.supports_packing
     ids, result = pack(TEXTS, CPU)
     assert len(result.blocks) == (5 if waste == 0 else 1)
     with torch.no_grad():
@@ -81,29 +83,34 @@ def test_packed_hidden_states_equal_those_of_each_sequence_alone(
 def test_packed_sequences_do_not_influence_each_other() -> None:
     policy = tiny_policy(seed=3)
     with torch.no_grad():
-        held = []
+        hidden_states = []
         for other in ((7, 8, 9, 3), (20, 21, 22, 23)):
             ids, result = pack([((1, 6, 2), (10, 11)), ((1, 8, 2), other)], CPU)
             start = result.start_B[0]
-            held.append((packed_hidden(policy.body, ids, result)[start : start + 2], result))
-    assert torch.equal(held[0][0], held[1][0])
+            hidden_states.append(packed_hidden(policy.body, ids, result)[start : start + 2])
+    assert torch.equal(hidden_states[0], hidden_states[1])
 
 
 @pytest.mark.parametrize("objective", ["grpo", "opd", "sft"])
 def test_packed_and_padded_rows_have_the_same_gradient(policy: Policy, teacher: Policy, objective: str) -> None:
     rows = taught(sampled_rows(policy, groups=4), teacher)
-    assert policy.packs and teacher.packs
+    assert policy.supports_packing and teacher.supports_packing
     stage = stage_of(objective, batch_size=16)
     for tokens in (40, 4096):
-        ours, theirs = gradient_of(policy, rows, stage, tokens), gradient_of(padded(policy), rows, stage, tokens)
-        assert furthest(ours, theirs) < 1e-5 * max(1.0, largest(theirs))
+        packed_value, padded_value = (
+            gradient_of(policy, rows, stage, tokens),
+            gradient_of(padded(policy), rows, stage, tokens),
+        )
+        assert furthest(packed_value, padded_value) < 1e-5 * max(1.0, largest(padded_value))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_packed_and_padded_rows_have_the_same_log_probs(policy: Policy, temperature: float) -> None:
     rollouts = [row.rollout for row in sampled_rows(policy, groups=4, temperature=temperature)]
-    for ours, theirs in zip(logp_of(policy, rollouts, 50), logp_of(padded(policy), rollouts, 50), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for packed_value, padded_value in zip(
+        logp_of(policy, rollouts, 50), logp_of(padded(policy), rollouts, 50), strict=True
+    ):
+        torch.testing.assert_close(packed_value, padded_value, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_forward_pass_computes_a_shared_prompt_once(policy: Policy) -> None:
@@ -112,11 +119,13 @@ def test_packed_forward_pass_computes_a_shared_prompt_once(policy: Policy) -> No
     prompts = {row.rollout.prompt_ids for row in rows}
     assert batch.ids_BT.shape == (1, sum(map(len, prompts)) + sum(row.tokens for row in rows))
     assert batch.ids_BT.shape[1] == packed_tokens(rows)
-    seen: list[int] = []
-    hook = policy.body.layers[0].mlp.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[1]))  # type: ignore[union-attr,index]
+    computed: list[int] = []
+    hook = policy.body.layers[0].mlp.register_forward_hook(
+        lambda module, given, out: computed.append(given[0].shape[1])
+    )  # type: ignore[union-attr,index]
     gradient_of(policy, rows, stage_of("grpo"))
     hook.remove()
-    assert seen == [packed_tokens(rows)]
+    assert computed == [packed_tokens(rows)]
 
 
 def test_group_by_length_separates_rows_of_very_different_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,22 +138,22 @@ def test_group_by_length_separates_rows_of_very_different_length(monkeypatch: py
 
 def test_packing_works_with_gradient_checkpointing_and_bfloat16(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
-    for settings_, near in (({"gradient_checkpointing": True}, 1e-5), ({"dtype": "bfloat16"}, 0.05)):
-        held = MODELS.model_copy(update=settings_)
-        policy = models.load(str(folder), "models.student", held, CPU, frozen=False)
-        assert policy.packs
+    for settings_, tolerance in (({"gradient_checkpointing": True}, 1e-5), ({"dtype": "bfloat16"}, 0.05)):
+        config = MODELS.model_copy(update=settings_)
+        policy = load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(config, CPU, frozen=False))
+        assert policy.supports_packing
         rows = sampled_rows(policy, groups=2)
-        ours = gradient_of(policy, rows, stage_of("grpo"))
-        theirs = gradient_of(padded(policy), rows, stage_of("grpo"))
-        assert furthest(ours, theirs) < near * max(1.0, largest(theirs))
+        packed_value = gradient_of(policy, rows, stage_of("grpo"))
+        padded_value = gradient_of(padded(policy), rows, stage_of("grpo"))
+        assert furthest(packed_value, padded_value) < tolerance * max(1.0, largest(padded_value))
 
 
 def test_saved_model_config_does_not_mention_packing(tmp_path: Path) -> None:
     policy = tiny_policy()
-    models.save(policy, tmp_path, torch.float32)
+    save_policy(policy, tmp_path, torch.float32)
     assert ATTENTION not in (tmp_path / "config.json").read_text()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.config._attn_implementation == "sdpa"
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +167,7 @@ def test_saved_model_config_does_not_mention_packing(tmp_path: Path) -> None:
 )
 def test_models_without_plain_causal_attention_are_padded(name: str, more: dict[str, object]) -> None:
     policy = tiny_policy(name, **more)
-    assert not policy.packs
+    assert not policy.supports_packing
     assert policy.model.config._attn_implementation == "sdpa"
     rollouts = [rollout_of(prompt, text) for prompt, text in TEXTS]
     result = logp_of(policy, rollouts, 64)
@@ -171,7 +180,7 @@ def test_models_without_plain_causal_attention_are_padded(name: str, more: dict[
 
 
 def test_model_that_leaks_between_packed_sequences_falls_back_to_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An architecture that the list takes for plain and that is not: here one whose attention sees everything."""
+    """An architecture listed as packable whose attention nevertheless crosses sequences."""
 
     def leaking(module, query, key, value, mask, *, packing=None, scaling=None, **others):  # type: ignore[no-untyped-def]
         return packing_free(module, query, key, value, None, scaling=scaling)
@@ -179,7 +188,7 @@ def test_model_that_leaks_between_packed_sequences_falls_back_to_padding(monkeyp
     packing_free = packed_attention.sdpa_attention_forward
     monkeypatch.setitem(packed_attention.AttentionInterface._global_mapping, ATTENTION, leaking)
     policy = tiny_policy(seed=3)
-    assert not policy.packs and policy.model.config._attn_implementation == "sdpa"
+    assert not policy.supports_packing and policy.model.config._attn_implementation == "sdpa"
 
 
 @settings(max_examples=60, deadline=None)

@@ -38,15 +38,15 @@ def random_logp(rows: int = 6, events: int = 5, seed: int = 0) -> Tensor:
         # Inside the clip: −r·A, gradient −r·A by the student's log-prob.
         (1.1, 2.0, 0.2, 0.2, -2.2, -2.2),
         (1.1, -2.0, 0.2, 0.2, 2.2, 2.2),
-        # Good token, already made likelier: −min(1.5·2, 1.2·2) = −2.4, and no further push.
+        # Good token, already more likely than under the old policy: −min(1.5·2, 1.2·2) = −2.4, and no further push.
         (1.5, 2.0, 0.2, 0.2, -2.4, 0.0),
-        # Good token, made less likely: −min(0.5·2, 0.8·2) = −1.0, the push back is kept.
+        # Good token, less likely than under the old policy: −min(0.5·2, 0.8·2) = −1.0, the push back is kept.
         (0.5, 2.0, 0.2, 0.2, -1.0, -1.0),
-        # Bad token, already made less likely: −min(0.5·−2, 0.8·−2) = 1.6, and no further push.
+        # Bad token, already less likely than under the old policy: −min(0.5·−2, 0.8·−2) = 1.6, and no further push.
         (0.5, -2.0, 0.2, 0.2, 1.6, 0.0),
-        # Bad token, made likelier: −min(1.5·−2, 1.2·−2) = 3.0, the push back is kept.
+        # Bad token, more likely than under the old policy: −min(1.5·−2, 1.2·−2) = 3.0, the push back is kept.
         (1.5, -2.0, 0.2, 0.2, 3.0, 3.0),
-        # The two clips are told apart: high 0.5 stops 1.6 at 1.5; low 0.1 stops 0.5 at 0.9.
+        # The two clips differ: high 0.5 stops 1.6 at 1.5; low 0.1 stops 0.5 at 0.9.
         (1.6, 1.0, 0.1, 0.5, -1.5, 0.0),
         (1.4, 1.0, 0.1, 0.5, -1.4, -1.4),
         (0.5, -1.0, 0.1, 0.5, 0.9, 0.0),
@@ -204,7 +204,7 @@ def test_sampled_reverse_kl_by_hand() -> None:
     student = torch.tensor([math.log(0.25)], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([math.log(0.5)], dtype=torch.float64)
     result = token_losses.sampled_reverse_kl(student, student.detach(), teacher, 0.2, 0.2)
-    # Advantage ln ½ − ln ¼ = ln 2, ratio 1: loss −ln 2, gradient −ln 2: the token becomes likelier.
+    # Advantage ln ½ − ln ¼ = ln 2, ratio 1: loss −ln 2, gradient −ln 2: the token becomes more likely.
     assert result.item() == pytest.approx(-LN2, rel=1e-12)
     assert torch.autograd.grad(result.sum(), student)[0].item() == pytest.approx(-LN2, rel=1e-12)
 
@@ -214,7 +214,7 @@ def test_sampled_reverse_kl_gradient_averages_to_the_full_reverse_kl_gradient() 
     teacher = random_logp(1, 9, seed=8)
     student = torch.log_softmax(logits, dim=-1)
     full = torch.autograd.grad(token_losses.reverse_kl(student, teacher).sum(), logits, retain_graph=True)[0]
-    # The nine tokens stand for all nine outcomes of one draw, weighed by their probability under the student.
+    # The nine tokens are all outcomes of one draw, weighted by their probability under the student.
     each = token_losses.sampled_reverse_kl(student[0], student[0].detach(), teacher[0], 0.2, 0.2)
     sampled = torch.autograd.grad((student[0].detach().exp() * each).sum(), logits)[0]
     assert full.abs().max().item() > 0.01
@@ -222,7 +222,7 @@ def test_sampled_reverse_kl_gradient_averages_to_the_full_reverse_kl_gradient() 
 
 
 def test_sampled_reverse_kl_gradient_is_unbiased_after_an_update_within_the_clip() -> None:
-    """Tokens drawn from the old policy, weighed by the importance ratio, give the gradient at the new one."""
+    """Tokens drawn from the old policy, weighted by the importance ratio, give the gradient at the new one."""
     logits = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
     old = torch.log_softmax(logits.detach() + 0.05 * torch.randn(1, 6, dtype=torch.float64), dim=-1)
     teacher = random_logp(1, 6, seed=9)

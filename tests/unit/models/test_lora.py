@@ -19,9 +19,12 @@ from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
-from headwater.models import lora
-from headwater.models import policy as model
-from headwater.models.policy import Policy, Shape
+from headwater.models import adapter_files, lora
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.policy import Policy
+from headwater.models.save import save_policy
+from headwater.models.shape import Shape
 from headwater.sampling import fast_weights
 from headwater.sampling.decoder import CacheDecoder, decoder_for
 from headwater.sampling.fast_decoder import FastDecoder
@@ -44,7 +47,10 @@ GRPO = stage_of("grpo", optim={"lr": 3e-2, "grad_clip": 1e6})
 def adapted(folder: Path, draw: int = 0, dtype: str = "float32", **settings: Any) -> Policy:
     asked = Lora.model_validate({"r": 4, "alpha": 8, **settings})
     models = MODELS.model_copy(update={"dtype": dtype})
-    return model.load(str(folder), FIELD, models, CPU, False, adapt=lora.Wanted(asked, (draw, "test")))
+    return load_policy(
+        ModelFolder.open(str(folder), FIELD),
+        LoadOptions(models, CPU, frozen=False, adapter=lora.AdapterSpec(asked, (draw, "test"))),
+    )
 
 
 def trained(folder: Path, steps: int = 2, **settings: Any) -> Policy:
@@ -57,7 +63,9 @@ def trained(folder: Path, steps: int = 2, **settings: Any) -> Policy:
 
 
 def base(folder: Path, dtype: str = "float32") -> Policy:
-    return model.load(str(folder), FIELD, MODELS.model_copy(update={"dtype": dtype}), CPU, True)
+    return load_policy(
+        ModelFolder.open(str(folder), FIELD), LoadOptions(MODELS.model_copy(update={"dtype": dtype}), CPU, frozen=True)
+    )
 
 
 def scores(policy: Policy, rows_: list[Row]) -> torch.Tensor:
@@ -87,7 +95,7 @@ def test_a_fresh_adapter_changes_nothing_and_begins_with_the_same_numbers_wherev
 def test_the_gradient_of_an_adapter_is_that_of_the_whole_matrix_through_its_other_half(qwen3_folder: Path) -> None:
     """W + s·B·A at B = 0: dL/dB = s · dL/dW · Aᵀ, and dL/dA = 0."""
     policy = adapted(qwen3_folder)
-    whole = model.load(str(qwen3_folder), FIELD, MODELS, CPU, frozen=False)
+    whole = load_policy(ModelFolder.open(str(qwen3_folder), FIELD), LoadOptions(MODELS, CPU, frozen=False))
     found = sampled_rows(whole)
     ours, full = gradient_of(policy, found, GRPO), gradient_of(whole, found, GRPO)
     assert policy.adapter is not None and len(policy.adapter.layers) == 14
@@ -119,8 +127,8 @@ def test_in_bfloat16_the_base_is_rounded_and_what_trains_is_not(qwen3_folder: Pa
 @pytest.mark.parametrize("wanted", [None, Lora(r=4, alpha=8)], ids=["all weights", "adapter"])
 def test_flops_of_an_update_are_those_that_the_library_counts(tmp_path: Path, wanted: Lora | None) -> None:
     folder = tiny_folder(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
-    adapt = None if wanted is None else lora.Wanted(wanted, (0,))
-    policy = model.load(str(folder), FIELD, MODELS, CPU, False, adapt=adapt)
+    adapt = None if wanted is None else lora.AdapterSpec(wanted, (0,))
+    policy = load_policy(ModelFolder.open(str(folder), FIELD), LoadOptions(MODELS, CPU, frozen=False, adapter=adapt))
     found = sampled_rows(policy, max_tokens=24)
     with FlopCounterMode(display=False) as counter:
         gradient_of(policy, found, GRPO)
@@ -159,7 +167,7 @@ def test_log_probs_that_a_token_was_drawn_with_are_the_trainers(qwen3_folder: Pa
 
 def test_the_frozen_base_is_the_kl_reference_without_a_second_copy(qwen3_folder: Path) -> None:
     policy = trained(qwen3_folder)
-    reference, found = model.beneath(policy), sampled_rows(policy, draw=5)
+    reference, found = policy.reference(), sampled_rows(policy, draw=5)
     assert reference.model is policy.model
     assert furthest_apart(scores(reference, found), scores(base(qwen3_folder), found)) < 1e-5
     assert furthest_apart(scores(policy, found), scores(reference, found)) > 0.1
@@ -172,7 +180,10 @@ def test_the_frozen_base_is_the_kl_reference_without_a_second_copy(qwen3_folder:
 def test_gradient_checkpointing_gives_the_same_gradient(qwen3_folder: Path) -> None:
     policy, found = adapted(qwen3_folder), sampled_rows(base(qwen3_folder))
     models = MODELS.model_copy(update={"gradient_checkpointing": True})
-    again = model.load(str(qwen3_folder), FIELD, models, CPU, False, adapt=lora.Wanted(Lora(r=4, alpha=8), (0, "test")))
+    again = load_policy(
+        ModelFolder.open(str(qwen3_folder), FIELD),
+        LoadOptions(models, CPU, frozen=False, adapter=lora.AdapterSpec(Lora(r=4, alpha=8), (0, "test"))),
+    )
     assert again.model.is_gradient_checkpointing
     ours, theirs = gradient_of(policy, found, GRPO), gradient_of(again, found, GRPO)
     for name in ours:
@@ -187,7 +198,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(qwen3_folder: Path) -> N
 def test_what_is_saved_loads_in_transformers_and_says_the_same(tmp_path: Path, output: str, tied: bool) -> None:
     policy = trained(tiny_folder(tmp_path / "base", tied=tied), output=output)
     found, out = sampled_rows(policy, draw=7), tmp_path / "out"
-    model.save(policy, out, torch.float32)
+    save_policy(policy, out, torch.float32)
     assert (out / "config.json").exists() is (output == "merged")
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     for row, ours in zip(found, logp_of(policy, [row.rollout for row in found], 4096), strict=True):
@@ -205,16 +216,16 @@ def test_the_next_stage_goes_on_with_the_adapter_and_is_compared_with_where_it_b
     qwen3_folder: Path, tmp_path: Path
 ) -> None:
     first = trained(qwen3_folder, output="adapter")
-    model.save(first, tmp_path / "first", torch.float32)
+    save_policy(first, tmp_path / "first", torch.float32)
     second = adapted(tmp_path / "first", draw=1, output="adapter")
     found = sampled_rows(first, draw=3)
     assert furthest_apart(scores(second, found), scores(first, found)) < 1e-5
     optimizer = make_optimizer(second, GRPO.optim)
     update(second, optimizer, sampled_rows(second, draw=4), objective_of(GRPO), GRPO, 4096)
-    assert furthest_apart(scores(model.beneath(second), found), scores(first, found)) < 1e-5
+    assert furthest_apart(scores(second.reference(), found), scores(first, found)) < 1e-5
     assert furthest_apart(scores(second, found), scores(first, found)) > 0.1
     # What it leaves behind stands on the first base and is no larger than the first adapter.
-    model.save(second, tmp_path / "second", torch.float32)
+    save_policy(second, tmp_path / "second", torch.float32)
     assert held(tmp_path / "second" / "adapter_config.json")["base_model_name_or_path"] == str(qwen3_folder)
     shapes = [
         {key: one.shape for key, one in load_file(tmp_path / name / "adapter_model.safetensors").items()}
@@ -224,15 +235,15 @@ def test_the_next_stage_goes_on_with_the_adapter_and_is_compared_with_where_it_b
     assert furthest_apart(scores(base(tmp_path / "second"), found), scores(second, found)) < 1e-4
     # Where the output is merged, the adapter that a stage starts from becomes part of its base.
     third = adapted(tmp_path / "second", output="merged")
-    assert furthest_apart(scores(model.beneath(third), found), scores(second, found)) < 1e-4
+    assert furthest_apart(scores(third.reference(), found), scores(second, found)) < 1e-4
 
 
 def test_an_adapters_name_depends_on_its_base_too(tmp_path: Path) -> None:
     policy = trained(tiny_folder(tmp_path / "base"), output="adapter")
-    model.save(policy, tmp_path / "out", torch.float32)
-    before = model.fingerprint_of(str(tmp_path / "out"))
+    save_policy(policy, tmp_path / "out", torch.float32)
+    before = ModelFolder.open(str(tmp_path / "out"), "models.student").fingerprint
     tiny_folder(tmp_path / "base", seed=5)
-    assert model.fingerprint_of(str(tmp_path / "out")) != before
+    assert ModelFolder.open(str(tmp_path / "out"), "models.student").fingerprint != before
 
 
 # Checkpoints and whole runs -------------------------------------------------------------------------------------------
@@ -277,7 +288,9 @@ def test_a_killed_run_with_adapters_goes_on_to_the_same_bits(tmp_path: Path, out
         return
     for folder, info in infos(tmp_path / "whole"):
         if info["kind"] == "train":
-            both = (tmp_path / run / "nodes" / folder.name / "model" / lora.WEIGHTS for run in ("out", "whole"))
+            both = (
+                tmp_path / run / "nodes" / folder.name / "model" / adapter_files.WEIGHTS for run in ("out", "whole")
+            )
             ours, theirs = map(load_file, both)
             assert same_bits(ours, theirs) and len(ours) > 20
     stood_on = held(node(tmp_path / "out", arm, "student_rl") / "model" / "adapter_config.json")
@@ -358,7 +371,7 @@ def test_what_is_not_installed_is_said_in_one_sentence(qwen3_folder: Path) -> No
 def test_an_adapter_of_another_kind_is_refused_by_name(
     qwen3_folder: Path, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
-    model.save(trained(qwen3_folder, steps=1, output="adapter"), tmp_path / "out", torch.float32)
+    save_policy(trained(qwen3_folder, steps=1, output="adapter"), tmp_path / "out", torch.float32)
     path = tmp_path / "out" / "adapter_config.json"
     path.write_text(json.dumps({**held(path), **change}))
     with pytest.raises(UserError) as raised:
@@ -367,10 +380,10 @@ def test_an_adapter_of_another_kind_is_refused_by_name(
 
 
 def test_an_adapter_that_does_not_fit_is_refused(qwen3_folder: Path, tmp_path: Path) -> None:
-    model.save(trained(qwen3_folder, steps=1, output="adapter"), tmp_path / "out", torch.float32)
+    save_policy(trained(qwen3_folder, steps=1, output="adapter"), tmp_path / "out", torch.float32)
     with pytest.raises(UserError, match=r"of another shape than models.lora asks for \(r 4, alpha 8"):
         adapted(tmp_path / "out", output="adapter", r=2)
-    path = tmp_path / "out" / lora.WEIGHTS
+    path = tmp_path / "out" / adapter_files.WEIGHTS
     tensors = load_file(path)
     save_file({name: one[:, :3].contiguous() for name, one in tensors.items()}, path)
     with pytest.raises(UserError, match="does not fit its base model"):

@@ -17,7 +17,7 @@ from headwater.config.stage import Sampling
 from headwater.errors import TrainingStoppedError
 from headwater.losses.batch import packed_microbatches
 from headwater.losses.objectives import objective_of
-from headwater.models.oom import BatchBudget, out_of_memory, passes
+from headwater.models.oom import BatchBudget, is_out_of_memory
 from headwater.models.policy import Policy
 from headwater.sampling.base import OnFinished, Request, requests_for
 from headwater.sampling.torch_sampler import OomRetrySampler, TorchSampler
@@ -121,8 +121,8 @@ def test_any_other_error_is_not_taken_for_it(policy: Policy, monkeypatch: pytest
     Room(nth=1, error=lambda: RuntimeError("a matrix is singular")).patch(monkeypatch)
     with pytest.raises(RuntimeError, match="singular"):
         update(policy, make_optimizer(policy, stage.optim), sampled_rows(policy), objective_of(stage), stage, 4096)
-    assert all(out_of_memory(make()) for make in OUT.values())
-    assert not out_of_memory(ValueError("out of memory")) and not out_of_memory(RuntimeError("shape"))
+    assert all(is_out_of_memory(make()) for make in OUT.values())
+    assert not is_out_of_memory(ValueError("out of memory")) and not is_out_of_memory(RuntimeError("shape"))
 
 
 def test_scoring_is_halved_and_gives_the_same_numbers(policy: Policy) -> None:
@@ -136,13 +136,13 @@ def test_scoring_is_halved_and_gives_the_same_numbers(policy: Policy) -> None:
         return logp_of(policy, rollouts, tokens)
 
     budget = BatchBudget(4096)
-    found = passes(budget, rollouts, score)
+    found = budget.fit_passes(score, rollouts)
     longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in rollouts)
     assert asked == [4096, 16 * longest // 2, 16 * longest // 4, 16 * longest // 8] and budget.size == asked[-1]
     for ours, theirs in zip(found, logp_of(policy, rollouts, 4096), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     with pytest.raises(TrainingStoppedError, match="the longest row alone"):
-        passes(budget, rollouts, lambda tokens: (_ for _ in ()).throw(MemoryError))
+        budget.fit_passes(lambda tokens: (_ for _ in ()).throw(MemoryError), rollouts)
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from headwater.errors import UserError
 from headwater.losses.objectives import objective_of
-from headwater.models import locate
-from headwater.models.policy import (
-    Policy,
-    Shape,
-    fingerprint_of,
-    load,
-    refuse_different_tokens,
-    refuse_different_widths,
-    resolve,
-    save,
-)
+from headwater.models import folder as folder_module
+from headwater.models.folder import ModelFolder, content_hash
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.policy import Policy
+from headwater.models.save import save_policy
+from headwater.models.shape import Shape
+from headwater.models.tokenizer import refuse_different_tokens, refuse_different_widths
 from headwater.teachers.scoring import logp_of
 from headwater.training.update import make_optimizer, update
 from tiny import (
@@ -46,14 +42,16 @@ FIELD = "models.student"
 
 
 def loaded(folder: Path, frozen: bool = False, **settings: Any) -> Policy:
-    return load(str(folder), FIELD, MODELS.model_copy(update=settings), CPU, frozen)
+    return load_policy(
+        ModelFolder.open(str(folder), FIELD), LoadOptions(MODELS.model_copy(update=settings), CPU, frozen)
+    )
 
 
 def test_what_is_saved_gives_the_same_log_probs_when_loaded(tmp_path: Path, architecture: str) -> None:
     for tied in (True, False):
         policy = tiny_policy(architecture, seed=3, tied=tied)
         rollouts = [row.rollout for row in sampled_rows(policy)]
-        save(policy, tmp_path / str(tied), torch.float32)
+        save_policy(policy, tmp_path / str(tied), torch.float32)
         again = loaded(tmp_path / str(tied))
         assert again.model.config.tie_word_embeddings is tied
         assert same_bits(weights_of(again), weights_of(policy))
@@ -67,7 +65,7 @@ def test_what_is_saved_gives_the_same_log_probs_when_loaded(tmp_path: Path, arch
 
 def test_a_saved_folder_is_an_ordinary_one_that_the_auto_classes_read(tmp_path: Path) -> None:
     policy = tiny_policy("qwen3", seed=3)
-    save(policy, tmp_path / "model", torch.float32)
+    save_policy(policy, tmp_path / "model", torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     ids = torch.tensor([[1, 6, 15, 7, 2]])
@@ -81,7 +79,7 @@ def test_a_saved_folder_is_an_ordinary_one_that_the_auto_classes_read(tmp_path: 
 def test_saving_in_bfloat16_rounds_the_file_and_leaves_the_policy_alone(tmp_path: Path) -> None:
     policy = tiny_policy(seed=3)
     before = weights_of(policy)
-    save(policy, tmp_path / "model", torch.bfloat16)
+    save_policy(policy, tmp_path / "model", torch.bfloat16)
     assert all(
         torch.equal(one, before[name]) and one.dtype == torch.float32 for name, one in weights_of(policy).items()
     )
@@ -94,7 +92,7 @@ def test_saving_in_bfloat16_rounds_the_file_and_leaves_the_policy_alone(tmp_path
 def test_a_bfloat16_recipe_trains_float32_weights_so_small_steps_are_not_rounded_away(qwen3_folder: Path) -> None:
     policy = loaded(qwen3_folder, dtype="bfloat16")
     assert {one.dtype for one in policy.model.parameters()} == {torch.float32}
-    assert policy.compute == torch.bfloat16
+    assert policy.compute_dtype == torch.bfloat16
     ids, mask = torch.tensor([[1, 6, 2]]), torch.ones(1, 3, dtype=torch.long)
     assert policy.logits(policy.hidden(ids, mask)).dtype == torch.bfloat16
     before = weights_of(policy)["model.layers.0.mlp.down_proj.weight"]
@@ -137,20 +135,22 @@ def test_recomputing_activations_gives_the_same_gradient(qwen3_folder: Path) -> 
 
 def test_a_model_that_is_not_there_is_refused_with_its_field(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^models\.student: no such model folder: /nowhere/at/all$"):
-        resolve("/nowhere/at/all", FIELD)
+        ModelFolder.open("/nowhere/at/all", FIELD)
     with pytest.raises(
         UserError, match=r"^models\.teacher: no pocket model 'pocket:qwen9'; there are .*pocket:qwen3-student"
     ):
-        resolve("pocket:qwen9", "models.teacher")
+        ModelFolder.open("pocket:qwen9", "models.teacher")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"^models\.student: the folder .*empty holds no config\.json"):
-        resolve(str(tmp_path / "empty"), FIELD)
+        ModelFolder.open(str(tmp_path / "empty"), FIELD)
 
 
 def test_every_pocket_name_leads_to_its_folder(pocket_folder: Path) -> None:
     names = sorted(path.name for path in pocket_folder.iterdir() if path.is_dir())
     assert "qwen3-student" in names
-    assert [resolve(f"pocket:{name}", FIELD) for name in names] == [str(pocket_folder / name) for name in names]
+    assert [ModelFolder.open(f"pocket:{name}", FIELD).path for name in names] == [
+        str(pocket_folder / name) for name in names
+    ]
 
 
 def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
@@ -229,29 +229,47 @@ def test_output_layers_of_different_width_are_refused_with_a_way_out() -> None:
 def test_a_fingerprint_names_the_content_and_not_the_place(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "one")
     shutil.copytree(folder, tmp_path / "two")
-    assert fingerprint_of(str(folder)) == fingerprint_of(str(tmp_path / "two")) == loaded(folder).fingerprint
+    assert (
+        ModelFolder.open(str(folder), "models.student").fingerprint
+        == ModelFolder.open(str(tmp_path / "two"), "models.student").fingerprint
+        == loaded(folder).fingerprint
+    )
     (tmp_path / "two" / "README.md").write_text("A card changes no outcome.")
-    assert fingerprint_of(str(tmp_path / "two")) == fingerprint_of(str(folder))
+    assert (
+        ModelFolder.open(str(tmp_path / "two"), "models.student").fingerprint
+        == ModelFolder.open(str(folder), "models.student").fingerprint
+    )
 
 
 @pytest.mark.parametrize("what", ["model.safetensors", "config.json", "generation_config.json", "chat_template.jinja"])
 def test_a_fingerprint_changes_with_whatever_decides_an_outcome(tmp_path: Path, what: str) -> None:
     folder = tiny_folder(tmp_path / "model")
-    before = fingerprint_of(str(folder))
+    before = ModelFolder.open(str(folder), "models.student").fingerprint
     held = bytearray((folder / what).read_bytes())
     held[-3] ^= 1
     (folder / what).write_bytes(bytes(held))
-    assert fingerprint_of(str(folder)) != before
+    assert ModelFolder.open(str(folder), "models.student").fingerprint != before
 
 
 def test_models_of_one_shape_and_other_weights_have_other_fingerprints(tmp_path: Path) -> None:
-    found = {fingerprint_of(str(tiny_folder(tmp_path / str(seed), seed=seed))) for seed in range(3)}
+    found = {
+        ModelFolder.open(str(tiny_folder(tmp_path / str(seed), seed=seed)), "models.student").fingerprint
+        for seed in range(3)
+    }
     assert len(found) == 3
-    assert fingerprint_of("Qwen/Qwen3-1.7B") != fingerprint_of("Qwen/Qwen3-8B")
+    assert (
+        ModelFolder.open("Qwen/Qwen3-1.7B", "models.student").fingerprint
+        != ModelFolder.open("Qwen/Qwen3-8B", "models.student").fingerprint
+    )
 
 
 def test_a_node_that_trained_the_weights_may_name_them_itself(qwen3_folder: Path) -> None:
-    assert load(str(qwen3_folder), FIELD, MODELS, CPU, True, "node-abc").fingerprint == "node-abc"
+    assert (
+        load_policy(
+            ModelFolder.open(str(qwen3_folder), FIELD), LoadOptions(MODELS, CPU, frozen=True, fingerprint="node-abc")
+        ).fingerprint
+        == "node-abc"
+    )
 
 
 def test_stop_ids_are_those_of_generation_config_model_config_and_tokenizer_together(tmp_path: Path) -> None:
@@ -288,11 +306,13 @@ def test_parameters_from_the_config_alone_are_the_true_count_within_one_percent(
 def test_shipped_models_have_the_size_that_their_config_says(pocket_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(pocket_folder / "qwen3-student")
     counted = sum(weight.numel() for weight in model.parameters())
-    assert Shape.of(str(pocket_folder / "qwen3-student")).parameters == pytest.approx(counted, rel=0.01)
+    assert ModelFolder.open(str(pocket_folder / "qwen3-student"), "models.student").shape.parameters == pytest.approx(
+        counted, rel=0.01
+    )
 
 
 def test_matrix_weights_and_flops_by_hand() -> None:
-    shape = Shape(layers=2, hidden=8, heads=4, kv_heads=2, head_dim=3, inner=10, vocabulary=50, tied=True)
+    shape = Shape(layers=2, hidden=8, heads=4, kv_heads=2, head_dim=3, intermediate=10, vocabulary=50, tied=True)
     # Attention a layer: queries and output 2·(8·4·3) = 192, keys and values 2·(8·2·3) = 96. MLP: 3·8·10 = 240. Head: 8·50.
     assert shape.matrix_parameters == 2 * (192 + 96 + 240) + 400 == 1456
     assert shape.parameters == 1456
@@ -310,13 +330,13 @@ def test_a_weights_file_is_named_by_every_byte_and_a_huge_one_by_blocks_all_over
 
     def named(place: int, many: int = 1) -> str:
         path.write_bytes(content[:place] + bytes(many) + content[place + many :])
-        return fingerprint_of(str(tmp_path))
+        return content_hash(tmp_path)
 
     assert named(1_500_001) != named(0, 0)
-    monkeypatch.setattr(locate, "WHOLE", 1 << 20)
-    monkeypatch.setattr(locate, "BLOCK", 1 << 8)
+    monkeypatch.setattr(folder_module, "FULL_HASH_BYTES", 1 << 20)
+    monkeypatch.setattr(folder_module, "BLOCK_BYTES", 1 << 8)
     assert all(named(place) != named(0, 0) for place in (1, len(content) - 2))
     assert all(named(place, 1 << 13) != named(0, 0) for place in range(1 << 20, 2 << 20, 100_003))  # as a tensor would
     path.write_bytes(content + b"x")
-    longer = fingerprint_of(str(tmp_path))
+    longer = content_hash(tmp_path)
     assert longer != named(0, 0)

@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from headwater.config.recipe import Prompt
 from headwater.config.stage import Sampling
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
+from headwater.models.save import save_policy
 from headwater.runs.hardware import GENERATION, MODELS
 from headwater.sampling.base import requests_for
 from headwater.sampling.decoder import decoder_for
@@ -98,7 +100,10 @@ def folder_of(name: str) -> Path:
 
 
 def loaded(name: str, dtype: str = "float32", frozen: bool = False) -> Policy:
-    return model.load(str(folder_of(name)), "models.student", ASKED.model_copy(update={"dtype": dtype}), CPU, frozen)
+    return load_policy(
+        ModelFolder.open(str(folder_of(name)), "models.student"),
+        LoadOptions(ASKED.model_copy(update={"dtype": dtype}), CPU, frozen),
+    )
 
 
 PROBLEM = Problem.of("What is 17+45?", "test")
@@ -129,7 +134,7 @@ def plain_logp(plain: Any, rollout: Any) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-4), ("bfloat16", 0.1)])
 def test_sampler_trainer_and_transformers_give_one_log_prob(name: str, dtype: str, near: float) -> None:
     policy = loaded(name, dtype)
-    assert isinstance(decoder_for(policy), FastDecoder) and policy.packs
+    assert isinstance(decoder_for(policy), FastDecoder) and policy.supports_packing
     rollouts = samples(policy, 8)
     plain = AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=torch.float32)
     for rollout, ours in zip(rollouts, logp_of(policy, rollouts, 4096), strict=True):
@@ -203,7 +208,7 @@ def test_llama_3_begins_once_and_names_its_dates_whatever_the_thinking_mode() ->
 def test_a_saved_student_is_the_published_kind_of_folder_with_the_same_log_probs(name: str, tmp_path: Path) -> None:
     policy = loaded(name)
     rollouts = samples(policy, 4)
-    model.save(policy, tmp_path / "model", torch.float32)
+    save_policy(policy, tmp_path / "model", torch.float32)
     ours, theirs = (json.loads((one / "config.json").read_text()) for one in (tmp_path / "model", folder_of(name)))
     changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
     assert changed <= {"attention_dropout", "transformers_version", "dtype"}

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from headwater.config.builtin import find_recipe
 from headwater.errors import UserError
 from headwater.models import prompts
-from headwater.models.policy import load, resolve
-from headwater.models.time_limit import OutOfTimeError, within
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.resource_limits import OutOfTimeError, resource_limits
 from headwater.runs.inputs import RunInputs
 from headwater.types import Problem
 from runs import call, sets, tiny
@@ -63,7 +64,10 @@ def test_a_safetensors_file_whose_length_begins_like_a_pickle_is_read(folder: Pa
             break
     assert path.read_bytes()[0] == 0x80
     assert torch.equal(
-        load(str(folder), "models.student", MODELS, CPU, True).model.lm_head.weight, held["model.embed_tokens.weight"]
+        load_policy(
+            ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=True)
+        ).model.lm_head.weight,
+        held["model.embed_tokens.weight"],
     )
 
 
@@ -79,7 +83,7 @@ def test_a_file_that_only_calls_itself_safetensors_is_refused_and_not_read(
         path.write_bytes({"pickle": pickle.dumps(Evil(touched)), "text": b"weights", "empty": b"",
                           "length": (1 << 40).to_bytes(8, "little") + b"{"}[kind])  # fmt: skip
     with pytest.raises(UserError, match=r"MODEL: .* \(model\.safetensors is no safetensors file") as refused:
-        load(str(folder), "MODEL", MODELS, CPU, frozen=True)
+        load_policy(ModelFolder.open(str(folder), "MODEL"), LoadOptions(MODELS, CPU, frozen=True))
     assert ("it is a pickle" in str(refused.value)) is (kind in ("torch", "pickle"))
     assert not touched.exists()
 
@@ -93,7 +97,7 @@ def test_code_that_a_config_names_is_refused_by_its_field_and_not_imported(
     auto = {"AutoConfig": "evil.Model", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Model", None]}
     (folder / name).write_text(json.dumps({**held, "auto_map": auto, "model_type": "unheard-of"}), encoding="utf-8")
     for act in (
-        lambda: load(str(folder), "MODEL", MODELS, CPU, frozen=True),
+        lambda: load_policy(ModelFolder.open(str(folder), "MODEL"), LoadOptions(MODELS, CPU, frozen=True)),
         lambda: RunInputs(find_recipe("pocket", [f"models.student={folder}"])).tokenizer("student"),
     ):
         with pytest.raises(UserError, match=f"auto_map in .*{name} names code .* models.trust_remote_code"):
@@ -105,7 +109,7 @@ def test_a_shard_list_that_leads_out_of_the_folder_is_refused(folder: Path) -> N
     index = {"metadata": {}, "weight_map": {"a": "../../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UserError, match=r"names '\.\./\.\./secret\.safetensors', which is not a file of the folder"):
-        resolve(str(folder), "models.student")
+        ModelFolder.open(str(folder), "models.student")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_a_config_that_asks_for_more_than_the_weights_is_refused_and_nothing_is_
     (folder / "config.json").write_text(json.dumps(held), encoding="utf-8")
     started = time.monotonic()
     with pytest.raises(UserError, match=named):
-        load(str(folder), "MODEL", MODELS, CPU, frozen=True)
+        load_policy(ModelFolder.open(str(folder), "MODEL"), LoadOptions(MODELS, CPU, frozen=True))
     assert time.monotonic() - started < 10
 
 
@@ -169,10 +173,10 @@ def test_the_doctor_bounds_a_hostile_chat_template_too(
 
 def test_bounds_of_time_and_memory_hold_and_are_lifted_again() -> None:
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
-    with pytest.raises(OutOfTimeError), within(0.05, 100):
+    with pytest.raises(OutOfTimeError), resource_limits(0.05, 100):
         time.sleep(5)
-    with pytest.raises(MemoryError), within(5.0, 100):
+    with pytest.raises(MemoryError), resource_limits(5.0, 100):
         bytearray(16 << 30)  # more than the process may hold of what it was given before
-    with within(5.0, 400):
+    with resource_limits(5.0, 400):
         assert len(bytearray(200 << 20)) == 200 << 20
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before

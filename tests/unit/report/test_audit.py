@@ -1,4 +1,4 @@
-"""The audit proves from the files where labels went, and names whatever does not add up."""
+"""The label audit passes a finished study and detects manipulated files; labels.csv and label paths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from runs import all_arms, call, held, infos, node, rows, sets
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """A copy of a finished tiny study of every arm; its models are left behind."""
+    """A copy of a finished tiny study of every arm, without its models."""
     return Path(
         shutil.copytree(
             all_arms(), tmp_path / "run", ignore=shutil.ignore_patterns("model", "checkpoint", "*.safetensors")
@@ -35,38 +35,38 @@ def out(tmp_path: Path) -> Path:
 
 def failing(out: Path) -> dict[str, str]:
     """The checks that fail, with their first fault."""
-    return {one.name: one.faults[0] for one in audit_run(out) if not one.holds}
+    return {check.name: check.faults[0] for check in audit_run(out) if not check.holds}
 
 
 def change(path: Path, number: int, **fields: Any) -> None:
     """Rewrite fields of one row of a JSONL file."""
-    found = rows(path)
-    found[number] |= fields
-    path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    entries = rows(path)
+    entries[number] |= fields
+    path.write_text("".join(json.dumps(row) + "\n" for row in entries), encoding="utf-8")
 
 
 def join(out: Path) -> None:
-    """As a forger would: the joined ledger made to agree again."""
+    """Rebuild the joined ledger from the nodes' ledgers, as a forger would."""
     parts = [path / "ledger.jsonl" for path in sorted((out / "nodes").iterdir())]
     (out / "ledger.jsonl").write_text("".join(path.read_text() for path in parts if path.exists()))
 
 
 def a_label(out: Path, half: int) -> str:
-    """A label that was looked at in this half."""
+    """A label of this half that was used in training."""
     return next(use.problem_id for use in label_use.label_uses(read_study([out])) if use.half == half + 1)
 
 
-def test_a_finished_study_passes_every_check_with_its_counts(out: Path) -> None:
-    found = audit_run(out)
-    assert [one.name for one in found] == [check.name for check in CHECKS]
-    assert all(one.holds for one in found), failing(out)
-    said = {one.name: one.evidence for one in found}
-    assert said["budget"].startswith("budget 16; 16 labels over all arms and seeds, at most 16 in one")
-    assert said["halves-apart"].startswith("8 labels in 1H, 8 in 2H, 0 in both")
-    assert said["evals-not-trained"].startswith("5 evaluation problems, none in ")
+def test_finished_study_passes_every_check(out: Path) -> None:
+    results = audit_run(out)
+    assert [check.name for check in results] == [check.name for check in CHECKS]
+    assert all(check.holds for check in results), failing(out)
+    text = {check.name: check.evidence for check in results}
+    assert text["budget"].startswith("budget 16; 16 labels over all arms and seeds, at most 16 in one")
+    assert text["halves-apart"].startswith("8 labels in 1H, 8 in 2H, 0 in both")
+    assert text["evals-not-trained"].startswith("5 evaluation problems, none in ")
 
 
-def test_the_verb_prints_the_evidence_and_its_exit_code_tells(out: Path) -> None:
+def test_report_audit_command_prints_evidence_and_exits_3_on_a_fault(out: Path) -> None:
     good = call("report", out, "--audit")
     assert good.code == 0 and good.out.count("holds  ") == len(CHECKS)
     ledger = node(out, "bridge", "opd") / "ledger.jsonl"
@@ -79,7 +79,7 @@ def test_the_verb_prints_the_evidence_and_its_exit_code_tells(out: Path) -> None
     ]
 
 
-def test_the_audit_needs_no_torch(out: Path) -> None:
+def test_audit_imports_no_torch(out: Path) -> None:
     code = f"import sys; from headwater.report.audit import audit_run as a; assert a({str(out)!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -106,13 +106,13 @@ def rollouts_of_the_other_half(out: Path) -> None:
 
 
 def evaluation_problem_trained_on(out: Path) -> None:
-    asked = rows(node(out, "bridge", "opd") / "evals" / "final" / "sums.jsonl")[0]["problem_id"]
-    change(node(out, "bridge", "opd") / "rollouts" / "000002.jsonl", 3, problem_id=asked)
+    problem = rows(node(out, "bridge", "opd") / "evals" / "final" / "sums.jsonl")[0]["problem_id"]
+    change(node(out, "bridge", "opd") / "rollouts" / "000002.jsonl", 3, problem_id=problem)
 
 
 def evaluation_problem_in_a_cache(out: Path) -> None:
-    asked = rows(node(out, "bridge", "opd") / "evals" / "final" / "sums.jsonl")[0]["problem_id"]
-    change(node(out, "bridge", "teacher_rollouts") / "cache" / "rollouts.jsonl", 0, problem_id=asked)
+    problem = rows(node(out, "bridge", "opd") / "evals" / "final" / "sums.jsonl")[0]["problem_id"]
+    change(node(out, "bridge", "teacher_rollouts") / "cache" / "rollouts.jsonl", 0, problem_id=problem)
 
 
 def labels_over_the_budget(out: Path) -> None:
@@ -172,7 +172,7 @@ def a_node_of_no_arm(out: Path) -> None:
 def an_arm_with_a_node_too_few(out: Path) -> None:
     plan = held(out / "plan.json")
     plan["arms"]["bridge"]["0"].pop()
-    del plan["check"]  # with it the file is one that cannot be read
+    del plan["check"]  # otherwise its checksum would not match
     (out / "plan.json").write_text(json.dumps(plan))
 
 
@@ -209,34 +209,34 @@ VIOLATIONS: list[tuple[Callable[[Path], None], str, str]] = [
 
 
 @pytest.mark.parametrize(("plant", "name", "sentence"), VIOLATIONS, ids=[one[0].__name__ for one in VIOLATIONS])
-def test_each_violation_is_named(out: Path, plant: Callable[[Path], None], name: str, sentence: str) -> None:
+def test_each_violation_fails_its_check(out: Path, plant: Callable[[Path], None], name: str, sentence: str) -> None:
     plant(out)
     if plant is not another_joined_ledger:
         join(out)
-    found = {one.name: one for one in audit_run(out)}
-    assert not found[name].holds, name
-    assert any(re.search(sentence, fault) for fault in found[name].faults), found[name].faults
+    results = {check.name: check for check in audit_run(out)}
+    assert not results[name].holds, name
+    assert any(re.search(sentence, fault) for fault in results[name].faults), results[name].faults
 
 
-def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no run of ours"):
+def test_audit_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no run \(plan.json is missing\)"):
         audit_run(tmp_path)
     (tmp_path / "recipe.json").write_text("{}")
     (tmp_path / "plan.json").write_text("[]")
     assert call("report", "--audit", tmp_path).code == 2
 
 
-def test_a_run_that_is_not_finished_is_audited_as_far_as_it_went(tmp_path: Path) -> None:
-    said = call(
+def test_unfinished_run_is_audited_as_far_as_it_went(tmp_path: Path) -> None:
+    result = call(
         "run", "pocket", "--out", tmp_path / "run", *sets("guards.no_signal=stop", "stages.teacher_rl.optim.lr=1e30")
     )
-    assert said.code in (0, 2, 3, 4)
+    assert result.code in (0, 2, 3, 4)
     if (tmp_path / "run" / "plan.json").exists():
         assert failing(tmp_path / "run") == {}
 
 
-def test_budgets_hold_across_the_stages_of_every_arm() -> None:
-    """No node looks at more than its pool, no arm at more than the budget, whatever stages it has."""
+def test_no_node_exceeds_its_pool_and_no_arm_the_budget() -> None:
+    """Labels used by each node are within its pool, those of each arm within the budget."""
     out = all_arms()
     budget = held(out / "recipe.json")["labels"]["budget"]
     study = read_study([out])
@@ -260,10 +260,10 @@ def test_budgets_hold_across_the_stages_of_every_arm() -> None:
         assert len(looked) <= ((info["labels"] or {}).get("distinct_allowed", 0))
 
 
-def test_the_label_file_says_which_stage_arm_and_seed_looked_at_each_problem() -> None:
+def test_labels_csv_lists_every_use_of_a_label() -> None:
     out = all_arms()
     with (out / "labels.csv").open(encoding="utf-8") as file:
-        found = list(csv.DictReader(file))
+        entries = list(csv.DictReader(file))
     counted = {
         (label, path.name): sum(
             label in row["labels"] for row in rows(path / "ledger.jsonl") if row["purpose"] == "train"
@@ -273,18 +273,18 @@ def test_the_label_file_says_which_stage_arm_and_seed_looked_at_each_problem() -
         if row["purpose"] == "train"
         for label in row["labels"]
     }
-    assert {(one["problem_id"], one["node"]): int(one["steps"]) for one in found} == counted != {}
-    assert all(int(one["half"]) == 1 + half_of(one["problem_id"]) for one in found)
-    shared = next(one for one in found if one["node"] == node(out, "bridge_rl", "teacher_rl").name)
+    assert {(row["problem_id"], row["node"]): int(row["steps"]) for row in entries} == counted != {}
+    assert all(int(row["half"]) == 1 + half_of(row["problem_id"]) for row in entries)
+    shared = next(row for row in entries if row["node"] == node(out, "bridge_rl", "teacher_rl").name)
     assert {"bridge_rl", "replay"} <= set(shared["arms"].split()) and shared["seed"] == "0"
-    mixed = node(out, "mixed", "opd").name  # the one arm that mixes the reward into OPD
-    assert not any(one["stage"] in ("warmup", "opd", "sft") for one in found if one["node"] != mixed)
-    assert any(one["node"] == mixed for one in found)
+    mixed = node(out, "mixed", "opd").name  # the only arm that mixes the reward into OPD
+    assert not any(row["stage"] in ("warmup", "opd", "sft") for row in entries if row["node"] != mixed)
+    assert any(row["node"] == mixed for row in entries)
 
 
-def test_paths_tell_fresh_labels_from_replayed_ones() -> None:
+def test_label_paths_distinguish_fresh_from_replayed_labels() -> None:
     study = read_study([all_arms()])
-    taken = {(one["arm"], one["half"], one["stages"]): one["labels"] for one in label_use.label_paths(study)}
+    taken = {(row["arm"], row["half"], row["stages"]): row["labels"] for row in label_use.label_paths(study)}
     assert taken["bridge_rl", 2, "student_rl"] > 0
     assert not any(arm == "bridge_rl" and "," in stages for arm, _, stages in taken)
     assert any(arm == "replay" and stages == "teacher_rl, student_rl" for arm, _, stages in taken)

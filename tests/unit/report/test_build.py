@@ -1,4 +1,4 @@
-"""What report.json says is what stands in the run's files."""
+"""report.json: values equal counts from the run's files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def built(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
-def test_accuracy_pass_and_majority_are_those_counted_from_the_files(
+def test_accuracy_pass_at_k_and_maj_at_k_equal_counts_from_the_files(
     run: Path, built: dict[str, Any], arm: str
 ) -> None:
     got = built["arms"][arm]
@@ -55,7 +55,7 @@ def test_accuracy_pass_and_majority_are_those_counted_from_the_files(
     assert list(got["pass_at_k"]["sums"]) == ["1", "2", "4"]
 
 
-def test_costs_are_those_of_every_node_and_evaluation_looks_stand_apart(built: dict[str, Any]) -> None:
+def test_costs_sum_all_nodes_and_keep_evaluation_apart(built: dict[str, Any]) -> None:
     # 12 steps; step s trains 640+s tokens: 12·640 + 78 = 7758 a trained node; 64 checks and 8 labels a sparse step.
     bridge = built["arms"]["bridge"]
     assert bridge["tokens"] == {
@@ -79,7 +79,7 @@ def test_costs_are_those_of_every_node_and_evaluation_looks_stand_apart(built: d
     assert bridge["apart"]["validation"]["labels"] == {"distinct": 0, "checks": 0}
 
 
-def test_arms_stand_in_their_order_with_the_stages_they_rest_on(built: dict[str, Any]) -> None:
+def test_arms_are_in_table_order_with_their_stages(built: dict[str, Any]) -> None:
     order = [
         "base_student",
         "base_teacher",
@@ -105,7 +105,7 @@ def test_arms_stand_in_their_order_with_the_stages_they_rest_on(built: dict[str,
     assert stages[1]["labels"] == {"distinct": 64, "checks": 768}
 
 
-def test_the_conditions_are_what_the_nodes_measured(run: Path, built: dict[str, Any]) -> None:
+def test_conditions_c1_and_c2_equal_the_nodes_measurements(run: Path, built: dict[str, Any]) -> None:
     c1, c2 = built["conditions"]["C1"]["sums"], built["conditions"]["C2"]
     before = by_problem(graded(run, "base_teacher", 0), "correct")
     assert c1["before"]["best_of_k"] == pytest.approx(sum(map(any, before.values())) / PROBLEMS, abs=1e-6)
@@ -126,7 +126,7 @@ def test_the_conditions_are_what_the_nodes_measured(run: Path, built: dict[str, 
     assert "base_student" not in c2 and "direct_grpo" not in c2
 
 
-def test_runs_without_held_out_conditions_show_the_divergences_of_training(tmp_path: Path) -> None:
+def test_c2_falls_back_to_training_prompts_without_held_out_measurements(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,))
     for file in out.glob("nodes/*/conditions.jsonl"):
         file.unlink()
@@ -136,7 +136,7 @@ def test_runs_without_held_out_conditions_show_the_divergences_of_training(tmp_p
     assert (opd["kl_student_teacher"]["first"], opd["kl_student_teacher"]["last"]) == pytest.approx(ends, abs=1e-6)
 
 
-def test_every_stage_stands_once_with_its_arms_and_its_way(run: Path, built: dict[str, Any]) -> None:
+def test_shared_stages_have_one_row_with_their_arms_and_curves(run: Path, built: dict[str, Any]) -> None:
     shared = [row for row in built["stages"] if row["arms"] == ["bridge_rl", "replay"]]
     assert [(row["stage"], row["pool"]) for row in shared] == [
         ("teacher_rl", "first_half"),
@@ -159,21 +159,21 @@ def test_every_stage_stands_once_with_its_arms_and_its_way(run: Path, built: dic
     assert own["pass_at_k"]["sums"]["1"] == pytest.approx(own["accuracy"]["sums"]["mean"], abs=2e-6)
 
 
-def test_long_curves_are_thinned_to_their_last_step(tmp_path: Path) -> None:
+def test_long_curves_are_thinned_and_keep_the_last_step(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "direct_grpo")}
-    found = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms, steps=250)])
-    steps = next(row for row in found["stages"] if row["stage"] == "student_rl")["through"]["reward"]["steps"]
+    values = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms, steps=250)])
+    steps = next(row for row in values["stages"] if row["stage"] == "student_rl")["through"]["reward"]["steps"]
     assert steps == [*range(1, 251, 3)] and steps[-1] == 250
 
 
-def test_a_stage_that_ended_early_says_where_and_why(tmp_path: Path) -> None:
+def test_early_stopped_stage_reports_step_and_reason(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0, 1))
     ended, node = {"step": 7, "of": 12, "why": "plateau of kl_teacher_student"}, names(out, "warmup_only", 1)[-1]
     (out / "nodes" / node / "DONE").write_text(json.dumps({"fingerprint": node, "ended": ended}))
-    found = report.write(out)
-    assert found["arms"]["warmup_only"]["stages"][-1]["ended"] == {"1": ended}
-    said = "ended on seed 1 after 7 of 12 steps: plateau of kl_teacher_student"
-    assert said in (out / "report.html").read_text()
+    values = report.write(out)
+    assert values["arms"]["warmup_only"]["stages"][-1]["ended"] == {"1": ended}
+    text = "ended on seed 1 after 7 of 12 steps: plateau of kl_teacher_student"
+    assert text in (out / "report.html").read_text()
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -184,16 +184,16 @@ def _metrics(out: Path, arm: str, seed: int, place: int) -> list[dict[str, Any]]
     return _rows(out / "nodes" / names(out, arm, seed)[place] / "metrics.jsonl")
 
 
-def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
+def test_missing_measurements_are_null(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "direct_grpo")}
-    found = report.write(fake_run(tmp_path / "out", arms=arms, metrics=False))
+    values = report.write(fake_run(tmp_path / "out", arms=arms, metrics=False))
     # The evaluations' rows of the teacher are not there, and no stage wrote metrics.
-    assert found["conditions"] == {"C1": None, "C2": None}
+    assert values["conditions"] == {"C1": None, "C2": None}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Training curves" not in page and "Conditions" not in page
 
 
-def test_an_unfinished_arm_is_named_and_has_no_accuracy(tmp_path: Path) -> None:
+def test_unfinished_arm_is_listed_and_has_no_accuracy(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out")
     plan = json.loads((out / "plan.json").read_text())["arms"]
     for seed in ("0", "1", "2"):
@@ -202,35 +202,35 @@ def test_an_unfinished_arm_is_named_and_has_no_accuracy(tmp_path: Path) -> None:
     for file in (out / "nodes" / plan["warmup_only"]["2"][-1]).rglob("*"):
         if file.is_file():
             file.unlink()
-    found = report.write(out)
-    replay, bridge = found["arms"]["replay"], found["arms"]["bridge"]
+    values = report.write(out)
+    replay, bridge = values["arms"]["replay"], values["arms"]["bridge"]
     assert replay["accuracy"] == {} and set(replay["unfinished"]) == {"0", "1", "2"}
-    assert replay["labels"]["checks"] == 1536  # what was spent so far stays in the accounts
-    # The warm-up of seed 2 is `warmup_only`'s result and a step of the bridge: both wait for it.
+    assert replay["labels"]["checks"] == 1536  # costs so far are kept
+    # The warm-up of seed 2 is the last node of `warmup_only` and a stage of the bridge: both wait for it.
     warmup = plan["warmup_only"]["2"][-1]
-    assert found["arms"]["warmup_only"]["unfinished"] == {"2": warmup}
+    assert values["arms"]["warmup_only"]["unfinished"] == {"2": warmup}
     assert bridge["unfinished"] == {"1": plan["bridge"]["1"][-1], "2": warmup}
     assert set(bridge["accuracy"]["sums"]["per_seed"]) == {"0"}
-    contrast = contrasts.find_contrast(found, "bridge", "direct_grpo", "sums")
+    contrast = contrasts.find_contrast(values, "bridge", "direct_grpo", "sums")
     assert contrast is not None and contrast["seeds"] == 1
-    assert contrasts.find_contrast(found, "bridge_rl", "replay", "sums") is None
-    assert found["verdict"].endswith("Not finished: bridge, replay, warmup_only.")
-    text = printed(found, 110)
+    assert contrasts.find_contrast(values, "bridge_rl", "replay", "sums") is None
+    assert values["verdict"].endswith("Not finished: bridge, replay, warmup_only.")
+    text = printed(values, 110)
     assert f"replay: not finished on seed 0 (waits for {plan['replay']['0'][-1]})" in " ".join(text.split())
     assert "unfinished" in (out / "report.html").read_text()
 
 
-def test_a_run_without_any_finished_arm_still_has_a_report(tmp_path: Path) -> None:
+def test_report_is_written_without_any_finished_arm(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,))
     for done in out.glob("nodes/*/DONE"):
         done.unlink()
-    found = report.write(out)
-    assert found["verdict"].startswith("Nothing can be said yet: no arm is finished and evaluated. Not finished: ")
-    assert found["contrasts"] == [] and found["evals"] == []
-    assert "bridge" in printed(found, 100)
+    values = report.write(out)
+    assert values["verdict"].startswith("Nothing can be said yet: no arm is finished and evaluated. Not finished: ")
+    assert values["contrasts"] == [] and values["evals"] == []
+    assert "bridge" in printed(values, 100)
 
 
-def test_two_directories_of_different_seeds_make_one_report(run: Path, built: dict[str, Any], tmp_path: Path) -> None:
+def test_run_directories_with_different_seeds_merge(run: Path, built: dict[str, Any], tmp_path: Path) -> None:
     first, second = fake_run(tmp_path / "a", seeds=(0, 1)), fake_run(tmp_path / "b", seeds=(2,))
     merged = report.build([first, second])
     assert merged["seeds"] == [0, 1, 2]
@@ -238,7 +238,7 @@ def test_two_directories_of_different_seeds_make_one_report(run: Path, built: di
     assert report.build([second, first])["arms"]["bridge"] == built["arms"]["bridge"]
 
 
-def test_directories_of_different_recipes_are_refused(tmp_path: Path) -> None:
+def test_run_directories_of_different_recipes_are_refused(tmp_path: Path) -> None:
     first, second = fake_run(tmp_path / "a", seeds=(0,)), fake_run(tmp_path / "b", seeds=(1,))
     recipe = json.loads((second / "recipe.json").read_text())
     (second / "recipe.json").write_text(json.dumps({**recipe, "task": "maths"}))
@@ -248,7 +248,7 @@ def test_directories_of_different_recipes_are_refused(tmp_path: Path) -> None:
         report.build([tmp_path])
 
 
-def test_the_same_files_give_the_same_bytes(run: Path, built: dict[str, Any]) -> None:
+def test_report_files_are_deterministic(run: Path, built: dict[str, Any]) -> None:
     first = (run / "report.json").read_bytes(), (run / "report.html").read_bytes()
     report.write(run)
     assert ((run / "report.json").read_bytes(), (run / "report.html").read_bytes()) == first
@@ -256,7 +256,7 @@ def test_the_same_files_give_the_same_bytes(run: Path, built: dict[str, Any]) ->
     assert json.loads(first[0], parse_constant=lambda name: pytest.fail(name)) == built
 
 
-def test_a_base_model_listed_for_one_seed_stands_beside_every_seed(tmp_path: Path, built: dict[str, Any]) -> None:
+def test_base_model_evaluated_once_is_paired_with_every_seed(tmp_path: Path, built: dict[str, Any]) -> None:
     out = fake_run(tmp_path / "out")
     plan = json.loads((out / "plan.json").read_text())
     plan["arms"]["base_student"] = {"0": plan["arms"]["base_student"]["0"]}
@@ -265,22 +265,22 @@ def test_a_base_model_listed_for_one_seed_stands_beside_every_seed(tmp_path: Pat
     assert contrast == contrasts.find_contrast(built, "bridge", "base_student", "sums")
 
 
-def test_graders_that_extract_nothing_have_no_majority(tmp_path: Path) -> None:
+def test_maj_at_k_is_null_if_the_grader_extracts_no_answers(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"base_student": [BASE_S]})
     file = next(out.glob("nodes/*/evals/final/sums.jsonl"))
     rows = [{**json.loads(line), "extracted": None} for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = report.write(out)["arms"]["base_student"]
-    assert found["maj_at_k"] == {"sums": None}
-    assert found["accuracy"]["sums"]["mean"] > 0
+    values = report.write(out)["arms"]["base_student"]
+    assert values["maj_at_k"] == {"sums": None}
+    assert values["accuracy"]["sums"]["mean"] > 0
 
 
-def test_the_report_never_imports_torch() -> None:
+def test_report_imports_no_torch() -> None:
     code = "import sys, headwater.report.build, headwater.stats; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_each_arms_way_through_its_stages_is_told_for_teacher_and_student() -> None:
+def test_accuracy_paths_of_teacher_and_student() -> None:
     from headwater.report.stages import accuracy_paths
 
     def scored(mean: float) -> dict[str, Any]:

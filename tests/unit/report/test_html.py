@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import pytest
 
 from fakes import ARMS, BASE_S, MORE_ARMS, fake_run, printed
 from headwater.report import build as report
-from headwater.report import figures, render, svg
+from headwater.report import figures, html_stages, render, svg
 from headwater.report.format import console, units
+from headwater.report.label_flow import Flow, evenly_spaced, label_flow
 from headwater.report.view import Axis, Column, Interval, RowHeader, Table
 
 
@@ -118,7 +120,12 @@ def test_a_value_that_a_template_lacks_is_an_error_not_an_empty_text() -> None:
 
 
 def test_table_alignment_comes_from_the_column_not_from_the_text() -> None:
-    columns = [Column("arm"), Column("half"), Column("labels", "right"), Column("reading", nowrap=True)]
+    columns = [
+        Column("arm", itemgetter(0)),
+        Column("half", itemgetter(1)),
+        Column("labels", itemgetter(2), "right"),
+        Column("reading", itemgetter(3), nowrap=True),
+    ]
     text = _table(Table("t", columns, [["bridge", "1H", "none", "12 of 13"], "a group"]))
     assert '<th scope="col">half</th>' in text and '<th scope="col" class="number">labels</th>' in text
     assert '<th scope="row">bridge</th>' in text and "<td>1H</td>" in text
@@ -128,7 +135,12 @@ def test_table_alignment_comes_from_the_column_not_from_the_text() -> None:
 
 def test_table_cells_span_the_rows_of_an_entry_and_draw_intervals() -> None:
     axis = Axis(0.0, 2.0, ("0", "2"))
-    columns = [Column("arm", spans=True), Column("evaluation"), Column("", axis=axis), Column("time", spans=True)]
+    columns = [
+        Column("arm", itemgetter(0), spans=True),
+        Column("evaluation", itemgetter(1)),
+        Column("", itemgetter(2), axis=axis),
+        Column("time", itemgetter(3), spans=True),
+    ]
     interval = Interval(1.0, 0.5, 1.5, level=3.0, seeds=(0.9,))
     rows = [["a", "x", interval, "1 s"], ["a", "y", None, "1 s"]]
     text = _table(Table("t", columns, rows, rows_per_entry=2))
@@ -143,10 +155,20 @@ def test_table_cells_span_the_rows_of_an_entry_and_draw_intervals() -> None:
     assert _parsed(text).tags["i"] == 4
 
 
+def test_a_measure_of_zero_is_shown_and_a_missing_one_is_a_dash(built: dict[str, Any]) -> None:
+    first = built["stages"][0]
+    rows = [{**first, "informative": value, "accuracy": {"sums": {"mean": 0.0}}, "ends": {}} for value in (0.0, None)]
+    section = html_stages.stages({**built, "stages": rows})
+    assert section is not None
+    text = _table(section.view["table"])
+    assert text.count('<td class="number">0.00</td>') == 1 and text.count('<td class="number">0.0</td>') == 2
+    assert text.count('<td class="number">–</td>') == 9  # four measures of each row and one `informative`
+
+
 def test_every_kind_of_cell_is_escaped_and_cleaned() -> None:
     bad = "<i>\"'&\x00\ud800"
     header = RowHeader(bad, (bad,), (bad,), href=bad)
-    text = _table(Table(bad, [Column(bad), Column(bad), Column(bad)], [[header, bad, [bad]], bad]))
+    text = _table(Table(bad, [Column(bad, itemgetter(index)) for index in range(3)], [[header, bad, [bad]], bad]))
     assert "<i>" not in text and "\x00" not in text and "\ud800" not in text
     # Caption and aria-label; 3 heads; header, href, detail, warning; cell; list item; group.
     assert text.count("&lt;i&gt;&#34;&#39;&amp;\ufffd\ufffd") == 12
@@ -311,12 +333,25 @@ def test_axis_limits_have_a_margin_and_are_never_equal() -> None:
     assert svg.spanning([0.0]) == (-5e-7, 5e-7)
 
 
-def test_spread_labels_keep_their_order_and_stay_close_to_the_wanted_positions() -> None:
-    assert svg.spread([10, 11, 50], 4, 0, 100) == [8.5, 12.5, 50]
-    # Wanted 1, 0 and 2: one block in the order 0, 1, 2, moved inside the bounds to 0, 4, 8.
-    assert svg.spread([1, 0, 2], 4, 0, 100) == [4, 0, 8]
-    found = svg.spread([5, 7, 9, 30, 31, 32, 33], 4, 0, 100)
-    assert all(b - a >= 4 - 1e-9 for a, b in itertools.pairwise(found))
+def test_bands_of_label_use_are_evenly_spaced_in_the_order_of_their_targets() -> None:
+    assert evenly_spaced([7, 0], 4) == [2.5, 0.5]
+    assert evenly_spaced([1, 0, 2], 6) == [2.5, 0.5, 4.5]
+    assert evenly_spaced([3, 3, 3], 3) == [0, 1, 2]  # equal targets keep their order
+    flows = [Flow("first", "RL", 64.0, ("a", "b")), Flow("second", "SFT", 32.0, ("c",))]
+    plot = label_flow("labels", "Labels", flows, ["a", "b", "c", "d"])
+    assert plot.description.endswith("first to RL, 64 labels, to a, b; second to SFT, 32 labels, to c; no labels in d")
+    assert plot.csv.splitlines()[1:] == ["first,RL,64.0,a", "first,RL,64.0,b", "second,SFT,32.0,c"]
+    heights = {text: float(y) for y, text in re.findall(r'y="([\d.]+)"[^>]*>([^<]+)<', plot.svg)}
+    gaps = [b - a for a, b in itertools.pairwise(heights[name] for name in ("a", "b", "c", "d: none"))]
+    assert all(abs(gap - gaps[0]) < 0.01 and gap > 15 for gap in gaps)
+
+
+def test_legend_of_arms_is_in_the_order_of_their_last_values() -> None:
+    ends = {"middle": 30.5, "low": 20.0, "high": 40.0}
+    lines = {name: (((0.0, 1.0), (10.0, end)),) for name, end in ends.items()}
+    series = [figures.Series(name, style, line) for style, (name, line) in enumerate(lines.items())]
+    plot = figures.stage_paths("s", "Accuracy", series, ["before", "RL"])
+    assert re.findall(r">(\w+ [\d.]+)</text>", plot.svg) == ["high 40.0", "middle 30.5", "low 20.0"]
 
 
 def test_curves_show_mean_and_range_over_seeds_at_common_steps() -> None:
@@ -332,7 +367,7 @@ def test_curves_show_mean_and_range_over_seeds_at_common_steps() -> None:
 
 def test_arms_of_equal_cost_are_plot_next_to_each_other() -> None:
     assert figures.sideways_shifts([256, 256, 256, 512]) == [-5.0, 0.0, 5.0, 0.0]
-    points = [figures.Point(name, 256.0, 0.5, 0.4, 0.6) for name in ("a", "b", "c")]
+    points = [figures.Estimate(name, 0.5, 0.4, 0.6, cost=256.0) for name in ("a", "b", "c")]
     axis = figures.CostAxis("labels", str)
     plot = figures.accuracy_by_cost("c", "Accuracy on sums", points, [("base_student", 0.1)], axis)
     verticals = re.findall(r'd="M ([\d.]+) [\d.]+\nL ([\d.]+) [\d.]+\n"[^>]*stroke: var\(--series', plot.element)

@@ -1,4 +1,4 @@
-"""What the report makes of its numbers: contrasts, predictions, the verdict."""
+"""Contrasts, predictions and the verdict."""
 
 from __future__ import annotations
 
@@ -27,48 +27,50 @@ def built(run: Path) -> dict[str, Any]:
     return report.build([run])
 
 
-def test_contrasts_are_the_paired_differences_of_the_files(run: Path, built: dict[str, Any]) -> None:
-    found = contrasts.find_contrast(built, "bridge", "direct_grpo", "sums")
-    assert found is not None
+def test_contrasts_equal_paired_differences_from_the_files(run: Path, built: dict[str, Any]) -> None:
+    contrast = contrasts.find_contrast(built, "bridge", "direct_grpo", "sums")
+    assert contrast is not None
 
     def table(arm: str) -> np.ndarray:
         seeds = [by_problem(graded(run, arm, seed), "correct") for seed in (0, 1, 2)]
         return np.array([[np.mean(by_problem[name]) for name in sorted(by_problem)] for by_problem in seeds])
 
     values = table("bridge") - table("direct_grpo")
-    assert found["difference"] == pytest.approx(values.mean(), abs=1e-6)
-    assert (found["seeds"], found["problems"], found["labels"]) == (3, 60, {"a": 96, "b": 96})
+    assert contrast["difference"] == pytest.approx(values.mean(), abs=1e-6)
+    assert (contrast["seeds"], contrast["problems"], contrast["labels"]) == (3, 60, {"a": 96, "b": 96})
     # Three stages of 12 steps at 1.5e9 and a cache at 2e9, against one such stage.
-    assert (found["flops"], found["equal"]) == ({"a": 5.6e10, "b": 1.8e10}, ["labels"])
+    assert (contrast["flops"], contrast["equal"]) == ({"a": 5.6e10, "b": 1.8e10}, ["labels"])
     # A bootstrap of its own, over problems alone, is no wider than the one over seeds too.
     draws = np.random.default_rng(0).integers(0, 60, (4000, 60))
     low, high = np.quantile(values.mean(axis=0)[draws].mean(axis=1), [0.025, 0.975])
-    assert found["low"] < low + 0.01 and found["high"] > high - 0.01
-    assert found["p"] == pytest.approx(stats.sign_flip_p(values.mean(axis=0)), abs=1e-6)
+    assert contrast["low"] < low + 0.01 and contrast["high"] > high - 0.01
+    assert contrast["p"] == pytest.approx(stats.sign_flip_p(values.mean(axis=0)), abs=1e-6)
     pairs = {(c["a"], c["b"]) for c in built["contrasts"]}
     wanted = set(CONTRASTS) | {(arm, "base_student") for arm in ARMS if arm != "base_student"}
     assert pairs == {pair for pair in wanted if set(pair) <= set(ARMS)}
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_all_right_or_all_wrong_has_intervals_and_no_verdict_beyond_them(tmp_path: Path, right: bool) -> None:
-    found = report.build([fake_run(tmp_path / "out", correct=lambda *_: right)])
-    accuracy = found["arms"]["bridge"]["accuracy"]["sums"]
+def test_all_correct_or_all_wrong_has_wide_intervals_and_is_undecided(tmp_path: Path, right: bool) -> None:
+    values = report.build([fake_run(tmp_path / "out", correct=lambda *_: right)])
+    accuracy = values["arms"]["bridge"]["accuracy"]["sums"]
     assert accuracy["mean"] == float(right)
     assert accuracy["high"] - accuracy["low"] == pytest.approx(1.959964**2 / (60 + 1.959964**2), abs=1e-5)
-    assert all(c["difference"] == 0 and c["p"] == 1 and c["low"] < 0 < c["high"] for c in found["contrasts"])
-    assert "is undecided" in found["verdict"] and "Whether fresh labels" in found["verdict"]
+    assert all(c["difference"] == 0 and c["p"] == 1 and c["low"] < 0 < c["high"] for c in values["contrasts"])
+    assert "is undecided" in values["verdict"] and "Whether fresh labels" in values["verdict"]
 
 
-def test_the_verdict_names_the_numbers_and_the_labels(built: dict[str, Any]) -> None:
-    said = built["verdict"]
+def test_verdict_states_accuracies_differences_and_labels(built: dict[str, Any]) -> None:
+    verdict = built["verdict"]
     upper = contrasts.find_contrast(built, "bridge", "direct_grpo", "sums")
     assert upper is not None
-    assert said.startswith("On sums (3 seeds × 60 problems) the paper's ordering raw_teacher < direct_grpo < bridge ")
-    assert f"bridge {100 * built['arms']['bridge']['accuracy']['sums']['mean']:.1f} %" in said
-    assert f"bridge − direct_grpo +{100 * upper['difference']:.1f} points" in said
-    assert "equal labels, 96 each, none on raw_teacher" in said
-    assert "labels not equal: bridge_rl 128, replay 64" in said
+    assert verdict.startswith(
+        "On sums (3 seeds × 60 problems) the paper's ordering raw_teacher < direct_grpo < bridge "
+    )
+    assert f"bridge {100 * built['arms']['bridge']['accuracy']['sums']['mean']:.1f} %" in verdict
+    assert f"bridge − direct_grpo +{100 * upper['difference']:.1f} points" in verdict
+    assert "equal labels, 96 each, none on raw_teacher" in verdict
+    assert "labels not equal: bridge_rl 128, replay 64" in verdict
 
 
 @pytest.mark.parametrize(
@@ -79,19 +81,19 @@ def test_the_verdict_names_the_numbers_and_the_labels(built: dict[str, Any]) -> 
         ({"raw_teacher": 0.4, "direct_grpo": 0.4, "bridge": 0.8}, "bridge is undecided:"),
     ],
 )
-def test_the_verdict_follows_the_numbers_also_against_the_paper(
-    tmp_path: Path, levels: dict[str, float], expected: str
-) -> None:
-    said = report.build([fake_run(tmp_path / "out", levels={**levels, "bridge_rl": 0.3, "replay": 0.6})])["verdict"]
-    assert expected in said
+def test_verdict_on_the_ordering_follows_the_numbers(tmp_path: Path, levels: dict[str, float], expected: str) -> None:
+    verdict = report.build([fake_run(tmp_path / "out", levels={**levels, "bridge_rl": 0.3, "replay": 0.6})])["verdict"]
+    assert expected in verdict
     # Without the state before stage 3, P3 can be refuted, since one of its parts is reversed, but never hold.
-    assert "P3, that fresh labels after the bridge help and matched replay does not, does not hold: bridge_rl " in said
+    assert (
+        "P3, that fresh labels after the bridge help and matched replay does not, does not hold: bridge_rl " in verdict
+    )
 
 
-def test_one_arm_alone_is_compared_with_the_student_before(tmp_path: Path) -> None:
+def test_verdict_compares_a_single_arm_with_the_untrained_student(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "bridge")}
-    found = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms)])
-    assert found["verdict"].startswith("On sums (1 seed × 60 problems) bridge is better than base_student: bridge ")
+    values = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms)])
+    assert values["verdict"].startswith("On sums (1 seed × 60 problems) bridge is better than base_student: bridge ")
     lone = report.build([fake_run(tmp_path / "lone", seeds=(0,), arms={"bridge": ARMS["bridge"]})])
     assert "no two arms to compare" in lone["verdict"]
 
@@ -106,14 +108,14 @@ def test_one_arm_alone_is_compared_with_the_student_before(tmp_path: Path) -> No
         ((0, 0), (0.0, 0.0), ["labels", "compute"]),
     ],
 )
-def test_labels_are_equal_to_the_label_and_compute_within_a_tenth(
+def test_equal_resources_labels_exactly_and_compute_within_a_tenth(
     labels: tuple[float, float], flops: tuple[float, float], expected: list[str]
 ) -> None:
-    found = contrasts.equal_resources(
+    equal = contrasts.equal_resources(
         dict(zip("ab", labels, strict=True)),
         dict(zip("ab", flops, strict=True)),
     )
-    assert found == expected
+    assert equal == expected
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +124,10 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return report.build([fake_run(tmp_path_factory.mktemp("every") / "out", seeds=(0, 1), arms={**ARMS, **MORE_ARMS})])
 
 
-def test_comparisons_are_grouped_by_what_is_equal_in_them(every: dict[str, Any]) -> None:
+def test_contrasts_are_grouped_by_equal_resources(every: dict[str, Any]) -> None:
     groups = {
-        title: {(c["a"], c["b"]) for c in held}
-        for title, held in contrasts.group_by_equality(contrasts.named_contrasts(every))
+        title: {(c["a"], c["b"]) for c in members}
+        for title, members in contrasts.group_by_equality(contrasts.named_contrasts(every))
     }
     assert ("bridge", "direct_grpo_compute") in groups["Equal labels and compute"]
     assert ("bridge", "opd_then_rl_compute") in groups["Equal labels and compute"]
@@ -134,7 +136,7 @@ def test_comparisons_are_grouped_by_what_is_equal_in_them(every: dict[str, Any])
     ]
     assert ("bridge_rl", "replay") in groups["Equal compute"]  # fresh labels are the point of it
     assert ("direct_grpo", "raw_teacher") in groups["Neither equal"]
-    named = [pair for held in groups.values() for pair in held]
+    named = [pair for members in groups.values() for pair in members]
     assert sorted(named) == sorted(CONTRASTS)
 
 
@@ -169,32 +171,30 @@ UP, OPEN, DOWN = (1.0, 3.0, 5.0), (-1.0, 1.0, 3.0), (-5.0, -3.0, -1.0)
         (OPEN, DOWN, "does not hold"),
     ],
 )
-def test_a_prediction_holds_with_all_its_parts_and_falls_with_any(
+def test_prediction_holds_if_all_parts_hold_and_fails_if_any_is_reversed(
     lower: tuple[float, float, float], upper: tuple[float, float, float], expected: str
 ) -> None:
-    found = _reading("P1", direct_grpo__raw_teacher=lower, bridge__direct_grpo=upper)
-    assert found["reading"] == expected
-    assert [(c["a"], c["b"], c["wants"]) for c in found["rests_on"]] == [
+    row = _reading("P1", direct_grpo__raw_teacher=lower, bridge__direct_grpo=upper)
+    assert row["reading"] == expected
+    assert [(c["a"], c["b"], c["wants"]) for c in row["rests_on"]] == [
         ("direct_grpo", "raw_teacher", "above"),
         ("bridge", "direct_grpo", "above"),
     ]
 
 
-def test_a_part_that_is_missing_leaves_a_prediction_unmeasured_unless_another_is_reversed() -> None:
-    found = _reading("P2", bridge__warmup_only=UP)
-    assert found["reading"] == "not measured" and "; missing: opd_only" in found["why"]
+def test_prediction_with_a_missing_part_is_not_measured_unless_another_is_reversed() -> None:
+    row = _reading("P2", bridge__warmup_only=UP)
+    assert row["reading"] == "not measured" and "; missing: opd_only" in row["why"]
     assert _reading("P2", bridge__warmup_only=DOWN)["reading"] == "does not hold"
     assert _reading("P2", bridge_rl__replay=UP)["reading"] == "not measured"
 
 
-def test_the_papers_confounded_arm_stands_beside_p2_and_decides_nothing() -> None:
-    found = _reading("P2", bridge__warmup_only=UP, bridge__opd_only=UP, bridge__teacher_sft=DOWN)
-    assert found["reading"] == "holds"
-    assert [(c["a"], c["b"], c["reading"]) for c in found["beside"]] == [("bridge", "teacher_sft", "does not hold")]
-    assert (
-        "the paper's “no OPD”, which makes the targets hard as well: bridge − teacher_sft −3.0 points" in found["why"]
-    )
-    assert "warmup_only takes 50.0 % of the bridge's FLOPs" in found["why"]
+def test_p2_shows_the_papers_confounded_arm_without_using_it() -> None:
+    row = _reading("P2", bridge__warmup_only=UP, bridge__opd_only=UP, bridge__teacher_sft=DOWN)
+    assert row["reading"] == "holds"
+    assert [(c["a"], c["b"], c["reading"]) for c in row["beside"]] == [("bridge", "teacher_sft", "does not hold")]
+    assert "the paper's “no OPD”, which makes the targets hard as well: bridge − teacher_sft −3.0 points" in row["why"]
+    assert "warmup_only takes 50.0 % of the bridge's FLOPs" in row["why"]
 
 
 @pytest.mark.parametrize(
@@ -207,51 +207,54 @@ def test_the_papers_confounded_arm_stands_beside_p2_and_decides_nothing() -> Non
         (DOWN, UP, DOWN, "does not hold"),
     ],
 )
-def test_p3_asks_for_a_gain_of_fresh_labels_and_none_of_replay(
+def test_p3_requires_a_gain_from_fresh_labels_and_none_from_replay(
     fresh: tuple[float, float, float],
     against: tuple[float, float, float],
     again: tuple[float, float, float],
     expected: str,
 ) -> None:
-    found = _reading("P3", bridge_rl__bridge_1h=fresh, bridge_rl__replay=against, replay__bridge_1h=again)
-    assert found["reading"] == expected
+    row = _reading("P3", bridge_rl__bridge_1h=fresh, bridge_rl__replay=against, replay__bridge_1h=again)
+    assert row["reading"] == expected
 
 
-def test_p3_says_how_much_of_the_gap_is_replay_doing_harm() -> None:
+def test_p3_splits_the_gap_into_gain_and_replay_loss() -> None:
     """60.8 before stage 3, 62.5 after fresh labels, 59.4 after replay: of 3.1 points 1.7 are gained and 1.4 (45 %) lost."""
-    found = _reading(
+    row = _reading(
         "P3",
         bridge_rl__bridge_1h=(0.2, 1.7, 3.2),
         bridge_rl__replay=(0.3, 3.1, 5.7),
         replay__bridge_1h=(-3.0, -1.4, 0.2),
     )
-    assert found["reading"] == "holds"
-    said = "+1.7 are fresh labels over bridge_1h and +1.4 (45 % of it) replay falling below it"
-    assert f"of the +3.1 points between bridge_rl and replay, {said}" in found["why"]
-    assert "replay may still add up to +0.2 points" in found["why"]
+    assert row["reading"] == "holds"
+    text = "+1.7 are fresh labels over bridge_1h and +1.4 (45 % of it) replay falling below it"
+    assert f"of the +3.1 points between bridge_rl and replay, {text}" in row["why"]
+    assert "replay may still add up to +0.2 points" in row["why"]
     # Where replay gained, nothing of the gap is harm; without the middle the gap cannot be divided.
     gained = _reading("P3", bridge_rl__bridge_1h=(1, 4, 6), bridge_rl__replay=(1, 3, 5), replay__bridge_1h=(-1, 1, 3))
     assert "falling below" not in gained["why"]
 
 
-def test_the_verdict_speaks_of_p2_p3_and_equal_compute_where_they_were_measured(every: dict[str, Any]) -> None:
-    said = every["verdict"]
+def test_verdict_includes_p2_p3_and_equal_compute_if_measured(every: dict[str, Any]) -> None:
+    verdict = every["verdict"]
     by_name = {row["name"]: row["reading"].replace("undecided", "is undecided") for row in every["predictions"]}
-    assert f"P2, that the bridge needs both its warm-up and OPD, {by_name['P2']}: bridge " in said
-    assert f"matched replay does not, {by_name['P3']}: bridge_1h " in said
-    one = contrasts.find_contrast(every, "bridge", "direct_grpo_compute", "sums")
-    assert one is not None
-    assert f"At equal compute the bridge is better than direct_grpo_compute ({contrasts.difference_text(one)};" in said
-    assert "; 56.0 GFLOPs and 54.0 GFLOPs)" in said and "not equal after all" not in said
+    assert f"P2, that the bridge needs both its warm-up and OPD, {by_name['P2']}: bridge " in verdict
+    assert f"matched replay does not, {by_name['P3']}: bridge_1h " in verdict
+    compute = contrasts.find_contrast(every, "bridge", "direct_grpo_compute", "sums")
+    assert compute is not None
+    assert (
+        f"At equal compute the bridge is better than direct_grpo_compute ({contrasts.difference_text(compute)};"
+        in verdict
+    )
+    assert "; 56.0 GFLOPs and 54.0 GFLOPs)" in verdict and "not equal after all" not in verdict
 
 
-def test_arms_that_were_to_match_compute_and_did_not_are_called_out(tmp_path: Path) -> None:
+def test_verdict_says_if_compute_matched_arms_are_not_equal(tmp_path: Path) -> None:
     arms = {**ARMS, "direct_grpo_compute": ARMS["direct_grpo"]}
-    said = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms)])["verdict"]
-    assert "; 56.0 GFLOPs and 18.0 GFLOPs, not equal after all)" in said
+    verdict = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms)])["verdict"]
+    assert "; 56.0 GFLOPs and 18.0 GFLOPs, not equal after all)" in verdict
 
 
-def test_a_failed_node_is_told_with_its_sentence_and_what_stands_on_it_is_not_run(tmp_path: Path) -> None:
+def test_failed_node_is_reported_with_its_sentence_and_skipped_arms(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0, 1))
     opd = names(out, "bridge_rl", 1)[-2]  # OPD on 1H, which bridge_rl and replay share
     own = names(out, "direct_grpo", 0)[-1]
@@ -260,36 +263,36 @@ def test_a_failed_node_is_told_with_its_sentence_and_what_stands_on_it_is_not_ru
         failed = {"sentence": sentence, "code": 4, "traceback": "a/private/path"}
         (out / "nodes" / node / "FAILED").write_text(json.dumps(failed))
     (out / "nodes" / names(out, "replay", 1)[-1] / "DONE").unlink()
-    found = report.write(out)
-    direct, replay = found["arms"]["direct_grpo"], found["arms"]["replay"]
+    values = report.write(out)
+    direct, replay = values["arms"]["direct_grpo"], values["arms"]["replay"]
     assert direct["failed"]["0"] == {
         "state": "failed", "node": own, "stage": "student_rl", "sentence": "no group differs.", "code": 4
     }  # fmt: skip
     assert direct["unfinished"] == {} and set(direct["accuracy"]["sums"]["per_seed"]) == {"1"}
     assert (replay["failed"]["1"]["state"], replay["failed"]["1"]["node"]) == ("not run", opd)
     assert (
-        "Failed: student_rl (seed 0): no group differs. Failed: opd (seed 1): opd, step 3 of 12: " in found["verdict"]
+        "Failed: student_rl (seed 0): no group differs. Failed: opd (seed 1): opd, step 3 of 12: " in values["verdict"]
     )
-    assert found["verdict"].endswith("Not run because of it: bridge_rl, replay.")
-    page, text = (out / "report.html").read_text(), " ".join(printed(found, 110).split())
+    assert values["verdict"].endswith("Not run because of it: bridge_rl, replay.")
+    page, text = (out / "report.html").read_text(), " ".join(printed(values, 110).split())
     assert "failed on seed 0: no group differs." in page
     assert "not run on seed 1: opd failed: opd, step 3 of 12: the loss is &lt;b&gt;not finite&lt;/b&gt;" in page
     assert "replay: not run on seed 1 (opd failed: opd, step 3 of 12: the loss is <b>not finite</b>)" in text
-    assert "private" not in page + text + json.dumps(found)
+    assert "private" not in page + text + json.dumps(values)
 
 
-def test_validation_labels_are_counted_apart_and_said_in_the_caption(tmp_path: Path) -> None:
+def test_validation_labels_are_counted_apart_and_noted_below_the_table(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,))
     ledger = out / "nodes" / names(out, "bridge", 0)[-1] / "ledger.jsonl"
     rows = [json.loads(line) for line in ledger.read_text().splitlines()]
     looks = {**rows[0], "purpose": "validation", "labels": [f"v{i}" for i in range(30)], "checks": 120, "flops": 5e9}
     write_rows(ledger, [*rows, looks, {**looks, "step": 4}])
-    found = report.write(out)
-    bridge = found["arms"]["bridge"]
+    values = report.write(out)
+    bridge = values["arms"]["bridge"]
     assert bridge["labels"] == {"distinct": 96, "checks": 768} and bridge["flops"] == 5.6e10  # as without them
     assert bridge["apart"]["validation"]["labels"] == {"distinct": 30, "checks": 240}
     assert bridge["apart"]["validation"]["flops"] == 1e10
-    page, text = (out / "report.html").read_text(), " ".join(printed(found, 110).split())
+    page, text = (out / "report.html").read_text(), " ".join(printed(values, 110).split())
     assert "Accuracy on sums and costs (and 30 validation labels)" in page
     assert "and 30 validation labels, which decided when stages end, in bridge" in text
     assert "validation 10.0 GFLOPs" in text

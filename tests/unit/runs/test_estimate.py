@@ -17,11 +17,12 @@ from headwater.config.recipe import Lora
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
 from headwater.models import lora
-from headwater.models import policy as model
-from headwater.models.policy import Shape
-from headwater.runs.estimate import Asked, estimates
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.shape import Shape
+from headwater.runs.estimate import Assumptions, estimates
 from headwater.runs.hardware import DEVICES, MODELS
-from headwater.runs.memory_estimate import FOUR_BITS, Held, Work, held_bytes, pass_bytes
+from headwater.runs.memory_estimate import FOUR_BITS, PersistentMemory, WorkingMemory
 from headwater.runs.setup import prepared
 from headwater.training.update import make_optimizer, update
 from runs import TINY, call, held, infos, rows, sets, temporary, tiny
@@ -52,7 +53,7 @@ def test_tokens_and_flops_of_every_node_are_those_of_its_ledger_within_a_quarter
     out = measured()
     recipe = find_recipe("pocket", [*TINY, *CHANGES])
     with prepared(recipe, ["bridge_rl"], [0]) as (plan, inputs):
-        said = {one.name: one for one in estimates(plan, inputs, Asked(mean_tokens(out)))}
+        said = {one.name: one for one in estimates(plan, inputs, Assumptions(mean_tokens(out)))}
         most = {one.name: one for one in estimates(plan, inputs)}
     spent: dict[str, dict[str, float]] = {}
     for folder, _ in infos(out):
@@ -143,18 +144,18 @@ BILLIONS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_known_models_have_the_parameters_that_their_publishers_count(name: str) -> None:
-    assert Shape.known(MODELS[name]).parameters / 1e9 == pytest.approx(BILLIONS[name], rel=0.003)
+    assert Shape.from_fields(MODELS[name]).parameters / 1e9 == pytest.approx(BILLIONS[name], rel=0.003)
 
 
 def test_memory_of_what_is_held_is_what_each_part_takes() -> None:
-    shape = Shape.known(MODELS["Qwen/Qwen3-8B"])
-    whole = held_bytes(Held(shape, 0, False, (), 2), 1)
+    shape = Shape.from_fields(MODELS["Qwen/Qwen3-8B"])
+    whole = PersistentMemory(shape, 0, False, (), 2).bytes(1)
     assert whole == 18.0 * shape.parameters  # float32 weights, gradients, two moments, and the copy that autocast makes
     adapter = shape.adapter_parameters(16, None)
     assert adapter == 43_646_976  # 36 layers × 16 × (4096+4096 + 2·(4096+1024) + 4096+4096 + 3·(4096+12288))
-    assert held_bytes(Held(shape, adapter, False, (), 2), 1) == 2.0 * shape.parameters + 16.0 * adapter
+    assert PersistentMemory(shape, adapter, False, (), 2).bytes(1) == 2.0 * shape.parameters + 16.0 * adapter
     rest = shape.parameters - shape.body_parameters
-    four = held_bytes(Held(shape, adapter, True, (shape,), 2), 4)
+    four = PersistentMemory(shape, adapter, True, (shape,), 2).bytes(4)
     assert four == pytest.approx(
         (FOUR_BITS * shape.body_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters) / 4
     )
@@ -192,13 +193,18 @@ def test_memory_of_an_update_is_what_the_allocator_counts_within_a_quarter(case:
         pytest.skip("the extra `lora` is not installed")
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32, "vocab_size": 2048}
     folder = tiny_folder(tmp_path / "model", std=0.02, **sizes)
-    models, wanted = TINY_MODELS.model_copy(update=how), None if adapt is None else lora.Wanted(adapt, (0,))
-    policy = model.load(str(folder), "models.student", models, CPU, False, adapt=wanted)
+    models, wanted = TINY_MODELS.model_copy(update=how), None if adapt is None else lora.AdapterSpec(adapt, (0,))
+    policy = load_policy(
+        ModelFolder.open(str(folder), "models.student"), LoadOptions(models, CPU, frozen=False, adapter=wanted)
+    )
     stage, tokens = stage_of(objective, batch_size=16, group_size=4), 16 * 128
     made = [rollout_of((1, 6, 2, row % 9), tuple(3 + (row + at) % 20 for at in range(124))) for row in range(16)]
     found = [Row(one, advantage=1.0 if row % 2 else -1.0) for row, one in enumerate(made)]
     if objective == "opd":
-        found = taught(found, model.load(str(folder), "models.teacher", TINY_MODELS, CPU, True))
+        found = taught(
+            found,
+            load_policy(ModelFolder.open(str(folder), "models.teacher"), LoadOptions(TINY_MODELS, CPU, frozen=True)),
+        )
     there = sum(one.numel() * one.element_size() for one in policy.model.parameters())
     optimizer = make_optimizer(policy, stage.optim)
     grown = most_allocated(
@@ -206,7 +212,7 @@ def test_memory_of_an_update_is_what_the_allocator_counts_within_a_quarter(case:
     )
     width, logits = 2 if models.dtype == "bfloat16" else 4, 2 if objective == "opd" else 1
     more = 0 if policy.adapter is None else policy.adapter.parameters
-    work = Work(policy.shape, tokens, 0, 128, width, models.gradient_checkpointing, cuda=False, logits=logits)
-    said = held_bytes(Held(policy.shape, more, False, (), width), 1) + pass_bytes(work)
+    work = WorkingMemory(policy.shape, tokens, 0, 128, width, models.gradient_checkpointing, cuda=False, logits=logits)
+    said = PersistentMemory(policy.shape, more, False, (), width).bytes(1) + work.pass_bytes()
     print(f"{case}: {said / 1e6:.1f} MB said, {(there + grown) / 1e6:.1f} MB measured")
     assert said == pytest.approx(there + grown, rel=0.25)

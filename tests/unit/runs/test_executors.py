@@ -1,4 +1,4 @@
-"""Nodes side by side, failures that stay where they are, workers that die, one process a folder, nodes taken over."""
+"""Parallel nodes, isolated failures, dead workers, one process per folder, reused nodes."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ LONG = ("stages.student_rl.steps=24", "stages.warmup.steps=24")  # two nodes sid
 
 
 @cache
-def one_after_the_other() -> Path:
-    """The study that nothing disturbs, in this process."""
+def serial_study() -> Path:
+    """An undisturbed study, in this process."""
     out = temporary() / "serial"
     said = tiny("study", out, "--arms", ARMS, "--workers", "1", changes=LONG)
     assert said.code == 0 and "nodes done" not in said.err, said.err
     return out
 
 
-# Side by side --------------------------------------------------------------------------------------------------------
+# Parallel nodes --------------------------------------------------------------------------------------------------------
 
 
-def test_two_workers_make_what_one_makes_bit_for_bit_and_say_where_the_study_stands(tmp_path: Path) -> None:
+def test_two_workers_give_the_bits_of_one_and_report_study_progress(tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = tiny("study", out, "--arms", ARMS, "--workers", "2", changes=LONG)
     assert said.code == 0, said.err
-    assert_same(out, one_after_the_other())
+    assert_same(out, serial_study())
     ended = [line for line in said.err.splitlines() if line.startswith("[")]
     assert sorted(line.split("]")[0] for line in ended) == [f"[{number}/6" for number in range(1, 7)]  # a line a node
     assert [line.split("(")[-1].split(" nodes")[0] for line in ended] == [f"{done} of 6" for done in range(1, 7)]
@@ -82,20 +82,20 @@ def test_two_workers_make_what_one_makes_bit_for_bit_and_say_where_the_study_sta
         (Compute(workers=3), "cuda", 2, 3),  # what was asked for counts
     ],
 )
-def test_as_many_workers_as_the_cores_allow_unless_the_recipe_says(
+def test_worker_limit_follows_the_cores_unless_the_recipe_sets_it(
     compute: Compute, device: str, cores: int, workers: int
 ) -> None:
     assert worker_limit(compute, torch.device(device), cores) == workers
 
 
-def test_there_are_never_more_workers_than_ends_to_run_towards(tmp_path: Path) -> None:
+def test_worker_count_is_at_most_one_per_last_node(tmp_path: Path) -> None:
     with job_of(tmp_path, "bridge,raw_teacher,direct_grpo", "compute.workers=8") as job:
         assert worker_count(job) == 3
     with job_of(tmp_path, "bridge", "compute.workers=8") as job:
         assert worker_count(job) == 1  # so a run of one arm stays in this process
 
 
-def test_the_node_with_the_most_work_behind_it_goes_first_and_parents_go_before_children(tmp_path: Path) -> None:
+def test_longest_remaining_chain_starts_first_and_parents_before_children(tmp_path: Path) -> None:
     with job_of(tmp_path, "bridge,direct_grpo") as job:
         costs = {name: {"teacher_rl": 1.0, "student_rl": 5.0}.get(name.split(".")[0], 2.0) for name in job.todo}
         stages = [name.split(".")[0] for name in critical_path_first(job, costs)]
@@ -105,10 +105,10 @@ def test_the_node_with_the_most_work_behind_it_goes_first_and_parents_go_before_
     ]  # fmt: skip
 
 
-# What fails -----------------------------------------------------------------------------------------------------------
+# Failures -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_that_stops_takes_along_only_what_stands_on_it_and_is_tried_again(tmp_path: Path) -> None:
+def test_failed_node_skips_only_its_descendants_and_is_retried_by_the_next_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     mute = ["stages.teacher_rl.sampling.max_tokens=1", "stages.teacher_rl.steps=3", "guards.patience=2"]
     said = tiny("study", out, "--arms", "direct_grpo,bridge", changes=[*mute, "guards.no_signal=stop"])
@@ -135,7 +135,7 @@ def test_a_stage_that_stops_takes_along_only_what_stands_on_it_and_is_tried_agai
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
-def test_one_arm_that_stops_ends_with_its_own_sentence(tmp_path: Path) -> None:
+def test_single_arm_that_fails_ends_with_its_own_message(tmp_path: Path) -> None:
     mute = ["stages.student_rl.sampling.max_tokens=1", "guards.patience=2", "guards.no_signal=stop"]
     said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=mute)
     assert (said.code, said.out) == (4, "")
@@ -150,7 +150,7 @@ def test_one_arm_that_stops_ends_with_its_own_sentence(tmp_path: Path) -> None:
         (ZeroDivisionError("division\nby zero"), 1, "ZeroDivisionError: division by zero"),
     ],
 )
-def test_whatever_a_node_raises_is_written_down_with_its_code(
+def test_error_of_a_node_is_written_to_its_failed_file_with_the_exit_code(
     error: Exception, code: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_node = executor.run_node
@@ -172,20 +172,20 @@ def test_whatever_a_node_raises_is_written_down_with_its_code(
     assert held(out / "report.json")["arms"]["opd_only"]["accuracy"]
 
 
-# Workers that die, and those that are asked to stop -------------------------------------------------------------------
+# Dead workers and stop requests -------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def job_of(folder: Path, arms: str, *changes: str, progress_display: ProgressDisplay | None = None) -> Iterator[Job]:
     """The tiny recipe's nodes, none of them done, for an executor."""
     wanted = arms.split(",")
-    silent = ProgressDisplay(lambda line: None, lambda title, number, total: contextlib.nullcontext(deaf()))
+    silent = ProgressDisplay(lambda line: None, lambda title, number, total: contextlib.nullcontext(silent_progress()))
     with prepared(find_recipe("pocket", [*TINY, *changes]), wanted, [0]) as (plan, inputs):
         todo = {plan.names[one]: one for one in plan.order()}
         yield Job(plan, inputs, wanted, RunDir(folder), todo, progress_display or silent, lambda: False)
 
 
-def deaf() -> NodeProgress:
+def silent_progress() -> NodeProgress:
     return NodeProgress(lambda done, total, unit: None, lambda count, metrics: None, lambda: False)
 
 
@@ -205,11 +205,11 @@ for line in sys.stdin:
 
 
 @pytest.mark.parametrize("deaths", [1, 2])
-def test_a_node_whose_worker_is_killed_is_tried_once_more_and_then_counts_as_failed(
-    deaths: int, tmp_path: Path
-) -> None:
+def test_node_of_a_killed_worker_is_retried_once_and_then_fails(deaths: int, tmp_path: Path) -> None:
     lines: list[str] = []
-    progress_display = ProgressDisplay(lines.append, lambda title, number, total: contextlib.nullcontext(deaf()))
+    progress_display = ProgressDisplay(
+        lines.append, lambda title, number, total: contextlib.nullcontext(silent_progress())
+    )
     (tmp_path / "deaths").write_text(str(deaths))
     with job_of(tmp_path, "raw_teacher,direct_grpo", progress_display=progress_display) as job:
         failures = LocalExecutor(2, (sys.executable, "-c", FAKE))(job)
@@ -227,7 +227,7 @@ def test_a_node_whose_worker_is_killed_is_tried_once_more_and_then_counts_as_fai
         assert sorted({*begun}) == sorted(job.todo.keys() - {opd})
 
 
-def test_a_worker_that_ends_by_itself_is_named_by_its_code() -> None:
+def test_exit_reason_names_code_or_signal() -> None:
     assert exit_reason(3) == "ended with code 3" and exit_reason(-15) == "was killed by SIGTERM"
 
 
@@ -254,7 +254,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_killed_worker_is_replaced_and_an_interrupted_study_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+def test_killed_worker_is_replaced_and_interrupted_study_resumes_bit_for_bit(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(out)
     assert process.stderr is not None
@@ -279,14 +279,14 @@ def test_a_killed_worker_is_replaced_and_an_interrupted_study_goes_on_as_if_noth
         assert not held or (held[-1].name == f"{len(rows(path)):06d}" and (held[-1] / "sums.json").exists())
     assert not all((path / "DONE").exists() for path in out.glob("nodes/*"))
     assert tiny("study", out, "--arms", ARMS, "--workers", "1", changes=LONG).code == 0
-    assert_same(out, one_after_the_other())
+    assert_same(out, serial_study())
 
 
 def node_of(out: Path, stage: str) -> Path:
     return next((out / "nodes").glob(f"{stage}.*"))
 
 
-def test_no_worker_outlives_a_killed_study_which_holds_its_folder_no_longer(tmp_path: Path) -> None:
+def test_killed_study_leaves_no_worker_and_releases_its_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(out)
     wait_for_steps(out, "student_rl", 2, process)
@@ -307,7 +307,7 @@ def test_no_worker_outlives_a_killed_study_which_holds_its_folder_no_longer(tmp_
         pass
 
 
-# Nodes taken over -----------------------------------------------------------------------------------------------------
+# Reused nodes -----------------------------------------------------------------------------------------------------
 
 
 def contents(out: Path) -> dict[str, tuple[int, bytes]]:
@@ -322,10 +322,8 @@ def refuse_to_run(node: Node, place: Any) -> None:
     raise AssertionError(f"{node.stage} ran again")
 
 
-def test_what_another_run_has_done_is_taken_over_with_what_it_cost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, other = tmp_path / "out", one_after_the_other()
+def test_reuse_takes_over_finished_nodes_with_their_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, other = tmp_path / "out", serial_study()
     before = contents(other)
     monkeypatch.setattr(executor, "run_node", refuse_to_run)
     said = tiny("run", out, "--arm", "raw_teacher", "--reuse", other, changes=LONG)
@@ -339,8 +337,8 @@ def test_what_another_run_has_done_is_taken_over_with_what_it_cost(
     assert contents(other) == before
 
 
-def test_only_what_is_the_same_work_is_taken_over_and_going_on_leaves_the_other_run_as_it_was(tmp_path: Path) -> None:
-    out, other, changes = tmp_path / "out", one_after_the_other(), [*LONG, "stages.opd.steps=3"]
+def test_reuse_takes_over_equal_fingerprints_only_and_leaves_the_other_run_unchanged(tmp_path: Path) -> None:
+    out, other, changes = tmp_path / "out", serial_study(), [*LONG, "stages.opd.steps=3"]
     before = contents(other)
     said = tiny("run", out, "--arm", "raw_teacher", "--reuse", other, changes=changes)
     assert said.code == 0, said.err
@@ -352,13 +350,13 @@ def test_only_what_is_the_same_work_is_taken_over_and_going_on_leaves_the_other_
     assert contents(other) == before
 
 
-def test_where_there_are_no_hard_links_nodes_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reuse_copies_nodes_where_hard_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(source: str, target: str) -> None:
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", link)
     monkeypatch.setattr(executor, "run_node", refuse_to_run)
-    other = one_after_the_other()
+    other = serial_study()
     assert tiny("run", tmp_path / "out", "--arm", "raw_teacher", "--reuse", other, changes=LONG).code == 0
     for path, info in infos(tmp_path / "out"):
         there = other / "nodes" / path.name
@@ -368,18 +366,18 @@ def test_where_there_are_no_hard_links_nodes_are_copied(tmp_path: Path, monkeypa
         assert all((path / name).read_bytes() == (there / name).read_bytes() for name in files)
 
 
-def test_a_folder_without_a_run_is_refused_for_reuse_before_anything_is_written(tmp_path: Path) -> None:
+def test_reuse_refuses_a_folder_without_a_run_before_writing(tmp_path: Path) -> None:
     said = tiny("run", tmp_path / "out", "--reuse", tmp_path / "no")
     assert said.code == 2 and said.err == f"headwater: --reuse {tmp_path / 'no'}: holds no run of ours\n"
     assert not (tmp_path / "out").exists()
 
 
-# One process a folder -------------------------------------------------------------------------------------------------
+# One process per folder -------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_in_use_can_be_reported_on_and_a_foreign_one_gets_no_lock_file(tmp_path: Path) -> None:
-    with RunDir(one_after_the_other()).locked():
-        assert call("report", one_after_the_other(), "--out", tmp_path / "report").code == 0
+def test_locked_folder_can_be_reported_and_foreign_folder_gets_no_lock_file(tmp_path: Path) -> None:
+    with RunDir(serial_study()).locked():
+        assert call("report", serial_study(), "--out", tmp_path / "report").code == 0
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "mine.txt").write_text("mine")
@@ -387,7 +385,7 @@ def test_a_folder_in_use_can_be_reported_on_and_a_foreign_one_gets_no_lock_file(
     assert [path.name for path in foreign.iterdir()] == ["mine.txt"]
 
 
-def test_runs_that_differ_in_their_workers_make_one_report(tmp_path: Path) -> None:
+def test_runs_with_different_worker_counts_make_one_report(tmp_path: Path) -> None:
     for seed in ("0", "1"):
         said = tiny("run", tmp_path / seed, "--arm", "direct_grpo", "--seed", seed, "--workers", str(1 + int(seed)))
         assert said.code == 0, said.err
@@ -395,7 +393,7 @@ def test_runs_that_differ_in_their_workers_make_one_report(tmp_path: Path) -> No
     assert said.code == 0 and json.loads(said.out)["seeds"] == [0, 1]
 
 
-def test_a_crash_lets_go_of_the_folder(tmp_path: Path) -> None:
+def test_crash_releases_the_folder_lock(tmp_path: Path) -> None:
     code = f"from pathlib import Path\nfrom headwater.storage.run_dir import RunDir\nwith RunDir(Path({str(tmp_path)!r})).locked():\n"
     holder = subprocess.Popen([sys.executable, "-c", f"{code}    print('held', flush=True); input()"],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip

@@ -29,10 +29,10 @@ def values_of(sweep: Sweep) -> list[Any]:
     return [point.value for point in sweep.points]
 
 
-# What is asked ---------------------------------------------------------------------------------------------------------
+# Definition of a sweep ---------------------------------------------------------------------------------------------------------
 
 
-def test_budgets_not_named_are_a_quarter_half_once_and_twice_the_recipes() -> None:
+def test_default_budgets_are_a_quarter_half_once_and_twice_the_recipes() -> None:
     sweep = pocket("labels", None, "labels.budget=100")
     assert values_of(sweep) == [25, 50, 100, 200] and sweep.arms == ("direct_grpo", "bridge")
     assert [point.recipe.labels.budget for point in sweep.points] == [25, 50, 100, 200]
@@ -40,7 +40,7 @@ def test_budgets_not_named_are_a_quarter_half_once_and_twice_the_recipes() -> No
         pocket("labels", None, "labels.budget=null")
 
 
-def test_the_pocket_teachers_are_those_of_the_students_family() -> None:
+def test_default_teachers_are_those_of_the_students_family() -> None:
     assert values_of(pocket("teacher")) == [
         "pocket:qwen3-student", "pocket:qwen3-teacher", "pocket:qwen3-teacher-large",
     ]  # fmt: skip
@@ -50,7 +50,7 @@ def test_the_pocket_teachers_are_those_of_the_students_family() -> None:
         pocket("teacher", None, "models.student=/models/mine")
 
 
-def test_each_lambda_samples_in_the_groups_of_student_rl_with_as_many_rollouts_a_step() -> None:
+def test_lambda_uses_the_group_size_of_student_rl_and_keeps_rollouts_per_step() -> None:
     sweep = pocket("lambda", None, "stages.student_rl.group_size=4")
     assert values_of(sweep) == [0.0, 0.25, 0.5, 0.75, 1.0] and sweep.arms == ("mixed",)
     for point in sweep.points:
@@ -60,12 +60,12 @@ def test_each_lambda_samples_in_the_groups_of_student_rl_with_as_many_rollouts_a
     assert own.group_size == 16  # --set has the last word
 
 
-def test_a_batch_that_lambdas_groups_do_not_divide_is_refused_in_one_sentence() -> None:
+def test_lambda_refuses_a_batch_that_its_groups_do_not_divide() -> None:
     with pytest.raises(UserError, match=r"lambda, value 0: .*batch_size 60 is not a multiple of group_size 8"):
         pocket("lambda", "0,1", "stages.opd.batch_size=60")
 
 
-def test_any_field_may_be_varied_and_its_value_is_the_number_that_the_recipe_holds() -> None:
+def test_any_field_can_be_varied_and_values_are_those_of_the_parsed_recipe() -> None:
     sweep = pocket("stages.opd.optim.lr", "1e-4,0.001,.5")
     assert values_of(sweep) == [0.0001, 0.001, 0.5]
     assert [point.name for point in sweep.points] == ["0.0001", "0.001", "0.5"]
@@ -86,12 +86,12 @@ def test_any_field_may_be_varied_and_its_value_is_the_number_that_the_recipe_hol
         ("--seeds", "1", "name labels, teacher, lambda or a field"),
     ],
 )
-def test_what_cannot_be_varied_so_is_one_sentence(vary: str, values: str | None, said: str) -> None:
+def test_invalid_variation_is_refused_in_one_sentence(vary: str, values: str | None, said: str) -> None:
     with pytest.raises(UserError, match=said):
         pocket(vary, values)
 
 
-def test_arms_and_seeds_are_checked_before_anything_is_read() -> None:
+def test_arms_and_seeds_are_checked_before_data_are_read() -> None:
     with pytest.raises(UserError, match="no such arm"):
         pocket("labels", "64", arms=["bridges"])
     with pytest.raises(UserError, match="--arms: bridge and bridge are the same"):
@@ -100,14 +100,14 @@ def test_arms_and_seeds_are_checked_before_anything_is_read() -> None:
     assert (said.code, said.out) == (2, "") and "--seeds 1,one" in said.err
 
 
-def test_folders_are_named_by_their_values() -> None:
+def test_folder_names_derive_from_values() -> None:
     assert folder_name("pocket:qwen3-teacher") == "pocket-qwen3-teacher"
     assert folder_name("/models/Qwen3-8B/") == "models-Qwen3-8B"
     assert folder_name(1.0) == "1" and folder_name(2.5e-7) == "2.5e-07" and folder_name("..") == "empty"
     assert text_of(True) == "true"
 
 
-def test_a_points_own_command_makes_the_same_recipe_in_the_same_folder() -> None:
+def test_command_of_a_point_gives_the_same_recipe_in_the_same_folder() -> None:
     sweep = pocket("lambda", "0.25", "labels.budget=32")
     words = shlex.split(sweep.study_command(sweep.points[0], Path("my runs")))
     assert words[:3] == ["headwater", "study", "pocket"] and words[-2:] == ["--out", "my runs/0.25"]
@@ -117,7 +117,7 @@ def test_a_points_own_command_makes_the_same_recipe_in_the_same_folder() -> None
     assert find_recipe("pocket", changes) == sweep.points[0].recipe
 
 
-# What the numbers say, on numbers made up -------------------------------------------------------------------------------
+# Sentences, tables, plot and page of made-up results -------------------------------------------------------------------------------
 
 
 def scored(mean: float) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def made_up(vary: str, values: list[Any], bridge: list[float | None], direct: fl
     return {**found, "said": sweep_report.sentences(found)}
 
 
-def test_the_words_say_where_the_bridge_is_better_where_it_is_undecided_and_where_the_order_turns() -> None:
+def test_sentences_say_where_an_arm_is_better_undecided_and_where_the_order_changes() -> None:
     said = made_up("labels", [64, 128, 256, 512], [0.6, 0.58, 0.51, 0.4])["said"]
     assert said == [
         "On sums, at labels 64 and 128 bridge is better than direct_grpo; at labels 512 bridge is worse than direct_grpo; "
@@ -154,7 +154,7 @@ def test_the_words_say_where_the_bridge_is_better_where_it_is_undecided_and_wher
     ]
 
 
-def test_a_failed_point_stands_in_words_table_plot_and_page_with_its_sentence() -> None:
+def test_failed_point_is_shown_in_sentences_table_plot_and_page() -> None:
     found = made_up("labels", [64, 128], [0.6, None])
     assert found["said"][1] == "labels 128 failed: no group had rewards that differ."
     svg, _ = sweep_plot.draw(found)
@@ -163,7 +163,7 @@ def test_a_failed_point_stands_in_words_table_plot_and_page_with_its_sentence() 
     assert sweep_report.cell(found["points"][1], "bridge", "sums") == "failed"
 
 
-def test_one_arm_is_compared_with_itself_at_the_first_value() -> None:
+def test_single_arm_is_compared_with_itself_at_the_first_value() -> None:
     found = made_up("lambda", [0.0, 0.5, 1.0], [0.6, 0.62, 0.5])
     against = [{**found["points"][0]["contrasts"][0], "arm": "bridge", "a": value, "b": 0.0} for value in (0.5, 1.0)]
     against[1] |= {"low": -0.13, "high": -0.07, "p": 0.001}
@@ -174,7 +174,7 @@ def test_one_arm_is_compared_with_itself_at_the_first_value() -> None:
     ]
 
 
-def test_models_go_by_their_short_names_where_these_differ() -> None:
+def test_model_names_are_shortened_where_they_stay_distinct() -> None:
     assert sweep_report.names(["pocket:a", "/models/b/", 0.5]) == ["a", "b", "0.5"]
     assert sweep_report.names(["x/model", "y/model"]) == ["x/model", "y/model"]
 
@@ -189,11 +189,11 @@ def test_models_go_by_their_short_names_where_these_differ() -> None:
         ("teacher", ["a", "b"], "category"),
     ],
 )
-def test_the_axis_suits_the_values(vary: str, values: list[Any], kind: str) -> None:
+def test_axis_kind_follows_the_values(vary: str, values: list[Any], kind: str) -> None:
     assert sweep_plot.axis_kind(made_up(vary, values, [0.5, 0.6])) == kind
 
 
-def test_doubling_budgets_stand_equally_far_apart_and_every_line_has_its_name_beside_it() -> None:
+def test_plot_spaces_doubling_budgets_equally_and_names_every_line() -> None:
     found = made_up("labels", [64, 128, 256], [0.5, 0.6, 0.7])
     svg, png = sweep_plot.draw(found)
     assert (svg, png) == sweep_plot.draw(found)
@@ -206,7 +206,7 @@ def test_doubling_budgets_stand_equally_far_apart_and_every_line_has_its_name_be
     assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=0.01)
 
 
-def test_the_page_holds_the_plot_in_its_own_colours_and_fetches_nothing() -> None:
+def test_page_inlines_the_plot_in_page_colours_and_fetches_nothing() -> None:
     found = made_up("labels", [64, 128], [0.6, 0.7])
     found["said"] = ["<b>&"]
     page = sweep_page.page(found, sweep_plot.draw(found)[0])
@@ -216,7 +216,7 @@ def test_the_page_holds_the_plot_in_its_own_colours_and_fetches_nothing() -> Non
     assert 'aria-label="Accuracy in per cent.' in page and "bridge on sums by labels 64: 60.0, 128: 70.0" in page
 
 
-# Sweeps that ran --------------------------------------------------------------------------------------------------------
+# Finished sweeps --------------------------------------------------------------------------------------------------------
 
 MIXED = ("--vary", "lambda", "--values", "0,.5", "--arms", "direct_grpo,mixed")
 
@@ -234,7 +234,7 @@ def node_names(out: Path) -> set[str]:
     return {path.name for path, _ in infos(out)}
 
 
-def test_what_points_share_runs_once_and_stands_in_both_folders() -> None:
+def test_shared_nodes_run_once_and_are_in_both_folders() -> None:
     first, second = swept() / "0", swept() / "0.5"
     shared = node_names(first) & node_names(second)
     assert {name.split(".")[0] for name in shared} == {
@@ -247,7 +247,7 @@ def test_what_points_share_runs_once_and_stands_in_both_folders() -> None:
         ).read_text()
 
 
-def test_sweep_json_says_what_the_points_reports_say() -> None:
+def test_sweep_json_agrees_with_the_reports_of_its_points() -> None:
     found = held(swept() / "sweep.json")
     assert (found["recipe"], found["vary"], found["values"]) == ("pocket", "lambda", [0.0, 0.5])
     assert (found["seeds"], found["arms"]) == ([0], ["direct_grpo", "mixed"])
@@ -264,7 +264,7 @@ def test_sweep_json_says_what_the_points_reports_say() -> None:
     assert (one["a"], one["b"]) == (0.5, 0.0) and one["difference"] == pytest.approx(means[1] - means[0], abs=2e-6)
 
 
-def test_the_table_as_csv_has_a_row_for_each_value_and_arm() -> None:
+def test_csv_has_a_row_for_each_value_and_arm() -> None:
     rows = list(csv.DictReader((swept() / "sweep.csv").read_text(encoding="utf-8").splitlines()))
     assert [(row["lambda"], row["arm"]) for row in rows] == [
         (value, arm) for value in ("0", "0.5") for arm in ("base_student", "base_teacher", "direct_grpo", "mixed")
@@ -274,7 +274,7 @@ def test_the_table_as_csv_has_a_row_for_each_value_and_arm() -> None:
     assert float(rows[-1]["labels"]) == found["labels"]["distinct"] and float(rows[-1]["flops"]) == found["flops"]
 
 
-def test_the_picture_shows_a_line_in_the_colour_of_each_arm() -> None:
+def test_png_shows_a_line_in_the_colour_of_each_arm() -> None:
     pixels = matplotlib.image.imread(swept() / "sweep.png")[..., :3].reshape(-1, 3)
     for style in (0, 3):  # direct_grpo and mixed
         colour = COLOURS[style].removeprefix("#")
@@ -282,7 +282,7 @@ def test_the_picture_shows_a_line_in_the_colour_of_each_arm() -> None:
         assert (abs(pixels - wanted).max(axis=1) < 0.01).sum() > 100
 
 
-def test_run_again_a_sweep_runs_nothing_and_a_further_value_runs_only_what_it_adds(tmp_path: Path) -> None:
+def test_repeated_sweep_runs_nothing_and_a_new_value_runs_only_new_nodes(tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(swept(), out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("DONE")}
@@ -298,7 +298,7 @@ def test_run_again_a_sweep_runs_nothing_and_a_further_value_runs_only_what_it_ad
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_point_that_stops_itself_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_failed_point_does_not_stop_the_others(tmp_path: Path) -> None:
     out = tmp_path / "out"
     length = "stages.student_rl.sampling.max_tokens"  # nothing is right within one token, so no group carries a signal
     guard = ("guards.no_signal=stop", "guards.patience=2", "stages.student_rl.batch_size=32")
@@ -311,7 +311,7 @@ def test_a_point_that_stops_itself_does_not_stop_the_others(tmp_path: Path) -> N
     assert first["failed"][:40] in (out / "sweep.html").read_text(encoding="utf-8")
 
 
-def test_every_point_is_checked_before_the_first_starts(tmp_path: Path) -> None:
+def test_all_points_are_checked_before_the_first_starts(tmp_path: Path) -> None:
     said = tiny("sweep", tmp_path / "out", "--vary", "labels", "--values", "16,65")
     assert (said.code, said.out) == (2, "") and "value 65: labels.budget 65 is more than the 64" in said.err
     (tmp_path / "out" / "16").mkdir(parents=True)
@@ -321,7 +321,7 @@ def test_every_point_is_checked_before_the_first_starts(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "32").exists()
 
 
-def test_a_dry_run_counts_shared_nodes_once_and_leaves_out_budgets_beyond_the_data(tmp_path: Path) -> None:
+def test_dry_run_counts_shared_nodes_once_and_omits_budgets_beyond_the_data(tmp_path: Path) -> None:
     options = ("--vary", "labels", "--arms", "direct_grpo", "--out", tmp_path / "out", "--dry-run")
     said = call("sweep", "pocket", *options, *sets("labels.budget=64"))
     assert said.code == 0 and "value 128" in said.err and "left out" in said.err and not (tmp_path / "out").exists()
@@ -334,7 +334,7 @@ def test_a_dry_run_counts_shared_nodes_once_and_leaves_out_budgets_beyond_the_da
     assert [(row["value"], row["nodes"], row["shared"]) for row in rows] == [(0.0, 7, 0), (0.5, 1, 6)]
 
 
-def test_what_reads_a_sweep_loads_no_torch() -> None:
+def test_sweep_report_loads_no_torch() -> None:
     code = "import sys, headwater.runs.sweep, headwater.report.sweep_page; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert said.stdout.strip() == "False"

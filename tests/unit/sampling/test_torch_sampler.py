@@ -11,7 +11,8 @@ import torch
 from scipy import stats
 
 from headwater.config.stage import Sampling
-from headwater.models import policy as models
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.sampling.base import Request, requests_for
 from headwater.sampling.decoder import decoder_for
 from headwater.sampling.torch_sampler import TorchSampler, draw_tokens
@@ -248,9 +249,13 @@ def test_top_k_and_top_p_keep_the_likeliest_and_renormalise_by_hand() -> None:
 def test_a_policy_that_recomputes_activations_in_training_samples_as_any_other(tmp_path) -> None:  # type: ignore[no-untyped-def]
     """Gradient checkpointing refuses a KV cache while training; sampling must not notice, and must leave it on."""
     folder = str(tiny_folder(tmp_path / "model"))
-    plain = models.load(folder, "models.student", MODELS, torch.device("cpu"), frozen=False)
+    plain = load_policy(
+        ModelFolder.open(folder, "models.student"), LoadOptions(MODELS, torch.device("cpu"), frozen=False)
+    )
     settings = MODELS.model_copy(update={"gradient_checkpointing": True})
-    saving = models.load(folder, "models.student", settings, torch.device("cpu"), frozen=False)
+    saving = load_policy(
+        ModelFolder.open(folder, "models.student"), LoadOptions(settings, torch.device("cpu"), frozen=False)
+    )
     assert saving.model.training and saving.model.is_gradient_checkpointing
     ours, theirs = (TorchSampler(one).sample(requests(), Sampling(max_tokens=12)) for one in (saving, plain))
     assert told(ours) == told(theirs)

@@ -17,7 +17,7 @@ import runs
 from headwater.config.builtin import builtin_text
 from headwater.config.recipe import parse_recipe
 from headwater.errors import UserError
-from headwater.models import policy as model
+from headwater.models.folder import ModelFolder
 from headwater.storage.run_dir import NodeDir
 from headwater.tasks.word_problems import WordsDials, pool_of
 from tiny import CPU
@@ -55,7 +55,7 @@ def test_configs_and_one_tokenizer_ship_without_weights_in_less_than_a_megabyte(
 
 
 def test_shipped_shapes_are_those_of_the_specs_and_as_large_as_is_said() -> None:
-    parameters = {name: model.Shape.of(str(SHIPPED / name)).parameters for name in DESK}
+    parameters = {name: ModelFolder.open(str(SHIPPED / name), "models.student").shape.parameters for name in DESK}
     # A layer of the student: 384·64·(2·6 + 2·2) for attention and 3·384·1152 for the MLP; 8 layers, and 384·4096 tied.
     assert parameters["student"] == 8 * (384 * 64 * 16 + 3 * 384 * 1152) + 384 * 4096 == 15_335_424
     assert 10e6 < parameters["student"] < 30e6
@@ -260,17 +260,17 @@ def test_without_weights_a_run_is_refused_in_a_sentence_that_says_what_makes_the
 
 
 def test_a_name_stands_for_the_folder_here_once_that_holds_weights(elsewhere: Path) -> None:
-    assert model.resolve("desk:teacher", "models.teacher") == str(SHIPPED / "teacher")
+    assert ModelFolder.open("desk:teacher", "models.teacher").path == str(SHIPPED / "teacher")
     with pytest.raises(UserError, match="desk:teacher has no weights yet"):
-        model.refuse_without_weights("desk:teacher", str(SHIPPED / "teacher"), "models.teacher")
+        ModelFolder.open("desk:teacher", "models.teacher").require_weights()
     (elsewhere / "desk" / "teacher").mkdir(parents=True)
-    assert model.resolve("desk:teacher", "models.teacher") == str(SHIPPED / "teacher")
+    assert ModelFolder.open("desk:teacher", "models.teacher").path == str(SHIPPED / "teacher")
     (elsewhere / "desk" / "teacher" / "model.safetensors").touch()
-    assert model.resolve("desk:teacher", "models.teacher") == str(Path("desk/teacher"))
+    assert ModelFolder.open("desk:teacher", "models.teacher").path == str(Path("desk/teacher"))
     with pytest.raises(
         UserError, match="no desk model 'desk:giant'; there are desk:student, desk:teacher, desk:teacher-large"
     ):
-        model.resolve("desk:giant", "models.teacher")
+        ModelFolder.open("desk:giant", "models.teacher")
 
 
 def test_pretrained_tiny_models_go_through_all_four_stages_of_the_recipe(elsewhere: Path) -> None:

@@ -1,0 +1,208 @@
+"""Resolve a model name and inspect the folder's files: each is checked and read once, on first use."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from headwater.errors import UserError
+from headwater.models import adapter_files, untrusted_files
+from headwater.models.shape import Shape
+from headwater.models.tokenizer import read_tokenizer, stop_ids_of
+from headwater.models.untrusted_files import as_user_error
+
+transformers_logging.disable_progress_bar()  # a run loads and saves dozens of models and shows its own progress
+transformers_logging.set_verbosity_error()  # what transformers warns about while loading is refused here with a UserError
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+
+FULL_HASH_BYTES, SAMPLED_BLOCKS, BLOCK_BYTES = 256 << 20, 512, 16 << 10
+"""Files up to the first size are hashed in full; of larger ones so many blocks of so many bytes are hashed."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's files: a local folder or a hub id. Open one with `ModelFolder.open`.
+
+    name   the model as the user named it, for error messages
+    field  the recipe field or option that names it; every error message starts with it
+    path   the folder or hub id that the name stands for
+
+    Properties raise UserError for files that are missing, damaged or unsafe. No property reads weights.
+    """
+
+    name: str
+    field: str
+    path: str
+    trust_remote_code: bool = False
+    _json: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, name: str, field: str, trust_remote_code: bool = False) -> ModelFolder:
+        """Resolve a model name and refuse a folder with unsafe files. Nothing is downloaded.
+
+        `pocket:NAME` ships with the package. `desk:NAME` is ./desk/NAME if that holds weights; otherwise the shipped folder,
+        which lacks weights and is enough to plan with (see `require_weights`).
+
+        Raises UserError that names the field for a missing folder or an unknown pocket or desk model.
+        """
+        return cls(name, field, _resolve(name, field), trust_remote_code)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder and not a hub id."""
+        return Path(self.path).is_dir()
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds a LoRA adapter and no model of its own."""
+        return _is_adapter(Path(self.path))
+
+    def require_weights(self) -> None:
+        """Raises UserError for a desk model that has not been pretrained yet."""
+        if self.is_local and not list(Path(self.path).glob("*.safetensors")):
+            raise UserError(
+                f"{self.field}: {self.name} has no weights yet; `python -m tools.pretrain desk`, in a checkout of the source, makes "
+                "them in ./desk"
+            )
+
+    def require_trusted(self) -> None:
+        """Raises UserError if a config names code to import, or describes a model much larger than the weights."""
+        folder = Path(self.path)
+        if not self.is_local:
+            return  # transformers applies the same rules to a hub id and downloads safetensors only
+        if not self.trust_remote_code:
+            for name in untrusted_files.CONFIGS:
+                if (folder / name).is_file():
+                    untrusted_files.refuse_code(self.json(name), folder / name, self.field)
+        if self.is_adapter:
+            self.base.require_trusted()
+        elif list(folder.glob("*.safetensors")):
+            untrusted_files.refuse_unlike_weights(self.json("config.json"), folder, self.field, self.name)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file of the folder."""
+        if name not in self._json:
+            self._json[name] = untrusted_files.read_object(Path(self.path, name), self.field, self.name)
+        return self._json[name]
+
+    @cached_property
+    def base(self) -> ModelFolder:
+        """The folder with the full model: an adapter's base, or this folder. An adapter of an adapter is refused."""
+        if not self.is_adapter:
+            return self
+        config = self.json(adapter_files.CONFIG)
+        problem = adapter_files.unsupported(config)
+        if problem is None and not Path(self.path, adapter_files.WEIGHTS).is_file():
+            problem = f"it holds no {adapter_files.WEIGHTS}"
+        if problem is not None:
+            raise UserError(f"{self.field}: {self.path} is an adapter that cannot be used ({problem})")
+        name = config["base_model_name_or_path"]
+        base = ModelFolder.open(name, f"{self.field}: the base of the adapter {self.path}", self.trust_remote_code)
+        if base.is_adapter:
+            raise UserError(
+                f"{self.field}: the adapter {self.path} is based on {name}, another adapter; merge that one first"
+            )
+        return base
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config of the full model."""
+        self.require_trusted()
+        with as_user_error(f"{self.field}: the config of {self.name} cannot be read"):
+            return AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """The generation config; if there is none, the one that transformers derives from the config."""
+        with as_user_error(f"{self.field}: the generation config of {self.name} cannot be read"):
+            try:
+                return GenerationConfig.from_pretrained(self.base.path)
+            except (OSError, ValueError):
+                return GenerationConfig.from_model_config(self.config)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        self.require_trusted()
+        with as_user_error(f"{self.field}: the tokenizer of {self.name} cannot be loaded"):
+            return read_tokenizer(self.path, self.trust_remote_code)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every token id that ends a completion."""
+        return stop_ids_of(self.generation_config, self.config, self.tokenizer)
+
+    @cached_property
+    def shape(self) -> Shape:
+        with as_user_error(f"{self.field}: the config of {self.name} cannot be used"):
+            return Shape.from_config(self.config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the files that decide outcomes, an adapter's base included; of a hub id, hash of its name."""
+        if not self.is_local:
+            return hashlib.sha256(self.path.encode()).hexdigest()[:16]
+        return content_hash(Path(self.path), self.base.fingerprint if self.is_adapter else "")
+
+
+def content_hash(folder: Path, prefix: str = "") -> str:
+    """Hash of a folder's configs, tokenizer and weights.
+
+    Of a large file, its size and blocks spread evenly from its first MiB to its last are hashed, so that 16 GB take a moment.
+    A change that touches none of the blocks goes unnoticed; training changes all of a tensor.
+    """
+    digest = hashlib.sha256(prefix.encode())
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}\n".encode())
+        with path.open("rb") as file:
+            if size <= FULL_HASH_BYTES:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+                continue
+            digest.update(file.read(1 << 20))
+            for block in range(1, SAMPLED_BLOCKS):
+                file.seek(block * (size - BLOCK_BYTES) // SAMPLED_BLOCKS)
+                digest.update(file.read(BLOCK_BYTES))
+            file.seek(size - (1 << 20))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / adapter_files.CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def _resolve(name: str, field: str) -> str:
+    family, colon, short = name.partition(":")
+    if colon and family in ("pocket", "desk"):
+        pretrained, shipped = Path(family) / short, Path(str(files("headwater"))) / family
+        if family == "desk" and list(pretrained.glob("*.safetensors")):
+            return str(pretrained)
+        known = sorted(path.parent.name for path in shipped.glob("*/config.json"))
+        if short not in known:
+            names = ", ".join(f"{family}:{model}" for model in known)
+            raise UserError(f"{field}: no {family} model {name!r}; there are {names}")
+        return str(shipped / short)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not _is_adapter(folder):
+            raise UserError(f"{field}: the folder {name} holds no config.json, so no model")
+        if not list(folder.glob("*.safetensors")):
+            raise UserError(f"{field}: the folder {name} holds no *.safetensors; other weight formats are not read")
+        untrusted_files.refuse_unsafe(folder, field, name)
+        return str(folder)
+    if HUB_ID.match(name):
+        return name
+    raise UserError(f"{field}: no such model folder: {name}")

@@ -1,0 +1,137 @@
+"""Load a policy from a model folder: all weights, an adapter, or FSDP2 shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from headwater.config import recipe as config
+from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from headwater.errors import UserError
+from headwater.models import fsdp, fsdp_weights, lora
+from headwater.models.folder import ModelFolder
+from headwater.models.packed_attention import enable_packing
+from headwater.models.policy import Policy, split_head, with_root_weights
+from headwater.models.tokenizer import read_tokenizer
+from headwater.models.untrusted_files import as_user_error
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a model.
+
+    models       the recipe's precision and gradient checkpointing
+    frozen       whether none of the weights will train
+    adapter      train an adapter of this kind and freeze the weights; None trains all weights
+    fingerprint  name of the weights; None hashes the folder
+    ranks        processes that load the model together; each keeps its shard of every weight
+    """
+
+    models: config.Models
+    device: torch.device
+    frozen: bool
+    adapter: lora.AdapterSpec | None = None
+    fingerprint: str | None = None
+    ranks: ProcessGroup = SINGLE_PROCESS
+
+
+def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
+    """Load a model and its tokenizer. With several ranks, all must call it.
+
+    A model that will train keeps float32 weights even if it computes in bfloat16: steps of 1e-6 vanish when rounded to
+    bfloat16. A frozen one is held in the compute type.
+
+    Raises UserError that names the field if the folder, hub id or tokenizer cannot be loaded.
+    """
+    spec, ranks, device = options.adapter, options.ranks, options.device
+    if not ranks.single_process and spec is not None and spec.lora.quantize is not None:
+        raise UserError(
+            "models.lora.quantize: four-bit weights run in one process; leave torchrun out, or leave it out"
+        )
+    folder.require_weights()
+    folder.require_trusted()
+    base, compute_dtype = folder.base, getattr(torch, options.models.dtype)
+    base_frozen = options.frozen or spec is not None
+    quantization = None if spec is None else lora.quantization_config(spec.lora.quantize, compute_dtype)
+    with as_user_error(f"{folder.field}: {folder.name} cannot be loaded"):
+        tokenizer = read_tokenizer(folder.path, folder.trust_remote_code)
+        dtype = compute_dtype if base_frozen else torch.float32
+        model = None if ranks.single_process else fsdp_weights.build_without_weights(base, dtype)
+        if model is None:
+            model = _read_model(folder, dtype, quantization, device)
+    _disable_dropout(model)
+    model.requires_grad_(not base_frozen)
+    continues = spec is not None and spec.continues and folder.is_adapter
+    merges = folder.is_adapter and not continues
+    if merges and quantization is not None:
+        raise UserError(
+            f"{folder.field}: {folder.name} is an adapter, which cannot be added to weights in four bits; set models.lora.output: "
+            "adapter to continue training it, or merge it first (`headwater merge`)"
+        )
+    adapter = None if spec is None else lora.attach_adapter(model, base.path, spec, folder if continues else None)
+    if options.models.gradient_checkpointing and not options.frozen:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    else:
+        model.eval()
+    meta_model = None
+    if ranks.single_process:
+        _move(model, device)
+    else:
+        meta_model = fsdp.shard_model(model, ranks, device)
+        fsdp_weights.load_shards(model, base.path, device, ranks)
+    if merges:
+        lora.merge_into(model, folder)
+    body, head = split_head(model, device)
+    packs = with_root_weights(model, lambda: enable_packing(model, body, device))
+    if not ranks.single_process:
+        model.reshard()
+    fingerprint = options.fingerprint or folder.fingerprint
+    return Policy(
+        model, tokenizer, folder, fingerprint, device, compute_dtype, body, head, packs, ranks, meta_model, adapter
+    )
+
+
+def _read_model(folder: ModelFolder, dtype: torch.dtype, quantization: Any, device: torch.device) -> Any:
+    """The model with its weights. Raises UserError if the files lack weights, which transformers would draw at random."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder.base.path,
+        dtype=dtype,
+        trust_remote_code=folder.trust_remote_code,
+        use_safetensors=True,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, with the name
+        quantization_config=quantization,
+        device_map=None if quantization is None else {"": device},  # quantized while they are read, on their device
+    )
+    model, info = loaded
+    random = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if random:
+        raise UserError(
+            f"{folder.field}: {folder.name} cannot be loaded (its files lack {len(random)} weights that its config.json asks for, "
+            f"such as {random[0]}, or hold them in another shape; they would be random)"
+        )
+    return model
+
+
+def _move(model: Any, device: torch.device) -> None:
+    model.to(device)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Weights mapped from a file may have unaligned addresses, on which some kernels round differently.
+            parameter.data = parameter.data.clone()
+
+
+def _disable_dropout(model: Any) -> None:
+    """With dropout the trainer's log-probs would differ from the sampler's."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0  # attention layers hold a copy of the config's
+    model.config.attention_dropout = 0.0

@@ -1,0 +1,59 @@
+"""Limit the time and memory of untrusted code (a chat template) that runs in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+
+PAGE_BYTES = resource.getpagesize()
+
+
+class OutOfTimeError(Exception):
+    """The time limit is over."""
+
+
+@contextlib.contextmanager
+def resource_limits(seconds: float, megabytes: int) -> Iterator[None]:
+    """Raises OutOfTimeError or MemoryError from the body if it takes more. Has no effect outside the main thread.
+
+    Time is limited by SIGALRM, which only the main thread receives; memory by the address space of the whole process, so that
+    another thread's large allocation could fail meanwhile: keep bodies short.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_alarm(number: int, frame: object) -> None:
+        raise OutOfTimeError
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (soft, hard, _used() + megabytes * 2**20) if limit != resource.RLIM_INFINITY]
+    handler = signal.signal(signal.SIGALRM, on_alarm)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+        yield
+    finally:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:  # the alarm may go off on this very line
+            signal.signal(signal.SIGALRM, handler)
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if timer[0]:
+            signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+def _used() -> int:
+    """Bytes of address space in use; where the system does not tell, a number so large that it limits nothing."""
+    try:
+        statm = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
+        return 1 << 62
+    try:
+        return int(os.read(statm, 100).split()[0]) * PAGE_BYTES
+    finally:
+        os.close(statm)

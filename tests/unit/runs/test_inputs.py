@@ -1,0 +1,113 @@
+"""RunInputs: everything is read once and on first use, errors included, and what stands in for a run's readers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headwater.config.arms import ARMS
+from headwater.config.builtin import find_recipe
+from headwater.config.recipe import Source
+from headwater.data.sources import Loaded, load
+from headwater.errors import UserError
+from headwater.runs.inputs import RunInputs
+from headwater.runs.plan import make_plan
+from headwater.runs.read_once import InputError
+from headwater.runs.source_readers import load_with_missing_answers
+from headwater.types import Verdict
+from runs import TINY
+
+
+def counting(calls: list[str]) -> Any:
+    def read(source: Source, what: str, need_answers: bool, gold: Any = None) -> Loaded:
+        calls.append(what)
+        return load(source, what, need_answers, gold)
+
+    return read
+
+
+def file_of(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_nothing_is_read_before_it_is_used_and_nothing_twice() -> None:
+    calls: list[str] = []
+    with RunInputs(find_recipe("pocket", list(TINY)), counting(calls)) as inputs:
+        assert calls == []
+        assert inputs.pools and sorted(calls) == ["data.evals.sums", "data.labeled"]
+        make_plan(inputs.recipe, tuple(ARMS), (0, 1), inputs.content())
+        assert len(inputs.all_problems) == len(inputs.problems) + 5 and inputs.labels.budget == 16
+        assert inputs.tokenizer("student") is inputs.tokenizer("student")
+    assert len(calls) == 2
+
+
+def test_an_input_that_cannot_be_read_is_tried_once_and_names_its_part(tmp_path: Path) -> None:
+    calls: list[str] = []
+    recipe = find_recipe("pocket", [*TINY, f"data.labeled={{path: {tmp_path / 'none.jsonl'}}}"])
+    inputs = RunInputs(recipe, counting(calls))
+    for read in (lambda: inputs.labeled, lambda: inputs.pools, lambda: inputs.labels, lambda: inputs.problems):
+        with pytest.raises(InputError, match=r"data\.labeled: .*none\.jsonl: no such file") as refused:
+            read()
+        assert refused.value.part == "data" and refused.value.exit_code == 2
+    assert calls.count("data.labeled") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "part", "read"),
+    [
+        ("task=no_such_module:grade", "task", lambda inputs: inputs.grader),
+        ("labels.budget=65", "labels", lambda inputs: inputs.pools),
+        ("models.student=/nowhere", "model", lambda inputs: inputs.tokenizer("student")),
+        ("models.expert=null", "model", lambda inputs: inputs.weights_fingerprint("expert")),
+    ],
+)
+def test_an_error_is_named_after_the_input_that_it_is_about(change: str, part: str, read: Any) -> None:
+    with pytest.raises(InputError) as refused:
+        read(RunInputs(find_recipe("pocket", [*TINY, change])))
+    assert refused.value.part == part
+
+
+def test_a_bought_label_without_an_answer_is_refused_by_a_run_and_left_to_the_doctor_by_its_reader(
+    tmp_path: Path,
+) -> None:
+    rows = [{"problem": f"{n}+{n}", "answer": str(2 * n)} for n in range(10, 30)]
+    path = file_of(tmp_path / "labeled.jsonl", *rows, {"problem": "1+1", "answer": None})
+    recipe = find_recipe("pocket", [*TINY, f"data.labeled={{path: {path}}}", "labels.budget=21"])
+    with pytest.raises(UserError, match="row 21: the problem has no answer"):
+        _ = RunInputs(recipe).labeled
+    lenient = RunInputs(recipe, load_with_missing_answers)
+    assert len(lenient.labeled.without_answer) == 1
+    with pytest.raises(InputError, match="1 of the 21 problems that the budget buys have no answer"):
+        _ = lenient.labels
+
+
+def test_a_wrapped_grader_grades_every_label_and_shares_the_budget_of_the_original() -> None:
+    graded: list[str] = []
+
+    def wrap(grade: Any) -> Any:
+        def grade_and_note(pairs: Any) -> list[Verdict]:
+            graded.extend(text for _, text in pairs)
+            return [Verdict(True, "noted") for _ in pairs]
+
+        return grade_and_note
+
+    inputs = RunInputs(find_recipe("pocket", list(TINY)))
+    wrapped = inputs.with_grader(wrap)
+    label = inputs.pools.all[0]
+    assert wrapped.labels.check([(label, "a")])[0].reason == "noted" and inputs.labels.looked_at == {label}
+    problems, labels = wrapped.evals["sums"]
+    assert labels.check([(problems[0].id, "b")])[0].correct
+    assert graded == ["a", "b"] and wrapped.labeled is inputs.labeled
+
+
+def test_an_estimate_takes_a_missing_file_for_as_many_problems_as_its_limit(tmp_path: Path) -> None:
+    missing = f"data.labeled={{path: {tmp_path / 'none.jsonl'}, limit: 40}}"
+    inputs = RunInputs.for_estimate(find_recipe("pocket", [*TINY, missing]))
+    assert len(inputs.pool("all")) == 16 and len(inputs.labeled.problems) == 40
+    assert list(inputs.missing) == [
+        f"data.labeled: {tmp_path / 'none.jsonl'} is not here; assumed to hold 40 problems, its limit"
+    ]
