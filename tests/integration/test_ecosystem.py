@@ -221,7 +221,7 @@ def test_a_dry_run_alone_takes_its_options() -> None:
     for words, said in (
         (("--on", "h100"), "--on: needs --dry-run"),
         (("--dry-run", "--on", "h1000"), "--on h1000: unknown device; there are b200, h200, h100"),
-        (("--dry-run", "--on", "0xh100"), "--on 0xh100: not a device"),
+        (("--dry-run", "--on", "0xh100"), "--on 0xh100: unknown device"),
     ):
         answer = call("run", "pocket", *words)
         assert answer.code == 2 and said in answer.err

@@ -1,6 +1,6 @@
-"""What a recipe may say. Frozen pydantic models that refuse unknown keys; the resolved recipe is what runs.
+"""Recipe schema: frozen pydantic models that reject unknown keys, and reading a recipe with overrides.
 
-The optimizer, the sampler and the losses are built from these very objects, so what is written down is what was used.
+The optimizer, the sampler and the losses are built from these objects, so the recipe that is recorded is the one that ran.
 """
 
 from __future__ import annotations
@@ -19,31 +19,30 @@ from headwater.errors import UserError
 
 
 class Lora(Strict):
-    """Low-rank adapters on frozen weights, through peft; what a stage trains instead of all weights (docs/lora.md)."""
+    """Low-rank adapters (peft) that a stage trains instead of all weights (docs/lora.md)."""
 
     r: Annotated[int, Field(ge=1, le=65536)] = 16
     alpha: Annotated[int, Field(ge=1, le=1_000_000)] = 32
-    """The adapter's product is scaled by alpha / r."""
+    """The adapter's output is scaled by alpha / r."""
     dropout: float = 0.0
-    """Must be 0: the trainer's log-probs would not be the sampler's."""
+    """Must be 0: otherwise the trainer's log-probs differ from the sampler's."""
     targets: Literal["all-linear"] | tuple[Name, ...] = "all-linear"
-    """The matrices that get an adapter, by the last part of their names, such as `[q_proj, v_proj]`; the head gets none."""
+    """Matrices that get an adapter, by the last part of their names, such as `[q_proj, v_proj]`; never the head."""
     roles: Annotated[tuple[Literal["teacher", "student"], ...], Field(min_length=1)] = ("teacher", "student")
-    """Whose stages train adapters; the other's train all weights."""
+    """Roles whose stages train adapters; stages of the other role train all weights."""
     quantize: Literal["nf4"] | None = None
-    """Hold the frozen weights in four bits while an adapter trains on them (QLoRA); needs bitsandbytes."""
+    """Keep the frozen weights in four bits while an adapter trains (QLoRA); needs bitsandbytes."""
     output: Literal["merged", "adapter"] = "merged"
-    """What a stage leaves behind: a plain model folder with the adapter added in, or the adapter alone, which the next stage goes
-    on with."""
+    """Output of a stage: a plain model folder with the adapter merged, or the adapter alone, which the next stage continues."""
 
     @model_validator(mode="after")
     def _trains_what_is_sampled(self) -> Lora:
         if self.dropout != 0.0:
             raise ValueError(
-                "dropout must be 0: with it the trainer's log-probs would not be those that the sampler drew with"
+                "dropout must be 0: otherwise the trainer's log-probs differ from those that the sampler drew with"
             )
         if not self.targets:
-            raise ValueError("targets names no matrix; name some, or all-linear")
+            raise ValueError("targets is empty; name matrices, or all-linear")
         for name in self.targets if isinstance(self.targets, tuple) else ():
             if name in ("lm_head", "embed_tokens"):
                 raise ValueError(f"targets: {name} gets no adapter here; name matrices of the layers")
@@ -51,39 +50,39 @@ class Lora(Strict):
 
 
 class Models(Strict):
-    """Who learns and who teaches: a local folder, a hub id, `pocket:NAME` for a model shipped with the package, or `desk:NAME`
-    for one that `python -m tools.pretrain desk` makes."""
+    """Student and teacher: each a local folder, a hub id, `pocket:NAME` for a model shipped with the package, or `desk:NAME`
+    for one that `python -m tools.pretrain desk` trains."""
 
     student: str
     teacher: str | Annotated[dict[Name, str], Field(min_length=1)]
-    """Also `http://HOST:PORT/v1`, for one that a vLLM server scores with, and a mapping from a problem's tag (`data.columns.tag`)
-    to its teacher. Neither kind is trained (docs/engines.md)."""
+    """Also `http://HOST:PORT/v1`, a model behind a vLLM server, or a mapping from a problem's tag (`data.columns.tag`) to its
+    teacher. Neither kind is trained (docs/engines.md)."""
     expert: str | None = None
-    """The stronger model whose sampled answers fine-tune the teacher of the arm `sft_teacher`."""
+    """Stronger model; its sampled answers fine-tune the teacher in the arm `sft_teacher`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     lora: Lora | None = None
-    """Train low-rank adapters and not all weights; None trains all."""
+    """Train low-rank adapters; None trains all weights."""
 
     def named(self, role: str) -> dict[str, str]:
-        """Field -> model of a role; none where the recipe names none.
+        """Field -> model name of a role; empty if the recipe names none.
 
         Example: `{"models.teacher": "/models/t"}`, or `{"models.teacher.code": …, "models.teacher.maths": …}`.
         """
-        held = getattr(self, role)
-        if isinstance(held, dict):
-            return {f"models.{role}.{tag}": name for tag, name in sorted(held.items())}
-        return {} if held is None else {f"models.{role}": held}
+        names = getattr(self, role)
+        if isinstance(names, dict):
+            return {f"models.{role}.{tag}": name for tag, name in sorted(names.items())}
+        return {} if names is None else {f"models.{role}": names}
 
 
 class Prompt(Strict):
-    """How a problem becomes the user's turn."""
+    """How a problem becomes a chat prompt."""
 
     system: str | None = None
     template: str = "{problem}"
     thinking: bool = False
-    """Handed to chat templates that know `enable_thinking` (Qwen3)."""
+    """Passed to chat templates that have `enable_thinking` (Qwen3)."""
     max_tokens: Positive = 2048
 
     @model_validator(mode="after")
@@ -94,28 +93,28 @@ class Prompt(Strict):
 
 
 class Columns(Strict):
-    """Which columns hold the problem and the answer; None means the usual names are looked for."""
+    """Column names of problem and answer; None tries the usual ones."""
 
     problem: str | None = None
     answer: str | None = None
     tag: str | None = None
-    """Names the teacher of a problem where `models.teacher` is a mapping; generated problems have their task as tag."""
+    """Selects a problem's teacher if `models.teacher` is a mapping; generated problems are tagged with their task."""
 
 
 class Generate(Strict):
-    """Problems made on the spot by a task that has a generator (`sums`, `countdown`, `words`)."""
+    """Problems generated by a task that has a generator (`sums`, `countdown`, `words`)."""
 
     task: str = "sums"
-    """Whose problems; a source says it by itself, so that a grader of your own may be tried on them."""
+    """Task that generates them; independent of the recipe's `task`, so that your own grader can be tried on them."""
     pool: Literal["train", "unlabelled", "eval"]
     count: Annotated[int, Field(ge=1, le=1_000_000)]
     seed: Seed = 0
     dials: dict[str, Annotated[int, Field(ge=-1_000_000_000, le=1_000_000_000)]] = Field(default_factory=dict)
-    """Difficulty, in the task's own terms (docs/tasks.md); what is not said here is as the shipped models know it."""
+    """Difficulty parameters of the task (docs/tasks.md); the defaults are those that the shipped models were trained on."""
 
 
 class Source(Strict):
-    """Where problems come from: a file, a folder saved by `datasets`, a hub id, or a generator."""
+    """Source of problems: a file, a folder saved by `datasets`, a hub id, or a generator."""
 
     path: str | None = None
     split: str = "train"
@@ -138,42 +137,42 @@ class Source(Strict):
 class Data(Strict):
     labeled: Source
     unlabeled: Source | None = None
-    """Further bridge prompts, used with the labelled problems' texts in warm-up and OPD; no answers needed."""
+    """Further prompts for warm-up and OPD, in addition to the texts of the labelled problems; no answers needed."""
     evals: dict[Name, Source] = Field(min_length=1)
     validation: Source | None = None
-    """Labelled problems that decide when a stage with `until: {metric: validation}` ends; labels of their own account."""
+    """Labelled problems for stages with `until: {metric: validation}`; their labels are counted separately."""
 
 
 class LabelBudget(Strict):
-    """The scarce resource. `budget` is the number of distinct labelled problems that training may look at."""
+    """Label budget: the number of distinct labelled problems whose answers training may use."""
 
     budget: Positive | None = None
     split: Literal["full", "half"] = "full"
     """For arms without stage 3: `full` spends every label on the teacher, `half` only the first half (1H)."""
     seed: Seed = 0
-    """Which labels the budget buys; the same for every training seed unless changed."""
+    """Selects the labels within the budget; the same for every training seed unless changed."""
 
 
 class Evaluate(Strict):
-    """avg@k, pass@k and maj@k on every `data.evals`, before, between and after the stages."""
+    """avg@k, pass@k and maj@k on every `data.evals`, before, between and after stages."""
 
     samples: Positive = 4
     sampling: Sampling = Sampling()
 
 
 class Conditions(Strict):
-    """The paper's condition C2, measured beside every student stage that has a teacher; costs no label."""
+    """The paper's condition C2, measured during every student stage that has a teacher; uses no label."""
 
     problems: Natural = 64
-    """Held-out prompts (texts of the first evaluation) on which it is measured; 0 measures nothing."""
+    """Held-out prompts (from the first evaluation) to measure on; 0 disables the measurement."""
     every: Positive = 25
-    """Steps between two measurements; the first and the last state are always measured."""
+    """Steps between measurements; the initial and the final state are always measured."""
     top_k: Positive = 16
-    """For the overlap: how many of the likeliest tokens are compared."""
+    """Number of top tokens compared for the overlap."""
 
 
 class Guard(Strict):
-    """One guard of training: what to do when its figure, over the last `window` steps, is beyond `bound`."""
+    """A training guard: the action when its metric, over the last `window` steps, is beyond `bound`."""
 
     action: Literal["warn", "stop", "off"]
     bound: Annotated[float, Field(ge=0.0)]
@@ -187,14 +186,14 @@ GUARDS: dict[str, dict[str, Any]] = {
     "no_variance": {"action": "warn", "bound": 0.01, "window": 10},
     "sampler_gap": {"action": "warn", "bound": 0.05, "window": 10},
 }
-"""What a recipe leaves out of a guard. Each is explained in docs/guards.md; `guards` says how it is measured."""
+"""Defaults of each guard (docs/guards.md); `training.guards` defines the metrics."""
 
 
 class Guards(Strict):
-    """`truncation: stop` changes the action alone, `truncation: {action: stop, bound: 0.3}` what it names."""
+    """`truncation: stop` changes only the action, `truncation: {action: stop, bound: 0.3}` the named fields."""
 
     no_signal: Literal["stop", "continue"] = "stop"
-    """What to do when no group of the first `patience` steps of a stage has rewards that differ."""
+    """Action when in the first `patience` steps of a stage all rewards are equal within every group."""
     patience: Positive = 3
     kl_explosion: Guard
     entropy_collapse: Guard
@@ -204,26 +203,26 @@ class Guards(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _what_is_left_out_is_as_usual(cls, value: Any) -> Any:
+    def _fill_in_defaults(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {**value, **{name: _guard(value.get(name, {}), usual) for name, usual in GUARDS.items()}}
+        return {**value, **{name: _guard(value.get(name, {}), default) for name, default in GUARDS.items()}}
 
 
-def _guard(said: Any, usual: dict[str, Any]) -> Any:
-    """A guard as said, completed. YAML reads a bare `off` as false."""
-    said = {"action": "off" if said is False else said} if isinstance(said, (str, bool)) else said
-    return {**usual, **said} if isinstance(said, dict) else said
+def _guard(value: Any, default: dict[str, Any]) -> Any:
+    """A guard's value completed by its defaults. YAML reads a bare `off` as false."""
+    value = {"action": "off" if value is False else value} if isinstance(value, (str, bool)) else value
+    return {**default, **value} if isinstance(value, dict) else value
 
 
 class Resources(Strict):
-    """What one node takes of a cluster."""
+    """Cluster resources of one node."""
 
     cpus: Annotated[float, Field(ge=0.0, le=4096.0)] = 1.0
     gpus: Annotated[float, Field(ge=0.0, le=64.0)] | None = None
-    """None: one where `compute.device` is cuda, else none."""
+    """None: 1 if `compute.device` is cuda, else 0."""
     memory_gib: Annotated[float, Field(gt=0.0, le=65536.0)] | None = None
-    """None asks for no share of the memory."""
+    """None reserves no memory."""
 
 
 class Ray(Strict):
@@ -231,41 +230,41 @@ class Ray(Strict):
 
     node: Resources = Resources()
     stages: dict[Name, Resources] = Field(default_factory=dict)
-    """For nodes of one stage (`teacher_rl`, `warmup`, `teacher_rollouts`, …) in place of `node`."""
+    """Resources per stage (`teacher_rl`, `warmup`, `teacher_rollouts`, …), instead of `node`."""
     retries: Annotated[int, Field(ge=0, le=100)] = 2
-    """How often a node whose process died is begun again, from its last checkpoint."""
+    """Restarts of a node whose process died, from its last checkpoint."""
 
 
 class Vllm(Strict):
-    """How vLLM samples where `compute.sampler` names it (docs/engines.md)."""
+    """Settings of the vLLM sampler (docs/engines.md)."""
 
     memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
-    """Share of the device's memory that the engine takes while it samples, weights and cache together."""
+    """Fraction of device memory that the engine uses while it samples, weights and cache together."""
     cache_gb: Annotated[float, Field(gt=0.0, le=65536.0)] | None = None
-    """GiB of its key-value cache; None takes what `memory` leaves on a GPU, and 1 on a CPU."""
+    """KV cache in GiB; None uses what `memory` leaves on a GPU, and 1 on a CPU."""
     tensor_parallel_size: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Devices over which it divides every matrix; past 1 it starts a process for each, which is sent the weights."""
+    """Tensor-parallel devices; with more than 1, one process each, and weights are sent to them."""
     compiled: bool = True
-    """Whether it compiles the model and captures graphs: a minute or so at its start, faster steps ever after."""
+    """Compile the model and capture CUDA graphs: about a minute at start, faster steps afterwards."""
     sleep: bool = True
-    """Whether it gives its memory back while the policy trains; on a CPU, where it cannot, this says nothing."""
+    """Release its memory while the policy trains; ignored on a CPU."""
     importance_cap: Annotated[float, Field(gt=0.0)] | None = 2.0
-    """A policy-gradient token counts min(p_trainer / p_sampler, cap) times, as vLLM's own arithmetic drew it; None leaves that out."""
+    """Truncated importance weight min(p_trainer / p_sampler, cap) of each policy-gradient token; None disables it."""
 
 
 class Server(Strict):
-    """How a teacher behind a server is asked (`models.teacher: http://…`)."""
+    """Requests to a served teacher (`models.teacher: http://…`)."""
 
     seconds: Annotated[float, Field(gt=0.0, le=86_400.0)] = 120.0
-    """For one answer; then it is asked again."""
+    """Timeout of one request, which is then retried."""
     retries: Annotated[int, Field(ge=0, le=100)] = 5
-    """Further tries of a call that brings no usable answer, after pauses of 0.5, 1, 2 … 30 seconds."""
+    """Retries of a request without a usable response, after 0.5, 1, 2 … 30 seconds."""
     concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Calls under way at once."""
+    """Concurrent requests."""
     batch_tokens: Positive = 16384
-    """Tokens that one call has scored."""
+    """Tokens scored per request."""
     key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-    """The environment variable that holds the server's key; the key itself is never written down."""
+    """Environment variable with the server's API key; the key itself is never recorded."""
 
 
 class Compute(Strict):
@@ -275,18 +274,18 @@ class Compute(Strict):
     vllm: Vllm = Vllm()
     server: Server = Server()
     offload_teacher: bool = False
-    """Whether an in-process teacher waits in the machine's memory, but for its head, while it does not score."""
+    """Keep an in-process teacher, except its head, in host memory while it does not score."""
     microbatch_tokens: Positive = 16384
-    """Tokens in one forward and backward pass (a prompt that rows share counts once; padding counts where a model must be
-    padded); gradients are accumulated over the passes."""
+    """Tokens per forward and backward pass (a shared prompt counts once; padding counts for models that need it); gradients
+    are accumulated over the passes."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads of the tensor library; None leaves its own choice."""
+    """CPU threads of torch; None keeps its default."""
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Processes that run independent nodes side by side. None: as many as the cores allow at `threads` each; one on a GPU."""
+    """Processes that run independent nodes in parallel. None: as many as the cores allow at `threads` each; one on a GPU."""
     sample_batch: Positive = 256
-    """Sequences that the embedded sampler decodes at once."""
+    """Sequences that the torch sampler decodes at once."""
     score_ahead: Annotated[int, Field(ge=1, le=64)] = 1
-    """Parts in which a live teacher scores a step's rollouts, each while later ones are still sampled; pays where a core is idle."""
+    """Parts of a step's rollouts that a live teacher scores while later ones are sampled; helps if a core is idle."""
     grader_workers: Annotated[int, Field(ge=1, le=1024)] = 2
     grader_seconds: Annotated[float, Field(gt=0.0, le=86_400.0)] = 2.0
     deterministic: bool = True
@@ -294,7 +293,7 @@ class Compute(Strict):
 
 
 class Recipe(Strict):
-    """Everything that decides a run's outcome. The canonical recipe has four stages; arms are edits of it."""
+    """Everything that determines a run's outcome. The canonical recipe has four stages; arms are edits of it."""
 
     name: Name
     seed: Seed = 0
@@ -322,10 +321,7 @@ class Recipe(Strict):
 
 
 def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a YAML recipe and apply `path=value` overrides.
-
-    Raises UserError with one sentence that names the file and the field.
-    """
+    """Read a YAML recipe and apply `path=value` overrides. Raises UserError that names the file and the field."""
     try:
         with path.open("rb") as file:
             text = file.read(4 * yaml.LONGEST).decode("utf-8")
@@ -336,7 +332,7 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def parse_recipe(raw: Any, where: str, overrides: list[str] | None = None) -> Recipe:
-    """Validate a recipe given as plain values; `where` names it in the error sentence."""
+    """Validate a recipe given as plain values; `where` names it in errors."""
     if not isinstance(raw, dict):
         raise UserError(f"{where}: must be a mapping of fields, not {type(raw).__name__}")
     for override in overrides or []:
@@ -348,7 +344,7 @@ def parse_recipe(raw: Any, where: str, overrides: list[str] | None = None) -> Re
 
 
 def first_complaint(error: ValidationError) -> str:
-    """The first thing that pydantic found, as a sentence that names the field."""
+    """The first pydantic error as a sentence that names the field."""
     found = error.errors(include_url=False)[0]
     field = " ".join(".".join(str(part) for part in found["loc"]).split()) or "the recipe"
     if found["type"] == "extra_forbidden":
@@ -361,7 +357,7 @@ def first_complaint(error: ValidationError) -> str:
 
 def _with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     path, sign, text = override.partition("=")
-    keys, shown = path.strip().split("."), " ".join(override.split())  # a sentence is one line, whatever was typed
+    keys, shown = path.strip().split("."), " ".join(override.split())  # an error is one line, whatever was typed
     if not sign or not all(keys):
         raise UserError(f"--set {shown}: write it as path=value, such as stages.opd.steps=5")
     try:
@@ -369,13 +365,13 @@ def _with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     except UserError:
         raise UserError(f"--set {shown}: the value is not YAML") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        value = float(value)  # YAML 1.1 reads 1e-4 as text; a number was meant
+        value = float(value)  # YAML 1.1 reads 1e-4 as text
     return _put(raw, keys, value, shown)
 
 
 def _put(raw: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:
     if len(keys) == 1:
-        # Where a recipe gives steps they count, and epochs asked for on the command line would change nothing.
+        # `steps` take precedence over `epochs`, so epochs given on the command line remove the recipe's steps.
         return {**raw, **({"steps": None} if keys[0] == "epochs" and "steps" in raw else {}), keys[0]: value}
     child = {} if raw.get(keys[0]) is None else raw[keys[0]]
     if isinstance(child, str) and keys[1] in Source.model_fields:
@@ -386,7 +382,7 @@ def _put(raw: dict[str, Any], keys: list[str], value: Any, override: str) -> dic
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text, for fingerprints."""
+    """JSON with sorted keys and no spaces, for fingerprints: equal values give equal text."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

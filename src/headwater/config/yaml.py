@@ -1,7 +1,7 @@
-"""YAML from people we do not know: plain values alone, bounded before they are built.
+"""Read untrusted YAML: plain values only, with bounds checked before values are constructed.
 
-A few aliases or merge keys can stand for more values than any memory holds. They are counted in the parsed graph, where
-each stands once, before anything is made of them.
+A few aliases or merge keys can expand to more values than fit into memory. They are counted in the parsed graph, where each
+occurs once, before anything is constructed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import yaml
 from headwater.errors import UserError
 
 LONGEST = 1 << 18
-"""Bytes; the longest recipe that ships has about 5 thousand."""
+"""Maximum length; the longest built-in recipe has about 5 thousand characters."""
 MOST_VALUES = 20_000
-"""Keys and values, each alias counted as often as it stands there."""
+"""Maximum number of keys and values, aliases expanded."""
 
 
 def read(text: str, where: str) -> Any:
-    """The values of a YAML text. Raises UserError with one sentence that begins with `where`."""
+    """Values of a YAML text. Raises UserError that begins with `where`."""
     if len(text) > LONGEST:
         raise UserError(f"{where}: is longer than {LONGEST:,} characters")
     try:
@@ -36,7 +36,7 @@ def read(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         raise UserError(f"{where}: is not YAML ({' '.join(str(error).split())})") from None
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
-        # Built values that cannot be: a date of month 13, a number of 5,000 digits, `!!bool maybe`.
+        # Values that cannot be constructed: a date of month 13, a number of 5,000 digits, `!!bool maybe`.
         raise UserError(
             f"{where}: is not YAML ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from None
@@ -46,22 +46,20 @@ def read(text: str, where: str) -> Any:
 
 def _refuse_bombs(root: yaml.Node, where: str) -> None:
     sizes: dict[int, int] = {}
-    above: set[int] = set()
+    ancestors: set[int] = set()
 
     def size(node: yaml.Node) -> int:
-        if id(node) in above:
-            raise UserError(f"{where}: an alias refers to what holds it")
+        if id(node) in ancestors:
+            raise UserError(f"{where}: an alias refers to a value that contains it")
         if id(node) not in sizes:
-            above.add(id(node))
+            ancestors.add(id(node))
             parts = (
                 [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
             )
             inner = [] if isinstance(node, yaml.ScalarNode) else parts
             sizes[id(node)] = min(sys.maxsize, 1 + sum(map(size, inner)))
-            above.remove(id(node))
+            ancestors.remove(id(node))
         return sizes[id(node)]
 
     if size(root) > MOST_VALUES:
-        raise UserError(
-            f"{where}: stands for more than {MOST_VALUES:,} values (its aliases are counted as often as they stand)"
-        )
+        raise UserError(f"{where}: has more than {MOST_VALUES:,} values (aliases expanded)")

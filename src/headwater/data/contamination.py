@@ -1,4 +1,4 @@
-"""Problems that also stand in an evaluation set: the same text, or a rewording that keeps most of it word for word."""
+"""Contamination: find problems that an evaluation set contains too, verbatim or reworded with long shared word runs."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Literal
 from headwater.types import Problem, letters_and_digits, strip_sizing
 
 NGRAM = 13
-"""Words in a row that two texts must share (GPT-3's choice, and most others' since)."""
+"""Consecutive words that two texts must share (as in GPT-3 and most later work)."""
 COMMON = 10
-"""An n-gram of more of the searched problems than this is how such problems are worded ("where m and n are relatively
-prime positive integers, find m + n"), not what they ask (GPT-3's rule, too)."""
+"""An n-gram that more of the searched problems than this contain is a common phrase ("where m and n are relatively prime
+positive integers, find m + n") and no evidence of a copy (also GPT-3's rule)."""
 SHARE = 0.5
-"""The part of the shorter text that shared n-grams must cover: one shared phrase is no copy."""
+"""Fraction of the shorter text that shared n-grams must cover: one shared phrase is no copy."""
 NEAR = 0.8
-"""Covered by this much, common n-grams included, a text is a copy: a problem that was copied eleven times is still one."""
+"""Covered by this fraction, common n-grams included, a text is a copy: a problem copied eleven times is still a copy."""
 
 _WORD = re.compile(r"\d+|[a-z]+|[^\W\d_a-z]")
 
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """A problem that stands in an evaluation set too.
+    """A problem that an evaluation set contains too.
 
-    why    `exact`: the same letters and digits; `ngram`: so much of the shorter text is shared in 13-word runs
+    why    `exact`: the same letters and digits; `ngram`: enough of the shorter text is shared in 13-word runs
     like   the evaluation problem's id
-    share  the covered part of the shorter text; 1.0 where exact
+    share  covered fraction of the shorter text; 1.0 if exact
 
     Example: `Leak("9f8b…", "amc23", "ngram", "51c0…", 0.89)`.
     """
@@ -42,7 +42,7 @@ class Leak:
 
 
 def words_of(text: str) -> list[str]:
-    """Numbers, and runs of letters; each letter beyond the Latin ones stands alone, as Chinese has no spaces.
+    """Split into numbers and runs of Latin letters; every other letter is a word of its own, as Chinese has no spaces.
 
     Example: `words_of("Find $|2x|$!")` is `["find", "2", "x"]`.
     """
@@ -50,65 +50,65 @@ def words_of(text: str) -> list[str]:
 
 
 def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem]], n: int = NGRAM) -> list[Leak]:
-    """One leak for each problem and evaluation set that shares it, in the order of both; linear in the texts' length.
+    """One leak per problem and evaluation set that shares it, in the order of both; linear in the length of the texts.
 
-    Texts shorter than n words are compared as wholes only. Spaces, punctuation, case and signs are ignored, so "a + b"
-    counts as "a − b": an evaluation is better kept clean by a few problems too many.
+    Texts shorter than n words are compared as a whole only. Spaces, punctuation, case and signs are ignored, so "a + b"
+    matches "a − b": removing a few problems too many is better than a contaminated evaluation.
 
     Example: `find_leaks(train, {"math500": test})` is `[Leak("9f8b…", "math500", "exact", "51c0…", 1.0)]`.
     """
-    held = [(name, one, words_of(one.text)) for name, ones in evals.items() for one in ones]
+    indexed = [(name, problem, words_of(problem.text)) for name, group in evals.items() for problem in group]
     by_letters: dict[str, dict[str, str]] = defaultdict(dict)
     by_gram: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for index, (name, one, words) in enumerate(held):
-        by_letters[letters_and_digits(one.text)].setdefault(name, one.id)
+    for index, (name, problem, words) in enumerate(indexed):
+        by_letters[letters_and_digits(problem.text)].setdefault(name, problem.id)
         for gram in _grams(words, n):
-            if not (places := by_gram[gram]) or places[-1] != index:
-                places.append(index)
-    searched = [words_of(one.text) for one in problems]
-    # Where in a text shared n-grams begin; most texts share none.
-    shared = [[place for place, gram in enumerate(_grams(words, n)) if gram in by_gram] for words in searched]
-    seen: Counter[tuple[str, ...]] = Counter()
-    for words, places in zip(searched, shared, strict=True):
-        seen.update({tuple(words[place : place + n]) for place in places})
+            if not (indices := by_gram[gram]) or indices[-1] != index:
+                indices.append(index)
+    searched = [words_of(problem.text) for problem in problems]
+    # Start positions of shared n-grams; most texts share none.
+    shared = [[start for start, gram in enumerate(_grams(words, n)) if gram in by_gram] for words in searched]
+    counts: Counter[tuple[str, ...]] = Counter()
+    for words, starts in zip(searched, shared, strict=True):
+        counts.update({tuple(words[start : start + n]) for start in starts})
     leaks: list[Leak] = []
-    for one, words, places in zip(problems, searched, shared, strict=True):
+    for problem, words, starts in zip(problems, searched, shared, strict=True):
         found = {
-            name: Leak(one.id, name, "exact", other, 1.0)
-            for name, other in by_letters.get(letters_and_digits(one.text), {}).items()
+            name: Leak(problem.id, name, "exact", other_id, 1.0)
+            for name, other_id in by_letters.get(letters_and_digits(problem.text), {}).items()
         }
-        for index, (rare, any_) in _covered(words, places, by_gram, seen, n).items():
-            name, other, other_words = held[index]
+        for index, (rare, any_) in _covered(words, starts, by_gram, counts, n).items():
+            name, other, other_words = indexed[index]
             shorter = min(len(words), len(other_words))
             share = max(rare, any_) / shorter
             better = name not in found or (found[name].why == "ngram" and share > found[name].share)
             if better and (rare / shorter >= SHARE or any_ / shorter >= NEAR):
-                found[name] = Leak(one.id, name, "ngram", other.id, round(share, 3))
+                found[name] = Leak(problem.id, name, "ngram", other.id, round(share, 3))
         leaks += [found[name] for name in evals if name in found]
     return leaks
 
 
 def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[place : place + n]) for place in range(len(words) - n + 1)]
+    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
 
 
 def _covered(
     words: Sequence[str],
-    places: Sequence[int],
+    starts: Sequence[int],
     by_gram: Mapping[tuple[str, ...], Sequence[int]],
-    seen: Mapping[tuple[str, ...], int],
+    counts: Mapping[tuple[str, ...], int],
     n: int,
 ) -> dict[int, tuple[int, int]]:
-    """For each evaluation problem: how many words the n-grams shared with it cover, uncommon ones and all of them."""
-    reached: dict[int, tuple[int, int]] = {}  # where the cover of uncommon, and of all n-grams, ends
-    counts: dict[int, tuple[int, int]] = {}
-    for place in places:
-        gram = tuple(words[place : place + n])
-        end, common = place + n, seen[gram] > COMMON
+    """Words covered by the n-grams shared with each evaluation problem: by uncommon n-grams, and by all of them."""
+    ends: dict[int, tuple[int, int]] = {}  # where the words covered so far end, likewise
+    covered: dict[int, tuple[int, int]] = {}
+    for start in starts:
+        gram = tuple(words[start : start + n])
+        end, common = start + n, counts[gram] > COMMON
         for index in by_gram[gram]:
-            (rare_end, any_end), (rare, any_) = reached.get(index, (0, 0)), counts.get(index, (0, 0))
-            any_, any_end = any_ + end - max(place, any_end), end
+            (rare_end, any_end), (rare, any_) = ends.get(index, (0, 0)), covered.get(index, (0, 0))
+            any_, any_end = any_ + end - max(start, any_end), end
             if not common:
-                rare, rare_end = rare + end - max(place, rare_end), end
-            reached[index], counts[index] = (rare_end, any_end), (rare, any_)
-    return counts
+                rare, rare_end = rare + end - max(start, rare_end), end
+            ends[index], covered[index] = (rare_end, any_end), (rare, any_)
+    return covered

@@ -1,4 +1,4 @@
-"""Labels: the only holder of gold answers. The paper's scarce resource is a capability, and every look is counted."""
+"""Labels: the only object with gold answers. Access to them is a capability with a budget, and every check is counted."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from headwater.errors import UserError
 from headwater.types import Verdict, family_of
 
 Grade = Callable[[Sequence[tuple[str, str]]], list[Verdict]]
-"""Grades (gold, completion) pairs in order; see `verifier`."""
+"""Grades (gold, completion) pairs in order; see `tasks.verifier`."""
 
 
 @dataclass
 class Labels:
-    """Gold answers that can be checked against, never read.
+    """Gold answers that completions can be checked against but that cannot be read.
 
-    A stage is handed the part that it may look at (`only`); stages without sparse reward are handed none. `budget`
-    bounds the distinct problems ever looked at through this object and all parts of it together.
+    A stage gets the subset that it may use (`only`); stages without sparse reward get none. `budget` bounds the distinct
+    problems ever checked through this object and all its subsets together.
 
     Example: `labels.check([("9f8b…", "…=47")])` gives `[Verdict(correct=True, reason="equal")]`.
     """
@@ -37,27 +37,26 @@ class Labels:
         return len(self._gold)
 
     def only(self, problem_ids: Sequence[str]) -> Labels:
-        """A holder of these problems' answers alone, whose budget is their number at most and whose looks count here too.
+        """The subset of these problems; its budget is at most their number, and its checks count against this budget too.
 
         Raises KeyError when one of them has no answer here.
         """
-        held = {name: self._gold[name] for name in problem_ids}
-        return Labels(held, self._grade, min(self.budget, len(held)), _whole=self)
+        gold = {name: self._gold[name] for name in problem_ids}
+        return Labels(gold, self._grade, min(self.budget, len(gold)), _whole=self)
 
     def graded_by(self, other: Callable[[Grade], Grade]) -> Labels:
-        """The same holder, whose completions are graded by what `other` makes of its grader."""
+        """A copy whose grader is `other(grader)`."""
         return replace(self, _grade=other(self._grade))
 
     def fingerprint(self) -> str:
-        """Names the problems and their answers by content, so that a corrected answer makes a node run again."""
-        held = "\n".join(f"{name}\t{self._gold[name]}" for name in sorted(self._gold))
-        return hashlib.sha256(held.encode()).hexdigest()[:16]
+        """Hash of the problems and their answers, so that a corrected answer makes a node run again."""
+        content = "\n".join(f"{name}\t{self._gold[name]}" for name in sorted(self._gold))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def check(self, answers: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Hold completions against the gold answers of their problems: (problem id, completion text) pairs, in order.
+        """Grade (problem id, completion text) pairs against the gold answers of their problems, in order.
 
-        Raises KeyError for a problem that this holder has no answer to, UserError past the budget; then nothing is
-        counted and nothing graded.
+        Raises KeyError for a problem without an answer here, UserError past the budget; then nothing is counted or graded.
         """
         wanted = {name for name, _ in answers}
         for name in wanted:
@@ -76,17 +75,17 @@ class Labels:
 
 
 def half_of(problem_id: str) -> int:
-    """0 or 1: the half of the labelled pool that a problem belongs to, decided by its content alone.
+    """Half of the labelled pool (0 or 1) that a problem belongs to, by a hash of its content.
 
-    Adding rows or reordering a file never moves a problem to the other half, and spellings of one problem that differ in
-    punctuation or case are on the same half: held-out labels are of problems that the first half has not seen.
+    Adding rows or reordering a file never moves a problem to the other half, and copies of a problem that differ in punctuation
+    or case are in the same half: the held-out half has only problems that the first half does not.
     """
     return hashlib.sha256(f"half:{family_of(problem_id)}".encode()).digest()[0] & 1
 
 
 @dataclass(frozen=True)
 class Pools:
-    """The labelled problems that the budget buys, and their two halves; ids only."""
+    """Ids of the labelled problems within the budget, in two halves."""
 
     first_half: tuple[str, ...]
     second_half: tuple[str, ...]
@@ -97,9 +96,9 @@ class Pools:
 
 
 def buy(problem_ids: Sequence[str], budget: int | None, seed: int) -> Pools:
-    """Choose which labels the budget buys: half from each content half, in an order that depends on content and seed.
+    """Select the labels within the budget: as many from each half, in an order that depends on content and seed.
 
-    When one half of the pool is too small, the other fills up. Raises UserError for a budget larger than the pool.
+    If one half of the pool is too small, the other fills up. Raises UserError for a budget larger than the pool.
     """
     budget = len(problem_ids) if budget is None else budget
     if budget > len(problem_ids):

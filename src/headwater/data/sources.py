@@ -1,6 +1,6 @@
-"""Where problems come from: files, folders saved by `datasets`, hub ids, generators; all become Problems and golds.
+"""Load problems and gold answers from files, folders saved by `datasets`, hub ids or generators.
 
-Errors name the file, and the row or the column. A problem's id is its content, so rows with the same text fold.
+Errors name the file and the row or column. A problem's id is a hash of its content, so rows with the same text merge.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from headwater.tasks.registry import TASKS
 from headwater.types import Problem
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("answer", "solution", "expected_answer")
-# Whole numbers beyond this are not exact as floats; their text stays as it is.
+ANSWER_COLUMNS = ("answer", "expected_answer", "solution")  # in order of preference; of a solution the last box is read
+# Integers beyond this are not exact as floats; their text is kept.
 LARGEST_EXACT_FLOAT = 2**53
 
 MOST_BYTES, MOST_ROWS, PARQUET_ROWS = 4 << 30, 50_000_000, 256
-"""Of a Parquet file once it is unpacked, and the rows that are unpacked at once."""
+"""Limits of a decompressed Parquet file, and the rows decompressed at once."""
 
 Row = tuple[int, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a source held.
+    """Problems and gold answers of a source.
 
-    problems         one for each distinct text, in the order of the file
-    gold             answers by problem id; problems without one are missing here
-    duplicates       how many rows repeated a problem that stood before
-    contradictions   ids of problems that stood there with different answers; they are in neither of the above
+    problems         one per distinct text, in the order of the file
+    gold             answers by problem id; problems without an answer are missing
+    duplicates       number of rows that repeat an earlier problem
+    contradictions   ids of problems that occur with different answers; they are in neither of the above
     without_answer   ids of problems that have no answer
-    rows             the rows that each id was read from, contradictions and leaks included
-    leaks            the problems that `without_leaks` took out, and why
+    rows             row numbers of each id, contradictions and leaks included
+    leaks            problems that `without_leaks` removed, and why
 
     Example: `load(Source(path="train.jsonl"), "data.labeled", need_answers=True).gold["9f8b…"]` is `"72"`.
     """
@@ -56,11 +56,11 @@ class Loaded:
 
 
 def load(source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None) -> Loaded:
-    """Read a source; `what` is the recipe's field for it and stands in every error sentence.
+    """Read a source; `what` is the recipe's field for it, which every error names.
 
-    gold  how a cell becomes a gold answer (`Task.gold`); by default `gold_answer`
+    gold  converts a cell to a gold answer (`Task.gold`); `gold_answer` by default
 
-    Raises UserError with one sentence for whatever is wrong with the file, a row or a column.
+    Raises UserError for anything wrong with the file, a row or a column.
     """
     if source.generate is not None:
         return _generated(source, what)
@@ -70,35 +70,35 @@ def load(source: Source, what: str, need_answers: bool, gold: Callable[[Any], st
     first = next(rows, None)
     if first is None:
         raise UserError(f"{where} is empty")
-    found = [str(name) for name in first[1]]
-    problem_column = _column(source.columns.problem, PROBLEM_COLUMNS, found, "problem", where)
-    answer_columns = _answer_columns(source.columns, found, where, need_answers)
+    columns = [str(name) for name in first[1]]
+    problem_column = _column(source.columns.problem, PROBLEM_COLUMNS, columns, "problem", where)
+    answer_column = _answer_column(source.columns, columns, where, need_answers)
     read: list[tuple[int, str, str | None]] = []
     tags: dict[int, str] = {}
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
         if source.columns.tag is not None:
             tags[number] = _tag(row, source.columns.tag, place)
-        read.append((number, _problem_text(row, problem_column, place), _answer(row, answer_columns, place, gold)))
+        read.append((number, _problem_text(row, problem_column, place), _answer(row, answer_column, place, gold)))
     read = read[: source.limit]
     if need_answers:
         lacking = [number for number, _, answer in read if answer is None]
         if lacking:
             among = f" ({len(lacking)} of {len(read)} rows have none)" if len(lacking) > 1 else ""
-            raise UserError(f"{where}, row {lacking[0]}: the problem has no answer in {answer_columns[0]!r}{among}")
-    return _folded(read, source.path, tags)
+            raise UserError(f"{where}, row {lacking[0]}: the problem has no answer in {answer_column!r}{among}")
+    return _merged(read, source.path, tags)
 
 
 def without_leaks(loaded: Loaded, evals: Mapping[str, Loaded]) -> tuple[Loaded, dict[str, list[str]]]:
-    """Take out the problems that stand in an evaluation set too, and say which stood in which; `leaks` says why.
+    """Remove problems that an evaluation set contains too; also returns their ids by evaluation. `leaks` has the reasons.
 
     See `contamination`: the same letters and digits, or mostly the same runs of words.
 
     Example: `without_leaks(train, {"math500": test})[1]` is `{"math500": ["9f8b…"]}`.
     """
-    found = find_leaks(loaded.problems, {name: one.problems for name, one in evals.items()})
-    leaks = {name: [one.problem_id for one in found if one.eval == name] for name in evals}
-    leaked = {one.problem_id for one in found}
+    found = find_leaks(loaded.problems, {name: other.problems for name, other in evals.items()})
+    leaks = {name: [leak.problem_id for leak in found if leak.eval == name] for name in evals}
+    leaked = {leak.problem_id for leak in found}
     kept = replace(
         loaded,
         problems=[problem for problem in loaded.problems if problem.id not in leaked],
@@ -110,14 +110,14 @@ def without_leaks(loaded: Loaded, evals: Mapping[str, Loaded]) -> tuple[Loaded, 
 
 
 def gold_answer(value: Any) -> str | None:
-    """The gold answer in a cell: after GSM8K's last `####`, else in the last box, else the text; None for none.
+    """Gold answer of a cell: the text after GSM8K's last `####`, else in the last box, else all of it; None if empty.
 
     Example: `gold_answer("… <<48+24=72>>72 clips.\\n#### 1,080")` is `"1,080"`, `gold_answer(27.0)` is `"27"`.
     """
     if value is None or isinstance(value, bool):
         return None if value is None else str(value)
     if isinstance(value, float):
-        if math.isnan(value):  # how tables write a missing cell
+        if math.isnan(value):  # a missing cell of a table
             return None
         return str(int(value)) if value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT else repr(value)
     if isinstance(value, (list, tuple)) and len(value) == 1:
@@ -135,7 +135,7 @@ def gold_answer(value: Any) -> str | None:
 
 
 def _rows(source: Source, where: str) -> Iterator[Row]:
-    """(number, row) pairs; numbers are lines of a text file, else they count from 1."""
+    """Yield (number, row) pairs; the number is the line of a text file, else counted from 1."""
     assert source.path is not None
     path = Path(source.path).expanduser()
     if path.is_dir():
@@ -148,7 +148,7 @@ def _rows(source: Source, where: str) -> Iterator[Row]:
 
 
 def json_rows(path: Path, where: str) -> Iterator[Row]:
-    """The objects of a JSONL file, or of a JSON file that is one list; blank lines are passed over."""
+    """Yield the objects of a JSONL file, or of a JSON file that is one list; blank lines are skipped."""
     try:
         if path.exists() and not path.is_file():  # a device or a pipe has no end
             raise UserError(f"{where}: is not a file")
@@ -169,7 +169,7 @@ def json_rows(path: Path, where: str) -> Iterator[Row]:
             raise UserError(f"{where}: is not JSON ({error})") from None
         yield from ((number, _object(value, f"{where}, row {number}")) for number, value in enumerate(values, 1))
         return
-    # Only \n ends a row: U+2028 and its like may stand unescaped inside JSON strings.
+    # Only \n ends a row: U+2028 and the like may occur unescaped in JSON strings.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -191,25 +191,25 @@ def _parquet(path: Path, where: str) -> Iterator[Row]:
         raise UserError(f"{where}: no such file")
     import pyarrow.parquet  # comes with `datasets`; slow to import
 
-    number = taken = 0
+    number = unpacked_bytes = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            held = file.metadata
-            unpacked = sum(held.row_group(place).total_byte_size for place in range(held.num_row_groups))
-            if max(unpacked, 0) > MOST_BYTES or held.num_rows > MOST_ROWS:
+            metadata = file.metadata
+            declared = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+            if max(declared, 0) > MOST_BYTES or metadata.num_rows > MOST_ROWS:
                 raise UserError(
-                    f"{where}: unpacks to {held.num_rows:,} rows of {unpacked:,} bytes; that is no file of problems"
+                    f"{where}: unpacks to {metadata.num_rows:,} rows of {declared:,} bytes; that is no file of problems"
                 )
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                taken += batch.nbytes  # a page of repeats is far smaller in the file than its rows are
-                if taken > MOST_BYTES:
+                unpacked_bytes += batch.nbytes  # repeated values are far smaller in the file than in memory
+                if unpacked_bytes > MOST_BYTES:
                     raise UserError(f"{where}: unpacks to more than {MOST_BYTES:,} bytes; that is no file of problems")
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
     except (UserError, GeneratorExit):
         raise
-    except Exception as error:  # pyarrow has many
+    except Exception as error:  # pyarrow raises many kinds
         raise UserError(f"{where}: cannot be read as Parquet ({_one_line(error)})") from None
 
 
@@ -217,30 +217,30 @@ def _saved_folder(path: Path, split: str, where: str) -> Iterator[Row]:
     import datasets
 
     try:
-        held = datasets.load_from_disk(str(path))
+        data = datasets.load_from_disk(str(path))
     except Exception as error:
         raise UserError(f"{where}: is not a folder saved by datasets ({_one_line(error)})") from None
-    yield from _of_split(held, split, where)
+    yield from _rows_of_split(data, split, where)
 
 
 def _hub(source: Source, where: str) -> Iterator[Row]:
     import datasets
 
     try:
-        held = datasets.load_dataset(source.path, split=source.split)
+        data = datasets.load_dataset(source.path, split=source.split)
     except Exception as error:
         raise UserError(f"{where}: is no file here and cannot be loaded from the hub ({_one_line(error)})") from None
-    yield from enumerate(held, 1)
+    yield from enumerate(data, 1)
 
 
-def _of_split(held: Any, split: str, where: str) -> Iterator[Row]:
+def _rows_of_split(data: Any, split: str, where: str) -> Iterator[Row]:
     import datasets
 
-    if isinstance(held, datasets.DatasetDict):
-        if split not in held:
-            raise UserError(f"{where}: has no split {split!r}, only {', '.join(held)}")
-        held = held[split]
-    yield from enumerate(held, 1)
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise UserError(f"{where}: has no split {split!r}, only {', '.join(data)}")
+        data = data[split]
+    yield from enumerate(data, 1)
 
 
 def _one_line(error: Exception) -> str:
@@ -250,33 +250,26 @@ def _one_line(error: Exception) -> str:
 # Columns --------------------------------------------------------------------------------------------------------------
 
 
-def _column(given: str | None, usual: tuple[str, ...], found: list[str], role: str, where: str) -> str:
-    if given is not None:
-        if given not in found:
-            raise UserError(f"{where}: has no column {given!r} for the {role}; its columns are {', '.join(found)}")
-        return given
-    for name in usual:
-        if name in found:
+def _column(given: str | None, usual: tuple[str, ...], columns: list[str], role: str, where: str) -> str:
+    for name in usual if given is None else (given,):
+        if name in columns:
             return name
-    raise UserError(f"{where}: has no column {'|'.join(usual)} for the {role}; its columns are {', '.join(found)}")
+    wanted = "|".join(usual) if given is None else repr(given)
+    raise UserError(f"{where}: has no column {wanted} for the {role}; its columns are {', '.join(columns)}")
 
 
-def _answer_columns(columns: Columns, found: list[str], where: str, need_answers: bool) -> tuple[str, ...]:
-    """The column that holds the answers; none for files of bare problems.
-
-    `answer` is preferred to `solution`, whose last box is read, and to `expected_answer`.
-    """
-    if columns.answer is None and not need_answers and not any(name in found for name in ANSWER_COLUMNS):
-        return ()
-    usual = ("answer", "expected_answer", "solution") if columns.answer is None else ANSWER_COLUMNS
-    return (_column(columns.answer, usual, found, "answer", where),)
+def _answer_column(given: Columns, columns: list[str], where: str, need_answers: bool) -> str | None:
+    """The column with the answers; None for a file without answers that needs none."""
+    if given.answer is None and not need_answers and not any(name in columns for name in ANSWER_COLUMNS):
+        return None
+    return _column(given.answer, ANSWER_COLUMNS, columns, "answer", where)
 
 
 def _problem_text(row: Mapping[str, Any], column: str, where: str) -> str:
     if column not in row:
         raise UserError(f"{where}: has no column {column!r}; its columns are {', '.join(map(str, row))}")
     value = row[column]
-    if isinstance(value, list):  # a chat: what the user said last is the problem
+    if isinstance(value, list):  # a chat: the last user turn is the problem
         turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "user"]
         value = turns[-1].get("content") if turns else value
     if not isinstance(value, str):
@@ -285,7 +278,7 @@ def _problem_text(row: Mapping[str, Any], column: str, where: str) -> str:
         raise UserError(f"{where}: {column!r} is blank")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError:  # "\ud800" is JSON but no text, and could not be written down again
+    except UnicodeEncodeError:  # "\ud800" is valid JSON but cannot be encoded
         raise UserError(f"{where}: {column!r} holds half a surrogate pair and is not UTF-8 text") from None
     return value
 
@@ -298,56 +291,56 @@ def _tag(row: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def _answer(
-    row: Mapping[str, Any], columns: tuple[str, ...], where: str, gold: Callable[[Any], str | None] | None
+    row: Mapping[str, Any], column: str | None, where: str, gold: Callable[[Any], str | None] | None
 ) -> str | None:
-    value = row.get(columns[0]) if columns else None
+    value = None if column is None else row.get(column)
     if gold is not None:
         return gold(value)
     if isinstance(value, dict) or (isinstance(value, list) and len(value) != 1):
-        raise UserError(f"{where}: {columns[0]!r} is not an answer but {type(value).__name__}")
+        raise UserError(f"{where}: {column!r} is not an answer but {type(value).__name__}")
     return gold_answer(value)
 
 
-def _folded(rows: list[tuple[int, str, str | None]], name: str, tags: Mapping[int, str]) -> Loaded:
-    """One problem for each id. A row without an answer neither contradicts nor hides one with it."""
+def _merged(rows: list[tuple[int, str, str | None]], name: str, tags: Mapping[int, str]) -> Loaded:
+    """One problem per id. A row without an answer neither contradicts nor replaces one with an answer."""
     problems: dict[str, Problem] = {}
-    stood: dict[str, list[int]] = {}
+    numbers: dict[str, list[int]] = {}
     answers: dict[str, set[str]] = {}
     gold: dict[str, str] = {}
     for number, text, answer in rows:
         problem = Problem.of(text, name, tags.get(number, ""))
         problem = problems.setdefault(problem.id, problem)
-        stood.setdefault(problem.id, []).append(number)
+        numbers.setdefault(problem.id, []).append(number)
         if answer is not None:
             gold.setdefault(problem.id, answer)
             answers.setdefault(problem.id, set()).add(maths_text.squeezed(answer))
-    contradictions = tuple(name for name in stood if len(answers.get(name, ())) > 1)
+    contradictions = tuple(name for name in numbers if len(answers.get(name, ())) > 1)
     dropped = set(contradictions)
     return Loaded(
         problems=[problem for problem in problems.values() if problem.id not in dropped],
         gold={name: answer for name, answer in gold.items() if name not in dropped},
-        duplicates=len(rows) - len(stood),
+        duplicates=len(rows) - len(numbers),
         contradictions=contradictions,
-        without_answer=tuple(name for name in stood if name not in gold),
-        rows={name: tuple(numbers) for name, numbers in stood.items()},
+        without_answer=tuple(name for name in numbers if name not in gold),
+        rows={name: tuple(found) for name, found in numbers.items()},
     )
 
 
 def _generated(source: Source, what: str) -> Loaded:
-    made = source.generate
-    assert made is not None
-    where = f"{what}.generate"
-    makers = {name: task.generator for name, task in TASKS.items() if task.generator is not None}
-    if made.task not in makers:
-        raise UserError(f"{where}.task: {made.task!r} makes no problems; the tasks that do are {', '.join(makers)}")
-    generator = makers[made.task]
-    known = [one.name for one in fields(generator.dials)]
-    unknown = [name for name in made.dials if name not in known]
+    settings = source.generate
+    assert settings is not None
+    where, name = f"{what}.generate", settings.task
+    generators = {task: row.generator for task, row in TASKS.items() if row.generator is not None}
+    if name not in generators:
+        raise UserError(f"{where}.task: {name!r} has no generator; the tasks that have one are {', '.join(generators)}")
+    generator = generators[name]
+    known = [dial.name for dial in fields(generator.dials)]
+    unknown = [dial for dial in settings.dials if dial not in known]
     if unknown:
-        raise UserError(f"{where}.dials: {made.task} has no dial {unknown[0]!r:.80}; its dials are {', '.join(known)}")
+        raise UserError(f"{where}.dials: {name} has no dial {unknown[0]!r:.80}; its dials are {', '.join(known)}")
     try:
-        pairs = generator.make(made.count, made.pool, made.seed, generator.dials(**made.dials))
+        pairs = generator.make(settings.count, settings.pool, settings.seed, generator.dials(**settings.dials))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     rows: list[tuple[int, str, str | None]] = [(number, *pair) for number, pair in enumerate(pairs, 1)]
-    return _folded(rows[: source.limit], f"{made.task}:{made.pool}", {number: made.task for number, *_ in rows})
+    return _merged(rows[: source.limit], f"{name}:{settings.pool}", {number: name for number, *_ in rows})

@@ -1,4 +1,4 @@
-"""The verbs `grade` and `validate`: verdicts on a file of completions, and every gold answer against its own grader."""
+"""`headwater grade` and `validate`: grade a file of completions; check every gold answer with its own grader."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from headwater.errors import UserError
 from headwater.tasks.registry import find_task
 from headwater.tasks.verifier import Verifier
 
-BATCH = 256  # rows graded between two that are handed on: enough to keep every worker busy
+BATCH = 256  # rows per grading call, enough to keep every worker busy
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """How a source's gold answers fare with their own grader.
+    """Result of grading a source's gold answers with their own grader.
 
     total           distinct problems with an answer
     failed          (problem id, gold, reason) of those that do not grade correct
     without_answer  ids of problems that have no answer
-    contradictions  ids of problems that stand there with different answers
+    contradictions  ids of problems that occur with different answers
     duplicates      rows that repeat a problem
 
     Example: `validate(Source(path="gsm8k/test.jsonl")).failed` is `[]`.
@@ -45,31 +45,31 @@ class ValidationResult:
 def grade_file(path: Path, task: str = "maths", seconds: float = 2.0, workers: int = 2) -> Iterator[dict[str, Any]]:
     """Grade `{"id", "gold", "completion"}` rows: `{"id", "correct", "reason", "seconds"}` each, in order, as they come.
 
-    An `id` that is missing is the row's number. A gold that is a number or an object is taken as its JSON text. Raises UserError that
-    names the row: nothing before it is lost.
+    A missing `id` becomes the row number. A gold that is a number or an object becomes its JSON text. Raises UserError that names
+    the row, after the verdicts of all rows before it.
     """
     rows = json_rows(Path(path), str(path))
     with Verifier(task, workers=workers, seconds=seconds) as verifier:
-        seen, broken = 0, None
-        while broken is None:
+        seen, failure = 0, None
+        while failure is None:
             batch: list[tuple[Any, str, str]] = []
             try:
-                batch.extend(_checked(number, row, str(path)) for number, row in islice(rows, BATCH))
+                batch.extend(_parse_row(number, row, str(path)) for number, row in islice(rows, BATCH))
             except UserError as error:
-                broken = error  # told once the rows before it are handed out
+                failure = error  # raised once the rows before it are graded
             verdicts = verifier([(gold, completion) for _, gold, completion in batch])
             for (name, _, _), verdict in zip(batch, verdicts, strict=True):
                 yield {"id": name, "correct": verdict.correct, "reason": verdict.reason, "seconds": verdict.seconds}
             seen += len(batch)
             if not batch:
                 break
-        if broken is not None:
-            raise broken
+        if failure is not None:
+            raise failure
         if not seen:
             raise UserError(f"{path} is empty")
 
 
-def _checked(number: int, row: Any, path: str) -> tuple[Any, str, str]:
+def _parse_row(number: int, row: Any, path: str) -> tuple[Any, str, str]:
     for field in ("gold", "completion"):
         if field not in row:
             raise UserError(f"{path}, row {number}: has no {field!r}; its fields are {', '.join(row)}")
@@ -87,15 +87,15 @@ def _checked(number: int, row: Any, path: str) -> tuple[Any, str, str]:
 def failing(verifier: Verifier, golds: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
     """(problem id, gold, reason) of the (problem id, gold) pairs that fail their own grader.
 
-    A gold answer written as a completion must grade correct. One that only tells how to test an answer must be usable
-    (not `error`), and must not pass a completion that says nothing (`passes_blank`).
+    A gold answer written as a completion must grade correct. One that only describes a test (a regex, a program) must be usable
+    (not `error`) and must reject an empty answer (`passes_blank`).
     """
     task = verifier.task
-    own = [task.as_completion(gold) for _, gold in golds]
-    tried = [task.blank if completion is None else completion for completion in own]
+    completions = [task.as_completion(gold) for _, gold in golds]
+    tried = [task.blank if completion is None else completion for completion in completions]
     verdicts = verifier([(gold, completion) for (_, gold), completion in zip(golds, tried, strict=True)])
     failed = []
-    for (name, gold), completion, verdict in zip(golds, own, verdicts, strict=True):
+    for (name, gold), completion, verdict in zip(golds, completions, verdicts, strict=True):
         if completion is not None and not verdict.correct:
             failed.append((name, gold, verdict.reason))
         elif completion is None and (verdict.correct or verdict.reason in ("error", "timeout", "memory")):
@@ -104,7 +104,7 @@ def failing(verifier: Verifier, golds: Sequence[tuple[str, str]]) -> list[tuple[
 
 
 def validate(source: Source, task: str = "maths", seconds: float = 2.0, workers: int = 2) -> ValidationResult:
-    """Hold every gold answer, written as a completion, against its own grader: each must grade correct.
+    """Grade every gold answer, written as a completion, with its own grader: each must grade correct.
 
     Raises UserError when the source cannot be read.
     """

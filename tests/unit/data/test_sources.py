@@ -138,7 +138,7 @@ def test_generated_sums_come_from_their_pool() -> None:
         ({"dials": {"min_terms": 5, "max_terms": 2}}, "data.labeled.generate: sums: 2 <= min_terms <= max_terms"),
         ({"dials": {"numbers": 3}}, "data.labeled.generate.dials: sums has no dial 'numbers'; its dials are modulus, min_terms"),
         ({"task": "countdown", "dials": {"numbers": 9}}, "data.labeled.generate: countdown: numbers must lie between 2 and 6"),
-        ({"task": "maths"}, "data.labeled.generate.task: 'maths' makes no problems; the tasks that do are sums, countdown"),
+        ({"task": "maths"}, "data.labeled.generate.task: 'maths' has no generator; the tasks that have one are sums, countdown"),
     ],
 )  # fmt: skip
 def test_what_a_task_cannot_generate_is_refused_with_the_field_named(made: dict[str, Any], said: str) -> None:

@@ -332,7 +332,7 @@ RECIPE: dict[str, Any] = {
     [
         ({"dropout": 0.1}, "models.lora: dropout must be 0"),
         ({"targets": ["lm_head"]}, "lm_head gets no adapter here"),
-        ({"targets": []}, "targets names no matrix"),
+        ({"targets": []}, "targets is empty"),
         ({"r": 0}, "models.lora.r: "),
         ({"roles": []}, "models.lora.roles: "),
     ],
