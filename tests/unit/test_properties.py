@@ -19,7 +19,7 @@ from headwater.config.arms import ARMS, arm_of
 from headwater.config.builtin import builtin_names, builtin_text
 from headwater.config.recipe import Columns, Recipe, Source, canonical_json, parse_recipe, read_recipe
 from headwater.data.contamination import find_leaks
-from headwater.data.labels import buy, half_of
+from headwater.data.labels import half_of, select_labels
 from headwater.data.sources import load, without_leaks
 from headwater.data.validate import grade_file
 from headwater.errors import UserError
@@ -290,7 +290,7 @@ def test_reordering_a_file_or_adding_rows_never_moves_a_problem_to_the_other_hal
         if not texts_:
             return {}
         loaded = load(Source(path=str(path)), "d", need_answers=True)
-        pools = buy([one.id for one in loaded.problems], None, 0)
+        pools = select_labels([one.id for one in loaded.problems], None, 0)
         assert {half_of(one) for one in pools.first_half} <= {0} and {half_of(one) for one in pools.second_half} <= {1}
         return {one.id: (0 if one.id in pools.first_half else 1) for one in loaded.problems}
 
@@ -325,11 +325,11 @@ def test_spellings_of_one_problem_stay_on_one_half_and_leak_to_each_other(text: 
 def test_a_budget_buys_exactly_its_number_or_is_refused(ids: list[str], budget: int, seed: int) -> None:
     if budget > len(ids):
         with pytest.raises(UserError, match=r"labels\.budget"):
-            buy(ids, budget, seed)
+            select_labels(ids, budget, seed)
         return
-    pools = buy(ids, budget, seed)
+    pools = select_labels(ids, budget, seed)
     assert len(pools.all) == len(set(pools.all)) == budget
-    assert set(buy(list(reversed(ids)), budget, seed).all) == set(pools.all)
+    assert set(select_labels(list(reversed(ids)), budget, seed).all) == set(pools.all)
 
 
 def test_memory_stayed_bounded() -> None:

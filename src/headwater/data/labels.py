@@ -95,7 +95,7 @@ class Pools:
         return self.first_half + self.second_half
 
 
-def buy(problem_ids: Sequence[str], budget: int | None, seed: int) -> Pools:
+def select_labels(problem_ids: Sequence[str], budget: int | None, seed: int) -> Pools:
     """Select the labels within the budget: as many from each half, in an order that depends on content and seed.
 
     If one half of the pool is too small, the other fills up. Raises UserError for a budget larger than the pool.

@@ -32,7 +32,7 @@ Row = tuple[int, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedProblems:
     """Problems and gold answers of a source.
 
     problems         one per distinct text, in the order of the file
@@ -55,7 +55,9 @@ class Loaded:
     leaks: tuple[Leak, ...] = ()
 
 
-def load(source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None) -> Loaded:
+def load(
+    source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None
+) -> LoadedProblems:
     """Read a source; `what` is the recipe's field for it, which every error names.
 
     gold  converts a cell to a gold answer (`Task.gold`); `gold_answer` by default
@@ -89,7 +91,9 @@ def load(source: Source, what: str, need_answers: bool, gold: Callable[[Any], st
     return _merged(read, source.path, tags)
 
 
-def without_leaks(loaded: Loaded, evals: Mapping[str, Loaded]) -> tuple[Loaded, dict[str, list[str]]]:
+def without_leaks(
+    loaded: LoadedProblems, evals: Mapping[str, LoadedProblems]
+) -> tuple[LoadedProblems, dict[str, list[str]]]:
     """Remove problems that an evaluation set contains too; also returns their ids by evaluation. `leaks` has the reasons.
 
     See `contamination`: the same letters and digits, or mostly the same runs of words.
@@ -301,7 +305,7 @@ def _answer(
     return gold_answer(value)
 
 
-def _merged(rows: list[tuple[int, str, str | None]], name: str, tags: Mapping[int, str]) -> Loaded:
+def _merged(rows: list[tuple[int, str, str | None]], name: str, tags: Mapping[int, str]) -> LoadedProblems:
     """One problem per id. A row without an answer neither contradicts nor replaces one with an answer."""
     problems: dict[str, Problem] = {}
     numbers: dict[str, list[int]] = {}
@@ -316,7 +320,7 @@ def _merged(rows: list[tuple[int, str, str | None]], name: str, tags: Mapping[in
             answers.setdefault(problem.id, set()).add(maths_text.squeezed(answer))
     contradictions = tuple(name for name in numbers if len(answers.get(name, ())) > 1)
     dropped = set(contradictions)
-    return Loaded(
+    return LoadedProblems(
         problems=[problem for problem in problems.values() if problem.id not in dropped],
         gold={name: answer for name, answer in gold.items() if name not in dropped},
         duplicates=len(rows) - len(numbers),
@@ -326,7 +330,7 @@ def _merged(rows: list[tuple[int, str, str | None]], name: str, tags: Mapping[in
     )
 
 
-def _generated(source: Source, what: str) -> Loaded:
+def _generated(source: Source, what: str) -> LoadedProblems:
     settings = source.generate
     assert settings is not None
     where, name = f"{what}.generate", settings.task

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import combinations
 
-from headwater.data.sources import Loaded, without_leaks
+from headwater.data.sources import LoadedProblems, without_leaks
 from headwater.data.validate import failing
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, try_each, warning
@@ -23,7 +23,7 @@ def data_is_readable(context: DoctorContext) -> Iterator[Finding]:
     yield from try_each(*(partial(context.inputs.source, name) for name in context.inputs.data_fields))
 
 
-def _graded(context: DoctorContext) -> dict[str, Loaded]:
+def _graded(context: DoctorContext) -> dict[str, LoadedProblems]:
     """The sources that need gold answers."""
     return {name: context.inputs.source(name) for name in context.inputs.data_fields if name != "data.unlabeled"}
 

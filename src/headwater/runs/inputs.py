@@ -15,8 +15,8 @@ from headwater.config.arms import Pool
 from headwater.config.recipe import Recipe, Source, canonical_json
 from headwater.config.stage import Stage
 from headwater.data.contamination import Leak
-from headwater.data.labels import Grade, Labels, Pools, buy
-from headwater.data.sources import Loaded, load, without_leaks
+from headwater.data.labels import Grade, Labels, Pools, select_labels
+from headwater.data.sources import LoadedProblems, load, without_leaks
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
@@ -94,7 +94,7 @@ class RunInputs:
         return {name: source for name, source in sources.items() if source is not None}
 
     @read_once("data")
-    def source(self, name: str) -> Loaded:
+    def source(self, name: str) -> LoadedProblems:
         """All that the file of a data field holds."""
         try:
             gold = self.task.gold
@@ -103,7 +103,7 @@ class RunInputs:
         return self.read(self.data_fields[name], name, need_answers=name != "data.unlabeled", gold=gold)
 
     @read_once("data")
-    def decontaminated(self, name: str) -> Loaded:
+    def decontaminated(self, name: str) -> LoadedProblems:
         """A data source without the problems that an evaluation, or the validation set, holds too."""
         held_out = self.eval_sources
         if name != VALIDATION and VALIDATION in self.data_fields:
@@ -111,11 +111,11 @@ class RunInputs:
         return without_leaks(self.source(name), held_out)[0]
 
     @property
-    def eval_sources(self) -> dict[str, Loaded]:
+    def eval_sources(self) -> dict[str, LoadedProblems]:
         return {name: self.source(f"data.evals.{name}") for name in self.recipe.data.evals}
 
     @property
-    def labeled(self) -> Loaded:
+    def labeled(self) -> LoadedProblems:
         return self.decontaminated("data.labeled")
 
     @property
@@ -145,7 +145,7 @@ class RunInputs:
     def pools(self) -> Pools:
         """The problems whose labels the budget buys."""
         labels = self.recipe.labels
-        return buy([problem.id for problem in self.labeled.problems], labels.budget, labels.seed)
+        return select_labels([problem.id for problem in self.labeled.problems], labels.budget, labels.seed)
 
     @property
     @read_once("plan")
@@ -315,12 +315,12 @@ class RunInputs:
         }
 
 
-def with_labels(loaded: Loaded, grade: Grade) -> tuple[Sequence[Problem], Labels]:
+def with_labels(loaded: LoadedProblems, grade: Grade) -> tuple[Sequence[Problem], Labels]:
     """A source's problems and labels for all of them."""
     return loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))
 
 
-def leak_row(source: str, leak: Leak, loaded: Loaded) -> dict[str, Any]:
+def leak_row(source: str, leak: Leak, loaded: LoadedProblems) -> dict[str, Any]:
     return {"data": source, **asdict(leak), "rows": list(loaded.rows.get(leak.problem_id, ()))}
 
 

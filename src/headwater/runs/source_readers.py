@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from headwater.config.recipe import Source
-from headwater.data.sources import Loaded, load
+from headwater.data.sources import LoadedProblems, load
 from headwater.errors import UserError
 from headwater.types import Problem
 
@@ -17,12 +17,12 @@ class SourceReader(Protocol):
 
     def __call__(
         self, source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None
-    ) -> Loaded: ...
+    ) -> LoadedProblems: ...
 
 
 def load_with_missing_answers(
     source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None
-) -> Loaded:
+) -> LoadedProblems:
     """For the doctor, which reports every problem without an answer."""
     return load(source, what, need_answers=False, gold=gold)
 
@@ -30,7 +30,9 @@ def load_with_missing_answers(
 def placeholder_reader(missing: list[str]) -> SourceReader:
     """For an estimate: a missing file is replaced by as many placeholder problems as its limit, and noted in `missing`."""
 
-    def read(source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None) -> Loaded:
+    def read(
+        source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None
+    ) -> LoadedProblems:
         if source.path is None or Path(source.path).expanduser().exists():
             return load(source, what, need_answers, gold)
         if source.limit is None:
@@ -39,6 +41,6 @@ def placeholder_reader(missing: list[str]) -> SourceReader:
             )
         missing.append(f"{what}: {source.path} is not here; assumed to hold {source.limit:,} problems, its limit")
         problems = [Problem.of(f"{what} {number}", what) for number in range(source.limit)]
-        return Loaded(problems, {problem.id: "" for problem in problems})
+        return LoadedProblems(problems, {problem.id: "" for problem in problems})
 
     return read

@@ -9,7 +9,7 @@ import pytest
 
 from headwater.config.recipe import Source
 from headwater.data.contamination import Leak, find_leaks, words_of
-from headwater.data.sources import Loaded, load, without_leaks
+from headwater.data.sources import LoadedProblems, load, without_leaks
 from headwater.runs.inputs import leak_row
 from headwater.types import Problem, family_of, letters_and_digits, problem_id
 
@@ -30,7 +30,7 @@ def leaks(train: list[Problem], *held: str, n: int = 13) -> list[Leak]:
     return find_leaks(train, {"held": problems(*held)}, n)
 
 
-def shared(name: str) -> Loaded:
+def shared(name: str) -> LoadedProblems:
     path = DATA / name
     if not path.exists():
         pytest.skip(f"{path} is not here: contamination of the real data was NOT tested")
@@ -87,8 +87,14 @@ def test_a_phrase_that_many_problems_use_is_no_leak_but_a_copy_made_many_times_i
 
 
 def test_each_evaluation_is_named_and_leaks_are_taken_out_of_everything() -> None:
-    train = Loaded(problems(LONG, "b"), {problem_id(LONG): "1", problem_id("b"): "2"}, rows={problem_id(LONG): (3, 7)})
-    evals = {"one": Loaded(problems(LONG.upper()), {}), "two": Loaded(problems(LONG), {}), "three": Loaded([], {})}
+    train = LoadedProblems(
+        problems(LONG, "b"), {problem_id(LONG): "1", problem_id("b"): "2"}, rows={problem_id(LONG): (3, 7)}
+    )
+    evals = {
+        "one": LoadedProblems(problems(LONG.upper()), {}),
+        "two": LoadedProblems(problems(LONG), {}),
+        "three": LoadedProblems([], {}),
+    }
     kept, found = without_leaks(train, evals)
     assert found == {"one": [problem_id(LONG)], "two": [problem_id(LONG)], "three": []}
     assert [one.text for one in kept.problems] == ["b"] and kept.gold == {problem_id("b"): "2"}

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from headwater.data.labels import Labels, Pools, buy, half_of
+from headwater.data.labels import Labels, Pools, half_of, select_labels
 from headwater.errors import UserError
 from headwater.types import Verdict, problem_id
 
@@ -90,7 +90,7 @@ POOL = [problem_id(f"problem {index}") for index in range(1000)]
 
 
 def test_the_halves_are_disjoint_by_content_and_nearly_equal() -> None:
-    pools = buy(POOL, None, 0)
+    pools = select_labels(POOL, None, 0)
     assert set(pools.first_half) | set(pools.second_half) == set(POOL)
     assert not set(pools.first_half) & set(pools.second_half)
     assert {half_of(name) for name in pools.first_half} == {0}
@@ -105,9 +105,9 @@ def test_white_space_does_not_make_a_second_problem_that_could_sit_in_the_other_
 
 
 def test_reordering_and_adding_rows_moves_no_problem_and_unbuys_only_for_newcomers() -> None:
-    bought = buy(POOL[:600], 100, 0)
-    assert buy(POOL[:600][::-1], 100, 0) == bought
-    more = buy(POOL, 100, 0)
+    bought = select_labels(POOL[:600], 100, 0)
+    assert select_labels(POOL[:600][::-1], 100, 0) == bought
+    more = select_labels(POOL, 100, 0)
     for half in ("first_half", "second_half"):
         before, after = getattr(bought, half), getattr(more, half)
         old = [name for name in after if name in set(POOL[:600])]
@@ -117,36 +117,36 @@ def test_reordering_and_adding_rows_moves_no_problem_and_unbuys_only_for_newcome
 
 @pytest.mark.parametrize(("budget", "first", "second"), [(2, 1, 1), (7, 4, 3), (100, 50, 50), (1, 1, 0)])
 def test_a_budget_buys_equal_halves_and_an_odd_one_goes_to_the_first(budget: int, first: int, second: int) -> None:
-    pools = buy(POOL, budget, 0)
+    pools = select_labels(POOL, budget, 0)
     assert (len(pools.first_half), len(pools.second_half)) == (first, second)
 
 
 def test_when_one_half_of_the_pool_is_too_small_the_other_fills_up() -> None:
     few = [name for name in POOL if half_of(name) == 0][:3]
     many = [name for name in POOL if half_of(name) == 1][:20]
-    pools = buy(few + many, 16, 0)
+    pools = select_labels(few + many, 16, 0)
     assert (len(pools.first_half), len(pools.second_half)) == (3, 13)
-    pools = buy(many + few, 23, 0)
+    pools = select_labels(many + few, 23, 0)
     assert (len(pools.first_half), len(pools.second_half)) == (3, 20)
 
 
 def test_a_larger_budget_buys_more_labels_and_keeps_those_bought_before() -> None:
-    small, large = buy(POOL, 50, 0), buy(POOL, 200, 0)
+    small, large = select_labels(POOL, 50, 0), select_labels(POOL, 200, 0)
     assert large.first_half[:25] == small.first_half and large.second_half[:25] == small.second_half
 
 
 def test_another_label_seed_buys_others_from_the_same_halves() -> None:
-    one, other = buy(POOL, 50, 0), buy(POOL, 50, 1)
+    one, other = select_labels(POOL, 50, 0), select_labels(POOL, 50, 1)
     assert len(set(one.all) & set(other.all)) < 15  # 2.5 expected by chance
     assert {half_of(name) for name in other.first_half} == {0}
 
 
 def test_more_labels_than_there_are_cannot_be_bought() -> None:
-    assert buy(["a"], 1, 0) in (Pools(("a",), ()), Pools((), ("a",)))
+    assert select_labels(["a"], 1, 0) in (Pools(("a",), ()), Pools((), ("a",)))
     with pytest.raises(
         UserError, match=r"^labels\.budget 1001 is more than the 1000 labelled problems of data\.labeled$"
     ):
-        buy(POOL, 1001, 0)
+        select_labels(POOL, 1001, 0)
 
 
 def test_two_parts_of_one_holder_spend_the_same_budget(grader: Grader) -> None:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headwater.config.recipe import Columns, Generate, Source
-from headwater.data.sources import Loaded, gold_answer, load, without_leaks
+from headwater.data.sources import LoadedProblems, gold_answer, load, without_leaks
 from headwater.errors import UserError
 from headwater.types import problem_id
 
@@ -23,7 +23,7 @@ def write(path: Path, *rows: Any) -> Source:
     return Source(path=str(path))
 
 
-def read(source: Source, need_answers: bool = True) -> Loaded:
+def read(source: Source, need_answers: bool = True) -> LoadedProblems:
     return load(source, "data.labeled", need_answers)
 
 
@@ -205,7 +205,7 @@ def test_leaks_are_found_whatever_the_punctuation_and_taken_out(tmp_path: Path) 
     rows = [{"problem": "Find $|m|$!", "answer": "1"}, {"problem": "b", "answer": "2"}]
     train = read(write(tmp_path / "a.jsonl", *rows))
     test = read(write(tmp_path / "b.jsonl", {"problem": "find $\\left| m \\right|$ ?", "answer": "1"}))
-    kept, leaks = without_leaks(train, {"held_out": test, "other": Loaded([], {})})
+    kept, leaks = without_leaks(train, {"held_out": test, "other": LoadedProblems([], {})})
     assert leaks == {"held_out": [problem_id("Find $|m|$!")], "other": []}
     assert [problem.text for problem in kept.problems] == ["b"] and kept.gold == {problem_id("b"): "2"}
     assert len(train.problems) == 2

@@ -11,7 +11,7 @@ import pytest
 from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Source
-from headwater.data.sources import Loaded, load
+from headwater.data.sources import LoadedProblems, load
 from headwater.errors import UserError
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import make_plan
@@ -22,7 +22,7 @@ from runs import TINY
 
 
 def counting(calls: list[str]) -> Any:
-    def read(source: Source, what: str, need_answers: bool, gold: Any = None) -> Loaded:
+    def read(source: Source, what: str, need_answers: bool, gold: Any = None) -> LoadedProblems:
         calls.append(what)
         return load(source, what, need_answers, gold)
 
