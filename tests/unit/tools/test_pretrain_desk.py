@@ -55,7 +55,7 @@ def test_configs_and_one_tokenizer_ship_without_weights_in_less_than_a_megabyte(
 
 
 def test_shipped_shapes_are_those_of_the_specs_and_as_large_as_is_said() -> None:
-    parameters = {name: ModelFolder.open(str(SHIPPED / name), "models.student").shape.parameters for name in DESK}
+    parameters = {name: ModelFolder.open(f"desk:{name}", "models.student").shape.parameters for name in DESK}
     # A layer of the student: 384·64·(2·6 + 2·2) for attention and 3·384·1152 for the MLP; 8 layers, and 384·4096 tied.
     assert parameters["student"] == 8 * (384 * 64 * 16 + 3 * 384 * 1152) + 384 * 4096 == 15_335_424
     assert 10e6 < parameters["student"] < 30e6
