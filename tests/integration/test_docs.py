@@ -91,6 +91,33 @@ def test_every_function_that_the_theory_page_names_exists() -> None:
             _named(f"{module}.{member}")
 
 
+MADE_BY_THE_READER = {"make_problems.py", "my_graders.py"}
+"""Files that a page tells its reader to write."""
+
+
+def test_every_module_and_source_file_that_a_page_names_exists() -> None:
+    """docs/extending.md names files that its diffs add; tests/integration/test_extending.py applies them."""
+    pages = {page: text for page, text in PAGES.items() if page != "docs/extending.md"}
+    dotted = {name for text in pages.values() for name in re.findall(r"(?<!\w)headwater(?:\.[a-zA-Z_]\w*)+", text)}
+    assert len(dotted) > 40
+    for name in sorted(dotted):
+        _named(name)
+    roots = [ROOT, *(ROOT / part for part in ("src/headwater", "tests/integration/engines", "examples", "docs"))]
+    missing = [
+        (page, path)
+        for page, text in pages.items()
+        for path in set(re.findall(r"(?<![\w/.*-])[\w./-]+\.(?:py|c)(?!\w)", text)) - MADE_BY_THE_READER
+        if not any((root / path).exists() for root in [*roots, (ROOT / page).parent])
+    ]
+    assert missing == []
+
+
+def test_every_source_folder_that_the_architecture_page_names_exists() -> None:
+    folders = set(re.findall(r"`([a-z_/]+/)`", PAGES["docs/architecture.md"]))
+    assert len(folders) > 10
+    assert [folder for folder in folders if not (ROOT / "src/headwater" / folder).is_dir()] == []
+
+
 def _named(name: str) -> object:
     parts = name.split(".")
     for end in range(len(parts), 0, -1):

@@ -1,4 +1,4 @@
-"""What the README tells people to type works as it stands there, and what it says of the package is so."""
+"""README: its commands run in order, its recipe is valid, its links, verbs and package tree match the repository."""
 
 from __future__ import annotations
 
@@ -65,6 +65,18 @@ def test_every_file_it_links_to_and_every_verb_it_lists_is_there() -> None:
     listed = set(re.findall(r"^\| `headwater ([a-z]+)", README, flags=re.MULTILINE))
     said = subprocess.run([sys.executable, "-m", "headwater", "--help"], capture_output=True, text=True).stdout
     assert listed == set(re.findall(r"^│ ([a-z]+) ", said, flags=re.MULTILINE))
+
+
+def test_package_tree_lists_every_folder_and_top_level_module() -> None:
+    tree = re.search(r"^    src/headwater/\n((?:      .*\n)+)", README, flags=re.MULTILINE)
+    assert tree is not None
+    listed = [line.split()[0] for line in tree[1].splitlines()]
+    package = ROOT / "src/headwater"
+    folders = {f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    folders.add("runs/executors/")
+    modules = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
+    assert sorted(listed) == sorted(folders | modules)
+    assert all(len(line.split()) >= 3 for line in tree[1].splitlines()), "each entry has a description"
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])

@@ -30,7 +30,6 @@ from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.runs.inputs import RunInputs
-from headwater.runs.source_readers import load_with_missing_answers
 from runs import TINY, call, tiny
 from serving import Answering, serving
 from tiny import MODELS, tiny_folder, tiny_model
@@ -114,7 +113,7 @@ def from_file(path: str, field: str = "data.labeled") -> str:
 
 
 def context_of(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -> DoctorContext:
-    inputs = RunInputs(recipe_of(*changes), load_with_missing_answers)
+    inputs = RunInputs(recipe_of(*changes), need_answers=False)
     return DoctorContext(inputs, tuple(arms), (0,), tmp_path / "out")
 
 

@@ -182,7 +182,7 @@ def test_both_models_go_on_from_the_first_quarter_of_the_teachers_first_right_an
 def test_the_terminal_shows_both_models_and_every_advice_with_its_number() -> None:
     said = call("probe", "pocket", *sets(), "--problems", "8", "--samples", "4", "--seed", "0")
     _, answer, _ = kept()
-    assert said.code == 0 and "8 of the 16 labels of the budget were looked at" in said.out
+    assert said.code == 0 and "8 of the 16 labels of the budget were used" in said.out
     words = " ".join(said.out.split())
     for head in ("Labels:", "Warm-up:", "From OPD to student RL:"):
         assert head in words

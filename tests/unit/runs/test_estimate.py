@@ -22,7 +22,7 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.shape import Shape
 from headwater.runs.estimate import Assumptions, estimates
 from headwater.runs.hardware import DEVICES, MODELS
-from headwater.runs.memory_estimate import FOUR_BITS, PersistentMemory, WorkingMemory
+from headwater.runs.memory_estimate import FOUR_BITS, pass_bytes, persistent_bytes
 from headwater.runs.setup import prepared
 from headwater.training.update import make_optimizer, update
 from runs import TINY, call, held, infos, rows, sets, temporary, tiny
@@ -149,16 +149,14 @@ def test_known_models_have_the_parameters_that_their_publishers_count(name: str)
 
 def test_memory_of_what_is_held_is_what_each_part_takes() -> None:
     shape = Shape.from_fields(MODELS["Qwen/Qwen3-8B"])
-    whole = PersistentMemory(shape, 0, False, (), 2).bytes(1)
+    whole = persistent_bytes(shape, 0, False, (), 2)
     assert whole == 18.0 * shape.parameters  # float32 weights, gradients, two moments, and the copy that autocast makes
     adapter = shape.adapter_parameters(16, None)
     assert adapter == 43_646_976  # 36 layers × 16 × (4096+4096 + 2·(4096+1024) + 4096+4096 + 3·(4096+12288))
-    assert PersistentMemory(shape, adapter, False, (), 2).bytes(1) == 2.0 * shape.parameters + 16.0 * adapter
+    assert persistent_bytes(shape, adapter, False, (), 2) == 2.0 * shape.parameters + 16.0 * adapter
     rest = shape.parameters - shape.body_parameters
-    four = PersistentMemory(shape, adapter, True, (shape,), 2).bytes(4)
-    assert four == pytest.approx(
-        (FOUR_BITS * shape.body_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters) / 4
-    )
+    four = persistent_bytes(shape, adapter, True, (shape,), 2)
+    assert four == pytest.approx(FOUR_BITS * shape.body_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -212,7 +210,7 @@ def test_memory_of_an_update_is_what_the_allocator_counts_within_a_quarter(case:
     )
     width, logits = 2 if models.dtype == "bfloat16" else 4, 2 if objective == "opd" else 1
     more = 0 if policy.adapter is None else policy.adapter.parameters
-    work = WorkingMemory(policy.shape, tokens, 0, 128, width, models.gradient_checkpointing, cuda=False, logits=logits)
-    said = PersistentMemory(policy.shape, more, False, (), width).bytes(1) + work.pass_bytes()
+    work = pass_bytes(policy.shape, tokens, width, models.gradient_checkpointing, cuda=False, logits=logits)
+    said = persistent_bytes(policy.shape, more, False, (), width) + work
     print(f"{case}: {said / 1e6:.1f} MB said, {(there + grown) / 1e6:.1f} MB measured")
     assert said == pytest.approx(there + grown, rel=0.25)
