@@ -17,7 +17,14 @@ from itertools import islice
 from headwater.tasks.sums import POOLS
 from headwater.tasks.word_problems_text import NAMES, SCENES, Scene, answer_sentence, write_problem, write_solution
 from headwater.tasks.word_problems_world import (  # fmt: skip
-    Draw, Quantity, Step, World, choice, generate_world, sample, shuffle_steps,
+    Draw,
+    Quantity,
+    Step,
+    World,
+    choice,
+    generate_world,
+    sample,
+    shuffle_steps,
 )
 
 ANSWER_PREFIXES = ("The answer is", "the answer is")

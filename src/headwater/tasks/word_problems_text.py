@@ -112,13 +112,17 @@ def step_sentence(step: Step, steps: Sequence[Step], scene: Scene, draw: Draw) -
         return choice(draw, together_sentences(new, old, literal, scene))
     if step.relation in ("more", "fewer"):
         word, inverse = ("more", "fewer") if step.relation == "more" else ("fewer", "more")
-        ways = [f"{more_than(new, f'{literal} {word}', old, did)}.", f"{more_than(old, f'{literal} {inverse}', new, did)}."]
+        ways = [
+            f"{more_than(new, f'{literal} {word}', old, did)}.",
+            f"{more_than(old, f'{literal} {inverse}', new, did)}.",
+        ]
         return choice(draw, [*ways, f"{this} {literal} {'more' if word == 'more' else 'less'} than {that}."])
     times, part = "twice" if literal == 2 else f"{literal} times", PARTS[literal]
     word, inverse = (times, part) if step.relation == "times" else (part, times)
     of = word if word in ("half", times) else f"{word} of"
     return choice(
-        draw, [f"{times_as_many(new, word, old, did)}.", f"{times_as_many(old, inverse, new, did)}.", f"{this} {of} {that}."]
+        draw,
+        [f"{times_as_many(new, word, old, did)}.", f"{times_as_many(old, inverse, new, did)}.", f"{this} {of} {that}."],
     )
 
 

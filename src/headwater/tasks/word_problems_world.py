@@ -140,7 +140,9 @@ def randint(draw: Draw, low: int, high: int) -> int:
     return low + int(draw() * (high - low + 1))
 
 
-def generate_world(draw: Draw, quantities: Sequence[Quantity], ops: int, distractors: int, largest: int) -> World | None:
+def generate_world(
+    draw: Draw, quantities: Sequence[Quantity], ops: int, distractors: int, largest: int
+) -> World | None:
     """Generate a DAG whose answer takes `ops` operations, plus `distractors` unused steps; None if the draws fail.
 
     quantities  what steps may define, in this order

@@ -24,10 +24,10 @@ from headwater.tasks.countdown import (
     generate,
     grade,
     is_worked,
-    pool_of,
     parse_problem,
-    short,
     parse_terms,
+    pool_of,
+    short,
     worked,
 )
 from headwater.tasks.registry import TASKS

@@ -28,7 +28,7 @@ from headwater.tasks.word_problems import (
     solutions,
 )
 from headwater.tasks.word_problems_text import NAMES, SCENES
-from headwater.tasks.word_problems_world import Quantity, Step, has_no_shortcut, gradients
+from headwater.tasks.word_problems_world import Quantity, Step, gradients, has_no_shortcut
 
 EASY, HARD = WordsDials(1, 4), WordsDials(7, 10, distractors=3)
 
