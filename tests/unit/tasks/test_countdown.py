@@ -22,10 +22,10 @@ from headwater.tasks.countdown import (
     generate,
     grade,
     is_worked,
+    parse_problem,
+    parse_terms,
     pool_of,
-    read,
     short,
-    terms_of,
     worked,
 )
 from headwater.tasks.registry import TASKS
@@ -54,7 +54,7 @@ def test_solutions_have_the_documented_text() -> None:
 def test_every_gold_is_solved_in_both_forms_and_every_wrong_sign_grades_zero(pool: str, dials: CountdownDials) -> None:
     for problem, gold in generate(40, pool, seed=1, dials=dials):
         assert problem == gold
-        numbers, target = read(gold)  # type: ignore[misc]
+        numbers, target = parse_problem(gold)  # type: ignore[misc]
         for completion in (
             worked(problem, dials),
             short(problem, dials),
@@ -133,7 +133,7 @@ def test_problems_are_the_same_in_every_process_and_a_longer_call_begins_with_th
 
 def test_generated_numbers_fall_and_targets_are_not_negative() -> None:
     for text, _ in generate(300, "train", 0, FOUR):
-        numbers, target = read(text)  # type: ignore[misc]
+        numbers, target = parse_problem(text)  # type: ignore[misc]
         assert numbers == sorted(numbers, reverse=True) and len(numbers) == 4
         assert numbers[-1] >= 1 and numbers[0] <= 120 and target >= 0
         assert all(len(number) == 3 for number in text.split("=")[0].split(","))
@@ -146,7 +146,7 @@ def test_dials_pools_and_counts_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="no pool 'test'"):
         generate(1, "test", 0)
     # two numbers up to 9: 45 pairs, 2 targets each at most, an eighth of them here
-    with pytest.raises(ValueError, match=r"pool 'eval' holds about \d+ problems .*, not 91"):
+    with pytest.raises(ValueError, match=r"pool 'eval' has about \d+ problems .*, not 91"):
         generate(91, "eval", 0, CountdownDials(numbers=2, largest=9))
 
 
@@ -185,7 +185,7 @@ def test_what_is_correct_is_what_python_sums_to_the_target(completion: str, gold
 )
 def test_hostile_text_is_graded_wrong_and_at_once(hostile: str) -> None:
     began = time.perf_counter()
-    assert grade("50,46,24=28", hostile)[0] is False and terms_of(hostile) is None
+    assert grade("50,46,24=28", hostile)[0] is False and parse_terms(hostile) is None
     assert TASKS["countdown"].extract(hostile) is None  # type: ignore[misc]
     assert time.perf_counter() - began < 1.0
 
