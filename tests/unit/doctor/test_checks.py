@@ -30,7 +30,7 @@ from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.runs.inputs import RunInputs
-from runs import TINY, call, tiny
+from runs import TINY
 from serving import Answering, serving
 from tiny import MODELS, tiny_folder, tiny_model
 from tools.pretrain.pocket import make_tokenizer
@@ -128,10 +128,10 @@ def light(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -
         return examine(context, [check for check in CHECKS if check.stage == "files"])
 
 
-def find(examination: Examination, name: str) -> Finding:
+def find(found: Examination, name: str) -> Finding:
     """The finding of that name, which must be there."""
-    named = [finding for finding in examination.findings if finding.name == name]
-    assert named, f"{name} was not found among {[finding.text() for finding in examination.findings]}"
+    named = [finding for finding in found.findings if finding.name == name]
+    assert named, f"{name} was not found among {[finding.text() for finding in found.findings]}"
     return named[0]
 
 
@@ -139,28 +139,20 @@ def find(examination: Examination, name: str) -> Finding:
 
 
 def test_every_arm_of_the_pocket_recipe_passes(tmp_path: Path) -> None:
-    examination = examined(tmp_path, "evaluate.sampling.max_tokens=48", arms=tuple(ARMS))
-    assert not examination.errors and examination.unchecked == ()
+    found = examined(tmp_path, "evaluate.sampling.max_tokens=48", arms=tuple(ARMS))
+    assert not found.errors and found.unchecked == ()
 
 
 @pytest.mark.parametrize("pair", ["qwen3", "llama"])
 def test_the_pocket_models_have_nothing_wrong_and_everything_is_checked(tmp_path: Path, pair: str) -> None:
-    examination = examined(
+    found = examined(
         tmp_path, f"models.student=pocket:{pair}-student", f"models.teacher=pocket:{pair}-teacher",
         "evaluate.sampling.max_tokens=48", *(f"stages.{stage}.sampling.max_tokens=48" for stage in
         ("teacher_rl", "warmup", "opd", "student_rl")), arms=("direct_grpo", "bridge_rl"),
     )  # fmt: skip
-    assert [finding.text() for finding in examination.findings if finding.severity != "warning"] == []
-    assert {finding.name for finding in examination.findings} <= {"halves-unbalanced"}
-    assert examination.unchecked == () and len(examination.checked) == len(CHECKS)
-
-
-def test_the_verb_lists_what_it_checked_and_exits_0(tmp_path: Path) -> None:
-    result = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1")
-    assert result.code == 0, result.err
-    for check in CHECKS:
-        assert check.title in result.out
-    assert not (tmp_path / "out").exists()
+    assert [finding.text() for finding in found.findings if finding.severity != "warning"] == []
+    assert {finding.name for finding in found.findings} <= {"halves-unbalanced"}
+    assert found.unchecked == () and len(found.checked) == len(CHECKS)
 
 
 def test_the_pocket_preflight_takes_seconds_and_not_minutes(tmp_path: Path) -> None:
@@ -193,8 +185,8 @@ def test_a_student_that_stops_at_more_ids_than_its_teacher_is_only_warned_of(tmp
 def test_stop_sets_are_compared_only_where_one_model_teaches_the_other(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
     teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
-    examination = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", arms=("direct_grpo",))
-    assert "stop-sets-differ" not in {finding.name for finding in examination.findings}
+    found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", arms=("direct_grpo",))
+    assert "stop-sets-differ" not in {finding.name for finding in found.findings}
 
 
 def test_an_eos_that_the_generation_config_does_not_list_is_named(tmp_path: Path) -> None:
@@ -223,9 +215,9 @@ def test_a_model_that_nothing_ends_is_refused(tmp_path: Path, pocket_folder: Pat
 
 def test_padding_with_eos_is_recognised_and_harmless(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "model", pad="<|im_end|>")
-    examination = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
-    finding = find(examination, "pad-is-eos")
-    assert finding.severity == "note" and "151645" in finding.evidence and not examination.errors
+    found = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
+    finding = find(found, "pad-is-eos")
+    assert finding.severity == "note" and "151645" in finding.evidence and not found.errors
 
 
 def test_equal_width_with_other_ids_is_refused(tmp_path: Path) -> None:
@@ -234,16 +226,16 @@ def test_equal_width_with_other_ids_is_refused(tmp_path: Path) -> None:
     ids = held["model"]["vocab"]
     ids["1"], ids["2"] = ids["2"], ids["1"]
     (folder / "tokenizer.json").write_text(json.dumps(held))
-    examination = light(tmp_path, f"models.teacher={folder}")
-    assert find(examination, "token-ids-differ").severity == "error"
-    assert "vocabulary-width" not in {finding.name for finding in examination.findings}
+    found = light(tmp_path, f"models.teacher={folder}")
+    assert find(found, "token-ids-differ").severity == "error"
+    assert "vocabulary-width" not in {finding.name for finding in found.findings}
 
 
 def test_151936_columns_against_152064_are_refused(tmp_path: Path) -> None:
     student, teacher = qwen_folder(tmp_path / "small"), qwen_folder(tmp_path / "large", width=152064)
-    examination = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}")
-    assert [finding.name for finding in examination.errors] == ["vocabulary-width"]
-    assert "151936 and 152064" in examination.errors[0].evidence
+    found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}")
+    assert [finding.name for finding in found.errors] == ["vocabulary-width"]
+    assert "151936 and 152064" in found.errors[0].evidence
     sampled = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", arms=("direct_grpo",))
     assert not sampled.errors
 
@@ -271,15 +263,15 @@ def test_a_thinking_template_against_a_plain_one_is_refused(tmp_path: Path) -> N
 
 def test_a_teacher_that_may_think_behind_the_same_prompt_is_warned_of(tmp_path: Path) -> None:
     student, teacher = qwen_folder(tmp_path / "plain"), qwen_folder(tmp_path / "hybrid", template=HYBRID)
-    examination = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", "prompt.thinking=true")
-    assert find(examination, "thinking-known-to-one").severity == "warning" and not examination.errors
+    found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", "prompt.thinking=true")
+    assert find(found, "thinking-known-to-one").severity == "warning" and not found.errors
 
 
 def test_other_template_differences_are_refused(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "one")
     teacher = qwen_folder(tmp_path / "other", template=PLAIN.replace("assistant;", "assistant:"))
-    examination = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}")
-    assert [finding.name for finding in examination.errors] == ["prompts-differ"]
+    found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}")
+    assert [finding.name for finding in found.errors] == ["prompts-differ"]
 
 
 def test_a_thinking_mode_that_no_template_knows_is_named(tmp_path: Path) -> None:
@@ -289,8 +281,8 @@ def test_a_thinking_mode_that_no_template_knows_is_named(tmp_path: Path) -> None
 
 def test_a_template_that_always_thinks_is_named(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "model", template=OPENS)
-    examination = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
-    assert find(examination, "thinking-always-on").severity == "warning" and not examination.errors
+    found = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
+    assert find(found, "thinking-always-on").severity == "warning" and not found.errors
 
 
 def test_a_system_prompt_that_the_template_drops_is_named(tmp_path: Path) -> None:
@@ -325,17 +317,6 @@ def test_problems_in_characters_that_the_tokenizer_lacks_are_named(tmp_path: Pat
     assert "40 of 45 problems" in find(light(tmp_path, from_file(path)), "unknown-tokens").evidence
 
 
-def test_a_missing_model_folder_is_a_finding_of_the_verb_and_exit_2_of_run(tmp_path: Path) -> None:
-    missing = ("--set", f"models.teacher={tmp_path / 'nowhere'}")
-    result = call("doctor", "pocket", "--json", *missing)
-    examination = json.loads(result.out)
-    assert result.code == 3 and not examination["ok"]
-    assert [one["name"] for one in examination["findings"]] == ["model-unreadable"]  # once, and no consequence of it
-    assert "data files" in examination["checked"] and "student taught by itself" in examination["unchecked"]
-    ran = tiny("run", tmp_path / "out", *missing, whole=True)
-    assert ran.code == 2 and "models.teacher: no such model folder" in ran.err
-
-
 # Data -------------------------------------------------------------------------------------------------------------------
 
 
@@ -346,9 +327,9 @@ def sums(count: int, first: int = 10) -> list[dict[str, Any]]:
 
 
 def test_a_missing_data_file_is_named_and_the_rest_is_still_checked(tmp_path: Path) -> None:
-    examination = light(tmp_path, from_file(str(tmp_path / "none.jsonl")))
-    assert [finding.name for finding in examination.errors] == ["data-unreadable"]
-    assert "vocabulary width" in examination.checked
+    found = light(tmp_path, from_file(str(tmp_path / "none.jsonl")))
+    assert [finding.name for finding in found.errors] == ["data-unreadable"]
+    assert "vocabulary width" in found.checked
 
 
 def test_a_leaked_evaluation_problem_is_named(tmp_path: Path) -> None:
@@ -376,33 +357,30 @@ def test_a_task_that_rejects_most_gold_answers_is_refused(tmp_path: Path) -> Non
 
 
 def test_an_unknown_task_is_named(tmp_path: Path) -> None:
-    examination = light(tmp_path, "task=no_such_module:grade")
-    assert [finding.name for finding in examination.errors] == ["task-unusable"]
+    found = light(tmp_path, "task=no_such_module:grade")
+    assert [finding.name for finding in found.errors] == ["task-unusable"]
 
 
 def test_repeated_and_contradicting_rows_are_named(tmp_path: Path) -> None:
     rows = sums(20)
     path = jsonl(tmp_path / "labeled.jsonl", *rows, rows[0], {**rows[1], "answer": "99"})
-    examination = light(tmp_path, from_file(path))
-    assert "2 rows repeat" in find(examination, "duplicates").evidence
-    assert (
-        "1 problems have several different answers (rows 2 and 22)"
-        in find(examination, "contradicting-answers").evidence
-    )
+    found = light(tmp_path, from_file(path))
+    assert "2 rows repeat" in find(found, "duplicates").evidence
+    assert "1 problems have several different answers (rows 2 and 22)" in find(found, "contradicting-answers").evidence
 
 
 def test_evaluations_that_share_problems_or_hold_none_are_named(tmp_path: Path) -> None:
     same = jsonl(tmp_path / "same.jsonl", *sums(3, first=60))
     torn = jsonl(tmp_path / "torn.jsonl", {"problem": "7+7", "answer": "14"}, {"problem": "7+7", "answer": "15"})
     sources = (f"{name}: {{path: {path}}}" for name, path in (("a", same), ("b", same), ("c", torn)))
-    examination = light(tmp_path, f"data.evals={{{', '.join(sources)}}}")
-    assert "data.evals.a and data.evals.b share 3 problems" in find(examination, "evaluations-overlap").evidence
-    assert find(examination, "evaluation-empty").severity == "error"
+    found = light(tmp_path, f"data.evals={{{', '.join(sources)}}}")
+    assert "data.evals.a and data.evals.b share 3 problems" in find(found, "evaluations-overlap").evidence
+    assert find(found, "evaluation-empty").severity == "error"
 
 
 def test_a_budget_over_the_pool_is_named(tmp_path: Path) -> None:
-    examination = light(tmp_path, "labels.budget=65")
-    assert [finding.name for finding in examination.errors] == ["label-budget-over-pool"]
+    found = light(tmp_path, "labels.budget=65")
+    assert [finding.name for finding in found.errors] == ["label-budget-over-pool"]
 
 
 def test_a_half_that_is_too_small_for_one_step_is_named(tmp_path: Path) -> None:
@@ -414,15 +392,15 @@ def test_unbalanced_and_overlapping_halves_are_named(tmp_path: Path) -> None:
     context = context_of(tmp_path)
     names = context.inputs.pools.all
     context.inputs.memo[("pools",)] = Pools(names[:12], names[11:16])
-    findings = {finding.name: finding for finding in data_checks.halves(context)}
-    assert findings["halves-overlap"].severity == "error" and names[11] in findings["halves-overlap"].evidence
-    assert "12 and 5" in findings["halves-unbalanced"].evidence
+    found = {finding.name: finding for finding in data_checks.halves(context)}
+    assert found["halves-overlap"].severity == "error" and names[11] in found["halves-overlap"].evidence
+    assert "12 and 5" in found["halves-unbalanced"].evidence
 
 
 def test_a_gpu_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    examination = light(tmp_path, "compute.device=cuda")
-    assert [finding.name for finding in examination.errors] == ["device-missing"]
+    found = light(tmp_path, "compute.device=cuda")
+    assert [finding.name for finding in found.errors] == ["device-missing"]
 
 
 def test_a_plan_that_cannot_be_made_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,8 +412,8 @@ def test_a_plan_that_cannot_be_made_is_a_finding(tmp_path: Path, monkeypatch: py
 
 
 def test_training_one_of_several_teachers_is_a_finding(tmp_path: Path) -> None:
-    examination = light(tmp_path, f"models.teacher={{a: {TEACHER}, b: {TEACHER}}}")
-    assert "is a mapping to several models, which is not trained here" in find(examination, "cannot-run").evidence
+    found = light(tmp_path, f"models.teacher={{a: {TEACHER}, b: {TEACHER}}}")
+    assert "is a mapping to several models, which is not trained here" in find(found, "cannot-run").evidence
 
 
 # Memory and disk --------------------------------------------------------------------------------------------------------
@@ -448,8 +426,8 @@ def test_memory_is_held_against_the_estimate(
     # The teacher's GRPO holds most: float32 weights, gradients and two moments.
     needed = 16 * sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(TEACHER).parameters())
     monkeypatch.setattr(resource_checks, "free_memory", lambda device: share * needed)
-    examination = [finding.name for finding in resource_checks.memory(context_of(tmp_path))]
-    assert examination == ([] if name is None else [name])
+    found = [finding.name for finding in resource_checks.memory(context_of(tmp_path))]
+    assert found == ([] if name is None else [name])
 
 
 @pytest.mark.parametrize(
@@ -525,8 +503,8 @@ def test_a_student_that_differs_from_its_frozen_copy_is_named(
     arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken(monkeypatch, "student", noisy, frozen=True)
-    examination = examined(tmp_path, arms=(arm,))
-    assert [finding.name for finding in examination.errors] == ["self-kl"]
+    found = examined(tmp_path, arms=(arm,))
+    assert [finding.name for finding in found.errors] == ["self-kl"]
 
 
 def test_a_teacher_that_disagrees_with_itself_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,62 +520,26 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, monkeypatch: pyte
         return policy
 
     broken(monkeypatch, "student", spoil)
-    examination = examined(tmp_path)
-    assert [finding.name for finding in examination.errors] == ["not-finite"]  # and no comparison of such numbers
+    found = examined(tmp_path)
+    assert [finding.name for finding in found.errors] == ["not-finite"]  # and no comparison of such numbers
 
 
 def test_completions_that_run_into_the_limit_are_named(tmp_path: Path) -> None:
     changes = [f"stages.{stage}.sampling.max_tokens=2" for stage in ("teacher_rl", "warmup", "opd", "student_rl")]
-    examination = examined(tmp_path, *changes)
-    assert "100% of 16 sampled completions run into sampling.max_tokens 2" in find(examination, "truncated").evidence
-    assert not examination.errors
+    found = examined(tmp_path, *changes)
+    assert "100% of 16 sampled completions run into sampling.max_tokens 2" in find(found, "truncated").evidence
+    assert not found.errors
 
 
 def test_nothing_is_said_of_truncation_where_the_sample_is_shorter_than_the_limit(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "endless", max_position_embeddings=4096)
     changes = [f"stages.{stage}.sampling.max_tokens=2000" for stage in ("teacher_rl", "warmup", "opd", "student_rl")]
-    examination = examined(tmp_path, *changes, f"models.student={folder}", f"models.teacher={folder}")
-    assert "truncated" not in {finding.name for finding in examination.findings}
+    found = examined(tmp_path, *changes, f"models.student={folder}", f"models.teacher={folder}")
+    assert "truncated" not in {finding.name for finding in found.findings}
 
 
 def test_bfloat16_is_within_its_wider_bounds(tmp_path: Path) -> None:
     assert not examined(tmp_path, "models.dtype=bfloat16").errors
-
-
-# run, and the table -----------------------------------------------------------------------------------------------------
-
-
-def test_run_refuses_before_anything_is_written_and_says_what_to_do(tmp_path: Path) -> None:
-    student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
-    teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
-    result = tiny(
-        "run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}", whole=True
-    )
-    assert result.code == 3 and "error stop-sets-differ" in result.err and "generation_config.json" in result.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_run_reports_a_mistake_in_the_recipe_in_one_sentence_and_exits_2(tmp_path: Path) -> None:
-    student = qwen_folder(tmp_path / "one")
-    teacher = qwen_folder(tmp_path / "other", template=PLAIN.replace("assistant;", "assistant:"))
-    result = tiny("run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}")
-    assert result.code == 2 and result.err.count("\n") == 1
-    assert (
-        "models.student and models.teacher: their chat templates give different ids for the same problem" in result.err
-    )
-    assert not (tmp_path / "out").exists()
-
-
-def test_run_says_warnings_and_goes_on(tmp_path: Path) -> None:
-    result = tiny("run", tmp_path / "out", "--arm", "direct_grpo", "--set", "prompt.system=Add up.", whole=True)
-    assert result.code == 0, result.err
-    assert "warning system-without-effect: models.student" in result.err and "pad-is-eos" not in result.err
-
-
-def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
-    monkeypatch.setattr(checks, "examine", lambda *given: pytest.fail("the doctor was asked again"))
-    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
 
 
 # Engines and servers ----------------------------------------------------------------------------------------------------
@@ -605,12 +547,12 @@ def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytes
 
 def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: False)
-    examination = light(tmp_path, "compute.sampler=vllm")
-    assert "pip install headwater[vllm]" in find(examination, "engine-unusable").evidence
+    found = light(tmp_path, "compute.sampler=vllm")
+    assert "pip install headwater[vllm]" in find(found, "engine-unusable").evidence
 
 
 @pytest.mark.parametrize(
-    ("name", "fault", "evidence"),
+    ("name", "fault", "said"),
     [
         ("server-unusable", {"gone": True}, "gave no usable answer in 1 tries"),
         ("server-unusable", {"most": 3}, "greater than max allowed: 3"),
@@ -620,7 +562,7 @@ def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_a_teachers_server_is_looked_at_like_a_model(
-    name: str | None, fault: dict[str, Any], evidence: str, tmp_path: Path
+    name: str | None, fault: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     answering = Answering(
         load_policy(ModelFolder.open(TEACHER, "models.teacher"), LoadOptions(MODELS, torch.device("cpu"), frozen=True)),
@@ -629,11 +571,11 @@ def test_a_teachers_server_is_looked_at_like_a_model(
     changes = ("stages.warmup.dense.top_k=8", "stages.opd.dense.top_k=8", "compute.server.retries=0")
     with serving(answering) as there:
         url = "http://127.0.0.1:9/v1" if answering.gone else there.url
-        examination = light(tmp_path, f"models.teacher={url}", *changes, arms=("raw_teacher",))
+        found = light(tmp_path, f"models.teacher={url}", *changes, arms=("raw_teacher",))
     if name is None:
-        assert not examination.errors, examination.text()
+        assert not found.errors, found.text()
     else:
-        assert evidence in find(examination, name).evidence and "models.teacher" in find(examination, name).evidence
+        assert said in find(found, name).evidence and "models.teacher" in find(found, name).evidence
 
 
 def test_every_finding_is_in_the_docs_and_the_docs_have_no_other() -> None:
@@ -644,15 +586,16 @@ def test_every_finding_is_in_the_docs_and_the_docs_have_no_other() -> None:
 
 
 def test_every_finding_is_planted_by_a_test() -> None:
-    text = Path(__file__).read_text(encoding="utf-8")
+    files = [ROOT / "tests" / kind / "doctor" / "test_checks.py" for kind in ("unit", "integration")]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
     assert [name for name in sorted(finding_names()) if f'"{name}"' not in text] == []
 
 
 def finding_names() -> set[str]:
     """The names that findings are made with: first arguments of Finding, error, warning and note."""
-    names = {name for name, _ in UNREADABLE.values()}
+    found = {name for name, _ in UNREADABLE.values()}
     for file in (ROOT / "src" / "headwater" / "doctor").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Finding", "error", "warning", "note"):
-                names |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
-    return names
+                found |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
+    return found
