@@ -21,7 +21,7 @@ from headwater.runs.executors.base import Executor, Failure, Job, describe
 from headwater.runs.executors.local import LocalExecutor
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import ProgressDisplay
-from headwater.runs.plan import Node, Plan
+from headwater.runs.plan import Plan
 from headwater.runs.setup import prepared, stop_requests
 from headwater.storage import fault_points
 from headwater.storage.files import write_rows
@@ -84,7 +84,7 @@ def run(
             fault_points.failpoint("run.planned")
             reuse_nodes(plan, folder, others, say)
             reopen_damaged_nodes(plan, folder, say)
-            todo = {plan.names[node]: node for node in plan.order() if not is_done(node, plan, folder)}
+            todo = {plan.names[node]: node for node in plan.unfinished(folder)}
             try:
                 with stop_requests() as stopped:
                     job = Job(plan, inputs, arms, folder, todo, progress_display, stopped)
@@ -111,10 +111,6 @@ def problem_texts(inputs: RunInputs) -> list[dict[str, Any]]:
     return [{"id": id_, "text": text} for id_, text in texts.items()]
 
 
-def is_done(node: Node, plan: Plan, folder: RunDir) -> bool:
-    return folder.node(plan.names[node]).is_done(plan.fingerprints[node])
-
-
 def reopen_damaged_nodes(plan: Plan, folder: RunDir, say: Callable[[str], None]) -> None:
     """Remove DONE from nodes with damaged files and name the files, so that these nodes run again.
 
@@ -133,11 +129,10 @@ def reuse_nodes(plan: Plan, folder: RunDir, others: Sequence[RunDir], say: Calla
     if not others:
         return
     counts: Counter[Path] = Counter()
-    for node in plan.order():
+    for node in plan.unfinished(folder):
         name = plan.names[node]
-        intact = (o for o in others if is_done(node, plan, o) and o.node(name).damage() is None)
-        source = next(intact, None)
-        if source is not None and not is_done(node, plan, folder):
+        source = next((o for o in others if plan.is_done(node, o) and o.node(name).damage() is None), None)
+        if source is not None:
             folder.node(name).take_over(source.node(name))
             counts[source.path] += 1
     parts = ", ".join(f"{count} from {path}" for path, count in counts.items())

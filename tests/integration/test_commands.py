@@ -164,7 +164,7 @@ OTHER_PROGRAMS = {  # a line's beginning, and why the line is not run here
     "torchrun --nnodes 2": "needs two machines",
     "vllm serve": "needs vLLM: tests/integration/engines/test_vllm_server.py, make test-engines",
     ".venv-bench/bin/python -m benchmarks": "needs the peers: tests/unit/test_benchmarks.py runs the harness without them",
-    "python -m tools.pretrain desk": "takes hours and a GPU: tests/unit/tools/test_pretrain_desk.py makes small ones",
+    "python -m tools.pretrain desk": "takes hours and a GPU: tests/integration/tools/test_pretrain_desk.py makes small ones",
     "python -m benchmarks.ten_settings": "takes hours: tests/unit/test_benchmarks.py",
 }
 

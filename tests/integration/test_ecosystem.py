@@ -99,7 +99,7 @@ def test_trackers_that_are_unknown_or_not_installed_are_refused_before_anything_
 ) -> None:
     said = tiny("run", tmp_path / "run", "--track", "mlflow")
     assert said.code == 2 and "--track mlflow: no such tracker; there are tensorboard, wandb, trackio" in said.err
-    monkeypatch.setitem(trackers.TRACKERS, "nowhere_installed", trackers.Tensorboard.opened)
+    monkeypatch.setitem(trackers.TRACKERS, "nowhere_installed", trackers.TRACKERS["tensorboard"])
     said = tiny("run", tmp_path / "run", "--track", "nowhere_installed")
     assert said.code == 2 and "pip install 'headwater[nowhere_installed]'" in said.err
     assert not (tmp_path / "run").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,14 +217,6 @@ def test_the_gpu_workload_is_skipped_with_its_reason_where_there_is_no_gpu() -> 
     [case] = chosen(["gpu"], all_cases())
     with pytest.raises(CannotRunError, match="no GPU"):
         loss.step_of("headwater", case)
-
-
-def test_a_measurement_in_a_process_of_its_own_comes_back_whole(tmp_path: Path) -> None:
-    case = tiny("sampling", peers=("headwater",))
-    found = runner.in_a_process("headwater", {"case": asdict(case), "root": str(tmp_path)})
-    assert found["tokens_sampled"] == 20.0 and found["seconds"] > 0.0
-    failed = runner.in_a_process("nobody", {"case": asdict(case), "root": str(tmp_path)})
-    assert "KeyError" in failed["failed"]
 
 
 def test_the_reward_without_a_task_is_the_parity_of_the_last_token() -> None:

@@ -32,7 +32,7 @@ def print_dry_run(
         print(json.dumps([json_row(estimate, options) for estimate in nodes]))
         return
     console().print(cost_table(nodes, options))
-    for message in inputs.missing:
+    for message in inputs.missing or ():
         print(message)
     print("\n".join(notes(nodes, options)))
 

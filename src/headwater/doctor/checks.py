@@ -24,7 +24,6 @@ from headwater.errors import RefusedError, UserError
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Plan
 from headwater.runs.read_once import InputError
-from headwater.runs.source_readers import load_with_missing_answers
 
 Stage = Literal["files", "weights", "comparisons"]
 STAGES: tuple[Stage, ...] = ("files", "weights", "comparisons")
@@ -148,7 +147,7 @@ def examine(context: DoctorContext, checks: Sequence[Check] = CHECKS) -> Examina
 
 def diagnose(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Path) -> Examination:
     """Check all of a recipe and some of its arms; nothing is written. Raises UserError for an unknown arm."""
-    with RunInputs(recipe, load_with_missing_answers) as inputs:
+    with RunInputs(recipe, need_answers=False) as inputs:
         context = DoctorContext(inputs, tuple(arms), tuple(seeds), out)
         try:
             return examine(context)

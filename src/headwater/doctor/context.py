@@ -95,8 +95,7 @@ class DoctorContext:
     @property
     def pending(self) -> list[Node]:
         """The plan's nodes that the output folder does not hold yet."""
-        folder, plan = RunDir(self.out), self.plan
-        return [node for node in plan.order() if not folder.node(plan.names[node]).is_done(plan.fingerprints[node])]
+        return self.plan.unfinished(RunDir(self.out))
 
     # Models, without their weights ------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,6 @@ from headwater.errors import TrainingStoppedError, UserError
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
-from headwater.models.shape import Shape
 from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import ProgressDisplay
@@ -219,25 +218,30 @@ def sample_model(role: Role, task: ProbeTask) -> ModelSamples:
             raise UserError(f"models.{role}: {error}") from None
     assert graded.verdicts is not None
     right_PK = np.array([int(verdict.correct) for verdict in graded.verdicts]).reshape(len(prompts), task.samples)
-    sampled = sum(len(rollout.completion_ids) for rollout in graded.rollouts)
-    read = sampled + task.samples * sum(len(ids) for _, ids in prompts)
-    task.charge(
-        Spend(
-            node="probe",
-            stage=role,
-            seed=task.seed,
-            step=0,
-            purpose="probe",
-            labels=tuple(task.problems),
-            checks=len(graded.rollouts),
-            tokens_sampled=sampled,
-            # Each model scores the rollouts of both for C2; the teacher's share of that is counted as scoring.
-            tokens_teacher_scored=sampled,
-            flops=2 * Shape.from_config(policy.model.config).flops(read, read / len(graded.rollouts) / 2),
-            seconds=time.perf_counter() - started,
-        )
-    )
+    spend = spend_of(task, role, task.problems, policy, graded.rollouts, started)
+    # Each model scores the rollouts of both for C2; the teacher's share of that is counted as scoring.
+    task.charge(replace(spend, tokens_teacher_scored=spend.tokens_sampled, flops=2 * spend.flops))
     return ModelSamples(policy, stage, graded.rollouts, right_PK)
+
+
+def spend_of(
+    task: ProbeTask, stage: str, labels: Sequence[str], policy: Policy, rollouts: Sequence[Rollout], started: float
+) -> Spend:
+    """Ledger row of sampling and grading rollouts on these labels since `started`."""
+    sampled = sum(len(rollout.completion_ids) for rollout in rollouts)
+    read = sampled + sum(len(rollout.prompt_ids) for rollout in rollouts)
+    return Spend(
+        node="probe",
+        stage=stage,
+        seed=task.seed,
+        step=0,
+        purpose="probe",
+        labels=tuple(labels),
+        checks=len(rollouts),
+        tokens_sampled=sampled,
+        flops=policy.shape.flops(read, read / len(rollouts) / 2),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def readiness(samples: ModelSamples, entropy: float) -> Readiness:
@@ -291,22 +295,7 @@ def continue_right_answers(student: ModelSamples, teacher: ModelSamples, task: P
         )
         right_PK = np.array([int(verdict.correct) for verdict in verdicts]).reshape(-1, CONTINUATIONS)
         accuracy[role] = stats.accuracy_interval(right_PK.mean(axis=1)[None])
-        sampled = sum(len(row.completion_ids) for row in rollouts)
-        read = sampled + sum(len(request.prompt_ids) for request in requests)
-        task.charge(
-            Spend(
-                node="probe",
-                stage=f"{role}_finish",
-                seed=task.seed,
-                step=0,
-                purpose="probe",
-                labels=tuple(answers),
-                checks=len(rollouts),
-                tokens_sampled=sampled,
-                flops=Shape.from_config(samples.policy.model.config).flops(read, read / len(rollouts) / 2),
-                seconds=time.perf_counter() - started,
-            )
-        )
+        task.charge(spend_of(task, f"{role}_finish", list(answers), samples.policy, rollouts, started))
     divergences = conditions.divergences(
         student.policy, teacher.policy, teacher.right, recipe.conditions.top_k, recipe.compute.microbatch_tokens
     )

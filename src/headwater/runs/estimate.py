@@ -14,7 +14,7 @@ from headwater.models.prompts import Prompter
 from headwater.models.shape import Shape
 from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
-from headwater.runs.memory_estimate import PersistentMemory, WorkingMemory
+from headwater.runs.memory_estimate import pass_bytes, persistent_bytes
 from headwater.runs.plan import Node, Plan, Role, supervisor
 from headwater.teachers.served_teacher import NO_SHAPE
 from headwater.teachers.server_client import is_served
@@ -151,7 +151,7 @@ class Estimator:
                 flops = stage_flops + flops + measured_flops
             read, decoding_flops = self.decoding(shape, generated, stage_completion)
             decoded = read + decoded[0], decoding_flops + decoded[1]
-        persistent = self.persistent_memory(node)
+        persistent = self.persistent_bytes(node)
         return Estimate(
             name=self.plan.names[node],
             labels=labels,
@@ -159,8 +159,8 @@ class Estimator:
             tokens_sampled=sampled,
             tokens_teacher_scored=scored,
             flops=flops,
-            bytes=persistent.bytes(devices=1),
-            peak=persistent.bytes(self.assumptions.devices) + self.working_memory(node).bytes(),
+            bytes=persistent,
+            peak=persistent / self.assumptions.devices + self.working_bytes(node),
             decoded=decoded,
         )
 
@@ -187,13 +187,7 @@ class Estimator:
     def steps(self, node: Node) -> int:
         """A stage's steps; at equal compute, as many as the estimated FLOPs of the other arm pay for."""
         assert node.settings is not None and node.pool is not None
-        steps = self.inputs.steps(node.pool, node.settings)
-        if node.compute is None:
-            return steps
-        like, match = node.compute
-        left = sum(self.stage_flops(one) for one in match.lineage())
-        left -= sum(self.stage_flops(one) for one in node.lineage() if one != node)
-        return max(1, round(left / (self.stage_flops(like) / steps)))
+        return node.matched_steps(self.inputs.steps(node.pool, node.settings), self.stage_flops)
 
     def rows(self, node: Node) -> tuple[int, int]:
         """(rows, prompts prefilled) of all steps. An upper bound prefills a prompt per row, an estimate one per group."""
@@ -254,11 +248,11 @@ class Estimator:
         read = tokens / rows * shape.matrix_parameters * self.bytes_per_value + tokens * kv_cache
         return read, shape.flops(tokens, context)
 
-    def persistent_memory(self, node: Node) -> PersistentMemory:
-        """What a node holds from its start to its end."""
-        shape, stage = self.shape(node.start), node.settings
+    def persistent_bytes(self, node: Node) -> float:
+        """What a node holds from its start to its end, all devices together."""
+        shape, stage, width = self.shape(node.start), node.settings, self.bytes_per_value
         if node.kind != "train" or stage is None:
-            return PersistentMemory(None, 0, False, (shape,), self.bytes_per_value)
+            return persistent_bytes(None, 0, False, [shape], width)
         objective, adapter, lora = objective_of(stage), self.adapter_parameters(node), node.lora(self.inputs.recipe)
         frozen = []
         teacher = supervisor(node)
@@ -266,29 +260,22 @@ class Estimator:
             frozen.append(self.shape(teacher))
         if "reference" in objective.signals and not adapter:
             frozen.append(shape)
-        quantized = lora is not None and lora.quantize is not None
-        return PersistentMemory(shape, adapter, quantized, tuple(frozen), self.bytes_per_value)
+        return persistent_bytes(shape, adapter, lora is not None and lora.quantize is not None, frozen, width)
 
-    def working_memory(self, node: Node) -> WorkingMemory:
-        """What a node holds for a while: activations of a microbatch, or the decoder's KV cache."""
-        recipe, stage = self.inputs.recipe, node.settings
+    def working_bytes(self, node: Node) -> float:
+        """The larger of a microbatch's activations and the decoder's KV cache, which a node holds in turn."""
+        recipe, stage, shape = self.inputs.recipe, node.settings, self.shape(node.start)
         sampling = recipe.evaluate.sampling if stage is None else stage.sampling
         length = self.prompt + self.completion_tokens(sampling)
         if stage is None:
             rows = len(next(iter(self.inputs.evals.values()))[0]) * recipe.evaluate.samples
         else:
             rows = stage.batch_size
-        tokens, logits = 0.0, 1
-        if node.kind == "train" and stage is not None:
-            tokens = max(min(float(recipe.compute.microbatch_tokens), stage.batch_size * length), length)
-            logits = 2 if objective_of(stage).divergence is not None else 1
-        return WorkingMemory(
-            shape=self.shape(node.start),
-            tokens=tokens,
-            rows=min(rows, recipe.compute.sample_batch),
-            length=length,
-            bytes_per_value=self.bytes_per_value,
-            recompute=recipe.models.gradient_checkpointing,
-            cuda=recipe.compute.device != "cpu" and self.inputs.device.type == "cuda",
-            logits=logits,
-        )
+        kv_cache = min(rows, recipe.compute.sample_batch) * length * shape.kv_cache_numbers * self.bytes_per_value
+        if node.kind != "train" or stage is None:
+            return kv_cache
+        tokens = max(min(float(recipe.compute.microbatch_tokens), stage.batch_size * length), length)
+        logits = 2 if objective_of(stage).divergence is not None else 1
+        cuda = recipe.compute.device != "cpu" and self.inputs.device.type == "cuda"
+        recompute = recipe.models.gradient_checkpointing
+        return max(pass_bytes(shape, tokens, self.bytes_per_value, recompute, cuda, logits), kv_cache)

@@ -42,18 +42,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Hub id -> fields of its published config.json that determine shape, positions and special tokens."""
 
-GENERATION: dict[str, dict[str, Any]] = {
-    "qwen3": {
-        "eos_token_id": [151_645, 151_643],
-        "pad_token_id": 151_643,
-        "temperature": 0.6,
-        "top_p": 0.95,
-        "top_k": 20,
-    },
-    "llama": {"eos_token_id": [128_001, 128_008, 128_009], "temperature": 0.6, "top_p": 0.9},
-}
-"""Published generation_config.json by `model_type`: stop ids, and sampling settings, which runs ignore."""
-
 
 @dataclass(frozen=True)
 class Device:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -23,7 +24,6 @@ from headwater.models.prompts import Prompter
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import stop_ids_of
 from headwater.runs.read_once import InputError, read_once
-from headwater.runs.source_readers import SourceReader, placeholder_reader
 from headwater.sampling.build import SamplerFactory, sampler_factory
 from headwater.tasks.registry import Task, find_task, grader_code
 from headwater.tasks.verifier import Verifier
@@ -38,16 +38,17 @@ POOLS: tuple[Pool, ...] = ("all", "first_half", "second_half")
 class RunInputs:
     """Everything that a recipe's run reads: use as a context manager, which ends the grader's worker processes.
 
-    read     how data sources are read
-    missing  what a placeholder stands in for, as sentences; only for estimates (`for_estimate`)
+    need_answers  refuse a labelled problem without an answer; the doctor reads on and reports all of them
+    missing       None refuses a missing data file; a list, for estimates, gets a sentence for each one that was replaced by
+                  placeholder problems
 
     Models are named by role: `student`, `teacher`, `expert`, or `teacher.TAG` where `models.teacher` is a mapping.
     Reading anything raises InputError with the field, file or row.
     """
 
     recipe: Recipe
-    read: SourceReader = load
-    missing: Sequence[str] = ()
+    need_answers: bool = True
+    missing: list[str] | None = None
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -58,7 +59,7 @@ class RunInputs:
             for field_, name in recipe.models.named(role).items():
                 if is_served(name) or not ModelFolder.open(name, field_).is_local:
                     missing.append(f"{field_}: {name} is not in a local folder; its tokenizer was not read")
-        return cls(recipe, placeholder_reader(missing), missing)
+        return cls(recipe, missing=missing)
 
     def __enter__(self) -> Self:
         return self
@@ -95,12 +96,23 @@ class RunInputs:
 
     @read_once("data")
     def source(self, name: str) -> LoadedProblems:
-        """All that the file of a data field holds."""
+        """All that the file of a data field holds; placeholders for a missing file where `missing` notes it."""
+        source = self.data_fields[name]
+        if self.missing is not None and source.path is not None and not Path(source.path).expanduser().exists():
+            if source.limit is None:
+                raise UserError(
+                    f"{name}: {source.path} is not here, and {name}.limit does not say how many problems to assume"
+                )
+            self.missing.append(
+                f"{name}: {source.path} is not here; assumed to hold {source.limit:,} problems, its limit"
+            )
+            problems = [Problem.of(f"{name} {number}", name) for number in range(source.limit)]
+            return LoadedProblems(problems, {problem.id: "" for problem in problems})
         try:
             gold = self.task.gold
         except InputError:  # has its own error where a task is needed; the file can still be read
             gold = None
-        return self.read(self.data_fields[name], name, need_answers=name != "data.unlabeled", gold=gold)
+        return load(source, name, need_answers=self.need_answers and name != "data.unlabeled", gold=gold)
 
     @read_once("data")
     def decontaminated(self, name: str) -> LoadedProblems:

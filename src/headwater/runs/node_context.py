@@ -34,14 +34,6 @@ from headwater.training.update import Metrics
 from headwater.types import Problem
 
 
-def _ignore(message: str) -> None:
-    """Show nothing."""
-
-
-def _ignore_study(done: int, seconds_left: float | None) -> None:
-    """Show nothing."""
-
-
 @dataclass(frozen=True)
 class NodeProgress:
     """Progress of one node.
@@ -55,8 +47,8 @@ class NodeProgress:
     start: Callable[[int, int, str], None]
     advance: Callable[[int, Metrics], None]
     should_stop: Callable[[], bool]
-    warn: Callable[[str], None] = _ignore
-    say: Callable[[str], None] = _ignore
+    warn: Callable[[str], None] = lambda sentence: None
+    say: Callable[[str], None] = lambda line: None
 
     def advance_or_stop(self, count: int) -> None:
         """Advance work that leaves nothing behind when it is cut short. Raises KeyboardInterrupt when asked to stop."""
@@ -81,7 +73,7 @@ class ProgressDisplay:
     say: Callable[[str], None]
     node: Callable[[str, int, int], contextlib.AbstractContextManager[NodeProgress]]
     together: Callable[[int], contextlib.AbstractContextManager[StudyProgress]] = lambda total: contextlib.nullcontext(
-        _ignore_study
+        lambda done, seconds_left: None
     )
 
 
@@ -109,9 +101,9 @@ class NodeContext:
         folder = self.out.node(self.plan.names[node])
         return folder if self.scratch is None or self.scratch.name != folder.name else self.scratch
 
-    def spend(self, node: Node, stage: str | None = None) -> Spend:
+    def spend(self, node: Node) -> Spend:
         """An empty ledger row of the node."""
-        return Spend(self.plan.names[node], stage or node.stage, node.seed, 0, "train")
+        return Spend(self.plan.names[node], node.stage, node.seed, 0, "train")
 
     def load(self, source: Role | Node, frozen: bool, adapter: AdapterSpec | None = None) -> Policy:
         """Load a base model of the recipe, or the model that a node trained."""
@@ -145,13 +137,7 @@ class NodeContext:
     def steps(self, node: Node) -> int:
         """Maximum steps of a stage: the recipe's, or as many as match another arm's FLOPs."""
         assert node.settings is not None and node.pool is not None
-        steps = self.inputs.steps(node.pool, node.settings)
-        if node.compute is None:
-            return steps
-        like, match = node.compute
-        flops = {one: self.flops(one) for one in {*node.lineage(), *like.lineage(), *match.lineage()} - {node}}
-        left = sum(flops[one] for one in match.lineage()) - sum(flops[one] for one in node.lineage() if one != node)
-        return max(1, round(left / (flops[like] / steps)))
+        return node.matched_steps(self.inputs.steps(node.pool, node.settings), self.flops)
 
     def flops(self, node: Node) -> float:
         """Training FLOPs of a finished node, from its ledger."""

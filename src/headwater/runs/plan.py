@@ -10,6 +10,7 @@ from typing import Any, Literal
 from headwater.config.arms import Arm, Pool, Step, arm_of, stage_of
 from headwater.config.recipe import Lora, Recipe, canonical_json
 from headwater.config.stage import Stage
+from headwater.storage.run_dir import RunDir
 
 Role = Literal["student", "teacher", "expert"]
 
@@ -54,6 +55,16 @@ class Node:
         """The LoRA settings of this node; None where it trains all weights, or none."""
         lora = recipe.models.lora
         return lora if lora is not None and self.kind == "train" and self.role in lora.roles else None
+
+    def matched_steps(self, steps: int, flops: Callable[[Node], float]) -> int:
+        """`steps`; with `compute`, as many as the FLOPs of the matched arm pay for."""
+        if self.compute is None:
+            return steps
+        like, match = self.compute
+        left = sum(flops(node) for node in match.lineage()) - sum(
+            flops(node) for node in self.lineage() if node != self
+        )
+        return max(1, round(left / (flops(like) / steps)))
 
     def ancestry(self) -> Iterator[Node]:
         """Itself and all nodes that it waits for, each once, in topological order."""
@@ -148,6 +159,14 @@ class Plan:
         for node, name in self.names.items():
             first.setdefault(name, node)
         return list(first.values())
+
+    def is_done(self, node: Node, folder: RunDir) -> bool:
+        """Whether the folder holds the node, finished and with this plan's fingerprint."""
+        return folder.node(self.names[node]).is_done(self.fingerprints[node])
+
+    def unfinished(self, folder: RunDir) -> list[Node]:
+        """Nodes in topological order that the folder does not hold yet."""
+        return [node for node in self.order() if not self.is_done(node, folder)]
 
     def to_json(self) -> dict[str, Any]:
         """Contents of plan.json."""

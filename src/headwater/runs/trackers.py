@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from headwater.errors import UserError
 from headwater.runs.node_context import NodeProgress, ProgressDisplay
@@ -24,45 +24,36 @@ from headwater.training.update import Metrics
 EVERY_SECONDS = 2.0
 
 
-class Tracker(Protocol):
-    def log(self, node: str, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 @dataclass(frozen=True)
-class Tensorboard:
-    writer: Any
+class Tracker:
+    """An open tracker: `log(node, step, values)` and `close()`."""
 
-    @classmethod
-    def opened(cls, out: RunDir) -> Tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
+    log: Callable[[str, int, Mapping[str, float]], None]
+    close: Callable[[], None]
 
-        return cls(SummaryWriter(str(out.trackers / "tensorboard")))
 
-    def log(self, node: str, step: int, values: Mapping[str, float]) -> None:
+def _tensorboard(out: RunDir) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(str(out.trackers / "tensorboard"))
+
+    def log(node: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(f"{node}/{name}", value, step)
+            writer.add_scalar(f"{node}/{name}", value, step)
 
-    def close(self) -> None:
-        self.writer.close()
+    return Tracker(log, writer.close)
 
 
-@dataclass(frozen=True)
-class HostedRun:
+def _hosted(run: Any, close: Callable[[], None]) -> Tracker:
     """A wandb or trackio run, which have the same interface. Metrics have the node's name as prefix, since steps overlap."""
 
-    run: Any
-    finish: Callable[[], Any]
+    def log(node: str, step: int, values: Mapping[str, float]) -> None:
+        run.log({f"{node}/step": step, **{f"{node}/{name}": value for name, value in values.items()}})
 
-    def log(self, node: str, step: int, values: Mapping[str, float]) -> None:
-        self.run.log({f"{node}/step": step, **{f"{node}/{name}": value for name, value in values.items()}})
-
-    def close(self) -> None:
-        self.finish()
+    return Tracker(log, close)
 
 
-def _wandb(out: RunDir) -> HostedRun:
+def _wandb(out: RunDir) -> Tracker:
     import wandb
 
     # Offline by default: a run is uploaded later with `wandb sync`. Its files contain symbolic links, which a run directory must
@@ -76,31 +67,23 @@ def _wandb(out: RunDir) -> HostedRun:
         config=read_json(out.recipe),
         settings=wandb.Settings(console="off"),
     )
-    return HostedRun(run, run.finish)
+    return _hosted(run, run.finish)
 
 
-def _trackio(out: RunDir) -> HostedRun:
+def _trackio(out: RunDir) -> Tracker:
     import trackio
 
-    def finish() -> None:
+    def close() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             trackio.finish()
 
+    resume = "allow" if out.tracked.exists() else "never"
     with contextlib.redirect_stdout(sys.stderr):  # trackio prints to stdout, which is for the report
-        run = trackio.init(
-            project="headwater",
-            name=out.path.name,
-            config=read_json(out.recipe),
-            resume="allow" if out.tracked.exists() else "never",
-        )
-    return HostedRun(run, finish)
+        run = trackio.init(project="headwater", name=out.path.name, config=read_json(out.recipe), resume=resume)
+    return _hosted(run, close)
 
 
-TRACKERS: dict[str, Callable[[RunDir], Tracker]] = {
-    "tensorboard": Tensorboard.opened,
-    "wandb": _wandb,
-    "trackio": _trackio,
-}
+TRACKERS: dict[str, Callable[[RunDir], Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 
 def refuse_missing(names: Sequence[str]) -> None:
@@ -122,7 +105,7 @@ class MetricsForwarder:
     """
 
     out: RunDir
-    openers: Mapping[str, Callable[[RunDir], Tracker]]
+    names: Sequence[str]
     trackers: dict[str, Tracker] = field(default_factory=dict)
     last_step: dict[str, dict[str, int]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
@@ -139,11 +122,11 @@ class MetricsForwarder:
                 values = {
                     key: float(value) for key, value in row.items() if key != "step" and isinstance(value, (int, float))
                 }
-                for name, opener in self.openers.items():
+                for name in self.names:
                     steps = self.last_step.setdefault(name, {})
                     if step > steps.get(node.name, 0):
                         if name not in self.trackers:
-                            self.trackers[name] = opener(self.out)
+                            self.trackers[name] = TRACKERS[name](self.out)
                         self.trackers[name].log(node.name, step, values)
                         steps[node.name] = step
         if self.trackers:
@@ -176,7 +159,7 @@ def tracked(progress_display: ProgressDisplay, out: Path, names: Sequence[str]) 
     if not names:
         yield progress_display
         return
-    forwarder = MetricsForwarder(RunDir(out), {name: TRACKERS[name] for name in names})
+    forwarder = MetricsForwarder(RunDir(out), names)
 
     @contextlib.contextmanager
     def node(title: str, number: int, total: int) -> Iterator[NodeProgress]:

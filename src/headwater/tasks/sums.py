@@ -1,7 +1,7 @@
-"""Chained modular sums: the pocket task. No torch here; everything is text.
+"""Chained modular sums: generator and grader of the pocket models' task.
 
 A problem is `17+45+82+03`; all numbers have as many digits as the largest residue. Its answer, mod 100, is `47`.
-A solution is worked (`17+45=62+82=44+03=47`, one running sum after each term) or short (`=47`). Both end in `=47`.
+A worked solution (`17+45=62+82=44+03=47`) shows the running sum after each term; a short one is `=47`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-# Upper edges of each pool on the hash circle [0, 256): half of all problems are for pretraining, which reads most.
+# Each pool is a range of the first hash byte. Pretraining uses the most problems, so it gets half of the range.
 POOLS: dict[str, tuple[int, int]] = {
     "pretrain": (0, 128),
     "train": (128, 176),
     "unlabelled": (176, 224),
     "eval": (224, 256),
 }
-LONGEST_ANSWER = 32  # characters; more than any modulus needs, and it bounds what the grader copies
+LONGEST_ANSWER = 32  # characters; enough for any modulus, and bounds what the grader copies
 
 
 @dataclass(frozen=True, slots=True)
 class SumsDials:
-    """Difficulty: the modulus and the number of terms (both ends included).
+    """Difficulty parameters: the modulus and the range of the number of terms (inclusive).
 
     Example: SumsDials(modulus=100, min_terms=4, max_terms=6)
     """
@@ -41,7 +41,7 @@ class SumsDials:
 
     @property
     def width(self) -> int:
-        """Digits of every number: 2 for modulus 100."""
+        """Digits per number: 2 for modulus 100."""
         return len(str(self.modulus - 1))
 
 
@@ -49,13 +49,13 @@ DIALS = SumsDials()  # what the pocket models are trained on
 
 
 def pool_of(problem: str) -> str:
-    """The one pool that a problem text belongs to, whatever seed or dials made it."""
+    """Pool of a problem, from a hash of its text alone: pools stay disjoint for all seeds and difficulties."""
     byte = hashlib.sha256(b"headwater-sums:" + problem.encode()).digest()[0]
     return next(name for name, (low, high) in POOLS.items() if low <= byte < high)
 
 
 def running_sums(problem: str, dials: SumsDials = DIALS) -> list[str]:
-    """`17+45+82` -> ['17', '62', '44']: the padded running sum after each term."""
+    """Zero-padded running sum after each term: `17+45+82` -> ['17', '62', '44']."""
     sums: list[str] = []
     total = 0
     for term in problem.split("+"):
@@ -65,39 +65,39 @@ def running_sums(problem: str, dials: SumsDials = DIALS) -> list[str]:
 
 
 def worked(problem: str, dials: SumsDials = DIALS) -> str:
-    """`17+45+82+03` -> `17+45=62+82=44+03=47`."""
+    """Worked solution: `17+45+82+03` -> `17+45=62+82=44+03=47`."""
     terms, sums = problem.split("+"), running_sums(problem, dials)
     return terms[0] + "".join(f"+{term}={total}" for term, total in zip(terms[1:], sums[1:], strict=True))
 
 
 def short(problem: str, dials: SumsDials = DIALS) -> str:
-    """`17+45+82+03` -> `=47`."""
+    """Short solution: `17+45+82+03` -> `=47`."""
     return "=" + running_sums(problem, dials)[-1]
 
 
 def is_worked(completion: str) -> bool:
-    """Whether a completion writes steps before its answer; for reading samples, never for grading."""
+    """Whether a completion shows steps before its answer. Used for statistics of samples, never for grading."""
     return not completion.lstrip().startswith("=")
 
 
 def about(dials: SumsDials = DIALS) -> str:
-    """The task in words, for a model card."""
+    """Describe the task for a model card."""
     return f"chained sums mod {dials.modulus} of {dials.min_terms} to {dials.max_terms} terms"
 
 
 def generate(n: int, pool: str, seed: int, dials: SumsDials = DIALS) -> list[tuple[str, str]]:
-    """n different (problem, answer) pairs of one pool; the first k do not depend on n.
+    """Generate n distinct (problem, answer) pairs from one pool. The first k pairs do not depend on n.
 
-    The number of terms is uniform between the dials, as long as problems of that length last.
-    Raises ValueError for an unknown pool, or one with fewer than n problems at these dials.
+    The number of terms is uniform over its range until problems of a length run out.
+    Raises ValueError for an unknown pool, or one with fewer than n problems at this difficulty.
     Example: generate(1, "eval", 0) -> [("17+45+82+03", "47")]
     """
     if pool not in POOLS:
         raise ValueError(f"sums: no pool {pool!r}; the pools are {', '.join(POOLS)}")
     if n < 0:
         raise ValueError(f"sums: cannot generate {n} problems")
-    _refuse_if_too_small(n, pool, dials)
-    # Only random() promises the same numbers in every Python version, so all draws come from it.
+    _check_pool_size(n, pool, dials)
+    # Python guarantees the same sequence across versions for random() only, so nothing else is drawn from.
     draw = random.Random(f"sums:{pool}:{seed}").random
     seen: set[str] = set()
     pairs: list[tuple[str, str]] = []
@@ -111,34 +111,34 @@ def generate(n: int, pool: str, seed: int, dials: SumsDials = DIALS) -> list[tup
     return pairs
 
 
-def _refuse_if_too_small(n: int, pool: str, dials: SumsDials) -> None:
-    """Raise ValueError when fewer than n problems of the pool exist at these dials.
+def _check_pool_size(n: int, pool: str, dials: SumsDials) -> None:
+    """Raise ValueError when the pool has fewer than n problems at this difficulty.
 
-    The smallest pool holds an eighth of all problems, so a space 32 times n is large enough without a count.
+    The smallest pool gets an eighth of all problems, so 32 n problems in total are enough without counting.
     """
     total = sum(dials.modulus**count for count in range(dials.min_terms, dials.max_terms + 1))
     if total > max(32 * n, 20_000):
         return
-    held = 0
+    available = 0
     for count in range(dials.min_terms, dials.max_terms + 1):
         for index in range(dials.modulus**count):
             digits = [index // dials.modulus**place % dials.modulus for place in range(count)]
-            held += pool_of("+".join(str(digit).zfill(dials.width) for digit in digits)) == pool
-    if held < n:
+            available += pool_of("+".join(str(digit).zfill(dials.width) for digit in digits)) == pool
+    if available < n:
         raise ValueError(
-            f"sums: pool {pool!r} holds {held} problems with modulus {dials.modulus} and {dials.min_terms} to "
-            f"{dials.max_terms} terms, but {n} were asked for"
+            f"sums: pool {pool!r} has {available} problems with modulus {dials.modulus} and {dials.min_terms} to "
+            f"{dials.max_terms} terms, but {n} were requested"
         )
 
 
 def grade(gold: str, completion: str) -> tuple[bool, str]:
-    """(correct, reason): reason is `equal`, `different` or `no_answer`. The answer is all that follows the last `=`.
+    """Compare the text after the last `=` with the gold answer; (correct, `equal` | `different` | `no_answer`).
 
-    Text compared with text, in time linear in the completion, so that no input can run code or raise.
+    Linear time; no input can run code or raise.
     Example: grade("47", "17+45=62+82=44+03=47") -> (True, "equal"); grade("47", "47") -> (False, "no_answer")
     """
-    at = completion.rfind("=")
-    answer = completion[at + 1 :].strip() if at >= 0 else ""
+    _, sign, answer = completion.rpartition("=")
+    answer = answer.strip() if sign else ""
     if not (0 < len(answer) <= LONGEST_ANSWER and answer.isascii() and answer.isdigit()):
         return False, "no_answer"
     return (True, "equal") if answer == gold.strip() else (False, "different")

@@ -1,8 +1,8 @@
-"""Word problems in plain English over arithmetic DAGs: the task of the desk models. No torch here; everything is text.
+"""English word problems over arithmetic DAGs: generator and grader of the desk models' task.
 
-A problem tells some people's quantities one from another and asks for one that takes a number of operations to find (the
-difficulty dial, as in GSM-Infinite's graphs and arXiv 2512.07783); further quantities may stand there that the answer does
-not need. A solution is worked (a sentence for each operation) or short. Both end in "The answer is 29."
+A problem states quantities in terms of each other and asks for one of them. Difficulty is the number of operations to the
+answer (as in GSM-Infinite and arXiv 2512.07783); distractors are quantities that the answer does not depend on. A worked
+solution has one sentence per operation, a short one none. Both end in "The answer is 29."
 """
 
 from __future__ import annotations
@@ -15,19 +15,28 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from headwater.tasks.sums import POOLS
-from headwater.tasks.word_problems_text import NAMES, SCENES, Scene, answer, solution, story
-from headwater.tasks.word_problems_world import Draw, Quantity, Step, World, grow, pick, reordered, some
+from headwater.tasks.word_problems_text import NAMES, SCENES, Scene, answer_sentence, write_problem, write_solution
+from headwater.tasks.word_problems_world import (  # fmt: skip
+    Draw,
+    Quantity,
+    Step,
+    World,
+    choice,
+    generate_world,
+    sample,
+    shuffle_steps,
+)
 
-STATED = ("The answer is", "the answer is")
-RENAMINGS = 100
-LONGEST_ANSWER = 40  # characters after "The answer is"; it bounds what the grader reads
-# A whole number, a unit at most, a full stop at most; "12 or 13" and "12 - 1" state no answer.
+ANSWER_PREFIXES = ("The answer is", "the answer is")
+MAX_RENAMES = 100  # sets of names to try until a drafted problem falls into the requested pool
+LONGEST_ANSWER = 40  # characters after "The answer is" that the grader reads
+# An integer with an optional unit and full stop; "12 or 13" and "12 - 1" are no answer.
 _NUMBER = re.compile(r"\s*(-?[0-9]{1,9})(?: [a-z]{1,20})?\s*\.?\s*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class WordsDials:
-    """Difficulty: operations to the answer (both ends included), distractors at most, the largest number.
+    """Difficulty parameters: range of operations to the answer (inclusive), maximum distractors, largest number.
 
     Example: `WordsDials(min_ops=7, max_ops=10)`
     """
@@ -51,7 +60,7 @@ DIALS = WordsDials()  # what the desk models are trained on
 
 @dataclass(frozen=True, slots=True)
 class WordProblem:
-    """A problem with both of its solutions, and the DAG that it tells.
+    """A problem with both solutions and the DAG behind it.
 
     Example: `next(problems("eval", 0))`
     """
@@ -64,68 +73,72 @@ class WordProblem:
 
 
 def pool_of(text: str) -> str:
-    """The one pool that a problem text belongs to, whatever seed or dials made it."""
+    """Pool of a problem, from a hash of its text alone: pools stay disjoint for all seeds and difficulties."""
     byte = hashlib.sha256(b"headwater-words:" + text.encode()).digest()[0]
     return next(name for name, (low, high) in POOLS.items() if low <= byte < high)
 
 
 def problems(pool: str, seed: int | str, dials: WordsDials = DIALS) -> Iterator[WordProblem]:
-    """Endlessly many problems of one pool; one may come twice, if hardly ever.
+    """Infinite iterator of problems from one pool; duplicates are rare but possible.
 
-    The number of operations is uniform between the dials, and so is the number of distractors.
+    The numbers of operations and of distractors are uniform over their ranges.
     Raises ValueError for an unknown pool.
     """
     if pool not in POOLS:
         raise ValueError(f"words: no pool {pool!r}; the pools are {', '.join(POOLS)}")
-    # Only random() promises the same numbers in every Python version, so all draws come from it.
+    # Python guarantees the same sequence across versions for random() only, so nothing else is drawn from.
     draw = random.Random(f"words:{pool}:{seed}").random
     while True:
-        draft = make(draw, dials)
+        draft = draft_problem(draw, dials)
         people = 1 + max(int(step.quantity.owner[1:-1]) for step in draft.world.steps)
-        for _ in range(RENAMINGS):  # other people are another problem, and found far faster than another world
-            names = some(draw, NAMES, people)
+        for _ in range(MAX_RENAMES):  # new names make a new problem, far faster than a new DAG
+            names = sample(draw, NAMES, people)
             if pool_of(draft.text.format(*names)) == pool:
-                yield named(draft, names)
+                yield fill_names(draft, names)
                 break
 
 
-def make(draw: Draw, dials: WordsDials) -> WordProblem:
-    """A problem whose people are still called "{0}", "{1}" and so on."""
+def draft_problem(draw: Draw, dials: WordsDials) -> WordProblem:
+    """Generate a problem with placeholders "{0}", "{1}" … for names."""
     ops = dials.min_ops + int(draw() * (dials.max_ops - dials.min_ops + 1))
     distractors = int(draw() * (dials.distractors + 1))
-    scene = pick(draw, SCENES)
+    scene = choice(draw, SCENES)
     world = None
     while world is None:
-        world = grow(draw, cast(draw, scene, 2 * ops + 4 + distractors), ops, distractors, dials.largest)
-    world = reordered(draw, world)
+        quantities = draw_quantities(draw, scene, 2 * ops + 4 + distractors)
+        world = generate_world(draw, quantities, ops, distractors, dials.largest)
+    world = shuffle_steps(draw, world)
     value = world.question.value
-    return WordProblem(story(world, scene, draw), solution(world, scene), answer(value), str(value), world)
+    text = write_problem(world, scene, draw)
+    return WordProblem(text, write_solution(world, scene), answer_sentence(value), str(value), world)
 
 
-def cast(draw: Draw, scene: Scene, many: int) -> list[Quantity]:
-    """Different quantities, one thing or two in all; who has both has them one after the other."""
-    things = some(draw, scene.things, 2 if len(scene.things) > 1 and draw() < 0.5 else 1)
-    found: list[Quantity] = []
+def draw_quantities(draw: Draw, scene: Scene, count: int) -> list[Quantity]:
+    """Distinct quantities of one or two things; an owner of both things gets them consecutively."""
+    things = sample(draw, scene.things, 2 if len(scene.things) > 1 and draw() < 0.5 else 1)
+    quantities: list[Quantity] = []
     person = 0
-    while len(found) < many:
-        first = pick(draw, things)
-        found.append(Quantity(f"{{{person}}}", first))
+    while len(quantities) < count:
+        first = choice(draw, things)
+        quantities.append(Quantity(f"{{{person}}}", first))
         if len(things) == 2 and draw() < 0.5:
-            found.append(Quantity(f"{{{person}}}", things[1 - things.index(first)]))
+            quantities.append(Quantity(f"{{{person}}}", things[1 - things.index(first)]))
         person += 1
-    return found
+    return quantities
 
 
-def named(draft: WordProblem, names: Sequence[str]) -> WordProblem:
-    def of(step: Step) -> Step:
+def fill_names(draft: WordProblem, names: Sequence[str]) -> WordProblem:
+    """Replace the placeholders of a draft by names."""
+
+    def fill(step: Step) -> Step:
         return replace(step, quantity=Quantity(step.quantity.owner.format(*names), step.quantity.thing))
 
-    world = World(tuple(map(of, draft.world.steps)), of(draft.world.question))
+    world = World(tuple(map(fill, draft.world.steps)), fill(draft.world.question))
     return replace(draft, text=draft.text.format(*names), worked=draft.worked.format(*names), world=world)
 
 
 def generate(n: int, pool: str, seed: int, dials: WordsDials = DIALS) -> list[tuple[str, str]]:
-    """n different (problem, answer) pairs of one pool; the first k do not depend on n.
+    """Generate n distinct (problem, answer) pairs from one pool. The first k pairs do not depend on n.
 
     Raises ValueError for an unknown pool.
     """
@@ -134,43 +147,43 @@ def generate(n: int, pool: str, seed: int, dials: WordsDials = DIALS) -> list[tu
     pairs: dict[str, str] = {}
     source = problems(pool, seed, dials)
     while len(pairs) < n:
-        made = next(source)
-        pairs.setdefault(made.text, made.gold)
+        problem = next(source)
+        pairs.setdefault(problem.text, problem.gold)
     return list(pairs.items())
 
 
 def solutions(
     n: int, pool: str, seed: int | str, worked_share: float, dials: WordsDials = DIALS
 ) -> list[tuple[str, str]]:
-    """n (problem, completion) pairs to learn from, each worked with probability `worked_share` and short otherwise."""
+    """n (problem, completion) training pairs, each worked with probability `worked_share` and short otherwise."""
     draw = random.Random(f"words:{pool}:{seed}:forms").random
-    made = islice(problems(pool, seed, dials), n)
-    return [(one.text, one.worked if draw() < worked_share else one.short) for one in made]
+    drafts = islice(problems(pool, seed, dials), n)
+    return [(problem.text, problem.worked if draw() < worked_share else problem.short) for problem in drafts]
 
 
 def is_worked(completion: str) -> bool:
-    """Whether a completion writes steps before its answer; for reading samples, never for grading."""
-    return not completion.lstrip().startswith(STATED)
+    """Whether a completion shows steps before its answer. Used for statistics of samples, never for grading."""
+    return not completion.lstrip().startswith(ANSWER_PREFIXES)
 
 
 def extract(completion: str) -> str | None:
-    """The whole number after the last "The answer is" (or "the answer is"), as text; None where there is none.
+    """Integer after the last "The answer is" (or "the answer is"), as text; None if there is none.
 
     Example: `extract("Mia had 3*4=12 apples. The answer is 12.")` is `"12"`.
     """
-    at = max(completion.rfind(form) for form in STATED)
-    stated = completion[at + len(STATED[0]) :] if at >= 0 else ""
-    found = _NUMBER.fullmatch(stated) if len(stated) <= LONGEST_ANSWER else None
-    return str(int(found[1])) if found else None
+    start = max(completion.rfind(prefix) for prefix in ANSWER_PREFIXES)
+    statement = completion[start + len(ANSWER_PREFIXES[0]) :] if start >= 0 else ""
+    match = _NUMBER.fullmatch(statement) if len(statement) <= LONGEST_ANSWER else None
+    return str(int(match[1])) if match else None
 
 
 def grade(gold: str, completion: str) -> tuple[bool, str]:
-    """(correct, reason): reason is `equal`, `different` or `no_answer`. The answer is what follows the last "The answer is".
+    """Compare the number after the last "The answer is" with the gold; (correct, `equal` | `different` | `no_answer`).
 
-    In time linear in the completion; no input can run code or raise.
+    Linear time; no input can run code or raise.
     Example: grade("12", "Mia had 3*4=12 apples. The answer is 12.") -> (True, "equal"); grade("12", "12") -> (False, "no_answer")
     """
-    stated = extract(completion)
-    if stated is None:
+    answer = extract(completion)
+    if answer is None:
         return False, "no_answer"
-    return (True, "equal") if stated == gold.strip() else (False, "different")
+    return (True, "equal") if answer == gold.strip() else (False, "different")

@@ -1,7 +1,7 @@
-"""How a word problem is said: word lists of our own, and several sentences for every relation and question.
+"""English text of word problems: word lists, and several sentence templates per relation and question.
 
-A sentence names owner and thing of all that it speaks of and has no pronoun, so that it can be read in one way only. The
-order in which people are named tells nothing: "Mia picked 5 fewer apples than Tom" may tell Tom's number.
+Sentences name every owner and thing and use no pronouns, so they are unambiguous. The order of names gives nothing away:
+"Mia picked 5 fewer apples than Tom" may define Tom's number.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headwater.tasks.word_problems_world import Draw, Quantity, Step, World, pick
+from headwater.tasks.word_problems_world import Draw, Quantity, Step, World, choice
 
 NAMES = (
     "Ada", "Aki", "Ana", "Ben", "Bo", "Carl", "Cleo", "Dan", "Dina", "Eli", "Ella", "Emil", "Eva", "Finn", "Fred", "Gina",
@@ -24,12 +24,12 @@ PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What the people of a problem do.
+    """Vocabulary of a problem.
 
-    did, do    the verb: "picked", "pick"
-    groups     what the things come in: "baskets"
-    things     in the plural; without its last letter each is the singular
-    shareable  whether the things can be put into piles afterwards
+    did, do    verb: "picked", "pick"
+    groups     containers: "baskets"
+    things     plural nouns; dropping the last letter gives the singular
+    shareable  whether the things can be split into piles afterwards
 
     Example: `Scene("picked", "pick", "baskets", ("apples", "pears"))`.
     """
@@ -57,46 +57,46 @@ SCENES = (
 )
 
 
-def story(world: World, scene: Scene, draw: Draw) -> str:
-    """The problem as text: a sentence for each step, in order, then the question."""
-    told = [sentence(step, world.steps, scene, draw) for step in world.steps]
-    return " ".join([*told, question(world, scene, draw)])
+def write_problem(world: World, scene: Scene, draw: Draw) -> str:
+    """Problem text: one sentence per step, in order, then the question."""
+    sentences = [step_sentence(step, world.steps, scene, draw) for step in world.steps]
+    return " ".join([*sentences, question_sentence(world, scene, draw)])
 
 
-def solution(world: World, scene: Scene) -> str:
-    """The steps to the answer in plain English, those of distractors and plain numbers left out, and the answer.
+def write_solution(world: World, scene: Scene) -> str:
+    """Worked solution: one sentence per operation on the path to the answer, then the answer.
 
     Example: `"Mia picked 3*4=12 apples. Tom picked 12+5=17 apples. Together that is 12+17=29. The answer is 29."`
     """
     steps = [world.steps[index] for index in world.needed]
-    said = [
-        f"{one.quantity.owner} {scene.did} {one.expression}={one.value} {one.quantity.thing}."
-        for one in steps
-        if one.sign
+    sentences = [
+        f"{step.quantity.owner} {scene.did} {step.expression}={step.value} {step.quantity.thing}."
+        for step in steps
+        if step.sign
     ]
-    asked = world.question
-    if asked.sign:
+    question = world.question
+    if question.sign:
         subject = {"total": "Together that is", "gap": "The difference is", "price": "That is", "share": "Each part is"}
-        said.append(f"{subject[asked.relation]} {asked.expression}={asked.value}.")
-    return " ".join([*said, answer(asked.value)])
+        sentences.append(f"{subject[question.relation]} {question.expression}={question.value}.")
+    return " ".join([*sentences, answer_sentence(question.value)])
 
 
-def answer(value: int) -> str:
+def answer_sentence(value: int) -> str:
     return f"The answer is {value}."
 
 
-def sentence(step: Step, steps: Sequence[Step], scene: Scene, draw: Draw) -> str:
-    """One of the ways to tell a step, at random."""
+def step_sentence(step: Step, steps: Sequence[Step], scene: Scene, draw: Draw) -> str:
+    """A random phrasing of a step."""
     new, did = step.quantity, scene.did
-    known = [steps[parent].quantity for parent in step.known]
-    told = step.right if step.parents[1] is None else step.left  # the number that stands in the text
+    operands = [steps[parent].quantity for parent in step.dependencies]
+    literal = step.right if step.parents[1] is None else step.left  # the operand that the text states
     this = f"The number of {new.thing} that {new.owner} {did} was"
     if step.relation == "given":
         ways = [f"{new.owner} {did} {step.left} {new.thing}.", f"In all, {new.owner} {did} {step.left} {new.thing}."]
-        return pick(draw, [*ways, f"{this} {step.left}."])
+        return choice(draw, [*ways, f"{this} {step.left}."])
     if step.relation == "groups":
         many, groups, each = step.left, scene.groups, f"{step.right} {new.thing}"
-        return pick(
+        return choice(
             draw,
             [
                 f"{new.owner} {did} {many} {groups} of {each} each.",
@@ -105,64 +105,69 @@ def sentence(step: Step, steps: Sequence[Step], scene: Scene, draw: Draw) -> str
             ],
         )
     if step.relation in ("sum", "balance"):
-        return pick(draw, on_two(step.relation, new, known[0], known[1], scene, this))
-    (old,) = known
+        return choice(draw, sum_sentences(step.relation, new, operands[0], operands[1], scene))
+    (old,) = operands
     that = number_of(old, did)
     if step.relation == "rest":
-        return pick(draw, both(new, old, f"{told}", scene))
+        return choice(draw, together_sentences(new, old, literal, scene))
     if step.relation in ("more", "fewer"):
-        said, turned = ("more", "fewer") if step.relation == "more" else ("fewer", "more")
-        ways = [f"{than(new, f'{told} {said}', old, did)}.", f"{than(old, f'{told} {turned}', new, did)}."]
-        return pick(draw, [*ways, f"{this} {told} {'more' if said == 'more' else 'less'} than {that}."])
-    times, part = "twice" if told == 2 else f"{told} times", PARTS[told]
-    said, turned = (times, part) if step.relation == "times" else (part, times)
-    of = said if said in ("half", times) else f"{said} of"
-    return pick(
-        draw, [f"{as_many(new, said, old, did)}.", f"{as_many(old, turned, new, did)}.", f"{this} {of} {that}."]
+        word, inverse = ("more", "fewer") if step.relation == "more" else ("fewer", "more")
+        ways = [
+            f"{more_than(new, f'{literal} {word}', old, did)}.",
+            f"{more_than(old, f'{literal} {inverse}', new, did)}.",
+        ]
+        return choice(draw, [*ways, f"{this} {literal} {'more' if word == 'more' else 'less'} than {that}."])
+    times, part = "twice" if literal == 2 else f"{literal} times", PARTS[literal]
+    word, inverse = (times, part) if step.relation == "times" else (part, times)
+    of = word if word in ("half", times) else f"{word} of"
+    return choice(
+        draw,
+        [f"{times_as_many(new, word, old, did)}.", f"{times_as_many(old, inverse, new, did)}.", f"{this} {of} {that}."],
     )
 
 
-def number_of(one: Quantity, did: str) -> str:
-    return f"the number of {one.thing} that {one.owner} {did}"
+def number_of(first: Quantity, did: str) -> str:
+    return f"the number of {first.thing} that {first.owner} {did}"
 
 
-def than(one: Quantity, more: str, other: Quantity, did: str) -> str:
+def more_than(first: Quantity, more: str, second: Quantity, did: str) -> str:
     """Example: `"Tom picked 5 more pears than Mia picked apples"`."""
-    return f"{one.owner} {did} {more} {one.thing} than {beside(one, other, did)}"
+    return f"{first.owner} {did} {more} {first.thing} than {compared_with(first, second, did)}"
 
 
-def as_many(one: Quantity, times: str, other: Quantity, did: str) -> str:
+def times_as_many(first: Quantity, times: str, second: Quantity, did: str) -> str:
     """Example: `"Tom picked twice as many pears as Mia"`."""
-    return f"{one.owner} {did} {times} as many {one.thing} as {beside(one, other, did)}"
+    return f"{first.owner} {did} {times} as many {first.thing} as {compared_with(first, second, did)}"
 
 
-def beside(one: Quantity, other: Quantity, did: str) -> str:
-    """What follows "than" or "as": only that in which the other quantity differs."""
-    if one.thing == other.thing:
-        return other.owner
-    return other.thing if one.owner == other.owner else f"{other.owner} {did} {other.thing}"
+def compared_with(first: Quantity, second: Quantity, did: str) -> str:
+    """The phrase after "than" or "as": only what differs from the first quantity."""
+    if first.thing == second.thing:
+        return second.owner
+    return second.thing if first.owner == second.owner else f"{second.owner} {did} {second.thing}"
 
 
-def both(one: Quantity, other: Quantity, many: str, scene: Scene) -> list[str]:
-    """Ways to say that two quantities make `many` together, a number or "?"."""
+def together_sentences(first: Quantity, second: Quantity, many: int, scene: Scene) -> list[str]:
+    """Phrasings of: two quantities sum to `many`."""
     did = scene.did
-    if one.thing == other.thing:
+    if first.thing == second.thing:
         return [
-            f"Together, {one.owner} and {other.owner} {did} {many} {one.thing}.",
-            f"{other.owner} and {one.owner} {did} {many} {one.thing} between them.",
-            f"{other.owner} and {one.owner} together {did} {many} {one.thing}.",
+            f"Together, {first.owner} and {second.owner} {did} {many} {first.thing}.",
+            f"{second.owner} and {first.owner} {did} {many} {first.thing} between them.",
+            f"{second.owner} and {first.owner} together {did} {many} {first.thing}.",
         ]
-    if one.owner == other.owner:
+    if first.owner == second.owner:
         return [
-            f"{one.owner} {did} {many} {one.thing} and {other.thing} together.",
-            f"In all, {one.owner} {did} {many} {other.thing} and {one.thing}.",
+            f"{first.owner} {did} {many} {first.thing} and {second.thing} together.",
+            f"In all, {first.owner} {did} {many} {second.thing} and {first.thing}.",
         ]
-    return [f"The sum of {number_of(other, did)} and {number_of(one, did)} was {many}."]
+    return [f"The sum of {number_of(second, did)} and {number_of(first, did)} was {many}."]
 
 
-def on_two(relation: str, new: Quantity, b: Quantity, c: Quantity, scene: Scene, this: str) -> list[str]:
-    """Ways to say that a new quantity is the sum of two others, or the first less the second."""
+def sum_sentences(relation: str, new: Quantity, b: Quantity, c: Quantity, scene: Scene) -> list[str]:
+    """Phrasings of: a new quantity is the sum `b + c` or, for "balance", the difference `b - c`."""
     did = scene.did
+    this = f"The number of {new.thing} that {new.owner} {did} was"
     whole, part, rest = (new, b, c) if relation == "sum" else (b, new, c)
     ways = []
     if whole.thing == part.thing == rest.thing:
@@ -181,62 +186,62 @@ def on_two(relation: str, new: Quantity, b: Quantity, c: Quantity, scene: Scene,
     return [*ways, f"{this} {number_of(b, did)} minus {number_of(c, did)}."]
 
 
-def question(world: World, scene: Scene, draw: Draw) -> str:
-    """One of the ways to ask, at random."""
-    asked, did, do = world.question, scene.did, scene.do
-    one, *others = (world.steps[parent].quantity for parent in asked.known)
-    if asked.relation == "plain":
+def question_sentence(world: World, scene: Scene, draw: Draw) -> str:
+    """A random phrasing of the question."""
+    question, did, do = world.question, scene.did, scene.do
+    first, *rest = (world.steps[parent].quantity for parent in question.dependencies)
+    if question.relation == "plain":
         ways = [
-            f"How many {one.thing} did {one.owner} {do}?",
-            f"What was {number_of(one, did)}?",
-            f"Find {number_of(one, did)}.",
+            f"How many {first.thing} did {first.owner} {do}?",
+            f"What was {number_of(first, did)}?",
+            f"Find {number_of(first, did)}.",
         ]
-    elif asked.relation == "price":
-        unit, single = pick(draw, UNITS), one.thing[:-1]
+    elif question.relation == "price":
+        unit, single = choice(draw, UNITS), first.thing[:-1]
         ways = [
-            f"For each {single} that {one.owner} {did}, {one.owner} got {asked.right} {unit}. "
-            f"How many {unit} did {one.owner} get in all?",
-            f"Each {single} that {one.owner} {did} was worth {asked.right} {unit}. "
-            f"How many {unit} were the {one.thing} that {one.owner} {did} worth together?",
+            f"For each {single} that {first.owner} {did}, {first.owner} got {question.right} {unit}. "
+            f"How many {unit} did {first.owner} get in all?",
+            f"Each {single} that {first.owner} {did} was worth {question.right} {unit}. "
+            f"How many {unit} were the {first.thing} that {first.owner} {did} worth together?",
         ]
-    elif asked.relation == "share" and scene.shareable:
+    elif question.relation == "share" and scene.shareable:
         ways = [
-            f"The {one.thing} that {one.owner} {did} were put into {asked.right} equal piles. "
-            f"How many {one.thing} were in each pile?",
-            f"The {one.thing} that {one.owner} {did} were shared equally by {asked.right} people. "
-            f"How many {one.thing} did each of them get?",
+            f"The {first.thing} that {first.owner} {did} were put into {question.right} equal piles. "
+            f"How many {first.thing} were in each pile?",
+            f"The {first.thing} that {first.owner} {did} were shared equally by {question.right} people. "
+            f"How many {first.thing} did each of them get?",
         ]
-    elif asked.relation == "share":
+    elif question.relation == "share":
         ways = [
-            f"{one.owner} {did} the {one.thing} over {asked.right} days, the same number on each day. "
-            f"How many {one.thing} did {one.owner} {do} on each day?"
+            f"{first.owner} {did} the {first.thing} over {question.right} days, the same number on each day. "
+            f"How many {first.thing} did {first.owner} {do} on each day?"
         ]
     else:
-        ways = on_two_asked(asked.relation, one, others[0], scene)
-    return pick(draw, ways)
+        ways = pair_questions(question.relation, first, rest[0], scene)
+    return choice(draw, ways)
 
 
-def on_two_asked(relation: str, one: Quantity, other: Quantity, scene: Scene) -> list[str]:
-    """Ways to ask for the sum of two quantities, or for how much the first is larger than the second."""
+def pair_questions(relation: str, first: Quantity, second: Quantity, scene: Scene) -> list[str]:
+    """Phrasings of a question for the sum ("total") or the difference ("gap") of two quantities."""
     did, do = scene.did, scene.do
-    numbers = number_of(one, did), number_of(other, did)
-    alike, same = one.thing == other.thing, one.owner == other.owner
+    numbers = number_of(first, did), number_of(second, did)
+    same_thing, same_owner = first.thing == second.thing, first.owner == second.owner
     if relation == "total":
         ways = [f"What was the sum of {numbers[0]} and {numbers[1]}?"]
-        if alike:
+        if same_thing:
             ways = [
-                f"How many {one.thing} did {one.owner} and {other.owner} {do} together?",
-                f"What was the total number of {one.thing} that {other.owner} and {one.owner} {did}?",
+                f"How many {first.thing} did {first.owner} and {second.owner} {do} together?",
+                f"What was the total number of {first.thing} that {second.owner} and {first.owner} {did}?",
             ]
-        elif same:
-            ways = [f"How many {one.thing} and {other.thing} did {one.owner} {do} in all?"]
+        elif same_owner:
+            ways = [f"How many {first.thing} and {second.thing} did {first.owner} {do} in all?"]
         return ways
     ways = [f"By how much was {numbers[0]} larger than {numbers[1]}?"]
-    if alike:
+    if same_thing:
         ways += [
-            f"How many more {one.thing} did {one.owner} {do} than {other.owner}?",
-            f"How many fewer {one.thing} did {other.owner} {do} than {one.owner}?",
+            f"How many more {first.thing} did {first.owner} {do} than {second.owner}?",
+            f"How many fewer {first.thing} did {second.owner} {do} than {first.owner}?",
         ]
-    elif same:
-        ways += [f"How many more {one.thing} than {other.thing} did {one.owner} {do}?"]
+    elif same_owner:
+        ways += [f"How many more {first.thing} than {second.thing} did {first.owner} {do}?"]
     return ways

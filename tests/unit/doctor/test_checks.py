@@ -30,8 +30,7 @@ from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.runs.inputs import RunInputs
-from headwater.runs.source_readers import load_with_missing_answers
-from runs import TINY, call, tiny
+from runs import TINY
 from serving import Answering, serving
 from tiny import MODELS, tiny_folder, tiny_model
 from tools.pretrain.pocket import make_tokenizer
@@ -114,7 +113,7 @@ def from_file(path: str, field: str = "data.labeled") -> str:
 
 
 def context_of(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -> DoctorContext:
-    inputs = RunInputs(recipe_of(*changes), load_with_missing_answers)
+    inputs = RunInputs(recipe_of(*changes), need_answers=False)
     return DoctorContext(inputs, tuple(arms), (0,), tmp_path / "out")
 
 
@@ -154,14 +153,6 @@ def test_the_pocket_models_have_nothing_wrong_and_everything_is_checked(tmp_path
     assert [finding.text() for finding in found.findings if finding.severity != "warning"] == []
     assert {finding.name for finding in found.findings} <= {"halves-unbalanced"}
     assert found.unchecked == () and len(found.checked) == len(CHECKS)
-
-
-def test_the_verb_lists_what_it_checked_and_exits_0(tmp_path: Path) -> None:
-    said = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1")
-    assert said.code == 0, said.err
-    for check in CHECKS:
-        assert check.title in said.out
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_pocket_preflight_takes_seconds_and_not_minutes(tmp_path: Path) -> None:
@@ -324,17 +315,6 @@ def test_prompt_and_completion_beyond_the_positions_are_refused(tmp_path: Path) 
 def test_problems_in_characters_that_the_tokenizer_lacks_are_named(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "words.jsonl", *({"problem": f"{n} plus {n}", "answer": str(2 * n)} for n in range(40)))
     assert "40 of 45 problems" in find(light(tmp_path, from_file(path)), "unknown-tokens").evidence
-
-
-def test_a_missing_model_folder_is_a_finding_of_the_verb_and_exit_2_of_run(tmp_path: Path) -> None:
-    missing = ("--set", f"models.teacher={tmp_path / 'nowhere'}")
-    said = call("doctor", "pocket", "--json", *missing)
-    found = json.loads(said.out)
-    assert said.code == 3 and not found["ok"]
-    assert [one["name"] for one in found["findings"]] == ["model-unreadable"]  # once, and no consequence of it
-    assert "data files" in found["checked"] and "student taught by itself" in found["unchecked"]
-    ran = tiny("run", tmp_path / "out", *missing, whole=True)
-    assert ran.code == 2 and "models.teacher: no such model folder" in ran.err
 
 
 # Data -------------------------------------------------------------------------------------------------------------------
@@ -562,40 +542,6 @@ def test_bfloat16_is_within_its_wider_bounds(tmp_path: Path) -> None:
     assert not examined(tmp_path, "models.dtype=bfloat16").errors
 
 
-# run, and the table -----------------------------------------------------------------------------------------------------
-
-
-def test_run_refuses_before_anything_is_written_and_says_what_to_do(tmp_path: Path) -> None:
-    student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
-    teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
-    said = tiny(
-        "run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}", whole=True
-    )
-    assert said.code == 3 and "error stop-sets-differ" in said.err and "generation_config.json" in said.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_run_reports_a_mistake_in_the_recipe_in_one_sentence_and_exits_2(tmp_path: Path) -> None:
-    student = qwen_folder(tmp_path / "one")
-    teacher = qwen_folder(tmp_path / "other", template=PLAIN.replace("assistant;", "assistant:"))
-    said = tiny("run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}")
-    assert said.code == 2 and said.err.count("\n") == 1
-    assert "models.student and models.teacher: their chat templates give different ids for the same problem" in said.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_run_says_warnings_and_goes_on(tmp_path: Path) -> None:
-    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", "--set", "prompt.system=Add up.", whole=True)
-    assert said.code == 0, said.err
-    assert "warning system-without-effect: models.student" in said.err and "pad-is-eos" not in said.err
-
-
-def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
-    monkeypatch.setattr(checks, "examine", lambda *given: pytest.fail("the doctor was asked again"))
-    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
-
-
 # Engines and servers ----------------------------------------------------------------------------------------------------
 
 
@@ -640,7 +586,8 @@ def test_every_finding_is_in_the_docs_and_the_docs_have_no_other() -> None:
 
 
 def test_every_finding_is_planted_by_a_test() -> None:
-    text = Path(__file__).read_text(encoding="utf-8")
+    files = [ROOT / "tests" / kind / "doctor" / "test_checks.py" for kind in ("unit", "integration")]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
     assert [name for name in sorted(finding_names()) if f'"{name}"' not in text] == []
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,32 +16,8 @@ from headwater.runs.progress import progress_display
 from headwater.runs.setup import prepared
 from headwater.storage.ledger import Spend
 from headwater.types import Verdict
-from runs import TINY, call, held, rows, sets, temporary, tiny
-from tiny import policy_of, rollout_of, tiny_folder, tiny_model
-
-
-def probed(*options: str | Path, changes: tuple[str, ...] = ()) -> dict[str, Any]:
-    said = call("probe", "pocket", *sets(*changes), "--json", *options)
-    assert said.code == 0, said.err
-    return dict(json.loads(said.out))
-
-
-@cache
-def kept() -> tuple[Path, dict[str, Any], list[tuple[str, bool]]]:
-    """A probe with --out of eight problems × four samples: its folder, its answer, and every verdict that was given."""
-    given: list[tuple[str, bool]] = []
-    plain = Labels.check
-
-    def watched(self: Labels, answers: Any) -> list[Verdict]:
-        found = plain(self, answers)
-        given.extend((name, verdict.correct) for (name, _), verdict in zip(answers, found, strict=True))
-        return found
-
-    out = temporary() / "probed"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Labels, "check", watched)
-        answer = probed("--out", out, "--problems", "8", "--samples", "4")
-    return out, answer, given
+from runs import TINY
+from tiny import policy_of, rollout_of, tiny_model
 
 
 def test_informative_share_counts_the_groups_that_the_samples_hold() -> None:
@@ -52,93 +25,6 @@ def test_informative_share_counts_the_groups_that_the_samples_hold() -> None:
     assert informative_share([1, 2, 0, 4], 4, 2) == pytest.approx([1 / 2, 2 / 3, 0.0, 0.0])
     # Where the samples are one whole group, it is informative or not.
     assert informative_share([0, 1, 3, 4], 4, 4) == pytest.approx([0.0, 1.0, 1.0, 0.0])
-
-
-def test_every_look_is_in_the_ledger_under_probe_and_the_answer_counts_the_same() -> None:
-    out, answer, given = kept()
-    ledger = rows(out / "probe" / "ledger.jsonl")
-    assert {row["purpose"] for row in ledger} == {"probe"}
-    looked_at = {label for row in ledger for label in row["labels"]}
-    assert looked_at == {name for name, _ in given}
-    assert answer["labels"] == {"looked_at": 8, "checks": sum(row["checks"] for row in ledger), "budget": 16}
-    assert len(looked_at) == 8 and sum(row["checks"] for row in ledger) == len(given)
-
-
-def test_the_labels_looked_at_are_ones_that_training_would_buy() -> None:
-    _, _, given = kept()
-    with prepared(find_recipe("pocket", list(TINY)), ["bridge"], [0]) as (_, inputs):
-        assert {name for name, _ in given} < set(inputs.pools.all)
-
-
-def test_pass_rates_are_those_of_the_verdicts_given() -> None:
-    _, answer, given = kept()
-    count = 8 * 4  # the student's samples are graded first, then the teacher's, then what both made of its beginnings
-    for role, part in (("student", given[:count]), ("teacher", given[count : 2 * count])):
-        found = answer["models"][role]
-        assert found["pass_rate"]["mean"] == pytest.approx(sum(right for _, right in part) / count)
-        by_problem: dict[str, list[bool]] = {}
-        for name, right in part:
-            by_problem.setdefault(name, []).append(right)
-        assert found["pass_at"]["4"] == pytest.approx(np.mean([any(one) for one in by_problem.values()]))
-        assert found["informative"]["mean"] == pytest.approx(
-            np.mean([len(set(one)) == 2 for one in by_problem.values()])
-        )
-        assert found["truncated"] + found["ended"] == pytest.approx(1.0)
-    finish = answer["finish"]
-    ends = [right for _, right in given[2 * count :]]
-    assert finish["problems"] == len({name for name, right in given[count : 2 * count] if right}) > 0
-    half = len(ends) // 2
-    assert finish["student"]["mean"] == pytest.approx(sum(ends[:half]) / half)
-    assert finish["teacher"]["mean"] == pytest.approx(sum(ends[half:]) / half)
-
-
-def test_what_is_kept_is_what_was_said_and_the_same_seed_says_it_again() -> None:
-    out, answer, _ = kept()
-    again = probed("--problems", "8", "--samples", "4")
-    assert {**again, "seconds": 0} == {**answer, "seconds": 0} == {**held(out / "probe.json"), "seconds": 0}
-
-
-def test_a_run_goes_on_in_a_probed_folder_and_its_own_ledger_knows_nothing_of_the_probe(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    probed("--out", out, "--problems", "2", "--samples", "4")
-    assert tiny("run", out, "--arm", "direct_grpo").code == 0
-    assert {row["purpose"] for row in rows(out / "ledger.jsonl")} <= {"train", "eval"}
-    said = call("probe", "pocket", *sets("labels.budget=8"), "--out", out)
-    assert said.code == 2 and "labels.budget" in said.err
-
-
-def test_a_student_that_is_its_own_teacher_is_no_distance_away_and_the_teacher_has_no_lead() -> None:
-    found = probed("--problems", "8", changes=("models.student=pocket:qwen3-teacher",))
-    assert found["models"]["student"]["pass_rate"] == found["models"]["teacher"]["pass_rate"]
-    c2 = found["conditions"]["C2"]
-    assert c2["kl_student_teacher"] == c2["kl_teacher_student"] == 0.0
-    assert c2["overlap_student_prefixes"] == c2["overlap_teacher_prefixes"] == 1.0
-    assert found["finish"]["lead"] == 0.0
-    assert (found["advice"]["labels"]["where"], found["advice"]["warmup"]["needed"]) == ("student", False)
-
-
-def test_two_models_that_know_nothing_are_advised_to_spend_nothing_and_there_is_nothing_to_finish(
-    tmp_path: Path,
-) -> None:
-    noise = [
-        f"models.{role}={tiny_folder(tmp_path / role, seed=seed)}" for seed, role in enumerate(("student", "teacher"))
-    ]
-    found = probed("--problems", "8", changes=tuple(noise))
-    assert found["advice"]["labels"]["where"] == "nowhere" and found["advice"]["labels"]["arm"] is None
-    assert found["finish"] is None and found["conditions"]["C1"]["teacher"]["ratio"] is None
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--problems", "17"), "--problems 17: the recipe's label budget buys 16 problems"),
-        (("--samples", "3"), "--samples 3: fewer than the group size 4"),
-        (("--set", "models.teacher=/nowhere"), "models.teacher: no such model folder"),
-    ],
-)
-def test_what_cannot_be_measured_is_one_sentence(options: tuple[str, ...], said: str) -> None:
-    found = call("probe", "pocket", *sets(), *options)
-    assert found.code == 2 and said in found.err and "Traceback" not in found.err
 
 
 def test_how_often_the_warm_up_reads_its_cache_is_counted_from_the_recipe() -> None:
@@ -177,14 +63,3 @@ def test_both_models_go_on_from_the_first_quarter_of_the_teachers_first_right_an
         assert interval.mean == pytest.approx(sum(len(text) % 2 == 0 for text in part) / probe.CONTINUATIONS)
     assert [spend.checks for spend in spends] == [probe.CONTINUATIONS] * 2
     assert found.kl > 0.1  # two models of random weights on two right answers
-
-
-def test_the_terminal_shows_both_models_and_every_advice_with_its_number() -> None:
-    said = call("probe", "pocket", *sets(), "--problems", "8", "--samples", "4", "--seed", "0")
-    _, answer, _ = kept()
-    assert said.code == 0 and "8 of the 16 labels of the budget were looked at" in said.out
-    words = " ".join(said.out.split())
-    for head in ("Labels:", "Warm-up:", "From OPD to student RL:"):
-        assert head in words
-    assert answer["advice"]["labels"]["because"] in words
-    assert f"{100 * answer['models']['teacher']['pass_at']['4']:.1f}" in words

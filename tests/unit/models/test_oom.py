@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +20,6 @@ from headwater.sampling.torch_sampler import OomRetrySampler, TorchSampler
 from headwater.teachers.scoring import logp_of
 from headwater.training import update as training
 from headwater.training.update import make_optimizer, update
-from runs import node, rows, tiny
 from tiny import PROMPTS, copied, furthest, same_bits, sampled_rows, stage_of, taught, weights_of
 
 CPU_SAYS = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
@@ -193,51 +188,6 @@ def test_a_sampler_without_room_for_one_sequence_stops_with_one_sentence(policy:
         OomRetrySampler(nothing_fits, BatchBudget(256)).sample(wanted, Sampling(max_tokens=4))
 
 
-def test_a_run_that_ran_out_of_memory_notes_what_fitted_and_keeps_to_it_when_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes = ["stages.student_rl.steps=3", "stages.student_rl.checkpoint_every=1", "compute.microbatch_tokens=2000"]
-    room = Room(nth=1)
-    room.patch(monkeypatch)
-    out = tmp_path / "out"
-    assert tiny("run", out, "--arm", "direct_grpo", changes=changes).code == 0
-    path = node(out, "direct_grpo", "student_rl")
-    noted = [row["microbatch_tokens"] for row in rows(path / "metrics.jsonl")]
-    assert noted[0] < 1000 and len(set(noted)) == 1
-    # As if killed after step 2: what fitted then is what step 3 begins with, though there would be room for more now.
-    (path / "DONE").unlink()
-    shutil.rmtree(path / "checkpoint" / "000003")
-    room.nth, before = 0, len(room.sizes)
-    assert tiny("run", out, "--arm", "direct_grpo", changes=changes).code == 0
-    assert [row["microbatch_tokens"] for row in rows(path / "metrics.jsonl")] == noted
-    assert max(room.sizes[before:]) <= noted[0]
-
-
-def test_scoring_that_runs_out_of_memory_in_a_run_is_done_in_smaller_passes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The teacher's cache, its live scores, the reference and the conditions: every pass without a gradient."""
-    changes = ["stages.student_rl.sparse.kl_coef=0.1"]
-    assert tiny("run", tmp_path / "whole", changes=changes).code == 0
-    real, failed = Policy.completion_hidden, []
-
-    def completion_hidden(policy: Policy, batch: Any) -> torch.Tensor:
-        if batch.ids_BT.numel() > 250 and not torch.is_grad_enabled():
-            failed.append(batch.ids_BT.numel())
-            raise OUT["cpu"]()
-        return real(policy, batch)
-
-    monkeypatch.setattr(Policy, "completion_hidden", completion_hidden)
-    assert tiny("run", tmp_path / "out", changes=changes).code == 0
-    assert len(failed) >= 4
-    for name in ("opd", "student_rl"):
-        pairs = zip(
-            *(rows(node(tmp_path / out, "bridge_rl", name) / "metrics.jsonl") for out in ("out", "whole")), strict=True
-        )
-        for ours, theirs in pairs:
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2, abs=1e-4)
-
-
 def test_an_optimizer_without_room_for_its_state_stops_with_one_sentence(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,60 +200,3 @@ def test_an_optimizer_without_room_for_its_state_stops_with_one_sentence(
     monkeypatch.setattr(optimizer, "step", no_room)
     with pytest.raises(TrainingStoppedError, match="memory ran out in the optimizer's step"):
         update(policy, optimizer, sampled_rows(policy), objective_of(stage), stage, 4096)
-
-
-REAL = """
-import resource, sys
-import torch
-torch.set_num_threads(1)
-sys.path[:0] = {path!r}
-from headwater.losses.batch import Row
-from headwater.losses.objectives import objective_of
-from headwater.training.update import make_optimizer, update
-from tiny import rollout_of, stage_of, tiny_policy
-
-policy = tiny_policy(intermediate_size=4096)
-rows = [Row(rollout_of((1, 6, 2), tuple(5 + (i + j) % 10 for j in range(120)), sample=i), advantage=1.0) for i in range(256)]
-stage = stage_of("sft", batch_size=256)
-update(policy, make_optimizer(policy, stage.optim), rows[:2], objective_of(stage), stage, 300)
-pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + 600 * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-found = update(policy, make_optimizer(policy, stage.optim), rows, objective_of(stage), stage, 1 << 20)
-print(int(found["microbatch_tokens"]), int(found["tokens_trained"]))
-"""
-
-
-def test_memory_that_really_runs_out_on_the_cpu_is_survived() -> None:
-    """256 rows of 123 tokens want gigabytes for their activations at once; the process may take 600 MiB more."""
-    path = [str(Path(training.__file__).parents[1]), str(Path(__file__).parents[2] / "support")]
-    said = subprocess.run(
-        [sys.executable, "-c", REAL.format(path=path)], capture_output=True, text=True, timeout=250, check=False
-    )
-    assert said.returncode == 0, said.stderr[-2000:]
-    fitted, trained = map(int, said.stdout.split())
-    assert trained == 256 * 120
-    assert 123 <= fitted <= 256 * 123 // 2
-
-
-def test_freed_memory_is_used_again_without_new_pages() -> None:
-    """In a process of its own: it is for the whole process. 64 MiB are 16,384 pages, which come anew each time without it."""
-    program = """
-import resource, sys, torch
-from headwater.models.oom import keep_freed_memory
-if sys.argv[1] == "kept" and not keep_freed_memory():
-    sys.exit(77)
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(1 << 24)
-before = faults()
-for _ in range(20):
-    torch.ones(1 << 24)
-print(faults() - before)
-"""
-    found = {}
-    for how in ("kept", "left"):
-        said = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, timeout=120)
-        if said.returncode == 77:
-            pytest.skip("NOT tested: this C library is not glibc")
-        found[how] = int(said.stdout)
-    assert 4 * found["kept"] < found["left"]

@@ -21,7 +21,7 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.models.save import save_policy
-from headwater.runs.hardware import GENERATION, MODELS
+from headwater.runs.hardware import MODELS
 from headwater.sampling.base import requests_for
 from headwater.sampling.decoder import decoder_for
 from headwater.sampling.fast_decoder import FastDecoder
@@ -52,6 +52,18 @@ LLAMA_TEMPLATE = (
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"
 )
 ENDS = {"qwen3": ["<|im_end|>", "<|endoftext|>"], "llama": ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]}
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        "eos_token_id": [151_645, 151_643],
+        "pad_token_id": 151_643,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+    },
+    "llama": {"eos_token_id": [128_001, 128_008, 128_009], "temperature": 0.6, "top_p": 0.9},
+}
+"""Published generation_config.json by `model_type`: stop ids, and sampling settings, which runs ignore."""
 
 
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:

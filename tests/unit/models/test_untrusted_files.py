@@ -24,7 +24,6 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.resource_limits import OutOfTimeError, resource_limits
 from headwater.runs.inputs import RunInputs
 from headwater.types import Problem
-from runs import call, sets, tiny
 from tiny import CPU, MODELS, tiny_folder
 
 
@@ -41,17 +40,6 @@ class Evil:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tiny_folder(tmp_path / "model")
-
-
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "weights.pt", "old.PTH", "optimizer.ckpt", "x.pkl", "training_args.bin"]
-)
-def test_a_pickle_beside_good_weights_is_refused_by_name_and_not_read(name: str, folder: Path, tmp_path: Path) -> None:
-    torch.save({"weight": Evil(tmp_path / "touched")}, folder / name)
-    said = tiny("run", tmp_path / "out", changes=(f"models.student={folder}",))
-    assert said.code == 2 and said.err.count("\n") == 1
-    assert all(one in said.err for one in ("models.student", str(folder), name, "a pickle", "*.safetensors"))
-    assert not (tmp_path / "touched").exists() and not (tmp_path / "out").exists()
 
 
 def test_a_safetensors_file_whose_length_begins_like_a_pickle_is_read(folder: Path) -> None:
@@ -159,16 +147,6 @@ def test_a_hostile_chat_template_is_one_sentence_in_time(
         RunInputs(recipe).prompter("student").ids(Problem.of("17+45", "d.jsonl"))
     assert "\n" not in str(refused.value) and "d.jsonl" in str(refused.value)
     assert time.monotonic() - started < 10
-
-
-@pytest.mark.parametrize("name", ["attribute", "its own error", "loops"])
-def test_the_doctor_bounds_a_hostile_chat_template_too(
-    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1.0)
-    (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
-    said = call("doctor", "pocket", "--out", tmp_path / "out", *sets(f"models.student={folder}"))
-    assert said.code in (2, 3) and "chat template" in said.out + said.err and "Traceback" not in said.err
 
 
 def test_bounds_of_time_and_memory_hold_and_are_lifted_again() -> None:

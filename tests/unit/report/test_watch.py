@@ -19,7 +19,6 @@ from fakes import ARMS, fake_run, names
 from headwater.errors import UserError
 from headwater.report import serve, watch
 from headwater.storage.files import lock
-from runs import call
 
 
 @pytest.fixture
@@ -70,15 +69,6 @@ def test_running_process_is_detected_by_its_lock_without_taking_it(half: Path) -
     assert not watch.read_status(half).running
 
 
-def test_watch_command_prints_stages_and_warnings_and_json(half: Path) -> None:
-    result = call("watch", half)
-    assert result.code == 0
-    assert "On-policy distillation" in result.out and "12/40" in result.out and "KL(S‖T)" in result.out
-    assert "! On-policy distillation, seed 0: truncation: 0.62" in result.out
-    rows = json.loads(call("watch", half, "--json").out)
-    assert rows["running"] is False and [node["step"] for node in rows["nodes"] if node["steps"] == 40] == [12]
-
-
 def test_status_table_limited_in_height_shows_running_nodes_first() -> None:
     states: list[watch.State] = [*(["done"] * 40), "at work", *(["waiting"] * 40), "failed", *(["waiting"] * 18)]
     nodes = tuple(
@@ -92,14 +82,6 @@ def test_status_table_limited_in_height_shows_running_nodes_first() -> None:
     listed = re.findall(r"stage(\d+) ", text)
     assert len(listed) == 20 and {"40", "81", "41"} <= set(listed) and "0" not in listed
     assert "40 of 100 nodes done" in text and "80 nodes are not listed here; 98 warnings" in text
-
-
-def test_watch_refuses_folders_without_a_run_and_malformed_files(tmp_path: Path, half: Path) -> None:
-    assert call("watch", tmp_path).code == 2
-    opd = half / "nodes" / names(half, "bridge")[-1]
-    (opd / "metrics.jsonl").write_text('{"step": {"no": 1}}\n')
-    result = call("watch", half)
-    assert result.code == 2 and "Traceback" not in result.err and str(half) in result.err
 
 
 @pytest.fixture

@@ -16,17 +16,21 @@ from headwater.errors import UserError
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import make_plan
 from headwater.runs.read_once import InputError
-from headwater.runs.source_readers import load_with_missing_answers
 from headwater.types import Verdict
 from runs import TINY
 
 
-def counting(calls: list[str]) -> Any:
-    def read(source: Source, what: str, need_answers: bool, gold: Any = None) -> LoadedProblems:
-        calls.append(what)
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The fields of all data sources that are read."""
+    fields: list[str] = []
+
+    def counting_load(source: Source, what: str, need_answers: bool, gold: Any = None) -> LoadedProblems:
+        fields.append(what)
         return load(source, what, need_answers, gold)
 
-    return read
+    monkeypatch.setattr("headwater.runs.inputs.load", counting_load)
+    return fields
 
 
 def file_of(path: Path, *rows: dict[str, Any]) -> str:
@@ -34,9 +38,8 @@ def file_of(path: Path, *rows: dict[str, Any]) -> str:
     return str(path)
 
 
-def test_nothing_is_read_before_it_is_used_and_nothing_twice() -> None:
-    calls: list[str] = []
-    with RunInputs(find_recipe("pocket", list(TINY)), counting(calls)) as inputs:
+def test_nothing_is_read_before_it_is_used_and_nothing_twice(calls: list[str]) -> None:
+    with RunInputs(find_recipe("pocket", list(TINY))) as inputs:
         assert calls == []
         assert inputs.pools and sorted(calls) == ["data.evals.sums", "data.labeled"]
         make_plan(inputs.recipe, tuple(ARMS), (0, 1), inputs.content())
@@ -45,10 +48,9 @@ def test_nothing_is_read_before_it_is_used_and_nothing_twice() -> None:
     assert len(calls) == 2
 
 
-def test_an_input_that_cannot_be_read_is_tried_once_and_names_its_part(tmp_path: Path) -> None:
-    calls: list[str] = []
+def test_an_input_that_cannot_be_read_is_tried_once_and_names_its_part(tmp_path: Path, calls: list[str]) -> None:
     recipe = find_recipe("pocket", [*TINY, f"data.labeled={{path: {tmp_path / 'none.jsonl'}}}"])
-    inputs = RunInputs(recipe, counting(calls))
+    inputs = RunInputs(recipe)
     for read in (lambda: inputs.labeled, lambda: inputs.pools, lambda: inputs.labels, lambda: inputs.problems):
         with pytest.raises(InputError, match=r"data\.labeled: .*none\.jsonl: no such file") as refused:
             read()
@@ -79,7 +81,7 @@ def test_a_bought_label_without_an_answer_is_refused_by_a_run_and_left_to_the_do
     recipe = find_recipe("pocket", [*TINY, f"data.labeled={{path: {path}}}", "labels.budget=21"])
     with pytest.raises(UserError, match="row 21: the problem has no answer"):
         _ = RunInputs(recipe).labeled
-    lenient = RunInputs(recipe, load_with_missing_answers)
+    lenient = RunInputs(recipe, need_answers=False)
     assert len(lenient.labeled.without_answer) == 1
     with pytest.raises(InputError, match="1 of the 21 problems that the budget buys have no answer"):
         _ = lenient.labels
@@ -108,6 +110,6 @@ def test_an_estimate_takes_a_missing_file_for_as_many_problems_as_its_limit(tmp_
     missing = f"data.labeled={{path: {tmp_path / 'none.jsonl'}, limit: 40}}"
     inputs = RunInputs.for_estimate(find_recipe("pocket", [*TINY, missing]))
     assert len(inputs.pool("all")) == 16 and len(inputs.labeled.problems) == 40
-    assert list(inputs.missing) == [
+    assert inputs.missing == [
         f"data.labeled: {tmp_path / 'none.jsonl'} is not here; assumed to hold 40 problems, its limit"
     ]

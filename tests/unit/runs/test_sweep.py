@@ -1,24 +1,16 @@
 from __future__ import annotations
 
-import csv
-import json
 import shlex
-import shutil
-import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import pytest
 
 from headwater.errors import UserError
 from headwater.report import sweep as sweep_report
 from headwater.report import sweep_page, sweep_plot
-from headwater.report.svg import COLOURS, TEXT
+from headwater.report.svg import TEXT
 from headwater.runs.sweep import Sweep, folder_name, lay_out, text_of
-from runs import call, held, infos, sets, temporary, tiny
 
 
 def pocket(vary: str, values: str | None = None, *changes: str, arms: list[str] | None = None) -> Sweep:
@@ -89,15 +81,6 @@ def test_any_field_can_be_varied_and_values_are_those_of_the_parsed_recipe() -> 
 def test_invalid_variation_is_refused_in_one_sentence(vary: str, values: str | None, said: str) -> None:
     with pytest.raises(UserError, match=said):
         pocket(vary, values)
-
-
-def test_arms_and_seeds_are_checked_before_data_are_read() -> None:
-    with pytest.raises(UserError, match="no such arm"):
-        pocket("labels", "64", arms=["bridges"])
-    with pytest.raises(UserError, match="--arms: bridge and bridge are the same"):
-        pocket("labels", "64", arms=["bridge", "bridge"])
-    said = call("sweep", "pocket", "--vary", "labels", "--seeds", "1,one")
-    assert (said.code, said.out) == (2, "") and "--seeds 1,one" in said.err
 
 
 def test_folder_names_derive_from_values() -> None:
@@ -214,127 +197,3 @@ def test_page_inlines_the_plot_in_page_colours_and_fetches_nothing() -> None:
     assert "currentColor" in page and TEXT not in page.split("<svg")[1].split("</svg>")[0]
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
     assert 'aria-label="Accuracy in per cent.' in page and "bridge on sums by labels 64: 60.0, 128: 70.0" in page
-
-
-# Finished sweeps --------------------------------------------------------------------------------------------------------
-
-MIXED = ("--vary", "lambda", "--values", "0,.5", "--arms", "direct_grpo,mixed")
-
-
-@cache
-def swept() -> Path:
-    """One finished tiny sweep; tests read it and leave it as it is."""
-    out = temporary() / "sweep"
-    said = tiny("sweep", out, *MIXED)
-    assert said.code == 0, said.err
-    return out
-
-
-def node_names(out: Path) -> set[str]:
-    return {path.name for path, _ in infos(out)}
-
-
-def test_shared_nodes_run_once_and_are_in_both_folders() -> None:
-    first, second = swept() / "0", swept() / "0.5"
-    shared = node_names(first) & node_names(second)
-    assert {name.split(".")[0] for name in shared} == {
-        "base_student", "base_teacher", "student_rl", "teacher_rl", "teacher_rollouts", "warmup",
-    }  # fmt: skip
-    assert {name.split(".")[0] for name in node_names(second) - shared} == {"opd"}
-    for name in shared:  # the very same seconds: it did not run again
-        assert (first / "nodes" / name / "ledger.jsonl").read_text() == (
-            second / "nodes" / name / "ledger.jsonl"
-        ).read_text()
-
-
-def test_sweep_json_agrees_with_the_reports_of_its_points() -> None:
-    found = held(swept() / "sweep.json")
-    assert (found["recipe"], found["vary"], found["values"]) == ("pocket", "lambda", [0.0, 0.5])
-    assert (found["seeds"], found["arms"]) == ([0], ["direct_grpo", "mixed"])
-    for point in found["points"]:
-        report = held(swept() / point["report"])
-        assert set(point["arms"]) == {"base_student", "base_teacher", "direct_grpo", "mixed"}
-        for name, arm in point["arms"].items():
-            assert arm == {key: report["arms"][name][key] for key in ("accuracy", "labels", "flops")}
-        (pair,) = [one for one in point["contrasts"] if (one["a"], one["b"]) == ("mixed", "direct_grpo")]
-        means = [point["arms"][name]["accuracy"]["sums"]["mean"] for name in ("mixed", "direct_grpo")]
-        assert pair["difference"] == pytest.approx(means[0] - means[1], abs=2e-6)
-    means = [point["arms"]["mixed"]["accuracy"]["sums"]["mean"] for point in found["points"]]
-    (one,) = [one for one in found["across"] if one["arm"] == "mixed"]
-    assert (one["a"], one["b"]) == (0.5, 0.0) and one["difference"] == pytest.approx(means[1] - means[0], abs=2e-6)
-
-
-def test_csv_has_a_row_for_each_value_and_arm() -> None:
-    rows = list(csv.DictReader((swept() / "sweep.csv").read_text(encoding="utf-8").splitlines()))
-    assert [(row["lambda"], row["arm"]) for row in rows] == [
-        (value, arm) for value in ("0", "0.5") for arm in ("base_student", "base_teacher", "direct_grpo", "mixed")
-    ]
-    found = held(swept() / "sweep.json")["points"][1]["arms"]["mixed"]
-    assert float(rows[-1]["accuracy"]) == found["accuracy"]["sums"]["mean"]
-    assert float(rows[-1]["labels"]) == found["labels"]["distinct"] and float(rows[-1]["flops"]) == found["flops"]
-
-
-def test_png_shows_a_line_in_the_colour_of_each_arm() -> None:
-    pixels = matplotlib.image.imread(swept() / "sweep.png")[..., :3].reshape(-1, 3)
-    for style in (0, 3):  # direct_grpo and mixed
-        colour = COLOURS[style].removeprefix("#")
-        wanted = [int(colour[place : place + 2], 16) / 255 for place in (0, 2, 4)]
-        assert (abs(pixels - wanted).max(axis=1) < 0.01).sum() > 100
-
-
-def test_repeated_sweep_runs_nothing_and_a_new_value_runs_only_new_nodes(tmp_path: Path) -> None:
-    out = tmp_path / "copy"
-    shutil.copytree(swept(), out)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("DONE")}
-    said = tiny("sweep", out, "--vary", "lambda", "--values", "0,0.5,1", *MIXED[4:], "--json")
-    assert said.code == 0, said.err
-    assert held(out / "sweep.json") == json.loads(said.out)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert {name.split(".")[0] for name in node_names(out / "1") - node_names(out / "0")} == {"opd"}
-    assert "opd" not in str([point["failed"] for point in json.loads(said.out)["points"]])
-    words = shlex.split(json.loads(said.out)["points"][0]["command"])
-    assert words[-1] == str(out / "0")
-    assert call(*words[1:]).code == 0  # as a study of its own: the same recipe, the same folder, nothing left to run
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def test_failed_point_does_not_stop_the_others(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    length = "stages.student_rl.sampling.max_tokens"  # nothing is right within one token, so no group carries a signal
-    guard = ("guards.no_signal=stop", "guards.patience=2", "stages.student_rl.batch_size=32")
-    said = tiny("sweep", out, "--vary", length, "--values", "1,32", "--arms", "direct_grpo", changes=guard)
-    assert said.code == 4 and f"1 of 2 points failed: {length} 1" in said.err
-    first, second = held(out / "sweep.json")["points"]
-    assert "student_rl" in first["failed"] and "direct_grpo" not in first["arms"]
-    assert second["failed"] is None and second["arms"]["direct_grpo"]["accuracy"]["sums"]
-    assert f"{length} 1 failed: " in " ".join(said.out.split())
-    assert first["failed"][:40] in (out / "sweep.html").read_text(encoding="utf-8")
-
-
-def test_all_points_are_checked_before_the_first_starts(tmp_path: Path) -> None:
-    said = tiny("sweep", tmp_path / "out", "--vary", "labels", "--values", "16,65")
-    assert (said.code, said.out) == (2, "") and "value 65: labels.budget 65 is more than the 64" in said.err
-    (tmp_path / "out" / "16").mkdir(parents=True)
-    (tmp_path / "out" / "16" / "mine.txt").write_text("mine")
-    said = tiny("sweep", tmp_path / "out", "--vary", "labels", "--values", "32,16")
-    assert said.code == 2 and "not empty and holds no run of ours" in said.err
-    assert not (tmp_path / "out" / "32").exists()
-
-
-def test_dry_run_counts_shared_nodes_once_and_omits_budgets_beyond_the_data(tmp_path: Path) -> None:
-    options = ("--vary", "labels", "--arms", "direct_grpo", "--out", tmp_path / "out", "--dry-run")
-    said = call("sweep", "pocket", *options, *sets("labels.budget=64"))
-    assert said.code == 0 and "value 128" in said.err and "left out" in said.err and not (tmp_path / "out").exists()
-    assert [line.split()[0] for line in said.out.splitlines() if line.strip()[:2] in ("16", "32", "64")] == [
-        "16",
-        "32",
-        "64",
-    ]
-    rows = json.loads(call("sweep", "pocket", *MIXED, "--dry-run", "--json", *sets()).out)
-    assert [(row["value"], row["nodes"], row["shared"]) for row in rows] == [(0.0, 7, 0), (0.5, 1, 6)]
-
-
-def test_sweep_report_loads_no_torch() -> None:
-    code = "import sys, headwater.runs.sweep, headwater.report.sweep_page; print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert said.stdout.strip() == "False"

@@ -7,7 +7,6 @@ import sys
 import time
 from itertools import product
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import yaml
@@ -15,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.config.builtin import builtin_text
-from headwater.report.html import Page
 from headwater.tasks.countdown import (
     DIALS,
     CountdownDials,
@@ -24,15 +22,15 @@ from headwater.tasks.countdown import (
     generate,
     grade,
     is_worked,
+    parse_problem,
+    parse_terms,
     pool_of,
-    read,
     short,
-    terms_of,
     worked,
 )
 from headwater.tasks.registry import TASKS
 from headwater.tasks.sums import POOLS
-from runs import call, held, infos
+from runs import call
 
 FOUR = CountdownDials(numbers=4, largest=120)
 
@@ -56,7 +54,7 @@ def test_solutions_have_the_documented_text() -> None:
 def test_every_gold_is_solved_in_both_forms_and_every_wrong_sign_grades_zero(pool: str, dials: CountdownDials) -> None:
     for problem, gold in generate(40, pool, seed=1, dials=dials):
         assert problem == gold
-        numbers, target = read(gold)  # type: ignore[misc]
+        numbers, target = parse_problem(gold)  # type: ignore[misc]
         for completion in (
             worked(problem, dials),
             short(problem, dials),
@@ -135,7 +133,7 @@ def test_problems_are_the_same_in_every_process_and_a_longer_call_begins_with_th
 
 def test_generated_numbers_fall_and_targets_are_not_negative() -> None:
     for text, _ in generate(300, "train", 0, FOUR):
-        numbers, target = read(text)  # type: ignore[misc]
+        numbers, target = parse_problem(text)  # type: ignore[misc]
         assert numbers == sorted(numbers, reverse=True) and len(numbers) == 4
         assert numbers[-1] >= 1 and numbers[0] <= 120 and target >= 0
         assert all(len(number) == 3 for number in text.split("=")[0].split(","))
@@ -148,7 +146,7 @@ def test_dials_pools_and_counts_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="no pool 'test'"):
         generate(1, "test", 0)
     # two numbers up to 9: 45 pairs, 2 targets each at most, an eighth of them here
-    with pytest.raises(ValueError, match=r"pool 'eval' holds about \d+ problems .*, not 91"):
+    with pytest.raises(ValueError, match=r"pool 'eval' has about \d+ problems .*, not 91"):
         generate(91, "eval", 0, CountdownDials(numbers=2, largest=9))
 
 
@@ -187,7 +185,7 @@ def test_what_is_correct_is_what_python_sums_to_the_target(completion: str, gold
 )
 def test_hostile_text_is_graded_wrong_and_at_once(hostile: str) -> None:
     began = time.perf_counter()
-    assert grade("50,46,24=28", hostile)[0] is False and terms_of(hostile) is None
+    assert grade("50,46,24=28", hostile)[0] is False and parse_terms(hostile) is None
     assert TASKS["countdown"].extract(hostile) is None  # type: ignore[misc]
     assert time.perf_counter() - began < 1.0
 
@@ -212,21 +210,3 @@ def test_the_control_differs_from_the_pocket_recipe_in_task_models_and_length_on
         "models",
         "data",
     }
-
-
-def test_the_recipe_runs_end_to_end_with_its_shipped_models(tmp_path: Path) -> None:
-    """Preflight included; only the page is not drawn."""
-    shape = ("batch_size=16", "group_size=4", "steps=2")
-    stages = [f"stages.{stage}.{field}" for stage in ("teacher_rl", "warmup", "student_rl") for field in shape]
-    few = ("data.labeled.generate.count=64", "data.evals.countdown.generate.count=8", "evaluate.samples=2")
-    more = ("labels.budget=16", "stages.opd.batch_size=8", "stages.opd.steps=2", "guards.no_signal=continue")
-    options = [part for change in (*stages, *few, *more) for part in ("--set", change)]
-    with mock.patch("headwater.report.html.page", return_value=Page("")):
-        said = call("study", "pocket-countdown", "--arms", "direct_grpo,bridge", "--out", tmp_path / "out", *options)
-    assert said.code == 0, said.err
-    arms = held(tmp_path / "out" / "report.json")["arms"]
-    # two steps of four prompts each, four answers to each
-    assert [arms[arm]["labels"] for arm in ("direct_grpo", "bridge")] == [{"distinct": 8, "checks": 32}] * 2
-    # of 16 answers; the raw teacher is right nine times in ten
-    assert arms["base_teacher"]["accuracy"]["countdown"]["mean"] > 0.5
-    assert {"student_rl", "teacher_rl", "warmup", "opd"} <= {info["stage"] for _, info in infos(tmp_path / "out")}

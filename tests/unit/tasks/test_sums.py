@@ -82,7 +82,7 @@ def test_a_pool_gives_all_it_holds_and_says_how_much_when_asked_for_more() -> No
     assert sum(counts.values()) == 150
     for pool, count in counts.items():
         assert len(generate(count, pool, 0, dials)) == count
-        with pytest.raises(ValueError, match=f"pool '{pool}' holds {count} problems .* but {count + 1} were asked for"):
+        with pytest.raises(ValueError, match=f"pool '{pool}' has {count} problems .* but {count + 1} were requested"):
             generate(count + 1, pool, 0, dials)
     with pytest.raises(ValueError, match="no pool 'test'"):
         generate(1, "test", 0)

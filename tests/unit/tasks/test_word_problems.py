@@ -28,7 +28,7 @@ from headwater.tasks.word_problems import (
     solutions,
 )
 from headwater.tasks.word_problems_text import NAMES, SCENES
-from headwater.tasks.word_problems_world import Quantity, Step, every_number_counts, slopes
+from headwater.tasks.word_problems_world import Quantity, Step, gradients, has_no_shortcut
 
 EASY, HARD = WordsDials(1, 4), WordsDials(7, 10, distractors=3)
 
@@ -89,7 +89,7 @@ def test_answers_and_operation_counts_are_those_of_an_evaluator_of_the_graph(dia
         assert min(numbers) >= 2 and max(numbers) <= dials.largest
         told = [step.quantity for step in problem.world.steps]
         assert len(set(told)) == len(told)  # nothing is told twice
-        assert all(parent < index for index, step in enumerate(problem.world.steps) for parent in step.known)
+        assert all(parent < index for index, step in enumerate(problem.world.steps) for parent in step.dependencies)
     assert beside == set(range(dials.distractors + 1))
 
 
@@ -110,10 +110,10 @@ def test_a_number_that_would_cancel_out_is_found_by_its_slope() -> None:
         Step("times", apples("Leo"), 12, 3, (0, None)),
     ]
     # Tom has m + 5 and Ada m + 3: their difference is 2 whatever m is. Leo has 3m, so Leo's less Tom's is 2m - 5.
-    assert not every_number_counts(steps, Step("gap", apples("Tom"), 17, 15, (1, 2)))
-    assert every_number_counts(steps, Step("gap", apples("Leo"), 36, 17, (3, 1)))
-    assert every_number_counts(steps, Step("total", apples("Tom"), 17, 15, (1, 2)))
-    assert slopes(steps, Step("gap", apples("Leo"), 36, 17, (3, 1))) == {3: 1.0, 1: -1.0, 0: 2.0}
+    assert not has_no_shortcut(steps, Step("gap", apples("Tom"), 17, 15, (1, 2)))
+    assert has_no_shortcut(steps, Step("gap", apples("Leo"), 36, 17, (3, 1)))
+    assert has_no_shortcut(steps, Step("total", apples("Tom"), 17, 15, (1, 2)))
+    assert gradients(steps, Step("gap", apples("Leo"), 36, 17, (3, 1))) == {3: 1.0, 1: -1.0, 0: 2.0}
 
 
 # The text -------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import runs
 from headwater.config.builtin import builtin_text
@@ -206,59 +205,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-FEW = (
-    "data.labeled.generate.count=40",
-    "data.evals.in_distribution.generate.count=4",
-    "data.evals.harder.generate.count=2",
-    "labels.budget=16",
-    *(
-        f"stages.{stage}.{field}"
-        for stage in ("teacher_rl", "warmup", "opd", "student_rl")
-        for field in ("batch_size=8", "group_size=4", "sampling.max_tokens=16", "steps=2")
-    ),
-    "evaluate.samples=1",
-    "evaluate.sampling.max_tokens=16",
-    "guards.no_signal=continue",
-    "compute.device=cpu",
-    "compute.threads=1",
-)
-SETS = [part for change in FEW for part in ("--set", change)]
-
-
-def test_the_recipe_as_it_ships_is_planned_without_weights(elsewhere: Path) -> None:
-    said = runs.call("study", "desk", "--dry-run", "--json")
-    assert said.code == 0, said.err
-    rows = {row["node"].split(".")[0]: row for row in json.loads(said.out)}
-    assert rows.keys() >= {
-        "base_student",
-        "base_teacher",
-        "teacher_rl",
-        "teacher_rollouts",
-        "warmup",
-        "opd",
-        "student_rl",
-    }
-    assert rows["opd"]["labels"] == 0 and rows["warmup"]["labels"] == 0
-    assert max(row["labels"] for row in json.loads(said.out)) == 1000
-    # Evaluations of the student: 1000 problems × 4 samples × 256 tokens at most.
-    assert rows["base_student"]["tokens_sampled_at_most"] == 1_024_000
-    assert rows["base_student"]["memory_bytes"] >= 2 * 15_335_424
-    assert rows["teacher_rl"]["flops_at_most"] > 1e15
-
-
-@pytest.mark.parametrize(("verb", "code"), [("run", 3), ("study", 3), ("doctor", 3)])
-def test_without_weights_a_run_is_refused_in_a_sentence_that_says_what_makes_them(
-    verb: str, code: int, elsewhere: Path
-) -> None:
-    said = runs.call(verb, "desk", "--out", elsewhere / "out", *SETS)
-    assert said.code == code
-    assert (
-        "models.student: desk:student has no weights yet; `python -m tools.pretrain desk`, in a checkout"
-        in said.err + said.out
-    )
-    assert not (elsewhere / "out").exists()
-
-
 def test_a_name_stands_for_the_folder_here_once_that_holds_weights(elsewhere: Path) -> None:
     assert ModelFolder.open("desk:teacher", "models.teacher").path == str(SHIPPED / "teacher")
     with pytest.raises(UserError, match="desk:teacher has no weights yet"):
@@ -271,25 +217,6 @@ def test_a_name_stands_for_the_folder_here_once_that_holds_weights(elsewhere: Pa
         UserError, match="no desk model 'desk:giant'; there are desk:student, desk:teacher, desk:teacher-large"
     ):
         ModelFolder.open("desk:giant", "models.teacher")
-
-
-def test_pretrained_tiny_models_go_through_all_four_stages_of_the_recipe(elsewhere: Path) -> None:
-    said = runs.call("desk", "--models", "student,teacher", "--steps", "3", "--device", "cpu", entry=main)
-    assert said.code == 0, said.err
-    assert "desk/student: solves" in said.out and "desk/teacher: solves" in said.out
-    assert AutoTokenizer.from_pretrained("desk/student").get_vocab() == TOKENIZER.get_vocab()
-    assert "2 steps of worked ones, then 1 steps" in Path("desk/student/README.md").read_text()
-    assert not Path("desk/student/checkpoint").exists()
-    ended = runs.call("run", "desk", "--out", "out", *SETS)
-    assert ended.code == 0, ended.err
-    stages = [name.split(".")[0] for name in runs.node_names(Path("out"), "bridge_rl")]
-    assert stages == ["teacher_rl", "teacher_rollouts", "warmup", "opd", "student_rl"]
-    report = runs.held(Path("out/report.json"))
-    assert report["arms"]["bridge_rl"]["accuracy"].keys() == {"in_distribution", "harder"}
-    # 2 steps × 8 rollouts on each half's labels: every look is one check.
-    assert report["arms"]["bridge_rl"]["labels"]["checks"] == 32
-    made = AutoModelForCausalLM.from_pretrained(runs.node(Path("out"), "bridge_rl", "student_rl") / "model")
-    assert made.config.hidden_size == 32
 
 
 def test_a_model_that_is_made_is_left_alone_and_another_spec_makes_it_anew(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Exact, TopK
-from headwater.storage.run_dir import NodeDir
 from headwater.training.token_signals import AT_ONCE, kept, pieces, signal_of
 from headwater.types import Rollout
-from runs import all_arms, node, rows
 
 
 def _row(ids: tuple[int, ...], sampler: tuple[float, ...], teacher_NV: torch.Tensor | None) -> Row:
@@ -55,17 +52,3 @@ def test_a_character_of_two_tokens_stands_with_the_one_that_completes_it() -> No
 def test_rows_are_spread_over_the_step() -> None:
     assert kept([None] * 8) == [0, 2, 4, 6]  # type: ignore[list-item]
     assert kept([None] * 2) == [0, 1]  # type: ignore[list-item]
-
-
-def test_a_run_keeps_it_for_on_policy_rollouts_under_a_teacher_and_for_no_others() -> None:
-    out = all_arms()
-    opd = rows(NodeDir(node(out, "bridge", "opd")).rollouts(1))
-    loud = [row for row in opd if "signal" in row]
-    assert 1 <= len(loud) <= 4
-    for row in loud:
-        assert len(row["signal"]) == len(row["pieces"]) == row["tokens"] and "".join(row["pieces"]) == row["completion"]
-    for stage in ("teacher_rl", "warmup"):
-        assert not any("signal" in row for row in rows(NodeDir(node(out, "bridge", stage)).rollouts(1)))
-    asked = {row["id"] for row in rows(Path(out) / "problems.jsonl")}
-    assert {row["problem_id"] for row in opd} <= asked
-    assert not any(set(row) - {"id", "text"} for row in rows(Path(out) / "problems.jsonl"))

@@ -1,0 +1,124 @@
+"""`doctor` and preflight as commands: findings, refusals, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from headwater.doctor import checks
+from headwater.doctor.checks import CHECKS
+from runs import call, tiny
+from tiny import tiny_model
+
+PAD, END = 151643, 151645  # <|endoftext|>, where Qwen's Base models end, and <|im_end|>, where Instruct does
+PLAIN = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + ';' + m['content'] + '<|im_end|>' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant;' }}{%- endif -%}"
+)
+
+
+def qwen_tokenizer(
+    eos: str = "<|im_end|>", pad: str = "<|endoftext|>", template: str = PLAIN
+) -> PreTrainedTokenizerFast:
+    """Few characters, and Qwen's special tokens at Qwen's own ids."""
+    characters = {one: index for index, one in enumerate("0123456789+=; -*/(),.?:%\nabcdefghijklmnopqrstuvwxyz?!")}
+    special = {
+        "<|endoftext|>": 151643,
+        "<|im_start|>": 151644,
+        "<|im_end|>": 151645,
+        "<think>": 151667,
+        "</think>": 151668,
+    }
+    backend = Tokenizer(models.BPE(vocab=characters | special | {"<|unk|>": 100}, merges=[], unk_token="<|unk|>"))
+    backend.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in special])
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=eos, pad_token=pad, unk_token="<|unk|>", chat_template=template
+    )
+
+
+def qwen_folder(
+    folder: Path,
+    eos: str = "<|im_end|>",
+    pad: str = "<|endoftext|>",
+    template: str = PLAIN,
+    width: int = 151936,
+    ends: int | list[int] | None = None,
+    **generation: Any,
+) -> str:
+    """A model of Qwen's vocabulary, 8 wide and one layer deep."""
+    tokenizer = qwen_tokenizer(eos, pad, template)
+    held = tiny_model(
+        vocab_size=width, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    held.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id if ends is None else ends, pad_token_id=tokenizer.pad_token_id, **generation
+    )
+    held.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# Nothing wrong ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_verb_lists_what_it_checked_and_exits_0(tmp_path: Path) -> None:
+    said = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1")
+    assert said.code == 0, said.err
+    for check in CHECKS:
+        assert check.title in said.out
+    assert not (tmp_path / "out").exists()
+
+
+# Tokenizers, stop ids, templates ----------------------------------------------------------------------------------------
+
+
+def test_a_missing_model_folder_is_a_finding_of_the_verb_and_exit_2_of_run(tmp_path: Path) -> None:
+    missing = ("--set", f"models.teacher={tmp_path / 'nowhere'}")
+    said = call("doctor", "pocket", "--json", *missing)
+    found = json.loads(said.out)
+    assert said.code == 3 and not found["ok"]
+    assert [one["name"] for one in found["findings"]] == ["model-unreadable"]  # once, and no consequence of it
+    assert "data files" in found["checked"] and "student taught by itself" in found["unchecked"]
+    ran = tiny("run", tmp_path / "out", *missing, whole=True)
+    assert ran.code == 2 and "models.teacher: no such model folder" in ran.err
+
+
+# run, and the table -----------------------------------------------------------------------------------------------------
+
+
+def test_run_refuses_before_anything_is_written_and_says_what_to_do(tmp_path: Path) -> None:
+    student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
+    teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
+    said = tiny(
+        "run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}", whole=True
+    )
+    assert said.code == 3 and "error stop-sets-differ" in said.err and "generation_config.json" in said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_reports_a_mistake_in_the_recipe_in_one_sentence_and_exits_2(tmp_path: Path) -> None:
+    student = qwen_folder(tmp_path / "one")
+    teacher = qwen_folder(tmp_path / "other", template=PLAIN.replace("assistant;", "assistant:"))
+    said = tiny("run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}")
+    assert said.code == 2 and said.err.count("\n") == 1
+    assert "models.student and models.teacher: their chat templates give different ids for the same problem" in said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_says_warnings_and_goes_on(tmp_path: Path) -> None:
+    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", "--set", "prompt.system=Add up.", whole=True)
+    assert said.code == 0, said.err
+    assert "warning system-without-effect: models.student" in said.err and "pad-is-eos" not in said.err
+
+
+def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
+    monkeypatch.setattr(checks, "examine", lambda *given: pytest.fail("the doctor was asked again"))
+    assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0

@@ -1,0 +1,49 @@
+"""`headwater watch` as a command: stages, warnings, JSON, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fakes import ARMS, fake_run, names
+from runs import call
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Path:
+    """A run of the bridge that stopped in OPD after 12 of 40 steps of 0.5 seconds."""
+    out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"], "bridge_rl": ARMS["bridge_rl"]})
+    opd = out / "nodes" / names(out, "bridge")[-1]
+    (opd / "DONE").unlink()
+    info = json.loads((opd / "node.json").read_text())
+    (opd / "node.json").write_text(json.dumps({**info, "steps": 40}))
+    alarm = {
+        "guard": "truncation",
+        "action": "warn",
+        "step": 9,
+        "sentence": "truncation: 0.62 of the completions ran into the token limit",
+    }
+    (opd / "warnings.jsonl").write_text(json.dumps(alarm) + "\n")
+    for name in names(out, "bridge_rl")[-2:]:
+        shutil.rmtree(out / "nodes" / name)
+    return out
+
+
+def test_watch_command_prints_stages_and_warnings_and_json(half: Path) -> None:
+    result = call("watch", half)
+    assert result.code == 0
+    assert "On-policy distillation" in result.out and "12/40" in result.out and "KL(S‖T)" in result.out
+    assert "! On-policy distillation, seed 0: truncation: 0.62" in result.out
+    rows = json.loads(call("watch", half, "--json").out)
+    assert rows["running"] is False and [node["step"] for node in rows["nodes"] if node["steps"] == 40] == [12]
+
+
+def test_watch_refuses_folders_without_a_run_and_malformed_files(tmp_path: Path, half: Path) -> None:
+    assert call("watch", tmp_path).code == 2
+    opd = half / "nodes" / names(half, "bridge")[-1]
+    (opd / "metrics.jsonl").write_text('{"step": {"no": 1}}\n')
+    result = call("watch", half)
+    assert result.code == 2 and "Traceback" not in result.err and str(half) in result.err

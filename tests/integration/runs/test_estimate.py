@@ -1,0 +1,119 @@
+"""Estimates of the dry run against what runs then do."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headwater.config.builtin import find_recipe
+from headwater.runs.estimate import Assumptions, estimates
+from headwater.runs.hardware import DEVICES
+from headwater.runs.setup import prepared
+from runs import TINY, call, infos, rows, sets, temporary, tiny
+
+CHANGES = (
+    "stages.teacher_rl.sparse.kl_coef=0.01",  # rollouts without a signal are then trained on too, so costs are known beforehand
+    "stages.student_rl.sparse.kl_coef=0.01", "conditions.problems=3", "evaluate.samples=4", "stages.opd.steps=4",
+)  # fmt: skip
+
+
+@cache
+def measured() -> Path:
+    out = temporary() / "run"
+    said = tiny("run", out, changes=CHANGES)
+    assert said.code == 0, said.err
+    return out
+
+
+def mean_tokens(out: Path) -> float:
+    """Of all completions that the run sampled."""
+    lengths = [row["tokens"] for path in out.glob("nodes/*/rollouts/*.jsonl") for row in rows(path)]
+    return sum(lengths) / len(lengths)
+
+
+def test_tokens_and_flops_of_every_node_are_those_of_its_ledger_within_a_quarter() -> None:
+    out = measured()
+    recipe = find_recipe("pocket", [*TINY, *CHANGES])
+    with prepared(recipe, ["bridge_rl"], [0]) as (plan, inputs):
+        said = {one.name: one for one in estimates(plan, inputs, Assumptions(mean_tokens(out)))}
+        most = {one.name: one for one in estimates(plan, inputs)}
+    spent: dict[str, dict[str, float]] = {}
+    for folder, _ in infos(out):
+        ledger = rows(folder / "ledger.jsonl")
+        spent[folder.name] = {
+            key: sum(row[key] for row in ledger) for key in ("flops", "tokens_sampled", "tokens_teacher_scored")
+        }
+    assert spent.keys() == said.keys()
+    for name, one in spent.items():
+        assert most[name].flops >= one["flops"] and most[name].tokens_sampled >= one["tokens_sampled"], name
+    # Models of this size say more or less than the mean in one stage or another; all of them together do not.
+    for key in ("flops", "tokens_sampled", "tokens_teacher_scored"):
+        total, told = sum(one[key] for one in spent.values()), sum(getattr(one, key) for one in said.values())
+        print(f"{key}: {told:.4g} said, {total:.4g} spent")
+        assert told == pytest.approx(total, rel=0.25), key
+
+
+def test_labels_and_steps_are_what_the_run_then_did() -> None:
+    answer = call("run", "pocket", "--dry-run", "--json", *sets(*CHANGES))
+    said = {one["node"]: one for one in json.loads(answer.out)}
+    for folder, info in infos(measured()):
+        if info["kind"] == "train":
+            assert said[folder.name]["steps"] == len(rows(folder / "metrics.jsonl"))
+            allowed = info["labels"]["distinct_allowed"] if info["labels"] else 0
+            assert said[folder.name]["labels"] == allowed
+
+
+# Recipes whose data and models are not here ---------------------------------------------------------------------------
+
+
+def told(recipe: str, *options: str) -> list[dict[str, Any]]:
+    answer = call("study", recipe, "--dry-run", "--json", *options)
+    assert answer.code == 0, answer.err
+    found: list[dict[str, Any]] = json.loads(answer.out)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device", "count"),
+    [("paper-qwen3-1.7b", "h200", 16), ("paper-llama-8b", "h200", 64), ("gsm8k", "rtx4090", 1)],
+)
+def test_a_recipe_of_real_models_is_estimated_without_data_weights_or_network(
+    recipe: str, device: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = told(
+        recipe, "--arms", "direct_grpo,bridge,bridge_rl,replay,teacher_2h,warmup_only", "--on", f"{count}x{device}"
+    )
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for one in found:
+        by_stage.setdefault(one["node"].split(".")[0], []).append(one)
+    assert by_stage.keys() >= {"base_student", "teacher_rl", "teacher_rollouts", "warmup", "opd", "student_rl"}
+    assert all(one["labels"] == 0 for stage in ("warmup", "opd", "teacher_rollouts") for one in by_stage[stage])
+    assert max(one["peak_bytes"] for one in found) < DEVICES[device].memory  # what the recipe's head promises
+    assert all(one["gpu_hours"] == pytest.approx(count * one["hours"]) and one["hours"] > 0 for one in found)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_numbers_of_steps_follow_from_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = {one["node"].split(".")[0]: one for one in told("paper-qwen3-1.7b", "--arms", "bridge")}
+    assert found["teacher_rl"]["steps"] == 21_748  # 10 epochs of 17,398 prompts, 8 a step
+    assert found["teacher_rl"]["labels"] == 17_398
+    assert found["opd"]["steps"] == found["warmup"]["steps"] == 272  # one epoch, 64 prompts a step
+    # 17,398 prompts × 8 rollouts of 16,384 tokens, sampled once and scored once by 8.2 billion weights: 2 FLOPs each and attention
+    flops = 17_398 * 8 * (16_384 + 3_072) * 2 * 2 * 7.57e9
+    assert flops < found["teacher_rollouts"]["flops_at_most"] < 2.1 * flops
+
+
+def test_data_of_unknown_size_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = call("run", "gsm8k", "--dry-run", "--set", "data.labeled=elsewhere.jsonl")
+    assert answer.code == 2
+    assert "data.labeled: elsewhere.jsonl is not here, and data.labeled.limit does not say" in answer.err
+    text = call("run", "gsm8k", "--dry-run", "--on", "rtx4090").out
+    assert "data.labeled: gsm8k/train.jsonl is not here; assumed to hold 7,473 problems, its limit" in text
+    assert "which fits" in text and "GPU-hours" in text

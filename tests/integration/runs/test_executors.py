@@ -1,0 +1,302 @@
+"""Studies on several workers: same bits, isolated failures, dead workers, folder lock, reused nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headwater.errors import TrainingStoppedError, UserError
+from headwater.runs.executors import base as executor
+from headwater.runs.plan import Node
+from headwater.storage.run_dir import RunDir
+from runs import (
+    assert_same,
+    call,
+    environment,
+    held,
+    infos,
+    node,
+    program,
+    rows,
+    sets,
+    temporary,
+    tiny,
+    wait_for_steps,
+)  # fmt: skip
+
+ARMS = "direct_grpo,raw_teacher"
+LONG = ("stages.student_rl.steps=24", "stages.warmup.steps=24")  # two nodes side by side, long enough to be hit midway
+
+
+@cache
+def serial_study() -> Path:
+    """An undisturbed study, in this process."""
+    out = temporary() / "serial"
+    said = tiny("study", out, "--arms", ARMS, "--workers", "1", changes=LONG)
+    assert said.code == 0 and "nodes done" not in said.err, said.err
+    return out
+
+
+# Parallel nodes --------------------------------------------------------------------------------------------------------
+
+
+def test_two_workers_give_the_bits_of_one_and_report_study_progress(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = tiny("study", out, "--arms", ARMS, "--workers", "2", changes=LONG)
+    assert said.code == 0, said.err
+    assert_same(out, serial_study())
+    ended = [line for line in said.err.splitlines() if line.startswith("[")]
+    assert sorted(line.split("]")[0] for line in ended) == [f"[{number}/6" for number in range(1, 7)]  # a line a node
+    assert [line.split("(")[-1].split(" nodes")[0] for line in ended] == [f"{done} of 6" for done in range(1, 7)]
+    assert held(out / "recipe.json")["compute"]["workers"] == 2
+
+
+# Failures -----------------------------------------------------------------------------------------------------------
+
+
+def test_failed_node_skips_only_its_descendants_and_is_retried_by_the_next_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    mute = ["stages.teacher_rl.sampling.max_tokens=1", "stages.teacher_rl.steps=3", "guards.patience=2"]
+    said = tiny("study", out, "--arms", "direct_grpo,bridge", changes=[*mute, "guards.no_signal=stop"])
+    assert said.code == 4
+    last = said.err.strip().splitlines()[-1]
+    assert last.startswith("headwater: study: 1 node failed: teacher_rl on all (seed 0): teacher_rl, step 2 of 3: ")
+    assert last.endswith(
+        "; not run because of it: teacher_rollouts on all (seed 0), warmup on all (seed 0), opd on all (seed 0)"
+    )
+    assert "direct_grpo" in said.out and "Traceback" not in said.err
+    report = held(out / "report.json")
+    assert report["arms"]["direct_grpo"]["accuracy"] and not report["arms"]["bridge"]["accuracy"]
+    failed = next((out / "nodes").glob("teacher_rl.*/FAILED"))
+    assert held(failed).keys() == {"sentence", "code"} and held(failed)["code"] == 4
+    assert last.count(held(failed)["sentence"]) == 1
+    assert {path.name.split(".")[0] for path, _ in infos(out)} == {
+        "base_student", "base_teacher", "student_rl", "teacher_rl",
+    }  # fmt: skip
+
+    done = {path: path.stat().st_mtime_ns for path in out.glob("nodes/*/DONE")}
+    said = tiny("study", out, "--arms", "direct_grpo,bridge", changes=[*mute, "guards.no_signal=continue"])
+    assert said.code == 0, said.err
+    assert not failed.exists() and held(out / "report.json")["arms"]["bridge"]["accuracy"]
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_single_arm_that_fails_ends_with_its_own_message(tmp_path: Path) -> None:
+    mute = ["stages.student_rl.sampling.max_tokens=1", "guards.patience=2", "guards.no_signal=stop"]
+    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=mute)
+    assert (said.code, said.out) == (4, "")
+    assert said.err.strip().splitlines()[-1].startswith("headwater: student_rl, step 2 of 2: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (UserError("models.teacher: the file is damaged"), 2, "models.teacher: the file is damaged"),
+        (TrainingStoppedError("the loss is not finite"), 4, "the loss is not finite"),
+        (ZeroDivisionError("division\nby zero"), 1, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_error_of_a_node_is_written_to_its_failed_file_with_the_exit_code(
+    error: Exception, code: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_node = executor.run_node
+
+    def broken(node: Node, place: Any) -> None:
+        if node.stage == "warmup":
+            raise error
+        run_node(node, place)
+
+    monkeypatch.setattr(executor, "run_node", broken)
+    out = tmp_path / "out"
+    said = tiny("study", out, "--arms", "warmup_only,opd_only", "--workers", "1")
+    assert said.code == code
+    mark = next((out / "nodes").glob("warmup.*/FAILED"))
+    assert (held(mark)["sentence"], held(mark)["code"]) == (sentence, code)
+    assert f"study: 1 node failed: warmup on all (seed 0): {sentence}" in said.err
+    traced = isinstance(error, ZeroDivisionError)
+    assert ("traceback" in held(mark)) == traced and (f"(traceback in {mark})" in said.err) == traced
+    assert held(out / "report.json")["arms"]["opd_only"]["accuracy"]
+
+
+# Dead workers and stop requests -------------------------------------------------------------------
+
+
+def start(out: Path) -> subprocess.Popen[str]:
+    command = program("study", "pocket", "--arms", ARMS, "--workers", "2", "--out", out, *sets(*LONG))
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the workers that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rsplit(")", 1)[1].split()[:2]
+            if int(parent) == process.pid and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_killed_worker_is_replaced_and_interrupted_study_resumes_bit_for_bit(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(out)
+    assert process.stderr is not None
+    wait_for_steps(out, "student_rl", 2, process)
+    for pid in workers_of(process)[:1]:
+        os.kill(pid, signal.SIGKILL)
+    said = ""
+    while "it goes on in another one" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    assert "was killed by SIGKILL" in said
+    wait_for_steps(out, "warmup", 2, process)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said + rest
+    assert rest.count("stopping after this step, with a checkpoint") == 1
+    assert f"headwater: interrupted; the same command with --out {out} resumes" in rest
+    for path in out.glob("nodes/*/metrics.jsonl"):
+        # A worker that took over from the killed one may not have begun when it was asked to stop: then there is none.
+        held = sorted((path.parent / "checkpoint").glob("[0-9]*"))
+        assert not held or (held[-1].name == f"{len(rows(path)):06d}" and (held[-1] / "sums.json").exists())
+    assert not all((path / "DONE").exists() for path in out.glob("nodes/*"))
+    assert tiny("study", out, "--arms", ARMS, "--workers", "1", changes=LONG).code == 0
+    assert_same(out, serial_study())
+
+
+def test_killed_study_leaves_no_worker_and_releases_its_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(out)
+    wait_for_steps(out, "student_rl", 2, process)
+    refused = tiny("study", out, "--arms", ARMS, changes=LONG)
+    assert refused.code == 2
+    assert refused.err == (
+        f"headwater: --out {out}: another process is at work there; wait until it ends, or use another folder\n"
+    )
+    pids = workers_of(process)
+    assert len(pids) == 2
+    process.kill()
+    process.wait(timeout=10)
+    deadline = time.monotonic() + 2
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with RunDir(out).locked():
+        pass
+
+
+# Reused nodes -----------------------------------------------------------------------------------------------------
+
+
+def contents(out: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+
+
+def refuse_to_run(node: Node, place: Any) -> None:
+    raise AssertionError(f"{node.stage} ran again")
+
+
+def test_reuse_takes_over_finished_nodes_with_their_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, other = tmp_path / "out", serial_study()
+    before = contents(other)
+    monkeypatch.setattr(executor, "run_node", refuse_to_run)
+    said = tiny("run", out, "--arm", "raw_teacher", "--reuse", other, changes=LONG)
+    assert said.code == 0, said.err
+    assert f"reuse: 5 of 5 nodes taken over: 5 from {other}\n" in said.err
+    ours, theirs = held(out / "report.json"), held(other / "report.json")
+    assert ours["arms"]["raw_teacher"] == theirs["arms"]["raw_teacher"]
+    names = {path.name for path, _ in infos(out)}
+    assert rows(out / "ledger.jsonl") == [row for row in rows(other / "ledger.jsonl") if row["node"] in names]
+    assert (node(out, "raw_teacher", "opd") / "DONE").samefile(node(other, "raw_teacher", "opd") / "DONE")
+    assert contents(other) == before
+
+
+def test_reuse_takes_over_equal_fingerprints_only_and_leaves_the_other_run_unchanged(tmp_path: Path) -> None:
+    out, other, changes = tmp_path / "out", serial_study(), [*LONG, "stages.opd.steps=3"]
+    before = contents(other)
+    said = tiny("run", out, "--arm", "raw_teacher", "--reuse", other, changes=changes)
+    assert said.code == 0, said.err
+    assert f"reuse: 4 of 5 nodes taken over: 4 from {other}\n" in said.err
+    assert len(rows(node(out, "raw_teacher", "opd") / "metrics.jsonl")) == 3
+    for path, _ in infos(out):  # as if every node had to be looked at again
+        (path / "DONE").unlink()
+    assert tiny("run", out, "--arm", "raw_teacher", changes=changes).code == 0
+    assert contents(other) == before
+
+
+def test_reuse_copies_nodes_where_hard_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: str, target: str) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(executor, "run_node", refuse_to_run)
+    other = serial_study()
+    assert tiny("run", tmp_path / "out", "--arm", "raw_teacher", "--reuse", other, changes=LONG).code == 0
+    for path, info in infos(tmp_path / "out"):
+        there = other / "nodes" / path.name
+        assert not (path / "DONE").samefile(there / "DONE")
+        files = set(contents(path))
+        assert info["stage"] and files == set(contents(there))
+        assert all((path / name).read_bytes() == (there / name).read_bytes() for name in files)
+
+
+def test_reuse_refuses_a_folder_without_a_run_before_writing(tmp_path: Path) -> None:
+    said = tiny("run", tmp_path / "out", "--reuse", tmp_path / "no")
+    assert said.code == 2 and said.err == f"headwater: --reuse {tmp_path / 'no'}: holds no run of ours\n"
+    assert not (tmp_path / "out").exists()
+
+
+# One process per folder -------------------------------------------------------------------------------------------------
+
+
+def test_locked_folder_can_be_reported_and_foreign_folder_gets_no_lock_file(tmp_path: Path) -> None:
+    with RunDir(serial_study()).locked():
+        assert call("report", serial_study(), "--out", tmp_path / "report").code == 0
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("mine")
+    assert tiny("run", foreign).code == 2
+    assert [path.name for path in foreign.iterdir()] == ["mine.txt"]
+
+
+def test_runs_with_different_worker_counts_make_one_report(tmp_path: Path) -> None:
+    for seed in ("0", "1"):
+        said = tiny("run", tmp_path / seed, "--arm", "direct_grpo", "--seed", seed, "--workers", str(1 + int(seed)))
+        assert said.code == 0, said.err
+    said = call("report", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--json")
+    assert said.code == 0 and json.loads(said.out)["seeds"] == [0, 1]
+
+
+def test_crash_releases_the_folder_lock(tmp_path: Path) -> None:
+    code = f"from pathlib import Path\nfrom headwater.storage.run_dir import RunDir\nwith RunDir(Path({str(tmp_path)!r})).locked():\n"
+    holder = subprocess.Popen([sys.executable, "-c", f"{code}    print('held', flush=True); input()"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="another process is at work"), RunDir(tmp_path).locked():
+        pass
+    holder.kill()
+    holder.communicate()
+    with RunDir(tmp_path).locked():
+        assert json.dumps(os.listdir(tmp_path)) == '[".lock"]'

@@ -1,0 +1,112 @@
+"""The desk recipe as a program: planned without weights, refused, pretrained and run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import runs
+from headwater.tasks.word_problems import WordsDials
+from tools.pretrain import desk
+from tools.pretrain.__main__ import main
+from tools.pretrain.desk_models import (
+    DESK,
+    DeskSpec,
+    shipped_tokenizer,
+)
+
+TINY = DeskSpec(
+    hidden=32, layers=1, heads=2, kv_heads=1, worked_steps=4, mixture_steps=2, batch=4, width=256, lr=1e-2,
+    dials=WordsDials(1, 2, distractors=0),
+)  # fmt: skip
+TOKENIZER = shipped_tokenizer()
+
+
+# The recipe -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder without ./desk, in which the program is started; the specs are tiny."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(desk, "MEASURED_PROBLEMS", 3)
+    monkeypatch.setattr(desk, "MEASURED_TOKENS", 8)
+    for name in ("student", "teacher"):
+        monkeypatch.setitem(DESK, name, replace(TINY, hidden=32 if name == "student" else 48))
+    return tmp_path
+
+
+FEW = (
+    "data.labeled.generate.count=40",
+    "data.evals.in_distribution.generate.count=4",
+    "data.evals.harder.generate.count=2",
+    "labels.budget=16",
+    *(
+        f"stages.{stage}.{field}"
+        for stage in ("teacher_rl", "warmup", "opd", "student_rl")
+        for field in ("batch_size=8", "group_size=4", "sampling.max_tokens=16", "steps=2")
+    ),
+    "evaluate.samples=1",
+    "evaluate.sampling.max_tokens=16",
+    "guards.no_signal=continue",
+    "compute.device=cpu",
+    "compute.threads=1",
+)
+SETS = [part for change in FEW for part in ("--set", change)]
+
+
+def test_the_recipe_as_it_ships_is_planned_without_weights(elsewhere: Path) -> None:
+    said = runs.call("study", "desk", "--dry-run", "--json")
+    assert said.code == 0, said.err
+    rows = {row["node"].split(".")[0]: row for row in json.loads(said.out)}
+    assert rows.keys() >= {
+        "base_student",
+        "base_teacher",
+        "teacher_rl",
+        "teacher_rollouts",
+        "warmup",
+        "opd",
+        "student_rl",
+    }
+    assert rows["opd"]["labels"] == 0 and rows["warmup"]["labels"] == 0
+    assert max(row["labels"] for row in json.loads(said.out)) == 1000
+    # Evaluations of the student: 1000 problems × 4 samples × 256 tokens at most.
+    assert rows["base_student"]["tokens_sampled_at_most"] == 1_024_000
+    assert rows["base_student"]["memory_bytes"] >= 2 * 15_335_424
+    assert rows["teacher_rl"]["flops_at_most"] > 1e15
+
+
+@pytest.mark.parametrize(("verb", "code"), [("run", 3), ("study", 3), ("doctor", 3)])
+def test_without_weights_a_run_is_refused_in_a_sentence_that_says_what_makes_them(
+    verb: str, code: int, elsewhere: Path
+) -> None:
+    said = runs.call(verb, "desk", "--out", elsewhere / "out", *SETS)
+    assert said.code == code
+    assert (
+        "models.student: desk:student has no weights yet; `python -m tools.pretrain desk`, in a checkout"
+        in said.err + said.out
+    )
+    assert not (elsewhere / "out").exists()
+
+
+def test_pretrained_tiny_models_go_through_all_four_stages_of_the_recipe(elsewhere: Path) -> None:
+    said = runs.call("desk", "--models", "student,teacher", "--steps", "3", "--device", "cpu", entry=main)
+    assert said.code == 0, said.err
+    assert "desk/student: solves" in said.out and "desk/teacher: solves" in said.out
+    assert AutoTokenizer.from_pretrained("desk/student").get_vocab() == TOKENIZER.get_vocab()
+    assert "2 steps of worked ones, then 1 steps" in Path("desk/student/README.md").read_text()
+    assert not Path("desk/student/checkpoint").exists()
+    ended = runs.call("run", "desk", "--out", "out", *SETS)
+    assert ended.code == 0, ended.err
+    stages = [name.split(".")[0] for name in runs.node_names(Path("out"), "bridge_rl")]
+    assert stages == ["teacher_rl", "teacher_rollouts", "warmup", "opd", "student_rl"]
+    report = runs.held(Path("out/report.json"))
+    assert report["arms"]["bridge_rl"]["accuracy"].keys() == {"in_distribution", "harder"}
+    # 2 steps × 8 rollouts on each half's labels: every look is one check.
+    assert report["arms"]["bridge_rl"]["labels"]["checks"] == 32
+    made = AutoModelForCausalLM.from_pretrained(runs.node(Path("out"), "bridge_rl", "student_rl") / "model")
+    assert made.config.hidden_size == 32
