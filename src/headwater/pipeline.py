@@ -141,7 +141,9 @@ def reuse_nodes(plan: Plan, folder: RunDir, others: Sequence[RunDir], say: Calla
 
 def study_error(job: Job, failures: Mapping[str, Failure]) -> FailedError:
     """One sentence per failed node with the descendants that it skipped, and the exit code of the first."""
-    ancestors = {name: {job.plan.names[one] for one in node.ancestry()} - {name} for name, node in job.todo.items()}
+    ancestors = {
+        name: {job.plan.names[ancestor] for ancestor in node.ancestry()} - {name} for name, node in job.todo.items()
+    }
     failed = [name for name in job.todo if name in failures]
     code, sentences = failures[failed[0]].code, []
     for name in failed:

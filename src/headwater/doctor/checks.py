@@ -88,7 +88,7 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found, what was checked, and what could not be."""
+    """Findings, titles of the checks that ran, and of those that could not run."""
 
     findings: tuple[Finding, ...]
     checked: tuple[str, ...]
@@ -124,25 +124,25 @@ class Examination:
 
 def examine(context: DoctorContext, checks: Sequence[Check] = CHECKS) -> Examination:
     """Run every check that can be run. An input that cannot be read is one finding, whatever checks need it."""
-    found: dict[Finding, None] = {}
+    findings: dict[Finding, None] = {}
     checked, unchecked = [], []
     for stage in STAGES:
-        refused = any(finding.severity == "error" for finding in found)
+        refused = any(finding.severity == "error" for finding in findings)
         for check in (check for check in checks if check.stage == stage):
             if refused:
                 unchecked.append(check.title)
                 continue
             try:
                 for finding in check.run(context):
-                    found[finding] = None
+                    findings[finding] = None  # those before an input that cannot be read count too
                 checked.append(check.title)
             except InputError as error:
-                found[unreadable(error)] = None
+                findings[unreadable(error)] = None
                 unchecked.append(check.title)
     # A plan that cannot be made is the consequence of any error with a name of its own.
-    named = any(finding.severity == "error" and finding.name != "cannot-run" for finding in found)
-    findings = tuple(finding for finding in found if not (named and finding.name == "cannot-run"))
-    return Examination(findings, tuple(checked), tuple(unchecked))
+    named = any(finding.severity == "error" and finding.name != "cannot-run" for finding in findings)
+    reported = tuple(finding for finding in findings if not (named and finding.name == "cannot-run"))
+    return Examination(reported, tuple(checked), tuple(unchecked))
 
 
 def diagnose(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Path) -> Examination:
@@ -187,12 +187,12 @@ def preflight(plan: Plan, inputs: RunInputs, out: Path, say: Callable[[str], Non
         _say_warnings(_refuse_user_errors(context), say)
         if not context.pending:
             return
-        found = examine(context, [check for check in CHECKS if check.exit_code == 3])
+        examination = examine(context, [check for check in CHECKS if check.exit_code == 3])
     finally:
         context.close()
-    _say_warnings(found.findings, say)
-    if found.errors:
-        errors = "\n".join(finding.text() for finding in found.errors)
+    _say_warnings(examination.findings, say)
+    if examination.errors:
+        errors = "\n".join(finding.text() for finding in examination.errors)
         raise RefusedError(
-            f"refused by preflight: {found.error_names} (`headwater doctor` shows every check)\n{errors}"
+            f"refused by preflight: {examination.error_names} (`headwater doctor` shows every check)\n{errors}"
         )

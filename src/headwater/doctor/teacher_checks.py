@@ -81,20 +81,20 @@ def server_tokens(context: DoctorContext) -> Iterator[Finding]:
         student, served = context.prompter("student"), context.inputs.tokenizer(role)
         templated = getattr(student.tokenizer, "chat_template", None) is not None
         field, texts = f"models.{role}", compared_texts(context)[:SERVER_PROBLEMS]
-        remedy = "serve a model of the student's family with the student's chat template (--chat-template)"
         try:
             refuse_different_tokens(student.tokenizer, served, ("models.student", field), texts)
             for problem in context.compared_problems[:SERVER_PROBLEMS] if templated and texts else ():
-                theirs = served.chat(student.messages(problem), student.prompt.thinking)
-                ours = student.ids(problem)
-                if theirs is not None and tuple(theirs) != ours:
+                served_ids = served.chat(student.messages(problem), student.prompt.thinking)
+                student_ids = student.ids(problem)
+                if served_ids is not None and tuple(served_ids) != student_ids:
                     raise UserError(
                         f"models.student and {field}: their chat templates give different ids for the same problem "
-                        f"({list(ours[-6:])} and {theirs[-6:]} at its end, prompt.thinking {student.prompt.thinking})"
+                        f"({list(student_ids[-6:])} and {served_ids[-6:]} at its end, prompt.thinking {student.prompt.thinking})"
                     )
         except InputError:
             raise
         except HeadwaterError as refusal:
+            remedy = "serve a model of the student's family with the student's chat template (--chat-template)"
             yield error("server-disagrees", str(refusal), remedy)
 
 

@@ -20,7 +20,6 @@ from headwater.data.labels import Grade, Labels, Pools, select_labels
 from headwater.data.sources import LoadedProblems, load, without_leaks
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
-from headwater.models.prompts import Prompter
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import stop_ids_of
 from headwater.runs.read_once import InputError, read_once
@@ -272,9 +271,6 @@ class RunInputs:
     def stop_ids(self, role: str) -> tuple[int, ...]:
         return stop_ids_of(self.generation_config(role), self.config(role), self.tokenizer(role))
 
-    def prompter(self, role: str) -> Prompter:
-        return Prompter(self.tokenizer(role), self.recipe.prompt)
-
     # Where and how it runs --------------------------------------------------------------------------------------------
 
     @property
@@ -297,12 +293,11 @@ class RunInputs:
         """
         named = self.recipe.models.named(role)
         if not named:
-            raise InputError("model", f"models.{role}: an arm needs this model, and the recipe names none")
+            self.field_and_name(role)
         prints = {}
         for field_, name in named.items():
-            key = field_.removeprefix("models.")
-            remote = is_served(name)
-            prints[field_] = self.server(key).fingerprint if remote else self.model_folder(key).fingerprint
+            source = self.server if is_served(name) else self.model_folder
+            prints[field_] = source(field_.removeprefix("models.")).fingerprint
         if len(prints) == 1:
             return next(iter(prints.values()))
         tags = sorted((problem.id, problem.tag) for problem in self.all_problems)

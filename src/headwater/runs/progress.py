@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from headwater.runs.node_context import NodeProgress, ProgressDisplay
+from headwater.runs.node_context import NodeProgress, ProgressDisplay, StudyProgress
 from headwater.training.update import Metrics
 
 SHOWN = ("reward", "informative", "kl_student_teacher", "kl_teacher_student", "loss")
@@ -90,7 +90,7 @@ def progress_display(quiet: bool = False) -> ProgressDisplay:
         say(f"{head}: {time.perf_counter() - began:.1f} s  {text}{study_state}")
 
     @contextlib.contextmanager
-    def together(total: int) -> Iterator[Callable[[int, float | None], None]]:
+    def together(total: int) -> Iterator[StudyProgress]:
         with bar("all nodes", total, "nodes") as task:
             bars.update(task, left=None)
 

@@ -35,16 +35,16 @@ def pair(student: float, teacher: float, kl: float = 0.0, passes: float = 1.0) -
 
 
 def test_a_lead_of_the_teacher_larger_than_what_student_rl_would_make_up_sends_the_labels_upstream() -> None:
-    found = label_advice(pair(student=0.30, teacher=0.95))
-    assert found.where == "teacher" and found.arm == "bridge"
-    assert found.margin == pytest.approx(0.65 - MIN_LEAD)
-    assert "95%" in found.because and "30%" in found.because and "65 points" in found.because
+    advice = label_advice(pair(student=0.30, teacher=0.95))
+    assert advice.where == "teacher" and advice.arm == "bridge"
+    assert advice.margin == pytest.approx(0.65 - MIN_LEAD)
+    assert "95%" in advice.because and "30%" in advice.because and "65 points" in advice.because
 
 
 def test_a_student_that_knows_the_way_nearly_as_well_keeps_its_labels() -> None:
-    found = label_advice(pair(student=0.80, teacher=0.95))
-    assert found.where == "student" and found.arm == "direct_grpo"
-    assert found.margin == pytest.approx(0.15 - MIN_LEAD)
+    advice = label_advice(pair(student=0.80, teacher=0.95))
+    assert advice.where == "student" and advice.arm == "direct_grpo"
+    assert advice.margin == pytest.approx(0.15 - MIN_LEAD)
 
 
 def test_much_to_learn_from_few_rollouts_eats_up_the_lead() -> None:
@@ -82,37 +82,37 @@ def test_a_model_without_a_signal_is_given_no_labels_whatever_else_is_measured(
 ) -> None:
     # By the lead alone each of these would be the other way round.
     lead = 0.0 if where == "teacher" else 0.9
-    found = label_advice(replace(pair(0.95 - lead, 0.95), student=model(student), teacher=model(teacher)))
-    assert (found.where, found.margin) == (where, None)
-    assert f"{student:.0%}" in found.because and f"{teacher:.0%}" in found.because
+    advice = label_advice(replace(pair(0.95 - lead, 0.95), student=model(student), teacher=model(teacher)))
+    assert (advice.where, advice.margin) == (where, None)
+    assert f"{student:.0%}" in advice.because and f"{teacher:.0%}" in advice.because
 
 
 def test_a_teacher_that_is_always_right_needs_no_labels_and_is_distilled_as_it_is() -> None:
-    found = label_advice(replace(pair(0.5, 1.0), teacher=model(0.02, pass_rate=0.99)))
-    assert found.where == "student" and "opd_then_rl" in found.because
+    advice = label_advice(replace(pair(0.5, 1.0), teacher=model(0.02, pass_rate=0.99)))
+    assert advice.where == "student" and "opd_then_rl" in advice.because
 
 
 @pytest.mark.parametrize(
-    ("rates", "said"),
+    ("rates", "message"),
     [((0.01, 0.01), "easier problems"), ((0.99, 0.99), "harder problems"), ((0.01, 0.99), "raw_teacher")],
 )
-def test_nowhere_yet_says_what_to_do_about_it(rates: tuple[float, float], said: str) -> None:
-    found = label_advice(replace(pair(0.5, 1.0), student=model(0.0, rates[0]), teacher=model(0.0, rates[1])))
-    assert found.where == "nowhere" and found.arm is None and said in found.because
+def test_nowhere_yet_says_what_to_do_about_it(rates: tuple[float, float], message: str) -> None:
+    advice = label_advice(replace(pair(0.5, 1.0), student=model(0.0, rates[0]), teacher=model(0.0, rates[1])))
+    assert advice.where == "nowhere" and advice.arm is None and message in advice.because
 
 
 def test_a_teacher_that_already_gets_what_its_best_sample_gets_leaves_the_labels_to_the_student() -> None:
     # Whatever its lead: labels upstream could raise it from 93 % to 98 % at most.
-    held = pair(student=0.30, teacher=0.95)
-    sated = replace(held.teacher, pass_rate=known(0.93), pass_at={8: 0.98}, c1=0.949)
-    found = label_advice(replace(held, teacher=sated))
-    assert found.where == "student" and found.margin is None
-    assert "93%" in found.because and "98%" in found.because and "0.95" in found.because
+    measures = pair(student=0.30, teacher=0.95)
+    sated = replace(measures.teacher, pass_rate=known(0.93), pass_at={8: 0.98}, c1=0.949)
+    advice = label_advice(replace(measures, teacher=sated))
+    assert advice.where == "student" and advice.margin is None
+    assert "93%" in advice.because and "98%" in advice.because and "0.95" in advice.because
     hungry = replace(sated, c1=C1_SATURATED - 0.01)
-    assert label_advice(replace(held, teacher=hungry)).where == "teacher"
+    assert label_advice(replace(measures, teacher=hungry)).where == "teacher"
     # A student without a signal can spend none, so they go where there is one all the same.
-    silent = replace(held.student, informative=known(0.0))
-    assert label_advice(replace(held, teacher=sated, student=silent)).where == "teacher"
+    silent = replace(measures.student, informative=known(0.0))
+    assert label_advice(replace(measures, teacher=sated, student=silent)).where == "teacher"
 
 
 def test_without_one_right_answer_of_the_teacher_nothing_is_staked_on_it() -> None:

@@ -21,6 +21,7 @@ from headwater.errors import UserError
 from headwater.models import prompts
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
+from headwater.models.prompts import Prompter
 from headwater.models.resource_limits import OutOfTimeError, resource_limits
 from headwater.runs.inputs import RunInputs
 from headwater.types import Problem
@@ -144,7 +145,7 @@ def test_a_hostile_chat_template_is_one_sentence_in_time(
     (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
     recipe, started = find_recipe("pocket", [f"models.student={folder}"]), time.monotonic()
     with pytest.raises(UserError, match=rf"the chat template of {re.escape(str(folder))}") as refused:
-        RunInputs(recipe).prompter("student").ids(Problem.of("17+45", "d.jsonl"))
+        Prompter(RunInputs(recipe).tokenizer("student"), recipe.prompt).ids(Problem.of("17+45", "d.jsonl"))
     assert "\n" not in str(refused.value) and "d.jsonl" in str(refused.value)
     assert time.monotonic() - started < 10
 
