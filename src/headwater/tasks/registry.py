@@ -1,4 +1,4 @@
-"""Table of tasks: how each grades a completion against a gold answer. A new task is one file and one row here."""
+"""Table of tasks: grader, answer extraction and generator of each. A new task is one file and one row here."""
 
 from __future__ import annotations
 
@@ -31,23 +31,19 @@ from headwater.tasks import (
 Outcome = tuple[bool, str]
 
 
-def _as_is(gold: str) -> str:
-    return gold
-
-
 def cell_as_is(value: Any) -> str | None:
-    """The gold answer in a cell of a file, as it stands: text, a number's text, an object as JSON; None for none.
+    """Convert a data cell to a gold answer: text unchanged, numbers as text, objects as JSON; None if empty.
 
     Example: `cell_as_is({"value": 3.14, "abs": 0.01})` is `'{"value": 3.14, "abs": 0.01}'`.
     """
-    if value is None or value != value:  # NaN is how tables write a missing cell
+    if value is None or value != value:  # tables write a missing cell as NaN
         return None
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, bool)) else str(value)
     return text if text.strip() else None
 
 
 def _after_equals(completion: str) -> str | None:
-    """The answer of a chained sum, for votes: what stands after the last `=`, where the grader would read it."""
+    """Text after the last `=`, the answer of a chained sum, for majority votes."""
     _, sign, answer = completion.rpartition("=")
     answer = answer.strip()
     return answer if sign and 0 < len(answer) <= sums.LONGEST_ANSWER else None
@@ -55,10 +51,10 @@ def _after_equals(completion: str) -> str | None:
 
 @dataclass(frozen=True)
 class Generator:
-    """How a task makes problems of its own.
+    """Problem generator of a task.
 
-    make   (how many, pool, seed, dials) -> that many different (problem, gold answer) pairs; ValueError where it cannot
-    dials  the frozen dataclass of its difficulty: numbers with defaults; ValueError for what is out of range
+    make   (count, pool, seed, dials) -> distinct (problem, gold answer) pairs; ValueError if it cannot
+    dials  frozen dataclass of difficulty parameters: numbers with defaults; ValueError if out of range
 
     Example: `TASKS["sums"].generator.make(1, "eval", 0, SumsDials())` is `[("17+45+82+03", "47")]`.
     """
@@ -69,19 +65,19 @@ class Generator:
 
 @dataclass(frozen=True)
 class Task:
-    """One way to grade.
+    """A grader and what data loading, votes and validation need for it.
 
     Example: `find_task("sums").grade("47", "17+45=62+82=44+03=47")` gives `(True, "equal")`.
 
     grade          (gold, completion) -> (correct, reason)
-    extract        the answer a completion gives, as text to vote on (maj@k); None where the task has no such notion
-    bounded        whether grading needs a worker process with limits; False only for what is cheap and safe in-process
-    quick          (gold, completion) -> the outcome where cheap exact comparison settles it, else None; never slow
-    warm_up        a pair whose grading loads and prepares whatever grading needs, before any answer's time counts
-    as_completion  how a gold answer looks as a completion, for `validate`; None where it does not say how to satisfy it
-    blank          a completion that says nothing right: what `validate` tries then; "error" would blame the gold answer
-    gold           how a cell of a data file becomes a gold answer; None reads answers as mathematics data sets write them
-    generator      how it makes problems of its own (`generate` in a recipe); None where it cannot
+    extract        canonical answer of a completion for majority votes (maj@k); None if the task has no such notion
+    bounded        whether grading needs a worker process with limits; False only if it is cheap and safe in-process
+    quick          (gold, completion) -> outcome if a cheap exact comparison decides, else None; always fast
+    as_completion  a completion that contains the gold answer, for `validate`; its result is None if none is known
+    blank          a wrong completion, which `validate` grades instead; the reason "error" means that the gold is unusable
+    gold           conversion of a data cell to a gold answer; None: the formats of mathematics data sets
+    warm_up        a pair to grade at worker start, so that imports do not count against the first answer's time
+    generator      problem generator (`generate` in a recipe); None if the task has none
     """
 
     name: str
@@ -89,7 +85,7 @@ class Task:
     extract: Callable[[str], str | None] | None
     bounded: bool
     quick: Callable[[str, str], Outcome | None] | None = None
-    as_completion: Callable[[str], str | None] = _as_is
+    as_completion: Callable[[str], str | None] = str
     blank: str = "-"
     gold: Callable[[Any], str | None] | None = None
     warm_up: tuple[str, str] | None = None
@@ -162,10 +158,10 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """A task of the table, or a user's own grader given as `package.module:function`.
+    """Look up a built-in task, or import a user's grader given as `package.module:function`.
 
     The function takes (gold, completion) and returns a bool or a (bool, reason) pair; the current directory is
-    importable for it. Raises UserError when the name is unknown or leads to nothing that can be called.
+    on its import path. Raises UserError if the name is unknown or names no function.
 
     Example: `find_task("my_graders:same_words")`.
     """
@@ -175,15 +171,15 @@ def find_task(name: str) -> Task:
     if not (colon and module_name and function_name):
         raise UserError(f"task {name!r} is unknown; the tasks are {', '.join(TASKS)}, or package.module:function")
     if module_name.partition(".")[0] in {*sys.stdlib_module_names, *sys.builtin_module_names}:
-        # A recipe that names timeit:timeit would run a gold answer as a program. What is imported is somebody's own grader.
+        # Security: a recipe with timeit:timeit would run a gold answer as a program.
         raise UserError(
-            f"task {name}: {module_name} has no function {function_name} that grades; Python's own library is never taken"
+            f"task {name}: {module_name} has no function {function_name} that grades; the standard library is not allowed"
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # the user's module may fail in any way; the sentence says how
+    except (Exception, SystemExit) as error:  # the user's module may fail in any way
         raise UserError(f"task {name}: {module_name} does not import ({type(error).__name__}: {error})") from None
     function = getattr(module, function_name, None)
     top = module_name.partition(".")[0]
@@ -193,28 +189,27 @@ def find_task(name: str) -> Task:
         raise UserError(f"task {name}: {function_name} is not defined in {top}, only imported there")
 
     def grade(gold: str, completion: str) -> Outcome:
-        return _checked(function(gold, completion))
+        return _checked_outcome(function(gold, completion))
 
     return Task(name, grade, extract=None, bounded=True)
 
 
 def grader_code(name: str) -> str | None:
-    """sha256 of a user's grader: its module's file and the modules of its own that it imports, at whatever depth; None for
-    a task of the table, whose code is this version's.
+    """Fingerprint (sha256) of a user's grader and the local modules that it imports, recursively; None for built-in tasks.
 
-    Its own are those in the folder that holds the grader's top package or module; where that is an installed one, those of its
-    package. What it reads beside code is not seen.
+    Local modules are those in the folder of the grader's top-level package or module; for an installed package, those of
+    the package. Data files that the grader reads are not included.
     """
     if name in TASKS:
         return None
-    find_task(name)  # raises UserError where there is no such grader
+    find_task(name)  # raises UserError if there is no such grader
     module = name.partition(":")[0]
     file = Path(str(sys.modules[module].__file__)).resolve()
     root = file.parents[module.count(".") + (file.name == "__init__.py")]
     installed = root.name in ("site-packages", "dist-packages")
-    digest, seen, todo = hashlib.sha256(), set[Path](), [module]
-    while todo:
-        dotted = todo.pop(0)
+    digest, seen, queue = hashlib.sha256(), set[Path](), [module]
+    while queue:
+        dotted = queue.pop(0)
         for path in (
             root.joinpath(*dotted.split(".")).with_suffix(".py"),
             root.joinpath(*dotted.split("."), "__init__.py"),
@@ -223,29 +218,29 @@ def grader_code(name: str) -> str | None:
                 seen.add(path)
                 content = path.read_bytes()
                 digest.update(f"{path.relative_to(root)}:{len(content)}\n".encode() + content)
-                found = _imports(content, dotted, path.name == "__init__.py")
-                todo += [one for one in found if not installed or one.split(".")[0] == module.split(".")[0]]
+                names = _imported_modules(content, dotted, path.name == "__init__.py")
+                queue += [name for name in names if not installed or name.split(".")[0] == module.split(".")[0]]
     return digest.hexdigest()[:16]
 
 
-def _imports(content: bytes, module: str, package: bool) -> list[str]:
-    """Dotted names of the modules that a source file may import, and of the packages that hold it and them."""
+def _imported_modules(content: bytes, module: str, is_package: bool) -> list[str]:
+    """Dotted names of the modules that a source file may import, with all parent packages."""
     parents = module.split(".")
-    found = [".".join(parents[:end]) for end in range(1, len(parents))]
+    names = [".".join(parents[:end]) for end in range(1, len(parents))]
     for node in ast.walk(ast.parse(content)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            up = parents[: len(parents) - node.level + package] if node.level else []
+            up = parents[: len(parents) - node.level + is_package] if node.level else []
             base = ".".join([*up, *([node.module] if node.module else [])])
-            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return [".".join(name.split(".")[:end]) for name in found for end in range(1, name.count(".") + 2)]
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return [".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 2)]
 
 
-def _checked(value: Any) -> Outcome:
-    """What a user's grader returned, or (False, "error") when that is no verdict.
+def _checked_outcome(value: Any) -> Outcome:
+    """Validate the return value of a user's grader; (False, "error") if it is no verdict.
 
-    A truthy number or text is refused too: a grader that returns its score by mistake would reward everything.
+    Truthy numbers and texts are rejected: a grader that returns a score by mistake would reward everything.
     """
     if isinstance(value, bool):
         return value, "equal" if value else "different"

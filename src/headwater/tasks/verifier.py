@@ -1,8 +1,8 @@
-"""Bounded grading: whatever a completion holds, a verdict comes back in time and nothing else is held up.
+"""Grading in worker processes with time and memory limits per answer.
 
-Expensive graders run in worker processes that are started by `subprocess` (so no start method, main module or thread
-matters), import nothing but `headwater.tasks`, and are killed and replaced when an answer takes too long, too much
-memory, or crashes them. The parent uses no signal, so any thread may grade.
+Workers are started by `subprocess` (independent of start method, main module and threads), import only `headwater.tasks`,
+and are killed and replaced when an answer exceeds its time or memory or crashes them. The parent uses no signals, so any
+thread may grade.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from headwater.errors import UserError
 from headwater.tasks.registry import Task, find_task
 from headwater.types import Verdict
 
-CHUNK = 16  # answers handed to a worker at once: enough to hide the pipe's latency, few to redo after a kill
-CACHED = 20_000  # verdicts kept; a digest and a verdict are about 200 bytes, and a run of weeks should hold no more
-START_SECONDS = 120.0  # a worker imports sympy; on a loaded machine that takes a while and is not the answer's fault
-GRACE_SECONDS = 0.05  # for the message's way back
-# The child takes the parent's import path before it imports anything of ours.
+CHUNK = 16  # answers per message: enough to hide pipe latency, few to redo after a kill
+MAX_CACHED = 20_000  # verdicts, about 200 bytes each; bounds the memory of long runs
+START_SECONDS = 120.0  # importing sympy can take long on a loaded machine
+GRACE_SECONDS = 0.05  # for the reply to arrive
+# The child sets the parent's import path before its first import from this package.
 BOOT = (
     "import sys, json; setup = json.loads(sys.stdin.buffer.readline()); sys.path[:] = setup['path']; "
     "from headwater.tasks.verifier import serve; serve(setup)"
@@ -41,11 +41,11 @@ Pair = tuple[str, str]
 
 
 class Verifier:
-    """Grades (gold, completion) pairs, in order; it is a `labels.Grade`.
+    """Grade (gold, completion) pairs, in order; implements `labels.Grade`.
 
-    Verdicts are cached by task, gold and completion. `seconds` bounds each answer by the wall clock, `memory_mb` is
-    what grading may use beyond what the worker holds when it is ready. Use it as a context manager, or `close` it;
-    workers also end by themselves when their parent is gone.
+    Verdicts are cached by task, gold and completion. `seconds` limits the wall time per answer, `memory_mb` the memory
+    beyond what the worker uses when it is ready. Use it as a context manager, or call `close`; workers also exit when
+    their parent is gone.
 
     Raises UserError for an unknown task.
 
@@ -61,7 +61,7 @@ class Verifier:
         self.memory_mb = memory_mb
         self._cache: dict[bytes, Verdict] = {}
         self._pool: list[_Worker] = []
-        self._owner = os.getpid()
+        self._owner_pid = os.getpid()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Verifier:
@@ -73,36 +73,36 @@ class Verifier:
         self.close()
 
     def close(self) -> None:
-        """End the workers; grading again starts new ones."""
+        """Stop the workers; a later call starts new ones."""
         with self._lock:
             self._end_workers()
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Verdict]:
         with self._lock:
             verdicts: dict[int, Verdict] = {}
-            waiting: dict[bytes, list[int]] = {}
+            pending: dict[bytes, list[int]] = {}
             for index, (gold, completion) in enumerate(pairs):
                 started = time.perf_counter()
                 key = self._key(gold, completion)
-                known = self._cache.get(key)
-                if known is not None:
-                    verdicts[index] = Verdict(known.correct, known.reason)
+                cached = self._cache.get(key)
+                if cached is not None:
+                    verdicts[index] = Verdict(cached.correct, cached.reason)
                     continue
-                outcome = self._here(gold, completion)
+                outcome = self._grade_in_process(gold, completion)
                 if outcome is None:
-                    waiting.setdefault(key, []).append(index)
+                    pending.setdefault(key, []).append(index)
                 else:
                     verdicts[index] = Verdict(*outcome, time.perf_counter() - started)
-                    self._remember(key, verdicts[index])
-            if waiting:
-                asked = [pairs[indices[0]] for indices in waiting.values()]
-                for (key, indices), verdict in zip(waiting.items(), self._ask_workers(asked), strict=True):
-                    self._remember(key, verdict)
+                    self._add_to_cache(key, verdicts[index])
+            if pending:
+                distinct = [pairs[indices[0]] for indices in pending.values()]
+                for (key, indices), verdict in zip(pending.items(), self._grade_in_workers(distinct), strict=True):
+                    self._add_to_cache(key, verdict)
                     verdicts.update(dict.fromkeys(indices, verdict))
             return [verdicts[index] for index in range(len(pairs))]
 
-    def _here(self, gold: str, completion: str) -> tuple[bool, str] | None:
-        """The outcome where no worker is needed for it. No text may bring the caller down, so nothing is raised."""
+    def _grade_in_process(self, gold: str, completion: str) -> tuple[bool, str] | None:
+        """The outcome if no worker is needed, else None. Never raises: no text may crash the caller."""
         try:
             if not self.task.bounded:
                 return self.task.grade(gold, completion)
@@ -114,59 +114,60 @@ class Verifier:
         text = f"{self.task.name}\0{len(gold)}\0{gold}\0{completion}"
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
-    def _remember(self, key: bytes, verdict: Verdict) -> None:
-        if len(self._cache) >= CACHED:
-            del self._cache[next(iter(self._cache))]  # dicts keep their order: the oldest goes
+    def _add_to_cache(self, key: bytes, verdict: Verdict) -> None:
+        if len(self._cache) >= MAX_CACHED:
+            del self._cache[next(iter(self._cache))]  # the oldest: dicts keep insertion order
         self._cache[key] = verdict
 
-    def _ask_workers(self, pairs: list[Pair]) -> list[Verdict]:
-        if self._owner != os.getpid():  # after a fork the pipes are still the parent's
-            self._pool, self._owner = [], os.getpid()
+    def _grade_in_workers(self, pairs: list[Pair]) -> list[Verdict]:
+        if self._owner_pid != os.getpid():  # after a fork the pipes belong to the parent
+            self._pool, self._owner_pid = [], os.getpid()
         verdicts: dict[int, Verdict] = {}
-        todo, crashed = deque(range(len(pairs))), set[int]()
+        queue, crashed = deque(range(len(pairs))), set[int]()
         try:
             while len(verdicts) < len(pairs):
-                self._pool = [worker for worker in self._pool if worker.asked or worker.alive()]
-                busy = sum(bool(worker.asked) for worker in self._pool)
-                while len(self._pool) < min(self.workers, busy + len(todo)):
+                self._pool = [worker for worker in self._pool if worker.assigned or worker.alive()]
+                busy = sum(bool(worker.assigned) for worker in self._pool)
+                while len(self._pool) < min(self.workers, busy + len(queue)):
                     self._pool.append(_Worker(self.task.name, self.seconds, self.memory_mb))
                 for worker in self._pool:
-                    if worker.ready and not worker.asked and todo:
-                        share = max(1, min(CHUNK, len(todo) // (2 * self.workers)))
-                        worker.ask([todo.popleft() for _ in range(share)], pairs)
-                self._listen(verdicts, todo, crashed)
+                    if worker.ready and not worker.assigned and queue:
+                        share = max(1, min(CHUNK, len(queue) // (2 * self.workers)))
+                        worker.assign([queue.popleft() for _ in range(share)], pairs)
+                self._collect(verdicts, queue, crashed)
         except BaseException:
-            self._end_workers()  # half-asked workers would answer the next call with this one's verdicts
+            self._end_workers()  # workers with unread replies would mix them into the next call
             raise
         return [verdicts[index] for index in range(len(pairs))]
 
-    def _listen(self, verdicts: dict[int, Verdict], todo: deque[int], crashed: set[int]) -> None:
-        """Take in what the workers have to say, until something was said or a limit is reached.
+    def _collect(self, verdicts: dict[int, Verdict], queue: deque[int], crashed: set[int]) -> None:
+        """Wait until a worker replies or reaches its deadline; store verdicts and remove workers that ended or hang.
 
-        crashed  answers at which a worker died once: it may have been killed from outside, so they are tried again
+        crashed  answers that crashed a worker once. They are retried, since the worker may have been killed from outside.
         """
-        busy = [worker for worker in self._pool if worker.asked or not worker.ready]
-        patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-        heard, _, _ = select.select([worker.out for worker in busy], [], [], patience)
+        busy = [worker for worker in self._pool if worker.assigned or not worker.ready]
+        wait = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
+        readable, _, _ = select.select([worker.out for worker in busy], [], [], wait)
         for worker in busy:
-            lost: str | None = None
-            if worker.out in heard:
-                verdicts.update(worker.hear())
+            failure: str | None = None
+            if worker.out in readable:
+                verdicts.update(worker.receive())
                 if worker.retired:
-                    lost = "retired"
-                elif worker.gone:
-                    lost = "error"
+                    failure = "retired"
+                elif worker.exited:
+                    failure = "error"
             elif time.monotonic() >= worker.deadline:
-                lost = "timeout"
-            if lost is None:
+                failure = "timeout"
+            if failure is None:
                 continue
             if not worker.ready:
-                raise UserError(f"task {self.task.name}: a grading worker did not start ({worker.complaint or lost})")
-            if lost == "error" and worker.asked and worker.asked[0] not in crashed:
-                crashed.add(worker.asked[0])
-            elif worker.asked and not worker.retired:  # the answer it was at is to blame
-                verdicts[worker.asked.popleft()] = Verdict(False, lost, time.monotonic() - worker.since)
-            todo.extendleft(reversed(worker.asked))  # those behind it are asked again
+                reason = worker.start_error or failure
+                raise UserError(f"task {self.task.name}: a grading worker did not start ({reason})")
+            if failure == "error" and worker.assigned and worker.assigned[0] not in crashed:
+                crashed.add(worker.assigned[0])
+            elif worker.assigned and not worker.retired:  # the answer in progress is the cause
+                verdicts[worker.assigned.popleft()] = Verdict(False, failure, time.monotonic() - worker.since)
+            queue.extendleft(reversed(worker.assigned))  # the answers after it are graded again
             worker.end()
             self._pool.remove(worker)
 
@@ -177,53 +178,54 @@ class Verifier:
 
 
 class _Worker:
-    """The parent's end of one worker process."""
+    """Parent-side handle of one worker process."""
 
     def __init__(self, task_name: str, seconds: float, memory_mb: int) -> None:
         self.seconds = seconds
         self.ready = False
-        self.gone = False
-        self.retired = False  # it said itself that it should be replaced
-        self.complaint = ""
-        self.asked: deque[int] = deque()
+        self.exited = False
+        self.retired = False  # the worker itself asked to be replaced
+        self.start_error = ""
+        self.assigned: deque[int] = deque()
         self.since = time.monotonic()
         self.deadline = self.since + START_SECONDS
-        self._heard = b""
+        self._buffer = b""
         self._process = subprocess.Popen(
             [sys.executable, "-c", BOOT],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            # One thread each: BLAS pools would reserve address space and fight over the cores.
+            # One thread per worker: BLAS thread pools reserve address space and compete for cores.
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
-            start_new_session=True,  # Ctrl-C is the parent's to handle
+            start_new_session=True,  # the parent handles Ctrl-C
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._in = self._process.stdin
         self.out = self._process.stdout.fileno()
         path = [entry or os.getcwd() for entry in sys.path]
-        self._tell({"path": path, "task": task_name, "seconds": seconds, "memory_mb": memory_mb, "parent": os.getpid()})
+        self._send({"path": path, "task": task_name, "seconds": seconds, "memory_mb": memory_mb, "parent": os.getpid()})
 
-    def ask(self, indices: list[int], pairs: list[Pair]) -> None:
-        self.asked = deque(indices)
-        self._tell([pairs[index] for index in indices])
-        self._next_limit()
+    def assign(self, indices: list[int], pairs: list[Pair]) -> None:
+        self.assigned = deque(indices)
+        self._send([pairs[index] for index in indices])
+        self._reset_deadline()
 
-    def hear(self) -> list[tuple[int, Verdict]]:
-        """The verdicts that have arrived; sets `ready` and `gone`."""
+    def receive(self) -> list[tuple[int, Verdict]]:
+        """Read the verdicts that have arrived; updates `ready`, `retired` and `exited`."""
         data = os.read(self.out, 65536)
-        self.gone = not data
-        *lines, self._heard = (self._heard + data).split(b"\n")
+        self.exited = not data
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
         verdicts = []
         for line in lines:
-            said = json.loads(line)
-            if "ready" in said:
-                self.ready, self.complaint = said["ready"], said.get("why", "")
-                self.gone = self.gone or not self.ready
+            message = json.loads(line)
+            if "ready" in message:
+                self.ready, self.start_error = message["ready"], message.get("why", "")
+                self.exited = self.exited or not self.ready
             else:
-                self.retired = said["last"]
-                verdicts.append((self.asked.popleft(), Verdict(said["correct"], said["reason"], said["seconds"])))
-        self._next_limit()
+                self.retired = message["last"]
+                verdict = Verdict(message["correct"], message["reason"], message["seconds"])
+                verdicts.append((self.assigned.popleft(), verdict))
+        self._reset_deadline()
         return verdicts
 
     def alive(self) -> bool:
@@ -236,25 +238,25 @@ class _Worker:
             with contextlib.suppress(OSError):
                 pipe.close()  # type: ignore[union-attr]
 
-    def _next_limit(self) -> None:
+    def _reset_deadline(self) -> None:
         if self.ready:
             self.since = time.monotonic()
             self.deadline = self.since + self.seconds + GRACE_SECONDS
 
-    def _tell(self, message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # a dead worker shows itself when it is listened to
+    def _send(self, message: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `receive` notices a dead worker
             self._in.write(json.dumps(message).encode() + b"\n")
             self._in.flush()
 
 
 def serve(setup: dict[str, Any]) -> NoReturn:
-    """The worker's life: read a chunk, write a verdict a line, until the parent is gone. Runs in the worker only."""
+    """Main loop of a worker process: read chunks, write one verdict per line, exit when the parent is gone."""
     source, sink = os.dup(0), os.dup(1)
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):  # whatever graders and libraries print must not mix with verdicts
-        os.dup2(nowhere, standard)
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):  # keep output of graders and libraries out of the verdicts
+        os.dup2(null, standard)
 
-    def say(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         os.write(sink, json.dumps(message).encode() + b"\n")
 
     try:
@@ -262,15 +264,15 @@ def serve(setup: dict[str, Any]) -> NoReturn:
         if task.warm_up:
             task.grade(*task.warm_up)
     except Exception as error:
-        say({"ready": False, "why": str(error)})
+        send({"ready": False, "why": str(error)})
         os._exit(1)
     _limit_memory(setup["memory_mb"])
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    say({"ready": True})
-    waiting = b""
+    send({"ready": True})
+    buffer = b""
     while True:
-        while b"\n" not in waiting:
-            # The parent's end of the pipe may live on in a process that it forked: look at the parent as well.
+        while b"\n" not in buffer:
+            # A forked process may keep the pipe open after the parent has died: check the parent as well.
             if not select.select([source], [], [], 5.0)[0]:
                 if os.getppid() != setup["parent"]:
                     os._exit(0)
@@ -278,32 +280,32 @@ def serve(setup: dict[str, Any]) -> NoReturn:
             data = os.read(source, 1 << 20)
             if not data:
                 os._exit(0)
-            waiting += data
-        line, _, waiting = waiting.partition(b"\n")
+            buffer += data
+        line, _, buffer = buffer.partition(b"\n")
         for gold, completion in json.loads(line):
-            # The parent kills at `seconds`. Should it be gone by then, the kernel ends this process soon after.
+            # The parent kills this process at `seconds`; the alarm does it if the parent is gone.
             signal.setitimer(signal.ITIMER_REAL, setup["seconds"] + 2.0)
             started = time.perf_counter()
-            correct, reason, spoiled = _outcome(task, gold, completion)
+            correct, reason, out_of_memory = _grade(task, gold, completion)
             signal.setitimer(signal.ITIMER_REAL, 0)
             seconds = time.perf_counter() - started
-            say({"correct": correct, "reason": reason, "seconds": seconds, "last": spoiled})
-            if spoiled:
-                os._exit(0)  # a process that ran out of memory cannot be trusted with the next answer
+            send({"correct": correct, "reason": reason, "seconds": seconds, "last": out_of_memory})
+            if out_of_memory:
+                os._exit(0)  # its state is no longer reliable
 
 
-def _outcome(task: Task, gold: str, completion: str) -> tuple[bool, str, bool]:
-    """(correct, reason, whether this process should end)."""
+def _grade(task: Task, gold: str, completion: str) -> tuple[bool, str, bool]:
+    """(correct, reason, whether memory ran out)."""
     try:
         return *task.grade(gold, completion), False
     except MemoryError:
         return False, "memory", True
-    except BaseException:  # SystemExit from a user's grader is an error of that answer too
+    except BaseException:  # including SystemExit from a user's grader
         return False, "error", False
 
 
 def _limit_memory(memory_mb: int) -> None:
-    """Bound the address space to what is in use now and `memory_mb` more."""
+    """Limit the address space to its current size plus `memory_mb`."""
     with open("/proc/self/statm", encoding="ascii") as file:
         pages = int(file.read().split()[0])
     limit = pages * resource.getpagesize() + memory_mb * 2**20
@@ -311,4 +313,4 @@ def _limit_memory(memory_mb: int) -> None:
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file behind
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dumps
