@@ -1,10 +1,10 @@
-"""Put the figures of finished studies and sweeps into docs/results.md, so that no number there is typed by hand.
+"""Write the results of finished studies and sweeps into docs/results.md.
 
     python -m benchmarks.results RUNS [--page docs/results.md]
 
-RUNS holds the folders that the page names (`main`, `llama`, `labels`, …). Whatever stands between `<!-- NAME:KIND -->` and
+RUNS contains the folders that the page names (`main`, `llama`, `labels`, …). The text between `<!-- NAME:KIND -->` and
 `<!-- end -->` is replaced by KIND of RUNS/NAME: `arms`, `contrasts`, `predictions`, `conditions`, `sweep`, or `table` (the table.md
-that benchmarks.ten_settings wrote). Plots are written beside the page in `results/`. A block whose run is missing is left alone.
+that benchmarks.ten_settings wrote). Plots are written to `results/` next to the page. A block whose run is missing does not change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from headwater.report.format import count, p_text, percent, points, units
 Block = Callable[[Path, str, Path], str]
 
 
-def held(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -39,7 +39,7 @@ def interval(found: dict[str, float], scale: Callable[[float], str] = percent) -
 
 
 def arms(run: Path, name: str, plots: Path) -> str:
-    report = held(run / "report.json")
+    report = read_report(run / "report.json")
     eval_name, rows, drawn = report["evals"][0], [], []
     for arm, one in report["arms"].items():
         score = one["accuracy"].get(eval_name)
@@ -80,7 +80,7 @@ def forest(path: Path, rows: list[tuple[str, dict[str, Any]]], title: str) -> No
 
 
 def contrasts(run: Path, name: str, plots: Path) -> str:
-    report = held(run / "report.json")
+    report = read_report(run / "report.json")
     rows = []
     for one in report["contrasts"]:
         if one["b"].startswith("base_") or one["eval"] != report["evals"][0]:
@@ -104,14 +104,14 @@ def contrasts(run: Path, name: str, plots: Path) -> str:
 def predictions(run: Path, name: str, plots: Path) -> str:
     rows = [
         [one["name"], one["claim"], f"**{one['reading']}**", one["why"]]
-        for one in held(run / "report.json")["predictions"]
+        for one in read_report(run / "report.json")["predictions"]
     ]
     return table(["", "claim", "reading", "why"], rows)
 
 
 def conditions(run: Path, name: str, plots: Path) -> str:
-    """C2 at the ends of every stage of every arm that has one."""
-    report = held(run / "report.json")
+    """C2 at the first and last step of every stage that measures it."""
+    report = read_report(run / "report.json")
     rows = []
     for arm, stages in (report["conditions"]["C2"] or {}).items():
         for stage, found in stages.items():
@@ -127,7 +127,7 @@ def conditions(run: Path, name: str, plots: Path) -> str:
 
 
 def sweep(run: Path, name: str, plots: Path) -> str:
-    found = held(run / "sweep.json")
+    found = read_report(run / "sweep.json")
     eval_name, rows = found["points"][0]["evals"][0], []
     for point in found["points"]:
         scores = [point["arms"].get(arm, {}).get("accuracy", {}).get(eval_name) for arm in found["arms"]]
@@ -156,7 +156,7 @@ KINDS: dict[str, Block] = {
 
 
 def fill(page: Path, runs: Path) -> list[str]:
-    """Replace the blocks of the page whose runs are there; the names of those that are not."""
+    """Replace the blocks of the page whose runs exist; returns the names of the missing ones."""
     missing: list[str] = []
 
     def replaced(match: re.Match[str]) -> str:
@@ -178,9 +178,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
-    asked = parser.parse_args()
-    missing = fill(asked.page, asked.runs)
-    print(f"{asked.page}: written{'; left alone: ' + ', '.join(missing) if missing else ''}")
+    options = parser.parse_args()
+    missing = fill(options.page, options.runs)
+    print(f"{options.page}: written{'; runs not found: ' + ', '.join(missing) if missing else ''}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The arithmetic of the results: medians over runs, ratios to Headwater, shares of the machine's limit. No torch here."""
+"""Summarize the results: medians over runs, ratios to Headwater, shares of the machine's limit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Found = dict[str, Any]
 
 
 def over_runs(runs: Sequence[Mapping[str, float]]) -> Found:
-    """The median of every figure over the runs, all seconds as they were, and what follows from them.
+    """Median of every value over the runs, all seconds, and derived values.
 
-    growth_bytes       the peak beyond what was resident once everything was loaded
-    working_bytes      of a loss stage: that without the gradient of the hidden states, which every form needs
-    tokens_per_second  sampled, where sampling is all there is
+    growth_bytes       peak minus resident memory after loading
+    working_bytes      loss stage only: growth without the gradient of the hidden states, which every implementation needs
+    tokens_per_second  sampling only
 
     Example: seconds of 3, 1 and 2 give seconds 2 and each [3, 1, 2].
     """
@@ -32,7 +32,7 @@ def over_runs(runs: Sequence[Mapping[str, float]]) -> Found:
 
 
 def ratios(peers: Mapping[str, Found]) -> dict[str, dict[str, float]]:
-    """What each peer takes for one of Headwater's: seconds and bytes. Above 1, Headwater takes less.
+    """Seconds and bytes of each peer divided by Headwater's. Above 1, Headwater needs less.
 
     Example: 2 s for Headwater and 7 s for trl give {"trl": {"seconds": 3.5}}.
     """
@@ -46,16 +46,16 @@ def ratios(peers: Mapping[str, Found]) -> dict[str, dict[str, float]]:
 
 
 def least_seconds(work: Mapping[str, Any], gemm: Mapping[str, Mapping[str, float]], dtype: str = "float32") -> Found:
-    """Seconds that each part of a case would take if it did its arithmetic at the measured rate of its own shapes."""
+    """Seconds of each part of a case at the measured matrix-product rate of its shapes."""
     return {part: one["flops"] / gemm[one["gemm"]][dtype] for part, one in work.items()}
 
 
 def shares(found: Found, least: Mapping[str, float]) -> Found:
-    """Shares of the machine's limit: of the whole, and of sampling and of training (scoring and update together).
+    """Shares of the machine's limit: total, sampling, and training (scoring plus update).
 
-    Scoring and update stand together since the teacher's head may run in either.
+    Scoring and update are combined because the teacher's head may run in either.
 
-    Example: 1 s at the least, 4 s in fact: 0.25.
+    Example: a least time of 1 s and 4 s measured give 0.25.
     """
     out: Found = {"share": sum(least.values()) / found["seconds"]} if least else {}
     if "sample" in least and found.get("seconds_sample"):
@@ -69,9 +69,9 @@ def shares(found: Found, least: Mapping[str, float]) -> Found:
 
 
 def with_limits(workloads: Mapping[str, Any], places: Mapping[str, str], limits: Mapping[str, Any]) -> dict[str, Any]:
-    """The workloads with ratios, and shares where the limits know the work.
+    """Add ratios to the workloads, and shares where the limits include the work.
 
-    places  "workload.name" of every result -> the name of the case that it is a result of
+    places  "workload.name" of every result -> name of its case
     """
     done: dict[str, Any] = {}
     for workload, names in workloads.items():
@@ -85,7 +85,7 @@ def with_limits(workloads: Mapping[str, Any], places: Mapping[str, str], limits:
 
 
 def growth_of_loss(workload: Mapping[str, Any]) -> dict[str, float]:
-    """How much more memory a loss stage works in at 16k tokens than at 2k, as a share: 0.02 is 2 % more."""
+    """Relative growth of the loss stage's working memory from 2k to 16k tokens: 0.02 is 2 % more."""
     small, large = (workload.get(name, {}) for name in ("loss_2k", "loss_16k"))
     both = [peer for peer in small if "working_bytes" in small[peer] and "working_bytes" in large.get(peer, {})]
     return {peer: large[peer]["working_bytes"] / small[peer]["working_bytes"] - 1.0 for peer in both}

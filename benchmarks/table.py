@@ -1,4 +1,4 @@
-"""The results as a table for people."""
+"""Print the results as a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 BESIDE = ("ratio", "least_seconds")
-"""Keys of a case's result that are no peer."""
+"""Keys of a case's result that are not peers."""
 
 
 def memory(found: Mapping[str, Any]) -> str:
@@ -22,7 +22,7 @@ def percent(value: float | None) -> str:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """A row for every case and peer; ratios are the peer's over Headwater's, so above 1 Headwater is ahead."""
+    """One row per case and peer; a ratio is the peer's value over Headwater's, so above 1 Headwater is better."""
     out = Table(title="median of each", box=None, header_style="bold", title_justify="left")
     for name in ("workload", "who", "seconds", "sample", "score", "update"):
         out.add_column(name, justify="left" if name in ("workload", "who") else "right")

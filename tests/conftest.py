@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +17,37 @@ from tiny import tiny_folder, tiny_policy
 from tools.pretrain.pocket import make_tokenizer
 
 torch.set_num_threads(1)
+
+SLOWEST = (
+    "test_torchrun_models.py",
+    "test_resume.py",
+    "integration/runs/test_executors.py",
+    "test_faults.py",
+    "test_fuzz.py",
+    "test_cli.py",
+    "integration/runs/test_run_node.py",
+    "integration/models/test_oom.py",
+)
+"""Files that start first, so that no worker is left with a long one at the end (with --no-loadscope-reorder)."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make a folder that all xdist workers share; they inherit the environment variable."""
+    if not hasattr(config, "workerinput"):
+        os.environ["HEADWATER_TESTS_SHARED"] = tempfile.mkdtemp(prefix="headwater-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop("HEADWATER_TESTS_SHARED"), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((place for place, end in enumerate(SLOWEST) if path.endswith(end)), len(SLOWEST))
+
+    items.sort(key=rank)  # stable: the rest keeps its order
 
 
 @pytest.fixture(autouse=True)

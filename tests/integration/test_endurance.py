@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from endurance import growth, long_stage
-from tests.integration.test_faults import forks
+from forks import warm_forks
 
 
 def test_steps_that_come_after_steps_hold_memory_and_open_files(tmp_path: Path) -> None:
-    said = long_stage(forks(), tmp_path / "out", 150)
+    said = long_stage(warm_forks(), tmp_path / "out", 150)
     assert said.code == 0, said.err
     grown, files = growth(said)
     assert grown < 0.02 and files <= 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import yaml
 
 from headwater.config.builtin import builtin_text
 from headwater.config.recipe import Models, Prompt, parse_recipe
+from runs import call
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,10 +27,12 @@ def commands() -> list[str]:
     return re.findall(r"^    \.venv/bin/headwater (.*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
 
 
-def test_the_commands_for_ones_own_problems_run_one_after_the_other(tmp_path: Path) -> None:
+def test_the_commands_for_ones_own_problems_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     rows = [{"question": f"What is {n} + {n}?", "answer": f"{n} and {n} are {2 * n}.\n#### {2 * n}"} for n in range(20)]
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     told = commands()
     assert [one.split()[0] for one in told] == ["init", "validate", "doctor", "run", "run"]
     for command in told:
@@ -38,12 +40,10 @@ def test_the_commands_for_ones_own_problems_run_one_after_the_other(tmp_path: Pa
         words = line.split()
         if words[0] == "run":
             words += [word for change in SHORT for word in ("--set", change)]
-        done = subprocess.run(
-            [sys.executable, "-m", "headwater", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, (command, done.stderr)
+        done = call(*words)
+        assert done.code == 0, (command, done.err)
         if target:
-            (tmp_path / target.strip()).write_text(done.stdout)
+            (tmp_path / target.strip()).write_text(done.out)
     report = json.loads((tmp_path / "runs/my/report.json").read_text())
     assert report["arms"]["bridge_rl"]["labels"]["distinct"] > 0
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,20 +10,18 @@ from unittest import mock
 
 import pytest
 
+from forks import Ended, warm_forks
 from headwater.runs.executors import base as executor
 from runs import (
     Said,
     assert_same,
-    environment,
     infos,
     node,
     nodes,
-    program,
     rows,
     sets,
     temporary,
     tiny,
-    wait_for_steps,
 )
 
 # Every kind of node; checkpoints between and at the ends, evaluations on the way; one stage long enough to be hit midway.
@@ -89,11 +86,9 @@ def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(share: float, tmp_path: 
 
 def test_a_run_killed_in_the_middle_of_a_stage_ends_as_if_it_had_not(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(out)
-    wait_for_steps(out, "opd", 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
+    assert start(out, f"step.begun:{BEFORE_OPD + 4}=kill").code == -signal.SIGKILL
     opd = next((out / "nodes").glob("opd.*"))
+    assert len(rows(opd / "metrics.jsonl")) == 3
     assert not (opd / "DONE").exists() and not (opd / "model").exists()
     assert go(out).code == 0
     assert_same(out, uninterrupted())
@@ -101,24 +96,26 @@ def test_a_run_killed_in_the_middle_of_a_stage_ends_as_if_it_had_not(tmp_path: P
 
 def test_an_interrupted_run_says_how_to_go_on_leaves_130_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(out)
-    wait_for_steps(out, "opd", 3, process)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    ended = start(out, f"step.begun:{BEFORE_OPD + 5}=int")
+    said = ended.err
+    assert ended.code == 130
     assert "stopping after this step, with a checkpoint" in said
     assert f"headwater: interrupted; the same command with --out {out} resumes" in said
     assert "Traceback" not in said
     opd = next((out / "nodes").glob("opd.*"))
     done = len(rows(opd / "metrics.jsonl"))
-    assert done < 16 and (opd / "checkpoint" / f"{done:06d}" / "sums.json").exists()  # also where none was due
+    assert done == 5 and (opd / "checkpoint" / f"{done:06d}" / "sums.json").exists()  # also where none was due
     assert go(out).code == 0
     assert_same(out, uninterrupted())
 
 
-def start(out: Path) -> subprocess.Popen[str]:
-    command = program("run", "pocket", "--out", out, *sets(*CHANGES))
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+BEFORE_OPD = 3 + 5
+"""Steps of teacher RL and of warm-up."""
+
+
+def start(out: Path, fault: str) -> Ended:
+    """The same run as a process of its own."""
+    return warm_forks().run("run", "pocket", "--out", out, *sets(*CHANGES), fault=fault)
 
 
 def test_a_finished_run_does_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

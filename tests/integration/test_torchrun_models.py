@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,16 +16,18 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from crew import warm_crew
 from headwater.config.recipe import Lora
 from headwater.distributed.process_group import ProcessGroup
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
+from ranks_memory import make
 from runs import environment, rows, tiny
 from serving import Answering, serving
 from tests.integration.test_teachers import RAW, mapped
-from tests.integration.test_torchrun import CHANGES, assert_alike, command_of, crew, node_of
+from tests.integration.test_torchrun import CHANGES, assert_alike, command_of, node_of
 from tiny import CPU, MODELS
 
 STEADY = tuple(f"stages.{stage}.optim.eps=1e-4" for stage in ("teacher_rl", "warmup", "opd", "student_rl"))
@@ -36,7 +39,7 @@ def one_and_two(tmp_path: Path, *changes: str, options: tuple[str, ...] = ()) ->
     one, two = tmp_path / "one", tmp_path / "two"
     said = tiny("run", one, *options, changes=changes)
     assert said.code == 0, said.err
-    ended = crew().run(2, *command_of(two, *changes), *options)
+    ended = warm_crew().run(2, *command_of(two, *changes), *options)
     assert [rank.code for rank in ended] == [0, 0], ended
     return one, two
 
@@ -48,7 +51,7 @@ def test_adapters_on_two_ranks_train_as_on_one_and_go_on_from_what_two_wrote(out
     one, two = one_and_two(tmp_path, *changes)
     assert_alike(two, one)
     broken = tmp_path / "broken"
-    ended = crew().run(2, *command_of(broken, *changes), faults={1: "step.begun:7=kill"})
+    ended = warm_crew().run(2, *command_of(broken, *changes), faults={1: "step.begun:7=kill"})
     assert [rank.code for rank in ended] == [4, -9], ended
     kept = sorted((node_of(broken, "opd") / "checkpoint" / "000002").glob("shard-*"))
     assert len(kept) == 2
@@ -58,7 +61,7 @@ def test_adapters_on_two_ranks_train_as_on_one_and_go_on_from_what_two_wrote(out
         assert names and all(".lora_" in name for name in names)
     for size in (1, 2):
         shutil.copytree(broken, tmp_path / str(size))
-        again = crew().run(size, *command_of(tmp_path / str(size), *changes))
+        again = warm_crew().run(size, *command_of(tmp_path / str(size), *changes))
         assert [rank.code for rank in again] == [0] * size, again
         assert_alike(tmp_path / str(size), one)
 
@@ -76,7 +79,7 @@ def test_a_served_teacher_is_asked_by_each_rank_for_its_own_share(tmp_path: Path
                 said = tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes)
                 assert said.code == 0, said.err
             else:
-                ended = crew().run(2, *command_of(tmp_path / "two", *changes), "--arm", "raw_teacher")
+                ended = warm_crew().run(2, *command_of(tmp_path / "two", *changes), "--arm", "raw_teacher")
                 assert [rank.code for rank in ended] == [0, 0], ended
             counts.append(sequences(asked))
     assert_alike(tmp_path / "two", tmp_path / "one")
@@ -116,22 +119,38 @@ def test_four_bit_weights_are_refused_by_name_before_anything_is_read() -> None:
         )
 
 
-def measured(size: int) -> list[dict[str, float]]:
-    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    shape = ["--layers", "16", "--width", "512", "--vocabulary", "4000", "--steps", "1"]
+def start_ranks(model: Path, size: int) -> list[subprocess.Popen[str]]:
+    """Processes that measure their memory, with the environment that torchrun would give them."""
     script = Path(__file__).parents[1] / "support" / "ranks_memory.py"
     paths = os.pathsep.join([str(script.parent), *(entry for entry in sys.path if entry)])
-    said = subprocess.run(
-        [*argv, str(script), *shape],
-        capture_output=True, text=True, timeout=280, env={**environment(), "PYTHONPATH": paths},
-    )  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    return [json.loads(line) for line in said.stdout.splitlines() if line.startswith("{")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": paths}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), "--model", str(model), "--steps", "1"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**environment(), **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(size)
+    ]  # fmt: skip
 
 
-def test_no_rank_ever_holds_the_whole_model_while_it_loads_and_trains() -> None:
-    """209 MB of weights: a process alone holds them twice as it loads, once from the file, which the system can take back."""
-    (alone,), two = measured(1), measured(2)
+def measurements(processes: list[subprocess.Popen[str]]) -> list[dict[str, float]]:
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=280)
+        assert process.returncode == 0, err
+        found += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return found
+
+
+def test_no_rank_ever_holds_the_whole_model_while_it_loads_and_trains(tmp_path: Path) -> None:
+    """107 MB of weights: a process alone holds them twice as it loads, once from the file, which the system can take back."""
+    make(tmp_path / "model", layers=8, width=512, vocabulary=4000)
+    single, pair = start_ranks(tmp_path / "model", 1), start_ranks(tmp_path / "model", 2)
+    (alone,), two = measurements(single), measurements(pair)
     whole = alone["weights_mb"]
     assert alone["loaded_mb"] > 0.95 * whole and alone["load_peak_mb"] > 1.9 * whole
     for rank in two:

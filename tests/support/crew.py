@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ class Crew:
         line = self._process.stdout.readline()
         assert line, "the warm process is gone"
         return [Rank(**one) for one in json.loads(line)]
+
+
+@cache
+def warm_crew() -> Crew:
+    """The warm process that all tests of one worker share."""
+    return Crew()
 
 
 def serve() -> None:

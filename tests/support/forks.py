@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,6 +95,12 @@ class Forks:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+@cache
+def warm_forks() -> Forks:
+    """The warm process that all tests of one worker share."""
+    return Forks()
 
 
 def serve() -> None:

@@ -62,11 +62,14 @@ def main() -> None:
     asked = argparse.ArgumentParser()
     for name, usual in (("layers", 12), ("width", 768), ("vocabulary", 32000), ("steps", 2)):
         asked.add_argument(f"--{name}", type=int, default=usual)
+    asked.add_argument("--model", type=Path, help="a model folder to use instead of making one")
     given = asked.parse_args()
     ranks = init_process_group() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE_PROCESS
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(ranks.broadcast(temporary))
-        if ranks.is_main:  # in another process: what it took to make the files is not to be seen here
+        if given.model is not None:
+            folder = given.model
+        elif ranks.is_main:  # in another process: what it took to make the files is not to be seen here
             maker = multiprocessing.get_context("spawn").Process(
                 target=make, args=(folder, given.layers, given.width, given.vocabulary)
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -176,8 +177,12 @@ def temporary() -> Path:
 
 @cache
 def all_arms() -> Path:
-    """The folder of one finished tiny study of every arm; tests read it and leave it as it is."""
-    out = temporary() / "study"
-    said = tiny("study", out, "--arms", "all")
-    assert said.code == 0, said.err
-    return out
+    """The folder of one finished tiny study of every arm, run once for all test workers. Tests must not change it."""
+    shared = Path(os.environ.get("HEADWATER_TESTS_SHARED") or temporary())
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker runs it, the others wait for it
+        if not (shared / "finished").exists():
+            result = tiny("study", shared / "study", "--arms", "all")
+            assert result.code == 0, result.err
+            (shared / "finished").touch()
+    return shared / "study"

@@ -99,40 +99,30 @@ def server_tokens(context: DoctorContext) -> Iterator[Finding]:
 
 
 def servers(context: DoctorContext) -> Iterator[Finding]:
-    """A server must take the longest sequence and score as the stages need."""
-    nodes = [n for n in context.nodes if n.settings is not None and "teacher" in (n.teacher, n.start)]
+    """A server must take the longest sequence, and score a few tokens as each stage would."""
+    inputs = context.inputs
+    stages = [n.settings for n in context.nodes if n.settings is not None and "teacher" in (n.teacher, n.start)]
     for role in context.served_teachers:
-        yield from _longest_sequence(context, role, nodes)
-        yield from _scoring(context, role, nodes)
-
-
-def _longest_sequence(context: DoctorContext, role: str, nodes: list[Node]) -> Iterator[Finding]:
-    longest = context.inputs.server(role).max_tokens
-    completions = [node.settings.sampling.max_tokens for node in nodes if node.settings is not None]
-    if longest is None or not completions or not context.prompt_lengths:
-        return
-    needed = context.prompt_lengths[0][0] + max(completions) + 1  # a server samples one token more than it scores
-    if needed > longest:
-        yield error(
-            "server-context-too-short",
-            f"models.{role}: the server takes sequences of {longest} tokens; the longest prompt and completion, and one token more, "
-            f"are {needed}",
-            f"start it with --max-model-len {needed}, or lower sampling.max_tokens",
-        )
-
-
-def _scoring(context: DoctorContext, role: str, nodes: list[Node]) -> Iterator[Finding]:
-    """Score a few tokens as each stage would."""
-    inputs, tokenizer = context.inputs, context.inputs.tokenizer("student")
-    width = int(inputs.config("student").get_text_config().vocab_size)
-    for top_k in dict.fromkeys(top_k_of(node.settings) or 0 for node in nodes):
-        teacher = ServedTeacher(inputs.server(role), tokenizer, width, inputs.stop_ids("student"), inputs.device, top_k)
-        try:
-            check_scoring(teacher, tokenizer(PROBES[0], add_special_tokens=False)["input_ids"])
-        except HeadwaterError as refusal:
-            remedy = (
-                f"start the server with --max-logprobs {top_k}, or lower dense.top_k"
-                if top_k
-                else "serve the model with vLLM"
+        longest = inputs.server(role).max_tokens
+        if longest is not None and stages and context.prompt_lengths:
+            completion = max(stage.sampling.max_tokens for stage in stages)
+            needed = context.prompt_lengths[0][0] + completion + 1  # a server samples one token more than it scores
+            if needed > longest:
+                yield error(
+                    "server-context-too-short",
+                    f"models.{role}: the server takes sequences of {longest} tokens; the longest prompt and completion, and one token "
+                    f"more, are {needed}",
+                    f"start it with --max-model-len {needed}, or lower sampling.max_tokens",
+                )
+        tokenizer = inputs.tokenizer("student")
+        width = int(inputs.config("student").get_text_config().vocab_size)
+        for top_k in dict.fromkeys(top_k_of(stage) or 0 for stage in stages):
+            teacher = ServedTeacher(
+                inputs.server(role), tokenizer, width, inputs.stop_ids("student"), inputs.device, top_k
             )
-            yield error("server-unusable", str(refusal), remedy)
+            try:
+                check_scoring(teacher, tokenizer(PROBES[0], add_special_tokens=False)["input_ids"])
+            except HeadwaterError as refusal:
+                max_logprobs = f"start the server with --max-logprobs {top_k}, or lower dense.top_k"
+                remedy = max_logprobs if top_k else "serve the model with vLLM"
+                yield error("server-unusable", str(refusal), remedy)

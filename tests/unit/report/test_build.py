@@ -167,7 +167,8 @@ def test_long_curves_are_thinned_and_keep_the_last_step(tmp_path: Path) -> None:
 
 
 def test_early_stopped_stage_reports_step_and_reason(tmp_path: Path) -> None:
-    out = fake_run(tmp_path / "out", seeds=(0, 1))
+    arms = {name: ARMS[name] for name in ("base_student", "warmup_only")}
+    out = fake_run(tmp_path / "out", seeds=(0, 1), arms=arms)
     ended, node = {"step": 7, "of": 12, "why": "plateau of kl_teacher_student"}, names(out, "warmup_only", 1)[-1]
     (out / "nodes" / node / "DONE").write_text(json.dumps({"fingerprint": node, "ended": ended}))
     values = report.write(out)
@@ -270,7 +271,7 @@ def test_maj_at_k_is_null_if_the_grader_extracts_no_answers(tmp_path: Path) -> N
     file = next(out.glob("nodes/*/evals/final/sums.jsonl"))
     rows = [{**json.loads(line), "extracted": None} for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = report.write(out)["arms"]["base_student"]
+    values = report.build([out])["arms"]["base_student"]
     assert values["maj_at_k"] == {"sums": None}
     assert values["accuracy"]["sums"]["mean"] > 0
 

@@ -43,8 +43,7 @@ class Failure:
 
     def to_json(self) -> dict[str, Any]:
         """Contents of the node's FAILED file."""
-        fields = {"sentence": self.sentence, "code": self.code}
-        return fields if self.traceback is None else {**fields, "traceback": self.traceback}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
