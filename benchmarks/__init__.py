@@ -1,1 +1,1 @@
-"""Measurements that take minutes to hours; nothing here is part of the package."""
+"""Benchmarks that take minutes to hours; not part of the package."""

@@ -1,7 +1,7 @@
-"""What is measured: every workload as plain values, the same for Headwater and for each peer. No torch here.
+"""Benchmark cases as plain values, equal for Headwater and each peer. Does not import torch.
 
 A model is named by a spec: `pocket:NAME` ships with the package; `random:LAYERSxHIDDEN:VOCABULARY` is Qwen3-shaped with random
-weights (`models.py` makes it). `endless` models have an end token that cannot be sampled, so every completion is of full length.
+weights (`models.py` makes it). `endless` models have an end token that cannot be sampled, so every completion has full length.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ PEERS = ("headwater", "trl", "transformers", "continuous", "vllm", "plain", "lig
 
 
 class CannotRunError(RuntimeError):
-    """A measurement that this machine has no means for; it is skipped with the reason."""
+    """This machine cannot run a measurement; it is skipped with the reason."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work, done by each of `peers` in turn.
+    """One benchmark case, run by each of `peers` in turn.
 
-    places   where the result stands in the JSON: (workload, name) pairs, the first of which names the case
+    places   position of the result in the JSON: (workload, name) pairs, the first of which names the case
     kind     opd, grpo: whole steps; train: an OPD step on given completions; sampling; loss: the loss stage alone
-    batch    completions a step, of `group` for each prompt
+    batch    completions per step, `group` per prompt
     steps    timed repetitions within one process, after `untimed` ones
-    tokens   for `loss`: how many token positions
+    tokens   for `loss`: number of token positions
     """
 
     places: tuple[tuple[str, str], ...]
@@ -67,7 +67,7 @@ def steps_of_b(vocabulary: int = 32_768) -> list[Case]:
 
 
 def pocket_steps() -> list[Case]:
-    """The pocket recipe's batches and lengths, with its own problems, its grader and its end token."""
+    """The pocket recipe's batch sizes and lengths, with its problems, grader and end token."""
     opd = Case((("a", "opd"),), "opd", *POCKET, batch=64, new_tokens=48, steps=10, endless=False)
     return [opd, replace(opd, places=(("a", "grpo"),), kind="grpo", teacher=None, batch=128, group=8)]
 
@@ -81,7 +81,7 @@ def pocket_sampling() -> list[Case]:
     ]
 
 
-def memory() -> list[Case]:
+def memory_cases() -> list[Case]:
     """Vocabulary 151,936: the loss stage alone at 2k and 16k tokens, and the training part of an OPD step."""
     student, teacher = STUDENT.format(151_936), TEACHER.format(151_936)
     loss = Case((("c", "loss_2k"),), "loss", student, teacher, steps=1, tokens=2048)
@@ -93,8 +93,8 @@ def memory() -> list[Case]:
     ]
 
 
-def growth() -> list[Case]:
-    """An OPD step of (b) as one thing grows: completion length, vocabulary, batch."""
+def growth_cases() -> list[Case]:
+    """An OPD step of (b) with growing completion length, vocabulary or batch."""
     base = replace(steps_of_b()[0], steps=1)
     cases = []
     for length in (128, 512, 2048):
@@ -104,33 +104,33 @@ def growth() -> list[Case]:
         cases.append(replace(base, places=(("e", f"vocabulary_{vocabulary}"),), **models))
     for batch in (8, 32, 128):
         cases.append(replace(base, places=(("e", f"batch_{batch}"),), batch=batch))
-    # TRL's largest points take minutes each and say nothing that the smaller ones do not.
+    # TRL's largest points take minutes each and add no information.
     large = {"e.length_2048", "e.batch_128"}
     return [replace(case, peers=("headwater",)) if case.name in large else case for case in cases]
 
 
-def on_a_gpu() -> list[Case]:
+def gpu_cases() -> list[Case]:
     """The heads of Qwen3-1.7B and Qwen3-8B over 8,192 tokens."""
     case = Case((("gpu", "loss"),), "loss_gpu", "random:1x2048:151936", "random:1x4096:151936", steps=5, tokens=8192)
     return [replace(case, peers=(*TRAINERS, "liger"))]
 
 
 def all_cases() -> list[Case]:
-    return [*pocket_steps(), *steps_of_b(), *memory(), *pocket_sampling(), *growth(), *on_a_gpu()]
+    return [*pocket_steps(), *steps_of_b(), *memory_cases(), *pocket_sampling(), *growth_cases(), *gpu_cases()]
 
 
-def chosen(asked: Sequence[str], cases: Sequence[Case]) -> list[Case]:
-    """The cases whose place begins with one of `asked`: a workload (`b`) or one case of it (`b.opd`).
+def select_cases(names: Sequence[str], cases: Sequence[Case]) -> list[Case]:
+    """Select the cases of the named workloads (`b`) and the named cases (`b.opd`).
 
-    Raises ValueError for a name that no case has.
+    Raises ValueError for an unknown name.
     """
-    named = {one: [case for case in cases if _stands_at(case, one)] for one in asked}
-    for one, found in named.items():
-        if not found:
+    matches = {name: [case for case in cases if _has_place(case, name)] for name in names}
+    for name, matching in matches.items():
+        if not matching:
             known = sorted({".".join(place) for case in cases for place in case.places})
-            raise ValueError(f"no workload {one!r}; there are {', '.join(known)}")
-    return [case for case in cases if any(case in found for found in named.values())]
+            raise ValueError(f"no workload {name!r}; choose from {', '.join(known)}")
+    return [case for case in cases if any(case in matching for matching in matches.values())]
 
 
-def _stands_at(case: Case, asked: str) -> bool:
-    return any(asked in (workload, f"{workload}.{name}") for workload, name in case.places)
+def _has_place(case: Case, wanted: str) -> bool:
+    return any(wanted in (workload, f"{workload}.{name}") for workload, name in case.places)

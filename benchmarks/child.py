@@ -1,6 +1,6 @@
-"""One measurement in a process of its own: `python -m benchmarks.child PEER CASE.json OUT.json`.
+"""Run one measurement in its own process: `python -m benchmarks.child PEER CASE.json OUT.json`.
 
-It loads, does the work once untimed, then `steps` times, and writes seconds, the parts, and the memory that it took.
+It loads, runs the work once without timing, then `steps` times, and writes the seconds, their parts, and the peak memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from benchmarks.cases import CannotRunError, Case
 
 Row = dict[str, float]
 Work = Callable[[int], list[Row]]
-"""Everything is loaded; called with a number, it does that many repetitions: seconds and counts of each."""
+"""Loaded work: number of repetitions -> seconds and counts of each repetition."""
 
 
 def repeated(step: Callable[[int], Row]) -> Work:
-    """Time a function of the repetition's number by the clock around it."""
+    """Measure the wall-clock time of a step function, which takes the number of the repetition."""
 
     def work(times: int) -> list[Row]:
         rows = []
@@ -37,13 +37,13 @@ def repeated(step: Callable[[int], Row]) -> Work:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now."""
+    """Current resident bytes of this process."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize()
 
 
 def peak() -> int:
-    """The most bytes that this process, or one that it started and waited for, ever had in memory."""
+    """Peak resident bytes of this process or of a child that it waited for."""
     return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
@@ -66,39 +66,40 @@ def work_of(peer: str, case: Case, root: Path) -> Work:
     return repeated(engines.ENGINES[peer](case, root))
 
 
-def measured(peer: str, case: Case, root: Path) -> dict[str, Any]:
+def measure(peer: str, case: Case, root: Path) -> dict[str, Any]:
     started = time.perf_counter()
     work = work_of(peer, case, root)
-    found: dict[str, Any] = {"seconds_load": time.perf_counter() - started, "loaded_bytes": resident()}
+    result: dict[str, Any] = {"seconds_load": time.perf_counter() - started, "loaded_bytes": resident()}
     timed = work(case.repetitions)[case.untimed :]
-    found["peak_bytes"] = max(peak(), found["loaded_bytes"])  # the two are counted apart, and not to the page
+    result["peak_bytes"] = max(peak(), result["loaded_bytes"])  # the kernel counts the two separately, not to the page
     for row in timed:
         if case.endless and row.get("tokens_sampled", case.batch * case.new_tokens) != case.batch * case.new_tokens:
-            raise AssertionError(f"{row['tokens_sampled']:.0f} tokens came, not {case.batch * case.new_tokens}")
-    return found | {key: median(row[key] for row in timed) for key in timed[0]}
+            raise AssertionError(f"{row['tokens_sampled']:.0f} tokens sampled, expected {case.batch * case.new_tokens}")
+    return result | {key: median(row[key] for row in timed) for key in timed[0]}
 
 
 def main() -> None:
-    peer, told, out = sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), Path(sys.argv[3])
+    peer, request, out = sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")), Path(sys.argv[3])
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if peer == "limits":
         from benchmarks import limits
 
-        found = limits.measured([case_of(one) for one in told["cases"]], Path(told["root"]))
+        result = limits.measure([case_of(fields) for fields in request["cases"]], Path(request["root"]))
     else:
         try:
-            found = measured(peer, case_of(told["case"]), Path(told["root"]))
+            result = measure(peer, case_of(request["case"]), Path(request["root"]))
         except CannotRunError as error:
-            found = {"skipped": str(error)}
-    out.write_text(json.dumps(found), encoding="utf-8")
+            result = {"skipped": str(error)}
+    out.write_text(json.dumps(result), encoding="utf-8")
 
 
-def case_of(told: dict[str, Any]) -> Case:
-    """A case as JSON gives it back: lists are tuples again."""
+def case_of(fields: dict[str, Any]) -> Case:
+    """Rebuild a case from JSON, with tuples for lists."""
     return Case(
-        **told | {"places": tuple((workload, name) for workload, name in told["places"]), "peers": tuple(told["peers"])}
+        **fields
+        | {"places": tuple((workload, name) for workload, name in fields["places"]), "peers": tuple(fields["peers"])}
     )
 
 

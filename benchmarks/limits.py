@@ -1,4 +1,4 @@
-"""What the machine can do at most: matrix products of the very shapes of a workload, and memory bandwidth."""
+"""Measure the machine's limits: matrix products of a workload's exact shapes, and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from headwater.models.shape import Shape
 
 Pass = Literal["forward", "training"]
 HEAD_ELEMENTS = 1 << 26
-"""Logits made by one product: nobody who cares for memory makes more at once."""
+"""Maximum logits per product, as in any memory-bounded loss."""
 SECONDS = 0.15
-"""For how long each product is repeated."""
+"""Duration for which each product is repeated."""
 
 
 def shape_of(spec: str) -> Shape:
@@ -31,9 +31,9 @@ def shape_of(spec: str) -> Shape:
 
 
 def products(shape: Shape, rows: int) -> list[tuple[int, int, int, float]]:
-    """(rows, in, out, how often) of every matrix product in a forward pass over `rows` tokens.
+    """(rows, in, out, count) of every matrix product in a forward pass over `rows` tokens.
 
-    The head's product is cut to HEAD_ELEMENTS, so it stands there a fractional number of times.
+    The head's product is limited to HEAD_ELEMENTS, so its count is fractional.
     """
     attention = shape.head_dim * (shape.heads + 2 * shape.kv_heads)
     layer = [
@@ -50,7 +50,7 @@ def products(shape: Shape, rows: int) -> list[tuple[int, int, int, float]]:
 
 
 def seconds_of(product: Callable[[], Any]) -> float:
-    """Seconds of one call, the best of many: a limit is what was reached, not what is usual."""
+    """Best time of many calls, in seconds: a limit is the best case, not the typical one."""
     product()
     best, ends = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < ends:
@@ -61,7 +61,7 @@ def seconds_of(product: Callable[[], Any]) -> float:
 
 
 def gemm_rate(shape: Shape, rows: int, kind: Pass, dtype: torch.dtype) -> float:
-    """Floating-point operations a second over all matrix products of a pass, into memory that is there already.
+    """FLOP/s over all matrix products of a pass, into preallocated memory.
 
     A training pass adds the two products of each backward pass: the gradients of the input and of the weight.
     """
@@ -78,36 +78,36 @@ def gemm_rate(shape: Shape, rows: int, kind: Pass, dtype: torch.dtype) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes read and written a second by a copy that fits no cache."""
+    """Bytes read and written per second by a copy larger than any cache."""
     source = torch.ones(64 << 20)
     target = torch.empty_like(source)
     return 2.0 * source.nbytes / seconds_of(lambda: target.copy_(source))
 
 
 def parts_of(case: Case) -> dict[str, tuple[str, int, Pass, float]]:
-    """What a case's arithmetic is: part -> (model spec, rows of its products, pass, FLOPs).
+    """Arithmetic of a case: part -> (model spec, rows of its products, pass, FLOPs).
 
     Sampling runs each distinct prompt and each sampled token once, scoring is the teacher's pass, an update is a forward and
-    a backward pass of the student. What anyone computes twice to save memory is not counted.
+    a backward pass of the student. Recomputation to save memory is not counted.
     """
     length, prompts = case.prompt_tokens + case.new_tokens, case.batch // case.group
     student, tokens = shape_of(case.student), case.batch * length
-    found: dict[str, tuple[str, int, Pass, float]] = {}
+    parts: dict[str, tuple[str, int, Pass, float]] = {}
     if case.kind in ("opd", "grpo", "sampling"):
         sampled = case.batch * case.new_tokens + prompts * case.prompt_tokens
-        found["sample"] = (case.student, case.batch, "forward", student.flops(sampled, length / 2))
+        parts["sample"] = (case.student, case.batch, "forward", student.flops(sampled, length / 2))
     if case.kind in ("opd", "train") and case.teacher is not None:
-        found["score"] = (case.teacher, tokens, "forward", shape_of(case.teacher).flops(tokens, length / 2))
+        parts["score"] = (case.teacher, tokens, "forward", shape_of(case.teacher).flops(tokens, length / 2))
     if case.kind in ("opd", "grpo", "train"):
-        found["update"] = (case.student, tokens, "training", student.flops(tokens, length / 2, passes=3))
-    return found
+        parts["update"] = (case.student, tokens, "training", student.flops(tokens, length / 2, passes=3))
+    return parts
 
 
-def measured(cases: Sequence[Case], root: Path) -> dict[str, Any]:
-    """The limits of the machine for these cases, and each case's share of the work.
+def measure(cases: Sequence[Case], root: Path) -> dict[str, Any]:
+    """Measure the machine's limits for these cases, and the work of each case.
 
-    Returns {"memory_bandwidth", "gemm": {KEY: {"float32", "bfloat16"}}, "work": {CASE: {PART: {"flops", "gemm": KEY}}}}, rates a
-    second. Cases whose completions end when they like have no fixed amount of work, and are not in it.
+    Returns {"memory_bandwidth", "gemm": {KEY: {"float32", "bfloat16"}}, "work": {CASE: {PART: {"flops", "gemm": KEY}}}}, rates per
+    second. Cases with completions of variable length have no fixed amount of work and are omitted.
     """
     gemm: dict[str, dict[str, float]] = {}
     work: dict[str, dict[str, Any]] = {}

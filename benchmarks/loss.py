@@ -1,7 +1,7 @@
-"""The loss stage alone: given hidden states and heads, the exact reverse KL and its gradients to the student's.
+"""Benchmark of the loss stage: exact reverse KL from hidden states and heads, with gradients for the student.
 
-`loss` runs on the CPU in float32, `loss_gpu` on a GPU in bfloat16 with the heads of Qwen3-1.7B and Qwen3-8B. Beside Headwater
-stand TRL's chunked loss, the plain form (all logits at once) and, on a GPU, Liger-Kernel's fused loss.
+`loss` runs on the CPU in float32, `loss_gpu` on a GPU in bfloat16 with the heads of Qwen3-1.7B and Qwen3-8B. The
+peers are TRL's chunked loss, the plain form (all logits at once) and, on a GPU, Liger-Kernel's fused loss.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Step = Callable[[int], dict[str, float]]
 
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     """Hidden states (N, H) of student and teacher, their heads (V, H), and targets."""
-    drawn = torch.Generator().manual_seed(0)
-    made: Inputs = {}
-    for who, spec in (("student", case.student), ("teacher", case.teacher)):
+    generator = torch.Generator().manual_seed(0)
+    inputs: Inputs = {}
+    for role, spec in (("student", case.student), ("teacher", case.teacher)):
         assert spec is not None
         _, size, vocabulary = spec.split(":")
         hidden = int(size.split("x")[1])
-        made[f"{who}_hidden"] = torch.randn(case.tokens, hidden, generator=drawn).to(device, dtype)
+        inputs[f"{role}_hidden"] = torch.randn(case.tokens, hidden, generator=generator).to(device, dtype)
         head = nn.Linear(hidden, int(vocabulary), bias=False, device=device, dtype=dtype)
-        head.weight.data.copy_(0.02 * torch.randn(int(vocabulary), hidden, generator=drawn))
-        made[f"{who}_head"] = head.requires_grad_(who == "student")
-    made["student_hidden"].requires_grad_()
-    made["targets"] = torch.randint(int(vocabulary), (case.tokens,), generator=drawn).to(device)
-    return made
+        head.weight.data.copy_(0.02 * torch.randn(int(vocabulary), hidden, generator=generator))
+        inputs[f"{role}_head"] = head.requires_grad_(role == "student")
+    inputs["student_hidden"].requires_grad_()
+    inputs["targets"] = torch.randint(int(vocabulary), (case.tokens,), generator=generator).to(device)
+    return inputs
 
 
 def headwater(inputs: Inputs) -> Tensor:
@@ -44,7 +44,7 @@ def headwater(inputs: Inputs) -> Tensor:
 
 
 def plain(inputs: Inputs) -> Tensor:
-    """Both models' logits as a whole."""
+    """Full logits of both models."""
     student = inputs["student_head"](inputs["student_hidden"]).float().log_softmax(dim=-1)
     with torch.no_grad():
         teacher = inputs["teacher_head"](inputs["teacher_hidden"]).float().log_softmax(dim=-1)
@@ -52,7 +52,7 @@ def plain(inputs: Inputs) -> Tensor:
 
 
 def trl(inputs: Inputs) -> Tensor:
-    """What `DistillationTrainer` computes at β = 1."""
+    """The loss of `DistillationTrainer` at β = 1."""
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     loss, _, _ = _chunked_divergence_loss(
@@ -84,12 +84,12 @@ FORMS: dict[str, Callable[[Inputs], Tensor]] = {"headwater": headwater, "plain":
 
 
 def hidden_bytes(inputs: Inputs) -> int:
-    """Bytes that any form needs for each token: the gradient of the student's hidden states."""
+    """Bytes that every implementation needs: the gradient of the student's hidden states."""
     return inputs["student_hidden"].nbytes
 
 
 def step_of(peer: str, case: Case) -> Step:
-    """Loss and gradients once. Raises CannotRunError where the case needs a GPU and there is none."""
+    """One loss with gradients. Raises CannotRunError if the case needs a GPU and there is none."""
     if case.kind == "loss_gpu":
         if not torch.cuda.is_available():
             raise CannotRunError("no GPU on this machine")
@@ -98,8 +98,8 @@ def step_of(peer: str, case: Case) -> Step:
         device, dtype = torch.device("cpu"), torch.float32
     inputs, form = inputs_of(case, device, dtype), FORMS[peer]
     tiny = replace(case, student="random:1x8:16", teacher="random:1x8:16", tokens=2)
-    form(inputs_of(tiny, device, dtype))  # what it imports is neither its work nor its memory
-    held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    form(inputs_of(tiny, device, dtype))  # import first: imports must not count as time or memory
+    baseline = torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
     def step(number: int) -> dict[str, float]:
         inputs["student_hidden"].grad = inputs["student_head"].weight.grad = None
@@ -114,7 +114,7 @@ def step_of(peer: str, case: Case) -> Step:
         loss.backward()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        used = torch.cuda.max_memory_allocated() - held
+        used = torch.cuda.max_memory_allocated() - baseline
         return {"loss": loss.item(), "hidden_bytes": hidden_bytes(inputs), "seconds": seconds, "gpu_bytes": used}
 
     return step

@@ -1,4 +1,4 @@
-"""Model folders and prompts for the workloads: shipped pocket models, and Qwen3-shaped ones with random weights."""
+"""Model folders and prompts of the workloads: shipped pocket models, and random Qwen3-shaped models."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from headwater.tasks.registry import find_task
 from headwater.types import Problem
 
 NEVER = "<|never|>"
-"""An end token whose id lies past the model's vocabulary: nothing ends before its length is reached."""
+"""An end token with an id outside the model's vocabulary, so every completion has full length."""
 HEAD_DIM = 64
 
 
 def folder_of(spec: str, endless: bool, root: Path) -> Path:
-    """The folder of a model spec (`cases.py`), made under `root` if it is not there yet."""
+    """The folder of a model spec (`cases.py`), created under `root` if missing."""
     if spec.startswith("pocket:"):
         shipped = Path(ModelFolder.open(spec, "benchmark").path)
         return _without_end(shipped, root / f"{shipped.name}-endless") if endless else shipped
@@ -35,7 +35,7 @@ def folder_of(spec: str, endless: bool, root: Path) -> Path:
 
 
 def config_of(layers: int, hidden: int, vocabulary: int) -> Qwen3Config:
-    """Qwen3's proportions: tied embeddings, two query heads for a key head, three times the width within."""
+    """Qwen3's proportions: tied embeddings, two query heads per key-value head, MLP of three times the width."""
     return Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -57,11 +57,11 @@ def random_model(folder: Path, layers: int, hidden: int, vocabulary: int) -> Pat
         return folder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(layers)
-        made = Qwen3ForCausalLM(config_of(layers, hidden, vocabulary))
-    made.generation_config.eos_token_id, made.generation_config.pad_token_id = vocabulary, 0
-    made.save_pretrained(folder)
-    words = {"<pad>": 0, "<unk>": 1} | {f"t{index}": index for index in range(2, vocabulary)} | {NEVER: vocabulary}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        model = Qwen3ForCausalLM(config_of(layers, hidden, vocabulary))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = vocabulary, 0
+    model.save_pretrained(folder)
+    vocab = {"<pad>": 0, "<unk>": 1} | {f"t{index}": index for index in range(2, vocabulary)} | {NEVER: vocabulary}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=NEVER, pad_token="<pad>", unk_token="<unk>", padding_side="left"
@@ -78,35 +78,35 @@ def _without_end(shipped: Path, folder: Path) -> Path:
     tokenizer.add_special_tokens({"eos_token": NEVER})
     tokenizer.save_pretrained(folder)
     for name in ("config.json", "generation_config.json"):
-        held = json.loads((folder / name).read_text(encoding="utf-8"))
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
         assert tokenizer.eos_token_id >= json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
-        (folder / name).write_text(json.dumps(held | {"eos_token_id": tokenizer.eos_token_id}), encoding="utf-8")
+        (folder / name).write_text(json.dumps(config | {"eos_token_id": tokenizer.eos_token_id}), encoding="utf-8")
     (folder / "ready").touch()
     return folder
 
 
 def prompts_of(case: Case, folder: Path, steps: int) -> tuple[list[Problem], dict[str, str]]:
-    """Distinct prompts for that many steps, and the gold answers of those that have one (pocket sums).
+    """Distinct prompts for `steps` steps, and the gold answers of pocket problems.
 
-    A problem's text is the whole prompt, special tokens spelt out, so that every peer tokenizes the same string.
+    A problem's text is the whole prompt with special tokens as text, so every peer tokenizes the same string.
     """
     count = steps * case.batch // case.group
     if not case.student.startswith("pocket:"):
         vocabulary = int(case.student.split(":")[2])
         draws = np.random.default_rng(0).integers(2, vocabulary, (count, case.prompt_tokens))
         return [Problem.of(" ".join(f"t{word}" for word in row), "benchmark") for row in draws], {}
-    # The pool is larger than what is asked for, since the same sum may be made twice.
+    # Generate more than needed, since a sum may occur twice.
     source = Source(generate=Generate(pool="train", count=max(count, 2000)))
     read = load(source, "benchmark", need_answers=True, gold=find_task("sums").gold)
     prompter = Prompter(AutoTokenizer.from_pretrained(folder), Prompt())
     problems = read.problems[:count]
     assert len(problems) == count
-    texts = [Problem(one.id, prompter.text(one), one.source) for one in problems]
-    return texts, {one.id: read.gold[one.id] for one in problems}
+    texts = [Problem(problem.id, prompter.text(problem), problem.source) for problem in problems]
+    return texts, {problem.id: read.gold[problem.id] for problem in problems}
 
 
 def completions_of(case: Case, steps: int) -> list[list[list[int]]]:
-    """Given completions for the training part alone: random ids, step by step."""
+    """Random completions for the benchmark of the training part, per step."""
     vocabulary = int(case.student.split(":")[2])
     draws = np.random.default_rng(1).integers(2, vocabulary, (steps, case.batch, case.new_tokens))
-    return [[[int(one) for one in row] for row in step] for step in draws]
+    return [[[int(token) for token in row] for row in step] for step in draws]

@@ -1,6 +1,6 @@
-"""Headwater's side of every workload, through the calls that a run itself makes (`stages.gatherer`, `train.train`).
+"""Headwater's side of every workload, through the functions that a run uses (`training.rollouts`, `training.update`).
 
-All that knows Headwater's signatures stands here, so that a change of one is a change of this file alone.
+Only this file of the benchmarks depends on Headwater's signatures.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from headwater.training.update import make_optimizer, update
 from headwater.types import Problem, Rollout, Verdict
 
 COMPUTE = config.Compute()
-"""The microbatch and the sampler's batch are those that a recipe has unless it says otherwise."""
+"""A recipe's default microbatch and sampler batch."""
 
 Step = Callable[[int], dict[str, float]]
-"""One repetition: its number -> seconds of its parts and what was counted."""
+"""One repetition: its number -> seconds of its parts, and counts."""
 
 
 def loaded(spec: str, case: Case, root: Path, frozen: bool) -> Policy:
@@ -71,7 +71,7 @@ def labels_of(problems: Sequence[Problem], gold: dict[str, str]) -> Labels:
     def grade(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         return [Verdict(parity(text), "equal" if parity(text) else "different") for _, text in pairs]
 
-    return Labels({one.id: "even" for one in problems}, grade, len(problems))
+    return Labels({problem.id: "even" for problem in problems}, grade, len(problems))
 
 
 def step_of(case: Case, root: Path) -> Step:
@@ -82,12 +82,12 @@ def step_of(case: Case, root: Path) -> Step:
     stage, objective = stage_of(case), objective_of(stage_of(case))
     labels = labels_of(problems, gold) if "reward" in objective.signals else None
     prompter = Prompter(policy.tokenizer, config.Prompt())
-    gather = PolicyRollouts(
+    source = PolicyRollouts(
         policy=policy,
         stage=stage,
         draw=("benchmark", 0),
         objective=objective,
-        prompts={one.id: ids_of(policy, one) for one in problems},
+        prompts={problem.id: ids_of(policy, problem) for problem in problems},
         sampler=TorchSampler(policy, COMPUTE.sample_batch),
         prompter=prompter,
         labels=labels,
@@ -98,14 +98,14 @@ def step_of(case: Case, root: Path) -> Step:
     optimizer = make_optimizer(policy, stage.optim)
 
     def step(number: int) -> dict[str, float]:
-        gathered = gather(number)
-        done = update(policy, optimizer, gathered.rows, objective, stage, COMPUTE.microbatch_tokens)
+        batch = source(number)
+        stats = update(policy, optimizer, batch.rows, objective, stage, COMPUTE.microbatch_tokens)
         return {
-            "seconds_sample": gathered.metrics["seconds_sample"],
-            "seconds_score": gathered.metrics["seconds_score"],
-            "seconds_update": done["seconds_update"],
-            "tokens_sampled": gathered.tokens_sampled,
-            "tokens_trained": done["tokens_trained"],
+            "seconds_sample": batch.metrics["seconds_sample"],
+            "seconds_score": batch.metrics["seconds_score"],
+            "seconds_update": stats["seconds_update"],
+            "tokens_sampled": batch.tokens_sampled,
+            "tokens_trained": stats["tokens_trained"],
         }
 
     return step
@@ -126,16 +126,16 @@ def train_of(case: Case, root: Path) -> Step:
     optimizer = make_optimizer(policy, stage.optim)
 
     def step(number: int) -> dict[str, float]:
-        asked = problems[number * case.batch : (number + 1) * case.batch]
+        step_problems = problems[number * case.batch : (number + 1) * case.batch]
         rollouts = [
-            Rollout(one.id, 0, ids_of(policy, one), tuple(said), (0.0,) * len(said), "length", policy.fingerprint)
-            for one, said in zip(asked, given[number], strict=True)
+            Rollout(problem.id, 0, ids_of(policy, problem), tuple(ids), (0.0,) * len(ids), "length", policy.fingerprint)
+            for problem, ids in zip(step_problems, given[number], strict=True)
         ]
         with torch.no_grad():
-            found = distributions_of(teacher, rollouts, COMPUTE.microbatch_tokens)
-        rows = [replace(Row(one), teacher=each) for one, each in zip(rollouts, found, strict=True)]
-        done = update(policy, optimizer, rows, objective, stage, COMPUTE.microbatch_tokens)
-        return {"seconds_update": done["seconds_update"], "tokens_trained": done["tokens_trained"]}
+            scores = distributions_of(teacher, rollouts, COMPUTE.microbatch_tokens)
+        rows = [replace(Row(rollout), teacher=score) for rollout, score in zip(rollouts, scores, strict=True)]
+        stats = update(policy, optimizer, rows, objective, stage, COMPUTE.microbatch_tokens)
+        return {"seconds_update": stats["seconds_update"], "tokens_trained": stats["tokens_trained"]}
 
     return step
 
@@ -144,20 +144,21 @@ def sampling_of(case: Case, root: Path) -> Step:
     policy = loaded(case.student, case, root, frozen=True)
     problems, _ = prompts_of(case, folder_of(case.student, case.endless, root), 1)
     sampler = TorchSampler(policy, COMPUTE.sample_batch)
-    prompts = [(one.id, ids_of(policy, one)) for one in problems]
+    prompts = [(problem.id, ids_of(policy, problem)) for problem in problems]
 
     def step(number: int) -> dict[str, float]:
         requests = requests_for(prompts, case.group, 0, "benchmark", number)
-        found = sampler.sample(requests, Sampling(max_tokens=case.new_tokens))
-        return {"tokens_sampled": sum(len(one.completion_ids) for one in found)}
+        rollouts = sampler.sample(requests, Sampling(max_tokens=case.new_tokens))
+        return {"tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts)}
 
     return step
 
 
 def loss_stage(inputs: dict[str, Any]) -> torch.Tensor:
-    """The loss of given hidden states: exact reverse KL, as `train.backward` asks for it."""
-    head, theirs = (
-        LinearHead(one.weight, one.bias, one.weight.dtype) for one in (inputs["student_head"], inputs["teacher_head"])
+    """The loss of given hidden states: exact reverse KL, as in `training.update`."""
+    student_head, teacher_head = (
+        LinearHead(head.weight, head.bias, head.weight.dtype)
+        for head in (inputs["student_head"], inputs["teacher_head"])
     )
     count = len(inputs["targets"])
 
@@ -165,7 +166,7 @@ def loss_stage(inputs: dict[str, Any]) -> torch.Tensor:
         assert stats.divergence_N is not None
         return stats.divergence_N / count
 
-    teacher = FromHidden(inputs["teacher_hidden"], theirs, 1.0)
+    teacher = FromHidden(inputs["teacher_hidden"], teacher_head, 1.0)
     return loss_and_stats(
-        inputs["student_hidden"], head, TokenInputs(inputs["targets"], 1.0, teacher, token_losses.REVERSE), mean
+        inputs["student_hidden"], student_head, TokenInputs(inputs["targets"], 1.0, teacher, token_losses.REVERSE), mean
     )[0]

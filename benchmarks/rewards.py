@@ -1,4 +1,4 @@
-"""The reward of workloads in which there is nothing to solve."""
+"""Reward for workloads without a real task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def parity(completion: str) -> bool:
-    """Whether the number of the last token is even: half of all completions, whatever the model.
+    """Whether the number of the last token is even: about half of all completions, for any model.
 
     Example: `parity("t7 t12")` is True.
     """

@@ -1,6 +1,6 @@
-"""Run every measurement in a process of its own, the peers in turn, and gather what they wrote. No torch here.
+"""Run every measurement in its own process, alternating between peers, and collect the results.
 
-This process stays small: a child's ru_maxrss begins at what its parent had in memory.
+Does not import torch, to keep this process small: a child's ru_maxrss starts at its parent's resident memory.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from benchmarks.cases import Case
 from benchmarks.summary import over_runs
 
 PACKAGES = {"trl": "trl", "vllm": "vllm", "liger": "liger_kernel"}
-"""What a peer needs beside Headwater's own dependencies."""
-LONGEST = 1800.0
-"""Seconds after which a measurement is given up."""
+"""Packages that peers need in addition to Headwater's dependencies."""
+TIMEOUT_SECONDS = 1800.0
+"""Time limit of a measurement."""
 
 Say = Callable[[str], None]
 Run = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 def missing(peers: Sequence[str]) -> dict[str, str]:
-    """The peers that cannot be measured here, and why."""
+    """The peers that are not installed, with the reason."""
     absent = {peer: PACKAGES[peer] for peer in peers if peer in PACKAGES}
     return {
         peer: f"{package} is not installed"
@@ -37,39 +37,39 @@ def missing(peers: Sequence[str]) -> dict[str, str]:
     }
 
 
-def in_a_process(peer: str, told: dict[str, Any]) -> dict[str, Any]:
-    """What a child process measured; {"failed": reason} if it did not get to its end."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as held:
-        asked, out = Path(held) / "asked.json", Path(held) / "out.json"
-        asked.write_text(json.dumps(told), encoding="utf-8")
-        command = [sys.executable, "-m", "benchmarks.child", peer, str(asked), str(out)]
+def run_in_process(peer: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Measure in a child process; {"failed": reason} if it does not finish."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        case, out = Path(folder) / "case.json", Path(folder) / "out.json"
+        case.write_text(json.dumps(request), encoding="utf-8")
+        command = [sys.executable, "-m", "benchmarks.child", peer, str(case), str(out)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
+            process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
-            return {"failed": f"not done after {LONGEST:.0f} s"}
-        if done.returncode or not out.exists():
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            return {"failed": lines[-1][:300] if lines else f"exit {done.returncode}"}
+            return {"failed": f"not done after {TIMEOUT_SECONDS:.0f} s"}
+        if process.returncode or not out.exists():
+            lines = [line for line in process.stderr.splitlines() if line.strip()]
+            return {"failed": lines[-1][:300] if lines else f"exit {process.returncode}"}
         return dict(json.loads(out.read_text(encoding="utf-8")))
 
 
 def measure(
-    case: Case, peers: Sequence[str], runs: int, root: Path, say: Say, run: Run = in_a_process
+    case: Case, peers: Sequence[str], runs: int, root: Path, say: Say, run: Run = run_in_process
 ) -> dict[str, Any]:
-    """A case on each of its peers in turn, `runs` times over: peer -> medians, or why there are none."""
+    """Measure a case `runs` times on each of its peers, alternating: peer -> medians, or the reason why not."""
     wanted = [peer for peer in case.peers if peer in peers]
-    found: dict[str, Any] = {peer: {"skipped": why} for peer, why in missing(wanted).items()}
+    unavailable: dict[str, Any] = {peer: {"skipped": why} for peer, why in missing(wanted).items()}
     rows: dict[str, list[dict[str, float]]] = {}
     for number in range(runs):
         for peer in wanted:
-            if peer in found:
+            if peer in unavailable:
                 continue
             row = run(peer, {"case": asdict(case), "root": str(root)})
             if "seconds" not in row:
-                found[peer] = row
+                unavailable[peer] = row
                 say(f"{case.name} {peer}: {row}")
                 continue
             rows.setdefault(peer, []).append(row)
             say(f"{case.name} {peer} {number + 1}/{runs}: {row['seconds']:.3f} s, {row['peak_bytes'] / 2**20:.0f} MiB")
-    measured = {peer: over_runs(each) for peer, each in rows.items() if peer not in found}
-    return {peer: (measured | found)[peer] for peer in wanted}
+    medians = {peer: over_runs(runs_of_peer) for peer, runs_of_peer in rows.items() if peer not in unavailable}
+    return {peer: (medians | unavailable)[peer] for peer in wanted}

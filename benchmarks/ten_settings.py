@@ -1,12 +1,12 @@
-"""Does the advice of `headwater probe` name the arm that a later study finds better? Ten settings say.
+"""Test in ten settings whether `headwater probe` names the arm that a later study finds better.
 
     python -m benchmarks.ten_settings --out DIR                       # the ten: probe with seed 0, study with seeds 0 and 1
     python -m benchmarks.ten_settings --out DIR --calibration         # other settings and other seeds, which chose the rule
 
-For each setting: make the models it names (once, in DIR/models), probe, run `headwater study pocket --arms direct_grpo,bridge`, and
-hold the advice against the outcome. DIR/table.json and DIR/table.md are written again after each; run again and it goes on.
+For each setting: pretrain its models (once, in DIR/models), probe, run `headwater study pocket --arms direct_grpo,bridge`, and
+compare the advice with the outcome. DIR/table.json and DIR/table.md are rewritten after each setting; the same command resumes.
 
-The ten stand here as they were written down before the rule of `headwater.doctor.advice` was chosen; nothing was measured on them until
+The ten settings were written down before the rule of `headwater.doctor.advice` was chosen; nothing was measured on them until
 it was final. The calibration settings differ from all of them in a model or the budget, and also in the training seed, the labels
 bought and the evaluation problems.
 """
@@ -30,7 +30,7 @@ from tools.pretrain.pocket import POCKET, PretrainSpec, measure, pretrain
 STUDENT, TEACHER = POCKET["qwen3-student"], POCKET["qwen3-teacher"]
 
 MODELS: dict[str, tuple[PretrainSpec, int]] = {
-    # Of the ten. More steps make a model skilled; p_cot is how often it shows its work, without which it can only guess.
+    # Of the ten settings. More steps give more skill; p_cot is how often it shows its work, without which it can only guess.
     "skilled": (replace(STUDENT, worked_steps=1500), 1),
     "seldom": (replace(STUDENT, p_cot=0.06), 2),
     "guesser": (replace(STUDENT, p_cot=0.0), 3),
@@ -40,12 +40,12 @@ MODELS: dict[str, tuple[PretrainSpec, int]] = {
     "able": (replace(STUDENT, worked_steps=1200, p_cot=0.15), 101),
     "rarely": (replace(STUDENT, worked_steps=1200, p_cot=0.02), 102),
 }
-"""What is made beside the shipped models, and the seed that makes it."""
+"""Models besides the shipped ones: pretraining spec and seed."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A pair and a budget. `expected` is what was thought before anything was measured; no code reads it."""
+    """A pair of models and a budget. `expected` is the guess before any measurement; no code reads it."""
 
     name: str
     student: str
@@ -84,18 +84,18 @@ CALIBRATION = (
 )
 
 CALIBRATION_SETS = ("labels.seed=101", "data.evals.sums.generate.seed=101")
-"""Other labels are bought and other problems are asked than in any study that is reported."""
+"""Labels and evaluation problems differ from those of every reported study."""
 GAIN = 0.05
-"""`neither` is right where no arm lifts the student by more than this: a study of 500 problems would hardly see less."""
+"""`neither` is correct if no arm improves the student by more; a study of 500 problems hardly detects less."""
 
 
 def model_of(name: str, folder: Path) -> str:
-    """What a recipe calls this model."""
+    """The model's name in a recipe."""
     return str(folder / name) if name in MODELS else f"pocket:{name}"
 
 
 def make(name: str, folder: Path) -> None:
-    """Pretrain one of MODELS, unless it is there; about a minute for a student and three for a teacher, on one thread."""
+    """Pretrain one of MODELS unless it exists; about a minute for a student and three for a teacher, on one thread."""
     card = folder / f"{name}.json"
     if name not in MODELS or card.exists():
         return
@@ -105,7 +105,7 @@ def make(name: str, folder: Path) -> None:
 
 
 def sets(setting: Setting, models: Path, more: tuple[str, ...]) -> list[str]:
-    """The `--set` options of a setting; a teacher that never learns is a finding here, and no reason to stop."""
+    """The `--set` options of a setting. A teacher that never learns is a result here, not a reason to stop."""
     changes = (
         f"models.student={model_of(setting.student, models)}",
         f"models.teacher={model_of(setting.teacher, models)}",
@@ -117,30 +117,32 @@ def sets(setting: Setting, models: Path, more: tuple[str, ...]) -> list[str]:
 
 
 def headwater(*words: str) -> str:
-    """Run the program; what it prints on stdout. Raises CalledProcessError, after the program has said why on stderr."""
-    done = subprocess.run(
+    """Run the program and return its stdout. Raises CalledProcessError; the reason is on stderr."""
+    process = subprocess.run(
         [sys.executable, "-m", "headwater", *words],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return done.stdout
+    return process.stdout
 
 
 def outcome(report: dict[str, Any]) -> dict[str, Any]:
-    """What the study found: accuracies, bridge − direct_grpo with its interval, and the better arm.
+    """Outcome of a study: accuracies, bridge − direct_grpo with its interval, and the better arm.
 
-    `better` is `neither` where neither arm lifts the student by more than GAIN; otherwise it goes by the sign of the
-    difference, and `clear` says whether the interval excludes zero.
+    `better` is `neither` if neither arm improves the student by more than GAIN; otherwise the sign of the
+    difference decides, and `clear` says whether the interval excludes zero.
     """
     (name,) = report["arms"]["base_student"]["accuracy"]
-    found = {arm: report["arms"][arm]["accuracy"][name]["mean"] for arm in ("base_student", "direct_grpo", "bridge")}
+    accuracies = {
+        arm: report["arms"][arm]["accuracy"][name]["mean"] for arm in ("base_student", "direct_grpo", "bridge")
+    }
     (contrast,) = (c for c in report["contrasts"] if (c["a"], c["b"], c["eval"]) == ("bridge", "direct_grpo", name))
-    gained = max(found["direct_grpo"], found["bridge"]) - found["base_student"]
+    gained = max(accuracies["direct_grpo"], accuracies["bridge"]) - accuracies["base_student"]
     better = "neither" if gained <= GAIN else "bridge" if contrast["difference"] > 0 else "direct_grpo"
     return {
-        **found,
+        **accuracies,
         **{key: contrast[key] for key in ("difference", "low", "high", "p")},
         "better": better,
         "clear": contrast["low"] > 0 or contrast["high"] < 0,
@@ -148,31 +150,31 @@ def outcome(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured(setting: Setting, out: Path, seeds: str, more: tuple[str, ...]) -> dict[str, Any]:
-    """Probe and study one setting into out/NAME; its row of the table."""
+    """Probe and study one setting in out/NAME; returns its row of the table."""
     models = out / "models"
     for name in (setting.student, setting.teacher):
         make(name, models)
     options, folder = sets(setting, models, more), RunDir(out / setting.name)
-    # Before the study, as its user would: the prediction is on disk when the outcome is not.
+    # Before the study: the prediction is on disk before the outcome exists.
     if not folder.probe.exists():
         headwater("probe", "pocket", "--seed", seeds.split(",")[0], "--out", str(folder.path), "--json", *options)
-    said = read_json(folder.probe)
+    answer = read_json(folder.probe)
     arms = ("--arms", "direct_grpo,bridge", "--seeds", seeds)
-    found = outcome(json.loads(headwater("study", "pocket", *arms, "--out", str(folder.path), "--json", *options)))
-    advised = said["advice"]["labels"]["arm"] or "neither"
+    result = outcome(json.loads(headwater("study", "pocket", *arms, "--out", str(folder.path), "--json", *options)))
+    advised = answer["advice"]["labels"]["arm"] or "neither"
     return {
         **asdict(setting),
-        "measures": summary(said),
-        "advice": said["advice"]["labels"],
-        "outcome": found,
-        "agrees": advised == found["better"],
+        "measures": summary(answer),
+        "advice": answer["advice"]["labels"],
+        "outcome": result,
+        "agrees": advised == result["better"],
     }
 
 
-def summary(said: dict[str, Any]) -> dict[str, Any]:
-    """The numbers that the advice rests on."""
-    student, teacher = said["models"]["student"], said["models"]["teacher"]
-    finish = said["finish"]
+def summary(answer: dict[str, Any]) -> dict[str, Any]:
+    """The numbers behind the advice."""
+    student, teacher = answer["models"]["student"], answer["models"]["teacher"]
+    finish = answer["finish"]
     return {
         "pass_student": student["pass_rate"]["mean"],
         "pass_teacher": teacher["pass_rate"]["mean"],
@@ -181,13 +183,13 @@ def summary(said: dict[str, Any]) -> dict[str, Any]:
         "finish_student": None if finish is None else finish["student"]["mean"],
         "finish_teacher": None if finish is None else finish["teacher"]["mean"],
         "kl_right": None if finish is None else finish["kl"],
-        "cache_passes": said["cache_passes"],
-        "kl_student_prefixes": said["conditions"]["C2"]["kl_student_teacher"],
+        "cache_passes": answer["cache_passes"],
+        "kl_student_prefixes": answer["conditions"]["C2"]["kl_student_teacher"],
     }
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of the docs: what was measured, what was advised, what came of it, misses included."""
+    """The table of docs/results.md: measures, advice and outcome, including misses."""
 
     def share(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.0f}"
@@ -217,25 +219,27 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    asked.add_argument("--out", type=Path, required=True)
-    asked.add_argument("--seeds", help="training seeds of the studies; the probe takes the first")
-    asked.add_argument("--only", help="settings, separated by commas")
-    asked.add_argument("--calibration", action="store_true", help="the settings that chose the rule, not the ten")
-    told = asked.parse_args()
-    settings = CALIBRATION if told.calibration else TEN
-    only = [setting.name for setting in settings] if told.only is None else told.only.split(",")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", help="training seeds of the studies; the probe uses the first")
+    parser.add_argument("--only", help="settings, separated by commas")
+    parser.add_argument(
+        "--calibration", action="store_true", help="run the settings that chose the rule instead of the ten"
+    )
+    options = parser.parse_args()
+    settings = CALIBRATION if options.calibration else TEN
+    only = [setting.name for setting in settings] if options.only is None else options.only.split(",")
     unknown = [name for name in only if name not in {setting.name for setting in settings}]
     if unknown:
-        asked.error(f"--only {unknown[0]}: the settings are {', '.join(setting.name for setting in settings)}")
-    seeds = told.seeds or ("101" if told.calibration else "0,1")
-    torch.set_num_threads(1)  # pretraining with several rounds differently
+        parser.error(f"--only {unknown[0]}: the settings are {', '.join(setting.name for setting in settings)}")
+    seeds = options.seeds or ("101" if options.calibration else "0,1")
+    torch.set_num_threads(1)  # more threads change the rounding of pretraining
     rows: list[dict[str, Any]] = []
     for setting in settings:
         if setting.name in only:
-            rows.append(measured(setting, told.out, seeds, CALIBRATION_SETS if told.calibration else ()))
-            write_json(told.out / "table.json", rows)
-            write_atomic(told.out / "table.md", markdown(rows))
+            rows.append(measured(setting, options.out, seeds, CALIBRATION_SETS if options.calibration else ()))
+            write_json(options.out / "table.json", rows)
+            write_atomic(options.out / "table.md", markdown(rows))
             print(f"{setting.name}: {'agrees' if rows[-1]['agrees'] else 'misses'}", flush=True)
     print(markdown(rows))
 

@@ -1,4 +1,4 @@
-"""TRL's side: `DistillationTrainer` (on its own samples, exact reverse KL) and `GRPOTrainer`, set as fairly as they can be.
+"""TRL's side: `DistillationTrainer` (on its own samples, exact reverse KL) and `GRPOTrainer`, configured for speed.
 
 float32 and no gradient checkpointing (their defaults are bfloat16 and checkpointing), the whole batch in one pass, no logging,
 no evaluation, no saving, no reference model, `transformers.generate` for the samples (its continuous batching, which GRPO may use,
@@ -27,7 +27,7 @@ Row = dict[str, float]
 
 
 class Clock(TrainerCallback):
-    """When each optimizer step began and ended, and how much of it went into generation."""
+    """Times each optimizer step and the generation within it."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -48,9 +48,9 @@ class Clock(TrainerCallback):
     def around(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **named: Any) -> Any:
             started = time.perf_counter()
-            found = generate(*args, **named)
+            output = generate(*args, **named)
             self.generating += time.perf_counter() - started
-            return found
+            return output
 
         return timed
 
@@ -83,9 +83,9 @@ def work_of(case: Case, root: Path) -> Callable[[int], list[Row]]:
     steps = case.repetitions
     folder = folder_of(case.student, case.endless, root)
     problems, gold = prompts_of(case, folder, steps)
-    rows = [{"prompt": one.text, "gold": gold.get(one.id, "")} for one in problems]
+    rows = [{"prompt": problem.text, "gold": gold.get(problem.id, "")} for problem in problems]
     clock = Clock()
-    held: dict[str, Any] = {
+    trainer_arguments: dict[str, Any] = {
         "train_dataset": Dataset.from_list(rows),
         "processing_class": AutoTokenizer.from_pretrained(folder, padding_side="left"),
         "callbacks": [clock],
@@ -93,11 +93,11 @@ def work_of(case: Case, root: Path) -> Callable[[int], list[Row]]:
     student = model_of(folder)
     if case.teacher is None:
         arguments = GRPOConfig(**settings_of(case, steps), num_generations=case.group, beta=0.0)
-        trainer = GRPOTrainer(student, reward, args=arguments, **held)
+        trainer = GRPOTrainer(student, reward, args=arguments, **trainer_arguments)
     else:
         teacher = model_of(folder_of(case.teacher, case.endless, root))
         arguments = DistillationConfig(**settings_of(case, steps), beta=1.0)
-        trainer = DistillationTrainer(student, teacher, args=arguments, **held)
+        trainer = DistillationTrainer(student, teacher, args=arguments, **trainer_arguments)
     if case.kind == "train":
         given = iter(completions_of(case, steps))
         trainer._generate_single_turn = lambda *_, **__: next(given)
@@ -117,6 +117,9 @@ def model_of(folder: Path) -> Any:
 
 
 def reward(completions: list[str], gold: list[str], **_: Any) -> list[float]:
-    """The rewards that Headwater gives the same completions: the task's grader, or the parity of the last token."""
+    """Headwater's rewards for the same completions: the task's grader, or the parity of the last token."""
     grade = find_task("sums").grade
-    return [float(grade(a, said)[0] if a else parity(said)) for said, a in zip(completions, gold, strict=True)]
+    return [
+        float(grade(answer, completion)[0] if answer else parity(completion))
+        for completion, answer in zip(completions, gold, strict=True)
+    ]

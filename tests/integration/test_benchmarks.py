@@ -19,7 +19,7 @@ def tiny(kind: Any, **fields: Any) -> Case:
 
 def test_a_measurement_in_a_process_of_its_own_comes_back_whole(tmp_path: Path) -> None:
     case = tiny("sampling", peers=("headwater",))
-    found = runner.in_a_process("headwater", {"case": asdict(case), "root": str(tmp_path)})
+    found = runner.run_in_process("headwater", {"case": asdict(case), "root": str(tmp_path)})
     assert found["tokens_sampled"] == 20.0 and found["seconds"] > 0.0
-    failed = runner.in_a_process("nobody", {"case": asdict(case), "root": str(tmp_path)})
+    failed = runner.run_in_process("nobody", {"case": asdict(case), "root": str(tmp_path)})
     assert "KeyError" in failed["failed"]

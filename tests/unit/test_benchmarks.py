@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import __main__ as program
 from benchmarks import child, limits, loss, runner, summary
-from benchmarks.cases import CannotRunError, Case, all_cases, chosen
+from benchmarks.cases import CannotRunError, Case, all_cases, select_cases
 from benchmarks.rewards import parity
 from benchmarks.table import cells
 
@@ -87,7 +87,7 @@ def test_limits_give_a_rate_for_every_shape_that_the_work_names(
 ) -> None:
     monkeypatch.setattr(limits, "SECONDS", 0.0005)
     monkeypatch.setattr(limits, "bandwidth", lambda: 1e10)
-    found = limits.measured([OPD, tiny("loss"), replace(OPD, places=(("a", "opd"),), endless=False)], tmp_path)
+    found = limits.measure([OPD, tiny("loss"), replace(OPD, places=(("a", "opd"),), endless=False)], tmp_path)
     assert set(found["work"]) == {"b.opd"}
     assert {one["gemm"] for one in found["work"]["b.opd"].values()} == set(found["gemm"])
     assert all(rate > 1e6 for rates in found["gemm"].values() for rate in rates.values())
@@ -96,11 +96,11 @@ def test_limits_give_a_rate_for_every_shape_that_the_work_names(
 def test_workloads_are_chosen_by_letter_or_by_case_and_unknown_ones_are_named() -> None:
     every = all_cases()
     assert len({case.name for case in every}) == len(every)
-    assert {case.name for case in chosen(["b"], every)} == {"b.opd", "b.grpo", "b.sampling"}
-    assert "b.sampling" in {case.name for case in chosen(["d"], every)}  # the same measurement stands in both
-    assert [case.name for case in chosen(["c.train"], every)] == ["c.train"]
+    assert {case.name for case in select_cases(["b"], every)} == {"b.opd", "b.grpo", "b.sampling"}
+    assert "b.sampling" in {case.name for case in select_cases(["d"], every)}  # the same measurement stands in both
+    assert [case.name for case in select_cases(["c.train"], every)] == ["c.train"]
     with pytest.raises(ValueError, match="no workload 'z'"):
-        chosen(["b", "z"], every)
+        select_cases(["b", "z"], every)
 
 
 def fake(peer: str, told: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def test_the_json_has_the_promised_shape_and_add_keeps_other_cases(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(runner, "in_a_process", fake)
+    monkeypatch.setattr(runner, "run_in_process", fake)
     monkeypatch.setattr(program.result_of, "__defaults__", (fake,))
     out = tmp_path / "out.json"
     common = ["--peers", "trl", "--runs", "1", "--json", str(out), "--models", str(tmp_path / "models")]
@@ -170,7 +170,7 @@ def test_the_json_has_the_promised_shape_and_add_keeps_other_cases(
 def test_unknown_peers_and_workloads_are_a_mistake_of_the_user(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in (["--peers", "nobody"], ["--workloads", "z"], ["--runs", "0"]):
         with pytest.raises(SystemExit) as stopped:
-            program.asked(wrong)
+            program.parse_options(wrong)
         assert stopped.value.code == 2
     assert "no workload 'z'" in capsys.readouterr().err
 
@@ -179,7 +179,7 @@ def test_unknown_peers_and_workloads_are_a_mistake_of_the_user(capsys: pytest.Ca
 def test_our_side_of_a_workload_does_all_of_its_tokens(kind: Any, tmp_path: Path) -> None:
     more = {"teacher": None, "group": 4} if kind == "grpo" else {}
     case = tiny(kind, peers=("headwater",), **more)
-    found = child.measured("headwater", case, tmp_path)
+    found = child.measure("headwater", case, tmp_path)
     if kind != "train":
         assert found["tokens_sampled"] == 4 * 5
     if kind in ("opd", "train"):
@@ -190,14 +190,14 @@ def test_our_side_of_a_workload_does_all_of_its_tokens(kind: Any, tmp_path: Path
 
 
 def test_a_pocket_step_uses_the_recipes_own_problems_and_grader(tmp_path: Path) -> None:
-    [grpo] = chosen(["a.grpo"], all_cases())
-    found = child.measured("headwater", replace(grpo, batch=16, steps=1), tmp_path)
+    [grpo] = select_cases(["a.grpo"], all_cases())
+    found = child.measure("headwater", replace(grpo, batch=16, steps=1), tmp_path)
     assert 16 <= found["tokens_sampled"] <= 16 * 48
 
 
 def test_pocket_models_without_an_end_sample_to_the_last_token(tmp_path: Path) -> None:
-    [case] = chosen(["d.pocket_student"], all_cases())
-    found = child.measured("headwater", replace(case, batch=4, new_tokens=40, steps=1), tmp_path)
+    [case] = select_cases(["d.pocket_student"], all_cases())
+    found = child.measure("headwater", replace(case, batch=4, new_tokens=40, steps=1), tmp_path)
     assert found["tokens_sampled"] == 4 * 40
 
 
@@ -214,7 +214,7 @@ def test_our_loss_stage_and_the_plain_form_are_the_same_loss_with_the_same_gradi
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_the_gpu_workload_is_skipped_with_its_reason_where_there_is_no_gpu() -> None:
-    [case] = chosen(["gpu"], all_cases())
+    [case] = select_cases(["gpu"], all_cases())
     with pytest.raises(CannotRunError, match="no GPU"):
         loss.step_of("headwater", case)
 
