@@ -61,20 +61,8 @@ from headwater.storage.files import (
 )
 
 __all__ = [  # re-exported for the modules that use file names
-    "FREE",
-    "LARGE",
-    "NodeDir",
-    "RunDir",
-    "append_jsonl",
-    "atomic_folder",
-    "first_difference",
-    "keep_rows",
-    "read_checked",
-    "read_json",
-    "read_jsonl",
-    "write_atomic",
-    "write_checked",
-    "write_json",
+    "FREE", "LARGE", "NodeDir", "RunDir", "append_jsonl", "atomic_folder", "first_difference", "keep_rows",
+    "read_checked", "read_json", "read_jsonl", "write_atomic", "write_checked", "write_json",
 ]  # fmt: skip
 
 FREE = dict.fromkeys(("seed", "compute", "guards"))

@@ -294,7 +294,7 @@ def test_crash_releases_the_folder_lock(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", f"{code}    print('held', flush=True); input()"],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-    with pytest.raises(UserError, match="another process is at work"), RunDir(tmp_path).locked():
+    with pytest.raises(UserError, match="another process is running"), RunDir(tmp_path).locked():
         pass
     holder.kill()
     holder.communicate()
