@@ -1,7 +1,7 @@
-"""The task `maths`: answers to mathematics problems in GSM8K, MATH, AIME and DAPO style.
+"""Task `maths`: grade final answers in the formats of GSM8K, MATH, AIME and DAPO.
 
-math-verify does the mathematics. Ours is what surrounds it: where the answer stands, one spelling, cheap exact
-comparison first, and refusing what would take forever. Limits of time and memory are `verifier`'s.
+math-verify compares expressions. This package adds answer extraction, normalization, cheap exact comparison first, and
+rejection of expressions that are too large. `verifier` enforces time and memory limits.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from headwater.tasks import maths_text
 from headwater.tasks.maths_equal import compare_plainly, same, without_unit
 from headwater.tasks.maths_numbers import number
 
-LONGEST_ANSWER = 3000  # characters beyond four times the gold answer's; longer answers are only compared as they stand
+LONGEST_ANSWER = 3000  # characters beyond four times the gold's length; longer answers are only compared as text
 
 
 def extract(completion: str) -> str | None:
-    """The answer that a completion states, for votes: equal numbers give equal text; None without an answer.
+    """Canonical answer for majority votes: equal numbers give equal text; None without an answer.
 
     Example: `extract("so \\boxed{\\dfrac12}")` and `extract("The answer is 0.50.")` both give `"1/2"`.
     """
     answer, _ = maths_text.extract(completion)
     if answer is None or len(answer) > LONGEST_ANSWER:
         return answer
-    spelled = without_unit(maths_text.canonical(answer))
-    value = number(spelled)
-    return maths_text.squeezed(spelled) if value is None else str(value)
+    bare = without_unit(maths_text.canonical(answer))
+    value = number(bare)
+    return maths_text.squeezed(bare) if value is None else str(value)
 
 
 def quick(gold: str, completion: str) -> tuple[bool, str] | None:
-    """The outcome where cheap exact comparison settles it: most integers and words, and whatever is degenerate.
+    """Outcome if a cheap exact comparison decides (most integers and words, degenerate texts), else None.
 
     Example: `quick("1,080", "… \\n#### 1080")` gives `(True, "equal")`, `quick("2x", "\\boxed{x+x}")` gives None.
     """
@@ -47,7 +47,7 @@ def quick(gold: str, completion: str) -> tuple[bool, str] | None:
 
 
 def grade(gold: str, completion: str) -> tuple[bool, str]:
-    """(correct, reason): reason is `equal`, `different`, `no_answer`, `truncated` (a box that never closes) or `error`.
+    """Grade a completion; (correct, `equal` | `different` | `no_answer` | `truncated`). Truncated: a box never closes.
 
     Unbounded in time: call it through `verifier.Verifier`. Raises MemoryError.
     """

@@ -1,14 +1,14 @@
-"""Plainly written numbers, by exact value. No floats: a rounded answer must not pass for the exact one."""
+"""Parse numerals to exact fractions. No floats: a rounded answer must not equal the exact one."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-from headwater.tasks.maths_text import MOST_BRACKETS, matching
+from headwater.tasks.maths_text import MAX_OUTER_BRACKETS, matching
 
-LONGEST_NUMBER = 4000  # digits; Python itself refuses to read 4300
-LARGEST_POWER = 20_000  # of ten, in a number's own spelling
+LONGEST_NUMBER = 4000  # digits; Python refuses to parse more than 4300
+LARGEST_POWER = 20_000  # of ten, in scientific notation
 
 _INTEGER = r"\d{1,3}(?:,\d{3})+|\d+"
 _DECIMAL = re.compile(rf"([-+]*)\s*(?:({_INTEGER})(\.\d*)?|(\.\d+))")
@@ -21,33 +21,33 @@ _SCIENTIFIC = re.compile(
 
 
 def number(text: str) -> Fraction | None:
-    """The exact value of a plainly written number, or None for anything else.
+    """Exact value of a numeral; None for anything else.
 
-    Understood: `1,080`, `-.5`, `2\\frac{1}{2}`, `3/4`, `6.72\\times 10^{-5}`, `0.\\overline{27}`, in brackets or not.
+    Formats: `1,080`, `-.5`, `2\\frac{1}{2}`, `3/4`, `6.72\\times 10^{-5}`, `0.\\overline{27}`, each also in brackets.
     """
     text = text.strip()
     if not text or len(text) > LONGEST_NUMBER or not any(char in "0123456789" for char in text):
         return None
-    for _ in range(MOST_BRACKETS):
+    for _ in range(MAX_OUTER_BRACKETS):
         if not (text.startswith("(") and text.endswith(")") and matching(text, 0) == len(text) - 1):
             break
         text = text[1:-1].strip()
-    if found := _DECIMAL.fullmatch(text):
-        sign, whole, part, bare = found.groups()
+    if match := _DECIMAL.fullmatch(text):
+        sign, whole, part, bare = match.groups()
         digits = (whole or "0").replace(",", "") + (part if part not in (None, ".") else bare or "")
         return _signed(sign, Fraction(digits))
-    if found := _RATIO.fullmatch(text) or _SLASH.fullmatch(text):
-        sign, mixed, above, below = found.groups()
+    if match := _RATIO.fullmatch(text) or _SLASH.fullmatch(text):
+        sign, mixed, above, below = match.groups()
         if int(below) == 0 or (mixed is not None and above[0] in "+-"):
             return None
         return _signed(sign, int(mixed or 0) + Fraction(int(above), int(below)))
-    if found := _SCIENTIFIC.fullmatch(text):
-        power = int(found[2] or found[4])
+    if match := _SCIENTIFIC.fullmatch(text):
+        power = int(match[2] or match[4])
         if abs(power) > LARGEST_POWER:
             return None
-        return Fraction((found[1] or found[3] or "1").replace(",", "")) * Fraction(10) ** power
-    if found := _REPEATING.fullmatch(text):
-        sign, whole, fixed, cycle = found.groups()
+        return Fraction((match[1] or match[3] or "1").replace(",", "")) * Fraction(10) ** power
+    if match := _REPEATING.fullmatch(text):
+        sign, whole, fixed, cycle = match.groups()
         nines = 10 ** len(fixed) * (10 ** len(cycle) - 1)
         return _signed(sign, Fraction(int(whole + fixed + cycle) - int(whole + fixed or "0"), nines))
     return None
@@ -58,9 +58,9 @@ def _signed(sign: str, value: Fraction) -> Fraction:
 
 
 def same_number(gold: Fraction, answer: Fraction, spelling: str) -> bool:
-    """Exactly equal; or the answer is a float's whole printout (15 digits and more) of the gold value.
+    """Exactly equal, or the answer is a full float printout (15 or more digits) of the gold value.
 
-    A shorter decimal is a rounded answer, and a rounded answer is a different one.
+    A shorter decimal is rounded, and rounded answers are wrong.
     """
     if gold == answer:
         return True

@@ -1,6 +1,7 @@
-"""Expressions compared with sympy: parsed by latex2sympy, refuted at random points, decided by math-verify.
+"""Compare expressions: parse with latex2sympy, test at random points, decide with math-verify.
 
-Imported only where sympy is needed. Everything that parses is checked for size before anything is computed with it.
+Imported only in the bounded worker processes, since it imports sympy. Parsed expressions are checked for size before anything
+is computed. Without these checks ten hostile cases of 351 take seconds instead of milliseconds (LOG.md, 2026-11-28).
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from math_verify import verify
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import BooleanAtom
 
-logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns once for each timeout that is left to us
+logging.getLogger("math_verify").setLevel(
+    logging.CRITICAL
+)  # it warns that its own timeout is off; the verifier has one
 
 LONGEST = 1500  # characters
-DEEPEST = 12  # brackets within brackets: the parser's time grows exponentially with them
-LARGEST_BITS = 2_000_000  # of an integer that may be computed
-LARGEST_POWER = 100_000  # of what has a name in it, when numbers are put in for the names
-LARGEST_EXPANSION = 200  # (x+1)^200 can still be expanded
+DEEPEST = 12  # nested brackets: the parser's time grows exponentially with depth
+LARGEST_BITS = 2_000_000  # of a computed integer
+LARGEST_POWER = 100_000  # of an expression with symbols, for numeric evaluation
+LARGEST_EXPANSION = 200  # of an expression with symbols, for expansion by math-verify: (x+1)^200
 LARGEST_FACTORIAL = 5_000
 LONGEST_SUM = 10_000
 POINTS = 4
@@ -35,29 +38,29 @@ _COMPUTED_EARLY = re.compile(r"binom|gcd|lcm")
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether two canonical expressions mean the same; False for what does not parse or is too large.
+    """Whether two canonical expressions are equivalent; False if one does not parse or is too large.
 
     Example: `equal("2k+2", "2(k+1)")` is True.
     """
-    one, other = _parse(gold), _parse(answer)
-    if one is None or other is None:
+    wanted, given = _parse(gold), _parse(answer)
+    if wanted is None or given is None:
         return False
-    if _mere_truth(one) or _mere_truth(other):
-        return False  # `0.56 = 56` is false and so is `0.56 = 66`; that does not make them the same answer
-    if one == other:
+    if _is_truth_value(wanted) or _is_truth_value(given):
+        return False  # `0.56 = 56` and `0.56 = 66` are both false, but not the same answer
+    if wanted == given:
         return True
-    if _too_large(one, LARGEST_POWER) or _too_large(other, LARGEST_POWER):
+    if _too_large(wanted, LARGEST_POWER) or _too_large(given, LARGEST_POWER):
         return False
-    if isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr):
-        agreed = _agree_at_points(one, other)
+    if isinstance(wanted, sympy.Expr) and isinstance(given, sympy.Expr):
+        agreed = _agree_at_points(wanted, given)  # math-verify alone: (x+1)^{2008} is not (1+x)^{2008}
         if agreed is not None:
             return agreed
-    if _too_large(one, LARGEST_EXPANSION) or _too_large(other, LARGEST_EXPANSION):
+    if _too_large(wanted, LARGEST_EXPANSION) or _too_large(given, LARGEST_EXPANSION):
         return False
-    return bool(verify(one, other, float_rounding=15, numeric_precision=DIGITS, timeout_seconds=None))
+    return bool(verify(wanted, given, float_rounding=15, numeric_precision=DIGITS, timeout_seconds=None))
 
 
-def _mere_truth(parsed: Any) -> bool:
+def _is_truth_value(parsed: Any) -> bool:
     return isinstance(parsed, (bool, BooleanAtom)) or (isinstance(parsed, sympy.Rel) and not parsed.free_symbols)
 
 
@@ -65,7 +68,7 @@ def _parse(text: str) -> Any | None:
     if len(text) > LONGEST or _depth(text) > DEEPEST or r"\text" in text or r"\ldots" in text:
         return None
     if _COMPUTED_EARLY.search(text) and re.search(r"\d{5}|\^", text):
-        return None  # the parser computes these while it reads
+        return None  # the parser evaluates these while parsing
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = _DECIMAL.sub(_exact, text)
     try:
@@ -80,15 +83,15 @@ def _parse(text: str) -> Any | None:
         raise
     except Exception:
         return None
-    # The letter i is the imaginary unit unless it counts something.
+    # i is the imaginary unit unless it is an index of a sum or product.
     if isinstance(parsed, sympy.Expr) and not parsed.has(sympy.Sum, sympy.Product):
         parsed = parsed.subs({symbol: sympy.I for symbol in parsed.free_symbols if symbol.name == "i"})
     return parsed
 
 
-def _exact(found: re.Match[str]) -> str:
-    """A decimal as the fraction it is: floats would make rounded answers equal."""
-    whole, decimals, cycle = found.groups()
+def _exact(match: re.Match[str]) -> str:
+    """Rewrite a decimal as an exact fraction: floats would make rounded answers equal."""
+    whole, decimals, cycle = match.groups()
     value = Fraction(f"{whole or 0}.{decimals}")
     if cycle:
         value += Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(decimals))
@@ -104,7 +107,7 @@ def _depth(text: str) -> int:
 
 
 def _bits(expression: Any) -> float:
-    """A bound on the size of a constant: log2 of its magnitude or of its reciprocal's; inf when beyond any bound."""
+    """Upper bound of |log2| of a constant; inf if it is beyond any limit."""
     if isinstance(expression, sympy.Rational):
         return float(max(abs(expression.p).bit_length(), expression.q.bit_length()))
     if isinstance(expression, sympy.Pow):
@@ -123,7 +126,7 @@ def _bits(expression: Any) -> float:
 
 
 def _too_large(expression: Any, largest_power: int) -> bool:
-    """Whether computing with an expression could take more than a moment."""
+    """Whether evaluating an expression could take long."""
     parts = sympy.preorder_traversal(expression) if isinstance(expression, sympy.Basic) else iter(expression)
     for count, part in enumerate(parts):
         if count > 2000:
@@ -149,21 +152,21 @@ def _too_large(expression: Any, largest_power: int) -> bool:
     return False
 
 
-def _agree_at_points(one: sympy.Expr, other: sympy.Expr) -> bool | None:
-    """False when two expressions differ at a point; True when they agree at all; None when too few can be computed.
+def _agree_at_points(wanted: sympy.Expr, given: sympy.Expr) -> bool | None:
+    """Compare numerically at random points: False if any differs, True if all agree, None if too few can be evaluated.
 
-    A difference is certain. Agreement of two different expressions at several random points to 30 digits has no
-    realistic probability, and is far cheaper to see than sympy's simplification, which may not end.
+    False is certain. Different expressions agree at several random points to 30 digits with negligible probability, and
+    this is far cheaper than sympy's simplification, which may not terminate.
     """
-    if one.has(*_NOT_NUMBERS) or other.has(*_NOT_NUMBERS):
+    if wanted.has(*_NOT_NUMBERS) or given.has(*_NOT_NUMBERS):
         return None
-    names = sorted(one.free_symbols | other.free_symbols, key=str)
+    names = sorted(wanted.free_symbols | given.free_symbols, key=str)
     draw = random.Random("headwater")
     agreed = 0
     for _ in range(POINTS if names else 1):
         point = {name: sympy.Rational(draw.randint(-4000, 4000) or 1, 997) for name in names}
         try:
-            value, against = one.subs(point).doit(), other.subs(point).doit()
+            value, against = wanted.subs(point).doit(), given.subs(point).doit()
             if value.is_Rational and against.is_Rational:
                 if value != against:
                     return False

@@ -1,7 +1,7 @@
-"""Answers as text: where a completion states its answer, and one spelling for the many ways of writing it.
+"""Extract the final answer from a completion and normalize its LaTeX.
 
-Everything here takes time linear in the text (no nested quantifiers over the same characters), so that it may run in
-the parent process on whatever a model wrote.
+Everything here takes linear time (no nested quantifiers over the same characters), so it can run in the parent process on
+untrusted text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import unicodedata
 from collections import deque
 from fractions import Fraction
 
-MOST_BRACKETS = 5  # pairs around the whole that are taken off; a thousand pairs would take quadratic time
+MAX_OUTER_BRACKETS = 5  # pairs removed around the whole; a thousand pairs would take quadratic time
 LONGEST_STATEMENT = 4000  # characters read after "the answer is"
 _BRACES = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\,;]+)")
@@ -22,10 +22,10 @@ _HASHES = re.compile(r"(?<!#)####(?!#)")
 
 
 def extract(completion: str) -> tuple[str | None, str]:
-    """The stated answer, and why there is none: (text, "") or (None, "no_answer" | "truncated").
+    """Extract the final answer: (text, "") or (None, "no_answer" | "truncated").
 
-    After the last `</think>`: the last complete box; without any box the last `####` line; else the last "answer is".
-    An empty statement is no answer.
+    Order, after the last `</think>`: the last complete box; without any box the last `####` line; else the last
+    "answer is". An empty answer is none.
 
     Example: `extract("so \\boxed{41}, no: \\boxed{42}")` gives `("42", "")`.
     """
@@ -42,7 +42,7 @@ def extract(completion: str) -> tuple[str | None, str]:
 
 
 def last_box(text: str) -> tuple[str | None, bool]:
-    """(content of the complete box that starts last, whether any box starts): one pass with a stack of braces."""
+    """(content of the complete box that starts last, whether any box starts), by one pass with a stack of braces."""
     if "boxed" not in text and "fbox" not in text:
         return None, False
     stack: list[int] = []  # for each open brace: where the box's content starts, or -1 for a plain brace
@@ -74,13 +74,13 @@ def _first_line(text: str) -> str:
 
 
 def _phrase(text: str) -> str | None:
-    """What the last "answer is …" or "Answer: …" says."""
+    """Text after the last "answer is …" or "Answer: …"."""
     last = _last(_PHRASE, text)
     return None if last is None else _statement(text[last.end() : last.end() + LONGEST_STATEMENT])
 
 
 def _statement(text: str) -> str:
-    """The answer at the start of a text: its mathematics if it starts with some, else its first sentence."""
+    """Answer at the start of a text: its formula if it starts with one, else its first sentence."""
     text = text.lstrip(" \t\n*_:")
     for opening, closing in (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$")):
         if text.startswith(opening):
@@ -95,7 +95,7 @@ def _statement(text: str) -> str:
     return sentence.strip().strip("*_").strip()
 
 
-# One spelling ---------------------------------------------------------------------------------------------------------
+# Normalization --------------------------------------------------------------------------------------------------------
 
 _SIGNS = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/",
@@ -111,15 +111,14 @@ _RAISED = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _LOWERED = re.compile(r"[₀₁₂₃₄₅₆₇₈₉]+")
 _VULGAR = re.compile(r"(\d?)([¼½¾⅐-⅞])")
 
-# (pattern, replacement) in the order of use. Each only removes a choice of spelling, never a value.
+# (pattern, replacement), in order. Each only normalizes notation and never changes a value.
 _REWRITES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\[$]|[$]", ""),  # currency and stray delimiters
         (r"(?<!\\)\\[()\[\]]", " "),  # \( \) \[ \]
-        (r"\\(?:pounds|euro|yen|textdollar|texteuro)\b", ""),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*", ""),
-        (r"(?:,\s*\\!|\{,\}|\\,?,(?=\d{3}\b))\s*(?=\d{3})", ","),  # the thousands comma's spellings
+        (r"(?:,\s*\\!|\{,\}|\\,?,(?=\d{3}\b))\s*(?=\d{3})", ","),  # thousands separators: 32,\! 349 and 1{,}080
         (r"(?<!\\)\\[!]", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad\b|\\(?:thinspace|enspace|hspace\{[^{}]*\})", " "),
         (r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|it|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|bm"
@@ -135,15 +134,13 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"\\lt(?![a-zA-Z])", "<"),
         (r"\\gt(?![a-zA-Z])", ">"),
         (r"\\(?:varnothing|O)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
-        (r"\\(?:R|reals)(?![a-zA-Z])", r"\\mathbb{R}"),
         (r"\(\s*-\s*\\infty\s*,\s*\+?\s*\\infty\s*\)", r"\\mathbb{R}"),
         (r"\\mathbb\s*([RNZQC])", r"\\mathbb{\1}"),
         (r"\\langle(?![a-zA-Z])", "("),
         (r"\\rangle(?![a-zA-Z])", ")"),
         (r"\\[lr]?vert(?![a-zA-Z])|\\mid(?![a-zA-Z])", "|"),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\(?:degree|textdegree)s?(?![a-zA-Z])", " "),  # degrees do not matter
-        (r"\\%|%", " "),  # nor do percent signs
-        (r"\b(?:percent(?:age)?|pct)\b", " "),
+        (r"\^\s*\{?\s*\\circ\s*\}?|\\(?:degree|textdegree)s?(?![a-zA-Z])", " "),  # degrees are ignored
+        (r"\\%|%", " "),  # so are percent signs
         (r"\\begin\s*\{array\}\s*\{[lcr| ]*\}", r"\\begin{matrix}"),
         (r"\\end\s*\{array\}", r"\\end{matrix}"),
         (r"\\(begin|end)\s*\{(?:small|p|b)matrix\}", r"\\\1{matrix}"),
@@ -154,7 +151,6 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"(?<![a-zA-Z\\])(pi|sqrt)(?![a-zA-Z])", r"\\\1 "),
         (r"\*\*", "^"),
         (r"\*", r"\\cdot "),
-        (r"\\[lr]eft(?![a-zA-Z])", ""),
         (r";", ","),
     ]
 ]  # fmt: skip
@@ -168,7 +164,7 @@ _AND_OR = re.compile(r"(?:,\s*)?(?:\\text\{\s*,?\s*(?:and|or),?\s*\}|(?<![a-zA-Z
 
 
 def canonical(answer: str) -> str:
-    """One spelling of an answer: ASCII signs, no delimiters, sizes or spacing commands, braces round every argument.
+    """Normalize an answer: ASCII signs, no delimiters, size or spacing commands, braces around every argument.
 
     Example: `canonical("$\\dfrac12\\,\\text{ or }−√3$")` gives `"\\frac{1}{2} , -\\sqrt{3}"`.
     """
@@ -176,10 +172,10 @@ def canonical(answer: str) -> str:
     text = _RAISED.sub(lambda found: "^{" + unicodedata.normalize("NFKC", found.group()).replace("−", "-") + "}", text)
     text = _LOWERED.sub(lambda found: "_{" + unicodedata.normalize("NFKC", found.group()) + "}", text)
     text = _SIGN_PATTERN.sub(lambda found: _SIGNS[found.group()], unicodedata.normalize("NFKC", text))
-    # Zero-width and direction marks are invisible; control characters mean nothing.
+    # Drop zero-width and direction marks; replace control characters by spaces.
     text = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text
                    if char.isascii() or unicodedata.category(char) != "Cf")  # fmt: skip
-    text = " ".join(text.split())  # before the patterns that look past spaces
+    text = " ".join(text.split())  # before the patterns with \s*, which would be quadratic in runs of spaces
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _TEXT_BY_TEXT.sub(r"\1 \2 ", text)  # \text{km}/\text{h} is one unit
@@ -197,7 +193,7 @@ def _spell_vulgar(found: re.Match[str]) -> str:
 
 
 def _unwrap(found: re.Match[str]) -> str:
-    """Text that is really a number, a letter or a choice loses its wrapper; words and units of one letter keep it."""
+    """Remove \\text around numbers, letters and choices; keep it around words and one-letter units."""
     inner = found[1].strip()
     before = found.string[: found.start()].rstrip()
     unit = before[-1:].isdigit() and re.fullmatch(r"[mgshlLJNWVAKCF](?:/[a-zA-Z]+)?", inner)
@@ -211,9 +207,9 @@ def _braced(piece: str) -> str:
 
 
 def tidy(text: str) -> str:
-    """Single spaces, no full stop at the end, no pair of braces around the whole."""
+    """Single spaces, no final punctuation, no braces around the whole."""
     text = " ".join(text.split()).rstrip(".:,").strip()
-    for _ in range(MOST_BRACKETS):
+    for _ in range(MAX_OUTER_BRACKETS):
         if not (text.startswith("{") and text.endswith("}") and matching(text, 0) == len(text) - 1):
             break
         text = text[1:-1].strip()
@@ -221,32 +217,31 @@ def tidy(text: str) -> str:
 
 
 def squeezed(text: str) -> str:
-    """Without the spaces, except those that end a command's name; for comparing spellings."""
+    """Remove spaces, except those that end a command name; for comparing notation."""
     return re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|\s", lambda found: found[1] + " " if found[1] else "", text)
 
 
-_OPEN = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
 
 
 def tokens(text: str) -> list[tuple[str, int, int]]:
-    """(token, place, depth of brackets around it). Half-open intervals close what another bracket opened."""
+    """(token, position, bracket depth around it). Any closing bracket matches any opening one: intervals are half-open."""
     depth = 0
-    found = []
+    result = []
     for match in _TOKEN.finditer(text):
         token = match.group()
-        if token in ("(", "[", "{", "\\{") or token in (r"\lfloor", r"\lceil", r"\begin"):
-            found.append((token, match.start(), depth))
+        if token in ("(", "[", "{", "\\{", r"\begin"):
+            result.append((token, match.start(), depth))
             depth += 1
             continue
-        if token in (")", "]", "}", "\\}") or token in (r"\rfloor", r"\rceil", r"\end"):
+        if token in (")", "]", "}", "\\}", r"\end"):
             depth -= 1
-        found.append((token, match.start(), depth))
-    return found
+        result.append((token, match.start(), depth))
+    return result
 
 
 def matching(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes; -1 when it does not."""
+    """Position where the bracket that opens at `start` closes; -1 if it does not."""
     depth = next((depth for _, place, depth in tokens(text) if place == start), 0)
     for token, place, inner in tokens(text):
         if place > start and inner == depth and token in (")", "]", "}", "\\}"):
@@ -255,7 +250,7 @@ def matching(text: str, start: int) -> int:
 
 
 def split(text: str, separators: tuple[str, ...]) -> list[str]:
-    """The parts between separators that stand outside all brackets.
+    """Split at separators outside all brackets.
 
     Example: `split("(1,2),3", (",",))` gives `["(1,2)", "3"]`.
     """

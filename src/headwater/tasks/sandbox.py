@@ -1,7 +1,8 @@
-"""Run untrusted Python with limits: in a process of its own, in an empty folder, without network, environment or friends.
+"""Run untrusted Python in a sandboxed process: limits, an empty folder, no network, no inherited environment.
 
-`sandbox_child` runs inside and shuts the doors; this side starts it, waits, kills and judges. What counts as passed is a
-random proof that the child reads only after the last test: an exit code or a printed word says nothing.
+`sandbox_child` runs inside and restricts itself; this module starts it, enforces the time limit and interprets the report.
+Passing is proven by a random token that the child reads only after the last test: code under test can fake an exit code or
+output, but not the token.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LONGEST_REPORT = 10_000
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use. `processes` counts threads; new processes are refused altogether where seccomp is there."""
+    """Resource limits of one run. `processes` counts threads; with seccomp, new processes are refused altogether."""
 
     seconds: float = 30.0
     memory_mb: int = 512
@@ -54,11 +55,11 @@ class Outcome:
 
 
 def run(code: str, tests: str, entry_point: str | None = None, limits: Limits = Limits()) -> Outcome:
-    """Run a solution and then its tests.
+    """Run a solution, then its tests, in a fresh sandbox.
 
     Example: `run("def f(x): return 2 * x", "assert f(2) == 4").passed` is True.
     """
-    _sweep()
+    _remove_stale_folders()
     proof = secrets.token_hex(16)
     parts = [text.encode("utf-8", "surrogatepass") for text in (code, tests)]
     setup = json.dumps(
@@ -72,13 +73,13 @@ def run(code: str, tests: str, entry_point: str | None = None, limits: Limits = 
     ).encode()
     folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
     try:
-        with tempfile.TemporaryFile() as box:
-            box.write(b"%08d" % len(setup) + setup + parts[0] + parts[1] + proof.encode())
-            box.seek(0)
+        with tempfile.TemporaryFile() as payload:
+            payload.write(b"%08d" % len(setup) + setup + parts[0] + parts[1] + proof.encode())
+            payload.seek(0)
             process = subprocess.Popen(
-                # The environment is ours, so -I would only keep the hash seed from being fixed.
+                # Not -I: it would ignore PYTHONHASHSEED. The environment below is complete.
                 [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(CHILD)],
-                stdin=box,
+                stdin=payload,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 cwd=folder,
@@ -91,28 +92,28 @@ def run(code: str, tests: str, entry_point: str | None = None, limits: Limits = 
                 },
                 start_new_session=True,
             )
-        said, late = _listen(process, limits.seconds)
+        report, timed_out = _read_report(process, limits.seconds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return _judge(said, late, process.returncode, proof)
+    return _outcome(report, timed_out, process.returncode, proof)
 
 
-def _listen(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, bool]:
-    """What the child reported until its end, and whether it had to be ended for its time."""
+def _read_report(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, bool]:
+    """The child's report, and whether it was killed at the time limit."""
     assert process.stdout is not None
-    deadline, said, late = time.monotonic() + seconds, b"", False
+    deadline, report, timed_out = time.monotonic() + seconds, b"", False
     try:
-        while len(said) <= LONGEST_REPORT:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
-                late = True
+        while len(report) <= LONGEST_REPORT:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not select.select([process.stdout], [], [], remaining)[0]:
+                timed_out = True
                 break
-            more = os.read(process.stdout.fileno(), 4096)
-            if not more:
+            data = os.read(process.stdout.fileno(), 4096)
+            if not data:
                 break
-            said += more
-        # Nobody holds the pipe any more; a process that closed it and lives on is ended all the same.
-        if not late:
+            report += data
+        # The pipe is closed. A process that keeps running without it is killed below.
+        if not timed_out:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=min(0.2, max(0.0, deadline - time.monotonic())))
     finally:
@@ -121,39 +122,40 @@ def _listen(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, bo
         process.kill()
         process.wait()
         process.stdout.close()
-    return said, late
+    return report, timed_out
 
 
-def _judge(said: bytes, late: bool, status: int, proof: str) -> Outcome:
+def _outcome(report: bytes, timed_out: bool, status: int, proof: str) -> Outcome:
+    """Interpret a report. It is untrusted: the code under test may have written it."""
     try:
-        told: Any = json.loads(said)
+        fields: Any = json.loads(report)
     except (ValueError, RecursionError):
-        told = None
-    told = told if isinstance(told, dict) else {}
-    layers = told.get("layers")
-    named = tuple(str(one) for one in layers) if isinstance(layers, list) else ()
-    failed = str(told.get("failed", ""))[:200]
-    if not late and told.get("proof") == proof and not failed:
-        return Outcome(True, "equal", "", named)
-    if late or status in (-signal.SIGXCPU,):
-        return Outcome(False, "timeout", "", named)
-    if failed == "MemoryError" or (status == -signal.SIGKILL and not said):
-        return Outcome(False, "memory", failed, named)
-    if told.get("at") == "tests" and failed not in ("", "SystemExit"):
-        return Outcome(False, "different", failed, named)
-    return Outcome(False, "error", failed or f"ended with status {status} before its tests did", named)
+        fields = None
+    fields = fields if isinstance(fields, dict) else {}
+    names = fields.get("layers")
+    layers = tuple(str(name) for name in names) if isinstance(names, list) else ()
+    failure = str(fields.get("failed", ""))[:200]
+    if not timed_out and fields.get("proof") == proof and not failure:
+        return Outcome(True, "equal", "", layers)
+    if timed_out or status == -signal.SIGXCPU:
+        return Outcome(False, "timeout", "", layers)
+    if failure == "MemoryError" or (status == -signal.SIGKILL and not report):
+        return Outcome(False, "memory", failure, layers)
+    if fields.get("at") == "tests" and failure not in ("", "SystemExit"):
+        return Outcome(False, "different", failure, layers)
+    return Outcome(False, "error", failure or f"ended with status {status} before its tests did", layers)
 
 
 @cache
 def layers() -> tuple[str, ...]:
-    """Which doors this machine lets a sandbox shut; a trial run tells. Example: `("network namespace", …, "limits")`."""
+    """Restrictions that this machine supports, found by a trial run. Example: `("network namespace", …, "limits")`."""
     return run("", "pass").layers
 
 
 @cache
-def _sweep() -> None:
-    """Remove folders whose makers were killed before they could."""
+def _remove_stale_folders() -> None:
+    """Remove folders of processes that were killed before they could clean up."""
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        maker = path.name.removeprefix(PREFIX).partition("-")[0]
-        if maker.isdigit() and not Path(f"/proc/{maker}").exists() and Path("/proc/self").exists():
+        pid = path.name.removeprefix(PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
             shutil.rmtree(path, ignore_errors=True)

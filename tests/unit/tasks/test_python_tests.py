@@ -232,15 +232,15 @@ spec = importlib.util.spec_from_file_location("child", {child!r})
 child = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(child)
 child.enter_namespaces = lambda folder, megabytes: []
-child.shut_files = lambda folder: []
-child.shut_calls = lambda: []
+child.restrict_files = lambda folder: []
+child.restrict_calls = lambda: []
 child.main()
 """
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name != "a new session"])
 def test_the_audit_hook_alone_refuses_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine that shuts no door for us, honest mistakes are still stopped (an attack on the interpreter is not)."""
+    """Without kernel support the audit hook still stops honest mistakes (not attacks on the interpreter)."""
     script = tmp_path / "child.py"
     script.write_text(HOOK_ONLY.format(child=str(sandbox.CHILD)))
     monkeypatch.setattr(sandbox, "CHILD", script)
