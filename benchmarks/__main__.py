@@ -59,14 +59,14 @@ def result_of(options: argparse.Namespace, console: Console, run: runner.Run = r
         for workload, name in case.places:
             workloads.setdefault(workload, {})[name] = results
             places[f"{workload}.{name}"] = case.name
-    done = summary.with_limits(workloads, places, limits)
+    merged = summary.with_limits(workloads, places, limits)
     for key in ("gemm", "work"):
         limits[key] = earlier.get("limits", {}).get(key, {}) | limits[key]
     for workload, names in earlier.get("workloads", {}).items():
-        done[workload] = names | done.get(workload, {})
-    if "c" in done:
-        done["c"]["growth_2k_to_16k"] = summary.growth_of_loss(done["c"])
-    return {"workloads": done, "limits": limits, "machine": machine(limits)}
+        merged[workload] = names | merged.get(workload, {})
+    if "c" in merged:
+        merged["c"]["growth_2k_to_16k"] = summary.growth_of_loss(merged["c"])
+    return {"workloads": merged, "limits": limits, "machine": machine(limits)}
 
 
 def machine(limits: dict[str, Any]) -> dict[str, Any]:

@@ -34,26 +34,26 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def interval(found: dict[str, float], scale: Callable[[float], str] = percent) -> str:
-    return f"[{scale(found['low'])}, {scale(found['high'])}]"
+def interval(score: dict[str, float], scale: Callable[[float], str] = percent) -> str:
+    return f"[{scale(score['low'])}, {scale(score['high'])}]"
 
 
 def arms(run: Path, name: str, plots: Path) -> str:
     report = read_report(run / "report.json")
     eval_name, rows, drawn = report["evals"][0], [], []
-    for arm, one in report["arms"].items():
-        score = one["accuracy"].get(eval_name)
+    for arm, result in report["arms"].items():
+        score = result["accuracy"].get(eval_name)
         if score is None:
             continue
-        best = list(one["pass_at_k"][eval_name].items())[-1]
+        best = list(result["pass_at_k"][eval_name].items())[-1]
         free = arm.startswith("base_")
         rows.append(
             [
                 f"`{arm}`",
                 f"**{percent(score['mean'])}** {interval(score)}",
                 f"{percent(best[1]['mean'])}",
-                "–" if free else count(one["labels"]["distinct"]),
-                "–" if free else units(one["flops"], "FLOPs"),
+                "–" if free else count(result["labels"]["distinct"]),
+                "–" if free else units(result["flops"], "FLOPs"),
             ]
         )
         drawn.append((arm, score))
@@ -67,8 +67,8 @@ def forest(path: Path, rows: list[tuple[str, dict[str, Any]]], title: str) -> No
     axes = figure.add_subplot()
     for place, (_, score) in enumerate(rows):
         axes.plot([100 * score["low"], 100 * score["high"]], [place, place], color="#0072b2", linewidth=1.6)
-        each = [100 * value for value in score["per_seed"].values()]
-        axes.plot(each, [place] * len(each), "|", color="#555555", markersize=5)
+        accuracies = [100 * value for value in score["per_seed"].values()]
+        axes.plot(accuracies, [place] * len(accuracies), "|", color="#555555", markersize=5)
         axes.plot([100 * score["mean"]], [place], "o", color="#0072b2", markersize=4.5)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -82,20 +82,20 @@ def forest(path: Path, rows: list[tuple[str, dict[str, Any]]], title: str) -> No
 def contrasts(run: Path, name: str, plots: Path) -> str:
     report = read_report(run / "report.json")
     rows = []
-    for one in report["contrasts"]:
-        if one["b"].startswith("base_") or one["eval"] != report["evals"][0]:
+    for contrast in report["contrasts"]:
+        if contrast["b"].startswith("base_") or contrast["eval"] != report["evals"][0]:
             continue
-        flops = [units(one["flops"][side]) for side in ("a", "b")]
-        labels = [count(one["labels"][side]) for side in ("a", "b")]
+        flops = [units(contrast["flops"][side]) for side in ("a", "b")]
+        labels = [count(contrast["labels"][side]) for side in ("a", "b")]
         rows.append(
             [
-                f"`{one['a']}` − `{one['b']}`",
-                f"{points(one['difference'])} {interval(one, points)}",
-                p_text(one["p"]),
+                f"`{contrast['a']}` − `{contrast['b']}`",
+                f"{points(contrast['difference'])} {interval(contrast, points)}",
+                p_text(contrast["p"]),
                 " / ".join(labels),
                 " / ".join(flops),
-                " and ".join(one["equal"]) or "–",
-                reading(one),
+                " and ".join(contrast["equal"]) or "–",
+                reading(contrast),
             ]
         )
     return table(["a − b", "points [95 %]", "p", "labels a / b", "FLOPs a / b", "equal", "a better than b"], rows)
@@ -103,8 +103,8 @@ def contrasts(run: Path, name: str, plots: Path) -> str:
 
 def predictions(run: Path, name: str, plots: Path) -> str:
     rows = [
-        [one["name"], one["claim"], f"**{one['reading']}**", one["why"]]
-        for one in read_report(run / "report.json")["predictions"]
+        [prediction["name"], prediction["claim"], f"**{prediction['reading']}**", prediction["why"]]
+        for prediction in read_report(run / "report.json")["predictions"]
     ]
     return table(["", "claim", "reading", "why"], rows)
 
@@ -114,9 +114,9 @@ def conditions(run: Path, name: str, plots: Path) -> str:
     report = read_report(run / "report.json")
     rows = []
     for arm, stages in (report["conditions"]["C2"] or {}).items():
-        for stage, found in stages.items():
+        for stage, measures in stages.items():
             ends = [
-                "–" if key not in found else f"{found[key]['first']:.3f} → {found[key]['last']:.3f}"
+                "–" if key not in measures else f"{measures[key]['first']:.3f} → {measures[key]['last']:.3f}"
                 for key in ("kl_teacher_student", "kl_student_teacher", "overlap_student_prefixes", "entropy_student")
             ]
             rows.append([f"`{arm}`", stage, *ends])
@@ -127,17 +127,17 @@ def conditions(run: Path, name: str, plots: Path) -> str:
 
 
 def sweep(run: Path, name: str, plots: Path) -> str:
-    found = read_report(run / "sweep.json")
-    eval_name, rows = found["points"][0]["evals"][0], []
-    for point in found["points"]:
-        scores = [point["arms"].get(arm, {}).get("accuracy", {}).get(eval_name) for arm in found["arms"]]
+    report = read_report(run / "sweep.json")
+    eval_name, rows = report["points"][0]["evals"][0], []
+    for point in report["points"]:
+        scores = [point["arms"].get(arm, {}).get("accuracy", {}).get(eval_name) for arm in report["arms"]]
         cells = ["–" if score is None else f"{percent(score['mean'])} {interval(score)}" for score in scores]
         rows.append([str(point["value"]), *cells])
     plots.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run / "sweep.svg", plots / f"{name}.svg")
-    head = [found["vary"], *(f"`{arm}`, %" for arm in found["arms"])]
+    head = [report["vary"], *(f"`{arm}`, %" for arm in report["arms"])]
     return (
-        f"{table(head, rows)}\n\n![Accuracy against {found['vary']}](results/{name}.svg)\n\n{' '.join(found['said'])}"
+        f"{table(head, rows)}\n\n![Accuracy against {report['vary']}](results/{name}.svg)\n\n{' '.join(report['said'])}"
     )
 
 

@@ -44,12 +44,12 @@ def run_in_process(peer: str, request: dict[str, Any]) -> dict[str, Any]:
         case.write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-m", "benchmarks.child", peer, str(case), str(out)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+            process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             return {"failed": f"not done after {TIMEOUT_SECONDS:.0f} s"}
-        if done.returncode or not out.exists():
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            return {"failed": lines[-1][:300] if lines else f"exit {done.returncode}"}
+        if process.returncode or not out.exists():
+            lines = [line for line in process.stderr.splitlines() if line.strip()]
+            return {"failed": lines[-1][:300] if lines else f"exit {process.returncode}"}
         return dict(json.loads(out.read_text(encoding="utf-8")))
 
 
@@ -58,18 +58,18 @@ def measure(
 ) -> dict[str, Any]:
     """Measure a case `runs` times on each of its peers, alternating: peer -> medians, or the reason why not."""
     wanted = [peer for peer in case.peers if peer in peers]
-    found: dict[str, Any] = {peer: {"skipped": why} for peer, why in missing(wanted).items()}
+    unavailable: dict[str, Any] = {peer: {"skipped": why} for peer, why in missing(wanted).items()}
     rows: dict[str, list[dict[str, float]]] = {}
     for number in range(runs):
         for peer in wanted:
-            if peer in found:
+            if peer in unavailable:
                 continue
             row = run(peer, {"case": asdict(case), "root": str(root)})
             if "seconds" not in row:
-                found[peer] = row
+                unavailable[peer] = row
                 say(f"{case.name} {peer}: {row}")
                 continue
             rows.setdefault(peer, []).append(row)
             say(f"{case.name} {peer} {number + 1}/{runs}: {row['seconds']:.3f} s, {row['peak_bytes'] / 2**20:.0f} MiB")
-    measured = {peer: over_runs(each) for peer, each in rows.items() if peer not in found}
-    return {peer: (measured | found)[peer] for peer in wanted}
+    medians = {peer: over_runs(runs_of_peer) for peer, runs_of_peer in rows.items() if peer not in unavailable}
+    return {peer: (medians | unavailable)[peer] for peer in wanted}

@@ -8,10 +8,10 @@ from typing import Any
 
 OURS = "headwater"
 PARTS = ("sample", "score", "update")
-Found = dict[str, Any]
+Result = dict[str, Any]
 
 
-def over_runs(runs: Sequence[Mapping[str, float]]) -> Found:
+def over_runs(runs: Sequence[Mapping[str, float]]) -> Result:
     """Median of every value over the runs, all seconds, and derived values.
 
     growth_bytes       peak minus resident memory after loading
@@ -20,18 +20,18 @@ def over_runs(runs: Sequence[Mapping[str, float]]) -> Found:
 
     Example: seconds of 3, 1 and 2 give seconds 2 and each [3, 1, 2].
     """
-    found: Found = {key: median(run[key] for run in runs) for key in runs[0]}
-    found |= {"runs": len(runs), "each": [run["seconds"] for run in runs]}
-    if "peak_bytes" in found:
-        found["growth_bytes"] = median(run["peak_bytes"] - run["loaded_bytes"] for run in runs)
-    if "hidden_bytes" in found:
-        found["working_bytes"] = found.get("gpu_bytes", found.get("growth_bytes", 0.0)) - found["hidden_bytes"]
-    if "tokens_sampled" in found and "seconds_sample" not in found:
-        found["tokens_per_second"] = found["tokens_sampled"] / found["seconds"]
-    return found
+    result: Result = {key: median(run[key] for run in runs) for key in runs[0]}
+    result |= {"runs": len(runs), "each": [run["seconds"] for run in runs]}
+    if "peak_bytes" in result:
+        result["growth_bytes"] = median(run["peak_bytes"] - run["loaded_bytes"] for run in runs)
+    if "hidden_bytes" in result:
+        result["working_bytes"] = result.get("gpu_bytes", result.get("growth_bytes", 0.0)) - result["hidden_bytes"]
+    if "tokens_sampled" in result and "seconds_sample" not in result:
+        result["tokens_per_second"] = result["tokens_sampled"] / result["seconds"]
+    return result
 
 
-def ratios(peers: Mapping[str, Found]) -> dict[str, dict[str, float]]:
+def ratios(peers: Mapping[str, Result]) -> dict[str, dict[str, float]]:
     """Seconds and bytes of each peer divided by Headwater's. Above 1, Headwater needs less.
 
     Example: 2 s for Headwater and 7 s for trl give {"trl": {"seconds": 3.5}}.
@@ -39,32 +39,32 @@ def ratios(peers: Mapping[str, Found]) -> dict[str, dict[str, float]]:
     ours = peers.get(OURS, {})
     kept = ("seconds", "peak_bytes", "growth_bytes", "working_bytes", "seconds_sample", "seconds_update")
     return {
-        peer: {key: found[key] / ours[key] for key in kept if ours.get(key) and key in found}
-        for peer, found in peers.items()
-        if peer != OURS and "seconds" in found and "seconds" in ours
+        peer: {key: result[key] / ours[key] for key in kept if ours.get(key) and key in result}
+        for peer, result in peers.items()
+        if peer != OURS and "seconds" in result and "seconds" in ours
     }
 
 
-def least_seconds(work: Mapping[str, Any], gemm: Mapping[str, Mapping[str, float]], dtype: str = "float32") -> Found:
+def least_seconds(work: Mapping[str, Any], gemm: Mapping[str, Mapping[str, float]], dtype: str = "float32") -> Result:
     """Seconds of each part of a case at the measured matrix-product rate of its shapes."""
-    return {part: one["flops"] / gemm[one["gemm"]][dtype] for part, one in work.items()}
+    return {part: part_work["flops"] / gemm[part_work["gemm"]][dtype] for part, part_work in work.items()}
 
 
-def shares(found: Found, least: Mapping[str, float]) -> Found:
+def shares(result: Result, least: Mapping[str, float]) -> Result:
     """Shares of the machine's limit: total, sampling, and training (scoring plus update).
 
     Scoring and update are combined because the teacher's head may run in either.
 
     Example: a least time of 1 s and 4 s measured give 0.25.
     """
-    out: Found = {"share": sum(least.values()) / found["seconds"]} if least else {}
-    if "sample" in least and found.get("seconds_sample"):
-        out["share_sample"] = least["sample"] / found["seconds_sample"]
-    training = sum(found.get(f"seconds_{part}", 0.0) for part in ("score", "update"))
+    out: Result = {"share": sum(least.values()) / result["seconds"]} if least else {}
+    if "sample" in least and result.get("seconds_sample"):
+        out["share_sample"] = least["sample"] / result["seconds_sample"]
+    training = sum(result.get(f"seconds_{part}", 0.0) for part in ("score", "update"))
     if "update" in least and training:
         out["share_training"] = (least.get("score", 0.0) + least["update"]) / training
-    if "seconds_score" in found:
-        out["score_of_step"] = found["seconds_score"] / found["seconds"]
+    if "seconds_score" in result:
+        out["score_of_step"] = result["seconds_score"] / result["seconds"]
     return out
 
 
@@ -73,15 +73,18 @@ def with_limits(workloads: Mapping[str, Any], places: Mapping[str, str], limits:
 
     places  "workload.name" of every result -> name of its case
     """
-    done: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for workload, names in workloads.items():
-        done[workload] = {}
+        merged[workload] = {}
         for name, peers in names.items():
             work = limits["work"].get(places.get(f"{workload}.{name}", ""), {})
             least = least_seconds(work, limits["gemm"]) if work else {}
-            held = {peer: one | shares(one, least) if "seconds" in one else one for peer, one in peers.items()}
-            done[workload][name] = held | {"ratio": ratios(peers)} | ({"least_seconds": least} if least else {})
-    return done
+            results = {
+                peer: result | shares(result, least) if "seconds" in result else result
+                for peer, result in peers.items()
+            }
+            merged[workload][name] = results | {"ratio": ratios(peers)} | ({"least_seconds": least} if least else {})
+    return merged
 
 
 def growth_of_loss(workload: Mapping[str, Any]) -> dict[str, float]:

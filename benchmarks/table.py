@@ -12,8 +12,8 @@ BESIDE = ("ratio", "least_seconds")
 """Keys of a case's result that are not peers."""
 
 
-def memory(found: Mapping[str, Any]) -> str:
-    value = found.get("gpu_bytes", found.get("peak_bytes"))
+def memory(result: Mapping[str, Any]) -> str:
+    value = result.get("gpu_bytes", result.get("peak_bytes"))
     return "" if value is None else f"{value / 2**20:,.0f}"
 
 
@@ -32,26 +32,26 @@ def table(result: Mapping[str, Any]) -> Table:
         for name, peers in names.items():
             if not isinstance(peers, dict) or "ratio" not in peers:
                 continue
-            for peer, found in peers.items():
+            for peer, measurement in peers.items():
                 if peer not in BESIDE:
-                    out.add_row(f"{workload}.{name}", peer, *cells(found, peers["ratio"].get(peer, {})))
+                    out.add_row(f"{workload}.{name}", peer, *cells(measurement, peers["ratio"].get(peer, {})))
     return out
 
 
-def cells(found: Mapping[str, Any], ratio: Mapping[str, float]) -> list[str]:
-    if "seconds" not in found:
-        return [str(found.get("skipped") or f"failed: {found.get('failed')}")]
-    parts = [found.get(f"seconds_{part}") for part in ("sample", "score", "update")]
-    working = found.get("working_bytes")
+def cells(measurement: Mapping[str, Any], ratio: Mapping[str, float]) -> list[str]:
+    if "seconds" not in measurement:
+        return [str(measurement.get("skipped") or f"failed: {measurement.get('failed')}")]
+    parts = [measurement.get(f"seconds_{part}") for part in ("sample", "score", "update")]
+    working = measurement.get("working_bytes")
     return [
-        f"{found['seconds']:.3f}",
+        f"{measurement['seconds']:.3f}",
         *("" if part is None else f"{part:.3f}" for part in parts),
-        f"{found['tokens_per_second']:,.0f}" if "tokens_per_second" in found else "",
-        memory(found),
+        f"{measurement['tokens_per_second']:,.0f}" if "tokens_per_second" in measurement else "",
+        memory(measurement),
         "" if working is None else f"{working / 2**20:,.0f}",
         *(f"{ratio[key]:.2f}" if key in ratio else "" for key in ("seconds", "peak_bytes")),
-        percent(found.get("share")),
-        percent(found.get("share_training")),
+        percent(measurement.get("share")),
+        percent(measurement.get("share_training")),
     ]
 
 

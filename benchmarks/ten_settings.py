@@ -118,14 +118,14 @@ def sets(setting: Setting, models: Path, more: tuple[str, ...]) -> list[str]:
 
 def headwater(*words: str) -> str:
     """Run the program and return its stdout. Raises CalledProcessError; the reason is on stderr."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "headwater", *words],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return done.stdout
+    return process.stdout
 
 
 def outcome(report: dict[str, Any]) -> dict[str, Any]:
@@ -135,12 +135,14 @@ def outcome(report: dict[str, Any]) -> dict[str, Any]:
     difference decides, and `clear` says whether the interval excludes zero.
     """
     (name,) = report["arms"]["base_student"]["accuracy"]
-    found = {arm: report["arms"][arm]["accuracy"][name]["mean"] for arm in ("base_student", "direct_grpo", "bridge")}
+    accuracies = {
+        arm: report["arms"][arm]["accuracy"][name]["mean"] for arm in ("base_student", "direct_grpo", "bridge")
+    }
     (contrast,) = (c for c in report["contrasts"] if (c["a"], c["b"], c["eval"]) == ("bridge", "direct_grpo", name))
-    gained = max(found["direct_grpo"], found["bridge"]) - found["base_student"]
+    gained = max(accuracies["direct_grpo"], accuracies["bridge"]) - accuracies["base_student"]
     better = "neither" if gained <= GAIN else "bridge" if contrast["difference"] > 0 else "direct_grpo"
     return {
-        **found,
+        **accuracies,
         **{key: contrast[key] for key in ("difference", "low", "high", "p")},
         "better": better,
         "clear": contrast["low"] > 0 or contrast["high"] < 0,
@@ -156,23 +158,23 @@ def measured(setting: Setting, out: Path, seeds: str, more: tuple[str, ...]) -> 
     # Before the study: the prediction is on disk before the outcome exists.
     if not folder.probe.exists():
         headwater("probe", "pocket", "--seed", seeds.split(",")[0], "--out", str(folder.path), "--json", *options)
-    said = read_json(folder.probe)
+    answer = read_json(folder.probe)
     arms = ("--arms", "direct_grpo,bridge", "--seeds", seeds)
-    found = outcome(json.loads(headwater("study", "pocket", *arms, "--out", str(folder.path), "--json", *options)))
-    advised = said["advice"]["labels"]["arm"] or "neither"
+    result = outcome(json.loads(headwater("study", "pocket", *arms, "--out", str(folder.path), "--json", *options)))
+    advised = answer["advice"]["labels"]["arm"] or "neither"
     return {
         **asdict(setting),
-        "measures": summary(said),
-        "advice": said["advice"]["labels"],
-        "outcome": found,
-        "agrees": advised == found["better"],
+        "measures": summary(answer),
+        "advice": answer["advice"]["labels"],
+        "outcome": result,
+        "agrees": advised == result["better"],
     }
 
 
-def summary(said: dict[str, Any]) -> dict[str, Any]:
+def summary(answer: dict[str, Any]) -> dict[str, Any]:
     """The numbers behind the advice."""
-    student, teacher = said["models"]["student"], said["models"]["teacher"]
-    finish = said["finish"]
+    student, teacher = answer["models"]["student"], answer["models"]["teacher"]
+    finish = answer["finish"]
     return {
         "pass_student": student["pass_rate"]["mean"],
         "pass_teacher": teacher["pass_rate"]["mean"],
@@ -181,8 +183,8 @@ def summary(said: dict[str, Any]) -> dict[str, Any]:
         "finish_student": None if finish is None else finish["student"]["mean"],
         "finish_teacher": None if finish is None else finish["teacher"]["mean"],
         "kl_right": None if finish is None else finish["kl"],
-        "cache_passes": said["cache_passes"],
-        "kl_student_prefixes": said["conditions"]["C2"]["kl_student_teacher"],
+        "cache_passes": answer["cache_passes"],
+        "kl_student_prefixes": answer["conditions"]["C2"]["kl_student_teacher"],
     }
 
 
@@ -217,27 +219,27 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    asked.add_argument("--out", type=Path, required=True)
-    asked.add_argument("--seeds", help="training seeds of the studies; the probe uses the first")
-    asked.add_argument("--only", help="settings, separated by commas")
-    asked.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", help="training seeds of the studies; the probe uses the first")
+    parser.add_argument("--only", help="settings, separated by commas")
+    parser.add_argument(
         "--calibration", action="store_true", help="run the settings that chose the rule instead of the ten"
     )
-    told = asked.parse_args()
-    settings = CALIBRATION if told.calibration else TEN
-    only = [setting.name for setting in settings] if told.only is None else told.only.split(",")
+    options = parser.parse_args()
+    settings = CALIBRATION if options.calibration else TEN
+    only = [setting.name for setting in settings] if options.only is None else options.only.split(",")
     unknown = [name for name in only if name not in {setting.name for setting in settings}]
     if unknown:
-        asked.error(f"--only {unknown[0]}: the settings are {', '.join(setting.name for setting in settings)}")
-    seeds = told.seeds or ("101" if told.calibration else "0,1")
+        parser.error(f"--only {unknown[0]}: the settings are {', '.join(setting.name for setting in settings)}")
+    seeds = options.seeds or ("101" if options.calibration else "0,1")
     torch.set_num_threads(1)  # more threads change the rounding of pretraining
     rows: list[dict[str, Any]] = []
     for setting in settings:
         if setting.name in only:
-            rows.append(measured(setting, told.out, seeds, CALIBRATION_SETS if told.calibration else ()))
-            write_json(told.out / "table.json", rows)
-            write_atomic(told.out / "table.md", markdown(rows))
+            rows.append(measured(setting, options.out, seeds, CALIBRATION_SETS if options.calibration else ()))
+            write_json(options.out / "table.json", rows)
+            write_atomic(options.out / "table.md", markdown(rows))
             print(f"{setting.name}: {'agrees' if rows[-1]['agrees'] else 'misses'}", flush=True)
     print(markdown(rows))
 

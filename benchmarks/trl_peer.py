@@ -48,9 +48,9 @@ class Clock(TrainerCallback):
     def around(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **named: Any) -> Any:
             started = time.perf_counter()
-            found = generate(*args, **named)
+            output = generate(*args, **named)
             self.generating += time.perf_counter() - started
-            return found
+            return output
 
         return timed
 
@@ -119,4 +119,7 @@ def model_of(folder: Path) -> Any:
 def reward(completions: list[str], gold: list[str], **_: Any) -> list[float]:
     """Headwater's rewards for the same completions: the task's grader, or the parity of the last token."""
     grade = find_task("sums").grade
-    return [float(grade(a, said)[0] if a else parity(said)) for said, a in zip(completions, gold, strict=True)]
+    return [
+        float(grade(answer, completion)[0] if answer else parity(completion))
+        for completion, answer in zip(completions, gold, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""For the site: links that lead out of docs/ (to the log or the sources) stand there as plain text, since the site has no such pages."""
+"""mkdocs hook: replace links that leave docs/ (to the log or the sources) by their text; the site has no such pages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import Any
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """mkdocs calls it for every page. From docs/stages/ one step up is still within docs/."""
+    """Called by mkdocs for every page. From docs/stages/, `../` is still inside docs/."""
     up = "../" * (page.file.src_uri.count("/") + 1)
     return re.sub(rf"\[([^\]]+)\]\({re.escape(up)}[^)]*\)", r"\1", markdown)

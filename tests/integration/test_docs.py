@@ -20,6 +20,7 @@ import headwater
 from headwater.cli.main import app
 from headwater.config.builtin import find_recipe
 from headwater.runs.hardware import DEVICES
+from headwater.storage.fault_points import POINTS
 from runs import call
 from tools.arms_table import with_table
 
@@ -110,6 +111,12 @@ def test_every_module_and_source_file_that_a_page_names_exists() -> None:
         if not any((root / path).exists() for root in [*roots, (ROOT / page).parent])
     ]
     assert missing == []
+
+
+def test_the_reliability_page_lists_the_fault_points_of_the_code() -> None:
+    listed = re.search(r"```\n(file\.begun .*?)```", PAGES["docs/reliability.md"], flags=re.DOTALL)
+    assert listed is not None
+    assert dict(line.split(maxsplit=1) for line in listed[1].splitlines()) == POINTS
 
 
 def test_every_source_folder_that_the_architecture_page_names_exists() -> None:
