@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from forks import warm_forks
+from forked_runs import warm_runs
 from runs import all_arms, call, held, node, rows, sets, tiny
 
 PLATEAU = (  # a rate of nothing: the KL cannot fall, so the first window is the best
@@ -116,7 +116,7 @@ def test_measurements_are_the_same_after_an_interruption(tmp_path: Path) -> None
     changes = ("stages.opd.steps=6", "stages.opd.checkpoint_every=2", "conditions.every=2")
     assert tiny("run", whole, "--arm", "opd_only", changes=changes).code == 0
     words = ("run", "pocket", "--out", cut, "--arm", "opd_only", *sets(*changes))
-    ended = warm_forks().run(
+    ended = warm_runs().run(
         *words, fault="step.measured:5=kill"
     )  # metrics of step 5 are written, its ledger row is not
     assert ended.code == -signal.SIGKILL

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from fakes import ARMS, MORE_ARMS, fake_run
+from fake_runs import ARMS, MORE_ARMS, fake_run
 from headwater.report import build as report
 from runs import all_arms
 

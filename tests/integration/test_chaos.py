@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from chaos import LONG, differing, small, study
-from forks import warm_forks
+from forked_runs import warm_runs
 from headwater.storage import fault_points
 from runs import environment, program
 from tests.integration.test_faults import FILES, KILLED, damaged, go, one_sentence, undisturbed, whole
@@ -73,7 +73,7 @@ def test_killed_again_and_again_at_random_points(tmp_path: Path) -> None:
 def test_a_study_in_worker_processes_that_is_killed_at_random_times(tmp_path: Path) -> None:
     """Real processes: the parent is killed, its workers end by themselves before another may go on with their nodes."""
     alone, out, draw = tmp_path / "alone", tmp_path / "out", random.Random(1)
-    assert warm_forks().run(*study(alone, "0")).code == 0
+    assert warm_runs().run(*study(alone, "0")).code == 0
     options = ["--arms", "direct_grpo,raw_teacher,bridge,bridge_rl,replay", "--seeds", "0", "--workers", "2"]
     command = [*program(*small(out, *LONG, verb="study")), *options]
     kills = 0

@@ -19,7 +19,7 @@ import pytest
 
 import headwater
 from chaos import differing, digests, small
-from forks import Ended, warm_forks
+from forked_runs import Ended, warm_runs
 from headwater.storage import fault_points
 from headwater.storage.files import read_json, write_json
 from runs import held, node, rows, temporary
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(900)  # processes that are paused or share a co
 
 
 def go(out: Path, fault: str | None = None, *changes: str) -> Ended:
-    return warm_forks().run(*small(out, *changes), fault=fault)
+    return warm_runs().run(*small(out, *changes), fault=fault)
 
 
 @cache
@@ -247,9 +247,9 @@ def test_a_folder_that_may_not_be_written_is_refused_in_a_sentence(tmp_path: Pat
         path.chmod(0o555)
     (out / ".lock").chmod(0o444)
     try:
-        said = warm_forks().run(*small(out), user=user)
+        said = warm_runs().run(*small(out), user=user)
         assert said.code == 2 and one_sentence(said) == f"--out {out}: cannot be written (Permission denied)"
-        said = warm_forks().run(*small(out / "nodes" / "new"), user=user)
+        said = warm_runs().run(*small(out / "nodes" / "new"), user=user)
         assert said.code == 2 and "cannot be written (Permission denied)" in one_sentence(said)
     finally:
         for path in (out, *filter(Path.is_dir, out.rglob("*"))):
@@ -295,7 +295,7 @@ def test_an_error_of_the_sampler_is_told_and_kept_and_a_second_go_ends_the_same(
 
 def test_a_second_process_on_the_folder_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    said = warm_forks().run(*small(out), then="step.begun")
+    said = warm_runs().run(*small(out), then="step.begun")
     refused = f"second: 2: headwater: --out {out}: another process is at work there; wait until it ends, or use another folder"
     assert said.code == 0 and refused in said.err
     assert differing(out, whole()) == []
@@ -438,7 +438,7 @@ def test_a_report_of_damaged_results_is_refused(tmp_path: Path) -> None:
     path.write_text(
         path.read_text(encoding="utf-8").replace('"correct": false', '"correct": true', 1), encoding="utf-8"
     )
-    said = warm_forks().run("report", out)
+    said = warm_runs().run("report", out)
     assert said.code == 2 and str(path) in one_sentence(said)
 
 

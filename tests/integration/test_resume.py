@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from forks import Ended, warm_forks
+from forked_runs import Ended, warm_runs
 from headwater.runs.executors import base as executor
 from runs import (
     Said,
@@ -115,7 +115,7 @@ BEFORE_OPD = 3 + 5
 
 def start(out: Path, fault: str) -> Ended:
     """The same run as a process of its own."""
-    return warm_forks().run("run", "pocket", "--out", out, *sets(*CHANGES), fault=fault)
+    return warm_runs().run("run", "pocket", "--out", out, *sets(*CHANGES), fault=fault)
 
 
 def test_a_finished_run_does_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

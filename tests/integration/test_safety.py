@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import headwater
-from fakes import ARMS, fake_run, write_rows
+from fake_runs import ARMS, fake_run, write_rows
 from headwater.config import yaml as plain_yaml
 from headwater.config.builtin import builtin_text
 from headwater.config.recipe import Source

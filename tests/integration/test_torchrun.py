@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crew import warm_crew
+from forked_ranks import warm_ranks
 from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
 from headwater.training.groups import assign_to_ranks
@@ -94,7 +94,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_two_processes_give_the_run_of_one_with_the_same_ledger(tmp_path: Path) -> None:
-    ended = warm_crew().run(2, *command(tmp_path / "out"))
+    ended = warm_ranks().run(2, *command(tmp_path / "out"))
     assert [one.code for one in ended] == [0, 0], ended
     assert_alike(tmp_path / "out", one_process())
     assert held(tmp_path / "out" / "env.json")["processes"] == 2 and ended[1].err == ""
@@ -105,7 +105,7 @@ def test_a_killed_rank_ends_the_others_with_a_sentence_and_one_or_four_go_on_fro
 ) -> None:
     out = tmp_path / "two"
     # OPD's steps are the 9th to 11th that a rank begins: two of teacher RL and two of warm-up come before.
-    ended = warm_crew().run(2, *command(out), faults={1: "step.begun:7=kill"})
+    ended = warm_ranks().run(2, *command(out), faults={1: "step.begun:7=kill"})
     assert ended[1].code == -signal.SIGKILL and ended[0].code == 4
     assert ended[0].err.endswith(
         "headwater: another process of this run was lost; run the same command again to resume from the last checkpoint\n"
@@ -117,7 +117,7 @@ def test_a_killed_rank_ends_the_others_with_a_sentence_and_one_or_four_go_on_fro
     ]
     for size in (1, 4):
         shutil.copytree(out, tmp_path / str(size))
-        again = warm_crew().run(size, *command(tmp_path / str(size)))
+        again = warm_ranks().run(size, *command(tmp_path / str(size)))
         assert [one.code for one in again] == [0] * size, again
         assert_alike(tmp_path / str(size), one_process())
 
@@ -130,13 +130,13 @@ def node_of(out: Path, stage: str) -> Path:
 def test_a_stop_that_all_are_asked_for_leaves_one_checkpoint_and_two_go_on_from_what_one_wrote(tmp_path: Path) -> None:
     out = tmp_path / "out"
     begun = f"{out}/nodes/warmup.*/metrics.jsonl"
-    ended = warm_crew().run(2, *command(out), signals=[(begun, signal.SIGTERM)])
+    ended = warm_ranks().run(2, *command(out), signals=[(begun, signal.SIGTERM)])
     assert [one.code for one in ended] == [130, 130], ended
     assert ended[0].err.count("stopping after this step, with a checkpoint") == 1 and ended[1].err == ""
-    again = warm_crew().run(1, *command(out), faults={0: "step.begun:3=int"})
+    again = warm_ranks().run(1, *command(out), faults={0: "step.begun:3=int"})
     assert again[0].code == 130, again
     assert (node_of(out, "opd") / "checkpoint").exists()
-    assert [one.code for one in warm_crew().run(2, *command(out))] == [0, 0]
+    assert [one.code for one in warm_ranks().run(2, *command(out))] == [0, 0]
     assert_alike(out, one_process())
 
 
@@ -144,7 +144,7 @@ def test_a_stop_that_all_are_asked_for_leaves_one_checkpoint_and_two_go_on_from_
 def test_what_stops_one_stage_on_all_ranks_spares_the_rest_of_a_study(tmp_path: Path) -> None:
     changes = ["guards.no_signal=stop", "guards.patience=1", "stages.student_rl.sampling.max_tokens=1"]
     argv = ["study", "pocket", "--arms", "direct_grpo,raw_teacher", "--out", tmp_path, *sets(*changes)]
-    ended = warm_crew().run(2, *argv)
+    ended = warm_ranks().run(2, *argv)
     assert [one.code for one in ended] == [4, 4]
     assert ended[0].err.count("no group is informative") == 2 and ended[1].err == ""  # as it happens, and at the end
     assert (node(tmp_path, "raw_teacher", "opd") / "DONE").exists()

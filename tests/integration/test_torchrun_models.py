@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from crew import warm_crew
+from forked_ranks import warm_ranks
 from headwater.config.recipe import Lora
 from headwater.distributed.process_group import ProcessGroup
 from headwater.errors import UserError
@@ -39,7 +39,7 @@ def one_and_two(tmp_path: Path, *changes: str, options: tuple[str, ...] = ()) ->
     one, two = tmp_path / "one", tmp_path / "two"
     said = tiny("run", one, *options, changes=changes)
     assert said.code == 0, said.err
-    ended = warm_crew().run(2, *command_of(two, *changes), *options)
+    ended = warm_ranks().run(2, *command_of(two, *changes), *options)
     assert [rank.code for rank in ended] == [0, 0], ended
     return one, two
 
@@ -51,7 +51,7 @@ def test_adapters_on_two_ranks_train_as_on_one_and_go_on_from_what_two_wrote(out
     one, two = one_and_two(tmp_path, *changes)
     assert_alike(two, one)
     broken = tmp_path / "broken"
-    ended = warm_crew().run(2, *command_of(broken, *changes), faults={1: "step.begun:7=kill"})
+    ended = warm_ranks().run(2, *command_of(broken, *changes), faults={1: "step.begun:7=kill"})
     assert [rank.code for rank in ended] == [4, -9], ended
     kept = sorted((node_of(broken, "opd") / "checkpoint" / "000002").glob("shard-*"))
     assert len(kept) == 2
@@ -61,7 +61,7 @@ def test_adapters_on_two_ranks_train_as_on_one_and_go_on_from_what_two_wrote(out
         assert names and all(".lora_" in name for name in names)
     for size in (1, 2):
         shutil.copytree(broken, tmp_path / str(size))
-        again = warm_crew().run(size, *command_of(tmp_path / str(size), *changes))
+        again = warm_ranks().run(size, *command_of(tmp_path / str(size), *changes))
         assert [rank.code for rank in again] == [0] * size, again
         assert_alike(tmp_path / str(size), one)
 
@@ -79,7 +79,7 @@ def test_a_served_teacher_is_asked_by_each_rank_for_its_own_share(tmp_path: Path
                 said = tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes)
                 assert said.code == 0, said.err
             else:
-                ended = warm_crew().run(2, *command_of(tmp_path / "two", *changes), "--arm", "raw_teacher")
+                ended = warm_ranks().run(2, *command_of(tmp_path / "two", *changes), "--arm", "raw_teacher")
                 assert [rank.code for rank in ended] == [0, 0], ended
             counts.append(sequences(asked))
     assert_alike(tmp_path / "two", tmp_path / "one")

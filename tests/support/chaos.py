@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from forks import Ended, Forks
+from forked_runs import Ended, ForkedRuns
 from headwater.report import build as report
 from headwater.storage.run_dir import RunDir, read_json, read_jsonl, write_atomic, write_json
 from runs import TIMED, done, sets, timeless
@@ -139,9 +139,9 @@ def main() -> None:
 
 
 def survive(asked: argparse.Namespace, folder: Path) -> bool:
-    forks, times = Forks(), random.Random(asked.draw)
+    processes, times = ForkedRuns(), random.Random(asked.draw)
     whole = folder / "whole"
-    said = forks.run(*study(whole, asked.seeds), patience=7200)
+    said = processes.run(*study(whole, asked.seeds), patience=7200)
     assert said.code == 0, said.err
     print(f"undisturbed: {said.seconds:.1f} s, {len(RunDir(whole).nodes())} nodes", flush=True)
     kills = studies = 0
@@ -150,7 +150,7 @@ def survive(asked: argparse.Namespace, folder: Path) -> bool:
         out, here = folder / f"killed-{studies}", 0
         while True:
             after = times.uniform(asked.shortest, asked.longest) if kills < asked.kills else None
-            said = forks.run(*study(out, asked.seeds), kill_after=after, patience=7200)
+            said = processes.run(*study(out, asked.seeds), kill_after=after, patience=7200)
             if said.code != -signal.SIGKILL:
                 break
             kills, here = kills + 1, here + 1

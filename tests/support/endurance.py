@@ -10,20 +10,20 @@ from pathlib import Path
 from statistics import median
 
 from chaos import small
-from forks import Ended, Forks
+from forked_runs import Ended, ForkedRuns
 from headwater.storage.run_dir import RunDir
 
 ARMS = "direct_grpo,raw_teacher,bridge,bridge_rl,replay,opd_only,warmup_only"
 
 
-def long_stage(forks: Forks, out: Path, steps: int) -> Ended:
+def long_stage(processes: ForkedRuns, out: Path, steps: int) -> Ended:
     """A stage of sparse RL with so many steps, rollouts, verdicts, a log row a step and a checkpoint every 20."""
     changes = (
         f"stages.student_rl.steps={steps}",
         "stages.student_rl.checkpoint_every=20",
         "stages.student_rl.eval_every=0",
     )
-    return forks.run(*small(out, *changes), "--arm", "direct_grpo", patience=3600)
+    return processes.run(*small(out, *changes), "--arm", "direct_grpo", patience=3600)
 
 
 def growth(said: Ended, warm: float = 0.25) -> tuple[float, int]:
@@ -41,15 +41,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--nodes", type=int, default=200)
     asked = parser.parse_args()
-    forks, folder = Forks(), Path(tempfile.mkdtemp(prefix="headwater-endurance-"))
+    processes, folder = ForkedRuns(), Path(tempfile.mkdtemp(prefix="headwater-endurance-"))
     try:
-        sys.exit(0 if endure(forks, folder, asked.steps) and resume(forks, folder, asked.nodes) else 1)
+        sys.exit(0 if endure(processes, folder, asked.steps) and resume(processes, folder, asked.nodes) else 1)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def endure(forks: Forks, folder: Path, steps: int) -> bool:
-    said = long_stage(forks, folder / "long", steps)
+def endure(processes: ForkedRuns, folder: Path, steps: int) -> bool:
+    said = long_stage(processes, folder / "long", steps)
     assert said.code == 0, said.err
     grown, files = growth(said)
     peak = max(bytes_ for _, bytes_, _ in said.held) / 2**20
@@ -62,17 +62,17 @@ def endure(forks: Forks, folder: Path, steps: int) -> bool:
     return grown < 0.02 and files <= 0
 
 
-def resume(forks: Forks, folder: Path, nodes: int) -> bool:
+def resume(processes: ForkedRuns, folder: Path, nodes: int) -> bool:
     out, seeds = folder / "study", max(1, nodes // 15)
     argv = [*small(out, verb="study"), "--arms", ARMS, "--seeds", ",".join(map(str, range(seeds)))]
-    said = forks.run(*argv, patience=3600)
+    said = processes.run(*argv, patience=3600)
     assert said.code == 0, said.err
     count = len(RunDir(out).nodes())
-    again = forks.run(*argv, patience=3600)
+    again = processes.run(*argv, patience=3600)
     assert again.code == 0 and not again.arrivals.get("node.begun"), again.err
     last = RunDir(out).nodes()[-1]
     last.done.unlink()
-    one = forks.run(*argv, patience=3600)
+    one = processes.run(*argv, patience=3600)
     assert one.code == 0 and one.arrivals["node.begun"] == 1, one.err
     print(
         f"{count} nodes in {said.seconds:.0f} s; all done, again: {again.seconds:.1f} s; one to finish: {one.seconds:.1f} s"

@@ -37,8 +37,8 @@ if __name__ == "__main__":  # before the libraries are imported, which look at i
 
 import yaml
 
-from fakes import ARMS as FAKE_ARMS
-from fakes import fake_run
+from fake_runs import ARMS as FAKE_ARMS
+from fake_runs import fake_run
 from headwater.config.arms import ARMS
 from headwater.config.builtin import builtin_text, find_recipe
 from headwater.config.recipe import Columns, Models, Recipe, Source
@@ -51,7 +51,7 @@ from headwater.report import build as report
 from headwater.runs.estimate import estimates
 from headwater.runs.inputs import device_of
 from headwater.tasks.registry import TASKS
-from hostile import BOMBS, CELLS, LINES, TEMPLATES, at, leaf, mutated, near, places, spoiled
+from malformed_inputs import BOMBS, CELLS, LINES, TEMPLATES, at, leaf, mutated, near, places, spoiled
 
 SECONDS = 40  # for one case; a template that loops takes 5 of them in each of a few places
 MEGABYTES = 6000  # for the process and all that it holds, of which the tensor library alone maps much

@@ -1,4 +1,4 @@
-"""The task `choice`: multiple choice, letters A to J. A gold answer is one letter (`B`, `(B)`) or several (`A, C`)."""
+"""Task `choice`: multiple choice with letters A to J. A gold answer is one letter (`B`, `(B)`) or several (`A, C`)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 from headwater.tasks import maths_text
 from headwater.tasks.exact import after_thinking
 
-LONGEST = 400  # characters of a statement that are read for its letters
-# A letter on its own: in brackets or emphasis, or with nothing that makes it a word or a quantity.
+LONGEST = 400  # characters of an answer that are searched for letters
+# A standalone letter, possibly in brackets or emphasis; not part of a word or a quantity.
 _LETTER = r"[(\[*_\"'`]{0,4}([A-J])[)\]*_\"'`]{0,4}(?![\w'’])"
 _JOINED = re.compile(rf"\s*(?:,?\s*(?:and|or|&|/)\s*|,\s*){_LETTER}")
 _LEAD = re.compile(r"\s*(?:(?:the|option|choice|answer|letter|number)s?\b[\s:]*){0,3}", re.IGNORECASE)
 _FIRST = re.compile(_LETTER)
-# `A` and `I` are words too: "A good idea" names no choice, "A because …" does.
+# `A` and `I` are words too: "A good idea" is no choice, "A because …" is.
 _GOES_ON = re.compile(r"\s*(?:$|[.,:;)\]!?(\n–—-]|(?:because|since|as|is|was|and|or|with|for)\b)")
 _CHOSEN = re.compile(
     rf"\b(?:choose|pick|select|option|choice|choosing|picking|selecting)\s+(?:is\s+)?(?:option\s+|choice\s+)?{_LETTER}"
@@ -22,14 +22,14 @@ _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textit)\s*\{([^{}]*)\}")
 
 
 def letters_of(statement: str) -> str | None:
-    """The letters that a statement begins with, in order of the alphabet; None where it begins with none.
+    """Letters at the start of an answer, sorted; None if it starts with none.
 
     Example: `letters_of("(C) and A")` is `"A,C"`, `letters_of("B) Paris")` is `"B"`, `letters_of("A good idea")` None.
     """
     text = _TEXT.sub(r"\1", statement[:LONGEST]).replace("$", "").strip()
     if re.fullmatch(r"\(?[a-j]\)?\.?", text):
         text = text.upper()
-    text = text[_LEAD.match(text).end() :]  # type: ignore[union-attr]  # it matches nothing at the least
+    text = text[_LEAD.match(text).end() :]  # type: ignore[union-attr]  # always matches, possibly the empty string
     first = _FIRST.match(text)
     if first is None:
         return None
@@ -43,7 +43,7 @@ def letters_of(statement: str) -> str | None:
 
 
 def extract(completion: str) -> str | None:
-    """The letters chosen: in the box, after `####` or "answer is"; else alone on the last line; else "option B".
+    """Chosen letters: from the box, `####` or "answer is"; else alone on the last line; else "option B".
 
     Example: `extract("It is Paris.\\nAnswer: **B**")` is `"B"`.
     """
@@ -51,24 +51,24 @@ def extract(completion: str) -> str | None:
 
 
 def _chosen(completion: str) -> tuple[str | None, str]:
-    stated, missing = maths_text.extract(completion)
+    answer, missing = maths_text.extract(completion)
     if missing == "truncated":
         return None, missing
-    if stated is not None:
-        found = letters_of(stated)
-        return found, "" if found else "no_answer"
+    if answer is not None:
+        letters = letters_of(answer)
+        return letters, "" if letters else "no_answer"
     text = after_thinking(completion).strip()
     last = text.rpartition("\n")[2].strip()
     if re.fullmatch(r"[(\[*_]{0,3}[A-Ja-j][)\]*_.]{0,4}", last) or last == text:
-        found = letters_of(last)
-        if found is not None:
-            return found, ""
-    named = _CHOSEN.findall(text)
-    return (named[-1], "") if named else (None, "no_answer")
+        letters = letters_of(last)
+        if letters is not None:
+            return letters, ""
+    choices = _CHOSEN.findall(text)
+    return (choices[-1], "") if choices else (None, "no_answer")
 
 
 def grade(gold: str, completion: str) -> tuple[bool, str]:
-    """(correct, reason): `equal`, `different`, `no_answer`, `truncated`, or `error` for a gold without a letter.
+    """Compare the chosen letters with the gold; reasons `equal`, `different`, `no_answer`, `truncated`, `error` (bad gold).
 
     Example: `grade("B", "The answer is (B) Paris.")` gives `(True, "equal")`; "B or C" gives `(False, "different")`.
     """

@@ -1,4 +1,4 @@
-"""The task `exact`: the answer is the gold text, white space aside. For names, short words, codes, anything with one spelling."""
+"""Task `exact`: the answer must equal the gold text up to white space. For names, words and codes with one spelling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from headwater.tasks import maths_text
 
 
 def folded(text: str) -> str:
-    """White space folded, Unicode composed; case and punctuation stay.
+    """Collapse white space and compose Unicode (NFC); keep case and punctuation.
 
     Example: `folded(" New\\n  York ")` is `"New York"`.
     """
@@ -16,12 +16,12 @@ def folded(text: str) -> str:
 
 
 def after_thinking(completion: str) -> str:
-    """What follows the last `</think>`; all of it where there is none."""
+    """Text after the last `</think>`, or all of it if there is none."""
     return completion.rpartition("</think>")[2]
 
 
 def answer_of(completion: str) -> tuple[str | None, str]:
-    """The answer, and why there is none: as the task `maths` finds it, else all that follows the thinking.
+    """Extract (answer, reason if None): as in task `maths`, else all text after the thinking.
 
     Example: `answer_of("So the answer is Paris.")` and `answer_of("Paris")` both give `("Paris", "")`.
     """
@@ -37,13 +37,13 @@ def extract(completion: str) -> str | None:
 
 
 def grade(gold: str, completion: str) -> tuple[bool, str]:
-    """(correct, reason): `equal`, `different`, `no_answer` or `truncated`. Linear in the text.
+    """Compare texts; reasons `equal`, `different`, `no_answer`, `truncated`. Linear time.
 
     Example: `grade("New York", "I think \\\\boxed{New  York}")` gives `(True, "equal")`.
     """
     wanted = folded(gold)
     if wanted and folded(after_thinking(completion)) == wanted:
-        return True, "equal"  # a gold answer may itself hold `####` or `answer is`
+        return True, "equal"  # a gold answer may itself contain `####` or `answer is`
     answer, missing = answer_of(completion)
     if answer is None:
         return False, missing

@@ -1,4 +1,4 @@
-"""The task `json`: the completion's last JSON object must hold the fields of the gold object, with equal values."""
+"""Task `json`: the completion's last JSON object must contain the gold object's fields with equal values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from headwater.tasks.exact import after_thinking, folded
 
-LONGEST = 20_000  # characters at the end of a completion in which its object is looked for
+LONGEST = 20_000  # characters at the end of a completion that are searched for an object
 _FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)```", re.DOTALL)
 _DECODER = json.JSONDecoder(parse_constant=lambda name: _refuse(name))
 
@@ -18,7 +18,7 @@ def _refuse(name: str) -> Any:
 
 
 def last_object(text: str) -> dict[str, Any] | None:
-    """The object in the last fenced block that is one, else the last object that stands in the text.
+    """Parse the last fenced block that is a JSON object, else the last object anywhere in the text.
 
     Example: `last_object('so {"a": 1} or rather {"a": {"b": 2}}.')` is `{"a": {"b": 2}}`.
     """
@@ -44,15 +44,15 @@ def _decoded(text: str, place: int) -> tuple[dict[str, Any], int] | None:
 
 
 def extract(completion: str) -> str | None:
-    """The object in one spelling, for votes."""
+    """Canonical JSON of the object, for majority votes."""
     found = last_object(after_thinking(completion)[-LONGEST:])
     return None if found is None else json.dumps(found, sort_keys=True, ensure_ascii=False)
 
 
 def holds(given: Any, wanted: Any) -> bool:
-    """Whether a value is the wanted one: objects may hold more fields, lists may not hold more or other things.
+    """Whether a value contains the wanted one: objects may have extra fields, lists must match in length and order.
 
-    Numbers compare by value, `1` and `1.0` alike; true is not 1; texts compare with white space folded.
+    Numbers compare by value, `1` and `1.0` alike; true is not 1; texts compare up to white space.
 
     Example: `holds({"a": 1.0, "b": 2}, {"a": 1})` is True, `holds({"a": True}, {"a": 1})` is False.
     """
@@ -69,13 +69,13 @@ def holds(given: Any, wanted: Any) -> bool:
 
 
 def grade(gold: str, completion: str) -> tuple[bool, str]:
-    """(correct, reason): `equal`, `different`, `no_answer`, `truncated` (an object that never closes), or `error`.
+    """Compare with the gold object; reasons `equal`, `different`, `no_answer`, `truncated` (object never closes), `error`.
 
     Example: `grade('{"city": "Paris"}', 'Here: {"city": "Paris", "sure": true}')` gives `(True, "equal")`.
     """
     wanted = _decoded(gold.strip(), 0)
     if wanted is None or not wanted[0]:
-        return False, "error"  # no object, or one that asks for nothing
+        return False, "error"  # no object, or one without fields
     text = after_thinking(completion)[-LONGEST:]
     given = last_object(text)
     if given is None:

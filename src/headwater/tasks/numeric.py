@@ -1,7 +1,7 @@
-"""The task `numeric`: a number within a tolerance. Exact fractions, no floats; units and spelling as in `maths`.
+"""Task `numeric`: numbers within a tolerance, by exact fractions. Units and notation as in `maths`.
 
 A gold answer is a number (`3.14`: within a millionth of it), a number with its tolerance (`3.14 ± 0.01`, `250 +/- 2%`),
-or a JSON object `{"value": 3.14, "abs": 0.01, "rel": 0.002}`, of whose tolerances the wider counts.
+or a JSON object `{"value": 3.14, "abs": 0.01, "rel": 0.002}`, where the wider tolerance counts.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from headwater.tasks.exact import after_thinking
 from headwater.tasks.maths_equal import without_unit
 from headwater.tasks.maths_numbers import number
 
-USUAL_REL = Fraction(1, 10**6)
-LONGEST = 1000  # characters of an answer that may be a number
-# `9.8 m/s^{2}`: where the gold answer is a number, a letter behind one is its unit; x, y, n, k and M are not among them.
+DEFAULT_REL = Fraction(1, 10**6)
+LONGEST = 1000  # characters; longer answers are no number
+# `9.8 m/s^{2}`: a letter after a number is a unit, except x, y, n, k and M.
 _LETTER_UNIT = r"(?:[msghlLNJWVAKCF]|[a-zA-Z]{2,4})(?:\^\{?-?\d\}?)?"
 _UNITS = re.compile(
     rf"(.*\d\}}?)\s+({_LETTER_UNIT}(?:\s*(?:/|\\cdot)\s*{_LETTER_UNIT})+|[msghlLNJWVAKCF](?:\^\{{?-?\d\}}?)?)",
@@ -30,14 +30,14 @@ _PLUS_MINUS = re.compile(r"±|\+/-|\+-|\\pm(?![a-zA-Z])")
 
 @dataclass(frozen=True)
 class Gold:
-    """Example: `Gold(value=Fraction(314, 100), margin=Fraction(1, 100))`."""
+    """Gold value and absolute tolerance. Example: `Gold(value=Fraction(314, 100), margin=Fraction(1, 100))`."""
 
     value: Fraction
     margin: Fraction
 
 
 def read_gold(gold: str) -> Gold | None:
-    """The number and how far off an answer may be; None for a gold answer that is no number.
+    """Parse value and tolerance of a gold answer; None if it is no number.
 
     Example: `read_gold("250 ± 2%")` is `Gold(value=Fraction(250), margin=Fraction(5))`.
     """
@@ -49,7 +49,7 @@ def read_gold(gold: str) -> Gold | None:
     if value is None or len(parts) > 2:
         return None
     if len(parts) == 1:
-        return Gold(value, abs(value) * USUAL_REL)
+        return Gold(value, abs(value) * DEFAULT_REL)
     share = re.search(r"\\?%\s*$", parts[1])
     margin = value_of(parts[1])
     if margin is None or margin < 0:
@@ -59,27 +59,27 @@ def read_gold(gold: str) -> Gold | None:
 
 def _from_json(gold: str) -> Gold | None:
     try:
-        # Numbers stay text: `number` reads them exactly and refuses 1e999999999, which a Fraction would try to hold.
+        # Keep numbers as text: `number` parses them exactly and rejects 1e999999999, which would fill the memory.
         held = json.loads(gold, parse_float=str, parse_int=str, parse_constant=str)
     except (ValueError, RecursionError):
         return None
     if not isinstance(held, dict) or "value" not in held or held.keys() - {"value", "abs", "rel"}:
         return None
-    value, absolute, relative = (_told(held.get(key)) for key in ("value", "abs", "rel"))
-    if value is None or any(held.get(key) is not None and _told(held[key]) is None for key in ("abs", "rel")):
+    value, absolute, relative = (_value_of_cell(held.get(key)) for key in ("value", "abs", "rel"))
+    if value is None or any(held.get(key) is not None and _value_of_cell(held[key]) is None for key in ("abs", "rel")):
         return None
     if absolute is None and relative is None:
-        relative = USUAL_REL
+        relative = DEFAULT_REL
     margin = max(absolute or Fraction(0), (relative or Fraction(0)) * abs(value))
     return None if min(absolute or 0, relative or 0) < 0 else Gold(value, margin)
 
 
-def _told(value: Any) -> Fraction | None:
+def _value_of_cell(value: Any) -> Fraction | None:
     return value_of(value) if isinstance(value, str) else None
 
 
 def value_of(text: str) -> Fraction | None:
-    """The number that a text is, units aside. Example: `value_of("$1{,}080$ km")` is `Fraction(1080)`."""
+    """Parse a number, ignoring units. Example: `value_of("$1{,}080$ km")` is `Fraction(1080)`."""
     if len(text) > LONGEST:
         return None
     spelled = maths_text.canonical(text)
@@ -90,14 +90,14 @@ def value_of(text: str) -> Fraction | None:
 
 
 def extract(completion: str) -> str | None:
-    """The number that a completion states, for votes; its text where that is no number."""
+    """Canonical number of a completion for majority votes; the answer's text if it is no number."""
     answer, _ = _answer_of(completion)
     value = None if answer is None else value_of(answer)
     return answer if value is None else str(value)
 
 
 def _answer_of(completion: str) -> tuple[str | None, str]:
-    """As in `maths`; a completion that is nothing but a number is its own answer."""
+    """Extract as in `maths`; a completion that is only a number is its own answer."""
     answer, missing = maths_text.extract(completion)
     whole = after_thinking(completion).strip()
     if answer is None and missing != "truncated" and value_of(whole) is not None:
@@ -106,7 +106,7 @@ def _answer_of(completion: str) -> tuple[str | None, str]:
 
 
 def grade(gold: str, completion: str) -> tuple[bool, str]:
-    """(correct, reason): `equal`, `different`, `no_answer`, `truncated`, or `error` for a gold that is no number.
+    """Compare within the tolerance; reasons `equal`, `different`, `no_answer`, `truncated`, `error` (gold is no number).
 
     Example: `grade("3.14 ± 0.01", "about \\\\boxed{22/7}")` gives `(True, "equal")`.
     """

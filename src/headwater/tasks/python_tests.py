@@ -1,7 +1,7 @@
-"""The task `python`: the completion's last Python block must pass the gold answer's unit tests, in a sandbox.
+"""Task `python`: run the completion's last Python block against the gold answer's unit tests, in a sandbox.
 
 A gold answer is test code (`assert` lines, `test_` functions, `unittest` cases), or a JSON object `{"tests": …,
-"solution": …, "entry_point": …}`: `validate` tries the solution, and `entry_point` names what `check(candidate)` is given.
+"solution": …, "entry_point": …}`: `validate` grades the solution, and `entry_point` names the argument of `check(candidate)`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from headwater.tasks.exact import after_thinking
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*$", re.MULTILINE)
 LANGUAGES = ("python", "py", "python3", "")
 BLANK = "```python\npass\n```"
-"""A solution that solves nothing: tests that it passes test nothing."""
+"""An empty solution: if it passes, the tests test nothing."""
 
 
 @dataclass(frozen=True)
@@ -28,30 +28,30 @@ class Gold:
 
 
 def read_gold(gold: str) -> Gold | None:
-    """None for what holds no tests that Python can read, or none at all.
+    """Parse a gold answer; None if it has no tests or they are no valid Python.
 
     Example: `read_gold("assert f(1) == 2")` is `Gold(tests="assert f(1) == 2")`.
     """
-    held = Gold(gold)
+    parsed = Gold(gold)
     if gold.lstrip().startswith("{"):
         try:
-            told = json.loads(gold)
+            fields = json.loads(gold)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(told, dict) or not isinstance(told.get("tests"), str):
+        if not isinstance(fields, dict) or not isinstance(fields.get("tests"), str):
             return None
-        solution, entry_point = told.get("solution"), told.get("entry_point")
-        if not all(one is None or isinstance(one, str) for one in (solution, entry_point)):
+        solution, entry_point = fields.get("solution"), fields.get("entry_point")
+        if not all(value is None or isinstance(value, str) for value in (solution, entry_point)):
             return None
-        held = Gold(told["tests"], solution, entry_point)
+        parsed = Gold(fields["tests"], solution, entry_point)
     try:
-        return held if ast.parse(held.tests).body else None
+        return parsed if ast.parse(parsed.tests).body else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
 
 def last_block(completion: str) -> tuple[str | None, str]:
-    """The code of the last closed Python block, and why there is none. A block without a language counts as Python.
+    """Code of the last closed Python block (or None and the reason). A block without a language counts as Python.
 
     Example: `last_block("Here:\\n```python\\nx = 1\\n```")` gives `("x = 1", "")`.
     """
@@ -70,13 +70,13 @@ def last_block(completion: str) -> tuple[str | None, str]:
 
 
 def quick(gold: str, completion: str) -> tuple[bool, str] | None:
-    """The outcome where nothing need be run: a completion without code."""
+    """Outcome for a completion without code; None if something must be run."""
     code, missing = last_block(completion)
     return (False, missing) if code is None else None
 
 
 def grade(gold: str, completion: str) -> tuple[bool, str]:
-    """(correct, reason): `equal` (every test passed), `different` (one failed), `error` (the code does not load, ends the
+    """Run the tests; reasons: `equal` (all passed), `different` (one failed), `error` (the code does not load, ends the
     process, or the tests are none), `timeout`, `memory`, `no_answer`, `truncated`.
 
     Example: ``grade("assert f(2) == 4", "```python\\ndef f(x): return 2 * x\\n```")`` gives `(True, "equal")`.
@@ -87,11 +87,11 @@ def grade(gold: str, completion: str) -> tuple[bool, str]:
     wanted = read_gold(gold)
     if wanted is None:
         return False, "error"
-    found = sandbox.run(code, wanted.tests, wanted.entry_point)
-    return found.passed, found.reason
+    outcome = sandbox.run(code, wanted.tests, wanted.entry_point)
+    return outcome.passed, outcome.reason
 
 
 def as_completion(gold: str) -> str | None:
-    """The gold's own solution; None where it has none, since tests do not tell how to pass them."""
+    """The gold's own solution, or None if it has none."""
     wanted = read_gold(gold)
     return None if wanted is None or wanted.solution is None else f"```python\n{wanted.solution}\n```"

@@ -1,7 +1,7 @@
-"""The task `regex`: the gold answer is a pattern of Python's `re` that must match the whole answer.
+"""Task `regex`: the gold answer is a Python `re` pattern that must match the whole answer.
 
-Matching may take exponential time and cannot be interrupted from within, so it runs in a worker that is killed.
-A gold answer is the pattern itself, or a JSON object `{"pattern": …, "example": …}` whose example `validate` tries.
+Matching can take exponential time and cannot be interrupted, so it runs in a worker that can be killed.
+A gold answer is the pattern itself, or a JSON object `{"pattern": …, "example": …}` whose example `validate` grades.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from headwater.tasks.exact import after_thinking, answer_of
 try:
     from re import _constants as sre  # type: ignore[attr-defined]
     from re import _parser as sre_parser  # type: ignore[attr-defined]
-except ImportError:  # an interpreter that keeps its parser elsewhere: no examples are made then
+except ImportError:  # other interpreters: no examples can be generated
     sre = sre_parser = None
 
 
@@ -33,9 +33,9 @@ def read_gold(gold: str) -> tuple[str, str | None]:
 
 
 def grade(gold: str, completion: str) -> tuple[bool, str]:
-    """(correct, reason): `equal`, `different`, `no_answer`, `truncated`, or `error` for what is no pattern.
+    """Match the answer; reasons `equal`, `different`, `no_answer`, `truncated`, `error` (invalid pattern).
 
-    The answer is that of the task `exact`, or all that follows the thinking as it stands. Unbounded in time: call it
+    The answer is extracted as in task `exact`, or is all text after the thinking. Unbounded in time: call it
     through `verifier.Verifier`.
 
     Example: `grade(r"(?i)paris|lutetia", "The answer is Paris.")` gives `(True, "equal")`.
@@ -55,7 +55,7 @@ def grade(gold: str, completion: str) -> tuple[bool, str]:
 
 
 def as_completion(gold: str) -> str | None:
-    """A text that the pattern matches, made from the pattern; None where it looks around, since that cannot be followed.
+    """Generate a text that the pattern matches; None if the pattern uses lookaround.
 
     Example: `as_completion("[a-c]{2}-(x|y)")` is `"aa-x"`.
     """
@@ -71,7 +71,7 @@ def as_completion(gold: str) -> str | None:
 
 
 class _NoExampleError(Exception):
-    """The pattern asks for something that cannot be made piece by piece."""
+    """The pattern has a construct without a piecewise example."""
 
 
 LONGEST_EXAMPLE = 10_000
@@ -93,7 +93,7 @@ def _example(parts: Any, groups: dict[int, str]) -> str:
             times = max(least, 1) if most else 0
             if times > LONGEST_EXAMPLE:
                 raise _NoExampleError
-            one = _example(inner, groups)  # every round of a repeat makes the same text
+            one = _example(inner, groups)  # every repetition is the same text
             if len(one) * times > LONGEST_EXAMPLE:
                 raise _NoExampleError
             made.append(one * times)

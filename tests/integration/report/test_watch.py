@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fakes import ARMS, fake_run, names
+from fake_runs import ARMS, fake_run, names
 from runs import call
 
 

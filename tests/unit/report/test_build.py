@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fakes import ARMS, BASE_S, PROBLEMS, by_problem, fake_run, graded, names, printed
+from fake_runs import ARMS, BASE_S, PROBLEMS, by_problem, fake_run, graded, names, printed
 from headwater.errors import UserError
 from headwater.report import build as report
 from headwater.report import contrasts

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from fakes import ARMS, BASE_S, MORE_ARMS, fake_run, printed
+from fake_runs import ARMS, BASE_S, MORE_ARMS, fake_run, printed
 from headwater.report import build as report
 from headwater.report import figures, html_stages, render, svg
 from headwater.report.format import console, units

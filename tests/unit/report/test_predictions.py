@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fakes import ARMS, MORE_ARMS, by_problem, fake_run, graded, names, printed, write_rows
+from fake_runs import ARMS, MORE_ARMS, by_problem, fake_run, graded, names, printed, write_rows
 from headwater import stats
 from headwater.config.arms import CONTRASTS
 from headwater.report import build as report

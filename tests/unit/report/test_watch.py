@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fakes import ARMS, fake_run, names
+from fake_runs import ARMS, fake_run, names
 from headwater.errors import UserError
 from headwater.report import serve, watch
 from headwater.storage.files import lock

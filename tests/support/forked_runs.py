@@ -1,7 +1,7 @@
 """Runs of the program as children of one warm process: real processes, killed by real signals, without seconds of imports.
 
-    forks = Forks()                                # starts the warm process once
-    forks.run("run", "pocket", "--out", out, fault="step.begun:3=kill").code    # -9
+    runs = ForkedRuns()                                # starts the warm process once
+    runs.run("run", "pocket", "--out", out, fault="step.begun:3=kill").code    # -9
 
 The warm process has one thread and never runs a backward pass, so that it may be forked. A child leads a process group of
 its own. What takes longest and is no part of what is asked here, preflight and the drawn page, is left out unless `whole`.
@@ -45,7 +45,7 @@ class Ended:
     held: list[tuple[float, int, int]]
 
 
-class Forks:
+class ForkedRuns:
     def __init__(self) -> None:
         self._asked = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "TOKENIZERS_PARALLELISM": "false"}
@@ -98,9 +98,9 @@ class Forks:
 
 
 @cache
-def warm_forks() -> Forks:
+def warm_runs() -> ForkedRuns:
     """The warm process that all tests of one worker share."""
-    return Forks()
+    return ForkedRuns()
 
 
 def serve() -> None:

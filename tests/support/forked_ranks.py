@@ -1,7 +1,7 @@
 """Several ranks of one run, forked from one warm process: real processes and real gloo, without seconds of imports for each.
 
-crew = Crew()
-crew.run(2, "run", "pocket", "--out", out, faults={1: "step.ended:3=kill"})    # how each of them ended
+ranks = ForkedRanks()
+ranks.run(2, "run", "pocket", "--out", out, faults={1: "step.ended:3=kill"})    # how each of them ended
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import forks
+import forked_runs
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Rank:
     seconds: float
 
 
-class Crew:
+class ForkedRanks:
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
@@ -62,13 +62,13 @@ class Crew:
 
 
 @cache
-def warm_crew() -> Crew:
+def warm_ranks() -> ForkedRanks:
     """The warm process that all tests of one worker share."""
-    return Crew()
+    return ForkedRanks()
 
 
 def serve() -> None:
-    forks.warm_up()
+    forked_runs.warm_up()
 
     from headwater.runs.executors import torchrun  # noqa: F401
 
@@ -94,7 +94,7 @@ def all_ranks(asked: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             fault = asked["faults"].get(str(rank))
             one = {"argv": asked["argv"], "fault": fault, "user": None, "whole": False, "then": ""}
             try:
-                forks.child(one, folder / str(rank))
+                forked_runs.child(one, folder / str(rank))
             finally:
                 os._exit(99)
         pids[pid] = rank
