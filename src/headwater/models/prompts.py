@@ -93,16 +93,3 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], where: str, **op
 
 def _named(tokenizer: Any, part: str) -> str:
     return f"the {part} of {getattr(tokenizer, 'name_or_path', '') or 'the model'}"
-
-
-def refuse_different_prompts(student: Prompter, teacher: Prompter, problems: Sequence[Problem]) -> None:
-    """Refuse a teacher whose chat template renders a problem to other ids than the student's.
-
-    A template mismatch raises no error of its own: it biases every token of the distillation. Raises UserError.
-    """
-    for problem in problems:
-        if student.ids(problem) != teacher.ids(problem):
-            raise UserError(
-                f"models.student and models.teacher: their chat templates give different ids for the same problem "
-                f"({student.text(problem)[-60:]!r} and {teacher.text(problem)[-60:]!r}, prompt.thinking {student.prompt.thinking})"
-            )
