@@ -69,7 +69,7 @@ def run(
     folder.refuse_other(recipe.model_dump(mode="json"))
     for other in others:
         if not other.recipe.exists():
-            raise UserError(f"--reuse {other.path}: holds no run of ours")
+            raise UserError(f"--reuse {other.path}: holds no run of Headwater")
         refuse_links(other.path, "--reuse")
     with prepared(recipe, arms, seeds) as (plan, inputs):
         preflight(plan, inputs, out, say)
@@ -133,7 +133,7 @@ def reuse_nodes(plan: Plan, folder: RunDir, others: Sequence[RunDir], say: Calla
         name = plan.names[node]
         source = next((o for o in others if plan.is_done(node, o) and o.node(name).damage() is None), None)
         if source is not None:
-            folder.node(name).take_over(source.node(name))
+            folder.node(name).copy_from(source.node(name))
             counts[source.path] += 1
     parts = ", ".join(f"{count} from {path}" for path, count in counts.items())
     say(f"reuse: {counts.total()} of {len(plan.order())} nodes taken over{': ' if parts else ''}{parts}")

@@ -296,7 +296,7 @@ def test_an_error_of_the_sampler_is_told_and_kept_and_a_second_go_ends_the_same(
 def test_a_second_process_on_the_folder_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = warm_runs().run(*small(out), then="step.begun")
-    refused = f"second: 2: headwater: --out {out}: another process is at work there; wait until it ends, or use another folder"
+    refused = f"second: 2: headwater: --out {out}: another process is running there; wait until it ends, or use another folder"
     assert said.code == 0 and refused in said.err
     assert differing(out, whole()) == []
 

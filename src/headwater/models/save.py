@@ -14,7 +14,7 @@ from headwater.models import fsdp
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
-from headwater.storage.run_dir import written_aside
+from headwater.storage.run_dir import atomic_folder
 
 
 def save_policy(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
@@ -44,7 +44,7 @@ def merge_adapter(folder: Path, out: Path, dtype: str) -> None:
         raise UserError(f"merge {folder}: {out} exists already")
     models = Models(student=str(folder), teacher=str(folder), dtype="float32")
     policy = load_policy(ModelFolder.open(str(folder), "merge"), LoadOptions(models, torch.device("cpu"), frozen=True))
-    with written_aside(out) as aside:
+    with atomic_folder(out) as aside:
         save_policy(policy, aside, getattr(torch, dtype))
 
 

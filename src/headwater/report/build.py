@@ -26,8 +26,8 @@ from headwater.report.stages import stage_rows, stages_of_arm
 from headwater.report.study import EvalCounts, Node, Study, costs, mean_costs, read_study
 from headwater.report.verdict import verdict
 from headwater.storage import fault_points
-from headwater.storage.run_dir import RunDir, write_atomic, write_json, written_aside
-from headwater.storage.untrusted import as_written, refuse_links
+from headwater.storage.run_dir import RunDir, atomic_folder, write_atomic, write_json
+from headwater.storage.untrusted import refuse_links, refuse_malformed_files
 
 
 def build(outs: Sequence[Path]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
     sources = list(outs or [out])
     for folder in {*sources, out}:
         refuse_links(folder, "report")
-    with as_written(sources[0]):
+    with refuse_malformed_files(sources[0]):
         study = read_study(sources)
         report = summarize(study)
         labels, page = label_csv(label_uses(study)), report_html.page(study, report)
@@ -50,7 +50,7 @@ def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
     write_atomic(RunDir(out).labels, labels)
     fault_points.failpoint("report.labels")
     if page.plots:
-        with written_aside(RunDir(out).figures) as folder:
+        with atomic_folder(RunDir(out).figures) as folder:
             for plot in page.plots:
                 (folder / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
                 (folder / f"{plot.name}.csv").write_text(plot.csv, encoding="utf-8")
@@ -63,7 +63,7 @@ def page(outs: Sequence[Path]) -> str:
     """The HTML page as `write` would write it now. Raises UserError as `build` does."""
     for folder in outs:
         refuse_links(folder, "report")
-    with as_written(outs[0]):
+    with refuse_malformed_files(outs[0]):
         study = read_study(outs)
         return report_html.page(study, summarize(study)).html
 

@@ -24,7 +24,7 @@ from headwater.report.render import clean
 from headwater.report.stages import stage_name
 from headwater.report.study import is_finite_number
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, read_jsonl
-from headwater.storage.untrusted import as_written, read_plan
+from headwater.storage.untrusted import read_plan, refuse_malformed_files
 
 State = Literal["done", "failed", "at work", "stopped", "waiting"]
 KEY_METRICS = ("reward", "informative", "kl_student_teacher", "kl_teacher_student", "entropy", "truncated", "loss")
@@ -92,7 +92,7 @@ def read_status(path: Path) -> RunStatus:
     run = RunDir(path)
     if not run.plan.exists():
         raise UserError(f"{path}: holds no run ({run.plan.name} is missing)")
-    with as_written(path):
+    with refuse_malformed_files(path):
         plan = read_plan(run.plan)
         names = dict.fromkeys(name for seeds in plan["arms"].values() for nodes in seeds.values() for name in nodes)
         running = is_locked(run.lock)

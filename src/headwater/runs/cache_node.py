@@ -10,7 +10,7 @@ from headwater.runs.plan import Node
 from headwater.sampling.base import requests_for
 from headwater.storage import fault_points
 from headwater.storage.ledger import record
-from headwater.storage.run_dir import written_aside
+from headwater.storage.run_dir import atomic_folder
 from headwater.teachers.cache import refuse_huge_cache, write_cache
 from headwater.training.evaluate import refuse_nan
 
@@ -35,7 +35,7 @@ def cache_node(node: Node, context: NodeContext) -> None:
         refuse_nan(rollouts)
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
     refuse_huge_cache(teacher, tokens, top_k)
-    with written_aside(folder.cache) as aside, after_step(0):
+    with atomic_folder(folder.cache) as aside, after_step(0):
         microbatch_tokens = context.inputs.recipe.compute.microbatch_tokens
         write_cache(aside, teacher, rollouts, top_k, microbatch_tokens, progress.advance_or_stop)
     fault_points.failpoint("cache.saved")

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from headwater.errors import UserError
 from headwater.runs.node_context import NodeProgress, ProgressDisplay
-from headwater.storage.files import rows_from
+from headwater.storage.files import read_rows_from
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, write_json
 from headwater.training.update import Metrics
 
@@ -148,7 +148,7 @@ class MetricsForwarder:
         read = self.sizes.get(node.name, 0)
         if node.metrics.stat().st_size < read:
             read = 0  # truncated to a checkpoint; repeated rows are recognized by their step
-        rows, self.sizes[node.name] = rows_from(node.metrics, read)
+        rows, self.sizes[node.name] = read_rows_from(node.metrics, read)
         return list(rows)
 
 

@@ -24,7 +24,7 @@ from headwater.sampling.build import importance_cap
 from headwater.storage import fault_points
 from headwater.storage.files import Logs
 from headwater.storage.ledger import record
-from headwater.storage.run_dir import append_jsonl, cut_back, read_jsonl, written_aside
+from headwater.storage.run_dir import append_jsonl, atomic_folder, keep_rows, read_jsonl
 from headwater.teachers.cache import read_cache
 from headwater.training import token_signals
 from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoint
@@ -47,8 +47,8 @@ def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
     step = train_stage(node, context, policy, steps)
     fault_points.failpoint("stage.ended")
     # A node that was interrupted between its last step and DONE evaluates again: drop the ledger rows of the first time.
-    cut_back(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < step)
-    with written_aside(folder.model) as aside:
+    keep_rows(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < step)
+    with atomic_folder(folder.model) as aside:
         save_policy(policy, aside, policy.compute_dtype)
         (aside / "README.md").write_text(model_card(node, context, step), encoding="utf-8")
         fault_points.failpoint("model.written")

@@ -1,7 +1,7 @@
-"""Named points at which a test lets a run die, find its disk full or hear a signal. Without one they cost a comparison.
+"""Failpoints: named places where tests kill the process, fill the disk or send a signal. Unarmed they cost one comparison.
 
-`HEADWATER_FAULT=checkpoint.saved:2=kill` kills the process at its second arrival at that point; `docs/reliability.md` says
-what then holds. `POINTS` is the list; `python -m headwater.storage.fault_points` prints it.
+`HEADWATER_FAULT=checkpoint.saved:2=kill` kills the process when it reaches that point for the second time; `docs/reliability.md`
+says what then holds. `POINTS` is the list; `python -m headwater.storage.fault_points` prints it.
 """
 
 from __future__ import annotations
@@ -94,26 +94,26 @@ _strike: Strike | None = None
 
 
 def failpoint(name: str) -> None:
-    """The program is here; a strike that was set is told so, and may end everything."""
+    """Mark a failpoint: calls the armed fault, which may end the process."""
     if _strike is not None:
         _strike(name)
 
 
 def armed() -> bool:
-    """Whether a strike is set. Writes are then made in two halves, so that one may come between them."""
+    """Whether a fault is armed. Files are then written in two halves, so that a fault can hit between them."""
     return _strike is not None
 
 
 def arm(strike: Strike | None) -> None:
-    """Set what is called at every point, or None for nothing."""
+    """Set the function that every failpoint calls; None disarms."""
     global _strike
     _strike = strike
 
 
 def struck(fault: str) -> Strike:
-    """What `HEADWATER_FAULT` says, `point:count=kind`. Kinds: kill, int, term, full, readonly, error.
+    """Parse `point:count=kind` (HEADWATER_FAULT). Kinds: kill, int, term, full, readonly, error.
 
-    Raises KeyError, ValueError for what is no fault. Example: `struck("step.begun:3=int")` is Ctrl-C at the third step.
+    Raises KeyError or ValueError for an invalid fault. Example: `struck("step.begun:3=int")` is Ctrl-C at the third step.
     """
     where, _, kind = fault.partition("=")
     name, _, count = where.partition(":")

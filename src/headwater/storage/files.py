@@ -1,7 +1,7 @@
-"""Files that survive: written whole or not at all, synced, named when the disk takes no more. Knows no file's name.
+"""Atomic, durable file writes, append-only JSONL, checksums and locks.
 
-A file is written aside, synced and renamed, then the folder above is synced; so after a power cut, too, it is the old one or
-the new one. Rows are appended without a sync: a checkpoint syncs them before it counts on them.
+A file is written to a temporary name, synced and renamed, and its folder is synced: even after a power cut it is the old or the new
+one. Rows are appended without a sync; a checkpoint syncs them before it refers to them.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from headwater.storage import fault_points
 
 NO_MORE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM}
 ASIDE = ".tmp"
-"""How the names of half-written files and folders end; they begin with a dot."""
+"""Suffix of temporary files and folders; their names begin with a dot."""
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises DiskError that names the file where the disk refuses what is written within."""
+    """Turn a failed write (disk full, read-only, no permission) into a DiskError that names the file."""
     try:
         yield
     except DiskError:
         raise
     except Exception as error:
-        number = disk_trouble(error)
+        number = disk_errno(error)
         if number is None:
             raise
         named = getattr(error, "filename", None) or path
-        said = os.strerror(number).lower()
-        raise DiskError(f"{named}: {said}; once it can be written, the same command goes on from here") from None
+        reason = os.strerror(number).lower()
+        raise DiskError(f"{named}: {reason}; once it can be written, the same command resumes from here") from None
 
 
-def disk_trouble(error: Exception) -> int | None:
-    """The system's error number where a write failed for want of room or rights; None for anything else.
+def disk_errno(error: Exception) -> int | None:
+    """errno of a write that failed for lack of space or permission; None for any other error.
 
-    The libraries that write weights and tokenizers are not Python and raise errors of their own, with the number in the text.
+    The libraries that write weights and tokenizers are not Python: their errors carry the number in the text.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in NO_MORE else None
-    said = str(error)
-    return next((one for one in NO_MORE if f"os error {one})" in said or f"code: {one}," in said), None)
+    message = str(error)
+    return next((code for code in NO_MORE if f"os error {code})" in message or f"code: {code}," in message), None)
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder (the names in it) to disk."""
+    """Flush a file, or the entries of a folder, to disk (fsync)."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -63,7 +63,7 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write aside, flush to disk, rename, flush the folder: a reader sees the old file or the new one, never a part."""
+    """Write a file atomically and durably: readers see the old or the new content, never a part."""
     data = content.encode() if isinstance(content, str) else content
     aside = path.with_name(f".{path.name}.{os.getpid()}{ASIDE}")
     with writing(path):
@@ -95,12 +95,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """A JSONL file, whole or not at all."""
+    """Write a JSONL file atomically."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError that names the file when it is missing or broken."""
+    """Read JSON. Raises UserError that names the file when it is missing or malformed."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -113,22 +113,22 @@ CHECK = "check"
 
 
 def write_checked(path: Path, value: Mapping[str, Any]) -> None:
-    """A JSON object that carries the checksum of its own values."""
+    """Write a JSON object with a checksum of its own values."""
     write_json(path, {**value, CHECK: _check(value)})
 
 
 def read_checked(path: Path, strict: bool = False) -> dict[str, Any]:
-    """What `write_checked` wrote. Raises UserError that names the file when it is missing, broken or changed.
+    """Read what `write_checked` wrote. Raises UserError that names the file when it is missing, malformed or changed.
 
-    A file without a checksum comes from an earlier version: taken as it is, unless `strict`.
+    A file without a checksum comes from an earlier version and is accepted, unless `strict`.
     """
     value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: is damaged (it holds no JSON object)")
-    held = value.pop(CHECK, None)
-    # A damaged name of the checksum must not make the file look like one that has none.
-    early = held is None and not any(isinstance(one, str) and len(one) == 64 for one in value.values())
-    if held != _check(value) and (strict or not early):
+    checksum = value.pop(CHECK, None)
+    # A file whose checksum key is damaged must not pass for one without a checksum.
+    early = checksum is None and not any(isinstance(item, str) and len(item) == 64 for item in value.values())
+    if checksum != _check(value) and (strict or not early):
         raise UserError(f"{path}: is damaged (its checksum differs)")
     return value
 
@@ -154,7 +154,7 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path, size: int | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of an append-only file, or of its first `size` bytes; a last line that a crash cut short is left out."""
+    """Yield the rows of an append-only file, or of its first `size` bytes; a last line cut short by a crash is skipped."""
     if not path.exists():
         return
     left = path.stat().st_size if size is None else size
@@ -172,8 +172,8 @@ def read_jsonl(path: Path, size: int | None = None) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def rows_from(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """The rows of an append-only file from a byte on, and the byte after the last of them."""
+def read_rows_from(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
+    """Rows of an append-only file from byte `start` on, and the offset after the last complete row."""
     if not path.exists():
         return [], start
     with path.open("rb") as file:
@@ -182,15 +182,15 @@ def rows_from(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
     return [json.loads(line) for line in whole.splitlines()], start + len(whole) + bool(whole)
 
 
-def cut_back(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the rows of an append-only file that a resumed run will write again."""
+def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep only some rows of an append-only file: a resumed run writes the others again."""
     if path.exists():
         write_rows(path, [row for row in read_jsonl(path) if keep(row)])
 
 
 @contextlib.contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all: fill the one yielded, it is synced and renamed to `target`."""
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Write a folder atomically: fill the yielded temporary folder; it is then synced and renamed to `target`."""
     aside, old = (target.with_name(f".{target.name}{what}{ASIDE}") for what in ("", ".old"))
     with writing(target):
         for left in (aside, old):
@@ -200,7 +200,7 @@ def written_aside(target: Path) -> Iterator[Path]:
             fault_points.failpoint("folder.begun")
             yield aside
             fault_points.failpoint("folder.filled")
-            for path in sorted(aside.rglob("*"), reverse=True):  # what a folder holds before the folder
+            for path in sorted(aside.rglob("*"), reverse=True):  # a folder's contents before the folder
                 sync(path)
             sync(aside)
             fault_points.failpoint("folder.synced")
@@ -219,12 +219,12 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a writer that was killed may have left this: a lock, or what it was writing aside."""
+    """Whether a killed process may have left this file: a lock or a temporary file."""
     return path.name.startswith(".") and path.name.endswith((".lock", ASIDE))
 
 
-def sweep_up(folder: Path) -> None:
-    """Remove from a folder what writers that are gone left aside in it."""
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of processes that no longer exist."""
     for path in folder.glob(f".*{ASIDE}"):
         number = path.name.split(".")[-2]
         if path.is_dir():
@@ -235,8 +235,10 @@ def sweep_up(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, patience: float) -> Iterator[bool]:
-    """Whether the file's lock is ours, waiting for it so many seconds. The system lets go of it when the process ends,
-    however it does. Raises OSError where the file cannot be written."""
+    """Try to take a file lock for `patience` seconds; yields whether it was taken. The system releases it when the process ends.
+
+    Raises OSError when the file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + patience
     with path.open("w") as file:
@@ -256,7 +258,7 @@ def lock(path: Path, patience: float) -> Iterator[bool]:
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Copy a folder's files into another one; the two share them where the file system has hard links."""
+    """Copy a folder's files, as hard links where the file system has them."""
     shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
 
 
@@ -268,7 +270,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def file_sum(path: Path, size: int | None = None) -> str:
-    """sha256 of a file, or of its first `size` bytes; never all of it in memory."""
+    """sha256 of a file, or of its first `size` bytes, read in blocks."""
     digest, left = hashlib.sha256(), size
     with path.open("rb") as file:
         while part := file.read(1 << 20 if left is None else min(1 << 20, left)):
@@ -286,8 +288,8 @@ Sum = Sequence[Any]
 """[bytes or None where they are not known, sha256]"""
 
 
-def first_changed(folder: Path, sums: Mapping[str, Sum], limit: int | None) -> Path | None:
-    """The first file below a folder that is missing or not what its checksum says; past `limit` bytes by its size alone."""
+def first_damaged(folder: Path, sums: Mapping[str, Sum], limit: int | None) -> Path | None:
+    """First file below a folder that is missing or differs from its checksum; files over `limit` bytes are compared by size only."""
     for name, (size, sum_) in sums.items():
         path = folder / name
         if not path.is_file() or size not in (None, path.stat().st_size):
@@ -298,14 +300,14 @@ def first_changed(folder: Path, sums: Mapping[str, Sum], limit: int | None) -> P
 
 
 class Logs:
-    """The checksums of files that only grow; each byte is read once."""
+    """Running checksums of append-only files; each byte is read once."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._digests = {path: hashlib.sha256() for path in paths}
         self._sizes = dict.fromkeys(paths, 0)
 
     def marks(self) -> dict[str, list[Any]]:
-        """[bytes, sha256] of each that holds something, by name."""
+        """[bytes, sha256] of each non-empty file, by name."""
         for path in filter(Path.exists, self._sizes):
             with path.open("rb") as file:
                 file.seek(self._sizes[path])
@@ -316,14 +318,14 @@ class Logs:
 
 
 def first_difference(a: Any, b: Any, path: str = "") -> str | None:
-    """The dotted name of the first field in which two plain values differ; None when equal.
+    """Dotted name of the first field in which two plain values differ; None when they are equal.
 
-    A field that is missing on one side and null on the other is no difference: an older version did not know it yet.
+    A field that is missing on one side and null on the other counts as equal: an older version did not have it.
     """
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
-            found = first_difference(a.get(key), b.get(key), f"{path}{key}.")
-            if found is not None:
-                return found
+            difference = first_difference(a.get(key), b.get(key), f"{path}{key}.")
+            if difference is not None:
+                return difference
         return None
     return None if a == b else path.rstrip(".")

@@ -1,4 +1,4 @@
-"""What was spent, on what: an append-only file of spends, and nothing else writes to it."""
+"""Ledger: an append-only file with one row per cost (labels, tokens, FLOPs, seconds)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any, Literal
 from headwater.storage.run_dir import append_jsonl
 
 Purpose = Literal["train", "eval", "validation", "measure", "probe"]
-"""What for: training; evaluation; deciding when a stage ends; the conditions (no labels); readiness before a run."""
+"""Training; evaluation; early stopping; measuring the conditions (no labels); the probe before a run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spend:
-    """One row of the ledger: what one step, one cache or one evaluation cost.
+    """One ledger row: the cost of one step, one teacher cache or one evaluation.
 
-    labels    ids of the problems whose gold answers were looked at (distinct within the row)
-    checks    how many completions were held against a gold answer
+    labels    ids of the problems whose gold answers were used (distinct within the row)
+    checks    number of completions that were graded
     tokens_*  sampled by a policy; trained on (completion tokens in the loss); scored under a teacher
     flops     floating-point operations estimated from the models' shapes
     """
@@ -43,7 +43,7 @@ def record(path: Path, spend: Spend) -> None:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over ledger rows; `distinct` counts a label once however often it was looked at."""
+    """Sums over ledger rows; `distinct` counts each label once."""
 
     distinct: int
     checks: int
@@ -55,7 +55,7 @@ class Totals:
 
 
 def totals(rows: Iterable[dict[str, Any]], purpose: Purpose = "train") -> Totals:
-    """Add up the rows of one purpose: looks for training and looks for evaluation are never mixed."""
+    """Add up the rows of one purpose: labels used for training and for evaluation are never mixed."""
     chosen = [row for row in rows if row["purpose"] == purpose]
     return Totals(
         distinct=len({label for row in chosen for label in row["labels"]}),

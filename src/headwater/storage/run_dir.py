@@ -1,31 +1,31 @@
-"""The only module that knows file names, and what a folder that was left anywhere still holds. `files` does the writing.
+"""Layout of a run directory: the only module that spells its file names (storage/files.py does the writing).
 
 OUT/recipe.json            the resolved recipe
 OUT/env.json               versions, device, threads
 OUT/plan.json              arms × seeds -> node names in order; the last node of an arm is its result
 OUT/ledger.jsonl           every node's ledger, joined
-OUT/left_out.jsonl         problems taken out because they also stand in an evaluation: which, where, why
+OUT/left_out.jsonl         problems removed because they are also in an evaluation set: which, where, why
 OUT/report.json report.html
 OUT/figures/NAME.svg .csv  each figure of the report, and the numbers in it
 OUT/problems.jsonl         {"id", "text"} of every problem, for readers of the report; no answers
-OUT/probe.json             readiness before the run, and what it advises
-OUT/probe/ledger.jsonl     its looks at labels
-OUT/labels.csv             which problem's label was looked at by which node, stage, seed and arms
+OUT/probe.json             readiness measures and advice
+OUT/probe/ledger.jsonl     labels used by the probe
+OUT/labels.csv             which problem's label was used by which node, stage, seed and arms
 OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, fingerprint
-               metrics.jsonl            a row a training step
-               ledger.jsonl             a row for every spend
-               rollouts/000001.jsonl    what was sampled and said of it, a file a step
-               evals/WHEN/EVAL.jsonl    a row for every graded text; WHEN is `final` or `step-000020`
+               metrics.jsonl            one row per training step
+               ledger.jsonl             one row per cost
+               rollouts/000001.jsonl    completions and verdicts, one file per step
+               evals/WHEN/EVAL.jsonl    one row per graded completion; WHEN is `final` or `step-000020`
                checkpoint/000020/       weights, optimizer, state.json (also how far the logs were), sums.json
-               warnings.jsonl           which guard of training began to warn, at which step, on which figure
-               conditions.jsonl         how far student and teacher stand apart, a row a measurement
-               sums.jsonl               a row for every file of a step: which step, its sha256
+               warnings.jsonl           which guard started to warn, at which step, on which value
+               conditions.jsonl         divergence of student and teacher, one row per measurement
+               sums.jsonl               one row per file of a step: step, sha256
                cache/                   a teacher's rollouts and distributions
                model/                   a plain Hugging Face folder
                DONE                     the node's fingerprint, the checksums of its files, and its own
                FAILED                   {"sentence", "code"} of a node that failed, and the "traceback" of an unexpected error
-OUT/.lock                  held by the process that is at work in the folder
-OUT/.locks/NODE            held by the process that is at work on the node
+OUT/.lock                  locked by the process that runs in the folder
+OUT/.locks/NODE            locked by the process that runs the node
 """
 
 from __future__ import annotations
@@ -41,40 +41,40 @@ from headwater.errors import UserError
 from headwater.storage import fault_points
 from headwater.storage.files import (
     append_jsonl,
+    atomic_folder,
     copy_tree,
-    cut_back,
     file_sum,
-    first_changed,
+    first_damaged,
     first_difference,
     is_leftover,
+    keep_rows,
     lock,
     read_checked,
     read_json,
     read_jsonl,
-    sweep_up,
+    remove_leftovers,
     sync,
     write_atomic,
     write_checked,
     write_json,
     writing,
-    written_aside,
 )
 
-__all__ = [  # the rest of the program finds what writes files where it finds their names
-    "FREE", "LARGE", "NodeDir", "RunDir", "append_jsonl", "cut_back", "first_difference", "read_checked",
-    "read_json", "read_jsonl", "write_atomic", "write_checked", "write_json", "written_aside",
+__all__ = [  # re-exported for the modules that use file names
+    "FREE", "LARGE", "NodeDir", "RunDir", "append_jsonl", "atomic_folder", "first_difference", "keep_rows",
+    "read_checked", "read_json", "read_jsonl", "write_atomic", "write_checked", "write_json",
 ]  # fmt: skip
 
 FREE = dict.fromkeys(("seed", "compute", "guards"))
-"""Fields of a recipe in which runs of one study may differ: how they go on, but not what comes out."""
+"""Recipe fields in which runs of one study may differ: they do not change results."""
 
 LARGE = 256 << 20
-"""Bytes past which a finished node's file is known by its size when a run starts, and read whole only where it is used."""
+"""Size in bytes above which a finished node's file is checked by size when a run starts, and by checksum only when used."""
 
-ENDING_SECONDS = 5.0  # a worker whose parent was killed lets go of its node within a moment
+ENDING_SECONDS = 5.0  # a worker whose parent was killed releases its node within this time
 
 Marks = Mapping[str, Sequence[Any]]
-"""How far a node's logs were at a checkpoint: file name -> [bytes, sha256 of those bytes]."""
+"""Offsets of a node's logs at a checkpoint: file name -> [bytes, sha256 of those bytes]."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class NodeDir:
 
     @property
     def failed(self) -> Path:
-        """Why the node failed when it was last tried: {"sentence", "code"}, for an unexpected error also "traceback"."""
+        """Why the node's last attempt failed: {"sentence", "code"}, plus "traceback" for an unexpected error."""
         return self.path / "FAILED"
 
     @property
@@ -130,7 +130,7 @@ class NodeDir:
 
     @property
     def logs(self) -> tuple[Path, ...]:
-        """What is appended to, a row or more a step."""
+        """Append-only files with rows for each step."""
         return (self.metrics, self.ledger, self.conditions, self.warnings, self.sums)
 
     def rollouts(self, step: int) -> Path:
@@ -140,13 +140,13 @@ class NodeDir:
         return self.path / "evals" / when / f"{eval_name}.jsonl"
 
     def keep(self, step: int, path: Path, rows: Sequence[dict[str, Any]]) -> None:
-        """Write a file of a step, and its checksum among the logs."""
+        """Write a file of a step, and its checksum to sums.jsonl."""
         path.unlink(missing_ok=True)  # another run may share it
         append_jsonl(path, rows)
         append_jsonl(self.sums, [{"step": step, "file": str(path.relative_to(self.path)), "sha256": file_sum(path)}])
 
     def is_done(self, fingerprint: str) -> bool:
-        """Whether it says so; `damage` tells whether what it then holds is what was written."""
+        """Whether DONE exists with this fingerprint; `damage` checks the files themselves."""
         if not self.done.exists():
             return False
         try:
@@ -155,7 +155,7 @@ class NodeDir:
             return False
 
     def finish(self, value: Mapping[str, Any]) -> None:
-        """Write DONE, with the checksums of all that stands here but checkpoints (which have their own) and files of a step."""
+        """Write DONE with the checksums of all files except checkpoints (which have their own) and files of a step."""
         for path in (*self.logs, self.path):
             if path.exists():
                 sync(path)
@@ -169,31 +169,33 @@ class NodeDir:
         return not apart and (top != "evals" or rest[0] == "final")
 
     def damage(self, *below: str, whole: bool = False) -> Path | None:
-        """The first file of a finished node that is missing or not what was written; None if there is none.
+        """First file of a finished node that is missing or changed; None if there is none.
 
-        below  beginnings of names: look at these files only, and not at those of each step
-        whole  read files past LARGE too, which else are known by their size
+        below  check only files whose names start with one of these, and no files of a step
+        whole  verify checksums of files over LARGE too, instead of their size
         """
         try:
-            held = read_checked(self.done)
+            done = read_checked(self.done)
         except UserError:
             return self.done
-        sums = {name: sum_ for name, sum_ in held.get("sums", {}).items() if name.startswith(below or "")}
-        broken = first_changed(self.path, sums, None if whole else LARGE)
+        sums = {name: sum_ for name, sum_ in done.get("sums", {}).items() if name.startswith(below or "")}
+        broken = first_damaged(self.path, sums, None if whole else LARGE)
         return broken if broken or below else self._damaged_step(read_jsonl(self.sums))
 
     def _damaged_step(self, rows: Iterator[dict[str, Any]]) -> Path | None:
-        return first_changed(self.path, {row["file"]: (None, row["sha256"]) for row in rows}, None)
+        return first_damaged(self.path, {row["file"]: (None, row["sha256"]) for row in rows}, None)
 
     def refuse_damage(self, *below: str) -> None:
-        """Raise UserError that names a damaged file of a finished node, before it is used. The node then counts as unfinished."""
+        """Raise UserError that names a damaged file of a finished node before it is used. The node then counts as unfinished."""
         broken = self.damage(*below, whole=True) if self.done.exists() else None
         if broken is not None:
             self.done.unlink(missing_ok=True)
-            raise UserError(f"{broken}: is damaged (it is not what was written); the same command makes it again")
+            raise UserError(
+                f"{broken}: is damaged (it changed after it was written); the same command computes it again"
+            )
 
     def damaged_before(self, marks: Marks) -> Path | None:
-        """The first file on which a checkpoint rests that is no longer what it was then."""
+        """First log or step file that a checkpoint refers to and that has changed since."""
         for name, (size, sum_) in marks.items():
             path = self.path / name
             if not path.is_file() or path.stat().st_size < size or file_sum(path, size) != sum_:
@@ -201,22 +203,23 @@ class NodeDir:
         size = marks[self.sums.name][0] if self.sums.name in marks else 0
         return self._damaged_step(read_jsonl(self.sums, size))
 
-    def take_over(self, other: NodeDir) -> None:
-        """Become a finished node of another run. The two share their files where the file system has hard links.
+    def copy_from(self, other: NodeDir) -> None:
+        """Copy a finished node of another run, as hard links where possible.
 
-        That is safe: a file of a node is replaced or removed, and appended to only after it has been replaced."""
-        with written_aside(self.path) as aside:
+        Shared files are safe: a node's file is replaced or removed, and appended to only after it has been replaced.
+        """
+        with atomic_folder(self.path) as aside:
             copy_tree(other.path, aside)
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoint" / f"{step:06d}"
 
     def checkpoints(self) -> list[Path]:
-        """Newest first."""
+        """Checkpoint folders, newest first."""
         return sorted((self.path / "checkpoint").glob("[0-9]*"), reverse=True)
 
     def sync_steps(self, since: int, step: int) -> None:
-        """Flush the logs, and what was written of the steps after `since` up to `step`, before a checkpoint counts on them."""
+        """Sync the logs and the files of the steps after `since` up to `step` to disk, before a checkpoint refers to them."""
         steps = range(since + 1, step + 1)
         evals = [path for one in steps for path in self.evaluation(f"step-{one:06d}", "").parent.glob("*")]
         files = [path for path in (*self.logs, *map(self.rollouts, steps), *evals) if path.exists()]
@@ -225,9 +228,9 @@ class NodeDir:
                 sync(path)
 
     def cut_back_to(self, step: int) -> None:
-        """Forget what was written after `step`, -1 for all: the resumed run writes it again, the same.
+        """Delete everything written after `step` (-1: everything); the resumed run writes the same again.
 
-        The step's checkpoint knows how far the logs were; where there is none, a row's own step decides.
+        The step's checkpoint holds the log offsets; without one, each row's own step decides.
         """
         state = self.checkpoint(step) / "state.json"
         marks = read_json(state).get("logs") if state.exists() else None
@@ -235,7 +238,7 @@ class NodeDir:
             if step < 0 or (marks is not None and path.name not in marks):
                 path.unlink(missing_ok=True)
             elif marks is None:
-                cut_back(path, lambda row: row.get("step", 0) <= step)
+                keep_rows(path, lambda row: row.get("step", 0) <= step)
             else:
                 write_atomic(path, path.read_bytes()[: marks[path.name][0]])  # not in place: another run may share it
             fault_points.failpoint("stage.cut")
@@ -251,15 +254,15 @@ class NodeDir:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the node for this process; wait a moment for a worker whose parent was killed. Raises UserError."""
+        """Lock the node for this process; waits briefly for a worker whose parent was killed. Raises UserError."""
         path = self.path.parent.parent / ".locks" / self.name
         with contextlib.ExitStack() as stack:
             with writing(path):
                 free = stack.enter_context(lock(path, ENDING_SECONDS))
             if not free:
-                raise UserError(f"{self.path}: another process is at work there; wait until it ends")
+                raise UserError(f"{self.path}: another process is running there; wait until it ends")
             for folder in (self.path, *filter(Path.is_dir, self.path.rglob("*"))):
-                sweep_up(folder)
+                remove_leftovers(folder)
             yield
 
 
@@ -323,12 +326,12 @@ class RunDir:
 
     @property
     def trackers(self) -> Path:
-        """Where trackers that write files write them."""
+        """Folder for trackers that write files."""
         return self.path / "trackers"
 
     @property
     def tracked(self) -> Path:
-        """Which step of each node trackers were told last."""
+        """Last step of each node that was sent to the trackers."""
         return self.path / "tracked.json"
 
     def node(self, name: str) -> NodeDir:
@@ -336,33 +339,32 @@ class RunDir:
 
     def nodes(self) -> list[NodeDir]:
         folder = self.path / "nodes"
-        found = sorted(folder.iterdir()) if folder.exists() else []
-        return [NodeDir(path) for path in found if path.is_dir() and path.name[0] != "."]  # no half-written one
+        paths = sorted(folder.iterdir()) if folder.exists() else []
+        return [NodeDir(path) for path in paths if path.is_dir() and path.name[0] != "."]  # skip temporary folders
 
     def refuse_other(self, recipe: dict[str, Any]) -> None:
-        """Raise UserError where the folder could not become, or go on being, this recipe's; writes nothing.
+        """Raise UserError when the folder cannot hold this recipe's run; writes nothing.
 
-        The seed may differ: a study adds seeds to the same folder. So may `compute` and `guards`, which decide how a run
-        goes on but not what comes out.
+        The seed may differ: a study adds seeds to the same folder. So may `compute` and `guards`, which do not change results.
         """
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"--out {self.path}: is a file, not a folder")
             if not self.recipe.exists():
                 if self.path.exists() and any(not is_leftover(path) for path in self.path.iterdir()):
-                    raise UserError(f"--out {self.path}: the folder is not empty and holds no run of ours")
+                    raise UserError(f"--out {self.path}: the folder is not empty and holds no run of Headwater")
                 return
-        except OSError as error:  # such as a folder above it that may not be looked into
+        except OSError as error:  # such as a parent folder without read permission
             raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from None
-        held = read_json(self.recipe)
-        field = first_difference(held | FREE, recipe | FREE) if isinstance(held, dict) else "everything"
+        earlier = read_json(self.recipe)
+        field = first_difference(earlier | FREE, recipe | FREE) if isinstance(earlier, dict) else "everything"
         if field is not None:
             raise UserError(
                 f"--out {self.path}: holds a run of another recipe (they differ in {field}); use a new folder"
             )
 
     def claim(self, recipe: dict[str, Any]) -> None:
-        """Make the folder this recipe's, or go on with it if it is already; the recipe written down is the latest.
+        """Write recipe.json, in a new folder or in one that already holds this recipe's run.
 
         Raises UserError naming the first field that differs when the folder belongs to another recipe.
         """
@@ -373,9 +375,9 @@ class RunDir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process. The system lets go of it when the process ends, however it does.
+        """Lock the folder for this process. The system releases the lock when the process ends.
 
-        Raises UserError when another process holds it, or when it cannot be written.
+        Raises UserError when another process holds it, or when the folder cannot be written.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -384,10 +386,10 @@ class RunDir:
                 raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from None
             if not free:
                 raise UserError(
-                    f"--out {self.path}: another process is at work there; wait until it ends, or use another folder"
+                    f"--out {self.path}: another process is running there; wait until it ends, or use another folder"
                 )
-            sweep_up(self.path)
-            sweep_up(self.path / "nodes")  # a node that was being taken over
+            remove_leftovers(self.path)
+            remove_leftovers(self.path / "nodes")  # a node that was being copied
             yield
 
     def join_ledgers(self) -> None:

@@ -1,4 +1,4 @@
-"""Run directories that somebody else may have made: names that lead elsewhere are refused before they become paths."""
+"""Validate untrusted run directories: reject symbolic links and path traversal."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 
 
 def refuse_links(folder: Path, option: str) -> None:
-    """Raises UserError where something in the folder is a symbolic link: what is written to it would land elsewhere.
+    """Raise UserError when the folder contains a symbolic link: writing to it would change a file elsewhere.
 
-    The folder itself may be one: whoever names it means where it leads.
+    The folder itself may be a link: the user named it.
     """
-    for parent, folders, found in os.walk(folder):
-        for name in (*folders, *found):
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
             path = Path(parent, name)
             if path.is_symlink():
                 where = path.relative_to(folder)
-                raise UserError(f"{option} {folder}: {where} is a symbolic link, and no run makes any; remove it")
+                raise UserError(f"{option} {folder}: {where} is a symbolic link, which no run creates; remove it")
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """A plan.json: {"seeds": [0, …], "arms": {ARM: {SEED: [NODE, …]}}}. Raises UserError where it says anything else.
+    """Read a plan.json: {"seeds": [0, …], "arms": {ARM: {SEED: [NODE, …]}}}. Raises UserError on any other shape.
 
-    A node's name becomes a path, so one with a slash in it would lead out of the folder.
+    A node's name becomes a path, so a name with a slash could point outside of the folder.
     """
     held = read_checked(path)
     arms = held.get("arms") if isinstance(held, dict) else None
@@ -42,22 +42,22 @@ def read_plan(path: Path) -> dict[str, Any]:
         whole = whole and isinstance(by_seed, dict) and all(re.fullmatch(r"-?\d{1,40}", seed) for seed in by_seed)
         whole = whole and all(isinstance(names, list) for names in by_seed.values())
         if not whole:
-            raise UserError(f"{path}: is no plan that this program wrote")
+            raise UserError(f"{path}: is not a plan written by this program")
         for name in (name for names in by_seed.values() for name in names):
             if not isinstance(name, str) or not NODE.fullmatch(name):
-                raise UserError(f"{path}: names a node {name!r:.80}, which no node is called")
+                raise UserError(f"{path}: {name!r:.80} is not a valid node name")
     return dict(held)
 
 
 @contextlib.contextmanager
-def as_written(folder: Path) -> Iterator[None]:
-    """Files of a run directory in another shape than this program gives them are the folder's fault: one sentence."""
+def refuse_malformed_files(folder: Path) -> Iterator[None]:
+    """Turn errors from malformed files of a run directory into one sentence (UserError) that names the folder."""
     try:
         yield
     except (HeadwaterError, OSError):
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        said = " ".join(str(error).split())[:200]
+        message = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder}: its files are not as this program writes them ({type(error).__name__}: {said})"
+            f"{folder}: its files do not have the format this program writes ({type(error).__name__}: {message})"
         ) from error

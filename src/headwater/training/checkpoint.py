@@ -19,8 +19,8 @@ from headwater.distributed.checkpoint_io import ADAPTER_FILE, MODEL_FILE
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.storage import fault_points
-from headwater.storage.files import Logs, file_sums, first_changed
-from headwater.storage.run_dir import NodeDir, read_json, write_json, written_aside
+from headwater.storage.files import Logs, file_sums, first_damaged
+from headwater.storage.run_dir import NodeDir, atomic_folder, read_json, write_json
 
 KEPT = 2
 """Checkpoints that stay on disk: the newest may turn out to be damaged."""
@@ -53,7 +53,7 @@ def save_checkpoint(
     before = [int(path.name) for path in node.checkpoints()]
     node.sync_steps(before[0] if before else 0, step)
     fault_points.failpoint("checkpoint.begun")
-    with written_aside(node.checkpoint(step)) as folder:
+    with atomic_folder(node.checkpoint(step)) as folder:
         if ranks.single_process:
             write_single_process(folder, model, optimizer)
         else:
@@ -158,7 +158,7 @@ def damage_of(node: NodeDir, folder: Path) -> str | None:
         names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"sums.json"}
         if not isinstance(sums, dict) or names - sums.keys():
             return str(folder / "sums.json")
-        broken = first_changed(folder, {name: (None, sum_) for name, sum_ in sums.items()}, None)
+        broken = first_damaged(folder, {name: (None, sum_) for name, sum_ in sums.items()}, None)
         if broken is None:
             broken = node.damaged_before(read_json(folder / "state.json").get("logs", {}))
     except UserError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater.config.stage import Until
-from headwater.storage.files import rows_from
+from headwater.storage.files import read_rows_from
 
 HIGHER_IS_BETTER = ("reward", "validation")
 
@@ -31,7 +31,7 @@ class PlateauMonitor:
         until = self._until
         if until is None or step % until.every:
             return False
-        rows, self._offset = rows_from(self._path, self._offset)
+        rows, self._offset = read_rows_from(self._path, self._offset)
         self._rows += [{until.metric: row[until.metric]} if until.metric in row else {} for row in rows]
         return plateau(self._rows[:step], until.metric, until.every, until.patience, until.least)
 

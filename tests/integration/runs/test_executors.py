@@ -189,7 +189,7 @@ def test_killed_study_leaves_no_worker_and_releases_its_folder(tmp_path: Path) -
     refused = tiny("study", out, "--arms", ARMS, changes=LONG)
     assert refused.code == 2
     assert refused.err == (
-        f"headwater: --out {out}: another process is at work there; wait until it ends, or use another folder\n"
+        f"headwater: --out {out}: another process is running there; wait until it ends, or use another folder\n"
     )
     pids = workers_of(process)
     assert len(pids) == 2
@@ -264,7 +264,7 @@ def test_reuse_copies_nodes_where_hard_links_are_impossible(tmp_path: Path, monk
 
 def test_reuse_refuses_a_folder_without_a_run_before_writing(tmp_path: Path) -> None:
     said = tiny("run", tmp_path / "out", "--reuse", tmp_path / "no")
-    assert said.code == 2 and said.err == f"headwater: --reuse {tmp_path / 'no'}: holds no run of ours\n"
+    assert said.code == 2 and said.err == f"headwater: --reuse {tmp_path / 'no'}: holds no run of Headwater\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -294,7 +294,7 @@ def test_crash_releases_the_folder_lock(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", f"{code}    print('held', flush=True); input()"],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-    with pytest.raises(UserError, match="another process is at work"), RunDir(tmp_path).locked():
+    with pytest.raises(UserError, match="another process is running"), RunDir(tmp_path).locked():
         pass
     holder.kill()
     holder.communicate()

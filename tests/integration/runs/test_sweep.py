@@ -138,7 +138,7 @@ def test_all_points_are_checked_before_the_first_starts(tmp_path: Path) -> None:
     (tmp_path / "out" / "16").mkdir(parents=True)
     (tmp_path / "out" / "16" / "mine.txt").write_text("mine")
     said = tiny("sweep", tmp_path / "out", "--vary", "labels", "--values", "32,16")
-    assert said.code == 2 and "not empty and holds no run of ours" in said.err
+    assert said.code == 2 and "not empty and holds no run of Headwater" in said.err
     assert not (tmp_path / "out" / "32").exists()
 
 

@@ -15,17 +15,17 @@ from headwater.storage import files
 from headwater.storage.files import (
     Logs,
     append_jsonl,
-    disk_trouble,
+    atomic_folder,
+    disk_errno,
     file_sum,
-    first_changed,
+    first_damaged,
     lock,
     read_checked,
     read_jsonl,
-    rows_from,
-    sweep_up,
+    read_rows_from,
+    remove_leftovers,
     write_atomic,
     write_checked,
-    written_aside,
 )
 
 
@@ -39,7 +39,7 @@ def test_the_folder_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pyte
     write_atomic(tmp_path / "a.json", "{}")
     assert done[1:] == ["rename", str(tmp_path)] and Path(done[0]).name.startswith(".a.json.")
     done.clear()
-    with written_aside(tmp_path / "folder") as aside:
+    with atomic_folder(tmp_path / "folder") as aside:
         (aside / "b").mkdir()
         (aside / "b" / "c").write_text("x")
     assert {Path(one).name for one in done[:3]} == {"c", "b", ".folder.tmp"} and done[-1] == str(tmp_path)
@@ -99,7 +99,7 @@ def test_a_checked_file_of_an_earlier_version_is_taken_unless_that_is_refused(tm
     ],
 )
 def test_what_is_a_disks_trouble_and_what_is_not(error: Exception, number: int | None) -> None:
-    assert disk_trouble(error) == number
+    assert disk_errno(error) == number
 
 
 def test_a_full_disk_is_named_by_the_file_and_the_old_one_stays(
@@ -131,29 +131,29 @@ def test_sums_of_growing_files_are_those_of_the_whole_and_each_byte_is_read_once
 
 def test_rows_are_read_on_from_where_the_last_look_ended(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert rows_from(path, 0) == ([], 0)
+    assert read_rows_from(path, 0) == ([], 0)
     append_jsonl(path, [{"step": 1}, {"step": 2}])
-    rows, size = rows_from(path, 0)
+    rows, size = read_rows_from(path, 0)
     assert [row["step"] for row in rows] == [1, 2] and size == path.stat().st_size
     append_jsonl(path, [{"step": 3}])
     with path.open("a") as file:
         file.write('{"step": 4')
-    rows, more = rows_from(path, size)
-    assert [row["step"] for row in rows] == [3] and rows_from(path, more) == ([], more)
+    rows, more = read_rows_from(path, size)
+    assert [row["step"] for row in rows] == [3] and read_rows_from(path, more) == ([], more)
 
 
 def test_a_changed_a_missing_and_a_longer_file_are_found(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
     sums = {name: [1, file_sum(tmp_path / name)] for name in ("a", "b")}
-    assert first_changed(tmp_path, sums, None) is None
+    assert first_damaged(tmp_path, sums, None) is None
     (tmp_path / "b").write_text("c")
-    assert first_changed(tmp_path, sums, None) == tmp_path / "b"
-    assert first_changed(tmp_path, sums, 0) is None  # past the limit the size decides
+    assert first_damaged(tmp_path, sums, None) == tmp_path / "b"
+    assert first_damaged(tmp_path, sums, 0) is None  # past the limit the size decides
     (tmp_path / "b").write_text("bb")
-    assert first_changed(tmp_path, sums, 0) == tmp_path / "b"
+    assert first_damaged(tmp_path, sums, 0) == tmp_path / "b"
     (tmp_path / "b").unlink()
-    assert first_changed(tmp_path, sums, 0) == tmp_path / "b"
+    assert first_damaged(tmp_path, sums, 0) == tmp_path / "b"
 
 
 def test_what_killed_writers_left_is_removed_and_what_others_are_writing_is_not(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_what_killed_writers_left_is_removed_and_what_others_are_writing_is_not(
     (tmp_path / f".a.json.{os.getpid()}.tmp").write_text("x")
     (tmp_path / ".b.json.999999999.tmp").write_text("x")
     (tmp_path / "c.json").write_text("x")
-    sweep_up(tmp_path)
+    remove_leftovers(tmp_path)
     assert sorted(one.name for one in tmp_path.iterdir()) == [f".a.json.{os.getpid()}.tmp", "c.json"]
 
 

@@ -13,13 +13,13 @@ from headwater.storage.run_dir import (
     NodeDir,
     RunDir,
     append_jsonl,
-    cut_back,
+    atomic_folder,
     first_difference,
+    keep_rows,
     read_json,
     read_jsonl,
     write_atomic,
     write_json,
-    written_aside,
 )
 
 
@@ -88,29 +88,29 @@ def test_cutting_back_drops_what_is_not_kept_and_mends_a_cut_line_so_that_append
     append_jsonl(path, [{"step": step, "text": "é"} for step in (1, 2, 3)])
     with path.open("ab") as file:
         file.write('{"step": 4, "text": "é'.encode()[:-1])
-    cut_back(path, lambda row: row["step"] <= 2)
+    keep_rows(path, lambda row: row["step"] <= 2)
     append_jsonl(path, [{"step": 3, "text": "again"}])
     assert [(row["step"], row["text"]) for row in read_jsonl(path)] == [(1, "é"), (2, "é"), (3, "again")]
-    cut_back(tmp_path / "none.jsonl", lambda row: True)
+    keep_rows(tmp_path / "none.jsonl", lambda row: True)
     assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_a_folder_written_aside_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "checkpoint" / "000003"
-    with written_aside(target) as aside:
+    with atomic_folder(target) as aside:
         (aside / "weights").write_text("new")
         assert not target.exists()
     assert file_sums(target).keys() == {"weights"}
 
     def killed() -> None:
-        with written_aside(target) as aside:
+        with atomic_folder(target) as aside:
             (aside / "weights").write_text("newer")
             raise RuntimeError("killed in between")
 
     with pytest.raises(RuntimeError, match="killed in between"):
         killed()
     assert (target / "weights").read_text() == "new"
-    with written_aside(target) as aside:
+    with atomic_folder(target) as aside:
         (aside / "other").write_text("x")
     assert [path.name for path in target.iterdir()] == ["other"]
     assert [path.name for path in target.parent.iterdir()] == ["000003"]
@@ -122,7 +122,7 @@ def test_what_a_killed_writer_left_aside_is_no_checkpoint_and_does_not_stop_the_
     left.mkdir(parents=True)
     (left / "sums.json").write_text("{}")
     assert node.checkpoints() == []
-    with written_aside(node.checkpoint(3)) as aside:
+    with atomic_folder(node.checkpoint(3)) as aside:
         (aside / "sums.json").write_text("{}")
     assert node.checkpoints() == [node.checkpoint(3)]
     assert not left.exists()
@@ -192,7 +192,7 @@ def test_what_decides_no_outcome_of_a_node_may_change_and_the_latest_recipe_is_t
 def test_a_folder_with_someone_elses_files_is_refused_and_an_empty_one_taken(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"--out .*mine: the folder is not empty and holds no run of ours"):
+    with pytest.raises(UserError, match=r"--out .*mine: the folder is not empty and holds no run of Headwater"):
         RunDir(tmp_path / "mine").claim(RECIPE)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     (tmp_path / "empty").mkdir()
