@@ -32,7 +32,7 @@ AS_IT_STANDS = {  # and what it says, as a regular expression
     "init pocket > my.yaml": "student: pocket:qwen3-student",
     "validate problems.jsonl": "300 gold answers, 0 fail",
     "validate problems.jsonl --task sums": "300 gold answers, 0 fail",
-    "doctor my.yaml": "nothing found that would spoil a run",
+    "doctor my.yaml": "nothing is wrong that would spoil a run",
     "run my.yaml --dry-run": "teacher_rl",
     "run my.yaml --dry-run --json": '"steps": ',
     "run gsm8k --dry-run --json": '"steps": ',
@@ -50,7 +50,7 @@ AS_IT_STANDS = {  # and what it says, as a regular expression
     "report runs/a runs/b": "seeds 0, 1",
     "report runs/seed0 runs/seed1 --out runs/both": "report: runs/both/report.html",
     "report DIR/256": "report: DIR/256/report.html",
-    "doctor own_grader.yaml": "nothing found that would spoil a run",
+    "doctor own_grader.yaml": "nothing is wrong that would spoil a run",
     "run own_grader.yaml --out runs/own_grader": "report: runs/own_grader/report.html",
     "watch runs/demo": r"(\d+) of \1 nodes done",
 }
@@ -115,7 +115,7 @@ IN_SMALL = {  # what is typed in its place, and what that says
         "sweep pocket --vary lambda --seeds 0,1,2 --dry-run",
         "lambda|λ",
     ),
-    "doctor RECIPE": ("doctor my.yaml", "nothing found"),
+    "doctor RECIPE": ("doctor my.yaml", "nothing is wrong"),
     "doctor RECIPE [--arms a,b|all] [--set path=value] [--device auto|cpu|cuda] [--out DIR] [--json]": (
         "doctor my.yaml --arms direct_grpo,bridge --set labels.budget=128 --device cpu --out runs/none --json",
         '"findings"',

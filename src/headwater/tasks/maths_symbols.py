@@ -1,7 +1,7 @@
 """Compare expressions: parse with latex2sympy, test at random points, decide with math-verify.
 
 Imported only in the bounded worker processes, since it imports sympy. Parsed expressions are checked for size before anything
-is computed. Without these checks ten hostile cases of 351 take seconds instead of milliseconds (LOG.md, 2026-11-28).
+is computed. Without these checks eleven cases of 351 take seconds instead of milliseconds (LOG.md, 2026-11-28).
 """
 
 from __future__ import annotations
