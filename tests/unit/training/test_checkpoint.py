@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back to the bit, and a damaged checkpoint is passed over for the one before."""
+"""Checkpoints: what is saved comes back to the bit, and a damaged checkpoint is skipped for the one before it."""
 
 from __future__ import annotations
 
