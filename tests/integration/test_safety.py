@@ -197,7 +197,12 @@ def test_a_plan_that_names_a_node_outside_is_refused(name: Any, tmp_path: Path) 
     plan["arms"]["bridge"]["0"][-1] = name
     (out / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     said = call("report", out)
-    assert said.code == 2 and f"{out / 'plan.json'}: names a node" in said.err and said.err.count("\n") == 1
+    assert (
+        said.code == 2
+        and f"{out / 'plan.json'}: " in said.err
+        and "not a valid node name" in said.err
+        and said.err.count("\n") == 1
+    )
     assert not (out / "report.json").exists()
 
 
