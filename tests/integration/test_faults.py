@@ -106,14 +106,14 @@ def test_without_a_fault_a_point_does_nothing_and_an_unknown_one_is_refused() ->
     assert not fault_points.armed()
     fault_points.failpoint("step.begun")
     with pytest.raises(KeyError):
-        fault_points.struck("step.begunn:1=kill")
+        fault_points.parse_fault("step.begunn:1=kill")
     with pytest.raises(KeyError):
-        fault_points.struck("step.begun:1=explode")
-    strike = fault_points.struck("step.begun:2=error")
-    strike("step.begun")
-    strike("step.ended")
-    with pytest.raises(RuntimeError, match="a fault was asked for"):
-        strike("step.begun")
+        fault_points.parse_fault("step.begun:1=explode")
+    fault = fault_points.parse_fault("step.begun:2=error")
+    fault("step.begun")
+    fault("step.ended")
+    with pytest.raises(RuntimeError, match="injected fault"):
+        fault("step.begun")
 
 
 def test_the_environment_arms_a_point_in_any_process() -> None:
@@ -286,7 +286,7 @@ def test_asked_to_stop_it_leaves_130_and_goes_on_later(
 def test_an_error_of_the_sampler_is_told_and_kept_and_a_second_go_ends_the_same(tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = go(out, "rollouts.arrived:9=error")
-    assert said.code == 1 and one_sentence(said).startswith("RuntimeError: a fault was asked for (traceback in ")
+    assert said.code == 1 and one_sentence(said).startswith("RuntimeError: injected fault (traceback in ")
     (mark,) = out.glob("nodes/*/FAILED")
     assert "Traceback" in read_json(mark)["traceback"]
     assert go(out).code == 0
@@ -385,7 +385,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(name: str, tmp_pa
     out, opd = unfinished(tmp_path)
     flip(opd / "checkpoint" / "000002" / name)
     said = go(out)
-    assert said.code == 0 and f"{opd}/checkpoint/000002/" in said.err and "is damaged; checkpoint 000002" in said.err
+    assert (
+        said.code == 0
+        and f"{opd}/checkpoint/000002/" in said.err
+        and "is damaged; checkpoint 000002 is skipped" in said.err
+    )
     assert differing(out, whole()) == []
 
 

@@ -200,7 +200,7 @@ def test_a_plan_that_names_a_node_outside_is_refused(name: Any, tmp_path: Path) 
     assert (
         said.code == 2
         and f"{out / 'plan.json'}: " in said.err
-        and "is not a valid node name" in said.err
+        and "not a valid node name" in said.err
         and said.err.count("\n") == 1
     )
     assert not (out / "report.json").exists()

@@ -198,13 +198,13 @@ def child(asked: dict[str, Any], folder: Path) -> None:
     from headwater.storage import fault_points
 
     arrivals: Counter[str] = Counter()
-    strike = fault_points.struck(asked["fault"]) if asked["fault"] else lambda name: None
+    fault = fault_points.parse_fault(asked["fault"]) if asked["fault"] else lambda name: None
 
     def arrived(name: str) -> None:
         arrivals[name] += 1
         if name == asked["then"] and arrivals[name] == 1:
             second(asked["argv"], folder)
-        strike(name)
+        fault(name)
 
     fault_points.arm(arrived)
     code: Any = 0

@@ -234,13 +234,13 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, patience: float) -> Iterator[bool]:
-    """Try to take a file lock for `patience` seconds; yields whether it was taken. The system releases it when the process ends.
+def lock(path: Path, timeout: float) -> Iterator[bool]:
+    """Try to take a file lock for `timeout` seconds; yields whether it was taken. The system releases it when the process ends.
 
     Raises OSError when the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + patience
+    until = time.monotonic() + timeout
     with path.open("w") as file:
         while True:
             try:

@@ -253,7 +253,7 @@ class NodeDir:
                 shutil.rmtree(path)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Lock the node for this process; waits briefly for a worker whose parent was killed. Raises UserError."""
         path = self.path.parent.parent / ".locks" / self.name
         with contextlib.ExitStack() as stack:

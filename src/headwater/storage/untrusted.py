@@ -33,20 +33,19 @@ def read_plan(path: Path) -> dict[str, Any]:
 
     A node's name becomes a path, so a name with a slash could point outside of the folder.
     """
-    held = read_checked(path)
-    arms = held.get("arms") if isinstance(held, dict) else None
-    seeds = held.get("seeds", []) if isinstance(held, dict) else None
-    runs: list[Any] = list(arms.values()) if isinstance(arms, dict) else [None]
-    whole = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
+    plan = read_checked(path)
+    arms, seeds = plan.get("arms"), plan.get("seeds", [])
+    valid = isinstance(arms, dict) and isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
+    runs: list[Any] = list(arms.values()) if isinstance(arms, dict) else []
     for by_seed in runs:
-        whole = whole and isinstance(by_seed, dict) and all(re.fullmatch(r"-?\d{1,40}", seed) for seed in by_seed)
-        whole = whole and all(isinstance(names, list) for names in by_seed.values())
-        if not whole:
-            raise UserError(f"{path}: is not a plan written by this program")
-        for name in (name for names in by_seed.values() for name in names):
-            if not isinstance(name, str) or not NODE.fullmatch(name):
-                raise UserError(f"{path}: {name!r:.80} is not a valid node name")
-    return dict(held)
+        valid = valid and isinstance(by_seed, dict) and all(re.fullmatch(r"-?\d{1,40}", seed) for seed in by_seed)
+        valid = valid and all(isinstance(names, list) for names in by_seed.values())
+    if not valid:
+        raise UserError(f"{path}: is not a plan written by this program")
+    for name in (name for by_seed in runs for names in by_seed.values() for name in names):
+        if not isinstance(name, str) or not NODE.fullmatch(name):
+            raise UserError(f"{path}: {name!r:.80} is not a valid node name")
+    return plan
 
 
 @contextlib.contextmanager

@@ -133,7 +133,7 @@ def run_in_process(job: Job) -> dict[str, Failure]:
 def start_node(node: Node, context: NodeContext) -> None:
     """Lock the node's folder, remove an earlier FAILED file, and run the node."""
     folder = context.node_dir(node)
-    with folder.held():
+    with folder.locked():
         folder.failed.unlink(missing_ok=True)
         run_node(node, context)
 
