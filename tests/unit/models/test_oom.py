@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,38 +18,9 @@ from headwater.models.policy import Policy
 from headwater.sampling.base import OnFinished, Request, requests_for
 from headwater.sampling.torch_sampler import OomRetrySampler, TorchSampler
 from headwater.teachers.scoring import logp_of
-from headwater.training import update as training
 from headwater.training.update import make_optimizer, update
+from simulated_oom import OUT, Room
 from tiny import PROMPTS, copied, furthest, same_bits, sampled_rows, stage_of, taught, weights_of
-
-CPU_SAYS = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-OUT = {
-    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    "cpu": lambda: RuntimeError(CPU_SAYS),
-    "python": MemoryError,
-}
-
-
-@dataclass
-class Room:
-    """Stands in for `train.backward`: memory runs out in its nth call, and in every one with more tokens than fit."""
-
-    nth: int = 0
-    most: int = 1 << 30
-    error: Callable[[], BaseException] = OUT["cuda"]
-    sizes: list[int] = field(default_factory=list)
-
-    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = training.backward
-
-        def backward(policy: Policy, objective: Any, batch: Any, *rest: Any) -> None:
-            self.sizes.append(batch.ids_BT.numel())
-            if len(self.sizes) == self.nth or batch.ids_BT.numel() > self.most:
-                real(policy, objective, batch, *rest)  # the gradient of the attempt that fails must be dropped
-                raise self.error()
-            real(policy, objective, batch, *rest)
-
-        monkeypatch.setattr(training, "backward", backward)
 
 
 @pytest.mark.parametrize("error", OUT)
