@@ -12,7 +12,7 @@ from typing import Any
 
 from headwater.config.recipe import Columns, Source
 from headwater.data.contamination import Leak, find_leaks
-from headwater.data.golds import gold_answer
+from headwater.data.golds import gold_answer, plain_value
 from headwater.data.rows import read_rows
 from headwater.errors import UserError
 from headwater.tasks import maths_text
@@ -47,12 +47,22 @@ class LoadedProblems:
     leaks: tuple[Leak, ...] = ()
 
 
+def same_text(first: str, second: str) -> bool:
+    """Whether two answers are written alike up to spaces."""
+    return maths_text.squeezed(first) == maths_text.squeezed(second)
+
+
 def load(
-    source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None
+    source: Source,
+    what: str,
+    need_answers: bool,
+    gold: Callable[[Any], str | None] | None = None,
+    same_gold: Callable[[str, str], bool] = same_text,
 ) -> LoadedProblems:
     """Read a source; `what` is the recipe's field for it, which every error names.
 
-    gold  converts a cell to a gold answer (`Task.gold`); `gold_answer` by default
+    gold       converts a cell to a gold answer (`Task.gold`); `gold_answer` by default
+    same_gold  whether two answers of one problem agree (`Verifier.same_gold`), asked where their texts differ
 
     Raises UserError for anything wrong with the file, a row or a column.
     """
@@ -80,7 +90,7 @@ def load(
         if lacking:
             among = f" ({len(lacking)} of {len(read)} rows have none)" if len(lacking) > 1 else ""
             raise UserError(f"{where}, row {lacking[0]}: the problem has no answer in {answer_column!r}{among}")
-    return _merged(read, source.path, tags)
+    return _merged(read, source.path, tags, same_gold)
 
 
 def without_leaks(
@@ -151,7 +161,10 @@ def _tag(row: Mapping[str, Any], column: str, where: str) -> str:
 def _answer(
     row: Mapping[str, Any], column: str | None, where: str, gold: Callable[[Any], str | None] | None
 ) -> str | None:
-    value = None if column is None else row.get(column)
+    try:
+        value = plain_value(None if column is None else row.get(column))
+    except ValueError as error:
+        raise UserError(f"{where}: {column!r} {error}") from None
     if gold is not None:
         return gold(value)
     if isinstance(value, dict) or (isinstance(value, list) and len(value) != 1):
@@ -159,26 +172,30 @@ def _answer(
     return gold_answer(value)
 
 
-def _merged(rows: list[tuple[int, str, str | None]], name: str, tags: Mapping[int, str]) -> LoadedProblems:
-    """One problem per id. A row without an answer neither contradicts nor replaces one with an answer."""
+def _merged(
+    rows: list[tuple[int, str, str | None]],
+    name: str,
+    tags: Mapping[int, str],
+    same_gold: Callable[[str, str], bool] = same_text,
+) -> LoadedProblems:
+    """One problem per id, with its first answer. A row without an answer neither contradicts nor replaces one with an answer."""
     problems: dict[str, Problem] = {}
     numbers: dict[str, list[int]] = {}
-    answers: dict[str, set[str]] = {}
     gold: dict[str, str] = {}
+    contradictions: dict[str, None] = {}
     for number, text, answer in rows:
         problem = Problem.of(text, name, tags.get(number, ""))
         problem = problems.setdefault(problem.id, problem)
         numbers.setdefault(problem.id, []).append(number)
         if answer is not None:
-            gold.setdefault(problem.id, answer)
-            answers.setdefault(problem.id, set()).add(maths_text.squeezed(answer))
-    contradictions = tuple(name for name in numbers if len(answers.get(name, ())) > 1)
-    dropped = set(contradictions)
+            first = gold.setdefault(problem.id, answer)
+            if not same_text(first, answer) and not same_gold(first, answer):
+                contradictions[problem.id] = None
     return LoadedProblems(
-        problems=[problem for problem in problems.values() if problem.id not in dropped],
-        gold={name: answer for name, answer in gold.items() if name not in dropped},
+        problems=[problem for problem in problems.values() if problem.id not in contradictions],
+        gold={name: answer for name, answer in gold.items() if name not in contradictions},
         duplicates=len(rows) - len(numbers),
-        contradictions=contradictions,
+        contradictions=tuple(name for name in numbers if name in contradictions),
         without_answer=tuple(name for name in numbers if name not in gold),
         rows={name: tuple(found) for name, found in numbers.items()},
     )
