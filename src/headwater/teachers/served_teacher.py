@@ -24,7 +24,7 @@ from headwater.sampling.base import OnFinished, Request
 from headwater.teachers.server_client import Answer, ServedModel
 from headwater.types import Rollout
 
-NO_SHAPE = Shape(0, 0, 0, 0, 0, 0, 0, tied=True)
+NO_SHAPE = Shape(*[0] * 13)
 """Shape of a served model: it costs no FLOPs and no memory on this machine."""
 SEEDS = 1 << 63
 """vLLM takes a request's seed as a signed 64-bit number."""
