@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from forked_runs import warm_runs
-from runs import all_arms, call, held, node, rows, sets, tiny
+from runs import all_arms, call, load_json, node, rows, sets, tiny
 
 PLATEAU = (  # a rate of nothing: the KL cannot fall, so the first window is the best
     "stages.warmup.steps=12",
@@ -24,8 +24,8 @@ def done(folder: Path) -> dict[str, Any]:
 
 
 def test_a_stage_without_progress_ends_on_its_plateau_and_says_so(tmp_path: Path) -> None:
-    said = tiny("run", tmp_path / "out", "--arm", "warmup_only", changes=PLATEAU)
-    assert said.code == 0, said.err
+    result = tiny("run", tmp_path / "out", "--arm", "warmup_only", changes=PLATEAU)
+    assert result.code == 0, result.err
     warmup = node(tmp_path / "out", "warmup_only", "warmup")
     # Windows of two steps; two after the first are no better: 6 steps of 12.
     assert len(rows(warmup / "metrics.jsonl")) == 6
@@ -69,15 +69,15 @@ def test_validation_decides_when_opd_ends_and_its_labels_have_an_account_of_thei
     ],
 )
 def test_a_plateau_of_what_is_not_measured_is_refused_by_name(change: str, sentence: str, tmp_path: Path) -> None:
-    said = call("run", "pocket", "--out", tmp_path / "out", *sets(change))
-    assert said.code == 2 and sentence in said.err and not (tmp_path / "out").exists()
+    result = call("run", "pocket", "--out", tmp_path / "out", *sets(change))
+    assert result.code == 2 and sentence in result.err and not (tmp_path / "out").exists()
 
 
 def test_conditions_stand_at_the_first_and_last_step_of_every_student_stage_with_a_teacher() -> None:
     out = all_arms()
     with_teacher, without = [], []
     for folder in sorted((out / "nodes").iterdir()):
-        info = held(folder / "node.json")
+        info = load_json(folder / "node.json")
         if info["kind"] != "train":
             continue
         path = folder / "conditions.jsonl"
@@ -133,7 +133,7 @@ def test_an_arm_at_equal_compute_takes_the_steps_that_the_other_arms_flops_pay_f
     def flops(folder: Path) -> float:
         return float(sum(row["flops"] for row in rows(folder / "ledger.jsonl") if row["purpose"] == "train"))
 
-    plan = held(out / "plan.json")["arms"]
+    plan = load_json(out / "plan.json")["arms"]
     bridge = sum(flops(out / "nodes" / name) for name in plan["bridge"]["0"])
     direct, matched = (out / "nodes" / plan[arm]["0"][-1] for arm in ("direct_grpo", "direct_grpo_compute"))
     steps = len(rows(direct / "metrics.jsonl"))
@@ -148,7 +148,7 @@ def test_an_arm_at_equal_compute_takes_the_steps_that_the_other_arms_flops_pay_f
 
 def test_the_control_without_a_teacher_looks_at_no_label_and_asks_no_teacher() -> None:
     out = all_arms()
-    name = held(out / "plan.json")["arms"]["constant_advantage"]["0"]
+    name = load_json(out / "plan.json")["arms"]["constant_advantage"]["0"]
     assert len(name) == 1
     spent = rows(out / "nodes" / name[0] / "ledger.jsonl")
     assert all(not row["labels"] and not row["tokens_teacher_scored"] for row in spent if row["purpose"] == "train")

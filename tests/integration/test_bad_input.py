@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from headwater.config.builtin import builtin_text
-from runs import Said, call, rows, sets, tiny
+from runs import CommandResult, call, rows, sets, tiny
 
 GOOD = [{"problem": f"{a:02d}+07+11+90", "answer": f"{(a + 8) % 100:02d}"} for a in range(20)]
 
 
-def assert_refused(said: Said, *named: str) -> None:
-    assert said.code == 2, said
-    assert said.out == ""
-    assert said.err.startswith("headwater: ") and said.err.count("\n") == 1, said.err
+def assert_refused(result: CommandResult, *named: str) -> None:
+    assert result.code == 2, result
+    assert result.out == ""
+    assert result.err.startswith("headwater: ") and result.err.count("\n") == 1, result.err
     for one in named:
-        assert one in said.err, said.err
+        assert one in result.err, result.err
 
 
 def refused(tmp_path: Path, *named: str, changes: tuple[str, ...] = (), arm: str = "bridge_rl") -> None:
@@ -107,8 +107,8 @@ def test_a_recipe_that_is_no_recipe_is_refused_by_file(text: bytes, named: list[
     ],
 )
 def test_a_set_option_that_cannot_be_used_is_refused_by_name(change: str, named: str, tmp_path: Path) -> None:
-    said = call("run", "pocket", "--out", tmp_path / "out", "--set", change)
-    assert_refused(said, named)
+    result = call("run", "pocket", "--out", tmp_path / "out", "--set", change)
+    assert_refused(result, named)
     assert not (tmp_path / "out").exists()
 
 
@@ -193,25 +193,25 @@ def test_a_model_folder_that_is_damaged_is_refused_by_field(tmp_path: Path, pock
     cut = copied_model(pocket_folder / "qwen3-student", tmp_path / "cut")
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=(f"models.student={cut}",))
-    assert_refused(said, "models.student", str(cut), "cannot be loaded")
+    result = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=(f"models.student={cut}",))
+    assert_refused(result, "models.student", str(cut), "cannot be loaded")
     no_words = copied_model(pocket_folder / "qwen3-student", tmp_path / "w", but=lambda path: "tokenizer" in path.name)
-    said = tiny("run", tmp_path / "new", "--arm", "direct_grpo", changes=(f"models.student={no_words}",))
-    assert_refused(said, "models.student", "tokenizer")
+    result = tiny("run", tmp_path / "new", "--arm", "direct_grpo", changes=(f"models.student={no_words}",))
+    assert_refused(result, "models.student", "tokenizer")
     bad = copied_model(pocket_folder / "qwen3-student", tmp_path / "bad")
     (bad / "config.json").write_text("{", encoding="utf-8")
-    said = tiny("run", tmp_path / "newer", "--arm", "direct_grpo", changes=(f"models.student={bad}",))
-    assert_refused(said, "models.student", str(bad))
+    result = tiny("run", tmp_path / "newer", "--arm", "direct_grpo", changes=(f"models.student={bad}",))
+    assert_refused(result, "models.student", str(bad))
 
 
 def test_a_teacher_that_gives_other_ids_for_the_same_text_is_refused_with_the_text(
     tmp_path: Path, pocket_folder: Path
 ) -> None:
     folder = copied_model(pocket_folder / "qwen3-teacher", tmp_path / "teacher")
-    held = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    words = held["model"]["vocab"]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    words = tokenizer["model"]["vocab"]
     words["7"], words["8"] = words["8"], words["7"]  # as wide as before, and wrong
-    (folder / "tokenizer.json").write_text(json.dumps(held), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     refused(
         tmp_path, "models.student and models.teacher", "different ids for the same text", "17+45",
         changes=(f"models.teacher={folder}",),
@@ -285,8 +285,8 @@ def test_a_folder_of_another_recipe_is_refused_by_the_first_field_that_differs_a
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "direct_grpo").code == 0
     before = contents(out)
-    said = tiny("run", out, "--arm", "direct_grpo", changes=("stages.student_rl.optim.lr=0.5",))
-    assert_refused(said, f"--out {out}", "another recipe", "stages.student_rl.optim.lr")
+    result = tiny("run", out, "--arm", "direct_grpo", changes=("stages.student_rl.optim.lr=0.5",))
+    assert_refused(result, f"--out {out}", "another recipe", "stages.student_rl.optim.lr")
     assert contents(out) == before
 
 

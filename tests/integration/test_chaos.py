@@ -38,8 +38,8 @@ def test_killed_at_a_point_it_ends_as_if_it_had_not_been(name: str, tmp_path: Pa
 def test_a_disk_that_is_full_at_a_point_once(name: str, tmp_path: Path) -> None:
     for count in arrivals(name):
         out = tmp_path / str(count)
-        said = go(out, f"{name}:{count}=full")
-        assert said.code == 4 and "no space left on device" in one_sentence(said)
+        result = go(out, f"{name}:{count}=full")
+        assert result.code == 4 and "no space left on device" in one_sentence(result)
         assert go(out).code == 0
         assert differing(out, whole()) == [], count
 
@@ -60,11 +60,11 @@ def test_killed_again_and_again_at_random_points(tmp_path: Path) -> None:
     draw, names = random.Random(0), sorted(undisturbed()[1])
     kills = runs = 0
     while kills < 30:  # a run that comes to its end before is compared, and the next one begins
-        said = go(tmp_path / str(runs), f"{draw.choice(names)}:{draw.randint(1, 4)}=kill")
-        if said.code == KILLED:
+        result = go(tmp_path / str(runs), f"{draw.choice(names)}:{draw.randint(1, 4)}=kill")
+        if result.code == KILLED:
             kills += 1
         else:
-            assert said.code == 0 and differing(tmp_path / str(runs), whole()) == []
+            assert result.code == 0 and differing(tmp_path / str(runs), whole()) == []
             runs += 1
     assert go(tmp_path / str(runs)).code == 0
     assert differing(tmp_path / str(runs), whole()) == []

@@ -21,7 +21,7 @@ import pytest
 
 from headwater.config.builtin import builtin_text
 from headwater.tasks import sums
-from runs import TINY, Said, call, environment, program, tiny
+from runs import TINY, CommandResult, call, environment, program, tiny
 from tests.integration.test_docs import EXAMPLES, PAGES, ROOT, commands, fault
 
 STUDY = "study pocket --dry-run"
@@ -184,8 +184,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in EXAMPLES.glob("*"):
         shutil.copy(path, place / path.name)
     for seed in (0, 1):
-        said = tiny("run", place / f"runs/seed{seed}", "--arm", "direct_grpo", "--seed", str(seed))
-        assert said.code == 0, said.err
+        result = tiny("run", place / f"runs/seed{seed}", "--arm", "direct_grpo", "--seed", str(seed))
+        assert result.code == 0, result.err
     for copy, of in (("runs/demo", 0), ("runs/a", 0), ("runs/b", 1), ("DIR/256", 0)):
         shutil.copytree(place / f"runs/seed{of}", place / copy, ignore=shutil.ignore_patterns("checkpoint"))
     return place
@@ -203,7 +203,7 @@ def test_every_command_of_the_docs_stands_in_one_table() -> None:
 
 
 @cache
-def once(line: str) -> Said:
+def once(line: str) -> CommandResult:
     """What the docs say in several ways is typed once."""
     return call(*shlex.split(line))
 
@@ -215,11 +215,11 @@ def test_it_is_run(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.syspath_prepend(str(place))
     shutil.copy("mine.yaml", "my.yaml")
     line, _, into = typed.replace("SMALL", SMALL).partition(" > ")
-    said = once(line)
-    assert said.code == 0, said.out + said.err
-    assert re.search(says, said.out), said.out
+    result = once(line)
+    assert result.code == 0, result.out + result.err
+    assert re.search(says, result.out), result.out
     if into:
-        (place / into).write_text(said.out)
+        (place / into).write_text(result.out)
 
 
 @pytest.mark.parametrize("command", ONLY_PARSED)

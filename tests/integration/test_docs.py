@@ -45,10 +45,10 @@ def commands() -> list[tuple[str, str]]:
 
 def words(command: str) -> list[str]:
     """A command as its words; in a synopsis what is optional is given, and names in capitals stand for something."""
-    said = command.split(" > ")[0].replace("\\|", "|")
-    said = re.sub(r"[\[\]]", " ", said).replace("…", "")
-    said = re.sub(r"(?<=[a-z])\|\S+", "", said)  # of several choices the first
-    return [re.sub(r"^[A-Z]$", "2", word) for word in shlex.split(said)]
+    text = command.split(" > ")[0].replace("\\|", "|")
+    text = re.sub(r"[\[\]]", " ", text).replace("…", "")
+    text = re.sub(r"(?<=[a-z])\|\S+", "", text)  # of several choices the first
+    return [re.sub(r"^[A-Z]$", "2", word) for word in shlex.split(text)]
 
 
 @cache
@@ -77,7 +77,7 @@ def test_every_command_in_the_docs_is_one_that_the_program_takes() -> None:
     """tests/integration/test_commands.py runs them."""
     told = commands()
     assert len(told) > 60
-    assert [(page, command, said) for page, command in told if (said := fault(command)) is not None] == []
+    assert [(page, command, message) for page, command in told if (message := fault(command)) is not None] == []
 
 
 def test_every_function_that_the_theory_page_names_exists() -> None:
@@ -152,8 +152,8 @@ def test_the_tutorials_own_problems_are_made_and_fit_its_recipe(
     recipe = find_recipe("my.yaml", [])
     assert recipe.data.labeled.path == "problems.jsonl" and list(recipe.data.evals) == ["held_out"]
     for name, count in (("problems.jsonl", 400), ("held-out.jsonl", 200)):
-        said = call("validate", name, "--task", recipe.task)
-        assert said.code == 0 and f"{count} gold answers, 0 fail; 0 repeated rows" in said.out
+        result = call("validate", name, "--task", recipe.task)
+        assert result.code == 0 and f"{count} gold answers, 0 fail; 0 repeated rows" in result.out
 
 
 def test_the_arms_page_has_the_facts_of_the_table_of_arms() -> None:
@@ -175,8 +175,8 @@ def test_an_example_is_a_recipe_whose_files_are_there(path: Path, monkeypatch: p
     sources = [recipe.data.labeled, recipe.data.unlabeled, *recipe.data.evals.values()]
     for source in sources:
         if source is not None and source.path is not None and not source.path.startswith("gsm8k/"):
-            said = call("validate", source.path, "--task", recipe.task)
-            assert said.code == 0, said.out + said.err
+            result = call("validate", source.path, "--task", recipe.task)
+            assert result.code == 0, result.out + result.err
     assert path.name in PAGES["docs/examples.md"]
 
 
@@ -184,9 +184,9 @@ def test_the_example_with_adapters_fits_the_device_that_it_names(monkeypatch: py
     monkeypatch.chdir(EXAMPLES)
     command = re.search(r"headwater (run .* --dry-run --on \w+)", Path("gsm8k_lora.yaml").read_text(encoding="utf-8"))
     assert command is not None and command[1].endswith("rtx4090")
-    said = call(*shlex.split(command[1]), "--json")
-    assert said.code == 0, said.err
-    found = json.loads(said.out)
+    result = call(*shlex.split(command[1]), "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
     assert {one["node"].split(".")[0] for one in found} >= {"teacher_rl", "warmup", "opd", "student_rl"}
     assert max(one["peak_bytes"] for one in found) < 0.95 * DEVICES["rtx4090"].memory
 
@@ -202,10 +202,10 @@ def test_the_two_gpu_example_is_a_command_that_the_program_takes() -> None:
 def test_the_example_with_its_own_grader_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES)
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    said = call(
+    result = call(
         "run", "own_grader.yaml", "--arm", "direct_grpo", "--out", tmp_path / "out", "--set", "compute.workers=1"
     )
-    assert said.code == 0, said.err
+    assert result.code == 0, result.err
     labels = json.loads((tmp_path / "out/report.json").read_text())["arms"]["direct_grpo"]["labels"]
     assert labels["checks"] == 32 and 4 <= labels["distinct"] <= 8  # two steps of 4 problems × 4 samples
 

@@ -17,17 +17,17 @@ from headwater.errors import RefusedError, TrainingStoppedError, UserError
 def test_the_first_hundreds_of_fuzzed_cases_are_valid_or_one_sentence() -> None:
     script = Path(__file__).parents[1] / "support" / "fuzz.py"
     path = os.pathsep.join([str(Path(headwater.__file__).parents[1]), str(script.parent)])
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(script), "--count", "300"],
         capture_output=True,
         text=True,
         timeout=280,
         env={**os.environ, "PYTHONPATH": path},
     )
-    assert said.returncode == 0, said.stdout[-4000:] + said.stderr[-2000:]
-    assert "300 cases from 0, 0 not as they must be" in said.stdout
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert "300 cases from 0, 0 not as they must be" in result.stdout
     for reached in ("planned", "validated", "graded", "refused 2", "reported"):
-        assert reached in said.stdout
+        assert reached in result.stdout
 
 
 @pytest.mark.parametrize(

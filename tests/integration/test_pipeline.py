@@ -22,7 +22,7 @@ from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.teachers.scoring import logp_of
 from headwater.types import problem_id
-from runs import all_arms, held, infos, node, node_names, nodes, rows, tiny
+from runs import all_arms, infos, load_json, node, node_names, nodes, rows, tiny
 
 
 def objective(info: dict) -> str:  # type: ignore[type-arg]
@@ -54,11 +54,11 @@ def test_the_run_directory_holds_what_the_contract_says() -> None:
         taught = info["kind"] == "train" and info["role"] == "student" and objective(info) not in ("grpo", "constant")
         beside = {"conditions.jsonl"} if taught else set()  # how far the student stands from its teacher
         assert {one.name for one in path.iterdir()} == wanted[info["kind"]] | beside, path.name
-        assert held(path / "DONE")["fingerprint"] == info["fingerprint"]
+        assert load_json(path / "DONE")["fingerprint"] == info["fingerprint"]
 
 
 def test_the_recipe_on_disk_is_the_one_that_ran_with_every_field_filled_in() -> None:
-    recipe = held(all_arms() / "recipe.json")
+    recipe = load_json(all_arms() / "recipe.json")
     assert recipe["stages"]["opd"]["steps"] == 2 and recipe["labels"]["budget"] == 16
     assert recipe["stages"]["opd"]["optim"]["beta2"] == 0.999  # a default that nobody wrote
     assert find_recipe("pocket", []).model_dump(mode="json").keys() == recipe.keys()
@@ -104,7 +104,7 @@ def test_each_objective_writes_what_it_measures() -> None:
 
 
 def test_report_json_has_the_contracts_shape() -> None:
-    report = held(all_arms() / "report.json")
+    report = load_json(all_arms() / "report.json")
     assert {"recipe", "seeds", "arms", "contrasts", "conditions"} <= report.keys()
     assert (report["recipe"], report["seeds"]) == ("pocket", [0])
     assert set(report["arms"]) == {"base_student", "base_teacher", *ARMS}
@@ -146,7 +146,7 @@ def test_fine_tuning_the_teacher_reads_the_experts_samples() -> None:
 
 
 def test_the_raw_teachers_bridge_looks_at_no_label_at_all() -> None:
-    report = held(all_arms() / "report.json")
+    report = load_json(all_arms() / "report.json")
     assert report["arms"]["raw_teacher"]["labels"] == {"distinct": 0, "checks": 0}
     spends = [row for path in nodes(all_arms(), "raw_teacher") for row in rows(path / "ledger.jsonl")]
     assert all(row["purpose"] == "eval" for row in spends if row["labels"] or row["checks"])
@@ -176,7 +176,7 @@ def test_no_arm_ever_looks_at_more_labels_than_the_budget() -> None:
         spends = [row for path in nodes(out, arm) for row in rows(path / "ledger.jsonl") if row["purpose"] == "train"]
         looked_at = {label for row in spends for label in row["labels"]}
         assert len(looked_at) <= 16
-        assert held(out / "report.json")["arms"][arm]["labels"]["distinct"] == len(looked_at)
+        assert load_json(out / "report.json")["arms"][arm]["labels"]["distinct"] == len(looked_at)
 
 
 def test_the_half_split_is_disjoint_by_content_whatever_the_order_of_the_file(tmp_path: Path) -> None:
@@ -204,9 +204,9 @@ def test_a_training_problem_that_stands_in_an_evaluation_is_left_out_and_that_is
     path = tmp_path / "labeled.jsonl"
     pairs = [(leaked, "00"), *((f"{a:02d}+07+11+90", "00") for a in range(24))]
     path.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in pairs), encoding="utf-8")
-    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=[f"data.labeled={path}", "labels.budget=24"])
-    assert said.code == 0
-    (warning,) = [line for line in said.err.splitlines() if "data.labeled: " in line]
+    result = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=[f"data.labeled={path}", "labels.budget=24"])
+    assert result.code == 0
+    (warning,) = [line for line in result.err.splitlines() if "data.labeled: " in line]
     assert warning.startswith("warning evaluation-leak: data.labeled: 1 problems also stand in data.evals.sums")
     assert "left out" in warning
     seen = {row["problem_id"] for row in rows(next((tmp_path / "out/nodes").glob("student_rl*/rollouts/000001.jsonl")))}
@@ -270,13 +270,13 @@ def test_looks_for_evaluation_are_counted_apart_from_those_of_training() -> None
         assert spend["tokens_sampled"] == sum(row["tokens"] for row in texts)
         trained = {label for row in rows(path / "ledger.jsonl") if row["purpose"] == "train" for label in row["labels"]}
         assert not trained & evaluated
-    report = held(out / "report.json")["arms"]
+    report = load_json(out / "report.json")["arms"]
     assert report["base_student"]["labels"] == {"distinct": 0, "checks": 0}
 
 
 def test_the_reports_totals_are_the_sums_over_an_arms_nodes_a_label_counted_once() -> None:
     out = all_arms()
-    report = held(out / "report.json")["arms"]
+    report = load_json(out / "report.json")["arms"]
     for arm in ARMS:
         spends = [row for path in nodes(out, arm) for row in rows(path / "ledger.jsonl") if row["purpose"] == "train"]
         assert report[arm]["tokens"]["sampled"] == sum(row["tokens_sampled"] for row in spends)
@@ -348,13 +348,13 @@ def test_more_arms_and_seeds_in_the_same_folder_reuse_what_is_there(tmp_path: Pa
     first = {path.name: (path / "DONE").stat().st_mtime_ns for path, _ in infos(out)}
     assert tiny("study", out, "--arms", "warmup_only,bridge", "--seeds", "0,1").code == 0
     assert {name: (out / "nodes" / name / "DONE").stat().st_mtime_ns for name in first} == first
-    report = held(out / "report.json")
+    report = load_json(out / "report.json")
     assert set(report["arms"]) == {"base_student", "base_teacher", "warmup_only", "bridge"}
     assert report["seeds"] == [0, 1]
     assert node_names(out, "bridge")[:3] == node_names(out, "warmup_only")
     # An arm asked for later on its own leaves those of before in the plan and in the report.
     assert tiny("run", out, "--arm", "opd_only", "--seed", "1").code == 0
-    report = held(out / "report.json")
+    report = load_json(out / "report.json")
     assert set(report["arms"]) == {"base_student", "base_teacher", "warmup_only", "bridge", "opd_only"}
     assert report["arms"]["opd_only"]["accuracy"]["sums"]["per_seed"].keys() == {"1"}
     assert report["arms"]["bridge"]["accuracy"]["sums"]["per_seed"].keys() == {"0", "1"}
@@ -382,4 +382,4 @@ def test_compute_and_guards_may_change_between_two_goes_at_one_folder(tmp_path: 
     done = {path.name: (path / "DONE").stat().st_mtime_ns for path, _ in infos(out)}
     assert tiny("run", out, "--arm", "direct_grpo", changes=["guards.patience=2", "compute.sample_batch=7"]).code == 0
     assert {path.name: (path / "DONE").stat().st_mtime_ns for path, _ in infos(out)} == done
-    assert held(out / "recipe.json")["compute"]["sample_batch"] == 7
+    assert load_json(out / "recipe.json")["compute"]["sample_batch"] == 7

@@ -46,11 +46,11 @@ def sentence(act: Callable[[], object]) -> str:
     try:
         act()
     except UserError as error:
-        said = str(error)
+        message = str(error)
     else:
         return ""
-    assert said.strip() and "\n" not in said
-    return said
+    assert message.strip() and "\n" not in message
+    return message
 
 
 REASONS = {"equal", "different", "no_answer", "truncated", "timeout", "memory", "error"}
@@ -59,9 +59,9 @@ REASONS = {"equal", "different", "no_answer", "truncated", "timeout", "memory", 
 @pytest.fixture(scope="module")
 def verifiers() -> Iterator[dict[str, Verifier]]:
     """One worker each; what is known to be slow or spoiled is killed at half a second."""
-    held = {name: Verifier(name, workers=1, seconds=0.5, memory_mb=512) for name in ("maths", "regex", "json")}
-    yield held
-    for verifier in held.values():
+    by_task = {name: Verifier(name, workers=1, seconds=0.5, memory_mb=512) for name in ("maths", "regex", "json")}
+    yield by_task
+    for verifier in by_task.values():
         verifier.close()
 
 
@@ -168,8 +168,8 @@ def test_an_edited_recipe_is_a_recipe_or_one_sentence_that_names_it(
     changes: list[tuple[tuple[str, ...], str, Any]],
 ) -> None:
     raw = edited(POCKET, changes)
-    if said := sentence(lambda: parse_recipe(raw, "recipe r.yaml")):
-        assert said.startswith("recipe r.yaml: ")
+    if message := sentence(lambda: parse_recipe(raw, "recipe r.yaml")):
+        assert message.startswith("recipe r.yaml: ")
         return
     recipe = parse_recipe(raw, "recipe r.yaml")
     # What was read can be written down and read again, the same.
@@ -231,8 +231,8 @@ def test_any_data_file_gives_problems_or_one_sentence(
         path = tmp_path / name
         path.write_bytes(content)
         source, read = Source(path=str(path)), TASKS[task].gold
-        if said := sentence(lambda: load(source, "data.labeled", need_answers=need, gold=read)):  # noqa: B023
-            assert said.startswith(f"data.labeled: {path}")
+        if message := sentence(lambda: load(source, "data.labeled", need_answers=need, gold=read)):  # noqa: B023
+            assert message.startswith(f"data.labeled: {path}")
             continue
         loaded = load(source, "data.labeled", need_answers=need, gold=read)
         assert loaded.gold.keys() <= {problem.id for problem in loaded.problems} | set(loaded.contradictions)
@@ -252,8 +252,8 @@ def test_any_file_of_completions_is_graded_or_one_sentence(tmp_path: Path, rows:
     ]
     path.write_bytes(b"\n".join(json.dumps(row).encode() for row in renamed) + b"\n" + noise)
     graded: list[dict[str, Any]] = []
-    said = sentence(lambda: graded.extend(grade_file(path, task="numeric", workers=1)))
-    assert not said or said.startswith(str(path))
+    message = sentence(lambda: graded.extend(grade_file(path, task="numeric", workers=1)))
+    assert not message or message.startswith(str(path))
     assert all(one["reason"] in REASONS for one in graded)
 
 

@@ -63,8 +63,8 @@ def test_every_file_it_links_to_and_every_verb_it_lists_is_there() -> None:
     assert len(links) > 5
     assert [link for link in links if not (ROOT / link).exists()] == []
     listed = set(re.findall(r"^\| `headwater ([a-z]+)", README, flags=re.MULTILINE))
-    said = subprocess.run([sys.executable, "-m", "headwater", "--help"], capture_output=True, text=True).stdout
-    assert listed == set(re.findall(r"^│ ([a-z]+) ", said, flags=re.MULTILINE))
+    result = subprocess.run([sys.executable, "-m", "headwater", "--help"], capture_output=True, text=True).stdout
+    assert listed == set(re.findall(r"^│ ([a-z]+) ", result, flags=re.MULTILINE))
 
 
 def test_package_tree_lists_every_folder_and_top_level_module() -> None:

@@ -10,10 +10,10 @@ from unittest import mock
 
 import pytest
 
-from forked_runs import Ended, warm_runs
+from forked_runs import ProcessResult, warm_runs
 from headwater.runs.executors import base as executor
 from runs import (
-    Said,
+    CommandResult,
     assert_same,
     infos,
     node,
@@ -37,7 +37,7 @@ CHANGES = (
 )
 
 
-def go(out: Path) -> Said:
+def go(out: Path) -> CommandResult:
     return tiny("run", out, changes=CHANGES)
 
 
@@ -97,11 +97,11 @@ def test_a_run_killed_in_the_middle_of_a_stage_ends_as_if_it_had_not(tmp_path: P
 def test_an_interrupted_run_says_how_to_go_on_leaves_130_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = start(out, f"step.begun:{BEFORE_OPD + 5}=int")
-    said = ended.err
+    message = ended.err
     assert ended.code == 130
-    assert "stopping after this step, with a checkpoint" in said
-    assert f"headwater: interrupted; the same command with --out {out} resumes" in said
-    assert "Traceback" not in said
+    assert "stopping after this step, with a checkpoint" in message
+    assert f"headwater: interrupted; the same command with --out {out} resumes" in message
+    assert "Traceback" not in message
     opd = next((out / "nodes").glob("opd.*"))
     done = len(rows(opd / "metrics.jsonl"))
     assert done == 5 and (opd / "checkpoint" / f"{done:06d}" / "sums.json").exists()  # also where none was due
@@ -113,7 +113,7 @@ BEFORE_OPD = 3 + 5
 """Steps of teacher RL and of warm-up."""
 
 
-def start(out: Path, fault: str) -> Ended:
+def start(out: Path, fault: str) -> ProcessResult:
     """The same run as a process of its own."""
     return warm_runs().run("run", "pocket", "--out", out, *sets(*CHANGES), fault=fault)
 

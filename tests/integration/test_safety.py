@@ -38,8 +38,8 @@ def test_a_yaml_bomb_is_refused_before_it_is_built(merge: bool, tmp_path: Path) 
     path = tmp_path / "bomb.yaml"
     path.write_text("\n".join(lines), encoding="utf-8")
     started = time.monotonic()
-    said = call("run", path, "--out", tmp_path / "out")
-    assert said.code == 2 and "has more than 20,000 values" in said.err and said.err.count("\n") == 1
+    result = call("run", path, "--out", tmp_path / "out")
+    assert result.code == 2 and "has more than 20,000 values" in result.err and result.err.count("\n") == 1
     assert time.monotonic() - started < 5
 
 
@@ -109,8 +109,8 @@ def test_names_that_become_file_names_lead_nowhere(field: str, name: str, tmp_pa
         raw["data"]["evals"] = {name: raw["data"]["evals"]["sums"]}
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(raw, allow_unicode=True), encoding="utf-8")
-    said = call("run", path, "--dry-run")
-    assert said.code == 2 and field.replace("NAME", "") in said.err and said.err.count("\n") == 1
+    result = call("run", path, "--dry-run")
+    assert result.code == 2 and field.replace("NAME", "") in result.err and result.err.count("\n") == 1
 
 
 def test_what_an_error_quotes_cannot_reach_the_terminal() -> None:
@@ -142,8 +142,8 @@ def test_a_parquet_file_that_unpacks_to_far_more_than_it_holds_is_refused(
     import pyarrow
     import pyarrow.parquet
 
-    monkeypatch.setattr("headwater.data.sources.MOST_BYTES", 50 << 20)
-    monkeypatch.setattr("headwater.data.sources.MOST_ROWS", 100_000)
+    monkeypatch.setattr("headwater.data.rows.MOST_BYTES", 50 << 20)
+    monkeypatch.setattr("headwater.data.rows.MOST_ROWS", 100_000)
     rows = 200_000 if kind == "rows" else 5000
     table = pyarrow.table({"problem": ["a" if kind == "rows" else "a" * 20_000] * rows, "answer": ["1"] * rows})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
@@ -156,8 +156,8 @@ def test_a_problem_of_ten_million_characters_is_refused_before_a_tokenizer_takes
     good = [{"problem": f"{n:02d}+07+11+90", "answer": f"{(n + 8) % 100:02d}"} for n in range(20)]
     write_rows(tmp_path / "d.jsonl", [*good, {"problem": "7" * 10_000_000, "answer": "1"}])
     started = time.monotonic()
-    said = tiny("run", tmp_path / "out", changes=(f"data.labeled={tmp_path / 'd.jsonl'}",))
-    assert said.code == 2 and "10,000,0" in said.err and "d.jsonl" in said.err and said.err.count("\n") == 1
+    result = tiny("run", tmp_path / "out", changes=(f"data.labeled={tmp_path / 'd.jsonl'}",))
+    assert result.code == 2 and "10,000,0" in result.err and "d.jsonl" in result.err and result.err.count("\n") == 1
     assert time.monotonic() - started < 120
 
 
@@ -196,12 +196,12 @@ def test_a_plan_that_names_a_node_outside_is_refused(name: Any, tmp_path: Path) 
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     plan["arms"]["bridge"]["0"][-1] = name
     (out / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-    said = call("report", out)
+    result = call("report", out)
     assert (
-        said.code == 2
-        and f"{out / 'plan.json'}: " in said.err
-        and "not a valid node name" in said.err
-        and said.err.count("\n") == 1
+        result.code == 2
+        and f"{out / 'plan.json'}: " in result.err
+        and "not a valid node name" in result.err
+        and result.err.count("\n") == 1
     )
     assert not (out / "report.json").exists()
 
@@ -216,13 +216,13 @@ def test_a_link_in_a_run_directory_is_refused_and_what_it_leads_to_left_alone(
     victim.write_text("precious", encoding="utf-8")
     (out / where).parent.mkdir(parents=True, exist_ok=True)
     (out / where).symlink_to(victim)
-    said = {
+    result = {
         "report": lambda: call("report", out),
         "run": lambda: tiny("run", out),
         "reuse": lambda: tiny("run", tmp_path / "new", "--reuse", out),
         "probe": lambda: tiny("probe", out),
     }[verb]()
-    assert said.code == 2 and f"{where} is a symbolic link" in said.err and said.err.count("\n") == 1, said
+    assert result.code == 2 and f"{where} is a symbolic link" in result.err and result.err.count("\n") == 1, result
     assert victim.read_text(encoding="utf-8") == "precious" and not (tmp_path / "new").exists()
 
 
@@ -331,8 +331,8 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path: Path, monk
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     out = tmp_path / "out"
-    said = tiny("study", out, "--arms", "direct_grpo,warmup_only", changes=["compute.workers=2"], whole=True)
-    assert said.code == 0, said.err
+    result = tiny("study", out, "--arms", "direct_grpo,warmup_only", changes=["compute.workers=2"], whole=True)
+    assert result.code == 0, result.err
 
     def explode(*given: Any) -> None:
         raise RuntimeError("something nobody expected")
@@ -346,7 +346,7 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path: Path, monk
         data = path.read_bytes()
         for name, value in SECRETS.items():
             assert value.encode() not in data and name.encode() not in data, path
-    assert not any(value in said.out + said.err + broken.err for value in SECRETS.values())
+    assert not any(value in result.out + result.err + broken.err for value in SECRETS.values())
 
 
 def test_no_module_starts_a_shell_or_hands_a_program_one_text() -> None:

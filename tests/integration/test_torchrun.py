@@ -20,7 +20,7 @@ from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
 from headwater.training.groups import assign_to_ranks
 from headwater.training.update import split_minibatches
-from runs import environment, held, infos, node, rows, sets, temporary, tiny
+from runs import environment, infos, load_json, node, rows, sets, temporary, tiny
 from tiny import rollout_of, stage_of
 
 # Every kind of pass at once: a reference, several updates of one batch, microbatches so small that ranks have unlike numbers of them.
@@ -41,8 +41,8 @@ NEAR = 1e-4
 @cache
 def one_process() -> Path:
     out = temporary() / "one"
-    said = tiny("run", out, changes=CHANGES)
-    assert said.code == 0, said.err
+    result = tiny("run", out, changes=CHANGES)
+    assert result.code == 0, result.err
     return out
 
 
@@ -86,7 +86,7 @@ def assert_alike(out: Path, one: Path) -> None:
         for name in names:
             assert max(differences(rows(ours / name), rows(theirs / name)), default=(0.0, ""))[0] < NEAR, name
         assert not [one for one in differences(rows(ours / "ledger.jsonl"), rows(theirs / "ledger.jsonl")) if one[0]]
-    assert max(differences(held(out / "report.json"), held(one / "report.json")))[0] < NEAR
+    assert max(differences(load_json(out / "report.json"), load_json(one / "report.json")))[0] < NEAR
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -97,7 +97,7 @@ def test_two_processes_give_the_run_of_one_with_the_same_ledger(tmp_path: Path) 
     ended = warm_ranks().run(2, *command(tmp_path / "out"))
     assert [one.code for one in ended] == [0, 0], ended
     assert_alike(tmp_path / "out", one_process())
-    assert held(tmp_path / "out" / "env.json")["processes"] == 2 and ended[1].err == ""
+    assert load_json(tmp_path / "out" / "env.json")["processes"] == 2 and ended[1].err == ""
 
 
 def test_a_killed_rank_ends_the_others_with_a_sentence_and_one_or_four_go_on_from_the_checkpoint_of_two(
@@ -148,16 +148,16 @@ def test_what_stops_one_stage_on_all_ranks_spares_the_rest_of_a_study(tmp_path: 
     assert [one.code for one in ended] == [4, 4]
     assert ended[0].err.count("no group is informative") == 2 and ended[1].err == ""  # as it happens, and at the end
     assert (node(tmp_path, "raw_teacher", "opd") / "DONE").exists()
-    assert "no group is informative" in held(node(tmp_path, "direct_grpo", "student_rl") / "FAILED")["sentence"]
+    assert "no group is informative" in load_json(node(tmp_path, "direct_grpo", "student_rl") / "FAILED")["sentence"]
 
 
 @pytest.mark.many
 def test_torchrun_runs_it_to_the_same_end_and_one_process_speaks(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "headwater"]
     argv = [*launcher, *map(str, command(tmp_path / "out"))]
-    said = subprocess.run(argv, capture_output=True, text=True, timeout=280, env=environment())
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.count("accuracy on sums before, between and after the stages") == 1
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=280, env=environment())
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("accuracy on sums before, between and after the stages") == 1
     assert_alike(tmp_path / "out", one_process())
 
 

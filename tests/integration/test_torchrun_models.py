@@ -37,8 +37,8 @@ STEADY = tuple(f"stages.{stage}.optim.eps=1e-4" for stage in ("teacher_rl", "war
 def one_and_two(tmp_path: Path, *changes: str, options: tuple[str, ...] = ()) -> tuple[Path, Path]:
     """The folders of one run by one process and by two."""
     one, two = tmp_path / "one", tmp_path / "two"
-    said = tiny("run", one, *options, changes=changes)
-    assert said.code == 0, said.err
+    result = tiny("run", one, *options, changes=changes)
+    assert result.code == 0, result.err
     ended = warm_ranks().run(2, *command_of(two, *changes), *options)
     assert [rank.code for rank in ended] == [0, 0], ended
     return one, two
@@ -71,25 +71,25 @@ def test_a_served_teacher_is_asked_by_each_rank_for_its_own_share(tmp_path: Path
         ModelFolder.open(str(pocket_folder / "qwen3-teacher"), "models.teacher"), LoadOptions(MODELS, CPU, frozen=True)
     )
     with serving(Answering(teacher)) as there:
-        asked, counts = there.asked, []
+        requests, counts = there.requests, []
         for run in (0, 1):
-            asked.clear()
+            requests.clear()
             changes = (*CHANGES, *RAW, f"models.teacher={there.url}")
             if run == 0:
-                said = tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes)
-                assert said.code == 0, said.err
+                result = tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes)
+                assert result.code == 0, result.err
             else:
                 ended = warm_ranks().run(2, *command_of(tmp_path / "two", *changes), "--arm", "raw_teacher")
                 assert [rank.code for rank in ended] == [0, 0], ended
-            counts.append(sequences(asked))
+            counts.append(sequences(requests))
     assert_alike(tmp_path / "two", tmp_path / "one")
     assert counts[0] == counts[1]
 
 
-def sequences(asked: list[tuple[str, Any]]) -> dict[str, int]:
+def sequences(requests: list[tuple[str, Any]]) -> dict[str, int]:
     """How many sequences a server scored, and how many it sampled."""
     found = {"scored": 0, "sampled": 0}
-    for path, body in asked:
+    for path, body in requests:
         if path == "/v1/completions":
             scores = body.get("prompt_logprobs") is not None
             found["scored" if scores else "sampled"] += len(body["prompt"]) if scores else 1

@@ -119,13 +119,13 @@ def test_peers_take_turns_and_one_that_is_not_installed_is_skipped_by_name(monke
         return fake(peer, told)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    found = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda said: None, run)
+    found = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda line: None, run)
     assert turns == ["headwater", "trl"] * 3
     assert found["trl"]["seconds"] == 7.0
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     turns.clear()
-    found = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda said: None, run)
+    found = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda line: None, run)
     assert turns == ["headwater"] * 3
     assert found["trl"] == {"skipped": "trl is not installed"}
     assert cells(found["trl"], {}) == ["trl is not installed"]
@@ -139,7 +139,7 @@ def test_a_peer_that_fails_is_asked_once_and_the_others_go_on(monkeypatch: pytes
         turns.append(peer)
         return {"failed": "ValueError: head size 16"} if peer == "trl" else fake(peer, told)
 
-    found = runner.measure(OPD, ["headwater", "trl"], 2, Path(), lambda said: None, run)
+    found = runner.measure(OPD, ["headwater", "trl"], 2, Path(), lambda line: None, run)
     assert turns == ["headwater", "trl", "headwater"]
     assert found["trl"] == {"failed": "ValueError: head size 16"}
     assert found["headwater"]["runs"] == 2

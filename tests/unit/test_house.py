@@ -155,8 +155,8 @@ def test_the_report_reads_files_and_the_plan_of_a_run_only() -> None:
 )
 def test_importing_it_loads_no_torch(name: str) -> None:
     code = f"import sys, headwater.{name}; print([m for m in {HEAVY!r} if m in sys.modules])"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert said.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def strings(path: Path) -> Iterator[str]:

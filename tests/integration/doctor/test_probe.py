@@ -14,14 +14,14 @@ from headwater.config.builtin import find_recipe
 from headwater.data.labels import Labels
 from headwater.runs.setup import prepared
 from headwater.types import Verdict
-from runs import TINY, call, held, rows, sets, temporary, tiny
+from runs import TINY, call, load_json, rows, sets, temporary, tiny
 from tiny import tiny_folder
 
 
 def probed(*options: str | Path, changes: tuple[str, ...] = ()) -> dict[str, Any]:
-    said = call("probe", "pocket", *sets(*changes), "--json", *options)
-    assert said.code == 0, said.err
-    return dict(json.loads(said.out))
+    result = call("probe", "pocket", *sets(*changes), "--json", *options)
+    assert result.code == 0, result.err
+    return dict(json.loads(result.out))
 
 
 @cache
@@ -83,7 +83,7 @@ def test_pass_rates_are_those_of_the_verdicts_given() -> None:
 def test_what_is_kept_is_what_was_said_and_the_same_seed_says_it_again() -> None:
     out, answer, _ = kept()
     again = probed("--problems", "8", "--samples", "4")
-    assert {**again, "seconds": 0} == {**answer, "seconds": 0} == {**held(out / "probe.json"), "seconds": 0}
+    assert {**again, "seconds": 0} == {**answer, "seconds": 0} == {**load_json(out / "probe.json"), "seconds": 0}
 
 
 def test_a_run_goes_on_in_a_probed_folder_and_its_own_ledger_knows_nothing_of_the_probe(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_a_run_goes_on_in_a_probed_folder_and_its_own_ledger_knows_nothing_of_th
     probed("--out", out, "--problems", "2", "--samples", "4")
     assert tiny("run", out, "--arm", "direct_grpo").code == 0
     assert {row["purpose"] for row in rows(out / "ledger.jsonl")} <= {"train", "eval"}
-    said = call("probe", "pocket", *sets("labels.budget=8"), "--out", out)
-    assert said.code == 2 and "labels.budget" in said.err
+    result = call("probe", "pocket", *sets("labels.budget=8"), "--out", out)
+    assert result.code == 2 and "labels.budget" in result.err
 
 
 def test_a_student_that_is_its_own_teacher_is_no_distance_away_and_the_teacher_has_no_lead() -> None:
@@ -117,23 +117,23 @@ def test_two_models_that_know_nothing_are_advised_to_spend_nothing_and_there_is_
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--problems", "17"), "--problems 17: the recipe's label budget buys 16 problems"),
         (("--samples", "3"), "--samples 3: fewer than the group size 4"),
         (("--set", "models.teacher=/nowhere"), "models.teacher: no such model folder"),
     ],
 )
-def test_what_cannot_be_measured_is_one_sentence(options: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_measured_is_one_sentence(options: tuple[str, ...], message: str) -> None:
     found = call("probe", "pocket", *sets(), *options)
-    assert found.code == 2 and said in found.err and "Traceback" not in found.err
+    assert found.code == 2 and message in found.err and "Traceback" not in found.err
 
 
 def test_the_terminal_shows_both_models_and_every_advice_with_its_number() -> None:
-    said = call("probe", "pocket", *sets(), "--problems", "8", "--samples", "4", "--seed", "0")
+    result = call("probe", "pocket", *sets(), "--problems", "8", "--samples", "4", "--seed", "0")
     _, answer, _ = kept()
-    assert said.code == 0 and "8 of the 16 labels of the budget were used" in said.out
-    words = " ".join(said.out.split())
+    assert result.code == 0 and "8 of the 16 labels of the budget were used" in result.out
+    words = " ".join(result.out.split())
     for head in ("Labels:", "Warm-up:", "From OPD to student RL:"):
         assert head in words
     assert answer["advice"]["labels"]["because"] in words

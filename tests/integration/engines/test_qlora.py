@@ -21,7 +21,7 @@ from headwater.models.policy import Policy
 from headwater.models.save import save_policy
 from headwater.teachers.scoring import logp_of
 from headwater.training.update import make_optimizer, update
-from runs import assert_same, held, node, rows, tiny
+from runs import assert_same, load_json, node, rows, tiny
 from tests.integration.test_resume import Killed, killed_at
 from tiny import CPU, MODELS, gradient_of, sampled_rows, stage_of, tiny_folder
 
@@ -42,10 +42,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def adapted(where: Path, quantize: str | None = "nf4", **settings: Any) -> Policy:
-    asked = Lora.model_validate({"r": 4, "alpha": 8, "quantize": quantize, **settings})
+    config = Lora.model_validate({"r": 4, "alpha": 8, "quantize": quantize, **settings})
     return load_policy(
         ModelFolder.open(str(where), FIELD),
-        LoadOptions(MODELS, CPU, frozen=False, adapter=lora.AdapterSpec(asked, (0, "test"))),
+        LoadOptions(MODELS, CPU, frozen=False, adapter=lora.AdapterSpec(config, (0, "test"))),
     )
 
 
@@ -92,7 +92,7 @@ def test_a_merged_student_is_a_plain_folder_of_whole_weights(folder: Path, tmp_p
     save_policy(policy, tmp_path / "out", torch.float32)
     ours, theirs = (load_file(where / "model.safetensors") for where in (tmp_path / "out", folder))
     assert {name: one.shape for name, one in ours.items()} == {name: one.shape for name, one in theirs.items()}
-    assert "quantization_config" not in held(tmp_path / "out" / "config.json")
+    assert "quantization_config" not in load_json(tmp_path / "out" / "config.json")
     found = sampled_rows(policy, draw=2)
     torch.testing.assert_close(scores(plain(tmp_path / "out"), found), scores(policy, found), rtol=0, atol=1e-4)
 
@@ -131,8 +131,8 @@ CHANGES = (
 def test_the_whole_recipe_runs_in_four_bits_and_goes_on_to_the_same_bits_after_a_kill(tmp_path: Path) -> None:
     synced: list[Any] = []
     with mock.patch("os.fsync", synced.append):
-        said = tiny("run", tmp_path / "whole", changes=CHANGES)
-    assert said.code == 0, said.err
+        result = tiny("run", tmp_path / "whole", changes=CHANGES)
+    assert result.code == 0, result.err
     with mock.patch("os.fsync", killed_at(int(0.6 * len(synced)), lambda descriptor: None)), pytest.raises(Killed):
         tiny("run", tmp_path / "out", changes=CHANGES)
     assert tiny("run", tmp_path / "out", changes=CHANGES).code == 0

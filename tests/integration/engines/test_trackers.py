@@ -25,9 +25,9 @@ def needs(tracker: str) -> pytest.MarkDecorator:
 
 def told(out: Path, tracker: str, *words: str) -> None:
     """A run or study as a process of its own, as trackers expect it."""
-    said = spawn(*words, "--out", out, "--track", tracker, "--json", *sets(*CHANGES), timeout=240)
-    assert said.returncode == 0, said.stderr
-    assert json.loads(said.stdout)  # a tracker's own words are not among the program's answers
+    result = spawn(*words, "--out", out, "--track", tracker, "--json", *sets(*CHANGES), timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)  # a tracker's own words are not among the program's answers
 
 
 def metrics(out: Path, arm: str, stage: str) -> tuple[str, list[dict[str, Any]]]:
@@ -87,6 +87,6 @@ def test_trackio_shows_every_step_in_one_run_also_of_what_is_added_later(
 def asked_of_trackio(*words: str) -> Any:
     """What its own program says of what it keeps."""
     command = [sys.executable, "-m", "trackio.cli", *words, "--json"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert said.returncode == 0, said.stdout + said.stderr
-    return json.loads(said.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(result.stdout)

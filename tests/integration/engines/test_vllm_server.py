@@ -53,7 +53,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    port, said = free_port(), temporary() / "serve.log"
+    port, log_path = free_port(), temporary() / "serve.log"
     command = (
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", FOLDER, "--served-model-name", "teacher",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256",
@@ -65,12 +65,12 @@ def url() -> Iterator[str]:
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    with said.open("wb") as log:
+    with log_path.open("wb") as log:
         process = subprocess.Popen(command, env=os.environ | quiet, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + START_SECONDS
         while True:
-            assert process.poll() is None and time.monotonic() < deadline, said.read_text(errors="replace")[-3000:]
+            assert process.poll() is None and time.monotonic() < deadline, log_path.read_text(errors="replace")[-3000:]
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
@@ -151,10 +151,10 @@ def test_a_bridge_from_a_served_teacher_runs_with_its_preflight(url: str, here: 
         "stages.opd.steps=4",
         "conditions.problems=4",
     )
-    said = tiny(
+    result = tiny(
         "run", tmp_path / "out", "--arm", "raw_teacher", changes=(*changes, f"models.teacher={url}"), whole=True
     )
-    assert said.code == 0, said.err
+    assert result.code == 0, result.err
     # What the warm-up learns from are the server's samples, and beside each token the teacher's own log-probs, stored as halves.
     cached = read_cache(node(tmp_path / "out", "raw_teacher", "teacher_rollouts") / "cache")
     exact = distributions_of(here, [row.rollout for row in cached], 4096)

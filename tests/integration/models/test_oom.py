@@ -87,11 +87,11 @@ print(int(found["microbatch_tokens"]), int(found["tokens_trained"]))
 def test_memory_that_really_runs_out_on_the_cpu_is_survived() -> None:
     """256 rows of 123 tokens want gigabytes for their activations at once; the process may take 600 MiB more."""
     path = [str(Path(training.__file__).parents[1]), str(Path(__file__).parents[2] / "support")]
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", REAL.format(path=path)], capture_output=True, text=True, timeout=250, check=False
     )
-    assert said.returncode == 0, said.stderr[-2000:]
-    fitted, trained = map(int, said.stdout.split())
+    assert result.returncode == 0, result.stderr[-2000:]
+    fitted, trained = map(int, result.stdout.split())
     assert trained == 256 * 120
     assert 123 <= fitted <= 256 * 123 // 2
 
@@ -112,8 +112,8 @@ print(faults() - before)
 """
     found = {}
     for how in ("kept", "left"):
-        said = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, timeout=120)
-        if said.returncode == 77:
+        result = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, timeout=120)
+        if result.returncode == 77:
             pytest.skip("NOT tested: this C library is not glibc")
-        found[how] = int(said.stdout)
+        found[how] = int(result.stdout)
     assert 4 * found["kept"] < found["left"]

@@ -212,8 +212,8 @@ def test_a_data_source_given_as_a_path_takes_further_fields_by_set() -> None:
 
 def test_epochs_set_on_the_command_line_count_although_the_recipe_gives_steps() -> None:
     assert recipe_with().stages.warmup.steps == 80
-    asked = recipe_with("stages.warmup.epochs=0.5", "stages.warmup.group_size=4").stages.warmup
-    assert asked.steps_over(256) == 8  # half of 256 prompts × 4 rollouts, 64 a step
+    stage = recipe_with("stages.warmup.epochs=0.5", "stages.warmup.group_size=4").stages.warmup
+    assert stage.steps_over(256) == 8  # half of 256 prompts × 4 rollouts, 64 a step
     assert recipe_with("stages.warmup.epochs=0.5", "stages.warmup.steps=3").stages.warmup.steps_over(256) == 3
     assert recipe_with("stages.teacher_rl.steps=2").stages.teacher_rl.steps_over(256) == 2
 

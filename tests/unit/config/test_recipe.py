@@ -32,22 +32,22 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     """RAW with one field set, or removed where the value is ..."""
     raw = copy.deepcopy(RAW)
     *keys, last = path.split(".")
-    held = raw
+    parent = raw
     for key in keys:
-        held = held.setdefault(key, {})
+        parent = parent.setdefault(key, {})
     if value is ...:
-        del held[last]
+        del parent[last]
     else:
-        held[last] = value
+        parent[last] = value
     return raw
 
 
 def complaint(path: str, value: Any) -> str:
     with pytest.raises(UserError) as refused:
         parse_recipe(changed(path, value), "recipe tiny.yaml")
-    said = str(refused.value)
-    assert said.startswith("recipe tiny.yaml: ") and "\n" not in said and refused.value.exit_code == 2
-    return said.removeprefix("recipe tiny.yaml: ")
+    message = str(refused.value)
+    assert message.startswith("recipe tiny.yaml: ") and "\n" not in message and refused.value.exit_code == 2
+    return message.removeprefix("recipe tiny.yaml: ")
 
 
 def test_a_plain_recipe_is_read_with_the_papers_defaults() -> None:
@@ -61,7 +61,7 @@ def test_a_plain_recipe_is_read_with_the_papers_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         ("stages.opd.learning_rate", 1e-6, "unknown field stages.opd.learning_rate"),
         ("extra", 1, "unknown field extra"),
@@ -87,12 +87,12 @@ def test_a_plain_recipe_is_read_with_the_papers_defaults() -> None:
         ("name", "../../etc", "name: string should match pattern"),
     ],
 )  # fmt: skip
-def test_a_wrong_field_is_named_with_what_is_wrong_about_it(path: str, value: Any, said: str) -> None:
-    assert said in complaint(path, value)
+def test_a_wrong_field_is_named_with_what_is_wrong_about_it(path: str, value: Any, message: str) -> None:
+    assert message in complaint(path, value)
 
 
 @pytest.mark.parametrize(
-    ("stage", "fields", "said"),
+    ("stage", "fields", "message"),
     [
         ("opd", {"objective": "grpo"}, "stages: opd.objective is grpo; this stage takes opd or mixed"),
         ("opd", {"objective": "forward_kl"}, "stages: opd.objective is forward_kl"),
@@ -110,10 +110,10 @@ def test_a_wrong_field_is_named_with_what_is_wrong_about_it(path: str, value: An
     ],
 )
 def test_pairings_that_make_no_sense_are_refused_when_the_recipe_is_read(
-    stage: str, fields: dict[str, Any], said: str
+    stage: str, fields: dict[str, Any], message: str
 ) -> None:
-    held = {**RAW["stages"][stage], **fields}
-    assert said in complaint(f"stages.{stage}", held)
+    changed = {**RAW["stages"][stage], **fields}
+    assert message in complaint(f"stages.{stage}", changed)
 
 
 def test_what_is_refused_in_training_is_allowed_in_evaluation() -> None:
@@ -166,7 +166,7 @@ def test_overrides_keep_the_other_fields_and_the_last_one_wins_and_the_recipe_gi
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("stages.opd.steps", r"--set stages\.opd\.steps: write it as path=value"),
         ("=5", "--set =5: write it as path=value"),
@@ -178,8 +178,8 @@ def test_overrides_keep_the_other_fields_and_the_last_one_wins_and_the_recipe_gi
         ("stages.opd.steps=many", r"stages\.opd\.steps: input should be a valid integer.*\(given: 'many'\)"),
     ],
 )
-def test_a_bad_override_is_refused_with_its_text_or_field(override: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_bad_override_is_refused_with_its_text_or_field(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         parse_recipe(RAW, "here", [override])
 
 
@@ -187,10 +187,10 @@ def test_a_recipe_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     with pytest.raises(UserError, match=r"recipe .*r\.yaml: cannot be read"):
         read_recipe(path)
-    for text, said in (("a: [1", "is not YAML"), ("- 1", "must be a mapping of fields, not list"), ("", "not NoneType"),
+    for text, message in (("a: [1", "is not YAML"), ("- 1", "must be a mapping of fields, not list"), ("", "not NoneType"),
                        ("a: !!python/object/apply:os.system ['true']", "is not YAML")):  # fmt: skip
         path.write_text(text)
-        with pytest.raises(UserError, match=said) as refused:
+        with pytest.raises(UserError, match=message) as refused:
             read_recipe(path)
         assert "\n" not in str(refused.value) and str(path) in str(refused.value)
     path.write_bytes(b"\xff\xfe\x00")

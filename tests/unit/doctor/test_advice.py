@@ -143,7 +143,7 @@ def test_a_warm_up_that_would_be_learnt_by_heart_is_left_out_unless_the_student_
 def test_when_to_switch_names_metrics_that_a_run_writes_down_and_an_until_that_a_recipe_accepts() -> None:
     from headwater.config.stage import Until
 
-    said = student_rl_advice(pair(0.5, 0.9))
-    assert "`informative`" in said and "50%" in said and "kl_student_teacher" in said
-    assert "{metric: validation, every: 10, patience: 2}" in said
+    result = student_rl_advice(pair(0.5, 0.9))
+    assert "`informative`" in result and "50%" in result and "kl_student_teacher" in result
+    assert "{metric: validation, every: 10, patience: 2}" in result
     assert Until(metric="validation", every=10, patience=2).metric == "validation"

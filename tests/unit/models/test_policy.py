@@ -178,8 +178,12 @@ def test_a_damaged_folder_is_refused_in_one_sentence_that_names_field_and_folder
         (folder / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(UserError) as refused:
         loaded(folder)
-    said = str(refused.value)
-    assert said.startswith(f"models.student: {folder} cannot be loaded (") and "\n" not in said and len(said) < 500
+    message = str(refused.value)
+    assert (
+        message.startswith(f"models.student: {folder} cannot be loaded (")
+        and "\n" not in message
+        and len(message) < 500
+    )
 
 
 def words(first: str) -> PreTrainedTokenizerFast:
@@ -245,9 +249,9 @@ def test_a_fingerprint_names_the_content_and_not_the_place(tmp_path: Path) -> No
 def test_a_fingerprint_changes_with_whatever_decides_an_outcome(tmp_path: Path, what: str) -> None:
     folder = tiny_folder(tmp_path / "model")
     before = ModelFolder.open(str(folder), "models.student").fingerprint
-    held = bytearray((folder / what).read_bytes())
-    held[-3] ^= 1
-    (folder / what).write_bytes(bytes(held))
+    content = bytearray((folder / what).read_bytes())
+    content[-3] ^= 1
+    (folder / what).write_bytes(bytes(content))
     assert ModelFolder.open(str(folder), "models.student").fingerprint != before
 
 
@@ -277,8 +281,8 @@ def test_stop_ids_are_those_of_generation_config_model_config_and_tokenizer_toge
     assert loaded(folder).stop_ids == (3,)
     generation = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [3, 8]}))
-    held = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(held | {"eos_token_id": 9}))
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"eos_token_id": 9}))
     assert loaded(folder).stop_ids == (3, 8, 9)
 
 

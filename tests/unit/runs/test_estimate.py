@@ -19,7 +19,7 @@ from headwater.models.shape import Shape
 from headwater.runs.hardware import MODELS
 from headwater.runs.memory_estimate import FOUR_BITS, pass_bytes, persistent_bytes
 from headwater.training.update import make_optimizer, update
-from runs import held
+from runs import load_json
 from tiny import CPU, rollout_of, stage_of, taught, tiny_folder
 from tiny import MODELS as TINY_MODELS
 
@@ -70,7 +70,7 @@ def most_allocated(do: Callable[[], object], folder: Path) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as read:
         do()
     read.export_chrome_trace(str(folder / "trace.json"))
-    events = [one for one in held(folder / "trace.json")["traceEvents"] if one.get("name") == "[memory]"]
+    events = [one for one in load_json(folder / "trace.json")["traceEvents"] if one.get("name") == "[memory]"]
     events.sort(key=lambda one: one["ts"])
     before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
     return float(max(one["args"]["Total Allocated"] for one in events) - before)
@@ -103,6 +103,6 @@ def test_memory_of_an_update_is_what_the_allocator_counts_within_a_quarter(case:
     width, logits = 2 if models.dtype == "bfloat16" else 4, 2 if objective == "opd" else 1
     more = 0 if policy.adapter is None else policy.adapter.parameters
     work = pass_bytes(policy.shape, tokens, width, models.gradient_checkpointing, cuda=False, logits=logits)
-    said = persistent_bytes(policy.shape, more, False, (), width) + work
-    print(f"{case}: {said / 1e6:.1f} MB said, {(there + grown) / 1e6:.1f} MB measured")
-    assert said == pytest.approx(there + grown, rel=0.25)
+    result = persistent_bytes(policy.shape, more, False, (), width) + work
+    print(f"{case}: {result / 1e6:.1f} MB said, {(there + grown) / 1e6:.1f} MB measured")
+    assert result == pytest.approx(there + grown, rel=0.25)

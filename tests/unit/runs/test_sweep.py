@@ -66,7 +66,7 @@ def test_any_field_can_be_varied_and_values_are_those_of_the_parsed_recipe() -> 
 
 
 @pytest.mark.parametrize(
-    ("vary", "values", "said"),
+    ("vary", "values", "message"),
     [
         ("labels", "64,0", "value 0: .*labels.budget"),
         ("labels", "64,many", "value many: .*labels.budget"),
@@ -78,8 +78,8 @@ def test_any_field_can_be_varied_and_values_are_those_of_the_parsed_recipe() -> 
         ("--seeds", "1", "name labels, teacher, lambda or a field"),
     ],
 )
-def test_invalid_variation_is_refused_in_one_sentence(vary: str, values: str | None, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_variation_is_refused_in_one_sentence(vary: str, values: str | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         pocket(vary, values)
 
 
@@ -130,8 +130,8 @@ def made_up(vary: str, values: list[Any], bridge: list[float | None], direct: fl
 
 
 def test_sentences_say_where_an_arm_is_better_undecided_and_where_the_order_changes() -> None:
-    said = made_up("labels", [64, 128, 256, 512], [0.6, 0.58, 0.51, 0.4])["said"]
-    assert said == [
+    result = made_up("labels", [64, 128, 256, 512], [0.6, 0.58, 0.51, 0.4])["said"]
+    assert result == [
         "On sums, at labels 64 and 128 bridge is better than direct_grpo; at labels 512 bridge is worse than direct_grpo; "
         "at labels 256 bridge cannot be told from direct_grpo. The order turns between labels 128 and 512."
     ]

@@ -222,10 +222,10 @@ def test_a_checkpoint_rests_on_its_logs_and_a_damaged_log_passes_it_over(node: N
     content = node.metrics.read_bytes()
     rows = content.splitlines(keepends=True)
     node.metrics.write_bytes(b"".join(rows[:9]) + rows[9].replace(b'"step": 10', b'"step": 11'))
-    said: list[str] = []
+    result: list[str] = []
     other = tiny_policy(seed=9)
-    assert load_checkpoint(node, other.model, make_optimizer(other, OPD.optim), said.append) == 9
-    assert said == [f"{node.metrics}: is damaged; checkpoint 000010 is skipped for the one before it"]
+    assert load_checkpoint(node, other.model, make_optimizer(other, OPD.optim), result.append) == 9
+    assert result == [f"{node.metrics}: is damaged; checkpoint 000010 is skipped for the one before it"]
     assert same_bits(weights_of(other), driver.weights[9])
     assert stripped(Driver(tiny_policy(seed=8), teacher, node).run().node.metrics) == whole
     node.metrics.write_bytes(content.replace(b'"step": 2,', b'"step": 3,'))

@@ -47,9 +47,9 @@ def test_draws_depend_neither_on_the_order_of_requests_nor_on_the_batch_size(nam
     for batch, order in ((1, wanted), (64, wanted[::-1]), (5, wanted[7:] + wanted[:7])):
         again = TorchSampler(policy, batch=batch).sample(order, sampling)
         assert told(again) == told(whole)
-        held = {(one.problem_id, one.sample): one.sampler_logp for one in whole}
+        logps = {(one.problem_id, one.sample): one.sampler_logp for one in whole}
         for one in again:
-            assert one.sampler_logp == pytest.approx(held[one.problem_id, one.sample], abs=1e-4)
+            assert one.sampler_logp == pytest.approx(logps[one.problem_id, one.sample], abs=1e-4)
 
 
 def test_other_names_give_other_draws_and_samples_are_numbered_from_first() -> None:
@@ -175,9 +175,9 @@ def test_a_stop_token_at_the_very_limit_is_a_stop_and_a_shorter_limit_only_cuts(
 
 
 def test_every_stop_id_of_a_generation_config_ends_a_completion() -> None:
-    held = tiny_model(seed=2)
-    held.generation_config.eos_token_id = [7, 9]
-    policy = policy_of(held)
+    logps = tiny_model(seed=2)
+    logps.generation_config.eos_token_id = [7, 9]
+    policy = policy_of(logps)
     assert policy.stop_ids == (3, 7, 9)  # the tokenizer's EOS is one of them
     rollouts = TorchSampler(policy).sample(requests(samples=30), Sampling(max_tokens=24))
     last = Counter(one.completion_ids[-1] for one in rollouts if one.finish == "stop")

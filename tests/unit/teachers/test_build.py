@@ -49,8 +49,8 @@ def test_each_request_is_sampled_by_its_own_tags_teacher_with_the_same_numbers_a
     for tag, name in (("left", "a"), ("right", "b")):
         own = teacher.teachers[tag]
         assert isinstance(own, Policy)
-        asked = [one for one in requests if one.problem_id == name]
-        alone = TorchSampler(own).sample(asked, Sampling(max_tokens=8))
+        own_requests = [one for one in requests if one.problem_id == name]
+        alone = TorchSampler(own).sample(own_requests, Sampling(max_tokens=8))
         assert [one for one in found if one.problem_id == name] == alone
     assert len(arrived) == 6
 

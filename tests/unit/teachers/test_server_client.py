@@ -91,7 +91,7 @@ def test_other_client_errors_are_not_retried_and_quote_the_servers_message() -> 
     with serving(lambda path, body: (400, {"error": {"message": "max allowed:\n20"}})) as there:
         with pytest.raises(UserError, match=r"refuses \(status 400: max allowed: 20\)"):
             client(there.url).request("/v1/completions", {})
-        assert len(there.asked) == 1
+        assert len(there.requests) == 1
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -107,7 +107,7 @@ def test_a_redirect_is_refused_and_neither_prompts_nor_the_key_go_to_the_other_h
                 ):
                     client(there.url, key_env="SERVER_KEY").request("/v1/completions", body)
             assert there.authorization == ["Bearer secret"] * 2
-        assert other.asked == []
+        assert other.requests == []
 
 
 def test_answers_and_error_messages_are_read_up_to_a_limit(
@@ -135,7 +135,7 @@ def test_the_key_comes_from_the_environment_and_is_sent_with_every_request(monke
     with serving(lambda path, body: {"data": [{"id": "a"}]}) as there:
         with pytest.raises(UserError, match=r"compute\.server\.key_env: the environment has no variable SERVER_KEY"):
             connect(there.url, "models.teacher", settings)
-        assert there.asked == []
+        assert there.requests == []
         monkeypatch.setenv("SERVER_KEY", "secret")
         model = connect(there.url, "models.teacher", settings)
         model.client.request("/v1/completions", {})

@@ -60,9 +60,9 @@ def test_shipped_shapes_are_those_of_the_specs_and_as_large_as_is_said() -> None
     assert 10e6 < parameters["student"] < 30e6
     assert all(30e6 < parameters[name] < 150e6 for name in DESK if name != "student")
     for name, spec in DESK.items():
-        held = AutoModelForCausalLM.from_config(model_config(replace(spec, layers=1), TOKENIZER)).config
+        config = AutoModelForCausalLM.from_config(model_config(replace(spec, layers=1), TOKENIZER)).config
         shipped = AutoConfig.from_pretrained(SHIPPED / name)
-        assert (held.hidden_size, held.head_dim, held.vocab_size) == (shipped.hidden_size, 64, 4096)
+        assert (config.hidden_size, config.head_dim, config.vocab_size) == (shipped.hidden_size, 64, 4096)
         assert shipped.num_hidden_layers == spec.layers and shipped.eos_token_id == TOKENIZER.eos_token_id
 
 
@@ -175,9 +175,9 @@ def test_two_optimizers_are_told_apart_in_one_state() -> None:
     learner["layer"](learner["embed"](torch.tensor([1, 2]))).sum().backward()
     for part in parts:
         part.step()
-    held = CombinedOptimizer(parts).state_dict()
+    config = CombinedOptimizer(parts).state_dict()
     # Muon's one matrix is number 0; AdamW's bias and embedding follow.
-    assert {index: sorted(state) for index, state in held["state"].items()} == {
+    assert {index: sorted(state) for index, state in config["state"].items()} == {
         0: ["momentum_buffer"],
         1: ["exp_avg", "exp_avg_sq", "step"],
         2: ["exp_avg", "exp_avg_sq", "step"],
@@ -238,7 +238,7 @@ def test_a_model_that_is_made_is_left_alone_and_another_spec_makes_it_anew(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("house",), "No such command 'house'"),
         (("desk", "--models", "giant"), "--models giant: no such desk model; there are student,"),
@@ -246,9 +246,11 @@ def test_a_model_that_is_made_is_left_alone_and_another_spec_makes_it_anew(
         (("pocket", "--steps", "9"), "No such option: --steps"),
     ],
 )
-def test_what_cannot_be_pretrained_is_refused_in_a_sentence(words: tuple[str, ...], said: str, elsewhere: Path) -> None:
+def test_what_cannot_be_pretrained_is_refused_in_a_sentence(
+    words: tuple[str, ...], message: str, elsewhere: Path
+) -> None:
     refused = runs.call(*words, entry=main)
-    assert refused.code == 2 and said in refused.err
+    assert refused.code == 2 and message in refused.err
     assert not any(elsewhere.iterdir())
 
 

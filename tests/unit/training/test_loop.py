@@ -170,9 +170,9 @@ def test_a_token_already_past_its_clip_gets_no_gradient_and_one_on_the_way_back_
     stage = stage_of("grpo", batch_size=4, sparse={"kl_coef": 0.0, "clip_low": 0.2, "clip_high": 0.5})
 
     def gradient(ratio: float, advantage: float) -> dict[str, torch.Tensor]:
-        held = zip(rows, now, strict=True)
+        pairs = zip(rows, now, strict=True)
         return gradient_of(
-            policy, [replace(r, advantage=advantage, old_logp=x - math.log(ratio)) for r, x in held], stage
+            policy, [replace(r, advantage=advantage, old_logp=x - math.log(ratio)) for r, x in pairs], stage
         )
 
     up = gradient(1.0, 1.0)
