@@ -136,8 +136,8 @@ def test_parquet_bomb_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.
     import pyarrow
     import pyarrow.parquet
 
-    monkeypatch.setattr("headwater.data.sources.MOST_BYTES", 50 << 20)
-    monkeypatch.setattr("headwater.data.sources.MOST_ROWS", 100_000)
+    monkeypatch.setattr("headwater.data.rows.MOST_BYTES", 50 << 20)
+    monkeypatch.setattr("headwater.data.rows.MOST_ROWS", 100_000)
     rows = 200_000 if kind == "rows" else 5000
     table = pyarrow.table({"problem": ["a" if kind == "rows" else "a" * 20_000] * rows, "answer": ["1"] * rows})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
