@@ -34,11 +34,11 @@ BILLIONS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_known_models_have_the_parameters_that_their_publishers_count(name: str) -> None:
+def test_parameter_counts_equal_the_published_ones(name: str) -> None:
     assert Shape.from_fields(MODELS[name]).parameters / 1e9 == pytest.approx(BILLIONS[name], rel=0.003)
 
 
-def test_memory_of_what_is_held_is_what_each_part_takes() -> None:
+def test_persistent_memory_is_the_sum_of_its_parts() -> None:
     shape = Shape.from_fields(MODELS["Qwen/Qwen3-8B"])
     whole = persistent_bytes(shape, 0, False, (), 2)
     assert whole == 18.0 * shape.parameters  # float32 weights, gradients, two moments, and the copy that autocast makes
@@ -77,7 +77,7 @@ def most_allocated(do: Callable[[], object], folder: Path) -> float:
 
 
 @pytest.mark.parametrize("case", MEASURED)
-def test_memory_of_an_update_is_what_the_allocator_counts_within_a_quarter(case: str, tmp_path: Path) -> None:
+def test_update_memory_is_within_a_quarter_of_the_allocators_count(case: str, tmp_path: Path) -> None:
     objective, how, adapt = MEASURED[case]
     if adapt is not None and importlib.util.find_spec("peft") is None:
         pytest.skip("the extra `lora` is not installed")
