@@ -59,7 +59,9 @@ def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem
     Example: `find_leaks(train, {"math500": test})` is `[Leak("9f8b…", "math500", "exact", "51c0…", 1.0)]`.
     """
     repeated = frozenset[str]().union(*map(repeated_turns, (problems, *evals.values())))
-    indexed = [(name, problem, words_of(_asked(problem, repeated))) for name, group in evals.items() for problem in group]
+    indexed = [
+        (name, problem, words_of(_asked(problem, repeated))) for name, group in evals.items() for problem in group
+    ]
     whole: dict[str, dict[str, str]] = defaultdict(dict)
     parts: dict[str, dict[str, str]] = defaultdict(dict)
     by_gram: dict[tuple[str, ...], list[int]] = defaultdict(list)

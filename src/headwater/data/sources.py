@@ -83,7 +83,9 @@ def load(
         lacking = [number for number, _, answer in read if answer is None]
         if lacking:
             among = f" ({len(lacking)} of {len(read)} rows have none)" if len(lacking) > 1 else ""
-            raise UserError(f"{where}, row {lacking[0]}: the problem has no answer in {answer_column or REFERENCE!r}{among}")
+            raise UserError(
+                f"{where}, row {lacking[0]}: the problem has no answer in {answer_column or REFERENCE!r}{among}"
+            )
     return _merged(read, source.path, tags)
 
 

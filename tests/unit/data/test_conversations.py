@@ -17,7 +17,9 @@ from headwater.types import Problem, family_of, problem_id
 
 TURNS = (("system", "Answer modulo 7."), ("user", "Let x be 5."), ("assistant", "Fine."), ("user", "What is x plus 4?"))
 MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
-LONG = "A train leaves the station at noon and travels north at sixty miles per hour for exactly two hours. How far is it?"
+LONG = (
+    "A train leaves the station at noon and travels north at sixty miles per hour for exactly two hours. How far is it?"
+)
 
 
 def read(tmp_path: Path, *rows: Any, need_answers: bool = True, **columns: str) -> LoadedProblems:
@@ -68,7 +70,9 @@ def test_every_usual_shape_of_a_conversation_is_read_whole(tmp_path: Path, row: 
     (problem,) = loaded.problems
     assert problem.turns == TURNS
     assert loaded.gold == {problem.id: "2"}
-    assert problem.text == "system: Answer modulo 7.\n\nuser: Let x be 5.\n\nassistant: Fine.\n\nuser: What is x plus 4?"
+    assert (
+        problem.text == "system: Answer modulo 7.\n\nuser: Let x be 5.\n\nassistant: Fine.\n\nuser: What is x plus 4?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,7 @@ def test_a_conversation_with_pictures_or_tools_beside_it_is_refused(tmp_path: Pa
 
 def test_a_reference_answer_that_is_missing_is_named(tmp_path: Path) -> None:
     rows = ({"messages": asked("1+1?", "\\boxed{2}")}, {"messages": asked("1+2?")})
-    assert "row 2: the problem has no answer in \"the assistant's last turn\"" in refusal(tmp_path, *rows)
+    assert 'row 2: the problem has no answer in "the assistant\'s last turn"' in refusal(tmp_path, *rows)
     loaded = read(tmp_path, *rows, need_answers=False)
     assert loaded.gold == {problem_id("1+1?"): "2"} and loaded.without_answer == (problem_id("1+2?"),)
 
@@ -173,7 +177,10 @@ def test_contamination_compares_what_the_user_asks_in_the_whole_conversation() -
     told = Problem.of_turns((("system", "Be brief."), ("user", "What is 17 + 45?")), "rows")
     plain = Problem.of("what is 17+45", "rows")
     assert leaks([told], [plain]) == [0] and leaks([plain], [told]) == [0]
-    checked = [conversation("What is 17 + 45?", "61.", "Check that."), conversation("What is 3 + 4?", "7.", "Check that.")]
+    checked = [
+        conversation("What is 17 + 45?", "61.", "Check that."),
+        conversation("What is 3 + 4?", "7.", "Check that."),
+    ]
     assert leaks(checked, [plain]) == [0] and leaks([plain], checked) == [0]
     follow_ups = [conversation(f"Let x be {n}.", "Fine.", "What is x plus 4?") for n in (5, 6)]
     assert leaks(follow_ups[:1], follow_ups[1:]) == [] and leaks(follow_ups, follow_ups[:1]) == [0]

@@ -131,7 +131,9 @@ def test_without_a_chat_template_the_turns_follow_one_another() -> None:
 
 def test_a_system_turn_of_the_data_and_one_of_the_recipe_exclude_each_other() -> None:
     problem = replace(Problem.of_turns(TALK, "d.jsonl"), row=3)
-    with pytest.raises(UserError, match=rf"problem {problem.id} of d.jsonl, row 3: has a system turn of its own, and prompt"):
+    with pytest.raises(
+        UserError, match=rf"problem {problem.id} of d.jsonl, row 3: has a system turn of its own, and prompt"
+    ):
         prompter(system="Be brief.").ids(problem)
     told = prompter(thinking=True, system="(+)").text(Problem.of_turns(TALK[1:], "d.jsonl"))
     assert told == prompter(thinking=True).text(problem)
@@ -139,8 +141,13 @@ def test_a_system_turn_of_the_data_and_one_of_the_recipe_exclude_each_other() ->
 
 def test_a_template_that_refuses_a_conversation_is_one_sentence_with_the_row() -> None:
     problem = replace(Problem.of_turns(TALK, "d.jsonl"), row=3)
-    assert prompter(STRICT).text(Problem.of_turns(TALK[1:], "d.jsonl")) == "<|user|>17+4<|assistant|>=21<|user|>17+45<|assistant|>"
-    with pytest.raises(UserError, match=r"problem \w{16} of d.jsonl, row 3 \(TemplateError: Conversation roles must alternate"):
+    assert (
+        prompter(STRICT).text(Problem.of_turns(TALK[1:], "d.jsonl"))
+        == "<|user|>17+4<|assistant|>=21<|user|>17+45<|assistant|>"
+    )
+    with pytest.raises(
+        UserError, match=r"problem \w{16} of d.jsonl, row 3 \(TemplateError: Conversation roles must alternate"
+    ):
         prompter(STRICT).ids(problem)
 
 
@@ -149,7 +156,12 @@ def test_a_template_that_refuses_a_conversation_is_one_sentence_with_the_row() -
 
 @pytest.mark.parametrize(
     ("single", "before"),
-    [("$A <|endoftext|>", ()), ("<|pad|> $A <|endoftext|>", (1,)), ("<|pad|> $A <|endoftext|> <|pad|>", (1,)), ("<|pad|> $A", (1,))],
+    [
+        ("$A <|endoftext|>", ()),
+        ("<|pad|> $A <|endoftext|>", (1,)),
+        ("<|pad|> $A <|endoftext|> <|pad|>", (1,)),
+        ("<|pad|> $A", (1,)),
+    ],
 )
 def test_plain_text_gets_nothing_after_it(single: str, before: tuple[int, ...]) -> None:
     from tokenizers.processors import TemplateProcessing
@@ -231,7 +243,9 @@ def test_the_clock_of_a_template_stands_at_the_runs_day(template: str, text: str
 
 
 def test_a_template_that_draws_gives_a_prompt_the_same_draw_each_time() -> None:
-    held = prompter("{{ ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'] | random }}{{ lipsum(1, false) }}{{ messages[0].content }}")
+    held = prompter(
+        "{{ ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'] | random }}{{ lipsum(1, false) }}{{ messages[0].content }}"
+    )
     problems = [Problem.of(f"{n}+1", "rows") for n in range(40)]
     random.seed(7)
     expected = random.random()
