@@ -133,10 +133,10 @@ def test_copies_with_another_system_turn_stay_in_one_half() -> None:
 @pytest.mark.parametrize(
     ("turns", "said"),
     [
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "turn 1 of 'prompt' holds a part of type 'image_url'"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "turn 1 of 'prompt' holds a part of type 'image_url'"),
         ([{"role": "user", "content": [{"type": "text", "text": "?"}, {"type": "image"}]}], "a part of type 'image'"),
         ([*asked("1+1?"), {"role": "tool", "content": "2"}], "turn 2 of 'prompt' has the role 'tool'"),
-        ([*asked("a"), {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}, *asked("b")], "turn 2 of 'prompt' holds tool_calls"),
+        ([*asked("a"), {"role": "assistant", "tool_calls": [{"id": 1}]}, *asked("b")], "turn 2 of 'prompt' holds tool_calls"),
         ([*asked("a"), {"role": "assistant", "content": None}, *asked("b")], "turn 2 of 'prompt' holds no text but NoneType"),
         (asked("1+1?", "2"), "'prompt' ends with a turn of the assistant"),
         ([{"role": "system", "content": "Be brief."}], "does not end with a turn of the user (its last turn is system)"),

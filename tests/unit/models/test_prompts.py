@@ -190,7 +190,11 @@ def characters(*special: str) -> PreTrainedTokenizerFast:
         ("<think> </think> <|im_end|>", "<think>{}</think>{}<|im_end|>", "<think>{}</think>{}"),
         ("</think> <|im_end|>", "{}</think>{}<|im_end|>", "{}</think>{}"),  # the prompt has opened the thought
         ("[THINK] [/THINK] </s>", "[THINK]{}[/THINK]{}</s>", "[THINK]{}[/THINK]{}"),
-        ("<|begin_of_thought|> <|end_of_thought|> <s>", "<s><|begin_of_thought|>{}<|end_of_thought|>{}", "<|begin_of_thought|>{}<|end_of_thought|>{}"),
+        (
+            "<|begin_of_thought|> <|end_of_thought|> <s>",
+            "<s><|begin_of_thought|>{}<|end_of_thought|>{}",
+            "<|begin_of_thought|>{}<|end_of_thought|>{}",
+        ),
         ("<seed:think> </seed:think>", "<seed:think>{}</seed:think>{}", "<seed:think>{}</seed:think>{}"),
         ("<|START_THINKING|> <|END_THINKING|>", "<|START_THINKING|>{}<|END_THINKING|>{}", "<|START_THINKING|>{}<|END_THINKING|>{}"),
         ("◁think▷ ◁/think▷", "◁think▷{}◁/think▷{}", "◁think▷{}◁/think▷{}"),
