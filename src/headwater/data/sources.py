@@ -5,7 +5,7 @@ Errors name the file and the row or column. A problem's id is a hash of its cont
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
@@ -150,7 +150,7 @@ def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | Non
     return gold_answer(value)
 
 
-def _merged(rows: list[tuple[int, Conversation, str | None]], name: str, tags: Mapping[int, str]) -> LoadedProblems:
+def _merged(rows: Sequence[tuple[int, Conversation, str | None]], name: str, tags: Mapping[int, str]) -> LoadedProblems:
     """One problem per id. A row without an answer neither contradicts nor replaces one with an answer."""
     problems: dict[str, Problem] = {}
     numbers: dict[str, list[int]] = {}
