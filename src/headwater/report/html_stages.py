@@ -8,10 +8,16 @@ from operator import itemgetter
 from typing import Any
 
 from headwater.report import figures
-from headwater.report.conditions import C2_MEASURES
 from headwater.report.figures import Plot, Series, ValueAxis, file_stem
 from headwater.report.format import percent
-from headwater.report.stages import STAGE_NAMES, accuracy_paths, accuracy_steps, stage_name, values_at_common_steps
+from headwater.report.stages import (
+    C2_MEASURES,
+    STAGE_NAMES,
+    accuracy_paths,
+    accuracy_steps,
+    stage_name,
+    values_at_common_steps,
+)
 from headwater.report.study import POOL_TEXT, Node, Study, is_finite_number
 from headwater.report.view import Column, Section, Table
 
@@ -210,7 +216,7 @@ def _c1_panels(study: Study) -> Panels:
     plots = []
     for arms, by_seed in study.stage_groups():
         nodes = list(by_seed.values())
-        teacher = all(node.role == "teacher" and node.trained for node in nodes)
+        teacher = any(node.role == "teacher" and node.trained for node in nodes)
         series = teacher and mean_curves(
             (label, [node.metrics for node in nodes], key) for label, key in metrics.items()
         )

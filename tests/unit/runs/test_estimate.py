@@ -45,9 +45,9 @@ def test_persistent_memory_is_the_sum_of_its_parts() -> None:
     adapter = shape.adapter_parameters(16, None)
     assert adapter == 43_646_976  # 36 layers × 16 × (4096+4096 + 2·(4096+1024) + 4096+4096 + 3·(4096+12288))
     assert persistent_bytes(shape, adapter, False, (), 2) == 2.0 * shape.parameters + 16.0 * adapter
-    rest = shape.parameters - shape.body_parameters
+    rest = shape.parameters - shape.linear_parameters
     four = persistent_bytes(shape, adapter, True, (shape,), 2)
-    assert four == pytest.approx(FOUR_BITS * shape.body_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
+    assert four == pytest.approx(FOUR_BITS * shape.linear_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

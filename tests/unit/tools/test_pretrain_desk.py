@@ -55,8 +55,10 @@ def test_configs_and_one_tokenizer_ship_without_weights_in_less_than_a_megabyte(
 
 def test_shipped_shapes_are_those_of_the_specs_and_as_large_as_is_said() -> None:
     parameters = {name: ModelFolder.open(f"desk:{name}", "models.student").shape.parameters for name in DESK}
-    # A layer of the student: 384·64·(2·6 + 2·2) for attention and 3·384·1152 for the MLP; 8 layers, and 384·4096 tied.
-    assert parameters["student"] == 8 * (384 * 64 * 16 + 3 * 384 * 1152) + 384 * 4096 == 15_335_424
+    # A layer of the student: 384·64·(2·6 + 2·2) for attention, 3·384·1152 for the MLP, 2·384 + 2·64 for norms; 8 layers, the last
+    # norm, and 384·4096 tied.
+    layer = 384 * 64 * 16 + 3 * 384 * 1152 + 2 * 384 + 2 * 64
+    assert parameters["student"] == 8 * layer + 384 + 384 * 4096 == 15_342_976
     assert 10e6 < parameters["student"] < 30e6
     assert all(30e6 < parameters[name] < 150e6 for name in DESK if name != "student")
     for name, spec in DESK.items():
