@@ -84,15 +84,17 @@ def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem
         same = parts.get(letters, {}) | whole.get(letters, {})
         for turn in _turns(problem, repeated) if problem.turns else ():
             same |= whole.get(letters_and_digits(turn), {})
-        found = {name: Leak(problem.id, name, "exact", other_id, 1.0) for name, other_id in same.items()}
+        leak_by_eval = {name: Leak(problem.id, name, "exact", other_id, 1.0) for name, other_id in same.items()}
         for index, (rare, any_) in _covered(words, starts, by_gram, counts, n).items():
             name, other, other_words = indexed[index]
             shorter = min(len(words), len(other_words))
             share = max(rare, any_) / shorter
-            better = name not in found or (found[name].why == "ngram" and share > found[name].share)
+            better = name not in leak_by_eval or (
+                leak_by_eval[name].why == "ngram" and share > leak_by_eval[name].share
+            )
             if better and (rare / shorter >= SHARE or any_ / shorter >= NEAR):
-                found[name] = Leak(problem.id, name, "ngram", other.id, round(share, 3))
-        leaks += [found[name] for name in evals if name in found]
+                leak_by_eval[name] = Leak(problem.id, name, "ngram", other.id, round(share, 3))
+        leaks += [leak_by_eval[name] for name in evals if name in leak_by_eval]
     return leaks
 
 

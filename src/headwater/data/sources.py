@@ -80,11 +80,11 @@ def load(
         read.append((number, asked, _answer(answer, answer_column or REFERENCE, place, gold)))
     read = read[: source.limit]
     if need_answers:
-        lacking = [number for number, _, answer in read if answer is None]
-        if lacking:
-            among = f" ({len(lacking)} of {len(read)} rows have none)" if len(lacking) > 1 else ""
+        without_answer = [number for number, _, answer in read if answer is None]
+        if without_answer:
+            among = f" ({len(without_answer)} of {len(read)} rows have none)" if len(without_answer) > 1 else ""
             raise UserError(
-                f"{where}, row {lacking[0]}: the problem has no answer in {answer_column or REFERENCE!r}{among}"
+                f"{where}, row {without_answer[0]}: the problem has no answer in {answer_column or REFERENCE!r}{among}"
             )
     return _merged(read, source.path, tags)
 
