@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from headwater.errors import UserError
 from headwater.models import adapter_files, untrusted_files
+from headwater.models.generation_config import read_generation_config
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import read_tokenizer, stop_ids_of
 from headwater.models.untrusted_files import as_user_error
@@ -121,14 +122,21 @@ class ModelFolder:
         with as_user_error(f"{self.field}: the config of {self.name} cannot be read"):
             return AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
 
-    @cached_property
+    @property
     def generation_config(self) -> GenerationConfig:
-        """The generation config; if there is none, the one that transformers derives from the config."""
+        """The generation config, mended where transformers would refuse to save it; derived from the config if there is none."""
+        return self._generation[0]
+
+    @property
+    def generation_changes(self) -> tuple[str, ...]:
+        """What was mended in the generation config."""
+        return self._generation[1]
+
+    @cached_property
+    def _generation(self) -> tuple[GenerationConfig, tuple[str, ...]]:
         with as_user_error(f"{self.field}: the generation config of {self.name} cannot be read"):
-            try:
-                return GenerationConfig.from_pretrained(self.base.path)
-            except (OSError, ValueError):
-                return GenerationConfig.from_model_config(self.config)
+            config = self.base.json("config.json") if self.base.is_local else self.config.to_dict()
+            return read_generation_config(self.base.path, config)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -106,6 +106,7 @@ def _read_model(folder: ModelFolder, dtype: torch.dtype, quantization: Any, devi
         attn_implementation="sdpa",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, with the name
+        generation_config=folder.generation_config,  # transformers would refuse to save the file's, or to load it
         quantization_config=quantization,
         device_map=None if quantization is None else {"": device},  # quantized while they are read, on their device
     )
