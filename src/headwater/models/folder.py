@@ -165,7 +165,7 @@ class ModelFolder:
     @cached_property
     def shape(self) -> Shape:
         with as_user_error(f"{self.field}: the config of {self.name} cannot be used"):
-            return Shape.from_config(self.config)
+            return Shape.from_config(self.config, self.trust_remote_code)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -93,30 +93,30 @@ def paired_contrasts(study: Study, arms: Mapping[str, Any]) -> list[dict[str, An
 
 def _contrast(study: Study, arms: Mapping[str, Any], a: str, b: str, eval_name: str) -> dict[str, Any] | None:
     seeds, evals_a, evals_b = _paired_seeds(study, a, b, eval_name)
-    if not seeds:
+    row = paired_difference(evals_a, evals_b)
+    if row is None:
         return None
-    values_SP, ids = seed_matrix(evals_a + evals_b, accuracy)
-    if not ids:
-        return None
-    result = stats.contrast(values_SP[: len(seeds)], values_SP[len(seeds) :])
     labels = {
         side: _mean_cost(arms[arm], seeds, lambda c: c["labels"]["distinct"]) for side, arm in (("a", a), ("b", b))
     }
     flops = {side: _mean_cost(arms[arm], seeds, lambda c: c["flops"]) for side, arm in (("a", a), ("b", b))}
-    return {
-        "a": a,
-        "b": b,
-        "eval": eval_name,
-        "difference": rounded(result.difference),
-        "low": rounded(result.low),
-        "high": rounded(result.high),
-        "p": rounded(result.p),
-        "seeds": len(seeds),
-        "problems": len(ids),
-        "labels": labels,
-        "flops": flops,
-        "equal": equal_resources(labels, flops),
-    }
+    equal = equal_resources(labels, flops)
+    return {"a": a, "b": b, "eval": eval_name, **row, "labels": labels, "flops": flops, "equal": equal}
+
+
+def paired_difference(a: Sequence[EvalCounts], b: Sequence[EvalCounts]) -> dict[str, Any] | None:
+    """Accuracy of `a` minus that of `b`, one evaluation per seed of each, on the problems that all have; None if there are none.
+
+    Example: `{"difference": 0.06, "low": 0.01, "high": 0.11, "p": 0.02, "seeds": 3, "problems": 500}`.
+    """
+    if not a:
+        return None
+    values_SP, ids = seed_matrix([*a, *b], accuracy)
+    if not ids:
+        return None
+    result = stats.contrast(values_SP[: len(a)], values_SP[len(a) :])
+    numbers = {key: rounded(getattr(result, key)) for key in ("difference", "low", "high", "p")}
+    return {**numbers, "seeds": len(a), "problems": len(ids)}
 
 
 def equal_resources(labels: Mapping[str, float], flops: Mapping[str, float]) -> list[str]:

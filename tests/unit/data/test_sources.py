@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headwater.config.recipe import Columns, Generate, Source
-from headwater.data.sources import LoadedProblems, gold_answer, load, without_leaks
+from headwater.data.golds import gold_answer
+from headwater.data.sources import LoadedProblems, load, without_leaks
 from headwater.errors import UserError
 from headwater.types import problem_id
 
