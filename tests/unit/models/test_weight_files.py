@@ -70,7 +70,7 @@ def test_biases_of_an_architecture_that_has_none_are_refused(tmp_path: Path) -> 
 
 def test_norms_of_a_newer_architecture_are_refused(tmp_path: Path) -> None:
     folder = with_config(tiny_folder(tmp_path / "m"), model_type="llama", architectures=["LlamaForCausalLM"])
-    with pytest.raises(UserError, match=r"hold 4 weights that LlamaForCausalLM,.* self_attn\.k_norm\.weight"):
+    with pytest.raises(UserError, match=r"hold 4 weights that LlamaForCausalLM,.*self_attn\.k_norm\.weight"):
         loaded(folder)
 
 
@@ -102,11 +102,18 @@ def test_a_classifier_is_refused_by_its_class_before_weights_are_read(kind: str,
 
 HARMLESS: dict[str, tuple[str, dict[str, Any], Weights]] = {
     "rotary frequencies": ("llama", {}, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
-    "masks of GPT-2": ("gpt2", {}, {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}),
-    "masks of GPT-NeoX": ("gpt_neox", {}, {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8).bool(), "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9)}),
+    "masks of GPT-2": (
+        "gpt2", {}, {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)},
+    ),
+    "masks of GPT-NeoX": (
+        "gpt_neox", {},
+        {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8), "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9)},
+    ),
     "a tied head stored twice": ("qwen3", {}, {}),
     "prediction of further tokens": ("qwen3", {}, {"mtp.fc.weight": torch.ones(32, 64)}),
-    "a further layer that the config announces": ("qwen3", {"num_nextn_predict_layers": 1}, {"model.layers.2.eh_proj.weight": torch.ones(32, 64)}),
+    "a further layer that the config announces": (
+        "qwen3", {"num_nextn_predict_layers": 1}, {"model.layers.2.eh_proj.weight": torch.ones(32, 64)},
+    ),
 }  # fmt: skip
 
 
