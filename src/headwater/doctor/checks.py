@@ -57,6 +57,7 @@ CHECKS = (
     Check("stop ids of student and teacher", models.stop_sets),
     Check("EOS, padding, turn end", models.end_tokens),
     Check("sampling defaults", models.sampling_defaults),
+    Check("generation configs", models.generation_configs),
     Check("data files", data.data_is_readable),
     Check("chat templates", prompts.templates, exit_code=2),
     Check("thinking mode and system prompt", prompts.fields_without_effect),
