@@ -23,7 +23,7 @@ def strict(text: str) -> object:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_the_program_lists_its_verbs_and_each_says_what_it_does() -> None:
+def test_help_lists_every_verb_with_its_description() -> None:
     listed = call("--help").out
     for verb in VERBS:
         assert f" {verb} " in listed
@@ -31,7 +31,7 @@ def test_the_program_lists_its_verbs_and_each_says_what_it_does() -> None:
         assert shown.code == 0 and f"headwater {verb} " in shown.out
 
 
-def test_a_run_as_a_process_of_its_own_prints_the_table_and_where_the_report_is(tmp_path: Path) -> None:
+def test_run_in_a_process_prints_the_table_and_the_report_path(tmp_path: Path) -> None:
     done = spawn("run", "pocket", "--arm", "raw_teacher", "--out", "mine", *sets(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "base_student" in done.stdout and "raw_teacher" in done.stdout
@@ -50,14 +50,14 @@ def test_a_run_as_a_process_of_its_own_prints_the_table_and_where_the_report_is(
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script src" not in page  # self-contained
 
 
-def test_json_goes_alone_to_standard_output_and_is_the_report(tmp_path: Path) -> None:
+def test_json_option_prints_only_the_report_to_stdout(tmp_path: Path) -> None:
     done = spawn("run", "pocket", "--arm", "direct_grpo", "--json", "--out", "mine", *sets(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert strict(done.stdout) == load_json(tmp_path / "mine/report.json")
     assert done.stdout.count("\n") == 1
 
 
-def test_an_error_under_json_still_leaves_standard_output_empty() -> None:
+def test_json_option_leaves_stdout_empty_on_an_error() -> None:
     result = call("run", "pocket", "--json", "--set", "labels.budget=-1")
     assert (result.code, result.out) == (2, "") and "labels.budget" in result.err
 
@@ -79,7 +79,7 @@ def test_a_study_reports_its_arms_over_its_seeds(tmp_path: Path) -> None:
     assert texts[0] != texts[1]
 
 
-def test_the_seed_of_a_run_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+def test_seed_option_sets_the_seed_of_a_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "direct_grpo", "--seed", "7").code == 0
     assert load_json(out / "plan.json")["seeds"] == [7]
@@ -95,7 +95,7 @@ def test_the_same_seed_gives_the_same_run_in_another_folder(tmp_path: Path) -> N
             assert path.read_bytes() == there.read_bytes()
 
 
-def test_what_was_set_is_recorded_and_is_what_ran(tmp_path: Path) -> None:
+def test_set_option_is_recorded_and_takes_effect(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "raw_teacher", "--device", "cpu", changes=["stages.opd.steps=3"]).code == 0
     recipe = load_json(out / "recipe.json")
@@ -104,7 +104,7 @@ def test_what_was_set_is_recorded_and_is_what_ran(tmp_path: Path) -> None:
     assert load_json(node(out, "raw_teacher", "opd") / "node.json")["settings"]["steps"] == 3
 
 
-def test_a_dry_run_lists_every_node_and_its_bounds_and_writes_nothing(
+def test_dry_run_json_lists_nodes_with_bounds_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -128,14 +128,14 @@ def test_a_dry_run_lists_every_node_and_its_bounds_and_writes_nothing(
         assert sum(one["flops"] for one in spends) <= row["flops_at_most"] < 1000 * sum(one["flops"] for one in spends)
 
 
-def test_a_dry_run_for_people_names_nodes_labels_and_steps(tmp_path: Path) -> None:
+def test_dry_run_table_names_nodes_labels_and_steps(tmp_path: Path) -> None:
     result = call("run", "pocket", "--dry-run", "--out", tmp_path / "out", *sets())
     assert result.code == 0 and not (tmp_path / "out").exists()
     for word in ("teacher_rl", "warmup", "opd", "student_rl", "labels", "FLOPs", "memory"):
         assert word in result.out
 
 
-def test_a_study_without_arms_is_the_demos_and_all_is_every_arm(tmp_path: Path) -> None:
+def test_study_defaults_to_the_demo_arms_and_all_means_every_arm(tmp_path: Path) -> None:
     plain = call("study", "pocket", "--dry-run", "--json", *sets())
     named = call("study", "pocket", "--arms", ",".join(DEFAULT_STUDY), "--dry-run", "--json", *sets())
     every = call("study", "pocket", "--arms", ",".join(ARMS), "--dry-run", "--json", *sets())
@@ -154,7 +154,7 @@ def test_a_report_is_rebuilt_from_the_files_byte_for_byte(tmp_path: Path) -> Non
     assert {name: (out / name).read_bytes() for name in before} == before
 
 
-def test_one_report_of_two_folders_that_differ_in_the_seed_holds_both(tmp_path: Path) -> None:
+def test_report_merges_two_folders_of_different_seeds(tmp_path: Path) -> None:
     for seed in ("0", "1"):
         assert tiny("run", tmp_path / seed, "--arm", "direct_grpo", "--seed", seed).code == 0
     with mock.patch("headwater.report.html.page", return_value=Page("")):

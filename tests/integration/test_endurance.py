@@ -10,7 +10,7 @@ from endurance import growth, long_stage
 from forked_runs import warm_runs
 
 
-def test_steps_that_come_after_steps_hold_memory_and_open_files(tmp_path: Path) -> None:
+def test_long_stage_keeps_memory_and_open_files_constant(tmp_path: Path) -> None:
     result = long_stage(warm_runs(), tmp_path / "out", 150)
     assert result.code == 0, result.err
     grown, files = growth(result)
@@ -19,7 +19,7 @@ def test_steps_that_come_after_steps_hold_memory_and_open_files(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("per_step", "seen"), [(0, False), (1 << 18, True)])
-def test_the_measure_sees_a_leak(per_step: int, seen: bool) -> None:
+def test_growth_detects_a_leak(per_step: int, seen: bool) -> None:
     from forked_runs import ProcessResult
 
     usage = [(0.5 * at, 200 * 2**20 + at * per_step, 12 + (at % 3 == 0)) for at in range(100)]

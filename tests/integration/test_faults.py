@@ -84,7 +84,7 @@ def one_sentence(result: ProcessResult) -> str:
 # The instruments ------------------------------------------------------------------------------------------------------
 
 
-def test_the_list_of_points_is_that_of_the_source() -> None:
+def test_fault_points_table_lists_every_failpoint_of_the_source() -> None:
     found = [
         call.args[0].value
         for path in Path(headwater.__file__).parent.rglob("*.py")
@@ -97,12 +97,12 @@ def test_the_list_of_points_is_that_of_the_source() -> None:
     assert fault_points.POINTS.keys() >= fault_points.WRITES
 
 
-def test_a_run_comes_by_every_point() -> None:
-    """All but one, which comes only where something is in the way (`test_killed_while_a_folder_is_replaced`)."""
+def test_run_reaches_every_fault_point() -> None:
+    """All but one, which comes only where something is in the way (`test_run_killed_while_replacing_a_folder_resumes_bit_for_bit`)."""
     assert set(points()) == set(fault_points.POINTS) - {"folder.moved"}
 
 
-def test_without_a_fault_a_point_does_nothing_and_an_unknown_one_is_refused() -> None:
+def test_failpoint_does_nothing_unarmed_and_parse_fault_refuses_unknown_names() -> None:
     assert not fault_points.armed()
     fault_points.failpoint("step.begun")
     with pytest.raises(KeyError):
@@ -116,14 +116,14 @@ def test_without_a_fault_a_point_does_nothing_and_an_unknown_one_is_refused() ->
         fault("step.begun")
 
 
-def test_the_environment_arms_a_point_in_any_process() -> None:
+def test_environment_variable_arms_a_failpoint() -> None:
     code = "from headwater.storage.fault_points import failpoint; failpoint('step.begun'); failpoint('step.begun'); print('alive')"
     environment = {**os.environ, "HEADWATER_FAULT": "step.begun:2=kill", "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
     assert result.returncode == KILLED and result.stdout == b""
 
 
-def test_killed_before_the_last_checkpoint_of_a_stage_drops_the_older_ones_they_go_all_the_same(tmp_path: Path) -> None:
+def test_resume_drops_old_checkpoints_that_a_killed_run_left(tmp_path: Path) -> None:
     """Distillation has three checkpoints here, of which two are kept; no step follows that would drop the first."""
     out, saved = tmp_path / "out", 7  # two of the teacher, two of the warm-up, then the third
     assert go(out, f"checkpoint.saved:{saved}=kill").code == KILLED
@@ -145,7 +145,7 @@ def flip(path: Path, share: float = 0.5, bit: int = 0) -> None:
     ["model/model.safetensors", "checkpoint/000003/optimizer.safetensors", "metrics.jsonl", "ledger.jsonl",
      "rollouts/000002.jsonl", "evals/final/sums.jsonl", "conditions.jsonl"],
 )  # fmt: skip
-def test_the_comparison_sees_one_bit(name: str, tmp_path: Path) -> None:
+def test_differing_detects_one_bit(name: str, tmp_path: Path) -> None:
     out = copied(tmp_path)
     assert differing(out, whole()) == []
     path = node(out, "bridge_rl", "opd") / name
@@ -161,7 +161,7 @@ def test_the_comparison_sees_one_bit(name: str, tmp_path: Path) -> None:
     assert differing(out, whole()) == [str(path.relative_to(out))]
 
 
-def test_the_comparison_sees_a_file_too_many_and_one_too_few(tmp_path: Path) -> None:
+def test_differing_detects_added_and_removed_files(tmp_path: Path) -> None:
     out = copied(tmp_path)
     (out / "nodes" / ".left.tmp").write_text("")
     (out / "labels.csv").unlink()
@@ -172,12 +172,12 @@ def test_the_comparison_sees_a_file_too_many_and_one_too_few(tmp_path: Path) -> 
 # Kills ----------------------------------------------------------------------------------------------------------------
 
 
-def test_killed_once_at_every_point_a_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_run_killed_at_every_fault_point_resumes_bit_for_bit(tmp_path: Path) -> None:
     for name, result in once_at_each(points(), "kill", tmp_path):
         assert result.code == KILLED, (name, result.err)
 
 
-def test_killed_while_a_folder_is_replaced(tmp_path: Path) -> None:
+def test_run_killed_while_replacing_a_folder_resumes_bit_for_bit(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert go(out, "model.saved:1=kill").code == KILLED  # so that the model's folder is there, and is written again
     for fault, code in (("folder.moved:1=full", 4), ("folder.moved:1=kill", KILLED), ("folder.renamed:1=kill", KILLED)):
@@ -187,7 +187,7 @@ def test_killed_while_a_folder_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["checkpoint.begun:8=kill", "append.torn:40=kill", "update.stepped:5=kill"])
-def test_killed_once_late_and_alone(fault: str, tmp_path: Path) -> None:
+def test_run_killed_late_resumes_bit_for_bit(fault: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert go(out, fault).code == KILLED
     assert go(out).code == 0
@@ -197,7 +197,7 @@ def test_killed_once_late_and_alone(fault: str, tmp_path: Path) -> None:
 # Disks ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_at_every_write_is_one_sentence_and_code_4_and_the_run_goes_on_when_there_is_room(
+def test_full_disk_at_every_write_exits_4_and_the_run_resumes(
     tmp_path: Path,
 ) -> None:
     for name, result in once_at_each([name for name in points() if name in fault_points.WRITES], "full", tmp_path):
@@ -206,7 +206,7 @@ def test_a_full_disk_at_every_write_is_one_sentence_and_code_4_and_the_run_goes_
 
 
 @pytest.mark.parametrize("fault", ["file.begun:6=readonly", "append.begun:5=readonly", "folder.begun:2=readonly"])
-def test_a_file_system_that_turns_read_only_is_one_sentence_too(fault: str, tmp_path: Path) -> None:
+def test_read_only_file_system_exits_4_and_the_run_resumes(fault: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = go(out, fault)
     assert result.code == 4 and "read-only file system" in one_sentence(result)
@@ -222,7 +222,7 @@ def mounted(folder: Path, size: str) -> bool:
     )
 
 
-def test_a_disk_that_really_is_full(tmp_path: Path) -> None:
+def test_full_tmpfs_exits_4_and_the_run_resumes(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     if not mounted(disk, "3m"):
         pytest.skip("needs the right to mount")
@@ -237,7 +237,7 @@ def test_a_disk_that_really_is_full(tmp_path: Path) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_folder_that_may_not_be_written_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_unwritable_output_folder_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     out = copied(tmp_path)
     before = digests(out)
     user = 65534 if os.getuid() == 0 else None  # root may write anywhere
@@ -267,7 +267,7 @@ def test_a_folder_that_may_not_be_written_is_refused_in_a_sentence(tmp_path: Pat
     [("step.begun:4", "warmup", True), ("node.described:1", "base_student", True), ("node.described:4", "teacher_rollouts", True),
      ("run.planned:1", "base_student", True), ("evaluation.begun:3", "teacher_rl", True), ("report.begun:1", "student_rl", False)],
 )  # fmt: skip
-def test_asked_to_stop_it_leaves_130_and_goes_on_later(
+def test_interrupted_run_exits_130_and_resumes_bit_for_bit(
     kind: str, point: str, stage: str, unfinished: bool, tmp_path: Path
 ) -> None:
     """Training after the step at work, with a checkpoint; a cache or an evaluation at once, to be done again."""
@@ -283,7 +283,7 @@ def test_asked_to_stop_it_leaves_130_and_goes_on_later(
     assert differing(out, whole()) == []
 
 
-def test_an_error_of_the_sampler_is_told_and_kept_and_a_second_go_ends_the_same(tmp_path: Path) -> None:
+def test_sampler_error_is_reported_and_recorded_and_the_run_resumes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = go(out, "rollouts.arrived:9=error")
     assert result.code == 1 and one_sentence(result).startswith("RuntimeError: injected fault (traceback in ")
@@ -293,7 +293,7 @@ def test_an_error_of_the_sampler_is_told_and_kept_and_a_second_go_ends_the_same(
     assert differing(out, whole()) == []
 
 
-def test_a_second_process_on_the_folder_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+def test_second_process_on_a_locked_folder_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = warm_runs().run(*small(out), then="step.begun")
     refused = f"second: 2: headwater: --out {out}: another process is running there; wait until it ends, or use another folder"
@@ -367,7 +367,7 @@ def damaged(name: str, how: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_found_in_every_file(name: str, tmp_path: Path) -> None:
+def test_flipped_bit_is_detected_in_every_file(name: str, tmp_path: Path) -> None:
     damaged(name, "flipped", tmp_path)
 
 
@@ -381,7 +381,7 @@ def unfinished(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "sums.json"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(name: str, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named_and_the_previous_one_used(name: str, tmp_path: Path) -> None:
     out, opd = unfinished(tmp_path)
     flip(opd / "checkpoint" / "000002" / name)
     result = go(out)
@@ -393,7 +393,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(name: str, tmp_pa
     assert differing(out, whole()) == []
 
 
-def test_with_all_checkpoints_damaged_it_is_refused_by_name(tmp_path: Path) -> None:
+def test_resume_is_refused_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     out, opd = unfinished(tmp_path)
     for step in ("000001", "000002"):
         flip(opd / "checkpoint" / step / "model.safetensors")
@@ -409,7 +409,7 @@ def test_with_all_checkpoints_damaged_it_is_refused_by_name(tmp_path: Path) -> N
     [("metrics.jsonl", 0.01, 2), ("ledger.jsonl", 0.01, 2), ("rollouts/000001.jsonl", 0.5, 2), ("sums.jsonl", 0.01, 2),
      ("metrics.jsonl", 0.95, 0), ("ledger.jsonl", 0.95, 0), ("rollouts/000003.jsonl", 0.5, 0), ("rollouts/000002.jsonl", 0.5, 0)],
 )  # fmt: skip
-def test_a_damaged_log_of_an_unfinished_stage_is_written_again_from_a_checkpoint_before_it_or_refused(
+def test_damaged_log_is_rewritten_from_an_earlier_checkpoint_or_refused(
     name: str, share: float, code: int, tmp_path: Path
 ) -> None:
     out, opd = unfinished(tmp_path)
@@ -422,7 +422,7 @@ def test_a_damaged_log_of_an_unfinished_stage_is_written_again_from_a_checkpoint
         assert differing(out, whole()) == []
 
 
-def test_a_large_file_is_read_whole_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_file_is_verified_whole_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headwater.errors import UserError
     from headwater.storage import run_dir
 
@@ -436,7 +436,7 @@ def test_a_large_file_is_read_whole_before_it_is_used(tmp_path: Path, monkeypatc
     assert not folder.done.exists()  # so that the next start makes it again
 
 
-def test_a_report_of_damaged_results_is_refused(tmp_path: Path) -> None:
+def test_report_of_damaged_results_is_refused(tmp_path: Path) -> None:
     out = copied(tmp_path)
     path = node(out, "bridge_rl", "opd") / "evals/final/sums.jsonl"
     path.write_text(
@@ -446,7 +446,7 @@ def test_a_report_of_damaged_results_is_refused(tmp_path: Path) -> None:
     assert result.code == 2 and str(path) in one_sentence(result)
 
 
-def test_a_folder_of_an_earlier_version_without_checksums_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_folder_without_checksums_of_an_earlier_version_is_accepted(tmp_path: Path) -> None:
     out = copied(tmp_path)
     for path in out.glob("nodes/*/DONE"):
         write_json(path, {"fingerprint": load_json(path)["fingerprint"]})

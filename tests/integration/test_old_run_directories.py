@@ -33,7 +33,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return load_json(Path("expected.json"))
 
 
-def test_a_cut_run_reports(old: dict[str, Any]) -> None:
+def test_old_run_directory_reports(old: dict[str, Any]) -> None:
     result = call("report", "run")
     assert result.code == 0, result.err
     arms = load_json(Path("run/report.json"))["arms"]
@@ -41,7 +41,7 @@ def test_a_cut_run_reports(old: dict[str, Any]) -> None:
     assert Path("run/report.html").stat().st_size > 10_000
 
 
-def test_a_cut_run_resumes_without_doing_finished_nodes_again(
+def test_old_run_directory_resumes_without_rerunning_finished_nodes(
     old: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headwater.pipeline.preflight", lambda *given: None)

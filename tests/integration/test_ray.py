@@ -83,7 +83,7 @@ def kill(pids: set[int]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_study_on_a_cluster_whose_process_is_killed_comes_out_bit_for_bit_as_here(ray: Any, tmp_path: Path) -> None:
+def test_ray_study_with_a_killed_process_equals_the_local_study(ray: Any, tmp_path: Path) -> None:
     with meanwhile(tmp_path, "student_rl", 3, kill):
         result = on_ray(tmp_path)
     assert result.code == 0, result.err
@@ -92,7 +92,7 @@ def test_a_study_on_a_cluster_whose_process_is_killed_comes_out_bit_for_bit_as_h
     assert_same(tmp_path, here())
 
 
-def test_a_stop_ends_the_nodes_at_their_next_step_and_one_process_here_goes_on(ray: Any, tmp_path: Path) -> None:
+def test_interrupted_ray_study_checkpoints_and_resumes_locally(ray: Any, tmp_path: Path) -> None:
     with meanwhile(tmp_path, "warmup", 2, lambda pids: os.kill(os.getpid(), signal.SIGINT)):
         result = on_ray(tmp_path)
     assert result.code == 130 and result.err.count("stopping after this step, with a checkpoint") == 1, result.err
@@ -102,7 +102,7 @@ def test_a_stop_ends_the_nodes_at_their_next_step_and_one_process_here_goes_on(r
     assert_same(tmp_path, here())
 
 
-def test_a_node_that_is_lost_more_often_than_it_may_be_fails_and_the_rest_goes_on(ray: Any, tmp_path: Path) -> None:
+def test_ray_node_lost_too_often_fails_and_the_rest_continues(ray: Any, tmp_path: Path) -> None:
     with meanwhile(tmp_path, "student_rl", 1, kill):
         result = on_ray(tmp_path, "compute.ray.retries=0")
     assert result.code == 1
@@ -111,7 +111,7 @@ def test_a_node_that_is_lost_more_often_than_it_may_be_fails_and_the_rest_goes_o
     assert (node(tmp_path, "raw_teacher", "opd") / "DONE").exists()
 
 
-def test_what_no_machine_has_is_refused_before_anything_waits_for_it(ray: Any, tmp_path: Path) -> None:
+def test_ray_refuses_resources_that_no_machine_has(ray: Any, tmp_path: Path) -> None:
     result = on_ray(tmp_path, "compute.ray.stages.warmup.cpus=64")
     assert result.code == 2
     assert result.err.endswith(
@@ -119,7 +119,7 @@ def test_what_no_machine_has_is_refused_before_anything_waits_for_it(ray: Any, t
     )
 
 
-def test_without_ray_a_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_is_refused_with_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     result = tiny("run", tmp_path, "--executor", "ray")
     assert result.code == 2

@@ -93,14 +93,14 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
-def test_two_processes_give_the_run_of_one_with_the_same_ledger(tmp_path: Path) -> None:
+def test_two_ranks_equal_one_with_the_same_ledger(tmp_path: Path) -> None:
     ended = warm_ranks().run(2, *command(tmp_path / "out"))
     assert [one.code for one in ended] == [0, 0], ended
     assert_alike(tmp_path / "out", one_process())
     assert load_json(tmp_path / "out" / "env.json")["processes"] == 2 and ended[1].err == ""
 
 
-def test_a_killed_rank_ends_the_others_with_a_sentence_and_one_or_four_go_on_from_the_checkpoint_of_two(
+def test_killed_rank_ends_the_others_and_other_world_sizes_resume(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "two"
@@ -127,7 +127,7 @@ def node_of(out: Path, stage: str) -> Path:
 
 
 @pytest.mark.many
-def test_a_stop_that_all_are_asked_for_leaves_one_checkpoint_and_two_go_on_from_what_one_wrote(tmp_path: Path) -> None:
+def test_interrupted_ranks_leave_one_checkpoint_and_two_resume_from_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     begun = f"{out}/nodes/warmup.*/metrics.jsonl"
     ended = warm_ranks().run(2, *command(out), signals=[(begun, signal.SIGTERM)])
@@ -141,7 +141,7 @@ def test_a_stop_that_all_are_asked_for_leaves_one_checkpoint_and_two_go_on_from_
 
 
 @pytest.mark.many
-def test_what_stops_one_stage_on_all_ranks_spares_the_rest_of_a_study(tmp_path: Path) -> None:
+def test_stage_failure_on_all_ranks_spares_the_rest_of_a_study(tmp_path: Path) -> None:
     changes = ["guards.no_signal=stop", "guards.patience=1", "stages.student_rl.sampling.max_tokens=1"]
     argv = ["study", "pocket", "--arms", "direct_grpo,raw_teacher", "--out", tmp_path, *sets(*changes)]
     ended = warm_ranks().run(2, *argv)
@@ -152,7 +152,7 @@ def test_what_stops_one_stage_on_all_ranks_spares_the_rest_of_a_study(tmp_path: 
 
 
 @pytest.mark.many
-def test_torchrun_runs_it_to_the_same_end_and_one_process_speaks(tmp_path: Path) -> None:
+def test_torchrun_gives_the_same_run_and_rank_0_prints(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "headwater"]
     argv = [*launcher, *map(str, command(tmp_path / "out"))]
     result = subprocess.run(argv, capture_output=True, text=True, timeout=280, env=environment())
@@ -161,7 +161,7 @@ def test_torchrun_runs_it_to_the_same_end_and_one_process_speaks(tmp_path: Path)
     assert_alike(tmp_path / "out", one_process())
 
 
-def test_only_run_study_and_demo_may_be_launched_as_several_processes() -> None:
+def test_only_run_study_and_demo_accept_several_processes() -> None:
     world = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     refused = subprocess.run(
         [sys.executable, "-m", "headwater", "probe", "pocket"],
@@ -174,7 +174,7 @@ def test_only_run_study_and_demo_may_be_launched_as_several_processes() -> None:
 # Shares ---------------------------------------------------------------------------------------------------------------
 
 
-def test_every_row_is_run_by_one_rank_and_groups_stay_whole_where_there_are_enough() -> None:
+def test_assign_to_ranks_covers_every_row_once_and_keeps_groups_whole() -> None:
     stage = stage_of("grpo", batch_size=32, group_size=4, minibatches=2)
     lengths = [3, 9, 1, 7, 2, 8, 5, 4]
     many = [
@@ -193,14 +193,14 @@ def test_every_row_is_run_by_one_rank_and_groups_stay_whole_where_there_are_enou
         assert load in {64, 60}
 
 
-def test_one_process_alone_shares_with_nobody() -> None:
+def test_single_process_keeps_every_row() -> None:
     alone = ProcessGroup()
     many = [Row(rollout_of((1, 2), (3,)))]
     assert assign_to_ranks(many, stage_of(), 1, alone) is many and alone.shard([1, 2]) == [1, 2]
     assert alone.all_reduce_sum({"loss": 0.1}) == {"loss": 0.1} and list(alone.lockstep([1, 2])) == [1, 2]
 
 
-def test_consecutive_shares_cover_all_and_differ_by_one_at_most() -> None:
+def test_contiguous_shares_cover_all_and_differ_by_one_at_most() -> None:
     for count in range(9):
         parts = [ProcessGroup(rank, 4).shard(range(count)) for rank in range(4)]
         assert [one for part in parts for one in part] == list(range(count))

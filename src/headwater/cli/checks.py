@@ -113,5 +113,7 @@ def validate(
             f"{len(result.contradictions)} problems with contradicting answers, {len(result.without_answer)} without an answer"
         )
     if not result.total:
-        raise RefusedError(f"{data}: has no gold answer; name the column that holds the answers with --answer, or add them")
+        raise RefusedError(
+            f"{data}: has no gold answer; name the column that holds the answers with --answer, or add them"
+        )
     sys.exit(0 if result.ok else 3)

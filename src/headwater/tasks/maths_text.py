@@ -12,6 +12,7 @@ from fractions import Fraction
 
 from headwater.tasks.announced import announced_answer, last_match
 from headwater.tasks.maths_arguments import brace_arguments
+from headwater.tasks.thinking import after_thinking
 
 MAX_OUTER_BRACKETS = 5  # pairs removed around the whole; a thousand pairs would take quadratic time
 _BRACES = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -21,12 +22,12 @@ _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\,;]+)")
 def extract(completion: str) -> tuple[str | None, str]:
     """Extract the final answer: (text, "") or (None, "no_answer" | "truncated").
 
-    Order, after the last `</think>`: the last complete box; without any box the last `####` that an answer follows; else the last
+    Order, after the thinking: the last complete box; without any box the last `####` that an answer follows; else the last
     "answer is", also in other languages. An empty answer is none.
 
     Example: `extract("so \\boxed{41}, no: \\boxed{42}")` gives `("42", "")`.
     """
-    text = completion[completion.rfind("</think>") + len("</think>") :] if "</think>" in completion else completion
+    text = after_thinking(completion)
     box, opened = last_box(text)
     if box is None and opened:
         return None, "truncated"

@@ -68,7 +68,7 @@ def qwen_folder(
 # Nothing wrong ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_verb_lists_what_it_checked_and_exits_0(tmp_path: Path) -> None:
+def test_doctor_command_lists_its_checks_and_exits_0(tmp_path: Path) -> None:
     result = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1")
     assert result.code == 0, result.err
     for check in CHECKS:
@@ -79,7 +79,7 @@ def test_the_verb_lists_what_it_checked_and_exits_0(tmp_path: Path) -> None:
 # Tokenizers, stop ids, templates ----------------------------------------------------------------------------------------
 
 
-def test_a_missing_model_folder_is_a_finding_of_the_verb_and_exit_2_of_run(tmp_path: Path) -> None:
+def test_missing_model_folder_is_a_finding_of_doctor_and_exit_2_of_run(tmp_path: Path) -> None:
     missing = ("--set", f"models.teacher={tmp_path / 'nowhere'}")
     result = call("doctor", "pocket", "--json", *missing)
     found = json.loads(result.out)
@@ -114,13 +114,13 @@ def test_run_reports_a_mistake_in_the_recipe_in_one_sentence_and_exits_2(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_run_says_warnings_and_goes_on(tmp_path: Path) -> None:
+def test_run_prints_doctor_warnings_and_continues(tmp_path: Path) -> None:
     result = tiny("run", tmp_path / "out", "--arm", "direct_grpo", "--set", "prompt.system=Add up.", whole=True)
     assert result.code == 0, result.err
     assert "warning system-without-effect: models.student" in result.err and "pad-is-eos" not in result.err
 
 
-def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_run_skips_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
     monkeypatch.setattr(checks, "examine", lambda *given: pytest.fail("the doctor was asked again"))
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0

@@ -42,7 +42,7 @@ def kept() -> tuple[Path, dict[str, Any], list[tuple[str, bool]]]:
     return out, answer, given
 
 
-def test_every_look_is_in_the_ledger_under_probe_and_the_answer_counts_the_same() -> None:
+def test_probe_charges_every_label_to_its_ledger() -> None:
     out, answer, given = kept()
     ledger = rows(out / "probe" / "ledger.jsonl")
     assert {row["purpose"] for row in ledger} == {"probe"}
@@ -52,13 +52,13 @@ def test_every_look_is_in_the_ledger_under_probe_and_the_answer_counts_the_same(
     assert len(looked_at) == 8 and sum(row["checks"] for row in ledger) == len(given)
 
 
-def test_the_labels_looked_at_are_ones_that_training_would_buy() -> None:
+def test_probe_uses_labels_that_training_would_buy() -> None:
     _, _, given = kept()
     with prepared(find_recipe("pocket", list(TINY)), ["bridge"], [0]) as (_, inputs):
         assert {name for name, _ in given} < set(inputs.pools.all)
 
 
-def test_pass_rates_are_those_of_the_verdicts_given() -> None:
+def test_probe_pass_rates_equal_those_of_the_verdicts() -> None:
     _, answer, given = kept()
     count = 8 * 4  # the student's samples are graded first, then the teacher's, then what both made of its beginnings
     for role, part in (("student", given[:count]), ("teacher", given[count : 2 * count])):
@@ -80,13 +80,13 @@ def test_pass_rates_are_those_of_the_verdicts_given() -> None:
     assert finish["teacher"]["mean"] == pytest.approx(sum(ends[half:]) / half)
 
 
-def test_what_is_kept_is_what_was_said_and_the_same_seed_says_it_again() -> None:
+def test_probe_json_equals_the_output_and_is_deterministic() -> None:
     out, answer, _ = kept()
     again = probed("--problems", "8", "--samples", "4")
     assert {**again, "seconds": 0} == {**answer, "seconds": 0} == {**load_json(out / "probe.json"), "seconds": 0}
 
 
-def test_a_run_goes_on_in_a_probed_folder_and_its_own_ledger_knows_nothing_of_the_probe(tmp_path: Path) -> None:
+def test_run_in_a_probed_folder_keeps_its_ledger_apart(tmp_path: Path) -> None:
     out = tmp_path / "run"
     probed("--out", out, "--problems", "2", "--samples", "4")
     assert tiny("run", out, "--arm", "direct_grpo").code == 0
@@ -95,7 +95,7 @@ def test_a_run_goes_on_in_a_probed_folder_and_its_own_ledger_knows_nothing_of_th
     assert result.code == 2 and "labels.budget" in result.err
 
 
-def test_a_student_that_is_its_own_teacher_is_no_distance_away_and_the_teacher_has_no_lead() -> None:
+def test_probe_of_equal_models_finds_no_divergence_and_no_lead() -> None:
     found = probed("--problems", "8", changes=("models.student=pocket:qwen3-teacher",))
     assert found["models"]["student"]["pass_rate"] == found["models"]["teacher"]["pass_rate"]
     c2 = found["conditions"]["C2"]
@@ -105,7 +105,7 @@ def test_a_student_that_is_its_own_teacher_is_no_distance_away_and_the_teacher_h
     assert (found["advice"]["labels"]["where"], found["advice"]["warmup"]["needed"]) == ("student", False)
 
 
-def test_two_models_that_know_nothing_are_advised_to_spend_nothing_and_there_is_nothing_to_finish(
+def test_probe_of_untrained_models_advises_no_labels(
     tmp_path: Path,
 ) -> None:
     noise = [
@@ -124,12 +124,12 @@ def test_two_models_that_know_nothing_are_advised_to_spend_nothing_and_there_is_
         (("--set", "models.teacher=/nowhere"), "models.teacher: no such model folder"),
     ],
 )
-def test_what_cannot_be_measured_is_one_sentence(options: tuple[str, ...], message: str) -> None:
+def test_probe_refuses_invalid_options_in_one_sentence(options: tuple[str, ...], message: str) -> None:
     found = call("probe", "pocket", *sets(), *options)
     assert found.code == 2 and message in found.err and "Traceback" not in found.err
 
 
-def test_the_terminal_shows_both_models_and_every_advice_with_its_number() -> None:
+def test_probe_table_shows_both_models_and_the_advice() -> None:
     result = call("probe", "pocket", *sets(), "--problems", "8", "--samples", "4", "--seed", "0")
     _, answer, _ = kept()
     assert result.code == 0 and "8 of the 16 labels of the budget were used" in result.out

@@ -42,7 +42,7 @@ metadata: {{version: 1}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_harness_evaluates_a_students_folder_with_its_own_template(family: str, tmp_path: Path) -> None:
+def test_lm_eval_scores_a_trained_student_like_headwater_eval(family: str, tmp_path: Path) -> None:
     import lm_eval
 
     problems = generate(128, "eval", seed=0)
@@ -70,7 +70,7 @@ def test_the_harness_evaluates_a_students_folder_with_its_own_template(family: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_harness_gives_a_text_the_log_prob_that_we_give_it(family: str) -> None:
+def test_lm_eval_loglikelihood_equals_our_log_prob(family: str) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

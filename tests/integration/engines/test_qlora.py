@@ -63,7 +63,7 @@ def plain(where: Path) -> Policy:
     return load_policy(ModelFolder.open(str(where), FIELD), LoadOptions(MODELS, CPU, frozen=True))
 
 
-def test_what_trains_is_the_adapter_that_would_train_on_the_rounded_weights(folder: Path, tmp_path: Path) -> None:
+def test_qlora_equals_lora_on_the_dequantized_weights(folder: Path, tmp_path: Path) -> None:
     """Four bits change the weights and nothing else: a base that holds the rounded ones gives the same log-probs and gradients."""
     policy = adapted(folder)
     save_policy(policy, tmp_path / "rounded", torch.float32)  # a fresh adapter adds nothing
@@ -78,7 +78,7 @@ def test_what_trains_is_the_adapter_that_would_train_on_the_rounded_weights(fold
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
 
 
-def test_a_token_is_drawn_with_the_trainers_log_prob(folder: Path) -> None:
+def test_qlora_sampler_logp_equals_the_trainers(folder: Path) -> None:
     policy = moved(adapted(folder))
     found = sampled_rows(policy, draw=1)
     drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in found])
@@ -86,7 +86,7 @@ def test_a_token_is_drawn_with_the_trainers_log_prob(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
-def test_a_merged_student_is_a_plain_folder_of_whole_weights(folder: Path, tmp_path: Path, targets: Any) -> None:
+def test_merged_qlora_student_is_saved_as_full_precision_weights(folder: Path, tmp_path: Path, targets: Any) -> None:
     """Also where matrices without an adapter are in four bits."""
     policy = moved(adapted(folder, targets=targets))
     save_policy(policy, tmp_path / "out", torch.float32)
@@ -97,9 +97,7 @@ def test_a_merged_student_is_a_plain_folder_of_whole_weights(folder: Path, tmp_p
     torch.testing.assert_close(scores(plain(tmp_path / "out"), found), scores(policy, found), rtol=0, atol=1e-4)
 
 
-def test_an_adapter_that_is_left_behind_is_gone_on_with_in_four_bits_and_not_folded_into_them(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_saved_adapter_continues_on_four_bit_weights_and_refuses_to_merge(folder: Path, tmp_path: Path) -> None:
     policy = moved(adapted(folder, output="adapter"))
     save_policy(policy, tmp_path / "out", torch.float32)
     found = sampled_rows(policy, draw=3)
@@ -111,9 +109,7 @@ def test_an_adapter_that_is_left_behind_is_gone_on_with_in_four_bits_and_not_fol
         adapted(tmp_path / "out", output="merged")
 
 
-def test_gradients_are_there_on_cpus_where_weights_would_be_laid_out_anew(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_qlora_has_gradients_on_cpus_with_avx512_bf16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     policy = adapted(folder)
     found = sampled_rows(policy)  # without gradients, after which bitsandbytes would have none to give
@@ -128,7 +124,7 @@ CHANGES = (
 
 
 @pytest.mark.timeout(400)
-def test_the_whole_recipe_runs_in_four_bits_and_goes_on_to_the_same_bits_after_a_kill(tmp_path: Path) -> None:
+def test_qlora_recipe_resumes_bit_for_bit_after_a_kill(tmp_path: Path) -> None:
     synced: list[Any] = []
     with mock.patch("os.fsync", synced.append):
         result = tiny("run", tmp_path / "whole", changes=CHANGES)

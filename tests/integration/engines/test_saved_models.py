@@ -70,7 +70,7 @@ def need(trains: str) -> None:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("trains", ["whole", "merged"])
-def test_a_trained_student_says_the_same_here_in_transformers_and_in_vllm(family: str, trains: str) -> None:
+def test_trained_student_has_equal_log_probs_in_transformers_and_vllm(family: str, trains: str) -> None:
     need(trains)
     folder = student(family, trains)
     policy = loaded(folder)
@@ -89,7 +89,7 @@ def test_a_trained_student_says_the_same_here_in_transformers_and_in_vllm(family
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_that_a_run_left_behind_says_the_same_in_transformers_and_on_its_base_in_vllm(family: str) -> None:
+def test_saved_adapter_has_equal_log_probs_in_transformers_and_vllm(family: str) -> None:
     """Of tokens that vLLM draws: what it says of prompts it cannot say with an adapter on a CPU (0.32.0: a mismatch of shapes)."""
     need("adapter")
     from vllm import SamplingParams

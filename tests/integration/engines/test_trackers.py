@@ -37,7 +37,7 @@ def metrics(out: Path, arm: str, stage: str) -> tuple[str, list[dict[str, Any]]]
 
 
 @needs("wandb")
-def test_weights_and_biases_keeps_a_run_offline_as_it_was_written_down(
+def test_wandb_offline_run_has_the_metrics_of_the_run_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -70,9 +70,7 @@ def steps_of(path: Path) -> list[dict[str, float]]:
 
 
 @needs("trackio")
-def test_trackio_shows_every_step_in_one_run_also_of_what_is_added_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trackio_keeps_one_run_with_every_step_across_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     told(tmp_path / "run", "trackio", "run", "pocket", "--arm", "direct_grpo")
     told(tmp_path / "run", "trackio", "study", "pocket", "--arms", "direct_grpo,opd_only")

@@ -71,13 +71,13 @@ def gap(policy: Policy, rollouts: Sequence[Rollout]) -> float:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_a_drawn_tokens_log_prob_is_the_trainers_own(pool: EnginePool, policy: Policy, temperature: float) -> None:
+def test_vllm_sampler_logp_equals_the_trainers(pool: EnginePool, policy: Policy, temperature: float) -> None:
     found = pool.sampler(policy).sample(sample_requests(), Sampling(max_tokens=24, temperature=temperature))
     assert gap(policy, found) < 1e-4  # the promise is 0.01
     assert {one.temperature for one in found} == {temperature}
 
 
-def test_weights_are_handed_over_as_they_are_at_each_call_without_a_file(pool: EnginePool, policy: Policy) -> None:
+def test_vllm_receives_updated_weights_before_each_call_without_files(pool: EnginePool, policy: Policy) -> None:
     sampler = pool.sampler(policy)
     before = sampler.sample(sample_requests(), Sampling(max_tokens=24))
     with torch.no_grad():
@@ -105,7 +105,7 @@ def adapted(quantize: str | None = None) -> Policy:
 
 @pytest.mark.skipif(not ADAPTERS, reason="peft is not installed here: `make test-engines` brings it")
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_an_adapter_is_handed_over_as_it_is_at_each_call(pool: EnginePool, quantize: str | None) -> None:
+def test_vllm_receives_the_merged_adapter_before_each_call(pool: EnginePool, quantize: str | None) -> None:
     if quantize and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed here: `make test-engines` brings it")
     policy = adapted(quantize)
@@ -122,7 +122,7 @@ def test_an_adapter_is_handed_over_as_it_is_at_each_call(pool: EnginePool, quant
     assert gap(policy, after) < 1e-4 < 0.05 < gap(policy, before)
 
 
-def test_models_of_one_shape_take_turns_in_one_engine(pool: EnginePool, policy: Policy) -> None:
+def test_policies_of_one_shape_share_an_engine(pool: EnginePool, policy: Policy) -> None:
     other = copied(policy)
     with torch.no_grad():
         for one in other.model.parameters():
@@ -136,7 +136,7 @@ def test_models_of_one_shape_take_turns_in_one_engine(pool: EnginePool, policy: 
     assert list(pool.engines) == known
 
 
-def test_a_requests_seed_decides_its_tokens_whatever_stands_beside_it(pool: EnginePool, policy: Policy) -> None:
+def test_vllm_request_seed_decides_its_tokens_in_any_batch(pool: EnginePool, policy: Policy) -> None:
     sampler, batch = pool.sampler(policy), sample_requests()
     found = sampler.sample(batch, Sampling(max_tokens=24))
     again = sampler.sample(batch[::-1], Sampling(max_tokens=24))[::-1]
@@ -148,7 +148,7 @@ def test_a_requests_seed_decides_its_tokens_whatever_stands_beside_it(pool: Engi
     assert [one.completion_ids for one in found] != [one.completion_ids for one in other]
 
 
-def test_first_tokens_are_drawn_as_often_as_the_model_says(pool: EnginePool, policy: Policy) -> None:
+def test_vllm_first_token_frequencies_match_probabilities(pool: EnginePool, policy: Policy) -> None:
     count, prompt = 2000, PROMPTS[1]
     requests = requests_for([("p", prompt)], count, 0, "frequencies")
     found = pool.sampler(policy).sample(requests, Sampling(max_tokens=1))
@@ -160,7 +160,7 @@ def test_first_tokens_are_drawn_as_often_as_the_model_says(pool: EnginePool, pol
     assert chisquare([*seen, count - sum(seen)], [*wanted, count - sum(wanted)]).pvalue > 1e-3
 
 
-def test_completions_end_with_a_stop_id_or_at_the_limit(pool: EnginePool, policy: Policy) -> None:
+def test_vllm_completions_end_with_a_stop_id_or_at_max_tokens(pool: EnginePool, policy: Policy) -> None:
     arrived: list[Rollout] = []
     found = pool.sampler(policy).sample(sample_requests(16), Sampling(max_tokens=24), arrived.extend)
     stops = set(policy.stop_ids)
@@ -175,7 +175,7 @@ def test_completions_end_with_a_stop_id_or_at_the_limit(pool: EnginePool, policy
     )
 
 
-def test_a_batch_stopped_on_its_way_leaves_nothing_behind(pool: EnginePool, policy: Policy) -> None:
+def test_interrupted_batch_leaves_no_requests_in_the_engine(pool: EnginePool, policy: Policy) -> None:
     def stop(finished: Sequence[Rollout]) -> None:
         raise KeyboardInterrupt
 
@@ -185,7 +185,7 @@ def test_a_batch_stopped_on_its_way_leaves_nothing_behind(pool: EnginePool, poli
     assert len(sampler.sample(sample_requests(1), Sampling(max_tokens=24))) == len(PROMPTS)
 
 
-def test_starting_an_engine_leaves_the_process_as_it_was() -> None:
+def test_engine_start_keeps_random_state_and_thread_settings() -> None:
     torch.manual_seed(7)
     threads, drawn = torch.set_num_threads, torch.rand(3)
     torch.manual_seed(7)
@@ -196,7 +196,7 @@ def test_starting_an_engine_leaves_the_process_as_it_was() -> None:
     assert torch.equal(torch.rand(3), drawn)
 
 
-def test_a_saved_student_loads_in_vllm_as_it_is(pool: EnginePool, policy: Policy, tmp_path: Path) -> None:
+def test_saved_student_loads_in_vllm(pool: EnginePool, policy: Policy, tmp_path: Path) -> None:
     with torch.no_grad():
         for one in policy.model.parameters():
             one.mul_(1.1)
@@ -212,7 +212,7 @@ def test_a_saved_student_loads_in_vllm_as_it_is(pool: EnginePool, policy: Policy
     assert gap(policy, fresh.sampler(saved).sample(sample_requests(), Sampling(max_tokens=16))) < 1e-4
 
 
-def test_a_shape_that_vllm_does_not_take_is_refused_in_a_sentence() -> None:
+def test_engine_refuses_an_unsupported_model_shape() -> None:
     models = Models(student="pocket:qwen3-student", teacher="unused")  # heads of 16
     policy = load_policy(ModelFolder.open(models.student, "models.student"), LoadOptions(models, CPU, frozen=True))
     with pytest.raises(UserError, match=r"compute\.sampler: vllm cannot .*qwen3-student"):
@@ -263,7 +263,7 @@ def rewards(sampler: str, seed: int) -> list[float]:
 
 
 @pytest.mark.timeout(1500)
-def test_rewards_of_a_pocket_grpo_run_rise_as_they_do_on_the_embedded_sampler() -> None:
+def test_grpo_rewards_with_vllm_rise_as_with_the_embedded_sampler() -> None:
     """Other draws are another run, so the embedded sampler's own seeds say how far apart such runs are."""
     ours, theirs = [rewards("torch", seed) for seed in (0, 1, 2)], rewards("vllm", 0)
     print("rewards", ours, theirs)
@@ -285,7 +285,7 @@ ADAPTED = (
 @pytest.mark.skipif(not ADAPTERS, reason="peft is not installed here: `make test-engines` brings it")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("output", ["merged", "adapter"])
-def test_the_whole_recipe_trains_adapters_with_vllm_as_sampler(tmp_path: Path, output: str) -> None:
+def test_lora_recipe_runs_with_the_vllm_sampler(tmp_path: Path, output: str) -> None:
     result = tiny("run", tmp_path / "out", changes=(*ADAPTED, f"models.lora.output={output}"))
     assert result.code == 0, result.err
     for stage in ("teacher_rl", "opd", "student_rl"):
@@ -309,7 +309,7 @@ def distilled(sampler: str, out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(1500)
-def test_distillation_on_vllm_gives_the_same_report_within_its_interval(tmp_path: Path) -> None:
+def test_distillation_with_vllm_gives_the_same_report_within_intervals(tmp_path: Path) -> None:
     theirs, ours = distilled("vllm", tmp_path / "vllm"), distilled("torch", tmp_path / "torch")
     assert theirs.keys() == ours.keys() and theirs["arms"].keys() == ours["arms"].keys()
     for name, arm in theirs["arms"].items():

@@ -28,7 +28,7 @@ ADAPTED = (
 
 
 @pytest.mark.parametrize(("output", "arm"), [("merged", "direct_grpo"), ("adapter", "bridge_rl")])
-def test_a_killed_run_with_adapters_goes_on_to_the_same_bits(tmp_path: Path, output: str, arm: str) -> None:
+def test_lora_run_resumes_bit_for_bit_after_a_kill(tmp_path: Path, output: str, arm: str) -> None:
     changes, synced = (*ADAPTED, f"models.lora.output={output}"), []
     with mock.patch("os.fsync", synced.append):
         result = tiny("run", tmp_path / "whole", "--arm", arm, changes=changes)
@@ -61,7 +61,7 @@ def data(folder: Path) -> Path:
     return path
 
 
-def test_adapters_are_part_of_a_nodes_name_and_leave_the_other_roles_nodes_alone(tmp_path: Path) -> None:
+def test_lora_settings_change_only_the_nodes_of_their_role(tmp_path: Path) -> None:
     names = []
     for changes in ((), ("models.lora.roles=[student]",), ("models.lora.r=8",)):
         result = call("run", "pocket", "--dry-run", "--json", *sets(*changes))

@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", "weights.pt", "old.PTH", "optimizer.ckpt", "x.pkl", "training_args.bin"]
 )
-def test_a_pickle_beside_good_weights_is_refused_by_name_and_not_read(name: str, folder: Path, tmp_path: Path) -> None:
+def test_pickle_next_to_safetensors_is_refused_and_not_read(name: str, folder: Path, tmp_path: Path) -> None:
     torch.save({"weight": Evil(tmp_path / "touched")}, folder / name)
     result = tiny("run", tmp_path / "out", changes=(f"models.student={folder}",))
     assert result.code == 2 and result.err.count("\n") == 1

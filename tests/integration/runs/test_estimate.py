@@ -57,7 +57,7 @@ def test_tokens_and_flops_of_every_node_are_those_of_its_ledger_within_a_quarter
         assert estimated == pytest.approx(total, rel=0.25), key
 
 
-def test_labels_and_steps_are_what_the_run_then_did() -> None:
+def test_estimated_labels_and_steps_equal_those_of_the_run() -> None:
     answer = call("run", "pocket", "--dry-run", "--json", *sets(*CHANGES))
     result = {one["node"]: one for one in json.loads(answer.out)}
     for folder, info in infos(measured()):
@@ -98,7 +98,7 @@ def test_a_recipe_of_real_models_is_estimated_without_data_weights_or_network(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_papers_numbers_of_steps_follow_from_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimate_of_the_paper_recipe_has_its_numbers_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = {one["node"].split(".")[0]: one for one in dry_run("paper-qwen3-1.7b", "--arms", "bridge")}
     assert found["teacher_rl"]["steps"] == 21_748  # 10 epochs of 17,398 prompts, 8 a step
@@ -109,7 +109,7 @@ def test_the_papers_numbers_of_steps_follow_from_its_settings(tmp_path: Path, mo
     assert flops < found["teacher_rollouts"]["flops_at_most"] < 2.1 * flops
 
 
-def test_data_of_unknown_size_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimate_names_data_of_unknown_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     answer = call("run", "gsm8k", "--dry-run", "--set", "data.labeled=elsewhere.jsonl")
     assert answer.code == 2

@@ -36,7 +36,7 @@ def problems(path: Path, step: int) -> list[str]:
 # What a stage works on ------------------------------------------------------------------------------------------------
 
 
-def test_an_epoch_of_an_on_policy_stage_visits_every_problem_once_and_never_one_twice_in_a_step(tmp_path: Path) -> None:
+def test_epoch_visits_every_problem_once_and_no_step_repeats_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     changes = ["stages.student_rl.steps=8", "stages.student_rl.batch_size=12"]  # 3 of 16 problems a step
     assert tiny("run", out, "--arm", "direct_grpo", changes=changes).code == 0
@@ -48,9 +48,7 @@ def test_an_epoch_of_an_on_policy_stage_visits_every_problem_once_and_never_one_
     assert set(seen.values()) == {1, 2}  # 24 visits to 16 problems
 
 
-def test_a_stage_that_is_scored_and_measured_by_its_teacher_loads_it_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stage_loads_its_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[object] = []
     frozen = NodeContext.frozen
 
@@ -65,7 +63,7 @@ def test_a_stage_that_is_scored_and_measured_by_its_teacher_loads_it_once(
     assert loaded.count("teacher") == 4  # to be evaluated, to sample the cache, beside the warm-up, and in all of OPD
 
 
-def test_stage_three_and_replay_take_their_problems_from_their_own_half_only(tmp_path: Path) -> None:
+def test_stage_three_and_replay_sample_from_their_own_half(tmp_path: Path) -> None:
     recipe = find_recipe("pocket", list(TINY))
     with prepared(recipe, ["bridge_rl", "replay"], [0]) as (plan, inputs):
         pools = inputs.pools
@@ -76,7 +74,7 @@ def test_stage_three_and_replay_take_their_problems_from_their_own_half_only(tmp
     assert plan.recipe == recipe
 
 
-def test_unlabelled_prompts_join_the_dense_stages_and_never_the_sparse_ones(tmp_path: Path) -> None:
+def test_bridge_prompts_are_used_by_dense_stages_only(tmp_path: Path) -> None:
     more = "data.unlabeled={generate: {pool: unlabelled, count: 16}}"
     out = tmp_path / "out"
     assert (
@@ -96,7 +94,7 @@ def test_unlabelled_prompts_join_the_dense_stages_and_never_the_sparse_ones(tmp_
 # Dynamic sampling -----------------------------------------------------------------------------------------------------
 
 
-def test_every_label_that_dynamic_sampling_looked_at_is_counted_also_of_groups_that_it_threw_away(
+def test_dynamic_sampling_counts_labels_of_dropped_groups(
     tmp_path: Path,
 ) -> None:
     changes = ["stages.student_rl.sparse.dynamic_sampling=3", "stages.student_rl.steps=4"]
@@ -118,9 +116,7 @@ def test_every_label_that_dynamic_sampling_looked_at_is_counted_also_of_groups_t
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_weights_that_are_no_numbers_stop_a_run_before_anything_is_graded(
-    bad: float, tmp_path: Path, pocket_folder: Path
-) -> None:
+def test_non_finite_weights_stop_a_run_before_grading(bad: float, tmp_path: Path, pocket_folder: Path) -> None:
     broken = tmp_path / "student"
     broken.mkdir()
     for path in (pocket_folder / "qwen3-student").iterdir():
@@ -143,9 +139,7 @@ def test_weights_that_are_no_numbers_stop_a_run_before_anything_is_graded(
 
 
 @pytest.mark.parametrize("arm", ["direct_grpo", "warmup_only"])
-def test_a_rate_that_blows_up_stops_with_stage_and_step_and_keeps_the_last_good_checkpoint(
-    arm: str, tmp_path: Path
-) -> None:
+def test_divergence_stops_with_stage_and_step_and_keeps_the_last_checkpoint(arm: str, tmp_path: Path) -> None:
     name = {"direct_grpo": "student_rl", "warmup_only": "warmup"}[arm]
     out = tmp_path / "out"
     # A step of 1e37 makes infinities; the schedule's first steps are small, so that a good checkpoint stands before it.
@@ -220,7 +214,7 @@ def weights(out: Path, stage_: str = "opd") -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "change", ["models.gradient_checkpointing=true", "compute.microbatch_tokens=40", "compute.sample_batch=3"]
 )
-def test_recomputing_or_dividing_the_work_gives_the_same_models_up_to_rounding(
+def test_gradient_checkpointing_and_batch_tokens_change_models_by_rounding_only(
     change: str, tmp_path: Path, pocket_folder: Path
 ) -> None:
     plain, other = plain_bridge(), bridge_with(tmp_path / "other", change)
@@ -239,7 +233,7 @@ def test_recomputing_or_dividing_the_work_gives_the_same_models_up_to_rounding(
     assert max((before[key] - after[key]).abs().max().item() for key in before.keys() & after.keys()) > 5e-4
 
 
-def test_bfloat16_writes_models_of_that_type_and_stays_near_float32(tmp_path: Path) -> None:
+def test_bfloat16_run_writes_bfloat16_models_close_to_float32(tmp_path: Path) -> None:
     plain, half = plain_bridge(), bridge_with(tmp_path / "half", "models.dtype=bfloat16")
     folder = node(half, "bridge", "opd") / "model"
     assert {tensor.dtype for tensor in weights(half).values()} == {torch.bfloat16}
@@ -255,7 +249,7 @@ def test_bfloat16_writes_models_of_that_type_and_stays_near_float32(tmp_path: Pa
     assert two == pytest.approx(one, rel=0.15) and one != two
 
 
-def test_a_teachers_kept_top_tokens_and_tail_stand_in_for_its_whole_distribution(tmp_path: Path) -> None:
+def test_top_k_cache_loss_is_at_most_the_exact_loss(tmp_path: Path) -> None:
     exact, kept = plain_bridge(), bridge_with(tmp_path / "kept", "stages.warmup.dense.top_k=4")
     a, b = (
         load_file(node(out, "bridge", "teacher_rollouts") / "cache/distributions.safetensors") for out in (exact, kept)
@@ -265,7 +259,7 @@ def test_a_teachers_kept_top_tokens_and_tail_stand_in_for_its_whole_distribution
     assert 0 < bound <= whole * 1.001  # merging tokens into a tail can only lose divergence
 
 
-def test_thinking_is_rendered_as_the_recipe_says(tmp_path: Path, pocket_folder: Path) -> None:
+def test_prompt_thinking_selects_the_template_mode(tmp_path: Path, pocket_folder: Path) -> None:
     from transformers import AutoTokenizer
 
     from headwater.config.recipe import Prompt

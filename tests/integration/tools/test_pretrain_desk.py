@@ -59,7 +59,7 @@ FEW = (
 SETS = [part for change in FEW for part in ("--set", change)]
 
 
-def test_the_recipe_as_it_ships_is_planned_without_weights(elsewhere: Path) -> None:
+def test_desk_recipe_is_planned_without_weights(elsewhere: Path) -> None:
     result = runs.call("study", "desk", "--dry-run", "--json")
     assert result.code == 0, result.err
     rows = {row["node"].split(".")[0]: row for row in json.loads(result.out)}
@@ -81,9 +81,7 @@ def test_the_recipe_as_it_ships_is_planned_without_weights(elsewhere: Path) -> N
 
 
 @pytest.mark.parametrize(("verb", "code"), [("run", 3), ("study", 3), ("doctor", 3)])
-def test_without_weights_a_run_is_refused_in_a_sentence_that_says_what_makes_them(
-    verb: str, code: int, elsewhere: Path
-) -> None:
+def test_desk_run_without_weights_names_the_command_that_makes_them(verb: str, code: int, elsewhere: Path) -> None:
     result = runs.call(verb, "desk", "--out", elsewhere / "out", *SETS)
     assert result.code == code
     assert (
@@ -93,7 +91,7 @@ def test_without_weights_a_run_is_refused_in_a_sentence_that_says_what_makes_the
     assert not (elsewhere / "out").exists()
 
 
-def test_pretrained_tiny_models_go_through_all_four_stages_of_the_recipe(elsewhere: Path) -> None:
+def test_desk_recipe_runs_on_tiny_pretrained_models(elsewhere: Path) -> None:
     result = runs.call("desk", "--models", "student,teacher", "--steps", "3", "--device", "cpu", entry=main)
     assert result.code == 0, result.err
     assert "desk/student: solves" in result.out and "desk/teacher: solves" in result.out

@@ -13,7 +13,7 @@ CUT = ("stages.student_rl.sampling.max_tokens=1", "stages.student_rl.steps=6", "
        "stages.student_rl.checkpoint_every=0")  # fmt: skip
 
 
-def test_by_default_a_guard_warns_by_name_in_console_file_and_report_and_the_run_ends(tmp_path: Path) -> None:
+def test_guard_warns_in_console_file_and_report_by_default(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = tiny("run", out, "--arm", "direct_grpo", changes=CUT)
     assert result.code == 0
@@ -33,7 +33,7 @@ def test_by_default_a_guard_warns_by_name_in_console_file_and_report_and_the_run
     assert ">Warnings</h2>" in html and "truncation" in html
 
 
-def test_stop_ends_the_stage_with_exit_4_and_a_checkpoint_and_only_the_users_word_lets_it_go_on(tmp_path: Path) -> None:
+def test_guard_stop_exits_4_and_resumes_only_after_a_change_of_the_recipe(tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop = (*CUT, "guards.truncation.action=stop")
     result = tiny("run", out, "--arm", "direct_grpo", changes=stop)
@@ -52,7 +52,7 @@ def test_stop_ends_the_stage_with_exit_4_and_a_checkpoint_and_only_the_users_wor
     assert rows(path / "metrics.jsonl")[:3] == metrics and len(rows(path / "metrics.jsonl")) == 6
 
 
-def test_warnings_come_through_from_worker_processes(tmp_path: Path) -> None:
+def test_guard_warnings_of_worker_processes_are_shown(tmp_path: Path) -> None:
     out = tmp_path / "out"
     changes = [*CUT, "compute.workers=2", "stages.teacher_rl.sampling.max_tokens=1", "stages.teacher_rl.steps=4"]
     result = tiny("study", out, "--arms", "direct_grpo,opd_only", changes=changes)

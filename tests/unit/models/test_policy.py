@@ -315,17 +315,6 @@ def test_shipped_models_have_the_size_that_their_config_says(pocket_folder: Path
     )
 
 
-def test_matrix_weights_and_flops_by_hand() -> None:
-    shape = Shape(layers=2, hidden=8, heads=4, kv_heads=2, head_dim=3, intermediate=10, vocabulary=50, tied=True)
-    # Attention a layer: queries and output 2·(8·4·3) = 192, keys and values 2·(8·2·3) = 96. MLP: 3·8·10 = 240. Head: 8·50.
-    assert shape.matrix_parameters == 2 * (192 + 96 + 240) + 400 == 1456
-    assert shape.parameters == 1456
-    assert replace(shape, tied=False).parameters == 1856
-    # A token costs 2·1456 for the matrices and 4·2·4·3 = 96 for each of the 5 earlier tokens it attends to.
-    assert shape.flops(tokens=10, context=5) == 10 * (2912 + 480)
-    assert shape.flops(tokens=10, context=5, passes=3) == 3 * 10 * (2912 + 480)
-
-
 def test_a_weights_file_is_named_by_every_byte_and_a_huge_one_by_blocks_all_over_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

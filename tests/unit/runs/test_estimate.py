@@ -34,20 +34,20 @@ BILLIONS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_known_models_have_the_parameters_that_their_publishers_count(name: str) -> None:
+def test_parameter_counts_equal_the_published_ones(name: str) -> None:
     assert Shape.from_fields(MODELS[name]).parameters / 1e9 == pytest.approx(BILLIONS[name], rel=0.003)
 
 
-def test_memory_of_what_is_held_is_what_each_part_takes() -> None:
+def test_persistent_memory_is_the_sum_of_its_parts() -> None:
     shape = Shape.from_fields(MODELS["Qwen/Qwen3-8B"])
     whole = persistent_bytes(shape, 0, False, (), 2)
     assert whole == 18.0 * shape.parameters  # float32 weights, gradients, two moments, and the copy that autocast makes
     adapter = shape.adapter_parameters(16, None)
     assert adapter == 43_646_976  # 36 layers × 16 × (4096+4096 + 2·(4096+1024) + 4096+4096 + 3·(4096+12288))
     assert persistent_bytes(shape, adapter, False, (), 2) == 2.0 * shape.parameters + 16.0 * adapter
-    rest = shape.parameters - shape.body_parameters
+    rest = shape.parameters - shape.linear_parameters
     four = persistent_bytes(shape, adapter, True, (shape,), 2)
-    assert four == pytest.approx(FOUR_BITS * shape.body_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
+    assert four == pytest.approx(FOUR_BITS * shape.linear_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def most_allocated(do: Callable[[], object], folder: Path) -> float:
 
 
 @pytest.mark.parametrize("case", MEASURED)
-def test_memory_of_an_update_is_what_the_allocator_counts_within_a_quarter(case: str, tmp_path: Path) -> None:
+def test_update_memory_is_within_a_quarter_of_the_allocators_count(case: str, tmp_path: Path) -> None:
     objective, how, adapt = MEASURED[case]
     if adapt is not None and importlib.util.find_spec("peft") is None:
         pytest.skip("the extra `lora` is not installed")

@@ -30,7 +30,7 @@ def node(tmp_path: Path) -> NodeDir:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_and_optimizer_come_back_to_the_bit(node: NodeDir, tied: bool) -> None:
+def test_checkpoint_round_trips_weights_and_optimizer_bitwise(node: NodeDir, tied: bool) -> None:
     policy, stage = tiny_policy(tied=tied), stage_of("grpo")
     optimizer, rows = make_optimizer(policy, stage.optim), sampled_rows(policy)
     for _ in range(3):
@@ -49,7 +49,7 @@ def test_weights_and_optimizer_come_back_to_the_bit(node: NodeDir, tied: bool) -
     assert same_bits(weights_of(other), weights_of(policy))
 
 
-def test_a_tied_head_is_still_tied_after_loading(node: NodeDir) -> None:
+def test_checkpoint_keeps_a_tied_head_tied(node: NodeDir) -> None:
     policy = tiny_policy()
     save_checkpoint(node, 1, policy.model, make_optimizer(policy, OPD.optim))
     other = tiny_policy(seed=9)
@@ -57,7 +57,7 @@ def test_a_tied_head_is_still_tied_after_loading(node: NodeDir) -> None:
     assert other.model.lm_head.weight.data_ptr() == other.model.model.embed_tokens.weight.data_ptr()
 
 
-def test_a_folder_without_checkpoints_starts_at_step_zero_with_the_weights_as_they_are(node: NodeDir) -> None:
+def test_load_checkpoint_without_any_returns_step_zero(node: NodeDir) -> None:
     policy = tiny_policy()
     before = weights_of(policy)
     assert load_checkpoint(node, policy.model, make_optimizer(policy, OPD.optim)) == 0
@@ -82,7 +82,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(node: NodeDir, damage: str) -> None:
+def test_load_checkpoint_skips_a_damaged_one(node: NodeDir, damage: str) -> None:
     policy = tiny_policy()
     optimizer, rows, stage = make_optimizer(policy, OPD.optim), sampled_rows(policy), stage_of("sft")
     saved = {}
@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(node: NodeD
     assert not same_bits(saved[1], saved[2])
 
 
-def test_when_every_checkpoint_is_damaged_the_user_is_told_which_and_nothing_is_changed(node: NodeDir) -> None:
+def test_load_checkpoint_names_every_damaged_one_and_changes_nothing(node: NodeDir) -> None:
     policy = tiny_policy()
     for step in (1, 2):
         save_checkpoint(node, step, policy.model, make_optimizer(policy, OPD.optim))

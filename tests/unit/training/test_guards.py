@@ -80,7 +80,7 @@ def test_each_guard_by_hand(
     assert found == [(step, guard, figure) for step, figure in expected]
 
 
-def test_a_window_that_is_not_full_says_nothing_and_a_row_without_the_metric_changes_nothing(tmp_path: Path) -> None:
+def test_guard_ignores_partial_windows_and_rows_without_its_metric(tmp_path: Path) -> None:
     ours, heard = monitor(tmp_path, truncation="warn")
     for row in (*steps(truncated=[1.0]), {"step": 2, "loss": 0.0}):
         assert ours.check(row) is None
@@ -92,7 +92,7 @@ def test_a_window_that_is_not_full_says_nothing_and_a_row_without_the_metric_cha
     ]
 
 
-def test_stop_names_guard_figure_bound_and_the_way_on_and_a_resumed_stage_decides_the_same(tmp_path: Path) -> None:
+def test_guard_stop_names_value_bound_and_remedy_also_after_a_resume(tmp_path: Path) -> None:
     given = steps(truncated=[0.2, 0.4, 0.8])
     ours, _ = monitor(tmp_path, truncation="stop", no_variance="warn")
     result = [ours.check(row) for row in given]
@@ -110,7 +110,7 @@ def test_stop_names_guard_figure_bound_and_the_way_on_and_a_resumed_stage_decide
         assert eased.catch_up(given) is None
 
 
-def test_what_a_recipe_says_of_a_guard_and_what_it_leaves_out(tmp_path: Path) -> None:
+def test_guard_settings_of_a_recipe_override_the_defaults(tmp_path: Path) -> None:
     guards = find_recipe("pocket", []).guards
     assert {name: getattr(guards, name).model_dump() for name in GUARDS} == GUARDS
     assert {one["action"] for one in GUARDS.values()} == {"warn"} and GUARDS.keys() == MEASURES.keys()
