@@ -50,7 +50,7 @@ def merge_adapter(folder: Path, out: Path, dtype: str) -> None:
 
 def _write(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     if policy.adapter is not None and policy.adapter.lora.output == "adapter":
-        policy.adapter.save(folder)
+        policy.adapter.save(policy.model, folder)
     else:
         model = policy.model if policy.adapter is None else _without_adapter(policy.model)
         before = policy.model.config.dtype
