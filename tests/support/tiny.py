@@ -48,8 +48,8 @@ def tiny_model(architecture: str = "qwen3", seed: int = 0, std: float = 0.3, tie
     } | more
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        held = AutoConfig.for_model(architecture, **settings)
-        return AutoModelForCausalLM.from_config(held, attn_implementation="sdpa").float().eval()
+        config = AutoConfig.for_model(architecture, **settings)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
 
 
 def tiny_policy(

@@ -5,16 +5,15 @@ Errors name the file and the row or column. A problem's id is a hash of its cont
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import Columns, Source
 from headwater.data.contamination import Leak, find_leaks
+from headwater.data.golds import gold_answer
+from headwater.data.rows import read_rows
 from headwater.errors import UserError
 from headwater.tasks import maths_text
 from headwater.tasks.registry import TASKS
@@ -22,13 +21,6 @@ from headwater.types import Problem
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "expected_answer", "solution")  # in order of preference; of a solution the last box is read
-# Integers beyond this are not exact as floats; their text is kept.
-LARGEST_EXACT_FLOAT = 2**53
-
-MOST_BYTES, MOST_ROWS, PARQUET_ROWS = 4 << 30, 50_000_000, 256
-"""Limits of a decompressed Parquet file, and the rows decompressed at once."""
-
-Row = tuple[int, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ def load(
         return _generated(source, what)
     assert source.path is not None
     where = f"{what}: {source.path}"
-    rows = _rows(source, where)
+    rows = read_rows(source, where)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{where} is empty")
@@ -84,10 +76,10 @@ def load(
         read.append((number, _problem_text(row, problem_column, place), _answer(row, answer_column, place, gold)))
     read = read[: source.limit]
     if need_answers:
-        lacking = [number for number, _, answer in read if answer is None]
-        if lacking:
-            among = f" ({len(lacking)} of {len(read)} rows have none)" if len(lacking) > 1 else ""
-            raise UserError(f"{where}, row {lacking[0]}: the problem has no answer in {answer_column!r}{among}")
+        without_answer = [number for number, _, answer in read if answer is None]
+        if without_answer:
+            among = f" ({len(without_answer)} of {len(read)} rows have none)" if len(without_answer) > 1 else ""
+            raise UserError(f"{where}, row {without_answer[0]}: the problem has no answer in {answer_column!r}{among}")
     return _merged(read, source.path, tags)
 
 
@@ -111,144 +103,6 @@ def without_leaks(
         leaks=tuple(found),
     )
     return kept, leaks
-
-
-def gold_answer(value: Any) -> str | None:
-    """Gold answer of a cell: the text after GSM8K's last `####`, else in the last box, else all of it; None if empty.
-
-    Example: `gold_answer("… <<48+24=72>>72 clips.\\n#### 1,080")` is `"1,080"`, `gold_answer(27.0)` is `"27"`.
-    """
-    if value is None or isinstance(value, bool):
-        return None if value is None else str(value)
-    if isinstance(value, float):
-        if math.isnan(value):  # a missing cell of a table
-            return None
-        return str(int(value)) if value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT else repr(value)
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        return gold_answer(value[0])
-    text = str(value)
-    if "####" in text:
-        text = text.rpartition("####")[2]
-    elif "\\boxed" in text or "\\fbox" in text:
-        boxed, _ = maths_text.last_box(text)
-        text = text if boxed is None else boxed
-    return text.strip() or None
-
-
-# Rows -----------------------------------------------------------------------------------------------------------------
-
-
-def _rows(source: Source, where: str) -> Iterator[Row]:
-    """Yield (number, row) pairs; the number is the line of a text file, else counted from 1."""
-    assert source.path is not None
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        return _saved_folder(path, source.split, where)
-    if path.suffix == ".parquet":
-        return _parquet(path, where)
-    if path.exists() or path.suffix in (".jsonl", ".json", ".txt", ".ndjson"):
-        return json_rows(path, where)
-    return _hub(source, where)
-
-
-def json_rows(path: Path, where: str) -> Iterator[Row]:
-    """Yield the objects of a JSONL file, or of a JSON file that is one list; blank lines are skipped."""
-    try:
-        if path.exists() and not path.is_file():  # a device or a pipe has no end
-            raise UserError(f"{where}: is not a file")
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{where}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{where}, row {row}: is not UTF-8 text") from None
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: is not JSON ({error})") from None
-        yield from ((number, _object(value, f"{where}, row {number}")) for number, value in enumerate(values, 1))
-        return
-    # Only \n ends a row: U+2028 and the like may occur unescaped in JSON strings.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}, row {number}: is not JSON ({error})") from None
-        yield number, _object(value, f"{where}, row {number}")
-
-
-def _object(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: is not a JSON object but {type(value).__name__}")
-    return value
-
-
-def _parquet(path: Path, where: str) -> Iterator[Row]:
-    if not path.exists():
-        raise UserError(f"{where}: no such file")
-    import pyarrow.parquet  # comes with `datasets`; slow to import
-
-    number = unpacked_bytes = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            metadata = file.metadata
-            declared = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-            if max(declared, 0) > MOST_BYTES or metadata.num_rows > MOST_ROWS:
-                raise UserError(
-                    f"{where}: unpacks to {metadata.num_rows:,} rows of {declared:,} bytes; that is no file of problems"
-                )
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                unpacked_bytes += batch.nbytes  # repeated values are far smaller in the file than in memory
-                if unpacked_bytes > MOST_BYTES:
-                    raise UserError(f"{where}: unpacks to more than {MOST_BYTES:,} bytes; that is no file of problems")
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (UserError, GeneratorExit):
-        raise
-    except Exception as error:  # pyarrow raises many kinds
-        raise UserError(f"{where}: cannot be read as Parquet ({_one_line(error)})") from None
-
-
-def _saved_folder(path: Path, split: str, where: str) -> Iterator[Row]:
-    import datasets
-
-    try:
-        data = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise UserError(f"{where}: is not a folder saved by datasets ({_one_line(error)})") from None
-    yield from _rows_of_split(data, split, where)
-
-
-def _hub(source: Source, where: str) -> Iterator[Row]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(source.path, split=source.split)
-    except Exception as error:
-        raise UserError(f"{where}: is no file here and cannot be loaded from the hub ({_one_line(error)})") from None
-    yield from enumerate(data, 1)
-
-
-def _rows_of_split(data: Any, split: str, where: str) -> Iterator[Row]:
-    import datasets
-
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise UserError(f"{where}: has no split {split!r}, only {', '.join(data)}")
-        data = data[split]
-    yield from enumerate(data, 1)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{' '.join(str(error).split())[:200] or type(error).__name__}"
 
 
 # Columns --------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
             f"it stands on revision {config['revision']!r:.60} of its base; download that revision and write its folder as "
             "base_model_name_or_path, without revision, into adapter_config.json"
         )
-    if not _is_number(rank) or rank != int(rank) or rank < 1 or not _is_number(alpha):
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not _is_number(alpha):
         return f"it says r {rank!r:.40} and lora_alpha {alpha!r:.40}, which must be a positive integer and a number"
     return _unsupported_pattern(config)
 

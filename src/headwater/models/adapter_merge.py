@@ -163,7 +163,7 @@ def _merge_with_peft(model: Any, tensors: Mapping[str, Tensor], folder: ModelFol
         )
         adapted_model = get_peft_model(model, config)
         named = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
-        result = set_peft_model_state_dict(adapted_model, named)
+        result: Any = set_peft_model_state_dict(adapted_model, named)
         missing = (name for name in result.missing_keys if _belongs(name.removeprefix(PREFIX), adapted, config.bias))
         unfit = next(iter([*result.unexpected_keys, *missing]), None)
         if unfit is not None:

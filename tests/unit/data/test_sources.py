@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headwater.config.recipe import Columns, Generate, Source
-from headwater.data.sources import LoadedProblems, gold_answer, load, without_leaks
+from headwater.data.golds import gold_answer
+from headwater.data.sources import LoadedProblems, load, without_leaks
 from headwater.errors import UserError
 from headwater.types import problem_id
 
@@ -133,7 +134,7 @@ def test_generated_sums_come_from_their_pool() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("made", "message"),
     [
         ({"dials": {"min_terms": 5, "max_terms": 2}}, "data.labeled.generate: sums: 2 <= min_terms <= max_terms"),
         ({"dials": {"numbers": 3}}, "data.labeled.generate.dials: sums has no dial 'numbers'; its dials are modulus, min_terms"),
@@ -141,10 +142,10 @@ def test_generated_sums_come_from_their_pool() -> None:
         ({"task": "maths"}, "data.labeled.generate.task: 'maths' has no generator; the tasks that have one are sums, countdown"),
     ],
 )  # fmt: skip
-def test_what_a_task_cannot_generate_is_refused_with_the_field_named(made: dict[str, Any], said: str) -> None:
+def test_what_a_task_cannot_generate_is_refused_with_the_field_named(made: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as refused:
         read(Source(generate=Generate(pool="eval", count=1, **made)))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_no_file_content_gives_anything_but_problems_or_a_sentence(tmp_path: Pat
     for path in (tmp_path / "a.jsonl", tmp_path / "a.json"):
         path.write_bytes(b'{"problem": "a", "answer": "1"}\n' + content)
         try:
-            said = "" if read(Source(path=str(path))).problems else "nothing"
+            message = "" if read(Source(path=str(path))).problems else "nothing"
         except UserError as error:
-            said = str(error)
-        assert "\n" not in said and said != "nothing"
+            message = str(error)
+        assert "\n" not in message and message != "nothing"

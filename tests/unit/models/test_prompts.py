@@ -35,15 +35,15 @@ def test_thinking_is_a_choice_of_the_recipe() -> None:
 
 
 def test_the_templates_special_tokens_become_their_own_ids_and_none_is_added() -> None:
-    held = prompter(thinking=True)
-    vocabulary = held.tokenizer.get_vocab()
+    prompter_ = prompter(thinking=True)
+    vocabulary = prompter_.tokenizer.get_vocab()
     expected = [vocabulary[t] for t in ("<|user|>", "1", "7", "+", "4", "5", "\n", "<|assistant|>")]
-    assert list(held.ids(PROBLEM)) == expected == [1, 6, 12, 15, 9, 10, 29, 2]
+    assert list(prompter_.ids(PROBLEM)) == expected == [1, 6, 12, 15, 9, 10, 29, 2]
 
 
 def test_the_prompt_template_and_the_system_turn_stand_where_they_should() -> None:
-    held = prompter(thinking=True, template="? {problem} =", system="(+)")
-    assert held.text(PROBLEM) == "<|system|>(+)\n<|user|>? 17+45 =\n<|assistant|>"
+    prompter_ = prompter(thinking=True, template="? {problem} =", system="(+)")
+    assert prompter_.text(PROBLEM) == "<|system|>(+)\n<|user|>? 17+45 =\n<|assistant|>"
 
 
 def test_braces_and_template_syntax_in_a_problem_are_only_text() -> None:
@@ -73,8 +73,8 @@ def test_a_prompt_over_the_limit_is_refused_by_the_name_of_its_problem() -> None
     assert len(prompter(None, max_tokens=5).ids(PROBLEM)) == 5
     with pytest.raises(UserError) as refused:
         prompter(None, max_tokens=4).ids(PROBLEM)
-    said = str(refused.value)
-    assert PROBLEM.id in said and "sums:test" in said and "5 tokens, over prompt.max_tokens 4" in said
+    message = str(refused.value)
+    assert PROBLEM.id in message and "sums:test" in message and "5 tokens, over prompt.max_tokens 4" in message
     assert refused.value.exit_code == 2
 
 
@@ -84,8 +84,8 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 
 
 def test_a_completion_is_read_without_its_special_tokens_and_with_its_spaces() -> None:
-    held = prompter()
-    assert held.completion([*held.tokenizer("17 , 45 .")["input_ids"], 3]) == "17 , 45 ."
+    prompter_ = prompter()
+    assert prompter_.completion([*prompter_.tokenizer("17 , 45 .")["input_ids"], 3]) == "17 , 45 ."
 
 
 def test_the_pocket_template_ignores_thinking_and_system_turns() -> None:
