@@ -19,7 +19,7 @@ from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.save import merge_adapter
-from runs import held
+from runs import load_json
 from tiny import CPU, MODELS, tiny_folder
 from tools.pretrain.pocket import make_tokenizer
 
@@ -56,7 +56,7 @@ def made_by_peft(base: Path, out: Path, seed: int = 0, **settings: Any) -> torch
 
 def change_config(folder: Path, **changes: Any) -> None:
     path = folder / adapter_files.CONFIG
-    path.write_text(json.dumps({**held(path), **changes}))
+    path.write_text(json.dumps({**load_json(path), **changes}))
 
 
 def opened(folder: Path) -> Policy:
@@ -155,7 +155,7 @@ def test_a_pissa_adapter_that_peft_has_converted_is_an_ordinary_one(tmp_path: Pa
     wanted = logp(model)
     model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
     make_tokenizer().save_pretrained(tmp_path / "adapter")
-    assert held(tmp_path / "adapter" / adapter_files.CONFIG)["r"] == 8
+    assert load_json(tmp_path / "adapter" / adapter_files.CONFIG)["r"] == 8
     torch.testing.assert_close(logp(opened(tmp_path / "adapter").model), wanted, rtol=0, atol=1e-4)
 
 
