@@ -73,7 +73,7 @@ def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem
         counts.update({tuple(words[start : start + n]) for start in starts})
     leaks: list[Leak] = []
     for problem, words, starts in zip(problems, searched, shared, strict=True):
-        found = {
+        leak_by_eval = {
             name: Leak(problem.id, name, "exact", other_id, 1.0)
             for name, other_id in by_letters.get(letters_and_digits(problem.text), {}).items()
         }
@@ -81,10 +81,12 @@ def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem
             name, other, other_words = indexed[index]
             shorter = min(len(words), len(other_words))
             share = max(rare, any_) / shorter
-            better = name not in found or (found[name].why == "ngram" and share > found[name].share)
+            better = name not in leak_by_eval or (
+                leak_by_eval[name].why == "ngram" and share > leak_by_eval[name].share
+            )
             if better and (rare / shorter >= SHARE or any_ / shorter >= NEAR):
-                found[name] = Leak(problem.id, name, "ngram", other.id, round(share, 3))
-        leaks += [found[name] for name in evals if name in found]
+                leak_by_eval[name] = Leak(problem.id, name, "ngram", other.id, round(share, 3))
+        leaks += [leak_by_eval[name] for name in evals if name in leak_by_eval]
     return leaks
 
 

@@ -76,10 +76,10 @@ def load(
         read.append((number, _problem_text(row, problem_column, place), _answer(row, answer_column, place, gold)))
     read = read[: source.limit]
     if need_answers:
-        lacking = [number for number, _, answer in read if answer is None]
-        if lacking:
-            among = f" ({len(lacking)} of {len(read)} rows have none)" if len(lacking) > 1 else ""
-            raise UserError(f"{where}, row {lacking[0]}: the problem has no answer in {answer_column!r}{among}")
+        without_answer = [number for number, _, answer in read if answer is None]
+        if without_answer:
+            among = f" ({len(without_answer)} of {len(read)} rows have none)" if len(without_answer) > 1 else ""
+            raise UserError(f"{where}, row {without_answer[0]}: the problem has no answer in {answer_column!r}{among}")
     return _merged(read, source.path, tags)
 
 

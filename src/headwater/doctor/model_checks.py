@@ -136,6 +136,20 @@ def turn_end(tokenizer: Any) -> int | None:
     return ids[0] if ids and ids[0] in special else None
 
 
+def generation_configs(context: DoctorContext) -> Iterator[Finding]:
+    """Entries that transformers reads and refuses to write; a trained model's folder gets a generation config without them."""
+    for role in context.roles:
+        context.inputs.generation_config(role)
+        changes = context.inputs.model_folder(role).generation_changes
+        if changes:
+            yield note(
+                "generation-config-mended",
+                f"models.{role}: transformers refuses to save its generation_config.json as it is; in the folder of a trained model, "
+                f"{', '.join(changes)}",
+                "nothing, or correct the file if those settings were meant otherwise",
+            )
+
+
 def sampling_defaults(context: DoctorContext) -> Iterator[Finding]:
     """A model's own sampling defaults are never used, which a user may not expect."""
     used = context.recipe.evaluate.sampling.model_dump(include={"temperature", "top_p", "top_k"})

@@ -142,18 +142,13 @@ def _paired_seeds(study: Study, a: str, b: str, eval_name: str) -> tuple[list[in
 
     The evaluation of an untrained model does not depend on the seed, so it is paired with every seed of the other arm.
     """
-    evals_a, evals_b = study.results(a, eval_name), study.results(b, eval_name)
-    if evals_a and evals_b:
-        if not _is_trained(study, a):
-            evals_a = {
-                seed: evals_a.get(seed, next(iter(evals_a.values()))) for seed in evals_b.keys() | evals_a.keys()
-            }
-        if not _is_trained(study, b):
-            evals_b = {
-                seed: evals_b.get(seed, next(iter(evals_b.values()))) for seed in evals_a.keys() | evals_b.keys()
-            }
-    seeds = sorted(evals_a.keys() & evals_b.keys())
-    return seeds, [evals_a[seed] for seed in seeds], [evals_b[seed] for seed in seeds]
+    evals = [study.results(a, eval_name), study.results(b, eval_name)]
+    for side, arm in enumerate((a, b)):
+        if evals[side] and not _is_trained(study, arm):
+            first = next(iter(evals[side].values()))
+            evals[side] = {seed: evals[side].get(seed, first) for seed in evals[0].keys() | evals[1].keys()}
+    seeds = sorted(evals[0].keys() & evals[1].keys())
+    return seeds, [evals[0][seed] for seed in seeds], [evals[1][seed] for seed in seeds]
 
 
 def _is_trained(study: Study, arm: str) -> bool:

@@ -8,10 +8,16 @@ from operator import itemgetter
 from typing import Any
 
 from headwater.report import figures
-from headwater.report.conditions import C2_MEASURES
 from headwater.report.figures import Plot, Series, ValueAxis, file_stem
 from headwater.report.format import percent
-from headwater.report.stages import STAGE_NAMES, accuracy_paths, accuracy_steps, stage_name, values_at_common_steps
+from headwater.report.stages import (
+    C2_MEASURES,
+    STAGE_NAMES,
+    accuracy_paths,
+    accuracy_steps,
+    stage_name,
+    values_at_common_steps,
+)
 from headwater.report.study import POOL_TEXT, Node, Study, is_finite_number
 from headwater.report.view import Column, Section, Table
 
@@ -101,7 +107,7 @@ def _stage_plots(report: dict[str, Any]) -> Iterator[Plot]:
         if series:
             rows: list[tuple[Any, ...]] = [("series", "place", "value")]
             rows += [
-                (one.label, axis.text(x), str(100 * y)) for one in series for x, y in zip(one.x, one.y, strict=True)
+                (line.label, axis.text(x), str(100 * y)) for line in series for x, y in zip(line.x, line.y, strict=True)
             ]
             panels = {f"{title} on {eval_name} through the stages, %": series}
             yield figures.line_plot(file_stem("stages", title.split()[0], eval_name), panels, axis, rows)
@@ -146,7 +152,7 @@ def _stage_columns() -> list[Column]:
 
 def _ends_columns(key: str, measures: Sequence[str]) -> list[Column]:
     """First and last value of each measure of `row[key]`."""
-    return [Column(TITLES[one], partial(_first_to_last, key=key, measure=one), "right") for one in measures]
+    return [Column(TITLES[measure], partial(_first_to_last, key=key, measure=measure), "right") for measure in measures]
 
 
 def _first_to_last(row: dict[str, Any], key: str, measure: str) -> str | None:
@@ -210,7 +216,7 @@ def _c1_panels(study: Study) -> Panels:
     plots = []
     for arms, by_seed in study.stage_groups():
         nodes = list(by_seed.values())
-        teacher = all(node.role == "teacher" and node.trained for node in nodes)
+        teacher = any(node.role == "teacher" and node.trained for node in nodes)
         series = teacher and mean_curves(
             (label, [node.metrics for node in nodes], key) for label, key in metrics.items()
         )

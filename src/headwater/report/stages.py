@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headwater.config.objectives import OBJECTIVES
-from headwater.report.conditions import C2_MEASURES
 from headwater.report.contrasts import accuracy, mean, pass_at, pass_ks, summarize_seeds
 from headwater.report.study import EvalCounts, Node, Study, costs, is_finite_number, mean_costs, nodes_at
 
@@ -30,6 +29,11 @@ TRAINING_MEASURES = (
     "validation",
 )  # fmt: skip
 """Columns of metrics.jsonl whose curves report.json keeps."""
+C2_MEASURES = (
+    "kl_teacher_student", "kl_student_teacher", "overlap_teacher_prefixes", "overlap_student_prefixes", "entropy_student",
+    "entropy_teacher",
+)  # fmt: skip
+"""Columns of conditions.jsonl, measured on held-out prompts."""
 MAX_CURVE_POINTS = 100
 
 Rows = Sequence[Mapping[str, Any]]
