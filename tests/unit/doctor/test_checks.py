@@ -314,7 +314,7 @@ def test_prompt_and_completion_beyond_the_positions_are_refused(tmp_path: Path) 
 
 
 LONGROPE = {  # the shortest prompt has 13 tokens, the longest 19
-    "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 51,  # the longest prompt has 19 tokens, the shortest 13
+    "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 51,
     "short_factor": [1.0] * 16, "long_factor": [4.0] * 16,
 }  # fmt: skip
 
