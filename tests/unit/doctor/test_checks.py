@@ -22,7 +22,7 @@ from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.data.labels import Pools
 from headwater.doctor import checks, context, data_checks, prompt_checks, resource_checks
-from headwater.doctor.checks import CHECKS, Examination, check_plan, diagnose, examine
+from headwater.doctor.checks import CHECKS, Examination, diagnose, examine, preflight
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import UNREADABLE, Finding
 from headwater.doctor.prompt_checks import thinking_state
@@ -343,7 +343,7 @@ def test_lengths_on_both_sides_of_a_change_of_positions_are_refused(
     assert [finding.name for finding in found] == ["positions-change"]
     assert found[0].severity == "error" and re.search(rf"^models.teacher: .*{evidence}", found[0].evidence)
     with pytest.raises(UserError, match=r"^models.teacher: its positions"):
-        check_plan(context.plan, context.inputs)
+        preflight(context.plan, context.inputs)
 
 
 def test_problems_in_characters_that_the_tokenizer_lacks_are_named(tmp_path: Path) -> None:
