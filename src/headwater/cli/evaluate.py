@@ -36,7 +36,7 @@ def evaluate_model(name: str, data: str, options: EvalOptions, display: Progress
     settings, prompt, models = _settings(name, options)
     task, device = find_task(options.task), device_of(options.device or "auto")
     with Verifier(options.task) as grade, contextlib.ExitStack() as stack:
-        loaded = load(Source(path=data, limit=options.limit), "--data", True, task.gold, grade.same_gold)
+        loaded = load(Source(path=data, limit=options.limit), "--data", True, task.gold, grade)
         folder = ModelFolder.open(name, "MODEL", models.trust_remote_code)
         policy = load_policy(folder, LoadOptions(models, device, frozen=True))
         progress = stack.enter_context(display.node(f"eval {name}", 1, 1))

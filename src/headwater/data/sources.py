@@ -19,6 +19,7 @@ from headwater.data.rows import read_rows
 from headwater.errors import UserError
 from headwater.tasks import maths_text
 from headwater.tasks.registry import TASKS
+from headwater.tasks.verifier import Verifier
 from headwater.types import Problem
 
 REFERENCE = "the assistant's last turn"
@@ -49,22 +50,17 @@ class LoadedProblems:
     leaks: tuple[Leak, ...] = ()
 
 
-def same_text(first: str, second: str) -> bool:
-    """Whether two answers are written alike up to spaces."""
-    return maths_text.squeezed(first) == maths_text.squeezed(second)
-
-
 def load(
     source: Source,
     what: str,
     need_answers: bool,
     gold: Callable[[Any], str | None] | None = None,
-    same_gold: Callable[[str, str], bool] = same_text,
+    grader: Verifier | None = None,
 ) -> LoadedProblems:
     """Read a source; `what` is the recipe's field for it, which every error names.
 
-    gold       converts a cell to a gold answer (`Task.gold`); `gold_answer` by default
-    same_gold  whether two answers of one problem agree (`Verifier.same_gold`), asked where their texts differ
+    gold    converts a cell to a gold answer (`Task.gold`); `gold_answer` by default
+    grader  decides whether two answers of one problem agree (`Verifier.same_gold`); None compares their texts
 
     Raises UserError for anything wrong with the file, a row or a column.
     """
@@ -96,7 +92,7 @@ def load(
             raise UserError(
                 f"{where}, row {without_answer[0]}: the problem has no answer in {answer_column or REFERENCE!r}{among}"
             )
-    return _merged(read, source.path, tags, same_gold)
+    return _merged(read, source.path, tags, grader)
 
 
 def without_leaks(
@@ -164,11 +160,17 @@ def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | Non
     return gold_answer(value)
 
 
+def _agree(first: str, second: str, grader: Verifier | None) -> bool:
+    """Whether two answers of one problem are written alike up to spaces, or are the same to the grader."""
+    written_alike = maths_text.squeezed(first) == maths_text.squeezed(second)
+    return written_alike or (grader is not None and grader.same_gold(first, second))
+
+
 def _merged(
     rows: Sequence[tuple[int, Conversation, str | None]],
     name: str,
     tags: Mapping[int, str],
-    same_gold: Callable[[str, str], bool] = same_text,
+    grader: Verifier | None = None,
 ) -> LoadedProblems:
     """One problem per id, with its first answer. A row without an answer neither contradicts nor replaces one with an answer."""
     problems: dict[str, Problem] = {}
@@ -181,7 +183,7 @@ def _merged(
         numbers.setdefault(problem.id, []).append(number)
         if answer is not None:
             first = gold.setdefault(problem.id, answer)
-            if not same_text(first, answer) and not same_gold(first, answer):
+            if not _agree(first, answer, grader):
                 contradictions[problem.id] = None
     return LoadedProblems(
         problems=[problem for problem in problems.values() if problem.id not in contradictions],

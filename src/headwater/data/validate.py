@@ -110,7 +110,7 @@ def validate(source: Source, task: str = "maths", seconds: float = 2.0, workers:
     Raises UserError when the source cannot be read.
     """
     with Verifier(task, workers=workers, seconds=seconds) as verifier:
-        loaded = load(source, "validate", False, verifier.task.gold, verifier.same_gold)
+        loaded = load(source, "validate", False, verifier.task.gold, verifier)
         golds = list(loaded.gold.items())
         failed = failing(verifier, golds)
     return ValidationResult(

@@ -109,10 +109,10 @@ class RunInputs:
             return LoadedProblems(problems, {problem.id: "" for problem in problems})
         need_answers = self.need_answers and name != "data.unlabeled"
         try:
-            gold, same_gold = self.task.gold, self.grader.same_gold
+            gold, grader = self.task.gold, self.grader
         except InputError:  # has its own error where a task is needed; the file can still be read
             return load(source, name, need_answers)
-        return load(source, name, need_answers, gold, same_gold)
+        return load(source, name, need_answers, gold, grader)
 
     @read_once("data")
     def decontaminated(self, name: str) -> LoadedProblems:
