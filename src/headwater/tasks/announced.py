@@ -34,7 +34,7 @@ _NOUNS_AND_VERBS = {
     "Greek": (r"\bαπάντηση", r"είναι\b"),
     "Arabic": (r"(?:الإجابة|الاجابة|الجواب)(?:\s(?:النهائية|النهائي|الصحيحة|الصحيح))?", r"ه[يو]\b"),
     "Hebrew": (r"התשובה(?:\sהסופית)?", r"היא\b"),
-    "Hindi": (r"(?:उत्तर|जवाब)", r"है\b|(?=\s?[-$\\\d])"),
+    "Hindi": (r"(?:उत्तर|जवाब)", r"है|(?=\s?[-$\\\d])"),
 }
 _PHRASE = re.compile(
     r"\banswer\b[*_:：\s]{0,8}(?:(?:is|are|was)\b|(?<=[:：])|(?<=[:：][*_])|(?<=[:：]\*\*)|=)[:：*_]{0,4}",
@@ -140,7 +140,11 @@ def _statement(text: str, foreign: bool) -> str:
                 if _MORE.match(text, end + len(closing)) is None:
                     return text[len(opening) : end]
                 break  # "$2$ or $3$": the whole sentence is the answer
-    sentence = _SENTENCE_END.split(first_line(text), maxsplit=1)[0].strip().strip("*_").strip()
+    line = first_line(text)
+    stop = _SENTENCE_END.search(line)
+    if stop is not None and stop.group() in "?？؟":
+        return ""  # "The answer is 42? No": a question states nothing
+    sentence = line[: stop.start() if stop else None].strip().strip("*_").strip()
     return _BETWEEN.sub(" , ", _FINAL_VERB.sub("", sentence)) if foreign else sentence
 
 
