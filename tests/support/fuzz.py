@@ -44,7 +44,7 @@ from headwater.config.builtin import builtin_text, find_recipe
 from headwater.config.recipe import Columns, Models, Recipe, Source
 from headwater.data.sources import load
 from headwater.data.validate import grade_file, validate
-from headwater.doctor.checks import check_plan, diagnose
+from headwater.doctor.checks import diagnose, preflight
 from headwater.errors import HeadwaterError, UserError, one_line
 from headwater.models.prompts import Prompter
 from headwater.report import build as report
@@ -97,7 +97,7 @@ def with_files(draw: random.Random, folder: Path, raw: dict[str, Any]) -> dict[s
 def prepare(recipe: Recipe, arm: str, folder: Path, thorough: bool) -> str:
     """What `--dry-run` does and, where `thorough`, the doctor."""
     with prepared(recipe, [arm], [recipe.seed]) as (plan, inputs):
-        check_plan(plan, inputs)
+        preflight(plan, inputs)
         json.dumps([row.row() for row in estimates(plan, inputs)])
     if thorough:
         found = diagnose(recipe, [arm], [recipe.seed], folder / "out")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import Source
+from headwater.data.conversations import messages_of
 from headwater.errors import UserError
 
 MOST_BYTES, MOST_ROWS, PARQUET_ROWS = 4 << 30, 50_000_000, 256
@@ -63,6 +64,8 @@ def json_rows(path: Path, where: str) -> Iterator[Row]:
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if isinstance(value, list) and messages_of(value) is not None:  # a conversation alone, as in ORZ's files
+        return {"conversation": value}
     if not isinstance(value, dict):
         raise UserError(f"{where}: is not a JSON object but {type(value).__name__}")
     return value

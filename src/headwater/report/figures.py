@@ -123,23 +123,23 @@ def curves(name: str, title: str, series: Sequence[Series]) -> Plot:
     figure = Figure(figsize=(3.5, 2.15))
     axes = figure.add_axes((0.135, 0.175, 0.845, 0.69))
     axes.set_title(printable(title), loc="left", x=-0.13, y=1.03, fontsize=9.5)
-    drawn = [one for one in series if one.x]
-    for one in drawn:
-        style = line_style(one.style or 0)
-        if one.seeds > 1 and len(one.x) > 1:
-            axes.fill_between(one.x, one.low, one.high, color=style["color"], alpha=0.13, linewidth=0)
-        axes.plot(one.x, one.y, **style, markersize=3.6, markevery=max(1, len(one.x) // 5), linewidth=1.4)
+    drawn = [line for line in series if line.x]
+    for line in drawn:
+        style = line_style(line.style or 0)
+        if line.seeds > 1 and len(line.x) > 1:
+            axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.13, linewidth=0)
+        axes.plot(line.x, line.y, **style, markersize=3.6, markevery=max(1, len(line.x) // 5), linewidth=1.4)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.margins(x=0.02)
-    if axes.get_ylim()[0] < 0.0 <= min((min(one.low) for one in drawn), default=0.0):
+    if axes.get_ylim()[0] < 0.0 <= min((min(line.low) for line in drawn), default=0.0):
         axes.set_ylim(bottom=0.0)  # no negative axis for values that are never negative
     axes.set_xlabel("step", loc="right", labelpad=0, fontsize=8)
-    seeds = max((one.seeds for one in series), default=0)
-    text = "; ".join(f"{one.label} from {one.y[0]:.3g} to {one.y[-1]:.3g}" for one in drawn) or "no step in common"
+    seeds = max((line.seeds for line in series), default=0)
+    text = "; ".join(f"{line.label} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in drawn) or "no step in common"
     rows: list[tuple[Any, ...]] = [("series", "step", "mean", "lowest_seed", "highest_seed")]
-    for one in drawn:
-        rows += [(one.label, *values) for values in zip(one.x, one.y, one.low, one.high, strict=True)]
+    for line in drawn:
+        rows += [(line.label, *values) for values in zip(line.x, line.y, line.low, line.high, strict=True)]
     return as_plot(figure, name, f"{title} over training steps, {seeds} seed{'s' * (seeds != 1)}: {text}", rows)
 
 
@@ -192,25 +192,25 @@ def line_description(panels: Panels, axis: ValueAxis) -> str:
     parts = []
     for title, series in panels.items():
         texts = []
-        for one in series:
-            ends = [f" ({100 * a:.1f} to {100 * b:.1f})" for a, b in zip(one.low, one.high, strict=True)]
-            places = [f" at {axis.text(x)}" for x in one.x]
-            values = zip_longest((f"{100 * y:.1f}" for y in one.y), ends, places, fillvalue="")
-            texts.append(f"{one.label} {', '.join(map(''.join, values))}")
+        for line in series:
+            ends = [f" ({100 * a:.1f} to {100 * b:.1f})" for a, b in zip(line.low, line.high, strict=True)]
+            places = [f" at {axis.text(x)}" for x in line.x]
+            values = zip_longest((f"{100 * y:.1f}" for y in line.y), ends, places, fillvalue="")
+            texts.append(f"{line.label} {', '.join(map(''.join, values))}")
         parts.append(f"{title} ({axis.label}): {'; '.join(texts)}" if axis.label else f"{title}: {'; '.join(texts)}")
     return ". ".join(parts)
 
 
 def _set_limits(axes: Axes, series: Sequence[Series], axis: ValueAxis) -> None:
     axes.set_xlabel(printable(axis.label))
-    axes.set_ylim(*spanning([100 * value for one in series for value in (*one.y, *one.low, *one.high)]))
+    axes.set_ylim(*spanning([100 * value for line in series for value in (*line.y, *line.low, *line.high)]))
     if axis.ticks:
         axes.set_xlim(*spanning([*axis.ticks], 0.15))
         axes.set_xticks([*axis.ticks], [printable(text) for text in axis.ticks.values()])
         if sum(map(len, axis.ticks.values())) > 60:
             axes.tick_params(axis="x", labelsize=7, labelrotation=12)
         return
-    xs = [x for one in series if one.style is not None for x in one.x]
+    xs = [x for line in series if line.style is not None for x in line.x]
     if axis.log:
         low, high = min(xs), max(xs)
         axes.set_xscale("log")
@@ -224,24 +224,24 @@ def _set_limits(axes: Axes, series: Sequence[Series], axis: ValueAxis) -> None:
 
 def _draw_lines(figure: Figure, axes: Axes, series: Sequence[Series]) -> None:
     """Draw the series, and list them at the right in the order of their last values, with these."""
-    arms = [one for one in series if one.style is not None]
-    lines_of_points = any(len(one.x) > 1 for one in arms)
-    shifts = iter(sideways_shifts([0.0 if lines_of_points else one.x[0] for one in arms]))
+    arms = [entry for entry in series if entry.style is not None]
+    lines_of_points = any(len(entry.x) > 1 for entry in arms)
+    shifts = iter(sideways_shifts([0.0 if lines_of_points else entry.x[0] for entry in arms]))
     untrained = iter(("--", ":"))
     lines: list[tuple[float, Line2D, str]] = []
-    for one in series:
-        y, low, high = ([100 * value for value in values] for values in (one.y, one.low, one.high))
-        if one.style is None:
+    for entry in series:
+        y, low, high = ([100 * value for value in values] for values in (entry.y, entry.low, entry.high))
+        if entry.style is None:
             look: dict[str, Any] = {"color": QUIET, "linewidth": 1.1, "linestyle": next(untrained, "-.")}
             level = max(y) - min(y) < 1e-9  # the same everywhere: a line across the plot
-            line = axes.axhline(y[-1], **look) if level else axes.plot(one.x, y, **look)[0]
+            line = axes.axhline(y[-1], **look) if level else axes.plot(entry.x, y, **look)[0]
         else:
             shift = ScaledTranslation(next(shifts) / 72 if low else 0.0, 0, figure.dpi_scale_trans)
-            look = {**line_style(one.style), "linewidth": 1.4, "markersize": 5.3, "transform": axes.transData + shift}
+            look = {**line_style(entry.style), "linewidth": 1.4, "markersize": 5.3, "transform": axes.transData + shift}
             if low:
-                axes.vlines(one.x, low, high, color=look["color"], linewidth=1.4, transform=look["transform"])
-            line = axes.plot(one.x, y, **look | ({} if lines_of_points else {"linestyle": ""}))[0]
-        lines.append((y[-1], line, f"{printable(one.label)} {y[-1]:.1f}"))
+                axes.vlines(entry.x, low, high, color=look["color"], linewidth=1.4, transform=look["transform"])
+            line = axes.plot(entry.x, y, **look | ({} if lines_of_points else {"linestyle": ""}))[0]
+        lines.append((y[-1], line, f"{printable(entry.label)} {y[-1]:.1f}"))
     lines.sort(key=lambda end: -end[0])
     handles, labels = [line for _, line, _ in lines], [text for *_, text in lines]
     axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -254,7 +254,7 @@ def sideways_shifts(values: Sequence[float]) -> list[float]:
     """
     shifts = []
     for index, value in enumerate(values):
-        equal = [other for other, one in enumerate(values) if abs(one - value) <= 1e-9 * abs(value)]
+        equal = [other for other, candidate in enumerate(values) if abs(candidate - value) <= 1e-9 * abs(value)]
         shifts.append(min(5.0, 50.0 / len(equal)) * (equal.index(index) - (len(equal) - 1) / 2))
     return shifts
 

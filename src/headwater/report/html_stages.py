@@ -107,7 +107,7 @@ def _stage_plots(report: dict[str, Any]) -> Iterator[Plot]:
         if series:
             rows: list[tuple[Any, ...]] = [("series", "place", "value")]
             rows += [
-                (one.label, axis.text(x), str(100 * y)) for one in series for x, y in zip(one.x, one.y, strict=True)
+                (line.label, axis.text(x), str(100 * y)) for line in series for x, y in zip(line.x, line.y, strict=True)
             ]
             panels = {f"{title} on {eval_name} through the stages, %": series}
             yield figures.line_plot(file_stem("stages", title.split()[0], eval_name), panels, axis, rows)
@@ -152,7 +152,7 @@ def _stage_columns() -> list[Column]:
 
 def _ends_columns(key: str, measures: Sequence[str]) -> list[Column]:
     """First and last value of each measure of `row[key]`."""
-    return [Column(TITLES[one], partial(_first_to_last, key=key, measure=one), "right") for one in measures]
+    return [Column(TITLES[measure], partial(_first_to_last, key=key, measure=measure), "right") for measure in measures]
 
 
 def _first_to_last(row: dict[str, Any], key: str, measure: str) -> str | None:

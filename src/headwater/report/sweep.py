@@ -110,8 +110,8 @@ def comparisons(summary: dict[str, Any], eval_name: str) -> list[tuple[str, str,
         across = [row for row in summary["across"] if row["eval"] == eval_name]
         against = f" at {summary['vary']} {names(summary)[across[0]['b']]}" if across else ""
         rows = [(arm, f"{arm}{against}", {row["a"]: row for row in across}) for arm in summary["arms"]]
-    found = [(a, b, {value: row for value, row in by_value.items() if row is not None}) for a, b, by_value in rows]
-    return [(a, b, by_value) for a, b, by_value in found if by_value]
+    measured = [(a, b, {value: row for value, row in by_value.items() if row is not None}) for a, b, by_value in rows]
+    return [(a, b, by_value) for a, b, by_value in measured if by_value]
 
 
 def accuracy(point: dict[str, Any], arm: str, eval_name: str) -> dict[str, Any] | None:
@@ -135,26 +135,28 @@ def sentences(summary: dict[str, Any]) -> list[str]:
 
     Example: `On sums, at labels 64 bridge is better than direct_grpo; at labels 256 bridge cannot be told from direct_grpo.`
     """
-    text, vary, said = names(summary), summary["vary"], []
+    text, vary, result = names(summary), summary["vary"], []
     for eval_name in summary["evals"]:
         for a, b, by_value in comparisons(summary, eval_name):
             readings = {value: reading(contrast) for value, contrast in by_value.items()}
-            groups = {one: [text[value] for value in readings if readings[value] == one] for one in COMPARISON}
-            parts = [f"at {vary} {join_and(groups[one])} {a} {COMPARISON[one]} {b}" for one in groups if groups[one]]
-            said.append(f"On {eval_name}, {'; '.join(parts)}.")
+            groups = {word: [text[value] for value in readings if readings[value] == word] for word in COMPARISON}
+            parts = [
+                f"at {vary} {join_and(groups[word])} {a} {COMPARISON[word]} {b}" for word in groups if groups[word]
+            ]
+            result.append(f"On {eval_name}, {'; '.join(parts)}.")
             if len(summary["arms"]) == 1:
-                said[-1] += _highest(summary, a, eval_name)
+                result[-1] += _highest(summary, a, eval_name)
                 continue
             decided = [value for value in readings if readings[value] != "undecided"]
-            for one, two in pairwise(decided):
-                if readings[one] != readings[two]:
-                    said[-1] += f" The order turns between {vary} {text[one]} and {text[two]}."
+            for value, next_value in pairwise(decided):
+                if readings[value] != readings[next_value]:
+                    result[-1] += f" The order turns between {vary} {text[value]} and {text[next_value]}."
     for point in summary["points"]:
         if point["failed"]:
-            said.append(f"{vary} {text[point['value']]} failed: {point['failed'].rstrip('.')}.")
+            result.append(f"{vary} {text[point['value']]} failed: {point['failed'].rstrip('.')}.")
         elif not point["arms"]:
-            said.append(f"{vary} {text[point['value']]} has not run yet.")
-    return said
+            result.append(f"{vary} {text[point['value']]} has not run yet.")
+    return result
 
 
 def _highest(summary: dict[str, Any], arm: str, eval_name: str) -> str:

@@ -129,7 +129,7 @@ def axis_kind(summary: dict[str, Any]) -> str:
 
 def style_of(arm: str, arms: list[str]) -> int:
     """Example: `style_of("mixed", ["direct_grpo", "mixed"])` is 3."""
-    return STYLES[arm] if arm in STYLES else 3 + [one for one in arms if one not in STYLES].index(arm)
+    return STYLES[arm] if arm in STYLES else 3 + [other for other in arms if other not in STYLES].index(arm)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -137,11 +137,11 @@ def style_of(arm: str, arms: list[str]) -> int:
 
 def tables(summary: dict[str, Any]) -> list[Table]:
     """Accuracy by value and arm, and the differences of compared arms, for each evaluation."""
-    arms, headers, found = _shown_arms(summary), _headers(summary), []
+    arms, headers, result = _shown_arms(summary), _headers(summary), []
     for eval_name in summary["evals"]:
         rows = [[header, *(cell(point, arm, eval_name) for arm in arms)] for header, point in headers]
         title = f"{summary['recipe']} · {seeds_text(summary)} · accuracy on {eval_name}, % [95 %]"
-        found.append(Table(title, columns(summary["vary"], *arms), rows))
+        result.append(Table(title, columns(summary["vary"], *arms), rows))
         rows = [
             [header, f"{a} − {b}", interval_text(c), p_text(c["p"]), WORDS[reading(c)]]
             for header, point in headers
@@ -150,8 +150,8 @@ def tables(summary: dict[str, Any]) -> list[Table]:
         ]
         if rows:
             title = f"differences on {eval_name} in points, 95 % interval, two-sided p, paired"
-            found.append(Table(title, columns(summary["vary"], "a − b", "difference [95 %]", "p", "a is"), rows))
-    return found
+            result.append(Table(title, columns(summary["vary"], "a − b", "difference [95 %]", "p", "a is"), rows))
+    return result
 
 
 def cell(point: dict[str, Any], arm: str, eval_name: str) -> str:
@@ -168,10 +168,10 @@ def cost_table(summary: dict[str, Any]) -> Table:
     for header, point in _headers(summary):
         spent = [point["arms"].get(arm) for arm in arms]
         costs = [
-            (count(one["labels"]["distinct"]), units(one["flops"], "F").replace(" ", ""))
-            if one and one["flops"]
+            (count(spend["labels"]["distinct"]), units(spend["flops"], "F").replace(" ", ""))
+            if spend and spend["flops"]
             else ("–", "–")
-            for one in spent
+            for spend in spent
         ]
         rows.append([header, *(text for pair in costs for text in pair)])
     heads = [head for arm in arms for head in (f"labels, {arm}", f"FLOPs, {arm}")]
