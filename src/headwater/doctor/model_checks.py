@@ -128,7 +128,7 @@ def turn_end(tokenizer: Any) -> int | None:
         return None
     turns = [{"role": "user", "content": "2+5"}, {"role": "assistant", "content": "=7"}]
     try:
-        after = render_chat(tokenizer, turns, "an assistant's turn").rpartition("=7")[2].lstrip()[:1000]
+        after = render_chat(tokenizer, turns, "an assistant's turn", {}).rpartition("=7")[2].lstrip()[:1000]
     except UserError:  # not every template takes such a turn; prompts of the problems have a check of their own
         return None
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
