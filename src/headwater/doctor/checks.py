@@ -16,6 +16,7 @@ from headwater.doctor import data_checks as data
 from headwater.doctor import model_checks as models
 from headwater.doctor import prompt_checks as prompts
 from headwater.doctor import resource_checks as resources
+from headwater.doctor import saving_checks
 from headwater.doctor import teacher_checks as teachers
 from headwater.doctor import weight_checks as weights
 from headwater.doctor.context import DoctorContext
@@ -68,6 +69,7 @@ CHECKS = (
     Check("clock of chat templates", prompts.clock),
     Check("prompt lengths", prompts.prompt_lengths, exit_code=2),
     Check("positions", prompts.context_length),
+    Check("positions that change with length", prompts.length_rules, exit_code=2),
     Check("characters of the problems", prompts.unknown_tokens),
     Check("control tokens in the problems", prompts.control_tokens),
     Check("an answer for every label", data.answers),
@@ -85,10 +87,12 @@ CHECKS = (
     Check("teacher servers", teachers.servers),
     Check("memory", resources.memory),
     Check("disk", resources.disk),
+    Check("speed of the compute dtype", resources.compute_dtype),
     Check("finite log-probs", weights.finite, "weights"),
     Check("truncation", weights.truncation, "weights"),
     Check("sampler against trainer", weights.sampler_against_trainer, "comparisons"),
     Check("student taught by itself", weights.self_distillation, "comparisons"),
+    Check("saving and loading again", saving_checks.saving, "comparisons"),
     Check("teacher scored twice", weights.teacher_agrees_with_itself, "comparisons"),
 )
 
