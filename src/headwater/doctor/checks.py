@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headwater.config.recipe import Recipe
+from headwater.doctor import adapter_checks
 from headwater.doctor import data_checks as data
 from headwater.doctor import model_checks as models
 from headwater.doctor import prompt_checks as prompts
@@ -78,6 +79,7 @@ CHECKS = (
     Check("sampling engine", teachers.engine),
     Check("teacher servers' tokens", teachers.server_tokens, exit_code=2),
     Check("teacher servers", teachers.servers),
+    Check("adapters", adapter_checks.adapters),
     Check("memory", resources.memory),
     Check("disk", resources.disk),
     Check("finite log-probs", weights.finite, "weights"),
