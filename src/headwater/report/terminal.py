@@ -11,7 +11,17 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from headwater.report.contrasts import flops_ratio, group_by_equality, interval_note, named_contrasts, reading
-from headwater.report.format import count, duration, non_training_notes, p_text, percent, plain_table, points, units
+from headwater.report.format import (
+    count,
+    duration,
+    non_training_notes,
+    p_text,
+    percent,
+    plain_table,
+    points,
+    seeds_text,
+    units,
+)
 from headwater.report.html_stages import path_tables
 from headwater.report.view import Column, RowHeader, Table
 
@@ -37,8 +47,7 @@ def _warning(row: dict[str, Any]) -> str:
 
 def _arms_tables(report: dict[str, Any]) -> list[RichTable]:
     """One table if it fits; else tables of two or three evaluations each, and one of the costs."""
-    seeds = f"seed{'s' * (len(report['seeds']) != 1)} {', '.join(map(str, report['seeds']))}"
-    title = f"{report['recipe']} · {seeds}"
+    title = f"{report['recipe']} · {seeds_text(report)}"
     evals: list[str] = report["evals"]
     short = max(map(len, report["arms"])) <= LONG_NAME
     if len(evals) <= 1 and short:
