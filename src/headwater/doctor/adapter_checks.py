@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, error, note, warning
+from headwater.doctor.finding import Finding, error
 from headwater.errors import UserError
 from headwater.models.adapter_coverage import Coverage, coverage
 from headwater.runs.estimate import base_of
@@ -42,4 +42,4 @@ def _finding(role: str, found: Coverage, everything: bool) -> Iterator[Finding]:
     remedy = "nothing, if that is intended; otherwise set models.lora.targets to "
     remedy += "the layers that should train, or train all weights" if everything else "all-linear, or name these too"
     partial = found.share < MIN_SHARE if everything else experts
-    yield (warning if partial else note)("adapters-cover-part", evidence, remedy)
+    yield Finding("adapters-cover-part", "warning" if partial else "note", evidence, remedy)
