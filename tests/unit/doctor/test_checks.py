@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
@@ -30,6 +30,7 @@ from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
+from headwater.models.shape import Shape
 from headwater.runs.inputs import RunInputs
 from runs import TINY
 from serving import Answering, serving
@@ -544,6 +545,17 @@ def test_bfloat16_that_is_slower_here_is_measured(
     assert [finding.name for finding in findings] == found and torch.get_num_threads() == threads
     assert all(float(re.search(r"is ([\d.]+) times", one.evidence)[1]) > 3 for one in findings)  # type: ignore[index]
     assert list(resource_checks.compute_dtype(context_of(tmp_path))) == []
+
+
+@pytest.mark.parametrize(("used", "found"), [(None, ["experts-per-token-unknown"]), (6, [])])
+def test_an_unknown_number_of_experts_per_token_is_named(used: int | None, found: list[str], tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "deepseek_v2", hidden_size=32, num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=4, vocab_size=64,
+        num_experts_per_tok=used,
+    )  # fmt: skip
+    context = context_of(tmp_path)
+    context.inputs.memo[("shape", "teacher")] = Shape.from_config(config)
+    assert [finding.name for finding in resource_checks.experts(context)] == found
 
 
 def test_free_memory_is_known_here() -> None:
