@@ -5,29 +5,32 @@ Errors name the file and the row or column. A problem's id is a hash of its cont
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
-from headwater.config.recipe import Columns, Source
+from headwater.config.recipe import Source
+from headwater.data.columns import answer_at, find_answer_column, find_problem_column, value_at
 from headwater.data.contamination import Leak, find_leaks
-from headwater.data.golds import gold_answer
+from headwater.data.conversations import Conversation, messages_of, read_conversation, refuse_media
+from headwater.data.golds import gold_answer, plain_value
 from headwater.data.rows import read_rows
 from headwater.errors import UserError
 from headwater.tasks import maths_text
 from headwater.tasks.registry import TASKS
+from headwater.tasks.verifier import Verifier
 from headwater.types import Problem
 
-PROBLEM_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("answer", "expected_answer", "solution")  # in order of preference; of a solution the last box is read
+REFERENCE = "the assistant's last turn"
+"""Where the answer stands in a file of conversations without a column for it."""
 
 
 @dataclass(frozen=True)
 class LoadedProblems:
     """Problems and gold answers of a source.
 
-    problems         one per distinct text, in the order of the file
+    problems         one per distinct text or conversation, in the order of the file
     gold             answers by problem id; problems without an answer are missing
     duplicates       number of rows that repeat an earlier problem
     contradictions   ids of problems that occur with different answers; they are in neither of the above
@@ -48,11 +51,16 @@ class LoadedProblems:
 
 
 def load(
-    source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None
+    source: Source,
+    what: str,
+    need_answers: bool,
+    gold: Callable[[Any], str | None] | None = None,
+    grader: Verifier | None = None,
 ) -> LoadedProblems:
     """Read a source; `what` is the recipe's field for it, which every error names.
 
-    gold  converts a cell to a gold answer (`Task.gold`); `gold_answer` by default
+    gold    converts a cell to a gold answer (`Task.gold`); `gold_answer` by default
+    grader  decides whether two answers of one problem agree (`Verifier.same_gold`); None compares their texts
 
     Raises UserError for anything wrong with the file, a row or a column.
     """
@@ -64,23 +72,27 @@ def load(
     first = next(rows, None)
     if first is None:
         raise UserError(f"{where} is empty")
-    columns = [str(name) for name in first[1]]
-    problem_column = _column(source.columns.problem, PROBLEM_COLUMNS, columns, "problem", where)
-    answer_column = _answer_column(source.columns, columns, where, need_answers)
-    read: list[tuple[int, str, str | None]] = []
+    problem_column = find_problem_column(source.columns, first[1], where)
+    referenced = _conversation(first[1], problem_column, f"{where}, row {first[0]}").reference is not None
+    answer_column = find_answer_column(source.columns, first[1], where, need_answers and not referenced)
+    read: list[tuple[int, Conversation, str | None]] = []
     tags: dict[int, str] = {}
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
         if source.columns.tag is not None:
             tags[number] = _tag(row, source.columns.tag, place)
-        read.append((number, _problem_text(row, problem_column, place), _answer(row, answer_column, place, gold)))
+        asked = _conversation(row, problem_column, place)
+        answer = asked.reference if answer_column is None else answer_at(row, answer_column)
+        read.append((number, asked, _answer(answer, answer_column or REFERENCE, place, gold)))
     read = read[: source.limit]
     if need_answers:
         without_answer = [number for number, _, answer in read if answer is None]
         if without_answer:
             among = f" ({len(without_answer)} of {len(read)} rows have none)" if len(without_answer) > 1 else ""
-            raise UserError(f"{where}, row {without_answer[0]}: the problem has no answer in {answer_column!r}{among}")
-    return _merged(read, source.path, tags)
+            raise UserError(
+                f"{where}, row {without_answer[0]}: the problem has no answer in {answer_column or REFERENCE!r}{among}"
+            )
+    return _merged(read, source.path, tags, grader)
 
 
 def without_leaks(
@@ -105,31 +117,19 @@ def without_leaks(
     return kept, leaks
 
 
-# Columns --------------------------------------------------------------------------------------------------------------
+# Cells ----------------------------------------------------------------------------------------------------------------
 
 
-def _column(given: str | None, usual: tuple[str, ...], columns: list[str], role: str, where: str) -> str:
-    for name in usual if given is None else (given,):
-        if name in columns:
-            return name
-    wanted = "|".join(usual) if given is None else repr(given)
-    raise UserError(f"{where}: has no column {wanted} for the {role}; its columns are {', '.join(columns)}")
-
-
-def _answer_column(given: Columns, columns: list[str], where: str, need_answers: bool) -> str | None:
-    """The column with the answers; None for a file without answers that needs none."""
-    if given.answer is None and not need_answers and not any(name in columns for name in ANSWER_COLUMNS):
-        return None
-    return _column(given.answer, ANSWER_COLUMNS, columns, "answer", where)
-
-
-def _problem_text(row: Mapping[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise UserError(f"{where}: has no column {column!r}; its columns are {', '.join(map(str, row))}")
-    value = row[column]
-    if isinstance(value, list):  # a chat: the last user turn is the problem
-        turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "user"]
-        value = turns[-1].get("content") if turns else value
+def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversation:
+    """The problem in a row: a conversation, or a text as its only turn."""
+    try:
+        value = value_at(row, column)
+    except KeyError:
+        raise UserError(f"{where}: has no column {column!r}; its columns are {', '.join(map(str, row))}") from None
+    messages = messages_of(value)
+    if messages is not None:
+        refuse_media(row, where)
+        return read_conversation(messages, column, where)
     if not isinstance(value, str):
         raise UserError(f"{where}: {column!r} is not text but {type(value).__name__}")
     if not value.strip():
@@ -138,20 +138,21 @@ def _problem_text(row: Mapping[str, Any], column: str, where: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError:  # "\ud800" is valid JSON but cannot be encoded
         raise UserError(f"{where}: {column!r} holds half a surrogate pair and is not UTF-8 text") from None
-    return value
+    return Conversation((("user", value),))
 
 
 def _tag(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = row.get(column)
+    value = answer_at(row, column)
     if not isinstance(value, str) or not value:
         raise UserError(f"{where}: {column!r} (data.columns.tag) is no text but {value!r:.40}")
     return value
 
 
-def _answer(
-    row: Mapping[str, Any], column: str | None, where: str, gold: Callable[[Any], str | None] | None
-) -> str | None:
-    value = None if column is None else row.get(column)
+def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | None] | None) -> str | None:
+    try:
+        value = plain_value(value)
+    except ValueError as error:
+        raise UserError(f"{where}: {column!r} {error}") from None
     if gold is not None:
         return gold(value)
     if isinstance(value, dict) or (isinstance(value, list) and len(value) != 1):
@@ -159,26 +160,36 @@ def _answer(
     return gold_answer(value)
 
 
-def _merged(rows: list[tuple[int, str, str | None]], name: str, tags: Mapping[int, str]) -> LoadedProblems:
-    """One problem per id. A row without an answer neither contradicts nor replaces one with an answer."""
+def _agree(first: str, second: str, grader: Verifier | None) -> bool:
+    """Whether two answers of one problem are written alike up to spaces, or are the same to the grader."""
+    written_alike = maths_text.squeezed(first) == maths_text.squeezed(second)
+    return written_alike or (grader is not None and grader.same_gold(first, second))
+
+
+def _merged(
+    rows: Sequence[tuple[int, Conversation, str | None]],
+    name: str,
+    tags: Mapping[int, str],
+    grader: Verifier | None = None,
+) -> LoadedProblems:
+    """One problem per id, with its first answer. A row without an answer neither contradicts nor replaces one with an answer."""
     problems: dict[str, Problem] = {}
     numbers: dict[str, list[int]] = {}
-    answers: dict[str, set[str]] = {}
     gold: dict[str, str] = {}
-    for number, text, answer in rows:
-        problem = Problem.of(text, name, tags.get(number, ""))
+    contradictions: dict[str, None] = {}
+    for number, asked, answer in rows:
+        problem = replace(Problem.of_turns(asked.turns, name, tags.get(number, "")), row=number)
         problem = problems.setdefault(problem.id, problem)
         numbers.setdefault(problem.id, []).append(number)
         if answer is not None:
-            gold.setdefault(problem.id, answer)
-            answers.setdefault(problem.id, set()).add(maths_text.squeezed(answer))
-    contradictions = tuple(name for name in numbers if len(answers.get(name, ())) > 1)
-    dropped = set(contradictions)
+            first = gold.setdefault(problem.id, answer)
+            if not _agree(first, answer, grader):
+                contradictions[problem.id] = None
     return LoadedProblems(
-        problems=[problem for problem in problems.values() if problem.id not in dropped],
-        gold={name: answer for name, answer in gold.items() if name not in dropped},
+        problems=[problem for problem in problems.values() if problem.id not in contradictions],
+        gold={name: answer for name, answer in gold.items() if name not in contradictions},
         duplicates=len(rows) - len(numbers),
-        contradictions=contradictions,
+        contradictions=tuple(name for name in numbers if name in contradictions),
         without_answer=tuple(name for name in numbers if name not in gold),
         rows={name: tuple(found) for name, found in numbers.items()},
     )
@@ -200,5 +211,5 @@ def _generated(source: Source, what: str) -> LoadedProblems:
         pairs = generator.make(settings.count, settings.pool, settings.seed, generator.dials(**settings.dials))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    rows: list[tuple[int, str, str | None]] = [(number, *pair) for number, pair in enumerate(pairs, 1)]
+    rows = [(number, Conversation((("user", text),)), answer) for number, (text, answer) in enumerate(pairs, 1)]
     return _merged(rows[: source.limit], f"{name}:{settings.pool}", {number: name for number, *_ in rows})

@@ -16,14 +16,19 @@ from transformers.utils import logging as transformers_logging
 
 from headwater.errors import UserError
 from headwater.models import adapter_files, untrusted_files
+from headwater.models.generation_config import read_generation_config
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import read_tokenizer, stop_ids_of
 from headwater.models.untrusted_files import as_user_error
+from headwater.models.weight_files import WeightFiles
 
 transformers_logging.disable_progress_bar()  # a run loads and saves dozens of models and shows its own progress
 transformers_logging.set_verbosity_error()  # what transformers warns about while loading is refused here with a UserError
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+
+CLASSIFIERS = re.compile(r"Classification|QuestionAnswering|MultipleChoice|Reward|NextSentence|WithValueHead")
+"""Classes in `architectures` that score texts: their output layer gives no distribution over tokens."""
 
 FULL_HASH_BYTES, SAMPLED_BLOCKS, BLOCK_BYTES = 256 << 20, 512, 16 << 10
 """Files up to the first size are hashed in full; of larger ones so many blocks of so many bytes are hashed."""
@@ -119,16 +124,32 @@ class ModelFolder:
         """The transformers config of the full model."""
         self.require_trusted()
         with as_user_error(f"{self.field}: the config of {self.name} cannot be read"):
-            return AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
+            config = AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
+        classifier = next(
+            (one for one in getattr(config, "architectures", None) or () if CLASSIFIERS.search(str(one))), None
+        )
+        if classifier is not None:
+            raise UserError(
+                f"{self.field}: {self.name} is no language model (its config.json names {classifier:.80}); name a model whose "
+                "architectures are …ForCausalLM"
+            )
+        return config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The generation config, mended where transformers would refuse to save it; derived from the config if there is none."""
+        return self._generation[0]
+
+    @property
+    def generation_changes(self) -> tuple[str, ...]:
+        """What was mended in the generation config."""
+        return self._generation[1]
 
     @cached_property
-    def generation_config(self) -> GenerationConfig:
-        """The generation config; if there is none, the one that transformers derives from the config."""
+    def _generation(self) -> tuple[GenerationConfig, tuple[str, ...]]:
         with as_user_error(f"{self.field}: the generation config of {self.name} cannot be read"):
-            try:
-                return GenerationConfig.from_pretrained(self.base.path)
-            except (OSError, ValueError):
-                return GenerationConfig.from_model_config(self.config)
+            config = self.base.json("config.json") if self.base.is_local else self.config.to_dict()
+            return read_generation_config(self.base.path, config)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -202,6 +223,8 @@ def _resolve(name: str, field: str) -> str:
         if not list(folder.glob("*.safetensors")):
             raise UserError(f"{field}: the folder {name} holds no *.safetensors; other weight formats are not read")
         untrusted_files.refuse_unsafe(folder, field, name)
+        if not _is_adapter(folder):
+            WeightFiles(folder, field, name).refuse_inconsistent()
         return str(folder)
     if HUB_ID.match(name):
         return name

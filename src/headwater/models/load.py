@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +15,16 @@ from headwater.config import recipe as config
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.models import fsdp, fsdp_weights, lora
+from headwater.models.adapter_merge import merge_into
 from headwater.models.folder import ModelFolder
 from headwater.models.packed_attention import enable_packing
 from headwater.models.policy import Policy, split_head, with_root_weights
 from headwater.models.tokenizer import read_tokenizer
 from headwater.models.untrusted_files import as_user_error
+from headwater.models.weight_files import WeightFiles, unused_weights
+
+SCORES = re.compile(r"(^|\.)(score|v_head|value_head|classifier|reward_head|regression_head)\.")
+"""Weights of models that score texts."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +64,6 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
     base, compute_dtype = folder.base, getattr(torch, options.models.dtype)
     base_frozen = options.frozen or spec is not None
     quantization = None if spec is None else lora.quantization_config(spec.lora.quantize, compute_dtype)
-    with as_user_error(f"{folder.field}: {folder.name} cannot be loaded"):
-        tokenizer = read_tokenizer(folder.path, folder.trust_remote_code)
-        dtype = compute_dtype if base_frozen else torch.float32
-        model = None if ranks.single_process else fsdp_weights.build_without_weights(base, dtype)
-        if model is None:
-            model = _read_model(folder, dtype, quantization, device)
-    _disable_dropout(model)
-    model.requires_grad_(not base_frozen)
     continues = spec is not None and spec.continues and folder.is_adapter
     merges = folder.is_adapter and not continues
     if merges and quantization is not None:
@@ -72,7 +71,22 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
             f"{folder.field}: {folder.name} is an adapter, which cannot be added to weights in four bits; set models.lora.output: "
             "adapter to continue training it, or merge it first (`headwater merge`)"
         )
+    with as_user_error(f"{folder.field}: {folder.name} cannot be loaded"):
+        tokenizer = read_tokenizer(folder.path, folder.trust_remote_code)
+        dtype = compute_dtype if base_frozen else torch.float32
+        model = None if ranks.single_process else fsdp_weights.build_without_weights(base, dtype)
+        if model is None:
+            model = _read_model(folder, dtype, quantization, device)
+    _disable_dropout(model)
+    if merges and ranks.single_process:
+        merge_into(model, folder)
+    model.requires_grad_(not base_frozen)
     adapter = None if spec is None else lora.attach_adapter(model, base.path, spec, folder if continues else None)
+    if adapter is not None and adapter.on_parameters and not ranks.single_process:
+        raise UserError(
+            "models.lora: adapters on experts or routers train in one process; leave torchrun out, or name linear layers in "
+            "models.lora.targets"
+        )
     if options.models.gradient_checkpointing and not options.frozen:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
@@ -83,9 +97,9 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
         _move(model, device)
     else:
         meta_model = fsdp.shard_model(model, ranks, device)
-        fsdp_weights.load_shards(model, base.path, device, ranks)
-    if merges:
-        lora.merge_into(model, folder)
+        fsdp_weights.load_shards(model, base, device, ranks)
+        if merges:
+            merge_into(model, folder)
     body, head = split_head(model, device)
     packs = with_root_weights(model, lambda: enable_packing(model, body, device))
     if not ranks.single_process:
@@ -106,17 +120,38 @@ def _read_model(folder: ModelFolder, dtype: torch.dtype, quantization: Any, devi
         attn_implementation="sdpa",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, with the name
+        generation_config=folder.generation_config,  # transformers would refuse to save the file's, or to load it
         quantization_config=quantization,
         device_map=None if quantization is None else {"": device},  # quantized while they are read, on their device
     )
     model, info = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"{folder.field}: {folder.name} is an adapter, which is read from a folder only; download it (`hf download`) and name "
+            "that folder"
+        )
     random = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if random:
         raise UserError(
             f"{folder.field}: {folder.name} cannot be loaded (its files lack {len(random)} weights that its config.json asks for, "
             f"such as {random[0]}, or hold them in another shape; they would be random)"
         )
+    if info["unexpected_keys"]:
+        _refuse_unused(folder, info["unexpected_keys"], model)
     return model
+
+
+def _refuse_unused(folder: ModelFolder, unexpected: Collection[str], model: Any) -> None:
+    """Raises UserError if the files hold weights that no part of the model takes, so that it is not the model they belong to."""
+    base = folder.base
+    files = WeightFiles(fsdp_weights.local_folder(base.path), base.field, base.name)
+    unused = unused_weights(unexpected, files.tensors, model.config)
+    if unused:
+        kind = " and would be a classifier's or a reward model's" if SCORES.search(unused[0]) else ""
+        raise UserError(
+            f"{folder.field}: {folder.name} cannot be loaded (its files hold {len(unused)} weights that {type(model).__name__}, which "
+            f"its config.json asks for, does not take, such as {unused[0]}{kind}; they would be dropped)"
+        )
 
 
 def _move(model: Any, device: torch.device) -> None:

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from headwater.errors import UserError
 from headwater.models.policy import Policy
+from headwater.models.rope import mixed_lengths
 from headwater.sampling.fast_decoder import FastDecoder
 
 
@@ -73,6 +75,10 @@ class CacheDecoder:
         self.mask_AT = torch.empty(0)
 
     def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
+        lengths = sorted(map(len, prompts))
+        problem = mixed_lengths(self.policy.model.config, lengths[0], lengths[-1], max_tokens - lengths[-1])
+        if problem is not None:
+            raise UserError(f"{self.policy.folder.field}: {problem}")
         self.prompts = list(prompts)
         return max_rows
 

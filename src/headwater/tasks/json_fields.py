@@ -6,7 +6,8 @@ import json
 import re
 from typing import Any
 
-from headwater.tasks.exact import after_thinking, folded
+from headwater.tasks.exact import folded
+from headwater.tasks.thinking import after_thinking
 
 LONGEST = 20_000  # characters at the end of a completion that are searched for an object
 _FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)```", re.DOTALL)

@@ -13,9 +13,9 @@ from fractions import Fraction
 from typing import Any
 
 from headwater.tasks import maths_text
-from headwater.tasks.exact import after_thinking
 from headwater.tasks.maths_equal import without_unit
 from headwater.tasks.maths_numbers import number
+from headwater.tasks.thinking import after_thinking
 
 DEFAULT_REL = Fraction(1, 10**6)
 LONGEST = 1000  # characters; longer answers are no number

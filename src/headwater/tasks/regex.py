@@ -10,7 +10,8 @@ import json
 import re
 from typing import Any
 
-from headwater.tasks.exact import after_thinking, answer_of
+from headwater.tasks.exact import answer_of
+from headwater.tasks.thinking import after_thinking
 
 try:
     from re import _constants as sre  # type: ignore[attr-defined]

@@ -67,11 +67,6 @@ def test_the_usual_columns_are_recognised_and_answer_is_preferred_to_solution(tm
     assert loaded.gold == {problem_id("1+1?"): "2", problem_id("1+2?"): "3"}
 
 
-def test_a_chat_prompt_gives_what_the_user_said_last(tmp_path: Path) -> None:
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
-    assert read(write(tmp_path / "a.jsonl", {"prompt": chat, "expected_answer": "2"})).problems[0].text == "1+1?"
-
-
 def test_columns_can_be_named(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", {"q": "1+1?", "a": "2", "problem": "no"})
     loaded = read(source.model_copy(update={"columns": Columns(problem="q", answer="a")}))

@@ -21,11 +21,12 @@ from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.data.labels import Pools
-from headwater.doctor import checks, context, data_checks, resource_checks
-from headwater.doctor.checks import CHECKS, Examination, diagnose, examine
+from headwater.doctor import checks, context, data_checks, prompt_checks, resource_checks
+from headwater.doctor.checks import CHECKS, Examination, diagnose, examine, preflight
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import UNREADABLE, Finding
 from headwater.doctor.prompt_checks import thinking_state
+from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
@@ -312,6 +313,39 @@ def test_prompt_and_completion_beyond_the_positions_are_refused(tmp_path: Path) 
     assert "512 positions" in finding.evidence
 
 
+LONGROPE = {  # the shortest prompt has 13 tokens, the longest 19
+    "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 51,
+    "short_factor": [1.0] * 16, "long_factor": [4.0] * 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rope", "changes", "evidence"),
+    [
+        (LONGROPE, [], None),
+        (LONGROPE, ["evaluate.sampling.max_tokens=33"], "longer than 51 tokens.*completions of up to 33.*at most 32"),
+        (LONGROPE, ["stages.opd.sampling.max_tokens=40"], "completions of up to 40.*only prompts of more than 51 tokens"),
+        (LONGROPE | {"original_max_position_embeddings": 12}, [], None),
+        (LONGROPE, ["compute.sampler=vllm", "prompt.max_tokens=64"], "prompts of 13 to 64 tokens"),
+        ({"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}, ["stages.opd.sampling.max_tokens=500"],
+         "dynamic scaling.*longer than 512 tokens"),
+    ],
+)  # fmt: skip
+def test_lengths_on_both_sides_of_a_change_of_positions_are_refused(
+    rope: dict[str, Any], changes: list[str], evidence: str | None, tmp_path: Path
+) -> None:
+    folder = patched(Path(TEACHER), tmp_path / "model", "config.json", rope_parameters=rope)
+    context = context_of(tmp_path, f"models.teacher={folder}", *changes)
+    found = list(prompt_checks.length_rules(context))
+    if evidence is None:
+        assert found == []
+        return
+    assert [finding.name for finding in found] == ["positions-change"]
+    assert found[0].severity == "error" and re.search(rf"^models.teacher: .*{evidence}", found[0].evidence)
+    with pytest.raises(UserError, match=r"^models.teacher: its positions"):
+        preflight(context.plan, context.inputs)
+
+
 def test_problems_in_characters_that_the_tokenizer_lacks_are_named(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "words.jsonl", *({"problem": f"{n} plus {n}", "answer": str(2 * n)} for n in range(40)))
     assert "40 of 45 problems" in find(light(tmp_path, from_file(path)), "unknown-tokens").evidence
@@ -451,6 +485,65 @@ def test_an_exact_cache_that_would_be_refused_is_named_before_it_is_sampled(
     monkeypatch.setattr(resource_checks, "EXACT_CACHE_LIMIT", 1 << 10)
     assert [finding.name for finding in resource_checks.disk(context_of(tmp_path))] == ["cache-over-limit"]
     assert list(resource_checks.disk(context_of(tmp_path, "stages.warmup.dense.top_k=8"))) == []
+
+
+def advice_at(share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *changes: str) -> str:
+    """The remedy where `share` of the needed memory is free."""
+    context = context_of(tmp_path, *changes)
+    largest = resource_checks.largest_pending(context, context.inputs)
+    assert largest is not None
+    monkeypatch.setattr(resource_checks, "free_memory", lambda device: share * largest.bytes)
+    (finding,) = resource_checks.memory(context)
+    return finding.remedy
+
+
+def test_memory_advice_names_adapters_with_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    remedy = advice_at(0.9, monkeypatch, tmp_path)
+    # The teacher's GRPO with an adapter: frozen float32 weights, and 16 bytes for each of the adapter's.
+    teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
+    linears = [one for name, one in teacher.named_modules() if isinstance(one, torch.nn.Linear) and name != "lm_head"]
+    adapter = 16 * sum(one.in_features + one.out_features for one in linears)
+    bytes_ = 4 * sum(one.numel() for one in teacher.parameters()) + 16 * adapter
+    assert f"set models.lora={{r: 16}} (then {resource_checks.size(bytes_)})" in remedy
+    # Weights that train stay float32 in bfloat16, with a copy: it would need more.
+    assert "bfloat16" not in remedy and "gradient_checkpointing" not in remedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "unnamed"),
+    [
+        (["models.lora={r: 4}"], ["quantize=nf4", "dtype=bfloat16"], ["models.lora={", "roles"]),
+        (["models.lora={r: 4, roles: [student]}"], ["models.lora.roles=[teacher, student]"], ["models.lora={"]),
+        (["models.lora={r: 4, quantize: nf4}", "models.dtype=bfloat16", "models.gradient_checkpointing=true"],
+         ["smaller models", "microbatch_tokens"], ["models.lora", "quantize", "bfloat16", "gradient_checkpointing"]),
+        (["models.gradient_checkpointing=true"], ["models.lora={r: 16}"], ["gradient_checkpointing"]),
+        ([], ["models.gradient_checkpointing=true", "models.lora={r: 16}"], []),
+    ],
+)  # fmt: skip
+def test_memory_advice_names_no_setting_that_is_on(
+    changes: list[str], named: list[str], unnamed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    remedy = advice_at(1.1, monkeypatch, tmp_path, *changes)
+    assert all(one in remedy for one in named) and not any(one in remedy for one in unnamed)
+
+
+@pytest.mark.parametrize(("sleep", "found"), [(0.0, []), (0.02, ["bfloat16-slower"])])
+def test_bfloat16_that_is_slower_here_is_measured(
+    sleep: float, found: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The timed pass runs under torch.autocast: one type of it is made slower."""
+    real = torch.autocast
+
+    def autocast(device: str, dtype: torch.dtype, enabled: bool) -> torch.autocast:
+        time.sleep(sleep if enabled else 0.02 - sleep)
+        return real(device, dtype=dtype, enabled=enabled)
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    threads = torch.get_num_threads()
+    findings = list(resource_checks.compute_dtype(context_of(tmp_path, "models.dtype=bfloat16")))
+    assert [finding.name for finding in findings] == found and torch.get_num_threads() == threads
+    assert all(float(re.search(r"is ([\d.]+) times", one.evidence)[1]) > 3 for one in findings)  # type: ignore[index]
+    assert list(resource_checks.compute_dtype(context_of(tmp_path))) == []
 
 
 def test_free_memory_is_known_here() -> None:
