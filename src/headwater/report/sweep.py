@@ -55,7 +55,8 @@ def build(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
             }
         )
     values, across = [point.value for point in sweep.points], []
-    evals = list(dict.fromkeys(name for point in points for name in point["evals"]))
+    shown = [arm for point in points for arm in point["arms"].values()]
+    evals = list(dict.fromkeys(name for arm in shown for name in arm["accuracy"]))
     for arm, name in [(arm, name) for arm in sweep.arms for name in evals]:
         by_value = [(value, study.results(arm, name)) for value, study in zip(values, studies, strict=True)]
         first, *others = [(value, results) for value, results in by_value if results] or [("", {})]
