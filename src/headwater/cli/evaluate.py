@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter, defaultdict
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def evaluate_model(name: str, data: str, options: EvalOptions, display: Progress
         try:
             rows, spent = evaluate(
                 TorchSampler(policy),
-                Prompter(policy.tokenizer, prompt),
+                Prompter(policy.tokenizer, prompt, date.today()),
                 loaded.problems,
                 Labels(loaded.gold, grade, len(loaded.gold)),
                 settings,

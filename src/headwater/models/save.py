@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from headwater.config.recipe import Models
 from headwater.errors import UserError
@@ -79,6 +80,20 @@ def _write(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     _write_tokenizer(policy.tokenizer, source, folder)
 
 
+def save_without_weights(policy: Policy, folder: Path, dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+    """Write what `save_policy` writes besides the weights; return the name and shape of each tensor that it would write.
+
+    One merged matrix at a time is in memory.
+    """
+    shapes = {name: tensor.to("meta") for name, tensor in policy.merged_weights()}
+    config = _written_config(policy.model, {}, dtype)
+    config.save_pretrained(folder)
+    if policy.model.can_generate():
+        policy.model.generation_config.save_pretrained(folder)
+    _write_tokenizer(policy.tokenizer, policy.folder, folder)
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(policy.model, shapes).items()}
+
+
 def _written_config(model: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
     """A copy of the model's config that describes these weights and that transformers agrees to write.
 
@@ -110,6 +125,9 @@ def _without_adapter(model: Any, config: Any) -> Any:
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(config))
     plain.generation_config = model.generation_config
+    plain._weight_conversions = getattr(
+        model, "_weight_conversions", None
+    )  # from names in memory to those in the files
     return plain
 
 
@@ -125,7 +143,7 @@ def _write_tokenizer(tokenizer: Any, source: ModelFolder, folder: Path) -> None:
     except Exception as error:
         if not source.is_local or disk_errno(error) is not None:
             raise
-    for path in Path(source.path).iterdir():
+    for path in Path(source.tokenizer_path).iterdir():
         if path.is_dir() and path.name == CHAT_TEMPLATES:
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
         elif path.is_file() and any(path.match(pattern) for pattern in TOKENIZER_FILES):

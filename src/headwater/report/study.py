@@ -174,7 +174,7 @@ class Study:
 
     def finished(self, arm: str) -> dict[int, tuple[Node, ...]]:
         """Nodes of the seeds for which every node of the arm is done."""
-        return {seed: nodes for seed, nodes in self.arms[arm].items() if all(node.done for node in nodes)}
+        return {seed: nodes for seed, nodes in self.arms.get(arm, {}).items() if all(node.done for node in nodes)}
 
     def results(self, arm: str, eval_name: str) -> dict[int, EvalCounts]:
         """Final evaluations of an arm by seed, finished seeds only."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from headwater.config.recipe import Recipe
 from headwater.config.stage import Sampling
 from headwater.losses.objectives import objective_of
 from headwater.models.folder import ModelFolder
-from headwater.models.prompts import Prompter
 from headwater.models.shape import Shape
 from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
@@ -101,7 +101,7 @@ def prompt_tokens(inputs: RunInputs, assumptions: Assumptions) -> float:
     if inputs.missing or not inputs.model_folder("student").is_local:
         return float(recipe.prompt.max_tokens)
     unbounded = recipe.prompt.model_copy(update={"max_tokens": sys.maxsize})
-    prompter = Prompter(inputs.tokenizer("student"), unbounded)
+    prompter = replace(inputs.prompter(inputs.tokenizer("student")), prompt=unbounded)
     lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
     return max(lengths) if assumptions.mean_tokens is None else sum(lengths) / len(lengths)
 
@@ -111,6 +111,14 @@ def base_of(source: Role | Node) -> Role:
     while isinstance(source, Node):
         source = source.start
     return source
+
+
+def adapter_parameters(node: Node, recipe: Recipe, shape: Shape) -> int:
+    """Weights of the LoRA adapter that a node trains on a base of this shape; 0 where it trains all weights."""
+    lora = node.lora(recipe)
+    if lora is None:
+        return 0
+    return shape.adapter_parameters(lora.r, None if isinstance(lora.targets, str) else lora.targets)
 
 
 @dataclass(frozen=True)
@@ -172,12 +180,7 @@ class Estimator:
         return float(sampling.max_tokens) if mean is None else min(mean, float(sampling.max_tokens))
 
     def adapter_parameters(self, node: Node) -> int:
-        """Weights of the LoRA adapter that a node trains; 0 where it trains all weights."""
-        lora = node.lora(self.inputs.recipe)
-        if lora is None:
-            return 0
-        targets = None if isinstance(lora.targets, str) else lora.targets
-        return self.shape(node.start).adapter_parameters(lora.r, targets)
+        return adapter_parameters(node, self.inputs.recipe, self.shape(node.start))
 
     @property
     def bytes_per_value(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
@@ -30,6 +31,7 @@ from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
+from headwater.models.shape import Shape
 from headwater.runs.inputs import RunInputs
 from runs import TINY
 from serving import Answering, serving
@@ -251,6 +253,25 @@ def test_sampling_defaults_of_a_model_are_named_as_ignored(tmp_path: Path) -> No
     folder = qwen_folder(tmp_path / "model", do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
     finding = find(light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "sampling-defaults-ignored")
     assert finding.severity == "note" and "temperature 0.6, top_p 0.95, top_k 20" in finding.evidence
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
+def test_the_share_that_adapters_cover_and_targets_that_get_none_are_named(tmp_path: Path) -> None:
+    moe = tiny_folder(tmp_path / "moe", "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    models_ = (f"models.student={moe}", f"models.teacher={moe}")
+    found = find(light(tmp_path, *models_, "models.lora.targets=[q_proj,v_proj]"), "adapters-cover-part")
+    # Of each layer: (32 + 16) · 32 of 32 · 96 of attention, 4 · 3 · 32 · 16 of experts and 4 · 32 of the router.
+    assert (
+        found.severity == "warning" and f"{48 * 32 / (96 * 32 + 12 * 512 + 128):.0%} of the layers'" in found.evidence
+    )
+    assert "experts.gate_up_proj" in found.evidence
+    whole = light(tmp_path, *models_, "models.lora.r=2")
+    assert not [one for one in whole.findings if one.name.startswith("adapters")]
+    dense = find(light(tmp_path, "models.lora.targets=[q_proj]"), "adapters-cover-part")
+    assert dense.severity == "note"
+    for targets, said in (("[nowhere]", "nowhere"), ("[input_layernorm]", "RMSNorm")):
+        refused = find(light(tmp_path, *models_, f"models.lora.targets={targets}"), "adapters-impossible")
+        assert refused.severity == "error" and "models.lora.targets" in refused.evidence and said in refused.evidence
 
 
 def test_a_thinking_template_against_a_plain_one_is_refused(tmp_path: Path) -> None:
@@ -496,6 +517,76 @@ def test_an_exact_cache_that_would_be_refused_is_named_before_it_is_sampled(
     assert list(resource_checks.disk(context_of(tmp_path, "stages.warmup.dense.top_k=8"))) == []
 
 
+def advice_at(share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *changes: str) -> str:
+    """The remedy where `share` of the needed memory is free."""
+    context = context_of(tmp_path, *changes)
+    largest = resource_checks.largest_pending(context, context.inputs)
+    assert largest is not None
+    monkeypatch.setattr(resource_checks, "free_memory", lambda device: share * largest.bytes)
+    (finding,) = resource_checks.memory(context)
+    return finding.remedy
+
+
+def test_memory_advice_names_adapters_with_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    remedy = advice_at(0.9, monkeypatch, tmp_path)
+    # The teacher's GRPO with an adapter: frozen float32 weights, and 16 bytes for each of the adapter's.
+    teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
+    linears = [one for name, one in teacher.named_modules() if isinstance(one, torch.nn.Linear) and name != "lm_head"]
+    adapter = 16 * sum(one.in_features + one.out_features for one in linears)
+    bytes_ = 4 * sum(one.numel() for one in teacher.parameters()) + 16 * adapter
+    assert f"set models.lora={{r: 16}} (then {resource_checks.size(bytes_)})" in remedy
+    # Weights that train stay float32 in bfloat16, with a copy: it would need more.
+    assert "bfloat16" not in remedy and "gradient_checkpointing" not in remedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "unnamed"),
+    [
+        (["models.lora={r: 4}"], ["quantize=nf4", "dtype=bfloat16"], ["models.lora={", "roles"]),
+        (["models.lora={r: 4, roles: [student]}"], ["models.lora.roles=[teacher, student]"], ["models.lora={"]),
+        (["models.lora={r: 4, quantize: nf4}", "models.dtype=bfloat16", "models.gradient_checkpointing=true"],
+         ["smaller models", "microbatch_tokens"], ["models.lora", "quantize", "bfloat16", "gradient_checkpointing"]),
+        (["models.gradient_checkpointing=true"], ["models.lora={r: 16}"], ["gradient_checkpointing"]),
+        ([], ["models.gradient_checkpointing=true", "models.lora={r: 16}"], []),
+    ],
+)  # fmt: skip
+def test_memory_advice_names_no_setting_that_is_on(
+    changes: list[str], named: list[str], unnamed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    remedy = advice_at(1.1, monkeypatch, tmp_path, *changes)
+    assert all(one in remedy for one in named) and not any(one in remedy for one in unnamed)
+
+
+@pytest.mark.parametrize(("sleep", "found"), [(0.0, []), (0.02, ["bfloat16-slower"])])
+def test_bfloat16_that_is_slower_here_is_measured(
+    sleep: float, found: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The timed pass runs under torch.autocast: one type of it is made slower."""
+    real = torch.autocast
+
+    def autocast(device: str, dtype: torch.dtype, enabled: bool) -> torch.autocast:
+        time.sleep(sleep if enabled else 0.02 - sleep)
+        return real(device, dtype=dtype, enabled=enabled)
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    threads = torch.get_num_threads()
+    findings = list(resource_checks.compute_dtype(context_of(tmp_path, "models.dtype=bfloat16")))
+    assert [finding.name for finding in findings] == found and torch.get_num_threads() == threads
+    assert all(float(re.search(r"is ([\d.]+) times", one.evidence)[1]) > 3 for one in findings)  # type: ignore[index]
+    assert list(resource_checks.compute_dtype(context_of(tmp_path))) == []
+
+
+@pytest.mark.parametrize(("used", "found"), [(None, ["experts-per-token-unknown"]), (6, [])])
+def test_an_unknown_number_of_experts_per_token_is_named(used: int | None, found: list[str], tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "deepseek_v2", hidden_size=32, num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=4, vocab_size=64,
+        num_experts_per_tok=used,
+    )  # fmt: skip
+    context = context_of(tmp_path)
+    context.inputs.memo[("shape", "teacher")] = Shape.from_config(config)
+    assert [finding.name for finding in resource_checks.experts(context)] == found
+
+
 def test_free_memory_is_known_here() -> None:
     free = resource_checks.free_memory(torch.device("cpu"))
     assert free is not None and 1e7 < free < 1e14
@@ -629,7 +720,7 @@ def test_every_finding_is_in_the_docs_and_the_docs_have_no_other() -> None:
 
 
 def test_every_finding_is_planted_by_a_test() -> None:
-    files = [ROOT / "tests" / kind / "doctor" / "test_checks.py" for kind in ("unit", "integration")]
+    files = (ROOT / "tests").glob("*/doctor/test_*checks.py")
     text = "".join(file.read_text(encoding="utf-8") for file in files)
     assert [name for name in sorted(finding_names()) if f'"{name}"' not in text] == []
 
