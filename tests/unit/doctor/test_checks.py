@@ -1,4 +1,4 @@
-"""Every finding of the doctor is planted and seen by its name, with evidence; a clean recipe has none."""
+"""Doctor: a test plants the fault of every finding and checks its name and evidence; a clean recipe has no finding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dry runs: what they say is what the ledger says afterwards, also of recipes whose data and models are not here."""
+"""Estimates: parameter counts, memory of its parts, memory measured by the allocator."""
 
 from __future__ import annotations
 

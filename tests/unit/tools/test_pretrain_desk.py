@@ -1,4 +1,4 @@
-"""Desk models: a tokenizer for any text, packed pretraining that can be resumed, and the recipe from end to end in small."""
+"""Desk models: tokenizer, packed pretraining with resume, model folders."""
 
 from __future__ import annotations
 
