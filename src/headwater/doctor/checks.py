@@ -79,6 +79,7 @@ CHECKS = (
     Check("memory", resources.memory),
     Check("disk", resources.disk),
     Check("finite log-probs", weights.finite, "weights"),
+    Check("attention and cache", weights.forward_paths, "weights"),
     Check("truncation", weights.truncation, "weights"),
     Check("sampler against trainer", weights.sampler_against_trainer, "comparisons"),
     Check("student taught by itself", weights.self_distillation, "comparisons"),

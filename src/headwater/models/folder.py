@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from headwater.errors import UserError
-from headwater.models import adapter_files, untrusted_files
+from headwater.models import adapter_files, architecture, untrusted_files
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import read_tokenizer, stop_ids_of
 from headwater.models.untrusted_files import as_user_error
@@ -119,7 +119,9 @@ class ModelFolder:
         """The transformers config of the full model."""
         self.require_trusted()
         with as_user_error(f"{self.field}: the config of {self.name} cannot be read"):
-            return AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
+            config = AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
+        architecture.refuse_unsupported(config, self.field, self.name)
+        return config
 
     @cached_property
     def generation_config(self) -> GenerationConfig:

@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
-from headwater.errors import UserError
+from headwater.errors import UnsupportedModelError, UserError
 
 Part = Literal[
     "task", "data", "labels", "device", "model", "tokenizer", "config", "generation config", "weights", "server",
-    "engine", "plan",
+    "engine", "plan", "architecture",
 ]  # fmt: skip
 """What an InputError is about; the doctor has a finding for each."""
 
@@ -40,7 +40,8 @@ def read_once(part: Part) -> Callable[[Callable[Concatenate[Any, P], T]], Callab
                 except InputError as error:  # of an input that this one is read from
                     self.memo[key] = error
                 except UserError as error:
-                    self.memo[key] = InputError(part, str(error))
+                    unsupported = isinstance(error, UnsupportedModelError)
+                    self.memo[key] = InputError("architecture" if unsupported else part, str(error))
             value = self.memo[key]
             if isinstance(value, InputError):
                 raise value

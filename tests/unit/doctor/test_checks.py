@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
@@ -536,6 +536,22 @@ def test_nothing_is_said_of_truncation_where_the_sample_is_shorter_than_the_limi
     changes = [f"stages.{stage}.sampling.max_tokens=2000" for stage in ("teacher_rl", "warmup", "opd", "student_rl")]
     found = examined(tmp_path, *changes, f"models.student={folder}", f"models.teacher={folder}")
     assert "truncated" not in {finding.name for finding in found.findings}
+
+
+def test_a_model_without_a_cache_and_one_with_plain_attention_are_named(tmp_path: Path) -> None:
+    uncached, eager = tiny_folder(tmp_path / "uncached", "openai-gpt"), tiny_folder(tmp_path / "eager", "bloom")
+    found = examined(tmp_path, f"models.student={uncached}", f"models.teacher={eager}")
+    assert "models.student" in find(found, "decodes-without-cache").evidence
+    assert find(found, "eager-attention") and "the attention of a bloom model" in found.text()
+    assert not found.errors
+
+
+@pytest.mark.parametrize(("architecture", "reason"), [("bert", "an encoder"), ("t5", "an encoder with a decoder")])
+def test_an_encoder_is_refused_by_its_kind(architecture: str, reason: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    AutoConfig.for_model(architecture, vocab_size=32).save_pretrained(folder)
+    finding = find(light(tmp_path, f"models.teacher={folder}"), "model-unsupported")
+    assert finding.evidence.startswith(f"models.teacher: {folder} is a {architecture} model, {reason}")
 
 
 def test_bfloat16_is_within_its_wider_bounds(tmp_path: Path) -> None:
