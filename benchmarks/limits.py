@@ -35,10 +35,10 @@ def products(shape: Shape, rows: int) -> list[tuple[int, int, int, float]]:
 
     The head's product is limited to HEAD_ELEMENTS, so its count is fractional.
     """
-    attention = shape.head_dim * (shape.heads + 2 * shape.kv_heads)
+    attention = shape.key_dim * (shape.heads + 2 * shape.kv_heads)
     layer = [
         (shape.hidden, attention),
-        (shape.head_dim * shape.heads, shape.hidden),
+        (shape.key_dim * shape.heads, shape.hidden),
         (shape.hidden, 2 * shape.intermediate),
         (shape.intermediate, shape.hidden),
     ]

@@ -5,7 +5,10 @@ A seed depends only on (run seed, stage, step, problem, sample), so batch order,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import random
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -32,3 +35,14 @@ def uniforms(count: int, *parts: str | int) -> np.ndarray:
 def shuffled(items: list[str], *parts: str | int) -> list[str]:
     """Shuffle the items by hash, seeded by the parts; the input order does not matter."""
     return sorted(items, key=lambda item: hashlib.blake2b(f"{parts}\x1f{item}".encode(), digest_size=16).digest())
+
+
+@contextlib.contextmanager
+def python_draws(*parts: str | int) -> Iterator[None]:
+    """Code of others that draws from Python's own generator draws by the parts; its state is put back."""
+    state = random.getstate()
+    random.seed(seed_of(*parts))
+    try:
+        yield
+    finally:
+        random.setstate(state)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater import pipeline
-from headwater.doctor.checks import check_plan
+from headwater.doctor.checks import preflight
 from headwater.errors import HeadwaterError, UserError
 from headwater.report import sweep_page
 from headwater.runs.estimate import Estimate, estimates
@@ -40,7 +40,7 @@ def plan_points(sweep: Sweep, say: Callable[[str], None]) -> list[PlannedPoint]:
     for point in sweep.points:
         try:
             with prepared(point.recipe, sweep.arms, sweep.seeds) as (plan, inputs):
-                check_plan(plan, inputs)
+                preflight(plan, inputs)
                 nodes = tuple(estimates(plan, inputs))
         except UserError as error:
             errors.append(UserError(f"--vary {sweep.vary}, value {text_of(point.value)}: {error}"))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
+
+Turn = tuple[str, str]
+"""(role, content) of a conversation's turn; the roles are `system`, `user` and `assistant`."""
 
 _SPACES = re.compile(r"\s+")
 # Copies of one problem differ in spaces ("$2x$" and "$2 x$"), but "1 2" is not "12".
@@ -23,8 +28,27 @@ def problem_id(text: str) -> str:
 
     Example: `problem_id("1 + 1") == problem_id(" 1+\\n1 ")`, but `problem_id("1 2") != problem_id("12")`.
     """
-    folded = _INSIGNIFICANT_SPACE.sub("", _SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip())
-    return _digest(letters_and_digits(text))[:FAMILY_DIGITS] + _digest(folded)[: 16 - FAMILY_DIGITS]
+    return _digest(letters_and_digits(text))[:FAMILY_DIGITS] + _digest(_folded(text))[: 16 - FAMILY_DIGITS]
+
+
+def conversation_id(turns: Sequence[Turn]) -> str:
+    """Content hash of a whole conversation: equal for conversations whose roles are the same and whose contents would be the
+    same problem as texts. Its family is that of what the user says, so copies with another system turn are near-duplicates.
+
+    Example: `family_of(conversation_id([("system", "Be brief."), ("user", "1+1")])) == family_of(problem_id("1+1"))`.
+    """
+    asked = letters_and_digits("\n".join(user_turns(turns)))
+    folded = json.dumps([[role, _folded(content)] for role, content in turns], ensure_ascii=False)
+    return _digest(asked)[:FAMILY_DIGITS] + _digest(folded)[: 16 - FAMILY_DIGITS]
+
+
+def user_turns(turns: Sequence[Turn]) -> list[str]:
+    """What the user says, turn by turn."""
+    return [content for role, content in turns if role == "user"]
+
+
+def _folded(text: str) -> str:
+    return _INSIGNIFICANT_SPACE.sub("", _SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip())
 
 
 def _digest(text: str) -> str:
@@ -57,7 +81,10 @@ def strip_sizing(text: str) -> str:
 class Problem:
     """A question without its answer: gold answers are accessible only through `data.labels.Labels`.
 
-    tag  selects the teacher, if a recipe has several
+    text   the question; of a conversation, a transcript for readers and comparisons
+    tag    selects the teacher, if a recipe has several
+    turns  the conversation, which ends with the user's question; empty for a question alone
+    row    the first row of the source that holds it
 
     Example: `Problem(id="9f8b…", text="17+45+82+03", source="sums:train")`.
     """
@@ -66,10 +93,30 @@ class Problem:
     text: str
     source: str
     tag: str = ""
+    turns: tuple[Turn, ...] = ()
+    row: int | None = field(default=None, compare=False)
 
     @staticmethod
     def of(text: str, source: str, tag: str = "") -> Problem:
         return Problem(problem_id(text), text, source, tag)
+
+    @staticmethod
+    def of_turns(turns: Sequence[Turn], source: str, tag: str = "") -> Problem:
+        """A conversation whose last turn is the user's; a single turn is the same problem as its text."""
+        if len(turns) == 1:
+            return Problem.of(turns[0][1], source, tag)
+        transcript = "\n\n".join(f"{role}: {content}" for role, content in turns)
+        return Problem(conversation_id(turns), transcript, source, tag, tuple(turns))
+
+    @property
+    def name(self) -> str:
+        """How messages name it. Example: `problem 9f8b… of train.jsonl, row 3`."""
+        return f"problem {self.id} of {self.source}" + ("" if self.row is None else f", row {self.row}")
+
+    @property
+    def contents(self) -> list[str]:
+        """The text, or that of every turn."""
+        return [content for _, content in self.turns] or [self.text]
 
 
 @dataclass(frozen=True, slots=True)

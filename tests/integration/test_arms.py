@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from forked_runs import warm_runs
-from runs import all_arms, call, held, node, rows, sets, tiny
+from runs import all_arms, call, load_json, node, rows, sets, tiny
 
 PLATEAU = (  # a rate of nothing: the KL cannot fall, so the first window is the best
     "stages.warmup.steps=12",
@@ -23,9 +23,9 @@ def done(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "DONE").read_text()))
 
 
-def test_a_stage_without_progress_ends_on_its_plateau_and_says_so(tmp_path: Path) -> None:
-    said = tiny("run", tmp_path / "out", "--arm", "warmup_only", changes=PLATEAU)
-    assert said.code == 0, said.err
+def test_stage_without_progress_stops_on_its_plateau_and_reports_it(tmp_path: Path) -> None:
+    result = tiny("run", tmp_path / "out", "--arm", "warmup_only", changes=PLATEAU)
+    assert result.code == 0, result.err
     warmup = node(tmp_path / "out", "warmup_only", "warmup")
     # Windows of two steps; two after the first are no better: 6 steps of 12.
     assert len(rows(warmup / "metrics.jsonl")) == 6
@@ -33,14 +33,14 @@ def test_a_stage_without_progress_ends_on_its_plateau_and_says_so(tmp_path: Path
     assert [path.name for path in sorted((warmup / "checkpoint").iterdir())] == ["000006"]
 
 
-def test_a_plateau_that_asks_for_less_lets_the_stage_run_to_its_end(tmp_path: Path) -> None:
+def test_plateau_below_its_threshold_does_not_stop_the_stage(tmp_path: Path) -> None:
     changes = (*PLATEAU, "stages.warmup.optim.lr=1e-3", "stages.warmup.until.patience=6")
     assert tiny("run", tmp_path / "out", "--arm", "warmup_only", changes=changes).code == 0
     warmup = node(tmp_path / "out", "warmup_only", "warmup")
     assert len(rows(warmup / "metrics.jsonl")) == 12 and "ended" not in done(warmup)
 
 
-def test_validation_decides_when_opd_ends_and_its_labels_have_an_account_of_their_own(tmp_path: Path) -> None:
+def test_validation_stops_opd_and_its_labels_are_counted_apart(tmp_path: Path) -> None:
     changes = (
         "data.validation.generate={pool: train, count: 7, seed: 5}",
         "stages.opd.steps=10",
@@ -68,16 +68,16 @@ def test_validation_decides_when_opd_ends_and_its_labels_have_an_account_of_thei
         ("stages.student_rl.until={metric: reward}", "its matched replay takes as many"),
     ],
 )
-def test_a_plateau_of_what_is_not_measured_is_refused_by_name(change: str, sentence: str, tmp_path: Path) -> None:
-    said = call("run", "pocket", "--out", tmp_path / "out", *sets(change))
-    assert said.code == 2 and sentence in said.err and not (tmp_path / "out").exists()
+def test_plateau_of_an_unmeasured_metric_is_refused(change: str, sentence: str, tmp_path: Path) -> None:
+    result = call("run", "pocket", "--out", tmp_path / "out", *sets(change))
+    assert result.code == 2 and sentence in result.err and not (tmp_path / "out").exists()
 
 
-def test_conditions_stand_at_the_first_and_last_step_of_every_student_stage_with_a_teacher() -> None:
+def test_conditions_are_measured_at_first_and_last_step_of_student_stages() -> None:
     out = all_arms()
     with_teacher, without = [], []
     for folder in sorted((out / "nodes").iterdir()):
-        info = held(folder / "node.json")
+        info = load_json(folder / "node.json")
         if info["kind"] != "train":
             continue
         path = folder / "conditions.jsonl"
@@ -98,7 +98,7 @@ def test_conditions_stand_at_the_first_and_last_step_of_every_student_stage_with
     }
 
 
-def test_measuring_costs_no_label_and_changes_no_weight(tmp_path: Path) -> None:
+def test_condition_measurements_use_no_label_and_change_no_weight(tmp_path: Path) -> None:
     plain, silent = tmp_path / "plain", tmp_path / "silent"
     assert tiny("run", plain, "--arm", "raw_teacher").code == 0
     assert tiny("run", silent, "--arm", "raw_teacher", changes=("conditions.problems=0",)).code == 0
@@ -110,7 +110,7 @@ def test_measuring_costs_no_label_and_changes_no_weight(tmp_path: Path) -> None:
     assert not (b / "conditions.jsonl").exists()
 
 
-def test_measurements_are_the_same_after_an_interruption(tmp_path: Path) -> None:
+def test_condition_measurements_are_equal_after_a_resume(tmp_path: Path) -> None:
     """Killed by a full stop in the middle of OPD, then resumed: conditions and ledger as if nothing had happened."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     changes = ("stages.opd.steps=6", "stages.opd.checkpoint_every=2", "conditions.every=2")
@@ -127,13 +127,13 @@ def test_measurements_are_the_same_after_an_interruption(tmp_path: Path) -> None
     assert timeless[0] == timeless[1]
 
 
-def test_an_arm_at_equal_compute_takes_the_steps_that_the_other_arms_flops_pay_for() -> None:
+def test_equal_compute_arm_takes_as_many_steps_as_its_flops_allow() -> None:
     out = all_arms()
 
     def flops(folder: Path) -> float:
         return float(sum(row["flops"] for row in rows(folder / "ledger.jsonl") if row["purpose"] == "train"))
 
-    plan = held(out / "plan.json")["arms"]
+    plan = load_json(out / "plan.json")["arms"]
     bridge = sum(flops(out / "nodes" / name) for name in plan["bridge"]["0"])
     direct, matched = (out / "nodes" / plan[arm]["0"][-1] for arm in ("direct_grpo", "direct_grpo_compute"))
     steps = len(rows(direct / "metrics.jsonl"))
@@ -146,16 +146,16 @@ def test_an_arm_at_equal_compute_takes_the_steps_that_the_other_arms_flops_pay_f
     assert len(rows(longer / "metrics.jsonl")) == round((bridge - flops(opd)) / per_step)
 
 
-def test_the_control_without_a_teacher_looks_at_no_label_and_asks_no_teacher() -> None:
+def test_constant_advantage_arm_uses_no_label_and_no_teacher() -> None:
     out = all_arms()
-    name = held(out / "plan.json")["arms"]["constant_advantage"]["0"]
+    name = load_json(out / "plan.json")["arms"]["constant_advantage"]["0"]
     assert len(name) == 1
     spent = rows(out / "nodes" / name[0] / "ledger.jsonl")
     assert all(not row["labels"] and not row["tokens_teacher_scored"] for row in spent if row["purpose"] == "train")
     assert sum(row["tokens_trained"] for row in spent) > 0
 
 
-def test_best_of_group_is_the_share_of_groups_with_a_right_completion() -> None:
+def test_best_of_group_is_the_share_of_groups_with_a_correct_completion() -> None:
     folder = node(all_arms(), "direct_grpo", "student_rl")
     for row in rows(folder / "metrics.jsonl"):
         sampled = rows(folder / "rollouts" / f"{row['step']:06d}.jsonl")

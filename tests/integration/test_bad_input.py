@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from headwater.config.builtin import builtin_text
-from runs import Said, call, rows, sets, tiny
+from runs import CommandResult, call, rows, sets, tiny
 
 GOOD = [{"problem": f"{a:02d}+07+11+90", "answer": f"{(a + 8) % 100:02d}"} for a in range(20)]
 
 
-def assert_refused(said: Said, *named: str) -> None:
-    assert said.code == 2, said
-    assert said.out == ""
-    assert said.err.startswith("headwater: ") and said.err.count("\n") == 1, said.err
+def assert_refused(result: CommandResult, *named: str) -> None:
+    assert result.code == 2, result
+    assert result.out == ""
+    assert result.err.startswith("headwater: ") and result.err.count("\n") == 1, result.err
     for one in named:
-        assert one in said.err, said.err
+        assert one in result.err, result.err
 
 
 def refused(tmp_path: Path, *named: str, changes: tuple[str, ...] = (), arm: str = "bridge_rl") -> None:
@@ -66,9 +66,7 @@ def contents(folder: Path) -> dict[str, str]:
         ("seed: 0", "seed: zero", ["seed", "'zero'"]),
     ],
 )
-def test_a_recipe_that_says_something_wrong_is_refused_by_field(
-    old: str, new: str, named: list[str], tmp_path: Path
-) -> None:
+def test_recipe_with_a_wrong_value_is_refused_by_field(old: str, new: str, named: list[str], tmp_path: Path) -> None:
     text = builtin_text("pocket")
     assert old in text
     path = tmp_path / "mine.yaml"
@@ -87,7 +85,7 @@ def test_a_recipe_that_says_something_wrong_is_refused_by_field(
         (b"name: pocket\n\tseed: 0\n", ["is not YAML"]),
     ],
 )
-def test_a_recipe_that_is_no_recipe_is_refused_by_file(text: bytes, named: list[str], tmp_path: Path) -> None:
+def test_file_that_is_not_a_recipe_is_refused_by_name(text: bytes, named: list[str], tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(text)
     assert_refused(call("run", path, "--out", tmp_path / "out"), str(path), *named)
@@ -106,9 +104,9 @@ def test_a_recipe_that_is_no_recipe_is_refused_by_file(text: bytes, named: list[
         ("labels.budget=-1", "labels.budget"),
     ],
 )
-def test_a_set_option_that_cannot_be_used_is_refused_by_name(change: str, named: str, tmp_path: Path) -> None:
-    said = call("run", "pocket", "--out", tmp_path / "out", "--set", change)
-    assert_refused(said, named)
+def test_invalid_set_option_is_refused_by_name(change: str, named: str, tmp_path: Path) -> None:
+    result = call("run", "pocket", "--out", tmp_path / "out", "--set", change)
+    assert_refused(result, named)
     assert not (tmp_path / "out").exists()
 
 
@@ -126,7 +124,7 @@ def test_a_set_option_that_cannot_be_used_is_refused_by_name(change: str, named:
         (["init", "poket"], ["poket", "pocket"]),
     ],
 )
-def test_a_name_or_number_that_means_nothing_is_refused_with_what_would(
+def test_invalid_option_value_is_refused_with_the_valid_ones(
     argv: list[str], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -135,7 +133,7 @@ def test_a_name_or_number_that_means_nothing_is_refused_with_what_would(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_cuda_where_there_is_none_is_refused(tmp_path: Path) -> None:
+def test_cuda_without_a_gpu_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "compute.device", "cuda", changes=("compute.device=cuda",))
     assert_refused(call("eval", "pocket:qwen3-student", "--data", "x.jsonl", "--device", "cuda"), "cuda")
 
@@ -148,7 +146,7 @@ def test_cuda_where_there_is_none_is_refused(tmp_path: Path) -> None:
         ("json:no_such_function", "json has no function no_such_function"),
     ],
 )
-def test_a_task_that_leads_nowhere_is_refused(task: str, named: str, tmp_path: Path) -> None:
+def test_unresolvable_task_is_refused(task: str, named: str, tmp_path: Path) -> None:
     refused(tmp_path, "task", named, changes=(f"task={task}",))
 
 
@@ -172,9 +170,7 @@ def test_a_missing_model_folder_is_refused_by_field(tmp_path: Path) -> None:
     refused(tmp_path, "models.teacher", str(empty), "config.json", changes=(f"models.teacher={empty}",))
 
 
-def test_a_folder_that_holds_pickled_weights_alone_is_refused_and_never_unpickled(
-    tmp_path: Path, pocket_folder: Path
-) -> None:
+def test_folder_with_only_pickled_weights_is_refused_and_never_unpickled(tmp_path: Path, pocket_folder: Path) -> None:
     folder = copied_model(
         pocket_folder / "qwen3-student", tmp_path / "m", but=lambda path: path.suffix == ".safetensors"
     )
@@ -193,25 +189,23 @@ def test_a_model_folder_that_is_damaged_is_refused_by_field(tmp_path: Path, pock
     cut = copied_model(pocket_folder / "qwen3-student", tmp_path / "cut")
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=(f"models.student={cut}",))
-    assert_refused(said, "models.student", str(cut), "cannot be loaded")
+    result = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=(f"models.student={cut}",))
+    assert_refused(result, "models.student", str(cut), "cannot be loaded")
     no_words = copied_model(pocket_folder / "qwen3-student", tmp_path / "w", but=lambda path: "tokenizer" in path.name)
-    said = tiny("run", tmp_path / "new", "--arm", "direct_grpo", changes=(f"models.student={no_words}",))
-    assert_refused(said, "models.student", "tokenizer")
+    result = tiny("run", tmp_path / "new", "--arm", "direct_grpo", changes=(f"models.student={no_words}",))
+    assert_refused(result, "models.student", "tokenizer")
     bad = copied_model(pocket_folder / "qwen3-student", tmp_path / "bad")
     (bad / "config.json").write_text("{", encoding="utf-8")
-    said = tiny("run", tmp_path / "newer", "--arm", "direct_grpo", changes=(f"models.student={bad}",))
-    assert_refused(said, "models.student", str(bad))
+    result = tiny("run", tmp_path / "newer", "--arm", "direct_grpo", changes=(f"models.student={bad}",))
+    assert_refused(result, "models.student", str(bad))
 
 
-def test_a_teacher_that_gives_other_ids_for_the_same_text_is_refused_with_the_text(
-    tmp_path: Path, pocket_folder: Path
-) -> None:
+def test_teacher_with_other_token_ids_is_refused_with_the_text(tmp_path: Path, pocket_folder: Path) -> None:
     folder = copied_model(pocket_folder / "qwen3-teacher", tmp_path / "teacher")
-    held = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    words = held["model"]["vocab"]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    words = tokenizer["model"]["vocab"]
     words["7"], words["8"] = words["8"], words["7"]  # as wide as before, and wrong
-    (folder / "tokenizer.json").write_text(json.dumps(held), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     refused(
         tmp_path, "models.student and models.teacher", "different ids for the same text", "17+45",
         changes=(f"models.teacher={folder}",),
@@ -244,7 +238,7 @@ def test_a_data_file_that_cannot_be_used_is_refused_by_file_and_row(
     refused(tmp_path, f"data.evals.sums: {path}", *named, changes=(f"data.evals.sums={path}",))
 
 
-def test_a_data_file_that_is_not_there_is_refused_by_field(tmp_path: Path) -> None:
+def test_missing_data_file_is_refused_by_field(tmp_path: Path) -> None:
     missing = tmp_path / "nothing.jsonl"
     refused(tmp_path, f"data.labeled: {missing}: no such file", changes=(f"data.labeled={missing}",))
     refused(tmp_path, f"data.unlabeled: {missing}: no such file", changes=(f"data.unlabeled={missing}",))
@@ -285,12 +279,12 @@ def test_a_folder_of_another_recipe_is_refused_by_the_first_field_that_differs_a
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "direct_grpo").code == 0
     before = contents(out)
-    said = tiny("run", out, "--arm", "direct_grpo", changes=("stages.student_rl.optim.lr=0.5",))
-    assert_refused(said, f"--out {out}", "another recipe", "stages.student_rl.optim.lr")
+    result = tiny("run", out, "--arm", "direct_grpo", changes=("stages.student_rl.optim.lr=0.5",))
+    assert_refused(result, f"--out {out}", "another recipe", "stages.student_rl.optim.lr")
     assert contents(out) == before
 
 
-def test_a_folder_with_somebody_elses_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_output_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "thesis"
     out.mkdir()
     (out / "chapter1.tex").write_text("precious", encoding="utf-8")
@@ -301,7 +295,7 @@ def test_a_folder_with_somebody_elses_files_is_refused_and_left_alone(tmp_path: 
     assert contents(out) == before
 
 
-def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path: Path) -> None:
+def test_output_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert_refused(tiny("run", tmp_path / "file" / "out"), "--out", "file/out")
 
@@ -343,7 +337,7 @@ def test_other_verbs_refuse_by_name_too(
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
-def test_a_dry_run_refuses_what_the_run_would_refuse(tmp_path: Path) -> None:
+def test_dry_run_refuses_what_the_run_refuses(tmp_path: Path) -> None:
     changes = sets("labels.budget=65")
     assert_refused(call("run", "pocket", "--dry-run", "--out", tmp_path / "out", *changes), "labels.budget 65")
     assert not (tmp_path / "out").exists()

@@ -80,9 +80,7 @@ def teacher_rl(node: Node) -> bool:
         ("teacher_sft", {"sft"}),
     ],
 )
-def test_every_dense_stage_of_an_arm_completes_although_labels_cannot_be_touched(
-    arm: str, stages: set[str], tmp_path: Path
-) -> None:
+def test_dense_stages_of_every_arm_complete_with_labels_that_raise(arm: str, stages: set[str], tmp_path: Path) -> None:
     blind = run_without_labels(arm, tmp_path, but=teacher_rl)
     assert {node.stage for node in blind if node.kind == "train"} == stages
     for path in (tmp_path / "nodes").iterdir():
@@ -93,32 +91,30 @@ def test_every_dense_stage_of_an_arm_completes_although_labels_cannot_be_touched
 
 
 @pytest.mark.parametrize("divergence", ["forward", "jsd", "sampled"])
-def test_every_form_of_on_policy_distillation_completes_although_labels_cannot_be_touched(
-    divergence: str, tmp_path: Path
-) -> None:
+def test_every_divergence_of_opd_completes_with_labels_that_raise(divergence: str, tmp_path: Path) -> None:
     blind = run_without_labels("raw_teacher", tmp_path, f"stages.opd.dense.divergence={divergence}")
     assert {node.stage for node in blind if node.kind == "train"} == {"warmup", "opd"}
 
 
-def test_a_mixed_stage_of_share_zero_is_distillation_and_touches_no_label_when_it_runs(tmp_path: Path) -> None:
+def test_mixed_stage_of_share_zero_completes_with_labels_that_raise(tmp_path: Path) -> None:
     changes = ("stages.opd.objective=mixed", "stages.opd.sparse_share=0.0", "stages.opd.group_size=4")
     blind = run_without_labels("raw_teacher", tmp_path, *changes)
     assert "opd" in {node.stage for node in blind}
 
 
 @pytest.mark.parametrize("arm", ["direct_grpo", "bridge"])
-def test_sparse_stages_do_need_labels_so_the_forbidden_ones_are_noticed(arm: str, tmp_path: Path) -> None:
+def test_sparse_stages_fail_with_labels_that_raise(arm: str, tmp_path: Path) -> None:
     with pytest.raises(TouchedError):
         run_without_labels(arm, tmp_path)
 
 
-def test_a_mixed_stage_with_a_sparse_share_does_need_labels(tmp_path: Path) -> None:
+def test_mixed_stage_with_a_sparse_share_fails_with_labels_that_raise(tmp_path: Path) -> None:
     changes = ("stages.opd.objective=mixed", "stages.opd.sparse_share=0.5", "stages.opd.group_size=4")
     with pytest.raises(TouchedError):
         run_without_labels("raw_teacher", tmp_path, *changes)
 
 
-def test_a_stage_is_handed_the_answers_of_its_own_pool_and_no_others(tmp_path: Path) -> None:
+def test_stage_receives_the_labels_of_its_own_pool_only(tmp_path: Path) -> None:
     """With the second half's answers in nobody's reach, everything but stage 3 runs as ever."""
     recipe = find_recipe("pocket", list(TINY))
     watch = NodeProgress(lambda done, total, unit: None, lambda count, metrics: None, lambda: False)
@@ -133,7 +129,7 @@ def test_a_stage_is_handed_the_answers_of_its_own_pool_and_no_others(tmp_path: P
                 run_node(node, context)
 
 
-def test_evaluation_looks_do_not_count_as_looks_of_the_training_labels() -> None:
+def test_evaluation_grading_does_not_count_as_label_use() -> None:
     recipe = find_recipe("pocket", list(TINY))
     with prepared(recipe, ["bridge"], [0]) as (_, inputs):
         problems, labels = inputs.evals["sums"]

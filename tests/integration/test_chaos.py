@@ -12,6 +12,7 @@ import pytest
 
 from chaos import LONG, differing, small, study
 from forked_runs import warm_runs
+from headwater.report import build as report
 from headwater.storage import fault_points
 from runs import environment, program
 from tests.integration.test_faults import FILES, KILLED, damaged, go, one_sentence, undisturbed, whole
@@ -25,7 +26,7 @@ def arrivals(name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", [name for name in fault_points.POINTS if name != "folder.moved"])
-def test_killed_at_a_point_it_ends_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
+def test_run_killed_at_first_middle_and_last_arrival_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert arrivals(name)
     for count in arrivals(name):
         out = tmp_path / str(count)
@@ -35,11 +36,11 @@ def test_killed_at_a_point_it_ends_as_if_it_had_not_been(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", sorted(fault_points.WRITES - {"folder.moved"}))
-def test_a_disk_that_is_full_at_a_point_once(name: str, tmp_path: Path) -> None:
+def test_full_disk_at_first_middle_and_last_write_exits_4_and_resumes(name: str, tmp_path: Path) -> None:
     for count in arrivals(name):
         out = tmp_path / str(count)
-        said = go(out, f"{name}:{count}=full")
-        assert said.code == 4 and "no space left on device" in one_sentence(said)
+        result = go(out, f"{name}:{count}=full")
+        assert result.code == 4 and "no space left on device" in one_sentence(result)
         assert go(out).code == 0
         assert differing(out, whole()) == [], count
 
@@ -52,25 +53,25 @@ MAY_BE_MISSING = {"opd/DONE", "base_student/DONE", "plan.json", "recipe.json"}
     ("name", "how"),
     [(name, how) for name in FILES for how in ("cut", "removed") if how == "cut" or name not in MAY_BE_MISSING],
 )
-def test_a_damaged_file_is_found(name: str, how: str, tmp_path: Path) -> None:
+def test_truncated_or_removed_file_is_detected(name: str, how: str, tmp_path: Path) -> None:
     damaged(name, how, tmp_path)
 
 
-def test_killed_again_and_again_at_random_points(tmp_path: Path) -> None:
+def test_run_killed_repeatedly_at_random_fault_points_resumes_bit_for_bit(tmp_path: Path) -> None:
     draw, names = random.Random(0), sorted(undisturbed()[1])
     kills = runs = 0
     while kills < 30:  # a run that comes to its end before is compared, and the next one begins
-        said = go(tmp_path / str(runs), f"{draw.choice(names)}:{draw.randint(1, 4)}=kill")
-        if said.code == KILLED:
+        result = go(tmp_path / str(runs), f"{draw.choice(names)}:{draw.randint(1, 4)}=kill")
+        if result.code == KILLED:
             kills += 1
         else:
-            assert said.code == 0 and differing(tmp_path / str(runs), whole()) == []
+            assert result.code == 0 and differing(tmp_path / str(runs), whole()) == []
             runs += 1
     assert go(tmp_path / str(runs)).code == 0
     assert differing(tmp_path / str(runs), whole()) == []
 
 
-def test_a_study_in_worker_processes_that_is_killed_at_random_times(tmp_path: Path) -> None:
+def test_study_with_workers_killed_at_random_times_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Real processes: the parent is killed, its workers end by themselves before another may go on with their nodes."""
     alone, out, draw = tmp_path / "alone", tmp_path / "out", random.Random(1)
     assert warm_runs().run(*study(alone, "0")).code == 0
@@ -85,5 +86,6 @@ def test_a_study_in_worker_processes_that_is_killed_at_random_times(tmp_path: Pa
             process.send_signal(signal.SIGKILL)
             kills += process.wait() == KILLED
     assert subprocess.run(command, env=environment(), capture_output=True, timeout=900).returncode == 0 and kills
-    # Preflight and page ran here and not there; the recipe on disk says how many workers there were.
+    report.write(alone)  # a forked run draws no page and no figures
+    # Preflight ran only in `out`; the recipe on disk holds the number of workers, and the page holds times.
     assert set(differing(out, alone)) <= {"recipe.json", "report.html", "env.json"}

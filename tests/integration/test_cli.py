@@ -9,7 +9,7 @@ import pytest
 
 from headwater.config.arms import ARMS, DEFAULT_STUDY
 from headwater.report.html import Page
-from runs import all_arms, call, held, node, node_names, rows, sets, spawn, tiny
+from runs import all_arms, call, load_json, node, node_names, rows, sets, spawn, tiny
 
 VERBS = ("init", "run", "study", "demo", "eval", "grade", "validate", "report")
 
@@ -23,7 +23,7 @@ def strict(text: str) -> object:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_the_program_lists_its_verbs_and_each_says_what_it_does() -> None:
+def test_help_lists_every_verb_with_its_description() -> None:
     listed = call("--help").out
     for verb in VERBS:
         assert f" {verb} " in listed
@@ -31,7 +31,7 @@ def test_the_program_lists_its_verbs_and_each_says_what_it_does() -> None:
         assert shown.code == 0 and f"headwater {verb} " in shown.out
 
 
-def test_a_run_as_a_process_of_its_own_prints_the_table_and_where_the_report_is(tmp_path: Path) -> None:
+def test_run_in_a_process_prints_the_table_and_the_report_path(tmp_path: Path) -> None:
     done = spawn("run", "pocket", "--arm", "raw_teacher", "--out", "mine", *sets(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "base_student" in done.stdout and "raw_teacher" in done.stdout
@@ -50,23 +50,23 @@ def test_a_run_as_a_process_of_its_own_prints_the_table_and_where_the_report_is(
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script src" not in page  # self-contained
 
 
-def test_json_goes_alone_to_standard_output_and_is_the_report(tmp_path: Path) -> None:
+def test_json_option_prints_only_the_report_to_stdout(tmp_path: Path) -> None:
     done = spawn("run", "pocket", "--arm", "direct_grpo", "--json", "--out", "mine", *sets(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert strict(done.stdout) == held(tmp_path / "mine/report.json")
+    assert strict(done.stdout) == load_json(tmp_path / "mine/report.json")
     assert done.stdout.count("\n") == 1
 
 
-def test_an_error_under_json_still_leaves_standard_output_empty() -> None:
-    said = call("run", "pocket", "--json", "--set", "labels.budget=-1")
-    assert (said.code, said.out) == (2, "") and "labels.budget" in said.err
+def test_json_option_leaves_stdout_empty_on_an_error() -> None:
+    result = call("run", "pocket", "--json", "--set", "labels.budget=-1")
+    assert (result.code, result.out) == (2, "") and "labels.budget" in result.err
 
 
 def test_a_study_reports_its_arms_over_its_seeds(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    said = tiny("study", out, "--arms", "direct_grpo, raw_teacher", "--seeds", "3,5", "--json")
-    assert said.code == 0, said.err
-    report = strict(said.out)
+    result = tiny("study", out, "--arms", "direct_grpo, raw_teacher", "--seeds", "3,5", "--json")
+    assert result.code == 0, result.err
+    report = strict(result.out)
     assert report["seeds"] == [3, 5]  # type: ignore[index]
     assert set(report["arms"]) == {"base_student", "base_teacher", "direct_grpo", "raw_teacher"}  # type: ignore[index]
     for arm in ("direct_grpo", "raw_teacher"):
@@ -79,10 +79,10 @@ def test_a_study_reports_its_arms_over_its_seeds(tmp_path: Path) -> None:
     assert texts[0] != texts[1]
 
 
-def test_the_seed_of_a_run_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+def test_seed_option_sets_the_seed_of_a_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "direct_grpo", "--seed", "7").code == 0
-    assert held(out / "plan.json")["seeds"] == [7]
+    assert load_json(out / "plan.json")["seeds"] == [7]
     assert {row["seed"] for row in rows(out / "ledger.jsonl")} == {7}
 
 
@@ -95,16 +95,16 @@ def test_the_same_seed_gives_the_same_run_in_another_folder(tmp_path: Path) -> N
             assert path.read_bytes() == there.read_bytes()
 
 
-def test_what_was_set_is_recorded_and_is_what_ran(tmp_path: Path) -> None:
+def test_set_option_is_recorded_and_takes_effect(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "raw_teacher", "--device", "cpu", changes=["stages.opd.steps=3"]).code == 0
-    recipe = held(out / "recipe.json")
+    recipe = load_json(out / "recipe.json")
     assert recipe["stages"]["opd"]["steps"] == 3 and recipe["compute"]["device"] == "cpu"
     assert len(rows(node(out, "raw_teacher", "opd") / "metrics.jsonl")) == 3
-    assert held(node(out, "raw_teacher", "opd") / "node.json")["settings"]["steps"] == 3
+    assert load_json(node(out, "raw_teacher", "opd") / "node.json")["settings"]["steps"] == 3
 
 
-def test_a_dry_run_lists_every_node_and_its_bounds_and_writes_nothing(
+def test_dry_run_json_lists_nodes_with_bounds_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -114,7 +114,7 @@ def test_a_dry_run_lists_every_node_and_its_bounds_and_writes_nothing(
     ran = {path.name for path in (all_arms() / "nodes").iterdir()}
     assert set(estimates) == ran  # what it lists is what runs
     assert len(estimates) == len(listed)  # type: ignore[arg-type]
-    plan = held(all_arms() / "plan.json")["arms"]
+    plan = load_json(all_arms() / "plan.json")["arms"]
     # How long these run is known when other arms are done; what is listed is an estimate, and no bound.
     open_ended = {plan[arm]["0"][-1] for arm in ("direct_grpo_compute", "opd_then_rl_compute")}
     for name, row in estimates.items():
@@ -128,14 +128,14 @@ def test_a_dry_run_lists_every_node_and_its_bounds_and_writes_nothing(
         assert sum(one["flops"] for one in spends) <= row["flops_at_most"] < 1000 * sum(one["flops"] for one in spends)
 
 
-def test_a_dry_run_for_people_names_nodes_labels_and_steps(tmp_path: Path) -> None:
-    said = call("run", "pocket", "--dry-run", "--out", tmp_path / "out", *sets())
-    assert said.code == 0 and not (tmp_path / "out").exists()
+def test_dry_run_table_names_nodes_labels_and_steps(tmp_path: Path) -> None:
+    result = call("run", "pocket", "--dry-run", "--out", tmp_path / "out", *sets())
+    assert result.code == 0 and not (tmp_path / "out").exists()
     for word in ("teacher_rl", "warmup", "opd", "student_rl", "labels", "FLOPs", "memory"):
-        assert word in said.out
+        assert word in result.out
 
 
-def test_a_study_without_arms_is_the_demos_and_all_is_every_arm(tmp_path: Path) -> None:
+def test_study_defaults_to_the_demo_arms_and_all_means_every_arm(tmp_path: Path) -> None:
     plain = call("study", "pocket", "--dry-run", "--json", *sets())
     named = call("study", "pocket", "--arms", ",".join(DEFAULT_STUDY), "--dry-run", "--json", *sets())
     every = call("study", "pocket", "--arms", ",".join(ARMS), "--dry-run", "--json", *sets())
@@ -149,19 +149,19 @@ def test_a_report_is_rebuilt_from_the_files_byte_for_byte(tmp_path: Path) -> Non
     before = {name: (out / name).read_bytes() for name in ("report.json", "report.html")}
     for name in before:
         (out / name).unlink()
-    said = call("report", out)
-    assert said.code == 0 and "warmup_only" in said.out
+    result = call("report", out)
+    assert result.code == 0 and "warmup_only" in result.out
     assert {name: (out / name).read_bytes() for name in before} == before
 
 
-def test_one_report_of_two_folders_that_differ_in_the_seed_holds_both(tmp_path: Path) -> None:
+def test_report_merges_two_folders_of_different_seeds(tmp_path: Path) -> None:
     for seed in ("0", "1"):
         assert tiny("run", tmp_path / seed, "--arm", "direct_grpo", "--seed", seed).code == 0
     with mock.patch("headwater.report.html.page", return_value=Page("")):
-        said = call("report", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--json")
-    assert said.code == 0, said.err
-    report = strict(said.out)
-    assert report == held(tmp_path / "both/report.json")
+        result = call("report", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--json")
+    assert result.code == 0, result.err
+    report = strict(result.out)
+    assert report == load_json(tmp_path / "both/report.json")
     assert report["arms"]["direct_grpo"]["accuracy"]["sums"]["per_seed"].keys() == {"0", "1"}  # type: ignore[index]
 
 
@@ -172,9 +172,9 @@ def test_evaluating_a_trained_node_agrees_with_the_runs_own_evaluation_file(tmp_
     pairs = [("17+45+82+03", "47"), ("10+10+10+10", "40"), ("01+02+03+04", "10")]
     data.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in pairs), encoding="utf-8")
     options = ["--data", data, "--task", "sums", "--samples", "4", "--max-tokens", "40", "--out", out]
-    said = call("eval", "pocket:qwen3-teacher-large", *options, "--json")
-    assert said.code == 0, said.err
-    found, graded = strict(said.out), rows(out)
+    result = call("eval", "pocket:qwen3-teacher-large", *options, "--json")
+    assert result.code == 0, result.err
+    found, graded = strict(result.out), rows(out)
     assert len(graded) == 12 and found["problems"] == 3 and found["samples"] == 4  # type: ignore[index]
     share = sum(row["correct"] for row in graded) / 12
     assert found["measures"]["avg@4"]["mean"] == pytest.approx(share)  # type: ignore[index]

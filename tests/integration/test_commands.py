@@ -21,7 +21,7 @@ import pytest
 
 from headwater.config.builtin import builtin_text
 from headwater.tasks import sums
-from runs import TINY, Said, call, environment, program, tiny
+from runs import TINY, CommandResult, call, environment, program, tiny
 from tests.integration.test_docs import EXAMPLES, PAGES, ROOT, commands, fault
 
 STUDY = "study pocket --dry-run"
@@ -184,8 +184,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in EXAMPLES.glob("*"):
         shutil.copy(path, place / path.name)
     for seed in (0, 1):
-        said = tiny("run", place / f"runs/seed{seed}", "--arm", "direct_grpo", "--seed", str(seed))
-        assert said.code == 0, said.err
+        result = tiny("run", place / f"runs/seed{seed}", "--arm", "direct_grpo", "--seed", str(seed))
+        assert result.code == 0, result.err
     for copy, of in (("runs/demo", 0), ("runs/a", 0), ("runs/b", 1), ("DIR/256", 0)):
         shutil.copytree(place / f"runs/seed{of}", place / copy, ignore=shutil.ignore_patterns("checkpoint"))
     return place
@@ -196,40 +196,40 @@ def told() -> set[str]:
     return {command for _, command in commands() if len(command.split()) > 1 or command == "demo"}
 
 
-def test_every_command_of_the_docs_stands_in_one_table() -> None:
+def test_docs_commands_are_listed_in_one_table() -> None:
     tables = [*AS_IT_STANDS, *IN_SMALL, *ONLY_PARSED]
     assert len(tables) == len(set(tables))
     assert sorted(told() - set(tables)) == [] and sorted(set(tables) - told()) == []
 
 
 @cache
-def once(line: str) -> Said:
+def once(line: str) -> CommandResult:
     """What the docs say in several ways is typed once."""
     return call(*shlex.split(line))
 
 
 @pytest.mark.parametrize("command", [*AS_IT_STANDS, *IN_SMALL])
-def test_it_is_run(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docs_command_runs(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     typed, says = (command, AS_IT_STANDS[command]) if command in AS_IT_STANDS else IN_SMALL[command]
     monkeypatch.chdir(place)
     monkeypatch.syspath_prepend(str(place))
     shutil.copy("mine.yaml", "my.yaml")
     line, _, into = typed.replace("SMALL", SMALL).partition(" > ")
-    said = once(line)
-    assert said.code == 0, said.out + said.err
-    assert re.search(says, said.out), said.out
+    result = once(line)
+    assert result.code == 0, result.out + result.err
+    assert re.search(says, result.out), result.out
     if into:
-        (place / into).write_text(said.out)
+        (place / into).write_text(result.out)
 
 
 @pytest.mark.parametrize("command", ONLY_PARSED)
-def test_it_is_at_least_taken_by_the_program(command: str) -> None:
+def test_docs_command_parses(command: str) -> None:
     assert fault(command) is None
     for name in re.findall(r"tests/[\w/]+\.py", ONLY_PARSED[command]):
         assert (ROOT / name).exists()
 
 
-def test_the_served_page_comes_up_and_ends_with_an_interrupt(place: Path) -> None:
+def test_report_serve_answers_and_ends_on_interrupt(place: Path) -> None:
     words = [*shlex.split("report runs/demo --serve"), "--port", "0"]
     with subprocess.Popen(program(*words), cwd=place, stdout=subprocess.PIPE, text=True, env=environment()) as served:
         assert served.stdout is not None
@@ -241,7 +241,7 @@ def test_the_served_page_comes_up_and_ends_with_an_interrupt(place: Path) -> Non
         assert served.wait(20) == 130
 
 
-def test_every_line_of_another_program_stands_in_the_table() -> None:
+def test_docs_lines_of_other_programs_are_listed() -> None:
     lines = {
         line
         for text in PAGES.values()
@@ -257,7 +257,7 @@ def test_every_line_of_another_program_stands_in_the_table() -> None:
             assert fault(line.split("-m headwater ")[1]) is None
 
 
-def test_every_make_target_in_the_docs_would_run() -> None:
+def test_docs_make_targets_exist() -> None:
     named = {
         name for text in PAGES.values() for name in re.findall(r"(?:^    |`)make ([a-z-]+)", text, flags=re.MULTILINE)
     }

@@ -45,10 +45,10 @@ def commands() -> list[tuple[str, str]]:
 
 def words(command: str) -> list[str]:
     """A command as its words; in a synopsis what is optional is given, and names in capitals stand for something."""
-    said = command.split(" > ")[0].replace("\\|", "|")
-    said = re.sub(r"[\[\]]", " ", said).replace("…", "")
-    said = re.sub(r"(?<=[a-z])\|\S+", "", said)  # of several choices the first
-    return [re.sub(r"^[A-Z]$", "2", word) for word in shlex.split(said)]
+    text = command.split(" > ")[0].replace("\\|", "|")
+    text = re.sub(r"[\[\]]", " ", text).replace("…", "")
+    text = re.sub(r"(?<=[a-z])\|\S+", "", text)  # of several choices the first
+    return [re.sub(r"^[A-Z]$", "2", word) for word in shlex.split(text)]
 
 
 @cache
@@ -73,14 +73,14 @@ def fault(command: str) -> str | None:
     return None
 
 
-def test_every_command_in_the_docs_is_one_that_the_program_takes() -> None:
+def test_docs_commands_parse() -> None:
     """tests/integration/test_commands.py runs them."""
     told = commands()
     assert len(told) > 60
-    assert [(page, command, said) for page, command in told if (said := fault(command)) is not None] == []
+    assert [(page, command, message) for page, command in told if (message := fault(command)) is not None] == []
 
 
-def test_every_function_that_the_theory_page_names_exists() -> None:
+def test_theory_page_names_existing_functions() -> None:
     named = set(re.findall(r"`(headwater(?:\.\w+)+)`", PAGES["docs/theory.md"]))
     assert len(named) > 20
     for name in named | set(re.findall(r"^::: (headwater[.\w]+)", PAGES["docs/api.md"], flags=re.MULTILINE)):
@@ -96,7 +96,7 @@ MADE_BY_THE_READER = {"make_problems.py", "my_graders.py"}
 """Files that a page tells its reader to write."""
 
 
-def test_every_module_and_source_file_that_a_page_names_exists() -> None:
+def test_docs_pages_name_existing_modules_and_files() -> None:
     """docs/extending.md names files that its diffs add; tests/integration/test_extending.py applies them."""
     pages = {page: text for page, text in PAGES.items() if page != "docs/extending.md"}
     dotted = {name for text in pages.values() for name in re.findall(r"(?<!\w)headwater(?:\.[a-zA-Z_]\w*)+", text)}
@@ -113,13 +113,13 @@ def test_every_module_and_source_file_that_a_page_names_exists() -> None:
     assert missing == []
 
 
-def test_the_reliability_page_lists_the_fault_points_of_the_code() -> None:
+def test_reliability_page_lists_the_fault_points() -> None:
     listed = re.search(r"```\n(file\.begun .*?)```", PAGES["docs/reliability.md"], flags=re.DOTALL)
     assert listed is not None
     assert dict(line.split(maxsplit=1) for line in listed[1].splitlines()) == POINTS
 
 
-def test_every_source_folder_that_the_architecture_page_names_exists() -> None:
+def test_architecture_page_names_existing_folders() -> None:
     folders = set(re.findall(r"`([a-z_/]+/)`", PAGES["docs/architecture.md"]))
     assert len(folders) > 10
     assert [folder for folder in folders if not (ROOT / "src/headwater" / folder).is_dir()] == []
@@ -138,9 +138,7 @@ def _named(name: str) -> object:
     raise AssertionError(f"{name}: no such module")
 
 
-def test_the_tutorials_own_problems_are_made_and_fit_its_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tutorial_script_writes_problems_that_fit_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     makes, data = (
         re.search(rf"```{kind}\n(.*?)```", PAGES["docs/tutorial.md"], flags=re.DOTALL)[1]  # type: ignore[index]
@@ -152,15 +150,15 @@ def test_the_tutorials_own_problems_are_made_and_fit_its_recipe(
     recipe = find_recipe("my.yaml", [])
     assert recipe.data.labeled.path == "problems.jsonl" and list(recipe.data.evals) == ["held_out"]
     for name, count in (("problems.jsonl", 400), ("held-out.jsonl", 200)):
-        said = call("validate", name, "--task", recipe.task)
-        assert said.code == 0 and f"{count} gold answers, 0 fail; 0 repeated rows" in said.out
+        result = call("validate", name, "--task", recipe.task)
+        assert result.code == 0 and f"{count} gold answers, 0 fail; 0 repeated rows" in result.out
 
 
-def test_the_arms_page_has_the_facts_of_the_table_of_arms() -> None:
+def test_arms_page_agrees_with_the_table_of_arms() -> None:
     assert PAGES["docs/arms.md"] == with_table(PAGES["docs/arms.md"]), "python -m tools.arms_table"
 
 
-def test_every_page_of_the_navigation_is_there_and_every_link_between_pages_leads_somewhere() -> None:
+def test_docs_navigation_and_links_lead_to_existing_pages() -> None:
     nav = set(re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert len(nav) > 20 and nav <= {str(path.relative_to(ROOT / "docs")) for path in DOCS}
     for page, text in PAGES.items():
@@ -169,29 +167,29 @@ def test_every_page_of_the_navigation_is_there_and_every_link_between_pages_lead
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_an_example_is_a_recipe_whose_files_are_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_are_valid_recipes_with_existing_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES)
     recipe = find_recipe(path.name, [])
     sources = [recipe.data.labeled, recipe.data.unlabeled, *recipe.data.evals.values()]
     for source in sources:
         if source is not None and source.path is not None and not source.path.startswith("gsm8k/"):
-            said = call("validate", source.path, "--task", recipe.task)
-            assert said.code == 0, said.out + said.err
+            result = call("validate", source.path, "--task", recipe.task)
+            assert result.code == 0, result.out + result.err
     assert path.name in PAGES["docs/examples.md"]
 
 
-def test_the_example_with_adapters_fits_the_device_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_example_fits_the_device_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES)
     command = re.search(r"headwater (run .* --dry-run --on \w+)", Path("gsm8k_lora.yaml").read_text(encoding="utf-8"))
     assert command is not None and command[1].endswith("rtx4090")
-    said = call(*shlex.split(command[1]), "--json")
-    assert said.code == 0, said.err
-    found = json.loads(said.out)
+    result = call(*shlex.split(command[1]), "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
     assert {one["node"].split(".")[0] for one in found} >= {"teacher_rl", "warmup", "opd", "student_rl"}
     assert max(one["peak_bytes"] for one in found) < 0.95 * DEVICES["rtx4090"].memory
 
 
-def test_the_two_gpu_example_is_a_command_that_the_program_takes() -> None:
+def test_two_gpu_example_command_parses() -> None:
     command = re.search(
         r"-m headwater (run .*)$", (EXAMPLES / "two_gpus.sh").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
@@ -199,18 +197,18 @@ def test_the_two_gpu_example_is_a_command_that_the_program_takes() -> None:
     assert fault(command[1]) is None
 
 
-def test_the_example_with_its_own_grader_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_grader_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES)
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    said = call(
+    result = call(
         "run", "own_grader.yaml", "--arm", "direct_grpo", "--out", tmp_path / "out", "--set", "compute.workers=1"
     )
-    assert said.code == 0, said.err
+    assert result.code == 0, result.err
     labels = json.loads((tmp_path / "out/report.json").read_text())["arms"]["direct_grpo"]["labels"]
     assert labels["checks"] == 32 and 4 <= labels["distinct"] <= 8  # two steps of 4 problems × 4 samples
 
 
-def test_the_notebook_was_executed_and_says_what_the_study_said() -> None:
+def test_notebook_was_executed_and_agrees_with_the_study() -> None:
     book = json.loads((EXAMPLES / "pocket_study.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
     assert len(cells) >= 5 and [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
@@ -222,7 +220,7 @@ def test_the_notebook_was_executed_and_says_what_the_study_said() -> None:
         compile(re.sub(r"^[!%].*$", "pass", "".join(cell["source"]), flags=re.MULTILINE), "cell", "exec")
 
 
-def test_the_citation_is_of_this_version() -> None:
+def test_citation_has_the_package_version() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "title", "authors", "message"} <= cited.keys()
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -19,7 +19,7 @@ from headwater.cli import push
 from headwater.errors import UserError
 from headwater.runs import trackers
 from headwater.storage.run_dir import RunDir
-from runs import TINY, call, held, node, rows, sets, temporary, tiny
+from runs import TINY, call, load_json, node, rows, sets, temporary, tiny
 
 CHANGES = ("stages.teacher_rl.steps=1", "conditions.problems=0")
 
@@ -28,8 +28,8 @@ CHANGES = ("stages.teacher_rl.steps=1", "conditions.problems=0")
 def finished() -> Path:
     """A small study of two arms, which tests leave as it is."""
     out = temporary() / "study"
-    said = tiny("study", out, "--arms", "direct_grpo,bridge", changes=CHANGES)
-    assert said.code == 0, said.err
+    result = tiny("study", out, "--arms", "direct_grpo,bridge", changes=CHANGES)
+    assert result.code == 0, result.err
     return out
 
 
@@ -50,7 +50,7 @@ class Kept:
         self.closed = True
 
 
-def test_a_tracker_is_told_every_step_of_every_node_once_also_over_resumes(
+def test_tracker_receives_every_step_of_every_node_once_across_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Kept] = []
@@ -94,14 +94,14 @@ def test_tensorboard_shows_the_metrics_that_the_run_wrote(tmp_path: Path) -> Non
     assert tiny("run", out, "--arm", "direct_grpo", "--track", "tensorboard", changes=CHANGES).code == 0
 
 
-def test_trackers_that_are_unknown_or_not_installed_are_refused_before_anything_is_spent(
+def test_unknown_or_missing_trackers_are_refused_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = tiny("run", tmp_path / "run", "--track", "mlflow")
-    assert said.code == 2 and "--track mlflow: no such tracker; there are tensorboard, wandb, trackio" in said.err
+    result = tiny("run", tmp_path / "run", "--track", "mlflow")
+    assert result.code == 2 and "--track mlflow: no such tracker; there are tensorboard, wandb, trackio" in result.err
     monkeypatch.setitem(trackers.TRACKERS, "nowhere_installed", trackers.TRACKERS["tensorboard"])
-    said = tiny("run", tmp_path / "run", "--track", "nowhere_installed")
-    assert said.code == 2 and "pip install 'headwater[nowhere_installed]'" in said.err
+    result = tiny("run", tmp_path / "run", "--track", "nowhere_installed")
+    assert result.code == 2 and "pip install 'headwater[nowhere_installed]'" in result.err
     assert not (tmp_path / "run").exists()
 
 
@@ -129,7 +129,7 @@ class Hub:
                 target.write_bytes(file.read())
 
 
-def test_what_is_pushed_loads_as_it_is_and_its_card_says_what_the_report_says(tmp_path: Path) -> None:
+def test_pushed_model_loads_and_its_card_agrees_with_the_report(tmp_path: Path) -> None:
     hub, found = Hub(tmp_path), push.find(finished(), "bridge")
     assert (
         push.push(found, "me/student", True, hub) == "https://huggingface.co/me/student" and hub.private["me/student"]
@@ -141,48 +141,51 @@ def test_what_is_pushed_loads_as_it_is_and_its_card_says_what_the_report_says(tm
     text = (tmp_path / "me" / "student" / "README.md").read_text(encoding="utf-8")
     head = yaml.safe_load(text.split("---")[1])
     assert head["library_name"] == "transformers" and "base_model" not in head  # pocket:… is on no hub
-    report = held(finished() / "report.json")
+    report = load_json(finished() / "report.json")
     mine, before = report["arms"]["bridge"], report["arms"]["base_student"]
     for one, name in ((mine, "this model"), (before, "the student before")):
-        said = one["accuracy"]["sums"]
-        row = f"| sums | {name} | {100 * said['mean']:.1f} | {100 * said['low']:.1f} to {100 * said['high']:.1f} |"
+        result = one["accuracy"]["sums"]
+        row = (
+            f"| sums | {name} | {100 * result['mean']:.1f} | {100 * result['low']:.1f} to {100 * result['high']:.1f} |"
+        )
         assert row in text
     assert f"Labels: {mine['labels']['distinct']:.0f} distinct problems" in text
     assert f"{mine['tokens']['teacher_scored']:,.0f} scored by the teacher" in text
     shown = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    assert shown["stages"] == held(finished() / "recipe.json")["stages"]
+    assert shown["stages"] == load_json(finished() / "recipe.json")["stages"]
 
 
-def test_a_nodes_own_model_folder_may_be_pushed_and_damage_is_refused(tmp_path: Path) -> None:
+def test_push_accepts_a_node_folder_and_refuses_damage(tmp_path: Path) -> None:
     found = push.find(node(finished(), "bridge", "warmup") / "model", None)
     assert found.arm == "bridge" and "student after warmup" in push.card(found)
     with pytest.raises(UserError, match=r"push --to me/x: the hub refuses \(no such user\)"):
         push.push(found, "me/x", False, Hub(tmp_path, refuses="no such user"))
 
 
-def test_what_cannot_be_pushed_is_said_in_one_sentence(tmp_path: Path) -> None:
-    for words, said in (
+def test_push_refuses_invalid_sources_in_one_sentence(tmp_path: Path) -> None:
+    for words, message in (
         ((finished(), "--to", "me/x"), "choose an arm with --arm: direct_grpo, bridge"),
         ((finished(), "--arm", "replay", "--to", "me/x"), "--arm replay is not among its arms: direct_grpo, bridge"),
         ((tmp_path, "--to", "me/x"), "is neither a run directory nor the model folder"),
         ((finished(), "--arm", "bridge", "--to", "a b"), "push --to a b: must be owner/name"),
     ):
         answer = call("push", *words)
-        assert answer.code == 2 and said in answer.err
+        assert answer.code == 2 and message in answer.err
 
 
 # Python ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_from_python_is_the_run_of_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_api_run_equals_the_command_line_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headwater.pipeline.preflight", lambda *given: None)
     changes = [*TINY, *CHANGES]
     report = headwater.run("pocket", arm="direct_grpo", out=tmp_path / "api", changes=changes)
     assert (
-        report["arms"]["direct_grpo"]["accuracy"] == held(finished() / "report.json")["arms"]["direct_grpo"]["accuracy"]
+        report["arms"]["direct_grpo"]["accuracy"]
+        == load_json(finished() / "report.json")["arms"]["direct_grpo"]["accuracy"]
     )
     # A recipe as plain values, and a second arm in the same folder, which takes over what is done.
-    recipe = held(tmp_path / "api" / "recipe.json")
+    recipe = load_json(tmp_path / "api" / "recipe.json")
     both = headwater.study(recipe, arms=["direct_grpo", "opd_only"], out=tmp_path / "api")
     assert both["arms"].keys() == {"base_student", "base_teacher", "direct_grpo", "opd_only"}
     with pytest.raises(UserError, match="--arm nowhere: no such arm"):
@@ -206,28 +209,28 @@ def test_a_run_from_python_is_the_run_of_the_program(tmp_path: Path, monkeypatch
         ),
     ],
 )
-def test_parts_are_importable_alone(code: str, without: tuple[str, ...]) -> None:
-    asked = f"{code}\nimport sys; print([name for name in {without!r} if name in sys.modules])"
-    said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, timeout=120, check=True)
-    assert said.stdout.strip() == "[]"
+def test_public_modules_import_without_unneeded_dependencies(code: str, without: tuple[str, ...]) -> None:
+    script = f"{code}\nimport sys; print([name for name in {without!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.strip() == "[]"
 
 
-def test_the_shells_know_how_to_complete_it() -> None:
-    said = call("--help")
-    assert "--install-completion" in said.out and "--show-completion" in said.out
+def test_help_offers_shell_completion() -> None:
+    result = call("--help")
+    assert "--install-completion" in result.out and "--show-completion" in result.out
 
 
-def test_a_dry_run_alone_takes_its_options() -> None:
-    for words, said in (
+def test_dry_run_options_are_validated() -> None:
+    for words, message in (
         (("--on", "h100"), "--on: needs --dry-run"),
         (("--dry-run", "--on", "h1000"), "--on h1000: unknown device; there are b200, h200, h100"),
         (("--dry-run", "--on", "0xh100"), "--on 0xh100: unknown device"),
     ):
         answer = call("run", "pocket", *words)
-        assert answer.code == 2 and said in answer.err
+        assert answer.code == 2 and message in answer.err
 
 
-def test_merging_an_adapter_says_what_it_needs(tmp_path: Path, qwen3_folder: Path) -> None:
+def test_merge_refuses_a_plain_model_folder(tmp_path: Path, qwen3_folder: Path) -> None:
     answer = call("merge", qwen3_folder, tmp_path / "out")
     assert answer.code == 2 and "holds no adapter" in answer.err
     assert json.loads(call("run", "pocket", "--dry-run", "--json", *sets(*CHANGES)).out)

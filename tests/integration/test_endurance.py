@@ -10,18 +10,18 @@ from endurance import growth, long_stage
 from forked_runs import warm_runs
 
 
-def test_steps_that_come_after_steps_hold_memory_and_open_files(tmp_path: Path) -> None:
-    said = long_stage(warm_runs(), tmp_path / "out", 150)
-    assert said.code == 0, said.err
-    grown, files = growth(said)
+def test_long_stage_keeps_memory_and_open_files_constant(tmp_path: Path) -> None:
+    result = long_stage(warm_runs(), tmp_path / "out", 150)
+    assert result.code == 0, result.err
+    grown, files = growth(result)
     assert grown < 0.02 and files <= 0
-    assert len(said.held) >= 8
+    assert len(result.usage) >= 8
 
 
 @pytest.mark.parametrize(("per_step", "seen"), [(0, False), (1 << 18, True)])
-def test_the_measure_sees_a_leak(per_step: int, seen: bool) -> None:
-    from forked_runs import Ended
+def test_growth_detects_a_leak(per_step: int, seen: bool) -> None:
+    from forked_runs import ProcessResult
 
-    held = [(0.5 * at, 200 * 2**20 + at * per_step, 12 + (at % 3 == 0)) for at in range(100)]
-    grown, files = growth(Ended(0, "", 50.0, {}, held))
+    usage = [(0.5 * at, 200 * 2**20 + at * per_step, 12 + (at % 3 == 0)) for at in range(100)]
+    grown, files = growth(ProcessResult(0, "", 50.0, {}, usage))
     assert (grown > 0.02) == seen and files == 0

@@ -19,16 +19,16 @@ import pytest
 
 import headwater
 from chaos import differing, digests, small
-from forked_runs import Ended, warm_runs
+from forked_runs import ProcessResult, warm_runs
 from headwater.storage import fault_points
 from headwater.storage.files import read_json, write_json
-from runs import held, node, rows, temporary
+from runs import load_json, node, rows, temporary
 
 KILLED = -signal.SIGKILL
 pytestmark = pytest.mark.timeout(900)  # processes that are paused or share a core are no fault
 
 
-def go(out: Path, fault: str | None = None, *changes: str) -> Ended:
+def go(out: Path, fault: str | None = None, *changes: str) -> ProcessResult:
     return warm_runs().run(*small(out, *changes), fault=fault)
 
 
@@ -36,9 +36,9 @@ def go(out: Path, fault: str | None = None, *changes: str) -> Ended:
 def undisturbed() -> tuple[Path, dict[str, int]]:
     """A run that nothing disturbed, and how often it arrived at each point, in the order of first arrivals."""
     out = temporary() / "whole"
-    said = go(out)
-    assert said.code == 0, said.err
-    return out, said.arrivals
+    result = go(out)
+    assert result.code == 0, result.err
+    return out, result.arrivals
 
 
 def whole() -> Path:
@@ -54,7 +54,7 @@ def points() -> list[str]:
     return list(undisturbed()[1])
 
 
-def once_at_each(names: list[str], kind: str, folder: Path) -> Iterator[tuple[str, Ended]]:
+def once_at_each(names: list[str], kind: str, folder: Path) -> Iterator[tuple[str, ProcessResult]]:
     """Runs that each meet a fault at the next point, going on in one folder where the last one stopped.
 
     A run that finishes because the work behind its point is done ends that folder, which must be as if nothing had been; the
@@ -62,29 +62,29 @@ def once_at_each(names: list[str], kind: str, folder: Path) -> Iterator[tuple[st
     """
     many = 0
     for name in names:
-        said = go(folder / str(many), f"{name}:1={kind}")
-        if said.code == 0:
+        result = go(folder / str(many), f"{name}:1={kind}")
+        if result.code == 0:
             assert differing(folder / str(many), whole()) == []
             many += 1
-            said = go(folder / str(many), f"{name}:1={kind}")
-        assert said.code != 0, f"{name} was not reached"
-        yield name, said
+            result = go(folder / str(many), f"{name}:1={kind}")
+        assert result.code != 0, f"{name} was not reached"
+        yield name, result
     assert go(folder / str(many)).code == 0
     assert differing(folder / str(many), whole()) == []
 
 
-def one_sentence(said: Ended) -> str:
+def one_sentence(result: ProcessResult) -> str:
     """What the program said at its end, which is one line without a traceback."""
-    assert "Traceback" not in said.err, said.err
-    last = said.err.strip().splitlines()[-1]
-    assert last.startswith("headwater: "), said.err
+    assert "Traceback" not in result.err, result.err
+    last = result.err.strip().splitlines()[-1]
+    assert last.startswith("headwater: "), result.err
     return last.removeprefix("headwater: ")
 
 
 # The instruments ------------------------------------------------------------------------------------------------------
 
 
-def test_the_list_of_points_is_that_of_the_source() -> None:
+def test_fault_points_table_lists_every_failpoint_of_the_source() -> None:
     found = [
         call.args[0].value
         for path in Path(headwater.__file__).parent.rglob("*.py")
@@ -97,12 +97,12 @@ def test_the_list_of_points_is_that_of_the_source() -> None:
     assert fault_points.POINTS.keys() >= fault_points.WRITES
 
 
-def test_a_run_comes_by_every_point() -> None:
-    """All but one, which comes only where something is in the way (`test_killed_while_a_folder_is_replaced`)."""
+def test_run_reaches_every_fault_point() -> None:
+    """All but one, which comes only where something is in the way (`test_run_killed_while_replacing_a_folder_resumes_bit_for_bit`)."""
     assert set(points()) == set(fault_points.POINTS) - {"folder.moved"}
 
 
-def test_without_a_fault_a_point_does_nothing_and_an_unknown_one_is_refused() -> None:
+def test_failpoint_does_nothing_unarmed_and_parse_fault_refuses_unknown_names() -> None:
     assert not fault_points.armed()
     fault_points.failpoint("step.begun")
     with pytest.raises(KeyError):
@@ -116,14 +116,14 @@ def test_without_a_fault_a_point_does_nothing_and_an_unknown_one_is_refused() ->
         fault("step.begun")
 
 
-def test_the_environment_arms_a_point_in_any_process() -> None:
+def test_environment_variable_arms_a_failpoint() -> None:
     code = "from headwater.storage.fault_points import failpoint; failpoint('step.begun'); failpoint('step.begun'); print('alive')"
     environment = {**os.environ, "HEADWATER_FAULT": "step.begun:2=kill", "PYTHONPATH": os.pathsep.join(sys.path)}
-    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
-    assert said.returncode == KILLED and said.stdout == b""
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+    assert result.returncode == KILLED and result.stdout == b""
 
 
-def test_killed_before_the_last_checkpoint_of_a_stage_drops_the_older_ones_they_go_all_the_same(tmp_path: Path) -> None:
+def test_resume_drops_old_checkpoints_that_a_killed_run_left(tmp_path: Path) -> None:
     """Distillation has three checkpoints here, of which two are kept; no step follows that would drop the first."""
     out, saved = tmp_path / "out", 7  # two of the teacher, two of the warm-up, then the third
     assert go(out, f"checkpoint.saved:{saved}=kill").code == KILLED
@@ -145,7 +145,7 @@ def flip(path: Path, share: float = 0.5, bit: int = 0) -> None:
     ["model/model.safetensors", "checkpoint/000003/optimizer.safetensors", "metrics.jsonl", "ledger.jsonl",
      "rollouts/000002.jsonl", "evals/final/sums.jsonl", "conditions.jsonl"],
 )  # fmt: skip
-def test_the_comparison_sees_one_bit(name: str, tmp_path: Path) -> None:
+def test_differing_detects_one_bit(name: str, tmp_path: Path) -> None:
     out = copied(tmp_path)
     assert differing(out, whole()) == []
     path = node(out, "bridge_rl", "opd") / name
@@ -161,7 +161,7 @@ def test_the_comparison_sees_one_bit(name: str, tmp_path: Path) -> None:
     assert differing(out, whole()) == [str(path.relative_to(out))]
 
 
-def test_the_comparison_sees_a_file_too_many_and_one_too_few(tmp_path: Path) -> None:
+def test_differing_detects_added_and_removed_files(tmp_path: Path) -> None:
     out = copied(tmp_path)
     (out / "nodes" / ".left.tmp").write_text("")
     (out / "labels.csv").unlink()
@@ -172,12 +172,12 @@ def test_the_comparison_sees_a_file_too_many_and_one_too_few(tmp_path: Path) -> 
 # Kills ----------------------------------------------------------------------------------------------------------------
 
 
-def test_killed_once_at_every_point_a_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    for name, said in once_at_each(points(), "kill", tmp_path):
-        assert said.code == KILLED, (name, said.err)
+def test_run_killed_at_every_fault_point_resumes_bit_for_bit(tmp_path: Path) -> None:
+    for name, result in once_at_each(points(), "kill", tmp_path):
+        assert result.code == KILLED, (name, result.err)
 
 
-def test_killed_while_a_folder_is_replaced(tmp_path: Path) -> None:
+def test_run_killed_while_replacing_a_folder_resumes_bit_for_bit(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert go(out, "model.saved:1=kill").code == KILLED  # so that the model's folder is there, and is written again
     for fault, code in (("folder.moved:1=full", 4), ("folder.moved:1=kill", KILLED), ("folder.renamed:1=kill", KILLED)):
@@ -187,7 +187,7 @@ def test_killed_while_a_folder_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["checkpoint.begun:8=kill", "append.torn:40=kill", "update.stepped:5=kill"])
-def test_killed_once_late_and_alone(fault: str, tmp_path: Path) -> None:
+def test_run_killed_late_resumes_bit_for_bit(fault: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert go(out, fault).code == KILLED
     assert go(out).code == 0
@@ -197,19 +197,19 @@ def test_killed_once_late_and_alone(fault: str, tmp_path: Path) -> None:
 # Disks ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_at_every_write_is_one_sentence_and_code_4_and_the_run_goes_on_when_there_is_room(
+def test_full_disk_at_every_write_exits_4_and_the_run_resumes(
     tmp_path: Path,
 ) -> None:
-    for name, said in once_at_each([name for name in points() if name in fault_points.WRITES], "full", tmp_path):
-        assert said.code == 4, (name, said.code, said.err)
-        assert "no space left on device" in one_sentence(said) and str(tmp_path) in one_sentence(said), name
+    for name, result in once_at_each([name for name in points() if name in fault_points.WRITES], "full", tmp_path):
+        assert result.code == 4, (name, result.code, result.err)
+        assert "no space left on device" in one_sentence(result) and str(tmp_path) in one_sentence(result), name
 
 
 @pytest.mark.parametrize("fault", ["file.begun:6=readonly", "append.begun:5=readonly", "folder.begun:2=readonly"])
-def test_a_file_system_that_turns_read_only_is_one_sentence_too(fault: str, tmp_path: Path) -> None:
+def test_read_only_file_system_exits_4_and_the_run_resumes(fault: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    said = go(out, fault)
-    assert said.code == 4 and "read-only file system" in one_sentence(said)
+    result = go(out, fault)
+    assert result.code == 4 and "read-only file system" in one_sentence(result)
     assert go(out).code == 0
     assert differing(out, whole()) == []
 
@@ -222,14 +222,14 @@ def mounted(folder: Path, size: str) -> bool:
     )
 
 
-def test_a_disk_that_really_is_full(tmp_path: Path) -> None:
+def test_full_tmpfs_exits_4_and_the_run_resumes(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     if not mounted(disk, "3m"):
         pytest.skip("needs the right to mount")
     try:
         for _ in range(2):
-            said = go(disk / "out")
-            assert said.code == 4 and "no space left on device" in one_sentence(said)
+            result = go(disk / "out")
+            assert result.code == 4 and "no space left on device" in one_sentence(result)
         subprocess.run(["mount", "-o", "remount,size=256m", disk], check=True)
         assert go(disk / "out").code == 0
         assert differing(disk / "out", whole()) == []
@@ -237,7 +237,7 @@ def test_a_disk_that_really_is_full(tmp_path: Path) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_folder_that_may_not_be_written_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_unwritable_output_folder_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     out = copied(tmp_path)
     before = digests(out)
     user = 65534 if os.getuid() == 0 else None  # root may write anywhere
@@ -247,10 +247,10 @@ def test_a_folder_that_may_not_be_written_is_refused_in_a_sentence(tmp_path: Pat
         path.chmod(0o555)
     (out / ".lock").chmod(0o444)
     try:
-        said = warm_runs().run(*small(out), user=user)
-        assert said.code == 2 and one_sentence(said) == f"--out {out}: cannot be written (Permission denied)"
-        said = warm_runs().run(*small(out / "nodes" / "new"), user=user)
-        assert said.code == 2 and "cannot be written (Permission denied)" in one_sentence(said)
+        result = warm_runs().run(*small(out), user=user)
+        assert result.code == 2 and one_sentence(result) == f"--out {out}: cannot be written (Permission denied)"
+        result = warm_runs().run(*small(out / "nodes" / "new"), user=user)
+        assert result.code == 2 and "cannot be written (Permission denied)" in one_sentence(result)
     finally:
         for path in (out, *filter(Path.is_dir, out.rglob("*"))):
             path.chmod(0o755)
@@ -267,14 +267,14 @@ def test_a_folder_that_may_not_be_written_is_refused_in_a_sentence(tmp_path: Pat
     [("step.begun:4", "warmup", True), ("node.described:1", "base_student", True), ("node.described:4", "teacher_rollouts", True),
      ("run.planned:1", "base_student", True), ("evaluation.begun:3", "teacher_rl", True), ("report.begun:1", "student_rl", False)],
 )  # fmt: skip
-def test_asked_to_stop_it_leaves_130_and_goes_on_later(
+def test_interrupted_run_exits_130_and_resumes_bit_for_bit(
     kind: str, point: str, stage: str, unfinished: bool, tmp_path: Path
 ) -> None:
     """Training after the step at work, with a checkpoint; a cache or an evaluation at once, to be done again."""
     out = tmp_path / "out"
-    said = go(out, f"{point}={kind}")
-    assert said.code == 130 and "Traceback" not in said.err
-    assert f"headwater: interrupted; the same command with --out {out} resumes" in said.err
+    result = go(out, f"{point}={kind}")
+    assert result.code == 130 and "Traceback" not in result.err
+    assert f"headwater: interrupted; the same command with --out {out} resumes" in result.err
     where = list(out.glob(f"nodes/{stage}.*"))
     assert any((path / "DONE").exists() for path in where) != unfinished
     if point.startswith("step"):  # the fourth: the second of two of the warm-up
@@ -283,21 +283,21 @@ def test_asked_to_stop_it_leaves_130_and_goes_on_later(
     assert differing(out, whole()) == []
 
 
-def test_an_error_of_the_sampler_is_told_and_kept_and_a_second_go_ends_the_same(tmp_path: Path) -> None:
+def test_sampler_error_is_reported_and_recorded_and_the_run_resumes(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    said = go(out, "rollouts.arrived:9=error")
-    assert said.code == 1 and one_sentence(said).startswith("RuntimeError: injected fault (traceback in ")
+    result = go(out, "rollouts.arrived:9=error")
+    assert result.code == 1 and one_sentence(result).startswith("RuntimeError: injected fault (traceback in ")
     (mark,) = out.glob("nodes/*/FAILED")
     assert "Traceback" in read_json(mark)["traceback"]
     assert go(out).code == 0
     assert differing(out, whole()) == []
 
 
-def test_a_second_process_on_the_folder_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+def test_second_process_on_a_locked_folder_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    said = warm_runs().run(*small(out), then="step.begun")
+    result = warm_runs().run(*small(out), then="step.begun")
     refused = f"second: 2: headwater: --out {out}: another process is running there; wait until it ends, or use another folder"
-    assert said.code == 0 and refused in said.err
+    assert result.code == 0 and refused in result.err
     assert differing(out, whole()) == []
 
 
@@ -354,20 +354,20 @@ def damaged(name: str, how: str, folder: Path) -> None:
         path.write_bytes(content[: len(content) // 3])
     else:
         path.unlink()
-    said = go(out)
+    result = go(out)
     if FILES[name] == REFUSED:
-        assert said.code == 2, (said.code, said.err)
+        assert result.code == 2, (result.code, result.err)
         what = "recipe" if name == "recipe.json" and how == "flipped" else str(path)
-        assert what in one_sentence(said)
+        assert what in one_sentence(result)
         return
-    assert said.code == 0, said.err
+    assert result.code == 0, result.err
     if FILES[name] == MENDED:
-        assert f"{path}: is damaged; " in said.err.replace("\n", "")
+        assert f"{path}: is damaged; " in result.err.replace("\n", "")
     assert differing(out, whole()) == []
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_found_in_every_file(name: str, tmp_path: Path) -> None:
+def test_flipped_bit_is_detected_in_every_file(name: str, tmp_path: Path) -> None:
     damaged(name, "flipped", tmp_path)
 
 
@@ -381,24 +381,24 @@ def unfinished(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "sums.json"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(name: str, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named_and_the_previous_one_used(name: str, tmp_path: Path) -> None:
     out, opd = unfinished(tmp_path)
     flip(opd / "checkpoint" / "000002" / name)
-    said = go(out)
+    result = go(out)
     assert (
-        said.code == 0
-        and f"{opd}/checkpoint/000002/" in said.err
-        and "is damaged; checkpoint 000002 is skipped" in said.err
+        result.code == 0
+        and f"{opd}/checkpoint/000002/" in result.err
+        and "is damaged; checkpoint 000002 is skipped" in result.err
     )
     assert differing(out, whole()) == []
 
 
-def test_with_all_checkpoints_damaged_it_is_refused_by_name(tmp_path: Path) -> None:
+def test_resume_is_refused_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     out, opd = unfinished(tmp_path)
     for step in ("000001", "000002"):
         flip(opd / "checkpoint" / step / "model.safetensors")
-    said = go(out)
-    assert said.code == 2 and str(opd / "checkpoint/000002/model.safetensors") in one_sentence(said)
+    result = go(out)
+    assert result.code == 2 and str(opd / "checkpoint/000002/model.safetensors") in one_sentence(result)
     shutil.rmtree(opd)  # as the sentence says
     assert go(out).code == 0
     assert differing(out, whole()) == []
@@ -409,20 +409,20 @@ def test_with_all_checkpoints_damaged_it_is_refused_by_name(tmp_path: Path) -> N
     [("metrics.jsonl", 0.01, 2), ("ledger.jsonl", 0.01, 2), ("rollouts/000001.jsonl", 0.5, 2), ("sums.jsonl", 0.01, 2),
      ("metrics.jsonl", 0.95, 0), ("ledger.jsonl", 0.95, 0), ("rollouts/000003.jsonl", 0.5, 0), ("rollouts/000002.jsonl", 0.5, 0)],
 )  # fmt: skip
-def test_a_damaged_log_of_an_unfinished_stage_is_written_again_from_a_checkpoint_before_it_or_refused(
+def test_damaged_log_is_rewritten_from_an_earlier_checkpoint_or_refused(
     name: str, share: float, code: int, tmp_path: Path
 ) -> None:
     out, opd = unfinished(tmp_path)
     flip(opd / name, share)
-    said = go(out)
-    assert said.code == code, said.err
+    result = go(out)
+    assert result.code == code, result.err
     if code:
-        assert str(opd / name) in one_sentence(said)
+        assert str(opd / name) in one_sentence(result)
     else:
         assert differing(out, whole()) == []
 
 
-def test_a_large_file_is_read_whole_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_file_is_verified_whole_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headwater.errors import UserError
     from headwater.storage import run_dir
 
@@ -436,23 +436,23 @@ def test_a_large_file_is_read_whole_before_it_is_used(tmp_path: Path, monkeypatc
     assert not folder.done.exists()  # so that the next start makes it again
 
 
-def test_a_report_of_damaged_results_is_refused(tmp_path: Path) -> None:
+def test_report_of_damaged_results_is_refused(tmp_path: Path) -> None:
     out = copied(tmp_path)
     path = node(out, "bridge_rl", "opd") / "evals/final/sums.jsonl"
     path.write_text(
         path.read_text(encoding="utf-8").replace('"correct": false', '"correct": true', 1), encoding="utf-8"
     )
-    said = warm_runs().run("report", out)
-    assert said.code == 2 and str(path) in one_sentence(said)
+    result = warm_runs().run("report", out)
+    assert result.code == 2 and str(path) in one_sentence(result)
 
 
-def test_a_folder_of_an_earlier_version_without_checksums_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_folder_without_checksums_of_an_earlier_version_is_accepted(tmp_path: Path) -> None:
     out = copied(tmp_path)
     for path in out.glob("nodes/*/DONE"):
-        write_json(path, {"fingerprint": held(path)["fingerprint"]})
-    plan = held(out / "plan.json")
+        write_json(path, {"fingerprint": load_json(path)["fingerprint"]})
+    plan = load_json(out / "plan.json")
     del plan["check"]
     write_json(out / "plan.json", plan)
-    said = go(out)
-    assert said.code == 0 and not said.arrivals.get("node.begun")
+    result = go(out)
+    assert result.code == 0 and not result.arrivals.get("node.begun")
     assert rows(out / "ledger.jsonl") == rows(whole() / "ledger.jsonl")

@@ -14,20 +14,20 @@ import headwater
 from headwater.errors import RefusedError, TrainingStoppedError, UserError
 
 
-def test_the_first_hundreds_of_fuzzed_cases_are_valid_or_one_sentence() -> None:
+def test_fuzzed_inputs_are_accepted_or_refused_in_one_sentence() -> None:
     script = Path(__file__).parents[1] / "support" / "fuzz.py"
     path = os.pathsep.join([str(Path(headwater.__file__).parents[1]), str(script.parent)])
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(script), "--count", "300"],
         capture_output=True,
         text=True,
         timeout=280,
         env={**os.environ, "PYTHONPATH": path},
     )
-    assert said.returncode == 0, said.stdout[-4000:] + said.stderr[-2000:]
-    assert "300 cases from 0, 0 not as they must be" in said.stdout
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert "300 cases from 0, 0 not as they must be" in result.stdout
     for reached in ("planned", "validated", "graded", "refused 2", "reported"):
-        assert reached in said.stdout
+        assert reached in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,7 @@ def test_the_first_hundreds_of_fuzzed_cases_are_valid_or_one_sentence() -> None:
         (TrainingStoppedError("nothing was trained"), "!exit 4"),
     ],
 )
-def test_the_fuzzer_tells_a_sentence_from_everything_else(
-    raised: BaseException, outcome: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_case_classifies_outcomes(raised: BaseException, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def case(draw: object, folder: Path) -> str:
         assert folder.is_dir() and not list(folder.iterdir())
         raise raised
@@ -53,7 +51,7 @@ def test_the_fuzzer_tells_a_sentence_from_everything_else(
     assert fuzz.run_case(7, "made")[:2] == ("made", outcome)
 
 
-def test_the_fuzzer_ends_a_case_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_case_ends_a_case_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     def case(draw: object, folder: Path) -> str:
         while True:
             pass
@@ -63,7 +61,7 @@ def test_the_fuzzer_ends_a_case_that_hangs(monkeypatch: pytest.MonkeyPatch) -> N
     assert fuzz.run_case(7, "made")[1] == "!HangError"
 
 
-def test_a_case_is_the_same_for_everybody(tmp_path: Path) -> None:
+def test_fuzz_case_is_deterministic(tmp_path: Path) -> None:
     first = [fuzz.run_case(number)[:2] for number in (2, 7, 9, 12)]
     assert first == [fuzz.run_case(number)[:2] for number in (2, 7, 9, 12)]
     assert {kind for kind, _ in first} == {"recipe"}

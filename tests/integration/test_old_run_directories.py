@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from headwater.report.audit import audit_run
-from runs import call, held, rows, sets
+from runs import call, load_json, rows, sets
 
 ARCHIVE = Path(__file__).parents[1] / "fixtures" / "run_of_0_1_0.tar.xz"
 CHANGES = (
@@ -30,25 +30,25 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
-    return held(Path("expected.json"))
+    return load_json(Path("expected.json"))
 
 
-def test_a_cut_run_reports(old: dict[str, Any]) -> None:
-    said = call("report", "run")
-    assert said.code == 0, said.err
-    arms = held(Path("run/report.json"))["arms"]
+def test_old_run_directory_reports(old: dict[str, Any]) -> None:
+    result = call("report", "run")
+    assert result.code == 0, result.err
+    arms = load_json(Path("run/report.json"))["arms"]
     assert arms["base_student"]["accuracy"] == old["arms"]["base_student"]["accuracy"]
     assert Path("run/report.html").stat().st_size > 10_000
 
 
-def test_a_cut_run_resumes_without_doing_finished_nodes_again(
+def test_old_run_directory_resumes_without_rerunning_finished_nodes(
     old: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headwater.pipeline.preflight", lambda *given: None)
     before = {path: os.stat(path).st_mtime_ns for path in Path("run/nodes").glob("*/DONE")}
     assert len(before) == 5
-    said = call("run", "pocket", "--out", "run", "--arm", "bridge", *sets(*CHANGES))
-    assert said.code == 0, said.err
+    result = call("run", "pocket", "--out", "run", "--arm", "bridge", *sets(*CHANGES))
+    assert result.code == 0, result.err
     # The same work has the same name in both versions, so nothing that was done is done again.
     assert sorted(path.name for path in Path("run/nodes").iterdir()) == old["nodes"]
     assert {path: os.stat(path).st_mtime_ns for path in before} == before
@@ -56,7 +56,7 @@ def test_a_cut_run_resumes_without_doing_finished_nodes_again(
     assert len(losses) == 3 and all(
         math.isclose(a, b, rel_tol=1e-3) for a, b in zip(losses, old["opd_loss"], strict=True)
     )
-    report = held(Path("run/report.json"))
+    report = load_json(Path("run/report.json"))
     assert json.dumps({name: arm["labels"] for name, arm in report["arms"].items()}, sort_keys=True) == json.dumps(
         {name: arm["labels"] for name, arm in old["arms"].items()}, sort_keys=True
     )

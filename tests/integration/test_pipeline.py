@@ -22,7 +22,7 @@ from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.teachers.scoring import logp_of
 from headwater.types import problem_id
-from runs import all_arms, held, infos, node, node_names, nodes, rows, tiny
+from runs import all_arms, infos, load_json, node, node_names, nodes, rows, tiny
 
 
 def objective(info: dict) -> str:  # type: ignore[type-arg]
@@ -38,7 +38,7 @@ def steps_of(path: Path) -> list[tuple[dict, list[dict]]]:  # type: ignore[type-
 # What a run directory holds -------------------------------------------------------------------------------------------
 
 
-def test_the_run_directory_holds_what_the_contract_says() -> None:
+def test_run_directory_has_the_documented_files() -> None:
     out = all_arms()
     assert {path.name for path in out.iterdir()} >= {
         "recipe.json", "env.json", "plan.json", "ledger.jsonl", "nodes", "report.json", "report.html",
@@ -54,23 +54,23 @@ def test_the_run_directory_holds_what_the_contract_says() -> None:
         taught = info["kind"] == "train" and info["role"] == "student" and objective(info) not in ("grpo", "constant")
         beside = {"conditions.jsonl"} if taught else set()  # how far the student stands from its teacher
         assert {one.name for one in path.iterdir()} == wanted[info["kind"]] | beside, path.name
-        assert held(path / "DONE")["fingerprint"] == info["fingerprint"]
+        assert load_json(path / "DONE")["fingerprint"] == info["fingerprint"]
 
 
-def test_the_recipe_on_disk_is_the_one_that_ran_with_every_field_filled_in() -> None:
-    recipe = held(all_arms() / "recipe.json")
+def test_recipe_json_is_the_resolved_recipe() -> None:
+    recipe = load_json(all_arms() / "recipe.json")
     assert recipe["stages"]["opd"]["steps"] == 2 and recipe["labels"]["budget"] == 16
     assert recipe["stages"]["opd"]["optim"]["beta2"] == 0.999  # a default that nobody wrote
     assert find_recipe("pocket", []).model_dump(mode="json").keys() == recipe.keys()
 
 
-def test_the_environment_on_disk_names_versions_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_json_has_versions_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     written = json.dumps(environment(torch.device("cpu")))
     assert torch.__version__ in written and "hf_secret" not in written
 
 
-def test_every_metrics_row_holds_the_contracts_keys_and_steps_count_from_one() -> None:
+def test_metrics_rows_have_the_documented_keys_and_steps_from_one() -> None:
     wanted = {
         "step", "loss", "grad_norm", "seconds", "seconds_sample", "seconds_score", "seconds_update",
         "tokens_sampled", "tokens_trained", "tokens_teacher_scored",
@@ -88,7 +88,7 @@ def test_every_metrics_row_holds_the_contracts_keys_and_steps_count_from_one() -
             assert 0 < parts <= row["seconds"] * 1.01
 
 
-def test_each_objective_writes_what_it_measures() -> None:
+def test_metrics_depend_on_the_objective() -> None:
     out = all_arms()
     measured = {
         "teacher_rl": {"reward", "informative", "entropy", "truncated", "sampler_gap"},
@@ -103,8 +103,8 @@ def test_each_objective_writes_what_it_measures() -> None:
         assert row["loss"] == pytest.approx(row["kl_student_teacher"], rel=1e-4)  # OPD's loss is that divergence
 
 
-def test_report_json_has_the_contracts_shape() -> None:
-    report = held(all_arms() / "report.json")
+def test_report_json_has_the_documented_shape() -> None:
+    report = load_json(all_arms() / "report.json")
     assert {"recipe", "seeds", "arms", "contrasts", "conditions"} <= report.keys()
     assert (report["recipe"], report["seeds"]) == ("pocket", [0])
     assert set(report["arms"]) == {"base_student", "base_teacher", *ARMS}
@@ -139,20 +139,20 @@ def test_a_study_of_all_arms_runs_every_shared_node_once() -> None:
     assert sum(row["purpose"] == "train" for row in rows(teacher / "ledger.jsonl")) == 2  # its two steps, once
 
 
-def test_fine_tuning_the_teacher_reads_the_experts_samples() -> None:
+def test_teacher_fine_tuning_reads_the_experts_rollouts() -> None:
     cache = nodes(all_arms(), "sft_teacher")[0]
     expert = ModelFolder.open("pocket:qwen3-teacher-large", "models.expert").fingerprint
     assert {row["sampler"] for row in rows(cache / "cache" / "rollouts.jsonl")} == {expert}
 
 
-def test_the_raw_teachers_bridge_looks_at_no_label_at_all() -> None:
-    report = held(all_arms() / "report.json")
+def test_raw_teacher_arm_uses_no_label() -> None:
+    report = load_json(all_arms() / "report.json")
     assert report["arms"]["raw_teacher"]["labels"] == {"distinct": 0, "checks": 0}
     spends = [row for path in nodes(all_arms(), "raw_teacher") for row in rows(path / "ledger.jsonl")]
     assert all(row["purpose"] == "eval" for row in spends if row["labels"] or row["checks"])
 
 
-def test_stage_three_looks_at_fresh_labels_and_replay_at_the_teachers() -> None:
+def test_stage_three_uses_fresh_labels_and_replay_the_teachers() -> None:
     out = all_arms()
 
     def looked_at(path: Path) -> set[str]:
@@ -170,13 +170,13 @@ def test_stage_three_looks_at_fresh_labels_and_replay_at_the_teachers() -> None:
         assert spent == [(1, 16), (2, 16)]
 
 
-def test_no_arm_ever_looks_at_more_labels_than_the_budget() -> None:
+def test_no_arm_uses_more_labels_than_the_budget() -> None:
     out = all_arms()
     for arm in ARMS:
         spends = [row for path in nodes(out, arm) for row in rows(path / "ledger.jsonl") if row["purpose"] == "train"]
         looked_at = {label for row in spends for label in row["labels"]}
         assert len(looked_at) <= 16
-        assert held(out / "report.json")["arms"][arm]["labels"]["distinct"] == len(looked_at)
+        assert load_json(out / "report.json")["arms"][arm]["labels"]["distinct"] == len(looked_at)
 
 
 def test_the_half_split_is_disjoint_by_content_whatever_the_order_of_the_file(tmp_path: Path) -> None:
@@ -198,15 +198,15 @@ def test_the_half_split_is_disjoint_by_content_whatever_the_order_of_the_file(tm
     assert halves(lines[::-1]) == (first, second)
 
 
-def test_a_training_problem_that_stands_in_an_evaluation_is_left_out_and_that_is_said(tmp_path: Path) -> None:
+def test_leaked_training_problem_is_excluded_with_a_warning(tmp_path: Path) -> None:
     test = find_recipe("pocket", ["data.evals.sums.generate.count=5"])
     leaked = load(test.data.evals["sums"], "x", need_answers=True).problems[0].text
     path = tmp_path / "labeled.jsonl"
     pairs = [(leaked, "00"), *((f"{a:02d}+07+11+90", "00") for a in range(24))]
     path.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in pairs), encoding="utf-8")
-    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=[f"data.labeled={path}", "labels.budget=24"])
-    assert said.code == 0
-    (warning,) = [line for line in said.err.splitlines() if "data.labeled: " in line]
+    result = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=[f"data.labeled={path}", "labels.budget=24"])
+    assert result.code == 0
+    (warning,) = [line for line in result.err.splitlines() if "data.labeled: " in line]
     assert warning.startswith("warning evaluation-leak: data.labeled: 1 problems also stand in data.evals.sums")
     assert "left out" in warning
     seen = {row["problem_id"] for row in rows(next((tmp_path / "out/nodes").glob("student_rl*/rollouts/000001.jsonl")))}
@@ -216,7 +216,7 @@ def test_a_training_problem_that_stands_in_an_evaluation_is_left_out_and_that_is
 # The ledger against independent counts --------------------------------------------------------------------------------
 
 
-def test_sampled_tokens_labels_and_checks_of_every_step_are_those_of_its_rollouts() -> None:
+def test_ledger_of_every_step_agrees_with_its_rollouts() -> None:
     counted: Counter[str] = Counter()
     for path, info in infos(all_arms()):
         if info["kind"] != "train":
@@ -239,7 +239,7 @@ def test_sampled_tokens_labels_and_checks_of_every_step_are_those_of_its_rollout
     assert counted == {"grpo": 3 + 6, "sft": 2, "forward_kl": 5, "opd": 11 - 3, "constant": 2, "mixed": 1}
 
 
-def test_a_step_s_ledger_row_and_its_metrics_row_say_the_same() -> None:
+def test_ledger_and_metrics_of_every_step_agree() -> None:
     for path, info in infos(all_arms()):
         if info["kind"] == "train":
             for (spend, _), metrics in zip(steps_of(path), rows(path / "metrics.jsonl"), strict=True):
@@ -247,7 +247,7 @@ def test_a_step_s_ledger_row_and_its_metrics_row_say_the_same() -> None:
                     assert spend[key] == metrics[key]
 
 
-def test_a_cache_is_charged_for_the_tokens_that_it_holds_once_and_for_no_label() -> None:
+def test_cache_node_is_charged_once_for_its_tokens_and_no_label() -> None:
     out = all_arms()
     for path, info in infos(out):
         if info["kind"] == "rollouts":
@@ -257,7 +257,7 @@ def test_a_cache_is_charged_for_the_tokens_that_it_holds_once_and_for_no_label()
             assert (spend["labels"], spend["checks"], spend["tokens_trained"]) == ([], 0, 0)
 
 
-def test_looks_for_evaluation_are_counted_apart_from_those_of_training() -> None:
+def test_evaluation_labels_are_counted_apart_from_training_labels() -> None:
     out = all_arms()
     evaluated = {problem["problem_id"] for problem in rows(node(out, "bridge", "opd") / "evals/final/sums.jsonl")}
     for path, info in infos(out):
@@ -270,13 +270,13 @@ def test_looks_for_evaluation_are_counted_apart_from_those_of_training() -> None
         assert spend["tokens_sampled"] == sum(row["tokens"] for row in texts)
         trained = {label for row in rows(path / "ledger.jsonl") if row["purpose"] == "train" for label in row["labels"]}
         assert not trained & evaluated
-    report = held(out / "report.json")["arms"]
+    report = load_json(out / "report.json")["arms"]
     assert report["base_student"]["labels"] == {"distinct": 0, "checks": 0}
 
 
-def test_the_reports_totals_are_the_sums_over_an_arms_nodes_a_label_counted_once() -> None:
+def test_report_totals_are_sums_over_nodes_with_each_label_once() -> None:
     out = all_arms()
-    report = held(out / "report.json")["arms"]
+    report = load_json(out / "report.json")["arms"]
     for arm in ARMS:
         spends = [row for path in nodes(out, arm) for row in rows(path / "ledger.jsonl") if row["purpose"] == "train"]
         assert report[arm]["tokens"]["sampled"] == sum(row["tokens_sampled"] for row in spends)
@@ -290,7 +290,7 @@ def test_the_reports_totals_are_the_sums_over_an_arms_nodes_a_label_counted_once
     assert report["bridge_rl"]["labels"] == {"distinct": 16, "checks": 64}
 
 
-def test_the_runs_ledger_is_all_its_nodes_ledgers() -> None:
+def test_run_ledger_joins_the_node_ledgers() -> None:
     out = all_arms()
     parts = [row for path, _ in infos(out) for row in rows(path / "ledger.jsonl")]
     assert rows(out / "ledger.jsonl") == parts
@@ -300,7 +300,7 @@ def test_the_runs_ledger_is_all_its_nodes_ledgers() -> None:
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_trained_node_s_model_is_a_plain_hugging_face_folder_with_its_last_checkpoints_weights() -> None:
+def test_trained_model_folder_has_the_last_checkpoints_weights() -> None:
     for path in nodes(all_arms(), "bridge_rl"):
         if not (path / "model").exists():
             continue
@@ -313,7 +313,7 @@ def test_a_trained_node_s_model_is_a_plain_hugging_face_folder_with_its_last_che
         assert all(torch.equal(saved[name], last[name]) for name in saved.keys() & last.keys())
 
 
-def test_plain_transformers_gives_a_trained_models_own_log_probs() -> None:
+def test_transformers_gives_a_trained_models_log_probs() -> None:
     folder = node(all_arms(), "bridge", "opd") / "model"
     ours = load_policy(
         ModelFolder.open(str(folder), "x"),
@@ -331,7 +331,7 @@ def test_plain_transformers_gives_a_trained_models_own_log_probs() -> None:
         assert torch.allclose(logp, torch.tensor(rollout.sampler_logp), atol=1e-4)
 
 
-def test_the_model_card_says_what_the_model_came_from_and_which_labels_it_saw() -> None:
+def test_model_card_names_base_model_and_labels_used() -> None:
     out = all_arms()
     card = (node(out, "bridge", "opd") / "model/README.md").read_text(encoding="utf-8")
     assert node(out, "bridge", "warmup").name in card and "objective `opd`" in card and "look at: 0" in card
@@ -342,25 +342,25 @@ def test_the_model_card_says_what_the_model_came_from_and_which_labels_it_saw() 
 # A folder that grows --------------------------------------------------------------------------------------------------
 
 
-def test_more_arms_and_seeds_in_the_same_folder_reuse_what_is_there(tmp_path: Path) -> None:
+def test_added_arms_and_seeds_reuse_finished_nodes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "warmup_only").code == 0
     first = {path.name: (path / "DONE").stat().st_mtime_ns for path, _ in infos(out)}
     assert tiny("study", out, "--arms", "warmup_only,bridge", "--seeds", "0,1").code == 0
     assert {name: (out / "nodes" / name / "DONE").stat().st_mtime_ns for name in first} == first
-    report = held(out / "report.json")
+    report = load_json(out / "report.json")
     assert set(report["arms"]) == {"base_student", "base_teacher", "warmup_only", "bridge"}
     assert report["seeds"] == [0, 1]
     assert node_names(out, "bridge")[:3] == node_names(out, "warmup_only")
     # An arm asked for later on its own leaves those of before in the plan and in the report.
     assert tiny("run", out, "--arm", "opd_only", "--seed", "1").code == 0
-    report = held(out / "report.json")
+    report = load_json(out / "report.json")
     assert set(report["arms"]) == {"base_student", "base_teacher", "warmup_only", "bridge", "opd_only"}
     assert report["arms"]["opd_only"]["accuracy"]["sums"]["per_seed"].keys() == {"1"}
     assert report["arms"]["bridge"]["accuracy"]["sums"]["per_seed"].keys() == {"0", "1"}
 
 
-def test_a_corrected_answer_runs_what_looked_at_it_again(tmp_path: Path) -> None:
+def test_corrected_answer_reruns_the_nodes_that_used_it(tmp_path: Path) -> None:
     path, out = tmp_path / "labeled.jsonl", tmp_path / "out"
     pairs = [(f"{a:02d}+07+11+90", f"{(a + 8) % 100:02d}") for a in range(16)]
     changes = [f"data.labeled={path}"]
@@ -376,10 +376,10 @@ def test_a_corrected_answer_runs_what_looked_at_it_again(tmp_path: Path) -> None
     assert not run() & before
 
 
-def test_compute_and_guards_may_change_between_two_goes_at_one_folder(tmp_path: Path) -> None:
+def test_compute_and_guards_may_change_on_resume(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "direct_grpo", changes=["guards.patience=1"]).code == 0
     done = {path.name: (path / "DONE").stat().st_mtime_ns for path, _ in infos(out)}
     assert tiny("run", out, "--arm", "direct_grpo", changes=["guards.patience=2", "compute.sample_batch=7"]).code == 0
     assert {path.name: (path / "DONE").stat().st_mtime_ns for path, _ in infos(out)} == done
-    assert held(out / "recipe.json")["compute"]["sample_batch"] == 7
+    assert load_json(out / "recipe.json")["compute"]["sample_batch"] == 7

@@ -46,11 +46,11 @@ def sentence(act: Callable[[], object]) -> str:
     try:
         act()
     except UserError as error:
-        said = str(error)
+        message = str(error)
     else:
         return ""
-    assert said.strip() and "\n" not in said
-    return said
+    assert message.strip() and "\n" not in message
+    return message
 
 
 REASONS = {"equal", "different", "no_answer", "truncated", "timeout", "memory", "error"}
@@ -59,9 +59,9 @@ REASONS = {"equal", "different", "no_answer", "truncated", "timeout", "memory", 
 @pytest.fixture(scope="module")
 def verifiers() -> Iterator[dict[str, Verifier]]:
     """One worker each; what is known to be slow or spoiled is killed at half a second."""
-    held = {name: Verifier(name, workers=1, seconds=0.5, memory_mb=512) for name in ("maths", "regex", "json")}
-    yield held
-    for verifier in held.values():
+    by_task = {name: Verifier(name, workers=1, seconds=0.5, memory_mb=512) for name in ("maths", "regex", "json")}
+    yield by_task
+    for verifier in by_task.values():
         verifier.close()
 
 
@@ -111,7 +111,7 @@ def test_a_gold_answer_is_correct_against_itself_or_says_why_it_cannot_be_used(g
 
 @quick
 @given(a=texts, b=texts)
-def test_a_verdict_does_not_hang_on_what_was_graded_before(a: str, b: str) -> None:
+def test_verdict_does_not_depend_on_earlier_questions(a: str, b: str) -> None:
     for name in ("sums", "exact", "numeric", "choice"):
         grade = TASKS[name].grade
         assert grade(a, b) == (grade(b, a), grade(a, b))[1]
@@ -164,12 +164,12 @@ def edited(recipe: dict[str, Any], changes: list[tuple[tuple[str, ...], str, Any
 
 @settings(quick, max_examples=300)
 @given(changes=edits)
-def test_an_edited_recipe_is_a_recipe_or_one_sentence_that_names_it(
+def test_edited_recipe_parses_or_is_refused_in_one_sentence(
     changes: list[tuple[tuple[str, ...], str, Any]],
 ) -> None:
     raw = edited(POCKET, changes)
-    if said := sentence(lambda: parse_recipe(raw, "recipe r.yaml")):
-        assert said.startswith("recipe r.yaml: ")
+    if message := sentence(lambda: parse_recipe(raw, "recipe r.yaml")):
+        assert message.startswith("recipe r.yaml: ")
         return
     recipe = parse_recipe(raw, "recipe r.yaml")
     # What was read can be written down and read again, the same.
@@ -182,13 +182,13 @@ def test_an_edited_recipe_is_a_recipe_or_one_sentence_that_names_it(
     override=st.text(max_size=40)
     | st.tuples(st.sampled_from(places(POCKET)), texts).map(lambda one: f"{'.'.join(one[0])}={one[1]}")
 )
-def test_an_override_is_taken_or_refused_in_one_sentence(override: str) -> None:
+def test_override_is_applied_or_refused_in_one_sentence(override: str) -> None:
     sentence(lambda: parse_recipe(POCKET, "recipe", [override]))
 
 
 @quick
 @given(content=st.binary(max_size=200) | texts.map(lambda text: text.encode("utf-8", "replace")))
-def test_any_file_as_a_recipe_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+def test_arbitrary_file_as_recipe_is_refused_in_one_sentence(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(content)
     assert sentence(lambda: read_recipe(path)).startswith(f"recipe {path}")
@@ -220,7 +220,7 @@ file_rows = st.lists(
 @given(
     rows=file_rows, noise=st.binary(max_size=20), need=st.booleans(), task=st.sampled_from(["maths", "json", "python"])
 )
-def test_any_data_file_gives_problems_or_one_sentence(
+def test_arbitrary_data_file_gives_problems_or_one_sentence(
     tmp_path: Path, rows: list[Any], noise: bytes, need: bool, task: str
 ) -> None:
     for name, content in (
@@ -231,8 +231,8 @@ def test_any_data_file_gives_problems_or_one_sentence(
         path = tmp_path / name
         path.write_bytes(content)
         source, read = Source(path=str(path)), TASKS[task].gold
-        if said := sentence(lambda: load(source, "data.labeled", need_answers=need, gold=read)):  # noqa: B023
-            assert said.startswith(f"data.labeled: {path}")
+        if message := sentence(lambda: load(source, "data.labeled", need_answers=need, gold=read)):  # noqa: B023
+            assert message.startswith(f"data.labeled: {path}")
             continue
         loaded = load(source, "data.labeled", need_answers=need, gold=read)
         assert loaded.gold.keys() <= {problem.id for problem in loaded.problems} | set(loaded.contradictions)
@@ -242,7 +242,9 @@ def test_any_data_file_gives_problems_or_one_sentence(
 
 @quick
 @given(rows=file_rows, noise=st.binary(max_size=12))
-def test_any_file_of_completions_is_graded_or_one_sentence(tmp_path: Path, rows: list[Any], noise: bytes) -> None:
+def test_arbitrary_completions_file_is_graded_or_refused_in_one_sentence(
+    tmp_path: Path, rows: list[Any], noise: bytes
+) -> None:
     path = tmp_path / "g.jsonl"
     renamed = [
         {"gold": row.get("answer"), "completion": row.get("problem"), "id": row.get("id")}
@@ -252,14 +254,14 @@ def test_any_file_of_completions_is_graded_or_one_sentence(tmp_path: Path, rows:
     ]
     path.write_bytes(b"\n".join(json.dumps(row).encode() for row in renamed) + b"\n" + noise)
     graded: list[dict[str, Any]] = []
-    said = sentence(lambda: graded.extend(grade_file(path, task="numeric", workers=1)))
-    assert not said or said.startswith(str(path))
+    message = sentence(lambda: graded.extend(grade_file(path, task="numeric", workers=1)))
+    assert not message or message.startswith(str(path))
     assert all(one["reason"] in REASONS for one in graded)
 
 
 @quick
 @given(name=st.text(max_size=30))
-def test_any_column_name_is_found_or_refused(tmp_path: Path, name: str) -> None:
+def test_arbitrary_column_name_is_read_or_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"problem": "a", "answer": "1"}\n')
     source = Source(path=str(path), columns=Columns(problem=name))
@@ -277,7 +279,7 @@ problem_texts = st.lists(
 
 @quick
 @given(wanted=problem_texts, more=problem_texts, order=st.randoms(use_true_random=False))
-def test_reordering_a_file_or_adding_rows_never_moves_a_problem_to_the_other_half(
+def test_split_is_stable_under_reordering_and_added_rows(
     tmp_path: Path, wanted: list[str], more: list[str], order: Any
 ) -> None:
     """Through the loader, with other spellings of the same problems among the rows; and what the budget buys stays by half."""
@@ -303,7 +305,7 @@ def test_reordering_a_file_or_adding_rows_never_moves_a_problem_to_the_other_hal
 
 @quick
 @given(text=st.text(max_size=60), seed=st.integers(0, 5))
-def test_spellings_of_one_problem_stay_on_one_half_and_leak_to_each_other(text: str, seed: int) -> None:
+def test_spellings_of_one_problem_share_a_half_and_count_as_leaks(text: str, seed: int) -> None:
     text = f"problem {text}"
     if any("\ud800" <= char <= "\udfff" for char in text):
         return
@@ -322,7 +324,7 @@ def test_spellings_of_one_problem_stay_on_one_half_and_leak_to_each_other(text: 
     budget=st.integers(1, 70),
     seed=st.integers(0, 3),
 )
-def test_a_budget_buys_exactly_its_number_or_is_refused(ids: list[str], budget: int, seed: int) -> None:
+def test_budget_buys_exactly_its_number_or_is_refused(ids: list[str], budget: int, seed: int) -> None:
     if budget > len(ids):
         with pytest.raises(UserError, match=r"labels\.budget"):
             select_labels(ids, budget, seed)
@@ -332,6 +334,6 @@ def test_a_budget_buys_exactly_its_number_or_is_refused(ids: list[str], budget: 
     assert set(select_labels(list(reversed(ids)), budget, seed).all) == set(pools.all)
 
 
-def test_memory_stayed_bounded() -> None:
+def test_property_tests_keep_memory_bounded() -> None:
     """The last of this file: all of the above, torch not counted, in less than 3 GiB."""
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3 * 2**20

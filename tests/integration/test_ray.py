@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from runs import Said, assert_same, held, node, rows, temporary, tiny
+from runs import CommandResult, assert_same, load_json, node, rows, temporary, tiny
 
 ARMS = "direct_grpo,raw_teacher"
 LONG = ("stages.student_rl.steps=24", "stages.warmup.steps=24", "compute.workers=2")
@@ -42,7 +42,7 @@ def here() -> Path:
     return out
 
 
-def on_ray(out: Path, *changes: str) -> Said:
+def on_ray(out: Path, *changes: str) -> CommandResult:
     return tiny("study", out, "--arms", ARMS, "--executor", "ray", changes=[*LONG, *changes])
 
 
@@ -83,44 +83,46 @@ def kill(pids: set[int]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_study_on_a_cluster_whose_process_is_killed_comes_out_bit_for_bit_as_here(ray: Any, tmp_path: Path) -> None:
+def test_ray_study_with_a_killed_process_equals_the_local_study(ray: Any, tmp_path: Path) -> None:
     with meanwhile(tmp_path, "student_rl", 3, kill):
-        said = on_ray(tmp_path)
-    assert said.code == 0, said.err
-    assert "student_rl on all (seed 0): its process is gone; it goes on in another one" in said.err
-    assert said.err.count("warmup on all (seed 0): ") == 1
+        result = on_ray(tmp_path)
+    assert result.code == 0, result.err
+    assert "student_rl on all (seed 0): its process is gone; it goes on in another one" in result.err
+    assert result.err.count("warmup on all (seed 0): ") == 1
     assert_same(tmp_path, here())
 
 
-def test_a_stop_ends_the_nodes_at_their_next_step_and_one_process_here_goes_on(ray: Any, tmp_path: Path) -> None:
+def test_interrupted_ray_study_checkpoints_and_resumes_locally(ray: Any, tmp_path: Path) -> None:
     with meanwhile(tmp_path, "warmup", 2, lambda pids: os.kill(os.getpid(), signal.SIGINT)):
-        said = on_ray(tmp_path)
-    assert said.code == 130 and said.err.count("stopping after this step, with a checkpoint") == 1, said.err
+        result = on_ray(tmp_path)
+    assert result.code == 130 and result.err.count("stopping after this step, with a checkpoint") == 1, result.err
     for path in tmp_path.glob("nodes/*/metrics.jsonl"):
         assert (path.parent / "checkpoint" / f"{len(rows(path)):06d}" / "sums.json").exists()
     assert tiny("study", tmp_path, "--arms", ARMS, changes=[*LONG, "compute.workers=1"]).code == 0
     assert_same(tmp_path, here())
 
 
-def test_a_node_that_is_lost_more_often_than_it_may_be_fails_and_the_rest_goes_on(ray: Any, tmp_path: Path) -> None:
+def test_ray_node_lost_too_often_fails_and_the_rest_continues(ray: Any, tmp_path: Path) -> None:
     with meanwhile(tmp_path, "student_rl", 1, kill):
-        said = on_ray(tmp_path, "compute.ray.retries=0")
-    assert said.code == 1
-    assert "student_rl on all (seed 0): its process was lost 1 times (WorkerCrashedError: " in said.err
-    assert held(node(tmp_path, "direct_grpo", "student_rl") / "FAILED")["code"] == 1
+        result = on_ray(tmp_path, "compute.ray.retries=0")
+    assert result.code == 1
+    assert "student_rl on all (seed 0): its process was lost 1 times (WorkerCrashedError: " in result.err
+    assert load_json(node(tmp_path, "direct_grpo", "student_rl") / "FAILED")["code"] == 1
     assert (node(tmp_path, "raw_teacher", "opd") / "DONE").exists()
 
 
-def test_what_no_machine_has_is_refused_before_anything_waits_for_it(ray: Any, tmp_path: Path) -> None:
-    said = on_ray(tmp_path, "compute.ray.stages.warmup.cpus=64")
-    assert said.code == 2
-    assert said.err.endswith("headwater: compute.ray: warmup on all (seed 0) asks for cpus 64, and the cluster has 2\n")
+def test_ray_refuses_resources_that_no_machine_has(ray: Any, tmp_path: Path) -> None:
+    result = on_ray(tmp_path, "compute.ray.stages.warmup.cpus=64")
+    assert result.code == 2
+    assert result.err.endswith(
+        "headwater: compute.ray: warmup on all (seed 0) asks for cpus 64, and the cluster has 2\n"
+    )
 
 
-def test_without_ray_a_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_is_refused_with_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    said = tiny("run", tmp_path, "--executor", "ray")
-    assert said.code == 2
-    assert said.err.endswith("headwater: --executor ray: Ray is not installed; pip install 'headwater[ray]'\n")
+    result = tiny("run", tmp_path, "--executor", "ray")
+    assert result.code == 2
+    assert result.err.endswith("headwater: --executor ray: Ray is not installed; pip install 'headwater[ray]'\n")
     unknown = tiny("run", tmp_path, "--executor", "slurm")
     assert unknown.code == 2 and unknown.err == "headwater: --executor slurm: there are local and ray\n"

@@ -27,9 +27,7 @@ def commands() -> list[str]:
     return re.findall(r"^    \.venv/bin/headwater (.*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
 
 
-def test_the_commands_for_ones_own_problems_run_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_readme_commands_for_own_problems_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"question": f"What is {n} + {n}?", "answer": f"{n} and {n} are {2 * n}.\n#### {2 * n}"} for n in range(20)]
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -48,7 +46,7 @@ def test_the_commands_for_ones_own_problems_run_one_after_the_other(
     assert report["arms"]["bridge_rl"]["labels"]["distinct"] > 0
 
 
-def test_the_recipe_shown_for_real_models_is_valid_on_top_of_the_built_in_one() -> None:
+def test_readme_recipe_for_real_models_is_valid() -> None:
     shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", README, flags=re.DOTALL).group(1))  # type: ignore[union-attr]
     recipe = parse_recipe({**yaml.safe_load(builtin_text("pocket")), **shown}, "README")
     assert recipe.models == Models(
@@ -58,16 +56,16 @@ def test_the_recipe_shown_for_real_models_is_valid_on_top_of_the_built_in_one() 
     assert recipe.prompt.template.endswith("\\boxed{}.") and Prompt().thinking is recipe.prompt.thinking
 
 
-def test_every_file_it_links_to_and_every_verb_it_lists_is_there() -> None:
+def test_readme_links_and_verbs_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert len(links) > 5
     assert [link for link in links if not (ROOT / link).exists()] == []
     listed = set(re.findall(r"^\| `headwater ([a-z]+)", README, flags=re.MULTILINE))
-    said = subprocess.run([sys.executable, "-m", "headwater", "--help"], capture_output=True, text=True).stdout
-    assert listed == set(re.findall(r"^│ ([a-z]+) ", said, flags=re.MULTILINE))
+    result = subprocess.run([sys.executable, "-m", "headwater", "--help"], capture_output=True, text=True).stdout
+    assert listed == set(re.findall(r"^│ ([a-z]+) ", result, flags=re.MULTILINE))
 
 
-def test_package_tree_lists_every_folder_and_top_level_module() -> None:
+def test_readme_tree_lists_every_folder_and_top_level_module() -> None:
     tree = re.search(r"^    src/headwater/\n((?:      .*\n)+)", README, flags=re.MULTILINE)
     assert tree is not None
     listed = [line.split()[0] for line in tree[1].splitlines()]
@@ -80,6 +78,6 @@ def test_package_tree_lists_every_folder_and_top_level_module() -> None:
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
-def test_its_two_commands_are_targets_of_the_makefile(target: str) -> None:
+def test_readme_make_commands_are_makefile_targets(target: str) -> None:
     assert f"    make {target} " in README
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)

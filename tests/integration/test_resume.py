@@ -10,10 +10,10 @@ from unittest import mock
 
 import pytest
 
-from forked_runs import Ended, warm_runs
+from forked_runs import ProcessResult, warm_runs
 from headwater.runs.executors import base as executor
 from runs import (
-    Said,
+    CommandResult,
     assert_same,
     infos,
     node,
@@ -37,7 +37,7 @@ CHANGES = (
 )
 
 
-def go(out: Path) -> Said:
+def go(out: Path) -> CommandResult:
     return tiny("run", out, changes=CHANGES)
 
 
@@ -76,7 +76,7 @@ def killed_at(count: int, what: Callable[..., Any]) -> Callable[..., Any]:
 
 # Every durable write syncs, so a kill at one of them is a kill between any two things that a run writes.
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.7, 0.9, 0.97])
-def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(share: float, tmp_path: Path) -> None:
+def test_run_killed_at_any_write_resumes_bit_for_bit(share: float, tmp_path: Path) -> None:
     out, (whole, synced) = tmp_path / "out", counted()
     with mock.patch("os.fsync", killed_at(max(4, int(share * synced)), lambda number: None)), pytest.raises(Killed):
         go(out)
@@ -84,7 +84,7 @@ def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(share: float, tmp_path: 
     assert_same(out, whole)
 
 
-def test_a_run_killed_in_the_middle_of_a_stage_ends_as_if_it_had_not(tmp_path: Path) -> None:
+def test_run_killed_within_a_stage_resumes_bit_for_bit(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert start(out, f"step.begun:{BEFORE_OPD + 4}=kill").code == -signal.SIGKILL
     opd = next((out / "nodes").glob("opd.*"))
@@ -94,14 +94,14 @@ def test_a_run_killed_in_the_middle_of_a_stage_ends_as_if_it_had_not(tmp_path: P
     assert_same(out, uninterrupted())
 
 
-def test_an_interrupted_run_says_how_to_go_on_leaves_130_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_interrupted_run_exits_130_with_the_resume_command(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = start(out, f"step.begun:{BEFORE_OPD + 5}=int")
-    said = ended.err
+    message = ended.err
     assert ended.code == 130
-    assert "stopping after this step, with a checkpoint" in said
-    assert f"headwater: interrupted; the same command with --out {out} resumes" in said
-    assert "Traceback" not in said
+    assert "stopping after this step, with a checkpoint" in message
+    assert f"headwater: interrupted; the same command with --out {out} resumes" in message
+    assert "Traceback" not in message
     opd = next((out / "nodes").glob("opd.*"))
     done = len(rows(opd / "metrics.jsonl"))
     assert done == 5 and (opd / "checkpoint" / f"{done:06d}" / "sums.json").exists()  # also where none was due
@@ -113,12 +113,12 @@ BEFORE_OPD = 3 + 5
 """Steps of teacher RL and of warm-up."""
 
 
-def start(out: Path, fault: str) -> Ended:
+def start(out: Path, fault: str) -> ProcessResult:
     """The same run as a process of its own."""
     return warm_runs().run("run", "pocket", "--out", out, *sets(*CHANGES), fault=fault)
 
 
-def test_a_finished_run_does_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_run_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "raw_teacher", whole=True).code == 0
     before = {path: path.stat().st_mtime_ns for path in (out / "nodes").rglob("*")}
@@ -133,7 +133,7 @@ def test_a_finished_run_does_nothing_again(tmp_path: Path, monkeypatch: pytest.M
     assert {name: (out / name).read_bytes() for name in wrote} == wrote
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+def test_resume_skips_a_damaged_checkpoint(tmp_path: Path) -> None:
     out = copied(tmp_path)
     for path in nodes(out, "bridge_rl"):
         (path / "DONE").unlink()
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) 
     assert_same(out, uninterrupted())
 
 
-def test_a_node_that_died_between_its_evaluation_and_its_done_file_is_charged_once(tmp_path: Path) -> None:
+def test_node_killed_before_its_done_file_is_charged_once(tmp_path: Path) -> None:
     out = copied(tmp_path)
     for path, _ in infos(out):
         (path / "DONE").unlink()
@@ -153,7 +153,7 @@ def test_a_node_that_died_between_its_evaluation_and_its_done_file_is_charged_on
     assert_same(out, uninterrupted())
 
 
-def test_a_line_cut_short_by_a_crash_is_written_again(tmp_path: Path) -> None:
+def test_truncated_log_line_is_rewritten_on_resume(tmp_path: Path) -> None:
     out = copied(tmp_path)
     opd = node(out, "bridge_rl", "opd")
     (opd / "DONE").unlink()
@@ -165,7 +165,7 @@ def test_a_line_cut_short_by_a_crash_is_written_again(tmp_path: Path) -> None:
     assert_same(out, uninterrupted())
 
 
-def test_no_more_than_two_checkpoints_are_kept_of_a_stage() -> None:
+def test_stage_keeps_at_most_two_checkpoints() -> None:
     for path, info in infos(uninterrupted()):
         if info["kind"] == "train":
             kept = sorted(int(one.name) for one in (path / "checkpoint").iterdir())

@@ -30,7 +30,7 @@ from runs import call, tiny
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_a_yaml_bomb_is_refused_before_it_is_built(merge: bool, tmp_path: Path) -> None:
+def test_yaml_bomb_is_refused_before_it_expands(merge: bool, tmp_path: Path) -> None:
     lines = ["a0: &a0 {x: 1}"]
     for n in range(1, 40):
         inner = ",".join([f"*a{n - 1}"] * 10)
@@ -38,12 +38,12 @@ def test_a_yaml_bomb_is_refused_before_it_is_built(merge: bool, tmp_path: Path) 
     path = tmp_path / "bomb.yaml"
     path.write_text("\n".join(lines), encoding="utf-8")
     started = time.monotonic()
-    said = call("run", path, "--out", tmp_path / "out")
-    assert said.code == 2 and "has more than 20,000 values" in said.err and said.err.count("\n") == 1
+    result = call("run", path, "--out", tmp_path / "out")
+    assert result.code == 2 and "has more than 20,000 values" in result.err and result.err.count("\n") == 1
     assert time.monotonic() - started < 5
 
 
-def test_aliases_within_reason_are_yaml_like_any_other() -> None:
+def test_yaml_with_few_aliases_is_accepted() -> None:
     assert plain_yaml.read("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n", "r") == {
         "a": {"x": 1},
         "b": {"x": 1},
@@ -67,7 +67,7 @@ def test_aliases_within_reason_are_yaml_like_any_other() -> None:
         "x: " + "y" * (1 << 18),
     ],
 )
-def test_yaml_that_stands_for_nothing_plain_is_one_sentence(text: str) -> None:
+def test_yaml_with_unsupported_values_is_refused_in_one_sentence(text: str) -> None:
     with pytest.raises(UserError, match=r"^recipe r: "):
         plain_yaml.read(text, "recipe r")
 
@@ -75,17 +75,13 @@ def test_yaml_that_stands_for_nothing_plain_is_one_sentence(text: str) -> None:
 @pytest.mark.parametrize(
     "task", ["timeit:timeit", "os:system", "shutil:move", "builtins:exec", "antigravity:x", "posix:unlink"]
 )
-def test_a_recipe_cannot_name_a_function_of_pythons_library_as_its_grader(
-    task: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_standard_library_function_is_refused_as_grader(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("webbrowser.open", lambda *given: pytest.fail("imported"))
     with pytest.raises(UserError, match="the standard library is not allowed"):
         find_task(task)
 
 
-def test_a_grader_that_is_only_imported_by_a_module_is_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grader_imported_by_a_module_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_safe_graders.py").write_text(
         "from shutil import move\nfrom my_safe_parts import other\ndef own(gold, completion): return True\n",
         encoding="utf-8",
@@ -101,7 +97,7 @@ def test_a_grader_that_is_only_imported_by_a_module_is_not_taken(
 
 @pytest.mark.parametrize("field", ["name", "data.evals.NAME"])
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".x", "a\n", "", "x" * 65, "é"])
-def test_names_that_become_file_names_lead_nowhere(field: str, name: str, tmp_path: Path) -> None:
+def test_names_used_as_file_names_cannot_leave_the_folder(field: str, name: str, tmp_path: Path) -> None:
     raw = yaml.safe_load(builtin_text("pocket"))
     if field == "name":
         raw["name"] = name
@@ -109,11 +105,11 @@ def test_names_that_become_file_names_lead_nowhere(field: str, name: str, tmp_pa
         raw["data"]["evals"] = {name: raw["data"]["evals"]["sums"]}
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(raw, allow_unicode=True), encoding="utf-8")
-    said = call("run", path, "--dry-run")
-    assert said.code == 2 and field.replace("NAME", "") in said.err and said.err.count("\n") == 1
+    result = call("run", path, "--dry-run")
+    assert result.code == 2 and field.replace("NAME", "") in result.err and result.err.count("\n") == 1
 
 
-def test_what_an_error_quotes_cannot_reach_the_terminal() -> None:
+def test_error_messages_escape_control_characters() -> None:
     assert one_line("a\nb\x1b[2J\u202e\ud800") == "a b\ufffd[2J\ufffd\ufffd"
     assert str(UserError("x\r\n\n y")) == "x  y"
     assert len(one_line("x" * 10**6)) == 2001
@@ -123,7 +119,7 @@ def test_what_an_error_quotes_cannot_reach_the_terminal() -> None:
 
 
 @pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
-def test_what_is_no_file_is_not_read(kind: str, tmp_path: Path) -> None:
+def test_special_files_are_not_read(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     if kind == "pipe":
         os.mkfifo(path)
@@ -136,14 +132,12 @@ def test_what_is_no_file_is_not_read(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rows", "repeats"])
-def test_a_parquet_file_that_unpacks_to_far_more_than_it_holds_is_refused(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parquet_bomb_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    monkeypatch.setattr("headwater.data.sources.MOST_BYTES", 50 << 20)
-    monkeypatch.setattr("headwater.data.sources.MOST_ROWS", 100_000)
+    monkeypatch.setattr("headwater.data.rows.MOST_BYTES", 50 << 20)
+    monkeypatch.setattr("headwater.data.rows.MOST_ROWS", 100_000)
     rows = 200_000 if kind == "rows" else 5000
     table = pyarrow.table({"problem": ["a" if kind == "rows" else "a" * 20_000] * rows, "answer": ["1"] * rows})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
@@ -152,16 +146,16 @@ def test_a_parquet_file_that_unpacks_to_far_more_than_it_holds_is_refused(
         load_data(Source(path=str(tmp_path / "d.parquet")), "data.labeled", need_answers=True)
 
 
-def test_a_problem_of_ten_million_characters_is_refused_before_a_tokenizer_takes_it(tmp_path: Path) -> None:
+def test_huge_problem_text_is_refused_before_tokenizing(tmp_path: Path) -> None:
     good = [{"problem": f"{n:02d}+07+11+90", "answer": f"{(n + 8) % 100:02d}"} for n in range(20)]
     write_rows(tmp_path / "d.jsonl", [*good, {"problem": "7" * 10_000_000, "answer": "1"}])
     started = time.monotonic()
-    said = tiny("run", tmp_path / "out", changes=(f"data.labeled={tmp_path / 'd.jsonl'}",))
-    assert said.code == 2 and "10,000,0" in said.err and "d.jsonl" in said.err and said.err.count("\n") == 1
+    result = tiny("run", tmp_path / "out", changes=(f"data.labeled={tmp_path / 'd.jsonl'}",))
+    assert result.code == 2 and "10,000,0" in result.err and "d.jsonl" in result.err and result.err.count("\n") == 1
     assert time.monotonic() - started < 120
 
 
-def test_a_pattern_that_repeats_repeats_is_not_written_out(tmp_path: Path) -> None:
+def test_nested_repeats_of_a_pattern_are_not_expanded(tmp_path: Path) -> None:
     started = time.monotonic()
     for gold in (
         "(a{9999}){9999}",
@@ -179,7 +173,7 @@ def test_a_pattern_that_repeats_repeats_is_not_written_out(tmp_path: Path) -> No
     assert validate(Source(path=str(path)), "regex", seconds=1.0, workers=1).total == 2
 
 
-def test_a_pattern_that_takes_for_ever_takes_its_seconds_and_no_more() -> None:
+def test_catastrophic_pattern_is_stopped_at_its_time_limit() -> None:
     with Verifier("regex", workers=1, seconds=0.5) as verifier:
         started = time.monotonic()
         found = verifier([(r"(a+)+b", "a" * 60), (r"(.*)*x\1y", "z" * 60), ("a+", "aaa")])
@@ -191,42 +185,40 @@ def test_a_pattern_that_takes_for_ever_takes_its_seconds_and_no_more() -> None:
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc", "a/b", "..", "", "a\n", 7, None])
-def test_a_plan_that_names_a_node_outside_is_refused(name: Any, tmp_path: Path) -> None:
+def test_plan_with_a_node_outside_the_folder_is_refused(name: Any, tmp_path: Path) -> None:
     out = fake_run(tmp_path / "run", seeds=(0,), arms={"bridge": ARMS["bridge"]}, problems=4, steps=2)
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     plan["arms"]["bridge"]["0"][-1] = name
     (out / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-    said = call("report", out)
+    result = call("report", out)
     assert (
-        said.code == 2
-        and f"{out / 'plan.json'}: " in said.err
-        and "not a valid node name" in said.err
-        and said.err.count("\n") == 1
+        result.code == 2
+        and f"{out / 'plan.json'}: " in result.err
+        and "not a valid node name" in result.err
+        and result.err.count("\n") == 1
     )
     assert not (out / "report.json").exists()
 
 
 @pytest.mark.parametrize("where", ["report.json", "nodes/x", "nodes/opd/metrics.jsonl", ".lock"])
 @pytest.mark.parametrize("verb", ["report", "run", "reuse", "probe"])
-def test_a_link_in_a_run_directory_is_refused_and_what_it_leads_to_left_alone(
-    verb: str, where: str, tmp_path: Path
-) -> None:
+def test_symlink_in_a_run_directory_is_refused_and_not_followed(verb: str, where: str, tmp_path: Path) -> None:
     out, victim = tmp_path / "run", tmp_path / "victim"
     fake_run(out, seeds=(0,), arms={"bridge": ARMS["bridge"]}, problems=4, steps=2)
     victim.write_text("precious", encoding="utf-8")
     (out / where).parent.mkdir(parents=True, exist_ok=True)
     (out / where).symlink_to(victim)
-    said = {
+    result = {
         "report": lambda: call("report", out),
         "run": lambda: tiny("run", out),
         "reuse": lambda: tiny("run", tmp_path / "new", "--reuse", out),
         "probe": lambda: tiny("probe", out),
     }[verb]()
-    assert said.code == 2 and f"{where} is a symbolic link" in said.err and said.err.count("\n") == 1, said
+    assert result.code == 2 and f"{where} is a symbolic link" in result.err and result.err.count("\n") == 1, result
     assert victim.read_text(encoding="utf-8") == "precious" and not (tmp_path / "new").exists()
 
 
-def test_the_output_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+def test_output_folder_may_be_a_symlink(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo").code == 0
@@ -262,7 +254,7 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_nothing_in_a_run_directory_becomes_markup_of_the_page(tmp_path: Path) -> None:
+def test_text_of_a_run_directory_cannot_become_markup(tmp_path: Path) -> None:
     text = " ".join(HOSTILE)
     arms = {**{name: ARMS[name] for name in ("base_student", "bridge", "direct_grpo")}, HOSTILE[1]: ARMS["raw_teacher"]}
     out = fake_run(tmp_path / "run", seeds=(0,), arms=arms, problems=6, steps=12, text=text)
@@ -327,12 +319,12 @@ SECRETS = {
 }
 
 
-def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_secrets_are_in_no_file_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     out = tmp_path / "out"
-    said = tiny("study", out, "--arms", "direct_grpo,warmup_only", changes=["compute.workers=2"], whole=True)
-    assert said.code == 0, said.err
+    result = tiny("study", out, "--arms", "direct_grpo,warmup_only", changes=["compute.workers=2"], whole=True)
+    assert result.code == 0, result.err
 
     def explode(*given: Any) -> None:
         raise RuntimeError("something nobody expected")
@@ -346,10 +338,10 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_run(tmp_path: Path, monk
         data = path.read_bytes()
         for name, value in SECRETS.items():
             assert value.encode() not in data and name.encode() not in data, path
-    assert not any(value in said.out + said.err + broken.err for value in SECRETS.values())
+    assert not any(value in result.out + result.err + broken.err for value in SECRETS.values())
 
 
-def test_no_module_starts_a_shell_or_hands_a_program_one_text() -> None:
+def test_no_module_starts_a_shell() -> None:
     """`subprocess` with a list alone; no os.system, popen, shell=, eval of any library."""
     source = Path(headwater.__file__).parent
     started = 0

@@ -14,7 +14,7 @@ from headwater.data.sources import load as load_source
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
-from runs import held, node, rows, tiny
+from runs import load_json, node, rows, tiny
 from serving import Answering, serving
 from tiny import CPU, MODELS
 
@@ -34,8 +34,8 @@ def test_distilling_from_a_served_teacher_gives_the_kl_of_the_same_teacher_in_pr
     pocket_teacher: Policy, tmp_path: Path
 ) -> None:
     with serving(Answering(pocket_teacher)) as there:
-        said = tiny("run", tmp_path / "away", "--arm", "raw_teacher", changes=(*RAW, f"models.teacher={there.url}"))
-    assert said.code == 0, said.err
+        result = tiny("run", tmp_path / "away", "--arm", "raw_teacher", changes=(*RAW, f"models.teacher={there.url}"))
+    assert result.code == 0, result.err
     assert tiny("run", tmp_path / "here", "--arm", "raw_teacher", changes=RAW).code == 0
     away, here = (rows(node(tmp_path / one, "raw_teacher", "opd") / "metrics.jsonl") for one in ("away", "here"))
     # The student of the first step has learnt from the server's samples, which are drawn by other numbers.
@@ -43,11 +43,11 @@ def test_distilling_from_a_served_teacher_gives_the_kl_of_the_same_teacher_in_pr
     ledger = rows(tmp_path / "away" / "ledger.jsonl")
     assert sum(row["tokens_teacher_scored"] for row in ledger if row["stage"] == "opd") > 0
     assert all(math.isfinite(row["loss"]) for row in away)
-    assert "base_teacher" in held(tmp_path / "away" / "report.json")["arms"]
+    assert "base_teacher" in load_json(tmp_path / "away" / "report.json")["arms"]
 
 
 @pytest.mark.parametrize(
-    ("arm", "changes", "said"),
+    ("arm", "changes", "message"),
     [
         ("bridge", (), "is not trained here, and stage teacher_rl of this arm would"),
         ("raw_teacher", ("stages.opd.dense.top_k=null",), "stages.opd.dense.top_k: models.teacher is a server"),
@@ -56,20 +56,20 @@ def test_distilling_from_a_served_teacher_gives_the_kl_of_the_same_teacher_in_pr
     ],
 )
 def test_a_recipe_that_a_server_cannot_serve_is_refused_before_the_run(
-    arm: str, changes: tuple[str, ...], said: str, pocket_teacher: Policy, tmp_path: Path
+    arm: str, changes: tuple[str, ...], message: str, pocket_teacher: Policy, tmp_path: Path
 ) -> None:
     with serving(Answering(pocket_teacher)) as there:
         found = tiny("run", tmp_path / "out", "--arm", arm, changes=(*RAW, *changes, f"models.teacher={there.url}"))
-    assert found.code == 2 and said in found.err and found.err.count("\n") == 1
+    assert found.code == 2 and message in found.err and found.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("which", "said"),
+    ("which", "message"),
     [("prompt", "different ids for the same text"), ("messages", "their chat templates give different ids")],
 )
 def test_a_server_with_another_tokenizer_or_template_is_refused(
-    which: str, said: str, pocket_teacher: Policy, tmp_path: Path
+    which: str, message: str, pocket_teacher: Policy, tmp_path: Path
 ) -> None:
     def other(path: str, body: dict[str, Any] | None) -> Any:
         found = Answering(pocket_teacher)(path, body)
@@ -78,7 +78,7 @@ def test_a_server_with_another_tokenizer_or_template_is_refused(
 
     with serving(other) as there:
         found = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=(*RAW, f"models.teacher={there.url}"))
-    assert found.code == 2 and said in found.err, found.err
+    assert found.code == 2 and message in found.err, found.err
 
 
 def test_a_server_that_fails_stops_the_run_which_resumes_once_the_server_is_back(
@@ -130,26 +130,26 @@ def mapped(tmp_path: Path, *changes: str, tags: tuple[str, ...] = ("left", "righ
 
 
 def test_with_teachers_by_tag_each_cached_rollout_is_from_its_own_tags_teacher(tmp_path: Path) -> None:
-    said = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=mapped(tmp_path))
-    assert said.code == 0, said.err
+    result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=mapped(tmp_path))
+    assert result.code == 0, result.err
     cached = rows(node(tmp_path / "out", "raw_teacher", "teacher_rollouts") / "cache" / "rollouts.jsonl")
     samplers = {one["sampler"] for one in cached}
     assert len(samplers) == 2  # the fingerprints of two models' weights
-    assert "raw_teacher" in held(tmp_path / "out" / "report.json")["arms"]
+    assert "raw_teacher" in load_json(tmp_path / "out" / "report.json")["arms"]
 
 
 @pytest.mark.parametrize(
-    ("arm", "tags", "said"),
+    ("arm", "tags", "message"),
     [
         ("bridge", ("left", "right"), "models.teacher: is a mapping to several models, which is not trained here"),
         ("raw_teacher", ("left", "wrong"), "has the tag 'wrong', and the mapping knows left, right"),
     ],
 )
 def test_an_unusable_mapping_of_teachers_is_refused_in_one_sentence(
-    arm: str, tags: tuple[str, ...], said: str, tmp_path: Path
+    arm: str, tags: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     found = tiny("run", tmp_path / "out", "--arm", arm, changes=mapped(tmp_path, tags=tags))
-    assert found.code == 2 and said in found.err and found.err.count("\n") == 1
+    assert found.code == 2 and message in found.err and found.err.count("\n") == 1
 
 
 # Asynchronous scoring -------------------------------------------------------------------------------------------------

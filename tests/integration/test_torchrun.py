@@ -20,7 +20,7 @@ from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
 from headwater.training.groups import assign_to_ranks
 from headwater.training.update import split_minibatches
-from runs import environment, held, infos, node, rows, sets, temporary, tiny
+from runs import environment, infos, load_json, node, rows, sets, temporary, tiny
 from tiny import rollout_of, stage_of
 
 # Every kind of pass at once: a reference, several updates of one batch, microbatches so small that ranks have unlike numbers of them.
@@ -41,8 +41,8 @@ NEAR = 1e-4
 @cache
 def one_process() -> Path:
     out = temporary() / "one"
-    said = tiny("run", out, changes=CHANGES)
-    assert said.code == 0, said.err
+    result = tiny("run", out, changes=CHANGES)
+    assert result.code == 0, result.err
     return out
 
 
@@ -86,21 +86,21 @@ def assert_alike(out: Path, one: Path) -> None:
         for name in names:
             assert max(differences(rows(ours / name), rows(theirs / name)), default=(0.0, ""))[0] < NEAR, name
         assert not [one for one in differences(rows(ours / "ledger.jsonl"), rows(theirs / "ledger.jsonl")) if one[0]]
-    assert max(differences(held(out / "report.json"), held(one / "report.json")))[0] < NEAR
+    assert max(differences(load_json(out / "report.json"), load_json(one / "report.json")))[0] < NEAR
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
-def test_two_processes_give_the_run_of_one_with_the_same_ledger(tmp_path: Path) -> None:
+def test_two_ranks_equal_one_with_the_same_ledger(tmp_path: Path) -> None:
     ended = warm_ranks().run(2, *command(tmp_path / "out"))
     assert [one.code for one in ended] == [0, 0], ended
     assert_alike(tmp_path / "out", one_process())
-    assert held(tmp_path / "out" / "env.json")["processes"] == 2 and ended[1].err == ""
+    assert load_json(tmp_path / "out" / "env.json")["processes"] == 2 and ended[1].err == ""
 
 
-def test_a_killed_rank_ends_the_others_with_a_sentence_and_one_or_four_go_on_from_the_checkpoint_of_two(
+def test_killed_rank_ends_the_others_and_other_world_sizes_resume(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "two"
@@ -127,7 +127,7 @@ def node_of(out: Path, stage: str) -> Path:
 
 
 @pytest.mark.many
-def test_a_stop_that_all_are_asked_for_leaves_one_checkpoint_and_two_go_on_from_what_one_wrote(tmp_path: Path) -> None:
+def test_interrupted_ranks_leave_one_checkpoint_and_two_resume_from_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     begun = f"{out}/nodes/warmup.*/metrics.jsonl"
     ended = warm_ranks().run(2, *command(out), signals=[(begun, signal.SIGTERM)])
@@ -141,27 +141,27 @@ def test_a_stop_that_all_are_asked_for_leaves_one_checkpoint_and_two_go_on_from_
 
 
 @pytest.mark.many
-def test_what_stops_one_stage_on_all_ranks_spares_the_rest_of_a_study(tmp_path: Path) -> None:
+def test_stage_failure_on_all_ranks_spares_the_rest_of_a_study(tmp_path: Path) -> None:
     changes = ["guards.no_signal=stop", "guards.patience=1", "stages.student_rl.sampling.max_tokens=1"]
     argv = ["study", "pocket", "--arms", "direct_grpo,raw_teacher", "--out", tmp_path, *sets(*changes)]
     ended = warm_ranks().run(2, *argv)
     assert [one.code for one in ended] == [4, 4]
     assert ended[0].err.count("no group is informative") == 2 and ended[1].err == ""  # as it happens, and at the end
     assert (node(tmp_path, "raw_teacher", "opd") / "DONE").exists()
-    assert "no group is informative" in held(node(tmp_path, "direct_grpo", "student_rl") / "FAILED")["sentence"]
+    assert "no group is informative" in load_json(node(tmp_path, "direct_grpo", "student_rl") / "FAILED")["sentence"]
 
 
 @pytest.mark.many
-def test_torchrun_runs_it_to_the_same_end_and_one_process_speaks(tmp_path: Path) -> None:
+def test_torchrun_gives_the_same_run_and_rank_0_prints(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "headwater"]
     argv = [*launcher, *map(str, command(tmp_path / "out"))]
-    said = subprocess.run(argv, capture_output=True, text=True, timeout=280, env=environment())
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.count("accuracy on sums before, between and after the stages") == 1
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=280, env=environment())
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("accuracy on sums before, between and after the stages") == 1
     assert_alike(tmp_path / "out", one_process())
 
 
-def test_only_run_study_and_demo_may_be_launched_as_several_processes() -> None:
+def test_only_run_study_and_demo_accept_several_processes() -> None:
     world = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     refused = subprocess.run(
         [sys.executable, "-m", "headwater", "probe", "pocket"],
@@ -174,7 +174,7 @@ def test_only_run_study_and_demo_may_be_launched_as_several_processes() -> None:
 # Shares ---------------------------------------------------------------------------------------------------------------
 
 
-def test_every_row_is_run_by_one_rank_and_groups_stay_whole_where_there_are_enough() -> None:
+def test_assign_to_ranks_covers_every_row_once_and_keeps_groups_whole() -> None:
     stage = stage_of("grpo", batch_size=32, group_size=4, minibatches=2)
     lengths = [3, 9, 1, 7, 2, 8, 5, 4]
     many = [
@@ -193,14 +193,14 @@ def test_every_row_is_run_by_one_rank_and_groups_stay_whole_where_there_are_enou
         assert load in {64, 60}
 
 
-def test_one_process_alone_shares_with_nobody() -> None:
+def test_single_process_keeps_every_row() -> None:
     alone = ProcessGroup()
     many = [Row(rollout_of((1, 2), (3,)))]
     assert assign_to_ranks(many, stage_of(), 1, alone) is many and alone.shard([1, 2]) == [1, 2]
     assert alone.all_reduce_sum({"loss": 0.1}) == {"loss": 0.1} and list(alone.lockstep([1, 2])) == [1, 2]
 
 
-def test_consecutive_shares_cover_all_and_differ_by_one_at_most() -> None:
+def test_contiguous_shares_cover_all_and_differ_by_one_at_most() -> None:
     for count in range(9):
         parts = [ProcessGroup(rank, 4).shard(range(count)) for rank in range(4)]
         assert [one for part in parts for one in part] == list(range(count))

@@ -37,8 +37,8 @@ STEADY = tuple(f"stages.{stage}.optim.eps=1e-4" for stage in ("teacher_rl", "war
 def one_and_two(tmp_path: Path, *changes: str, options: tuple[str, ...] = ()) -> tuple[Path, Path]:
     """The folders of one run by one process and by two."""
     one, two = tmp_path / "one", tmp_path / "two"
-    said = tiny("run", one, *options, changes=changes)
-    assert said.code == 0, said.err
+    result = tiny("run", one, *options, changes=changes)
+    assert result.code == 0, result.err
     ended = warm_ranks().run(2, *command_of(two, *changes), *options)
     assert [rank.code for rank in ended] == [0, 0], ended
     return one, two
@@ -46,7 +46,7 @@ def one_and_two(tmp_path: Path, *changes: str, options: tuple[str, ...] = ()) ->
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
 @pytest.mark.parametrize("output", ["merged", "adapter"])
-def test_adapters_on_two_ranks_train_as_on_one_and_go_on_from_what_two_wrote(output: str, tmp_path: Path) -> None:
+def test_lora_on_two_ranks_equals_one_and_resumes(output: str, tmp_path: Path) -> None:
     changes = (*CHANGES, *STEADY, "models.lora.r=4", "models.lora.alpha=8", f"models.lora.output={output}")
     one, two = one_and_two(tmp_path, *changes)
     assert_alike(two, one)
@@ -66,37 +66,37 @@ def test_adapters_on_two_ranks_train_as_on_one_and_go_on_from_what_two_wrote(out
         assert_alike(tmp_path / str(size), one)
 
 
-def test_a_served_teacher_is_asked_by_each_rank_for_its_own_share(tmp_path: Path, pocket_folder: Path) -> None:
+def test_each_rank_queries_a_served_teacher_for_its_own_share(tmp_path: Path, pocket_folder: Path) -> None:
     teacher = load_policy(
         ModelFolder.open(str(pocket_folder / "qwen3-teacher"), "models.teacher"), LoadOptions(MODELS, CPU, frozen=True)
     )
     with serving(Answering(teacher)) as there:
-        asked, counts = there.asked, []
+        requests, counts = there.requests, []
         for run in (0, 1):
-            asked.clear()
+            requests.clear()
             changes = (*CHANGES, *RAW, f"models.teacher={there.url}")
             if run == 0:
-                said = tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes)
-                assert said.code == 0, said.err
+                result = tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes)
+                assert result.code == 0, result.err
             else:
                 ended = warm_ranks().run(2, *command_of(tmp_path / "two", *changes), "--arm", "raw_teacher")
                 assert [rank.code for rank in ended] == [0, 0], ended
-            counts.append(sequences(asked))
+            counts.append(sequences(requests))
     assert_alike(tmp_path / "two", tmp_path / "one")
     assert counts[0] == counts[1]
 
 
-def sequences(asked: list[tuple[str, Any]]) -> dict[str, int]:
+def sequences(requests: list[tuple[str, Any]]) -> dict[str, int]:
     """How many sequences a server scored, and how many it sampled."""
     found = {"scored": 0, "sampled": 0}
-    for path, body in asked:
+    for path, body in requests:
         if path == "/v1/completions":
             scores = body.get("prompt_logprobs") is not None
             found["scored" if scores else "sampled"] += len(body["prompt"]) if scores else 1
     return found
 
 
-def test_teachers_by_tag_here_in_parts_and_served_teach_two_ranks_as_one(tmp_path: Path, pocket_folder: Path) -> None:
+def test_teachers_by_tag_on_two_ranks_equal_one(tmp_path: Path, pocket_folder: Path) -> None:
     large = load_policy(
         ModelFolder.open(str(pocket_folder / "qwen3-teacher-large"), "models.teacher"),
         LoadOptions(MODELS, CPU, frozen=True),
@@ -110,7 +110,7 @@ def test_teachers_by_tag_here_in_parts_and_served_teach_two_ranks_as_one(tmp_pat
     assert len({row["sampler"] for row in cached}) == 2
 
 
-def test_four_bit_weights_are_refused_by_name_before_anything_is_read() -> None:
+def test_four_bit_weights_on_several_ranks_are_refused() -> None:
     wanted = AdapterSpec(Lora.model_validate({"quantize": "nf4"}), ("here",))
     with pytest.raises(UserError, match=r"^models\.lora\.quantize: four-bit weights run in one process"):
         load_policy(
@@ -146,7 +146,7 @@ def measurements(processes: list[subprocess.Popen[str]]) -> list[dict[str, float
     return found
 
 
-def test_no_rank_ever_holds_the_whole_model_while_it_loads_and_trains(tmp_path: Path) -> None:
+def test_no_rank_holds_the_whole_model_while_loading_and_training(tmp_path: Path) -> None:
     """107 MB of weights: a process alone holds them twice as it loads, once from the file, which the system can take back."""
     make(tmp_path / "model", layers=8, width=512, vocabulary=4000)
     single, pair = start_ranks(tmp_path / "model", 1), start_ranks(tmp_path / "model", 2)

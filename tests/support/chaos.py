@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from forked_runs import Ended, ForkedRuns
+from forked_runs import ForkedRuns, ProcessResult
 from headwater.report import build as report
 from headwater.storage.run_dir import RunDir, read_json, read_jsonl, write_atomic, write_json
 from runs import TIMED, done, sets, timeless
@@ -71,8 +71,8 @@ def _content(path: Path) -> bytes:
     if path.name == "DONE":
         return _text(done(path.parent))
     if path.name == "state.json":
-        held = read_json(path)
-        return _text({**held, "logs": {name: one for name, one in held["logs"].items() if name not in TIMED}})
+        state = read_json(path)
+        return _text({**state, "logs": {name: one for name, one in state["logs"].items() if name not in TIMED}})
     if path.name == "sums.json":
         return _text({name: one for name, one in read_json(path).items() if name != "state.json"})
     return path.read_bytes()
@@ -97,8 +97,8 @@ def report_without_times(out: Path, work: Path) -> dict[str, bytes]:
                 write_atomic(path, "".join(json.dumps(stopped(row)) + "\n" for row in read_jsonl(path)))
         write_json(node.done, {"fingerprint": read_json(node.info)["fingerprint"]})
     report.write(copy)
-    held = RunDir(copy)
-    return {path.name: path.read_bytes() for path in (held.report_json, held.report_html, held.labels)}
+    state = RunDir(copy)
+    return {path.name: path.read_bytes() for path in (state.report_json, state.report_html, state.labels)}
 
 
 def stopped(value: Any) -> Any:
@@ -130,34 +130,34 @@ def main() -> None:
     parser.add_argument("--shortest", type=float, default=0.05, help="seconds a process lives at least")
     parser.add_argument("--longest", type=float, default=1.6, help="and at most")
     parser.add_argument("--draw", type=int, default=0, help="names the random times")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="headwater-chaos-"))
     try:
-        sys.exit(0 if survive(asked, folder) else 1)
+        sys.exit(0 if survive(args, folder) else 1)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def survive(asked: argparse.Namespace, folder: Path) -> bool:
-    processes, times = ForkedRuns(), random.Random(asked.draw)
+def survive(args: argparse.Namespace, folder: Path) -> bool:
+    processes, times = ForkedRuns(), random.Random(args.draw)
     whole = folder / "whole"
-    said = processes.run(*study(whole, asked.seeds), patience=7200)
-    assert said.code == 0, said.err
-    print(f"undisturbed: {said.seconds:.1f} s, {len(RunDir(whole).nodes())} nodes", flush=True)
+    result = processes.run(*study(whole, args.seeds), patience=7200)
+    assert result.code == 0, result.err
+    print(f"undisturbed: {result.seconds:.1f} s, {len(RunDir(whole).nodes())} nodes", flush=True)
     kills = studies = 0
     began = time.monotonic()
-    while kills < asked.kills:
+    while kills < args.kills:
         out, here = folder / f"killed-{studies}", 0
         while True:
-            after = times.uniform(asked.shortest, asked.longest) if kills < asked.kills else None
-            said = processes.run(*study(out, asked.seeds), kill_after=after, patience=7200)
-            if said.code != -signal.SIGKILL:
+            after = times.uniform(args.shortest, args.longest) if kills < args.kills else None
+            result = processes.run(*study(out, args.seeds), kill_after=after, patience=7200)
+            if result.code != -signal.SIGKILL:
                 break
             kills, here = kills + 1, here + 1
             if kills % 50 == 0:
                 done = sum(node.done.exists() for node in RunDir(out).nodes())
                 print(f"{kills} kills, {time.monotonic() - began:.0f} s, {done} nodes done", flush=True)
-        if not ended_alike(said, out, whole, folder / f"reports-{studies}"):
+        if not ended_alike(result, out, whole, folder / f"reports-{studies}"):
             return False
         studies += 1
         print(f"study {studies} ended after {here} kills as if there had been none", flush=True)
@@ -166,9 +166,9 @@ def survive(asked: argparse.Namespace, folder: Path) -> bool:
     return True
 
 
-def ended_alike(said: Ended, out: Path, whole: Path, work: Path) -> bool:
-    if said.code != 0:
-        print(f"ended with {said.code}: {said.err}")
+def ended_alike(result: ProcessResult, out: Path, whole: Path, work: Path) -> bool:
+    if result.code != 0:
+        print(f"ended with {result.code}: {result.err}")
         return False
     if found := differing(out, whole):
         print(f"differ: {found}")

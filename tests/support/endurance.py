@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import median
 
 from chaos import small
-from forked_runs import Ended, ForkedRuns
+from forked_runs import ForkedRuns, ProcessResult
 from headwater.storage.run_dir import RunDir
 
 ARMS = "direct_grpo,raw_teacher,bridge,bridge_rl,replay,opd_only,warmup_only"
 
 
-def long_stage(processes: ForkedRuns, out: Path, steps: int) -> Ended:
+def long_stage(processes: ForkedRuns, out: Path, steps: int) -> ProcessResult:
     """A stage of sparse RL with so many steps, rollouts, verdicts, a log row a step and a checkpoint every 20."""
     changes = (
         f"stages.student_rl.steps={steps}",
@@ -26,10 +26,10 @@ def long_stage(processes: ForkedRuns, out: Path, steps: int) -> Ended:
     return processes.run(*small(out, *changes), "--arm", "direct_grpo", patience=3600)
 
 
-def growth(said: Ended, warm: float = 0.25) -> tuple[float, int]:
+def growth(result: ProcessResult, warm: float = 0.25) -> tuple[float, int]:
     """(share by which memory grew from the end of the warm-up to the end of the run, open files gained)."""
-    held = [one for one in said.held if one[1]]
-    first = held[int(warm * len(held)) :]
+    usage = [one for one in result.usage if one[1]]
+    first = usage[int(warm * len(usage)) :]
     part = max(1, len(first) // 5)
     memory = [[bytes_ for _, bytes_, _ in some] for some in (first[:part], first[-part:])]
     files = [[count for _, _, count in some] for some in (first[:part], first[-part:])]
@@ -40,24 +40,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--nodes", type=int, default=200)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     processes, folder = ForkedRuns(), Path(tempfile.mkdtemp(prefix="headwater-endurance-"))
     try:
-        sys.exit(0 if endure(processes, folder, asked.steps) and resume(processes, folder, asked.nodes) else 1)
+        sys.exit(0 if endure(processes, folder, args.steps) and resume(processes, folder, args.nodes) else 1)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def endure(processes: ForkedRuns, folder: Path, steps: int) -> bool:
-    said = long_stage(processes, folder / "long", steps)
-    assert said.code == 0, said.err
-    grown, files = growth(said)
-    peak = max(bytes_ for _, bytes_, _ in said.held) / 2**20
+    result = long_stage(processes, folder / "long", steps)
+    assert result.code == 0, result.err
+    grown, files = growth(result)
+    peak = max(bytes_ for _, bytes_, _ in result.usage) / 2**20
     print(
-        f"{steps} steps in {said.seconds:.0f} s: memory {peak:.0f} MiB at most, grew {grown:+.2%}; open files {files:+d}"
+        f"{steps} steps in {result.seconds:.0f} s: memory {peak:.0f} MiB at most, grew {grown:+.2%}; open files {files:+d}"
     )
     for share in (0.1, 0.25, 0.5, 0.75, 0.99):
-        seconds, bytes_, count = said.held[int(share * len(said.held))]
+        seconds, bytes_, count = result.usage[int(share * len(result.usage))]
         print(f"  after {seconds:5.0f} s: {bytes_ / 2**20:.1f} MiB, {count} open files")
     return grown < 0.02 and files <= 0
 
@@ -65,8 +65,8 @@ def endure(processes: ForkedRuns, folder: Path, steps: int) -> bool:
 def resume(processes: ForkedRuns, folder: Path, nodes: int) -> bool:
     out, seeds = folder / "study", max(1, nodes // 15)
     argv = [*small(out, verb="study"), "--arms", ARMS, "--seeds", ",".join(map(str, range(seeds)))]
-    said = processes.run(*argv, patience=3600)
-    assert said.code == 0, said.err
+    result = processes.run(*argv, patience=3600)
+    assert result.code == 0, result.err
     count = len(RunDir(out).nodes())
     again = processes.run(*argv, patience=3600)
     assert again.code == 0 and not again.arrivals.get("node.begun"), again.err
@@ -75,7 +75,7 @@ def resume(processes: ForkedRuns, folder: Path, nodes: int) -> bool:
     one = processes.run(*argv, patience=3600)
     assert one.code == 0 and one.arrivals["node.begun"] == 1, one.err
     print(
-        f"{count} nodes in {said.seconds:.0f} s; all done, again: {again.seconds:.1f} s; one to finish: {one.seconds:.1f} s"
+        f"{count} nodes in {result.seconds:.0f} s; all done, again: {again.seconds:.1f} s; one to finish: {one.seconds:.1f} s"
     )
     return again.seconds < 30 and count >= nodes
 

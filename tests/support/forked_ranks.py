@@ -53,8 +53,8 @@ class ForkedRanks:
         signals  (a file, number): sent to every rank once the file is there
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        asked = {"size": size, "argv": [str(one) for one in argv], "faults": faults or {}, "signals": list(signals)}
-        self._process.stdin.write(json.dumps({**asked, "patience": patience}) + "\n")
+        request = {"size": size, "argv": [str(one) for one in argv], "faults": faults or {}, "signals": list(signals)}
+        self._process.stdin.write(json.dumps({**request, "patience": patience}) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         assert line, "the warm process is gone"
@@ -79,11 +79,11 @@ def serve() -> None:
             print(json.dumps(all_ranks(json.loads(line), Path(folder))), file=sink, flush=True)
 
 
-def all_ranks(asked: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def all_ranks(request: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    size, began, pids = asked["size"], time.monotonic(), {}
+    size, began, pids = request["size"], time.monotonic(), {}
     for rank in range(size):
         (folder / str(rank)).mkdir()
         pid = os.fork()
@@ -91,26 +91,26 @@ def all_ranks(asked: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
             world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in world.items()}
-            fault = asked["faults"].get(str(rank))
-            one = {"argv": asked["argv"], "fault": fault, "user": None, "whole": False, "then": ""}
+            fault = request["faults"].get(str(rank))
+            one = {"argv": request["argv"], "fault": fault, "user": None, "whole": False, "then": ""}
             try:
                 forked_runs.child(one, folder / str(rank))
             finally:
                 os._exit(99)
         pids[pid] = rank
     ended: dict[int, dict[str, Any]] = {}
-    signals = list(asked["signals"])
+    signals = list(request["signals"])
     while len(ended) < size:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in pids:
-            said = (folder / str(pids[pid]) / "err").read_text(errors="replace")
+            message = (folder / str(pids[pid]) / "err").read_text(errors="replace")
             code = os.waitstatus_to_exitcode(status)
-            ended[pids[pid]] = {"code": code, "err": said, "seconds": time.monotonic() - began}
+            ended[pids[pid]] = {"code": code, "err": message, "seconds": time.monotonic() - began}
         for path, number in [one for one in signals if list(Path("/").glob(one[0].lstrip("/")))]:
             signals.remove([path, number])
             for one in [one for one, rank in pids.items() if rank not in ended]:
                 os.kill(one, number)
-        if time.monotonic() - began > asked["patience"]:
+        if time.monotonic() - began > request["patience"]:
             for one in [one for one, rank in pids.items() if rank not in ended]:
                 os.kill(one, 9)
         time.sleep(0.005)

@@ -32,17 +32,17 @@ from headwater.runs.setup import prepared
 
 
 @dataclass(frozen=True)
-class Ended:
+class ProcessResult:
     """How a child ended. `code` is negative for a signal; `arrivals` at every point, of one that ended by itself.
 
-    held  what it held while it ran, every half second: (seconds, bytes of memory, open files)
+    usage  what it used while it ran, every half second: (seconds, bytes of memory, open files)
     """
 
     code: int
     err: str
     seconds: float
     arrivals: dict[str, int]
-    held: list[tuple[float, int, int]]
+    usage: list[tuple[float, int, int]]
 
 
 class ForkedRuns:
@@ -65,7 +65,7 @@ class ForkedRuns:
         whole: bool = False,
         then: str = "",
         patience: float = 280,
-    ) -> Ended:
+    ) -> ProcessResult:
         """One run of the program.
 
         fault       what happens at which point (`headwater.storage.fault_points`)
@@ -77,20 +77,20 @@ class ForkedRuns:
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         self._asked += 1
-        asked = {
+        request = {
             "number": self._asked,
             "argv": [str(one) for one in argv], "fault": fault, "kill_after": kill_after, "signals": list(signals),
             "user": user, "whole": whole, "then": then, "patience": patience,
         }  # fmt: skip
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        said: dict[str, Any] = {"number": 0}
-        while said["number"] != self._asked:  # one before may have been given up waiting for
+        result: dict[str, Any] = {"number": 0}
+        while result["number"] != self._asked:  # one before may have been given up waiting for
             line = self._process.stdout.readline()
             assert line, "the warm process is gone"
-            said = json.loads(line)
-        del said["number"]
-        return Ended(**{**said, "held": [tuple(one) for one in said["held"]]})
+            result = json.loads(line)
+        del result["number"]
+        return ProcessResult(**{**result, "usage": [tuple(sample) for sample in result["usage"]]})
 
     def close(self) -> None:
         self._process.kill()
@@ -109,11 +109,11 @@ def serve() -> None:
     sink = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:
-            if asked["user"] is not None:
+            if request["user"] is not None:
                 os.chmod(folder, 0o777)
-            print(json.dumps({"number": asked["number"], **one_run(asked, Path(folder))}), file=sink, flush=True)
+            print(json.dumps({"number": request["number"], **one_run(request, Path(folder))}), file=sink, flush=True)
 
 
 def warm_up() -> None:
@@ -143,17 +143,17 @@ def warm_up() -> None:
     TorchSampler(policy).sample(requests_for([("p", (1, 5, 15, 6, 2))], 2, 0, "warm"), Sampling(max_tokens=3))
 
 
-def one_run(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
+def one_run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     pid = os.fork()
     if pid == 0:
         try:
-            child(asked, folder)
+            child(request, folder)
         finally:
             os._exit(99)
-    until = began + (asked["kill_after"] or asked["patience"])
-    held: list[tuple[float, int, int]] = []
-    signals = sorted((began + after, number) for after, number in asked["signals"])
+    until = began + (request["kill_after"] or request["patience"])
+    usage: list[tuple[float, int, int]] = []
+    signals = sorted((began + after, number) for after, number in request["signals"])
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         now = time.monotonic()
@@ -164,8 +164,8 @@ def one_run(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
         if now >= until:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        if now - began > 0.1 * (len(held) + 1):
-            held.append((now - began, *holds(pid)))
+        if now - began > 0.1 * (len(usage) + 1):
+            usage.append((now - began, *holds(pid)))
         time.sleep(0.002)
     arrivals = folder / "arrivals"
     return {
@@ -173,7 +173,7 @@ def one_run(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
         "err": (folder / "err").read_text(errors="replace") if (folder / "err").exists() else "",
         "seconds": time.monotonic() - began,
         "arrivals": json.loads(arrivals.read_text()) if arrivals.exists() else {},
-        "held": held,
+        "usage": usage,
     }
 
 
@@ -185,12 +185,12 @@ def holds(pid: int) -> tuple[int, int]:
     return 0, 0
 
 
-def child(asked: dict[str, Any], folder: Path) -> None:
+def child(request: dict[str, Any], folder: Path) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background was told to ignore it
-    if asked["user"] is not None:
-        os.setgid(asked["user"])
-        os.setuid(asked["user"])
+    if request["user"] is not None:
+        os.setgid(request["user"])
+        os.setuid(request["user"])
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o666), number)
     sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w", buffering=1)
@@ -198,21 +198,21 @@ def child(asked: dict[str, Any], folder: Path) -> None:
     from headwater.storage import fault_points
 
     arrivals: Counter[str] = Counter()
-    fault = fault_points.parse_fault(asked["fault"]) if asked["fault"] else lambda name: None
+    fault = fault_points.parse_fault(request["fault"]) if request["fault"] else lambda name: None
 
     def arrived(name: str) -> None:
         arrivals[name] += 1
-        if name == asked["then"] and arrivals[name] == 1:
-            second(asked["argv"], folder)
+        if name == request["then"] and arrivals[name] == 1:
+            second(request["argv"], folder)
         fault(name)
 
     fault_points.arm(arrived)
     code: Any = 0
     with contextlib.ExitStack() as stack:
-        if not asked["whole"]:
+        if not request["whole"]:
             stack.enter_context(mock.patch("headwater.doctor.checks.examine", return_value=Examination((), (), ())))
             stack.enter_context(mock.patch("headwater.report.html.page", return_value=Page("")))
-        stack.enter_context(mock.patch.object(sys, "argv", ["headwater", *asked["argv"]]))
+        stack.enter_context(mock.patch.object(sys, "argv", ["headwater", *request["argv"]]))
         try:
             main()
         except SystemExit as end:
@@ -232,8 +232,8 @@ def second(argv: list[str], folder: Path) -> None:
     """Run the same program beside this one, and put how it ended among what this one says."""
     there = folder / "second"
     there.mkdir()
-    asked = {"argv": argv, "fault": None, "kill_after": None, "signals": [], "user": None, "whole": False, "then": ""}
-    found = one_run({**asked, "patience": 60}, there)
+    request = {"argv": argv, "fault": None, "kill_after": None, "signals": [], "user": None, "whole": False, "then": ""}
+    found = one_run({**request, "patience": 60}, there)
     print(f"second: {found['code']}: {found['err'].strip()}", file=sys.stderr, flush=True)
 
 

@@ -44,7 +44,7 @@ from headwater.config.builtin import builtin_text, find_recipe
 from headwater.config.recipe import Columns, Models, Recipe, Source
 from headwater.data.sources import load
 from headwater.data.validate import grade_file, validate
-from headwater.doctor.checks import check_plan, diagnose
+from headwater.doctor.checks import diagnose, preflight
 from headwater.errors import HeadwaterError, UserError, one_line
 from headwater.models.prompts import Prompter
 from headwater.report import build as report
@@ -97,7 +97,7 @@ def with_files(draw: random.Random, folder: Path, raw: dict[str, Any]) -> dict[s
 def prepare(recipe: Recipe, arm: str, folder: Path, thorough: bool) -> str:
     """What `--dry-run` does and, where `thorough`, the doctor."""
     with prepared(recipe, [arm], [recipe.seed]) as (plan, inputs):
-        check_plan(plan, inputs)
+        preflight(plan, inputs)
         json.dumps([row.row() for row in estimates(plan, inputs)])
     if thorough:
         found = diagnose(recipe, [arm], [recipe.seed], folder / "out")
@@ -325,13 +325,13 @@ def in_time(seconds: int) -> Iterator[None]:
     def over(number: int, frame: object) -> None:
         raise HangError
 
-    held = signal.signal(signal.SIGALRM, over)
+    previous = signal.signal(signal.SIGALRM, over)
     signal.alarm(seconds)
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, held)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def run_case(number: int, only: str | None = None) -> tuple[str, str, str]:
@@ -343,10 +343,10 @@ def run_case(number: int, only: str | None = None) -> tuple[str, str, str]:
         with in_time(SECONDS):
             return kind, KINDS[kind][1](draw, folder), ""
     except HeadwaterError as error:
-        said = str(error)
-        if isinstance(error, UserError) and (not said.strip() or one_line(said) != said):
-            return kind, "!unprintable", repr(said)
-        return kind, f"refused {error.exit_code}" if error.exit_code in (2, 3) else f"!exit {error.exit_code}", said
+        message = str(error)
+        if isinstance(error, UserError) and (not message.strip() or one_line(message) != message):
+            return kind, "!unprintable", repr(message)
+        return kind, f"refused {error.exit_code}" if error.exit_code in (2, 3) else f"!exit {error.exit_code}", message
     except (HangError, KeyboardInterrupt, Exception) as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -363,29 +363,29 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--kind", choices=list(KINDS))
     parser.add_argument("--verbose", action="store_true", help="print every sentence")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES << 20, resource.getrlimit(resource.RLIMIT_AS)[1]))
     outcomes: Counter[tuple[str, str]] = Counter()
     failures, slowest, began = 0, (0.0, -1), time.monotonic()
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        for number in range(asked.first, asked.first + asked.count):
+        for number in range(args.first, args.first + args.count):
             started = time.monotonic()
             with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-                kind, outcome, said = run_case(number, asked.kind)
+                kind, outcome, result = run_case(number, args.kind)
             slowest = max(slowest, (time.monotonic() - started, number))
             outcomes[kind, outcome] += 1
-            if (number + 1 - asked.first) % 500 == 0:  # native code may end the process: this says about where
+            if (number + 1 - args.first) % 500 == 0:  # native code may end the process: this says about where
                 print(f"… {number + 1} after {time.monotonic() - began:.0f} s", flush=True)
             if outcome.startswith("!"):
                 failures += 1
-                print(f"case {number} ({kind}): {outcome}\n{said}", flush=True)
-            elif asked.verbose:
-                print(f"case {number} ({kind}): {outcome} {said}", flush=True)
+                print(f"case {number} ({kind}): {outcome}\n{result}", flush=True)
+            elif args.verbose:
+                print(f"case {number} ({kind}): {outcome} {result}", flush=True)
     for (kind, outcome), times in sorted(outcomes.items()):
         print(f"{kind:14} {outcome:12} {times:5}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"{asked.count} cases from {asked.first}, {failures} not as they must be; {time.monotonic() - began:.0f} s, slowest "
+        f"{args.count} cases from {args.first}, {failures} not as they must be; {time.monotonic() - began:.0f} s, slowest "
         f"{slowest[0]:.1f} s (case {slowest[1]}), peak {peak:.0f} MiB"
     )
     return 1 if failures else 0

@@ -34,8 +34,8 @@ LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def local(tensor: Tensor) -> int:
-    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return held.numel() * held.element_size()
+    shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return shard.numel() * shard.element_size()
 
 
 def status(name: str) -> float:
@@ -59,24 +59,24 @@ def make(folder: Path, layers: int, width: int, vocabulary: int) -> None:
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     for name, usual in (("layers", 12), ("width", 768), ("vocabulary", 32000), ("steps", 2)):
-        asked.add_argument(f"--{name}", type=int, default=usual)
-    asked.add_argument("--model", type=Path, help="a model folder to use instead of making one")
-    given = asked.parse_args()
+        parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--model", type=Path, help="a model folder to use instead of making one")
+    args = parser.parse_args()
     ranks = init_process_group() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE_PROCESS
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(ranks.broadcast(temporary))
-        if given.model is not None:
-            folder = given.model
+        if args.model is not None:
+            folder = args.model
         elif ranks.is_main:  # in another process: what it took to make the files is not to be seen here
             maker = multiprocessing.get_context("spawn").Process(
-                target=make, args=(folder, given.layers, given.width, given.vocabulary)
+                target=make, args=(folder, args.layers, args.width, args.vocabulary)
             )
             maker.start()
             maker.join()
         ranks.barrier()
-        measure(folder, given.steps, ranks)
+        measure(folder, args.steps, ranks)
         ranks.barrier()
 
 
@@ -88,10 +88,10 @@ def measure(folder: Path, steps: int, ranks: ProcessGroup) -> None:
     loaded = forget() - empty
     stage = stage_of("grpo", batch_size=8, group_size=4)
     optimizer = make_optimizer(policy, stage.optim)
-    with fsdp.unsharded(policy) as held:
-        rows = sampled_rows(held, groups=2, group_size=4, max_tokens=16)
+    with fsdp.unsharded(policy) as whole:
+        rows = sampled_rows(whole, groups=2, group_size=4, max_tokens=16)
         sampling = status("VmHWM") - empty
-    del held
+    del whole
     forget()
     seconds = []
     for _ in range(steps):

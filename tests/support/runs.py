@@ -50,13 +50,13 @@ def sets(*changes: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Said:
+class CommandResult:
     code: int
     out: str
     err: str
 
 
-def call(*argv: str | Path, entry: Callable[[], None] = main) -> Said:
+def call(*argv: str | Path, entry: Callable[[], None] = main) -> CommandResult:
     """The program in this process, as `headwater argv…` would run; `entry` is another program's entry point."""
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
@@ -66,10 +66,10 @@ def call(*argv: str | Path, entry: Callable[[], None] = main) -> Said:
             entry()
         except SystemExit as end:
             code = end.code
-    return Said(0 if code is None else code, out.getvalue(), err.getvalue())
+    return CommandResult(0 if code is None else code, out.getvalue(), err.getvalue())
 
 
-def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = (), whole: bool = False) -> Said:
+def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = (), whole: bool = False) -> CommandResult:
     """`run` or `study` of the tiny recipe into a folder.
 
     Preflight and drawing the page take longer than all the rest; both have tests of their own, so only `whole` has them.
@@ -98,12 +98,12 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def held(path: Path) -> Any:
+def load_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def node_names(out: Path, arm: str, seed: int = 0) -> list[str]:
-    return held(out / "plan.json")["arms"][arm][str(seed)]
+    return load_json(out / "plan.json")["arms"][arm][str(seed)]
 
 
 def nodes(out: Path, arm: str, seed: int = 0) -> list[Path]:
@@ -118,7 +118,7 @@ def node(out: Path, arm: str, stage: str, seed: int = 0) -> Path:
 
 def infos(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted((out / "nodes").iterdir()):
-        yield path, held(path / "node.json")
+        yield path, load_json(path / "node.json")
 
 
 def timeless(value: Any) -> Any:
@@ -143,7 +143,7 @@ def assert_same(out: Path, whole: Path) -> None:
         for name in files:
             assert timeless(rows(ours / name)) == timeless(rows(theirs / name)), f"{ours.name}/{name}"
     assert timeless(rows(out / "ledger.jsonl")) == timeless(rows(whole / "ledger.jsonl"))
-    assert timeless(held(out / "report.json")) == timeless(held(whole / "report.json"))
+    assert timeless(load_json(out / "report.json")) == timeless(load_json(whole / "report.json"))
 
 
 TIMED = ("metrics.jsonl", "ledger.jsonl")
@@ -152,8 +152,8 @@ TIMED = ("metrics.jsonl", "ledger.jsonl")
 
 def done(folder: Path) -> dict[str, Any]:
     """What DONE says, without the checksums of what holds seconds."""
-    said = {key: value for key, value in held(folder / "DONE").items() if key != "check"}
-    return {**said, "sums": {name: sum_ for name, sum_ in said["sums"].items() if name not in TIMED}}
+    result = {key: value for key, value in load_json(folder / "DONE").items() if key != "check"}
+    return {**result, "sums": {name: sum_ for name, sum_ in result["sums"].items() if name not in TIMED}}
 
 
 def wait_for_steps(out: Path, stage: str, count: int, process: subprocess.Popen[str]) -> None:

@@ -25,20 +25,20 @@ class Endpoint:
     """A server on the loopback. `answer` returns a JSON value or bytes, (status, value), or (status, value, headers)."""
 
     answer: Answers
-    asked: list[tuple[str, Any]] = field(default_factory=list)
+    requests: list[tuple[str, Any]] = field(default_factory=list)
     authorization: list[str | None] = field(default_factory=list)
     url: str = ""
 
 
 @contextmanager
 def serving(answer: Answers) -> Iterator[Endpoint]:
-    held = Endpoint(answer)
+    endpoint = Endpoint(answer)
 
     class Handler(BaseHTTPRequestHandler):
         def _speak(self, body: Any) -> None:
-            held.asked.append((self.path, body))
-            held.authorization.append(self.headers["Authorization"])
-            found = held.answer(self.path, body)
+            endpoint.requests.append((self.path, body))
+            endpoint.authorization.append(self.headers["Authorization"])
+            found = endpoint.answer(self.path, body)
             status, value, *more = found if isinstance(found, tuple) else (200, found)
             data = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(status)
@@ -53,7 +53,7 @@ def serving(answer: Answers) -> Iterator[Endpoint]:
         def do_POST(self) -> None:
             self._speak(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
-        def log_message(self, *said: Any) -> None:
+        def log_message(self, *args: Any) -> None:
             pass
 
     class Server(ThreadingHTTPServer):
@@ -65,9 +65,9 @@ def serving(answer: Answers) -> Iterator[Endpoint]:
     server.handle_error = lambda *told: None  # type: ignore[method-assign]  # a client that went away
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
-    held.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    endpoint.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     try:
-        yield held
+        yield endpoint
     finally:
         server.shutdown()
         server.server_close()
@@ -96,13 +96,13 @@ class Answering:
                 )
             ids = self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
             return {"tokens": [one + 1 for one in ids] if self.shifted else ids}
-        asked = body.get("prompt_logprobs")
-        if asked is not None and asked > self.most:
-            said = f"Requested prompt logprobs of {asked}, which is greater than max allowed: {self.most}"
-            return 400, {"error": {"message": said, "type": "BadRequestError"}}
+        top_k = body.get("prompt_logprobs")
+        if top_k is not None and top_k > self.most:
+            message = f"Requested prompt logprobs of {top_k}, which is greater than max allowed: {self.most}"
+            return 400, {"error": {"message": message, "type": "BadRequestError"}}
         many = isinstance(body["prompt"][0], list)
         prompts = body["prompt"] if many else [body["prompt"]]
-        made = [self._scored(ids, asked) if asked is not None else self._sampled(ids, body) for ids in prompts]
+        made = [self._scored(ids, top_k) if top_k is not None else self._sampled(ids, body) for ids in prompts]
         return {"choices": [{"index": index, **one} for index, one in enumerate(made)][::-1]}  # in no order
 
     def _scored(self, ids: list[int], k: int) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def start(family: str) -> str:
 def student(family: str, trains: str) -> Path:
     """The folder that a run of direct GRPO left behind."""
     out = temporary() / f"{family}-{trains}"
-    said = tiny("run", out, "--arm", "direct_grpo", changes=(f"models.student={start(family)}", *TRAINS[trains]))
-    assert said.code == 0, said.err
+    result = tiny("run", out, "--arm", "direct_grpo", changes=(f"models.student={start(family)}", *TRAINS[trains]))
+    assert result.code == 0, result.err
     return node(out, "direct_grpo", "student_rl") / "model"
 
 

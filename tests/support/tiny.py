@@ -49,8 +49,8 @@ def tiny_model(architecture: str = "qwen3", seed: int = 0, std: float = 0.3, tie
     } | more
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        held = AutoConfig.for_model(architecture, **settings)
-        return AutoModelForCausalLM.from_config(held).float().eval()
+        config = AutoConfig.for_model(architecture, **settings)
+        return AutoModelForCausalLM.from_config(config).float().eval()
 
 
 def tiny_policy(

@@ -32,13 +32,13 @@ def test_figures_are_medians_over_the_runs_and_every_run_is_kept() -> None:
     assert (found["each"], found["runs"]) == ([3.0, 1.0, 2.0], 3)
 
 
-def test_tokens_a_second_are_given_where_sampling_is_all_there_is() -> None:
+def test_tokens_per_second_are_reported_for_sampling_only_workloads() -> None:
     row = {"seconds": 4.0, "peak_bytes": 1.0, "loaded_bytes": 0.0, "tokens_sampled": 2048.0}
     assert summary.over_runs([row])["tokens_per_second"] == 512.0
     assert "tokens_per_second" not in summary.over_runs([row | {"seconds_sample": 1.0}])
 
 
-def test_a_loss_stage_works_in_what_it_adds_beyond_the_gradient_of_the_hidden_states() -> None:
+def test_working_bytes_of_a_loss_stage_exclude_loaded_and_hidden_bytes() -> None:
     row = {"seconds": 1.0, "peak_bytes": 900.0, "loaded_bytes": 300.0, "hidden_bytes": 100.0}
     small = {"headwater": summary.over_runs([row]), "plain": summary.over_runs([row | {"peak_bytes": 2400.0}])}
     assert (small["headwater"]["working_bytes"], small["plain"]["working_bytes"]) == (500.0, 2000.0)
@@ -111,7 +111,7 @@ def fake(peer: str, told: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "seconds_update": seconds, "peak_bytes": 1e6, "loaded_bytes": 4e5}
 
 
-def test_peers_take_turns_and_one_that_is_not_installed_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_alternate_and_missing_ones_are_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
 
     def run(peer: str, told: dict[str, Any]) -> dict[str, Any]:
@@ -119,19 +119,19 @@ def test_peers_take_turns_and_one_that_is_not_installed_is_skipped_by_name(monke
         return fake(peer, told)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    found = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda said: None, run)
+    found = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda line: None, run)
     assert turns == ["headwater", "trl"] * 3
     assert found["trl"]["seconds"] == 7.0
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     turns.clear()
-    found = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda said: None, run)
+    found = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda line: None, run)
     assert turns == ["headwater"] * 3
     assert found["trl"] == {"skipped": "trl is not installed"}
     assert cells(found["trl"], {}) == ["trl is not installed"]
 
 
-def test_a_peer_that_fails_is_asked_once_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_peer_is_skipped_after_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     turns: list[str] = []
 
@@ -139,7 +139,7 @@ def test_a_peer_that_fails_is_asked_once_and_the_others_go_on(monkeypatch: pytes
         turns.append(peer)
         return {"failed": "ValueError: head size 16"} if peer == "trl" else fake(peer, told)
 
-    found = runner.measure(OPD, ["headwater", "trl"], 2, Path(), lambda said: None, run)
+    found = runner.measure(OPD, ["headwater", "trl"], 2, Path(), lambda line: None, run)
     assert turns == ["headwater", "trl", "headwater"]
     assert found["trl"] == {"failed": "ValueError: head size 16"}
     assert found["headwater"]["runs"] == 2
@@ -167,7 +167,7 @@ def test_the_json_has_the_promised_shape_and_add_keeps_other_cases(
     assert read["workloads"]["b"]["opd"] == opd
 
 
-def test_unknown_peers_and_workloads_are_a_mistake_of_the_user(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_peers_and_workloads_are_user_errors(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in (["--peers", "nobody"], ["--workloads", "z"], ["--runs", "0"]):
         with pytest.raises(SystemExit) as stopped:
             program.parse_options(wrong)

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from headwater.cli.options import DryRunOptions
 from headwater.config.recipe import Recipe
-from headwater.doctor.checks import check_plan
+from headwater.doctor.checks import preflight
 from headwater.report.format import console, units
 from headwater.runs.estimate import Assumptions, Estimate, estimates
 from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION
@@ -26,7 +26,7 @@ def print_dry_run(
     with RunInputs.for_estimate(recipe) as inputs:
         plan = make_plan(recipe, arms, seeds, inputs.content())
         if not inputs.missing:
-            check_plan(plan, inputs)
+            preflight(plan, inputs)
     nodes = estimates(plan, inputs, Assumptions(options.mean_tokens, options.count))
     if as_json:
         print(json.dumps([json_row(estimate, options) for estimate in nodes]))

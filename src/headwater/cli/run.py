@@ -100,7 +100,7 @@ def sweep(
     )
     from headwater import sweeps
     from headwater.report.format import console
-    from headwater.report.sweep import dry_run_table, terminal_table
+    from headwater.report.sweep_page import dry_run_table, terminal_table
     from headwater.runs.progress import progress_display
 
     display = progress_display(quiet=options.json_)

@@ -66,7 +66,7 @@ def forward_kl(recipe: Recipe, stage: Stage) -> Stage:
 
 def mixture(recipe: Recipe, stage: Stage) -> Stage:
     """J_λ with the recipe's λ, or ½; sampled in groups of the size of student RL, so that rewards can be compared."""
-    if stage.objective == "mixed":
+    if stage.spec.weighted:
         return stage
     group = recipe.stages.student_rl.group_size
     batch = max(group, stage.batch_size // group * group)

@@ -345,13 +345,13 @@ def parse_recipe(raw: Any, where: str, overrides: list[str] | None = None) -> Re
 
 def first_complaint(error: ValidationError) -> str:
     """The first pydantic error as a sentence that names the field."""
-    found = error.errors(include_url=False)[0]
-    field = " ".join(".".join(str(part) for part in found["loc"]).split()) or "the recipe"
-    if found["type"] == "extra_forbidden":
+    first_error = error.errors(include_url=False)[0]
+    field = " ".join(".".join(str(part) for part in first_error["loc"]).split()) or "the recipe"
+    if first_error["type"] == "extra_forbidden":
         return f"unknown field {field}"
-    message = found["msg"].removeprefix("Value error, ")
-    given = found.get("input")
-    shown = "" if isinstance(given, (dict, list)) or found["type"] == "missing" else f" (given: {given!r:.80})"
+    message = first_error["msg"].removeprefix("Value error, ")
+    given = first_error.get("input")
+    shown = "" if isinstance(given, (dict, list)) or first_error["type"] == "missing" else f" (given: {given!r:.80})"
     return f"{field}: {message[:1].lower() + message[1:]}{shown}"
 
 

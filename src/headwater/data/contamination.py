@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from headwater.types import Problem, letters_and_digits, strip_sizing
+from headwater.types import Problem, letters_and_digits, strip_sizing, user_turns
 
 NGRAM = 13
 """Consecutive words that two texts must share (as in GPT-3 and most later work)."""
@@ -53,19 +53,26 @@ def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem
     """One leak per problem and evaluation set that shares it, in the order of both; linear in the length of the texts.
 
     Texts shorter than n words are compared as a whole only. Spaces, punctuation, case and signs are ignored, so "a + b"
-    matches "a − b": removing a few problems too many is better than a contaminated evaluation.
+    matches "a − b": removing a few problems too many is better than a contaminated evaluation. Of a conversation the user's turns
+    are compared, without those that the conversations repeat (`repeated_turns`); a single turn is compared with whole problems.
 
     Example: `find_leaks(train, {"math500": test})` is `[Leak("9f8b…", "math500", "exact", "51c0…", 1.0)]`.
     """
-    indexed = [(name, problem, words_of(problem.text)) for name, group in evals.items() for problem in group]
-    by_letters: dict[str, dict[str, str]] = defaultdict(dict)
+    repeated = frozenset[str]().union(*map(repeated_turns, (problems, *evals.values())))
+    indexed = [
+        (name, problem, words_of(_asked(problem, repeated))) for name, group in evals.items() for problem in group
+    ]
+    whole: dict[str, dict[str, str]] = defaultdict(dict)
+    parts: dict[str, dict[str, str]] = defaultdict(dict)
     by_gram: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, (name, problem, words) in enumerate(indexed):
-        by_letters[letters_and_digits(problem.text)].setdefault(name, problem.id)
+        whole[letters_and_digits(_asked(problem))].setdefault(name, problem.id)
+        for turn in _turns(problem, repeated) if problem.turns else ():
+            parts[letters_and_digits(turn)].setdefault(name, problem.id)
         for gram in _grams(words, n):
             if not (indices := by_gram[gram]) or indices[-1] != index:
                 indices.append(index)
-    searched = [words_of(problem.text) for problem in problems]
+    searched = [words_of(_asked(problem, repeated)) for problem in problems]
     # Start positions of shared n-grams; most texts share none.
     shared = [[start for start, gram in enumerate(_grams(words, n)) if gram in by_gram] for words in searched]
     counts: Counter[tuple[str, ...]] = Counter()
@@ -73,19 +80,44 @@ def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem
         counts.update({tuple(words[start : start + n]) for start in starts})
     leaks: list[Leak] = []
     for problem, words, starts in zip(problems, searched, shared, strict=True):
-        found = {
-            name: Leak(problem.id, name, "exact", other_id, 1.0)
-            for name, other_id in by_letters.get(letters_and_digits(problem.text), {}).items()
-        }
+        letters = letters_and_digits(_asked(problem))
+        same = parts.get(letters, {}) | whole.get(letters, {})
+        for turn in _turns(problem, repeated) if problem.turns else ():
+            same |= whole.get(letters_and_digits(turn), {})
+        leak_by_eval = {name: Leak(problem.id, name, "exact", other_id, 1.0) for name, other_id in same.items()}
         for index, (rare, any_) in _covered(words, starts, by_gram, counts, n).items():
             name, other, other_words = indexed[index]
             shorter = min(len(words), len(other_words))
             share = max(rare, any_) / shorter
-            better = name not in found or (found[name].why == "ngram" and share > found[name].share)
+            better = name not in leak_by_eval or (
+                leak_by_eval[name].why == "ngram" and share > leak_by_eval[name].share
+            )
             if better and (rare / shorter >= SHARE or any_ / shorter >= NEAR):
-                found[name] = Leak(problem.id, name, "ngram", other.id, round(share, 3))
-        leaks += [found[name] for name in evals if name in found]
+                leak_by_eval[name] = Leak(problem.id, name, "ngram", other.id, round(share, 3))
+        leaks += [leak_by_eval[name] for name in evals if name in leak_by_eval]
     return leaks
+
+
+def repeated_turns(problems: Sequence[Problem]) -> frozenset[str]:
+    """What the user says before the last turn in two conversations or more, and in at least half of all: few-shot examples, or a
+    document that many questions are about. Sharing them makes no copies."""
+    earlier = [user_turns(problem.turns)[:-1] for problem in problems if problem.turns]
+    talks = [turns for turns in earlier if turns]
+    counts = Counter(turn for turns in talks for turn in set(turns))
+    return frozenset(turn for turn, count in counts.items() if count >= max(2, len(talks) / 2))
+
+
+def _turns(problem: Problem, without: frozenset[str] = frozenset()) -> list[str]:
+    """What the user asks, turn by turn."""
+    if not problem.turns:
+        return [problem.text]
+    *earlier, last = user_turns(problem.turns)
+    return [*(turn for turn in earlier if turn not in without), last]
+
+
+def _asked(problem: Problem, without: frozenset[str] = frozenset()) -> str:
+    """The text that is compared."""
+    return "\n".join(_turns(problem, without))
 
 
 def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:

@@ -5,37 +5,31 @@ Errors name the file and the row or column. A problem's id is a hash of its cont
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-from headwater.config.recipe import Columns, Source
+from headwater.config.recipe import Source
+from headwater.data.columns import answer_at, find_answer_column, find_problem_column, value_at
 from headwater.data.contamination import Leak, find_leaks
+from headwater.data.conversations import Conversation, messages_of, read_conversation, refuse_media
+from headwater.data.golds import gold_answer
+from headwater.data.rows import read_rows
 from headwater.errors import UserError
 from headwater.tasks import maths_text
 from headwater.tasks.registry import TASKS
 from headwater.types import Problem
 
-PROBLEM_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("answer", "expected_answer", "solution")  # in order of preference; of a solution the last box is read
-# Integers beyond this are not exact as floats; their text is kept.
-LARGEST_EXACT_FLOAT = 2**53
-
-MOST_BYTES, MOST_ROWS, PARQUET_ROWS = 4 << 30, 50_000_000, 256
-"""Limits of a decompressed Parquet file, and the rows decompressed at once."""
-
-Row = tuple[int, Mapping[str, Any]]
+REFERENCE = "the assistant's last turn"
+"""Where the answer stands in a file of conversations without a column for it."""
 
 
 @dataclass(frozen=True)
 class LoadedProblems:
     """Problems and gold answers of a source.
 
-    problems         one per distinct text, in the order of the file
+    problems         one per distinct text or conversation, in the order of the file
     gold             answers by problem id; problems without an answer are missing
     duplicates       number of rows that repeat an earlier problem
     contradictions   ids of problems that occur with different answers; they are in neither of the above
@@ -68,26 +62,30 @@ def load(
         return _generated(source, what)
     assert source.path is not None
     where = f"{what}: {source.path}"
-    rows = _rows(source, where)
+    rows = read_rows(source, where)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{where} is empty")
-    columns = [str(name) for name in first[1]]
-    problem_column = _column(source.columns.problem, PROBLEM_COLUMNS, columns, "problem", where)
-    answer_column = _answer_column(source.columns, columns, where, need_answers)
-    read: list[tuple[int, str, str | None]] = []
+    problem_column = find_problem_column(source.columns, first[1], where)
+    referenced = _conversation(first[1], problem_column, f"{where}, row {first[0]}").reference is not None
+    answer_column = find_answer_column(source.columns, first[1], where, need_answers and not referenced)
+    read: list[tuple[int, Conversation, str | None]] = []
     tags: dict[int, str] = {}
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
         if source.columns.tag is not None:
             tags[number] = _tag(row, source.columns.tag, place)
-        read.append((number, _problem_text(row, problem_column, place), _answer(row, answer_column, place, gold)))
+        asked = _conversation(row, problem_column, place)
+        answer = asked.reference if answer_column is None else answer_at(row, answer_column)
+        read.append((number, asked, _answer(answer, answer_column or REFERENCE, place, gold)))
     read = read[: source.limit]
     if need_answers:
-        lacking = [number for number, _, answer in read if answer is None]
-        if lacking:
-            among = f" ({len(lacking)} of {len(read)} rows have none)" if len(lacking) > 1 else ""
-            raise UserError(f"{where}, row {lacking[0]}: the problem has no answer in {answer_column!r}{among}")
+        without_answer = [number for number, _, answer in read if answer is None]
+        if without_answer:
+            among = f" ({len(without_answer)} of {len(read)} rows have none)" if len(without_answer) > 1 else ""
+            raise UserError(
+                f"{where}, row {without_answer[0]}: the problem has no answer in {answer_column or REFERENCE!r}{among}"
+            )
     return _merged(read, source.path, tags)
 
 
@@ -113,169 +111,19 @@ def without_leaks(
     return kept, leaks
 
 
-def gold_answer(value: Any) -> str | None:
-    """Gold answer of a cell: the text after GSM8K's last `####`, else in the last box, else all of it; None if empty.
-
-    Example: `gold_answer("… <<48+24=72>>72 clips.\\n#### 1,080")` is `"1,080"`, `gold_answer(27.0)` is `"27"`.
-    """
-    if value is None or isinstance(value, bool):
-        return None if value is None else str(value)
-    if isinstance(value, float):
-        if math.isnan(value):  # a missing cell of a table
-            return None
-        return str(int(value)) if value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT else repr(value)
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        return gold_answer(value[0])
-    text = str(value)
-    if "####" in text:
-        text = text.rpartition("####")[2]
-    elif "\\boxed" in text or "\\fbox" in text:
-        boxed, _ = maths_text.last_box(text)
-        text = text if boxed is None else boxed
-    return text.strip() or None
+# Cells ----------------------------------------------------------------------------------------------------------------
 
 
-# Rows -----------------------------------------------------------------------------------------------------------------
-
-
-def _rows(source: Source, where: str) -> Iterator[Row]:
-    """Yield (number, row) pairs; the number is the line of a text file, else counted from 1."""
-    assert source.path is not None
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        return _saved_folder(path, source.split, where)
-    if path.suffix == ".parquet":
-        return _parquet(path, where)
-    if path.exists() or path.suffix in (".jsonl", ".json", ".txt", ".ndjson"):
-        return json_rows(path, where)
-    return _hub(source, where)
-
-
-def json_rows(path: Path, where: str) -> Iterator[Row]:
-    """Yield the objects of a JSONL file, or of a JSON file that is one list; blank lines are skipped."""
+def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversation:
+    """The problem in a row: a conversation, or a text as its only turn."""
     try:
-        if path.exists() and not path.is_file():  # a device or a pipe has no end
-            raise UserError(f"{where}: is not a file")
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{where}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{where}, row {row}: is not UTF-8 text") from None
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: is not JSON ({error})") from None
-        yield from ((number, _object(value, f"{where}, row {number}")) for number, value in enumerate(values, 1))
-        return
-    # Only \n ends a row: U+2028 and the like may occur unescaped in JSON strings.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}, row {number}: is not JSON ({error})") from None
-        yield number, _object(value, f"{where}, row {number}")
-
-
-def _object(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: is not a JSON object but {type(value).__name__}")
-    return value
-
-
-def _parquet(path: Path, where: str) -> Iterator[Row]:
-    if not path.exists():
-        raise UserError(f"{where}: no such file")
-    import pyarrow.parquet  # comes with `datasets`; slow to import
-
-    number = unpacked_bytes = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            metadata = file.metadata
-            declared = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-            if max(declared, 0) > MOST_BYTES or metadata.num_rows > MOST_ROWS:
-                raise UserError(
-                    f"{where}: unpacks to {metadata.num_rows:,} rows of {declared:,} bytes; that is no file of problems"
-                )
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                unpacked_bytes += batch.nbytes  # repeated values are far smaller in the file than in memory
-                if unpacked_bytes > MOST_BYTES:
-                    raise UserError(f"{where}: unpacks to more than {MOST_BYTES:,} bytes; that is no file of problems")
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (UserError, GeneratorExit):
-        raise
-    except Exception as error:  # pyarrow raises many kinds
-        raise UserError(f"{where}: cannot be read as Parquet ({_one_line(error)})") from None
-
-
-def _saved_folder(path: Path, split: str, where: str) -> Iterator[Row]:
-    import datasets
-
-    try:
-        data = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise UserError(f"{where}: is not a folder saved by datasets ({_one_line(error)})") from None
-    yield from _rows_of_split(data, split, where)
-
-
-def _hub(source: Source, where: str) -> Iterator[Row]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(source.path, split=source.split)
-    except Exception as error:
-        raise UserError(f"{where}: is no file here and cannot be loaded from the hub ({_one_line(error)})") from None
-    yield from enumerate(data, 1)
-
-
-def _rows_of_split(data: Any, split: str, where: str) -> Iterator[Row]:
-    import datasets
-
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise UserError(f"{where}: has no split {split!r}, only {', '.join(data)}")
-        data = data[split]
-    yield from enumerate(data, 1)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{' '.join(str(error).split())[:200] or type(error).__name__}"
-
-
-# Columns --------------------------------------------------------------------------------------------------------------
-
-
-def _column(given: str | None, usual: tuple[str, ...], columns: list[str], role: str, where: str) -> str:
-    for name in usual if given is None else (given,):
-        if name in columns:
-            return name
-    wanted = "|".join(usual) if given is None else repr(given)
-    raise UserError(f"{where}: has no column {wanted} for the {role}; its columns are {', '.join(columns)}")
-
-
-def _answer_column(given: Columns, columns: list[str], where: str, need_answers: bool) -> str | None:
-    """The column with the answers; None for a file without answers that needs none."""
-    if given.answer is None and not need_answers and not any(name in columns for name in ANSWER_COLUMNS):
-        return None
-    return _column(given.answer, ANSWER_COLUMNS, columns, "answer", where)
-
-
-def _problem_text(row: Mapping[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise UserError(f"{where}: has no column {column!r}; its columns are {', '.join(map(str, row))}")
-    value = row[column]
-    if isinstance(value, list):  # a chat: the last user turn is the problem
-        turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "user"]
-        value = turns[-1].get("content") if turns else value
+        value = value_at(row, column)
+    except KeyError:
+        raise UserError(f"{where}: has no column {column!r}; its columns are {', '.join(map(str, row))}") from None
+    messages = messages_of(value)
+    if messages is not None:
+        refuse_media(row, where)
+        return read_conversation(messages, column, where)
     if not isinstance(value, str):
         raise UserError(f"{where}: {column!r} is not text but {type(value).__name__}")
     if not value.strip():
@@ -284,20 +132,17 @@ def _problem_text(row: Mapping[str, Any], column: str, where: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError:  # "\ud800" is valid JSON but cannot be encoded
         raise UserError(f"{where}: {column!r} holds half a surrogate pair and is not UTF-8 text") from None
-    return value
+    return Conversation((("user", value),))
 
 
 def _tag(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = row.get(column)
+    value = answer_at(row, column)
     if not isinstance(value, str) or not value:
         raise UserError(f"{where}: {column!r} (data.columns.tag) is no text but {value!r:.40}")
     return value
 
 
-def _answer(
-    row: Mapping[str, Any], column: str | None, where: str, gold: Callable[[Any], str | None] | None
-) -> str | None:
-    value = None if column is None else row.get(column)
+def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | None] | None) -> str | None:
     if gold is not None:
         return gold(value)
     if isinstance(value, dict) or (isinstance(value, list) and len(value) != 1):
@@ -305,14 +150,14 @@ def _answer(
     return gold_answer(value)
 
 
-def _merged(rows: list[tuple[int, str, str | None]], name: str, tags: Mapping[int, str]) -> LoadedProblems:
+def _merged(rows: Sequence[tuple[int, Conversation, str | None]], name: str, tags: Mapping[int, str]) -> LoadedProblems:
     """One problem per id. A row without an answer neither contradicts nor replaces one with an answer."""
     problems: dict[str, Problem] = {}
     numbers: dict[str, list[int]] = {}
     answers: dict[str, set[str]] = {}
     gold: dict[str, str] = {}
-    for number, text, answer in rows:
-        problem = Problem.of(text, name, tags.get(number, ""))
+    for number, asked, answer in rows:
+        problem = replace(Problem.of_turns(asked.turns, name, tags.get(number, "")), row=number)
         problem = problems.setdefault(problem.id, problem)
         numbers.setdefault(problem.id, []).append(number)
         if answer is not None:
@@ -346,5 +191,5 @@ def _generated(source: Source, what: str) -> LoadedProblems:
         pairs = generator.make(settings.count, settings.pool, settings.seed, generator.dials(**settings.dials))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    rows: list[tuple[int, str, str | None]] = [(number, *pair) for number, pair in enumerate(pairs, 1)]
+    rows = [(number, Conversation((("user", text),)), answer) for number, (text, answer) in enumerate(pairs, 1)]
     return _merged(rows[: source.limit], f"{name}:{settings.pool}", {number: name for number, *_ in rows})

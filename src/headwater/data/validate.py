@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import Source
-from headwater.data.sources import json_rows, load
+from headwater.data.rows import json_rows
+from headwater.data.sources import load
 from headwater.errors import UserError
 from headwater.tasks.registry import find_task
 from headwater.tasks.verifier import Verifier

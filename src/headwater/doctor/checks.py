@@ -57,6 +57,7 @@ CHECKS = (
     Check("stop ids of student and teacher", models.stop_sets),
     Check("EOS, padding, turn end", models.end_tokens),
     Check("sampling defaults", models.sampling_defaults),
+    Check("generation configs", models.generation_configs),
     Check("data files", data.data_is_readable),
     Check("chat templates", prompts.templates, exit_code=2),
     Check("thinking mode and system prompt", prompts.fields_without_effect),
@@ -156,11 +157,6 @@ def diagnose(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Pat
             context.close()
 
 
-def check_plan(plan: Plan, inputs: RunInputs) -> None:
-    """Refuse a plan that could not run, before any model is loaded. Raises UserError naming the field."""
-    _refuse_user_errors(DoctorContext.of(plan, inputs))
-
-
 def _refuse_user_errors(context: DoctorContext) -> list[Finding]:
     """Run the checks of exit code 2; returns their other findings. Raises UserError for the first error."""
     findings = []
@@ -178,15 +174,20 @@ def _say_warnings(findings: Sequence[Finding], say: Callable[[str], None]) -> No
             say(finding.text())
 
 
-def preflight(plan: Plan, inputs: RunInputs, out: Path, say: Callable[[str], None]) -> None:
-    """Refuse what would spoil a run before anything is written, and say warnings. For a finished run it is `check_plan`.
+def preflight(
+    plan: Plan, inputs: RunInputs, out: Path | None = None, say: Callable[[str], None] = lambda message: None
+) -> None:
+    """Refuse what would spoil a run before anything is written, and report warnings.
+
+    out  the run's folder. None (dry run, probe, point of a sweep), like a folder whose nodes are all finished, runs only the
+         checks of exit code 2, which load no weights
 
     Raises UserError for a mistake in the recipe or its data, RefusedError with the name, evidence and remedy of other errors.
     """
-    context = DoctorContext.of(plan, inputs, out)
+    context = DoctorContext.of(plan, inputs, out or Path())
     try:
         _say_warnings(_refuse_user_errors(context), say)
-        if not context.pending:
+        if out is None or not context.pending:
             return
         examination = examine(context, [check for check in CHECKS if check.exit_code == 3])
     finally:

@@ -128,12 +128,26 @@ def turn_end(tokenizer: Any) -> int | None:
         return None
     turns = [{"role": "user", "content": "2+5"}, {"role": "assistant", "content": "=7"}]
     try:
-        after = render_chat(tokenizer, turns, "an assistant's turn").rpartition("=7")[2].lstrip()[:1000]
+        after = render_chat(tokenizer, turns, "an assistant's turn", {}).rpartition("=7")[2].lstrip()[:1000]
     except UserError:  # not every template takes such a turn; prompts of the problems have a check of their own
         return None
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return ids[0] if ids and ids[0] in special else None
+
+
+def generation_configs(context: DoctorContext) -> Iterator[Finding]:
+    """Entries that transformers reads and refuses to write; a trained model's folder gets a generation config without them."""
+    for role in context.roles:
+        context.inputs.generation_config(role)
+        changes = context.inputs.model_folder(role).generation_changes
+        if changes:
+            yield note(
+                "generation-config-mended",
+                f"models.{role}: transformers refuses to save its generation_config.json as it is; in the folder of a trained model, "
+                f"{', '.join(changes)}",
+                "nothing, or correct the file if those settings were meant otherwise",
+            )
 
 
 def sampling_defaults(context: DoctorContext) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
 from headwater.data.labels import Labels
 from headwater.doctor import advice
-from headwater.doctor.checks import check_plan
+from headwater.doctor.checks import preflight
 from headwater.doctor.readiness import Continuations, PairMeasures, Readiness, informative_share
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.models.load import LoadOptions, load_policy
@@ -117,7 +117,7 @@ def probe(
         folder.refuse_other(recipe_json)
     with contextlib.ExitStack() as stack:
         plan, inputs = stack.enter_context(prepared(recipe, ["bridge", "direct_grpo"], [seed]))
-        check_plan(plan, inputs)
+        preflight(plan, inputs)
         names, count = sampled_problems(inputs, problems, seed), samples_a_problem(recipe, samples)
         if folder is not None:
             stack.enter_context(folder.locked())

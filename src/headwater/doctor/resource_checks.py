@@ -20,6 +20,8 @@ MAX_MEMORY = 0.8
 
 def memory(context: DoctorContext) -> Iterator[Finding]:
     """Weights, gradients and optimizer state of the largest node against what is free; activations come on top."""
+    for role in context.roles:
+        context.inputs.config(role)  # one that cannot be used has its own finding
     names, device = {context.plan.names[node] for node in context.pending}, context.inputs.device
     pending = [row for row in estimates(context.plan, context.inputs) if row.name in names]
     free = free_memory(device)

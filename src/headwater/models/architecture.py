@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import transformers
@@ -11,6 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from headwater.errors import UnsupportedModelError
 
+CLASSIFIERS = re.compile(r"Classification|QuestionAnswering|MultipleChoice|Reward|NextSentence|WithValueHead")
+"""Classes in `architectures` that score texts: their output layer gives no distribution over tokens."""
 OTHER_INPUTS = ("vision", "image", "audio", "speech", "codec", "text_encoder")
 """In the name of a part of a config: it belongs to something that reads more than text."""
 RANDOM = ("drop", "jitter")
@@ -23,6 +26,12 @@ def refuse_unsupported(config: Any, field: str, name: str) -> None:
 
     A model whose code the folder brings (`auto_map`) is judged when it is loaded.
     """
+    classifier = next((one for one in getattr(config, "architectures", None) or () if CLASSIFIERS.search(str(one))), None)
+    if classifier is not None:
+        raise UnsupportedModelError(
+            f"{field}: {name} is no language model (its config.json names {classifier:.80}); name a model whose architectures are "
+            "…ForCausalLM"
+        )
     kind = config.model_type
     model = f"{field}: {name} is a {kind} model"
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):

@@ -15,10 +15,13 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from headwater.errors import UserError
-from headwater.models import adapter_files, architecture, untrusted_files
+from headwater.models import adapter_files, untrusted_files
+from headwater.models.architecture import refuse_unsupported
+from headwater.models.generation_config import read_generation_config
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import read_tokenizer, stop_ids_of
 from headwater.models.untrusted_files import as_user_error
+from headwater.models.weight_files import WeightFiles
 
 transformers_logging.disable_progress_bar()  # a run loads and saves dozens of models and shows its own progress
 transformers_logging.set_verbosity_error()  # what transformers warns about while loading is refused here with a UserError
@@ -120,17 +123,24 @@ class ModelFolder:
         self.require_trusted()
         with as_user_error(f"{self.field}: the config of {self.name} cannot be read"):
             config = AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
-        architecture.refuse_unsupported(config, self.field, self.name)
+        refuse_unsupported(config, self.field, self.name)
         return config
 
-    @cached_property
+    @property
     def generation_config(self) -> GenerationConfig:
-        """The generation config; if there is none, the one that transformers derives from the config."""
+        """The generation config, mended where transformers would refuse to save it; derived from the config if there is none."""
+        return self._generation[0]
+
+    @property
+    def generation_changes(self) -> tuple[str, ...]:
+        """What was mended in the generation config."""
+        return self._generation[1]
+
+    @cached_property
+    def _generation(self) -> tuple[GenerationConfig, tuple[str, ...]]:
         with as_user_error(f"{self.field}: the generation config of {self.name} cannot be read"):
-            try:
-                return GenerationConfig.from_pretrained(self.base.path)
-            except (OSError, ValueError):
-                return GenerationConfig.from_model_config(self.config)
+            config = self.base.json("config.json") if self.base.is_local else self.config.to_dict()
+            return read_generation_config(self.base.path, config)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -146,7 +156,7 @@ class ModelFolder:
     @cached_property
     def shape(self) -> Shape:
         with as_user_error(f"{self.field}: the config of {self.name} cannot be used"):
-            return Shape.from_config(self.config)
+            return Shape.from_config(self.config, self.trust_remote_code)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -204,6 +214,8 @@ def _resolve(name: str, field: str) -> str:
         if not list(folder.glob("*.safetensors")):
             raise UserError(f"{field}: the folder {name} holds no *.safetensors; other weight formats are not read")
         untrusted_files.refuse_unsafe(folder, field, name)
+        if not _is_adapter(folder):
+            WeightFiles(folder, field, name).refuse_inconsistent()
         return str(folder)
     if HUB_ID.match(name):
         return name

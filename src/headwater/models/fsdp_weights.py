@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from headwater.distributed import checkpoint_io
 from headwater.distributed.process_group import ProcessGroup
 from headwater.models.architecture import attention_of
 from headwater.models.folder import ModelFolder
+from headwater.models.weight_files import WeightFiles, unused_weights
 
 ADAPTED = ".base_layer"
 """What peft inserts into the name of an adapted matrix."""
@@ -35,7 +35,7 @@ def build_without_weights(base: ModelFolder, dtype: torch.dtype) -> Any | None:
             trust_remote_code=base.trust_remote_code,
             attn_implementation=attention_of(base.config),
         )
-    if not _matches(model, _tensor_shapes(_local_folder(base.path))):
+    if not _matches(model, _files(base)):
         return None
     model.generation_config = base.generation_config
     return model
@@ -58,43 +58,45 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def _local_folder(path: str) -> Path:
+def local_folder(path: str) -> Path:
     """The folder with the model's files; those of a hub id are downloaded, as `from_pretrained` does."""
-    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=["model*.safetensors"]))
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=["model*.safetensors*"]))
 
 
-def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name -> shape of every tensor in a folder's safetensors files."""
-    shapes: dict[str, list[int]] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return shapes
+def _files(base: ModelFolder) -> WeightFiles:
+    return WeightFiles(local_folder(base.path), base.field, base.name)
 
 
-def _matches(model: Any, shapes: dict[str, list[int]]) -> bool:
-    """Whether the files hold every weight and saved buffer under the model's own name, in its shape, all in one dtype."""
+def _matches(model: Any, files: WeightFiles) -> bool:
+    """Whether the files hold every weight and saved buffer under one of the model's own names, in its shape, and no others.
+
+    A tied weight that is stored under both names may have two values; then transformers decides.
+    """
     if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
         return False
-    return all(
-        any(shapes.get(name) == list(tensor.shape) for name in names)
-        for tensor, names in checkpoint_io.tensors_with_names(model)
-    )
+    if set(files.folder.glob("*.safetensors")) != set(files.paths):
+        return False  # the reader of shards reads every file
+    stored, known = files.tensors, set[str]()
+    for tensor, names in checkpoint_io.tensors_with_names(model):
+        if [stored[name].shape for name in names if name in stored] != [tuple(tensor.shape)]:
+            return False
+        known.update(names)
+    return not unused_weights(stored.keys() - known, stored, model.config)
 
 
 @torch.no_grad()
-def load_shards(model: Any, base: str, device: torch.device, ranks: ProcessGroup) -> None:
+def load_shards(model: Any, base: ModelFolder, device: torch.device, ranks: ProcessGroup) -> None:
     """Read this rank's shard of every weight that is still on the meta device. All ranks must call it."""
     tensors = checkpoint_io.tensors_with_names(model)
     if not any(tensor.is_meta for tensor, _ in tensors):
         return
-    folder, shards = _local_folder(base), dict[str, Tensor]()
-    stored = _tensor_shapes(folder)
+    files, shards = _files(base), dict[str, Tensor]()
+    stored = files.tensors
     for tensor, names in tensors:
         name = next((name for name in (name.replace(ADAPTED, "") for name in names) if name in stored), None)
         if name is not None:
             shards[name] = _allocated(model, tensor, names, device).detach()
-    checkpoint_io.load_tensors(shards, folder, ranks)
+    checkpoint_io.load_tensors(shards, files.folder, ranks)
 
 
 def _allocated(model: Any, tensor: Tensor, names: list[str], device: torch.device) -> Tensor:

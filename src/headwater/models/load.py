@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,10 @@ from headwater.models.packed_attention import enable_packing
 from headwater.models.policy import Policy, split_head, with_root_weights
 from headwater.models.tokenizer import read_tokenizer
 from headwater.models.untrusted_files import as_user_error
+from headwater.models.weight_files import WeightFiles, unused_weights
+
+SCORES = re.compile(r"(^|\.)(score|v_head|value_head|classifier|reward_head|regression_head)\.")
+"""Weights of models that score texts."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
         _move(model, device)
     else:
         meta_model = fsdp.shard_model(model, ranks, device)
-        fsdp_weights.load_shards(model, base.path, device, ranks)
+        fsdp_weights.load_shards(model, base, device, ranks)
     if merges:
         lora.merge_into(model, folder)
     with as_user_error(
@@ -121,6 +127,7 @@ def _read_model(folder: ModelFolder, dtype: torch.dtype, quantization: Any, devi
         attn_implementation=attention_of(folder.config),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, with the name
+        generation_config=folder.generation_config,  # transformers would refuse to save the file's, or to load it
         quantization_config=quantization,
         device_map=None if quantization is None else {"": device},  # quantized while they are read, on their device
     )
@@ -131,7 +138,22 @@ def _read_model(folder: ModelFolder, dtype: torch.dtype, quantization: Any, devi
             f"{folder.field}: {folder.name} cannot be loaded (its files lack {len(random)} weights that its config.json asks for, "
             f"such as {random[0]}, or hold them in another shape; they would be random)"
         )
+    if info["unexpected_keys"]:
+        _refuse_unused(folder, info["unexpected_keys"], model)
     return model
+
+
+def _refuse_unused(folder: ModelFolder, unexpected: Collection[str], model: Any) -> None:
+    """Raises UserError if the files hold weights that no part of the model takes, so that it is not the model they belong to."""
+    base = folder.base
+    files = WeightFiles(fsdp_weights.local_folder(base.path), base.field, base.name)
+    unused = unused_weights(unexpected, files.tensors, model.config)
+    if unused:
+        kind = " and would be a classifier's or a reward model's" if SCORES.search(unused[0]) else ""
+        raise UserError(
+            f"{folder.field}: {folder.name} cannot be loaded (its files hold {len(unused)} weights that {type(model).__name__}, which "
+            f"its config.json asks for, does not take, such as {unused[0]}{kind}; they would be dropped)"
+        )
 
 
 def _move(model: Any, device: torch.device) -> None:

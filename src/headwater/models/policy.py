@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -59,9 +60,9 @@ class Policy:
     def vocabulary(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
-        return Shape.from_config(self.model.config)
+        return Shape.from_config(self.model.config, self.folder.trust_remote_code)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime, time
+from functools import cached_property
 from typing import Any
 
+from headwater import seeds
 from headwater.config.recipe import Prompt
 from headwater.errors import UserError
 from headwater.models.resource_limits import OutOfTimeError, resource_limits
 from headwater.models.untrusted_files import as_user_error
+from headwater.tasks.thinking import is_thinking_mark
 from headwater.types import Problem
 
 TEMPLATE_SECONDS, TEMPLATE_MB = 5.0, 256
@@ -20,10 +24,14 @@ MAX_CHARACTERS = 500_000
 
 @dataclass(frozen=True)
 class Prompter:
-    """Renders problems with a model's own chat template (or as plain text if it has none)."""
+    """Renders problems with a model's own chat template (or as plain text if it has none).
+
+    day  the date that a template which reads the clock is told, at midnight; None tells it the time of the call
+    """
 
     tokenizer: Any
     prompt: Prompt
+    day: date | None = None
 
     @property
     def has_template(self) -> bool:
@@ -34,27 +42,37 @@ class Prompter:
         messages = self.messages(problem)
         if not self.has_template:
             return "\n\n".join(message["content"] for message in messages)
-        where = f"problem {problem.id} of {problem.source}"
-        return render_chat(
-            self.tokenizer, messages, where, add_generation_prompt=True, enable_thinking=self.prompt.thinking
-        )
+        options = {"add_generation_prompt": True, "enable_thinking": self.prompt.thinking}
+        return render_chat(self.tokenizer, messages, problem.name, options, self.day)
 
     def messages(self, problem: Problem) -> list[dict[str, str]]:
-        """The problem as chat messages."""
-        user = {"role": "user", "content": self.prompt.template.replace("{problem}", problem.text)}
-        return [user] if self.prompt.system is None else [{"role": "system", "content": self.prompt.system}, user]
+        """The problem as chat messages: `prompt.system`, its turns, and the last one in `prompt.template`.
+
+        Raises UserError for a problem with a system turn of its own if the recipe has one too.
+        """
+        *earlier, (_, question) = problem.turns or (("user", problem.text),)
+        if self.prompt.system is not None:
+            if any(role == "system" for role, _ in earlier):
+                raise UserError(
+                    f"{problem.name}: has a system turn of its own, and prompt.system is set; remove prompt.system, or the system "
+                    "turns from the data"
+                )
+            earlier = [("system", self.prompt.system), *earlier]
+        turns = [*earlier, ("user", self.prompt.template.replace("{problem}", question))]
+        return [{"role": role, "content": content} for role, content in turns]
 
     def ids(self, problem: Problem) -> tuple[int, ...]:
         """The prompt as token ids. Raises UserError that names the problem if it is empty or over `prompt.max_tokens`."""
-        text, where = self.text(problem), f"problem {problem.id} of {problem.source}"
+        text, where = self.text(problem), problem.name
         if len(text) > MAX_CHARACTERS:
             raise UserError(
                 f"{where}: its prompt has {len(text):,} characters under {_named(self.tokenizer, 'chat template')}, over the "
                 f"{MAX_CHARACTERS:,} that a tokenizer is given"
             )
         with as_user_error(f"{_named(self.tokenizer, 'tokenizer')} cannot be used on {where}"):
-            # A chat template writes its own special tokens; plain text gets the tokenizer's (a BOS, if it has one).
+            # A chat template writes its own special tokens; plain text gets those that the tokenizer puts before it (a BOS).
             ids = tuple(self.tokenizer(text, add_special_tokens=not self.has_template)["input_ids"])
+            ids = ids[: len(ids) - self._ids_after_text]
         if not ids:
             raise UserError(f"{where}: its prompt has no tokens")
         if len(ids) > self.prompt.max_tokens:
@@ -64,21 +82,63 @@ class Prompter:
             )
         return ids
 
+    @cached_property
+    def _ids_after_text(self) -> int:
+        """Number of special ids that the tokenizer appends to plain text (an EOS): a completion would begin after the end."""
+        if self.has_template:
+            return 0
+        framed, plain = (self.tokenizer("1", add_special_tokens=added)["input_ids"] for added in (True, False))
+        places = [start for start in range(len(framed)) if framed[start : start + len(plain)] == plain]
+        return len(framed) - places[0] - len(plain) if plain and places else 0
+
     def completion(self, ids: Sequence[int]) -> str:
-        """A completion as text, without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """A completion as text, without special tokens except those that begin or end the thinking: graders look for these."""
+        ids = list(ids)
+        shown = self._thinking_ids.isdisjoint(ids)
+        if not shown:
+            ids = [token for token in ids if token not in self._hidden_ids]
+        return self.tokenizer.decode(ids, skip_special_tokens=shown, clean_up_tokenization_spaces=False)
+
+    @cached_property
+    def _special_ids(self) -> dict[int, bool]:
+        """Special id -> whether it is a thinking mark."""
+        tokenizer = self.tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {id_: token.content for id_, token in added.items() if token.special}
+        special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        return {id_: is_thinking_mark(content) for id_, content in special.items()}
+
+    @cached_property
+    def _thinking_ids(self) -> frozenset[int]:
+        return frozenset(id_ for id_, mark in self._special_ids.items() if mark)
+
+    @cached_property
+    def _hidden_ids(self) -> frozenset[int]:
+        return frozenset(id_ for id_, mark in self._special_ids.items() if not mark)
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, str]], where: str, **options: bool) -> str:
+def reads_clock(tokenizer: Any) -> bool:
+    """Whether a chat template asks for the time."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
+def render_chat(
+    tokenizer: Any, messages: list[dict[str, str]], where: str, options: Mapping[str, bool], day: date | None = None
+) -> str:
     """Render messages with the model's chat template, which is untrusted code.
 
-    transformers runs it in Jinja's sandbox; time and memory are limited here. Raises UserError for any failure; `where` names
-    what is rendered.
+    transformers runs it in Jinja's sandbox; time and memory are limited here. What a template draws at random depends on the
+    messages alone, and the clock stands at midnight of `day`, so that equal messages give equal prompts.
+
+    Raises UserError for any failure; `where` names what is rendered.
     """
     template = _named(tokenizer, "chat template")
+    variables: dict[str, Any] = dict(options)
+    if day is not None and reads_clock(tokenizer):
+        variables["strftime_now"] = datetime.combine(day, time()).strftime
     try:
-        with resource_limits(TEMPLATE_SECONDS, TEMPLATE_MB):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        with seeds.python_draws("template", repr(messages)), resource_limits(TEMPLATE_SECONDS, TEMPLATE_MB):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
             if not isinstance(text, str):
                 raise TypeError(f"it gives {type(text).__name__}")
     except OutOfTimeError:

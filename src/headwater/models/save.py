@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from headwater.config.recipe import Models
 from headwater.errors import UserError
@@ -14,7 +16,16 @@ from headwater.models import fsdp
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
-from headwater.storage.run_dir import atomic_folder
+from headwater.models.tokenizer import read_tokenizer, reads_alike
+from headwater.storage.files import atomic_folder, disk_errno
+
+CUSTOM_GENERATE, CHAT_TEMPLATES = "custom_generate", "additional_chat_templates"
+"""Folders inside a model's folder: transformers' code for `generate`, and chat templates by name."""
+TOKENIZER_FILES = (
+    "tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "*.model",
+    "*.tiktoken",
+)  # fmt: skip
+"""Patterns of the names of a tokenizer's files."""
 
 
 def save_policy(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
@@ -49,28 +60,73 @@ def merge_adapter(folder: Path, out: Path, dtype: str) -> None:
 
 
 def _write(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
+    source = policy.folder
     if policy.adapter is not None and policy.adapter.lora.output == "adapter":
         policy.adapter.save(folder)
     else:
-        model = policy.model if policy.adapter is None else _without_adapter(policy.model)
-        before = policy.model.config.dtype
-        model.config.dtype = dtype
+        weights = {name: tensor.to(dtype) for name, tensor in policy.merged_weights()}
+        config = _written_config(policy.model, weights, dtype)
+        model = policy.model if policy.adapter is None else _without_adapter(policy.model, config)
+        held, model.config = model.config, config
         try:
-            weights = {name: tensor.to(dtype) for name, tensor in policy.merged_weights()}
             model.save_pretrained(folder, state_dict=weights)
-            model.config.dtype = dtype  # save_pretrained wrote the type in memory, not the one in the file
-            model.config.save_pretrained(folder)
+            config.dtype = dtype  # save_pretrained wrote the type in memory, not the one in the file
+            config.save_pretrained(folder)
         finally:
-            policy.model.config.dtype = before
-    policy.tokenizer.save_pretrained(folder)
+            model.config = held
+        if source.trust_remote_code and Path(source.base.path, CUSTOM_GENERATE).is_dir():
+            shutil.copytree(Path(source.base.path, CUSTOM_GENERATE), folder / CUSTOM_GENERATE)
+    _write_tokenizer(policy.tokenizer, source, folder)
 
 
-def _without_adapter(model: Any) -> Any:
-    """A model of the same kind without adapters or quantization, its weights on the meta device."""
+def _written_config(model: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """A copy of the model's config that describes these weights and that transformers agrees to write.
+
+    Weights that are tied become one tensor in `weights`, so that they are written once.
+    """
     config = copy.deepcopy(model.config)
+    config.dtype = dtype
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    for name in (
+        config._get_generation_parameters()
+    ):  # transformers refuses them in config.json; the generation config has them
+        delattr(config, name)
+    tied = [part for part in (config, config.get_text_config()) if getattr(part, "tie_word_embeddings", False)]
+    names = {id(module): name for name, module in model.named_modules()}
+    pair = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding, head = (f"{names.get(id(module))}.weight" for module in pair)
+    if tied and embedding in weights and head in weights:
+        if torch.equal(weights[embedding], weights[head]):
+            weights[head] = weights[embedding]
+        else:  # the files held a head of their own, which an engine that ties by the config would ignore
+            for part in tied:
+                part.tie_word_embeddings = False
+    return config
+
+
+def _without_adapter(model: Any, config: Any) -> Any:
+    """A model of the same kind without adapters or quantization, its weights on the meta device."""
     with torch.device("meta"):
-        plain = type(model)(config)
+        plain = type(model)(copy.deepcopy(config))
     plain.generation_config = model.generation_config
     return plain
+
+
+def _write_tokenizer(tokenizer: Any, source: ModelFolder, folder: Path) -> None:
+    """Write a tokenizer that reads back as the same one: as transformers saves it or, where that fails, as copies of its files.
+
+    Raises what transformers raised if the disk is full, or if the tokenizer is from no local folder whose files could be copied.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+        if not source.is_local or reads_alike(tokenizer, read_tokenizer(str(folder), source.trust_remote_code)):
+            return
+    except Exception as error:
+        if not source.is_local or disk_errno(error) is not None:
+            raise
+    for path in Path(source.path).iterdir():
+        if path.is_dir() and path.name == CHAT_TEMPLATES:
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        elif path.is_file() and any(path.match(pattern) for pattern in TOKENIZER_FILES):
+            shutil.copyfile(path, folder / path.name)

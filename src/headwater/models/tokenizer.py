@@ -27,6 +27,14 @@ def read_tokenizer(path: str, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
+def reads_alike(tokenizer: Any, again: Any) -> bool:
+    """Whether two tokenizers give the same ids, special tokens and prompts."""
+    kept = ("eos_token_id", "pad_token_id", "bos_token_id", "chat_template", "all_special_ids")
+    return all(getattr(tokenizer, name, None) == getattr(again, name, None) for name in kept) and all(
+        tokenizer(text)["input_ids"] == again(text)["input_ids"] for text in PROBES
+    )
+
+
 def stop_ids_of(generation_config: Any, config: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends a completion: the union of generation config, model config and tokenizer."""
     ids: set[int] = set()

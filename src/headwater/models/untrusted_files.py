@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,28 @@ def refuse_code(config: Mapping[str, Any], path: Path, field: str) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file: its shape and the format's name of its type."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_header(path: Path, field: str, name: str) -> dict[str, Stored]:
+    """Every tensor in a safetensors file by name. Raises UserError that names field and file."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return {
+            tensor: Stored(tuple(int(size) for size in entry["shape"]), str(entry["dtype"]))
+            for tensor, entry in header.items()
+            if tensor != "__metadata__"
+        }
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{field}: {path.name} in {name} has a header that cannot be read ({error!r:.100})") from None
+
+
 def refuse_unlike_weights(config: Mapping[str, Any], folder: Path, field: str, name: str) -> None:
     """Raises UserError if config.json describes a model much larger than the folder's weights.
 
@@ -84,16 +107,9 @@ def refuse_unlike_weights(config: Mapping[str, Any], folder: Path, field: str, n
     """
     tensors, numbers = 0, 0
     for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-        try:
-            shapes = [entry["shape"] for key, entry in json.loads(header).items() if key != "__metadata__"]
-            tensors += len(shapes)
-            numbers += sum(math.prod(int(size) for size in shape) for shape in shapes)
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{field}: {path.name} in {name} has a header that cannot be read ({error!r:.100})"
-            ) from None
+        shapes = [stored.shape for stored in read_header(path, field, name).values()]
+        tensors += len(shapes)
+        numbers += sum(math.prod(shape) for shape in shapes)
     limits = [
         (("num_hidden_layers", "n_layer", "num_layers"), tensors, f"{tensors} tensors"),
         (

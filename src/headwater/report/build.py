@@ -78,7 +78,7 @@ def summarize(study: Study) -> dict[str, Any]:
         "evals": study.evals,
         "arms": arms,
         "contrasts": paired_contrasts(study, arms),
-        "conditions": {"C1": conditions.c1(study, stages), "C2": conditions.c2(stages)},
+        "conditions": {"C1": conditions.c1(stages), "C2": conditions.c2(stages)},
         "stages": stages,
         "warnings": _warnings(study),
     }

@@ -10,34 +10,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from headwater.report.contrasts import accuracy, mean, pass_at, rounded
-from headwater.report.study import EvalCounts, Study
-
-C2_MEASURES = (
-    "kl_teacher_student", "kl_student_teacher", "overlap_teacher_prefixes", "overlap_student_prefixes", "entropy_student",
-    "entropy_teacher",
-)  # fmt: skip
+from headwater.report.contrasts import rounded
+from headwater.report.stages import STAGE_NAMES
 
 
-def c1(study: Study, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """C1: has RL raised the teacher's accuracy to its own best-of-k before RL? `rows` are `stage_rows(study)`.
+def c1(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """C1: has RL raised the teacher's accuracy to its own best-of-k before RL? `rows` are those of `stage_rows`.
 
     For each evaluation: accuracy and best-of-k (pass@k at the largest k) of the untrained teacher and after each stage that
     trained it. `reached` is the accuracy after the stage divided by the best-of-k before. `training` holds the reward and the
     best of the group at the first and the last step. None if no teacher was evaluated.
     """
     result: dict[str, Any] = {}
-    base_nodes = [nodes[-1] for nodes in study.arms.get("base_teacher", {}).values() if nodes[-1].done]
-    trained = [
-        (row, [node for node in by_seed.values() if node.done])
-        for row, (_, by_seed) in zip(rows, study.stage_groups(), strict=True)
-        if all(node.role == "teacher" and node.trained for node in by_seed.values())
-    ]
-    for name in sorted({name for node in base_nodes for name in node.evals} | set(study.evals)):
-        before = _accuracy_and_best([node.evals[name] for node in base_nodes if name in node.evals])
-        after = []
-        for row, nodes in trained:
-            measured = _accuracy_and_best([node.evals[name] for node in nodes if name in node.evals])
+    base: dict[str, Any] = next((row for row in rows if "base_teacher" in row["arms"]), {"accuracy": {}})
+    trained = [row for row in rows if row["role"] == "teacher" and row["stage"] in STAGE_NAMES]
+    for name in sorted({name for row in (base, *trained) for name in row["accuracy"]}):
+        before, after = _accuracy_and_best(base, name), []
+        for row in trained:
+            measured = _accuracy_and_best(row, name)
             if measured is not None:
                 reached = measured["accuracy"] / before["best_of_k"] if before and before["best_of_k"] else None
                 after.append(
@@ -48,17 +38,15 @@ def c1(study: Study, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
                         "reached": None if reached is None else rounded(reached),
                     }
                 )
-        if before or after:
-            result[name] = {"before": before, "after": after}
+        result[name] = {"before": before, "after": after}
     return result or None
 
 
-def _accuracy_and_best(evals: Sequence[EvalCounts]) -> dict[str, Any] | None:
-    if not evals:
+def _accuracy_and_best(row: dict[str, Any], eval_name: str) -> dict[str, Any] | None:
+    if eval_name not in row["accuracy"]:
         return None
-    k = min(counts.samples for counts in evals)
-    best = mean(float(pass_at(k)(counts).mean()) for counts in evals)
-    return {"accuracy": mean(float(accuracy(counts).mean()) for counts in evals), "best_of_k": best, "k": k}
+    k, best = list(row["pass_at_k"][eval_name].items())[-1]
+    return {"accuracy": row["accuracy"][eval_name]["mean"], "best_of_k": best, "k": int(k)}
 
 
 def c2(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

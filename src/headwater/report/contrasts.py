@@ -93,30 +93,30 @@ def paired_contrasts(study: Study, arms: Mapping[str, Any]) -> list[dict[str, An
 
 def _contrast(study: Study, arms: Mapping[str, Any], a: str, b: str, eval_name: str) -> dict[str, Any] | None:
     seeds, evals_a, evals_b = _paired_seeds(study, a, b, eval_name)
-    if not seeds:
+    row = paired_difference(evals_a, evals_b)
+    if row is None:
         return None
-    values_SP, ids = seed_matrix(evals_a + evals_b, accuracy)
-    if not ids:
-        return None
-    result = stats.contrast(values_SP[: len(seeds)], values_SP[len(seeds) :])
     labels = {
         side: _mean_cost(arms[arm], seeds, lambda c: c["labels"]["distinct"]) for side, arm in (("a", a), ("b", b))
     }
     flops = {side: _mean_cost(arms[arm], seeds, lambda c: c["flops"]) for side, arm in (("a", a), ("b", b))}
-    return {
-        "a": a,
-        "b": b,
-        "eval": eval_name,
-        "difference": rounded(result.difference),
-        "low": rounded(result.low),
-        "high": rounded(result.high),
-        "p": rounded(result.p),
-        "seeds": len(seeds),
-        "problems": len(ids),
-        "labels": labels,
-        "flops": flops,
-        "equal": equal_resources(labels, flops),
-    }
+    equal = equal_resources(labels, flops)
+    return {"a": a, "b": b, "eval": eval_name, **row, "labels": labels, "flops": flops, "equal": equal}
+
+
+def paired_difference(a: Sequence[EvalCounts], b: Sequence[EvalCounts]) -> dict[str, Any] | None:
+    """Accuracy of `a` minus that of `b`, one evaluation per seed of each, on the problems that all have; None if there are none.
+
+    Example: `{"difference": 0.06, "low": 0.01, "high": 0.11, "p": 0.02, "seeds": 3, "problems": 500}`.
+    """
+    if not a:
+        return None
+    values_SP, ids = seed_matrix([*a, *b], accuracy)
+    if not ids:
+        return None
+    result = stats.contrast(values_SP[: len(a)], values_SP[len(a) :])
+    numbers = {key: rounded(getattr(result, key)) for key in ("difference", "low", "high", "p")}
+    return {**numbers, "seeds": len(a), "problems": len(ids)}
 
 
 def equal_resources(labels: Mapping[str, float], flops: Mapping[str, float]) -> list[str]:
@@ -142,18 +142,13 @@ def _paired_seeds(study: Study, a: str, b: str, eval_name: str) -> tuple[list[in
 
     The evaluation of an untrained model does not depend on the seed, so it is paired with every seed of the other arm.
     """
-    evals_a, evals_b = study.results(a, eval_name), study.results(b, eval_name)
-    if evals_a and evals_b:
-        if not _is_trained(study, a):
-            evals_a = {
-                seed: evals_a.get(seed, next(iter(evals_a.values()))) for seed in evals_b.keys() | evals_a.keys()
-            }
-        if not _is_trained(study, b):
-            evals_b = {
-                seed: evals_b.get(seed, next(iter(evals_b.values()))) for seed in evals_a.keys() | evals_b.keys()
-            }
-    seeds = sorted(evals_a.keys() & evals_b.keys())
-    return seeds, [evals_a[seed] for seed in seeds], [evals_b[seed] for seed in seeds]
+    evals = [study.results(a, eval_name), study.results(b, eval_name)]
+    for side, arm in enumerate((a, b)):
+        if evals[side] and not _is_trained(study, arm):
+            first = next(iter(evals[side].values()))
+            evals[side] = {seed: evals[side].get(seed, first) for seed in evals[0].keys() | evals[1].keys()}
+    seeds = sorted(evals[0].keys() & evals[1].keys())
+    return seeds, [evals[0][seed] for seed in seeds], [evals[1][seed] for seed in seeds]
 
 
 def _is_trained(study: Study, arm: str) -> bool:

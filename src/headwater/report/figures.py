@@ -1,18 +1,15 @@
-"""The report's figures, drawn with matplotlib: training curves, forest plots, accuracy against cost and over the stages."""
+"""Figures of reports and sweeps, drawn with matplotlib: training curves, forest plots, and lines with intervals."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import matplotlib
-import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,43 +18,53 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
+from headwater.report.format import csv_text
 from headwater.report.svg import COLOURS, DASHES, MARKERS, QUIET, STYLE, TEXT, as_file, inline, printable, spanning
-
-MAX_POINTS = 80
-"""Points per curve, in the figure and in its CSV."""
-
-Line = tuple[Sequence[float], Sequence[float]]
-"""(steps, values) of one seed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """The seeds of one legend entry. `lines[s]` holds (steps, values) of one seed."""
+    """One legend entry: values `y` at `x`, each from `low` to `high` where these are given.
+
+    style  colour, marker and dashes; None for an untrained model, which is drawn in grey
+    seeds  over how many seeds the values are means
+    """
 
     label: str
-    style: int
-    lines: tuple[Line, ...]
+    style: int | None
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    seeds: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """Mean and interval of an arm or a difference (fractions), the values of single seeds, and what the arm cost."""
+class Interval:
+    """An estimate, drawn as one row of a forest plot. `level` is the reference line, `seeds` the values of single seeds."""
 
-    label: str
     mean: float
     low: float
     high: float
-    per_seed: tuple[float, ...] = ()
-    cost: float = 0.0
+    level: float | None = None
+    seeds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class CostAxis:
-    """The horizontal axis of a cost figure. On a log axis every cost must be positive."""
+class ValueAxis:
+    """The horizontal axis of a line plot.
 
-    label: str
-    format: Callable[[float], str]
+    ticks  position -> text; without them, ticks are chosen from zero on and written by `format`
+    log    logarithmic; every value must be positive
+    """
+
+    label: str = ""
+    ticks: Mapping[float, str] = field(default_factory=dict)
+    format: Callable[[float], str] = str
     log: bool = False
+
+    def text(self, value: float) -> str:
+        return self.ticks[value] if self.ticks else self.format(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +86,7 @@ class Plot:
 
     @property
     def csv(self) -> str:
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows(self.rows)
-        return buffer.getvalue()
+        return csv_text(self.rows)
 
 
 def file_stem(*parts: str) -> str:
@@ -111,145 +116,147 @@ def as_plot(figure: Figure, name: str, description: str, rows: Sequence[tuple[An
     return Plot(name, description, inline(svg, description), svg, tuple(rows))
 
 
+@matplotlib.rc_context(STYLE)
 def curves(name: str, title: str, series: Sequence[Series]) -> Plot:
     """Plot a metric over steps: the mean over seeds as a line, the range from lowest to highest seed as a band."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.5, 2.15))
-        axes = figure.add_axes((0.135, 0.175, 0.845, 0.69))
-        axes.set_title(printable(title), loc="left", x=-0.13, y=1.03, fontsize=9.5)
-        ranges = [(one, *seed_range(one)) for one in series]
-        for one, steps, mean, low, high in ranges:
-            if len(one.lines) > 1 and len(steps) > 1:
-                axes.fill_between(steps, low, high, color=colour(one.style), alpha=0.13, linewidth=0)
-            if steps:
-                every = max(1, len(steps) // 5)
-                axes.plot(steps, mean, **line_style(one.style), markersize=3.6, markevery=every, linewidth=1.4)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.margins(x=0.02)
-        if axes.get_ylim()[0] < 0.0 <= min((min(low) for *_, low, _ in ranges if low), default=0.0):
-            axes.set_ylim(bottom=0.0)  # no negative axis for values that are never negative
-        axes.set_xlabel("step", loc="right", labelpad=0, fontsize=8)
-        seeds = max((len(one.lines) for one in series), default=0)
-        ends = [f"{one.label} from {mean[0]:.3g} to {mean[-1]:.3g}" for one, _, mean, *_ in ranges if mean]
-        text = "; ".join(ends) or "no step in common"
-        rows: list[tuple[Any, ...]] = [("series", "step", "mean", "lowest_seed", "highest_seed")]
-        for one, *columns in ranges:
-            rows += [(one.label, *values) for values in zip(*columns, strict=True)]
-        return as_plot(figure, name, f"{title} over training steps, {seeds} seed{'s' * (seeds != 1)}: {text}", rows)
+    figure = Figure(figsize=(3.5, 2.15))
+    axes = figure.add_axes((0.135, 0.175, 0.845, 0.69))
+    axes.set_title(printable(title), loc="left", x=-0.13, y=1.03, fontsize=9.5)
+    drawn = [line for line in series if line.x]
+    for line in drawn:
+        style = line_style(line.style or 0)
+        if line.seeds > 1 and len(line.x) > 1:
+            axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.13, linewidth=0)
+        axes.plot(line.x, line.y, **style, markersize=3.6, markevery=max(1, len(line.x) // 5), linewidth=1.4)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.margins(x=0.02)
+    if axes.get_ylim()[0] < 0.0 <= min((min(line.low) for line in drawn), default=0.0):
+        axes.set_ylim(bottom=0.0)  # no negative axis for values that are never negative
+    axes.set_xlabel("step", loc="right", labelpad=0, fontsize=8)
+    seeds = max((line.seeds for line in series), default=0)
+    text = "; ".join(f"{line.label} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in drawn) or "no step in common"
+    rows: list[tuple[Any, ...]] = [("series", "step", "mean", "lowest_seed", "highest_seed")]
+    for line in drawn:
+        rows += [(line.label, *values) for values in zip(line.x, line.y, line.low, line.high, strict=True)]
+    return as_plot(figure, name, f"{title} over training steps, {seeds} seed{'s' * (seeds != 1)}: {text}", rows)
 
 
-def seed_range(series: Series) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Steps that all seeds reached (about MAX_POINTS of them, the last included); mean, lowest and highest seed at each."""
-    seeds = [dict(zip(steps, values, strict=True)) for steps, values in series.lines]
-    common = sorted(set(seeds[0]).intersection(*seeds[1:])) if seeds else []
-    stride = -(-len(common) // MAX_POINTS) or 1
-    steps = [step for index, step in enumerate(common) if index % stride == 0 or index == len(common) - 1]
-    values = [[seed[step] for seed in seeds] for step in steps]
-    return steps, [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
-
-
-def forest(name: str, title: str, estimates: Sequence[Estimate], reference: float | None, unit: str) -> Plot:
-    """Draw a forest plot with a dashed line at `reference`. Values are shown times 100."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(title, 0.22 * len(estimates) + 0.85)
-        if reference is not None:
-            axes.axvline(100 * reference, color=TEXT, linewidth=0.8, linestyle="--")
-        for y, row in enumerate(estimates):
-            axes.plot([100 * row.low, 100 * row.high], [y, y], color=colour(0), linewidth=2)
-            axes.plot([100 * row.mean], [y], color=colour(0), marker="o", markersize=5)
-            axes.plot([100 * v for v in row.per_seed], [y] * len(row.per_seed), "|", color=TEXT, markersize=7)
-        axes.set_yticks(range(len(estimates)), [printable(row.label) for row in estimates])
-        axes.set_ylim(len(estimates) - 0.4, -0.6)
-        axes.grid(visible=False, axis="y")
-        axes.set_xlabel(unit)
-        values = [f"{r.label} {100 * r.mean:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f})" for r in estimates]
-        rows: list[tuple[Any, ...]] = [("row", "mean", "low", "high", "per_seed")]
-        rows += [(r.label, r.mean, r.low, r.high, " ".join(map(str, r.per_seed))) for r in estimates]
-        return as_plot(figure, name, f"{title}, {unit}: {'; '.join(values)}", rows)
-
-
-def accuracy_by_cost(
-    name: str, title: str, points: Sequence[Estimate], levels: Sequence[tuple[str, float]], cost: CostAxis
-) -> Plot:
-    """Plot accuracy against cost: one point with its interval per arm; `levels` are dashed lines with their names."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(f"{title}, %", max(2.9, 0.17 * (len(points) + len(levels)) + 0.85))
-        axes.set_xlabel(cost.label)
-        costs = [point.cost for point in points]
-        low, high = min(costs), max(costs)
-        if cost.log:
-            axes.set_xscale("log")
-            axes.set_xlim(low / (high / low) ** 0.06 / 1.1, high * (high / low) ** 0.06 * 1.1)
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0)))
-            axes.xaxis.set_minor_locator(NullLocator())
-        else:
-            axes.set_xlim(*spanning([0.0, *costs, 1e-9], 0.12))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.format(value)))
-        ends = [value for point in points for value in (point.low, point.high)]
-        axes.set_ylim(*spanning([100 * value for value in (*ends, *(level for _, level in levels))]))
-        lines = []
-        for style, (point, shift) in enumerate(zip(points, sideways_shifts(costs), strict=True)):
-            moved = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
-            ends = [100 * point.low, 100 * point.high]
-            axes.plot([point.cost] * 2, ends, color=colour(style), linewidth=1.4, transform=moved)
-            look = {**line_style(style), "linestyle": ""}
-            lines += axes.plot(
-                [point.cost], [100 * point.mean], **look, markersize=5.5, transform=moved, label=point.label
-            )
-        for label, level in levels:
-            lines.append(axes.axhline(100 * level, color=QUIET, linewidth=0.9, linestyle="--", label=label))
-        _legend(axes, lines)
-        texts = [
-            f"{p.label} {100 * p.mean:.1f} ({100 * p.low:.1f} to {100 * p.high:.1f}) at {cost.format(p.cost)}"
-            for p in points
-        ]
-        texts += [f"{label} {100 * level:.1f}" for label, level in levels]
-        rows: list[tuple[Any, ...]] = [("arm", "cost", "mean", "low", "high")]
-        rows += [(p.label, p.cost, p.mean, p.low, p.high) for p in points]
-        rows += [(label, "", level, "", "") for label, level in levels]
-        return as_plot(figure, name, f"{title}, % ({cost.label}): {'; '.join(texts)}", rows)
-
-
-def stage_paths(name: str, title: str, series: Sequence[Series], places: Sequence[str]) -> Plot:
-    """Plot a value after each stage, one line per series. Steps of a series are indices into `places`."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(title, max(2.9, 0.17 * len(series) + 0.65))
-        axes.set_xticks(range(len(places)), [printable(place) for place in places])
-        lines = []
-        rows = [("series", "place", "value")]
-        for one in series:
-            x, y = one.lines[0]
-            lines += axes.plot(x, y, **line_style(one.style), markersize=5, linewidth=1.4, label=one.label)
-            rows += [(one.label, places[int(place)], str(value)) for place, value in zip(x, y, strict=True)]
-        _legend(axes, lines)
-        texts = [f"{one.label} {' to '.join(f'{value:.1f}' for value in one.lines[0][1])}" for one in series]
-        return as_plot(figure, name, f"{title}: {'; '.join(texts)}", rows)
-
-
-def _axes(title: str, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.2, height), layout="constrained")
+@matplotlib.rc_context(STYLE)
+def forest(name: str, title: str, estimates: Sequence[tuple[str, Interval]], unit: str) -> Plot:
+    """Draw a forest plot of (label, estimate) with a dashed line at the level of the first. Values are shown times 100."""
+    figure = Figure(figsize=(6.2, 0.22 * len(estimates) + 0.85), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(printable(title), loc="left")
-    return figure, axes
+    if estimates and (level := estimates[0][1].level) is not None:
+        axes.axvline(100 * level, color=TEXT, linewidth=0.8, linestyle="--")
+    for y, (_, row) in enumerate(estimates):
+        axes.plot([100 * row.low, 100 * row.high], [y, y], color=COLOURS[0], linewidth=2)
+        axes.plot([100 * row.mean], [y], color=COLOURS[0], marker="o", markersize=5)
+        axes.plot([100 * v for v in row.seeds], [y] * len(row.seeds), "|", color=TEXT, markersize=7)
+    axes.set_yticks(range(len(estimates)), [printable(label) for label, _ in estimates])
+    axes.set_ylim(len(estimates) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(unit)
+    values = [f"{label} {100 * r.mean:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f})" for label, r in estimates]
+    rows: list[tuple[Any, ...]] = [("row", "mean", "low", "high", "per_seed")]
+    rows += [(label, r.mean, r.low, r.high, " ".join(map(str, r.seeds))) for label, r in estimates]
+    return as_plot(figure, name, f"{title}, {unit}: {'; '.join(values)}", rows)
 
 
-def _legend(axes: Axes, lines: Sequence[Line2D]) -> None:
-    """List the lines at the right in the order of their last values, and give these."""
-    last = {line: float(np.asarray(line.get_ydata())[-1]) for line in lines}
-    ordered = sorted(lines, key=lambda line: -last[line])
-    labels = [f"{printable(str(line.get_label()))} {last[line]:.1f}" for line in ordered]
-    axes.legend(ordered, labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+Panels = Mapping[str, Sequence[Series]]
+"""Title -> series. Values are shares; line plots show them in per cent."""
 
 
-def sideways_shifts(costs: Sequence[float]) -> list[float]:
-    """Horizontal offsets in points that put arms of equal cost next to each other, so that their intervals do not overlap.
+def line_plot(name: str, panels: Panels, axis: ValueAxis, rows: Sequence[tuple[Any, ...]]) -> Plot:
+    """The figure of `line_figure` with its files. `rows` are those of its CSV file."""
+    return as_plot(line_figure(panels, axis), name, line_description(panels, axis), rows)
+
+
+@matplotlib.rc_context(STYLE)
+def line_figure(panels: Panels, axis: ValueAxis, width: float = 6.2, least_height: float = 2.9) -> Figure:
+    """Draw one panel per title: a line through the values of each series, or a single point, with intervals."""
+    heights = [max(least_height, 0.17 * len(series) + 0.85) for series in panels.values()]
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(panels), squeeze=False, gridspec_kw={"height_ratios": heights}).flat
+    for axes, (title, series) in zip(grid, panels.items(), strict=True):
+        axes.set_title(printable(title), loc="left")
+        _set_limits(axes, series, axis)
+        _draw_lines(figure, axes, series)
+    return figure
+
+
+def line_description(panels: Panels, axis: ValueAxis) -> str:
+    """Text alternative: every value with its interval. Example: `Accuracy, %: bridge 67.5 (64.2 to 70.7) at 256`."""
+    parts = []
+    for title, series in panels.items():
+        texts = []
+        for line in series:
+            ends = [f" ({100 * a:.1f} to {100 * b:.1f})" for a, b in zip(line.low, line.high, strict=True)]
+            values = zip(line.x, line.y, ends or [""] * len(line.x), strict=True)
+            texts.append(f"{line.label} {', '.join(f'{100 * y:.1f}{end} at {axis.text(x)}' for x, y, end in values)}")
+        parts.append(f"{title} ({axis.label}): {'; '.join(texts)}" if axis.label else f"{title}: {'; '.join(texts)}")
+    return ". ".join(parts)
+
+
+def _set_limits(axes: Axes, series: Sequence[Series], axis: ValueAxis) -> None:
+    axes.set_xlabel(printable(axis.label))
+    axes.set_ylim(*spanning([100 * value for line in series for value in (*line.y, *line.low, *line.high)]))
+    if axis.ticks:
+        axes.set_xlim(*spanning([*axis.ticks], 0.15))
+        axes.set_xticks([*axis.ticks], [printable(text) for text in axis.ticks.values()])
+        if sum(map(len, axis.ticks.values())) > 60:
+            axes.tick_params(axis="x", labelsize=7, labelrotation=12)
+        return
+    xs = [x for line in series if line.style is not None for x in line.x]
+    if axis.log:
+        low, high = min(xs), max(xs)
+        axes.set_xscale("log")
+        axes.set_xlim(low / (high / low) ** 0.06 / 1.1, high * (high / low) ** 0.06 * 1.1)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(*spanning([0.0, *xs, 1e-9], 0.12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: axis.format(value)))
+
+
+def _draw_lines(figure: Figure, axes: Axes, series: Sequence[Series]) -> None:
+    """Draw the series, and list them at the right in the order of their last values, with these."""
+    shifts = iter(sideways_shifts([entry.x[0] for entry in series if entry.style is not None]))
+    untrained = iter(("--", ":"))
+    lines: list[tuple[float, Line2D, str]] = []
+    for entry in series:
+        y = [100 * value for value in entry.y]
+        if entry.style is None:
+            look: dict[str, Any] = {"color": QUIET, "linewidth": 1.1, "linestyle": next(untrained, "-.")}
+            level = max(y) - min(y) < 1e-9  # the same everywhere: a line across the plot
+            line = axes.axhline(y[-1], **look) if level else axes.plot(entry.x, y, **look)[0]
+        else:
+            shift = next(shifts) if entry.low else 0.0
+            look = {
+                **line_style(entry.style),
+                "transform": axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans),
+            }
+            for x, low, high in zip(entry.x, entry.low, entry.high, strict=False):
+                axes.plot(
+                    [x, x], [100 * low, 100 * high], color=look["color"], linewidth=1.4, transform=look["transform"]
+                )
+            look["linestyle"] = look["linestyle"] if len(entry.x) > 1 else ""
+            line = axes.plot(entry.x, y, **look, linewidth=1.4, markersize=5.3)[0]
+        lines.append((y[-1], line, f"{printable(entry.label)} {y[-1]:.1f}"))
+    lines.sort(key=lambda end: -end[0])
+    handles, labels = [line for _, line, _ in lines], [text for *_, text in lines]
+    axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def sideways_shifts(values: Sequence[float]) -> list[float]:
+    """Horizontal offsets in points that put arms of equal value next to each other, so that their intervals do not overlap.
 
     Example: `sideways_shifts([256, 256, 512])` is `[-2.5, 2.5, 0.0]`.
     """
     shifts = []
-    for index, cost in enumerate(costs):
-        equal = [other for other, value in enumerate(costs) if abs(value - cost) <= 1e-9 * abs(cost)]
+    for index, value in enumerate(values):
+        equal = [other for other, candidate in enumerate(values) if abs(candidate - value) <= 1e-9 * abs(value)]
         shifts.append(min(5.0, 50.0 / len(equal)) * (equal.index(index) - (len(equal) - 1) / 2))
     return shifts
 

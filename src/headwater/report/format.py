@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
 from rich import box
@@ -53,6 +55,13 @@ def count(number: float) -> str:
 def join_and(names: Sequence[str]) -> str:
     """Example: `join_and(["a", "b", "c"])` is `a, b and c`."""
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """The rows, with their header, as the text of a CSV file."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
 
 
 def non_training_notes(report: dict[str, Any]) -> list[str]:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
 
-from headwater.config.arms import DESCRIPTIONS
+from headwater.config.arms import BASE_MODELS, DESCRIPTIONS
 from headwater.report import figures
-from headwater.report.figures import CostAxis, Estimate, Plot, file_stem
+from headwater.report.figures import Interval, Plot, Series, ValueAxis, file_stem
 from headwater.report.format import count, duration, non_training_notes, percent, units
-from headwater.report.view import Column, Interval, RowHeader, Section, Table, interval_axis
+from headwater.report.view import Column, RowHeader, Section, Table, interval_axis
 
 Cost = Callable[[dict[str, Any]], float]
 
@@ -60,16 +60,11 @@ def _row(report: dict[str, Any], name: str, eval_name: str, common_k: str) -> di
     row |= {"header": RowHeader(name, (DESCRIPTIONS.get(name, ""),), tuple(warnings)), "eval": eval_name, "costs": arm}
     accuracy = arm["accuracy"].get(eval_name)
     if accuracy is not None:
-        mean, low, high = accuracy["mean"], accuracy["low"], accuracy["high"]
-        seeds = tuple(accuracy["per_seed"].values())
-        before = report["arms"].get("base_student", {}).get("accuracy", {}).get(eval_name)
-        level = before["mean"] if before else None
-        interval = Interval(mean, low, high, level, seeds if len(seeds) > 1 else ())
         row |= {
             "accuracy": accuracy,
-            "mean": percent(mean),
-            "range": f"{percent(low)} to {percent(high)}",
-            "interval": interval,
+            "mean": percent(accuracy["mean"]),
+            "range": f"{percent(accuracy['low'])} to {percent(accuracy['high'])}",
+            "interval": _interval(report, name, eval_name),
         }
         k, best = list(arm["pass_at_k"][eval_name].items())[-1]
         majority, suffix = arm["maj_at_k"][eval_name], "" if common_k == k else f" (k={k})"
@@ -78,26 +73,25 @@ def _row(report: dict[str, Any], name: str, eval_name: str, common_k: str) -> di
     return row
 
 
-def _estimates(report: dict[str, Any], eval_name: str, cost: Cost = lambda arm: 0.0) -> list[Estimate]:
-    return [
-        Estimate(name, score["mean"], score["low"], score["high"], tuple(score["per_seed"].values()), cost(arm))
-        for name, arm in report["arms"].items()
-        if (score := arm["accuracy"].get(eval_name)) is not None
-    ]
+def _interval(report: dict[str, Any], arm: str, eval_name: str) -> Interval:
+    accuracy = report["arms"][arm]["accuracy"][eval_name]
+    before = report["arms"].get("base_student", {}).get("accuracy", {}).get(eval_name)
+    level, seeds = before["mean"] if before else None, tuple(accuracy["per_seed"].values())
+    return Interval(accuracy["mean"], accuracy["low"], accuracy["high"], level, seeds)
 
 
 def _forests(report: dict[str, Any]) -> Iterator[Plot]:
     """A forest plot of the arms per evaluation, for figures/ only: the page shows the same in its table."""
     for eval_name in report["evals"]:
-        estimates = _estimates(report, eval_name)
-        level = next((one.mean for one in estimates if one.label == "base_student"), None)
-        yield figures.forest(file_stem("accuracy", eval_name), f"Accuracy on {eval_name}", estimates, level, "%")
+        arms = [name for name, arm in report["arms"].items() if eval_name in arm["accuracy"]]
+        estimates = [(name, _interval(report, name, eval_name)) for name in arms]
+        yield figures.forest(file_stem("accuracy", eval_name), f"Accuracy on {eval_name}", estimates, "%")
 
 
 def costs(report: dict[str, Any]) -> Section | None:
     """Accuracy against labels and against training FLOPs, on the first evaluation of the recipe."""
-    labels = CostAxis("distinct labels, mean per seed", count)
-    flops = CostAxis("training FLOPs, mean per seed", _short_units, log=True)
+    labels = ValueAxis("distinct labels, mean per seed", format=count)
+    flops = ValueAxis("training FLOPs, mean per seed", format=_short_units, log=True)
     plots = [
         *_accuracy_by_cost(report, labels, lambda arm: arm["labels"]["distinct"]),
         *_accuracy_by_cost(report, flops, lambda arm: arm["flops"]),
@@ -110,12 +104,25 @@ def _short_units(flops: float) -> str:
     return re.sub(r"\.0+(?=\D|$)", "", units(flops))
 
 
-def _accuracy_by_cost(report: dict[str, Any], axis: CostAxis, cost: Cost) -> Iterator[Plot]:
+def _accuracy_by_cost(report: dict[str, Any], axis: ValueAxis, cost: Cost) -> Iterator[Plot]:
     for eval_name in report["evals"][:1]:
-        estimates = _estimates(report, eval_name, cost)
-        levels = [(one.label, one.mean) for one in estimates if one.label.startswith("base_")]
-        points = [one for one in estimates if not one.label.startswith("base_") and (one.cost > 0 or not axis.log)]
-        if any(point.cost for point in points):
+        arms = {name: arm for name, arm in report["arms"].items() if eval_name in arm["accuracy"]}
+        points = [name for name in arms if name not in BASE_MODELS and (cost(arms[name]) > 0 or not axis.log)]
+        rows: list[tuple[Any, ...]] = [("arm", "cost", "mean", "low", "high")]
+        series = []
+        for style, name in enumerate(points):
+            x, mean, low, high = (
+                cost(arms[name]),
+                *(arms[name]["accuracy"][eval_name][key] for key in ("mean", "low", "high")),
+            )
+            series.append(Series(name, style, [x], [mean], [low], [high]))
+            rows.append((name, x, mean, low, high))
+        for name in [name for name in BASE_MODELS if name in arms]:
+            level = arms[name]["accuracy"][eval_name]["mean"]
+            series.append(Series(name, None, [0.0], [level]))
+            rows.append((name, "", level, "", ""))
+        if any(cost(arms[name]) for name in points):
             quantity = axis.label.split(",")[0]
-            name = file_stem("cost", quantity.replace(" ", "_"), eval_name)
-            yield figures.accuracy_by_cost(name, f"Accuracy on {eval_name} against {quantity}", points, levels, axis)
+            stem = file_stem("cost", quantity.replace(" ", "_"), eval_name)
+            panels = {f"Accuracy on {eval_name} against {quantity}, %": series}
+            yield figures.line_plot(stem, panels, axis, rows)

@@ -15,9 +15,9 @@ from headwater.report.contrasts import (
     named_contrasts,
     reading,
 )
-from headwater.report.figures import Plot
+from headwater.report.figures import Interval, Plot
 from headwater.report.format import count, p_text, percent, points, units
-from headwater.report.view import Column, Interval, RowHeader, Section, Table, interval_axis
+from headwater.report.view import Column, RowHeader, Section, Table, interval_axis
 
 MARKS = {"holds": "▲", "does not hold": "▼", "undecided": "○", "not measured": "–"}
 
@@ -102,11 +102,11 @@ def _forests(report: dict[str, Any], named: Sequence[dict[str, Any]]) -> Iterato
     """A forest plot of the differences per evaluation, for figures/ only: the page shows the same in its tables."""
     for eval_name in report["evals"]:
         rows = [
-            figures.Estimate(f"{c['a']} − {c['b']}", c["difference"], c["low"], c["high"])
+            (f"{c['a']} − {c['b']}", Interval(c["difference"], c["low"], c["high"], 0.0))
             for _, contrasts in group_by_equality(named)
             for c in contrasts
             if c["eval"] == eval_name
         ]
         if rows:
-            name = figures.file_stem("contrasts", eval_name)
-            yield figures.forest(name, f"Differences on {eval_name}", rows, 0.0, "percentage points")
+            stem = figures.file_stem("contrasts", eval_name)
+            yield figures.forest(stem, f"Differences on {eval_name}", rows, "percentage points")

@@ -8,10 +8,16 @@ from operator import itemgetter
 from typing import Any
 
 from headwater.report import figures
-from headwater.report.conditions import C2_MEASURES
-from headwater.report.figures import Plot, Series, file_stem
+from headwater.report.figures import Plot, Series, ValueAxis, file_stem
 from headwater.report.format import percent
-from headwater.report.stages import STAGE_NAMES, accuracy_paths, accuracy_steps, stage_name
+from headwater.report.stages import (
+    C2_MEASURES,
+    STAGE_NAMES,
+    accuracy_paths,
+    accuracy_steps,
+    stage_name,
+    values_at_common_steps,
+)
 from headwater.report.study import POOL_TEXT, Node, Study, is_finite_number
 from headwater.report.view import Column, Section, Table
 
@@ -38,6 +44,9 @@ HELD_OUT_METRICS = {
 """Measures of the conditions on held-out prompts that have a curve."""
 TITLES = {**METRICS, **HELD_OUT_METRICS, "entropy_teacher": "teacher's entropy, nats a token"}
 
+MAX_POINTS = 80
+"""Points per curve, in the figure and in its CSV."""
+
 PLACES = ("before", "SFT", "warm-up", "OPD", "RL")
 """Positions on the axis of the figure of all arms. A stage that replaces OPD has OPD's position."""
 
@@ -47,9 +56,8 @@ Panels = dict[str, Any]
 
 def stages(report: dict[str, Any]) -> Section | None:
     """Accuracy and pass@k before, between and after the stages, and the measures of every stage."""
-    if not any(accuracy_paths(report, eval_name) for eval_name in report["evals"]):
+    if not path_tables(report):
         return None
-    columns = [Column(title, itemgetter(index)) for index, title in enumerate(("arm", "teacher", "student"))]
     plots = list(_stage_plots(report))
     ended_early = [
         f"{stage_name(row['stage'], row['objective'])} of {', '.join(row['arms'])} ended on seed {seed} after "
@@ -58,15 +66,24 @@ def stages(report: dict[str, Any]) -> Section | None:
         for seed, ended in row["ended"].items()
     ]
     view = {
-        "paths": [
-            Table(f"Accuracy on {name} before, between and after the stages, %", columns, accuracy_paths(report, name))
-            for name in report["evals"]
-        ],
+        "paths": path_tables(report),
         "plots": plots,
         "table": _stage_table(report),
         "ended_early": ended_early,
     }
     return Section("Stage by stage", "stages", view, tuple(plots))
+
+
+def path_tables(report: dict[str, Any]) -> list[Table]:
+    """Accuracies of each trained arm's teacher and student over the stages, a table per evaluation."""
+    columns = [
+        Column(title, itemgetter(index), nowrap=index == 0) for index, title in enumerate(("arm", "teacher", "student"))
+    ]
+    tables = [
+        Table(f"accuracy on {name} before, between and after the stages, %", columns, accuracy_paths(report, name))
+        for name in report["evals"]
+    ]
+    return [table for table in tables if table.rows]
 
 
 def _stage_plots(report: dict[str, Any]) -> Iterator[Plot]:
@@ -79,21 +96,26 @@ def _stage_plots(report: dict[str, Any]) -> Iterator[Plot]:
     }
     used = {place for stages in steps.values() for place, _ in stages}
     places = [place for place in PLACES if place in used]
+    axis = ValueAxis(ticks=dict(enumerate(places)))
     for title, value in (("Accuracy", _accuracy), ("pass@k at the largest k", _pass_at_largest_k)):
         series = []
         for style, (arm, stages) in enumerate(steps.items()):
             values = {places.index(place): value(stage, eval_name) for place, stage in stages}
-            points = [(float(place), number) for place, number in sorted(values.items()) if number is not None]
+            points = [(place, share) for place, share in sorted(values.items()) if share is not None]
             if points:
-                series.append(Series(arm, style, (([x for x, _ in points], [y for _, y in points]),)))
+                series.append(Series(arm, style, [x for x, _ in points], [y for _, y in points]))
         if series:
-            name = file_stem("stages", title.split()[0], eval_name)
-            yield figures.stage_paths(name, f"{title} on {eval_name} through the stages, %", series, places)
+            rows: list[tuple[Any, ...]] = [("series", "place", "value")]
+            rows += [
+                (line.label, axis.text(x), str(100 * y)) for line in series for x, y in zip(line.x, line.y, strict=True)
+            ]
+            panels = {f"{title} on {eval_name} through the stages, %": series}
+            yield figures.line_plot(file_stem("stages", title.split()[0], eval_name), panels, axis, rows)
 
 
 def _accuracy(stage: dict[str, Any], eval_name: str) -> float | None:
     accuracy = stage.get("accuracy", {}).get(eval_name)
-    return None if accuracy is None else 100.0 * float(accuracy["mean"])
+    return None if accuracy is None else float(accuracy["mean"])
 
 
 def _pass_at_largest_k(stage: dict[str, Any], eval_name: str) -> float | None:
@@ -101,7 +123,7 @@ def _pass_at_largest_k(stage: dict[str, Any], eval_name: str) -> float | None:
     if not by_k:
         return None
     last = [*by_k.values()][-1]  # of a stage a number, of an untrained model a mean with its interval
-    return 100.0 * float(last["mean"] if isinstance(last, dict) else last)
+    return float(last["mean"] if isinstance(last, dict) else last)
 
 
 def _stage_table(report: dict[str, Any]) -> Table:
@@ -130,7 +152,7 @@ def _stage_columns() -> list[Column]:
 
 def _ends_columns(key: str, measures: Sequence[str]) -> list[Column]:
     """First and last value of each measure of `row[key]`."""
-    return [Column(TITLES[one], partial(_first_to_last, key=key, measure=one), "right") for one in measures]
+    return [Column(TITLES[measure], partial(_first_to_last, key=key, measure=measure), "right") for measure in measures]
 
 
 def _first_to_last(row: dict[str, Any], key: str, measure: str) -> str | None:
@@ -194,8 +216,10 @@ def _c1_panels(study: Study) -> Panels:
     plots = []
     for arms, by_seed in study.stage_groups():
         nodes = list(by_seed.values())
-        teacher = all(node.role == "teacher" and node.trained for node in nodes)
-        series = teacher and _series((label, [node.metrics for node in nodes], key) for label, key in metrics.items())
+        teacher = any(node.role == "teacher" and node.trained for node in nodes)
+        series = teacher and mean_curves(
+            (label, [node.metrics for node in nodes], key) for label, key in metrics.items()
+        )
         if series:
             pool = POOL_TEXT.get(nodes[0].pool or "", "")
             title = f"{stage_name(nodes[0].stage)}, {pool} ({len(arms)} arm{'s' * (len(arms) != 1)})"
@@ -236,7 +260,7 @@ def _panels_by_stage(
     for stage, role, objective in sorted(stages, key=lambda key: order.get(key[0], len(order))):
         groups, plots = stages[stage, role, objective], []
         for key, title in titles.items():
-            series = _series((label, seeds, key) for label, seeds in groups)
+            series = mean_curves((label, seeds, key) for label, seeds in groups)
             if series:
                 name = file_stem("held_out" if held_out else "curve", stage, role, objective, key)
                 plots.append(figures.curves(name, title, series))
@@ -246,14 +270,15 @@ def _panels_by_stage(
     return panels
 
 
-def _series(lines: Iterable[tuple[str, Sequence[Sequence[dict[str, Any]]], str]]) -> list[Series]:
+def mean_curves(lines: Iterable[tuple[str, Sequence[Sequence[dict[str, Any]]], str]]) -> list[Series]:
     """Series from (label, rows of each seed, key of the metric). Labels without a value are left out but keep their style."""
     series = []
     for style, (label, seeds, key) in enumerate(lines):
-        measured = [[(row["step"], row[key]) for row in rows if is_finite_number(row.get(key))] for rows in seeds]
-        curves = tuple(([step for step, _ in line], [value for _, value in line]) for line in measured if line)
-        if curves:
-            series.append(Series(label, style, curves))
+        number = sum(any(is_finite_number(row.get(key)) for row in rows) for rows in seeds)
+        if number:
+            steps, values = values_at_common_steps(seeds, key, MAX_POINTS)
+            means = [sum(at_step) / number for at_step in values]
+            series.append(Series(label, style, steps, means, [*map(min, values)], [*map(max, values)], number))
     return series
 
 

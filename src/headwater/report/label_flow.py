@@ -42,29 +42,31 @@ def label_flow(name: str, title: str, flows: Sequence[Flow], arms: Sequence[str]
         axes.set_xlim(0, 10)
         axes.set_ylim(rows - 0.5, -0.5)
         axes.set_title(printable(title), loc="left", y=1.0, pad=16)
-        pools = list(dict.fromkeys(one.pool for one in flows))
+        pools = list(dict.fromkeys(flow.pool for flow in flows))
         arm_y = dict(zip(arms, evenly_spaced(range(len(arms)), rows), strict=True))
-        stage_y = evenly_spaced([fmean(arm_y[arm] for arm in one.arms) for one in flows], rows)
-        by_pool = [[y for one, y in zip(flows, stage_y, strict=True) if one.pool == pool] for pool in pools]
+        stage_y = evenly_spaced([fmean(arm_y[arm] for arm in flow.arms) for flow in flows], rows)
+        by_pool = [[y for flow, y in zip(flows, stage_y, strict=True) if flow.pool == pool] for pool in pools]
         pool_y = dict(zip(pools, evenly_spaced([fmean(ys) for ys in by_pool], rows), strict=True))
-        widest = max(one.labels for one in flows) or 1.0
-        for one, y in zip(flows, stage_y, strict=True):
-            shade, width = colour(pools.index(one.pool)), max(1.0, 13.0 * one.labels / widest)
-            _band(axes, (POOL_X[1], pool_y[one.pool]), (STAGE_X[0], y), shade, width)
-            for arm in one.arms:
+        widest = max(flow.labels for flow in flows) or 1.0
+        for flow, y in zip(flows, stage_y, strict=True):
+            shade, width = colour(pools.index(flow.pool)), max(1.0, 13.0 * flow.labels / widest)
+            _band(axes, (POOL_X[1], pool_y[flow.pool]), (STAGE_X[0], y), shade, width)
+            for arm in flow.arms:
                 _band(axes, (STAGE_X[2], y), (ARM_X[0], arm_y[arm]), shade, max(0.8, width / 2.6))
-            axes.text(STAGE_X[1], y, printable(f"{one.stage}: {count(one.labels)} labels"), va="center")
+            axes.text(STAGE_X[1], y, printable(f"{flow.stage}: {count(flow.labels)} labels"), va="center")
         for pool, y in pool_y.items():
             axes.text(POOL_X[0], y, printable(pool), va="center", ha="right")
-        unused = [arm for arm in arms if not sum(one.labels for one in flows if arm in one.arms)]
+        unused = [arm for arm in arms if not sum(flow.labels for flow in flows if arm in flow.arms)]
         for arm, y in arm_y.items():
             text, shade = (f"{arm}: none", QUIET) if arm in unused else (arm, TEXT)
             axes.text(ARM_X[1], y, printable(text), va="center", color=shade)
         for x, head, side in ((POOL_X[0], "pool", "right"), (STAGE_X[1], "stage", "left"), (ARM_X[1], "arm", "left")):
             axes.text(x, 1.0, head, transform=axes.get_xaxis_transform(), va="bottom", ha=side, color=QUIET, size=8)
         table: list[tuple[Any, ...]] = [("pool", "stage", "labels", "arm")]
-        table += [(one.pool, one.stage, one.labels, arm) for one in flows for arm in one.arms]
-        texts = [f"{one.pool} to {one.stage}, {count(one.labels)} labels, to {', '.join(one.arms)}" for one in flows]
+        table += [(flow.pool, flow.stage, flow.labels, arm) for flow in flows for arm in flow.arms]
+        texts = [
+            f"{flow.pool} to {flow.stage}, {count(flow.labels)} labels, to {', '.join(flow.arms)}" for flow in flows
+        ]
         texts += [f"no labels in {', '.join(unused)}"] if unused else []
         return as_plot(figure, name, f"{title}: {'; '.join(texts)}", table)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 from headwater.data.labels import half_of
+from headwater.report.format import csv_text
 from headwater.report.study import Node, Study
 
 
@@ -73,11 +72,7 @@ def _steps_by_label(node: Node) -> dict[str, list[int]]:
 
 def label_csv(uses: Sequence[LabelUse]) -> str:
     """The text of labels.csv: a header and one row per use."""
-    sink = io.StringIO()
-    writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(field.name for field in fields(LabelUse))
-    writer.writerows(map(astuple, uses))
-    return sink.getvalue()
+    return csv_text([[field.name for field in fields(LabelUse)], *map(astuple, uses)])
 
 
 def label_paths(study: Study) -> list[dict[str, Any]]:

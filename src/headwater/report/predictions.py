@@ -46,14 +46,14 @@ class Prediction:
     """A prediction and its parts.
 
     notes   (report, evaluation) -> sentences that qualify the reading
-    beside  contrasts that are shown with the prediction but do not decide it
+    related contrasts that are shown with the prediction but do not decide it
     """
 
     name: str
     claim: str
     parts: tuple[Part, ...]
     notes: Callable[[dict[str, Any], str], list[str]]
-    beside: tuple[tuple[str, str], ...] = ()
+    related: tuple[tuple[str, str], ...] = ()
 
     @property
     def rule(self) -> str:
@@ -89,7 +89,7 @@ def _row(report: dict[str, Any], prediction: Prediction, eval_name: str) -> dict
     if measured:
         why[0] = f"{sample_size(measured[0][1])}: {why[0]}"
         why += prediction.notes(report, eval_name)
-    beside = [c for c in (find_contrast(report, a, b, eval_name) for a, b in prediction.beside) if c is not None]
+    related = [c for c in (find_contrast(report, a, b, eval_name) for a, b in prediction.related) if c is not None]
     return {
         "name": prediction.name,
         "claim": prediction.claim,
@@ -100,7 +100,7 @@ def _row(report: dict[str, Any], prediction: Prediction, eval_name: str) -> dict
             {**_numbers(c), "wants": "above" if part.above else "not above", "reading": part.judge(c)}
             for part, c in measured
         ],
-        "beside": [{**_numbers(c), "reading": reading(c)} for c in beside],
+        "beside": [{**_numbers(c), "reading": reading(c)} for c in related],
         "why": "; ".join(why),
     }
 
@@ -171,7 +171,7 @@ PREDICTIONS = (
         "dropping the warm-up or OPD is worse than the full bridge",
         (Part("bridge", "warmup_only"), Part("bridge", "opd_only")),
         _ablation_notes,
-        beside=(("bridge", "teacher_sft"),),
+        related=(("bridge", "teacher_sft"),),
     ),
     Prediction(
         "P3",

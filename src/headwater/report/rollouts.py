@@ -153,6 +153,6 @@ def _integer(value: Any) -> int:
 def _total(study: Study) -> int:
     """Rollouts used in training, and graded completions of the results."""
     nodes = {node.name: node for runs in study.arms.values() for run in runs.values() for node in run}
-    graded = sum(int(one.sampled.sum()) for node in nodes.values() for one in node.evals.values())
+    graded = sum(int(scored.sampled.sum()) for node in nodes.values() for scored in node.evals.values())
     sizes = [(node.info.get("settings") or {}).get("batch_size", 0) * len(node.metrics) for node in nodes.values()]
     return graded + sum(size for size in sizes if isinstance(size, int))

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headwater.config.objectives import OBJECTIVES
-from headwater.report.conditions import C2_MEASURES
 from headwater.report.contrasts import accuracy, mean, pass_at, pass_ks, summarize_seeds
 from headwater.report.study import EvalCounts, Node, Study, costs, is_finite_number, mean_costs, nodes_at
 
@@ -30,6 +29,11 @@ TRAINING_MEASURES = (
     "validation",
 )  # fmt: skip
 """Columns of metrics.jsonl whose curves report.json keeps."""
+C2_MEASURES = (
+    "kl_teacher_student", "kl_student_teacher", "overlap_teacher_prefixes", "overlap_student_prefixes", "entropy_student",
+    "entropy_teacher",
+)  # fmt: skip
+"""Columns of conditions.jsonl, measured on held-out prompts."""
 MAX_CURVE_POINTS = 100
 
 Rows = Sequence[Mapping[str, Any]]
@@ -119,17 +123,23 @@ def _ends(seeds: Sequence[Rows], measures: Sequence[str]) -> dict[str, Any]:
 
 
 def _curves(seeds: Sequence[Rows], measures: Sequence[str]) -> dict[str, Any]:
-    """Mean of each measure at the steps that every seed reached. The last step is always kept."""
+    """Mean of each measure at the steps that every seed reached."""
     curves = {}
     for measure in measures:
-        by_step = [{row["step"]: row[measure] for row in rows if is_finite_number(row.get(measure))} for rows in seeds]
-        by_step = [seed for seed in by_step if seed]
-        steps = sorted(set(by_step[0]).intersection(*by_step[1:])) if by_step else []
+        steps, values = values_at_common_steps(seeds, measure, MAX_CURVE_POINTS)
         if steps:
-            stride = -(-len(steps) // MAX_CURVE_POINTS)
-            steps = [step for index, step in enumerate(steps) if index % stride == 0 or index == len(steps) - 1]
-            curves[measure] = {"steps": steps, "values": [mean(seed[step] for seed in by_step) for step in steps]}
+            curves[measure] = {"steps": steps, "values": [mean(at_step) for at_step in values]}
     return curves
+
+
+def values_at_common_steps(seeds: Sequence[Rows], key: str, most: int) -> tuple[list[int], list[list[float]]]:
+    """Steps that every seed with values reached, about `most` of them and the last one included; the seeds' values at each."""
+    by_step = [{row["step"]: row[key] for row in rows if is_finite_number(row.get(key))} for rows in seeds]
+    by_step = [seed for seed in by_step if seed]
+    steps = sorted(set(by_step[0]).intersection(*by_step[1:])) if by_step else []
+    stride = -(-len(steps) // most) or 1
+    steps = [step for index, step in enumerate(steps) if index % stride == 0 or index == len(steps) - 1]
+    return steps, [[seed[step] for seed in by_step] for step in steps]
 
 
 # Accuracy after each stage of an arm ----------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def as_file(figure: Figure, name: str) -> str:
     name  unique among the figures of a page, because the ids in the file are derived from it
     """
     sink = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": f"headwater {name}"}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": f"headwater {name}"}):
         figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return sink.getvalue()
 

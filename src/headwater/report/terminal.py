@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from headwater.report.contrasts import flops_ratio, group_by_equality, interval_note, named_contrasts, reading
 from headwater.report.format import count, duration, non_training_notes, p_text, percent, plain_table, points, units
-from headwater.report.stages import accuracy_paths
+from headwater.report.html_stages import path_tables
+from headwater.report.view import Column, RowHeader, Table
 
 LONG_NAME = 14
 """If an arm's name is longer, accuracies and costs go into separate tables."""
@@ -19,8 +21,9 @@ LONG_NAME = 14
 
 def terminal_table(report: dict[str, Any]) -> Group:
     """All tables of the report, then the warnings and the verdict."""
-    parts: list[Table | Text] = [*_arms_tables(report), *_path_tables(report), *_contrast_tables(report)]
-    parts += [*_prediction_tables(report), *(Text(_warning(row)) for row in report["warnings"])]
+    parts: list[RichTable | Text] = [*_arms_tables(report), *map(rich_table, path_tables(report))]
+    parts += [*_contrast_tables(report), *map(rich_table, _predictions(report))]
+    parts += [Text(_warning(row)) for row in report["warnings"]]
     parts.append(Text(report["verdict"]))
     return Group(*[item for part in parts for item in (part, Text(""))])
 
@@ -32,7 +35,7 @@ def _warning(row: dict[str, Any]) -> str:
     )
 
 
-def _arms_tables(report: dict[str, Any]) -> list[Table]:
+def _arms_tables(report: dict[str, Any]) -> list[RichTable]:
     """One table if it fits; else tables of two or three evaluations each, and one of the costs."""
     seeds = f"seed{'s' * (len(report['seeds']) != 1)} {', '.join(map(str, report['seeds']))}"
     title = f"{report['recipe']} · {seeds}"
@@ -46,7 +49,7 @@ def _arms_tables(report: dict[str, Any]) -> list[Table]:
     return [*scores, _arms_table(report, "costs", [], True)]
 
 
-def _arms_table(report: dict[str, Any], title: str, evals: Sequence[str], costs: bool) -> Table:
+def _arms_table(report: dict[str, Any], title: str, evals: Sequence[str], costs: bool) -> RichTable:
     table = plain_table(title)
     table.add_column("arm", no_wrap=True)
     largest = {list(by_k)[-1] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values()}
@@ -92,59 +95,53 @@ def _cost_cells(arm: dict[str, Any]) -> list[str]:
     return ["–" if cell in ("0", "0F", "0 s") else cell for cell in cells]
 
 
-def _path_tables(report: dict[str, Any]) -> list[Table]:
+def _contrast_tables(report: dict[str, Any]) -> list[RichTable]:
+    columns = [
+        Column("a − b", lambda c: f"{c['a']} − {c['b']}", nowrap=True),
+        Column("difference [95 %]", interval_text, "right", nowrap=True),
+        Column("p", lambda c: p_text(c["p"]), "right", nowrap=True),
+        Column(
+            "labels a / b", lambda c: f"{count(c['labels']['a'])} / {count(c['labels']['b'])}", "right", nowrap=True
+        ),
+        Column("FLOPs a/b", flops_ratio, "right", nowrap=True),
+        Column("a above b", reading, nowrap=True),
+    ]
     tables = []
     for eval_name in report["evals"]:
-        rows = accuracy_paths(report, eval_name)
-        if rows:
-            table = plain_table(f"accuracy on {eval_name} before, between and after the stages, %")
-            for head in ("arm", "teacher", "student"):
-                table.add_column(head, no_wrap=head == "arm")
-            for row in rows:
-                table.add_row(*row)
-            tables.append(table)
-    return tables
-
-
-def _contrast_tables(report: dict[str, Any]) -> list[Table]:
-    tables = []
-    for eval_name in report["evals"]:
-        contrasts = [c for c in named_contrasts(report) if c["eval"] == eval_name]
-        if not contrasts:
-            continue
+        groups = group_by_equality([c for c in named_contrasts(report) if c["eval"] == eval_name])
         where = f" on {eval_name}" if len(report["evals"]) > 1 else ""
-        table = plain_table(f"differences{where} in points, 95 % interval, two-sided p")
-        table.add_column("a − b", no_wrap=True)
-        for head in ("difference [95 %]", "p", "labels a / b", "FLOPs a/b"):
-            table.add_column(head, justify="right", no_wrap=True)
-        table.add_column("a above b", no_wrap=True)
-        for title, group in group_by_equality(contrasts):
-            table.add_section()
-            table.add_row(Text(title.lower(), style="italic"))
-            for c in group:
-                table.add_row(
-                    f"{c['a']} − {c['b']}",
-                    f"{points(c['difference'])} [{points(c['low']):>5}, {points(c['high']):>5}]",
-                    p_text(c["p"]),
-                    f"{count(c['labels']['a'])} / {count(c['labels']['b'])}",
-                    flops_ratio(c),
-                    reading(c),
-                )
+        rows = [row for title, contrasts in groups for row in (title.lower(), *contrasts)]
+        table = rich_table(Table(f"differences{where} in points, 95 % interval, two-sided p", columns, rows))
         table.caption = (
             f"{interval_note(report)}; holds: the interval is above zero and p < 0.05; equal compute: the smaller is at "
             "least 90 % of the larger"
         )
-        tables.append(table)
+        tables += [table] if rows else []
     return tables
 
 
-def _prediction_tables(report: dict[str, Any]) -> list[Table]:
+def interval_text(c: dict[str, Any]) -> str:
+    """Example: `+6.0 [ +1.0, +11.2]`."""
+    return f"{points(c['difference'])} [{points(c['low']):>5}, {points(c['high']):>5}]"
+
+
+def _predictions(report: dict[str, Any]) -> list[Table]:
     rows = [row for row in report["predictions"] if row["reading"] != "not measured"]
-    if not rows:
-        return []
-    table, several = plain_table("the paper's predictions"), len(report["evals"]) > 1
-    for head in ("", *(["eval"] if several else []), "claim", "reading"):
-        table.add_column(head, no_wrap=head != "claim")
-    for row in rows:
-        table.add_row(row["name"], *([row["eval"]] if several else []), row["claim"], row["reading"])
-    return [table]
+    shown = ("name", "eval", "claim", "reading") if len(report["evals"]) > 1 else ("name", "claim", "reading")
+    columns = [Column(key.removeprefix("name"), itemgetter(key), nowrap=key != "claim") for key in shown]
+    return [Table("the paper's predictions", columns, rows)] if rows else []
+
+
+def rich_table(table: Table) -> RichTable:
+    """A table of the page for a terminal, without its plots and links."""
+    rich = plain_table(table.caption)
+    for column in table.columns:
+        rich.add_column(Text(column.title), justify=column.align, no_wrap=column.nowrap, overflow="fold")
+    for row in table.rows:
+        if isinstance(row, str):
+            rich.add_section()
+            rich.add_row(Text(row, style="italic"))
+        else:
+            cells = [column.cell(row) for column in table.columns]
+            rich.add_row(*(Text(cell.text if isinstance(cell, RowHeader) else str(cell)) for cell in cells))
+    return rich

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from headwater.report.figures import Plot
+from headwater.report.figures import Interval, Plot
 from headwater.report.svg import spanning
 
 
@@ -43,17 +43,6 @@ def interval_axis(rows: Iterable[dict[str, Any]], label: Callable[[float], str])
     ends = [row[end] for row in rows for end in ("low", "high")]
     low, high = spanning([0.0, *ends]) if ends else (0.0, 1.0)
     return Axis(low, high, (label(low), label(high)))
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """An estimate, drawn as one row of a forest plot. `level` is the reference line, `seeds` the values of single seeds."""
-
-    mean: float
-    low: float
-    high: float
-    level: float | None = None
-    seeds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

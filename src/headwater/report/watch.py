@@ -22,7 +22,7 @@ from headwater.errors import UserError
 from headwater.report.format import duration, plain_table
 from headwater.report.render import clean
 from headwater.report.stages import stage_name
-from headwater.report.study import is_finite_number
+from headwater.report.study import Node, is_finite_number
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, read_jsonl
 from headwater.storage.untrusted import read_plan, refuse_malformed_files
 
@@ -100,28 +100,27 @@ def read_status(path: Path) -> RunStatus:
         return RunStatus(clean(str(plan.get("recipe", ""))), running, _with_estimates(statuses, run))
 
 
-def _node_status(node: NodeDir, running: bool) -> NodeStatus:
-    info = read_json(node.info) if node.info.exists() else {}
-    rows = list(read_jsonl(node.metrics))
-    last = rows[-1] if rows else {}
+def _node_status(folder: NodeDir, running: bool) -> NodeStatus:
+    info = read_json(folder.info) if folder.info.exists() else {}
+    node = Node(folder.name, folder, folder.done.exists(), info)
+    last = node.metrics[-1] if node.metrics else {}
     step, steps = int(last.get("step", 0)), info.get("steps")
-    if node.done.exists():
+    if node.done:
         state: State = "done"
-    elif node.failed.exists():
+    elif folder.failed.exists():
         state = "failed"
     elif info:
         state = "at work" if running else "stopped"
     else:
         state = "waiting"
-    times = [row["seconds"] for row in rows[-RECENT_STEPS:] if is_finite_number(row.get("seconds"))]
+    times = [row["seconds"] for row in node.metrics[-RECENT_STEPS:] if is_finite_number(row.get("seconds"))]
     step_seconds = sum(times) / len(times) if times else None
     left = (int(steps) - step) * step_seconds if step_seconds is not None and steps is not None else None
-    objective = str((info.get("settings") or {}).get("objective") or "")
-    stage, *rest = node.name.split(".")
+    _, *rest = node.name.split(".")
     return NodeStatus(
         node=node.name,
-        stage=stage_name(str(info.get("stage") or stage), objective),
-        role=str(info.get("role") or ""),
+        stage=stage_name(node.stage, node.objective),
+        role=node.role,
         seed=int(info.get("seed", rest[0].lstrip("s") if rest else 0)),
         state=state,
         step=step,
@@ -129,7 +128,7 @@ def _node_status(node: NodeDir, running: bool) -> NodeStatus:
         steps_a_minute=60.0 / step_seconds if step_seconds else None,
         seconds_left=0.0 if state in ("done", "failed") else left,
         numbers={key: float(last[key]) for key in [key for key in KEY_METRICS if is_finite_number(last.get(key))][:3]},
-        warnings=tuple(clean(str(row["sentence"])) for row in read_jsonl(node.warnings)),
+        warnings=tuple(clean(str(row["sentence"])) for row in node.warnings),
     )
 
 

@@ -22,14 +22,15 @@ def persistent_bytes(
     frozen     models that only score or sample
     width      bytes of a value in the compute dtype
 
-    Trained weights are float32 with a gradient and two moments; autocast keeps a copy of matrices in the compute dtype.
+    Trained weights are float32 with a gradient and two moments; autocast keeps a copy of matrices in the compute dtype. Four bits
+    reach the linear layers and not the head, nor experts that are stacked in one tensor.
     """
     total = sum(float(shape.parameters * width) for shape in frozen)
     if trained is None:
         return total
     if adapter:
-        body = trained.body_parameters * (FOUR_BITS if quantized else width)
-        return total + (body + (trained.parameters - trained.body_parameters) * width + adapter * 16.0)
+        linear = trained.linear_parameters * (FOUR_BITS if quantized else width)
+        return total + (linear + (trained.parameters - trained.linear_parameters) * width + adapter * 16.0)
     return total + trained.parameters * (16.0 + (width if width < 4 else 0))
 
 
@@ -42,10 +43,12 @@ def pass_bytes(shape: Shape, tokens: float, width: int, recompute: bool, cuda: b
 
     With recomputation one layer's activations exist at a time, after the loss's have been freed. Per layer and token: what
     both norms keep and the residual stream (float32), the projections' outputs and normed heads, attention's inputs and
-    output, and the gated MLP's four wide vectors.
+    output, and the gated MLP's four wide vectors. Experts also copy the hidden states that each of them is sent, and give back
+    as many, before and after their weighting.
     """
-    query, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    query, keys = shape.heads * shape.key_dim, shape.kv_heads * shape.key_dim
     layer = 4.0 * 6 * shape.hidden + width * (5 * query + 4 * keys) + width * 4.0 * shape.intermediate
+    layer += width * 3.0 * shape.experts_per_token * shape.hidden
     chunks = logits * float(min(CHUNK_ELEMENTS["cuda" if cuda else "cpu"], tokens * shape.vocabulary)) * width
     hidden = tokens * 3 * 4.0 * shape.hidden
     if recompute:

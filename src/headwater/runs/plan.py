@@ -60,11 +60,11 @@ class Node:
         """`steps`; with `compute`, as many as the FLOPs of the matched arm pay for."""
         if self.compute is None:
             return steps
-        like, match = self.compute
+        unmatched, match = self.compute
         left = sum(flops(node) for node in match.lineage()) - sum(
             flops(node) for node in self.lineage() if node != self
         )
-        return max(1, round(left / (flops(like) / steps)))
+        return max(1, round(left / (flops(unmatched) / steps)))
 
     def ancestry(self) -> Iterator[Node]:
         """Itself and all nodes that it waits for, each once, in topological order."""
@@ -105,8 +105,8 @@ def last_node(arm: Arm, recipe: Recipe, seed: int) -> Node:
         student = _training_node(recipe, step, "student", seed, student, supervisor=teacher)
     assert isinstance(student, Node)
     if arm.same_compute is not None:
-        like, match = (last_node(arm_of(name, recipe), recipe, seed) for name in arm.same_compute)
-        student = replace(student, compute=(like, match))
+        unmatched, match = (last_node(arm_of(name, recipe), recipe, seed) for name in arm.same_compute)
+        student = replace(student, compute=(unmatched, match))
     return student
 
 

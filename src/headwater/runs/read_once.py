@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 from headwater.errors import UnsupportedModelError, UserError
 
@@ -23,16 +23,24 @@ class InputError(UserError):
         self.part = part
 
 
+class HasMemo(Protocol):
+    """An object that stores what its methods have read, by method name and arguments."""
+
+    @property
+    def memo(self) -> dict[Hashable, Any]: ...
+
+
+S = TypeVar("S", bound=HasMemo)
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def read_once(part: Part) -> Callable[[Callable[Concatenate[Any, P], T]], Callable[Concatenate[Any, P], T]]:
+def read_once(part: Part) -> Callable[[Callable[Concatenate[S, P], T]], Callable[Concatenate[S, P], T]]:
     """Memoize a method of an object with a `memo`, its UserErrors included; those are raised as InputErrors of `part`."""
 
-    def decorate(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    def decorate(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
         @functools.wraps(method)
-        def once(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        def once(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
             key = (method.__name__, *args, *kwargs.items())
             if key not in self.memo:
                 try:

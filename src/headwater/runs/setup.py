@@ -29,7 +29,7 @@ def set_up(compute: Compute) -> None:
 
 @contextlib.contextmanager
 def prepared(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Plan, RunInputs]]:
-    """Read the data and make the plan, which `doctor.checks.check_plan` checks. Raises UserError; nothing is written."""
+    """Read the data and make the plan, which `doctor.checks.preflight` checks. Raises UserError; nothing is written."""
     set_up(recipe.compute)
     with RunInputs(recipe) as inputs:
         yield make_plan(recipe, arms, seeds, inputs.content()), inputs

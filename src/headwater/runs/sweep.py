@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,29 +69,18 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Variation:
-    """A field to vary, with defaults.
-
-    arms        arms to compare unless named
-    axis        axis label of the plot
-    values      recipe -> default values; raises UserError where the recipe does not determine them
-    companions  recipe -> `--set` options that go with the field; the user's own `--set` overrides them
-    """
+    """A field to vary: the arms to compare unless named, and the axis label of the plot."""
 
     field: str
     arms: tuple[str, ...]
     axis: str
-    values: Callable[[Recipe], Sequence[Value]]
-    companions: Callable[[Recipe], Sequence[str]] = lambda recipe: ()
 
 
-def budgets(recipe: Recipe) -> list[int]:
-    """A quarter, half, once and twice the recipe's budget. Example: 256 gives `[64, 128, 256, 512]`."""
-    budget = recipe.labels.budget
-    if budget is None:
-        raise UserError("--vary labels: the recipe sets no labels.budget to begin from; name the budgets with --values")
-    return sorted({max(1, budget // 4), max(1, budget // 2), budget, 2 * budget})
-
-
+NAMED = {
+    "labels": Variation("labels.budget", ("direct_grpo", "bridge"), "labels (distinct problems)"),
+    "teacher": Variation("models.teacher", ("direct_grpo", "raw_teacher", "bridge"), "teacher"),
+    "lambda": Variation("stages.opd.sparse_share", ("mixed",), "λ, the weight of the sparse reward in J_λ"),
+}
 POCKET_TEACHERS = {
     "pocket:qwen3-student": ("pocket:qwen3-student", "pocket:qwen3-teacher", "pocket:qwen3-teacher-large"),
     "pocket:llama-student": ("pocket:llama-student", "pocket:llama-teacher"),
@@ -99,37 +88,36 @@ POCKET_TEACHERS = {
 """Teachers of a pocket student, smallest first; the student itself is the smallest, as in the paper's table."""
 
 
-def teachers(recipe: Recipe) -> tuple[str, ...]:
-    if recipe.models.student not in POCKET_TEACHERS:
-        raise UserError(f"--vary teacher: name the teachers of {recipe.models.student} with --values, smallest first")
-    return POCKET_TEACHERS[recipe.models.student]
-
-
-def mixed_objective(recipe: Recipe) -> list[str]:
-    """J_λ compares rewards within groups, so each λ samples student RL's group size; rollouts per step stay the same."""
-    return ["stages.opd.objective=mixed", f"stages.opd.group_size={recipe.stages.student_rl.group_size}"]
-
-
-NAMED = {
-    "labels": Variation("labels.budget", ("direct_grpo", "bridge"), "labels (distinct problems)", budgets),
-    "teacher": Variation("models.teacher", ("direct_grpo", "raw_teacher", "bridge"), "teacher", teachers),
-    "lambda": Variation(
-        "stages.opd.sparse_share",
-        ("mixed",),
-        "λ, the weight of the sparse reward in J_λ",
-        lambda recipe: (0.0, 0.25, 0.5, 0.75, 1.0),
-        mixed_objective,
-    ),
-}
-
-
 def variation(vary: str) -> Variation:
     """A named variation, or any field by its path. Example: `variation("labels").field` is `"labels.budget"`."""
+    return NAMED.get(vary) or Variation(vary, ("direct_grpo", "bridge"), vary)
 
-    def no_defaults(recipe: Recipe) -> Sequence[Value]:
-        raise UserError(f"--vary {vary}: name the values to try with --values")
 
-    return NAMED.get(vary) or Variation(vary, ("direct_grpo", "bridge"), vary, no_defaults)
+def default_values(vary: str, recipe: Recipe) -> Sequence[Value]:
+    """The values of a named variation: for a budget of 256 labels `[64, 128, 256, 512]`.
+
+    Raises UserError where the recipe does not determine them.
+    """
+    if vary == "labels":
+        if (budget := recipe.labels.budget) is not None:
+            return sorted({max(1, budget // 4), max(1, budget // 2), budget, 2 * budget})
+        raise UserError("--vary labels: the recipe sets no labels.budget to begin from; name the budgets with --values")
+    if vary == "teacher":
+        if (student := recipe.models.student) in POCKET_TEACHERS:
+            return POCKET_TEACHERS[student]
+        raise UserError(f"--vary teacher: name the teachers of {student} with --values, smallest first")
+    if vary == "lambda":
+        return (0.0, 0.25, 0.5, 0.75, 1.0)
+    raise UserError(f"--vary {vary}: name the values to try with --values")
+
+
+def companions(vary: str, recipe: Recipe) -> tuple[str, ...]:
+    """`--set` options that go with a variation; the user's own `--set` overrides them.
+
+    J_λ compares rewards within groups, so each λ samples student RL's group size; rollouts per step stay the same.
+    """
+    group_size = recipe.stages.student_rl.group_size
+    return ("stages.opd.objective=mixed", f"stages.opd.group_size={group_size}") if vary == "lambda" else ()
 
 
 def lay_out(
@@ -150,10 +138,9 @@ def lay_out(
     vary = next((name for name, named in NAMED.items() if vary == named.field), vary)
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[\w-]+)*", vary):
         raise UserError(f"--vary {vary}: name labels, teacher, lambda or a field such as stages.opd.optim.lr")
-    varied = variation(vary)
-    base = find_recipe(recipe, list(changes))
-    typed = [text_of(value) for value in varied.values(base)] if values is None else list(values)
-    shared_changes = (*varied.companions(base), *changes)
+    varied, base = variation(vary), find_recipe(recipe, list(changes))
+    typed = list(map(text_of, default_values(vary, base))) if values is None else list(values)
+    shared_changes = (*companions(vary, base), *changes)
     points = tuple(_point(recipe, vary, varied.field, text, shared_changes) for text in typed)
     _refuse_duplicates("--values", typed, [text_of(point.value) for point in points])
     _refuse_duplicates("--values (as names of folders)", typed, [point.name for point in points])

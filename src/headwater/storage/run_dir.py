@@ -221,7 +221,7 @@ class NodeDir:
     def sync_steps(self, since: int, step: int) -> None:
         """Sync the logs and the files of the steps after `since` up to `step` to disk, before a checkpoint refers to them."""
         steps = range(since + 1, step + 1)
-        evals = [path for one in steps for path in self.evaluation(f"step-{one:06d}", "").parent.glob("*")]
+        evals = [path for number in steps for path in self.evaluation(f"step-{number:06d}", "").parent.glob("*")]
         files = [path for path in (*self.logs, *map(self.rollouts, steps), *evals) if path.exists()]
         with writing(self.path):
             for path in (*files, *sorted({path.parent for path in files})):

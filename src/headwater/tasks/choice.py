@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from headwater.tasks import maths_text
-from headwater.tasks.exact import after_thinking
+from headwater.tasks.thinking import after_thinking
 
 LONGEST = 400  # characters of an answer that are searched for letters
 # A standalone letter, possibly in brackets or emphasis; not part of a word or a quantity.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 from headwater.tasks import maths_text
+from headwater.tasks.thinking import after_thinking
 
 
 def folded(text: str) -> str:
@@ -13,11 +14,6 @@ def folded(text: str) -> str:
     Example: `folded(" New\\n  York ")` is `"New York"`.
     """
     return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def after_thinking(completion: str) -> str:
-    """Text after the last `</think>`, or all of it if there is none."""
-    return completion.rpartition("</think>")[2]
 
 
 def answer_of(completion: str) -> tuple[str | None, str]:

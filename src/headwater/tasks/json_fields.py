@@ -6,7 +6,8 @@ import json
 import re
 from typing import Any
 
-from headwater.tasks.exact import after_thinking, folded
+from headwater.tasks.exact import folded
+from headwater.tasks.thinking import after_thinking
 
 LONGEST = 20_000  # characters at the end of a completion that are searched for an object
 _FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)```", re.DOTALL)
@@ -23,30 +24,30 @@ def last_object(text: str) -> dict[str, Any] | None:
     Example: `last_object('so {"a": 1} or rather {"a": {"b": 2}}.')` is `{"a": {"b": 2}}`.
     """
     for block in reversed(_FENCE.findall(text)):
-        held = _decoded(block.strip(), 0)
-        if held is not None and not block.strip()[held[1] :]:
-            return held[0]
-    found, place = None, text.find("{")
+        decoded = _decoded(block.strip(), 0)
+        if decoded is not None and not block.strip()[decoded[1] :]:
+            return decoded[0]
+    last, place = None, text.find("{")
     while place >= 0:
-        held = _decoded(text, place)
-        if held is not None:
-            found = held[0]
-        place = text.find("{", place + 1 if held is None else held[1])
-    return found
+        decoded = _decoded(text, place)
+        if decoded is not None:
+            last = decoded[0]
+        place = text.find("{", place + 1 if decoded is None else decoded[1])
+    return last
 
 
 def _decoded(text: str, place: int) -> tuple[dict[str, Any], int] | None:
     try:
-        held, end = _DECODER.raw_decode(text, place)
+        value, end = _DECODER.raw_decode(text, place)
     except (ValueError, RecursionError):
         return None
-    return (held, end) if isinstance(held, dict) else None
+    return (value, end) if isinstance(value, dict) else None
 
 
 def extract(completion: str) -> str | None:
     """Canonical JSON of the object, for majority votes."""
-    found = last_object(after_thinking(completion)[-LONGEST:])
-    return None if found is None else json.dumps(found, sort_keys=True, ensure_ascii=False)
+    last = last_object(after_thinking(completion)[-LONGEST:])
+    return None if last is None else json.dumps(last, sort_keys=True, ensure_ascii=False)
 
 
 def holds(given: Any, wanted: Any) -> bool:
@@ -60,7 +61,7 @@ def holds(given: Any, wanted: Any) -> bool:
         return isinstance(given, dict) and all(key in given and holds(given[key], wanted[key]) for key in wanted)
     if isinstance(wanted, list):
         same_length = isinstance(given, list) and len(given) == len(wanted)
-        return same_length and all(holds(one, other) for one, other in zip(given, wanted, strict=True))
+        return same_length and all(holds(value, other) for value, other in zip(given, wanted, strict=True))
     if isinstance(wanted, bool) or isinstance(given, bool) or wanted is None:
         return given is wanted
     if isinstance(wanted, str):

@@ -11,6 +11,8 @@ import unicodedata
 from collections import deque
 from fractions import Fraction
 
+from headwater.tasks.thinking import after_thinking
+
 MAX_OUTER_BRACKETS = 5  # pairs removed around the whole; a thousand pairs would take quadratic time
 LONGEST_STATEMENT = 4000  # characters read after "the answer is"
 _BRACES = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -24,12 +26,12 @@ _HASHES = re.compile(r"(?<!#)####(?!#)")
 def extract(completion: str) -> tuple[str | None, str]:
     """Extract the final answer: (text, "") or (None, "no_answer" | "truncated").
 
-    Order, after the last `</think>`: the last complete box; without any box the last `####` line; else the last
+    Order, after the thinking: the last complete box; without any box the last `####` line; else the last
     "answer is". An empty answer is none.
 
     Example: `extract("so \\boxed{41}, no: \\boxed{42}")` gives `("42", "")`.
     """
-    text = completion[completion.rfind("</think>") + len("</think>") :] if "</think>" in completion else completion
+    text = after_thinking(completion)
     box, opened = last_box(text)
     if box is None and opened:
         return None, "truncated"

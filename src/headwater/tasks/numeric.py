@@ -13,9 +13,9 @@ from fractions import Fraction
 from typing import Any
 
 from headwater.tasks import maths_text
-from headwater.tasks.exact import after_thinking
 from headwater.tasks.maths_equal import without_unit
 from headwater.tasks.maths_numbers import number
+from headwater.tasks.thinking import after_thinking
 
 DEFAULT_REL = Fraction(1, 10**6)
 LONGEST = 1000  # characters; longer answers are no number
@@ -60,13 +60,15 @@ def read_gold(gold: str) -> Gold | None:
 def _from_json(gold: str) -> Gold | None:
     try:
         # Keep numbers as text: `number` parses them exactly and rejects 1e999999999, which would fill the memory.
-        held = json.loads(gold, parse_float=str, parse_int=str, parse_constant=str)
+        fields = json.loads(gold, parse_float=str, parse_int=str, parse_constant=str)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(held, dict) or "value" not in held or held.keys() - {"value", "abs", "rel"}:
+    if not isinstance(fields, dict) or "value" not in fields or fields.keys() - {"value", "abs", "rel"}:
         return None
-    value, absolute, relative = (_value_of_cell(held.get(key)) for key in ("value", "abs", "rel"))
-    if value is None or any(held.get(key) is not None and _value_of_cell(held[key]) is None for key in ("abs", "rel")):
+    value, absolute, relative = (_value_of_cell(fields.get(key)) for key in ("value", "abs", "rel"))
+    if value is None or any(
+        fields.get(key) is not None and _value_of_cell(fields[key]) is None for key in ("abs", "rel")
+    ):
         return None
     if absolute is None and relative is None:
         relative = DEFAULT_REL
@@ -82,11 +84,11 @@ def value_of(text: str) -> Fraction | None:
     """Parse a number, ignoring units. Example: `value_of("$1{,}080$ km")` is `Fraction(1080)`."""
     if len(text) > LONGEST:
         return None
-    spelled = maths_text.canonical(text)
-    found = number(without_unit(spelled))
-    if found is None and (measured := _UNITS.fullmatch(spelled)):
+    spelling = maths_text.canonical(text)
+    value = number(without_unit(spelling))
+    if value is None and (measured := _UNITS.fullmatch(spelling)):
         return number(measured[1])
-    return number(spelled) if found is None else found
+    return number(spelling) if value is None else value
 
 
 def extract(completion: str) -> str | None:

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 from headwater.tasks import sandbox
-from headwater.tasks.exact import after_thinking
+from headwater.tasks.thinking import after_thinking
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*$", re.MULTILINE)
 LANGUAGES = ("python", "py", "python3", "")

@@ -10,7 +10,8 @@ import json
 import re
 from typing import Any
 
-from headwater.tasks.exact import after_thinking, answer_of
+from headwater.tasks.exact import answer_of
+from headwater.tasks.thinking import after_thinking
 
 try:
     from re import _constants as sre  # type: ignore[attr-defined]
@@ -23,12 +24,12 @@ def read_gold(gold: str) -> tuple[str, str | None]:
     """(pattern, example or None). Example: `read_gold('{"pattern": "a+", "example": "aa"}')` is `("a+", "aa")`."""
     if gold.lstrip().startswith("{"):
         try:
-            held = json.loads(gold)
+            fields = json.loads(gold)
         except (ValueError, RecursionError):
             return gold, None
-        if isinstance(held, dict) and isinstance(held.get("pattern"), str):
-            example = held.get("example")
-            return held["pattern"], example if isinstance(example, str) else None
+        if isinstance(fields, dict) and isinstance(fields.get("pattern"), str):
+            example = fields.get("example")
+            return fields["pattern"], example if isinstance(example, str) else None
     return gold, None
 
 
@@ -78,59 +79,61 @@ LONGEST_EXAMPLE = 10_000
 
 
 def _example(parts: Any, groups: dict[int, str]) -> str:
-    made: list[str] = []
+    texts: list[str] = []
     for kind, value in parts:
         if kind is sre.LITERAL:
-            made.append(chr(value))
+            texts.append(chr(value))
         elif kind is sre.NOT_LITERAL:
-            made.append("a" if value != ord("a") else "b")
+            texts.append("a" if value != ord("a") else "b")
         elif kind is sre.ANY:
-            made.append("a")
+            texts.append("a")
         elif kind is sre.IN:
-            made.append(_one_of(value))
+            texts.append(_character_in(value))
         elif kind in (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT):
             least, most, inner = value
             times = max(least, 1) if most else 0
             if times > LONGEST_EXAMPLE:
                 raise _NoExampleError
-            one = _example(inner, groups)  # every repetition is the same text
-            if len(one) * times > LONGEST_EXAMPLE:
+            text = _example(inner, groups)  # every repetition is the same text
+            if len(text) * times > LONGEST_EXAMPLE:
                 raise _NoExampleError
-            made.append(one * times)
+            texts.append(text * times)
         elif kind is sre.SUBPATTERN:
             groups[value[0]] = _example(value[3], groups)
-            made.append(groups[value[0]])
+            texts.append(groups[value[0]])
         elif kind is sre.ATOMIC_GROUP:
-            made.append(_example(value, groups))
+            texts.append(_example(value, groups))
         elif kind is sre.BRANCH:
-            made.append(_example(value[1][0], groups))
+            texts.append(_example(value[1][0], groups))
         elif kind is sre.GROUPREF:
-            made.append(groups.get(value, ""))
+            texts.append(groups.get(value, ""))
         elif kind is not sre.AT:
             raise _NoExampleError
-        if sum(map(len, made)) > LONGEST_EXAMPLE:
+        if sum(map(len, texts)) > LONGEST_EXAMPLE:
             raise _NoExampleError
-    return "".join(made)
+    return "".join(texts)
 
 
 _CATEGORIES = {"CATEGORY_DIGIT": "7", "CATEGORY_SPACE": " ", "CATEGORY_WORD": "a", "CATEGORY_NOT_DIGIT": "a",
                "CATEGORY_NOT_SPACE": "a", "CATEGORY_NOT_WORD": "-"}  # fmt: skip
 
 
-def _one_of(members: Any) -> str:
+def _character_in(members: Any) -> str:
     if members[0][0] is sre.NEGATE:
-        matches = re.compile("|".join(re.escape(_one_of([one])) for one in members[1:]) or "$^")
-        kept = [char for char in "aZ0 -~_" if not _inside(char, members[1:]) and not matches.fullmatch(char)]
-        if not kept:
+        matches = re.compile("|".join(re.escape(_character_in([member])) for member in members[1:]) or "$^")
+        candidates = [
+            char for char in "aZ0 -~_" if not _set_contains(char, members[1:]) and not matches.fullmatch(char)
+        ]
+        if not candidates:
             raise _NoExampleError
-        return kept[0]
+        return candidates[0]
     kind, value = members[0]
     if kind is sre.LITERAL:
         return chr(value)
     return chr(value[0]) if kind is sre.RANGE else _CATEGORIES[str(value)]
 
 
-def _inside(char: str, members: Any) -> bool:
+def _set_contains(char: str, members: Any) -> bool:
     for kind, value in members:
         if kind is sre.LITERAL and ord(char) == value:
             return True

@@ -91,7 +91,7 @@ def offloadable_weights(policy: Policy) -> list[Tensor]:
     """All weights but the output layer's, which include tied embeddings."""
     head = policy.model.get_output_embeddings()
     kept = set() if head is None else {id(parameter) for parameter in head.parameters()}
-    return [one for one in (*policy.model.parameters(), *policy.model.buffers()) if id(one) not in kept]
+    return [tensor for tensor in (*policy.model.parameters(), *policy.model.buffers()) if id(tensor) not in kept]
 
 
 def offload_if_configured(policy: Policy, recipe: Recipe, make_sampler: SamplerFactory) -> Policy | OffloadedTeacher:
@@ -152,7 +152,9 @@ class TaggedTeachers:
 
     def _score(self, teacher: SingleTeacher, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
         scored = distributions_of(teacher, rollouts, tokens)
-        return scored if self.top_k is None else [truncate_to_top_k(one, self.top_k) for one in scored]
+        return (
+            scored if self.top_k is None else [truncate_to_top_k(distribution, self.top_k) for distribution in scored]
+        )
 
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None

@@ -24,7 +24,10 @@ from headwater.sampling.base import OnFinished, Request
 from headwater.teachers.server_client import Answer, ServedModel
 from headwater.types import Rollout
 
-NO_SHAPE = Shape(0, 0, 0, 0, 0, 0, 0, tied=True)
+NO_SHAPE = Shape(
+    layers=0, hidden=0, vocabulary=0, heads=0, kv_heads=0, key_dim=0, value_dim=0, attention_layers=0, kv_cache_numbers=0,
+    intermediate=0, parameters=0, matrix_parameters=0, token_parameters=0,
+)  # fmt: skip
 """Shape of a served model: it costs no FLOPs and no memory on this machine."""
 SEEDS = 1 << 63
 """vLLM takes a request's seed as a signed 64-bit number."""

@@ -29,7 +29,7 @@ KEPT = 2
 def trained_part(model: Any) -> dict[str, torch.nn.Parameter] | None:
     """The trainable weights of a model with frozen ones (LoRA); None when all weights train."""
     named = dict(model.named_parameters())
-    trained = {name: one for name, one in named.items() if one.requires_grad}
+    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     return None if len(trained) == len(named) else trained
 
 
@@ -82,7 +82,7 @@ def write_single_process(folder: Path, model: Any, optimizer: torch.optim.Optimi
     if adapter is None:
         save_model(model, str(folder / MODEL_FILE))
     else:
-        save_file({name: one.detach().contiguous() for name, one in adapter.items()}, folder / ADAPTER_FILE)
+        save_file({name: tensor.detach().contiguous() for name, tensor in adapter.items()}, folder / ADAPTER_FILE)
     fault_points.failpoint("checkpoint.weights")
     tensors = {
         f"{index}.{key}": value.contiguous()

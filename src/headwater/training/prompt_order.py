@@ -31,7 +31,7 @@ class PromptOrder:
     def epoch(self, epoch: int) -> list[str]:
         """The names of an epoch (from 0), in order."""
         if epoch not in self._orders:
-            known = max((one for one in self._orders if one < epoch), default=-1)
+            known = max((earlier for earlier in self._orders if earlier < epoch), default=-1)
             for number in range(max(known + 1, epoch - epoch % self._cycle), epoch + 1):
                 self._orders[number] = self._next(number)
                 for old in [key for key in self._orders if key < number - 1]:

@@ -19,7 +19,6 @@ from headwater.losses.objectives import Objective
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
-from headwater.models.shape import Shape
 from headwater.sampling.base import OnFinished, Sampler, requests_for
 from headwater.teachers.async_scoring import AsyncScorer
 from headwater.teachers.build import Teacher
@@ -178,6 +177,6 @@ class PolicyRollouts:
         lengths = [len(row.rollout.prompt_ids) + row.tokens for row in kept]
         context = sum(lengths) / len(lengths) / 2
         tokens = sum(row.tokens for row in sampled) + prompt_tokens
-        flops = Shape.from_config(self.policy.model.config).flops(tokens, context)
+        flops = self.policy.shape.flops(tokens, context)
         scorers = [scorer for scorer in (self.teacher, self.reference) if scorer is not None]
         return flops + sum(scorer.pass_flops(kept) for scorer in scorers)

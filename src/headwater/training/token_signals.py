@@ -53,10 +53,10 @@ def pieces(ids: Sequence[int], text: Text) -> list[str]:
 
     Example: where `é` is two tokens, their pieces are `""` and `"é"`.
     """
-    found, before = [], ""
+    texts, before = [], ""
     for end in range(1, len(ids) + 1):
         now = text(ids[:end])
         whole = now.startswith(before) and not now.endswith("\ufffd")
-        found.append(now[len(before) :] if whole else "")
+        texts.append(now[len(before) :] if whole else "")
         before = now if whole else before
-    return found
+    return texts

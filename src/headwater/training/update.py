@@ -33,8 +33,8 @@ def make_optimizer(policy: Policy, optim: Optim) -> torch.optim.AdamW:
     """AdamW over the trainable weights; no weight decay on vectors (norms, biases)."""
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [one for one in trained if one.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0},
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from headwater.config.recipe import Prompt
 from headwater.models.prompts import Prompter
 from headwater.types import Problem
-from runs import Said, call, held, node, nodes, rows, spawn, temporary
+from runs import CommandResult, call, load_json, node, nodes, rows, spawn, temporary
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 GSM8K, MATH500 = DATA / "gsm8k" / "train.jsonl", DATA / "math500" / "test.jsonl"
@@ -106,17 +106,17 @@ def recipe(path: Path, **more: object) -> Path:
     return path
 
 
-def sentence(said: Said) -> str:
+def sentence(result: CommandResult) -> str:
     """The one line in which the program says why it ended."""
-    (line,) = [line for line in said.err.splitlines() if line.startswith("headwater: ")]
+    (line,) = [line for line in result.err.splitlines() if line.startswith("headwater: ")]
     return line
 
 
 def test_gsm8k_with_a_model_that_solves_nothing_stops_and_says_how_many_labels_would_be_wasted(tmp_path: Path) -> None:
     path, out = recipe(tmp_path / "mine.yaml"), tmp_path / "out"
-    said = call("run", path, "--out", out)
-    assert said.code == 4, said.err
-    why = sentence(said)
+    result = call("run", path, "--out", out)
+    assert result.code == 4, result.err
+    why = sentence(result)
     assert "teacher_rl, step 2 of 2: no group is informative: in each of the 4 groups" in why
     assert "all completions were wrong, so sparse reward gives no gradient" in why
     assert (
@@ -124,16 +124,16 @@ def test_gsm8k_with_a_model_that_solves_nothing_stops_and_says_how_many_labels_w
         in why
     )
     assert "set guards.no_signal=continue to train on" in why
-    assert "Traceback" not in said.err
+    assert "Traceback" not in result.err
     assert not list(out.glob("nodes/teacher_rl*/DONE")) and list(out.glob("nodes/base_teacher*/DONE"))
     # What the sentence advises works in the same folder.
-    said = call("run", path, "--out", out, "--set", "guards.no_signal=continue", "--json")
-    assert said.code == 0, said.err
+    result = call("run", path, "--out", out, "--set", "guards.no_signal=continue", "--json")
+    assert result.code == 0, result.err
     assert [path_.name.split(".")[0] for path_ in nodes(out, "bridge_rl")] == [
         "teacher_rl", "teacher_rollouts", "warmup", "opd", "student_rl",
     ]  # fmt: skip
-    report = json.loads(said.out)
-    assert report == held(out / "report.json")
+    report = json.loads(result.out)
+    assert report == load_json(out / "report.json")
     # Labels were spent and bought nothing: no group was informative, no token was trained on them.
     arm = report["arms"]["bridge_rl"]
     assert arm["labels"] == {"distinct": 8, "checks": 32}
@@ -156,11 +156,11 @@ def test_gsm8k_with_a_model_that_solves_nothing_stops_and_says_how_many_labels_w
 def test_math500_is_evaluated_with_avg_pass_and_intervals(tmp_path: Path) -> None:
     graded = tmp_path / "graded.jsonl"
     options = ["--limit", "20", "--samples", "2", "--max-tokens", "12", "--out", graded]
-    said = call("eval", student(), "--data", MATH500, *options)
-    assert said.code == 0, said.err
-    assert said.out.startswith("20 problems, 40 completions")
+    result = call("eval", student(), "--data", MATH500, *options)
+    assert result.code == 0, result.err
+    assert result.out.startswith("20 problems, 40 completions")
     for measure in ("avg@2", "pass@2", "95 % interval", "verdicts", "cut at the token limit"):
-        assert measure in said.out
+        assert measure in result.out
     assert len(rows(graded)) == 40
     first = json.loads(MATH500.read_text(encoding="utf-8").splitlines()[0])["problem"]
     assert rows(graded)[0]["problem_id"] == Problem.of(first, "").id
@@ -200,8 +200,8 @@ def test_a_template_that_knows_thinking_is_rendered_as_prompt_thinking_says(tmp_
         out = tmp_path / thinking
         path = recipe(tmp_path / "mine.yaml", guards={"no_signal": "continue"}, labels={"budget": 8})
         changes = ["--set", f"prompt.thinking={thinking}", "--set", "data.labeled.limit=40"]
-        said = call("run", path, "--out", out, "--arm", "warmup_only", *changes)
-        assert said.code == 0, said.err
+        result = call("run", path, "--out", out, "--arm", "warmup_only", *changes)
+        assert result.code == 0, result.err
         first = rows(node(out, "warmup_only", "teacher_rollouts") / "cache/rollouts.jsonl")[0]
         ends[thinking] = words.decode(first["prompt_ids"])
     assert ends["true"].endswith("<|im_start|>assistant\n")

@@ -53,14 +53,14 @@ def qwen_folder(
 ) -> str:
     """A model of Qwen's vocabulary, 8 wide and one layer deep."""
     tokenizer = qwen_tokenizer(eos, pad, template)
-    held = tiny_model(
+    model = tiny_model(
         vocab_size=width, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    held.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id if ends is None else ends, pad_token_id=tokenizer.pad_token_id, **generation
     )
-    held.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -68,22 +68,22 @@ def qwen_folder(
 # Nothing wrong ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_verb_lists_what_it_checked_and_exits_0(tmp_path: Path) -> None:
-    said = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1")
-    assert said.code == 0, said.err
+def test_doctor_command_lists_its_checks_and_exits_0(tmp_path: Path) -> None:
+    result = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1")
+    assert result.code == 0, result.err
     for check in CHECKS:
-        assert check.title in said.out
+        assert check.title in result.out
     assert not (tmp_path / "out").exists()
 
 
 # Tokenizers, stop ids, templates ----------------------------------------------------------------------------------------
 
 
-def test_a_missing_model_folder_is_a_finding_of_the_verb_and_exit_2_of_run(tmp_path: Path) -> None:
+def test_missing_model_folder_is_a_finding_of_doctor_and_exit_2_of_run(tmp_path: Path) -> None:
     missing = ("--set", f"models.teacher={tmp_path / 'nowhere'}")
-    said = call("doctor", "pocket", "--json", *missing)
-    found = json.loads(said.out)
-    assert said.code == 3 and not found["ok"]
+    result = call("doctor", "pocket", "--json", *missing)
+    found = json.loads(result.out)
+    assert result.code == 3 and not found["ok"]
     assert [one["name"] for one in found["findings"]] == ["model-unreadable"]  # once, and no consequence of it
     assert "data files" in found["checked"] and "student taught by itself" in found["unchecked"]
     ran = tiny("run", tmp_path / "out", *missing, whole=True)
@@ -96,29 +96,31 @@ def test_a_missing_model_folder_is_a_finding_of_the_verb_and_exit_2_of_run(tmp_p
 def test_run_refuses_before_anything_is_written_and_says_what_to_do(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
     teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
-    said = tiny(
+    result = tiny(
         "run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}", whole=True
     )
-    assert said.code == 3 and "error stop-sets-differ" in said.err and "generation_config.json" in said.err
+    assert result.code == 3 and "error stop-sets-differ" in result.err and "generation_config.json" in result.err
     assert not (tmp_path / "out").exists()
 
 
 def test_run_reports_a_mistake_in_the_recipe_in_one_sentence_and_exits_2(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "one")
     teacher = qwen_folder(tmp_path / "other", template=PLAIN.replace("assistant;", "assistant:"))
-    said = tiny("run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}")
-    assert said.code == 2 and said.err.count("\n") == 1
-    assert "models.student and models.teacher: their chat templates give different ids for the same problem" in said.err
+    result = tiny("run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert (
+        "models.student and models.teacher: their chat templates give different ids for the same problem" in result.err
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_run_says_warnings_and_goes_on(tmp_path: Path) -> None:
-    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", "--set", "prompt.system=Add up.", whole=True)
-    assert said.code == 0, said.err
-    assert "warning system-without-effect: models.student" in said.err and "pad-is-eos" not in said.err
+def test_run_prints_doctor_warnings_and_continues(tmp_path: Path) -> None:
+    result = tiny("run", tmp_path / "out", "--arm", "direct_grpo", "--set", "prompt.system=Add up.", whole=True)
+    assert result.code == 0, result.err
+    assert "warning system-without-effect: models.student" in result.err and "pad-is-eos" not in result.err
 
 
-def test_a_finished_run_is_not_examined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_run_skips_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
     monkeypatch.setattr(checks, "examine", lambda *given: pytest.fail("the doctor was asked again"))
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0

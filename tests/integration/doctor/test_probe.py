@@ -14,14 +14,14 @@ from headwater.config.builtin import find_recipe
 from headwater.data.labels import Labels
 from headwater.runs.setup import prepared
 from headwater.types import Verdict
-from runs import TINY, call, held, rows, sets, temporary, tiny
+from runs import TINY, call, load_json, rows, sets, temporary, tiny
 from tiny import tiny_folder
 
 
 def probed(*options: str | Path, changes: tuple[str, ...] = ()) -> dict[str, Any]:
-    said = call("probe", "pocket", *sets(*changes), "--json", *options)
-    assert said.code == 0, said.err
-    return dict(json.loads(said.out))
+    result = call("probe", "pocket", *sets(*changes), "--json", *options)
+    assert result.code == 0, result.err
+    return dict(json.loads(result.out))
 
 
 @cache
@@ -42,7 +42,7 @@ def kept() -> tuple[Path, dict[str, Any], list[tuple[str, bool]]]:
     return out, answer, given
 
 
-def test_every_look_is_in_the_ledger_under_probe_and_the_answer_counts_the_same() -> None:
+def test_probe_charges_every_label_to_its_ledger() -> None:
     out, answer, given = kept()
     ledger = rows(out / "probe" / "ledger.jsonl")
     assert {row["purpose"] for row in ledger} == {"probe"}
@@ -52,13 +52,13 @@ def test_every_look_is_in_the_ledger_under_probe_and_the_answer_counts_the_same(
     assert len(looked_at) == 8 and sum(row["checks"] for row in ledger) == len(given)
 
 
-def test_the_labels_looked_at_are_ones_that_training_would_buy() -> None:
+def test_probe_uses_labels_that_training_would_buy() -> None:
     _, _, given = kept()
     with prepared(find_recipe("pocket", list(TINY)), ["bridge"], [0]) as (_, inputs):
         assert {name for name, _ in given} < set(inputs.pools.all)
 
 
-def test_pass_rates_are_those_of_the_verdicts_given() -> None:
+def test_probe_pass_rates_equal_those_of_the_verdicts() -> None:
     _, answer, given = kept()
     count = 8 * 4  # the student's samples are graded first, then the teacher's, then what both made of its beginnings
     for role, part in (("student", given[:count]), ("teacher", given[count : 2 * count])):
@@ -80,22 +80,22 @@ def test_pass_rates_are_those_of_the_verdicts_given() -> None:
     assert finish["teacher"]["mean"] == pytest.approx(sum(ends[half:]) / half)
 
 
-def test_what_is_kept_is_what_was_said_and_the_same_seed_says_it_again() -> None:
+def test_probe_json_equals_the_output_and_is_deterministic() -> None:
     out, answer, _ = kept()
     again = probed("--problems", "8", "--samples", "4")
-    assert {**again, "seconds": 0} == {**answer, "seconds": 0} == {**held(out / "probe.json"), "seconds": 0}
+    assert {**again, "seconds": 0} == {**answer, "seconds": 0} == {**load_json(out / "probe.json"), "seconds": 0}
 
 
-def test_a_run_goes_on_in_a_probed_folder_and_its_own_ledger_knows_nothing_of_the_probe(tmp_path: Path) -> None:
+def test_run_in_a_probed_folder_keeps_its_ledger_apart(tmp_path: Path) -> None:
     out = tmp_path / "run"
     probed("--out", out, "--problems", "2", "--samples", "4")
     assert tiny("run", out, "--arm", "direct_grpo").code == 0
     assert {row["purpose"] for row in rows(out / "ledger.jsonl")} <= {"train", "eval"}
-    said = call("probe", "pocket", *sets("labels.budget=8"), "--out", out)
-    assert said.code == 2 and "labels.budget" in said.err
+    result = call("probe", "pocket", *sets("labels.budget=8"), "--out", out)
+    assert result.code == 2 and "labels.budget" in result.err
 
 
-def test_a_student_that_is_its_own_teacher_is_no_distance_away_and_the_teacher_has_no_lead() -> None:
+def test_probe_of_equal_models_finds_no_divergence_and_no_lead() -> None:
     found = probed("--problems", "8", changes=("models.student=pocket:qwen3-teacher",))
     assert found["models"]["student"]["pass_rate"] == found["models"]["teacher"]["pass_rate"]
     c2 = found["conditions"]["C2"]
@@ -105,7 +105,7 @@ def test_a_student_that_is_its_own_teacher_is_no_distance_away_and_the_teacher_h
     assert (found["advice"]["labels"]["where"], found["advice"]["warmup"]["needed"]) == ("student", False)
 
 
-def test_two_models_that_know_nothing_are_advised_to_spend_nothing_and_there_is_nothing_to_finish(
+def test_probe_of_untrained_models_advises_no_labels(
     tmp_path: Path,
 ) -> None:
     noise = [
@@ -117,23 +117,23 @@ def test_two_models_that_know_nothing_are_advised_to_spend_nothing_and_there_is_
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--problems", "17"), "--problems 17: the recipe's label budget buys 16 problems"),
         (("--samples", "3"), "--samples 3: fewer than the group size 4"),
         (("--set", "models.teacher=/nowhere"), "models.teacher: no such model folder"),
     ],
 )
-def test_what_cannot_be_measured_is_one_sentence(options: tuple[str, ...], said: str) -> None:
+def test_probe_refuses_invalid_options_in_one_sentence(options: tuple[str, ...], message: str) -> None:
     found = call("probe", "pocket", *sets(), *options)
-    assert found.code == 2 and said in found.err and "Traceback" not in found.err
+    assert found.code == 2 and message in found.err and "Traceback" not in found.err
 
 
-def test_the_terminal_shows_both_models_and_every_advice_with_its_number() -> None:
-    said = call("probe", "pocket", *sets(), "--problems", "8", "--samples", "4", "--seed", "0")
+def test_probe_table_shows_both_models_and_the_advice() -> None:
+    result = call("probe", "pocket", *sets(), "--problems", "8", "--samples", "4", "--seed", "0")
     _, answer, _ = kept()
-    assert said.code == 0 and "8 of the 16 labels of the budget were used" in said.out
-    words = " ".join(said.out.split())
+    assert result.code == 0 and "8 of the 16 labels of the budget were used" in result.out
+    words = " ".join(result.out.split())
     for head in ("Labels:", "Warm-up:", "From OPD to student RL:"):
         assert head in words
     assert answer["advice"]["labels"]["because"] in words

@@ -42,7 +42,7 @@ metadata: {{version: 1}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_harness_evaluates_a_students_folder_with_its_own_template(family: str, tmp_path: Path) -> None:
+def test_lm_eval_scores_a_trained_student_like_headwater_eval(family: str, tmp_path: Path) -> None:
     import lm_eval
 
     problems = generate(128, "eval", seed=0)
@@ -70,7 +70,7 @@ def test_the_harness_evaluates_a_students_folder_with_its_own_template(family: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_harness_gives_a_text_the_log_prob_that_we_give_it(family: str) -> None:
+def test_lm_eval_loglikelihood_equals_our_log_prob(family: str) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -81,8 +81,8 @@ def test_the_harness_gives_a_text_the_log_prob_that_we_give_it(family: str) -> N
     again: list[Any] = [policy.tokenizer("".join(pair), add_special_tokens=False)["input_ids"] for pair in pairs]
     assert again == [list(one.prompt_ids + one.completion_ids) for one in rollouts]  # so both score the same ids
     harness = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=16)
-    asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
-    theirs = torch.tensor([logp for logp, _ in harness.loglikelihood(asked, disable_tqdm=True)])
+    instances = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    theirs = torch.tensor([logp for logp, _ in harness.loglikelihood(instances, disable_tqdm=True)])
     ours = torch.stack([one.sum() for one in logp_of(policy, rollouts, 4096)])
     lengths = torch.tensor([len(one.completion_ids) for one in rollouts])
     print(f"{family}: {((theirs - ours).abs() / lengths).mean():.1e} a token apart")

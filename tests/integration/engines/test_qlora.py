@@ -21,7 +21,7 @@ from headwater.models.policy import Policy
 from headwater.models.save import save_policy
 from headwater.teachers.scoring import logp_of
 from headwater.training.update import make_optimizer, update
-from runs import assert_same, held, node, rows, tiny
+from runs import assert_same, load_json, node, rows, tiny
 from tests.integration.test_resume import Killed, killed_at
 from tiny import CPU, MODELS, gradient_of, sampled_rows, stage_of, tiny_folder
 
@@ -42,10 +42,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def adapted(where: Path, quantize: str | None = "nf4", **settings: Any) -> Policy:
-    asked = Lora.model_validate({"r": 4, "alpha": 8, "quantize": quantize, **settings})
+    config = Lora.model_validate({"r": 4, "alpha": 8, "quantize": quantize, **settings})
     return load_policy(
         ModelFolder.open(str(where), FIELD),
-        LoadOptions(MODELS, CPU, frozen=False, adapter=lora.AdapterSpec(asked, (0, "test"))),
+        LoadOptions(MODELS, CPU, frozen=False, adapter=lora.AdapterSpec(config, (0, "test"))),
     )
 
 
@@ -63,7 +63,7 @@ def plain(where: Path) -> Policy:
     return load_policy(ModelFolder.open(str(where), FIELD), LoadOptions(MODELS, CPU, frozen=True))
 
 
-def test_what_trains_is_the_adapter_that_would_train_on_the_rounded_weights(folder: Path, tmp_path: Path) -> None:
+def test_qlora_equals_lora_on_the_dequantized_weights(folder: Path, tmp_path: Path) -> None:
     """Four bits change the weights and nothing else: a base that holds the rounded ones gives the same log-probs and gradients."""
     policy = adapted(folder)
     save_policy(policy, tmp_path / "rounded", torch.float32)  # a fresh adapter adds nothing
@@ -78,7 +78,7 @@ def test_what_trains_is_the_adapter_that_would_train_on_the_rounded_weights(fold
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
 
 
-def test_a_token_is_drawn_with_the_trainers_log_prob(folder: Path) -> None:
+def test_qlora_sampler_logp_equals_the_trainers(folder: Path) -> None:
     policy = moved(adapted(folder))
     found = sampled_rows(policy, draw=1)
     drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in found])
@@ -86,20 +86,18 @@ def test_a_token_is_drawn_with_the_trainers_log_prob(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
-def test_a_merged_student_is_a_plain_folder_of_whole_weights(folder: Path, tmp_path: Path, targets: Any) -> None:
+def test_merged_qlora_student_is_saved_as_full_precision_weights(folder: Path, tmp_path: Path, targets: Any) -> None:
     """Also where matrices without an adapter are in four bits."""
     policy = moved(adapted(folder, targets=targets))
     save_policy(policy, tmp_path / "out", torch.float32)
     ours, theirs = (load_file(where / "model.safetensors") for where in (tmp_path / "out", folder))
     assert {name: one.shape for name, one in ours.items()} == {name: one.shape for name, one in theirs.items()}
-    assert "quantization_config" not in held(tmp_path / "out" / "config.json")
+    assert "quantization_config" not in load_json(tmp_path / "out" / "config.json")
     found = sampled_rows(policy, draw=2)
     torch.testing.assert_close(scores(plain(tmp_path / "out"), found), scores(policy, found), rtol=0, atol=1e-4)
 
 
-def test_an_adapter_that_is_left_behind_is_gone_on_with_in_four_bits_and_not_folded_into_them(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_saved_adapter_continues_on_four_bit_weights_and_refuses_to_merge(folder: Path, tmp_path: Path) -> None:
     policy = moved(adapted(folder, output="adapter"))
     save_policy(policy, tmp_path / "out", torch.float32)
     found = sampled_rows(policy, draw=3)
@@ -111,9 +109,7 @@ def test_an_adapter_that_is_left_behind_is_gone_on_with_in_four_bits_and_not_fol
         adapted(tmp_path / "out", output="merged")
 
 
-def test_gradients_are_there_on_cpus_where_weights_would_be_laid_out_anew(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_qlora_has_gradients_on_cpus_with_avx512_bf16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     policy = adapted(folder)
     found = sampled_rows(policy)  # without gradients, after which bitsandbytes would have none to give
@@ -128,11 +124,11 @@ CHANGES = (
 
 
 @pytest.mark.timeout(400)
-def test_the_whole_recipe_runs_in_four_bits_and_goes_on_to_the_same_bits_after_a_kill(tmp_path: Path) -> None:
+def test_qlora_recipe_resumes_bit_for_bit_after_a_kill(tmp_path: Path) -> None:
     synced: list[Any] = []
     with mock.patch("os.fsync", synced.append):
-        said = tiny("run", tmp_path / "whole", changes=CHANGES)
-    assert said.code == 0, said.err
+        result = tiny("run", tmp_path / "whole", changes=CHANGES)
+    assert result.code == 0, result.err
     with mock.patch("os.fsync", killed_at(int(0.6 * len(synced)), lambda descriptor: None)), pytest.raises(Killed):
         tiny("run", tmp_path / "out", changes=CHANGES)
     assert tiny("run", tmp_path / "out", changes=CHANGES).code == 0

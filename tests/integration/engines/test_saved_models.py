@@ -39,13 +39,13 @@ def vllm_logp(where: Path, rollouts: list[Rollout]) -> torch.Tensor:
     """What vLLM says of the completions."""
     from vllm import SamplingParams
 
-    asked = [{"prompt_token_ids": list(one.prompt_ids + one.completion_ids)} for one in rollouts]
-    found = engine(str(where)).generate(asked, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    requests = [{"prompt_token_ids": list(one.prompt_ids + one.completion_ids)} for one in rollouts]
+    found = engine(str(where)).generate(requests, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     return torch.tensor(
         [
             known[token].logprob
-            for one, said in zip(rollouts, found, strict=True)
-            for token, known in list(zip(said.prompt_token_ids, said.prompt_logprobs, strict=True))[
+            for one, result in zip(rollouts, found, strict=True)
+            for token, known in list(zip(result.prompt_token_ids, result.prompt_logprobs, strict=True))[
                 len(one.prompt_ids) :
             ]
         ]
@@ -70,7 +70,7 @@ def need(trains: str) -> None:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("trains", ["whole", "merged"])
-def test_a_trained_student_says_the_same_here_in_transformers_and_in_vllm(family: str, trains: str) -> None:
+def test_trained_student_has_equal_log_probs_in_transformers_and_vllm(family: str, trains: str) -> None:
     need(trains)
     folder = student(family, trains)
     policy = loaded(folder)
@@ -89,7 +89,7 @@ def test_a_trained_student_says_the_same_here_in_transformers_and_in_vllm(family
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_that_a_run_left_behind_says_the_same_in_transformers_and_on_its_base_in_vllm(family: str) -> None:
+def test_saved_adapter_has_equal_log_probs_in_transformers_and_vllm(family: str) -> None:
     """Of tokens that vLLM draws: what it says of prompts it cannot say with an adapter on a CPU (0.32.0: a mismatch of shapes)."""
     need("adapter")
     from vllm import SamplingParams
@@ -104,12 +104,12 @@ def test_an_adapter_that_a_run_left_behind_says_the_same_in_transformers_and_on_
         lora_request=LoRARequest("student", 1, str(folder)),
     )
     rollouts = [rollout_of(tuple(one.prompt_token_ids), tuple(one.outputs[0].token_ids)) for one in found]
-    said = [
+    result = [
         at[token].logprob
         for one in found
         for token, at in zip(one.outputs[0].token_ids, one.outputs[0].logprobs, strict=True)
     ]
     ours, theirs = logp(policy, rollouts), transformers_logp(folder, rollouts)
-    engines, moved = apart(ours, torch.tensor(said)), apart(ours, logp(base, rollouts))
+    engines, moved = apart(ours, torch.tensor(result)), apart(ours, logp(base, rollouts))
     print(f"{family}, adapter: transformers {apart(ours, theirs):.1e}, vLLM {engines:.1e}, base {moved:.1e}")
     assert apart(ours, theirs) < NEAR and engines < NEAR < 20 * NEAR < moved

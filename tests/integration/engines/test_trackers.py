@@ -25,9 +25,9 @@ def needs(tracker: str) -> pytest.MarkDecorator:
 
 def told(out: Path, tracker: str, *words: str) -> None:
     """A run or study as a process of its own, as trackers expect it."""
-    said = spawn(*words, "--out", out, "--track", tracker, "--json", *sets(*CHANGES), timeout=240)
-    assert said.returncode == 0, said.stderr
-    assert json.loads(said.stdout)  # a tracker's own words are not among the program's answers
+    result = spawn(*words, "--out", out, "--track", tracker, "--json", *sets(*CHANGES), timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)  # a tracker's own words are not among the program's answers
 
 
 def metrics(out: Path, arm: str, stage: str) -> tuple[str, list[dict[str, Any]]]:
@@ -37,7 +37,7 @@ def metrics(out: Path, arm: str, stage: str) -> tuple[str, list[dict[str, Any]]]
 
 
 @needs("wandb")
-def test_weights_and_biases_keeps_a_run_offline_as_it_was_written_down(
+def test_wandb_offline_run_has_the_metrics_of_the_run_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -70,9 +70,7 @@ def steps_of(path: Path) -> list[dict[str, float]]:
 
 
 @needs("trackio")
-def test_trackio_shows_every_step_in_one_run_also_of_what_is_added_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trackio_keeps_one_run_with_every_step_across_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     told(tmp_path / "run", "trackio", "run", "pocket", "--arm", "direct_grpo")
     told(tmp_path / "run", "trackio", "study", "pocket", "--arms", "direct_grpo,opd_only")
@@ -87,6 +85,6 @@ def test_trackio_shows_every_step_in_one_run_also_of_what_is_added_later(
 def asked_of_trackio(*words: str) -> Any:
     """What its own program says of what it keeps."""
     command = [sys.executable, "-m", "trackio.cli", *words, "--json"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert said.returncode == 0, said.stdout + said.stderr
-    return json.loads(said.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(result.stdout)

@@ -31,7 +31,7 @@ class Recorded:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_devices_of_an_engine_and_how_weights_reach_them_follow_the_recipe(
+def test_engine_devices_and_weight_transfer_follow_the_recipe(
     size: int, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: True)
@@ -47,7 +47,7 @@ def test_devices_of_an_engine_and_how_weights_reach_them_follow_the_recipe(
     assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
 
 
-def test_more_devices_than_there_are_and_none_at_all_are_refused_by_field() -> None:
+def test_engine_refuses_more_devices_than_exist_and_none() -> None:
     with pytest.raises(UserError, match=r"^compute\.vllm\.tensor_parallel_size: 99 devices are requested, and "):
         check_device_count(99, torch.device("cuda"))
     check_device_count(99, torch.device("cpu"))

@@ -27,7 +27,7 @@ from headwater.sampling.base import Request, requests_for
 from headwater.sampling.vllm_sampler import EnginePool
 from headwater.teachers.scoring import logp_of
 from headwater.types import Rollout
-from runs import held, node, rows, temporary, tiny
+from runs import load_json, node, rows, temporary, tiny
 from tiny import CPU, copied, tiny_folder
 
 HERE, ADAPTERS = (importlib.util.find_spec(name) is not None for name in ("vllm", "peft"))
@@ -60,7 +60,7 @@ def policy() -> Policy:
     return load_policy(ModelFolder.open(str(folder()), "models.student"), LoadOptions(models, CPU, frozen=False))
 
 
-def asked(samples: int = 8, *draw: str | int) -> list[Request]:
+def sample_requests(samples: int = 8, *draw: str | int) -> list[Request]:
     return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(PROMPTS)], samples, 0, "test", *draw)
 
 
@@ -71,27 +71,27 @@ def gap(policy: Policy, rollouts: Sequence[Rollout]) -> float:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_a_drawn_tokens_log_prob_is_the_trainers_own(pool: EnginePool, policy: Policy, temperature: float) -> None:
-    found = pool.sampler(policy).sample(asked(), Sampling(max_tokens=24, temperature=temperature))
+def test_vllm_sampler_logp_equals_the_trainers(pool: EnginePool, policy: Policy, temperature: float) -> None:
+    found = pool.sampler(policy).sample(sample_requests(), Sampling(max_tokens=24, temperature=temperature))
     assert gap(policy, found) < 1e-4  # the promise is 0.01
     assert {one.temperature for one in found} == {temperature}
 
 
-def test_weights_are_handed_over_as_they_are_at_each_call_without_a_file(pool: EnginePool, policy: Policy) -> None:
+def test_vllm_receives_updated_weights_before_each_call_without_files(pool: EnginePool, policy: Policy) -> None:
     sampler = pool.sampler(policy)
-    before = sampler.sample(asked(), Sampling(max_tokens=24))
+    before = sampler.sample(sample_requests(), Sampling(max_tokens=24))
     with torch.no_grad():
         for one in policy.model.parameters():
             one.add_(0.1 * torch.randn_like(one))
-    after = sampler.sample(asked(), Sampling(max_tokens=24))
+    after = sampler.sample(sample_requests(), Sampling(max_tokens=24))
     assert gap(policy, after) < 1e-4 < 0.05 < gap(policy, before)
     assert [one.prompt_ids for one in after] == [one.prompt_ids for one in before]
 
 
 def adapted(quantize: str | None = None) -> Policy:
     """With an adapter that says something else than its base."""
-    asked = Lora.model_validate({"r": 4, "alpha": 8, "quantize": quantize})
-    wanted = lora.AdapterSpec(asked, (0, "test"))
+    config = Lora.model_validate({"r": 4, "alpha": 8, "quantize": quantize})
+    wanted = lora.AdapterSpec(config, (0, "test"))
     policy = load_policy(
         ModelFolder.open(str(folder()), "models.student"),
         LoadOptions(Models(student="unused", teacher="unused"), CPU, frozen=False, adapter=wanted),
@@ -105,50 +105,50 @@ def adapted(quantize: str | None = None) -> Policy:
 
 @pytest.mark.skipif(not ADAPTERS, reason="peft is not installed here: `make test-engines` brings it")
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_an_adapter_is_handed_over_as_it_is_at_each_call(pool: EnginePool, quantize: str | None) -> None:
+def test_vllm_receives_the_merged_adapter_before_each_call(pool: EnginePool, quantize: str | None) -> None:
     if quantize and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed here: `make test-engines` brings it")
     policy = adapted(quantize)
     assert policy.adapter is not None
     sampler = pool.sampler(policy)
-    before = sampler.sample(asked(), Sampling(max_tokens=24))
+    before = sampler.sample(sample_requests(), Sampling(max_tokens=24))
     with policy.adapter.disabled():
         assert gap(policy, before) > 0.05
     assert gap(policy, before) < 1e-4
     with torch.no_grad():
         for layer in policy.adapter.layers.values():
             layer.lora_B["default"].weight.mul_(-1.0)
-    after = sampler.sample(asked(), Sampling(max_tokens=24))
+    after = sampler.sample(sample_requests(), Sampling(max_tokens=24))
     assert gap(policy, after) < 1e-4 < 0.05 < gap(policy, before)
 
 
-def test_models_of_one_shape_take_turns_in_one_engine(pool: EnginePool, policy: Policy) -> None:
+def test_policies_of_one_shape_share_an_engine(pool: EnginePool, policy: Policy) -> None:
     other = copied(policy)
     with torch.no_grad():
         for one in other.model.parameters():
             one.mul_(0.8)
     other.model.requires_grad_(False)
-    pool.sampler(policy).sample(asked(), Sampling(max_tokens=16))
+    pool.sampler(policy).sample(sample_requests(), Sampling(max_tokens=16))
     known = list(pool.engines)  # other tests' models, a four-bit one among them, have brought theirs
     for _ in range(2):
         for who in (policy, other, other):
-            assert gap(who, pool.sampler(who).sample(asked(), Sampling(max_tokens=16))) < 1e-4
+            assert gap(who, pool.sampler(who).sample(sample_requests(), Sampling(max_tokens=16))) < 1e-4
     assert list(pool.engines) == known
 
 
-def test_a_requests_seed_decides_its_tokens_whatever_stands_beside_it(pool: EnginePool, policy: Policy) -> None:
-    sampler, requests = pool.sampler(policy), asked()
-    found = sampler.sample(requests, Sampling(max_tokens=24))
-    again = sampler.sample(requests[::-1], Sampling(max_tokens=24))[::-1]
-    alone = sampler.sample(requests[5:6], Sampling(max_tokens=24))
+def test_vllm_request_seed_decides_its_tokens_in_any_batch(pool: EnginePool, policy: Policy) -> None:
+    sampler, batch = pool.sampler(policy), sample_requests()
+    found = sampler.sample(batch, Sampling(max_tokens=24))
+    again = sampler.sample(batch[::-1], Sampling(max_tokens=24))[::-1]
+    alone = sampler.sample(batch[5:6], Sampling(max_tokens=24))
     assert [one.completion_ids for one in found] == [one.completion_ids for one in again]
     assert found[5].completion_ids == alone[0].completion_ids
     assert len({one.completion_ids for one in found[:8]}) > 4  # eight samples of one prompt
-    other = sampler.sample(asked(8, "other"), Sampling(max_tokens=24))
+    other = sampler.sample(sample_requests(8, "other"), Sampling(max_tokens=24))
     assert [one.completion_ids for one in found] != [one.completion_ids for one in other]
 
 
-def test_first_tokens_are_drawn_as_often_as_the_model_says(pool: EnginePool, policy: Policy) -> None:
+def test_vllm_first_token_frequencies_match_probabilities(pool: EnginePool, policy: Policy) -> None:
     count, prompt = 2000, PROMPTS[1]
     requests = requests_for([("p", prompt)], count, 0, "frequencies")
     found = pool.sampler(policy).sample(requests, Sampling(max_tokens=1))
@@ -160,9 +160,9 @@ def test_first_tokens_are_drawn_as_often_as_the_model_says(pool: EnginePool, pol
     assert chisquare([*seen, count - sum(seen)], [*wanted, count - sum(wanted)]).pvalue > 1e-3
 
 
-def test_completions_end_with_a_stop_id_or_at_the_limit(pool: EnginePool, policy: Policy) -> None:
+def test_vllm_completions_end_with_a_stop_id_or_at_max_tokens(pool: EnginePool, policy: Policy) -> None:
     arrived: list[Rollout] = []
-    found = pool.sampler(policy).sample(asked(16), Sampling(max_tokens=24), arrived.extend)
+    found = pool.sampler(policy).sample(sample_requests(16), Sampling(max_tokens=24), arrived.extend)
     stops = set(policy.stop_ids)
     for one in found:
         *inner, last = one.completion_ids
@@ -175,28 +175,28 @@ def test_completions_end_with_a_stop_id_or_at_the_limit(pool: EnginePool, policy
     )
 
 
-def test_a_batch_stopped_on_its_way_leaves_nothing_behind(pool: EnginePool, policy: Policy) -> None:
+def test_interrupted_batch_leaves_no_requests_in_the_engine(pool: EnginePool, policy: Policy) -> None:
     def stop(finished: Sequence[Rollout]) -> None:
         raise KeyboardInterrupt
 
     sampler = pool.sampler(policy)
     with pytest.raises(KeyboardInterrupt):
-        sampler.sample(asked(16), Sampling(max_tokens=24), stop)
-    assert len(sampler.sample(asked(1), Sampling(max_tokens=24))) == len(PROMPTS)
+        sampler.sample(sample_requests(16), Sampling(max_tokens=24), stop)
+    assert len(sampler.sample(sample_requests(1), Sampling(max_tokens=24))) == len(PROMPTS)
 
 
-def test_starting_an_engine_leaves_the_process_as_it_was() -> None:
+def test_engine_start_keeps_random_state_and_thread_settings() -> None:
     torch.manual_seed(7)
     threads, drawn = torch.set_num_threads, torch.rand(3)
     torch.manual_seed(7)
     models = Models(student=str(folder()), teacher="unused")
-    held = load_policy(ModelFolder.open(str(folder()), "models.student"), LoadOptions(models, CPU, frozen=True))
-    EnginePool(SETTINGS, max_tokens=64).engine(held)
+    policy = load_policy(ModelFolder.open(str(folder()), "models.student"), LoadOptions(models, CPU, frozen=True))
+    EnginePool(SETTINGS, max_tokens=64).engine(policy)
     assert torch.set_num_threads is threads
     assert torch.equal(torch.rand(3), drawn)
 
 
-def test_a_saved_student_loads_in_vllm_as_it_is(pool: EnginePool, policy: Policy, tmp_path: Path) -> None:
+def test_saved_student_loads_in_vllm(pool: EnginePool, policy: Policy, tmp_path: Path) -> None:
     with torch.no_grad():
         for one in policy.model.parameters():
             one.mul_(1.1)
@@ -209,14 +209,14 @@ def test_a_saved_student_loads_in_vllm_as_it_is(pool: EnginePool, policy: Policy
     fresh.engine(
         saved
     ).loaded_policy = saved  # as if already loaded: the engine keeps the weights that it read from the files
-    assert gap(policy, fresh.sampler(saved).sample(asked(), Sampling(max_tokens=16))) < 1e-4
+    assert gap(policy, fresh.sampler(saved).sample(sample_requests(), Sampling(max_tokens=16))) < 1e-4
 
 
-def test_a_shape_that_vllm_does_not_take_is_refused_in_a_sentence() -> None:
+def test_engine_refuses_an_unsupported_model_shape() -> None:
     models = Models(student="pocket:qwen3-student", teacher="unused")  # heads of 16
-    held = load_policy(ModelFolder.open(models.student, "models.student"), LoadOptions(models, CPU, frozen=True))
+    policy = load_policy(ModelFolder.open(models.student, "models.student"), LoadOptions(models, CPU, frozen=True))
     with pytest.raises(UserError, match=r"compute\.sampler: vllm cannot .*qwen3-student"):
-        EnginePool(SETTINGS, max_tokens=64).sampler(held).sample(asked(), Sampling(max_tokens=4))
+        EnginePool(SETTINGS, max_tokens=64).sampler(policy).sample(sample_requests(), Sampling(max_tokens=4))
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------
@@ -251,8 +251,8 @@ def trained(sampler: str, seed: int) -> Path:
     """The folder of a GRPO stage from the pocket teacher's weights."""
     out = temporary() / f"{sampler}-{seed}"
     changes = (*GRPO, *(BESIDE if sampler == "vllm" else ()))
-    said = tiny("run", out, "--arm", "direct_grpo", "--seed", str(seed), changes=changes)
-    assert said.code == 0, said.err
+    result = tiny("run", out, "--arm", "direct_grpo", "--seed", str(seed), changes=changes)
+    assert result.code == 0, result.err
     return node(out, "direct_grpo", "student_rl", seed)
 
 
@@ -263,7 +263,7 @@ def rewards(sampler: str, seed: int) -> list[float]:
 
 
 @pytest.mark.timeout(1500)
-def test_rewards_of_a_pocket_grpo_run_rise_as_they_do_on_the_embedded_sampler() -> None:
+def test_grpo_rewards_with_vllm_rise_as_with_the_embedded_sampler() -> None:
     """Other draws are another run, so the embedded sampler's own seeds say how far apart such runs are."""
     ours, theirs = [rewards("torch", seed) for seed in (0, 1, 2)], rewards("vllm", 0)
     print("rewards", ours, theirs)
@@ -285,9 +285,9 @@ ADAPTED = (
 @pytest.mark.skipif(not ADAPTERS, reason="peft is not installed here: `make test-engines` brings it")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("output", ["merged", "adapter"])
-def test_the_whole_recipe_trains_adapters_with_vllm_as_sampler(tmp_path: Path, output: str) -> None:
-    said = tiny("run", tmp_path / "out", changes=(*ADAPTED, f"models.lora.output={output}"))
-    assert said.code == 0, said.err
+def test_lora_recipe_runs_with_the_vllm_sampler(tmp_path: Path, output: str) -> None:
+    result = tiny("run", tmp_path / "out", changes=(*ADAPTED, f"models.lora.output={output}"))
+    assert result.code == 0, result.err
     for stage in ("teacher_rl", "opd", "student_rl"):
         metrics = rows(node(tmp_path / "out", "bridge_rl", stage) / "metrics.jsonl")
         assert max(row["sampler_gap"] for row in metrics) < 1e-4, stage
@@ -302,14 +302,14 @@ NOISE = 0.06
 def distilled(sampler: str, out: Path) -> dict[str, Any]:
     """The report of distilling a student from one and the same trained teacher."""
     changes = (*OPD, f"models.teacher={trained('torch', 0) / 'model'}", *(BESIDE if sampler == "vllm" else ()))
-    said = tiny("run", out, "--arm", "raw_teacher", changes=changes)
-    assert said.code == 0, said.err
-    found: dict[str, Any] = held(out / "report.json")
+    result = tiny("run", out, "--arm", "raw_teacher", changes=changes)
+    assert result.code == 0, result.err
+    found: dict[str, Any] = load_json(out / "report.json")
     return found
 
 
 @pytest.mark.timeout(1500)
-def test_distillation_on_vllm_gives_the_same_report_within_its_interval(tmp_path: Path) -> None:
+def test_distillation_with_vllm_gives_the_same_report_within_intervals(tmp_path: Path) -> None:
     theirs, ours = distilled("vllm", tmp_path / "vllm"), distilled("torch", tmp_path / "torch")
     assert theirs.keys() == ours.keys() and theirs["arms"].keys() == ours["arms"].keys()
     for name, arm in theirs["arms"].items():

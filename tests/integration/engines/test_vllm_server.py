@@ -53,7 +53,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    port, said = free_port(), temporary() / "serve.log"
+    port, log_path = free_port(), temporary() / "serve.log"
     command = (
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", FOLDER, "--served-model-name", "teacher",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256",
@@ -65,12 +65,12 @@ def url() -> Iterator[str]:
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    with said.open("wb") as log:
+    with log_path.open("wb") as log:
         process = subprocess.Popen(command, env=os.environ | quiet, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + START_SECONDS
         while True:
-            assert process.poll() is None and time.monotonic() < deadline, said.read_text(errors="replace")[-3000:]
+            assert process.poll() is None and time.monotonic() < deadline, log_path.read_text(errors="replace")[-3000:]
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
@@ -95,7 +95,7 @@ def served(url: str, here: Policy, top_k: int) -> ServedTeacher:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("k", [1, 8, MOST])
-def test_vllms_scores_are_the_teachers_own(url: str, here: Policy, k: int) -> None:
+def test_served_vllm_scores_equal_the_teachers(url: str, here: Policy, k: int) -> None:
     requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 8, 0, "scores")
     rollouts = TorchSampler(here).sample(requests, Sampling(max_tokens=32))
     exact = [one.materialize() for one in distributions_of(here, rollouts, 4096)]
@@ -107,7 +107,7 @@ def test_vllms_scores_are_the_teachers_own(url: str, here: Policy, k: int) -> No
 
 
 @pytest.mark.timeout(400)
-def test_the_sampled_tokens_alone_have_the_teachers_log_probs(url: str, here: Policy) -> None:
+def test_served_vllm_top_k_zero_scores_the_sampled_tokens(url: str, here: Policy) -> None:
     rollouts = TorchSampler(here).sample(requests_for([("a", PROMPTS[0])], 8, 0, "alone"), Sampling(max_tokens=32))
     for one, rollout, logp in zip(
         served(url, here, 0).distributions(rollouts, 4096), rollouts, logp_of(here, rollouts, 4096), strict=True
@@ -117,7 +117,7 @@ def test_the_sampled_tokens_alone_have_the_teachers_log_probs(url: str, here: Po
 
 
 @pytest.mark.timeout(400)
-def test_its_tokenizer_and_chat_template_give_the_ids_that_ours_give(url: str, here: Policy) -> None:
+def test_served_vllm_tokenizer_and_chat_template_give_our_ids(url: str, here: Policy) -> None:
     theirs = ServedTokenizer(connect(url, "models.teacher", Server()))
     refuse_different_tokens(here.tokenizer, theirs, ("models.student", "models.teacher"))
     turns = [{"role": "user", "content": "17+45"}]
@@ -126,7 +126,7 @@ def test_its_tokenizer_and_chat_template_give_the_ids_that_ours_give(url: str, h
 
 
 @pytest.mark.timeout(400)
-def test_its_samples_carry_the_teachers_log_probs_and_follow_their_seeds(url: str, here: Policy) -> None:
+def test_served_vllm_samples_have_the_teachers_log_probs_and_follow_seeds(url: str, here: Policy) -> None:
     requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 4, 0, "samples")
     teacher = served(url, here, 4)
     found, again = (teacher.sample(requests, Sampling(max_tokens=32)) for _ in range(2))
@@ -137,24 +137,24 @@ def test_its_samples_carry_the_teachers_log_probs_and_follow_their_seeds(url: st
 
 
 @pytest.mark.timeout(400)
-def test_more_log_probs_than_the_server_allows_are_refused_with_its_own_words(url: str, here: Policy) -> None:
+def test_served_vllm_refuses_a_top_k_above_its_limit_with_its_message(url: str, here: Policy) -> None:
     rollouts = TorchSampler(here).sample(requests_for([("a", PROMPTS[0])], 1, 0, "many"), Sampling(max_tokens=4))
     with pytest.raises(UserError, match=r"models\.teacher: http.* refuses .*max allowed: 20"):
         served(url, here, MOST + 1).distributions(rollouts, 4096)
 
 
 @pytest.mark.timeout(400)
-def test_a_bridge_from_a_served_teacher_runs_with_its_preflight(url: str, here: Policy, tmp_path: Path) -> None:
+def test_recipe_with_a_served_vllm_teacher_runs_with_preflight(url: str, here: Policy, tmp_path: Path) -> None:
     changes = (
         "stages.warmup.dense.top_k=16",
         "stages.opd.dense.top_k=16",
         "stages.opd.steps=4",
         "conditions.problems=4",
     )
-    said = tiny(
+    result = tiny(
         "run", tmp_path / "out", "--arm", "raw_teacher", changes=(*changes, f"models.teacher={url}"), whole=True
     )
-    assert said.code == 0, said.err
+    assert result.code == 0, result.err
     # What the warm-up learns from are the server's samples, and beside each token the teacher's own log-probs, stored as halves.
     cached = read_cache(node(tmp_path / "out", "raw_teacher", "teacher_rollouts") / "cache")
     exact = distributions_of(here, [row.rollout for row in cached], 4096)

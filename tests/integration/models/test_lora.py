@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from headwater.models import adapter_files
-from runs import assert_same, call, held, infos, node, rows, sets, tiny
+from runs import assert_same, call, infos, load_json, node, rows, sets, tiny
 from tests.integration.test_resume import Killed, killed_at
 from tiny import same_bits
 
@@ -28,11 +28,11 @@ ADAPTED = (
 
 
 @pytest.mark.parametrize(("output", "arm"), [("merged", "direct_grpo"), ("adapter", "bridge_rl")])
-def test_a_killed_run_with_adapters_goes_on_to_the_same_bits(tmp_path: Path, output: str, arm: str) -> None:
+def test_lora_run_resumes_bit_for_bit_after_a_kill(tmp_path: Path, output: str, arm: str) -> None:
     changes, synced = (*ADAPTED, f"models.lora.output={output}"), []
     with mock.patch("os.fsync", synced.append):
-        said = tiny("run", tmp_path / "whole", "--arm", arm, changes=changes)
-    assert said.code == 0, said.err
+        result = tiny("run", tmp_path / "whole", "--arm", arm, changes=changes)
+    assert result.code == 0, result.err
     with mock.patch("os.fsync", killed_at(int(0.6 * len(synced)), lambda descriptor: None)), pytest.raises(Killed):
         tiny("run", tmp_path / "out", "--arm", arm, changes=changes)
     assert tiny("run", tmp_path / "out", "--arm", arm, changes=changes).code == 0
@@ -49,7 +49,7 @@ def test_a_killed_run_with_adapters_goes_on_to_the_same_bits(tmp_path: Path, out
             )
             ours, theirs = map(load_file, both)
             assert same_bits(ours, theirs) and len(ours) > 20
-    stood_on = held(node(tmp_path / "out", arm, "student_rl") / "model" / "adapter_config.json")
+    stood_on = load_json(node(tmp_path / "out", arm, "student_rl") / "model" / "adapter_config.json")
     assert stood_on["base_model_name_or_path"].endswith("pocket/qwen3-student")
     evaluated = call("eval", node(tmp_path / "out", arm, "opd") / "model", "--data", data(tmp_path), "--json")
     assert evaluated.code == 0 and json.loads(evaluated.out)["problems"] == 4
@@ -61,11 +61,11 @@ def data(folder: Path) -> Path:
     return path
 
 
-def test_adapters_are_part_of_a_nodes_name_and_leave_the_other_roles_nodes_alone(tmp_path: Path) -> None:
+def test_lora_settings_change_only_the_nodes_of_their_role(tmp_path: Path) -> None:
     names = []
     for changes in ((), ("models.lora.roles=[student]",), ("models.lora.r=8",)):
-        said = call("run", "pocket", "--dry-run", "--json", *sets(*changes))
-        names.append({row["node"] for row in json.loads(said.out)})
+        result = call("run", "pocket", "--dry-run", "--json", *sets(*changes))
+        names.append({row["node"] for row in json.loads(result.out)})
     full, students, both = ({name for name in one if name.startswith("teacher_rl")} for one in names)
     assert full == students != both
     assert not {name for name in names[0] & names[1] if name.startswith(("warmup", "opd", "student_rl"))}

@@ -17,7 +17,7 @@ from runs import node, rows, tiny
 from simulated_oom import OUT, Room
 
 
-def test_a_run_that_ran_out_of_memory_notes_what_fitted_and_keeps_to_it_when_resumed(
+def test_run_out_of_memory_records_its_reduced_batch_and_keeps_it_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = ["stages.student_rl.steps=3", "stages.student_rl.checkpoint_every=1", "compute.microbatch_tokens=2000"]
@@ -37,9 +37,7 @@ def test_a_run_that_ran_out_of_memory_notes_what_fitted_and_keeps_to_it_when_res
     assert max(room.sizes[before:]) <= noted[0]
 
 
-def test_scoring_that_runs_out_of_memory_in_a_run_is_done_in_smaller_passes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scoring_out_of_memory_retries_with_smaller_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher's cache, its live scores, the reference and the conditions: every pass without a gradient."""
     changes = ["stages.student_rl.sparse.kl_coef=0.1"]
     assert tiny("run", tmp_path / "whole", changes=changes).code == 0
@@ -84,19 +82,19 @@ print(int(found["microbatch_tokens"]), int(found["tokens_trained"]))
 """
 
 
-def test_memory_that_really_runs_out_on_the_cpu_is_survived() -> None:
+def test_cpu_out_of_memory_is_retried_with_smaller_microbatches() -> None:
     """256 rows of 123 tokens want gigabytes for their activations at once; the process may take 600 MiB more."""
     path = [str(Path(training.__file__).parents[1]), str(Path(__file__).parents[2] / "support")]
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", REAL.format(path=path)], capture_output=True, text=True, timeout=250, check=False
     )
-    assert said.returncode == 0, said.stderr[-2000:]
-    fitted, trained = map(int, said.stdout.split())
+    assert result.returncode == 0, result.stderr[-2000:]
+    fitted, trained = map(int, result.stdout.split())
     assert trained == 256 * 120
     assert 123 <= fitted <= 256 * 123 // 2
 
 
-def test_freed_memory_is_used_again_without_new_pages() -> None:
+def test_freed_memory_is_reused_without_new_pages() -> None:
     """In a process of its own: it is for the whole process. 64 MiB are 16,384 pages, which come anew each time without it."""
     program = """
 import resource, sys, torch
@@ -112,8 +110,8 @@ print(faults() - before)
 """
     found = {}
     for how in ("kept", "left"):
-        said = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, timeout=120)
-        if said.returncode == 77:
+        result = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, timeout=120)
+        if result.returncode == 77:
             pytest.skip("NOT tested: this C library is not glibc")
-        found[how] = int(said.stdout)
+        found[how] = int(result.stdout)
     assert 4 * found["kept"] < found["left"]

@@ -31,11 +31,11 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", "weights.pt", "old.PTH", "optimizer.ckpt", "x.pkl", "training_args.bin"]
 )
-def test_a_pickle_beside_good_weights_is_refused_by_name_and_not_read(name: str, folder: Path, tmp_path: Path) -> None:
+def test_pickle_next_to_safetensors_is_refused_and_not_read(name: str, folder: Path, tmp_path: Path) -> None:
     torch.save({"weight": Evil(tmp_path / "touched")}, folder / name)
-    said = tiny("run", tmp_path / "out", changes=(f"models.student={folder}",))
-    assert said.code == 2 and said.err.count("\n") == 1
-    assert all(one in said.err for one in ("models.student", str(folder), name, "a pickle", "*.safetensors"))
+    result = tiny("run", tmp_path / "out", changes=(f"models.student={folder}",))
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert all(one in result.err for one in ("models.student", str(folder), name, "a pickle", "*.safetensors"))
     assert not (tmp_path / "touched").exists() and not (tmp_path / "out").exists()
 
 
@@ -60,5 +60,5 @@ def test_the_doctor_bounds_a_hostile_chat_template_too(
 ) -> None:
     monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1.0)
     (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
-    said = call("doctor", "pocket", "--out", tmp_path / "out", *sets(f"models.student={folder}"))
-    assert said.code in (2, 3) and "chat template" in said.out + said.err and "Traceback" not in said.err
+    result = call("doctor", "pocket", "--out", tmp_path / "out", *sets(f"models.student={folder}"))
+    assert result.code in (2, 3) and "chat template" in result.out + result.err and "Traceback" not in result.err

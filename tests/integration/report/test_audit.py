@@ -20,7 +20,7 @@ from headwater.report import html, label_use
 from headwater.report.audit import CHECKS, audit_run
 from headwater.report.build import summarize
 from headwater.report.study import read_study
-from runs import all_arms, call, held, infos, node, rows, sets
+from runs import all_arms, call, infos, load_json, node, rows, sets
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def labels_over_the_budget(out: Path) -> None:
 
 
 def a_smaller_budget_in_the_recipe(out: Path) -> None:
-    recipe = held(out / "recipe.json")
+    recipe = load_json(out / "recipe.json")
     recipe["labels"]["budget"] = 12
     (out / "recipe.json").write_text(json.dumps(recipe))
 
@@ -155,12 +155,12 @@ def another_joined_ledger(out: Path) -> None:
 
 def another_pool_than_the_recipes(out: Path) -> None:
     path = node(out, "replay", "student_rl") / "node.json"
-    path.write_text(json.dumps(held(path) | {"labels": {"pool": "second_half", "distinct_allowed": 8}}))
+    path.write_text(json.dumps(load_json(path) | {"labels": {"pool": "second_half", "distinct_allowed": 8}}))
 
 
 def settings_other_than_the_recipes(out: Path) -> None:
     path = node(out, "bridge", "opd") / "node.json"
-    info = held(path)
+    info = load_json(path)
     info["settings"]["objective"] = "grpo"
     path.write_text(json.dumps(info))
 
@@ -170,7 +170,7 @@ def a_node_of_no_arm(out: Path) -> None:
 
 
 def an_arm_with_a_node_too_few(out: Path) -> None:
-    plan = held(out / "plan.json")
+    plan = load_json(out / "plan.json")
     plan["arms"]["bridge"]["0"].pop()
     del plan["check"]  # otherwise its checksum would not match
     (out / "plan.json").write_text(json.dumps(plan))
@@ -238,7 +238,7 @@ def test_unfinished_run_is_audited_as_far_as_it_went(tmp_path: Path) -> None:
 def test_no_node_exceeds_its_pool_and_no_arm_the_budget() -> None:
     """Labels used by each node are within its pool, those of each arm within the budget."""
     out = all_arms()
-    budget = held(out / "recipe.json")["labels"]["budget"]
+    budget = load_json(out / "recipe.json")["labels"]["budget"]
     study = read_study([out])
     assert {"direct_grpo", "bridge_rl", "teacher_2h"} <= study.arms.keys()
     for by_seed in study.arms.values():

@@ -9,6 +9,7 @@ import html.parser
 import io
 import itertools
 import json
+import math
 import re
 import time
 from operator import itemgetter
@@ -21,9 +22,10 @@ import pytest
 from fake_runs import ARMS, BASE_S, MORE_ARMS, fake_run, printed
 from headwater.report import build as report
 from headwater.report import figures, html_stages, render, svg
+from headwater.report.figures import Interval
 from headwater.report.format import console, units
 from headwater.report.label_flow import Flow, evenly_spaced, label_flow
-from headwater.report.view import Axis, Column, Interval, RowHeader, Table
+from headwater.report.view import Axis, Column, RowHeader, Table
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_table_cells_span_the_rows_of_an_entry_and_draw_intervals() -> None:
         Column("", itemgetter(2), axis=axis),
         Column("time", itemgetter(3), spans=True),
     ]
-    interval = Interval(1.0, 0.5, 1.5, level=3.0, seeds=(0.9,))
+    interval = Interval(1.0, 0.5, 1.5, level=3.0, seeds=(0.9, 1.1))
     rows = [["a", "x", interval, "1 s"], ["a", "y", None, "1 s"]]
     text = _table(Table("t", columns, rows, rows_per_entry=2))
     assert text.count('<th scope="row" rowspan="2">a</th>') == 1 and text.count('<td rowspan="2">1 s</td>') == 1
@@ -152,7 +154,7 @@ def test_table_cells_span_the_rows_of_an_entry_and_draw_intervals() -> None:
         'class="level" style="left:100.0%"',
     ):
         assert part in text
-    assert _parsed(text).tags["i"] == 4
+    assert _parsed(text).tags["i"] == 5
 
 
 def test_a_measure_of_zero_is_shown_and_a_missing_one_is_a_dash(built: dict[str, Any]) -> None:
@@ -348,39 +350,45 @@ def test_bands_of_label_use_are_evenly_spaced_in_the_order_of_their_targets() ->
 
 def test_legend_of_arms_is_in_the_order_of_their_last_values() -> None:
     ends = {"middle": 30.5, "low": 20.0, "high": 40.0}
-    lines = {name: (((0.0, 1.0), (10.0, end)),) for name, end in ends.items()}
-    series = [figures.Series(name, style, line) for style, (name, line) in enumerate(lines.items())]
-    plot = figures.stage_paths("s", "Accuracy", series, ["before", "RL"])
+    series = [figures.Series(name, style, (0, 1), (0.1, end / 100)) for style, (name, end) in enumerate(ends.items())]
+    axis = figures.ValueAxis(ticks={0: "before", 1: "RL"})
+    plot = figures.line_plot("s", {"Accuracy": series}, axis, [])
+    assert plot.description.startswith("Accuracy: middle 10.0 at before, 30.5 at RL; low 10.0 at before, 20.0 at RL;")
     assert re.findall(r">(\w+ [\d.]+)</text>", plot.svg) == ["high 40.0", "middle 30.5", "low 20.0"]
 
 
 def test_curves_show_mean_and_range_over_seeds_at_common_steps() -> None:
-    lines = (((1, 2, 3), (0.0, 1.0, 2.0)), ((1, 2), (2.0, 3.0)))
-    plot = figures.curves("a", "reward", [figures.Series("bridge", 0, lines)])
+    def series(*seeds: list[float]) -> list[figures.Series]:
+        """The metric of each seed at the steps 1, 2, …"""
+        rows = [[{"step": step, "reward": value} for step, value in enumerate(seed, 1)] for seed in seeds]
+        return html_stages.mean_curves([("bridge", rows, "reward")])
+
+    plot = figures.curves("a", "reward", series([0.0, 1.0, 2.0], [2.0, 3.0]))
     # At the common steps 1 and 2 the means are 1 and 2, the minima 0 and 1, the maxima 2 and 3.
     assert plot.description == "reward over training steps, 2 seeds: bridge from 1 to 2"
     assert f'aria-label="{plot.description}"' in plot.element
     assert plot.csv.splitlines()[1:] == ["bridge,1,1.0,0.0,2.0", "bridge,2,2.0,1.0,3.0"]
-    apart = figures.curves("b", "x", [figures.Series("a", 0, (((1,), (0.0,)), ((2,), (0.0,))))])
+    apart = figures.curves("b", "x", series([0.0], [math.nan, 0.0]))
     assert "no step in common" in apart.description
 
 
 def test_arms_of_equal_cost_are_plot_next_to_each_other() -> None:
     assert figures.sideways_shifts([256, 256, 256, 512]) == [-5.0, 0.0, 5.0, 0.0]
-    points = [figures.Estimate(name, 0.5, 0.4, 0.6, cost=256.0) for name in ("a", "b", "c")]
-    axis = figures.CostAxis("labels", str)
-    plot = figures.accuracy_by_cost("c", "Accuracy on sums", points, [("base_student", 0.1)], axis)
+    series = [figures.Series(name, style, [256.0], [0.5], [0.4], [0.6]) for style, name in enumerate("abc")]
+    series.append(figures.Series("base_student", None, [0.0], [0.1]))
+    plot = figures.line_plot("c", {"Accuracy on sums": series}, figures.ValueAxis("labels"), [])
     verticals = re.findall(r'd="M ([\d.]+) [\d.]+\nL ([\d.]+) [\d.]+\n"[^>]*stroke: var\(--series', plot.element)
     xs = [float(x) for x, end in verticals if x == end]
     assert len(xs) == 3 and all(abs(b - a - 5.0) < 0.2 for a, b in itertools.pairwise(xs))
 
 
 def test_inline_figure_uses_page_colours_and_keeps_axis_labels() -> None:
-    plot = figures.curves("d", "share", [figures.Series("a", 0, (((1, 2), (0.25, 0.75)),))])
+    series = [figures.Series("a", 0, (1, 2), (0.25, 0.75), (0.25, 0.75), (0.25, 0.75))]
+    plot = figures.curves("d", "share", series)
     assert "currentColor" in plot.element and "var(--series0, #0072b2)" in plot.element and svg.TEXT not in plot.element
     assert ">0.75<" in plot.element.replace("\n", "") or ">0.7<" in plot.element.replace("\n", "")
     ids = re.findall(r' id="([^"]+)"', plot.element)
-    other = figures.curves("e", "share", [figures.Series("a", 0, (((1, 2), (0.25, 0.75)),))])
+    other = figures.curves("e", "share", series)
     assert ids and not set(ids) & set(re.findall(r' id="([^"]+)"', other.element))
 
 

@@ -24,8 +24,8 @@ CHANGES = (
 @cache
 def measured() -> Path:
     out = temporary() / "run"
-    said = tiny("run", out, changes=CHANGES)
-    assert said.code == 0, said.err
+    result = tiny("run", out, changes=CHANGES)
+    assert result.code == 0, result.err
     return out
 
 
@@ -39,7 +39,7 @@ def test_tokens_and_flops_of_every_node_are_those_of_its_ledger_within_a_quarter
     out = measured()
     recipe = find_recipe("pocket", [*TINY, *CHANGES])
     with prepared(recipe, ["bridge_rl"], [0]) as (plan, inputs):
-        said = {one.name: one for one in estimates(plan, inputs, Assumptions(mean_tokens(out)))}
+        result = {one.name: one for one in estimates(plan, inputs, Assumptions(mean_tokens(out)))}
         most = {one.name: one for one in estimates(plan, inputs)}
     spent: dict[str, dict[str, float]] = {}
     for folder, _ in infos(out):
@@ -47,30 +47,30 @@ def test_tokens_and_flops_of_every_node_are_those_of_its_ledger_within_a_quarter
         spent[folder.name] = {
             key: sum(row[key] for row in ledger) for key in ("flops", "tokens_sampled", "tokens_teacher_scored")
         }
-    assert spent.keys() == said.keys()
+    assert spent.keys() == result.keys()
     for name, one in spent.items():
         assert most[name].flops >= one["flops"] and most[name].tokens_sampled >= one["tokens_sampled"], name
     # Models of this size say more or less than the mean in one stage or another; all of them together do not.
     for key in ("flops", "tokens_sampled", "tokens_teacher_scored"):
-        total, told = sum(one[key] for one in spent.values()), sum(getattr(one, key) for one in said.values())
-        print(f"{key}: {told:.4g} said, {total:.4g} spent")
-        assert told == pytest.approx(total, rel=0.25), key
+        total, estimated = sum(one[key] for one in spent.values()), sum(getattr(one, key) for one in result.values())
+        print(f"{key}: {estimated:.4g} estimated, {total:.4g} spent")
+        assert estimated == pytest.approx(total, rel=0.25), key
 
 
-def test_labels_and_steps_are_what_the_run_then_did() -> None:
+def test_estimated_labels_and_steps_equal_those_of_the_run() -> None:
     answer = call("run", "pocket", "--dry-run", "--json", *sets(*CHANGES))
-    said = {one["node"]: one for one in json.loads(answer.out)}
+    result = {one["node"]: one for one in json.loads(answer.out)}
     for folder, info in infos(measured()):
         if info["kind"] == "train":
-            assert said[folder.name]["steps"] == len(rows(folder / "metrics.jsonl"))
+            assert result[folder.name]["steps"] == len(rows(folder / "metrics.jsonl"))
             allowed = info["labels"]["distinct_allowed"] if info["labels"] else 0
-            assert said[folder.name]["labels"] == allowed
+            assert result[folder.name]["labels"] == allowed
 
 
 # Recipes whose data and models are not here ---------------------------------------------------------------------------
 
 
-def told(recipe: str, *options: str) -> list[dict[str, Any]]:
+def dry_run(recipe: str, *options: str) -> list[dict[str, Any]]:
     answer = call("study", recipe, "--dry-run", "--json", *options)
     assert answer.code == 0, answer.err
     found: list[dict[str, Any]] = json.loads(answer.out)
@@ -85,7 +85,7 @@ def test_a_recipe_of_real_models_is_estimated_without_data_weights_or_network(
     recipe: str, device: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = told(
+    found = dry_run(
         recipe, "--arms", "direct_grpo,bridge,bridge_rl,replay,teacher_2h,warmup_only", "--on", f"{count}x{device}"
     )
     by_stage: dict[str, list[dict[str, Any]]] = {}
@@ -98,9 +98,9 @@ def test_a_recipe_of_real_models_is_estimated_without_data_weights_or_network(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_papers_numbers_of_steps_follow_from_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimate_of_the_paper_recipe_has_its_numbers_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = {one["node"].split(".")[0]: one for one in told("paper-qwen3-1.7b", "--arms", "bridge")}
+    found = {one["node"].split(".")[0]: one for one in dry_run("paper-qwen3-1.7b", "--arms", "bridge")}
     assert found["teacher_rl"]["steps"] == 21_748  # 10 epochs of 17,398 prompts, 8 a step
     assert found["teacher_rl"]["labels"] == 17_398
     assert found["opd"]["steps"] == found["warmup"]["steps"] == 272  # one epoch, 64 prompts a step
@@ -109,7 +109,7 @@ def test_the_papers_numbers_of_steps_follow_from_its_settings(tmp_path: Path, mo
     assert flops < found["teacher_rollouts"]["flops_at_most"] < 2.1 * flops
 
 
-def test_data_of_unknown_size_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimate_names_data_of_unknown_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     answer = call("run", "gsm8k", "--dry-run", "--set", "data.labeled=elsewhere.jsonl")
     assert answer.code == 2

@@ -23,8 +23,8 @@ from runs import (
     assert_same,
     call,
     environment,
-    held,
     infos,
+    load_json,
     node,
     program,
     rows,
@@ -42,8 +42,8 @@ LONG = ("stages.student_rl.steps=24", "stages.warmup.steps=24")  # two nodes sid
 def serial_study() -> Path:
     """An undisturbed study, in this process."""
     out = temporary() / "serial"
-    said = tiny("study", out, "--arms", ARMS, "--workers", "1", changes=LONG)
-    assert said.code == 0 and "nodes done" not in said.err, said.err
+    result = tiny("study", out, "--arms", ARMS, "--workers", "1", changes=LONG)
+    assert result.code == 0 and "nodes done" not in result.err, result.err
     return out
 
 
@@ -52,13 +52,13 @@ def serial_study() -> Path:
 
 def test_two_workers_give_the_bits_of_one_and_report_study_progress(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    said = tiny("study", out, "--arms", ARMS, "--workers", "2", changes=LONG)
-    assert said.code == 0, said.err
+    result = tiny("study", out, "--arms", ARMS, "--workers", "2", changes=LONG)
+    assert result.code == 0, result.err
     assert_same(out, serial_study())
-    ended = [line for line in said.err.splitlines() if line.startswith("[")]
+    ended = [line for line in result.err.splitlines() if line.startswith("[")]
     assert sorted(line.split("]")[0] for line in ended) == [f"[{number}/6" for number in range(1, 7)]  # a line a node
     assert [line.split("(")[-1].split(" nodes")[0] for line in ended] == [f"{done} of 6" for done in range(1, 7)]
-    assert held(out / "recipe.json")["compute"]["workers"] == 2
+    assert load_json(out / "recipe.json")["compute"]["workers"] == 2
 
 
 # Failures -----------------------------------------------------------------------------------------------------------
@@ -67,35 +67,35 @@ def test_two_workers_give_the_bits_of_one_and_report_study_progress(tmp_path: Pa
 def test_failed_node_skips_only_its_descendants_and_is_retried_by_the_next_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     mute = ["stages.teacher_rl.sampling.max_tokens=1", "stages.teacher_rl.steps=3", "guards.patience=2"]
-    said = tiny("study", out, "--arms", "direct_grpo,bridge", changes=[*mute, "guards.no_signal=stop"])
-    assert said.code == 4
-    last = said.err.strip().splitlines()[-1]
+    result = tiny("study", out, "--arms", "direct_grpo,bridge", changes=[*mute, "guards.no_signal=stop"])
+    assert result.code == 4
+    last = result.err.strip().splitlines()[-1]
     assert last.startswith("headwater: study: 1 node failed: teacher_rl on all (seed 0): teacher_rl, step 2 of 3: ")
     assert last.endswith(
         "; not run because of it: teacher_rollouts on all (seed 0), warmup on all (seed 0), opd on all (seed 0)"
     )
-    assert "direct_grpo" in said.out and "Traceback" not in said.err
-    report = held(out / "report.json")
+    assert "direct_grpo" in result.out and "Traceback" not in result.err
+    report = load_json(out / "report.json")
     assert report["arms"]["direct_grpo"]["accuracy"] and not report["arms"]["bridge"]["accuracy"]
     failed = next((out / "nodes").glob("teacher_rl.*/FAILED"))
-    assert held(failed).keys() == {"sentence", "code"} and held(failed)["code"] == 4
-    assert last.count(held(failed)["sentence"]) == 1
+    assert load_json(failed).keys() == {"sentence", "code"} and load_json(failed)["code"] == 4
+    assert last.count(load_json(failed)["sentence"]) == 1
     assert {path.name.split(".")[0] for path, _ in infos(out)} == {
         "base_student", "base_teacher", "student_rl", "teacher_rl",
     }  # fmt: skip
 
     done = {path: path.stat().st_mtime_ns for path in out.glob("nodes/*/DONE")}
-    said = tiny("study", out, "--arms", "direct_grpo,bridge", changes=[*mute, "guards.no_signal=continue"])
-    assert said.code == 0, said.err
-    assert not failed.exists() and held(out / "report.json")["arms"]["bridge"]["accuracy"]
+    result = tiny("study", out, "--arms", "direct_grpo,bridge", changes=[*mute, "guards.no_signal=continue"])
+    assert result.code == 0, result.err
+    assert not failed.exists() and load_json(out / "report.json")["arms"]["bridge"]["accuracy"]
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
 def test_single_arm_that_fails_ends_with_its_own_message(tmp_path: Path) -> None:
     mute = ["stages.student_rl.sampling.max_tokens=1", "guards.patience=2", "guards.no_signal=stop"]
-    said = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=mute)
-    assert (said.code, said.out) == (4, "")
-    assert said.err.strip().splitlines()[-1].startswith("headwater: student_rl, step 2 of 2: ")
+    result = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=mute)
+    assert (result.code, result.out) == (4, "")
+    assert result.err.strip().splitlines()[-1].startswith("headwater: student_rl, step 2 of 2: ")
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_error_of_a_node_is_written_to_its_failed_file_with_the_exit_code(
 
     monkeypatch.setattr(executor, "run_node", broken)
     out = tmp_path / "out"
-    said = tiny("study", out, "--arms", "warmup_only,opd_only", "--workers", "1")
-    assert said.code == code
+    result = tiny("study", out, "--arms", "warmup_only,opd_only", "--workers", "1")
+    assert result.code == code
     mark = next((out / "nodes").glob("warmup.*/FAILED"))
-    assert (held(mark)["sentence"], held(mark)["code"]) == (sentence, code)
-    assert f"study: 1 node failed: warmup on all (seed 0): {sentence}" in said.err
+    assert (load_json(mark)["sentence"], load_json(mark)["code"]) == (sentence, code)
+    assert f"study: 1 node failed: warmup on all (seed 0): {sentence}" in result.err
     traced = isinstance(error, ZeroDivisionError)
-    assert ("traceback" in held(mark)) == traced and (f"(traceback in {mark})" in said.err) == traced
-    assert held(out / "report.json")["arms"]["opd_only"]["accuracy"]
+    assert ("traceback" in load_json(mark)) == traced and (f"(traceback in {mark})" in result.err) == traced
+    assert load_json(out / "report.json")["arms"]["opd_only"]["accuracy"]
 
 
 # Dead workers and stop requests -------------------------------------------------------------------
@@ -161,22 +161,24 @@ def test_killed_worker_is_replaced_and_interrupted_study_resumes_bit_for_bit(tmp
     wait_for_steps(out, "student_rl", 2, process)
     for pid in workers_of(process)[:1]:
         os.kill(pid, signal.SIGKILL)
-    said = ""
-    while "it goes on in another one" not in said:
+    result = ""
+    while "it goes on in another one" not in result:
         line = process.stderr.readline()
-        assert line, said
-        said += line
-    assert "was killed by SIGKILL" in said
+        assert line, result
+        result += line
+    assert "was killed by SIGKILL" in result
     wait_for_steps(out, "warmup", 2, process)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in said + rest
+    assert process.returncode == 130 and "Traceback" not in result + rest
     assert rest.count("stopping after this step, with a checkpoint") == 1
     assert f"headwater: interrupted; the same command with --out {out} resumes" in rest
     for path in out.glob("nodes/*/metrics.jsonl"):
         # A worker that took over from the killed one may not have begun when it was asked to stop: then there is none.
-        held = sorted((path.parent / "checkpoint").glob("[0-9]*"))
-        assert not held or (held[-1].name == f"{len(rows(path)):06d}" and (held[-1] / "sums.json").exists())
+        checkpoints = sorted((path.parent / "checkpoint").glob("[0-9]*"))
+        assert not checkpoints or (
+            checkpoints[-1].name == f"{len(rows(path)):06d}" and (checkpoints[-1] / "sums.json").exists()
+        )
     assert not all((path / "DONE").exists() for path in out.glob("nodes/*"))
     assert tiny("study", out, "--arms", ARMS, "--workers", "1", changes=LONG).code == 0
     assert_same(out, serial_study())
@@ -222,10 +224,10 @@ def test_reuse_takes_over_finished_nodes_with_their_costs(tmp_path: Path, monkey
     out, other = tmp_path / "out", serial_study()
     before = contents(other)
     monkeypatch.setattr(executor, "run_node", refuse_to_run)
-    said = tiny("run", out, "--arm", "raw_teacher", "--reuse", other, changes=LONG)
-    assert said.code == 0, said.err
-    assert f"reuse: 5 of 5 nodes taken over: 5 from {other}\n" in said.err
-    ours, theirs = held(out / "report.json"), held(other / "report.json")
+    result = tiny("run", out, "--arm", "raw_teacher", "--reuse", other, changes=LONG)
+    assert result.code == 0, result.err
+    assert f"reuse: 5 of 5 nodes taken over: 5 from {other}\n" in result.err
+    ours, theirs = load_json(out / "report.json"), load_json(other / "report.json")
     assert ours["arms"]["raw_teacher"] == theirs["arms"]["raw_teacher"]
     names = {path.name for path, _ in infos(out)}
     assert rows(out / "ledger.jsonl") == [row for row in rows(other / "ledger.jsonl") if row["node"] in names]
@@ -236,9 +238,9 @@ def test_reuse_takes_over_finished_nodes_with_their_costs(tmp_path: Path, monkey
 def test_reuse_takes_over_equal_fingerprints_only_and_leaves_the_other_run_unchanged(tmp_path: Path) -> None:
     out, other, changes = tmp_path / "out", serial_study(), [*LONG, "stages.opd.steps=3"]
     before = contents(other)
-    said = tiny("run", out, "--arm", "raw_teacher", "--reuse", other, changes=changes)
-    assert said.code == 0, said.err
-    assert f"reuse: 4 of 5 nodes taken over: 4 from {other}\n" in said.err
+    result = tiny("run", out, "--arm", "raw_teacher", "--reuse", other, changes=changes)
+    assert result.code == 0, result.err
+    assert f"reuse: 4 of 5 nodes taken over: 4 from {other}\n" in result.err
     assert len(rows(node(out, "raw_teacher", "opd") / "metrics.jsonl")) == 3
     for path, _ in infos(out):  # as if every node had to be looked at again
         (path / "DONE").unlink()
@@ -263,8 +265,8 @@ def test_reuse_copies_nodes_where_hard_links_are_impossible(tmp_path: Path, monk
 
 
 def test_reuse_refuses_a_folder_without_a_run_before_writing(tmp_path: Path) -> None:
-    said = tiny("run", tmp_path / "out", "--reuse", tmp_path / "no")
-    assert said.code == 2 and said.err == f"headwater: --reuse {tmp_path / 'no'}: holds no run of Headwater\n"
+    result = tiny("run", tmp_path / "out", "--reuse", tmp_path / "no")
+    assert result.code == 2 and result.err == f"headwater: --reuse {tmp_path / 'no'}: holds no run of Headwater\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -283,10 +285,10 @@ def test_locked_folder_can_be_reported_and_foreign_folder_gets_no_lock_file(tmp_
 
 def test_runs_with_different_worker_counts_make_one_report(tmp_path: Path) -> None:
     for seed in ("0", "1"):
-        said = tiny("run", tmp_path / seed, "--arm", "direct_grpo", "--seed", seed, "--workers", str(1 + int(seed)))
-        assert said.code == 0, said.err
-    said = call("report", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--json")
-    assert said.code == 0 and json.loads(said.out)["seeds"] == [0, 1]
+        result = tiny("run", tmp_path / seed, "--arm", "direct_grpo", "--seed", seed, "--workers", str(1 + int(seed)))
+        assert result.code == 0, result.err
+    result = call("report", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--json")
+    assert result.code == 0 and json.loads(result.out)["seeds"] == [0, 1]
 
 
 def test_crash_releases_the_folder_lock(tmp_path: Path) -> None:

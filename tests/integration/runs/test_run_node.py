@@ -36,7 +36,7 @@ def problems(path: Path, step: int) -> list[str]:
 # What a stage works on ------------------------------------------------------------------------------------------------
 
 
-def test_an_epoch_of_an_on_policy_stage_visits_every_problem_once_and_never_one_twice_in_a_step(tmp_path: Path) -> None:
+def test_epoch_visits_every_problem_once_and_no_step_repeats_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     changes = ["stages.student_rl.steps=8", "stages.student_rl.batch_size=12"]  # 3 of 16 problems a step
     assert tiny("run", out, "--arm", "direct_grpo", changes=changes).code == 0
@@ -48,24 +48,22 @@ def test_an_epoch_of_an_on_policy_stage_visits_every_problem_once_and_never_one_
     assert set(seen.values()) == {1, 2}  # 24 visits to 16 problems
 
 
-def test_a_stage_that_is_scored_and_measured_by_its_teacher_loads_it_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[object] = []
+def test_stage_loads_its_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[object] = []
     frozen = NodeContext.frozen
 
     def counted(self: NodeContext, whose: Any, stage: Any = None) -> Any:
-        asked.append(whose)
+        loaded.append(whose)
         return frozen(self, whose, stage)
 
     monkeypatch.setattr(NodeContext, "frozen", counted)
     out, changes = tmp_path / "out", ("conditions.problems=2", "conditions.every=1")
     assert tiny("run", out, "--arm", "raw_teacher", changes=changes).code == 0
     assert len(rows(node(out, "raw_teacher", "opd") / "conditions.jsonl")) == 3  # before the two steps and after each
-    assert asked.count("teacher") == 4  # to be evaluated, to sample the cache, beside the warm-up, and in all of OPD
+    assert loaded.count("teacher") == 4  # to be evaluated, to sample the cache, beside the warm-up, and in all of OPD
 
 
-def test_stage_three_and_replay_take_their_problems_from_their_own_half_only(tmp_path: Path) -> None:
+def test_stage_three_and_replay_sample_from_their_own_half(tmp_path: Path) -> None:
     recipe = find_recipe("pocket", list(TINY))
     with prepared(recipe, ["bridge_rl", "replay"], [0]) as (plan, inputs):
         pools = inputs.pools
@@ -76,7 +74,7 @@ def test_stage_three_and_replay_take_their_problems_from_their_own_half_only(tmp
     assert plan.recipe == recipe
 
 
-def test_unlabelled_prompts_join_the_dense_stages_and_never_the_sparse_ones(tmp_path: Path) -> None:
+def test_bridge_prompts_are_used_by_dense_stages_only(tmp_path: Path) -> None:
     more = "data.unlabeled={generate: {pool: unlabelled, count: 16}}"
     out = tmp_path / "out"
     assert (
@@ -96,7 +94,7 @@ def test_unlabelled_prompts_join_the_dense_stages_and_never_the_sparse_ones(tmp_
 # Dynamic sampling -----------------------------------------------------------------------------------------------------
 
 
-def test_every_label_that_dynamic_sampling_looked_at_is_counted_also_of_groups_that_it_threw_away(
+def test_dynamic_sampling_counts_labels_of_dropped_groups(
     tmp_path: Path,
 ) -> None:
     changes = ["stages.student_rl.sparse.dynamic_sampling=3", "stages.student_rl.steps=4"]
@@ -118,45 +116,41 @@ def test_every_label_that_dynamic_sampling_looked_at_is_counted_also_of_groups_t
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_weights_that_are_no_numbers_stop_a_run_before_anything_is_graded(
-    bad: float, tmp_path: Path, pocket_folder: Path
-) -> None:
+def test_non_finite_weights_stop_a_run_before_grading(bad: float, tmp_path: Path, pocket_folder: Path) -> None:
     broken = tmp_path / "student"
     broken.mkdir()
     for path in (pocket_folder / "qwen3-student").iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
-    held = load_file(broken / "model.safetensors")
-    name = next(name for name in held if name.endswith("mlp.up_proj.weight"))
-    held[name][0, 0] = bad
-    save_file(held, broken / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(broken / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("mlp.up_proj.weight"))
+    tensors[name][0, 0] = bad
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "out"
-    said = tiny("run", out, "--arm", "direct_grpo", changes=[f"models.student={broken}"])
-    assert said.code == 4
-    assert "base_student, after step 0: the model's log-probs are not finite" in said.err
-    assert "Traceback" not in said.err and said.err.count("headwater:") == 1
+    result = tiny("run", out, "--arm", "direct_grpo", changes=[f"models.student={broken}"])
+    assert result.code == 4
+    assert "base_student, after step 0: the model's log-probs are not finite" in result.err
+    assert "Traceback" not in result.err and result.err.count("headwater:") == 1
     assert not list(out.glob("nodes/base_student*/DONE"))
     assert not [row for path in out.glob("nodes/*/ledger.jsonl") for row in rows(path) if row["checks"]]
     # Asked to run all the same, preflight refuses it by name before anything is written.
-    said = tiny("run", tmp_path / "new", "--arm", "direct_grpo", changes=[f"models.student={broken}"], whole=True)
-    assert said.code == 3 and "not-finite" in said.err and "models.student" in said.err
+    result = tiny("run", tmp_path / "new", "--arm", "direct_grpo", changes=[f"models.student={broken}"], whole=True)
+    assert result.code == 3 and "not-finite" in result.err and "models.student" in result.err
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("arm", ["direct_grpo", "warmup_only"])
-def test_a_rate_that_blows_up_stops_with_stage_and_step_and_keeps_the_last_good_checkpoint(
-    arm: str, tmp_path: Path
-) -> None:
+def test_divergence_stops_with_stage_and_step_and_keeps_the_last_checkpoint(arm: str, tmp_path: Path) -> None:
     name = {"direct_grpo": "student_rl", "warmup_only": "warmup"}[arm]
     out = tmp_path / "out"
     # A step of 1e37 makes infinities; the schedule's first steps are small, so that a good checkpoint stands before it.
     changes = [f"stages.{name}.{field}" for field in ("optim.lr=1e38", "steps=6", "checkpoint_every=1")]
-    said = tiny("run", out, "--arm", arm, changes=changes)
-    assert said.code == 4, said
+    result = tiny("run", out, "--arm", arm, changes=changes)
+    assert result.code == 4, result
     (path,) = out.glob(f"nodes/{name}.*")
     done = len(rows(path / "metrics.jsonl"))
     assert done < 6
-    assert f"{name}, step {done + 1} of 6: the " in said.err and "not finite" in said.err
-    assert said.err.strip().count("\n") <= 4 and "Traceback" not in said.err
+    assert f"{name}, step {done + 1} of 6: the " in result.err and "not finite" in result.err
+    assert result.err.strip().count("\n") <= 4 and "Traceback" not in result.err
     assert not (path / "DONE").exists() and not (path / "model").exists()
     assert (path / "checkpoint" / f"{done:06d}" / "sums.json").exists()
 
@@ -187,9 +181,9 @@ def test_a_non_finite_loss_leaves_the_weights_as_the_last_checkpoint_has_them(
     out, whole = tmp_path / "out", tmp_path / "whole"
     with monkeypatch.context() as patch:
         patch.setattr(train_node, "objective_of", spoilt)
-        said = tiny("run", out, "--arm", "warmup_only", changes=changes)
-    assert said.code == 4
-    assert "warmup, step 3 of 4: the loss is not finite; the weights were not changed by this step" in said.err
+        result = tiny("run", out, "--arm", "warmup_only", changes=changes)
+    assert result.code == 4
+    assert "warmup, step 3 of 4: the loss is not finite; the weights were not changed by this step" in result.err
     (path,) = out.glob("nodes/warmup.*")
     assert [row["step"] for row in rows(path / "metrics.jsonl")] == [1, 2]
     assert sorted(one.name for one in (path / "checkpoint").iterdir()) == ["000001", "000002"]
@@ -203,8 +197,8 @@ def test_a_non_finite_loss_leaves_the_weights_as_the_last_checkpoint_has_them(
 
 
 def bridge_with(out: Path, *changes: str) -> Path:
-    said = tiny("run", out, "--arm", "bridge", changes=changes)
-    assert said.code == 0, said.err
+    result = tiny("run", out, "--arm", "bridge", changes=changes)
+    assert result.code == 0, result.err
     return out
 
 
@@ -220,7 +214,7 @@ def weights(out: Path, stage_: str = "opd") -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "change", ["models.gradient_checkpointing=true", "compute.microbatch_tokens=40", "compute.sample_batch=3"]
 )
-def test_recomputing_or_dividing_the_work_gives_the_same_models_up_to_rounding(
+def test_gradient_checkpointing_and_batch_tokens_change_models_by_rounding_only(
     change: str, tmp_path: Path, pocket_folder: Path
 ) -> None:
     plain, other = plain_bridge(), bridge_with(tmp_path / "other", change)
@@ -230,14 +224,16 @@ def test_recomputing_or_dividing_the_work_gives_the_same_models_up_to_rounding(
         for step in ("000001", "000002"):
             texts = [[row["completion"] for row in rows(one / "rollouts" / f"{step}.jsonl")] for one in (a, b)]
             assert texts[0] == texts[1]
-        held, found = weights(plain, name), weights(other, name)
-        assert max((held[key] - found[key]).abs().max().item() for key in held) < 5e-5  # a step moves them by 1e-3
+        tensors, found = weights(plain, name), weights(other, name)
+        assert (
+            max((tensors[key] - found[key]).abs().max().item() for key in tensors) < 5e-5
+        )  # a step moves them by 1e-3
     before = load_file(pocket_folder / "qwen3-student/model.safetensors")
     after = weights(plain, "warmup")
     assert max((before[key] - after[key]).abs().max().item() for key in before.keys() & after.keys()) > 5e-4
 
 
-def test_bfloat16_writes_models_of_that_type_and_stays_near_float32(tmp_path: Path) -> None:
+def test_bfloat16_run_writes_bfloat16_models_close_to_float32(tmp_path: Path) -> None:
     plain, half = plain_bridge(), bridge_with(tmp_path / "half", "models.dtype=bfloat16")
     folder = node(half, "bridge", "opd") / "model"
     assert {tensor.dtype for tensor in weights(half).values()} == {torch.bfloat16}
@@ -253,7 +249,7 @@ def test_bfloat16_writes_models_of_that_type_and_stays_near_float32(tmp_path: Pa
     assert two == pytest.approx(one, rel=0.15) and one != two
 
 
-def test_a_teachers_kept_top_tokens_and_tail_stand_in_for_its_whole_distribution(tmp_path: Path) -> None:
+def test_top_k_cache_loss_is_at_most_the_exact_loss(tmp_path: Path) -> None:
     exact, kept = plain_bridge(), bridge_with(tmp_path / "kept", "stages.warmup.dense.top_k=4")
     a, b = (
         load_file(node(out, "bridge", "teacher_rollouts") / "cache/distributions.safetensors") for out in (exact, kept)
@@ -263,7 +259,7 @@ def test_a_teachers_kept_top_tokens_and_tail_stand_in_for_its_whole_distribution
     assert 0 < bound <= whole * 1.001  # merging tokens into a tail can only lose divergence
 
 
-def test_thinking_is_rendered_as_the_recipe_says(tmp_path: Path, pocket_folder: Path) -> None:
+def test_prompt_thinking_selects_the_template_mode(tmp_path: Path, pocket_folder: Path) -> None:
     from transformers import AutoTokenizer
 
     from headwater.config.recipe import Prompt

@@ -17,7 +17,7 @@ import pytest
 from headwater.errors import UserError
 from headwater.report.svg import COLOURS
 from headwater.runs.sweep import Sweep, lay_out
-from runs import call, held, infos, sets, temporary, tiny
+from runs import call, infos, load_json, sets, temporary, tiny
 
 
 def pocket(vary: str, values: str | None = None, *changes: str, arms: list[str] | None = None) -> Sweep:
@@ -32,8 +32,8 @@ def test_arms_and_seeds_are_checked_before_data_are_read() -> None:
         pocket("labels", "64", arms=["bridges"])
     with pytest.raises(UserError, match="--arms: bridge and bridge are the same"):
         pocket("labels", "64", arms=["bridge", "bridge"])
-    said = call("sweep", "pocket", "--vary", "labels", "--seeds", "1,one")
-    assert (said.code, said.out) == (2, "") and "--seeds 1,one" in said.err
+    result = call("sweep", "pocket", "--vary", "labels", "--seeds", "1,one")
+    assert (result.code, result.out) == (2, "") and "--seeds 1,one" in result.err
 
 
 # Finished sweeps --------------------------------------------------------------------------------------------------------
@@ -46,8 +46,8 @@ MIXED = ("--vary", "lambda", "--values", "0,.5", "--arms", "direct_grpo,mixed")
 def swept() -> Path:
     """One finished tiny sweep; tests read it and leave it as it is."""
     out = temporary() / "sweep"
-    said = tiny("sweep", out, *MIXED)
-    assert said.code == 0, said.err
+    result = tiny("sweep", out, *MIXED)
+    assert result.code == 0, result.err
     return out
 
 
@@ -69,11 +69,11 @@ def test_shared_nodes_run_once_and_are_in_both_folders() -> None:
 
 
 def test_sweep_json_agrees_with_the_reports_of_its_points() -> None:
-    found = held(swept() / "sweep.json")
+    found = load_json(swept() / "sweep.json")
     assert (found["recipe"], found["vary"], found["values"]) == ("pocket", "lambda", [0.0, 0.5])
     assert (found["seeds"], found["arms"]) == ([0], ["direct_grpo", "mixed"])
     for point in found["points"]:
-        report = held(swept() / point["report"])
+        report = load_json(swept() / point["report"])
         assert set(point["arms"]) == {"base_student", "base_teacher", "direct_grpo", "mixed"}
         for name, arm in point["arms"].items():
             assert arm == {key: report["arms"][name][key] for key in ("accuracy", "labels", "flops")}
@@ -90,7 +90,7 @@ def test_csv_has_a_row_for_each_value_and_arm() -> None:
     assert [(row["lambda"], row["arm"]) for row in rows] == [
         (value, arm) for value in ("0", "0.5") for arm in ("base_student", "base_teacher", "direct_grpo", "mixed")
     ]
-    found = held(swept() / "sweep.json")["points"][1]["arms"]["mixed"]
+    found = load_json(swept() / "sweep.json")["points"][1]["arms"]["mixed"]
     assert float(rows[-1]["accuracy"]) == found["accuracy"]["sums"]["mean"]
     assert float(rows[-1]["labels"]) == found["labels"]["distinct"] and float(rows[-1]["flops"]) == found["flops"]
 
@@ -107,13 +107,13 @@ def test_repeated_sweep_runs_nothing_and_a_new_value_runs_only_new_nodes(tmp_pat
     out = tmp_path / "copy"
     shutil.copytree(swept(), out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("DONE")}
-    said = tiny("sweep", out, "--vary", "lambda", "--values", "0,0.5,1", *MIXED[4:], "--json")
-    assert said.code == 0, said.err
-    assert held(out / "sweep.json") == json.loads(said.out)
+    result = tiny("sweep", out, "--vary", "lambda", "--values", "0,0.5,1", *MIXED[4:], "--json")
+    assert result.code == 0, result.err
+    assert load_json(out / "sweep.json") == json.loads(result.out)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert {name.split(".")[0] for name in node_names(out / "1") - node_names(out / "0")} == {"opd"}
-    assert "opd" not in str([point["failed"] for point in json.loads(said.out)["points"]])
-    words = shlex.split(json.loads(said.out)["points"][0]["command"])
+    assert "opd" not in str([point["failed"] for point in json.loads(result.out)["points"]])
+    words = shlex.split(json.loads(result.out)["points"][0]["command"])
     assert words[-1] == str(out / "0")
     assert call(*words[1:]).code == 0  # as a study of its own: the same recipe, the same folder, nothing left to run
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -123,30 +123,32 @@ def test_failed_point_does_not_stop_the_others(tmp_path: Path) -> None:
     out = tmp_path / "out"
     length = "stages.student_rl.sampling.max_tokens"  # nothing is right within one token, so no group carries a signal
     guard = ("guards.no_signal=stop", "guards.patience=2", "stages.student_rl.batch_size=32")
-    said = tiny("sweep", out, "--vary", length, "--values", "1,32", "--arms", "direct_grpo", changes=guard)
-    assert said.code == 4 and f"1 of 2 points failed: {length} 1" in said.err
-    first, second = held(out / "sweep.json")["points"]
+    result = tiny("sweep", out, "--vary", length, "--values", "1,32", "--arms", "direct_grpo", changes=guard)
+    assert result.code == 4 and f"1 of 2 points failed: {length} 1" in result.err
+    first, second = load_json(out / "sweep.json")["points"]
     assert "student_rl" in first["failed"] and "direct_grpo" not in first["arms"]
     assert second["failed"] is None and second["arms"]["direct_grpo"]["accuracy"]["sums"]
-    assert f"{length} 1 failed: " in " ".join(said.out.split())
+    assert f"{length} 1 failed: " in " ".join(result.out.split())
     assert first["failed"][:40] in (out / "sweep.html").read_text(encoding="utf-8")
 
 
 def test_all_points_are_checked_before_the_first_starts(tmp_path: Path) -> None:
-    said = tiny("sweep", tmp_path / "out", "--vary", "labels", "--values", "16,65")
-    assert (said.code, said.out) == (2, "") and "value 65: labels.budget 65 is more than the 64" in said.err
+    result = tiny("sweep", tmp_path / "out", "--vary", "labels", "--values", "16,65")
+    assert (result.code, result.out) == (2, "") and "value 65: labels.budget 65 is more than the 64" in result.err
     (tmp_path / "out" / "16").mkdir(parents=True)
     (tmp_path / "out" / "16" / "mine.txt").write_text("mine")
-    said = tiny("sweep", tmp_path / "out", "--vary", "labels", "--values", "32,16")
-    assert said.code == 2 and "not empty and holds no run of Headwater" in said.err
+    result = tiny("sweep", tmp_path / "out", "--vary", "labels", "--values", "32,16")
+    assert result.code == 2 and "not empty and holds no run of Headwater" in result.err
     assert not (tmp_path / "out" / "32").exists()
 
 
 def test_dry_run_counts_shared_nodes_once_and_omits_budgets_beyond_the_data(tmp_path: Path) -> None:
     options = ("--vary", "labels", "--arms", "direct_grpo", "--out", tmp_path / "out", "--dry-run")
-    said = call("sweep", "pocket", *options, *sets("labels.budget=64"))
-    assert said.code == 0 and "value 128" in said.err and "left out" in said.err and not (tmp_path / "out").exists()
-    assert [line.split()[0] for line in said.out.splitlines() if line.strip()[:2] in ("16", "32", "64")] == [
+    result = call("sweep", "pocket", *options, *sets("labels.budget=64"))
+    assert (
+        result.code == 0 and "value 128" in result.err and "left out" in result.err and not (tmp_path / "out").exists()
+    )
+    assert [line.split()[0] for line in result.out.splitlines() if line.strip()[:2] in ("16", "32", "64")] == [
         "16",
         "32",
         "64",
@@ -157,5 +159,5 @@ def test_dry_run_counts_shared_nodes_once_and_omits_budgets_beyond_the_data(tmp_
 
 def test_sweep_report_loads_no_torch() -> None:
     code = "import sys, headwater.runs.sweep, headwater.report.sweep_page; print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert said.stdout.strip() == "False"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "False"

@@ -6,7 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 from headwater.report.html import Page
-from runs import call, held, infos
+from runs import call, infos, load_json
 
 
 def test_the_recipe_runs_end_to_end_with_its_shipped_models(tmp_path: Path) -> None:
@@ -17,9 +17,9 @@ def test_the_recipe_runs_end_to_end_with_its_shipped_models(tmp_path: Path) -> N
     more = ("labels.budget=16", "stages.opd.batch_size=8", "stages.opd.steps=2", "guards.no_signal=continue")
     options = [part for change in (*stages, *few, *more) for part in ("--set", change)]
     with mock.patch("headwater.report.html.page", return_value=Page("")):
-        said = call("study", "pocket-countdown", "--arms", "direct_grpo,bridge", "--out", tmp_path / "out", *options)
-    assert said.code == 0, said.err
-    arms = held(tmp_path / "out" / "report.json")["arms"]
+        result = call("study", "pocket-countdown", "--arms", "direct_grpo,bridge", "--out", tmp_path / "out", *options)
+    assert result.code == 0, result.err
+    arms = load_json(tmp_path / "out" / "report.json")["arms"]
     # two steps of four prompts each, four answers to each
     assert [arms[arm]["labels"] for arm in ("direct_grpo", "bridge")] == [{"distinct": 8, "checks": 32}] * 2
     # of 16 answers; the raw teacher is right nine times in ten

@@ -59,10 +59,10 @@ FEW = (
 SETS = [part for change in FEW for part in ("--set", change)]
 
 
-def test_the_recipe_as_it_ships_is_planned_without_weights(elsewhere: Path) -> None:
-    said = runs.call("study", "desk", "--dry-run", "--json")
-    assert said.code == 0, said.err
-    rows = {row["node"].split(".")[0]: row for row in json.loads(said.out)}
+def test_desk_recipe_is_planned_without_weights(elsewhere: Path) -> None:
+    result = runs.call("study", "desk", "--dry-run", "--json")
+    assert result.code == 0, result.err
+    rows = {row["node"].split(".")[0]: row for row in json.loads(result.out)}
     assert rows.keys() >= {
         "base_student",
         "base_teacher",
@@ -73,7 +73,7 @@ def test_the_recipe_as_it_ships_is_planned_without_weights(elsewhere: Path) -> N
         "student_rl",
     }
     assert rows["opd"]["labels"] == 0 and rows["warmup"]["labels"] == 0
-    assert max(row["labels"] for row in json.loads(said.out)) == 1000
+    assert max(row["labels"] for row in json.loads(result.out)) == 1000
     # Evaluations of the student: 1000 problems × 4 samples × 256 tokens at most.
     assert rows["base_student"]["tokens_sampled_at_most"] == 1_024_000
     assert rows["base_student"]["memory_bytes"] >= 2 * 15_335_424
@@ -81,22 +81,20 @@ def test_the_recipe_as_it_ships_is_planned_without_weights(elsewhere: Path) -> N
 
 
 @pytest.mark.parametrize(("verb", "code"), [("run", 3), ("study", 3), ("doctor", 3)])
-def test_without_weights_a_run_is_refused_in_a_sentence_that_says_what_makes_them(
-    verb: str, code: int, elsewhere: Path
-) -> None:
-    said = runs.call(verb, "desk", "--out", elsewhere / "out", *SETS)
-    assert said.code == code
+def test_desk_run_without_weights_names_the_command_that_makes_them(verb: str, code: int, elsewhere: Path) -> None:
+    result = runs.call(verb, "desk", "--out", elsewhere / "out", *SETS)
+    assert result.code == code
     assert (
         "models.student: desk:student has no weights yet; `python -m tools.pretrain desk`, in a checkout"
-        in said.err + said.out
+        in result.err + result.out
     )
     assert not (elsewhere / "out").exists()
 
 
-def test_pretrained_tiny_models_go_through_all_four_stages_of_the_recipe(elsewhere: Path) -> None:
-    said = runs.call("desk", "--models", "student,teacher", "--steps", "3", "--device", "cpu", entry=main)
-    assert said.code == 0, said.err
-    assert "desk/student: solves" in said.out and "desk/teacher: solves" in said.out
+def test_desk_recipe_runs_on_tiny_pretrained_models(elsewhere: Path) -> None:
+    result = runs.call("desk", "--models", "student,teacher", "--steps", "3", "--device", "cpu", entry=main)
+    assert result.code == 0, result.err
+    assert "desk/student: solves" in result.out and "desk/teacher: solves" in result.out
     assert AutoTokenizer.from_pretrained("desk/student").get_vocab() == TOKENIZER.get_vocab()
     assert "2 steps of worked ones, then 1 steps" in Path("desk/student/README.md").read_text()
     assert not Path("desk/student/checkpoint").exists()
@@ -104,7 +102,7 @@ def test_pretrained_tiny_models_go_through_all_four_stages_of_the_recipe(elsewhe
     assert ended.code == 0, ended.err
     stages = [name.split(".")[0] for name in runs.node_names(Path("out"), "bridge_rl")]
     assert stages == ["teacher_rl", "teacher_rollouts", "warmup", "opd", "student_rl"]
-    report = runs.held(Path("out/report.json"))
+    report = runs.load_json(Path("out/report.json"))
     assert report["arms"]["bridge_rl"]["accuracy"].keys() == {"in_distribution", "harder"}
     # 2 steps × 8 rollouts on each half's labels: every look is one check.
     assert report["arms"]["bridge_rl"]["labels"]["checks"] == 32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runs import call, held, node, rows, tiny
+from runs import call, load_json, node, rows, tiny
 
 # In a run -------------------------------------------------------------------------------------------------------------
 
@@ -13,32 +13,32 @@ CUT = ("stages.student_rl.sampling.max_tokens=1", "stages.student_rl.steps=6", "
        "stages.student_rl.checkpoint_every=0")  # fmt: skip
 
 
-def test_by_default_a_guard_warns_by_name_in_console_file_and_report_and_the_run_ends(tmp_path: Path) -> None:
+def test_guard_warns_in_console_file_and_report_by_default(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    said = tiny("run", out, "--arm", "direct_grpo", changes=CUT)
-    assert said.code == 0
-    assert "student_rl on all (seed 0): warning truncation: 1 of the completions reached the token limit" in said.err
-    assert said.err.count("warning truncation") == 1
+    result = tiny("run", out, "--arm", "direct_grpo", changes=CUT)
+    assert result.code == 0
+    assert "student_rl on all (seed 0): warning truncation: 1 of the completions reached the token limit" in result.err
+    assert result.err.count("warning truncation") == 1
     (row,) = rows(node(out, "direct_grpo", "student_rl") / "warnings.jsonl")
     assert (row["guard"], row["step"], row["figure"], row["bound"], row["window"], row["action"]) == (
         "truncation", 3, 1.0, 0.5, 3, "warn",
     )  # fmt: skip
-    (told,) = held(out / "report.json")["warnings"]
+    (told,) = load_json(out / "report.json")["warnings"]
     assert told["guard"] == "truncation" and told["arms"] == ["direct_grpo"] and told["seed"] == 0
     assert row["sentence"] == told["sentence"]
-    assert "student_rl, step 3, seed 0 (direct_grpo): truncation" in said.out.replace("\n", " ")
+    assert "student_rl, step 3, seed 0 (direct_grpo): truncation" in result.out.replace("\n", " ")
     page = call("report", out)
     assert page.code == 0
     html = (out / "report.html").read_text(encoding="utf-8")
     assert ">Warnings</h2>" in html and "truncation" in html
 
 
-def test_stop_ends_the_stage_with_exit_4_and_a_checkpoint_and_only_the_users_word_lets_it_go_on(tmp_path: Path) -> None:
+def test_guard_stop_exits_4_and_resumes_only_after_a_change_of_the_recipe(tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop = (*CUT, "guards.truncation.action=stop")
-    said = tiny("run", out, "--arm", "direct_grpo", changes=stop)
-    assert said.code == 4
-    assert "student_rl, step 3 of 6: guard truncation: 1 of the completions" in said.err and "bound 0.5" in said.err
+    result = tiny("run", out, "--arm", "direct_grpo", changes=stop)
+    assert result.code == 4
+    assert "student_rl, step 3 of 6: guard truncation: 1 of the completions" in result.err and "bound 0.5" in result.err
     path = next(out.glob("nodes/student_rl.*"))
     metrics = rows(path / "metrics.jsonl")
     assert len(metrics) == 3 and [one.name for one in (path / "checkpoint").iterdir()] == ["000003"]
@@ -52,10 +52,10 @@ def test_stop_ends_the_stage_with_exit_4_and_a_checkpoint_and_only_the_users_wor
     assert rows(path / "metrics.jsonl")[:3] == metrics and len(rows(path / "metrics.jsonl")) == 6
 
 
-def test_warnings_come_through_from_worker_processes(tmp_path: Path) -> None:
+def test_guard_warnings_of_worker_processes_are_shown(tmp_path: Path) -> None:
     out = tmp_path / "out"
     changes = [*CUT, "compute.workers=2", "stages.teacher_rl.sampling.max_tokens=1", "stages.teacher_rl.steps=4"]
-    said = tiny("study", out, "--arms", "direct_grpo,opd_only", changes=changes)
-    assert said.code == 0, said
-    assert "student_rl on all (seed 0): warning truncation" in said.err
-    assert "teacher_rl on all (seed 0): warning truncation" in said.err
+    result = tiny("study", out, "--arms", "direct_grpo,opd_only", changes=changes)
+    assert result.code == 0, result
+    assert "student_rl on all (seed 0): warning truncation" in result.err
+    assert "teacher_rl on all (seed 0): warning truncation" in result.err

@@ -8,7 +8,7 @@ from headwater.storage.run_dir import NodeDir
 from runs import all_arms, node, rows
 
 
-def test_a_run_keeps_it_for_on_policy_rollouts_under_a_teacher_and_for_no_others() -> None:
+def test_run_writes_token_signals_for_on_policy_rollouts_with_a_teacher_only() -> None:
     out = all_arms()
     opd = rows(NodeDir(node(out, "bridge", "opd")).rollouts(1))
     loud = [row for row in opd if "signal" in row]
@@ -17,6 +17,6 @@ def test_a_run_keeps_it_for_on_policy_rollouts_under_a_teacher_and_for_no_others
         assert len(row["signal"]) == len(row["pieces"]) == row["tokens"] and "".join(row["pieces"]) == row["completion"]
     for stage in ("teacher_rl", "warmup"):
         assert not any("signal" in row for row in rows(NodeDir(node(out, "bridge", stage)).rollouts(1)))
-    asked = {row["id"] for row in rows(Path(out) / "problems.jsonl")}
-    assert {row["problem_id"] for row in opd} <= asked
+    problem_ids = {row["id"] for row in rows(Path(out) / "problems.jsonl")}
+    assert {row["problem_id"] for row in opd} <= problem_ids
     assert not any(set(row) - {"id", "text"} for row in rows(Path(out) / "problems.jsonl"))

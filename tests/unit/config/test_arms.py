@@ -54,12 +54,12 @@ TABLE = {
 
 @pytest.mark.parametrize("arm", TABLE)
 @pytest.mark.parametrize(("split", "pool"), [("full", "all"), ("half", "first_half")])
-def test_each_arm_is_the_row_of_the_papers_table_in_both_splits(arm: str, split: str, pool: str) -> None:
+def test_arm_equals_its_row_of_the_papers_table_in_both_splits(arm: str, split: str, pool: str) -> None:
     teacher, student = ([pair.replace(":P", f":{pool}") for pair in part] for part in TABLE[arm])
     assert steps_of(arm, recipe_with(f"labels.split={split}")) == (steps(*teacher), steps(*student))
 
 
-def test_no_two_arms_of_the_table_are_the_same_training() -> None:
+def test_arms_are_distinct() -> None:
     assert set(TABLE) <= set(ARMS)
     for split in ("full", "half"):
         recipe = recipe_with(f"labels.split={split}")
@@ -74,7 +74,7 @@ def test_no_two_arms_of_the_table_are_the_same_training() -> None:
         assert len({trained[name] for name in names}) == len(names)
 
 
-def test_contrasts_name_arms_of_the_table_each_pair_once() -> None:
+def test_contrasts_name_existing_arms_each_pair_once() -> None:
     assert {name for pair in CONTRASTS for name in pair} == set(ARMS)
     assert len({frozenset(pair) for pair in CONTRASTS}) == len(CONTRASTS) == 20
     assert {("bridge", "direct_grpo"), ("direct_grpo", "raw_teacher"), ("bridge_rl", "replay")} <= set(CONTRASTS)
@@ -82,7 +82,7 @@ def test_contrasts_name_arms_of_the_table_each_pair_once() -> None:
 
 
 @pytest.mark.parametrize("split", ["full", "half"])
-def test_bridge_1h_is_what_stage_three_begins_from_in_either_split(split: str) -> None:
+def test_bridge_1h_is_the_start_of_stage_three_in_either_split(split: str) -> None:
     recipe = recipe_with(f"labels.split={split}")
     teacher, student = steps_of("bridge_rl", recipe)
     assert steps_of("bridge_1h", recipe) == (teacher, student[:-1])
@@ -103,7 +103,7 @@ def changed_in(arm: str, of: str) -> dict[str, dict[str, tuple[object, object]]]
     return found
 
 
-def test_the_controls_of_the_bridge_change_what_their_names_say_and_nothing_else() -> None:
+def test_bridge_controls_differ_from_the_bridge_in_one_setting() -> None:
     assert changed_in("bridge_constant", "bridge") == {"opd": {"objective": ("opd", "constant")}}
     forward = changed_in("forward_kl_on_student", "bridge")
     assert set(forward) == {"opd"} and set(forward["opd"]) == {"dense"}
@@ -114,21 +114,21 @@ def test_the_controls_of_the_bridge_change_what_their_names_say_and_nothing_else
     assert changed_in("mixed", "bridge") == {"opd": mixed}
 
 
-def test_the_control_without_a_teacher_needs_neither_teacher_nor_labels() -> None:
+def test_constant_advantage_needs_neither_teacher_nor_labels() -> None:
     recipe = recipe_with()
     arm = arm_of("constant_advantage", recipe)
     stage = stage_of(recipe, arm.student[0])
     assert arm.teacher == () and not stage.needs_teacher and not stage.needs_labels and stage.on_policy
 
 
-def test_arms_at_equal_compute_differ_from_their_like_in_their_length_alone() -> None:
+def test_equal_compute_arms_differ_only_in_length() -> None:
     recipe = recipe_with()
     for arm, like in (("direct_grpo_compute", "direct_grpo"), ("opd_then_rl_compute", "opd_then_rl")):
         assert steps_of(arm, recipe) == steps_of(like, recipe)
         assert arm_of(arm, recipe).same_compute == (like, "bridge")
 
 
-def test_replay_differs_from_stage_three_in_nothing_but_the_pool_of_its_last_step() -> None:
+def test_replay_differs_from_bridge_rl_only_in_the_last_pool() -> None:
     recipe = recipe_with("labels.split=half")
     fresh, replay = arm_of("bridge_rl", recipe), arm_of("replay", recipe)
     assert replay.teacher == fresh.teacher and replay.same_compute is fresh.same_compute is None
@@ -137,13 +137,13 @@ def test_replay_differs_from_stage_three_in_nothing_but_the_pool_of_its_last_ste
     assert stage_of(recipe, replay.student[-1]) is stage_of(recipe, fresh.student[-1])
 
 
-def test_the_bridge_under_the_half_split_is_stage_three_s_arm_without_stage_three() -> None:
+def test_half_split_bridge_is_bridge_rl_without_its_last_stage() -> None:
     recipe = recipe_with("labels.split=half")
     teacher, student = steps_of("bridge_rl", recipe)
     assert steps_of("bridge", recipe) == (teacher, student[:-1])
 
 
-def test_fine_tuning_takes_the_warm_ups_settings_with_hard_targets_unless_the_recipe_has_its_own() -> None:
+def test_sft_defaults_to_the_warmup_settings() -> None:
     recipe = recipe_with("stages.warmup.optim.lr=0.5", "stages.warmup.steps=7")
     taken = stage_of(recipe, Step("sft", "all"))
     assert taken == recipe.stages.warmup.model_copy(update={"objective": "sft"})
@@ -151,12 +151,12 @@ def test_fine_tuning_takes_the_warm_ups_settings_with_hard_targets_unless_the_re
     assert (stage_of(own, Step("sft", "all")).steps, stage_of(own, Step("sft", "all")).optim.lr) == (3, 0.25)
 
 
-def test_an_unknown_arm_is_refused_with_the_names_of_those_there_are() -> None:
+def test_unknown_arm_is_refused_with_the_known_names() -> None:
     with pytest.raises(UserError, match=r"--arm brigde: no such arm; there are direct_grpo, .*bridge_rl, replay"):
         arm_of("brigde", recipe_with())
 
 
-def test_every_built_in_recipe_reads_and_what_init_prints_is_that_recipe() -> None:
+def test_builtin_recipes_parse_and_init_prints_them() -> None:
     assert "pocket" in builtin_names()
     for name in builtin_names():
         printed = call("init", name).out
@@ -165,15 +165,13 @@ def test_every_built_in_recipe_reads_and_what_init_prints_is_that_recipe() -> No
         assert sum("#" in line for line in printed.splitlines()) > 5  # commented
 
 
-def test_a_file_of_the_users_is_read_before_a_built_in_recipe_of_the_same_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_user_file_takes_precedence_over_a_builtin_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("pocket").write_text(builtin_text("pocket").replace("name: pocket", "name: mine"), encoding="utf-8")
     assert find_recipe("pocket", []).name == "mine"
 
 
-def test_an_unknown_recipe_is_refused_with_the_names_of_the_built_in_ones() -> None:
+def test_unknown_recipe_is_refused_with_the_builtin_names() -> None:
     with pytest.raises(UserError, match=r"recipe poket: no such file, and no built-in .*pocket"):
         find_recipe("poket", [])
 
@@ -190,7 +188,7 @@ def test_an_unknown_recipe_is_refused_with_the_names_of_the_built_in_ones() -> N
         ("stages.warmup.dense={top_k: 8}", "stages.warmup.dense.top_k", 8),
     ],
 )
-def test_a_set_option_changes_the_field_that_it_names_and_no_other(change: str, field: str, value: object) -> None:
+def test_set_option_changes_only_its_field(change: str, field: str, value: object) -> None:
     before, after = recipe_with().model_dump(), recipe_with(change).model_dump()
     *path, last = field.split(".")
     there, here = after, before
@@ -203,22 +201,22 @@ def test_a_set_option_changes_the_field_that_it_names_and_no_other(change: str, 
     assert after == before
 
 
-def test_a_data_source_given_as_a_path_takes_further_fields_by_set() -> None:
+def test_data_source_given_as_a_path_accepts_further_fields() -> None:
     changes = ["data.evals.sums=test.jsonl", "data.evals.sums.limit=9", "data.labeled=a.jsonl", "data.labeled.limit=3"]
     data = recipe_with(*changes).data
     assert (data.evals["sums"].path, data.evals["sums"].limit) == ("test.jsonl", 9)
     assert (data.labeled.path, data.labeled.limit) == ("a.jsonl", 3)
 
 
-def test_epochs_set_on_the_command_line_count_although_the_recipe_gives_steps() -> None:
+def test_epochs_override_replaces_the_steps_of_the_recipe() -> None:
     assert recipe_with().stages.warmup.steps == 80
-    asked = recipe_with("stages.warmup.epochs=0.5", "stages.warmup.group_size=4").stages.warmup
-    assert asked.steps_over(256) == 8  # half of 256 prompts × 4 rollouts, 64 a step
+    stage = recipe_with("stages.warmup.epochs=0.5", "stages.warmup.group_size=4").stages.warmup
+    assert stage.steps_over(256) == 8  # half of 256 prompts × 4 rollouts, 64 a step
     assert recipe_with("stages.warmup.epochs=0.5", "stages.warmup.steps=3").stages.warmup.steps_over(256) == 3
     assert recipe_with("stages.teacher_rl.steps=2").stages.teacher_rl.steps_over(256) == 2
 
 
-def test_stages_on_halves_of_unequal_size_take_equally_many_steps() -> None:
+def test_stages_on_unequal_halves_take_equal_steps() -> None:
     from headwater.data.labels import Pools
     from headwater.runs.inputs import RunInputs
 

@@ -32,25 +32,25 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     """RAW with one field set, or removed where the value is ..."""
     raw = copy.deepcopy(RAW)
     *keys, last = path.split(".")
-    held = raw
+    parent = raw
     for key in keys:
-        held = held.setdefault(key, {})
+        parent = parent.setdefault(key, {})
     if value is ...:
-        del held[last]
+        del parent[last]
     else:
-        held[last] = value
+        parent[last] = value
     return raw
 
 
 def complaint(path: str, value: Any) -> str:
     with pytest.raises(UserError) as refused:
         parse_recipe(changed(path, value), "recipe tiny.yaml")
-    said = str(refused.value)
-    assert said.startswith("recipe tiny.yaml: ") and "\n" not in said and refused.value.exit_code == 2
-    return said.removeprefix("recipe tiny.yaml: ")
+    message = str(refused.value)
+    assert message.startswith("recipe tiny.yaml: ") and "\n" not in message and refused.value.exit_code == 2
+    return message.removeprefix("recipe tiny.yaml: ")
 
 
-def test_a_plain_recipe_is_read_with_the_papers_defaults() -> None:
+def test_minimal_recipe_gets_the_papers_defaults() -> None:
     recipe = parse_recipe(RAW, "here")
     opd = recipe.stages.opd
     assert recipe.data.labeled.path == "train.jsonl"
@@ -61,7 +61,7 @@ def test_a_plain_recipe_is_read_with_the_papers_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         ("stages.opd.learning_rate", 1e-6, "unknown field stages.opd.learning_rate"),
         ("extra", 1, "unknown field extra"),
@@ -87,12 +87,12 @@ def test_a_plain_recipe_is_read_with_the_papers_defaults() -> None:
         ("name", "../../etc", "name: string should match pattern"),
     ],
 )  # fmt: skip
-def test_a_wrong_field_is_named_with_what_is_wrong_about_it(path: str, value: Any, said: str) -> None:
-    assert said in complaint(path, value)
+def test_wrong_field_is_named_with_its_fault(path: str, value: Any, message: str) -> None:
+    assert message in complaint(path, value)
 
 
 @pytest.mark.parametrize(
-    ("stage", "fields", "said"),
+    ("stage", "fields", "message"),
     [
         ("opd", {"objective": "grpo"}, "stages: opd.objective is grpo; this stage takes opd or mixed"),
         ("opd", {"objective": "forward_kl"}, "stages: opd.objective is forward_kl"),
@@ -109,19 +109,19 @@ def test_a_wrong_field_is_named_with_what_is_wrong_about_it(path: str, value: An
         ("opd", {"minibatches": 99}, "stages.opd: minibatches 99 is more than batch_size 64"),
     ],
 )
-def test_pairings_that_make_no_sense_are_refused_when_the_recipe_is_read(
-    stage: str, fields: dict[str, Any], said: str
+def test_inconsistent_stage_settings_are_refused_at_parse_time(
+    stage: str, fields: dict[str, Any], message: str
 ) -> None:
-    held = {**RAW["stages"][stage], **fields}
-    assert said in complaint(f"stages.{stage}", held)
+    changed = {**RAW["stages"][stage], **fields}
+    assert message in complaint(f"stages.{stage}", changed)
 
 
-def test_what_is_refused_in_training_is_allowed_in_evaluation() -> None:
+def test_sampling_settings_refused_in_training_are_allowed_in_evaluation() -> None:
     recipe = parse_recipe(changed("evaluate.sampling", {"top_p": 0.8, "top_k": 20, "temperature": 0.7}), "here")
     assert recipe.evaluate.sampling == Sampling(top_p=0.8, top_k=20, temperature=0.7)
 
 
-def test_a_group_of_one_is_fine_where_nothing_is_compared_within_it() -> None:
+def test_group_size_one_is_allowed_without_group_comparison() -> None:
     fields = {**RAW["stages"]["opd"], "group_size": 1}
     assert parse_recipe(changed("stages.opd", fields), "here").stages.opd.group_size == 1
     only_dense = {**fields, "objective": "mixed", "sparse_share": 0.0}
@@ -146,7 +146,7 @@ def test_a_group_of_one_is_fine_where_nothing_is_compared_within_it() -> None:
         ('stages.opd.sampling={"max_tokens": 9}', "stages.opd.sampling.max_tokens", 9),
     ],
 )
-def test_an_override_sets_one_field_with_the_type_that_was_meant(override: str, path: str | None, value: Any) -> None:
+def test_override_sets_one_field_with_its_type(override: str, path: str | None, value: Any) -> None:
     if path is None:  # a name is text; the number that was meant elsewhere is refused here
         with pytest.raises(UserError, match="name: input should be a valid string"):
             parse_recipe(RAW, "here", [override])
@@ -157,7 +157,7 @@ def test_an_override_sets_one_field_with_the_type_that_was_meant(override: str, 
     assert found == value and type(found) is type(value)
 
 
-def test_overrides_keep_the_other_fields_and_the_last_one_wins_and_the_recipe_given_stays_as_it_was() -> None:
+def test_overrides_keep_other_fields_and_the_last_one_wins() -> None:
     before = copy.deepcopy(RAW)
     recipe = parse_recipe(RAW, "here", ["stages.opd.steps=5", "data.labeled.limit=7", "stages.opd.steps=6"])
     assert recipe.stages.opd.steps == 6 and recipe.stages.opd.objective == "opd"
@@ -166,7 +166,7 @@ def test_overrides_keep_the_other_fields_and_the_last_one_wins_and_the_recipe_gi
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("stages.opd.steps", r"--set stages\.opd\.steps: write it as path=value"),
         ("=5", "--set =5: write it as path=value"),
@@ -178,19 +178,19 @@ def test_overrides_keep_the_other_fields_and_the_last_one_wins_and_the_recipe_gi
         ("stages.opd.steps=many", r"stages\.opd\.steps: input should be a valid integer.*\(given: 'many'\)"),
     ],
 )
-def test_a_bad_override_is_refused_with_its_text_or_field(override: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_override_is_refused_by_text_or_field(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         parse_recipe(RAW, "here", [override])
 
 
-def test_a_recipe_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_recipe_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     with pytest.raises(UserError, match=r"recipe .*r\.yaml: cannot be read"):
         read_recipe(path)
-    for text, said in (("a: [1", "is not YAML"), ("- 1", "must be a mapping of fields, not list"), ("", "not NoneType"),
+    for text, message in (("a: [1", "is not YAML"), ("- 1", "must be a mapping of fields, not list"), ("", "not NoneType"),
                        ("a: !!python/object/apply:os.system ['true']", "is not YAML")):  # fmt: skip
         path.write_text(text)
-        with pytest.raises(UserError, match=said) as refused:
+        with pytest.raises(UserError, match=message) as refused:
             read_recipe(path)
         assert "\n" not in str(refused.value) and str(path) in str(refused.value)
     path.write_bytes(b"\xff\xfe\x00")
@@ -198,7 +198,7 @@ def test_a_recipe_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_recipe(path)
 
 
-def test_a_recipe_written_out_and_read_again_is_the_same_recipe(tmp_path: Path) -> None:
+def test_recipe_round_trips_through_json(tmp_path: Path) -> None:
     recipe = parse_recipe(RAW, "here", ["stages.opd.optim.lr=1e-4", "labels.budget=64"])
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
@@ -206,7 +206,7 @@ def test_a_recipe_written_out_and_read_again_is_the_same_recipe(tmp_path: Path) 
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
-def test_a_recipe_cannot_be_changed_after_it_was_read() -> None:
+def test_recipe_is_immutable() -> None:
     recipe = parse_recipe(RAW, "here")
     with pytest.raises(ValidationError, match="frozen"):
         recipe.stages.opd.optim.lr = 1.0
@@ -219,7 +219,7 @@ def test_steps_over_a_pool_by_hand() -> None:
     assert Stage(objective="grpo", steps=1, batch_size=128, group_size=8).prompts_per_step == 16
 
 
-def test_equal_values_have_equal_canonical_text_whatever_their_order() -> None:
+def test_canonical_text_does_not_depend_on_key_order() -> None:
     assert (
         canonical_json({"b": 1, "a": [1.5, "é"]})
         == '{"a":[1.5,"é"],"b":1}'

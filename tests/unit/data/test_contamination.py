@@ -26,8 +26,8 @@ def problems(*texts: str) -> list[Problem]:
     return [Problem.of(text, "here") for text in texts]
 
 
-def leaks(train: list[Problem], *held: str, n: int = 13) -> list[Leak]:
-    return find_leaks(train, {"held": problems(*held)}, n)
+def leaks(train: list[Problem], *evaluation: str, n: int = 13) -> list[Leak]:
+    return find_leaks(train, {"held": problems(*evaluation)}, n)
 
 
 def shared(name: str) -> LoadedProblems:
@@ -75,12 +75,12 @@ def test_short_texts_are_compared_whole_only() -> None:
 
 
 def test_a_phrase_that_many_problems_use_is_no_leak_but_a_copy_made_many_times_is() -> None:
-    said = [
+    result = [
         f"Six {name} stand around a table and five of them leave; the odds are m over n, {PHRASE}." for name in NAMES
     ]
-    held = f"The area of the largest circle that fits in the figure is m over n, {PHRASE}."
-    assert len(NAMES) == 11 and leaks(problems(*said), held) == []
-    assert len(leaks(problems(*said[:10]), held)) == 10
+    evaluation = f"The area of the largest circle that fits in the figure is m over n, {PHRASE}."
+    assert len(NAMES) == 11 and leaks(problems(*result), evaluation) == []
+    assert len(leaks(problems(*result[:10]), evaluation)) == 10
     copies = [f"{LONG} {extra}" for extra in "abcdefghijkl"]
     assert {one.why for one in leaks(problems(*copies), LONG)} == {"ngram"}
     assert len(leaks(problems(*copies), LONG)) == 12

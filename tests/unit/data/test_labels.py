@@ -27,14 +27,14 @@ def grader() -> Grader:
     return Grader()
 
 
-def test_completions_are_held_against_the_gold_answer_of_their_own_problem_in_order(grader: Grader) -> None:
+def test_labels_check_grades_completions_against_their_own_gold_in_order(grader: Grader) -> None:
     labels = Labels(GOLD, grader, 3)
     found = labels.check([("b", "secret-2"), ("a", "secret-2"), ("b", "x")])
     assert [one.correct for one in found] == [True, False, False]
     assert grader.seen == [("secret-2", "secret-2"), ("secret-1", "secret-2"), ("secret-2", "x")]
 
 
-def test_every_look_is_counted_and_a_problem_once(grader: Grader) -> None:
+def test_labels_count_every_check_and_each_problem_once(grader: Grader) -> None:
     labels = Labels(GOLD, grader, 3)
     labels.check([("a", "x")] * 8)
     labels.check([("a", "x"), ("b", "y")])
@@ -42,7 +42,7 @@ def test_every_look_is_counted_and_a_problem_once(grader: Grader) -> None:
     assert labels.checks == 10 == len(grader.seen)
 
 
-def test_past_the_budget_nothing_is_graded_and_nothing_is_counted(grader: Grader) -> None:
+def test_labels_refuse_checks_beyond_the_budget(grader: Grader) -> None:
     labels = Labels(GOLD, grader, 2)
     labels.check([("a", "x")])
     with pytest.raises(UserError, match=r"^labels\.budget 2: a look at another problem's answer was refused$"):
@@ -60,7 +60,7 @@ def test_a_problem_without_a_label_here_is_refused_before_anything_is_counted(gr
     assert (labels.looked_at, labels.checks, grader.seen) == (set(), 0, [])
 
 
-def test_a_stage_gets_a_holder_of_its_own_part_alone(grader: Grader) -> None:
+def test_labels_subset_contains_only_its_own_problems(grader: Grader) -> None:
     part = Labels(GOLD, grader, 3).only(["a", "c"])
     assert len(part) == 2 and "a" in part and "b" not in part
     part.check([("a", "x"), ("c", "x")])
@@ -73,7 +73,7 @@ def test_a_stage_gets_a_holder_of_its_own_part_alone(grader: Grader) -> None:
     assert part.only(["a"]).budget == 1
 
 
-def test_gold_answers_do_not_show_when_a_holder_is_printed_logged_or_fails(grader: Grader) -> None:
+def test_labels_do_not_show_gold_answers_in_repr_or_errors(grader: Grader) -> None:
     labels = Labels(GOLD, grader, 1)
     labels.check([("a", "x")])
     shown = [repr(labels), str(labels), f"{labels}", repr(labels.only(["a"])), repr(copy.copy(labels)), repr([labels])]
@@ -104,7 +104,7 @@ def test_white_space_does_not_make_a_second_problem_that_could_sit_in_the_other_
     assert problem_id("1 + 1") == problem_id(" 1  +\n1\t") != problem_id("1 + 2")
 
 
-def test_reordering_and_adding_rows_moves_no_problem_and_unbuys_only_for_newcomers() -> None:
+def test_label_selection_is_stable_under_reordering_and_added_rows() -> None:
     bought = select_labels(POOL[:600], 100, 0)
     assert select_labels(POOL[:600][::-1], 100, 0) == bought
     more = select_labels(POOL, 100, 0)
@@ -121,7 +121,7 @@ def test_a_budget_buys_equal_halves_and_an_odd_one_goes_to_the_first(budget: int
     assert (len(pools.first_half), len(pools.second_half)) == (first, second)
 
 
-def test_when_one_half_of_the_pool_is_too_small_the_other_fills_up() -> None:
+def test_budget_is_filled_from_the_other_half_if_one_is_too_small() -> None:
     few = [name for name in POOL if half_of(name) == 0][:3]
     many = [name for name in POOL if half_of(name) == 1][:20]
     pools = select_labels(few + many, 16, 0)
@@ -141,7 +141,7 @@ def test_another_label_seed_buys_others_from_the_same_halves() -> None:
     assert {half_of(name) for name in other.first_half} == {0}
 
 
-def test_more_labels_than_there_are_cannot_be_bought() -> None:
+def test_budget_above_the_pool_is_refused() -> None:
     assert select_labels(["a"], 1, 0) in (Pools(("a",), ()), Pools((), ("a",)))
     with pytest.raises(
         UserError, match=r"^labels\.budget 1001 is more than the 1000 labelled problems of data\.labeled$"
@@ -149,7 +149,7 @@ def test_more_labels_than_there_are_cannot_be_bought() -> None:
         select_labels(POOL, 1001, 0)
 
 
-def test_two_parts_of_one_holder_spend_the_same_budget(grader: Grader) -> None:
+def test_label_subsets_share_one_budget(grader: Grader) -> None:
     whole = Labels(GOLD, grader, 1)
     first, second = whole.only(["a"]), whole.only(["c"])
     first.check([("a", "x")])

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headwater.config.recipe import Columns, Generate, Source
-from headwater.data.sources import LoadedProblems, gold_answer, load, without_leaks
+from headwater.data.golds import gold_answer
+from headwater.data.sources import LoadedProblems, load, without_leaks
 from headwater.errors import UserError
 from headwater.types import problem_id
 
@@ -64,11 +65,6 @@ def test_the_usual_columns_are_recognised_and_answer_is_preferred_to_solution(tm
     loaded = read(source)
     assert [problem.text for problem in loaded.problems] == ["1+1?", "1+2?"]
     assert loaded.gold == {problem_id("1+1?"): "2", problem_id("1+2?"): "3"}
-
-
-def test_a_chat_prompt_gives_what_the_user_said_last(tmp_path: Path) -> None:
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
-    assert read(write(tmp_path / "a.jsonl", {"prompt": chat, "expected_answer": "2"})).problems[0].text == "1+1?"
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
@@ -133,7 +129,7 @@ def test_generated_sums_come_from_their_pool() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("made", "message"),
     [
         ({"dials": {"min_terms": 5, "max_terms": 2}}, "data.labeled.generate: sums: 2 <= min_terms <= max_terms"),
         ({"dials": {"numbers": 3}}, "data.labeled.generate.dials: sums has no dial 'numbers'; its dials are modulus, min_terms"),
@@ -141,10 +137,10 @@ def test_generated_sums_come_from_their_pool() -> None:
         ({"task": "maths"}, "data.labeled.generate.task: 'maths' has no generator; the tasks that have one are sums, countdown"),
     ],
 )  # fmt: skip
-def test_what_a_task_cannot_generate_is_refused_with_the_field_named(made: dict[str, Any], said: str) -> None:
+def test_what_a_task_cannot_generate_is_refused_with_the_field_named(made: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as refused:
         read(Source(generate=Generate(pool="eval", count=1, **made)))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +249,7 @@ def test_no_file_content_gives_anything_but_problems_or_a_sentence(tmp_path: Pat
     for path in (tmp_path / "a.jsonl", tmp_path / "a.json"):
         path.write_bytes(b'{"problem": "a", "answer": "1"}\n' + content)
         try:
-            said = "" if read(Source(path=str(path))).problems else "nothing"
+            message = "" if read(Source(path=str(path))).problems else "nothing"
         except UserError as error:
-            said = str(error)
-        assert "\n" not in said and said != "nothing"
+            message = str(error)
+        assert "\n" not in message and message != "nothing"

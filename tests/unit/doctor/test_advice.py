@@ -34,20 +34,20 @@ def pair(student: float, teacher: float, kl: float = 0.0, passes: float = 1.0) -
     return PairMeasures(model(0.5), model(0.9), 0.5, Continuations(100, known(student), known(teacher), kl), passes)
 
 
-def test_a_lead_of_the_teacher_larger_than_what_student_rl_would_make_up_sends_the_labels_upstream() -> None:
+def test_large_teacher_lead_gives_the_labels_to_the_teacher() -> None:
     advice = label_advice(pair(student=0.30, teacher=0.95))
     assert advice.where == "teacher" and advice.arm == "bridge"
     assert advice.margin == pytest.approx(0.65 - MIN_LEAD)
     assert "95%" in advice.because and "30%" in advice.because and "65 points" in advice.because
 
 
-def test_a_student_that_knows_the_way_nearly_as_well_keeps_its_labels() -> None:
+def test_small_teacher_lead_gives_the_labels_to_the_student() -> None:
     advice = label_advice(pair(student=0.80, teacher=0.95))
     assert advice.where == "student" and advice.arm == "direct_grpo"
     assert advice.margin == pytest.approx(0.15 - MIN_LEAD)
 
 
-def test_much_to_learn_from_few_rollouts_eats_up_the_lead() -> None:
+def test_large_divergence_with_few_rollouts_reduces_the_lead() -> None:
     # 0.2 nats and 8 passes cost 0.2·3 = 0.6 of the lead of 0.65; 2 passes cost 0.2.
     assert label_advice(pair(0.30, 0.95, kl=0.2, passes=8.0)).margin == pytest.approx(0.65 - 0.6 - MIN_LEAD)
     assert label_advice(pair(0.30, 0.95, kl=0.2, passes=8.0)).where == "student"
@@ -56,11 +56,11 @@ def test_much_to_learn_from_few_rollouts_eats_up_the_lead() -> None:
 
 
 @pytest.mark.parametrize("passes", [0.0, 0.5, 1.0])
-def test_rollouts_that_are_read_once_at_most_cost_nothing(passes: float) -> None:
+def test_rollouts_read_at_most_once_cost_nothing(passes: float) -> None:
     assert label_advice(pair(0.30, 0.95, kl=5.0, passes=passes)).margin == pytest.approx(0.65 - MIN_LEAD)
 
 
-def test_a_margin_within_the_noise_of_the_sample_is_called_close() -> None:
+def test_margin_within_sampling_noise_is_called_close() -> None:
     edge = 0.95 - MIN_LEAD
     assert (
         label_advice(pair(edge - 0.9 * CLOSE_MARGIN, 0.95)).close
@@ -77,9 +77,7 @@ def test_a_margin_within_the_noise_of_the_sample_is_called_close() -> None:
         (MIN_INFORMATIVE + 0.01, MIN_INFORMATIVE - 0.01, "student"),
     ],
 )
-def test_a_model_without_a_signal_is_given_no_labels_whatever_else_is_measured(
-    student: float, teacher: float, where: str
-) -> None:
+def test_model_without_signal_gets_no_labels(student: float, teacher: float, where: str) -> None:
     # By the lead alone each of these would be the other way round.
     lead = 0.0 if where == "teacher" else 0.9
     advice = label_advice(replace(pair(0.95 - lead, 0.95), student=model(student), teacher=model(teacher)))
@@ -87,7 +85,7 @@ def test_a_model_without_a_signal_is_given_no_labels_whatever_else_is_measured(
     assert f"{student:.0%}" in advice.because and f"{teacher:.0%}" in advice.because
 
 
-def test_a_teacher_that_is_always_right_needs_no_labels_and_is_distilled_as_it_is() -> None:
+def test_perfect_teacher_needs_no_labels() -> None:
     advice = label_advice(replace(pair(0.5, 1.0), teacher=model(0.02, pass_rate=0.99)))
     assert advice.where == "student" and "opd_then_rl" in advice.because
 
@@ -96,12 +94,12 @@ def test_a_teacher_that_is_always_right_needs_no_labels_and_is_distilled_as_it_i
     ("rates", "message"),
     [((0.01, 0.01), "easier problems"), ((0.99, 0.99), "harder problems"), ((0.01, 0.99), "raw_teacher")],
 )
-def test_nowhere_yet_says_what_to_do_about_it(rates: tuple[float, float], message: str) -> None:
+def test_advice_without_any_signal_names_remedies(rates: tuple[float, float], message: str) -> None:
     advice = label_advice(replace(pair(0.5, 1.0), student=model(0.0, rates[0]), teacher=model(0.0, rates[1])))
     assert advice.where == "nowhere" and advice.arm is None and message in advice.because
 
 
-def test_a_teacher_that_already_gets_what_its_best_sample_gets_leaves_the_labels_to_the_student() -> None:
+def test_teacher_at_its_best_of_k_leaves_the_labels_to_the_student() -> None:
     # Whatever its lead: labels upstream could raise it from 93 % to 98 % at most.
     measures = pair(student=0.30, teacher=0.95)
     sated = replace(measures.teacher, pass_rate=known(0.93), pass_at={8: 0.98}, c1=0.949)
@@ -115,11 +113,11 @@ def test_a_teacher_that_already_gets_what_its_best_sample_gets_leaves_the_labels
     assert label_advice(replace(measures, teacher=sated, student=silent)).where == "teacher"
 
 
-def test_without_one_right_answer_of_the_teacher_nothing_is_staked_on_it() -> None:
+def test_teacher_without_a_correct_answer_is_not_advised() -> None:
     assert label_advice(replace(pair(0.5, 1.0), continuations=None)).where == "student"
 
 
-def test_the_warm_up_goes_by_c2_on_the_students_own_prefixes() -> None:
+def test_warmup_advice_follows_c2_on_student_prefixes() -> None:
     near, far = (
         warmup_advice(replace(pair(0.5, 0.9), kl_student_prefixes=kl))
         for kl in (0.9 * MAX_KL_WITHOUT_WARMUP, 1.1 * MAX_KL_WITHOUT_WARMUP)
@@ -128,7 +126,7 @@ def test_the_warm_up_goes_by_c2_on_the_students_own_prefixes() -> None:
     assert f"{1.1 * MAX_KL_WITHOUT_WARMUP:.2f} nats" in far.because
 
 
-def test_a_warm_up_that_would_be_learnt_by_heart_is_left_out_unless_the_student_never_goes_that_way() -> None:
+def test_warmup_that_would_overfit_is_omitted_unless_coverage_is_low() -> None:
     # At 4 passes the toll is twice the divergence.
     few, enough = (pair(0.3, 0.9, kl=half * MAX_WARMUP_COST, passes=4.0) for half in (0.55, 0.45))
     assert (
@@ -140,10 +138,10 @@ def test_a_warm_up_that_would_be_learnt_by_heart_is_left_out_unless_the_student_
     assert warmup_advice(replace(few, student=model(MIN_INFORMATIVE - 0.01))).needed
 
 
-def test_when_to_switch_names_metrics_that_a_run_writes_down_and_an_until_that_a_recipe_accepts() -> None:
+def test_switch_advice_names_existing_metrics_and_a_valid_until() -> None:
     from headwater.config.stage import Until
 
-    said = student_rl_advice(pair(0.5, 0.9))
-    assert "`informative`" in said and "50%" in said and "kl_student_teacher" in said
-    assert "{metric: validation, every: 10, patience: 2}" in said
+    result = student_rl_advice(pair(0.5, 0.9))
+    assert "`informative`" in result and "50%" in result and "kl_student_teacher" in result
+    assert "{metric: validation, every: 10, patience: 2}" in result
     assert Until(metric="validation", every=10, patience=2).metric == "validation"

@@ -78,14 +78,14 @@ def qwen_folder(
 ) -> str:
     """A model of Qwen's vocabulary, 8 wide and one layer deep."""
     tokenizer = qwen_tokenizer(eos, pad, template)
-    held = tiny_model(
+    config = tiny_model(
         vocab_size=width, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    held.generation_config = GenerationConfig(
+    config.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id if ends is None else ends, pad_token_id=tokenizer.pad_token_id, **generation
     )
-    held.save_pretrained(folder)
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -93,8 +93,8 @@ def qwen_folder(
 def patched(source: Path, folder: Path, file: str, **changes: Any) -> str:
     """A copy of a model folder with some fields of one of its JSON files changed."""
     shutil.copytree(source, folder)
-    held = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(held | changes))
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | changes))
     return str(folder)
 
 
@@ -207,9 +207,9 @@ def test_a_model_that_nothing_ends_is_refused(tmp_path: Path, pocket_folder: Pat
     folder = tmp_path / "endless"
     patched(pocket_folder / "qwen3-student", folder, "config.json", eos_token_id=None)
     (folder / "generation_config.json").unlink()
-    held = json.loads((folder / "tokenizer_config.json").read_text())
-    del held["eos_token"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(held))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert find(light(tmp_path, f"models.student={folder}"), "no-stop-id").severity == "error"
 
 
@@ -222,10 +222,10 @@ def test_padding_with_eos_is_recognised_and_harmless(tmp_path: Path) -> None:
 
 def test_equal_width_with_other_ids_is_refused(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "shuffled")
-    held = json.loads((folder / "tokenizer.json").read_text())
-    ids = held["model"]["vocab"]
+    config = json.loads((folder / "tokenizer.json").read_text())
+    ids = config["model"]["vocab"]
     ids["1"], ids["2"] = ids["2"], ids["1"]
-    (folder / "tokenizer.json").write_text(json.dumps(held))
+    (folder / "tokenizer.json").write_text(json.dumps(config))
     found = light(tmp_path, f"models.teacher={folder}")
     assert find(found, "token-ids-differ").severity == "error"
     assert "vocabulary-width" not in {finding.name for finding in found.findings}
@@ -568,7 +568,7 @@ def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("name", "fault", "said"),
+    ("name", "fault", "message"),
     [
         ("server-unusable", {"gone": True}, "gave no usable answer in 1 tries"),
         ("server-unusable", {"most": 3}, "greater than max allowed: 3"),
@@ -578,7 +578,7 @@ def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_a_teachers_server_is_looked_at_like_a_model(
-    name: str | None, fault: dict[str, Any], said: str, tmp_path: Path
+    name: str | None, fault: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     answering = Answering(
         load_policy(ModelFolder.open(TEACHER, "models.teacher"), LoadOptions(MODELS, torch.device("cpu"), frozen=True)),
@@ -591,7 +591,7 @@ def test_a_teachers_server_is_looked_at_like_a_model(
     if name is None:
         assert not found.errors, found.text()
     else:
-        assert said in find(found, name).evidence and "models.teacher" in find(found, name).evidence
+        assert message in find(found, name).evidence and "models.teacher" in find(found, name).evidence
 
 
 def test_every_finding_is_in_the_docs_and_the_docs_have_no_other() -> None:

@@ -33,7 +33,7 @@ from headwater.storage.run_dir import NodeDir
 from headwater.teachers.scoring import logp_of
 from headwater.training.checkpoint import load_checkpoint, save_checkpoint
 from headwater.training.update import make_optimizer, update
-from runs import held
+from runs import load_json
 from tests.unit.sampling.test_decoder import spoken
 from tiny import CPU, MODELS, gradient_of, same_bits, sampled_rows, stage_of, tiny_folder, weights_of
 
@@ -44,11 +44,11 @@ GRPO = stage_of("grpo", optim={"lr": 3e-2, "grad_clip": 1e6})
 
 
 def adapted(folder: Path, draw: int = 0, dtype: str = "float32", **settings: Any) -> Policy:
-    asked = Lora.model_validate({"r": 4, "alpha": 8, **settings})
+    config = Lora.model_validate({"r": 4, "alpha": 8, **settings})
     models = MODELS.model_copy(update={"dtype": dtype})
     return load_policy(
         ModelFolder.open(str(folder), FIELD),
-        LoadOptions(models, CPU, frozen=False, adapter=lora.AdapterSpec(asked, (draw, "test"))),
+        LoadOptions(models, CPU, frozen=False, adapter=lora.AdapterSpec(config, (draw, "test"))),
     )
 
 
@@ -171,9 +171,9 @@ def test_the_frozen_base_is_the_kl_reference_without_a_second_copy(qwen3_folder:
     assert furthest_apart(scores(reference, found), scores(base(qwen3_folder), found)) < 1e-5
     assert furthest_apart(scores(policy, found), scores(reference, found)) > 0.1
     # And the policy trains on as if nobody had asked.
-    asked = gradient_of(policy, found, GRPO)
+    config = gradient_of(policy, found, GRPO)
     scores(reference, found)
-    assert same_bits(gradient_of(policy, found, GRPO), asked) and len(asked) == 28
+    assert same_bits(gradient_of(policy, found, GRPO), config) and len(config) == 28
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(qwen3_folder: Path) -> None:
@@ -225,7 +225,7 @@ def test_the_next_stage_goes_on_with_the_adapter_and_is_compared_with_where_it_b
     assert furthest_apart(scores(second, found), scores(first, found)) > 0.1
     # What it leaves behind stands on the first base and is no larger than the first adapter.
     save_policy(second, tmp_path / "second", torch.float32)
-    assert held(tmp_path / "second" / "adapter_config.json")["base_model_name_or_path"] == str(qwen3_folder)
+    assert load_json(tmp_path / "second" / "adapter_config.json")["base_model_name_or_path"] == str(qwen3_folder)
     shapes = [
         {key: one.shape for key, one in load_file(tmp_path / name / "adapter_model.safetensors").items()}
         for name in ("first", "second")
@@ -284,7 +284,7 @@ RECIPE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("config", "message"),
     [
         ({"dropout": 0.1}, "models.lora: dropout must be 0"),
         ({"targets": ["lm_head"]}, "lm_head gets no adapter here"),
@@ -293,9 +293,9 @@ RECIPE: dict[str, Any] = {
         ({"roles": []}, "models.lora.roles: "),
     ],
 )
-def test_a_recipe_that_asks_for_what_cannot_be_is_refused_by_field(asked: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        parse_recipe({**RECIPE, "models": {**RECIPE["models"], "lora": asked}}, "recipe")
+def test_a_recipe_that_asks_for_what_cannot_be_is_refused_by_field(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_recipe({**RECIPE, "models": {**RECIPE["models"], "lora": config}}, "recipe")
 
 
 def test_targets_that_the_model_does_not_have_are_named(qwen3_folder: Path) -> None:
@@ -312,7 +312,7 @@ def test_what_is_not_installed_is_said_in_one_sentence(qwen3_folder: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -325,14 +325,14 @@ def test_what_is_not_installed_is_said_in_one_sentence(qwen3_folder: Path) -> No
     ],
 )
 def test_an_adapter_of_another_kind_is_refused_by_name(
-    qwen3_folder: Path, tmp_path: Path, change: dict[str, Any], said: str
+    qwen3_folder: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     save_policy(trained(qwen3_folder, steps=1, output="adapter"), tmp_path / "out", torch.float32)
     path = tmp_path / "out" / "adapter_config.json"
-    path.write_text(json.dumps({**held(path), **change}))
+    path.write_text(json.dumps({**load_json(path), **change}))
     with pytest.raises(UserError) as raised:
         base(tmp_path / "out")
-    assert said in str(raised.value) and str(raised.value).startswith(FIELD)
+    assert message in str(raised.value) and str(raised.value).startswith(FIELD)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(qwen3_folder: Path, tmp_path: Path) -> None:

@@ -78,8 +78,8 @@ def test_a_single_row_that_does_not_fit_stops_with_one_sentence_and_leaves_weigh
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    held = optimizer.state_dict()["state"]
-    return {f"{place}.{key}": value.clone() for place, state in held.items() for key, value in state.items()}
+    state_by_index = optimizer.state_dict()["state"]
+    return {f"{place}.{key}": value.clone() for place, state in state_by_index.items() for key, value in state.items()}
 
 
 def test_any_other_error_is_not_taken_for_it(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,10 +93,10 @@ def test_any_other_error_is_not_taken_for_it(policy: Policy, monkeypatch: pytest
 
 def test_scoring_is_halved_and_gives_the_same_numbers(policy: Policy) -> None:
     rollouts = [row.rollout for row in sampled_rows(policy, groups=4)]
-    asked: list[int] = []
+    token_budgets: list[int] = []
 
     def score(tokens: int) -> list[torch.Tensor]:
-        asked.append(tokens)
+        token_budgets.append(tokens)
         if tokens > 50:
             raise OUT["cpu"]()
         return logp_of(policy, rollouts, tokens)
@@ -104,7 +104,10 @@ def test_scoring_is_halved_and_gives_the_same_numbers(policy: Policy) -> None:
     budget = BatchBudget(4096)
     found = budget.fit_passes(score, rollouts)
     longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in rollouts)
-    assert asked == [4096, 16 * longest // 2, 16 * longest // 4, 16 * longest // 8] and budget.size == asked[-1]
+    assert (
+        token_budgets == [4096, 16 * longest // 2, 16 * longest // 4, 16 * longest // 8]
+        and budget.size == token_budgets[-1]
+    )
     for ours, theirs in zip(found, logp_of(policy, rollouts, 4096), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     with pytest.raises(TrainingStoppedError, match="the longest row alone"):

@@ -178,8 +178,12 @@ def test_a_damaged_folder_is_refused_in_one_sentence_that_names_field_and_folder
         (folder / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(UserError) as refused:
         loaded(folder)
-    said = str(refused.value)
-    assert said.startswith(f"models.student: {folder} cannot be loaded (") and "\n" not in said and len(said) < 500
+    message = str(refused.value)
+    assert (
+        message.startswith(f"models.student: {folder} cannot be loaded (")
+        and "\n" not in message
+        and len(message) < 500
+    )
 
 
 def words(first: str) -> PreTrainedTokenizerFast:
@@ -245,9 +249,9 @@ def test_a_fingerprint_names_the_content_and_not_the_place(tmp_path: Path) -> No
 def test_a_fingerprint_changes_with_whatever_decides_an_outcome(tmp_path: Path, what: str) -> None:
     folder = tiny_folder(tmp_path / "model")
     before = ModelFolder.open(str(folder), "models.student").fingerprint
-    held = bytearray((folder / what).read_bytes())
-    held[-3] ^= 1
-    (folder / what).write_bytes(bytes(held))
+    content = bytearray((folder / what).read_bytes())
+    content[-3] ^= 1
+    (folder / what).write_bytes(bytes(content))
     assert ModelFolder.open(str(folder), "models.student").fingerprint != before
 
 
@@ -277,8 +281,8 @@ def test_stop_ids_are_those_of_generation_config_model_config_and_tokenizer_toge
     assert loaded(folder).stop_ids == (3,)
     generation = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [3, 8]}))
-    held = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(held | {"eos_token_id": 9}))
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"eos_token_id": 9}))
     assert loaded(folder).stop_ids == (3, 8, 9)
 
 
@@ -309,17 +313,6 @@ def test_shipped_models_have_the_size_that_their_config_says(pocket_folder: Path
     assert ModelFolder.open(str(pocket_folder / "qwen3-student"), "models.student").shape.parameters == pytest.approx(
         counted, rel=0.01
     )
-
-
-def test_matrix_weights_and_flops_by_hand() -> None:
-    shape = Shape(layers=2, hidden=8, heads=4, kv_heads=2, head_dim=3, intermediate=10, vocabulary=50, tied=True)
-    # Attention a layer: queries and output 2·(8·4·3) = 192, keys and values 2·(8·2·3) = 96. MLP: 3·8·10 = 240. Head: 8·50.
-    assert shape.matrix_parameters == 2 * (192 + 96 + 240) + 400 == 1456
-    assert shape.parameters == 1456
-    assert replace(shape, tied=False).parameters == 1856
-    # A token costs 2·1456 for the matrices and 4·2·4·3 = 96 for each of the 5 earlier tokens it attends to.
-    assert shape.flops(tokens=10, context=5) == 10 * (2912 + 480)
-    assert shape.flops(tokens=10, context=5, passes=3) == 3 * 10 * (2912 + 480)
 
 
 def test_a_weights_file_is_named_by_every_byte_and_a_huge_one_by_blocks_all_over_it(

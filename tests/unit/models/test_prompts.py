@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+from datetime import date
+
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from headwater.config.recipe import Prompt
 from headwater.errors import UserError
-from headwater.models.prompts import Prompter
+from headwater.models.prompts import Prompter, reads_clock
+from headwater.tasks import maths
+from headwater.tasks.thinking import after_thinking
 from headwater.types import Problem
 from tools.pretrain.pocket import make_tokenizer
 
@@ -35,15 +42,15 @@ def test_thinking_is_a_choice_of_the_recipe() -> None:
 
 
 def test_the_templates_special_tokens_become_their_own_ids_and_none_is_added() -> None:
-    held = prompter(thinking=True)
-    vocabulary = held.tokenizer.get_vocab()
+    prompter_ = prompter(thinking=True)
+    vocabulary = prompter_.tokenizer.get_vocab()
     expected = [vocabulary[t] for t in ("<|user|>", "1", "7", "+", "4", "5", "\n", "<|assistant|>")]
-    assert list(held.ids(PROBLEM)) == expected == [1, 6, 12, 15, 9, 10, 29, 2]
+    assert list(prompter_.ids(PROBLEM)) == expected == [1, 6, 12, 15, 9, 10, 29, 2]
 
 
 def test_the_prompt_template_and_the_system_turn_stand_where_they_should() -> None:
-    held = prompter(thinking=True, template="? {problem} =", system="(+)")
-    assert held.text(PROBLEM) == "<|system|>(+)\n<|user|>? 17+45 =\n<|assistant|>"
+    prompter_ = prompter(thinking=True, template="? {problem} =", system="(+)")
+    assert prompter_.text(PROBLEM) == "<|system|>(+)\n<|user|>? 17+45 =\n<|assistant|>"
 
 
 def test_braces_and_template_syntax_in_a_problem_are_only_text() -> None:
@@ -73,8 +80,8 @@ def test_a_prompt_over_the_limit_is_refused_by_the_name_of_its_problem() -> None
     assert len(prompter(None, max_tokens=5).ids(PROBLEM)) == 5
     with pytest.raises(UserError) as refused:
         prompter(None, max_tokens=4).ids(PROBLEM)
-    said = str(refused.value)
-    assert PROBLEM.id in said and "sums:test" in said and "5 tokens, over prompt.max_tokens 4" in said
+    message = str(refused.value)
+    assert PROBLEM.id in message and "sums:test" in message and "5 tokens, over prompt.max_tokens 4" in message
     assert refused.value.exit_code == 2
 
 
@@ -84,11 +91,170 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 
 
 def test_a_completion_is_read_without_its_special_tokens_and_with_its_spaces() -> None:
-    held = prompter()
-    assert held.completion([*held.tokenizer("17 , 45 .")["input_ids"], 3]) == "17 , 45 ."
+    prompter_ = prompter()
+    assert prompter_.completion([*prompter_.tokenizer("17 , 45 .")["input_ids"], 3]) == "17 , 45 ."
 
 
 def test_the_pocket_template_ignores_thinking_and_system_turns() -> None:
     tokenizer = make_tokenizer()
     for prompt in (Prompt(), Prompt(thinking=True), Prompt(system="(+)")):
         assert Prompter(tokenizer, prompt).text(PROBLEM) == "<|user|>17+45<|assistant|>"
+
+
+# Conversations ----------------------------------------------------------------------------------------------------------
+
+TALK = (("system", "(+)"), ("user", "17+4"), ("assistant", "=21"), ("user", "17+45"))
+STRICT = (
+    "{%- for m in messages -%}{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{%- endif -%}"
+    "{{ '<|' + m.role + '|>' + m.content }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+)
+
+
+def test_a_conversation_is_rendered_whole_as_transformers_renders_it() -> None:
+    held = prompter(thinking=True, template="? {problem} =")
+    wanted = [{"role": role, "content": content} for role, content in TALK]
+    wanted[-1]["content"] = "? 17+45 ="
+    ids = held.tokenizer.apply_chat_template(
+        wanted, add_generation_prompt=True, enable_thinking=True, return_dict=False
+    )
+    assert held.ids(Problem.of_turns(TALK, "rows")) == tuple(ids)
+    assert held.text(Problem.of_turns(TALK, "rows")) == (
+        "<|system|>(+)\n<|user|>17+4\n<|assistant|>=21\n<|user|>? 17+45 =\n<|assistant|>"
+    )
+
+
+def test_without_a_chat_template_the_turns_follow_one_another() -> None:
+    held = prompter(None, template="{problem} =")
+    assert held.text(Problem.of_turns(TALK, "rows")) == "(+)\n\n17+4\n\n=21\n\n17+45 ="
+
+
+def test_a_system_turn_of_the_data_and_one_of_the_recipe_exclude_each_other() -> None:
+    problem = replace(Problem.of_turns(TALK, "d.jsonl"), row=3)
+    with pytest.raises(
+        UserError, match=rf"problem {problem.id} of d.jsonl, row 3: has a system turn of its own, and prompt"
+    ):
+        prompter(system="Be brief.").ids(problem)
+    told = prompter(thinking=True, system="(+)").text(Problem.of_turns(TALK[1:], "d.jsonl"))
+    assert told == prompter(thinking=True).text(problem)
+
+
+def test_a_template_that_refuses_a_conversation_is_one_sentence_with_the_row() -> None:
+    problem = replace(Problem.of_turns(TALK, "d.jsonl"), row=3)
+    assert (
+        prompter(STRICT).text(Problem.of_turns(TALK[1:], "d.jsonl"))
+        == "<|user|>17+4<|assistant|>=21<|user|>17+45<|assistant|>"
+    )
+    with pytest.raises(
+        UserError, match=r"problem \w{16} of d.jsonl, row 3 \(TemplateError: Conversation roles must alternate"
+    ):
+        prompter(STRICT).ids(problem)
+
+
+# Special tokens of the tokenizer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("single", "before"),
+    [
+        ("$A <|endoftext|>", ()),
+        ("<|pad|> $A <|endoftext|>", (1,)),
+        ("<|pad|> $A <|endoftext|> <|pad|>", (1,)),
+        ("<|pad|> $A", (1,)),
+    ],
+)
+def test_plain_text_gets_nothing_after_it(single: str, before: tuple[int, ...]) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[("<|endoftext|>", 0), ("<|pad|>", 1)]
+    )
+    assert prompter(None, tokenizer).ids(PROBLEM) == (*before, 6, 12, 15, 9, 10)
+
+
+def characters(*special: str) -> PreTrainedTokenizerFast:
+    """A token per printable character, and special tokens."""
+    letters = [*map(chr, range(32, 127)), "◁", "▷", "\n"]
+    backend = Tokenizer(models.WordLevel({one: n for n, one in enumerate(["<unk>", *letters])}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("marks", "spelt", "shown"),
+    [
+        ("<think> </think> <|im_end|>", "<think>{}</think>{}<|im_end|>", "<think>{}</think>{}"),
+        ("</think> <|im_end|>", "{}</think>{}<|im_end|>", "{}</think>{}"),  # the prompt has opened the thought
+        ("[THINK] [/THINK] </s>", "[THINK]{}[/THINK]{}</s>", "[THINK]{}[/THINK]{}"),
+        (
+            "<|begin_of_thought|> <|end_of_thought|> <s>",
+            "<s><|begin_of_thought|>{}<|end_of_thought|>{}",
+            "<|begin_of_thought|>{}<|end_of_thought|>{}",
+        ),
+        ("<seed:think> </seed:think>", "<seed:think>{}</seed:think>{}", "<seed:think>{}</seed:think>{}"),
+        ("<|START_THINKING|> <|END_THINKING|>", "<|START_THINKING|>{}<|END_THINKING|>{}", "<|START_THINKING|>{}<|END_THINKING|>{}"),
+        ("◁think▷ ◁/think▷", "◁think▷{}◁/think▷{}", "◁think▷{}◁/think▷{}"),
+        (
+            "<|channel|> <|message|> <|start|> <|end|> <|return|>",
+            "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>",
+            "<|channel|>analysis<|message|>{}assistant<|channel|>final<|message|>{}",
+        ),
+    ],
+)  # fmt: skip
+def test_thinking_marks_that_are_special_tokens_reach_the_grader_and_no_others(
+    marks: str, spelt: str, shown: str
+) -> None:
+    tokenizer, thought, answer = characters(*marks.split()), r"so \boxed{6}? no.", "The answer is 5."
+    ids = tokenizer(spelt.format(thought, answer), add_special_tokens=False)["input_ids"]
+    assert len(ids) < len(spelt.format(thought, answer)) - 10  # every mark is one token
+    text = Prompter(tokenizer, Prompt()).completion(ids)
+    assert text == shown.format(thought, answer)
+    assert after_thinking(text) == answer
+    assert maths.grade("5", text) == (True, "equal") and maths.grade("6", text) == (False, "different")
+
+
+def test_thinking_marks_that_are_plain_tokens_are_read_as_before() -> None:
+    tokenizer = characters("<|im_end|>")
+    tokenizer.add_tokens(["<think>", "</think>"])
+    ids = tokenizer("<think>6?</think> 5 <|im_end|>", add_special_tokens=False)["input_ids"]
+    text = Prompter(tokenizer, Prompt()).completion(ids)
+    assert text == tokenizer.decode(ids, skip_special_tokens=True) == "<think>6?</think> 5 "
+
+
+# Clock and chance -----------------------------------------------------------------------------------------------------------
+
+DATED = "{{ strftime_now('%d %b %Y %H:%M') }}{{ messages[0].content }}"
+LLAMA = (  # as Llama 3.2's
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
+    "{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}{{ date_string + messages[0].content }}"
+)
+MACRO = "{%- macro today() -%}{{ strftime_now('%Y-%m-%d') }}{%- endmacro -%}{{ today() + messages[0].content }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [(DATED, "05 Mar 2024 00:0017+45"), (LLAMA, "05 Mar 202417+45"), (MACRO, "2024-03-0517+45")],
+)
+def test_the_clock_of_a_template_stands_at_the_runs_day(template: str, text: str) -> None:
+    tokenizer = prompter(template).tokenizer
+    assert reads_clock(tokenizer)
+    assert Prompter(tokenizer, Prompt(), date(2024, 3, 5)).text(PROBLEM) == text
+    assert Prompter(tokenizer, Prompt()).text(PROBLEM) != text  # without a day, the time of the call
+
+
+def test_a_template_that_draws_gives_a_prompt_the_same_draw_each_time() -> None:
+    held = prompter(
+        "{{ ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'] | random }}{{ lipsum(1, false) }}{{ messages[0].content }}"
+    )
+    problems = [Problem.of(f"{n}+1", "rows") for n in range(40)]
+    random.seed(7)
+    expected = random.random()
+    random.seed(7)
+    first = [held.text(problem) for problem in problems]
+    assert random.random() == expected  # the generator of others is where it was
+    assert [held.text(problem) for problem in reversed(problems)] == first[::-1]
+    assert {text[0] for text in first} == set("abcdefgh")

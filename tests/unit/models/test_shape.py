@@ -103,8 +103,8 @@ def folder_of(name: str) -> Path:
     )  # wide models of the same numbers would round more in bfloat16
     torch.manual_seed(len(name))
     made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**published, **small}))
-    said = {**GENERATION[published["model_type"]], "eos_token_id": ends, "pad_token_id": 0}
-    made.generation_config = GenerationConfig(**said, do_sample=True)
+    generation = {**GENERATION[published["model_type"]], "eos_token_id": ends, "pad_token_id": 0}
+    made.generation_config = GenerationConfig(**generation, do_sample=True)
     out = temporary() / name.rpartition("/")[2]
     made.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -157,12 +157,12 @@ def test_sampler_trainer_and_transformers_give_one_log_prob(name: str, dtype: st
 @pytest.mark.parametrize("name", REAL)
 def test_positions_heads_and_ties_are_those_of_the_published_model(name: str) -> None:
     policy, published = loaded(name), MODELS[name]
-    held = policy.model.config
+    config = policy.model.config
     assert (
-        held.num_attention_heads / held.num_key_value_heads
+        config.num_attention_heads / config.num_key_value_heads
         == published["num_attention_heads"] / published["num_key_value_heads"]
     )
-    assert held.tie_word_embeddings is published["tie_word_embeddings"]
+    assert config.tie_word_embeddings is published["tie_word_embeddings"]
     assert (policy.head.weight is policy.model.get_input_embeddings().weight) is published["tie_word_embeddings"]  # type: ignore[union-attr]
     # RoPE by hand: Llama 3's long wavelengths are stretched by 8, short ones left, and those between blended.
     rope, half = published["rope_parameters"], torch.arange(0, 16, 2) / 16

@@ -46,9 +46,9 @@ def folder(tmp_path: Path) -> Path:
 def test_a_safetensors_file_whose_length_begins_like_a_pickle_is_read(folder: Path) -> None:
     """One header in 32 has a length whose first byte is the one that pickles begin with."""
     path = folder / "model.safetensors"
-    held = load_file(path)
+    content = load_file(path)
     for padding in range(0, 256, 8):
-        save_file(held, path, metadata={"format": "pt", "padding": "x" * padding})
+        save_file(content, path, metadata={"format": "pt", "padding": "x" * padding})
         if path.read_bytes()[0] == 0x80:
             break
     assert path.read_bytes()[0] == 0x80
@@ -56,7 +56,7 @@ def test_a_safetensors_file_whose_length_begins_like_a_pickle_is_read(folder: Pa
         load_policy(
             ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=True)
         ).model.lm_head.weight,
-        held["model.embed_tokens.weight"],
+        content["model.embed_tokens.weight"],
     )
 
 
@@ -82,9 +82,9 @@ def test_code_that_a_config_names_is_refused_by_its_field_and_not_imported(
     name: str, folder: Path, tmp_path: Path
 ) -> None:
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w')\nclass Model: pass\n", encoding="utf-8")
-    held = json.loads((folder / name).read_text(encoding="utf-8"))
+    content = json.loads((folder / name).read_text(encoding="utf-8"))
     auto = {"AutoConfig": "evil.Model", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Model", None]}
-    (folder / name).write_text(json.dumps({**held, "auto_map": auto, "model_type": "unheard-of"}), encoding="utf-8")
+    (folder / name).write_text(json.dumps({**content, "auto_map": auto, "model_type": "unheard-of"}), encoding="utf-8")
     for act in (
         lambda: load_policy(ModelFolder.open(str(folder), "MODEL"), LoadOptions(MODELS, CPU, frozen=True)),
         lambda: RunInputs(find_recipe("pocket", [f"models.student={folder}"])).tokenizer("student"),
@@ -113,9 +113,9 @@ def test_a_shard_list_that_leads_out_of_the_folder_is_refused(folder: Path) -> N
 def test_a_config_that_asks_for_more_than_the_weights_is_refused_and_nothing_is_made_up(
     change: dict[str, int], named: str, folder: Path
 ) -> None:
-    held = json.loads((folder / "config.json").read_text(encoding="utf-8")) | change
-    held.pop("layer_types", None)
-    (folder / "config.json").write_text(json.dumps(held), encoding="utf-8")
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8")) | change
+    content.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
     started = time.monotonic()
     with pytest.raises(UserError, match=named):
         load_policy(ModelFolder.open(str(folder), "MODEL"), LoadOptions(MODELS, CPU, frozen=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,24 @@ def test_report_is_written_without_any_finished_arm(tmp_path: Path) -> None:
     assert values["verdict"].startswith("Nothing can be said yet: no arm is finished and evaluated. Not finished: ")
     assert values["contrasts"] == [] and values["evals"] == []
     assert "bridge" in printed(values, 100)
+
+
+def test_first_condition_equals_counts_of_the_started_seeds(tmp_path: Path) -> None:
+    out = fake_run(tmp_path / "out", seeds=(0, 1), arms={name: ARMS[name] for name in ("base_teacher", "bridge")})
+    for folder in out.glob("nodes/*.s1.*"):  # the second seed has not started
+        shutil.rmtree(folder)
+    trained = next(out.glob("nodes/teacher_rl.s0.*/evals/final/sums.jsonl"))
+    untrained = next(out.glob("nodes/base_teacher*/evals/final/sums.jsonl"))
+
+    def measured(file: Path) -> list[float]:
+        right = by_problem([json.loads(line) for line in file.read_text().splitlines()], "correct").values()
+        return [sum(map(sum, right)) / (4 * PROBLEMS), sum(map(any, right)) / PROBLEMS]
+
+    found = report.build([out])["conditions"]["C1"]["sums"]
+    (after,) = found["after"]
+    for state, file in ((found["before"], untrained), (after, trained)):
+        assert [state["accuracy"], state["best_of_k"]] == pytest.approx(measured(file), abs=1e-6) and state["k"] == 4
+    assert after["reached"] == pytest.approx(measured(trained)[0] / measured(untrained)[1], abs=1e-5)
 
 
 def test_run_directories_with_different_seeds_merge(run: Path, built: dict[str, Any], tmp_path: Path) -> None:

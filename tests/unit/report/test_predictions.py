@@ -150,8 +150,8 @@ def _report(**differences: tuple[float, float, float]) -> dict[str, Any]:
         scale = {"low": low / 100, "difference": middle / 100, "high": high / 100, "p": p}
         cost = {"labels": {"a": 8, "b": 8}, "flops": {"a": 4.0, "b": 2.0}, "equal": ["labels"]}
         found.append({"a": a, "b": b, "eval": "sums", **scale, "seeds": 2, "problems": 50, **cost})
-    held = {"accuracy": {"sums": {"mean": 0.5}}, "labels": {"distinct": 8}}
-    return {"evals": ["sums"], "contrasts": found, "arms": dict.fromkeys(sorted(arms), held)}
+    entry = {"accuracy": {"sums": {"mean": 0.5}}, "labels": {"distinct": 8}}
+    return {"evals": ["sums"], "contrasts": found, "arms": dict.fromkeys(sorted(arms), entry)}
 
 
 def _reading(name: str, **differences: tuple[float, float, float]) -> dict[str, Any]:

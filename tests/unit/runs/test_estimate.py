@@ -19,7 +19,7 @@ from headwater.models.shape import Shape
 from headwater.runs.hardware import MODELS
 from headwater.runs.memory_estimate import FOUR_BITS, pass_bytes, persistent_bytes
 from headwater.training.update import make_optimizer, update
-from runs import held
+from runs import load_json
 from tiny import CPU, rollout_of, stage_of, taught, tiny_folder
 from tiny import MODELS as TINY_MODELS
 
@@ -34,20 +34,20 @@ BILLIONS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_known_models_have_the_parameters_that_their_publishers_count(name: str) -> None:
+def test_parameter_counts_equal_the_published_ones(name: str) -> None:
     assert Shape.from_fields(MODELS[name]).parameters / 1e9 == pytest.approx(BILLIONS[name], rel=0.003)
 
 
-def test_memory_of_what_is_held_is_what_each_part_takes() -> None:
+def test_persistent_memory_is_the_sum_of_its_parts() -> None:
     shape = Shape.from_fields(MODELS["Qwen/Qwen3-8B"])
     whole = persistent_bytes(shape, 0, False, (), 2)
     assert whole == 18.0 * shape.parameters  # float32 weights, gradients, two moments, and the copy that autocast makes
     adapter = shape.adapter_parameters(16, None)
     assert adapter == 43_646_976  # 36 layers × 16 × (4096+4096 + 2·(4096+1024) + 4096+4096 + 3·(4096+12288))
     assert persistent_bytes(shape, adapter, False, (), 2) == 2.0 * shape.parameters + 16.0 * adapter
-    rest = shape.parameters - shape.body_parameters
+    rest = shape.parameters - shape.linear_parameters
     four = persistent_bytes(shape, adapter, True, (shape,), 2)
-    assert four == pytest.approx(FOUR_BITS * shape.body_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
+    assert four == pytest.approx(FOUR_BITS * shape.linear_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -70,14 +70,14 @@ def most_allocated(do: Callable[[], object], folder: Path) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as read:
         do()
     read.export_chrome_trace(str(folder / "trace.json"))
-    events = [one for one in held(folder / "trace.json")["traceEvents"] if one.get("name") == "[memory]"]
+    events = [one for one in load_json(folder / "trace.json")["traceEvents"] if one.get("name") == "[memory]"]
     events.sort(key=lambda one: one["ts"])
     before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
     return float(max(one["args"]["Total Allocated"] for one in events) - before)
 
 
 @pytest.mark.parametrize("case", MEASURED)
-def test_memory_of_an_update_is_what_the_allocator_counts_within_a_quarter(case: str, tmp_path: Path) -> None:
+def test_update_memory_is_within_a_quarter_of_the_allocators_count(case: str, tmp_path: Path) -> None:
     objective, how, adapt = MEASURED[case]
     if adapt is not None and importlib.util.find_spec("peft") is None:
         pytest.skip("the extra `lora` is not installed")
@@ -103,6 +103,6 @@ def test_memory_of_an_update_is_what_the_allocator_counts_within_a_quarter(case:
     width, logits = 2 if models.dtype == "bfloat16" else 4, 2 if objective == "opd" else 1
     more = 0 if policy.adapter is None else policy.adapter.parameters
     work = pass_bytes(policy.shape, tokens, width, models.gradient_checkpointing, cuda=False, logits=logits)
-    said = persistent_bytes(policy.shape, more, False, (), width) + work
-    print(f"{case}: {said / 1e6:.1f} MB said, {(there + grown) / 1e6:.1f} MB measured")
-    assert said == pytest.approx(there + grown, rel=0.25)
+    result = persistent_bytes(policy.shape, more, False, (), width) + work
+    print(f"{case}: {result / 1e6:.1f} MB said, {(there + grown) / 1e6:.1f} MB measured")
+    assert result == pytest.approx(there + grown, rel=0.25)

@@ -20,7 +20,7 @@ from headwater.runs.setup import prepared
 from headwater.storage.run_dir import RunDir
 from runs import (
     TINY,
-    held,
+    load_json,
 )  # fmt: skip
 
 # Parallel nodes --------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_node_of_a_killed_worker_is_retried_once_and_then_fails(deaths: int, tmp
         assert failures == {} and sorted(begun) == sorted([*job.todo, warmup])
     else:
         assert failures == {warmup: Failure(f"{killed}, for the second time", 1)}
-        assert held(tmp_path / "nodes" / warmup / "FAILED") == failures[warmup].to_json()
+        assert load_json(tmp_path / "nodes" / warmup / "FAILED") == failures[warmup].to_json()
         assert sorted({*begun}) == sorted(job.todo.keys() - {opd})
 
 

@@ -38,7 +38,7 @@ def file_of(path: Path, *rows: dict[str, Any]) -> str:
     return str(path)
 
 
-def test_nothing_is_read_before_it_is_used_and_nothing_twice(calls: list[str]) -> None:
+def test_inputs_are_read_lazily_and_once(calls: list[str]) -> None:
     with RunInputs(find_recipe("pocket", list(TINY))) as inputs:
         assert calls == []
         assert inputs.pools and sorted(calls) == ["data.evals.sums", "data.labeled"]
@@ -48,7 +48,7 @@ def test_nothing_is_read_before_it_is_used_and_nothing_twice(calls: list[str]) -
     assert len(calls) == 2
 
 
-def test_an_input_that_cannot_be_read_is_tried_once_and_names_its_part(tmp_path: Path, calls: list[str]) -> None:
+def test_unreadable_input_is_tried_once_and_named(tmp_path: Path, calls: list[str]) -> None:
     recipe = find_recipe("pocket", [*TINY, f"data.labeled={{path: {tmp_path / 'none.jsonl'}}}"])
     inputs = RunInputs(recipe)
     for read in (lambda: inputs.labeled, lambda: inputs.pools, lambda: inputs.labels, lambda: inputs.problems):
@@ -106,7 +106,7 @@ def test_a_wrapped_grader_grades_every_label_and_shares_the_budget_of_the_origin
     assert graded == ["a", "b"] and wrapped.labeled is inputs.labeled
 
 
-def test_an_estimate_takes_a_missing_file_for_as_many_problems_as_its_limit(tmp_path: Path) -> None:
+def test_estimate_assumes_the_limit_for_a_missing_file(tmp_path: Path) -> None:
     missing = f"data.labeled={{path: {tmp_path / 'none.jsonl'}, limit: 40}}"
     inputs = RunInputs.for_estimate(find_recipe("pocket", [*TINY, missing]))
     assert len(inputs.pool("all")) == 16 and len(inputs.labeled.problems) == 40

@@ -55,7 +55,7 @@ def trained(plan: Plan, arm: str) -> list[tuple[str, str | None, str | None, str
     return [line(node) for node in chain(plan, arm) if node.kind == "train"]
 
 
-def test_the_bridge_learns_from_the_teacher_that_rl_made_and_each_stage_starts_where_the_last_one_ended() -> None:
+def test_bridge_plan_chains_stages_from_the_trained_teacher() -> None:
     assert trained(plan_of(), "bridge_rl") == [
         ("teacher_rl/first_half", "teacher", None, None),
         ("warmup/first_half", "student", None, "teacher_rl/first_half"),
@@ -64,14 +64,14 @@ def test_the_bridge_learns_from_the_teacher_that_rl_made_and_each_stage_starts_w
     ]
 
 
-def test_raw_teacher_learns_from_the_teacher_as_it_came_and_trains_it_nowhere() -> None:
+def test_raw_teacher_plan_uses_the_untrained_teacher() -> None:
     assert trained(plan_of(), "raw_teacher") == [
         ("warmup/all", "student", None, "teacher"),
         ("opd/all", "warmup/all", "teacher", None),
     ]
 
 
-def test_sft_teacher_fine_tunes_the_teacher_on_the_experts_samples_before_it_teaches() -> None:
+def test_sft_teacher_plan_fine_tunes_the_teacher_on_expert_rollouts() -> None:
     assert trained(plan_of(), "sft_teacher") == [
         ("sft/all", "teacher", None, "expert"),
         ("warmup/all", "student", None, "sft/all"),
@@ -79,7 +79,7 @@ def test_sft_teacher_fine_tunes_the_teacher_on_the_experts_samples_before_it_tea
     ]
 
 
-def test_teacher_2h_spends_the_second_half_on_the_teacher_and_bridges_on_the_first() -> None:
+def test_teacher_2h_plan_trains_the_teacher_on_both_halves() -> None:
     assert trained(plan_of(), "teacher_2h") == [
         ("teacher_rl/first_half", "teacher", None, None),
         ("teacher_rl/second_half", "teacher_rl/first_half", None, None),
@@ -88,11 +88,11 @@ def test_teacher_2h_spends_the_second_half_on_the_teacher_and_bridges_on_the_fir
     ]
 
 
-def test_direct_grpo_is_one_stage_of_the_cold_student_that_never_makes_a_teacher() -> None:
+def test_direct_grpo_plan_is_one_stage_without_a_teacher() -> None:
     assert [line(node) for node in chain(plan_of(), "direct_grpo")] == [("student_rl/all", "student", None, None)]
 
 
-def test_opd_only_and_warmup_only_and_teacher_sft_each_keep_one_part_of_the_bridge() -> None:
+def test_bridge_ablations_keep_one_part_of_the_bridge() -> None:
     plan = plan_of()
     rl = ("teacher_rl/all", "teacher", None, None)
     assert trained(plan, "opd_only") == [rl, ("opd/all", "student", "teacher_rl/all", None)]
@@ -100,7 +100,7 @@ def test_opd_only_and_warmup_only_and_teacher_sft_each_keep_one_part_of_the_brid
     assert trained(plan, "teacher_sft") == [rl, ("sft/all", "student", None, "teacher_rl/all")]
 
 
-def test_replay_and_stage_three_share_every_node_but_the_last_and_give_it_the_same_settings() -> None:
+def test_replay_and_bridge_rl_share_every_node_but_the_last() -> None:
     plan = plan_of()
     fresh, replay = chain(plan, "bridge_rl"), chain(plan, "replay")
     assert [plan.names[node] for node in fresh[:-1]] == [plan.names[node] for node in replay[:-1]]
@@ -110,7 +110,7 @@ def test_replay_and_stage_three_share_every_node_but_the_last_and_give_it_the_sa
     assert plan.names[fresh[-1]] != plan.names[replay[-1]]
 
 
-def test_what_arms_share_has_one_name_and_what_they_do_not_share_has_two() -> None:
+def test_shared_nodes_have_one_name_across_arms() -> None:
     plan = plan_of()
 
     def named(arm: str, stage: str) -> str:
@@ -124,7 +124,7 @@ def test_what_arms_share_has_one_name_and_what_they_do_not_share_has_two() -> No
     assert named("bridge", "opd") != named("opd_only", "opd")
 
 
-def test_warm_up_and_fine_tuning_on_teacher_samples_read_one_cache() -> None:
+def test_warmup_and_teacher_sft_share_one_cache() -> None:
     plan = plan_of()
     caches = {
         arm: [plan.names[node] for node in chain(plan, arm) if node.kind == "rollouts"]
@@ -147,7 +147,7 @@ def test_a_cache_does_not_depend_on_how_its_readers_train() -> None:
         assert cache_name(f"stages.warmup.{sampled}") != plain
 
 
-def test_parents_come_before_children_and_every_arm_ends_with_its_own_last_node() -> None:
+def test_plan_lists_parents_before_children() -> None:
     plan = plan_of(seeds=(0, 1))
     order = [plan.names[node] for node in plan.order()]
     for node in plan.order():
@@ -204,7 +204,7 @@ AFTER = {
     "change",
     ["steps=3", "optim.lr=0.5", "optim.grad_clip=7", "optim.schedule=cosine", "batch_size=16", "loss_mean=sequence"],
 )
-def test_a_stage_s_settings_change_it_and_what_stands_on_it_and_nothing_before(stage: str, change: str) -> None:
+def test_stage_settings_change_its_node_and_descendants_only(stage: str, change: str) -> None:
     before, after = prints(plan_of()), prints(plan_of(f"stages.{stage}.{change}"))
     assert {name for name in before if before[name] != after[name]} == AFTER[stage]
 
@@ -219,19 +219,19 @@ def test_a_stage_s_settings_change_it_and_what_stands_on_it_and_nothing_before(s
         "models.dtype=bfloat16",
     ],
 )
-def test_what_reaches_every_model_changes_every_node(change: str) -> None:
+def test_global_settings_change_every_node(change: str) -> None:
     before, after = prints(plan_of()), prints(plan_of(change))
     assert {name for name in before if before[name] != after[name]} == ALL
 
 
-def test_evaluation_settings_change_every_node_that_is_evaluated_and_leave_the_cache_s_own_inputs() -> None:
+def test_evaluation_settings_change_evaluated_nodes_but_not_cache_inputs() -> None:
     before, after = prints(plan_of()), prints(plan_of("evaluate.samples=9"))
     assert {name for name in before if before[name] != after[name]} == ALL  # the cache stands on the evaluated teacher
     raw = [prints(plan_of(*changes), "raw_teacher") for changes in ((), ("evaluate.samples=9",))]
     assert {name for name in raw[0] if raw[0][name] != raw[1][name]} == {"warmup", "opd"}
 
 
-def test_other_weights_of_a_model_change_what_it_touches() -> None:
+def test_model_weights_change_the_nodes_that_use_them() -> None:
     before = prints(plan_of())
     student = prints(plan_of(models=lambda role: "new" if role == "student" else f"weights of {role}"))
     teacher = prints(plan_of(models=lambda role: "new" if role == "teacher" else f"weights of {role}"))
@@ -239,13 +239,13 @@ def test_other_weights_of_a_model_change_what_it_touches() -> None:
     assert {name for name in before if before[name] != teacher[name]} == ALL
 
 
-def test_other_problems_in_a_pool_change_the_stages_that_work_on_it() -> None:
+def test_pool_problems_change_the_stages_that_use_them() -> None:
     before = prints(plan_of())
     after = prints(plan_of(pools=POOLS | {"second_half": ("c", "e")}))
     assert {name for name in before if before[name] != after[name]} == {"student_rl"}
 
 
-def test_a_corrected_answer_changes_the_stages_that_may_look_at_it() -> None:
+def test_corrected_answer_changes_the_stages_with_labels() -> None:
     before, labels = prints(plan_of()), content()["labels"]
     after = prints(plan_of(labels=labels | {"second_half": "corrected"}))
     assert {name for name in before if before[name] != after[name]} == {"student_rl"}
@@ -253,12 +253,12 @@ def test_a_corrected_answer_changes_the_stages_that_may_look_at_it() -> None:
     assert raw[0] == raw[1]  # no label is in reach there
 
 
-def test_further_bridge_prompts_change_the_dense_stages_and_what_stands_on_them_but_not_the_teacher() -> None:
+def test_added_bridge_prompts_change_dense_stages_and_descendants_only() -> None:
     before, after = prints(plan_of()), prints(plan_of(unlabeled=("u",)))
     assert {name for name in before if before[name] != after[name]} == ALL - {"teacher_rl"}
 
 
-def test_an_arm_that_needs_a_model_the_recipe_does_not_name_is_refused_when_its_weights_are_asked_for() -> None:
+def test_arm_with_an_unnamed_model_is_refused_when_its_weights_are_needed() -> None:
     def weights(role: str) -> str:
         if role == "expert":
             raise UserError("models.expert: an arm needs this model, and the recipe names none")

@@ -34,7 +34,7 @@ def names(rows_: list[Row]) -> list[str]:
 # What a stage works on ------------------------------------------------------------------------------------------------
 
 
-def test_an_epoch_of_cached_rollouts_reads_each_once_and_the_next_in_another_order() -> None:
+def test_cached_rollouts_are_read_once_an_epoch_in_a_new_order() -> None:
     cached = [Row(Rollout(f"p{index}", 0, (1,), (2,), (-1.0,), "stop", "s")) for index in range(12)]
     gather = CachedRollouts(cached, stage(objective="sft", batch_size=4), 0)
     epochs = [
@@ -55,7 +55,7 @@ def test_a_group_is_uninformative_when_all_its_verdicts_agree() -> None:
     assert count_uninformative(group("a", "1111") + group("b", "0000") + group("c", "0100"), GROUP) == 2
 
 
-def test_fresh_informative_groups_take_the_places_of_those_without_a_signal() -> None:
+def test_dynamic_sampling_replaces_uninformative_groups() -> None:
     kept = group("a", "0000") + group("b", "0110") + group("c", "1111")
     fresh = group("d", "1111") + group("e", "0001")
     assert names(replace_uninformative(kept, fresh, GROUP)) == ["e", "b", "c"]
@@ -81,7 +81,7 @@ def no_signal_guard(folder: Path, stop: bool = True) -> NoSignalGuard:
     return NoSignalGuard(guards, stage(), 10, 40, folder / "ledger.jsonl")
 
 
-def test_a_stage_without_signal_is_stopped_at_the_end_of_its_patience_with_the_labels_that_it_wasted(
+def test_no_signal_guard_stops_a_stage_and_names_wasted_labels(
     tmp_path: Path,
 ) -> None:
     guard = no_signal_guard(tmp_path)
@@ -97,7 +97,7 @@ def test_a_stage_without_signal_is_stopped_at_the_end_of_its_patience_with_the_l
     assert no_signal_guard(tmp_path, stop=False).catch_up(rows_) is None
 
 
-def test_one_informative_group_early_on_or_the_users_word_lets_a_stage_go_on(tmp_path: Path) -> None:
+def test_no_signal_guard_passes_with_one_informative_group_or_continue(tmp_path: Path) -> None:
     guard = no_signal_guard(tmp_path)
     assert [guard.check(row) for row in (silent(1), silent(2, informative=0.25), silent(3))] == [None] * 3
     assert no_signal_guard(tmp_path, stop=False).check(silent(3)) is None

@@ -8,7 +8,7 @@ import pytest
 
 from headwater.errors import UserError
 from headwater.report import sweep as sweep_report
-from headwater.report import sweep_page, sweep_plot
+from headwater.report import sweep_page
 from headwater.report.svg import TEXT
 from headwater.runs.sweep import Sweep, folder_name, lay_out, text_of
 
@@ -66,7 +66,7 @@ def test_any_field_can_be_varied_and_values_are_those_of_the_parsed_recipe() -> 
 
 
 @pytest.mark.parametrize(
-    ("vary", "values", "said"),
+    ("vary", "values", "message"),
     [
         ("labels", "64,0", "value 0: .*labels.budget"),
         ("labels", "64,many", "value many: .*labels.budget"),
@@ -78,8 +78,8 @@ def test_any_field_can_be_varied_and_values_are_those_of_the_parsed_recipe() -> 
         ("--seeds", "1", "name labels, teacher, lambda or a field"),
     ],
 )
-def test_invalid_variation_is_refused_in_one_sentence(vary: str, values: str | None, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_variation_is_refused_in_one_sentence(vary: str, values: str | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         pocket(vary, values)
 
 
@@ -130,8 +130,8 @@ def made_up(vary: str, values: list[Any], bridge: list[float | None], direct: fl
 
 
 def test_sentences_say_where_an_arm_is_better_undecided_and_where_the_order_changes() -> None:
-    said = made_up("labels", [64, 128, 256, 512], [0.6, 0.58, 0.51, 0.4])["said"]
-    assert said == [
+    result = made_up("labels", [64, 128, 256, 512], [0.6, 0.58, 0.51, 0.4])["said"]
+    assert result == [
         "On sums, at labels 64 and 128 bridge is better than direct_grpo; at labels 512 bridge is worse than direct_grpo; "
         "at labels 256 bridge cannot be told from direct_grpo. The order turns between labels 128 and 512."
     ]
@@ -140,10 +140,10 @@ def test_sentences_say_where_an_arm_is_better_undecided_and_where_the_order_chan
 def test_failed_point_is_shown_in_sentences_table_plot_and_page() -> None:
     found = made_up("labels", [64, 128], [0.6, None])
     assert found["said"][1] == "labels 128 failed: no group had rewards that differ."
-    svg, _ = sweep_plot.draw(found)
-    assert ">failed<" in svg
-    assert "failed: no group had rewards that differ" in sweep_page.page(found, svg)
-    assert sweep_report.cell(found["points"][1], "bridge", "sums") == "failed"
+    plot, _ = sweep_page.plot(found)
+    assert ">128 (failed)<" in plot.svg and ">64<" in plot.svg
+    assert "failed: no group had rewards that differ" in sweep_page.page(found, plot)
+    assert sweep_page.cell(found["points"][1], "bridge", "sums") == "failed"
 
 
 def test_single_arm_is_compared_with_itself_at_the_first_value() -> None:
@@ -158,8 +158,9 @@ def test_single_arm_is_compared_with_itself_at_the_first_value() -> None:
 
 
 def test_model_names_are_shortened_where_they_stay_distinct() -> None:
-    assert sweep_report.names(["pocket:a", "/models/b/", 0.5]) == ["a", "b", "0.5"]
-    assert sweep_report.names(["x/model", "y/model"]) == ["x/model", "y/model"]
+    names = sweep_report.names({"values": ["pocket:a", "/models/b/", 0.5]})
+    assert names == {"pocket:a": "a", "/models/b/": "b", 0.5: "0.5"}
+    assert list(sweep_report.names({"values": ["x/model", "y/model"]}).values()) == ["x/model", "y/model"]
 
 
 @pytest.mark.parametrize(
@@ -173,13 +174,14 @@ def test_model_names_are_shortened_where_they_stay_distinct() -> None:
     ],
 )
 def test_axis_kind_follows_the_values(vary: str, values: list[Any], kind: str) -> None:
-    assert sweep_plot.axis_kind(made_up(vary, values, [0.5, 0.6])) == kind
+    assert sweep_page.axis_kind(made_up(vary, values, [0.5, 0.6])) == kind
 
 
 def test_plot_spaces_doubling_budgets_equally_and_names_every_line() -> None:
     found = made_up("labels", [64, 128, 256], [0.5, 0.6, 0.7])
-    svg, png = sweep_plot.draw(found)
-    assert (svg, png) == sweep_plot.draw(found)
+    (plot, png), (again, png_again) = sweep_page.plot(found), sweep_page.plot(found)
+    svg = plot.svg
+    assert (svg, png) == (again.svg, png_again)
     for word in ("bridge 70.0", "direct_grpo 50.0", "student before 10.0", ">64<", ">128<", ">256<", "log scale"):
         assert word in svg
     places = []
@@ -192,8 +194,11 @@ def test_plot_spaces_doubling_budgets_equally_and_names_every_line() -> None:
 def test_page_inlines_the_plot_in_page_colours_and_fetches_nothing() -> None:
     found = made_up("labels", [64, 128], [0.6, 0.7])
     found["said"] = ["<b>&"]
-    page = sweep_page.page(found, sweep_plot.draw(found)[0])
+    page = sweep_page.page(found, sweep_page.plot(found)[0])
     assert "&lt;b&gt;&amp;" in page and "<b>" not in page
     assert "currentColor" in page and TEXT not in page.split("<svg")[1].split("</svg>")[0]
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
-    assert 'aria-label="Accuracy in per cent.' in page and "bridge on sums by labels 64: 60.0, 128: 70.0" in page
+    description = page.split('role="img" aria-label="')[1].split('"')[0]
+    assert "accuracy on sums, %" in description and "labels (distinct problems), log scale" in description
+    assert "student before 10.0 at 64, 10.0 at 128" in description
+    assert "bridge 60.0 (58.0 to 62.0) at 64, 70.0 (68.0 to 72.0) at 128" in description

@@ -100,7 +100,7 @@ def stripped(path: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("stop_after", [1, 5, 9])
-def test_steps_before_and_after_an_interruption_are_the_uninterrupted_run_to_the_bit(
+def test_interrupted_and_resumed_steps_equal_the_uninterrupted_run(
     tmp_path: Path, teacher: Policy, stop_after: int
 ) -> None:
     whole = Driver(tiny_policy(), teacher, NodeDir(tmp_path / "whole")).run()
@@ -120,7 +120,7 @@ def test_steps_before_and_after_an_interruption_are_the_uninterrupted_run_to_the
     assert furthest(whole.weights[10], whole.weights[5]) > 1e-3
 
 
-def test_a_resumed_run_needs_no_random_state(tmp_path: Path, teacher: Policy) -> None:
+def test_resume_needs_no_random_state(tmp_path: Path, teacher: Policy) -> None:
     """Why a checkpoint keeps none: whatever the generators of the process stand at, the draws are the same."""
     whole = Driver(tiny_policy(), teacher, NodeDir(tmp_path / "whole")).run()
     node = NodeDir(tmp_path / "cut")
@@ -135,9 +135,7 @@ def test_a_resumed_run_needs_no_random_state(tmp_path: Path, teacher: Policy) ->
     assert stripped(node.metrics) == stripped(whole.node.metrics)
 
 
-def test_a_crash_without_a_warning_goes_on_from_the_last_checkpoint_and_forgets_what_came_after(
-    tmp_path: Path, teacher: Policy
-) -> None:
+def test_crashed_stage_resumes_from_the_last_checkpoint(tmp_path: Path, teacher: Policy) -> None:
     whole = Driver(tiny_policy(), teacher, NodeDir(tmp_path / "whole")).run()
     node = NodeDir(tmp_path / "crashed")
 
@@ -158,7 +156,7 @@ def test_a_crash_without_a_warning_goes_on_from_the_last_checkpoint_and_forgets_
     assert stripped(node.metrics) == stripped(whole.node.metrics)
 
 
-def test_a_finished_stage_run_again_does_nothing(node: NodeDir, teacher: Policy) -> None:
+def test_finished_stage_does_nothing(node: NodeDir, teacher: Policy) -> None:
     done = Driver(tiny_policy(), teacher, node).run()
     before = stripped(node.metrics)
     again = Driver(tiny_policy(seed=8), teacher, node).run()
@@ -167,18 +165,18 @@ def test_a_finished_stage_run_again_does_nothing(node: NodeDir, teacher: Policy)
     assert stripped(node.metrics) == before
 
 
-def test_checkpoints_are_kept_when_due_at_the_end_and_only_the_last_two(node: NodeDir, teacher: Policy) -> None:
+def test_checkpoints_are_written_when_due_and_the_last_two_remain(node: NodeDir, teacher: Policy) -> None:
     driver = Driver(tiny_policy(), teacher, node).run()
     assert [path.name for path in node.checkpoints()] == ["000010", "000009"]
     assert driver.evaluated == []
 
 
-def test_evaluations_in_between_are_asked_for_when_due_but_not_at_the_last_step(node: NodeDir, teacher: Policy) -> None:
+def test_intermediate_evaluations_run_when_due_but_not_at_the_last_step(node: NodeDir, teacher: Policy) -> None:
     driver = Driver(tiny_policy(), teacher, node).run(OPD.model_copy(update={"eval_every": 5}))
     assert driver.evaluated == ["step-000005"]
 
 
-def test_every_step_writes_the_metrics_of_the_contract_and_its_spend(node: NodeDir, teacher: Policy) -> None:
+def test_step_writes_the_documented_metrics_and_its_ledger_row(node: NodeDir, teacher: Policy) -> None:
     Driver(tiny_policy(), teacher, node).run()
     metrics, ledger = list(read_jsonl(node.metrics)), list(read_jsonl(node.ledger))
     promised = {
@@ -195,9 +193,7 @@ def test_every_step_writes_the_metrics_of_the_contract_and_its_spend(node: NodeD
         assert spent["labels"] == ["p1", "p2"] and spent["checks"] == 8 and spent["seed"] == 7
 
 
-def test_a_non_finite_step_stops_the_stage_by_name_and_keeps_the_last_good_checkpoint(
-    node: NodeDir, teacher: Policy
-) -> None:
+def test_non_finite_step_stops_the_stage_and_keeps_the_last_checkpoint(node: NodeDir, teacher: Policy) -> None:
     driver = Driver(tiny_policy(), teacher, node)
 
     def spoil(step: int, rows: list[Row]) -> list[Row]:
@@ -216,16 +212,16 @@ def test_a_non_finite_step_stops_the_stage_by_name_and_keeps_the_last_good_check
     assert same_bits(weights_of(kept), driver.weights[6])
 
 
-def test_a_checkpoint_rests_on_its_logs_and_a_damaged_log_passes_it_over(node: NodeDir, teacher: Policy) -> None:
+def test_checkpoint_with_a_damaged_log_is_skipped(node: NodeDir, teacher: Policy) -> None:
     driver = Driver(tiny_policy(), teacher, node).run()
     whole = stripped(node.metrics)
     content = node.metrics.read_bytes()
     rows = content.splitlines(keepends=True)
     node.metrics.write_bytes(b"".join(rows[:9]) + rows[9].replace(b'"step": 10', b'"step": 11'))
-    said: list[str] = []
+    result: list[str] = []
     other = tiny_policy(seed=9)
-    assert load_checkpoint(node, other.model, make_optimizer(other, OPD.optim), said.append) == 9
-    assert said == [f"{node.metrics}: is damaged; checkpoint 000010 is skipped for the one before it"]
+    assert load_checkpoint(node, other.model, make_optimizer(other, OPD.optim), result.append) == 9
+    assert result == [f"{node.metrics}: is damaged; checkpoint 000010 is skipped for the one before it"]
     assert same_bits(weights_of(other), driver.weights[9])
     assert stripped(Driver(tiny_policy(seed=8), teacher, node).run().node.metrics) == whole
     node.metrics.write_bytes(content.replace(b'"step": 2,', b'"step": 3,'))
@@ -233,7 +229,7 @@ def test_a_checkpoint_rests_on_its_logs_and_a_damaged_log_passes_it_over(node: N
         load_checkpoint(node, other.model, make_optimizer(other, OPD.optim))
 
 
-def test_what_a_checkpoint_rests_on_is_on_disk_before_it(
+def test_logs_are_synced_before_their_checkpoint(
     node: NodeDir, teacher: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []

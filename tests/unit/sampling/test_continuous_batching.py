@@ -54,7 +54,7 @@ def assert_honest(policy: Policy, rollouts: list[Rollout]) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2"])
 @pytest.mark.parametrize("batch", [3, 8])
-def test_a_batch_smaller_than_the_requests_changes_no_completion(name: str, batch: int) -> None:
+def test_batch_size_does_not_change_completions(name: str, batch: int) -> None:
     policy = tiny_policy(name, seed=2, std=0.2)
     whole = TorchSampler(policy, batch=64).sample(requests(), Sampling(max_tokens=90))
     lengths = sorted(len(one.completion_ids) for one in whole)
@@ -64,7 +64,7 @@ def test_a_batch_smaller_than_the_requests_changes_no_completion(name: str, batc
     assert_honest(policy, few)
 
 
-def test_a_place_used_again_shows_nothing_of_who_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reused_cache_slots_do_not_leak_earlier_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever lies past a row's own end, and whatever a place held before a row entered, is made huge: no one may see it."""
     policy = tiny_policy(seed=2, std=0.2)
     clean = TorchSampler(policy, batch=5).sample(requests(), Sampling(max_tokens=40))
@@ -105,7 +105,9 @@ def watched(monkeypatch: pytest.MonkeyPatch, seen: list[list[list[int]]]) -> Non
 
 
 @pytest.mark.parametrize("budget", [1, 100, 4096])
-def test_each_distinct_prompt_is_run_once_within_the_budget(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_runs_each_distinct_prompt_once_within_the_token_budget(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = tiny_policy(seed=2, std=0.2)
     seen: list[list[list[int]]] = []
     watched(monkeypatch, seen)
@@ -122,7 +124,7 @@ def test_each_distinct_prompt_is_run_once_within_the_budget(budget: int, monkeyp
     assert_honest(policy, found)
 
 
-def test_no_step_is_spent_on_a_sequence_that_has_ended_and_the_batch_stays_full(
+def test_batch_stays_full_and_finished_sequences_take_no_decode_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy = tiny_policy(seed=2, std=0.2)
@@ -139,7 +141,9 @@ def test_no_step_is_spent_on_a_sequence_that_has_ended_and_the_batch_stays_full(
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
-def test_looking_only_now_and_then_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_interval_for_finished_sequences_does_not_change_completions(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = tiny_policy(name, seed=2, std=0.2)
     often = TorchSampler(policy, batch=6).sample(requests(), Sampling(max_tokens=21))
     monkeypatch.setattr(torch_sampler, "CHECK_EVERY_CPU", 8)
@@ -148,7 +152,7 @@ def test_looking_only_now_and_then_changes_nothing(name: str, monkeypatch: pytes
     assert_honest(policy, seldom)
 
 
-def test_rollouts_are_told_of_in_the_same_order_each_time() -> None:
+def test_on_finished_reports_rollouts_in_a_deterministic_order() -> None:
     policy = tiny_policy(seed=2, std=0.2)
     orders: list[list[tuple[str, int]]] = [[], []]
     for order in orders:
@@ -159,14 +163,14 @@ def test_rollouts_are_told_of_in_the_same_order_each_time() -> None:
     assert sorted(orders[0]) == sorted((one.problem_id, one.sample) for one in requests())
 
 
-def test_a_wide_vocabulary_with_a_packed_head_gives_the_trainers_log_probs() -> None:
+def test_wide_vocabulary_with_packed_head_gives_the_trainers_log_probs() -> None:
     policy = tiny_policy(seed=3, vocab_size=5000)
     found = TorchSampler(policy, batch=6).sample(requests(samples=2), Sampling(max_tokens=12))
     assert len({token for one in found for token in one.completion_ids}) > 50
     assert_honest(policy, found)
 
 
-def test_a_cache_never_has_more_columns_than_its_longest_sequence_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_cache_grows_only_to_the_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy(seed=2, std=0.0)  # every token as likely as any other
     monkeypatch.setattr(fast_decoder, "INITIAL_COLUMNS", 4)
     columns: list[int] = []
@@ -186,7 +190,7 @@ def test_a_cache_never_has_more_columns_than_its_longest_sequence_needs(monkeypa
     assert_honest(policy, found)
 
 
-def test_no_requests_are_no_rollouts() -> None:
+def test_sample_of_no_requests_returns_no_rollouts() -> None:
     assert TorchSampler(tiny_policy()).sample([], Sampling(max_tokens=4)) == []
 
 
@@ -200,7 +204,7 @@ POLICY = tiny_policy("llama", seed=5, std=0.2)
     limit=st.integers(1, 20),
     chosen=st.lists(st.integers(0, len(MIXED) - 1), min_size=12, max_size=12),
 )
-def test_whatever_the_prompts_the_order_and_the_batch_each_completion_is_its_own(
+def test_completion_depends_only_on_its_own_request(
     order: list[int], batch: int, limit: int, chosen: list[int]
 ) -> None:
     wanted = [Request(f"p{which}", index, MIXED[which], ("own", index)) for index, which in enumerate(chosen)]

@@ -48,7 +48,7 @@ def spoken(policy: Policy, decoder: CacheDecoder | FastDecoder, steps: int) -> l
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_the_fast_decoder_gives_the_hidden_states_of_the_general_one(kind: str) -> None:
+def test_fast_decoder_gives_the_hidden_states_of_the_general_decoder(kind: str) -> None:
     name, settings = PLAIN[kind]
     policy = tiny_policy(name, seed=4, **settings)
     if settings.get("attention_bias"):  # fresh biases are 0 and would hide that they are left out
@@ -65,7 +65,7 @@ def test_the_fast_decoder_gives_the_hidden_states_of_the_general_one(kind: str) 
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_large_models_keep_their_weights_apart_and_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfused_weights_of_large_models_give_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy("qwen3", seed=4)
     joined = spoken(policy, FastDecoder(policy), 12)
     monkeypatch.setattr("headwater.sampling.fast_weights.FUSED_PARAMETERS", 0)
@@ -87,11 +87,11 @@ def test_large_models_keep_their_weights_apart_and_say_the_same(monkeypatch: pyt
         ("gemma2", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
     ],
 )
-def test_what_it_does_not_know_goes_to_the_general_decoder(name: str, settings: dict[str, Any]) -> None:
+def test_unsupported_models_use_the_general_decoder(name: str, settings: dict[str, Any]) -> None:
     assert isinstance(decoder_for(tiny_policy(name, **settings)), CacheDecoder)
 
 
-def test_a_decoder_made_after_an_update_speaks_with_the_new_weights() -> None:
+def test_decoder_built_after_an_update_uses_the_new_weights() -> None:
     policy = tiny_policy("qwen3", seed=4)
     before = spoken(policy, FastDecoder(policy), 2)
     with torch.no_grad():

@@ -14,14 +14,14 @@ from headwater.config.stage import Sampling
 from headwater.sampling.token_draws import BLOCK, WIDE, draw_tokens, inverse_cdf, named_uniforms
 
 
-def test_many_named_uniforms_are_those_of_each_name_alone() -> None:
+def test_batched_uniforms_equal_those_of_each_name_alone() -> None:
     names = [(0, "opd", step, "a1b2", sample) for step in range(3) for sample in range(5)] + [(), ("x",), (-7,)]
     assert np.array_equal(named_uniforms(37, names), np.stack([seeds.uniforms(37, *name) for name in names]))
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), width=st.integers(WIDE, 3 * WIDE), spread=st.floats(0.0, 30.0))
-def test_in_two_levels_the_token_is_the_one_of_a_single_exact_sum(seed: int, width: int, spread: float) -> None:
+def test_two_level_draw_equals_the_draw_from_one_exact_sum(seed: int, width: int, spread: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     p_BV = torch.softmax(torch.randn(8, width, generator=generator) * spread, dim=-1)
     draws_B = torch.rand(8, generator=generator, dtype=torch.float64)
@@ -35,7 +35,7 @@ def test_in_two_levels_the_token_is_the_one_of_a_single_exact_sum(seed: int, wid
         assert upper - float(p_BV[row, token]) - 1e-6 <= float(target_B[row]) <= upper + 1e-6
 
 
-def test_in_two_levels_tokens_come_in_equal_shares_of_an_even_grid_of_draws() -> None:
+def test_two_level_draw_is_uniform_over_an_even_grid() -> None:
     """Draws (i + ½)/V of a uniform distribution over V tokens: each token once, in order, across every block border."""
     width = 10 * BLOCK + 24  # the last block is not full
     assert width >= WIDE
@@ -43,7 +43,7 @@ def test_in_two_levels_tokens_come_in_equal_shares_of_an_even_grid_of_draws() ->
     assert inverse_cdf(torch.full((width, width), 1.0 / width), draws).squeeze(1).tolist() == list(range(width))
 
 
-def test_in_two_levels_a_token_of_probability_zero_is_never_drawn_even_at_the_ends() -> None:
+def test_two_level_draw_never_returns_a_token_of_probability_zero() -> None:
     p_BV = torch.zeros(6, 2 * WIDE)
     p_BV[:, 5], p_BV[:, BLOCK + 3], p_BV[:, BLOCK + 9] = 0.25, 0.25, 0.5
     draws = torch.tensor([0.0, 0.24999, 0.25, 0.49999, 0.5, 1.0 - 2**-53], dtype=torch.float64)
@@ -52,9 +52,7 @@ def test_in_two_levels_a_token_of_probability_zero_is_never_drawn_even_at_the_en
 
 @pytest.mark.parametrize("width", [30, 2 * WIDE])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}])
-def test_logits_that_are_no_numbers_give_log_probs_that_are_none_and_spoil_no_other_row(
-    width: int, settings: dict[str, float]
-) -> None:
+def test_nan_logits_give_nan_log_probs_in_their_own_row_only(width: int, settings: dict[str, float]) -> None:
     logits = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
     broken = logits.clone()
     broken[1, 7] = torch.nan

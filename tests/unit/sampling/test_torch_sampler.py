@@ -39,7 +39,7 @@ def told(rollouts: list[Rollout]) -> dict[tuple[str, int], tuple[tuple[int, ...]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_draws_depend_neither_on_the_order_of_requests_nor_on_the_batch_size(name: str) -> None:
+def test_draws_do_not_depend_on_request_order_or_batch_size(name: str) -> None:
     policy = tiny_policy(name, seed=2, **ARCHITECTURES[name])
     wanted, sampling = requests(), Sampling(max_tokens=24)
     whole = TorchSampler(policy, batch=64).sample(wanted, sampling)
@@ -48,12 +48,12 @@ def test_draws_depend_neither_on_the_order_of_requests_nor_on_the_batch_size(nam
     for batch, order in ((1, wanted), (64, wanted[::-1]), (5, wanted[7:] + wanted[:7])):
         again = TorchSampler(policy, batch=batch).sample(order, sampling)
         assert told(again) == told(whole)
-        held = {(one.problem_id, one.sample): one.sampler_logp for one in whole}
+        logps = {(one.problem_id, one.sample): one.sampler_logp for one in whole}
         for one in again:
-            assert one.sampler_logp == pytest.approx(held[one.problem_id, one.sample], abs=1e-4)
+            assert one.sampler_logp == pytest.approx(logps[one.problem_id, one.sample], abs=1e-4)
 
 
-def test_other_names_give_other_draws_and_samples_are_numbered_from_first() -> None:
+def test_rng_key_changes_draws_and_samples_are_numbered_from_first() -> None:
     policy = tiny_policy(seed=2)
     first = TorchSampler(policy).sample(requests(), Sampling(max_tokens=12))
     other = TorchSampler(policy).sample(
@@ -67,7 +67,7 @@ def test_other_names_give_other_draws_and_samples_are_numbered_from_first() -> N
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_sampler_and_the_trainer_give_each_token_the_same_log_prob(name: str, temperature: float) -> None:
+def test_sampler_logp_equals_the_trainers_log_prob(name: str, temperature: float) -> None:
     policy = tiny_policy(name, seed=4, **ARCHITECTURES[name])
     rollouts = TorchSampler(policy, batch=8).sample(requests(), Sampling(max_tokens=20, temperature=temperature))
     for one, trained in zip(rollouts, logp_of(policy, rollouts, 256), strict=True):
@@ -83,14 +83,14 @@ def test_the_sampler_and_the_trainer_give_each_token_the_same_log_prob(name: str
 
 
 @pytest.mark.parametrize("name", CAPPED)
-def test_capped_and_scaled_heads_take_the_general_path_and_plain_ones_do_not(name: str) -> None:
+def test_split_head_keeps_capped_and_scaled_heads_whole(name: str) -> None:
     capped = tiny_policy(name, **CAPPED[name])
     assert capped.body is capped.model and isinstance(capped.head, torch.nn.Identity)
     for plain in (tiny_policy("qwen3"), tiny_policy("llama", tied=False)):
         assert plain.body is plain.model.model and plain.head is plain.model.lm_head
 
 
-def test_a_cap_is_noticed_also_while_the_logits_are_too_small_to_show_it() -> None:
+def test_split_head_detects_a_softcap_even_with_small_logits() -> None:
     """Logits of 0.1 under a cap of 30 change by 4e-7; after training they would be far from head(body(x))."""
     fresh = tiny_policy("gemma2", std=0.02, **{**CAPPED["gemma2"], "final_logit_softcapping": 30.0})
     assert fresh.body is fresh.model
@@ -99,9 +99,7 @@ def test_a_cap_is_noticed_also_while_the_logits_are_too_small_to_show_it() -> No
 @pytest.mark.parametrize(
     ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 4)]
 )
-def test_one_token_completions_come_with_the_frequencies_of_their_probabilities(
-    temperature: float, top_p: float, top_k: int
-) -> None:
+def test_first_token_frequencies_match_probabilities(temperature: float, top_p: float, top_k: int) -> None:
     policy, count = tiny_policy(seed=1), 6000
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=1)
     rollouts = TorchSampler(policy, batch=count).sample(requests_for([("p", PROMPTS[0])], count, 0, "chi"), sampling)
@@ -131,7 +129,7 @@ def test_one_token_completions_come_with_the_frequencies_of_their_probabilities(
         assert math.exp(one.sampler_logp[0]) == pytest.approx(expected[one.completion_ids[0]].item(), rel=1e-4)
 
 
-def test_a_second_token_comes_with_the_frequencies_of_its_own_context() -> None:
+def test_second_token_frequencies_match_conditional_probabilities() -> None:
     """Draws of one rollout's tokens are independent: given the first token, the second follows the model."""
     policy, count = tiny_policy(seed=1, std=0.5), 8000
     found = TorchSampler(policy, batch=2000).sample(
@@ -151,7 +149,7 @@ def test_a_second_token_comes_with_the_frequencies_of_its_own_context() -> None:
     assert stats.chisquare(observed, wanted).pvalue > 0.001
 
 
-def test_a_completion_ends_with_its_first_stop_token_and_says_so() -> None:
+def test_completion_ends_at_its_first_stop_token() -> None:
     policy = tiny_policy(seed=2)
     rollouts = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=24))
     stopped = [one for one in rollouts if one.finish == "stop"]
@@ -165,7 +163,7 @@ def test_a_completion_ends_with_its_first_stop_token_and_says_so() -> None:
     assert all(len(one.sampler_logp) == len(one.completion_ids) for one in rollouts)
 
 
-def test_a_stop_token_at_the_very_limit_is_a_stop_and_a_shorter_limit_only_cuts() -> None:
+def test_max_tokens_truncates_and_a_stop_token_at_the_limit_counts_as_stop() -> None:
     policy = tiny_policy(seed=2)
     long = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=24))
     short = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=6))
@@ -175,10 +173,10 @@ def test_a_stop_token_at_the_very_limit_is_a_stop_and_a_shorter_limit_only_cuts(
         assert ours.finish == (theirs.finish if len(theirs.completion_ids) <= 6 else "length")
 
 
-def test_every_stop_id_of_a_generation_config_ends_a_completion() -> None:
-    held = tiny_model(seed=2)
-    held.generation_config.eos_token_id = [7, 9]
-    policy = policy_of(held)
+def test_every_stop_id_of_the_generation_config_ends_a_completion() -> None:
+    logps = tiny_model(seed=2)
+    logps.generation_config.eos_token_id = [7, 9]
+    policy = policy_of(logps)
     assert policy.stop_ids == (3, 7, 9)  # the tokenizer's EOS is one of them
     rollouts = TorchSampler(policy).sample(requests(samples=30), Sampling(max_tokens=24))
     last = Counter(one.completion_ids[-1] for one in rollouts if one.finish == "stop")
@@ -186,7 +184,7 @@ def test_every_stop_id_of_a_generation_config_ends_a_completion() -> None:
     assert not any({3, 7, 9} & set(one.completion_ids[:-1]) for one in rollouts)
 
 
-def test_finished_sequences_leave_the_batch_without_touching_the_others() -> None:
+def test_finished_sequences_do_not_change_the_remaining_ones() -> None:
     """Beside many early stoppers, or alone: a long completion is the same."""
     policy = tiny_policy(seed=2, std=0.15)
     everyone = TorchSampler(policy, batch=256).sample(requests(samples=40), Sampling(max_tokens=40))
@@ -200,7 +198,7 @@ def test_finished_sequences_leave_the_batch_without_touching_the_others() -> Non
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_near_zero_temperature_is_the_greedy_decoding_of_transformers(name: str) -> None:
+def test_near_zero_temperature_equals_greedy_decoding_of_transformers(name: str) -> None:
     policy = tiny_policy(name, seed=6, **ARCHITECTURES[name])
     found = TorchSampler(policy).sample(requests(samples=1), Sampling(max_tokens=16, temperature=1e-5))
     for one in found:
@@ -212,7 +210,7 @@ def test_near_zero_temperature_is_the_greedy_decoding_of_transformers(name: str)
         assert one.completion_ids == expected
 
 
-def test_a_token_is_the_inverse_of_the_cumulative_distribution_at_its_draw() -> None:
+def test_draw_tokens_inverts_the_cumulative_distribution() -> None:
     logits = torch.tensor([[0.25, 0.75]]).log().expand(5, 2)
     draws = torch.tensor([0.0, 0.2499, 0.2501, 0.75, 1.0 - 2**-53], dtype=torch.float64)
     token, logp = draw_tokens(logits, draws, Sampling())
@@ -220,13 +218,13 @@ def test_a_token_is_the_inverse_of_the_cumulative_distribution_at_its_draw() -> 
     assert logp.exp().tolist() == pytest.approx([0.25, 0.25, 0.75, 0.75, 0.75])
 
 
-def test_a_token_of_probability_zero_is_never_drawn_even_at_the_ends() -> None:
+def test_draw_tokens_never_returns_a_token_of_probability_zero() -> None:
     logits = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log().expand(4, 5)
     draws = torch.tensor([0.0, 0.5, 0.49999999, 1.0 - 2**-53], dtype=torch.float64)
     assert draw_tokens(logits, draws, Sampling())[0].tolist() == [1, 3, 1, 3]
 
 
-def test_top_k_and_top_p_keep_the_likeliest_and_renormalise_by_hand() -> None:
+def test_draw_tokens_with_top_k_and_top_p_by_hand() -> None:
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log().expand(3, 4)
     draws = torch.tensor([0.05, 0.66, 0.67], dtype=torch.float64)
     # top_k 2 keeps 0.5 and 0.25, renormalised to ⅔ and ⅓.
@@ -247,7 +245,7 @@ def test_top_k_and_top_p_keep_the_likeliest_and_renormalise_by_hand() -> None:
     assert draw_tokens(logits, draws, Sampling(top_k=9))[1].exp().tolist() == pytest.approx([0.1, 0.15, 0.15])
 
 
-def test_a_policy_that_recomputes_activations_in_training_samples_as_any_other(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_gradient_checkpointing_does_not_change_sampling(tmp_path) -> None:  # type: ignore[no-untyped-def]
     """Gradient checkpointing refuses a KV cache while training; sampling must not notice, and must leave it on."""
     folder = str(tiny_folder(tmp_path / "model"))
     plain = load_policy(
@@ -263,7 +261,7 @@ def test_a_policy_that_recomputes_activations_in_training_samples_as_any_other(t
     assert saving.model.training
 
 
-def test_every_rollout_is_told_of_once_as_it_finishes() -> None:
+def test_on_finished_reports_every_rollout_once() -> None:
     seen: list[list[Rollout]] = []
     found = TorchSampler(tiny_policy(), batch=12).sample(
         requests(), Sampling(max_tokens=30), lambda finished: seen.append(list(finished))
@@ -276,7 +274,7 @@ def test_every_rollout_is_told_of_once_as_it_finishes() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
-def test_a_grouped_prompt_is_prefilled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_one_prompt_share_its_prefill(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy(name, **ARCHITECTURES[name])
     decoder = FastDecoder if name == "qwen3" else CachedBatch
     shapes: list[tuple[int, ...]] = []

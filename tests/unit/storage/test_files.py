@@ -48,7 +48,7 @@ def test_the_folder_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("change", "to"), [("", ""), ('"ab"', '"ac"'), ('"check"', '"chebk"'), ('"check": "', '"check": "0'), ("}", "")]
 )
-def test_a_checked_file_is_taken_only_as_it_was_written(change: str, to: str, tmp_path: Path) -> None:
+def test_checked_file_is_accepted_only_unchanged(change: str, to: str, tmp_path: Path) -> None:
     path = tmp_path / "DONE"
     write_checked(path, {"fingerprint": "ab", "count": 1})
     if not change:
@@ -60,7 +60,7 @@ def test_a_checked_file_is_taken_only_as_it_was_written(change: str, to: str, tm
         read_checked(path)
 
 
-def test_every_single_bit_of_a_checked_file_counts_or_changes_nothing(tmp_path: Path) -> None:
+def test_checked_file_detects_every_flipped_bit(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     value = {"recipe": "r", "seeds": [0, 1], "arms": {"bridge": {"0": ["a.s0.1"]}}}
     write_checked(path, value)
@@ -76,7 +76,7 @@ def test_every_single_bit_of_a_checked_file_counts_or_changes_nothing(tmp_path: 
                 continue
 
 
-def test_a_checked_file_of_an_earlier_version_is_taken_unless_that_is_refused(tmp_path: Path) -> None:
+def test_unchecked_file_of_an_earlier_version_is_accepted_unless_strict(tmp_path: Path) -> None:
     path = tmp_path / "DONE"
     path.write_text('{"fingerprint": "ab"}')
     assert read_checked(path) == {"fingerprint": "ab"}
@@ -98,13 +98,11 @@ def test_a_checked_file_of_an_earlier_version_is_taken_unless_that_is_refused(tm
         (ValueError("28"), None),
     ],
 )
-def test_what_is_a_disks_trouble_and_what_is_not(error: Exception, number: int | None) -> None:
+def test_disk_errno_recognizes_disk_errors_only(error: Exception, number: int | None) -> None:
     assert disk_errno(error) == number
 
 
-def test_a_full_disk_is_named_by_the_file_and_the_old_one_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_error_names_the_file_and_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.json"
     write_atomic(path, "old")
 
@@ -117,7 +115,7 @@ def test_a_full_disk_is_named_by_the_file_and_the_old_one_stays(
     assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_sums_of_growing_files_are_those_of_the_whole_and_each_byte_is_read_once(tmp_path: Path) -> None:
+def test_running_checksums_equal_whole_file_checksums(tmp_path: Path) -> None:
     path, logs = tmp_path / "metrics.jsonl", Logs([tmp_path / "metrics.jsonl", tmp_path / "none.jsonl"])
     assert logs.marks() == {}
     for step in range(5):
@@ -129,7 +127,7 @@ def test_sums_of_growing_files_are_those_of_the_whole_and_each_byte_is_read_once
     assert [row["step"] for row in read_jsonl(path, size)] == [0, 1, 2, 3, 4]
 
 
-def test_rows_are_read_on_from_where_the_last_look_ended(tmp_path: Path) -> None:
+def test_rows_are_read_from_the_end_of_the_last_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_rows_from(path, 0) == ([], 0)
     append_jsonl(path, [{"step": 1}, {"step": 2}])
@@ -156,7 +154,7 @@ def test_a_changed_a_missing_and_a_longer_file_are_found(tmp_path: Path) -> None
     assert first_damaged(tmp_path, sums, 0) == tmp_path / "b"
 
 
-def test_what_killed_writers_left_is_removed_and_what_others_are_writing_is_not(tmp_path: Path) -> None:
+def test_temporary_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".model.tmp").mkdir()
     (tmp_path / f".a.json.{os.getpid()}.tmp").write_text("x")
     (tmp_path / ".b.json.999999999.tmp").write_text("x")
@@ -165,7 +163,7 @@ def test_what_killed_writers_left_is_removed_and_what_others_are_writing_is_not(
     assert sorted(one.name for one in tmp_path.iterdir()) == [f".a.json.{os.getpid()}.tmp", "c.json"]
 
 
-def test_a_lock_is_one_holders_and_free_when_it_lets_go(tmp_path: Path) -> None:
+def test_lock_has_one_holder_and_is_free_after_release(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "lock"
     with lock(path, 0.0) as ours:
         assert ours

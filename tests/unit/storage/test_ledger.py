@@ -10,7 +10,7 @@ from headwater.storage.ledger import Spend, Totals, record, totals
 from headwater.storage.run_dir import read_jsonl
 
 
-def test_totals_are_the_sums_of_what_was_recorded_and_a_label_counts_once(tmp_path: Path) -> None:
+def test_ledger_totals_are_sums_with_each_label_once(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     plain = Spend("node", "opd", 0, 1, "train")
     record(
@@ -38,7 +38,7 @@ def test_totals_are_the_sums_of_what_was_recorded_and_a_label_counts_once(tmp_pa
     assert totals(read_jsonl(path), "eval") == Totals(3, 12, 30, 0, 0, 1e9, 9.0)
 
 
-def test_random_spends_agree_with_independent_counts(tmp_path: Path) -> None:
+def test_ledger_totals_agree_with_independent_counts(tmp_path: Path) -> None:
     draw, path = random.Random(0), tmp_path / "ledger.jsonl"
     seen: dict[str, set[str]] = {"train": set(), "eval": set()}
     counts = {"train": [0] * 4, "eval": [0] * 4}
@@ -57,5 +57,5 @@ def test_random_spends_agree_with_independent_counts(tmp_path: Path) -> None:
         ]
 
 
-def test_an_empty_ledger_spent_nothing(tmp_path: Path) -> None:
+def test_empty_ledger_has_zero_totals(tmp_path: Path) -> None:
     assert totals(read_jsonl(tmp_path / "none.jsonl")) == Totals(0, 0, 0, 0, 0, 0.0, 0.0)

@@ -64,7 +64,7 @@ def test_rows_are_appended_and_read_in_order_whatever_their_text(tmp_path: Path)
     assert list(read_jsonl(tmp_path / "none.jsonl")) == []
 
 
-def test_a_last_line_that_a_crash_cut_anywhere_is_left_out(tmp_path: Path) -> None:
+def test_truncated_last_line_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, [{"step": 1}])
     whole = json.dumps({"step": 2, "text": "数学"}, ensure_ascii=False).encode()
@@ -83,7 +83,7 @@ def test_a_broken_row_that_is_not_the_last_is_an_error_with_its_number(tmp_path:
         list(read_jsonl(path))
 
 
-def test_cutting_back_drops_what_is_not_kept_and_mends_a_cut_line_so_that_appending_is_safe(tmp_path: Path) -> None:
+def test_truncate_rows_drops_later_rows_and_repairs_a_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, [{"step": step, "text": "é"} for step in (1, 2, 3)])
     with path.open("ab") as file:
@@ -95,7 +95,7 @@ def test_cutting_back_drops_what_is_not_kept_and_mends_a_cut_line_so_that_append
     assert not (tmp_path / "none.jsonl").exists()
 
 
-def test_a_folder_written_aside_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_atomic_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "checkpoint" / "000003"
     with atomic_folder(target) as aside:
         (aside / "weights").write_text("new")
@@ -116,7 +116,7 @@ def test_a_folder_written_aside_appears_whole_or_not_at_all(tmp_path: Path) -> N
     assert [path.name for path in target.parent.iterdir()] == ["000003"]
 
 
-def test_what_a_killed_writer_left_aside_is_no_checkpoint_and_does_not_stop_the_next(tmp_path: Path) -> None:
+def test_incomplete_checkpoint_folder_is_ignored(tmp_path: Path) -> None:
     node = NodeDir(tmp_path / "nodes" / "opd")
     left = node.checkpoint(3).with_name(".000003.tmp")
     left.mkdir(parents=True)
@@ -128,21 +128,21 @@ def test_what_a_killed_writer_left_aside_is_no_checkpoint_and_does_not_stop_the_
     assert not left.exists()
 
 
-def test_checkpoints_are_listed_newest_first_past_a_million_steps_too(tmp_path: Path) -> None:
+def test_checkpoints_are_listed_newest_first_beyond_a_million_steps(tmp_path: Path) -> None:
     node = NodeDir(tmp_path)
     for step in (2, 10, 9):
         write_json(node.checkpoint(step) / "sums.json", {})
     assert [path.name for path in node.checkpoints()] == ["000010", "000009", "000002"]
 
 
-def test_checksums_see_every_file_and_every_byte(tmp_path: Path) -> None:
+def test_checksums_cover_every_file_and_byte(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(b"abc")
     # sha256 of "abc", as published with the standard.
     assert file_sums(tmp_path) == {"a/b": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
 
 
-def test_cutting_a_node_back_forgets_everything_after_the_step_and_nothing_before(tmp_path: Path) -> None:
+def test_node_cut_back_to_a_step_drops_only_later_rows(tmp_path: Path) -> None:
     node = NodeDir(tmp_path / "nodes" / "opd")
     for step in range(1, 7):
         append_jsonl(node.metrics, [{"step": step}])
@@ -167,7 +167,7 @@ def test_a_node_is_done_only_for_its_own_fingerprint(tmp_path: Path) -> None:
 RECIPE = {"name": "r", "seed": 0, "stages": {"opd": {"steps": 5, "optim": {"lr": 1e-6}}}, "evals": ["a", "b"]}
 
 
-def test_a_folder_belongs_to_one_recipe_and_the_first_field_that_differs_is_named(tmp_path: Path) -> None:
+def test_claiming_a_folder_of_another_recipe_names_the_first_difference(tmp_path: Path) -> None:
     folder = RunDir(tmp_path / "out")
     folder.claim(RECIPE)
     folder.claim(RECIPE)
@@ -179,7 +179,7 @@ def test_a_folder_belongs_to_one_recipe_and_the_first_field_that_differs_is_name
     assert read_json(folder.recipe) == RECIPE
 
 
-def test_what_decides_no_outcome_of_a_node_may_change_and_the_latest_recipe_is_the_one_written_down(
+def test_settings_without_effect_on_nodes_may_change_and_are_rewritten(
     tmp_path: Path,
 ) -> None:
     folder = RunDir(tmp_path / "out")
@@ -189,7 +189,7 @@ def test_what_decides_no_outcome_of_a_node_may_change_and_the_latest_recipe_is_t
     assert read_json(folder.recipe) == later
 
 
-def test_a_folder_with_someone_elses_files_is_refused_and_an_empty_one_taken(tmp_path: Path) -> None:
+def test_claiming_refuses_foreign_files_and_accepts_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"--out .*mine: the folder is not empty and holds no run of Headwater"):
@@ -200,7 +200,7 @@ def test_a_folder_with_someone_elses_files_is_refused_and_an_empty_one_taken(tmp
     assert read_json(tmp_path / "empty" / "recipe.json") == RECIPE
 
 
-def test_the_first_difference_is_named_by_its_dotted_path() -> None:
+def test_first_difference_is_a_dotted_path() -> None:
     assert first_difference(RECIPE, json.loads(json.dumps(RECIPE))) is None
     assert first_difference(RECIPE, {**RECIPE, "evals": ["a"]}) == "evals"
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == "a.c"
@@ -209,7 +209,7 @@ def test_the_first_difference_is_named_by_its_dotted_path() -> None:
     assert first_difference({"a": {"b": 1}}, {"a": 1}) == "a"
 
 
-def test_the_joined_ledger_is_all_nodes_ledgers_in_order_of_name(tmp_path: Path) -> None:
+def test_joined_ledger_has_node_ledgers_in_name_order(tmp_path: Path) -> None:
     folder = RunDir(tmp_path)
     for name in ("b", "a"):
         append_jsonl(folder.node(name).ledger, [{"node": name, "checks": 1}])

@@ -194,8 +194,8 @@ def test_validate_accepts_generated_problems_and_lists_one_without_a_solution(tm
     path = tmp_path / "problems.jsonl"
     texts = [text for text, _ in generate(20, "train", 0)]
     path.write_text("".join(f'{{"problem": "{text}", "answer": "{text}"}}\n' for text in [*texts, "9,3=5"]))
-    said = call("validate", path, "--task", "countdown")
-    assert said.code == 3 and "21 gold answers, 1 fail" in said.out and "'9,3=5' grades no_answer" in said.out
+    result = call("validate", path, "--task", "countdown")
+    assert result.code == 3 and "21 gold answers, 1 fail" in result.out and "'9,3=5' grades no_answer" in result.out
 
 
 def test_the_control_differs_from_the_pocket_recipe_in_task_models_and_length_only() -> None:

@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("pack.inner.grade:grade", "helpers.py", False),
     ],
 )
-def test_its_own_code_counts_and_other_code_does_not(folder: Path, task: str, file: str, counts: bool) -> None:
+def test_grader_fingerprint_covers_its_own_code_only(folder: Path, task: str, file: str, counts: bool) -> None:
     before = grader_code(task)
     assert before == grader_code(task) is not None
     path = folder / file
@@ -54,5 +54,5 @@ def test_its_own_code_counts_and_other_code_does_not(folder: Path, task: str, fi
     assert (grader_code(task) != before) == counts
 
 
-def test_a_task_of_the_table_has_no_code_of_its_own() -> None:
+def test_registered_task_has_no_user_code_fingerprint() -> None:
     assert {grader_code(name) for name in TASKS} == {None}

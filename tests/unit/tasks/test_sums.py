@@ -41,10 +41,10 @@ def test_the_reason_names_what_went_wrong() -> None:
 
 
 def test_pools_share_no_problem_whatever_the_seed() -> None:
-    held = {pool: {text for seed in (0, 1, 2) for text, _ in generate(500, pool, seed)} for pool in POOLS}
-    for pool, problems in held.items():
+    texts = {pool: {text for seed in (0, 1, 2) for text, _ in generate(500, pool, seed)} for pool in POOLS}
+    for pool, problems in texts.items():
         assert {pool_of(text) for text in problems} == {pool}
-        assert not any(problems & other for name, other in held.items() if name != pool)
+        assert not any(problems & other for name, other in texts.items() if name != pool)
 
 
 def test_a_call_has_no_duplicates_and_a_longer_call_begins_with_the_shorter_one() -> None:

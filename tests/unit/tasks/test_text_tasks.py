@@ -118,7 +118,7 @@ CASES = (("exact", EXACT), ("numeric", NUMERIC), ("choice", CHOICE), ("regex", R
     ("task", "case"),
     [(name, case) for name, cases in CASES for case in cases],
 )
-def test_each_way_of_answering_gets_its_verdict(task: str, case: Case) -> None:
+def test_each_answer_form_gets_its_verdict(task: str, case: Case) -> None:
     gold, completion, correct, reason = case
     assert TASKS[task].grade(gold, completion) == (correct, reason)
 
@@ -149,7 +149,7 @@ def test_every_gold_answer_grades_correct_and_no_other_golds_completion_does(tas
     assert not any(one.correct for one in others) or task == "numeric"  # 3.14 is within 3.14 ± 0.01
 
 
-def test_a_pattern_that_backtracks_forever_is_killed_and_holds_up_nothing_else() -> None:
+def test_catastrophic_pattern_is_killed_without_delaying_others() -> None:
     started = time.monotonic()
     with Verifier("regex", workers=1, seconds=0.5) as verifier:
         found = verifier([("(a+)+b", "a" * 40), ("a", "a"), ("(x+x+)+y", "x" * 60), ("b", "b")])
@@ -175,7 +175,7 @@ def test_hostile_texts_are_graded_in_time_in_process() -> None:
             assert time.perf_counter() - started < 2.0, (name, text[:10])
 
 
-def test_votes_are_in_one_spelling() -> None:
+def test_extract_returns_one_spelling_for_votes() -> None:
     for name, one, other in (
         ("numeric", "\\boxed{1/2}", "The answer is 0.50."),
         ("choice", "\\boxed{C and A}", "Answer: A, C"),
@@ -188,7 +188,7 @@ def test_votes_are_in_one_spelling() -> None:
         assert extract(one) == extract(other) is not None
 
 
-def test_small_parts_do_what_their_examples_say() -> None:
+def test_task_helpers_by_hand() -> None:
     assert letters_of("B) Paris") == "B" and letters_of("(C) and A") == "A,C" and letters_of("A good idea") is None
     assert last_object('so {"a": 1} or rather {"a": {"b": 2}}.') == {"a": {"b": 2}}
     assert holds({"a": 1.0, "b": 2}, {"a": 1}) and not holds({"a": True}, {"a": 1})
@@ -203,7 +203,7 @@ def rows_of(path: Path, *rows: dict[str, Any]) -> Source:
     return Source(path=str(path))
 
 
-def test_validate_reads_golds_as_the_task_does_and_names_those_that_cannot_be_used(tmp_path: Path) -> None:
+def test_validate_names_unusable_gold_answers(tmp_path: Path) -> None:
     """A pattern with #### or \\boxed is not cut as a mathematics answer would be; an object may stand there as it is."""
     patterns = rows_of(
         tmp_path / "r.jsonl",
@@ -222,7 +222,7 @@ def test_validate_reads_golds_as_the_task_does_and_names_those_that_cannot_be_us
     assert load(objects, "data", need_answers=True, gold=cell_as_is).gold != {}
 
 
-def test_grade_takes_a_gold_object_as_its_json(tmp_path: Path) -> None:
+def test_grade_command_accepts_gold_as_a_json_object(tmp_path: Path) -> None:
     rows_of(tmp_path / "g.jsonl", {"id": 1, "gold": {"a": 1}, "completion": '{"a": 1}'})
     assert [row["correct"] for row in grade_file(tmp_path / "g.jsonl", task="json", workers=1)] == [True]
 

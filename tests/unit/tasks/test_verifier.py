@@ -57,7 +57,7 @@ def graders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop("wild_graders", None)
 
 
-def test_each_misbehaviour_has_its_reason_and_spoils_no_other_verdict(graders: str) -> None:
+def test_verifier_reports_a_reason_for_each_failure_and_keeps_other_verdicts(graders: str) -> None:
     wild = {
         "sleep": "timeout", "spin": "timeout", "bigint": "timeout", "allocate": "memory", "hoard": "memory",
         "exit": "error", "quit": "error", "raise": "error", "recurse": "error", "segfault": "error", "junk": "error",
@@ -74,13 +74,13 @@ def test_each_misbehaviour_has_its_reason_and_spoils_no_other_verdict(graders: s
         assert (other.correct, other.reason) == (False, "different")
 
 
-def test_a_users_reason_is_kept_and_prints_are_not_mistaken_for_verdicts(graders: str) -> None:
+def test_verifier_keeps_custom_reasons_and_ignores_prints(graders: str) -> None:
     with Verifier(f"{graders}:misbehave") as verifier:
         verdicts = verifier([("noise", "noise"), ("x", "pair"), ("a", "b")])
     assert [(one.correct, one.reason) for one in verdicts] == [(True, "equal"), (True, "nearly"), (False, "different")]
 
 
-def test_one_hanging_answer_does_not_hold_up_a_hundred_others(graders: str) -> None:
+def test_verifier_is_not_delayed_by_one_hanging_answer(graders: str) -> None:
     with Verifier(f"{graders}:misbehave", workers=2, seconds=1.0) as verifier:
         verifier([("a", "a")])  # the workers are up
         started = time.perf_counter()
@@ -90,7 +90,7 @@ def test_one_hanging_answer_does_not_hold_up_a_hundred_others(graders: str) -> N
     assert all(verdict.correct for verdict in verdicts[1:])
 
 
-def test_workers_live_long_and_stop_at_close(graders: str) -> None:
+def test_verifier_reuses_workers_and_stops_them_at_close(graders: str) -> None:
     with Verifier(f"{graders}:pid", workers=1) as verifier:
         pids = {int(verifier([("g", str(n))])[0].reason) for n in range(5)}
     assert len(pids) == 1 and pids != {os.getpid()}
@@ -98,7 +98,7 @@ def test_workers_live_long_and_stop_at_close(graders: str) -> None:
         os.kill(pids.pop(), 0)
 
 
-def test_it_works_from_several_threads_at_once_without_signals() -> None:
+def test_verifier_is_thread_safe_without_signals() -> None:
     results: dict[int, list[bool]] = {}
     with Verifier("maths") as verifier:
 
@@ -114,7 +114,7 @@ def test_it_works_from_several_threads_at_once_without_signals() -> None:
     assert results == {name: [True] * 4 + [False] for name in (2, 3, 4)}
 
 
-def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+def test_verifier_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     script = (
         "import os, signal\n"
         "from headwater.tasks.verifier import Verifier\n"
@@ -136,7 +136,7 @@ def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     pytest.fail("the worker outlived its parent")
 
 
-def test_same_questions_are_asked_once_and_remembered(graders: str) -> None:
+def test_verifier_grades_equal_questions_once(graders: str) -> None:
     with Verifier(f"{graders}:misbehave", workers=1, seconds=0.5) as verifier:
         verdicts = verifier([("a", "sleep")] * 20)
         started = time.perf_counter()
@@ -145,7 +145,7 @@ def test_same_questions_are_asked_once_and_remembered(graders: str) -> None:
     assert [one.reason for one in verdicts] == ["timeout"] * 20
 
 
-def test_verdicts_come_in_the_order_of_the_questions() -> None:
+def test_verifier_keeps_the_order_of_questions() -> None:
     pairs = [(str(n), f"\\boxed{{{n if n % 3 else n + 1}}}") for n in range(300)]
     pairs[5:5] = [("x^2-1", "\\boxed{(x-1)(x+1)}"), ("x^2-1", "\\boxed{(x-1)(x+2)}")]
     with Verifier("maths") as verifier:
@@ -153,14 +153,14 @@ def test_verdicts_come_in_the_order_of_the_questions() -> None:
     assert correct == [bool(n % 3) for n in range(5)] + [True, False] + [bool(n % 3) for n in range(5, 300)]
 
 
-def test_plain_answers_need_no_worker() -> None:
+def test_verifier_settles_plain_answers_without_a_worker() -> None:
     with Verifier("maths") as verifier:
         verdicts = verifier([("1,080", "#### 1080"), ("5", "The answer is 6."), ("7", "no idea")])
         assert verifier._pool == []
     assert [one.reason for one in verdicts] == ["equal", "different", "no_answer"]
 
 
-def test_half_a_surrogate_pair_and_control_characters_get_a_verdict() -> None:
+def test_verifier_accepts_lone_surrogates_and_control_characters() -> None:
     with Verifier("maths", workers=1) as verifier:
         verdicts = verifier([("x+1", "\\boxed{\ud800+x}"), ("x+1", "\0\\boxed{1+x}\x1b")])
     assert [one.correct for one in verdicts] == [False, True]
@@ -187,7 +187,7 @@ def test_sums_is_graded_in_process() -> None:
         ("wild_graders:", "unknown"),
     ],
 )
-def test_a_task_that_cannot_be_found_is_one_sentence(graders: str, name: str, words: str) -> None:
+def test_unknown_task_is_refused_in_one_sentence(graders: str, name: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         find_task(name)
     assert "\n" not in str(caught.value)
@@ -216,9 +216,7 @@ def once(gold, completion):
 """
 
 
-def test_a_worker_that_is_killed_from_outside_changes_no_verdict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verifier_retries_when_a_worker_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "graders_once.py").write_text(ONCE)
     monkeypatch.setenv("HEADWATER_TEST_MARK", f"{tmp_path}/mark-")
     monkeypatch.chdir(tmp_path)

@@ -249,7 +249,7 @@ class Reader:
             lambda t, a, u, b, w, c: ([(q(a, t), 1)], [(q(b, u), 1), (q(c, w), -1)]),
         )
 
-    def asked(self, question: str) -> Fraction:
+    def answer_question(self, question: str) -> Fraction:
         """What the last sentences ask for. Every pattern gives what is to be added up, multiplied or divided."""
         known = self.known
         do = f"(?:{'|'.join(one.do for one in SCENES)})"
@@ -313,7 +313,7 @@ def read(text: str) -> Fraction:
     reader = Reader()
     for sentence in sentences[:-last]:
         reader.tell(sentence)
-    return reader.asked(" ".join(sentences[-last:]))
+    return reader.answer_question(" ".join(sentences[-last:]))
 
 
 @pytest.mark.parametrize("dials", [EASY, WordsDials(), HARD], ids=["easy", "usual", "hard"])
@@ -360,10 +360,10 @@ def test_texts_vary_in_every_respect() -> None:
 
 
 def test_pools_share_no_problem_whatever_the_seed() -> None:
-    held = {pool: {text for seed in (0, 1) for text, _ in generate(150, pool, seed)} for pool in POOLS}
-    for pool, texts in held.items():
+    texts_by_pool = {pool: {text for seed in (0, 1) for text, _ in generate(150, pool, seed)} for pool in POOLS}
+    for pool, texts in texts_by_pool.items():
         assert {pool_of(text) for text in texts} == {pool}
-        assert not any(texts & other for name, other in held.items() if name != pool)
+        assert not any(texts & other for name, other in texts_by_pool.items() if name != pool)
 
 
 def test_a_call_has_no_duplicates_and_a_longer_call_begins_with_the_shorter_one() -> None:

@@ -25,7 +25,7 @@ def lengths(part: Sequence[Rollout]) -> list[Any]:
     return [Exact(torch.full((1, 1), float(len(one.completion_ids)))) for one in part]
 
 
-def test_parts_follow_the_order_of_arrival_and_every_rollout_gets_its_own_score() -> None:
+def test_async_scores_belong_to_their_rollouts() -> None:
     parts: list[int] = []
 
     def score(part: Sequence[Rollout]) -> list[Any]:
@@ -43,7 +43,7 @@ def test_parts_follow_the_order_of_arrival_and_every_rollout_gets_its_own_score(
     }
 
 
-def test_scoring_begins_before_the_last_rollout_has_arrived() -> None:
+def test_async_scoring_starts_before_the_last_rollout() -> None:
     begun = threading.Event()
 
     def score(part: Sequence[Rollout]) -> list[Any]:
@@ -58,7 +58,7 @@ def test_scoring_begins_before_the_last_rollout_has_arrived() -> None:
         assert len(ahead.results()) == 4
 
 
-def test_what_goes_wrong_in_the_thread_is_raised_where_the_scores_are_asked_for() -> None:
+def test_async_scoring_raises_thread_errors_in_the_caller() -> None:
     def score(part: Sequence[Rollout]) -> list[Any]:
         raise TrainingStoppedError("no room")
 

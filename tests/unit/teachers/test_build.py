@@ -32,7 +32,7 @@ def mixed_rollouts() -> list[Rollout]:
     ]
 
 
-def test_each_rollout_is_scored_by_its_own_tags_teacher_in_the_order_asked() -> None:
+def test_rollouts_are_scored_by_their_tags_teacher_in_order() -> None:
     teacher, rollouts = two(), mixed_rollouts()
     for one, rollout in zip(teacher.distributions(rollouts, 4096), rollouts, strict=True):
         own = teacher.teachers["left" if rollout.problem_id == "a" else "right"]
@@ -41,7 +41,7 @@ def test_each_rollout_is_scored_by_its_own_tags_teacher_in_the_order_asked() -> 
         torch.testing.assert_close(one.materialize().logp_NV, expected.logp_NV, atol=1e-5, rtol=1e-5)
 
 
-def test_each_request_is_sampled_by_its_own_tags_teacher_with_the_same_numbers_as_alone() -> None:
+def test_requests_are_sampled_by_their_tags_teacher_as_alone() -> None:
     teacher = two()
     requests = requests_for([("a", PROMPTS[0]), ("b", PROMPTS[1])], 3, 0, "tags")[::-1]
     arrived: list[Rollout] = []
@@ -49,8 +49,8 @@ def test_each_request_is_sampled_by_its_own_tags_teacher_with_the_same_numbers_a
     for tag, name in (("left", "a"), ("right", "b")):
         own = teacher.teachers[tag]
         assert isinstance(own, Policy)
-        asked = [one for one in requests if one.problem_id == name]
-        alone = TorchSampler(own).sample(asked, Sampling(max_tokens=8))
+        own_requests = [one for one in requests if one.problem_id == name]
+        alone = TorchSampler(own).sample(own_requests, Sampling(max_tokens=8))
         assert [one for one in found if one.problem_id == name] == alone
     assert len(arrived) == 6
 
@@ -81,7 +81,7 @@ def test_two_teachers_in_one_batch_give_the_gradients_of_each_summed(
     assert furthest(together, apart) < 1e-5 < max(one.abs().max().item() for one in together.values())
 
 
-def test_hidden_states_of_different_heads_are_never_joined_under_one(policy: Policy, teacher: Policy) -> None:
+def test_hidden_states_of_different_heads_are_not_concatenated(policy: Policy, teacher: Policy) -> None:
     rollouts = mixed_rollouts()
     parts: list[Distributions] = [distributions_of(one, rollouts[:2], 4096)[0] for one in (policy, teacher)]
     whole = concatenate(parts, CPU)
@@ -93,7 +93,7 @@ def test_hidden_states_of_different_heads_are_never_joined_under_one(policy: Pol
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_waiting_teacher_keeps_its_head_alone_and_scores_as_before(tied: bool) -> None:
+def test_offloaded_teacher_keeps_its_head_and_scores_as_before(tied: bool) -> None:
     policy = tiny_policy(tied=tied)
     rollouts = mixed_rollouts()
     expected = [one.materialize().logp_NV for one in distributions_of(policy, rollouts, 4096)]

@@ -12,7 +12,7 @@ from headwater.teachers.compact_ids import pack_ids, unpack_ids
     ("vocabulary", "bytes_of_64"), [(30, 128), (65_536, 128), (65_537, 144), (151_936, 144), (262_144, 144), (300_000, 256)]
 )  # fmt: skip
 @pytest.mark.parametrize("kept", [1, 3, 4, 64])
-def test_ids_come_back_as_they_were(vocabulary: int, bytes_of_64: int, kept: int) -> None:
+def test_compact_ids_round_trip(vocabulary: int, bytes_of_64: int, kept: int) -> None:
     ids = torch.randint(0, vocabulary, (50, kept), generator=torch.Generator().manual_seed(0))
     ids[0, 0], ids[1, 0] = 0, vocabulary - 1
     stored = pack_ids(ids, vocabulary)
@@ -21,7 +21,7 @@ def test_ids_come_back_as_they_were(vocabulary: int, bytes_of_64: int, kept: int
         assert sum(one.nbytes for one in stored.values()) == 50 * bytes_of_64
 
 
-def test_sixty_four_kept_tokens_of_a_large_vocabulary_take_less_than_300_bytes_a_token() -> None:
+def test_top_64_of_a_large_vocabulary_takes_under_300_bytes_a_token() -> None:
     ids = torch.randint(0, 151_936, (10, 64))
     logp = torch.randn(10, 64).half()
     assert (sum(one.nbytes for one in pack_ids(ids, 151_936).values()) + logp.nbytes) / 10 == 272

@@ -31,9 +31,7 @@ def plain_logp(policy: Policy, row: Row) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("tokens", [1, 60, 4096])
-def test_scores_are_those_of_the_plain_model_in_the_order_given(
-    architecture: str, temperature: float, tokens: int
-) -> None:
+def test_scores_equal_those_of_the_plain_model_in_order(architecture: str, temperature: float, tokens: int) -> None:
     policy = tiny_policy(architecture, seed=5)
     rows = sampled_rows(policy, groups=4, group_size=2, temperature=temperature)
     rows = [rows[index] for index in (5, 0, 7, 2, 1, 6, 3, 4)]  # lengths in no order
@@ -48,7 +46,7 @@ def test_scores_are_those_of_the_plain_model_in_the_order_given(
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd", "sampled"])
-def test_a_student_that_is_its_own_teacher_gets_no_loss_and_no_gradient(
+def test_teacher_equal_to_the_student_gives_zero_loss_and_gradient(
     policy: Policy, teacher: Policy, divergence: str
 ) -> None:
     rows = sampled_rows(policy, groups=4)
@@ -72,7 +70,7 @@ def cached(folder: Path, teacher: Policy, top_k: int | None = None, temperature:
 
 @pytest.mark.parametrize("objective", ["forward_kl", "opd"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_cached_teacher_teaches_as_the_live_one_does(
+def test_cached_teacher_equals_the_live_teacher(
     tmp_path: Path, policy: Policy, teacher: Policy, objective: str, temperature: float
 ) -> None:
     rows = cached(tmp_path, teacher, temperature=temperature)
@@ -91,9 +89,7 @@ def test_a_cached_teacher_teaches_as_the_live_one_does(
     assert update_of[0] > 0.1
 
 
-def test_a_top_k_cache_is_close_below_the_exact_divergence_and_closer_with_more_tokens(
-    tmp_path: Path, policy: Policy, teacher: Policy
-) -> None:
+def test_top_k_cache_bounds_the_exact_divergence_from_below(tmp_path: Path, policy: Policy, teacher: Policy) -> None:
     exact = cached(tmp_path, teacher)
     student = torch.cat([plain_logp(policy, row) for row in exact])
     known = torch.cat([plain_logp(teacher, row) for row in exact])
@@ -163,7 +159,7 @@ def test_a_damaged_cache_is_refused_with_a_sentence_that_names_it(tmp_path: Path
     assert str(tmp_path) in str(refused.value)
 
 
-def test_a_huge_exact_cache_is_refused_before_it_is_made_and_top_k_is_offered(teacher: Policy) -> None:
+def test_huge_exact_cache_is_refused_before_sampling_with_top_k_offered(teacher: Policy) -> None:
     tokens = (64 << 30) // (4 * teacher.vocabulary)  # 64 GiB of float32, to the token
     refuse_huge_cache(teacher, tokens, None)
     refuse_huge_cache(teacher, 100 * tokens, 64)

@@ -40,7 +40,7 @@ ROLLOUTS = [
 
 
 @pytest.mark.parametrize("k", [1, 4, 20])
-def test_a_servers_scores_are_the_teachers_own_top_k(policy: Policy, k: int) -> None:
+def test_served_scores_equal_the_teachers_top_k(policy: Policy, k: int) -> None:
     with serving(Answering(policy, most=30)) as there:
         found = teacher_at(there.url, k).distributions(ROLLOUTS, 4096)
     exact = [one.materialize().top_k(k) for one in distributions_of(policy, ROLLOUTS, 4096)]
@@ -53,14 +53,14 @@ def test_a_servers_scores_are_the_teachers_own_top_k(policy: Policy, k: int) -> 
 def test_sequences_are_sent_as_ids_in_batches_of_bounded_size(policy: Policy) -> None:
     with serving(Answering(policy)) as there:
         teacher_at(there.url).distributions(ROLLOUTS, 4096)
-    sent = [body["prompt"] for path, body in there.asked if path == "/v1/completions"]
+    sent = [body["prompt"] for path, body in there.requests if path == "/v1/completions"]
     assert len(sent) > 1 and all(sum(map(len, part)) <= QUICK.batch_tokens for part in sent)
     assert sorted(one for part in sent for one in part) == sorted(
         [*one.prompt_ids, *one.completion_ids] for one in ROLLOUTS
     )
 
 
-def test_with_top_k_0_only_the_sampled_token_is_scored(policy: Policy) -> None:
+def test_top_k_zero_scores_only_the_sampled_token(policy: Policy) -> None:
     with serving(Answering(policy)) as there:
         found = teacher_at(there.url, 0).distributions(ROLLOUTS[:2], 4096)
     for one, rollout, exact in zip(found, ROLLOUTS, distributions_of(policy, ROLLOUTS[:2], 4096), strict=False):
@@ -77,7 +77,7 @@ def test_each_sample_has_the_seed_of_its_request(policy: Policy) -> None:
         teacher = teacher_at(there.url)
         found = teacher.sample(requests, Sampling(max_tokens=8), arrived.extend)
         again = teacher.sample(requests[::-1], Sampling(max_tokens=8))[::-1]
-        seeds = {body["seed"] for path, body in there.asked if path == "/v1/completions"}
+        seeds = {body["seed"] for path, body in there.requests if path == "/v1/completions"}
     assert len(seeds) == 6 and all(0 <= one < 2**63 for one in seeds)
     assert [one.completion_ids for one in found] == [one.completion_ids for one in again]
     assert [(one.problem_id, one.sample) for one in found] == [(one.problem_id, one.sample) for one in requests]
@@ -88,7 +88,7 @@ def test_each_sample_has_the_seed_of_its_request(policy: Policy) -> None:
 # Failures -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_call_that_fails_is_retried_and_only_a_persistent_failure_stops_the_run(
+def test_failed_call_is_retried_and_a_persistent_failure_stops_the_run(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_client.time, "sleep", lambda seconds: None)
@@ -142,14 +142,14 @@ UNFIT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", UNFIT)
-def test_an_answer_that_the_loss_cannot_use_is_refused_in_one_sentence(kind: str, policy: Policy) -> None:
-    change, said = UNFIT[kind]
+def test_unusable_server_answer_is_refused_in_one_sentence(kind: str, policy: Policy) -> None:
+    change, result = UNFIT[kind]
     with serving(changed(Answering(policy), change)) as there, pytest.raises(UserError) as refused:
         teacher_at(there.url).distributions(ROLLOUTS, 4096)
-    assert str(refused.value).startswith("models.teacher: http://") and said in str(refused.value)
+    assert str(refused.value).startswith("models.teacher: http://") and result in str(refused.value)
 
 
 def test_a_top_k_above_the_servers_limit_is_refused_with_the_servers_message(policy: Policy) -> None:
     with serving(Answering(policy, most=20)) as there, pytest.raises(UserError, match="greater than max allowed: 20"):
         teacher_at(there.url, top_k=24).distributions(ROLLOUTS, 4096)
-    assert len([1 for path, _ in there.asked if path == "/v1/completions"]) <= QUICK.concurrency  # not retried
+    assert len([1 for path, _ in there.requests if path == "/v1/completions"]) <= QUICK.concurrency  # not retried

@@ -67,7 +67,7 @@ def test_a_retryable_failure_is_retried_with_growing_pauses_and_then_stops_the_r
     assert all(part in str(stopped.value) for part in ("models.teacher", there.url, "9 tries", message))
 
 
-def test_no_answer_in_time_is_retried() -> None:
+def test_timeout_is_retried() -> None:
     def late(path: str, body: dict[str, Any] | None) -> Any:
         time.sleep(0.4)
         return {}
@@ -82,7 +82,7 @@ def test_a_refused_connection_names_the_reason(pauses: list[float]) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://", "http://host:99999/v1", "http://[::1/v1"])
-def test_an_address_that_is_none_is_an_error_of_its_field(url: str, pauses: list[float]) -> None:
+def test_invalid_address_is_an_error_of_its_field(url: str, pauses: list[float]) -> None:
     with pytest.raises(UserError, match=r"^models\.teacher: http://"):
         connect(url, "models.teacher", QUICK)
 
@@ -91,7 +91,7 @@ def test_other_client_errors_are_not_retried_and_quote_the_servers_message() -> 
     with serving(lambda path, body: (400, {"error": {"message": "max allowed:\n20"}})) as there:
         with pytest.raises(UserError, match=r"refuses \(status 400: max allowed: 20\)"):
             client(there.url).request("/v1/completions", {})
-        assert len(there.asked) == 1
+        assert len(there.requests) == 1
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -107,7 +107,7 @@ def test_a_redirect_is_refused_and_neither_prompts_nor_the_key_go_to_the_other_h
                 ):
                     client(there.url, key_env="SERVER_KEY").request("/v1/completions", body)
             assert there.authorization == ["Bearer secret"] * 2
-        assert other.asked == []
+        assert other.requests == []
 
 
 def test_answers_and_error_messages_are_read_up_to_a_limit(
@@ -135,7 +135,7 @@ def test_the_key_comes_from_the_environment_and_is_sent_with_every_request(monke
     with serving(lambda path, body: {"data": [{"id": "a"}]}) as there:
         with pytest.raises(UserError, match=r"compute\.server\.key_env: the environment has no variable SERVER_KEY"):
             connect(there.url, "models.teacher", settings)
-        assert there.asked == []
+        assert there.requests == []
         monkeypatch.setenv("SERVER_KEY", "secret")
         model = connect(there.url, "models.teacher", settings)
         model.client.request("/v1/completions", {})
@@ -143,9 +143,7 @@ def test_the_key_comes_from_the_environment_and_is_sent_with_every_request(monke
 
 
 @pytest.mark.parametrize("key", ["secret\n", "secr\u00e9t", "a\r\nX-Other: b"])
-def test_a_key_that_is_no_header_value_is_refused_without_being_shown(
-    key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_api_key_is_refused_without_being_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVER_KEY", key)
     with pytest.raises(UserError, match=r"compute\.server\.key_env: SERVER_KEY holds characters") as refused:
         client("http://127.0.0.1:9", key_env="SERVER_KEY").request("/v1/models")
@@ -158,7 +156,7 @@ def test_no_key_sends_no_authorization_header() -> None:
     assert there.authorization == [None]
 
 
-def test_a_proxy_that_cannot_be_used_is_an_error_of_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_proxy_is_an_error_of_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)
     with pytest.raises(UserError, match=r"^models\.teacher: the environment's proxy cannot be used \(.*gopher"):
@@ -168,7 +166,7 @@ def test_a_proxy_that_cannot_be_used_is_an_error_of_the_field(monkeypatch: pytes
 # The served model -----------------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_cannot_be_reached_is_named_with_its_field(pauses: list[float]) -> None:
+def test_unreachable_server_is_named_with_its_field(pauses: list[float]) -> None:
     with pytest.raises(UserError, match=r"models\.teacher: http://127\.0\.0\.1:9/v1 gave no usable answer in 3 tries"):
         connect("http://127.0.0.1:9/v1", "models.teacher", QUICK)
 

@@ -55,18 +55,20 @@ def test_configs_and_one_tokenizer_ship_without_weights_in_less_than_a_megabyte(
 
 def test_shipped_shapes_are_those_of_the_specs_and_as_large_as_is_said() -> None:
     parameters = {name: ModelFolder.open(f"desk:{name}", "models.student").shape.parameters for name in DESK}
-    # A layer of the student: 384·64·(2·6 + 2·2) for attention and 3·384·1152 for the MLP; 8 layers, and 384·4096 tied.
-    assert parameters["student"] == 8 * (384 * 64 * 16 + 3 * 384 * 1152) + 384 * 4096 == 15_335_424
+    # A layer of the student: 384·64·(2·6 + 2·2) for attention, 3·384·1152 for the MLP, 2·384 + 2·64 for norms; 8 layers, the last
+    # norm, and 384·4096 tied.
+    layer = 384 * 64 * 16 + 3 * 384 * 1152 + 2 * 384 + 2 * 64
+    assert parameters["student"] == 8 * layer + 384 + 384 * 4096 == 15_342_976
     assert 10e6 < parameters["student"] < 30e6
     assert all(30e6 < parameters[name] < 150e6 for name in DESK if name != "student")
     for name, spec in DESK.items():
-        held = AutoModelForCausalLM.from_config(model_config(replace(spec, layers=1), TOKENIZER)).config
+        config = AutoModelForCausalLM.from_config(model_config(replace(spec, layers=1), TOKENIZER)).config
         shipped = AutoConfig.from_pretrained(SHIPPED / name)
-        assert (held.hidden_size, held.head_dim, held.vocab_size) == (shipped.hidden_size, 64, 4096)
+        assert (config.hidden_size, config.head_dim, config.vocab_size) == (shipped.hidden_size, 64, 4096)
         assert shipped.num_hidden_layers == spec.layers and shipped.eos_token_id == TOKENIZER.eos_token_id
 
 
-def test_the_tokenizer_can_be_made_again_as_it_ships() -> None:
+def test_desk_tokenizer_is_reproducible() -> None:
     made = make_tokenizer()
     assert made.backend_tokenizer.to_str() == TOKENIZER.backend_tokenizer.to_str()
     assert len(made) == 4096
@@ -74,7 +76,7 @@ def test_the_tokenizer_can_be_made_again_as_it_ships() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=60))
-def test_any_text_comes_back_exactly_from_its_ids(text: str) -> None:
+def test_desk_tokenizer_round_trips_any_text(text: str) -> None:
     ids = TOKENIZER(text)["input_ids"]
     assert TOKENIZER.decode(ids, clean_up_tokenization_spaces=False) == text
     assert TOKENIZER.unk_token_id not in ids
@@ -142,7 +144,7 @@ def test_shortened_training_keeps_the_proportion_of_worked_steps() -> None:
     assert (spec.worked_steps, spec.mixture_steps, spec.hidden) == (10, 2, 384)
 
 
-def test_an_interrupted_pretraining_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+def test_interrupted_pretraining_resumes_to_the_same_weights(tmp_path: Path) -> None:
     whole, losses = train(TINY, NodeDir(tmp_path / "whole"), CPU, seed=101)
 
     def stop(step: int, steps: int, loss: float) -> None:
@@ -159,9 +161,7 @@ def test_an_interrupted_pretraining_goes_on_to_the_same_weights(tmp_path: Path) 
     assert all(torch.equal(weight, again[name]) for name, weight in whole.named_parameters())
 
 
-def test_rows_that_are_passed_one_by_one_count_as_much_as_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradient_accumulation_weighs_rows_equally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(TINY, worked_steps=1, mixture_steps=0, batch=8)
     together = train(spec, NodeDir(tmp_path), CPU, seed=101)[1]
     monkeypatch.setattr(desk, "MICROBATCH_ROWS", 1)
@@ -169,15 +169,15 @@ def test_rows_that_are_passed_one_by_one_count_as_much_as_together(
     assert train(spec, NodeDir(tmp_path), CPU, seed=101)[1] == pytest.approx(together, rel=1e-3)
 
 
-def test_two_optimizers_are_told_apart_in_one_state() -> None:
+def test_combined_optimizer_state_keeps_its_parts_apart() -> None:
     learner = torch.nn.ModuleDict({"layer": torch.nn.Linear(3, 2), "embed": torch.nn.Embedding(4, 3)})
     parts = make_optimizers(learner, 0.1)  # type: ignore[arg-type]
     learner["layer"](learner["embed"](torch.tensor([1, 2]))).sum().backward()
     for part in parts:
         part.step()
-    held = CombinedOptimizer(parts).state_dict()
+    config = CombinedOptimizer(parts).state_dict()
     # Muon's one matrix is number 0; AdamW's bias and embedding follow.
-    assert {index: sorted(state) for index, state in held["state"].items()} == {
+    assert {index: sorted(state) for index, state in config["state"].items()} == {
         0: ["momentum_buffer"],
         1: ["exp_avg", "exp_avg_sq", "step"],
         2: ["exp_avg", "exp_avg_sq", "step"],
@@ -205,7 +205,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_name_stands_for_the_folder_here_once_that_holds_weights(elsewhere: Path) -> None:
+def test_desk_name_resolves_to_the_local_folder_once_it_has_weights(elsewhere: Path) -> None:
     assert ModelFolder.open("desk:teacher", "models.teacher").path == str(SHIPPED / "teacher")
     with pytest.raises(UserError, match="desk:teacher has no weights yet"):
         ModelFolder.open("desk:teacher", "models.teacher").require_weights()
@@ -219,9 +219,7 @@ def test_a_name_stands_for_the_folder_here_once_that_holds_weights(elsewhere: Pa
         ModelFolder.open("desk:giant", "models.teacher")
 
 
-def test_a_model_that_is_made_is_left_alone_and_another_spec_makes_it_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_existing_model_is_kept_and_a_changed_spec_rebuilds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desk, "MEASURED_PROBLEMS", 3)
     monkeypatch.setattr(desk, "MEASURED_TOKENS", 8)
     spec, steps = with_steps(TINY, 2), []
@@ -238,7 +236,7 @@ def test_a_model_that_is_made_is_left_alone_and_another_spec_makes_it_anew(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("house",), "No such command 'house'"),
         (("desk", "--models", "giant"), "--models giant: no such desk model; there are student,"),
@@ -246,9 +244,11 @@ def test_a_model_that_is_made_is_left_alone_and_another_spec_makes_it_anew(
         (("pocket", "--steps", "9"), "No such option: --steps"),
     ],
 )
-def test_what_cannot_be_pretrained_is_refused_in_a_sentence(words: tuple[str, ...], said: str, elsewhere: Path) -> None:
+def test_pretraining_refuses_invalid_options_in_one_sentence(
+    words: tuple[str, ...], message: str, elsewhere: Path
+) -> None:
     refused = runs.call(*words, entry=main)
-    assert refused.code == 2 and said in refused.err
+    assert refused.code == 2 and message in refused.err
     assert not any(elsewhere.iterdir())
 
 

@@ -90,7 +90,7 @@ def test_the_measured_pass_rate_in_the_card_is_that_of_the_shipped_weights(name:
     assert abs(again.pass_rate - written) < 4 * error
 
 
-def test_text_comes_back_exactly_from_its_ids() -> None:
+def test_pocket_tokenizer_round_trips_text() -> None:
     tokenizer = make_tokenizer()
     for text in (ALPHABET, ALPHABET[::-1], "17 + 45 = 62 ; ? .", "  \n\n 7", "17+45=62+82=44", ""):
         ids = tokenizer.encode(text)

@@ -30,7 +30,7 @@ def node(tmp_path: Path) -> NodeDir:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_and_optimizer_come_back_to_the_bit(node: NodeDir, tied: bool) -> None:
+def test_checkpoint_round_trips_weights_and_optimizer_bitwise(node: NodeDir, tied: bool) -> None:
     policy, stage = tiny_policy(tied=tied), stage_of("grpo")
     optimizer, rows = make_optimizer(policy, stage.optim), sampled_rows(policy)
     for _ in range(3):
@@ -40,16 +40,16 @@ def test_weights_and_optimizer_come_back_to_the_bit(node: NodeDir, tied: bool) -
     theirs = make_optimizer(other, stage.optim)
     assert load_checkpoint(node, other.model, theirs) == 3
     assert same_bits(weights_of(other), weights_of(policy))
-    held, read = optimizer.state_dict()["state"], theirs.state_dict()["state"]
-    assert held.keys() == read.keys() and len(held) == len(weights_of(policy))
-    assert all(same_bits(held[index], read[index]) and held[index]["step"].item() == 3 for index in held)
+    saved, read = optimizer.state_dict()["state"], theirs.state_dict()["state"]
+    assert saved.keys() == read.keys() and len(saved) == len(weights_of(policy))
+    assert all(same_bits(saved[index], read[index]) and saved[index]["step"].item() == 3 for index in saved)
     # And both go on alike, to the bit.
     update(policy, optimizer, rows, objective_of(stage), stage, 4096)
     update(other, theirs, rows, objective_of(stage), stage, 4096)
     assert same_bits(weights_of(other), weights_of(policy))
 
 
-def test_a_tied_head_is_still_tied_after_loading(node: NodeDir) -> None:
+def test_checkpoint_keeps_a_tied_head_tied(node: NodeDir) -> None:
     policy = tiny_policy()
     save_checkpoint(node, 1, policy.model, make_optimizer(policy, OPD.optim))
     other = tiny_policy(seed=9)
@@ -57,7 +57,7 @@ def test_a_tied_head_is_still_tied_after_loading(node: NodeDir) -> None:
     assert other.model.lm_head.weight.data_ptr() == other.model.model.embed_tokens.weight.data_ptr()
 
 
-def test_a_folder_without_checkpoints_starts_at_step_zero_with_the_weights_as_they_are(node: NodeDir) -> None:
+def test_load_checkpoint_without_any_returns_step_zero(node: NodeDir) -> None:
     policy = tiny_policy()
     before = weights_of(policy)
     assert load_checkpoint(node, policy.model, make_optimizer(policy, OPD.optim)) == 0
@@ -65,9 +65,9 @@ def test_a_folder_without_checkpoints_starts_at_step_zero_with_the_weights_as_th
 
 
 def flip(path: Path) -> None:
-    held = bytearray(path.read_bytes())
-    held[-5] ^= 1
-    path.write_bytes(bytes(held))
+    saved = bytearray(path.read_bytes())
+    saved[-5] ^= 1
+    path.write_bytes(bytes(saved))
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -82,22 +82,22 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(node: NodeDir, damage: str) -> None:
+def test_load_checkpoint_skips_a_damaged_one(node: NodeDir, damage: str) -> None:
     policy = tiny_policy()
     optimizer, rows, stage = make_optimizer(policy, OPD.optim), sampled_rows(policy), stage_of("sft")
-    held = {}
+    saved = {}
     for step in (1, 2):
         update(policy, optimizer, rows, objective_of(stage), stage, 4096)
         save_checkpoint(node, step, policy.model, optimizer)
-        held[step] = weights_of(policy)
+        saved[step] = weights_of(policy)
     DAMAGE[damage](node.checkpoint(2))
     other = tiny_policy(seed=9)
     assert load_checkpoint(node, other.model, make_optimizer(other, OPD.optim)) == 1
-    assert same_bits(weights_of(other), held[1])
-    assert not same_bits(held[1], held[2])
+    assert same_bits(weights_of(other), saved[1])
+    assert not same_bits(saved[1], saved[2])
 
 
-def test_when_every_checkpoint_is_damaged_the_user_is_told_which_and_nothing_is_changed(node: NodeDir) -> None:
+def test_load_checkpoint_names_every_damaged_one_and_changes_nothing(node: NodeDir) -> None:
     policy = tiny_policy()
     for step in (1, 2):
         save_checkpoint(node, step, policy.model, make_optimizer(policy, OPD.optim))

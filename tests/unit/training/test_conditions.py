@@ -19,7 +19,7 @@ def rollouts(policy, draw: str, count: int = 4):  # type: ignore[no-untyped-def]
     return TorchSampler(policy).sample(requests, Sampling(max_tokens=6))
 
 
-def test_overlap_is_the_share_of_the_teachers_likeliest_that_the_student_finds_likely_too() -> None:
+def test_overlap_is_the_share_of_common_top_k_tokens() -> None:
     # Likeliest two: student {0, 1}, teacher {1, 2} and then the same two in the other order.
     student = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.5, 0.3, 0.1, 0.1]]).log()
     teacher = torch.tensor([[0.1, 0.3, 0.5, 0.1], [0.3, 0.5, 0.1, 0.1]]).log()
@@ -28,7 +28,7 @@ def test_overlap_is_the_share_of_the_teachers_likeliest_that_the_student_finds_l
     assert overlap(student, teacher, 4).tolist() == [0.5, 1.0]
 
 
-def test_a_model_beside_itself_is_nowhere_apart() -> None:
+def test_conditions_of_a_model_with_itself_show_no_divergence() -> None:
     policy = tiny_policy(seed=1)
     own = rollouts(policy, "own")
     found = measure(policy, policy, own, own, 4, 1000)
@@ -38,7 +38,7 @@ def test_a_model_beside_itself_is_nowhere_apart() -> None:
     assert found["entropy_student"] == pytest.approx(found["entropy_teacher"])
 
 
-def test_each_divergence_is_taken_on_the_prefixes_of_the_model_that_it_starts_with() -> None:
+def test_each_divergence_uses_the_prefixes_of_its_first_model() -> None:
     student, teacher = tiny_policy(seed=1), tiny_policy(seed=2)
     own, theirs = rollouts(student, "own"), rollouts(teacher, "theirs")
     found = measure(student, teacher, own, theirs, 4, 1000)
@@ -48,7 +48,7 @@ def test_each_divergence_is_taken_on_the_prefixes_of_the_model_that_it_starts_wi
     assert abs(other["kl_teacher_student"] - found["kl_teacher_student"]) > 0.01
 
 
-def test_the_size_of_scoring_passes_changes_nothing() -> None:
+def test_scoring_batch_size_does_not_change_conditions() -> None:
     student, teacher = tiny_policy(seed=1), tiny_policy(seed=2)
     own = rollouts(student, "own")
     many, few = divergences(student, teacher, own, 4, 10_000), divergences(student, teacher, own, 4, 12)

@@ -20,25 +20,23 @@ def rows(metric: str, *values: float | None) -> list[dict[str, float]]:
         ((), False),
     ],
 )
-def test_a_divergence_has_reached_its_plateau_when_two_windows_are_no_lower_than_before(
-    values: tuple[float, ...], over: bool
-) -> None:
+def test_plateau_of_a_divergence_needs_two_windows_without_decrease(values: tuple[float, ...], over: bool) -> None:
     assert plateau(rows("loss", *values), "loss", every=1, patience=2, least=0.0) is over
 
 
 @pytest.mark.parametrize("metric", ["reward", "validation"])
-def test_a_reward_gets_better_by_rising(metric: str) -> None:
+def test_plateau_of_a_reward_counts_increases(metric: str) -> None:
     assert plateau(rows(metric, 0.1, 0.5, 0.4, 0.5), metric, every=1, patience=2, least=0.0)
     assert not plateau(rows(metric, 0.5, 0.4, 0.3, 0.6), metric, every=1, patience=2, least=0.0)
 
 
-def test_what_is_better_by_less_than_the_share_asked_for_is_not_better() -> None:
+def test_plateau_ignores_improvements_below_its_threshold() -> None:
     # Best before: 1.0. 0.96 is 4 % lower.
     assert plateau(rows("loss", 1.0, 0.96), "loss", every=1, patience=1, least=0.05)
     assert not plateau(rows("loss", 1.0, 0.94), "loss", every=1, patience=1, least=0.05)
 
 
-def test_windows_are_means_and_a_part_of_a_window_decides_nothing() -> None:
+def test_plateau_compares_means_of_full_windows() -> None:
     # Windows of two: 2, 2, then half a window of 0.
     flat = rows("loss", 1.0, 3.0, 3.0, 1.0)
     assert plateau(flat, "loss", every=2, patience=1, least=0.0)
@@ -46,7 +44,7 @@ def test_windows_are_means_and_a_part_of_a_window_decides_nothing() -> None:
     assert not plateau(flat + rows("loss", 0.0, 0.0), "loss", every=2, patience=1, least=0.0)
 
 
-def test_a_metric_measured_once_a_window_is_read_where_it_stands() -> None:
+def test_plateau_reads_metrics_measured_once_a_window() -> None:
     measured = rows("validation", None, None, 0.5, None, None, 0.5, None, None, 0.4)
     assert plateau(measured, "validation", every=3, patience=2, least=0.0)
     assert not plateau(measured[:6], "validation", every=3, patience=2, least=0.0)

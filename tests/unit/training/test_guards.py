@@ -24,22 +24,24 @@ from tiny import same_bits, sampled_rows, stage_of, weights_of
 Steps = list[dict[str, Any]]
 
 
-def monitor(folder: Path, **said: Any) -> tuple[GuardMonitor, list[str]]:
+def monitor(folder: Path, **settings: Any) -> tuple[GuardMonitor, list[str]]:
     """A GuardMonitor with these guards alone, windows of two steps, and the list that receives its warnings."""
     off = dict.fromkeys(GUARDS, "off")
-    asked = {name: {"window": 2, **({"action": one} if isinstance(one, str) else one)} for name, one in said.items()}
+    guards = {
+        name: {"window": 2, **({"action": one} if isinstance(one, str) else one)} for name, one in settings.items()
+    }
     heard: list[str] = []
-    return GuardMonitor(Guards.model_validate({**off, **asked}), NodeDir(folder), heard.append), heard
+    return GuardMonitor(Guards.model_validate({**off, **guards}), NodeDir(folder), heard.append), heard
 
 
 def steps(**columns: list[float]) -> Steps:
     count = len(next(iter(columns.values())))
-    return [{"step": place + 1, **{name: held[place] for name, held in columns.items()}} for place in range(count)]
+    return [{"step": place + 1, **{name: values[place] for name, values in columns.items()}} for place in range(count)]
 
 
-def sounded(folder: Path, asked: Any, given: Steps) -> list[tuple[int, str, float]]:
+def sounded(folder: Path, guards: Any, given: Steps) -> list[tuple[int, str, float]]:
     """(step, guard, figure) of every alarm that begins."""
-    ours, _ = monitor(folder, **asked)
+    ours, _ = monitor(folder, **guards)
     for row in given:
         assert ours.check(row) is None
     path = folder / "warnings.jsonl"
@@ -78,7 +80,7 @@ def test_each_guard_by_hand(
     assert found == [(step, guard, figure) for step, figure in expected]
 
 
-def test_a_window_that_is_not_full_says_nothing_and_a_row_without_the_metric_changes_nothing(tmp_path: Path) -> None:
+def test_guard_ignores_partial_windows_and_rows_without_its_metric(tmp_path: Path) -> None:
     ours, heard = monitor(tmp_path, truncation="warn")
     for row in (*steps(truncated=[1.0]), {"step": 2, "loss": 0.0}):
         assert ours.check(row) is None
@@ -90,17 +92,17 @@ def test_a_window_that_is_not_full_says_nothing_and_a_row_without_the_metric_cha
     ]
 
 
-def test_stop_names_guard_figure_bound_and_the_way_on_and_a_resumed_stage_decides_the_same(tmp_path: Path) -> None:
+def test_guard_stop_names_value_bound_and_remedy_also_after_a_resume(tmp_path: Path) -> None:
     given = steps(truncated=[0.2, 0.4, 0.8])
     ours, _ = monitor(tmp_path, truncation="stop", no_variance="warn")
-    said = [ours.check(row) for row in given]
-    assert said[:2] == [None, None]
-    why = str(said[2])
+    result = [ours.check(row) for row in given]
+    assert result[:2] == [None, None]
+    why = str(result[2])
     assert "guard truncation: 0.6 of" in why and "bound 0.5" in why and "guards.truncation=warn" in why
     for cut in range(3):  # whatever part of the steps was there before
         again, heard = monitor(tmp_path / str(cut), truncation="stop", no_variance="warn")
         assert again.catch_up(given[:cut]) is None and not heard
-        assert [again.check(row) for row in given[cut:]] == said[cut:]
+        assert [again.check(row) for row in given[cut:]] == result[cut:]
     stopped, heard = monitor(tmp_path / "all", truncation="stop")
     assert stopped.catch_up(given) == why and not heard
     for action in ("warn", "off"):
@@ -108,7 +110,7 @@ def test_stop_names_guard_figure_bound_and_the_way_on_and_a_resumed_stage_decide
         assert eased.catch_up(given) is None
 
 
-def test_what_a_recipe_says_of_a_guard_and_what_it_leaves_out(tmp_path: Path) -> None:
+def test_guard_settings_of_a_recipe_override_the_defaults(tmp_path: Path) -> None:
     guards = find_recipe("pocket", []).guards
     assert {name: getattr(guards, name).model_dump() for name in GUARDS} == GUARDS
     assert {one["action"] for one in GUARDS.values()} == {"warn"} and GUARDS.keys() == MEASURES.keys()

@@ -59,7 +59,7 @@ def test_token_weights_by_hand() -> None:
 
 @pytest.mark.parametrize("mean", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_gradient_is_that_of_a_loss_written_out_without_padding_batches_or_chunks(
+def test_update_gradient_equals_the_plain_loss_gradient(
     policy: Policy, teacher: Policy, mean: str, temperature: float
 ) -> None:
     rows = taught(sampled_rows(policy, groups=4, temperature=temperature), teacher)
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_a_loss_written_out_without_padding_batches_or_c
 
 @pytest.mark.parametrize("objective", ["grpo", "opd", "sft"])
 @pytest.mark.parametrize("mean", ["token", "sequence", "constant"])
-def test_eight_microbatches_of_one_row_train_as_one_of_eight(
+def test_eight_microbatches_of_one_equal_one_of_eight(
     policy: Policy, teacher: Policy, objective: str, mean: str
 ) -> None:
     rows = taught(sampled_rows(policy, groups=2), teacher)
@@ -101,14 +101,14 @@ def test_eight_microbatches_of_one_row_train_as_one_of_eight(
     assert [one["loss"] for one in singly] == pytest.approx([one["loss"] for one in at_once], abs=1e-5)
 
 
-def test_the_order_of_rows_does_not_matter(policy: Policy, teacher: Policy) -> None:
+def test_update_does_not_depend_on_row_order(policy: Policy, teacher: Policy) -> None:
     rows = taught(sampled_rows(policy, groups=4), teacher)
     stage = stage_of("mixed", sparse_share=0.5, batch_size=16)
     forward, backward = gradient_of(policy, rows, stage, 64), gradient_of(policy, rows[::-1], stage, 64)
     assert furthest(forward, backward) < 1e-5 * max(1.0, largest(forward))
 
 
-def test_a_short_row_has_the_same_gradient_alone_and_padded_beside_a_long_one(policy: Policy) -> None:
+def test_padding_does_not_change_a_rows_gradient(policy: Policy) -> None:
     short, long = Row(rollout_of((1, 6, 2), (7, 3))), Row(rollout_of((1, 6, 8, 9, 2), (7, 8, 9, 10, 11, 3)))
     stage = stage_of("sft", loss_mean="constant", batch_size=2)
     both = gradient_of(policy, [short, long], stage)
@@ -119,7 +119,7 @@ def test_a_short_row_has_the_same_gradient_alone_and_padded_beside_a_long_one(po
 
 
 @pytest.mark.parametrize("mean", ["token", "sequence", "constant"])
-def test_inert_rows_left_out_give_the_gradient_of_running_them(policy: Policy, mean: str) -> None:
+def test_skipped_zero_gradient_rows_do_not_change_the_gradient(policy: Policy, mean: str) -> None:
     rows = sampled_rows(policy, groups=3)
     rows = [replace(row, advantage=0.0) if index < 4 else row for index, row in enumerate(rows)]
     stage = stage_of("grpo", loss_mean=mean, batch_size=12)
@@ -131,7 +131,7 @@ def test_inert_rows_left_out_give_the_gradient_of_running_them(policy: Policy, m
     assert furthest(dropped, run_all) > 0.1 * largest(run_all)
 
 
-def test_a_batch_without_any_live_row_takes_no_step_even_with_momentum(policy: Policy) -> None:
+def test_batch_without_gradient_takes_no_optimizer_step(policy: Policy) -> None:
     rows, stage = sampled_rows(policy), stage_of("grpo", minibatches=2, passes=2)
     optimizer = make_optimizer(policy, stage.optim)
     update(policy, optimizer, rows, objective_of(stage), stage, 4096)
@@ -145,7 +145,7 @@ def test_a_batch_without_any_live_row_takes_no_step_even_with_momentum(policy: P
 # ------------------------------------------------------------------------------------- minibatches, passes and clipping
 
 
-def test_rows_are_divided_without_cutting_a_group() -> None:
+def test_row_split_keeps_groups_whole() -> None:
     rows = [Row(rollout_of((5,), (7,), sample=index)) for index in range(12)]
     parts = split_minibatches(rows, 2, 4)
     # Three groups of four in two parts: cuts at round(1.5) = 2 groups.
@@ -154,7 +154,7 @@ def test_rows_are_divided_without_cutting_a_group() -> None:
     assert [len(part) for part in split_minibatches(rows, 3, 1)] == [4, 4, 4]
 
 
-def test_one_update_a_batch_is_exactly_on_policy_and_more_are_not(policy: Policy) -> None:
+def test_one_update_per_batch_is_exactly_on_policy(policy: Policy) -> None:
     rows = sampled_rows(policy, groups=4)
     for passes, minibatches, updates in ((1, 1, 1), (2, 1, 2), (1, 2, 2), (2, 4, 8)):
         stage = stage_of("grpo", batch_size=16, passes=passes, minibatches=minibatches)
@@ -164,15 +164,15 @@ def test_one_update_a_batch_is_exactly_on_policy_and_more_are_not(policy: Policy
         assert (found["ratio_off"] > 1e-3) is (updates > 1)
 
 
-def test_a_token_already_past_its_clip_gets_no_gradient_and_one_on_the_way_back_keeps_it(policy: Policy) -> None:
+def test_clipped_token_gets_no_gradient_unless_moving_back(policy: Policy) -> None:
     rows = sampled_rows(policy, groups=1)
     now = logp_of(policy, [row.rollout for row in rows], 4096)
     stage = stage_of("grpo", batch_size=4, sparse={"kl_coef": 0.0, "clip_low": 0.2, "clip_high": 0.5})
 
     def gradient(ratio: float, advantage: float) -> dict[str, torch.Tensor]:
-        held = zip(rows, now, strict=True)
+        pairs = zip(rows, now, strict=True)
         return gradient_of(
-            policy, [replace(r, advantage=advantage, old_logp=x - math.log(ratio)) for r, x in held], stage
+            policy, [replace(r, advantage=advantage, old_logp=x - math.log(ratio)) for r, x in pairs], stage
         )
 
     up = gradient(1.0, 1.0)
@@ -183,7 +183,7 @@ def test_a_token_already_past_its_clip_gets_no_gradient_and_one_on_the_way_back_
         assert furthest(found, {name: scale * one for name, one in up.items()}) < 1e-4 * largest(up)
 
 
-def test_clipping_bounds_how_far_many_passes_push_the_sampled_tokens(policy: Policy) -> None:
+def test_clipping_bounds_the_change_over_many_passes(policy: Policy) -> None:
     rows = [replace(row, advantage=1.0) for row in sampled_rows(policy, groups=2)]
     before = torch.cat(logp_of(policy, [row.rollout for row in rows], 4096))
     median = {}
@@ -202,7 +202,7 @@ def test_clipping_bounds_how_far_many_passes_push_the_sampled_tokens(policy: Pol
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_a_non_finite_loss_or_gradient_stops_before_the_weights_change(policy: Policy, poison: str) -> None:
+def test_non_finite_loss_or_gradient_stops_before_the_weights_change(policy: Policy, poison: str) -> None:
     rows, stage = sampled_rows(policy), stage_of("grpo")
     optimizer = make_optimizer(policy, stage.optim)
     update(policy, optimizer, rows, objective_of(stage), stage, 4096)
@@ -215,7 +215,7 @@ def test_a_non_finite_loss_or_gradient_stops_before_the_weights_change(policy: P
     assert same_bits(weights_of(policy), before)
 
 
-def test_a_teacher_that_gives_nan_stops_training_before_the_weights_change(policy: Policy) -> None:
+def test_nan_teacher_stops_training_before_the_weights_change(policy: Policy) -> None:
     rows = [
         replace(row, teacher=Exact(torch.full((row.tokens, policy.vocabulary), math.nan)))
         for row in sampled_rows(policy)
@@ -226,7 +226,7 @@ def test_a_teacher_that_gives_nan_stops_training_before_the_weights_change(polic
     assert same_bits(weights_of(policy), before)
 
 
-def test_the_gradient_is_cut_to_its_norm_and_the_norm_before_the_cut_is_reported(policy: Policy) -> None:
+def test_gradient_is_clipped_and_its_norm_before_clipping_reported(policy: Policy) -> None:
     rows, stage = sampled_rows(policy), stage_of("grpo", optim={"lr": 1.0, "grad_clip": 0.01})
     whole = gradient_of(policy, rows, stage_of("grpo"))
     norm = math.sqrt(sum(one.square().sum().item() for one in whole.values()))
@@ -250,7 +250,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_vectors_alone(policy: Policy) 
     assert any(one.ndim < 2 for one in before.values())
 
 
-def test_the_learning_rate_by_hand() -> None:
+def test_learning_rate_schedule_by_hand() -> None:
     def rates(steps: int, **optim: object) -> list[float]:
         return [learning_rate(Optim(lr=1.0, **optim), step, steps) for step in range(steps)]  # type: ignore[arg-type]
 
@@ -265,7 +265,7 @@ def test_the_learning_rate_by_hand() -> None:
     assert learning_rate(Optim(lr=2e-6, schedule="linear"), 1, 2) == pytest.approx(1e-6)
 
 
-def test_what_an_update_reports_agrees_with_what_is_measured_apart(policy: Policy, teacher: Policy) -> None:
+def test_update_statistics_agree_with_independent_measurements(policy: Policy, teacher: Policy) -> None:
     rows = taught(sampled_rows(policy, groups=3, temperature=0.7), teacher)
     found = run(copied(policy), rows, stage_of("opd", batch_size=12), tokens=50)[0]
     with torch.no_grad():
@@ -279,7 +279,7 @@ def test_what_an_update_reports_agrees_with_what_is_measured_apart(policy: Polic
     assert found["sampler_gap"] < 1e-5 and found["ratio_off"] == 0.0
 
 
-def test_the_kl_to_the_reference_is_reported_and_zero_at_the_start(policy: Policy) -> None:
+def test_reference_kl_is_reported_and_zero_at_the_start(policy: Policy) -> None:
     rows = sampled_rows(policy)
     logps = logp_of(policy, [row.rollout for row in rows], 4096)
     rows = [replace(row, reference_logp=logp) for row, logp in zip(rows, logps, strict=True)]
@@ -296,9 +296,7 @@ def fresh(policy: Policy, step: int) -> list[Row]:
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd", "sampled"])
-def test_on_policy_distillation_brings_the_student_nearer_to_its_teacher(
-    policy: Policy, teacher: Policy, divergence: str
-) -> None:
+def test_opd_lowers_the_divergence_from_the_teacher(policy: Policy, teacher: Policy, divergence: str) -> None:
     stage = stage_of("opd", dense={"divergence": divergence}, batch_size=32, optim={"lr": 5e-3, "grad_clip": 1.0})
     optimizer = make_optimizer(policy, stage.optim)
     seen = [
@@ -311,9 +309,7 @@ def test_on_policy_distillation_brings_the_student_nearer_to_its_teacher(
         assert late < (0.9 if divergence == "sampled" else 0.6) * early, name
 
 
-def test_forward_kl_on_the_teachers_rollouts_brings_the_student_nearer_on_unseen_ones(
-    policy: Policy, teacher: Policy
-) -> None:
+def test_forward_kl_lowers_the_divergence_on_unseen_teacher_rollouts(policy: Policy, teacher: Policy) -> None:
     stage = stage_of("forward_kl", batch_size=32, optim={"lr": 5e-3, "grad_clip": 1.0})
 
     def unseen() -> float:
@@ -331,7 +327,7 @@ def mean_logp(policy: Policy, rows: list[Row]) -> float:
     return torch.cat(logp_of(policy, [row.rollout for row in rows], 4096)).mean().item()
 
 
-def test_fine_tuning_makes_the_teachers_samples_likelier_than_half_its_way(policy: Policy, teacher: Policy) -> None:
+def test_sft_raises_the_log_prob_of_teacher_samples_more_than_half_way(policy: Policy, teacher: Policy) -> None:
     rows = sampled_rows(teacher, groups=4)
     before, goal = mean_logp(policy, rows), mean_logp(teacher, rows)
     run(policy, rows, stage_of("sft", batch_size=16, optim={"lr": 5e-3, "grad_clip": 1.0}), steps=20)
@@ -343,7 +339,7 @@ def rewarded(rows: list[Row], wanted: Callable[[Row], bool]) -> list[Row]:
     return [replace(row, advantage=1.0 if wanted(row) else -1.0) for row in rows]
 
 
-def test_sparse_reward_makes_what_was_rewarded_likelier_and_the_rest_rarer(policy: Policy) -> None:
+def test_grpo_raises_log_probs_of_rewarded_rollouts_and_lowers_the_rest(policy: Policy) -> None:
     rows = sampled_rows(policy, groups=4)
     good, bad = [row for row in rows if row.advantage > 0], [row for row in rows if row.advantage < 0]
     before = mean_logp(policy, good), mean_logp(policy, bad)

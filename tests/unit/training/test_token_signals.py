@@ -22,14 +22,14 @@ def _letters(ids: tuple[int, ...] | list[int]) -> str:
     return "".join("abc"[one] for one in ids)
 
 
-def test_the_signal_is_the_teachers_log_prob_less_the_samplers() -> None:
+def test_token_signal_is_teacher_minus_sampler_log_prob() -> None:
     teacher_NV = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
     found = signal_of(_row((1, 2), (math.log(0.5), math.log(0.4)), teacher_NV), _letters)
     # ln ¼ − ln ½ = −0.69, ln 0.8 − ln 0.4 = +0.69.
     assert found == {"pieces": ["b", "c"], "signal": [-0.69, 0.69]}
 
 
-def test_long_completions_are_looked_at_in_pieces_with_the_same_result() -> None:
+def test_token_signal_of_long_completions_is_computed_in_chunks() -> None:
     count = 2 * AT_ONCE + 5
     teacher_NV = torch.rand(count, 3).softmax(dim=-1)
     ids = tuple(int(one) for one in torch.arange(count) % 3)
@@ -38,17 +38,17 @@ def test_long_completions_are_looked_at_in_pieces_with_the_same_result() -> None
     assert found["signal"] == pytest.approx(whole, abs=0.0051) and "".join(found["pieces"]) == _letters(ids)
 
 
-def test_without_an_exact_teacher_there_is_no_signal() -> None:
+def test_token_signal_needs_an_exact_teacher() -> None:
     assert signal_of(_row((1,), (-1.0,), None), _letters) == {}
     top = Row(_row((1,), (-1.0,), None).rollout, teacher=TopK(torch.tensor([[1]]), torch.tensor([[-0.1]])))
     assert signal_of(top, _letters) == {}
 
 
-def test_a_character_of_two_tokens_stands_with_the_one_that_completes_it() -> None:
+def test_token_texts_put_a_split_character_at_its_last_token() -> None:
     halves = {(0,): "\ufffd", (0, 1): "é", (0, 1, 2): "é!", (): ""}
     assert pieces([0, 1, 2], lambda ids: halves[tuple(ids)]) == ["", "é", "!"]
 
 
-def test_rows_are_spread_over_the_step() -> None:
+def test_token_signal_rows_are_spread_over_the_step() -> None:
     assert kept([None] * 8) == [0, 2, 4, 6]  # type: ignore[list-item]
     assert kept([None] * 2) == [0, 1]  # type: ignore[list-item]

@@ -1,0 +1,99 @@
+"""Find the problem, the answer and the tag in a row: usual column names, and paths into nested cells."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from headwater.config.recipe import Columns
+from headwater.errors import UserError
+
+PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages", "conversations", "conversation", "query")
+ANSWER_COLUMNS = (
+    "answer", "expected_answer", "solution", "ground_truth", "final_answer", "reference_answer", "correct_answer",
+    "gold_answer", "reward_model.ground_truth", "extra_info.answer",
+)  # fmt: skip
+"""In order of preference, in any case; of a solution the last box is read."""
+NESTED = 3
+"""Levels of nested cells in which usual names are looked for and shown."""
+
+
+def value_at(row: Mapping[str, Any], path: str) -> Any:
+    """The cell of a column, or what a dotted path leads to: through objects, positions of lists, and both as JSON text.
+
+    Raises KeyError where nothing is there.
+
+    Example: `value_at({"reward_model": {"ground_truth": "7"}}, "reward_model.ground_truth")` is `"7"`.
+    """
+    if path in row:
+        return row[path]
+    value: Any = row
+    for part in path.split("."):
+        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise KeyError(path) from None
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise KeyError(path)
+    return value
+
+
+def answer_at(row: Mapping[str, Any], path: str) -> Any:
+    """The cell with the answer, None where the row has none; a reward model's `["7"]` (JSON text, as in Skywork-OR1) is `7`."""
+    try:
+        value = value_at(row, path)
+    except KeyError:
+        return None
+    if path.endswith("ground_truth") and isinstance(value, str) and value.startswith('["'):
+        try:
+            listed = json.loads(value)
+        except ValueError:
+            return value
+        return listed[0] if len(listed) == 1 else value
+    return value
+
+
+def column_names(row: Mapping[str, Any], levels: int = NESTED) -> Iterator[str]:
+    """A row's columns, each followed by the paths into it if it is an object."""
+    for name, value in row.items():
+        yield str(name)
+        if levels and isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in column_names(value, levels - 1))
+
+
+def find_problem_column(given: Columns, row: Mapping[str, Any], where: str) -> str:
+    """The column with the problems. Raises UserError."""
+    return _find(given.problem, PROBLEM_COLUMNS, row, "problem", where)
+
+
+def find_answer_column(given: Columns, row: Mapping[str, Any], where: str, needed: bool) -> str | None:
+    """The column with the answers; None for a file without answers that needs none."""
+    if given.answer is None and not needed:
+        names = {name.lower() for name in column_names(row)}
+        if not any(name in names for name in ANSWER_COLUMNS):
+            return None
+    return _find(given.answer, ANSWER_COLUMNS, row, "answer", where)
+
+
+def _find(given: str | None, usual: Sequence[str], row: Mapping[str, Any], role: str, where: str) -> str:
+    """The column that a recipe names, or the first usual one, preferably in its usual case. Raises UserError."""
+    names = list(column_names(row))
+    if given is None:
+        folded = {name.lower(): name for name in reversed(names)}
+        for found in (*(name for name in usual if name in names), *(folded[name] for name in usual if name in folded)):
+            return found
+    else:
+        try:
+            value_at(row, given)
+        except KeyError:
+            pass
+        else:
+            return given
+    wanted = "|".join(usual[:3]) if given is None else repr(given)
+    raise UserError(f"{where}: has no column {wanted} for the {role}; its columns are {', '.join(names)}")

@@ -1,0 +1,143 @@
+"""Read a cell that holds a conversation: the messages of OpenAI, TRL and verl, and the turns of ShareGPT and ORZ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headwater.errors import UserError
+from headwater.types import Turn
+
+ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+}  # fmt: skip
+"""Roles as files spell them, and as chat templates do."""
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
+_CALLS = ("tool_calls", "function_call")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", "tools")
+"""Columns beside a conversation that belong to its prompt; a text prompt would lose them."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The turns of a prompt, which end with the user's, and the assistant's answer that follows them in the file, if any."""
+
+    turns: tuple[Turn, ...]
+    reference: Any = None
+
+
+def messages_of(value: Any) -> Sequence[Mapping[str, Any]] | None:
+    """The messages in a cell, as they are; None if it holds no conversation.
+
+    A list of objects with a role, the same as JSON text, one such object, or an object of lists (as `datasets` stores a
+    sequence of objects).
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+        return messages_of(value) if isinstance(value, (list, dict)) else None
+    if isinstance(value, dict) and _key(value, _ROLE_KEYS):
+        columns = [column for column in value.values() if column is not None]
+        if all(isinstance(column, list) for column in columns):
+            return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=False)]
+        value = [value]
+    if isinstance(value, list) and value and all(isinstance(turn, dict) and _key(turn, _ROLE_KEYS) for turn in value):
+        return value
+    return None
+
+
+def read_conversation(messages: Sequence[Mapping[str, Any]], column: str, where: str) -> Conversation:
+    """The prompt in a list of messages. `where` names the row.
+
+    A last turn of the assistant is the reference answer and no part of the prompt, except in a column named `prompt`, where it
+    is refused: it could be either. Raises UserError for roles, contents and orders that a text prompt cannot hold.
+    """
+    reference = None
+    if ROLES.get(_role(messages[-1])) == "assistant":
+        *messages, last = messages
+        if column.lower().endswith("prompt"):
+            raise UserError(
+                f"{where}: {column!r} ends with a turn of the assistant; remove it, or name the column `messages` if that turn is "
+                "the reference answer"
+            )
+        reference = _reference(last)
+    turns = tuple(_turn(message, f"{where}: turn {number} of {column!r}") for number, message in enumerate(messages, 1))
+    if not turns or turns[-1][0] != "user":
+        ends = f"its last turn is {turns[-1][0]}" if turns else "it has no other turn than the assistant's"
+        raise UserError(f"{where}: the conversation in {column!r} does not end with a turn of the user ({ends})")
+    return Conversation(turns, reference)
+
+
+def refuse_media(row: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a row whose conversation comes with pictures, sound or tools."""
+    for name in MEDIA_COLUMNS:
+        if row.get(name) not in (None, [], "", {}, "[]"):
+            raise UserError(
+                f"{where}: {name!r} is not empty, and a text prompt cannot hold it; remove the row, or the column if the "
+                "conversation is complete without it"
+            )
+
+
+def _key(message: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    return next((name for name in names if message.get(name) is not None), None)
+
+
+def _role(message: Mapping[str, Any]) -> str:
+    return str(message[_key(message, _ROLE_KEYS) or ""]).strip().lower()
+
+
+def _turn(message: Mapping[str, Any], where: str) -> Turn:
+    role = _role(message)
+    if role not in ROLES:
+        raise UserError(
+            f"{where} has the role {role!r:.40}; a prompt can hold system, user and assistant turns, so remove such rows"
+        )
+    for name in _CALLS:
+        if message.get(name):
+            raise UserError(f"{where} holds {name}, which a text prompt cannot; remove such rows")
+    key = _key(message, _CONTENT_KEYS)
+    content = _text(None if key is None else message[key], where)
+    if not content.strip() and ROLES[role] == "user":
+        raise UserError(f"{where} is blank")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:  # "\ud800" is valid JSON but cannot be encoded
+        raise UserError(f"{where} holds half a surrogate pair and is not UTF-8 text") from None
+    return ROLES[role], content
+
+
+def _text(content: Any, where: str) -> str:
+    """A turn's text; the texts of a list of parts follow one another."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{where} holds no text but {type(content).__name__}")
+    return "".join(_part(part, where) for part in content)
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    text = part.get("text") if isinstance(part, dict) else None
+    if kind not in _TEXT_PARTS or not isinstance(text, str):
+        raise UserError(f"{where} holds a part of type {kind!r:.40}, which a text prompt cannot; remove such rows")
+    return text
+
+
+def _reference(message: Mapping[str, Any]) -> Any:
+    """What the assistant's last turn answers; ORZ's files have the bare answer in its `ground_truth`."""
+    truth = message.get("ground_truth")
+    if truth is not None:
+        return truth["value"] if isinstance(truth, dict) and "value" in truth else truth
+    key = _key(message, _CONTENT_KEYS)
+    content = None if key is None else message[key]
+    return _text(content, "") if isinstance(content, list) and content else content

@@ -1,0 +1,77 @@
+"""Read a model's generation config so that it can be saved again.
+
+transformers reads entries that contradict each other, such as a temperature without `do_sample`, and refuses to write them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.utils import cached_file
+
+FILE = "generation_config.json"
+MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
+"""Entries that decide which others are valid."""
+SAMPLING = frozenset({
+    "temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_return_sequences",
+})  # fmt: skip
+"""Entries that are valid only with `do_sample`."""
+
+
+def read_generation_config(path: str, config: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[str, ...]]:
+    """(generation config, what had to be changed so that it can be saved) of a folder or hub id.
+
+    config  contents of config.json, from which transformers derives the generation config of a folder that has none
+
+    A sampling setting without `do_sample` turns `do_sample` on: engines such as vLLM sample with the setting whatever `do_sample`
+    says. Every other entry that transformers refuses to write is left out; no such entry affects training or evaluation here.
+    """
+    file = cached_file(path, FILE, _raise_exceptions_for_missing_entries=False)
+    try:
+        entries = None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        entries = None  # transformers derives it from the config then, too
+    if not isinstance(entries, dict):
+        entries = _derived(config)
+    valid = _valid(entries)
+    if valid is not None:
+        return valid, ()
+    kept: dict[str, Any] = {}
+    dropped = []
+    for name in sorted(entries, key=lambda name: name not in MODES):
+        added = {**kept, name: entries[name]}
+        if _valid(added) is None and name in SAMPLING and entries[name]:  # a temperature of 0 means no sampling
+            added["do_sample"] = True
+        if _valid(added) is None:
+            dropped.append(name)
+        else:
+            kept = added
+    changes = ["do_sample is set to true"] if kept.get("do_sample") != entries.get("do_sample") else []
+    changes += [f"{name} is left out" for name in dropped]
+    return GenerationConfig.from_dict(kept), tuple(changes)
+
+
+def _derived(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that transformers takes from a config.json, where older models keep them."""
+    known = GenerationConfig().to_dict()
+    try:
+        derived = GenerationConfig.from_model_config(copy.deepcopy(dict(config)))
+    except (ValueError, TypeError, AttributeError):  # its entries contradict each other
+        return {name: value for name, value in config.items() if name in known and value is not None}
+    return {name: value for name, value in derived.to_dict().items() if value is not None}
+
+
+def _valid(entries: Mapping[str, Any]) -> GenerationConfig | None:
+    """The generation config with these entries; None if transformers refuses to make or to write it."""
+    try:
+        made = GenerationConfig.from_dict(copy.deepcopy(dict(entries)))
+        made.validate(strict=True)
+        made.to_json_string(keys_to_pop=["compile_config"])
+    except Exception:  # entries of a wrong type raise errors of many types
+        return None
+    return made

@@ -1,0 +1,246 @@
+"""Weights that do not fit their config.json, their index or one another are refused by name; what transformers recomputes is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from headwater.errors import UserError
+from headwater.models import fsdp_weights
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.policy import Policy
+from tiny import CPU, MODELS, tiny_folder
+
+Weights = dict[str, Tensor]
+IDS = torch.tensor([[1, 6, 15, 7, 2]])
+
+
+def opened(folder: Path) -> ModelFolder:
+    return ModelFolder.open(str(folder), "models.student")
+
+
+def loaded(folder: Path, frozen: bool = True) -> Policy:
+    return load_policy(opened(folder), LoadOptions(MODELS, CPU, frozen))
+
+
+def with_weights(folder: Path, change: Callable[[Weights], Weights]) -> Path:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    return folder
+
+
+def with_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def sharded(folder: Path, **more: Any) -> Path:
+    """The same model in two shards with an index."""
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({name: weights[name] for name in held}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+# ------------------------------------------------------------------------------------- weights that no part of the model takes
+
+
+def test_biases_of_an_architecture_that_has_none_are_refused(tmp_path: Path) -> None:
+    folder = with_config(tiny_folder(tmp_path / "m", "qwen2"), model_type="llama", architectures=["LlamaForCausalLM"])
+    with pytest.raises(
+        UserError,
+        match=r"^models\.student: .* hold 6 weights that LlamaForCausalLM,.* such as .*k_proj\.bias; they would be",
+    ):
+        loaded(folder)
+
+
+def test_norms_of_a_newer_architecture_are_refused(tmp_path: Path) -> None:
+    folder = with_config(tiny_folder(tmp_path / "m"), model_type="llama", architectures=["LlamaForCausalLM"])
+    with pytest.raises(UserError, match=r"hold 4 weights that LlamaForCausalLM,.*self_attn\.k_norm\.weight"):
+        loaded(folder)
+
+
+def test_layers_beyond_those_of_the_config_are_refused(tmp_path: Path) -> None:
+    folder = with_config(tiny_folder(tmp_path / "m", num_hidden_layers=3), num_hidden_layers=2, layer_types=None)
+    with pytest.raises(UserError, match=r"hold 11 weights that Qwen3ForCausalLM,.* model\.layers\.2\."):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("head", ["score.weight", "v_head.summary.weight", "classifier.weight"])
+def test_the_head_of_a_reward_model_is_refused_also_where_the_language_model_is_whole(
+    head: str, tmp_path: Path
+) -> None:
+    folder = with_weights(tiny_folder(tmp_path / "m"), lambda held: {**held, head: torch.ones(1, 32)})
+    with pytest.raises(UserError, match=rf"such as {head} and would be a classifier's or a reward model's"):
+        loaded(folder)
+
+
+@pytest.mark.parametrize(
+    "kind", ["Qwen3ForSequenceClassification", "LlamaForTokenClassification", "Qwen2ForRewardModel"]
+)
+def test_a_classifier_is_refused_by_its_class_before_weights_are_read(kind: str, tmp_path: Path) -> None:
+    folder = with_config(tiny_folder(tmp_path / "m"), architectures=[kind])
+    with pytest.raises(
+        UserError, match=rf"^models\.student: .* is no language model \(its config\.json names {kind}\)"
+    ):
+        _ = opened(folder).config
+
+
+HARMLESS: dict[str, tuple[str, dict[str, Any], Weights]] = {
+    "rotary frequencies": ("llama", {}, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    "masks of GPT-2": (
+        "gpt2", {}, {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)},
+    ),
+    "masks of GPT-NeoX": (
+        "gpt_neox", {},
+        {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8), "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9)},
+    ),
+    "a tied head stored twice": ("qwen3", {}, {}),
+    "prediction of further tokens": ("qwen3", {}, {"mtp.fc.weight": torch.ones(32, 64)}),
+    "a further layer that the config announces": (
+        "qwen3", {"num_nextn_predict_layers": 1}, {"model.layers.2.eh_proj.weight": torch.ones(32, 64)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_transformers_recomputes_or_does_not_use_is_no_reason_to_refuse(name: str, tmp_path: Path) -> None:
+    architecture, settings, extra = HARMLESS[name]
+    folder = tiny_folder(tmp_path / "m", architecture, **settings)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    if not extra:
+        extra = {"lm_head.weight": plain.lm_head.weight.detach().clone()}
+    with_weights(folder, lambda held: {**held, **extra})
+    policy = loaded(folder)
+    assert torch.equal(policy.model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    assert policy.model.config.tie_word_embeddings is plain.config.tie_word_embeddings
+
+
+def test_a_bias_named_as_a_mask_is_refused(tmp_path: Path) -> None:
+    folder = with_weights(
+        tiny_folder(tmp_path / "m"), lambda held: {**held, "model.layers.0.self_attn.bias": torch.ones(32)}
+    )
+    with pytest.raises(UserError, match=r"such as model\.layers\.0\.self_attn\.bias;"):
+        loaded(folder)
+
+
+# --------------------------------------------------------------------------------------------------------- files and index
+
+
+def test_shards_with_an_index_are_read(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "m")
+    wanted = AutoModelForCausalLM.from_pretrained(folder)(input_ids=IDS).logits
+    sharded(folder)
+    (folder / "model.safetensors").unlink()
+    save_file(
+        {"model.norm.weight": torch.zeros(32)}, folder / "model-00001-of-00003.safetensors"
+    )  # of an earlier download
+    assert torch.equal(loaded(folder).model(input_ids=IDS).logits, wanted)
+
+
+def stale_single_file(folder: Path) -> None:
+    pass
+
+
+def shard_missing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def shard_of_another_checkpoint(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    path = folder / "model-00001-of-00002.safetensors"
+    save_file({**load_file(path), "model.extra.weight": torch.ones(2)}, path, metadata={"format": "pt"})
+
+
+def tensor_twice(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    first, second = (folder / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    name = sorted(load_file(first))[0]
+    save_file({**load_file(second), name: torch.zeros(3)}, second, metadata={"format": "pt"})
+
+
+def tensor_missing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    path = folder / "model-00001-of-00002.safetensors"
+    held = load_file(path)
+    held.pop("model.norm.weight", None) or held.pop(sorted(held)[-1])
+    save_file(held, path, metadata={"format": "pt"})
+
+
+def no_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (stale_single_file, r"it holds model\.safetensors and also model\.safetensors\.index\.json, which lists other files"),
+        (shard_missing, r"index\.json lists model-00002-of-00002\.safetensors, which is not there: download it again"),
+        (shard_of_another_checkpoint, r"says that model\.extra\.weight is in no file, and it is in model-00001-of"),
+        (tensor_twice, r"model-00001-of-00002\.safetensors and model-00002-of-00002\.safetensors both hold"),
+        (tensor_missing, r"is in model-00001-of-00002\.safetensors, and it is in no file"),
+        (no_index, r"it holds model-00001-of-00002\.safetensors, and no model\.safetensors or model\.safetensors\.index\.json"),
+    ],
+)  # fmt: skip
+def test_an_index_that_does_not_fit_its_shards_is_refused_when_the_folder_is_opened(
+    spoil: Callable[[Path], None], sentence: str, tmp_path: Path
+) -> None:
+    folder = sharded(tiny_folder(tmp_path / "m"))
+    spoil(folder)
+    with pytest.raises(UserError, match=rf"^models\.student: .* cannot be loaded \(.*{sentence}"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.uint8])
+def test_numbers_without_their_scales_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    folder = with_weights(tiny_folder(tmp_path / "m"), lambda held: {**held, name: held[name].to(dtype)})
+    with pytest.raises(
+        UserError, match=rf"{name} is stored as [A-Z0-9_]+, and config\.json has no quantization_config"
+    ):
+        opened(folder)
+
+
+# ---------------------------------------------------------------------------------------- the loader of shards for torchrun
+
+
+def test_the_loader_of_shards_reads_only_folders_in_which_nothing_is_ambiguous(tmp_path: Path) -> None:
+    """None means that every rank reads the whole model as a single process does, with its refusals."""
+
+    def direct(folder: Path) -> bool:
+        return fsdp_weights.build_without_weights(opened(folder), torch.float32) is not None
+
+    assert direct(tiny_folder(tmp_path / "plain"))
+    shards = sharded(tiny_folder(tmp_path / "shards"))
+    (shards / "model.safetensors").unlink()
+    assert direct(shards)
+    save_file({"model.norm.weight": torch.zeros(32)}, shards / "model-00001-of-00003.safetensors")
+    assert not direct(shards)  # it would read the stray file too
+    head = torch.randn(len(opened(shards).tokenizer), 32)
+    two_heads = with_weights(tiny_folder(tmp_path / "two"), lambda held: {**held, "lm_head.weight": head})
+    assert not direct(two_heads)
+    biased = with_weights(
+        tiny_folder(tmp_path / "bias"), lambda held: {**held, "model.layers.0.mlp.bias": torch.ones(2)}
+    )
+    assert not direct(biased)
+    old = with_weights(
+        tiny_folder(tmp_path / "old", "llama"),
+        lambda held: {**held, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+    )
+    assert direct(old)
