@@ -63,6 +63,7 @@ CHECKS = (
     Check("thinking mode and system prompt", prompts.fields_without_effect),
     Check("prompt lengths", prompts.prompt_lengths, exit_code=2),
     Check("positions", prompts.context_length),
+    Check("positions that change with length", prompts.length_rules, exit_code=2),
     Check("characters of the problems", prompts.unknown_tokens),
     Check("an answer for every label", data.answers),
     Check("gold answers against their grader", data.golds),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, warning
 from headwater.models.prompts import Prompter
+from headwater.models.rope import mixed_lengths, positions
+from headwater.sampling.vllm_sampler import max_sequence_tokens
 
 ThinkingState = Literal["open", "closed", "none"]
 
@@ -104,9 +107,7 @@ def context_length(context: DoctorContext) -> Iterator[Finding]:
     """The longest prompt and completion together against the positions of each model."""
     if not context.prompt_lengths:
         return
-    prompt = context.prompt_lengths[0][0]
-    stages = [node.settings.sampling.max_tokens for node in context.nodes if node.settings is not None]
-    completion = max([*stages, context.recipe.evaluate.sampling.max_tokens])
+    prompt, completion = context.prompt_lengths[0][0], longest_completion(context)
     for role in context.roles:
         known = positions(context.inputs.config(role))
         if known is not None and prompt + completion > known:
@@ -124,15 +125,26 @@ def context_length(context: DoctorContext) -> Iterator[Finding]:
             )
 
 
-def positions(config: Any) -> int | None:
-    """Number of positions of a model, with the factor of a RoPE scaling where its config keeps the original number."""
-    config = config.get_text_config()
-    known = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings")
-    if known is None or original is None:
-        return known
-    return max(known, int(original * rope.get("factor", 1.0)))
+def longest_completion(context: DoctorContext) -> int:
+    stages = [node.settings.sampling.max_tokens for node in context.nodes if node.settings is not None]
+    return max([*stages, context.recipe.evaluate.sampling.max_tokens])
+
+
+def length_rules(context: DoctorContext) -> Iterator[Finding]:
+    """Positions whose rule depends on the length of the sequence (longrope, dynamic NTK) must not change within a run."""
+    lengths, recipe = context.prompt_lengths, context.recipe
+    for role in context.roles if lengths else ():
+        config = context.inputs.config(role)
+        shortest, prompt, completion = lengths[-1][0], lengths[0][0], longest_completion(context)
+        if (
+            recipe.compute.sampler == "vllm"
+        ):  # its engine follows one rule: that of the longest sequence that it has room for
+            prompt = min(max_sequence_tokens(recipe), positions(config) or sys.maxsize) - completion
+        problem = mixed_lengths(config, shortest, prompt, completion)
+        if problem is not None:
+            yield error(
+                "positions-change", f"models.{role}: {problem}", "stay on one side: across it, nothing is exact"
+            )
 
 
 def unknown_tokens(context: DoctorContext) -> Iterator[Finding]:

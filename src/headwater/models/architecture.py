@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
-from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from headwater.errors import UnsupportedModelError
@@ -16,9 +17,17 @@ CLASSIFIERS = re.compile(r"Classification|QuestionAnswering|MultipleChoice|Rewar
 """Classes in `architectures` that score texts: their output layer gives no distribution over tokens."""
 OTHER_INPUTS = ("vision", "image", "audio", "speech", "codec", "text_encoder")
 """In the name of a part of a config: it belongs to something that reads more than text."""
-RANDOM = ("drop", "jitter")
-"""In the name of a number that makes a model in training mode random: dropout, layerdrop, resid_pdrop, router_jitter_noise, …"""
 WANTED = "name a causal language model (a decoder for text), such as Qwen3 or Llama"
+
+
+def refuse_unknown(config: Mapping[str, Any], field: str, name: str) -> None:
+    """Raises UnsupportedModelError if transformers has no code for the model type that a config.json names."""
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING and not config.get("auto_map"):
+        raise UnsupportedModelError(
+            f"{field}: {name} is a {kind:.80} model, which transformers {transformers.__version__} does not know; upgrade "
+            f"transformers, or {WANTED}"
+        )
 
 
 def refuse_unsupported(config: Any, field: str, name: str) -> None:
@@ -26,7 +35,9 @@ def refuse_unsupported(config: Any, field: str, name: str) -> None:
 
     A model whose code the folder brings (`auto_map`) is judged when it is loaded.
     """
-    classifier = next((one for one in getattr(config, "architectures", None) or () if CLASSIFIERS.search(str(one))), None)
+    classifier = next(
+        (one for one in getattr(config, "architectures", None) or () if CLASSIFIERS.search(str(one))), None
+    )
     if classifier is not None:
         raise UnsupportedModelError(
             f"{field}: {name} is no language model (its config.json names {classifier:.80}); name a model whose architectures are "
@@ -60,22 +71,6 @@ def attention_of(config: Any) -> str | None:
     transformers' `sdpa` leaves out a cap on attention scores (Gemma 2, VaultGemma).
     """
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
-
-
-def disable_randomness(model: Any) -> None:
-    """Set every dropout and jitter to 0: with them the trainer's log-probs would differ from the sampler's.
-
-    Some models read the numbers from their config, some from attributes of their layers, some have Dropout modules.
-    """
-    configs = {
-        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
-    }
-    for owner in (*model.modules(), *configs.values()):
-        for name, value in list(vars(owner).items()):
-            if isinstance(value, float) and any(word in name for word in RANDOM):
-                setattr(owner, name, 0.0)
-        if isinstance(owner, nn.modules.dropout._DropoutNd):
-            owner.p = 0.0
 
 
 def keep_weights_in_place(model: Any) -> None:

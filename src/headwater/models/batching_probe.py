@@ -10,6 +10,7 @@ from torch import Tensor
 from headwater.errors import UnsupportedModelError
 from headwater.models.cached_forward import CachedBatch
 from headwater.models.policy import Decoding, Policy
+from headwater.models.training_mode import at_inference
 
 TOLERANCE = {torch.float32: 1e-4}
 COARSE_TOLERANCE = 3e-2
@@ -28,12 +29,8 @@ def with_measured_batching(policy: Policy) -> Policy:
     """
     if policy.supports_packing:
         return policy
-    training = policy.model.training
-    policy.model.eval()  # with gradient checkpointing, a model in training mode refuses a cache
-    try:
+    with at_inference(policy.model):
         return _measure(policy)
-    finally:
-        policy.model.train(training)
 
 
 def _measure(policy: Policy) -> Policy:

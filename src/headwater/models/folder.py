@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from headwater.errors import UserError
 from headwater.models import adapter_files, untrusted_files
-from headwater.models.architecture import refuse_unsupported
+from headwater.models.architecture import refuse_unknown, refuse_unsupported
 from headwater.models.generation_config import read_generation_config
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import read_tokenizer, stop_ids_of
@@ -121,6 +121,8 @@ class ModelFolder:
     def config(self) -> Any:
         """The transformers config of the full model."""
         self.require_trusted()
+        if self.base.is_local:
+            refuse_unknown(self.base.json("config.json"), self.field, self.name)
         with as_user_error(f"{self.field}: the config of {self.name} cannot be read"):
             config = AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
         refuse_unsupported(config, self.field, self.name)

@@ -14,12 +14,14 @@ from headwater.config import recipe as config
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UnsupportedModelError, UserError
 from headwater.models import fsdp, fsdp_weights, lora
-from headwater.models.architecture import attention_of, disable_randomness, keep_weights_in_place
+from headwater.models.adapter_merge import merge_into
+from headwater.models.architecture import attention_of, keep_weights_in_place
 from headwater.models.batching_probe import with_measured_batching
 from headwater.models.folder import ModelFolder
 from headwater.models.packed_attention import enable_packing
 from headwater.models.policy import Policy, split_head, with_root_weights
 from headwater.models.tokenizer import read_tokenizer
+from headwater.models.training_mode import checkpoint_activations, disable_dropout
 from headwater.models.untrusted_files import as_user_error
 from headwater.models.weight_files import WeightFiles, unused_weights
 
@@ -65,20 +67,6 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
     base, compute_dtype = folder.base, getattr(torch, options.models.dtype)
     base_frozen = options.frozen or spec is not None
     quantization = None if spec is None else lora.quantization_config(spec.lora.quantize, compute_dtype)
-    with as_user_error(f"{folder.field}: {folder.name} cannot be loaded"):
-        tokenizer = read_tokenizer(folder.path, folder.trust_remote_code)
-        dtype = compute_dtype if base_frozen else torch.float32
-        model = None if ranks.single_process else fsdp_weights.build_without_weights(base, dtype)
-        if model is None:
-            model = _read_model(folder, dtype, quantization, device)
-    disable_randomness(model)
-    keep_weights_in_place(model)
-    if not base_frozen and getattr(base.config, "quantization_config", None):
-        raise UnsupportedModelError(
-            f"{folder.field}: {folder.name} holds quantized weights, which cannot be trained; take its unquantized weights, or "
-            "train adapters (models.lora)"
-        )
-    model.requires_grad_(not base_frozen)
     continues = spec is not None and spec.continues and folder.is_adapter
     merges = folder.is_adapter and not continues
     if merges and quantization is not None:
@@ -86,10 +74,30 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
             f"{folder.field}: {folder.name} is an adapter, which cannot be added to weights in four bits; set models.lora.output: "
             "adapter to continue training it, or merge it first (`headwater merge`)"
         )
+    if not base_frozen and getattr(folder.config, "quantization_config", None):
+        raise UnsupportedModelError(
+            f"{folder.field}: {folder.name} holds quantized weights, which cannot be trained; take its unquantized weights, or "
+            "train adapters (models.lora)"
+        )
+    with as_user_error(f"{folder.field}: {folder.name} cannot be loaded"):
+        tokenizer = read_tokenizer(folder.path, folder.trust_remote_code)
+        dtype = compute_dtype if base_frozen else torch.float32
+        model = None if ranks.single_process else fsdp_weights.build_without_weights(base, dtype)
+        if model is None:
+            model = _read_model(folder, dtype, quantization, device)
+    disable_dropout(model)
+    keep_weights_in_place(model)
+    if merges and ranks.single_process:
+        merge_into(model, folder)
+    model.requires_grad_(not base_frozen)
     adapter = None if spec is None else lora.attach_adapter(model, base.path, spec, folder if continues else None)
+    if adapter is not None and adapter.on_parameters and not ranks.single_process:
+        raise UserError(
+            "models.lora: adapters on experts or routers train in one process; leave torchrun out, or name linear layers in "
+            "models.lora.targets"
+        )
     if options.models.gradient_checkpointing and not options.frozen:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+        checkpoint_activations(model)
     else:
         model.eval()
     meta_model = None
@@ -98,8 +106,8 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
     else:
         meta_model = fsdp.shard_model(model, ranks, device)
         fsdp_weights.load_shards(model, base, device, ranks)
-    if merges:
-        lora.merge_into(model, folder)
+        if merges:
+            merge_into(model, folder)
     with as_user_error(
         f"{folder.field}: {folder.name} is a {model.config.model_type} model, which transformers cannot run on plain token ids",
         UnsupportedModelError,
@@ -132,6 +140,11 @@ def _read_model(folder: ModelFolder, dtype: torch.dtype, quantization: Any, devi
         device_map=None if quantization is None else {"": device},  # quantized while they are read, on their device
     )
     model, info = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"{folder.field}: {folder.name} is an adapter, which is read from a folder only; download it (`hf download`) and name "
+            "that folder"
+        )
     random = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if random:
         raise UserError(

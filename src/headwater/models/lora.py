@@ -1,31 +1,31 @@
-"""LoRA and QLoRA adapters on a frozen base (2106.09685, 2305.14314), through peft; only this file imports peft."""
+"""LoRA and QLoRA adapters on a frozen base (2106.09685, 2305.14314), through peft: attach, initialize, merge, save."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from headwater import seeds
 from headwater.config.recipe import Lora
-from headwater.distributed.checkpoint_io import local_shard
 from headwater.errors import UserError
-from headwater.models.adapter_files import CONFIG, WEIGHTS
+from headwater.models import adapter_files
+from headwater.models.adapter_files import CONFIG, PREFIX, WEIGHTS
 from headwater.models.folder import ModelFolder
 
 TRAINED, START = "default", "start"
 """peft's names for the adapter that trains, and for a frozen copy of the one that training started from."""
-PREFIX = "base_model.model."
-"""What peft puts before every name in an adapter's file."""
+BASE = ".base_layer"
+"""What peft inserts into the name of an adapted weight; twice where two parameters of one module are adapted."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Adapter:
     """A trained adapter inside a model's own layers.
 
     base    folder or hub id of the base model
-    layers  name of an adapted matrix -> the peft layer that holds it with its low-rank pair
+    layers  name of a module of the adapted model -> the peft layer of that name: it holds a linear layer, or a module one of whose
+            parameters it adapts (a router, or fused experts), and the low-rank pair
     """
 
     lora: Lora
@@ -57,6 +58,11 @@ class Adapter:
     def is_unquantized(self) -> bool:
         """Whether all base matrices are ordinary ones."""
         return all(type(layer.base_layer) is nn.Linear for layer in self.layers.values())
+
+    @property
+    def on_parameters(self) -> bool:
+        """Whether it adapts a parameter of a module that is no linear layer, such as fused experts or their router."""
+        return any(hasattr(layer, "parameter_name") for layer in self.layers.values())
 
     @property
     def parameters(self) -> int:
@@ -87,19 +93,19 @@ class Adapter:
         Sums are in float32; quantized weights are dequantized.
         """
         modules = dict(model.named_modules())
+        adapted = {weight_name(path, layer): layer for path, layer in self.layers.items()}
         for name, tensor in model.state_dict().items():
             path, _, attribute = name.rpartition(".")
             if ".lora_" in name or path not in modules:
                 continue  # the adapter itself, or quantization scales, which belong to no module of their own
-            plain_path = path.removesuffix(".base_layer")
+            plain_name = name.replace(BASE, "")
             weight = dequantized_weight(modules[path]) if attribute == "weight" else tensor
-            if attribute == "weight" and plain_path in self.layers:
-                down, up = low_rank_pair(self.layers[plain_path])
-                weight = weight.float() + up.float() @ down.float()
-            yield f"{plain_path}.{attribute}", weight
+            if plain_name in adapted:
+                weight = weight.float() + update_of(adapted[plain_name])
+            yield plain_name, weight
 
-    def save(self, folder: Path) -> None:
-        """Write peft's files: a config that names the base, and weights in float32."""
+    def save(self, model: Any, folder: Path) -> None:
+        """Write peft's files for the adapter in `model`: a config that names the base, and weights in float32."""
         from peft import LoraConfig
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,9 +120,73 @@ class Adapter:
             task_type="CAUSAL_LM",
             r=self.lora.r,
             lora_alpha=self.lora.alpha,
-            target_modules=sorted({path.rpartition(".")[2] for path in self.layers}),
             inference_mode=True,
+            **_peft_targets(model, self.layers, self.lora),
         ).save_pretrained(str(folder))
+
+
+def _peft_targets(model: Any, layers: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
+    """Fields of a LoraConfig with which peft adapts these layers of the plain model and no others."""
+    names = {name.replace(BASE, "") for name, _ in model.named_modules() if ".lora_" not in name}
+    linear = {path: layer for path, layer in layers.items() if not hasattr(layer, "parameter_name")}
+    fields: dict[str, Any] = {"target_modules": sorted(_suffixes(linear, names))}
+    if any(layer.fan_in_fan_out for layer in linear.values()):
+        fields["fan_in_fan_out"] = True
+    other = {weight_name(path, layer): layer for path, layer in layers.items() if path not in linear}
+    if other:
+        plain = {name.replace(BASE, "") for name, _ in model.named_parameters() if ".lora_" not in name}
+        suffixes = _suffixes(other, plain)
+        fields["target_parameters"] = sorted(suffixes)
+        # peft gives experts whose two matrices were fused twice the rank, and so twice the alpha.
+        fields["rank_pattern"] = {
+            end: layer.r[TRAINED] for end, layer in suffixes.items() if layer.r[TRAINED] != lora.r
+        }
+        fields["alpha_pattern"] = {end: suffixes[end].lora_alpha[TRAINED] for end in fields["rank_pattern"]}
+    return fields
+
+
+def _suffixes(layers: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Shortest ends of names that match the given layers and nothing else of the model -> one layer that they match."""
+    found: dict[str, Any] = {}
+    left, names, count = dict(layers), list(names), 0
+    while left:
+        count += 1
+        only_adapted: dict[str, bool] = {}
+        for name in names:
+            end = _end(name, count)
+            only_adapted[end] = only_adapted.get(end, True) and name in layers
+        found |= {_end(name, count): layer for name, layer in left.items() if only_adapted[_end(name, count)]}
+        left = {name: layer for name, layer in left.items() if not only_adapted[_end(name, count)]}
+    return found
+
+
+def _end(name: str, parts: int) -> str:
+    return ".".join(name.split(".")[-parts:])
+
+
+def weight_name(path: str, layer: Any) -> str:
+    """Name, in a plain model, of the weight that a peft layer adapts."""
+    return f"{path.replace(BASE, '')}.{getattr(layer, 'parameter_name', 'weight')}"
+
+
+def _layer_name(path: str, layer: Any) -> str:
+    """The name that peft matches rank and alpha patterns against: a module's, or that of one of its parameters."""
+    return weight_name(path, layer) if hasattr(layer, "parameter_name") else path
+
+
+def update_of(layer: Any) -> Tensor:
+    """What a layer's adapter adds to the weight, in float32 and in the weight's layout."""
+    down, up = (matrix.float() for matrix in low_rank_pair(layer))
+    if not hasattr(layer, "parameter_name"):
+        product = up @ down
+        return product.t() if layer.fan_in_fan_out else product
+    shape, count = layer.get_param().shape, layer.num_experts
+    # peft's layout of the pairs of E experts: down (E · r, inputs), up (outputs, r · E).
+    down_ERI, up_ORE = down.reshape(count, -1, down.shape[1]), up.reshape(len(up), -1, count)
+    product = torch.einsum("ore,eri->eoi", up_ORE, down_ERI)
+    if getattr(layer.get_base_layer(), "is_transposed", False):  # weights of (E, inputs, outputs)
+        product = product.transpose(1, 2)
+    return product.reshape(shape)
 
 
 def low_rank_pair(layer: Any) -> tuple[Tensor, Tensor]:
@@ -144,30 +214,18 @@ def attach_adapter(model: Any, base: str, spec: AdapterSpec, start: ModelFolder 
     Raises UserError if the targets match no matrix of the model, or `start` has another shape.
     """
     require_peft("models.lora")
-    from peft import LoraConfig, inject_adapter_in_model
-
-    lora = spec.lora
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
-    )
+    lora, config = spec.lora, peft_config(spec.lora)
     model.requires_grad_(False)
     _keep_weight_layout(model)
-    try:
-        inject_adapter_in_model(config, model, TRAINED)
-    except ValueError as error:
-        raise UserError(f"models.lora.targets: {' '.join(str(error).split())[:200]}") from None
-    adapter = Adapter(lora, base, _adapted_layers(model))
+    adapter = Adapter(lora, base, inject(model, config))
     _to_float32(adapter)
     if start is None:
         _initialize(adapter, spec.draw)
     else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a second adapter is intended
-            inject_adapter_in_model(config, model, START)
+        inject(model, config, START)
         _to_float32(adapter)
-        saved = start.json(CONFIG)
-        if saved.get("lora_alpha") != lora.alpha or not _load(adapter, load_file(Path(start.path, WEIGHTS))):
+        if not _load(adapter, start):
+            saved = start.json(CONFIG)
             raise UserError(
                 f"{start.field}: {start.path} holds an adapter of another shape than models.lora asks for (r {saved.get('r')}, "
                 f"alpha {saved.get('lora_alpha')}, targets {saved.get('target_modules')!s:.100}); set the same values, or merge "
@@ -176,6 +234,44 @@ def attach_adapter(model: Any, base: str, spec: AdapterSpec, start: ModelFolder 
     for layer in adapter.layers.values():
         layer.set_adapter(TRAINED)
     return adapter
+
+
+def inject(model: Any, config: Any, name: str = TRAINED) -> dict[str, Any]:
+    """Add peft's layers to a model, in place; returns them by name.
+
+    Raises UserError if the targets match no layer of the model, or one that is neither linear nor a matrix of experts: an adapter on
+    an embedding or a convolution could not be merged here.
+    """
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names of fused experts, layouts of GPT-2, a second adapter: all intended
+        try:
+            inject_adapter_in_model(config, model, name)
+        except ValueError as error:
+            raise UserError(f"models.lora.targets: {' '.join(str(error).split())[:200]}") from None
+    head = model.get_output_embeddings()
+    for path, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        kind = layer.get_base_layer()
+        if layer is head:
+            raise UserError(f"models.lora.targets: {path} is the model's head, which gets no adapter here; name others")
+        if not hasattr(layer, "parameter_name") and not isinstance(kind, (nn.Linear, Conv1D)):
+            raise UserError(
+                f"models.lora.targets: {path} is a layer of type {type(kind).__name__}, which gets no adapter here; name linear "
+                "layers, or use all-linear"
+            )
+    return _adapted_layers(model)
+
+
+def peft_config(lora: Lora) -> Any:
+    """peft's config of a new adapter."""
+    from peft import LoraConfig
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def _to_float32(adapter: Adapter) -> None:
@@ -197,46 +293,26 @@ def _initialize(adapter: Adapter, draw: tuple[str | int, ...]) -> None:
     for path, layer in adapter.layers.items():
         down = layer.lora_A[TRAINED].weight
         bound = down.shape[1] ** -0.5
-        values = seeds.generator(*draw, "lora", path).uniform(-bound, bound, tuple(down.shape))
+        values = seeds.generator(*draw, "lora", _layer_name(path, layer)).uniform(-bound, bound, tuple(down.shape))
         down.copy_(torch.from_numpy(values))
         layer.lora_B[TRAINED].weight.zero_()
 
 
 @torch.no_grad()
-def _load(adapter: Adapter, weights: dict[str, Tensor]) -> bool:
-    """Copy an adapter file's weights into both adapters of the layers; False if they do not fit."""
+def _load(adapter: Adapter, start: ModelFolder) -> bool:
+    """Copy a saved adapter's weights into both adapters of the layers; False if they do not fit."""
+    weights, config = adapter_files.read_weights(Path(start.path, WEIGHTS)), start.json(CONFIG)
     for path, layer in adapter.layers.items():
-        for part in ("lora_A", "lora_B"):
-            saved = weights.pop(f"{PREFIX}{path}.{part}.weight", None)
-            for name in (TRAINED, START):
-                weight = getattr(layer, part)[name].weight
+        if adapter_files.rank_and_scaling(config, _layer_name(path, layer))[1] != layer.scaling[TRAINED]:
+            return False
+        for part in adapter_files.PAIRED:
+            saved = weights.pop(f"{path}.{part}.weight", None)
+            for adapter_name in (TRAINED, START):
+                weight = getattr(layer, part)[adapter_name].weight
                 if saved is None or saved.shape != weight.shape:
                     return False
                 weight.copy_(saved)
     return not weights
-
-
-@torch.no_grad()
-def merge_into(model: Any, folder: ModelFolder) -> None:
-    """Add a saved adapter to the model's own weights, in place. Raises UserError if it does not fit."""
-    config, weights = folder.json(CONFIG), Path(folder.path, WEIGHTS)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
-        raise UserError(f"{folder.field}: {Path(folder.path, CONFIG)} says r {rank!r:.40} and lora_alpha {alpha!r:.40}")
-    scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    modules, tensors = dict(model.named_modules()), load_file(weights)
-    while tensors:
-        name = next(iter(tensors))
-        path = name.removeprefix(PREFIX).rpartition(".lora_")[0]
-        down, up = (tensors.pop(f"{PREFIX}{path}.lora_{part}.weight", None) for part in "AB")
-        weight = getattr(modules.get(path), "weight", None)
-        if down is None or up is None or weight is None or (up.shape[0], down.shape[1]) != tuple(weight.shape):
-            raise UserError(f"{folder.field}: {weights} does not fit its base model (at {name:.120})")
-        update = scaling * (up.float() @ down.float()).to(weight.device)
-        if isinstance(weight, DTensor):
-            weight.copy_(weight.float() + local_shard(update, weight))  # in place: FSDP2 gathers from this memory
-        else:
-            weight.data = (weight.float() + update).to(weight.dtype)
 
 
 def quantization_config(kind: str | None, compute_dtype: torch.dtype) -> Any:

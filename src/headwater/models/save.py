@@ -62,7 +62,7 @@ def merge_adapter(folder: Path, out: Path, dtype: str) -> None:
 def _write(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     source = policy.folder
     if policy.adapter is not None and policy.adapter.lora.output == "adapter":
-        policy.adapter.save(folder)
+        policy.adapter.save(policy.model, folder)
     else:
         weights = {name: tensor.to(dtype) for name, tensor in policy.merged_weights()}
         config = _written_config(policy.model, weights, dtype)

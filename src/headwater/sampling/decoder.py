@@ -8,9 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from headwater.errors import UserError
 from headwater.losses.batch import padded_parts
 from headwater.models.cached_forward import CachedBatch
 from headwater.models.policy import Policy
+from headwater.models.rope import mixed_lengths
 from headwater.sampling.fast_decoder import FastDecoder
 
 RECOMPUTED_TOKENS = 2048
@@ -80,6 +82,7 @@ class CacheDecoder:
         self.batches: list[tuple[list[int], CachedBatch]] = []  # with the row of each of the batch's own rows
 
     def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
+        _refuse_mixed_lengths(self.policy, prompts, max_tokens)
         self.prompts = list(prompts)
         return max_rows
 
@@ -138,6 +141,7 @@ class RecomputeDecoder:
         self.sequences: list[tuple[int, ...]] = []
 
     def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
+        _refuse_mixed_lengths(self.policy, prompts, max_tokens)
         self.prompts, self.sequences = list(prompts), []
         return 1
 
@@ -169,3 +173,11 @@ class RecomputeDecoder:
             hidden_BTH = self.policy.hidden(ids_BT, mask_BT)
             hidden.update({ids: hidden_BTH[row, len(ids) - 1] for row, ids in enumerate(part)})
         return torch.stack([hidden[ids] for ids in sequences])
+
+
+def _refuse_mixed_lengths(policy: Policy, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> None:
+    """Raises UserError if the sequences follow more than one rule for positions (`models.rope`)."""
+    lengths = sorted(map(len, prompts))
+    problem = mixed_lengths(policy.model.config, lengths[0], lengths[-1], max_tokens - lengths[-1])
+    if problem is not None:
+        raise UserError(f"{policy.folder.field}: {problem}")

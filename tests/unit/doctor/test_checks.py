@@ -21,11 +21,12 @@ from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.data.labels import Pools
-from headwater.doctor import checks, context, data_checks, resource_checks
-from headwater.doctor.checks import CHECKS, Examination, diagnose, examine
+from headwater.doctor import checks, context, data_checks, prompt_checks, resource_checks
+from headwater.doctor.checks import CHECKS, Examination, diagnose, examine, preflight
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import UNREADABLE, Finding
 from headwater.doctor.prompt_checks import thinking_state
+from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
@@ -310,6 +311,39 @@ def test_a_prompt_over_the_limit_is_refused_with_its_problem(tmp_path: Path) -> 
 def test_prompt_and_completion_beyond_the_positions_are_refused(tmp_path: Path) -> None:
     finding = find(light(tmp_path, "stages.opd.sampling.max_tokens=500"), "context-too-short")
     assert "512 positions" in finding.evidence
+
+
+LONGROPE = {  # the shortest prompt has 13 tokens, the longest 19
+    "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 51,
+    "short_factor": [1.0] * 16, "long_factor": [4.0] * 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rope", "changes", "evidence"),
+    [
+        (LONGROPE, [], None),
+        (LONGROPE, ["evaluate.sampling.max_tokens=33"], "longer than 51 tokens.*completions of up to 33.*at most 32"),
+        (LONGROPE, ["stages.opd.sampling.max_tokens=40"], "completions of up to 40.*only prompts of more than 51 tokens"),
+        (LONGROPE | {"original_max_position_embeddings": 12}, [], None),
+        (LONGROPE, ["compute.sampler=vllm", "prompt.max_tokens=64"], "prompts of 13 to 64 tokens"),
+        ({"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}, ["stages.opd.sampling.max_tokens=500"],
+         "dynamic scaling.*longer than 512 tokens"),
+    ],
+)  # fmt: skip
+def test_lengths_on_both_sides_of_a_change_of_positions_are_refused(
+    rope: dict[str, Any], changes: list[str], evidence: str | None, tmp_path: Path
+) -> None:
+    folder = patched(Path(TEACHER), tmp_path / "model", "config.json", rope_parameters=rope)
+    context = context_of(tmp_path, f"models.teacher={folder}", *changes)
+    found = list(prompt_checks.length_rules(context))
+    if evidence is None:
+        assert found == []
+        return
+    assert [finding.name for finding in found] == ["positions-change"]
+    assert found[0].severity == "error" and re.search(rf"^models.teacher: .*{evidence}", found[0].evidence)
+    with pytest.raises(UserError, match=r"^models.teacher: its positions"):
+        preflight(context.plan, context.inputs)
 
 
 def test_problems_in_characters_that_the_tokenizer_lacks_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""Adapters on layers other than `nn.Linear`: GPT-2's Conv1D, fused experts and their routers. Trained, saved, reloaded, continued."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from headwater.errors import UserError
+from headwater.losses.objectives import objective_of
+from headwater.models import lora
+from headwater.models.save import save_policy
+from headwater.training.update import make_optimizer, update
+from tests.unit.models.test_lora import GRPO, adapted, base, furthest_apart, scores, trained
+from tiny import gradient_of, sampled_rows, tiny_folder, tiny_model
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "std": 0.1}),
+}
+
+
+def folder_of(kind: str, folder: Path) -> Path:
+    architecture, config = KINDS[kind]
+    return tiny_folder(folder, architecture, **config)
+
+
+def logp(model: Any, found: list[Any]) -> torch.Tensor:
+    """Log-probs of the rows' completions by transformers' own forward pass."""
+    parts = []
+    for row in found:
+        prompt, completion = row.rollout.prompt_ids, row.rollout.completion_ids
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float()
+        parts.append(torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_trains_is_saved_both_ways_and_reloads_in_peft(kind: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    start = folder_of(kind, tmp_path / "base")
+    policy = trained(start, output="adapter")
+    found = sampled_rows(policy, draw=7)
+    ours = scores(policy, found)
+    assert furthest_apart(ours, scores(base(start), found)) > 0.1
+    drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in found])
+    assert furthest_apart(drawn, ours) < 1e-4  # the sampler reads the same adapter
+
+    save_policy(policy, tmp_path / "adapter", torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert furthest_apart(logp(theirs, found), ours) < 1e-4
+    assert furthest_apart(logp(theirs.merge_and_unload(), found), ours) < 1e-4
+    assert furthest_apart(scores(base(tmp_path / "adapter"), found), ours) < 1e-4
+
+    merged = lora.Adapter(policy.adapter.lora.model_copy(update={"output": "merged"}), "", policy.adapter.layers)  # type: ignore[union-attr]
+    save_policy(_with(policy, merged), tmp_path / "merged", torch.float32)
+    written, first = load_file(tmp_path / "merged" / "model.safetensors"), load_file(start / "model.safetensors")
+    assert {name: one.shape for name, one in written.items()} == {name: one.shape for name, one in first.items()}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert furthest_apart(logp(loaded, found), ours) < 1e-4
+
+
+def _with(policy: Any, adapter: lora.Adapter) -> Any:
+    from dataclasses import replace
+
+    return replace(policy, adapter=adapter)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe"])
+def test_the_next_stage_continues_it_and_its_reference_is_where_it_began(kind: str, tmp_path: Path) -> None:
+    first = trained(folder_of(kind, tmp_path / "base"), output="adapter")
+    save_policy(first, tmp_path / "first", torch.float32)
+    second = adapted(tmp_path / "first", draw=1, output="adapter")
+    found = sampled_rows(first, draw=3)
+    wanted = scores(first, found)
+    assert furthest_apart(scores(second, found), wanted) < 1e-5
+    update(second, make_optimizer(second, GRPO.optim), sampled_rows(second, draw=4), objective_of(GRPO), GRPO, 4096)
+    assert furthest_apart(scores(second.reference(), found), wanted) < 1e-5
+    assert furthest_apart(scores(second, found), wanted) > 0.05
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_every_adapter_gets_the_gradient_of_its_weight_through_its_other_half(kind: str, tmp_path: Path) -> None:
+    """At B = 0 the gradient of B is that of the weight times A: checked on the fused matrices by full training of the same rows."""
+    start = folder_of(kind, tmp_path / "base")
+    policy = adapted(start)
+    found = sampled_rows(policy)
+    ours = gradient_of(policy, found, GRPO)
+    whole = _all_weights(start)
+    full = gradient_of(whole, found, GRPO)
+    assert policy.adapter is not None
+    for path, layer in policy.adapter.layers.items():
+        weight = full[lora.weight_name(path, layer)]
+        down, scaling = layer.lora_A["default"].weight, layer.scaling["default"]
+        if getattr(layer, "fan_in_fan_out", False):
+            expected = weight.T @ down.T
+        elif weight.dim() == 3:
+            count = len(weight)
+            down_ERI = down.reshape(count, -1, down.shape[1])
+            expected = torch.stack([weight[i] @ down_ERI[i].T for i in range(count)], dim=2).flatten(1)
+        else:
+            expected = weight @ down.T
+        torch.testing.assert_close(ours[f"{path}.lora_B.default.weight"], scaling * expected, rtol=1e-3, atol=1e-5)
+
+
+def _all_weights(folder: Path) -> Any:
+    from headwater.models.folder import ModelFolder
+    from headwater.models.load import LoadOptions, load_policy
+    from tiny import CPU, MODELS
+
+    return load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=False))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["out, in", "in, out"])
+def test_the_update_of_fused_experts_is_pefts_own(transposed: bool) -> None:
+    """GPT-OSS keeps its experts as (experts, inputs, outputs), Qwen3-MoE as (experts, outputs, inputs)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if transposed:
+        from transformers import GptOssConfig
+
+        config: Any = GptOssConfig(
+            vocab_size=90, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+        )  # fmt: skip
+        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    else:
+        model = tiny_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets), model, "default")
+    layers = {path: layer for path, layer in model.named_modules() if hasattr(layer, "parameter_name")}
+    assert len(layers) == 2 * len(model.model.layers)
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        torch.testing.assert_close(lora.update_of(layer), layer.get_delta_weight("default"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "targets", "said"),
+    [
+        (
+            "gpt2",
+            {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+            ["wte"],
+            "wte is a layer of type Embedding",
+        ),
+        ("gpt_neox", {}, ["lm_head"], "lm_head is the model's head"),
+        ("mixtral", KINDS["mixtral"][1], ["input_layernorm"], "MixtralRMSNorm"),
+        ("falcon_mamba", {"state_size": 4, "conv_kernel": 4}, ["conv1d"], "conv1d"),
+    ],
+)
+def test_targets_that_could_not_be_saved_are_refused_before_training(
+    architecture: str, config: dict[str, Any], targets: list[str], said: str
+) -> None:
+    from headwater.config.recipe import Lora
+
+    model = tiny_model(architecture, **config) if architecture != "falcon_mamba" else _mamba(config)
+    with pytest.raises(UserError, match=r"models\.lora\.targets: ") as raised:
+        lora.inject(model, lora.peft_config(Lora(r=2).model_copy(update={"targets": tuple(targets)})))
+    assert said in str(raised.value)
+
+
+def _mamba(config: dict[str, Any]) -> Any:
+    from transformers import FalconMambaConfig, FalconMambaForCausalLM
+
+    return FalconMambaForCausalLM(FalconMambaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=1, **config))
