@@ -10,7 +10,6 @@ run, only for the problems. `tests/unit/test_stats.py` simulates the coverage.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,25 +75,27 @@ def pass_at_k(correct_P: Counts, samples_P: Counts, k: int) -> Floats:
     return 1.0 - miss
 
 
-def maj_at_k(answers: Sequence[tuple[str | None, bool]]) -> float | None:
-    """Correctness of a problem's most frequent extracted answer, from (answer, correct) pairs.
+def maj_at_k(answers: Sequence[tuple[str | None, bool]], one_answer: bool = True) -> float | None:
+    """Correctness of a problem's most frequent answer, from (extracted answer, correct) pairs.
 
-    Tied answers are averaged, which is the expectation of breaking the tie at random. Completions without an answer (None)
-    count as one wrong answer. None if no completion has an answer, as with graders that extract none. Answers are compared
-    as text, so a grader should extract them in a normal form.
+    Answers that are written alike are one vote. So are those that both grade correct: each equals the gold answer, so they equal
+    each other. Tied answers are averaged, which is the expectation of breaking the tie at random. Completions without an answer
+    (None) count as one wrong answer. None if no completion has an answer, as with graders that extract none.
 
-    Example: `[("7", True), ("7", True), ("9", False)]` gives 1; `[("7", True), ("9", False)]` gives 0.5.
+    one_answer  False where different answers can be correct (`Task.one_answer`): then only those written alike are one vote
+
+    Example: `[("7", True), ("x=7", True), ("9", False)]` gives 1; `[("7", True), ("9", False)]` gives 0.5.
     """
-    votes = Counter(answer for answer, _ in answers)
-    if not votes.keys() - {None}:
+    if not any(answer is not None for answer, _ in answers):
         return None
-    most = max(votes.values())
-    tied = [answer for answer, count in votes.items() if count == most]
-    shares = [
-        0.0 if chosen is None else sum(correct for answer, correct in answers if answer == chosen) / most
-        for chosen in tied
-    ]
-    return sum(shares) / len(shares)
+    right = {answer for answer, correct in answers if correct and answer is not None} if one_answer else set()
+    first = min(right, default=None)
+    groups: dict[str | None, list[bool]] = {}
+    for answer, correct in answers:
+        groups.setdefault(first if answer in right else answer, []).append(correct)
+    most = max(map(len, groups.values()))
+    tied = [0.0 if answer is None else sum(votes) / most for answer, votes in groups.items() if len(votes) == most]
+    return sum(tied) / len(tied)
 
 
 def wilson(share: float, n: float, z: float = _Z) -> tuple[float, float]:

@@ -91,13 +91,13 @@ def grade(
 
 @commands.command()
 def validate(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="JSONL, Parquet, a `datasets` folder or a hub id.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="JSONL, CSV, Parquet, a `datasets` folder or a hub id.")],
     task: TaskName = "maths",
     problem_column: Annotated[str | None, typer.Option("--problem", help="Column of the problem.")] = None,
     answer_column: Annotated[str | None, typer.Option("--answer", help="Column of the answer.")] = None,
     json_: Json = False,
 ) -> None:
-    """Grade every gold answer with its own grader and list those that fail. Exit 3 if any does."""
+    """Grade every gold answer with its own grader and list those that fail. Exit 3 if any does or there is none."""
     from headwater.config.recipe import Columns, Source
     from headwater.data.validate import validate as validate_source
 
@@ -111,5 +111,9 @@ def validate(
         print(
             f"{data}: {result.total} gold answers, {len(result.failed)} fail; {result.duplicates} repeated rows, "
             f"{len(result.contradictions)} problems with contradicting answers, {len(result.without_answer)} without an answer"
+        )
+    if not result.total:
+        raise RefusedError(
+            f"{data}: has no gold answer; name the column that holds the answers with --answer, or add them"
         )
     sys.exit(0 if result.ok else 3)

@@ -35,8 +35,8 @@ def evaluate_model(name: str, data: str, options: EvalOptions, display: Progress
     """
     settings, prompt, models = _settings(name, options)
     task, device = find_task(options.task), device_of(options.device or "auto")
-    loaded = load(Source(path=data, limit=options.limit), "--data", need_answers=True, gold=task.gold)
     with Verifier(options.task) as grade, contextlib.ExitStack() as stack:
+        loaded = load(Source(path=data, limit=options.limit), "--data", True, task.gold, grade)
         folder = ModelFolder.open(name, "MODEL", models.trust_remote_code)
         policy = load_policy(folder, LoadOptions(models, device, frozen=True))
         progress = stack.enter_context(display.node(f"eval {name}", 1, 1))
@@ -56,7 +56,7 @@ def evaluate_model(name: str, data: str, options: EvalOptions, display: Progress
             raise UserError(f"{name}: {error}") from None
     if options.out is not None:
         write_atomic(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    summary = summarize(rows, votes=task.extract is not None)
+    summary = summarize(rows, votes=task.extract is not None, one_answer=task.one_answer)
     summary |= {"tokens": int(spent["tokens_sampled"]), "seconds": spent["seconds"]}
     return {**summary, "text": summary_text(summary)}
 
@@ -74,8 +74,12 @@ def _settings(model_name: str, options: EvalOptions) -> tuple[Evaluate, Prompt, 
         raise UserError(f"eval: {first_complaint(error)}") from None
 
 
-def summarize(rows: list[dict[str, Any]], votes: bool) -> dict[str, Any]:
-    """Measures of one evaluation from its graded rows. `votes`: whether answers can be extracted for maj@k."""
+def summarize(rows: list[dict[str, Any]], votes: bool, one_answer: bool = True) -> dict[str, Any]:
+    """Measures of one evaluation from its graded rows.
+
+    votes       whether answers can be extracted for maj@k
+    one_answer  whether correct answers to one problem are the same answer (`Task.one_answer`)
+    """
     by_problem: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_problem[row["problem_id"]].append(row)
@@ -87,7 +91,7 @@ def summarize(rows: list[dict[str, Any]], votes: bool) -> dict[str, Any]:
     measures = {f"avg@{samples}": stats.avg_at_k(correct_P, samples_P)}
     measures |= {f"pass@{k}": stats.pass_at_k(correct_P, samples_P, k) for k in ks}
     if votes and ks:
-        voted = [stats.maj_at_k([(row["extracted"], row["correct"]) for row in group]) for group in groups]
+        voted = [stats.maj_at_k([(row["extracted"], row["correct"]) for row in group], one_answer) for group in groups]
         if None not in voted:
             measures[f"maj@{samples}"] = np.array([float(value or 0.0) for value in voted])
     intervals = {name: stats.accuracy_interval(values_P[None, :]) for name, values_P in measures.items()}

@@ -30,6 +30,7 @@ def read(text: str, where: str) -> Any:
             if root is None:
                 return None
             _refuse_bombs(root, where)
+            _refuse_repeated_keys(root, where)
             return loader.construct_document(root)
         finally:
             loader.dispose()
@@ -63,3 +64,29 @@ def _refuse_bombs(root: yaml.Node, where: str) -> None:
 
     if size(root) > MOST_VALUES:
         raise UserError(f"{where}: has more than {MOST_VALUES:,} values (aliases expanded)")
+
+
+def _refuse_repeated_keys(root: yaml.Node, where: str) -> None:
+    """YAML's reader would keep the last value of a repeated key without a word. Keys that `<<` merges in may be overridden."""
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if not isinstance(node, yaml.MappingNode):
+            waiting += node.value
+            continue
+        first_lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            waiting += [key, value]
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            name = (key.tag, key.value)
+            if name in first_lines:
+                raise UserError(
+                    f"{where}, line {line}: the key {key.value!r} is given twice (first in line {first_lines[name]}); keep one"
+                )
+            first_lines[name] = line

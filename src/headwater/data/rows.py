@@ -1,66 +1,118 @@
-"""Read the rows of data files: JSONL, JSON, Parquet, folders saved by `datasets`, and hub ids. Errors name the file and row."""
+"""Read the rows of data files: JSONL, JSON, CSV, TSV, Parquet, Arrow, folders saved by `datasets`, and hub ids.
+
+Text files may be compressed (`.gz`, `.bz2`, `.zst`). Errors name the file and the row.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import Source
+from headwater.data.arrow_rows import ArrowRow, one_line
 from headwater.data.conversations import messages_of
 from headwater.errors import UserError
 
-MOST_BYTES, MOST_ROWS, PARQUET_ROWS = 4 << 30, 50_000_000, 256
-"""Limits of a decompressed Parquet file, and the rows decompressed at once."""
+MOST_BYTES, MOST_ROWS, BATCH_ROWS = 4 << 30, 50_000_000, 256
+"""Limits of a decompressed file, and the rows of a table decompressed at once."""
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+FORMATS = "JSONL, JSON, CSV, TSV, Parquet, Arrow, or a folder saved by datasets"
 
 Row = tuple[int, Mapping[str, Any]]
 
 
 def read_rows(source: Source, where: str) -> Iterator[Row]:
-    """Yield (number, row) pairs; the number is the line of a text file, else counted from 1."""
+    """Yield (number, row) pairs of a source; the number is the line of a text file, else counted from 1."""
     assert source.path is not None
     path = Path(source.path).expanduser()
     if path.is_dir():
         return _saved_folder(path, source.split, where)
-    if path.suffix == ".parquet":
-        return _parquet(path, where)
-    if path.exists() or path.suffix in (".jsonl", ".json", ".txt", ".ndjson"):
-        return json_rows(path, where)
+    if path.exists() or _format(path) in (*_TEXT_READERS, *_TABLE_READERS):
+        return file_rows(path, where)
     return _hub(source, where)
 
 
-def json_rows(path: Path, where: str) -> Iterator[Row]:
-    """Yield the objects of a JSONL file, or of a JSON file that is one list; blank lines are skipped."""
+def file_rows(path: Path, where: str) -> Iterator[Row]:
+    """Yield the rows of a file; its name tells the format, and a name without a known ending is JSONL."""
+    suffix = _format(path)
+    if suffix not in _TABLE_READERS:
+        return _TEXT_READERS.get(suffix, _json_lines)(_text(path, where), where)
+    if path.suffix.lower() in COMPRESSIONS:
+        raise UserError(f"{where}: is a compressed {suffix[1:]} file; decompress it")
+    if not path.is_file():
+        raise UserError(f"{where}: {'is not a file' if path.exists() else 'no such file'}")
+    return _TABLE_READERS[suffix](path, where)
+
+
+def _format(path: Path) -> str:
+    """The ending of a file's name without its compression. Example: `.csv` of `a.csv.gz`."""
+    return (Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
+
+
+# Text files -----------------------------------------------------------------------------------------------------------
+
+
+def _text(path: Path, where: str) -> str:
     try:
         if path.exists() and not path.is_file():  # a device or a pipe has no end
             raise UserError(f"{where}: is not a file")
-        data = path.read_bytes()
+        data = _decompressed(path, where) if path.suffix.lower() in COMPRESSIONS else path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{where}: no such file") from None
     except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror or one_line(error)})") from None
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         row = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{where}, row {row}: is not UTF-8 text") from None
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: is not JSON ({error})") from None
-        yield from ((number, _object(value, f"{where}, row {number}")) for number, value in enumerate(values, 1))
+        raise UserError(f"{where}, row {row}: is not UTF-8 text; data files are {FORMATS}") from None
+
+
+def _decompressed(path: Path, where: str) -> bytes:
+    import pyarrow  # comes with `datasets`; slow to import
+
+    with pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix.lower()]) as file:
+        data: bytes = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{where}: unpacks to more than {MOST_BYTES:,} bytes; that is no file of problems")
+    return data
+
+
+def _json_file(text: str, where: str) -> Iterator[Row]:
+    """Yield the objects of a JSON file that is one list; any other is read as JSONL."""
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(text, where)
         return
+    try:
+        values = json.loads(text, object_pairs_hook=_object_of_pairs)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is not JSON ({error})") from None
+    yield from ((number, _object(value, f"{where}, row {number}")) for number, value in enumerate(values, 1))
+
+
+def _json_lines(text: str, where: str) -> Iterator[Row]:
     # Only \n ends a row: U+2028 and the like may occur unescaped in JSON strings.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_object_of_pairs)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}, row {number}: is not JSON ({error})") from None
         yield number, _object(value, f"{where}, row {number}")
+
+
+def _object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a repeated key: Python's reader would keep the last value without a word."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return made
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:
@@ -71,13 +123,53 @@ def _object(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _parquet(path: Path, where: str) -> Iterator[Row]:
-    if not path.exists():
-        raise UserError(f"{where}: no such file")
-    import pyarrow.parquet  # comes with `datasets`; slow to import
+def _comma_separated(text: str, where: str) -> Iterator[Row]:
+    """Rows of a CSV file; its delimiter is the one of `,`, `;` and tab that divides the header most."""
+    header = text.lstrip("\r\n").splitlines()[:1]
+    widths = {mark: len(next(csv.reader(header, delimiter=mark), [])) for mark in ",;\t"}
+    return _delimited(text, max(widths, key=lambda mark: widths[mark]), where)
 
-    number = unpacked_bytes = 0
-    try:
+
+def _tab_separated(text: str, where: str) -> Iterator[Row]:
+    return _delimited(text, "\t", where)
+
+
+def _delimited(text: str, delimiter: str, where: str) -> Iterator[Row]:
+    """Rows of a table whose first line names the columns; every cell is text, also one that looks like a number."""
+    csv.field_size_limit(MOST_BYTES)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    header: list[str] = []
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{where}, row {number}: cannot be read as CSV ({error})") from None
+        if cells is None:
+            return
+        if not cells or cells == [""]:
+            continue
+        if not header:
+            header = [name.strip() for name in cells]
+            repeated = [name for name in header if name and header.count(name) > 1]
+            if repeated:
+                raise UserError(f"{where}, row {number}: several columns are named {repeated[0]!r}; rename all but one")
+            continue
+        if len(cells) != len(header):
+            raise UserError(
+                f"{where}, row {number}: has {len(cells)} cells, but the header names {len(header)} columns; "
+                f"put cells that contain {delimiter!r} or a line break in double quotes"
+            )
+        yield number, dict(zip(header, cells, strict=True))
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path, where: str) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    def batches() -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path) as file:
             metadata = file.metadata
             declared = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
@@ -85,17 +177,42 @@ def _parquet(path: Path, where: str) -> Iterator[Row]:
                 raise UserError(
                     f"{where}: unpacks to {metadata.num_rows:,} rows of {declared:,} bytes; that is no file of problems"
                 )
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                unpacked_bytes += batch.nbytes  # repeated values are far smaller in the file than in memory
-                if unpacked_bytes > MOST_BYTES:
-                    raise UserError(f"{where}: unpacks to more than {MOST_BYTES:,} bytes; that is no file of problems")
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+            yield from file.iter_batches(batch_size=BATCH_ROWS)
+
+    return _table_rows(batches(), where, f"{where}: cannot be read as Parquet")
+
+
+def _arrow(path: Path, where: str) -> Iterator[Row]:
+    """Rows of an Arrow file in either of its two forms: with a footer (Feather), or a stream, as `datasets` writes it."""
+    import pyarrow
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.memory_map(str(path)) as file:
+            if file.read(6) == b"ARROW1":
+                table = pyarrow.ipc.open_file(file)
+                yield from (table.get_batch(index) for index in range(table.num_record_batches))
+            else:
+                file.seek(0)
+                yield from pyarrow.ipc.open_stream(file)
+
+    return _table_rows(batches(), where, f"{where}: cannot be read as Arrow")
+
+
+def _table_rows(batches: Iterator[Any], where: str, failure: str, json_columns: Collection[str] = ()) -> Iterator[Row]:
+    """Rows of Arrow batches. Raises UserError that begins with `failure` if one cannot be read or all are too large."""
+    number = unpacked_bytes = 0
+    try:
+        for batch in batches:
+            unpacked_bytes += batch.nbytes  # repeated values are far smaller in the file than in memory
+            if unpacked_bytes > MOST_BYTES:
+                raise UserError(f"{where}: unpacks to more than {MOST_BYTES:,} bytes; that is no file of problems")
+            for index in range(batch.num_rows):
+                number += 1
+                yield number, ArrowRow(batch, index, json_columns)
     except (UserError, GeneratorExit):
         raise
     except Exception as error:  # pyarrow raises many kinds
-        raise UserError(f"{where}: cannot be read as Parquet ({_one_line(error)})") from None
+        raise UserError(f"{failure} ({one_line(error)})") from None
 
 
 def _saved_folder(path: Path, split: str, where: str) -> Iterator[Row]:
@@ -104,8 +221,12 @@ def _saved_folder(path: Path, split: str, where: str) -> Iterator[Row]:
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise UserError(f"{where}: is not a folder saved by datasets ({_one_line(error)})") from None
-    yield from _rows_of_split(data, split, where)
+        raise UserError(f"{where}: is not a folder saved by datasets ({one_line(error)})") from None
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise UserError(f"{where}: has no split {split!r}, only {', '.join(data)}")
+        data = data[split]
+    yield from _dataset_rows(data, where)
 
 
 def _hub(source: Source, where: str) -> Iterator[Row]:
@@ -114,19 +235,27 @@ def _hub(source: Source, where: str) -> Iterator[Row]:
     try:
         data = datasets.load_dataset(source.path, split=source.split)
     except Exception as error:
-        raise UserError(f"{where}: is no file here and cannot be loaded from the hub ({_one_line(error)})") from None
-    yield from enumerate(data, 1)
+        raise UserError(f"{where}: is no file here and cannot be loaded from the hub ({one_line(error)})") from None
+    yield from _dataset_rows(data, where)
 
 
-def _rows_of_split(data: Any, split: str, where: str) -> Iterator[Row]:
-    import datasets
-
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise UserError(f"{where}: has no split {split!r}, only {', '.join(data)}")
-        data = data[split]
-    yield from enumerate(data, 1)
+def _dataset_rows(data: Any, where: str) -> Iterator[Row]:
+    """Rows of a `datasets` table, read as Arrow: its own Python rows have lost the width of each float."""
+    batches = data.with_format("arrow").iter(batch_size=BATCH_ROWS)
+    json_columns = [name for name, feature in (data.features or {}).items() if type(feature).__name__ == "Json"]
+    return _table_rows(batches, where, f"{where}: cannot be read", json_columns)
 
 
-def _one_line(error: Exception) -> str:
-    return f"{' '.join(str(error).split())[:200] or type(error).__name__}"
+_TEXT_READERS: Mapping[str, Callable[[str, str], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".txt": _json_lines,
+    ".json": _json_file,
+    ".csv": _comma_separated,
+    ".tsv": _tab_separated,
+}
+_TABLE_READERS: Mapping[str, Callable[[Path, str], Iterator[Row]]] = {
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".feather": _arrow,
+}

@@ -14,11 +14,12 @@ from headwater.config.recipe import Source
 from headwater.data.columns import answer_at, find_answer_column, find_problem_column, value_at
 from headwater.data.contamination import Leak, find_leaks
 from headwater.data.conversations import Conversation, messages_of, read_conversation, refuse_media
-from headwater.data.golds import gold_answer
+from headwater.data.golds import gold_answer, plain_value
 from headwater.data.rows import read_rows
 from headwater.errors import UserError
 from headwater.tasks import maths_text
 from headwater.tasks.registry import TASKS
+from headwater.tasks.verifier import Verifier
 from headwater.types import Problem
 
 REFERENCE = "the assistant's last turn"
@@ -50,11 +51,16 @@ class LoadedProblems:
 
 
 def load(
-    source: Source, what: str, need_answers: bool, gold: Callable[[Any], str | None] | None = None
+    source: Source,
+    what: str,
+    need_answers: bool,
+    gold: Callable[[Any], str | None] | None = None,
+    grader: Verifier | None = None,
 ) -> LoadedProblems:
     """Read a source; `what` is the recipe's field for it, which every error names.
 
-    gold  converts a cell to a gold answer (`Task.gold`); `gold_answer` by default
+    gold    converts a cell to a gold answer (`Task.gold`); `gold_answer` by default
+    grader  decides whether two answers of one problem agree (`Verifier.same_gold`); None compares their texts
 
     Raises UserError for anything wrong with the file, a row or a column.
     """
@@ -86,7 +92,7 @@ def load(
             raise UserError(
                 f"{where}, row {without_answer[0]}: the problem has no answer in {answer_column or REFERENCE!r}{among}"
             )
-    return _merged(read, source.path, tags)
+    return _merged(read, source.path, tags, grader)
 
 
 def without_leaks(
@@ -143,6 +149,10 @@ def _tag(row: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | None] | None) -> str | None:
+    try:
+        value = plain_value(value)
+    except ValueError as error:
+        raise UserError(f"{where}: {column!r} {error}") from None
     if gold is not None:
         return gold(value)
     if isinstance(value, dict) or (isinstance(value, list) and len(value) != 1):
@@ -150,26 +160,36 @@ def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | Non
     return gold_answer(value)
 
 
-def _merged(rows: Sequence[tuple[int, Conversation, str | None]], name: str, tags: Mapping[int, str]) -> LoadedProblems:
-    """One problem per id. A row without an answer neither contradicts nor replaces one with an answer."""
+def _agree(first: str, second: str, grader: Verifier | None) -> bool:
+    """Whether two answers of one problem are written alike up to spaces, or are the same to the grader."""
+    written_alike = maths_text.squeezed(first) == maths_text.squeezed(second)
+    return written_alike or (grader is not None and grader.same_gold(first, second))
+
+
+def _merged(
+    rows: Sequence[tuple[int, Conversation, str | None]],
+    name: str,
+    tags: Mapping[int, str],
+    grader: Verifier | None = None,
+) -> LoadedProblems:
+    """One problem per id, with its first answer. A row without an answer neither contradicts nor replaces one with an answer."""
     problems: dict[str, Problem] = {}
     numbers: dict[str, list[int]] = {}
-    answers: dict[str, set[str]] = {}
     gold: dict[str, str] = {}
+    contradictions: dict[str, None] = {}
     for number, asked, answer in rows:
         problem = replace(Problem.of_turns(asked.turns, name, tags.get(number, "")), row=number)
         problem = problems.setdefault(problem.id, problem)
         numbers.setdefault(problem.id, []).append(number)
         if answer is not None:
-            gold.setdefault(problem.id, answer)
-            answers.setdefault(problem.id, set()).add(maths_text.squeezed(answer))
-    contradictions = tuple(name for name in numbers if len(answers.get(name, ())) > 1)
-    dropped = set(contradictions)
+            first = gold.setdefault(problem.id, answer)
+            if not _agree(first, answer, grader):
+                contradictions[problem.id] = None
     return LoadedProblems(
-        problems=[problem for problem in problems.values() if problem.id not in dropped],
-        gold={name: answer for name, answer in gold.items() if name not in dropped},
+        problems=[problem for problem in problems.values() if problem.id not in contradictions],
+        gold={name: answer for name, answer in gold.items() if name not in contradictions},
         duplicates=len(rows) - len(numbers),
-        contradictions=contradictions,
+        contradictions=tuple(name for name in numbers if name in contradictions),
         without_answer=tuple(name for name in numbers if name not in gold),
         rows={name: tuple(found) for name, found in numbers.items()},
     )

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import Source
-from headwater.data.rows import json_rows
+from headwater.data.rows import file_rows
 from headwater.data.sources import load
 from headwater.errors import UserError
-from headwater.tasks.registry import find_task
 from headwater.tasks.verifier import Verifier
 
 BATCH = 256  # rows per grading call, enough to keep every worker busy
@@ -40,7 +39,8 @@ class ValidationResult:
 
     @property
     def ok(self) -> bool:
-        return not self.failed
+        """Whether there is a gold answer, and every one grades correct."""
+        return self.total > 0 and not self.failed
 
 
 def grade_file(path: Path, task: str = "maths", seconds: float = 2.0, workers: int = 2) -> Iterator[dict[str, Any]]:
@@ -49,7 +49,7 @@ def grade_file(path: Path, task: str = "maths", seconds: float = 2.0, workers: i
     A missing `id` becomes the row number. A gold that is a number or an object becomes its JSON text. Raises UserError that names
     the row, after the verdicts of all rows before it.
     """
-    rows = json_rows(Path(path), str(path))
+    rows = file_rows(Path(path), str(path))
     with Verifier(task, workers=workers, seconds=seconds) as verifier:
         seen, failure = 0, None
         while failure is None:
@@ -109,10 +109,9 @@ def validate(source: Source, task: str = "maths", seconds: float = 2.0, workers:
 
     Raises UserError when the source cannot be read.
     """
-    grader = find_task(task)
-    loaded = load(source, "validate", need_answers=False, gold=grader.gold)
-    golds = list(loaded.gold.items())
     with Verifier(task, workers=workers, seconds=seconds) as verifier:
+        loaded = load(source, "validate", False, verifier.task.gold, verifier)
+        golds = list(loaded.gold.items())
         failed = failing(verifier, golds)
     return ValidationResult(
         total=len(golds),

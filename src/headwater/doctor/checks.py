@@ -80,6 +80,7 @@ CHECKS = (
     Check("teacher servers", teachers.servers),
     Check("memory", resources.memory),
     Check("disk", resources.disk),
+    Check("speed of the compute dtype", resources.compute_dtype),
     Check("finite log-probs", weights.finite, "weights"),
     Check("attention and cache", weights.forward_paths, "weights"),
     Check("truncation", weights.truncation, "weights"),

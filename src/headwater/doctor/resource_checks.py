@@ -4,40 +4,85 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from headwater.config.recipe import Lora, Models
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, warning
-from headwater.runs.estimate import base_of, estimates
+from headwater.models.shape import Shape
+from headwater.runs.estimate import Estimate, adapter_parameters, base_of, estimates
+from headwater.runs.inputs import RunInputs
+from headwater.runs.plan import Node
 from headwater.teachers.cache import EXACT_CACHE_LIMIT
+from headwater.training.checkpoint import KEPT
 
 MAX_MEMORY = 0.8
 """Share of the free memory beyond which activations, which the estimate leaves out, may not fit."""
+LAYER_ROWS, LAYER_WEIGHTS = 128, 1 << 18
+"""Tokens and the most weights of the layer that is timed in both types: a few milliseconds."""
+SLOWER = 1.2
+"""Ratio of times from which bfloat16 is called slower; less is within the noise of a short measurement."""
 
 
 def memory(context: DoctorContext) -> Iterator[Finding]:
     """Weights, gradients and optimizer state of the largest node against what is free; activations come on top."""
     for role in context.roles:
         context.inputs.config(role)  # one that cannot be used has its own finding
-    names, device = {context.plan.names[node] for node in context.pending}, context.inputs.device
-    pending = [row for row in estimates(context.plan, context.inputs) if row.name in names]
-    free = free_memory(device)
-    if not pending or free is None:
+    device = context.inputs.device
+    largest, free = largest_pending(context, context.inputs), free_memory(device)
+    if largest is None or free is None:
         return
-    largest = max(pending, key=lambda row: row.bytes)
     evidence = (
         f"{largest.name} needs {size(largest.bytes)} for weights, gradients and optimizer, activations not counted; "
         f"{size(free)} are free on {device.type}"
     )
-    remedy = "take smaller models, models.dtype=bfloat16 (halves frozen models) or a larger machine"
+    smaller = smaller_settings(context, largest.bytes)
+    remedies = [*(f"set {setting} (then {size(bytes_)})" for setting, bytes_ in smaller), "take smaller models"]
     if largest.bytes > free:
-        yield error("memory-too-small", evidence, remedy)
+        yield error("memory-too-small", evidence, f"{', '.join(remedies)} or a larger machine")
     elif largest.bytes > MAX_MEMORY * free:
-        reduce = "lower compute.microbatch_tokens and compute.sample_batch, set models.gradient_checkpointing=true, or "
-        yield warning("memory-tight", evidence, reduce + remedy)
+        if not context.recipe.models.gradient_checkpointing:
+            remedies.insert(0, "set models.gradient_checkpointing=true")
+        remedies.insert(0, "lower compute.microbatch_tokens and compute.sample_batch")
+        yield warning("memory-tight", evidence, f"{', '.join(remedies)} or a larger machine")
+
+
+def largest_pending(context: DoctorContext, inputs: RunInputs) -> Estimate | None:
+    """The pending node that holds most memory; None where none is pending."""
+    names = {context.plan.names[node] for node in context.pending}
+    rows = [row for row in estimates(context.plan, inputs) if row.name in names]
+    return max(rows, key=lambda row: row.bytes, default=None)
+
+
+def smaller_settings(context: DoctorContext, needed: float) -> list[tuple[str, float]]:
+    """(setting, bytes that the largest node then needs) of every setting, not on yet, that lowers it; the best first."""
+    models = context.recipe.models
+    lora, tried = models.lora, dict[str, Models]()
+    if lora is None:
+        tried["models.lora={r: 16}"] = models.model_copy(update={"lora": Lora()})
+        quantized = Lora(quantize="nf4")
+        tried["models.lora={r: 16, quantize: nf4}"] = models.model_copy(update={"lora": quantized})
+    else:
+        if len(lora.roles) == 1:
+            both = lora.model_copy(update={"roles": ("teacher", "student")})
+            tried["models.lora.roles=[teacher, student]"] = models.model_copy(update={"lora": both})
+        if lora.quantize is None:
+            quantized = lora.model_copy(update={"quantize": "nf4"})
+            tried["models.lora.quantize=nf4"] = models.model_copy(update={"lora": quantized})
+    if models.dtype != "bfloat16":
+        tried["models.dtype=bfloat16"] = models.model_copy(update={"dtype": "bfloat16"})
+    found = []
+    for setting, changed in tried.items():
+        recipe = context.recipe.model_copy(update={"models": changed})
+        largest = largest_pending(context, replace(context.inputs, recipe=recipe))
+        if largest is not None and largest.bytes < needed:
+            found.append((setting, largest.bytes))
+    return sorted(found, key=lambda pair: pair[1])
 
 
 def free_memory(device: torch.device) -> float | None:
@@ -62,14 +107,13 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
     """Models, checkpoints and teacher caches of the pending nodes against the output folder's free space."""
     inputs = context.inputs
     shapes = {role: inputs.shape(role) for role in context.roles}
-    bytes_per_weight = 2 if context.recipe.models.dtype == "bfloat16" else 4
     models = next_checkpoint = caches = 0.0
     for node in context.pending:
         shape = shapes.get(base_of(node.start), shapes["student"])  # served teachers have the student's vocabulary
         if node.kind == "train":
-            # The model at its compute type, and a checkpoint of float32 weights and two moments; the next one is written beside it.
-            models += shape.parameters * (bytes_per_weight + 12)
-            next_checkpoint = max(next_checkpoint, shape.parameters * 12.0)
+            model, checkpoint, kept = stage_files(node, inputs, shape)
+            models += model + kept * checkpoint
+            next_checkpoint = max(next_checkpoint, checkpoint)  # written beside the kept ones
         elif node.kind == "rollouts" and node.settings is not None and node.pool is not None:
             stage = node.settings
             tokens = len(inputs.prompts(node.pool, stage)) * stage.group_size * stage.sampling.max_tokens
@@ -93,6 +137,60 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
     elif needed + caches > free:
         remedy = "free some space, choose another --out, or set stages.warmup.dense.top_k"
         yield warning("disk-tight", evidence, remedy)
+
+
+def stage_files(node: Node, inputs: RunInputs, shape: Shape) -> tuple[float, float, int]:
+    """(bytes of the model that a stage saves, bytes of one of its checkpoints, checkpoints that stay).
+
+    A checkpoint holds what trains, as float32 with two moments: all weights, or the adapter. The model is saved in the compute
+    dtype, an adapter alone (`models.lora.output: adapter`) in float32.
+    """
+    recipe, stage = inputs.recipe, node.settings
+    lora, adapter = node.lora(recipe), adapter_parameters(node, recipe, shape)
+    model = float(shape.parameters * (2 if recipe.models.dtype == "bfloat16" else 4))
+    if lora is not None and lora.output == "adapter":
+        model = 4.0 * adapter
+    kept = 1
+    if stage is not None and node.pool is not None and 0 < stage.checkpoint_every < inputs.steps(node.pool, stage):
+        kept = KEPT
+    return model, 12.0 * (shape.parameters if lora is None else adapter), kept
+
+
+def compute_dtype(context: DoctorContext) -> Iterator[Finding]:
+    """Whether this CPU computes a layer of the largest model's width more slowly in bfloat16 than in float32: measured."""
+    if context.recipe.models.dtype != "bfloat16" or context.inputs.device.type != "cpu":
+        return
+    width = max(context.inputs.shape(role).hidden for role in context.roles)
+    single, half = layer_seconds(width)
+    if half > SLOWER * single:
+        yield warning(
+            "bfloat16-slower",
+            f"models.dtype: bfloat16 is {half / single:.1f} times slower than float32 on this CPU (a forward and backward pass of a "
+            f"layer of width {width} takes {1e3 * half:.2f} against {1e3 * single:.2f} ms)",
+            "set models.dtype=float32 where the memory allows it, or run on a GPU",
+        )
+
+
+def layer_seconds(width: int) -> tuple[float, float]:
+    """(float32, bfloat16) seconds of a forward and backward pass of one linear layer, as a training step runs it.
+
+    The best of a few, alternating and on one thread: other load on the machine would otherwise decide. About 50 ms in all.
+    """
+    layer = torch.nn.Linear(width, max(1, min(width, LAYER_WEIGHTS // width)), bias=False)
+    x = torch.ones(LAYER_ROWS, width, requires_grad=True)
+    best, threads = [float("inf")] * 2, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(6):  # the first of each prepares kernels
+            for half in (False, True):
+                started = time.perf_counter()
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                    y = layer(x)
+                y.sum().backward()
+                best[half] = min(best[half], time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return best[0], best[1]
 
 
 def size(number: float) -> str:

@@ -63,13 +63,14 @@ class BatchBudget:
                 raise TrainingStoppedError(f"memory ran out even with {least} {unit} at a time; {remedy}")
             self.size = max(1, min(self.size, most) // 2)
 
-    def fit_passes(self, attempt: Callable[[int], T], rollouts: Sequence[Rollout]) -> T:
-        """`fit` for forward or backward passes over rollouts, in microbatches of at most `size` tokens."""
+    def fit_passes(self, attempt: Callable[[int], T], rollouts: Sequence[Rollout], settings: Sequence[str] = ()) -> T:
+        """`fit` for forward or backward passes over rollouts, in microbatches of at most `size` tokens.
+
+        settings  recipe settings that would lower the memory of these passes
+        """
         longest = max((len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts), default=1)
-        remedy = (
-            "shorten sampling.max_tokens or prompt.max_tokens, set models.gradient_checkpointing or models.dtype bfloat16, "
-            "or take a larger device"
-        )
+        remedies = ["shorten sampling.max_tokens or prompt.max_tokens", *(f"set {one}" for one in settings)]
+        remedy = f"{', '.join(remedies)}, or take a larger device"
         return self.fit(attempt, longest * max(1, len(rollouts)), longest, "tokens (the longest row alone)", remedy)
 
 

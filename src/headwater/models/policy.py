@@ -65,6 +65,16 @@ class Policy:
         return Shape.from_config(self.model.config, self.folder.trust_remote_code)
 
     @property
+    def memory_settings(self) -> list[str]:
+        """Recipe settings, not on yet, that lower the memory of a pass which trains; `models.dtype` also of one that does not."""
+        settings = [] if self.compute_dtype == torch.bfloat16 else ["models.dtype=bfloat16"]
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            return settings
+        if not getattr(self.model, "is_gradient_checkpointing", False):
+            settings.append("models.gradient_checkpointing=true")
+        return settings if self.adapter is not None else [*settings, "models.lora={r: 16}"]
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Every id that ends a completion."""
         return stop_ids_of(getattr(self.model, "generation_config", None), self.model.config, self.tokenizer)

@@ -20,7 +20,7 @@ from headwater.config.arms import DESCRIPTIONS
 from headwater.report import conditions
 from headwater.report import html as report_html
 from headwater.report.contrasts import accuracy, mean, paired_contrasts, pass_at, pass_ks, summarize_seeds
-from headwater.report.label_use import label_csv, label_uses
+from headwater.report.label_use import label_csv
 from headwater.report.predictions import predictions
 from headwater.report.stages import stage_rows, stages_of_arm
 from headwater.report.study import EvalCounts, Node, Study, costs, mean_costs, read_study
@@ -44,7 +44,7 @@ def write(out: Path, outs: Sequence[Path] | None = None) -> dict[str, Any]:
     with refuse_malformed_files(sources[0]):
         study = read_study(sources)
         report = summarize(study)
-        labels, page = label_csv(label_uses(study)), report_html.page(study, report)
+        labels, page = label_csv(study), report_html.page(study, report)
     write_json(RunDir(out).report_json, report)
     fault_points.failpoint("report.values")
     write_atomic(RunDir(out).labels, labels)

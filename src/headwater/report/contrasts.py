@@ -92,10 +92,11 @@ def paired_contrasts(study: Study, arms: Mapping[str, Any]) -> list[dict[str, An
 
 
 def _contrast(study: Study, arms: Mapping[str, Any], a: str, b: str, eval_name: str) -> dict[str, Any] | None:
-    seeds, evals_a, evals_b = _paired_seeds(study, a, b, eval_name)
-    row = paired_difference(evals_a, evals_b)
+    results_a, results_b = _results_by_seed(study, a, b, eval_name)
+    row = paired_difference(results_a, results_b)
     if row is None:
         return None
+    seeds = sorted(results_a.keys() & results_b.keys())
     labels = {
         side: _mean_cost(arms[arm], seeds, lambda c: c["labels"]["distinct"]) for side, arm in (("a", a), ("b", b))
     }
@@ -104,19 +105,22 @@ def _contrast(study: Study, arms: Mapping[str, Any], a: str, b: str, eval_name: 
     return {"a": a, "b": b, "eval": eval_name, **row, "labels": labels, "flops": flops, "equal": equal}
 
 
-def paired_difference(a: Sequence[EvalCounts], b: Sequence[EvalCounts]) -> dict[str, Any] | None:
-    """Accuracy of `a` minus that of `b`, one evaluation per seed of each, on the problems that all have; None if there are none.
+def paired_difference(a: Mapping[int, EvalCounts], b: Mapping[int, EvalCounts]) -> dict[str, Any] | None:
+    """Accuracy of `a` minus that of `b`, paired over the seeds and problems that both have; None if there are none.
+
+    a, b  seed -> graded completions
 
     Example: `{"difference": 0.06, "low": 0.01, "high": 0.11, "p": 0.02, "seeds": 3, "problems": 500}`.
     """
-    if not a:
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
         return None
-    values_SP, ids = seed_matrix([*a, *b], accuracy)
+    values_SP, ids = seed_matrix([side[seed] for side in (a, b) for seed in seeds], accuracy)
     if not ids:
         return None
-    result = stats.contrast(values_SP[: len(a)], values_SP[len(a) :])
+    result = stats.contrast(values_SP[: len(seeds)], values_SP[len(seeds) :])
     numbers = {key: rounded(getattr(result, key)) for key in ("difference", "low", "high", "p")}
-    return {**numbers, "seeds": len(a), "problems": len(ids)}
+    return {**numbers, "seeds": len(seeds), "problems": len(ids)}
 
 
 def equal_resources(labels: Mapping[str, float], flops: Mapping[str, float]) -> list[str]:
@@ -137,18 +141,17 @@ def _mean_cost(arm: Mapping[str, Any], seeds: list[int], cost: Callable[[Any], f
     return mean_number([cost(arm["costs_per_seed"][str(seed)]) for seed in seeds if str(seed) in arm["costs_per_seed"]])
 
 
-def _paired_seeds(study: Study, a: str, b: str, eval_name: str) -> tuple[list[int], list[EvalCounts], list[EvalCounts]]:
-    """The seeds on which both arms finished, and both arms' evaluations in that order.
+def _results_by_seed(study: Study, a: str, b: str, eval_name: str) -> list[dict[int, EvalCounts]]:
+    """The evaluations of both arms by seed.
 
     The evaluation of an untrained model does not depend on the seed, so it is paired with every seed of the other arm.
     """
-    evals = [study.results(a, eval_name), study.results(b, eval_name)]
+    results = [study.results(a, eval_name), study.results(b, eval_name)]
     for side, arm in enumerate((a, b)):
-        if evals[side] and not _is_trained(study, arm):
-            first = next(iter(evals[side].values()))
-            evals[side] = {seed: evals[side].get(seed, first) for seed in evals[0].keys() | evals[1].keys()}
-    seeds = sorted(evals[0].keys() & evals[1].keys())
-    return seeds, [evals[0][seed] for seed in seeds], [evals[1][seed] for seed in seeds]
+        if results[side] and not _is_trained(study, arm):
+            first = next(iter(results[side].values()))
+            results[side] = {seed: results[side].get(seed, first) for seed in results[0].keys() | results[1].keys()}
+    return results
 
 
 def _is_trained(study: Study, arm: str) -> bool:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import matplotlib
@@ -24,7 +25,7 @@ from headwater.report.svg import COLOURS, DASHES, MARKERS, QUIET, STYLE, TEXT, a
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One legend entry: values `y` at `x`, each from `low` to `high` where these are given.
+    """One legend entry: values `y` at `x`, each from `low` to `high` where these are given; one `y` without `x` is a level.
 
     style  colour, marker and dashes; None for an untrained model, which is drawn in grey
     seeds  over how many seeds the values are means
@@ -193,8 +194,9 @@ def line_description(panels: Panels, axis: ValueAxis) -> str:
         texts = []
         for line in series:
             ends = [f" ({100 * a:.1f} to {100 * b:.1f})" for a, b in zip(line.low, line.high, strict=True)]
-            values = zip(line.x, line.y, ends or [""] * len(line.x), strict=True)
-            texts.append(f"{line.label} {', '.join(f'{100 * y:.1f}{end} at {axis.text(x)}' for x, y, end in values)}")
+            places = [f" at {axis.text(x)}" for x in line.x]
+            values = zip_longest((f"{100 * y:.1f}" for y in line.y), ends, places, fillvalue="")
+            texts.append(f"{line.label} {', '.join(map(''.join, values))}")
         parts.append(f"{title} ({axis.label}): {'; '.join(texts)}" if axis.label else f"{title}: {'; '.join(texts)}")
     return ". ".join(parts)
 
@@ -222,27 +224,23 @@ def _set_limits(axes: Axes, series: Sequence[Series], axis: ValueAxis) -> None:
 
 def _draw_lines(figure: Figure, axes: Axes, series: Sequence[Series]) -> None:
     """Draw the series, and list them at the right in the order of their last values, with these."""
-    shifts = iter(sideways_shifts([entry.x[0] for entry in series if entry.style is not None]))
+    arms = [entry for entry in series if entry.style is not None]
+    lines_of_points = any(len(entry.x) > 1 for entry in arms)
+    shifts = iter(sideways_shifts([0.0 if lines_of_points else entry.x[0] for entry in arms]))
     untrained = iter(("--", ":"))
     lines: list[tuple[float, Line2D, str]] = []
     for entry in series:
-        y = [100 * value for value in entry.y]
+        y, low, high = ([100 * value for value in values] for values in (entry.y, entry.low, entry.high))
         if entry.style is None:
             look: dict[str, Any] = {"color": QUIET, "linewidth": 1.1, "linestyle": next(untrained, "-.")}
             level = max(y) - min(y) < 1e-9  # the same everywhere: a line across the plot
             line = axes.axhline(y[-1], **look) if level else axes.plot(entry.x, y, **look)[0]
         else:
-            shift = next(shifts) if entry.low else 0.0
-            look = {
-                **line_style(entry.style),
-                "transform": axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans),
-            }
-            for x, low, high in zip(entry.x, entry.low, entry.high, strict=False):
-                axes.plot(
-                    [x, x], [100 * low, 100 * high], color=look["color"], linewidth=1.4, transform=look["transform"]
-                )
-            look["linestyle"] = look["linestyle"] if len(entry.x) > 1 else ""
-            line = axes.plot(entry.x, y, **look, linewidth=1.4, markersize=5.3)[0]
+            shift = ScaledTranslation(next(shifts) / 72 if low else 0.0, 0, figure.dpi_scale_trans)
+            look = {**line_style(entry.style), "linewidth": 1.4, "markersize": 5.3, "transform": axes.transData + shift}
+            if low:
+                axes.vlines(entry.x, low, high, color=look["color"], linewidth=1.4, transform=look["transform"])
+            line = axes.plot(entry.x, y, **look | ({} if lines_of_points else {"linestyle": ""}))[0]
         lines.append((y[-1], line, f"{printable(entry.label)} {y[-1]:.1f}"))
     lines.sort(key=lambda end: -end[0])
     handles, labels = [line for _, line, _ in lines], [text for *_, text in lines]

@@ -79,6 +79,11 @@ def non_training_notes(report: dict[str, Any]) -> list[str]:
     return [*notes, f"not included, at most per arm: {', '.join(parts)}"] if parts else notes
 
 
+def seeds_text(report: dict[str, Any]) -> str:
+    """Example: `seeds 0, 1, 2`."""
+    return f"seed{'s' * (len(report['seeds']) != 1)} {', '.join(map(str, report['seeds']))}"
+
+
 def plain_table(title: str) -> Table:
     """An empty rich table in the style of every command: title at the left, a line under the column heads."""
     return Table(

@@ -119,7 +119,7 @@ def _accuracy_by_cost(report: dict[str, Any], axis: ValueAxis, cost: Cost) -> It
             rows.append((name, x, mean, low, high))
         for name in [name for name in BASE_MODELS if name in arms]:
             level = arms[name]["accuracy"][eval_name]["mean"]
-            series.append(Series(name, None, [0.0], [level]))
+            series.append(Series(name, None, (), [level]))
             rows.append((name, "", level, "", ""))
         if any(cost(arms[name]) for name in points):
             quantity = axis.label.split(",")[0]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 from headwater.data.labels import half_of
@@ -12,54 +10,30 @@ from headwater.report.format import csv_text
 from headwater.report.study import Node, Study
 
 
-@dataclass(frozen=True)
-class LabelUse:
-    """Use of one problem's label by one node. A node that several arms share has one row with all of them.
+def label_csv(study: Study) -> str:
+    """The text of labels.csv: one row for each problem and node that used its label in training.
 
     half   1 or 2: the half of the labelled pool to which the problem belongs
+    arms   all arms that share the node, separated by spaces
     steps  number of steps that used the label, from `first_step` to `last_step`
 
-    Example: `LabelUse("9f8b…", 1, "teacher_rl", "teacher", 0, "teacher_rl.s0.51c0d2aa", "bridge bridge_rl", 5, 3, 71)`.
+    Example: `9f8b…,1,teacher_rl,teacher,0,teacher_rl.s0.51c0d2aa,bridge bridge_rl,5,3,71`.
     """
-
-    problem_id: str
-    half: int
-    stage: str
-    role: str
-    seed: int
-    node: str
-    arms: str
-    steps: int
-    first_step: int
-    last_step: int
-
-
-def label_uses(study: Study) -> list[LabelUse]:
-    """Every use of a label in training, sorted by problem, seed and node."""
     arms: dict[str, dict[str, None]] = {}
     nodes: dict[str, Node] = {}
     for arm, by_seed in study.arms.items():
-        for run in by_seed.values():
-            for node in run:
-                nodes[node.name] = node
-                arms.setdefault(node.name, {})[arm] = None
-    uses = [
-        LabelUse(
-            problem_id=label,
-            half=1 + half_of(label),
-            stage=node.stage,
-            role=node.role,
-            seed=int(node.info.get("seed", 0)),
-            node=name,
-            arms=" ".join(arms[name]),
-            steps=len(steps),
-            first_step=min(steps),
-            last_step=max(steps),
-        )
-        for name, node in nodes.items()
-        for label, steps in _steps_by_label(node).items()
-    ]
-    return sorted(uses, key=lambda use: (use.problem_id, use.seed, use.node))
+        for node in (node for run in by_seed.values() for node in run):
+            nodes[node.name] = node
+            arms.setdefault(node.name, {})[arm] = None
+    uses: list[tuple[Any, ...]] = []
+    for name, node in nodes.items():
+        seed = int(node.info.get("seed", 0))
+        for label, steps in _steps_by_label(node).items():
+            where = (1 + half_of(label), node.stage, node.role, seed, name, " ".join(arms[name]))
+            uses.append((label, *where, len(steps), min(steps), max(steps)))
+    uses.sort(key=lambda use: (use[0], use[4], use[5]))
+    head = ("problem_id", "half", "stage", "role", "seed", "node", "arms", "steps", "first_step", "last_step")
+    return csv_text([head, *uses])
 
 
 def _steps_by_label(node: Node) -> dict[str, list[int]]:
@@ -68,11 +42,6 @@ def _steps_by_label(node: Node) -> dict[str, list[int]]:
         for label in row["labels"]:
             steps.setdefault(label, []).append(row["step"])
     return steps
-
-
-def label_csv(uses: Sequence[LabelUse]) -> str:
-    """The text of labels.csv: a header and one row per use."""
-    return csv_text([[field.name for field in fields(LabelUse)], *map(astuple, uses)])
 
 
 def label_paths(study: Study) -> list[dict[str, Any]]:

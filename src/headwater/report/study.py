@@ -21,6 +21,7 @@ from headwater.errors import UserError
 from headwater.storage import ledger
 from headwater.storage.run_dir import FREE, NodeDir, RunDir, first_difference, read_json, read_jsonl
 from headwater.storage.untrusted import read_plan
+from headwater.tasks.registry import TASKS
 
 POOL_TEXT = {"all": "all labels", "first_half": "first half (1H)", "second_half": "second half (2H)"}
 
@@ -52,12 +53,16 @@ class EvalCounts:
 
 @dataclass(frozen=True)
 class Node:
-    """One node on disk. A node that has not started has no files and an empty `info`."""
+    """One node on disk. A node that has not started has no files and an empty `info`.
+
+    one_answer  whether correct answers to one problem are the same answer (`Task.one_answer`), for maj@k
+    """
 
     name: str
     dir: NodeDir
     done: bool
     info: dict[str, Any]
+    one_answer: bool = True
 
     @property
     def stage(self) -> str:
@@ -86,7 +91,7 @@ class Node:
     def evals(self) -> dict[str, EvalCounts]:
         """Final evaluations by name; empty until the node is done."""
         files = sorted((self.dir.path / "evals" / "final").glob("*.jsonl")) if self.done else []
-        counts = {path.stem: _count(path) for path in files}
+        counts = {path.stem: _count(path, self.one_answer) for path in files}
         return {name: value for name, value in counts.items() if value is not None}
 
     @cached_property
@@ -169,7 +174,7 @@ class Study:
 
     def finished(self, arm: str) -> dict[int, tuple[Node, ...]]:
         """Nodes of the seeds for which every node of the arm is done."""
-        return {seed: nodes for seed, nodes in self.arms[arm].items() if all(node.done for node in nodes)}
+        return {seed: nodes for seed, nodes in self.arms.get(arm, {}).items() if all(node.done for node in nodes)}
 
     def results(self, arm: str, eval_name: str) -> dict[int, EvalCounts]:
         """Final evaluations of an arm by seed, finished seeds only."""
@@ -211,7 +216,8 @@ def read_study(outs: Sequence[Path]) -> Study:
                 "a report can merge runs of one recipe only (seed, compute and guards may differ)"
             )
     env = read_json(runs[0].env) if runs[0].env.exists() else {}
-    return Study(recipes[0], env, _arms(runs), tuple(runs))
+    task = TASKS.get(recipes[0].get("task", ""))
+    return Study(recipes[0], env, _arms(runs, task is None or task.one_answer), tuple(runs))
 
 
 def require_run(run: RunDir) -> None:
@@ -221,7 +227,7 @@ def require_run(run: RunDir) -> None:
             raise UserError(f"{run.path}: holds no run ({file.name} is missing)")
 
 
-def _arms(runs: Sequence[RunDir]) -> dict[str, dict[int, tuple[Node, ...]]]:
+def _arms(runs: Sequence[RunDir], one_answer: bool) -> dict[str, dict[int, tuple[Node, ...]]]:
     nodes: dict[str, Node] = {}
     arms: dict[str, dict[int, tuple[Node, ...]]] = {}
     for run in runs:
@@ -230,7 +236,7 @@ def _arms(runs: Sequence[RunDir]) -> dict[str, dict[int, tuple[Node, ...]]]:
             for seed, names in by_seed.items():
                 for name in names:
                     if name not in nodes:
-                        nodes[name] = _node(name, runs)
+                        nodes[name] = _node(name, runs, one_answer)
                 known = arms.setdefault(arm, {}).get(int(seed))
                 new = tuple(nodes[name] for name in names)
                 # If two directories plan the same seed, prefer the one that finished it.
@@ -241,7 +247,7 @@ def _arms(runs: Sequence[RunDir]) -> dict[str, dict[int, tuple[Node, ...]]]:
     return {arm: dict(sorted(arms[arm].items())) for arm in names}
 
 
-def _node(name: str, runs: Sequence[RunDir]) -> Node:
+def _node(name: str, runs: Sequence[RunDir], one_answer: bool) -> Node:
     """The node from the directory that finished it, else from the first one that started it."""
     started: list[Node] = []
     for run in runs:
@@ -249,11 +255,11 @@ def _node(name: str, runs: Sequence[RunDir]) -> Node:
         if folder.info.exists():
             _refuse_damage(folder)
             info = read_json(folder.info)
-            node = Node(name, folder, folder.is_done(info["fingerprint"]), info)
+            node = Node(name, folder, folder.is_done(info["fingerprint"]), info, one_answer)
             if node.done:
                 return node
             started.append(node)
-    return started[0] if started else Node(name, runs[0].node(name), False, {})
+    return started[0] if started else Node(name, runs[0].node(name), False, {}, one_answer)
 
 
 def _refuse_damage(folder: NodeDir) -> None:
@@ -264,7 +270,7 @@ def _refuse_damage(folder: NodeDir) -> None:
         raise UserError(f"{damaged}: is damaged (its checksum differs); run the study again to repair it")
 
 
-def _count(path: Path) -> EvalCounts | None:
+def _count(path: Path, one_answer: bool) -> EvalCounts | None:
     """Count a graded evaluation file row by row; None for a file without rows."""
     answers: dict[str, list[tuple[str | None, bool]]] = {}
     rows = truncated = 0
@@ -275,7 +281,7 @@ def _count(path: Path) -> EvalCounts | None:
     if not rows:
         return None
     ids = tuple(sorted(answers))
-    votes = [stats.maj_at_k(answers[name]) for name in ids]
+    votes = [stats.maj_at_k(answers[name], one_answer) for name in ids]
     return EvalCounts(
         ids=ids,
         correct=np.array([sum(correct for _, correct in answers[name]) for name in ids]),

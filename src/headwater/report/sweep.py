@@ -11,12 +11,10 @@ from typing import Any
 from headwater.config.arms import BASE_MODELS, CONTRASTS
 from headwater.report.contrasts import COMPARISON, find_contrast, paired_difference, reading
 from headwater.report.format import csv_text, join_and, percent
-from headwater.report.study import EvalCounts, read_study
+from headwater.report.study import Study, read_study
 from headwater.runs.sweep import Sweep, Value, text_of
 from headwater.storage.run_dir import RunDir, read_json
 
-Results = dict[tuple[str, str], dict[int, EvalCounts]]
-"""(arm, evaluation) -> seed -> graded completions"""
 NO_REPORT: dict[str, Any] = {"seeds": [], "evals": [], "arms": {}, "contrasts": []}
 
 
@@ -25,12 +23,13 @@ def build(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
 
     failed  folder name of a point -> its error message; a point without a report that is not in here has not run yet
     """
-    points, results = [], []
+    points, studies = [], []
     for point in sweep.points:
         run = RunDir(out / point.name)
         finished = run.report_json.exists()
         report = read_json(run.report_json) if finished else NO_REPORT
-        results.append(_results(run.path) if finished else {})
+        study = read_study([run.path]) if finished else Study({}, {}, {})
+        studies.append(study)
         arms = {
             arm: row for arm, row in report["arms"].items() if arm in (*sweep.arms, *BASE_MODELS) and row["accuracy"]
         }
@@ -40,7 +39,7 @@ def build(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
             {"a": a, "b": b, "eval": name, **row}
             for a, b in own
             for name in report["evals"]
-            if (row := _difference(results[-1], (a, name), results[-1], (b, name)))
+            if (row := paired_difference(study.results(a, name), study.results(b, name)))
         ]
         points.append(
             {
@@ -56,12 +55,14 @@ def build(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
             }
         )
     values, across = [point.value for point in sweep.points], []
-    evals = list(dict.fromkeys(name for point in points for name in point["evals"]))
-    for key in [(arm, name) for arm in sweep.arms for name in evals]:
-        first, *others = [index for index, graded in enumerate(results) if graded.get(key)] or [0]
-        for index in others:
-            row = _difference(results[index], key, results[first], key)
-            across += [{"arm": key[0], "a": values[index], "b": values[first], "eval": key[1], **row}] if row else []
+    shown = [arm for point in points for arm in point["arms"].values()]
+    evals = list(dict.fromkeys(name for arm in shown for name in arm["accuracy"]))
+    for arm, name in [(arm, name) for arm in sweep.arms for name in evals]:
+        by_value = [(value, study.results(arm, name)) for value, study in zip(values, studies, strict=True)]
+        first, *others = [(value, results) for value, results in by_value if results] or [("", {})]
+        for value, results in others:
+            if row := paired_difference(results, first[1]):
+                across.append({"arm": arm, "a": value, "b": first[0], "eval": name, **row})
     summary: dict[str, Any] = {
         "recipe": sweep.title,
         "vary": sweep.vary,
@@ -75,18 +76,6 @@ def build(sweep: Sweep, out: Path, failed: Mapping[str, str]) -> dict[str, Any]:
         "across": across,
     }
     return {**summary, "said": sentences(summary)}
-
-
-def _results(path: Path) -> Results:
-    study = read_study([path])
-    return {(arm, name): study.results(arm, name) for arm in study.arms for name in study.evals}
-
-
-def _difference(a: Results, key_a: tuple[str, str], b: Results, key_b: tuple[str, str]) -> dict[str, Any] | None:
-    """`a` minus `b`, paired over the seeds and problems that both have."""
-    first, second = a.get(key_a, {}), b.get(key_b, {})
-    seeds = sorted(first.keys() & second.keys())
-    return paired_difference([first[seed] for seed in seeds], [second[seed] for seed in seeds])
 
 
 def as_csv(summary: dict[str, Any]) -> str:

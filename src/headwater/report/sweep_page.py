@@ -16,7 +16,7 @@ from rich.text import Text
 from headwater.config.arms import BASE_MODELS, DESCRIPTIONS
 from headwater.report.contrasts import interval_note, reading
 from headwater.report.figures import Plot, Series, ValueAxis, as_plot, line_description, line_figure
-from headwater.report.format import count, p_text, percent, units
+from headwater.report.format import count, p_text, percent, seeds_text, units
 from headwater.report.render import render
 from headwater.report.sweep import accuracy, as_csv, build, comparisons, names
 from headwater.report.terminal import interval_text, rich_table
@@ -52,7 +52,7 @@ def page(summary: dict[str, Any], drawn: Plot | None) -> str:
     """The page: plot, sentences, tables, costs and commands."""
     values = {
         "summary": summary,
-        "settings": f"{summary['field']} = {', '.join(map(text_of, summary['values']))}; {_seeds(summary)}",
+        "settings": f"{summary['field']} = {', '.join(map(text_of, summary['values']))}; {seeds_text(summary)}",
         "plot": drawn and drawn.element,
         "arms": "; ".join(f"{arm}: {DESCRIPTIONS[arm]}" for arm in _trained_arms(summary) if arm in DESCRIPTIONS),
         "note": note(summary),
@@ -73,10 +73,6 @@ def note(summary: dict[str, Any]) -> str:
     """What the intervals cover, and that values are not corrected for multiple comparisons."""
     several = "each value is judged by itself, without a correction for their number"
     return "; ".join([interval_note(summary), *[several] * (len(summary["values"]) > 1)])
-
-
-def _seeds(summary: dict[str, Any]) -> str:
-    return f"seed{'s' * (len(summary['seeds']) != 1)} {', '.join(map(str, summary['seeds']))}"
 
 
 def _trained_arms(summary: dict[str, Any]) -> list[str]:
@@ -101,7 +97,7 @@ def plot(summary: dict[str, Any]) -> tuple[Plot, bytes]:
     axis = ValueAxis(axis_label, dict(zip(xs, labels, strict=True)))
     panels: dict[str, list[Series]] = {}
     for eval_name in summary["evals"]:
-        title = f"{summary['recipe']}: accuracy on {eval_name}, %, with 95 % interval; {_seeds(summary)}"
+        title = f"{summary['recipe']}: accuracy on {eval_name}, %, with 95 % interval; {seeds_text(summary)}"
         panels[title] = []
         for arm in _shown_arms(summary):
             scored = [(x, accuracy(point, arm, eval_name)) for x, point in zip(xs, summary["points"], strict=True)]
@@ -144,7 +140,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     arms, headers, result = _shown_arms(summary), _headers(summary), []
     for eval_name in summary["evals"]:
         rows = [[header, *(cell(point, arm, eval_name) for arm in arms)] for header, point in headers]
-        title = f"{summary['recipe']} · {_seeds(summary)} · accuracy on {eval_name}, % [95 %]"
+        title = f"{summary['recipe']} · {seeds_text(summary)} · accuracy on {eval_name}, % [95 %]"
         result.append(Table(title, columns(summary["vary"], *arms), rows))
         rows = [
             [header, f"{a} − {b}", interval_text(c), p_text(c["p"]), WORDS[reading(c)]]

@@ -11,9 +11,20 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from headwater.report.contrasts import flops_ratio, group_by_equality, interval_note, named_contrasts, reading
-from headwater.report.format import count, duration, non_training_notes, p_text, percent, plain_table, points, units
+from headwater.report.figures import Interval
+from headwater.report.format import (
+    count,
+    duration,
+    non_training_notes,
+    p_text,
+    percent,
+    plain_table,
+    points,
+    seeds_text,
+    units,
+)
 from headwater.report.html_stages import path_tables
-from headwater.report.view import Column, RowHeader, Table
+from headwater.report.view import Cell, Column, RowHeader, Table
 
 LONG_NAME = 14
 """If an arm's name is longer, accuracies and costs go into separate tables."""
@@ -37,8 +48,7 @@ def _warning(row: dict[str, Any]) -> str:
 
 def _arms_tables(report: dict[str, Any]) -> list[RichTable]:
     """One table if it fits; else tables of two or three evaluations each, and one of the costs."""
-    seeds = f"seed{'s' * (len(report['seeds']) != 1)} {', '.join(map(str, report['seeds']))}"
-    title = f"{report['recipe']} · {seeds}"
+    title = f"{report['recipe']} · {seeds_text(report)}"
     evals: list[str] = report["evals"]
     short = max(map(len, report["arms"])) <= LONG_NAME
     if len(evals) <= 1 and short:
@@ -134,14 +144,24 @@ def _predictions(report: dict[str, Any]) -> list[Table]:
 
 def rich_table(table: Table) -> RichTable:
     """A table of the page for a terminal, without its plots and links."""
-    rich = plain_table(table.caption)
-    for column in table.columns:
+    rich, columns = plain_table(table.caption), [column for column in table.columns if column.axis is None]
+    for column in columns:
         rich.add_column(Text(column.title), justify=column.align, no_wrap=column.nowrap, overflow="fold")
     for row in table.rows:
         if isinstance(row, str):
             rich.add_section()
             rich.add_row(Text(row, style="italic"))
         else:
-            cells = [column.cell(row) for column in table.columns]
-            rich.add_row(*(Text(cell.text if isinstance(cell, RowHeader) else str(cell)) for cell in cells))
+            rich.add_row(*(Text(_cell_text(column.cell(row))) for column in columns))
     return rich
+
+
+def _cell_text(cell: Cell) -> str:
+    match cell:
+        case None | Interval():
+            return "–"
+        case str():
+            return cell
+        case RowHeader():
+            return cell.text
+    return "; ".join(cell)

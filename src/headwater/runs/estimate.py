@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from headwater.config.recipe import Recipe
 from headwater.config.stage import Sampling
 from headwater.losses.objectives import objective_of
 from headwater.models.folder import ModelFolder
@@ -113,6 +114,14 @@ def base_of(source: Role | Node) -> Role:
     return source
 
 
+def adapter_parameters(node: Node, recipe: Recipe, shape: Shape) -> int:
+    """Weights of the LoRA adapter that a node trains on a base of this shape; 0 where it trains all weights."""
+    lora = node.lora(recipe)
+    if lora is None:
+        return 0
+    return shape.adapter_parameters(lora.r, None if isinstance(lora.targets, str) else lora.targets)
+
+
 @dataclass(frozen=True)
 class Estimator:
     """Estimates nodes of one plan; `prompt` is the length of a prompt in tokens."""
@@ -172,12 +181,7 @@ class Estimator:
         return float(sampling.max_tokens) if mean is None else min(mean, float(sampling.max_tokens))
 
     def adapter_parameters(self, node: Node) -> int:
-        """Weights of the LoRA adapter that a node trains; 0 where it trains all weights."""
-        lora = node.lora(self.inputs.recipe)
-        if lora is None:
-            return 0
-        targets = None if isinstance(lora.targets, str) else lora.targets
-        return self.shape(node.start).adapter_parameters(lora.r, targets)
+        return adapter_parameters(node, self.inputs.recipe, self.shape(node.start))
 
     @property
     def bytes_per_value(self) -> int:

@@ -107,11 +107,12 @@ class RunInputs:
             )
             problems = [Problem.of(f"{name} {number}", name) for number in range(source.limit)]
             return LoadedProblems(problems, {problem.id: "" for problem in problems})
+        need_answers = self.need_answers and name != "data.unlabeled"
         try:
-            gold = self.task.gold
+            gold, grader = self.task.gold, self.grader
         except InputError:  # has its own error where a task is needed; the file can still be read
-            gold = None
-        return load(source, name, need_answers=self.need_answers and name != "data.unlabeled", gold=gold)
+            return load(source, name, need_answers)
+        return load(source, name, need_answers, gold, grader)
 
     @read_once("data")
     def decontaminated(self, name: str) -> LoadedProblems:

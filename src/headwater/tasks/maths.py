@@ -6,8 +6,11 @@ rejection of expressions that are too large. `verifier` enforces time and memory
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from headwater.tasks import maths_text
-from headwater.tasks.maths_equal import compare_plainly, same, without_unit
+from headwater.tasks.maths_clock import read_clock
+from headwater.tasks.maths_equal import compare_plainly, same, without_name, without_unit
 from headwater.tasks.maths_numbers import number
 
 LONGEST_ANSWER = 3000  # characters beyond four times the gold's length; longer answers are only compared as text
@@ -21,7 +24,11 @@ def extract(completion: str) -> str | None:
     answer, _ = maths_text.extract(completion)
     if answer is None or len(answer) > LONGEST_ANSWER:
         return answer
-    bare = without_unit(maths_text.canonical(answer))
+    spelled = maths_text.canonical(answer)
+    clock = read_clock(spelled)
+    if clock is not None and clock.named:
+        return str(timedelta(seconds=clock.seconds))
+    bare = without_unit(without_name(spelled))
     value = number(bare)
     return maths_text.squeezed(bare) if value is None else str(value)
 

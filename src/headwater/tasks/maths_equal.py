@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from headwater.tasks.maths_clock import same_clock
 from headwater.tasks.maths_numbers import number, same_number
 from headwater.tasks.maths_text import matching, split, squeezed, tidy, tokens
 
@@ -18,12 +19,29 @@ _BASED = re.compile(r"\(?0*([0-9A-F]+(?:\.[0-9A-F]+)?)\)?_\{(?:\\text\{)?(\w+)\}
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _HEDGES = {"or", "and", "not", "no", "maybe", "about", "approximately", "roughly", "than", "least", "most", "more",
            "less", "possibly", "perhaps", "plus", "minus", "times", "over", "squared", "cubed", "if", "when", "is",
-           "base"} | set(_SCALES)  # fmt: skip
+           "base", "am", "pm",
+           # Words of other languages that change the number before them.
+           "mil", "mille", "mila", "millionen", "millones", "milioni", "miljoen", "miljoner", "millioner", "milliarde", "milliarden",
+           "milliard", "milliards", "miliardi", "tausend", "duizend", "tusen", "tusind", "cientos", "cento", "cent", "hundert",
+           "ungefähr", "etwa", "mindestens", "höchstens", "oder", "und", "nicht", "environ", "ou", "et", "pas", "non",
+           "aproximadamente", "circa", "или", "не", "примерно", "около", "более", "менее"} | set(_SCALES)  # fmt: skip
+_SCALE_STEMS = ("милл", "тыс", "млн", "млрд", "трлн", "milh", "milj", "milio", "tysi", "tisíc")
 _RELATIONS = ("<", ">", r"\leq", r"\geq", r"\neq")
 _FLIPPED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq", r"\neq": r"\neq"}
 # A trailing unit: words in \text, possibly with a power, or bare words after a number.
 _TEXT_UNIT = re.compile(r"^(.*[\w}).!|])\s*\\text\{([^{}]*)\}\s*(?:\^\{[-\d]{1,2}\}|\d{0,1})$", re.DOTALL)
-_BARE_UNIT = re.compile(r"^(.*[\d})])\s+([a-zA-Z]{2,}(?:[ /-]+[a-zA-Z]+){0,4}|[a-zA-Z]{1,3}\^\{[23]\})$", re.DOTALL)
+_LETTER = r"[a-zA-Z\u00c0-\u024f\u0400-\u04ff]"
+_BARE_UNIT = re.compile(
+    rf"^(.*[\d}})])\s+({_LETTER}{{2,}}(?:[ /-]+{_LETTER}+){{0,4}}|[a-zA-Z]{{1,3}}\^\{{[23]\}})$", re.DOTALL
+)
+# Scripts without spaces: a known unit or counter after a number, and what is counted ("42个苹果").
+_CJK_UNIT = re.compile(
+    r"^(.*[\d})])\s*(?:(?:[个個只本张張页頁种種名位颗顆块塊辆輛棵件条條套组組]|개|명|권|마리)(?P<noun>[\u3400-\u9fff]{0,4})"
+    r"|平方厘米|平方米|平方千米|立方厘米|立方米|厘米|毫米|千米|公里|千克|公斤|小时|小時|时间|時間|分钟|分鐘|美元|米|克|吨|噸|升|元|円|원|岁|歳|人|天|日|秒|度)$",
+    re.DOTALL,
+)
+_CJK_HEDGES = re.compile("[以左右多余餘约約至倍万萬亿億千百十分之半不未或]")
+_DATE = re.compile(r"\d{4}-(?:0\d|1[0-2])-(?:[0-2]\d|3[01])")
 _LETTERED = re.compile(r"^\(?([A-J])(?:[).:]+\s*\S.*|\))?$", re.DOTALL)
 _WORDS = re.compile(r"^[a-zA-Z][a-zA-Z' -]*$")
 
@@ -62,6 +80,11 @@ def compare_plainly(gold: str, answer: str) -> bool | None:
     """Verdict by cheap rules for numbers with units, words and choice letters; None if they do not decide."""
     if squeezed(gold) == squeezed(answer):
         return True
+    clock = same_clock(gold, answer)
+    if clock is not None:
+        return clock
+    if _DATE.fullmatch(gold) or _DATE.fullmatch(answer):
+        return False  # not a subtraction: 2024-05-01 is not 2018
     bare_gold, bare_answer = without_unit(gold), without_unit(answer)
     gold_value, answer_value = number(bare_gold), number(bare_answer)
     if gold_value is not None and answer_value is not None:
@@ -90,14 +113,18 @@ def without_unit(text: str) -> str:
 
     A number or an expression must remain, so `\\text{even}` is unchanged. `42\\text{ million}` becomes `42000000`.
     """
+    if counted := _CJK_UNIT.fullmatch(text):
+        return text if _CJK_HEDGES.search(counted["noun"] or "") else tidy(counted[1])
     match = _TEXT_UNIT.fullmatch(text) or _BARE_UNIT.fullmatch(text)
     if match is None:
         return text
-    words = re.findall(r"[a-zA-Z]+", match[2].lower())
+    words = re.findall(rf"{_LETTER}+", match[2].lower())
     rest = tidy(match[1])
     if len(words) == 1 and (scale := _SCALES.get(words[0].rstrip("s"))) and (value := number(rest)) is not None:
         return str(value * scale)
-    if not words or _HEDGES & set(words) or re.search(r"\d", match[2].split("^")[0]):
+    if not words or _HEDGES & set(words) or any(word.startswith(_SCALE_STEMS) for word in words):
+        return text
+    if re.search(r"\d", match[2].split("^")[0]):
         return text
     return rest
 
@@ -179,6 +206,11 @@ def _named(text: str) -> tuple[str | None, str]:
     if whole_name or (name and not _NO_NAME.search(name)):
         return squeezed(parts[0]), parts[-1]
     return None, text
+
+
+def without_name(text: str) -> str:
+    """Remove a leading name: `x=5` -> `5`. Equations and lists are unchanged."""
+    return _named(text)[1] if len(_elements(text)) == 1 else text
 
 
 def _same_equation(gold: str, answer: str) -> bool | None:

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import deque
 from fractions import Fraction
 
+from headwater.tasks.announced import announced_answer, last_match
+from headwater.tasks.maths_arguments import brace_arguments
 from headwater.tasks.thinking import after_thinking
 
 MAX_OUTER_BRACKETS = 5  # pairs removed around the whole; a thousand pairs would take quadratic time
-LONGEST_STATEMENT = 4000  # characters read after "the answer is"
 _BRACES = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\,;]+)")
-_PHRASE = re.compile(
-    r"\banswer\b[*_:\s]{0,8}(?:(?:is|are|was)\b|(?<=:)|(?<=:[*_])|(?<=:\*\*)|=)[:*_]{0,4}", re.IGNORECASE
-)
-_HASHES = re.compile(r"(?<!#)####(?!#)")
 
 
 def extract(completion: str) -> tuple[str | None, str]:
     """Extract the final answer: (text, "") or (None, "no_answer" | "truncated").
 
-    Order, after the thinking: the last complete box; without any box the last `####` line; else the last
-    "answer is". An empty answer is none.
+    Order, after the thinking: the last complete box; without any box the last `####` that an answer follows; else the last
+    "answer is", also in other languages. An empty answer is none.
 
     Example: `extract("so \\boxed{41}, no: \\boxed{42}")` gives `("42", "")`.
     """
@@ -35,10 +31,7 @@ def extract(completion: str) -> tuple[str | None, str]:
     box, opened = last_box(text)
     if box is None and opened:
         return None, "truncated"
-    answer = box
-    if answer is None:
-        marks = list(_HASHES.finditer(text))
-        answer = _first_line(text[marks[-1].end() :]) if marks else _phrase(text)
+    answer = announced_answer(text) if box is None else box
     answer = answer.strip() if answer else ""
     return (answer, "") if answer else (None, "no_answer")
 
@@ -61,40 +54,10 @@ def last_box(text: str) -> tuple[str | None, bool]:
         elif token[-1] == "{" and len(token) > 2:
             opened = True
             stack.append(found.end())
-    bare = _last(_BARE_BOX, text)  # TeX allows `\boxed 7`
+    bare = last_match(_BARE_BOX, text)  # TeX allows `\boxed 7`
     if bare is not None and (best is None or bare.start() > best[0]):
         return bare.group(1).rstrip("."), True
     return (text[best[0] : best[1]], True) if best else (None, opened)
-
-
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
-
-
-def _first_line(text: str) -> str:
-    return text.lstrip(" \t*").split("\n", 1)[0]
-
-
-def _phrase(text: str) -> str | None:
-    """Text after the last "answer is …" or "Answer: …"."""
-    last = _last(_PHRASE, text)
-    return None if last is None else _statement(text[last.end() : last.end() + LONGEST_STATEMENT])
-
-
-def _statement(text: str) -> str:
-    """Answer at the start of a text: its formula if it starts with one, else its first sentence."""
-    text = text.lstrip(" \t\n*_:")
-    for opening, closing in (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$")):
-        if text.startswith(opening):
-            end = text.find(closing, len(opening))
-            if end >= 0:
-                tail = re.match(r"\s*(?:,|or\b|and\b)\s*(?=\$|\\\()", text[end + len(closing) :])
-                if tail is None:
-                    return text[len(opening) : end]
-                break  # "$2$ or $3$": the whole sentence is the answer
-    line = _first_line(text)
-    sentence = re.split(r"[.!?](?=\s|$)", line, maxsplit=1)[0]
-    return sentence.strip().strip("*_").strip()
 
 
 # Normalization --------------------------------------------------------------------------------------------------------
@@ -107,10 +70,13 @@ _SIGNS = {
     "⌉": r"\rceil ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda ",
     "μ": r"\mu ", "φ": r"\phi ", "ω": r"\omega ", "√": r"\sqrt ", "∠": r"\angle ", "△": r"\triangle ", "→": r"\to ",
     "€": "", "£": "", "¥": "", "₹": "", "’": "'", "′": "'",
+    "、": ",", "،": ",", "٬": ",", "٫": ".", "٪": "%", "。": ".", "।": ".",
 }  # fmt: skip
 _SIGN_PATTERN = re.compile("|".join(map(re.escape, _SIGNS)))
 _RAISED = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _LOWERED = re.compile(r"[₀₁₂₃₄₅₆₇₈₉]+")
+_ROOT_OF_NUMBER = re.compile(r"√\s*(\d+(?:\.\d+)?)")  # the sign has no braces: its root is of the whole number
+_FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")  # such as ४ and ٤
 _VULGAR = re.compile(r"(\d?)([¼½¾⅐-⅞])")
 
 # (pattern, replacement), in order. Each only normalizes notation and never changes a value.
@@ -125,7 +91,10 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad\b|\\(?:thinspace|enspace|hspace\{[^{}]*\})", " "),
         (r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|it|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|bm"
          r"|boldsymbol|pmb)(?![a-zA-Z])", ""),
-        (r"\\(?:d|t|c)frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
+        (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\\l?brace(?![a-zA-Z])", r"\\{"),
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
         (r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|operatorname\*?|emph|textup)"
@@ -150,15 +119,17 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"\\(?:dots|cdots|ldots|dotsc)(?![a-zA-Z])|\.\.\.|…", r"\\ldots "),
         (r"\\infin(?![a-zA-Z])|(?<![a-zA-Z\\])(?:infinity|inf)(?![a-zA-Z])", r"\\infty "),
         (r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![a-zA-Z\\])sqrt\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),  # no LaTeX, so the root is of the whole number
         (r"(?<![a-zA-Z\\])(pi|sqrt)(?![a-zA-Z])", r"\\\1 "),
         (r"\*\*", "^"),
         (r"\*", r"\\cdot "),
         (r";", ","),
     ]
 ]  # fmt: skip
-_SHORT_FRACTION = re.compile(r"\\frac\s*(\{[^{}]*\}|\d|[a-zA-Z]|\\[a-zA-Z]++)\s*(\{[^{}]*\}|\d|[a-zA-Z]|\\[a-zA-Z]++)")
-_SHORT_ROOT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z]|\\[a-zA-Z]+|\(([^()]*)\))")
-_SHORT_SCRIPT = re.compile(r"\s*([\^_])\s*(?:\{\s*([^{}]*?)\s*\}|(-?\d+|[a-zA-Z]|\\[a-zA-Z]+))")
+# `\log_28` with nothing behind it: the base is one token, as in TeX, since a logarithm needs an argument.
+_SHORT_LOG = re.compile(
+    r"\\log\s*_\s*([2-9])\s*(\d+(?:\.\d+)?)(?=\s*(?:$|[-+=<>,)\]}/|]|\\(?:cdot|times|leq|geq|neq|pm|text|\})))"
+)
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _TEXT_BY_TEXT = re.compile(r"(\\text\s*\{[^{}]*)\}\s*(/|\\cdot|\s)\s*\\text\s*\{(?!\s*(?:and|or)\b)")
 _QUANTITY = re.compile(r"([-+]?\d[\d,]*(?:\.\d+)?)\s+([a-zA-Z][a-zA-Z ./-]*)")
@@ -173,7 +144,9 @@ def canonical(answer: str) -> str:
     text = _VULGAR.sub(_spell_vulgar, answer)
     text = _RAISED.sub(lambda found: "^{" + unicodedata.normalize("NFKC", found.group()).replace("−", "-") + "}", text)
     text = _LOWERED.sub(lambda found: "_{" + unicodedata.normalize("NFKC", found.group()) + "}", text)
+    text = _ROOT_OF_NUMBER.sub(r"\\sqrt{\1}", text)
     text = _SIGN_PATTERN.sub(lambda found: _SIGNS[found.group()], unicodedata.normalize("NFKC", text))
+    text = _FOREIGN_DIGIT.sub(lambda found: str(unicodedata.decimal(found.group())), text)
     # Drop zero-width and direction marks; replace control characters by spaces.
     text = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text
                    if char.isascii() or unicodedata.category(char) != "Cf")  # fmt: skip
@@ -183,10 +156,7 @@ def canonical(answer: str) -> str:
     text = _TEXT_BY_TEXT.sub(r"\1 \2 ", text)  # \text{km}/\text{h} is one unit
     text = _TEXT.sub(_unwrap, text)
     text = _AND_OR.sub(" , ", text)
-    text = _SHORT_SCRIPT.sub(lambda found: f"{found[1]}{{{found[2] if found[2] is not None else found[3]}}}", text)
-    text = _SHORT_FRACTION.sub(lambda found: rf"\frac{_braced(found[1])}{_braced(found[2])}", text)
-    text = _SHORT_ROOT.sub(lambda found: rf"\sqrt{{{found[2] if found[2] is not None else found[1]}}}", text)
-    return tidy(text)
+    return tidy(brace_arguments(_SHORT_LOG.sub(r"\\log_{\1}{\2}", text)))
 
 
 def _spell_vulgar(found: re.Match[str]) -> str:
@@ -202,10 +172,6 @@ def _unwrap(found: re.Match[str]) -> str:
     if whole := _QUANTITY.fullmatch(inner):
         return rf" {whole[1]} \text{{{whole[2]}}}"
     return found[0] if unit or re.search(r"[a-zA-Z]{2}", inner) else f" {inner} "
-
-
-def _braced(piece: str) -> str:
-    return piece if piece.startswith("{") else f"{{{piece}}}"
 
 
 def tidy(text: str) -> str:

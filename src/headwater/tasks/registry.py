@@ -78,6 +78,8 @@ class Task:
     gold           conversion of a data cell to a gold answer; None: the formats of mathematics data sets
     warm_up        a pair to grade at worker start, so that imports do not count against the first answer's time
     generator      problem generator (`generate` in a recipe); None if the task has none
+    one_answer     whether answers that are correct for one gold are the same answer, so that they are one vote of maj@k, and two
+                   golds of one problem agree if each is correct for the other; False where a gold is a test that many answers pass
     """
 
     name: str
@@ -90,6 +92,7 @@ class Task:
     gold: Callable[[Any], str | None] | None = None
     warm_up: tuple[str, str] | None = None
     generator: Generator | None = None
+    one_answer: bool = True
 
 
 TASKS: dict[str, Task] = {
@@ -108,6 +111,7 @@ TASKS: dict[str, Task] = {
         bounded=False,
         as_completion=countdown.as_completion,
         gold=cell_as_is,
+        one_answer=False,
         generator=Generator(countdown.generate, countdown.CountdownDials),
     ),
     "words": Task(
@@ -134,7 +138,13 @@ TASKS: dict[str, Task] = {
     ),
     "choice": Task("choice", choice.grade, choice.extract, bounded=False, gold=cell_as_is),
     "regex": Task(
-        "regex", regex.grade, exact.extract, bounded=True, as_completion=regex.as_completion, gold=cell_as_is
+        "regex",
+        regex.grade,
+        exact.extract,
+        bounded=True,
+        as_completion=regex.as_completion,
+        gold=cell_as_is,
+        one_answer=False,
     ),
     "json": Task(
         "json",
@@ -153,6 +163,7 @@ TASKS: dict[str, Task] = {
         as_completion=python_tests.as_completion,
         blank=python_tests.BLANK,
         gold=cell_as_is,
+        one_answer=False,
     ),
 }
 
@@ -191,7 +202,7 @@ def find_task(name: str) -> Task:
     def grade(gold: str, completion: str) -> Outcome:
         return _checked_outcome(function(gold, completion))
 
-    return Task(name, grade, extract=None, bounded=True)
+    return Task(name, grade, extract=None, bounded=True, one_answer=False)
 
 
 def grader_code(name: str) -> str | None:

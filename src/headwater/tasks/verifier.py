@@ -101,6 +101,17 @@ class Verifier:
                     verdicts.update(dict.fromkeys(indices, verdict))
             return [verdicts[index] for index in range(len(pairs))]
 
+    def same_gold(self, first: str, second: str) -> bool:
+        """Whether two gold answers are the same answer: each, written as a completion, is correct for the other.
+
+        Example: `Verifier("maths").same_gold("1/2", "0.5")` is True.
+        """
+        if not self.task.one_answer:
+            return first == second
+        pairs = [(gold, self.task.as_completion(other)) for gold, other in ((first, second), (second, first))]
+        verdicts = self([(gold, completion) for gold, completion in pairs if completion is not None])
+        return len(verdicts) == 2 and all(verdict.correct for verdict in verdicts)
+
     def _grade_in_process(self, gold: str, completion: str) -> tuple[bool, str] | None:
         """The outcome if no worker is needed, else None. Never raises: no text may crash the caller."""
         try:

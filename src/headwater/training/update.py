@@ -97,7 +97,7 @@ def update(
     if reused and not all(row.zero_gradient for row in rows):
         own = [row for row in rows if row.local and not row.zero_gradient]
         rollouts = [row.rollout for row in own]
-        old_logps = iter(budget.fit_passes(partial(logp_of, policy, rollouts), rollouts))
+        old_logps = iter(budget.fit_passes(partial(logp_of, policy, rollouts), rollouts, policy.memory_settings))
         rows = [replace(row, old_logp=next(old_logps)) if row.local and not row.zero_gradient else row for row in rows]
     group_size = stage.group_size if objective.source == "policy" else 1
     minibatches = split_minibatches(rows, stage.minibatches, group_size)
@@ -112,7 +112,7 @@ def update(
             weight_of = {id(row): weight for row, weight in zip(minibatch, weights, strict=True)}
             own = [row for row in live if row.local]
             attempt = partial(gradient, policy, objective, own, weight_of)
-            measured = budget.fit_passes(attempt, [row.rollout for row in own])
+            measured = budget.fit_passes(attempt, [row.rollout for row in own], policy.memory_settings)
             for name, value in policy.ranks.all_reduce_sum(measured).items():
                 sums[name] += value
             norm = clip_grad_norm(policy, stage.optim.grad_clip)

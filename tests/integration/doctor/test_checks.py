@@ -10,9 +10,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from headwater.config.builtin import find_recipe
 from headwater.doctor import checks
 from headwater.doctor.checks import CHECKS
-from runs import call, tiny
+from headwater.doctor.resource_checks import stage_files
+from headwater.runs.estimate import base_of
+from headwater.runs.setup import prepared
+from runs import TINY, call, tiny
 from tiny import tiny_model
 
 PAD, END = 151643, 151645  # <|endoftext|>, where Qwen's Base models end, and <|im_end|>, where Instruct does
@@ -124,3 +128,33 @@ def test_finished_run_skips_preflight(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
     monkeypatch.setattr(checks, "examine", lambda *given: pytest.fail("the doctor was asked again"))
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
+
+
+# Disk and memory against runs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arm", "lora"),
+    [("direct_grpo", "null"), ("direct_grpo", "{r: 4}"), ("bridge_rl", "{r: 4, output: adapter, roles: [student]}")],
+)
+def test_disk_is_what_a_run_then_takes(arm: str, lora: str, tmp_path: Path) -> None:
+    """Weights and checkpoints of every stage within a fifth; the small files beside them are not estimated."""
+    changes = [f"models.lora={lora}", "stages.student_rl.checkpoint_every=1"]
+    with prepared(find_recipe("pocket", [*TINY, *changes]), [arm], [0]) as (plan, inputs):
+        shapes = {role: inputs.shape(role) for role in ("teacher", "student")}
+        said = {
+            plan.names[node]: stage_files(node, inputs, shapes[base_of(node.start)])
+            for node in plan.order()
+            if node.kind == "train"
+        }
+    assert tiny("run", tmp_path / "out", "--arm", arm, changes=changes).code == 0
+    for name, (model, checkpoint, kept) in said.items():
+        folder = tmp_path / "out" / "nodes" / name
+        weights, checkpoints = (
+            sum(path.stat().st_size for path in (folder / part).rglob("*.safetensors"))
+            for part in ("model", "checkpoint")
+        )
+        assert len(list((folder / "checkpoint").iterdir())) == kept == (2 if "student_rl" in name else 1)
+        assert weights == pytest.approx(model, rel=0.2), name
+        assert checkpoints == pytest.approx(kept * checkpoint, rel=0.2), name
+    assert len(said) == (1 if arm == "direct_grpo" else 4)

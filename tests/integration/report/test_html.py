@@ -375,8 +375,9 @@ def test_curves_show_mean_and_range_over_seeds_at_common_steps() -> None:
 def test_arms_of_equal_cost_are_plot_next_to_each_other() -> None:
     assert figures.sideways_shifts([256, 256, 256, 512]) == [-5.0, 0.0, 5.0, 0.0]
     series = [figures.Series(name, style, [256.0], [0.5], [0.4], [0.6]) for style, name in enumerate("abc")]
-    series.append(figures.Series("base_student", None, [0.0], [0.1]))
+    series.append(figures.Series("base_student", None, (), [0.1]))
     plot = figures.line_plot("c", {"Accuracy on sums": series}, figures.ValueAxis("labels"), [])
+    assert plot.description.endswith("c 50.0 (40.0 to 60.0) at 256.0; base_student 10.0")
     verticals = re.findall(r'd="M ([\d.]+) [\d.]+\nL ([\d.]+) [\d.]+\n"[^>]*stroke: var\(--series', plot.element)
     xs = [float(x) for x, end in verticals if x == end]
     assert len(xs) == 3 and all(abs(b - a - 5.0) < 0.2 for a, b in itertools.pairwise(xs))

@@ -487,6 +487,65 @@ def test_an_exact_cache_that_would_be_refused_is_named_before_it_is_sampled(
     assert list(resource_checks.disk(context_of(tmp_path, "stages.warmup.dense.top_k=8"))) == []
 
 
+def advice_at(share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *changes: str) -> str:
+    """The remedy where `share` of the needed memory is free."""
+    context = context_of(tmp_path, *changes)
+    largest = resource_checks.largest_pending(context, context.inputs)
+    assert largest is not None
+    monkeypatch.setattr(resource_checks, "free_memory", lambda device: share * largest.bytes)
+    (finding,) = resource_checks.memory(context)
+    return finding.remedy
+
+
+def test_memory_advice_names_adapters_with_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    remedy = advice_at(0.9, monkeypatch, tmp_path)
+    # The teacher's GRPO with an adapter: frozen float32 weights, and 16 bytes for each of the adapter's.
+    teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
+    linears = [one for name, one in teacher.named_modules() if isinstance(one, torch.nn.Linear) and name != "lm_head"]
+    adapter = 16 * sum(one.in_features + one.out_features for one in linears)
+    bytes_ = 4 * sum(one.numel() for one in teacher.parameters()) + 16 * adapter
+    assert f"set models.lora={{r: 16}} (then {resource_checks.size(bytes_)})" in remedy
+    # Weights that train stay float32 in bfloat16, with a copy: it would need more.
+    assert "bfloat16" not in remedy and "gradient_checkpointing" not in remedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "unnamed"),
+    [
+        (["models.lora={r: 4}"], ["quantize=nf4", "dtype=bfloat16"], ["models.lora={", "roles"]),
+        (["models.lora={r: 4, roles: [student]}"], ["models.lora.roles=[teacher, student]"], ["models.lora={"]),
+        (["models.lora={r: 4, quantize: nf4}", "models.dtype=bfloat16", "models.gradient_checkpointing=true"],
+         ["smaller models", "microbatch_tokens"], ["models.lora", "quantize", "bfloat16", "gradient_checkpointing"]),
+        (["models.gradient_checkpointing=true"], ["models.lora={r: 16}"], ["gradient_checkpointing"]),
+        ([], ["models.gradient_checkpointing=true", "models.lora={r: 16}"], []),
+    ],
+)  # fmt: skip
+def test_memory_advice_names_no_setting_that_is_on(
+    changes: list[str], named: list[str], unnamed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    remedy = advice_at(1.1, monkeypatch, tmp_path, *changes)
+    assert all(one in remedy for one in named) and not any(one in remedy for one in unnamed)
+
+
+@pytest.mark.parametrize(("sleep", "found"), [(0.0, []), (0.02, ["bfloat16-slower"])])
+def test_bfloat16_that_is_slower_here_is_measured(
+    sleep: float, found: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The timed pass runs under torch.autocast: one type of it is made slower."""
+    real = torch.autocast
+
+    def autocast(device: str, dtype: torch.dtype, enabled: bool) -> torch.autocast:
+        time.sleep(sleep if enabled else 0.02 - sleep)
+        return real(device, dtype=dtype, enabled=enabled)
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    threads = torch.get_num_threads()
+    findings = list(resource_checks.compute_dtype(context_of(tmp_path, "models.dtype=bfloat16")))
+    assert [finding.name for finding in findings] == found and torch.get_num_threads() == threads
+    assert all(float(re.search(r"is ([\d.]+) times", one.evidence)[1]) > 3 for one in findings)  # type: ignore[index]
+    assert list(resource_checks.compute_dtype(context_of(tmp_path))) == []
+
+
 def test_free_memory_is_known_here() -> None:
     free = resource_checks.free_memory(torch.device("cpu"))
     assert free is not None and 1e7 < free < 1e14

@@ -25,9 +25,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The fields of all data sources that are read."""
     fields: list[str] = []
 
-    def counting_load(source: Source, what: str, need_answers: bool, gold: Any = None) -> LoadedProblems:
+    def counting_load(source: Source, what: str, *settings: Any) -> LoadedProblems:
         fields.append(what)
-        return load(source, what, need_answers, gold)
+        return load(source, what, *settings)
 
     monkeypatch.setattr("headwater.runs.inputs.load", counting_load)
     return fields

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from fake_runs import ARMS, by_problem, fake_run, graded
 from headwater.errors import UserError
+from headwater.report import build as report
 from headwater.report import sweep as sweep_report
 from headwater.report import sweep_page
 from headwater.report.svg import TEXT
@@ -144,6 +146,34 @@ def test_failed_point_is_shown_in_sentences_table_plot_and_page() -> None:
     assert ">128 (failed)<" in plot.svg and ">64<" in plot.svg
     assert "failed: no group had rewards that differ" in sweep_page.page(found, plot)
     assert sweep_page.cell(found["points"][1], "bridge", "sums") == "failed"
+
+
+def test_reports_without_an_arm_of_the_sweep_count_as_no_result(tmp_path: Path) -> None:
+    fake_run(tmp_path / "64", seeds=(0,), arms={"direct_grpo": ARMS["direct_grpo"]})
+    report.write(tmp_path / "64")
+    found = sweep_page.write(pocket("labels", "64", arms=["bridge"]), tmp_path, {})
+    assert (found["points"][0]["arms"], found["evals"]) == ({}, [])
+    assert found["said"] == ["labels 64 has not run yet."]
+    assert "No point has a result yet." in (tmp_path / "sweep.html").read_text(encoding="utf-8")
+
+
+def test_arms_that_the_paper_does_not_compare_are_compared_with_the_first(tmp_path: Path) -> None:
+    names = ["warmup_only", "raw_teacher", "replay"]
+    fake_run(tmp_path / "64", arms={name: ARMS[name] for name in names})
+    report.write(tmp_path / "64")
+    found = sweep_page.write(pocket("labels", "64", arms=names), tmp_path, {})
+    (point,) = found["points"]
+    pairs = {(row["a"], row["b"]): row for row in point["contrasts"]}
+    assert set(pairs) == {("raw_teacher", "warmup_only"), ("replay", "warmup_only")}
+    for (a, b), row in pairs.items():
+        shares = [
+            [right for seed in (0, 1, 2) for rights in by_problem(graded(tmp_path / "64", arm, seed), "correct").values()
+             for right in rights]
+            for arm in (a, b)
+        ]  # fmt: skip
+        difference = sum(shares[0]) / len(shares[0]) - sum(shares[1]) / len(shares[1])
+        assert row["difference"] == pytest.approx(difference, abs=2e-6) and row["low"] < difference < row["high"]
+        assert (row["seeds"], row["problems"]) == (3, 60)
 
 
 def test_single_arm_is_compared_with_itself_at_the_first_value() -> None:

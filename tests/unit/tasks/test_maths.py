@@ -70,7 +70,7 @@ def test_why_there_is_no_answer_is_said(completion: str, reason: str) -> None:
 
 def test_votes_are_for_values() -> None:
     halves = [r"\boxed{\dfrac12}", "The answer is 0.50.", "#### 1/2", r"\boxed{x = \frac{1}{2}}"]
-    assert [maths.extract(text) for text in halves] == ["1/2", "1/2", "1/2", r"x=\frac{1}{2}"]
+    assert [maths.extract(text) for text in halves] == ["1/2"] * 4
     assert maths.extract(r"\boxed{1{,}080\text{ cm}}") == "1080" and maths.extract("nothing") is None
 
 

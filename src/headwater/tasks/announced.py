@@ -1,0 +1,163 @@
+"""Find the answer that a text announces: GSM8K's `####`, "The answer is …" in several languages, a heading "Final answer".
+
+Everything here takes linear time, so it can run in the parent process on untrusted text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+
+LONGEST_STATEMENT = 4000  # characters read after "the answer is"
+
+# Language: (noun, verbs that may follow it instead of a colon). Negations ("ist nicht", "不是") are no such verb.
+_NOUNS_AND_VERBS = {
+    "Chinese": (r"答案", r"就?是|[为為]|等[于於]"),
+    "Japanese": (r"(?:答え?|解答|回答|正解)", r"は"),
+    "Korean": (r"(?:정답|답)", r"[은는]"),
+    "German": (r"\bantwort", r"ist\b|lautet\b|beträgt\b"),
+    "French": (r"\br[ée]ponse(?:\s(?:finale|correcte|exacte))?", r"est\b|vaut\b"),
+    "Spanish": (r"\brespuesta(?:\s(?:final|correcta))?", r"es\b|son\b"),
+    "Italian": (r"\brisposta(?:\s(?:finale|corretta|esatta))?", r"[èé](?!\w)|e['’]"),
+    "Portuguese": (r"\bresposta(?:\s(?:final|correta|certa))?", r"é(?!\w)"),
+    "Dutch": (r"\bantwoord", r"is\b|luidt\b"),
+    "Swedish, Danish, Norwegian": (r"\bsvaret", r"är\b|er\b|blir\b"),
+    "Swedish, Danish, Norwegian, short": (r"\bsvar", r"(?!)"),
+    "Polish": (r"\bodpowied[zź]", r"to\b|brzmi\b|wynosi\b"),
+    "Czech": (r"\bodpověď", r"je\b|zní\b"),
+    "Russian": (r"\bответ(?:ом)?", r"равен\b|это\b|составляет\b|является\b|[—–-]\s"),
+    "Ukrainian": (r"\bвідповідь", r"це\b|дорівнює\b|[—–-]\s"),
+    "Turkish": (r"\b(?:cevap|yanıt)", r"(?!)"),
+    "Vietnamese": (r"\b(?:đáp\s(?:án|số)|câu\strả\slời)", r"là\b"),
+    "Indonesian": (r"\bjawaban(?:nya)?(?:\sakhir(?:nya)?)?", r"adalah\b|ialah\b"),
+    "Romanian": (r"\brăspuns(?:ul)?(?:\s(?:final|corect))?", r"este\b"),
+    "Greek": (r"\bαπάντηση", r"είναι\b"),
+    "Arabic": (r"(?:الإجابة|الاجابة|الجواب)(?:\s(?:النهائية|النهائي|الصحيحة|الصحيح))?", r"ه[يو]\b"),
+    "Hebrew": (r"התשובה(?:\sהסופית)?", r"היא\b"),
+    "Hindi": (r"(?:उत्तर|जवाब)", r"है\b|(?=\s?[-$\\\d])"),
+}
+_PHRASE = re.compile(
+    r"\banswer\b[*_:：\s]{0,8}(?:(?:is|are|was)\b|(?<=[:：])|(?<=[:：][*_])|(?<=[:：]\*\*)|=)[:：*_]{0,4}",
+    re.IGNORECASE,
+)
+# The first letters of the nouns: most positions of a text fail here, which is five times as fast as trying every noun.
+_FOREIGN_PHRASE = re.compile(
+    "(?=[答解回正정답aArRsSoOоОвВcCyYđĐjJαΑاהउज])(?:"
+    + "|".join(rf"{noun}[*_\s]{{0,8}}(?:{verbs}|[:：=＝])" for noun, verbs in _NOUNS_AND_VERBS.values())
+    + ")",
+    re.IGNORECASE,
+)
+_NOUN = "|".join([r"answer", *(noun for noun, _ in _NOUNS_AND_VERBS.values())])
+_ARTICLE = r"(?:(?:the|my|die|la|il|a|o|el|het|final|correct|endgültige|最终|最終|最后的?|正确|최종|итоговый|окончательный)\s*){0,2}"
+# "#### Final answer", "**Answer**": a line of its own, above the answer. Marks are required, since "Answer" alone may be anything.
+_HEADING = re.compile(
+    rf"^[ \t]{{0,3}}(?:#{{1,6}}[ \t*_]*|\*\*|__){_ARTICLE}(?:{_NOUN})[ \t]?[*_:：]{{0,4}}[ \t]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+# GSM8K's mark, but not five.
+_HASHES = re.compile(r"(?<!#)####(?!#)")
+# What stands after `####` where it begins a Markdown heading.
+_LABEL = re.compile(
+    rf"{_ARTICLE}(?:{_NOUN}|answers?|solution|lösung|result|conclusion|explanation|summary|verification|check|reasoning|analysis"
+    r"|approach|proof|notes?|calculations?|(?:steps?|part|case|example|problem|question|schritt|étape|paso|步骤|шаг)\b.*"
+    r"|第.{1,3}步.*|\d{1,2}[.)]\s+[^\W\d_]{2}.*)\s*[:：]?",
+    re.IGNORECASE,
+)
+_NUMERAL = re.compile(r"[-+]?\\?\$?\s?\d[\d,]*(?:\.\d+)?(?:\s?/\s?\d+)?\s?\\?%?\.?")
+# Sentence ends: also of scripts without spaces, and their comma where the sentence goes on in words.
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？｡؟।；]|[，、](?=\s*[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])")
+# Verbs that end a sentence: "答えは42です".
+_FINAL_VERB = re.compile(r"\s*(?:です|である|だ|となります|になります|입니다|이다|이에요|예요|है|हैं)$")
+_OR = (
+    r"或者?|和|及|または|又は|と|또는|과|와|oder|und|ou|et|o|u|y|e|of|en|och|og|eller|lub|i|nebo|или|и|або|та|veya|ve|hoặc|và|atau|dan|"
+    r"sau|și|ή|και|أو|و|או|या|और"
+)
+_BETWEEN = re.compile(rf"(?<=[\d$)}}])\s*(?:{_OR})\s*(?=[-+]?[\d$(\\])")
+_MORE = re.compile(rf"\s*(?:[,，、]|or\b|and\b|{_OR})\s*(?=\$|\\\()")
+
+
+def announced_answer(text: str) -> str | None:
+    """Answer after the last `####` that an answer follows, else after the last announcement in words; None without either.
+
+    Example: `announced_answer("#### Step 1\\n…\\n#### 42")` and `announced_answer("所以答案是42。")` give `"42"`.
+    """
+    for mark in reversed(list(_HASHES.finditer(text))):
+        line = first_line(text[mark.end() :])
+        if line and not _is_label(line):
+            return _after_phrase(line) or line
+    return _after_phrase(text)
+
+
+def marked_answer(text: str) -> str | None:
+    """Answer after GSM8K's `####` in a reference solution, whose last line it is; None if the marks are headings or missing.
+
+    Example: `marked_answer("48+24=72\\n#### 72")` is `"72"`; `marked_answer("#### Final answer\\n72")` is None.
+    """
+    marks = list(_HASHES.finditer(text))
+    if not marks:
+        return None
+    rest = text[marks[-1].end() :].strip()
+    line = first_line(rest)
+    if not line or _is_label(line):
+        return None
+    if "\n" not in rest or rest.startswith("\\begin"):
+        return rest
+    return line if len(marks) == 1 and _NUMERAL.fullmatch(line) else None
+
+
+def first_line(text: str) -> str:
+    """First line without the emphasis around it."""
+    return text.lstrip(" \t*").split("\n", 1)[0].rstrip().removesuffix("**")
+
+
+def _is_label(line: str) -> bool:
+    return _LABEL.fullmatch(line.strip(" \t*_")[:200]) is not None
+
+
+def _after_phrase(text: str) -> str | None:
+    """Statement after the last "answer is …", "Answer: …" or heading "Answer"; None without any, or if it is empty."""
+    found = [match for pattern in (_PHRASE, _FOREIGN_PHRASE, _HEADING) if (match := last_match(pattern, text))]
+    if not found:
+        return None
+    last = max(found, key=lambda match: match.end())
+    return _statement(text[last.end() : last.end() + LONGEST_STATEMENT], last.re is not _PHRASE)
+
+
+def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
+
+
+def _statement(text: str, foreign: bool) -> str:
+    """Answer at the start of a text: its formula if it starts with one, else its first sentence.
+
+    foreign  the announcement may be in another language than English: words like "oder" and "或" between formulas make a list
+    """
+    text = text.lstrip(" \t\n*_:：")
+    for opening, closing in (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$")):
+        if text.startswith(opening):
+            end = text.find(closing, len(opening))
+            if end >= 0:
+                if _MORE.match(text, end + len(closing)) is None:
+                    return text[len(opening) : end]
+                break  # "$2$ or $3$": the whole sentence is the answer
+    sentence = _SENTENCE_END.split(first_line(text), maxsplit=1)[0].strip().strip("*_").strip()
+    return _BETWEEN.sub(" , ", _FINAL_VERB.sub("", sentence)) if foreign else sentence
+
+
+# Solutions ------------------------------------------------------------------------------------------------------------
+
+_PROSE = re.compile(r"(?:(?<![\\\w])[^\W\d_]{2,}[\s,]+){2}[^\W\d_]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{6}")
+_MARKDOWN_HEADING = re.compile(r"^\s{0,3}#{1,6}\s", re.MULTILINE)
+_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
+MOST_WORDS = 30  # of an answer; what is longer explains it
+
+
+def is_solution(text: str) -> bool:
+    """Whether a text explains an answer rather than being one: several lines with prose or headings, or many words.
+
+    Example: `is_solution("Add both.\\nThat makes 42 apples in all.")` is True, `is_solution("x = 1\\ny = 2")` is False.
+    """
+    lines = [] if "\\begin" in text else [line for line in text.split("\n") if line.strip()]
+    if len(lines) > 1 and (_PROSE.search(text) or _MARKDOWN_HEADING.search(text)):
+        return True
+    return sum(1 for _ in _WORD.finditer(text)) > MOST_WORDS

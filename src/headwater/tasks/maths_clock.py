@@ -1,0 +1,72 @@
+"""Times of day: `3:45 PM`, `15:45`, `noon`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+LONGEST = 80  # characters
+_NAMED = re.compile(r"(?<![a-z])(?:[ap]\.?\s?m(?![a-z])|noon|midnight|morning|afternoon|evening)", re.IGNORECASE)
+_TIME = re.compile(
+    r"(?:at )?(?P<hour>\d{1,2})(?:[:.](?P<minute>\d\d)(?::(?P<second>\d\d))?)?(?: ?o'?clock)?"
+    r"(?: ?(?P<half>[ap])\.? ?m\.?| (?P<word>noon|midnight)| in the (?P<part>morning|afternoon|evening))?"
+)
+_HALF_DAY = 12 * 3600
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A time of day. Example: `3:45 PM` is `Clock(seconds=56700, certain=True, named=True)`.
+
+    seconds  since midnight; before noon if `certain` is False
+    certain  whether the half of the day is known: `15:45` and `03:45` are certain, `3:45` is not
+    named    whether it is a time by its words: AM, PM, noon; without them `3:45` may be a ratio and `3` a number
+    """
+
+    seconds: int
+    certain: bool
+    named: bool
+
+
+def read_clock(text: str) -> Clock | None:
+    """Parse a canonical answer as a time of day; None for anything else.
+
+    Example: `read_clock("12\\\\text{ noon}") == read_clock("12:00 p.m.")`.
+    """
+    if len(text) > LONGEST:
+        return None
+    spelled = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).lower()
+    spelled = re.sub(r"\s*:\s*", ":", " ".join(spelled.split())).strip()
+    if spelled.strip(".") in ("noon", "midnight"):
+        return Clock(_HALF_DAY if "noon" in spelled else 0, certain=True, named=True)
+    found = _TIME.fullmatch(spelled)
+    if found is None or int(found["minute"] or 0) > 59 or int(found["second"] or 0) > 59:
+        return None
+    hour, rest = int(found["hour"]), 60 * int(found["minute"] or 0) + int(found["second"] or 0)
+    if found["word"]:
+        return Clock(_HALF_DAY if found["word"] == "noon" else 0, True, True) if (hour, rest) == (12, 0) else None
+    half = found["half"] or {"morning": "a", "afternoon": "p", "evening": "p"}.get(found["part"] or "", "")
+    if half == "" and ("." in spelled or hour > 23):
+        return None  # 3.45 is a number
+    if half == "" and (hour > 12 or found["hour"].startswith("0")):
+        return Clock(3600 * hour + rest, certain=True, named=False)
+    if not 1 <= hour <= 12:
+        return None
+    return Clock(3600 * (hour % 12) + rest + (_HALF_DAY if half == "p" else 0), certain=half != "", named=half != "")
+
+
+def same_clock(gold: str, answer: str) -> bool | None:
+    """Whether two canonical answers are the same time of day; None unless both are times and one is named (AM, PM, noon).
+
+    An answer without AM or PM is accepted, like a number without its unit; the wrong one is not.
+
+    Example: `3:45 PM` is the same as `15:45` and `3:45`, but not as `3:45 AM`.
+    """
+    if not (_NAMED.search(gold) or _NAMED.search(answer)):
+        return None
+    wanted, given = read_clock(gold), read_clock(answer)
+    if wanted is None or given is None or not (wanted.named or given.named):
+        return None
+    if wanted.certain and given.certain:
+        return wanted.seconds == given.seconds
+    return wanted.seconds % _HALF_DAY == given.seconds % _HALF_DAY
