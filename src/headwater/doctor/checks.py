@@ -16,6 +16,7 @@ from headwater.doctor import data_checks as data
 from headwater.doctor import model_checks as models
 from headwater.doctor import prompt_checks as prompts
 from headwater.doctor import resource_checks as resources
+from headwater.doctor import saving_checks
 from headwater.doctor import teacher_checks as teachers
 from headwater.doctor import weight_checks as weights
 from headwater.doctor.context import DoctorContext
@@ -86,6 +87,7 @@ CHECKS = (
     Check("truncation", weights.truncation, "weights"),
     Check("sampler against trainer", weights.sampler_against_trainer, "comparisons"),
     Check("student taught by itself", weights.self_distillation, "comparisons"),
+    Check("saving and loading again", saving_checks.saving, "comparisons"),
     Check("teacher scored twice", weights.teacher_agrees_with_itself, "comparisons"),
 )
 

@@ -26,13 +26,26 @@ GAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 def finite(context: DoctorContext) -> Iterator[Finding]:
-    for role in context.sampled_roles:
-        if not all(math.isfinite(sum(rollout.sampler_logp)) for rollout in context.sample(role).rollouts):
+    """NaN and infinity in the weights of every model that samples or teaches, and in the log-probs of what was sampled."""
+    sampled = context.sampled_roles
+    teachers = {teacher for _, teacher in context.distillations}
+    for role in [role for role in context.roles if role in sampled or role in teachers]:
+        bad = not_finite(context.policy(role, frozen=role != "student"))
+        if bad is not None:
+            name, count, size = bad
+            yield error(
+                "not-finite",
+                f"models.{role}: {count:,} of the {size:,} numbers in its weight {name} are NaN or infinite",
+                "download or save the weights again",
+            )
+        elif role in sampled and not all(
+            math.isfinite(sum(rollout.sampler_logp)) for rollout in context.sample(role).rollouts
+        ):
             yield error(
                 "not-finite",
                 f"models.{role}: its log-probs are not finite, so that nothing can be sampled",
-                "its weights hold a NaN or an infinity, or models.dtype is too narrow for it: download the weights again, or use "
-                "models.dtype=float32",
+                "models.dtype is too narrow for it, or its config.json does not fit its weights: use models.dtype=float32, or "
+                "download the model again",
             )
 
 
@@ -56,6 +69,17 @@ def forward_paths(context: DoctorContext) -> Iterator[Finding]:
                 "runs in plain (eager) attention, whose memory grows with the square of the length",
                 "nothing, or lower compute.microbatch_tokens if memory is short",
             )
+
+
+def not_finite(policy: Policy) -> tuple[str, int, int] | None:
+    """(name, numbers that are NaN or infinite, all numbers) of the first weight that holds any; None if all are finite."""
+    for name, tensor in policy.model.named_parameters():
+        # A sum is fast; only where it is not finite are the numbers counted.
+        if tensor.is_floating_point() and not tensor.detach().sum(dtype=torch.float32).isfinite():
+            count = int((~tensor.detach().isfinite()).sum())
+            if count:
+                return name, count, tensor.numel()
+    return None
 
 
 def sampler_against_trainer(context: DoctorContext) -> Iterator[Finding]:

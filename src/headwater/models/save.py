@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from headwater.config.recipe import Models
 from headwater.errors import UserError
@@ -77,6 +78,20 @@ def _write(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
         if source.trust_remote_code and Path(source.base.path, CUSTOM_GENERATE).is_dir():
             shutil.copytree(Path(source.base.path, CUSTOM_GENERATE), folder / CUSTOM_GENERATE)
     _write_tokenizer(policy.tokenizer, source, folder)
+
+
+def save_without_weights(policy: Policy, folder: Path, dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+    """Write what `save_policy` writes besides the weights; return the name and shape of each tensor that it would write.
+
+    One merged matrix at a time is in memory.
+    """
+    shapes = {name: tensor.to("meta") for name, tensor in policy.merged_weights()}
+    config = _written_config(policy.model, {}, dtype)
+    config.save_pretrained(folder)
+    if policy.model.can_generate():
+        policy.model.generation_config.save_pretrained(folder)
+    _write_tokenizer(policy.tokenizer, policy.folder, folder)
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(policy.model, shapes).items()}
 
 
 def _written_config(model: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:

@@ -16,10 +16,10 @@ from rich.text import Text
 from headwater.config.arms import BASE_MODELS, DESCRIPTIONS
 from headwater.report.contrasts import interval_note, reading
 from headwater.report.figures import Plot, Series, ValueAxis, as_plot, line_description, line_figure
-from headwater.report.format import count, p_text, percent, seeds_text, units
+from headwater.report.format import count, p_text, seeds_text, units
 from headwater.report.render import render
 from headwater.report.sweep import accuracy, as_csv, build, comparisons, names
-from headwater.report.terminal import interval_text, rich_table
+from headwater.report.terminal import accuracy_text, interval_text, rich_table
 from headwater.report.view import Column, RowHeader, Table
 from headwater.runs.sweep import Sweep, text_of, variation
 from headwater.storage.run_dir import write_atomic, write_json
@@ -159,7 +159,7 @@ def cell(point: dict[str, Any], arm: str, eval_name: str) -> str:
     scored = accuracy(point, arm, eval_name)
     if scored is None:
         return "failed" if point["failed"] else "–"
-    return f"{percent(scored['mean'])} [{percent(scored['low']):>4}, {percent(scored['high']):>4}]"
+    return accuracy_text(scored)
 
 
 def cost_table(summary: dict[str, Any]) -> Table:

@@ -94,8 +94,12 @@ def _score_cells(arm: dict[str, Any], eval_name: str) -> list[str]:
         states = {failure["state"] for failure in arm["failed"].values()}
         return [min(states) if states else "unfinished" if arm["unfinished"] else "–", "–"]
     best_of_k = list(arm["pass_at_k"][eval_name].values())[-1]
-    interval = f"[{percent(accuracy['low']):>4}, {percent(accuracy['high']):>4}]"
-    return [f"{percent(accuracy['mean'])} {interval}", percent(best_of_k["mean"])]
+    return [accuracy_text(accuracy), percent(best_of_k["mean"])]
+
+
+def accuracy_text(accuracy: dict[str, Any]) -> str:
+    """Example: `67.5 [64.2, 70.7]`."""
+    return f"{percent(accuracy['mean'])} [{percent(accuracy['low']):>4}, {percent(accuracy['high']):>4}]"
 
 
 def _cost_cells(arm: dict[str, Any]) -> list[str]:

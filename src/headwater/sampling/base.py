@@ -32,7 +32,8 @@ class Sampler(Protocol):
     ) -> list[Rollout]:
         """Rollouts in the order of the requests, each with the log-probs that its tokens were drawn with.
 
-        on_finished  called with rollouts as they finish, each exactly once, in any order, so that grading can start early
+        on_finished  called with rollouts as they finish, each exactly once, in any order, so that grading can start early; and now and
+                     then with none, so that the caller can stop: what it raises ends the sampling
         """
         ...
 

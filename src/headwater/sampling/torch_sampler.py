@@ -23,6 +23,9 @@ from headwater.types import Rollout
 CHECK_EVERY_CPU, CHECK_EVERY_GPU = 1, 8
 """Steps between checks for finished sequences. Each check synchronizes the device; until then finished rows decode on."""
 
+STOP_EVERY = 16
+"""Steps, a multiple of both, between chances for the caller to stop while no sequence finishes."""
+
 
 def make_factory(recipe: Recipe) -> SamplerFactory:
     """Embedded samplers that decode up to `compute.sample_batch` sequences at once, fewer after running out of memory."""
@@ -88,6 +91,8 @@ class TorchSampler:
                     if on_finished is not None:
                         on_finished(list(finished.values()))
                     decoder.select_rows(batch.remove(finished_rows))
+                elif on_finished is not None and step % STOP_EVERY == 0:
+                    on_finished([])
         return [rollouts[index] for index in range(len(requests))]
 
     def _rollout(self, request: Request, sequence: FinishedSequence, sampling: Sampling) -> Rollout:

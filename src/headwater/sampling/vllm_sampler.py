@@ -200,7 +200,7 @@ class VllmSampler:
                 outputs = {int(out.request_id): out.outputs[0] for out in self._step(engine) if out.finished}
                 finished = {index: self._rollout(requests[index], out, sampling) for index, out in outputs.items()}
                 rollouts.update(finished)
-                if finished and on_finished is not None:
+                if on_finished is not None:
                     on_finished(list(finished.values()))
         finally:
             left = [request_id for request_id, index in indices.items() if index not in rollouts]

@@ -91,7 +91,7 @@ def sample_and_grade(
 ) -> Graded:
     """Sample, and grade finished rollouts while others are still being sampled; only sample when `labels` is None.
 
-    on_finished  called with rollouts as they finish
+    on_finished  called with rollouts as they finish, and with none between verdicts; what it raises ends the work
 
     One thread hands completions to the graders in the order in which they finish; slow graders run in processes of their
     own (tasks/verifier.py), so sampling is hardly slowed. Raises TrainingStoppedError when log-probs are not finite.
@@ -102,20 +102,27 @@ def sample_and_grade(
 
         def arrived(finished: Sequence[Rollout]) -> None:
             refuse_nan(finished)
+            if on_finished is not None:
+                on_finished(finished)  # first: where it stops a node of several ranks, none of them has begun to grade
             if labels is not None and finished:
                 pairs = [(rollout.problem_id, prompter.completion(rollout.completion_ids)) for rollout in finished]
                 keys = [(rollout.problem_id, rollout.sample) for rollout in finished]
                 pending.append((keys, thread.submit(labels.check, pairs)))
-            if on_finished is not None:
-                on_finished(finished)
-            fault_points.failpoint("rollouts.arrived")
+            if finished:
+                fault_points.failpoint("rollouts.arrived")
 
-        rollouts = sampler.sample(requests, sampling, arrived)
-        sampled = time.perf_counter()
-        verdicts: dict[Key, Verdict] = {}
-        for keys, future in pending:
-            verdicts.update(zip(keys, future.result(), strict=True))
-            fault_points.failpoint("verdicts.checked")
+        try:
+            rollouts = sampler.sample(requests, sampling, arrived)
+            sampled = time.perf_counter()
+            verdicts: dict[Key, Verdict] = {}
+            for keys, future in pending:
+                verdicts.update(zip(keys, future.result(), strict=True))
+                fault_points.failpoint("verdicts.checked")
+                if on_finished is not None:
+                    on_finished([])
+        except BaseException:
+            thread.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for a long queue of slow graders
+            raise
     return Graded(
         rollouts=rollouts,
         texts=[prompter.completion(rollout.completion_ids) for rollout in rollouts],
