@@ -1,4 +1,4 @@
-"""Shared fixtures. One thread everywhere: bit-reproducible sums need a fixed number of them, and CI has few cores."""
+"""Shared fixtures. Tests use one thread: bit-reproducible sums need a fixed number, and CI has few cores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SLOWEST = (
     "integration/runs/test_run_node.py",
     "integration/models/test_oom.py",
 )
-"""Files that start first, so that no worker is left with a long one at the end (with --no-loadscope-reorder)."""
+"""Slow files that start first, so that none runs alone at the end (with --no-loadscope-reorder)."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_random_state() -> None:
-    """Tests that draw random tensors draw the same ones alone and in company."""
+    """Seed torch before each test, so that its random tensors do not depend on other tests."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
 
@@ -69,7 +69,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def policy() -> Policy:
-    """A tiny Qwen3 of its own for each test, so that training it disturbs nobody."""
+    """A tiny Qwen3, new for each test, which may train it."""
     return tiny_policy("qwen3", seed=0)
 
 
@@ -93,5 +93,5 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pocket_folder() -> Path:
-    """Where the pocket models are shipped: pocket_folder / "qwen3-student", and so on."""
+    """Folder of the shipped pocket models, such as pocket_folder / "qwen3-student"."""
     return Path(str(files("headwater"))) / "pocket"

@@ -1,5 +1,5 @@
-"""The whole of it, by `make chaos`: every point at its first, middle and last arrival, each alone; every file damaged in every
-way; workers killed. `tests/support/chaos.py` makes the random kills, `tests/support/endurance.py` the long runs."""
+"""The full fault tests (`make chaos`): every fault point at its first, middle and last arrival; every file damaged in every way;
+killed workers. `tests/support/chaos.py` kills at random times, `tests/support/endurance.py` makes long runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from forked_runs import warm_runs
 from headwater.report import build as report
 from headwater.storage import fault_points
 from runs import environment, program
-from tests.integration.test_faults import FILES, KILLED, damaged, go, one_sentence, undisturbed, whole
+from tests.integration.test_faults import FILES, KILLED, check_damaged_file, go, one_sentence, undisturbed, whole
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
@@ -46,7 +46,7 @@ def test_full_disk_at_first_middle_and_last_write_exits_4_and_resumes(name: str,
 
 
 MAY_BE_MISSING = {"opd/DONE", "base_student/DONE", "plan.json", "recipe.json"}
-"""Their absence is no damage: a node without DONE was interrupted, a folder without a plan has just begun."""
+"""Files whose absence is not damage: a node without DONE was interrupted, a folder without a plan has just been started."""
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ MAY_BE_MISSING = {"opd/DONE", "base_student/DONE", "plan.json", "recipe.json"}
     [(name, how) for name in FILES for how in ("cut", "removed") if how == "cut" or name not in MAY_BE_MISSING],
 )
 def test_truncated_or_removed_file_is_detected(name: str, how: str, tmp_path: Path) -> None:
-    damaged(name, how, tmp_path)
+    check_damaged_file(name, how, tmp_path)
 
 
 def test_run_killed_repeatedly_at_random_fault_points_resumes_bit_for_bit(tmp_path: Path) -> None:
     draw, names = random.Random(0), sorted(undisturbed()[1])
     kills = runs = 0
-    while kills < 30:  # a run that comes to its end before is compared, and the next one begins
+    while kills < 30:  # a run that finishes before its fault is compared, and the next one starts
         result = go(tmp_path / str(runs), f"{draw.choice(names)}:{draw.randint(1, 4)}=kill")
         if result.code == KILLED:
             kills += 1
@@ -72,7 +72,7 @@ def test_run_killed_repeatedly_at_random_fault_points_resumes_bit_for_bit(tmp_pa
 
 
 def test_study_with_workers_killed_at_random_times_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """Real processes: the parent is killed, its workers end by themselves before another may go on with their nodes."""
+    """Real processes: after the parent is killed, its workers end before another process may take over their nodes."""
     alone, out, draw = tmp_path / "alone", tmp_path / "out", random.Random(1)
     assert warm_runs().run(*study(alone, "0")).code == 0
     options = ["--arms", "direct_grpo,raw_teacher,bridge,bridge_rl,replay", "--seeds", "0", "--workers", "2"]

@@ -1,9 +1,9 @@
-"""Every command of the README and the docs stands in one of these tables and is run, or not, as the table says.
+"""Every command of the README and the docs is listed in one of these tables, which says whether and how it is run.
 
-AS_IT_STANDS    typed literally, in a folder with a recipe, problems and finished runs of one's own
-IN_SMALL        typed so: with what makes minutes or days into seconds, or with a file in the place of DATA
-ONLY_PARSED     needs other hardware, another program or the network; why, and which tests run the like of it
-OTHER_PROGRAMS  does not begin with `headwater`
+VERBATIM        run literally, in a folder with a recipe, problems and finished runs
+SCALED_DOWN     run in a form that takes seconds instead of minutes or days, or with a file in place of DATA
+PARSED_ONLY     needs other hardware, another program or the network; the reason, and which test covers it
+OTHER_PROGRAMS  lines that do not start with `headwater`
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import pytest
 from headwater.config.builtin import builtin_text
 from headwater.tasks import sums
 from runs import TINY, CommandResult, call, environment, program, tiny
-from tests.integration.test_docs import EXAMPLES, PAGES, ROOT, commands, fault
+from tests.integration.test_docs import EXAMPLES, PAGES, ROOT, commands, parse_error
 
 STUDY = "study pocket --dry-run"
 
-AS_IT_STANDS = {  # and what it says, as a regular expression
+VERBATIM = {  # command -> regular expression of its output
     "init gsm8k": "student: ",
     "init paper-qwen3-1.7b": "student: ",
     "init pocket > my.yaml": "student: pocket:qwen3-student",
@@ -56,7 +56,7 @@ AS_IT_STANDS = {  # and what it says, as a regular expression
 }
 
 SMALL = " ".join(f"--set {change}" for change in TINY if not change.startswith("data."))
-IN_SMALL = {  # what is typed in its place, and what that says
+SCALED_DOWN = {  # command -> what is run instead, and a regular expression of its output
     "init [NAME]": ("init", "student: pocket:qwen3-student"),
     "run RECIPE [--arm NAME]": ("run my.yaml --arm direct_grpo --out runs/one SMALL", "direct_grpo"),
     "run my.yaml --out runs/my": ("run my.yaml --out runs/my SMALL", "bridge_rl"),
@@ -142,103 +142,105 @@ IN_SMALL = {  # what is typed in its place, and what that says
     "watch DIR": ("watch runs/demo --json", '"running": false'),
 }
 
-ONLY_PARSED = {
+PARSED_ONLY = {
     "demo": "takes minutes; it is the study `pocket` of the default arms, whose plan is printed above",
     "run my.yaml --set compute.sampler=vllm": "needs vLLM: tests/integration/engines/test_vllm_sampler.py, make test-engines",
-    "run my.yaml --arm raw_teacher --set models.teacher=http://gpu-7:8000/v1": "a server: tests/integration/test_teachers.py has one",
-    "merge ADAPTER OUT": "needs an adapter that was trained: tests/unit/models/test_lora.py",
-    "push DIR --to ID": "needs the hub: tests/integration/test_ecosystem.py pushes to one of its own",
-    "push DIR --to owner/name": "needs the hub: tests/integration/test_ecosystem.py pushes to one of its own",
+    "run my.yaml --arm raw_teacher --set models.teacher=http://gpu-7:8000/v1": "server: tests/integration/test_teachers.py starts one",
+    "merge ADAPTER OUT": "needs a trained adapter: tests/unit/models/test_lora.py",
+    "push DIR --to ID": "needs the hub: tests/integration/test_ecosystem.py pushes to a local one",
+    "push DIR --to owner/name": "needs the hub: tests/integration/test_ecosystem.py pushes to a local one",
     "study pocket --arms raw_teacher,raw_warmup_only": "an arm yet to be added: tests/integration/test_extending.py adds it",
     "validate FILE --task yes_no": "a task yet to be added: tests/integration/test_extending.py adds it",
     "report runs/demo --serve": "does not end by itself: the test below starts and ends it",
 }
 
-OTHER_PROGRAMS = {  # a line's beginning, and why the line is not run here
-    "make ": "every target is dry-run below; what they install takes minutes",
+OTHER_PROGRAMS = {  # start of a line -> why it is not run here
+    "make ": "every target is dry-run below; installation takes minutes",
     "pip install": "installs packages",
     ".venv/bin/python make_problems.py": "tests/integration/test_docs.py runs the script of the tutorial",
     "cd examples": "where the two commands after it are run",
-    "torchrun --nproc-per-node 2 -m headwater run pocket": "tests/integration/test_torchrun.py starts two processes so",
+    "torchrun --nproc-per-node 2 -m headwater run pocket": "tests/integration/test_torchrun.py starts two processes this way",
     "torchrun --nproc-per-node 8 -m headwater run my.yaml": "needs eight GPUs",
     "torchrun --nnodes 2": "needs two machines",
     "vllm serve": "needs vLLM: tests/integration/engines/test_vllm_server.py, make test-engines",
     ".venv-bench/bin/python -m benchmarks": "needs the peers: tests/unit/test_benchmarks.py runs the harness without them",
-    "python -m tools.pretrain desk": "takes hours and a GPU: tests/integration/tools/test_pretrain_desk.py makes small ones",
+    "python -m tools.pretrain desk": "takes hours and a GPU: tests/integration/tools/test_pretrain_desk.py makes small models",
     "python -m benchmarks.ten_settings": "takes hours: tests/unit/test_benchmarks.py",
 }
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder: my.yaml on problems of one's own, and finished runs that the docs name."""
-    place = tmp_path_factory.mktemp("commands")
+def work_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with a recipe, problem files and the finished runs that the docs name."""
+    folder = tmp_path_factory.mktemp("commands")
     for name, pool, count in (("problems", "train", 300), ("held-out", "eval", 4)):
         rows = [{"question": text, "answer": gold} for text, gold in sums.generate(count, pool, 0)]
-        (place / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     recipe = builtin_text("pocket").replace("{generate: {pool: train, count: 2000}}", "problems.jsonl")
     recipe = recipe.replace("{generate: {pool: eval, count: 500}}", "held-out.jsonl")
-    (place / "mine.yaml").write_text(recipe)
+    (folder / "mine.yaml").write_text(recipe)
     row = {"id": "1", "gold": "47", "completion": "The answer is 47."}
-    (place / "graded.jsonl").write_text(json.dumps(row))
+    (folder / "graded.jsonl").write_text(json.dumps(row))
     for path in EXAMPLES.glob("*"):
-        shutil.copy(path, place / path.name)
+        shutil.copy(path, folder / path.name)
     for seed in (0, 1):
-        result = tiny("run", place / f"runs/seed{seed}", "--arm", "direct_grpo", "--seed", str(seed))
+        result = tiny("run", folder / f"runs/seed{seed}", "--arm", "direct_grpo", "--seed", str(seed))
         assert result.code == 0, result.err
     for copy, of in (("runs/demo", 0), ("runs/a", 0), ("runs/b", 1), ("DIR/256", 0)):
-        shutil.copytree(place / f"runs/seed{of}", place / copy, ignore=shutil.ignore_patterns("checkpoint"))
-    return place
+        shutil.copytree(folder / f"runs/seed{of}", folder / copy, ignore=shutil.ignore_patterns("checkpoint"))
+    return folder
 
 
-def told() -> set[str]:
-    """Every command in the docs that is more than a verb's name in a sentence."""
+def documented_commands() -> set[str]:
+    """Every command in the docs, except verbs that are only named in a sentence."""
     return {command for _, command in commands() if len(command.split()) > 1 or command == "demo"}
 
 
 def test_docs_commands_are_listed_in_one_table() -> None:
-    tables = [*AS_IT_STANDS, *IN_SMALL, *ONLY_PARSED]
+    tables = [*VERBATIM, *SCALED_DOWN, *PARSED_ONLY]
     assert len(tables) == len(set(tables))
-    assert sorted(told() - set(tables)) == [] and sorted(set(tables) - told()) == []
+    assert sorted(documented_commands() - set(tables)) == [] and sorted(set(tables) - documented_commands()) == []
 
 
 @cache
-def once(line: str) -> CommandResult:
-    """What the docs say in several ways is typed once."""
+def call_once(line: str) -> CommandResult:
+    """Run a command line once, although several commands of the docs lead to it."""
     return call(*shlex.split(line))
 
 
-@pytest.mark.parametrize("command", [*AS_IT_STANDS, *IN_SMALL])
-def test_docs_command_runs(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    typed, says = (command, AS_IT_STANDS[command]) if command in AS_IT_STANDS else IN_SMALL[command]
-    monkeypatch.chdir(place)
-    monkeypatch.syspath_prepend(str(place))
+@pytest.mark.parametrize("command", [*VERBATIM, *SCALED_DOWN])
+def test_docs_command_runs(command: str, work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line_to_run, expected = (command, VERBATIM[command]) if command in VERBATIM else SCALED_DOWN[command]
+    monkeypatch.chdir(work_folder)
+    monkeypatch.syspath_prepend(str(work_folder))
     shutil.copy("mine.yaml", "my.yaml")
-    line, _, into = typed.replace("SMALL", SMALL).partition(" > ")
-    result = once(line)
+    line, _, target = line_to_run.replace("SMALL", SMALL).partition(" > ")
+    result = call_once(line)
     assert result.code == 0, result.out + result.err
-    assert re.search(says, result.out), result.out
-    if into:
-        (place / into).write_text(result.out)
+    assert re.search(expected, result.out), result.out
+    if target:
+        (work_folder / target).write_text(result.out)
 
 
-@pytest.mark.parametrize("command", ONLY_PARSED)
+@pytest.mark.parametrize("command", PARSED_ONLY)
 def test_docs_command_parses(command: str) -> None:
-    assert fault(command) is None
-    for name in re.findall(r"tests/[\w/]+\.py", ONLY_PARSED[command]):
+    assert parse_error(command) is None
+    for name in re.findall(r"tests/[\w/]+\.py", PARSED_ONLY[command]):
         assert (ROOT / name).exists()
 
 
-def test_report_serve_answers_and_ends_on_interrupt(place: Path) -> None:
+def test_report_serve_answers_and_ends_on_interrupt(work_folder: Path) -> None:
     words = [*shlex.split("report runs/demo --serve"), "--port", "0"]
-    with subprocess.Popen(program(*words), cwd=place, stdout=subprocess.PIPE, text=True, env=environment()) as served:
-        assert served.stdout is not None
-        address = re.search(r"http://127\.0\.0\.1:\d+/", served.stdout.readline())
+    with subprocess.Popen(
+        program(*words), cwd=work_folder, stdout=subprocess.PIPE, text=True, env=environment()
+    ) as server:
+        assert server.stdout is not None
+        address = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())
         assert address is not None
         with urllib.request.urlopen(address[0], timeout=60) as answer:
             assert "direct_grpo" in answer.read().decode()
-        served.send_signal(2)
-        assert served.wait(20) == 130
+        server.send_signal(2)
+        assert server.wait(20) == 130
 
 
 def test_docs_lines_of_other_programs_are_listed() -> None:
@@ -254,7 +256,7 @@ def test_docs_lines_of_other_programs_are_listed() -> None:
     assert [begins for begins in OTHER_PROGRAMS if not any(line.startswith(begins) for line in lines)] == []
     for line in lines:
         if "-m headwater " in line:
-            assert fault(line.split("-m headwater ")[1]) is None
+            assert parse_error(line.split("-m headwater ")[1]) is None
 
 
 def test_docs_make_targets_exist() -> None:

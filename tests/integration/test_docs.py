@@ -1,4 +1,4 @@
-"""What the docs tell people to type works, what they name exists, and the examples are recipes."""
+"""Documentation: its commands parse, the names and files that it mentions exist, and the examples run."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ EXAMPLES = ROOT / "examples"
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, what follows `headwater`) of every command: lines of code blocks, and code within sentences."""
-    found = []
+    """(page, arguments of `headwater`) of every command in code blocks and in inline code."""
+    result = []
     for page, text in PAGES.items():
         text = re.sub(r"\\\n\s*", " ", text)
         lines = re.findall(
             r"^(?:    )?(?:[\w./-]*/)?(?:\.venv/bin/)?(?:[A-Z_]+=\S+ )?headwater ([a-z]+.*?)$", text, flags=re.MULTILINE
         )
         spans = re.findall(r"`headwater ([a-z]+[^`]*)`", text.replace("\n", " "))
-        found += [(page, re.sub(r"\s+#\s.*", "", one).strip()) for one in lines + spans]
-    return sorted(set(found))
+        result += [(page, re.sub(r"\s+#\s.*", "", command).strip()) for command in lines + spans]
+    return sorted(set(result))
 
 
 def words(command: str) -> list[str]:
-    """A command as its words; in a synopsis what is optional is given, and names in capitals stand for something."""
+    """Split a command into words; of a synopsis, include the optional parts and replace placeholders in capitals."""
     text = command.split(" > ")[0].replace("\\|", "|")
     text = re.sub(r"[\[\]]", " ", text).replace("…", "")
-    text = re.sub(r"(?<=[a-z])\|\S+", "", text)  # of several choices the first
+    text = re.sub(r"(?<=[a-z])\|\S+", "", text)  # the first of several choices
     return [re.sub(r"^[A-Z]$", "2", word) for word in shlex.split(text)]
 
 
@@ -56,13 +56,13 @@ def verbs() -> dict[str, click.Command]:
     return typer.main.get_command(app).commands  # type: ignore[attr-defined, no-any-return]
 
 
-def fault(command: str) -> str | None:
-    """Why the program would not take this command, as far as its words say. None if it would."""
+def parse_error(command: str) -> str | None:
+    """Error message of parsing a command line; None if it is valid."""
     verb, *rest = words(command)
     if verb not in verbs():
         return "no such verb"
     if not rest and verb not in ("init", "demo"):
-        return None  # a verb's name in a sentence
+        return None  # a verb named in a sentence
     try:
         verbs()[verb].make_context(verb, rest)
     except click.exceptions.Exit:
@@ -75,25 +75,25 @@ def fault(command: str) -> str | None:
 
 def test_docs_commands_parse() -> None:
     """tests/integration/test_commands.py runs them."""
-    told = commands()
-    assert len(told) > 60
-    assert [(page, command, message) for page, command in told if (message := fault(command)) is not None] == []
+    listed = commands()
+    assert len(listed) > 60
+    assert [(page, command, message) for page, command in listed if (message := parse_error(command)) is not None] == []
 
 
 def test_theory_page_names_existing_functions() -> None:
     named = set(re.findall(r"`(headwater(?:\.\w+)+)`", PAGES["docs/theory.md"]))
     assert len(named) > 20
     for name in named | set(re.findall(r"^::: (headwater[.\w]+)", PAGES["docs/api.md"], flags=re.MULTILINE)):
-        _named(name)
+        resolve(name)
     for module, members in re.findall(
         r"^::: (headwater[.\w]+)\n    options: \{members: \[(.*?)\]", PAGES["docs/api.md"], flags=re.MULTILINE
     ):
         for member in members.split(", "):
-            _named(f"{module}.{member}")
+            resolve(f"{module}.{member}")
 
 
-MADE_BY_THE_READER = {"make_problems.py", "my_graders.py"}
-"""Files that a page tells its reader to write."""
+WRITTEN_BY_THE_READER = {"make_problems.py", "my_graders.py"}
+"""Files that a page asks its reader to write."""
 
 
 def test_docs_pages_name_existing_modules_and_files() -> None:
@@ -102,12 +102,12 @@ def test_docs_pages_name_existing_modules_and_files() -> None:
     dotted = {name for text in pages.values() for name in re.findall(r"(?<!\w)headwater(?:\.[a-zA-Z_]\w*)+", text)}
     assert len(dotted) > 40
     for name in sorted(dotted):
-        _named(name)
+        resolve(name)
     roots = [ROOT, *(ROOT / part for part in ("src/headwater", "tests/integration/engines", "examples", "docs"))]
     missing = [
         (page, path)
         for page, text in pages.items()
-        for path in set(re.findall(r"(?<![\w/.*-])[\w./-]+\.(?:py|c)(?!\w)", text)) - MADE_BY_THE_READER
+        for path in set(re.findall(r"(?<![\w/.*-])[\w./-]+\.(?:py|c)(?!\w)", text)) - WRITTEN_BY_THE_READER
         if not any((root / path).exists() for root in [*roots, (ROOT / page).parent])
     ]
     assert missing == []
@@ -125,28 +125,29 @@ def test_architecture_page_names_existing_folders() -> None:
     assert [folder for folder in folders if not (ROOT / "src/headwater" / folder).is_dir()] == []
 
 
-def _named(name: str) -> object:
+def resolve(name: str) -> object:
+    """Import a dotted name."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:
-            found: object = importlib.import_module(".".join(parts[:end]))
+            value: object = importlib.import_module(".".join(parts[:end]))
         except ModuleNotFoundError:
             continue
         for part in parts[end:]:
-            found = getattr(found, part)
-        return found
+            value = getattr(value, part)
+        return value
     raise AssertionError(f"{name}: no such module")
 
 
 def test_tutorial_script_writes_problems_that_fit_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    makes, data = (
+    script, data = (
         re.search(rf"```{kind}\n(.*?)```", PAGES["docs/tutorial.md"], flags=re.DOTALL)[1]  # type: ignore[index]
         for kind in ("python", "yaml")
     )
-    subprocess.run([sys.executable, "-c", makes], check=True, timeout=60)
-    given = re.sub(r"^data:\n(?:  .*\n)+", data, call("init", "pocket").out, flags=re.MULTILINE)
-    Path("my.yaml").write_text(given)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    recipe_text = re.sub(r"^data:\n(?:  .*\n)+", data, call("init", "pocket").out, flags=re.MULTILINE)
+    Path("my.yaml").write_text(recipe_text)
     recipe = find_recipe("my.yaml", [])
     assert recipe.data.labeled.path == "problems.jsonl" and list(recipe.data.evals) == ["held_out"]
     for name, count in (("problems.jsonl", 400), ("held-out.jsonl", 200)):
@@ -184,9 +185,9 @@ def test_lora_example_fits_the_device_that_it_names(monkeypatch: pytest.MonkeyPa
     assert command is not None and command[1].endswith("rtx4090")
     result = call(*shlex.split(command[1]), "--json")
     assert result.code == 0, result.err
-    found = json.loads(result.out)
-    assert {one["node"].split(".")[0] for one in found} >= {"teacher_rl", "warmup", "opd", "student_rl"}
-    assert max(one["peak_bytes"] for one in found) < 0.95 * DEVICES["rtx4090"].memory
+    estimates = json.loads(result.out)
+    assert {row["node"].split(".")[0] for row in estimates} >= {"teacher_rl", "warmup", "opd", "student_rl"}
+    assert max(row["peak_bytes"] for row in estimates) < 0.95 * DEVICES["rtx4090"].memory
 
 
 def test_two_gpu_example_command_parses() -> None:
@@ -194,7 +195,7 @@ def test_two_gpu_example_command_parses() -> None:
         r"-m headwater (run .*)$", (EXAMPLES / "two_gpus.sh").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
     assert command is not None
-    assert fault(command[1]) is None
+    assert parse_error(command[1]) is None
 
 
 def test_own_grader_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

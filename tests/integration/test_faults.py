@@ -1,6 +1,6 @@
-"""A run that is killed, starved of disk or damaged anywhere ends as if it had not been, or says in a sentence why it cannot.
+"""Fault injection: a run that is killed, out of disk space or damaged resumes bit for bit, or is refused in one sentence.
 
-The fast part; `make chaos` has the rest (test_chaos.py). Every comparison is of every file, by hash (`chaos.differing`).
+The fast part; `make chaos` runs the rest (test_chaos.py). `chaos.differing` compares every file by hash.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from headwater.storage.files import read_json, write_json
 from runs import load_json, node, rows, temporary
 
 KILLED = -signal.SIGKILL
-pytestmark = pytest.mark.timeout(900)  # processes that are paused or share a core are no fault
+pytestmark = pytest.mark.timeout(900)  # generous, for machines that share cores
 
 
 def go(out: Path, fault: str | None = None, *changes: str) -> ProcessResult:
@@ -34,7 +34,7 @@ def go(out: Path, fault: str | None = None, *changes: str) -> ProcessResult:
 
 @cache
 def undisturbed() -> tuple[Path, dict[str, int]]:
-    """A run that nothing disturbed, and how often it arrived at each point, in the order of first arrivals."""
+    """An undisturbed run, and its number of arrivals at each fault point, in the order of first arrivals."""
     out = temporary() / "whole"
     result = go(out)
     assert result.code == 0, result.err
@@ -50,38 +50,38 @@ def copied(folder: Path) -> Path:
 
 
 def points() -> list[str]:
-    """The points that an undisturbed run comes by, in the order of its first arrivals."""
+    """Fault points of an undisturbed run, in the order of first arrivals."""
     return list(undisturbed()[1])
 
 
-def once_at_each(names: list[str], kind: str, folder: Path) -> Iterator[tuple[str, ProcessResult]]:
-    """Runs that each meet a fault at the next point, going on in one folder where the last one stopped.
+def run_with_fault_at_each(names: list[str], kind: str, folder: Path) -> Iterator[tuple[str, ProcessResult]]:
+    """Yield runs with a fault at one point after the other; each resumes in the folder where the last one stopped.
 
-    A run that finishes because the work behind its point is done ends that folder, which must be as if nothing had been; the
-    point then has a fresh one, in which it must be reached.
+    A run may finish because the work with its point is already done. Its folder must then equal the undisturbed one, and the
+    point is tried in a new folder, where it must be reached.
     """
-    many = 0
+    number = 0
     for name in names:
-        result = go(folder / str(many), f"{name}:1={kind}")
+        result = go(folder / str(number), f"{name}:1={kind}")
         if result.code == 0:
-            assert differing(folder / str(many), whole()) == []
-            many += 1
-            result = go(folder / str(many), f"{name}:1={kind}")
+            assert differing(folder / str(number), whole()) == []
+            number += 1
+            result = go(folder / str(number), f"{name}:1={kind}")
         assert result.code != 0, f"{name} was not reached"
         yield name, result
-    assert go(folder / str(many)).code == 0
-    assert differing(folder / str(many), whole()) == []
+    assert go(folder / str(number)).code == 0
+    assert differing(folder / str(number), whole()) == []
 
 
 def one_sentence(result: ProcessResult) -> str:
-    """What the program said at its end, which is one line without a traceback."""
+    """The error message of a run, which must be one line without a traceback."""
     assert "Traceback" not in result.err, result.err
     last = result.err.strip().splitlines()[-1]
     assert last.startswith("headwater: "), result.err
     return last.removeprefix("headwater: ")
 
 
-# The instruments ------------------------------------------------------------------------------------------------------
+# Fault points and comparison ------------------------------------------------------------------------------------------
 
 
 def test_fault_points_table_lists_every_failpoint_of_the_source() -> None:
@@ -98,7 +98,7 @@ def test_fault_points_table_lists_every_failpoint_of_the_source() -> None:
 
 
 def test_run_reaches_every_fault_point() -> None:
-    """All but one, which comes only where something is in the way (`test_run_killed_while_replacing_a_folder_resumes_bit_for_bit`)."""
+    """All but `folder.moved`, which needs an existing folder (`test_run_killed_while_replacing_a_folder_resumes_bit_for_bit`)."""
     assert set(points()) == set(fault_points.POINTS) - {"folder.moved"}
 
 
@@ -124,7 +124,7 @@ def test_environment_variable_arms_a_failpoint() -> None:
 
 
 def test_resume_drops_old_checkpoints_that_a_killed_run_left(tmp_path: Path) -> None:
-    """Distillation has three checkpoints here, of which two are kept; no step follows that would drop the first."""
+    """OPD has three checkpoints here, of which two remain; no further step would drop the first."""
     out, saved = tmp_path / "out", 7  # two of the teacher, two of the warm-up, then the third
     assert go(out, f"checkpoint.saved:{saved}=kill").code == KILLED
     assert len(list((node(out, "bridge_rl", "opd") / "checkpoint").glob("[0-9]*"))) == 3
@@ -133,7 +133,7 @@ def test_resume_drops_old_checkpoints_that_a_killed_run_left(tmp_path: Path) -> 
 
 
 def flip(path: Path, share: float = 0.5, bit: int = 0) -> None:
-    """Turn one bit of a file over."""
+    """Flip one bit of a file."""
     content = bytearray(path.read_bytes())
     content[min(len(content) - 1, int(share * len(content)))] ^= 1 << bit
     path.unlink()
@@ -151,7 +151,7 @@ def test_differing_detects_one_bit(name: str, tmp_path: Path) -> None:
     path = node(out, "bridge_rl", "opd") / name
     if path.suffix == ".safetensors":
         flip(path, 1.0)
-    else:  # in the last digit of a number that no clock measured
+    else:  # in the last digit of a number that is not a measured time
         key = {"metrics.jsonl": '"lr": ', "ledger.jsonl": '"flops": ', "conditions.jsonl": '"entropy_student": '}.get(
             name, '"tokens": '
         )
@@ -173,13 +173,13 @@ def test_differing_detects_added_and_removed_files(tmp_path: Path) -> None:
 
 
 def test_run_killed_at_every_fault_point_resumes_bit_for_bit(tmp_path: Path) -> None:
-    for name, result in once_at_each(points(), "kill", tmp_path):
+    for name, result in run_with_fault_at_each(points(), "kill", tmp_path):
         assert result.code == KILLED, (name, result.err)
 
 
 def test_run_killed_while_replacing_a_folder_resumes_bit_for_bit(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert go(out, "model.saved:1=kill").code == KILLED  # so that the model's folder is there, and is written again
+    assert go(out, "model.saved:1=kill").code == KILLED  # the model's folder exists and will be written again
     for fault, code in (("folder.moved:1=full", 4), ("folder.moved:1=kill", KILLED), ("folder.renamed:1=kill", KILLED)):
         assert go(out, fault).code == code
     assert go(out).code == 0
@@ -200,7 +200,9 @@ def test_run_killed_late_resumes_bit_for_bit(fault: str, tmp_path: Path) -> None
 def test_full_disk_at_every_write_exits_4_and_the_run_resumes(
     tmp_path: Path,
 ) -> None:
-    for name, result in once_at_each([name for name in points() if name in fault_points.WRITES], "full", tmp_path):
+    for name, result in run_with_fault_at_each(
+        [name for name in points() if name in fault_points.WRITES], "full", tmp_path
+    ):
         assert result.code == 4, (name, result.code, result.err)
         assert "no space left on device" in one_sentence(result) and str(tmp_path) in one_sentence(result), name
 
@@ -214,7 +216,7 @@ def test_read_only_file_system_exits_4_and_the_run_resumes(fault: str, tmp_path:
     assert differing(out, whole()) == []
 
 
-def mounted(folder: Path, size: str) -> bool:
+def mount_tmpfs(folder: Path, size: str) -> bool:
     folder.mkdir()
     return (
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode
@@ -224,7 +226,7 @@ def mounted(folder: Path, size: str) -> bool:
 
 def test_full_tmpfs_exits_4_and_the_run_resumes(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
-    if not mounted(disk, "3m"):
+    if not mount_tmpfs(disk, "3m"):
         pytest.skip("needs the right to mount")
     try:
         for _ in range(2):
@@ -258,7 +260,7 @@ def test_unwritable_output_folder_is_refused_and_left_unchanged(tmp_path: Path) 
     assert digests(out) == before
 
 
-# Signals, errors, company ---------------------------------------------------------------------------------------------
+# Signals, errors, other processes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["int", "term"])
@@ -270,7 +272,7 @@ def test_unwritable_output_folder_is_refused_and_left_unchanged(tmp_path: Path) 
 def test_interrupted_run_exits_130_and_resumes_bit_for_bit(
     kind: str, point: str, stage: str, unfinished: bool, tmp_path: Path
 ) -> None:
-    """Training after the step at work, with a checkpoint; a cache or an evaluation at once, to be done again."""
+    """Training stops after the current step, with a checkpoint; a cache or an evaluation stops at once and is repeated."""
     out = tmp_path / "out"
     result = go(out, f"{point}={kind}")
     assert result.code == 130 and "Traceback" not in result.err
@@ -303,20 +305,20 @@ def test_second_process_on_a_locked_folder_is_refused(tmp_path: Path) -> None:
 
 # Damage ---------------------------------------------------------------------------------------------------------------
 
-MENDED, REFUSED, REWRITTEN = "mended", "refused", "rewritten"
-FILES = {  # of a finished run -> what becomes of it: done again and named; refused and named; made anew in any run
-    "opd/model/model.safetensors": MENDED,
-    "opd/model/tokenizer.json": MENDED,
-    "opd/model/README.md": MENDED,
-    "opd/evals/final/sums.jsonl": MENDED,
-    "opd/node.json": MENDED,
-    "opd/DONE": MENDED,
-    "teacher_rollouts/cache/distributions.safetensors": MENDED,
-    "teacher_rollouts/cache/rollouts.jsonl": MENDED,
-    "teacher_rollouts/ledger.jsonl": MENDED,
-    "base_student/evals/final/sums.jsonl": MENDED,
-    "base_student/DONE": MENDED,
-    "opd/metrics.jsonl": REFUSED,  # of a step before the last two checkpoints: they cannot bring it back
+RECOMPUTED, REFUSED, REWRITTEN = "recomputed", "refused", "rewritten"
+FILES = {  # file of a finished run -> what a run does when it is damaged; REWRITTEN files are written by every run
+    "opd/model/model.safetensors": RECOMPUTED,
+    "opd/model/tokenizer.json": RECOMPUTED,
+    "opd/model/README.md": RECOMPUTED,
+    "opd/evals/final/sums.jsonl": RECOMPUTED,
+    "opd/node.json": RECOMPUTED,
+    "opd/DONE": RECOMPUTED,
+    "teacher_rollouts/cache/distributions.safetensors": RECOMPUTED,
+    "teacher_rollouts/cache/rollouts.jsonl": RECOMPUTED,
+    "teacher_rollouts/ledger.jsonl": RECOMPUTED,
+    "base_student/evals/final/sums.jsonl": RECOMPUTED,
+    "base_student/DONE": RECOMPUTED,
+    "opd/metrics.jsonl": REFUSED,  # of a step before the two remaining checkpoints, so it cannot be recomputed
     "opd/ledger.jsonl": REFUSED,
     "opd/conditions.jsonl": REFUSED,
     "opd/sums.jsonl": REFUSED,
@@ -331,7 +333,7 @@ FILES = {  # of a finished run -> what becomes of it: done again and named; refu
 }
 
 
-def located(out: Path, name: str) -> Path:
+def path_of(out: Path, name: str) -> Path:
     stage, _, rest = name.partition("/")
     return (
         node(out, "bridge_rl", stage) / rest
@@ -342,12 +344,12 @@ def located(out: Path, name: str) -> Path:
     )
 
 
-def damaged(name: str, how: str, folder: Path) -> None:
-    """What must hold of a finished run's folder with one damaged file."""
+def check_damaged_file(name: str, how: str, folder: Path) -> None:
+    """Damage one file of a finished run, run again, and assert the outcome of FILES."""
     out = copied(folder)
-    path = located(out, name)
+    path = path_of(out, name)
     if how == "flipped":
-        flip(path, 0.5 if name == "recipe.json" else 0.1)  # its first fields may differ, and are written anew
+        flip(path, 0.5 if name == "recipe.json" else 0.1)  # the first fields may change on resume and are rewritten
     elif how == "cut":
         content = path.read_bytes()
         path.unlink()
@@ -361,18 +363,18 @@ def damaged(name: str, how: str, folder: Path) -> None:
         assert what in one_sentence(result)
         return
     assert result.code == 0, result.err
-    if FILES[name] == MENDED:
+    if FILES[name] == RECOMPUTED:
         assert f"{path}: is damaged; " in result.err.replace("\n", "")
     assert differing(out, whole()) == []
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_flipped_bit_is_detected_in_every_file(name: str, tmp_path: Path) -> None:
-    damaged(name, "flipped", tmp_path)
+    check_damaged_file(name, "flipped", tmp_path)
 
 
 def unfinished(folder: Path) -> tuple[Path, Path]:
-    """A run killed in its OPD after the second of three steps, with two checkpoints and a third step half written."""
+    """A run killed in its OPD after the second of three steps, with two checkpoints and a partly written third step."""
     out = folder / "out"
     assert go(out, "step.kept:7=kill").code == KILLED  # 2 of teacher_rl, 2 of warmup, and the third of opd
     opd = next(out.glob("nodes/opd.*"))
@@ -399,7 +401,7 @@ def test_resume_is_refused_if_all_checkpoints_are_damaged(tmp_path: Path) -> Non
         flip(opd / "checkpoint" / step / "model.safetensors")
     result = go(out)
     assert result.code == 2 and str(opd / "checkpoint/000002/model.safetensors") in one_sentence(result)
-    shutil.rmtree(opd)  # as the sentence says
+    shutil.rmtree(opd)  # the remedy that the message names
     assert go(out).code == 0
     assert differing(out, whole()) == []
 
@@ -430,10 +432,10 @@ def test_large_file_is_verified_whole_before_use(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(run_dir, "LARGE", 1 << 10)
     folder = run_dir.NodeDir(node(out, "bridge_rl", "opd"))
     flip(folder.model / "model.safetensors")
-    assert folder.damage() is None  # of the same size: a start does not see it
+    assert folder.damage() is None  # the size is the same, so the check at the start does not see it
     with pytest.raises(UserError, match=r"model\.safetensors: is damaged"):
         folder.refuse_damage("model/")
-    assert not folder.done.exists()  # so that the next start makes it again
+    assert not folder.done.exists()  # so that the next run recomputes it
 
 
 def test_report_of_damaged_results_is_refused(tmp_path: Path) -> None:

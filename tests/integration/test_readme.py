@@ -31,9 +31,9 @@ def test_readme_commands_for_own_problems_run_in_order(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     rows = [{"question": f"What is {n} + {n}?", "answer": f"{n} and {n} are {2 * n}.\n#### {2 * n}"} for n in range(20)]
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    told = commands()
-    assert [one.split()[0] for one in told] == ["init", "validate", "doctor", "run", "run"]
-    for command in told:
+    lines = commands()
+    assert [line.split()[0] for line in lines] == ["init", "validate", "doctor", "run", "run"]
+    for command in lines:
         line, _, target = command.partition(" > ")
         words = line.split()
         if words[0] == "run":

@@ -1,7 +1,7 @@
-"""What the tests of reliability share, and a program of its own: `python tests/support/chaos.py --kills 500`.
+"""Shared helpers of the fault tests, and a program: `python tests/support/chaos.py --kills 500`.
 
-It runs a study of tiny pocket nodes, kills its whole process group at random times until that many kills were made, lets it
-end, and holds every file against those of the study that nobody disturbed.
+The program runs a study of tiny pocket nodes, kills its process group at random times until that number of kills is reached, lets
+it finish, and compares every file with those of an undisturbed study.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SMALL = (  # every kind of node, a checkpoint a step, evaluations and measuremen
         for stage in ("teacher_rl", "warmup", "student_rl")
         for field in ("batch_size=4", "group_size=2", "steps=2", "checkpoint_every=1", "sampling.max_tokens=10")
     ),
-    "stages.teacher_rl.sparse.kl_coef=0.01",  # a gradient also where all rewards are alike
+    "stages.teacher_rl.sparse.kl_coef=0.01",  # a gradient even if all rewards are equal
     "stages.student_rl.sparse.kl_coef=0.01",
     "stages.opd.batch_size=4",
     "stages.opd.steps=3",
@@ -43,7 +43,7 @@ SMALL = (  # every kind of node, a checkpoint a step, evaluations and measuremen
     "stages.student_rl.eval_every=1",
     "evaluate.samples=2",
     "evaluate.sampling.max_tokens=10",
-    "models.teacher=pocket:qwen3-student",  # the smallest there is
+    "models.teacher=pocket:qwen3-student",  # the smallest model
 )
 
 
@@ -52,7 +52,7 @@ def small(out: Path, *changes: str, verb: str = "run") -> list[str | Path]:
 
 
 def digests(out: Path) -> dict[str, str]:
-    """sha256 of everything in a run's folder by name, without what a clock measured: two runs that did the same are equal.
+    """sha256 of every file of a run's folder by name, without measured times: equal for runs that did the same.
 
     Nothing is left out but locks. A file that should not be there is a difference.
     """
@@ -89,23 +89,23 @@ def differing(out: Path, whole: Path) -> list[str]:
 
 
 def report_without_times(out: Path, work: Path) -> dict[str, bytes]:
-    """report.json, report.html and labels.csv as they would be had every second on every clock been 0."""
+    """report.json, report.html and labels.csv with every measured time set to 0."""
     copy = Path(shutil.copytree(out, work, ignore=shutil.ignore_patterns("checkpoint", "model", "cache")))
     for node in RunDir(copy).nodes():
         for path in (node.metrics, node.ledger):
             if path.exists():
-                write_atomic(path, "".join(json.dumps(stopped(row)) + "\n" for row in read_jsonl(path)))
+                write_atomic(path, "".join(json.dumps(zero_times(row)) + "\n" for row in read_jsonl(path)))
         write_json(node.done, {"fingerprint": read_json(node.info)["fingerprint"]})
     report.write(copy)
     state = RunDir(copy)
     return {path.name: path.read_bytes() for path in (state.report_json, state.report_html, state.labels)}
 
 
-def stopped(value: Any) -> Any:
+def zero_times(value: Any) -> Any:
     """The value with every `seconds…` at 0."""
     if isinstance(value, dict):
-        return {key: 0.0 if key.startswith("seconds") else stopped(one) for key, one in value.items()}
-    return [stopped(one) for one in value] if isinstance(value, list) else value
+        return {key: 0.0 if key.startswith("seconds") else zero_times(one) for key, one in value.items()}
+    return [zero_times(one) for one in value] if isinstance(value, list) else value
 
 
 # The long study of random kills ---------------------------------------------------------------------------------------

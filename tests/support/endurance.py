@@ -1,4 +1,7 @@
-"""Long runs: `python tests/support/endurance.py --steps 4000 --nodes 200`. Memory, open files, and how fast a large study resumes."""
+"""Long runs: memory, open files, and the time to resume a large study.
+
+python tests/support/endurance.py --steps 4000 --nodes 200
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ ARMS = "direct_grpo,raw_teacher,bridge,bridge_rl,replay,opd_only,warmup_only"
 
 
 def long_stage(processes: ForkedRuns, out: Path, steps: int) -> ProcessResult:
-    """A stage of sparse RL with so many steps, rollouts, verdicts, a log row a step and a checkpoint every 20."""
+    """Run a GRPO stage of so many steps with a checkpoint every 20."""
     changes = (
         f"stages.student_rl.steps={steps}",
         "stages.student_rl.checkpoint_every=20",
@@ -27,7 +30,7 @@ def long_stage(processes: ForkedRuns, out: Path, steps: int) -> ProcessResult:
 
 
 def growth(result: ProcessResult, warm: float = 0.25) -> tuple[float, int]:
-    """(share by which memory grew from the end of the warm-up to the end of the run, open files gained)."""
+    """(relative growth of memory between the end of the warm-up and the end of the run, growth of open files)."""
     usage = [one for one in result.usage if one[1]]
     first = usage[int(warm * len(usage)) :]
     part = max(1, len(first) // 5)

@@ -1,4 +1,4 @@
-"""Run directories as the program would leave them, with made-up numbers that their names decide: what the report is tested on."""
+"""Synthetic run directories with numbers derived from names, for tests of the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POOLS = {"all": LABELED, "first_half": LABELED[:64], "second_half": LABELED[64:]
 
 
 class Made(NamedTuple):
-    """A node of a fake run. Equal beginnings of two arms are shared nodes; `times` multiplies the FLOPs of its steps."""
+    """A node of a fake run. Arms share their equal first nodes; `times` multiplies the FLOPs of its steps."""
 
     stage: str
     role: str = "student"
@@ -86,7 +86,7 @@ LEVELS = {
 
 
 def draw(*names: object) -> float:
-    """A number in [0, 1) that its names decide."""
+    """A number in [0, 1) that is a hash of its names."""
     return int.from_bytes(hashlib.sha256(":".join(map(str, names)).encode()).digest()[:6]) / 2**48
 
 
@@ -102,7 +102,7 @@ def fake_run(
     metrics: bool = True,
     levels: dict[str, float] | None = None,
 ) -> Path:
-    """A run directory as the pipeline would leave it. `levels` are the arms' accuracies, more or less."""
+    """Write a run directory like the pipeline's. `levels` are the approximate accuracies of the arms."""
     arms, levels = ARMS if arms is None else arms, {**LEVELS, **(levels or {})}
     plan: dict[str, Any] = {"recipe": "pocket", "seeds": list(seeds), "arms": {}}
     for arm, nodes in arms.items():

@@ -1,7 +1,7 @@
-"""Several ranks of one run, forked from one warm process: real processes and real gloo, without seconds of imports for each.
+"""Ranks of one run as forks of one process that has done the imports: real processes and a real gloo group.
 
 ranks = ForkedRanks()
-ranks.run(2, "run", "pocket", "--out", out, faults={1: "step.ended:3=kill"})    # how each of them ended
+ranks.run(2, "run", "pocket", "--out", out, faults={1: "step.ended:3=kill"})    # one Rank for each
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import forked_runs
 
 @dataclass(frozen=True)
 class Rank:
-    """How one rank ended: exit code (negative for a signal), what it said on stderr, seconds from the start of all."""
+    """Result of one rank: exit code (negative for a signal), stderr, seconds since all ranks started."""
 
     code: int
     err: str
@@ -49,21 +49,21 @@ class ForkedRanks:
         signals: Sequence[tuple[str, int]] = (),
         patience: float = 120,
     ) -> list[Rank]:
-        """faults   rank -> what happens to it, and where
-        signals  (a file, number): sent to every rank once the file is there
+        """faults   rank -> fault to inject (`storage.fault_points`)
+        signals  (file, signal number): sent to every rank once the file exists
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {"size": size, "argv": [str(one) for one in argv], "faults": faults or {}, "signals": list(signals)}
         self._process.stdin.write(json.dumps({**request, "patience": patience}) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
-        assert line, "the warm process is gone"
+        assert line, "the parent process has ended"
         return [Rank(**one) for one in json.loads(line)]
 
 
 @cache
 def warm_ranks() -> ForkedRanks:
-    """The warm process that all tests of one worker share."""
+    """The parent process that all tests of one xdist worker share."""
     return ForkedRanks()
 
 

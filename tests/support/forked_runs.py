@@ -1,10 +1,10 @@
-"""Runs of the program as children of one warm process: real processes, killed by real signals, without seconds of imports.
+"""Runs of the program as forks of one process that has done the imports: real processes and signals, started in milliseconds.
 
-    runs = ForkedRuns()                                # starts the warm process once
+    runs = ForkedRuns()                                # starts the parent process once
     runs.run("run", "pocket", "--out", out, fault="step.begun:3=kill").code    # -9
 
-The warm process has one thread and never runs a backward pass, so that it may be forked. A child leads a process group of
-its own. What takes longest and is no part of what is asked here, preflight and the drawn page, is left out unless `whole`.
+The parent has one thread and never runs a backward pass, so that it can be forked safely. A child leads its own process group.
+Preflight and the HTML page, the slowest parts, are skipped unless `whole`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from headwater.runs.setup import prepared
 
 @dataclass(frozen=True)
 class ProcessResult:
-    """How a child ended. `code` is negative for a signal; `arrivals` at every point, of one that ended by itself.
+    """Result of a child. `code` is negative for a signal; `arrivals` counts visits of each fault point if the child exited by itself.
 
-    usage  what it used while it ran, every half second: (seconds, bytes of memory, open files)
+    usage  samples twice a second: (seconds, bytes of memory, open files)
     """
 
     code: int
@@ -47,7 +47,7 @@ class ProcessResult:
 
 class ForkedRuns:
     def __init__(self) -> None:
-        self._asked = 0
+        self._number = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
         self._process = subprocess.Popen(
@@ -76,16 +76,16 @@ class ForkedRuns:
         then        a point that stops at its first arrival until a second run of the same program has ended; see `err`
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._asked += 1
+        self._number += 1
         request = {
-            "number": self._asked,
+            "number": self._number,
             "argv": [str(one) for one in argv], "fault": fault, "kill_after": kill_after, "signals": list(signals),
             "user": user, "whole": whole, "then": then, "patience": patience,
         }  # fmt: skip
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         result: dict[str, Any] = {"number": 0}
-        while result["number"] != self._asked:  # one before may have been given up waiting for
+        while result["number"] != self._number:  # skip the result of an earlier run that timed out here
             line = self._process.stdout.readline()
             assert line, "the warm process is gone"
             result = json.loads(line)
@@ -99,12 +99,12 @@ class ForkedRuns:
 
 @cache
 def warm_runs() -> ForkedRuns:
-    """The warm process that all tests of one worker share."""
+    """The parent process that all tests of one xdist worker share."""
     return ForkedRuns()
 
 
 def serve() -> None:
-    """The warm process: forks a child for every line that asks for one, and says how it ended."""
+    """Parent process: fork a child for every request line on stdin and print its result."""
     warm_up()
     sink = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -135,7 +135,7 @@ def warm_up() -> None:
 
     recipe = find_recipe("pocket", list(TINY))
     with prepared(recipe, ["bridge"], [0]):
-        pass  # what is imported late, such as the templates' language, is imported now
+        pass  # loads the modules that are imported on first use, such as jinja2
     policy = load_policy(
         ModelFolder.open("pocket:qwen3-student", "models.student"),
         LoadOptions(recipe.models, torch.device("cpu"), frozen=True),
@@ -178,7 +178,7 @@ def one_run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def holds(pid: int) -> tuple[int, int]:
-    """Bytes of resident memory and open files of a process; zeros when it has just ended."""
+    """Bytes of resident memory and open files of a process; zeros if it has ended."""
     with contextlib.suppress(OSError, IndexError):
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd"))
@@ -187,7 +187,7 @@ def holds(pid: int) -> tuple[int, int]:
 
 def child(request: dict[str, Any], folder: Path) -> None:
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background was told to ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT by default
     if request["user"] is not None:
         os.setgid(request["user"])
         os.setuid(request["user"])
@@ -229,7 +229,7 @@ def child(request: dict[str, Any], folder: Path) -> None:
 
 
 def second(argv: list[str], folder: Path) -> None:
-    """Run the same program beside this one, and put how it ended among what this one says."""
+    """Run the same command in a second process and print its result to this one's stderr."""
     there = folder / "second"
     there.mkdir()
     request = {"argv": argv, "fault": None, "kill_after": None, "signals": [], "user": None, "whole": False, "then": ""}

@@ -1,9 +1,9 @@
-"""Hostile recipes, data files, model folders and run directories, made from names: case N is the same for everybody.
+"""Fuzzer of recipes, data files, model folders and run directories; case N is deterministic.
 
     python tests/support/fuzz.py --count 5000 [--first 0] [--kind recipe]
 
-Each goes through the code that the program itself runs. It must end as a valid result or as one sentence (UserError,
-RefusedError), in time and in bounded memory; anything else is printed with its number, and the exit code is 1.
+Each case runs the program's own code. It must give a valid result or a one-line UserError or RefusedError, within bounds of time
+and memory; any other outcome is printed with its number, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.report.html import Page
 from headwater.runs.setup import prepared
 
-if __name__ == "__main__":  # before the libraries are imported, which look at it then
+if __name__ == "__main__":  # before the imports, which read it
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import yaml
@@ -53,12 +53,12 @@ from headwater.runs.inputs import device_of
 from headwater.tasks.registry import TASKS
 from malformed_inputs import BOMBS, CELLS, LINES, TEMPLATES, at, leaf, mutated, near, places, spoiled
 
-SECONDS = 40  # for one case; a template that loops takes 5 of them in each of a few places
-MEGABYTES = 6000  # for the process and all that it holds, of which the tensor library alone maps much
+SECONDS = 40  # for one case; a chat template that never ends takes 5 at each of several places
+MEGABYTES = 6000  # of address space; torch alone maps several GB
 POCKET = ModelFolder.open("pocket:qwen3-student", "models.student").path
 
 Case = Callable[[random.Random, Path], str]
-"""Draws a case, runs it in an empty folder, and says what it was; raises what the program raised."""
+"""Draw a case, run it in an empty folder and return its description; raises what the program raised."""
 
 
 class HangError(BaseException):
@@ -69,7 +69,7 @@ class HangError(BaseException):
 
 
 def small(name: str) -> dict[str, Any]:
-    """A built-in recipe with few problems, so that a case takes a moment."""
+    """A built-in recipe with few problems, so that a case is fast."""
     raw: dict[str, Any] = yaml.safe_load(builtin_text(name))
     for source in (raw["data"]["labeled"], *raw["data"]["evals"].values()):
         if "generate" in source:
@@ -95,7 +95,7 @@ def with_files(draw: random.Random, folder: Path, raw: dict[str, Any]) -> dict[s
 
 
 def prepare(recipe: Recipe, arm: str, folder: Path, thorough: bool) -> str:
-    """What `--dry-run` does and, where `thorough`, the doctor."""
+    """Run what `--dry-run` runs and, if `thorough`, the doctor."""
     with prepared(recipe, [arm], [recipe.seed]) as (plan, inputs):
         preflight(plan, inputs)
         json.dumps([row.row() for row in estimates(plan, inputs)])
@@ -317,7 +317,7 @@ KINDS: dict[str, tuple[int, Case]] = {
     "model_folder": (9, model_folder),
     "run_directory": (4, run_directory),
 }
-"""Of a hundred cases so many are of that kind."""
+"""Share of each kind in percent."""
 
 
 @contextlib.contextmanager
@@ -335,7 +335,7 @@ def in_time(seconds: int) -> Iterator[None]:
 
 
 def run_case(number: int, only: str | None = None) -> tuple[str, str, str]:
-    """(kind, outcome, sentence or traceback) of a case; the outcome begins with "!" where it is not as it must be."""
+    """(kind, outcome, sentence or traceback) of a case; an outcome that violates the contract begins with "!"."""
     draw = random.Random(f"headwater:{number}")
     kind = only or draw.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
     folder = Path(tempfile.mkdtemp(prefix="headwater-fuzz-"))
@@ -374,7 +374,7 @@ def main() -> int:
                 kind, outcome, result = run_case(number, args.kind)
             slowest = max(slowest, (time.monotonic() - started, number))
             outcomes[kind, outcome] += 1
-            if (number + 1 - args.first) % 500 == 0:  # native code may end the process: this says about where
+            if (number + 1 - args.first) % 500 == 0:  # native code may crash the process; this shows about where
                 print(f"… {number + 1} after {time.monotonic() - began:.0f} s", flush=True)
             if outcome.startswith("!"):
                 failures += 1

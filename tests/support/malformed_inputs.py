@@ -1,4 +1,4 @@
-"""Values that break programs, and ways to spoil good ones: what `fuzz` draws from."""
+"""Values that often break programs, and mutations of valid ones; `fuzz` draws from them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NUMBERS = [value for value in NASTY if isinstance(value, (int, float)) and not i
 
 
 def near(draw: random.Random, value: Any) -> Any:
-    """Another value of the same type, so that what reads it gets further."""
+    """Another value of the same type, which passes type checks."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -54,7 +54,7 @@ def near(draw: random.Random, value: Any) -> Any:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every part of nested values."""
+    """Paths to all parts of a nested value."""
     if path:
         yield path
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -97,7 +97,7 @@ def mutated(draw: random.Random, value: Any, most: int = 4, leaves: Callable[[ra
 
 
 def spoiled(draw: random.Random, data: bytes) -> bytes:
-    """Bytes cut, flipped, doubled, or with others put between."""
+    """Bytes truncated, flipped, repeated, or with others inserted."""
     for _ in range(draw.randint(1, 3)):
         place = draw.randint(0, max(0, len(data) - 1))
         kind = draw.choice(["cut", "flip", "insert", "double", "zero", "front"])
@@ -145,7 +145,7 @@ BOMBS = [
         for first, form in ((b"a0: &a0 [x,x]\n", b"[%s]"), (b"a0: &a0 {x: 1}\n", b"{<<: [%s]}"))
     ),
 ]
-"""Ends of a recipe; the last two stand for more values than any memory holds."""
+"""Text appended to a recipe; the last two expand to more values than fit in memory."""
 
 CELLS = [
     *NASTY,

@@ -1,4 +1,4 @@
-"""What one rank holds of a model that several train: in MB, beyond a process that has loaded its libraries and a pocket model.
+"""Memory of one rank in FSDP2 training, in MB above a process that has loaded its libraries and a pocket model.
 
 torchrun --nproc-per-node N tests/support/ranks_memory.py [--layers 12] [--width 768] [--vocabulary 32000] [--steps 2]
 """
@@ -28,7 +28,7 @@ from headwater.training.update import make_optimizer, update
 from tiny import CPU, MODELS, sampled_rows, stage_of, tiny_folder
 
 torch.set_num_threads(1)
-# Freed tensors go back to the system at once: what the C library would keep of them is not what a rank needs.
+# Return freed memory to the system at once, so that the allocator's reserve is not counted.
 LIBC, M_MMAP_THRESHOLD = ctypes.CDLL("libc.so.6"), -3
 LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
@@ -39,13 +39,13 @@ def local(tensor: Tensor) -> int:
 
 
 def status(name: str) -> float:
-    """A line of this process's status, in MB: VmRSS what it holds now, VmHWM the most since `forget`."""
+    """A row of /proc/self/status in MB: VmRSS is resident now, VmHWM the peak since `forget`."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 / 1e6 for line in file if line.startswith(name))
 
 
 def forget() -> float:
-    """Give freed memory back and count the most from here on; what is held now."""
+    """Return freed memory to the system and reset the peak; returns resident MB."""
     LIBC.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
@@ -69,7 +69,7 @@ def main() -> None:
         folder = Path(ranks.broadcast(temporary))
         if args.model is not None:
             folder = args.model
-        elif ranks.is_main:  # in another process: what it took to make the files is not to be seen here
+        elif ranks.is_main:  # in another process, whose memory does not count here
             maker = multiprocessing.get_context("spawn").Process(
                 target=make, args=(folder, args.layers, args.width, args.vocabulary)
             )

@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: the pocket recipe made tiny, the program called in-process or as a process of its own."""
+"""Shared helpers of end-to-end tests: the pocket recipe made tiny, and the program called in-process or as a process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TINY = (  # two steps a stage, ten graded evaluation texts: a whole arm takes a 
     "evaluate.sampling.max_tokens=32",
     "guards.no_signal=continue",
     "compute.threads=1",
-    "compute.workers=1",  # in this process, where tests can look and change things; test_executor.py has others
+    "compute.workers=1",  # in this process, where tests can inspect and patch; test_executors.py has more
 )
 
 
@@ -57,7 +57,7 @@ class CommandResult:
 
 
 def call(*argv: str | Path, entry: Callable[[], None] = main) -> CommandResult:
-    """The program in this process, as `headwater argv…` would run; `entry` is another program's entry point."""
+    """Run `headwater argv…` in this process; `entry` is the entry point of another program."""
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
     words = ["headwater", *(str(one) for one in argv)]
@@ -70,9 +70,9 @@ def call(*argv: str | Path, entry: Callable[[], None] = main) -> CommandResult:
 
 
 def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = (), whole: bool = False) -> CommandResult:
-    """`run` or `study` of the tiny recipe into a folder.
+    """Call `run` or `study` of the tiny recipe in this process.
 
-    Preflight and drawing the page take longer than all the rest; both have tests of their own, so only `whole` has them.
+    Preflight and the HTML page take longest and have their own tests, so they are skipped unless `whole`.
     """
     with contextlib.ExitStack() as stack:
         if not whole:
@@ -82,7 +82,7 @@ def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = ()
 
 
 def program(*argv: str | Path) -> list[str]:
-    """The command line of the program as a process of its own."""
+    """Command line of the program."""
     return [sys.executable, "-m", "headwater", *(str(one) for one in argv)]
 
 
@@ -122,14 +122,14 @@ def infos(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def timeless(value: Any) -> Any:
-    """The value without what clocks say."""
+    """The value without its `seconds…` entries."""
     if isinstance(value, dict):
         return {key: timeless(one) for key, one in value.items() if not key.startswith("seconds")}
     return [timeless(one) for one in value] if isinstance(value, list) else value
 
 
 def assert_same(out: Path, whole: Path) -> None:
-    """Bit-identical weights; metrics, ledgers, rollouts, evaluations and report alike apart from seconds."""
+    """Assert bit-identical weights, and equal metrics, ledgers, rollouts, evaluations and report apart from seconds."""
     assert [path.name for path, _ in infos(out)] == [path.name for path, _ in infos(whole)]
     for (ours, _), (theirs, _) in zip(infos(out), infos(whole), strict=True):
         assert done(ours) == done(theirs)
@@ -147,11 +147,11 @@ def assert_same(out: Path, whole: Path) -> None:
 
 
 TIMED = ("metrics.jsonl", "ledger.jsonl")
-"""A node's files whose rows hold seconds."""
+"""Files of a node whose rows contain seconds."""
 
 
 def done(folder: Path) -> dict[str, Any]:
-    """What DONE says, without the checksums of what holds seconds."""
+    """Content of DONE without the checksums of files that contain seconds."""
     result = {key: value for key, value in load_json(folder / "DONE").items() if key != "check"}
     return {**result, "sums": {name: sum_ for name, sum_ in result["sums"].items() if name not in TIMED}}
 
@@ -169,7 +169,7 @@ def wait_for_steps(out: Path, stage: str, count: int, process: subprocess.Popen[
 
 
 def temporary() -> Path:
-    """A folder that lasts as long as the tests."""
+    """A folder that is removed when the tests end."""
     folder = Path(tempfile.mkdtemp(prefix="headwater-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -1,4 +1,4 @@
-"""An HTTP server for the tests that answers as a vLLM server does, from a policy of ours, or as a test wants it to fail."""
+"""HTTP server for the tests that answers like a vLLM server, from a policy of ours, or with failures that a test injects."""
 
 from __future__ import annotations
 
@@ -57,12 +57,10 @@ def serving(answer: Answers) -> Iterator[Endpoint]:
             pass
 
     class Server(ThreadingHTTPServer):
-        request_queue_size = (
-            128  # a real server's; of the usual 5 the rest would be turned away when several ranks ask at once
-        )
+        request_queue_size = 128  # with the default of 5, connections of several ranks at once would be refused
 
     server = Server(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *told: None  # type: ignore[method-assign]  # a client that went away
+    server.handle_error = lambda *args: None  # type: ignore[method-assign]  # clients that disconnect
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     endpoint.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -75,13 +73,13 @@ def serving(answer: Answers) -> Iterator[Endpoint]:
 
 @dataclass(frozen=True)
 class Answering:
-    """What a vLLM server answers, computed from a policy of ours: prompt_logprobs, samples, ids of texts and chats."""
+    """Answers of a vLLM server, computed from a policy of ours: prompt_logprobs, samples, ids of texts and chats."""
 
     policy: Policy
     most: int = 20
     longest: int = 256
     shifted: bool = False
-    """Whether its tokenizer gives other ids than the policy's."""
+    """Whether its tokenizer gives different ids from the policy's."""
     gone: bool = False
 
     def __call__(self, path: str, body: dict[str, Any] | None) -> Any:
@@ -103,7 +101,7 @@ class Answering:
         many = isinstance(body["prompt"][0], list)
         prompts = body["prompt"] if many else [body["prompt"]]
         made = [self._scored(ids, top_k) if top_k is not None else self._sampled(ids, body) for ids in prompts]
-        return {"choices": [{"index": index, **one} for index, one in enumerate(made)][::-1]}  # in no order
+        return {"choices": [{"index": index, **one} for index, one in enumerate(made)][::-1]}  # out of order
 
     def _scored(self, ids: list[int], k: int) -> dict[str, Any]:
         whole = Rollout("x", 0, tuple(ids[:1]), tuple(ids[1:]), (0.0,) * (len(ids) - 1), "length", "x")

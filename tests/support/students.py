@@ -1,4 +1,4 @@
-"""Students as runs leave them: far enough from where they began that base weights in their place would show."""
+"""Trained students in saved folders, trained far enough that their base weights would fail the comparisons."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ TRAINS = {
         "stages.student_rl.optim.lr=0.03", "models.lora.r=8", "models.lora.alpha=16", "models.lora.output=adapter",
     ),
 }  # fmt: skip
-"""What a run trains and leaves behind: all weights, adapters added to them, or adapters alone."""
+"""Settings of a run that trains all weights, adapters that are merged, or adapters that are saved alone."""
 
 
 def start(family: str) -> str:
-    """Of the pocket models those with heads of 32, the smallest that vLLM takes on a CPU."""
+    """The pocket models with heads of 32, the smallest that vLLM supports on a CPU."""
     return f"pocket:{family}-teacher"
 
 
 @cache
 def student(family: str, trains: str) -> Path:
-    """The folder that a run of direct GRPO left behind."""
+    """Model folder of a finished run of direct_grpo."""
     out = temporary() / f"{family}-{trains}"
     result = tiny("run", out, "--arm", "direct_grpo", changes=(f"models.student={start(family)}", *TRAINS[trains]))
     assert result.code == 0, result.err
@@ -53,10 +53,10 @@ def texts(policy: Policy) -> list[Rollout]:
 
 
 def logp(policy: Policy, rollouts: list[Rollout]) -> torch.Tensor:
-    """Of every completion's tokens, one after the other."""
+    """Log-probs of all completion tokens, concatenated."""
     return torch.cat(logp_of(policy, rollouts, 4096))
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Mean absolute difference of log-probs: what other programs' may be is 0.01."""
+    """Mean absolute difference of log-probs; the documentation promises 0.01 between programs."""
     return (a - b).abs().mean().item()

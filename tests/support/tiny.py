@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers, rollouts and stages for the tests: made on the fly, deterministic, float32, on the CPU."""
+"""Tiny models, tokenizers, rollouts and stages for the tests: deterministic, float32, on the CPU."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def tiny_policy(
 
 
 MEMORY = ModelFolder("memory", "test", "memory")
-"""For models that were never in a folder."""
+"""Folder of models that exist in memory only."""
 
 
 def policy_of(model: Any, tokenizer: PreTrainedTokenizerFast | None = None, fingerprint: str = "tiny") -> Policy:
@@ -72,7 +72,7 @@ def policy_of(model: Any, tokenizer: PreTrainedTokenizerFast | None = None, fing
 
 
 def copied(policy: Policy) -> Policy:
-    """The same weights in other memory."""
+    """A copy of the policy that shares no memory with it."""
     model = copy.deepcopy(policy.model)
     return replace(policy, model=model, body=split_head(model, CPU)[0], head=split_head(model, CPU)[1])
 
@@ -88,7 +88,7 @@ def tiny_folder(folder: Path, architecture: str = "qwen3", seed: int = 0, **more
 
 
 def stage_of(objective: str = "grpo", **fields: Any) -> Stage:
-    """A stage with few, easy settings; `fields` overrides them."""
+    """A stage with small default settings; `fields` overrides them."""
     plain: dict[str, Any] = {
         "objective": objective,
         "steps": 1,
@@ -124,13 +124,13 @@ def sampled_rows(
 
 
 def taught(rows: list[Row], teacher: Policy, tokens: int = 4096) -> list[Row]:
-    """The rows with a live teacher's distributions, as a stage writes them on."""
+    """The rows with the distributions of a live teacher."""
     found = distributions_of(teacher, [row.rollout for row in rows], tokens)
     return [replace(row, teacher=one) for row, one in zip(rows, found, strict=True)]
 
 
 def gradient_of(policy: Policy, rows: list[Row], stage: Stage, tokens: int = 4096) -> dict[str, torch.Tensor]:
-    """The gradient that `update` makes for one optimizer step, whose rate is 0, so the policy stays as it is."""
+    """Gradient that `update` computes for one optimizer step; the learning rate is 0, so the policy does not change."""
     policy.model.zero_grad(set_to_none=True)
     update(policy, torch.optim.SGD(policy.model.parameters(), lr=0.0), rows, objective_of(stage), stage, tokens)
     found = {name: one.grad.clone() for name, one in policy.model.named_parameters() if one.grad is not None}

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headwater.config.recipe import Recipe
+from headwater.doctor import adapter_checks, saving_checks
 from headwater.doctor import data_checks as data
 from headwater.doctor import model_checks as models
 from headwater.doctor import prompt_checks as prompts
 from headwater.doctor import resource_checks as resources
-from headwater.doctor import saving_checks
 from headwater.doctor import teacher_checks as teachers
 from headwater.doctor import weight_checks as weights
 from headwater.doctor.context import DoctorContext
@@ -79,8 +79,10 @@ CHECKS = (
     Check("sampling engine", teachers.engine),
     Check("teacher servers' tokens", teachers.server_tokens, exit_code=2),
     Check("teacher servers", teachers.servers),
+    Check("adapters", adapter_checks.adapters),
     Check("memory", resources.memory),
     Check("disk", resources.disk),
+    Check("experts per token", resources.experts),
     Check("speed of the compute dtype", resources.compute_dtype),
     Check("finite log-probs", weights.finite, "weights"),
     Check("attention and cache", weights.forward_paths, "weights"),

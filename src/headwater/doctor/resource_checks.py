@@ -156,6 +156,19 @@ def stage_files(node: Node, inputs: RunInputs, shape: Shape) -> tuple[float, flo
     return model, 12.0 * (shape.parameters if lora is None else adapter), kept
 
 
+def experts(context: DoctorContext) -> Iterator[Finding]:
+    """Mixtures of experts whose config does not say how many experts a token is sent to."""
+    for role in context.roles:
+        shape = context.inputs.shape(role)
+        if not shape.experts_known:
+            yield warning(
+                "experts-per-token-unknown",
+                f"models.{role}: its config.json does not say how many experts a token is sent to, so the FLOPs in ledger, report "
+                "and dry run are not known: they count all experts",
+                "set num_experts_per_tok in its config.json, if the model reads it",
+            )
+
+
 def compute_dtype(context: DoctorContext) -> Iterator[Finding]:
     """Whether this CPU computes a layer of the largest model's width more slowly in bfloat16 than in float32: measured."""
     if context.recipe.models.dtype != "bfloat16" or context.inputs.device.type != "cpu":

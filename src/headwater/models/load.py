@@ -80,7 +80,7 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
             "train adapters (models.lora)"
         )
     with as_user_error(f"{folder.field}: {folder.name} cannot be loaded"):
-        tokenizer = read_tokenizer(folder.path, folder.trust_remote_code)
+        tokenizer = read_tokenizer(folder.tokenizer_path, folder.trust_remote_code)
         dtype = compute_dtype if base_frozen else torch.float32
         model = None if ranks.single_process else fsdp_weights.build_without_weights(base, dtype)
         if model is None:

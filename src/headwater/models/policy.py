@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.losses.batch import Batch, Row, collate, collate_packed, microbatches, packed_microbatches, packed_tokens
@@ -143,10 +144,16 @@ class Policy:
         return replace(self, body=lora.ReferenceBody(self.body, self.adapter), adapter=None)
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights under their checkpoint names, with an adapter added in; others are the tensors in memory."""
+        """Weights under the model's own names, with an adapter added in; others are the tensors in memory."""
         weights = self.model.state_dict().items() if self.adapter is None else self.adapter.merged_weights(self.model)
         for name, tensor in weights:
             yield name, tensor.detach()
+
+    def checkpoint_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The same under the names of a checkpoint file, where fused experts are matrices of their own."""
+        if getattr(self.model, "_weight_conversions", None):
+            return iter(revert_weight_conversion(self.model, dict(self.merged_weights())).items())
+        return self.merged_weights()
 
 
 def with_root_weights(model: Any, function: Callable[[], T]) -> T:

@@ -6,6 +6,7 @@ transformers will run, whatever its architecture. 80 layers take about 0.3 s; ea
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -120,9 +121,11 @@ def _measure(config: Any, trust_remote_code: bool) -> Shape:
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r:.40}")
     # The type is named because transformers would make the config's the default of every thread meanwhile.
+    # A copy of the config, because transformers writes the data type and the attention into it: a loaded model's own config must
+    # keep its packed attention.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code, dtype=torch.float32, attn_implementation="eager"
+            copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=torch.float32, attn_implementation="eager"
         )
     decoder = (model.get_decoder() if hasattr(model, "get_decoder") else None) or model.base_model
     head = model.get_output_embeddings()
@@ -194,7 +197,7 @@ def _key_value_heads(fields: Mapping[str, Any]) -> int | None:
 
 
 def _attends(kind: str) -> bool:
-    return kind == "hybrid" or ("attention" in kind and "linear" not in kind)
+    return kind.startswith("hybrid") or ("attention" in kind and "linear" not in kind)
 
 
 def _number(text: Any, names: Sequence[str]) -> float | None:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness takes a student's folder as it is, counts what we count, and gives its texts our log-probs."""
+"""lm-evaluation-harness on a trained student: the same accuracy as `headwater eval` and the same log-probs."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def test_lm_eval_scores_a_trained_student_like_headwater_eval(family: str, tmp_p
         bootstrap_iters=0,
     )
     theirs = found["results"]["chained_sums"]["exact_match,last"]
-    # Greedy on both sides: a temperature so low that only the likeliest token is left.
+    # Greedy on both sides: at this temperature only the most probable token is drawn.
     options = ("--task", "sums", "--temperature", "0.001", "--max-tokens", "48", "--json")
     ours = json.loads(call("eval", folder, "--data", data, *options).out)["measures"]["avg@1"]["mean"]
     print(f"{family}: {theirs:.3f} by the harness, {ours:.3f} here")
     assert theirs > 0.05
-    assert abs(theirs - ours) <= 0.1  # what reads an answer differs a little
+    assert abs(theirs - ours) <= 0.1  # answers are extracted in slightly different ways
 
 
 @pytest.mark.parametrize("family", FAMILIES)

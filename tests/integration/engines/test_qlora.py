@@ -1,4 +1,4 @@
-"""QLoRA through bitsandbytes itself: adapters on weights in four bits sample, train, resume and are saved as on whole ones."""
+"""QLoRA through bitsandbytes: adapters on four-bit weights sample, train, resume and save as on full-precision weights."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def adapted(where: Path, quantize: str | None = "nf4", **settings: Any) -> Polic
 
 
 def moved(policy: Policy) -> Policy:
-    """A large step away from where it began."""
+    """The policy after one large optimizer step."""
     update(policy, make_optimizer(policy, GRPO.optim), sampled_rows(policy), objective_of(GRPO), GRPO, 4096)
     return policy
 
 
-def scores(policy: Policy, found: list[Any]) -> torch.Tensor:
-    return torch.cat(logp_of(policy, [row.rollout for row in found], 4096))
+def scores(policy: Policy, scored_rows: list[Any]) -> torch.Tensor:
+    return torch.cat(logp_of(policy, [row.rollout for row in scored_rows], 4096))
 
 
 def plain(where: Path) -> Policy:
@@ -64,9 +64,9 @@ def plain(where: Path) -> Policy:
 
 
 def test_qlora_equals_lora_on_the_dequantized_weights(folder: Path, tmp_path: Path) -> None:
-    """Four bits change the weights and nothing else: a base that holds the rounded ones gives the same log-probs and gradients."""
+    """A full-precision base with the dequantized weights gives the same log-probs and gradients."""
     policy = adapted(folder)
-    save_policy(policy, tmp_path / "rounded", torch.float32)  # a fresh adapter adds nothing
+    save_policy(policy, tmp_path / "rounded", torch.float32)  # a fresh adapter adds 0
     same, found = adapted(tmp_path / "rounded", quantize=None), sampled_rows(policy)
     assert {type(one.base_layer).__name__ for one in policy.adapter.layers.values()} == {"Linear4bit"}  # type: ignore[union-attr]
     rounding = (scores(policy, found) - scores(plain(folder), found)).abs().mean()
@@ -87,7 +87,7 @@ def test_qlora_sampler_logp_equals_the_trainers(folder: Path) -> None:
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
 def test_merged_qlora_student_is_saved_as_full_precision_weights(folder: Path, tmp_path: Path, targets: Any) -> None:
-    """Also where matrices without an adapter are in four bits."""
+    """Including quantized matrices without an adapter."""
     policy = moved(adapted(folder, targets=targets))
     save_policy(policy, tmp_path / "out", torch.float32)
     ours, theirs = (load_file(where / "model.safetensors") for where in (tmp_path / "out", folder))
@@ -112,7 +112,7 @@ def test_saved_adapter_continues_on_four_bit_weights_and_refuses_to_merge(folder
 def test_qlora_has_gradients_on_cpus_with_avx512_bf16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     policy = adapted(folder)
-    found = sampled_rows(policy)  # without gradients, after which bitsandbytes would have none to give
+    found = sampled_rows(policy)  # sampled without gradients; bitsandbytes then caches a layout that has none
     assert all(one.abs().max() > 0 for name, one in gradient_of(policy, found, GRPO).items() if "lora_B" in name)
 
 
@@ -136,5 +136,8 @@ def test_qlora_recipe_resumes_bit_for_bit_after_a_kill(tmp_path: Path) -> None:
     for stage in ("teacher_rl", "opd", "student_rl"):
         metrics = rows(node(tmp_path / "out", "bridge_rl", stage) / "metrics.jsonl")
         assert max(row["sampler_gap"] for row in metrics) < 1e-4
-    assert [row["kl_reference"] > 1e-6 for row in metrics] == [False, True]  # compared with where it began
+    assert [row["kl_reference"] > 1e-6 for row in metrics] == [
+        False,
+        True,
+    ]  # KL to the weights at the start of the stage
     assert (node(tmp_path / "out", "bridge_rl", "student_rl") / "model" / adapter_files.WEIGHTS).exists()

@@ -1,4 +1,4 @@
-"""A student trained here, as its folder stands: vLLM and transformers load it and give each token the log-prob that we give."""
+"""Trained students in vLLM and transformers: both load the saved folder and give each token the log-prob that we give."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ pytestmark = [
 if HERE:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 NEAR = 1e-4
-"""The promise is 0.01."""
+"""Mean absolute difference allowed here; the documentation promises 0.01."""
 
 
 def engine(where: str, **more: Any) -> Any:
-    """vLLM, started on a folder as anyone would."""
+    """vLLM engine of a model folder, with default loading."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import vllm
 
@@ -36,30 +36,30 @@ def engine(where: str, **more: Any) -> Any:
 
 
 def vllm_logp(where: Path, rollouts: list[Rollout]) -> torch.Tensor:
-    """What vLLM says of the completions."""
+    """vLLM's log-prob of every completion token."""
     from vllm import SamplingParams
 
-    requests = [{"prompt_token_ids": list(one.prompt_ids + one.completion_ids)} for one in rollouts]
-    found = engine(str(where)).generate(requests, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    requests = [{"prompt_token_ids": list(rollout.prompt_ids + rollout.completion_ids)} for rollout in rollouts]
+    outputs = engine(str(where)).generate(requests, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     return torch.tensor(
         [
             known[token].logprob
-            for one, result in zip(rollouts, found, strict=True)
-            for token, known in list(zip(result.prompt_token_ids, result.prompt_logprobs, strict=True))[
-                len(one.prompt_ids) :
+            for rollout, output in zip(rollouts, outputs, strict=True)
+            for token, known in list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))[
+                len(rollout.prompt_ids) :
             ]
         ]
     )
 
 
 def transformers_logp(where: Path, rollouts: list[Rollout]) -> torch.Tensor:
-    plain, found = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32), []
-    for one in rollouts:
-        ids = torch.tensor([one.prompt_ids + one.completion_ids])
+    plain, logps = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32), []
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
         with torch.no_grad():
-            every = plain(input_ids=ids).logits[0, len(one.prompt_ids) - 1 : -1].log_softmax(-1)
-        found.append(every.gather(1, torch.tensor(one.completion_ids)[:, None])[:, 0])
-    return torch.cat(found)
+            all_logp = plain(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+        logps.append(all_logp.gather(1, torch.tensor(rollout.completion_ids)[:, None])[:, 0])
+    return torch.cat(logps)
 
 
 def need(trains: str) -> None:
@@ -81,7 +81,7 @@ def test_trained_student_has_equal_log_probs_in_transformers_and_vllm(family: st
         f"{family}, {trains}: transformers {apart(ours, theirs):.1e}, vLLM {apart(ours, engines):.1e}, base {moved:.1e}"
     )
     assert apart(ours, theirs) < NEAR and apart(ours, engines) < NEAR
-    assert moved > 20 * NEAR  # what the run changed is what was compared
+    assert moved > 20 * NEAR  # the training changed the log-probs, so base weights would fail
     chat = [{"role": "user", "content": "17+45"}]
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert ids == policy.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]

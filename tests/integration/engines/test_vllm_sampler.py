@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.skipif(not HERE, reason="vLLM is not installed here: `make test-engines` runs these"),
 ]
 if HERE:
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling what these small models do takes longer than doing it
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than running these small models
 SETTINGS = Compute(sampler="vllm", vllm=Vllm(compiled=False, cache_gb=0.25), sample_batch=64)
 PROMPTS = ((1, 6, 15, 7, 2), (1, 8, 9, 15, 10, 2), (1, 14, 2), (1, 5, 5, 15, 13, 11, 15, 6, 2))
 
@@ -66,15 +66,15 @@ def sample_requests(samples: int = 8, *draw: str | int) -> list[Request]:
 
 def gap(policy: Policy, rollouts: Sequence[Rollout]) -> float:
     """Mean |log-prob that a token was drawn with − the trainer's|."""
-    theirs = torch.cat(logp_of(policy, rollouts, 4096))
-    return (torch.tensor([x for one in rollouts for x in one.sampler_logp]) - theirs).abs().mean().item()
+    trainer_logp = torch.cat(logp_of(policy, rollouts, 4096))
+    return (torch.tensor([x for rollout in rollouts for x in rollout.sampler_logp]) - trainer_logp).abs().mean().item()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_vllm_sampler_logp_equals_the_trainers(pool: EnginePool, policy: Policy, temperature: float) -> None:
-    found = pool.sampler(policy).sample(sample_requests(), Sampling(max_tokens=24, temperature=temperature))
-    assert gap(policy, found) < 1e-4  # the promise is 0.01
-    assert {one.temperature for one in found} == {temperature}
+    rollouts = pool.sampler(policy).sample(sample_requests(), Sampling(max_tokens=24, temperature=temperature))
+    assert gap(policy, rollouts) < 1e-4  # the promise is 0.01
+    assert {rollout.temperature for rollout in rollouts} == {temperature}
 
 
 def test_vllm_receives_updated_weights_before_each_call_without_files(pool: EnginePool, policy: Policy) -> None:
@@ -89,7 +89,7 @@ def test_vllm_receives_updated_weights_before_each_call_without_files(pool: Engi
 
 
 def adapted(quantize: str | None = None) -> Policy:
-    """With an adapter that says something else than its base."""
+    """A policy whose adapter changes its distributions."""
     config = Lora.model_validate({"r": 4, "alpha": 8, "quantize": quantize})
     wanted = lora.AdapterSpec(config, (0, "test"))
     policy = load_policy(
@@ -129,32 +129,35 @@ def test_policies_of_one_shape_share_an_engine(pool: EnginePool, policy: Policy)
             one.mul_(0.8)
     other.model.requires_grad_(False)
     pool.sampler(policy).sample(sample_requests(), Sampling(max_tokens=16))
-    known = list(pool.engines)  # other tests' models, a four-bit one among them, have brought theirs
+    known = list(pool.engines)  # including those that other tests started
     for _ in range(2):
-        for who in (policy, other, other):
-            assert gap(who, pool.sampler(who).sample(sample_requests(), Sampling(max_tokens=16))) < 1e-4
+        for sampled_policy in (policy, other, other):
+            assert (
+                gap(sampled_policy, pool.sampler(sampled_policy).sample(sample_requests(), Sampling(max_tokens=16)))
+                < 1e-4
+            )
     assert list(pool.engines) == known
 
 
 def test_vllm_request_seed_decides_its_tokens_in_any_batch(pool: EnginePool, policy: Policy) -> None:
     sampler, batch = pool.sampler(policy), sample_requests()
-    found = sampler.sample(batch, Sampling(max_tokens=24))
+    rollouts = sampler.sample(batch, Sampling(max_tokens=24))
     again = sampler.sample(batch[::-1], Sampling(max_tokens=24))[::-1]
     alone = sampler.sample(batch[5:6], Sampling(max_tokens=24))
-    assert [one.completion_ids for one in found] == [one.completion_ids for one in again]
-    assert found[5].completion_ids == alone[0].completion_ids
-    assert len({one.completion_ids for one in found[:8]}) > 4  # eight samples of one prompt
+    assert [rollout.completion_ids for rollout in rollouts] == [rollout.completion_ids for rollout in again]
+    assert rollouts[5].completion_ids == alone[0].completion_ids
+    assert len({rollout.completion_ids for rollout in rollouts[:8]}) > 4  # eight samples of one prompt
     other = sampler.sample(sample_requests(8, "other"), Sampling(max_tokens=24))
-    assert [one.completion_ids for one in found] != [one.completion_ids for one in other]
+    assert [rollout.completion_ids for rollout in rollouts] != [rollout.completion_ids for rollout in other]
 
 
 def test_vllm_first_token_frequencies_match_probabilities(pool: EnginePool, policy: Policy) -> None:
     count, prompt = 2000, PROMPTS[1]
     requests = requests_for([("p", prompt)], count, 0, "frequencies")
-    found = pool.sampler(policy).sample(requests, Sampling(max_tokens=1))
-    drawn = Counter(one.completion_ids[0] for one in found)
+    rollouts = pool.sampler(policy).sample(requests, Sampling(max_tokens=1))
+    drawn = Counter(rollout.completion_ids[0] for rollout in rollouts)
     every = [Rollout("p", 0, prompt, (token,), (0.0,), "length", "x") for token in range(policy.vocabulary)]
-    expected = [count * math.exp(one.item()) for one in logp_of(policy, every, 4096)]
+    expected = [count * math.exp(logp.item()) for logp in logp_of(policy, every, 4096)]
     common = [token for token, wanted in enumerate(expected) if wanted >= 5]
     seen, wanted = [drawn[token] for token in common], [expected[token] for token in common]
     assert chisquare([*seen, count - sum(seen)], [*wanted, count - sum(wanted)]).pvalue > 1e-3
@@ -162,16 +165,16 @@ def test_vllm_first_token_frequencies_match_probabilities(pool: EnginePool, poli
 
 def test_vllm_completions_end_with_a_stop_id_or_at_max_tokens(pool: EnginePool, policy: Policy) -> None:
     arrived: list[Rollout] = []
-    found = pool.sampler(policy).sample(sample_requests(16), Sampling(max_tokens=24), arrived.extend)
+    rollouts = pool.sampler(policy).sample(sample_requests(16), Sampling(max_tokens=24), arrived.extend)
     stops = set(policy.stop_ids)
-    for one in found:
-        *inner, last = one.completion_ids
+    for rollout in rollouts:
+        *inner, last = rollout.completion_ids
         assert not stops & set(inner)
-        assert (one.finish == "stop") == (last in stops)
-        assert one.finish == "stop" or len(one.completion_ids) == 24
-    assert {one.finish for one in found} == {"stop", "length"}
-    assert Counter((one.problem_id, one.sample) for one in arrived) == Counter(
-        (one.problem_id, one.sample) for one in found
+        assert (rollout.finish == "stop") == (last in stops)
+        assert rollout.finish == "stop" or len(rollout.completion_ids) == 24
+    assert {rollout.finish for rollout in rollouts} == {"stop", "length"}
+    assert Counter((rollout.problem_id, rollout.sample) for rollout in arrived) == Counter(
+        (rollout.problem_id, rollout.sample) for rollout in rollouts
     )
 
 
@@ -228,7 +231,7 @@ POCKET = (
     "conditions.problems=0",
     "compute.sample_batch=256",
 )
-BESIDE = ("compute.sampler=vllm", "compute.vllm.compiled=false", "compute.vllm.cache_gb=0.25")
+WITH_VLLM = ("compute.sampler=vllm", "compute.vllm.compiled=false", "compute.vllm.cache_gb=0.25")
 GRPO = (
     *POCKET,
     "data.evals.sums.generate.count=2",
@@ -250,7 +253,7 @@ OPD = (
 def trained(sampler: str, seed: int) -> Path:
     """The folder of a GRPO stage from the pocket teacher's weights."""
     out = temporary() / f"{sampler}-{seed}"
-    changes = (*GRPO, *(BESIDE if sampler == "vllm" else ()))
+    changes = (*GRPO, *(WITH_VLLM if sampler == "vllm" else ()))
     result = tiny("run", out, "--arm", "direct_grpo", "--seed", str(seed), changes=changes)
     assert result.code == 0, result.err
     return node(out, "direct_grpo", "student_rl", seed)
@@ -264,20 +267,21 @@ def rewards(sampler: str, seed: int) -> list[float]:
 
 @pytest.mark.timeout(1500)
 def test_grpo_rewards_with_vllm_rise_as_with_the_embedded_sampler() -> None:
-    """Other draws are another run, so the embedded sampler's own seeds say how far apart such runs are."""
-    ours, theirs = [rewards("torch", seed) for seed in (0, 1, 2)], rewards("vllm", 0)
-    print("rewards", ours, theirs)
-    for third, reached in enumerate(theirs):
+    """The samplers draw differently, so the spread over seeds of the embedded sampler is the tolerance."""
+    ours, vllm = [rewards("torch", seed) for seed in (0, 1, 2)], rewards("vllm", 0)
+    print("rewards", ours, vllm)
+    for third, reached in enumerate(vllm):
         own = [run[third] for run in ours]
-        assert min(own) - NOISE < reached < max(own) + NOISE, (ours, theirs)
-    assert theirs[2] > theirs[0] + 0.1, theirs
+        assert min(own) - NOISE < reached < max(own) + NOISE, (ours, vllm)
+    assert vllm[2] > vllm[0] + 0.1, vllm
     metrics = rows(trained("vllm", 0) / "metrics.jsonl")
     assert max(row["sampler_gap"] for row in metrics) < 1e-4
     assert all(abs(row["importance"] - 1.0) < 1e-3 for row in metrics)
 
 
 ADAPTED = (
-    *BESIDE, "models.student=pocket:qwen3-teacher", "models.lora.r=8", "models.lora.alpha=16", "stages.student_rl.sparse.kl_coef=0.01",
+    *WITH_VLLM, "models.student=pocket:qwen3-teacher", "models.lora.r=8", "models.lora.alpha=16",
+    "stages.student_rl.sparse.kl_coef=0.01",
     *(f"stages.{stage}.optim.lr=0.01" for stage in ("teacher_rl", "warmup", "opd", "student_rl")),
 )  # fmt: skip
 
@@ -291,7 +295,7 @@ def test_lora_recipe_runs_with_the_vllm_sampler(tmp_path: Path, output: str) -> 
     for stage in ("teacher_rl", "opd", "student_rl"):
         metrics = rows(node(tmp_path / "out", "bridge_rl", stage) / "metrics.jsonl")
         assert max(row["sampler_gap"] for row in metrics) < 1e-4, stage
-    # After two large steps base weights would be far off, so the gap says that what was updated was handed over.
+    # After two large steps the base weights would give a large gap, so the small gap shows that vLLM has the updated weights.
     assert [row["kl_reference"] > 1e-3 for row in metrics] == [False, True]
 
 
@@ -300,8 +304,8 @@ NOISE = 0.06
 
 
 def distilled(sampler: str, out: Path) -> dict[str, Any]:
-    """The report of distilling a student from one and the same trained teacher."""
-    changes = (*OPD, f"models.teacher={trained('torch', 0) / 'model'}", *(BESIDE if sampler == "vllm" else ()))
+    """Report of a distillation from the same trained teacher with either sampler."""
+    changes = (*OPD, f"models.teacher={trained('torch', 0) / 'model'}", *(WITH_VLLM if sampler == "vllm" else ()))
     result = tiny("run", out, "--arm", "raw_teacher", changes=changes)
     assert result.code == 0, result.err
     found: dict[str, Any] = load_json(out / "report.json")
@@ -310,14 +314,14 @@ def distilled(sampler: str, out: Path) -> dict[str, Any]:
 
 @pytest.mark.timeout(1500)
 def test_distillation_with_vllm_gives_the_same_report_within_intervals(tmp_path: Path) -> None:
-    theirs, ours = distilled("vllm", tmp_path / "vllm"), distilled("torch", tmp_path / "torch")
-    assert theirs.keys() == ours.keys() and theirs["arms"].keys() == ours["arms"].keys()
-    for name, arm in theirs["arms"].items():
+    vllm, ours = distilled("vllm", tmp_path / "vllm"), distilled("torch", tmp_path / "torch")
+    assert vllm.keys() == ours.keys() and vllm["arms"].keys() == ours["arms"].keys()
+    for name, arm in vllm["arms"].items():
         a, b = arm["accuracy"]["sums"], ours["arms"][name]["accuracy"]["sums"]
         print(name, a, b, arm["tokens"], ours["arms"][name]["tokens"])
         assert a["low"] <= b["high"] and b["low"] <= a["high"], (name, a, b)
         assert arm["labels"] == ours["arms"][name]["labels"]
         for what in ("sampled", "trained", "teacher_scored"):
             assert arm["tokens"][what] == pytest.approx(ours["arms"][name]["tokens"][what], rel=0.15), (name, what)
-    accuracy = {name: theirs["arms"][name]["accuracy"]["sums"] for name in ("raw_teacher", "base_student")}
+    accuracy = {name: vllm["arms"][name]["accuracy"]["sums"] for name in ("raw_teacher", "base_student")}
     assert accuracy["raw_teacher"]["low"] > accuracy["base_student"]["high"] + 0.1

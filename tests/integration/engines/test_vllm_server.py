@@ -101,7 +101,7 @@ def test_served_vllm_scores_equal_the_teachers(url: str, here: Policy, k: int) -
     exact = [one.materialize() for one in distributions_of(here, rollouts, 4096)]
     for ours, theirs in zip(exact, served(url, here, k).distributions(rollouts, 4096), strict=True):
         assert isinstance(theirs, TopK) and theirs.ids_NK.shape[1] == k
-        # The log-probs of the very ids that the server names; equal ones may come in either order.
+        # Log-probs of the ids that the server returned; ids of equal log-prob may come in either order.
         torch.testing.assert_close(ours.logp_NV.gather(1, theirs.ids_NK), theirs.logp_NK, atol=1e-3, rtol=0.0)
         torch.testing.assert_close(ours.top_k(k).logp_NK, theirs.logp_NK, atol=1e-3, rtol=0.0)
 
@@ -155,7 +155,7 @@ def test_recipe_with_a_served_vllm_teacher_runs_with_preflight(url: str, here: P
         "run", tmp_path / "out", "--arm", "raw_teacher", changes=(*changes, f"models.teacher={url}"), whole=True
     )
     assert result.code == 0, result.err
-    # What the warm-up learns from are the server's samples, and beside each token the teacher's own log-probs, stored as halves.
+    # The cache has the server's samples and, for each token, the teacher's log-probs in float16.
     cached = read_cache(node(tmp_path / "out", "raw_teacher", "teacher_rollouts") / "cache")
     exact = distributions_of(here, [row.rollout for row in cached], 4096)
     for row, whole in zip(cached, exact, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import re
 import shutil
@@ -30,6 +31,7 @@ from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
+from headwater.models.shape import Shape
 from headwater.runs.inputs import RunInputs
 from runs import TINY
 from serving import Answering, serving
@@ -251,6 +253,25 @@ def test_sampling_defaults_of_a_model_are_named_as_ignored(tmp_path: Path) -> No
     folder = qwen_folder(tmp_path / "model", do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
     finding = find(light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "sampling-defaults-ignored")
     assert finding.severity == "note" and "temperature 0.6, top_p 0.95, top_k 20" in finding.evidence
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
+def test_the_share_that_adapters_cover_and_targets_that_get_none_are_named(tmp_path: Path) -> None:
+    moe = tiny_folder(tmp_path / "moe", "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    models_ = (f"models.student={moe}", f"models.teacher={moe}")
+    found = find(light(tmp_path, *models_, "models.lora.targets=[q_proj,v_proj]"), "adapters-cover-part")
+    # Of each layer: (32 + 16) · 32 of 32 · 96 of attention, 4 · 3 · 32 · 16 of experts and 4 · 32 of the router.
+    assert (
+        found.severity == "warning" and f"{48 * 32 / (96 * 32 + 12 * 512 + 128):.0%} of the layers'" in found.evidence
+    )
+    assert "experts.gate_up_proj" in found.evidence
+    whole = light(tmp_path, *models_, "models.lora.r=2")
+    assert not [one for one in whole.findings if one.name.startswith("adapters")]
+    dense = find(light(tmp_path, "models.lora.targets=[q_proj]"), "adapters-cover-part")
+    assert dense.severity == "note"
+    for targets, said in (("[nowhere]", "nowhere"), ("[input_layernorm]", "RMSNorm")):
+        refused = find(light(tmp_path, *models_, f"models.lora.targets={targets}"), "adapters-impossible")
+        assert refused.severity == "error" and "models.lora.targets" in refused.evidence and said in refused.evidence
 
 
 def test_a_thinking_template_against_a_plain_one_is_refused(tmp_path: Path) -> None:
@@ -544,6 +565,17 @@ def test_bfloat16_that_is_slower_here_is_measured(
     assert [finding.name for finding in findings] == found and torch.get_num_threads() == threads
     assert all(float(re.search(r"is ([\d.]+) times", one.evidence)[1]) > 3 for one in findings)  # type: ignore[index]
     assert list(resource_checks.compute_dtype(context_of(tmp_path))) == []
+
+
+@pytest.mark.parametrize(("used", "found"), [(None, ["experts-per-token-unknown"]), (6, [])])
+def test_an_unknown_number_of_experts_per_token_is_named(used: int | None, found: list[str], tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "deepseek_v2", hidden_size=32, num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=4, vocab_size=64,
+        num_experts_per_tok=used,
+    )  # fmt: skip
+    context = context_of(tmp_path)
+    context.inputs.memo[("shape", "teacher")] = Shape.from_config(config)
+    assert [finding.name for finding in resource_checks.experts(context)] == found
 
 
 def test_free_memory_is_known_here() -> None:

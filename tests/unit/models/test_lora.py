@@ -34,7 +34,7 @@ from headwater.teachers.scoring import logp_of
 from headwater.training.checkpoint import load_checkpoint, save_checkpoint
 from headwater.training.update import make_optimizer, update
 from runs import load_json
-from tests.unit.sampling.test_decoder import spoken
+from tests.unit.sampling.test_decoder import hidden_states
 from tiny import CPU, MODELS, gradient_of, same_bits, sampled_rows, stage_of, tiny_folder, weights_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
@@ -148,9 +148,9 @@ def test_the_fast_decoder_samples_from_the_adapted_weights(
     folder = tiny_folder(tmp_path / "model", architecture, seed=4)
     policy = trained(folder)
     assert isinstance(decoder_for(policy), FastDecoder)
-    fast, general = spoken(policy, FastDecoder(policy), 12), spoken(policy, CacheDecoder(policy), 12)
+    fast, general = hidden_states(policy, FastDecoder(policy), 12), hidden_states(policy, CacheDecoder(policy), 12)
     plain = base(folder)
-    unadapted = spoken(plain, CacheDecoder(plain), 12)
+    unadapted = hidden_states(plain, CacheDecoder(plain), 12)
     for ours, theirs in zip(fast, general, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert furthest_apart(torch.cat(general), torch.cat(unadapted)) > 0.1

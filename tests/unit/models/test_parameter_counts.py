@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headwater.models.shape import Shape
+from headwater.teachers.scoring import logp_of
+from tiny import PROMPTS, rollout_of, tiny_policy
 
 Fields = dict[str, Any]
 MLA: Fields = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
@@ -211,3 +214,16 @@ def test_sizes_that_are_no_positive_integers_are_named(field: str, value: int) -
     name = {"hidden_size": "hidden", "vocab_size": "vocabulary"}[field]
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         Shape.from_config(AutoConfig.for_model("qwen3", **{field: value}))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_shape_of_a_loaded_model_changes_neither_its_config_nor_its_packed_log_probs(architecture: str) -> None:
+    """The order of calls differs between a run and its resumption, so a side effect would break exact resume."""
+    policy = tiny_policy(architecture, num_hidden_layers=3)
+    rollouts = [rollout_of(prompt, (5, 6, 7, 8, 9)) for prompt in PROMPTS]
+    before, settings = logp_of(policy, rollouts, 4096), copy.deepcopy(policy.model.config)
+    assert Shape.from_config(policy.model.config).layers == 3
+    assert policy.model.config.to_dict() == settings.to_dict()
+    assert policy.model.config._attn_implementation == settings._attn_implementation
+    for scores, expected in zip(logp_of(policy, rollouts, 4096), before, strict=True):
+        assert torch.equal(scores, expected)

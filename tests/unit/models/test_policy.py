@@ -290,6 +290,24 @@ def test_a_tokenizer_without_padding_pads_with_a_valid_id() -> None:
     assert replace(policy).pad_id == 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "frozen", "named"),
+    [
+        ({}, False, ["models.dtype=bfloat16", "models.gradient_checkpointing=true", "models.lora={r: 16}"]),
+        ({"gradient_checkpointing": True}, False, ["models.dtype=bfloat16", "models.lora={r: 16}"]),
+        ({"dtype": "bfloat16"}, False, ["models.gradient_checkpointing=true", "models.lora={r: 16}"]),
+        ({}, True, ["models.dtype=bfloat16"]),
+        ({"dtype": "bfloat16"}, True, []),
+    ],
+)
+def test_settings_that_would_lower_memory_are_those_that_are_not_on(
+    settings: dict[str, Any], frozen: bool, named: list[str], pocket_folder: Path
+) -> None:
+    models = MODELS.model_copy(update=settings)
+    folder = ModelFolder.open(str(pocket_folder / "qwen3-student"), FIELD)
+    assert load_policy(folder, LoadOptions(models, CPU, frozen)).memory_settings == named
+
+
 # --------------------------------------------------------------------------------------------------------------- shapes
 
 

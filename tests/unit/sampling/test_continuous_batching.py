@@ -1,4 +1,4 @@
-"""Continuous batching: sequences come and go, places are used again, and no sequence notices any other."""
+"""Continuous batching: sequences enter and leave, cache slots are reused, and no sequence influences another."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def requests(samples: int = 4, prompts: tuple[tuple[int, ...], ...] = MIXED) -> 
     return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(prompts)], samples, 0, 0, "batching", 1)
 
 
-def told(rollouts: list[Rollout]) -> list[tuple[str, int, tuple[int, ...], str]]:
-    return [(one.problem_id, one.sample, one.completion_ids, one.finish) for one in rollouts]
+def outcomes(rollouts: list[Rollout]) -> list[tuple[str, int, tuple[int, ...], str]]:
+    return [(rollout.problem_id, rollout.sample, rollout.completion_ids, rollout.finish) for rollout in rollouts]
 
 
-def alone(policy: Policy, rollout: Rollout) -> list[float]:
-    """The completion's log-probs by the plain model: uncached, unpadded, no other sequence near."""
+def plain_logp(policy: Policy, rollout: Rollout) -> list[float]:
+    """The completion's log-probs by the plain model, without cache, padding or other sequences."""
     with torch.no_grad():
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
         logp = torch.log_softmax(policy.model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1], dim=-1)
     return logp[torch.arange(len(logp)), torch.tensor(rollout.completion_ids)].tolist()
 
 
-def assert_honest(policy: Policy, rollouts: list[Rollout]) -> None:
-    for one in rollouts:
-        assert one.sampler_logp == pytest.approx(alone(policy, one), abs=2e-5)
+def assert_plain_logp(policy: Policy, rollouts: list[Rollout]) -> None:
+    for rollout in rollouts:
+        assert rollout.sampler_logp == pytest.approx(plain_logp(policy, rollout), abs=2e-5)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2"])
@@ -57,15 +57,15 @@ def assert_honest(policy: Policy, rollouts: list[Rollout]) -> None:
 def test_batch_size_does_not_change_completions(name: str, batch: int) -> None:
     policy = tiny_policy(name, seed=2, std=0.2)
     whole = TorchSampler(policy, batch=64).sample(requests(), Sampling(max_tokens=90))
-    lengths = sorted(len(one.completion_ids) for one in whole)
+    lengths = sorted(len(rollout.completion_ids) for rollout in whole)
     assert lengths[0] <= 6 and lengths[-1] == 90 and len(set(lengths)) > 8
-    few = TorchSampler(policy, batch=batch).sample(requests(), Sampling(max_tokens=90))
-    assert told(few) == told(whole)
-    assert_honest(policy, few)
+    small_batch = TorchSampler(policy, batch=batch).sample(requests(), Sampling(max_tokens=90))
+    assert outcomes(small_batch) == outcomes(whole)
+    assert_plain_logp(policy, small_batch)
 
 
 def test_reused_cache_slots_do_not_leak_earlier_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever lies past a row's own end, and whatever a place held before a row entered, is made huge: no one may see it."""
+    """Cache columns past a row's end become huge and free slots NaN, so that any read of them changes the output."""
     policy = tiny_policy(seed=2, std=0.2)
     clean = TorchSampler(policy, batch=5).sample(requests(), Sampling(max_tokens=40))
     insert, reserve_column = KVCache.insert, KVCache.reserve_column
@@ -77,7 +77,7 @@ def test_reused_cache_slots_do_not_leak_earlier_sequences(monkeypatch: pytest.Mo
             spoilt["places"] += table[len(self) :].numel()
         return insert(self, *args)
 
-    def spoil_what_is_past(self: KVCache) -> int:
+    def spoil_columns_past_the_end(self: KVCache) -> int:
         window = reserve_column(self)
         for row, length in enumerate(self.lengths):
             for table in (*self.keys, *self.values):
@@ -86,19 +86,19 @@ def test_reused_cache_slots_do_not_leak_earlier_sequences(monkeypatch: pytest.Mo
         return window
 
     monkeypatch.setattr(KVCache, "insert", spoil_places)
-    monkeypatch.setattr(KVCache, "reserve_column", spoil_what_is_past)
+    monkeypatch.setattr(KVCache, "reserve_column", spoil_columns_past_the_end)
     again = TorchSampler(policy, batch=5).sample(requests(), Sampling(max_tokens=40))
     assert spoilt["places"] > 0 and spoilt["columns"] > 0
-    assert told(again) == told(clean)
-    assert_honest(policy, again)
+    assert outcomes(again) == outcomes(clean)
+    assert_plain_logp(policy, again)
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, seen: list[list[list[int]]]) -> None:
-    """Every pass's ids (rows, tokens)."""
+def record_forward_ids(monkeypatch: pytest.MonkeyPatch, forward_ids: list[list[list[int]]]) -> None:
+    """Record the ids (rows, tokens) of every forward pass."""
     forward: Callable[..., torch.Tensor] = FastDecoder._forward
 
     def watch(self: FastDecoder, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
-        seen.append(ids.tolist())
+        forward_ids.append(ids.tolist())
         return forward(self, ids, *rest)
 
     monkeypatch.setattr(FastDecoder, "_forward", watch)
@@ -109,34 +109,38 @@ def test_prefill_runs_each_distinct_prompt_once_within_the_token_budget(
     budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = tiny_policy(seed=2, std=0.2)
-    seen: list[list[list[int]]] = []
-    watched(monkeypatch, seen)
+    forward_ids: list[list[list[int]]] = []
+    record_forward_ids(monkeypatch, forward_ids)
     monkeypatch.setattr(fast_decoder, "PREFILL_TOKENS", budget)
-    # Every prompt asked for under two names; its eight samples enter at different times.
-    wanted = [*requests(), *requests_for([(f"q{i}", one) for i, one in enumerate(MIXED)], 4, 0, "other")]
-    found = TorchSampler(policy, batch=5).sample(wanted, Sampling(max_tokens=12))
-    prefills = [ids for ids in seen if len(ids[0]) > 1]
+    # Every prompt is requested under two names; its eight samples enter at different times.
+    wanted_requests = [*requests(), *requests_for([(f"q{i}", prompt) for i, prompt in enumerate(MIXED)], 4, 0, "other")]
+    rollouts = TorchSampler(policy, batch=5).sample(wanted_requests, Sampling(max_tokens=12))
+    prefills = [ids for ids in forward_ids if len(ids[0]) > 1]
     ran = Counter(
-        tuple(row[: len(one)]) for ids in prefills for row in ids for one in MIXED if tuple(row[: len(one)]) == one
+        tuple(row[: len(prompt)])
+        for ids in prefills
+        for row in ids
+        for prompt in MIXED
+        if tuple(row[: len(prompt)]) == prompt
     )
     assert ran == Counter(MIXED) and sum(map(len, prefills)) == len(MIXED)
     assert all(len(ids) == 1 or len(ids) * len(ids[0]) <= budget for ids in prefills)
-    assert_honest(policy, found)
+    assert_plain_logp(policy, rollouts)
 
 
 def test_batch_stays_full_and_finished_sequences_take_no_decode_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy = tiny_policy(seed=2, std=0.2)
-    seen: list[list[list[int]]] = []
-    watched(monkeypatch, seen)
+    forward_ids: list[list[list[int]]] = []
+    record_forward_ids(monkeypatch, forward_ids)
     size = 16
-    found = TorchSampler(policy, batch=size).sample(requests(samples=30), Sampling(max_tokens=30))
-    steps = [len(ids) for ids in seen if len(ids[0]) == 1]
-    tokens = sum(len(one.completion_ids) for one in found)
-    assert sum(steps) == tokens - len(found)  # a completion's first token needs no step of its own
+    rollouts = TorchSampler(policy, batch=size).sample(requests(samples=30), Sampling(max_tokens=30))
+    steps = [len(ids) for ids in forward_ids if len(ids[0]) == 1]
+    tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+    assert sum(steps) == tokens - len(rollouts)  # a completion's first token needs no step of its own
     assert max(steps) <= size
-    # Fewer than 2 of the 16 places are free before the last request enters, but for those whose rows have only just ended.
+    # Before the last request enters, fewer than 2 of the 16 slots are free, except in the step after a row ends.
     assert len(steps) <= tokens / (size - 2) * 1.1 + 30
 
 
@@ -148,8 +152,8 @@ def test_check_interval_for_finished_sequences_does_not_change_completions(
     often = TorchSampler(policy, batch=6).sample(requests(), Sampling(max_tokens=21))
     monkeypatch.setattr(torch_sampler, "CHECK_EVERY_CPU", 8)
     seldom = TorchSampler(policy, batch=6).sample(requests(), Sampling(max_tokens=21))
-    assert told(seldom) == told(often)
-    assert_honest(policy, seldom)
+    assert outcomes(seldom) == outcomes(often)
+    assert_plain_logp(policy, seldom)
 
 
 def test_on_finished_reports_rollouts_in_a_deterministic_order() -> None:
@@ -157,21 +161,21 @@ def test_on_finished_reports_rollouts_in_a_deterministic_order() -> None:
     orders: list[list[tuple[str, int]]] = [[], []]
     for order in orders:
         TorchSampler(policy, batch=7).sample(
-            requests(), Sampling(max_tokens=20), lambda found, order=order: order.extend((r.problem_id, r.sample) for r in found)
+            requests(), Sampling(max_tokens=20), lambda finished, order=order: order.extend((r.problem_id, r.sample) for r in finished)
         )  # fmt: skip
     assert orders[0] == orders[1]
-    assert sorted(orders[0]) == sorted((one.problem_id, one.sample) for one in requests())
+    assert sorted(orders[0]) == sorted((request.problem_id, request.sample) for request in requests())
 
 
 def test_wide_vocabulary_with_packed_head_gives_the_trainers_log_probs() -> None:
     policy = tiny_policy(seed=3, vocab_size=5000)
-    found = TorchSampler(policy, batch=6).sample(requests(samples=2), Sampling(max_tokens=12))
-    assert len({token for one in found for token in one.completion_ids}) > 50
-    assert_honest(policy, found)
+    rollouts = TorchSampler(policy, batch=6).sample(requests(samples=2), Sampling(max_tokens=12))
+    assert len({token for rollout in rollouts for token in rollout.completion_ids}) > 50
+    assert_plain_logp(policy, rollouts)
 
 
 def test_kv_cache_grows_only_to_the_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = tiny_policy(seed=2, std=0.0)  # every token as likely as any other
+    policy = tiny_policy(seed=2, std=0.0)  # uniform distributions
     monkeypatch.setattr(fast_decoder, "INITIAL_COLUMNS", 4)
     columns: list[int] = []
     reserve_column = KVCache.reserve_column
@@ -182,12 +186,12 @@ def test_kv_cache_grows_only_to_the_longest_sequence(monkeypatch: pytest.MonkeyP
         return window
 
     monkeypatch.setattr(KVCache, "reserve_column", watch)
-    found = TorchSampler(policy, batch=4).sample(requests(samples=3, prompts=PROMPTS), Sampling(max_tokens=60))
-    longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in found)
-    lanes = fast_decoder.LANES if kernels() else 1  # a cache has whole groups of so many columns
+    rollouts = TorchSampler(policy, batch=4).sample(requests(samples=3, prompts=PROMPTS), Sampling(max_tokens=60))
+    longest = max(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
+    lanes = fast_decoder.LANES if kernels() else 1  # the number of columns is a multiple of this
     assert columns[0] == -(-(9 + 4) // lanes) * lanes and len(set(columns)) >= 3  # it grew twice
     assert longest - 1 <= max(columns) <= -(-(9 + 60) // lanes) * lanes
-    assert_honest(policy, found)
+    assert_plain_logp(policy, rollouts)
 
 
 def test_sample_of_no_requests_returns_no_rollouts() -> None:
@@ -207,7 +211,7 @@ POLICY = tiny_policy("llama", seed=5, std=0.2)
 def test_completion_depends_only_on_its_own_request(
     order: list[int], batch: int, limit: int, chosen: list[int]
 ) -> None:
-    wanted = [Request(f"p{which}", index, MIXED[which], ("own", index)) for index, which in enumerate(chosen)]
-    single = [TorchSampler(POLICY).sample([one], Sampling(max_tokens=limit))[0] for one in wanted]
-    found = TorchSampler(POLICY, batch=batch).sample([wanted[i] for i in order], Sampling(max_tokens=limit))
-    assert told(found) == told([single[i] for i in order])
+    own_requests = [Request(f"p{which}", index, MIXED[which], ("own", index)) for index, which in enumerate(chosen)]
+    single = [TorchSampler(POLICY).sample([request], Sampling(max_tokens=limit))[0] for request in own_requests]
+    rollouts = TorchSampler(POLICY, batch=batch).sample([own_requests[i] for i in order], Sampling(max_tokens=limit))
+    assert outcomes(rollouts) == outcomes([single[i] for i in order])

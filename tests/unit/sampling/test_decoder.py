@@ -1,4 +1,4 @@
-"""The fast decoder says what the general one says, for every kind of model that it takes, and takes no other."""
+"""Fast decoder: the general decoder's hidden states for every supported model; unsupported models are not accepted."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama 3 positions": ("llama", {"rope_parameters": LLAMA3}),
     "llama, stretched": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "llama, every head its own keys": ("llama", {"num_key_value_heads": 4}),
+    "llama, one key head per query head": ("llama", {"num_key_value_heads": 4}),
     "llama, wide heads": ("llama", {"head_dim": 16}),
 }
 
 
-def spoken(policy: Policy, decoder: CacheDecoder | FastDecoder, steps: int) -> list[torch.Tensor]:
-    """Hidden states of a script: prefill of four prompts of different length, rows repeated, dropped twice on the way."""
+def hidden_states(policy: Policy, decoder: CacheDecoder | FastDecoder, steps: int) -> list[torch.Tensor]:
+    """Hidden states of a fixed schedule: prefill four prompts of different length, some twice, and drop rows two times."""
     tokens = torch.randint(5, 30, (steps, 7), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         decoder.begin([PROMPTS[row] for row in (0, 0, 1, 1, 2, 3, 3)], 7, max(map(len, PROMPTS)) + steps)
-        found = [decoder.prefill(7)]
+        states = [decoder.prefill(7)]
         alive = [0, 1, 2, 3, 4, 5, 6]
         for step in range(steps):
             if step in (3, 9):
                 keep = [0, 2, 3, 4, 6] if step == 3 else [3, 1]
                 alive = [alive[row] for row in keep]
                 decoder.select_rows(keep)
-            found.append(decoder.decode_step(tokens[step, alive]))
-    return found
+            states.append(decoder.decode_step(tokens[step, alive]))
+    return states
 
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_fast_decoder_gives_the_hidden_states_of_the_general_decoder(kind: str) -> None:
     name, settings = PLAIN[kind]
     policy = tiny_policy(name, seed=4, **settings)
-    if settings.get("attention_bias"):  # fresh biases are 0 and would hide that they are left out
+    if settings.get("attention_bias"):  # fresh biases are 0, which would hide an omitted bias
         with torch.no_grad():
             for weight_name, weight in policy.model.named_parameters():
                 if weight_name.endswith("bias"):
@@ -60,20 +60,22 @@ def test_fast_decoder_gives_the_hidden_states_of_the_general_decoder(kind: str) 
     # Past the first growth of the cache at 9 + 64 columns, and past the second.
     steps = 2 * (9 + INITIAL_COLUMNS) + 5
     for ours, theirs in zip(
-        spoken(policy, FastDecoder(policy), steps), spoken(policy, CacheDecoder(policy), steps), strict=True
+        hidden_states(policy, FastDecoder(policy), steps),
+        hidden_states(policy, CacheDecoder(policy), steps),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_unfused_weights_of_large_models_give_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy("qwen3", seed=4)
-    joined = spoken(policy, FastDecoder(policy), 12)
+    fused = hidden_states(policy, FastDecoder(policy), 12)
     monkeypatch.setattr("headwater.sampling.fast_weights.FUSED_PARAMETERS", 0)
-    apart = FastDecoder(policy)
-    layer, theirs_layer = apart.weights.layers[0], policy.model.model.layers[0]
+    unfused = FastDecoder(policy)
+    layer, model_layer = unfused.weights.layers[0], policy.model.model.layers[0]
     assert len(layer.qkv) == 3
-    assert layer.qkv[0].weight.data_ptr() == theirs_layer.self_attn.q_proj.weight.data_ptr()
-    for ours, theirs in zip(spoken(policy, apart, 12), joined, strict=True):
+    assert layer.qkv[0].weight.data_ptr() == model_layer.self_attn.q_proj.weight.data_ptr()
+    for ours, theirs in zip(hidden_states(policy, unfused, 12), fused, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -93,10 +95,10 @@ def test_unsupported_models_use_the_general_decoder(name: str, settings: dict[st
 
 def test_decoder_built_after_an_update_uses_the_new_weights() -> None:
     policy = tiny_policy("qwen3", seed=4)
-    before = spoken(policy, FastDecoder(policy), 2)
+    before = hidden_states(policy, FastDecoder(policy), 2)
     with torch.no_grad():
         policy.model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
-    after = spoken(policy, FastDecoder(policy), 2)
+    after = hidden_states(policy, FastDecoder(policy), 2)
     assert (after[-1] - before[-1]).abs().max().item() > 1e-2
-    torch.testing.assert_close(after[-1], spoken(policy, CacheDecoder(policy), 2)[-1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(after[-1], hidden_states(policy, CacheDecoder(policy), 2)[-1], rtol=1e-3, atol=1e-4)
     assert after[-1].device == CPU

@@ -1,4 +1,4 @@
-"""The embedded sampler: named draws, honest log-probs, right frequencies, and sequences that never touch one another."""
+"""Embedded sampler: named draws, log-probs equal to the trainer's, token frequencies, independence of sequences."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def requests(samples: int = 6, prompts: tuple[tuple[int, ...], ...] = PROMPTS) -
     return requests_for([(f"p{index}", prompt) for index, prompt in enumerate(prompts)], samples, 0, 0, "test", 3)
 
 
-def told(rollouts: list[Rollout]) -> dict[tuple[str, int], tuple[tuple[int, ...], str]]:
-    return {(one.problem_id, one.sample): (one.completion_ids, one.finish) for one in rollouts}
+def outcomes_by_request(rollouts: list[Rollout]) -> dict[tuple[str, int], tuple[tuple[int, ...], str]]:
+    return {(rollout.problem_id, rollout.sample): (rollout.completion_ids, rollout.finish) for rollout in rollouts}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -43,26 +43,30 @@ def test_draws_do_not_depend_on_request_order_or_batch_size(name: str) -> None:
     policy = tiny_policy(name, seed=2, **ARCHITECTURES[name])
     wanted, sampling = requests(), Sampling(max_tokens=24)
     whole = TorchSampler(policy, batch=64).sample(wanted, sampling)
-    assert [(one.problem_id, one.sample) for one in whole] == [(one.problem_id, one.sample) for one in wanted]
-    assert {one.finish for one in whole} == {"stop", "length"} or name in CAPPED
+    assert [(rollout.problem_id, rollout.sample) for rollout in whole] == [
+        (request.problem_id, request.sample) for request in wanted
+    ]
+    assert {rollout.finish for rollout in whole} == {"stop", "length"} or name in CAPPED
     for batch, order in ((1, wanted), (64, wanted[::-1]), (5, wanted[7:] + wanted[:7])):
         again = TorchSampler(policy, batch=batch).sample(order, sampling)
-        assert told(again) == told(whole)
-        logps = {(one.problem_id, one.sample): one.sampler_logp for one in whole}
-        for one in again:
-            assert one.sampler_logp == pytest.approx(logps[one.problem_id, one.sample], abs=1e-4)
+        assert outcomes_by_request(again) == outcomes_by_request(whole)
+        logps = {(rollout.problem_id, rollout.sample): rollout.sampler_logp for rollout in whole}
+        for rollout in again:
+            assert rollout.sampler_logp == pytest.approx(logps[rollout.problem_id, rollout.sample], abs=1e-4)
 
 
 def test_rng_key_changes_draws_and_samples_are_numbered_from_first() -> None:
     policy = tiny_policy(seed=2)
     first = TorchSampler(policy).sample(requests(), Sampling(max_tokens=12))
     other = TorchSampler(policy).sample(
-        [replace(one, rng_key=(1, *one.rng_key[1:])) for one in requests()], Sampling(max_tokens=12)
+        [replace(request, rng_key=(1, *request.rng_key[1:])) for request in requests()], Sampling(max_tokens=12)
     )
     assert sum(a.completion_ids == b.completion_ids for a, b in zip(first, other, strict=True)) < 4
-    # Samples 4 and 5 asked for alone are samples 4 and 5 of the six.
+    # Samples 4 and 5 requested alone are samples 4 and 5 of the six.
     later = TorchSampler(policy).sample(requests_for([("p0", PROMPTS[0])], 2, 4, 0, "test", 3), Sampling(max_tokens=12))
-    assert told(later) == {key: value for key, value in told(first).items() if key in {("p0", 4), ("p0", 5)}}
+    assert outcomes_by_request(later) == {
+        key: value for key, value in outcomes_by_request(first).items() if key in {("p0", 4), ("p0", 5)}
+    }
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -70,16 +74,16 @@ def test_rng_key_changes_draws_and_samples_are_numbered_from_first() -> None:
 def test_sampler_logp_equals_the_trainers_log_prob(name: str, temperature: float) -> None:
     policy = tiny_policy(name, seed=4, **ARCHITECTURES[name])
     rollouts = TorchSampler(policy, batch=8).sample(requests(), Sampling(max_tokens=20, temperature=temperature))
-    for one, trained in zip(rollouts, logp_of(policy, rollouts, 256), strict=True):
-        assert one.sampler_logp == pytest.approx(trained.tolist(), abs=2e-5)
-        # And both are the plain model's, uncached, unpadded and alone.
-        ids = torch.tensor([one.prompt_ids + one.completion_ids])
+    for rollout, trained in zip(rollouts, logp_of(policy, rollouts, 256), strict=True):
+        assert rollout.sampler_logp == pytest.approx(trained.tolist(), abs=2e-5)
+        # Both equal the plain model's, without cache, padding or other sequences.
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
         with torch.no_grad():
-            logits = policy.model(input_ids=ids).logits[0, len(one.prompt_ids) - 1 : -1]
+            logits = policy.model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
         whole = torch.log_softmax(logits / temperature, dim=-1)
-        chosen = whole[torch.arange(len(whole)), torch.tensor(one.completion_ids)]
-        assert one.sampler_logp == pytest.approx(chosen.tolist(), abs=2e-5)
-        assert one.temperature == temperature and one.sampler == policy.fingerprint
+        chosen = whole[torch.arange(len(whole)), torch.tensor(rollout.completion_ids)]
+        assert rollout.sampler_logp == pytest.approx(chosen.tolist(), abs=2e-5)
+        assert rollout.temperature == temperature and rollout.sampler == policy.fingerprint
 
 
 @pytest.mark.parametrize("name", CAPPED)
@@ -113,29 +117,29 @@ def test_first_token_frequencies_match_probabilities(temperature: float, top_p: 
         kept = [int(i) for n, i in enumerate(order) if expected[order[:n]].sum() < top_p]
         expected = torch.zeros_like(expected).index_copy(0, torch.tensor(kept), expected[kept])
     expected = expected / expected.sum()
-    seen = Counter(one.completion_ids[0] for one in rollouts)
-    assert all(expected[token] > 0 for token in seen)
-    # Tokens expected fewer than ten times are counted together, as the test asks for.
+    drawn = Counter(rollout.completion_ids[0] for rollout in rollouts)
+    assert all(expected[token] > 0 for token in drawn)
+    # The chi-square test needs expected counts of at least ten, so rarer tokens are counted together.
     common = [token for token in range(len(expected)) if count * expected[token] >= 10]
-    observed = [seen[token] for token in common]
-    wanted = [count * expected[token].item() for token in common]
-    if count - sum(wanted) > 5:
-        observed, wanted = [*observed, count - sum(observed)], [*wanted, count - sum(wanted)]
+    observed = [drawn[token] for token in common]
+    expected_counts = [count * expected[token].item() for token in common]
+    if count - sum(expected_counts) > 5:
+        observed, expected_counts = [*observed, count - sum(observed)], [*expected_counts, count - sum(expected_counts)]
     else:
-        wanted = [one * sum(observed) / sum(wanted) for one in wanted]
+        expected_counts = [number * sum(observed) / sum(expected_counts) for number in expected_counts]
     assert len(observed) >= 3
-    assert stats.chisquare(observed, wanted).pvalue > 0.001
-    for one in rollouts[:50]:
-        assert math.exp(one.sampler_logp[0]) == pytest.approx(expected[one.completion_ids[0]].item(), rel=1e-4)
+    assert stats.chisquare(observed, expected_counts).pvalue > 0.001
+    for rollout in rollouts[:50]:
+        assert math.exp(rollout.sampler_logp[0]) == pytest.approx(expected[rollout.completion_ids[0]].item(), rel=1e-4)
 
 
 def test_second_token_frequencies_match_conditional_probabilities() -> None:
     """Draws of one rollout's tokens are independent: given the first token, the second follows the model."""
     policy, count = tiny_policy(seed=1, std=0.5), 8000
-    found = TorchSampler(policy, batch=2000).sample(
+    rollouts = TorchSampler(policy, batch=2000).sample(
         requests_for([("p", PROMPTS[0])], count, 0, "chi2"), Sampling(max_tokens=2)
     )
-    pairs = [one.completion_ids for one in found if len(one.completion_ids) == 2]
+    pairs = [rollout.completion_ids for rollout in rollouts if len(rollout.completion_ids) == 2]
     first = Counter(pair[0] for pair in pairs).most_common(1)[0][0]
     second = Counter(pair[1] for pair in pairs if pair[0] == first)
     with torch.no_grad():
@@ -143,31 +147,31 @@ def test_second_token_frequencies_match_conditional_probabilities() -> None:
     expected = torch.softmax(logits, dim=-1)
     total = sum(second.values())
     common = [token for token in range(len(expected)) if total * expected[token] >= 10]
-    observed, wanted = [second[t] for t in common], [total * expected[t].item() for t in common]
-    observed, wanted = [*observed, total - sum(observed)], [*wanted, total - sum(wanted)]
+    observed, expected_counts = [second[t] for t in common], [total * expected[t].item() for t in common]
+    observed, expected_counts = [*observed, total - sum(observed)], [*expected_counts, total - sum(expected_counts)]
     assert total > 500 and len(observed) >= 4
-    assert stats.chisquare(observed, wanted).pvalue > 0.001
+    assert stats.chisquare(observed, expected_counts).pvalue > 0.001
 
 
 def test_completion_ends_at_its_first_stop_token() -> None:
     policy = tiny_policy(seed=2)
     rollouts = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=24))
-    stopped = [one for one in rollouts if one.finish == "stop"]
-    cut = [one for one in rollouts if one.finish == "length"]
+    stopped = [rollout for rollout in rollouts if rollout.finish == "stop"]
+    cut = [rollout for rollout in rollouts if rollout.finish == "length"]
     assert len(stopped) > 5 and len(cut) > 5
     end = policy.tokenizer.eos_token_id
-    for one in stopped:
-        assert one.completion_ids[-1] == end and end not in one.completion_ids[:-1]
-    for one in cut:
-        assert len(one.completion_ids) == 24 and end not in one.completion_ids
-    assert all(len(one.sampler_logp) == len(one.completion_ids) for one in rollouts)
+    for rollout in stopped:
+        assert rollout.completion_ids[-1] == end and end not in rollout.completion_ids[:-1]
+    for rollout in cut:
+        assert len(rollout.completion_ids) == 24 and end not in rollout.completion_ids
+    assert all(len(rollout.sampler_logp) == len(rollout.completion_ids) for rollout in rollouts)
 
 
 def test_max_tokens_truncates_and_a_stop_token_at_the_limit_counts_as_stop() -> None:
     policy = tiny_policy(seed=2)
     long = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=24))
     short = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=6))
-    assert any(one.finish == "stop" and len(one.completion_ids) == 6 for one in short)
+    assert any(rollout.finish == "stop" and len(rollout.completion_ids) == 6 for rollout in short)
     for ours, theirs in zip(short, long, strict=True):
         assert ours.completion_ids == theirs.completion_ids[:6]
         assert ours.finish == (theirs.finish if len(theirs.completion_ids) <= 6 else "length")
@@ -179,35 +183,35 @@ def test_every_stop_id_of_the_generation_config_ends_a_completion() -> None:
     policy = policy_of(logps)
     assert policy.stop_ids == (3, 7, 9)  # the tokenizer's EOS is one of them
     rollouts = TorchSampler(policy).sample(requests(samples=30), Sampling(max_tokens=24))
-    last = Counter(one.completion_ids[-1] for one in rollouts if one.finish == "stop")
+    last = Counter(rollout.completion_ids[-1] for rollout in rollouts if rollout.finish == "stop")
     assert set(last) == {3, 7, 9}
-    assert not any({3, 7, 9} & set(one.completion_ids[:-1]) for one in rollouts)
+    assert not any({3, 7, 9} & set(rollout.completion_ids[:-1]) for rollout in rollouts)
 
 
 def test_finished_sequences_do_not_change_the_remaining_ones() -> None:
-    """Beside many early stoppers, or alone: a long completion is the same."""
+    """A long completion is the same alone and in a batch where many stop early."""
     policy = tiny_policy(seed=2, std=0.15)
-    everyone = TorchSampler(policy, batch=256).sample(requests(samples=40), Sampling(max_tokens=40))
-    lengths = sorted(len(one.completion_ids) for one in everyone)
+    rollouts = TorchSampler(policy, batch=256).sample(requests(samples=40), Sampling(max_tokens=40))
+    lengths = sorted(len(rollout.completion_ids) for rollout in rollouts)
     assert lengths[0] <= 2 and lengths[len(lengths) // 4] < 30 and lengths[-1] == 40
-    wanted = {(one.problem_id, one.sample): one for one in requests(samples=40)}
-    for long in [one for one in everyone if len(one.completion_ids) >= 25][:12]:
-        alone = TorchSampler(policy).sample([wanted[long.problem_id, long.sample]], Sampling(max_tokens=40))[0]
-        assert alone.completion_ids == long.completion_ids
-        assert alone.sampler_logp == pytest.approx(long.sampler_logp, abs=2e-5)
+    by_name = {(request.problem_id, request.sample): request for request in requests(samples=40)}
+    for long in [rollout for rollout in rollouts if len(rollout.completion_ids) >= 25][:12]:
+        single = TorchSampler(policy).sample([by_name[long.problem_id, long.sample]], Sampling(max_tokens=40))[0]
+        assert single.completion_ids == long.completion_ids
+        assert single.sampler_logp == pytest.approx(long.sampler_logp, abs=2e-5)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_near_zero_temperature_equals_greedy_decoding_of_transformers(name: str) -> None:
     policy = tiny_policy(name, seed=6, **ARCHITECTURES[name])
-    found = TorchSampler(policy).sample(requests(samples=1), Sampling(max_tokens=16, temperature=1e-5))
-    for one in found:
-        ids = torch.tensor([one.prompt_ids])
+    rollouts = TorchSampler(policy).sample(requests(samples=1), Sampling(max_tokens=16, temperature=1e-5))
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt_ids])
         greedy = policy.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16, eos_token_id=3, pad_token_id=0
         )
-        expected = tuple(greedy[0, len(one.prompt_ids) :].tolist())
-        assert one.completion_ids == expected
+        expected = tuple(greedy[0, len(rollout.prompt_ids) :].tolist())
+        assert rollout.completion_ids == expected
 
 
 def test_draw_tokens_inverts_the_cumulative_distribution() -> None:
@@ -231,13 +235,13 @@ def test_draw_tokens_with_top_k_and_top_p_by_hand() -> None:
     token, logp = draw_tokens(logits, draws, Sampling(top_k=2))
     assert token.tolist() == [1, 1, 3]
     assert logp.exp().tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3])
-    # top_p 0.6: 0.5 lies before the likeliest's end; 0.25 is begun while the mass before it, 0.5, is below 0.6.
+    # top_p 0.6 keeps 0.5 and 0.25: a token is kept while the mass before it (0, then 0.5) is below 0.6.
     assert draw_tokens(logits, draws, Sampling(top_p=0.6))[1].exp().tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3])
     # top_p 0.8 keeps 0.15 too (0.75 before it): cumulative 0, 5/9, 6.5/9 (token 2), 1.
     token, logp = draw_tokens(logits, draws, Sampling(top_p=0.8))
     assert token.tolist() == [1, 2, 2]
     assert logp.exp().tolist() == pytest.approx([5 / 9, 1.5 / 9, 1.5 / 9])
-    # However small, top_p keeps the likeliest token.
+    # However small, top_p keeps the most probable token.
     assert draw_tokens(logits, draws, Sampling(top_p=1e-6))[0].tolist() == [1, 1, 1]
     # Both: top_k first, then top_p over what is left: ⅔ is not below 0.6, so one token remains.
     assert draw_tokens(logits, draws, Sampling(top_k=2, top_p=0.6))[1].tolist() == pytest.approx([0.0] * 3, abs=1e-6)
@@ -246,30 +250,32 @@ def test_draw_tokens_with_top_k_and_top_p_by_hand() -> None:
 
 
 def test_gradient_checkpointing_does_not_change_sampling(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    """Gradient checkpointing refuses a KV cache while training; sampling must not notice, and must leave it on."""
+    """Gradient checkpointing refuses a KV cache in training mode; sampling works around it and leaves it on."""
     folder = str(tiny_folder(tmp_path / "model"))
     plain = load_policy(
         ModelFolder.open(folder, "models.student"), LoadOptions(MODELS, torch.device("cpu"), frozen=False)
     )
     settings = MODELS.model_copy(update={"gradient_checkpointing": True})
-    saving = load_policy(
+    checkpointing = load_policy(
         ModelFolder.open(folder, "models.student"), LoadOptions(settings, torch.device("cpu"), frozen=False)
     )
-    assert saving.model.training and saving.model.is_gradient_checkpointing
-    ours, theirs = (TorchSampler(one).sample(requests(), Sampling(max_tokens=12)) for one in (saving, plain))
-    assert told(ours) == told(theirs)
-    assert saving.model.training
+    assert checkpointing.model.training and checkpointing.model.is_gradient_checkpointing
+    ours, theirs = (
+        TorchSampler(policy).sample(requests(), Sampling(max_tokens=12)) for policy in (checkpointing, plain)
+    )
+    assert outcomes_by_request(ours) == outcomes_by_request(theirs)
+    assert checkpointing.model.training
 
 
 def test_on_finished_reports_every_rollout_once() -> None:
-    seen: list[list[Rollout]] = []
-    found = TorchSampler(tiny_policy(), batch=12).sample(
-        requests(), Sampling(max_tokens=30), lambda finished: seen.append(list(finished))
+    reports: list[list[Rollout]] = []
+    rollouts = TorchSampler(tiny_policy(), batch=12).sample(
+        requests(), Sampling(max_tokens=30), lambda finished: reports.append(list(finished))
     )
-    assert len(seen) > 2  # not only at the end of each of the two batches
-    told_of = [rollout for finished in seen for rollout in finished]
-    assert sorted(told_of, key=lambda one: (one.problem_id, one.sample)) == sorted(
-        found, key=lambda one: (one.problem_id, one.sample)
+    assert len(reports) > 2  # not only at the end of each of the two batches
+    reported = [rollout for finished in reports for rollout in finished]
+    assert sorted(reported, key=lambda rollout: (rollout.problem_id, rollout.sample)) == sorted(
+        rollouts, key=lambda rollout: (rollout.problem_id, rollout.sample)
     )
 
 
@@ -280,11 +286,11 @@ def test_samples_of_one_prompt_share_its_prefill(name: str, monkeypatch: pytest.
     shapes: list[tuple[int, ...]] = []
     whole = decoder._forward
 
-    def watched(self, ids, *rest):  # type: ignore[no-untyped-def]
+    def record_shapes(self, ids, *rest):  # type: ignore[no-untyped-def]
         shapes.append(tuple(ids.shape))
         return whole(self, ids, *rest)
 
-    monkeypatch.setattr(decoder, "_forward", watched)
+    monkeypatch.setattr(decoder, "_forward", record_shapes)
     TorchSampler(policy).sample(requests(samples=6), Sampling(max_tokens=2))
     # Four distinct prompts, the longest of 9 tokens, then at most one token for each of the 24 rollouts.
     assert shapes[0] == (4, 9)
