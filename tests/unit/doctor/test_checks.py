@@ -411,6 +411,15 @@ def test_a_task_that_rejects_most_gold_answers_is_refused(tmp_path: Path) -> Non
     assert find(light(tmp_path, from_file(path)), "gold-fails-grader").severity == "error"
 
 
+def test_a_grader_that_returns_a_score_is_named_with_its_type_and_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scoring_graders.py").write_text("def score(gold, completion):\n    return 0.5\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finding = find(light(tmp_path, "task=scoring_graders:score"), "grader-returns-no-verdict")
+    assert finding.severity == "error" and "scoring_graders.py returned float" in finding.evidence
+
+
 def test_an_unknown_task_is_named(tmp_path: Path) -> None:
     found = light(tmp_path, "task=no_such_module:grade")
     assert [finding.name for finding in found.errors] == ["task-unusable"]
