@@ -12,8 +12,9 @@ from rich.table import Column, Table
 from headwater.cli.options import DryRunOptions
 from headwater.config.recipe import Recipe
 from headwater.doctor.checks import preflight
+from headwater.models.shape import Shape
 from headwater.report.format import console, units
-from headwater.runs.estimate import Assumptions, Estimate, estimates
+from headwater.runs.estimate import Assumptions, Estimate, estimates, model_shapes
 from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import make_plan
@@ -34,6 +35,9 @@ def print_dry_run(
     console().print(cost_table(nodes, options))
     for message in inputs.missing or ():
         print(message)
+    for role, shape in model_shapes(inputs).items():
+        if shape.experts_per_token:
+            print(experts_note(f"models.{role}", shape))
     print("\n".join(notes(nodes, options)))
 
 
@@ -60,6 +64,16 @@ def cost_table(nodes: Sequence[Estimate], options: DryRunOptions) -> Table:
             cells.append(hours(options.count * node.seconds(DEVICES[options.device], options.count)))
         table.add_row(*cells)
     return table
+
+
+def experts_note(field: str, shape: Shape) -> str:
+    """Example: "models.teacher: 30.5B parameters, of which a token uses 3.4B (8 experts of a layer)"."""
+    if not shape.experts_known:
+        return f"{field}: {units(shape.parameters)} parameters; how many experts a token uses is not known, so FLOPs count all of them"
+    return (
+        f"{field}: {units(shape.parameters)} parameters, of which a token uses {units(shape.active_parameters)} "
+        f"({shape.experts_per_token:g} experts of a layer)"
+    )
 
 
 def notes(nodes: Sequence[Estimate], options: DryRunOptions) -> list[str]:

@@ -31,6 +31,8 @@ SLOWER = 1.2
 
 def memory(context: DoctorContext) -> Iterator[Finding]:
     """Weights, gradients and optimizer state of the largest node against what is free; activations come on top."""
+    for role in context.roles:
+        context.inputs.config(role)  # one that cannot be used has its own finding
     device = context.inputs.device
     largest, free = largest_pending(context, context.inputs), free_memory(device)
     if largest is None or free is None:
@@ -152,6 +154,19 @@ def stage_files(node: Node, inputs: RunInputs, shape: Shape) -> tuple[float, flo
     if stage is not None and node.pool is not None and 0 < stage.checkpoint_every < inputs.steps(node.pool, stage):
         kept = KEPT
     return model, 12.0 * (shape.parameters if lora is None else adapter), kept
+
+
+def experts(context: DoctorContext) -> Iterator[Finding]:
+    """Mixtures of experts whose config does not say how many experts a token is sent to."""
+    for role in context.roles:
+        shape = context.inputs.shape(role)
+        if not shape.experts_known:
+            yield warning(
+                "experts-per-token-unknown",
+                f"models.{role}: its config.json does not say how many experts a token is sent to, so the FLOPs in ledger, report "
+                "and dry run are not known: they count all experts",
+                "set num_experts_per_tok in its config.json, if the model reads it",
+            )
 
 
 def compute_dtype(context: DoctorContext) -> Iterator[Finding]:

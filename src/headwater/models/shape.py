@@ -197,7 +197,7 @@ def _key_value_heads(fields: Mapping[str, Any]) -> int | None:
 
 
 def _attends(kind: str) -> bool:
-    return kind == "hybrid" or ("attention" in kind and "linear" not in kind)
+    return kind.startswith("hybrid") or ("attention" in kind and "linear" not in kind)
 
 
 def _number(text: Any, names: Sequence[str]) -> float | None:

@@ -21,6 +21,12 @@ _LLAMA3: dict[str, Any] = {
 }  # fmt: skip
 
 
+_QWEN3_MOE: dict[str, Any] = {
+    **_QWEN3, "model_type": "qwen3_moe", "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768, "norm_topk_prob": True,
+}  # fmt: skip
+
+
 def _sized(family: dict[str, Any], layers: int, hidden: int, heads: int, inner: int, tied: bool) -> dict[str, Any]:
     sizes = {
         "num_hidden_layers": layers,
@@ -37,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-4B": _sized(_QWEN3, 36, 2560, 32, 9728, tied=True),
     "Qwen/Qwen3-8B": _sized(_QWEN3, 36, 4096, 32, 12_288, tied=False),
     "Qwen/Qwen3-14B": _sized(_QWEN3, 40, 5120, 40, 17_408, tied=False),
+    "Qwen/Qwen3-30B-A3B": _sized(_QWEN3_MOE, 48, 2048, 32, 6144, tied=False),
     "meta-llama/Llama-3.1-8B-Instruct": _sized(_LLAMA3, 32, 4096, 32, 14_336, tied=False),
     "meta-llama/Llama-3.3-70B-Instruct": _sized(_LLAMA3, 80, 8192, 64, 28_672, tied=False),
 }

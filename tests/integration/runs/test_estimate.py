@@ -117,3 +117,19 @@ def test_estimate_names_data_of_unknown_size(tmp_path: Path, monkeypatch: pytest
     text = call("run", "gsm8k", "--dry-run", "--on", "rtx4090").out
     assert "data.labeled: gsm8k/train.jsonl is not here; assumed to hold 7,473 problems, its limit" in text
     assert "which fits" in text and "GPU-hours" in text
+
+
+def test_a_mixture_of_experts_costs_the_flops_of_its_active_and_the_memory_of_all_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = ["--set", "models.teacher=Qwen/Qwen3-30B-A3B"]
+    text = call("run", "paper-qwen3-1.7b", "--arm", "bridge", "--dry-run", *models).out
+    assert "models.teacher: 30.5G parameters, of which a token uses 3.35G (8 experts of a layer)" in text
+    assert "models.student: 1.72G" not in text
+    found = {one["node"].split(".")[0]: one for one in dry_run("paper-qwen3-1.7b", "--arms", "bridge", *models)}
+    # 17,398 prompts × 8 rollouts of 16,384 tokens, sampled and scored by the 3.04 billion weights that multiply a token.
+    flops = 17_398 * 8 * (16_384 + 3_072) * 2 * 2 * 3.04e9
+    assert flops < found["teacher_rollouts"]["flops_at_most"] < 3 * flops
+    assert found["teacher_rollouts"]["memory_bytes"] == pytest.approx(2 * 30.53e9, rel=0.001)
+    assert found["teacher_rl"]["memory_bytes"] == pytest.approx(18 * 30.53e9, rel=0.001)

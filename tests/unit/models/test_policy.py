@@ -163,7 +163,7 @@ def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
         loaded(folder)
 
 
-@pytest.mark.parametrize("damage", ["weights cut short", "config is not JSON", "no tokenizer", "unknown architecture"])
+@pytest.mark.parametrize("damage", ["weights cut short", "config is not JSON", "no tokenizer"])
 def test_a_damaged_folder_is_refused_in_one_sentence_that_names_field_and_folder(tmp_path: Path, damage: str) -> None:
     folder = tiny_folder(tmp_path / "model")
     if damage == "weights cut short":
@@ -171,11 +171,9 @@ def test_a_damaged_folder_is_refused_in_one_sentence_that_names_field_and_folder
         (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     elif damage == "config is not JSON":
         (folder / "config.json").write_text('{"model_type": ')
-    elif damage == "no tokenizer":
+    else:
         for path in folder.glob("tokenizer*"):
             path.unlink()
-    else:
-        (folder / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(UserError) as refused:
         loaded(folder)
     message = str(refused.value)
@@ -290,6 +288,24 @@ def test_a_tokenizer_without_padding_pads_with_a_valid_id() -> None:
     policy = tiny_policy()
     policy.tokenizer.pad_token = None
     assert replace(policy).pad_id == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "frozen", "named"),
+    [
+        ({}, False, ["models.dtype=bfloat16", "models.gradient_checkpointing=true", "models.lora={r: 16}"]),
+        ({"gradient_checkpointing": True}, False, ["models.dtype=bfloat16", "models.lora={r: 16}"]),
+        ({"dtype": "bfloat16"}, False, ["models.gradient_checkpointing=true", "models.lora={r: 16}"]),
+        ({}, True, ["models.dtype=bfloat16"]),
+        ({"dtype": "bfloat16"}, True, []),
+    ],
+)
+def test_settings_that_would_lower_memory_are_those_that_are_not_on(
+    settings: dict[str, Any], frozen: bool, named: list[str], pocket_folder: Path
+) -> None:
+    models = MODELS.model_copy(update=settings)
+    folder = ModelFolder.open(str(pocket_folder / "qwen3-student"), FIELD)
+    assert load_policy(folder, LoadOptions(models, CPU, frozen)).memory_settings == named
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -32,6 +33,7 @@ from tiny import MODELS as TINY_MODELS
 
 BILLIONS = {
     "Qwen/Qwen3-0.6B": 0.596, "Qwen/Qwen3-1.7B": 1.72, "Qwen/Qwen3-4B": 4.02, "Qwen/Qwen3-8B": 8.19, "Qwen/Qwen3-14B": 14.77,
+    "Qwen/Qwen3-30B-A3B": 30.53,
     "meta-llama/Llama-3.1-8B-Instruct": 8.03, "meta-llama/Llama-3.3-70B-Instruct": 70.55,
 }  # fmt: skip
 """Parameters that their publishers count."""
@@ -77,8 +79,24 @@ MEASURED = {
     "adapter": ("grpo", {}, Lora(r=8, alpha=16)),
     "adapter, recomputed": ("opd", {"gradient_checkpointing": True}, Lora(r=8, alpha=16)),
     "bfloat16": ("grpo", {"dtype": "bfloat16"}, None),
+    "experts": ("grpo", {}, None),
+    "experts and latent attention": ("grpo", {}, None),
 }
 """What is trained how, and held against what the tensor library's allocator then counts."""
+
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "experts": ("qwen3_moe", {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}),
+    "experts and latent attention": (
+        "deepseek_v3",
+        {
+            "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128, "first_k_dense_replace": 1, "q_lora_rank": 48, "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "head_dim": 16,
+        },
+    ),
+}  # fmt: skip
+"""Architecture and its own fields, of the cases that are not Qwen3."""
 
 
 def most_allocated(do: Callable[[], object], folder: Path) -> float:
@@ -98,7 +116,8 @@ def test_update_memory_is_within_a_quarter_of_the_allocators_count(case: str, tm
     if adapt is not None and importlib.util.find_spec("peft") is None:
         pytest.skip("the extra `lora` is not installed")
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32, "vocab_size": 2048}
-    folder = tiny_folder(tmp_path / "model", std=0.02, **sizes)
+    architecture, fields = ARCHITECTURES.get(case, ("qwen3", {}))
+    folder = tiny_folder(tmp_path / "model", architecture, std=0.02, **sizes | fields)
     models, wanted = TINY_MODELS.model_copy(update=how), None if adapt is None else lora.AdapterSpec(adapt, (0,))
     policy = load_policy(
         ModelFolder.open(str(folder), "models.student"), LoadOptions(models, CPU, frozen=False, adapter=wanted)
