@@ -91,6 +91,7 @@ CHECKS = (
     Check("experts per token", resources.experts),
     Check("speed of the compute dtype", resources.compute_dtype),
     Check("finite log-probs", weights.finite, "weights"),
+    Check("attention and cache", weights.forward_paths, "weights"),
     Check("truncation", weights.truncation, "weights"),
     Check("sampler against trainer", weights.sampler_against_trainer, "comparisons"),
     Check("student taught by itself", weights.self_distillation, "comparisons"),
