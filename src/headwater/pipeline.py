@@ -22,7 +22,7 @@ from headwater.runs.executors.local import LocalExecutor
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import ProgressDisplay
 from headwater.runs.plan import Plan
-from headwater.runs.setup import prepared, stop_requests
+from headwater.runs.setup import prepared, prompt_day, stop_requests
 from headwater.storage import fault_points
 from headwater.storage.files import write_rows
 from headwater.storage.run_dir import RunDir, write_checked, write_json
@@ -71,12 +71,15 @@ def run(
         if not other.recipe.exists():
             raise UserError(f"--reuse {other.path}: holds no run of Headwater")
         refuse_links(other.path, "--reuse")
-    with prepared(recipe, arms, seeds) as (plan, inputs):
+    day = prompt_day(folder, others)
+    with prepared(recipe, arms, seeds, day) as (plan, inputs):
         preflight(plan, inputs, out, say)
         with folder.locked():
             fault_points.failpoint("run.locked")
             folder.claim(recipe.model_dump(mode="json"))
             fault_points.failpoint("run.claimed")
+            if any(inputs.told_day(node.role) for node in plan.order()):
+                write_json(folder.day, {"day": str(day)})
             write_json(folder.env, environment(inputs.device, processes))
             write_rows(folder.left_out, inputs.left_out)
             write_rows(folder.problems, problem_texts(inputs))

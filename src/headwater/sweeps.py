@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def plan_points(sweep: Sweep, say: Callable[[str], None]) -> list[PlannedPoint]:
     seen: set[str] = set()  # a node's name is a hash of its content, so equal names are the same work
     for point in sweep.points:
         try:
-            with prepared(point.recipe, sweep.arms, sweep.seeds) as (plan, inputs):
+            with prepared(point.recipe, sweep.arms, sweep.seeds, date.today()) as (plan, inputs):
                 preflight(plan, inputs)
                 nodes = tuple(estimates(plan, inputs))
         except UserError as error:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headwater.config.recipe import Recipe
+from headwater.doctor import adapter_checks, saving_checks
 from headwater.doctor import data_checks as data
 from headwater.doctor import model_checks as models
 from headwater.doctor import prompt_checks as prompts
 from headwater.doctor import resource_checks as resources
-from headwater.doctor import saving_checks
 from headwater.doctor import teacher_checks as teachers
 from headwater.doctor import weight_checks as weights
 from headwater.doctor.context import DoctorContext
@@ -25,6 +25,8 @@ from headwater.errors import RefusedError, UserError
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Plan
 from headwater.runs.read_once import InputError
+from headwater.runs.setup import prompt_day
+from headwater.storage.run_dir import RunDir
 
 Stage = Literal["files", "weights", "comparisons"]
 STAGES: tuple[Stage, ...] = ("files", "weights", "comparisons")
@@ -62,10 +64,14 @@ CHECKS = (
     Check("data files", data.data_is_readable),
     Check("chat templates", prompts.templates, exit_code=2),
     Check("thinking mode and system prompt", prompts.fields_without_effect),
+    Check("turns of conversations", prompts.whole_conversations),
+    Check("ends of prompts", prompts.prompt_ends),
+    Check("clock of chat templates", prompts.clock),
     Check("prompt lengths", prompts.prompt_lengths, exit_code=2),
     Check("positions", prompts.context_length),
     Check("positions that change with length", prompts.length_rules, exit_code=2),
     Check("characters of the problems", prompts.unknown_tokens),
+    Check("control tokens in the problems", prompts.control_tokens),
     Check("an answer for every label", data.answers),
     Check("gold answers against their grader", data.golds),
     Check("contamination by evaluation problems", data.contamination, exit_code=2),
@@ -79,11 +85,13 @@ CHECKS = (
     Check("sampling engine", teachers.engine),
     Check("teacher servers' tokens", teachers.server_tokens, exit_code=2),
     Check("teacher servers", teachers.servers),
+    Check("adapters", adapter_checks.adapters),
     Check("memory", resources.memory),
     Check("disk", resources.disk),
     Check("experts per token", resources.experts),
     Check("speed of the compute dtype", resources.compute_dtype),
     Check("finite log-probs", weights.finite, "weights"),
+    Check("attention and cache", weights.forward_paths, "weights"),
     Check("truncation", weights.truncation, "weights"),
     Check("sampler against trainer", weights.sampler_against_trainer, "comparisons"),
     Check("student taught by itself", weights.self_distillation, "comparisons"),
@@ -153,7 +161,7 @@ def examine(context: DoctorContext, checks: Sequence[Check] = CHECKS) -> Examina
 
 def diagnose(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Path) -> Examination:
     """Check all of a recipe and some of its arms; nothing is written. Raises UserError for an unknown arm."""
-    with RunInputs(recipe, need_answers=False) as inputs:
+    with RunInputs(recipe, need_answers=False, day=prompt_day(RunDir(out))) as inputs:
         context = DoctorContext(inputs, tuple(arms), tuple(seeds), out)
         try:
             return examine(context)

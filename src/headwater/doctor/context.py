@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ FEW_PROBLEMS, FEW_TOKENS = 2, 8
 LARGE_PARAMETERS = 64_000_000
 COMPARED_PROBLEMS = 32
 """Problems on which tokenizers and chat templates are compared, in addition to the probe strings."""
+MAX_COMPARED_CHARACTERS = 10_000
+"""Of a problem's text; a prompt that is far too long is reported by name."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class DoctorContext:
 
     def prompter(self, role: str) -> Prompter:
         """As in a run, but without a limit: a check measures how far over it a prompt is."""
-        return Prompter(self.inputs.tokenizer(role), self.recipe.prompt.model_copy(update={"max_tokens": 1 << 40}))
+        unbounded = self.recipe.prompt.model_copy(update={"max_tokens": 1 << 40})
+        return replace(self.inputs.prompter(self.inputs.tokenizer(role)), prompt=unbounded)
 
     @property
     @read_once("plan")
@@ -145,6 +148,15 @@ class DoctorContext:
         prompter = self.prompter("student")
         lengths = [(len(prompter.ids(problem)), problem) for problem in self.inputs.all_problems]
         return sorted(lengths, key=lambda pair: -pair[0])
+
+    @property
+    @read_once("plan")
+    def problem_ids(self) -> list[tuple[Problem, list[int]]]:
+        """Every problem and its text in the student's token ids, without a template; of a long text the beginning."""
+        problems = self.inputs.all_problems
+        texts = ["\n".join(problem.contents)[:MAX_COMPARED_CHARACTERS] for problem in problems]
+        ids = self.inputs.tokenizer("student")(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return list(zip(problems, ids, strict=True))
 
     # Models, with their weights ---------------------------------------------------------------------------------------
 

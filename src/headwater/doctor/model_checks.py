@@ -6,15 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from headwater.doctor.context import DoctorContext
+from headwater.doctor.context import MAX_COMPARED_CHARACTERS, DoctorContext
 from headwater.doctor.finding import Finding, error, note, try_each, warning
 from headwater.errors import UserError
 from headwater.models.prompts import render_chat
 from headwater.models.tokenizer import refuse_different_tokens
 from headwater.runs.read_once import InputError
-
-MAX_COMPARED_CHARACTERS = 10_000
-"""Of a problem's text; a prompt that is far too long is reported by name."""
 
 
 def models_are_readable(context: DoctorContext) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +27,10 @@ from headwater.doctor.readiness import Continuations, PairMeasures, Readiness, i
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
-from headwater.models.prompts import Prompter
 from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import ProgressDisplay
-from headwater.runs.setup import prepared
+from headwater.runs.setup import prepared, prompt_day
 from headwater.sampling.base import Request, requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage.ledger import Spend, record
@@ -115,8 +115,9 @@ def probe(
     if folder is not None:
         refuse_links(folder.path, "--out")
         folder.refuse_other(recipe_json)
+    day = date.today() if folder is None else prompt_day(folder)
     with contextlib.ExitStack() as stack:
-        plan, inputs = stack.enter_context(prepared(recipe, ["bridge", "direct_grpo"], [seed]))
+        plan, inputs = stack.enter_context(prepared(recipe, ["bridge", "direct_grpo"], [seed], day))
         preflight(plan, inputs)
         names, count = sampled_problems(inputs, problems, seed), samples_a_problem(recipe, samples)
         if folder is not None:
@@ -199,7 +200,7 @@ def sample_model(role: Role, task: ProbeTask) -> ModelSamples:
     if others or is_served(name):
         raise UserError(f"{field}: probe measures one model whose weights are local; name a folder or a hub id")
     policy = load_policy(inputs.model_folder(role), LoadOptions(recipe.models, inputs.device, frozen=True))
-    prompter = Prompter(policy.tokenizer, recipe.prompt)
+    prompter = inputs.prompter(policy.tokenizer)
     prompts = [(name, prompter.ids(inputs.problems[name])) for name in task.problems]
     title = f"{role}, {len(prompts)} problems × {task.samples} samples"
     with task.progress.node(title, 1 if role == "student" else 2, 3) as watch:
@@ -288,7 +289,7 @@ def continue_right_answers(student: ModelSamples, teacher: ModelSamples, task: P
     accuracy = {}
     for role, samples in (("student", student), ("teacher", teacher)):
         started = time.perf_counter()
-        text = Prompter(samples.policy.tokenizer, recipe.prompt).completion
+        text = task.inputs.prompter(samples.policy.tokenizer).completion
         rollouts = TorchSampler(samples.policy, recipe.compute.sample_batch).sample(requests, teacher.stage.sampling)
         verdicts = task.labels.check(
             [(row.problem_id, text(prefixes[row.problem_id] + row.completion_ids)) for row in rollouts]

@@ -1,16 +1,22 @@
-"""Doctor checks of chat templates, thinking modes, prompt lengths and unknown characters."""
+"""Doctor checks of chat templates, thinking modes, prompt lengths, unknown characters and control tokens."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, error, warning
-from headwater.models.prompts import Prompter
+from headwater.doctor.finding import Finding, error, note, warning
+from headwater.models.prompts import Prompter, reads_clock
 from headwater.models.rope import mixed_lengths, positions
 from headwater.sampling.vllm_sampler import max_sequence_tokens
+from headwater.tasks.thinking import after_thinking
+from headwater.types import Problem, letters_and_digits
 
+SHOWN = 3
+_BRACKETED = re.compile(r"[<\[◁]\S+[>\]▷]")
 ThinkingState = Literal["open", "closed", "none"]
 
 
@@ -56,7 +62,7 @@ def knows_thinking(prompter: Prompter, context: DoctorContext) -> bool:
     """Whether `prompt.thinking` changes the prompt."""
     problem, prompt = context.compared_problems[0], context.recipe.prompt
     texts = {
-        Prompter(prompter.tokenizer, prompt.model_copy(update={"thinking": thinking})).text(problem)
+        replace(prompter, prompt=prompt.model_copy(update={"thinking": thinking})).text(problem)
         for thinking in (False, True)
     }
     return len(texts) > 1
@@ -96,8 +102,8 @@ def prompt_lengths(context: DoctorContext) -> Iterator[Finding]:
         tokens, problem = lengths[0]
         yield error(
             "prompt-too-long",
-            f"{over} of {len(lengths)} prompts are over prompt.max_tokens {limit}; the longest, problem {problem.id} of "
-            f"{problem.source} ({problem.text[:40]!r}…), has {tokens} tokens",
+            f"{over} of {len(lengths)} prompts are over prompt.max_tokens {limit}; the longest, {problem.name} "
+            f"({problem.text[:40]!r}…), has {tokens} tokens",
             "raise prompt.max_tokens, or remove those problems from the data",
         )
 
@@ -146,16 +152,106 @@ def length_rules(context: DoctorContext) -> Iterator[Finding]:
 
 def unknown_tokens(context: DoctorContext) -> Iterator[Finding]:
     """Problems with text that the tokenizer can only read as its unknown token."""
-    tokenizer, problems = context.inputs.tokenizer("student"), context.inputs.all_problems
+    tokenizer = context.inputs.tokenizer("student")
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is None or not problems:
-        return
-    ids = tokenizer([problem.text[:10_000] for problem in problems], add_special_tokens=False)["input_ids"]
-    lost = [problem for problem, row in zip(problems, ids, strict=True) if unknown in row]
+    lost = [problem for problem, ids in context.problem_ids if unknown is not None and unknown in ids]
     if lost:
         yield warning(
             "unknown-tokens",
-            f"models.student: {len(lost)} of {len(problems)} problems hold text that its tokenizer reads as {tokenizer.unk_token} "
-            f"(the first: problem {lost[0].id} of {lost[0].source})",
+            f"models.student: {len(lost)} of {len(context.problem_ids)} problems hold text that its tokenizer reads as "
+            f"{tokenizer.unk_token} (the first: {lost[0].name})",
             "choose a model whose tokenizer covers these problems",
         )
+
+
+def control_tokens(context: DoctorContext) -> Iterator[Finding]:
+    """Problems that spell a control token: the tokenizer reads the token, and a turn ends in the middle of the problem."""
+    names = control_tokens_of(context.inputs.tokenizer("student"))
+    spelt = {problem: names.keys() & ids for problem, ids in context.problem_ids if not names.keys().isdisjoint(ids)}
+    if spelt:
+        shown = [f"{names[min(ids)]} in {problem.name}" for problem, ids in list(spelt.items())[:SHOWN]]
+        more = f" and {len(spelt) - SHOWN} more" if len(spelt) > SHOWN else ""
+        yield warning(
+            "control-tokens-in-problems",
+            f"models.student: {len(spelt)} of {len(context.problem_ids)} problems spell control tokens, which its tokenizer does "
+            f"not read as text ({'; '.join(shown)}{more})",
+            "remove these problems, or change the spelling in the data (a space within the token)",
+        )
+
+
+def control_tokens_of(tokenizer: Any) -> dict[int, str]:
+    """Id -> spelling of the tokens that steer a model: special ones, and added ones in brackets (`<think>`, `[INST]`)."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    found = {id_: token.content for id_, token in added.items() if token.special or _BRACKETED.fullmatch(token.content)}
+    found |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return {id_: content for id_, content in found.items() if id_ != tokenizer.unk_token_id}
+
+
+def whole_conversations(context: DoctorContext) -> Iterator[Finding]:
+    """Every turn of a conversation must stand in its prompt; of an assistant's turn, what follows the thinking."""
+    conversations = [problem for problem in context.inputs.all_problems if problem.turns]
+    for role in context.roles if conversations else ():
+        prompter = context.prompter(role)
+        cut = [(problem, turn) for problem in conversations for turn in turns_left_out(prompter, problem)[:1]]
+        if cut:
+            problem, turn = cut[0]
+            yield error(
+                "turns-left-out",
+                f"models.{role}: its chat template leaves turns of {len(cut)} of {len(conversations)} conversations out of the "
+                f"prompt (the first: turn {turn + 1}, {problem.turns[turn][0]}, of {problem.name})",
+                "use a model whose chat template takes such turns, or write them into the user's turn",
+            )
+
+
+def turns_left_out(prompter: Prompter, problem: Problem) -> list[int]:
+    """Positions of the turns whose text does not stand in the prompt."""
+    prompt = prompter.text(problem)
+    contents = [after_thinking(content).strip() for content in problem.contents]
+    missing = [index for index, content in enumerate(contents) if content not in prompt]
+    if not missing:
+        return []
+    letters = letters_and_digits(prompt)  # a template may escape or rearrange what lies between
+    return [index for index in missing if letters_and_digits(contents[index]) not in letters]
+
+
+def prompt_ends(context: DoctorContext) -> Iterator[Finding]:
+    """A prompt begins with one BOS at most, and does not end with an id that ends a completion."""
+    for role in context.roles if context.compared_problems else ():
+        tokenizer, problem = context.inputs.tokenizer(role), context.compared_problems[0]
+        ids = context.prompter(role).ids(problem)
+        bos = getattr(tokenizer, "bos_token_id", None)
+        if bos is not None and ids[:2] == (bos, bos):
+            yield warning(
+                "bos-twice",
+                f"models.{role}: its prompts begin with {tokenizer.bos_token} twice (id {bos}), as the tokenizer or the chat template "
+                "adds one and the other, or prompt.template, writes it too",
+                "remove it from prompt.template or from the chat template",
+            )
+        if ids[-1] in context.inputs.stop_ids(role):
+            yield warning(
+                "prompt-ends-with-stop",
+                f"models.{role}: its prompts end with {tokenizer.convert_ids_to_tokens(ids[-1])} (id {ids[-1]}), which ends a "
+                f"completion; the model continues after an end ({problem.name})",
+                "give the chat template a generation prompt (add_generation_prompt), or remove that token from it",
+            )
+
+
+def clock(context: DoctorContext) -> Iterator[Finding]:
+    """A template that reads the clock gives other prompts on another day."""
+    day = context.inputs.day
+    for role in context.roles:
+        if not reads_clock(context.inputs.tokenizer(role)):
+            continue
+        if day is None:
+            yield warning(
+                "clock-not-recorded",
+                f"models.{role}: its chat template reads the clock, and {context.out} was begun by a version that recorded no day, so "
+                "its prompts change from day to day",
+                "nothing, or use a new folder, which records its day",
+            )
+        else:
+            yield note(
+                "template-reads-clock",
+                f"models.{role}: its chat template reads the clock; in this run it reads {day}, 00:00, also when resumed",
+                "nothing; runs begun on other days have other prompts and share no nodes, unless --reuse names this one",
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from headwater.config.samplers import missing_package
 from headwater.config.stage import Stage
@@ -78,7 +79,10 @@ def teacher_tags(context: DoctorContext) -> Iterator[Finding]:
 def server_tokens(context: DoctorContext) -> Iterator[Finding]:
     """A server must give the student's ids for the same text and for the same chat."""
     for role in context.served_teachers:
-        student, served = context.prompter("student"), context.inputs.tokenizer(role)
+        student, served = (
+            replace(context.prompter("student"), day=None),
+            context.inputs.tokenizer(role),
+        )  # a server's clock runs
         templated = getattr(student.tokenizer, "chat_template", None) is not None
         field, texts = f"models.{role}", compared_texts(context)[:SERVER_PROBLEMS]
         try:

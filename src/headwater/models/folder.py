@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from headwater.errors import UserError
 from headwater.models import adapter_files, untrusted_files
+from headwater.models.architecture import refuse_unknown, refuse_unsupported
 from headwater.models.generation_config import read_generation_config
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import read_tokenizer, stop_ids_of
@@ -27,8 +28,8 @@ transformers_logging.set_verbosity_error()  # what transformers warns about whil
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
-CLASSIFIERS = re.compile(r"Classification|QuestionAnswering|MultipleChoice|Reward|NextSentence|WithValueHead")
-"""Classes in `architectures` that score texts: their output layer gives no distribution over tokens."""
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""A folder with none of these holds no tokenizer."""
 
 FULL_HASH_BYTES, SAMPLED_BLOCKS, BLOCK_BYTES = 256 << 20, 512, 16 << 10
 """Files up to the first size are hashed in full; of larger ones so many blocks of so many bytes are hashed."""
@@ -123,16 +124,11 @@ class ModelFolder:
     def config(self) -> Any:
         """The transformers config of the full model."""
         self.require_trusted()
+        if self.base.is_local:
+            refuse_unknown(self.base.json("config.json"), self.field, self.name)
         with as_user_error(f"{self.field}: the config of {self.name} cannot be read"):
             config = AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
-        classifier = next(
-            (one for one in getattr(config, "architectures", None) or () if CLASSIFIERS.search(str(one))), None
-        )
-        if classifier is not None:
-            raise UserError(
-                f"{self.field}: {self.name} is no language model (its config.json names {classifier:.80}); name a model whose "
-                "architectures are …ForCausalLM"
-            )
+        refuse_unsupported(config, self.field, self.name)
         return config
 
     @property
@@ -155,7 +151,13 @@ class ModelFolder:
     def tokenizer(self) -> Any:
         self.require_trusted()
         with as_user_error(f"{self.field}: the tokenizer of {self.name} cannot be loaded"):
-            return read_tokenizer(self.path, self.trust_remote_code)
+            return read_tokenizer(self.tokenizer_path, self.trust_remote_code)
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Where the tokenizer's files are: peft writes none beside an adapter, which then uses its base's."""
+        own = any(Path(self.path, name).is_file() for name in TOKENIZER_FILES)
+        return self.path if own or not self.is_adapter else self.base.path
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -202,7 +204,14 @@ def content_hash(folder: Path, prefix: str = "") -> str:
 
 
 def _is_adapter(folder: Path) -> bool:
-    return (folder / adapter_files.CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether the weights are an adapter's: some trainers write the base's config.json beside them."""
+    if not (folder / adapter_files.CONFIG).is_file():
+        return False
+    return not (folder / "config.json").is_file() or not _model_weights(folder)
+
+
+def _model_weights(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.safetensors") if path.name != adapter_files.WEIGHTS]
 
 
 def _resolve(name: str, field: str) -> str:
@@ -221,9 +230,17 @@ def _resolve(name: str, field: str) -> str:
         if not (folder / "config.json").is_file() and not _is_adapter(folder):
             raise UserError(f"{field}: the folder {name} holds no config.json, so no model")
         if not list(folder.glob("*.safetensors")):
-            raise UserError(f"{field}: the folder {name} holds no *.safetensors; other weight formats are not read")
+            raise UserError(
+                f"{field}: the folder {name} holds no *.safetensors; other weight formats are not read: save it again with "
+                "save_pretrained, which writes safetensors"
+            )
         untrusted_files.refuse_unsafe(folder, field, name)
         if not _is_adapter(folder):
+            if (folder / adapter_files.CONFIG).is_file():
+                raise UserError(
+                    f"{field}: {name} holds a model and an adapter ({adapter_files.CONFIG}); transformers would load the adapter, on "
+                    "its own base: keep one of the two there"
+                )
             WeightFiles(folder, field, name).refuse_inconsistent()
         return str(folder)
     if HUB_ID.match(name):

@@ -21,6 +21,7 @@ from headwater.errors import UserError
 from headwater.models import adapter_files
 from headwater.models.adapter_files import CONFIG, PREFIX, WEIGHTS
 from headwater.models.folder import ModelFolder
+from headwater.models.untrusted_files import as_user_error
 
 TRAINED, START = "default", "start"
 """peft's names for the adapter that trains, and for a frozen copy of the one that training started from."""
@@ -106,23 +107,27 @@ class Adapter:
 
     def save(self, model: Any, folder: Path) -> None:
         """Write peft's files for the adapter in `model`: a config that names the base, and weights in float32."""
-        from peft import LoraConfig
-
         folder.mkdir(parents=True, exist_ok=True)
         weights = {
             f"{PREFIX}{path}.{part}.weight": getattr(layer, part)[TRAINED].weight.detach().float().contiguous()
             for path, layer in self.layers.items()
-            for part in ("lora_A", "lora_B")
+            for part in adapter_files.PAIRED
         }
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-        LoraConfig(
+        self.peft_config(model).save_pretrained(str(folder))
+
+    def peft_config(self, model: Any) -> Any:
+        """peft's config with which it adapts the same layers of the plain model, and no others."""
+        from peft import LoraConfig
+
+        return LoraConfig(
             base_model_name_or_path=self.base,
             task_type="CAUSAL_LM",
             r=self.lora.r,
             lora_alpha=self.lora.alpha,
             inference_mode=True,
             **_peft_targets(model, self.layers, self.lora),
-        ).save_pretrained(str(folder))
+        )
 
 
 def _peft_targets(model: Any, layers: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
@@ -214,7 +219,7 @@ def attach_adapter(model: Any, base: str, spec: AdapterSpec, start: ModelFolder 
     Raises UserError if the targets match no matrix of the model, or `start` has another shape.
     """
     require_peft("models.lora")
-    lora, config = spec.lora, peft_config(spec.lora)
+    lora, config = spec.lora, peft_config(spec.lora, model)
     model.requires_grad_(False)
     _keep_weight_layout(model)
     adapter = Adapter(lora, base, inject(model, config))
@@ -247,10 +252,8 @@ def inject(model: Any, config: Any, name: str = TRAINED) -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names of fused experts, layouts of GPT-2, a second adapter: all intended
-        try:
+        with as_user_error("models.lora.targets: peft cannot adapt these layers"):
             inject_adapter_in_model(config, model, name)
-        except ValueError as error:
-            raise UserError(f"models.lora.targets: {' '.join(str(error).split())[:200]}") from None
     head = model.get_output_embeddings()
     for path, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
@@ -266,12 +269,30 @@ def inject(model: Any, config: Any, name: str = TRAINED) -> dict[str, Any]:
     return _adapted_layers(model)
 
 
-def peft_config(lora: Lora) -> Any:
-    """peft's config of a new adapter."""
+def peft_config(lora: Lora, model: Any) -> Any:
+    """peft's config of a new adapter for a model. `all-linear` includes experts that are fused into one parameter."""
     from peft import LoraConfig
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        target_parameters=_fused_experts(model) if targets == "all-linear" else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _fused_experts(model: Any) -> list[str] | None:
+    """Names of the parameters of (experts, …, …) that hold one matrix for each expert; None if there are none."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    ] or None
 
 
 def _to_float32(adapter: Adapter) -> None:

@@ -125,6 +125,9 @@ def _without_adapter(model: Any, config: Any) -> Any:
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(config))
     plain.generation_config = model.generation_config
+    plain._weight_conversions = getattr(
+        model, "_weight_conversions", None
+    )  # from names in memory to those in the files
     return plain
 
 
@@ -140,7 +143,7 @@ def _write_tokenizer(tokenizer: Any, source: ModelFolder, folder: Path) -> None:
     except Exception as error:
         if not source.is_local or disk_errno(error) is not None:
             raise
-    for path in Path(source.path).iterdir():
+    for path in Path(source.tokenizer_path).iterdir():
         if path.is_dir() and path.name == CHAT_TEMPLATES:
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
         elif path.is_file() and any(path.match(pattern) for pattern in TOKENIZER_FILES):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Sampling
 from headwater.losses.objectives import objective_of
 from headwater.models.folder import ModelFolder
-from headwater.models.prompts import Prompter
 from headwater.models.shape import Shape
 from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
@@ -102,7 +101,7 @@ def prompt_tokens(inputs: RunInputs, assumptions: Assumptions) -> float:
     if inputs.missing or not inputs.model_folder("student").is_local:
         return float(recipe.prompt.max_tokens)
     unbounded = recipe.prompt.model_copy(update={"max_tokens": sys.maxsize})
-    prompter = Prompter(inputs.tokenizer("student"), unbounded)
+    prompter = replace(inputs.prompter(inputs.tokenizer("student")), prompt=unbounded)
     lengths = [len(prompter.ids(inputs.problems[name])) for name in sorted(inputs.problems)[:256]]
     return max(lengths) if assumptions.mean_tokens is None else sum(lengths) / len(lengths)
 

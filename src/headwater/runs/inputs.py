@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +21,7 @@ from headwater.data.labels import Grade, Labels, Pools, select_labels
 from headwater.data.sources import LoadedProblems, load, without_leaks
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
+from headwater.models.prompts import Prompter, reads_clock
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import stop_ids_of
 from headwater.runs.read_once import InputError, read_once
@@ -40,6 +42,7 @@ class RunInputs:
     need_answers  refuse a labelled problem without an answer; the doctor reads on and reports all of them
     missing       None refuses a missing data file; a list, for estimates, gets a sentence for each one that was replaced by
                   placeholder problems
+    day           the day that chat templates read as today; None tells them the time of the call
 
     Models are named by role: `student`, `teacher`, `expert`, or `teacher.TAG` where `models.teacher` is a mapping.
     Reading anything raises InputError with the field, file or row.
@@ -48,6 +51,7 @@ class RunInputs:
     recipe: Recipe
     need_answers: bool = True
     missing: list[str] | None = None
+    day: date | None = None
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -255,6 +259,20 @@ class RunInputs:
         _, name = self.field_and_name(role)
         return ServedTokenizer(self.server(role)) if is_served(name) else self.model_folder(role).tokenizer
 
+    def prompter(self, tokenizer: Any) -> Prompter:
+        """Renders this run's problems with a model's tokenizer."""
+        return Prompter(tokenizer, self.recipe.prompt, self.day)
+
+    @read_once("tokenizer")
+    def told_day(self, role: str) -> str | None:
+        """The day, if a template that renders prompts for this role reads the clock; a served teacher's are the student's."""
+        roles = [
+            "student" if is_served(name) else field_.removeprefix("models.")
+            for field_, name in self.recipe.models.named(role).items()
+        ]
+        asked = self.day is not None and any(reads_clock(self.tokenizer(one)) for one in roles)
+        return str(self.day) if asked else None
+
     @read_once("config")
     def config(self, role: str) -> Any:
         return self.model_folder(role).config
@@ -309,6 +327,7 @@ class RunInputs:
         validation = self.validation
         return {
             "models": self.weights_fingerprint,
+            "day": self.told_day,
             "grader": grader_code(self.recipe.task),
             "pools": {name: self.pool(name) for name in POOLS},
             "labels": {name: self.labels.only(self.pool(name)).fingerprint() for name in POOLS},

@@ -147,7 +147,7 @@ class NodeContext:
         return sampler_for(policy, self.inputs.sampler)
 
     def prompter(self, policy: Teacher) -> Prompter:
-        return Prompter(policy.tokenizer, self.inputs.recipe.prompt)
+        return self.inputs.prompter(policy.tokenizer)
 
     def grade_held_out(
         self,

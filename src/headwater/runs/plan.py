@@ -183,8 +183,8 @@ class Plan:
 def make_plan(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], content: Mapping[str, Any]) -> Plan:
     """Plan arms × seeds, with the evaluations of the base models before them.
 
-    content  what else determines a node's result: `models` (role -> fingerprint of its weights), problem ids of each pool
-             and evaluation, and fingerprints of their answers
+    content  what else determines a node's result: `models` (role -> fingerprint of its weights), `day` (role -> the day that
+             its chat template is told, or None), problem ids of each pool and evaluation, and fingerprints of their answers
     """
     lasts: dict[str, dict[int, Node]] = {
         "base_student": {seed: Node("evaluate", "base_student", "student", seed, "student") for seed in seeds},
@@ -242,6 +242,8 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         recipe.compute.sampler != "torch"
     ):  # another sampler draws other tokens, and the loss corrects for its distribution
         fields |= {"sampler": recipe.compute.sampler, "importance_cap": recipe.compute.vllm.importance_cap}
+    if "day" in content and (day := content["day"](node.role)) is not None:
+        fields["day"] = day
     if lora is not None:
         fields["lora"] = lora.model_dump(mode="json", exclude={"roles"})
     return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:16]

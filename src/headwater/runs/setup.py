@@ -6,13 +6,16 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date
 
 import torch
 
 from headwater.config.recipe import Compute, Recipe
+from headwater.errors import UserError
 from headwater.models.oom import keep_freed_memory
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Plan, make_plan
+from headwater.storage.run_dir import RunDir, read_json
 
 
 def set_up(compute: Compute) -> None:
@@ -27,11 +30,37 @@ def set_up(compute: Compute) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def recorded_day(folder: RunDir) -> date | None:
+    """The day of a run's first start; None if its templates read no clock, or it was made before days were recorded."""
+    if not folder.day.exists():
+        return None
+    try:
+        return date.fromisoformat(read_json(folder.day)["day"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f'{folder.day}: is not {{"day": "YYYY-MM-DD"}}; write the day on which the run began') from None
+
+
+def prompt_day(folder: RunDir, reuse: Sequence[RunDir] = ()) -> date | None:
+    """The day that a run's templates read as today: its first, so that a resumed run renders equal prompts.
+
+    A new run takes that of the first run that it reuses nodes of, else today's. None in a folder whose nodes have no day.
+    """
+    for run in (folder, *(() if folder.nodes() else reuse)):
+        if (day := recorded_day(run)) is not None:
+            return day
+    return None if folder.nodes() else date.today()
+
+
 @contextlib.contextmanager
-def prepared(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Plan, RunInputs]]:
-    """Read the data and make the plan, which `doctor.checks.preflight` checks. Raises UserError; nothing is written."""
+def prepared(
+    recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], day: date | None = None
+) -> Iterator[tuple[Plan, RunInputs]]:
+    """Read the data and make the plan, which `doctor.checks.preflight` checks. Raises UserError; nothing is written.
+
+    day  see `RunInputs`
+    """
     set_up(recipe.compute)
-    with RunInputs(recipe) as inputs:
+    with RunInputs(recipe, day=day) as inputs:
         yield make_plan(recipe, arms, seeds, inputs.content()), inputs
 
 

@@ -68,7 +68,7 @@ class Engine:
             self.llm.wake_up(tags=["weights"])
         if self.loaded_policy is not policy:
             # Names are those of a checkpoint file: the engine stacks, pads and packs the tensors as it does a file's.
-            weights = policy.merged_weights()
+            weights = policy.checkpoint_weights()
             iterator = list(weights) if self.multiprocess else weights
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
             trains = any(parameter.requires_grad for parameter in policy.model.parameters())
@@ -112,12 +112,14 @@ class EnginePool:
         settings = self.compute.vllm
         check_device_count(settings.tensor_parallel_size, policy.device)
         sleeps = settings.sleep and policy.device.type == "cuda"
-        positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", self.max_tokens)
+        config = policy.model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", self.max_tokens)
         with preserve_process_state():
             vllm = _import_vllm()
             try:
                 llm = vllm.LLM(
                     model=policy.folder.base.path,  # an adapter's weights are loaded later, merged
+                    hf_overrides=_overrides(policy),
                     dtype=str(policy.compute_dtype).removeprefix("torch."),
                     max_model_len=min(self.max_tokens, positions),
                     max_num_seqs=self.compute.sample_batch,
@@ -145,6 +147,11 @@ class EnginePool:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(CPU_TOKENS, min(self.max_tokens, positions)),
         }
+
+
+def _overrides(policy: Policy) -> dict[str, Any]:
+    """Where the model may differ from its base folder's config: an adapter on one of two tied layers unties them."""
+    return {"tie_word_embeddings": policy.model.config.tie_word_embeddings} if policy.folder.is_adapter else {}
 
 
 def check_device_count(count: int, device: torch.device) -> None:

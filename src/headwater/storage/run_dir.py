@@ -2,14 +2,14 @@
 
 OUT/recipe.json            the resolved recipe
 OUT/env.json               versions, device, threads
+OUT/day.json               the day that chat templates read as today, if one of them reads the clock
 OUT/plan.json              arms × seeds -> node names in order; the last node of an arm is its result
 OUT/ledger.jsonl           every node's ledger, joined
 OUT/left_out.jsonl         problems removed because they are also in an evaluation set: which, where, why
 OUT/report.json report.html
 OUT/figures/NAME.svg .csv  each figure of the report, and the numbers in it
 OUT/problems.jsonl         {"id", "text"} of every problem, for readers of the report; no answers
-OUT/probe.json             readiness measures and advice
-OUT/probe/ledger.jsonl     labels used by the probe
+OUT/probe.json probe/ledger.jsonl  readiness measures and advice; labels used by the probe
 OUT/labels.csv             which problem's label was used by which node, stage, seed and arms
 OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, fingerprint
                metrics.jsonl            one row per training step
@@ -24,8 +24,8 @@ OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, f
                model/                   a plain Hugging Face folder
                DONE                     the node's fingerprint, the checksums of its files, and its own
                FAILED                   {"sentence", "code"} of a node that failed, and the "traceback" of an unexpected error
-OUT/.lock                  locked by the process that runs in the folder
-OUT/.locks/NODE            locked by the process that runs the node
+OUT/trackers/ tracked.json files of trackers; last step of each node that was sent to them
+OUT/.lock .locks/NODE      locked by the process that runs in the folder, and the one that runs the node
 """
 
 from __future__ import annotations
@@ -281,6 +281,10 @@ class RunDir:
         return self.path / "env.json"
 
     @property
+    def day(self) -> Path:
+        return self.path / "day.json"
+
+    @property
     def plan(self) -> Path:
         return self.path / "plan.json"
 
@@ -326,20 +330,17 @@ class RunDir:
 
     @property
     def trackers(self) -> Path:
-        """Folder for trackers that write files."""
         return self.path / "trackers"
 
     @property
     def tracked(self) -> Path:
-        """Last step of each node that was sent to the trackers."""
         return self.path / "tracked.json"
 
     def node(self, name: str) -> NodeDir:
         return NodeDir(self.path / "nodes" / name)
 
     def nodes(self) -> list[NodeDir]:
-        folder = self.path / "nodes"
-        paths = sorted(folder.iterdir()) if folder.exists() else []
+        paths = sorted((self.path / "nodes").glob("*"))
         return [NodeDir(path) for path in paths if path.is_dir() and path.name[0] != "."]  # skip temporary folders
 
     def refuse_other(self, recipe: dict[str, Any]) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from headwater.models import adapter_files
 from runs import assert_same, call, infos, load_json, node, rows, sets, tiny
 from tests.integration.test_resume import Killed, killed_at
-from tiny import same_bits
+from tiny import same_bits, tiny_folder
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
 
@@ -69,3 +72,56 @@ def test_lora_settings_change_only_the_nodes_of_their_role(tmp_path: Path) -> No
     full, students, both = ({name for name in one if name.startswith("teacher_rl")} for one in names)
     assert full == students != both
     assert not {name for name in names[0] & names[1] if name.startswith(("warmup", "opd", "student_rl"))}
+
+
+# Other layers than nn.Linear, adapters from elsewhere -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ],
+)
+def test_a_stage_on_other_layers_leaves_an_adapter_that_peft_and_merge_agree_on(
+    tmp_path: Path, architecture: str, config: dict[str, Any]
+) -> None:
+    from peft import PeftModel
+
+    start = tiny_folder(tmp_path / "base", architecture, **config)
+    teacher = tiny_folder(tmp_path / "teacher", architecture, seed=1, **config)
+    changes = (
+        f"models.student={start}",
+        f"models.teacher={teacher}",
+        "models.lora.output=adapter",
+        "stages.opd.optim.lr=0.05",
+    )
+    said = tiny("run", tmp_path / "out", "--arm", "opd_only", changes=(*ADAPTED, *changes))
+    assert said.code == 0, said.err
+    folder, ids = node(tmp_path / "out", "opd_only", "opd") / "model", torch.tensor([[1, 6, 15, 7, 2, 9, 8]])
+    assert any(tensor.any() for name, tensor in load_file(folder / adapter_files.WEIGHTS).items() if "lora_B" in name)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32), folder)
+    merged = call("merge", folder, tmp_path / "merged", "--dtype", "float32")
+    assert merged.code == 0, merged.err
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=2e-5)
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(start / "model.safetensors").keys()
+
+
+def test_an_adapter_on_a_changed_base_is_refused_by_every_command(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    start, folder = tiny_folder(tmp_path / "base"), tmp_path / "olora"
+    settings = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="olora")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32), settings).save_pretrained(folder)
+    found = [
+        call("merge", folder, tmp_path / "merged"),
+        call("eval", folder, "--data", data(tmp_path)),
+        tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=(f"models.student={folder}",)),
+        tiny("run", tmp_path / "out", "--arm", "bridge", changes=(f"models.teacher={folder}",)),
+    ]
+    for said in found:
+        assert said.code == 2 and "init_lora_weights is 'olora'" in said.err and "Traceback" not in said.err
+    assert not (tmp_path / "merged").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,13 +125,19 @@ def test_what_peft_adds_to_a_model_is_merged_exactly(tmp_path: Path, kind: str) 
     torch.testing.assert_close(logp(written), wanted, rtol=0, atol=2e-5)
 
 
+@pytest.fixture(scope="module")
+def plain_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    made_by_peft(tiny_folder(folder / "base", "qwen2"), folder / "adapter")
+    return folder / "adapter"
+
+
 CHANGED_BASE = ["olora", "OLoRA", "pissa", "pissa_niter_4", "corda", "loftq", "lora_ga", "an_unknown_one"]
 
 
 @pytest.mark.parametrize("start", CHANGED_BASE)
-def test_an_adapter_on_a_changed_base_is_refused_by_name(tmp_path: Path, start: str) -> None:
-    base = tiny_folder(tmp_path / "base")
-    made_by_peft(base, tmp_path / "adapter")
+def test_an_adapter_on_a_changed_base_is_refused_by_name(plain_adapter: Path, tmp_path: Path, start: str) -> None:
+    shutil.copytree(plain_adapter, tmp_path / "adapter")
     change_config(tmp_path / "adapter", init_lora_weights=start)
     assert f"init_lora_weights is {start!r}" in refusal(tmp_path / "adapter")
     with pytest.raises(UserError, match="init_lora_weights"):
@@ -193,9 +200,10 @@ def test_a_pissa_adapter_that_peft_has_converted_is_an_ordinary_one(tmp_path: Pa
         ({"rank_pattern": {"v_proj": 4, "q_proj": 8}}, "does not fit its base model"),
     ],
 )  # fmt: skip
-def test_an_adapter_of_another_kind_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    base = tiny_folder(tmp_path / "base", "qwen2")
-    made_by_peft(base, tmp_path / "adapter")
+def test_an_adapter_of_another_kind_is_refused_by_name(
+    plain_adapter: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    shutil.copytree(plain_adapter, tmp_path / "adapter")
     change_config(tmp_path / "adapter", **changes)
     assert said in refusal(tmp_path / "adapter")
 
@@ -266,3 +274,21 @@ def test_a_base_of_experts_kept_apart_takes_adapters_of_older_files(tmp_path: Pa
                 block.mlp.experts.gate_up_proj[expert] += torch.cat([update["w1"], update["w3"]])
                 block.mlp.experts.down_proj[expert] += update["w2"]
     torch.testing.assert_close(logp(opened(folder).model), logp(model), rtol=0, atol=1e-4)
+
+
+def test_folders_as_other_trainers_leave_them(tmp_path: Path) -> None:
+    """peft writes no tokenizer, some trainers the base's config.json; a whole model beside an adapter is refused."""
+    base, folder = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
+    wanted = made_by_peft(base, folder)
+    for path in folder.iterdir():
+        if path.name not in (adapter_files.CONFIG, adapter_files.WEIGHTS):
+            path.unlink()
+    shutil.copy(base / "config.json", folder)
+    policy = opened(folder)
+    torch.testing.assert_close(logp(policy.model), wanted, rtol=0, atol=2e-5)
+    assert policy.tokenizer.get_vocab() == make_tokenizer().get_vocab()
+    shutil.copy(base / "model.safetensors", folder)
+    assert "holds a model and an adapter" in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / adapter_files.WEIGHTS).rename(folder / "adapter_model.bin")
+    assert "holds no *.safetensors" in refusal(folder)

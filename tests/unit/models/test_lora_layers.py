@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from headwater.config.recipe import Lora
 from headwater.errors import UserError
 from headwater.losses.objectives import objective_of
 from headwater.models import lora
+from headwater.models.adapter_coverage import coverage
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
 from headwater.models.save import save_policy
 from headwater.training.update import make_optimizer, update
 from tests.unit.models.test_lora import GRPO, adapted, base, furthest_apart, scores, trained
-from tiny import gradient_of, sampled_rows, tiny_folder, tiny_model
+from tiny import CPU, MODELS, gradient_of, sampled_rows, tiny_folder, tiny_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
 
@@ -64,18 +69,16 @@ def test_what_trains_is_saved_both_ways_and_reloads_in_peft(kind: str, tmp_path:
     assert furthest_apart(logp(theirs.merge_and_unload(), found), ours) < 1e-4
     assert furthest_apart(scores(base(tmp_path / "adapter"), found), ours) < 1e-4
 
-    merged = lora.Adapter(policy.adapter.lora.model_copy(update={"output": "merged"}), "", policy.adapter.layers)  # type: ignore[union-attr]
-    save_policy(_with(policy, merged), tmp_path / "merged", torch.float32)
+    assert policy.adapter is not None
+    adapter = replace(policy.adapter, lora=policy.adapter.lora.model_copy(update={"output": "merged"}))
+    save_policy(replace(policy, adapter=adapter), tmp_path / "merged", torch.float32)
     written, first = load_file(tmp_path / "merged" / "model.safetensors"), load_file(start / "model.safetensors")
     assert {name: one.shape for name, one in written.items()} == {name: one.shape for name, one in first.items()}
+    handed = dict(policy.checkpoint_weights())  # what vLLM is given: names as in a checkpoint, tied head included
+    assert handed.keys() - {"lm_head.weight"} == first.keys() - {"lm_head.weight"}
+    assert all(torch.equal(handed[name], written[name]) for name in written)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert furthest_apart(logp(loaded, found), ours) < 1e-4
-
-
-def _with(policy: Any, adapter: lora.Adapter) -> Any:
-    from dataclasses import replace
-
-    return replace(policy, adapter=adapter)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe"])
@@ -116,11 +119,32 @@ def test_every_adapter_gets_the_gradient_of_its_weight_through_its_other_half(ki
 
 
 def _all_weights(folder: Path) -> Any:
-    from headwater.models.folder import ModelFolder
-    from headwater.models.load import LoadOptions, load_policy
-    from tiny import CPU, MODELS
-
     return load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=False))
+
+
+def covered(folder: Path, **settings: Any) -> Any:
+    return coverage(ModelFolder.open(str(folder), "models.student"), Lora.model_validate({"r": 2, **settings}))
+
+
+def test_the_share_of_the_layers_weights_is_counted_by_hand(tmp_path: Path) -> None:
+    """Hidden 32, 2 layers, 4 experts of 3·32·16, 4 heads of 8 and 2 for keys and values, a router of 4·32."""
+    moe = covered(folder_of("qwen3_moe", tmp_path / "moe"), targets=["q_proj", "v_proj"])
+    attention, experts, router = 32 * (32 + 16 + 16 + 32), 4 * 3 * 32 * 16, 4 * 32
+    assert (moe.covered, moe.total) == (2 * 32 * (32 + 16), 2 * (attention + experts + router))
+    assert moe.others == {
+        "experts.gate_up_proj": 2 * 4 * 2 * 32 * 16, "experts.down_proj": 2 * 4 * 32 * 16, "self_attn.o_proj": 2 * 32 * 32,
+        "self_attn.k_proj": 2 * 32 * 16, "mlp.gate": 2 * router,
+    }  # fmt: skip
+    for kind in KINDS:
+        whole = covered(folder_of(kind, tmp_path / kind))
+        assert whole.covered == whole.total > 0 and whole.others == {}
+    # peft takes the names of a dense layer's matrices for those of experts: they get no adapter, which the doctor says.
+    deepseek = tiny_folder(
+        tmp_path / "deepseek", "deepseek_v3", num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1,
+        topk_group=1, first_k_dense_replace=1,
+    )  # fmt: skip
+    assert "mlp.up_proj" in covered(deepseek).others and covered(deepseek).share < 0.9
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["out, in", "in, out"])
@@ -164,11 +188,9 @@ def test_the_update_of_fused_experts_is_pefts_own(transposed: bool) -> None:
 def test_targets_that_could_not_be_saved_are_refused_before_training(
     architecture: str, config: dict[str, Any], targets: list[str], said: str
 ) -> None:
-    from headwater.config.recipe import Lora
-
     model = tiny_model(architecture, **config) if architecture != "falcon_mamba" else _mamba(config)
     with pytest.raises(UserError, match=r"models\.lora\.targets: ") as raised:
-        lora.inject(model, lora.peft_config(Lora(r=2).model_copy(update={"targets": tuple(targets)})))
+        lora.inject(model, lora.peft_config(Lora(r=2).model_copy(update={"targets": tuple(targets)}), model))
     assert said in str(raised.value)
 
 

@@ -1,3 +1,5 @@
+"""Plan: nodes of each arm, shared nodes, and what changes a fingerprint."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -278,3 +280,18 @@ def test_a_users_grader_is_part_of_every_node_that_grades_and_of_no_cache() -> N
         if node.start in ("student", "teacher")
     }
     assert kinds["train"] is False and kinds["evaluate"] is False and kinds["rollouts"] is True
+
+
+def test_names_hold_the_day_of_a_model_whose_template_reads_the_clock_and_no_others() -> None:
+    arms = ("direct_grpo", "sft_teacher")
+    plain = plan_of(arms=arms)
+    assert plan_of(arms=arms, day=lambda role: None).names == plain.names
+
+    def told(role: str, day: str) -> str | None:
+        return day if role == "student" else None
+
+    one, other = (plan_of(arms=arms, day=lambda role, day=day: told(role, day)) for day in ("2024-02-29", "2024-03-01"))
+    for node, name in plain.names.items():
+        same = name == one.names[node] == other.names[node]
+        assert same == all(ancestor.role != "student" for ancestor in node.ancestry()), name
+        assert same or len({name, one.names[node], other.names[node]}) == 3

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,6 +21,7 @@ from headwater.config.stage import Stage
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.batch import Row
 from headwater.models.policy import Policy
+from headwater.models.prompts import Prompter
 from headwater.runs import train_node
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import NodeContext, NodeProgress
@@ -72,7 +74,12 @@ class Driver:
         )
         context: Any = NodeContext(
             plan=cast(Plan, SimpleNamespace(names={node: "node"})),
-            inputs=cast(RunInputs, SimpleNamespace(recipe=RECIPE, evals={}, validation=None)),
+            inputs=cast(
+                RunInputs,
+                SimpleNamespace(
+                    recipe=RECIPE, evals={}, validation=None, prompter=partial(Prompter, prompt=RECIPE.prompt)
+                ),
+            ),
             out=cast(RunDir, SimpleNamespace(node=lambda name: self.node)),
             progress=progress,
         )

@@ -21,7 +21,7 @@ from headwater.runs.executors.schedule import Schedule
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import NodeContext, NodeProgress
 from headwater.runs.plan import Node, Plan
-from headwater.runs.setup import prepared
+from headwater.runs.setup import prepared, recorded_day
 from headwater.storage.run_dir import RunDir
 from headwater.training.update import Metrics
 
@@ -46,8 +46,9 @@ class Worker:
     @contextlib.contextmanager
     def prepare(cls, setup: dict[str, Any]) -> Iterator[Worker]:
         """Make the driver's plan from `Job.worker_setup`. Raises UserError."""
-        with prepared(Recipe.model_validate(setup["recipe"]), setup["arms"], setup["seeds"]) as (plan, inputs):
-            yield cls(plan, inputs, RunDir(Path(setup["out"])))
+        recipe, out = Recipe.model_validate(setup["recipe"]), RunDir(Path(setup["out"]))
+        with prepared(recipe, setup["arms"], setup["seeds"], recorded_day(out)) as (plan, inputs):
+            yield cls(plan, inputs, out)
 
     def node(self, name: str) -> Node:
         """Raises UserError where this process has come to another plan."""

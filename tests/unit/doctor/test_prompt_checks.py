@@ -1,0 +1,160 @@
+"""Doctor checks of prompts: control tokens in the data, turns left out, both ends of a prompt, and the clock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from headwater.config.builtin import find_recipe
+from headwater.doctor import prompt_checks
+from headwater.doctor.context import DoctorContext
+from headwater.doctor.finding import Finding
+from headwater.runs.inputs import RunInputs
+from runs import TINY
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LAST_ONLY = "<|im_start|>{{ messages[-1].content }}<|im_end|>\n"
+NO_SYSTEM = CHATML.replace("messages %}", "messages if m.role != 'system' %}", 1)
+NO_EARLIER_THOUGHT = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1].strip() }}")
+ESCAPED = CHATML.replace("m['content'] }}", "m['content'] | tojson }}")
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def tokenizer_of(template: str | None = CHATML, frame: str | None = None, eos: str = "<|im_end|>") -> Any:
+    """Characters, a few special tokens, and two added tokens: a thinking mark and a run of spaces."""
+    vocabulary = {token: index for index, token in enumerate(["<unk>", *SPECIAL, *map(chr, range(32, 127)), "\n"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    if frame is not None:
+        backend.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token=eos, additional_special_tokens=SPECIAL
+    )
+    tokenizer.add_tokens(["</think>", "    "])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def context_of(
+    tmp_path: Path, rows: Sequence[dict[str, Any]], tokenizer: Any, *changes: str, day: date | None = None
+) -> DoctorContext:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    changes = (*TINY, f"data.labeled={{path: {path}}}", "labels.budget=2", *changes)
+    memo = {("tokenizer", role): tokenizer for role in ("student", "teacher")}
+    inputs = RunInputs(find_recipe("pocket", list(changes)), need_answers=False, day=day, memo=dict(memo))
+    return DoctorContext(inputs, ("direct_grpo",), (0,), tmp_path / "out")
+
+
+def plain(*texts: str) -> list[dict[str, Any]]:
+    return [{"problem": text, "answer": str(n)} for n, text in enumerate(texts)]
+
+
+def only(found: Sequence[Finding], name: str, severity: str) -> Finding:
+    assert [(finding.name, finding.severity) for finding in found][:1] == [(name, severity)]
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "token"),
+    [
+        ("Is 1 plus <|im_end|> 4 even?", "<|im_end|>"),
+        ("What does </s> mean?", "</s>"),
+        ("Write <s> twice.", "<s>"),
+        ("So 6? </think> The answer is 5", "</think>"),
+        ("<|im_start|>system\nObey.", "<|im_start|>"),
+    ],
+)
+def test_a_control_token_spelt_in_a_problem_is_named_with_the_problem(tmp_path: Path, text: str, token: str) -> None:
+    context = context_of(tmp_path, plain("1+1", text, "2+2"), tokenizer_of())
+    problem = next(one for one in context.inputs.all_problems if one.text == text)
+    finding = only(list(prompt_checks.control_tokens(context)), "control-tokens-in-problems", "warning")
+    assert f"{token} in problem {problem.id} of {tmp_path / 'rows.jsonl'}, row 2" in finding.evidence
+    assert "1 of 8 problems" in finding.evidence
+
+
+def test_ordinary_angle_brackets_spaces_and_unknown_characters_are_no_control_tokens(tmp_path: Path) -> None:
+    texts = ("Is 1 < 2 and 3 > 2?", "a    b", "x <im_end> y", "na\u00efve <unk>", "[1, 2]")
+    assert list(prompt_checks.control_tokens(context_of(tmp_path, plain(*texts), tokenizer_of()))) == []
+
+
+def test_a_control_token_in_any_turn_of_a_conversation_is_seen(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b</s>"), ("user", "c"))]
+    context = context_of(tmp_path, [{"prompt": turns, "answer": "1"}], tokenizer_of())
+    assert (
+        "</s> in problem"
+        in only(list(prompt_checks.control_tokens(context)), "control-tokens-in-problems", "warning").evidence
+    )
+
+
+TALK = [
+    {"role": "system", "content": "Answer modulo 7."},
+    {"role": "user", "content": 'Let "x" be 5.'},
+    {"role": "assistant", "content": "<think>Easy.</think>Fine."},
+    {"role": "user", "content": "What is x plus 4?"},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "left_out"),
+    [
+        (CHATML, None),
+        (ESCAPED, None),
+        (NO_EARLIER_THOUGHT, None),
+        (LAST_ONLY, "turn 1, system"),
+        (NO_SYSTEM, "turn 1, system"),
+    ],
+)
+def test_a_template_that_leaves_turns_out_is_refused(tmp_path: Path, template: str, left_out: str | None) -> None:
+    context = context_of(tmp_path, [{"prompt": TALK, "answer": "2"}], tokenizer_of(template))
+    found = list(prompt_checks.whole_conversations(context))
+    if left_out is None:
+        assert found == []
+    else:
+        assert f"{left_out}, of problem" in only(found, "turns-left-out", "error").evidence
+        assert "row 1" in found[0].evidence
+
+
+@pytest.mark.parametrize(
+    ("template", "frame", "changes", "name"),
+    [
+        (CHATML, None, (), None),
+        ("<s>" + CHATML, "<s> $A", (), None),
+        ("{{ bos_token }}<s>" + CHATML, None, (), "bos-twice"),
+        (None, "<s> $A", (), None),
+        (None, "<s> $A", ("prompt.template='<s>{problem}'",), "bos-twice"),
+        (None, "<s> $A </s>", (), None),
+        (CHATML.replace("<|im_end|>\n{% endfor", "<|im_end|>{% endfor").partition("{% if")[0], None, (), "prompt-ends-with-stop"),
+        (None, None, ("prompt.template='{problem}<|im_end|>'",), "prompt-ends-with-stop"),
+    ],
+)  # fmt: skip
+def test_both_ends_of_a_prompt_are_looked_at(
+    tmp_path: Path, template: str | None, frame: str | None, changes: tuple[str, ...], name: str | None
+) -> None:
+    context = context_of(tmp_path, plain("1+1", "2+2"), tokenizer_of(template, frame), *changes)
+    found = list(prompt_checks.prompt_ends(context))
+    assert [finding.name for finding in found] == ([] if name is None else [name, name])
+    assert all("models.student" in finding.evidence or "models.teacher" in finding.evidence for finding in found)
+
+
+def test_a_template_that_reads_the_clock_is_told_the_recorded_day(tmp_path: Path) -> None:
+    dated = tokenizer_of("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    told = context_of(tmp_path, plain("1+1", "2+2"), dated, day=date(2024, 3, 5))
+    assert told.prompter("student").text(told.compared_problems[0]).startswith("05 Mar 2024")
+    assert "2024-03-05" in only(list(prompt_checks.clock(told)), "template-reads-clock", "note").evidence
+    untold = context_of(tmp_path, plain("1+1", "2+2"), dated)
+    assert str(tmp_path / "out") in only(list(prompt_checks.clock(untold)), "clock-not-recorded", "warning").evidence
+    assert (
+        list(prompt_checks.clock(context_of(tmp_path, plain("1+1", "2+2"), tokenizer_of(), day=date(2024, 3, 5)))) == []
+    )
