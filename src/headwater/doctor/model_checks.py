@@ -20,6 +20,15 @@ def models_are_readable(context: DoctorContext) -> Iterator[Finding]:
     yield from try_each(*(partial(read, role) for role in context.roles for read in reads))
 
 
+def trainable_weights(context: DoctorContext) -> Iterator[Finding]:
+    for role, adapted in context.trained_roles.items():
+        context.inputs.config(role)
+        try:
+            context.inputs.model_folder(role).require_trainable(adapted)
+        except UserError as refusal:
+            yield error("quantized-weights", str(refusal), "quantized models can only be teachers that do not train")
+
+
 def compared_texts(context: DoctorContext) -> list[str]:
     """Some problems' texts; none if the data cannot be read, which has its own finding."""
     try:

@@ -97,6 +97,19 @@ class ModelFolder:
         elif list(folder.glob("*.safetensors")):
             untrusted_files.refuse_unlike_weights(self.json("config.json"), folder, self.field, self.name)
 
+    def require_trainable(self, adapter: bool) -> None:
+        """Raises UserError for a model whose files hold quantized weights; four-bit ones of bitsandbytes may carry an adapter."""
+        quantization = getattr(self.config, "quantization_config", None)
+        if not quantization:
+            return
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        method = str(getattr(method, "value", method))
+        if not (adapter and method == "bitsandbytes"):
+            raise UserError(
+                f"{self.field}: the weights of {self.name} are quantized ({method:.40}), which cannot be trained; name the folder of "
+                "the unquantized model, or dequantize it with transformers and save it"
+            )
+
     def json(self, name: str) -> dict[str, Any]:
         """The JSON object in a file of the folder."""
         if name not in self._json:

@@ -61,6 +61,8 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
         )
     folder.require_weights()
     folder.require_trusted()
+    if not options.frozen:
+        folder.require_trainable(adapter=spec is not None)
     base, compute_dtype = folder.base, getattr(torch, options.models.dtype)
     base_frozen = options.frozen or spec is not None
     quantization = None if spec is None else lora.quantization_config(spec.lora.quantize, compute_dtype)

@@ -136,12 +136,13 @@ def _write_tokenizer(tokenizer: Any, source: ModelFolder, folder: Path) -> None:
 
     Raises what transformers raised if the disk is full, or if the tokenizer is from no local folder whose files could be copied.
     """
+    files = Path(source.tokenizer_path)
     try:
         tokenizer.save_pretrained(folder)
-        if not source.is_local or reads_alike(tokenizer, read_tokenizer(str(folder), source.trust_remote_code)):
+        if not files.is_dir() or reads_alike(tokenizer, read_tokenizer(str(folder), source.trust_remote_code)):
             return
     except Exception as error:
-        if not source.is_local or disk_errno(error) is not None:
+        if not files.is_dir() or disk_errno(error) is not None:
             raise
     for path in Path(source.tokenizer_path).iterdir():
         if path.is_dir() and path.name == CHAT_TEMPLATES:
