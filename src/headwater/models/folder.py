@@ -99,11 +99,10 @@ class ModelFolder:
 
     def require_trainable(self, adapter: bool) -> None:
         """Raises UserError for a model whose files hold quantized weights; four-bit ones of bitsandbytes may carry an adapter."""
-        quantization = getattr(self.config, "quantization_config", None)
+        quantization = self._config_entries.get("quantization_config")
         if not quantization:
             return
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        method = str(getattr(method, "value", method))
+        method = str(quantization.get("quant_method") if isinstance(quantization, dict) else quantization)
         if not (adapter and method == "bitsandbytes"):
             raise UserError(
                 f"{self.field}: the weights of {self.name} are quantized ({method:.40}), which cannot be trained; name the folder of "
@@ -164,8 +163,12 @@ class ModelFolder:
     @cached_property
     def _generation(self) -> tuple[GenerationConfig, tuple[str, ...]]:
         with as_user_error(f"{self.field}: the generation config of {self.name} cannot be read"):
-            config = self.base.json("config.json") if self.base.is_local else self.config.to_dict()
-            return read_generation_config(self.base.path, config)
+            return read_generation_config(self.base.path, self._config_entries)
+
+    @property
+    def _config_entries(self) -> dict[str, Any]:
+        entries: dict[str, Any] = self.base.json("config.json") if self.base.is_local else self.config.to_dict()
+        return entries
 
     @cached_property
     def tokenizer(self) -> Any:
