@@ -35,6 +35,10 @@ class UserError(HeadwaterError):
         super().__init__(one_line(message))
 
 
+class UnsupportedModelError(UserError):
+    """A model of a kind that cannot be trained or sampled here, however intact its files are."""
+
+
 class RefusedError(HeadwaterError):
     """Preflight found a problem that would spoil the run, before any compute is spent on it."""
 

@@ -15,6 +15,7 @@ from headwater.config.recipe import Models
 from headwater.config.stage import Sampling, Stage
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
+from headwater.models.batching_probe import with_measured_batching
 from headwater.models.folder import ModelFolder
 from headwater.models.packed_attention import enable_packing
 from headwater.models.policy import Policy, split_head
@@ -49,7 +50,7 @@ def tiny_model(architecture: str = "qwen3", seed: int = 0, std: float = 0.3, tie
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = AutoConfig.for_model(architecture, **settings)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
+        return AutoModelForCausalLM.from_config(config).float().eval()
 
 
 def tiny_policy(
@@ -65,7 +66,9 @@ MEMORY = ModelFolder("memory", "test", "memory")
 def policy_of(model: Any, tokenizer: PreTrainedTokenizerFast | None = None, fingerprint: str = "tiny") -> Policy:
     body, head = split_head(model, CPU)
     packs = enable_packing(model, body, CPU)
-    return Policy(model, tokenizer or make_tokenizer(), MEMORY, fingerprint, CPU, torch.float32, body, head, packs)
+    return with_measured_batching(
+        Policy(model, tokenizer or make_tokenizer(), MEMORY, fingerprint, CPU, torch.float32, body, head, packs)
+    )
 
 
 def copied(policy: Policy) -> Policy:

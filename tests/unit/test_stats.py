@@ -1,3 +1,5 @@
+"""Statistics: estimates, intervals and p-values against scipy, hand computations and simulations."""
+
 from __future__ import annotations
 
 import math
@@ -44,6 +46,23 @@ def test_maj_at_k_takes_the_most_frequent_answer_and_averages_ties() -> None:
     assert stats.maj_at_k([right, none, none]) == 0.0
     assert stats.maj_at_k([right, right, none, none]) == 0.5
     assert stats.maj_at_k([none, (None, True)]) is None
+
+
+def test_maj_at_k_gives_correct_answers_one_vote_however_they_are_written() -> None:
+    def votes(*answers: tuple[str, bool]) -> float | None:
+        return stats.maj_at_k(answers)
+
+    assert votes(("5", True), ("x=5", True), ("3", False), ("3", False)) == 0.5
+    assert votes(("2k+2", True), ("2(k+1)", True), ("k", False)) == 1.0
+    assert votes(("1", True), ("2/2", True), ("0", False), ("0", False), ("0", False)) == 0.0
+    # Wrong answers stay apart, so two of them do not outvote one right answer twice as often.
+    assert votes(("5", True), ("6", False), ("7", False)) == pytest.approx(1 / 3)
+    # One of three copies ran out of time: the vote counts as two thirds correct.
+    assert votes(("5", True), ("5", True), ("5", False), ("3", False)) == pytest.approx(2 / 3)
+    # Where different answers can be correct they stay different: two ways to the target are no majority of three.
+    attempts = [("50+24-46", True), ("24-46+50", True), ("1+1", False), ("1+1", False)]
+    assert stats.maj_at_k(attempts, one_answer=False) == 0.0
+    assert stats.maj_at_k(attempts) == 0.5
 
 
 def test_wilson_matches_scipy_and_the_closed_form_at_0_and_1() -> None:

@@ -16,6 +16,7 @@ from headwater.cli.options import EvalOptions
 from headwater.config.recipe import Evaluate, Models, Prompt, Source, first_complaint
 from headwater.data.labels import Labels
 from headwater.data.sources import load
+from headwater.data.validate import failing
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
@@ -38,6 +39,9 @@ def evaluate_model(name: str, data: str, options: EvalOptions, display: Progress
     task, device = find_task(options.task), device_of(options.device or "auto")
     with Verifier(options.task) as grade, contextlib.ExitStack() as stack:
         loaded = load(Source(path=data, limit=options.limit), "--data", True, task.gold, grade)
+        failing(
+            grade, list(loaded.gold.items())[:1]
+        )  # refuses a grader that returns no verdict before anything is sampled
         folder = ModelFolder.open(name, "MODEL", models.trust_remote_code)
         policy = load_policy(folder, LoadOptions(models, device, frozen=True))
         progress = stack.enter_context(display.node(f"eval {name}", 1, 1))

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import Source
+from headwater.data.golds import plain_value
 from headwater.data.rows import file_rows
 from headwater.data.sources import load
 from headwater.errors import UserError
+from headwater.tasks.registry import NO_VERDICT
 from headwater.tasks.verifier import Verifier
+from headwater.types import Verdict
 
 BATCH = 256  # rows per grading call, enough to keep every worker busy
 
@@ -47,11 +50,12 @@ def grade_file(path: Path, task: str = "maths", seconds: float = 2.0, workers: i
     """Grade `{"id", "gold", "completion"}` rows: `{"id", "correct", "reason", "seconds"}` each, in order, as they come.
 
     A missing `id` becomes the row number. A gold that is a number or an object becomes its JSON text. Raises UserError that names
-    the row, after the verdicts of all rows before it.
+    the row, after the verdicts of all rows before it, and after all verdicts for a user's grader that returned something else.
     """
     rows = file_rows(Path(path), str(path))
     with Verifier(task, workers=workers, seconds=seconds) as verifier:
         seen, failure = 0, None
+        refused: list[Verdict] = []
         while failure is None:
             batch: list[tuple[Any, str, str]] = []
             try:
@@ -62,19 +66,24 @@ def grade_file(path: Path, task: str = "maths", seconds: float = 2.0, workers: i
             for (name, _, _), verdict in zip(batch, verdicts, strict=True):
                 yield {"id": name, "correct": verdict.correct, "reason": verdict.reason, "seconds": verdict.seconds}
             seen += len(batch)
+            refused += [verdict for verdict in verdicts if verdict.reason.startswith(NO_VERDICT)][:1]
             if not batch:
                 break
         if failure is not None:
             raise failure
         if not seen:
             raise UserError(f"{path} is empty")
+        verifier.refuse_no_verdict(refused)
 
 
 def _parse_row(number: int, row: Any, path: str) -> tuple[Any, str, str]:
     for field in ("gold", "completion"):
         if field not in row:
             raise UserError(f"{path}, row {number}: has no {field!r}; its fields are {', '.join(row)}")
-    gold, completion = row["gold"], row["completion"]
+    try:
+        gold, completion = plain_value(row["gold"]), row["completion"]
+    except ValueError as error:
+        raise UserError(f"{path}, row {number}: 'gold' {error}") from None
     if isinstance(gold, (int, float)) and not isinstance(gold, bool):
         gold = str(gold)
     elif isinstance(gold, dict):
@@ -89,12 +98,13 @@ def failing(verifier: Verifier, golds: Sequence[tuple[str, str]]) -> list[tuple[
     """(problem id, gold, reason) of the (problem id, gold) pairs that fail their own grader.
 
     A gold answer written as a completion must grade correct. One that only describes a test (a regex, a program) must be usable
-    (not `error`) and must reject an empty answer (`passes_blank`).
+    (not `error`) and must reject an empty answer (`passes_blank`). Raises UserError for a user's grader that returns no verdict.
     """
     task = verifier.task
     completions = [task.as_completion(gold) for _, gold in golds]
     tried = [task.blank if completion is None else completion for completion in completions]
     verdicts = verifier([(gold, completion) for (_, gold), completion in zip(golds, tried, strict=True)])
+    verifier.refuse_no_verdict(verdicts)
     failed = []
     for (name, gold), completion, verdict in zip(golds, completions, verdicts, strict=True):
         if completion is not None and not verdict.correct:

@@ -10,6 +10,7 @@ from headwater.data.sources import LoadedProblems, without_leaks
 from headwater.data.validate import failing
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, try_each, warning
+from headwater.errors import UserError
 from headwater.runs.inputs import VALIDATION
 
 SHOWN = 3
@@ -49,7 +50,11 @@ def golds(context: DoctorContext) -> Iterator[Finding]:
     slow = grader.task.bounded and grader.task.quick is None and not context.exhaustive
     for name, loaded in _graded(context).items():
         pairs = list(loaded.gold.items())[: SLOW_GOLDS if slow else None]
-        failed = [f"{id_} ({gold!r:.40}: {reason})" for id_, gold, reason in failing(grader, pairs)]
+        try:
+            failed = [f"{id_} ({gold!r:.40}: {reason})" for id_, gold, reason in failing(grader, pairs)]
+        except UserError as refused:
+            yield error("grader-returns-no-verdict", str(refused), "return a bool, not a score or a text")
+            return
         if failed:
             # A built-in grader that fails most golds was not made for this data: every reward would be 0.
             wrong_task = ":" not in task and 2 * len(failed) > len(pairs)

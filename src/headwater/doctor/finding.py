@@ -52,6 +52,10 @@ UNREADABLE: Mapping[Part, tuple[str, str]] = {
     "config": ("model-unreadable", "fix or replace its config.json"),
     "generation config": ("model-unreadable", "fix its generation_config.json"),
     "weights": ("model-unreadable", "download or save the weights again: they are damaged or do not fit config.json"),
+    "architecture": (
+        "model-unsupported",
+        "name a model of a kind that docs/models.md lists, or do what the sentence says",
+    ),
     "server": ("server-unusable", "check that `vllm serve` runs at that address and has finished loading"),
     "engine": ("engine-unusable", "set compute.sampler=torch, or fix what the sentence names"),
     "plan": ("cannot-run", "fix what the sentence names"),

@@ -26,7 +26,8 @@ def trainable_weights(context: DoctorContext) -> Iterator[Finding]:
         try:
             context.inputs.model_folder(role).require_trainable(adapted)
         except UserError as refusal:
-            yield error("quantized-weights", str(refusal), "quantized models can only be teachers that do not train")
+            remedy = "quantized models can only be teachers that do not train"
+            yield error("model-unsupported", str(refusal), remedy)
 
 
 def compared_texts(context: DoctorContext) -> list[str]:

@@ -31,6 +31,8 @@ SLOWER = 1.2
 
 def memory(context: DoctorContext) -> Iterator[Finding]:
     """Weights, gradients and optimizer state of the largest node against what is free; activations come on top."""
+    for role in context.roles:
+        context.inputs.config(role)  # one that cannot be used has its own finding
     device = context.inputs.device
     largest, free = largest_pending(context, context.inputs), free_memory(device)
     if largest is None or free is None:

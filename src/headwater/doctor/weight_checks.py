@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, error, warning
+from headwater.doctor.finding import Finding, error, note, warning
 from headwater.losses import token_losses
 from headwater.losses.batch import Row
 from headwater.losses.logprobs import token_stats
@@ -46,6 +46,28 @@ def finite(context: DoctorContext) -> Iterator[Finding]:
                 f"models.{role}: its log-probs are not finite, so that nothing can be sampled",
                 "models.dtype is too narrow for it, or its config.json does not fit its weights: use models.dtype=float32, or "
                 "download the model again",
+            )
+
+
+def forward_paths(context: DoctorContext) -> Iterator[Finding]:
+    """Which of the slower ways of computing a model needs, as measured when it was loaded."""
+    for role in context.sampled_roles:
+        policy = context.sample(role).policy
+        kind = policy.model.config.model_type
+        if context.recipe.compute.sampler == "torch" and policy.decoding == "recompute":
+            yield warning(
+                "decodes-without-cache",
+                f"models.{role}: transformers has no cache for a {kind} model whose rows can be selected, so that the embedded "
+                "sampler runs each sequence from its start for every token",
+                "nothing for short completions; else set compute.sampler=vllm if it supports the model, or take another model",
+            )
+        config = policy.model.config
+        if config._attn_implementation == "eager" and hasattr(config.get_text_config(), "num_attention_heads"):
+            yield note(
+                "eager-attention",
+                f"models.{role}: transformers' faster attention (sdpa) does not compute the attention of a {kind} model, so it "
+                "runs in plain (eager) attention, whose memory grows with the square of the length",
+                "nothing, or lower compute.microbatch_tokens if memory is short",
             )
 
 

@@ -12,8 +12,9 @@ recognized as padding by its id, so EOS is trained on even where a tokenizer pad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from torch import Tensor
 from headwater.losses.distributions import Distributions, concatenate
 from headwater.losses.packing import Packing, pack
 from headwater.types import Rollout, Verdict
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -132,16 +135,26 @@ def _concatenate(parts: list[Tensor | None], device: torch.device) -> Tensor | N
     return torch.cat(present).to(device) if present else None
 
 
-def microbatches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
-    """Split rows, sorted by length, into parts of at most `tokens` padded tokens. A longer row is a part of its own."""
-    part: list[Row] = []
-    width = 0
-    for row in sorted(rows, key=lambda row: len(row.rollout.prompt_ids) + row.tokens):
-        width = len(row.rollout.prompt_ids) + row.tokens
-        if part and width * (len(part) + 1) > tokens:
+def microbatches(rows: Sequence[Row], tokens: int, pads: bool = True) -> Iterator[list[Row]]:
+    """Split rows, sorted by length, into parts of at most `tokens` padded tokens. A longer row is a part of its own.
+
+    pads  whether rows of different lengths may be in one part
+    """
+    yield from padded_parts(rows, lambda row: len(row.rollout.prompt_ids) + row.tokens, tokens, pads)
+
+
+def padded_parts(items: Sequence[T], length: Callable[[T], int], tokens: int, pads: bool) -> Iterator[list[T]]:
+    """As `microbatches`, for any items that have a length.
+
+    Example: items of lengths 2, 3, 3 and a budget of 9 give [2, 3, 3], and without padding [2], [3, 3].
+    """
+    part: list[T] = []
+    for item in sorted(items, key=length):
+        width = length(item)
+        if part and (width * (len(part) + 1) > tokens or not (pads or width == length(part[0]))):
             yield part
             part = []
-        part.append(row)
+        part.append(item)
     if part:
         yield part
 

@@ -14,8 +14,9 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from headwater.errors import UserError
+from headwater.errors import UnsupportedModelError, UserError
 from headwater.models import adapter_files, untrusted_files
+from headwater.models.architecture import refuse_unknown, refuse_unsupported
 from headwater.models.generation_config import read_generation_config
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import read_tokenizer, stop_ids_of
@@ -26,9 +27,6 @@ transformers_logging.disable_progress_bar()  # a run loads and saves dozens of m
 transformers_logging.set_verbosity_error()  # what transformers warns about while loading is refused here with a UserError
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-
-CLASSIFIERS = re.compile(r"Classification|QuestionAnswering|MultipleChoice|Reward|NextSentence|WithValueHead")
-"""Classes in `architectures` that score texts: their output layer gives no distribution over tokens."""
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """A folder with none of these holds no tokenizer."""
@@ -98,15 +96,15 @@ class ModelFolder:
             untrusted_files.refuse_unlike_weights(self.json("config.json"), folder, self.field, self.name)
 
     def require_trainable(self, adapter: bool) -> None:
-        """Raises UserError for a model whose files hold quantized weights; four-bit ones of bitsandbytes may carry an adapter."""
+        """Raises UnsupportedModelError if the files hold quantized weights; those of bitsandbytes may carry an adapter."""
         quantization = self._config_entries.get("quantization_config")
         if not quantization:
             return
         method = str(quantization.get("quant_method") if isinstance(quantization, dict) else quantization)
         if not (adapter and method == "bitsandbytes"):
-            raise UserError(
-                f"{self.field}: the weights of {self.name} are quantized ({method:.40}), which cannot be trained; name the folder of "
-                "the unquantized model, or dequantize it with transformers and save it"
+            raise UnsupportedModelError(
+                f"{self.field}: {self.name} holds quantized weights ({method:.40}), which cannot be trained; name the unquantized "
+                "model, or dequantize it with transformers and save it"
             )
 
     def json(self, name: str) -> dict[str, Any]:
@@ -138,16 +136,11 @@ class ModelFolder:
     def config(self) -> Any:
         """The transformers config of the full model."""
         self.require_trusted()
+        if self.base.is_local:
+            refuse_unknown(self.base.json("config.json"), self.field, self.name)
         with as_user_error(f"{self.field}: the config of {self.name} cannot be read"):
             config = AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
-        classifier = next(
-            (one for one in getattr(config, "architectures", None) or () if CLASSIFIERS.search(str(one))), None
-        )
-        if classifier is not None:
-            raise UserError(
-                f"{self.field}: {self.name} is no language model (its config.json names {classifier:.80}); name a model whose "
-                "architectures are …ForCausalLM"
-            )
+        refuse_unsupported(config, self.field, self.name)
         return config
 
     @property

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from headwater.distributed import checkpoint_io
 from headwater.distributed.process_group import ProcessGroup
+from headwater.models.architecture import attention_of
 from headwater.models.folder import ModelFolder
 from headwater.models.weight_files import WeightFiles, unused_weights
 
@@ -29,7 +30,10 @@ def build_without_weights(base: ModelFolder, dtype: torch.dtype) -> Any | None:
     """The model with its weights on the meta device, for `load_shards`; None if the files do not match it name by name."""
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
-            base.config, dtype=dtype, trust_remote_code=base.trust_remote_code, attn_implementation="sdpa"
+            base.config,
+            dtype=dtype,
+            trust_remote_code=base.trust_remote_code,
+            attn_implementation=attention_of(base.config),
         )
     if not _matches(model, _files(base)):
         return None

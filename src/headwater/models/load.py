@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from headwater.config import recipe as config
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from headwater.errors import UserError
+from headwater.errors import UnsupportedModelError, UserError
 from headwater.models import fsdp, fsdp_weights, lora
 from headwater.models.adapter_merge import merge_into
+from headwater.models.architecture import attention_of, keep_weights_in_place
+from headwater.models.batching_probe import with_measured_batching
 from headwater.models.folder import ModelFolder
 from headwater.models.packed_attention import enable_packing
 from headwater.models.policy import Policy, split_head, with_root_weights
 from headwater.models.tokenizer import read_tokenizer
+from headwater.models.training_mode import checkpoint_activations, disable_dropout
 from headwater.models.untrusted_files import as_user_error
 from headwater.models.weight_files import WeightFiles, unused_weights
 
@@ -52,7 +54,8 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
     A model that will train keeps float32 weights even if it computes in bfloat16: steps of 1e-6 vanish when rounded to
     bfloat16. A frozen one is held in the compute type.
 
-    Raises UserError that names the field if the folder, hub id or tokenizer cannot be loaded.
+    Raises UserError that names the field if the folder, hub id or tokenizer cannot be loaded, UnsupportedModelError if the model
+    is of a kind that cannot be trained or sampled.
     """
     spec, ranks, device = options.adapter, options.ranks, options.device
     if not ranks.single_process and spec is not None and spec.lora.quantize is not None:
@@ -79,7 +82,8 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
         model = None if ranks.single_process else fsdp_weights.build_without_weights(base, dtype)
         if model is None:
             model = _read_model(folder, dtype, quantization, device)
-    _disable_dropout(model)
+    disable_dropout(model)
+    keep_weights_in_place(model)
     if merges and ranks.single_process:
         merge_into(model, folder)
     _declare_head(model)
@@ -91,8 +95,7 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
             "models.lora.targets"
         )
     if options.models.gradient_checkpointing and not options.frozen:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+        checkpoint_activations(model)
     else:
         model.eval()
     meta_model = None
@@ -103,14 +106,21 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
         fsdp_weights.load_shards(model, base, device, ranks)
         if merges:
             merge_into(model, folder)
-    body, head = split_head(model, device)
+    with as_user_error(
+        f"{folder.field}: {folder.name} is a {model.config.model_type} model, which transformers cannot run on plain token ids",
+        UnsupportedModelError,
+    ):
+        body, head = split_head(model, device)
     packs = with_root_weights(model, lambda: enable_packing(model, body, device))
+    fingerprint = options.fingerprint or folder.fingerprint
+    policy = Policy(
+        model, tokenizer, folder, fingerprint, device, compute_dtype, body, head, packs, ranks=ranks, meta_model=meta_model,
+        adapter=adapter,
+    )  # fmt: skip
+    policy = with_root_weights(model, lambda: with_measured_batching(policy))
     if not ranks.single_process:
         model.reshard()
-    fingerprint = options.fingerprint or folder.fingerprint
-    return Policy(
-        model, tokenizer, folder, fingerprint, device, compute_dtype, body, head, packs, ranks, meta_model, adapter
-    )
+    return policy
 
 
 def _read_model(folder: ModelFolder, dtype: torch.dtype, quantization: Any, device: torch.device) -> Any:
@@ -120,7 +130,7 @@ def _read_model(folder: ModelFolder, dtype: torch.dtype, quantization: Any, devi
         dtype=dtype,
         trust_remote_code=folder.trust_remote_code,
         use_safetensors=True,
-        attn_implementation="sdpa",
+        attn_implementation=attention_of(folder.config),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, with the name
         generation_config=folder.generation_config,  # transformers would refuse to save the file's, or to load it
@@ -175,13 +185,3 @@ def _move(model: Any, device: torch.device) -> None:
         if parameter.requires_grad:
             # Weights mapped from a file may have unaligned addresses, on which some kernels round differently.
             parameter.data = parameter.data.clone()
-
-
-def _disable_dropout(model: Any) -> None:
-    """With dropout the trainer's log-probs would differ from the sampler's."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # attention layers hold a copy of the config's
-    model.config.attention_dropout = 0.0

@@ -22,6 +22,8 @@ from headwater.models.shape import Shape
 from headwater.models.tokenizer import stop_ids_of
 
 T = TypeVar("T")
+Decoding = Literal["left_padded", "equal_lengths", "recompute"]
+"""With a cache: prompts padded on the left, or of one length in each batch; without one: sequences run from their start."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Policy:
     compute_dtype     type of its matrix products; weights that train are float32
     body, head        the modules that make hidden states, and logits of them
     supports_packing  whether sequences can be concatenated without padding (`losses.packing`)
+    supports_padding  whether padding on the right leaves the other tokens as they are; else only equal lengths share a batch
+    decoding          how transformers' cache is used to sample (`models.batching_probe`)
     ranks             the process group over which FSDP2 shards the weights; a single process holds all of them
     meta_model        if sharded, the same model without weights or hooks, to be filled where all weights are needed
     adapter           the low-rank adapter in the model's layers, if any
@@ -47,6 +51,8 @@ class Policy:
     body: nn.Module
     head: Head
     supports_packing: bool = False
+    supports_padding: bool = True
+    decoding: Decoding = "left_padded"
     ranks: ProcessGroup = SINGLE_PROCESS
     meta_model: Any = None
     adapter: lora.Adapter | None = None
@@ -83,12 +89,15 @@ class Policy:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def batches(self, rows: Sequence[Row], tokens: int) -> Iterator[tuple[list[Row], Batch]]:
-        """Split rows into microbatches of at most `tokens` tokens, packed if the model supports it; yield rows and tensors."""
+        """Split rows into microbatches of at most `tokens` tokens, packed if the model supports it; yield rows and tensors.
+
+        A model that supports neither packing nor padding gets rows of one length.
+        """
         if self.supports_packing:
             for part in packed_microbatches(rows, tokens):
                 yield part, collate_packed(part, self.device)
         else:
-            for part in microbatches(rows, tokens):
+            for part in microbatches(rows, tokens, self.supports_padding):
                 yield part, collate(part, self.pad_id, self.device)
 
     def pass_flops(self, rows: Sequence[Row], passes: Literal[1, 3] = 1) -> float:

@@ -127,8 +127,8 @@ def refuse_unlike_weights(config: Mapping[str, Any], folder: Path, field: str, n
 
 
 @contextlib.contextmanager
-def as_user_error(message: str) -> Iterator[None]:
-    """Turn any error that a library raises over a damaged or hostile folder into a UserError that starts with `message`.
+def as_user_error(message: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Turn any error that a library raises over a damaged or hostile folder into a UserError (`kind`) that starts with `message`.
 
     Damage shows in many ways: a wrong type deep in a constructor, a shape, a panic in a tokenizer's native code, which is not
     even an Exception. Running out of memory is not the folder's fault and passes through.
@@ -141,4 +141,4 @@ def as_user_error(message: str) -> Iterator[None]:
         detail = " ".join(str(error).split())[:200] or type(error).__name__
         if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
             detail = f"{type(error).__name__}: {detail}"
-        raise UserError(f"{message} ({detail})") from None
+        raise kind(f"{message} ({detail})") from None

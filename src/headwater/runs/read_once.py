@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable, Hashable
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
-from headwater.errors import UserError
+from headwater.errors import UnsupportedModelError, UserError
 
 Part = Literal[
     "task", "data", "labels", "device", "model", "tokenizer", "config", "generation config", "weights", "server",
-    "engine", "plan",
+    "engine", "plan", "architecture",
 ]  # fmt: skip
 """What an InputError is about; the doctor has a finding for each."""
 
@@ -48,7 +48,8 @@ def read_once(part: Part) -> Callable[[Callable[Concatenate[S, P], T]], Callable
                 except InputError as error:  # of an input that this one is read from
                     self.memo[key] = error
                 except UserError as error:
-                    self.memo[key] = InputError(part, str(error))
+                    unsupported = isinstance(error, UnsupportedModelError)
+                    self.memo[key] = InputError("architecture" if unsupported else part, str(error))
             value = self.memo[key]
             if isinstance(value, InputError):
                 raise value

@@ -1,17 +1,22 @@
-"""Decoder protocol (prefill, decode one token a step), and the general decoder for any causal LM."""
+"""Decoder protocol (prefill, decode one token a step), and the general decoders for any causal LM."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from headwater.errors import UserError
+from headwater.losses.batch import padded_parts
+from headwater.models.cached_forward import CachedBatch
 from headwater.models.policy import Policy
 from headwater.models.rope import mixed_lengths
 from headwater.sampling.fast_decoder import FastDecoder
+
+RECOMPUTED_TOKENS = 2048
+"""Tokens of one pass where sequences are run again from their start, padding included."""
 
 
 class Decoder(Protocol):
@@ -44,8 +49,10 @@ class Decoder(Protocol):
 
 
 def decoder_for(policy: Policy) -> Decoder:
-    """The fast decoder for plain Qwen3 and Llama models, else the general one."""
-    return FastDecoder(policy) if supports_fast_decoder(policy) else CacheDecoder(policy)
+    """The fast decoder for plain Qwen3 and Llama models, else the general one that the model's cache allows."""
+    if supports_fast_decoder(policy):
+        return FastDecoder(policy)
+    return RecomputeDecoder(policy) if policy.decoding == "recompute" else CacheDecoder(policy)
 
 
 def supports_fast_decoder(policy: Policy) -> bool:
@@ -62,61 +69,115 @@ def supports_fast_decoder(policy: Policy) -> bool:
 
 
 class CacheDecoder:
-    """Any causal LM, through transformers' forward pass and cache, in left-padded batches one after the other.
+    """Any causal LM, through transformers' forward pass and cache.
 
+    A model that allows it (`Policy.decoding`) runs as one left-padded batch; else prompts of one length make a batch each.
     Rows cannot be appended to a transformers cache of unknown kind (sliding windows, recurrent states), so the next prompts
     are prefilled once all rows have left.
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self.policy, self.pads = policy, policy.decoding == "left_padded"
         self.prompts: list[tuple[int, ...]] = []
-        self.cache: Any = None
-        self.mask_AT = torch.empty(0)
+        self.batches: list[tuple[list[int], CachedBatch]] = []  # with the row of each of the batch's own rows
 
     def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
-        lengths = sorted(map(len, prompts))
-        problem = mixed_lengths(self.policy.model.config, lengths[0], lengths[-1], max_tokens - lengths[-1])
-        if problem is not None:
-            raise UserError(f"{self.policy.folder.field}: {problem}")
+        _refuse_mixed_lengths(self.policy, prompts, max_tokens)
         self.prompts = list(prompts)
         return max_rows
 
     def prefill(self, count: int) -> Tensor:
         prompts, self.prompts = self.prompts[:count], self.prompts[count:]
-        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-        width = max(map(len, distinct))
-        ids_PT = torch.full((len(distinct), width), self.policy.pad_id, dtype=torch.long)
-        mask_PT = torch.zeros((len(distinct), width), dtype=torch.long)
-        for prompt, row in distinct.items():
-            ids_PT[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask_PT[row, width - len(prompt) :] = 1
-        device = self.policy.device
-        mask_PT = mask_PT.to(device)
-        self.cache = None
-        hidden_PH = self._forward(ids_PT.to(device), mask_PT, (mask_PT.cumsum(dim=1) - 1).clamp_min(0))
-        rows_B = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
-        self.cache.batch_select_indices(rows_B)
-        self.mask_AT = mask_PT[rows_B]
-        return hidden_PH[rows_B]
+        rows_of: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows_of.setdefault(0 if self.pads else len(prompt), []).append(row)
+        self.batches = []
+        hidden = []
+        for rows in rows_of.values():
+            distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts[row] for row in rows))}
+            batch = CachedBatch(self.policy.body, self.pads)
+            with self.policy.autocast():
+                hidden_PH = batch.prefill(list(distinct), self.policy.pad_id, self.policy.device)
+            chosen = [distinct[prompts[row]] for row in rows]
+            batch.select_rows(chosen)
+            hidden.append(hidden_PH[torch.tensor(chosen, device=self.policy.device)])
+            self.batches.append((rows, batch))
+        return self._in_row_order(hidden)
 
     def decode_step(self, token_A: Tensor) -> Tensor:
-        self.mask_AT = torch.cat([self.mask_AT, self.mask_AT.new_ones(len(token_A), 1)], dim=1)
-        return self._forward(token_A[:, None], self.mask_AT, self.mask_AT.sum(dim=1, keepdim=True) - 1)
+        with self.policy.autocast():
+            return self._in_row_order(
+                [batch.append(token_A if len(self.batches) == 1 else token_A[rows]) for rows, batch in self.batches]
+            )
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        rows_K = torch.tensor(rows, dtype=torch.long, device=self.mask_AT.device)
-        self.mask_AT = self.mask_AT[rows_K]
-        self.cache.batch_select_indices(rows_K)
+        new_row = {old: new for new, old in enumerate(rows)}
+        batches = []
+        for old_rows, batch in self.batches:
+            kept = sorted((new_row[old], index) for index, old in enumerate(old_rows) if old in new_row)
+            if kept:
+                batch.select_rows([index for _, index in kept])
+                batches.append(([new for new, _ in kept], batch))
+        self.batches = batches
 
     def logits(self, hidden_AH: Tensor) -> Tensor:
         return self.policy.logits(hidden_AH)
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        with self.policy.autocast():
-            out = self.policy.body(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
-            )
-        self.cache = out.past_key_values
-        hidden = out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
-        return hidden[:, -1]
+    def _in_row_order(self, hidden: Sequence[Tensor]) -> Tensor:
+        """The rows of all batches (A, H); those of a single batch are in order already."""
+        if len(hidden) == 1:
+            return hidden[0]
+        hidden_AH = torch.cat(list(hidden))
+        order = [row for rows, _ in self.batches for row in rows]
+        return torch.empty_like(hidden_AH).index_copy_(0, torch.tensor(order, device=hidden_AH.device), hidden_AH)
+
+
+class RecomputeDecoder:
+    """Any causal LM, without a cache: each step runs every sequence from its start. Slow, for models without a usable cache."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.prompts: list[tuple[int, ...]] = []
+        self.sequences: list[tuple[int, ...]] = []
+
+    def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
+        _refuse_mixed_lengths(self.policy, prompts, max_tokens)
+        self.prompts, self.sequences = list(prompts), []
+        return 1
+
+    def prefill(self, count: int) -> Tensor:
+        prompts, self.prompts = self.prompts[:count], self.prompts[count:]
+        self.sequences += prompts
+        return self._last_hidden(prompts)
+
+    def decode_step(self, token_A: Tensor) -> Tensor:
+        tokens = token_A.tolist()
+        self.sequences = [(*ids, token) for ids, token in zip(self.sequences, tokens, strict=True)]
+        return self._last_hidden(self.sequences)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self.sequences = [self.sequences[row] for row in rows]
+
+    def logits(self, hidden_AH: Tensor) -> Tensor:
+        return self.policy.logits(hidden_AH)
+
+    def _last_hidden(self, sequences: Sequence[tuple[int, ...]]) -> Tensor:
+        """Hidden states (A, H) at the sequences' last tokens."""
+        distinct = list(dict.fromkeys(sequences))
+        hidden: dict[tuple[int, ...], Tensor] = {}
+        for part in padded_parts(distinct, len, RECOMPUTED_TOKENS, self.policy.supports_padding):
+            width = max(map(len, part))
+            pad_id, device = self.policy.pad_id, self.policy.device
+            ids_BT = torch.tensor([(*ids, *(pad_id,) * (width - len(ids))) for ids in part], device=device)
+            mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in part], device=device)
+            hidden_BTH = self.policy.hidden(ids_BT, mask_BT)
+            hidden.update({ids: hidden_BTH[row, len(ids) - 1] for row, ids in enumerate(part)})
+        return torch.stack([hidden[ids] for ids in sequences])
+
+
+def _refuse_mixed_lengths(policy: Policy, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> None:
+    """Raises UserError if the sequences follow more than one rule for positions (`models.rope`)."""
+    lengths = sorted(map(len, prompts))
+    problem = mixed_lengths(policy.model.config, lengths[0], lengths[-1], max_tokens - lengths[-1])
+    if problem is not None:
+        raise UserError(f"{policy.folder.field}: {problem}")

@@ -13,6 +13,7 @@ from headwater.config.recipe import Recipe
 from headwater.config.stage import Sampling
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
+from headwater.models.training_mode import at_inference
 from headwater.sampling.base import OnFinished, Request, Sampler, SamplerFactory
 from headwater.sampling.continuous_batch import ContinuousBatch, FinishedSequence
 from headwater.sampling.decoder import decoder_for
@@ -54,12 +55,8 @@ class TorchSampler:
         # Equal prompts together, similar lengths adjacent; longest first, so that running out of memory shows at once.
         prompts = [request.prompt_ids for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (-len(prompts[i]), first[prompts[i]], i))
-        training = self.policy.model.training
-        self.policy.model.eval()  # with gradient checkpointing, a model in training mode refuses a KV cache
-        try:
+        with at_inference(self.policy.model):
             rollouts = self._run([requests[i] for i in order], sampling, on_finished)
-        finally:
-            self.policy.model.train(training)
         by_index = dict(zip(order, rollouts, strict=True))
         return [by_index[i] for i in range(len(requests))]
 

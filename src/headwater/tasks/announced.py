@@ -34,7 +34,7 @@ _NOUNS_AND_VERBS = {
     "Greek": (r"\bαπάντηση", r"είναι\b"),
     "Arabic": (r"(?:الإجابة|الاجابة|الجواب)(?:\s(?:النهائية|النهائي|الصحيحة|الصحيح))?", r"ه[يو]\b"),
     "Hebrew": (r"התשובה(?:\sהסופית)?", r"היא\b"),
-    "Hindi": (r"(?:उत्तर|जवाब)", r"है\b|(?=\s?[-$\\\d])"),
+    "Hindi": (r"(?:उत्तर|जवाब)", r"है|(?=\s?[-$\\\d])"),
 }
 _PHRASE = re.compile(
     r"\banswer\b[*_:：\s]{0,8}(?:(?:is|are|was)\b|(?<=[:：])|(?<=[:：][*_])|(?<=[:：]\*\*)|=)[:：*_]{0,4}",
@@ -96,10 +96,11 @@ def marked_answer(text: str) -> str | None:
     marks = list(_HASHES.finditer(text))
     if not marks:
         return None
-    rest = text[marks[-1].end() :].strip()
-    line = first_line(rest)
+    rest = text[marks[-1].end() :].rstrip()
+    line = first_line(rest).strip()
     if not line or _is_label(line):
         return None
+    rest = rest.strip()
     if "\n" not in rest or rest.startswith("\\begin"):
         return rest
     return line if len(marks) == 1 and _NUMERAL.fullmatch(line) else None
@@ -140,16 +141,23 @@ def _statement(text: str, foreign: bool) -> str:
                 if _MORE.match(text, end + len(closing)) is None:
                     return text[len(opening) : end]
                 break  # "$2$ or $3$": the whole sentence is the answer
-    sentence = _SENTENCE_END.split(first_line(text), maxsplit=1)[0].strip().strip("*_").strip()
+    line = first_line(text)
+    stop = _SENTENCE_END.search(line)
+    if stop is not None and stop.group() in "?？؟":
+        return ""  # "The answer is 42? No": a question states nothing
+    sentence = line[: stop.start() if stop else None].strip().strip("*_").strip()
     return _BETWEEN.sub(" , ", _FINAL_VERB.sub("", sentence)) if foreign else sentence
 
 
 # Solutions ------------------------------------------------------------------------------------------------------------
 
-_PROSE = re.compile(r"(?:(?<![\\\w])[^\W\d_]{2,}[\s,]+){2}[^\W\d_]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{6}")
+_CJK_PROSE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]{6}")
 _MARKDOWN_HEADING = re.compile(r"^\s{0,3}#{1,6}\s", re.MULTILINE)
 _WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
-MOST_WORDS = 30  # of an answer; what is longer explains it
+MOST_WORDS, MOST_WORDS_OF_A_LINE = (
+    30,
+    2,
+)  # of an answer, and of a line of an answer of several lines; what is longer explains it
 
 
 def is_solution(text: str) -> bool:
@@ -158,6 +166,9 @@ def is_solution(text: str) -> bool:
     Example: `is_solution("Add both.\\nThat makes 42 apples in all.")` is True, `is_solution("x = 1\\ny = 2")` is False.
     """
     lines = [] if "\\begin" in text else [line for line in text.split("\n") if line.strip()]
-    if len(lines) > 1 and (_PROSE.search(text) or _MARKDOWN_HEADING.search(text)):
+    words = [sum(1 for _ in _WORD.finditer(line)) for line in lines]
+    if len(lines) > 1 and (
+        max(words) > MOST_WORDS_OF_A_LINE or _CJK_PROSE.search(text) or _MARKDOWN_HEADING.search(text)
+    ):
         return True
     return sum(1 for _ in _WORD.finditer(text)) > MOST_WORDS

@@ -27,7 +27,7 @@ def extract(completion: str) -> str | None:
     spelled = maths_text.canonical(answer)
     clock = read_clock(spelled)
     if clock is not None and clock.named:
-        return str(timedelta(seconds=clock.seconds))
+        return str(timedelta(seconds=clock.seconds)).removesuffix(":00")
     bare = without_unit(without_name(spelled))
     value = number(bare)
     return maths_text.squeezed(bare) if value is None else str(value)

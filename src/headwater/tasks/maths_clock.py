@@ -35,7 +35,7 @@ def read_clock(text: str) -> Clock | None:
     """
     if len(text) > LONGEST:
         return None
-    spelled = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).lower()
+    spelled = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text.replace("{:}", ":")).lower()
     spelled = re.sub(r"\s*:\s*", ":", " ".join(spelled.split())).strip()
     if spelled.strip(".") in ("noon", "midnight"):
         return Clock(_HALF_DAY if "noon" in spelled else 0, certain=True, named=True)
@@ -46,8 +46,10 @@ def read_clock(text: str) -> Clock | None:
     if found["word"]:
         return Clock(_HALF_DAY if found["word"] == "noon" else 0, True, True) if (hour, rest) == (12, 0) else None
     half = found["half"] or {"morning": "a", "afternoon": "p", "evening": "p"}.get(found["part"] or "", "")
-    if half == "" and ("." in spelled or hour > 23):
-        return None  # 3.45 is a number
+    if half == "" and (
+        "." in spelled or hour > 23 or (found["minute"] is None and found["hour"] != str(min(hour, 12)))
+    ):
+        return None  # 3.45 and 15 are numbers
     if half == "" and (hour > 12 or found["hour"].startswith("0")):
         return Clock(3600 * hour + rest, certain=True, named=False)
     if not 1 <= hour <= 12:

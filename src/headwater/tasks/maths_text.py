@@ -16,7 +16,7 @@ from headwater.tasks.thinking import after_thinking
 
 MAX_OUTER_BRACKETS = 5  # pairs removed around the whole; a thousand pairs would take quadratic time
 _BRACES = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\,;]+)")
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s+|(?=\d))([^\s{}$\\,;]+)")
 
 
 def extract(completion: str) -> tuple[str | None, str]:
@@ -54,7 +54,7 @@ def last_box(text: str) -> tuple[str | None, bool]:
         elif token[-1] == "{" and len(token) > 2:
             opened = True
             stack.append(found.end())
-    bare = last_match(_BARE_BOX, text)  # TeX allows `\boxed 7`
+    bare = last_match(_BARE_BOX, text)  # TeX allows `\boxed 7` and `\boxed7`
     if bare is not None and (best is None or bare.start() > best[0]):
         return bare.group(1).rstrip("."), True
     return (text[best[0] : best[1]], True) if best else (None, opened)

@@ -30,6 +30,9 @@ from headwater.tasks import (
 
 Outcome = tuple[bool, str]
 
+NO_VERDICT = "no verdict: "
+"""Begins the reason for a completion for which a user's grader returned neither a bool nor (bool, reason); its type follows."""
+
 
 def cell_as_is(value: Any) -> str | None:
     """Convert a data cell to a gold answer: text unchanged, numbers as text, objects as JSON; None if empty.
@@ -78,6 +81,7 @@ class Task:
     gold           conversion of a data cell to a gold answer; None: the formats of mathematics data sets
     warm_up        a pair to grade at worker start, so that imports do not count against the first answer's time
     generator      problem generator (`generate` in a recipe); None if the task has none
+    file           source file of a user's grader; None for built-in tasks
     one_answer     whether answers that are correct for one gold are the same answer, so that they are one vote of maj@k, and two
                    golds of one problem agree if each is correct for the other; False where a gold is a test that many answers pass
     """
@@ -93,6 +97,7 @@ class Task:
     warm_up: tuple[str, str] | None = None
     generator: Generator | None = None
     one_answer: bool = True
+    file: str | None = None
 
 
 TASKS: dict[str, Task] = {
@@ -202,7 +207,7 @@ def find_task(name: str) -> Task:
     def grade(gold: str, completion: str) -> Outcome:
         return _checked_outcome(function(gold, completion))
 
-    return Task(name, grade, extract=None, bounded=True, one_answer=False)
+    return Task(name, grade, extract=None, bounded=True, one_answer=False, file=function.__code__.co_filename)
 
 
 def grader_code(name: str) -> str | None:
@@ -249,12 +254,23 @@ def _imported_modules(content: bytes, module: str, is_package: bool) -> list[str
 
 
 def _checked_outcome(value: Any) -> Outcome:
-    """Validate the return value of a user's grader; (False, "error") if it is no verdict.
+    """Validate the return value of a user's grader: a bool, numpy's included, or a pair of a bool and a reason.
 
-    Truthy numbers and texts are rejected: a grader that returns a score by mistake would reward everything.
+    Anything else is graded wrong with a reason that begins with NO_VERDICT: numbers and texts count as true in Python, so a grader
+    that returns a score by mistake would reward everything.
     """
-    if isinstance(value, bool):
-        return value, "equal" if value else "different"
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], bool) and isinstance(value[1], str):
-        return value[0], value[1]
-    return False, "error"
+    correct, reason = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    if _is_bool(correct) and (reason is None or isinstance(reason, str)):
+        return bool(correct), ("equal" if correct else "different") if reason is None else str(reason)
+    return False, NO_VERDICT + _type_of(value)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"))
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_type_of, value[:3]))}{', …' if len(value) > 3 else ''})"
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

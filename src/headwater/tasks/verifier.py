@@ -19,12 +19,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
 from headwater.errors import UserError
-from headwater.tasks.registry import Task, find_task
+from headwater.tasks.registry import NO_VERDICT, Task, find_task
 from headwater.types import Verdict
 
 CHUNK = 16  # answers per message: enough to hide pipe latency, few to redo after a kill
@@ -111,6 +111,15 @@ class Verifier:
         pairs = [(gold, self.task.as_completion(other)) for gold, other in ((first, second), (second, first))]
         verdicts = self([(gold, completion) for gold, completion in pairs if completion is not None])
         return len(verdicts) == 2 and all(verdict.correct for verdict in verdicts)
+
+    def refuse_no_verdict(self, verdicts: Iterable[Verdict]) -> None:
+        """Raise UserError if a user's grader returned anything but a verdict, naming the type and the grader's file."""
+        for verdict in verdicts:
+            if verdict.reason.startswith(NO_VERDICT):
+                raise UserError(
+                    f"task {self.task.name}: the grader in {self.task.file} returned {verdict.reason.removeprefix(NO_VERDICT)}; "
+                    "it must return True, False, or a pair of a bool and a reason"
+                )
 
     def _grade_in_process(self, gold: str, completion: str) -> tuple[bool, str] | None:
         """The outcome if no worker is needed, else None. Never raises: no text may crash the caller."""

@@ -14,6 +14,7 @@ from headwater.config.recipe import Columns, Generate, Source
 from headwater.data.golds import gold_answer
 from headwater.data.sources import LoadedProblems, load, without_leaks
 from headwater.errors import UserError
+from headwater.tasks.verifier import Verifier
 from headwater.types import problem_id
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -50,6 +51,14 @@ def shared(name: str) -> Source:
         (None, None),
         ("  ", None),
         ("#### ", None),
+        ("#### Step 1\nAdd.\n#### Final answer\n42", "42"),
+        ("#### Step 1\nAdd both.\n#### Conclusion\nThat makes 42 in all.", None),
+        ("Add both.\nThe answer is 42.", "42"),
+        ("5+7=12\n#### 12\nThe answer is: 12", "12"),
+        ("Add 2 and 3.\nThat makes 5 apples.", None),
+        ("so \\boxed{42", None),
+        ("先把两个数加起来。\n答案是42。", "42"),
+        ("x = 1\ny = 2", "x = 1\ny = 2"),
     ],
 )
 def test_gold_answers_are_read_from_each_usual_form(cell: Any, gold: str | None) -> None:
@@ -108,6 +117,23 @@ def test_duplicates_fold_contradictions_go_and_rows_are_told(tmp_path: Path) -> 
     assert loaded.contradictions == (problem_id("Find y."),)
     assert problem_id("Find y.") not in loaded.gold
     assert loaded.rows[problem_id("Find $2 x$.")] == (1, 2)
+
+
+def test_answers_that_are_equal_by_value_are_no_contradiction(tmp_path: Path) -> None:
+    answers = {
+        "a": ["1/2", "0.5"],
+        "b": ["1,080", "1080", "1080.0"],
+        "c": ["2k+2", "2(k+1)"],
+        "d": ["1/2", "0.5", "0.51"],
+        "e": ["3", "4"],
+    }
+    rows = [{"problem": f"Find {name}.", "answer": answer} for name, some in answers.items() for answer in some]
+    source = write(tmp_path / "a.jsonl", *rows)
+    with Verifier("maths", workers=1) as grader:
+        loaded = load(source, "data.labeled", True, grader=grader)
+    assert list(loaded.gold.values()) == ["1/2", "1,080", "2k+2"]  # the first of each
+    assert loaded.contradictions == (problem_id("Find d."), problem_id("Find e."))
+    assert len(read(source).contradictions) == 5  # by their texts alone
 
 
 def test_bridge_prompts_need_no_answers(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs grade and validate."""
+"""Commands `grade` and `validate`."""
 
 from __future__ import annotations
 
@@ -65,6 +65,14 @@ def test_a_gold_answer_that_its_grader_refuses_is_listed(tmp_path: Path) -> None
     result = validate(Source(path=str(path)), task="sums")
     assert result.total == 2 and not result.ok
     assert [(gold, reason) for _, gold, reason in result.failed] == [("forty-eight", "no_answer")]
+
+
+@pytest.mark.parametrize("answers", [[None, ""], ["Add both.\nThat makes two of them."], ["3", "4"]])
+def test_a_source_without_any_gold_answer_is_not_valid(answers: list[str | None], tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"problem": "1+2?", "answer": answer}) + "\n" for answer in answers))
+    result = validate(Source(path=str(path)))
+    assert (result.total, result.failed, result.ok) == (0, [], False)
 
 
 @pytest.mark.parametrize(

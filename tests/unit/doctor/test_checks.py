@@ -1,4 +1,4 @@
-"""Every finding of the doctor is planted and seen by its name, with evidence; a clean recipe has none."""
+"""Doctor: a test plants the fault of every finding and checks its name and evidence; a clean recipe has no finding."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
@@ -33,64 +32,17 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.shape import Shape
 from headwater.runs.inputs import RunInputs
+from qwen import END, PAD, PLAIN, qwen_folder
 from runs import TINY
 from serving import Answering, serving
-from tiny import MODELS, tiny_folder, tiny_model
+from tiny import MODELS, tiny_folder
 from tools.pretrain.pocket import make_tokenizer
 
 ROOT = Path(__file__).parents[3]
 TEACHER = str(ROOT / "src" / "headwater" / "pocket" / "qwen3-teacher")
-PAD, END = 151643, 151645  # <|endoftext|>, where Qwen's Base models end, and <|im_end|>, where Instruct does
-PLAIN = (
-    "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + ';' + m['content'] + '<|im_end|>' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant;' }}{%- endif -%}"
-)
 CLOSES = "{%- if add_generation_prompt and not enable_thinking -%}{{ '<think>;;</think>' }}{%- endif -%}"
 HYBRID = PLAIN + CLOSES
 OPENS = PLAIN + "{%- if add_generation_prompt -%}{{ '<think>;' }}{%- endif -%}"
-
-
-def qwen_tokenizer(
-    eos: str = "<|im_end|>", pad: str = "<|endoftext|>", template: str = PLAIN
-) -> PreTrainedTokenizerFast:
-    """Few characters, and Qwen's special tokens at Qwen's own ids."""
-    characters = {one: index for index, one in enumerate("0123456789+=; -*/(),.?:%\nabcdefghijklmnopqrstuvwxyz?!")}
-    special = {
-        "<|endoftext|>": 151643,
-        "<|im_start|>": 151644,
-        "<|im_end|>": 151645,
-        "<think>": 151667,
-        "</think>": 151668,
-    }
-    backend = Tokenizer(models.BPE(vocab=characters | special | {"<|unk|>": 100}, merges=[], unk_token="<|unk|>"))
-    backend.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in special])
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=eos, pad_token=pad, unk_token="<|unk|>", chat_template=template
-    )
-
-
-def qwen_folder(
-    folder: Path,
-    eos: str = "<|im_end|>",
-    pad: str = "<|endoftext|>",
-    template: str = PLAIN,
-    width: int = 151936,
-    ends: int | list[int] | None = None,
-    **generation: Any,
-) -> str:
-    """A model of Qwen's vocabulary, 8 wide and one layer deep."""
-    tokenizer = qwen_tokenizer(eos, pad, template)
-    config = tiny_model(
-        vocab_size=width, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    config.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends, pad_token_id=tokenizer.pad_token_id, **generation
-    )
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def patched(source: Path, folder: Path, file: str, **changes: Any) -> str:
@@ -411,6 +363,15 @@ def test_a_task_that_rejects_most_gold_answers_is_refused(tmp_path: Path) -> Non
     assert find(light(tmp_path, from_file(path)), "gold-fails-grader").severity == "error"
 
 
+def test_a_grader_that_returns_a_score_is_named_with_its_type_and_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scoring_graders.py").write_text("def score(gold, completion):\n    return 0.5\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finding = find(light(tmp_path, "task=scoring_graders:score"), "grader-returns-no-verdict")
+    assert finding.severity == "error" and "scoring_graders.py returned float" in finding.evidence
+
+
 def test_an_unknown_task_is_named(tmp_path: Path) -> None:
     found = light(tmp_path, "task=no_such_module:grade")
     assert [finding.name for finding in found.errors] == ["task-unusable"]
@@ -661,6 +622,22 @@ def test_nothing_is_said_of_truncation_where_the_sample_is_shorter_than_the_limi
     changes = [f"stages.{stage}.sampling.max_tokens=2000" for stage in ("teacher_rl", "warmup", "opd", "student_rl")]
     found = examined(tmp_path, *changes, f"models.student={folder}", f"models.teacher={folder}")
     assert "truncated" not in {finding.name for finding in found.findings}
+
+
+def test_a_model_without_a_cache_and_one_with_plain_attention_are_named(tmp_path: Path) -> None:
+    uncached, eager = tiny_folder(tmp_path / "uncached", "openai-gpt"), tiny_folder(tmp_path / "eager", "bloom")
+    found = examined(tmp_path, f"models.student={uncached}", f"models.teacher={eager}")
+    assert "models.student" in find(found, "decodes-without-cache").evidence
+    assert find(found, "eager-attention") and "the attention of a bloom model" in found.text()
+    assert not found.errors
+
+
+@pytest.mark.parametrize(("architecture", "reason"), [("bert", "an encoder"), ("t5", "an encoder with a decoder")])
+def test_an_encoder_is_refused_by_its_kind(architecture: str, reason: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    AutoConfig.for_model(architecture, vocab_size=32).save_pretrained(folder)
+    finding = find(light(tmp_path, f"models.teacher={folder}"), "model-unsupported")
+    assert finding.evidence.startswith(f"models.teacher: {folder} is a {architecture} model, {reason}")
 
 
 def test_bfloat16_is_within_its_wider_bounds(tmp_path: Path) -> None:

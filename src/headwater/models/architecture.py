@@ -1,0 +1,79 @@
+"""What kind of model a config describes: refuse all but causal language models, and choose how a model computes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from headwater.errors import UnsupportedModelError
+
+CLASSIFIERS = re.compile(r"Classification|QuestionAnswering|MultipleChoice|Reward|NextSentence|WithValueHead")
+"""Classes in `architectures` that score texts: their output layer gives no distribution over tokens."""
+OTHER_INPUTS = ("vision", "image", "audio", "speech", "codec", "text_encoder")
+"""In the name of a part of a config: it belongs to something that reads more than text."""
+WANTED = "name a causal language model (a decoder for text), such as Qwen3 or Llama"
+
+
+def refuse_unknown(config: Mapping[str, Any], field: str, name: str) -> None:
+    """Raises UnsupportedModelError if transformers has no code for the model type that a config.json names."""
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING and not config.get("auto_map"):
+        raise UnsupportedModelError(
+            f"{field}: {name} is a {kind:.80} model, which transformers {transformers.__version__} does not know; upgrade "
+            f"transformers, or {WANTED}"
+        )
+
+
+def refuse_unsupported(config: Any, field: str, name: str) -> None:
+    """Raises UnsupportedModelError unless a config describes a model that writes text from left to right.
+
+    A model whose code the folder brings (`auto_map`) is judged when it is loaded.
+    """
+    classifier = next(
+        (one for one in getattr(config, "architectures", None) or () if CLASSIFIERS.search(str(one))), None
+    )
+    if classifier is not None:
+        raise UnsupportedModelError(
+            f"{field}: {name} is no language model (its config.json names {classifier:.80}); name a model whose architectures are "
+            "…ForCausalLM"
+        )
+    kind = config.model_type
+    model = f"{field}: {name} is a {kind} model"
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{model}, an encoder with a decoder; {WANTED}")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedModelError(
+            f"{model}, of which transformers {transformers.__version__} has no causal language model; {WANTED}"
+        )
+    is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
+        raise UnsupportedModelError(f"{model}, an encoder, whose tokens see later tokens; {WANTED}")
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    built = model_class.config_class or type(config)
+    others = sorted(part for part in built.sub_configs if any(word in part for word in OTHER_INPUTS))
+    if others:
+        raise UnsupportedModelError(
+            f"{model}, which reads more than text ({', '.join(others)}); save its language model alone, or {WANTED}"
+        )
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention implementation to ask for; None is transformers' choice: `sdpa`, or `eager` for a model without it.
+
+    transformers' `sdpa` leaves out a cap on attention scores (Gemma 2, VaultGemma).
+    """
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+def keep_weights_in_place(model: Any) -> None:
+    """Stop RWKV from dividing its weights by powers of 2 when it is not in training mode: the divided ones would be saved."""
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0

@@ -1,0 +1,113 @@
+"""Measure how a loaded model's sequences may share a forward pass, by comparing batches with each sequence alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from headwater.errors import UnsupportedModelError
+from headwater.models.cached_forward import CachedBatch
+from headwater.models.policy import Decoding, Policy
+from headwater.models.training_mode import at_inference
+
+TOLERANCE = {torch.float32: 1e-4}
+COARSE_TOLERANCE = 3e-2
+"""Mean absolute difference of hidden states that rounding may cause, relative to their mean size: float32, other types."""
+LONG, SHORT, PREFIX, BRANCH = 14, 12, 3, 8
+"""Tokens of the two sequences, of the short prompt, and of the long prompt, after which the causality check differs."""
+
+
+@torch.no_grad()
+def with_measured_batching(policy: Policy) -> Policy:
+    """The policy with `supports_padding` and `decoding` as its model allows.
+
+    A model that packs has plain attention (`packed_attention.PACKABLE`) and needs no measurement.
+
+    Raises UnsupportedModelError for a model that sees later tokens, or is random at inference.
+    """
+    if policy.supports_packing:
+        return policy
+    with at_inference(policy.model):
+        return _measure(policy)
+
+
+def _measure(policy: Policy) -> Policy:
+    kind, folder = policy.model.config.model_type, policy.folder
+    ids = [(3 + 7 * index + index * index) % policy.vocabulary for index in range(LONG + SHORT)]
+    long, short = tuple(ids[:LONG]), tuple(ids[LONG:])
+    alone = [_alone(policy, sequence) for sequence in (long, short)]
+    again = _alone(policy, long)
+    other_end = _alone(policy, (*long[:BRANCH], *reversed(long[BRANCH:])))
+    if not _equal(again, alone[0]):
+        raise UnsupportedModelError(
+            f"{folder.field}: {folder.name} is a {kind} model that gives two equal passes different results, so its log-probs "
+            "mean nothing; name a model without randomness at inference"
+        )
+    if not _equal(other_end[:BRANCH], alone[0][:BRANCH]):
+        raise UnsupportedModelError(
+            f"{folder.field}: {folder.name} is a {kind} model in which tokens see later tokens, as in an encoder, so it cannot "
+            "write text from left to right; name a causal language model (a decoder)"
+        )
+    selects = _selects_tokens(policy)
+    pads = not selects and _padding_is_exact(policy, (long, short), alone)
+    decodings: tuple[Decoding, ...] = ("equal_lengths",) if selects else ("left_padded", "equal_lengths")
+    working = (mode for mode in decodings if _cache_is_exact(policy, mode, (long, short), alone))
+    return replace(policy, supports_padding=pads, decoding=next(working, "recompute"))
+
+
+def _selects_tokens(policy: Policy) -> bool:
+    """Whether attention reads only the tokens that score best: padding takes their places once there are enough tokens."""
+    config = policy.model.config.get_text_config()
+    return any(getattr(config, name, None) for name in ("index_topk", "keep_window_size"))
+
+
+def _alone(policy: Policy, sequence: tuple[int, ...]) -> Tensor:
+    """Hidden states (T, H) of one sequence without mask or cache."""
+    out = policy.body(input_ids=torch.tensor([sequence], device=policy.device), use_cache=False)
+    hidden: Tensor = out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
+    return hidden[0]
+
+
+def _padding_is_exact(policy: Policy, sequences: tuple[tuple[int, ...], ...], alone: list[Tensor]) -> bool:
+    ids = [(*sequence, *(policy.pad_id,) * (LONG - len(sequence))) for sequence in sequences]
+    mask = [[1] * len(sequence) + [0] * (LONG - len(sequence)) for sequence in sequences]
+    device = policy.device
+    out = policy.body(
+        input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device), use_cache=False
+    )
+    hidden = out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
+    return all(_equal(hidden[row, : len(one)], one) for row, one in enumerate(alone))
+
+
+def _cache_is_exact(
+    policy: Policy, mode: Decoding, sequences: tuple[tuple[int, ...], ...], alone: list[Tensor]
+) -> bool:
+    """Whether prefill, selection of rows and single steps give each sequence what it gets alone."""
+    ends = (BRANCH, PREFIX if mode == "left_padded" else BRANCH)
+    prompts = [ids[:end] for ids, end in zip(sequences, ends, strict=True)]
+    batch = CachedBatch(policy.body, pads=mode == "left_padded")
+    try:
+        hidden = batch.prefill(prompts, policy.pad_id, policy.device)
+        if mode == "left_padded" and not batch.is_plain and hidden.dtype != torch.float32:
+            return False  # what padding adds to a recurrent state can be smaller than a coarse type's rounding
+        exact = all(_equal(hidden[which], alone[which][end - 1]) for which, end in enumerate(ends))
+        rows = [0, 1]  # the sequence in each row
+        for step, chosen in enumerate(([1, 0, 1], [2, 1], [1, 0])):
+            batch.select_rows(chosen)
+            rows = [rows[row] for row in chosen]
+            tokens = [sequences[which][ends[which] + step] for which in rows]
+            hidden = batch.append(torch.tensor(tokens, device=policy.device))
+            exact = exact and all(
+                _equal(hidden[row], alone[which][ends[which] + step]) for row, which in enumerate(rows)
+            )
+        return exact
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
+        return False  # no cache, or one whose rows cannot be selected
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    tolerance = TOLERANCE.get(expected.dtype, COARSE_TOLERANCE)
+    found, expected = found.float(), expected.float()
+    return bool((found - expected).abs().mean() <= tolerance * expected.abs().mean())

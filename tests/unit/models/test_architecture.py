@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from headwater.errors import UnsupportedModelError
+from headwater.models.folder import ModelFolder
+from headwater.models.load import LoadOptions, load_policy
+from headwater.models.training_mode import checkpoint_activations, disable_dropout
+from tests.support.tiny import CPU, MODELS, tiny_folder, tiny_model
+
+IDS = torch.tensor([[1, 6, 15, 7, 2, 9, 3]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("bert", "an encoder, whose tokens see later tokens"),
+        ("xlm-roberta", "an encoder, whose tokens see later tokens"),
+        ("t5", "an encoder with a decoder"),
+        ("bart", "an encoder with a decoder"),
+        ("vit", "of which transformers"),
+        ("qwen2_vl", "of which transformers"),
+        ("gemma3", "which reads more than text"),
+        ("unheard_of", "does not know; upgrade transformers"),
+    ],
+)
+def test_a_model_that_is_no_causal_language_model_is_refused_from_its_config(
+    kind: str, reason: str, tmp_path: Path
+) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UnsupportedModelError) as refused:
+        assert ModelFolder.open(str(folder), "models.teacher").config
+    assert str(refused.value).startswith(f"models.teacher: {folder} is a {kind} model, ") and reason in str(
+        refused.value
+    )
+
+
+def test_an_encoder_made_a_decoder_is_none_of_these(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model", "bert", is_decoder=True)
+    assert ModelFolder.open(str(folder), "models.teacher").config.is_decoder
+
+
+def test_a_model_whose_tokens_see_later_tokens_is_refused_whatever_its_config_says(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model", "cpmant", dim_head=8, dim_ff=64, prompt_length=4)
+    with pytest.raises(UnsupportedModelError, match=r"is a cpmant model"):
+        load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=True))
+
+
+def test_weights_that_are_quantized_are_not_trained(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    with pytest.raises(UnsupportedModelError, match=r"models\.student: .* holds quantized weights"):
+        load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("opt", {"dropout": 0.5, "attention_dropout": 0.5, "word_embed_proj_dim": 32, "layerdrop": 0.5}),
+        ("gpt_bigcode", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),
+        ("gpt_neox", {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
+        ("biogpt", {"hidden_dropout_prob": 0.5, "activation_dropout": 0.5, "layerdrop": 0.5}),
+        ("bloom", {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
+        ("mixtral", {"router_jitter_noise": 0.5, "attention_dropout": 0.5, "num_local_experts": 4}),
+        ("phimoe", {"router_jitter_noise": 0.5, "input_jitter_noise": 0.5, "num_local_experts": 4}),
+        ("granite", {"attention_dropout": 0.5}),
+    ],
+)
+@torch.no_grad()
+def test_in_training_mode_a_model_computes_what_it_computes_at_inference(kind: str, settings: dict[str, Any]) -> None:
+    model = tiny_model(kind, **settings)
+    expected = model(input_ids=IDS, use_cache=False).logits
+    model.train()
+    assert (model(input_ids=IDS, use_cache=False).logits - expected).abs().max() > 1e-2  # the settings have an effect
+    disable_dropout(model)
+    checkpoint_activations(model)
+    torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_an_attention_cap_is_computed(tmp_path: Path) -> None:
+    """Under transformers' own choice, `sdpa`, Gemma 2 computes no cap."""
+    folder = tiny_folder(tmp_path / "model", "gemma2", std=1.0, attn_logit_softcapping=1.0)
+    policy = load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=True))
+    eager, sdpa = (
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kind).eval() for kind in ("eager", "sdpa")
+    )
+    with torch.no_grad():
+        found, capped, uncapped = (model(input_ids=IDS).logits for model in (policy.model, eager, sdpa))
+    torch.testing.assert_close(found, capped, rtol=0, atol=1e-5)
+    assert (uncapped - capped).abs().max() > 1e-2
