@@ -9,7 +9,6 @@ from headwater.errors import UserError
 from headwater.models import lora as lora_module
 from headwater.models.shape import Shape, config_key, empty_model
 
-
 _MEASURED: dict[tuple[str, Lora], tuple[int, float]] = {}
 """Sizes by config and adapter; shapes may be equal where models differ."""
 
