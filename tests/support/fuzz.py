@@ -200,6 +200,34 @@ def graded(draw: random.Random, folder: Path) -> str:
     return "graded"
 
 
+def typed_cells(draw: random.Random) -> Any:
+    """An Arrow array of a random type with random bytes as its values."""
+    import pyarrow as pa
+
+    kinds = [
+        pa.float16(),
+        pa.float32(),
+        pa.float64(),
+        pa.int8(),
+        pa.uint64(),
+        pa.decimal128(9, 3),
+        pa.binary(),
+        pa.date32(),
+    ]
+    kinds += [pa.timestamp("ns"), pa.duration("s"), pa.time32("s"), pa.bool_(), pa.dictionary(pa.int8(), pa.binary())]
+    kind, count = draw.choice(kinds), draw.randint(1, 5)
+    if pa.types.is_dictionary(kind):
+        cells = pa.array([draw.randbytes(3) for _ in range(count)], pa.binary()).dictionary_encode()
+    elif pa.types.is_binary(kind):
+        cells = pa.array([draw.randbytes(draw.randint(0, 4)) for _ in range(count)], kind)
+    else:
+        width = max(1, kind.bit_width * count // 8 + 1)
+        cells = pa.Array.from_buffers(kind, count, [None, pa.py_buffer(draw.randbytes(width))])
+    if draw.random() < 0.3:
+        cells = pa.ListArray.from_arrays(pa.array(range(count + 1), pa.int32()), cells)
+    return cells
+
+
 def parquet(draw: random.Random, folder: Path) -> str:
     import pyarrow
     import pyarrow.parquet
@@ -214,10 +242,30 @@ def parquet(draw: random.Random, folder: Path) -> str:
         for row in rows
     ]
     table = pyarrow.Table.from_pylist(flat or [{"problem": "1+1", "answer": "2"}])
-    if draw.random() < 0.2:
+    shape = draw.random()
+    if shape < 0.2:
         table = pyarrow.table({"problem": [[1], None], "answer": [{"a": 1}, {"a": 2}]})
-    pyarrow.parquet.write_table(table, path)
-    if draw.random() < 0.8:
+    elif shape < 0.6:
+        answers = typed_cells(draw)
+        table = pyarrow.table({"problem": [f"{n}+1" for n in range(len(answers))], "answer": answers})
+    form = draw.choice(["parquet", "parquet", "arrow", "stream", "csv"])
+    if form == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif form == "csv":
+        path = folder / draw.choice(["d.csv", "d.tsv"])
+        path.write_text(
+            "\n".join(
+                draw.choice(",;\t").join(map(str, row if draw.random() < 0.5 else row.values()))
+                for row in [{"problem": 0, "answer": 0}, *flat]
+            ),
+            "utf-8",
+        )
+    else:
+        path = folder / "d.arrow"
+        make = pyarrow.ipc.new_file if form == "arrow" else pyarrow.ipc.new_stream
+        with make(path, table.schema) as file:
+            file.write_table(table)
+    if draw.random() < 0.4:
         path.write_bytes(spoiled(draw, path.read_bytes()))
     validate(Source(path=str(path)), draw.choice(QUICK), workers=1)
     return "validated"

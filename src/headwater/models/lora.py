@@ -69,6 +69,15 @@ class Adapter:
     def parameters(self) -> int:
         return sum(tensor.numel() for layer in self.layers.values() for tensor in low_rank_pair(layer))
 
+    def active_parameters(self, experts_per_token: float) -> float:
+        """Those of its weights that one token uses: of adapters on experts, those of the experts that it is sent to."""
+        counts = ((layer, getattr(layer, "num_experts", 1)) for layer in self.layers.values())
+        return sum(
+            tensor.numel() * (min(1.0, experts_per_token / count) if count > 1 else 1)
+            for layer, count in counts
+            for tensor in low_rank_pair(layer)
+        )
+
     def in_model(self, model: Any) -> Adapter:
         """The same adapter in the layers of another model of this architecture."""
         return replace(self, layers=_adapted_layers(model))
@@ -103,6 +112,10 @@ class Adapter:
             weight = dequantized_weight(modules[path]) if attribute == "weight" else tensor
             if plain_name in adapted:
                 weight = weight.float() + update_of(adapted[plain_name])
+            if issubclass(getattr(modules[path], "source_cls", nn.Linear), Conv1D):
+                weight = (
+                    weight.t() if attribute == "weight" else weight
+                )  # transformers transposes GPT-2's to quantize them
             yield plain_name, weight
 
     def save(self, model: Any, folder: Path) -> None:
@@ -270,7 +283,10 @@ def inject(model: Any, config: Any, name: str = TRAINED) -> dict[str, Any]:
 
 
 def peft_config(lora: Lora, model: Any) -> Any:
-    """peft's config of a new adapter for a model. `all-linear` includes experts that are fused into one parameter."""
+    """peft's config of a new adapter for a model. `all-linear` includes experts that are fused into one parameter.
+
+    Layers whose output is no product with their weight get no adapter, whatever the targets: peft would add to something else.
+    """
     from peft import LoraConfig
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -280,8 +296,15 @@ def peft_config(lora: Lora, model: Any) -> Any:
         lora_dropout=0.0,
         target_modules=targets,
         target_parameters=_fused_experts(model) if targets == "all-linear" else None,
+        exclude_modules=[path for path, module in model.named_modules() if not _is_product(module)] or None,
         task_type="CAUSAL_LM",
     )
+
+
+def _is_product(module: nn.Module) -> bool:
+    """False for a linear layer with a forward of its own, such as the routers of Llama 4 and Phi-MoE, which choose experts."""
+    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return not own_forward or type(module).__module__.startswith("bitsandbytes")
 
 
 def _fused_experts(model: Any) -> list[str] | None:
