@@ -6,15 +6,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from headwater.config.recipe import Lora
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.lora import Adapter, require_peft
 from headwater.models.lora_targets import inject, peft_config, weight_name
+from headwater.models.shape import empty_model
 from headwater.models.untrusted_files import as_user_error
 
 
@@ -62,8 +61,7 @@ def coverage(folder: ModelFolder, lora: Lora) -> Coverage | None:
 
 
 def _empty_model(folder: ModelFolder) -> Any:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(folder.config, trust_remote_code=folder.trust_remote_code)
+    return empty_model(folder.config, folder.trust_remote_code)
 
 
 def _matrices(model: Any) -> list[tuple[nn.Module, str, nn.Parameter]]:

@@ -73,6 +73,15 @@ class Adapter:
     def parameters(self) -> int:
         return sum(tensor.numel() for layer in self.layers.values() for tensor in low_rank_pair(layer))
 
+    def active_parameters(self, experts_per_token: float) -> float:
+        """Those of its weights that one token uses: of adapters on experts, those of the experts that it is sent to."""
+        counts = ((layer, getattr(layer, "num_experts", 1)) for layer in self.layers.values())
+        return sum(
+            tensor.numel() * (min(1.0, experts_per_token / count) if count > 1 else 1)
+            for layer, count in counts
+            for tensor in low_rank_pair(layer)
+        )
+
     def in_model(self, model: Any) -> Adapter:
         """The same adapter in the layers of another model of this architecture."""
         return replace(self, layers=adapted_layers(model))
