@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 from headwater.config.recipe import Source
+from headwater.data.arrow_rows import Unreadable
 from headwater.data.columns import answer_at, find_answer_column, find_problem_column, value_at
 from headwater.data.contamination import Leak, find_leaks
 from headwater.data.conversations import Conversation, messages_of, read_conversation, refuse_media, with_system
@@ -126,6 +127,8 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
         value = value_at(row, column)
     except KeyError:
         raise UserError(f"{where}: has no column {column!r}; its columns are {', '.join(map(str, row))}") from None
+    if isinstance(value, Unreadable):
+        raise UserError(f"{where}: {column!r} {value.reason}")
     messages = messages_of(value)
     if messages is not None:
         refuse_media(row, where)

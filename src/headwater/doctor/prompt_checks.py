@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -142,10 +141,8 @@ def length_rules(context: DoctorContext) -> Iterator[Finding]:
     for role in context.roles if lengths else ():
         config = context.inputs.config(role)
         shortest, prompt, completion = lengths[-1][0], lengths[0][0], longest_completion(context)
-        if (
-            recipe.compute.sampler == "vllm"
-        ):  # its engine follows one rule: that of the longest sequence that it has room for
-            prompt = min(max_sequence_tokens(recipe), positions(config) or sys.maxsize) - completion
+        if recipe.compute.sampler == "vllm":  # its engine follows the rule of the longest sequence that it has room for
+            prompt = max_sequence_tokens(recipe) - completion
         problem = mixed_lengths(config, shortest, prompt, completion)
         if problem is not None:
             yield error(
