@@ -135,7 +135,8 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
         refuse_media(row, where)
         return with_system(read_conversation(messages, column, where), row)
     if not isinstance(value, str):
-        raise UserError(f"{where}: {column!r} is not text but {type(value).__name__}")
+        expected = ", nor a list of messages with role and content" if isinstance(value, (list, dict)) else ""
+        raise UserError(f"{where}: {column!r} is not text but {type(value).__name__}{expected}")
     if not value.strip():
         raise UserError(f"{where}: {column!r} is blank")
     try:
