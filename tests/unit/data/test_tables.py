@@ -19,7 +19,7 @@ import pytest
 from headwater.config.recipe import Columns, Source
 from headwater.data.sources import load
 from headwater.errors import UserError
-from headwater.tasks.registry import cell_as_is
+from headwater.tasks.golds import cell_as_is
 
 Write = Callable[[pa.Table, Path], str]
 
