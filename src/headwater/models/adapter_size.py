@@ -6,7 +6,8 @@ import importlib.util
 
 from headwater.config.recipe import Lora
 from headwater.errors import UserError
-from headwater.models import lora as lora_module
+from headwater.models.lora import Adapter
+from headwater.models.lora_targets import inject, peft_config
 from headwater.models.shape import Shape, config_key, empty_model
 
 _MEASURED: dict[tuple[str, Lora], tuple[int, float]] = {}
@@ -31,7 +32,7 @@ def adapter_size(shape: Shape, lora: Lora) -> tuple[int, float]:
 def _measure(shape: Shape, lora: Lora) -> tuple[int, float] | None:
     model = empty_model(shape.config, shape.trust_remote_code)
     try:
-        adapter = lora_module.Adapter(lora, "", lora_module.inject(model, lora_module.peft_config(lora, model)))
+        adapter = Adapter(lora, "", inject(model, peft_config(lora, model)))
     except UserError:
         return None
     return adapter.parameters, adapter.active_parameters(shape.experts_per_token)

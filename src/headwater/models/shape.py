@@ -149,7 +149,7 @@ def _measure(config: Any, trust_remote_code: bool) -> Shape:
     total, used = _number(text, EXPERTS), _number(text, EXPERTS_USED)
     matrices, idle, mlp, experts = 0, 0.0, 0.0, False
     for name, parameter in decoder.named_parameters():
-        if parameter.ndim < 2 or id(parameter) in looked_up or parameter is head_weight:
+        if parameter.ndim < 2 or name.endswith("bias") or id(parameter) in looked_up or parameter is head_weight:
             continue
         share = 1.0
         if _is_of_experts(name, parameter, total):
