@@ -1,4 +1,4 @@
-"""What the controls and the measurements beside training do in a real, tiny run."""
+"""Control arms and measurements during training, in real tiny runs."""
 
 from __future__ import annotations
 

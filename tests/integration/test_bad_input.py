@@ -1,4 +1,4 @@
-"""Every mistake of the user's: exit 2, one sentence that names the field, file or row, nothing written, nothing lost."""
+"""User errors: exit 2 and one sentence that names the field, file or row; nothing is written and nothing lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages that must not see labels run to their end with a `Labels` whose every method raises."""
+"""Stages that must not use labels complete with a `Labels` object that raises on every method."""
 
 from __future__ import annotations
 

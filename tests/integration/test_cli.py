@@ -1,3 +1,5 @@
+"""Command line: verbs, options, JSON output, dry run, report, evaluation."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""Trackers, the hub, Python: what others' habits expect of a run."""
+"""Trackers, pushing to the hub, the Python API, and imports of single modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short version of `make endurance`: memory and open files stay as they are, step after step."""
+"""A short version of `make endurance`: memory and open files stay constant over many steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first cases of `make fuzz`, in a process of their own with a bound on its memory."""
+"""The first cases of `make fuzz`, in a process with bounded memory."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Whole studies: files of a run directory, ledger, labels, report, shared nodes."""
+
 from __future__ import annotations
 
 import json

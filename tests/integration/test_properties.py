@@ -1,4 +1,4 @@
-"""Whatever stands in completions, gold answers, recipes and data files: a verdict or one sentence, in time, in bounded memory."""
+"""Property tests: arbitrary completions, gold answers, recipes and data files give a verdict or one sentence, within bounds."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Resume after kills, interrupts and damage, bit for bit."""
+
 from __future__ import annotations
 
 import shutil

@@ -1,4 +1,4 @@
-"""Recipes, data, completions and run directories are untrusted: what they may not do, tried."""
+"""Untrusted recipes, data, completions and run directories: attacks that must fail."""
 
 from __future__ import annotations
 

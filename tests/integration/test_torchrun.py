@@ -1,4 +1,4 @@
-"""One node on several processes: the same numbers as on one, whoever is killed, and checkpoints that any number of them reads."""
+"""One node on several ranks: the numbers of a single process, killed ranks, checkpoints for any world size."""
 
 from __future__ import annotations
 

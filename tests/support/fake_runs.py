@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,3 +232,22 @@ def printed(found: dict[str, Any], width: int) -> str:
     buffer = io.StringIO()
     Console(file=buffer, width=width).print(terminal_table(found))
     return buffer.getvalue()
+
+
+def unfinished_run(out: Path) -> Path:
+    """Write a run of `bridge` and `bridge_rl` that stopped in OPD after 12 of 40 steps of 0.5 seconds, with one warning."""
+    fake_run(out, seeds=(0,), arms={"bridge": ARMS["bridge"], "bridge_rl": ARMS["bridge_rl"]})
+    opd = out / "nodes" / names(out, "bridge")[-1]
+    (opd / "DONE").unlink()
+    info = json.loads((opd / "node.json").read_text())
+    (opd / "node.json").write_text(json.dumps({**info, "steps": 40}))
+    alarm = {
+        "guard": "truncation",
+        "action": "warn",
+        "step": 9,
+        "sentence": "truncation: 0.62 of the completions ran into the token limit",
+    }
+    (opd / "warnings.jsonl").write_text(json.dumps(alarm) + "\n")
+    for name in names(out, "bridge_rl")[-2:]:
+        shutil.rmtree(out / "nodes" / name)
+    return out

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic and the shape of what they write; Headwater's own side of each workload on tiny models."""
+"""Benchmarks: summaries, output format, and Headwater's side of each workload on tiny models."""
 
 from __future__ import annotations
 

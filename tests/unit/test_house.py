@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: one order of folders, light imports, one home for file names, short files, no eval."""
+"""Rules of the code base that a machine can check: import order, light imports, file names, file length, no eval."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Statistics: estimates, intervals and p-values against scipy, hand computations and simulations."""
+
 from __future__ import annotations
 
 import math

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from headwater.errors import UserError
@@ -20,6 +20,8 @@ _CALLS = ("tool_calls", "function_call")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", "tools")
 """Columns beside a conversation that belong to its prompt; a text prompt would lose them."""
+SYSTEM_COLUMNS = ("system", "system_prompt")
+"""Columns beside a conversation that hold its system turn."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ def messages_of(value: Any) -> Sequence[Mapping[str, Any]] | None:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return None
-        return messages_of(value) if isinstance(value, (list, dict)) else None
+        messages = messages_of(value) if isinstance(value, (list, dict)) else None
+        return (
+            messages if messages and _key(messages[0], _CONTENT_KEYS) else None
+        )  # else a text that happens to be JSON
     if isinstance(value, dict) and _key(value, _ROLE_KEYS):
         columns = [column for column in value.values() if column is not None]
         if all(isinstance(column, list) for column in columns):
@@ -72,6 +77,14 @@ def read_conversation(messages: Sequence[Mapping[str, Any]], column: str, where:
         ends = f"its last turn is {turns[-1][0]}" if turns else "it has no other turn than the assistant's"
         raise UserError(f"{where}: the conversation in {column!r} does not end with a turn of the user ({ends})")
     return Conversation(turns, reference)
+
+
+def with_system(conversation: Conversation, row: Mapping[str, Any]) -> Conversation:
+    """The conversation with the system turn that stands in a column of its own, unless it has one."""
+    system = next((row[name] for name in SYSTEM_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)
+    if system is None or any(role == "system" for role, _ in conversation.turns):
+        return conversation
+    return replace(conversation, turns=(("system", system), *conversation.turns))
 
 
 def refuse_media(row: Mapping[str, Any], where: str) -> None:

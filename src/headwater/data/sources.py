@@ -13,7 +13,7 @@ from typing import Any
 from headwater.config.recipe import Source
 from headwater.data.columns import answer_at, find_answer_column, find_problem_column, value_at
 from headwater.data.contamination import Leak, find_leaks
-from headwater.data.conversations import Conversation, messages_of, read_conversation, refuse_media
+from headwater.data.conversations import Conversation, messages_of, read_conversation, refuse_media, with_system
 from headwater.data.golds import gold_answer, plain_value
 from headwater.data.rows import read_rows
 from headwater.errors import UserError
@@ -129,7 +129,7 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
     messages = messages_of(value)
     if messages is not None:
         refuse_media(row, where)
-        return read_conversation(messages, column, where)
+        return with_system(read_conversation(messages, column, where), row)
     if not isinstance(value, str):
         raise UserError(f"{where}: {column!r} is not text but {type(value).__name__}")
     if not value.strip():

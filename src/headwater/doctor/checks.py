@@ -64,7 +64,7 @@ CHECKS = (
     Check("data files", data.data_is_readable),
     Check("chat templates", prompts.templates, exit_code=2),
     Check("thinking mode and system prompt", prompts.fields_without_effect),
-    Check("turns of conversations", prompts.whole_conversations),
+    Check("problems in their prompts", prompts.whole_problems),
     Check("ends of prompts", prompts.prompt_ends),
     Check("clock of chat templates", prompts.clock),
     Check("prompt lengths", prompts.prompt_lengths, exit_code=2),

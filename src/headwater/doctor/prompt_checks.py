@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -142,10 +141,8 @@ def length_rules(context: DoctorContext) -> Iterator[Finding]:
     for role in context.roles if lengths else ():
         config = context.inputs.config(role)
         shortest, prompt, completion = lengths[-1][0], lengths[0][0], longest_completion(context)
-        if (
-            recipe.compute.sampler == "vllm"
-        ):  # its engine follows one rule: that of the longest sequence that it has room for
-            prompt = min(max_sequence_tokens(recipe), positions(config) or sys.maxsize) - completion
+        if recipe.compute.sampler == "vllm":  # its engine follows the rule of the longest sequence that it has room for
+            prompt = max_sequence_tokens(recipe) - completion
         problem = mixed_lengths(config, shortest, prompt, completion)
         if problem is not None:
             yield error(
@@ -190,18 +187,19 @@ def control_tokens_of(tokenizer: Any) -> dict[int, str]:
     return {id_: content for id_, content in found.items() if id_ != tokenizer.unk_token_id}
 
 
-def whole_conversations(context: DoctorContext) -> Iterator[Finding]:
-    """Every turn of a conversation must stand in its prompt; of an assistant's turn, what follows the thinking."""
-    conversations = [problem for problem in context.inputs.all_problems if problem.turns]
-    for role in context.roles if conversations else ():
+def whole_problems(context: DoctorContext) -> Iterator[Finding]:
+    """Problems must stand in their prompts, with every turn of a conversation; of an assistant's turn, what follows the thinking."""
+    problems = [*context.compared_problems, *(problem for problem in context.inputs.all_problems if problem.turns)]
+    for role in context.roles if problems else ():
         prompter = context.prompter(role)
-        cut = [(problem, turn) for problem in conversations for turn in turns_left_out(prompter, problem)[:1]]
+        cut = [(problem, turn) for problem in problems for turn in turns_left_out(prompter, problem)[:1]]
         if cut:
             problem, turn = cut[0]
+            part = f"turn {turn + 1}, {problem.turns[turn][0]}, of {problem.name}" if problem.turns else problem.name
             yield error(
                 "turns-left-out",
-                f"models.{role}: its chat template leaves turns of {len(cut)} of {len(conversations)} conversations out of the "
-                f"prompt (the first: turn {turn + 1}, {problem.turns[turn][0]}, of {problem.name})",
+                f"models.{role}: its chat template leaves {len({problem.id for problem, _ in cut})} problems, or turns of them, out of "
+                f"the prompt (the first: {part})",
                 "use a model whose chat template takes such turns, or write them into the user's turn",
             )
 

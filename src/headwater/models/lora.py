@@ -103,6 +103,10 @@ class Adapter:
             weight = dequantized_weight(modules[path]) if attribute == "weight" else tensor
             if plain_name in adapted:
                 weight = weight.float() + update_of(adapted[plain_name])
+            if issubclass(getattr(modules[path], "source_cls", nn.Linear), Conv1D):
+                weight = (
+                    weight.t() if attribute == "weight" else weight
+                )  # transformers transposes GPT-2's to quantize them
             yield plain_name, weight
 
     def save(self, model: Any, folder: Path) -> None:
@@ -270,7 +274,10 @@ def inject(model: Any, config: Any, name: str = TRAINED) -> dict[str, Any]:
 
 
 def peft_config(lora: Lora, model: Any) -> Any:
-    """peft's config of a new adapter for a model. `all-linear` includes experts that are fused into one parameter."""
+    """peft's config of a new adapter for a model. `all-linear` includes experts that are fused into one parameter.
+
+    Layers whose output is no product with their weight get no adapter, whatever the targets: peft would add to something else.
+    """
     from peft import LoraConfig
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -280,8 +287,15 @@ def peft_config(lora: Lora, model: Any) -> Any:
         lora_dropout=0.0,
         target_modules=targets,
         target_parameters=_fused_experts(model) if targets == "all-linear" else None,
+        exclude_modules=[path for path, module in model.named_modules() if not _is_product(module)] or None,
         task_type="CAUSAL_LM",
     )
+
+
+def _is_product(module: nn.Module) -> bool:
+    """False for a linear layer with a forward of its own, such as the routers of Llama 4 and Phi-MoE, which choose experts."""
+    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return not own_forward or type(module).__module__.startswith("bitsandbytes")
 
 
 def _fused_experts(model: Any) -> list[str] | None:

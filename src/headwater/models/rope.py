@@ -54,9 +54,7 @@ def mixed_lengths(config: Any, shortest: int, prompt: int, completion: int) -> s
     if rule is None or prompt + completion <= rule.limit or (rule.two_rules and shortest > rule.limit):
         return None
     limit, room = rule.limit, rule.limit - prompt
-    remedies = [
-        f"lower sampling.max_tokens to at most {room}" if room > 0 else f"use prompts well below {limit} tokens"
-    ]
+    remedies = [f"lower max_tokens to at most {room}" if room > 0 else f"use prompts well below {limit} tokens"]
     remedies += [f"use only prompts of more than {limit} tokens"] if rule.two_rules else []
     return (
         f"its positions ({rule.kind} scaling) change for a whole sequence once that is longer than {limit} tokens, and prompts of "

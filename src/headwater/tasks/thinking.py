@@ -13,11 +13,12 @@ _END = (
     rf"|<\|{_WORD}_?end\|>"
     r"|◁/think▷"  # Kimi
     r"|<\|inner_suffix\|>"  # Apertus
+    r"|<channel\|>"  # Gemma 4
     r"|<\|channel\|>final[^<|]{0,80}(?:<\|constrain\|>[^<|]{0,80})?<\|message\|>"  # GPT-OSS
 )
 _BEGIN = (
     rf"<{_TAG}>|\[{_WORD}\]|<\|(?:(?:begin|start)_?(?:of_?)?)?{_WORD}(?:_?(?:begin|start))?\|>"
-    r"|◁think▷|<\|inner_prefix\|>|<\|(?:channel|message|constrain)\|>"
+    r"|◁think▷|<\|inner_prefix\|>|<\|channel>|<\|(?:channel|message|constrain)\|>"
 )
 _ENDS = re.compile(_END, re.IGNORECASE)
 _TOKEN = re.compile(f"{_END}|{_BEGIN}", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""The whole program on real problems: GSM8K and MATH-500 as they are published, with a model folder that the test makes."""
+"""GSM8K and MATH-500 in their published form, from the command line to the report, with a tiny model folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trackers themselves, told of real runs as processes of their own: Weights & Biases offline, and trackio."""
+"""Weights & Biases (offline) and Trackio receive the metrics of real runs, each in its own process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine is started with, seen by an engine that is none: no vLLM is needed here."""
+"""Arguments that start a vLLM engine, recorded by a stand-in, so that vLLM is not needed."""
 
 from __future__ import annotations
 

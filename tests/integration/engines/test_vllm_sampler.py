@@ -1,4 +1,4 @@
-"""vLLM itself beside the embedded sampler: log-probs, hand-over, seeds, distribution, and whole runs of the pocket recipe."""
+"""vLLM sampler against the embedded one: log-probs, weight transfer, seeds, frequencies, and whole pocket runs."""
 
 from __future__ import annotations
 

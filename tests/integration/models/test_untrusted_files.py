@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,16 +10,7 @@ import torch
 from headwater.models import prompts
 from runs import call, sets, tiny
 from tiny import tiny_folder
-
-
-class Evil:
-    """A pickle that touches a file when it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
+from untrusted import HOSTILE_TEMPLATES, TouchOnUnpickle
 
 
 @pytest.fixture
@@ -32,26 +22,11 @@ def folder(tmp_path: Path) -> Path:
     "name", ["pytorch_model.bin", "weights.pt", "old.PTH", "optimizer.ckpt", "x.pkl", "training_args.bin"]
 )
 def test_pickle_next_to_safetensors_is_refused_and_not_read(name: str, folder: Path, tmp_path: Path) -> None:
-    torch.save({"weight": Evil(tmp_path / "touched")}, folder / name)
+    torch.save({"weight": TouchOnUnpickle(tmp_path / "touched")}, folder / name)
     result = tiny("run", tmp_path / "out", changes=(f"models.student={folder}",))
     assert result.code == 2 and result.err.count("\n") == 1
     assert all(one in result.err for one in ("models.student", str(folder), name, "a pickle", "*.safetensors"))
     assert not (tmp_path / "touched").exists() and not (tmp_path / "out").exists()
-
-
-TEMPLATES = {
-    "syntax": "{% if %}",
-    "attribute": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "globals": "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "mutation": "{{ messages.append(1) }}",
-    "its own error": "{{ raise_exception('no system prompt, please') }}",
-    "division": "{{ 1 / 0 }}",
-    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "doubling": "{% set ns = namespace(s='aa') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-    "multiplication": "{{ 'a' * 10**12 }}",
-    "long": "{{ 'a' * 20000000 }}",
-    "lipsum": "{{ lipsum(n=10000) }}",
-}
 
 
 @pytest.mark.parametrize("name", ["attribute", "its own error", "loops"])
@@ -59,6 +34,6 @@ def test_the_doctor_bounds_a_hostile_chat_template_too(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1.0)
-    (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(HOSTILE_TEMPLATES[name], encoding="utf-8")
     result = call("doctor", "pocket", "--out", tmp_path / "out", *sets(f"models.student={folder}"))
     assert result.code in (2, 3) and "chat template" in result.out + result.err and "Traceback" not in result.err

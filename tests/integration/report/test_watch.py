@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from fake_runs import ARMS, fake_run, names
+from fake_runs import names, unfinished_run
 from runs import call
 
 
 @pytest.fixture
 def half(tmp_path: Path) -> Path:
-    """A run of the bridge that stopped in OPD after 12 of 40 steps of 0.5 seconds."""
-    out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"], "bridge_rl": ARMS["bridge_rl"]})
-    opd = out / "nodes" / names(out, "bridge")[-1]
-    (opd / "DONE").unlink()
-    info = json.loads((opd / "node.json").read_text())
-    (opd / "node.json").write_text(json.dumps({**info, "steps": 40}))
-    alarm = {
-        "guard": "truncation",
-        "action": "warn",
-        "step": 9,
-        "sentence": "truncation: 0.62 of the completions ran into the token limit",
-    }
-    (opd / "warnings.jsonl").write_text(json.dumps(alarm) + "\n")
-    for name in names(out, "bridge_rl")[-2:]:
-        shutil.rmtree(out / "nodes" / name)
-    return out
+    return unfinished_run(tmp_path / "out")
 
 
 def test_watch_command_prints_stages_and_warnings_and_json(half: Path) -> None:

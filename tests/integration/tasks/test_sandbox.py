@@ -1,4 +1,4 @@
-"""The sandbox of the task python: escapes and burdens beyond those of tests/integration/tasks/test_python_tests.py."""
+"""Sandbox of the task python: escapes and resource exhaustion beyond tests/integration/tasks/test_python_tests.py."""
 
 from __future__ import annotations
 

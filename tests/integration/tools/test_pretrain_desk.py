@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
-from headwater.tasks.word_problems import WordsDials
-from tools.pretrain import desk
+from tiny_desk import TOKENIZER, use_tiny_desk
 from tools.pretrain.__main__ import main
-from tools.pretrain.desk_models import (
-    DESK,
-    DeskSpec,
-    shipped_tokenizer,
-)
-
-TINY = DeskSpec(
-    hidden=32, layers=1, heads=2, kv_heads=1, worked_steps=4, mixture_steps=2, batch=4, width=256, lr=1e-2,
-    dials=WordsDials(1, 2, distractors=0),
-)  # fmt: skip
-TOKENIZER = shipped_tokenizer()
-
-
-# The recipe -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder without ./desk, in which the program is started; the specs are tiny."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(desk, "MEASURED_PROBLEMS", 3)
-    monkeypatch.setattr(desk, "MEASURED_TOKENS", 8)
-    for name in ("student", "teacher"):
-        monkeypatch.setitem(DESK, name, replace(TINY, hidden=32 if name == "student" else 48))
-    return tmp_path
+    return use_tiny_desk(tmp_path, monkeypatch)
+
+
+# The recipe -----------------------------------------------------------------------------------------------------------
 
 
 FEW = (

@@ -1,4 +1,4 @@
-"""Per-token signals that a run writes beside its rollouts."""
+"""Per-token teacher signals that a run writes with its rollouts."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Table of arms: stages of each, and what differs between them."""
+
 from __future__ import annotations
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a recipe may say: every wrong thing is refused in one sentence that names its field."""
+"""Recipe schema: defaults, overrides, and invalid fields refused in one sentence that names the field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contamination: copies and near copies of evaluation problems are found and left out, shared phrases are not taken for them."""
+"""Contamination: copies and near copies of evaluation problems are excluded, shared phrases are not."""
 
 from __future__ import annotations
 

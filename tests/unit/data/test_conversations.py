@@ -54,6 +54,7 @@ PADDED = [{**turn, "name": None, "tool_calls": None, "weight": 1} for turn in ME
         {"prompt": PARTS, "answer": "2"},
         {"prompt": PADDED, "answer": 2, "images": [], "tools": None},
         {"messages": MESSAGES, "ground_truth": "2", "dataset": "RLVR"},
+        {"conversations": SHAREGPT[1:], "system": "Answer modulo 7.", "answer": "2"},
         {"messages": [*MESSAGES, {"role": "assistant", "content": "9 modulo 7, so \\boxed{2}."}]},
         {"conversations": SHAREGPT, "answer": "2"},
         {"conversations": [*SHAREGPT, {"from": "gpt", "value": "9 - 7 = 2\n#### 2"}]},

@@ -1,4 +1,4 @@
-"""Labels as a capability: counted, bounded, divided by content, and never readable by accident."""
+"""Labels as a capability: counted, bounded by a budget, divided by content, never printed."""
 
 from __future__ import annotations
 

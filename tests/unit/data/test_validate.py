@@ -1,4 +1,4 @@
-"""The verbs grade and validate."""
+"""Commands `grade` and `validate`."""
 
 from __future__ import annotations
 

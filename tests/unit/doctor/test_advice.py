@@ -1,4 +1,4 @@
-"""The advice: questions in order, each answered with its number. Hand-computed margins on both sides of every threshold."""
+"""Advice: hand-computed margins on both sides of every threshold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every finding of the doctor is planted and seen by its name, with evidence; a clean recipe has none."""
+"""Doctor: a test plants the fault of every finding and checks its name and evidence; a clean recipe has no finding."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
@@ -33,64 +32,17 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.shape import Shape
 from headwater.runs.inputs import RunInputs
+from qwen import END, PAD, PLAIN, qwen_folder
 from runs import TINY
 from serving import Answering, serving
-from tiny import MODELS, tiny_folder, tiny_model
+from tiny import MODELS, tiny_folder
 from tools.pretrain.pocket import make_tokenizer
 
 ROOT = Path(__file__).parents[3]
 TEACHER = str(ROOT / "src" / "headwater" / "pocket" / "qwen3-teacher")
-PAD, END = 151643, 151645  # <|endoftext|>, where Qwen's Base models end, and <|im_end|>, where Instruct does
-PLAIN = (
-    "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + ';' + m['content'] + '<|im_end|>' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant;' }}{%- endif -%}"
-)
 CLOSES = "{%- if add_generation_prompt and not enable_thinking -%}{{ '<think>;;</think>' }}{%- endif -%}"
 HYBRID = PLAIN + CLOSES
 OPENS = PLAIN + "{%- if add_generation_prompt -%}{{ '<think>;' }}{%- endif -%}"
-
-
-def qwen_tokenizer(
-    eos: str = "<|im_end|>", pad: str = "<|endoftext|>", template: str = PLAIN
-) -> PreTrainedTokenizerFast:
-    """Few characters, and Qwen's special tokens at Qwen's own ids."""
-    characters = {one: index for index, one in enumerate("0123456789+=; -*/(),.?:%\nabcdefghijklmnopqrstuvwxyz?!")}
-    special = {
-        "<|endoftext|>": 151643,
-        "<|im_start|>": 151644,
-        "<|im_end|>": 151645,
-        "<think>": 151667,
-        "</think>": 151668,
-    }
-    backend = Tokenizer(models.BPE(vocab=characters | special | {"<|unk|>": 100}, merges=[], unk_token="<|unk|>"))
-    backend.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in special])
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=eos, pad_token=pad, unk_token="<|unk|>", chat_template=template
-    )
-
-
-def qwen_folder(
-    folder: Path,
-    eos: str = "<|im_end|>",
-    pad: str = "<|endoftext|>",
-    template: str = PLAIN,
-    width: int = 151936,
-    ends: int | list[int] | None = None,
-    **generation: Any,
-) -> str:
-    """A model of Qwen's vocabulary, 8 wide and one layer deep."""
-    tokenizer = qwen_tokenizer(eos, pad, template)
-    config = tiny_model(
-        vocab_size=width, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    config.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends, pad_token_id=tokenizer.pad_token_id, **generation
-    )
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def patched(source: Path, folder: Path, file: str, **changes: Any) -> str:

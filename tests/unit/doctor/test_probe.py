@@ -1,4 +1,4 @@
-"""The probe: what it measures is recounted, what it looks at is in the ledger and within the budget, and it leaves a run be."""
+"""Probe: its measures against independent counts."""
 
 from __future__ import annotations
 

@@ -118,12 +118,22 @@ TALK = [
 )
 def test_a_template_that_leaves_turns_out_is_refused(tmp_path: Path, template: str, left_out: str | None) -> None:
     context = context_of(tmp_path, [{"prompt": TALK, "answer": "2"}], tokenizer_of(template))
-    found = list(prompt_checks.whole_conversations(context))
+    found = list(prompt_checks.whole_problems(context))
     if left_out is None:
         assert found == []
     else:
         assert f"{left_out}, of problem" in only(found, "turns-left-out", "error").evidence
         assert "row 1" in found[0].evidence
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML.replace("m['content'] }}", "m['content'][0]['text'] }}"), "<|im_start|>assistant"]
+)
+def test_a_template_that_loses_a_plain_problem_is_refused(tmp_path: Path, template: str) -> None:
+    context = context_of(tmp_path, plain("What is 17 + 45?", "2+2"), tokenizer_of(template))
+    finding = only(list(prompt_checks.whole_problems(context)), "turns-left-out", "error")
+    assert "models.student: its chat template leaves 2 problems" in finding.evidence
+    assert any(problem.id in finding.evidence for problem in context.compared_problems)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from headwater.config.recipe import Lora
 from headwater.errors import UserError
@@ -198,3 +200,31 @@ def _mamba(config: dict[str, Any]) -> Any:
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
     return FalconMambaForCausalLM(FalconMambaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=1, **config))
+
+
+def test_layers_that_were_transposed_to_be_quantized_are_written_as_they_were() -> None:
+    """transformers turns GPT-2's Conv1D into linear layers of four bits; here they are linear layers of float32 instead."""
+    model, plain = (tiny_model("gpt2", **KINDS["gpt2"][1]) for _ in range(2))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            linear: Any = nn.Linear(*module.weight.shape)
+            linear.weight, linear.bias, linear.source_cls = nn.Parameter(module.weight.t()), module.bias, Conv1D
+            model.set_submodule(path, linear)
+    settings = Lora(r=2)
+    adapter = lora.Adapter(settings, "", lora.inject(model, lora.peft_config(settings, model)))
+    for layer in adapter.layers.values():
+        nn.init.normal_(layer.lora_B["default"].weight)
+    plain.load_state_dict(dict(adapter.merged_weights(model)))
+    ids = torch.tensor([[1, 6, 15, 7, 2]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-4)
+
+
+def test_routers_that_choose_experts_themselves_get_no_adapter() -> None:
+    """Llama 4's router is a linear layer by class and returns a choice of experts, to which peft would add a product."""
+    moe = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
+    model, settings = tiny_model("llama4_text", **moe), Lora(r=2)
+    layers = lora.inject(model, lora.peft_config(settings, model))
+    assert {path.rpartition(".")[2] for path in layers} >= {"experts", "q_proj", "gate_proj"}
+    assert not any("router" in path for path in layers)
+    assert model(input_ids=torch.tensor([[1, 6, 15]])).logits.isfinite().all()

@@ -1,4 +1,4 @@
-"""When memory runs out: the pass is made again in smaller pieces with the same result, and what fitted is remembered."""
+"""Out of memory: retry in smaller pieces with the same result, and keep the size that fits."""
 
 from __future__ import annotations
 

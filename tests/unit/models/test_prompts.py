@@ -1,4 +1,4 @@
-"""Problems become the ids that a chat model expects, and ids become text."""
+"""Prompts: problems to the token ids of a chat model, and ids to text."""
 
 from __future__ import annotations
 

@@ -77,6 +77,7 @@ def furthest_from_alone(policy: Policy, rollouts: list[Rollout]) -> float:
 @pytest.mark.parametrize("architecture", MODELS)
 def test_up_to_the_limit_sampler_trainer_and_one_sequence_alone_agree(architecture: str) -> None:
     policy = policy_with(architecture)
+    assert policy.supports_packing == (architecture != "phimoe")  # packed rows begin at position 0 each
     rollouts = sample(policy, (5, 9, 16), LIMIT - 16)
     assert max(len(one.prompt_ids + one.completion_ids) for one in rollouts) == LIMIT
     assert furthest_from_alone(policy, rollouts) < 2e-4

@@ -1,4 +1,4 @@
-"""Qwen3 and Llama as they are published, scaled down: positions, heads, ties, templates, thinking, ends, bfloat16."""
+"""Published Qwen3 and Llama models, scaled down: positions, heads, tied heads, templates, thinking, stop ids, bfloat16."""
 
 from __future__ import annotations
 

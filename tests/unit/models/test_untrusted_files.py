@@ -10,7 +10,6 @@ import signal
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,16 +25,7 @@ from headwater.models.resource_limits import OutOfTimeError, resource_limits
 from headwater.runs.inputs import RunInputs
 from headwater.types import Problem
 from tiny import CPU, MODELS, tiny_folder
-
-
-class Evil:
-    """A pickle that touches a file when it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
+from untrusted import HOSTILE_TEMPLATES, TouchOnUnpickle
 
 
 @pytest.fixture
@@ -66,10 +56,10 @@ def test_a_file_that_only_calls_itself_safetensors_is_refused_and_not_read(
 ) -> None:
     path, touched = folder / "model.safetensors", tmp_path / "touched"
     if kind == "torch":
-        torch.save({"weight": Evil(touched)}, path)
+        torch.save({"weight": TouchOnUnpickle(touched)}, path)
         assert zipfile.is_zipfile(path)
     else:
-        path.write_bytes({"pickle": pickle.dumps(Evil(touched)), "text": b"weights", "empty": b"",
+        path.write_bytes({"pickle": pickle.dumps(TouchOnUnpickle(touched)), "text": b"weights", "empty": b"",
                           "length": (1 << 40).to_bytes(8, "little") + b"{"}[kind])  # fmt: skip
     with pytest.raises(UserError, match=r"MODEL: .* \(model\.safetensors is no safetensors file") as refused:
         load_policy(ModelFolder.open(str(folder), "MODEL"), LoadOptions(MODELS, CPU, frozen=True))
@@ -122,27 +112,12 @@ def test_a_config_that_asks_for_more_than_the_weights_is_refused_and_nothing_is_
     assert time.monotonic() - started < 10
 
 
-TEMPLATES = {
-    "syntax": "{% if %}",
-    "attribute": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "globals": "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "mutation": "{{ messages.append(1) }}",
-    "its own error": "{{ raise_exception('no system prompt, please') }}",
-    "division": "{{ 1 / 0 }}",
-    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "doubling": "{% set ns = namespace(s='aa') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-    "multiplication": "{{ 'a' * 10**12 }}",
-    "long": "{{ 'a' * 20000000 }}",
-    "lipsum": "{{ lipsum(n=10000) }}",
-}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
 def test_a_hostile_chat_template_is_one_sentence_in_time(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1.0)
-    (folder / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(HOSTILE_TEMPLATES[name], encoding="utf-8")
     recipe, started = find_recipe("pocket", [f"models.student={folder}"]), time.monotonic()
     with pytest.raises(UserError, match=rf"the chat template of {re.escape(str(folder))}") as refused:
         Prompter(RunInputs(recipe).tokenizer("student"), recipe.prompt).ids(Problem.of("17+45", "d.jsonl"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fake_runs import ARMS, fake_run, names
+from fake_runs import names, unfinished_run
 from headwater.errors import UserError
 from headwater.report import serve, watch
 from headwater.storage.files import lock
@@ -23,22 +22,7 @@ from headwater.storage.files import lock
 
 @pytest.fixture
 def half(tmp_path: Path) -> Path:
-    """A run of the bridge that stopped in OPD after 12 of 40 steps of 0.5 seconds."""
-    out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"], "bridge_rl": ARMS["bridge_rl"]})
-    opd = out / "nodes" / names(out, "bridge")[-1]
-    (opd / "DONE").unlink()
-    info = json.loads((opd / "node.json").read_text())
-    (opd / "node.json").write_text(json.dumps({**info, "steps": 40}))
-    alarm = {
-        "guard": "truncation",
-        "action": "warn",
-        "step": 9,
-        "sentence": "truncation: 0.62 of the completions ran into the token limit",
-    }
-    (opd / "warnings.jsonl").write_text(json.dumps(alarm) + "\n")
-    for name in names(out, "bridge_rl")[-2:]:
-        shutil.rmtree(out / "nodes" / name)
-    return out
+    return unfinished_run(tmp_path / "out")
 
 
 def test_status_has_step_rate_time_left_and_key_metrics(half: Path) -> None:

@@ -1,4 +1,4 @@
-"""Dry runs: what they say is what the ledger says afterwards, also of recipes whose data and models are not here."""
+"""Estimates: parameter counts, memory of its parts, memory measured by the allocator."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
+from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Lora
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
@@ -17,10 +19,12 @@ from headwater.models import lora
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.shape import Shape
+from headwater.runs.estimate import Assumptions, estimates
 from headwater.runs.hardware import MODELS
 from headwater.runs.memory_estimate import FOUR_BITS, pass_bytes, persistent_bytes
+from headwater.runs.setup import prepared
 from headwater.training.update import make_optimizer, update
-from runs import load_json
+from runs import TINY, load_json
 from tiny import CPU, rollout_of, stage_of, taught, tiny_folder
 from tiny import MODELS as TINY_MODELS
 
@@ -50,6 +54,18 @@ def test_persistent_memory_is_the_sum_of_its_parts() -> None:
     rest = shape.parameters - shape.linear_parameters
     four = persistent_bytes(shape, adapter, True, (shape,), 2)
     assert four == pytest.approx(FOUR_BITS * shape.linear_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
+
+
+def test_weights_gradients_and_optimizer_state_are_divided_by_the_number_of_devices() -> None:
+    with prepared(find_recipe("pocket", TINY), ["bridge_rl"], [0]) as (plan, inputs):
+        single, shared = (estimates(plan, inputs, Assumptions(devices=devices)) for devices in (1, 4))
+    assert len(single) == 7
+    for alone, divided in zip(single, shared, strict=True):
+        assert divided.bytes == alone.bytes > 0
+        assert alone.peak - divided.peak == pytest.approx(0.75 * alone.bytes)  # activations are not divided
+    weights = load_file(Path(ModelFolder.open("pocket:qwen3-student", "models.student").path) / "model.safetensors")
+    student = sum(tensor.numel() for tensor in weights.values())
+    assert {estimate.bytes for estimate in shared if estimate.name.startswith("base_student.")} == {4.0 * student}
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""RunInputs: everything is read once and on first use, errors included, and what stands in for a run's readers."""
+"""RunInputs: lazy reading, once for each input, errors included."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Plan: nodes of each arm, shared nodes, and what changes a fingerprint."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,3 +1,5 @@
+"""Node runner: cached rollouts, informative groups, the no-signal guard."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Sweeps: values, folder names, summary sentences, plot and page."""
+
 from __future__ import annotations
 
 import shlex

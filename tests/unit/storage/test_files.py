@@ -1,4 +1,4 @@
-"""What writes files: durable, named when the disk refuses, and checked when read."""
+"""File writes: atomic, durable, checked on reading, with errors that name the file."""
 
 from __future__ import annotations
 

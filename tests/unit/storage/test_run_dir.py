@@ -1,4 +1,4 @@
-"""Files of a run: whole or not there, cut back to a step, and never another recipe's."""
+"""Run directory: atomic files, truncation to a step, and refusal of another recipe's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Countdown: the negative control's task. Solutions, pools, a grader that survives hostile text, and its recipe end to end."""
+"""Countdown task: generator, disjoint pools, grader, hostile text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's grader is named by its code, so that a changed one runs again what it graded."""
+"""Fingerprint of a user's grader: its code, so that a change reruns what it graded."""
 
 from __future__ import annotations
 

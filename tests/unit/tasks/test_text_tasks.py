@@ -1,4 +1,4 @@
-"""The tasks exact, numeric, choice, regex and json: what counts as the answer, what as equal, and that nothing hangs."""
+"""Tasks exact, numeric, choice, regex and json: extraction, equality, bounded time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verifier comes back in time with a verdict, whatever a grader does."""
+"""Verifier: a verdict within the time limit, whatever the grader does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Word problems: exact DAGs, sentences that say what the DAG says, disjoint pools, and a grader that survives hostile text."""
+"""Word problems: exact DAGs, matching English text, disjoint pools, grader, hostile text."""
 
 from __future__ import annotations
 

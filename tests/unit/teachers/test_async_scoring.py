@@ -1,4 +1,4 @@
-"""Scoring ahead: the teacher scores what has finished while the student still samples, and the numbers do not change."""
+"""Asynchronous scoring: the teacher scores finished rollouts while the student samples, with the same results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several teachers by tag, one that waits elsewhere, and who is refused."""
+"""Teachers by problem tag, and an offloaded teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token ids of a cache: the same after storing, in the bytes that are promised."""
+"""Packed token ids of a teacher cache: round trip and size."""
 
 from __future__ import annotations
 

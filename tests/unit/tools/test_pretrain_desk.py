@@ -1,4 +1,4 @@
-"""Desk models: a tokenizer for any text, packed pretraining that can be resumed, and the recipe from end to end in small."""
+"""Desk models: tokenizer, packed pretraining with resume, model folders."""
 
 from __future__ import annotations
 
@@ -18,27 +18,25 @@ from headwater.config.recipe import parse_recipe
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.storage.run_dir import NodeDir
-from headwater.tasks.word_problems import WordsDials, pool_of
+from headwater.tasks.word_problems import pool_of
 from tiny import CPU
+from tiny_desk import TINY, TOKENIZER, use_tiny_desk
 from tools.pretrain import desk
 from tools.pretrain.__main__ import main
 from tools.pretrain.desk import CombinedOptimizer, batches, pack, pretrain_desk, train
 from tools.pretrain.desk_models import (
     DESK,
     SHIPPED,
-    DeskSpec,
     make_tokenizer,
     model_config,
-    shipped_tokenizer,
     with_steps,
 )
 from tools.pretrain.pocket import ASSISTANT, END, IGNORE_INDEX, SPECIAL, USER, make_optimizers
 
-TINY = DeskSpec(
-    hidden=32, layers=1, heads=2, kv_heads=1, worked_steps=4, mixture_steps=2, batch=4, width=256, lr=1e-2,
-    dials=WordsDials(1, 2, distractors=0),
-)  # fmt: skip
-TOKENIZER = shipped_tokenizer()
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return use_tiny_desk(tmp_path, monkeypatch)
 
 
 # What ships -----------------------------------------------------------------------------------------------------------
@@ -192,17 +190,6 @@ def test_a_few_steps_lower_the_loss(tmp_path: Path) -> None:
 
 
 # The recipe -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder without ./desk, in which the program is started; the specs are tiny."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(desk, "MEASURED_PROBLEMS", 3)
-    monkeypatch.setattr(desk, "MEASURED_TOKENS", 8)
-    for name in ("student", "teacher"):
-        monkeypatch.setitem(DESK, name, replace(TINY, hidden=32 if name == "student" else 48))
-    return tmp_path
 
 
 def test_desk_name_resolves_to_the_local_folder_once_it_has_weights(elsewhere: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pretraining and the shipped pocket models: they load as anyone's model would, and can be made again."""
+"""Pocket models: shipped folders load with the auto classes, and pretraining reproduces them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back to the bit, and a damaged checkpoint is skipped for the one before it."""
+"""Checkpoints: bitwise round trip, and damaged ones are skipped."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Conditions C1 and C2: divergences in both directions and token overlap."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""Early stopping: when a metric has reached its plateau."""
+
 from __future__ import annotations
 
 import pytest

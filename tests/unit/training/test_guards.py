@@ -1,4 +1,4 @@
-"""Guards of training: each figure by hand, what its action does to a run, and that a resumed run decides the same."""
+"""Guards: values by hand, actions, and equal decisions after a resume."""
 
 from __future__ import annotations
 

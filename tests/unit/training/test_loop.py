@@ -1,4 +1,4 @@
-"""The update: denominators, microbatches, clipping, the finite check; and that real steps move the policy the right way."""
+"""Policy update: denominators, microbatches, clipping, finite checks; and that real steps lower the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An epoch goes through its problems once each, also where it ends within a step."""
+"""Prompt order: each problem once per epoch, also where an epoch ends within a step."""
 
 from __future__ import annotations
 

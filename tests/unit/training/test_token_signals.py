@@ -1,4 +1,4 @@
-"""The teacher's signal at each token, as it is kept for readers of the report."""
+"""Per-token teacher signals for the rollout browser."""
 
 from __future__ import annotations
 
