@@ -292,10 +292,20 @@ def peft_config(lora: Lora, model: Any) -> Any:
     )
 
 
+@torch.no_grad()
 def _is_product(module: nn.Module) -> bool:
-    """False for a linear layer with a forward of its own, such as the routers of Llama 4 and Phi-MoE, which choose experts."""
+    """Whether a linear layer with a forward of its own computes the product all the same, as Falcon's do.
+
+    The routers of Llama 4 and Phi-MoE choose experts, and BitNet's layers round their inputs.
+    """
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    return not own_forward or type(module).__module__.startswith("bitsandbytes")
+    if not own_forward or type(module).__module__.startswith("bitsandbytes"):
+        return True
+    if not isinstance(module, nn.Linear) or module.weight.is_meta:
+        return False
+    x = torch.linspace(-1.0, 1.0, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
+    product, output = nn.functional.linear(x, module.weight, module.bias), module(x)
+    return isinstance(output, Tensor) and output.shape == product.shape and torch.allclose(output, product, rtol=1e-3)
 
 
 def _fused_experts(model: Any) -> list[str] | None:
@@ -303,7 +313,7 @@ def _fused_experts(model: Any) -> list[str] | None:
     return [
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if not isinstance(module, nn.Conv1d)
+        if "expert" in f"{path}.{type(module).__name__}".lower()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3
     ] or None
