@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -279,8 +278,7 @@ def lora_of(opened: ModelFolder, models: Models, rollouts: list[Rollout], plain_
     try:
         policy = load_policy(opened, LoadOptions(models, CPU, frozen=False, adapter=spec))
     except HeadwaterError as error:
-        refused = re.search("Incompatible modules: {(.*?)}", str(error))
-        return "on named layers" if refused else f"no: {error}"
+        return f"no: {error}"
     logp, gradient = trained(policy, rollouts)
     ups = [weight for path, weight in gradient.items() if "lora_B" in path]
     trains = any(bool(weight.any()) for weight in ups) and all("lora_" in path for path in gradient)

@@ -200,6 +200,34 @@ def graded(draw: random.Random, folder: Path) -> str:
     return "graded"
 
 
+def typed_cells(draw: random.Random) -> Any:
+    """An Arrow array of a random type with random bytes as its values."""
+    import pyarrow as pa
+
+    kinds = [
+        pa.float16(),
+        pa.float32(),
+        pa.float64(),
+        pa.int8(),
+        pa.uint64(),
+        pa.decimal128(9, 3),
+        pa.binary(),
+        pa.date32(),
+    ]
+    kinds += [pa.timestamp("ns"), pa.duration("s"), pa.time32("s"), pa.bool_(), pa.dictionary(pa.int8(), pa.binary())]
+    kind, count = draw.choice(kinds), draw.randint(1, 5)
+    if pa.types.is_dictionary(kind):
+        cells = pa.array([draw.randbytes(3) for _ in range(count)], pa.binary()).dictionary_encode()
+    elif pa.types.is_binary(kind):
+        cells = pa.array([draw.randbytes(draw.randint(0, 4)) for _ in range(count)], kind)
+    else:
+        width = max(1, kind.bit_width * count // 8 + 1)
+        cells = pa.Array.from_buffers(kind, count, [None, pa.py_buffer(draw.randbytes(width))])
+    if draw.random() < 0.3:
+        cells = pa.ListArray.from_arrays(pa.array(range(count + 1), pa.int32()), cells)
+    return cells
+
+
 def parquet(draw: random.Random, folder: Path) -> str:
     import pyarrow
     import pyarrow.parquet
@@ -214,10 +242,30 @@ def parquet(draw: random.Random, folder: Path) -> str:
         for row in rows
     ]
     table = pyarrow.Table.from_pylist(flat or [{"problem": "1+1", "answer": "2"}])
-    if draw.random() < 0.2:
+    shape = draw.random()
+    if shape < 0.2:
         table = pyarrow.table({"problem": [[1], None], "answer": [{"a": 1}, {"a": 2}]})
-    pyarrow.parquet.write_table(table, path)
-    if draw.random() < 0.8:
+    elif shape < 0.6:
+        answers = typed_cells(draw)
+        table = pyarrow.table({"problem": [f"{n}+1" for n in range(len(answers))], "answer": answers})
+    form = draw.choice(["parquet", "parquet", "arrow", "stream", "csv"])
+    if form == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif form == "csv":
+        path = folder / draw.choice(["d.csv", "d.tsv"])
+        path.write_text(
+            "\n".join(
+                draw.choice(",;\t").join(map(str, row if draw.random() < 0.5 else row.values()))
+                for row in [{"problem": 0, "answer": 0}, *flat]
+            ),
+            "utf-8",
+        )
+    else:
+        path = folder / "d.arrow"
+        make = pyarrow.ipc.new_file if form == "arrow" else pyarrow.ipc.new_stream
+        with make(path, table.schema) as file:
+            file.write_table(table)
+    if draw.random() < 0.4:
         path.write_bytes(spoiled(draw, path.read_bytes()))
     validate(Source(path=str(path)), draw.choice(QUICK), workers=1)
     return "validated"
@@ -272,6 +320,67 @@ def model_folder(draw: random.Random, folder: Path) -> str:
     return "loaded"
 
 
+ADAPTER = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"],
+    "bias": "none", "use_rslora": False, "use_dora": False, "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {},
+    "modules_to_save": None, "layers_to_transform": None, "target_parameters": None, "trainable_token_indices": None,
+    "lora_bias": False, "fan_in_fan_out": False, "layer_replication": None, "revision": None, "base_model_name_or_path": POCKET,
+}  # fmt: skip
+"""What peft writes of an adapter, as far as it matters for merging."""
+
+
+def adapter_values(draw: random.Random) -> Any:
+    """Values of an adapter's config that are likely, possible or hostile."""
+    likely: list[Any] = ["pissa", "olora", "eva", "gaussian", "all", "lora_only", ["lm_head"], ["norm"], {"q_proj": 2}]
+    return (
+        draw.choice([*likely, {"(a+)+$": 3}, [1, 2], True, 2, 1e30, "SEQ_CLS", "IA3"])
+        if draw.random() < 0.6
+        else leaf(draw)
+    )
+
+
+def adapter(draw: random.Random, folder: Path) -> str:
+    """An adapter of the pocket student, its config and its tensors changed, merged as every command merges it."""
+    import torch
+    from safetensors.torch import save_file
+
+    target = folder / "a"
+    model = json.loads(Path(POCKET, "config.json").read_bytes())
+    hidden = model["hidden_size"]
+    sizes = {
+        "self_attn.q_proj": (hidden, model["num_attention_heads"] * model["head_dim"]),
+        "mlp.down_proj": (model["intermediate_size"], hidden),
+    }
+    tensors = {}
+    for layer in range(model["num_hidden_layers"]):
+        for name, (inputs, outputs) in sizes.items():
+            path = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.ones(2, inputs)
+            tensors[f"{path}.lora_B.weight"] = torch.ones(outputs, 2)
+    for _ in range(draw.choice([0, 0, 1, 2])):
+        name = draw.choice(list(tensors))
+        tensor = tensors.pop(name)
+        tensor = draw.choice(
+            [tensor, tensor[:1], tensor.reshape(-1), tensor.to(torch.int8), tensor.bfloat16(), tensor[None]]
+        )
+        new = draw.choice(["lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "bias", "base_layer", "x"])
+        name = draw.choice(
+            [name, name.replace("lora_A", new), f"module.{name}", name.removeprefix("base_model.model.")]
+        )
+        tensors[name] = tensor.contiguous()
+    target.mkdir()
+    save_file(tensors, target / "adapter_model.safetensors")
+    config = mutated(draw, ADAPTER, 3, adapter_values)
+    config["base_model_name_or_path"] = POCKET if draw.random() < 0.9 else config.get("base_model_name_or_path")
+    (target / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if draw.random() < 0.1:
+        path = target / draw.choice(["adapter_config.json", "adapter_model.safetensors"])
+        path.write_bytes(spoiled(draw, path.read_bytes()))
+    models = Models(student=str(target), teacher=str(target))
+    load_policy(ModelFolder.open(str(target), "models.student"), LoadOptions(models, device_of("cpu"), frozen=True))
+    return "merged"
+
+
 # Run directories ------------------------------------------------------------------------------------------------------
 
 
@@ -308,7 +417,7 @@ def run_directory(draw: random.Random, folder: Path) -> str:
 
 
 KINDS: dict[str, tuple[int, Case]] = {
-    "recipe": (45, recipe),
+    "recipe": (41, recipe),
     "recipe_text": (10, recipe_text),
     "override": (8, override),
     "jsonl": (13, jsonl),
@@ -316,6 +425,7 @@ KINDS: dict[str, tuple[int, Case]] = {
     "parquet": (4, parquet),
     "model_folder": (9, model_folder),
     "run_directory": (4, run_directory),
+    "adapter": (4, adapter),
 }
 """Share of each kind in percent."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from headwater.config.recipe import Columns
 from headwater.errors import UserError
@@ -69,31 +70,31 @@ def column_names(row: Mapping[str, Any], levels: int = NESTED) -> Iterator[str]:
 
 def find_problem_column(given: Columns, row: Mapping[str, Any], where: str) -> str:
     """The column with the problems. Raises UserError."""
-    return _find(given.problem, PROBLEM_COLUMNS, row, "problem", where)
+    return _find(given.problem, PROBLEM_COLUMNS, row) or _refuse(given.problem, PROBLEM_COLUMNS, row, "problem", where)
 
 
 def find_answer_column(given: Columns, row: Mapping[str, Any], where: str, needed: bool) -> str | None:
     """The column with the answers; None for a file without answers that needs none."""
-    if given.answer is None and not needed:
-        names = {name.lower() for name in column_names(row)}
-        if not any(name in names for name in ANSWER_COLUMNS):
-            return None
-    return _find(given.answer, ANSWER_COLUMNS, row, "answer", where)
+    found = _find(given.answer, ANSWER_COLUMNS, row)
+    if found is None and (needed or given.answer is not None):
+        _refuse(given.answer, ANSWER_COLUMNS, row, "answer", where)
+    return found
 
 
-def _find(given: str | None, usual: Sequence[str], row: Mapping[str, Any], role: str, where: str) -> str:
-    """The column that a recipe names, or the first usual one, preferably in its usual case. Raises UserError."""
+def _find(given: str | None, usual: Sequence[str], row: Mapping[str, Any]) -> str | None:
+    """The column that a recipe names, or the first usual one, preferably in its usual case; None if the row has none."""
     names = list(column_names(row))
     if given is None:
         folded = {name.lower(): name for name in reversed(names)}
         for found in (*(name for name in usual if name in names), *(folded[name] for name in usual if name in folded)):
             return found
-    else:
-        try:
-            value_at(row, given)
-        except KeyError:
-            pass
-        else:
-            return given
+    for path in usual if given is None else (given,):  # what is left are paths into JSON text and lists
+        with contextlib.suppress(KeyError):
+            value_at(row, path)
+            return path
+    return None
+
+
+def _refuse(given: str | None, usual: Sequence[str], row: Mapping[str, Any], role: str, where: str) -> NoReturn:
     wanted = "|".join(usual[:3]) if given is None else repr(given)
-    raise UserError(f"{where}: has no column {wanted} for the {role}; its columns are {', '.join(names)}")
+    raise UserError(f"{where}: has no column {wanted} for the {role}; its columns are {', '.join(column_names(row))}")

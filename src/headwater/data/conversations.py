@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from headwater.errors import UserError
+from headwater.tasks.thinking import after_thinking
 from headwater.types import Turn
 
 ROLES = {
@@ -147,10 +148,11 @@ def _part(part: Any, where: str) -> str:
 
 
 def _reference(message: Mapping[str, Any]) -> Any:
-    """What the assistant's last turn answers; ORZ's files have the bare answer in its `ground_truth`."""
+    """What the assistant's last turn says after its thinking; ORZ's files have the bare answer in its `ground_truth`."""
     truth = message.get("ground_truth")
     if truth is not None:
         return truth["value"] if isinstance(truth, dict) and "value" in truth else truth
     key = _key(message, _CONTENT_KEYS)
     content = None if key is None else message[key]
-    return _text(content, "") if isinstance(content, list) and content else content
+    text = _text(content, "") if isinstance(content, list) and content else content
+    return after_thinking(text) if isinstance(text, str) else text

@@ -99,7 +99,10 @@ class WeightFiles:
 
     def _quantized(self) -> str | None:
         """Weights in a quantized type that config.json does not mention: transformers would read the bare numbers."""
-        config = read_object(self.folder / "config.json", self.field, self.name)
+        try:
+            config = read_object(self.folder / "config.json", self.field, self.name)
+        except UserError:
+            return None  # whoever needs the config refuses it
         if config.get("quantization_config") or config.get("compression_config"):
             return None
         for tensor, stored in self.tensors.items():

@@ -19,7 +19,7 @@ import pytest
 from headwater.config.recipe import Columns, Source
 from headwater.data.sources import load
 from headwater.errors import UserError
-from headwater.tasks.registry import cell_as_is
+from headwater.tasks.golds import cell_as_is
 
 Write = Callable[[pa.Table, Path], str]
 
@@ -164,6 +164,18 @@ def test_selected_rows_of_a_saved_folder_are_those_that_were_selected(tmp_path: 
     made = datasets.Dataset(table(pa.array([0.1, 0.2, 0.3, 0.4], pa.float32()))).select([2, 0])
     made.save_to_disk(str(tmp_path / "some"))
     assert golds(str(tmp_path / "some")) == ["0.3", "0.1"]
+
+
+def test_the_format_and_json_columns_of_a_saved_folder_change_no_gold(tmp_path: Path) -> None:
+    import datasets
+
+    plain = datasets.Dataset(table(pa.array([0.1, 3.0], pa.float32())))
+    plain.with_format("numpy", columns=["answer"]).save_to_disk(str(tmp_path / "numpy"))
+    assert golds(str(tmp_path / "numpy")) == ["0.1", "3"]
+    features = datasets.Features(question=datasets.Value("string"), answer=datasets.Json())
+    rows = [{"question": f"{n}?", "answer": answer} for n, answer in enumerate(["1/2", 27.0, ["8"], None])]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "json"))
+    assert golds(str(tmp_path / "json")) == ["1/2", "27", "8", None]
 
 
 # CSV ------------------------------------------------------------------------------------------------------------------

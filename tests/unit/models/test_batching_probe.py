@@ -54,7 +54,9 @@ def test_sampler_and_trainer_give_prompts_of_any_length_what_each_gets_alone(
 ) -> None:
     policy = tiny_policy(architecture, seed=3, **settings)
     assert (policy.supports_padding, policy.decoding) == (pads, decoding)
-    policy.model.generation_config = GenerationConfig(eos_token_id=list(range(0, 30, 4)))  # so that completions end early
+    policy.model.generation_config = GenerationConfig(
+        eos_token_id=list(range(0, 30, 4))
+    )  # so that completions end early
     prompts = [(problem_id(str(prompt)), prompt) for prompt in (*PROMPTS, PROMPTS[0][::-1])]
     # Batches of 4: rows leave at other steps than they came, and groups of one prompt are cut.
     rollouts = TorchSampler(policy, batch=4).sample(requests_for(prompts, 2, 0, 0, "test"), Sampling(max_tokens=9))
