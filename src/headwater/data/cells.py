@@ -29,10 +29,13 @@ def plain_value(value: Any) -> Any:
         return None if math.isnan(value) else value  # tables write a missing cell as NaN
     if isinstance(value, Decimal) and value.is_finite():
         return int(value) if value == value.to_integral_value() else f"{value:f}"
-    if isinstance(value, (list, tuple)):
-        return [_plain_part(part) for part in value]
-    if isinstance(value, dict):
-        return {str(name): _plain_part(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple, dict)):
+        try:
+            if isinstance(value, dict):
+                return {str(name): _plain_part(part) for name, part in value.items()}
+            return [_plain_part(part) for part in value]
+        except RecursionError:
+            raise ValueError("holds lists within lists, too many to read") from None
     if isinstance(value, datetime):
         midnight = value.tzinfo is None and value.time() == time()
         return value.date().isoformat() if midnight else value.isoformat(sep=" ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -16,6 +17,8 @@ ANSWER_COLUMNS = (
     "gold_answer", "reward_model.ground_truth", "extra_info.answer",
 )  # fmt: skip
 """In order of preference, in any case; of a solution the last box is read."""
+CHOICE_COLUMNS = ("choices", "options")
+_LETTER = re.compile(r"\(?[A-Ja-j]\)?\.?")
 NESTED = 3
 """Levels of nested cells in which usual names are looked for and shown."""
 
@@ -58,6 +61,25 @@ def answer_at(row: Mapping[str, Any], path: str) -> Any:
             return value
         return listed[0] if len(listed) == 1 else value
     return value
+
+
+def refuse_hidden_choices(row: Mapping[str, Any], text: str, answer: Any, where: str) -> None:
+    """Raise UserError for a row whose answer is a letter or a position among choices that the problem's text does not show.
+
+    MMLU has them in `choices`, MMLU-Pro in `options`, ARC in `choices.text`, MedQA by letter.
+    """
+    for name in CHOICE_COLUMNS:
+        cell = row.get(name)
+        cell = cell.get("text", list(cell.values())) if isinstance(cell, Mapping) else cell
+        choices = [choice.strip() for choice in cell if isinstance(choice, str)] if isinstance(cell, list) else []
+        if len(choices) < 2 or str(answer) in choices or any(choice in text for choice in choices):
+            continue
+        position = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
+        if position or (isinstance(answer, str) and _LETTER.fullmatch(answer.strip())):
+            raise UserError(
+                f"{where}: the answer {answer!r} is one of {name!r}, which the problem does not show; write the choices into the "
+                "problem (A. …, B. …), and the letter as the answer"
+            )
 
 
 def column_names(row: Mapping[str, Any], levels: int = NESTED) -> Iterator[str]:

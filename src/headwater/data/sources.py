@@ -13,7 +13,7 @@ from typing import Any
 from headwater.config.recipe import Source
 from headwater.data.arrow_rows import Unreadable
 from headwater.data.cells import plain_value
-from headwater.data.columns import answer_at, find_answer_column, find_problem_column, value_at
+from headwater.data.columns import answer_at, find_answer_column, find_problem_column, refuse_hidden_choices, value_at
 from headwater.data.contamination import Leak, find_leaks
 from headwater.data.conversations import Conversation, messages_of, read_conversation, refuse_media, with_system
 from headwater.data.rows import read_rows
@@ -85,6 +85,7 @@ def load(
             tags[number] = _tag(row, source.columns.tag, place)
         asked = _conversation(row, problem_column, place)
         answer = asked.reference if answer_column is None else answer_at(row, answer_column)
+        refuse_hidden_choices(row, asked.turns[-1][1], answer, place)
         read.append((number, asked, _answer(answer, answer_column or REFERENCE, place, gold)))
     read = read[: source.limit]
     if need_answers:
@@ -139,6 +140,8 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
         raise UserError(f"{where}: {column!r} is not text but {type(value).__name__}{expected}")
     if not value.strip():
         raise UserError(f"{where}: {column!r} is blank")
+    if "<image>" in value:  # as in sets of geometry problems
+        refuse_media(row, where)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # "\ud800" is valid JSON but cannot be encoded

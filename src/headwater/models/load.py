@@ -106,8 +106,10 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
         fsdp_weights.load_shards(model, base, device, ranks)
         if merges:
             merge_into(model, folder)
+    kind = model.config.model_type
+    adapted = "" if adapter is None else " with adapters on these layers; name others in models.lora.targets"
     with as_user_error(
-        f"{folder.field}: {folder.name} is a {model.config.model_type} model, which transformers cannot run on plain token ids",
+        f"{folder.field}: {folder.name} is a {kind} model, which transformers cannot run on plain token ids{adapted}",
         UnsupportedModelError,
     ):
         body, head = split_head(model, device)

@@ -79,19 +79,27 @@ def _excluded(model: Any, targets: str | list[str]) -> list[str]:
 
 
 def _is_product(module: nn.Module) -> bool:
-    """False for a linear layer with a forward of its own, such as the routers of Llama 4 and Phi-MoE, which choose experts."""
+    """False for a linear layer with a forward of its own, such as the routers of Llama 4 and Phi-MoE, which choose experts.
+
+    Falcon's own forward is the product with another rounding.
+    """
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    return not own_forward or type(module).__module__.startswith("bitsandbytes")
+    return (
+        not own_forward or type(module).__module__.startswith("bitsandbytes") or type(module).__name__ == "FalconLinear"
+    )
 
 
 def _fused_experts(model: Any) -> list[str] | None:
-    """Names of the parameters of (experts, …, …) that hold one matrix for each expert; None if there are none."""
+    """Names of the parameters of (experts, …, …) that hold one matrix for each expert; None if there are none.
+
+    Other layers have parameters of three dimensions too: convolutions, RWKV's vectors, RecurrentGemma's gates.
+    """
     return [
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if not isinstance(module, nn.Conv1d)
+        if "expert" in f"{path}.{type(module).__name__}".lower()
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and min(parameter.shape) > 1  # RWKV has vectors of (1, 1, …)
+        if parameter.dim() == 3
     ] or None
 
 

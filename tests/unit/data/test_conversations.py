@@ -159,6 +159,34 @@ def test_a_conversation_with_pictures_or_tools_beside_it_is_refused(tmp_path: Pa
         assert f"row 1: {name!r} is not empty" in sentence
 
 
+CITIES = ["Rome", "Paris", "Oslo", "Bern"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"choices": CITIES, "answer": 1},
+        {"options": CITIES, "answer": "B", "answer_index": 1},
+        {"choices": {"text": CITIES, "label": ["A", "B", "C", "D"]}, "answer": "(B)"},
+        {"options": dict(zip("ABCD", CITIES, strict=True)), "answer": "b"},
+    ],
+)
+def test_choices_that_the_problem_does_not_show_are_refused_and_shown_ones_read(tmp_path: Path, row: Any) -> None:
+    name = next(name for name in row if name != "answer")
+    sentence = refusal(tmp_path, {"question": "What is the capital of France?", **row})
+    assert f"row 1: the answer {row['answer']!r} is one of {name!r}" in sentence
+    shown = "What is the capital of France?\nA. Rome\nB. Paris\nC. Oslo\nD. Bern"
+    assert list(read(tmp_path, {"question": shown, **row}).gold) == [problem_id(shown)]
+    assert list(read(tmp_path, {"question": "Which city?", **row, "answer": "Paris"}).gold.values()) == ["Paris"]
+    assert list(read(tmp_path, {"question": "2+2?", "options": ["3", "4", "0"], "answer": 4}).gold.values()) == ["4"]
+
+
+def test_a_problem_about_a_picture_in_another_column_is_refused(tmp_path: Path) -> None:
+    row = {"problem": "<image>Find x.", "images": [{"bytes": "…"}], "answer": "3"}
+    assert "row 1: 'images' is not empty" in refusal(tmp_path, row)
+    assert len(read(tmp_path, {**row, "images": []}).gold) == 1
+
+
 def test_a_reference_answer_that_is_missing_is_named(tmp_path: Path) -> None:
     rows = ({"messages": asked("1+1?", "\\boxed{2}")}, {"messages": asked("1+2?")})
     assert 'row 2: the problem has no answer in "the assistant\'s last turn"' in refusal(tmp_path, *rows)

@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from headwater.config.recipe import Columns, Source
+from headwater.data.cells import plain_value
 from headwater.data.sources import load
 from headwater.errors import UserError
 from headwater.tasks.golds import cell_as_is
@@ -269,3 +270,11 @@ def test_a_key_given_twice_in_a_row_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match="is not JSON \\(the key 'answer' is given twice\\)"):
             golds(str(tmp_path / name))
+
+
+def test_a_cell_nested_thousands_deep_is_refused_by_a_sentence() -> None:
+    cell: Any = "7"
+    for _ in range(5000):
+        cell = [cell]
+    with pytest.raises(ValueError, match="lists within lists"):
+        plain_value(cell)
