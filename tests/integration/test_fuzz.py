@@ -62,6 +62,6 @@ def test_run_case_ends_a_case_that_hangs(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_fuzz_case_is_deterministic(tmp_path: Path) -> None:
-    first = [fuzz.run_case(number)[:2] for number in (2, 7, 9, 12)]
-    assert first == [fuzz.run_case(number)[:2] for number in (2, 7, 9, 12)]
+    first = [fuzz.run_case(number)[:2] for number in (7, 9, 11, 12)]
+    assert first == [fuzz.run_case(number)[:2] for number in (7, 9, 11, 12)]
     assert {kind for kind, _ in first} == {"recipe"}
