@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from headwater.doctor.checks import Examination
+from headwater.doctor.checks import Examination, preflight
 from headwater.report.html import Page
 from headwater.runs.setup import prepared
 
@@ -134,8 +134,10 @@ def warm_up() -> None:
     from runs import TINY
 
     recipe = find_recipe("pocket", list(TINY))
-    with prepared(recipe, ["bridge"], [0]):
-        pass  # loads the modules that are imported on first use, such as jinja2
+    with prepared(recipe, ["bridge"], [0]) as (plan, inputs):
+        preflight(
+            plan, inputs
+        )  # imports what is loaded on first use, such as jinja2; a child of another user may not read it
     policy = load_policy(
         ModelFolder.open("pocket:qwen3-student", "models.student"),
         LoadOptions(recipe.models, torch.device("cpu"), frozen=True),

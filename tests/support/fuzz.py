@@ -35,10 +35,11 @@ if __name__ == "__main__":  # before the imports, which read it
 from fake_runs import ARMS as FAKE_ARMS
 from fake_runs import fake_run
 from fuzz_architectures import architecture
-from fuzz_data import conversation, graded, jsonl, parquet, separated, table
-from fuzz_models import POCKET, adapter, model_folder
+from fuzz_data import conversation, graded, jsonl
+from fuzz_models import POCKET, adapter, adapter_folder, model_folder
 from fuzz_prompts import template, tokenizer
 from fuzz_recipes import override, recipe, recipe_text
+from fuzz_tables import parquet, separated, table
 from headwater.errors import HeadwaterError, UserError, one_line
 from headwater.report import build as report
 from headwater.report.html import Page
@@ -91,7 +92,7 @@ def run_directory(draw: random.Random, folder: Path) -> str:
 
 
 KINDS: dict[str, tuple[int, Case]] = {
-    "recipe": (26, recipe),
+    "recipe": (24, recipe),
     "recipe_text": (6, recipe_text),
     "override": (5, override),
     "jsonl": (9, jsonl),
@@ -101,7 +102,8 @@ KINDS: dict[str, tuple[int, Case]] = {
     "table": (8, table),
     "separated": (3, separated),
     "model_folder": (6, model_folder),
-    "adapter": (6, adapter),
+    "adapter": (5, adapter),
+    "adapter_folder": (3, adapter_folder),
     "tokenizer": (5, tokenizer),
     "template": (4, template),
     "architecture": (4, architecture),

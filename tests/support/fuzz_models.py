@@ -280,3 +280,61 @@ def compare(found: Tensor, wanted: Tensor, what: str) -> None:
     gap = (found.double() - wanted.double()).abs().nan_to_num(0.0)
     if not torch.equal(found.isnan(), wanted.isnan()) or float(gap.max()) > GAP:
         raise WrongError(f"log-probs differ by up to {float(gap.max()):.2g} nats: {what}")
+
+
+ADAPTER = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"],
+    "bias": "none", "use_rslora": False, "use_dora": False, "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {},
+    "modules_to_save": None, "layers_to_transform": None, "target_parameters": None, "trainable_token_indices": None,
+    "lora_bias": False, "fan_in_fan_out": False, "layer_replication": None, "revision": None, "base_model_name_or_path": POCKET,
+}  # fmt: skip
+"""What peft writes of an adapter, as far as it matters for merging."""
+
+
+def adapter_values(draw: random.Random) -> Any:
+    """Values of an adapter's config that are likely, possible or hostile."""
+    likely: list[Any] = ["pissa", "olora", "eva", "gaussian", "all", "lora_only", ["lm_head"], ["norm"], {"q_proj": 2}]
+    return (
+        draw.choice([*likely, {"(a+)+$": 3}, [1, 2], True, 2, 1e30, "SEQ_CLS", "IA3"])
+        if draw.random() < 0.6
+        else leaf(draw)
+    )
+
+
+def adapter_folder(draw: random.Random, folder: Path) -> str:
+    """An adapter of the pocket student, its config and its tensors changed, merged as every command merges it."""
+    target = folder / "a"
+    model = json.loads(Path(POCKET, "config.json").read_bytes())
+    hidden = model["hidden_size"]
+    sizes = {
+        "self_attn.q_proj": (hidden, model["num_attention_heads"] * model["head_dim"]),
+        "mlp.down_proj": (model["intermediate_size"], hidden),
+    }
+    tensors = {}
+    for layer in range(model["num_hidden_layers"]):
+        for name, (inputs, outputs) in sizes.items():
+            path = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.ones(2, inputs)
+            tensors[f"{path}.lora_B.weight"] = torch.ones(outputs, 2)
+    for _ in range(draw.choice([0, 0, 1, 2])):
+        name = draw.choice(list(tensors))
+        tensor = tensors.pop(name)
+        tensor = draw.choice(
+            [tensor, tensor[:1], tensor.reshape(-1), tensor.to(torch.int8), tensor.bfloat16(), tensor[None]]
+        )
+        new = draw.choice(["lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "bias", "base_layer", "x"])
+        name = draw.choice(
+            [name, name.replace("lora_A", new), f"module.{name}", name.removeprefix("base_model.model.")]
+        )
+        tensors[name] = tensor.contiguous()
+    target.mkdir()
+    save_file(tensors, target / "adapter_model.safetensors")
+    config = mutated(draw, ADAPTER, 3, adapter_values)
+    config["base_model_name_or_path"] = POCKET if draw.random() < 0.9 else config.get("base_model_name_or_path")
+    (target / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if draw.random() < 0.1:
+        path = target / draw.choice(["adapter_config.json", "adapter_model.safetensors"])
+        path.write_bytes(spoiled(draw, path.read_bytes()))
+    models = Models(student=str(target), teacher=str(target))
+    load_policy(ModelFolder.open(str(target), "models.student"), LoadOptions(models, device_of("cpu"), frozen=True))
+    return "merged"

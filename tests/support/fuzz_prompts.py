@@ -227,7 +227,8 @@ HEADS = [
     "{% if tools %}{{ tools | tojson }}{% endif %}", "{% macro turn(m) %}<{{ m.role }}>{{ m.content }}{% endmacro %}",
     "{{ undefined }}",
     "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}", "{% set ns = namespace(last='') %}",
-    "{{ undefined.field }}", "{% if strftime_now is defined %}Today {{ strftime_now('%Y-%m-%d') }}\n{% endif %}", "{{ [1, 2] | random }}\n",
+    "{{ undefined.field }}", "{% if strftime_now is defined %}Today {{ strftime_now('%Y-%m-%d') }}\n{% endif %}",
+    "{{ [1, 2] | random }}\n",
 ]  # fmt: skip
 GUARDS = [
     "", "", "", "", "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",

@@ -77,7 +77,7 @@ def probe(
 
 @commands.command()
 def grade(
-    data: Annotated[Path, typer.Option("--data", help='JSONL of {"id","gold","completion"} rows.')],
+    data: Annotated[Path, typer.Option("--data", help='File of {"id","gold","completion"} rows.')],
     task: TaskName = "maths",
     seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="Wall-clock limit per completion.")] = 2.0,
     workers: Annotated[int, typer.Option("--workers", min=1)] = 2,

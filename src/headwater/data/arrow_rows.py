@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-LARGEST_EXACT_FLOAT = 2**53
-"""Integers beyond this are not exact as floats."""
+from headwater.tasks.golds import LARGEST_EXACT_FLOAT
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from headwater.config.recipe import Columns
 from headwater.errors import UserError
@@ -15,6 +17,8 @@ ANSWER_COLUMNS = (
     "gold_answer", "reward_model.ground_truth", "extra_info.answer",
 )  # fmt: skip
 """In order of preference, in any case; of a solution the last box is read."""
+CHOICE_COLUMNS = ("choices", "options")
+_LETTER = re.compile(r"\(?[A-Ja-j]\)?\.?")
 NESTED = 3
 """Levels of nested cells in which usual names are looked for and shown."""
 
@@ -59,6 +63,25 @@ def answer_at(row: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def refuse_hidden_choices(row: Mapping[str, Any], text: str, answer: Any, where: str) -> None:
+    """Raise UserError for a row whose answer is a letter or a position among choices that the problem's text does not show.
+
+    MMLU has them in `choices`, MMLU-Pro in `options`, ARC in `choices.text`, MedQA by letter.
+    """
+    for name in CHOICE_COLUMNS:
+        cell = row.get(name)
+        cell = cell.get("text", list(cell.values())) if isinstance(cell, Mapping) else cell
+        choices = [choice.strip() for choice in cell if isinstance(choice, str)] if isinstance(cell, list) else []
+        if len(choices) < 2 or str(answer) in choices or any(choice in text for choice in choices):
+            continue
+        position = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
+        if position or (isinstance(answer, str) and _LETTER.fullmatch(answer.strip())):
+            raise UserError(
+                f"{where}: the answer {answer!r} is one of {name!r}, which the problem does not show; write the choices into the "
+                "problem (A. …, B. …), and the letter as the answer"
+            )
+
+
 def column_names(row: Mapping[str, Any], levels: int = NESTED) -> Iterator[str]:
     """A row's columns, each followed by the paths into it if it is an object."""
     for name, value in row.items():
@@ -69,31 +92,31 @@ def column_names(row: Mapping[str, Any], levels: int = NESTED) -> Iterator[str]:
 
 def find_problem_column(given: Columns, row: Mapping[str, Any], where: str) -> str:
     """The column with the problems. Raises UserError."""
-    return _find(given.problem, PROBLEM_COLUMNS, row, "problem", where)
+    return _find(given.problem, PROBLEM_COLUMNS, row) or _refuse(given.problem, PROBLEM_COLUMNS, row, "problem", where)
 
 
 def find_answer_column(given: Columns, row: Mapping[str, Any], where: str, needed: bool) -> str | None:
     """The column with the answers; None for a file without answers that needs none."""
-    if given.answer is None and not needed:
-        names = {name.lower() for name in column_names(row)}
-        if not any(name in names for name in ANSWER_COLUMNS):
-            return None
-    return _find(given.answer, ANSWER_COLUMNS, row, "answer", where)
+    found = _find(given.answer, ANSWER_COLUMNS, row)
+    if found is None and (needed or given.answer is not None):
+        _refuse(given.answer, ANSWER_COLUMNS, row, "answer", where)
+    return found
 
 
-def _find(given: str | None, usual: Sequence[str], row: Mapping[str, Any], role: str, where: str) -> str:
-    """The column that a recipe names, or the first usual one, preferably in its usual case. Raises UserError."""
+def _find(given: str | None, usual: Sequence[str], row: Mapping[str, Any]) -> str | None:
+    """The column that a recipe names, or the first usual one, preferably in its usual case; None if the row has none."""
     names = list(column_names(row))
     if given is None:
         folded = {name.lower(): name for name in reversed(names)}
         for found in (*(name for name in usual if name in names), *(folded[name] for name in usual if name in folded)):
             return found
-    else:
-        try:
-            value_at(row, given)
-        except KeyError:
-            pass
-        else:
-            return given
+    for path in usual if given is None else (given,):  # what is left are paths into JSON text and lists
+        with contextlib.suppress(KeyError):
+            value_at(row, path)
+            return path
+    return None
+
+
+def _refuse(given: str | None, usual: Sequence[str], row: Mapping[str, Any], role: str, where: str) -> NoReturn:
     wanted = "|".join(usual[:3]) if given is None else repr(given)
-    raise UserError(f"{where}: has no column {wanted} for the {role}; its columns are {', '.join(names)}")
+    raise UserError(f"{where}: has no column {wanted} for the {role}; its columns are {', '.join(column_names(row))}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from headwater.errors import UserError
+from headwater.tasks.thinking import after_thinking
 from headwater.types import Turn
 
 ROLES = {
@@ -50,12 +51,9 @@ def messages_of(value: Any) -> Sequence[Mapping[str, Any]] | None:
     if isinstance(value, dict) and _key(value, _ROLE_KEYS):
         columns = {name: column for name, column in value.items() if column is not None}
         if all(isinstance(column, list) for column in columns.values()):
-            equally_long = len({len(column) for column in columns.values()}) == 1
-            return (
-                [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-                if equally_long
-                else None
-            )
+            if len({len(column) for column in columns.values()}) > 1:
+                return None
+            return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
         value = [value]
     if isinstance(value, list) and value and all(isinstance(turn, dict) and _key(turn, _ROLE_KEYS) for turn in value):
         return value
@@ -152,10 +150,11 @@ def _part(part: Any, where: str) -> str:
 
 
 def _reference(message: Mapping[str, Any], where: str) -> Any:
-    """What the assistant's last turn answers; ORZ's files have the bare answer in its `ground_truth`."""
+    """What the assistant's last turn says after its thinking; ORZ's files have the bare answer in its `ground_truth`."""
     truth = message.get("ground_truth")
     if truth is not None:
         return truth["value"] if isinstance(truth, dict) and "value" in truth else truth
     key = _key(message, _CONTENT_KEYS)
     content = None if key is None else message[key]
-    return _text(content, where) if isinstance(content, list) and content else content
+    text = _text(content, where) if isinstance(content, list) and content else content
+    return after_thinking(text) if isinstance(text, str) else text

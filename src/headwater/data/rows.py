@@ -188,12 +188,13 @@ def _arrow(path: Path, where: str) -> Iterator[Row]:
 
     def batches() -> Iterator[Any]:
         with pyarrow.memory_map(str(path)) as file:
-            if file.read(6) == b"ARROW1":
-                table = pyarrow.ipc.open_file(file)
-                yield from (table.get_batch(index) for index in range(table.num_record_batches))
-            else:
-                file.seek(0)
-                yield from pyarrow.ipc.open_stream(file)
+            footer = file.read(6) == b"ARROW1"
+            file.seek(0)
+            table = pyarrow.ipc.open_file(file) if footer else pyarrow.ipc.open_stream(file)
+            made = (table.get_batch(index) for index in range(table.num_record_batches)) if footer else table
+            for batch in made:
+                batch.validate(full=True)  # offsets of a damaged file would lead outside the memory
+                yield batch
 
     return _table_rows(batches(), where, f"{where}: cannot be read as Arrow")
 

@@ -11,13 +11,15 @@ from itertools import chain
 from typing import Any
 
 from headwater.config.recipe import Source
-from headwater.data.columns import answer_at, find_answer_column, find_problem_column, value_at
+from headwater.data.arrow_rows import Unreadable
+from headwater.data.cells import plain_value
+from headwater.data.columns import answer_at, find_answer_column, find_problem_column, refuse_hidden_choices, value_at
 from headwater.data.contamination import Leak, find_leaks
 from headwater.data.conversations import Conversation, messages_of, read_conversation, refuse_media, with_system
-from headwater.data.golds import gold_answer, plain_value
 from headwater.data.rows import read_rows
 from headwater.errors import UserError
 from headwater.tasks import maths_text
+from headwater.tasks.golds import gold_answer
 from headwater.tasks.registry import TASKS
 from headwater.tasks.verifier import Verifier
 from headwater.types import Problem
@@ -83,6 +85,7 @@ def load(
             tags[number] = _tag(row, source.columns.tag, place)
         asked = _conversation(row, problem_column, place)
         answer = asked.reference if answer_column is None else answer_at(row, answer_column)
+        refuse_hidden_choices(row, asked.turns[-1][1], answer, place)
         read.append((number, asked, _answer(answer, answer_column or REFERENCE, place, gold)))
     read = read[: source.limit]
     if need_answers:
@@ -126,14 +129,19 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
         value = value_at(row, column)
     except KeyError:
         raise UserError(f"{where}: has no column {column!r}; its columns are {', '.join(map(str, row))}") from None
+    if isinstance(value, Unreadable):
+        raise UserError(f"{where}: {column!r} {value.reason}")
     messages = messages_of(value)
     if messages is not None:
         refuse_media(row, where)
         return with_system(read_conversation(messages, column, where), row)
     if not isinstance(value, str):
-        raise UserError(f"{where}: {column!r} is not text but {type(value).__name__}")
+        expected = ", nor a list of messages with role and content" if isinstance(value, (list, dict)) else ""
+        raise UserError(f"{where}: {column!r} is not text but {type(value).__name__}{expected}")
     if not value.strip():
         raise UserError(f"{where}: {column!r} is blank")
+    if "<image>" in value:  # as in sets of geometry problems
+        refuse_media(row, where)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # "\ud800" is valid JSON but cannot be encoded
@@ -150,14 +158,9 @@ def _tag(row: Mapping[str, Any], column: str, where: str) -> str:
 
 def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | None] | None) -> str | None:
     try:
-        value = plain_value(value)
+        return (gold or gold_answer)(plain_value(value))
     except ValueError as error:
         raise UserError(f"{where}: {column!r} {error}") from None
-    if gold is not None:
-        return gold(value)
-    if isinstance(value, dict) or (isinstance(value, list) and len(value) != 1):
-        raise UserError(f"{where}: {column!r} is not an answer but {type(value).__name__}")
-    return gold_answer(value)
 
 
 def _agree(first: str, second: str, grader: Verifier | None) -> bool:

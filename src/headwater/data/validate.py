@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import Source
-from headwater.data.golds import plain_value
+from headwater.data.cells import plain_value
 from headwater.data.rows import file_rows
 from headwater.data.sources import load
 from headwater.errors import UserError

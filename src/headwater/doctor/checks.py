@@ -55,6 +55,7 @@ def plan_can_be_made(context: DoctorContext) -> Iterator[Finding]:
 
 CHECKS = (
     Check("model folders, configs, tokenizers", models.models_are_readable),
+    Check("weights that can be trained", models.trainable_weights),
     Check("token ids of probe strings and problems", models.token_ids, exit_code=2),
     Check("vocabulary width", models.vocabulary),
     Check("stop ids of student and teacher", models.stop_sets),

@@ -107,6 +107,13 @@ class DoctorContext:
         used = {base_of(node.start) for node in self.nodes}
         return ["student", *self.local("teacher"), *(self.local("expert") if "expert" in used else [])]
 
+    @property
+    def trained_roles(self) -> Mapping[str, bool]:
+        """Each base model that a stage trains -> whether it trains adapters on it."""
+        trains = [node for node in self.nodes if node.kind == "train"]
+        adapted = {base_of(node.start): node.lora(self.recipe) is not None for node in trains}
+        return {role: adapted[base] for role in self.roles for base in adapted if base == role}
+
     def local(self, role: Role) -> list[str]:
         """The models of a role that no server holds: one, or `teacher.TAG` for each of a mapping."""
         named = self.recipe.models.named(role) or {f"models.{role}": ""}  # a missing one has its own finding

@@ -40,7 +40,8 @@ def answers(context: DoctorContext) -> Iterator[Finding]:
             yield error(
                 "label-without-answer",
                 f"{name}: {len(loaded.without_answer)} of {len(loaded.problems)} problems have no answer (rows {rows})",
-                "give them answers, name the column in data.columns.answer, or move them to data.unlabeled",
+                'give them answers (of a solution: a box, `#### 42`, or "The answer is 42"), name the column in '
+                "data.columns.answer, or move them to data.unlabeled",
             )
 
 

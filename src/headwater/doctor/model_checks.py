@@ -20,6 +20,16 @@ def models_are_readable(context: DoctorContext) -> Iterator[Finding]:
     yield from try_each(*(partial(read, role) for role in context.roles for read in reads))
 
 
+def trainable_weights(context: DoctorContext) -> Iterator[Finding]:
+    for role, adapted in context.trained_roles.items():
+        context.inputs.config(role)
+        try:
+            context.inputs.model_folder(role).require_trainable(adapted)
+        except UserError as refusal:
+            remedy = "quantized models can only be teachers that do not train"
+            yield error("model-unsupported", str(refusal), remedy)
+
+
 def compared_texts(context: DoctorContext) -> list[str]:
     """Some problems' texts; none if the data cannot be read, which has its own finding."""
     try:

@@ -23,10 +23,12 @@ from headwater.config.stage import Stage
 from headwater.data.labels import Labels
 from headwater.doctor import advice
 from headwater.doctor.checks import preflight
+from headwater.doctor.context import DoctorContext
 from headwater.doctor.readiness import Continuations, PairMeasures, Readiness, informative_share
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
+from headwater.models.rope import mixed_lengths
 from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import ProgressDisplay
@@ -119,6 +121,7 @@ def probe(
     with contextlib.ExitStack() as stack:
         plan, inputs = stack.enter_context(prepared(recipe, ["bridge", "direct_grpo"], [seed], day))
         preflight(plan, inputs)
+        refuse_longer_continuations(DoctorContext.of(plan, inputs))
         names, count = sampled_problems(inputs, problems, seed), samples_a_problem(recipe, samples)
         if folder is not None:
             stack.enter_context(folder.locked())
@@ -163,6 +166,16 @@ def measure(task: ProbeTask) -> tuple[PairMeasures, dict[str, float]]:
         continuations=continuations,
         passes=cache_passes(task.inputs),
     ), c2
+
+
+def refuse_longer_continuations(context: DoctorContext) -> None:
+    """Raises UserError where a continued answer, longer than any of a run, could follow another rule for positions."""
+    most, lengths = context.recipe.stages.teacher_rl.sampling.max_tokens, context.prompt_lengths
+    completion = most + max(1, round(PREFIX * most))
+    for role in context.roles if lengths else ():
+        problem = mixed_lengths(context.inputs.config(role), lengths[-1][0], lengths[0][0], completion)
+        if problem is not None:
+            raise UserError(f"models.{role}: {problem}; the probe continues answers, up to {completion} tokens in all")
 
 
 def sampled_problems(inputs: RunInputs, problems: int | None, seed: int) -> list[str]:

@@ -14,8 +14,9 @@ import torch
 from headwater.config.recipe import Lora, Models
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, warning
+from headwater.models.adapter_size import adapter_size
 from headwater.models.shape import Shape
-from headwater.runs.estimate import Estimate, adapter_parameters, base_of, estimates
+from headwater.runs.estimate import Estimate, base_of, estimates
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Node
 from headwater.teachers.cache import EXACT_CACHE_LIMIT
@@ -146,7 +147,8 @@ def stage_files(node: Node, inputs: RunInputs, shape: Shape) -> tuple[float, flo
     dtype, an adapter alone (`models.lora.output: adapter`) in float32.
     """
     recipe, stage = inputs.recipe, node.settings
-    lora, adapter = node.lora(recipe), adapter_parameters(node, recipe, shape)
+    lora = node.lora(recipe)
+    adapter = 0 if lora is None else adapter_size(shape, lora)[0]
     model = float(shape.parameters * (2 if recipe.models.dtype == "bfloat16" else 4))
     if lora is not None and lora.output == "adapter":
         model = 4.0 * adapter

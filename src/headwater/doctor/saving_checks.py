@@ -19,7 +19,6 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.save import save_policy, save_without_weights
 from headwater.models.tokenizer import read_tokenizer, reads_alike
-from headwater.runs.estimate import base_of
 from headwater.storage.files import disk_errno
 from headwater.teachers.scoring import logp_of
 from headwater.types import Rollout
@@ -34,11 +33,8 @@ NOISE = 0.05
 
 def saving(context: DoctorContext) -> Iterator[Finding]:
     """Save each model that a stage trains into a temporary folder, load it again, and compare log-probs."""
-    trained = {base_of(node.start) for node in context.nodes if node.kind == "train"}
-    lora = context.recipe.models.lora
-    for role in [role for role in context.roles if role in trained]:
+    for role, adapted in context.trained_roles.items():
         small = context.inputs.shape(role).parameters <= ROUND_TRIP_PARAMETERS
-        adapted = lora is not None and role in lora.roles
         # Other checks load the student as it trains, and frozen teachers.
         policy = context.policy(role, frozen=role != "student" and not (adapted and small))
         try:

@@ -6,14 +6,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from headwater.config.recipe import Lora
 from headwater.errors import UserError
-from headwater.models import lora as lora_module
 from headwater.models.folder import ModelFolder
+from headwater.models.lora import Adapter, require_peft
+from headwater.models.lora_targets import inject, peft_config, weight_name
+from headwater.models.shape import empty_model
 from headwater.models.untrusted_files import as_user_error
 
 
@@ -41,16 +41,16 @@ def coverage(folder: ModelFolder, lora: Lora) -> Coverage | None:
 
     Raises UserError if peft is missing, the targets name layers that get no adapter here, or saving would lose a weight or an adapter.
     """
-    lora_module.require_peft("models.lora")
+    require_peft("models.lora")
     try:
         with as_user_error("cannot be built"):
             plain, adapted = _empty_model(folder), _empty_model(folder)
     except UserError:
         return None
     weights = {name: (owner, parameter) for owner, name, parameter in _matrices(plain)}
-    layers = lora_module.inject(adapted, lora_module.peft_config(lora, adapted))
-    adapter = lora_module.Adapter(lora, folder.base.path, layers)
-    names = {lora_module.weight_name(path, layer) for path, layer in layers.items()}
+    layers = inject(adapted, peft_config(lora, adapted))
+    adapter = Adapter(lora, folder.base.path, layers)
+    names = {weight_name(path, layer) for path, layer in layers.items()}
     _refuse_lost(folder, plain, adapted, adapter)
     total = sum(parameter.numel() for _, parameter in weights.values())
     others = Counter[str]()
@@ -61,8 +61,7 @@ def coverage(folder: ModelFolder, lora: Lora) -> Coverage | None:
 
 
 def _empty_model(folder: ModelFolder) -> Any:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(folder.config, trust_remote_code=folder.trust_remote_code)
+    return empty_model(folder.config, folder.trust_remote_code)
 
 
 def _matrices(model: Any) -> list[tuple[nn.Module, str, nn.Parameter]]:
@@ -74,11 +73,14 @@ def _matrices(model: Any) -> list[tuple[nn.Module, str, nn.Parameter]]:
         for path, module in model.named_modules()
         if not isinstance(module, (nn.Embedding, nn.Conv1d))
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() > 1 and not name.endswith("bias") and id(parameter) not in outside
+        if parameter.dim() > 1
+        and min(parameter.shape) > 1
+        and not name.endswith("bias")
+        and id(parameter) not in outside
     ]
 
 
-def _refuse_lost(folder: ModelFolder, plain: Any, adapted: Any, adapter: lora_module.Adapter) -> None:
+def _refuse_lost(folder: ModelFolder, plain: Any, adapted: Any, adapter: Adapter) -> None:
     written = {name for name, _ in adapter.merged_weights(adapted)}
     lost = sorted(plain.state_dict().keys() - written)
     if lost:
@@ -86,7 +88,7 @@ def _refuse_lost(folder: ModelFolder, plain: Any, adapted: Any, adapter: lora_mo
             f"models.lora: a merged model of {folder.name} would lack {len(lost)} weights, such as {lost[0]}; name other layers in "
             "models.lora.targets"
         )
-    reloaded = lora_module.inject(_empty_model(folder), adapter.peft_config(adapted))
+    reloaded = inject(_empty_model(folder), adapter.peft_config(adapted))
     differing = sorted(reloaded.keys() ^ adapter.layers.keys())
     if differing:
         raise UserError(

@@ -55,7 +55,7 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
             f"with peft's path_initial_model_for_weight_conversion, or {elsewhere}"
         )
     if extra:
-        return f"it sets {extra[0]}, which is not supported here; {elsewhere}, if peft can merge it"
+        return f"it sets {extra[0]!r:.80}, which is not supported here; {elsewhere}, if peft can merge it"
     if task not in CAUSAL_LM:
         return f"task_type is {task!r:.40}, so it is not a language model; name an adapter of task_type CAUSAL_LM"
     if not isinstance(base, str) or not base:
@@ -67,6 +67,13 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
         )
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not _is_number(alpha):
         return f"it says r {rank!r:.40} and lora_alpha {alpha!r:.40}, which must be a positive integer and a number"
+    for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+        if not isinstance(config.get(key), bool | None):
+            return f"its {key} is {config[key]!r:.40}, which must be true or false"
+    for key in ("modules_to_save", "target_parameters"):
+        names = config.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            return f"its {key} is {names!r:.40}, which must be a list of names"
     return _unsupported_pattern(config)
 
 

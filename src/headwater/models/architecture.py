@@ -57,6 +57,11 @@ def refuse_unsupported(config: Any, field: str, name: str) -> None:
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
         raise UnsupportedModelError(f"{model}, an encoder, whose tokens see later tokens; {WANTED}")
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    window, known = getattr(config, "keep_window_size", None), getattr(config, "max_position_embeddings", None)
+    if window is not None and known is not None and window < known:
+        raise UnsupportedModelError(
+            f"{model}, which beyond keep_window_size {window} tokens chooses what it attends to by later tokens; {WANTED}"
+        )
     built = model_class.config_class or type(config)
     others = sorted(part for part in built.sub_configs if any(word in part for word in OTHER_INPUTS))
     if others:

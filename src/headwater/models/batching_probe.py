@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from headwater.errors import UnsupportedModelError
+from headwater.models.architecture import WANTED
 from headwater.models.cached_forward import CachedBatch
 from headwater.models.policy import Decoding, Policy
 from headwater.models.training_mode import at_inference
+from headwater.models.untrusted_files import as_user_error
 
 TOLERANCE = {torch.float32: 1e-4}
 COARSE_TOLERANCE = 3e-2
@@ -35,32 +37,36 @@ def with_measured_batching(policy: Policy) -> Policy:
 
 def _measure(policy: Policy) -> Policy:
     kind, folder = policy.model.config.model_type, policy.folder
+    model = f"{folder.field}: {folder.name} is a {kind} model"
     ids = [(3 + 7 * index + index * index) % policy.vocabulary for index in range(LONG + SHORT)]
     long, short = tuple(ids[:LONG]), tuple(ids[LONG:])
     alone = [_alone(policy, sequence) for sequence in (long, short)]
-    again = _alone(policy, long)
-    other_end = _alone(policy, (*long[:BRANCH], *reversed(long[BRANCH:])))
-    if not _equal(again, alone[0]):
-        raise UnsupportedModelError(
-            f"{folder.field}: {folder.name} is a {kind} model that gives two equal passes different results, so its log-probs "
-            "mean nothing; name a model without randomness at inference"
-        )
+    if not all(hidden.isfinite().all() for hidden in alone):
+        return policy  # nothing can be compared: sampling and the doctor name a NaN or an infinity as what it is
+    other_end = _alone(policy, (*long[:BRANCH], *short[: LONG - BRANCH]))
     if not _equal(other_end[:BRANCH], alone[0][:BRANCH]):
         raise UnsupportedModelError(
-            f"{folder.field}: {folder.name} is a {kind} model in which tokens see later tokens, as in an encoder, so it cannot "
-            "write text from left to right; name a causal language model (a decoder)"
+            f"{model}, in which tokens see later tokens, as in an encoder, so it cannot write text from left to right; {WANTED}"
         )
-    selects = _selects_tokens(policy)
-    pads = not selects and _padding_is_exact(policy, (long, short), alone)
-    decodings: tuple[Decoding, ...] = ("equal_lengths",) if selects else ("left_padded", "equal_lengths")
-    working = (mode for mode in decodings if _cache_is_exact(policy, mode, (long, short), alone))
-    return replace(policy, supports_padding=pads, decoding=next(working, "recompute"))
+    pads = not _selects_tokens(policy) and _padding_is_exact(policy, (long, short), alone)
+    adapted = (
+        "" if policy.adapter is None else " with adapters on its layers; name linear layers in models.lora.targets"
+    )
+    with as_user_error(f"{model}, which keeps state from one pass to the next{adapted}", UnsupportedModelError):
+        again = _alone(policy, long)  # after a batch of another size
+    if not _equal(again, alone[0]):
+        raise UnsupportedModelError(
+            f"{model}, which gives two equal passes different results, so its log-probs mean nothing; take a model without "
+            "randomness at inference"
+        )
+    modes: tuple[Decoding, ...] = ("left_padded", "equal_lengths") if pads else ("equal_lengths",)
+    exact = (mode for mode in modes if _cache_is_exact(policy, mode, (long, short), alone))
+    return replace(policy, supports_padding=pads, decoding=next(exact, "recompute"))
 
 
 def _selects_tokens(policy: Policy) -> bool:
     """Whether attention reads only the tokens that score best: padding takes their places once there are enough tokens."""
-    config = policy.model.config.get_text_config()
-    return any(getattr(config, name, None) for name in ("index_topk", "keep_window_size"))
+    return bool(getattr(policy.model.config.get_text_config(), "index_topk", None))
 
 
 def _alone(policy: Policy, sequence: tuple[int, ...]) -> Tensor:

@@ -20,7 +20,7 @@ class CachedBatch:
     def __init__(self, body: nn.Module, pads: bool) -> None:
         self.body, self.pads = body, pads
         takes = inspect.signature(body.forward).parameters
-        self.takes_positions = "position_ids" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        self.takes_positions = "position_ids" in takes
         self.cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
         self.cache: Any = None
         self.mask_AT = torch.empty(0)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from headwater.errors import UserError
+from headwater.errors import UnsupportedModelError, UserError
 from headwater.models import adapter_files, untrusted_files
 from headwater.models.architecture import refuse_unknown, refuse_unsupported
 from headwater.models.generation_config import read_generation_config
@@ -95,6 +95,18 @@ class ModelFolder:
         elif list(folder.glob("*.safetensors")):
             untrusted_files.refuse_unlike_weights(self.json("config.json"), folder, self.field, self.name)
 
+    def require_trainable(self, adapter: bool) -> None:
+        """Raises UnsupportedModelError if the files hold quantized weights; those of bitsandbytes may carry an adapter."""
+        quantization = self._config_entries.get("quantization_config")
+        if not quantization:
+            return
+        method = str(quantization.get("quant_method") if isinstance(quantization, dict) else quantization)
+        if not (adapter and method == "bitsandbytes"):
+            raise UnsupportedModelError(
+                f"{self.field}: {self.name} holds quantized weights ({method:.40}), which cannot be trained; name the unquantized "
+                "model, or dequantize it with transformers and save it"
+            )
+
     def json(self, name: str) -> dict[str, Any]:
         """The JSON object in a file of the folder."""
         if name not in self._json:
@@ -144,8 +156,12 @@ class ModelFolder:
     @cached_property
     def _generation(self) -> tuple[GenerationConfig, tuple[str, ...]]:
         with as_user_error(f"{self.field}: the generation config of {self.name} cannot be read"):
-            config = self.base.json("config.json") if self.base.is_local else self.config.to_dict()
-            return read_generation_config(self.base.path, config)
+            return read_generation_config(self.base.path, self._config_entries)
+
+    @property
+    def _config_entries(self) -> dict[str, Any]:
+        entries: dict[str, Any] = self.base.json("config.json") if self.base.is_local else self.config.to_dict()
+        return entries
 
     @cached_property
     def tokenizer(self) -> Any:

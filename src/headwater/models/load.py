@@ -64,6 +64,8 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
         )
     folder.require_weights()
     folder.require_trusted()
+    if not options.frozen:
+        folder.require_trainable(adapter=spec is not None)
     base, compute_dtype = folder.base, getattr(torch, options.models.dtype)
     base_frozen = options.frozen or spec is not None
     quantization = None if spec is None else lora.quantization_config(spec.lora.quantize, compute_dtype)
@@ -73,11 +75,6 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
         raise UserError(
             f"{folder.field}: {folder.name} is an adapter, which cannot be added to weights in four bits; set models.lora.output: "
             "adapter to continue training it, or merge it first (`headwater merge`)"
-        )
-    if not base_frozen and getattr(folder.config, "quantization_config", None):
-        raise UnsupportedModelError(
-            f"{folder.field}: {folder.name} holds quantized weights, which cannot be trained; take its unquantized weights, or "
-            "train adapters (models.lora)"
         )
     with as_user_error(f"{folder.field}: {folder.name} cannot be loaded"):
         tokenizer = read_tokenizer(folder.tokenizer_path, folder.trust_remote_code)
@@ -89,6 +86,7 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
     keep_weights_in_place(model)
     if merges and ranks.single_process:
         merge_into(model, folder)
+    _declare_head(model)
     model.requires_grad_(not base_frozen)
     adapter = None if spec is None else lora.attach_adapter(model, base.path, spec, folder if continues else None)
     if adapter is not None and adapter.on_parameters and not ranks.single_process:
@@ -108,8 +106,10 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
         fsdp_weights.load_shards(model, base, device, ranks)
         if merges:
             merge_into(model, folder)
+    kind = model.config.model_type
+    adapted = "" if adapter is None else " with adapters on these layers; name others in models.lora.targets"
     with as_user_error(
-        f"{folder.field}: {folder.name} is a {model.config.model_type} model, which transformers cannot run on plain token ids",
+        f"{folder.field}: {folder.name} is a {kind} model, which transformers cannot run on plain token ids{adapted}",
         UnsupportedModelError,
     ):
         body, head = split_head(model, device)
@@ -167,6 +167,18 @@ def _refuse_unused(folder: ModelFolder, unexpected: Collection[str], model: Any)
             f"{folder.field}: {folder.name} cannot be loaded (its files hold {len(unused)} weights that {type(model).__name__}, which "
             f"its config.json asks for, does not take, such as {unused[0]}{kind}; they would be dropped)"
         )
+
+
+def _declare_head(model: Any) -> None:
+    """Let the config say that the head is not the embedding where the files hold a head of its own in spite of their config.
+
+    An engine that believed the config would drop the head, of the base model as of the trained one.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is not getattr(embedding, "weight", None):
+        for part in (model.config, model.config.get_text_config()):
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
 
 
 def _move(model: Any, device: torch.device) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,17 @@ from headwater.errors import UserError
 from headwater.models import adapter_files
 from headwater.models.adapter_files import CONFIG, PREFIX, WEIGHTS
 from headwater.models.folder import ModelFolder
-from headwater.models.untrusted_files import as_user_error
-
-TRAINED, START = "default", "start"
-"""peft's names for the adapter that trains, and for a frozen copy of the one that training started from."""
-BASE = ".base_layer"
-"""What peft inserts into the name of an adapted weight; twice where two parameters of one module are adapted."""
+from headwater.models.lora_targets import (
+    BASE,
+    START,
+    TRAINED,
+    adapted_layers,
+    inject,
+    layer_name,
+    peft_config,
+    saved_targets,
+    weight_name,
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,18 @@ class Adapter:
     def parameters(self) -> int:
         return sum(tensor.numel() for layer in self.layers.values() for tensor in low_rank_pair(layer))
 
+    def active_parameters(self, experts_per_token: float) -> float:
+        """Those of its weights that one token uses: of adapters on experts, those of the experts that it is sent to."""
+        counts = ((layer, getattr(layer, "num_experts", 1)) for layer in self.layers.values())
+        return sum(
+            tensor.numel() * (min(1.0, experts_per_token / count) if count > 1 else 1)
+            for layer, count in counts
+            for tensor in low_rank_pair(layer)
+        )
+
     def in_model(self, model: Any) -> Adapter:
         """The same adapter in the layers of another model of this architecture."""
-        return replace(self, layers=_adapted_layers(model))
+        return replace(self, layers=adapted_layers(model))
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -130,57 +143,8 @@ class Adapter:
             r=self.lora.r,
             lora_alpha=self.lora.alpha,
             inference_mode=True,
-            **_peft_targets(model, self.layers, self.lora),
+            **saved_targets(model, self.layers, self.lora),
         )
-
-
-def _peft_targets(model: Any, layers: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
-    """Fields of a LoraConfig with which peft adapts these layers of the plain model and no others."""
-    names = {name.replace(BASE, "") for name, _ in model.named_modules() if ".lora_" not in name}
-    linear = {path: layer for path, layer in layers.items() if not hasattr(layer, "parameter_name")}
-    fields: dict[str, Any] = {"target_modules": sorted(_suffixes(linear, names))}
-    if any(layer.fan_in_fan_out for layer in linear.values()):
-        fields["fan_in_fan_out"] = True
-    other = {weight_name(path, layer): layer for path, layer in layers.items() if path not in linear}
-    if other:
-        plain = {name.replace(BASE, "") for name, _ in model.named_parameters() if ".lora_" not in name}
-        suffixes = _suffixes(other, plain)
-        fields["target_parameters"] = sorted(suffixes)
-        # peft gives experts whose two matrices were fused twice the rank, and so twice the alpha.
-        fields["rank_pattern"] = {
-            end: layer.r[TRAINED] for end, layer in suffixes.items() if layer.r[TRAINED] != lora.r
-        }
-        fields["alpha_pattern"] = {end: suffixes[end].lora_alpha[TRAINED] for end in fields["rank_pattern"]}
-    return fields
-
-
-def _suffixes(layers: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Shortest ends of names that match the given layers and nothing else of the model -> one layer that they match."""
-    found: dict[str, Any] = {}
-    left, names, count = dict(layers), list(names), 0
-    while left:
-        count += 1
-        only_adapted: dict[str, bool] = {}
-        for name in names:
-            end = _end(name, count)
-            only_adapted[end] = only_adapted.get(end, True) and name in layers
-        found |= {_end(name, count): layer for name, layer in left.items() if only_adapted[_end(name, count)]}
-        left = {name: layer for name, layer in left.items() if not only_adapted[_end(name, count)]}
-    return found
-
-
-def _end(name: str, parts: int) -> str:
-    return ".".join(name.split(".")[-parts:])
-
-
-def weight_name(path: str, layer: Any) -> str:
-    """Name, in a plain model, of the weight that a peft layer adapts."""
-    return f"{path.replace(BASE, '')}.{getattr(layer, 'parameter_name', 'weight')}"
-
-
-def _layer_name(path: str, layer: Any) -> str:
-    """The name that peft matches rank and alpha patterns against: a module's, or that of one of its parameters."""
-    return weight_name(path, layer) if hasattr(layer, "parameter_name") else path
 
 
 def update_of(layer: Any) -> Tensor:
@@ -245,70 +209,6 @@ def attach_adapter(model: Any, base: str, spec: AdapterSpec, start: ModelFolder 
     return adapter
 
 
-def inject(model: Any, config: Any, name: str = TRAINED) -> dict[str, Any]:
-    """Add peft's layers to a model, in place; returns them by name.
-
-    Raises UserError if the targets match no layer of the model, or one that is neither linear nor a matrix of experts: an adapter on
-    an embedding or a convolution could not be merged here.
-    """
-    from peft import inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # names of fused experts, layouts of GPT-2, a second adapter: all intended
-        with as_user_error("models.lora.targets: peft cannot adapt these layers"):
-            inject_adapter_in_model(config, model, name)
-    head = model.get_output_embeddings()
-    for path, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        kind = layer.get_base_layer()
-        if layer is head:
-            raise UserError(f"models.lora.targets: {path} is the model's head, which gets no adapter here; name others")
-        if not hasattr(layer, "parameter_name") and not isinstance(kind, (nn.Linear, Conv1D)):
-            raise UserError(
-                f"models.lora.targets: {path} is a layer of type {type(kind).__name__}, which gets no adapter here; name linear "
-                "layers, or use all-linear"
-            )
-    return _adapted_layers(model)
-
-
-def peft_config(lora: Lora, model: Any) -> Any:
-    """peft's config of a new adapter for a model. `all-linear` includes experts that are fused into one parameter.
-
-    Layers whose output is no product with their weight get no adapter, whatever the targets: peft would add to something else.
-    """
-    from peft import LoraConfig
-
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=0.0,
-        target_modules=targets,
-        target_parameters=_fused_experts(model) if targets == "all-linear" else None,
-        exclude_modules=[path for path, module in model.named_modules() if not _is_product(module)] or None,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _is_product(module: nn.Module) -> bool:
-    """False for a linear layer with a forward of its own, such as the routers of Llama 4 and Phi-MoE, which choose experts."""
-    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    return not own_forward or type(module).__module__.startswith("bitsandbytes")
-
-
-def _fused_experts(model: Any) -> list[str] | None:
-    """Names of the parameters of (experts, …, …) that hold one matrix for each expert; None if there are none."""
-    return [
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if not isinstance(module, nn.Conv1d)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3
-    ] or None
-
-
 def _to_float32(adapter: Adapter) -> None:
     """Train in float32: bfloat16 would round small steps away."""
     for layer in adapter.layers.values():
@@ -318,17 +218,13 @@ def _to_float32(adapter: Adapter) -> None:
             matrix.float()
 
 
-def _adapted_layers(model: Any) -> dict[str, Any]:
-    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A") and layer.lora_A}
-
-
 @torch.no_grad()
 def _initialize(adapter: Adapter, draw: tuple[str | int, ...]) -> None:
     """LoRA's usual start, uniform in ±1/√inputs and 0, from named draws: equal on every device and after every resume."""
     for path, layer in adapter.layers.items():
         down = layer.lora_A[TRAINED].weight
         bound = down.shape[1] ** -0.5
-        values = seeds.generator(*draw, "lora", _layer_name(path, layer)).uniform(-bound, bound, tuple(down.shape))
+        values = seeds.generator(*draw, "lora", layer_name(path, layer)).uniform(-bound, bound, tuple(down.shape))
         down.copy_(torch.from_numpy(values))
         layer.lora_B[TRAINED].weight.zero_()
 
@@ -338,7 +234,7 @@ def _load(adapter: Adapter, start: ModelFolder) -> bool:
     """Copy a saved adapter's weights into both adapters of the layers; False if they do not fit."""
     weights, config = adapter_files.read_weights(Path(start.path, WEIGHTS)), start.json(CONFIG)
     for path, layer in adapter.layers.items():
-        if adapter_files.rank_and_scaling(config, _layer_name(path, layer))[1] != layer.scaling[TRAINED]:
+        if adapter_files.rank_and_scaling(config, layer_name(path, layer))[1] != layer.scaling[TRAINED]:
             return False
         for part in adapter_files.PAIRED:
             saved = weights.pop(f"{path}.{part}.weight", None)

@@ -107,7 +107,7 @@ class Policy:
             return 0.0
         tokens = packed_tokens(rows) if self.supports_packing else sum(lengths)
         context = sum(length**2 for length in lengths) / sum(lengths) / 2
-        adapter = 0 if self.adapter is None else self.adapter.parameters
+        adapter = 0 if self.adapter is None else self.adapter.active_parameters(self.shape.experts_per_token)
         return self.shape.flops(tokens, context, passes, adapter)
 
     def completion_hidden(self, batch: Batch) -> Tensor:

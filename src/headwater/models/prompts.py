@@ -8,6 +8,8 @@ from datetime import date, datetime, time
 from functools import cached_property
 from typing import Any
 
+from jinja2 import TemplateError
+
 from headwater import seeds
 from headwater.config.recipe import Prompt
 from headwater.errors import UserError
@@ -147,7 +149,8 @@ def render_chat(
         raise UserError(f"{template} takes more than {TEMPLATE_MB} MiB on {where}") from None
     except Exception as error:
         detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{template} cannot be used on {where} ({type(error).__name__}: {detail})") from None
+        remedy = "; change these turns, prompt.system or the chat template" if type(error) is TemplateError else ""
+        raise UserError(f"{template} cannot be used on {where} ({type(error).__name__}: {detail}){remedy}") from None
     return text
 
 

@@ -103,20 +103,14 @@ def _written_config(model: Any, weights: dict[str, Tensor], dtype: torch.dtype) 
     config.dtype = dtype
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    for name in (
-        config._get_generation_parameters()
-    ):  # transformers refuses them in config.json; the generation config has them
+    for name in config._get_generation_parameters():  # refused in config.json; the generation config has them
         delattr(config, name)
-    tied = [part for part in (config, config.get_text_config()) if getattr(part, "tie_word_embeddings", False)]
     names = {id(module): name for name, module in model.named_modules()}
     pair = (model.get_input_embeddings(), model.get_output_embeddings())
     embedding, head = (f"{names.get(id(module))}.weight" for module in pair)
-    if tied and embedding in weights and head in weights:
-        if torch.equal(weights[embedding], weights[head]):
-            weights[head] = weights[embedding]
-        else:  # the files held a head of their own, which an engine that ties by the config would ignore
-            for part in tied:
-                part.tie_word_embeddings = False
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+    if tied and embedding in weights and head in weights and torch.equal(weights[embedding], weights[head]):
+        weights[head] = weights[embedding]
     return config
 
 
@@ -136,12 +130,13 @@ def _write_tokenizer(tokenizer: Any, source: ModelFolder, folder: Path) -> None:
 
     Raises what transformers raised if the disk is full, or if the tokenizer is from no local folder whose files could be copied.
     """
+    files = Path(source.tokenizer_path)
     try:
         tokenizer.save_pretrained(folder)
-        if not source.is_local or reads_alike(tokenizer, read_tokenizer(str(folder), source.trust_remote_code)):
+        if not files.is_dir() or reads_alike(tokenizer, read_tokenizer(str(folder), source.trust_remote_code)):
             return
     except Exception as error:
-        if not source.is_local or disk_errno(error) is not None:
+        if not files.is_dir() or disk_errno(error) is not None:
             raise
     for path in Path(source.tokenizer_path).iterdir():
         if path.is_dir() and path.name == CHAT_TEMPLATES:

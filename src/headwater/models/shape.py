@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -40,7 +40,8 @@ class Shape:
     token_parameters    those of them that one token is multiplied with: of the routed experts, the ones that it is sent to
     experts_per_token   routed experts that a token is sent to; 0 in a model without experts
     experts_known       False where the config does not say how many: then all of them are in `token_parameters`
-    linears             (name, inputs, outputs) of every linear layer except the head: what an adapter can be added to
+    linears             (name, inputs, outputs) of every linear layer except the head
+    config              what it was measured on, so that the model can be built again (`empty_model`); None for a served model
     """
 
     layers: int
@@ -59,6 +60,8 @@ class Shape:
     experts_per_token: float = 0.0
     experts_known: bool = True
     linears: tuple[tuple[str, int, int], ...] = ()
+    config: Any = field(default=None, repr=False, compare=False)
+    trust_remote_code: bool = False
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> Shape:
@@ -71,7 +74,7 @@ class Shape:
 
         trust_remote_code  whether a model whose code comes with its folder may be built
         """
-        key = f"{type(config).__qualname__} {config.to_json_string(use_diff=False)}"
+        key = config_key(config)
         if key not in _MEASURED:
             _MEASURED[key] = _measure(config, trust_remote_code)
         return _MEASURED[key]
@@ -87,7 +90,10 @@ class Shape:
         return sum(inputs * outputs for _, inputs, outputs in self.linears)
 
     def adapter_parameters(self, rank: int, targets: Sequence[str] | None) -> int:
-        """Weights of LoRA adapters of a rank on the linear layers with these names; None means all of them."""
+        """Weights of LoRA adapters of a rank on the linear layers with these names; None means all of them.
+
+        Experts that are stacked in one tensor are not among them (`models.adapter_size` counts those too).
+        """
         chosen = [
             inputs + outputs
             for name, inputs, outputs in self.linears
@@ -95,13 +101,13 @@ class Shape:
         ]
         return rank * sum(chosen)
 
-    def flops(self, tokens: float, context: float, passes: Literal[1, 3] = 1, adapter: int = 0) -> float:
+    def flops(self, tokens: float, context: float, passes: Literal[1, 3] = 1, adapter: float = 0) -> float:
         """FLOPs of a forward pass (1) or a forward and backward pass (3) over `tokens` tokens.
 
         2 per matrix weight that a token uses, plus 2·attention_layers·heads·(key_dim + value_dim) per token and earlier token
         that it attends to; `context` is the mean number of those. A backward pass costs twice the forward pass. If only an
-        adapter of `adapter` weights trains, the base matrices need no gradient of their own, so their backward pass costs as
-        much as their forward pass.
+        adapter trains (`adapter` of its weights for a token), the base matrices need no gradient of their own, so their backward
+        pass costs as much as their forward pass.
         """
         attention = 2.0 * self.attention_layers * self.heads * (self.key_dim + self.value_dim) * context
         if not adapter:
@@ -114,19 +120,28 @@ _MEASURED: dict[str, Shape] = {}
 """Shapes by config."""
 
 
+def config_key(config: Any) -> str:
+    """Equal for configs that describe the same model."""
+    return f"{type(config).__qualname__} {config.to_json_string(use_diff=False)}"
+
+
+def empty_model(config: Any, trust_remote_code: bool) -> Any:
+    """The model of a config on the meta device: weights with shapes and without memory."""
+    # A copy of the config, because transformers writes the data type and the attention into it: a loaded model's own config must
+    # keep its packed attention. The type is named because the config's would become the default of every thread meanwhile.
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=torch.float32, attn_implementation="eager"
+        )
+
+
 def _measure(config: Any, trust_remote_code: bool) -> Shape:
     text = config.get_text_config()
     sizes = {"layers": text.num_hidden_layers, "hidden": text.hidden_size, "vocabulary": text.vocab_size}
     for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r:.40}")
-    # The type is named because transformers would make the config's the default of every thread meanwhile.
-    # A copy of the config, because transformers writes the data type and the attention into it: a loaded model's own config must
-    # keep its packed attention.
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=torch.float32, attn_implementation="eager"
-        )
+    model = empty_model(config, trust_remote_code)
     decoder = (model.get_decoder() if hasattr(model, "get_decoder") else None) or model.base_model
     head = model.get_output_embeddings()
     head_weight = getattr(head, "weight", None)
@@ -134,7 +149,7 @@ def _measure(config: Any, trust_remote_code: bool) -> Shape:
     total, used = _number(text, EXPERTS), _number(text, EXPERTS_USED)
     matrices, idle, mlp, experts = 0, 0.0, 0.0, False
     for name, parameter in decoder.named_parameters():
-        if parameter.ndim < 2 or id(parameter) in looked_up or parameter is head_weight:
+        if parameter.ndim < 2 or name.endswith("bias") or id(parameter) in looked_up or parameter is head_weight:
             continue
         share = 1.0
         if _is_of_experts(name, parameter, total):
@@ -157,6 +172,8 @@ def _measure(config: Any, trust_remote_code: bool) -> Shape:
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D)) and module is not head
         ),
+        config=copy.deepcopy(config),
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -15,6 +15,7 @@ from headwater.errors import UserError
 from headwater.models.untrusted_files import Stored, read_header, read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 INTEGERS = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 """Types in which a matrix of weights means something only together with scales."""
 BUFFERS = re.compile(
@@ -70,15 +71,15 @@ class WeightFiles:
     def _ambiguity(self) -> str | None:
         single, shards = (self.folder / SINGLE).is_file(), self.shards
         if shards is None:
-            found = sorted(path.name for path in self.folder.glob("*.safetensors"))[0]
-            return None if single else f"it holds {found}, and no {SINGLE} or {INDEX} that would say what to read"
+            found = sorted(path.name for path in self.folder.glob("*.safetensors"))
+            if not single:
+                return f"it holds {found[0]}, and no {SINGLE} or {INDEX} that would say what to read"
+            shard = next((name for name in found if SHARD.fullmatch(name)), None)
+            return None if shard is None else _two_readings(f"{shard}, a shard without an index")
         if not shards:
             return f"{INDEX} holds no weight_map"
         if single and set(shards.values()) != {SINGLE}:
-            return (
-                f"it holds {SINGLE} and also {INDEX}, which lists other files; programs differ in which they read: remove those "
-                "that are out of date"
-            )
+            return _two_readings(f"{INDEX}, which lists other files")
         missing = sorted({shard for shard in shards.values() if not (self.folder / shard).is_file()})
         return f"{INDEX} lists {missing[0]}, which is not there: download it again" if missing else None
 
@@ -99,13 +100,20 @@ class WeightFiles:
 
     def _quantized(self) -> str | None:
         """Weights in a quantized type that config.json does not mention: transformers would read the bare numbers."""
-        config = read_object(self.folder / "config.json", self.field, self.name)
+        try:
+            config = read_object(self.folder / "config.json", self.field, self.name)
+        except UserError:
+            return None  # whoever needs the config refuses it
         if config.get("quantization_config") or config.get("compression_config"):
             return None
         for tensor, stored in self.tensors.items():
             if stored.dtype in INTEGERS and len(stored.shape) > 1 and tensor.endswith("weight"):
                 return f"{tensor} is stored as {stored.dtype}, and config.json has no quantization_config that says how to read it"
         return None
+
+
+def _two_readings(other: str) -> str:
+    return f"it holds {SINGLE} and also {other}; programs differ in which they read: remove those that are out of date"
 
 
 def unused_weights(unexpected: Collection[str], stored: Mapping[str, Stored], config: Any) -> list[str]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headwater.config.recipe import Recipe
 from headwater.config.stage import Sampling
 from headwater.losses.objectives import objective_of
+from headwater.models.adapter_size import adapter_size
 from headwater.models.folder import ModelFolder
 from headwater.models.shape import Shape
 from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
@@ -113,14 +113,6 @@ def base_of(source: Role | Node) -> Role:
     return source
 
 
-def adapter_parameters(node: Node, recipe: Recipe, shape: Shape) -> int:
-    """Weights of the LoRA adapter that a node trains on a base of this shape; 0 where it trains all weights."""
-    lora = node.lora(recipe)
-    if lora is None:
-        return 0
-    return shape.adapter_parameters(lora.r, None if isinstance(lora.targets, str) else lora.targets)
-
-
 @dataclass(frozen=True)
 class Estimator:
     """Estimates nodes of one plan; `prompt` is the length of a prompt in tokens."""
@@ -179,8 +171,10 @@ class Estimator:
         mean = self.assumptions.mean_tokens
         return float(sampling.max_tokens) if mean is None else min(mean, float(sampling.max_tokens))
 
-    def adapter_parameters(self, node: Node) -> int:
-        return adapter_parameters(node, self.inputs.recipe, self.shape(node.start))
+    def adapter_size(self, node: Node) -> tuple[int, float]:
+        """(weights of the LoRA adapter that a node trains, those that one token uses); 0 where it trains all weights."""
+        lora = node.lora(self.inputs.recipe)
+        return (0, 0.0) if lora is None else adapter_size(self.shape(node.start), lora)
 
     @property
     def bytes_per_value(self) -> int:
@@ -212,7 +206,7 @@ class Estimator:
         tokens, context = rows * completion + prompts * self.prompt, (completion + self.prompt) / 2
         if node.kind == "rollouts":  # sampled, and scored row by row
             return 2 * shape.flops(rows * (completion + self.prompt), context)
-        objective, adapter = objective_of(stage), self.adapter_parameters(node)
+        objective, (_, adapter) = objective_of(stage), self.adapter_size(node)
         flops = stage.passes * shape.flops(tokens, context, 3, adapter)
         if objective.source == "policy":
             if stage.passes * stage.minibatches > 1:
@@ -256,7 +250,7 @@ class Estimator:
         shape, stage, width = self.shape(node.start), node.settings, self.bytes_per_value
         if node.kind != "train" or stage is None:
             return persistent_bytes(None, 0, False, [shape], width)
-        objective, adapter, lora = objective_of(stage), self.adapter_parameters(node), node.lora(self.inputs.recipe)
+        objective, (adapter, _), lora = objective_of(stage), self.adapter_size(node), node.lora(self.inputs.recipe)
         frozen = []
         teacher = supervisor(node)
         if teacher is not None and ("teacher" in objective.signals or self.inputs.recipe.conditions.problems):

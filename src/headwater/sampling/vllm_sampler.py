@@ -150,8 +150,12 @@ class EnginePool:
 
 
 def _overrides(policy: Policy) -> dict[str, Any]:
-    """Where the model may differ from its base folder's config: an adapter on one of two tied layers unties them."""
-    return {"tie_word_embeddings": policy.model.config.tie_word_embeddings} if policy.folder.is_adapter else {}
+    """What the engine must not believe of the base folder's config.json: that the head is the embedding.
+
+    The files may hold a head of its own all the same, and an adapter on one of two tied layers unties them.
+    """
+    tied = getattr(policy.model.config, "tie_word_embeddings", True)
+    return {} if tied else {"tie_word_embeddings": False}
 
 
 def check_device_count(count: int, device: torch.device) -> None:

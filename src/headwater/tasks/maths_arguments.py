@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 
 _TOKENS = re.compile(r"\\[a-zA-Z]+|\\.|\s+|.", re.DOTALL)
-_ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1}
+_ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "\\vec": 1, "\\hat": 1}
 # Commands that are no argument by themselves: relations, operators, and those with arguments of their own that are not read here.
 _NO_ARGUMENT = re.compile(
-    r"\\(?:cdot|times|div|pm|mp|leq|geq|neq|in|cup|cap|to|ldots|text|begin|end|frac|binom|sqrt|overline|mathbb|left|right)"
+    r"\\(?:cdot|times|div|pm|mp|leq|geq|neq|in|cup|cap|to|ldots|text|begin|end|frac|binom|sqrt|vec|hat|overline|mathbb|left|right)"
 )
 LONGEST_INDEX, LONGEST_BRACKETS = 20, 300  # tokens of the n in \sqrt[n]{x} and of the x in \sqrt(x)
 
 
 def brace_arguments(text: str) -> str:
-    """Braces around the arguments of `\\frac`, `\\binom`, `\\sqrt`, `^` and `_`, as TeX reads them: one token or one group.
+    """Put braces around the arguments of `\\frac`, `\\binom`, `\\sqrt`, `\\vec`, `\\hat`, `^` and `_`: one token or group, as in TeX.
 
     A number after `^` or `_` is one argument, since `2^10` is written for 2 to the 10; TeX would raise to the 1.
 

@@ -121,6 +121,7 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![a-zA-Z\\])sqrt\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),  # no LaTeX, so the root is of the whole number
         (r"(?<![a-zA-Z\\])(pi|sqrt)(?![a-zA-Z])", r"\\\1 "),
+        (r"(?<![a-zA-Z\\])(log|ln)(?=\s?[_(\d])", r"\\\1"),
         (r"\*\*", "^"),
         (r"\*", r"\\cdot "),
         (r";", ","),

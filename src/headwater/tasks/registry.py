@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -27,22 +26,12 @@ from headwater.tasks import (
     sums,
     word_problems,
 )
+from headwater.tasks.golds import cell_as_is, marked_gold
 
 Outcome = tuple[bool, str]
 
 NO_VERDICT = "no verdict: "
 """Begins the reason for a completion for which a user's grader returned neither a bool nor (bool, reason); its type follows."""
-
-
-def cell_as_is(value: Any) -> str | None:
-    """Convert a data cell to a gold answer: text unchanged, numbers as text, objects as JSON; None if empty.
-
-    Example: `cell_as_is({"value": 3.14, "abs": 0.01})` is `'{"value": 3.14, "abs": 0.01}'`.
-    """
-    if value is None or value != value:  # tables write a missing cell as NaN
-        return None
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, bool)) else str(value)
-    return text if text.strip() else None
 
 
 def _after_equals(completion: str) -> str | None:
@@ -207,7 +196,9 @@ def find_task(name: str) -> Task:
     def grade(gold: str, completion: str) -> Outcome:
         return _checked_outcome(function(gold, completion))
 
-    return Task(name, grade, extract=None, bounded=True, one_answer=False, file=function.__code__.co_filename)
+    return Task(
+        name, grade, extract=None, bounded=True, gold=marked_gold, one_answer=False, file=function.__code__.co_filename
+    )
 
 
 def grader_code(name: str) -> str | None:

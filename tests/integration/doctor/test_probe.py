@@ -129,6 +129,21 @@ def test_probe_refuses_invalid_options_in_one_sentence(options: tuple[str, ...],
     assert found.code == 2 and message in found.err and "Traceback" not in found.err
 
 
+def test_probe_refuses_continuations_across_a_change_of_positions(tmp_path: Path) -> None:
+    """The longest prompt has 19 tokens: a run fits under the limit of 51, answers that are continued do not."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 51,
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    }  # fmt: skip
+    folder = tiny_folder(tmp_path / "model", rope_parameters=rope, max_position_embeddings=512)
+    models = [f"models.student={folder}", f"models.teacher={folder}"]
+    most = [f"stages.{stage}.sampling.max_tokens=32" for stage in ("teacher_rl", "warmup", "student_rl")]
+    found = call("probe", "pocket", *sets(*models, *most), "--problems", "2", "--samples", "4")
+    assert found.code == 2 and "completions of up to 40 can cross this" in found.err and "Traceback" not in found.err
+    shorter = [f"stages.{stage}.sampling.max_tokens=25" for stage in ("teacher_rl", "warmup", "student_rl")]
+    assert call("probe", "pocket", *sets(*models, *shorter), "--problems", "2", "--samples", "4").code == 0
+
+
 def test_probe_table_shows_both_models_and_the_advice() -> None:
     result = call("probe", "pocket", *sets(), "--problems", "8", "--samples", "4", "--seed", "0")
     _, answer, _ = kept()

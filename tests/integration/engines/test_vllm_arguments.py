@@ -14,6 +14,7 @@ from headwater.errors import UserError
 from headwater.models.policy import Policy
 from headwater.sampling import vllm_sampler
 from headwater.sampling.vllm_sampler import EnginePool, check_device_count
+from tiny import tiny_policy
 
 
 class Recorded:
@@ -45,6 +46,15 @@ def test_engine_devices_and_weight_transfer_follow_the_recipe(
     state = policy.model.state_dict()
     found = dict(handed)
     assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_engine_is_told_of_a_head_that_is_not_the_embedding(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder's config.json may say otherwise, and the engine would drop the head."""
+    monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: True)
+    monkeypatch.setattr(vllm_sampler, "_import_vllm", lambda: SimpleNamespace(LLM=Recorded))
+    engine = EnginePool(Compute(sampler="vllm"), 64).engine(tiny_policy(tied=tied))
+    assert engine.llm.told["hf_overrides"] == ({} if tied else {"tie_word_embeddings": False})
 
 
 def test_engine_refuses_more_devices_than_exist_and_none() -> None:

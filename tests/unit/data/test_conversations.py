@@ -59,6 +59,7 @@ PADDED = [{**turn, "name": None, "tool_calls": None, "weight": 1} for turn in ME
         {"conversations": SHAREGPT, "answer": "2"},
         {"conversations": [*SHAREGPT, {"from": "gpt", "value": "9 - 7 = 2\n#### 2"}]},
         {"conversation": json.dumps(MESSAGES), "Answer": "2"},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "<think>9? \\boxed{9}</think>It is #### 2"}]},
         {"prompt": COLUMNS_OF_TURNS, "answer": "2"},
         {"prompt": MESSAGES, "reward_model": {"style": "rule", "ground_truth": "2"}, "extra_info": {"index": 0}},
         {"prompt": MESSAGES, "reward_model": {"style": "rule", "ground_truth": '["2"]'}},
@@ -82,6 +83,7 @@ def test_every_usual_shape_of_a_conversation_is_read_whole(tmp_path: Path, row: 
         ({"Problem": "1+1?", "Solution": "\\boxed{2}", "Answer": 2, "ID": "2024-I-1"}, {}, "2"),
         ({"data_source": "math", "prompt": asked("1+1?"), "reward_model": {"ground_truth": "2"}}, {}, "2"),
         ({"q": {"text": "1+1?"}, "a": [{"v": "x"}, {"v": "2"}]}, {"problem": "q.text", "answer": "a.1.v"}, "2"),
+        ({"prompt": asked("1+1?"), "reward_model": json.dumps({"ground_truth": "2"})}, {}, "2"),
         ({"question": "1+1?", "info": json.dumps({"truth": "2"})}, {"answer": "info.truth"}, "2"),
         ({"a.b": "2", "a": {"b": "3"}, "query": "1+1?"}, {"answer": "a.b"}, "2"),
         ({"question": "1+1?", "final_answer": "2", "extra_info": {"answer": "no"}}, {}, "2"),
@@ -183,6 +185,34 @@ def test_a_conversation_with_pictures_or_tools_beside_it_is_refused(tmp_path: Pa
     for name in ("images", "tools"):
         sentence = refusal(tmp_path, {"prompt": MESSAGES, "answer": "2", name: [{"bytes": "…"}]})
         assert f"row 1: {name!r} is not empty" in sentence
+
+
+CITIES = ["Rome", "Paris", "Oslo", "Bern"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"choices": CITIES, "answer": 1},
+        {"options": CITIES, "answer": "B", "answer_index": 1},
+        {"choices": {"text": CITIES, "label": ["A", "B", "C", "D"]}, "answer": "(B)"},
+        {"options": dict(zip("ABCD", CITIES, strict=True)), "answer": "b"},
+    ],
+)
+def test_choices_that_the_problem_does_not_show_are_refused_and_shown_ones_read(tmp_path: Path, row: Any) -> None:
+    name = next(name for name in row if name != "answer")
+    sentence = refusal(tmp_path, {"question": "What is the capital of France?", **row})
+    assert f"row 1: the answer {row['answer']!r} is one of {name!r}" in sentence
+    shown = "What is the capital of France?\nA. Rome\nB. Paris\nC. Oslo\nD. Bern"
+    assert list(read(tmp_path, {"question": shown, **row}).gold) == [problem_id(shown)]
+    assert list(read(tmp_path, {"question": "Which city?", **row, "answer": "Paris"}).gold.values()) == ["Paris"]
+    assert list(read(tmp_path, {"question": "2+2?", "options": ["3", "4", "0"], "answer": 4}).gold.values()) == ["4"]
+
+
+def test_a_problem_about_a_picture_in_another_column_is_refused(tmp_path: Path) -> None:
+    row = {"problem": "<image>Find x.", "images": [{"bytes": "…"}], "answer": "3"}
+    assert "row 1: 'images' is not empty" in refusal(tmp_path, row)
+    assert len(read(tmp_path, {**row, "images": []}).gold) == 1
 
 
 def test_a_reference_answer_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headwater.config.recipe import Columns, Generate, Source
-from headwater.data.golds import gold_answer
 from headwater.data.sources import LoadedProblems, load, without_leaks
 from headwater.errors import UserError
+from headwater.tasks.golds import gold_answer, marked_gold
 from headwater.tasks.verifier import Verifier
 from headwater.types import problem_id
 
@@ -63,6 +63,27 @@ def shared(name: str) -> Source:
 )
 def test_gold_answers_are_read_from_each_usual_form(cell: Any, gold: str | None) -> None:
     assert gold_answer(cell) == gold
+
+
+def test_a_users_grader_gets_texts_of_any_length_as_they_are(tmp_path: Path) -> None:
+    rubric = "# Rubric\nThe essay must name three causes.\nThe answer is long. " + "word " * 50
+    cells = {
+        rubric: rubric.strip(),
+        "so\n#### 42": "42",
+        "\\boxed{7}": "7",
+        "#### Part 1\nall of it": "#### Part 1\nall of it",
+    }
+    assert [marked_gold(cell) for cell in cells] == list(cells.values())
+    assert [marked_gold(cell) for cell in (27.0, True, ["x"], None, " ", "####")] == [
+        "27",
+        "True",
+        "x",
+        None,
+        None,
+        None,
+    ]
+    source = write(tmp_path / "a.jsonl", {"problem": "Grade this.", "answer": rubric})
+    assert list(load(source, "data", True, gold=marked_gold).gold.values()) == [rubric.strip()]
 
 
 def test_the_usual_columns_are_recognised_and_answer_is_preferred_to_solution(tmp_path: Path) -> None:

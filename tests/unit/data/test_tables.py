@@ -17,9 +17,10 @@ import pyarrow.parquet
 import pytest
 
 from headwater.config.recipe import Columns, Source
+from headwater.data.cells import plain_value
 from headwater.data.sources import load
 from headwater.errors import UserError
-from headwater.tasks.registry import cell_as_is
+from headwater.tasks.golds import cell_as_is
 
 Write = Callable[[pa.Table, Path], str]
 
@@ -166,6 +167,18 @@ def test_selected_rows_of_a_saved_folder_are_those_that_were_selected(tmp_path: 
     assert golds(str(tmp_path / "some")) == ["0.3", "0.1"]
 
 
+def test_the_format_and_json_columns_of_a_saved_folder_change_no_gold(tmp_path: Path) -> None:
+    import datasets
+
+    plain = datasets.Dataset(table(pa.array([0.1, 3.0], pa.float32())))
+    plain.with_format("numpy", columns=["answer"]).save_to_disk(str(tmp_path / "numpy"))
+    assert golds(str(tmp_path / "numpy")) == ["0.1", "3"]
+    features = datasets.Features(question=datasets.Value("string"), answer=datasets.Json())
+    rows = [{"question": f"{n}?", "answer": answer} for n, answer in enumerate(["1/2", 27.0, ["8"], None])]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "json"))
+    assert golds(str(tmp_path / "json")) == ["1/2", "27", "8", None]
+
+
 # CSV ------------------------------------------------------------------------------------------------------------------
 
 
@@ -257,3 +270,11 @@ def test_a_key_given_twice_in_a_row_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match="is not JSON \\(the key 'answer' is given twice\\)"):
             golds(str(tmp_path / name))
+
+
+def test_a_cell_nested_thousands_deep_is_refused_by_a_sentence() -> None:
+    cell: Any = "7"
+    for _ in range(5000):
+        cell = [cell]
+    with pytest.raises(ValueError, match="lists within lists"):
+        plain_value(cell)

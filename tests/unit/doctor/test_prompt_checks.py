@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +18,10 @@ from headwater.config.builtin import find_recipe
 from headwater.doctor import prompt_checks
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding
+from headwater.doctor.teacher_checks import server_tokens
 from headwater.runs.inputs import RunInputs
 from runs import TINY
+from serving import Answering, serving
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -156,6 +160,18 @@ def test_both_ends_of_a_prompt_are_looked_at(
     found = list(prompt_checks.prompt_ends(context))
     assert [finding.name for finding in found] == ([] if name is None else [name, name])
     assert all("models.student" in finding.evidence or "models.teacher" in finding.evidence for finding in found)
+
+
+@pytest.mark.parametrize("template", [CHATML, LAST_ONLY])
+def test_a_server_is_asked_for_the_whole_conversation(tmp_path: Path, template: str) -> None:
+    context = context_of(tmp_path, [{"prompt": TALK, "answer": "2"}], tokenizer_of(CHATML))
+    with serving(Answering(SimpleNamespace(tokenizer=tokenizer_of(template)))) as there:  # type: ignore[arg-type]
+        url = f"models.teacher={there.url}"
+        served = replace(context.inputs, recipe=find_recipe("pocket", [*TINY, url]), memo=dict(context.inputs.memo))
+        del served.memo["tokenizer", "teacher"]
+        served.memo["problems",] = context.inputs.problems
+        found = list(server_tokens(DoctorContext(served, ("raw_teacher",), (0,), tmp_path)))
+    assert [finding.name for finding in found] == ([] if template == CHATML else ["server-disagrees"])
 
 
 def test_a_template_that_reads_the_clock_is_told_the_recorded_day(tmp_path: Path) -> None:

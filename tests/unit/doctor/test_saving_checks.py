@@ -155,8 +155,31 @@ def test_numbers_that_are_none_are_found_in_weights_that_no_sample_touches(
     weights["model.layers.1.self_attn.k_norm.weight"][3] = value
     save_file(weights, path, metadata={"format": "pt"})
     examination = diagnose(find_recipe("pocket", [*TINY, *changes]), ("raw_teacher",), (0,), tmp_path / "out")
-    named = [finding for finding in examination.errors if "in its weight" in finding.evidence]
+    named = list(examination.errors)
     assert [finding.name for finding in named] == ["not-finite"]
     assert (
         f"models.{role}: 1 of the 8 numbers in its weight model.layers.1.self_attn.k_norm.weight" in named[0].evidence
     )
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "awq", "bitsandbytes"])
+def test_a_quantized_model_that_a_stage_trains_is_named_before_weights_are_read(method: str, tmp_path: Path) -> None:
+    changes = folders(tmp_path, "qwen3")
+    for role in ("student", "teacher"):
+        path = tmp_path / role / "config.json"
+        quantization = {"quant_method": method, "load_in_4bit": True, "bits": 4}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+    checks = [check for check in CHECKS if check.title == "weights that can be trained"]
+
+    def named(*more: str, arm: str) -> list[str]:
+        with RunInputs(find_recipe("pocket", [*TINY, *changes, *more]), need_answers=False) as inputs:
+            found = examine(DoctorContext(inputs, (arm,), (0,), Path("out")), checks).findings
+        assert all(
+            finding.name == "model-unsupported" and f"quantized weights ({method})" in finding.evidence
+            for finding in found
+        )
+        return [finding.evidence.partition(":")[0] for finding in found]
+
+    assert named(arm="bridge_rl") == ["models.student", "models.teacher"]
+    assert named(arm="raw_teacher") == ["models.student"]  # this teacher does not train
+    assert named(ADAPTER, arm="raw_teacher") == ([] if method == "bitsandbytes" else ["models.student"])

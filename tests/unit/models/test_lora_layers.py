@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from headwater.config.recipe import Lora
 from headwater.errors import UserError
 from headwater.losses.objectives import objective_of
-from headwater.models import lora
+from headwater.models import lora, lora_targets
 from headwater.models.adapter_coverage import coverage
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
@@ -107,7 +107,7 @@ def test_every_adapter_gets_the_gradient_of_its_weight_through_its_other_half(ki
     full = gradient_of(whole, found, GRPO)
     assert policy.adapter is not None
     for path, layer in policy.adapter.layers.items():
-        weight = full[lora.weight_name(path, layer)]
+        weight = full[lora_targets.weight_name(path, layer)]
         down, scaling = layer.lora_A["default"].weight, layer.scaling["default"]
         if getattr(layer, "fan_in_fan_out", False):
             expected = weight.T @ down.T
@@ -192,7 +192,9 @@ def test_targets_that_could_not_be_saved_are_refused_before_training(
 ) -> None:
     model = tiny_model(architecture, **config) if architecture != "falcon_mamba" else _mamba(config)
     with pytest.raises(UserError, match=r"models\.lora\.targets: ") as raised:
-        lora.inject(model, lora.peft_config(Lora(r=2).model_copy(update={"targets": tuple(targets)}), model))
+        lora_targets.inject(
+            model, lora_targets.peft_config(Lora(r=2).model_copy(update={"targets": tuple(targets)}), model)
+        )
     assert said in str(raised.value)
 
 
@@ -211,7 +213,7 @@ def test_layers_that_were_transposed_to_be_quantized_are_written_as_they_were() 
             linear.weight, linear.bias, linear.source_cls = nn.Parameter(module.weight.t()), module.bias, Conv1D
             model.set_submodule(path, linear)
     settings = Lora(r=2)
-    adapter = lora.Adapter(settings, "", lora.inject(model, lora.peft_config(settings, model)))
+    adapter = lora.Adapter(settings, "", lora_targets.inject(model, lora_targets.peft_config(settings, model)))
     for layer in adapter.layers.values():
         nn.init.normal_(layer.lora_B["default"].weight)
     plain.load_state_dict(dict(adapter.merged_weights(model)))
@@ -224,7 +226,23 @@ def test_routers_that_choose_experts_themselves_get_no_adapter() -> None:
     """Llama 4's router is a linear layer by class and returns a choice of experts, to which peft would add a product."""
     moe = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
     model, settings = tiny_model("llama4_text", **moe), Lora(r=2)
-    layers = lora.inject(model, lora.peft_config(settings, model))
+    layers = lora_targets.inject(model, lora_targets.peft_config(settings, model))
     assert {path.rpartition(".")[2] for path in layers} >= {"experts", "q_proj", "gate_proj"}
     assert not any("router" in path for path in layers)
     assert model(input_ids=torch.tensor([[1, 6, 15]])).logits.isfinite().all()
+
+
+def test_mamba_trains_without_the_layers_that_its_kernels_read_past_adapters(tmp_path: Path) -> None:
+    policy = trained(tiny_folder(tmp_path / "base", "mamba", state_size=4), output="adapter")
+    found = sampled_rows(policy, draw=7)
+    save_policy(policy, tmp_path / "adapter", torch.float32)
+    assert policy.adapter is not None
+    assert {path.rpartition(".")[2] for path in policy.adapter.layers} == {"in_proj", "x_proj", "dt_proj"}
+    assert furthest_apart(scores(base(tmp_path / "adapter"), found), scores(policy, found)) < 1e-4
+
+
+def test_vectors_stored_in_three_dimensions_are_no_experts() -> None:
+    """RWKV keeps its time mixes as (1, 1, hidden)."""
+    model, settings = tiny_model("rwkv", attention_hidden_size=32, context_length=32), Lora(r=2)
+    layers = lora_targets.inject(model, lora_targets.peft_config(settings, model))
+    assert layers and not any(hasattr(layer, "parameter_name") for layer in layers.values())

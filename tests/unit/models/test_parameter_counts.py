@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headwater.models.shape import Shape
@@ -155,6 +156,51 @@ def test_other_architectures_have_the_parameters_that_their_publishers_state(nam
     shape = Shape.from_fields(fields)
     assert shape.parameters / 1e9 == pytest.approx(total, rel=0.003)
     assert shape.active_parameters == shape.parameters
+
+
+COUNTED: dict[str, Fields] = {
+    "qwen3_moe": {
+        "num_key_value_heads": 2, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+    },
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8, "v_head_dim": 12,
+    },
+    "qwen2_moe": {
+        "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    "jetmoe": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
+    "llama": {"num_key_value_heads": 2},
+    "gpt2": {"bos_token_id": 1, "eos_token_id": 2},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 32},
+    "gemma2": {"head_dim": 16, "num_key_value_heads": 2},
+    "falcon": {"multi_query": True, "alibi": False},
+}  # fmt: skip
+"""Architecture -> fields of a small model whose FLOPs torch counts."""
+
+
+@pytest.mark.parametrize("architecture", COUNTED)
+def test_flops_of_a_forward_pass_are_those_that_torch_counts(architecture: str) -> None:
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+    }
+    config = AutoConfig.for_model(architecture, **small | COUNTED[architecture])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.set_experts_implementation("eager")  # others run operations that the counter does not know
+    ids = torch.arange(2 * 16).view(2, 16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    # Every token is compared with all 16, the later ones included.
+    assert Shape.from_config(config).flops(ids.numel(), 16) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,8 @@ def test_a_template_that_refuses_a_conversation_is_one_sentence_with_the_row() -
         == "<|user|>17+4<|assistant|>=21<|user|>17+45<|assistant|>"
     )
     with pytest.raises(
-        UserError, match=r"problem \w{16} of d.jsonl, row 3 \(TemplateError: Conversation roles must alternate"
+        UserError,
+        match=r"problem \w{16} of d.jsonl, row 3 \(TemplateError: Conversation roles must alternate.*\); change",
     ):
         prompter(STRICT).ids(problem)
 

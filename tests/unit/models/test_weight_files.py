@@ -182,6 +182,10 @@ def tensor_missing(folder: Path) -> None:
     save_file(held, path, metadata={"format": "pt"})
 
 
+def stale_shards(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+
+
 def no_index(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").unlink()
@@ -191,6 +195,7 @@ def no_index(folder: Path) -> None:
     ("spoil", "sentence"),
     [
         (stale_single_file, r"it holds model\.safetensors and also model\.safetensors\.index\.json, which lists other files"),
+        (stale_shards, r"it holds model\.safetensors and also model-00001-of-00002\.safetensors, a shard without an index"),
         (shard_missing, r"index\.json lists model-00002-of-00002\.safetensors, which is not there: download it again"),
         (shard_of_another_checkpoint, r"says that model\.extra\.weight is in no file, and it is in model-00001-of"),
         (tensor_twice, r"model-00001-of-00002\.safetensors and model-00002-of-00002\.safetensors both hold"),

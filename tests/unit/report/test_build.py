@@ -295,6 +295,32 @@ def test_maj_at_k_is_null_if_the_grader_extracts_no_answers(tmp_path: Path) -> N
     assert values["accuracy"]["sums"]["mean"] > 0
 
 
+def test_different_correct_answers_are_one_vote_only_where_the_gold_is_the_answer(tmp_path: Path) -> None:
+    out = fake_run(tmp_path / "out", seeds=(0,), arms={"base_student": [BASE_S]})
+    file = next(out.glob("nodes/*/evals/final/sums.jsonl"))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["problem_id"], []).append(row)
+    size = len(next(iter(groups.values())))
+    for (
+        group
+    ) in groups.values():  # two right answers, written differently, against wrong ones: one more than each alone
+        for place, row in enumerate(group):
+            row["correct"] = place < 2
+            row["extracted"] = (
+                ["50+24-46", "24-46+50"][place] if place < 2 else "1+1" if place < 4 else f"wrong {place}"
+            )
+    assert size >= 4
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = json.loads((out / "recipe.json").read_text())
+    found = {}
+    for task in ("sums", "countdown"):
+        (out / "recipe.json").write_text(json.dumps({**recipe, "task": task}))
+        found[task] = report.build([out])["arms"]["base_student"]["maj_at_k"]["sums"]["mean"]
+    assert found == {"sums": 0.5, "countdown": 0.0}
+
+
 def test_report_imports_no_torch() -> None:
     code = "import sys, headwater.report.build, headwater.stats; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -52,11 +53,17 @@ def assert_plain_logp(policy: Policy, rollouts: list[Rollout]) -> None:
         assert rollout.sampler_logp == pytest.approx(plain_logp(policy, rollout), abs=2e-5)
 
 
+@cache
+def sampled_in_one_batch(name: str) -> tuple[Policy, list[Rollout]]:
+    """A policy and its rollouts of all requests at once."""
+    policy = tiny_policy(name, seed=2, std=0.2)
+    return policy, TorchSampler(policy, batch=64).sample(requests(), Sampling(max_tokens=90))
+
+
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2"])
 @pytest.mark.parametrize("batch", [3, 8])
 def test_batch_size_does_not_change_completions(name: str, batch: int) -> None:
-    policy = tiny_policy(name, seed=2, std=0.2)
-    whole = TorchSampler(policy, batch=64).sample(requests(), Sampling(max_tokens=90))
+    policy, whole = sampled_in_one_batch(name)
     lengths = sorted(len(rollout.completion_ids) for rollout in whole)
     assert lengths[0] <= 6 and lengths[-1] == 90 and len(set(lengths)) > 8
     small_batch = TorchSampler(policy, batch=batch).sample(requests(), Sampling(max_tokens=90))

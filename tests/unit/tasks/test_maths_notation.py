@@ -84,7 +84,7 @@ SAME_LATEX = boxed(
     (r"\sqrt23", r"3\sqrt2"), ("√23", r"\sqrt{23}"), ("sqrt 23", r"\sqrt{23}"), (r"\sqrt[3]8", "2"), (r"\sqrt\frac14", "0.5"),
     ("2^{10}", "1024"), ("2^10", "1024"), (r"4^\frac12", "2"), (r"2^\sqrt4", "4"), ("x^23", "x^{23}"),
     ("x^-1", r"\frac1x"), ("2^0.5", r"\sqrt2"),
-    (r"{1 \over 2}", "0.5"), ("x_12", "x_{12}"), (r"\sqrt\sqrt{16}", "2"),
+    (r"{1 \over 2}", "0.5"), ("x_12", "x_{12}"), (r"\sqrt\sqrt{16}", "2"), ("log₂8", "3"), (r"\vec a", r"\vec{a}"),
 )  # fmt: skip
 OTHER_LATEX = boxed(
     (r"\log_28", r"\log_{28}"), (r"\log_28", "4"), (r"\log_28", "28"), (r"\binom52", "5"), (r"\binom52", r"\frac52"),

@@ -13,9 +13,10 @@ from headwater.config.recipe import Source
 from headwater.data.sources import load
 from headwater.data.validate import grade_file, validate
 from headwater.tasks.choice import letters_of
+from headwater.tasks.golds import cell_as_is
 from headwater.tasks.json_fields import holds, last_object
 from headwater.tasks.numeric import read_gold
-from headwater.tasks.registry import TASKS, cell_as_is, find_task
+from headwater.tasks.registry import TASKS, find_task
 from headwater.tasks.verifier import Verifier
 
 Case = tuple[str, str, bool, str]

@@ -1,4 +1,4 @@
-"""Convert cells of data files to gold answers."""
+"""Convert cells of data files to plain values, from which a task reads its gold answers (`tasks.golds`)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
-from headwater.data.arrow_rows import LARGEST_EXACT_FLOAT, Unreadable
-from headwater.tasks import maths_text
-from headwater.tasks.announced import announced_answer, is_solution, marked_answer
+from headwater.data.arrow_rows import Unreadable
 
 
 def plain_value(value: Any) -> Any:
@@ -31,10 +29,13 @@ def plain_value(value: Any) -> Any:
         return None if math.isnan(value) else value  # tables write a missing cell as NaN
     if isinstance(value, Decimal) and value.is_finite():
         return int(value) if value == value.to_integral_value() else f"{value:f}"
-    if isinstance(value, (list, tuple)):
-        return [_plain_part(part) for part in value]
-    if isinstance(value, dict):
-        return {str(name): _plain_part(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple, dict)):
+        try:
+            if isinstance(value, dict):
+                return {str(name): _plain_part(part) for name, part in value.items()}
+            return [_plain_part(part) for part in value]
+        except RecursionError:
+            raise ValueError("holds lists within lists, too many to read") from None
     if isinstance(value, datetime):
         midnight = value.tzinfo is None and value.time() == time()
         return value.date().isoformat() if midnight else value.isoformat(sep=" ")
@@ -51,32 +52,3 @@ def _plain_part(value: Any) -> Any:
     if isinstance(value, Decimal) and isinstance(plain, str) and Decimal(repr(float(plain))) == value:
         return float(plain)
     return plain
-
-
-def gold_answer(value: Any) -> str | None:
-    """Gold answer of a cell for tasks of mathematics; None if it has none.
-
-    Of a text: what follows GSM8K's `####` on the last line, else the last box, else the answer that a solution of several lines
-    announces ("The answer is …"), else a text of one line as it is. A solution without any of these has no answer.
-
-    Example: `gold_answer("… <<48+24=72>>72 clips.\\n#### 1,080")` is `"1,080"`, `gold_answer(27.0)` is `"27"`.
-    """
-    value = plain_value(value)
-    if isinstance(value, list) and len(value) == 1:
-        return gold_answer(value[0])
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT else repr(value)
-    if value is None or not str(value).strip("# \t\r\n"):
-        return None
-    text = str(value).strip()
-    marked = marked_answer(text)
-    if marked is not None:
-        return marked
-    if "\\boxed" in text or "\\fbox" in text:
-        boxed, opened = maths_text.last_box(text)
-        if boxed is not None or opened:
-            return (boxed or "").strip() or None
-    announced = announced_answer(text)
-    if announced is not None or is_solution(text):
-        return announced or None
-    return text

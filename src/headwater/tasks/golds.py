@@ -1,0 +1,75 @@
+"""Read gold answers from the cells of data files."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from headwater.tasks import maths_text
+from headwater.tasks.announced import announced_answer, is_solution, marked_answer
+
+LARGEST_EXACT_FLOAT = 2**53
+"""Integers beyond this are not exact as floats; their text is kept."""
+
+
+def cell_as_is(value: Any) -> str | None:
+    """Convert a data cell to a gold answer: text unchanged, numbers as text, objects as JSON; None if empty.
+
+    Example: `cell_as_is({"value": 3.14, "abs": 0.01})` is `'{"value": 3.14, "abs": 0.01}'`.
+    """
+    if value is None or value != value:  # tables write a missing cell as NaN
+        return None
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, bool)) else str(value)
+    return text if text.strip() else None
+
+
+def gold_answer(value: Any) -> str | None:
+    """Gold answer of a cell for tasks of mathematics; None if it has none.
+
+    Of a text: what follows GSM8K's `####` on the last line, else the last box, else the answer that it announces ("The answer is …"),
+    else a text of one line as it is. A solution of several lines without any of these has no answer: as a gold it would be equal to
+    itself and to nothing that a model writes. Raises ValueError for an object and for a list of more than one.
+
+    Example: `gold_answer("… <<48+24=72>>72 clips.\\n#### 1,080")` is `"1,080"`, `gold_answer(27.0)` is `"27"`.
+    """
+    text = _text_of(value)
+    marked = _marked_or_boxed(text)
+    if marked is not None:
+        return marked or None
+    announced = announced_answer(text)
+    return announced or None if announced is not None or is_solution(text) else text or None
+
+
+def marked_gold(value: Any) -> str | None:
+    """Gold answer of a cell for a user's grader: what follows `####` on the last line, else the last box, else all of the text.
+
+    Raises ValueError as `gold_answer` does.
+
+    Example: `marked_gold("First line.\\nSecond line.")` is the text itself.
+    """
+    text = _text_of(value)
+    return _marked_or_boxed(text) or text or None
+
+
+def _text_of(value: Any) -> str:
+    """A cell's text, numbers as a person writes them; "" if it is empty, or a bare mark."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        return _text_of(value[0])
+    if isinstance(value, (dict, list, tuple)):
+        raise ValueError(f"is not an answer but {type(value).__name__}")
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT else repr(value)
+    text = str(value).strip()
+    return text if text.strip("# \t\r\n") else ""
+
+
+def _marked_or_boxed(text: str) -> str | None:
+    """What a mark or a box gives: "" for an empty or unclosed box, None without either."""
+    marked = marked_answer(text)
+    if marked is None and ("\\boxed" in text or "\\fbox" in text):
+        boxed, opened = maths_text.last_box(text)
+        return (boxed or "").strip() if boxed is not None or opened else None
+    return marked
