@@ -161,6 +161,8 @@ def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | Non
         return (gold or gold_answer)(plain_value(value))
     except ValueError as error:
         raise UserError(f"{where}: {column!r} {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: {column!r} is nested too deeply") from None
 
 
 def _agree(first: str, second: str, grader: Verifier | None) -> bool:

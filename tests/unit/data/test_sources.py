@@ -205,6 +205,10 @@ def test_what_a_task_cannot_generate_is_refused_with_the_field_named(made: dict[
         (b'{"problem": "\\ud800", "answer": "1"}', "row 1: 'problem' holds half a surrogate"),
         (b'{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": null}', "row 2: the problem has no answer"),
         (b'{"problem": "a", "answer": ""}\n{"problem": "b", "answer": null}', r"row 1: .* \(2 of 2 rows have none\)"),
+        (
+            b'{"problem": "a", "answer": ' + b'{"x": ' * 900 + b"1" + b"}" * 900 + b"}",
+            "row 1: 'answer' is nested too deeply",
+        ),
         (b'{"problem": "a", "answer": {"x": 1}}', "row 1: 'answer' is not an answer but dict"),
         (b'{"problem": "a", "answer": "1"}\n{"problem": "\xff", "answer": "1"}', "row 2: is not UTF-8"),
     ],
