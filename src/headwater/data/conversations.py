@@ -49,9 +49,11 @@ def messages_of(value: Any) -> Sequence[Mapping[str, Any]] | None:
             messages if messages and _key(messages[0], _CONTENT_KEYS) else None
         )  # else a text that happens to be JSON
     if isinstance(value, dict) and _key(value, _ROLE_KEYS):
-        columns = [column for column in value.values() if column is not None]
-        if all(isinstance(column, list) for column in columns):
-            return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=False)]
+        columns = {name: column for name, column in value.items() if column is not None}
+        if all(isinstance(column, list) for column in columns.values()):
+            if len({len(column) for column in columns.values()}) > 1:
+                return None
+            return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
         value = [value]
     if isinstance(value, list) and value and all(isinstance(turn, dict) and _key(turn, _ROLE_KEYS) for turn in value):
         return value
@@ -65,17 +67,17 @@ def read_conversation(messages: Sequence[Mapping[str, Any]], column: str, where:
     is refused: it could be either. Raises UserError for roles, contents and orders that a text prompt cannot hold.
     """
     reference = None
-    if ROLES.get(_role(messages[-1])) == "assistant":
+    if messages and ROLES.get(_role(messages[-1])) == "assistant":
         *messages, last = messages
         if column.lower().endswith("prompt"):
             raise UserError(
                 f"{where}: {column!r} ends with a turn of the assistant; remove it, or name the column `messages` if that turn is "
                 "the reference answer"
             )
-        reference = _reference(last)
+        reference = _reference(last, f"{where}: the last turn of {column!r}")
     turns = tuple(_turn(message, f"{where}: turn {number} of {column!r}") for number, message in enumerate(messages, 1))
     if not turns or turns[-1][0] != "user":
-        ends = f"its last turn is {turns[-1][0]}" if turns else "it has no other turn than the assistant's"
+        ends = f"its last turn is {turns[-1][0]}" if turns else "it has no other turn"
         raise UserError(f"{where}: the conversation in {column!r} does not end with a turn of the user ({ends})")
     return Conversation(turns, reference)
 
@@ -147,12 +149,12 @@ def _part(part: Any, where: str) -> str:
     return text
 
 
-def _reference(message: Mapping[str, Any]) -> Any:
+def _reference(message: Mapping[str, Any], where: str) -> Any:
     """What the assistant's last turn says after its thinking; ORZ's files have the bare answer in its `ground_truth`."""
     truth = message.get("ground_truth")
     if truth is not None:
         return truth["value"] if isinstance(truth, dict) and "value" in truth else truth
     key = _key(message, _CONTENT_KEYS)
     content = None if key is None else message[key]
-    text = _text(content, "") if isinstance(content, list) and content else content
+    text = _text(content, where) if isinstance(content, list) and content else content
     return after_thinking(text) if isinstance(text, str) else text

@@ -102,6 +102,34 @@ def test_a_single_turn_of_the_user_is_the_same_problem_as_its_text(tmp_path: Pat
     assert problem_id("1+1?") == "4fc82bcfe29f43bc"
 
 
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        (
+            {"role": [], "content": []},
+            "row 1: the conversation in 'prompt' does not end with a turn of the user (it has no other turn)",
+        ),
+        ({"role": ["user", "assistant"], "content": ["1+1?"]}, "row 1: 'prompt' is not text but dict"),
+        ({"role": ["user"], "content": ["1+1?"], "name": ["a", "b"]}, "row 1: 'prompt' is not text but dict"),
+    ],
+)
+def test_columns_of_turns_that_are_empty_or_of_different_lengths_are_refused(
+    tmp_path: Path, columns: dict[str, list[str]], sentence: str
+) -> None:
+    assert sentence in refusal(tmp_path, {"prompt": columns, "answer": "2"})
+
+
+def test_columns_of_turns_may_lack_one(tmp_path: Path) -> None:
+    columns = {"name": None, "role": ["user"], "content": ["1+1?"]}
+    assert [problem.text for problem in read(tmp_path, {"prompt": columns, "answer": "2"}).problems] == ["1+1?"]
+
+
+def test_a_reference_in_parts_is_refused_by_row(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": [{"type": "image_url"}]}
+    sentence = refusal(tmp_path, {"messages": [*asked("1+1?"), answer]})
+    assert "row 1: the last turn of 'messages' holds a part of type 'image_url'" in sentence
+
+
 def test_conversations_that_differ_anywhere_are_different_problems(tmp_path: Path) -> None:
     variants = [
         MESSAGES,
