@@ -94,7 +94,9 @@ def sampler_against_trainer(context: DoctorContext) -> Iterator[Finding]:
                 "sampler-trainer-gap",
                 f"models.{role}: a sampled token's log-prob differs by {gap:.2g} nats on average between sampler and trainer (at "
                 f"most {bound:g} in {dtype_name(sample.policy)})",
-                "use models.dtype=float32; if the gap stays, the model's cached and whole forward passes differ: report it",
+                precision_remedy(
+                    sample.policy, "the model's cached and whole forward passes differ: report it with its config.json"
+                ),
             )
 
 
@@ -112,8 +114,10 @@ def teacher_agrees_with_itself(context: DoctorContext) -> Iterator[Finding]:
                 "teacher-disagrees-with-itself",
                 f"models.{role}: scored twice, in a batch and alone, the same tokens differ by {gap:.2g} nats on average (at most "
                 f"{bound:g} in {dtype_name(teacher)})",
-                "use models.dtype=float32 or compute.deterministic=true; if it stays, the model is random at inference or reads "
-                "its padding",
+                precision_remedy(
+                    teacher,
+                    "set compute.deterministic=true; else the model is random at inference or reads its padding",
+                ),
             )
 
 
@@ -134,7 +138,9 @@ def self_distillation(context: DoctorContext) -> Iterator[Finding]:
             "self-kl",
             f"models.student: taught by itself it has a mean KL of {kl:.2g} nats a token, where it should have none (less than "
             f"{bound:g} in {dtype_name(student)})",
-            "use models.dtype=float32; if it stays, the model is random at inference, or trains in another mode than it scores",
+            precision_remedy(
+                student, "the model is random at inference, or trains in another mode than it scores: report it"
+            ),
         )
 
 
@@ -172,6 +178,11 @@ def truncation(context: DoctorContext) -> Iterator[Finding]:
 def mean_gap(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     """Mean absolute difference a token; NaN where either is."""
     return (torch.cat([row.cpu() for row in first]) - torch.cat([row.cpu() for row in second])).abs().mean().item()
+
+
+def precision_remedy(policy: Policy, cause: str) -> str:
+    """Float32 first, unless the model computes in it already."""
+    return cause if policy.compute_dtype == torch.float32 else f"use models.dtype=float32; if the gap stays, {cause}"
 
 
 def dtype_name(policy: Policy) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headwater.errors import HeadwaterError, UserError
+from headwater.errors import HeadwaterError, UnsupportedModelError, UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
@@ -141,4 +141,6 @@ def as_user_error(message: str, kind: type[UserError] = UserError) -> Iterator[N
         detail = " ".join(str(error).split())[:200] or type(error).__name__
         if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
             detail = f"{type(error).__name__}: {detail}"
+        if isinstance(error, ImportError):
+            kind = UnsupportedModelError  # a package that is missing is no damage to the files
         raise kind(f"{message} ({detail})") from None

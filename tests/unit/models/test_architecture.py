@@ -47,6 +47,16 @@ def test_an_encoder_made_a_decoder_is_none_of_these(tmp_path: Path) -> None:
     assert ModelFolder.open(str(folder), "models.teacher").config.is_decoder
 
 
+def test_a_missing_package_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("This model needs the package `speedy`, which is not installed")
+
+    folder = tiny_folder(tmp_path / "model")
+    monkeypatch.setattr("headwater.models.load.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(UnsupportedModelError, match=r"models\.student: .* cannot be loaded \(.*`speedy`"):
+        load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=True))
+
+
 def test_a_model_whose_tokens_see_later_tokens_is_refused_whatever_its_config_says(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", "cpmant", dim_head=8, dim_ff=64, prompt_length=4)
     with pytest.raises(UnsupportedModelError, match=r"is a cpmant model"):
