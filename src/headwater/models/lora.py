@@ -31,6 +31,7 @@ from headwater.models.lora_targets import (
     saved_targets,
     weight_name,
 )
+from headwater.models.untrusted_files import as_user_error
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,10 @@ def _initialize(adapter: Adapter, draw: tuple[str | int, ...]) -> None:
 @torch.no_grad()
 def _load(adapter: Adapter, start: ModelFolder) -> bool:
     """Copy a saved adapter's weights into both adapters of the layers; False if they do not fit."""
-    weights, config = adapter_files.read_weights(Path(start.path, WEIGHTS)), start.json(CONFIG)
+    file = Path(start.path, WEIGHTS)
+    with as_user_error(f"{start.field}: {file} cannot be read"):
+        weights = adapter_files.read_weights(file)
+    config = start.json(CONFIG)
     for path, layer in adapter.layers.items():
         if adapter_files.rank_and_scaling(config, layer_name(path, layer))[1] != layer.scaling[TRAINED]:
             return False

@@ -20,6 +20,8 @@ def read_tokenizer(path: str, trust_remote_code: bool) -> Any:
     """Raises ValueError if there is none: for some architectures transformers then makes an empty one."""
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     tokenizer.init_kwargs.pop("local_files_only", None)  # a setting of this process that would be saved with the model
+    if getattr(tokenizer, "unk_token", None) == "":  # in no vocabulary: transformers looks up its id without end
+        tokenizer.unk_token = None
     # Some broken tokenizers fail only when used.
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("1", *PROBES)]
     if not ids[0]:

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -331,6 +331,18 @@ def test_an_adapter_of_another_kind_is_refused_by_name(
     with pytest.raises(UserError) as raised:
         base(tmp_path / "out")
     assert message in str(raised.value) and str(raised.value).startswith(FIELD)
+
+
+def test_an_adapter_to_continue_whose_file_is_damaged_is_refused_by_name(qwen3_folder: Path, tmp_path: Path) -> None:
+    save_policy(trained(qwen3_folder, steps=1, output="adapter"), tmp_path / "out", torch.float32)
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    tensors = load_file(file)
+    twice = {**tensors, **{f"module.{name}": tensor.clone() for name, tensor in tensors.items()}}
+    for damaged in (whole[:-100], whole + bytes(30), save(twice)):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"^{FIELD}: {file} cannot be read \("):
+            trained(tmp_path / "out", steps=0, output="adapter")
 
 
 def test_an_adapter_that_does_not_fit_is_refused(qwen3_folder: Path, tmp_path: Path) -> None:

@@ -121,6 +121,17 @@ def test_a_tokenizer_that_reads_back_as_another_is_copied(tmp_path: Path, monkey
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == words.chat_template is not None
 
 
+def test_an_unknown_token_without_a_name_is_none(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "m")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "unk_token": ""}))
+    policy = loaded(folder)
+    assert policy.tokenizer.unk_token_id is None and policy.tokenizer.all_special_ids == [3, 0]
+    assert policy.tokenizer("17+45")["input_ids"] == AutoTokenizer.from_pretrained(folder)("17+45")["input_ids"]
+    save_policy(policy, tmp_path / "saved", torch.float32)
+    assert loaded(tmp_path / "saved").tokenizer.all_special_ids == [3, 0]
+
+
 def test_a_full_disk_is_not_taken_for_a_tokenizer_that_cannot_be_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
