@@ -68,6 +68,12 @@ def refuse_unsupported(config: Any, field: str, name: str) -> None:
         raise UnsupportedModelError(
             f"{model}, which reads more than text ({', '.join(others)}); save its language model alone, or {WANTED}"
         )
+    sliding = getattr(config.get_text_config(), "sliding_window", None)
+    if isinstance(sliding, int) and sliding < 1:  # transformers turns a window off for null only
+        raise UnsupportedModelError(
+            f"{model} whose sliding_window is {sliding}, so that no token attends to any; write null into its config.json for "
+            "attention to all earlier tokens"
+        )
 
 
 def attention_of(config: Any) -> str | None:

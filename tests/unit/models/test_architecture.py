@@ -42,6 +42,18 @@ def test_a_model_that_is_no_causal_language_model_is_refused_from_its_config(
     )
 
 
+@pytest.mark.parametrize("kind", ["mistral", "phi3", "starcoder2", "llama"])
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_of_no_tokens_is_refused_with_the_way_to_turn_it_off(kind: str, window: int, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model", kind, sliding_window=window)
+    opened = ModelFolder.open(str(folder), "models.student")
+    with pytest.raises(UnsupportedModelError, match=rf"a {kind} model whose sliding_window is {window}, .* write null"):
+        assert opened.config
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
+    assert ModelFolder.open(str(folder), "models.student").config.sliding_window is None
+
+
 def test_an_encoder_made_a_decoder_is_none_of_these(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", "bert", is_decoder=True)
     assert ModelFolder.open(str(folder), "models.teacher").config.is_decoder
