@@ -101,7 +101,9 @@ def architecture(draw: random.Random, folder: Path) -> str:
         (target / "config.json").write_text(
             json.dumps({"model_type": kind, "vocab_size": 30, **settings}), encoding="utf-8"
         )
-        weights = {f"model.layers.{layer}.weight": torch.zeros(64, 64) for layer in range(8)}  # enough for the config's sizes
+        weights = {
+            f"model.layers.{layer}.weight": torch.zeros(64, 64) for layer in range(8)
+        }  # enough for the config's sizes
         save_file(weights, target / "model.safetensors")
     elif draw.random() < 0.2:
         path = target / "config.json"

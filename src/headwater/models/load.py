@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ from headwater.models.weight_files import WeightFiles, unused_weights
 
 SCORES = re.compile(r"(^|\.)(score|v_head|value_head|classifier|reward_head|regression_head)\.")
 """Weights of models that score texts."""
+
+SMALL_MODEL = 1_000_000
+"""Weights that may be missing from the files before the model is built, which then tells their names."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
 
 def _read_model(folder: ModelFolder, dtype: torch.dtype, quantization: Any, device: torch.device) -> Any:
     """The model with its weights. Raises UserError if the files lack weights, which transformers would draw at random."""
+    _refuse_far_larger(folder)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder.base.path,
         dtype=dtype,
@@ -154,6 +160,25 @@ def _read_model(folder: ModelFolder, dtype: torch.dtype, quantization: Any, devi
     if info["unexpected_keys"]:
         _refuse_unused(folder, info["unexpected_keys"], model)
     return model
+
+
+def _refuse_far_larger(folder: ModelFolder) -> None:
+    """Raises UserError for a config that describes a far larger model than the files hold, before memory for it is reserved.
+
+    Sizes that a config leaves out are those of a large model. Files of quantized weights hold several in one number.
+    """
+    base = folder.base
+    if not base.is_local:
+        return
+    files = WeightFiles(Path(base.path), base.field, base.name)
+    held = sum(math.prod(stored.shape) for stored in files.tensors.values())
+    per_number = 32 if getattr(folder.config, "quantization_config", None) else 2
+    described = folder.shape.parameters
+    if described > per_number * held + SMALL_MODEL:
+        raise UserError(
+            f"{folder.field}: {folder.name} cannot be loaded (its config.json describes a model of {described:,} weights, and its "
+            f"files hold {held:,}; a size that config.json leaves out is that of a large model)"
+        )
 
 
 def _refuse_unused(folder: ModelFolder, unexpected: Collection[str], model: Any) -> None:

@@ -80,6 +80,31 @@ def test_layers_beyond_those_of_the_config_are_refused(tmp_path: Path) -> None:
         loaded(folder)
 
 
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [
+        ("qwen3", ("intermediate_size",)),
+        ("llama", ("intermediate_size", "head_dim")),
+        ("mistral", ("intermediate_size",)),
+        ("gemma", ("intermediate_size", "hidden_size")),
+    ],
+)
+def test_a_config_that_leaves_out_a_size_is_refused_before_memory_is_reserved(
+    kind: str, left_out: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_folder(tmp_path / "model", kind)
+    path = folder / "config.json"
+    kept = {name: value for name, value in json.loads(path.read_text()).items() if name not in left_out}
+    path.write_text(json.dumps(kept | {"num_attention_heads": 4, "num_key_value_heads": 2}))
+    with torch.device("meta"):
+        wanted = sum(one.numel() for one in AutoModelForCausalLM.from_config(opened(folder).config).parameters())
+    held = sum(one.numel() for one in load_file(folder / "model.safetensors").values())
+    assert wanted > 20 * held
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("reserves the memory"))
+    with pytest.raises(UserError, match=rf"a model of {wanted:,} weights, and its files hold {held:,};"):
+        loaded(folder)
+
+
 @pytest.mark.parametrize("head", ["score.weight", "v_head.summary.weight", "classifier.weight"])
 def test_the_head_of_a_reward_model_is_refused_also_where_the_language_model_is_whole(
     head: str, tmp_path: Path
