@@ -236,6 +236,15 @@ def spoiled_tensors(draw: random.Random, tensors: dict[str, Tensor]) -> tuple[st
     return kind, tensors | changes[kind]
 
 
+def placement(config: Path) -> dict[str, Any]:
+    """The fields of an adapter's config that say where in the model it is, if that can be read."""
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        settings = json.loads(config.read_bytes())
+        return {field: settings.get(field) for field in fields}
+    return {}
+
+
 def adapter(draw: random.Random, folder: Path) -> str:
     """An adapter that peft made, perhaps damaged. One that loads gives the log-probs that peft gives with it."""
     from peft import PeftModel
@@ -251,6 +260,8 @@ def adapter(draw: random.Random, folder: Path) -> str:
         wanted = made_by_peft(draw, model, folder / "base", folder / "adapter", targets)
     if wanted is None:
         return "unlike peft"
+    config = folder / "adapter" / "adapter_config.json"
+    places = placement(config)
     damage = spoil_adapter(draw, folder / "adapter") if draw.random() < 0.6 else ""
     if draw.random() < 0.25:
         raw = small("pocket")
@@ -260,6 +271,8 @@ def adapter(draw: random.Random, folder: Path) -> str:
     continues = draw.random() < 0.2
     spec = AdapterSpec(Lora(output="adapter"), (0, "fuzz")) if continues else None
     policy = opened(folder / "adapter", not continues, spec)
+    if placement(config) != places:  # peft leaves out tensors of the file that the changed config does not place
+        return "read here alone"
     if damage not in ("", "in a wrapper"):  # peft leaves out a tensor with a wrapper in its name
         try:
             plain = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
