@@ -35,7 +35,7 @@ def plain_value(value: Any) -> Any:
                 return {str(name): _plain_part(part) for name, part in value.items()}
             return [_plain_part(part) for part in value]
         except RecursionError:
-            raise ValueError("holds lists within lists, too many to read") from None
+            raise ValueError("is nested too deeply") from None
     if isinstance(value, datetime):
         midnight = value.tzinfo is None and value.time() == time()
         return value.date().isoformat() if midnight else value.isoformat(sep=" ")
