@@ -100,5 +100,9 @@ def test_a_fork_bomb_leaves_no_process_behind() -> None:
 
     bomb = "import os, threading\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     found = sandbox.run(bomb, "pass", limits=sandbox.Limits(seconds=1.5))
-    assert not found.passed and count() == 0
+    assert not found.passed
+    deadline = time.monotonic() + 20.0
+    while count() > 0 and time.monotonic() < deadline:
+        time.sleep(0.1)  # children of another test process's sandbox end by themselves
+    assert count() == 0
     assert shutil.which("true")  # and the machine still starts programs
