@@ -59,7 +59,13 @@ def merge_into(model: Any, folder: ModelFolder) -> None:
         if not any(f".{module}." in f".{name}" for name in tensors):
             raise UserError(f"{folder.field}: {folder.path} says that it trained {module}, and holds no weights of it")
     _refuse_other_vocabulary(tensors, embedding_names, folder)
-    if _touched(tensors, embedding_names) and not config.get("trainable_token_indices"):
+    adapted_embeddings = {name: tensor for name, tensor in tensors.items() if ".token_adapter." not in name}
+    if _touched(adapted_embeddings, embedding_names):
+        if config.get("trainable_token_indices") and _is_tied(model):
+            raise UserError(
+                f"{folder.field}: {folder.path} trains single tokens and adapts the head or embedding of a model whose head is tied to "
+                "its embedding, which cannot be merged exactly here; merge it with peft and name the merged folder"
+            )
         _untie(model)
     _merge_with_peft(model, tensors, folder)
 
@@ -132,11 +138,16 @@ def _refuse_other_vocabulary(
             )
 
 
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def _untie(model: Any) -> None:
     """Give the head a weight of its own: an adapter on one of two tied layers moves only that one."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
+    if not _is_tied(model):
         return
+    head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False

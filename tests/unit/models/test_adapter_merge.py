@@ -125,6 +125,12 @@ def test_what_peft_adds_to_a_model_is_merged_exactly(tmp_path: Path, kind: str) 
     torch.testing.assert_close(logp(written), wanted, rtol=0, atol=2e-5)
 
 
+def test_merge_refuses_trained_tokens_beside_an_adapter_on_a_tied_head(tmp_path: Path) -> None:
+    settings = {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [6, 9]}
+    made_by_peft(tiny_folder(tmp_path / "base"), tmp_path / "adapter", **settings)
+    assert "whose head is tied to its embedding" in refusal(tmp_path / "adapter")
+
+
 @pytest.fixture(scope="module")
 def plain_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
