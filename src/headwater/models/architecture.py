@@ -68,8 +68,10 @@ def refuse_unsupported(config: Any, field: str, name: str) -> None:
         raise UnsupportedModelError(
             f"{model}, which reads more than text ({', '.join(others)}); save its language model alone, or {WANTED}"
         )
-    sliding = getattr(config.get_text_config(), "sliding_window", None)
-    if isinstance(sliding, int) and sliding < 1:  # transformers turns a window off for null only
+    text = config.get_text_config()
+    sliding, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    used = getattr(text, "use_sliding_window", True) if kinds is None else "sliding_attention" in kinds
+    if used and isinstance(sliding, int) and sliding < 1:  # transformers turns a window off for null only
         raise UnsupportedModelError(
             f"{model} whose sliding_window is {sliding}, so that no token attends to any; write null into its config.json for "
             "attention to all earlier tokens"

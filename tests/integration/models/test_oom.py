@@ -103,10 +103,13 @@ if sys.argv[1] == "kept" and not keep_freed_memory():
     sys.exit(77)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(1 << 24)
-before = faults()
-for _ in range(20):
-    torch.ones(1 << 24)
-print(faults() - before)
+counts = []
+for _ in range(3):  # the kernel may reclaim idle pages meanwhile, which only adds faults
+    before = faults()
+    for _ in range(20):
+        torch.ones(1 << 24)
+    counts.append(faults() - before)
+print(min(counts))
 """
     found = {}
     for how in ("kept", "left"):
