@@ -65,7 +65,8 @@ def python_value(scalar: Any) -> Any:
     kind = scalar.type
     if not scalar.is_valid:
         return None
-    if isinstance(scalar, (pyarrow.DictionaryScalar, pyarrow.ExtensionScalar)):
+    wrapped = (pyarrow.DictionaryScalar, pyarrow.ExtensionScalar, pyarrow.RunEndEncodedScalar, pyarrow.UnionScalar)
+    if isinstance(scalar, wrapped):
         return python_value(scalar.value)
     if isinstance(scalar, pyarrow.StructScalar):
         return {name: python_value(part) for name, part in scalar.items()}

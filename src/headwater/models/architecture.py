@@ -17,6 +17,8 @@ CLASSIFIERS = re.compile(r"Classification|QuestionAnswering|MultipleChoice|Rewar
 """Classes in `architectures` that score texts: their output layer gives no distribution over tokens."""
 OTHER_INPUTS = ("vision", "image", "audio", "speech", "codec", "text_encoder")
 """In the name of a part of a config: it belongs to something that reads more than text."""
+RANDOM_IN_TRAINING = {"reformer"}
+"""Model types whose backward pass works only in training mode, where their dropout and hashing are drawn at random."""
 WANTED = "name a causal language model (a decoder for text), such as Qwen3 or Llama"
 
 
@@ -49,6 +51,8 @@ def refuse_unsupported(config: Any, field: str, name: str) -> None:
         return
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{model}, an encoder with a decoder; {WANTED}")
+    if kind in RANDOM_IN_TRAINING:
+        raise UnsupportedModelError(f"{model}, which is random wherever it computes gradients; {WANTED}")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
             f"{model}, of which transformers {transformers.__version__} has no causal language model; {WANTED}"

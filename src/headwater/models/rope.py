@@ -67,7 +67,7 @@ def positions(config: Any) -> int | None:
     """Number of positions of a model, with the factor of a RoPE scaling where its config keeps the original number."""
     text = config.get_text_config()
     known = getattr(text, "max_position_embeddings", None)
-    if known is None:
+    if known is None or known < 0:  # XLNet has no limit, and says -1
         return None
     scaled = [known]
     for rope in _rope_parameters(text):

@@ -12,7 +12,7 @@ LONGEST_STATEMENT = 4000  # characters read after "the answer is"
 
 # Language: (noun, verbs that may follow it instead of a colon). Negations ("ist nicht", "不是") are no such verb.
 _NOUNS_AND_VERBS = {
-    "Chinese": (r"答案", r"就?是|[为為]|等[于於]"),
+    "Chinese": (r"答案", r"就?是|[应應]?[为為]|[应應][该該]?是|等[于於]"),
     "Japanese": (r"(?:答え?|解答|回答|正解)", r"は"),
     "Korean": (r"(?:정답|답)", r"[은는]"),
     "German": (r"\bantwort", r"ist\b|lautet\b|beträgt\b"),
@@ -49,6 +49,7 @@ _FOREIGN_PHRASE = re.compile(
 )
 _NOUN = "|".join([r"answer", *(noun for noun, _ in _NOUNS_AND_VERBS.values())])
 _ARTICLE = r"(?:(?:the|my|die|la|il|a|o|el|het|final|correct|endgültige|最终|最終|最后的?|正确|최종|итоговый|окончательный)\s*){0,2}"
+_LEADING_ARTICLE = re.compile(_ARTICLE, re.IGNORECASE)
 # "#### Final answer", "**Answer**": a line of its own, above the answer. Marks are required, since "Answer" alone may be anything.
 _HEADING = re.compile(
     rf"^[ \t]{{0,3}}(?:#{{1,6}}[ \t*_]*|\*\*|__){_ARTICLE}(?:{_NOUN})[ \t]?[*_:：]{{0,4}}[ \t]*$",
@@ -59,7 +60,7 @@ _HASHES = re.compile(r"(?<!#)####(?!#)")
 # What stands after `####` where it begins a Markdown heading.
 _LABEL = re.compile(
     rf"{_ARTICLE}(?:{_NOUN}|answers?|solution|lösung|result|conclusion|explanation|summary|verification|check|reasoning|analysis"
-    r"|approach|proof|notes?|calculations?|(?:steps?|part|case|example|problem|question|schritt|étape|paso|步骤|шаг)\b.*"
+    r"|approach|proof|notes?|calculations?|(?:steps?|part|case|example|problem|question|schritt|[ée]tape|paso|步骤|шаг)\b.*"
     r"|第.{1,3}步.*|\d{1,2}[.)]\s+[^\W\d_]{2}.*)\s*[:：]?",
     re.IGNORECASE,
 )
@@ -85,6 +86,9 @@ def announced_answer(text: str) -> str | None:
         line = first_line(text[mark.end() :])
         if line and not _is_label(line):
             return _after_phrase(line) or line
+        found = _after_phrase(text[mark.start() :])
+        if found:  # "#### Final answer" above it: what stands before are headings too
+            return found
     return _after_phrase(text)
 
 
@@ -104,6 +108,18 @@ def marked_answer(text: str) -> str | None:
     if "\n" not in rest or rest.startswith("\\begin"):
         return rest
     return line if len(marks) == 1 and _NUMERAL.fullmatch(line) else None
+
+
+def without_announcement(answer: str) -> str:
+    """What an answer says after the words that announce it at its start; the answer itself if it has none.
+
+    Example: `without_announcement("Final answer: 42")` is `"42"`.
+    """
+    spelled = answer.lstrip(" *_")
+    article = _LEADING_ARTICLE.match(spelled)
+    starts = {0, article.end() if article else 0}
+    announced = any(phrase.match(spelled, start) for phrase in (_PHRASE, _FOREIGN_PHRASE) for start in starts)
+    return (_after_phrase(spelled) if announced else None) or answer
 
 
 def first_line(text: str) -> str:

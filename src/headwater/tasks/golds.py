@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from headwater.tasks import maths_text
-from headwater.tasks.announced import announced_answer, is_solution, marked_answer
+from headwater.tasks.announced import announced_answer, is_solution, marked_answer, without_announcement
 
 LARGEST_EXACT_FLOAT = 2**53
 """Integers beyond this are not exact as floats; their text is kept."""
@@ -36,7 +36,7 @@ def gold_answer(value: Any) -> str | None:
     text = _text_of(value)
     marked = _marked_or_boxed(text)
     if marked is not None:
-        return marked or None
+        return without_announcement(marked) or None
     announced = announced_answer(text)
     return announced or None if announced is not None or is_solution(text) else text or None
 

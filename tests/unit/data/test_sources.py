@@ -59,6 +59,13 @@ def shared(name: str) -> Source:
         ("so \\boxed{42", None),
         ("先把两个数加起来。\n答案是42。", "42"),
         ("x = 1\ny = 2", "x = 1\ny = 2"),
+        ("We add.\n#### Answer: 42", "42"),
+        ("We add.\n#### The final answer is $\\frac{1}{2}$.", "\\frac{1}{2}"),
+        ("#### 答案:42", "42"),
+        ("#### 12, since the answer is in cm", "12, since the answer is in cm"),
+        ("#### Etape 1\nOn ajoute trois.\n#### Réponse\n42", "42"),
+        ("#### Krok 1\nDodajemy trzy.\n#### Odpowiedź\n42", "42"),
+        ("#### Addition\nWe add three.\n#### Final answer\n42", "42"),
     ],
 )
 def test_gold_answers_are_read_from_each_usual_form(cell: Any, gold: str | None) -> None:

@@ -6,7 +6,7 @@ import bz2
 import gzip
 import json
 from collections.abc import Callable
-from datetime import date, datetime, timedelta
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ CELLS: list[tuple[list[Any], pa.DataType, list[str | None]]] = [
     ([True, False], pa.bool_(), ["True", "False"]),
     ([date(2024, 5, 1)], pa.date32(), ["2024-05-01"]),
     ([datetime(2024, 5, 1), datetime(2024, 5, 1, 15, 45)], pa.timestamp("us"), ["2024-05-01", "2024-05-01 15:45:00"]),
+    ([time(15, 45), time(3, 5, 20)], pa.time32("s"), ["15:45", "03:05:20"]),
     ([None, None], pa.null(), [None, None]),
 ]
 
@@ -95,6 +96,14 @@ def test_each_type_of_column_gives_what_a_person_would_write(write: Write, tmp_p
         if write is as_folder and (pa.types.is_decimal256(kind) or pa.types.is_null(kind)):
             continue  # datasets has no such feature, or reads it back as another
         assert golds(write(table(pa.array(written, kind)), folder)) == wanted, kind
+
+
+def test_narrow_floats_in_run_ends_and_unions_give_their_shortest_decimal(tmp_path: Path) -> None:
+    narrow = pa.array([0.1, 0.7], pa.float32())
+    runs = pa.RunEndEncodedArray.from_arrays(pa.array([2, 3], pa.int32()), narrow)
+    union = pa.UnionArray.from_sparse(pa.array([0, 1], pa.int8()), [narrow, pa.array([b"x", b"1/2"])])
+    assert golds(as_stream(table(runs), tmp_path)) == ["0.1", "0.1", "0.7"]
+    assert golds(as_stream(table(union), tmp_path)) == ["0.1", "1/2"]
 
 
 def test_every_short_decimal_comes_back_from_a_float_of_32_bits(tmp_path: Path) -> None:

@@ -205,6 +205,10 @@ def test_sampling_defaults_of_a_model_are_named_as_ignored(tmp_path: Path) -> No
     folder = qwen_folder(tmp_path / "model", do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
     finding = find(light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "sampling-defaults-ignored")
     assert finding.severity == "note" and "temperature 0.6, top_p 0.95, top_k 20" in finding.evidence
+    file = Path(folder, "generation_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": "0.6"}))
+    texts = find(light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "sampling-defaults-ignored")
+    assert "temperature '0.6', top_p 0.95" in texts.evidence
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")

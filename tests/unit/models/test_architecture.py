@@ -27,6 +27,7 @@ IDS = torch.tensor([[1, 6, 15, 7, 2, 9, 3]])
         ("vit", "of which transformers"),
         ("qwen2_vl", "of which transformers"),
         ("gemma3", "which reads more than text"),
+        ("reformer", "which is random wherever it computes gradients"),
         ("unheard_of", "does not know; upgrade transformers"),
     ],
 )

@@ -118,6 +118,7 @@ def test_all_prompts_over_the_limit_are_refused_where_each_length_has_a_rule_of_
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
                    "original_max_position_embeddings": 1024}}, None, 4096 * 8),
         ("gemma3_text", {}, None, 131_072),
+        ("xlnet", {}, None, None),
         # As files of older versions write it: another name of the field and of the rule.
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
                   "max_position_embeddings": 131_072}, LengthRule("longrope", 4096, True), 131_072),
@@ -127,7 +128,7 @@ def test_all_prompts_over_the_limit_are_refused_where_each_length_has_a_rule_of_
     ],
 )  # fmt: skip
 def test_the_rule_is_read_from_the_config(
-    architecture: str, fields: dict[str, Any], rule: LengthRule | None, known: int
+    architecture: str, fields: dict[str, Any], rule: LengthRule | None, known: int | None
 ) -> None:
     config = AutoConfig.for_model(architecture, **fields)
     assert length_rule(config) == rule
