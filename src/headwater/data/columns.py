@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from headwater.config.recipe import Columns
 from headwater.errors import UserError
+from headwater.types import letters_and_digits
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages", "conversations", "conversation", "query")
 ANSWER_COLUMNS = (
@@ -19,6 +20,7 @@ ANSWER_COLUMNS = (
 """In order of preference, in any case; of a solution the last box is read."""
 CHOICE_COLUMNS = ("choices", "options")
 _LETTER = re.compile(r"\(?[A-Ja-j]\)?\.?")
+_LABEL = re.compile(r"\(?[A-Ja-j][).:]\s*")
 NESTED = 3
 """Levels of nested cells in which usual names are looked for and shown."""
 
@@ -66,15 +68,19 @@ def answer_at(row: Mapping[str, Any], path: str) -> Any:
 def refuse_hidden_choices(row: Mapping[str, Any], text: str, answer: Any, where: str) -> None:
     """Raise UserError for a row whose answer is a letter or a position among choices that the problem's text does not show.
 
-    MMLU has them in `choices`, MMLU-Pro in `options`, ARC in `choices.text`, MedQA by letter.
+    MMLU has them in `choices`, MMLU-Pro in `options`, ARC in `choices.text`, MedQA by letter. A text shows them if it holds all:
+    a single one may stand there by chance, such as the 2 in "What is 2+2?".
     """
+    shown = letters_and_digits(text)
     for name in CHOICE_COLUMNS:
         cell = row.get(name)
         cell = cell.get("text", list(cell.values())) if isinstance(cell, Mapping) else cell
-        choices = [choice.strip() for choice in cell if isinstance(choice, str)] if isinstance(cell, list) else []
-        if len(choices) < 2 or str(answer) in choices or any(choice in text for choice in choices):
+        listed = [choice.strip() for choice in cell if isinstance(choice, str)] if isinstance(cell, list) else []
+        choices = [_LABEL.sub("", choice, count=1) if _LABEL.match(choice) else choice for choice in listed]
+        given = str(answer).strip()
+        if len(choices) < 2 or given in choices or all(letters_and_digits(choice) in shown for choice in choices):
             continue
-        position = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
+        position = not isinstance(answer, bool) and given.isdecimal() and int(given) < len(choices)
         if position or (isinstance(answer, str) and _LETTER.fullmatch(answer.strip())):
             raise UserError(
                 f"{where}: the answer {answer!r} is one of {name!r}, which the problem does not show; write the choices into the "

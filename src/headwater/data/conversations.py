@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +19,8 @@ ROLES = {
 }  # fmt: skip
 """Roles as files spell them, and as chat templates do."""
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
+_FIRST_MESSAGE = re.compile(r"\s*(?:array\(\s*)?\[\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:")
+_A_ROLE = re.compile(r"['\"](?:role|from)['\"]\s*:")
 _CALLS = ("tool_calls", "function_call")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", "tools")
@@ -36,14 +40,11 @@ class Conversation:
 def messages_of(value: Any) -> Sequence[Mapping[str, Any]] | None:
     """The messages in a cell, as they are; None if it holds no conversation.
 
-    A list of objects with a role, the same as JSON text, one such object, or an object of lists (as `datasets` stores a
-    sequence of objects).
+    A list of objects with a role, the same as text in JSON or in Python's spelling (which pandas writes into CSV files), one such
+    object, or an object of lists (as `datasets` stores a sequence of objects).
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
+        value = _parsed(value.strip())
         messages = messages_of(value) if isinstance(value, (list, dict)) else None
         return (
             messages if messages and _key(messages[0], _CONTENT_KEYS) else None
@@ -57,6 +58,21 @@ def messages_of(value: Any) -> Sequence[Mapping[str, Any]] | None:
         value = [value]
     if isinstance(value, list) and value and all(isinstance(turn, dict) and _key(turn, _ROLE_KEYS) for turn in value):
         return value
+    return None
+
+
+def spells_messages(text: str) -> bool:
+    """Whether a text looks like a list of messages from its beginning to its end, in JSON or as Python or numpy print it."""
+    return bool(_FIRST_MESSAGE.match(text) and _A_ROLE.search(text) and text.rstrip().endswith(("]", ")")))
+
+
+def _parsed(text: str) -> Any:
+    """The value that a text spells in JSON or as a Python literal; None if it spells none."""
+    for parse in (json.loads, ast.literal_eval) if spells_messages(text) else (json.loads,):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
     return None
 
 

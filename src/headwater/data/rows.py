@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,10 @@ def _decompressed(path: Path, where: str) -> bytes:
 def _json_file(text: str, where: str) -> Iterator[Row]:
     """Yield the objects of a JSON file that is one list; any other is read as JSONL."""
     if not text.lstrip().startswith("["):
+        if re.match(r"\s*\{\s*\n", text):  # indented, so not one object a line
+            raise UserError(
+                f"{where}: begins with an object over several lines; write a list of objects, or one object a line"
+            )
         yield from _json_lines(text, where)
         return
     try:

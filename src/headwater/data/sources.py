@@ -15,7 +15,14 @@ from headwater.data.arrow_rows import Unreadable
 from headwater.data.cells import plain_value
 from headwater.data.columns import answer_at, find_answer_column, find_problem_column, refuse_hidden_choices, value_at
 from headwater.data.contamination import Leak, find_leaks
-from headwater.data.conversations import Conversation, messages_of, read_conversation, refuse_media, with_system
+from headwater.data.conversations import (
+    Conversation,
+    messages_of,
+    read_conversation,
+    refuse_media,
+    spells_messages,
+    with_system,
+)
 from headwater.data.rows import read_rows
 from headwater.errors import UserError
 from headwater.tasks import maths_text
@@ -140,6 +147,10 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
         raise UserError(f"{where}: {column!r} is not text but {type(value).__name__}{expected}")
     if not value.strip():
         raise UserError(f"{where}: {column!r} is blank")
+    if spells_messages(value):
+        raise UserError(
+            f"{where}: {column!r} looks like a list of messages and cannot be read as one; write it as JSON (json.dumps)"
+        )
     if "<image>" in value:  # as in sets of geometry problems
         refuse_media(row, where)
     try:

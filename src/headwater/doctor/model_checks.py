@@ -175,4 +175,7 @@ def sampling_defaults(context: DoctorContext) -> Iterator[Finding]:
 
 
 def _named(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" if isinstance(value, (int, float)) else f"{name} {value!r:.40}" for name, value in values.items())
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, (int, float)) else f"{name} {value!r:.40}"
+        for name, value in values.items()
+    )

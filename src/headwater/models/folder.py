@@ -251,6 +251,7 @@ def _resolve(name: str, field: str) -> str:
                 "save_pretrained, which writes safetensors"
             )
         untrusted_files.refuse_unsafe(folder, field, name)
+        untrusted_files.refuse_huge_token_ids(folder, field, name)
         if not _is_adapter(folder):
             if (folder / adapter_files.CONFIG).is_file():
                 raise UserError(

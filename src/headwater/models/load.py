@@ -118,13 +118,13 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
         UnsupportedModelError,
     ):
         body, head = split_head(model, device)
-    packs = with_root_weights(model, lambda: enable_packing(model, body, device))
-    fingerprint = options.fingerprint or folder.fingerprint
-    policy = Policy(
-        model, tokenizer, folder, fingerprint, device, compute_dtype, body, head, packs, ranks=ranks, meta_model=meta_model,
-        adapter=adapter,
-    )  # fmt: skip
-    policy = with_root_weights(model, lambda: with_measured_batching(policy))
+        packs = with_root_weights(model, lambda: enable_packing(model, body, device))
+        fingerprint = options.fingerprint or folder.fingerprint
+        policy = Policy(
+            model, tokenizer, folder, fingerprint, device, compute_dtype, body, head, packs, ranks=ranks, meta_model=meta_model,
+            adapter=adapter,
+        )  # fmt: skip
+        policy = with_root_weights(model, lambda: with_measured_batching(policy))
     if not ranks.single_process:
         model.reshard()
     return policy

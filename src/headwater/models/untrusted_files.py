@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill"
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors format's own limit."""
+
+LARGEST_TOKEN_ID = 1 << 24
+HUGE_INTEGER = re.compile(rb":\s*\d{8,}")
+"""A number of eight digits or more as a value in a JSON file; real tokenizers hold none, so that they are not parsed twice."""
 
 
 def refuse_unsafe(folder: Path, field: str, name: str) -> None:
@@ -44,6 +49,21 @@ def refuse_unsafe(folder: Path, field: str, name: str) -> None:
                 raise UserError(
                     f"{field}: {index.name} in {name} names {str(file)!r:.80}, which is not a file of the folder"
                 )
+
+
+def refuse_huge_token_ids(folder: Path, field: str, name: str) -> None:
+    """Raises UserError for token ids that no vocabulary has: the tokenizer's native code reserves memory up to the largest one."""
+    path = folder / "tokenizer.json"
+    if not path.is_file() or not HUGE_INTEGER.search(path.read_bytes()):
+        return
+    tokenizer = read_object(path, field, name)
+    added, model = tokenizer.get("added_tokens"), tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    ids += vocabulary.values() if isinstance(vocabulary, dict) else ()
+    largest = max((number for number in ids if isinstance(number, int)), default=0)
+    if largest >= LARGEST_TOKEN_ID:
+        raise UserError(f"{field}: {path.name} in {name} gives a token the id {largest}, which no vocabulary reaches")
 
 
 def _not_safetensors(path: Path) -> str:

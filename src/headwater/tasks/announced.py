@@ -12,7 +12,8 @@ LONGEST_STATEMENT = 4000  # characters read after "the answer is"
 
 # Language: (noun, verbs that may follow it instead of a colon). Negations ("ist nicht", "不是") are no such verb.
 _NOUNS_AND_VERBS = {
-    "Chinese": (r"答案", r"就?是|[应應]?[为為]|[应應][该該]?是|等[于於]"),
+    "Chinese": (r"答案", r"(?:[应應][该該當当]?)?(?:就?是|[为為选選])|等[于於]"),
+    "Chinese, a choice": (r"(?<!不)故[选選]", r"(?=\s?[(（]?[A-Ja-j])"),
     "Japanese": (r"(?:答え?|解答|回答|正解)", r"は"),
     "Korean": (r"(?:정답|답)", r"[은는]"),
     "German": (r"\bantwort", r"ist\b|lautet\b|beträgt\b"),
@@ -42,7 +43,7 @@ _PHRASE = re.compile(
 )
 # The first letters of the nouns: most positions of a text fail here, which is five times as fast as trying every noun.
 _FOREIGN_PHRASE = re.compile(
-    "(?=[答解回正정답aArRsSoOоОвВcCyYđĐjJαΑاהउज])(?:"
+    "(?=[答故解回正정답aArRsSoOоОвВcCyYđĐjJαΑاהउज])(?:"
     + "|".join(rf"{noun}[*_\s]{{0,8}}(?:{verbs}|[:：=＝])" for noun, verbs in _NOUNS_AND_VERBS.values())
     + ")",
     re.IGNORECASE,

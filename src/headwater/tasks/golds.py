@@ -9,6 +9,9 @@ from typing import Any
 from headwater.tasks import maths_text
 from headwater.tasks.announced import announced_answer, is_solution, marked_answer, without_announcement
 
+PLACEHOLDERS = frozenset({"proof", "notfound", "not found", "n/a", "nan", "null", "<na>"})
+"""Texts that stand for a missing answer, in lower case: NuminaMath-1.5 writes `proof` and `notfound`, pandas the last ones. `None`
+is not among them: it may be an answer."""
 LARGEST_EXACT_FLOAT = 2**53
 """Integers beyond this are not exact as floats; their text is kept."""
 
@@ -29,11 +32,15 @@ def gold_answer(value: Any) -> str | None:
 
     Of a text: what follows GSM8K's `####` on the last line, else the last box, else the answer that it announces ("The answer is …"),
     else a text of one line as it is. A solution of several lines without any of these has no answer: as a gold it would be equal to
-    itself and to nothing that a model writes. Raises ValueError for an object and for a list of more than one.
+    itself and to nothing that a model writes. Nor has one of the PLACEHOLDERS.
+
+    Raises ValueError for an object and for a list of more than one.
 
     Example: `gold_answer("… <<48+24=72>>72 clips.\\n#### 1,080")` is `"1,080"`, `gold_answer(27.0)` is `"27"`.
     """
     text = _text_of(value)
+    if text.lower() in PLACEHOLDERS:
+        return None
     marked = _marked_or_boxed(text)
     if marked is not None:
         return without_announcement(marked) or None

@@ -209,6 +209,56 @@ def test_choices_that_the_problem_does_not_show_are_refused_and_shown_ones_read(
     assert list(read(tmp_path, {"question": "2+2?", "options": ["3", "4", "0"], "answer": 4}).gold.values()) == ["4"]
 
 
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        (["2", "4", "6", "8"], 1),  # the 2 stands in the question by chance
+        (["old", "new", "red", "is"], "3"),
+        (["A) 21", "B) 4", "C) 2"], "B"),
+        (["red", "What", "2", "is"], 0),
+    ],
+)
+def test_hidden_choices_are_refused_where_one_stands_in_the_question(tmp_path: Path, choices: Any, answer: Any) -> None:
+    sentence = refusal(tmp_path, {"question": "What is 2+2?", "choices": choices, "answer": answer})
+    assert f"row 1: the answer {answer!r} is one of 'choices'" in sentence
+
+
+def test_choices_may_be_labelled_otherwise_than_in_the_question(tmp_path: Path) -> None:
+    shown = "What is 2+2? (A) $2$ (B) $4$ (C) $\\left(6\\right)$"
+    choices = ["A. $2$", "B. $4$", "C. $(6)$"]
+    assert list(read(tmp_path, {"question": shown, "options": choices, "answer": "B"}).gold.values()) == ["B"]
+    numbers = {"question": "What is 1+0?", "options": ["A) 1", "B) 7"], "answer": "1"}
+    assert list(read(tmp_path, numbers).gold.values()) == ["1"]
+
+
+@pytest.mark.parametrize("print_turns", [str, repr, json.dumps])
+def test_conversation_spelt_by_python_is_read(tmp_path: Path, print_turns: Any) -> None:
+    turns = [{"content": 'It\'s a "sum".\nAdd.', "role": "system"}, {"role": "user", "content": "1+2?", "name": None}]
+    loaded = read(tmp_path, {"prompt": print_turns(turns), "answer": "3"})
+    assert [problem.turns for problem in loaded.problems] == [(("system", 'It\'s a "sum".\nAdd.'), ("user", "1+2?"))]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{'role': 'user', 'content': '1+2?'}\n {'role': 'assistant', 'content': '3'}]",  # numpy
+        "array([{'content': '1+2?', 'role': 'user'}], dtype=object)",
+        "[{'role': 'user', 'content': Message('1+2?')}]",
+    ],
+)
+def test_text_that_looks_like_a_conversation_is_refused(tmp_path: Path, text: str) -> None:
+    assert "row 1: 'prompt' looks like a list of messages" in refusal(tmp_path, {"prompt": text, "answer": "3"})
+
+
+def test_problem_about_json_stays_text(tmp_path: Path) -> None:
+    for text in (
+        "[{'role': 'user'}] is a list. How long is it?",
+        '[{"value": 3}, {"value": 4}]',
+        "[1, 2]: what is the sum?",
+    ):
+        assert [problem.text for problem in read(tmp_path, {"problem": text, "answer": "1"}).problems] == [text]
+
+
 def test_a_problem_about_a_picture_in_another_column_is_refused(tmp_path: Path) -> None:
     row = {"problem": "<image>Find x.", "images": [{"bytes": "…"}], "answer": "3"}
     assert "row 1: 'images' is not empty" in refusal(tmp_path, row)

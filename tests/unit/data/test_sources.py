@@ -50,6 +50,13 @@ def shared(name: str) -> Source:
         (float("nan"), None),
         (None, None),
         ("  ", None),
+        ("proof", None),  # NuminaMath-1.5
+        ("notfound", None),
+        ("N/A", None),
+        ("NaN", None),
+        ("<NA>", None),
+        ("None", "None"),
+        ("proof by induction", "proof by induction"),
         ("#### ", None),
         ("#### Step 1\nAdd.\n#### Final answer\n42", "42"),
         ("#### Step 1\nAdd both.\n#### Conclusion\nThat makes 42 in all.", None),
@@ -108,6 +115,15 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", {"q": "1+1?", "a": "2", "problem": "no"})
     loaded = read(source.model_copy(update={"columns": Columns(problem="q", answer="a")}))
     assert loaded.gold == {problem_id("1+1?"): "2"}
+
+
+def test_json_file_of_one_indented_object_is_refused_with_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"data": [{"problem": "1+1", "answer": "2"}]}, indent=2), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"rows\.json: begins with an object over several lines; write a list of objects"
+    ):
+        read(Source(path=str(path)))
 
 
 def test_json_lists_parquet_and_saved_folders_hold_the_same(tmp_path: Path) -> None:

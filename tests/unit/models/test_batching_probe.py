@@ -115,3 +115,18 @@ def test_rwkv_keeps_its_weights_and_is_saved_as_the_model_that_it_is(tmp_path: P
         for where in (folder, tmp_path / "saved"):
             plain = AutoModelForCausalLM.from_pretrained(where).eval()
             torch.testing.assert_close(plain(input_ids=ids).logits, ours, rtol=0, atol=1e-3)
+
+
+def test_load_policy_refuses_a_model_that_transformers_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_folder(tmp_path / "model", "lfm2", layer_types=["conv", "full_attention"])
+
+    def fail(*_: Any) -> torch.Tensor:
+        raise RuntimeError("The size of tensor a (4) must match the size of tensor b (3)")
+
+    monkeypatch.setattr("headwater.models.batching_probe._alone", fail)
+    with pytest.raises(
+        UnsupportedModelError, match=r"lfm2 model, which transformers cannot run .*\(The size of tensor a"
+    ):
+        load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=True))

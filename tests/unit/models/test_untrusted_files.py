@@ -134,3 +134,17 @@ def test_bounds_of_time_and_memory_hold_and_are_lifted_again() -> None:
     with resource_limits(5.0, 400):
         assert len(bytearray(200 << 20)) == 200 << 20
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
+
+
+@pytest.mark.parametrize("place", ["vocabulary", "added_tokens"])
+def test_model_folder_refuses_a_token_id_that_no_vocabulary_reaches(place: str, folder: Path) -> None:
+    """The tokenizer's native code would reserve memory up to the id and end the process."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    if place == "vocabulary":
+        tokenizer["model"]["vocab"]["7"] = 1 << 31
+    else:
+        tokenizer["added_tokens"][0]["id"] = 1 << 31
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(UserError, match=r"models\.student: tokenizer\.json in .* gives a token the id 2147483648"):
+        ModelFolder.open(str(folder), "models.student")

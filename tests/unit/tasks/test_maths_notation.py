@@ -130,6 +130,7 @@ ANNOUNCED = {
         "答案是42。", "答案为：42", "所以答案：42。", "最终答案是 $42$。", "因此，正确答案为４２。",
         "答案是42个苹果。", "答案是42，因为6×7=42。", "**答案：42**",
         "答案：\n\n42", "答案是 \\(42\\)。", "答案是41。不，答案是42。", "### 最终答案\n42",
+        "答案应为42。", "答案应该是 $42$。", "答案就是42。",
         "Die Antwort ist 42.", "Die Antwort lautet: 42", "Antwort: 42", "Die Antwort ist 42 Äpfel.",
         "La réponse est 42.", "Réponse : 42", "La réponse finale est $42$.", "La respuesta es 42.",
         "La respuesta final es **42**.",
@@ -145,7 +146,7 @@ ANNOUNCED = {
     ],
     "2,3": ["答案是 $2$ 或 $3$。", "答案是2、3。", "Die Antwort ist 2 oder 3.", "La réponse est $2$ et $3$.", "\\boxed{２，３}"],
     "1.5": ["答案是1.5米。", "答えは3/2です。"],
-    "C": ["正确答案是C。", "La respuesta es C."],
+    "C": ["正确答案是C。", "La respuesta es C.", "答案选C。", "故选C。", "故选：C", "因此答案应选 C。"],
 }  # fmt: skip
 NOT_ANNOUNCED = {
     "42": [
@@ -162,6 +163,7 @@ NOT_ANNOUNCED = {
     ],
     "2": ["答案是 $2$ 或 $3$。", "Die Antwort ist $2$ oder $3$."],
     "0.5": ["\\boxed{５０％}"],
+    "C": ["故选B。", "答案选B。", "答案不选C。", "答案不应选C。"],
 }  # fmt: skip
 
 
