@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from architectures import MLA, MOE
 from fuzz_models import compare, opened, small_model
 from fuzz_recipes import prepare, small
 from headwater.config.builtin import find_recipe
@@ -35,14 +36,6 @@ COMMON: dict[str, Any] = {
     "sliding_window": None,
     "hidden_size_per_layer_input": 8,
 }
-MOE = {
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
-MLA = {
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
-    "num_key_value_heads": 4,
-}  # fmt: skip
 STATE = {
     "state_size": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_num_heads": 8,
     "num_heads": 8, "n_groups": 2, "chunk_size": 8, "lru_width": 32,

@@ -44,7 +44,7 @@ class ArrowRow(Mapping[str, Any]):
                 return int(value)  # a table has no spelling of it, and a person would write 27, not 27.0
             return json.loads(value) if name in self._json_columns and isinstance(value, str) else value
         except Exception as error:  # pyarrow raises many kinds
-            return Unreadable(f"cannot be read ({one_line(error)})")
+            return Unreadable(f"cannot be read ({error_text(error)})")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._batch.schema.names)
@@ -101,5 +101,5 @@ def _shortest(value: Any, bits: int) -> float:
     return float(spelling)
 
 
-def one_line(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     return f"{' '.join(str(error).split())[:200] or type(error).__name__}"

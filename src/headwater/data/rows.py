@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import Source
-from headwater.data.arrow_rows import ArrowRow, one_line
+from headwater.data.arrow_rows import ArrowRow, error_text
 from headwater.data.conversations import messages_of
 from headwater.errors import UserError
 
@@ -65,7 +65,7 @@ def _text(path: Path, where: str) -> str:
     except FileNotFoundError:
         raise UserError(f"{where}: no such file") from None
     except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror or one_line(error)})") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror or error_text(error)})") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -218,7 +218,7 @@ def _table_rows(batches: Iterator[Any], where: str, failure: str, json_columns: 
     except (UserError, GeneratorExit):
         raise
     except Exception as error:  # pyarrow raises many kinds
-        raise UserError(f"{failure} ({one_line(error)})") from None
+        raise UserError(f"{failure} ({error_text(error)})") from None
 
 
 def _saved_folder(path: Path, split: str, where: str) -> Iterator[Row]:
@@ -227,7 +227,7 @@ def _saved_folder(path: Path, split: str, where: str) -> Iterator[Row]:
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise UserError(f"{where}: is not a folder saved by datasets ({one_line(error)})") from None
+        raise UserError(f"{where}: is not a folder saved by datasets ({error_text(error)})") from None
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise UserError(f"{where}: has no split {split!r}, only {', '.join(data)}")
@@ -241,7 +241,7 @@ def _hub(source: Source, where: str) -> Iterator[Row]:
     try:
         data = datasets.load_dataset(source.path, split=source.split)
     except Exception as error:
-        raise UserError(f"{where}: is no file here and cannot be loaded from the hub ({one_line(error)})") from None
+        raise UserError(f"{where}: is no file here and cannot be loaded from the hub ({error_text(error)})") from None
     yield from _dataset_rows(data, where)
 
 
