@@ -89,7 +89,9 @@ def test_conversation_is_read_from_every_usual_format(tmp_path: Path, row: Any) 
         ({"question": "1+1?", "final_answer": "2", "extra_info": {"answer": "no"}}, {}, "2"),
     ],
 )
-def test_conversation_columns_may_be_nested_or_capitalised(tmp_path: Path, row: Any, columns: dict[str, str], gold: str) -> None:
+def test_conversation_columns_may_be_nested_or_capitalised(
+    tmp_path: Path, row: Any, columns: dict[str, str], gold: str
+) -> None:
     loaded = read(tmp_path, row, **columns)
     assert [problem.text for problem in loaded.problems] == ["1+1?"]
     assert loaded.gold == {problem_id("1+1?"): gold}

@@ -31,9 +31,7 @@ IDS = torch.tensor([[1, 6, 15, 7, 2, 9, 3]])
         ("unheard_of", "does not know; upgrade transformers"),
     ],
 )
-def test_non_causal_model_is_refused_from_its_config(
-    kind: str, reason: str, tmp_path: Path
-) -> None:
+def test_non_causal_model_is_refused_from_its_config(kind: str, reason: str, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(UnsupportedModelError) as refused:

@@ -117,9 +117,7 @@ def test_rwkv_weights_load_and_save_unchanged(tmp_path: Path) -> None:
             torch.testing.assert_close(plain(input_ids=ids).logits, ours, rtol=0, atol=1e-3)
 
 
-def test_load_policy_refuses_model_unsupported_by_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_policy_refuses_model_unsupported_by_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_folder(tmp_path / "model", "lfm2", layer_types=["conv", "full_attention"])
 
     def fail(*_: Any) -> torch.Tensor:

@@ -211,9 +211,7 @@ def test_saved_adapter_keeps_log_probs_in_transformers(tmp_path: Path, output: s
         assert load_file(out / "model.safetensors").keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
 
 
-def test_next_stage_continues_adapter_with_its_start_as_reference(
-    qwen3_folder: Path, tmp_path: Path
-) -> None:
+def test_next_stage_continues_adapter_with_its_start_as_reference(qwen3_folder: Path, tmp_path: Path) -> None:
     first = trained(qwen3_folder, output="adapter")
     save_policy(first, tmp_path / "first", torch.float32)
     second = adapted(tmp_path / "first", draw=1, output="adapter")

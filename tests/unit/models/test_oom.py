@@ -61,9 +61,7 @@ def test_optimizer_steps_on_batch_halve_and_keep_microbatch_on_oom(
     assert failed and max(failed) < 4  # all in the first optimizer step; the others know what fits
 
 
-def test_oom_of_single_row_stops_without_changing_state(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oom_of_single_row_stops_without_changing_state(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     rows_, stage = sampled_rows(policy, groups=4), stage_of("grpo", batch_size=16)
     optimizer = make_optimizer(policy, stage.optim)
     update(policy, optimizer, rows_, objective_of(stage), stage, 4096)
@@ -162,9 +160,7 @@ def test_sampler_without_memory_for_one_sequence_stops(policy: Policy) -> None:
         OomRetrySampler(nothing_fits, BatchBudget(256)).sample(wanted, Sampling(max_tokens=4))
 
 
-def test_optimizer_without_memory_for_its_state_stops(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_optimizer_without_memory_for_its_state_stops(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = stage_of("grpo", batch_size=8)
     optimizer = make_optimizer(policy, stage.optim)
 

@@ -206,9 +206,7 @@ def characters(*special: str) -> PreTrainedTokenizerFast:
         ),
     ],
 )  # fmt: skip
-def test_only_thinking_marks_among_special_tokens_reach_grader(
-    marks: str, spelt: str, shown: str
-) -> None:
+def test_only_thinking_marks_among_special_tokens_reach_grader(marks: str, spelt: str, shown: str) -> None:
     tokenizer, thought, answer = characters(*marks.split()), r"so \boxed{6}? no.", "The answer is 5."
     ids = tokenizer(spelt.format(thought, answer), add_special_tokens=False)["input_ids"]
     assert len(ids) < len(spelt.format(thought, answer)) - 10  # every mark is one token

@@ -132,9 +132,7 @@ def test_unnamed_unknown_token_is_none(tmp_path: Path) -> None:
     assert loaded(tmp_path / "saved").tokenizer.all_special_ids == [3, 0]
 
 
-def test_full_disk_is_not_reported_as_unsavable_tokenizer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_not_reported_as_unsavable_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = loaded(tiny_folder(tmp_path / "m"))
 
     def full(*args: Any, **more: Any) -> None:

@@ -51,9 +51,7 @@ def test_safetensors_length_resembling_pickle_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["torch", "pickle", "text", "empty", "length"])
-def test_false_safetensors_file_is_refused_unread(
-    kind: str, folder: Path, tmp_path: Path
-) -> None:
+def test_false_safetensors_file_is_refused_unread(kind: str, folder: Path, tmp_path: Path) -> None:
     path, touched = folder / "model.safetensors", tmp_path / "touched"
     if kind == "torch":
         torch.save({"weight": TouchOnUnpickle(touched)}, path)
@@ -68,9 +66,7 @@ def test_false_safetensors_file_is_refused_unread(
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_remote_code_in_config_is_refused_by_field_unimported(
-    name: str, folder: Path, tmp_path: Path
-) -> None:
+def test_remote_code_in_config_is_refused_by_field_unimported(name: str, folder: Path, tmp_path: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w')\nclass Model: pass\n", encoding="utf-8")
     content = json.loads((folder / name).read_text(encoding="utf-8"))
     auto = {"AutoConfig": "evil.Model", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Model", None]}
@@ -113,9 +109,7 @@ def test_config_larger_than_weights_is_refused_without_random_weights(
 
 
 @pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
-def test_hostile_chat_template_is_refused_in_time(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hostile_chat_template_is_refused_in_time(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1.0)
     (folder / "chat_template.jinja").write_text(HOSTILE_TEMPLATES[name], encoding="utf-8")
     recipe, started = find_recipe("pocket", [f"models.student={folder}"]), time.monotonic()

@@ -106,9 +106,7 @@ def test_config_without_size_is_refused_before_allocation(
 
 
 @pytest.mark.parametrize("head", ["score.weight", "v_head.summary.weight", "classifier.weight"])
-def test_reward_head_is_refused_beside_whole_language_model(
-    head: str, tmp_path: Path
-) -> None:
+def test_reward_head_is_refused_beside_whole_language_model(head: str, tmp_path: Path) -> None:
     folder = with_weights(tiny_folder(tmp_path / "m"), lambda held: {**held, head: torch.ones(1, 32)})
     with pytest.raises(UserError, match=rf"such as {head} and would be a classifier's or a reward model's"):
         loaded(folder)
@@ -228,9 +226,7 @@ def no_index(folder: Path) -> None:
         (no_index, r"it holds model-00001-of-00002\.safetensors, and no model\.safetensors or model\.safetensors\.index\.json"),
     ],
 )  # fmt: skip
-def test_shard_index_mismatch_is_refused_at_open(
-    spoil: Callable[[Path], None], sentence: str, tmp_path: Path
-) -> None:
+def test_shard_index_mismatch_is_refused_at_open(spoil: Callable[[Path], None], sentence: str, tmp_path: Path) -> None:
     folder = sharded(tiny_folder(tmp_path / "m"))
     spoil(folder)
     with pytest.raises(UserError, match=rf"^models\.student: .* cannot be loaded \(.*{sentence}"):
