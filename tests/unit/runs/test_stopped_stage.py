@@ -87,7 +87,7 @@ class StageRun:
             out=cast(RunDir, SimpleNamespace(node=lambda name: self.folder)),
             progress=NodeProgress(lambda *given: None, lambda *given: None, lambda: False),
         )
-        with mock.patch.object(train_node, "rollout_source", lambda *given: source), armed(fault, policy):
+        with mock.patch.object(train_node, "rollout_source", return_value=source), armed(fault, policy):
             try:
                 train_node.train_stage(node, context, policy, STAGE.steps or 0)
             except TrainingStoppedError as error:
