@@ -82,9 +82,7 @@ def test_step_work_is_one_sampling_one_scoring_and_three_forward_passes() -> Non
     assert limits.parts_of(tiny("grpo", teacher=None, group=2))["sample"][3] == student.flops(4 * 5 + 2 * 3, 4.0)
 
 
-def test_limits_give_rate_for_every_shape_in_work(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_limits_give_rate_for_every_shape_in_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(limits, "SECONDS", 0.0005)
     monkeypatch.setattr(limits, "bandwidth", lambda: 1e10)
     found = limits.measure([OPD, tiny("loss"), replace(OPD, places=(("a", "opd"),), endless=False)], tmp_path)
@@ -145,9 +143,7 @@ def test_failing_peer_is_skipped_after_one_try(monkeypatch: pytest.MonkeyPatch) 
     assert found["headwater"]["runs"] == 2
 
 
-def test_json_has_documented_shape_and_add_keeps_other_cases(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_json_has_documented_shape_and_add_keeps_other_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(runner, "run_in_process", fake)
     monkeypatch.setattr(program.result_of, "__defaults__", (fake,))

@@ -367,9 +367,7 @@ def test_task_rejecting_most_gold_answers_is_refused(tmp_path: Path) -> None:
     assert find(light(tmp_path, from_file(path)), "gold-fails-grader").severity == "error"
 
 
-def test_grader_returning_score_is_named_with_type_and_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grader_returning_score_is_named_with_type_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scoring_graders.py").write_text("def score(gold, completion):\n    return 0.5\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     finding = find(light(tmp_path, "task=scoring_graders:score"), "grader-returns-no-verdict")
@@ -465,9 +463,7 @@ def test_disk_is_compared_with_models_checkpoints_and_caches(
     assert [finding.name for finding in resource_checks.disk(context)] == ([] if name is None else [name])
 
 
-def test_unusable_exact_cache_is_named_before_sampling(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unusable_exact_cache_is_named_before_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource_checks, "EXACT_CACHE_LIMIT", 1 << 10)
     assert [finding.name for finding in resource_checks.disk(context_of(tmp_path))] == ["cache-over-limit"]
     assert list(resource_checks.disk(context_of(tmp_path, "stages.warmup.dense.top_k=8"))) == []

@@ -80,9 +80,7 @@ def test_unsavable_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("size", [saving_checks.ROUND_TRIP_PARAMETERS, 0])
-def test_adapter_losing_weights_in_merge_is_named(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapter_losing_weights_in_merge_is_named(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Adapter.merged_weights
 
     def without_one(self: Adapter, model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -120,9 +118,7 @@ def test_adapter_is_fresh_again_after_check(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [saving_checks.ROUND_TRIP_PARAMETERS, 0])
-def test_tokenizer_changed_by_saving_is_named(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokenizer_changed_by_saving_is_named(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_another(tokenizer: Any, source: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
         again = AutoTokenizer.from_pretrained(folder)
@@ -145,9 +141,7 @@ def test_full_temporary_folder_is_not_reported_as_model_fault(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("role", "value"), [("student", torch.nan), ("teacher", torch.inf)])
-def test_non_finite_weights_unused_by_samples_are_found(
-    role: str, value: float, tmp_path: Path
-) -> None:
+def test_non_finite_weights_unused_by_samples_are_found(role: str, value: float, tmp_path: Path) -> None:
     """The teacher of a distillation is not sampled, and the embedding of an unused token shows in no log-prob."""
     changes = folders(tmp_path, "qwen3")
     path = tmp_path / role / "model.safetensors"

@@ -64,9 +64,7 @@ def test_pack_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("waste", [0, 1 << 20])
-def test_packed_hidden_states_equal_each_sequence_alone(
-    name: str, waste: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_hidden_states_equal_each_sequence_alone(name: str, waste: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "MAX_WASTE", waste)
     policy = tiny_policy(name, seed=3)
     assert policy.supports_packing

@@ -29,9 +29,7 @@ def built(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
-def test_accuracy_pass_at_k_and_maj_at_k_equal_counts_from_files(
-    run: Path, built: dict[str, Any], arm: str
-) -> None:
+def test_accuracy_pass_at_k_and_maj_at_k_equal_counts_from_files(run: Path, built: dict[str, Any], arm: str) -> None:
     got = built["arms"][arm]
     for seed in (0, 1, 2):
         rows = graded(run, arm, seed)

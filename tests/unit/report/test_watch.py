@@ -121,9 +121,7 @@ def test_served_page_follows_run_and_writes_nothing(half: Path, address: str) ->
     }
 
 
-def test_served_page_is_rebuilt_in_background_when_files_change(
-    half: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_served_page_is_rebuilt_in_background_when_files_change(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[int] = []
     go_on = threading.Event()
     go_on.set()

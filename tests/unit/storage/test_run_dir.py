@@ -27,9 +27,7 @@ class Unwritable:
     """Not JSON."""
 
 
-def test_file_is_replaced_whole_and_failed_write_keeps_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_is_replaced_whole_and_failed_write_keeps_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "state.json"
     write_json(path, {"step": 1, "name": "αβ"})
     assert read_json(path) == {"step": 1, "name": "αβ"}

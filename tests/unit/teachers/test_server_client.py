@@ -53,9 +53,7 @@ RETRYABLE: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", RETRYABLE)
-def test_retryable_failure_is_retried_with_growing_pauses_then_stops_run(
-    kind: str, pauses: list[float]
-) -> None:
+def test_retryable_failure_is_retried_with_growing_pauses_then_stops_run(kind: str, pauses: list[float]) -> None:
     bad, message = RETRYABLE[kind]
     with serving(failing(2, bad)) as there:
         assert client(there.url).request("/v1/completions", {"a": 1}) == {"good": {"a": 1}}
@@ -95,9 +93,7 @@ def test_other_client_errors_are_not_retried_and_quote_server_message() -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_redirect_is_refused_without_sending_prompts_or_key(
-    status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_redirect_is_refused_without_sending_prompts_or_key(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVER_KEY", "secret")
     with serving(lambda path, body: {}) as other:
         with serving(lambda path, body: (status, b"", {"Location": f"{other.url}/elsewhere"})) as there:

@@ -132,9 +132,7 @@ def test_guard_settings_of_recipe_override_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
-def test_non_finite_loss_or_gradient_keeps_weights_and_optimizer_state(
-    policy: Policy, bad: float
-) -> None:
+def test_non_finite_loss_or_gradient_keeps_weights_and_optimizer_state(policy: Policy, bad: float) -> None:
     rows_, stage = sampled_rows(policy), stage_of("grpo")
     optimizer = make_optimizer(policy, stage.optim)
     update(policy, optimizer, rows_, objective_of(stage), stage, 4096)
