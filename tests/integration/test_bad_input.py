@@ -230,9 +230,7 @@ def test_teacher_with_other_token_ids_is_refused_with_text(tmp_path: Path, pocke
         ([], ["is empty"]),
     ],
 )
-def test_unusable_data_file_is_refused_by_file_and_row(
-    rows_: list[object], named: list[str], tmp_path: Path
-) -> None:
+def test_unusable_data_file_is_refused_by_file_and_row(rows_: list[object], named: list[str], tmp_path: Path) -> None:
     path = written(tmp_path / "labeled.jsonl", rows_)
     refused(tmp_path, f"data.labeled: {path}", *named, changes=(f"data.labeled={path}",))
     refused(tmp_path, f"data.evals.sums: {path}", *named, changes=(f"data.evals.sums={path}",))

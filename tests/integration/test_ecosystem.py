@@ -94,9 +94,7 @@ def test_tensorboard_shows_metrics_of_run(tmp_path: Path) -> None:
     assert tiny("run", out, "--arm", "direct_grpo", "--track", "tensorboard", changes=CHANGES).code == 0
 
 
-def test_unknown_or_missing_trackers_are_refused_before_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_or_missing_trackers_are_refused_before_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = tiny("run", tmp_path / "run", "--track", "mlflow")
     assert result.code == 2 and "--track mlflow: no such tracker; there are tensorboard, wandb, trackio" in result.err
     monkeypatch.setitem(trackers.TRACKERS, "nowhere_installed", trackers.TRACKERS["tensorboard"])

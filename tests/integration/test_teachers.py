@@ -30,9 +30,7 @@ def pocket_teacher(pocket_folder: Path) -> Policy:
     )
 
 
-def test_served_and_local_teacher_give_equal_distillation_kl(
-    pocket_teacher: Policy, tmp_path: Path
-) -> None:
+def test_served_and_local_teacher_give_equal_distillation_kl(pocket_teacher: Policy, tmp_path: Path) -> None:
     with serving(Answering(pocket_teacher)) as there:
         result = tiny("run", tmp_path / "away", "--arm", "raw_teacher", changes=(*RAW, f"models.teacher={there.url}"))
     assert result.code == 0, result.err
@@ -81,9 +79,7 @@ def test_server_with_other_tokenizer_or_template_is_refused(
     assert found.code == 2 and message in found.err, found.err
 
 
-def test_server_failure_stops_run_and_resume_continues(
-    pocket_teacher: Policy, tmp_path: Path
-) -> None:
+def test_server_failure_stops_run_and_resume_continues(pocket_teacher: Policy, tmp_path: Path) -> None:
     good, calls = Answering(pocket_teacher), [0]
 
     def tiring(path: str, body: dict[str, Any] | None) -> Any:

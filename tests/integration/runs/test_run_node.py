@@ -155,9 +155,7 @@ def test_divergence_stops_with_stage_and_step_and_keeps_last_checkpoint(arm: str
     assert (path / "checkpoint" / f"{done:06d}" / "sums.json").exists()
 
 
-def test_non_finite_loss_keeps_weights_of_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_loss_keeps_weights_of_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third step's loss is made a NaN: two good checkpoints stay, and without the fault the stage goes on from there."""
     from headwater.losses import objectives
     from headwater.runs import train_node

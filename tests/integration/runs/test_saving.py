@@ -146,9 +146,7 @@ def interrupted_before(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, 
     return finished
 
 
-def test_interrupt_of_evaluation_stops_within_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_of_evaluation_stops_within_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         finished = interrupted_before(patch, evaluate, "requests_for", signal.SIGTERM)
