@@ -225,9 +225,7 @@ class GuardMonitor:
         """The sentence of the first alarm whose action is `stop`."""
         for alarm, _ in alarms:
             if alarm.action == "stop":
-                return (
-                    f"guard {alarm.sentence(self._stage)} (or set guards.{alarm.guard}=warn to continue from the checkpoint)"
-                )
+                return f"guard {alarm.sentence(self._stage)} (or set guards.{alarm.guard}=warn to continue from the checkpoint)"
         return None
 
 

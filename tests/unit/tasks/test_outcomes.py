@@ -64,7 +64,9 @@ def test_outcomes_name_shares_largest_first_and_the_remedy_of_the_largest() -> N
 
 def test_each_outcome_has_a_description_and_a_remedy() -> None:
     assert DESCRIPTIONS.keys() == REMEDIES.keys()
-    remedies = {name: Outcomes({name: 3, **dict.fromkeys(DESCRIPTIONS, 1), name: 3}).remedy("S") for name in DESCRIPTIONS}
+    remedies = {
+        name: Outcomes({name: 3, **dict.fromkeys(DESCRIPTIONS, 1), name: 3}).remedy("S") for name in DESCRIPTIONS
+    }
     assert len(set(remedies.values())) == len(DESCRIPTIONS)
     assert "harder" in remedies["right"] and "prompt.template" in remedies["no_answer"]
     assert "easier" in remedies["wrong"] and "grader_seconds" in remedies["ungraded"]
@@ -72,4 +74,10 @@ def test_each_outcome_has_a_description_and_a_remedy() -> None:
 
 def test_outcomes_without_completions_say_nothing() -> None:
     nothing = Outcomes.of([])
-    assert (nothing.total, nothing.shares, nothing.largest, nothing.because(8), nothing.remedy("s")) == (0, {}, None, "", "")
+    assert (nothing.total, nothing.shares, nothing.largest, nothing.because(8), nothing.remedy("s")) == (
+        0,
+        {},
+        None,
+        "",
+        "",
+    )
