@@ -64,9 +64,7 @@ def test_outcomes_name_shares_largest_first_and_the_remedy_of_the_largest() -> N
 
 def test_each_outcome_has_a_description_and_a_remedy() -> None:
     assert DESCRIPTIONS.keys() == REMEDIES.keys()
-    remedies = {
-        name: Outcomes({**dict.fromkeys(DESCRIPTIONS, 1), name: 3}).remedy("S") for name in DESCRIPTIONS
-    }
+    remedies = {name: Outcomes({**dict.fromkeys(DESCRIPTIONS, 1), name: 3}).remedy("S") for name in DESCRIPTIONS}
     assert len(set(remedies.values())) == len(DESCRIPTIONS)
     assert "harder" in remedies["right"] and "prompt.template" in remedies["no_answer"]
     assert "easier" in remedies["wrong"] and "grader_seconds" in remedies["ungraded"]
