@@ -82,7 +82,9 @@ class Outcomes:
     @property
     def largest(self) -> Outcome | None:
         """The most frequent outcome; of equal ones the first of DESCRIPTIONS. None without completions."""
-        return max(DESCRIPTIONS, key=lambda name: self.counts.get(name, 0)) if self.total else None
+        if not self.total:
+            return None
+        return max(DESCRIPTIONS, key=lambda name: self.counts.get(name, 0))
 
     def because(self, max_tokens: int | str) -> str:
         """The shares as a clause, largest first, without those that round to 0 %."""
