@@ -478,7 +478,7 @@ def advice_at(share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *ch
     context = context_of(tmp_path, *changes)
     largest = resource_checks.largest_pending(context, context.inputs)
     assert largest is not None
-    monkeypatch.setattr(resource_checks, "free_memory", lambda device: share * largest.bytes)
+    monkeypatch.setattr(resource_checks, "free_memory", lambda device: share * largest[0])
     (finding,) = resource_checks.memory(context)
     return finding.remedy
 

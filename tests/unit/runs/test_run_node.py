@@ -103,5 +103,6 @@ def test_no_signal_guard_passes_with_one_informative_group_or_continue(tmp_path:
     guard = no_signal_guard(tmp_path)
     assert [guard.check(row) for row in (silent(1), silent(2, informative=0.25), silent(3))] == [None] * 3
     assert no_signal_guard(tmp_path, stop=False).check(silent(3)) is None
-    assert no_signal_guard(tmp_path).check(silent(4)) is None  # only the beginning is judged
+    # A stage that had more patience before, or none of this guard, is judged by all of its steps so far.
+    assert no_signal_guard(tmp_path).check(silent(4)) is not None
     assert no_signal_guard(tmp_path).check({"step": 3, "loss": 0.0}) is None  # a dense stage looks at no labels
