@@ -126,8 +126,8 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
             if top_k is None and LARGE_CACHE < exact <= EXACT_CACHE_LIMIT and shape.vocabulary > 2 * CACHED_TOP_K:
                 yield warning(
                     "cache-whole-vocabulary",
-                    f"{context.plan.names[node]}: exact distributions over {shape.vocabulary:,} entries take {size(4 * shape.vocabulary)} "
-                    f"for each token, up to {size(exact)} in all; the top {CACHED_TOP_K} and the tail's mass up to "
+                    f"{context.plan.names[node]}: exact distributions over {shape.vocabulary:,} entries take "
+                    f"{size(4 * shape.vocabulary)} for each token, up to {size(exact)} in all; the top {CACHED_TOP_K} and the tail's mass up to "
                     f"{size(6 * tokens * CACHED_TOP_K)}",
                     f"set stages.warmup.dense.top_k={CACHED_TOP_K}",
                 )

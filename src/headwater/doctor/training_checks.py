@@ -77,6 +77,7 @@ def lengths(context: DoctorContext) -> Iterator[Finding]:
     """Completions against `sampling.max_tokens`: those that are cut are graded as they are, and such a model is no teacher."""
     for role in context.sampled_roles:
         sample = context.sample(role)
+        limit = sample.sampling.max_tokens
         if not sample.shortened:
             finished, total, seconds = sample.rollouts, len(sample.rollouts), None
         elif context.exhaustive:
@@ -88,16 +89,16 @@ def lengths(context: DoctorContext) -> Iterator[Finding]:
         if cut > MAX_TRUNCATED * total:
             yield warning(
                 "truncated",
-                f"models.{role}: {cut / total:.0%} of {total} sampled completions run into sampling.max_tokens {sample.sampling.max_tokens}",
+                f"models.{role}: {cut / total:.0%} of {total} sampled completions run into sampling.max_tokens {limit}",
                 "raise sampling.max_tokens, or check that the model knows how to end (its stop ids, its chat template)",
             )
         elif seconds is not None and cut + running > MAX_TRUNCATED * total:
             yield note(
                 "lengths-not-judged",
                 f"models.{role}: {running} of {total} sampled completions had not ended after {LENGTH_SECONDS:g} s; to sample them up to "
-                f"sampling.max_tokens {sample.sampling.max_tokens} would take about {seconds:,.0f} s here, so the limit was not judged",
+                f"sampling.max_tokens {limit} would take about {seconds:,.0f} s here, so the limit was not judged",
                 "run `headwater doctor` on the machine that trains, or look at some completions: headwater eval MODEL --data FILE "
-                f"--limit 4 --max-tokens {sample.sampling.max_tokens} --out completions.jsonl",
+                f"--limit 4 --max-tokens {limit} --out completions.jsonl",
             )
 
 
