@@ -127,8 +127,8 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
                 yield warning(
                     "cache-whole-vocabulary",
                     f"{context.plan.names[node]}: exact distributions over {shape.vocabulary:,} entries take "
-                    f"{size(4 * shape.vocabulary)} for each token, up to {size(exact)} in all; the top {CACHED_TOP_K} and the tail's mass up to "
-                    f"{size(6 * tokens * CACHED_TOP_K)}",
+                    f"{size(4 * shape.vocabulary)} for each token, up to {size(exact)} in all; the top {CACHED_TOP_K} and the "
+                    f"tail's mass up to {size(6 * tokens * CACHED_TOP_K)}",
                     f"set stages.warmup.dense.top_k={CACHED_TOP_K}",
                 )
             if top_k is None and exact > EXACT_CACHE_LIMIT:

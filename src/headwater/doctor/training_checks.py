@@ -95,8 +95,8 @@ def lengths(context: DoctorContext) -> Iterator[Finding]:
         elif seconds is not None and cut + running > MAX_TRUNCATED * total:
             yield note(
                 "lengths-not-judged",
-                f"models.{role}: {running} of {total} sampled completions had not ended after {LENGTH_SECONDS:g} s; to sample them up to "
-                f"sampling.max_tokens {limit} would take about {seconds:,.0f} s here, so the limit was not judged",
+                f"models.{role}: {running} of {total} sampled completions had not ended after {LENGTH_SECONDS:g} s; to sample them up "
+                f"to sampling.max_tokens {limit} would take about {seconds:,.0f} s here, so the limit was not judged",
                 "run `headwater doctor` on the machine that trains, or look at some completions: headwater eval MODEL --data FILE "
                 f"--limit 4 --max-tokens {limit} --out completions.jsonl",
             )
