@@ -85,7 +85,7 @@ def load(
     problem_column = find_problem_column(source.columns, first[1], where)
     referenced = _conversation(first[1], problem_column, f"{where}, row {first[0]}").reference is not None
     answer_column = find_answer_column(source.columns, first[1], where, need_answers and not referenced)
-    read: list[tuple[int, Conversation, str | None]] = []
+    every: list[tuple[int, Conversation, str | None]] = []
     tags: dict[int, str] = {}
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
@@ -94,11 +94,11 @@ def load(
         asked = _conversation(row, problem_column, place)
         answer = asked.reference if answer_column is None else answer_at(row, answer_column)
         refuse_hidden_choices(row, asked.turns[-1][1], answer, place)
-        read.append((number, asked, _answer(answer, answer_column or REFERENCE, place, gold)))
-    rows_read, read = len(read), _within(read, source)
+        every.append((number, asked, _answer(answer, answer_column or REFERENCE, place, gold)))
+    read = _within(every, source)
     if not read:
         raise UserError(
-            f"{where}: hash_range {list(source.hash_range or ())} keeps none of its {rows_read} rows; widen it"
+            f"{where}: hash_range {list(source.hash_range or ())} keeps none of its {len(every)} rows; widen it"
         )
     if need_answers:
         without_answer = [number for number, _, answer in read if answer is None]
@@ -182,8 +182,8 @@ def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | Non
 
 
 def _within(
-    rows: list[tuple[int, Conversation, str | None]], source: Source
-) -> list[tuple[int, Conversation, str | None]]:
+    rows: Sequence[tuple[int, Conversation, str | None]], source: Source
+) -> Sequence[tuple[int, Conversation, str | None]]:
     """The rows that `hash_range` and then `limit` keep."""
     if source.hash_range is not None:
         low, high = source.hash_range
