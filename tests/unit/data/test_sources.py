@@ -191,7 +191,7 @@ def test_limit_counts_rows_read(tmp_path: Path) -> None:
     assert len(read(source.model_copy(update={"limit": 4})).problems) == 4
 
 
-def test_hash_ranges_divide_a_file_by_content(tmp_path: Path) -> None:
+def test_hash_ranges_divide_file_by_content(tmp_path: Path) -> None:
     """A row's side is that of sha256("part:" + the first six digits of its id): computed here from the definition."""
     rows = [{"problem": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(200)]
     rows += [{"problem": "what is 7 + 7", "answer": "14"}]  # a copy in other punctuation is on the side of its twin

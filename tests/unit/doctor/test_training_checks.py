@@ -78,7 +78,7 @@ def test_suggested_rate_is_larger_for_small_models_and_adapters() -> None:
     assert suggested_rate("teacher", True, SMOLLM2) == 1e-4
 
 
-def test_learning_rates_of_the_pocket_recipe_on_a_real_size_are_named(tmp_path: Path) -> None:
+def test_pocket_learning_rates_on_real_model_size_are_named(tmp_path: Path) -> None:
     findings = list(training_checks.learning_rates(context_of(tmp_path, size={"parameters": SMOLLM2})))
     assert {finding.name for finding in findings} == {"learning-rate-high"}
     warmup = next(text for text in texts(findings) if "stages.warmup.optim.lr" in text)
@@ -87,18 +87,18 @@ def test_learning_rates_of_the_pocket_recipe_on_a_real_size_are_named(tmp_path: 
     assert {text.split()[2].removesuffix(":") for text in texts(findings)} == {f"stages.{s}.optim.lr" for s in STAGES}
 
 
-def test_learning_rates_of_the_pocket_models_are_not_judged(tmp_path: Path) -> None:
+def test_pocket_learning_rates_on_pocket_models_are_not_judged(tmp_path: Path) -> None:
     assert list(training_checks.learning_rates(context_of(tmp_path))) == []
 
 
-def test_learning_rate_of_adapters_can_be_too_low(tmp_path: Path) -> None:
+def test_learning_rate_too_low_for_adapters_is_named(tmp_path: Path) -> None:
     changes = ["models.lora={r: 4}", *(f"stages.{stage}.optim.lr=1e-6" for stage in STAGES)]
     findings = list(training_checks.learning_rates(context_of(tmp_path, *changes, size={"parameters": SMOLLM2})))
     assert {finding.name for finding in findings} == {"learning-rate-low"} and len(findings) == 4
     assert "set stages.student_rl.optim.lr=1e-05 (ten times the rate for all weights" in "".join(texts(findings))
 
 
-def test_learning_rate_of_a_model_without_pretraining_is_not_judged(tmp_path: Path) -> None:
+def test_learning_rate_of_untrained_model_is_not_judged(tmp_path: Path) -> None:
     """Weights near 0 give uniform draws; those of the same size with structure are called pretrained."""
     random, peaked = tiny_folder(tmp_path / "random", std=1e-4), tiny_folder(tmp_path / "peaked", std=1.0)
     for folder, expected in ((random, []), (peaked, ["learning-rate-high"])):
@@ -118,13 +118,13 @@ def endless(tmp_path: Path, limit: int, exhaustive: bool = True) -> DoctorContex
     return replace(context, exhaustive=exhaustive)
 
 
-def test_lengths_are_judged_where_the_limit_exceeds_the_sample(tmp_path: Path) -> None:
+def test_lengths_are_judged_if_limit_exceeds_sample(tmp_path: Path) -> None:
     findings = list(training_checks.lengths(endless(tmp_path, 96)))
     assert [finding.name for finding in findings] == ["truncated", "truncated"]
     assert "of 16 sampled completions run into sampling.max_tokens 96" in findings[0].evidence
 
 
-def test_lengths_of_completions_that_end_in_time_give_no_finding(tmp_path: Path) -> None:
+def test_lengths_of_completions_ending_in_time_give_no_finding(tmp_path: Path) -> None:
     changes = [f"stages.{stage}.sampling.max_tokens=128" for stage in STAGES]
     context = context_of(tmp_path, *changes)
     assert list(training_checks.lengths(context)) == []
@@ -132,7 +132,7 @@ def test_lengths_of_completions_that_end_in_time_give_no_finding(tmp_path: Path)
     assert len(ended) == begun == 16
 
 
-def test_lengths_that_take_too_long_are_called_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_taking_too_long_are_called_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_checks, "LENGTH_SECONDS", 0.0)
     context = endless(tmp_path, 2000)
     context.memo[("sample", "student")] = replace(context.sample("student"), seconds=6.4)  # 64 tokens: 0.1 s each
@@ -142,7 +142,7 @@ def test_lengths_that_take_too_long_are_called_not_judged(tmp_path: Path, monkey
     assert "up to sampling.max_tokens 2000 would take about 200 s here" in student.evidence
 
 
-def test_lengths_beyond_the_sample_are_not_sampled_before_a_run(tmp_path: Path) -> None:
+def test_lengths_beyond_sample_are_not_sampled_before_run(tmp_path: Path) -> None:
     assert list(training_checks.lengths(endless(tmp_path, 2000, exhaustive=False))) == []
 
 
@@ -158,7 +158,7 @@ def test_lengths_beyond_the_sample_are_not_sampled_before_a_run(tmp_path: Path) 
         ("conditions.top_k=4", 28, []),
     ],
 )
-def test_overlap_of_few_tokens_is_named_on_a_large_vocabulary(
+def test_overlap_of_few_tokens_is_named_on_large_vocabulary(
     change: str, vocabulary: int, names: list[str], tmp_path: Path
 ) -> None:
     context = context_of(tmp_path, change, size={"vocabulary": vocabulary})
@@ -167,7 +167,7 @@ def test_overlap_of_few_tokens_is_named_on_a_large_vocabulary(
     assert list(training_checks.overlap_width(alone)) == []
 
 
-def test_cache_of_a_whole_large_vocabulary_is_named(tmp_path: Path) -> None:
+def test_cache_of_whole_large_vocabulary_is_named(tmp_path: Path) -> None:
     """16 labels, half of them for the teacher: 8 prompts of 4 rollouts or 16 of 4, 32 tokens each, of 151,936 float32."""
     context = context_of(tmp_path, arms=("bridge",), size={"vocabulary": 151_936})
     (finding,) = [one for one in resource_checks.disk(context) if one.name == "cache-whole-vocabulary"]
