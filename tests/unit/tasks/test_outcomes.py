@@ -46,7 +46,7 @@ def test_outcome_of_each_graders_own_reasons(task: str, completion: str, expecte
     assert outcome(*TASKS[task].grade(golds.get(task, "12"), completion), "stop") == expected
 
 
-def test_outcomes_name_shares_largest_first_and_the_remedy_of_the_largest() -> None:
+def test_outcomes_name_the_largest_share_first_and_its_remedy() -> None:
     graded = [
         *[{"correct": False, "reason": "no_answer", "finish": "length"}] * 240,
         *[{"correct": False, "reason": "no_answer", "finish": "stop"}] * 7,
