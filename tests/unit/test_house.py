@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import headwater
 
 SOURCE = Path(headwater.__file__).parent
+TESTS = Path(__file__).parents[1]
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(SOURCE.rglob("*.py"))
@@ -102,7 +104,7 @@ def test_order_lists_every_module() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_follow_the_order(name: str) -> None:
+def test_imports_follow_order(name: str) -> None:
     here = ORDER.index(folder(name))
     above = {one for one in own(MODULES[name]) if ORDER.index(folder(one)) > here}
     assert not above, f"{name} imports {above} from above"
@@ -120,7 +122,7 @@ def test_init_files_are_empty() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if folder(name) in TORCH_FREE))
-def test_torch_free_folders_reach_nothing_that_imports_torch(name: str) -> None:
+def test_torch_free_folders_reach_no_import_of_torch(name: str) -> None:
     seen: set[str] = set()
     todo = [name]
     while todo:
@@ -175,7 +177,7 @@ RUN_FILES = (
 """Names within a run directory that more than one module would be tempted to spell."""
 
 
-def test_only_run_dir_names_the_files_of_a_run() -> None:
+def test_only_run_dir_names_files_of_run() -> None:
     # Keys of recipes and reports ("evals", "nodes") are names of fields and not of files.
     fields = {"nodes", "evals"}
     for name, path in MODULES.items():
@@ -227,7 +229,7 @@ def test_only_data_readers_and_checks_read_gold_answers() -> None:
                 assert ast.unparse(node.value).endswith("task"), f"{name} reads {ast.unparse(node)}"
 
 
-def test_problems_and_rollouts_have_no_field_for_an_answer() -> None:
+def test_problems_and_rollouts_have_no_field_for_answers() -> None:
     from dataclasses import fields
 
     from headwater.types import Problem, Rollout
@@ -269,3 +271,16 @@ def test_no_function_takes_more_than_eight_parameters_or_two_callables() -> None
                 if len(parameters) > 8 or sum(map(is_callable, parameters)) > 2:
                     long.add(f"{name}.{node.name}")
     assert not long, "bundle parameters that belong together in a frozen dataclass"
+
+
+def test_test_names_are_short_and_plain() -> None:
+    """A test is named `test_<unit>_<behaviour>`: at most 70 characters, no articles and no relative clauses."""
+    words = re.compile(r"_(a|an|the|that|what|which|who|whom|whose|whatever|whoever)(?=_|$)")
+    unsuitable = [
+        f"{path.name}: {node.name}"
+        for path in sorted(TESTS.rglob("test_*.py"))
+        for node in ast.walk(tree(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_")
+        if len(node.name) > 70 or words.search(node.name)
+    ]
+    assert unsuitable == [], "rename, such as test_save_policy_keeps_log_probs"

@@ -19,7 +19,7 @@ from headwater.report import contrasts, html_arms, html_stages
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
-def test_accuracy_pass_at_k_and_maj_at_k_equal_counts_from_the_files(
+def test_accuracy_pass_at_k_and_maj_at_k_equal_counts_from_files(
     fake_study: Path, fake_report: dict[str, Any], arm: str
 ) -> None:
     got = fake_report["arms"][arm]
@@ -96,7 +96,7 @@ def test_arms_are_in_table_order_with_their_stages(fake_report: dict[str, Any]) 
     assert stages[1]["labels"] == {"distinct": 64, "checks": 768}
 
 
-def test_conditions_c1_and_c2_equal_the_nodes_measurements(fake_study: Path, fake_report: dict[str, Any]) -> None:
+def test_conditions_c1_and_c2_equal_node_measurements(fake_study: Path, fake_report: dict[str, Any]) -> None:
     c1, c2 = fake_report["conditions"]["C1"]["sums"], fake_report["conditions"]["C2"]
     before = by_problem(graded(fake_study, "base_teacher", 0), "correct")
     assert c1["before"]["best_of_k"] == pytest.approx(sum(map(any, before.values())) / PROBLEMS, abs=1e-6)
@@ -152,7 +152,7 @@ def test_shared_stages_have_one_row_with_their_arms_and_curves(fake_study: Path,
     assert own["pass_at_k"]["sums"]["1"] == pytest.approx(own["accuracy"]["sums"]["mean"], abs=2e-6)
 
 
-def test_long_curves_are_thinned_and_keep_the_last_step(tmp_path: Path) -> None:
+def test_long_curves_are_thinned_and_keep_last_step(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "direct_grpo")}
     values = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms, steps=250)])
     steps = next(row for row in values["stages"] if row["stage"] == "student_rl")["through"]["reward"]["steps"]
@@ -217,7 +217,7 @@ def test_unfinished_arm_is_listed_and_has_no_accuracy(tmp_path: Path) -> None:
     assert row["header"].warnings == (f"unfinished: seed 2 waits for {warmup}",)
 
 
-def test_report_is_written_without_any_finished_arm(tmp_path: Path) -> None:
+def test_report_is_written_without_finished_arm(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]})
     for done in out.glob("nodes/*/DONE"):
         done.unlink()
@@ -227,7 +227,7 @@ def test_report_is_written_without_any_finished_arm(tmp_path: Path) -> None:
     assert "bridge" in printed(values, 100)
 
 
-def test_first_condition_equals_counts_of_the_started_seeds(tmp_path: Path) -> None:
+def test_first_condition_equals_counts_of_started_seeds(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0, 1), arms={name: ARMS[name] for name in ("base_teacher", "bridge")})
     for folder in out.glob("nodes/*.s1.*"):  # the second seed has not started
         shutil.rmtree(folder)
@@ -279,7 +279,7 @@ def test_base_model_evaluated_once_is_paired_with_every_seed(tmp_path: Path, fak
     assert contrast == contrasts.find_contrast(fake_report, "bridge", "base_student", "sums")
 
 
-def test_maj_at_k_is_null_if_the_grader_extracts_no_answers(tmp_path: Path) -> None:
+def test_maj_at_k_is_null_if_grader_extracts_no_answers(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"base_student": [BASE_S]})
     file = next(out.glob("nodes/*/evals/final/sums.jsonl"))
     rows = [{**json.loads(line), "extracted": None} for line in file.read_text().splitlines()]
@@ -289,7 +289,7 @@ def test_maj_at_k_is_null_if_the_grader_extracts_no_answers(tmp_path: Path) -> N
     assert values["accuracy"]["sums"]["mean"] > 0
 
 
-def test_different_correct_answers_are_one_vote_only_where_the_gold_is_the_answer(tmp_path: Path) -> None:
+def test_different_correct_answers_share_vote_only_if_gold_is_answer(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"base_student": [BASE_S]})
     file = next(out.glob("nodes/*/evals/final/sums.jsonl"))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
