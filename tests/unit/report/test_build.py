@@ -265,7 +265,7 @@ def test_run_directories_of_different_recipes_are_refused(tmp_path: Path) -> Non
         report.build([tmp_path])
 
 
-def test_report_json_holds_no_number_that_json_does_not_know(fake_study: Path, fake_report: dict[str, Any]) -> None:
+def test_report_json_holds_only_numbers_of_json(fake_study: Path, fake_report: dict[str, Any]) -> None:
     text = (fake_study / "report.json").read_bytes()
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == fake_report
 

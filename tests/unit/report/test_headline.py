@@ -24,7 +24,7 @@ def fail(out: Path, node: str, sentence: str, code: int) -> None:
     (out / "nodes" / node / "FAILED").write_text(json.dumps({"sentence": sentence, "code": code}))
 
 
-def test_headline_has_accuracy_labels_flops_and_time_of_both_arms(fake_report: dict[str, Any]) -> None:
+def test_headline_has_accuracy_and_costs_of_both_arms(fake_report: dict[str, Any]) -> None:
     bridge, direct = (fake_report["arms"][arm]["accuracy"]["sums"]["mean"] for arm in ("bridge", "direct_grpo"))
     # Three stages of 12 steps of 1.5e9 FLOPs and 0.5 s, and a cache of 2e9 FLOPs and 3.25 s; one stage for direct GRPO.
     assert headline(fake_report).startswith(
@@ -33,7 +33,7 @@ def test_headline_has_accuracy_labels_flops_and_time_of_both_arms(fake_report: d
     )
 
 
-def test_headline_of_other_arms_names_the_best_with_its_costs(tmp_path: Path) -> None:
+def test_headline_of_other_arms_names_best_with_costs(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "bridge_rl")}
     values = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms)])
     row = values["arms"]["bridge_rl"]["accuracy"]["sums"]
@@ -43,7 +43,7 @@ def test_headline_of_other_arms_names_the_best_with_its_costs(tmp_path: Path) ->
     assert headline(values) == f"Best on sums: bridge_rl with {mean} % (95 % {low} to {high}) {costs}."
 
 
-def test_guard_that_stopped_a_stage_is_named_with_its_step(tmp_path: Path) -> None:
+def test_headline_names_guard_and_step_of_stopped_stage(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "bridge_rl", "replay")}
     out = fake_run(tmp_path / "out", seeds=(0,), arms=arms)
     why = "guard truncation: 0.62 of the completions reached the token limit (mean of the last 10 steps; bound 0.5): raise "
@@ -54,13 +54,13 @@ def test_guard_that_stopped_a_stage_is_named_with_its_step(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("sentence", "code"), [("OSError: the disk is full", 1), ("the disk is full", 4)])
-def test_other_failures_are_called_failed(tmp_path: Path, sentence: str, code: int) -> None:
+def test_headline_calls_other_failures_failed(tmp_path: Path, sentence: str, code: int) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]})
     fail(out, names(out, "bridge")[-1], sentence, code)
     assert stops_of(out) == [f"Failed: On-policy distillation (seed 0; bridge): {sentence}."]
 
 
-def test_interrupted_run_is_named_with_the_step_that_it_reached(tmp_path: Path) -> None:
+def test_headline_names_step_of_interrupted_run(tmp_path: Path) -> None:
     out = unfinished_run(tmp_path / "out")
     opd = "Interrupted: On-policy distillation at step 12 of 40 (seed 0; bridge)."
     assert stops_of(out) == [opd, "Not started yet: On-policy distillation (seed 0; bridge_rl)."]
@@ -68,11 +68,11 @@ def test_interrupted_run_is_named_with_the_step_that_it_reached(tmp_path: Path) 
     assert f'<p class="stop">{opd}</p>' in (out / "report.html").read_text()
 
 
-def test_node_of_a_locked_run_is_running_and_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headline_calls_nodes_of_locked_run_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = unfinished_run(tmp_path / "out")
     monkeypatch.setattr("headwater.report.headline.is_locked", lambda path: path == out / ".lock")
     assert stops_of(out)[0] == "Running: On-policy distillation at step 12 of 40 (seed 0; bridge)."
 
 
-def test_finished_study_has_no_stops(fake_study: Path, fake_report: dict[str, Any]) -> None:
+def test_headline_of_finished_study_names_no_stops(fake_study: Path, fake_report: dict[str, Any]) -> None:
     assert stops(read_study([fake_study]), fake_report) == []
