@@ -41,12 +41,12 @@ def test_outcome_follows_from_verdict_and_finish(correct: bool, reason: str, fin
         ("sums", "12", "no_answer"),
     ],
 )
-def test_outcome_of_each_graders_own_reasons(task: str, completion: str, expected: str) -> None:
+def test_outcome_of_reasons_of_each_grader(task: str, completion: str, expected: str) -> None:
     golds = {"choice": "B", "json": '{"a": 1}'}
     assert outcome(*TASKS[task].grade(golds.get(task, "12"), completion), "stop") == expected
 
 
-def test_outcomes_name_the_largest_share_first_and_its_remedy() -> None:
+def test_outcomes_name_largest_share_first_and_its_remedy() -> None:
     graded = [
         *[{"correct": False, "reason": "no_answer", "finish": "length"}] * 240,
         *[{"correct": False, "reason": "no_answer", "finish": "stop"}] * 7,

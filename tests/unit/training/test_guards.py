@@ -110,7 +110,7 @@ def test_guard_ignores_partial_windows_and_rows_without_its_metric(tmp_path: Pat
         ("truncation", 2, 3, {"truncated": [0.0, 0.4, 0.8]}, [(3, 0.6)]),  # one that fits stays as it is
     ],
 )  # fmt: skip
-def test_guard_window_fits_a_short_stage(
+def test_guard_window_fits_short_stages(
     guard: str, window: int, length: int, columns: dict[str, list[float]], expected: list[Any], tmp_path: Path
 ) -> None:
     ours, heard = monitor(tmp_path, length, **{guard: {"action": "warn", "window": window}})
@@ -120,7 +120,7 @@ def test_guard_window_fits_a_short_stage(
     assert found == expected and len(heard) == len(expected)
 
 
-def test_no_variance_guard_names_the_largest_cause_of_its_window(tmp_path: Path) -> None:
+def test_no_variance_guard_names_largest_cause_in_its_window(tmp_path: Path) -> None:
     ours, heard = monitor(tmp_path, no_variance="warn")
     for step, finish in ((1, "stop"), (2, "length"), (3, "length")):  # the window of step 3 holds the last two
         row = {"correct": False, "reason": "different", "finish": finish}
