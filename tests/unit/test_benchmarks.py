@@ -25,7 +25,7 @@ def tiny(kind: Any, **fields: Any) -> Case:
     return replace(OPD, kind=kind, places=(("t", kind),), **fields)
 
 
-def test_figures_are_medians_over_the_runs_and_every_run_is_kept() -> None:
+def test_figures_are_medians_over_runs_and_every_run_is_kept() -> None:
     runs = [{"seconds": s, "peak_bytes": p, "loaded_bytes": 10.0} for s, p in ((3.0, 40.0), (1.0, 70.0), (2.0, 50.0))]
     found = summary.over_runs(runs)
     assert (found["seconds"], found["peak_bytes"], found["growth_bytes"]) == (2.0, 50.0, 40.0)
@@ -38,7 +38,7 @@ def test_tokens_per_second_are_reported_for_sampling_only_workloads() -> None:
     assert "tokens_per_second" not in summary.over_runs([row | {"seconds_sample": 1.0}])
 
 
-def test_working_bytes_of_a_loss_stage_exclude_loaded_and_hidden_bytes() -> None:
+def test_working_bytes_of_loss_stage_exclude_loaded_and_hidden_bytes() -> None:
     row = {"seconds": 1.0, "peak_bytes": 900.0, "loaded_bytes": 300.0, "hidden_bytes": 100.0}
     small = {"headwater": summary.over_runs([row]), "plain": summary.over_runs([row | {"peak_bytes": 2400.0}])}
     assert (small["headwater"]["working_bytes"], small["plain"]["working_bytes"]) == (500.0, 2000.0)
@@ -46,7 +46,7 @@ def test_working_bytes_of_a_loss_stage_exclude_loaded_and_hidden_bytes() -> None
     assert summary.growth_of_loss({"loss_2k": small, "loss_16k": large}) == {"headwater": pytest.approx(0.04)}
 
 
-def test_ratios_are_the_peers_figures_over_ours() -> None:
+def test_ratios_are_peer_figures_over_ours() -> None:
     peers = {
         "headwater": {"seconds": 2.0, "peak_bytes": 10.0},
         "trl": {"seconds": 7.0, "peak_bytes": 25.0},
@@ -56,7 +56,7 @@ def test_ratios_are_the_peers_figures_over_ours() -> None:
     assert summary.ratios({"trl": peers["trl"]}) == {}
 
 
-def test_a_share_of_the_limit_is_the_least_time_over_the_time_taken() -> None:
+def test_share_of_limit_is_least_time_over_measured_time() -> None:
     # 30 at 10 a second and 80 at 20 a second and 40 at 20 a second: 3 + 4 + 2 = 9 seconds at the least.
     gemm = {"decode": {"float32": 10.0}, "train": {"float32": 20.0}}
     work = {
@@ -71,7 +71,7 @@ def test_a_share_of_the_limit_is_the_least_time_over_the_time_taken() -> None:
     assert got == {"share": 0.5, "share_sample": 0.5, "share_training": 0.5, "score_of_step": pytest.approx(1 / 9)}
 
 
-def test_the_work_of_a_step_is_sampling_once_scoring_once_and_an_update_three_times_a_forward_pass() -> None:
+def test_step_work_is_one_sampling_one_scoring_and_three_forward_passes() -> None:
     found = limits.parts_of(OPD)
     student, teacher, tokens = limits.shape_of(STUDENT), limits.shape_of(TEACHER), 4 * 8
     assert found["sample"][3] == student.flops(tokens, 4.0) == found["update"][3] / 3
@@ -82,9 +82,7 @@ def test_the_work_of_a_step_is_sampling_once_scoring_once_and_an_update_three_ti
     assert limits.parts_of(tiny("grpo", teacher=None, group=2))["sample"][3] == student.flops(4 * 5 + 2 * 3, 4.0)
 
 
-def test_limits_give_a_rate_for_every_shape_that_the_work_names(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_limits_give_rate_for_every_shape_in_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(limits, "SECONDS", 0.0005)
     monkeypatch.setattr(limits, "bandwidth", lambda: 1e10)
     found = limits.measure([OPD, tiny("loss"), replace(OPD, places=(("a", "opd"),), endless=False)], tmp_path)
@@ -93,7 +91,7 @@ def test_limits_give_a_rate_for_every_shape_that_the_work_names(
     assert all(rate > 1e6 for rates in found["gemm"].values() for rate in rates.values())
 
 
-def test_workloads_are_chosen_by_letter_or_by_case_and_unknown_ones_are_named() -> None:
+def test_workloads_are_chosen_by_letter_or_case_and_unknown_ones_named() -> None:
     every = all_cases()
     assert len({case.name for case in every}) == len(every)
     assert {case.name for case in select_cases(["b"], every)} == {"b.opd", "b.grpo", "b.sampling"}
@@ -145,9 +143,7 @@ def test_failing_peer_is_skipped_after_one_try(monkeypatch: pytest.MonkeyPatch) 
     assert found["headwater"]["runs"] == 2
 
 
-def test_the_json_has_the_promised_shape_and_add_keeps_other_cases(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_json_has_documented_shape_and_add_keeps_other_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(runner, "run_in_process", fake)
     monkeypatch.setattr(program.result_of, "__defaults__", (fake,))
@@ -176,7 +172,7 @@ def test_unknown_peers_and_workloads_are_user_errors(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("kind", ["opd", "grpo", "train", "sampling"])
-def test_our_side_of_a_workload_does_all_of_its_tokens(kind: Any, tmp_path: Path) -> None:
+def test_our_side_of_workload_processes_all_its_tokens(kind: Any, tmp_path: Path) -> None:
     more = {"teacher": None, "group": 4} if kind == "grpo" else {}
     case = tiny(kind, peers=("headwater",), **more)
     found = child.measure("headwater", case, tmp_path)
@@ -189,19 +185,19 @@ def test_our_side_of_a_workload_does_all_of_its_tokens(kind: Any, tmp_path: Path
     assert found["peak_bytes"] >= found["loaded_bytes"] > 1e7
 
 
-def test_a_pocket_step_uses_the_recipes_own_problems_and_grader(tmp_path: Path) -> None:
+def test_pocket_step_uses_problems_and_grader_of_recipe(tmp_path: Path) -> None:
     [grpo] = select_cases(["a.grpo"], all_cases())
     found = child.measure("headwater", replace(grpo, batch=16, steps=1), tmp_path)
     assert 16 <= found["tokens_sampled"] <= 16 * 48
 
 
-def test_pocket_models_without_an_end_sample_to_the_last_token(tmp_path: Path) -> None:
+def test_pocket_models_without_eos_sample_to_last_token(tmp_path: Path) -> None:
     [case] = select_cases(["d.pocket_student"], all_cases())
     found = child.measure("headwater", replace(case, batch=4, new_tokens=40, steps=1), tmp_path)
     assert found["tokens_sampled"] == 4 * 40
 
 
-def test_our_loss_stage_and_the_plain_form_are_the_same_loss_with_the_same_gradients() -> None:
+def test_loss_stage_equals_plain_form_in_loss_and_gradients() -> None:
     found = []
     for form in (loss.headwater, loss.plain):
         inputs = loss.inputs_of(tiny("loss", tokens=7), torch.device("cpu"), torch.float32)
@@ -213,11 +209,11 @@ def test_our_loss_stage_and_the_plain_form_are_the_same_loss_with_the_same_gradi
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_the_gpu_workload_is_skipped_with_its_reason_where_there_is_no_gpu() -> None:
+def test_gpu_workload_is_skipped_with_reason_without_gpu() -> None:
     [case] = select_cases(["gpu"], all_cases())
     with pytest.raises(CannotRunError, match="no GPU"):
         loss.step_of("headwater", case)
 
 
-def test_the_reward_without_a_task_is_the_parity_of_the_last_token() -> None:
+def test_reward_without_task_is_parity_of_last_token() -> None:
     assert parity("t7 t12") and not parity("t12 t7") and parity("")

@@ -102,7 +102,7 @@ def test_order_lists_every_module() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_follow_the_order(name: str) -> None:
+def test_imports_follow_order(name: str) -> None:
     here = ORDER.index(folder(name))
     above = {one for one in own(MODULES[name]) if ORDER.index(folder(one)) > here}
     assert not above, f"{name} imports {above} from above"
@@ -120,7 +120,7 @@ def test_init_files_are_empty() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if folder(name) in TORCH_FREE))
-def test_torch_free_folders_reach_nothing_that_imports_torch(name: str) -> None:
+def test_torch_free_folders_reach_no_import_of_torch(name: str) -> None:
     seen: set[str] = set()
     todo = [name]
     while todo:
@@ -175,7 +175,7 @@ RUN_FILES = (
 """Names within a run directory that more than one module would be tempted to spell."""
 
 
-def test_only_run_dir_names_the_files_of_a_run() -> None:
+def test_only_run_dir_names_files_of_run() -> None:
     # Keys of recipes and reports ("evals", "nodes") are names of fields and not of files.
     fields = {"nodes", "evals"}
     for name, path in MODULES.items():
@@ -227,7 +227,7 @@ def test_only_data_readers_and_checks_read_gold_answers() -> None:
                 assert ast.unparse(node.value).endswith("task"), f"{name} reads {ast.unparse(node)}"
 
 
-def test_problems_and_rollouts_have_no_field_for_an_answer() -> None:
+def test_problems_and_rollouts_have_no_field_for_answers() -> None:
     from dataclasses import fields
 
     from headwater.types import Problem, Rollout

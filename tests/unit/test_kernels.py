@@ -79,7 +79,7 @@ def by_hand(q_AHD: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Te
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 16), (6, 2, 24), (2, 2, 64), (3, 1, 6)])
 @pytest.mark.parametrize("normed", [True, False])
-def test_decode_attention_matches_the_formula_for_rows_of_any_length(
+def test_decode_attention_matches_formula_for_rows_of_any_length(
     fast: Kernels, heads: int, kv_heads: int, width: int, normed: bool
 ) -> None:
     columns, ages = 3 * LANES, [0, 1, 15, 16, 17, 40, 47]
@@ -115,7 +115,7 @@ def test_decode_attention_matches_the_formula_for_rows_of_any_length(
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 30, 128, 129, 5000])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sample_inverts_the_cumulative_distribution(fast: Kernels, vocabulary: int, temperature: float) -> None:
+def test_sample_inverts_cumulative_distribution(fast: Kernels, vocabulary: int, temperature: float) -> None:
     logits = 3 * random(200, vocabulary)
     logits[:, 1:][random(200, vocabulary - 1, seed=1) > 1.0] = -torch.inf  # those are never sampled
     uniform = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -136,7 +136,7 @@ def test_sample_from_nan_logits_returns_some_token_with_logp_nan(fast: Kernels) 
     assert bool(logp.isnan().all())
 
 
-def test_kernels_do_not_depend_on_the_number_of_threads(fast: Kernels) -> None:
+def test_kernels_do_not_depend_on_number_of_threads(fast: Kernels) -> None:
     x, weight = random(300, 64), pack_weight(random(384, 64, seed=1))
     result = []
     for threads in (1, 2, 3):
@@ -158,9 +158,7 @@ def test_kernels_do_not_depend_on_the_number_of_threads(fast: Kernels) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama"])
-def test_sampling_without_kernels_draws_the_same_tokens(
-    fast: Kernels, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampling_without_kernels_draws_same_tokens(fast: Kernels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy(name)
     requests = requests_for([(str(row), ids) for row, ids in enumerate(PROMPTS)], 4, 0, "native")
     with_them = TorchSampler(policy, batch=5).sample(requests, Sampling(max_tokens=20))
@@ -174,7 +172,7 @@ def test_sampling_without_kernels_draws_the_same_tokens(
         torch.testing.assert_close(torch.tensor(one.sampler_logp), torch.tensor(two.sampler_logp), rtol=0.0, atol=1e-5)
 
 
-def test_sampling_with_top_k_or_top_p_bypasses_the_kernels(fast: Kernels) -> None:
+def test_sampling_with_top_k_or_top_p_bypasses_kernels(fast: Kernels) -> None:
     logits, uniform = random(50, 40), torch.rand(50, dtype=torch.float64)
     token, logp = draw_tokens(logits, uniform, Sampling(max_tokens=1, top_k=1))
     assert torch.equal(token, logits.argmax(-1)) and torch.equal(logp, torch.zeros(50))
@@ -216,7 +214,7 @@ def test_loss_stats_and_gradient_match_autograd_in_float64(fast: Kernels, vocabu
 
 
 @pytest.mark.parametrize("divergence", [None, token_losses.REVERSE, token_losses.FORWARD])
-def test_fused_loss_is_the_same_with_and_without_kernels(
+def test_fused_loss_is_equal_with_and_without_kernels(
     fast: Kernels, divergence: token_losses.Divergence | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden, weight, teacher_hidden, teacher_weight = (

@@ -26,7 +26,7 @@ def test_seed_of_and_uniforms_never_change_between_versions() -> None:
     assert seeds.uniforms(2, 0, "opd", 3, "a1b2", 7).tolist() == pytest.approx(DRAWS, abs=1e-15)
 
 
-def test_uniforms_of_a_longer_call_begin_with_those_of_a_shorter_one() -> None:
+def test_uniforms_of_longer_call_begin_with_those_of_shorter_one() -> None:
     assert np.array_equal(seeds.uniforms(1000, 0, "a")[:10], seeds.uniforms(10, 0, "a"))
 
 
@@ -39,7 +39,7 @@ def test_uniforms_of_different_names_are_uniform_and_uncorrelated() -> None:
     assert first.min() >= 0.0 and first.max() < 1.0
 
 
-def test_shuffled_is_a_permutation_that_depends_on_its_name_and_not_on_the_input_order() -> None:
+def test_shuffled_order_depends_on_its_name_and_not_on_input_order() -> None:
     items = [f"p{index}" for index in range(50)]
     result = seeds.shuffled(items, 0, "opd", "epoch", 1)
     assert sorted(result) == sorted(items) and result != items

@@ -12,11 +12,11 @@ from scipy.special import expit
 from headwater import stats
 
 
-def test_avg_at_k_is_the_share_of_correct_samples() -> None:
+def test_avg_at_k_is_share_of_correct_samples() -> None:
     assert stats.avg_at_k([1, 4, 0], [4, 4, 2]).tolist() == [0.25, 1.0, 0.0]
 
 
-def test_pass_at_k_equals_the_share_of_subsets_with_a_correct_sample() -> None:
+def test_pass_at_k_equals_share_of_subsets_with_correct_sample() -> None:
     # n=4, c=2, k=2: of the C(4,2)=6 pairs only {wrong, wrong} fails. c=3: no pair is all wrong. c=0: all are.
     assert stats.pass_at_k([2, 3, 0], [4, 4, 4], 2).tolist() == pytest.approx([5 / 6, 1.0, 0.0])
     # k=1 is the accuracy, k=n is "any at all".
@@ -24,19 +24,19 @@ def test_pass_at_k_equals_the_share_of_subsets_with_a_correct_sample() -> None:
     assert stats.pass_at_k([1], [5], 5) == pytest.approx(1.0)
 
 
-def test_pass_at_k_neither_overflows_nor_cancels_at_a_thousand_samples() -> None:
+def test_pass_at_k_neither_overflows_nor_cancels_at_1000_samples() -> None:
     exact = 1 - math.comb(997, 500) / math.comb(1000, 500)
     assert stats.pass_at_k([3], [1000], 500)[0] == pytest.approx(exact, rel=1e-12)
     # One correct sample of a million: pass@1 = 1e-6, where 1 - C/C would have lost digits.
     assert stats.pass_at_k([1], [1_000_000], 1)[0] == pytest.approx(1e-6, rel=1e-9)
 
 
-def test_pass_at_k_rejects_k_above_the_number_of_samples() -> None:
+def test_pass_at_k_rejects_k_above_number_of_samples() -> None:
     with pytest.raises(ValueError, match="at least 5 samples"):
         stats.pass_at_k([1, 1], [8, 4], 5)
 
 
-def test_maj_at_k_takes_the_most_frequent_answer_and_averages_ties() -> None:
+def test_maj_at_k_takes_most_frequent_answer_and_averages_ties() -> None:
     right, wrong, other, none = ("7", True), ("9", False), ("8", False), (None, False)
     assert stats.maj_at_k([right, right, wrong]) == 1.0
     assert stats.maj_at_k([right, wrong, wrong]) == 0.0
@@ -48,7 +48,7 @@ def test_maj_at_k_takes_the_most_frequent_answer_and_averages_ties() -> None:
     assert stats.maj_at_k([none, (None, True)]) is None
 
 
-def test_maj_at_k_gives_correct_answers_one_vote_however_they_are_written() -> None:
+def test_maj_at_k_gives_correct_answers_one_vote_in_any_spelling() -> None:
     def votes(*answers: tuple[str, bool]) -> float | None:
         return stats.maj_at_k(answers)
 
@@ -65,7 +65,7 @@ def test_maj_at_k_gives_correct_answers_one_vote_however_they_are_written() -> N
     assert stats.maj_at_k(attempts) == 0.5
 
 
-def test_wilson_matches_scipy_and_the_closed_form_at_0_and_1() -> None:
+def test_wilson_matches_scipy_and_closed_form_at_0_and_1() -> None:
     # Zero of n: high = z²/(n+z²) = 3.8415/13.8415.
     assert stats.wilson(0.0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
     assert stats.wilson(1.0, 10) == pytest.approx((1 - 0.27753, 1.0), abs=1e-5)
@@ -83,7 +83,7 @@ def test_accuracy_interval_has_width_if_all_answers_are_wrong_or_all_right(value
     assert result.low == 0.0 or result.high == 1.0
 
 
-def test_accuracy_interval_of_one_seed_matches_scipys_bootstrap() -> None:
+def test_accuracy_interval_of_one_seed_matches_scipy_bootstrap() -> None:
     values = np.random.default_rng(3).binomial(4, np.random.default_rng(4).beta(1, 2, 300)) / 4
     expected = scipy.stats.bootstrap(
         (values,), np.mean, method="percentile", n_resamples=9999, rng=np.random.default_rng(5)
@@ -94,7 +94,7 @@ def test_accuracy_interval_of_one_seed_matches_scipys_bootstrap() -> None:
     assert (result.low, result.high) == pytest.approx((expected.low, expected.high), abs=0.003)
 
 
-def test_variance_matches_the_two_way_analysis_of_variance_by_hand() -> None:
+def test_variance_matches_two_way_analysis_of_variance_by_hand() -> None:
     # x = [[0, 1], [1, 1]]: seed means .5 and 1, problem means .5 and 1, residuals ±.25.
     # var_s/S = .125/2, var_p/P = .125/2, MS_rest/(SP) = (4·.0625/1)/4 = .0625; sum .0625 each: .0625+.0625-.0625.
     variance, freedom = stats._variance(np.array([[0.0, 1.0], [1.0, 1.0]]))
@@ -103,7 +103,7 @@ def test_variance_matches_the_two_way_analysis_of_variance_by_hand() -> None:
     assert freedom == pytest.approx(1 / 3)
 
 
-def test_accuracy_interval_widens_with_the_spread_of_seeds() -> None:
+def test_accuracy_interval_widens_with_spread_of_seeds() -> None:
     values = np.random.default_rng(0).binomial(1, 0.5, (3, 200)).astype(float)
     shifted = np.clip(values + np.array([[-0.2], [0.0], [0.2]]), 0, 1)
     narrow, wide = stats.accuracy_interval(values), stats.accuracy_interval(shifted)
@@ -145,7 +145,7 @@ def test_contrast_interval_has_its_nominal_coverage_and_is_not_too_wide(seeds: i
     assert 0.895 < covered / trials < 0.995
 
 
-def test_contrast_of_swapped_arms_is_the_exact_negative() -> None:
+def test_contrast_of_swapped_arms_is_exact_negative() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.binomial(4, 0.4, (3, 60)) / 4, rng.binomial(4, 0.35, (3, 60)) / 4
     ab, ba = stats.contrast(a, b), stats.contrast(b, a)
@@ -155,7 +155,7 @@ def test_contrast_of_swapped_arms_is_the_exact_negative() -> None:
     assert (ab.difference, ab.low, ab.high, ab.p) == (-ba.difference, -ba.high, -ba.low, ba.p)
 
 
-def test_contrast_of_equal_arms_is_zero_with_p_one_and_a_nonzero_width() -> None:
+def test_contrast_of_equal_arms_is_zero_with_p_one_and_nonzero_width() -> None:
     same = np.random.default_rng(2).binomial(4, 0.4, (2, 50)) / 4
     result = stats.contrast(same, same)
     half_width = stats.wilson(0.0, 50)[1]
@@ -163,7 +163,7 @@ def test_contrast_of_equal_arms_is_zero_with_p_one_and_a_nonzero_width() -> None
     assert (result.low, result.high) == pytest.approx((-half_width, half_width))
 
 
-def test_contrast_is_narrower_than_each_arm_if_problem_difficulty_is_shared() -> None:
+def test_contrast_is_narrower_than_arms_with_shared_problem_difficulty() -> None:
     hard = np.random.default_rng(3).random(200)
     a, b = np.clip(hard + 0.1, 0, 1)[None], hard[None]
     paired = stats.contrast(a, b)
@@ -182,7 +182,7 @@ def test_sign_flip_p_is_exact_if_few_problems_differ() -> None:
     assert stats.sign_flip_p(np.zeros(5)) == 1.0
 
 
-def test_sign_flip_p_matches_scipys_permutation_test() -> None:
+def test_sign_flip_p_matches_scipy_permutation_test() -> None:
     values = np.random.default_rng(6).normal(0.18, 1.0, 120)
     expected = scipy.stats.permutation_test(
         (values,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(7), axis=0
@@ -191,13 +191,13 @@ def test_sign_flip_p_matches_scipys_permutation_test() -> None:
     assert stats.sign_flip_p(values) == pytest.approx(expected, abs=0.015)
 
 
-def test_sign_flip_p_is_uniform_under_the_null_hypothesis() -> None:
+def test_sign_flip_p_is_uniform_under_null_hypothesis() -> None:
     rng = np.random.default_rng(8)
     result = [stats.sign_flip_p(rng.normal(size=40)) for _ in range(400)]
     assert scipy.stats.kstest(result, "uniform").pvalue > 0.01
 
 
-def test_contrast_p_keeps_its_level_if_problem_effects_repeat_in_every_seed() -> None:
+def test_contrast_p_keeps_level_with_repeated_problem_effects() -> None:
     """Flipping each (problem, seed) independently would count the effect of one problem five times."""
     rng, low = np.random.default_rng(9), 0
     for _ in range(300):
@@ -214,7 +214,7 @@ def test_intervals_reject_missing_values_and_unpaired_shapes() -> None:
         stats.contrast(np.zeros((1, 3)), np.zeros((2, 3)))
 
 
-def test_intervals_accept_a_single_problem() -> None:
+def test_intervals_accept_single_problem() -> None:
     result = stats.accuracy_interval(np.array([[0.5]]))
     assert result.low < 0.5 < result.high
     assert stats.contrast(np.array([[1.0]]), np.array([[0.0]])).p == 1.0

@@ -16,7 +16,8 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
-from headwater.runs.estimate import base_of
+from headwater.models.shape import Shape
+from headwater.runs.estimate import base_of, model_shapes
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Node, Plan, Role, last_node, make_plan
 from headwater.runs.read_once import InputError, read_once
@@ -147,6 +148,11 @@ class DoctorContext:
         """As in a run, but without a limit: a check measures how far over it a prompt is."""
         unbounded = self.recipe.prompt.model_copy(update={"max_tokens": 1 << 40})
         return replace(self.inputs.prompter(self.inputs.tokenizer(role)), prompt=unbounded)
+
+    @property
+    @read_once("config")
+    def model_shapes(self) -> dict[Role, Shape]:
+        return model_shapes(self.inputs)
 
     @property
     @read_once("plan")

@@ -16,7 +16,7 @@ from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, warning
 from headwater.models.adapter_size import adapter_size
 from headwater.models.shape import Shape
-from headwater.runs.estimate import Estimate, base_of, estimates
+from headwater.runs.estimate import Assumptions, Estimator, base_of
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Node
 from headwater.teachers.cache import EXACT_CACHE_LIMIT
@@ -38,26 +38,27 @@ def memory(context: DoctorContext) -> Iterator[Finding]:
     largest, free = largest_pending(context, context.inputs), free_memory(device)
     if largest is None or free is None:
         return
+    needed, name = largest
     evidence = (
-        f"{largest.name} needs {size(largest.bytes)} for weights, gradients and optimizer, activations not counted; "
+        f"{name} needs {size(needed)} for weights, gradients and optimizer, activations not counted; "
         f"{size(free)} are free on {device.type}"
     )
-    smaller = smaller_settings(context, largest.bytes)
+    smaller = smaller_settings(context, needed)
     remedies = [*(f"set {setting} (then {size(bytes_)})" for setting, bytes_ in smaller), "take smaller models"]
-    if largest.bytes > free:
+    if needed > free:
         yield error("memory-too-small", evidence, f"{', '.join(remedies)} or a larger machine")
-    elif largest.bytes > MAX_MEMORY * free:
+    elif needed > MAX_MEMORY * free:
         if not context.recipe.models.gradient_checkpointing:
             remedies.insert(0, "set models.gradient_checkpointing=true")
         remedies.insert(0, "lower compute.microbatch_tokens and compute.sample_batch")
         yield warning("memory-tight", evidence, f"{', '.join(remedies)} or a larger machine")
 
 
-def largest_pending(context: DoctorContext, inputs: RunInputs) -> Estimate | None:
-    """The pending node that holds most memory; None where none is pending."""
-    names = {context.plan.names[node] for node in context.pending}
-    rows = [row for row in estimates(context.plan, inputs) if row.name in names]
-    return max(rows, key=lambda row: row.bytes, default=None)
+def largest_pending(context: DoctorContext, inputs: RunInputs) -> tuple[float, str] | None:
+    """(bytes held from start to end, name) of the pending node that holds most; None where none is pending."""
+    estimator = Estimator(context.plan, inputs, context.model_shapes, prompt=0.0, assumptions=Assumptions())
+    held = [(estimator.persistent_bytes(node), context.plan.names[node]) for node in context.pending]
+    return max(held, key=lambda pair: pair[0], default=None)
 
 
 def smaller_settings(context: DoctorContext, needed: float) -> list[tuple[str, float]]:
@@ -77,13 +78,13 @@ def smaller_settings(context: DoctorContext, needed: float) -> list[tuple[str, f
             tried["models.lora.quantize=nf4"] = models.model_copy(update={"lora": quantized})
     if models.dtype != "bfloat16":
         tried["models.dtype=bfloat16"] = models.model_copy(update={"dtype": "bfloat16"})
-    found = []
+    smaller = []
     for setting, changed in tried.items():
         recipe = context.recipe.model_copy(update={"models": changed})
         largest = largest_pending(context, replace(context.inputs, recipe=recipe))
-        if largest is not None and largest.bytes < needed:
-            found.append((setting, largest.bytes))
-    return sorted(found, key=lambda pair: pair[1])
+        if largest is not None and largest[0] < needed:
+            smaller.append((setting, largest[0]))
+    return sorted(smaller, key=lambda pair: pair[1])
 
 
 def free_memory(device: torch.device) -> float | None:

@@ -63,7 +63,8 @@ def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
 def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) -> int:
     """Train the policy from its last checkpoint to the end of the stage; return the number of finished steps.
 
-    Each step is recorded in the order metrics, ledger, rollouts, checkpoint: exact resume depends on it.
+    Each step is recorded in the order metrics, ledger, rollouts, checkpoint: exact resume depends on it. Whatever stops
+    training, the step is recorded first: its labels were looked at. A step that was not finished leaves no checkpoint.
 
     Raises TrainingStoppedError when a guard or the loop stops training, KeyboardInterrupt when asked to stop. Both leave a
     checkpoint to resume from.
@@ -100,7 +101,13 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
 
     for result in train_steps(policy, optimizer, source, objective, stage, range(done, steps), microbatch_tokens):
         step = result.step
-        row = {**result.metrics, **measurements.after(step, last=step == steps)}
+        row, stopped = result.metrics, result.stopped
+        error = None if stopped is None else TrainingStoppedError(f"step {step} of {steps}: {stopped}")
+        if error is None:
+            try:
+                row = {**row, **measurements.after(step, last=step == steps)}
+            except TrainingStoppedError as measuring:
+                error = measuring
         append_jsonl(folder.metrics, [row])
         fault_points.failpoint("step.measured")
         charge(node, context, result, objective, policy)
@@ -108,6 +115,8 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
         write_rollouts(node, context, result, objective, policy)
         fault_points.failpoint("step.kept")
         progress.advance(1, row)
+        if error is not None:
+            raise error
         no_signal_stop, guard_stop = no_signal.check(row), guards.check(row)
         why = no_signal_stop or guard_stop
         last = step == steps or plateau.reached(step)
@@ -165,6 +174,7 @@ def charge(node: Node, context: NodeContext, result: StepResult, objective: Obje
     """Add the step's ledger row: labels, completions graded, tokens, FLOPs and seconds."""
     assert node.settings is not None
     batch = result.batch
+    updated = 0.0 if result.stopped else update_flops(node.settings, objective, policy, batch.rows)
     record(
         context.node_dir(node).ledger,
         replace(
@@ -175,7 +185,7 @@ def charge(node: Node, context: NodeContext, result: StepResult, objective: Obje
             tokens_sampled=batch.tokens_sampled,
             tokens_trained=int(result.metrics["tokens_trained"]),
             tokens_teacher_scored=batch.tokens_teacher_scored,
-            flops=batch.flops + update_flops(node.settings, objective, policy, batch.rows),
+            flops=batch.flops + updated,
             seconds=result.seconds,
         ),
     )
@@ -194,9 +204,11 @@ def update_flops(stage: Stage, objective: Objective, policy: Policy, rows: Seque
 def write_rollouts(node: Node, context: NodeContext, result: StepResult, objective: Objective, policy: Policy) -> None:
     """Write the step's completions and verdicts; a few with the teacher's signal per token."""
     folder, prompter, rows = context.node_dir(node), context.prompter(policy), result.batch.rows
-    shown = token_signals.kept(rows) if objective.source == "policy" else []
+    # Ranks exchange the signals; one that stopped may be alone.
+    shown = token_signals.kept(rows) if objective.source == "policy" and result.stopped is None else []
     own = {i: token_signals.signal_of(rows[i], prompter.completion) for i in shown if rows[i].local}
-    signals = {i: signal for part in policy.ranks.all_gather(own) for i, signal in part.items()}
+    parts = policy.ranks.all_gather(own) if shown else []
+    signals = {i: signal for part in parts for i, signal in part.items()}
     lines = [{**rollout_row(row, prompter), **signals.get(i, {})} for i, row in enumerate(rows)]
     folder.keep(result.step, folder.rollouts(result.step), lines)
 

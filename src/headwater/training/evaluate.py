@@ -21,6 +21,14 @@ from headwater.types import Problem, Rollout, Verdict
 Key = tuple[str, int]
 
 
+class SamplingStoppedError(TrainingStoppedError):
+    """Sampling stopped after some completions were graded: those rollouts, and their verdicts in the same order."""
+
+    def __init__(self, message: str, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> None:
+        super().__init__(message)
+        self.rollouts, self.verdicts = rollouts, verdicts
+
+
 def evaluate(
     sampler: Sampler,
     prompter: Prompter,
@@ -94,10 +102,11 @@ def sample_and_grade(
     on_finished  called with rollouts as they finish, and with none between verdicts; what it raises ends the work
 
     One thread hands completions to the graders in the order in which they finish; slow graders run in processes of their
-    own (tasks/verifier.py), so sampling is hardly slowed. Raises TrainingStoppedError when log-probs are not finite.
+    own (tasks/verifier.py), so sampling is hardly slowed. Raises SamplingStoppedError when log-probs are not finite or memory
+    runs out; it holds what was graded by then.
     """
     started = time.perf_counter()
-    pending: list[tuple[list[Key], Future[list[Verdict]]]] = []
+    pending: list[tuple[Sequence[Rollout], Future[list[Verdict]]]] = []
     with ThreadPoolExecutor(max_workers=1) as thread:
 
         def arrived(finished: Sequence[Rollout]) -> None:
@@ -106,8 +115,7 @@ def sample_and_grade(
                 on_finished(finished)  # first: where it stops a node of several ranks, none of them has begun to grade
             if labels is not None and finished:
                 pairs = [(rollout.problem_id, prompter.completion(rollout.completion_ids)) for rollout in finished]
-                keys = [(rollout.problem_id, rollout.sample) for rollout in finished]
-                pending.append((keys, thread.submit(labels.check, pairs)))
+                pending.append((finished, thread.submit(labels.check, pairs)))
             if finished:
                 fault_points.failpoint("rollouts.arrived")
 
@@ -115,11 +123,18 @@ def sample_and_grade(
             rollouts = sampler.sample(requests, sampling, arrived)
             sampled = time.perf_counter()
             verdicts: dict[Key, Verdict] = {}
-            for keys, future in pending:
+            for finished, future in pending:
+                keys = [(rollout.problem_id, rollout.sample) for rollout in finished]
                 verdicts.update(zip(keys, future.result(), strict=True))
                 fault_points.failpoint("verdicts.checked")
                 if on_finished is not None:
                     on_finished([])
+        except TrainingStoppedError as error:
+            raise SamplingStoppedError(
+                str(error),
+                [rollout for finished, _ in pending for rollout in finished],
+                [verdict for _, future in pending for verdict in future.result()],
+            ) from None
         except BaseException:
             thread.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for a long queue of slow graders
             raise

@@ -221,7 +221,7 @@ class NoSignalGuard:
         if "informative" not in row:
             return None
         self._informative |= row["informative"] > 0.0
-        if self._informative or row["step"] != self._step:
+        if self._step is None or self._informative or row["step"] < self._step:
             return None
         spent = [spend for spend in read_jsonl(self._ledger) if spend["purpose"] == "train"]
         labels = len({label for spend in spent for label in spend["labels"]})

@@ -25,8 +25,9 @@ from headwater.training.update import Metrics, learning_rate, update
 class StepBatch:
     """The annotated rollouts of one step and what they cost.
 
-    labels  ids of the problems whose answers were looked at; `checks` counts the completions that were graded
-    flops   of sampling and scoring
+    labels   ids of the problems whose answers were looked at; `checks` counts the completions that were graded
+    flops    of sampling and scoring
+    stopped  why the batch is incomplete and training must stop; what was graded by then is charged all the same
     """
 
     rows: list[Row]
@@ -36,16 +37,21 @@ class StepBatch:
     tokens_sampled: int = 0
     tokens_teacher_scored: int = 0
     flops: float = 0.0
+    stopped: str | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One finished step: its number (from 1), its batch, its row of metrics.jsonl and its duration in seconds."""
+    """One step: its number (from 1), its batch, its row of metrics.jsonl and its duration in seconds.
+
+    stopped  why training must stop once the step is recorded: its update was not finished. It is then the last step
+    """
 
     step: int
     batch: StepBatch
     metrics: Metrics
     seconds: float
+    stopped: str | None = None
 
 
 Source = Callable[[int], StepBatch]
@@ -66,7 +72,8 @@ def train_steps(
     steps              step indices to run, from the last checkpoint's to the end of the stage
     microbatch_tokens  maximum tokens in one pass; a size that did not fit is not tried again
 
-    Raises TrainingStoppedError ("step 3 of 10: …") when the source or the update stops training.
+    A step whose labels were looked at is yielded even if it stops training (`StepResult.stopped`), so that the caller can
+    record what it cost. Raises TrainingStoppedError ("step 3 of 10: …") when the source stops before it has graded anything.
     """
     for step in steps:
         fault_points.failpoint("step.begun")
@@ -76,10 +83,16 @@ def train_steps(
             group["lr"] = lr
         try:
             batch = source(step)
-            fault_points.failpoint("step.gathered")
-            update_metrics = update(policy, optimizer, batch.rows, objective, stage, microbatch_tokens)
         except TrainingStoppedError as error:
             raise TrainingStoppedError(f"step {step + 1} of {steps.stop}: {error}") from None
+        fault_points.failpoint("step.gathered")
+        stopped = batch.stopped
+        update_metrics: Metrics = {"updates": 0, "microbatch_tokens": microbatch_tokens, "tokens_trained": 0}
+        if stopped is None:
+            try:
+                update_metrics = update(policy, optimizer, batch.rows, objective, stage, microbatch_tokens)
+            except TrainingStoppedError as error:
+                stopped = str(error)
         microbatch_tokens = int(update_metrics["microbatch_tokens"])
         seconds = time.perf_counter() - started
         metrics: Metrics = {
@@ -91,4 +104,6 @@ def train_steps(
             "tokens_teacher_scored": batch.tokens_teacher_scored,
             "seconds": seconds,
         }
-        yield StepResult(step + 1, batch, metrics, seconds)
+        yield StepResult(step + 1, batch, metrics, seconds, stopped)
+        if stopped is not None:
+            return

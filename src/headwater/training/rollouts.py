@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -13,6 +13,7 @@ from headwater import seeds
 from headwater.config.stage import Stage
 from headwater.data.labels import Labels
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from headwater.errors import TrainingStoppedError
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions
 from headwater.losses.objectives import Objective
@@ -23,7 +24,7 @@ from headwater.sampling.base import OnFinished, Sampler, requests_for
 from headwater.teachers.async_scoring import AsyncScorer
 from headwater.teachers.build import Teacher
 from headwater.teachers.scoring import distributions_of, logp_of
-from headwater.training.evaluate import sample_and_grade
+from headwater.training.evaluate import SamplingStoppedError, sample_and_grade
 from headwater.training.groups import (
     assign_to_ranks,
     count_solved,
@@ -87,11 +88,17 @@ class PolicyRollouts:
     parts: int = 1
 
     def __call__(self, step: int) -> StepBatch:
-        with AsyncScorer(self._teacher_distributions, -(-self.stage.batch_size // self.parts)) as scorer:
-            sampled, kept, seconds = self._sample(step, scorer.submit if self.parts > 1 else None)
-            started = time.perf_counter()
-            kept = assign_to_ranks(kept, self.stage, self.stage.group_size, self.policy.ranks)
-            kept = self._score(kept, scorer.results())
+        sampled: list[Row] = []
+        try:
+            with AsyncScorer(self._teacher_distributions, -(-self.stage.batch_size // self.parts)) as scorer:
+                kept, seconds = self._sample(step, sampled, scorer.submit if self.parts > 1 else None)
+                started = time.perf_counter()
+                kept = assign_to_ranks(kept, self.stage, self.stage.group_size, self.policy.ranks)
+                kept = self._score(kept, scorer.results())
+        except TrainingStoppedError as error:
+            if not any(row.verdict for row in sampled):
+                raise
+            return self._stopped(sampled, str(error))
         metrics: Metrics = {
             "seconds_sample": seconds["sample"],
             "seconds_score": seconds["grade"] + time.perf_counter() - started,
@@ -112,24 +119,43 @@ class PolicyRollouts:
             checks=0 if self.labels is None else len(sampled),
             tokens_sampled=sum(row.tokens for row in sampled),
             tokens_teacher_scored=0 if self.teacher is None else sum(row.tokens for row in kept),
-            flops=self._flops(sampled, kept, sum(len(self.prompts[name]) for name in problems)),
+            flops=self._flops(sampled, kept, problems),
         )
 
-    def _sample(self, step: int, on_finished: OnFinished | None) -> tuple[list[Row], list[Row], dict[str, float]]:
-        """Return all sampled rows, the rows to train on, and the seconds of sampling and grading.
+    def _stopped(self, sampled: list[Row], why: str) -> StepBatch:
+        """The batch of a step that stopped after its rollouts, or some of them, were graded: what must be charged for it."""
+        problems = {row.rollout.problem_id for row in sampled}
+        return StepBatch(
+            sampled,
+            {},
+            labels=tuple(sorted(problems)),
+            checks=len(sampled),
+            tokens_sampled=sum(row.tokens for row in sampled),
+            flops=self._flops(sampled, [], problems),
+            stopped=why,
+        )
 
-        The two lists differ when dynamic sampling replaces uninformative groups.
+    def _sample(
+        self, step: int, sampled: list[Row], on_finished: OnFinished | None
+    ) -> tuple[list[Row], dict[str, float]]:
+        """Return the rows to train on, and the seconds of sampling and grading.
+
+        sampled  receives all rows as they are graded: more than are returned when dynamic sampling replaces uninformative
+                 groups, and those of a step that stops midway
         """
-        sampled: list[Row] = []
         kept: list[Row] = []
         seconds = {"sample": 0.0, "grade": 0.0}
         name, seed = self.draw
         for attempt in range(1 + self.stage.sparse.dynamic_sampling):
             prompts = [(problem, self.prompts[problem]) for problem in self._problems(step, attempt)]
             requests = requests_for(prompts, self.stage.group_size, 0, seed, name, step, attempt)
-            graded = sample_and_grade(
-                self.sampler, requests, self.stage.sampling, self.labels, self.prompter, on_finished
-            )
+            try:
+                graded = sample_and_grade(
+                    self.sampler, requests, self.stage.sampling, self.labels, self.prompter, on_finished
+                )
+            except SamplingStoppedError as error:
+                sampled += [Row(*graded_row) for graded_row in zip(error.rollouts, error.verdicts, strict=True)]
+                raise
             rows = [Row(rollout) for rollout in graded.rollouts]
             if graded.verdicts is not None:
                 rows = with_rewards(rows, graded.verdicts, self.stage, self.objective.skip_zero_advantage)
@@ -139,7 +165,7 @@ class PolicyRollouts:
             kept = replace_uninformative(kept, rows, self.stage.group_size)
             if self.labels is None or count_uninformative(kept, self.stage.group_size) == 0:
                 break
-        return sampled, kept, seconds
+        return kept, seconds
 
     def _problems(self, step: int, attempt: int) -> list[str]:
         """Problem ids of a step; further attempts (dynamic sampling) have an order of their own."""
@@ -172,11 +198,11 @@ class PolicyRollouts:
             rows = [replace(row, teacher=next(distributions)) if row.local else row for row in rows]
         return rows
 
-    def _flops(self, sampled: Sequence[Row], kept: Sequence[Row], prompt_tokens: int) -> float:
-        """FLOPs of sampling (each prompt once per group) and of scoring."""
-        lengths = [len(row.rollout.prompt_ids) + row.tokens for row in kept]
+    def _flops(self, sampled: Sequence[Row], kept: Sequence[Row], problems: Set[str]) -> float:
+        """FLOPs of sampling (each prompt once per group) and of scoring the kept rows."""
+        lengths = [len(row.rollout.prompt_ids) + row.tokens for row in kept or sampled]
         context = sum(lengths) / len(lengths) / 2
-        tokens = sum(row.tokens for row in sampled) + prompt_tokens
+        tokens = sum(row.tokens for row in sampled) + sum(len(self.prompts[name]) for name in problems)
         flops = self.policy.shape.flops(tokens, context)
         scorers = [scorer for scorer in (self.teacher, self.reference) if scorer is not None]
         return flops + sum(scorer.pass_flops(kept) for scorer in scorers)

@@ -56,7 +56,7 @@ TABLE = {
 
 @pytest.mark.parametrize("arm", TABLE)
 @pytest.mark.parametrize(("split", "pool"), [("full", "all"), ("half", "first_half")])
-def test_arm_equals_its_row_of_the_papers_table_in_both_splits(arm: str, split: str, pool: str) -> None:
+def test_arm_equals_its_row_of_paper_table_in_both_splits(arm: str, split: str, pool: str) -> None:
     teacher, student = ([pair.replace(":P", f":{pool}") for pair in part] for part in TABLE[arm])
     assert steps_of(arm, recipe_with(f"labels.split={split}")) == (steps(*teacher), steps(*student))
 
@@ -84,7 +84,7 @@ def test_contrasts_name_existing_arms_each_pair_once() -> None:
 
 
 @pytest.mark.parametrize("split", ["full", "half"])
-def test_bridge_1h_is_the_start_of_stage_three_in_either_split(split: str) -> None:
+def test_bridge_1h_starts_at_stage_three_in_either_split(split: str) -> None:
     recipe = recipe_with(f"labels.split={split}")
     teacher, student = steps_of("bridge_rl", recipe)
     assert steps_of("bridge_1h", recipe) == (teacher, student[:-1])
@@ -105,7 +105,7 @@ def changed_in(arm: str, of: str) -> dict[str, dict[str, tuple[object, object]]]
     return found
 
 
-def test_bridge_controls_differ_from_the_bridge_in_one_setting() -> None:
+def test_bridge_controls_differ_from_bridge_in_one_setting() -> None:
     assert changed_in("bridge_constant", "bridge") == {"opd": {"objective": ("opd", "constant")}}
     forward = changed_in("forward_kl_on_student", "bridge")
     assert set(forward) == {"opd"} and set(forward["opd"]) == {"dense"}
@@ -130,7 +130,7 @@ def test_equal_compute_arms_differ_only_in_length() -> None:
         assert arm_of(arm, recipe).same_compute == (like, "bridge")
 
 
-def test_replay_differs_from_bridge_rl_only_in_the_last_pool() -> None:
+def test_replay_differs_from_bridge_rl_only_in_last_pool() -> None:
     recipe = recipe_with("labels.split=half")
     fresh, replay = arm_of("bridge_rl", recipe), arm_of("replay", recipe)
     assert replay.teacher == fresh.teacher and replay.same_compute is fresh.same_compute is None
@@ -139,13 +139,13 @@ def test_replay_differs_from_bridge_rl_only_in_the_last_pool() -> None:
     assert stage_of(recipe, replay.student[-1]) is stage_of(recipe, fresh.student[-1])
 
 
-def test_half_split_bridge_is_bridge_rl_without_its_last_stage() -> None:
+def test_half_split_bridge_is_bridge_rl_without_last_stage() -> None:
     recipe = recipe_with("labels.split=half")
     teacher, student = steps_of("bridge_rl", recipe)
     assert steps_of("bridge", recipe) == (teacher, student[:-1])
 
 
-def test_sft_defaults_to_the_warmup_settings() -> None:
+def test_sft_defaults_to_warmup_settings() -> None:
     recipe = recipe_with("stages.warmup.optim.lr=0.5", "stages.warmup.steps=7")
     taken = stage_of(recipe, Step("sft", "all"))
     assert taken == recipe.stages.warmup.model_copy(update={"objective": "sft"})
@@ -153,7 +153,7 @@ def test_sft_defaults_to_the_warmup_settings() -> None:
     assert (stage_of(own, Step("sft", "all")).steps, stage_of(own, Step("sft", "all")).optim.lr) == (3, 0.25)
 
 
-def test_unknown_arm_is_refused_with_the_known_names() -> None:
+def test_unknown_arm_is_refused_with_known_names() -> None:
     with pytest.raises(UserError, match=r"--arm brigde: no such arm; there are direct_grpo, .*bridge_rl, replay"):
         arm_of("brigde", recipe_with())
 
@@ -167,13 +167,13 @@ def test_builtin_recipes_parse_and_init_prints_them() -> None:
         assert sum("#" in line for line in printed.splitlines()) > 5  # commented
 
 
-def test_user_file_takes_precedence_over_a_builtin_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_file_takes_precedence_over_builtin_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("pocket").write_text(builtin_text("pocket").replace("name: pocket", "name: mine"), encoding="utf-8")
     assert find_recipe("pocket", []).name == "mine"
 
 
-def test_unknown_recipe_is_refused_with_the_builtin_names() -> None:
+def test_unknown_recipe_is_refused_with_builtin_names() -> None:
     with pytest.raises(UserError, match=r"recipe poket: no such file, and no built-in .*pocket"):
         find_recipe("poket", [])
 
@@ -203,14 +203,14 @@ def test_set_option_changes_only_its_field(change: str, field: str, value: objec
     assert after == before
 
 
-def test_data_source_given_as_a_path_accepts_further_fields() -> None:
+def test_data_source_given_as_path_accepts_further_fields() -> None:
     changes = ["data.evals.sums=test.jsonl", "data.evals.sums.limit=9", "data.labeled=a.jsonl", "data.labeled.limit=3"]
     data = recipe_with(*changes).data
     assert (data.evals["sums"].path, data.evals["sums"].limit) == ("test.jsonl", 9)
     assert (data.labeled.path, data.labeled.limit) == ("a.jsonl", 3)
 
 
-def test_epochs_override_replaces_the_steps_of_the_recipe() -> None:
+def test_epochs_override_replaces_recipe_steps() -> None:
     assert recipe_with().stages.warmup.steps == 80
     stage = recipe_with("stages.warmup.epochs=0.5", "stages.warmup.group_size=4").stages.warmup
     assert stage.steps_over(256) == 8  # half of 256 prompts × 4 rollouts, 64 a step

@@ -35,7 +35,7 @@ def test_stage_needs_follow_from_source_signals_and_share(
     assert not without_kl.needs_reference
 
 
-def test_every_objective_has_a_loss_and_names_existing_stages() -> None:
+def test_every_objective_has_loss_and_names_existing_stages() -> None:
     assert LOSSES.keys() == OBJECTIVES.keys()
     for name, spec in OBJECTIVES.items():
         assert spec.stages and set(spec.stages) <= set(Stages.model_fields), name

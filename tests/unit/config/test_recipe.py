@@ -50,7 +50,7 @@ def complaint(path: str, value: Any) -> str:
     return message.removeprefix("recipe tiny.yaml: ")
 
 
-def test_minimal_recipe_gets_the_papers_defaults() -> None:
+def test_minimal_recipe_gets_paper_defaults() -> None:
     recipe = parse_recipe(RAW, "here")
     opd = recipe.stages.opd
     assert recipe.data.labeled.path == "train.jsonl"
@@ -157,7 +157,7 @@ def test_override_sets_one_field_with_its_type(override: str, path: str | None, 
     assert found == value and type(found) is type(value)
 
 
-def test_overrides_keep_other_fields_and_the_last_one_wins() -> None:
+def test_overrides_keep_other_fields_and_last_one_wins() -> None:
     before = copy.deepcopy(RAW)
     recipe = parse_recipe(RAW, "here", ["stages.opd.steps=5", "data.labeled.limit=7", "stages.opd.steps=6"])
     assert recipe.stages.opd.steps == 6 and recipe.stages.opd.objective == "opd"
@@ -212,7 +212,7 @@ def test_recipe_is_immutable() -> None:
         recipe.stages.opd.optim.lr = 1.0
 
 
-def test_steps_over_a_pool_by_hand() -> None:
+def test_steps_over_pool_by_hand() -> None:
     # 100 prompts × 8 rollouts × 2 epochs / 128 a step = 12.5, so 13.
     assert Stage(objective="grpo", epochs=2, batch_size=128).steps_over(100) == 13
     assert Stage(objective="grpo", epochs=2, steps=5).steps_over(100) == 5

@@ -22,13 +22,13 @@ from headwater.errors import UserError
         ('{"name": "a", "name": "b"}', "the key 'name' is given twice"),  # a recipe in JSON
     ],
 )
-def test_a_repeated_key_is_refused_with_its_lines(text: str, sentence: str) -> None:
+def test_repeated_key_is_refused_with_its_lines(text: str, sentence: str) -> None:
     with pytest.raises(UserError) as refused:
         yaml.read(text, "r")
     assert sentence in str(refused.value)
 
 
-def test_the_same_key_in_different_objects_merges_and_aliases_work() -> None:
+def test_same_key_in_different_objects_merges_and_aliases_work() -> None:
     text = "base: &base {x: 1, y: 2}\na: {<<: *base, x: 3}\nb: {x: 1}\nc: *base\nd: {<<: [*base, {z: 4}], y: 5}\n"
     assert yaml.read(text, "r") == {
         "base": {"x": 1, "y": 2}, "a": {"x": 3, "y": 2}, "b": {"x": 1}, "c": {"x": 1, "y": 2}, "d": {"x": 1, "y": 5, "z": 4},
@@ -37,5 +37,5 @@ def test_the_same_key_in_different_objects_merges_and_aliases_work() -> None:
 
 
 @pytest.mark.parametrize("name", ["pocket", "pocket-countdown", "gsm8k", "desk", "paper-llama-8b", "paper-qwen3-1.7b"])
-def test_no_builtin_recipe_repeats_a_key(name: str) -> None:
+def test_builtin_recipes_repeat_no_key(name: str) -> None:
     assert yaml.read(builtin_text(name), name)["name"]

@@ -37,19 +37,19 @@ def shared(name: str) -> LoadedProblems:
     return load(Source(path=str(path)), "data", need_answers=True)
 
 
-def test_words_are_numbers_and_runs_of_letters() -> None:
+def test_words_splits_numbers_and_letter_runs() -> None:
     assert words_of("Find $\\left|2x\\right|$!") == ["find", "2", "x"]
     assert words_of("求x的值") == ["求", "x", "的", "值"]
 
 
-def test_the_same_letters_are_an_exact_leak_whatever_the_punctuation() -> None:
+def test_leaks_finds_exact_copy_despite_punctuation() -> None:
     train = problems("Find $|m|$!", "Find n", "(+)")
     assert leaks(train, "find $\\left| m \\right|$ ?", "(-)") == [
         Leak(train[0].id, "held", "exact", problem_id("find $\\left| m \\right|$ ?"), 1.0)
     ]
 
 
-def test_a_copy_with_another_ending_is_an_ngram_leak_with_its_share() -> None:
+def test_leaks_finds_ngram_copy_with_its_share() -> None:
     train = problems(
         LONG + " The original answer is in the form $a \\times b$. Please give the value of $a + b$.", "Find x"
     )
@@ -58,7 +58,7 @@ def test_a_copy_with_another_ending_is_an_ngram_leak_with_its_share() -> None:
     assert found.share == 1.0  # every word of the shorter text, the evaluation's, stands in the other in runs of 13
 
 
-def test_half_of_the_shorter_text_must_be_shared() -> None:
+def test_leaks_require_half_of_shorter_text() -> None:
     words = LONG.split()
     most, few = " ".join(words[:16]), " ".join(words[:13])
     tail = " and then something else entirely happens to quite a few other painters in town"
@@ -66,7 +66,7 @@ def test_half_of_the_shorter_text_must_be_shared() -> None:
     assert leaks(problems(few + tail + tail), LONG) == []
 
 
-def test_short_texts_are_compared_whole_only() -> None:
+def test_leaks_compare_short_texts_whole() -> None:
     assert leaks(problems("What is 2 + 2? Explain why this is so."), "What is 2 + 2?") == []
     assert [one.why for one in leaks(problems("what is 2+2"), "What is 2 + 2?")] == ["exact"]
     assert [
@@ -74,7 +74,7 @@ def test_short_texts_are_compared_whole_only() -> None:
     ] == ["ngram"]
 
 
-def test_a_phrase_that_many_problems_use_is_no_leak_but_a_copy_made_many_times_is() -> None:
+def test_leaks_ignore_common_phrase_but_not_frequent_copy() -> None:
     result = [
         f"Six {name} stand around a table and five of them leave; the odds are m over n, {PHRASE}." for name in NAMES
     ]
@@ -86,7 +86,7 @@ def test_a_phrase_that_many_problems_use_is_no_leak_but_a_copy_made_many_times_i
     assert len(leaks(problems(*copies), LONG)) == 12
 
 
-def test_each_evaluation_is_named_and_leaks_are_taken_out_of_everything() -> None:
+def test_leaks_name_each_evaluation_and_are_removed_from_all_pools() -> None:
     train = LoadedProblems(
         problems(LONG, "b"), {problem_id(LONG): "1", problem_id("b"): "2"}, rows={problem_id(LONG): (3, 7)}
     )
@@ -102,7 +102,7 @@ def test_each_evaluation_is_named_and_leaks_are_taken_out_of_everything() -> Non
     assert leak_row("data.labeled", kept.leaks[0], kept)["rows"] == [3, 7]
 
 
-def test_two_spellings_of_one_problem_share_an_id_or_at_least_a_family() -> None:
+def test_families_join_two_spellings_of_one_problem() -> None:
     assert problem_id("Find $2x$.") == problem_id("Find\n $2 x$ .") and problem_id("1 2") != problem_id("12")
     assert problem_id("1  2") == problem_id("1 2")  # two spaces between digits are still a space
     assert problem_id("cafe\u0301") == problem_id("caf\u00e9")
@@ -111,7 +111,7 @@ def test_two_spellings_of_one_problem_share_an_id_or_at_least_a_family() -> None
     assert letters_and_digits("$\\left|X\\right|$") == "x" and letters_and_digits("(+)") == "(+)"
 
 
-def test_the_copies_in_dapo_are_found_in_seconds() -> None:
+def test_leaks_in_dapo_take_seconds() -> None:
     """README: 9 rows of MATH-500 and 11 of AMC23 by exact text, none of AIME. N-grams find as many again, reworded."""
     train = shared("dapo_math_17k/train.jsonl")
     evals = {name: shared(f"{name}/test.jsonl") for name in ("math500", "amc23", "aime24", "aime25", "math")}

@@ -67,7 +67,7 @@ PADDED = [{**turn, "name": None, "tool_calls": None, "weight": 1} for turn in ME
         [*SHAREGPT, {"from": "assistant", "ground_truth": {"value": "2"}}],
     ],
 )
-def test_every_usual_shape_of_a_conversation_is_read_whole(tmp_path: Path, row: Any) -> None:
+def test_conversation_is_read_from_every_usual_format(tmp_path: Path, row: Any) -> None:
     loaded = read(tmp_path, row)
     (problem,) = loaded.problems
     assert problem.turns == TURNS
@@ -89,13 +89,15 @@ def test_every_usual_shape_of_a_conversation_is_read_whole(tmp_path: Path, row: 
         ({"question": "1+1?", "final_answer": "2", "extra_info": {"answer": "no"}}, {}, "2"),
     ],
 )
-def test_nested_and_capitalised_columns_are_found(tmp_path: Path, row: Any, columns: dict[str, str], gold: str) -> None:
+def test_conversation_columns_may_be_nested_or_capitalised(
+    tmp_path: Path, row: Any, columns: dict[str, str], gold: str
+) -> None:
     loaded = read(tmp_path, row, **columns)
     assert [problem.text for problem in loaded.problems] == ["1+1?"]
     assert loaded.gold == {problem_id("1+1?"): gold}
 
 
-def test_a_single_turn_of_the_user_is_the_same_problem_as_its_text(tmp_path: Path) -> None:
+def test_single_user_turn_equals_text_problem(tmp_path: Path) -> None:
     loaded = read(tmp_path, {"prompt": asked("1+1?"), "answer": "2"}, {"prompt": "1 + 1?", "answer": "2"})
     assert loaded.problems == [Problem(problem_id("1+1?"), "1+1?", loaded.problems[0].source)]
     assert loaded.duplicates == 1 and loaded.problems[0].turns == ()
@@ -113,24 +115,24 @@ def test_a_single_turn_of_the_user_is_the_same_problem_as_its_text(tmp_path: Pat
         ({"role": ["user"], "content": ["1+1?"], "name": ["a", "b"]}, "row 1: 'prompt' is not text but dict"),
     ],
 )
-def test_columns_of_turns_that_are_empty_or_of_different_lengths_are_refused(
+def test_turn_columns_empty_or_of_unequal_length_are_refused(
     tmp_path: Path, columns: dict[str, list[str]], sentence: str
 ) -> None:
     assert sentence in refusal(tmp_path, {"prompt": columns, "answer": "2"})
 
 
-def test_columns_of_turns_may_lack_one(tmp_path: Path) -> None:
+def test_null_turn_column_is_ignored(tmp_path: Path) -> None:
     columns = {"name": None, "role": ["user"], "content": ["1+1?"]}
     assert [problem.text for problem in read(tmp_path, {"prompt": columns, "answer": "2"}).problems] == ["1+1?"]
 
 
-def test_a_reference_in_parts_is_refused_by_row(tmp_path: Path) -> None:
+def test_reference_in_parts_is_refused_by_row(tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": [{"type": "image_url"}]}
     sentence = refusal(tmp_path, {"messages": [*asked("1+1?"), answer]})
     assert "row 1: the last turn of 'messages' holds a part of type 'image_url'" in sentence
 
 
-def test_conversations_that_differ_anywhere_are_different_problems(tmp_path: Path) -> None:
+def test_different_conversations_are_different_problems(tmp_path: Path) -> None:
     variants = [
         MESSAGES,
         [{"role": "system", "content": "Answer modulo 9."}, *MESSAGES[1:]],
@@ -147,7 +149,7 @@ def test_conversations_that_differ_anywhere_are_different_problems(tmp_path: Pat
     assert [loaded.gold[problem.id] for problem in loaded.problems] == [str(n) for n in range(len(variants))]
 
 
-def test_repeated_conversations_merge_and_contradicting_ones_go(tmp_path: Path) -> None:
+def test_repeated_conversations_merge_and_contradicting_ones_are_dropped(tmp_path: Path) -> None:
     spaced = [{**turn, "content": f" {turn['content']}\n"} for turn in MESSAGES]
     loaded = read(tmp_path, {"prompt": MESSAGES, "answer": "2"}, {"prompt": spaced, "answer": "2"})
     assert loaded.duplicates == 1 and len(loaded.problems) == 1 and loaded.problems[0].row == 1
@@ -155,7 +157,7 @@ def test_repeated_conversations_merge_and_contradicting_ones_go(tmp_path: Path) 
     assert loaded.problems == [] and len(loaded.contradictions) == 1
 
 
-def test_copies_with_another_system_turn_stay_in_one_half() -> None:
+def test_conversations_differing_in_system_turn_share_half() -> None:
     plain = Problem.of("Find $x.$", "rows")
     told = Problem.of_turns((("system", "Be brief."), ("user", "find x")), "rows")
     assert told.id != plain.id and family_of(told.id) == family_of(plain.id) and half_of(told.id) == half_of(plain.id)
@@ -176,12 +178,12 @@ def test_copies_with_another_system_turn_stay_in_one_half() -> None:
         ([{"role": "user", "content": 7}], "turn 1 of 'prompt' holds no text but int"),
     ],
 )  # fmt: skip
-def test_what_a_text_prompt_cannot_hold_is_refused_by_row(tmp_path: Path, turns: Any, said: str) -> None:
+def test_unsupported_conversation_content_is_refused_by_row(tmp_path: Path, turns: Any, said: str) -> None:
     sentence = refusal(tmp_path, {"prompt": MESSAGES, "answer": "2"}, {"prompt": turns, "answer": "2"})
     assert said in sentence and "row 2" in sentence and "\n" not in sentence
 
 
-def test_a_conversation_with_pictures_or_tools_beside_it_is_refused(tmp_path: Path) -> None:
+def test_conversation_with_image_or_tool_columns_is_refused(tmp_path: Path) -> None:
     for name in ("images", "tools"):
         sentence = refusal(tmp_path, {"prompt": MESSAGES, "answer": "2", name: [{"bytes": "…"}]})
         assert f"row 1: {name!r} is not empty" in sentence
@@ -199,7 +201,7 @@ CITIES = ["Rome", "Paris", "Oslo", "Bern"]
         {"options": dict(zip("ABCD", CITIES, strict=True)), "answer": "b"},
     ],
 )
-def test_choices_that_the_problem_does_not_show_are_refused_and_shown_ones_read(tmp_path: Path, row: Any) -> None:
+def test_choices_missing_from_problem_are_refused_and_shown_ones_read(tmp_path: Path, row: Any) -> None:
     name = next(name for name in row if name != "answer")
     sentence = refusal(tmp_path, {"question": "What is the capital of France?", **row})
     assert f"row 1: the answer {row['answer']!r} is one of {name!r}" in sentence
@@ -218,12 +220,12 @@ def test_choices_that_the_problem_does_not_show_are_refused_and_shown_ones_read(
         (["red", "What", "2", "is"], 0),
     ],
 )
-def test_hidden_choices_are_refused_where_one_stands_in_the_question(tmp_path: Path, choices: Any, answer: Any) -> None:
+def test_hidden_choices_are_refused_if_question_shows_one(tmp_path: Path, choices: Any, answer: Any) -> None:
     sentence = refusal(tmp_path, {"question": "What is 2+2?", "choices": choices, "answer": answer})
     assert f"row 1: the answer {answer!r} is one of 'choices'" in sentence
 
 
-def test_choices_may_be_labelled_otherwise_than_in_the_question(tmp_path: Path) -> None:
+def test_choices_may_have_other_labels_than_question(tmp_path: Path) -> None:
     shown = "What is 2+2? (A) $2$ (B) $4$ (C) $\\left(6\\right)$"
     choices = ["A. $2$", "B. $4$", "C. $(6)$"]
     assert list(read(tmp_path, {"question": shown, "options": choices, "answer": "B"}).gold.values()) == ["B"]
@@ -232,7 +234,7 @@ def test_choices_may_be_labelled_otherwise_than_in_the_question(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("print_turns", [str, repr, json.dumps])
-def test_conversation_spelt_by_python_is_read(tmp_path: Path, print_turns: Any) -> None:
+def test_conversation_in_python_repr_is_read(tmp_path: Path, print_turns: Any) -> None:
     turns = [{"content": 'It\'s a "sum".\nAdd.', "role": "system"}, {"role": "user", "content": "1+2?", "name": None}]
     loaded = read(tmp_path, {"prompt": print_turns(turns), "answer": "3"})
     assert [problem.turns for problem in loaded.problems] == [(("system", 'It\'s a "sum".\nAdd.'), ("user", "1+2?"))]
@@ -246,7 +248,7 @@ def test_conversation_spelt_by_python_is_read(tmp_path: Path, print_turns: Any) 
         "[{'role': 'user', 'content': Message('1+2?')}]",
     ],
 )
-def test_text_that_looks_like_a_conversation_is_refused(tmp_path: Path, text: str) -> None:
+def test_text_resembling_conversation_is_refused(tmp_path: Path, text: str) -> None:
     assert "row 1: 'prompt' looks like a list of messages" in refusal(tmp_path, {"prompt": text, "answer": "3"})
 
 
@@ -259,13 +261,13 @@ def test_problem_about_json_stays_text(tmp_path: Path) -> None:
         assert [problem.text for problem in read(tmp_path, {"problem": text, "answer": "1"}).problems] == [text]
 
 
-def test_a_problem_about_a_picture_in_another_column_is_refused(tmp_path: Path) -> None:
+def test_image_column_of_problem_is_refused(tmp_path: Path) -> None:
     row = {"problem": "<image>Find x.", "images": [{"bytes": "…"}], "answer": "3"}
     assert "row 1: 'images' is not empty" in refusal(tmp_path, row)
     assert len(read(tmp_path, {**row, "images": []}).gold) == 1
 
 
-def test_a_reference_answer_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_reference_answer_is_named(tmp_path: Path) -> None:
     rows = ({"messages": asked("1+1?", "\\boxed{2}")}, {"messages": asked("1+2?")})
     assert 'row 2: the problem has no answer in "the assistant\'s last turn"' in refusal(tmp_path, *rows)
     loaded = read(tmp_path, *rows, need_answers=False)
@@ -282,7 +284,7 @@ def leaks(train: list[Problem], evaluation: list[Problem]) -> list[int]:
     return [place for place, problem in enumerate(train) if problem.id in found]
 
 
-def test_contamination_compares_what_the_user_asks_in_the_whole_conversation() -> None:
+def test_leaks_compare_user_turns_of_conversation() -> None:
     told = Problem.of_turns((("system", "Be brief."), ("user", "What is 17 + 45?")), "rows")
     plain = Problem.of("what is 17+45", "rows")
     assert leaks([told], [plain]) == [0] and leaks([plain], [told]) == [0]
@@ -295,7 +297,7 @@ def test_contamination_compares_what_the_user_asks_in_the_whole_conversation() -
     assert leaks(follow_ups[:1], follow_ups[1:]) == [] and leaks(follow_ups, follow_ups[:1]) == [0]
 
 
-def test_shared_few_shot_examples_make_no_copies_and_the_same_question_after_them_does() -> None:
+def test_shared_few_shot_turns_are_no_leak_and_same_question_is() -> None:
     shots = [LONG, "120 miles.", LONG.replace("noon", "one").replace("sixty", "forty"), "80 miles."]
     train = [conversation(*shots, f"How much is {n} plus {n} for the farmer?") for n in range(4)]
     held = [conversation(*shots, "How much is 3 plus 3 for the farmer?"), conversation(*shots, "Another one?")]

@@ -42,7 +42,7 @@ def test_labels_count_every_check_and_each_problem_once(grader: Grader) -> None:
     assert labels.checks == 10 == len(grader.seen)
 
 
-def test_labels_refuse_checks_beyond_the_budget(grader: Grader) -> None:
+def test_labels_refuse_checks_beyond_budget(grader: Grader) -> None:
     labels = Labels(GOLD, grader, 2)
     labels.check([("a", "x")])
     with pytest.raises(UserError, match=r"^labels\.budget 2: a look at another problem's answer was refused$"):
@@ -53,7 +53,7 @@ def test_labels_refuse_checks_beyond_the_budget(grader: Grader) -> None:
     assert labels.looked_at == {"a", "b"}
 
 
-def test_a_problem_without_a_label_here_is_refused_before_anything_is_counted(grader: Grader) -> None:
+def test_labels_refuse_unlabelled_problem_before_counting(grader: Grader) -> None:
     labels = Labels(GOLD, grader, 3)
     with pytest.raises(KeyError, match="problem z has no label here"):
         labels.check([("a", "x"), ("z", "y")])
@@ -89,7 +89,7 @@ def test_labels_do_not_show_gold_answers_in_repr_or_errors(grader: Grader) -> No
 POOL = [problem_id(f"problem {index}") for index in range(1000)]
 
 
-def test_the_halves_are_disjoint_by_content_and_nearly_equal() -> None:
+def test_split_halves_are_disjoint_by_content_and_nearly_equal() -> None:
     pools = select_labels(POOL, None, 0)
     assert set(pools.first_half) | set(pools.second_half) == set(POOL)
     assert not set(pools.first_half) & set(pools.second_half)
@@ -100,7 +100,7 @@ def test_the_halves_are_disjoint_by_content_and_nearly_equal() -> None:
     assert abs(len(pools.first_half) - 500) < 64
 
 
-def test_white_space_does_not_make_a_second_problem_that_could_sit_in_the_other_half() -> None:
+def test_split_ignores_white_space() -> None:
     assert problem_id("1 + 1") == problem_id(" 1  +\n1\t") != problem_id("1 + 2")
 
 
@@ -116,12 +116,12 @@ def test_label_selection_is_stable_under_reordering_and_added_rows() -> None:
 
 
 @pytest.mark.parametrize(("budget", "first", "second"), [(2, 1, 1), (7, 4, 3), (100, 50, 50), (1, 1, 0)])
-def test_a_budget_buys_equal_halves_and_an_odd_one_goes_to_the_first(budget: int, first: int, second: int) -> None:
+def test_budget_buys_equal_halves_and_odd_label_for_first(budget: int, first: int, second: int) -> None:
     pools = select_labels(POOL, budget, 0)
     assert (len(pools.first_half), len(pools.second_half)) == (first, second)
 
 
-def test_budget_is_filled_from_the_other_half_if_one_is_too_small() -> None:
+def test_budget_is_filled_from_other_half_if_first_is_too_small() -> None:
     few = [name for name in POOL if half_of(name) == 0][:3]
     many = [name for name in POOL if half_of(name) == 1][:20]
     pools = select_labels(few + many, 16, 0)
@@ -130,18 +130,18 @@ def test_budget_is_filled_from_the_other_half_if_one_is_too_small() -> None:
     assert (len(pools.first_half), len(pools.second_half)) == (3, 20)
 
 
-def test_a_larger_budget_buys_more_labels_and_keeps_those_bought_before() -> None:
+def test_larger_budget_keeps_labels_of_smaller() -> None:
     small, large = select_labels(POOL, 50, 0), select_labels(POOL, 200, 0)
     assert large.first_half[:25] == small.first_half and large.second_half[:25] == small.second_half
 
 
-def test_another_label_seed_buys_others_from_the_same_halves() -> None:
+def test_label_seed_selects_other_labels_from_same_halves() -> None:
     one, other = select_labels(POOL, 50, 0), select_labels(POOL, 50, 1)
     assert len(set(one.all) & set(other.all)) < 15  # 2.5 expected by chance
     assert {half_of(name) for name in other.first_half} == {0}
 
 
-def test_budget_above_the_pool_is_refused() -> None:
+def test_budget_above_pool_is_refused() -> None:
     assert select_labels(["a"], 1, 0) in (Pools(("a",), ()), Pools((), ("a",)))
     with pytest.raises(
         UserError, match=r"^labels\.budget 1001 is more than the 1000 labelled problems of data\.labeled$"
@@ -149,7 +149,7 @@ def test_budget_above_the_pool_is_refused() -> None:
         select_labels(POOL, 1001, 0)
 
 
-def test_label_subsets_share_one_budget(grader: Grader) -> None:
+def test_label_subsets_share_budget(grader: Grader) -> None:
     whole = Labels(GOLD, grader, 1)
     first, second = whole.only(["a"]), whole.only(["c"])
     first.check([("a", "x")])

@@ -75,11 +75,11 @@ def shared(name: str) -> Source:
         ("#### Addition\nWe add three.\n#### Final answer\n42", "42"),
     ],
 )
-def test_gold_answers_are_read_from_each_usual_form(cell: Any, gold: str | None) -> None:
+def test_gold_answer_is_read_from_each_usual_format(cell: Any, gold: str | None) -> None:
     assert gold_answer(cell) == gold
 
 
-def test_a_users_grader_gets_texts_of_any_length_as_they_are(tmp_path: Path) -> None:
+def test_user_grader_gets_long_texts_unchanged(tmp_path: Path) -> None:
     rubric = "# Rubric\nThe essay must name three causes.\nThe answer is long. " + "word " * 50
     cells = {
         rubric: rubric.strip(),
@@ -100,7 +100,7 @@ def test_a_users_grader_gets_texts_of_any_length_as_they_are(tmp_path: Path) -> 
     assert list(load(source, "data", True, gold=marked_gold).gold.values()) == [rubric.strip()]
 
 
-def test_the_usual_columns_are_recognised_and_answer_is_preferred_to_solution(tmp_path: Path) -> None:
+def test_usual_columns_are_recognised_and_answer_precedes_solution(tmp_path: Path) -> None:
     source = write(
         tmp_path / "a.jsonl",
         {"question": "1+1?", "answer": "2", "solution": "\\boxed{3}"},
@@ -117,7 +117,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     assert loaded.gold == {problem_id("1+1?"): "2"}
 
 
-def test_json_file_of_one_indented_object_is_refused_with_remedy(tmp_path: Path) -> None:
+def test_json_file_of_indented_object_is_refused_with_remedy(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"data": [{"problem": "1+1", "answer": "2"}]}, indent=2), encoding="utf-8")
     with pytest.raises(
@@ -126,7 +126,7 @@ def test_json_file_of_one_indented_object_is_refused_with_remedy(tmp_path: Path)
         read(Source(path=str(path)))
 
 
-def test_json_lists_parquet_and_saved_folders_hold_the_same(tmp_path: Path) -> None:
+def test_json_parquet_and_saved_folder_give_equal_problems(tmp_path: Path) -> None:
     rows = [{"problem": f"{n}+1?", "answer": str(n + 1)} for n in range(5)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     wanted = read(write(tmp_path / "a.jsonl", *rows)).gold
@@ -144,7 +144,7 @@ def test_json_lists_parquet_and_saved_folders_hold_the_same(tmp_path: Path) -> N
         read(Source(path=str(tmp_path / "splits")))
 
 
-def test_duplicates_fold_contradictions_go_and_rows_are_told(tmp_path: Path) -> None:
+def test_duplicates_merge_contradictions_drop_and_rows_are_reported(tmp_path: Path) -> None:
     loaded = read(
         write(
             tmp_path / "a.jsonl",
@@ -163,7 +163,7 @@ def test_duplicates_fold_contradictions_go_and_rows_are_told(tmp_path: Path) -> 
     assert loaded.rows[problem_id("Find $2 x$.")] == (1, 2)
 
 
-def test_answers_that_are_equal_by_value_are_no_contradiction(tmp_path: Path) -> None:
+def test_answers_equal_by_value_are_no_contradiction(tmp_path: Path) -> None:
     answers = {
         "a": ["1/2", "0.5"],
         "b": ["1,080", "1080", "1080.0"],
@@ -185,7 +185,7 @@ def test_bridge_prompts_need_no_answers(tmp_path: Path) -> None:
     assert loaded.gold == {} and loaded.without_answer == (problem_id("1+1?"),)
 
 
-def test_the_limit_counts_rows_that_were_read(tmp_path: Path) -> None:
+def test_limit_counts_rows_read(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", *({"problem": f"{n}?", "answer": "1"} for n in range(9)))
     assert len(read(source.model_copy(update={"limit": 4})).problems) == 4
 
@@ -207,7 +207,7 @@ def test_generated_sums_come_from_their_pool() -> None:
         ({"task": "maths"}, "data.labeled.generate.task: 'maths' has no generator; the tasks that have one are sums, countdown"),
     ],
 )  # fmt: skip
-def test_what_a_task_cannot_generate_is_refused_with_the_field_named(made: dict[str, Any], message: str) -> None:
+def test_ungenerable_task_settings_are_refused_by_field(made: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as refused:
         read(Source(generate=Generate(pool="eval", count=1, **made)))
     assert message in str(refused.value)
@@ -236,7 +236,7 @@ def test_what_a_task_cannot_generate_is_refused_with_the_field_named(made: dict[
         (b'{"problem": "a", "answer": "1"}\n{"problem": "\xff", "answer": "1"}', "row 2: is not UTF-8"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+def test_malformed_data_file_is_refused_in_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=sentence) as caught:
@@ -246,12 +246,12 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, content: byte
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet"])
-def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+def test_missing_data_file_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"{name}: no such file"):
         read(Source(path=str(tmp_path / name)))
 
 
-def test_a_broken_parquet_file_and_a_foreign_folder_are_named(tmp_path: Path) -> None:
+def test_broken_parquet_and_foreign_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"not parquet")
     (tmp_path / "folder").mkdir()
     for name, words in (("a.parquet", "cannot be read as Parquet"), ("folder", "not a folder saved by datasets")):
@@ -259,7 +259,7 @@ def test_a_broken_parquet_file_and_a_foreign_folder_are_named(tmp_path: Path) ->
             read(Source(path=str(tmp_path / name)))
 
 
-def test_a_hub_id_without_a_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_without_network_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
     def offline(*_: Any, **__: Any) -> None:
@@ -271,7 +271,7 @@ def test_a_hub_id_without_a_network_is_one_sentence(monkeypatch: pytest.MonkeyPa
     assert "\n" not in str(caught.value)
 
 
-def test_leaks_are_found_whatever_the_punctuation_and_taken_out(tmp_path: Path) -> None:
+def test_leaked_problems_are_removed_despite_punctuation(tmp_path: Path) -> None:
     rows = [{"problem": "Find $|m|$!", "answer": "1"}, {"problem": "b", "answer": "2"}]
     train = read(write(tmp_path / "a.jsonl", *rows))
     test = read(write(tmp_path / "b.jsonl", {"problem": "find $\\left| m \\right|$ ?", "answer": "1"}))
@@ -281,7 +281,7 @@ def test_leaks_are_found_whatever_the_punctuation_and_taken_out(tmp_path: Path) 
     assert len(train.problems) == 2
 
 
-def test_dapo_has_its_duplicates_contradictions_and_leaks_found() -> None:
+def test_dapo_duplicates_contradictions_and_leaks_are_counted() -> None:
     train = read(shared("dapo_math_17k/train.jsonl"))
     evals = {name: read(shared(f"{name}/test.jsonl")) for name in ("math500", "amc23", "aime24", "aime25")}
     assert train.duplicates == 996
@@ -304,7 +304,7 @@ def test_dapo_has_its_duplicates_contradictions_and_leaks_found() -> None:
         ("amc23/test.jsonl", 40, "27"),
     ],
 )
-def test_the_usual_sets_are_read_as_they_are(name: str, problems: int, example: str | None) -> None:
+def test_usual_datasets_are_read_unchanged(name: str, problems: int, example: str | None) -> None:
     loaded = read(shared(name))
     assert len(loaded.problems) == len(loaded.gold) == problems
     assert example is None or loaded.gold[loaded.problems[0].id] == example
@@ -319,7 +319,7 @@ def test_math_train_lacks_four_answers() -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=80) | st.text(max_size=80).map(lambda text: text.encode("utf-8", "replace")))
-def test_no_file_content_gives_anything_but_problems_or_a_sentence(tmp_path: Path, content: bytes) -> None:
+def test_arbitrary_file_gives_problems_or_one_sentence(tmp_path: Path, content: bytes) -> None:
     for path in (tmp_path / "a.jsonl", tmp_path / "a.json"):
         path.write_bytes(b'{"problem": "a", "answer": "1"}\n' + content)
         try:

@@ -89,7 +89,7 @@ CELLS: list[tuple[list[Any], pa.DataType, list[str | None]]] = [
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_each_type_of_column_gives_what_a_person_would_write(write: Write, tmp_path: Path) -> None:
+def test_each_column_type_gives_its_written_gold(write: Write, tmp_path: Path) -> None:
     for number, (written, kind, wanted) in enumerate(CELLS):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -98,7 +98,7 @@ def test_each_type_of_column_gives_what_a_person_would_write(write: Write, tmp_p
         assert golds(write(table(pa.array(written, kind)), folder)) == wanted, kind
 
 
-def test_narrow_floats_in_run_ends_and_unions_give_their_shortest_decimal(tmp_path: Path) -> None:
+def test_narrow_floats_run_ends_and_unions_give_shortest_decimal(tmp_path: Path) -> None:
     narrow = pa.array([0.1, 0.7], pa.float32())
     runs = pa.RunEndEncodedArray.from_arrays(pa.array([2, 3], pa.int32()), narrow)
     union = pa.UnionArray.from_sparse(pa.array([0, 1], pa.int8()), [narrow, pa.array([b"x", b"1/2"])])
@@ -106,13 +106,13 @@ def test_narrow_floats_in_run_ends_and_unions_give_their_shortest_decimal(tmp_pa
     assert golds(as_stream(table(union), tmp_path)) == ["0.1", "1/2"]
 
 
-def test_every_short_decimal_comes_back_from_a_float_of_32_bits(tmp_path: Path) -> None:
+def test_short_decimals_survive_float32(tmp_path: Path) -> None:
     written = [f"{n / 1000:.3f}" for n in range(1, 3000, 7)]
     path = as_parquet(table(pa.array([float(text) for text in written], pa.float32())), tmp_path)
     assert [Decimal(gold) for gold in golds(path) if gold is not None] == [Decimal(text) for text in written]
 
 
-def test_a_json_file_of_the_same_numbers_gives_the_same_golds(tmp_path: Path) -> None:
+def test_json_and_parquet_numbers_give_same_golds(tmp_path: Path) -> None:
     numbers = [0.1, 27.0, 3, 1e-9, 123456789012]
     rows = [{"question": f"What is number {n}?", "answer": number} for n, number in enumerate(numbers)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -120,7 +120,7 @@ def test_a_json_file_of_the_same_numbers_gives_the_same_golds(tmp_path: Path) ->
     assert golds(str(tmp_path / "a.jsonl")) == golds(in_table) == ["0.1", "27", "3", "1e-09", "123456789012"]
 
 
-def test_other_tasks_get_the_same_text_and_objects_keep_their_numbers(tmp_path: Path) -> None:
+def test_other_tasks_get_same_text_and_objects_keep_numbers(tmp_path: Path) -> None:
     assert golds(as_parquet(table(pa.array([0.1, 27.0], pa.float32())), tmp_path), gold=cell_as_is) == ["0.1", "27"]
     fields = pa.struct([("value", pa.float32()), ("abs", pa.decimal128(6, 3)), ("unit", pa.binary())])
     answers = pa.array([{"value": 0.1, "abs": Decimal("0.010"), "unit": b"m"}], fields)
@@ -139,14 +139,14 @@ def test_other_tasks_get_the_same_text_and_objects_keep_their_numbers(tmp_path: 
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("write", [as_parquet, as_stream])
-def test_a_cell_that_is_no_answer_is_refused_by_row(
+def test_non_answer_cell_is_refused_by_row(
     write: Write, written: list[Any], kind: pa.DataType, sentence: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         golds(write(table(pa.array(written, kind)), tmp_path))
 
 
-def test_a_cell_that_cannot_be_read_matters_only_where_it_is_needed(tmp_path: Path) -> None:
+def test_unreadable_cell_matters_only_if_needed(tmp_path: Path) -> None:
     made = table(pa.array(["1", "2"])).append_column("score", pa.array([123456792.0, 1.0], pa.float32()))
     path = as_parquet(made, tmp_path)
     assert golds(path) == ["1", "2"]
@@ -154,21 +154,21 @@ def test_a_cell_that_cannot_be_read_matters_only_where_it_is_needed(tmp_path: Pa
         golds(path, answer="score")
 
 
-def test_two_columns_of_one_name_are_refused_where_they_are_used(tmp_path: Path) -> None:
+def test_duplicate_columns_are_refused_if_used(tmp_path: Path) -> None:
     made = pa.Table.from_arrays([pa.array(["a?"]), pa.array(["1"]), pa.array(["2"])], ["question", "answer", "answer"])
     with pytest.raises(UserError, match="'answer' is the name of several columns; rename all but one"):
         golds(as_stream(made, tmp_path))
 
 
 @pytest.mark.parametrize("name", ["a.arrow", "a.parquet", "a.feather"])
-def test_a_damaged_table_is_one_sentence(name: str, tmp_path: Path) -> None:
+def test_damaged_table_is_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"ARROW1 and nothing else")
     with pytest.raises(UserError, match=f"{name}: cannot be read as (Arrow|Parquet)") as refused:
         golds(str(tmp_path / name))
     assert "\n" not in str(refused.value)
 
 
-def test_selected_rows_of_a_saved_folder_are_those_that_were_selected(tmp_path: Path) -> None:
+def test_selected_rows_of_saved_folder_are_read(tmp_path: Path) -> None:
     import datasets
 
     made = datasets.Dataset(table(pa.array([0.1, 0.2, 0.3, 0.4], pa.float32()))).select([2, 0])
@@ -176,7 +176,7 @@ def test_selected_rows_of_a_saved_folder_are_those_that_were_selected(tmp_path: 
     assert golds(str(tmp_path / "some")) == ["0.3", "0.1"]
 
 
-def test_the_format_and_json_columns_of_a_saved_folder_change_no_gold(tmp_path: Path) -> None:
+def test_saved_folder_format_and_json_columns_keep_golds(tmp_path: Path) -> None:
     import datasets
 
     plain = datasets.Dataset(table(pa.array([0.1, 3.0], pa.float32())))
@@ -217,7 +217,7 @@ def csv_golds(
         ("question,answer\n1+1?,1e3\n", "a.csv", [("1+1?", "1e3")]),
     ],
 )
-def test_csv_is_read_with_its_golds_as_text(
+def test_csv_golds_are_read_as_text(
     content: str, name: str, rows: list[tuple[str, str | None]], tmp_path: Path
 ) -> None:
     assert csv_golds(tmp_path, content, name) == rows
@@ -237,13 +237,13 @@ def test_csv_is_read_with_its_golds_as_text(
         (b"question,answer\na\xe9?,1\n", "row 2: is not UTF-8 text; data files are JSONL, JSON, CSV"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_csv_file_is_one_sentence(content: str | bytes, sentence: str, tmp_path: Path) -> None:
+def test_malformed_csv_is_refused_in_one_sentence(content: str | bytes, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=sentence) as refused:
         csv_golds(tmp_path, content)
     assert "\n" not in str(refused.value)
 
 
-def test_compressed_text_is_read_and_a_cut_file_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_text_is_read_and_truncated_file_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = b"".join(json.dumps({"question": f"{n}?", "answer": str(n * n)}).encode() + b"\n" for n in range(500))
     packed = {
         ".gz": gzip.compress(plain),
@@ -266,12 +266,12 @@ def test_compressed_text_is_read_and_a_cut_file_refused(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["gone.csv", "gone.tsv", "gone.arrow", "gone.jsonl.gz"])
-def test_a_missing_file_of_each_format_is_named(name: str, tmp_path: Path) -> None:
+def test_missing_file_of_each_format_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{name}: no such file"):
         golds(str(tmp_path / name))
 
 
-def test_a_key_given_twice_in_a_row_is_refused(tmp_path: Path) -> None:
+def test_duplicate_key_in_row_is_refused(tmp_path: Path) -> None:
     for name, content in (
         ("a.jsonl", '{"question": "a?", "answer": "1"}\n{"question": "b?", "answer": "1", "answer": "2"}\n'),
         ("a.json", '[{"question": "a?", "answer": "1", "answer": "2"}]'),
@@ -281,7 +281,7 @@ def test_a_key_given_twice_in_a_row_is_refused(tmp_path: Path) -> None:
             golds(str(tmp_path / name))
 
 
-def test_a_cell_nested_thousands_deep_is_refused_by_a_sentence() -> None:
+def test_deeply_nested_cell_is_refused_in_one_sentence() -> None:
     cell: Any = "7"
     for _ in range(5000):
         cell = [cell]

@@ -14,7 +14,7 @@ from headwater.errors import UserError
 DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
-def test_rows_come_back_in_order_with_their_ids(tmp_path: Path) -> None:
+def test_rows_keep_order_and_ids(tmp_path: Path) -> None:
     rows = [
         {"id": "a", "gold": "1/2", "completion": "\\boxed{0.5}"},
         {"id": 7, "gold": "2k+2", "completion": "\\boxed{2(k+1)}"},
@@ -32,7 +32,7 @@ def test_rows_come_back_in_order_with_their_ids(tmp_path: Path) -> None:
     assert all(set(row) == {"id", "correct", "reason", "seconds"} and 0 <= row["seconds"] < 3 for row in graded)
 
 
-def test_rows_before_a_broken_one_are_handed_out_first(tmp_path: Path) -> None:
+def test_rows_before_broken_row_are_yielded(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     good = json.dumps({"id": 1, "gold": "47", "completion": "=47"})
     path.write_text((good + "\n") * 600 + "{broken\n")
@@ -52,14 +52,14 @@ def test_rows_before_a_broken_one_are_handed_out_first(tmp_path: Path) -> None:
         ("", "is empty"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path: Path, row: str, sentence: str) -> None:
+def test_bad_row_is_named(tmp_path: Path, row: str, sentence: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(row)
     with pytest.raises(UserError, match=sentence):
         list(grade_file(path))
 
 
-def test_a_gold_answer_that_its_grader_refuses_is_listed(tmp_path: Path) -> None:
+def test_validate_lists_gold_refused_by_grader(tmp_path: Path) -> None:
     path = tmp_path / "sums.jsonl"
     path.write_text('{"problem": "17+30", "answer": "47"}\n{"problem": "17+31", "answer": "forty-eight"}\n')
     result = validate(Source(path=str(path)), task="sums")
@@ -68,7 +68,7 @@ def test_a_gold_answer_that_its_grader_refuses_is_listed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("answers", [[None, ""], ["Add both.\nThat makes two of them."], ["3", "4"]])
-def test_a_source_without_any_gold_answer_is_not_valid(answers: list[str | None], tmp_path: Path) -> None:
+def test_source_without_gold_answers_is_invalid(answers: list[str | None], tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"problem": "1+2?", "answer": answer}) + "\n" for answer in answers))
     result = validate(Source(path=str(path)))
@@ -83,7 +83,7 @@ def test_a_source_without_any_gold_answer_is_not_valid(answers: list[str | None]
         ("dapo_math_17k/train", 16906, 0),
     ],
 )  # fmt: skip
-def test_every_gold_answer_of_the_usual_sets_grades_correct(name: str, total: int, empty: int) -> None:
+def test_every_gold_answer_of_usual_datasets_grades_correct(name: str, total: int, empty: int) -> None:
     path = DATA / f"{name}.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here: its gold answers were NOT validated")

@@ -34,20 +34,20 @@ def pair(student: float, teacher: float, kl: float = 0.0, passes: float = 1.0) -
     return PairMeasures(model(0.5), model(0.9), 0.5, Continuations(100, known(student), known(teacher), kl), passes)
 
 
-def test_large_teacher_lead_gives_the_labels_to_the_teacher() -> None:
+def test_large_teacher_lead_gives_labels_to_teacher() -> None:
     advice = label_advice(pair(student=0.30, teacher=0.95))
     assert advice.where == "teacher" and advice.arm == "bridge"
     assert advice.margin == pytest.approx(0.65 - MIN_LEAD)
     assert "95%" in advice.because and "30%" in advice.because and "65 points" in advice.because
 
 
-def test_small_teacher_lead_gives_the_labels_to_the_student() -> None:
+def test_small_teacher_lead_gives_labels_to_student() -> None:
     advice = label_advice(pair(student=0.80, teacher=0.95))
     assert advice.where == "student" and advice.arm == "direct_grpo"
     assert advice.margin == pytest.approx(0.15 - MIN_LEAD)
 
 
-def test_large_divergence_with_few_rollouts_reduces_the_lead() -> None:
+def test_large_divergence_with_few_rollouts_reduces_lead() -> None:
     # 0.2 nats and 8 passes cost 0.2·3 = 0.6 of the lead of 0.65; 2 passes cost 0.2.
     assert label_advice(pair(0.30, 0.95, kl=0.2, passes=8.0)).margin == pytest.approx(0.65 - 0.6 - MIN_LEAD)
     assert label_advice(pair(0.30, 0.95, kl=0.2, passes=8.0)).where == "student"
@@ -94,12 +94,12 @@ def test_perfect_teacher_needs_no_labels() -> None:
     ("rates", "message"),
     [((0.01, 0.01), "easier problems"), ((0.99, 0.99), "harder problems"), ((0.01, 0.99), "raw_teacher")],
 )
-def test_advice_without_any_signal_names_remedies(rates: tuple[float, float], message: str) -> None:
+def test_advice_without_signal_names_remedies(rates: tuple[float, float], message: str) -> None:
     advice = label_advice(replace(pair(0.5, 1.0), student=model(0.0, rates[0]), teacher=model(0.0, rates[1])))
     assert advice.where == "nowhere" and advice.arm is None and message in advice.because
 
 
-def test_teacher_at_its_best_of_k_leaves_the_labels_to_the_student() -> None:
+def test_teacher_at_its_best_of_k_leaves_labels_to_student() -> None:
     # Whatever its lead: labels upstream could raise it from 93 % to 98 % at most.
     measures = pair(student=0.30, teacher=0.95)
     sated = replace(measures.teacher, pass_rate=known(0.93), pass_at={8: 0.98}, c1=0.949)
@@ -113,7 +113,7 @@ def test_teacher_at_its_best_of_k_leaves_the_labels_to_the_student() -> None:
     assert label_advice(replace(measures, teacher=sated, student=silent)).where == "teacher"
 
 
-def test_teacher_without_a_correct_answer_is_not_advised() -> None:
+def test_teacher_without_correct_answer_is_not_advised() -> None:
     assert label_advice(replace(pair(0.5, 1.0), continuations=None)).where == "student"
 
 
@@ -126,7 +126,7 @@ def test_warmup_advice_follows_c2_on_student_prefixes() -> None:
     assert f"{1.1 * MAX_KL_WITHOUT_WARMUP:.2f} nats" in far.because
 
 
-def test_warmup_that_would_overfit_is_omitted_unless_coverage_is_low() -> None:
+def test_warmup_is_omitted_if_overfitting_unless_coverage_is_low() -> None:
     # At 4 passes the toll is twice the divergence.
     few, enough = (pair(0.3, 0.9, kl=half * MAX_WARMUP_COST, passes=4.0) for half in (0.55, 0.45))
     assert (
@@ -138,7 +138,7 @@ def test_warmup_that_would_overfit_is_omitted_unless_coverage_is_low() -> None:
     assert warmup_advice(replace(few, student=model(MIN_INFORMATIVE - 0.01))).needed
 
 
-def test_switch_advice_names_existing_metrics_and_a_valid_until() -> None:
+def test_switch_advice_names_existing_metrics_and_valid_until() -> None:
     from headwater.config.stage import Until
 
     result = student_rl_advice(pair(0.5, 0.9))

@@ -93,13 +93,13 @@ def find(found: Examination, name: str) -> Finding:
 # Nothing wrong ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_arm_of_the_pocket_recipe_passes(tmp_path: Path) -> None:
+def test_every_arm_of_pocket_recipe_passes(tmp_path: Path) -> None:
     found = examined(tmp_path, "evaluate.sampling.max_tokens=48", arms=tuple(ARMS))
     assert not found.errors and found.unchecked == ()
 
 
 @pytest.mark.parametrize("pair", ["qwen3", "llama"])
-def test_the_pocket_models_have_nothing_wrong_and_everything_is_checked(tmp_path: Path, pair: str) -> None:
+def test_pocket_models_pass_every_check(tmp_path: Path, pair: str) -> None:
     found = examined(
         tmp_path, f"models.student=pocket:{pair}-student", f"models.teacher=pocket:{pair}-teacher",
         "evaluate.sampling.max_tokens=48", *(f"stages.{stage}.sampling.max_tokens=48" for stage in
@@ -110,7 +110,7 @@ def test_the_pocket_models_have_nothing_wrong_and_everything_is_checked(tmp_path
     assert found.unchecked == () and len(found.checked) == len(CHECKS)
 
 
-def test_the_pocket_preflight_takes_seconds_and_not_minutes(tmp_path: Path) -> None:
+def test_pocket_preflight_takes_seconds(tmp_path: Path) -> None:
     # Processor time, which a busy sibling core may double: a bound against a check that grows out of hand, not a speed claim.
     recipe = find_recipe("pocket", ["compute.threads=1"])
     diagnose(recipe, ("bridge_rl",), (0,), tmp_path)  # imports and first calls are not the doctor's
@@ -122,7 +122,7 @@ def test_the_pocket_preflight_takes_seconds_and_not_minutes(tmp_path: Path) -> N
 # Tokenizers, stop ids, templates ----------------------------------------------------------------------------------------
 
 
-def test_a_base_student_of_an_instruct_teacher_stops_elsewhere(tmp_path: Path) -> None:
+def test_base_student_with_other_stop_ids_than_teacher_is_refused(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
     teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
     finding = find(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "stop-sets-differ")
@@ -130,21 +130,21 @@ def test_a_base_student_of_an_instruct_teacher_stops_elsewhere(tmp_path: Path) -
     assert "151643" in finding.evidence and "151645" in finding.evidence and str([PAD, END]) in finding.remedy
 
 
-def test_a_student_that_stops_at_more_ids_than_its_teacher_is_only_warned_of(tmp_path: Path) -> None:
+def test_student_with_more_stop_ids_than_teacher_is_warned(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "student", ends=[END, PAD])
     teacher = qwen_folder(tmp_path / "teacher")
     finding = find(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "stop-sets-differ")
     assert finding.severity == "warning"
 
 
-def test_stop_sets_are_compared_only_where_one_model_teaches_the_other(tmp_path: Path) -> None:
+def test_stop_ids_are_compared_for_distillation_only(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
     teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
     found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", arms=("direct_grpo",))
     assert "stop-sets-differ" not in {finding.name for finding in found.findings}
 
 
-def test_an_eos_that_the_generation_config_does_not_list_is_named(tmp_path: Path) -> None:
+def test_eos_missing_from_generation_config_is_named(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "model", eos="<|im_end|>", ends=PAD)
     finding = find(
         light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "eos-not-in-generation-config"
@@ -152,13 +152,13 @@ def test_an_eos_that_the_generation_config_does_not_list_is_named(tmp_path: Path
     assert "151645" in finding.evidence and "[151643]" in finding.evidence
 
 
-def test_a_template_that_ends_turns_where_the_model_does_not_stop_is_named(tmp_path: Path) -> None:
+def test_template_turn_end_missing_from_stop_ids_is_named(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
     finding = find(light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "turn-end-does-not-stop")
     assert "151645 (<|im_end|>)" in finding.evidence
 
 
-def test_a_model_that_nothing_ends_is_refused(tmp_path: Path, pocket_folder: Path) -> None:
+def test_model_without_stop_ids_is_refused(tmp_path: Path, pocket_folder: Path) -> None:
     folder = tmp_path / "endless"
     patched(pocket_folder / "qwen3-student", folder, "config.json", eos_token_id=None)
     (folder / "generation_config.json").unlink()
@@ -195,13 +195,13 @@ def test_151936_columns_against_152064_are_refused(tmp_path: Path) -> None:
     assert not sampled.errors
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_has_columns_is_refused(tmp_path: Path) -> None:
+def test_tokenizer_with_more_ids_than_model_columns_is_refused(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "narrow", vocab_size=20)
     finding = find(light(tmp_path, f"models.student={folder}"), "token-beyond-vocabulary")
     assert f"ids up to {len(make_tokenizer()) - 1}" in finding.evidence and "20 columns" in finding.evidence
 
 
-def test_sampling_defaults_of_a_model_are_named_as_ignored(tmp_path: Path) -> None:
+def test_model_sampling_defaults_are_named_as_ignored(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "model", do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
     finding = find(light(tmp_path, f"models.student={folder}", f"models.teacher={folder}"), "sampling-defaults-ignored")
     assert finding.severity == "note" and "temperature 0.6, top_p 0.95, top_k 20" in finding.evidence
@@ -212,7 +212,7 @@ def test_sampling_defaults_of_a_model_are_named_as_ignored(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
-def test_the_share_that_adapters_cover_and_targets_that_get_none_are_named(tmp_path: Path) -> None:
+def test_adapter_coverage_and_targets_without_adapter_are_named(tmp_path: Path) -> None:
     moe = tiny_folder(tmp_path / "moe", "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     models_ = (f"models.student={moe}", f"models.teacher={moe}")
     found = find(light(tmp_path, *models_, "models.lora.targets=[q_proj,v_proj]"), "adapters-cover-part")
@@ -230,7 +230,7 @@ def test_the_share_that_adapters_cover_and_targets_that_get_none_are_named(tmp_p
         assert refused.severity == "error" and "models.lora.targets" in refused.evidence and said in refused.evidence
 
 
-def test_a_thinking_template_against_a_plain_one_is_refused(tmp_path: Path) -> None:
+def test_thinking_template_with_plain_one_is_refused(tmp_path: Path) -> None:
     student, teacher = qwen_folder(tmp_path / "plain"), qwen_folder(tmp_path / "hybrid", template=HYBRID)
     finding = find(light(tmp_path, f"models.student={student}", f"models.teacher={teacher}"), "thinking-differs")
     assert (
@@ -239,7 +239,7 @@ def test_a_thinking_template_against_a_plain_one_is_refused(tmp_path: Path) -> N
     )
 
 
-def test_a_teacher_that_may_think_behind_the_same_prompt_is_warned_of(tmp_path: Path) -> None:
+def test_teacher_with_optional_thinking_after_same_prompt_is_warned(tmp_path: Path) -> None:
     student, teacher = qwen_folder(tmp_path / "plain"), qwen_folder(tmp_path / "hybrid", template=HYBRID)
     found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", "prompt.thinking=true")
     assert find(found, "thinking-known-to-one").severity == "warning" and not found.errors
@@ -252,18 +252,18 @@ def test_other_template_differences_are_refused(tmp_path: Path) -> None:
     assert [finding.name for finding in found.errors] == ["prompts-differ"]
 
 
-def test_a_thinking_mode_that_no_template_knows_is_named(tmp_path: Path) -> None:
+def test_unknown_thinking_mode_is_named(tmp_path: Path) -> None:
     finding = find(light(tmp_path, "prompt.thinking=true"), "thinking-without-effect")
     assert "models.student" in finding.evidence
 
 
-def test_a_template_that_always_thinks_is_named(tmp_path: Path) -> None:
+def test_template_with_forced_thinking_is_named(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "model", template=OPENS)
     found = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
     assert find(found, "thinking-always-on").severity == "warning" and not found.errors
 
 
-def test_a_system_prompt_that_the_template_drops_is_named(tmp_path: Path) -> None:
+def test_dropped_system_prompt_is_named(tmp_path: Path) -> None:
     assert (
         "models.teacher"
         in [
@@ -274,18 +274,18 @@ def test_a_system_prompt_that_the_template_drops_is_named(tmp_path: Path) -> Non
     )
 
 
-def test_the_state_of_a_thought_is_read_from_the_prompt() -> None:
+def test_thinking_state_is_read_from_prompt() -> None:
     assert [thinking_state(text) for text in ("<think>\n", "<think>\n\n</think>\n", "a")] == ["open", "closed", "none"]
 
 
-def test_a_prompt_over_the_limit_is_refused_with_its_problem(tmp_path: Path) -> None:
+def test_prompt_over_limit_is_refused_with_its_problem(tmp_path: Path) -> None:
     finding = find(light(tmp_path, "prompt.max_tokens=14"), "prompt-too-long")
     assert finding.severity == "error" and re.search(
         r"\d+ of 69 prompts are over prompt.max_tokens 14", finding.evidence
     )
 
 
-def test_prompt_and_completion_beyond_the_positions_are_refused(tmp_path: Path) -> None:
+def test_prompt_and_completion_beyond_positions_are_refused(tmp_path: Path) -> None:
     finding = find(light(tmp_path, "stages.opd.sampling.max_tokens=500"), "context-too-short")
     assert "512 positions" in finding.evidence
 
@@ -308,7 +308,7 @@ LONGROPE = {  # the shortest prompt has 13 tokens, the longest 19
          "dynamic scaling.*longer than 512 tokens"),
     ],
 )  # fmt: skip
-def test_lengths_on_both_sides_of_a_change_of_positions_are_refused(
+def test_lengths_across_change_of_positions_are_refused(
     rope: dict[str, Any], changes: list[str], evidence: str | None, tmp_path: Path
 ) -> None:
     folder = patched(Path(TEACHER), tmp_path / "model", "config.json", rope_parameters=rope)
@@ -323,7 +323,7 @@ def test_lengths_on_both_sides_of_a_change_of_positions_are_refused(
         preflight(context.plan, context.inputs)
 
 
-def test_problems_in_characters_that_the_tokenizer_lacks_are_named(tmp_path: Path) -> None:
+def test_problems_in_unknown_characters_are_named(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "words.jsonl", *({"problem": f"{n} plus {n}", "answer": str(2 * n)} for n in range(40)))
     assert "40 of 45 problems" in find(light(tmp_path, from_file(path)), "unknown-tokens").evidence
 
@@ -337,46 +337,44 @@ def sums(count: int, first: int = 10) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_missing_data_file_is_named_and_the_rest_is_still_checked(tmp_path: Path) -> None:
+def test_missing_data_file_is_named_and_rest_is_checked(tmp_path: Path) -> None:
     found = light(tmp_path, from_file(str(tmp_path / "none.jsonl")))
     assert [finding.name for finding in found.errors] == ["data-unreadable"]
     assert "vocabulary width" in found.checked
 
 
-def test_a_leaked_evaluation_problem_is_named(tmp_path: Path) -> None:
+def test_leaked_evaluation_problem_is_named(tmp_path: Path) -> None:
     labeled = jsonl(tmp_path / "labeled.jsonl", *sums(40))
     held_out = jsonl(tmp_path / "eval.jsonl", {"problem": "12 + 13 + 11", "answer": "36"}, *sums(4, first=60))
     finding = find(light(tmp_path, from_file(labeled), from_file(held_out, "data.evals.sums")), "evaluation-leak")
     assert "data.labeled: 1 problems also stand in data.evals.sums" in finding.evidence
 
 
-def test_a_label_without_answer_is_refused_with_its_row(tmp_path: Path) -> None:
+def test_label_without_answer_is_refused_with_its_row(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "labeled.jsonl", *sums(20), {"problem": "1+1", "answer": None})
     finding = find(light(tmp_path, from_file(path)), "label-without-answer")
     assert "1 of 21 problems have no answer (rows 21)" in finding.evidence
 
 
-def test_a_gold_answer_that_its_grader_rejects_is_named_with_its_problem(tmp_path: Path) -> None:
+def test_gold_answer_rejected_by_grader_is_named_with_its_problem(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "labeled.jsonl", *sums(20), {"problem": "1+1", "answer": "=" * 60})
     finding = find(light(tmp_path, from_file(path)), "gold-fails-grader")
     assert finding.severity == "warning" and "1 of 21 gold answers" in finding.evidence
 
 
-def test_a_task_that_rejects_most_gold_answers_is_refused(tmp_path: Path) -> None:
+def test_task_rejecting_most_gold_answers_is_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "labeled.jsonl", *({"problem": row["problem"], "answer": "=" * 60} for row in sums(20)))
     assert find(light(tmp_path, from_file(path)), "gold-fails-grader").severity == "error"
 
 
-def test_a_grader_that_returns_a_score_is_named_with_its_type_and_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grader_returning_score_is_named_with_type_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scoring_graders.py").write_text("def score(gold, completion):\n    return 0.5\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     finding = find(light(tmp_path, "task=scoring_graders:score"), "grader-returns-no-verdict")
     assert finding.severity == "error" and "scoring_graders.py returned float" in finding.evidence
 
 
-def test_an_unknown_task_is_named(tmp_path: Path) -> None:
+def test_unknown_task_is_named(tmp_path: Path) -> None:
     found = light(tmp_path, "task=no_such_module:grade")
     assert [finding.name for finding in found.errors] == ["task-unusable"]
 
@@ -389,7 +387,7 @@ def test_repeated_and_contradicting_rows_are_named(tmp_path: Path) -> None:
     assert "1 problems have several different answers (rows 2 and 22)" in find(found, "contradicting-answers").evidence
 
 
-def test_evaluations_that_share_problems_or_hold_none_are_named(tmp_path: Path) -> None:
+def test_overlapping_or_empty_evaluations_are_named(tmp_path: Path) -> None:
     same = jsonl(tmp_path / "same.jsonl", *sums(3, first=60))
     torn = jsonl(tmp_path / "torn.jsonl", {"problem": "7+7", "answer": "14"}, {"problem": "7+7", "answer": "15"})
     sources = (f"{name}: {{path: {path}}}" for name, path in (("a", same), ("b", same), ("c", torn)))
@@ -398,12 +396,12 @@ def test_evaluations_that_share_problems_or_hold_none_are_named(tmp_path: Path) 
     assert find(found, "evaluation-empty").severity == "error"
 
 
-def test_a_budget_over_the_pool_is_named(tmp_path: Path) -> None:
+def test_budget_over_pool_is_named(tmp_path: Path) -> None:
     found = light(tmp_path, "labels.budget=65")
     assert [finding.name for finding in found.errors] == ["label-budget-over-pool"]
 
 
-def test_a_half_that_is_too_small_for_one_step_is_named(tmp_path: Path) -> None:
+def test_half_too_small_for_one_step_is_named(tmp_path: Path) -> None:
     finding = find(light(tmp_path, "labels.budget=6"), "pool-too-small")
     assert "gives stage teacher_rl a pool of 3 problems (first_half), fewer than the 4" in finding.evidence
 
@@ -417,13 +415,13 @@ def test_unbalanced_and_overlapping_halves_are_named(tmp_path: Path) -> None:
     assert "12 and 5" in found["halves-unbalanced"].evidence
 
 
-def test_a_gpu_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = light(tmp_path, "compute.device=cuda")
     assert [finding.name for finding in found.errors] == ["device-missing"]
 
 
-def test_a_plan_that_cannot_be_made_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_plan_is_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*parts: object) -> None:
         raise checks.UserError("something of a new kind")
 
@@ -431,7 +429,7 @@ def test_a_plan_that_cannot_be_made_is_a_finding(tmp_path: Path, monkeypatch: py
     assert "something of a new kind" in find(light(tmp_path), "cannot-run").evidence
 
 
-def test_training_one_of_several_teachers_is_a_finding(tmp_path: Path) -> None:
+def test_training_one_of_several_teachers_is_finding(tmp_path: Path) -> None:
     found = light(tmp_path, f"models.teacher={{a: {TEACHER}, b: {TEACHER}}}")
     assert "is a mapping to several models, which is not trained here" in find(found, "cannot-run").evidence
 
@@ -440,7 +438,7 @@ def test_training_one_of_several_teachers_is_a_finding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("share", "name"), [(0.9, "memory-too-small"), (1.1, "memory-tight"), (2.0, None)])
-def test_memory_is_held_against_the_estimate(
+def test_memory_is_compared_with_estimate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, name: str | None
 ) -> None:
     # The teacher's GRPO holds most: float32 weights, gradients and two moments.
@@ -454,7 +452,7 @@ def test_memory_is_held_against_the_estimate(
     ("free", "top_k", "name"),
     [(10**4, "null", "disk-too-small"), (2 * 10**7, "4000", "disk-tight"), (10**9, "null", None)],
 )
-def test_disk_is_held_against_models_checkpoints_and_caches(
+def test_disk_is_compared_with_models_checkpoints_and_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, top_k: str, name: str | None
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
@@ -465,9 +463,7 @@ def test_disk_is_held_against_models_checkpoints_and_caches(
     assert [finding.name for finding in resource_checks.disk(context)] == ([] if name is None else [name])
 
 
-def test_an_exact_cache_that_would_be_refused_is_named_before_it_is_sampled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unusable_exact_cache_is_named_before_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource_checks, "EXACT_CACHE_LIMIT", 1 << 10)
     assert [finding.name for finding in resource_checks.disk(context_of(tmp_path))] == ["cache-over-limit"]
     assert list(resource_checks.disk(context_of(tmp_path, "stages.warmup.dense.top_k=8"))) == []
@@ -478,12 +474,12 @@ def advice_at(share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *ch
     context = context_of(tmp_path, *changes)
     largest = resource_checks.largest_pending(context, context.inputs)
     assert largest is not None
-    monkeypatch.setattr(resource_checks, "free_memory", lambda device: share * largest.bytes)
+    monkeypatch.setattr(resource_checks, "free_memory", lambda device: share * largest[0])
     (finding,) = resource_checks.memory(context)
     return finding.remedy
 
 
-def test_memory_advice_names_adapters_with_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memory_advice_names_adapters_with_their_requirements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     remedy = advice_at(0.9, monkeypatch, tmp_path)
     # The teacher's GRPO with an adapter: frozen float32 weights, and 16 bytes for each of the adapter's.
     teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
@@ -506,7 +502,7 @@ def test_memory_advice_names_adapters_with_what_they_need(monkeypatch: pytest.Mo
         ([], ["models.gradient_checkpointing=true", "models.lora={r: 16}"], []),
     ],
 )  # fmt: skip
-def test_memory_advice_names_no_setting_that_is_on(
+def test_memory_advice_omits_settings_already_on(
     changes: list[str], named: list[str], unnamed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     remedy = advice_at(1.1, monkeypatch, tmp_path, *changes)
@@ -514,7 +510,7 @@ def test_memory_advice_names_no_setting_that_is_on(
 
 
 @pytest.mark.parametrize(("sleep", "found"), [(0.0, []), (0.02, ["bfloat16-slower"])])
-def test_bfloat16_that_is_slower_here_is_measured(
+def test_slower_bfloat16_is_measured(
     sleep: float, found: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The timed pass runs under torch.autocast: one type of it is made slower."""
@@ -533,7 +529,7 @@ def test_bfloat16_that_is_slower_here_is_measured(
 
 
 @pytest.mark.parametrize(("used", "found"), [(None, ["experts-per-token-unknown"]), (6, [])])
-def test_an_unknown_number_of_experts_per_token_is_named(used: int | None, found: list[str], tmp_path: Path) -> None:
+def test_unknown_number_of_experts_per_token_is_named(used: int | None, found: list[str], tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "deepseek_v2", hidden_size=32, num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=4, vocab_size=64,
         num_experts_per_tok=used,
@@ -543,7 +539,7 @@ def test_an_unknown_number_of_experts_per_token_is_named(used: int | None, found
     assert [finding.name for finding in resource_checks.experts(context)] == found
 
 
-def test_free_memory_is_known_here() -> None:
+def test_free_memory_is_known() -> None:
     free = resource_checks.free_memory(torch.device("cpu"))
     assert free is not None and 1e7 < free < 1e14
 
@@ -582,14 +578,14 @@ def noisy(policy: Policy) -> Policy:
     return replace(policy, body=Noisy(policy.body, 0.1))
 
 
-def test_a_sampler_that_disagrees_with_the_trainer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampler_disagreeing_with_trainer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, "student", noisy)
     finding = find(examined(tmp_path), "sampler-trainer-gap")
     assert finding.severity == "error" and "float32" in finding.evidence
 
 
 @pytest.mark.parametrize("arm", ["bridge", "warmup_only"])
-def test_a_student_that_differs_from_its_frozen_copy_is_named(
+def test_student_differing_from_its_frozen_copy_is_named(
     arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken(monkeypatch, "student", noisy, frozen=True)
@@ -597,13 +593,13 @@ def test_a_student_that_differs_from_its_frozen_copy_is_named(
     assert [finding.name for finding in found.errors] == ["self-kl"]
 
 
-def test_a_teacher_that_disagrees_with_itself_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_disagreeing_with_itself_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, "teacher", noisy)
     finding = find(examined(tmp_path), "teacher-disagrees-with-itself")
     assert finding.severity == "error" and "models.teacher" in finding.evidence
 
 
-def test_weights_that_are_no_numbers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoil(policy: Policy) -> Policy:
         with torch.no_grad():
             next(policy.model.parameters())[5] = torch.nan
@@ -614,21 +610,21 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, monkeypatch: pyte
     assert [finding.name for finding in found.errors] == ["not-finite"]  # and no comparison of such numbers
 
 
-def test_completions_that_run_into_the_limit_are_named(tmp_path: Path) -> None:
+def test_truncated_completions_are_named(tmp_path: Path) -> None:
     changes = [f"stages.{stage}.sampling.max_tokens=2" for stage in ("teacher_rl", "warmup", "opd", "student_rl")]
     found = examined(tmp_path, *changes)
     assert "100% of 16 sampled completions run into sampling.max_tokens 2" in find(found, "truncated").evidence
     assert not found.errors
 
 
-def test_nothing_is_said_of_truncation_where_the_sample_is_shorter_than_the_limit(tmp_path: Path) -> None:
+def test_truncation_is_not_reported_if_sample_is_shorter_than_limit(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "endless", max_position_embeddings=4096)
     changes = [f"stages.{stage}.sampling.max_tokens=2000" for stage in ("teacher_rl", "warmup", "opd", "student_rl")]
     found = examined(tmp_path, *changes, f"models.student={folder}", f"models.teacher={folder}")
     assert "truncated" not in {finding.name for finding in found.findings}
 
 
-def test_a_model_without_a_cache_and_one_with_plain_attention_are_named(tmp_path: Path) -> None:
+def test_missing_kv_cache_and_plain_attention_are_named(tmp_path: Path) -> None:
     uncached, eager = tiny_folder(tmp_path / "uncached", "openai-gpt"), tiny_folder(tmp_path / "eager", "bloom")
     found = examined(tmp_path, f"models.student={uncached}", f"models.teacher={eager}")
     assert "models.student" in find(found, "decodes-without-cache").evidence
@@ -637,7 +633,7 @@ def test_a_model_without_a_cache_and_one_with_plain_attention_are_named(tmp_path
 
 
 @pytest.mark.parametrize(("architecture", "reason"), [("bert", "an encoder"), ("t5", "an encoder with a decoder")])
-def test_an_encoder_is_refused_by_its_kind(architecture: str, reason: str, tmp_path: Path) -> None:
+def test_encoder_is_refused_by_its_kind(architecture: str, reason: str, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     AutoConfig.for_model(architecture, vocab_size=32).save_pretrained(folder)
     finding = find(light(tmp_path, f"models.teacher={folder}"), "model-unsupported")
@@ -651,7 +647,7 @@ def test_bfloat16_is_within_its_wider_bounds(tmp_path: Path) -> None:
 # Engines and servers ----------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_engine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: False)
     found = light(tmp_path, "compute.sampler=vllm")
     assert "pip install headwater[vllm]" in find(found, "engine-unusable").evidence
@@ -667,7 +663,7 @@ def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
         (None, {}, ""),
     ],
 )
-def test_a_teachers_server_is_looked_at_like_a_model(
+def test_teacher_server_is_checked_like_model(
     name: str | None, fault: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     answering = Answering(
@@ -684,14 +680,14 @@ def test_a_teachers_server_is_looked_at_like_a_model(
         assert message in find(found, name).evidence and "models.teacher" in find(found, name).evidence
 
 
-def test_every_finding_is_in_the_docs_and_the_docs_have_no_other() -> None:
+def test_findings_and_docs_list_same_codes() -> None:
     listed = re.findall(
         r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8"), re.MULTILINE
     )
     assert sorted(listed) == sorted(finding_names())
 
 
-def test_every_finding_is_planted_by_a_test() -> None:
+def test_every_finding_is_planted_by_test() -> None:
     files = (ROOT / "tests").glob("*/doctor/test_*checks.py")
     text = "".join(file.read_text(encoding="utf-8") for file in files)
     assert [name for name in sorted(finding_names()) if f'"{name}"' not in text] == []

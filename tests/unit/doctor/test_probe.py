@@ -20,14 +20,14 @@ from runs import TINY
 from tiny import policy_of, rollout_of, tiny_model
 
 
-def test_informative_share_counts_groups_of_the_samples() -> None:
+def test_informative_share_counts_sample_groups() -> None:
     # Of four samples one is right: of the six pairs three hold it. Two right: four pairs of six. None or all: no pair.
     assert informative_share([1, 2, 0, 4], 4, 2) == pytest.approx([1 / 2, 2 / 3, 0.0, 0.0])
     # Where the samples are one whole group, it is informative or not.
     assert informative_share([0, 1, 3, 4], 4, 4) == pytest.approx([0.0, 1.0, 1.0, 0.0])
 
 
-def test_warmup_epochs_follow_from_the_recipe() -> None:
+def test_warmup_epochs_follow_from_recipe() -> None:
     # 2 steps of 16 rollouts on a cache of 16 prompts × 4 rollouts: half of it is read once.
     with prepared(find_recipe("pocket", list(TINY)), ["bridge"], [0]) as (_, inputs):
         assert probe.cache_passes(inputs) == 0.5
@@ -37,7 +37,7 @@ def test_warmup_epochs_follow_from_the_recipe() -> None:
         assert set(probe.sampled_problems(inputs, None, 0)) == set(inputs.pools.first_half)
 
 
-def test_continuations_start_from_the_first_quarter_of_a_correct_teacher_answer() -> None:
+def test_continuations_start_in_first_quarter_of_correct_teacher_answer() -> None:
     seen: list[str] = []
 
     def grade(pairs: Any) -> list[Verdict]:

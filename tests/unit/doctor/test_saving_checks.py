@@ -49,14 +49,14 @@ ADAPTER = "models.lora={r: 2, alpha: 4, roles: [student, teacher]}"
     "changes", [(), (ADAPTER,), (ADAPTER, "models.lora.output=adapter"), ("models.dtype=bfloat16",)]
 )
 @pytest.mark.parametrize("size", [saving_checks.ROUND_TRIP_PARAMETERS, 0])
-def test_a_model_that_survives_has_no_finding(
+def test_savable_model_has_no_finding(
     changes: tuple[str, ...], size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving_checks, "ROUND_TRIP_PARAMETERS", size)
     assert found(*folders(tmp_path, "qwen3"), *changes) == []
 
 
-def test_a_generation_config_that_transformers_refuses_to_write_is_a_note_and_no_more(tmp_path: Path) -> None:
+def test_unwritable_generation_config_is_only_noted(tmp_path: Path) -> None:
     changes = folders(tmp_path, "llama")
     path = tmp_path / "student" / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.6}))
@@ -67,7 +67,7 @@ def test_a_generation_config_that_transformers_refuses_to_write_is_a_note_and_no
     assert "models.student" in mended[0].evidence and "do_sample is set to true" in mended[0].evidence
 
 
-def test_a_model_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsavable_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **more: Any) -> None:
         raise ValueError("Some generation parameters\nare set")
 
@@ -80,9 +80,7 @@ def test_a_model_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("size", [saving_checks.ROUND_TRIP_PARAMETERS, 0])
-def test_an_adapter_that_loses_weights_when_it_is_merged_is_named(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapter_losing_weights_in_merge_is_named(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Adapter.merged_weights
 
     def without_one(self: Adapter, model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -96,7 +94,7 @@ def test_an_adapter_that_loses_weights_when_it_is_merged_is_named(
     assert ("parameters would be saved" in finding.evidence) is (size == 0)
 
 
-def test_an_adapter_that_is_merged_wrongly_is_named_although_a_fresh_one_adds_nothing(
+def test_wrong_merge_is_named_although_fresh_adapter_adds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def base_alone(self: Adapter, model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -109,7 +107,7 @@ def test_an_adapter_that_is_merged_wrongly_is_named_although_a_fresh_one_adds_no
     assert (finding.name, finding.severity) == ("saved-model-differs", "error")
 
 
-def test_the_adapter_is_fresh_again_afterwards(tmp_path: Path) -> None:
+def test_adapter_is_fresh_again_after_check(tmp_path: Path) -> None:
     recipe = find_recipe("pocket", [*TINY, *folders(tmp_path, "qwen3"), ADAPTER])
     with RunInputs(recipe, need_answers=False) as inputs:
         context = DoctorContext(inputs, ("direct_grpo",), (0,), Path("out"))
@@ -120,9 +118,7 @@ def test_the_adapter_is_fresh_again_afterwards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [saving_checks.ROUND_TRIP_PARAMETERS, 0])
-def test_a_tokenizer_that_is_another_one_once_saved_is_named(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokenizer_changed_by_saving_is_named(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_another(tokenizer: Any, source: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
         again = AutoTokenizer.from_pretrained(folder)
@@ -135,7 +131,7 @@ def test_a_tokenizer_that_is_another_one_once_saved_is_named(
     assert (finding.name, finding.severity) == ("saved-tokenizer-differs", "error")
 
 
-def test_a_full_temporary_folder_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_temporary_folder_is_not_reported_as_model_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -145,9 +141,7 @@ def test_a_full_temporary_folder_is_no_fault_of_the_model(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(("role", "value"), [("student", torch.nan), ("teacher", torch.inf)])
-def test_numbers_that_are_none_are_found_in_weights_that_no_sample_touches(
-    role: str, value: float, tmp_path: Path
-) -> None:
+def test_non_finite_weights_unused_by_samples_are_found(role: str, value: float, tmp_path: Path) -> None:
     """The teacher of a distillation is not sampled, and the embedding of an unused token shows in no log-prob."""
     changes = folders(tmp_path, "qwen3")
     path = tmp_path / role / "model.safetensors"
@@ -163,7 +157,7 @@ def test_numbers_that_are_none_are_found_in_weights_that_no_sample_touches(
 
 
 @pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "awq", "bitsandbytes"])
-def test_a_quantized_model_that_a_stage_trains_is_named_before_weights_are_read(method: str, tmp_path: Path) -> None:
+def test_quantized_trained_model_is_named_before_reading_weights(method: str, tmp_path: Path) -> None:
     changes = folders(tmp_path, "qwen3")
     for role in ("student", "teacher"):
         path = tmp_path / role / "config.json"

@@ -46,6 +46,6 @@ def test_group_normalised_weighs_rare_successes_more_than_mean_centred() -> None
     assert mean_centred(rare)[0, 0].item() == 0.875
 
 
-def test_informative_marks_groups_whose_rewards_differ() -> None:
+def test_informative_marks_groups_with_differing_rewards() -> None:
     rewards = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     assert informative(rewards).tolist() == [False, False, True, True]

@@ -42,7 +42,7 @@ def test_collate_by_hand() -> None:
     assert batch.reference_logp_N is None and batch.teacher is None
 
 
-def test_collate_pads_on_the_right_outside_the_mask() -> None:
+def test_collate_pads_on_right_outside_mask() -> None:
     batch = collate([Row(rollout_of((5, 6, 4), (7, 2))), Row(rollout_of((8,), (9,)))], pad_id=11, device=CPU)
     assert batch.ids_BT.tolist() == [[5, 6, 4, 7, 2], [8, 9, 11, 11, 11]]
     assert batch.mask_BT.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
@@ -102,7 +102,7 @@ def test_prompt_tokens_are_never_targets() -> None:
         assert collate([Row(rollout_of(prompt, (7, END)))], END, CPU).targets_N.tolist() == [7, END]
 
 
-def test_eos_is_trained_on_even_if_the_tokenizer_pads_with_it(policy: Policy) -> None:
+def test_eos_is_trained_on_even_if_used_as_padding(policy: Policy) -> None:
     policy.tokenizer.pad_token = policy.tokenizer.eos_token
     assert policy.pad_id == END == policy.tokenizer.eos_token_id
     ended = [Row(rollout_of((1, 6, 2), (7, END))), Row(rollout_of((1, 6, 8, 2), (9, 9, 9, END)))]
@@ -119,7 +119,7 @@ def test_eos_is_trained_on_even_if_the_tokenizer_pads_with_it(policy: Policy) ->
         assert new[-1].exp().item() > 0.9 > old[-1].exp().item()
 
 
-def test_sft_gradient_of_the_eos_row_of_the_head_by_hand() -> None:
+def test_sft_gradient_of_eos_row_of_head_by_hand() -> None:
     policy = tiny_policy(tied=False)
     stage = stage_of("sft")
     only_eos = gradient_of(policy, [Row(rollout_of((1, 6, 2), (END,)))], stage)["lm_head.weight"]
@@ -134,7 +134,7 @@ def test_sft_gradient_of_the_eos_row_of_the_head_by_hand() -> None:
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=24),
     budget=st.integers(1, 200),
 )
-def test_microbatches_respect_the_token_budget_and_lose_nothing(lengths: list[tuple[int, int]], budget: int) -> None:
+def test_microbatches_respect_token_budget_and_lose_nothing(lengths: list[tuple[int, int]], budget: int) -> None:
     rows = [Row(rollout_of((5,) * p, (7,) * c, sample=i)) for i, (p, c) in enumerate(lengths)]
     parts = list(microbatches(rows, budget))
     assert sorted(row.rollout.sample for part in parts for row in part) == list(range(len(rows)))
@@ -143,13 +143,13 @@ def test_microbatches_respect_the_token_budget_and_lose_nothing(lengths: list[tu
         assert width * len(part) <= budget or len(part) == 1
 
 
-def test_rows_of_like_length_share_a_microbatch_so_that_little_is_padding() -> None:
+def test_microbatches_group_rows_of_similar_length() -> None:
     rows = [Row(rollout_of((5,), (7,) * n)) for n in (9, 1, 9, 1, 9, 1)]
     # Widths 10 and 2: three short rows take 6 of 30 tokens and leave no room for a row of width 10 beside them (40).
     assert [[row.tokens for row in part] for part in microbatches(rows, 30)] == [[1, 1, 1], [9, 9, 9]]
 
 
-def test_copies_of_a_policy_share_no_memory(policy: Policy) -> None:
+def test_policy_copies_share_no_memory(policy: Policy) -> None:
     """The helper that other tests rely on: training a copy leaves the original alone."""
     other, before = copied(policy), weights_of(policy)
     stage = stage_of("sft")

@@ -31,7 +31,7 @@ def top(logp_NV: Tensor, k: int) -> TopK:
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_top_k_of_the_whole_vocabulary_gives_the_exact_divergence(name: str) -> None:
+def test_top_k_of_whole_vocabulary_gives_exact_divergence(name: str) -> None:
     student, teacher = random_logp(20, 11, 0), random_logp(20, 11, 1)
     whole = DIVERGENCES[name](*Exact(teacher).align(student))
     kept = DIVERGENCES[name](*top(teacher, 11).align(student))
@@ -40,7 +40,7 @@ def test_top_k_of_the_whole_vocabulary_gives_the_exact_divergence(name: str) -> 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("k", [1, 2, 5, 10])
-def test_top_k_divergence_grows_with_k_and_never_exceeds_the_exact_one(name: str, k: int) -> None:
+def test_top_k_divergence_grows_with_k_up_to_exact_one(name: str, k: int) -> None:
     student, teacher = random_logp(200, 11, 2), random_logp(200, 11, 3)
     whole = DIVERGENCES[name](student, teacher)
     kept = DIVERGENCES[name](*top(teacher, k).align(student))
@@ -50,7 +50,7 @@ def test_top_k_divergence_grows_with_k_and_never_exceeds_the_exact_one(name: str
     assert bool((more <= whole + 1e-12).all())
 
 
-def test_top_k_merges_the_tail_into_one_event_by_hand() -> None:
+def test_top_k_merges_tail_into_one_event_by_hand() -> None:
     student = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64).log()
     teacher = TopK(torch.tensor([[1]]), torch.tensor([[math.log(0.5)]], dtype=torch.float64))
     student_logp, teacher_logp = teacher.align(student)
@@ -62,7 +62,7 @@ def test_top_k_merges_the_tail_into_one_event_by_hand() -> None:
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("k", [1, 3, 11])
-def test_top_k_divergence_of_equal_models_is_zero_with_zero_gradient_in_float32(name: str, k: int) -> None:
+def test_top_k_divergence_of_equal_models_and_its_gradient_are_zero(name: str, k: int) -> None:
     logits = (2.0 * torch.randn(20, 11)).requires_grad_()
     student = torch.log_softmax(logits, dim=-1)
     result = DIVERGENCES[name](*top(student.detach(), k).align(student))
@@ -70,7 +70,7 @@ def test_top_k_divergence_of_equal_models_is_zero_with_zero_gradient_in_float32(
     assert torch.autograd.grad(result.sum(), logits)[0].abs().max().item() < 1e-5
 
 
-def test_top_k_tail_of_a_certain_teacher_is_finite_on_both_sides() -> None:
+def test_top_k_tail_of_certain_teacher_is_finite_on_both_sides() -> None:
     sure = torch.tensor([[0.0, -200.0, -300.0]])
     student_logp, teacher_logp = top(sure, 2).align(torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0]]), dim=-1))
     # In float32 the teacher's tail 1 − 1 − 0 is 0; the floor stands in for it.
@@ -86,14 +86,14 @@ def test_top_k_divergence_passes_gradcheck(name: str) -> None:
     assert gradcheck(lambda x: DIVERGENCES[name](*teacher.align(torch.log_softmax(x, dim=-1))), (logits,))
 
 
-def test_top_k_token_logp_rejects_tokens_outside_the_top_k() -> None:
+def test_top_k_token_logp_rejects_tokens_outside_top_k() -> None:
     teacher = TopK(torch.tensor([[4, 2], [0, 3]]), torch.tensor([[-0.5, -1.5], [-0.25, -2.0]]))
     assert teacher.token_logp(torch.tensor([2, 0])).tolist() == [-1.5, -0.25]
     with pytest.raises(ValueError, match="outside the teacher's kept top-k"):
         teacher.token_logp(torch.tensor([2, 1]))
 
 
-def test_exact_token_logp_gathers_the_targets() -> None:
+def test_exact_token_logp_gathers_targets() -> None:
     logp = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
     assert Exact(logp).token_logp(torch.tensor([1, 0])).exp().tolist() == pytest.approx([0.75, 0.5])
 
@@ -113,7 +113,7 @@ def test_from_hidden_applies_head_and_temperature_by_hand() -> None:
 
 
 @pytest.mark.parametrize("form", ["hidden", "exact", "top"])
-def test_concatenate_keeps_the_order_of_rows_in_every_form(form: str) -> None:
+def test_concatenate_keeps_row_order_in_every_form(form: str) -> None:
     head = torch.nn.Linear(4, 7)
     hidden = torch.randn(6, 4)
     whole = FromHidden(hidden, head, 1.0)

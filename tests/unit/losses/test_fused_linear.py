@@ -99,7 +99,7 @@ def test_fused_loss_passes_gradcheck_for_hidden_states_weight_and_bias(form: str
 @pytest.mark.parametrize("form", ["none", *FORMS])
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("chunk", [1, 3 * V, N * V, 99 * V])
-def test_fused_loss_equals_the_plain_form_in_statistics_and_gradients(form: str, name: str, chunk: int) -> None:
+def test_fused_loss_equals_plain_form_in_statistics_and_gradients(form: str, name: str, chunk: int) -> None:
     options: dict[str, Any] = {}
     if form != "none":
         options = {"teacher": teacher_of(form), "divergence": DIVERGENCES[name], "teacher_tokens": form != "top"}
@@ -143,7 +143,7 @@ def test_fused_statistics_without_loss_equal_those_with_loss(form: str) -> None:
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_fused_loss_independent_of_the_statistics_has_zero_gradient() -> None:
+def test_fused_loss_independent_of_statistics_has_zero_gradient() -> None:
     hidden, head = random(N, H, seed=1).requires_grad_(), head_of(H, 2)
 
     def constant(stats: TokenStats, rows: slice) -> Tensor:
@@ -171,7 +171,7 @@ def test_fused_divergence_of_equal_models_is_zero_with_zero_gradient(name: str) 
 
 
 @pytest.mark.parametrize("name", ["forward", "jsd"])
-def test_fused_loss_accepts_events_of_probability_zero_in_a_cached_teacher(name: str) -> None:
+def test_fused_loss_accepts_events_of_probability_zero_in_cached_teacher(name: str) -> None:
     logp = teacher_of("exact").materialize().logp_NV.clone()  # type: ignore[union-attr]
     logp[:, 3] = -math.inf
     teacher = Exact(torch.log_softmax(logp, dim=-1))
@@ -223,7 +223,7 @@ def test_fused_loss_in_bfloat16_stays_within_rounding_of_float64() -> None:
         assert 0.0 < relative_error.item() < 0.02
 
 
-def test_fused_loss_does_every_matrix_product_once() -> None:
+def test_fused_loss_computes_every_matrix_product_once() -> None:
     head, hidden = head_of(H, 2), random(N, H, seed=1).requires_grad_()
     head.weight_VH.requires_grad_()
     options: dict[str, Any] = {"teacher": teacher_of("hidden"), "divergence": token_losses.REVERSE}
@@ -262,7 +262,7 @@ def watched() -> Iterator[OperationLog]:
 
 
 @pytest.mark.parametrize("form", ["hidden", "top"])
-def test_fused_loss_never_holds_the_logits_of_all_tokens(form: str) -> None:
+def test_fused_loss_never_allocates_logits_of_all_tokens(form: str) -> None:
     count, chunk = 4000, 16 * V
     hidden = random(count, H, seed=1).requires_grad_()
     head = head_of(H, 2)

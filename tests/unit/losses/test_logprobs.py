@@ -27,7 +27,7 @@ def identity(logits: Tensor) -> Tensor:
     return logits
 
 
-def test_token_stats_of_a_zero_head_are_uniform() -> None:
+def test_token_stats_of_zero_head_are_uniform() -> None:
     result = token_stats(torch.randn(4, H), lambda x: x.new_zeros(len(x), V), TokenInputs(torch.arange(4), 1.0))
     assert result.logp_N.tolist() == pytest.approx([-math.log(V)] * 4)
     assert result.entropy_N.tolist() == pytest.approx([math.log(V)] * 4)
@@ -67,7 +67,7 @@ def measured(
 
 @pytest.mark.parametrize("form", ["none", "hidden", "exact", "top"])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_token_stats_in_chunks_equal_the_whole_in_values_and_gradients(form: str, name: str) -> None:
+def test_token_stats_in_chunks_equal_whole_in_values_and_gradients(form: str, name: str) -> None:
     head, hidden = torch.nn.Linear(H, V), torch.randn(N, H)
     targets = torch.randint(0, V, (N,))
     options: dict[str, object] = {}
@@ -85,7 +85,7 @@ def test_token_stats_in_chunks_equal_the_whole_in_values_and_gradients(form: str
         torch.testing.assert_close(cut_to_head, to_head, rtol=1e-5, atol=1e-5)
 
 
-def test_token_stats_never_hold_the_logits_of_all_tokens() -> None:
+def test_token_stats_never_allocate_logits_of_all_tokens() -> None:
     rows: list[int] = []
     linear = torch.nn.Linear(H, V)
 
@@ -102,7 +102,7 @@ def test_token_stats_never_hold_the_logits_of_all_tokens() -> None:
     assert sum(rows) == 1 + 2 * N
 
 
-def test_token_stats_measure_both_kls_and_carry_gradients_only_in_log_prob_and_divergence() -> None:
+def test_token_stats_kls_send_gradients_to_log_prob_and_divergence_only() -> None:
     hidden = torch.randn(N, H, requires_grad=True)
     head = torch.nn.Linear(H, V)
     teacher = teachers(torch.nn.Linear(H, V))["exact"]
@@ -122,7 +122,7 @@ def test_token_stats_measure_both_kls_and_carry_gradients_only_in_log_prob_and_d
     assert carries == {"logp_N", "divergence_N"}
 
 
-def test_token_stats_send_no_gradient_to_the_teacher() -> None:
+def test_token_stats_send_no_gradient_to_teacher() -> None:
     teacher_head = torch.nn.Linear(H, V)
     teacher = FromHidden(torch.randn(N, H), teacher_head, 1.0)
     head = torch.nn.Linear(H, V)

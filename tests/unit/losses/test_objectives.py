@@ -40,7 +40,7 @@ def annotated(policy: Policy, teacher: Policy) -> list[Row]:
     return [replace(row, reference_logp=logp) for row, logp in zip(rows, logps, strict=True)]
 
 
-def test_mixed_with_sparse_share_one_equals_grpo_bitwise_and_needs_no_teacher(policy: Policy, teacher: Policy) -> None:
+def test_mixed_with_sparse_share_one_equals_grpo_without_teacher(policy: Policy, teacher: Policy) -> None:
     rows = [replace(row, teacher=None) for row in annotated(policy, teacher)]
     grpo = gradient_of(policy, rows, stage_of("grpo", sparse=SPARSE))
     mixed = gradient_of(policy, rows, stage_of("mixed", sparse_share=1.0, sparse=SPARSE))
@@ -50,7 +50,7 @@ def test_mixed_with_sparse_share_one_equals_grpo_bitwise_and_needs_no_teacher(po
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd", "sampled"])
-def test_mixed_with_sparse_share_zero_equals_opd_bitwise_and_needs_no_labels(
+def test_mixed_with_sparse_share_zero_equals_opd_without_labels(
     policy: Policy, teacher: Policy, divergence: str
 ) -> None:
     # NaN advantages and missing reference log-probs would break any loss that reads them.
@@ -67,7 +67,7 @@ def test_mixed_with_sparse_share_zero_equals_opd_bitwise_and_needs_no_labels(
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("divergence", ["reverse", "sampled"])
-def test_mixed_gradient_is_the_weighted_sum_of_grpo_and_opd(
+def test_mixed_gradient_is_weighted_sum_of_grpo_and_opd(
     policy: Policy, teacher: Policy, share: float, divergence: str
 ) -> None:
     rows = annotated(policy, teacher)
@@ -142,7 +142,7 @@ def verdicts_of(rows: list[Row], right: int) -> list[Verdict]:
     return [Verdict(row.rollout.completion_ids[0] == right, "by hand") for row in rows]
 
 
-def test_with_rewards_sets_advantages_by_group_and_marks_zero_gradient_rows() -> None:
+def test_with_rewards_sets_advantages_and_marks_zero_gradient_rows() -> None:
     completions = ((10,), (11,), (12,), (13,), (20,), (21,), (22,), (23,))
     rows = [Row(rollout_of((1, 2) if c[0] < 20 else (1, 3), c, sample=i % 4)) for i, c in enumerate(completions)]
     stage = stage_of("grpo", sparse={"advantage": "dr_grpo", "kl_coef": 0.0})
@@ -164,7 +164,7 @@ def test_with_rewards_normalizes_by_group_by_hand() -> None:
 
 
 @pytest.mark.parametrize("objective", ["grpo", "opd", "constant"])
-def test_importance_weights_make_an_engines_policy_gradient_unbiased(objective: str) -> None:
+def test_importance_weights_make_engine_policy_gradient_unbiased(objective: str) -> None:
     """Σ_y q(y) · p(y)/q(y) · ∇loss(y) = Σ_y p(y) · ∇loss(y), summed over the whole vocabulary, for any engine's q."""
     torch.manual_seed(5)
     logits_V = torch.randn(6, dtype=torch.float64, requires_grad=True)
@@ -184,7 +184,7 @@ def test_importance_weights_make_an_engines_policy_gradient_unbiased(objective: 
     assert (gradient(q_V, None) - own).abs().max() > 0.01  # without the weights it is another gradient
 
 
-def test_update_applies_importance_weights_if_a_cap_is_set(policy: Policy) -> None:
+def test_update_applies_importance_weights_if_cap_is_set(policy: Policy) -> None:
     rows = sampled_rows(policy)
     exact = logp_of(policy, [row.rollout for row in rows], 4096)
     # A sampler that claims to have drawn each token at twice its probability: every token counts half.

@@ -64,9 +64,7 @@ def test_pack_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("waste", [0, 1 << 20])
-def test_packed_hidden_states_equal_those_of_each_sequence_alone(
-    name: str, waste: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_hidden_states_equal_each_sequence_alone(name: str, waste: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "MAX_WASTE", waste)
     policy = tiny_policy(name, seed=3)
     assert policy.supports_packing
@@ -92,7 +90,7 @@ def test_packed_sequences_do_not_influence_each_other() -> None:
 
 
 @pytest.mark.parametrize("objective", ["grpo", "opd", "sft"])
-def test_packed_and_padded_rows_have_the_same_gradient(policy: Policy, teacher: Policy, objective: str) -> None:
+def test_packed_and_padded_rows_have_same_gradient(policy: Policy, teacher: Policy, objective: str) -> None:
     rows = taught(sampled_rows(policy, groups=4), teacher)
     assert policy.supports_packing and teacher.supports_packing
     stage = stage_of(objective, batch_size=16)
@@ -105,7 +103,7 @@ def test_packed_and_padded_rows_have_the_same_gradient(policy: Policy, teacher: 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_packed_and_padded_rows_have_the_same_log_probs(policy: Policy, temperature: float) -> None:
+def test_packed_and_padded_rows_have_same_log_probs(policy: Policy, temperature: float) -> None:
     rollouts = [row.rollout for row in sampled_rows(policy, groups=4, temperature=temperature)]
     for packed_value, padded_value in zip(
         logp_of(policy, rollouts, 50), logp_of(padded(policy), rollouts, 50), strict=True
@@ -113,7 +111,7 @@ def test_packed_and_padded_rows_have_the_same_log_probs(policy: Policy, temperat
         torch.testing.assert_close(packed_value, padded_value, rtol=1e-4, atol=1e-5)
 
 
-def test_packed_forward_pass_computes_a_shared_prompt_once(policy: Policy) -> None:
+def test_packed_forward_pass_computes_shared_prompt_once(policy: Policy) -> None:
     rows = sampled_rows(policy, groups=2, group_size=4)
     batch = collate_packed(rows, CPU)
     prompts = {row.rollout.prompt_ids for row in rows}
@@ -179,7 +177,7 @@ def test_models_without_plain_causal_attention_are_padded(name: str, more: dict[
         torch.testing.assert_close(logp, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_model_that_leaks_between_packed_sequences_falls_back_to_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_leaking_between_packed_sequences_falls_back_to_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """An architecture listed as packable whose attention nevertheless crosses sequences."""
 
     def leaking(module, query, key, value, mask, *, packing=None, scaling=None, **others):  # type: ignore[no-untyped-def]
@@ -196,7 +194,7 @@ def test_model_that_leaks_between_packed_sequences_falls_back_to_padding(monkeyp
     lengths=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 30)), min_size=1, max_size=24),
     budget=st.integers(1, 200),
 )
-def test_packed_microbatches_respect_the_budget_and_keep_every_row(lengths: list[tuple[int, int]], budget: int) -> None:
+def test_packed_microbatches_respect_budget_and_keep_every_row(lengths: list[tuple[int, int]], budget: int) -> None:
     rows = [Row(rollout_of((5,) * p, (7,) * c, sample=i)) for i, (p, c) in enumerate(lengths)]
     parts = packed_microbatches(rows, budget)
     assert sorted(row.rollout.sample for part in parts for row in part) == list(range(len(rows)))

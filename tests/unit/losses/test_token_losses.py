@@ -53,7 +53,7 @@ def random_logp(rows: int = 6, events: int = 5, seed: int = 0) -> Tensor:
         (0.95, -1.0, 0.1, 0.5, 0.95, 0.95),
     ],
 )
-def test_policy_gradient_clips_only_updates_beyond_the_trust_region(
+def test_policy_gradient_clips_only_updates_beyond_trust_region(
     ratio: float, advantage: float, low: float, high: float, loss: float, gradient: float
 ) -> None:
     old = torch.tensor([-1.3], dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_policy_gradient_clips_only_updates_beyond_the_trust_region(
     assert torch.autograd.grad(result.sum(), student)[0].item() == pytest.approx(gradient, rel=1e-12)
 
 
-def test_policy_gradient_at_ratio_one_is_minus_the_advantage() -> None:
+def test_policy_gradient_at_ratio_one_is_minus_advantage() -> None:
     student = torch.tensor([-0.1, -2.0, -30.0], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([1.5, -0.5, 2.0], dtype=torch.float64)
     token_losses.policy_gradient(student, student.detach(), advantages, 0.2, 0.2).sum().backward()
@@ -71,7 +71,7 @@ def test_policy_gradient_at_ratio_one_is_minus_the_advantage() -> None:
     assert student.grad.tolist() == (-advantages).tolist()
 
 
-def test_policy_gradient_passes_gradcheck_away_from_the_clip_edges() -> None:
+def test_policy_gradient_passes_gradcheck_away_from_clip_edges() -> None:
     old = torch.tensor([-1.0, -2.0, -0.5, -1.5], dtype=torch.float64)
     student = (old + torch.tensor([1.1, 0.5, 1.6, 0.7], dtype=torch.float64).log()).requires_grad_()
     advantages = torch.tensor([1.0, 2.0, -1.0, -2.0], dtype=torch.float64)
@@ -89,13 +89,13 @@ def test_reference_kl_k3_by_hand() -> None:
     assert gradcheck(lambda x: token_losses.reference_kl(x, reference), (student,))
 
 
-def test_reference_kl_k3_is_unbiased_over_the_vocabulary() -> None:
+def test_reference_kl_k3_is_unbiased_over_vocabulary() -> None:
     student, reference = random_logp(1, 7, seed=1), random_logp(1, 7, seed=2)
     averaged = (student.exp() * token_losses.reference_kl(student, reference)).sum()
     assert averaged.item() == pytest.approx(token_losses.reverse_kl(student, reference).item(), rel=1e-12)
 
 
-def test_cross_entropy_is_minus_the_log_prob() -> None:
+def test_cross_entropy_is_minus_log_prob() -> None:
     student = torch.tensor([math.log(0.25), math.log(0.5)], dtype=torch.float64, requires_grad=True)
     result = token_losses.cross_entropy(student)
     assert result.tolist() == pytest.approx([2 * LN2, LN2], rel=1e-12)
@@ -118,7 +118,7 @@ def test_divergences_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_divergences_pass_gradcheck_by_the_students_logits(name: str) -> None:
+def test_divergences_pass_gradcheck_for_student_logits(name: str) -> None:
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     teacher = random_logp(4, 5, seed=3)
     assert gradcheck(lambda x: DIVERGENCES[name](torch.log_softmax(x, dim=-1), teacher), (logits,))
@@ -148,7 +148,7 @@ def test_jsd_is_symmetric_at_one_half_and_mirrored_elsewhere() -> None:
     torch.testing.assert_close(token_losses.jsd(student, teacher, 0.2), token_losses.jsd(teacher, student, 0.8))
 
 
-def test_jsd_divided_by_its_share_tends_to_the_two_kls() -> None:
+def test_jsd_divided_by_its_share_tends_to_two_kls() -> None:
     student, teacher = random_logp(seed=6), random_logp(seed=7)
     small = 1e-7
     torch.testing.assert_close(
@@ -165,7 +165,7 @@ def test_jsd_divided_by_its_share_tends_to_the_two_kls() -> None:
     )
 
 
-def test_divergences_ignore_events_of_probability_zero_in_both_distributions() -> None:
+def test_divergences_ignore_events_of_probability_zero_in_both() -> None:
     teacher = logp(0.5, 0.5, 0.0)
     for divergence in DIVERGENCES.values():
         with_it = logp(0.25, 0.75, 0.0).requires_grad_()
@@ -176,7 +176,7 @@ def test_divergences_ignore_events_of_probability_zero_in_both_distributions() -
         assert gradient == pytest.approx([*torch.autograd.grad(expected.sum(), without)[0][0].tolist(), 0.0], rel=1e-12)
 
 
-def test_divergences_of_one_sided_zero_probability_give_the_limit_and_not_nan() -> None:
+def test_divergences_of_one_sided_zero_probability_give_limit_and_not_nan() -> None:
     sure, even = logp(1.0, 0.0), logp(0.5, 0.5)
     # 0 · ln 0 = 0: KL((1, 0) ‖ (½, ½)) = ln 2, seen from either loss; the other direction is infinite.
     assert token_losses.reverse_kl(sure, even).item() == pytest.approx(LN2, rel=1e-12)
@@ -189,7 +189,7 @@ def test_divergences_of_one_sided_zero_probability_give_the_limit_and_not_nan() 
     assert token_losses.jsd(sure, even, 0.5).item() == pytest.approx(0.2157616, abs=1e-7)
 
 
-def test_divergences_have_a_finite_gradient_at_masked_student_logits() -> None:
+def test_divergences_have_finite_gradient_at_masked_student_logits() -> None:
     """A model that masks unused vocabulary entries gives log-probs of −inf there."""
     logits = torch.tensor([[1.0, 0.0, -math.inf]], dtype=torch.float64, requires_grad=True)
     for teacher in (logp(0.5, 0.5, 0.0), logp(1.0, 0.0, 0.0)):
@@ -209,7 +209,7 @@ def test_sampled_reverse_kl_by_hand() -> None:
     assert torch.autograd.grad(result.sum(), student)[0].item() == pytest.approx(-LN2, rel=1e-12)
 
 
-def test_sampled_reverse_kl_gradient_averages_to_the_full_reverse_kl_gradient() -> None:
+def test_sampled_reverse_kl_gradient_averages_to_full_gradient() -> None:
     logits = torch.randn(1, 9, dtype=torch.float64, requires_grad=True)
     teacher = random_logp(1, 9, seed=8)
     student = torch.log_softmax(logits, dim=-1)
@@ -221,7 +221,7 @@ def test_sampled_reverse_kl_gradient_averages_to_the_full_reverse_kl_gradient() 
     torch.testing.assert_close(sampled, full, rtol=1e-12, atol=1e-15)
 
 
-def test_sampled_reverse_kl_gradient_is_unbiased_after_an_update_within_the_clip() -> None:
+def test_sampled_reverse_kl_gradient_is_unbiased_after_update_within_clip() -> None:
     """Tokens drawn from the old policy, weighted by the importance ratio, give the gradient at the new one."""
     logits = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
     old = torch.log_softmax(logits.detach() + 0.05 * torch.randn(1, 6, dtype=torch.float64), dim=-1)

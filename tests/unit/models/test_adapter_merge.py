@@ -113,7 +113,7 @@ MERGED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", MERGED)
-def test_what_peft_adds_to_a_model_is_merged_exactly(tmp_path: Path, kind: str) -> None:
+def test_merge_equals_peft_outputs(tmp_path: Path, kind: str) -> None:
     architecture, config, settings = MERGED[kind]
     base = tiny_folder(tmp_path / "base", architecture, **config)
     wanted = made_by_peft(base, tmp_path / "adapter", **settings)
@@ -125,7 +125,7 @@ def test_what_peft_adds_to_a_model_is_merged_exactly(tmp_path: Path, kind: str) 
     torch.testing.assert_close(logp(written), wanted, rtol=0, atol=2e-5)
 
 
-def test_merge_refuses_trained_tokens_beside_an_adapter_on_a_tied_head(tmp_path: Path) -> None:
+def test_merge_refuses_trained_tokens_beside_adapter_on_tied_head(tmp_path: Path) -> None:
     settings = {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [6, 9]}
     made_by_peft(tiny_folder(tmp_path / "base"), tmp_path / "adapter", **settings)
     assert "whose head is tied to its embedding" in refusal(tmp_path / "adapter")
@@ -142,7 +142,7 @@ CHANGED_BASE = ["olora", "OLoRA", "pissa", "pissa_niter_4", "corda", "loftq", "l
 
 
 @pytest.mark.parametrize("start", CHANGED_BASE)
-def test_an_adapter_on_a_changed_base_is_refused_by_name(plain_adapter: Path, tmp_path: Path, start: str) -> None:
+def test_adapter_on_changed_base_is_refused_by_name(plain_adapter: Path, tmp_path: Path, start: str) -> None:
     shutil.copytree(plain_adapter, tmp_path / "adapter")
     change_config(tmp_path / "adapter", init_lora_weights=start)
     assert f"init_lora_weights is {start!r}" in refusal(tmp_path / "adapter")
@@ -151,7 +151,7 @@ def test_an_adapter_on_a_changed_base_is_refused_by_name(plain_adapter: Path, tm
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_pissa_adapter_that_peft_has_converted_is_an_ordinary_one(tmp_path: Path) -> None:
+def test_pissa_adapter_converted_by_peft_merges(tmp_path: Path) -> None:
     """peft's path_initial_model_for_weight_conversion doubles the rank, so that the pair holds the change of the base too."""
     from peft import LoraConfig, get_peft_model
 
@@ -209,7 +209,7 @@ def test_a_pissa_adapter_that_peft_has_converted_is_an_ordinary_one(tmp_path: Pa
         ({"rank_pattern": {"v_proj": 4, "q_proj": 8}}, "does not fit its base model"),
     ],
 )  # fmt: skip
-def test_an_adapter_of_another_kind_is_refused_by_name(
+def test_unsupported_adapter_type_is_refused_by_name(
     plain_adapter: Path, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     shutil.copytree(plain_adapter, tmp_path / "adapter")
@@ -233,14 +233,14 @@ def renamed(folder: Path, new: Callable[[str], str]) -> None:
     ],
     ids=["no prefix", "adapter name", "data parallel", "checkpointing", "compiled"],
 )
-def test_names_that_other_programs_write_are_understood(tmp_path: Path, new: Callable[[str], str]) -> None:
+def test_adapter_names_of_other_programs_are_recognised(tmp_path: Path, new: Callable[[str], str]) -> None:
     base = tiny_folder(tmp_path / "base")
     wanted = made_by_peft(base, tmp_path / "adapter")
     renamed(tmp_path / "adapter", new)
     torch.testing.assert_close(logp(opened(tmp_path / "adapter").model), wanted, rtol=0, atol=2e-5)
 
 
-def test_an_adapter_on_another_base_or_a_resized_vocabulary_is_refused_by_name(tmp_path: Path) -> None:
+def test_adapter_on_other_base_or_resized_vocabulary_is_refused(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = tiny_folder(tmp_path / "base")
@@ -255,7 +255,7 @@ def test_an_adapter_on_another_base_or_a_resized_vocabulary_is_refused_by_name(t
     assert "resize_token_embeddings(90) on the base" in refusal(tmp_path / "resized")
 
 
-def test_a_base_of_experts_kept_apart_takes_adapters_of_older_files(tmp_path: Path) -> None:
+def test_adapter_in_older_expert_layout_merges(tmp_path: Path) -> None:
     """transformers 4 kept Mixtral's experts as layers of their own; transformers 5 fuses them, and peft fuses the pairs."""
     base = tiny_folder(tmp_path / "base", "mixtral", num_local_experts=2, num_experts_per_tok=2)
     folder = tmp_path / "adapter"
@@ -285,7 +285,7 @@ def test_a_base_of_experts_kept_apart_takes_adapters_of_older_files(tmp_path: Pa
     torch.testing.assert_close(logp(opened(folder).model), logp(model), rtol=0, atol=1e-4)
 
 
-def test_folders_as_other_trainers_leave_them(tmp_path: Path) -> None:
+def test_adapter_folders_of_other_trainers_load(tmp_path: Path) -> None:
     """peft writes no tokenizer, some trainers the base's config.json; a whole model beside an adapter is refused."""
     base, folder = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
     wanted = made_by_peft(base, folder)

@@ -30,7 +30,7 @@ EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
         ("granitemoe", EXPERTS),
     ],
 )
-def test_an_adapter_has_the_weights_that_were_counted(architecture: str, fields: dict[str, Any], targets: Any) -> None:
+def test_adapter_size_equals_peft_parameter_count(architecture: str, fields: dict[str, Any], targets: Any) -> None:
     model, wanted = tiny_model(architecture, **fields), Lora(r=4, targets=targets)
     weights, active = adapter_size(Shape.from_config(model.config), wanted)
     lora.attach_adapter(model, "base", lora.AdapterSpec(wanted, (0, "size")), None)
@@ -39,7 +39,7 @@ def test_an_adapter_has_the_weights_that_were_counted(architecture: str, fields:
 
 
 @needs_peft
-def test_a_token_uses_the_adapters_of_the_experts_that_it_is_sent_to() -> None:
+def test_active_adapter_size_counts_routed_experts_only() -> None:
     shape = Shape.from_config(tiny_model("gpt_oss", **EXPERTS).config)
     weights, active = adapter_size(shape, Lora(r=4))
     # Two layers of four experts with matrices of 32 × 128 and 64 × 32; a token uses half of them.
@@ -49,13 +49,13 @@ def test_a_token_uses_the_adapters_of_the_experts_that_it_is_sent_to() -> None:
     assert active == attention + experts / 2
 
 
-def test_conv1d_layers_of_gpt2_count() -> None:
+def test_adapter_size_counts_gpt2_conv1d_layers() -> None:
     shape = Shape.from_config(tiny_model("gpt2", n_inner=64).config)
     # c_attn 32 × 96, c_proj 32 × 32, c_fc 32 × 64, c_proj 64 × 32.
     assert adapter_size(shape, Lora(r=2)) == (2 * 2 * (128 + 64 + 96 + 96),) * 2
 
 
-def test_without_peft_the_linear_layers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_size_without_peft_counts_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     shape = Shape.from_config(tiny_model(num_hidden_layers=3).config)
     layer = (32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3

@@ -31,9 +31,7 @@ IDS = torch.tensor([[1, 6, 15, 7, 2, 9, 3]])
         ("unheard_of", "does not know; upgrade transformers"),
     ],
 )
-def test_a_model_that_is_no_causal_language_model_is_refused_from_its_config(
-    kind: str, reason: str, tmp_path: Path
-) -> None:
+def test_non_causal_model_is_refused_from_its_config(kind: str, reason: str, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(UnsupportedModelError) as refused:
@@ -45,7 +43,7 @@ def test_a_model_that_is_no_causal_language_model_is_refused_from_its_config(
 
 @pytest.mark.parametrize("kind", ["mistral", "phi3", "starcoder2", "llama"])
 @pytest.mark.parametrize("window", [0, -1])
-def test_a_window_of_no_tokens_is_refused_with_the_way_to_turn_it_off(kind: str, window: int, tmp_path: Path) -> None:
+def test_window_of_zero_tokens_is_refused_with_remedy(kind: str, window: int, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", kind, sliding_window=window)
     opened = ModelFolder.open(str(folder), "models.student")
     with pytest.raises(UnsupportedModelError, match=rf"a {kind} model whose sliding_window is {window}, .* write null"):
@@ -55,12 +53,12 @@ def test_a_window_of_no_tokens_is_refused_with_the_way_to_turn_it_off(kind: str,
     assert ModelFolder.open(str(folder), "models.student").config.sliding_window is None
 
 
-def test_an_encoder_made_a_decoder_is_none_of_these(tmp_path: Path) -> None:
+def test_decoder_configuration_of_encoder_is_accepted(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", "bert", is_decoder=True)
     assert ModelFolder.open(str(folder), "models.teacher").config.is_decoder
 
 
-def test_a_missing_package_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ImportError("This model needs the package `speedy`, which is not installed")
 
@@ -70,13 +68,13 @@ def test_a_missing_package_is_not_called_damage(tmp_path: Path, monkeypatch: pyt
         load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=True))
 
 
-def test_a_model_whose_tokens_see_later_tokens_is_refused_whatever_its_config_says(tmp_path: Path) -> None:
+def test_model_without_causal_mask_is_refused_despite_its_config(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", "cpmant", dim_head=8, dim_ff=64, prompt_length=4)
     with pytest.raises(UnsupportedModelError, match=r"is a cpmant model"):
         load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=True))
 
 
-def test_weights_that_are_quantized_are_not_trained(tmp_path: Path) -> None:
+def test_quantized_weights_are_not_trained(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
@@ -100,7 +98,7 @@ def test_weights_that_are_quantized_are_not_trained(tmp_path: Path) -> None:
     ],
 )
 @torch.no_grad()
-def test_in_training_mode_a_model_computes_what_it_computes_at_inference(kind: str, settings: dict[str, Any]) -> None:
+def test_training_mode_equals_inference_mode(kind: str, settings: dict[str, Any]) -> None:
     model = tiny_model(kind, **settings)
     expected = model(input_ids=IDS, use_cache=False).logits
     model.train()
@@ -110,7 +108,7 @@ def test_in_training_mode_a_model_computes_what_it_computes_at_inference(kind: s
     torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_an_attention_cap_is_computed(tmp_path: Path) -> None:
+def test_attention_softcap_is_computed(tmp_path: Path) -> None:
     """Under transformers' own choice, `sdpa`, Gemma 2 computes no cap."""
     folder = tiny_folder(tmp_path / "model", "gemma2", std=1.0, attn_logit_softcapping=1.0)
     policy = load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=True))

@@ -49,7 +49,7 @@ def alone(policy: Policy, prompt: tuple[int, ...], completion: tuple[int, ...]) 
         ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}, True, "left_padded"),
     ],
 )
-def test_sampler_and_trainer_give_prompts_of_any_length_what_each_gets_alone(
+def test_batched_prompts_equal_single_prompts_in_sampler_and_trainer(
     architecture: str, settings: dict[str, Any], pads: bool, decoding: str
 ) -> None:
     policy = tiny_policy(architecture, seed=3, **settings)
@@ -67,7 +67,7 @@ def test_sampler_and_trainer_give_prompts_of_any_length_what_each_gets_alone(
         torch.testing.assert_close(trained, expected, rtol=0, atol=2e-4)
 
 
-def test_in_a_coarse_type_no_padding_enters_a_recurrent_state(tmp_path: Path) -> None:
+def test_padding_does_not_enter_recurrent_state_in_bfloat16(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", "lfm2", layer_types=["conv", "full_attention"])
     models = MODELS.model_copy(update={"dtype": "bfloat16"})
     found = [
@@ -77,7 +77,7 @@ def test_in_a_coarse_type_no_padding_enters_a_recurrent_state(tmp_path: Path) ->
     assert found == ["equal_lengths", "left_padded"]  # the weights that train are float32
 
 
-def test_a_model_that_is_random_at_inference_is_refused() -> None:
+def test_model_random_at_inference_is_refused() -> None:
     policy = tiny_policy("bloom")
     policy.model.transformer.h[0].register_forward_hook(
         lambda _, __, output: (
@@ -90,7 +90,7 @@ def test_a_model_that_is_random_at_inference_is_refused() -> None:
         with_measured_batching(policy)
 
 
-def test_a_packing_model_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batching_probe_skips_packing_model(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy("qwen3")
     monkeypatch.setattr(policy.body, "forward", None)
     assert with_measured_batching(policy) is policy
@@ -98,13 +98,13 @@ def test_a_packing_model_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> Non
         with_measured_batching(replace(policy, supports_packing=False))
 
 
-def test_parts_of_one_length() -> None:
+def test_equal_length_parts_by_hand() -> None:
     words = ["dddd", "a", "bb", "cc", "ee", "f"]
     assert list(padded_parts(words, len, 4, pads=False)) == [["a", "f"], ["bb", "cc"], ["ee"], ["dddd"]]
     assert list(padded_parts(words, len, 8, pads=True)) == [["a", "f", "bb", "cc"], ["ee", "dddd"]]
 
 
-def test_rwkv_keeps_its_weights_and_is_saved_as_the_model_that_it_is(tmp_path: Path) -> None:
+def test_rwkv_weights_load_and_save_unchanged(tmp_path: Path) -> None:
     """transformers halves some of its weights in place at inference, every `rescale_every` layers."""
     folder = tiny_folder(tmp_path / "model", "rwkv", num_hidden_layers=4, rescale_every=2)
     policy = load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=False))
@@ -117,9 +117,7 @@ def test_rwkv_keeps_its_weights_and_is_saved_as_the_model_that_it_is(tmp_path: P
             torch.testing.assert_close(plain(input_ids=ids).logits, ours, rtol=0, atol=1e-3)
 
 
-def test_load_policy_refuses_a_model_that_transformers_cannot_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_policy_refuses_model_unsupported_by_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_folder(tmp_path / "model", "lfm2", layer_types=["conv", "full_attention"])
 
     def fail(*_: Any) -> torch.Tensor:

@@ -40,7 +40,7 @@ MENDED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", MENDED)
-def test_a_contradictory_generation_config_is_saved_without_the_contradiction(name: str, tmp_path: Path) -> None:
+def test_save_resolves_contradictory_generation_config(name: str, tmp_path: Path) -> None:
     entries, wanted, changes = MENDED[name]
     folder = tiny_folder(tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({**entries, "eos_token_id": [3, 8]}))
@@ -55,7 +55,7 @@ def test_a_contradictory_generation_config_is_saved_without_the_contradiction(na
     GenerationConfig.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
 
 
-def test_generation_settings_in_an_old_config_move_to_the_generation_config(tmp_path: Path) -> None:
+def test_generation_settings_move_from_old_config(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     (folder / "generation_config.json").unlink()
     held = json.loads((folder / "config.json").read_text())

@@ -78,7 +78,7 @@ def furthest_apart(a: torch.Tensor, b: torch.Tensor) -> float:
 # What trains ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_fresh_adapter_changes_nothing_and_begins_with_the_same_numbers_wherever_it_is_made(
+def test_fresh_adapter_changes_nothing_and_is_reproducible(
     qwen3_folder: Path,
 ) -> None:
     policy, same, other = adapted(qwen3_folder), adapted(qwen3_folder), adapted(qwen3_folder, draw=1)
@@ -91,7 +91,7 @@ def test_a_fresh_adapter_changes_nothing_and_begins_with_the_same_numbers_wherev
     assert same_bits(first, again) and not any(torch.equal(first[path], others[path]) for path in first)
 
 
-def test_the_gradient_of_an_adapter_is_that_of_the_whole_matrix_through_its_other_half(qwen3_folder: Path) -> None:
+def test_adapter_gradient_equals_full_gradient_times_other_half(qwen3_folder: Path) -> None:
     """W + s·B·A at B = 0: dL/dB = s · dL/dW · Aᵀ, and dL/dA = 0."""
     policy = adapted(qwen3_folder)
     whole = load_policy(ModelFolder.open(str(qwen3_folder), FIELD), LoadOptions(MODELS, CPU, frozen=False))
@@ -105,7 +105,7 @@ def test_the_gradient_of_an_adapter_is_that_of_the_whole_matrix_through_its_othe
         assert not ours[f"{path}.lora_A.default.weight"].any()
 
 
-def test_named_targets_get_adapters_and_no_other_matrix_does(qwen3_folder: Path) -> None:
+def test_only_named_targets_get_adapters(qwen3_folder: Path) -> None:
     policy = adapted(qwen3_folder, targets=["q_proj", "down_proj"])
     assert policy.adapter is not None
     assert {path.rpartition(".")[2] for path in policy.adapter.layers} == {"q_proj", "down_proj"}
@@ -117,14 +117,14 @@ def test_named_targets_get_adapters_and_no_other_matrix_does(qwen3_folder: Path)
     assert everything.parameters == Shape.from_config(policy.model.config).adapter_parameters(4, None)
 
 
-def test_in_bfloat16_the_base_is_rounded_and_what_trains_is_not(qwen3_folder: Path) -> None:
+def test_bfloat16_base_is_rounded_and_adapter_is_not(qwen3_folder: Path) -> None:
     policy = adapted(qwen3_folder, dtype="bfloat16")
     types = {(one.requires_grad, one.dtype) for one in policy.model.parameters()}
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 @pytest.mark.parametrize("wanted", [None, Lora(r=4, alpha=8)], ids=["all weights", "adapter"])
-def test_flops_of_an_update_are_those_that_the_library_counts(tmp_path: Path, wanted: Lora | None) -> None:
+def test_lora_update_flops_equal_torch_count(tmp_path: Path, wanted: Lora | None) -> None:
     folder = tiny_folder(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
     adapt = None if wanted is None else lora.AdapterSpec(wanted, (0,))
     policy = load_policy(ModelFolder.open(str(folder), FIELD), LoadOptions(MODELS, CPU, frozen=False, adapter=adapt))
@@ -139,7 +139,7 @@ def test_flops_of_an_update_are_those_that_the_library_counts(tmp_path: Path, wa
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_the_fast_decoder_samples_from_the_adapted_weights(
+def test_fast_decoder_uses_adapted_weights(
     architecture: str, tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small models have the adapter folded into copied weights, large ones keep it apart: the same words either way."""
@@ -156,7 +156,7 @@ def test_the_fast_decoder_samples_from_the_adapted_weights(
     assert furthest_apart(torch.cat(general), torch.cat(unadapted)) > 0.1
 
 
-def test_log_probs_that_a_token_was_drawn_with_are_the_trainers(qwen3_folder: Path) -> None:
+def test_sampler_logp_equals_trainer_with_adapter(qwen3_folder: Path) -> None:
     for dtype, near in (("float32", 1e-4), ("bfloat16", 0.05)):
         policy = trained(qwen3_folder, dtype=dtype)
         found = sampled_rows(policy, draw=9)
@@ -164,7 +164,7 @@ def test_log_probs_that_a_token_was_drawn_with_are_the_trainers(qwen3_folder: Pa
         assert (drawn - scores(policy, found)).abs().mean().item() < near
 
 
-def test_the_frozen_base_is_the_kl_reference_without_a_second_copy(qwen3_folder: Path) -> None:
+def test_kl_reference_is_frozen_base_without_copy(qwen3_folder: Path) -> None:
     policy = trained(qwen3_folder)
     reference, found = policy.reference(), sampled_rows(policy, draw=5)
     assert reference.model is policy.model
@@ -176,7 +176,7 @@ def test_the_frozen_base_is_the_kl_reference_without_a_second_copy(qwen3_folder:
     assert same_bits(gradient_of(policy, found, GRPO), config) and len(config) == 28
 
 
-def test_gradient_checkpointing_gives_the_same_gradient(qwen3_folder: Path) -> None:
+def test_gradient_checkpointing_keeps_lora_gradient(qwen3_folder: Path) -> None:
     policy, found = adapted(qwen3_folder), sampled_rows(base(qwen3_folder))
     models = MODELS.model_copy(update={"gradient_checkpointing": True})
     again = load_policy(
@@ -194,7 +194,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(qwen3_folder: Path) -> N
 
 @pytest.mark.parametrize("output", ["merged", "adapter"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_is_saved_loads_in_transformers_and_says_the_same(tmp_path: Path, output: str, tied: bool) -> None:
+def test_saved_adapter_keeps_log_probs_in_transformers(tmp_path: Path, output: str, tied: bool) -> None:
     policy = trained(tiny_folder(tmp_path / "base", tied=tied), output=output)
     found, out = sampled_rows(policy, draw=7), tmp_path / "out"
     save_policy(policy, out, torch.float32)
@@ -211,9 +211,7 @@ def test_what_is_saved_loads_in_transformers_and_says_the_same(tmp_path: Path, o
         assert load_file(out / "model.safetensors").keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
 
 
-def test_the_next_stage_goes_on_with_the_adapter_and_is_compared_with_where_it_began(
-    qwen3_folder: Path, tmp_path: Path
-) -> None:
+def test_next_stage_continues_adapter_with_its_start_as_reference(qwen3_folder: Path, tmp_path: Path) -> None:
     first = trained(qwen3_folder, output="adapter")
     save_policy(first, tmp_path / "first", torch.float32)
     second = adapted(tmp_path / "first", draw=1, output="adapter")
@@ -237,7 +235,7 @@ def test_the_next_stage_goes_on_with_the_adapter_and_is_compared_with_where_it_b
     assert furthest_apart(scores(third.reference(), found), scores(second, found)) < 1e-4
 
 
-def test_an_adapters_name_depends_on_its_base_too(tmp_path: Path) -> None:
+def test_adapter_fingerprint_depends_on_base(tmp_path: Path) -> None:
     policy = trained(tiny_folder(tmp_path / "base"), output="adapter")
     save_policy(policy, tmp_path / "out", torch.float32)
     before = ModelFolder.open(str(tmp_path / "out"), "models.student").fingerprint
@@ -248,7 +246,7 @@ def test_an_adapters_name_depends_on_its_base_too(tmp_path: Path) -> None:
 # Checkpoints and whole runs -------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_holds_the_adapter_alone_and_comes_back_to_the_bit(qwen3_folder: Path, tmp_path: Path) -> None:
+def test_checkpoint_holds_adapter_only_and_loads_bitwise(qwen3_folder: Path, tmp_path: Path) -> None:
     policy, place = adapted(qwen3_folder), NodeDir(tmp_path / "nodes" / "opd")
     optimizer, found = make_optimizer(policy, GRPO.optim), sampled_rows(policy)
     update(policy, optimizer, found, objective_of(GRPO), GRPO, 4096)
@@ -293,17 +291,17 @@ RECIPE: dict[str, Any] = {
         ({"roles": []}, "models.lora.roles: "),
     ],
 )
-def test_a_recipe_that_asks_for_what_cannot_be_is_refused_by_field(config: dict[str, Any], message: str) -> None:
+def test_unsupported_lora_recipe_is_refused_by_field(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_recipe({**RECIPE, "models": {**RECIPE["models"], "lora": config}}, "recipe")
 
 
-def test_targets_that_the_model_does_not_have_are_named(qwen3_folder: Path) -> None:
+def test_missing_lora_targets_are_named(qwen3_folder: Path) -> None:
     with pytest.raises(UserError, match=r"models\.lora\.targets: .*nowhere"):
         adapted(qwen3_folder, targets=["nowhere"])
 
 
-def test_what_is_not_installed_is_said_in_one_sentence(qwen3_folder: Path) -> None:
+def test_missing_package_is_refused_in_one_sentence(qwen3_folder: Path) -> None:
     with mock.patch("importlib.util.find_spec", return_value=None):
         with pytest.raises(UserError, match=r"needs peft, which is not installed; pip install 'headwater\[lora\]'"):
             adapted(qwen3_folder)
@@ -322,7 +320,7 @@ def test_what_is_not_installed_is_said_in_one_sentence(qwen3_folder: Path) -> No
         ({"lora_alpha": "many"}, "lora_alpha 'many'"),
     ],
 )
-def test_an_adapter_of_another_kind_is_refused_by_name(
+def test_unsupported_adapter_type_is_refused_by_name(
     qwen3_folder: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     save_policy(trained(qwen3_folder, steps=1, output="adapter"), tmp_path / "out", torch.float32)
@@ -333,7 +331,7 @@ def test_an_adapter_of_another_kind_is_refused_by_name(
     assert message in str(raised.value) and str(raised.value).startswith(FIELD)
 
 
-def test_an_adapter_to_continue_whose_file_is_damaged_is_refused_by_name(qwen3_folder: Path, tmp_path: Path) -> None:
+def test_damaged_adapter_file_is_refused_by_name(qwen3_folder: Path, tmp_path: Path) -> None:
     save_policy(trained(qwen3_folder, steps=1, output="adapter"), tmp_path / "out", torch.float32)
     file = tmp_path / "out" / "adapter_model.safetensors"
     whole = file.read_bytes()
@@ -345,7 +343,7 @@ def test_an_adapter_to_continue_whose_file_is_damaged_is_refused_by_name(qwen3_f
             trained(tmp_path / "out", steps=0, output="adapter")
 
 
-def test_an_adapter_that_does_not_fit_is_refused(qwen3_folder: Path, tmp_path: Path) -> None:
+def test_mismatched_adapter_is_refused(qwen3_folder: Path, tmp_path: Path) -> None:
     save_policy(trained(qwen3_folder, steps=1, output="adapter"), tmp_path / "out", torch.float32)
     with pytest.raises(UserError, match=r"of another shape than models.lora asks for \(r 4, alpha 8"):
         adapted(tmp_path / "out", output="adapter", r=2)
@@ -356,7 +354,7 @@ def test_an_adapter_that_does_not_fit_is_refused(qwen3_folder: Path, tmp_path: P
         base(tmp_path / "out")
 
 
-def test_a_general_decoder_samples_adapted_models_of_other_kinds_too(tmp_path: Path) -> None:
+def test_general_decoder_samples_other_adapted_models(tmp_path: Path) -> None:
     policy = trained(tiny_folder(tmp_path / "model", "qwen2"))
     assert isinstance(decoder_for(policy), CacheDecoder)
     found = sampled_rows(policy, draw=2)

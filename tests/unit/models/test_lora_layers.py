@@ -53,7 +53,7 @@ def logp(model: Any, found: list[Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_trains_is_saved_both_ways_and_reloads_in_peft(kind: str, tmp_path: Path) -> None:
+def test_lora_layers_save_and_reload_in_peft(kind: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
     start = folder_of(kind, tmp_path / "base")
@@ -84,7 +84,7 @@ def test_what_trains_is_saved_both_ways_and_reloads_in_peft(kind: str, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe"])
-def test_the_next_stage_continues_it_and_its_reference_is_where_it_began(kind: str, tmp_path: Path) -> None:
+def test_next_stage_continues_layers_with_their_start_as_reference(kind: str, tmp_path: Path) -> None:
     first = trained(folder_of(kind, tmp_path / "base"), output="adapter")
     save_policy(first, tmp_path / "first", torch.float32)
     second = adapted(tmp_path / "first", draw=1, output="adapter")
@@ -97,7 +97,7 @@ def test_the_next_stage_continues_it_and_its_reference_is_where_it_began(kind: s
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
-def test_every_adapter_gets_the_gradient_of_its_weight_through_its_other_half(kind: str, tmp_path: Path) -> None:
+def test_adapter_gradient_equals_weight_gradient_times_other_half(kind: str, tmp_path: Path) -> None:
     """At B = 0 the gradient of B is that of the weight times A: checked on the fused matrices by full training of the same rows."""
     start = folder_of(kind, tmp_path / "base")
     policy = adapted(start)
@@ -128,7 +128,7 @@ def covered(folder: Path, **settings: Any) -> Any:
     return coverage(ModelFolder.open(str(folder), "models.student"), Lora.model_validate({"r": 2, **settings}))
 
 
-def test_the_share_of_the_layers_weights_is_counted_by_hand(tmp_path: Path) -> None:
+def test_adapter_coverage_by_hand(tmp_path: Path) -> None:
     """Hidden 32, 2 layers, 4 experts of 3·32·16, 4 heads of 8 and 2 for keys and values, a router of 4·32."""
     moe = covered(folder_of("qwen3_moe", tmp_path / "moe"), targets=["q_proj", "v_proj"])
     attention, experts, router = 32 * (32 + 16 + 16 + 32), 4 * 3 * 32 * 16, 4 * 32
@@ -150,7 +150,7 @@ def test_the_share_of_the_layers_weights_is_counted_by_hand(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["out, in", "in, out"])
-def test_the_update_of_fused_experts_is_pefts_own(transposed: bool) -> None:
+def test_fused_expert_update_equals_peft(transposed: bool) -> None:
     """GPT-OSS keeps its experts as (experts, inputs, outputs), Qwen3-MoE as (experts, outputs, inputs)."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -187,7 +187,7 @@ def test_the_update_of_fused_experts_is_pefts_own(transposed: bool) -> None:
         ("falcon_mamba", {"state_size": 4, "conv_kernel": 4}, ["conv1d"], "conv1d"),
     ],
 )
-def test_targets_that_could_not_be_saved_are_refused_before_training(
+def test_unsavable_targets_are_refused_before_training(
     architecture: str, config: dict[str, Any], targets: list[str], said: str
 ) -> None:
     model = tiny_model(architecture, **config) if architecture != "falcon_mamba" else _mamba(config)
@@ -204,7 +204,7 @@ def _mamba(config: dict[str, Any]) -> Any:
     return FalconMambaForCausalLM(FalconMambaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=1, **config))
 
 
-def test_layers_that_were_transposed_to_be_quantized_are_written_as_they_were() -> None:
+def test_transposed_quantized_layers_keep_their_layout_when_saved() -> None:
     """transformers turns GPT-2's Conv1D into linear layers of four bits; here they are linear layers of float32 instead."""
     model, plain = (tiny_model("gpt2", **KINDS["gpt2"][1]) for _ in range(2))
     for path, module in list(model.named_modules()):
@@ -222,7 +222,7 @@ def test_layers_that_were_transposed_to_be_quantized_are_written_as_they_were() 
         torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-4)
 
 
-def test_routers_that_choose_experts_themselves_get_no_adapter() -> None:
+def test_expert_choice_routers_get_no_adapter() -> None:
     """Llama 4's router is a linear layer by class and returns a choice of experts, to which peft would add a product."""
     moe = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
     model, settings = tiny_model("llama4_text", **moe), Lora(r=2)
@@ -232,7 +232,7 @@ def test_routers_that_choose_experts_themselves_get_no_adapter() -> None:
     assert model(input_ids=torch.tensor([[1, 6, 15]])).logits.isfinite().all()
 
 
-def test_mamba_trains_without_the_layers_that_its_kernels_read_past_adapters(tmp_path: Path) -> None:
+def test_mamba_layers_read_by_kernels_get_no_adapter(tmp_path: Path) -> None:
     policy = trained(tiny_folder(tmp_path / "base", "mamba", state_size=4), output="adapter")
     found = sampled_rows(policy, draw=7)
     save_policy(policy, tmp_path / "adapter", torch.float32)
@@ -241,7 +241,7 @@ def test_mamba_trains_without_the_layers_that_its_kernels_read_past_adapters(tmp
     assert furthest_apart(scores(base(tmp_path / "adapter"), found), scores(policy, found)) < 1e-4
 
 
-def test_vectors_stored_in_three_dimensions_are_no_experts() -> None:
+def test_three_dimensional_vectors_are_no_experts() -> None:
     """RWKV keeps its time mixes as (1, 1, hidden)."""
     model, settings = tiny_model("rwkv", attention_hidden_size=32, context_length=32), Lora(r=2)
     layers = lora_targets.inject(model, lora_targets.peft_config(settings, model))

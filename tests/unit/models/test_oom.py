@@ -26,7 +26,7 @@ from tiny import PROMPTS, copied, furthest, same_bits, sampled_rows, stage_of, t
 @pytest.mark.parametrize("error", OUT)
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize("objective", ["grpo", "opd"])
-def test_an_optimizer_step_that_ran_out_of_memory_is_made_again_with_the_same_result(
+def test_optimizer_step_is_retried_on_oom_with_same_result(
     policy: Policy, teacher: Policy, objective: str, nth: int, error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows_ = taught(sampled_rows(policy, groups=4), teacher)
@@ -45,7 +45,7 @@ def test_an_optimizer_step_that_ran_out_of_memory_is_made_again_with_the_same_re
     assert max(room.sizes[nth:]) <= 24 < max(room.sizes[:nth])
 
 
-def test_several_optimizer_steps_on_a_batch_each_halve_what_does_not_fit_and_keep_it(
+def test_optimizer_steps_on_batch_halve_and_keep_microbatch_on_oom(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows_, stage = sampled_rows(policy, groups=4), stage_of("grpo", batch_size=16, minibatches=2, passes=2)
@@ -61,9 +61,7 @@ def test_several_optimizer_steps_on_a_batch_each_halve_what_does_not_fit_and_kee
     assert failed and max(failed) < 4  # all in the first optimizer step; the others know what fits
 
 
-def test_a_single_row_that_does_not_fit_stops_with_one_sentence_and_leaves_weights_and_optimizer_alone(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oom_of_single_row_stops_without_changing_state(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     rows_, stage = sampled_rows(policy, groups=4), stage_of("grpo", batch_size=16)
     optimizer = make_optimizer(policy, stage.optim)
     update(policy, optimizer, rows_, objective_of(stage), stage, 4096)
@@ -82,7 +80,7 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {f"{place}.{key}": value.clone() for place, state in state_by_index.items() for key, value in state.items()}
 
 
-def test_any_other_error_is_not_taken_for_it(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_treated_as_oom(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = stage_of("grpo", batch_size=8)
     Room(nth=1, error=lambda: RuntimeError("a matrix is singular")).patch(monkeypatch)
     with pytest.raises(RuntimeError, match="singular"):
@@ -91,7 +89,7 @@ def test_any_other_error_is_not_taken_for_it(policy: Policy, monkeypatch: pytest
     assert not is_out_of_memory(ValueError("out of memory")) and not is_out_of_memory(RuntimeError("shape"))
 
 
-def test_scoring_is_halved_and_gives_the_same_numbers(policy: Policy) -> None:
+def test_scoring_halves_batch_on_oom_with_same_result(policy: Policy) -> None:
     rollouts = [row.rollout for row in sampled_rows(policy, groups=4)]
     token_budgets: list[int] = []
 
@@ -136,7 +134,7 @@ class Cramped:
         return found
 
 
-def test_a_sampler_decodes_fewer_at_once_and_tells_of_each_rollout_once(policy: Policy) -> None:
+def test_sampler_halves_batch_on_oom_and_reports_rollouts_once(policy: Policy) -> None:
     wanted = requests_for([(str(place), prompt) for place, prompt in enumerate(PROMPTS)], 8, 0, 0, "memory")
     expected = TorchSampler(policy).sample(wanted, Sampling(max_tokens=6))
     told: list[tuple[str, int]] = []
@@ -153,7 +151,7 @@ def test_a_sampler_decodes_fewer_at_once_and_tells_of_each_rollout_once(policy: 
     assert frugal.batch.size == 3 and decoded == [12, 6, *[3] * 4, 2]
 
 
-def test_a_sampler_without_room_for_one_sequence_stops_with_one_sentence(policy: Policy) -> None:
+def test_sampler_without_memory_for_one_sequence_stops(policy: Policy) -> None:
     def nothing_fits(batch: int) -> TorchSampler:
         raise OUT["cpu"]()
 
@@ -162,9 +160,7 @@ def test_a_sampler_without_room_for_one_sequence_stops_with_one_sentence(policy:
         OomRetrySampler(nothing_fits, BatchBudget(256)).sample(wanted, Sampling(max_tokens=4))
 
 
-def test_an_optimizer_without_room_for_its_state_stops_with_one_sentence(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_optimizer_without_memory_for_its_state_stops(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = stage_of("grpo", batch_size=8)
     optimizer = make_optimizer(policy, stage.optim)
 

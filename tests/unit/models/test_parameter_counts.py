@@ -80,7 +80,7 @@ gpt-oss counts the head as active and not the embedding; Llama-4-Scout's 109 hol
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_mixtures_of_experts_have_the_parameters_that_their_publishers_state(name: str) -> None:
+def test_moe_parameter_counts_equal_published_ones(name: str) -> None:
     total, active, fields = PUBLISHED[name]
     shape = Shape.from_fields(fields)
     assert shape.experts_known
@@ -89,7 +89,7 @@ def test_mixtures_of_experts_have_the_parameters_that_their_publishers_state(nam
     assert used / 1e9 == pytest.approx(active, rel=0.12 if active < 3 else 0.04)
 
 
-def test_qwen3_moe_by_hand() -> None:
+def test_qwen3_moe_parameter_count_by_hand() -> None:
     """Layer 0 and layer 2 hold experts; layer 1 is dense by name and layer 3 by the step."""
     shape = Shape.from_fields(
         {
@@ -111,7 +111,7 @@ def test_qwen3_moe_by_hand() -> None:
     assert shape.linear_parameters == 4 * attention + 2 * dense
 
 
-def test_llama_by_hand() -> None:
+def test_llama_parameter_count_by_hand() -> None:
     fields = {
         "model_type": "llama", "hidden_size": 8, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 50, "tie_word_embeddings": True,
@@ -151,7 +151,7 @@ DENSE: dict[str, tuple[float, Fields]] = {
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_other_architectures_have_the_parameters_that_their_publishers_state(name: str) -> None:
+def test_parameter_counts_of_other_architectures_equal_published_ones(name: str) -> None:
     total, fields = DENSE[name]
     shape = Shape.from_fields(fields)
     assert shape.parameters / 1e9 == pytest.approx(total, rel=0.003)
@@ -185,7 +185,7 @@ COUNTED: dict[str, Fields] = {
 
 
 @pytest.mark.parametrize("architecture", COUNTED)
-def test_flops_of_a_forward_pass_are_those_that_torch_counts(architecture: str) -> None:
+def test_forward_flops_equal_torch_count(architecture: str) -> None:
     small = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -216,7 +216,7 @@ def test_flops_of_a_forward_pass_are_those_that_torch_counts(architecture: str) 
         ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}, 0),
     ],
 )  # fmt: skip
-def test_the_kv_cache_holds_the_layers_and_heads_that_keep_keys(fields: Fields, kept: int) -> None:
+def test_kv_cache_counts_layers_and_heads_with_keys(fields: Fields, kept: int) -> None:
     assert Shape.from_fields(fields).kv_cache_numbers == kept
 
 
@@ -231,7 +231,7 @@ def test_the_kv_cache_holds_the_layers_and_heads_that_keep_keys(fields: Fields, 
     ],
     ids=lambda fields: fields["model_type"],
 )  # fmt: skip
-def test_the_cache_that_a_model_makes_is_as_large_as_is_said(fields: Fields) -> None:
+def test_kv_cache_size_equals_allocated_cache(fields: Fields) -> None:
     small = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -246,7 +246,7 @@ def test_the_cache_that_a_model_makes_is_as_large_as_is_said(fields: Fields) -> 
     assert Shape.from_config(model.config).kv_cache_numbers * 7 == held
 
 
-def test_a_config_that_does_not_say_how_many_experts_are_used_counts_all_of_them() -> None:
+def test_config_without_experts_per_token_counts_all_experts() -> None:
     fields = {"model_type": "deepseek_v2", "hidden_size": 32, "num_hidden_layers": 2, "first_k_dense_replace": 1,
               "num_attention_heads": 4, "vocab_size": 64, "moe_intermediate_size": 16}  # fmt: skip
     unknown, known = Shape.from_fields(fields), Shape.from_fields({**fields, "num_experts_per_tok": 6})
@@ -256,14 +256,14 @@ def test_a_config_that_does_not_say_how_many_experts_are_used_counts_all_of_them
 
 
 @pytest.mark.parametrize(("field", "value"), [("hidden_size", 0), ("vocab_size", -3)])
-def test_sizes_that_are_no_positive_integers_are_named(field: str, value: int) -> None:
+def test_sizes_other_than_positive_integers_are_named(field: str, value: int) -> None:
     name = {"hidden_size": "hidden", "vocab_size": "vocabulary"}[field]
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         Shape.from_config(AutoConfig.for_model("qwen3", **{field: value}))
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_shape_of_a_loaded_model_changes_neither_its_config_nor_its_packed_log_probs(architecture: str) -> None:
+def test_shape_changes_neither_config_nor_packed_log_probs(architecture: str) -> None:
     """The order of calls differs between a run and its resumption, so a side effect would break exact resume."""
     policy = tiny_policy(architecture, num_hidden_layers=3)
     rollouts = [rollout_of(prompt, (5, 6, 7, 8, 9)) for prompt in PROMPTS]

@@ -47,7 +47,7 @@ def loaded(folder: Path, frozen: bool = False, **settings: Any) -> Policy:
     )
 
 
-def test_what_is_saved_gives_the_same_log_probs_when_loaded(tmp_path: Path, architecture: str) -> None:
+def test_save_policy_keeps_log_probs(tmp_path: Path, architecture: str) -> None:
     for tied in (True, False):
         policy = tiny_policy(architecture, seed=3, tied=tied)
         rollouts = [row.rollout for row in sampled_rows(policy)]
@@ -63,7 +63,7 @@ def test_what_is_saved_gives_the_same_log_probs_when_loaded(tmp_path: Path, arch
         assert same is tied
 
 
-def test_a_saved_folder_is_an_ordinary_one_that_the_auto_classes_read(tmp_path: Path) -> None:
+def test_saved_folder_loads_with_auto_classes(tmp_path: Path) -> None:
     policy = tiny_policy("qwen3", seed=3)
     save_policy(policy, tmp_path / "model", torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -76,7 +76,7 @@ def test_a_saved_folder_is_an_ordinary_one_that_the_auto_classes_read(tmp_path: 
     assert not [path for path in (tmp_path / "model").iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
 
 
-def test_saving_in_bfloat16_rounds_the_file_and_leaves_the_policy_alone(tmp_path: Path) -> None:
+def test_save_in_bfloat16_rounds_file_and_not_policy(tmp_path: Path) -> None:
     policy = tiny_policy(seed=3)
     before = weights_of(policy)
     save_policy(policy, tmp_path / "model", torch.bfloat16)
@@ -89,7 +89,7 @@ def test_saving_in_bfloat16_rounds_the_file_and_leaves_the_policy_alone(tmp_path
         assert torch.equal(again[name], one.to(torch.bfloat16).float())
 
 
-def test_a_bfloat16_recipe_trains_float32_weights_so_small_steps_are_not_rounded_away(qwen3_folder: Path) -> None:
+def test_bfloat16_recipe_trains_float32_weights(qwen3_folder: Path) -> None:
     policy = loaded(qwen3_folder, dtype="bfloat16")
     assert {one.dtype for one in policy.model.parameters()} == {torch.float32}
     assert policy.compute_dtype == torch.bfloat16
@@ -104,12 +104,12 @@ def test_a_bfloat16_recipe_trains_float32_weights_so_small_steps_are_not_rounded
     assert (after.bfloat16() == before.bfloat16()).float().mean().item() > 0.99
 
 
-def test_a_frozen_model_is_held_in_the_compute_type_and_cannot_be_trained(qwen3_folder: Path) -> None:
+def test_frozen_model_has_compute_dtype_and_no_gradient(qwen3_folder: Path) -> None:
     policy = loaded(qwen3_folder, frozen=True, dtype="bfloat16")
     assert {(one.dtype, one.requires_grad) for one in policy.model.parameters()} == {(torch.bfloat16, False)}
 
 
-def test_dropout_is_off_also_while_activations_are_recomputed(tmp_path: Path) -> None:
+def test_dropout_is_off_with_gradient_checkpointing(tmp_path: Path) -> None:
     """With dropout the trainer's log-probs would not be the sampler's."""
     folder = tiny_folder(tmp_path / "model", "qwen3", attention_dropout=0.5)
     policy = loaded(folder, gradient_checkpointing=True)
@@ -118,7 +118,7 @@ def test_dropout_is_off_also_while_activations_are_recomputed(tmp_path: Path) ->
     assert torch.equal(policy.hidden(ids, mask), policy.hidden(ids, mask))
 
 
-def test_recomputing_activations_gives_the_same_gradient(qwen3_folder: Path) -> None:
+def test_gradient_checkpointing_keeps_gradient(qwen3_folder: Path) -> None:
     grads = []
     for saving in (False, True):
         policy = loaded(qwen3_folder, gradient_checkpointing=saving)
@@ -133,7 +133,7 @@ def test_recomputing_activations_gives_the_same_gradient(qwen3_folder: Path) -> 
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-def test_a_model_that_is_not_there_is_refused_with_its_field(tmp_path: Path) -> None:
+def test_missing_model_is_refused_by_field(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^models\.student: no such model folder: /nowhere/at/all$"):
         ModelFolder.open("/nowhere/at/all", FIELD)
     with pytest.raises(
@@ -145,7 +145,7 @@ def test_a_model_that_is_not_there_is_refused_with_its_field(tmp_path: Path) -> 
         ModelFolder.open(str(tmp_path / "empty"), FIELD)
 
 
-def test_every_pocket_name_leads_to_its_folder(pocket_folder: Path) -> None:
+def test_every_pocket_name_resolves_to_its_folder(pocket_folder: Path) -> None:
     names = sorted(path.name for path in pocket_folder.iterdir() if path.is_dir())
     assert "qwen3-student" in names
     assert [ModelFolder.open(f"pocket:{name}", FIELD).path for name in names] == [
@@ -164,7 +164,7 @@ def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["weights cut short", "config is not JSON", "no tokenizer"])
-def test_a_damaged_folder_is_refused_in_one_sentence_that_names_field_and_folder(tmp_path: Path, damage: str) -> None:
+def test_damaged_folder_is_refused_by_field_and_folder(tmp_path: Path, damage: str) -> None:
     folder = tiny_folder(tmp_path / "model")
     if damage == "weights cut short":
         whole = (folder / "model.safetensors").read_bytes()
@@ -197,7 +197,7 @@ def words(first: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", unk_token=UNKNOWN)
 
 
-def test_a_teacher_with_other_ids_is_refused_though_the_width_is_the_same() -> None:
+def test_teacher_with_other_ids_of_equal_width_is_refused() -> None:
     ours, theirs = make_tokenizer(), words("7")
     fields = (FIELD, "models.teacher")
     refuse_different_tokens(ours, make_tokenizer(), fields, ["17+45"])
@@ -207,7 +207,7 @@ def test_a_teacher_with_other_ids_is_refused_though_the_width_is_the_same() -> N
         refuse_different_tokens(ours, theirs, fields)
 
 
-def test_a_difference_that_only_the_users_own_problems_show_is_found_too() -> None:
+def test_tokenizer_difference_in_user_problems_is_detected() -> None:
     ours, theirs = make_tokenizer(), make_tokenizer()
     theirs.add_tokens(["9/9"])
     fields = (FIELD, "models.teacher")
@@ -216,7 +216,7 @@ def test_a_difference_that_only_the_users_own_problems_show_is_found_too() -> No
         refuse_different_tokens(ours, theirs, fields, ["1+1", "9/9+1"])
 
 
-def test_output_layers_of_different_width_are_refused_with_a_way_out() -> None:
+def test_output_layers_of_different_width_are_refused_with_remedy() -> None:
     wide = tiny_policy(vocab_size=40)
     refuse_different_widths(tiny_policy(), tiny_policy("llama"), (FIELD, "models.teacher"))
     with pytest.raises(
@@ -228,7 +228,7 @@ def test_output_layers_of_different_width_are_refused_with_a_way_out() -> None:
 # --------------------------------------------------------------------------------------------------------- fingerprints
 
 
-def test_a_fingerprint_names_the_content_and_not_the_place(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_content_not_path(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "one")
     shutil.copytree(folder, tmp_path / "two")
     assert (
@@ -244,7 +244,7 @@ def test_a_fingerprint_names_the_content_and_not_the_place(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("what", ["model.safetensors", "config.json", "generation_config.json", "chat_template.jinja"])
-def test_a_fingerprint_changes_with_whatever_decides_an_outcome(tmp_path: Path, what: str) -> None:
+def test_fingerprint_depends_on_every_file_affecting_results(tmp_path: Path, what: str) -> None:
     folder = tiny_folder(tmp_path / "model")
     before = ModelFolder.open(str(folder), "models.student").fingerprint
     content = bytearray((folder / what).read_bytes())
@@ -253,7 +253,7 @@ def test_a_fingerprint_changes_with_whatever_decides_an_outcome(tmp_path: Path, 
     assert ModelFolder.open(str(folder), "models.student").fingerprint != before
 
 
-def test_models_of_one_shape_and_other_weights_have_other_fingerprints(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_weights(tmp_path: Path) -> None:
     found = {
         ModelFolder.open(str(tiny_folder(tmp_path / str(seed), seed=seed)), "models.student").fingerprint
         for seed in range(3)
@@ -265,7 +265,7 @@ def test_models_of_one_shape_and_other_weights_have_other_fingerprints(tmp_path:
     )
 
 
-def test_a_node_that_trained_the_weights_may_name_them_itself(qwen3_folder: Path) -> None:
+def test_training_node_may_name_fingerprint(qwen3_folder: Path) -> None:
     assert (
         load_policy(
             ModelFolder.open(str(qwen3_folder), FIELD), LoadOptions(MODELS, CPU, frozen=True, fingerprint="node-abc")
@@ -274,7 +274,7 @@ def test_a_node_that_trained_the_weights_may_name_them_itself(qwen3_folder: Path
     )
 
 
-def test_stop_ids_are_those_of_generation_config_model_config_and_tokenizer_together(tmp_path: Path) -> None:
+def test_stop_ids_join_generation_config_config_and_tokenizer(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     assert loaded(folder).stop_ids == (3,)
     generation = json.loads((folder / "generation_config.json").read_text())
@@ -284,7 +284,7 @@ def test_stop_ids_are_those_of_generation_config_model_config_and_tokenizer_toge
     assert loaded(folder).stop_ids == (3, 8, 9)
 
 
-def test_a_tokenizer_without_padding_pads_with_a_valid_id() -> None:
+def test_tokenizer_without_padding_pads_with_valid_id() -> None:
     policy = tiny_policy()
     policy.tokenizer.pad_token = None
     assert replace(policy).pad_id == 0
@@ -300,7 +300,7 @@ def test_a_tokenizer_without_padding_pads_with_a_valid_id() -> None:
         ({"dtype": "bfloat16"}, True, []),
     ],
 )
-def test_settings_that_would_lower_memory_are_those_that_are_not_on(
+def test_memory_advice_lists_settings_not_yet_on(
     settings: dict[str, Any], frozen: bool, named: list[str], pocket_folder: Path
 ) -> None:
     models = MODELS.model_copy(update=settings)
@@ -315,7 +315,7 @@ def test_settings_that_would_lower_memory_are_those_that_are_not_on(
 @pytest.mark.parametrize(
     "settings", [{}, {"num_key_value_heads": 4}, {"head_dim": 16}, {"hidden_size": 64, "vocab_size": 200}]
 )
-def test_parameters_from_the_config_alone_are_the_true_count_within_one_percent(
+def test_parameter_count_from_config_is_within_one_percent(
     architecture: str, tied: bool, settings: dict[str, int]
 ) -> None:
     model = tiny_model(architecture, tied=tied, **settings)
@@ -323,7 +323,7 @@ def test_parameters_from_the_config_alone_are_the_true_count_within_one_percent(
     assert Shape.from_config(model.config).parameters == pytest.approx(counted, rel=0.01)
 
 
-def test_shipped_models_have_the_size_that_their_config_says(pocket_folder: Path) -> None:
+def test_shipped_model_sizes_equal_their_configs(pocket_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(pocket_folder / "qwen3-student")
     counted = sum(weight.numel() for weight in model.parameters())
     assert ModelFolder.open(str(pocket_folder / "qwen3-student"), "models.student").shape.parameters == pytest.approx(
@@ -331,7 +331,7 @@ def test_shipped_models_have_the_size_that_their_config_says(pocket_folder: Path
     )
 
 
-def test_a_weights_file_is_named_by_every_byte_and_a_huge_one_by_blocks_all_over_it(
+def test_weights_file_fingerprint_covers_all_bytes_or_spread_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.safetensors"

@@ -35,37 +35,37 @@ def prompter(
     return Prompter(tokenizer, Prompt(**prompt))  # type: ignore[arg-type]
 
 
-def test_thinking_is_a_choice_of_the_recipe() -> None:
+def test_thinking_mode_follows_recipe() -> None:
     assert prompter(thinking=True).text(PROBLEM) == "<|user|>17+45\n<|assistant|>"
     assert prompter(thinking=False).text(PROBLEM) == "<|user|>17+45\n<|assistant|>(--)\n"
     assert prompter().text(PROBLEM) == prompter(thinking=False).text(PROBLEM)
 
 
-def test_the_templates_special_tokens_become_their_own_ids_and_none_is_added() -> None:
+def test_template_special_tokens_become_ids_and_none_is_added() -> None:
     prompter_ = prompter(thinking=True)
     vocabulary = prompter_.tokenizer.get_vocab()
     expected = [vocabulary[t] for t in ("<|user|>", "1", "7", "+", "4", "5", "\n", "<|assistant|>")]
     assert list(prompter_.ids(PROBLEM)) == expected == [1, 6, 12, 15, 9, 10, 29, 2]
 
 
-def test_the_prompt_template_and_the_system_turn_stand_where_they_should() -> None:
+def test_prompt_template_and_system_turn_are_placed_correctly() -> None:
     prompter_ = prompter(thinking=True, template="? {problem} =", system="(+)")
     assert prompter_.text(PROBLEM) == "<|system|>(+)\n<|user|>? 17+45 =\n<|assistant|>"
 
 
-def test_braces_and_template_syntax_in_a_problem_are_only_text() -> None:
+def test_braces_and_template_syntax_in_problem_stay_text() -> None:
     hostile = Problem.of("{{ 1/0 }} {problem} {% endfor %} {0}", "rows")
     assert prompter(thinking=True).text(hostile) == f"<|user|>{hostile.text}\n<|assistant|>"
     assert prompter(None).text(hostile) == hostile.text
 
 
-def test_without_a_chat_template_the_prompt_is_plain_text() -> None:
+def test_prompt_without_chat_template_is_plain_text() -> None:
     assert prompter(None).text(PROBLEM) == "17+45"
     assert prompter(None, template="{problem} = ", system="(+)").text(PROBLEM) == "(+)\n\n17+45 = "
     assert prompter(None).ids(PROBLEM) == (6, 12, 15, 9, 10)
 
 
-def test_plain_text_gets_the_tokenizers_beginning_and_a_chat_template_does_not_get_it_twice() -> None:
+def test_bos_is_added_to_plain_text_and_once_with_chat_template() -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer()
@@ -76,7 +76,7 @@ def test_plain_text_gets_the_tokenizers_beginning_and_a_chat_template_does_not_g
     assert prompter("<|endoftext|>{{ messages[0].content }}", tokenizer).ids(PROBLEM) == (0, 6, 12, 15, 9, 10)
 
 
-def test_a_prompt_over_the_limit_is_refused_by_the_name_of_its_problem() -> None:
+def test_prompt_over_limit_is_refused_by_problem() -> None:
     assert len(prompter(None, max_tokens=5).ids(PROBLEM)) == 5
     with pytest.raises(UserError) as refused:
         prompter(None, max_tokens=4).ids(PROBLEM)
@@ -85,17 +85,17 @@ def test_a_prompt_over_the_limit_is_refused_by_the_name_of_its_problem() -> None
     assert refused.value.exit_code == 2
 
 
-def test_a_prompt_without_tokens_is_refused() -> None:
+def test_empty_prompt_is_refused() -> None:
     with pytest.raises(UserError, match="its prompt has no tokens"):
         prompter(None).ids(Problem.of("", "rows"))
 
 
-def test_a_completion_is_read_without_its_special_tokens_and_with_its_spaces() -> None:
+def test_completion_text_omits_special_tokens_and_keeps_spaces() -> None:
     prompter_ = prompter()
     assert prompter_.completion([*prompter_.tokenizer("17 , 45 .")["input_ids"], 3]) == "17 , 45 ."
 
 
-def test_the_pocket_template_ignores_thinking_and_system_turns() -> None:
+def test_pocket_template_ignores_thinking_and_system_turns() -> None:
     tokenizer = make_tokenizer()
     for prompt in (Prompt(), Prompt(thinking=True), Prompt(system="(+)")):
         assert Prompter(tokenizer, prompt).text(PROBLEM) == "<|user|>17+45<|assistant|>"
@@ -111,7 +111,7 @@ STRICT = (
 )
 
 
-def test_a_conversation_is_rendered_whole_as_transformers_renders_it() -> None:
+def test_conversation_prompt_equals_transformers_rendering() -> None:
     held = prompter(thinking=True, template="? {problem} =")
     wanted = [{"role": role, "content": content} for role, content in TALK]
     wanted[-1]["content"] = "? 17+45 ="
@@ -124,12 +124,12 @@ def test_a_conversation_is_rendered_whole_as_transformers_renders_it() -> None:
     )
 
 
-def test_without_a_chat_template_the_turns_follow_one_another() -> None:
+def test_conversation_without_chat_template_joins_turns() -> None:
     held = prompter(None, template="{problem} =")
     assert held.text(Problem.of_turns(TALK, "rows")) == "(+)\n\n17+4\n\n=21\n\n17+45 ="
 
 
-def test_a_system_turn_of_the_data_and_one_of_the_recipe_exclude_each_other() -> None:
+def test_system_turns_of_data_and_recipe_are_exclusive() -> None:
     problem = replace(Problem.of_turns(TALK, "d.jsonl"), row=3)
     with pytest.raises(
         UserError, match=rf"problem {problem.id} of d.jsonl, row 3: has a system turn of its own, and prompt"
@@ -139,7 +139,7 @@ def test_a_system_turn_of_the_data_and_one_of_the_recipe_exclude_each_other() ->
     assert told == prompter(thinking=True).text(problem)
 
 
-def test_a_template_that_refuses_a_conversation_is_one_sentence_with_the_row() -> None:
+def test_template_error_is_one_sentence_with_row() -> None:
     problem = replace(Problem.of_turns(TALK, "d.jsonl"), row=3)
     assert (
         prompter(STRICT).text(Problem.of_turns(TALK[1:], "d.jsonl"))
@@ -164,7 +164,7 @@ def test_a_template_that_refuses_a_conversation_is_one_sentence_with_the_row() -
         ("<|pad|> $A", (1,)),
     ],
 )
-def test_plain_text_gets_nothing_after_it(single: str, before: tuple[int, ...]) -> None:
+def test_plain_text_prompt_has_no_suffix(single: str, before: tuple[int, ...]) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer()
@@ -206,9 +206,7 @@ def characters(*special: str) -> PreTrainedTokenizerFast:
         ),
     ],
 )  # fmt: skip
-def test_thinking_marks_that_are_special_tokens_reach_the_grader_and_no_others(
-    marks: str, spelt: str, shown: str
-) -> None:
+def test_only_thinking_marks_among_special_tokens_reach_grader(marks: str, spelt: str, shown: str) -> None:
     tokenizer, thought, answer = characters(*marks.split()), r"so \boxed{6}? no.", "The answer is 5."
     ids = tokenizer(spelt.format(thought, answer), add_special_tokens=False)["input_ids"]
     assert len(ids) < len(spelt.format(thought, answer)) - 10  # every mark is one token
@@ -218,7 +216,7 @@ def test_thinking_marks_that_are_special_tokens_reach_the_grader_and_no_others(
     assert maths.grade("5", text) == (True, "equal") and maths.grade("6", text) == (False, "different")
 
 
-def test_thinking_marks_that_are_plain_tokens_are_read_as_before() -> None:
+def test_plain_token_thinking_marks_are_read_unchanged() -> None:
     tokenizer = characters("<|im_end|>")
     tokenizer.add_tokens(["<think>", "</think>"])
     ids = tokenizer("<think>6?</think> 5 <|im_end|>", add_special_tokens=False)["input_ids"]
@@ -240,14 +238,14 @@ MACRO = "{%- macro today() -%}{{ strftime_now('%Y-%m-%d') }}{%- endmacro -%}{{ t
     ("template", "text"),
     [(DATED, "05 Mar 2024 00:0017+45"), (LLAMA, "05 Mar 202417+45"), (MACRO, "2024-03-0517+45")],
 )
-def test_the_clock_of_a_template_stands_at_the_runs_day(template: str, text: str) -> None:
+def test_template_clock_stands_at_run_day(template: str, text: str) -> None:
     tokenizer = prompter(template).tokenizer
     assert reads_clock(tokenizer)
     assert Prompter(tokenizer, Prompt(), date(2024, 3, 5)).text(PROBLEM) == text
     assert Prompter(tokenizer, Prompt()).text(PROBLEM) != text  # without a day, the time of the call
 
 
-def test_a_template_that_draws_gives_a_prompt_the_same_draw_each_time() -> None:
+def test_random_template_gives_same_prompt_each_time() -> None:
     held = prompter(
         "{{ ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'] | random }}{{ lipsum(1, false) }}{{ messages[0].content }}"
     )

@@ -75,7 +75,7 @@ def furthest_from_alone(policy: Policy, rollouts: list[Rollout]) -> float:
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_up_to_the_limit_sampler_trainer_and_one_sequence_alone_agree(architecture: str) -> None:
+def test_rope_below_limit_sampler_trainer_and_single_agree(architecture: str) -> None:
     policy = policy_with(architecture)
     assert policy.supports_packing == (architecture != "phimoe")  # packed rows begin at position 0 each
     rollouts = sample(policy, (5, 9, 16), LIMIT - 16)
@@ -84,7 +84,7 @@ def test_up_to_the_limit_sampler_trainer_and_one_sequence_alone_agree(architectu
 
 
 @pytest.mark.parametrize("architecture", ["phi3", "phimoe", "qwen2"])
-def test_where_all_prompts_are_over_the_limit_they_agree_too(architecture: str) -> None:
+def test_rope_above_limit_sampler_trainer_and_single_agree(architecture: str) -> None:
     policy = policy_with(architecture)
     rollouts = sample(policy, (LIMIT + 1, LIMIT + 9), 8)
     assert furthest_from_alone(policy, rollouts) < 2e-4
@@ -92,7 +92,7 @@ def test_where_all_prompts_are_over_the_limit_they_agree_too(architecture: str) 
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_rows_across_the_limit_would_differ_and_are_refused(architecture: str) -> None:
+def test_rope_rows_across_limit_are_refused(architecture: str) -> None:
     policy = policy_with(architecture)
     with pytest.raises(
         UserError, match=rf"^test: its positions .* longer than {LIMIT} tokens.*max_tokens to at most {LIMIT - 16}"
@@ -105,7 +105,7 @@ def test_rows_across_the_limit_would_differ_and_are_refused(architecture: str) -
     assert (logp_of(policy, [short, long], 4096)[0] - expected).abs().max() > 1e-3
 
 
-def test_all_prompts_over_the_limit_are_refused_where_each_length_has_a_rule_of_its_own() -> None:
+def test_rope_prompts_over_limit_are_refused_if_rule_depends_on_length() -> None:
     with pytest.raises(UserError, match="use prompts well below 24 tokens, or take a model without this scaling"):
         sample(policy_with("llama"), (LIMIT + 1, LIMIT + 2), 4)
 
@@ -127,7 +127,7 @@ def test_all_prompts_over_the_limit_are_refused_where_each_length_has_a_rule_of_
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, LengthRule("dynamic", 2048, False), 8192),
     ],
 )  # fmt: skip
-def test_the_rule_is_read_from_the_config(
+def test_rope_limit_is_read_from_config(
     architecture: str, fields: dict[str, Any], rule: LengthRule | None, known: int | None
 ) -> None:
     config = AutoConfig.for_model(architecture, **fields)
@@ -135,7 +135,7 @@ def test_the_rule_is_read_from_the_config(
     assert positions(config) == known
 
 
-def test_the_lowest_limit_of_several_kinds_of_layers_counts() -> None:
+def test_rope_limit_is_lowest_of_all_layer_types() -> None:
     config = AutoConfig.for_model("gemma3_text")
     config.rope_parameters = {
         "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64},

@@ -47,7 +47,7 @@ def logits_by_the_config(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_head_of_its_own_is_written_as_one(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_untied_head_is_saved_untied(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
     policy = loaded(with_own_head(tiny_folder(tmp_path / "m", architecture)))
     with torch.no_grad():
         for parameter in policy.model.parameters():  # as if it had trained, to values that bfloat16 holds
@@ -60,13 +60,13 @@ def test_a_head_of_its_own_is_written_as_one(architecture: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tied_head_is_written_once_and_declared_as_before(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_tied_head_is_saved_once_and_declared_tied(dtype: torch.dtype, tmp_path: Path) -> None:
     save_policy(loaded(tiny_folder(tmp_path / "m")), tmp_path / "saved", dtype)
     assert "lm_head.weight" not in load_file(tmp_path / "saved" / "model.safetensors")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is True
 
 
-def test_a_config_that_says_untied_without_a_head_in_the_files_is_refused(tmp_path: Path) -> None:
+def test_untied_config_without_head_weights_is_refused(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m")
     held = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(held | {"tie_word_embeddings": False}))
@@ -77,7 +77,7 @@ def test_a_config_that_says_untied_without_a_head_in_the_files_is_refused(tmp_pa
 # ------------------------------------------------------------------------------------------------------------- tokenizers
 
 
-def test_templates_by_name_and_added_tokens_survive(tmp_path: Path) -> None:
+def test_named_templates_and_added_tokens_survive_saving(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m")
     words = AutoTokenizer.from_pretrained(folder)
     words.chat_template = {"default": words.chat_template, "tool_use": "{{ messages[0]['content'] }} with tools"}
@@ -89,7 +89,7 @@ def test_templates_by_name_and_added_tokens_survive(tmp_path: Path) -> None:
     assert again("17+45")["input_ids"] == words("17+45")["input_ids"]
 
 
-def test_a_tokenizer_that_cannot_be_saved_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsavable_tokenizer_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_folder(tmp_path / "m")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools: {{ messages[0]['content'] }}")
@@ -106,7 +106,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_copied(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "saved" / "model.safetensors.index.json").exists()
 
 
-def test_a_tokenizer_that_reads_back_as_another_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_changed_by_saving_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_folder(tmp_path / "m")
     policy, words = loaded(folder), AutoTokenizer.from_pretrained(folder)
     plain = PreTrainedTokenizerFast.save_pretrained
@@ -121,7 +121,7 @@ def test_a_tokenizer_that_reads_back_as_another_is_copied(tmp_path: Path, monkey
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == words.chat_template is not None
 
 
-def test_an_unknown_token_without_a_name_is_none(tmp_path: Path) -> None:
+def test_unnamed_unknown_token_is_none(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m")
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "unk_token": ""}))
@@ -132,9 +132,7 @@ def test_an_unknown_token_without_a_name_is_none(tmp_path: Path) -> None:
     assert loaded(tmp_path / "saved").tokenizer.all_special_ids == [3, 0]
 
 
-def test_a_full_disk_is_not_taken_for_a_tokenizer_that_cannot_be_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_not_reported_as_unsavable_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = loaded(tiny_folder(tmp_path / "m"))
 
     def full(*args: Any, **more: Any) -> None:

@@ -144,7 +144,7 @@ def plain_logp(plain: Any, rollout: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-4), ("bfloat16", 0.1)])
-def test_sampler_trainer_and_transformers_give_one_log_prob(name: str, dtype: str, near: float) -> None:
+def test_sampler_trainer_and_transformers_log_probs_agree(name: str, dtype: str, near: float) -> None:
     policy = loaded(name, dtype)
     assert isinstance(decoder_for(policy), FastDecoder) and policy.supports_packing
     rollouts = samples(policy, 8)
@@ -155,7 +155,7 @@ def test_sampler_trainer_and_transformers_give_one_log_prob(name: str, dtype: st
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_positions_heads_and_ties_are_those_of_the_published_model(name: str) -> None:
+def test_positions_heads_and_ties_equal_published_model(name: str) -> None:
     policy, published = loaded(name), MODELS[name]
     config = policy.model.config
     assert (
@@ -180,7 +180,7 @@ def test_positions_heads_and_ties_are_those_of_the_published_model(name: str) ->
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-1.7B", "meta-llama/Llama-3.1-8B-Instruct"])
-def test_a_completion_ends_at_every_id_of_the_published_set_and_at_no_other(name: str) -> None:
+def test_completion_ends_at_published_stop_ids_only(name: str) -> None:
     policy = loaded(name)
     ends = set(policy.tokenizer.convert_tokens_to_ids(ENDS[MODELS[name]["model_type"]]))
     assert set(policy.stop_ids) == ends
@@ -190,7 +190,7 @@ def test_a_completion_ends_at_every_id_of_the_published_set_and_at_no_other(name
     assert all(one.completion_ids[-1] not in ends for one in rollouts if one.finish == "length")
 
 
-def test_qwen3_thinks_or_does_not_by_the_recipes_word() -> None:
+def test_qwen3_thinking_follows_recipe() -> None:
     tokenizer = loaded("Qwen/Qwen3-1.7B", frozen=True).tokenizer
     on, off = (Prompter(tokenizer, Prompt(thinking=one, system="Be brief.")) for one in (True, False))
     turns = (
@@ -202,7 +202,7 @@ def test_qwen3_thinks_or_does_not_by_the_recipes_word() -> None:
     assert tokenizer.bos_token_id is None and on.ids(PROBLEM)[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
 
 
-def test_llama_3_begins_once_and_names_its_dates_whatever_the_thinking_mode() -> None:
+def test_llama_3_template_has_one_bos_and_dates_in_each_mode() -> None:
     tokenizer = loaded("meta-llama/Llama-3.1-8B-Instruct", frozen=True).tokenizer
     plain, thinking = (Prompter(tokenizer, Prompt(thinking=one)) for one in (False, True))
     ids = plain.ids(PROBLEM)
@@ -217,7 +217,7 @@ def test_llama_3_begins_once_and_names_its_dates_whatever_the_thinking_mode() ->
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B-Instruct"])
-def test_a_saved_student_is_the_published_kind_of_folder_with_the_same_log_probs(name: str, tmp_path: Path) -> None:
+def test_saved_student_has_published_layout_and_same_log_probs(name: str, tmp_path: Path) -> None:
     policy = loaded(name)
     rollouts = samples(policy, 4)
     save_policy(policy, tmp_path / "model", torch.float32)

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return tiny_folder(tmp_path / "model")
 
 
-def test_a_safetensors_file_whose_length_begins_like_a_pickle_is_read(folder: Path) -> None:
+def test_safetensors_length_resembling_pickle_is_read(folder: Path) -> None:
     """One header in 32 has a length whose first byte is the one that pickles begin with."""
     path = folder / "model.safetensors"
     content = load_file(path)
@@ -51,9 +51,7 @@ def test_a_safetensors_file_whose_length_begins_like_a_pickle_is_read(folder: Pa
 
 
 @pytest.mark.parametrize("kind", ["torch", "pickle", "text", "empty", "length"])
-def test_a_file_that_only_calls_itself_safetensors_is_refused_and_not_read(
-    kind: str, folder: Path, tmp_path: Path
-) -> None:
+def test_false_safetensors_file_is_refused_unread(kind: str, folder: Path, tmp_path: Path) -> None:
     path, touched = folder / "model.safetensors", tmp_path / "touched"
     if kind == "torch":
         torch.save({"weight": TouchOnUnpickle(touched)}, path)
@@ -68,9 +66,7 @@ def test_a_file_that_only_calls_itself_safetensors_is_refused_and_not_read(
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_code_that_a_config_names_is_refused_by_its_field_and_not_imported(
-    name: str, folder: Path, tmp_path: Path
-) -> None:
+def test_remote_code_in_config_is_refused_by_field_unimported(name: str, folder: Path, tmp_path: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w')\nclass Model: pass\n", encoding="utf-8")
     content = json.loads((folder / name).read_text(encoding="utf-8"))
     auto = {"AutoConfig": "evil.Model", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Model", None]}
@@ -84,7 +80,7 @@ def test_code_that_a_config_names_is_refused_by_its_field_and_not_imported(
     assert not (tmp_path / "touched").exists()
 
 
-def test_a_shard_list_that_leads_out_of_the_folder_is_refused(folder: Path) -> None:
+def test_shard_index_leading_outside_folder_is_refused(folder: Path) -> None:
     index = {"metadata": {}, "weight_map": {"a": "../../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UserError, match=r"names '\.\./\.\./secret\.safetensors', which is not a file of the folder"):
@@ -100,7 +96,7 @@ def test_a_shard_list_that_leads_out_of_the_folder_is_refused(folder: Path) -> N
         ({"intermediate_size": 65}, "in another shape"),
     ],
 )
-def test_a_config_that_asks_for_more_than_the_weights_is_refused_and_nothing_is_made_up(
+def test_config_larger_than_weights_is_refused_without_random_weights(
     change: dict[str, int], named: str, folder: Path
 ) -> None:
     content = json.loads((folder / "config.json").read_text(encoding="utf-8")) | change
@@ -113,9 +109,7 @@ def test_a_config_that_asks_for_more_than_the_weights_is_refused_and_nothing_is_
 
 
 @pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
-def test_a_hostile_chat_template_is_one_sentence_in_time(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hostile_chat_template_is_refused_in_time(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1.0)
     (folder / "chat_template.jinja").write_text(HOSTILE_TEMPLATES[name], encoding="utf-8")
     recipe, started = find_recipe("pocket", [f"models.student={folder}"]), time.monotonic()
@@ -125,7 +119,7 @@ def test_a_hostile_chat_template_is_one_sentence_in_time(
     assert time.monotonic() - started < 10
 
 
-def test_bounds_of_time_and_memory_hold_and_are_lifted_again() -> None:
+def test_time_and_memory_limits_hold_and_are_reset() -> None:
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
     with pytest.raises(OutOfTimeError), resource_limits(0.05, 100):
         time.sleep(5)
@@ -137,7 +131,7 @@ def test_bounds_of_time_and_memory_hold_and_are_lifted_again() -> None:
 
 
 @pytest.mark.parametrize("place", ["vocabulary", "added_tokens"])
-def test_model_folder_refuses_a_token_id_that_no_vocabulary_reaches(place: str, folder: Path) -> None:
+def test_model_folder_refuses_token_id_beyond_vocabulary(place: str, folder: Path) -> None:
     """The tokenizer's native code would reserve memory up to the id and end the process."""
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))

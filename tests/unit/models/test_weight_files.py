@@ -59,7 +59,7 @@ def sharded(folder: Path, **more: Any) -> Path:
 # ------------------------------------------------------------------------------------- weights that no part of the model takes
 
 
-def test_biases_of_an_architecture_that_has_none_are_refused(tmp_path: Path) -> None:
+def test_unexpected_bias_weights_are_refused(tmp_path: Path) -> None:
     folder = with_config(tiny_folder(tmp_path / "m", "qwen2"), model_type="llama", architectures=["LlamaForCausalLM"])
     with pytest.raises(
         UserError,
@@ -68,13 +68,13 @@ def test_biases_of_an_architecture_that_has_none_are_refused(tmp_path: Path) -> 
         loaded(folder)
 
 
-def test_norms_of_a_newer_architecture_are_refused(tmp_path: Path) -> None:
+def test_unexpected_norm_weights_are_refused(tmp_path: Path) -> None:
     folder = with_config(tiny_folder(tmp_path / "m"), model_type="llama", architectures=["LlamaForCausalLM"])
     with pytest.raises(UserError, match=r"hold 4 weights that LlamaForCausalLM,.*self_attn\.k_norm\.weight"):
         loaded(folder)
 
 
-def test_layers_beyond_those_of_the_config_are_refused(tmp_path: Path) -> None:
+def test_layers_beyond_config_are_refused(tmp_path: Path) -> None:
     folder = with_config(tiny_folder(tmp_path / "m", num_hidden_layers=3), num_hidden_layers=2, layer_types=None)
     with pytest.raises(UserError, match=r"hold 11 weights that Qwen3ForCausalLM,.* model\.layers\.2\."):
         loaded(folder)
@@ -89,7 +89,7 @@ def test_layers_beyond_those_of_the_config_are_refused(tmp_path: Path) -> None:
         ("gemma", ("intermediate_size", "hidden_size")),
     ],
 )
-def test_a_config_that_leaves_out_a_size_is_refused_before_memory_is_reserved(
+def test_config_without_size_is_refused_before_allocation(
     kind: str, left_out: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_folder(tmp_path / "model", kind)
@@ -106,9 +106,7 @@ def test_a_config_that_leaves_out_a_size_is_refused_before_memory_is_reserved(
 
 
 @pytest.mark.parametrize("head", ["score.weight", "v_head.summary.weight", "classifier.weight"])
-def test_the_head_of_a_reward_model_is_refused_also_where_the_language_model_is_whole(
-    head: str, tmp_path: Path
-) -> None:
+def test_reward_head_is_refused_beside_whole_language_model(head: str, tmp_path: Path) -> None:
     folder = with_weights(tiny_folder(tmp_path / "m"), lambda held: {**held, head: torch.ones(1, 32)})
     with pytest.raises(UserError, match=rf"such as {head} and would be a classifier's or a reward model's"):
         loaded(folder)
@@ -117,7 +115,7 @@ def test_the_head_of_a_reward_model_is_refused_also_where_the_language_model_is_
 @pytest.mark.parametrize(
     "kind", ["Qwen3ForSequenceClassification", "LlamaForTokenClassification", "Qwen2ForRewardModel"]
 )
-def test_a_classifier_is_refused_by_its_class_before_weights_are_read(kind: str, tmp_path: Path) -> None:
+def test_classifier_is_refused_by_class_before_reading_weights(kind: str, tmp_path: Path) -> None:
     folder = with_config(tiny_folder(tmp_path / "m"), architectures=[kind])
     with pytest.raises(
         UserError, match=rf"^models\.student: .* is no language model \(its config\.json names {kind}\)"
@@ -143,7 +141,7 @@ HARMLESS: dict[str, tuple[str, dict[str, Any], Weights]] = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_transformers_recomputes_or_does_not_use_is_no_reason_to_refuse(name: str, tmp_path: Path) -> None:
+def test_recomputed_or_unused_weights_are_accepted(name: str, tmp_path: Path) -> None:
     architecture, settings, extra = HARMLESS[name]
     folder = tiny_folder(tmp_path / "m", architecture, **settings)
     plain = AutoModelForCausalLM.from_pretrained(folder)
@@ -155,7 +153,7 @@ def test_what_transformers_recomputes_or_does_not_use_is_no_reason_to_refuse(nam
     assert policy.model.config.tie_word_embeddings is plain.config.tie_word_embeddings
 
 
-def test_a_bias_named_as_a_mask_is_refused(tmp_path: Path) -> None:
+def test_bias_named_like_mask_is_refused(tmp_path: Path) -> None:
     folder = with_weights(
         tiny_folder(tmp_path / "m"), lambda held: {**held, "model.layers.0.self_attn.bias": torch.ones(32)}
     )
@@ -166,7 +164,7 @@ def test_a_bias_named_as_a_mask_is_refused(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- files and index
 
 
-def test_shards_with_an_index_are_read(tmp_path: Path) -> None:
+def test_sharded_weights_are_read(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m")
     wanted = AutoModelForCausalLM.from_pretrained(folder)(input_ids=IDS).logits
     sharded(folder)
@@ -228,9 +226,7 @@ def no_index(folder: Path) -> None:
         (no_index, r"it holds model-00001-of-00002\.safetensors, and no model\.safetensors or model\.safetensors\.index\.json"),
     ],
 )  # fmt: skip
-def test_an_index_that_does_not_fit_its_shards_is_refused_when_the_folder_is_opened(
-    spoil: Callable[[Path], None], sentence: str, tmp_path: Path
-) -> None:
+def test_shard_index_mismatch_is_refused_at_open(spoil: Callable[[Path], None], sentence: str, tmp_path: Path) -> None:
     folder = sharded(tiny_folder(tmp_path / "m"))
     spoil(folder)
     with pytest.raises(UserError, match=rf"^models\.student: .* cannot be loaded \(.*{sentence}"):
@@ -238,7 +234,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused_when_the_folder_is_ope
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.uint8])
-def test_numbers_without_their_scales_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_quantized_values_without_scales_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     folder = with_weights(tiny_folder(tmp_path / "m"), lambda held: {**held, name: held[name].to(dtype)})
     with pytest.raises(
@@ -250,7 +246,7 @@ def test_numbers_without_their_scales_are_refused(dtype: torch.dtype, tmp_path: 
 # ---------------------------------------------------------------------------------------- the loader of shards for torchrun
 
 
-def test_the_loader_of_shards_reads_only_folders_in_which_nothing_is_ambiguous(tmp_path: Path) -> None:
+def test_sharded_loader_refuses_ambiguous_folders(tmp_path: Path) -> None:
     """None means that every rank reads the whole model as a single process does, with its refusals."""
 
     def direct(folder: Path) -> bool:

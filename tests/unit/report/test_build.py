@@ -29,9 +29,7 @@ def built(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
-def test_accuracy_pass_at_k_and_maj_at_k_equal_counts_from_the_files(
-    run: Path, built: dict[str, Any], arm: str
-) -> None:
+def test_accuracy_pass_at_k_and_maj_at_k_equal_counts_from_files(run: Path, built: dict[str, Any], arm: str) -> None:
     got = built["arms"][arm]
     for seed in (0, 1, 2):
         rows = graded(run, arm, seed)
@@ -106,7 +104,7 @@ def test_arms_are_in_table_order_with_their_stages(built: dict[str, Any]) -> Non
     assert stages[1]["labels"] == {"distinct": 64, "checks": 768}
 
 
-def test_conditions_c1_and_c2_equal_the_nodes_measurements(run: Path, built: dict[str, Any]) -> None:
+def test_conditions_c1_and_c2_equal_node_measurements(run: Path, built: dict[str, Any]) -> None:
     c1, c2 = built["conditions"]["C1"]["sums"], built["conditions"]["C2"]
     before = by_problem(graded(run, "base_teacher", 0), "correct")
     assert c1["before"]["best_of_k"] == pytest.approx(sum(map(any, before.values())) / PROBLEMS, abs=1e-6)
@@ -160,7 +158,7 @@ def test_shared_stages_have_one_row_with_their_arms_and_curves(run: Path, built:
     assert own["pass_at_k"]["sums"]["1"] == pytest.approx(own["accuracy"]["sums"]["mean"], abs=2e-6)
 
 
-def test_long_curves_are_thinned_and_keep_the_last_step(tmp_path: Path) -> None:
+def test_long_curves_are_thinned_and_keep_last_step(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "direct_grpo")}
     values = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms, steps=250)])
     steps = next(row for row in values["stages"] if row["stage"] == "student_rl")["through"]["reward"]["steps"]
@@ -222,7 +220,7 @@ def test_unfinished_arm_is_listed_and_has_no_accuracy(tmp_path: Path) -> None:
     assert "unfinished" in (out / "report.html").read_text()
 
 
-def test_report_is_written_without_any_finished_arm(tmp_path: Path) -> None:
+def test_report_is_written_without_finished_arm(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,))
     for done in out.glob("nodes/*/DONE"):
         done.unlink()
@@ -232,7 +230,7 @@ def test_report_is_written_without_any_finished_arm(tmp_path: Path) -> None:
     assert "bridge" in printed(values, 100)
 
 
-def test_first_condition_equals_counts_of_the_started_seeds(tmp_path: Path) -> None:
+def test_first_condition_equals_counts_of_started_seeds(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0, 1), arms={name: ARMS[name] for name in ("base_teacher", "bridge")})
     for folder in out.glob("nodes/*.s1.*"):  # the second seed has not started
         shutil.rmtree(folder)
@@ -285,7 +283,7 @@ def test_base_model_evaluated_once_is_paired_with_every_seed(tmp_path: Path, bui
     assert contrast == contrasts.find_contrast(built, "bridge", "base_student", "sums")
 
 
-def test_maj_at_k_is_null_if_the_grader_extracts_no_answers(tmp_path: Path) -> None:
+def test_maj_at_k_is_null_if_grader_extracts_no_answers(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"base_student": [BASE_S]})
     file = next(out.glob("nodes/*/evals/final/sums.jsonl"))
     rows = [{**json.loads(line), "extracted": None} for line in file.read_text().splitlines()]
@@ -295,7 +293,7 @@ def test_maj_at_k_is_null_if_the_grader_extracts_no_answers(tmp_path: Path) -> N
     assert values["accuracy"]["sums"]["mean"] > 0
 
 
-def test_different_correct_answers_are_one_vote_only_where_the_gold_is_the_answer(tmp_path: Path) -> None:
+def test_different_correct_answers_share_vote_only_if_gold_is_answer(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"base_student": [BASE_S]})
     file = next(out.glob("nodes/*/evals/final/sums.jsonl"))
     rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -27,7 +27,7 @@ def built(run: Path) -> dict[str, Any]:
     return report.build([run])
 
 
-def test_contrasts_equal_paired_differences_from_the_files(run: Path, built: dict[str, Any]) -> None:
+def test_contrasts_equal_paired_differences_from_files(run: Path, built: dict[str, Any]) -> None:
     contrast = contrasts.find_contrast(built, "bridge", "direct_grpo", "sums")
     assert contrast is not None
 
@@ -81,7 +81,7 @@ def test_verdict_states_accuracies_differences_and_labels(built: dict[str, Any])
         ({"raw_teacher": 0.4, "direct_grpo": 0.4, "bridge": 0.8}, "bridge is undecided:"),
     ],
 )
-def test_verdict_on_the_ordering_follows_the_numbers(tmp_path: Path, levels: dict[str, float], expected: str) -> None:
+def test_verdict_on_ordering_follows_numbers(tmp_path: Path, levels: dict[str, float], expected: str) -> None:
     verdict = report.build([fake_run(tmp_path / "out", levels={**levels, "bridge_rl": 0.3, "replay": 0.6})])["verdict"]
     assert expected in verdict
     # Without the state before stage 3, P3 can be refuted, since one of its parts is reversed, but never hold.
@@ -90,7 +90,7 @@ def test_verdict_on_the_ordering_follows_the_numbers(tmp_path: Path, levels: dic
     )
 
 
-def test_verdict_compares_a_single_arm_with_the_untrained_student(tmp_path: Path) -> None:
+def test_verdict_compares_single_arm_with_untrained_student(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "bridge")}
     values = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms)])
     assert values["verdict"].startswith("On sums (1 seed × 60 problems) bridge is better than base_student: bridge ")
@@ -108,7 +108,7 @@ def test_verdict_compares_a_single_arm_with_the_untrained_student(tmp_path: Path
         ((0, 0), (0.0, 0.0), ["labels", "compute"]),
     ],
 )
-def test_equal_resources_labels_exactly_and_compute_within_a_tenth(
+def test_equal_resources_compare_labels_exactly_and_compute_within_tenth(
     labels: tuple[float, float], flops: tuple[float, float], expected: list[str]
 ) -> None:
     equal = contrasts.equal_resources(
@@ -182,14 +182,14 @@ def test_prediction_holds_if_all_parts_hold_and_fails_if_any_is_reversed(
     ]
 
 
-def test_prediction_with_a_missing_part_is_not_measured_unless_another_is_reversed() -> None:
+def test_prediction_missing_part_is_unmeasured_unless_other_is_reversed() -> None:
     row = _reading("P2", bridge__warmup_only=UP)
     assert row["reading"] == "not measured" and "; missing: opd_only" in row["why"]
     assert _reading("P2", bridge__warmup_only=DOWN)["reading"] == "does not hold"
     assert _reading("P2", bridge_rl__replay=UP)["reading"] == "not measured"
 
 
-def test_p2_shows_the_papers_confounded_arm_without_using_it() -> None:
+def test_p2_shows_confounded_arm_of_paper_without_using_it() -> None:
     row = _reading("P2", bridge__warmup_only=UP, bridge__opd_only=UP, bridge__teacher_sft=DOWN)
     assert row["reading"] == "holds"
     assert [(c["a"], c["b"], c["reading"]) for c in row["beside"]] == [("bridge", "teacher_sft", "does not hold")]
@@ -207,7 +207,7 @@ def test_p2_shows_the_papers_confounded_arm_without_using_it() -> None:
         (DOWN, UP, DOWN, "does not hold"),
     ],
 )
-def test_p3_requires_a_gain_from_fresh_labels_and_none_from_replay(
+def test_p3_requires_gain_from_fresh_labels_and_none_from_replay(
     fresh: tuple[float, float, float],
     against: tuple[float, float, float],
     again: tuple[float, float, float],
@@ -217,7 +217,7 @@ def test_p3_requires_a_gain_from_fresh_labels_and_none_from_replay(
     assert row["reading"] == expected
 
 
-def test_p3_splits_the_gap_into_gain_and_replay_loss() -> None:
+def test_p3_splits_gap_into_gain_and_replay_loss() -> None:
     """60.8 before stage 3, 62.5 after fresh labels, 59.4 after replay: of 3.1 points 1.7 are gained and 1.4 (45 %) lost."""
     row = _reading(
         "P3",
@@ -248,7 +248,7 @@ def test_verdict_includes_p2_p3_and_equal_compute_if_measured(every: dict[str, A
     assert "; 56.0 GFLOPs and 54.0 GFLOPs)" in verdict and "not equal after all" not in verdict
 
 
-def test_verdict_says_if_compute_matched_arms_are_not_equal(tmp_path: Path) -> None:
+def test_verdict_states_if_compute_matched_arms_are_not_equal(tmp_path: Path) -> None:
     arms = {**ARMS, "direct_grpo_compute": ARMS["direct_grpo"]}
     verdict = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms)])["verdict"]
     assert "; 56.0 GFLOPs and 18.0 GFLOPs, not equal after all)" in verdict
@@ -281,7 +281,7 @@ def test_failed_node_is_reported_with_its_sentence_and_skipped_arms(tmp_path: Pa
     assert "private" not in page + text + json.dumps(values)
 
 
-def test_validation_labels_are_counted_apart_and_noted_below_the_table(tmp_path: Path) -> None:
+def test_validation_labels_are_counted_apart_and_noted_below_table(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,))
     ledger = out / "nodes" / names(out, "bridge", 0)[-1] / "ledger.jsonl"
     rows = [json.loads(line) for line in ledger.read_text().splitlines()]

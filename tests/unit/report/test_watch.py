@@ -104,7 +104,7 @@ def _get(address: str, path: str = "", host: str | None = None) -> str:
         return response.read().decode()
 
 
-def test_served_page_follows_the_run_and_writes_nothing(half: Path, address: str) -> None:
+def test_served_page_follows_run_and_writes_nothing(half: Path, address: str) -> None:
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
     before = {path: path.stat().st_mtime_ns for path in half.rglob("*")}
     with lock(half / ".lock", 0.0):
@@ -121,9 +121,7 @@ def test_served_page_follows_the_run_and_writes_nothing(half: Path, address: str
     }
 
 
-def test_served_page_is_rebuilt_in_the_background_when_files_change(
-    half: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_served_page_is_rebuilt_in_background_when_files_change(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[int] = []
     go_on = threading.Event()
     go_on.set()
@@ -150,14 +148,14 @@ def test_served_page_is_rebuilt_in_the_background_when_files_change(
     assert '<meta http-equiv="refresh"' not in page.render() and len(builds) == 2
 
 
-def test_server_serves_only_the_page_and_refuses_other_hosts(address: str) -> None:
+def test_server_serves_only_page_and_refuses_other_hosts(address: str) -> None:
     for path, host, code in (("nodes", None, 404), ("../../etc/passwd", None, 404), ("", "evil.example:80", 403)):
         with pytest.raises(urllib.error.HTTPError) as refused:
             _get(address, path, host)
         assert refused.value.code == code
 
 
-def test_serve_refuses_a_port_that_is_taken(half: Path, address: str) -> None:
+def test_serve_refuses_occupied_port(half: Path, address: str) -> None:
     port = int(address.rstrip("/").rsplit(":", 1)[1])
     with pytest.raises(UserError, match=f"--port {port}: cannot listen there"):
         serve.serve([half], port, lambda where: None)

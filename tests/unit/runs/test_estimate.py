@@ -40,11 +40,11 @@ BILLIONS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_parameter_counts_equal_the_published_ones(name: str) -> None:
+def test_parameter_counts_equal_published_ones(name: str) -> None:
     assert Shape.from_fields(MODELS[name]).parameters / 1e9 == pytest.approx(BILLIONS[name], rel=0.003)
 
 
-def test_persistent_memory_is_the_sum_of_its_parts() -> None:
+def test_persistent_memory_is_sum_of_its_parts() -> None:
     shape = Shape.from_fields(MODELS["Qwen/Qwen3-8B"])
     whole = persistent_bytes(shape, 0, False, (), 2)
     assert whole == 18.0 * shape.parameters  # float32 weights, gradients, two moments, and the copy that autocast makes
@@ -56,7 +56,7 @@ def test_persistent_memory_is_the_sum_of_its_parts() -> None:
     assert four == pytest.approx(FOUR_BITS * shape.linear_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
 
 
-def test_weights_gradients_and_optimizer_state_are_divided_by_the_number_of_devices() -> None:
+def test_weights_gradients_and_optimizer_state_are_divided_by_devices() -> None:
     with prepared(find_recipe("pocket", TINY), ["bridge_rl"], [0]) as (plan, inputs):
         single, shared = (estimates(plan, inputs, Assumptions(devices=devices)) for devices in (1, 4))
     assert len(single) == 7
@@ -111,7 +111,7 @@ def most_allocated(do: Callable[[], object], folder: Path) -> float:
 
 
 @pytest.mark.parametrize("case", MEASURED)
-def test_update_memory_is_within_a_quarter_of_the_allocators_count(case: str, tmp_path: Path) -> None:
+def test_update_memory_is_within_quarter_of_allocator_count(case: str, tmp_path: Path) -> None:
     objective, how, adapt = MEASURED[case]
     if adapt is not None and importlib.util.find_spec("peft") is None:
         pytest.skip("the extra `lora` is not installed")

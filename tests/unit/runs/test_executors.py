@@ -37,7 +37,7 @@ from runs import (
         (Compute(workers=3), "cuda", 2, 3),  # what was asked for counts
     ],
 )
-def test_worker_limit_follows_the_cores_unless_the_recipe_sets_it(
+def test_worker_limit_follows_cores_unless_recipe_sets_it(
     compute: Compute, device: str, cores: int, workers: int
 ) -> None:
     assert worker_limit(compute, torch.device(device), cores) == workers
@@ -93,7 +93,7 @@ for line in sys.stdin:
 
 
 @pytest.mark.parametrize("deaths", [1, 2])
-def test_node_of_a_killed_worker_is_retried_once_and_then_fails(deaths: int, tmp_path: Path) -> None:
+def test_node_of_killed_worker_is_retried_once_then_fails(deaths: int, tmp_path: Path) -> None:
     lines: list[str] = []
     progress_display = ProgressDisplay(
         lines.append, lambda title, number, total: contextlib.nullcontext(silent_progress())

@@ -67,13 +67,13 @@ def test_unreadable_input_is_tried_once_and_named(tmp_path: Path, calls: list[st
         ("models.expert=null", "model", lambda inputs: inputs.weights_fingerprint("expert")),
     ],
 )
-def test_an_error_is_named_after_the_input_that_it_is_about(change: str, part: str, read: Any) -> None:
+def test_input_error_names_its_input(change: str, part: str, read: Any) -> None:
     with pytest.raises(InputError) as refused:
         read(RunInputs(find_recipe("pocket", [*TINY, change])))
     assert refused.value.part == part
 
 
-def test_a_bought_label_without_an_answer_is_refused_by_a_run_and_left_to_the_doctor_by_its_reader(
+def test_bought_label_without_answer_is_refused_by_run(
     tmp_path: Path,
 ) -> None:
     rows = [{"problem": f"{n}+{n}", "answer": str(2 * n)} for n in range(10, 30)]
@@ -87,7 +87,7 @@ def test_a_bought_label_without_an_answer_is_refused_by_a_run_and_left_to_the_do
         _ = lenient.labels
 
 
-def test_a_wrapped_grader_grades_every_label_and_shares_the_budget_of_the_original() -> None:
+def test_wrapped_grader_grades_every_label_and_shares_budget() -> None:
     graded: list[str] = []
 
     def wrap(grade: Any) -> Any:
@@ -106,7 +106,7 @@ def test_a_wrapped_grader_grades_every_label_and_shares_the_budget_of_the_origin
     assert graded == ["a", "b"] and wrapped.labeled is inputs.labeled
 
 
-def test_estimate_assumes_the_limit_for_a_missing_file(tmp_path: Path) -> None:
+def test_estimate_assumes_limit_for_missing_file(tmp_path: Path) -> None:
     missing = f"data.labeled={{path: {tmp_path / 'none.jsonl'}, limit: 40}}"
     inputs = RunInputs.for_estimate(find_recipe("pocket", [*TINY, missing]))
     assert len(inputs.pool("all")) == 16 and len(inputs.labeled.problems) == 40

@@ -57,7 +57,7 @@ def trained(plan: Plan, arm: str) -> list[tuple[str, str | None, str | None, str
     return [line(node) for node in chain(plan, arm) if node.kind == "train"]
 
 
-def test_bridge_plan_chains_stages_from_the_trained_teacher() -> None:
+def test_bridge_plan_chains_stages_from_trained_teacher() -> None:
     assert trained(plan_of(), "bridge_rl") == [
         ("teacher_rl/first_half", "teacher", None, None),
         ("warmup/first_half", "student", None, "teacher_rl/first_half"),
@@ -66,14 +66,14 @@ def test_bridge_plan_chains_stages_from_the_trained_teacher() -> None:
     ]
 
 
-def test_raw_teacher_plan_uses_the_untrained_teacher() -> None:
+def test_raw_teacher_plan_uses_untrained_teacher() -> None:
     assert trained(plan_of(), "raw_teacher") == [
         ("warmup/all", "student", None, "teacher"),
         ("opd/all", "warmup/all", "teacher", None),
     ]
 
 
-def test_sft_teacher_plan_fine_tunes_the_teacher_on_expert_rollouts() -> None:
+def test_sft_teacher_plan_fine_tunes_teacher_on_expert_rollouts() -> None:
     assert trained(plan_of(), "sft_teacher") == [
         ("sft/all", "teacher", None, "expert"),
         ("warmup/all", "student", None, "sft/all"),
@@ -81,7 +81,7 @@ def test_sft_teacher_plan_fine_tunes_the_teacher_on_expert_rollouts() -> None:
     ]
 
 
-def test_teacher_2h_plan_trains_the_teacher_on_both_halves() -> None:
+def test_teacher_2h_plan_trains_teacher_on_both_halves() -> None:
     assert trained(plan_of(), "teacher_2h") == [
         ("teacher_rl/first_half", "teacher", None, None),
         ("teacher_rl/second_half", "teacher_rl/first_half", None, None),
@@ -90,11 +90,11 @@ def test_teacher_2h_plan_trains_the_teacher_on_both_halves() -> None:
     ]
 
 
-def test_direct_grpo_plan_is_one_stage_without_a_teacher() -> None:
+def test_direct_grpo_plan_is_one_stage_without_teacher() -> None:
     assert [line(node) for node in chain(plan_of(), "direct_grpo")] == [("student_rl/all", "student", None, None)]
 
 
-def test_bridge_ablations_keep_one_part_of_the_bridge() -> None:
+def test_bridge_ablations_keep_one_part_of_bridge() -> None:
     plan = plan_of()
     rl = ("teacher_rl/all", "teacher", None, None)
     assert trained(plan, "opd_only") == [rl, ("opd/all", "student", "teacher_rl/all", None)]
@@ -102,7 +102,7 @@ def test_bridge_ablations_keep_one_part_of_the_bridge() -> None:
     assert trained(plan, "teacher_sft") == [rl, ("sft/all", "student", None, "teacher_rl/all")]
 
 
-def test_replay_and_bridge_rl_share_every_node_but_the_last() -> None:
+def test_replay_and_bridge_rl_share_every_node_but_last() -> None:
     plan = plan_of()
     fresh, replay = chain(plan, "bridge_rl"), chain(plan, "replay")
     assert [plan.names[node] for node in fresh[:-1]] == [plan.names[node] for node in replay[:-1]]
@@ -126,7 +126,7 @@ def test_shared_nodes_have_one_name_across_arms() -> None:
     assert named("bridge", "opd") != named("opd_only", "opd")
 
 
-def test_warmup_and_teacher_sft_share_one_cache() -> None:
+def test_warmup_and_teacher_sft_share_cache() -> None:
     plan = plan_of()
     caches = {
         arm: [plan.names[node] for node in chain(plan, arm) if node.kind == "rollouts"]
@@ -137,7 +137,7 @@ def test_warmup_and_teacher_sft_share_one_cache() -> None:
     assert caches["raw_teacher"] != caches["bridge"]
 
 
-def test_a_cache_does_not_depend_on_how_its_readers_train() -> None:
+def test_cache_does_not_depend_on_training_of_its_readers() -> None:
     def cache_name(*changes: str) -> str:
         plan = plan_of(*changes, arms=("warmup_only",))
         return next(plan.names[node] for node in chain(plan, "warmup_only") if node.kind == "rollouts")
@@ -188,7 +188,7 @@ def prints(plan: Plan, arm: str = "bridge_rl") -> dict[str, str]:
         "seed=5",  # the seeds of a plan are given beside the recipe
     ],
 )
-def test_a_fingerprint_does_not_depend_on_how_or_where_a_run_is_computed(change: str) -> None:
+def test_fingerprint_does_not_depend_on_compute_or_folder(change: str) -> None:
     assert prints(plan_of(change)) == prints(plan_of())
 
 
@@ -233,7 +233,7 @@ def test_evaluation_settings_change_evaluated_nodes_but_not_cache_inputs() -> No
     assert {name for name in raw[0] if raw[0][name] != raw[1][name]} == {"warmup", "opd"}
 
 
-def test_model_weights_change_the_nodes_that_use_them() -> None:
+def test_model_weights_change_nodes_using_them() -> None:
     before = prints(plan_of())
     student = prints(plan_of(models=lambda role: "new" if role == "student" else f"weights of {role}"))
     teacher = prints(plan_of(models=lambda role: "new" if role == "teacher" else f"weights of {role}"))
@@ -241,13 +241,13 @@ def test_model_weights_change_the_nodes_that_use_them() -> None:
     assert {name for name in before if before[name] != teacher[name]} == ALL
 
 
-def test_pool_problems_change_the_stages_that_use_them() -> None:
+def test_pool_problems_change_stages_using_them() -> None:
     before = prints(plan_of())
     after = prints(plan_of(pools=POOLS | {"second_half": ("c", "e")}))
     assert {name for name in before if before[name] != after[name]} == {"student_rl"}
 
 
-def test_corrected_answer_changes_the_stages_with_labels() -> None:
+def test_corrected_answer_changes_stages_with_labels() -> None:
     before, labels = prints(plan_of()), content()["labels"]
     after = prints(plan_of(labels=labels | {"second_half": "corrected"}))
     assert {name for name in before if before[name] != after[name]} == {"student_rl"}
@@ -260,7 +260,7 @@ def test_added_bridge_prompts_change_dense_stages_and_descendants_only() -> None
     assert {name for name in before if before[name] != after[name]} == ALL - {"teacher_rl"}
 
 
-def test_arm_with_an_unnamed_model_is_refused_when_its_weights_are_needed() -> None:
+def test_arm_with_unnamed_model_is_refused_when_weights_are_needed() -> None:
     def weights(role: str) -> str:
         if role == "expert":
             raise UserError("models.expert: an arm needs this model, and the recipe names none")
@@ -271,7 +271,7 @@ def test_arm_with_an_unnamed_model_is_refused_when_its_weights_are_needed() -> N
         plan_of(arms=("sft_teacher",), models=weights)
 
 
-def test_a_users_grader_is_part_of_every_node_that_grades_and_of_no_cache() -> None:
+def test_user_grader_is_part_of_grading_nodes_and_not_of_caches() -> None:
     before, after, none = plan_of(grader="one"), plan_of(grader="two"), plan_of(grader=None)
     assert none.names == plan_of().names  # a task of the table has none
     kinds = {
@@ -282,7 +282,7 @@ def test_a_users_grader_is_part_of_every_node_that_grades_and_of_no_cache() -> N
     assert kinds["train"] is False and kinds["evaluate"] is False and kinds["rollouts"] is True
 
 
-def test_names_hold_the_day_of_a_model_whose_template_reads_the_clock_and_no_others() -> None:
+def test_fingerprints_hold_day_for_clock_templates_only() -> None:
     arms = ("direct_grpo", "sft_teacher")
     plain = plan_of(arms=arms)
     assert plan_of(arms=arms, day=lambda role: None).names == plain.names

@@ -28,7 +28,7 @@ def values_of(sweep: Sweep) -> list[Any]:
 # Definition of a sweep ---------------------------------------------------------------------------------------------------------
 
 
-def test_default_budgets_are_a_quarter_half_once_and_twice_the_recipes() -> None:
+def test_default_budgets_are_multiples_of_recipe_budget() -> None:
     sweep = pocket("labels", None, "labels.budget=100")
     assert values_of(sweep) == [25, 50, 100, 200] and sweep.arms == ("direct_grpo", "bridge")
     assert [point.recipe.labels.budget for point in sweep.points] == [25, 50, 100, 200]
@@ -36,7 +36,7 @@ def test_default_budgets_are_a_quarter_half_once_and_twice_the_recipes() -> None
         pocket("labels", None, "labels.budget=null")
 
 
-def test_default_teachers_are_those_of_the_students_family() -> None:
+def test_default_teachers_are_of_student_family() -> None:
     assert values_of(pocket("teacher")) == [
         "pocket:qwen3-student", "pocket:qwen3-teacher", "pocket:qwen3-teacher-large",
     ]  # fmt: skip
@@ -46,7 +46,7 @@ def test_default_teachers_are_those_of_the_students_family() -> None:
         pocket("teacher", None, "models.student=/models/mine")
 
 
-def test_lambda_uses_the_group_size_of_student_rl_and_keeps_rollouts_per_step() -> None:
+def test_lambda_uses_group_size_of_student_rl_and_keeps_rollouts_per_step() -> None:
     sweep = pocket("lambda", None, "stages.student_rl.group_size=4")
     assert values_of(sweep) == [0.0, 0.25, 0.5, 0.75, 1.0] and sweep.arms == ("mixed",)
     for point in sweep.points:
@@ -56,12 +56,12 @@ def test_lambda_uses_the_group_size_of_student_rl_and_keeps_rollouts_per_step() 
     assert own.group_size == 16  # --set has the last word
 
 
-def test_lambda_refuses_a_batch_that_its_groups_do_not_divide() -> None:
+def test_lambda_refuses_batch_not_divisible_by_groups() -> None:
     with pytest.raises(UserError, match=r"lambda, value 0: .*batch_size 60 is not a multiple of group_size 8"):
         pocket("lambda", "0,1", "stages.opd.batch_size=60")
 
 
-def test_any_field_can_be_varied_and_values_are_those_of_the_parsed_recipe() -> None:
+def test_any_field_can_be_varied_with_parsed_values() -> None:
     sweep = pocket("stages.opd.optim.lr", "1e-4,0.001,.5")
     assert values_of(sweep) == [0.0001, 0.001, 0.5]
     assert [point.name for point in sweep.points] == ["0.0001", "0.001", "0.5"]
@@ -94,7 +94,7 @@ def test_folder_names_derive_from_values() -> None:
     assert text_of(True) == "true"
 
 
-def test_command_of_a_point_gives_the_same_recipe_in_the_same_folder() -> None:
+def test_point_command_gives_same_recipe_in_same_folder() -> None:
     sweep = pocket("lambda", "0.25", "labels.budget=32")
     words = shlex.split(sweep.study_command(sweep.points[0], Path("my runs")))
     assert words[:3] == ["headwater", "study", "pocket"] and words[-2:] == ["--out", "my runs/0.25"]
@@ -133,7 +133,7 @@ def made_up(vary: str, values: list[Any], bridge: list[float | None], direct: fl
     return {**found, "said": sweep_report.sentences(found)}
 
 
-def test_sentences_say_where_an_arm_is_better_undecided_and_where_the_order_changes() -> None:
+def test_sentences_state_better_undecided_and_changed_order() -> None:
     result = made_up("labels", [64, 128, 256, 512], [0.6, 0.58, 0.51, 0.4])["said"]
     assert result == [
         "On sums, at labels 64 and 128 bridge is better than direct_grpo; at labels 512 bridge is worse than direct_grpo; "
@@ -150,7 +150,7 @@ def test_failed_point_is_shown_in_sentences_table_plot_and_page() -> None:
     assert sweep_page.cell(found["points"][1], "bridge", "sums") == "failed"
 
 
-def test_reports_without_an_arm_of_the_sweep_count_as_no_result(tmp_path: Path) -> None:
+def test_reports_without_sweep_arm_count_as_no_result(tmp_path: Path) -> None:
     fake_run(tmp_path / "64", seeds=(0,), arms={"direct_grpo": ARMS["direct_grpo"]})
     report.write(tmp_path / "64")
     found = sweep_page.write(pocket("labels", "64", arms=["bridge"]), tmp_path, {})
@@ -159,7 +159,7 @@ def test_reports_without_an_arm_of_the_sweep_count_as_no_result(tmp_path: Path) 
     assert "No point has a result yet." in (tmp_path / "sweep.html").read_text(encoding="utf-8")
 
 
-def test_arms_that_the_paper_does_not_compare_are_compared_with_the_first(tmp_path: Path) -> None:
+def test_arms_not_compared_in_paper_are_compared_with_first(tmp_path: Path) -> None:
     names = ["warmup_only", "raw_teacher", "replay"]
     fake_run(tmp_path / "64", arms={name: ARMS[name] for name in names})
     report.write(tmp_path / "64")
@@ -178,7 +178,7 @@ def test_arms_that_the_paper_does_not_compare_are_compared_with_the_first(tmp_pa
         assert (row["seeds"], row["problems"]) == (3, 60)
 
 
-def test_single_arm_is_compared_with_itself_at_the_first_value() -> None:
+def test_single_arm_is_compared_with_itself_at_first_value() -> None:
     found = made_up("lambda", [0.0, 0.5, 1.0], [0.6, 0.62, 0.5])
     against = [{**found["points"][0]["contrasts"][0], "arm": "bridge", "a": value, "b": 0.0} for value in (0.5, 1.0)]
     against[1] |= {"low": -0.13, "high": -0.07, "p": 0.001}
@@ -189,7 +189,7 @@ def test_single_arm_is_compared_with_itself_at_the_first_value() -> None:
     ]
 
 
-def test_model_names_are_shortened_where_they_stay_distinct() -> None:
+def test_model_names_are_shortened_if_still_distinct() -> None:
     names = sweep_report.names({"values": ["pocket:a", "/models/b/", 0.5]})
     assert names == {"pocket:a": "a", "/models/b/": "b", 0.5: "0.5"}
     assert list(sweep_report.names({"values": ["x/model", "y/model"]}).values()) == ["x/model", "y/model"]
@@ -205,7 +205,7 @@ def test_model_names_are_shortened_where_they_stay_distinct() -> None:
         ("teacher", ["a", "b"], "category"),
     ],
 )
-def test_axis_kind_follows_the_values(vary: str, values: list[Any], kind: str) -> None:
+def test_axis_kind_follows_values(vary: str, values: list[Any], kind: str) -> None:
     assert sweep_page.axis_kind(made_up(vary, values, [0.5, 0.6])) == kind
 
 
@@ -223,7 +223,7 @@ def test_plot_spaces_doubling_budgets_equally_and_names_every_line() -> None:
     assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=0.01)
 
 
-def test_page_inlines_the_plot_in_page_colours_and_fetches_nothing() -> None:
+def test_page_inlines_plot_in_page_colours_and_fetches_nothing() -> None:
     found = made_up("labels", [64, 128], [0.6, 0.7])
     found["said"] = ["<b>&"]
     page = sweep_page.page(found, sweep_page.plot(found)[0])

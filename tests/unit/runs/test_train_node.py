@@ -107,7 +107,7 @@ def stripped(path: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("stop_after", [1, 5, 9])
-def test_interrupted_and_resumed_steps_equal_the_uninterrupted_run(
+def test_interrupted_and_resumed_steps_equal_uninterrupted_run(
     tmp_path: Path, teacher: Policy, stop_after: int
 ) -> None:
     whole = Driver(tiny_policy(), teacher, NodeDir(tmp_path / "whole")).run()
@@ -142,7 +142,7 @@ def test_resume_needs_no_random_state(tmp_path: Path, teacher: Policy) -> None:
     assert stripped(node.metrics) == stripped(whole.node.metrics)
 
 
-def test_crashed_stage_resumes_from_the_last_checkpoint(tmp_path: Path, teacher: Policy) -> None:
+def test_crashed_stage_resumes_from_last_checkpoint(tmp_path: Path, teacher: Policy) -> None:
     whole = Driver(tiny_policy(), teacher, NodeDir(tmp_path / "whole")).run()
     node = NodeDir(tmp_path / "crashed")
 
@@ -172,18 +172,18 @@ def test_finished_stage_does_nothing(node: NodeDir, teacher: Policy) -> None:
     assert stripped(node.metrics) == before
 
 
-def test_checkpoints_are_written_when_due_and_the_last_two_remain(node: NodeDir, teacher: Policy) -> None:
+def test_checkpoints_are_written_when_due_and_last_two_remain(node: NodeDir, teacher: Policy) -> None:
     driver = Driver(tiny_policy(), teacher, node).run()
     assert [path.name for path in node.checkpoints()] == ["000010", "000009"]
     assert driver.evaluated == []
 
 
-def test_intermediate_evaluations_run_when_due_but_not_at_the_last_step(node: NodeDir, teacher: Policy) -> None:
+def test_intermediate_evaluations_run_when_due_except_at_last_step(node: NodeDir, teacher: Policy) -> None:
     driver = Driver(tiny_policy(), teacher, node).run(OPD.model_copy(update={"eval_every": 5}))
     assert driver.evaluated == ["step-000005"]
 
 
-def test_step_writes_the_documented_metrics_and_its_ledger_row(node: NodeDir, teacher: Policy) -> None:
+def test_step_writes_documented_metrics_and_ledger_row(node: NodeDir, teacher: Policy) -> None:
     Driver(tiny_policy(), teacher, node).run()
     metrics, ledger = list(read_jsonl(node.metrics)), list(read_jsonl(node.ledger))
     promised = {
@@ -200,7 +200,7 @@ def test_step_writes_the_documented_metrics_and_its_ledger_row(node: NodeDir, te
         assert spent["labels"] == ["p1", "p2"] and spent["checks"] == 8 and spent["seed"] == 7
 
 
-def test_non_finite_step_stops_the_stage_and_keeps_the_last_checkpoint(node: NodeDir, teacher: Policy) -> None:
+def test_non_finite_step_stops_stage_and_keeps_last_checkpoint(node: NodeDir, teacher: Policy) -> None:
     driver = Driver(tiny_policy(), teacher, node)
 
     def spoil(step: int, rows: list[Row]) -> list[Row]:
@@ -219,7 +219,7 @@ def test_non_finite_step_stops_the_stage_and_keeps_the_last_checkpoint(node: Nod
     assert same_bits(weights_of(kept), driver.weights[6])
 
 
-def test_checkpoint_with_a_damaged_log_is_skipped(node: NodeDir, teacher: Policy) -> None:
+def test_checkpoint_with_damaged_log_is_skipped(node: NodeDir, teacher: Policy) -> None:
     driver = Driver(tiny_policy(), teacher, node).run()
     whole = stripped(node.metrics)
     content = node.metrics.read_bytes()

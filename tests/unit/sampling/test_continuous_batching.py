@@ -112,7 +112,7 @@ def record_forward_ids(monkeypatch: pytest.MonkeyPatch, forward_ids: list[list[l
 
 
 @pytest.mark.parametrize("budget", [1, 100, 4096])
-def test_prefill_runs_each_distinct_prompt_once_within_the_token_budget(
+def test_prefill_runs_each_distinct_prompt_once_within_token_budget(
     budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = tiny_policy(seed=2, std=0.2)
@@ -163,7 +163,7 @@ def test_check_interval_for_finished_sequences_does_not_change_completions(
     assert_plain_logp(policy, seldom)
 
 
-def test_on_finished_reports_rollouts_in_a_deterministic_order() -> None:
+def test_on_finished_reports_rollouts_in_deterministic_order() -> None:
     policy = tiny_policy(seed=2, std=0.2)
     orders: list[list[tuple[str, int]]] = [[], []]
     for order in orders:
@@ -174,14 +174,14 @@ def test_on_finished_reports_rollouts_in_a_deterministic_order() -> None:
     assert sorted(orders[0]) == sorted((request.problem_id, request.sample) for request in requests())
 
 
-def test_wide_vocabulary_with_packed_head_gives_the_trainers_log_probs() -> None:
+def test_wide_vocabulary_with_packed_head_gives_trainer_log_probs() -> None:
     policy = tiny_policy(seed=3, vocab_size=5000)
     rollouts = TorchSampler(policy, batch=6).sample(requests(samples=2), Sampling(max_tokens=12))
     assert len({token for rollout in rollouts for token in rollout.completion_ids}) > 50
     assert_plain_logp(policy, rollouts)
 
 
-def test_kv_cache_grows_only_to_the_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_cache_grows_only_to_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy(seed=2, std=0.0)  # uniform distributions
     monkeypatch.setattr(fast_decoder, "INITIAL_COLUMNS", 4)
     columns: list[int] = []

@@ -48,7 +48,7 @@ def hidden_states(policy: Policy, decoder: CacheDecoder | FastDecoder, steps: in
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_fast_decoder_gives_the_hidden_states_of_the_general_decoder(kind: str) -> None:
+def test_fast_decoder_equals_general_decoder_hidden_states(kind: str) -> None:
     name, settings = PLAIN[kind]
     policy = tiny_policy(name, seed=4, **settings)
     if settings.get("attention_bias"):  # fresh biases are 0, which would hide an omitted bias
@@ -67,7 +67,7 @@ def test_fast_decoder_gives_the_hidden_states_of_the_general_decoder(kind: str) 
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_unfused_weights_of_large_models_give_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfused_weights_of_large_models_give_same_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy("qwen3", seed=4)
     fused = hidden_states(policy, FastDecoder(policy), 12)
     monkeypatch.setattr("headwater.sampling.fast_weights.FUSED_PARAMETERS", 0)
@@ -89,11 +89,11 @@ def test_unfused_weights_of_large_models_give_the_same_hidden_states(monkeypatch
         ("gemma2", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
     ],
 )
-def test_unsupported_models_use_the_general_decoder(name: str, settings: dict[str, Any]) -> None:
+def test_unsupported_models_use_general_decoder(name: str, settings: dict[str, Any]) -> None:
     assert isinstance(decoder_for(tiny_policy(name, **settings)), CacheDecoder)
 
 
-def test_decoder_built_after_an_update_uses_the_new_weights() -> None:
+def test_decoder_built_after_update_uses_new_weights() -> None:
     policy = tiny_policy("qwen3", seed=4)
     before = hidden_states(policy, FastDecoder(policy), 2)
     with torch.no_grad():

@@ -14,14 +14,14 @@ from headwater.config.stage import Sampling
 from headwater.sampling.token_draws import BLOCK, WIDE, draw_tokens, inverse_cdf, named_uniforms
 
 
-def test_batched_uniforms_equal_those_of_each_name_alone() -> None:
+def test_batched_uniforms_equal_uniforms_of_each_name() -> None:
     names = [(0, "opd", step, "a1b2", sample) for step in range(3) for sample in range(5)] + [(), ("x",), (-7,)]
     assert np.array_equal(named_uniforms(37, names), np.stack([seeds.uniforms(37, *name) for name in names]))
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), width=st.integers(WIDE, 3 * WIDE), spread=st.floats(0.0, 30.0))
-def test_two_level_draw_equals_the_draw_from_one_exact_sum(seed: int, width: int, spread: float) -> None:
+def test_two_level_draw_equals_draw_from_exact_sum(seed: int, width: int, spread: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     p_BV = torch.softmax(torch.randn(8, width, generator=generator) * spread, dim=-1)
     draws_B = torch.rand(8, generator=generator, dtype=torch.float64)
@@ -35,7 +35,7 @@ def test_two_level_draw_equals_the_draw_from_one_exact_sum(seed: int, width: int
         assert upper - float(p_BV[row, token]) - 1e-6 <= float(target_B[row]) <= upper + 1e-6
 
 
-def test_two_level_draw_is_uniform_over_an_even_grid() -> None:
+def test_two_level_draw_is_uniform_over_even_grid() -> None:
     """Draws (i + ½)/V of a uniform distribution over V tokens: each token once, in order, across every block border."""
     width = 10 * BLOCK + 24  # the last block is not full
     assert width >= WIDE
@@ -43,7 +43,7 @@ def test_two_level_draw_is_uniform_over_an_even_grid() -> None:
     assert inverse_cdf(torch.full((width, width), 1.0 / width), draws).squeeze(1).tolist() == list(range(width))
 
 
-def test_two_level_draw_never_returns_a_token_of_probability_zero() -> None:
+def test_two_level_draw_never_returns_token_of_probability_zero() -> None:
     p_BV = torch.zeros(6, 2 * WIDE)
     p_BV[:, 5], p_BV[:, BLOCK + 3], p_BV[:, BLOCK + 9] = 0.25, 0.25, 0.5
     draws = torch.tensor([0.0, 0.24999, 0.25, 0.49999, 0.5, 1.0 - 2**-53], dtype=torch.float64)

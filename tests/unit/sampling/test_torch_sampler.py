@@ -71,7 +71,7 @@ def test_rng_key_changes_draws_and_samples_are_numbered_from_first() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampler_logp_equals_the_trainers_log_prob(name: str, temperature: float) -> None:
+def test_sampler_logp_equals_trainer_log_prob(name: str, temperature: float) -> None:
     policy = tiny_policy(name, seed=4, **ARCHITECTURES[name])
     rollouts = TorchSampler(policy, batch=8).sample(requests(), Sampling(max_tokens=20, temperature=temperature))
     for rollout, trained in zip(rollouts, logp_of(policy, rollouts, 256), strict=True):
@@ -94,7 +94,7 @@ def test_split_head_keeps_capped_and_scaled_heads_whole(name: str) -> None:
         assert plain.body is plain.model.model and plain.head is plain.model.lm_head
 
 
-def test_split_head_detects_a_softcap_even_with_small_logits() -> None:
+def test_split_head_detects_softcap_even_with_small_logits() -> None:
     """Logits of 0.1 under a cap of 30 change by 4e-7; after training they would be far from head(body(x))."""
     fresh = tiny_policy("gemma2", std=0.02, **{**CAPPED["gemma2"], "final_logit_softcapping": 30.0})
     assert fresh.body is fresh.model
@@ -167,7 +167,7 @@ def test_completion_ends_at_its_first_stop_token() -> None:
     assert all(len(rollout.sampler_logp) == len(rollout.completion_ids) for rollout in rollouts)
 
 
-def test_max_tokens_truncates_and_a_stop_token_at_the_limit_counts_as_stop() -> None:
+def test_max_tokens_truncates_but_stop_token_at_limit_counts_as_stop() -> None:
     policy = tiny_policy(seed=2)
     long = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=24))
     short = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=6))
@@ -177,7 +177,7 @@ def test_max_tokens_truncates_and_a_stop_token_at_the_limit_counts_as_stop() -> 
         assert ours.finish == (theirs.finish if len(theirs.completion_ids) <= 6 else "length")
 
 
-def test_every_stop_id_of_the_generation_config_ends_a_completion() -> None:
+def test_every_stop_id_of_generation_config_ends_completion() -> None:
     logps = tiny_model(seed=2)
     logps.generation_config.eos_token_id = [7, 9]
     policy = policy_of(logps)
@@ -188,7 +188,7 @@ def test_every_stop_id_of_the_generation_config_ends_a_completion() -> None:
     assert not any({3, 7, 9} & set(rollout.completion_ids[:-1]) for rollout in rollouts)
 
 
-def test_finished_sequences_do_not_change_the_remaining_ones() -> None:
+def test_finished_sequences_do_not_change_remaining_ones() -> None:
     """A long completion is the same alone and in a batch where many stop early."""
     policy = tiny_policy(seed=2, std=0.15)
     rollouts = TorchSampler(policy, batch=256).sample(requests(samples=40), Sampling(max_tokens=40))
@@ -214,7 +214,7 @@ def test_near_zero_temperature_equals_greedy_decoding_of_transformers(name: str)
         assert rollout.completion_ids == expected
 
 
-def test_draw_tokens_inverts_the_cumulative_distribution() -> None:
+def test_draw_tokens_inverts_cumulative_distribution() -> None:
     logits = torch.tensor([[0.25, 0.75]]).log().expand(5, 2)
     draws = torch.tensor([0.0, 0.2499, 0.2501, 0.75, 1.0 - 2**-53], dtype=torch.float64)
     token, logp = draw_tokens(logits, draws, Sampling())
@@ -222,7 +222,7 @@ def test_draw_tokens_inverts_the_cumulative_distribution() -> None:
     assert logp.exp().tolist() == pytest.approx([0.25, 0.25, 0.75, 0.75, 0.75])
 
 
-def test_draw_tokens_never_returns_a_token_of_probability_zero() -> None:
+def test_draw_tokens_never_returns_token_of_probability_zero() -> None:
     logits = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log().expand(4, 5)
     draws = torch.tensor([0.0, 0.5, 0.49999999, 1.0 - 2**-53], dtype=torch.float64)
     assert draw_tokens(logits, draws, Sampling())[0].tolist() == [1, 3, 1, 3]

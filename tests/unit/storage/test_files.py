@@ -29,7 +29,7 @@ from headwater.storage.files import (
 )
 
 
-def test_the_folder_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_atomic_write_syncs_folder_after_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     real_sync, real_replace = os.fsync, Path.replace
     monkeypatch.setattr(
@@ -76,7 +76,7 @@ def test_checked_file_detects_every_flipped_bit(tmp_path: Path) -> None:
                 continue
 
 
-def test_unchecked_file_of_an_earlier_version_is_accepted_unless_strict(tmp_path: Path) -> None:
+def test_unchecked_file_of_earlier_version_is_accepted_unless_strict(tmp_path: Path) -> None:
     path = tmp_path / "DONE"
     path.write_text('{"fingerprint": "ab"}')
     assert read_checked(path) == {"fingerprint": "ab"}
@@ -102,7 +102,7 @@ def test_disk_errno_recognizes_disk_errors_only(error: Exception, number: int | 
     assert disk_errno(error) == number
 
 
-def test_full_disk_error_names_the_file_and_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_error_names_file_and_keeps_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.json"
     write_atomic(path, "old")
 
@@ -127,7 +127,7 @@ def test_running_checksums_equal_whole_file_checksums(tmp_path: Path) -> None:
     assert [row["step"] for row in read_jsonl(path, size)] == [0, 1, 2, 3, 4]
 
 
-def test_rows_are_read_from_the_end_of_the_last_read(tmp_path: Path) -> None:
+def test_new_rows_are_read_from_end_of_last_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_rows_from(path, 0) == ([], 0)
     append_jsonl(path, [{"step": 1}, {"step": 2}])
@@ -140,7 +140,7 @@ def test_rows_are_read_from_the_end_of_the_last_read(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [3] and read_rows_from(path, more) == ([], more)
 
 
-def test_a_changed_a_missing_and_a_longer_file_are_found(tmp_path: Path) -> None:
+def test_changed_missing_and_longer_files_are_detected(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
     sums = {name: [1, file_sum(tmp_path / name)] for name in ("a", "b")}
@@ -173,7 +173,7 @@ def test_lock_has_one_holder_and_is_free_after_release(tmp_path: Path) -> None:
         assert again
 
 
-def test_a_row_is_whole_or_left_out(tmp_path: Path) -> None:
+def test_row_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, [{"text": "αβ"}])
     assert json.loads(path.read_text(encoding="utf-8")) == {"text": "αβ"}

@@ -27,9 +27,7 @@ class Unwritable:
     """Not JSON."""
 
 
-def test_a_file_is_replaced_whole_and_a_failed_write_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_is_replaced_whole_and_failed_write_keeps_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "state.json"
     write_json(path, {"step": 1, "name": "αβ"})
     assert read_json(path) == {"step": 1, "name": "αβ"}
@@ -46,7 +44,7 @@ def test_a_file_is_replaced_whole_and_a_failed_write_leaves_the_old_one(
     assert [one.name for one in path.parent.iterdir()] == ["state.json"]
 
 
-def test_a_missing_or_broken_json_file_is_named(tmp_path: Path) -> None:
+def test_missing_or_broken_json_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.json: no such file"):
         read_json(tmp_path / "none.json")
     for broken in (b'{"a": ', b"\xff\xfe", b""):
@@ -55,7 +53,7 @@ def test_a_missing_or_broken_json_file_is_named(tmp_path: Path) -> None:
             read_json(tmp_path / "broken.json")
 
 
-def test_rows_are_appended_and_read_in_order_whatever_their_text(tmp_path: Path) -> None:
+def test_rows_are_appended_and_read_in_order_for_any_text(tmp_path: Path) -> None:
     path = tmp_path / "node" / "rows.jsonl"
     rows = [{"step": 1, "text": "a\nb"}, {"step": 2, "text": "数学 🙂 \u2028 \x85 \r"}, {"step": 3, "text": '"\\'}]
     append_jsonl(path, rows[:1])
@@ -76,14 +74,14 @@ def test_truncated_last_line_is_ignored(tmp_path: Path) -> None:
     assert list(read_jsonl(path)) == [{"step": 1}, {"step": 2, "text": "数学"}]
 
 
-def test_a_broken_row_that_is_not_the_last_is_an_error_with_its_number(tmp_path: Path) -> None:
+def test_broken_row_before_last_is_refused_with_its_number(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(UserError, match=r"rows\.jsonl: row 2 is not JSON"):
         list(read_jsonl(path))
 
 
-def test_truncate_rows_drops_later_rows_and_repairs_a_cut_line(tmp_path: Path) -> None:
+def test_truncate_rows_drops_later_rows_and_repairs_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, [{"step": step, "text": "é"} for step in (1, 2, 3)])
     with path.open("ab") as file:
@@ -128,7 +126,7 @@ def test_incomplete_checkpoint_folder_is_ignored(tmp_path: Path) -> None:
     assert not left.exists()
 
 
-def test_checkpoints_are_listed_newest_first_beyond_a_million_steps(tmp_path: Path) -> None:
+def test_checkpoints_are_listed_newest_first_beyond_million_steps(tmp_path: Path) -> None:
     node = NodeDir(tmp_path)
     for step in (2, 10, 9):
         write_json(node.checkpoint(step) / "sums.json", {})
@@ -142,7 +140,7 @@ def test_checksums_cover_every_file_and_byte(tmp_path: Path) -> None:
     assert file_sums(tmp_path) == {"a/b": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
 
 
-def test_node_cut_back_to_a_step_drops_only_later_rows(tmp_path: Path) -> None:
+def test_node_truncated_to_step_drops_only_later_rows(tmp_path: Path) -> None:
     node = NodeDir(tmp_path / "nodes" / "opd")
     for step in range(1, 7):
         append_jsonl(node.metrics, [{"step": step}])
@@ -157,7 +155,7 @@ def test_node_cut_back_to_a_step_drops_only_later_rows(tmp_path: Path) -> None:
     assert sorted(path.name for path in (node.path / "evals").iterdir()) == ["step-000002", "step-000004"]
 
 
-def test_a_node_is_done_only_for_its_own_fingerprint(tmp_path: Path) -> None:
+def test_node_is_done_only_for_its_own_fingerprint(tmp_path: Path) -> None:
     node = NodeDir(tmp_path)
     assert not node.is_done("abc")
     write_json(node.done, {"fingerprint": "abc"})
@@ -167,7 +165,7 @@ def test_a_node_is_done_only_for_its_own_fingerprint(tmp_path: Path) -> None:
 RECIPE = {"name": "r", "seed": 0, "stages": {"opd": {"steps": 5, "optim": {"lr": 1e-6}}}, "evals": ["a", "b"]}
 
 
-def test_claiming_a_folder_of_another_recipe_names_the_first_difference(tmp_path: Path) -> None:
+def test_claiming_folder_of_other_recipe_names_first_difference(tmp_path: Path) -> None:
     folder = RunDir(tmp_path / "out")
     folder.claim(RECIPE)
     folder.claim(RECIPE)
@@ -189,7 +187,7 @@ def test_settings_without_effect_on_nodes_may_change_and_are_rewritten(
     assert read_json(folder.recipe) == later
 
 
-def test_claiming_refuses_foreign_files_and_accepts_an_empty_folder(tmp_path: Path) -> None:
+def test_claiming_refuses_foreign_files_and_accepts_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"--out .*mine: the folder is not empty and holds no run of Headwater"):
@@ -200,7 +198,7 @@ def test_claiming_refuses_foreign_files_and_accepts_an_empty_folder(tmp_path: Pa
     assert read_json(tmp_path / "empty" / "recipe.json") == RECIPE
 
 
-def test_first_difference_is_a_dotted_path() -> None:
+def test_first_difference_is_dotted_path() -> None:
     assert first_difference(RECIPE, json.loads(json.dumps(RECIPE))) is None
     assert first_difference(RECIPE, {**RECIPE, "evals": ["a"]}) == "evals"
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}) == "a.c"

@@ -35,7 +35,7 @@ from runs import call
 FOUR = CountdownDials(numbers=4, largest=120)
 
 
-def test_solutions_have_the_documented_text() -> None:
+def test_countdown_solutions_have_documented_text() -> None:
     # 50+46+24=120 and 50+46-24=72 miss; 50-46+24=28 hits
     assert worked("50,46,24=28") == "50+46+24=96+24=120;50+46-24=96-24=72;50-46+24=04+24=28"
     assert short("50,46,24=28") == "50-46+24"
@@ -51,7 +51,7 @@ def test_solutions_have_the_documented_text() -> None:
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dials", [DIALS, FOUR, CountdownDials(numbers=2, largest=999)])
-def test_every_gold_is_solved_in_both_forms_and_every_wrong_sign_grades_zero(pool: str, dials: CountdownDials) -> None:
+def test_countdown_gold_grades_one_in_both_forms_and_wrong_sign_zero(pool: str, dials: CountdownDials) -> None:
     for problem, gold in generate(40, pool, seed=1, dials=dials):
         assert problem == gold
         numbers, target = parse_problem(gold)  # type: ignore[misc]
@@ -91,35 +91,35 @@ def test_every_gold_is_solved_in_both_forms_and_every_wrong_sign_grades_zero(poo
         ("", (False, "no_answer")),
     ],
 )
-def test_an_answer_takes_each_number_once_and_makes_the_target(completion: str, outcome: tuple[bool, str]) -> None:
+def test_countdown_answer_uses_each_number_once_and_makes_target(completion: str, outcome: tuple[bool, str]) -> None:
     assert grade("50,46,24=28", completion) == outcome
 
 
-def test_one_number_given_twice_is_used_twice() -> None:
+def test_countdown_repeated_number_is_used_twice() -> None:
     assert grade("50,50,24=24", "50-50+24")[0]
     assert not grade("50,50,24=26", "50-24")[0]
 
 
 @pytest.mark.parametrize("gold", ["", "28", "50,46,24", "=28", "50,,24=28", "a,b=3", "1," * 12 + "1=1", "50,46=٤"])
-def test_a_gold_that_is_no_problem_is_an_error_and_one_without_solution_fails(gold: str) -> None:
+def test_countdown_gold_errors_if_malformed_and_fails_if_unsolvable(gold: str) -> None:
     assert grade(gold, "50-46+24") == (False, "error")
     assert as_completion(gold) == "" and as_completion("50,46,24=1") == ""
 
 
-def test_votes_do_not_see_the_order_of_an_answers_terms() -> None:
+def test_countdown_votes_ignore_term_order() -> None:
     assert extract("50+46+24=96+24=120;50-46+24") == extract("24-46+50") == extract("-46+024+50") == "50+24-46"
     assert extract("50+46-24") != extract("50-46+24")
     assert extract("no") is None
 
 
-def test_pools_share_no_set_of_numbers_whatever_the_target_and_seed() -> None:
+def test_countdown_pools_share_no_numbers_for_any_target_and_seed() -> None:
     held_by = {pool: {text.split("=")[0] for seed in (0, 1) for text, _ in generate(400, pool, seed)} for pool in POOLS}
     for pool, numbers in held_by.items():
         assert {pool_of(f"{one}=7") for one in numbers} == {pool}
         assert not any(numbers & other for name, other in held_by.items() if name != pool)
 
 
-def test_problems_are_the_same_in_every_process_and_a_longer_call_begins_with_the_shorter_one() -> None:
+def test_countdown_problems_are_reproducible_and_extend_shorter_calls() -> None:
     code = "from headwater.tasks.countdown import generate; print(generate(3, 'eval', 0))"
     environment = {"PYTHONHASHSEED": "77", "PYTHONPATH": ":".join(sys.path)}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -131,7 +131,7 @@ def test_problems_are_the_same_in_every_process_and_a_longer_call_begins_with_th
     assert many[:20] != generate(20, "train", 4)
 
 
-def test_generated_numbers_fall_and_targets_are_not_negative() -> None:
+def test_countdown_numbers_descend_and_targets_are_not_negative() -> None:
     for text, _ in generate(300, "train", 0, FOUR):
         numbers, target = parse_problem(text)  # type: ignore[misc]
         assert numbers == sorted(numbers, reverse=True) and len(numbers) == 4
@@ -139,7 +139,7 @@ def test_generated_numbers_fall_and_targets_are_not_negative() -> None:
         assert all(len(number) == 3 for number in text.split("=")[0].split(","))
 
 
-def test_dials_pools_and_counts_that_cannot_be_are_refused() -> None:
+def test_countdown_refuses_impossible_dials_pools_and_counts() -> None:
     for wrong in ({"numbers": 1}, {"numbers": 7}, {"largest": 3}):
         with pytest.raises(ValueError, match="countdown: "):
             CountdownDials(**wrong)
@@ -152,7 +152,7 @@ def test_dials_pools_and_counts_that_cannot_be_are_refused() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(completion=st.text("0123456789+-*/=;,. ()\n", max_size=60), gold=st.text("0123456789,=-", max_size=20))
-def test_what_is_correct_is_what_python_sums_to_the_target(completion: str, gold: str) -> None:
+def test_countdown_correct_equals_python_sum(completion: str, gold: str) -> None:
     """Against another reading of the same text: split at the signs, with Python's own integers."""
     correct, _ = grade("50,46,24=28", completion)
     answer = completion.split(";")[-1].split("=")[0].strip()
@@ -183,14 +183,14 @@ def test_what_is_correct_is_what_python_sums_to_the_target(completion: str, gold
     ],
     ids=range(12),
 )
-def test_hostile_text_is_graded_wrong_and_at_once(hostile: str) -> None:
+def test_countdown_grades_hostile_text_wrong_at_once(hostile: str) -> None:
     began = time.perf_counter()
     assert grade("50,46,24=28", hostile)[0] is False and parse_terms(hostile) is None
     assert TASKS["countdown"].extract(hostile) is None  # type: ignore[misc]
     assert time.perf_counter() - began < 1.0
 
 
-def test_validate_accepts_generated_problems_and_lists_one_without_a_solution(tmp_path: Path) -> None:
+def test_countdown_validate_accepts_generated_and_lists_unsolvable(tmp_path: Path) -> None:
     path = tmp_path / "problems.jsonl"
     texts = [text for text, _ in generate(20, "train", 0)]
     path.write_text("".join(f'{{"problem": "{text}", "answer": "{text}"}}\n' for text in [*texts, "9,3=5"]))
@@ -198,7 +198,7 @@ def test_validate_accepts_generated_problems_and_lists_one_without_a_solution(tm
     assert result.code == 3 and "21 gold answers, 1 fail" in result.out and "'9,3=5' grades no_answer" in result.out
 
 
-def test_the_control_differs_from_the_pocket_recipe_in_task_models_and_length_only() -> None:
+def test_countdown_recipe_differs_from_pocket_in_task_models_and_length() -> None:
     """A control whose stages were set for it would show nothing."""
     pocket, control = (yaml.safe_load(builtin_text(name)) for name in ("pocket", "pocket-countdown"))
     for stage in (*control["stages"].values(), control["evaluate"]):

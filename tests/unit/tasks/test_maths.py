@@ -47,7 +47,7 @@ SECOND = Path(__file__).parents[2] / "fixtures" / "verifier_second.jsonl"
         (r"<think>\boxed{1}</think> so \boxed{2}", "2"),
     ],
 )
-def test_the_stated_answer_is_found(completion: str, answer: str) -> None:
+def test_maths_extracts_stated_answer(completion: str, answer: str) -> None:
     assert stated(completion) == (answer, "")
 
 
@@ -63,12 +63,12 @@ def test_the_stated_answer_is_found(completion: str, answer: str) -> None:
         (r"\boxed{\frac{1}{2}", "truncated"),
     ],
 )
-def test_why_there_is_no_answer_is_said(completion: str, reason: str) -> None:
+def test_maths_reason_explains_missing_answer(completion: str, reason: str) -> None:
     assert stated(completion) == (None, reason)
     assert maths.grade("42", completion) == (False, reason)
 
 
-def test_votes_are_for_values() -> None:
+def test_maths_votes_are_for_values() -> None:
     halves = [r"\boxed{\dfrac12}", "The answer is 0.50.", "#### 1/2", r"\boxed{x = \frac{1}{2}}"]
     assert [maths.extract(text) for text in halves] == ["1/2"] * 4
     assert maths.extract(r"\boxed{1{,}080\text{ cm}}") == "1080" and maths.extract("nothing") is None
@@ -101,24 +101,24 @@ def verifier() -> Verifier:
     return Verifier("maths")
 
 
-def test_the_same_in_other_words_is_equal(verifier: Verifier) -> None:
+def test_maths_equal_answers_in_other_words_are_equal(verifier: Verifier) -> None:
     verdicts = verifier([(gold, f"\\boxed{{{answer}}}") for gold, answer in SAME])
     assert [pair for pair, verdict in zip(SAME, verdicts, strict=True) if verdict.reason != "equal"] == []
 
 
-def test_what_is_not_the_same_is_different(verifier: Verifier) -> None:
+def test_maths_different_answers_are_different(verifier: Verifier) -> None:
     verdicts = verifier([(gold, f"\\boxed{{{answer}}}") for gold, answer in DIFFERENT])
     assert [pair for pair, verdict in zip(DIFFERENT, verdicts, strict=True) if verdict.reason != "different"] == []
 
 
-def test_nothing_found_in_a_text_is_run(verifier: Verifier, tmp_path: Path) -> None:
+def test_maths_never_executes_text(verifier: Verifier, tmp_path: Path) -> None:
     target = tmp_path / "run"
     calls = [f"__import__('pathlib').Path('{target}').touch()", f"open('{target}','w')", f"\\write18{{touch {target}}}"]
     verifier([("1", f"\\boxed{{{call}}}") for call in calls] + [("x", f"The answer is {call}") for call in calls])
     assert not target.exists()
 
 
-def test_a_second_set_of_cases_written_apart_from_the_first_is_graded_as_expected(verifier: Verifier) -> None:
+def test_maths_held_out_cases_are_graded_as_expected(verifier: Verifier) -> None:
     rows = [json.loads(line) for line in SECOND.read_text(encoding="utf-8").split("\n") if line]
     verdicts = verifier([(row["gold"], row["completion"]) for row in rows])
     wrong = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict.correct != row["expected"]]
@@ -127,7 +127,7 @@ def test_a_second_set_of_cases_written_apart_from_the_first_is_graded_as_expecte
     assert max(verdict.seconds for verdict in verdicts) < 3
 
 
-def test_the_shared_cases_are_graded_as_expected_and_in_time(verifier: Verifier) -> None:
+def test_maths_shared_cases_are_graded_as_expected_in_time(verifier: Verifier) -> None:
     if not CASES.exists():
         pytest.skip(f"{CASES} is not here: the agreement with the shared verifier cases was NOT tested")
     rows = [json.loads(line) for line in CASES.read_text(encoding="utf-8").split("\n") if line]
@@ -159,7 +159,7 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("kind", DEGENERATE)
-def test_degenerate_text_is_settled_in_the_parent_at_once(kind: str) -> None:
+def test_maths_degenerate_text_is_settled_in_parent_at_once(kind: str) -> None:
     started = time.perf_counter()
     maths.quick("42", DEGENERATE[kind])
     assert time.perf_counter() - started < 0.5
@@ -172,7 +172,7 @@ ANSWERS = PLAIN.map(str.strip).filter(bool)
 
 
 @given(before=st.text(max_size=60), answer=ANSWERS, after=PLAIN)
-def test_whatever_stands_around_it_a_last_box_is_the_answer(before: str, answer: str, after: str) -> None:
+def test_maths_last_box_is_answer_in_any_context(before: str, answer: str, after: str) -> None:
     before = before.replace("\\", "")
     after = after.replace("</think>", "")
     assert stated(f"{before}\\boxed{{{answer}}}{after}") == (answer, "")
@@ -180,7 +180,7 @@ def test_whatever_stands_around_it_a_last_box_is_the_answer(before: str, answer:
 
 @settings(max_examples=300, deadline=1000)
 @given(gold=st.text(max_size=30), completion=st.text(max_size=200))
-def test_no_text_raises_in_the_parent(gold: str, completion: str) -> None:
+def test_maths_no_text_raises_in_parent(gold: str, completion: str) -> None:
     for text in (completion, f"\\boxed{{{completion}}}", f"The answer is {completion}", f"#### {completion}"):
         outcome = maths.quick(gold, text)
         assert outcome is None or outcome[1] in ("equal", "different", "no_answer", "truncated")
@@ -194,7 +194,7 @@ LATEX = st.lists(st.sampled_from([" ", *PIECES.split()]), max_size=14).map("".jo
 
 @settings(max_examples=300, deadline=1000)
 @given(text=LATEX)
-def test_spelling_settles_and_an_answer_equals_itself(text: str) -> None:
+def test_maths_answer_equals_itself_by_spelling(text: str) -> None:
     spellings = [text]
     while len(spellings) < 8 and (following := canonical(spellings[-1])) != spellings[-1]:
         spellings.append(following)
@@ -205,14 +205,14 @@ def test_spelling_settles_and_an_answer_equals_itself(text: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(pairs=st.lists(st.tuples(LATEX.filter(bool), LATEX), min_size=8, max_size=8))
-def test_arbitrary_latex_always_gets_a_verdict(verifier: Verifier, pairs: list[tuple[str, str]]) -> None:
+def test_maths_arbitrary_latex_gets_verdict(verifier: Verifier, pairs: list[tuple[str, str]]) -> None:
     for verdict in verifier([(gold, f"\\boxed{{{answer}}}") for gold, answer in pairs]):
         assert verdict.reason in ("equal", "different", "no_answer", "truncated", "timeout", "memory")
         assert verdict.seconds < 3
 
 
 @given(value=st.fractions(max_denominator=1000))
-def test_a_fraction_is_read_exactly_in_each_spelling(value: Fraction) -> None:
+def test_maths_fraction_is_exact_in_each_spelling(value: Fraction) -> None:
     above, below = abs(value.numerator), value.denominator
     sign = "-" if value < 0 else ""
     fraction = f"{{{above}}}{{{below}}}"
@@ -221,7 +221,7 @@ def test_a_fraction_is_read_exactly_in_each_spelling(value: Fraction) -> None:
 
 
 @given(value=st.integers(-(10**15), 10**15))
-def test_an_integer_is_read_exactly_in_each_spelling_and_its_neighbour_differs(value: int) -> None:
+def test_maths_integer_is_exact_in_each_spelling_and_differs_from_next(value: int) -> None:
     grouped = f"{value:,}"
     for text in (str(value), grouped, grouped.replace(",", "{,}"), f"{value}.0", f"\\text{{{value}}}", f"${value}$"):
         assert maths.quick(str(value), f"\\boxed{{{text}}}") == (True, "equal"), text
@@ -229,5 +229,5 @@ def test_an_integer_is_read_exactly_in_each_spelling_and_its_neighbour_differs(v
 
 
 @given(st.lists(st.sampled_from(["", "a", "12", "(1,2)", "[0,1)", "\\{1,2\\}", "\\frac{1,5}{2}", "f(x)"]), min_size=1))
-def test_splitting_undoes_joining(parts: list[str]) -> None:
+def test_maths_split_inverts_join(parts: list[str]) -> None:
     assert split(",".join(parts), (",",)) == parts

@@ -56,7 +56,7 @@ OTHER_TIME = boxed(
 )  # fmt: skip
 
 
-def test_a_time_of_day_is_the_same_in_each_spelling_and_no_other(verifier: Verifier) -> None:
+def test_time_of_day_is_equal_in_each_spelling_only(verifier: Verifier) -> None:
     assert wrongly_graded(verifier, SAME_TIME, True) == []
     assert wrongly_graded(verifier, OTHER_TIME, False) == []
 
@@ -95,7 +95,7 @@ OTHER_LATEX = boxed(
 )  # fmt: skip
 
 
-def test_arguments_without_braces_are_read_as_tex_reads_them(verifier: Verifier) -> None:
+def test_arguments_without_braces_follow_tex(verifier: Verifier) -> None:
     assert wrongly_graded(verifier, SAME_LATEX, True) == []
     assert wrongly_graded(verifier, OTHER_LATEX, False) == []
     assert wrongly_graded(verifier, [("5", r"so \boxed 5."), ("5", r"so \boxed5")], True) == []
@@ -106,7 +106,7 @@ def test_arguments_without_braces_are_read_as_tex_reads_them(verifier: Verifier)
         st.sampled_from(["{", "}", "^", "_", "\\frac", "\\sqrt", "[", "]", "(", ")", " ", "1", "x", "-", "\\pi", "\\{"])
     )
 )
-def test_braces_are_only_added(pieces: list[str]) -> None:
+def test_brace_arguments_only_adds_braces(pieces: list[str]) -> None:
     text = "".join(pieces)
     made = brace_arguments(text)
     assert [char for char in made if char not in "{} ()"] == [char for char in text if char not in "{} ()"]
@@ -117,7 +117,7 @@ def test_braces_are_only_added(pieces: list[str]) -> None:
     "text",
     [r"\sqrt" * 3000, r"\frac" * 3000, "^" * 15_000, "{" * 7000 + "}" * 7000, r"\sqrt[" * 2500, r"\sqrt(" * 2500],
 )
-def test_braces_for_degenerate_text_take_no_time(text: str) -> None:
+def test_brace_arguments_is_fast_on_degenerate_text(text: str) -> None:
     started = time.perf_counter()
     canonical(text)
     assert time.perf_counter() - started < 0.5
@@ -167,12 +167,12 @@ NOT_ANNOUNCED = {
 }  # fmt: skip
 
 
-def test_an_answer_is_read_in_the_language_in_which_it_is_announced(verifier: Verifier) -> None:
+def test_answer_language_follows_its_announcement(verifier: Verifier) -> None:
     cases = [(gold, text) for gold, texts in ANNOUNCED.items() for text in texts]
     assert wrongly_graded(verifier, cases, True) == []
 
 
-def test_what_announces_something_else_is_not_accepted(verifier: Verifier) -> None:
+def test_announcement_of_other_quantity_is_not_accepted(verifier: Verifier) -> None:
     cases = [(gold, text) for gold, texts in NOT_ANNOUNCED.items() for text in texts]
     assert wrongly_graded(verifier, cases, False) == []
 
@@ -187,11 +187,11 @@ def test_what_announces_something_else_is_not_accepted(verifier: Verifier) -> No
         ("#### \\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}"),
     ],
 )  # fmt: skip
-def test_a_mark_in_a_reference_solution_counts_where_the_answer_follows(text: str, marked: str | None) -> None:
+def test_mark_in_reference_solution_counts_if_answer_follows(text: str, marked: str | None) -> None:
     assert marked_answer(text) == marked
 
 
-def test_what_explains_an_answer_is_told_from_what_is_one() -> None:
+def test_explanation_is_distinguished_from_answer() -> None:
     answers = [
         "42",
         "x = 1\ny = 2",
@@ -210,12 +210,12 @@ def test_what_explains_an_answer_is_told_from_what_is_one() -> None:
 
 
 @given(st.text(max_size=200))
-def test_no_text_raises_when_it_is_searched(text: str) -> None:
+def test_no_text_raises_in_search(text: str) -> None:
     for found in (announced_answer(text), marked_answer(text)):
         assert found is None or isinstance(found, str)
 
 
-def test_votes_for_one_value_are_one_vote() -> None:
+def test_equal_values_are_one_vote() -> None:
     for answers in (
         ["x=5", "5", "5.0"],
         ["12/2", "6", r"\frac{12}{2}"],

@@ -13,7 +13,7 @@ from headwater.tasks.sums import POOLS, SumsDials, generate, grade, is_worked, p
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dials", [SumsDials(), SumsDials(modulus=7, min_terms=2, max_terms=9), SumsDials(1000, 3, 3)])
-def test_every_gold_answer_grades_one_in_both_forms_and_every_perturbed_one_zero(pool: str, dials: SumsDials) -> None:
+def test_sums_gold_grades_one_in_both_forms_and_perturbed_zero(pool: str, dials: SumsDials) -> None:
     for problem, gold in generate(40, pool, seed=1, dials=dials):
         assert int(gold) == sum(map(int, problem.split("+"))) % dials.modulus
         for completion in (worked(problem, dials), short(problem, dials), f"={gold}", f" ={gold}\n"):
@@ -25,7 +25,7 @@ def test_every_gold_answer_grades_one_in_both_forms_and_every_perturbed_one_zero
             assert grade(gold, f"={perturbed}")[0] is False
 
 
-def test_solutions_have_the_documented_text() -> None:
+def test_sums_solutions_have_documented_text() -> None:
     # 17+45=62; 62+82=144, mod 100 is 44; 44+03=47
     assert worked("17+45+82+03") == "17+45=62+82=44+03=47"
     assert short("17+45+82+03") == "=47"
@@ -33,28 +33,28 @@ def test_solutions_have_the_documented_text() -> None:
     assert worked("3+6+5", SumsDials(modulus=7)) == "3+6=2+5=0"
 
 
-def test_the_reason_names_what_went_wrong() -> None:
+def test_sums_reason_names_fault() -> None:
     assert grade("47", "17+45=62+82=44+03=48") == (False, "different")
     assert grade("03", "=3") == (False, "different")  # numbers always have all their digits
     for silent in ("", "47", "=", "47=", "=47=", "=forty", "=47;", "=4 7"):
         assert grade("47", silent) == (False, "no_answer")
 
 
-def test_pools_share_no_problem_whatever_the_seed() -> None:
+def test_sums_pools_share_no_problem_for_any_seed() -> None:
     texts = {pool: {text for seed in (0, 1, 2) for text, _ in generate(500, pool, seed)} for pool in POOLS}
     for pool, problems in texts.items():
         assert {pool_of(text) for text in problems} == {pool}
         assert not any(problems & other for name, other in texts.items() if name != pool)
 
 
-def test_a_call_has_no_duplicates_and_a_longer_call_begins_with_the_shorter_one() -> None:
+def test_sums_have_no_duplicates_and_extend_shorter_calls() -> None:
     many = generate(2000, "train", seed=3)
     assert len({text for text, _ in many}) == 2000
     assert generate(50, "train", seed=3) == many[:50]
     assert generate(50, "train", seed=4) != many[:50]
 
 
-def test_problems_are_the_same_in_every_process() -> None:
+def test_sums_are_equal_in_every_process() -> None:
     code = "from headwater.tasks.sums import generate; print(generate(3, 'eval', 0))"
     environment = {"PYTHONHASHSEED": "77", "PYTHONPATH": ":".join(sys.path)}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -63,7 +63,7 @@ def test_problems_are_the_same_in_every_process() -> None:
     assert generate(3, "eval", 0) == [("13+76+64+68+49+20", "90"), ("58+94+84+23+44+22", "25"), ("84+52+09+21", "66")]
 
 
-def test_dials_set_the_number_of_terms_and_their_size() -> None:
+def test_sums_dials_set_number_and_size_of_terms() -> None:
     pairs = generate(300, "train", 0, SumsDials(modulus=12, min_terms=3, max_terms=5))
     assert {text.count("+") + 1 for text, _ in pairs} == {3, 4, 5}
     assert {len(term) for text, _ in pairs for term in text.split("+")} == {2}
@@ -71,12 +71,12 @@ def test_dials_set_the_number_of_terms_and_their_size() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"modulus": 1}, {"min_terms": 1}, {"min_terms": 5, "max_terms": 4}])
-def test_impossible_dials_are_refused(wrong: dict[str, int]) -> None:
+def test_sums_impossible_dials_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="sums: "):
         SumsDials(**wrong)
 
 
-def test_a_pool_gives_all_it_holds_and_says_how_much_when_asked_for_more() -> None:
+def test_sums_pool_returns_all_and_states_its_size_if_asked_for_more() -> None:
     dials = SumsDials(modulus=5, min_terms=2, max_terms=3)  # 5**2 + 5**3 = 150 problems in all pools together
     counts = {pool: sum(1 for text in _every_problem(5, (2, 3)) if pool_of(text) == pool) for pool in POOLS}
     assert sum(counts.values()) == 150
@@ -115,7 +115,7 @@ def _every_problem(modulus: int, counts: tuple[int, ...]) -> list[str]:
     ],
     ids=range(11),
 )
-def test_hostile_text_is_graded_wrong_and_at_once(hostile: str) -> None:
+def test_sums_grade_hostile_text_wrong_at_once(hostile: str) -> None:
     began = time.perf_counter()
     assert grade("47", hostile) in {(False, "no_answer"), (False, "different")}
     assert time.perf_counter() - began < 2.0

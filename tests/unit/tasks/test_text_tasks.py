@@ -141,7 +141,7 @@ GOLDS = {
 
 
 @pytest.mark.parametrize("task", sorted(GOLDS))
-def test_every_gold_answer_grades_correct_and_no_other_golds_completion_does(task: str) -> None:
+def test_each_gold_grades_correct_for_its_own_completion_only(task: str) -> None:
     golds = [gold for gold in GOLDS[task] if gold not in (".*",)]
     with Verifier(task, workers=1) as verifier:
         own = verifier([(gold, str(TASKS[task].as_completion(gold))) for gold in GOLDS[task]])
@@ -223,7 +223,7 @@ def test_validate_names_unusable_gold_answers(tmp_path: Path) -> None:
     assert load(objects, "data", need_answers=True, gold=cell_as_is).gold != {}
 
 
-def test_grade_command_accepts_gold_as_a_json_object(tmp_path: Path) -> None:
+def test_grade_command_accepts_gold_as_json_object(tmp_path: Path) -> None:
     rows_of(tmp_path / "g.jsonl", {"id": 1, "gold": {"a": 1}, "completion": '{"a": 1}'})
     assert [row["correct"] for row in grade_file(tmp_path / "g.jsonl", task="json", workers=1)] == [True]
 
@@ -231,7 +231,7 @@ def test_grade_command_accepts_gold_as_a_json_object(tmp_path: Path) -> None:
 DOCS = Path(__file__).parents[3] / "docs" / "tasks.md"
 
 
-def test_the_examples_of_the_documentation_are_correct(tmp_path: Path) -> None:
+def test_documentation_examples_are_correct(tmp_path: Path) -> None:
     text = DOCS.read_text(encoding="utf-8")
     examples = [json.loads(line) for line in text.partition("```jsonl\n")[2].partition("\n```\n\n")[0].splitlines()]
     assert {one["task"] for one in examples} == TASKS.keys()

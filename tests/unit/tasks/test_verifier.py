@@ -57,7 +57,7 @@ def graders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop("wild_graders", None)
 
 
-def test_verifier_reports_a_reason_for_each_failure_and_keeps_other_verdicts(graders: str) -> None:
+def test_verifier_reports_reason_for_each_failure_and_keeps_other_verdicts(graders: str) -> None:
     wild = {
         "sleep": "timeout", "spin": "timeout", "bigint": "timeout", "allocate": "memory", "hoard": "memory",
         "exit": "error", "quit": "error", "raise": "error", "recurse": "error", "segfault": "error",
@@ -80,7 +80,7 @@ def test_verifier_keeps_custom_reasons_and_ignores_prints(graders: str) -> None:
     assert [(one.correct, one.reason) for one in verdicts] == [(True, "equal"), (True, "nearly"), (False, "different")]
 
 
-def test_verifier_is_not_delayed_by_one_hanging_answer(graders: str) -> None:
+def test_verifier_is_not_delayed_by_hanging_answer(graders: str) -> None:
     with Verifier(f"{graders}:misbehave", workers=2, seconds=1.0) as verifier:
         verifier([("a", "a")])  # the workers are up
         started = time.perf_counter()
@@ -114,7 +114,7 @@ def test_verifier_is_thread_safe_without_signals() -> None:
     assert results == {name: [True] * 4 + [False] for name in (2, 3, 4)}
 
 
-def test_verifier_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+def test_verifier_workers_end_with_killed_parent(tmp_path: Path) -> None:
     script = (
         "import os, signal\n"
         "from headwater.tasks.verifier import Verifier\n"
@@ -145,7 +145,7 @@ def test_verifier_grades_equal_questions_once(graders: str) -> None:
     assert [one.reason for one in verdicts] == ["timeout"] * 20
 
 
-def test_verifier_keeps_the_order_of_questions() -> None:
+def test_verifier_keeps_order_of_questions() -> None:
     pairs = [(str(n), f"\\boxed{{{n if n % 3 else n + 1}}}") for n in range(300)]
     pairs[5:5] = [("x^2-1", "\\boxed{(x-1)(x+1)}"), ("x^2-1", "\\boxed{(x-1)(x+2)}")]
     with Verifier("maths") as verifier:
@@ -153,7 +153,7 @@ def test_verifier_keeps_the_order_of_questions() -> None:
     assert correct == [bool(n % 3) for n in range(5)] + [True, False] + [bool(n % 3) for n in range(5, 300)]
 
 
-def test_verifier_settles_plain_answers_without_a_worker() -> None:
+def test_verifier_settles_plain_answers_without_worker() -> None:
     with Verifier("maths") as verifier:
         verdicts = verifier([("1,080", "#### 1080"), ("5", "The answer is 6."), ("7", "no idea")])
         assert verifier._pool == []
@@ -166,7 +166,7 @@ def test_verifier_accepts_lone_surrogates_and_control_characters() -> None:
     assert [one.correct for one in verdicts] == [False, True]
 
 
-def test_sums_is_graded_in_process() -> None:
+def test_sums_are_graded_in_process() -> None:
     with Verifier("sums") as verifier:
         assert [one.reason for one in verifier([("47", "17+30=47"), ("47", "=48"), ("47", "?")])] == [
             "equal", "different", "no_answer",
@@ -193,7 +193,7 @@ def test_unknown_task_is_refused_in_one_sentence(graders: str, name: str, words:
     assert "\n" not in str(caught.value)
 
 
-def test_neither_the_verifier_nor_its_workers_import_torch() -> None:
+def test_verifier_and_workers_import_no_torch() -> None:
     script = (
         "import sys, headwater.tasks.verifier, headwater.data.validate, headwater.data.sources\n"
         "from headwater.tasks.registry import TASKS\n"
@@ -216,7 +216,7 @@ def once(gold, completion):
 """
 
 
-def test_verifier_retries_when_a_worker_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verifier_retries_after_worker_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "graders_once.py").write_text(ONCE)
     monkeypatch.setenv("HEADWATER_TEST_MARK", f"{tmp_path}/mark-")
     monkeypatch.chdir(tmp_path)

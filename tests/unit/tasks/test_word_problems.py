@@ -77,7 +77,7 @@ def evaluated(problem: WordProblem) -> tuple[Fraction, set[int], int]:
 
 
 @pytest.mark.parametrize("dials", [EASY, WordsDials(), HARD], ids=["easy", "usual", "hard"])
-def test_answers_and_operation_counts_are_those_of_an_evaluator_of_the_graph(dials: WordsDials) -> None:
+def test_answers_and_operation_counts_equal_graph_evaluator(dials: WordsDials) -> None:
     beside = set()
     for problem in made(150, dials):
         answer, needed, signs = evaluated(problem)
@@ -93,13 +93,13 @@ def test_answers_and_operation_counts_are_those_of_an_evaluator_of_the_graph(dia
     assert beside == set(range(dials.distractors + 1))
 
 
-def test_the_number_of_operations_is_spread_evenly_between_the_dials() -> None:
+def test_operation_counts_are_spread_evenly_between_dials() -> None:
     counts = [problem.world.operations for problem in made(600, WordsDials(2, 4))]
     # 200 of each are expected, with a standard deviation of 11.5.
     assert {ops: abs(counts.count(ops) - 200) < 50 for ops in (2, 3, 4)} == {2: True, 3: True, 4: True}
 
 
-def test_a_number_that_would_cancel_out_is_found_by_its_slope() -> None:
+def test_cancelling_number_is_detected_by_its_slope() -> None:
     def apples(owner: str) -> Quantity:
         return Quantity(owner, "apples")
 
@@ -317,12 +317,12 @@ def read(text: str) -> Fraction:
 
 
 @pytest.mark.parametrize("dials", [EASY, WordsDials(), HARD], ids=["easy", "usual", "hard"])
-def test_the_english_says_what_the_graph_says(dials: WordsDials) -> None:
+def test_problem_text_states_its_graph(dials: WordsDials) -> None:
     for problem in made(250, dials, seed=7):
         assert str(read(problem.text)) == problem.gold, problem.text
 
 
-def test_the_reader_itself_can_tell_right_from_wrong() -> None:
+def test_reader_distinguishes_right_from_wrong_text() -> None:
     told = (
         "Mia picked 12 apples. Tom picked 5 more apples than Mia. Ada picked half as many pears as Mia picked apples. "
     )
@@ -338,7 +338,7 @@ def test_the_reader_itself_can_tell_right_from_wrong() -> None:
         read("Mia picked 12 apples. Mia picked 13 apples. How many apples did Mia pick?")
 
 
-def test_worked_solutions_are_a_sentence_for_each_operation_and_every_equation_holds() -> None:
+def test_worked_solution_has_sentence_and_valid_equation_per_operation() -> None:
     for problem in made(200, WordsDials()):
         *steps, last = re.findall(r"[^.]+\.", problem.worked)
         assert last.strip() == problem.short == f"The answer is {problem.gold}."
@@ -359,21 +359,21 @@ def test_texts_vary_in_every_respect() -> None:
 # Pools and draws ------------------------------------------------------------------------------------------------------
 
 
-def test_pools_share_no_problem_whatever_the_seed() -> None:
+def test_pools_share_no_problem_for_any_seed() -> None:
     texts_by_pool = {pool: {text for seed in (0, 1) for text, _ in generate(150, pool, seed)} for pool in POOLS}
     for pool, texts in texts_by_pool.items():
         assert {pool_of(text) for text in texts} == {pool}
         assert not any(texts & other for name, other in texts_by_pool.items() if name != pool)
 
 
-def test_a_call_has_no_duplicates_and_a_longer_call_begins_with_the_shorter_one() -> None:
+def test_problems_have_no_duplicates_and_extend_shorter_calls() -> None:
     many = generate(300, "train", seed=3, dials=WordsDials(1, 1, distractors=0))
     assert len({text for text, _ in many}) == 300
     assert generate(50, "train", seed=3, dials=WordsDials(1, 1, distractors=0)) == many[:50]
     assert generate(20, "train", seed=4) != generate(20, "train", seed=3)
 
 
-def test_problems_are_the_same_in_every_process() -> None:
+def test_problems_are_equal_in_every_process() -> None:
     code = "from headwater.tasks.word_problems import generate; print(generate(2, 'eval', 0))"
     environment = {"PYTHONHASHSEED": "77", "PYTHONPATH": ":".join(sys.path)}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -389,7 +389,7 @@ def test_problems_are_the_same_in_every_process() -> None:
     assert [gold for _, gold in generate(8, "eval", 0)] == ["34", "44", "9", "52", "57", "23", "32", "85"]
 
 
-def test_solutions_are_worked_in_the_share_that_is_asked_for() -> None:
+def test_worked_share_of_solutions_follows_setting() -> None:
     worked = [is_worked(completion) for _, completion in solutions(400, "pretrain", 0, 0.25)]
     assert abs(sum(worked) - 100) < 35  # 100 are expected, with a standard deviation of 8.7
     assert all(is_worked(completion) for _, completion in solutions(50, "pretrain", 0, 1.0))
@@ -403,19 +403,19 @@ def test_impossible_dials_are_refused(wrong: dict[str, int]) -> None:
         WordsDials(**wrong)
 
 
-def test_an_unknown_pool_is_refused() -> None:
+def test_unknown_pool_is_refused() -> None:
     with pytest.raises(ValueError, match="no pool 'test'"):
         generate(1, "test", 0)
 
 
-def test_the_hardest_dials_still_make_problems() -> None:
+def test_hardest_dials_generate_problems() -> None:
     assert {problem.world.operations for problem in made(5, WordsDials(16, 16, distractors=8, largest=40))} == {16}
 
 
 # The grader -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_gold_answer_grades_one_in_both_forms_and_every_perturbed_one_zero() -> None:
+def test_gold_grades_one_in_both_forms_and_perturbed_zero() -> None:
     for problem in made(60, WordsDials()):
         for completion in (problem.worked, problem.short, f"the answer is {problem.gold}"):
             assert grade(problem.gold, completion) == (True, "equal")
@@ -430,14 +430,14 @@ def test_every_gold_answer_grades_one_in_both_forms_and_every_perturbed_one_zero
             assert grade(problem.gold, f"The answer is {wrong}.")[0] is False
 
 
-def test_every_generated_gold_validates_as_the_recipe_reads_it() -> None:
+def test_generated_gold_validates_as_recipe_reads_it() -> None:
     loaded = load(Source(generate=Generate(task="words", pool="train", count=100)), "data.labeled", need_answers=True)
     task = TASKS["words"]
     assert len(loaded.gold) == 100
     assert all(task.grade(gold, task.as_completion(gold) or "") == (True, "equal") for gold in loaded.gold.values())
 
 
-def test_the_last_stated_answer_counts_and_a_unit_may_follow() -> None:
+def test_last_stated_answer_counts_and_unit_may_follow() -> None:
     assert extract("The answer is 5. No, the answer is 12 apples.") == "12"
     assert extract("The answer is 012") == "12"
     for silent in (
@@ -468,7 +468,7 @@ def test_the_last_stated_answer_counts_and_a_unit_may_follow() -> None:
     ],
     ids=range(9),
 )
-def test_hostile_text_is_graded_wrong_and_at_once(hostile: str) -> None:
+def test_hostile_text_is_graded_wrong_at_once(hostile: str) -> None:
     began = time.perf_counter()
     assert grade("47", hostile) in {(False, "no_answer"), (False, "different")}
     assert time.perf_counter() - began < 2.0

@@ -43,7 +43,7 @@ def test_async_scores_belong_to_their_rollouts() -> None:
     }
 
 
-def test_async_scoring_starts_before_the_last_rollout() -> None:
+def test_async_scoring_starts_before_last_rollout() -> None:
     begun = threading.Event()
 
     def score(part: Sequence[Rollout]) -> list[Any]:
@@ -58,7 +58,7 @@ def test_async_scoring_starts_before_the_last_rollout() -> None:
         assert len(ahead.results()) == 4
 
 
-def test_async_scoring_raises_thread_errors_in_the_caller() -> None:
+def test_async_scoring_raises_thread_errors_in_caller() -> None:
     def score(part: Sequence[Rollout]) -> list[Any]:
         raise TrainingStoppedError("no room")
 

@@ -32,7 +32,7 @@ def mixed_rollouts() -> list[Rollout]:
     ]
 
 
-def test_rollouts_are_scored_by_their_tags_teacher_in_order() -> None:
+def test_rollouts_are_scored_by_their_tagged_teacher_in_order() -> None:
     teacher, rollouts = two(), mixed_rollouts()
     for one, rollout in zip(teacher.distributions(rollouts, 4096), rollouts, strict=True):
         own = teacher.teachers["left" if rollout.problem_id == "a" else "right"]
@@ -41,7 +41,7 @@ def test_rollouts_are_scored_by_their_tags_teacher_in_order() -> None:
         torch.testing.assert_close(one.materialize().logp_NV, expected.logp_NV, atol=1e-5, rtol=1e-5)
 
 
-def test_requests_are_sampled_by_their_tags_teacher_as_alone() -> None:
+def test_requests_are_sampled_by_tagged_teacher_as_alone() -> None:
     teacher = two()
     requests = requests_for([("a", PROMPTS[0]), ("b", PROMPTS[1])], 3, 0, "tags")[::-1]
     arrived: list[Rollout] = []
@@ -57,9 +57,7 @@ def test_requests_are_sampled_by_their_tags_teacher_as_alone() -> None:
 
 @pytest.mark.parametrize("cut", [None, 5])
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd", "sampled"])
-def test_two_teachers_in_one_batch_give_the_gradients_of_each_summed(
-    policy: Policy, divergence: str, cut: int | None
-) -> None:
+def test_two_teachers_in_batch_give_summed_gradients_of_each(policy: Policy, divergence: str, cut: int | None) -> None:
     if cut and divergence == "sampled":
         pytest.skip("a token outside the kept ones has no log-prob of its own")
     stage = stage_of("opd", dense={"divergence": divergence})

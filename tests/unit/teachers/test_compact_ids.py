@@ -21,7 +21,7 @@ def test_compact_ids_round_trip(vocabulary: int, bytes_of_64: int, kept: int) ->
         assert sum(one.nbytes for one in stored.values()) == 50 * bytes_of_64
 
 
-def test_top_64_of_a_large_vocabulary_takes_under_300_bytes_a_token() -> None:
+def test_top_64_of_large_vocabulary_takes_under_300_bytes_per_token() -> None:
     ids = torch.randint(0, 151_936, (10, 64))
     logp = torch.randn(10, 64).half()
     assert (sum(one.nbytes for one in pack_ids(ids, 151_936).values()) + logp.nbytes) / 10 == 272

@@ -31,7 +31,7 @@ def plain_logp(policy: Policy, row: Row) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("tokens", [1, 60, 4096])
-def test_scores_equal_those_of_the_plain_model_in_order(architecture: str, temperature: float, tokens: int) -> None:
+def test_scores_equal_plain_model_in_order(architecture: str, temperature: float, tokens: int) -> None:
     policy = tiny_policy(architecture, seed=5)
     rows = sampled_rows(policy, groups=4, group_size=2, temperature=temperature)
     rows = [rows[index] for index in (5, 0, 7, 2, 1, 6, 3, 4)]  # lengths in no order
@@ -46,7 +46,7 @@ def test_scores_equal_those_of_the_plain_model_in_order(architecture: str, tempe
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd", "sampled"])
-def test_teacher_equal_to_the_student_gives_zero_loss_and_gradient(
+def test_teacher_equal_to_student_gives_zero_loss_and_gradient(
     policy: Policy, teacher: Policy, divergence: str
 ) -> None:
     rows = sampled_rows(policy, groups=4)
@@ -70,7 +70,7 @@ def cached(folder: Path, teacher: Policy, top_k: int | None = None, temperature:
 
 @pytest.mark.parametrize("objective", ["forward_kl", "opd"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_cached_teacher_equals_the_live_teacher(
+def test_cached_teacher_equals_live_teacher(
     tmp_path: Path, policy: Policy, teacher: Policy, objective: str, temperature: float
 ) -> None:
     rows = cached(tmp_path, teacher, temperature=temperature)
@@ -89,7 +89,7 @@ def test_cached_teacher_equals_the_live_teacher(
     assert update_of[0] > 0.1
 
 
-def test_top_k_cache_bounds_the_exact_divergence_from_below(tmp_path: Path, policy: Policy, teacher: Policy) -> None:
+def test_top_k_cache_bounds_exact_divergence_from_below(tmp_path: Path, policy: Policy, teacher: Policy) -> None:
     exact = cached(tmp_path, teacher)
     student = torch.cat([plain_logp(policy, row) for row in exact])
     known = torch.cat([plain_logp(teacher, row) for row in exact])
@@ -110,7 +110,7 @@ def test_top_k_cache_bounds_the_exact_divergence_from_below(tmp_path: Path, poli
     assert abs(gaps[3]) < 0.005
 
 
-def test_an_exact_cache_of_the_student_itself_gives_zero_loss(tmp_path: Path, policy: Policy) -> None:
+def test_exact_cache_of_student_itself_gives_zero_loss(tmp_path: Path, policy: Policy) -> None:
     cached(tmp_path, policy)
     stage = stage_of("forward_kl", batch_size=16)
     found = update(
@@ -151,7 +151,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_cache_is_refused_with_a_sentence_that_names_it(tmp_path: Path, teacher: Policy, damage: str) -> None:
+def test_damaged_cache_is_refused_by_name(tmp_path: Path, teacher: Policy, damage: str) -> None:
     cached(tmp_path, teacher)
     DAMAGE[damage](tmp_path)
     with pytest.raises(UserError, match="the teacher cache") as refused:
@@ -167,7 +167,7 @@ def test_huge_exact_cache_is_refused_before_sampling_with_top_k_offered(teacher:
         refuse_huge_cache(teacher, tokens + 1, None)
 
 
-def test_scoring_leaves_no_gradient_behind(policy: Policy) -> None:
+def test_scoring_leaves_no_gradient(policy: Policy) -> None:
     rollouts = [row.rollout for row in sampled_rows(policy)]
     assert not any(one.requires_grad for one in hidden_of(policy, rollouts, 64))
     assert not any(one.requires_grad for one in logp_of(policy, rollouts, 64))

@@ -40,7 +40,7 @@ ROLLOUTS = [
 
 
 @pytest.mark.parametrize("k", [1, 4, 20])
-def test_served_scores_equal_the_teachers_top_k(policy: Policy, k: int) -> None:
+def test_served_scores_equal_teacher_top_k(policy: Policy, k: int) -> None:
     with serving(Answering(policy, most=30)) as there:
         found = teacher_at(there.url, k).distributions(ROLLOUTS, 4096)
     exact = [one.materialize().top_k(k) for one in distributions_of(policy, ROLLOUTS, 4096)]
@@ -60,7 +60,7 @@ def test_sequences_are_sent_as_ids_in_batches_of_bounded_size(policy: Policy) ->
     )
 
 
-def test_top_k_zero_scores_only_the_sampled_token(policy: Policy) -> None:
+def test_top_k_zero_scores_only_sampled_token(policy: Policy) -> None:
     with serving(Answering(policy)) as there:
         found = teacher_at(there.url, 0).distributions(ROLLOUTS[:2], 4096)
     for one, rollout, exact in zip(found, ROLLOUTS, distributions_of(policy, ROLLOUTS[:2], 4096), strict=False):
@@ -70,7 +70,7 @@ def test_top_k_zero_scores_only_the_sampled_token(policy: Policy) -> None:
         )
 
 
-def test_each_sample_has_the_seed_of_its_request(policy: Policy) -> None:
+def test_each_sample_has_seed_of_its_request(policy: Policy) -> None:
     requests = requests_for([("a", (1, 6, 15, 7, 2)), ("b", (1, 5, 2))], 3, 0, "draw")
     arrived: list[Rollout] = []
     with serving(Answering(policy)) as there:
@@ -88,7 +88,7 @@ def test_each_sample_has_the_seed_of_its_request(policy: Policy) -> None:
 # Failures -------------------------------------------------------------------------------------------------------------
 
 
-def test_failed_call_is_retried_and_a_persistent_failure_stops_the_run(
+def test_failed_call_is_retried_and_persistent_failure_stops_run(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_client.time, "sleep", lambda seconds: None)
@@ -149,7 +149,7 @@ def test_unusable_server_answer_is_refused_in_one_sentence(kind: str, policy: Po
     assert str(refused.value).startswith("models.teacher: http://") and result in str(refused.value)
 
 
-def test_a_top_k_above_the_servers_limit_is_refused_with_the_servers_message(policy: Policy) -> None:
+def test_top_k_above_server_limit_is_refused_with_server_message(policy: Policy) -> None:
     with serving(Answering(policy, most=20)) as there, pytest.raises(UserError, match="greater than max allowed: 20"):
         teacher_at(there.url, top_k=24).distributions(ROLLOUTS, 4096)
     assert len([1 for path, _ in there.requests if path == "/v1/completions"]) <= QUICK.concurrency  # not retried

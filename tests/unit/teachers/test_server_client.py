@@ -53,9 +53,7 @@ RETRYABLE: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", RETRYABLE)
-def test_a_retryable_failure_is_retried_with_growing_pauses_and_then_stops_the_run(
-    kind: str, pauses: list[float]
-) -> None:
+def test_retryable_failure_is_retried_with_growing_pauses_then_stops_run(kind: str, pauses: list[float]) -> None:
     bad, message = RETRYABLE[kind]
     with serving(failing(2, bad)) as there:
         assert client(there.url).request("/v1/completions", {"a": 1}) == {"good": {"a": 1}}
@@ -76,18 +74,18 @@ def test_timeout_is_retried() -> None:
         client(there.url, seconds=0.1, retries=0).request("/v1/models")
 
 
-def test_a_refused_connection_names_the_reason(pauses: list[float]) -> None:
+def test_refused_connection_names_reason(pauses: list[float]) -> None:
     with pytest.raises(TrainingStoppedError, match=r"3 tries \(.*Connection refused\)"):
         client("http://127.0.0.1:9/v1").request("/v1/models")
 
 
 @pytest.mark.parametrize("url", ["http://", "http://host:99999/v1", "http://[::1/v1"])
-def test_invalid_address_is_an_error_of_its_field(url: str, pauses: list[float]) -> None:
+def test_invalid_address_is_refused_by_field(url: str, pauses: list[float]) -> None:
     with pytest.raises(UserError, match=r"^models\.teacher: http://"):
         connect(url, "models.teacher", QUICK)
 
 
-def test_other_client_errors_are_not_retried_and_quote_the_servers_message() -> None:
+def test_other_client_errors_are_not_retried_and_quote_server_message() -> None:
     with serving(lambda path, body: (400, {"error": {"message": "max allowed:\n20"}})) as there:
         with pytest.raises(UserError, match=r"refuses \(status 400: max allowed: 20\)"):
             client(there.url).request("/v1/completions", {})
@@ -95,9 +93,7 @@ def test_other_client_errors_are_not_retried_and_quote_the_servers_message() -> 
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_refused_and_neither_prompts_nor_the_key_go_to_the_other_host(
-    status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_redirect_is_refused_without_sending_prompts_or_key(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVER_KEY", "secret")
     with serving(lambda path, body: {}) as other:
         with serving(lambda path, body: (status, b"", {"Location": f"{other.url}/elsewhere"})) as there:
@@ -110,7 +106,7 @@ def test_a_redirect_is_refused_and_neither_prompts_nor_the_key_go_to_the_other_h
         assert other.requests == []
 
 
-def test_answers_and_error_messages_are_read_up_to_a_limit(
+def test_responses_and_error_messages_are_read_up_to_limit(
     monkeypatch: pytest.MonkeyPatch, pauses: list[float]
 ) -> None:
     monkeypatch.setattr(server_client, "MAX_ANSWER_BYTES", 100)
@@ -123,14 +119,14 @@ def test_answers_and_error_messages_are_read_up_to_a_limit(
             client(there.url).request("/v1/models")
 
 
-def test_the_root_is_the_address_without_v1() -> None:
+def test_root_is_address_without_v1() -> None:
     assert {client(f"http://a:1{path}").root for path in ("", "/", "/v1", "/v1/")} == {"http://a:1"}
 
 
 # The key and the environment ------------------------------------------------------------------------------------------
 
 
-def test_the_key_comes_from_the_environment_and_is_sent_with_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_key_comes_from_environment_and_is_sent_with_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = QUICK.model_copy(update={"key_env": "SERVER_KEY"})
     with serving(lambda path, body: {"data": [{"id": "a"}]}) as there:
         with pytest.raises(UserError, match=r"compute\.server\.key_env: the environment has no variable SERVER_KEY"):
@@ -150,13 +146,13 @@ def test_invalid_api_key_is_refused_without_being_shown(key: str, monkeypatch: p
     assert "secr" not in str(refused.value)
 
 
-def test_no_key_sends_no_authorization_header() -> None:
+def test_missing_key_sends_no_authorization_header() -> None:
     with serving(lambda path, body: {}) as there:
         client(there.url).request("/v1/models")
     assert there.authorization == [None]
 
 
-def test_invalid_proxy_is_an_error_of_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_proxy_is_refused_by_field(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)
     with pytest.raises(UserError, match=r"^models\.teacher: the environment's proxy cannot be used \(.*gopher"):
@@ -171,7 +167,7 @@ def test_unreachable_server_is_named_with_its_field(pauses: list[float]) -> None
         connect("http://127.0.0.1:9/v1", "models.teacher", QUICK)
 
 
-def test_one_of_several_models_is_named_after_the_address() -> None:
+def test_model_name_after_address_selects_among_several() -> None:
     listed = {"data": [{"id": "a"}, {"id": "b", "max_model_len": 9}]}
     with serving(lambda path, body: listed) as there:
         assert connect(f"{there.url}#b", "models.teacher", QUICK).max_tokens == 9
@@ -180,7 +176,7 @@ def test_one_of_several_models_is_named_after_the_address() -> None:
                 connect(name, "models.teacher", QUICK)
 
 
-def test_a_served_models_fingerprint_is_its_name_and_root_and_not_its_address() -> None:
+def test_served_model_fingerprint_is_its_name_and_root_not_address() -> None:
     found = []
     for root in ("x", "x", "y"):
         with serving(lambda path, body, root=root: {"data": [{"id": "a", "root": root}]}) as there:  # type: ignore[misc]

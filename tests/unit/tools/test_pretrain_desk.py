@@ -42,7 +42,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # What ships -----------------------------------------------------------------------------------------------------------
 
 
-def test_configs_and_one_tokenizer_ship_without_weights_in_less_than_a_megabyte() -> None:
+def test_configs_and_tokenizer_ship_without_weights_below_one_megabyte() -> None:
     files = [file for file in SHIPPED.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 1_000_000
     assert {file.suffix for file in files} == {".json", ".jinja"}
@@ -51,7 +51,7 @@ def test_configs_and_one_tokenizer_ship_without_weights_in_less_than_a_megabyte(
         assert len({(SHIPPED / name / what).read_bytes() for name in DESK}) == 1
 
 
-def test_shipped_shapes_are_those_of_the_specs_and_as_large_as_is_said() -> None:
+def test_shipped_shapes_equal_specs_and_stated_sizes() -> None:
     parameters = {name: ModelFolder.open(f"desk:{name}", "models.student").shape.parameters for name in DESK}
     # A layer of the student: 384·64·(2·6 + 2·2) for attention, 3·384·1152 for the MLP, 2·384 + 2·64 for norms; 8 layers, the last
     # norm, and 384·4096 tied.
@@ -80,7 +80,7 @@ def test_desk_tokenizer_round_trips_any_text(text: str) -> None:
     assert TOKENIZER.unk_token_id not in ids
 
 
-def test_digits_stand_alone_and_words_of_the_problems_are_one_token_each() -> None:
+def test_tokenizer_splits_digits_and_keeps_problem_words_whole() -> None:
     tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER("Mia picked 3*14=42 apples.")["input_ids"])
     assert tokens == ["Mia", "Ġpicked", "Ġ", "3", "*", "1", "4", "=", "4", "2", "Ġapples", "."]
     assert [TOKENIZER.convert_tokens_to_ids(token) for token in SPECIAL] == [0, 1, 2, 3, 4]
@@ -92,7 +92,7 @@ def test_digits_stand_alone_and_words_of_the_problems_are_one_token_each() -> No
 # Pretraining ----------------------------------------------------------------------------------------------------------
 
 
-def test_packed_rows_hold_what_the_chat_template_makes_with_loss_on_completions_only() -> None:
+def test_packed_rows_equal_chat_template_with_loss_on_completions_only() -> None:
     pairs = [("Mia had 3 beads.", "The answer is 3."), ("Tom?", "Tom had 2*2=4 beads. The answer is 4."), ("x", "y")]
     wanted = []
     for problem, completion in pairs:
@@ -110,7 +110,7 @@ def test_packed_rows_hold_what_the_chat_template_makes_with_loss_on_completions_
         pack(TOKENIZER, pairs, 5)
 
 
-def test_a_solution_in_a_packed_row_is_scored_as_it_is_alone() -> None:
+def test_packed_solution_is_scored_as_if_alone() -> None:
     pairs = next(batches(TINY, seed=0))
     ids, _, positions = pack(TOKENIZER, pairs, TINY.width)
     assert len(ids) < len(pairs)  # so that some do share a row
@@ -128,7 +128,7 @@ def test_a_solution_in_a_packed_row_is_scored_as_it_is_alone() -> None:
     assert (together[row, begin:end] - alone).abs().max() < 1e-4 * alone.abs().max()
 
 
-def test_a_steps_problems_depend_on_seed_and_step_alone_also_when_workers_make_them() -> None:
+def test_step_problems_depend_on_seed_and_step_only_even_with_workers() -> None:
     here = list(batches(TINY, seed=5))
     assert len(here) == 6 and len({text for pairs in here for text, _ in pairs}) == 24
     assert list(batches(TINY, seed=5, first=2)) == here[2:]
@@ -137,12 +137,12 @@ def test_a_steps_problems_depend_on_seed_and_step_alone_also_when_workers_make_t
     assert all("=" in completion for pairs in here[:4] for _, completion in pairs)  # worked ones come first
 
 
-def test_shortened_training_keeps_the_proportion_of_worked_steps() -> None:
+def test_shortened_training_keeps_proportion_of_worked_steps() -> None:
     spec = with_steps(DESK["student"], 12)  # 4000 worked of 4800
     assert (spec.worked_steps, spec.mixture_steps, spec.hidden) == (10, 2, 384)
 
 
-def test_interrupted_pretraining_resumes_to_the_same_weights(tmp_path: Path) -> None:
+def test_interrupted_pretraining_resumes_to_same_weights(tmp_path: Path) -> None:
     whole, losses = train(TINY, NodeDir(tmp_path / "whole"), CPU, seed=101)
 
     def stop(step: int, steps: int, loss: float) -> None:
@@ -182,7 +182,7 @@ def test_combined_optimizer_state_keeps_its_parts_apart() -> None:
     }
 
 
-def test_a_few_steps_lower_the_loss(tmp_path: Path) -> None:
+def test_desk_pretraining_lowers_loss(tmp_path: Path) -> None:
     spec = replace(TINY, worked_steps=24, mixture_steps=0, batch=8)
     _, losses = train(spec, NodeDir(tmp_path), CPU, seed=101)
     # ln 4096 = 8.3 at first. The sentences' form alone, with names and numbers drawn at random, leaves far less.
@@ -192,7 +192,7 @@ def test_a_few_steps_lower_the_loss(tmp_path: Path) -> None:
 # The recipe -----------------------------------------------------------------------------------------------------------
 
 
-def test_desk_name_resolves_to_the_local_folder_once_it_has_weights(elsewhere: Path) -> None:
+def test_desk_name_resolves_to_local_folder_with_weights(elsewhere: Path) -> None:
     assert ModelFolder.open("desk:teacher", "models.teacher").path == str(SHIPPED / "teacher")
     with pytest.raises(UserError, match="desk:teacher has no weights yet"):
         ModelFolder.open("desk:teacher", "models.teacher").require_weights()
@@ -206,7 +206,7 @@ def test_desk_name_resolves_to_the_local_folder_once_it_has_weights(elsewhere: P
         ModelFolder.open("desk:giant", "models.teacher")
 
 
-def test_existing_model_is_kept_and_a_changed_spec_rebuilds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_model_is_kept_and_changed_spec_rebuilds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desk, "MEASURED_PROBLEMS", 3)
     monkeypatch.setattr(desk, "MEASURED_TOKENS", 8)
     spec, steps = with_steps(TINY, 2), []
@@ -239,7 +239,7 @@ def test_pretraining_refuses_invalid_options_in_one_sentence(
     assert not any(elsewhere.iterdir())
 
 
-def test_the_recipe_evaluates_at_its_own_difficulty_and_beyond() -> None:
+def test_recipe_evaluates_at_its_own_difficulty_and_beyond() -> None:
     recipe = parse_recipe(yaml.safe_load(builtin_text("desk")), "desk")
     dials = {name: source.generate.dials for name, source in recipe.data.evals.items() if source.generate}
     assert dials == {"in_distribution": {"min_ops": 2, "max_ops": 6}, "harder": {"min_ops": 7, "max_ops": 10}}

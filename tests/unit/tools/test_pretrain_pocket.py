@@ -45,7 +45,7 @@ def one_thread():  # type: ignore[no-untyped-def]
     torch.set_num_threads(before)
 
 
-def test_every_pocket_model_is_shipped_as_safetensors_with_a_card_and_all_are_under_eight_megabytes() -> None:
+def test_pocket_models_ship_as_safetensors_with_cards_under_8_megabytes() -> None:
     files = [file for file in SHIPPED.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 8_000_000
     assert {folder.name for folder in SHIPPED.iterdir() if folder.is_dir()} == set(POCKET)
@@ -56,7 +56,7 @@ def test_every_pocket_model_is_shipped_as_safetensors_with_a_card_and_all_are_un
 
 
 @pytest.mark.parametrize("name", POCKET)
-def test_a_shipped_folder_loads_with_the_auto_classes_and_ends_in_its_eos(name: str) -> None:
+def test_shipped_folder_loads_with_auto_classes_and_ends_with_its_eos(name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(SHIPPED / name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED / name)
     spec = POCKET[name]
@@ -74,7 +74,7 @@ def test_a_shipped_folder_loads_with_the_auto_classes_and_ends_in_its_eos(name: 
 
 
 @pytest.mark.parametrize("name", POCKET)
-def test_the_measured_pass_rate_in_the_card_is_that_of_the_shipped_weights(name: str) -> None:
+def test_card_pass_rate_is_measured_from_shipped_weights(name: str) -> None:
     row = (SHIPPED / name / "README.md").read_text().split("|---|---|---|---|---|\n")[1].splitlines()[0]
     written = float(row.split("|")[1].strip(" %")) / 100
     # On sums both have much to learn; on Countdown the student is half right and the teacher nearly done.
@@ -99,7 +99,7 @@ def test_pocket_tokenizer_round_trips_text() -> None:
     assert tokenizer.encode("17€4") == tokenizer.encode("17<|unk|>4")
 
 
-def test_the_chat_template_gives_a_short_prompt_and_closes_the_answer() -> None:
+def test_chat_template_gives_short_prompt_and_closes_answer() -> None:
     tokenizer = make_tokenizer()
     user, answer = {"role": "user", "content": "17+45"}, {"role": "assistant", "content": "=62"}
     prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
@@ -112,7 +112,7 @@ def test_the_chat_template_gives_a_short_prompt_and_closes_the_answer() -> None:
     assert tokenizer.apply_chat_template([user, answer], tokenize=False) == f"{prompt}=62{END}"
 
 
-def test_training_text_is_exactly_what_the_chat_template_makes_and_only_the_completion_has_loss() -> None:
+def test_training_text_equals_chat_template_with_loss_on_completion_only() -> None:
     tokenizer = make_tokenizer()
     solutions = [("17+45+82", "=44"), ("17+45+82", "17+45=62+82=44")]
     ids, labels = encode(tokenizer, solutions)
@@ -125,7 +125,7 @@ def test_training_text_is_exactly_what_the_chat_template_makes_and_only_the_comp
         assert (target[: len(problem) + 2] == IGNORE_INDEX).all()
 
 
-def test_training_reads_the_pretraining_pool_only_and_worked_solutions_first() -> None:
+def test_training_reads_pretraining_pool_only_and_worked_solutions_first() -> None:
     seen = list(batches(TINY, seed=0))
     assert len(seen) == TINY.steps
     for step, batch in enumerate(seen):
@@ -137,7 +137,7 @@ def test_training_reads_the_pretraining_pool_only_and_worked_solutions_first() -
     assert 0.5 < sum(mixture) / len(mixture) < 1.0  # 1 - p_cot = 0.78 of 96
 
 
-def test_countdown_models_read_countdown_of_the_pretraining_pool_in_both_forms() -> None:
+def test_countdown_models_read_countdown_pretraining_pool_in_both_forms() -> None:
     spec = PretrainSpec(
         **{**_fields(TINY), "task": "countdown", "dials": countdown.DIALS, "p_cot": 0.5, "worked_steps": 2}
     )
@@ -155,7 +155,7 @@ def test_countdown_models_read_countdown_of_the_pretraining_pool_in_both_forms()
     assert set(forms[:32]) == {"worked"} and {"worked", "short"} == set(forms[32:])
 
 
-def test_a_few_steps_lower_the_loss_and_a_seed_gives_the_same_weights_twice(tmp_path: Path) -> None:
+def test_pocket_pretraining_lowers_loss_and_is_reproducible(tmp_path: Path) -> None:
     spec = PretrainSpec(**{**_fields(TINY), "mixture_steps": 0, "worked_steps": 30})
     torch.manual_seed(5)
     first = pretrain(spec, tmp_path / "a", seed=1)
@@ -173,13 +173,13 @@ def _fields(spec: PretrainSpec) -> dict:  # type: ignore[type-arg]
     return {name: getattr(spec, name) for name in spec.__slots__}
 
 
-def test_an_unknown_pocket_name_is_refused_before_any_training(tmp_path: Path) -> None:
+def test_unknown_pocket_name_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no pocket model 'qwen3-giant'"):
         pretrain_pocket(tmp_path, ["qwen3-student", "qwen3-giant"])
     assert not any(tmp_path.iterdir())
 
 
-def test_a_made_model_is_measured_and_has_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_model_is_measured_and_has_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(POCKET, "tiny", TINY)
     steps: list[int] = []
     measured = pretrain_pocket(tmp_path, ["tiny"], progress=lambda done, total, loss: steps.append(done))

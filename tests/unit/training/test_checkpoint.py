@@ -49,7 +49,7 @@ def test_checkpoint_round_trips_weights_and_optimizer_bitwise(node: NodeDir, tie
     assert same_bits(weights_of(other), weights_of(policy))
 
 
-def test_checkpoint_keeps_a_tied_head_tied(node: NodeDir) -> None:
+def test_checkpoint_keeps_tied_head_tied(node: NodeDir) -> None:
     policy = tiny_policy()
     save_checkpoint(node, 1, policy.model, make_optimizer(policy, OPD.optim))
     other = tiny_policy(seed=9)
@@ -57,7 +57,7 @@ def test_checkpoint_keeps_a_tied_head_tied(node: NodeDir) -> None:
     assert other.model.lm_head.weight.data_ptr() == other.model.model.embed_tokens.weight.data_ptr()
 
 
-def test_load_checkpoint_without_any_returns_step_zero(node: NodeDir) -> None:
+def test_load_checkpoint_without_checkpoint_returns_step_zero(node: NodeDir) -> None:
     policy = tiny_policy()
     before = weights_of(policy)
     assert load_checkpoint(node, policy.model, make_optimizer(policy, OPD.optim)) == 0
@@ -82,7 +82,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_load_checkpoint_skips_a_damaged_one(node: NodeDir, damage: str) -> None:
+def test_load_checkpoint_skips_damaged_one(node: NodeDir, damage: str) -> None:
     policy = tiny_policy()
     optimizer, rows, stage = make_optimizer(policy, OPD.optim), sampled_rows(policy), stage_of("sft")
     saved = {}

@@ -21,7 +21,7 @@ def rollouts(policy, draw: str, count: int = 4):  # type: ignore[no-untyped-def]
     return TorchSampler(policy).sample(requests, Sampling(max_tokens=6))
 
 
-def test_overlap_is_the_share_of_common_top_k_tokens() -> None:
+def test_overlap_is_share_of_common_top_k_tokens() -> None:
     # Likeliest two: student {0, 1}, teacher {1, 2} and then the same two in the other order.
     student = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.5, 0.3, 0.1, 0.1]]).log()
     teacher = torch.tensor([[0.1, 0.3, 0.5, 0.1], [0.3, 0.5, 0.1, 0.1]]).log()
@@ -30,7 +30,7 @@ def test_overlap_is_the_share_of_common_top_k_tokens() -> None:
     assert overlap(student, teacher, 4).tolist() == [0.5, 1.0]
 
 
-def test_conditions_of_a_model_with_itself_show_no_divergence() -> None:
+def test_conditions_of_model_with_itself_show_no_divergence() -> None:
     policy = tiny_policy(seed=1)
     own = rollouts(policy, "own")
     found = measure(policy, policy, own, own, 4, 1000)
@@ -40,7 +40,7 @@ def test_conditions_of_a_model_with_itself_show_no_divergence() -> None:
     assert found["entropy_student"] == pytest.approx(found["entropy_teacher"])
 
 
-def test_each_divergence_uses_the_prefixes_of_its_first_model() -> None:
+def test_each_divergence_uses_prefixes_of_its_first_model() -> None:
     student, teacher = tiny_policy(seed=1), tiny_policy(seed=2)
     own, theirs = rollouts(student, "own"), rollouts(teacher, "theirs")
     found = measure(student, teacher, own, theirs, 4, 1000)

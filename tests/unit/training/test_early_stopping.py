@@ -22,12 +22,12 @@ def rows(metric: str, *values: float | None) -> list[dict[str, float]]:
         ((), False),
     ],
 )
-def test_plateau_of_a_divergence_needs_two_windows_without_decrease(values: tuple[float, ...], over: bool) -> None:
+def test_plateau_of_divergence_needs_two_windows_without_decrease(values: tuple[float, ...], over: bool) -> None:
     assert plateau(rows("loss", *values), "loss", every=1, patience=2, least=0.0) is over
 
 
 @pytest.mark.parametrize("metric", ["reward", "validation"])
-def test_plateau_of_a_reward_counts_increases(metric: str) -> None:
+def test_plateau_of_reward_counts_increases(metric: str) -> None:
     assert plateau(rows(metric, 0.1, 0.5, 0.4, 0.5), metric, every=1, patience=2, least=0.0)
     assert not plateau(rows(metric, 0.5, 0.4, 0.3, 0.6), metric, every=1, patience=2, least=0.0)
 
@@ -46,7 +46,7 @@ def test_plateau_compares_means_of_full_windows() -> None:
     assert not plateau(flat + rows("loss", 0.0, 0.0), "loss", every=2, patience=1, least=0.0)
 
 
-def test_plateau_reads_metrics_measured_once_a_window() -> None:
+def test_plateau_reads_metrics_measured_once_per_window() -> None:
     measured = rows("validation", None, None, 0.5, None, None, 0.5, None, None, 0.4)
     assert plateau(measured, "validation", every=3, patience=2, least=0.0)
     assert not plateau(measured[:6], "validation", every=3, patience=2, least=0.0)

@@ -92,7 +92,7 @@ def test_guard_ignores_partial_windows_and_rows_without_its_metric(tmp_path: Pat
     ]
 
 
-def test_guard_stop_names_value_bound_and_remedy_also_after_a_resume(tmp_path: Path) -> None:
+def test_guard_stop_names_value_bound_and_remedy_also_after_resume(tmp_path: Path) -> None:
     given = steps(truncated=[0.2, 0.4, 0.8])
     ours, _ = monitor(tmp_path, truncation="stop", no_variance="warn")
     result = [ours.check(row) for row in given]
@@ -110,7 +110,7 @@ def test_guard_stop_names_value_bound_and_remedy_also_after_a_resume(tmp_path: P
         assert eased.catch_up(given) is None
 
 
-def test_guard_settings_of_a_recipe_override_the_defaults(tmp_path: Path) -> None:
+def test_guard_settings_of_recipe_override_defaults(tmp_path: Path) -> None:
     guards = find_recipe("pocket", []).guards
     assert {name: getattr(guards, name).model_dump() for name in GUARDS} == GUARDS
     assert {one["action"] for one in GUARDS.values()} == {"warn"} and GUARDS.keys() == MEASURES.keys()
@@ -132,9 +132,7 @@ def test_guard_settings_of_a_recipe_override_the_defaults(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
-def test_a_non_finite_loss_or_gradient_leaves_weights_and_optimizer_state_as_they_were(
-    policy: Policy, bad: float
-) -> None:
+def test_non_finite_loss_or_gradient_keeps_weights_and_optimizer_state(policy: Policy, bad: float) -> None:
     rows_, stage = sampled_rows(policy), stage_of("grpo")
     optimizer = make_optimizer(policy, stage.optim)
     update(policy, optimizer, rows_, objective_of(stage), stage, 4096)

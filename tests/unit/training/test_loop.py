@@ -59,7 +59,7 @@ def test_token_weights_by_hand() -> None:
 
 @pytest.mark.parametrize("mean", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_update_gradient_equals_the_plain_loss_gradient(
+def test_update_gradient_equals_plain_loss_gradient(
     policy: Policy, teacher: Policy, mean: str, temperature: float
 ) -> None:
     rows = taught(sampled_rows(policy, groups=4, temperature=temperature), teacher)
@@ -108,7 +108,7 @@ def test_update_does_not_depend_on_row_order(policy: Policy, teacher: Policy) ->
     assert furthest(forward, backward) < 1e-5 * max(1.0, largest(forward))
 
 
-def test_padding_does_not_change_a_rows_gradient(policy: Policy) -> None:
+def test_padding_does_not_change_gradient_of_row(policy: Policy) -> None:
     short, long = Row(rollout_of((1, 6, 2), (7, 3))), Row(rollout_of((1, 6, 8, 9, 2), (7, 8, 9, 10, 11, 3)))
     stage = stage_of("sft", loss_mean="constant", batch_size=2)
     both = gradient_of(policy, [short, long], stage)
@@ -119,7 +119,7 @@ def test_padding_does_not_change_a_rows_gradient(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("mean", ["token", "sequence", "constant"])
-def test_skipped_zero_gradient_rows_do_not_change_the_gradient(policy: Policy, mean: str) -> None:
+def test_skipped_zero_gradient_rows_do_not_change_gradient(policy: Policy, mean: str) -> None:
     rows = sampled_rows(policy, groups=3)
     rows = [replace(row, advantage=0.0) if index < 4 else row for index, row in enumerate(rows)]
     stage = stage_of("grpo", loss_mean=mean, batch_size=12)
@@ -183,7 +183,7 @@ def test_clipped_token_gets_no_gradient_unless_moving_back(policy: Policy) -> No
         assert furthest(found, {name: scale * one for name, one in up.items()}) < 1e-4 * largest(up)
 
 
-def test_clipping_bounds_the_change_over_many_passes(policy: Policy) -> None:
+def test_clipping_bounds_change_over_many_passes(policy: Policy) -> None:
     rows = [replace(row, advantage=1.0) for row in sampled_rows(policy, groups=2)]
     before = torch.cat(logp_of(policy, [row.rollout for row in rows], 4096))
     median = {}
@@ -202,7 +202,7 @@ def test_clipping_bounds_the_change_over_many_passes(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_non_finite_loss_or_gradient_stops_before_the_weights_change(policy: Policy, poison: str) -> None:
+def test_non_finite_loss_or_gradient_stops_before_weights_change(policy: Policy, poison: str) -> None:
     rows, stage = sampled_rows(policy), stage_of("grpo")
     optimizer = make_optimizer(policy, stage.optim)
     update(policy, optimizer, rows, objective_of(stage), stage, 4096)
@@ -215,7 +215,7 @@ def test_non_finite_loss_or_gradient_stops_before_the_weights_change(policy: Pol
     assert same_bits(weights_of(policy), before)
 
 
-def test_nan_teacher_stops_training_before_the_weights_change(policy: Policy) -> None:
+def test_nan_teacher_stops_training_before_weights_change(policy: Policy) -> None:
     rows = [
         replace(row, teacher=Exact(torch.full((row.tokens, policy.vocabulary), math.nan)))
         for row in sampled_rows(policy)
@@ -279,7 +279,7 @@ def test_update_statistics_agree_with_independent_measurements(policy: Policy, t
     assert found["sampler_gap"] < 1e-5 and found["ratio_off"] == 0.0
 
 
-def test_reference_kl_is_reported_and_zero_at_the_start(policy: Policy) -> None:
+def test_reference_kl_is_reported_and_zero_at_start(policy: Policy) -> None:
     rows = sampled_rows(policy)
     logps = logp_of(policy, [row.rollout for row in rows], 4096)
     rows = [replace(row, reference_logp=logp) for row, logp in zip(rows, logps, strict=True)]
@@ -296,7 +296,7 @@ def fresh(policy: Policy, step: int) -> list[Row]:
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd", "sampled"])
-def test_opd_lowers_the_divergence_from_the_teacher(policy: Policy, teacher: Policy, divergence: str) -> None:
+def test_opd_lowers_divergence_from_teacher(policy: Policy, teacher: Policy, divergence: str) -> None:
     stage = stage_of("opd", dense={"divergence": divergence}, batch_size=32, optim={"lr": 5e-3, "grad_clip": 1.0})
     optimizer = make_optimizer(policy, stage.optim)
     seen = [
@@ -309,7 +309,7 @@ def test_opd_lowers_the_divergence_from_the_teacher(policy: Policy, teacher: Pol
         assert late < (0.9 if divergence == "sampled" else 0.6) * early, name
 
 
-def test_forward_kl_lowers_the_divergence_on_unseen_teacher_rollouts(policy: Policy, teacher: Policy) -> None:
+def test_forward_kl_lowers_divergence_on_unseen_teacher_rollouts(policy: Policy, teacher: Policy) -> None:
     stage = stage_of("forward_kl", batch_size=32, optim={"lr": 5e-3, "grad_clip": 1.0})
 
     def unseen() -> float:
@@ -327,7 +327,7 @@ def mean_logp(policy: Policy, rows: list[Row]) -> float:
     return torch.cat(logp_of(policy, [row.rollout for row in rows], 4096)).mean().item()
 
 
-def test_sft_raises_the_log_prob_of_teacher_samples_more_than_half_way(policy: Policy, teacher: Policy) -> None:
+def test_sft_raises_log_prob_of_teacher_samples_more_than_half_way(policy: Policy, teacher: Policy) -> None:
     rows = sampled_rows(teacher, groups=4)
     before, goal = mean_logp(policy, rows), mean_logp(teacher, rows)
     run(policy, rows, stage_of("sft", batch_size=16, optim={"lr": 5e-3, "grad_clip": 1.0}), steps=20)
@@ -339,7 +339,7 @@ def rewarded(rows: list[Row], wanted: Callable[[Row], bool]) -> list[Row]:
     return [replace(row, advantage=1.0 if wanted(row) else -1.0) for row in rows]
 
 
-def test_grpo_raises_log_probs_of_rewarded_rollouts_and_lowers_the_rest(policy: Policy) -> None:
+def test_grpo_raises_log_probs_of_rewarded_rollouts_and_lowers_rest(policy: Policy) -> None:
     rows = sampled_rows(policy, groups=4)
     good, bad = [row for row in rows if row.advantage > 0], [row for row in rows if row.advantage < 0]
     before = mean_logp(policy, good), mean_logp(policy, bad)
@@ -348,7 +348,7 @@ def test_grpo_raises_log_probs_of_rewarded_rollouts_and_lowers_the_rest(policy: 
     assert mean_logp(policy, bad) < before[1] - 0.05
 
 
-def test_grpo_steps_raise_the_share_of_rollouts_that_earn_the_reward() -> None:
+def test_grpo_steps_raise_share_of_rewarded_rollouts() -> None:
     policy = tiny_policy(seed=4, std=0.15)
     stage = stage_of("grpo", batch_size=32, optim={"lr": 1e-2, "grad_clip": 1.0})
     optimizer, share = make_optimizer(policy, stage.optim), []

@@ -38,17 +38,17 @@ def test_token_signal_of_long_completions_is_computed_in_chunks() -> None:
     assert found["signal"] == pytest.approx(whole, abs=0.0051) and "".join(found["pieces"]) == _letters(ids)
 
 
-def test_token_signal_needs_an_exact_teacher() -> None:
+def test_token_signal_needs_exact_teacher() -> None:
     assert signal_of(_row((1,), (-1.0,), None), _letters) == {}
     top = Row(_row((1,), (-1.0,), None).rollout, teacher=TopK(torch.tensor([[1]]), torch.tensor([[-0.1]])))
     assert signal_of(top, _letters) == {}
 
 
-def test_token_texts_put_a_split_character_at_its_last_token() -> None:
+def test_token_texts_put_split_character_at_its_last_token() -> None:
     halves = {(0,): "\ufffd", (0, 1): "é", (0, 1, 2): "é!", (): ""}
     assert pieces([0, 1, 2], lambda ids: halves[tuple(ids)]) == ["", "é", "!"]
 
 
-def test_token_signal_rows_are_spread_over_the_step() -> None:
+def test_token_signal_rows_are_spread_over_step() -> None:
     assert kept([None] * 8) == [0, 2, 4, 6]  # type: ignore[list-item]
     assert kept([None] * 2) == [0, 1]  # type: ignore[list-item]
