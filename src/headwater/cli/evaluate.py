@@ -30,7 +30,6 @@ from headwater.tasks.registry import find_task
 from headwater.tasks.verifier import Verifier
 from headwater.training.evaluate import evaluate
 
-
 Section = TypeVar("Section", bound=BaseModel)
 
 

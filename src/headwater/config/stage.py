@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from headwater.config.objectives import OBJECTIVES, ObjectiveSpec, Signal, known_objective
 from headwater.config.schema import Choices, Fraction, Natural, Positive, Steps, Strict, Tokens, Unit
 
+
 class Sampling(Strict):
     """How completions are drawn. Training stages need top_p 1 and top_k 0."""
 

@@ -79,7 +79,9 @@ def _intended(keys: Keys, model: type[BaseModel]) -> str:
 
 def _shared(path: Keys, keys: Keys) -> tuple[int, int]:
     """Length of the common beginning; of equal ones the shorter path counts more."""
-    same = next((place for place, (a, b) in enumerate(zip(path, keys, strict=False)) if a != b), min(len(path), len(keys)))
+    same = next(
+        (place for place, (a, b) in enumerate(zip(path, keys, strict=False)) if a != b), min(len(path), len(keys))
+    )
     return same, -len(path)
 
 

@@ -60,7 +60,9 @@ def test_every_fault_is_listed_with_line_and_suggestion(tmp_path: Path) -> None:
 def test_single_fault_is_one_line_with_its_place(tmp_path: Path) -> None:
     right = FAULTY.replace("teacher: 5", "teacher: t").replace("bfloat", "bfloat16").replace(", colums: {}", "")
     right = right.replace("grop", "grpo").replace(", learning_rate: 1", "")
-    assert faults_of(right, tmp_path) == ["recipe r.yaml, line 17: unknown field stages.opd.optim.lrr; did you mean lr?"]
+    assert faults_of(right, tmp_path) == [
+        "recipe r.yaml, line 17: unknown field stages.opd.optim.lrr; did you mean lr?"
+    ]
     right = right.replace("lrr: 5", "lr: 5")
     assert faults_of(right, tmp_path, "seed=x")[0].startswith("--set seed=x: seed: input should be a valid integer")
     missing = faults_of(right.replace("  student: pocket:a\n", ""), tmp_path)
