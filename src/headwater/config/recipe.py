@@ -60,8 +60,8 @@ class Models(Strict):
     student: str
     """Model that is distilled into, and trained by `student_rl`."""
     teacher: str | Annotated[dict[Name, str], Field(min_length=1)]
-    """Model that supervises the student. Also `http://HOST:PORT/v1`, a model behind a vLLM server, or a mapping from a problem's tag (`data.columns.tag`) to its
-    teacher. Neither kind is trained (docs/engines.md)."""
+    """Model that supervises the student. Also `http://HOST:PORT/v1`, a model behind a vLLM server, or a mapping from a problem's
+    tag (`data.columns.tag`) to its teacher. Neither kind is trained (docs/engines.md)."""
     expert: str | None = None
     """Stronger model; its sampled answers fine-tune the teacher in the arm `sft_teacher`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -262,8 +262,8 @@ class Recipe(Strict):
     seed: Seed = 0
     """Training seed: of sampling, of the order of problems and of adapters' weights."""
     task: str
-    """Grader of completions: `sums`, `maths`, `exact`, `numeric`, `choice`, `regex`, `json`, `python` (docs/tasks.md), or a grader of your
-    own as `package.module:function(gold, completion) -> bool`."""
+    """Grader of completions: `sums`, `maths`, `exact`, `numeric`, `choice`, `regex`, `json`, `python` (docs/tasks.md), or a grader
+    of your own as `package.module:function(gold, completion) -> bool`."""
     models: Models
     """Student and teacher, their dtype, and adapters."""
     prompt: Prompt = Prompt()
