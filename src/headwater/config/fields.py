@@ -32,7 +32,7 @@ class SchemaField:
     """
 
     path: str
-    type: str
+    type_text: str
     default: Any
     unit: str
     description: str
@@ -58,7 +58,7 @@ def walk(model: type[BaseModel], prefix: str = "", defaults: BaseModel | None = 
         path, section, metadata = f"{prefix}{name}", section_of(info.annotation), _metadata(info)
         yield SchemaField(
             path=path,
-            type=type_text(info.annotation, info.metadata),
+            type_text=type_text(info.annotation, info.metadata),
             default=default,
             unit=next((item.name for item in metadata if isinstance(item, Unit)), ""),
             description=" ".join((info.description or "").split()),

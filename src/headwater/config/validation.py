@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -74,7 +73,7 @@ def _intended(keys: Keys, model: type[BaseModel]) -> str:
         elsewhere = [path for path in paths if path[-1] in close_names]
     if not elsewhere:
         return ""
-    return f"; did you mean {'.'.join(max(elsewhere, key=lambda path: _shared(path, keys)))}?"
+    return f"; did you mean {'.'.join(max(elsewhere, key=lambda path: _shared(tuple(path), keys)))}?"
 
 
 def _shared(path: Keys, keys: Keys) -> tuple[int, int]:
@@ -85,7 +84,7 @@ def _shared(path: Keys, keys: Keys) -> tuple[int, int]:
     return same, -len(path)
 
 
-def _matches(path: str, keys: Iterable[str]) -> bool:
+def _matches(path: str, keys: Keys) -> bool:
     """Whether keys lead to a path of the schema, in which NAME stands for any key."""
-    parts, keys = path.split(".") if path else [], list(keys)
+    parts = path.split(".") if path else []
     return len(parts) == len(keys) and all(part in (key, "NAME") for part, key in zip(parts, keys, strict=True))

@@ -15,7 +15,7 @@ def test_every_recipe_field_has_a_description() -> None:
 
 def test_field_has_type_default_and_unit_in_words() -> None:
     shown = {
-        path: (FIELDS[path].type, FIELDS[path].default, FIELDS[path].unit)
+        path: (FIELDS[path].type_text, FIELDS[path].default, FIELDS[path].unit)
         for path in ("stages.opd.sampling.max_tokens", "labels.budget", "models.dtype", "stages.opd.dense.beta")
     }
     assert shown == {
@@ -24,7 +24,7 @@ def test_field_has_type_default_and_unit_in_words() -> None:
         "models.dtype": ("float32 or bfloat16", "float32", ""),
         "stages.opd.dense.beta": ("number > 0, < 1", 0.5, ""),
     }
-    assert FIELDS["models.teacher"].type == "text or mapping NAME: text"
+    assert FIELDS["models.teacher"].type_text == "text or mapping NAME: text"
     assert FIELDS["compute.sampler"].choices == ("torch", "vllm")
 
 
