@@ -8,12 +8,12 @@ from headwater.config.recipe import Recipe
 FIELDS = {field.path: field for field in walk(Recipe)}
 
 
-def test_every_recipe_field_has_a_description() -> None:
+def test_recipe_fields_have_descriptions() -> None:
     assert [path for path, field in FIELDS.items() if not field.description] == []
     assert len(FIELDS) > 200
 
 
-def test_field_has_type_default_and_unit_in_words() -> None:
+def test_walk_gives_type_default_and_unit() -> None:
     shown = {
         path: (FIELDS[path].type_text, FIELDS[path].default, FIELDS[path].unit)
         for path in ("stages.opd.sampling.max_tokens", "labels.budget", "models.dtype", "stages.opd.dense.beta")
@@ -28,12 +28,12 @@ def test_field_has_type_default_and_unit_in_words() -> None:
     assert FIELDS["compute.sampler"].choices == ("torch", "vllm")
 
 
-def test_filled_in_section_shows_its_values() -> None:
+def test_walk_shows_values_of_filled_in_sections() -> None:
     """Guards are completed by a validator, so their fields have no default of their own."""
     assert FIELDS["guards.truncation.bound"].default == 0.5 and FIELDS["guards.kl_explosion.bound"].default == 1.0
 
 
-def test_location_of_an_error_loses_tags_of_unions_and_keys() -> None:
+def test_path_of_drops_tags_of_unions_and_keys() -> None:
     assert path_of(Recipe, ("models", "teacher", "str")) == ("models", "teacher")
     assert path_of(Recipe, ("models", "lora", "targets", "tuple[x, ...]", 1)) == ("models", "lora", "targets", "1")
     assert path_of(Recipe, ("data", "evals", "a/b", "[key]")) == ("data", "evals", "a/b")

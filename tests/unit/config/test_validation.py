@@ -40,7 +40,7 @@ def faults_of(text: str, folder: Path, *overrides: str) -> list[str]:
     return str(refused.value).replace(str(path), "r.yaml").split("\n")
 
 
-def test_every_fault_is_listed_with_line_and_suggestion(tmp_path: Path) -> None:
+def test_recipe_faults_are_listed_with_lines_and_suggestions(tmp_path: Path) -> None:
     first, *faults = faults_of(FAULTY, tmp_path, "labels.budgt=-1", "x", "labels.seed=z")
     assert first == "recipe r.yaml: 9 errors"
     assert faults == [
@@ -57,7 +57,7 @@ def test_every_fault_is_listed_with_line_and_suggestion(tmp_path: Path) -> None:
     ]
 
 
-def test_single_fault_is_one_line_with_its_place(tmp_path: Path) -> None:
+def test_single_fault_is_one_line_with_place(tmp_path: Path) -> None:
     right = FAULTY.replace("teacher: 5", "teacher: t").replace("bfloat", "bfloat16").replace(", colums: {}", "")
     right = right.replace("grop", "grpo").replace(", learning_rate: 1", "")
     assert faults_of(right, tmp_path) == [
@@ -69,13 +69,13 @@ def test_single_fault_is_one_line_with_its_place(tmp_path: Path) -> None:
     assert missing == ["recipe r.yaml, line 3: models.student: field required"]
 
 
-def test_fault_of_a_union_names_the_deepest_field(tmp_path: Path) -> None:
+def test_union_fault_names_deepest_field(tmp_path: Path) -> None:
     faults = faults_of(FAULTY.replace("teacher: 5", 'teacher: {"a/b": x}'), tmp_path)
     assert faults[1].startswith("  line 5: models.teacher.a/b: string should match pattern")
     assert not any("dict" in line or "constrained" in line for line in faults)
 
 
-def test_merged_mapping_is_read_and_its_fault_has_a_line(tmp_path: Path) -> None:
+def test_merged_mapping_fault_has_line(tmp_path: Path) -> None:
     text = FAULTY.replace("warmup: {objective: forward_kl, epochs: 1, learning_rate: 1}", "warmup: {<<: *x, epochs: 1}")
     text = text.replace("stages:\n", "stages:\n  # a comment\n").replace("grop, steps: 3}", "grop, steps: 3}")
     text = text.replace("  teacher_rl: {", "  teacher_rl: &x {")
@@ -90,10 +90,10 @@ def test_merged_mapping_is_read_and_its_fault_has_a_line(tmp_path: Path) -> None
         ("ppo", ["sums", "maths"], ""),
     ],
 )
-def test_did_you_mean_names_the_closest_or_nothing(given: str, known: list[str], suggestion: str) -> None:
+def test_did_you_mean_names_closest_or_nothing(given: str, known: list[str], suggestion: str) -> None:
     assert did_you_mean(given, known) == suggestion
 
 
-def test_misspelt_recipe_name_gets_a_suggestion() -> None:
+def test_misspelt_recipe_name_gets_suggestion() -> None:
     with pytest.raises(UserError, match=r"; did you mean pocket\?$"):
         find_recipe("poket", [])
