@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from headwater.config import yaml
 from headwater.config.compute import Compute
-from headwater.config.schema import Name, Natural, Positive, Seed, Steps, Strict, Tokens, Unit
+from headwater.config.schema import Fraction, Name, Natural, Positive, Seed, Steps, Strict, Tokens, Unit
 from headwater.config.stage import Sampling, Stage, Stages
 from headwater.config.validation import Keys, complaints
 from headwater.errors import RecipeError, UserError
@@ -140,6 +140,9 @@ class Source(Strict):
     """Names of the columns, if they are not the usual ones."""
     limit: Annotated[Positive, Unit("problems")] | None = None
     """Use only the first so many problems; a dry run assumes as many for a file that is not here."""
+    hash_range: tuple[Fraction, Fraction] | None = None
+    """Keep problems whose content hash, a number from 0 to 1, is at least the first bound and below the second: `[0, 0.1]` and
+    `[0.1, 1]` divide one file into evaluation and training, whatever the order of its rows. Applied before `limit`."""
     generate: Generate | None = None
     """Generate the problems instead of reading `path`."""
 
@@ -152,6 +155,8 @@ class Source(Strict):
     def _one_origin(self) -> Source:
         if (self.path is None) == (self.generate is None):
             raise ValueError("give either path or generate")
+        if self.hash_range is not None and self.hash_range[0] >= self.hash_range[1]:
+            raise ValueError("hash_range: the first bound must be less than the second")
         return self
 
 
