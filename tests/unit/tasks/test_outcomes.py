@@ -62,7 +62,7 @@ def test_outcomes_name_largest_share_first_and_its_remedy() -> None:
     assert outcomes.remedy("stages.opd").startswith("raise stages.opd.sampling.max_tokens, or check ")
 
 
-def test_each_outcome_has_a_description_and_a_remedy() -> None:
+def test_each_outcome_has_its_own_description_and_remedy() -> None:
     assert DESCRIPTIONS.keys() == REMEDIES.keys()
     remedies = {name: Outcomes({**dict.fromkeys(DESCRIPTIONS, 1), name: 3}).remedy("S") for name in DESCRIPTIONS}
     assert len(set(remedies.values())) == len(DESCRIPTIONS)
