@@ -117,8 +117,8 @@ def test_guard_window_fits_short_stages(
     ours, heard = monitor(tmp_path, length, **{guard: {"action": "warn", "window": window}})
     for row in steps(**columns):
         ours.check(row)
-    found = [(row["step"], pytest.approx(row["figure"])) for row in rows(tmp_path / "warnings.jsonl")]
-    assert found == expected and len(heard) == len(expected)
+    warnings = [(row["step"], pytest.approx(row["figure"])) for row in rows(tmp_path / "warnings.jsonl")]
+    assert warnings == expected and len(heard) == len(expected)
 
 
 def test_no_variance_guard_names_largest_cause_in_its_window(tmp_path: Path) -> None:
