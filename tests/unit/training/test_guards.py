@@ -31,7 +31,8 @@ def monitor(folder: Path, steps: int = 100, **settings: Any) -> tuple[GuardMonit
     """
     off = dict.fromkeys(GUARDS, "off")
     guards = {
-        name: {"window": 2, **({"action": one} if isinstance(one, str) else one)} for name, one in settings.items()
+        name: {"window": 2, **({"action": setting} if isinstance(setting, str) else setting)}
+        for name, setting in settings.items()
     }
     heard: list[str] = []
     stage = StageOutcomes(NodeDir(folder), "stages.opd", 48)
@@ -80,8 +81,8 @@ def sounded(folder: Path, guards: Any, given: Steps) -> list[tuple[int, str, flo
 def test_each_guard_by_hand(
     guard: str, bound: float, columns: dict[str, list[float]], expected: list[tuple[int, float]], tmp_path: Path
 ) -> None:
-    found = sounded(tmp_path, {guard: {"action": "warn", "bound": bound}}, steps(**columns))
-    assert found == [(step, guard, figure) for step, figure in expected]
+    alarms = sounded(tmp_path, {guard: {"action": "warn", "bound": bound}}, steps(**columns))
+    assert alarms == [(step, guard, figure) for step, figure in expected]
 
 
 def test_guard_ignores_partial_windows_and_rows_without_its_metric(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_guard_stop_names_value_bound_and_remedy_also_after_resume(tmp_path: Pat
 def test_guard_settings_of_recipe_override_defaults(tmp_path: Path) -> None:
     guards = find_recipe("pocket", []).guards
     assert {name: getattr(guards, name).model_dump() for name in GUARDS} == GUARDS
-    assert {one["action"] for one in GUARDS.values()} == {"warn"} and GUARDS.keys() == MEASURES.keys()
+    assert {guard["action"] for guard in GUARDS.values()} == {"warn"} and GUARDS.keys() == MEASURES.keys()
     changes = ["guards.truncation=stop", "guards.no_variance=off", "guards.sampler_gap.bound=0.2", "guards.patience=5"]
     guards = find_recipe("pocket", changes).guards
     assert guards.truncation.model_dump() == {"action": "stop", "bound": 0.5, "window": 10}
@@ -183,7 +184,7 @@ def test_non_finite_loss_or_gradient_keeps_weights_and_optimizer_state(policy: P
 
     def state() -> dict[str, torch.Tensor]:
         held_ = optimizer.state_dict()["state"]
-        return {f"{place}.{key}": value.clone() for place, one in held_.items() for key, value in one.items()}
+        return {f"{place}.{key}": value.clone() for place, entry in held_.items() for key, value in entry.items()}
 
     weights, before = weights_of(policy), state()
     rows_[3] = replace(rows_[3], advantage=bad)
