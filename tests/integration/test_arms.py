@@ -23,7 +23,7 @@ def done(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "DONE").read_text()))
 
 
-def test_stage_without_progress_stops_on_its_plateau_and_reports_it(tmp_path: Path) -> None:
+def test_stage_without_progress_stops_on_plateau_and_reports_it(tmp_path: Path) -> None:
     result = tiny("run", tmp_path / "out", "--arm", "warmup_only", changes=PLATEAU)
     assert result.code == 0, result.err
     warmup = node(tmp_path / "out", "warmup_only", "warmup")
@@ -33,7 +33,7 @@ def test_stage_without_progress_stops_on_its_plateau_and_reports_it(tmp_path: Pa
     assert [path.name for path in sorted((warmup / "checkpoint").iterdir())] == ["000006"]
 
 
-def test_plateau_below_its_threshold_does_not_stop_the_stage(tmp_path: Path) -> None:
+def test_plateau_below_its_threshold_does_not_stop_stage(tmp_path: Path) -> None:
     changes = (*PLATEAU, "stages.warmup.optim.lr=1e-3", "stages.warmup.until.patience=6")
     assert tiny("run", tmp_path / "out", "--arm", "warmup_only", changes=changes).code == 0
     warmup = node(tmp_path / "out", "warmup_only", "warmup")
@@ -68,7 +68,7 @@ def test_validation_stops_opd_and_its_labels_are_counted_apart(tmp_path: Path) -
         ("stages.student_rl.until={metric: reward}", "its matched replay takes as many"),
     ],
 )
-def test_plateau_of_an_unmeasured_metric_is_refused(change: str, sentence: str, tmp_path: Path) -> None:
+def test_plateau_of_unmeasured_metric_is_refused(change: str, sentence: str, tmp_path: Path) -> None:
     result = call("run", "pocket", "--out", tmp_path / "out", *sets(change))
     assert result.code == 2 and sentence in result.err and not (tmp_path / "out").exists()
 
@@ -110,7 +110,7 @@ def test_condition_measurements_use_no_label_and_change_no_weight(tmp_path: Path
     assert not (b / "conditions.jsonl").exists()
 
 
-def test_condition_measurements_are_equal_after_a_resume(tmp_path: Path) -> None:
+def test_condition_measurements_are_equal_after_resume(tmp_path: Path) -> None:
     """Killed by a full stop in the middle of OPD, then resumed: conditions and ledger as if nothing had happened."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     changes = ("stages.opd.steps=6", "stages.opd.checkpoint_every=2", "conditions.every=2")
@@ -155,7 +155,7 @@ def test_constant_advantage_arm_uses_no_label_and_no_teacher() -> None:
     assert sum(row["tokens_trained"] for row in spent) > 0
 
 
-def test_best_of_group_is_the_share_of_groups_with_a_correct_completion() -> None:
+def test_best_of_group_is_share_of_groups_with_correct_completion() -> None:
     folder = node(all_arms(), "direct_grpo", "student_rl")
     for row in rows(folder / "metrics.jsonl"):
         sampled = rows(folder / "rollouts" / f"{row['step']:06d}.jsonl")

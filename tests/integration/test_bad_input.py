@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, str]:
         ("seed: 0", "seed: zero", ["seed", "'zero'"]),
     ],
 )
-def test_recipe_with_a_wrong_value_is_refused_by_field(old: str, new: str, named: list[str], tmp_path: Path) -> None:
+def test_recipe_with_wrong_value_is_refused_by_field(old: str, new: str, named: list[str], tmp_path: Path) -> None:
     text = builtin_text("pocket")
     assert old in text
     path = tmp_path / "mine.yaml"
@@ -85,7 +85,7 @@ def test_recipe_with_a_wrong_value_is_refused_by_field(old: str, new: str, named
         (b"name: pocket\n\tseed: 0\n", ["is not YAML"]),
     ],
 )
-def test_file_that_is_not_a_recipe_is_refused_by_name(text: bytes, named: list[str], tmp_path: Path) -> None:
+def test_file_other_than_recipe_is_refused_by_name(text: bytes, named: list[str], tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(text)
     assert_refused(call("run", path, "--out", tmp_path / "out"), str(path), *named)
@@ -124,7 +124,7 @@ def test_invalid_set_option_is_refused_by_name(change: str, named: str, tmp_path
         (["init", "poket"], ["poket", "pocket"]),
     ],
 )
-def test_invalid_option_value_is_refused_with_the_valid_ones(
+def test_invalid_option_value_is_refused_with_valid_ones(
     argv: list[str], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -133,7 +133,7 @@ def test_invalid_option_value_is_refused_with_the_valid_ones(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_cuda_without_a_gpu_is_refused(tmp_path: Path) -> None:
+def test_cuda_without_gpu_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "compute.device", "cuda", changes=("compute.device=cuda",))
     assert_refused(call("eval", "pocket:qwen3-student", "--data", "x.jsonl", "--device", "cuda"), "cuda")
 
@@ -161,7 +161,7 @@ def copied_model(source: Path, target: Path, but: Callable[[Path], bool] = lambd
     return target
 
 
-def test_a_missing_model_folder_is_refused_by_field(tmp_path: Path) -> None:
+def test_missing_model_folder_is_refused_by_field(tmp_path: Path) -> None:
     refused(tmp_path, "models.student", "/no/such/folder", changes=("models.student=/no/such/folder",))
     refused(tmp_path, "models.teacher", "qwen9", "pocket:qwen3-teacher", changes=("models.teacher=pocket:qwen9",))
     refused(tmp_path, "models.expert", changes=("models.expert=null",), arm="sft_teacher")
@@ -185,7 +185,7 @@ def test_folder_with_only_pickled_weights_is_refused_and_never_unpickled(tmp_pat
     assert not touched.exists()
 
 
-def test_a_model_folder_that_is_damaged_is_refused_by_field(tmp_path: Path, pocket_folder: Path) -> None:
+def test_damaged_model_folder_is_refused_by_field(tmp_path: Path, pocket_folder: Path) -> None:
     cut = copied_model(pocket_folder / "qwen3-student", tmp_path / "cut")
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -200,7 +200,7 @@ def test_a_model_folder_that_is_damaged_is_refused_by_field(tmp_path: Path, pock
     assert_refused(result, "models.student", str(bad))
 
 
-def test_teacher_with_other_token_ids_is_refused_with_the_text(tmp_path: Path, pocket_folder: Path) -> None:
+def test_teacher_with_other_token_ids_is_refused_with_text(tmp_path: Path, pocket_folder: Path) -> None:
     folder = copied_model(pocket_folder / "qwen3-teacher", tmp_path / "teacher")
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     words = tokenizer["model"]["vocab"]
@@ -230,9 +230,7 @@ def test_teacher_with_other_token_ids_is_refused_with_the_text(tmp_path: Path, p
         ([], ["is empty"]),
     ],
 )
-def test_a_data_file_that_cannot_be_used_is_refused_by_file_and_row(
-    rows_: list[object], named: list[str], tmp_path: Path
-) -> None:
+def test_unusable_data_file_is_refused_by_file_and_row(rows_: list[object], named: list[str], tmp_path: Path) -> None:
     path = written(tmp_path / "labeled.jsonl", rows_)
     refused(tmp_path, f"data.labeled: {path}", *named, changes=(f"data.labeled={path}",))
     refused(tmp_path, f"data.evals.sums: {path}", *named, changes=(f"data.evals.sums={path}",))
@@ -252,17 +250,17 @@ def test_bridge_prompts_need_no_answer_and_columns_may_have_other_names(tmp_path
     assert len({row["problem_id"] for row in rows(cache)}) == 16 + 9
 
 
-def test_a_prompt_over_the_limit_is_refused_by_problem(tmp_path: Path) -> None:
+def test_prompt_over_limit_is_refused_by_problem(tmp_path: Path) -> None:
     path = written(tmp_path / "labeled.jsonl", [*GOOD, {"problem": "+".join(["11"] * 30), "answer": "30"}])
     changes = (f"data.labeled={path}", "prompt.max_tokens=40")
     refused(tmp_path, str(path), "11+11+11", "tokens", "over prompt.max_tokens 40", changes=changes)
 
 
-def test_a_budget_over_the_pool_is_refused_with_both_numbers(tmp_path: Path) -> None:
+def test_budget_over_pool_is_refused_with_both_numbers(tmp_path: Path) -> None:
     refused(tmp_path, "labels.budget 65 is more than the 64 labelled problems", changes=("labels.budget=65",))
 
 
-def test_a_budget_too_small_for_one_step_is_refused_with_what_a_step_takes(tmp_path: Path) -> None:
+def test_budget_too_small_for_one_step_is_refused_with_required_labels(tmp_path: Path) -> None:
     refused(
         tmp_path, "labels.budget 6", "stage teacher_rl", "3 problems (first_half)", "fewer than the 4 of one step",
         changes=("labels.budget=6",),
@@ -275,7 +273,7 @@ def test_a_budget_too_small_for_one_step_is_refused_with_what_a_step_takes(tmp_p
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_another_recipe_is_refused_by_the_first_field_that_differs_and_left_alone(tmp_path: Path) -> None:
+def test_folder_of_other_recipe_is_refused_by_first_difference(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "direct_grpo").code == 0
     before = contents(out)
@@ -295,18 +293,18 @@ def test_output_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Pa
     assert contents(out) == before
 
 
-def test_output_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
+def test_uncreatable_output_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert_refused(tiny("run", tmp_path / "file" / "out"), "--out", "file/out")
 
 
-def test_a_report_of_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_report_of_folder_without_run_is_refused(tmp_path: Path) -> None:
     assert_refused(call("report", tmp_path), str(tmp_path), "holds no run")
     assert_refused(call("report", tmp_path / "nothing"), "nothing", "holds no run")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_broken_file_in_a_run_directory_is_named(tmp_path: Path) -> None:
+def test_broken_file_in_run_directory_is_named(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "direct_grpo").code == 0
     (out / "plan.json").write_text("{", encoding="utf-8")
@@ -328,7 +326,7 @@ def test_a_broken_file_in_a_run_directory_is_named(tmp_path: Path) -> None:
         (["validate", "no.jsonl"], ["no.jsonl", "no such file"]),
     ],
 )
-def test_other_verbs_refuse_by_name_too(
+def test_other_verbs_refuse_by_name(
     argv: list[str], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -337,7 +335,7 @@ def test_other_verbs_refuse_by_name_too(
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
-def test_dry_run_refuses_what_the_run_refuses(tmp_path: Path) -> None:
+def test_dry_run_refuses_same_input_as_run(tmp_path: Path) -> None:
     changes = sets("labels.budget=65")
     assert_refused(call("run", "pocket", "--dry-run", "--out", tmp_path / "out", *changes), "labels.budget 65")
     assert not (tmp_path / "out").exists()

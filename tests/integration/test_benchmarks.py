@@ -17,7 +17,7 @@ def tiny(kind: Any, **fields: Any) -> Case:
     return replace(OPD, kind=kind, places=(("t", kind),), **fields)
 
 
-def test_measurement_in_a_child_process_returns_every_figure(tmp_path: Path) -> None:
+def test_measurement_in_child_process_returns_every_figure(tmp_path: Path) -> None:
     case = tiny("sampling", peers=("headwater",))
     found = runner.run_in_process("headwater", {"case": asdict(case), "root": str(tmp_path)})
     assert found["tokens_sampled"] == 20.0 and found["seconds"] > 0.0

@@ -110,7 +110,7 @@ def test_navigation_and_arms_fit_at_desktop_width(study: Path, open_page: Any) -
             assert wider <= 0, f"{selector} scrolls sideways by {wider} px"
 
 
-def test_arms_on_the_page_match_report_json(study: Path, open_page: Any) -> None:
+def test_arms_on_page_match_report_json(study: Path, open_page: Any) -> None:
     values = json.loads((study / "report.json").read_text(encoding="utf-8"))
     with open_page(study / "report.html") as page:
         rows = page.locator("#arms tbody tr").evaluate_all(
@@ -125,7 +125,7 @@ def test_arms_on_the_page_match_report_json(study: Path, open_page: Any) -> None
             assert cells[5:7] == [f"{arm['labels'][key]:,}" for key in ("distinct", "checks")], name
 
 
-def test_filters_and_search_select_rollouts_and_survive_a_reload(study: Path, open_page: Any) -> None:
+def test_filters_and_search_select_rollouts_and_survive_reload(study: Path, open_page: Any) -> None:
     with open_page(study / "report.html") as page:
         go_to_rollouts(page)
         everything = page.locator("#rollout-count").inner_text()
@@ -154,7 +154,7 @@ def test_filters_and_search_select_rollouts_and_survive_a_reload(study: Path, op
         assert page.locator("#rollout-count").inner_text() == everything
 
 
-def test_tokens_are_coloured_under_dense_reward_and_whole_texts_under_sparse(study: Path, open_page: Any) -> None:
+def test_dense_reward_colours_tokens_and_sparse_reward_whole_texts(study: Path, open_page: Any) -> None:
     with open_page(study / "report.html") as page:
         go_to_rollouts(page)
         page.select_option("#filters [name=stage]", label="On-policy distillation")
@@ -170,7 +170,7 @@ def test_tokens_are_coloured_under_dense_reward_and_whole_texts_under_sparse(stu
         assert "the same for every token" in page.locator("#rollout-list").inner_text()
 
 
-def test_every_control_is_reachable_from_the_keyboard(study: Path, open_page: Any) -> None:
+def test_every_control_is_reachable_by_keyboard(study: Path, open_page: Any) -> None:
     with open_page(study / "report.html") as page:
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.className") == "skip"
@@ -192,7 +192,7 @@ def test_every_control_is_reachable_from_the_keyboard(study: Path, open_page: An
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_serious_violation_and_the_page_fits_the_screen(
+def test_axe_finds_no_serious_violation_and_page_fits_screen(
     study: Path, open_page: Any, size: str, scheme: str
 ) -> None:
     with open_page(study / "report.html", size, scheme) as page:
@@ -225,7 +225,7 @@ def test_completions_are_inserted_as_text(tmp_path: Path, open_page: Any) -> Non
         page.wait_for_timeout(200)
 
 
-def test_without_javascript_everything_but_the_rollouts_is_shown(study: Path, open_page: Any) -> None:
+def test_page_without_javascript_shows_everything_but_rollouts(study: Path, open_page: Any) -> None:
     with open_page(study / "report.html", java_script_enabled=False) as page:
         assert page.locator(".no-script").is_visible() and not page.locator("#filters").is_visible()
         assert page.locator("figure svg").count() > 20
@@ -238,7 +238,7 @@ def test_print_style_hides_navigation_and_filters(study: Path, open_page: Any) -
         assert page.locator("#arms table").is_visible()
 
 
-def test_a_large_study_opens_in_two_seconds(tmp_path: Path, open_page: Any) -> None:
+def test_large_study_opens_in_two_seconds(tmp_path: Path, open_page: Any) -> None:
     twelve = dict(list({**ARMS, **MORE_ARMS}.items())[:12])
     out = fake_run(tmp_path / "out", seeds=(0, 1, 2, 3, 4), arms=twelve, problems=100, steps=60)
     report.write(out)

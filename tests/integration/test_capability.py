@@ -80,7 +80,7 @@ def teacher_rl(node: Node) -> bool:
         ("teacher_sft", {"sft"}),
     ],
 )
-def test_dense_stages_of_every_arm_complete_with_labels_that_raise(arm: str, stages: set[str], tmp_path: Path) -> None:
+def test_dense_stages_of_every_arm_complete_with_raising_labels(arm: str, stages: set[str], tmp_path: Path) -> None:
     blind = run_without_labels(arm, tmp_path, but=teacher_rl)
     assert {node.stage for node in blind if node.kind == "train"} == stages
     for path in (tmp_path / "nodes").iterdir():
@@ -91,30 +91,30 @@ def test_dense_stages_of_every_arm_complete_with_labels_that_raise(arm: str, sta
 
 
 @pytest.mark.parametrize("divergence", ["forward", "jsd", "sampled"])
-def test_every_divergence_of_opd_completes_with_labels_that_raise(divergence: str, tmp_path: Path) -> None:
+def test_every_opd_divergence_completes_with_raising_labels(divergence: str, tmp_path: Path) -> None:
     blind = run_without_labels("raw_teacher", tmp_path, f"stages.opd.dense.divergence={divergence}")
     assert {node.stage for node in blind if node.kind == "train"} == {"warmup", "opd"}
 
 
-def test_mixed_stage_of_share_zero_completes_with_labels_that_raise(tmp_path: Path) -> None:
+def test_mixed_stage_of_share_zero_completes_with_raising_labels(tmp_path: Path) -> None:
     changes = ("stages.opd.objective=mixed", "stages.opd.sparse_share=0.0", "stages.opd.group_size=4")
     blind = run_without_labels("raw_teacher", tmp_path, *changes)
     assert "opd" in {node.stage for node in blind}
 
 
 @pytest.mark.parametrize("arm", ["direct_grpo", "bridge"])
-def test_sparse_stages_fail_with_labels_that_raise(arm: str, tmp_path: Path) -> None:
+def test_sparse_stages_fail_with_raising_labels(arm: str, tmp_path: Path) -> None:
     with pytest.raises(TouchedError):
         run_without_labels(arm, tmp_path)
 
 
-def test_mixed_stage_with_a_sparse_share_fails_with_labels_that_raise(tmp_path: Path) -> None:
+def test_mixed_stage_with_sparse_share_fails_with_raising_labels(tmp_path: Path) -> None:
     changes = ("stages.opd.objective=mixed", "stages.opd.sparse_share=0.5", "stages.opd.group_size=4")
     with pytest.raises(TouchedError):
         run_without_labels("raw_teacher", tmp_path, *changes)
 
 
-def test_stage_receives_the_labels_of_its_own_pool_only(tmp_path: Path) -> None:
+def test_stage_receives_labels_of_its_own_pool_only(tmp_path: Path) -> None:
     """With the second half's answers in nobody's reach, everything but stage 3 runs as ever."""
     recipe = find_recipe("pocket", list(TINY))
     watch = NodeProgress(lambda done, total, unit: None, lambda count, metrics: None, lambda: False)

@@ -33,7 +33,7 @@ def test_help_lists_every_verb_with_its_description() -> None:
         assert shown.code == 0 and f"headwater {verb} " in shown.out
 
 
-def test_run_in_a_process_prints_the_table_and_the_report_path(tmp_path: Path) -> None:
+def test_run_in_process_prints_table_and_report_path(tmp_path: Path) -> None:
     done = spawn("run", "pocket", "--arm", "raw_teacher", "--out", "mine", *sets(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "base_student" in done.stdout and "raw_teacher" in done.stdout
@@ -52,19 +52,19 @@ def test_run_in_a_process_prints_the_table_and_the_report_path(tmp_path: Path) -
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script src" not in page  # self-contained
 
 
-def test_json_option_prints_only_the_report_to_stdout(tmp_path: Path) -> None:
+def test_json_option_prints_only_report_to_stdout(tmp_path: Path) -> None:
     done = spawn("run", "pocket", "--arm", "direct_grpo", "--json", "--out", "mine", *sets(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert strict(done.stdout) == load_json(tmp_path / "mine/report.json")
     assert done.stdout.count("\n") == 1
 
 
-def test_json_option_leaves_stdout_empty_on_an_error() -> None:
+def test_json_option_leaves_stdout_empty_on_error() -> None:
     result = call("run", "pocket", "--json", "--set", "labels.budget=-1")
     assert (result.code, result.out) == (2, "") and "labels.budget" in result.err
 
 
-def test_a_study_reports_its_arms_over_its_seeds(tmp_path: Path) -> None:
+def test_study_reports_its_arms_over_its_seeds(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = tiny("study", out, "--arms", "direct_grpo, raw_teacher", "--seeds", "3,5", "--json")
     assert result.code == 0, result.err
@@ -81,14 +81,14 @@ def test_a_study_reports_its_arms_over_its_seeds(tmp_path: Path) -> None:
     assert texts[0] != texts[1]
 
 
-def test_seed_option_sets_the_seed_of_a_run(tmp_path: Path) -> None:
+def test_seed_option_sets_seed_of_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "direct_grpo", "--seed", "7").code == 0
     assert load_json(out / "plan.json")["seeds"] == [7]
     assert {row["seed"] for row in rows(out / "ledger.jsonl")} == {7}
 
 
-def test_the_same_seed_gives_the_same_run_in_another_folder(tmp_path: Path) -> None:
+def test_same_seed_gives_same_run_in_other_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "bridge").code == 0
     for name in node_names(out, "bridge"):
@@ -137,7 +137,7 @@ def test_dry_run_table_names_nodes_labels_and_steps(tmp_path: Path) -> None:
         assert word in result.out
 
 
-def test_study_defaults_to_the_demo_arms_and_all_means_every_arm(tmp_path: Path) -> None:
+def test_study_defaults_to_demo_arms_and_all_means_every_arm(tmp_path: Path) -> None:
     plain = call("study", "pocket", "--dry-run", "--json", *sets())
     named = call("study", "pocket", "--arms", ",".join(DEFAULT_STUDY), "--dry-run", "--json", *sets())
     every = call("study", "pocket", "--arms", ",".join(ARMS), "--dry-run", "--json", *sets())
@@ -145,7 +145,7 @@ def test_study_defaults_to_the_demo_arms_and_all_means_every_arm(tmp_path: Path)
     assert len(strict(every.out)) > len(strict(plain.out))  # type: ignore[arg-type]
 
 
-def test_a_report_is_rebuilt_from_the_files_byte_for_byte(tmp_path: Path) -> None:
+def test_report_is_rebuilt_from_files_byte_for_byte(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny("study", out, "--arms", "direct_grpo,warmup_only", whole=True).code == 0
     before = {name: (out / name).read_bytes() for name in ("report.json", "report.html")}
@@ -167,7 +167,7 @@ def test_report_merges_two_folders_of_different_seeds(tmp_path: Path) -> None:
     assert report["arms"]["direct_grpo"]["accuracy"]["sums"]["per_seed"].keys() == {"0", "1"}  # type: ignore[index]
 
 
-def test_evaluating_a_trained_node_agrees_with_the_runs_own_evaluation_file(tmp_path: Path) -> None:
+def test_evaluation_of_trained_node_agrees_with_its_evaluation_file(tmp_path: Path) -> None:
     """The same model, problems and task; other draws, so the texts differ, but what was graded is what is counted."""
     out = tmp_path / "graded.jsonl"
     data = tmp_path / "data.jsonl"
@@ -187,7 +187,7 @@ def test_evaluating_a_trained_node_agrees_with_the_runs_own_evaluation_file(tmp_
     assert "avg@4" in again.out and "pass@4" in again.out and rows(out) == graded  # seeds decide, not the moment
 
 
-def test_the_console_script_is_the_same_program() -> None:
+def test_console_script_is_same_program() -> None:
     from importlib.metadata import entry_points
 
     (script,) = entry_points(group="console_scripts", name="headwater")

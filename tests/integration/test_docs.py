@@ -113,7 +113,7 @@ def test_docs_pages_name_existing_modules_and_files() -> None:
     assert missing == []
 
 
-def test_reliability_page_lists_the_fault_points() -> None:
+def test_reliability_page_lists_fault_points() -> None:
     listed = re.search(r"```\n(file\.begun .*?)```", PAGES["docs/reliability.md"], flags=re.DOTALL)
     assert listed is not None
     assert dict(line.split(maxsplit=1) for line in listed[1].splitlines()) == POINTS
@@ -139,7 +139,7 @@ def resolve(name: str) -> object:
     raise AssertionError(f"{name}: no such module")
 
 
-def test_tutorial_script_writes_problems_that_fit_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tutorial_script_writes_problems_fitting_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     script, data = (
         re.search(rf"```{kind}\n(.*?)```", PAGES["docs/tutorial.md"], flags=re.DOTALL)[1]  # type: ignore[index]
@@ -155,7 +155,7 @@ def test_tutorial_script_writes_problems_that_fit_its_recipe(tmp_path: Path, mon
         assert result.code == 0 and f"{count} gold answers, 0 fail; 0 repeated rows" in result.out
 
 
-def test_arms_page_agrees_with_the_table_of_arms() -> None:
+def test_arms_page_agrees_with_table_of_arms() -> None:
     assert PAGES["docs/arms.md"] == with_table(PAGES["docs/arms.md"]), "python -m tools.arms_table"
 
 
@@ -179,7 +179,7 @@ def test_examples_are_valid_recipes_with_existing_files(path: Path, monkeypatch:
     assert path.name in PAGES["docs/examples.md"]
 
 
-def test_lora_example_fits_the_device_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_example_fits_its_named_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES)
     command = re.search(r"headwater (run .* --dry-run --on \w+)", Path("gsm8k_lora.yaml").read_text(encoding="utf-8"))
     assert command is not None and command[1].endswith("rtx4090")
@@ -209,7 +209,7 @@ def test_own_grader_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert labels["checks"] == 32 and 4 <= labels["distinct"] <= 8  # two steps of 4 problems × 4 samples
 
 
-def test_notebook_was_executed_and_agrees_with_the_study() -> None:
+def test_notebook_was_executed_and_agrees_with_study() -> None:
     book = json.loads((EXAMPLES / "pocket_study.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
     assert len(cells) >= 5 and [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
@@ -221,7 +221,7 @@ def test_notebook_was_executed_and_agrees_with_the_study() -> None:
         compile(re.sub(r"^[!%].*$", "pass", "".join(cell["source"]), flags=re.MULTILINE), "cell", "exec")
 
 
-def test_citation_has_the_package_version() -> None:
+def test_citation_has_package_version() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "title", "authors", "message"} <= cited.keys()
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)

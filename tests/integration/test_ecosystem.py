@@ -80,7 +80,7 @@ def test_tracker_receives_every_step_of_every_node_once_across_resumes(
     importlib.util.find_spec("tensorboard") is None,
     reason="tensorboard is not installed: --track tensorboard was NOT tested",
 )
-def test_tensorboard_shows_the_metrics_that_the_run_wrote(tmp_path: Path) -> None:
+def test_tensorboard_shows_metrics_of_run(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "run"
@@ -94,9 +94,7 @@ def test_tensorboard_shows_the_metrics_that_the_run_wrote(tmp_path: Path) -> Non
     assert tiny("run", out, "--arm", "direct_grpo", "--track", "tensorboard", changes=CHANGES).code == 0
 
 
-def test_unknown_or_missing_trackers_are_refused_before_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_or_missing_trackers_are_refused_before_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = tiny("run", tmp_path / "run", "--track", "mlflow")
     assert result.code == 2 and "--track mlflow: no such tracker; there are tensorboard, wandb, trackio" in result.err
     monkeypatch.setitem(trackers.TRACKERS, "nowhere_installed", trackers.TRACKERS["tensorboard"])
@@ -129,7 +127,7 @@ class Hub:
                 target.write_bytes(file.read())
 
 
-def test_pushed_model_loads_and_its_card_agrees_with_the_report(tmp_path: Path) -> None:
+def test_pushed_model_loads_and_its_card_agrees_with_report(tmp_path: Path) -> None:
     hub, found = Hub(tmp_path), push.find(finished(), "bridge")
     assert (
         push.push(found, "me/student", True, hub) == "https://huggingface.co/me/student" and hub.private["me/student"]
@@ -155,7 +153,7 @@ def test_pushed_model_loads_and_its_card_agrees_with_the_report(tmp_path: Path) 
     assert shown["stages"] == load_json(finished() / "recipe.json")["stages"]
 
 
-def test_push_accepts_a_node_folder_and_refuses_damage(tmp_path: Path) -> None:
+def test_push_accepts_node_folder_and_refuses_damage(tmp_path: Path) -> None:
     found = push.find(node(finished(), "bridge", "warmup") / "model", None)
     assert found.arm == "bridge" and "student after warmup" in push.card(found)
     with pytest.raises(UserError, match=r"push --to me/x: the hub refuses \(no such user\)"):
@@ -176,7 +174,7 @@ def test_push_refuses_invalid_sources_in_one_sentence(tmp_path: Path) -> None:
 # Python ---------------------------------------------------------------------------------------------------------------
 
 
-def test_python_api_run_equals_the_command_line_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_api_run_equals_command_line_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headwater.pipeline.preflight", lambda *given: None)
     changes = [*TINY, *CHANGES]
     report = headwater.run("pocket", arm="direct_grpo", out=tmp_path / "api", changes=changes)
@@ -230,7 +228,7 @@ def test_dry_run_options_are_validated() -> None:
         assert answer.code == 2 and message in answer.err
 
 
-def test_merge_refuses_a_plain_model_folder(tmp_path: Path, qwen3_folder: Path) -> None:
+def test_merge_refuses_plain_model_folder(tmp_path: Path, qwen3_folder: Path) -> None:
     answer = call("merge", qwen3_folder, tmp_path / "out")
     assert answer.code == 2 and "holds no adapter" in answer.err
     assert json.loads(call("run", "pocket", "--dry-run", "--json", *sets(*CHANGES)).out)

@@ -19,7 +19,7 @@ def test_long_stage_keeps_memory_and_open_files_constant(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("per_step", "seen"), [(0, False), (1 << 18, True)])
-def test_growth_detects_a_leak(per_step: int, seen: bool) -> None:
+def test_growth_detects_leak(per_step: int, seen: bool) -> None:
     from forked_runs import ProcessResult
 
     usage = [(0.5 * at, 200 * 2**20 + at * per_step, 12 + (at % 3 == 0)) for at in range(100)]

@@ -67,7 +67,7 @@ def python(copy: Path, *arguments: str | Path, timeout: float = 240) -> subproce
     return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def test_adding_an_arm_takes_one_edit(tmp_path: Path) -> None:
+def test_adding_arm_takes_one_edit(tmp_path: Path) -> None:
     edits = edits_of("Add an arm")
     assert [edit.path for edit in edits] == ["src/headwater/config/arms.py"]
     copy, out = copy_with(edits, tmp_path / "copy"), tmp_path / "run"
@@ -82,7 +82,7 @@ def test_adding_an_arm_takes_one_edit(tmp_path: Path) -> None:
     assert plan["raw_teacher"]["0"][:-1] == plan["raw_warmup_only"]["0"]  # shared nodes run once
 
 
-def test_adding_a_task_takes_two_edits(tmp_path: Path) -> None:
+def test_adding_task_takes_two_edits(tmp_path: Path) -> None:
     edits = edits_of("Add a task")
     assert {edit.path for edit in edits} == {"src/headwater/tasks/yes_no.py", "src/headwater/tasks/registry.py"}
     copy, data = copy_with(edits, tmp_path / "copy"), tmp_path / "data.jsonl"
@@ -102,7 +102,7 @@ def test_adding_a_task_takes_two_edits(tmp_path: Path) -> None:
     ]
 
 
-def test_adding_an_objective_takes_three_edits(tmp_path: Path) -> None:
+def test_adding_objective_takes_three_edits(tmp_path: Path) -> None:
     edits = edits_of("Add an objective")
     assert [edit.path for edit in edits] == [
         "src/headwater/config/objectives.py",
@@ -129,14 +129,14 @@ def test_adding_an_objective_takes_three_edits(tmp_path: Path) -> None:
     assert graded == [16]  # it is handed labels, and grades its 16 rollouts
 
 
-def test_an_unknown_objective_is_refused_with_the_rows_of_the_table() -> None:
+def test_unknown_objective_is_refused_with_table_rows() -> None:
     from headwater.config.objectives import OBJECTIVES, known_objective
 
     with pytest.raises(ValueError, match=", ".join(f"'{name}'" for name in OBJECTIVES)):
         known_objective("raft")
 
 
-def test_adding_a_sampler_takes_two_edits(tmp_path: Path) -> None:
+def test_adding_sampler_takes_two_edits(tmp_path: Path) -> None:
     edits = edits_of("Add a sampler")
     assert [edit.path for edit in edits] == [
         "src/headwater/sampling/uncached_sampler.py",

@@ -84,7 +84,7 @@ def one_sentence(result: ProcessResult) -> str:
 # Fault points and comparison ------------------------------------------------------------------------------------------
 
 
-def test_fault_points_table_lists_every_failpoint_of_the_source() -> None:
+def test_fault_points_table_lists_every_failpoint_in_source() -> None:
     found = [
         call.args[0].value
         for path in Path(headwater.__file__).parent.rglob("*.py")
@@ -98,11 +98,11 @@ def test_fault_points_table_lists_every_failpoint_of_the_source() -> None:
 
 
 def test_run_reaches_every_fault_point() -> None:
-    """All but `folder.moved`, which needs an existing folder (`test_run_killed_while_replacing_a_folder_resumes_bit_for_bit`)."""
+    """All but `folder.moved`, which needs an existing folder (`test_run_killed_while_replacing_folder_resumes_bit_for_bit`)."""
     assert set(points()) == set(fault_points.POINTS) - {"folder.moved"}
 
 
-def test_failpoint_does_nothing_unarmed_and_parse_fault_refuses_unknown_names() -> None:
+def test_unarmed_failpoint_does_nothing_and_parse_fault_refuses_names() -> None:
     assert not fault_points.armed()
     fault_points.failpoint("step.begun")
     with pytest.raises(KeyError):
@@ -116,14 +116,14 @@ def test_failpoint_does_nothing_unarmed_and_parse_fault_refuses_unknown_names() 
         fault("step.begun")
 
 
-def test_environment_variable_arms_a_failpoint() -> None:
+def test_environment_variable_arms_failpoint() -> None:
     code = "from headwater.storage.fault_points import failpoint; failpoint('step.begun'); failpoint('step.begun'); print('alive')"
     environment = {**os.environ, "HEADWATER_FAULT": "step.begun:2=kill", "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
     assert result.returncode == KILLED and result.stdout == b""
 
 
-def test_resume_drops_old_checkpoints_that_a_killed_run_left(tmp_path: Path) -> None:
+def test_resume_drops_old_checkpoints_of_killed_run(tmp_path: Path) -> None:
     """OPD has three checkpoints here, of which two remain; no further step would drop the first."""
     out, saved = tmp_path / "out", 7  # two of the teacher, two of the warm-up, then the third
     assert go(out, f"checkpoint.saved:{saved}=kill").code == KILLED
@@ -177,7 +177,7 @@ def test_run_killed_at_every_fault_point_resumes_bit_for_bit(tmp_path: Path) -> 
         assert result.code == KILLED, (name, result.err)
 
 
-def test_run_killed_while_replacing_a_folder_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_run_killed_while_replacing_folder_resumes_bit_for_bit(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert go(out, "model.saved:1=kill").code == KILLED  # the model's folder exists and will be written again
     for fault, code in (("folder.moved:1=full", 4), ("folder.moved:1=kill", KILLED), ("folder.renamed:1=kill", KILLED)):
@@ -197,7 +197,7 @@ def test_run_killed_late_resumes_bit_for_bit(fault: str, tmp_path: Path) -> None
 # Disks ----------------------------------------------------------------------------------------------------------------
 
 
-def test_full_disk_at_every_write_exits_4_and_the_run_resumes(
+def test_full_disk_at_every_write_exits_4_and_run_resumes(
     tmp_path: Path,
 ) -> None:
     for name, result in run_with_fault_at_each(
@@ -208,7 +208,7 @@ def test_full_disk_at_every_write_exits_4_and_the_run_resumes(
 
 
 @pytest.mark.parametrize("fault", ["file.begun:6=readonly", "append.begun:5=readonly", "folder.begun:2=readonly"])
-def test_read_only_file_system_exits_4_and_the_run_resumes(fault: str, tmp_path: Path) -> None:
+def test_read_only_file_system_exits_4_and_run_resumes(fault: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = go(out, fault)
     assert result.code == 4 and "read-only file system" in one_sentence(result)
@@ -224,7 +224,7 @@ def mount_tmpfs(folder: Path, size: str) -> bool:
     )
 
 
-def test_full_tmpfs_exits_4_and_the_run_resumes(tmp_path: Path) -> None:
+def test_full_tmpfs_exits_4_and_run_resumes(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     if not mount_tmpfs(disk, "3m"):
         pytest.skip("needs the right to mount")
@@ -285,7 +285,7 @@ def test_interrupted_run_exits_130_and_resumes_bit_for_bit(
     assert differing(out, whole()) == []
 
 
-def test_sampler_error_is_reported_and_recorded_and_the_run_resumes(tmp_path: Path) -> None:
+def test_sampler_error_is_reported_and_recorded_and_run_resumes(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = go(out, "rollouts.arrived:9=error")
     assert result.code == 1 and one_sentence(result).startswith("RuntimeError: injected fault (traceback in ")
@@ -295,7 +295,7 @@ def test_sampler_error_is_reported_and_recorded_and_the_run_resumes(tmp_path: Pa
     assert differing(out, whole()) == []
 
 
-def test_second_process_on_a_locked_folder_is_refused(tmp_path: Path) -> None:
+def test_second_process_on_locked_folder_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = warm_runs().run(*small(out), then="step.begun")
     refused = f"second: 2: headwater: --out {out}: another process is running there; wait until it ends, or use another folder"
@@ -383,7 +383,7 @@ def unfinished(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "sums.json"])
-def test_damaged_checkpoint_is_named_and_the_previous_one_used(name: str, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named_and_previous_one_used(name: str, tmp_path: Path) -> None:
     out, opd = unfinished(tmp_path)
     flip(opd / "checkpoint" / "000002" / name)
     result = go(out)
@@ -411,7 +411,7 @@ def test_resume_is_refused_if_all_checkpoints_are_damaged(tmp_path: Path) -> Non
     [("metrics.jsonl", 0.01, 2), ("ledger.jsonl", 0.01, 2), ("rollouts/000001.jsonl", 0.5, 2), ("sums.jsonl", 0.01, 2),
      ("metrics.jsonl", 0.95, 0), ("ledger.jsonl", 0.95, 0), ("rollouts/000003.jsonl", 0.5, 0), ("rollouts/000002.jsonl", 0.5, 0)],
 )  # fmt: skip
-def test_damaged_log_is_rewritten_from_an_earlier_checkpoint_or_refused(
+def test_damaged_log_is_rewritten_from_earlier_checkpoint_or_refused(
     name: str, share: float, code: int, tmp_path: Path
 ) -> None:
     out, opd = unfinished(tmp_path)
@@ -448,7 +448,7 @@ def test_report_of_damaged_results_is_refused(tmp_path: Path) -> None:
     assert result.code == 2 and str(path) in one_sentence(result)
 
 
-def test_folder_without_checksums_of_an_earlier_version_is_accepted(tmp_path: Path) -> None:
+def test_folder_without_checksums_of_earlier_version_is_accepted(tmp_path: Path) -> None:
     out = copied(tmp_path)
     for path in out.glob("nodes/*/DONE"):
         write_json(path, {"fingerprint": load_json(path)["fingerprint"]})

@@ -53,7 +53,7 @@ def test_run_case_classifies_outcomes(raised: BaseException, outcome: str, monke
     assert fuzz.run_case(7, "made")[:2] == ("made", outcome)
 
 
-def test_run_case_ends_a_case_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_case_ends_hanging_case(monkeypatch: pytest.MonkeyPatch) -> None:
     def case(draw: object, folder: Path) -> str:
         while True:
             pass

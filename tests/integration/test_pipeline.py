@@ -40,7 +40,7 @@ def steps_of(path: Path) -> list[tuple[dict, list[dict]]]:  # type: ignore[type-
 # What a run directory holds -------------------------------------------------------------------------------------------
 
 
-def test_run_directory_has_the_documented_files() -> None:
+def test_run_directory_has_documented_files() -> None:
     out = all_arms()
     assert {path.name for path in out.iterdir()} >= {
         "recipe.json", "env.json", "plan.json", "ledger.jsonl", "nodes", "report.json", "report.html",
@@ -59,7 +59,7 @@ def test_run_directory_has_the_documented_files() -> None:
         assert load_json(path / "DONE")["fingerprint"] == info["fingerprint"]
 
 
-def test_recipe_json_is_the_resolved_recipe() -> None:
+def test_recipe_json_is_resolved_recipe() -> None:
     recipe = load_json(all_arms() / "recipe.json")
     assert recipe["stages"]["opd"]["steps"] == 2 and recipe["labels"]["budget"] == 16
     assert recipe["stages"]["opd"]["optim"]["beta2"] == 0.999  # a default that nobody wrote
@@ -72,7 +72,7 @@ def test_env_json_has_versions_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -
     assert torch.__version__ in written and "hf_secret" not in written
 
 
-def test_metrics_rows_have_the_documented_keys_and_steps_from_one() -> None:
+def test_metrics_rows_have_documented_keys_and_steps_from_one() -> None:
     wanted = {
         "step", "loss", "grad_norm", "seconds", "seconds_sample", "seconds_score", "seconds_update",
         "tokens_sampled", "tokens_trained", "tokens_teacher_scored",
@@ -90,7 +90,7 @@ def test_metrics_rows_have_the_documented_keys_and_steps_from_one() -> None:
             assert 0 < parts <= row["seconds"] * 1.01
 
 
-def test_metrics_depend_on_the_objective() -> None:
+def test_metrics_depend_on_objective() -> None:
     out = all_arms()
     measured = {
         "teacher_rl": {"reward", "informative", "entropy", "truncated", "sampler_gap"},
@@ -105,7 +105,7 @@ def test_metrics_depend_on_the_objective() -> None:
         assert row["loss"] == pytest.approx(row["kl_student_teacher"], rel=1e-4)  # OPD's loss is that divergence
 
 
-def test_report_json_has_the_documented_shape() -> None:
+def test_report_json_has_documented_shape() -> None:
     report = load_json(all_arms() / "report.json")
     assert {"recipe", "seeds", "arms", "contrasts", "conditions"} <= report.keys()
     assert (report["recipe"], report["seeds"]) == ("pocket", [0])
@@ -124,7 +124,7 @@ def test_report_json_has_the_documented_shape() -> None:
 # Arms and what they share ---------------------------------------------------------------------------------------------
 
 
-def test_a_study_of_all_arms_runs_every_shared_node_once() -> None:
+def test_study_of_all_arms_runs_every_shared_node_once() -> None:
     out = all_arms()
     stages = Counter(info["stage"] for _, info in infos(out))
     # Teachers: RL on all, on 1H, then on 2H; caches: raw, RL'd on all, on 1H, on 1H+2H, fine-tuned, and the expert's.
@@ -141,7 +141,7 @@ def test_a_study_of_all_arms_runs_every_shared_node_once() -> None:
     assert sum(row["purpose"] == "train" for row in rows(teacher / "ledger.jsonl")) == 2  # its two steps, once
 
 
-def test_teacher_fine_tuning_reads_the_experts_rollouts() -> None:
+def test_teacher_fine_tuning_reads_expert_rollouts() -> None:
     cache = nodes(all_arms(), "sft_teacher")[0]
     expert = ModelFolder.open("pocket:qwen3-teacher-large", "models.expert").fingerprint
     assert {row["sampler"] for row in rows(cache / "cache" / "rollouts.jsonl")} == {expert}
@@ -154,7 +154,7 @@ def test_raw_teacher_arm_uses_no_label() -> None:
     assert all(row["purpose"] == "eval" for row in spends if row["labels"] or row["checks"])
 
 
-def test_stage_three_uses_fresh_labels_and_replay_the_teachers() -> None:
+def test_stage_three_uses_fresh_labels_and_replay_teacher_labels() -> None:
     out = all_arms()
 
     def looked_at(path: Path) -> set[str]:
@@ -172,7 +172,7 @@ def test_stage_three_uses_fresh_labels_and_replay_the_teachers() -> None:
         assert spent == [(1, 16), (2, 16)]
 
 
-def test_no_arm_uses_more_labels_than_the_budget() -> None:
+def test_no_arm_uses_more_labels_than_budget() -> None:
     out = all_arms()
     for arm in ARMS:
         spends = [row for path in nodes(out, arm) for row in rows(path / "ledger.jsonl") if row["purpose"] == "train"]
@@ -181,7 +181,7 @@ def test_no_arm_uses_more_labels_than_the_budget() -> None:
         assert load_json(out / "report.json")["arms"][arm]["labels"]["distinct"] == len(looked_at)
 
 
-def test_the_half_split_is_disjoint_by_content_whatever_the_order_of_the_file(tmp_path: Path) -> None:
+def test_half_split_is_disjoint_by_content_in_any_file_order(tmp_path: Path) -> None:
     texts = [f"{a:02d}+{b:02d}" for a in range(6) for b in range(6)]
     lines = [{"problem": text, "answer": "1"} for text in texts]
     lines += [{"problem": f" {texts[3]} ", "answer": "1"}, {"problem": texts[7], "answer": "1"}]  # seen twice
@@ -200,7 +200,7 @@ def test_the_half_split_is_disjoint_by_content_whatever_the_order_of_the_file(tm
     assert halves(lines[::-1]) == (first, second)
 
 
-def test_leaked_training_problem_is_excluded_with_a_warning(tmp_path: Path) -> None:
+def test_leaked_training_problem_is_excluded_with_warning(tmp_path: Path) -> None:
     test = find_recipe("pocket", ["data.evals.sums.generate.count=5"])
     leaked = load(test.data.evals["sums"], "x", need_answers=True).problems[0].text
     path = tmp_path / "labeled.jsonl"
@@ -276,7 +276,7 @@ def test_evaluation_labels_are_counted_apart_from_training_labels() -> None:
     assert report["base_student"]["labels"] == {"distinct": 0, "checks": 0}
 
 
-def test_report_totals_are_sums_over_nodes_with_each_label_once() -> None:
+def test_report_totals_sum_over_nodes_with_each_label_once() -> None:
     out = all_arms()
     report = load_json(out / "report.json")["arms"]
     for arm in ARMS:
@@ -292,7 +292,7 @@ def test_report_totals_are_sums_over_nodes_with_each_label_once() -> None:
     assert report["bridge_rl"]["labels"] == {"distinct": 16, "checks": 64}
 
 
-def test_run_ledger_joins_the_node_ledgers() -> None:
+def test_run_ledger_joins_node_ledgers() -> None:
     out = all_arms()
     parts = [row for path, _ in infos(out) for row in rows(path / "ledger.jsonl")]
     assert rows(out / "ledger.jsonl") == parts
@@ -302,7 +302,7 @@ def test_run_ledger_joins_the_node_ledgers() -> None:
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
-def test_trained_model_folder_has_the_last_checkpoints_weights() -> None:
+def test_trained_model_folder_has_weights_of_last_checkpoint() -> None:
     for path in nodes(all_arms(), "bridge_rl"):
         if not (path / "model").exists():
             continue
@@ -315,7 +315,7 @@ def test_trained_model_folder_has_the_last_checkpoints_weights() -> None:
         assert all(torch.equal(saved[name], last[name]) for name in saved.keys() & last.keys())
 
 
-def test_transformers_gives_a_trained_models_log_probs() -> None:
+def test_transformers_gives_log_probs_of_trained_model() -> None:
     folder = node(all_arms(), "bridge", "opd") / "model"
     ours = load_policy(
         ModelFolder.open(str(folder), "x"),
@@ -362,7 +362,7 @@ def test_added_arms_and_seeds_reuse_finished_nodes(tmp_path: Path) -> None:
     assert report["arms"]["bridge"]["accuracy"]["sums"]["per_seed"].keys() == {"0", "1"}
 
 
-def test_corrected_answer_reruns_the_nodes_that_used_it(tmp_path: Path) -> None:
+def test_corrected_answer_reruns_nodes_using_it(tmp_path: Path) -> None:
     path, out = tmp_path / "labeled.jsonl", tmp_path / "out"
     pairs = [(f"{a:02d}+07+11+90", f"{(a + 8) % 100:02d}") for a in range(16)]
     changes = [f"data.labeled={path}"]

@@ -94,7 +94,7 @@ def test_workers_give_one_verdict_for_each_pair_in_time(
 
 @quick
 @given(gold=texts)
-def test_a_gold_answer_is_correct_against_itself_or_says_why_it_cannot_be_used(gold: str) -> None:
+def test_gold_answer_is_correct_against_itself_or_refused_with_reason(gold: str) -> None:
     for name in ("exact", "numeric", "choice", "json", "python", "regex"):
         task = TASKS[name]
         own = task.as_completion(gold)
@@ -194,7 +194,7 @@ def test_arbitrary_file_as_recipe_is_refused_in_one_sentence(tmp_path: Path, con
     assert sentence(lambda: read_recipe(path)).startswith(f"recipe {path}")
 
 
-def test_every_built_in_recipe_reads() -> None:
+def test_every_builtin_recipe_parses() -> None:
     assert "pocket" in builtin_names()
     for name in builtin_names():
         parse_recipe(yaml.safe_load(builtin_text(name)), name)
@@ -305,7 +305,7 @@ def test_split_is_stable_under_reordering_and_added_rows(
 
 @quick
 @given(text=st.text(max_size=60), seed=st.integers(0, 5))
-def test_spellings_of_one_problem_share_a_half_and_count_as_leaks(text: str, seed: int) -> None:
+def test_spellings_of_one_problem_share_half_and_count_as_leaks(text: str, seed: int) -> None:
     text = f"problem {text}"
     if any("\ud800" <= char <= "\udfff" for char in text):
         return
@@ -324,7 +324,7 @@ def test_spellings_of_one_problem_share_a_half_and_count_as_leaks(text: str, see
     budget=st.integers(1, 70),
     seed=st.integers(0, 3),
 )
-def test_budget_buys_exactly_its_number_or_is_refused(ids: list[str], budget: int, seed: int) -> None:
+def test_budget_buys_exact_number_or_is_refused(ids: list[str], budget: int, seed: int) -> None:
     if budget > len(ids):
         with pytest.raises(UserError, match=r"labels\.budget"):
             select_labels(ids, budget, seed)

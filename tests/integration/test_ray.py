@@ -83,7 +83,7 @@ def kill(pids: set[int]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_ray_study_with_a_killed_process_equals_the_local_study(ray: Any, tmp_path: Path) -> None:
+def test_ray_study_with_killed_process_equals_local_study(ray: Any, tmp_path: Path) -> None:
     with meanwhile(tmp_path, "student_rl", 3, kill):
         result = on_ray(tmp_path)
     assert result.code == 0, result.err
@@ -102,7 +102,7 @@ def test_interrupted_ray_study_checkpoints_and_resumes_locally(ray: Any, tmp_pat
     assert_same(tmp_path, here())
 
 
-def test_ray_node_lost_too_often_fails_and_the_rest_continues(ray: Any, tmp_path: Path) -> None:
+def test_ray_node_lost_too_often_fails_and_rest_continues(ray: Any, tmp_path: Path) -> None:
     with meanwhile(tmp_path, "student_rl", 1, kill):
         result = on_ray(tmp_path, "compute.ray.retries=0")
     assert result.code == 1
@@ -111,7 +111,7 @@ def test_ray_node_lost_too_often_fails_and_the_rest_continues(ray: Any, tmp_path
     assert (node(tmp_path, "raw_teacher", "opd") / "DONE").exists()
 
 
-def test_ray_refuses_resources_that_no_machine_has(ray: Any, tmp_path: Path) -> None:
+def test_ray_refuses_unavailable_resources(ray: Any, tmp_path: Path) -> None:
     result = on_ray(tmp_path, "compute.ray.stages.warmup.cpus=64")
     assert result.code == 2
     assert result.err.endswith(
@@ -119,7 +119,7 @@ def test_ray_refuses_resources_that_no_machine_has(ray: Any, tmp_path: Path) -> 
     )
 
 
-def test_missing_ray_is_refused_with_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_is_refused_with_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     result = tiny("run", tmp_path, "--executor", "ray")
     assert result.code == 2

@@ -86,7 +86,7 @@ def test_run_killed_at_any_write_resumes_bit_for_bit(share: float, tmp_path: Pat
     assert_same(out, whole)
 
 
-def test_run_killed_within_a_stage_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_run_killed_within_stage_resumes_bit_for_bit(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert start(out, f"step.begun:{BEFORE_OPD + 4}=kill").code == -signal.SIGKILL
     opd = next((out / "nodes").glob("opd.*"))
@@ -96,7 +96,7 @@ def test_run_killed_within_a_stage_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same(out, uninterrupted())
 
 
-def test_interrupted_run_exits_130_with_the_resume_command(tmp_path: Path) -> None:
+def test_interrupted_run_exits_130_with_resume_command(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = start(out, f"step.begun:{BEFORE_OPD + 5}=int")
     message = ended.err
@@ -135,7 +135,7 @@ def test_finished_run_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {name: (out / name).read_bytes() for name in wrote} == wrote
 
 
-def test_resume_skips_a_damaged_checkpoint(tmp_path: Path) -> None:
+def test_resume_skips_damaged_checkpoint(tmp_path: Path) -> None:
     out = copied(tmp_path)
     for path in nodes(out, "bridge_rl"):
         (path / "DONE").unlink()

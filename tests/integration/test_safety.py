@@ -81,7 +81,7 @@ def test_standard_library_function_is_refused_as_grader(task: str, monkeypatch: 
         find_task(task)
 
 
-def test_grader_imported_by_a_module_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grader_imported_by_module_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_safe_graders.py").write_text(
         "from shutil import move\nfrom my_safe_parts import other\ndef own(gold, completion): return True\n",
         encoding="utf-8",
@@ -97,7 +97,7 @@ def test_grader_imported_by_a_module_is_refused(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("field", ["name", "data.evals.NAME"])
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".x", "a\n", "", "x" * 65, "é"])
-def test_names_used_as_file_names_cannot_leave_the_folder(field: str, name: str, tmp_path: Path) -> None:
+def test_names_used_as_file_names_cannot_leave_folder(field: str, name: str, tmp_path: Path) -> None:
     raw = yaml.safe_load(builtin_text("pocket"))
     if field == "name":
         raw["name"] = name
@@ -155,7 +155,7 @@ def test_huge_problem_text_is_refused_before_tokenizing(tmp_path: Path) -> None:
     assert time.monotonic() - started < 120
 
 
-def test_nested_repeats_of_a_pattern_are_not_expanded(tmp_path: Path) -> None:
+def test_nested_repeats_in_pattern_are_not_expanded(tmp_path: Path) -> None:
     started = time.monotonic()
     for gold in (
         "(a{9999}){9999}",
@@ -185,7 +185,7 @@ def test_catastrophic_pattern_is_stopped_at_its_time_limit() -> None:
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc", "a/b", "..", "", "a\n", 7, None])
-def test_plan_with_a_node_outside_the_folder_is_refused(name: Any, tmp_path: Path) -> None:
+def test_plan_with_node_outside_folder_is_refused(name: Any, tmp_path: Path) -> None:
     out = fake_run(tmp_path / "run", seeds=(0,), arms={"bridge": ARMS["bridge"]}, problems=4, steps=2)
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     plan["arms"]["bridge"]["0"][-1] = name
@@ -202,7 +202,7 @@ def test_plan_with_a_node_outside_the_folder_is_refused(name: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("where", ["report.json", "nodes/x", "nodes/opd/metrics.jsonl", ".lock"])
 @pytest.mark.parametrize("verb", ["report", "run", "reuse", "probe"])
-def test_symlink_in_a_run_directory_is_refused_and_not_followed(verb: str, where: str, tmp_path: Path) -> None:
+def test_symlink_in_run_directory_is_refused_and_not_followed(verb: str, where: str, tmp_path: Path) -> None:
     out, victim = tmp_path / "run", tmp_path / "victim"
     fake_run(out, seeds=(0,), arms={"bridge": ARMS["bridge"]}, problems=4, steps=2)
     victim.write_text("precious", encoding="utf-8")
@@ -218,7 +218,7 @@ def test_symlink_in_a_run_directory_is_refused_and_not_followed(verb: str, where
     assert victim.read_text(encoding="utf-8") == "precious" and not (tmp_path / "new").exists()
 
 
-def test_output_folder_may_be_a_symlink(tmp_path: Path) -> None:
+def test_output_folder_may_be_symlink(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo").code == 0
@@ -254,7 +254,7 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_text_of_a_run_directory_cannot_become_markup(tmp_path: Path) -> None:
+def test_text_of_run_directory_cannot_become_markup(tmp_path: Path) -> None:
     text = " ".join(HOSTILE)
     arms = {**{name: ARMS[name] for name in ("base_student", "bridge", "direct_grpo")}, HOSTILE[1]: ARMS["raw_teacher"]}
     out = fake_run(tmp_path / "run", seeds=(0,), arms=arms, problems=6, steps=12, text=text)
@@ -319,7 +319,7 @@ SECRETS = {
 }
 
 
-def test_environment_secrets_are_in_no_file_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_secrets_are_in_no_file_of_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     out = tmp_path / "out"
@@ -341,7 +341,7 @@ def test_environment_secrets_are_in_no_file_of_a_run(tmp_path: Path, monkeypatch
     assert not any(value in result.out + result.err + broken.err for value in SECRETS.values())
 
 
-def test_no_module_starts_a_shell() -> None:
+def test_no_module_starts_shell() -> None:
     """`subprocess` with a list alone; no os.system, popen, shell=, eval of any library."""
     source = Path(headwater.__file__).parent
     started = 0

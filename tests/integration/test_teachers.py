@@ -30,9 +30,7 @@ def pocket_teacher(pocket_folder: Path) -> Policy:
     )
 
 
-def test_distilling_from_a_served_teacher_gives_the_kl_of_the_same_teacher_in_process(
-    pocket_teacher: Policy, tmp_path: Path
-) -> None:
+def test_served_and_local_teacher_give_equal_distillation_kl(pocket_teacher: Policy, tmp_path: Path) -> None:
     with serving(Answering(pocket_teacher)) as there:
         result = tiny("run", tmp_path / "away", "--arm", "raw_teacher", changes=(*RAW, f"models.teacher={there.url}"))
     assert result.code == 0, result.err
@@ -55,7 +53,7 @@ def test_distilling_from_a_served_teacher_gives_the_kl_of_the_same_teacher_in_pr
         ("raw_teacher", ("stages.opd.sampling.temperature=0.7",), "scores at temperature 1 only"),
     ],
 )
-def test_a_recipe_that_a_server_cannot_serve_is_refused_before_the_run(
+def test_unservable_recipe_is_refused_before_run(
     arm: str, changes: tuple[str, ...], message: str, pocket_teacher: Policy, tmp_path: Path
 ) -> None:
     with serving(Answering(pocket_teacher)) as there:
@@ -68,7 +66,7 @@ def test_a_recipe_that_a_server_cannot_serve_is_refused_before_the_run(
     ("which", "message"),
     [("prompt", "different ids for the same text"), ("messages", "their chat templates give different ids")],
 )
-def test_a_server_with_another_tokenizer_or_template_is_refused(
+def test_server_with_other_tokenizer_or_template_is_refused(
     which: str, message: str, pocket_teacher: Policy, tmp_path: Path
 ) -> None:
     def other(path: str, body: dict[str, Any] | None) -> Any:
@@ -81,9 +79,7 @@ def test_a_server_with_another_tokenizer_or_template_is_refused(
     assert found.code == 2 and message in found.err, found.err
 
 
-def test_a_server_that_fails_stops_the_run_which_resumes_once_the_server_is_back(
-    pocket_teacher: Policy, tmp_path: Path
-) -> None:
+def test_server_failure_stops_run_and_resume_continues(pocket_teacher: Policy, tmp_path: Path) -> None:
     good, calls = Answering(pocket_teacher), [0]
 
     def tiring(path: str, body: dict[str, Any] | None) -> Any:
@@ -109,7 +105,7 @@ def problems(path: Path, tags: tuple[str, ...] = ("left", "right")) -> Path:
     return path
 
 
-def test_a_problems_tag_is_the_recipes_tag_column(tmp_path: Path) -> None:
+def test_problem_tag_is_read_from_tag_column(tmp_path: Path) -> None:
     path = problems(tmp_path / "p.jsonl")
     tagged = load_source(Source(path=str(path), columns=Columns(tag="kind")), "data.labeled", need_answers=True)
     assert [one.tag for one in tagged.problems[:3]] == ["left", "right", "left"]
@@ -129,7 +125,7 @@ def mapped(tmp_path: Path, *changes: str, tags: tuple[str, ...] = ("left", "righ
     )
 
 
-def test_with_teachers_by_tag_each_cached_rollout_is_from_its_own_tags_teacher(tmp_path: Path) -> None:
+def test_cached_rollouts_come_from_teacher_of_their_tag(tmp_path: Path) -> None:
     result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=mapped(tmp_path))
     assert result.code == 0, result.err
     cached = rows(node(tmp_path / "out", "raw_teacher", "teacher_rollouts") / "cache" / "rollouts.jsonl")
@@ -145,7 +141,7 @@ def test_with_teachers_by_tag_each_cached_rollout_is_from_its_own_tags_teacher(t
         ("raw_teacher", ("left", "wrong"), "has the tag 'wrong', and the mapping knows left, right"),
     ],
 )
-def test_an_unusable_mapping_of_teachers_is_refused_in_one_sentence(
+def test_invalid_teacher_mapping_is_refused_in_one_sentence(
     arm: str, tags: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     found = tiny("run", tmp_path / "out", "--arm", arm, changes=mapped(tmp_path, tags=tags))
@@ -155,7 +151,7 @@ def test_an_unusable_mapping_of_teachers_is_refused_in_one_sentence(
 # Asynchronous scoring -------------------------------------------------------------------------------------------------
 
 
-def test_async_scoring_gives_the_same_metrics_and_is_deterministic(tmp_path: Path) -> None:
+def test_async_scoring_gives_same_metrics_and_is_deterministic(tmp_path: Path) -> None:
     outs = [tmp_path / name for name in ("plain", "ahead", "again")]
     for out, parts in zip(outs, (1, 4, 4), strict=True):
         assert tiny("run", out, changes=[f"compute.score_ahead={parts}"]).code == 0

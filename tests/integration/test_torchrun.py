@@ -93,14 +93,14 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
-def test_two_ranks_equal_one_with_the_same_ledger(tmp_path: Path) -> None:
+def test_two_ranks_equal_one_with_same_ledger(tmp_path: Path) -> None:
     ended = warm_ranks().run(2, *command(tmp_path / "out"))
     assert [one.code for one in ended] == [0, 0], ended
     assert_alike(tmp_path / "out", one_process())
     assert load_json(tmp_path / "out" / "env.json")["processes"] == 2 and ended[1].err == ""
 
 
-def test_killed_rank_ends_the_others_and_other_world_sizes_resume(
+def test_killed_rank_ends_others_and_other_world_sizes_resume(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "two"
@@ -141,7 +141,7 @@ def test_interrupted_ranks_leave_one_checkpoint_and_two_resume_from_one(tmp_path
 
 
 @pytest.mark.many
-def test_stage_failure_on_all_ranks_spares_the_rest_of_a_study(tmp_path: Path) -> None:
+def test_stage_failure_on_all_ranks_spares_rest_of_study(tmp_path: Path) -> None:
     changes = ["guards.no_signal=stop", "guards.patience=1", "stages.student_rl.sampling.max_tokens=1"]
     argv = ["study", "pocket", "--arms", "direct_grpo,raw_teacher", "--out", tmp_path, *sets(*changes)]
     ended = warm_ranks().run(2, *argv)
@@ -152,7 +152,7 @@ def test_stage_failure_on_all_ranks_spares_the_rest_of_a_study(tmp_path: Path) -
 
 
 @pytest.mark.many
-def test_torchrun_gives_the_same_run_and_rank_0_prints(tmp_path: Path) -> None:
+def test_torchrun_gives_same_run_and_rank_0_prints(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "headwater"]
     argv = [*launcher, *map(str, command(tmp_path / "out"))]
     result = subprocess.run(argv, capture_output=True, text=True, timeout=280, env=environment())

@@ -66,7 +66,7 @@ def test_lora_on_two_ranks_equals_one_and_resumes(output: str, tmp_path: Path) -
         assert_alike(tmp_path / str(size), one)
 
 
-def test_each_rank_queries_a_served_teacher_for_its_own_share(tmp_path: Path, pocket_folder: Path) -> None:
+def test_each_rank_queries_served_teacher_for_its_own_share(tmp_path: Path, pocket_folder: Path) -> None:
     teacher = load_policy(
         ModelFolder.open(str(pocket_folder / "qwen3-teacher"), "models.teacher"), LoadOptions(MODELS, CPU, frozen=True)
     )
@@ -146,7 +146,7 @@ def measurements(processes: list[subprocess.Popen[str]]) -> list[dict[str, float
     return found
 
 
-def test_no_rank_holds_the_whole_model_while_loading_and_training(tmp_path: Path) -> None:
+def test_no_rank_holds_whole_model_while_loading_and_training(tmp_path: Path) -> None:
     """107 MB of weights: a process alone holds them twice as it loads, once from the file, which the system can take back."""
     make(tmp_path / "model", layers=8, width=512, vocabulary=4000)
     single, pair = start_ranks(tmp_path / "model", 1), start_ranks(tmp_path / "model", 2)

@@ -100,7 +100,7 @@ def plain_logp(model: Any, rollout: Rollout) -> Tensor:
     return logp.gather(1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
 
 
-def test_sampler_trainer_and_transformers_give_the_same_log_probs(name: str) -> None:
+def test_sampler_trainer_and_transformers_log_probs_agree(name: str) -> None:
     rollouts = rollouts_of(name)
     trainer = torch.cat(logp_of(policy_of(name), rollouts, 4096))
     sampler = torch.tensor([logp for rollout in rollouts for logp in rollout.sampler_logp])
@@ -137,7 +137,7 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_a_full_grpo_step_has_the_gradient_of_plain_autograd(name: str) -> None:
+def test_grpo_step_gradient_equals_plain_autograd(name: str) -> None:
     ours, plain = gradient_of(policy_of(name), rows_of(name), STAGE), plain_gradient(name)
     assert ours.keys() == plain.keys()
     worst = max(relative_difference(ours[key], plain[key]) for key in ours)
@@ -146,7 +146,7 @@ def test_a_full_grpo_step_has_the_gradient_of_plain_autograd(name: str) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed: adapters NOT tested")
-def test_a_lora_grpo_step_has_the_gradient_that_follows_from_the_full_one(name: str) -> None:
+def test_lora_grpo_step_gradient_follows_from_full_gradient(name: str) -> None:
     """With B = 0: dL/dB = scaling · dL/dW Aᵀ and dL/dA = 0."""
     spec = AdapterSpec(Lora(r=4, alpha=8), ("real",))
     policy = load_policy(folder_of(name), LoadOptions(MODELS, CPU, frozen=False, adapter=spec))
@@ -160,7 +160,7 @@ def test_a_lora_grpo_step_has_the_gradient_that_follows_from_the_full_one(name: 
         assert not gradient[f"{path}.lora_A.default.weight"].any()
 
 
-def test_a_saved_student_gives_the_trained_log_probs_in_transformers(name: str, tmp_path: Path) -> None:
+def test_saved_student_keeps_trained_log_probs_in_transformers(name: str, tmp_path: Path) -> None:
     policy, rollouts = policy_of(name), rollouts_of(name)
     weight = policy.model.get_input_embeddings().weight
     before = weight.detach().clone()
@@ -180,7 +180,7 @@ def test_a_saved_student_gives_the_trained_log_probs_in_transformers(name: str, 
     torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-4)
 
 
-def test_stop_ids_prompt_and_size_are_the_published_ones(name: str) -> None:
+def test_stop_ids_prompt_and_size_equal_published_ones(name: str) -> None:
     policy, expected = policy_of(name), EXPECTED[name]
     assert sorted(policy.stop_ids) == sorted(expected.stop_ids)
     assert policy.tokenizer.decode(prompt_ids(policy, QUESTIONS[0])).startswith(expected.prompt_start)
@@ -204,7 +204,7 @@ conditions: {{problems: 2, top_k: 64}}
 """
 
 
-def test_the_doctor_has_no_error_for_a_recipe_with_the_model(
+def test_doctor_reports_no_error_for_recipe_with_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for file, start in (("train.jsonl", 20), ("test.jsonl", 60)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import headwater
 
 SOURCE = Path(headwater.__file__).parent
+TESTS = Path(__file__).parents[1]
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(SOURCE.rglob("*.py"))
@@ -269,3 +271,16 @@ def test_no_function_takes_more_than_eight_parameters_or_two_callables() -> None
                 if len(parameters) > 8 or sum(map(is_callable, parameters)) > 2:
                     long.add(f"{name}.{node.name}")
     assert not long, "bundle parameters that belong together in a frozen dataclass"
+
+
+def test_test_names_are_short_and_plain() -> None:
+    """A test is named `test_<unit>_<behaviour>`: at most 70 characters, no articles and no relative clauses."""
+    words = re.compile(r"_(a|an|the|that|what|which|who|whom|whose|whatever|whoever)(?=_|$)")
+    unsuitable = [
+        f"{path.name}: {node.name}"
+        for path in sorted(TESTS.rglob("test_*.py"))
+        for node in ast.walk(tree(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_")
+        if len(node.name) > 70 or words.search(node.name)
+    ]
+    assert unsuitable == [], "rename, such as test_save_policy_keeps_log_probs"

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from headwater.config import yaml
 from headwater.config.samplers import check_sampler_name
-from headwater.config.stage import Name, Natural, Positive, Sampling, Seed, Stage, Stages, Strict
+from headwater.config.stage import Fraction, Name, Natural, Positive, Sampling, Seed, Stage, Stages, Strict
 from headwater.errors import UserError
 
 
@@ -120,6 +120,9 @@ class Source(Strict):
     split: str = "train"
     columns: Columns = Columns()
     limit: Positive | None = None
+    hash_range: tuple[Fraction, Fraction] | None = None
+    """Keep problems whose content hash, a number from 0 to 1, is at least the first bound and below the second: `[0, 0.1]` and
+    `[0.1, 1]` divide one file into evaluation and training, whatever the order of its rows. Applied before `limit`."""
     generate: Generate | None = None
 
     @model_validator(mode="before")
@@ -131,6 +134,8 @@ class Source(Strict):
     def _one_origin(self) -> Source:
         if (self.path is None) == (self.generate is None):
             raise ValueError("give either path or generate")
+        if self.hash_range is not None and self.hash_range[0] >= self.hash_range[1]:
+            raise ValueError("hash_range: the first bound must be less than the second")
         return self
 
 

@@ -5,6 +5,7 @@ Errors name the file and the row or column. A problem's id is a hash of its cont
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
@@ -29,7 +30,7 @@ from headwater.tasks import maths_text
 from headwater.tasks.golds import gold_answer
 from headwater.tasks.registry import TASKS
 from headwater.tasks.verifier import Verifier
-from headwater.types import Problem
+from headwater.types import Problem, family_of
 
 REFERENCE = "the assistant's last turn"
 """Where the answer stands in a file of conversations without a column for it."""
@@ -84,7 +85,7 @@ def load(
     problem_column = find_problem_column(source.columns, first[1], where)
     referenced = _conversation(first[1], problem_column, f"{where}, row {first[0]}").reference is not None
     answer_column = find_answer_column(source.columns, first[1], where, need_answers and not referenced)
-    read: list[tuple[int, Conversation, str | None]] = []
+    every: list[tuple[int, Conversation, str | None]] = []
     tags: dict[int, str] = {}
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
@@ -93,8 +94,12 @@ def load(
         asked = _conversation(row, problem_column, place)
         answer = asked.reference if answer_column is None else answer_at(row, answer_column)
         refuse_hidden_choices(row, asked.turns[-1][1], answer, place)
-        read.append((number, asked, _answer(answer, answer_column or REFERENCE, place, gold)))
-    read = read[: source.limit]
+        every.append((number, asked, _answer(answer, answer_column or REFERENCE, place, gold)))
+    read = _within(every, source)
+    if not read:
+        raise UserError(
+            f"{where}: hash_range {list(source.hash_range or ())} keeps none of its {len(every)} rows; widen it"
+        )
     if need_answers:
         without_answer = [number for number, _, answer in read if answer is None]
         if without_answer:
@@ -176,6 +181,24 @@ def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | Non
         raise UserError(f"{where}: {column!r} is nested too deeply") from None
 
 
+def _within(
+    rows: Sequence[tuple[int, Conversation, str | None]], source: Source
+) -> Sequence[tuple[int, Conversation, str | None]]:
+    """The rows that `hash_range` and then `limit` keep."""
+    if source.hash_range is not None:
+        low, high = source.hash_range
+        rows = [row for row in rows if low <= content_fraction(Problem.of_turns(row[1].turns, "").id) < high]
+    return rows[: source.limit]
+
+
+def content_fraction(problem_id: str) -> float:
+    """A problem's place in [0, 1) by a hash of its content; copies that differ in punctuation or case have the same.
+
+    Independent of the halves of the labels (`data.labels.half_of`).
+    """
+    return int.from_bytes(hashlib.sha256(f"part:{family_of(problem_id)}".encode()).digest()[:6]) / 2**48
+
+
 def _agree(first: str, second: str, grader: Verifier | None) -> bool:
     """Whether two answers of one problem are written alike up to spaces, or are the same to the grader."""
     written_alike = maths_text.squeezed(first) == maths_text.squeezed(second)
@@ -228,4 +251,4 @@ def _generated(source: Source, what: str) -> LoadedProblems:
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     rows = [(number, Conversation((("user", text),)), answer) for number, (text, answer) in enumerate(pairs, 1)]
-    return _merged(rows[: source.limit], f"{name}:{settings.pool}", {number: name for number, *_ in rows})
+    return _merged(_within(rows, source), f"{name}:{settings.pool}", {number: name for number, *_ in rows})

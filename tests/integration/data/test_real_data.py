@@ -112,7 +112,7 @@ def sentence(result: CommandResult) -> str:
     return line
 
 
-def test_gsm8k_with_a_model_that_solves_nothing_stops_and_says_how_many_labels_would_be_wasted(tmp_path: Path) -> None:
+def test_gsm8k_run_without_signal_stops_and_counts_wasted_labels(tmp_path: Path) -> None:
     path, out = recipe(tmp_path / "mine.yaml"), tmp_path / "out"
     result = call("run", path, "--out", out)
     assert result.code == 4, result.err
@@ -153,7 +153,7 @@ def test_gsm8k_with_a_model_that_solves_nothing_stops_and_says_how_many_labels_w
     assert not spent["teacher_rl"] & spent["student_rl"]
 
 
-def test_math500_is_evaluated_with_avg_pass_and_intervals(tmp_path: Path) -> None:
+def test_math500_evaluation_has_avg_pass_and_intervals(tmp_path: Path) -> None:
     graded = tmp_path / "graded.jsonl"
     options = ["--limit", "20", "--samples", "2", "--max-tokens", "12", "--out", graded]
     result = call("eval", student(), "--data", MATH500, *options)
@@ -169,7 +169,7 @@ def test_math500_is_evaluated_with_avg_pass_and_intervals(tmp_path: Path) -> Non
     assert sum(found["reasons"].values()) == 40
 
 
-def test_a_users_own_grader_and_files_work_from_the_current_directory(tmp_path: Path) -> None:
+def test_user_grader_and_files_work_from_current_directory(tmp_path: Path) -> None:
     (tmp_path / "my_graders.py").write_text(
         "def short(gold, completion):\n    return len(completion) % 2 == 0, 'by length'\n", encoding="utf-8"
     )
@@ -188,7 +188,7 @@ def test_a_users_own_grader_and_files_work_from_the_current_directory(tmp_path: 
     assert 0 < sum(row["correct"] for row in texts) < len(texts)
 
 
-def test_a_template_that_knows_thinking_is_rendered_as_prompt_thinking_says(tmp_path: Path) -> None:
+def test_thinking_template_follows_prompt_thinking_setting(tmp_path: Path) -> None:
     words = AutoTokenizer.from_pretrained(student())
     problem = Problem.of("What is 1 + 1?", "here")
     on, off = (Prompter(words, Prompt(thinking=value)) for value in (True, False))

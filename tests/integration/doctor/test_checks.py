@@ -30,7 +30,7 @@ def test_doctor_command_lists_its_checks_and_exits_0(tmp_path: Path) -> None:
 # Tokenizers, stop ids, templates ----------------------------------------------------------------------------------------
 
 
-def test_missing_model_folder_is_a_finding_of_doctor_and_exit_2_of_run(tmp_path: Path) -> None:
+def test_missing_model_folder_is_doctor_finding_and_run_exit_2(tmp_path: Path) -> None:
     missing = ("--set", f"models.teacher={tmp_path / 'nowhere'}")
     result = call("doctor", "pocket", "--json", *missing)
     found = json.loads(result.out)
@@ -44,7 +44,7 @@ def test_missing_model_folder_is_a_finding_of_doctor_and_exit_2_of_run(tmp_path:
 # run, and the table -----------------------------------------------------------------------------------------------------
 
 
-def test_run_refuses_before_anything_is_written_and_says_what_to_do(tmp_path: Path) -> None:
+def test_run_refuses_before_writing_and_names_remedy(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
     teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
     result = tiny(
@@ -54,7 +54,7 @@ def test_run_refuses_before_anything_is_written_and_says_what_to_do(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_run_reports_a_mistake_in_the_recipe_in_one_sentence_and_exits_2(tmp_path: Path) -> None:
+def test_run_refuses_recipe_mistake_in_one_sentence_and_exits_2(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "one")
     teacher = qwen_folder(tmp_path / "other", template=PLAIN.replace("assistant;", "assistant:"))
     result = tiny("run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}")
@@ -84,7 +84,7 @@ def test_finished_run_skips_preflight(tmp_path: Path, monkeypatch: pytest.Monkey
     ("arm", "lora"),
     [("direct_grpo", "null"), ("direct_grpo", "{r: 4}"), ("bridge_rl", "{r: 4, output: adapter, roles: [student]}")],
 )
-def test_disk_is_what_a_run_then_takes(arm: str, lora: str, tmp_path: Path) -> None:
+def test_disk_estimate_equals_usage_of_run(arm: str, lora: str, tmp_path: Path) -> None:
     """Weights and checkpoints of every stage within a fifth; the small files beside them are not estimated."""
     changes = [f"models.lora={lora}", "stages.student_rl.checkpoint_every=1"]
     with prepared(find_recipe("pocket", [*TINY, *changes]), [arm], [0]) as (plan, inputs):

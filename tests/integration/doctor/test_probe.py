@@ -52,13 +52,13 @@ def test_probe_charges_every_label_to_its_ledger() -> None:
     assert len(looked_at) == 8 and sum(row["checks"] for row in ledger) == len(given)
 
 
-def test_probe_uses_labels_that_training_would_buy() -> None:
+def test_probe_uses_same_labels_as_training() -> None:
     _, _, given = kept()
     with prepared(find_recipe("pocket", list(TINY)), ["bridge"], [0]) as (_, inputs):
         assert {name for name, _ in given} < set(inputs.pools.all)
 
 
-def test_probe_pass_rates_equal_those_of_the_verdicts() -> None:
+def test_probe_pass_rates_equal_verdict_counts() -> None:
     _, answer, given = kept()
     count = 8 * 4  # the student's samples are graded first, then the teacher's, then what both made of its beginnings
     for role, part in (("student", given[:count]), ("teacher", given[count : 2 * count])):
@@ -80,13 +80,13 @@ def test_probe_pass_rates_equal_those_of_the_verdicts() -> None:
     assert finish["teacher"]["mean"] == pytest.approx(sum(ends[half:]) / half)
 
 
-def test_probe_json_equals_the_output_and_is_deterministic() -> None:
+def test_probe_json_equals_output_and_is_deterministic() -> None:
     out, answer, _ = kept()
     again = probed("--problems", "8", "--samples", "4")
     assert {**again, "seconds": 0} == {**answer, "seconds": 0} == {**load_json(out / "probe.json"), "seconds": 0}
 
 
-def test_run_in_a_probed_folder_keeps_its_ledger_apart(tmp_path: Path) -> None:
+def test_run_in_probed_folder_keeps_its_ledger_apart(tmp_path: Path) -> None:
     out = tmp_path / "run"
     probed("--out", out, "--problems", "2", "--samples", "4")
     assert tiny("run", out, "--arm", "direct_grpo").code == 0
@@ -129,7 +129,7 @@ def test_probe_refuses_invalid_options_in_one_sentence(options: tuple[str, ...],
     assert found.code == 2 and message in found.err and "Traceback" not in found.err
 
 
-def test_probe_refuses_continuations_across_a_change_of_positions(tmp_path: Path) -> None:
+def test_probe_refuses_continuations_across_change_of_positions(tmp_path: Path) -> None:
     """The longest prompt has 19 tokens: a run fits under the limit of 51, answers that are continued do not."""
     rope = {
         "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 51,
@@ -144,7 +144,7 @@ def test_probe_refuses_continuations_across_a_change_of_positions(tmp_path: Path
     assert call("probe", "pocket", *sets(*models, *shorter), "--problems", "2", "--samples", "4").code == 0
 
 
-def test_probe_table_shows_both_models_and_the_advice() -> None:
+def test_probe_table_shows_both_models_and_advice() -> None:
     result = call("probe", "pocket", *sets(), "--problems", "8", "--samples", "4", "--seed", "0")
     _, answer, _ = kept()
     assert result.code == 0 and "8 of the 16 labels of the budget were used" in result.out

@@ -42,7 +42,7 @@ metadata: {{version: 1}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lm_eval_scores_a_trained_student_like_headwater_eval(family: str, tmp_path: Path) -> None:
+def test_lm_eval_scores_trained_student_like_headwater_eval(family: str, tmp_path: Path) -> None:
     import lm_eval
 
     problems = generate(128, "eval", seed=0)

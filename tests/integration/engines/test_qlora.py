@@ -63,7 +63,7 @@ def plain(where: Path) -> Policy:
     return load_policy(ModelFolder.open(str(where), FIELD), LoadOptions(MODELS, CPU, frozen=True))
 
 
-def test_qlora_equals_lora_on_the_dequantized_weights(folder: Path, tmp_path: Path) -> None:
+def test_qlora_equals_lora_on_dequantized_weights(folder: Path, tmp_path: Path) -> None:
     """A full-precision base with the dequantized weights gives the same log-probs and gradients."""
     policy = adapted(folder)
     save_policy(policy, tmp_path / "rounded", torch.float32)  # a fresh adapter adds 0
@@ -78,7 +78,7 @@ def test_qlora_equals_lora_on_the_dequantized_weights(folder: Path, tmp_path: Pa
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
 
 
-def test_qlora_sampler_logp_equals_the_trainers(folder: Path) -> None:
+def test_qlora_sampler_logp_equals_trainer(folder: Path) -> None:
     policy = moved(adapted(folder))
     found = sampled_rows(policy, draw=1)
     drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in found])
@@ -124,7 +124,7 @@ CHANGES = (
 
 
 @pytest.mark.timeout(400)
-def test_qlora_recipe_resumes_bit_for_bit_after_a_kill(tmp_path: Path) -> None:
+def test_qlora_recipe_resumes_bit_for_bit_after_kill(tmp_path: Path) -> None:
     synced: list[Any] = []
     with mock.patch("os.fsync", synced.append):
         result = tiny("run", tmp_path / "whole", changes=CHANGES)

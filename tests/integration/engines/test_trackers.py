@@ -37,9 +37,7 @@ def metrics(out: Path, arm: str, stage: str) -> tuple[str, list[dict[str, Any]]]
 
 
 @needs("wandb")
-def test_wandb_offline_run_has_the_metrics_of_the_run_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_offline_run_has_metrics_of_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     told(tmp_path / "run", "wandb", "run", "pocket", "--arm", "direct_grpo")
     (kept,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")

@@ -32,7 +32,7 @@ class Recorded:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_engine_devices_and_weight_transfer_follow_the_recipe(
+def test_engine_devices_and_weight_transfer_follow_recipe(
     size: int, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: True)
@@ -49,7 +49,7 @@ def test_engine_devices_and_weight_transfer_follow_the_recipe(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_engine_is_told_of_a_head_that_is_not_the_embedding(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_settings_mark_untied_head(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its folder's config.json may say otherwise, and the engine would drop the head."""
     monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: True)
     monkeypatch.setattr(vllm_sampler, "_import_vllm", lambda: SimpleNamespace(LLM=Recorded))

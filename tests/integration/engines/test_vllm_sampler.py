@@ -71,7 +71,7 @@ def gap(policy: Policy, rollouts: Sequence[Rollout]) -> float:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_vllm_sampler_logp_equals_the_trainers(pool: EnginePool, policy: Policy, temperature: float) -> None:
+def test_vllm_sampler_logp_equals_trainer(pool: EnginePool, policy: Policy, temperature: float) -> None:
     rollouts = pool.sampler(policy).sample(sample_requests(), Sampling(max_tokens=24, temperature=temperature))
     assert gap(policy, rollouts) < 1e-4  # the promise is 0.01
     assert {rollout.temperature for rollout in rollouts} == {temperature}
@@ -105,7 +105,7 @@ def adapted(quantize: str | None = None) -> Policy:
 
 @pytest.mark.skipif(not ADAPTERS, reason="peft is not installed here: `make test-engines` brings it")
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_vllm_receives_the_merged_adapter_before_each_call(pool: EnginePool, quantize: str | None) -> None:
+def test_vllm_receives_merged_adapter_before_each_call(pool: EnginePool, quantize: str | None) -> None:
     if quantize and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed here: `make test-engines` brings it")
     policy = adapted(quantize)
@@ -122,7 +122,7 @@ def test_vllm_receives_the_merged_adapter_before_each_call(pool: EnginePool, qua
     assert gap(policy, after) < 1e-4 < 0.05 < gap(policy, before)
 
 
-def test_policies_of_one_shape_share_an_engine(pool: EnginePool, policy: Policy) -> None:
+def test_policies_of_one_shape_share_engine(pool: EnginePool, policy: Policy) -> None:
     other = copied(policy)
     with torch.no_grad():
         for one in other.model.parameters():
@@ -163,7 +163,7 @@ def test_vllm_first_token_frequencies_match_probabilities(pool: EnginePool, poli
     assert chisquare([*seen, count - sum(seen)], [*wanted, count - sum(wanted)]).pvalue > 1e-3
 
 
-def test_vllm_completions_end_with_a_stop_id_or_at_max_tokens(pool: EnginePool, policy: Policy) -> None:
+def test_vllm_completions_end_with_stop_id_or_at_max_tokens(pool: EnginePool, policy: Policy) -> None:
     arrived: list[Rollout] = []
     rollouts = pool.sampler(policy).sample(sample_requests(16), Sampling(max_tokens=24), arrived.extend)
     stops = set(policy.stop_ids)
@@ -178,7 +178,7 @@ def test_vllm_completions_end_with_a_stop_id_or_at_max_tokens(pool: EnginePool, 
     )
 
 
-def test_interrupted_batch_leaves_no_requests_in_the_engine(pool: EnginePool, policy: Policy) -> None:
+def test_interrupted_batch_leaves_no_requests_in_engine(pool: EnginePool, policy: Policy) -> None:
     def stop(finished: Sequence[Rollout]) -> None:
         raise KeyboardInterrupt
 
@@ -215,7 +215,7 @@ def test_saved_student_loads_in_vllm(pool: EnginePool, policy: Policy, tmp_path:
     assert gap(policy, fresh.sampler(saved).sample(sample_requests(), Sampling(max_tokens=16))) < 1e-4
 
 
-def test_engine_refuses_an_unsupported_model_shape() -> None:
+def test_engine_refuses_unsupported_model_shape() -> None:
     models = Models(student="pocket:qwen3-student", teacher="unused")  # heads of 16
     policy = load_policy(ModelFolder.open(models.student, "models.student"), LoadOptions(models, CPU, frozen=True))
     with pytest.raises(UserError, match=r"compute\.sampler: vllm cannot .*qwen3-student"):
@@ -266,7 +266,7 @@ def rewards(sampler: str, seed: int) -> list[float]:
 
 
 @pytest.mark.timeout(1500)
-def test_grpo_rewards_with_vllm_rise_as_with_the_embedded_sampler() -> None:
+def test_grpo_rewards_with_vllm_rise_as_with_torch_sampler() -> None:
     """The samplers draw differently, so the spread over seeds of the embedded sampler is the tolerance."""
     ours, vllm = [rewards("torch", seed) for seed in (0, 1, 2)], rewards("vllm", 0)
     print("rewards", ours, vllm)
@@ -289,7 +289,7 @@ ADAPTED = (
 @pytest.mark.skipif(not ADAPTERS, reason="peft is not installed here: `make test-engines` brings it")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("output", ["merged", "adapter"])
-def test_lora_recipe_runs_with_the_vllm_sampler(tmp_path: Path, output: str) -> None:
+def test_lora_recipe_runs_with_vllm_sampler(tmp_path: Path, output: str) -> None:
     result = tiny("run", tmp_path / "out", changes=(*ADAPTED, f"models.lora.output={output}"))
     assert result.code == 0, result.err
     for stage in ("teacher_rl", "opd", "student_rl"):
@@ -313,7 +313,7 @@ def distilled(sampler: str, out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(1500)
-def test_distillation_with_vllm_gives_the_same_report_within_intervals(tmp_path: Path) -> None:
+def test_distillation_with_vllm_gives_same_report_within_intervals(tmp_path: Path) -> None:
     vllm, ours = distilled("vllm", tmp_path / "vllm"), distilled("torch", tmp_path / "torch")
     assert vllm.keys() == ours.keys() and vllm["arms"].keys() == ours["arms"].keys()
     for name, arm in vllm["arms"].items():

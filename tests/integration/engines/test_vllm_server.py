@@ -95,7 +95,7 @@ def served(url: str, here: Policy, top_k: int) -> ServedTeacher:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("k", [1, 8, MOST])
-def test_served_vllm_scores_equal_the_teachers(url: str, here: Policy, k: int) -> None:
+def test_served_vllm_scores_equal_teacher(url: str, here: Policy, k: int) -> None:
     requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 8, 0, "scores")
     rollouts = TorchSampler(here).sample(requests, Sampling(max_tokens=32))
     exact = [one.materialize() for one in distributions_of(here, rollouts, 4096)]
@@ -107,7 +107,7 @@ def test_served_vllm_scores_equal_the_teachers(url: str, here: Policy, k: int) -
 
 
 @pytest.mark.timeout(400)
-def test_served_vllm_top_k_zero_scores_the_sampled_tokens(url: str, here: Policy) -> None:
+def test_served_vllm_top_k_zero_scores_sampled_tokens(url: str, here: Policy) -> None:
     rollouts = TorchSampler(here).sample(requests_for([("a", PROMPTS[0])], 8, 0, "alone"), Sampling(max_tokens=32))
     for one, rollout, logp in zip(
         served(url, here, 0).distributions(rollouts, 4096), rollouts, logp_of(here, rollouts, 4096), strict=True
@@ -126,7 +126,7 @@ def test_served_vllm_tokenizer_and_chat_template_give_our_ids(url: str, here: Po
 
 
 @pytest.mark.timeout(400)
-def test_served_vllm_samples_have_the_teachers_log_probs_and_follow_seeds(url: str, here: Policy) -> None:
+def test_served_vllm_samples_have_teacher_log_probs_and_follow_seeds(url: str, here: Policy) -> None:
     requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 4, 0, "samples")
     teacher = served(url, here, 4)
     found, again = (teacher.sample(requests, Sampling(max_tokens=32)) for _ in range(2))
@@ -137,14 +137,14 @@ def test_served_vllm_samples_have_the_teachers_log_probs_and_follow_seeds(url: s
 
 
 @pytest.mark.timeout(400)
-def test_served_vllm_refuses_a_top_k_above_its_limit_with_its_message(url: str, here: Policy) -> None:
+def test_served_vllm_refuses_top_k_above_its_limit_with_its_message(url: str, here: Policy) -> None:
     rollouts = TorchSampler(here).sample(requests_for([("a", PROMPTS[0])], 1, 0, "many"), Sampling(max_tokens=4))
     with pytest.raises(UserError, match=r"models\.teacher: http.* refuses .*max allowed: 20"):
         served(url, here, MOST + 1).distributions(rollouts, 4096)
 
 
 @pytest.mark.timeout(400)
-def test_recipe_with_a_served_vllm_teacher_runs_with_preflight(url: str, here: Policy, tmp_path: Path) -> None:
+def test_recipe_with_served_vllm_teacher_runs_with_preflight(url: str, here: Policy, tmp_path: Path) -> None:
     changes = (
         "stages.warmup.dense.top_k=16",
         "stages.opd.dense.top_k=16",

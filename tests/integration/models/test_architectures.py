@@ -9,7 +9,7 @@ from tests.support.architectures import ARCHITECTURES, EXACT, outcomes, table
 PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 
 
-def test_the_table_of_architectures_is_what_small_models_do_beside_transformers() -> None:
+def test_architecture_table_agrees_with_small_models() -> None:
     found = outcomes(list(ARCHITECTURES))
     page = PAGE.read_text(encoding="utf-8")
     missing = [row for row in table(found).splitlines() if row not in page.splitlines()]

@@ -31,7 +31,7 @@ ADAPTED = (
 
 
 @pytest.mark.parametrize(("output", "arm"), [("merged", "direct_grpo"), ("adapter", "bridge_rl")])
-def test_lora_run_resumes_bit_for_bit_after_a_kill(tmp_path: Path, output: str, arm: str) -> None:
+def test_lora_run_resumes_bit_for_bit_after_kill(tmp_path: Path, output: str, arm: str) -> None:
     changes, synced = (*ADAPTED, f"models.lora.output={output}"), []
     with mock.patch("os.fsync", synced.append):
         result = tiny("run", tmp_path / "whole", "--arm", arm, changes=changes)
@@ -64,7 +64,7 @@ def data(folder: Path) -> Path:
     return path
 
 
-def test_lora_settings_change_only_the_nodes_of_their_role(tmp_path: Path) -> None:
+def test_lora_settings_change_only_nodes_of_their_role(tmp_path: Path) -> None:
     names = []
     for changes in ((), ("models.lora.roles=[student]",), ("models.lora.r=8",)):
         result = call("run", "pocket", "--dry-run", "--json", *sets(*changes))
@@ -84,7 +84,7 @@ def test_lora_settings_change_only_the_nodes_of_their_role(tmp_path: Path) -> No
         ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     ],
 )
-def test_a_stage_on_other_layers_leaves_an_adapter_that_peft_and_merge_agree_on(
+def test_later_stage_on_other_layers_saves_adapter_equal_in_peft_and_merge(
     tmp_path: Path, architecture: str, config: dict[str, Any]
 ) -> None:
     from peft import PeftModel
@@ -110,7 +110,7 @@ def test_a_stage_on_other_layers_leaves_an_adapter_that_peft_and_merge_agree_on(
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(start / "model.safetensors").keys()
 
 
-def test_an_adapter_on_a_changed_base_is_refused_by_every_command(tmp_path: Path) -> None:
+def test_adapter_on_changed_base_is_refused_by_every_command(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     start, folder = tiny_folder(tmp_path / "base"), tmp_path / "olora"

@@ -17,7 +17,7 @@ from runs import node, rows, tiny
 from simulated_oom import OUT, Room
 
 
-def test_run_out_of_memory_records_its_reduced_batch_and_keeps_it_on_resume(
+def test_run_records_batch_reduced_on_oom_and_keeps_it_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = ["stages.student_rl.steps=3", "stages.student_rl.checkpoint_every=1", "compute.microbatch_tokens=2000"]

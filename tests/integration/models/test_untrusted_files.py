@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", "weights.pt", "old.PTH", "optimizer.ckpt", "x.pkl", "training_args.bin"]
 )
-def test_pickle_next_to_safetensors_is_refused_and_not_read(name: str, folder: Path, tmp_path: Path) -> None:
+def test_pickle_next_to_safetensors_is_refused_unread(name: str, folder: Path, tmp_path: Path) -> None:
     torch.save({"weight": TouchOnUnpickle(tmp_path / "touched")}, folder / name)
     result = tiny("run", tmp_path / "out", changes=(f"models.student={folder}",))
     assert result.code == 2 and result.err.count("\n") == 1
@@ -30,7 +30,7 @@ def test_pickle_next_to_safetensors_is_refused_and_not_read(name: str, folder: P
 
 
 @pytest.mark.parametrize("name", ["attribute", "its own error", "loops"])
-def test_the_doctor_bounds_a_hostile_chat_template_too(
+def test_doctor_bounds_hostile_chat_template(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1.0)

@@ -67,7 +67,7 @@ def test_finished_study_passes_every_check(out: Path) -> None:
     assert text["evals-not-trained"].startswith("5 evaluation problems, none in ")
 
 
-def test_report_audit_command_prints_evidence_and_exits_3_on_a_fault(out: Path) -> None:
+def test_report_audit_command_prints_evidence_and_exits_3_on_violation(out: Path) -> None:
     good = call("report", out, "--audit")
     assert good.code == 0 and good.out.count("holds  ") == len(CHECKS)
     ledger = node(out, "bridge", "opd") / "ledger.jsonl"
@@ -219,7 +219,7 @@ def test_each_violation_fails_its_check(out: Path, plant: Callable[[Path], None]
     assert any(re.search(sentence, fault) for fault in results[name].faults), results[name].faults
 
 
-def test_audit_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
+def test_audit_refuses_folder_without_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no run \(plan.json is missing\)"):
         audit_run(tmp_path)
     (tmp_path / "recipe.json").write_text("{}")
@@ -227,7 +227,7 @@ def test_audit_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
     assert call("report", "--audit", tmp_path).code == 2
 
 
-def test_unfinished_run_is_audited_as_far_as_it_went(tmp_path: Path) -> None:
+def test_unfinished_run_is_audited_up_to_its_last_step(tmp_path: Path) -> None:
     result = call(
         "run", "pocket", "--out", tmp_path / "run", *sets("guards.no_signal=stop", "stages.teacher_rl.optim.lr=1e30")
     )
@@ -236,7 +236,7 @@ def test_unfinished_run_is_audited_as_far_as_it_went(tmp_path: Path) -> None:
         assert failing(tmp_path / "run") == {}
 
 
-def test_no_node_exceeds_its_pool_and_no_arm_the_budget() -> None:
+def test_no_node_exceeds_its_pool_and_no_arm_its_budget() -> None:
     """Labels used by each node are within its pool, those of each arm within the budget."""
     out = all_arms()
     budget = load_json(out / "recipe.json")["labels"]["budget"]
@@ -261,7 +261,7 @@ def test_no_node_exceeds_its_pool_and_no_arm_the_budget() -> None:
         assert len(looked) <= ((info["labels"] or {}).get("distinct_allowed", 0))
 
 
-def test_labels_csv_lists_every_use_of_a_label() -> None:
+def test_labels_csv_lists_every_label_use() -> None:
     out = all_arms()
     with (out / "labels.csv").open(encoding="utf-8") as file:
         entries = list(csv.DictReader(file))

@@ -50,7 +50,7 @@ def test_terminal_table_fits_in_100_columns(tmp_path: Path, evals: tuple[str, ..
     assert list(found["arms"])[-1] == "zz_own"
 
 
-def test_console_to_a_file_is_110_columns_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_console_to_file_is_110_columns_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     assert console(io.StringIO()).width == 110
 
@@ -116,12 +116,12 @@ def test_every_template_compiles() -> None:
         render.ENVIRONMENT.get_template(name)
 
 
-def test_a_value_that_a_template_lacks_is_an_error_not_an_empty_text() -> None:
+def test_missing_template_value_is_error_not_empty_text() -> None:
     with pytest.raises(jinja2.UndefinedError):
         render.render("status.html.j2", {"rows": []})
 
 
-def test_table_alignment_comes_from_the_column_not_from_the_text() -> None:
+def test_table_alignment_follows_column_not_text() -> None:
     columns = [
         Column("arm", itemgetter(0)),
         Column("half", itemgetter(1)),
@@ -135,7 +135,7 @@ def test_table_alignment_comes_from_the_column_not_from_the_text() -> None:
     assert '<th scope="rowgroup" colspan="4">a group</th>' in text
 
 
-def test_table_cells_span_the_rows_of_an_entry_and_draw_intervals() -> None:
+def test_table_cells_span_rows_of_entry_and_draw_intervals() -> None:
     axis = Axis(0.0, 2.0, ("0", "2"))
     columns = [
         Column("arm", itemgetter(0), spans=True),
@@ -157,7 +157,7 @@ def test_table_cells_span_the_rows_of_an_entry_and_draw_intervals() -> None:
     assert _parsed(text).tags["i"] == 5
 
 
-def test_a_measure_of_zero_is_shown_and_a_missing_one_is_a_dash(built: dict[str, Any]) -> None:
+def test_zero_measure_is_shown_and_missing_one_is_dash(built: dict[str, Any]) -> None:
     first = built["stages"][0]
     rows = [{**first, "informative": value, "accuracy": {"sums": {"mean": 0.0}}, "ends": {}} for value in (0.0, None)]
     section = html_stages.stages({**built, "stages": rows})
@@ -241,7 +241,7 @@ def _data(text: str) -> Any:
     return json.loads(re.search(r'id="rollouts-data">(.*?)</script>', text, flags=re.DOTALL).group(1))  # type: ignore[union-attr]
 
 
-def test_100_000_rollouts_are_sampled_within_bounds_and_the_page_says_so(tmp_path: Path) -> None:
+def test_100_000_rollouts_are_sampled_within_bounds_stated_on_page(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]})
     node = next(out.glob("nodes/opd*"))
     info = json.loads((node / "node.json").read_text())
@@ -288,7 +288,7 @@ def test_every_figure_is_written_as_svg_and_csv(run: Path, built: dict[str, Any]
     }
 
 
-def test_same_files_give_the_same_page_and_figures(tmp_path: Path) -> None:
+def test_same_files_give_same_page_and_figures(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "out", seeds=(0,), arms={"direct_grpo": ARMS["direct_grpo"]})
     report.write(run)
     before = {path: path.read_bytes() for path in (run / "report.html", *(run / "figures").iterdir())}
@@ -329,13 +329,13 @@ def test_page_shows_predictions_comparisons_conditions_and_costs(tmp_path: Path)
     assert any(one.startswith("Teacher RL, all labels (") and "best of group from" in one for one in descriptions)
 
 
-def test_axis_limits_have_a_margin_and_are_never_equal() -> None:
+def test_axis_limits_have_margin_and_are_never_equal() -> None:
     low, high = svg.spanning([2.0, 2.0])
     assert low < 2 < high
     assert svg.spanning([0.0]) == (-5e-7, 5e-7)
 
 
-def test_bands_of_label_use_are_evenly_spaced_in_the_order_of_their_targets() -> None:
+def test_label_use_bands_are_evenly_spaced_in_order_of_targets() -> None:
     assert evenly_spaced([7, 0], 4) == [2.5, 0.5]
     assert evenly_spaced([1, 0, 2], 6) == [2.5, 0.5, 4.5]
     assert evenly_spaced([3, 3, 3], 3) == [0, 1, 2]  # equal targets keep their order
@@ -348,7 +348,7 @@ def test_bands_of_label_use_are_evenly_spaced_in_the_order_of_their_targets() ->
     assert all(abs(gap - gaps[0]) < 0.01 and gap > 15 for gap in gaps)
 
 
-def test_legend_of_arms_is_in_the_order_of_their_last_values() -> None:
+def test_legend_of_arms_is_in_order_of_last_values() -> None:
     ends = {"middle": 30.5, "low": 20.0, "high": 40.0}
     series = [figures.Series(name, style, (0, 1), (0.1, end / 100)) for style, (name, end) in enumerate(ends.items())]
     axis = figures.ValueAxis(ticks={0: "before", 1: "RL"})
@@ -372,7 +372,7 @@ def test_curves_show_mean_and_range_over_seeds_at_common_steps() -> None:
     assert "no step in common" in apart.description
 
 
-def test_arms_of_equal_cost_are_plot_next_to_each_other() -> None:
+def test_equal_cost_arms_are_plotted_next_to_each_other() -> None:
     assert figures.sideways_shifts([256, 256, 256, 512]) == [-5.0, 0.0, 5.0, 0.0]
     series = [figures.Series(name, style, [256.0], [0.5], [0.4], [0.6]) for style, name in enumerate("abc")]
     series.append(figures.Series("base_student", None, (), [0.1]))

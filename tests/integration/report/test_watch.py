@@ -25,7 +25,7 @@ def test_watch_command_prints_stages_and_warnings_and_json(half: Path) -> None:
     assert rows["running"] is False and [node["step"] for node in rows["nodes"] if node["steps"] == 40] == [12]
 
 
-def test_watch_refuses_folders_without_a_run_and_malformed_files(tmp_path: Path, half: Path) -> None:
+def test_watch_refuses_folders_without_run_and_malformed_files(tmp_path: Path, half: Path) -> None:
     assert call("watch", tmp_path).code == 2
     opd = half / "nodes" / names(half, "bridge")[-1]
     (opd / "metrics.jsonl").write_text('{"step": {"no": 1}}\n')

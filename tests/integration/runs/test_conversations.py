@@ -53,7 +53,7 @@ def ids_of(n: int) -> str:
     return conversation_id([(turn["role"], turn["content"]) for turn in talk(n)])
 
 
-def test_no_conversation_is_lost_to_another_with_the_same_last_turn(finished: Path) -> None:
+def test_conversations_with_same_last_turn_are_all_kept(finished: Path) -> None:
     listed = {row["id"]: row["text"] for row in rows(finished / "problems.jsonl")}
     wanted = [*range(10, 26), *range(30, 36), *range(50, 54)]
     assert listed.keys() == {ids_of(n) for n in wanted} and problem_id("=?") not in listed
@@ -61,7 +61,7 @@ def test_no_conversation_is_lost_to_another_with_the_same_last_turn(finished: Pa
     assert rows(finished / "left_out.jsonl") == []
 
 
-def test_prompts_of_the_teachers_cache_are_those_of_transformers(finished: Path) -> None:
+def test_teacher_cache_prompts_equal_transformers(finished: Path) -> None:
     cached: dict[str, Any] = {}
     for path in nodes(finished, "bridge_rl"):
         if (path / "cache" / "rollouts.jsonl").exists():

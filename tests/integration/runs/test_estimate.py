@@ -35,7 +35,7 @@ def mean_tokens(out: Path) -> float:
     return sum(lengths) / len(lengths)
 
 
-def test_tokens_and_flops_of_every_node_are_those_of_its_ledger_within_a_quarter() -> None:
+def test_estimated_tokens_and_flops_are_within_quarter_of_ledger() -> None:
     out = measured()
     recipe = find_recipe("pocket", [*TINY, *CHANGES])
     with prepared(recipe, ["bridge_rl"], [0]) as (plan, inputs):
@@ -57,7 +57,7 @@ def test_tokens_and_flops_of_every_node_are_those_of_its_ledger_within_a_quarter
         assert estimated == pytest.approx(total, rel=0.25), key
 
 
-def test_estimated_labels_and_steps_equal_those_of_the_run() -> None:
+def test_estimated_labels_and_steps_equal_run() -> None:
     answer = call("run", "pocket", "--dry-run", "--json", *sets(*CHANGES))
     result = {one["node"]: one for one in json.loads(answer.out)}
     for folder, info in infos(measured()):
@@ -81,7 +81,7 @@ def dry_run(recipe: str, *options: str) -> list[dict[str, Any]]:
     ("recipe", "device", "count"),
     [("paper-qwen3-1.7b", "h200", 16), ("paper-llama-8b", "h200", 64), ("gsm8k", "rtx4090", 1)],
 )
-def test_a_recipe_of_real_models_is_estimated_without_data_weights_or_network(
+def test_recipe_of_real_models_is_estimated_without_data_or_weights(
     recipe: str, device: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -98,7 +98,7 @@ def test_a_recipe_of_real_models_is_estimated_without_data_weights_or_network(
     assert not list(tmp_path.iterdir())
 
 
-def test_estimate_of_the_paper_recipe_has_its_numbers_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimate_of_paper_recipe_has_its_numbers_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = {one["node"].split(".")[0]: one for one in dry_run("paper-qwen3-1.7b", "--arms", "bridge")}
     assert found["teacher_rl"]["steps"] == 21_748  # 10 epochs of 17,398 prompts, 8 a step
@@ -119,7 +119,7 @@ def test_estimate_names_data_of_unknown_size(tmp_path: Path, monkeypatch: pytest
     assert "which fits" in text and "GPU-hours" in text
 
 
-def test_a_mixture_of_experts_costs_the_flops_of_its_active_and_the_memory_of_all_its_weights(
+def test_moe_estimate_uses_active_flops_and_memory_of_all_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -50,7 +50,7 @@ def serial_study() -> Path:
 # Parallel nodes --------------------------------------------------------------------------------------------------------
 
 
-def test_two_workers_give_the_bits_of_one_and_report_study_progress(tmp_path: Path) -> None:
+def test_two_workers_equal_one_bitwise_and_report_study_progress(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = tiny("study", out, "--arms", ARMS, "--workers", "2", changes=LONG)
     assert result.code == 0, result.err
@@ -64,7 +64,7 @@ def test_two_workers_give_the_bits_of_one_and_report_study_progress(tmp_path: Pa
 # Failures -----------------------------------------------------------------------------------------------------------
 
 
-def test_failed_node_skips_only_its_descendants_and_is_retried_by_the_next_run(tmp_path: Path) -> None:
+def test_failed_node_skips_only_its_descendants_and_is_retried_by_next_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     mute = ["stages.teacher_rl.sampling.max_tokens=1", "stages.teacher_rl.steps=3", "guards.patience=2"]
     result = tiny("study", out, "--arms", "direct_grpo,bridge", changes=[*mute, "guards.no_signal=stop"])
@@ -91,7 +91,7 @@ def test_failed_node_skips_only_its_descendants_and_is_retried_by_the_next_run(t
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
-def test_single_arm_that_fails_ends_with_its_own_message(tmp_path: Path) -> None:
+def test_failing_single_arm_ends_with_its_own_message(tmp_path: Path) -> None:
     mute = ["stages.student_rl.sampling.max_tokens=1", "guards.patience=2", "guards.no_signal=stop"]
     result = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=mute)
     assert (result.code, result.out) == (4, "")
@@ -106,7 +106,7 @@ def test_single_arm_that_fails_ends_with_its_own_message(tmp_path: Path) -> None
         (ZeroDivisionError("division\nby zero"), 1, "ZeroDivisionError: division by zero"),
     ],
 )
-def test_error_of_a_node_is_written_to_its_failed_file_with_the_exit_code(
+def test_node_error_is_written_to_failed_file_with_exit_code(
     error: Exception, code: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_node = executor.run_node
@@ -154,7 +154,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_killed_worker_is_replaced_and_interrupted_study_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_killed_worker_is_replaced_and_interrupted_study_resumes_bitwise(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(out)
     assert process.stderr is not None
@@ -184,7 +184,7 @@ def test_killed_worker_is_replaced_and_interrupted_study_resumes_bit_for_bit(tmp
     assert_same(out, serial_study())
 
 
-def test_killed_study_leaves_no_worker_and_releases_its_folder(tmp_path: Path) -> None:
+def test_killed_study_leaves_no_worker_and_releases_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(out)
     wait_for_steps(out, "student_rl", 2, process)
@@ -235,7 +235,7 @@ def test_reuse_takes_over_finished_nodes_with_their_costs(tmp_path: Path, monkey
     assert contents(other) == before
 
 
-def test_reuse_takes_over_equal_fingerprints_only_and_leaves_the_other_run_unchanged(tmp_path: Path) -> None:
+def test_reuse_takes_equal_fingerprints_only_and_keeps_other_run_unchanged(tmp_path: Path) -> None:
     out, other, changes = tmp_path / "out", serial_study(), [*LONG, "stages.opd.steps=3"]
     before = contents(other)
     result = tiny("run", out, "--arm", "raw_teacher", "--reuse", other, changes=changes)
@@ -248,7 +248,7 @@ def test_reuse_takes_over_equal_fingerprints_only_and_leaves_the_other_run_uncha
     assert contents(other) == before
 
 
-def test_reuse_copies_nodes_where_hard_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reuse_copies_nodes_if_hard_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(source: str, target: str) -> None:
         raise OSError(18, "Invalid cross-device link")
 
@@ -264,7 +264,7 @@ def test_reuse_copies_nodes_where_hard_links_are_impossible(tmp_path: Path, monk
         assert all((path / name).read_bytes() == (there / name).read_bytes() for name in files)
 
 
-def test_reuse_refuses_a_folder_without_a_run_before_writing(tmp_path: Path) -> None:
+def test_reuse_refuses_folder_without_run_before_writing(tmp_path: Path) -> None:
     result = tiny("run", tmp_path / "out", "--reuse", tmp_path / "no")
     assert result.code == 2 and result.err == f"headwater: --reuse {tmp_path / 'no'}: holds no run of Headwater\n"
     assert not (tmp_path / "out").exists()
@@ -273,7 +273,7 @@ def test_reuse_refuses_a_folder_without_a_run_before_writing(tmp_path: Path) -> 
 # One process per folder -------------------------------------------------------------------------------------------------
 
 
-def test_locked_folder_can_be_reported_and_foreign_folder_gets_no_lock_file(tmp_path: Path) -> None:
+def test_locked_folder_can_be_reported_and_foreign_folder_gets_no_lock(tmp_path: Path) -> None:
     with RunDir(serial_study()).locked():
         assert call("report", serial_study(), "--out", tmp_path / "report").code == 0
     foreign = tmp_path / "foreign"
@@ -291,7 +291,7 @@ def test_runs_with_different_worker_counts_make_one_report(tmp_path: Path) -> No
     assert result.code == 0 and json.loads(result.out)["seeds"] == [0, 1]
 
 
-def test_crash_releases_the_folder_lock(tmp_path: Path) -> None:
+def test_crash_releases_folder_lock(tmp_path: Path) -> None:
     code = f"from pathlib import Path\nfrom headwater.storage.run_dir import RunDir\nwith RunDir(Path({str(tmp_path)!r})).locked():\n"
     holder = subprocess.Popen([sys.executable, "-c", f"{code}    print('held', flush=True); input()"],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip

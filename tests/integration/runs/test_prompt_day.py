@@ -52,7 +52,7 @@ def changes(model: Path) -> list[str]:
     return [f"models.student={model}", f"models.teacher={model}", "conditions.problems=0"]
 
 
-def test_a_resumed_run_and_one_that_reuses_it_keep_the_first_day(
+def test_resume_and_reuse_keep_first_prompt_day(
     tmp_path: Path, model: Path, start_on: Callable[[datetime.date], None]
 ) -> None:
     first, again, other = tmp_path / "first", tmp_path / "again", tmp_path / "other"
@@ -78,7 +78,7 @@ def test_a_resumed_run_and_one_that_reuses_it_keep_the_first_day(
     assert name != node.name and rows(other / "nodes" / name / "rollouts" / "000002.jsonl") != sampled
 
 
-def test_a_folder_begun_before_days_were_recorded_is_still_resumed(
+def test_folder_without_recorded_day_resumes(
     tmp_path: Path, model: Path, start_on: Callable[[datetime.date], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"

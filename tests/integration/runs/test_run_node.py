@@ -36,7 +36,7 @@ def problems(path: Path, step: int) -> list[str]:
 # What a stage works on ------------------------------------------------------------------------------------------------
 
 
-def test_epoch_visits_every_problem_once_and_no_step_repeats_one(tmp_path: Path) -> None:
+def test_epoch_visits_every_problem_once_without_repeats_in_step(tmp_path: Path) -> None:
     out = tmp_path / "out"
     changes = ["stages.student_rl.steps=8", "stages.student_rl.batch_size=12"]  # 3 of 16 problems a step
     assert tiny("run", out, "--arm", "direct_grpo", changes=changes).code == 0
@@ -116,7 +116,7 @@ def test_dynamic_sampling_counts_labels_of_dropped_groups(
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_weights_stop_a_run_before_grading(bad: float, tmp_path: Path, pocket_folder: Path) -> None:
+def test_non_finite_weights_stop_run_before_grading(bad: float, tmp_path: Path, pocket_folder: Path) -> None:
     broken = tmp_path / "student"
     broken.mkdir()
     for path in (pocket_folder / "qwen3-student").iterdir():
@@ -139,7 +139,7 @@ def test_non_finite_weights_stop_a_run_before_grading(bad: float, tmp_path: Path
 
 
 @pytest.mark.parametrize("arm", ["direct_grpo", "warmup_only"])
-def test_divergence_stops_with_stage_and_step_and_keeps_the_last_checkpoint(arm: str, tmp_path: Path) -> None:
+def test_divergence_stops_with_stage_and_step_and_keeps_last_checkpoint(arm: str, tmp_path: Path) -> None:
     name = {"direct_grpo": "student_rl", "warmup_only": "warmup"}[arm]
     out = tmp_path / "out"
     # A step of 1e37 makes infinities; the schedule's first steps are small, so that a good checkpoint stands before it.
@@ -155,9 +155,7 @@ def test_divergence_stops_with_stage_and_step_and_keeps_the_last_checkpoint(arm:
     assert (path / "checkpoint" / f"{done:06d}" / "sums.json").exists()
 
 
-def test_a_non_finite_loss_leaves_the_weights_as_the_last_checkpoint_has_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_loss_keeps_weights_of_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third step's loss is made a NaN: two good checkpoints stay, and without the fault the stage goes on from there."""
     from headwater.losses import objectives
     from headwater.runs import train_node
@@ -214,7 +212,7 @@ def weights(out: Path, stage_: str = "opd") -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "change", ["models.gradient_checkpointing=true", "compute.microbatch_tokens=40", "compute.sample_batch=3"]
 )
-def test_gradient_checkpointing_and_batch_tokens_change_models_by_rounding_only(
+def test_gradient_checkpointing_and_batch_tokens_change_only_rounding(
     change: str, tmp_path: Path, pocket_folder: Path
 ) -> None:
     plain, other = plain_bridge(), bridge_with(tmp_path / "other", change)
@@ -249,7 +247,7 @@ def test_bfloat16_run_writes_bfloat16_models_close_to_float32(tmp_path: Path) ->
     assert two == pytest.approx(one, rel=0.15) and one != two
 
 
-def test_top_k_cache_loss_is_at_most_the_exact_loss(tmp_path: Path) -> None:
+def test_top_k_cache_loss_is_at_most_exact_loss(tmp_path: Path) -> None:
     exact, kept = plain_bridge(), bridge_with(tmp_path / "kept", "stages.warmup.dense.top_k=4")
     a, b = (
         load_file(node(out, "bridge", "teacher_rollouts") / "cache/distributions.safetensors") for out in (exact, kept)
@@ -259,7 +257,7 @@ def test_top_k_cache_loss_is_at_most_the_exact_loss(tmp_path: Path) -> None:
     assert 0 < bound <= whole * 1.001  # merging tokens into a tail can only lose divergence
 
 
-def test_prompt_thinking_selects_the_template_mode(tmp_path: Path, pocket_folder: Path) -> None:
+def test_prompt_thinking_selects_template_mode(tmp_path: Path, pocket_folder: Path) -> None:
     from transformers import AutoTokenizer
 
     from headwater.config.recipe import Prompt

@@ -80,7 +80,7 @@ def fails(error: Exception) -> Callable[..., None]:
         (OSError(28, "No space left on device"), 4),
     ],
 )
-def test_after_a_failed_save_the_same_command_saves_without_training(
+def test_rerun_after_failed_save_saves_without_training(
     failure: Exception, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -95,7 +95,7 @@ def test_after_a_failed_save_the_same_command_saves_without_training(
     assert_same(out, uninterrupted())
 
 
-def test_a_contradictory_generation_config_costs_no_training(tmp_path: Path) -> None:
+def test_contradictory_generation_config_keeps_training(tmp_path: Path) -> None:
     folder, out = student(tmp_path / "student", do_sample=False, temperature=0.6, top_p=0.9), tmp_path / "out"
     result = tiny("run", out, *ARM, "--set", f"models.student={folder}")
     assert result.code == 0, result.err
@@ -103,7 +103,7 @@ def test_a_contradictory_generation_config_costs_no_training(tmp_path: Path) -> 
     assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.6, 0.9)
 
 
-def test_a_head_that_the_config_calls_tied_is_trained_and_written_as_a_head(tmp_path: Path) -> None:
+def test_separate_head_under_tied_config_is_trained_and_saved(tmp_path: Path) -> None:
     folder, out = student(tmp_path / "student"), tmp_path / "out"
     weights = load_file(folder / "model.safetensors")
     start = weights["model.embed_tokens.weight"] * 0.9
@@ -146,9 +146,7 @@ def interrupted_before(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, 
     return finished
 
 
-def test_an_interrupt_during_an_evaluation_is_heard_within_a_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_of_evaluation_stops_within_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         finished = interrupted_before(patch, evaluate, "requests_for", signal.SIGTERM)
@@ -162,7 +160,7 @@ def test_an_interrupt_during_an_evaluation_is_heard_within_a_batch(
     assert_same(out, whole)
 
 
-def test_an_interrupt_while_a_teacher_fills_its_cache_is_heard_and_leaves_nothing_half_done(
+def test_interrupt_of_cache_sampling_stops_without_partial_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, whole, arm = tmp_path / "out", tmp_path / "whole", ("--arm", "raw_teacher")
@@ -176,7 +174,7 @@ def test_an_interrupt_while_a_teacher_fills_its_cache_is_heard_and_leaves_nothin
     assert_same(out, whole)
 
 
-def test_a_stop_is_heard_while_no_sequence_finishes_and_does_not_wait_for_slow_graders() -> None:
+def test_interrupt_of_long_sequences_does_not_wait_for_slow_graders() -> None:
     policy = tiny_policy()
     policy.model.generation_config = policy.model.config.eos_token_id = None  # nothing ends a completion
     policy.tokenizer.eos_token = None

@@ -27,7 +27,7 @@ def pocket(vary: str, values: str | None = None, *changes: str, arms: list[str] 
 # Definition of a sweep ---------------------------------------------------------------------------------------------------------
 
 
-def test_arms_and_seeds_are_checked_before_data_are_read() -> None:
+def test_arms_and_seeds_are_checked_before_reading_data() -> None:
     with pytest.raises(UserError, match="no such arm"):
         pocket("labels", "64", arms=["bridges"])
     with pytest.raises(UserError, match="--arms: bridge and bridge are the same"):
@@ -68,7 +68,7 @@ def test_shared_nodes_run_once_and_are_in_both_folders() -> None:
         ).read_text()
 
 
-def test_sweep_json_agrees_with_the_reports_of_its_points() -> None:
+def test_sweep_json_agrees_with_reports_of_its_points() -> None:
     found = load_json(swept() / "sweep.json")
     assert (found["recipe"], found["vary"], found["values"]) == ("pocket", "lambda", [0.0, 0.5])
     assert (found["seeds"], found["arms"]) == ([0], ["direct_grpo", "mixed"])
@@ -85,7 +85,7 @@ def test_sweep_json_agrees_with_the_reports_of_its_points() -> None:
     assert (one["a"], one["b"]) == (0.5, 0.0) and one["difference"] == pytest.approx(means[1] - means[0], abs=2e-6)
 
 
-def test_csv_has_a_row_for_each_value_and_arm() -> None:
+def test_csv_has_row_for_each_value_and_arm() -> None:
     rows = list(csv.DictReader((swept() / "sweep.csv").read_text(encoding="utf-8").splitlines()))
     assert [(row["lambda"], row["arm"]) for row in rows] == [
         (value, arm) for value in ("0", "0.5") for arm in ("base_student", "base_teacher", "direct_grpo", "mixed")
@@ -95,7 +95,7 @@ def test_csv_has_a_row_for_each_value_and_arm() -> None:
     assert float(rows[-1]["labels"]) == found["labels"]["distinct"] and float(rows[-1]["flops"]) == found["flops"]
 
 
-def test_png_shows_a_line_in_the_colour_of_each_arm() -> None:
+def test_png_shows_line_in_colour_of_each_arm() -> None:
     pixels = matplotlib.image.imread(swept() / "sweep.png")[..., :3].reshape(-1, 3)
     for style in (0, 3):  # direct_grpo and mixed
         colour = COLOURS[style].removeprefix("#")
@@ -103,7 +103,7 @@ def test_png_shows_a_line_in_the_colour_of_each_arm() -> None:
         assert (abs(pixels - wanted).max(axis=1) < 0.01).sum() > 100
 
 
-def test_repeated_sweep_runs_nothing_and_a_new_value_runs_only_new_nodes(tmp_path: Path) -> None:
+def test_repeated_sweep_runs_nothing_and_new_value_runs_only_new_nodes(tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(swept(), out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("DONE")}
@@ -119,7 +119,7 @@ def test_repeated_sweep_runs_nothing_and_a_new_value_runs_only_new_nodes(tmp_pat
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_failed_point_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_failed_point_does_not_stop_others(tmp_path: Path) -> None:
     out = tmp_path / "out"
     length = "stages.student_rl.sampling.max_tokens"  # nothing is right within one token, so no group carries a signal
     guard = ("guards.no_signal=stop", "guards.patience=2", "stages.student_rl.batch_size=32")
@@ -132,7 +132,7 @@ def test_failed_point_does_not_stop_the_others(tmp_path: Path) -> None:
     assert first["failed"][:40] in (out / "sweep.html").read_text(encoding="utf-8")
 
 
-def test_all_points_are_checked_before_the_first_starts(tmp_path: Path) -> None:
+def test_all_points_are_checked_before_first_starts(tmp_path: Path) -> None:
     result = tiny("sweep", tmp_path / "out", "--vary", "labels", "--values", "16,65")
     assert (result.code, result.out) == (2, "") and "value 65: labels.budget 65 is more than the 64" in result.err
     (tmp_path / "out" / "16").mkdir(parents=True)
@@ -142,7 +142,7 @@ def test_all_points_are_checked_before_the_first_starts(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "32").exists()
 
 
-def test_dry_run_counts_shared_nodes_once_and_omits_budgets_beyond_the_data(tmp_path: Path) -> None:
+def test_dry_run_counts_shared_nodes_once_and_omits_impossible_budgets(tmp_path: Path) -> None:
     options = ("--vary", "labels", "--arms", "direct_grpo", "--out", tmp_path / "out", "--dry-run")
     result = call("sweep", "pocket", *options, *sets("labels.budget=64"))
     assert (

@@ -9,7 +9,7 @@ from headwater.report.html import Page
 from runs import call, infos, load_json
 
 
-def test_the_recipe_runs_end_to_end_with_its_shipped_models(tmp_path: Path) -> None:
+def test_countdown_recipe_runs_with_shipped_models(tmp_path: Path) -> None:
     """Preflight included; only the page is not drawn."""
     shape = ("batch_size=16", "group_size=4", "steps=2")
     stages = [f"stages.{stage}.{field}" for stage in ("teacher_rl", "warmup", "student_rl") for field in shape]

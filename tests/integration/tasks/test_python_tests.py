@@ -49,7 +49,7 @@ def run(code: str, tests: str = TESTS, limits: sandbox.Limits = LIMITS) -> sandb
         (block(RIGHT + "\nif __name__ == '__main__':\n    raise SystemExit(1)"), (True, "equal")),
     ],
 )
-def test_the_last_python_block_must_pass_the_tests(completion: str, verdict: tuple[bool, str]) -> None:
+def test_last_python_block_must_pass_tests(completion: str, verdict: tuple[bool, str]) -> None:
     assert python_tests.grade(TESTS, completion) == verdict
 
 
@@ -67,7 +67,7 @@ def test_assertions_functions_and_test_cases_are_run(tests: str, passes: bool) -
     assert run(RIGHT, tests).passed is passes
 
 
-def test_a_gold_object_brings_its_solution_and_its_entry_point() -> None:
+def test_gold_object_has_solution_and_entry_point() -> None:
     gold = json.dumps(
         {"tests": "def check(candidate):\n    assert candidate(2) == 4", "solution": RIGHT, "entry_point": "f"}
     )
@@ -93,7 +93,7 @@ ESCAPES = {
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-def test_ending_the_process_is_not_passing_the_tests(name: str) -> None:
+def test_process_exit_does_not_pass_tests(name: str) -> None:
     assert not run(ESCAPES[name]).passed
 
 
@@ -115,7 +115,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_reaches_outside_is_refused(name: str, tmp_path: Path) -> None:
+def test_outside_access_is_refused(name: str, tmp_path: Path) -> None:
     victim, outside = tmp_path / "victim", tmp_path / "evil"
     victim.write_text("secret")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -128,12 +128,12 @@ def test_what_reaches_outside_is_refused(name: str, tmp_path: Path) -> None:
     assert victim.read_text() == "secret" and not outside.exists()
 
 
-def test_secrets_of_the_environment_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADWATER_TEST_TOKEN", "secret")
     assert run("import os\ndef f():\n    return dict(os.environ)", "assert 'secret' not in str(f())").passed
 
 
-def test_the_folder_is_empty_can_be_written_and_is_gone_afterwards() -> None:
+def test_sandbox_folder_is_empty_writable_and_removed_afterwards() -> None:
     code = "import os\ndef f(x):\n    assert os.listdir() == []\n    open('a', 'w').write('y' * x)\n    return os.path.getsize('a')"
     assert run(code, "assert f(4) == 4\nimport os\nos.remove('a')\nassert f(2) == 2").passed
     assert list(Path(tempfile.gettempdir()).glob(f"{sandbox.PREFIX}{os.getpid()}-*")) == []
@@ -152,7 +152,7 @@ def test_ordinary_libraries_threads_and_event_loops_work() -> None:
     assert run(code).passed
 
 
-def test_texts_hash_the_same_every_time() -> None:
+def test_text_hashes_are_equal_in_every_run() -> None:
     """A verdict that hangs on the hash seed would be noise in the reward; that of 0 gives this order."""
     code = "def f():\n    return hash('headwater') % 1000"
     first = subprocess.run(
@@ -191,7 +191,7 @@ def test_time_memory_processes_and_files_are_limited(code: str, reason: str) -> 
     assert time.monotonic() - started < 8
 
 
-def test_threads_without_end_are_bounded() -> None:
+def test_unlimited_threads_are_bounded() -> None:
     code = (
         "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()"
     )
@@ -200,7 +200,7 @@ def test_threads_without_end_are_bounded() -> None:
     assert threading.active_count() < 50
 
 
-def test_the_verifier_kills_the_sandbox_with_its_worker() -> None:
+def test_verifier_kills_sandbox_with_its_worker() -> None:
     """The child dies with its parent, however that ends; a solution that hangs holds up nothing."""
     marker = f"sleep_marker_{os.getpid()}"
     with Verifier("python", workers=1, seconds=1.0) as verifier:
@@ -239,16 +239,16 @@ child.main()
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name != "a new session"])
-def test_the_audit_hook_alone_refuses_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audit_hook_alone_refuses_outside_access(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without kernel support the audit hook still stops honest mistakes (not attacks on the interpreter)."""
     script = tmp_path / "child.py"
     script.write_text(HOOK_ONLY.format(child=str(sandbox.CHILD)))
     monkeypatch.setattr(sandbox, "CHILD", script)
     assert run(RIGHT).layers == ("audit hook", "limits")
-    test_what_reaches_outside_is_refused(name, tmp_path)
+    test_outside_access_is_refused(name, tmp_path)
 
 
-def test_validate_tries_solutions_and_names_tests_that_test_nothing(tmp_path: Path) -> None:
+def test_validate_runs_solutions_and_names_empty_tests(tmp_path: Path) -> None:
     golds = [
         TESTS,
         {"tests": TESTS, "solution": RIGHT},

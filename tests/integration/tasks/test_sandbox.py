@@ -43,7 +43,7 @@ ESCAPES = {
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-def test_a_solution_reaches_nothing_outside(name: str, tmp_path: Path) -> None:
+def test_sandbox_solution_reaches_nothing_outside(name: str, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("secret", encoding="utf-8")
     code = ESCAPES[name].format(victim=str(victim))
@@ -83,14 +83,14 @@ BURDENS = {
 
 
 @pytest.mark.parametrize("name", BURDENS)
-def test_a_solution_that_is_a_burden_ends_in_time_and_is_wrong(name: str) -> None:
+def test_sandbox_stops_resource_exhaustion_and_grades_wrong(name: str) -> None:
     started = time.monotonic()
     found = sandbox.run(f"{BURDENS[name]}\n{GOOD}", "assert f(2) == 4", limits=sandbox.Limits(seconds=2.0))
     assert not found.passed and len(found.detail) <= 400
     assert time.monotonic() - started < 12
 
 
-def test_a_fork_bomb_leaves_no_process_behind() -> None:
+def test_sandbox_kills_fork_bomb() -> None:
     def count() -> int:
         return sum(
             str(sandbox.CHILD).encode() in path.read_bytes()

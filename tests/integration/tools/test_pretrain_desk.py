@@ -62,7 +62,7 @@ def test_desk_recipe_is_planned_without_weights(elsewhere: Path) -> None:
 
 
 @pytest.mark.parametrize(("verb", "code"), [("run", 3), ("study", 3), ("doctor", 3)])
-def test_desk_run_without_weights_names_the_command_that_makes_them(verb: str, code: int, elsewhere: Path) -> None:
+def test_desk_run_without_weights_names_pretraining_command(verb: str, code: int, elsewhere: Path) -> None:
     result = runs.call(verb, "desk", "--out", elsewhere / "out", *SETS)
     assert result.code == code
     assert (

@@ -33,7 +33,7 @@ def test_guard_warns_in_console_file_and_report_by_default(tmp_path: Path) -> No
     assert ">Warnings</h2>" in html and "truncation" in html
 
 
-def test_guard_stop_exits_4_and_resumes_only_after_a_change_of_the_recipe(tmp_path: Path) -> None:
+def test_guard_stop_exits_4_and_resumes_only_after_recipe_change(tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop = (*CUT, "guards.truncation.action=stop")
     result = tiny("run", out, "--arm", "direct_grpo", changes=stop)

@@ -8,7 +8,7 @@ from headwater.storage.run_dir import NodeDir
 from runs import all_arms, node, rows
 
 
-def test_run_writes_token_signals_for_on_policy_rollouts_with_a_teacher_only() -> None:
+def test_token_signals_are_written_for_on_policy_stages_with_teacher_only() -> None:
     out = all_arms()
     opd = rows(NodeDir(node(out, "bridge", "opd")).rollouts(1))
     loud = [row for row in opd if "signal" in row]

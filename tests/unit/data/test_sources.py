@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,36 @@ def test_bridge_prompts_need_no_answers(tmp_path: Path) -> None:
 def test_limit_counts_rows_read(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", *({"problem": f"{n}?", "answer": "1"} for n in range(9)))
     assert len(read(source.model_copy(update={"limit": 4})).problems) == 4
+
+
+def test_hash_ranges_divide_file_by_content(tmp_path: Path) -> None:
+    """A row's side is that of sha256("part:" + the first six digits of its id): computed here from the definition."""
+    rows = [{"problem": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(200)]
+    rows += [{"problem": "what is 7 + 7", "answer": "14"}]  # a copy in other punctuation is on the side of its twin
+    path, shuffled = tmp_path / "all.jsonl", tmp_path / "shuffled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shuffled.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    low = {p.text for p in read(Source(path=str(path), hash_range=(0.0, 0.2))).problems}
+    high = {p.text for p in read(Source(path=str(path), hash_range=(0.2, 1.0))).problems}
+    every = {str(row["problem"]) for row in rows}
+    expected = {
+        text
+        for text in every
+        if int(hashlib.sha256(f"part:{problem_id(text)[:6]}".encode()).hexdigest()[:12], 16) < 0.2 * 16**12
+    }
+    assert low == expected and high == every - expected and 20 < len(low) < 60
+    assert ("What is 7 + 7?" in low) == ("what is 7 + 7" in low)
+    assert {p.text for p in read(Source(path=str(shuffled), hash_range=(0.0, 0.2))).problems} == low
+    assert len(read(Source(path=str(path), hash_range=(0.0, 0.2), limit=5)).problems) == 5
+
+
+def test_hash_range_without_rows_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "few.jsonl"
+    path.write_text('{"problem": "1+1", "answer": "2"}\n')
+    with pytest.raises(UserError, match=r"hash_range \[0.0, 1e-06\] keeps none of its 1 rows; widen it"):
+        read(Source(path=str(path), hash_range=(0.0, 1e-6)))
+    with pytest.raises(ValueError, match="the first bound must be less than the second"):
+        Source(path=str(path), hash_range=(0.5, 0.5))
 
 
 def test_generated_sums_come_from_their_pool() -> None:

@@ -617,13 +617,6 @@ def test_truncated_completions_are_named(tmp_path: Path) -> None:
     assert not found.errors
 
 
-def test_truncation_is_not_reported_if_sample_is_shorter_than_limit(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path / "endless", max_position_embeddings=4096)
-    changes = [f"stages.{stage}.sampling.max_tokens=2000" for stage in ("teacher_rl", "warmup", "opd", "student_rl")]
-    found = examined(tmp_path, *changes, f"models.student={folder}", f"models.teacher={folder}")
-    assert "truncated" not in {finding.name for finding in found.findings}
-
-
 def test_missing_kv_cache_and_plain_attention_are_named(tmp_path: Path) -> None:
     uncached, eager = tiny_folder(tmp_path / "uncached", "openai-gpt"), tiny_folder(tmp_path / "eager", "bloom")
     found = examined(tmp_path, f"models.student={uncached}", f"models.teacher={eager}")

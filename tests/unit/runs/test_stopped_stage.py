@@ -184,7 +184,7 @@ def test_step_is_recorded_before_training_stops(
     assert_recorded(run, 2, run.graded)
 
 
-def test_step_is_recorded_before_a_measurement_stops_training(tmp_path: Path) -> None:
+def test_step_is_recorded_before_measurement_stops_training(tmp_path: Path) -> None:
     def after(self: Any, step: int, last: bool) -> dict[str, float]:
         if step == 2:
             raise TrainingStoppedError("after step 2: the log-probs are not finite")
@@ -207,7 +207,7 @@ def test_step_is_recorded_when_scoring_stops_training(tmp_path: Path) -> None:
     assert_recorded(run, 1, run.graded)
 
 
-def test_stage_that_stops_before_any_grading_records_nothing(tmp_path: Path) -> None:
+def test_stage_stopped_before_grading_records_nothing(tmp_path: Path) -> None:
     run = StageRun(NodeDir(tmp_path), every_other)
     why = run(fault=at("step.begun", 2, spoil_weights))
     assert why is not None and why.startswith("step 2 of 4: the model's log-probs are not finite")
@@ -235,7 +235,7 @@ def arrivals_of_the_last_step(folder: Path, right: Any, spoiled: bool) -> list[t
 
 
 @pytest.mark.parametrize("spoiled", [False, True], ids=["no_signal", "loss"])
-def test_stage_killed_anywhere_before_it_stops_spends_and_says_the_same(spoiled: bool, tmp_path: Path) -> None:
+def test_stage_killed_before_its_stop_spends_and_reports_same(spoiled: bool, tmp_path: Path) -> None:
     right = every_other if spoiled else lambda number: False
     whole = StageRun(NodeDir(tmp_path / "whole"), right)
     spoil = partial(at, "step.gathered", 2, spoil_weights)
