@@ -49,7 +49,9 @@ def sentence(act: Callable[[], object]) -> str:
         message = str(error)
     else:
         return ""
-    assert message.strip() and "\n" not in message
+    first, *faults = message.split("\n  ")  # of several faults a line each
+    assert "\n" not in first and all(fault.strip() and "\n" not in fault for fault in faults)
+    assert first.strip() and (not faults or first.endswith(f": {len(faults)} errors"))
     return message
 
 

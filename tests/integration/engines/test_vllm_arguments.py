@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from headwater.config.builtin import find_recipe
-from headwater.config.recipe import Compute, Vllm, parse_recipe
+from headwater.config.compute import Compute, Vllm
+from headwater.config.recipe import parse_recipe
 from headwater.errors import UserError
 from headwater.models.policy import Policy
 from headwater.sampling import vllm_sampler

@@ -15,7 +15,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from headwater.config.recipe import Compute, Lora, Models, Vllm
+from headwater.config.compute import Compute, Vllm
+from headwater.config.recipe import Lora, Models
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.models import lora

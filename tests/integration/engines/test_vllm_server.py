@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headwater.config.recipe import Server
+from headwater.config.compute import Server
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.losses.distributions import TopK

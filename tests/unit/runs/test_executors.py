@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headwater.config.builtin import find_recipe
-from headwater.config.recipe import Compute
+from headwater.config.compute import Compute
 from headwater.runs.executors.base import Failure, Job
 from headwater.runs.executors.local import LocalExecutor, exit_reason, worker_count, worker_limit
 from headwater.runs.executors.schedule import critical_path_first

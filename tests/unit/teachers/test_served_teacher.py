@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.config.recipe import Server
+from headwater.config.compute import Server
 from headwater.config.stage import Sampling
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.distributions import TopK

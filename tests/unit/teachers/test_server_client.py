@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from headwater.config.recipe import Server
+from headwater.config.compute import Server
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.teachers import server_client
 from headwater.teachers.server_client import ServerClient, connect
