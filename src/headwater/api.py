@@ -18,6 +18,7 @@ from headwater.data.validate import ValidationResult
 from headwater.doctor import probe as probes
 from headwater.doctor.checks import Examination
 from headwater.doctor.checks import diagnose as examine_recipe
+from headwater.evaluation import Evaluation, EvaluationSettings, evaluate_model
 from headwater.plugins import name_of
 from headwater.report import build
 from headwater.report.result import Result
@@ -116,9 +117,22 @@ def probe(
     parsed = recipe_of(recipe, changes)
     silent = not in_notebook() if quiet is None else quiet
     chosen = parsed.seed if seed is None else seed
-    return probes.probe(
-        parsed, problems, samples, chosen, None if out is None else Path(out), progress_display(silent)
-    )
+    return probes.probe(parsed, problems, samples, chosen, None if out is None else Path(out), progress_display(silent))
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    settings: EvaluationSettings = EvaluationSettings(),
+    *,
+    quiet: bool | None = None,
+) -> Evaluation:
+    """Evaluate a model folder, hub id or `pocket:NAME` on a data file: avg@k, pass@k and maj@k, as `headwater eval` does.
+
+    Example: `evaluate(student, "held-out.jsonl", EvaluationSettings(samples=8)).measures["avg@8"].mean`.
+    """
+    silent = not in_notebook() if quiet is None else quiet
+    return evaluate_model(str(model), str(data), settings or EvaluationSettings(), progress_display(silent))
 
 
 def validate(

@@ -38,10 +38,12 @@ def find(kind: Kind, name: str) -> FunctionType | None:
     module_name, _, function_name = (name if entry is None else entry.value).partition(":")
     where = f"{kind} {name}"
     if not (module_name and function_name):
-        raise UserError(f"{where}: write it as package.module:function")
+        raise UserError(f"{where}: is unknown; write it as package.module:function")
     if module_name.partition(".")[0] in {*sys.stdlib_module_names, *sys.builtin_module_names}:
         # Security: a recipe with timeit:timeit would run a gold answer as a program.
-        raise UserError(f"{where}: {module_name} has no function {function_name} to use; the standard library is not allowed")
+        raise UserError(
+            f"{where}: {module_name} has no function {function_name} to use; the standard library is not allowed"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -49,7 +49,7 @@ def sampler(trainer_logp: bool) -> Callable[[Function], Function]:
 
 
 def check_sampler_name(name: str) -> str:
-    """The name itself, with the row of a sampler that a user declared added to the table. Raises ValueError if there is no such sampler."""
+    """The name itself; adds the row of a sampler that a user declared. Raises ValueError if there is no such sampler."""
     if name not in SAMPLERS:
         try:
             function = plugins.find("sampler", name)

@@ -10,23 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from headwater.errors import UserError
+from headwater.stats import Interval
 from headwater.storage.run_dir import RunDir
 from headwater.storage.untrusted import read_plan
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % interval, as fractions; `per_seed` is empty where there is one seed's measurement only."""
+class SeedMean(Interval):
+    """A fraction's mean over seeds with its 95 % interval over problems and seeds, and the value at each seed."""
 
-    mean: float
-    low: float
-    high: float
     per_seed: Mapping[int, float]
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Interval:
-        per_seed = {int(seed): value for seed, value in row.get("per_seed", {}).items()}
-        return cls(row["mean"], row["low"], row["high"], per_seed)
+    def of(cls, row: Mapping[str, Any]) -> SeedMean:
+        return cls(row["mean"], row["low"], row["high"], {int(seed): value for seed, value in row["per_seed"].items()})
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,8 @@ class ArmResult:
     """
 
     name: str
-    accuracy: Mapping[str, Interval]
-    pass_at: Mapping[str, Mapping[int, Interval]]
+    accuracy: Mapping[str, SeedMean]
+    pass_at: Mapping[str, Mapping[int, SeedMean]]
     labels: int
     checks: int
     tokens: Mapping[str, int]
@@ -93,7 +90,9 @@ class Result(Mapping[str, Any]):
         """Folder of the trained student. Raises UserError unless exactly one was trained; `arms[NAME].student_folders` has all."""
         folders = [folder for arm in self.arms.values() for folder in arm.student_folders.values()]
         if len(folders) != 1:
-            raise UserError(f"{self.folder} holds {len(folders)} trained students: choose one of arms[NAME].student_folders")
+            raise UserError(
+                f"{self.folder} holds {len(folders)} trained students: choose one of arms[NAME].student_folders"
+            )
         return folders[0]
 
     @property
@@ -140,9 +139,9 @@ class Result(Mapping[str, Any]):
 def _arm(name: str, row: Mapping[str, Any], students: Mapping[int, Path]) -> ArmResult:
     return ArmResult(
         name=name,
-        accuracy={key: Interval.of(value) for key, value in row["accuracy"].items()},
+        accuracy={key: SeedMean.of(value) for key, value in row["accuracy"].items()},
         pass_at={
-            key: {int(k): Interval.of(value) for k, value in by_k.items()} for key, by_k in row["pass_at_k"].items()
+            key: {int(k): SeedMean.of(value) for k, value in by_k.items()} for key, by_k in row["pass_at_k"].items()
         },
         labels=row["labels"]["distinct"],
         checks=row["labels"]["checks"],
