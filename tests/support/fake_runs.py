@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from headwater.report import build as report
 from headwater.report.terminal import terminal_table
 
 PROBLEMS, SAMPLES = 60, 4
@@ -129,6 +133,17 @@ def fake_run(
     (out / "recipe.json").write_text(json.dumps(recipe))
     (out / "env.json").write_text(json.dumps({"python": "3.11.7", "torch": "2.13.0", "threads": 2}))
     return out
+
+
+@cache
+def shared_run() -> Path:
+    """The folder of one fake run of ARMS over three seeds, with its report, made once for all test workers."""
+    shared = Path(os.environ["HEADWATER_TESTS_SHARED"])
+    with (shared / "fake.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker makes it, the others wait for it
+        if not (shared / "fake" / "report.html").exists():
+            report.write(fake_run(shared / "fake"))
+    return shared / "fake"
 
 
 def _fake_node(folder: Path, made: Made, seed: int, parents: list[str], steps: int) -> None:
