@@ -123,7 +123,7 @@ def probe(
 def evaluate(
     model: str | Path,
     data: str | Path,
-    settings: EvaluationSettings = EvaluationSettings(),
+    settings: EvaluationSettings | None = None,
     *,
     quiet: bool | None = None,
 ) -> Evaluation:
