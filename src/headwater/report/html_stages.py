@@ -165,7 +165,9 @@ def _first_to_last(row: dict[str, Any], key: str, measure: str) -> str | None:
 def _outcomes(row: dict[str, Any]) -> str | None:
     """Example: `58 % right, 30 % wrong, 12 % cut`."""
     shares = sorted((row["outcomes"] or {}).items(), key=lambda item: -item[1])
-    return ", ".join(f"{100 * share:.0f} % {name.replace('_', ' ')}" for name, share in shares if share >= 0.005) or None
+    return (
+        ", ".join(f"{100 * share:.0f} % {name.replace('_', ' ')}" for name, share in shares if share >= 0.005) or None
+    )
 
 
 def _informative(row: dict[str, Any]) -> str | None:

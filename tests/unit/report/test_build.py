@@ -367,7 +367,9 @@ def test_outcomes_are_shares_of_all_rollouts_of_a_stage(tmp_path: Path) -> None:
         text = "".join(json.dumps(kinds[name]) + "\n" for name in outcomes)
         (folder / f"{step:06d}.jsonl").write_text(text)
     stage = next(row for row in report.build([out])["stages"] if row["stage"] == "student_rl")
-    assert stage["outcomes"] == pytest.approx({"cut": 20 / 24, "wrong": 3 / 24, "right": 1 / 24, "no_answer": 0, "ungraded": 0})
+    assert stage["outcomes"] == pytest.approx(
+        {"cut": 20 / 24, "wrong": 3 / 24, "right": 1 / 24, "no_answer": 0, "ungraded": 0}
+    )
     assert stage["no_signal"] is None  # some of its groups were informative
 
 
