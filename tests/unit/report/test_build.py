@@ -353,7 +353,7 @@ def test_accuracy_paths_of_teacher_and_student() -> None:
     ]
 
 
-def test_outcomes_are_shares_of_all_rollouts_of_a_stage(tmp_path: Path) -> None:
+def test_outcomes_are_shares_of_all_rollouts(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "direct_grpo")}
     out = fake_run(tmp_path / "out", seeds=(0,), arms=arms, steps=3)
     folder = out / "nodes" / names(out, "direct_grpo", 0)[-1] / "rollouts"
