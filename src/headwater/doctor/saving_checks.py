@@ -113,7 +113,11 @@ def _prompts(context: DoctorContext, role: str) -> list[Rollout]:
 @contextlib.contextmanager
 def _as_if_trained(policy: Policy) -> Iterator[None]:
     """Give a fresh adapter an effect, so that an error in merging it shows; its matrices are 0 again at the end."""
-    fresh = [parameter for parameter in policy.model.parameters() if policy.adapter and parameter.requires_grad and not parameter.any()]
+    fresh = [
+        parameter
+        for parameter in policy.model.parameters()
+        if policy.adapter and parameter.requires_grad and not parameter.any()
+    ]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for matrix in fresh:

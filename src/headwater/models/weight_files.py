@@ -90,7 +90,9 @@ class WeightFiles:
         for path in self.paths:
             for tensor in self._header(path):
                 if tensor in stored:
-                    return f"{stored[tensor]} and {path.name} both hold {tensor}: the files are of different checkpoints"
+                    return (
+                        f"{stored[tensor]} and {path.name} both hold {tensor}: the files are of different checkpoints"
+                    )
                 stored[tensor] = path.name
         for tensor in sorted(stored.keys() | listed.keys()):
             if stored.get(tensor) != listed.get(tensor):

@@ -272,7 +272,9 @@ def _interval(text: str) -> Range | None:
     interval = _bracketed(text)
     if interval is None or len(interval[1]) != 2:
         return None
-    return Range(interval[0], tidy(interval[1][0].removeprefix("+")), tidy(interval[1][1].removeprefix("+")), interval[2])
+    return Range(
+        interval[0], tidy(interval[1][0].removeprefix("+")), tidy(interval[1][1].removeprefix("+")), interval[2]
+    )
 
 
 def _same_range(gold: str, answer: str) -> bool | None:
