@@ -28,7 +28,9 @@ def known(share: float) -> Interval:
     return Interval(share, share, share)
 
 
-def model(informative: float, pass_rate: float = 0.2, outcomes: Outcomes = Outcomes({"wrong": 8, "right": 2})) -> Readiness:
+def model(
+    informative: float, pass_rate: float = 0.2, outcomes: Outcomes = Outcomes({"wrong": 8, "right": 2})
+) -> Readiness:
     return Readiness(
         pass_rate=known(pass_rate),
         pass_at={8: 0.5},

@@ -74,7 +74,10 @@ def test_readiness_counts_outcomes_of_its_samples() -> None:
     cut = [rollout_of(prompt, (7, 8), sample) for sample in range(4)]  # rollout_of makes rollouts that were cut
     ended = [replace(rollout, finish="stop") for rollout in cut]
     verdicts = [
-        *(Verdict(correct, reason) for correct, reason in ((True, "equal"), (False, "no_answer"), (False, "different"))),
+        *(
+            Verdict(correct, reason)
+            for correct, reason in ((True, "equal"), (False, "no_answer"), (False, "different"))
+        ),
         *(Verdict(False, reason) for reason in ("no_answer", "no_answer", "different", "timeout", "truncated")),
     ]
     samples = probe.ModelSamples(
