@@ -91,8 +91,8 @@ class ModelSamples:
     verdicts: Sequence[Verdict]
     samples: int
 
-    @property
-    def right_PK(self) -> NDArray[np.int64]:
+    def correct(self) -> NDArray[np.int64]:
+        """(P, K) 1 for right completions, 0 for the others."""
         return np.array([int(verdict.correct) for verdict in self.verdicts]).reshape(-1, self.samples)
 
     @property
@@ -276,7 +276,7 @@ def spend_of(
 
 def readiness(samples: ModelSamples, entropy: float) -> Readiness:
     """One model's measures from its samples."""
-    right_P, count, group = samples.right_PK.sum(axis=1), samples.right_PK.shape[1], samples.stage.group_size
+    right_P, count, group = samples.correct().sum(axis=1), samples.samples, samples.stage.group_size
     samples_P, rollouts = np.full(len(right_P), count), samples.rollouts
     ks = sorted({k for k in (2, 4, 8, 16, 32, 64) if k <= count} | {count})
     pass_at = {k: float(stats.pass_at_k(right_P, samples_P, k).mean()) for k in ks}

@@ -28,9 +28,10 @@ def known(share: float) -> Interval:
     return Interval(share, share, share)
 
 
-def model(
-    informative: float, pass_rate: float = 0.2, outcomes: Outcomes = Outcomes({"wrong": 8, "right": 2})
-) -> Readiness:
+MOSTLY_WRONG, CUT = Outcomes({"wrong": 8, "right": 2}), Outcomes({"cut": 48, "wrong": 2})
+
+
+def model(informative: float, pass_rate: float = 0.2, outcomes: Outcomes = MOSTLY_WRONG) -> Readiness:
     return Readiness(
         pass_rate=known(pass_rate),
         pass_at={8: 0.5},
@@ -164,9 +165,6 @@ def test_switch_advice_names_existing_metrics_and_valid_until() -> None:
     assert "`informative`" in result and "50%" in result and "kl_student_teacher" in result
     assert "{metric: validation, every: 10, patience: 2}" in result
     assert Until(metric="validation", every=10, patience=2).metric == "validation"
-
-
-CUT = Outcomes({"cut": 48, "wrong": 2})
 
 
 def test_completions_cut_at_their_limit_are_named_before_any_other_advice() -> None:

@@ -86,4 +86,4 @@ def test_readiness_counts_outcomes_of_its_samples() -> None:
     measured = probe.readiness(samples, 0.5)
     assert measured.outcomes.counts == {"right": 1, "cut": 3, "no_answer": 2, "wrong": 1, "ungraded": 1}
     assert (measured.stage, measured.max_tokens) == ("stages.teacher_rl", 32)
-    assert measured.pass_rate.mean == 1 / 8 and samples.right_PK.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    assert measured.pass_rate.mean == 1 / 8 and samples.correct().tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
