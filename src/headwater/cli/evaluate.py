@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections import Counter, defaultdict
 from datetime import date
 from typing import Any
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from headwater import stats
 from headwater.cli.options import EvalOptions
-from headwater.config.recipe import Evaluate, Models, Prompt, Source, first_complaint
+from headwater.config.recipe import Columns, Evaluate, Models, Prompt, Source, first_complaint
 from headwater.data.labels import Labels
 from headwater.data.sources import load
 from headwater.data.validate import failing
@@ -38,7 +39,10 @@ def evaluate_model(name: str, data: str, options: EvalOptions, display: Progress
     settings, prompt, models = _settings(name, options)
     task, device = find_task(options.task), device_of(options.device or "auto")
     with Verifier(options.task) as grade, contextlib.ExitStack() as stack:
-        loaded = load(Source(path=data, limit=options.limit), "--data", True, task.gold, grade)
+        columns = Columns(problem=options.problem, answer=options.answer)
+        loaded = load(Source(path=data, columns=columns, limit=options.limit), "--data", True, task.gold, grade)
+        for unused in loaded.unused:
+            print(f"warning: --data: {data}: {unused.evidence}; {unused.remedy('--problem')}", file=sys.stderr)
         failing(
             grade, list(loaded.gold.items())[:1]
         )  # refuses a grader that returns no verdict before anything is sampled

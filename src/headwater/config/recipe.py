@@ -96,6 +96,7 @@ class Columns(Strict):
     """Column names of problem and answer; None tries the usual ones."""
 
     problem: str | None = None
+    """A column, a path into one, or a template of several: `"{context}\\n\\n{question}"`."""
     answer: str | None = None
     tag: str | None = None
     """Selects a problem's teacher if `models.teacher` is a mapping; generated problems are tagged with their task."""

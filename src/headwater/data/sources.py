@@ -5,7 +5,7 @@ Errors name the file and the row or column. A problem's id is a hash of its cont
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
@@ -13,15 +13,29 @@ from typing import Any
 from headwater.config.recipe import Source
 from headwater.data.arrow_rows import Unreadable
 from headwater.data.cells import plain_value
-from headwater.data.columns import answer_at, find_answer_column, find_problem_column, refuse_hidden_choices, value_at
+from headwater.data.choices import CHOICE_COLUMNS, Choices, choices_of, naming_of
+from headwater.data.columns import (
+    FURTHER_ANSWER_COLUMNS,
+    UnusedColumn,
+    answer_at,
+    context_columns,
+    fill_template,
+    find_answer_column,
+    find_problem_column,
+    is_template,
+    lacks_column,
+    template_columns,
+    value_at,
+)
 from headwater.data.contamination import Leak, find_leaks
 from headwater.data.conversations import (
     Conversation,
     messages_of,
     read_conversation,
+    reference_of,
     refuse_media,
     spells_messages,
-    with_system,
+    with_columns,
 )
 from headwater.data.rows import read_rows
 from headwater.errors import UserError
@@ -46,6 +60,7 @@ class LoadedProblems:
     without_answer   ids of problems that have no answer
     rows             row numbers of each id, contradictions and leaks included
     leaks            problems that `without_leaks` removed, and why
+    unused           filled columns that may belong to the problems and are not read
 
     Example: `load(Source(path="train.jsonl"), "data.labeled", need_answers=True).gold["9f8b…"]` is `"72"`.
     """
@@ -57,6 +72,17 @@ class LoadedProblems:
     without_answer: tuple[str, ...] = ()
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     leaks: tuple[Leak, ...] = ()
+    unused: tuple[UnusedColumn, ...] = ()
+
+
+@dataclass(frozen=True)
+class _ReadRow:
+    """A row as it is read: its number, conversation, the cell with its answer, and the choices in other columns."""
+
+    number: int
+    asked: Conversation
+    answer: Any
+    choices: Choices | None = None
 
 
 def load(
@@ -65,11 +91,13 @@ def load(
     need_answers: bool,
     gold: Callable[[Any], str | None] | None = None,
     grader: Verifier | None = None,
+    further_answers: Sequence[str] = FURTHER_ANSWER_COLUMNS,
 ) -> LoadedProblems:
     """Read a source; `what` is the recipe's field for it, which every error names.
 
     gold    converts a cell to a gold answer (`Task.gold`); `gold_answer` by default
     grader  decides whether two answers of one problem agree (`Verifier.same_gold`); None compares their texts
+    further_answers   names of answer columns tried after the usual ones; none for prompts whose answers nobody uses
 
     Raises UserError for anything wrong with the file, a row or a column.
     """
@@ -83,26 +111,85 @@ def load(
         raise UserError(f"{where} is empty")
     problem_column = find_problem_column(source.columns, first[1], where)
     referenced = _conversation(first[1], problem_column, f"{where}, row {first[0]}").reference is not None
-    answer_column = find_answer_column(source.columns, first[1], where, need_answers and not referenced)
-    read: list[tuple[int, Conversation, str | None]] = []
+    answer_column = find_answer_column(
+        source.columns, first[1], where, need_answers and not referenced, () if referenced else further_answers
+    )
+    beside = context_columns(source.columns, first[1], (problem_column, answer_column, source.columns.tag))
+    lists_choices = choices_of(first[1]) is not None or any(name.lower() in CHOICE_COLUMNS for name in first[1])
+    read: list[_ReadRow] = []
     tags: dict[int, str] = {}
+    unused = dict.fromkeys(beside, 0)
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
         if source.columns.tag is not None:
             tags[number] = _tag(row, source.columns.tag, place)
         asked = _conversation(row, problem_column, place)
         answer = asked.reference if answer_column is None else answer_at(row, answer_column)
-        refuse_hidden_choices(row, asked.turns[-1][1], answer, place)
-        read.append((number, asked, _answer(answer, answer_column or REFERENCE, place, gold)))
-    read = read[: source.limit]
+        choices = choices_of(row) if lists_choices else None
+        if choices is None:
+            answer = _answer(answer, answer_column or REFERENCE, place, gold)
+        read.append(_ReadRow(number, asked, answer, choices))
+        if beside:
+            problem = "\n".join(content for _, content in asked.turns)
+            for name in beside:
+                unused[name] += name in row and lacks_column(problem, name, row[name])
+    template = is_template(problem_column, first[1])
+    in_template = template_columns(problem_column) if template else []
+    read, hidden = _with_choices(read, in_template, where)
+    answers = [
+        row.answer if row.choices is None else _answer(row.answer, answer_column or REFERENCE, f"{where}, row {row.number}", gold)
+        for row in read
+    ]
+    pairs = list(zip(read, answers, strict=True))[: source.limit]
     if need_answers:
-        without_answer = [number for number, _, answer in read if answer is None]
+        without_answer = [row.number for row, answer in pairs if answer is None]
         if without_answer:
-            among = f" ({len(without_answer)} of {len(read)} rows have none)" if len(without_answer) > 1 else ""
+            among = f" ({len(without_answer)} of {len(pairs)} rows have none)" if len(without_answer) > 1 else ""
             raise UserError(
                 f"{where}, row {without_answer[0]}: the problem has no answer in {answer_column or REFERENCE!r}{among}"
             )
-    return _merged(read, source.path, tags, grader)
+    conversation = not template and messages_of(value_at(first[1], problem_column)) is not None
+    columns = [(name, f"{{{name}}}", rows) for name, rows in unused.items() if rows]
+    columns += [(hidden[0].column, hidden[0].fields, len(hidden))] if hidden else []
+    return replace(
+        _merged([(row.number, row.asked, answer) for row, answer in pairs], source.path, tags, grader),
+        unused=tuple(
+            UnusedColumn(name, problem_column, rows, len(read), None if conversation else fields)
+            for name, fields, rows in columns
+        ),
+    )
+
+
+def _with_choices(rows: list[_ReadRow], in_template: Collection[str], where: str) -> tuple[list[_ReadRow], list[Choices]]:
+    """Rows with the choices that their answers name, shown in the problem and named by label.
+
+    in_template  columns of the template that makes the problems, which shows them already
+
+    Also returns the choices that no problem shows and no answer needs. See `naming_of`.
+    """
+
+    def is_in_template(choices: Choices) -> bool:
+        return set(choices.column.split(", ")) <= set(in_template)
+
+    def shows(row: _ReadRow, labelled: bool) -> bool:
+        return row.choices is None or row.choices.are_shown(row.asked.turns[-1][1], labelled)
+
+    named = [row for row in rows if row.choices and (is_in_template(row.choices) or not shows(row, labelled=False))]
+    naming = naming_of(
+        [(f"{where}, row {row.number}", row.answer, row.choices) for row in named if row.choices and row.answer is not None]
+    )
+    hidden = [row.choices for row in named if row.choices and not is_in_template(row.choices)]
+    if naming is None or (naming == "text" and hidden):
+        return rows, hidden
+    result = []
+    for row in rows:
+        if row.choices is not None:
+            *earlier, (role, text) = row.asked.turns
+            if not shows(row, labelled=True):
+                row = replace(row, asked=replace(row.asked, turns=(*earlier, (role, f"{text}\n\n{row.choices.text}"))))
+            row = replace(row, answer=row.choices.label_of(row.answer, naming) or row.answer)
+        result.append(row)
+    return result, []
 
 
 def without_leaks(
@@ -131,7 +218,12 @@ def without_leaks(
 
 
 def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversation:
-    """The problem in a row: a conversation, or a text as its only turn."""
+    """The problem in a row: a conversation, or a text as its only turn, with the turns that stand in columns of their own."""
+    if is_template(column, row):
+        value: Any = fill_template(column, row, where)
+        if not value:
+            raise UserError(f"{where}: {' and '.join(map(repr, template_columns(column)))} are blank")
+        return with_columns(Conversation((("user", _plain_text(value, column, where)),)), row, where)
     try:
         value = value_at(row, column)
     except KeyError:
@@ -140,8 +232,11 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
         raise UserError(f"{where}: {column!r} {value.reason}")
     messages = messages_of(value)
     if messages is not None:
-        refuse_media(row, where)
-        return with_system(read_conversation(messages, column, where), row)
+        conversation = read_conversation(messages, column, where)
+        for holder in (value, row) if isinstance(value, dict) else (row,):
+            refuse_media(holder, where)
+            conversation = with_columns(conversation, holder, where)
+        return conversation
     if not isinstance(value, str):
         expected = ", nor a list of messages with role and content" if isinstance(value, (list, dict)) else ""
         raise UserError(f"{where}: {column!r} is not text but {type(value).__name__}{expected}")
@@ -153,11 +248,15 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
         )
     if "<image>" in value:  # as in sets of geometry problems
         refuse_media(row, where)
+    return with_columns(Conversation((("user", _plain_text(value, column, where)),)), row, where)
+
+
+def _plain_text(value: str, column: str, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # "\ud800" is valid JSON but cannot be encoded
         raise UserError(f"{where}: {column!r} holds half a surrogate pair and is not UTF-8 text") from None
-    return Conversation((("user", value),))
+    return value
 
 
 def _tag(row: Mapping[str, Any], column: str, where: str) -> str:
@@ -168,6 +267,9 @@ def _tag(row: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | None] | None) -> str | None:
+    messages = messages_of(value) if isinstance(value, list) else None
+    if messages:  # a completion in the form of messages, as TRL writes it
+        value = reference_of(messages[-1], f"{where}: the last turn of {column!r}")
     try:
         return (gold or gold_answer)(plain_value(value))
     except ValueError as error:
