@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from string import ascii_uppercase
 from typing import Any, Literal
 
+from headwater.data.conversations import Conversation
 from headwater.errors import UserError
 from headwater.types import letters_and_digits
 
@@ -142,3 +143,52 @@ def naming_of(answers: Sequence[tuple[str, Any, Choices]]) -> Naming | None:
                 "choices into the problem (A. …, B. …), and the letter as the answer"
             )
     return None
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """A row as it is read: its number, conversation, answer, and the choices in columns beside the problem.
+
+    answer  the gold answer; the cell with it in a row with choices
+    """
+
+    number: int
+    conversation: Conversation
+    answer: Any
+    choices: Choices | None = None
+
+    def shows_choices(self, labelled: bool) -> bool:
+        return self.choices is None or self.choices.are_shown(self.conversation.turns[-1][1], labelled)
+
+    def with_label(self, naming: Naming) -> ReadRow:
+        """The row with its choices in the last turn, and the label of its choice as the answer."""
+        if self.choices is None:
+            return self
+        conversation, answer = self.conversation, self.choices.label_of(self.answer, naming) or self.answer
+        if not self.shows_choices(labelled=True):
+            *earlier, (role, text) = conversation.turns
+            conversation = replace(conversation, turns=(*earlier, (role, f"{text}\n\n{self.choices.text}")))
+        return replace(self, conversation=conversation, answer=answer)
+
+
+def with_choices(rows: list[ReadRow], template: Collection[str], where: str) -> tuple[list[ReadRow], list[Choices]]:
+    """Rows that show the choices which their answers name, and the choices that no row shows and no answer names.
+
+    template  columns of the template that makes the problems, which shows them already
+    where     names the file in errors
+
+    Raises UserError as `naming_of` does.
+    """
+    named = []
+    for row in rows:
+        if row.choices is not None:
+            in_template = set(row.choices.column.split(", ")) <= set(template)
+            if in_template or not row.shows_choices(labelled=False):
+                named.append((row, row.choices, in_template))
+    hidden = [choices for _, choices, in_template in named if not in_template]
+    naming = naming_of(
+        [(f"{where}, row {row.number}", row.answer, choices) for row, choices, _ in named if row.answer is not None]
+    )
+    if naming is None or (naming == "text" and hidden):
+        return rows, hidden
+    return [row.with_label(naming) for row in rows], []

@@ -5,7 +5,8 @@ Errors name the file and the row or column. A problem's id is a hash of its cont
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from headwater.config.recipe import Source
 from headwater.data.arrow_rows import Unreadable
 from headwater.data.cells import plain_value
-from headwater.data.choices import CHOICE_COLUMNS, Choices, choices_of, naming_of
+from headwater.data.choices import CHOICE_COLUMNS, ReadRow, choices_of, with_choices
 from headwater.data.columns import (
     FURTHER_ANSWER_COLUMNS,
     UnusedColumn,
@@ -43,7 +44,7 @@ from headwater.tasks import maths_text
 from headwater.tasks.golds import gold_answer
 from headwater.tasks.registry import TASKS
 from headwater.tasks.verifier import Verifier
-from headwater.types import Problem
+from headwater.types import Problem, family_of
 
 REFERENCE = "the assistant's last turn"
 """Where the answer stands in a file of conversations without a column for it."""
@@ -73,16 +74,6 @@ class LoadedProblems:
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     leaks: tuple[Leak, ...] = ()
     unused: tuple[UnusedColumn, ...] = ()
-
-
-@dataclass(frozen=True)
-class _ReadRow:
-    """A row as it is read: its number, conversation, the cell with its answer, and the choices in other columns."""
-
-    number: int
-    asked: Conversation
-    answer: Any
-    choices: Choices | None = None
 
 
 def load(
@@ -116,80 +107,51 @@ def load(
     )
     beside = context_columns(source.columns, first[1], (problem_column, answer_column, source.columns.tag))
     lists_choices = choices_of(first[1]) is not None or any(name.lower() in CHOICE_COLUMNS for name in first[1])
-    read: list[_ReadRow] = []
+    every: list[ReadRow] = []
     tags: dict[int, str] = {}
     unused = dict.fromkeys(beside, 0)
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
         if source.columns.tag is not None:
             tags[number] = _tag(row, source.columns.tag, place)
-        asked = _conversation(row, problem_column, place)
-        answer = asked.reference if answer_column is None else answer_at(row, answer_column)
+        conversation = _conversation(row, problem_column, place)
+        answer = conversation.reference if answer_column is None else answer_at(row, answer_column)
         choices = choices_of(row) if lists_choices else None
         if choices is None:
             answer = _answer(answer, answer_column or REFERENCE, place, gold)
-        read.append(_ReadRow(number, asked, answer, choices))
+        every.append(ReadRow(number, conversation, answer, choices))
         if beside:
-            problem = "\n".join(content for _, content in asked.turns)
+            problem = "\n".join(content for _, content in conversation.turns)
             for name in beside:
                 unused[name] += name in row and lacks_column(problem, name, row[name])
-    template = is_template(problem_column, first[1])
-    in_template = template_columns(problem_column) if template else []
-    read, hidden = _with_choices(read, in_template, where)
-    answers = [
+    template = template_columns(problem_column) if is_template(problem_column, first[1]) else []
+    every, hidden = with_choices(every, template, where)
+    golds = (
         row.answer if row.choices is None else _answer(row.answer, answer_column or REFERENCE, f"{where}, row {row.number}", gold)
-        for row in read
-    ]
-    pairs = list(zip(read, answers, strict=True))[: source.limit]
+        for row in every
+    )
+    read = _within([(row.number, row.conversation, answer) for row, answer in zip(every, golds, strict=True)], source)
+    if not read:
+        raise UserError(
+            f"{where}: hash_range {list(source.hash_range or ())} keeps none of its {len(every)} rows; widen it"
+        )
     if need_answers:
-        without_answer = [row.number for row, answer in pairs if answer is None]
+        without_answer = [number for number, _, answer in read if answer is None]
         if without_answer:
-            among = f" ({len(without_answer)} of {len(pairs)} rows have none)" if len(without_answer) > 1 else ""
+            among = f" ({len(without_answer)} of {len(read)} rows have none)" if len(without_answer) > 1 else ""
             raise UserError(
                 f"{where}, row {without_answer[0]}: the problem has no answer in {answer_column or REFERENCE!r}{among}"
             )
-    conversation = not template and messages_of(value_at(first[1], problem_column)) is not None
+    is_text = bool(template) or messages_of(value_at(first[1], problem_column)) is None
     columns = [(name, f"{{{name}}}", rows) for name, rows in unused.items() if rows]
     columns += [(hidden[0].column, hidden[0].fields, len(hidden))] if hidden else []
     return replace(
-        _merged([(row.number, row.asked, answer) for row, answer in pairs], source.path, tags, grader),
+        _merged(read, source.path, tags, grader),
         unused=tuple(
-            UnusedColumn(name, problem_column, rows, len(read), None if conversation else fields)
+            UnusedColumn(name, problem_column, rows, len(every), fields if is_text else None)
             for name, fields, rows in columns
         ),
     )
-
-
-def _with_choices(rows: list[_ReadRow], in_template: Collection[str], where: str) -> tuple[list[_ReadRow], list[Choices]]:
-    """Rows with the choices that their answers name, shown in the problem and named by label.
-
-    in_template  columns of the template that makes the problems, which shows them already
-
-    Also returns the choices that no problem shows and no answer needs. See `naming_of`.
-    """
-
-    def is_in_template(choices: Choices) -> bool:
-        return set(choices.column.split(", ")) <= set(in_template)
-
-    def shows(row: _ReadRow, labelled: bool) -> bool:
-        return row.choices is None or row.choices.are_shown(row.asked.turns[-1][1], labelled)
-
-    named = [row for row in rows if row.choices and (is_in_template(row.choices) or not shows(row, labelled=False))]
-    naming = naming_of(
-        [(f"{where}, row {row.number}", row.answer, row.choices) for row in named if row.choices and row.answer is not None]
-    )
-    hidden = [row.choices for row in named if row.choices and not is_in_template(row.choices)]
-    if naming is None or (naming == "text" and hidden):
-        return rows, hidden
-    result = []
-    for row in rows:
-        if row.choices is not None:
-            *earlier, (role, text) = row.asked.turns
-            if not shows(row, labelled=True):
-                row = replace(row, asked=replace(row.asked, turns=(*earlier, (role, f"{text}\n\n{row.choices.text}"))))
-            row = replace(row, answer=row.choices.label_of(row.answer, naming) or row.answer)
-        result.append(row)
-    return result, []
 
 
 def without_leaks(
@@ -278,6 +240,24 @@ def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | Non
         raise UserError(f"{where}: {column!r} is nested too deeply") from None
 
 
+def _within(
+    rows: Sequence[tuple[int, Conversation, str | None]], source: Source
+) -> Sequence[tuple[int, Conversation, str | None]]:
+    """The rows that `hash_range` and then `limit` keep."""
+    if source.hash_range is not None:
+        low, high = source.hash_range
+        rows = [row for row in rows if low <= content_fraction(Problem.of_turns(row[1].turns, "").id) < high]
+    return rows[: source.limit]
+
+
+def content_fraction(problem_id: str) -> float:
+    """A problem's place in [0, 1) by a hash of its content; copies that differ in punctuation or case have the same.
+
+    Independent of the halves of the labels (`data.labels.half_of`).
+    """
+    return int.from_bytes(hashlib.sha256(f"part:{family_of(problem_id)}".encode()).digest()[:6]) / 2**48
+
+
 def _agree(first: str, second: str, grader: Verifier | None) -> bool:
     """Whether two answers of one problem are written alike up to spaces, or are the same to the grader."""
     written_alike = maths_text.squeezed(first) == maths_text.squeezed(second)
@@ -330,4 +310,4 @@ def _generated(source: Source, what: str) -> LoadedProblems:
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     rows = [(number, Conversation((("user", text),)), answer) for number, (text, answer) in enumerate(pairs, 1)]
-    return _merged(rows[: source.limit], f"{name}:{settings.pool}", {number: name for number, *_ in rows})
+    return _merged(_within(rows, source), f"{name}:{settings.pool}", {number: name for number, *_ in rows})

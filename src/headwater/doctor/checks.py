@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headwater.config.recipe import Recipe
-from headwater.doctor import adapter_checks, saving_checks
+from headwater.doctor import adapter_checks, saving_checks, training_checks
 from headwater.doctor import data_checks as data
 from headwater.doctor import model_checks as models
 from headwater.doctor import prompt_checks as prompts
@@ -91,10 +91,12 @@ CHECKS = (
     Check("memory", resources.memory),
     Check("disk", resources.disk),
     Check("experts per token", resources.experts),
+    Check("width of the measured overlap", training_checks.overlap_width),
     Check("speed of the compute dtype", resources.compute_dtype),
     Check("finite log-probs", weights.finite, "weights"),
     Check("attention and cache", weights.forward_paths, "weights"),
-    Check("truncation", weights.truncation, "weights"),
+    Check("lengths of completions", training_checks.lengths, "weights"),
+    Check("learning rates", training_checks.learning_rates, "weights"),
     Check("sampler against trainer", weights.sampler_against_trainer, "comparisons"),
     Check("student taught by itself", weights.self_distillation, "comparisons"),
     Check("saving and loading again", saving_checks.saving, "comparisons"),

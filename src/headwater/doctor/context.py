@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from headwater.config.arms import arm_of
 from headwater.config.recipe import Recipe
+from headwater.config.stage import Sampling
 from headwater.errors import UserError
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
@@ -41,21 +43,23 @@ MAX_COMPARED_CHARACTERS = 10_000
 class Sample:
     """A few completions of one model, drawn as its stage draws them.
 
-    limit      the stage's own `sampling.max_tokens`
-    shortened  whether completions were cut before that limit, so that nothing follows from their length
+    sampling   the stage's own settings
+    shortened  whether completions were cut before its `max_tokens`, so that nothing follows from their length
+    seconds    time that sampling took
     """
 
     policy: Policy
     rollouts: list[Rollout]
-    limit: int
+    sampling: Sampling
     shortened: bool
+    seconds: float
 
 
 @dataclass(frozen=True)
 class DoctorContext:
     """A run's inputs and arms, with what the checks derive from them, each computed once on first use.
 
-    exhaustive  grade every gold answer, also where that may take long
+    exhaustive  grade every gold answer and sample whole completions, also where that takes long
     """
 
     inputs: RunInputs
@@ -193,11 +197,13 @@ class DoctorContext:
         prompter = self.prompter(role)
         prompts = [(name, prompter.ids(inputs.problems[name])) for name in sorted(inputs.pools.all)[:problems]]
         requests = requests_for(prompts, SAMPLES, 0, self.seeds[0], "doctor", role)
+        started = time.perf_counter()
         try:
             rollouts = inputs.sampler(policy).sample(requests, shorter)
         except UserError as error:
             raise InputError("plan" if self.recipe.compute.sampler == "torch" else "engine", str(error)) from None
-        return Sample(policy, rollouts, sampling.max_tokens, shorter.max_tokens < sampling.max_tokens)
+        shortened = shorter.max_tokens < sampling.max_tokens
+        return Sample(policy, rollouts, sampling, shortened, time.perf_counter() - started)
 
     @property
     def sampled_roles(self) -> list[str]:

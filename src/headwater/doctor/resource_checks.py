@@ -24,6 +24,8 @@ from headwater.training.checkpoint import KEPT
 
 MAX_MEMORY = 0.8
 """Share of the free memory beyond which activations, which the estimate leaves out, may not fit."""
+LARGE_CACHE, CACHED_TOP_K = 1 << 30, 64
+"""Bytes of an exact teacher cache from which a smaller one is advised, and the tokens that it then keeps at each position."""
 LAYER_ROWS, LAYER_WEIGHTS = 128, 1 << 18
 """Tokens and the most weights of the layer that is timed in both types: a few milliseconds."""
 SLOWER = 1.2
@@ -121,6 +123,14 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
             tokens = len(inputs.prompts(node.pool, stage)) * stage.group_size * stage.sampling.max_tokens
             top_k, exact = stage.dense.top_k, tokens * shape.vocabulary * 4
             caches += exact if top_k is None else 6 * tokens * min(top_k, shape.vocabulary)
+            if top_k is None and LARGE_CACHE < exact <= EXACT_CACHE_LIMIT and shape.vocabulary > 2 * CACHED_TOP_K:
+                yield warning(
+                    "cache-whole-vocabulary",
+                    f"{context.plan.names[node]}: exact distributions over {shape.vocabulary:,} entries take "
+                    f"{size(4 * shape.vocabulary)} for each token, up to {size(exact)} in all; the top {CACHED_TOP_K} and the "
+                    f"tail's mass up to {size(6 * tokens * CACHED_TOP_K)}",
+                    f"set stages.warmup.dense.top_k={CACHED_TOP_K}",
+                )
             if top_k is None and exact > EXACT_CACHE_LIMIT:
                 yield warning(
                     "cache-over-limit",

@@ -18,7 +18,6 @@ from headwater.models.policy import Policy
 from headwater.teachers.scoring import distributions_of, logp_of
 from headwater.types import Rollout
 
-MAX_TRUNCATED = 0.5
 # Bounds in nats for float32 and bfloat16: float32 leaves 1e-6 and less, bfloat16 about 1e-2 a token.
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 SELF_KL = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
@@ -159,20 +158,6 @@ def self_kl(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], token
         assert stats.divergence_N is not None
         total += stats.divergence_N.sum().item()
     return total / sum(row.tokens for row in rows)
-
-
-def truncation(context: DoctorContext) -> Iterator[Finding]:
-    """Completions cut by the limit are graded as they are, and a model that never ends is no teacher."""
-    for role in context.sampled_roles:
-        sample = context.sample(role)
-        truncated = sum(rollout.finish == "length" for rollout in sample.rollouts) / len(sample.rollouts)
-        if not sample.shortened and truncated > MAX_TRUNCATED:
-            yield warning(
-                "truncated",
-                f"models.{role}: {truncated:.0%} of {len(sample.rollouts)} sampled completions run into sampling.max_tokens "
-                f"{sample.limit}",
-                "raise sampling.max_tokens, or check that the model knows how to end (its stop ids, its chat template)",
-            )
 
 
 def mean_gap(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -68,7 +68,7 @@ def test_open_position_is_refused_by_row(tmp_path: Path, choices: Any, answer: A
         read(tmp_path, {"choices": choices, "answer": answer})
 
 
-def test_row_that_names_its_choice_otherwise_is_refused(tmp_path: Path) -> None:
+def test_row_naming_its_choice_otherwise_is_refused(tmp_path: Path) -> None:
     rows = ({"question": "Which city?", "choices": CITIES, "answer": "Oslo"}, {"choices": CITIES, "answer": "B"})
     with pytest.raises(UserError, match=r"row 2: the answer 'B' is one of 'choices', which the problem does not show"):
         read(tmp_path, *rows)

@@ -123,20 +123,20 @@ def test_template_with_unknown_column_is_refused(tmp_path: Path) -> None:
         ({"question": "Who?", "options": ["Ann", "Bob"], "answer": "Ann"}, "options", '"{question}\\n\\n{options}"'),
     ],
 )
-def test_context_that_is_not_read_is_named_with_remedy(tmp_path: Path, row: Any, named: str, template: str) -> None:
+def test_unread_context_is_named_with_remedy(tmp_path: Path, row: Any, named: str, template: str) -> None:
     loaded = read(tmp_path, {"answer": "1842", **row}, {"answer": "7", **row, named: None}, {"answer": "8", **row})
     (unused,) = loaded.unused
     assert f"column {named!r} holds text in 2 of 3 rows and is not read" in unused.evidence
     assert f"set data.labeled.columns.problem to {template} to read both" in unused.remedy("data.labeled.columns.problem")
 
 
-def test_template_silences_columns_it_leaves_out(tmp_path: Path) -> None:
+def test_template_silences_unread_columns(tmp_path: Path) -> None:
     row = {"context": "Built 1842.", "question": "When?", "answer": "1842"}
     assert [unused.column for unused in read(tmp_path, row, problem="question").unused] == ["context"]
     assert read(tmp_path, row, problem="{question}").unused == ()
 
 
-def test_other_problem_column_is_named_if_it_says_something_else(tmp_path: Path) -> None:
+def test_other_problem_column_is_named_if_different(tmp_path: Path) -> None:
     row = {"problem": "1+1?", "answer": "2"}
     for same in ("1 + 1 ?", "Solve this: 1+1? Use a box.", [{"role": "user", "content": "x"}], "", None):
         assert read(tmp_path, {**row, "prompt": same}).unused == ()
@@ -145,7 +145,7 @@ def test_other_problem_column_is_named_if_it_says_something_else(tmp_path: Path)
     assert read(tmp_path, {**row, "prompt": "2+2?"}, problem="problem").unused == ()
 
 
-def test_validate_reports_context_that_is_not_read(tmp_path: Path) -> None:
+def test_validate_reports_unread_context(tmp_path: Path) -> None:
     path = write(tmp_path, {"context": "Built 1842.", "question": "When?", "answer": "1842"})
     (sentence,) = validate(Source(path=path), workers=1).warnings
     assert sentence.startswith(f"{path}: column 'context' holds text in 1 of 1 rows") and "--problem" in sentence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -190,12 +191,44 @@ def test_limit_counts_rows_read(tmp_path: Path) -> None:
     assert len(read(source.model_copy(update={"limit": 4})).problems) == 4
 
 
+def test_hash_ranges_divide_file_by_content(tmp_path: Path) -> None:
+    """A row's side is that of sha256("part:" + the first six digits of its id): computed here from the definition."""
+    rows = [{"problem": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(200)]
+    rows += [{"problem": "what is 7 + 7", "answer": "14"}]  # a copy in other punctuation is on the side of its twin
+    path, shuffled = tmp_path / "all.jsonl", tmp_path / "shuffled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shuffled.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    low = {p.text for p in read(Source(path=str(path), hash_range=(0.0, 0.2))).problems}
+    high = {p.text for p in read(Source(path=str(path), hash_range=(0.2, 1.0))).problems}
+    every = {str(row["problem"]) for row in rows}
+    expected = {
+        text
+        for text in every
+        if int(hashlib.sha256(f"part:{problem_id(text)[:6]}".encode()).hexdigest()[:12], 16) < 0.2 * 16**12
+    }
+    assert low == expected and high == every - expected and 20 < len(low) < 60
+    assert ("What is 7 + 7?" in low) == ("what is 7 + 7" in low)
+    assert {p.text for p in read(Source(path=str(shuffled), hash_range=(0.0, 0.2))).problems} == low
+    assert len(read(Source(path=str(path), hash_range=(0.0, 0.2), limit=5)).problems) == 5
+
+
+def test_hash_range_without_rows_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "few.jsonl"
+    path.write_text('{"problem": "1+1", "answer": "2"}\n')
+    with pytest.raises(UserError, match=r"hash_range \[0.0, 1e-06\] keeps none of its 1 rows; widen it"):
+        read(Source(path=str(path), hash_range=(0.0, 1e-6)))
+    with pytest.raises(ValueError, match="the first bound must be less than the second"):
+        Source(path=str(path), hash_range=(0.5, 0.5))
+
+
 def test_generated_sums_come_from_their_pool() -> None:
     loaded = read(Source(generate=Generate(pool="eval", count=20, dials={"min_terms": 2, "max_terms": 3})))
     assert len(loaded.problems) == len(loaded.gold) == 20
-    assert all(sum(map(int, one.text.split("+"))) % 100 == int(loaded.gold[one.id]) for one in loaded.problems)
-    assert {one.text.count("+") + 1 for one in loaded.problems} == {2, 3}
-    assert {one.source for one in loaded.problems} == {"sums:eval"}
+    assert all(
+        sum(map(int, problem.text.split("+"))) % 100 == int(loaded.gold[problem.id]) for problem in loaded.problems
+    )
+    assert {problem.text.count("+") + 1 for problem in loaded.problems} == {2, 3}
+    assert {problem.source for problem in loaded.problems} == {"sums:eval"}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +254,7 @@ def test_ungenerable_task_settings_are_refused_by_field(made: dict[str, Any], me
         (b'{"problem": "a", "answer": "1"}\n{"problem": \n', "row 2: is not JSON"),
         (b'{"problem": "a", "answer": "1"}\n\n[1]\n', "row 3: is not a JSON object but list"),
         (b'{"text": "a", "answer": "1"}', r"no column problem\|question\|prompt .* columns are text, answer"),
-        (b'{"problem": "a", "gold": "1"}', r"no column answer\|.* for the answer; its columns are problem, gold"),
+        (b'{"problem": "a", "key": "1"}', r"no column answer\|.* for the answer; its columns are problem, key"),
         (b'{"problem": "a", "answer": "1"}\n{"question": "b", "answer": "1"}', "row 2: has no column 'problem'"),
         (b'{"problem": 5, "answer": "1"}', "row 1: 'problem' is not text but int"),
         (b'{"problem": " ", "answer": "1"}', "row 1: 'problem' is blank"),
@@ -287,10 +320,13 @@ def test_dapo_duplicates_contradictions_and_leaks_are_counted() -> None:
     assert train.duplicates == 996
     assert len(train.contradictions) == 15
     kept, leaks = without_leaks(train, evals)
-    exact = {(one.eval, one.problem_id) for one in kept.leaks if one.why == "exact"}
-    rows = {name: sum(len(train.rows[one]) for one in ids if (name, one) in exact) for name, ids in leaks.items()}
+    exact = {(leak.eval, leak.problem_id) for leak in kept.leaks if leak.why == "exact"}
+    rows = {
+        name: sum(len(train.rows[problem_id]) for problem_id in ids if (name, problem_id) in exact)
+        for name, ids in leaks.items()
+    }
     assert rows == {"math500": 9, "amc23": 11, "aime24": 0, "aime25": 0}
-    assert len(kept.problems) == len(train.problems) - len({one for ids in leaks.values() for one in ids})
+    assert len(kept.problems) == len(train.problems) - len({problem_id for ids in leaks.values() for problem_id in ids})
 
 
 @pytest.mark.parametrize(
