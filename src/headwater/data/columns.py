@@ -133,12 +133,12 @@ def find_problem_column(given: Columns, row: Mapping[str, Any], where: str) -> s
     if given.problem is not None and is_template(given.problem, row):
         fill_template(given.problem, row, where)
         return given.problem
-    found = _find(given.problem, PROBLEM_COLUMNS, row)
-    if found is None and given.problem is None:
-        found = _only(FURTHER_PROBLEM_COLUMNS, row, "problem", where)
-    elif found is not None and given.problem is None:
-        found = _joined(row, found) or found
-    return found or _refuse(given.problem, PROBLEM_COLUMNS, row, "problem", where)
+    column = _find(given.problem, PROBLEM_COLUMNS, row)
+    if column is None and given.problem is None:
+        column = _only(FURTHER_PROBLEM_COLUMNS, row, "problem", where)
+    elif column is not None and given.problem is None:
+        column = _joined(row, column) or column
+    return column or _refuse(given.problem, PROBLEM_COLUMNS, row, "problem", where)
 
 
 def find_answer_column(
@@ -148,13 +148,13 @@ def find_answer_column(
 
     further  names that are tried after ANSWER_COLUMNS; a cell that is true or false is no answer there, but a judgement
     """
-    found = _find(given.answer, ANSWER_COLUMNS, row)
-    if found is None and given.answer is None:
+    column = _find(given.answer, ANSWER_COLUMNS, row)
+    if column is None and given.answer is None:
         judged = [name for name in row if isinstance(row[name], bool)]
-        found = _only(further, {name: row[name] for name in row if name not in judged}, "answer", where)
-    if found is None and (needed or given.answer is not None):
+        column = _only(further, {name: row[name] for name in row if name not in judged}, "answer", where)
+    if column is None and (needed or given.answer is not None):
         _refuse(given.answer, ANSWER_COLUMNS, row, "answer", where)
-    return found
+    return column
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,8 @@ def _find(given: str | None, usual: Sequence[str], row: Mapping[str, Any]) -> st
     names = list(column_names(row))
     if given is None:
         folded = _folded(row, names)
-        for found in (*(name for name in usual if name in names), *(folded[name] for name in usual if name in folded)):
-            return found
+        for column in (*(name for name in usual if name in names), *(folded[name] for name in usual if name in folded)):
+            return column
     for path in usual if given is None else (given,):  # what is left are paths into JSON text and lists
         with contextlib.suppress(KeyError):
             value_at(row, path)

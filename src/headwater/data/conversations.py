@@ -112,13 +112,13 @@ def with_columns(conversation: Conversation, row: Mapping[str, Any], where: str)
 
     A conversation with a system turn keeps it, and one with earlier turns keeps these.
     """
-    *earlier, asked = conversation.turns
+    *earlier, question = conversation.turns
     if not any(role != "system" for role, _ in earlier):
         earlier = [*earlier, *_history(row.get(HISTORY_COLUMN), where)]
     system = next((row[name] for name in SYSTEM_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)
     if system is not None and not any(role == "system" for role, _ in earlier):
         earlier = [_turn({"role": "system", "content": system}, f"{where}: the system turn"), *earlier]
-    return replace(conversation, turns=(*earlier, asked))
+    return replace(conversation, turns=(*earlier, question))
 
 
 def _history(cell: Any, where: str) -> tuple[Turn, ...]:

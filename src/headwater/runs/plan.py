@@ -185,8 +185,8 @@ class Plan:
 def make_plan(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], content: Mapping[str, Any]) -> Plan:
     """Plan arms × seeds, with the evaluations of the base models before them.
 
-    content  what else determines a node's result: `models` (role -> fingerprint of its weights), `day` (role -> the day that
-             its chat template is told, or None), problem ids of each pool and evaluation, and fingerprints of their answers
+    content  what else determines a node's result: `models` (role -> fingerprint of its weights), `day` (role -> the date
+             that its chat template reads, or None), problem ids of each pool and evaluation, and fingerprints of their answers
     """
     lasts: dict[str, dict[int, Node]] = {
         "base_student": {seed: Node("evaluate", "base_student", "student", seed, "student") for seed in seeds},
