@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater import pipeline
-from headwater.config.arms import DEFAULT_ARM, DEFAULT_STUDY, arm_of
+from headwater.config.arms import DEFAULT_STUDY, arm_of, default_arm
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.runs.progress import progress_display
@@ -20,7 +20,7 @@ Source = str | Path | Mapping[str, Any] | Recipe
 def run(
     recipe: Source,
     *,
-    arm: str = DEFAULT_ARM,
+    arm: str | None = None,
     out: str | Path | None = None,
     seed: int | None = None,
     changes: Sequence[str] = (),
@@ -29,14 +29,17 @@ def run(
 ) -> dict[str, Any]:
     """Run one arm, or resume it; returns the report, which is also written to `out`.
 
+    arm      None: the recipe's default arm
     changes  as for `--set`, such as `["stages.opd.steps=5"]`
     track    trackers to log to: `tensorboard`, `wandb`, `trackio`
 
     Raises `headwater.errors.HeadwaterError` with the message that the command prints. Guard the call with
     `if __name__ == "__main__":` where nodes run in worker processes (`compute.workers`).
     """
+    recipe = recipe_of(recipe, changes)
+    arms = [default_arm(recipe)] if arm is None else [arm]
     return study(
-        recipe, arms=[arm], seeds=None if seed is None else [seed], out=out, changes=changes, track=track, quiet=quiet
+        recipe, arms=arms, seeds=None if seed is None else [seed], out=out, track=track, quiet=quiet
     )
 
 

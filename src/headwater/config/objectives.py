@@ -80,6 +80,11 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
 }
 
 
+def default_objective(stage: str) -> str:
+    """The objective of a stage that names none: the first row that accepts it."""
+    return next(name for name, spec in OBJECTIVES.items() if stage in spec.stages)
+
+
 def known_objective(name: str) -> str:
     """Validate the name of a row. Raises ValueError, which lists the rows."""
     if name not in OBJECTIVES:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from headwater.config.recipe import GUARDS, Guard, Guards
+from headwater.config.guards import GUARDS, Guard, Guards
 from headwater.config.stage import Stage
 from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
 
