@@ -117,10 +117,10 @@ def test_gsm8k_run_without_signal_stops_and_counts_wasted_labels(tmp_path: Path)
     result = call("run", path, "--out", out)
     assert result.code == 4, result.err
     why = sentence(result)
-    assert "teacher_rl, step 2 of 2: no group is informative: in each of the 4 groups" in why
-    assert "all completions were wrong, so sparse reward gives no gradient" in why
+    assert "teacher_rl, step 2 of 2: no informative group in 2 steps, so reward gives no gradient: " in why
+    assert "% of the completions were cut at max_tokens = " in why
     assert (
-        "4 labels were looked at and bought nothing, and the other 12 of this stage's 16 labels would be wasted too"
+        "4 labels were looked at, and the other 12 of this stage's 16 would be wasted too; raise stages.teacher_rl"
         in why
     )
     assert "set guards.no_signal=continue to train on" in why

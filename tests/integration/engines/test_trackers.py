@@ -23,7 +23,7 @@ def needs(tracker: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(missing, reason=f"{tracker} is not installed here: `make test-engines` runs this")
 
 
-def told(out: Path, tracker: str, *words: str) -> None:
+def run_with(out: Path, tracker: str, *words: str) -> None:
     """A run or study as a process of its own, as trackers expect it."""
     result = spawn(*words, "--out", out, "--track", tracker, "--json", *sets(*CHANGES), timeout=240)
     assert result.returncode == 0, result.stderr
@@ -39,7 +39,7 @@ def metrics(out: Path, arm: str, stage: str) -> tuple[str, list[dict[str, Any]]]
 @needs("wandb")
 def test_wandb_offline_run_has_metrics_of_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    told(tmp_path / "run", "wandb", "run", "pocket", "--arm", "direct_grpo")
+    run_with(tmp_path / "run", "wandb", "run", "pocket", "--arm", "direct_grpo")
     (kept,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     name, written = metrics(tmp_path / "run", "direct_grpo", "student_rl")
     history = steps_of(kept)
@@ -70,8 +70,8 @@ def steps_of(path: Path) -> list[dict[str, float]]:
 @needs("trackio")
 def test_trackio_keeps_one_run_with_every_step_across_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    told(tmp_path / "run", "trackio", "run", "pocket", "--arm", "direct_grpo")
-    told(tmp_path / "run", "trackio", "study", "pocket", "--arms", "direct_grpo,opd_only")
+    run_with(tmp_path / "run", "trackio", "run", "pocket", "--arm", "direct_grpo")
+    run_with(tmp_path / "run", "trackio", "study", "pocket", "--arms", "direct_grpo,opd_only")
     assert asked_of_trackio("list", "runs", "--project", "headwater")["runs"] == ["run"]
     for arm, stage, key in (("direct_grpo", "student_rl", "reward"), ("opd_only", "opd", "loss")):
         name, written = metrics(tmp_path / "run", arm, stage)

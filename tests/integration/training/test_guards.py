@@ -10,7 +10,7 @@ from runs import call, load_json, node, rows, tiny
 
 
 CUT = ("stages.student_rl.sampling.max_tokens=1", "stages.student_rl.steps=6", "guards.truncation.window=3",
-       "stages.student_rl.checkpoint_every=0")  # fmt: skip
+       "stages.student_rl.checkpoint_every=0", "guards.no_variance=off")  # fmt: skip
 
 
 def test_guard_warns_in_console_file_and_report_by_default(tmp_path: Path) -> None:
