@@ -61,8 +61,9 @@ class Models(Strict):
     student: str
     """Model that is distilled into, and trained by `student_rl`."""
     teacher: str | Annotated[dict[Name, str], Field(min_length=1)] | None = None
-    """Model that supervises the student; not needed by GRPO on the student alone. Also `http://HOST:PORT/v1`, a model behind a vLLM server, or a mapping from a problem's
-    tag (`data.columns.tag`) to its teacher. Neither kind is trained (docs/engines.md)."""
+    """Model that supervises the student; not needed by GRPO on the student alone. Also `http://HOST:PORT/v1`, a model behind a
+    vLLM server, or a mapping from a problem's tag (`data.columns.tag`) to its teacher. Neither kind is trained
+    (docs/engines.md)."""
     expert: str | None = None
     """Stronger model; its sampled answers fine-tune the teacher in the arm `sft_teacher`."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from headwater.config.guards import GUARDS, Guard, Guards
-from headwater.config.stage import Stage
 from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
 from headwater.tasks.outcomes import Outcomes
 
