@@ -120,8 +120,8 @@ def test_guard_window_fits_short_stages(
     for row in steps(**columns):
         ours.check(row)
     path = tmp_path / "warnings.jsonl"
-    found = [(row["step"], pytest.approx(row["figure"])) for row in rows(path)] if path.exists() else []
-    assert found == expected and len(heard) == len(expected)
+    warnings = [(row["step"], pytest.approx(row["figure"])) for row in rows(path)] if path.exists() else []
+    assert warnings == expected and len(heard) == len(expected)
 
 
 def test_no_variance_guard_names_largest_cause_in_its_window(tmp_path: Path) -> None:
