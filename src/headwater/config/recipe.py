@@ -295,8 +295,8 @@ def parse_recipe(
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         known = {**{keys: (0, line, f"line {line}") for keys, line in (lines or {}).items()}, **options}
-        found = sorted((_place(keys, known), sentence) for keys, sentence in complaints(error, Recipe))
-        faults = [*((place, sentence) for (_, _, place), sentence in found), *faults]
+        located = sorted((_place(keys, known), sentence) for keys, sentence in complaints(error, Recipe))
+        faults = [*((place, sentence) for (_, _, place), sentence in located), *faults]
     if faults:
         raise RecipeError(where, faults)
     return recipe
