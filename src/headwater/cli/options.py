@@ -27,7 +27,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.
 Arms = Annotated[str | None, typer.Option("--arms", help="Arms, separated by commas, or `all`.")]
 ArmName = Annotated[
     str | None,
-    typer.Option("--arm", help=f"Which arm: {DEFAULT_ARM}, or the recipe's own stages where that needs more than it has."),
+    typer.Option(
+        "--arm", help=f"Which arm: {DEFAULT_ARM}, or the recipe's own stages where that needs more than it has."
+    ),
 ]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task's name (docs/tasks.md) or package.module:function.")]

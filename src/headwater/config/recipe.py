@@ -250,7 +250,9 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _validation_is_there(self) -> Recipe:
         if self.task is None and self.data.answers:
-            raise ValueError(f"task is missing: name the grader of the answers of {self.data.answers[0]}, such as maths")
+            raise ValueError(
+                f"task is missing: name the grader of the answers of {self.data.answers[0]}, such as maths"
+            )
         for name, stage in self.stages.named.items():
             wanted = stage.until is not None and stage.until.metric == "validation"
             if wanted and self.data.validation is None:

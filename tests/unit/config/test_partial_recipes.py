@@ -53,7 +53,10 @@ def node_stages(recipe: Recipe) -> list[str]:
 def test_distillation_recipe_runs_its_stages_without_labels(tmp_path: Path) -> None:
     recipe = read(DISTILLATION, tmp_path)
     assert (recipe.name, recipe.task, recipe.data.labeled, recipe.data.evals) == ("mine", None, None, {})
-    assert {name: stage.objective for name, stage in recipe.stages.named.items()} == {"warmup": "forward_kl", "opd": "opd"}
+    assert {name: stage.objective for name, stage in recipe.stages.named.items()} == {
+        "warmup": "forward_kl",
+        "opd": "opd",
+    }
     assert default_arm(recipe) == OWN_STAGES
     assert node_stages(recipe) == ["teacher_rollouts", "warmup", "opd"]
 
@@ -85,7 +88,11 @@ def test_whole_recipe_keeps_default_arm_and_objectives() -> None:
 @pytest.mark.parametrize(
     ("text", "arm", "message"),
     [
-        (DISTILLATION, "bridge", "arm bridge: needs stages.teacher_rl, which the recipe does not have; add it, or name no arm"),
+        (
+            DISTILLATION,
+            "bridge",
+            "arm bridge: needs stages.teacher_rl, which the recipe does not have; add it, or name no arm",
+        ),
         (DISTILLATION, "direct_grpo", "arm direct_grpo: needs stages.student_rl, which"),
         (REWARDS, "raw_teacher", "arm raw_teacher: needs stages.warmup, stages.opd, which"),
         (DISTILLATION.replace("  teacher: large\n", ""), OWN_STAGES, "arm own_stages: needs models.teacher, which"),
