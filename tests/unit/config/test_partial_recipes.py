@@ -69,7 +69,7 @@ def test_reward_recipe_needs_no_teacher(tmp_path: Path) -> None:
     assert arm_of("direct_grpo", recipe).student == arm_of(OWN_STAGES, recipe).student
 
 
-def test_evaluations_add_base_models_that_exist(tmp_path: Path) -> None:
+def test_evaluations_add_base_models_of_recipe(tmp_path: Path) -> None:
     assert node_stages(read(REWARDS.replace("}\nst", ", evals: {test: t.jsonl}}\nst"), tmp_path))[0] == "base_student"
     evals = DISTILLATION.replace("prompts.jsonl\n", "prompts.jsonl\n  evals: {test: t.jsonl}\ntask: maths\n")
     assert node_stages(read(evals, tmp_path))[:2] == ["base_student", "base_teacher"]
@@ -105,7 +105,7 @@ def test_whole_recipe_keeps_default_arm_and_objectives() -> None:
         (DISTILLATION, "direct_grpo_compute", "needs stages.student_rl, stages.teacher_rl, which"),
     ],
 )
-def test_arm_names_what_recipe_lacks(text: str, arm: str, message: str, tmp_path: Path) -> None:
+def test_arm_names_missing_fields(text: str, arm: str, message: str, tmp_path: Path) -> None:
     recipe = read(text, tmp_path)
     with pytest.raises(UserError) as refused:
         arm_of(arm, recipe)
