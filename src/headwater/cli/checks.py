@@ -22,7 +22,6 @@ from headwater.cli.options import (
     parse_arms,
     recipe_changes,
 )
-from headwater.config.arms import DEFAULT_ARM
 from headwater.errors import RefusedError
 
 commands = typer.Typer()
@@ -32,20 +31,24 @@ commands = typer.Typer()
 def doctor(
     recipe: RecipeName,
     arms: Annotated[
-        str, typer.Option("--arms", "--arm", help="Arms to be run, separated by commas, or `all`.")
-    ] = DEFAULT_ARM,
+        str | None,
+        typer.Option(
+            "--arms", "--arm", help="Arms to be run, separated by commas, or `all`; by default that of `run`."
+        ),
+    ] = None,
     out: Out = None,
     set_: Set = None,
     device: Device = None,
     json_: Json = False,
 ) -> None:
     """Check everything that could fail or spoil a run; exit 3 with named findings. `run` and `study` do this first."""
+    from headwater.config.arms import default_arm
     from headwater.config.builtin import find_recipe
     from headwater.doctor.checks import diagnose
     from headwater.runs.setup import set_up
 
     resolved = find_recipe(recipe, recipe_changes(set_, device))
-    names = parse_arms(arms)
+    names = [default_arm(resolved)] if arms is None else parse_arms(arms)
     set_up(resolved.compute)
     diagnosis = diagnose(resolved, names, [resolved.seed], out or Path("runs") / resolved.name)
     print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text())

@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from headwater.config.arms import ARMS
+from headwater.config.arms import ARMS, DEFAULT_ARM
 from headwater.errors import HeadwaterError, UserError
 from headwater.runs.hardware import DEVICES
 
@@ -25,6 +25,12 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Change a field: pa
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 Arms = Annotated[str | None, typer.Option("--arms", help="Arms, separated by commas, or `all`.")]
+ArmName = Annotated[
+    str | None,
+    typer.Option(
+        "--arm", help=f"Which arm: {DEFAULT_ARM}, or the recipe's own stages where that needs more than it has."
+    ),
+]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task's name (docs/tasks.md) or package.module:function.")]
 ProblemColumn = Annotated[

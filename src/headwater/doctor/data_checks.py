@@ -54,7 +54,10 @@ def answers(context: DoctorContext) -> Iterator[Finding]:
 
 def golds(context: DoctorContext) -> Iterator[Finding]:
     """Every gold answer, written as a completion, must grade correct against itself."""
-    grader, task = context.inputs.grader, context.recipe.task
+    task = context.recipe.task
+    if task is None:
+        return
+    grader = context.inputs.grader
     slow = grader.task.bounded and grader.task.quick is None and not context.exhaustive
     for name, loaded in _graded(context).items():
         pairs = list(loaded.gold.items())[: SLOW_GOLDS if slow else None]
