@@ -76,7 +76,11 @@ def read_choices(column: str, cell: Any) -> Choices | None:
             cell = json.loads(cell)
         except (ValueError, RecursionError):
             return None
-    if isinstance(cell, list) and cell and all(isinstance(part, Mapping) and {"label", "text"} <= set(part) for part in cell):
+    if (
+        isinstance(cell, list)
+        and cell
+        and all(isinstance(part, Mapping) and {"label", "text"} <= set(part) for part in cell)
+    ):
         cell = {name: [part[name] for part in cell] for name in ("label", "text")}
     if isinstance(cell, Mapping) and isinstance(cell.get("text"), list) and isinstance(cell.get("label"), list):
         labels, texts = cell["label"], cell["text"]
@@ -112,8 +116,16 @@ def choices_of(row: Mapping[str, Any]) -> Choices | None:
     for names in series.values():
         labels = [name[-1].upper() for name in names]
         texts = [row[name] for name in names]
-        if len(names) > 1 and labels == list(ascii_uppercase[: len(names)]) and all(isinstance(text, str) for text in texts):
-            shown = [(name, label, text.strip()) for name, label, text in zip(names, labels, texts, strict=True) if text.strip()]
+        if (
+            len(names) > 1
+            and labels == list(ascii_uppercase[: len(names)])
+            and all(isinstance(text, str) for text in texts)
+        ):
+            shown = [
+                (name, label, text.strip())
+                for name, label, text in zip(names, labels, texts, strict=True)
+                if text.strip()
+            ]
             fields = "\n".join(f"{label}. {{{name}}}" for name, label, _ in shown)
             return Choices(", ".join(names), fields, tuple(row[1] for row in shown), tuple(row[2] for row in shown))
     return None

@@ -175,7 +175,9 @@ class UnusedColumn:
     def evidence(self) -> str:
         columns = template_columns(self.problem_column)
         read = " and ".join(map(repr, columns)) if columns else repr(self.problem_column)
-        return f"column {self.column!r} holds text in {self.rows} of {self.of} rows and is not read; the problem is {read}"
+        return (
+            f"column {self.column!r} holds text in {self.rows} of {self.of} rows and is not read; the problem is {read}"
+        )
 
     def remedy(self, field: str) -> str:
         """What to do about it; `field` is the field or option that names the problem's column."""

@@ -129,7 +129,8 @@ def _history(cell: Any, where: str) -> tuple[Turn, ...]:
     if messages is None and isinstance(cell, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in cell):
         messages = [{"role": role, "content": text} for pair in cell for role, text in zip(_PAIR, pair, strict=True)]
     turns = tuple(
-        _turn(message, f"{where}: turn {number} of {HISTORY_COLUMN!r}") for number, message in enumerate(messages or (), 1)
+        _turn(message, f"{where}: turn {number} of {HISTORY_COLUMN!r}")
+        for number, message in enumerate(messages or (), 1)
     )
     if turns and turns[-1][0] != "assistant":
         raise UserError(f"{where}: {HISTORY_COLUMN!r} does not end with a turn of the assistant")

@@ -127,7 +127,9 @@ def load(
     template = template_columns(problem_column) if is_template(problem_column, first[1]) else []
     every, hidden = with_choices(every, template, where)
     golds = (
-        row.answer if row.choices is None else _answer(row.answer, answer_column or REFERENCE, f"{where}, row {row.number}", gold)
+        row.answer
+        if row.choices is None
+        else _answer(row.answer, answer_column or REFERENCE, f"{where}, row {row.number}", gold)
         for row in every
     )
     read = _within([(row.number, row.conversation, answer) for row, answer in zip(every, golds, strict=True)], source)

@@ -61,7 +61,8 @@ def test_file_decides_whether_positions_count_from_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("choices", "answer"), [(CITIES, 1), (["2", "4", "6", "8"], 1), (["old", "new", "red", "is"], "3"), (["1", "2", "3"], 1)]
+    ("choices", "answer"),
+    [(CITIES, 1), (["2", "4", "6", "8"], 1), (["old", "new", "red", "is"], "3"), (["1", "2", "3"], 1)],
 )
 def test_open_position_is_refused_by_row(tmp_path: Path, choices: Any, answer: Any) -> None:
     with pytest.raises(UserError, match=rf"row 1: the answer {answer!r} is one of 'choices'.*from 0 or from 1"):

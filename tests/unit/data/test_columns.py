@@ -127,7 +127,9 @@ def test_unread_context_is_named_with_remedy(tmp_path: Path, row: Any, named: st
     loaded = read(tmp_path, {"answer": "1842", **row}, {"answer": "7", **row, named: None}, {"answer": "8", **row})
     (unused,) = loaded.unused
     assert f"column {named!r} holds text in 2 of 3 rows and is not read" in unused.evidence
-    assert f"set data.labeled.columns.problem to {template} to read both" in unused.remedy("data.labeled.columns.problem")
+    assert f"set data.labeled.columns.problem to {template} to read both" in unused.remedy(
+        "data.labeled.columns.problem"
+    )
 
 
 def test_template_silences_unread_columns(tmp_path: Path) -> None:

@@ -127,7 +127,9 @@ def test_history_without_turns_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, "", " \n", []])
 def test_system_turn_without_text_is_left_out(tmp_path: Path, content: Any) -> None:
-    (problem,) = read(tmp_path, {"prompt": [{"role": "system", "content": content}, *turns_of("1+2?")], "answer": "3"}).problems
+    (problem,) = read(
+        tmp_path, {"prompt": [{"role": "system", "content": content}, *turns_of("1+2?")], "answer": "3"}
+    ).problems
     assert problem.turns == () and problem.id == problem_id("1+2?")
 
 
