@@ -148,7 +148,7 @@ def naming_of(answers: Sequence[tuple[str, Any, Choices]]) -> Naming | None:
     if "label" in common or len(common) == 1:
         return "label" if "label" in common else common.pop()
     for (place, answer, choices), ways in zip(answers, possible, strict=True):
-        if ways and "text" not in ways or common:
+        if common or (ways and "text" not in ways):
             open_ = " (it is not certain whether it counts from 0 or from 1, or is a choice itself)" if common else ""
             raise UserError(
                 f"{place}: the answer {answer!r} is one of {choices.column!r}, which the problem does not show{open_}; write the "

@@ -55,10 +55,16 @@ def test_columns_of_usual_datasets_need_no_names(tmp_path: Path, row: Any, text:
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"problem_statement": "1+1?", "instruction": "Add.", "answer": "2"}, "'problem_statement' and 'instruction' could both be the problem"),
-        ({"problem": "1+1?", "label": 2, "output": "3"}, "'label' and 'output' could both be the answer; name the column in columns.answer"),
+        (
+            {"problem_statement": "1+1?", "instruction": "Add.", "answer": "2"},
+            "'problem_statement' and 'instruction' could both be the problem",
+        ),
+        (
+            {"problem": "1+1?", "label": 2, "output": "3"},
+            "'label' and 'output' could both be the answer; name the column in columns.answer",
+        ),
     ],
-)  # fmt: skip
+)
 def test_two_possible_columns_are_both_named(tmp_path: Path, row: Any, sentence: str) -> None:
     with pytest.raises(UserError) as refused:
         read(tmp_path, row)

@@ -215,7 +215,7 @@ def test_conversations_differing_in_system_turn_share_half() -> None:
         ([{"role": "user", "content": [{"type": "text", "text": "?"}, {"type": "image"}]}], "a part of type 'image'"),
         ([*turns_of("1+1?"), {"role": "tool", "content": "2"}], "turn 2 of 'prompt' has the role 'tool'"),
         ([*turns_of("a"), {"role": "assistant", "tool_calls": [{"id": 1}]}, *turns_of("b")], "turn 2 of 'prompt' holds tool_calls"),
-        ([*turns_of("a"), {"role": "assistant", "content": None}, *turns_of("b")], "turn 2 of 'prompt' (assistant) has no content; give it a text, or remove the row"),
+        ([*turns_of("a"), {"role": "assistant", "content": None}, *turns_of("b")], "turn 2 of 'prompt' (assistant) has no content"),
         (turns_of("1+1?", "2"), "'prompt' ends with a turn of the assistant"),
         ([{"role": "system", "content": "Be brief."}], "does not end with a turn of the user (its last turn is system)"),
         ([{"role": "user", "content": None}], "turn 1 of 'prompt' (user) has no content; give it a text, or remove the row"),
