@@ -40,7 +40,9 @@ def answers_found(context: DoctorContext) -> Iterator[Finding]:
 
 def distillation_first(context: DoctorContext) -> Iterator[Finding]:
     """Arms that distil the teacher as it is, although there are labels that could train it first."""
-    if len(context.local("teacher")) != 1 or any(node.kind == "train" and node.role == "teacher" for node in context.nodes):
+    if len(context.local("teacher")) != 1 or any(
+        node.kind == "train" and node.role == "teacher" for node in context.nodes
+    ):
         return  # a teacher that is not trained here, or a study that compares both
     labels, stages = len(context.inputs.pools.all), untrained_distillations(context)
     if labels and stages:

@@ -70,7 +70,10 @@ def test_different_teacher_gives_no_finding() -> None:
 @pytest.mark.parametrize(
     ("arms", "evidence"),
     [
-        (["raw_teacher"], "warmup (2 steps) and opd (2 steps) distil models.teacher as it is; 16 labels could train it first"),
+        (
+            ["raw_teacher"],
+            "warmup (2 steps) and opd (2 steps) distil models.teacher as it is; 16 labels could train it first",
+        ),
         (["opd_then_rl"], "opd (2 steps) distil models.teacher as it is; 16 labels could train it first"),
         (["raw_teacher", "bridge"], None),  # the study compares both
         (["bridge"], None),
