@@ -127,6 +127,6 @@ def test_completions_with_answers_or_too_few_give_no_finding(texts: Any, arms: A
     assert answers(texts, arms, **fields) == []
 
 
-def test_student_that_is_distilled_before_its_rl_is_not_judged() -> None:
+def test_student_distilled_before_its_rl_is_not_judged() -> None:
     names = [finding.evidence.split(":")[0] for finding in answers(["47"] * 16, ["bridge_rl"])]
     assert names == ["models.teacher"]
