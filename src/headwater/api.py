@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from headwater import pipeline
-from headwater.config.arms import DEFAULT_ARM, DEFAULT_STUDY, arm_of
+from headwater.config.arms import DEFAULT_STUDY, arm_of
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe, parse_recipe
+from headwater.runs.default_arm import choose_arm
 from headwater.runs.progress import progress_display
 from headwater.runs.trackers import tracked
 
@@ -20,7 +21,7 @@ Source = str | Path | Mapping[str, Any] | Recipe
 def run(
     recipe: Source,
     *,
-    arm: str = DEFAULT_ARM,
+    arm: str | None = None,
     out: str | Path | None = None,
     seed: int | None = None,
     changes: Sequence[str] = (),
@@ -29,14 +30,20 @@ def run(
 ) -> dict[str, Any]:
     """Run one arm, or resume it; returns the report, which is also written to `out`.
 
+    arm      None: the one that the folder holds or its probe advised, else `bridge` (docs/arms.md)
     changes  as for `--set`, such as `["stages.opd.steps=5"]`
     track    trackers to log to: `tensorboard`, `wandb`, `trackio`
 
     Raises `headwater.errors.HeadwaterError` with the message that the command prints. Guard the call with
     `if __name__ == "__main__":` where nodes run in worker processes (`compute.workers`).
     """
+    parsed = recipe_of(recipe, changes)
+    if arm is None:
+        choice = choose_arm(parsed, _folder(out, parsed))
+        progress_display(quiet).say(choice.sentence)
+        arm = choice.arm
     return study(
-        recipe, arms=[arm], seeds=None if seed is None else [seed], out=out, changes=changes, track=track, quiet=quiet
+        parsed, arms=[arm], seeds=None if seed is None else [seed], out=out, track=track, quiet=quiet
     )
 
 
@@ -54,9 +61,13 @@ def study(
     parsed = recipe_of(recipe, changes)
     for arm in arms:
         arm_of(arm, parsed)
-    folder = Path(out) if out is not None else Path("runs") / parsed.name
+    folder = _folder(out, parsed)
     with tracked(progress_display(quiet), folder, track) as display:
         return pipeline.run(parsed, list(arms), list(seeds or [parsed.seed]), folder, display)
+
+
+def _folder(out: str | Path | None, recipe: Recipe) -> Path:
+    return Path(out) if out is not None else Path("runs") / recipe.name
 
 
 def recipe_of(recipe: Source, changes: Sequence[str] = ()) -> Recipe:

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from headwater.cli.options import Device, Json, Out, RecipeName, Set, TaskName, parse_arms, recipe_changes
-from headwater.config.arms import DEFAULT_ARM
 from headwater.errors import RefusedError
 
 commands = typer.Typer()
@@ -21,8 +20,9 @@ commands = typer.Typer()
 def doctor(
     recipe: RecipeName,
     arms: Annotated[
-        str, typer.Option("--arms", "--arm", help="Arms to be run, separated by commas, or `all`.")
-    ] = DEFAULT_ARM,
+        str | None,
+        typer.Option("--arms", "--arm", help="Arms to be run, separated by commas, or `all`; by default that of `run`."),
+    ] = None,
     out: Out = None,
     set_: Set = None,
     device: Device = None,
@@ -31,12 +31,14 @@ def doctor(
     """Check everything that could fail or spoil a run; exit 3 with named findings. `run` and `study` do this first."""
     from headwater.config.builtin import find_recipe
     from headwater.doctor.checks import diagnose
+    from headwater.runs.default_arm import choose_arm
     from headwater.runs.setup import set_up
 
     resolved = find_recipe(recipe, recipe_changes(set_, device))
-    names = parse_arms(arms)
+    folder = out or Path("runs") / resolved.name
+    names = [choose_arm(resolved, folder).arm] if arms is None else parse_arms(arms)
     set_up(resolved.compute)
-    diagnosis = diagnose(resolved, names, [resolved.seed], out or Path("runs") / resolved.name)
+    diagnosis = diagnose(resolved, names, [resolved.seed], folder)
     print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text())
     if diagnosis.errors:
         raise RefusedError(f"refused: {diagnosis.error_names}")

@@ -319,6 +319,7 @@ def continue_right_answers(student: ModelSamples, teacher: ModelSamples, task: P
 def as_json(measures: PairMeasures, c2: dict[str, float], samples: int) -> dict[str, Any]:
     """The measures and the advice as plain values, for probe.json and `--json`."""
     labels, warmup = advice.label_advice(measures), advice.warmup_advice(measures)
+    arm, because = advice.arm_to_run(measures)
     continuations, passes = measures.continuations, measures.passes
     models = {role: asdict(getattr(measures, role)) for role in ("student", "teacher")}
     return {
@@ -341,6 +342,7 @@ def as_json(measures: PairMeasures, c2: dict[str, float], samples: int) -> dict[
         "advice": {
             "labels": {**asdict(labels), "arm": labels.arm, "close": labels.close},
             "warmup": asdict(warmup),
+            "run": {"arm": arm, "because": because},
             "switch": advice.student_rl_advice(measures),
             "thresholds": {
                 "signal": advice.MIN_INFORMATIVE,

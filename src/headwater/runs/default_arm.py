@@ -1,0 +1,60 @@
+"""The arm of a `run` that names none, and why: what the folder holds, what its probe advised, or the recipe's own plan."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from headwater.config.arms import ARMS, BASE_MODELS, DEFAULT_ARM
+from headwater.config.recipe import Recipe
+from headwater.errors import UserError
+from headwater.storage.run_dir import RunDir, read_json
+from headwater.storage.untrusted import read_plan, refuse_malformed_files
+
+
+@dataclass(frozen=True)
+class ArmChoice:
+    """An arm, and why it runs."""
+
+    arm: str
+    because: str
+
+    @property
+    def sentence(self) -> str:
+        """Example: "arm bridge (RL'd teacher → warm-up → OPD): the default; --arm names another"."""
+        return f"arm {self.arm} ({ARMS[self.arm].description}): {self.because}; --arm names another"
+
+
+def choose_arm(recipe: Recipe, out: Path) -> ArmChoice:
+    """The arm of a run in folder `out` where the user names none.
+
+    The one that the folder already holds, so that the same command resumes it; else what a probe of this recipe advised there;
+    else `bridge_rl`, if the recipe stops OPD at a plateau and keeps half of its labels for then; else `DEFAULT_ARM`.
+    """
+    with contextlib.suppress(OSError, UserError):  # the run itself says what is wrong with its folder
+        folder = RunDir(out)
+        earlier = read_plan(folder.plan)["arms"] if folder.plan.exists() else {}
+        trained = [arm for arm in earlier if arm not in BASE_MODELS]
+        if len(trained) == 1 and trained[0] in ARMS:
+            return ArmChoice(trained[0], f"{out} holds a run of it")
+        if not trained and (advised := _probed_arm(folder)) is not None:
+            return advised
+    if recipe.stages.opd.until is not None and recipe.labels.split == "half":
+        return ArmChoice(
+            "bridge_rl",
+            "the recipe stops OPD at a plateau (stages.opd.until) and keeps half of the labels for then (labels.split: half)",
+        )
+    spent = "all labels" if recipe.labels.split == "full" else "half of the labels (labels.split)"
+    return ArmChoice(DEFAULT_ARM, f"the default, which spends {spent} on the teacher; `headwater probe` checks whether to")
+
+
+def _probed_arm(folder: RunDir) -> ArmChoice | None:
+    """What probe.json in the folder advises to run; None if there is none, or it advises no arm."""
+    if not folder.probe.exists():
+        return None
+    with refuse_malformed_files(folder.path):
+        advice = read_json(folder.probe)["advice"].get("run", {})  # a probe of an earlier version names no arm to run
+        if advice.get("arm") not in ARMS:
+            return None
+        return ArmChoice(advice["arm"], f"advised by the probe in {folder.probe}: {advice['because']}")
