@@ -164,9 +164,9 @@ def test_math500_evaluation_has_avg_pass_and_intervals(tmp_path: Path) -> None:
     assert len(rows(graded)) == 40
     first = json.loads(MATH500.read_text(encoding="utf-8").splitlines()[0])["problem"]
     assert rows(graded)[0]["problem_id"] == Problem.of(first, "").id
-    found = json.loads(call("eval", student(), "--data", MATH500, *options, "--json").out)
-    assert found["measures"]["avg@2"]["mean"] == sum(row["correct"] for row in rows(graded)) / 40
-    assert sum(found["reasons"].values()) == 40
+    answer = json.loads(call("eval", student(), "--data", MATH500, *options, "--json").out)
+    assert answer["measures"]["avg@2"]["mean"] == sum(row["correct"] for row in rows(graded)) / 40
+    assert sum(answer["reasons"].values()) == 40
 
 
 def test_user_grader_and_files_work_from_current_directory(tmp_path: Path) -> None:
