@@ -21,7 +21,9 @@ def doctor(
     recipe: RecipeName,
     arms: Annotated[
         str | None,
-        typer.Option("--arms", "--arm", help="Arms to be run, separated by commas, or `all`; by default that of `run`."),
+        typer.Option(
+            "--arms", "--arm", help="Arms to be run, separated by commas, or `all`; by default that of `run`."
+        ),
     ] = None,
     out: Out = None,
     set_: Set = None,

@@ -46,7 +46,9 @@ def run(
     execution: ExecutionOptions,
     arm: Annotated[
         str | None,
-        typer.Option("--arm", help="Which arm (docs/arms.md); by default what --out holds or its probe advised, else bridge."),
+        typer.Option(
+            "--arm", help="Which arm (docs/arms.md); by default what --out holds or its probe advised, else bridge."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Training seed.")] = None,
 ) -> None:

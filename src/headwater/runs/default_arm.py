@@ -46,7 +46,9 @@ def choose_arm(recipe: Recipe, out: Path) -> ArmChoice:
             "the recipe stops OPD at a plateau (stages.opd.until) and keeps half of the labels for then (labels.split: half)",
         )
     spent = "all labels" if recipe.labels.split == "full" else "half of the labels (labels.split)"
-    return ArmChoice(DEFAULT_ARM, f"the default, which spends {spent} on the teacher; `headwater probe` checks whether to")
+    return ArmChoice(
+        DEFAULT_ARM, f"the default, which spends {spent} on the teacher; `headwater probe` checks whether to"
+    )
 
 
 def _probed_arm(folder: RunDir) -> ArmChoice | None:
