@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headwater.cli.options import (
+    ArmName,
     Arms,
     ExecutionOptions,
     Json,
@@ -33,6 +34,7 @@ from headwater.config.arms import DEFAULT_STUDY
 from headwater.errors import FailedError, UserError
 
 if TYPE_CHECKING:
+    from headwater.config.recipe import Recipe
     from headwater.runs.executors.base import Executor
 
 commands = typer.Typer()
@@ -44,12 +46,7 @@ def run(
     recipe: RecipeName,
     options: RunOptions,
     execution: ExecutionOptions,
-    arm: Annotated[
-        str | None,
-        typer.Option(
-            "--arm", help="Which arm (docs/arms.md); by default what --out holds or its probe advised, else bridge."
-        ),
-    ] = None,
+    arm: ArmName = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Training seed.")] = None,
 ) -> None:
     """Run one arm, by default bridge: teacher RL with all labels -> warm-up -> OPD."""
@@ -133,17 +130,29 @@ def sweep(
 def run_study(
     name: str, arms: Sequence[str] | None, seeds: Sequence[int] | None, options: RunOptions, execution: ExecutionOptions
 ) -> None:
-    """Run arms × seeds of a recipe, or print what that would cost; then print the report.
+    """Run arms × seeds of a recipe by name or file, or print what that would cost; then print the report.
 
     arms  None for the one arm that `choose_arm` names
     """
-    from headwater.config.arms import arm_of
     from headwater.config.builtin import find_recipe
+
+    execute(partial(find_recipe, name, options.changes), arms, seeds, options, execution)
+
+
+def execute(
+    read: Callable[[], Recipe],
+    arms: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    options: RunOptions,
+    execution: ExecutionOptions,
+) -> None:
+    """Run arms × seeds of the recipe that `read` returns."""
+    from headwater.config.arms import arm_of
     from headwater.runs.default_arm import choose_arm
 
     assumptions = dry_run_options(options.dry_run, execution.on, execution.mean_tokens)
     with _executor_factory(execution.executor) as (make_executor, processes):
-        recipe = find_recipe(name, options.changes)
+        recipe = read()
         folder = options.out or Path("runs") / recipe.name
         if arms is None:
             choice = choose_arm(recipe, folder)
