@@ -54,7 +54,7 @@ def test_probe_without_arm_to_run_leaves_default_arm(text: str, tmp_path: Path) 
     assert choose_arm(find_recipe("pocket", []), tmp_path).arm == "bridge"
 
 
-def test_folder_that_holds_an_arm_resumes_it(tmp_path: Path) -> None:
+def test_default_arm_of_folder_with_single_arm_is_its_own(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "bridge_rl")}
     out = fake_run(tmp_path / "run", seeds=(0,), arms=arms, problems=4, steps=2)
     (out / "probe.json").write_text(json.dumps({"advice": {"run": {"arm": "direct_grpo", "because": "x"}}}))
