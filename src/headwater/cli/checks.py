@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from headwater.cli.options import Device, Json, Out, RecipeName, Set, TaskName, parse_arms, recipe_changes
+from headwater.cli.options import (
+    AnswerColumn,
+    Device,
+    Json,
+    Out,
+    ProblemColumn,
+    RecipeName,
+    Set,
+    TaskName,
+    parse_arms,
+    recipe_changes,
+)
 from headwater.errors import RefusedError
 
 commands = typer.Typer()
@@ -96,8 +107,8 @@ def grade(
 def validate(
     data: Annotated[str, typer.Argument(metavar="DATA", help="JSONL, CSV, Parquet, a `datasets` folder or a hub id.")],
     task: TaskName = "maths",
-    problem_column: Annotated[str | None, typer.Option("--problem", help="Column of the problem.")] = None,
-    answer_column: Annotated[str | None, typer.Option("--answer", help="Column of the answer.")] = None,
+    problem_column: ProblemColumn = None,
+    answer_column: AnswerColumn = None,
     json_: Json = False,
 ) -> None:
     """Grade every gold answer with its own grader and list those that fail. Exit 3 if any does or there is none."""
@@ -106,6 +117,8 @@ def validate(
 
     columns = Columns(problem=problem_column, answer=answer_column)
     result = validate_source(Source(path=data, columns=columns), task)
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if json_:
         print(json.dumps(asdict(result)))
     else:

@@ -37,6 +37,10 @@ Evals = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Training seed.")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task's name (docs/tasks.md) or package.module:function.")]
+ProblemColumn = Annotated[
+    str | None, typer.Option("--problem", help='Column of the problem, or several: "{context} {question}".')
+]
+AnswerColumn = Annotated[str | None, typer.Option("--answer", help="Column of the answer.")]
 Workers = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Processes that run independent nodes; by default what the cores allow."),
@@ -93,6 +97,8 @@ class EvalOptions:
 
     samples: Annotated[int, typer.Option("--samples", min=1, help="Completions per problem.")] = 1
     task: TaskName = "maths"
+    problem: ProblemColumn = None
+    answer: AnswerColumn = None
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first so many problems.")] = None
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest completion.")] = 512
     temperature: Annotated[float, typer.Option("--temperature", min=0.001)] = 1.0

@@ -109,7 +109,7 @@ class Columns(Strict):
     """Column names of problem and answer; None tries the usual ones."""
 
     problem: str | None = None
-    """Column of the problem's text."""
+    """A column, a path into one, or a template of several: `"{context}\\n\\n{question}"`."""
     answer: str | None = None
     """Column of the answer, or of a solution that states it."""
     tag: str | None = None

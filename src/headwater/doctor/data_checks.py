@@ -24,6 +24,13 @@ def data_is_readable(context: DoctorContext) -> Iterator[Finding]:
     yield from try_each(*(partial(context.inputs.source, name) for name in context.inputs.data_fields))
 
 
+def columns(context: DoctorContext) -> Iterator[Finding]:
+    """Columns beside the problem that its text may need: a passage, choices, another problem column."""
+    for name in context.inputs.data_fields:
+        for unused in context.inputs.source(name).unused:
+            yield warning("column-not-read", f"{name}: {unused.evidence}", unused.remedy(f"{name}.columns.problem"))
+
+
 def _graded(context: DoctorContext) -> dict[str, LoadedProblems]:
     """The sources that need gold answers."""
     return {name: context.inputs.source(name) for name in context.inputs.data_fields if name != "data.unlabeled"}

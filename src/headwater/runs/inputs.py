@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from headwater.config.arms import Pool
 from headwater.config.recipe import Recipe, Source, canonical_json
 from headwater.config.stage import Stage
+from headwater.data.columns import FURTHER_ANSWER_COLUMNS
 from headwater.data.contamination import Leak
 from headwater.data.labels import Grade, Labels, Pools, select_labels
 from headwater.data.sources import LoadedProblems, load, without_leaks
@@ -118,14 +119,15 @@ class RunInputs:
             )
             problems = [Problem.of(f"{name} {number}", name) for number in range(source.limit)]
             return LoadedProblems(problems, {problem.id: "" for problem in problems})
+        answers_used = name != "data.unlabeled"
         if self.recipe.task is None:
-            return load(source, name, False)
-        need_answers = self.need_answers and name != "data.unlabeled"
+            return load(source, name, False, further_answers=())
+        need_answers, further = self.need_answers and answers_used, FURTHER_ANSWER_COLUMNS if answers_used else ()
         try:
             gold, grader = self.task.gold, self.grader
         except InputError:  # has its own error where a task is needed; the file can still be read
-            return load(source, name, need_answers)
-        return load(source, name, need_answers, gold, grader)
+            return load(source, name, need_answers, further_answers=further)
+        return load(source, name, need_answers, gold, grader, further)
 
     @read_once("data")
     def decontaminated(self, name: str) -> LoadedProblems:
