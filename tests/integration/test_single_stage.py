@@ -64,7 +64,13 @@ def test_distill_resumes_and_dry_run_writes_nothing(folder: Path) -> None:
 
 
 def test_grpo_is_direct_grpo_of_whole_recipe(folder: Path) -> None:
-    stage = {"epochs": 4, "batch_size": 8, "sampling": {"max_tokens": 24}, "optim": {"lr": 1e-6}, "sparse": {"kl_coef": 0.0}}
+    stage = {
+        "epochs": 4,
+        "batch_size": 8,
+        "sampling": {"max_tokens": 24},
+        "optim": {"lr": 1e-6},
+        "sparse": {"kl_coef": 0.0},
+    }
     recipe = {
         "task": "sums",
         "models": dict(zip(("student", "teacher"), PAIR, strict=True)),
@@ -80,7 +86,9 @@ def test_grpo_is_direct_grpo_of_whole_recipe(folder: Path) -> None:
     result = call("grpo", PAIR[0], *data, "--out", "a", *words)
     assert result.code == 0, result.err
     planned = json.loads(
-        call("run", "whole.json", "--arm", "direct_grpo", "--set", "stages.student_rl.steps=2", "--dry-run", "--json").out
+        call(
+            "run", "whole.json", "--arm", "direct_grpo", "--set", "stages.student_rl.steps=2", "--dry-run", "--json"
+        ).out
     )
     expected = {row["node"] for row in planned if not row["node"].startswith("base_teacher")}
     assert {path.name for path in Path("a/nodes").iterdir()} == expected

@@ -33,7 +33,8 @@ ArmName = Annotated[
     ),
 ]
 Evals = Annotated[
-    str | None, typer.Option("--evals", help="File of held-out problems with answers; without it no accuracy is measured.")
+    str | None,
+    typer.Option("--evals", help="File of held-out problems with answers; without it no accuracy is measured."),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Training seed.")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]

@@ -14,11 +14,15 @@ commands = typer.Typer()
 
 @commands.command(
     epilog=examples(
-        "headwater explain stages.opd.optim.lr", "headwater explain stages.opd", "headwater explain --schema > recipe.schema.json"
+        "headwater explain stages.opd.optim.lr",
+        "headwater explain stages.opd",
+        "headwater explain --schema > recipe.schema.json",
     )
 )
 def explain(
-    field: Annotated[str, typer.Argument(metavar="FIELD", help="A field or section of the recipe; all sections without it.")] = "",
+    field: Annotated[
+        str, typer.Argument(metavar="FIELD", help="A field or section of the recipe; all sections without it.")
+    ] = "",
     schema: Annotated[bool, typer.Option("--schema", help="Print a JSON schema of recipes, for editors.")] = False,
 ) -> None:
     """Explain a field of the recipe: type, default, unit and meaning; of a section every field."""

@@ -113,7 +113,9 @@ def _section_text(prefix: str, fields: list[SchemaField], width: int) -> str:
 
 def _wrapped(text: str, width: int, indent: int = 2, hanging: int | None = None) -> list[str]:
     after = indent if hanging is None else hanging
-    return textwrap.wrap(text, width, initial_indent=" " * indent, subsequent_indent=" " * after, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, width, initial_indent=" " * indent, subsequent_indent=" " * after, break_on_hyphens=False
+    )
 
 
 def markdown() -> str:
@@ -125,7 +127,9 @@ def markdown() -> str:
             for field in fields
         ]
         parts.append(
-            "\n".join([f"## {heading}", "", "| field | type | default | unit | meaning |", "|---|---|---|---|---|", *rows, ""])
+            "\n".join(
+                [f"## {heading}", "", "| field | type | default | unit | meaning |", "|---|---|---|---|---|", *rows, ""]
+            )
         )
     return "\n".join(parts)
 

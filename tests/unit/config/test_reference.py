@@ -43,7 +43,11 @@ def faults(value: Any, schema: dict[str, Any], path: str = "") -> list[str]:
         other = schema.get("additionalProperties", True)
         inner = {name: fields.get(name, other if isinstance(other, dict) else {}) for name in value}
         unknown = [f"{path}.{name}" for name in value if name not in fields and other is False]
-        return missing + unknown + [fault for name in value for fault in faults(value[name], inner[name], f"{path}.{name}")]
+        return (
+            missing
+            + unknown
+            + [fault for name in value for fault in faults(value[name], inner[name], f"{path}.{name}")]
+        )
     wrong = "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]
     return [path] if wrong or ("minimum" in schema and value < schema["minimum"]) else []
 
@@ -66,12 +70,19 @@ def test_explain_section_lists_each_field_once() -> None:
     text = explain("models.lora")
     fields = [field.name for field in walk(Recipe) if re.fullmatch(r"models\.lora\.\w+", field.path)]
     assert re.findall(r"^(\w+): ", text, flags=re.MULTILINE) == fields
-    assert "data.evals.my_test.limit" in explain("data.evals.my_test.limit") and "limit: " in explain("data.evals.my_test")
+    assert "data.evals.my_test.limit" in explain("data.evals.my_test.limit") and "limit: " in explain(
+        "data.evals.my_test"
+    )
 
 
 @pytest.mark.parametrize(
     ("path", "suggestion"),
-    [("stages.opd.lr", "stages.opd.optim.lr"), ("stages.opd.optm", "optim"), ("label", "labels"), ("models.dtpe", "dtype")],
+    [
+        ("stages.opd.lr", "stages.opd.optim.lr"),
+        ("stages.opd.optm", "optim"),
+        ("label", "labels"),
+        ("models.dtpe", "dtype"),
+    ],
 )
 def test_explain_suggests_intended_field(path: str, suggestion: str) -> None:
     with pytest.raises(UserError, match=rf"explain {path}: no such field; .*; did you mean {suggestion}\?$"):
@@ -108,7 +119,9 @@ def test_json_schema_accepts_shipped_recipes_and_short_forms() -> None:
     recipes |= {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.yaml")}
     for name, text in recipes.items():
         assert faults(yaml.safe_load(text), SCHEMA) == [], name
-    short = yaml.safe_load("{models: {student: a}, data: {labeled: f.jsonl}, stages: {opd: {steps: 1}}, guards: {truncation: stop}}")
+    short = yaml.safe_load(
+        "{models: {student: a}, data: {labeled: f.jsonl}, stages: {opd: {steps: 1}}, guards: {truncation: stop}}"
+    )
     assert faults(short, SCHEMA) == []
 
 
