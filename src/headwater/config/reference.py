@@ -169,7 +169,7 @@ def json_schema() -> dict[str, Any]:
     for name in ("Guards", "Stage"):
         required = sections[name].pop("required")
         assert set(required) <= {*GUARDS, "objective"}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Headwater recipe", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Headwater recipe"}
 
 
 FIELDS = {field.path: field for field in walk(Recipe)}

@@ -29,7 +29,7 @@ def faults(value: Any, schema: dict[str, Any], path: str = "") -> list[str]:
         return faults(value, SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]], path)
     if "anyOf" in schema:
         return [] if any(not faults(value, option, path) for option in schema["anyOf"]) else [path]
-    if "enum" in schema and value not in schema["enum"] or "const" in schema and value != schema["const"]:
+    if ("enum" in schema and value not in schema["enum"]) or ("const" in schema and value != schema["const"]):
         return [path]
     types = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
     kind = schema.get("type")
