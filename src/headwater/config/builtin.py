@@ -19,7 +19,9 @@ def builtin_text(name: str) -> str:
     """The commented YAML of a built-in recipe. Raises UserError for an unknown name."""
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"no recipe named {name}; there are {', '.join(builtin_names())}")
+        raise UserError(
+            f"no recipe named {name}; there are {', '.join(builtin_names())}, and `mine --student S --teacher T --data FILE`"
+        )
     return path.read_text(encoding="utf-8")
 
 
