@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import tempfile
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from fake_runs import shared_run
 from headwater.models.policy import Policy
 from tiny import tiny_folder, tiny_policy
 from tools.pretrain.pocket import make_tokenizer
@@ -60,6 +63,19 @@ def fixed_random_state() -> None:
 
 
 @pytest.fixture(scope="session")
+def fake_study() -> Path:
+    """A fake run of ARMS over three seeds, with its report. It is made once for all test workers: tests must not change it."""
+    return shared_run()
+
+
+@pytest.fixture(scope="session")
+def fake_report(fake_study: Path) -> dict[str, Any]:
+    """The values of `fake_study`'s report.json."""
+    values: dict[str, Any] = json.loads((fake_study / "report.json").read_text(encoding="utf-8"))
+    return values
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
@@ -78,9 +94,9 @@ def policy() -> Policy:
 @pytest.fixture
 def teacher() -> Policy:
     """Another tiny Qwen3 with the same tokenizer and other weights, frozen."""
-    found = tiny_policy("qwen3", seed=1)
-    found.model.requires_grad_(False)
-    return found
+    policy = tiny_policy("qwen3", seed=1)
+    policy.model.requires_grad_(False)
+    return policy
 
 
 @pytest.fixture(scope="session")

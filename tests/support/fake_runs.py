@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from headwater.report import build as report
 from headwater.report.terminal import terminal_table
 
 PROBLEMS, SAMPLES = 60, 4
@@ -110,7 +114,7 @@ def fake_run(
         for seed in seeds:
             parents: list[str] = []
             for place, made in enumerate(nodes):
-                key = hashlib.sha256(f"{[tuple(one) for one in nodes[: place + 1]]}".encode()).hexdigest()[:8]
+                key = hashlib.sha256(f"{[tuple(node) for node in nodes[: place + 1]]}".encode()).hexdigest()[:8]
                 name = f"{made.stage}.{key}" if made.kind == "evaluate" else f"{made.stage}.s{seed}.{key}"
                 folder = out / "nodes" / name
                 last = place == len(nodes) - 1
@@ -129,6 +133,17 @@ def fake_run(
     (out / "recipe.json").write_text(json.dumps(recipe))
     (out / "env.json").write_text(json.dumps({"python": "3.11.7", "torch": "2.13.0", "threads": 2}))
     return out
+
+
+@cache
+def shared_run() -> Path:
+    """The folder of one fake run of ARMS over three seeds, with its report, made once for all test workers."""
+    shared = Path(os.environ["HEADWATER_TESTS_SHARED"])
+    with (shared / "fake.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker makes it, the others wait for it
+        if not (shared / "fake" / "report.html").exists():
+            report.write(fake_run(shared / "fake"))
+    return shared / "fake"
 
 
 def _fake_node(folder: Path, made: Made, seed: int, parents: list[str], steps: int) -> None:
@@ -222,15 +237,15 @@ def graded(out: Path, arm: str, seed: int, eval_name: str = "sums") -> list[dict
 
 
 def by_problem(rows: list[dict[str, Any]], key: str) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
+    values: dict[str, list[Any]] = {}
     for row in rows:
-        found.setdefault(row["problem_id"], []).append(row[key])
-    return found
+        values.setdefault(row["problem_id"], []).append(row[key])
+    return values
 
 
-def printed(found: dict[str, Any], width: int) -> str:
+def printed(report: dict[str, Any], width: int) -> str:
     buffer = io.StringIO()
-    Console(file=buffer, width=width).print(terminal_table(found))
+    Console(file=buffer, width=width).print(terminal_table(report))
     return buffer.getvalue()
 
 

@@ -6,14 +6,15 @@ import contextlib
 import json
 from collections import Counter, defaultdict
 from datetime import date
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from headwater import stats
 from headwater.cli.options import EvalOptions
-from headwater.config.recipe import Evaluate, Models, Prompt, Source, first_complaint
+from headwater.config.recipe import Evaluate, Models, Prompt, Source
+from headwater.config.validation import complaints
 from headwater.data.labels import Labels
 from headwater.data.sources import load
 from headwater.data.validate import failing
@@ -28,6 +29,8 @@ from headwater.storage.run_dir import write_atomic
 from headwater.tasks.registry import find_task
 from headwater.tasks.verifier import Verifier
 from headwater.training.evaluate import evaluate
+
+Section = TypeVar("Section", bound=BaseModel)
 
 
 def evaluate_model(name: str, data: str, options: EvalOptions, display: ProgressDisplay) -> dict[str, Any]:
@@ -69,14 +72,18 @@ def evaluate_model(name: str, data: str, options: EvalOptions, display: Progress
 def _settings(model_name: str, options: EvalOptions) -> tuple[Evaluate, Prompt, Models]:
     """The options as a recipe's objects, validated by the same rules."""
     sampling = {field: getattr(options, field) for field in ("max_tokens", "temperature", "top_p", "top_k")}
+    return (
+        _validated(Evaluate, {"samples": options.samples, "sampling": sampling}),
+        _validated(Prompt, {"template": options.template, "thinking": options.thinking}),
+        _validated(Models, {"student": model_name, "teacher": model_name, "dtype": options.dtype}),
+    )
+
+
+def _validated(section: type[Section], values: dict[str, Any]) -> Section:
     try:
-        return (
-            Evaluate.model_validate({"samples": options.samples, "sampling": sampling}),
-            Prompt.model_validate({"template": options.template, "thinking": options.thinking}),
-            Models.model_validate({"student": model_name, "teacher": model_name, "dtype": options.dtype}),
-        )
+        return section.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"eval: {first_complaint(error)}") from None
+        raise UserError(f"eval: {complaints(error, section)[0][1]}") from None
 
 
 def summarize(rows: list[dict[str, Any]], votes: bool, one_answer: bool = True) -> dict[str, Any]:

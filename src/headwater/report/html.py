@@ -10,6 +10,7 @@ import yaml
 
 from headwater.report import html_arms, html_contrasts, html_labels, html_stages
 from headwater.report.figures import Plot
+from headwater.report.headline import headline, stops
 from headwater.report.render import render
 from headwater.report.rollouts import sample
 from headwater.report.stages import stage_name
@@ -49,7 +50,8 @@ def page(study: Study, report: dict[str, Any]) -> Page:
         sections.append(Section("Figures and data", "files", {"files": files}))
     values = {
         "report": report,
-        "headline": html_contrasts.headline(report),
+        "stops": stops(study, report),
+        "headline": headline(report),
         "chips": html_contrasts.chips(report),
         "sections": sections,
     }

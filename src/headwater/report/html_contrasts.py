@@ -8,36 +8,16 @@ from typing import Any
 
 from headwater.report import figures
 from headwater.report.contrasts import (
-    difference_text,
-    find_contrast,
     group_by_equality,
     interval_note,
     named_contrasts,
     reading,
 )
 from headwater.report.figures import Interval, Plot
-from headwater.report.format import count, p_text, percent, points, units
+from headwater.report.format import count, p_text, points, units
 from headwater.report.view import Column, RowHeader, Section, Table, interval_axis
 
 MARKS = {"holds": "▲", "does not hold": "▼", "undecided": "○", "not measured": "–"}
-
-
-def headline(report: dict[str, Any]) -> str:
-    """One sentence: bridge against direct GRPO if the study has both, else the best arm."""
-    if not report["evals"]:
-        return "No arm has a result yet."
-    eval_name = report["evals"][0]
-    contrast = find_contrast(report, "bridge", "direct_grpo", eval_name)
-    if contrast is not None:
-        verbs = {"holds": "beats", "does not hold": "loses to", "undecided": "does not differ significantly from"}
-        labels = contrast["labels"]
-        equal = f"{count(labels['a'])} labels each" if labels["a"] == labels["b"] else "labels not equal"
-        numbers = difference_text(contrast).split("direct_grpo ", 1)[1]
-        return f"The bridge {verbs[reading(contrast)]} direct GRPO on {eval_name}: {numbers}; {equal}."
-    scores = {name: arm["accuracy"][eval_name] for name, arm in report["arms"].items() if eval_name in arm["accuracy"]}
-    best = max(scores, key=lambda name: scores[name]["mean"])
-    mean, low, high = (percent(scores[best][key]) for key in ("mean", "low", "high"))
-    return f"Best on {eval_name}: {best} with {mean} %, 95 % {low} to {high}."
 
 
 def chips(report: dict[str, Any]) -> list[dict[str, str]]:

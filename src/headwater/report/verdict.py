@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from headwater.config.arms import ARMS
+from headwater.errors import TrainingStoppedError
 from headwater.report.contrasts import COMPARISON, difference_text, find_contrast, reading, sample_size
 from headwater.report.format import count, join_and, percent, units
 from headwater.report.predictions import reading_text
@@ -135,8 +137,14 @@ def _failed(report: dict[str, Any]) -> list[str]:
     for node, failure in failures.items():
         because = f" Not run because of it: {', '.join(skipped[node])}." if skipped.get(node) else ""
         sentence = failure["sentence"].rstrip(".")
-        sentences.append(f"Failed: {failure['stage']} (seed {failure['seed']}): {sentence}.{because}")
+        sentences.append(f"{failure_word(failure)}: {failure['stage']} (seed {failure['seed']}): {sentence}.{because}")
     return sentences
+
+
+def failure_word(failure: dict[str, Any]) -> str:
+    """`Stopped` for training that a guard or the loop stopped at a step, which can go on from there; else `Failed`."""
+    at_step = re.match(r"\w+, step \d+ of \d+: ", failure["sentence"])
+    return "Stopped" if failure["code"] == TrainingStoppedError.exit_code and at_step else "Failed"
 
 
 def _unfinished(report: dict[str, Any]) -> list[str]:

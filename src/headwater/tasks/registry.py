@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from headwater.errors import UserError
+from headwater.errors import UserError, did_you_mean
 from headwater.tasks import (
     choice,
     countdown,
@@ -174,7 +174,8 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
-        raise UserError(f"task {name!r} is unknown; the tasks are {', '.join(TASKS)}, or package.module:function")
+        known = f"the tasks are {', '.join(TASKS)}, or package.module:function"
+        raise UserError(f"task {name!r} is unknown; {known}{did_you_mean(name, TASKS)}")
     if module_name.partition(".")[0] in {*sys.stdlib_module_names, *sys.builtin_module_names}:
         # Security: a recipe with timeit:timeit would run a gold answer as a program.
         raise UserError(

@@ -28,26 +28,16 @@ from headwater.report.label_flow import Flow, evenly_spaced, label_flow
 from headwater.report.view import Axis, Column, RowHeader, Table
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_run(tmp_path_factory.mktemp("fake") / "out")
-
-
-@pytest.fixture(scope="module")
-def built(run: Path) -> dict[str, Any]:
-    return report.write(run)
-
-
 @pytest.mark.parametrize("evals", [("sums",), ("math500", "aime24", "aime25")])
 def test_terminal_table_fits_in_100_columns(tmp_path: Path, evals: tuple[str, ...]) -> None:
-    found = report.build([fake_run(tmp_path / "out", arms={**ARMS, **MORE_ARMS}, evals=evals)])
-    text = printed(found, 100)
+    built = report.build([fake_run(tmp_path / "out", arms={**ARMS, **MORE_ARMS}, evals=evals)])
+    text = printed(built, 100)
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
-    accuracy = found["arms"]["bridge_rl"]["accuracy"][evals[-1]]
+    accuracy = built["arms"]["bridge_rl"]["accuracy"][evals[-1]]
     line = f"{100 * accuracy['mean']:.1f} [{100 * accuracy['low']:.1f}, {100 * accuracy['high']:.1f}]"
     assert line in text
-    assert list(found["arms"])[-1] == "zz_own"
+    assert list(built["arms"])[-1] == "zz_own"
 
 
 def test_console_to_file_is_110_columns_wide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,10 +147,10 @@ def test_table_cells_span_rows_of_entry_and_draw_intervals() -> None:
     assert _parsed(text).tags["i"] == 5
 
 
-def test_zero_measure_is_shown_and_missing_one_is_dash(built: dict[str, Any]) -> None:
-    first = built["stages"][0]
+def test_zero_measure_is_shown_and_missing_one_is_dash(fake_report: dict[str, Any]) -> None:
+    first = fake_report["stages"][0]
     rows = [{**first, "informative": value, "accuracy": {"sums": {"mean": 0.0}}, "ends": {}} for value in (0.0, None)]
-    section = html_stages.stages({**built, "stages": rows})
+    section = html_stages.stages({**fake_report, "stages": rows})
     assert section is not None
     text = _table(section.view["table"])
     assert text.count('<td class="number">0.00</td>') == 1 and text.count('<td class="number">0.0</td>') == 2
@@ -176,8 +166,8 @@ def test_every_kind_of_cell_is_escaped_and_cleaned() -> None:
     assert text.count("&lt;i&gt;&#34;&#39;&amp;\ufffd\ufffd") == 12
 
 
-def test_page_is_well_formed_and_self_contained(run: Path, built: dict[str, Any]) -> None:
-    text = (run / "report.html").read_text()
+def test_page_is_well_formed_and_self_contained(fake_study: Path, fake_report: dict[str, Any]) -> None:
+    text = (fake_study / "report.html").read_text()
     page = _parsed(text)
     assert len(page.ids) == len(set(page.ids))
     references = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text))
@@ -194,7 +184,7 @@ def test_page_is_well_formed_and_self_contained(run: Path, built: dict[str, Any]
     levels = [int(level) for level in re.findall(r"<h([1-6])[ >]", text)]
     assert levels[0] == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
     assert len(text.encode()) < 3_000_000
-    accuracy = built["arms"]["bridge"]["accuracy"]["sums"]
+    accuracy = fake_report["arms"]["bridge"]["accuracy"]["sums"]
     assert f">{100 * accuracy['mean']:.1f}<" in text
     for title in ("reward (share correct)", "KL(teacher ‖ student), nats a token", "entropy, nats a token"):
         assert f">{title}<" in text.replace("&#8214;", "‖")
@@ -273,15 +263,15 @@ def test_rollout_data_has_problem_completion_and_dense_signal(tmp_path: Path) ->
     assert data["problems"][first["question"]] == "2+3 </script>" and data["arms"][first["arms"][0]] == "bridge"
 
 
-def test_every_figure_is_written_as_svg_and_csv(run: Path, built: dict[str, Any]) -> None:
-    names = {path.stem for path in (run / "figures").glob("*.svg")}
-    assert names == {path.stem for path in (run / "figures").glob("*.csv")}
+def test_every_figure_is_written_as_svg_and_csv(fake_study: Path, fake_report: dict[str, Any]) -> None:
+    names = {path.stem for path in (fake_study / "figures").glob("*.svg")}
+    assert names == {path.stem for path in (fake_study / "figures").glob("*.csv")}
     assert {"accuracy-sums", "contrasts-sums", "labels", "stages-Accuracy-sums", "cost-training_FLOPs-sums"} <= names
-    bridge = built["arms"]["bridge"]["accuracy"]["sums"]
-    rows = list(csv.DictReader((run / "figures" / "accuracy-sums.csv").open()))
+    bridge = fake_report["arms"]["bridge"]["accuracy"]["sums"]
+    rows = list(csv.DictReader((fake_study / "figures" / "accuracy-sums.csv").open()))
     csv_row = next(row for row in rows if row["row"] == "bridge")
     assert [float(csv_row[key]) for key in ("mean", "low", "high")] == [bridge[key] for key in ("mean", "low", "high")]
-    flows = list(csv.DictReader((run / "figures" / "labels.csv").open()))
+    flows = list(csv.DictReader((fake_study / "figures" / "labels.csv").open()))
     spent = {(row["pool"], row["stage"], row["arm"]): float(row["labels"]) for row in flows}
     assert spent["second half (2H)", "Student RL", "bridge_rl"] == 64 and "raw_teacher" not in {
         arm for *_, arm in spent
@@ -311,22 +301,23 @@ def test_report_of_five_seeds_of_twelve_arms_takes_seconds(tmp_path: Path) -> No
 def test_page_shows_predictions_comparisons_conditions_and_costs(tmp_path: Path) -> None:
     more = {name: MORE_ARMS[name] for name in ("bridge_1h", "opd_only", "teacher_2h")}
     out = fake_run(tmp_path / "out", seeds=(0, 1), arms={**ARMS, **more})
-    found = report.write(out)
+    built = report.write(out)
     text = (out / "report.html").read_text()
     page = _parsed(text)
     assert page.open == []
     for title in ("The paper's predictions", "Equal labels and compute", "Conditions", "Stage by stage"):
         assert title in html.unescape(text)
     shown = html.unescape(re.sub(r"<[^>]+>", " ", text))
-    for row in found["predictions"]:
+    for row in built["predictions"]:
         assert row["reading"] in shown and row["why"].split("; ")[0] in shown
     descriptions = [value or "" for key, value in page.attributes if key == "aria-label"]
-    cost = [one for one in descriptions if "against training FLOPs" in one]
+    cost = [label for label in descriptions if "against training FLOPs" in label]
     assert len(cost) == 1 and "bridge " in cost[0] and "at 56G" in cost[0] and "base_student" in cost[0]
     assert any(
-        one.startswith("overlap on student prefixes over training steps, 2 seeds: raw_teacher") for one in descriptions
+        label.startswith("overlap on student prefixes over training steps, 2 seeds: raw_teacher")
+        for label in descriptions
     )
-    assert any(one.startswith("Teacher RL, all labels (") and "best of group from" in one for one in descriptions)
+    assert any(label.startswith("Teacher RL, all labels (") and "best of group from" in label for label in descriptions)
 
 
 def test_axis_limits_have_margin_and_are_never_equal() -> None:

@@ -55,11 +55,14 @@ def test_continuations_start_in_first_quarter_of_correct_teacher_answer() -> Non
     task = probe.ProbeTask(
         RunInputs(recipe), [right.problem_id], 1, 0, labels, progress_display(quiet=True), spends.append
     )
-    found = probe.continue_right_answers(student, teacher, task)
+    continuations = probe.continue_right_answers(student, teacher, task)
     beginning = policies[0].tokenizer.decode([8, 9])
-    assert found is not None and found.problems == 1
+    assert continuations is not None and continuations.problems == 1
     assert len(seen) == 2 * probe.CONTINUATIONS and all(text.startswith(beginning) for text in seen)
-    for interval, part in ((found.student, seen[: probe.CONTINUATIONS]), (found.teacher, seen[probe.CONTINUATIONS :])):
+    for interval, part in (
+        (continuations.student, seen[: probe.CONTINUATIONS]),
+        (continuations.teacher, seen[probe.CONTINUATIONS :]),
+    ):
         assert interval.mean == pytest.approx(sum(len(text) % 2 == 0 for text in part) / probe.CONTINUATIONS)
     assert [spend.checks for spend in spends] == [probe.CONTINUATIONS] * 2
-    assert found.kl > 0.1  # two models of random weights on two right answers
+    assert continuations.kl > 0.1  # two models of random weights on two right answers

@@ -15,24 +15,16 @@ import pytest
 from fake_runs import ARMS, BASE_S, PROBLEMS, by_problem, fake_run, graded, names, printed
 from headwater.errors import UserError
 from headwater.report import build as report
-from headwater.report import contrasts
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_run(tmp_path_factory.mktemp("fake") / "out")
-
-
-@pytest.fixture(scope="module")
-def built(run: Path) -> dict[str, Any]:
-    return report.write(run)
+from headwater.report import contrasts, html_arms, html_stages
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
-def test_accuracy_pass_at_k_and_maj_at_k_equal_counts_from_files(run: Path, built: dict[str, Any], arm: str) -> None:
-    got = built["arms"][arm]
+def test_accuracy_pass_at_k_and_maj_at_k_equal_counts_from_files(
+    fake_study: Path, fake_report: dict[str, Any], arm: str
+) -> None:
+    got = fake_report["arms"][arm]
     for seed in (0, 1, 2):
-        rows = graded(run, arm, seed)
+        rows = graded(fake_study, arm, seed)
         right = by_problem(rows, "correct")
         mean = sum(row["correct"] for row in rows) / len(rows)
         assert got["accuracy"]["sums"]["per_seed"][str(seed)] == pytest.approx(mean, abs=1e-6)
@@ -54,9 +46,9 @@ def test_accuracy_pass_at_k_and_maj_at_k_equal_counts_from_files(run: Path, buil
     assert list(got["pass_at_k"]["sums"]) == ["1", "2", "4"]
 
 
-def test_costs_sum_all_nodes_and_keep_evaluation_apart(built: dict[str, Any]) -> None:
+def test_costs_sum_all_nodes_and_keep_evaluation_apart(fake_report: dict[str, Any]) -> None:
     # 12 steps; step s trains 640+s tokens: 12·640 + 78 = 7758 a trained node; 64 checks and 8 labels a sparse step.
-    bridge = built["arms"]["bridge"]
+    bridge = fake_report["arms"]["bridge"]
     assert bridge["tokens"] == {
         "sampled": 12 * 2000 + 5000 + 12 * 2000,  # teacher RL, teacher rollouts, OPD
         "trained": 3 * 7758,
@@ -66,9 +58,9 @@ def test_costs_sum_all_nodes_and_keep_evaluation_apart(built: dict[str, Any]) ->
     assert bridge["seconds"] == 3 * 12 * 0.5 + 3.25
     # Steps 1..12 look at 8 each of 128, from 8·step on: 96 different ones. Of 64, all 64.
     assert bridge["labels"] == {"distinct": 96, "checks": 768}
-    assert built["arms"]["bridge_rl"]["labels"] == {"distinct": 128, "checks": 1536}
-    assert built["arms"]["replay"]["labels"] == {"distinct": 64, "checks": 1536}
-    assert built["arms"]["raw_teacher"]["labels"] == {"distinct": 0, "checks": 0}
+    assert fake_report["arms"]["bridge_rl"]["labels"] == {"distinct": 128, "checks": 1536}
+    assert fake_report["arms"]["replay"]["labels"] == {"distinct": 64, "checks": 1536}
+    assert fake_report["arms"]["raw_teacher"]["labels"] == {"distinct": 0, "checks": 0}
     # Five nodes, each evaluated once on the same 60 problems.
     assert bridge["apart"]["eval"]["labels"] == {"distinct": 60, "checks": 5 * 240}
     # Warm-up and OPD measure the conditions at steps 0, 5, 10 and 12, for 500 tokens and 1e8 FLOPs each.
@@ -78,7 +70,7 @@ def test_costs_sum_all_nodes_and_keep_evaluation_apart(built: dict[str, Any]) ->
     assert bridge["apart"]["validation"]["labels"] == {"distinct": 0, "checks": 0}
 
 
-def test_arms_are_in_table_order_with_their_stages(built: dict[str, Any]) -> None:
+def test_arms_are_in_table_order_with_their_stages(fake_report: dict[str, Any]) -> None:
     order = [
         "base_student",
         "base_teacher",
@@ -89,8 +81,8 @@ def test_arms_are_in_table_order_with_their_stages(built: dict[str, Any]) -> Non
         "replay",
         "warmup_only",
     ]
-    assert list(built["arms"]) == order
-    stages = built["arms"]["bridge_rl"]["stages"]
+    assert list(fake_report["arms"]) == order
+    stages = fake_report["arms"]["bridge_rl"]["stages"]
     assert [row["stage"] for row in stages] == [
         "base_student",
         "teacher_rl",
@@ -104,23 +96,25 @@ def test_arms_are_in_table_order_with_their_stages(built: dict[str, Any]) -> Non
     assert stages[1]["labels"] == {"distinct": 64, "checks": 768}
 
 
-def test_conditions_c1_and_c2_equal_node_measurements(run: Path, built: dict[str, Any]) -> None:
-    c1, c2 = built["conditions"]["C1"]["sums"], built["conditions"]["C2"]
-    before = by_problem(graded(run, "base_teacher", 0), "correct")
+def test_conditions_c1_and_c2_equal_node_measurements(fake_study: Path, fake_report: dict[str, Any]) -> None:
+    c1, c2 = fake_report["conditions"]["C1"]["sums"], fake_report["conditions"]["C2"]
+    before = by_problem(graded(fake_study, "base_teacher", 0), "correct")
     assert c1["before"]["best_of_k"] == pytest.approx(sum(map(any, before.values())) / PROBLEMS, abs=1e-6)
     assert {row["pool"] for row in c1["after"]} == {"all", "first_half"}
     after = next(row for row in c1["after"] if row["pool"] == "all")
     assert after["arms"] == ["bridge", "warmup_only"]
     assert after["reached"] == pytest.approx(after["accuracy"] / c1["before"]["best_of_k"], abs=1e-5)
     before_rl, after_rl = after["training"]["reward"]["first"], after["training"]["reward"]["last"]
-    rows = [_metrics(run, "bridge", seed, 1) for seed in (0, 1, 2)]
-    assert before_rl == pytest.approx(sum(one[0]["reward"] for one in rows) / 3, abs=2e-6)
-    assert after_rl == pytest.approx(sum(one[-1]["reward"] for one in rows) / 3, abs=2e-6)
-    held_out = [_rows(run / "nodes" / names(run, "bridge", seed)[-1] / "conditions.jsonl") for seed in (0, 1, 2)]
+    rows = [_metrics(fake_study, "bridge", seed, 1) for seed in (0, 1, 2)]
+    assert before_rl == pytest.approx(sum(row[0]["reward"] for row in rows) / 3, abs=2e-6)
+    assert after_rl == pytest.approx(sum(row[-1]["reward"] for row in rows) / 3, abs=2e-6)
+    held_out = [
+        _rows(fake_study / "nodes" / names(fake_study, "bridge", seed)[-1] / "conditions.jsonl") for seed in (0, 1, 2)
+    ]
     opd = c2["bridge"]["opd"]
     assert opd["prompts"] == "held out"
     for key in ("kl_teacher_student", "overlap_student_prefixes"):
-        ends = [sum(one[at][key] for one in held_out) / 3 for at in (0, -1)]
+        ends = [sum(row[at][key] for row in held_out) / 3 for at in (0, -1)]
         assert (opd[key]["first"], opd[key]["last"]) == pytest.approx(ends, abs=2e-6)
     assert "base_student" not in c2 and "direct_grpo" not in c2
 
@@ -135,8 +129,8 @@ def test_c2_falls_back_to_training_prompts_without_held_out_measurements(tmp_pat
     assert (opd["kl_student_teacher"]["first"], opd["kl_student_teacher"]["last"]) == pytest.approx(ends, abs=1e-6)
 
 
-def test_shared_stages_have_one_row_with_their_arms_and_curves(run: Path, built: dict[str, Any]) -> None:
-    shared = [row for row in built["stages"] if row["arms"] == ["bridge_rl", "replay"]]
+def test_shared_stages_have_one_row_with_their_arms_and_curves(fake_study: Path, fake_report: dict[str, Any]) -> None:
+    shared = [row for row in fake_report["stages"] if row["arms"] == ["bridge_rl", "replay"]]
     assert [(row["stage"], row["pool"]) for row in shared] == [
         ("teacher_rl", "first_half"),
         ("teacher_rollouts", None),
@@ -144,16 +138,16 @@ def test_shared_stages_have_one_row_with_their_arms_and_curves(run: Path, built:
         ("opd", None),
     ]
     teacher, opd = shared[0], shared[3]
-    metrics = [_metrics(run, "replay", seed, 1) for seed in (0, 1, 2)]
+    metrics = [_metrics(fake_study, "replay", seed, 1) for seed in (0, 1, 2)]
     assert teacher["through"]["best_of_group"]["steps"] == list(range(1, 13))
-    means = [sum(one[place]["best_of_group"] for one in metrics) / 3 for place in range(12)]
+    means = [sum(row[place]["best_of_group"] for row in metrics) / 3 for place in range(12)]
     assert teacher["through"]["best_of_group"]["values"] == pytest.approx(means, abs=2e-6)
-    shares = [row["informative"] for one in metrics for row in one]
+    shares = [row["informative"] for seed_rows in metrics for row in seed_rows]
     assert teacher["informative"] == pytest.approx(sum(shares) / 36, abs=2e-6)
     assert opd["conditions_through"]["entropy_student"]["steps"] == [0, 5, 10, 12]
     assert "reward" not in opd["through"] and opd["informative"] is None
     # The same stage within an arm has the same values, without the curves; pass@4 is "any of four", pass@1 the accuracy.
-    own = built["arms"]["replay"]["stages"][4]
+    own = fake_report["arms"]["replay"]["stages"][4]
     assert own == {key: opd[key] for key in own} and "through" not in own
     assert own["pass_at_k"]["sums"]["1"] == pytest.approx(own["accuracy"]["sums"]["mean"], abs=2e-6)
 
@@ -170,10 +164,12 @@ def test_early_stopped_stage_reports_step_and_reason(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0, 1), arms=arms)
     ended, node = {"step": 7, "of": 12, "why": "plateau of kl_teacher_student"}, names(out, "warmup_only", 1)[-1]
     (out / "nodes" / node / "DONE").write_text(json.dumps({"fingerprint": node, "ended": ended}))
-    values = report.write(out)
+    values = report.build([out])
     assert values["arms"]["warmup_only"]["stages"][-1]["ended"] == {"1": ended}
-    text = "ended on seed 1 after 7 of 12 steps: plateau of kl_teacher_student"
-    assert text in (out / "report.html").read_text()
+    section = html_stages.stages(values)
+    assert section is not None
+    text = "Warm-up of warmup_only ended on seed 1 after 7 of 12 steps: plateau of kl_teacher_student."
+    assert section.view["ended_early"] == [text]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -202,7 +198,7 @@ def test_unfinished_arm_is_listed_and_has_no_accuracy(tmp_path: Path) -> None:
     for file in (out / "nodes" / plan["warmup_only"]["2"][-1]).rglob("*"):
         if file.is_file():
             file.unlink()
-    values = report.write(out)
+    values = report.build([out])
     replay, bridge = values["arms"]["replay"], values["arms"]["bridge"]
     assert replay["accuracy"] == {} and set(replay["unfinished"]) == {"0", "1", "2"}
     assert replay["labels"]["checks"] == 1536  # costs so far are kept
@@ -217,11 +213,12 @@ def test_unfinished_arm_is_listed_and_has_no_accuracy(tmp_path: Path) -> None:
     assert values["verdict"].endswith("Not finished: bridge, replay, warmup_only.")
     text = printed(values, 110)
     assert f"replay: not finished on seed 0 (waits for {plan['replay']['0'][-1]})" in " ".join(text.split())
-    assert "unfinished" in (out / "report.html").read_text()
+    row = next(row for row in html_arms.arms(values).view["table"].rows if row["header"].text == "warmup_only")
+    assert row["header"].warnings == (f"unfinished: seed 2 waits for {warmup}",)
 
 
 def test_report_is_written_without_finished_arm(tmp_path: Path) -> None:
-    out = fake_run(tmp_path / "out", seeds=(0,))
+    out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]})
     for done in out.glob("nodes/*/DONE"):
         done.unlink()
     values = report.write(out)
@@ -241,19 +238,21 @@ def test_first_condition_equals_counts_of_started_seeds(tmp_path: Path) -> None:
         right = by_problem([json.loads(line) for line in file.read_text().splitlines()], "correct").values()
         return [sum(map(sum, right)) / (4 * PROBLEMS), sum(map(any, right)) / PROBLEMS]
 
-    found = report.build([out])["conditions"]["C1"]["sums"]
-    (after,) = found["after"]
-    for state, file in ((found["before"], untrained), (after, trained)):
+    condition = report.build([out])["conditions"]["C1"]["sums"]
+    (after,) = condition["after"]
+    for state, file in ((condition["before"], untrained), (after, trained)):
         assert [state["accuracy"], state["best_of_k"]] == pytest.approx(measured(file), abs=1e-6) and state["k"] == 4
     assert after["reached"] == pytest.approx(measured(trained)[0] / measured(untrained)[1], abs=1e-5)
 
 
-def test_run_directories_with_different_seeds_merge(run: Path, built: dict[str, Any], tmp_path: Path) -> None:
+def test_run_directories_with_different_seeds_merge(
+    fake_study: Path, fake_report: dict[str, Any], tmp_path: Path
+) -> None:
     first, second = fake_run(tmp_path / "a", seeds=(0, 1)), fake_run(tmp_path / "b", seeds=(2,))
     merged = report.build([first, second])
     assert merged["seeds"] == [0, 1, 2]
-    assert merged == built == report.build([run])
-    assert report.build([second, first])["arms"]["bridge"] == built["arms"]["bridge"]
+    assert merged == fake_report == report.build([fake_study])
+    assert report.build([second, first])["arms"]["bridge"] == fake_report["arms"]["bridge"]
 
 
 def test_run_directories_of_different_recipes_are_refused(tmp_path: Path) -> None:
@@ -266,21 +265,18 @@ def test_run_directories_of_different_recipes_are_refused(tmp_path: Path) -> Non
         report.build([tmp_path])
 
 
-def test_report_files_are_deterministic(run: Path, built: dict[str, Any]) -> None:
-    first = (run / "report.json").read_bytes(), (run / "report.html").read_bytes()
-    report.write(run)
-    assert ((run / "report.json").read_bytes(), (run / "report.html").read_bytes()) == first
-    # A number that JSON does not know would have been written as NaN or Infinity.
-    assert json.loads(first[0], parse_constant=lambda name: pytest.fail(name)) == built
+def test_report_json_holds_only_numbers_of_json(fake_study: Path, fake_report: dict[str, Any]) -> None:
+    text = (fake_study / "report.json").read_bytes()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == fake_report
 
 
-def test_base_model_evaluated_once_is_paired_with_every_seed(tmp_path: Path, built: dict[str, Any]) -> None:
+def test_base_model_evaluated_once_is_paired_with_every_seed(tmp_path: Path, fake_report: dict[str, Any]) -> None:
     out = fake_run(tmp_path / "out")
     plan = json.loads((out / "plan.json").read_text())
     plan["arms"]["base_student"] = {"0": plan["arms"]["base_student"]["0"]}
     (out / "plan.json").write_text(json.dumps(plan))
     contrast = contrasts.find_contrast(report.build([out]), "bridge", "base_student", "sums")
-    assert contrast == contrasts.find_contrast(built, "bridge", "base_student", "sums")
+    assert contrast == contrasts.find_contrast(fake_report, "bridge", "base_student", "sums")
 
 
 def test_maj_at_k_is_null_if_grader_extracts_no_answers(tmp_path: Path) -> None:
@@ -312,11 +308,11 @@ def test_different_correct_answers_share_vote_only_if_gold_is_answer(tmp_path: P
     assert size >= 4
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = json.loads((out / "recipe.json").read_text())
-    found = {}
+    values = {}
     for task in ("sums", "countdown"):
         (out / "recipe.json").write_text(json.dumps({**recipe, "task": task}))
-        found[task] = report.build([out])["arms"]["base_student"]["maj_at_k"]["sums"]["mean"]
-    assert found == {"sums": 0.5, "countdown": 0.0}
+        values[task] = report.build([out])["arms"]["base_student"]["maj_at_k"]["sums"]["mean"]
+    assert values == {"sums": 0.5, "countdown": 0.0}
 
 
 def test_report_imports_no_torch() -> None:

@@ -17,22 +17,12 @@ from headwater.report import contrasts
 from headwater.report.predictions import predictions
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_run(tmp_path_factory.mktemp("fake") / "out")
-
-
-@pytest.fixture(scope="module")
-def built(run: Path) -> dict[str, Any]:
-    return report.build([run])
-
-
-def test_contrasts_equal_paired_differences_from_files(run: Path, built: dict[str, Any]) -> None:
-    contrast = contrasts.find_contrast(built, "bridge", "direct_grpo", "sums")
+def test_contrasts_equal_paired_differences_from_files(fake_study: Path, fake_report: dict[str, Any]) -> None:
+    contrast = contrasts.find_contrast(fake_report, "bridge", "direct_grpo", "sums")
     assert contrast is not None
 
     def table(arm: str) -> np.ndarray:
-        seeds = [by_problem(graded(run, arm, seed), "correct") for seed in (0, 1, 2)]
+        seeds = [by_problem(graded(fake_study, arm, seed), "correct") for seed in (0, 1, 2)]
         return np.array([[np.mean(by_problem[name]) for name in sorted(by_problem)] for by_problem in seeds])
 
     values = table("bridge") - table("direct_grpo")
@@ -45,7 +35,7 @@ def test_contrasts_equal_paired_differences_from_files(run: Path, built: dict[st
     low, high = np.quantile(values.mean(axis=0)[draws].mean(axis=1), [0.025, 0.975])
     assert contrast["low"] < low + 0.01 and contrast["high"] > high - 0.01
     assert contrast["p"] == pytest.approx(stats.sign_flip_p(values.mean(axis=0)), abs=1e-6)
-    pairs = {(c["a"], c["b"]) for c in built["contrasts"]}
+    pairs = {(c["a"], c["b"]) for c in fake_report["contrasts"]}
     wanted = set(CONTRASTS) | {(arm, "base_student") for arm in ARMS if arm != "base_student"}
     assert pairs == {pair for pair in wanted if set(pair) <= set(ARMS)}
 
@@ -60,14 +50,14 @@ def test_all_correct_or_all_wrong_has_wide_intervals_and_is_undecided(tmp_path: 
     assert "is undecided" in values["verdict"] and "Whether fresh labels" in values["verdict"]
 
 
-def test_verdict_states_accuracies_differences_and_labels(built: dict[str, Any]) -> None:
-    verdict = built["verdict"]
-    upper = contrasts.find_contrast(built, "bridge", "direct_grpo", "sums")
+def test_verdict_states_accuracies_differences_and_labels(fake_report: dict[str, Any]) -> None:
+    verdict = fake_report["verdict"]
+    upper = contrasts.find_contrast(fake_report, "bridge", "direct_grpo", "sums")
     assert upper is not None
     assert verdict.startswith(
         "On sums (3 seeds × 60 problems) the paper's ordering raw_teacher < direct_grpo < bridge "
     )
-    assert f"bridge {100 * built['arms']['bridge']['accuracy']['sums']['mean']:.1f} %" in verdict
+    assert f"bridge {100 * fake_report['arms']['bridge']['accuracy']['sums']['mean']:.1f} %" in verdict
     assert f"bridge − direct_grpo +{100 * upper['difference']:.1f} points" in verdict
     assert "equal labels, 96 each, none on raw_teacher" in verdict
     assert "labels not equal: bridge_rl 128, replay 64" in verdict
@@ -142,16 +132,16 @@ def test_contrasts_are_grouped_by_equal_resources(every: dict[str, Any]) -> None
 
 def _report(**differences: tuple[float, float, float]) -> dict[str, Any]:
     """A report of contrasts alone: `a__b=(low, difference, high)` in points; p is 0.01 where the interval excludes zero."""
-    found, arms = [], set()
+    contrasts, arms = [], set()
     for pair, (low, middle, high) in differences.items():
         a, b = pair.split("__")
         arms |= {a, b}
         p = 0.01 if low > 0 or high < 0 else 0.4
         scale = {"low": low / 100, "difference": middle / 100, "high": high / 100, "p": p}
         cost = {"labels": {"a": 8, "b": 8}, "flops": {"a": 4.0, "b": 2.0}, "equal": ["labels"]}
-        found.append({"a": a, "b": b, "eval": "sums", **scale, "seeds": 2, "problems": 50, **cost})
+        contrasts.append({"a": a, "b": b, "eval": "sums", **scale, "seeds": 2, "problems": 50, **cost})
     entry = {"accuracy": {"sums": {"mean": 0.5}}, "labels": {"distinct": 8}}
-    return {"evals": ["sums"], "contrasts": found, "arms": dict.fromkeys(sorted(arms), entry)}
+    return {"evals": ["sums"], "contrasts": contrasts, "arms": dict.fromkeys(sorted(arms), entry)}
 
 
 def _reading(name: str, **differences: tuple[float, float, float]) -> dict[str, Any]:
@@ -255,7 +245,8 @@ def test_verdict_states_if_compute_matched_arms_are_not_equal(tmp_path: Path) ->
 
 
 def test_failed_node_is_reported_with_its_sentence_and_skipped_arms(tmp_path: Path) -> None:
-    out = fake_run(tmp_path / "out", seeds=(0, 1))
+    arms = {name: ARMS[name] for name in ("base_student", "direct_grpo", "bridge_rl", "replay")}
+    out = fake_run(tmp_path / "out", seeds=(0, 1), arms=arms)
     opd = names(out, "bridge_rl", 1)[-2]  # OPD on 1H, which bridge_rl and replay share
     own = names(out, "direct_grpo", 0)[-1]
     for node, sentence in ((opd, "opd, step 3 of 12: the loss is <b>not finite</b>"), (own, "no group differs.")):
@@ -271,7 +262,7 @@ def test_failed_node_is_reported_with_its_sentence_and_skipped_arms(tmp_path: Pa
     assert direct["unfinished"] == {} and set(direct["accuracy"]["sums"]["per_seed"]) == {"1"}
     assert (replay["failed"]["1"]["state"], replay["failed"]["1"]["node"]) == ("not run", opd)
     assert (
-        "Failed: student_rl (seed 0): no group differs. Failed: opd (seed 1): opd, step 3 of 12: " in values["verdict"]
+        "Failed: student_rl (seed 0): no group differs. Stopped: opd (seed 1): opd, step 3 of 12: " in values["verdict"]
     )
     assert values["verdict"].endswith("Not run because of it: bridge_rl, replay.")
     page, text = (out / "report.html").read_text(), " ".join(printed(values, 110).split())

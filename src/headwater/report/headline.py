@@ -1,0 +1,91 @@
+"""The top of the page: what stopped or interrupted the run, and one sentence with the main result and its costs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from headwater.report.contrasts import difference_text, find_contrast, reading
+from headwater.report.format import count, duration, join_and, percent, units
+from headwater.report.stages import stage_name
+from headwater.report.study import Node, Study
+from headwater.report.verdict import failure_word
+from headwater.report.watch import is_locked
+
+VERBS = {"holds": "beats", "does not hold": "loses to", "undecided": "does not differ significantly from"}
+
+
+def headline(report: dict[str, Any]) -> str:
+    """One sentence with accuracy, labels, FLOPs and time: bridge against direct GRPO if the study has both, else the best arm."""
+    if not report["evals"]:
+        return "No arm has a result yet."
+    eval_name = report["evals"][0]
+    contrast = find_contrast(report, "bridge", "direct_grpo", eval_name)
+    if contrast is not None:
+        bridge, direct = (
+            f"{_accuracy(report, arm, eval_name)} % {_costs(report, arm)}" for arm in ("bridge", "direct_grpo")
+        )
+        numbers = difference_text(contrast).split("direct_grpo ", 1)[1]
+        return (
+            f"The bridge {VERBS[reading(contrast)]} direct GRPO on {eval_name}: {bridge}, against {direct}; {numbers}."
+        )
+    scores = {name: arm["accuracy"][eval_name] for name, arm in report["arms"].items() if eval_name in arm["accuracy"]}
+    best = max(scores, key=lambda name: scores[name]["mean"])
+    low, high = (percent(scores[best][key]) for key in ("low", "high"))
+    accuracy = f"{_accuracy(report, best, eval_name)} % (95 % {low} to {high})"
+    return f"Best on {eval_name}: {best} with {accuracy} {_costs(report, best)}."
+
+
+def _accuracy(report: dict[str, Any], arm: str, eval_name: str) -> str:
+    return percent(report["arms"][arm]["accuracy"][eval_name]["mean"])
+
+
+def _costs(report: dict[str, Any], arm: str) -> str:
+    """Example: `with 256 labels, 1.46 TFLOPs and 38 s of training`; `without training` for an untrained model."""
+    costs = report["arms"][arm]
+    if not costs["flops"]:
+        return "without training"
+    labels = costs["labels"]["distinct"]
+    spent = f"{count(labels)} label{'s' * (labels != 1)}, {units(costs['flops'], 'FLOPs')}"
+    return f"with {spent} and {duration(costs['seconds'])} of training"
+
+
+def stops(study: Study, report: dict[str, Any]) -> list[str]:
+    """One sentence per node that stopped, failed, was interrupted or is running, with its step.
+
+    Example: `Stopped: Teacher RL at step 8 of 40 (seed 0; bridge): guard truncation: 0.62 of the completions reached …`.
+    """
+    sentences = {}
+    for failure, where in _by_node(report, "failed"):
+        word, sentence = failure_word(failure), failure["sentence"]
+        step = re.match(r"\w+, (step \d+ of \d+): ", sentence)
+        at, why = (f" at {step[1]}", sentence[step.end() :]) if step else ("", sentence)
+        why = re.sub(r" \((?:or )?set guards\.[^)]*\)", "", why).rstrip(".")
+        sentences[failure["node"]] = f"{word}: {stage_name(failure['stage'])}{at} ({where}): {why}."
+    working = "Running" if any(is_locked(run.lock) for run in study.runs) else "Interrupted"
+    nodes = {node.name: node for by_seed in study.arms.values() for run in by_seed.values() for node in run}
+    waiting = []
+    for name, where in _by_node(report, "unfinished"):
+        node = nodes[name]
+        if node.info:
+            sentences[name] = f"{working}: {stage_name(node.stage, node.objective)}{_step(node)} ({where})."
+        else:
+            waiting.append(f"{stage_name(node.stage)} ({where})")
+    return [*sentences.values(), *([f"Not started yet: {join_and(waiting)}."] if waiting else [])]
+
+
+def _by_node(report: dict[str, Any], state: str) -> list[tuple[Any, str]]:
+    """The distinct entries of every arm's `state`, a failure or the name of a node, each with its seed and arms."""
+    entries: dict[str, tuple[Any, str, list[str]]] = {}
+    for arm, values in report["arms"].items():
+        for seed, entry in values[state].items():
+            name = entry if isinstance(entry, str) else entry["node"]
+            entries.setdefault(name, (entry, seed, []))[2].append(arm)
+    return [(entry, f"seed {seed}; {', '.join(dict.fromkeys(arms))}") for entry, seed, arms in entries.values()]
+
+
+def _step(node: Node) -> str:
+    """Example: ` at step 12 of 40`."""
+    if not node.metrics:
+        return ""
+    return f" at step {node.metrics[-1]['step']} of {node.info.get('steps') or '?'}"
