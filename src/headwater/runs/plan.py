@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from headwater.config.arms import Arm, Pool, Step, arm_of, stage_of
 from headwater.config.recipe import Lora, Recipe, canonical_json
+from headwater.config.samplers import SAMPLERS
 from headwater.config.stage import Stage
+from headwater.plugins import code_fingerprint
 from headwater.storage.run_dir import RunDir
 
 Role = Literal["student", "teacher", "expert"]
@@ -242,6 +244,10 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         recipe.compute.sampler != "torch"
     ):  # another sampler draws other tokens, and the loss corrects for its distribution
         fields |= {"sampler": recipe.compute.sampler, "importance_cap": recipe.compute.vllm.importance_cap}
+        if SAMPLERS[recipe.compute.sampler].of_user:
+            fields["sampler_code"] = code_fingerprint(SAMPLERS[recipe.compute.sampler].module)
+    if node.kind == "train" and stage and stage.spec.loss is not None:
+        fields["objective_code"] = code_fingerprint(stage.spec.loss.__module__)
     if "day" in content and (day := content["day"](node.role)) is not None:
         fields["day"] = day
     if lora is not None:
