@@ -124,10 +124,6 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
         "held-out.jsonl --task sums --device cpu",
         "labels:",
     ),
-    "init mine --student S --teacher T --data FILE": (
-        "init mine --student pocket:qwen3-student --teacher pocket:qwen3-teacher --data problems.jsonl --device rtx4090",
-        "task: maths",
-    ),
     "doctor RECIPE": ("doctor my.yaml", "nothing is wrong"),
     "doctor RECIPE [--arms a,b|all] [--set path=value] [--device auto|cpu|cuda] [--out DIR] [--json]": (
         "doctor my.yaml --arms direct_grpo,bridge --set labels.budget=128 --device cpu --out runs/none --json",

@@ -132,12 +132,12 @@ def data_facts(request: FitRequest, student: ModelFolder) -> DataFacts:
     source = Source(path=request.data)
     description = describe(source, f"--data: {request.data}")
     task = description.task if request.task is None else request.task
-    gold = find_task(task).gold
-    labeled, share = load(source, "--data", True, gold), None
+    grading_task = find_task(task)
+    labeled, share = load(source, "--data", True, grading_task.gold), None
     if request.evals is None:
         labeled, held_out, share = hold_out(labeled, request.data)
     else:
-        held_out = load(Source(path=request.evals), "--evals", True, gold)
+        held_out = load(Source(path=request.evals), "--evals", True, grading_task.gold)
     labeled = without_leaks(labeled, {"held_out": held_out})[0]
     if len(labeled.problems) < FEWEST_LABELS:
         raise UserError(
