@@ -284,3 +284,16 @@ def test_test_names_are_short_and_plain() -> None:
         if len(node.name) > 70 or words.search(node.name)
     ]
     assert unsuitable == [], "rename, such as test_save_policy_keeps_log_probs"
+
+
+def test_local_names_state_their_content() -> None:
+    """No local or parameter is named by a word that hides its content."""
+    vague = {"found", "one", "said", "held", "told", "asked", "theirs"}
+    unsuitable = {
+        f"{path.name}: {name}"
+        for path in (*MODULES.values(), *sorted(TESTS.rglob("*.py")))
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+        if (name := node.arg if isinstance(node, ast.arg) else node.id) in vague
+    }
+    assert unsuitable == set(), "rename, such as `rows`, `weights`, `config` or `message`"

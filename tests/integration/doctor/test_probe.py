@@ -103,6 +103,7 @@ def test_probe_of_equal_models_finds_no_divergence_and_no_lead() -> None:
     assert c2["overlap_student_prefixes"] == c2["overlap_teacher_prefixes"] == 1.0
     assert answer["finish"]["lead"] == 0.0
     assert (answer["advice"]["labels"]["where"], answer["advice"]["warmup"]["needed"]) == ("student", False)
+    assert "student and teacher are the same weights" in answer["advice"]["teacher"]
 
 
 def test_probe_of_untrained_models_advises_no_labels(
@@ -114,6 +115,10 @@ def test_probe_of_untrained_models_advises_no_labels(
     answer = probed("--problems", "8", changes=tuple(noise))
     assert answer["advice"]["labels"]["where"] == "nowhere" and answer["advice"]["labels"]["arm"] is None
     assert answer["finish"] is None and answer["conditions"]["C1"]["teacher"]["ratio"] is None
+    for role in ("student", "teacher"):  # nothing is right, so what was cut is all that is truncated
+        model = answer["models"][role]
+        assert model["outcomes"]["cut"] == model["truncated"] and sum(model["outcomes"].values()) == pytest.approx(1.0)
+        assert f"stages.{role}_rl" in answer["advice"]["outcomes"][role] or model["truncated"] < 0.5
 
 
 @pytest.mark.parametrize(
