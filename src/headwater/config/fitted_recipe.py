@@ -237,7 +237,7 @@ class FittedRecipe:
         own_form = "the problems ask for the form of the answer themselves"
         thinking = "the template's thinking mode; it needs several times the max_tokens below"
         return {
-            "template": Setting(template, own_form if data.asks_for_form else f"asks for the form that the grader of {data.task} reads"),
+            "template": Setting(template, own_form if data.asks_for_form else f"asks for the form that the {data.task} grader reads"),
             "thinking": Setting(False, thinking if self.student.thinking else "the chat template has no thinking mode"),
             "max_tokens": Setting(
                 self.longest_prompt, f"the longest prompt has {data.prompt_tokens} tokens; a longer one is refused, never cut"
