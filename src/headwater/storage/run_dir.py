@@ -24,6 +24,7 @@ OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, f
                model/                   a plain Hugging Face folder
                DONE                     the node's fingerprint, the checksums of its files, and its own
                FAILED                   {"sentence", "code"} of a node that failed, and the "traceback" of an unexpected error
+OUT/attempts/NODE.json     {"worker", "started", "ended"} of each time the node ran, for the report's timeline
 OUT/trackers/ tracked.json files of trackers; last step of each node that was sent to them
 OUT/.lock .locks/NODE      locked by the process that runs in the folder, and the one that runs the node
 """
@@ -123,6 +124,11 @@ class NodeDir:
     def failed(self) -> Path:
         """Why the node's last attempt failed: {"sentence", "code"}, plus "traceback" for an unexpected error."""
         return self.path / "FAILED"
+
+    @property
+    def attempts(self) -> Path:
+        """When and where the node ran; beside the nodes, because it says nothing about their results."""
+        return self.path.parent.parent / "attempts" / f"{self.name}.json"
 
     @property
     def sums(self) -> Path:
