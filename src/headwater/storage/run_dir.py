@@ -397,6 +397,7 @@ class RunDir:
                 )
             remove_leftovers(self.path)
             remove_leftovers(self.path / "nodes")  # a node that was being copied
+            remove_leftovers(self.path / "attempts")
             yield
 
     def join_ledgers(self) -> None:
