@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable, Sequence
 
 MAX_MESSAGE_CHARS = 2000
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -15,6 +17,15 @@ def one_line(text: str) -> str:
     """
     shown = text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]}…"
     return CONTROL_CHARACTERS.sub("\ufffd", re.sub("[\r\n\u2028\u2029]+", " ", shown))
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """`; did you mean NAME?` with the known name closest to a misspelt one; empty if none is close.
+
+    Example: `did_you_mean("brigde", ["bridge", "replay"])` is `"; did you mean bridge?"`.
+    """
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 class HeadwaterError(Exception):
@@ -33,6 +44,24 @@ class UserError(HeadwaterError):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+class RecipeError(UserError):
+    """The faults of one recipe: one alone in one sentence, several with their number in the first line and a line each.
+
+    where   names the recipe
+    faults  (place or None, sentence) of each; a place is `line 12` or an option such as `--set labels.budget=-1`
+    """
+
+    def __init__(self, where: str, faults: Sequence[tuple[str | None, str]]) -> None:
+        if len(faults) == 1:
+            place, sentence = faults[0]
+            option = place is not None and place.startswith("--")
+            super().__init__(": ".join([place or "" if option else ", ".join(filter(None, (where, place))), sentence]))
+            return
+        super().__init__(f"{where}: {len(faults)} errors")
+        lines = [one_line(f"{place}: {sentence}" if place else sentence) for place, sentence in faults]
+        self.args = ("\n  ".join([*self.args, *lines]),)
 
 
 class UnsupportedModelError(UserError):

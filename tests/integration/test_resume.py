@@ -170,7 +170,7 @@ def test_truncated_log_line_is_rewritten_on_resume(tmp_path: Path) -> None:
 def test_stage_keeps_at_most_two_checkpoints() -> None:
     for path, info in infos(uninterrupted()):
         if info["kind"] == "train":
-            kept = sorted(int(one.name) for one in (path / "checkpoint").iterdir())
+            kept = sorted(int(file.name) for file in (path / "checkpoint").iterdir())
             assert (
                 kept == {"teacher_rl": [2, 3], "warmup": [4, 5], "opd": [14, 16], "student_rl": [4, 5]}[info["stage"]]
             )

@@ -27,9 +27,9 @@ def tiny(kind: Any, **fields: Any) -> Case:
 
 def test_figures_are_medians_over_runs_and_every_run_is_kept() -> None:
     runs = [{"seconds": s, "peak_bytes": p, "loaded_bytes": 10.0} for s, p in ((3.0, 40.0), (1.0, 70.0), (2.0, 50.0))]
-    found = summary.over_runs(runs)
-    assert (found["seconds"], found["peak_bytes"], found["growth_bytes"]) == (2.0, 50.0, 40.0)
-    assert (found["each"], found["runs"]) == ([3.0, 1.0, 2.0], 3)
+    summary_ = summary.over_runs(runs)
+    assert (summary_["seconds"], summary_["peak_bytes"], summary_["growth_bytes"]) == (2.0, 50.0, 40.0)
+    assert (summary_["each"], summary_["runs"]) == ([3.0, 1.0, 2.0], 3)
 
 
 def test_tokens_per_second_are_reported_for_sampling_only_workloads() -> None:
@@ -66,16 +66,16 @@ def test_share_of_limit_is_least_time_over_measured_time() -> None:
     }
     least = summary.least_seconds(work, gemm)
     assert least == {"sample": 3.0, "score": 4.0, "update": 2.0}
-    found = {"seconds": 18.0, "seconds_sample": 6.0, "seconds_score": 2.0, "seconds_update": 10.0}
-    got = summary.shares(found, least)
+    measured = {"seconds": 18.0, "seconds_sample": 6.0, "seconds_score": 2.0, "seconds_update": 10.0}
+    got = summary.shares(measured, least)
     assert got == {"share": 0.5, "share_sample": 0.5, "share_training": 0.5, "score_of_step": pytest.approx(1 / 9)}
 
 
 def test_step_work_is_one_sampling_one_scoring_and_three_forward_passes() -> None:
-    found = limits.parts_of(OPD)
+    parts = limits.parts_of(OPD)
     student, teacher, tokens = limits.shape_of(STUDENT), limits.shape_of(TEACHER), 4 * 8
-    assert found["sample"][3] == student.flops(tokens, 4.0) == found["update"][3] / 3
-    assert found["score"][3] == teacher.flops(tokens, 4.0)
+    assert parts["sample"][3] == student.flops(tokens, 4.0) == parts["update"][3] / 3
+    assert parts["score"][3] == teacher.flops(tokens, 4.0)
     # Products of one forward pass cover the shape's matrix parameters, two operations each a token.
     products = sum(times * 2.0 * n * a * b for n, a, b, times in limits.products(student, tokens))
     assert products == 2.0 * tokens * student.matrix_parameters
@@ -85,10 +85,10 @@ def test_step_work_is_one_sampling_one_scoring_and_three_forward_passes() -> Non
 def test_limits_give_rate_for_every_shape_in_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(limits, "SECONDS", 0.0005)
     monkeypatch.setattr(limits, "bandwidth", lambda: 1e10)
-    found = limits.measure([OPD, tiny("loss"), replace(OPD, places=(("a", "opd"),), endless=False)], tmp_path)
-    assert set(found["work"]) == {"b.opd"}
-    assert {one["gemm"] for one in found["work"]["b.opd"].values()} == set(found["gemm"])
-    assert all(rate > 1e6 for rates in found["gemm"].values() for rate in rates.values())
+    measured = limits.measure([OPD, tiny("loss"), replace(OPD, places=(("a", "opd"),), endless=False)], tmp_path)
+    assert set(measured["work"]) == {"b.opd"}
+    assert {part["gemm"] for part in measured["work"]["b.opd"].values()} == set(measured["gemm"])
+    assert all(rate > 1e6 for rates in measured["gemm"].values() for rate in rates.values())
 
 
 def test_workloads_are_chosen_by_letter_or_case_and_unknown_ones_named() -> None:
@@ -101,7 +101,7 @@ def test_workloads_are_chosen_by_letter_or_case_and_unknown_ones_named() -> None
         select_cases(["b", "z"], every)
 
 
-def fake(peer: str, told: dict[str, Any]) -> dict[str, Any]:
+def fake(peer: str, settings: dict[str, Any]) -> dict[str, Any]:
     if peer == "limits":
         return {"memory_bandwidth": 1e10, "threads": 1, "gemm": {"k": {"float32": 1e9}}, "work": {"b.opd": {
             "update": {"flops": 1e9, "gemm": "k"}}}}  # fmt: skip
@@ -112,35 +112,35 @@ def fake(peer: str, told: dict[str, Any]) -> dict[str, Any]:
 def test_peers_alternate_and_missing_ones_are_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
 
-    def run(peer: str, told: dict[str, Any]) -> dict[str, Any]:
+    def run(peer: str, settings: dict[str, Any]) -> dict[str, Any]:
         turns.append(peer)
-        return fake(peer, told)
+        return fake(peer, settings)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    found = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda line: None, run)
+    measured = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda line: None, run)
     assert turns == ["headwater", "trl"] * 3
-    assert found["trl"]["seconds"] == 7.0
+    assert measured["trl"]["seconds"] == 7.0
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     turns.clear()
-    found = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda line: None, run)
+    measured = runner.measure(OPD, ["headwater", "trl"], 3, Path(), lambda line: None, run)
     assert turns == ["headwater"] * 3
-    assert found["trl"] == {"skipped": "trl is not installed"}
-    assert cells(found["trl"], {}) == ["trl is not installed"]
+    assert measured["trl"] == {"skipped": "trl is not installed"}
+    assert cells(measured["trl"], {}) == ["trl is not installed"]
 
 
 def test_failing_peer_is_skipped_after_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     turns: list[str] = []
 
-    def run(peer: str, told: dict[str, Any]) -> dict[str, Any]:
+    def run(peer: str, settings: dict[str, Any]) -> dict[str, Any]:
         turns.append(peer)
-        return {"failed": "ValueError: head size 16"} if peer == "trl" else fake(peer, told)
+        return {"failed": "ValueError: head size 16"} if peer == "trl" else fake(peer, settings)
 
-    found = runner.measure(OPD, ["headwater", "trl"], 2, Path(), lambda line: None, run)
+    measured = runner.measure(OPD, ["headwater", "trl"], 2, Path(), lambda line: None, run)
     assert turns == ["headwater", "trl", "headwater"]
-    assert found["trl"] == {"failed": "ValueError: head size 16"}
-    assert found["headwater"]["runs"] == 2
+    assert measured["trl"] == {"failed": "ValueError: head size 16"}
+    assert measured["headwater"]["runs"] == 2
 
 
 def test_json_has_documented_shape_and_add_keeps_other_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -175,36 +175,36 @@ def test_unknown_peers_and_workloads_are_user_errors(capsys: pytest.CaptureFixtu
 def test_our_side_of_workload_processes_all_its_tokens(kind: Any, tmp_path: Path) -> None:
     more = {"teacher": None, "group": 4} if kind == "grpo" else {}
     case = tiny(kind, peers=("headwater",), **more)
-    found = child.measure("headwater", case, tmp_path)
+    measured = child.measure("headwater", case, tmp_path)
     if kind != "train":
-        assert found["tokens_sampled"] == 4 * 5
+        assert measured["tokens_sampled"] == 4 * 5
     if kind in ("opd", "train"):
-        assert found["tokens_trained"] == 4 * 5
-    parts = sum(found.get(f"seconds_{part}", 0.0) for part in summary.PARTS)
-    assert parts <= found["seconds"]
-    assert found["peak_bytes"] >= found["loaded_bytes"] > 1e7
+        assert measured["tokens_trained"] == 4 * 5
+    parts = sum(measured.get(f"seconds_{part}", 0.0) for part in summary.PARTS)
+    assert parts <= measured["seconds"]
+    assert measured["peak_bytes"] >= measured["loaded_bytes"] > 1e7
 
 
 def test_pocket_step_uses_problems_and_grader_of_recipe(tmp_path: Path) -> None:
     [grpo] = select_cases(["a.grpo"], all_cases())
-    found = child.measure("headwater", replace(grpo, batch=16, steps=1), tmp_path)
-    assert 16 <= found["tokens_sampled"] <= 16 * 48
+    measured = child.measure("headwater", replace(grpo, batch=16, steps=1), tmp_path)
+    assert 16 <= measured["tokens_sampled"] <= 16 * 48
 
 
 def test_pocket_models_without_eos_sample_to_last_token(tmp_path: Path) -> None:
     [case] = select_cases(["d.pocket_student"], all_cases())
-    found = child.measure("headwater", replace(case, batch=4, new_tokens=40, steps=1), tmp_path)
-    assert found["tokens_sampled"] == 4 * 40
+    measured = child.measure("headwater", replace(case, batch=4, new_tokens=40, steps=1), tmp_path)
+    assert measured["tokens_sampled"] == 4 * 40
 
 
 def test_loss_stage_equals_plain_form_in_loss_and_gradients() -> None:
-    found = []
+    results = []
     for form in (loss.headwater, loss.plain):
         inputs = loss.inputs_of(tiny("loss", tokens=7), torch.device("cpu"), torch.float32)
         value = form(inputs)
         value.backward()
-        found.append((value.detach(), inputs["student_hidden"].grad, inputs["student_head"].weight.grad))
-    for ours, plain in zip(*found, strict=True):
+        results.append((value.detach(), inputs["student_hidden"].grad, inputs["student_head"].weight.grad))
+    for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-7)
 
 

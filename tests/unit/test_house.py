@@ -23,12 +23,12 @@ MODULES = {
 }
 
 ORDER = (
-    "errors", "types", "seeds", "stats", "kernels",
+    "errors", "plugins", "types", "seeds", "stats", "kernels",
     "config", "storage", "tasks", "data", "distributed", "losses", "models", "sampling", "teachers", "training",
-    "runs", "runs.executors", "doctor", "report", "pipeline", "sweeps", "api", "cli", "__main__",
+    "runs", "runs.executors", "doctor", "report", "pipeline", "sweeps", "evaluation", "api", "cli", "__main__",
 )  # fmt: skip
 """Folders and top-level modules, lowest first. A module imports from its own folder and from those before it."""
-TORCH_FREE = {"errors", "types", "seeds", "config", "storage", "tasks", "data", "report"}
+TORCH_FREE = {"errors", "plugins", "types", "seeds", "config", "storage", "tasks", "data", "report"}
 PURE = {"losses", "kernels"}
 """Tensor code without files, settings (but for the table of objectives) or models."""
 HEAVY = ("torch", "transformers", "safetensors", "datasets")
@@ -42,16 +42,16 @@ def tree(path: Path) -> ast.Module:
 @cache
 def imported(path: Path) -> frozenset[str]:
     """Dotted names of what a file imports, also within functions."""
-    found: set[str] = set()
+    imports: set[str] = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imports |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             modules = {name for name in names if name.removeprefix("headwater.") in MODULES}
             # `from package import module` imports the module; anything else, what the package itself holds.
-            found |= names | ({node.module} if names - modules else set())
-    return frozenset(found)
+            imports |= names | ({node.module} if names - modules else set())
+    return frozenset(imports)
 
 
 @cache
@@ -82,7 +82,7 @@ def own(path: Path, names: frozenset[str] | None = None) -> set[str]:
 
 def folder(module: str) -> str:
     """The entry of ORDER that a module belongs to. Example: `runs.executors.ray` belongs to `runs.executors`."""
-    return max((one for one in ORDER if module == one or module.startswith(f"{one}.")), key=len)
+    return max((entry for entry in ORDER if module == entry or module.startswith(f"{entry}.")), key=len)
 
 
 def reached(name: str) -> set[str]:
@@ -90,10 +90,10 @@ def reached(name: str) -> set[str]:
     seen: set[str] = set()
     todo = [name]
     while todo:
-        one = todo.pop()
-        if one not in seen:
-            seen.add(one)
-            todo += own(MODULES[one])
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            todo += own(MODULES[module])
     return seen
 
 
@@ -106,7 +106,7 @@ def test_order_lists_every_module() -> None:
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_follow_order(name: str) -> None:
     here = ORDER.index(folder(name))
-    above = {one for one in own(MODULES[name]) if ORDER.index(folder(one)) > here}
+    above = {module for module in own(MODULES[name]) if ORDER.index(folder(module)) > here}
     assert not above, f"{name} imports {above} from above"
 
 
@@ -126,20 +126,20 @@ def test_torch_free_folders_reach_no_import_of_torch(name: str) -> None:
     seen: set[str] = set()
     todo = [name]
     while todo:
-        one = todo.pop()
-        if one not in seen:
-            seen.add(one)
-            todo += own(MODULES[one], imported_at_start(MODULES[one]))
-    for one in seen:
-        heavy = {found for found in imported_at_start(MODULES[one]) if found.split(".")[0] in HEAVY}
-        assert not heavy, f"{name} reaches {one}, which imports {heavy}"
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            todo += own(MODULES[module], imported_at_start(MODULES[module]))
+    for module in seen:
+        heavy = {dependency for dependency in imported_at_start(MODULES[module]) if dependency.split(".")[0] in HEAVY}
+        assert not heavy, f"{name} reaches {module}, which imports {heavy}"
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if folder(name) in PURE))
 def test_pure_folders_import_no_files_and_no_models(name: str) -> None:
     settings = {"config"} if name == "losses.objectives" else set()
-    assert {folder(one) for one in own(MODULES[name])} <= PURE | {"types"} | settings
-    outside = {found.split(".")[0] for found in imported(MODULES[name])}
+    assert {folder(module) for module in own(MODULES[name])} <= PURE | {"types"} | settings
+    outside = {dependency.split(".")[0] for dependency in imported(MODULES[name])}
     library = {"ctypes", "functools", "importlib"} if name == "kernels" else {"functools"}
     assert outside <= {"__future__", "collections", "dataclasses", "math", "typing", "torch", "headwater"} | library
 
@@ -147,7 +147,7 @@ def test_pure_folders_import_no_files_and_no_models(name: str) -> None:
 def test_report_imports_only_plan_and_sweep_from_runs() -> None:
     for name in MODULES:
         if folder(name) == "report":
-            from_runs = {one for one in own(MODULES[name]) if folder(one).startswith("runs")}
+            from_runs = {module for module in own(MODULES[name]) if folder(module).startswith("runs")}
             assert from_runs <= {"runs.plan", "runs.sweep"}, name
 
 
@@ -220,7 +220,7 @@ def test_only_data_labels_reads_private_gold_answers() -> None:
 
 def test_only_data_readers_and_checks_read_gold_answers() -> None:
     """`RunInputs` keeps what it has read; the nodes that it is handed to look at answers through `Labels` alone."""
-    readers = {"runs.inputs", "runs.read_once", "doctor.data_checks", "doctor.context", "cli.evaluate"}
+    readers = {"runs.inputs", "runs.read_once", "doctor.data_checks", "doctor.context", "evaluation"}
     for name, path in MODULES.items():
         if folder(name) in ("tasks", "data") or name in readers:
             continue
@@ -235,7 +235,7 @@ def test_problems_and_rollouts_have_no_field_for_answers() -> None:
     from headwater.types import Problem, Rollout
 
     for noun in (Problem, Rollout):
-        assert not {one.name for one in fields(noun)} & {"answer", "gold", "label", "solution"}
+        assert not {field.name for field in fields(noun)} & {"answer", "gold", "label", "solution"}
 
 
 def test_no_module_has_its_own_random_state() -> None:
@@ -267,7 +267,7 @@ def test_no_function_takes_more_than_eight_parameters_or_two_callables() -> None
         for node in ast.walk(tree(path)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                parameters = [one for one in given if one.arg not in ("self", "cls")]
+                parameters = [parameter for parameter in given if parameter.arg not in ("self", "cls")]
                 if len(parameters) > 8 or sum(map(is_callable, parameters)) > 2:
                     long.add(f"{name}.{node.name}")
     assert not long, "bundle parameters that belong together in a frozen dataclass"
@@ -284,3 +284,16 @@ def test_test_names_are_short_and_plain() -> None:
         if len(node.name) > 70 or words.search(node.name)
     ]
     assert unsuitable == [], "rename, such as test_save_policy_keeps_log_probs"
+
+
+def test_local_names_state_their_content() -> None:
+    """No local or parameter is named by a word that hides its content."""
+    vague = {"found", "one", "said", "held", "told", "asked", "theirs"}
+    unsuitable = {
+        f"{path.name}: {name}"
+        for path in (*MODULES.values(), *sorted(TESTS.rglob("*.py")))
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+        if (name := node.arg if isinstance(node, ast.arg) else node.id) in vague
+    }
+    assert unsuitable == set(), "rename, such as `rows`, `weights`, `config` or `message`"

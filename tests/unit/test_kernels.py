@@ -154,7 +154,7 @@ def test_kernels_do_not_depend_on_number_of_threads(fast: Kernels) -> None:
         finally:
             torch.set_num_threads(1)
     for other in result[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(result[0], other, strict=True))
+        assert all(torch.equal(first, two) for first, two in zip(result[0], other, strict=True))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama"])
@@ -168,8 +168,10 @@ def test_sampling_without_kernels_draws_same_tokens(fast: Kernels, name: str, mo
     assert isinstance(decoder, FastDecoder) and decoder.kernels is None
     without = TorchSampler(policy, batch=5).sample(requests, Sampling(max_tokens=20))
     assert [rollout.completion_ids for rollout in with_them] == [rollout.completion_ids for rollout in without]
-    for one, two in zip(with_them, without, strict=True):
-        torch.testing.assert_close(torch.tensor(one.sampler_logp), torch.tensor(two.sampler_logp), rtol=0.0, atol=1e-5)
+    for first, two in zip(with_them, without, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(first.sampler_logp), torch.tensor(two.sampler_logp), rtol=0.0, atol=1e-5
+        )
 
 
 def test_sampling_with_top_k_or_top_p_bypasses_kernels(fast: Kernels) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
-from headwater.errors import UserError
+from headwater.errors import UserError, did_you_mean
 
 Pool = Literal["all", "first_half", "second_half"]
 
@@ -234,7 +234,7 @@ def split_pool(recipe: Recipe) -> Pool:
 def arm_of(name: str, recipe: Recipe) -> Arm:
     """The arm with its pools resolved for the recipe's split. Raises UserError for an unknown name."""
     if name not in ARMS:
-        raise UserError(f"--arm {name}: no such arm; there are {', '.join(ARMS)}")
+        raise UserError(f"--arm {name}: no such arm; there are {', '.join(ARMS)}{did_you_mean(name, ARMS)}")
     arm, default = ARMS[name], split_pool(recipe)
     teacher, student = (
         tuple(replace(step, pool=step.pool or default) for step in steps) for steps in (arm.teacher, arm.student)

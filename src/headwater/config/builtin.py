@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from headwater.config.recipe import Recipe, read_recipe
-from headwater.errors import UserError
+from headwater.errors import UserError, did_you_mean
 
 FOLDER = Path(str(files("headwater"))) / "builtin"
 
@@ -19,7 +19,8 @@ def builtin_text(name: str) -> str:
     """The commented YAML of a built-in recipe. Raises UserError for an unknown name."""
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"no recipe named {name}; there are {', '.join(builtin_names())}")
+        known = builtin_names()
+        raise UserError(f"no recipe named {name}; there are {', '.join(known)}{did_you_mean(name, known)}")
     return path.read_text(encoding="utf-8")
 
 
@@ -28,4 +29,7 @@ def find_recipe(name: str, overrides: list[str]) -> Recipe:
     for path in (Path(name), FOLDER / f"{name}.yaml"):
         if path.is_file():
             return read_recipe(path, overrides)
-    raise UserError(f"recipe {name}: no such file, and no built-in recipe of that name ({', '.join(builtin_names())})")
+    known = builtin_names()
+    raise UserError(
+        f"recipe {name}: no such file, and no built-in recipe of that name ({', '.join(known)}){did_you_mean(name, known)}"
+    )

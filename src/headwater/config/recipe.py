@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from headwater.config import yaml
-from headwater.config.samplers import check_sampler_name
-from headwater.config.stage import Fraction, Name, Natural, Positive, Sampling, Seed, Stage, Stages, Strict
-from headwater.errors import UserError
+from headwater.config.compute import Compute
+from headwater.config.schema import Fraction, Name, Natural, Positive, Seed, Steps, Strict, Tokens, Unit
+from headwater.config.stage import Sampling, Stage, Stages
+from headwater.config.validation import Keys, complaints
+from headwater.errors import RecipeError, UserError
 
 
 class Lora(Strict):
     """Low-rank adapters (peft) that a stage trains instead of all weights (docs/lora.md)."""
 
     r: Annotated[int, Field(ge=1, le=65536)] = 16
+    """Rank of the adapters."""
     alpha: Annotated[int, Field(ge=1, le=1_000_000)] = 32
     """The adapter's output is scaled by alpha / r."""
     dropout: float = 0.0
@@ -54,14 +58,18 @@ class Models(Strict):
     for one that `python -m tools.pretrain desk` trains."""
 
     student: str
+    """Model that is distilled into, and trained by `student_rl`."""
     teacher: str | Annotated[dict[Name, str], Field(min_length=1)]
-    """Also `http://HOST:PORT/v1`, a model behind a vLLM server, or a mapping from a problem's tag (`data.columns.tag`) to its
-    teacher. Neither kind is trained (docs/engines.md)."""
+    """Model that supervises the student. Also `http://HOST:PORT/v1`, a model behind a vLLM server, or a mapping from a problem's
+    tag (`data.columns.tag`) to its teacher. Neither kind is trained (docs/engines.md)."""
     expert: str | None = None
     """Stronger model; its sampled answers fine-tune the teacher in the arm `sft_teacher`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of forward and backward passes; trained weights stay float32."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
+    """Run the Python code that a model folder brings along; only for folders whose code you have read."""
     lora: Lora | None = None
     """Train low-rank adapters; None trains all weights."""
 
@@ -80,10 +88,13 @@ class Prompt(Strict):
     """How a problem becomes a chat prompt."""
 
     system: str | None = None
+    """System message; None sends none."""
     template: str = "{problem}"
+    """The user's message; `{problem}` is replaced by the problem's text."""
     thinking: bool = False
     """Passed to chat templates that have `enable_thinking` (Qwen3)."""
-    max_tokens: Positive = 2048
+    max_tokens: Tokens = 2048
+    """Longest prompt; a longer one is refused."""
 
     @model_validator(mode="after")
     def _names_the_problem(self) -> Prompt:
@@ -96,7 +107,9 @@ class Columns(Strict):
     """Column names of problem and answer; None tries the usual ones."""
 
     problem: str | None = None
+    """Column of the problem's text."""
     answer: str | None = None
+    """Column of the answer, or of a solution that states it."""
     tag: str | None = None
     """Selects a problem's teacher if `models.teacher` is a mapping; generated problems are tagged with their task."""
 
@@ -107,8 +120,11 @@ class Generate(Strict):
     task: str = "sums"
     """Task that generates them; independent of the recipe's `task`, so that your own grader can be tried on them."""
     pool: Literal["train", "unlabelled", "eval"]
-    count: Annotated[int, Field(ge=1, le=1_000_000)]
+    """Which of three disjoint sets of problems to draw from."""
+    count: Annotated[int, Field(ge=1, le=1_000_000), Unit("problems")]
+    """Number of problems."""
     seed: Seed = 0
+    """Selects the problems."""
     dials: dict[str, Annotated[int, Field(ge=-1_000_000_000, le=1_000_000_000)]] = Field(default_factory=dict)
     """Difficulty parameters of the task (docs/tasks.md); the defaults are those that the shipped models were trained on."""
 
@@ -117,13 +133,18 @@ class Source(Strict):
     """Source of problems: a file, a folder saved by `datasets`, a hub id, or a generator."""
 
     path: str | None = None
+    """JSONL, CSV or Parquet file, folder saved by `datasets`, or hub id."""
     split: str = "train"
+    """Split of a hub dataset or of a folder with several."""
     columns: Columns = Columns()
-    limit: Positive | None = None
+    """Names of the columns, if they are not the usual ones."""
+    limit: Annotated[Positive, Unit("problems")] | None = None
+    """Use only the first so many problems; a dry run assumes as many for a file that is not here."""
     hash_range: tuple[Fraction, Fraction] | None = None
     """Keep problems whose content hash, a number from 0 to 1, is at least the first bound and below the second: `[0, 0.1]` and
     `[0.1, 1]` divide one file into evaluation and training, whatever the order of its rows. Applied before `limit`."""
     generate: Generate | None = None
+    """Generate the problems instead of reading `path`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -140,10 +161,14 @@ class Source(Strict):
 
 
 class Data(Strict):
+    """Problems to train on and to evaluate on. A plain file name stands for `{path: FILE}`."""
+
     labeled: Source
+    """Problems with answers: the labels that `labels.budget` counts."""
     unlabeled: Source | None = None
     """Further prompts for warm-up and OPD, in addition to the texts of the labelled problems; no answers needed."""
     evals: dict[Name, Source] = Field(min_length=1)
+    """Held-out problems with answers, by a name of your own; never trained on."""
     validation: Source | None = None
     """Labelled problems for stages with `until: {metric: validation}`; their labels are counted separately."""
 
@@ -151,7 +176,8 @@ class Data(Strict):
 class LabelBudget(Strict):
     """Label budget: the number of distinct labelled problems whose answers training may use."""
 
-    budget: Positive | None = None
+    budget: Annotated[Positive, Unit("labels")] | None = None
+    """Labels that training may use; None: every labelled problem's."""
     split: Literal["full", "half"] = "full"
     """For arms without stage 3: `full` spends every label on the teacher, `half` only the first half (1H)."""
     seed: Seed = 0
@@ -162,17 +188,19 @@ class Evaluate(Strict):
     """avg@k, pass@k and maj@k on every `data.evals`, before, between and after stages."""
 
     samples: Positive = 4
+    """Completions per problem: the k of avg@k and pass@k."""
     sampling: Sampling = Sampling()
+    """How completions are drawn; any top_p and top_k are allowed here."""
 
 
 class Conditions(Strict):
     """The paper's condition C2, measured during every student stage that has a teacher; uses no label."""
 
-    problems: Natural = 64
+    problems: Annotated[Natural, Unit("problems")] = 64
     """Held-out prompts (from the first evaluation) to measure on; 0 disables the measurement."""
-    every: Positive = 25
+    every: Steps = 25
     """Steps between measurements; the initial and the final state are always measured."""
-    top_k: Positive = 16
+    top_k: Tokens = 16
     """Number of top tokens compared for the overlap."""
 
 
@@ -180,8 +208,11 @@ class Guard(Strict):
     """A training guard: the action when its metric, over the last `window` steps, is beyond `bound`."""
 
     action: Literal["warn", "stop", "off"]
+    """`warn` prints and records the alarm, `stop` ends training with exit code 4, `off` does not measure."""
     bound: Annotated[float, Field(ge=0.0)]
-    window: Positive
+    """Value of the metric beyond which the guard acts."""
+    window: Steps
+    """Last steps over which the metric is averaged."""
 
 
 GUARDS: dict[str, dict[str, Any]] = {
@@ -195,16 +226,24 @@ GUARDS: dict[str, dict[str, Any]] = {
 
 
 class Guards(Strict):
-    """`truncation: stop` changes only the action, `truncation: {action: stop, bound: 0.3}` the named fields."""
+    """Actions when a metric of training goes wrong (docs/guards.md).
+
+    `truncation: stop` changes only the action, `truncation: {action: stop, bound: 0.3}` the named fields."""
 
     no_signal: Literal["stop", "continue"] = "stop"
     """Action when in the first `patience` steps of a stage all rewards are equal within every group."""
-    patience: Positive = 3
+    patience: Steps = 3
+    """First steps of a stage that `no_signal` looks at."""
     kl_explosion: Guard
+    """The KL has risen by more than `bound` nats per token over its lowest."""
     entropy_collapse: Guard
+    """The entropy is at most `bound` of its value at the start of the stage."""
     truncation: Guard
+    """More than `bound` of the completions reached the token limit."""
     no_variance: Guard
+    """At most `bound` of the groups have rewards that differ."""
     sampler_gap: Guard
+    """Sampler and trainer differ by more than `bound` nats per token."""
 
     @model_validator(mode="before")
     @classmethod
@@ -220,100 +259,34 @@ def _guard(value: Any, default: dict[str, Any]) -> Any:
     return {**default, **value} if isinstance(value, dict) else value
 
 
-class Resources(Strict):
-    """Cluster resources of one node."""
-
-    cpus: Annotated[float, Field(ge=0.0, le=4096.0)] = 1.0
-    gpus: Annotated[float, Field(ge=0.0, le=64.0)] | None = None
-    """None: 1 if `compute.device` is cuda, else 0."""
-    memory_gib: Annotated[float, Field(gt=0.0, le=65536.0)] | None = None
-    """None reserves no memory."""
-
-
-class Ray(Strict):
-    """How `--executor ray` runs a study's nodes."""
-
-    node: Resources = Resources()
-    stages: dict[Name, Resources] = Field(default_factory=dict)
-    """Resources per stage (`teacher_rl`, `warmup`, `teacher_rollouts`, …), instead of `node`."""
-    retries: Annotated[int, Field(ge=0, le=100)] = 2
-    """Restarts of a node whose process died, from its last checkpoint."""
-
-
-class Vllm(Strict):
-    """Settings of the vLLM sampler (docs/engines.md)."""
-
-    memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
-    """Fraction of device memory that the engine uses while it samples, weights and cache together."""
-    cache_gb: Annotated[float, Field(gt=0.0, le=65536.0)] | None = None
-    """KV cache in GiB; None uses what `memory` leaves on a GPU, and 1 on a CPU."""
-    tensor_parallel_size: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Tensor-parallel devices; with more than 1, one process each, and weights are sent to them."""
-    compiled: bool = True
-    """Compile the model and capture CUDA graphs: about a minute at start, faster steps afterwards."""
-    sleep: bool = True
-    """Release its memory while the policy trains; ignored on a CPU."""
-    importance_cap: Annotated[float, Field(gt=0.0)] | None = 2.0
-    """Truncated importance weight min(p_trainer / p_sampler, cap) of each policy-gradient token; None disables it."""
-
-
-class Server(Strict):
-    """Requests to a served teacher (`models.teacher: http://…`)."""
-
-    seconds: Annotated[float, Field(gt=0.0, le=86_400.0)] = 120.0
-    """Timeout of one request, which is then retried."""
-    retries: Annotated[int, Field(ge=0, le=100)] = 5
-    """Retries of a request without a usable response, after 0.5, 1, 2 … 30 seconds."""
-    concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Concurrent requests."""
-    batch_tokens: Positive = 16384
-    """Tokens scored per request."""
-    key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-    """Environment variable with the server's API key; the key itself is never recorded."""
-
-
-class Compute(Strict):
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    sampler: Annotated[str, AfterValidator(check_sampler_name)] = "torch"
-    """A sampler of `config.samplers.SAMPLERS`: `torch`, the embedded one, or `vllm`, in this process (extra `vllm`)."""
-    vllm: Vllm = Vllm()
-    server: Server = Server()
-    offload_teacher: bool = False
-    """Keep an in-process teacher, except its head, in host memory while it does not score."""
-    microbatch_tokens: Positive = 16384
-    """Tokens per forward and backward pass (a shared prompt counts once; padding counts for models that need it); gradients
-    are accumulated over the passes."""
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads of torch; None keeps its default."""
-    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Processes that run independent nodes in parallel. None: as many as the cores allow at `threads` each; one on a GPU."""
-    sample_batch: Positive = 256
-    """Sequences that the torch sampler decodes at once."""
-    score_ahead: Annotated[int, Field(ge=1, le=64)] = 1
-    """Parts of a step's rollouts that a live teacher scores while later ones are sampled; helps if a core is idle."""
-    grader_workers: Annotated[int, Field(ge=1, le=1024)] = 2
-    grader_seconds: Annotated[float, Field(gt=0.0, le=86_400.0)] = 2.0
-    deterministic: bool = True
-    ray: Ray = Ray()
-
-
 class Recipe(Strict):
     """Everything that determines a run's outcome. The canonical recipe has four stages; arms are edits of it."""
 
     name: Name
+    """Name of the run; its folder is `runs/NAME` unless --out names one."""
     seed: Seed = 0
+    """Training seed: of sampling, of the order of problems and of adapters' weights."""
     task: str
-    """`sums`, `maths`, `exact`, `numeric`, `choice`, `regex`, `json`, `python` (docs/tasks.md), or a grader of your
-    own as `package.module:function(gold, completion) -> bool`."""
+    """Grader of completions: `sums`, `maths`, `exact`, `numeric`, `choice`, `regex`, `json`, `python` (docs/tasks.md), or a grader
+    of your own as `package.module:function(gold, completion) -> bool`."""
     models: Models
+    """Student and teacher, their dtype, and adapters."""
     prompt: Prompt = Prompt()
+    """How a problem becomes a chat prompt."""
     data: Data
+    """Problems to train on and to evaluate on."""
     labels: LabelBudget = LabelBudget()
+    """How many labels training may use, and which."""
     stages: Stages
+    """Settings of the training stages."""
     evaluate: Evaluate = Evaluate()
+    """How models are evaluated on `data.evals`, before, between and after stages."""
     conditions: Conditions = Conditions()
+    """Measurement of how far student and teacher are apart (condition C2)."""
     guards: Guards = Field(default_factory=lambda: Guards.model_validate({}))
+    """Actions when a metric of training goes wrong."""
     compute: Compute = Compute()
+    """Device, sampler, memory and processes."""
 
     @model_validator(mode="after")
     def _validation_is_there(self) -> Recipe:
@@ -326,55 +299,71 @@ class Recipe(Strict):
 
 
 def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a YAML recipe and apply `path=value` overrides. Raises UserError that names the file and the field."""
+    """Read a YAML recipe and apply `path=value` overrides. Raises UserError that names the file, the lines and the fields."""
     try:
         with path.open("rb") as file:
             text = file.read(4 * yaml.LONGEST).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path}: cannot be read ({error})") from None
-    raw = yaml.read(text, f"recipe {path}")
-    return parse_recipe(raw, f"recipe {path}", overrides)
+    raw, lines = yaml.read_with_lines(text, f"recipe {path}")
+    return parse_recipe(raw, f"recipe {path}", overrides, lines)
 
 
-def parse_recipe(raw: Any, where: str, overrides: list[str] | None = None) -> Recipe:
-    """Validate a recipe given as plain values; `where` names it in errors."""
+def parse_recipe(
+    raw: Any, where: str, overrides: Sequence[str] | None = None, lines: Mapping[Keys, int] | None = None
+) -> Recipe:
+    """Validate a recipe given as plain values. Raises UserError with every fault that was found.
+
+    where  names the recipe in errors
+    lines  field -> its line in the file
+    """
     if not isinstance(raw, dict):
         raise UserError(f"{where}: must be a mapping of fields, not {type(raw).__name__}")
+    faults: list[tuple[str | None, str]] = []
+    options: dict[Keys, Place] = {}
     for override in overrides or []:
-        raw = _with_override(raw, override)
+        try:
+            keys, value = _parsed_override(override)
+            raw = _put(raw, keys, value)
+        except UserError as error:
+            faults.append((f"--set {' '.join(override.split())}", str(error)))
+        else:
+            options[tuple(keys)] = (1, 0, f"--set {' '.join(override.split())}")
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: {first_complaint(error)}") from None
+        known = {**{keys: (0, line, f"line {line}") for keys, line in (lines or {}).items()}, **options}
+        located = sorted((_place(keys, known), sentence) for keys, sentence in complaints(error, Recipe))
+        faults = [*((place, sentence) for (_, _, place), sentence in located), *faults]
+    if faults:
+        raise RecipeError(where, faults)
+    return recipe
 
 
-def first_complaint(error: ValidationError) -> str:
-    """The first pydantic error as a sentence that names the field."""
-    first_error = error.errors(include_url=False)[0]
-    field = " ".join(".".join(str(part) for part in first_error["loc"]).split()) or "the recipe"
-    if first_error["type"] == "extra_forbidden":
-        return f"unknown field {field}"
-    message = first_error["msg"].removeprefix("Value error, ")
-    given = first_error.get("input")
-    shown = "" if isinstance(given, (dict, list)) or first_error["type"] == "missing" else f" (given: {given!r:.80})"
-    return f"{field}: {message[:1].lower() + message[1:]}{shown}"
+Place = tuple[int, int, str | None]
+"""Where a field was given: (0 for the file and 1 for --set, line, in words); sorts as faults are listed."""
 
 
-def _with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
+def _place(keys: Keys, known: Mapping[Keys, Place]) -> Place:
+    """The place of the longest of a field's paths that has one."""
+    return next((known[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in known), (0, 0, None))
+
+
+def _parsed_override(override: str) -> tuple[list[str], Any]:
     path, sign, text = override.partition("=")
-    keys, shown = path.strip().split("."), " ".join(override.split())  # an error is one line, whatever was typed
+    keys = path.strip().split(".")
     if not sign or not all(keys):
-        raise UserError(f"--set {shown}: write it as path=value, such as stages.opd.steps=5")
+        raise UserError("write it as path=value, such as stages.opd.steps=5")
     try:
         value = yaml.read(text, "")
     except UserError:
-        raise UserError(f"--set {shown}: the value is not YAML") from None
+        raise UserError("the value is not YAML") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-4 as text
-    return _put(raw, keys, value, shown)
+    return keys, value
 
 
-def _put(raw: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:
+def _put(raw: dict[str, Any], keys: list[str], value: Any) -> dict[str, Any]:
     if len(keys) == 1:
         # `steps` take precedence over `epochs`, so epochs given on the command line remove the recipe's steps.
         return {**raw, **({"steps": None} if keys[0] == "epochs" and "steps" in raw else {}), keys[0]: value}
@@ -382,8 +371,8 @@ def _put(raw: dict[str, Any], keys: list[str], value: Any, override: str) -> dic
     if isinstance(child, str) and keys[1] in Source.model_fields:
         child = {"path": child}
     if not isinstance(child, dict):
-        raise UserError(f"--set {override}: {keys[0]} holds a value, not fields")
-    return {**raw, keys[0]: _put(child, keys[1:], value, override)}
+        raise UserError(f"{keys[0]} holds a value, not fields")
+    return {**raw, keys[0]: _put(child, keys[1:], value)}
 
 
 def canonical_json(value: Any) -> str:

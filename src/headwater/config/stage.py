@@ -5,40 +5,44 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from headwater.config.objectives import OBJECTIVES, ObjectiveSpec, Signal, known_objective
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Natural = Annotated[int, Field(ge=0, le=1_000_000_000)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from headwater.config.schema import Choices, Fraction, Natural, Positive, Steps, Strict, Tokens, Unit
 
 
 class Sampling(Strict):
+    """How completions are drawn. Training stages need top_p 1 and top_k 0."""
+
     temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    """Divides the logits before a token is drawn."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    top_k: Natural = 0
-    """0 keeps every token."""
-    max_tokens: Positive = 512
+    """Draw from the most probable tokens that hold this probability together; 1 keeps every token."""
+    top_k: Annotated[Natural, Unit("tokens")] = 0
+    """Draw from the so many most probable tokens; 0 keeps every token."""
+    max_tokens: Tokens = 512
+    """Longest completion; a longer one is cut."""
 
 
 class Optim(Strict):
-    """AdamW. `warmup` is the share of the stage's steps over which the learning rate rises linearly from 0."""
+    """The optimizer, AdamW."""
 
     lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    """Peak learning rate. Adapters need about ten times that of full fine-tuning."""
     beta1: Fraction = 0.9
+    """Decay of the gradient's running mean."""
     beta2: Fraction = 0.999
+    """Decay of the squared gradient's running mean."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the denominator of an update."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay."""
     grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: Fraction = 0.0
+    """Course of the learning rate after `warmup`: constant, or down to 0 at the stage's last step."""
+    warmup: Annotated[Fraction, Unit("share of the steps")] = 0.0
+    """Share of the stage's steps over which the learning rate rises linearly from 0."""
 
 
 class Sparse(Strict):
@@ -47,10 +51,12 @@ class Sparse(Strict):
     advantage: Literal["group", "dr_grpo"] = "group"
     """`group` divides by the group's standard deviation; `dr_grpo` only subtracts the mean (2503.20783)."""
     clip_low: Annotated[float, Field(ge=0.0)] = 0.2
+    """The importance ratio is clipped below 1 − clip_low."""
     clip_high: Annotated[float, Field(ge=0.0)] = 0.2
+    """The importance ratio is clipped above 1 + clip_high."""
     kl_coef: Annotated[float, Field(ge=0.0)] = 5e-4
     """Weight of KL(policy ‖ the stage's starting weights), by the k3 estimate per token."""
-    dynamic_sampling: Natural = 0
+    dynamic_sampling: Annotated[Natural, Unit("rounds")] = 0
     """Maximum number of extra sampling rounds that replace groups whose rewards are all equal."""
 
 
@@ -61,7 +67,8 @@ class Dense(Strict):
     """`reverse` KL(student‖teacher), `forward` KL(teacher‖student), `jsd` with `beta`, exact over the vocabulary;
     `sampled` is the one-token estimate (k1) as an advantage."""
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    top_k: Positive | None = None
+    """Weight of the teacher in the mixture of `jsd`."""
+    top_k: Tokens | None = None
     """Teacher distributions keep the top k tokens and the total mass of the others; None keeps the whole vocabulary."""
 
     @property
@@ -81,29 +88,37 @@ class Until(Strict):
 
     metric: Literal["kl_teacher_student", "kl_student_teacher", "loss", "reward", "validation"]
     """`validation` is the accuracy on `data.validation`, whose labels are counted separately; the others need no extra labels."""
-    every: Positive = 10
-    patience: Positive = 2
+    every: Steps = 10
+    """Length of a window."""
+    patience: Annotated[Positive, Unit("windows")] = 2
+    """Consecutive windows without improvement that end the stage."""
     least: Annotated[float, Field(ge=0.0)] = 0.02
+    """Smallest relative improvement that counts."""
 
 
 class Stage(Strict):
     """Settings of one training stage: who samples × what scores × how densely, and for how long."""
 
-    objective: Annotated[str, AfterValidator(known_objective)]
-    """A row of `config.objectives.OBJECTIVES`."""
-    steps: Natural | None = None
-    epochs: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
+    objective: Annotated[str, AfterValidator(known_objective), Choices(OBJECTIVES)]
+    """Training objective: `grpo`, `opd`, `mixed`, `forward_kl`, `sft` or `constant`, as far as the stage accepts it."""
+    steps: Annotated[Natural, Unit("steps")] | None = None
+    """Length of the stage; takes precedence over `epochs`."""
+    epochs: Annotated[float, Field(gt=0.0, le=1e6), Unit("passes")] | None = None
     """Passes over the stage's pool of prompts; ignored if `steps` is given."""
     until: Until | None = None
     """Early stopping. The learning-rate schedule still spans all steps."""
-    batch_size: Positive = 64
+    batch_size: Annotated[Positive, Unit("rollouts")] = 64
     """Rollouts per step. On-policy stages sample batch_size / group_size prompts."""
-    group_size: Positive = 8
+    group_size: Annotated[Positive, Unit("rollouts")] = 8
     """Rollouts per prompt: sampled by the policy in a step, or cached from the teacher."""
     optim: Optim = Optim()
+    """Learning rate and the optimizer's other settings."""
     sampling: Sampling = Sampling()
+    """How the stage's completions are drawn."""
     sparse: Sparse = Sparse()
+    """Policy gradient on rewards; for `grpo` and `mixed`."""
     dense: Dense = Dense()
+    """Divergence from the teacher; for `opd`, `mixed` and `forward_kl`."""
     sparse_share: Fraction | None = None
     """λ of J_λ = (1−λ) dense + λ sparse; only for `mixed` (1 is GRPO, 0 is OPD)."""
     loss_mean: Literal["token", "sequence", "constant"] = "token"
@@ -112,8 +127,10 @@ class Stage(Strict):
     """Optimizer steps per pass over a sampled batch."""
     passes: Positive = 1
     """Passes over each sampled batch; after the first update the importance ratio is not 1."""
-    eval_every: Natural = 0
-    checkpoint_every: Natural = 25
+    eval_every: Annotated[Natural, Unit("steps")] = 0
+    """Steps between evaluations within the stage; 0 evaluates at its end only."""
+    checkpoint_every: Annotated[Natural, Unit("steps")] = 25
+    """Steps between checkpoints that a stopped run resumes from; 0 writes one at the end only."""
 
     @property
     def prompts_per_step(self) -> int:
@@ -186,10 +203,16 @@ class Stage(Strict):
 
 
 class Stages(Strict):
+    """Training stages."""
+
     teacher_rl: Stage
+    """GRPO on the teacher, with labels."""
     warmup: Stage
+    """Forward KL on the teacher's rollouts, without labels."""
     opd: Stage
+    """On-policy distillation: divergence from the teacher on the student's own rollouts, without labels."""
     student_rl: Stage
+    """GRPO on the student, with labels."""
     sft: Stage | None = None
     """Hard-label fine-tuning in the arms `teacher_sft` and `sft_teacher`; None takes the warm-up's settings."""
 

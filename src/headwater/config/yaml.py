@@ -7,6 +7,7 @@ occurs once, before anything is constructed.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -21,6 +22,11 @@ MOST_VALUES = 20_000
 
 def read(text: str, where: str) -> Any:
     """Values of a YAML text. Raises UserError that begins with `where`."""
+    return read_with_lines(text, where)[0]
+
+
+def read_with_lines(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
+    """Values of a YAML text, and the line of each key by its path. Raises UserError that begins with `where`."""
     if len(text) > LONGEST:
         raise UserError(f"{where}: is longer than {LONGEST:,} characters")
     try:
@@ -28,10 +34,11 @@ def read(text: str, where: str) -> Any:
         try:
             root = loader.get_single_node()
             if root is None:
-                return None
+                return None, {}
             _refuse_bombs(root, where)
             _refuse_repeated_keys(root, where)
-            return loader.construct_document(root)
+            lines = dict(_lines(root, ()))  # before values are constructed, which rewrites merged mappings
+            return loader.construct_document(root), lines
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
@@ -43,6 +50,16 @@ def read(text: str, where: str) -> Any:
         ) from None
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply") from None
+
+
+def _lines(node: yaml.Node, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    """(path, line) of every key of nested mappings; sequences are values."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                keys = (*path, key.value)
+                yield keys, key.start_mark.line + 1
+                yield from _lines(value, keys)
 
 
 def _refuse_bombs(root: yaml.Node, where: str) -> None:

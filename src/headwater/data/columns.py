@@ -103,10 +103,10 @@ def find_problem_column(given: Columns, row: Mapping[str, Any], where: str) -> s
 
 def find_answer_column(given: Columns, row: Mapping[str, Any], where: str, needed: bool) -> str | None:
     """The column with the answers; None for a file without answers that needs none."""
-    found = _find(given.answer, ANSWER_COLUMNS, row)
-    if found is None and (needed or given.answer is not None):
+    column = _find(given.answer, ANSWER_COLUMNS, row)
+    if column is None and (needed or given.answer is not None):
         _refuse(given.answer, ANSWER_COLUMNS, row, "answer", where)
-    return found
+    return column
 
 
 def _find(given: str | None, usual: Sequence[str], row: Mapping[str, Any]) -> str | None:
@@ -114,8 +114,8 @@ def _find(given: str | None, usual: Sequence[str], row: Mapping[str, Any]) -> st
     names = list(column_names(row))
     if given is None:
         folded = {name.lower(): name for name in reversed(names)}
-        for found in (*(name for name in usual if name in names), *(folded[name] for name in usual if name in folded)):
-            return found
+        for column in (*(name for name in usual if name in names), *(folded[name] for name in usual if name in folded)):
+            return column
     for path in usual if given is None else (given,):  # what is left are paths into JSON text and lists
         with contextlib.suppress(KeyError):
             value_at(row, path)

@@ -91,10 +91,10 @@ def load(
         place = f"{where}, row {number}"
         if source.columns.tag is not None:
             tags[number] = _tag(row, source.columns.tag, place)
-        asked = _conversation(row, problem_column, place)
-        answer = asked.reference if answer_column is None else answer_at(row, answer_column)
-        refuse_hidden_choices(row, asked.turns[-1][1], answer, place)
-        every.append((number, asked, _answer(answer, answer_column or REFERENCE, place, gold)))
+        conversation = _conversation(row, problem_column, place)
+        answer = conversation.reference if answer_column is None else answer_at(row, answer_column)
+        refuse_hidden_choices(row, conversation.turns[-1][1], answer, place)
+        every.append((number, conversation, _answer(answer, answer_column or REFERENCE, place, gold)))
     read = _within(every, source)
     if not read:
         raise UserError(
@@ -119,15 +119,15 @@ def without_leaks(
 
     Example: `without_leaks(train, {"math500": test})[1]` is `{"math500": ["9f8b…"]}`.
     """
-    found = find_leaks(loaded.problems, {name: other.problems for name, other in evals.items()})
-    leaks = {name: [leak.problem_id for leak in found if leak.eval == name] for name in evals}
-    leaked = {leak.problem_id for leak in found}
+    matches = find_leaks(loaded.problems, {name: other.problems for name, other in evals.items()})
+    leaks = {name: [leak.problem_id for leak in matches if leak.eval == name] for name in evals}
+    leaked = {leak.problem_id for leak in matches}
     kept = replace(
         loaded,
         problems=[problem for problem in loaded.problems if problem.id not in leaked],
         gold={name: answer for name, answer in loaded.gold.items() if name not in leaked},
         without_answer=tuple(name for name in loaded.without_answer if name not in leaked),
-        leaks=tuple(found),
+        leaks=tuple(matches),
     )
     return kept, leaks
 
@@ -216,8 +216,8 @@ def _merged(
     numbers: dict[str, list[int]] = {}
     gold: dict[str, str] = {}
     contradictions: dict[str, None] = {}
-    for number, asked, answer in rows:
-        problem = replace(Problem.of_turns(asked.turns, name, tags.get(number, "")), row=number)
+    for number, conversation, answer in rows:
+        problem = replace(Problem.of_turns(conversation.turns, name, tags.get(number, "")), row=number)
         problem = problems.setdefault(problem.id, problem)
         numbers.setdefault(problem.id, []).append(number)
         if answer is not None:
@@ -230,7 +230,7 @@ def _merged(
         duplicates=len(rows) - len(numbers),
         contradictions=tuple(name for name in numbers if name in contradictions),
         without_answer=tuple(name for name in numbers if name not in gold),
-        rows={name: tuple(found) for name, found in numbers.items()},
+        rows={name: tuple(row_numbers) for name, row_numbers in numbers.items()},
     )
 
 

@@ -115,13 +115,19 @@ def _best_arm(report: dict[str, Any], eval_name: str) -> str:
 
 
 def _uninformative(report: dict[str, Any]) -> list[str]:
-    """Arms that spent labels although the rewards never differed within any group."""
-    arms = []
+    """Arms that spent labels although the rewards never differed within any group, and why."""
+    arms: dict[str, list[str]] = {}
     for name, arm in report["arms"].items():
-        shares = [row["informative"] for row in arm["stages"] if row.get("informative") is not None]
-        if shares and not any(shares):
-            arms.append(f"{name} ({count(arm['labels']['distinct'])} labels)")
-    return [f"No label bought anything in {', '.join(arms)}: in no group did the rewards differ."] if arms else []
+        rows = [row for row in arm["stages"] if row.get("informative") is not None]
+        if rows and not any(row["informative"] for row in rows):
+            causes = " ".join(
+                dict.fromkeys(f"In {row['stage']} {row['no_signal']}." for row in rows if row["no_signal"])
+            )
+            arms.setdefault(causes, []).append(f"{name} ({count(arm['labels']['distinct'])} labels)")
+    return [
+        f"No label bought anything in {', '.join(names)}: in no group did the rewards differ. {causes}".rstrip()
+        for causes, names in arms.items()
+    ]
 
 
 def _failed(report: dict[str, Any]) -> list[str]:

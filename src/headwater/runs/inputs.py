@@ -270,8 +270,8 @@ class RunInputs:
             "student" if is_served(name) else field_.removeprefix("models.")
             for field_, name in self.recipe.models.named(role).items()
         ]
-        asked = self.day is not None and any(reads_clock(self.tokenizer(one)) for one in roles)
-        return str(self.day) if asked else None
+        reads_day = self.day is not None and any(reads_clock(self.tokenizer(name)) for name in roles)
+        return str(self.day) if reads_day else None
 
     @read_once("config")
     def config(self, role: str) -> Any:

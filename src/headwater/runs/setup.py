@@ -10,7 +10,8 @@ from datetime import date
 
 import torch
 
-from headwater.config.recipe import Compute, Recipe
+from headwater.config.compute import Compute
+from headwater.config.recipe import Recipe
 from headwater.errors import UserError
 from headwater.models.oom import keep_freed_memory
 from headwater.runs.inputs import RunInputs

@@ -29,7 +29,7 @@ from headwater.teachers.cache import read_cache
 from headwater.training import token_signals
 from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from headwater.training.early_stopping import PlateauMonitor
-from headwater.training.guards import GuardMonitor, NoSignalGuard
+from headwater.training.guards import GuardMonitor, NoSignalGuard, StageOutcomes
 from headwater.training.loop import Source, StepResult, train_steps
 from headwater.training.rollouts import CachedRollouts, PolicyRollouts
 from headwater.training.update import make_optimizer
@@ -84,9 +84,10 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
     logs = Logs(folder.logs)
     progress.start(done, steps, "steps")
 
-    guards = GuardMonitor(recipe.guards, folder, progress.warn)
+    outcomes = StageOutcomes(folder, f"stages.{node.stage}", stage.sampling.max_tokens)
+    guards = GuardMonitor(recipe.guards, outcomes, steps, progress.warn)
     pool = 0 if node.pool is None else len(context.inputs.pool(node.pool))
-    no_signal = NoSignalGuard(recipe.guards, stage, steps, pool, folder.ledger)
+    no_signal = NoSignalGuard(recipe.guards, outcomes, steps, pool)
     plateau = PlateauMonitor(stage.until, folder.metrics)
     microbatch_tokens = recipe.compute.microbatch_tokens
     earlier = list(read_jsonl(folder.metrics))

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from headwater import seeds
-from headwater.config.recipe import Compute, Recipe, Vllm
+from headwater.config.compute import Compute, Vllm
+from headwater.config.recipe import Recipe
 from headwater.config.samplers import missing_package
 from headwater.config.stage import Sampling
 from headwater.errors import UserError

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx2
 
-from headwater.config.recipe import Server
+from headwater.config.compute import Server
 from headwater.errors import TrainingStoppedError, UserError
 
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0

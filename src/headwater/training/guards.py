@@ -1,7 +1,7 @@
 """Guards: named metrics over the last steps of a stage, each compared with the recipe's bound.
 
-Guards read the rows of metrics.jsonl and the ledger only, in order, so a resumed stage makes the same decisions. docs/guards.md
-says why each exists and what to do about it.
+Guards decide by the rows of metrics.jsonl alone, in order, so a resumed stage makes the same decisions; their sentences also
+read the ledger and the rollouts. docs/guards.md says why each exists and what to do about it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,31 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import GUARDS, Guard, Guards
-from headwater.config.stage import Stage
 from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
+from headwater.tasks.outcomes import Outcomes
 
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StageOutcomes:
+    """How the completions of a stage ended, read from its rollout files when a guard needs to say why.
+
+    field       the stage's field in the recipe, such as `stages.teacher_rl`
+    max_tokens  its `sampling.max_tokens`
+    """
+
+    folder: NodeDir
+    field: str
+    max_tokens: int
+
+    def over(self, steps: Iterable[int]) -> Outcomes:
+        """The outcomes of the completions of these steps that were graded."""
+        paths = [path for path in map(self.folder.rollouts, steps) if path.exists()]
+        return Outcomes.of(row for path in paths for row in read_jsonl(path))
 
 
 @dataclass(frozen=True)
@@ -27,8 +44,10 @@ class Measure:
     figure       (mean over the window, mean over the stage's first window, lowest mean so far) -> value compared with the bound
     below        whether a value at or below the bound sounds the alarm, rather than one above it
     description  the alarm in words; {figure} is replaced by the value
-    remedy       what to do about it, in a few words
+    remedy       what to do about it, in a few words; {stage} is replaced by the stage's field
+    windows      number of full windows that it compares; a stage must be long enough for them
     unless       a column whose presence disables the guard
+    explained    whether the outcomes of the completions say why it fires, and give the remedy
     """
 
     metrics: tuple[str, ...]
@@ -36,7 +55,16 @@ class Measure:
     below: bool
     description: str
     remedy: str
+    windows: int = 1
     unless: str | None = None
+    explained: bool = False
+
+    def window(self, window: int, steps: int) -> int:
+        """The window of a recipe, or a shorter one that a stage of `steps` steps has room for.
+
+        A comparison of single steps would be noise, so windows that are compared are not shortened to fewer than two.
+        """
+        return min(window, max(self.windows, steps // self.windows))
 
 
 def _mean(mean: float, first: float, lowest: float) -> float:
@@ -49,14 +77,16 @@ MEASURES: dict[str, Measure] = {
         lambda mean, first, lowest: mean - lowest,
         below=False,
         description="the KL has risen by {figure} nats per token over its lowest",
-        remedy="lower optim.lr, or raise sparse.kl_coef",
+        remedy="lower {stage}.optim.lr, or in a stage with rewards raise sparse.kl_coef",
+        windows=2,
     ),
     "entropy_collapse": Measure(
         ("entropy",),
         lambda mean, first, lowest: mean / first if first > 0.0 else 1.0,
         below=True,
         description="the entropy is {figure} of its value at the start of the stage",
-        remedy="lower optim.lr, raise sparse.clip_high or sparse.kl_coef, or end the stage earlier",
+        remedy="lower {stage}.optim.lr, raise sparse.clip_high or sparse.kl_coef, or end the stage earlier",
+        windows=2,
         unless="kl_student_teacher",  # a student that approaches a low-entropy teacher loses entropy too
     ),
     "truncation": Measure(
@@ -64,14 +94,15 @@ MEASURES: dict[str, Measure] = {
         _mean,
         below=False,
         description="{figure} of the completions reached the token limit",
-        remedy="raise sampling.max_tokens",
+        remedy="raise {stage}.sampling.max_tokens",
     ),
     "no_variance": Measure(
         ("informative",),
         _mean,
         below=True,
         description="{figure} of the groups have rewards that differ",
-        remedy="end the stage earlier, use harder or easier problems, or raise group_size",
+        remedy="end the stage earlier, use harder or easier problems, or raise {stage}.group_size",
+        explained=True,
     ),
     "sampler_gap": Measure(
         ("sampler_gap",),
@@ -86,11 +117,7 @@ assert MEASURES.keys() == GUARDS.keys()
 
 @dataclass(frozen=True)
 class Alarm:
-    """A guard whose value is beyond its bound.
-
-    Example: `Alarm("truncation", 40, 0.62, 0.5, 10, "warn").sentence` is `truncation: 0.62 of the completions reached the token
-    limit (mean of the last 10 steps; bound 0.5): raise sampling.max_tokens`.
-    """
+    """A guard whose value is beyond its bound: a row of warnings.jsonl."""
 
     guard: str
     step: int
@@ -99,14 +126,21 @@ class Alarm:
     window: int
     action: str
 
-    @property
-    def sentence(self) -> str:
+    def sentence(self, stage: StageOutcomes) -> str:
+        """The alarm in words, with its remedy.
+
+        Example: `truncation: 0.62 of the completions reached the token limit (mean of the last 10 steps; bound 0.5): raise
+        stages.opd.sampling.max_tokens`.
+        """
         measure = MEASURES[self.guard]
         description = measure.description.format(figure=f"{self.figure:.3g}")
-        return f"{self.guard}: {description} (mean of the last {self.window} steps; bound {self.bound:g}): {measure.remedy}"
-
-    def written(self) -> dict[str, Any]:
-        return {**asdict(self), "sentence": self.sentence}
+        cause, remedy = "", measure.remedy.format(stage=stage.field)
+        if measure.explained:
+            outcomes = stage.over(range(self.step - self.window + 1, self.step + 1))
+            if outcomes.total:
+                cause, remedy = f"; {outcomes.because(stage.max_tokens)}", outcomes.remedy(stage.field)
+        window = "the last step" if self.window == 1 else f"mean of the last {self.window} steps"
+        return f"{self.guard}: {description} ({window}; bound {self.bound:g}){cause}: {remedy}"
 
 
 class _Window:
@@ -129,11 +163,12 @@ class _Window:
 
 
 class _GuardState:
-    """One guard and its windows over the stage so far."""
+    """One guard and its windows over a stage of `steps` steps so far."""
 
-    def __init__(self, name: str, guard: Guard) -> None:
+    def __init__(self, name: str, guard: Guard, steps: int) -> None:
         self.name, self.guard, self.measure = name, guard, MEASURES[name]
-        self.windows = {metric: _Window(guard.window) for metric in self.measure.metrics}
+        self.window = self.measure.window(guard.window, steps)
+        self.windows = {metric: _Window(self.window) for metric in self.measure.metrics}
         self.active = False
 
     def add(self, row: Row) -> tuple[Alarm, bool] | None:
@@ -152,27 +187,28 @@ class _GuardState:
         self.active = figure <= self.guard.bound if self.measure.below else figure > self.guard.bound
         if not self.active:
             return None
-        alarm = Alarm(self.name, int(row["step"]), figure, self.guard.bound, self.guard.window, self.guard.action)
+        alarm = Alarm(self.name, int(row["step"]), figure, self.guard.bound, self.window, self.guard.action)
         return alarm, started
 
 
 class GuardMonitor:
     """All guards of one stage. Give it every row of the stage's metrics once, in order.
 
-    node  folder whose warnings.jsonl records each alarm when it starts
-    warn  receives the alarm's sentence
+    stage  the stage, whose warnings.jsonl records each alarm when it starts
+    steps  length of the stage: windows are at most as long
+    warn   receives the alarm's sentence
     """
 
-    def __init__(self, guards: Guards, node: NodeDir, warn: Callable[[str], None]) -> None:
+    def __init__(self, guards: Guards, stage: StageOutcomes, steps: int, warn: Callable[[str], None]) -> None:
         chosen = {name: getattr(guards, name) for name in GUARDS}
-        self._states = [_GuardState(name, guard) for name, guard in chosen.items() if guard.action != "off"]
-        self._node, self._warn = node, warn
+        self._states = [_GuardState(name, guard, steps) for name, guard in chosen.items() if guard.action != "off"]
+        self._stage, self._warn = stage, warn
 
     def catch_up(self, rows: Iterable[Row]) -> str | None:
         """Replay the rows of finished steps silently; return why the stage had stopped at the last of them, if it had."""
         why: str | None = None
         for row in rows:
-            why = _stop_reason(self._alarms(row))
+            why = self._stop_reason(self._alarms(row))
         return why
 
     def check(self, row: Row) -> str | None:
@@ -180,33 +216,34 @@ class GuardMonitor:
         alarms = self._alarms(row)
         for alarm, started in alarms:
             if started:
-                append_jsonl(self._node.warnings, [alarm.written()])
-                self._warn(alarm.sentence)
-        return _stop_reason(alarms)
+                sentence = alarm.sentence(self._stage)
+                append_jsonl(self._stage.folder.warnings, [{**asdict(alarm), "sentence": sentence}])
+                self._warn(sentence)
+        return self._stop_reason(alarms)
 
     def _alarms(self, row: Row) -> list[tuple[Alarm, bool]]:
         return [alarm for state in self._states if (alarm := state.add(row)) is not None]
 
-
-def _stop_reason(alarms: Iterable[tuple[Alarm, bool]]) -> str | None:
-    """The sentence of the first alarm whose action is `stop`."""
-    for alarm, _ in alarms:
-        if alarm.action == "stop":
-            return f"guard {alarm.sentence} (or set guards.{alarm.guard}=warn to continue from the checkpoint)"
-    return None
+    def _stop_reason(self, alarms: Iterable[tuple[Alarm, bool]]) -> str | None:
+        """The sentence of the first alarm whose action is `stop`."""
+        for alarm, _ in alarms:
+            if alarm.action == "stop":
+                return f"guard {alarm.sentence(self._stage)} (or set guards.{alarm.guard}=warn to continue from the checkpoint)"
+        return None
 
 
 class NoSignalGuard:
     """Stops a stage whose labels buy nothing: in its first steps every group's rewards are equal.
 
-    Call `check` after the step's ledger row is written: the sentence counts labels and completions from the ledger.
+    Call `check` after the step's ledger row and rollouts are written: the sentence counts labels and outcomes from them.
 
-    pool  number of labels that the stage may look at
+    steps  length of the stage, which may be shorter than `guards.patience`
+    pool   number of labels that the stage may look at
     """
 
-    def __init__(self, guards: Guards, stage: Stage, steps: int, pool: int, ledger: Path) -> None:
+    def __init__(self, guards: Guards, stage: StageOutcomes, steps: int, pool: int) -> None:
         self._step = min(guards.patience, steps) if guards.no_signal == "stop" else None
-        self._group_size, self._pool, self._ledger = stage.group_size, pool, ledger
+        self._stage, self._pool = stage, pool
         self._informative = False
 
     def catch_up(self, rows: Iterable[Row]) -> str | None:
@@ -223,13 +260,13 @@ class NoSignalGuard:
         self._informative |= row["informative"] > 0.0
         if self._step is None or self._informative or row["step"] < self._step:
             return None
-        spent = [spend for spend in read_jsonl(self._ledger) if spend["purpose"] == "train"]
+        step = int(row["step"])
+        spent = [spend for spend in read_jsonl(self._stage.folder.ledger) if spend["purpose"] == "train"]
         labels = len({label for spend in spent for label in spend["labels"]})
-        groups = sum(spend["checks"] for spend in spent) // self._group_size
-        verdict = "wrong" if row["reward"] == 0.0 else "right" if row["reward"] == 1.0 else "graded alike"
+        outcomes, left = self._stage.over(range(1, step + 1)), self._pool - labels
+        rest = f", and the other {left} of this stage's {self._pool} would be wasted too" if left > 0 else ""
         return (
-            f"no group is informative: in each of the {groups} groups so far all completions were {verdict}, so sparse "
-            f"reward gives no gradient; {labels} labels were looked at and bought nothing, and the other "
-            f"{self._pool - labels} of this stage's {self._pool} labels would be wasted too (set "
-            "guards.no_signal=continue to train on all the same)"
+            f"no informative group in {step} step{'s' if step > 1 else ''}, so reward gives no gradient: "
+            f"{outcomes.because(self._stage.max_tokens)}; {labels} labels were looked at{rest}; "
+            f"{outcomes.remedy(self._stage.field)} (or set guards.no_signal=continue to train on all the same)"
         )

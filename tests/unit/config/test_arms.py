@@ -26,8 +26,8 @@ def steps(*pairs: str) -> tuple[Step, ...]:
 
 def steps_of(arm: str, recipe: Recipe) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     """The teacher's steps and the student's."""
-    found = arm_of(arm, recipe)
-    return found.teacher, found.student
+    result = arm_of(arm, recipe)
+    return result.teacher, result.student
 
 
 # The paper's table: what is done to the teacher, then to the student, where P is what an arm without stage 3 works on.
@@ -96,13 +96,13 @@ def changed_in(arm: str, of: str) -> dict[str, dict[str, tuple[object, object]]]
     first, second = arm_of(of, recipe), arm_of(arm, recipe)
     assert first.teacher == second.teacher
     assert [(s.stage, s.pool) for s in first.student] == [(s.stage, s.pool) for s in second.student]
-    found = {}
+    changed = {}
     for a, b in zip(first.student, second.student, strict=True):
-        before, after = (stage_of(recipe, one).model_dump() for one in (a, b))
+        before, after = (stage_of(recipe, planned).model_dump() for planned in (a, b))
         fields = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
         if fields:
-            found[a.stage] = fields
-    return found
+            changed[a.stage] = fields
+    return changed
 
 
 def test_bridge_controls_differ_from_bridge_in_one_setting() -> None:

@@ -151,10 +151,10 @@ def test_override_sets_one_field_with_its_type(override: str, path: str | None, 
         with pytest.raises(UserError, match="name: input should be a valid string"):
             parse_recipe(RAW, "here", [override])
         return
-    found: Any = parse_recipe(RAW, "here", [override])
+    recipe: Any = parse_recipe(RAW, "here", [override])
     for key in path.split("."):
-        found = getattr(found, key)
-    assert found == value and type(found) is type(value)
+        recipe = getattr(recipe, key)
+    assert recipe == value and type(recipe) is type(value)
 
 
 def test_overrides_keep_other_fields_and_last_one_wins() -> None:

@@ -53,24 +53,24 @@ def test_leaks_finds_ngram_copy_with_its_share() -> None:
     train = problems(
         LONG + " The original answer is in the form $a \\times b$. Please give the value of $a + b$.", "Find x"
     )
-    (found,) = leaks(train, "Other.", LONG)
-    assert (found.problem_id, found.why, found.like) == (train[0].id, "ngram", problem_id(LONG))
-    assert found.share == 1.0  # every word of the shorter text, the evaluation's, stands in the other in runs of 13
+    (leak,) = leaks(train, "Other.", LONG)
+    assert (leak.problem_id, leak.why, leak.like) == (train[0].id, "ngram", problem_id(LONG))
+    assert leak.share == 1.0  # every word of the shorter text, the evaluation's, stands in the other in runs of 13
 
 
 def test_leaks_require_half_of_shorter_text() -> None:
     words = LONG.split()
     most, few = " ".join(words[:16]), " ".join(words[:13])
     tail = " and then something else entirely happens to quite a few other painters in town"
-    assert [one.why for one in leaks(problems(most + tail), LONG)] == ["ngram"]
+    assert [leak.why for leak in leaks(problems(most + tail), LONG)] == ["ngram"]
     assert leaks(problems(few + tail + tail), LONG) == []
 
 
 def test_leaks_compare_short_texts_whole() -> None:
     assert leaks(problems("What is 2 + 2? Explain why this is so."), "What is 2 + 2?") == []
-    assert [one.why for one in leaks(problems("what is 2+2"), "What is 2 + 2?")] == ["exact"]
+    assert [leak.why for leak in leaks(problems("what is 2+2"), "What is 2 + 2?")] == ["exact"]
     assert [
-        one.why for one in leaks(problems("What is the value of 2 + 3 now?"), "What is the value of 2 + 3", n=4)
+        leak.why for leak in leaks(problems("What is the value of 2 + 3 now?"), "What is the value of 2 + 3", n=4)
     ] == ["ngram"]
 
 
@@ -82,7 +82,7 @@ def test_leaks_ignore_common_phrase_but_not_frequent_copy() -> None:
     assert len(NAMES) == 11 and leaks(problems(*result), evaluation) == []
     assert len(leaks(problems(*result[:10]), evaluation)) == 10
     copies = [f"{LONG} {extra}" for extra in "abcdefghijkl"]
-    assert {one.why for one in leaks(problems(*copies), LONG)} == {"ngram"}
+    assert {leak.why for leak in leaks(problems(*copies), LONG)} == {"ngram"}
     assert len(leaks(problems(*copies), LONG)) == 12
 
 
@@ -95,9 +95,9 @@ def test_leaks_name_each_evaluation_and_are_removed_from_all_pools() -> None:
         "two": LoadedProblems(problems(LONG), {}),
         "three": LoadedProblems([], {}),
     }
-    kept, found = without_leaks(train, evals)
-    assert found == {"one": [problem_id(LONG)], "two": [problem_id(LONG)], "three": []}
-    assert [one.text for one in kept.problems] == ["b"] and kept.gold == {problem_id("b"): "2"}
+    kept, report = without_leaks(train, evals)
+    assert report == {"one": [problem_id(LONG)], "two": [problem_id(LONG)], "three": []}
+    assert [problem.text for problem in kept.problems] == ["b"] and kept.gold == {problem_id("b"): "2"}
     assert [(leak.eval, leak.why) for leak in kept.leaks] == [("one", "exact"), ("two", "exact")]
     assert leak_row("data.labeled", kept.leaks[0], kept)["rows"] == [3, 7]
 
@@ -119,7 +119,9 @@ def test_leaks_in_dapo_take_seconds() -> None:
     kept, _ = without_leaks(train, evals)
     assert time.perf_counter() - started < 20  # 17k × 5.6k rows; about 2 s on one core of a shared machine
     rows = {
-        (name, why): sum(len(train.rows[one.problem_id]) for one in kept.leaks if (one.eval, one.why) == (name, why))
+        (name, why): sum(
+            len(train.rows[leak.problem_id]) for leak in kept.leaks if (leak.eval, leak.why) == (name, why)
+        )
         for name in evals
         for why in ("exact", "ngram")
     }
@@ -128,6 +130,6 @@ def test_leaks_in_dapo_take_seconds() -> None:
     }  # fmt: skip
     assert rows["math", "exact"] >= 1036  # of the README's 1037 rows, one is of a contradictory problem
     assert rows["math500", "ngram"] >= 20 and rows["amc23", "ngram"] >= 20
-    texts = {one.id: one.text for one in train.problems}
-    reworded = [texts[one.problem_id] for one in kept.leaks if (one.eval, one.why) == ("amc23", "ngram")]
+    texts = {problem.id: problem.text for problem in train.problems}
+    reworded = [texts[leak.problem_id] for leak in kept.leaks if (leak.eval, leak.why) == ("amc23", "ngram")]
     assert any("Jackson's paintbrush" in text for text in reworded)

@@ -35,7 +35,7 @@ def refusal(tmp_path: Path, *rows: Any, **columns: str) -> str:
     return str(refused.value)
 
 
-def asked(*turns: str) -> list[dict[str, str]]:
+def turns_of(*turns: str) -> list[dict[str, str]]:
     """Turns of user and assistant in alternation."""
     return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(turns)]
 
@@ -81,9 +81,9 @@ def test_conversation_is_read_from_every_usual_format(tmp_path: Path, row: Any) 
     ("row", "columns", "gold"),
     [
         ({"Problem": "1+1?", "Solution": "\\boxed{2}", "Answer": 2, "ID": "2024-I-1"}, {}, "2"),
-        ({"data_source": "math", "prompt": asked("1+1?"), "reward_model": {"ground_truth": "2"}}, {}, "2"),
+        ({"data_source": "math", "prompt": turns_of("1+1?"), "reward_model": {"ground_truth": "2"}}, {}, "2"),
         ({"q": {"text": "1+1?"}, "a": [{"v": "x"}, {"v": "2"}]}, {"problem": "q.text", "answer": "a.1.v"}, "2"),
-        ({"prompt": asked("1+1?"), "reward_model": json.dumps({"ground_truth": "2"})}, {}, "2"),
+        ({"prompt": turns_of("1+1?"), "reward_model": json.dumps({"ground_truth": "2"})}, {}, "2"),
         ({"question": "1+1?", "info": json.dumps({"truth": "2"})}, {"answer": "info.truth"}, "2"),
         ({"a.b": "2", "a": {"b": "3"}, "query": "1+1?"}, {"answer": "a.b"}, "2"),
         ({"question": "1+1?", "final_answer": "2", "extra_info": {"answer": "no"}}, {}, "2"),
@@ -98,7 +98,7 @@ def test_conversation_columns_may_be_nested_or_capitalised(
 
 
 def test_single_user_turn_equals_text_problem(tmp_path: Path) -> None:
-    loaded = read(tmp_path, {"prompt": asked("1+1?"), "answer": "2"}, {"prompt": "1 + 1?", "answer": "2"})
+    loaded = read(tmp_path, {"prompt": turns_of("1+1?"), "answer": "2"}, {"prompt": "1 + 1?", "answer": "2"})
     assert loaded.problems == [Problem(problem_id("1+1?"), "1+1?", loaded.problems[0].source)]
     assert loaded.duplicates == 1 and loaded.problems[0].turns == ()
     assert problem_id("1+1?") == "4fc82bcfe29f43bc"
@@ -128,7 +128,7 @@ def test_null_turn_column_is_ignored(tmp_path: Path) -> None:
 
 def test_reference_in_parts_is_refused_by_row(tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": [{"type": "image_url"}]}
-    sentence = refusal(tmp_path, {"messages": [*asked("1+1?"), answer]})
+    sentence = refusal(tmp_path, {"messages": [*turns_of("1+1?"), answer]})
     assert "row 1: the last turn of 'messages' holds a part of type 'image_url'" in sentence
 
 
@@ -141,7 +141,7 @@ def test_different_conversations_are_different_problems(tmp_path: Path) -> None:
         [{"role": "user", "content": "Answer modulo 7."}, *MESSAGES[1:]],
         MESSAGES[1:],
         MESSAGES[3:],
-        asked("What is x", "Fine.", "plus 4?"),
+        turns_of("What is x", "Fine.", "plus 4?"),
     ]
     loaded = read(tmp_path, *({"prompt": turns, "answer": str(n)} for n, turns in enumerate(variants)))
     assert len({problem.id for problem in loaded.problems}) == len(variants)
@@ -159,28 +159,32 @@ def test_repeated_conversations_merge_and_contradicting_ones_are_dropped(tmp_pat
 
 def test_conversations_differing_in_system_turn_share_half() -> None:
     plain = Problem.of("Find $x.$", "rows")
-    told = Problem.of_turns((("system", "Be brief."), ("user", "find x")), "rows")
-    assert told.id != plain.id and family_of(told.id) == family_of(plain.id) and half_of(told.id) == half_of(plain.id)
+    problem = Problem.of_turns((("system", "Be brief."), ("user", "find x")), "rows")
+    assert (
+        problem.id != plain.id
+        and family_of(problem.id) == family_of(plain.id)
+        and half_of(problem.id) == half_of(plain.id)
+    )
 
 
 @pytest.mark.parametrize(
-    ("turns", "said"),
+    ("turns", "message"),
     [
         ([{"role": "user", "content": [{"type": "image_url"}]}], "turn 1 of 'prompt' holds a part of type 'image_url'"),
         ([{"role": "user", "content": [{"type": "text", "text": "?"}, {"type": "image"}]}], "a part of type 'image'"),
-        ([*asked("1+1?"), {"role": "tool", "content": "2"}], "turn 2 of 'prompt' has the role 'tool'"),
-        ([*asked("a"), {"role": "assistant", "tool_calls": [{"id": 1}]}, *asked("b")], "turn 2 of 'prompt' holds tool_calls"),
-        ([*asked("a"), {"role": "assistant", "content": None}, *asked("b")], "turn 2 of 'prompt' holds no text but NoneType"),
-        (asked("1+1?", "2"), "'prompt' ends with a turn of the assistant"),
+        ([*turns_of("1+1?"), {"role": "tool", "content": "2"}], "turn 2 of 'prompt' has the role 'tool'"),
+        ([*turns_of("a"), {"role": "assistant", "tool_calls": [{"id": 1}]}, *turns_of("b")], "turn 2 of 'prompt' holds tool_calls"),
+        ([*turns_of("a"), {"role": "assistant", "content": None}, *turns_of("b")], "turn 2 of 'prompt' holds no text but NoneType"),
+        (turns_of("1+1?", "2"), "'prompt' ends with a turn of the assistant"),
         ([{"role": "system", "content": "Be brief."}], "does not end with a turn of the user (its last turn is system)"),
-        (asked(" "), "turn 1 of 'prompt' is blank"),
-        (asked("\ud800"), "turn 1 of 'prompt' holds half a surrogate pair"),
+        (turns_of(" "), "turn 1 of 'prompt' is blank"),
+        (turns_of("\ud800"), "turn 1 of 'prompt' holds half a surrogate pair"),
         ([{"role": "user", "content": 7}], "turn 1 of 'prompt' holds no text but int"),
     ],
 )  # fmt: skip
-def test_unsupported_conversation_content_is_refused_by_row(tmp_path: Path, turns: Any, said: str) -> None:
+def test_unsupported_conversation_content_is_refused_by_row(tmp_path: Path, turns: Any, message: str) -> None:
     sentence = refusal(tmp_path, {"prompt": MESSAGES, "answer": "2"}, {"prompt": turns, "answer": "2"})
-    assert said in sentence and "row 2" in sentence and "\n" not in sentence
+    assert message in sentence and "row 2" in sentence and "\n" not in sentence
 
 
 def test_conversation_with_image_or_tool_columns_is_refused(tmp_path: Path) -> None:
@@ -268,26 +272,26 @@ def test_image_column_of_problem_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_reference_answer_is_named(tmp_path: Path) -> None:
-    rows = ({"messages": asked("1+1?", "\\boxed{2}")}, {"messages": asked("1+2?")})
+    rows = ({"messages": turns_of("1+1?", "\\boxed{2}")}, {"messages": turns_of("1+2?")})
     assert 'row 2: the problem has no answer in "the assistant\'s last turn"' in refusal(tmp_path, *rows)
     loaded = read(tmp_path, *rows, need_answers=False)
     assert loaded.gold == {problem_id("1+1?"): "2"} and loaded.without_answer == (problem_id("1+2?"),)
 
 
 def conversation(*turns: str) -> Problem:
-    return Problem.of_turns([(turn["role"], turn["content"]) for turn in asked(*turns)], "rows")
+    return Problem.of_turns([(turn["role"], turn["content"]) for turn in turns_of(*turns)], "rows")
 
 
 def leaks(train: list[Problem], evaluation: list[Problem]) -> list[int]:
     """Positions of the training problems that leak."""
-    found = {leak.problem_id for leak in find_leaks(train, {"held": evaluation})}
-    return [place for place, problem in enumerate(train) if problem.id in found]
+    leaked_ids = {leak.problem_id for leak in find_leaks(train, {"held": evaluation})}
+    return [place for place, problem in enumerate(train) if problem.id in leaked_ids]
 
 
 def test_leaks_compare_user_turns_of_conversation() -> None:
-    told = Problem.of_turns((("system", "Be brief."), ("user", "What is 17 + 45?")), "rows")
+    problem = Problem.of_turns((("system", "Be brief."), ("user", "What is 17 + 45?")), "rows")
     plain = Problem.of("what is 17+45", "rows")
-    assert leaks([told], [plain]) == [0] and leaks([plain], [told]) == [0]
+    assert leaks([problem], [plain]) == [0] and leaks([plain], [problem]) == [0]
     checked = [
         conversation("What is 17 + 45?", "61.", "Check that."),
         conversation("What is 3 + 4?", "7.", "Check that."),
@@ -300,8 +304,8 @@ def test_leaks_compare_user_turns_of_conversation() -> None:
 def test_shared_few_shot_turns_are_no_leak_and_same_question_is() -> None:
     shots = [LONG, "120 miles.", LONG.replace("noon", "one").replace("sixty", "forty"), "80 miles."]
     train = [conversation(*shots, f"How much is {n} plus {n} for the farmer?") for n in range(4)]
-    held = [conversation(*shots, "How much is 3 plus 3 for the farmer?"), conversation(*shots, "Another one?")]
-    assert leaks(train, held) == [3]
+    evaluation = [conversation(*shots, "How much is 3 plus 3 for the farmer?"), conversation(*shots, "Another one?")]
+    assert leaks(train, evaluation) == [3]
     assert leaks(train, [Problem.of("How much is 2 plus 2 for the farmer?", "rows")]) == [2]
     reworded = LONG.replace("station at noon", "depot at noon")
     assert leaks([conversation("Hello.", "Hi.", reworded), train[0], train[1]], [Problem.of(LONG, "rows")]) == [0]

@@ -29,8 +29,8 @@ def grader() -> Grader:
 
 def test_labels_check_grades_completions_against_their_own_gold_in_order(grader: Grader) -> None:
     labels = Labels(GOLD, grader, 3)
-    found = labels.check([("b", "secret-2"), ("a", "secret-2"), ("b", "x")])
-    assert [one.correct for one in found] == [True, False, False]
+    verdicts = labels.check([("b", "secret-2"), ("a", "secret-2"), ("b", "x")])
+    assert [verdict.correct for verdict in verdicts] == [True, False, False]
     assert grader.seen == [("secret-2", "secret-2"), ("secret-1", "secret-2"), ("secret-2", "x")]
 
 
@@ -136,8 +136,8 @@ def test_larger_budget_keeps_labels_of_smaller() -> None:
 
 
 def test_label_seed_selects_other_labels_from_same_halves() -> None:
-    one, other = select_labels(POOL, 50, 0), select_labels(POOL, 50, 1)
-    assert len(set(one.all) & set(other.all)) < 15  # 2.5 expected by chance
+    labels, other = select_labels(POOL, 50, 0), select_labels(POOL, 50, 1)
+    assert len(set(labels.all) & set(other.all)) < 15  # 2.5 expected by chance
     assert {half_of(name) for name in other.first_half} == {0}
 
 

@@ -224,9 +224,11 @@ def test_hash_range_without_rows_is_one_sentence(tmp_path: Path) -> None:
 def test_generated_sums_come_from_their_pool() -> None:
     loaded = read(Source(generate=Generate(pool="eval", count=20, dials={"min_terms": 2, "max_terms": 3})))
     assert len(loaded.problems) == len(loaded.gold) == 20
-    assert all(sum(map(int, one.text.split("+"))) % 100 == int(loaded.gold[one.id]) for one in loaded.problems)
-    assert {one.text.count("+") + 1 for one in loaded.problems} == {2, 3}
-    assert {one.source for one in loaded.problems} == {"sums:eval"}
+    assert all(
+        sum(map(int, problem.text.split("+"))) % 100 == int(loaded.gold[problem.id]) for problem in loaded.problems
+    )
+    assert {problem.text.count("+") + 1 for problem in loaded.problems} == {2, 3}
+    assert {problem.source for problem in loaded.problems} == {"sums:eval"}
 
 
 @pytest.mark.parametrize(
@@ -318,10 +320,13 @@ def test_dapo_duplicates_contradictions_and_leaks_are_counted() -> None:
     assert train.duplicates == 996
     assert len(train.contradictions) == 15
     kept, leaks = without_leaks(train, evals)
-    exact = {(one.eval, one.problem_id) for one in kept.leaks if one.why == "exact"}
-    rows = {name: sum(len(train.rows[one]) for one in ids if (name, one) in exact) for name, ids in leaks.items()}
+    exact = {(leak.eval, leak.problem_id) for leak in kept.leaks if leak.why == "exact"}
+    rows = {
+        name: sum(len(train.rows[problem_id]) for problem_id in ids if (name, problem_id) in exact)
+        for name, ids in leaks.items()
+    }
     assert rows == {"math500": 9, "amc23": 11, "aime24": 0, "aime25": 0}
-    assert len(kept.problems) == len(train.problems) - len({one for ids in leaks.values() for one in ids})
+    assert len(kept.problems) == len(train.problems) - len({problem_id for ids in leaks.values() for problem_id in ids})
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,10 @@ def light(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -
         return examine(context, [check for check in CHECKS if check.stage == "files"])
 
 
-def find(found: Examination, name: str) -> Finding:
+def find(result: Examination, name: str) -> Finding:
     """The finding of that name, which must be there."""
-    named = [finding for finding in found.findings if finding.name == name]
-    assert named, f"{name} was not found among {[finding.text() for finding in found.findings]}"
+    named = [finding for finding in result.findings if finding.name == name]
+    assert named, f"{name} was not found among {[finding.text() for finding in result.findings]}"
     return named[0]
 
 
@@ -94,20 +94,20 @@ def find(found: Examination, name: str) -> Finding:
 
 
 def test_every_arm_of_pocket_recipe_passes(tmp_path: Path) -> None:
-    found = examined(tmp_path, "evaluate.sampling.max_tokens=48", arms=tuple(ARMS))
-    assert not found.errors and found.unchecked == ()
+    result = examined(tmp_path, "evaluate.sampling.max_tokens=48", arms=tuple(ARMS))
+    assert not result.errors and result.unchecked == ()
 
 
 @pytest.mark.parametrize("pair", ["qwen3", "llama"])
 def test_pocket_models_pass_every_check(tmp_path: Path, pair: str) -> None:
-    found = examined(
+    result = examined(
         tmp_path, f"models.student=pocket:{pair}-student", f"models.teacher=pocket:{pair}-teacher",
         "evaluate.sampling.max_tokens=48", *(f"stages.{stage}.sampling.max_tokens=48" for stage in
         ("teacher_rl", "warmup", "opd", "student_rl")), arms=("direct_grpo", "bridge_rl"),
     )  # fmt: skip
-    assert [finding.text() for finding in found.findings if finding.severity != "warning"] == []
-    assert {finding.name for finding in found.findings} <= {"halves-unbalanced"}
-    assert found.unchecked == () and len(found.checked) == len(CHECKS)
+    assert [finding.text() for finding in result.findings if finding.severity != "warning"] == []
+    assert {finding.name for finding in result.findings} <= {"halves-unbalanced"}
+    assert result.unchecked == () and len(result.checked) == len(CHECKS)
 
 
 def test_pocket_preflight_takes_seconds(tmp_path: Path) -> None:
@@ -140,8 +140,8 @@ def test_student_with_more_stop_ids_than_teacher_is_warned(tmp_path: Path) -> No
 def test_stop_ids_are_compared_for_distillation_only(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "base", eos="<|endoftext|>")
     teacher = qwen_folder(tmp_path / "instruct", ends=[END, PAD])
-    found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", arms=("direct_grpo",))
-    assert "stop-sets-differ" not in {finding.name for finding in found.findings}
+    result = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", arms=("direct_grpo",))
+    assert "stop-sets-differ" not in {finding.name for finding in result.findings}
 
 
 def test_eos_missing_from_generation_config_is_named(tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_model_without_stop_ids_is_refused(tmp_path: Path, pocket_folder: Path) 
 
 def test_padding_with_eos_is_recognised_and_harmless(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "model", pad="<|im_end|>")
-    found = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
-    finding = find(found, "pad-is-eos")
-    assert finding.severity == "note" and "151645" in finding.evidence and not found.errors
+    result = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
+    finding = find(result, "pad-is-eos")
+    assert finding.severity == "note" and "151645" in finding.evidence and not result.errors
 
 
 def test_equal_width_with_other_ids_is_refused(tmp_path: Path) -> None:
@@ -181,16 +181,16 @@ def test_equal_width_with_other_ids_is_refused(tmp_path: Path) -> None:
     ids = config["model"]["vocab"]
     ids["1"], ids["2"] = ids["2"], ids["1"]
     (folder / "tokenizer.json").write_text(json.dumps(config))
-    found = light(tmp_path, f"models.teacher={folder}")
-    assert find(found, "token-ids-differ").severity == "error"
-    assert "vocabulary-width" not in {finding.name for finding in found.findings}
+    result = light(tmp_path, f"models.teacher={folder}")
+    assert find(result, "token-ids-differ").severity == "error"
+    assert "vocabulary-width" not in {finding.name for finding in result.findings}
 
 
 def test_151936_columns_against_152064_are_refused(tmp_path: Path) -> None:
     student, teacher = qwen_folder(tmp_path / "small"), qwen_folder(tmp_path / "large", width=152064)
-    found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}")
-    assert [finding.name for finding in found.errors] == ["vocabulary-width"]
-    assert "151936 and 152064" in found.errors[0].evidence
+    result = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}")
+    assert [finding.name for finding in result.errors] == ["vocabulary-width"]
+    assert "151936 and 152064" in result.errors[0].evidence
     sampled = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", arms=("direct_grpo",))
     assert not sampled.errors
 
@@ -215,19 +215,20 @@ def test_model_sampling_defaults_are_named_as_ignored(tmp_path: Path) -> None:
 def test_adapter_coverage_and_targets_without_adapter_are_named(tmp_path: Path) -> None:
     moe = tiny_folder(tmp_path / "moe", "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     models_ = (f"models.student={moe}", f"models.teacher={moe}")
-    found = find(light(tmp_path, *models_, "models.lora.targets=[q_proj,v_proj]"), "adapters-cover-part")
+    finding = find(light(tmp_path, *models_, "models.lora.targets=[q_proj,v_proj]"), "adapters-cover-part")
     # Of each layer: (32 + 16) · 32 of 32 · 96 of attention, 4 · 3 · 32 · 16 of experts and 4 · 32 of the router.
     assert (
-        found.severity == "warning" and f"{48 * 32 / (96 * 32 + 12 * 512 + 128):.0%} of the layers'" in found.evidence
+        finding.severity == "warning"
+        and f"{48 * 32 / (96 * 32 + 12 * 512 + 128):.0%} of the layers'" in finding.evidence
     )
-    assert "experts.gate_up_proj" in found.evidence
+    assert "experts.gate_up_proj" in finding.evidence
     whole = light(tmp_path, *models_, "models.lora.r=2")
-    assert not [one for one in whole.findings if one.name.startswith("adapters")]
+    assert not [finding for finding in whole.findings if finding.name.startswith("adapters")]
     dense = find(light(tmp_path, "models.lora.targets=[q_proj]"), "adapters-cover-part")
     assert dense.severity == "note"
-    for targets, said in (("[nowhere]", "nowhere"), ("[input_layernorm]", "RMSNorm")):
+    for targets, message in (("[nowhere]", "nowhere"), ("[input_layernorm]", "RMSNorm")):
         refused = find(light(tmp_path, *models_, f"models.lora.targets={targets}"), "adapters-impossible")
-        assert refused.severity == "error" and "models.lora.targets" in refused.evidence and said in refused.evidence
+        assert refused.severity == "error" and "models.lora.targets" in refused.evidence and message in refused.evidence
 
 
 def test_thinking_template_with_plain_one_is_refused(tmp_path: Path) -> None:
@@ -241,15 +242,15 @@ def test_thinking_template_with_plain_one_is_refused(tmp_path: Path) -> None:
 
 def test_teacher_with_optional_thinking_after_same_prompt_is_warned(tmp_path: Path) -> None:
     student, teacher = qwen_folder(tmp_path / "plain"), qwen_folder(tmp_path / "hybrid", template=HYBRID)
-    found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", "prompt.thinking=true")
-    assert find(found, "thinking-known-to-one").severity == "warning" and not found.errors
+    result = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}", "prompt.thinking=true")
+    assert find(result, "thinking-known-to-one").severity == "warning" and not result.errors
 
 
 def test_other_template_differences_are_refused(tmp_path: Path) -> None:
     student = qwen_folder(tmp_path / "one")
     teacher = qwen_folder(tmp_path / "other", template=PLAIN.replace("assistant;", "assistant:"))
-    found = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}")
-    assert [finding.name for finding in found.errors] == ["prompts-differ"]
+    result = light(tmp_path, f"models.student={student}", f"models.teacher={teacher}")
+    assert [finding.name for finding in result.errors] == ["prompts-differ"]
 
 
 def test_unknown_thinking_mode_is_named(tmp_path: Path) -> None:
@@ -259,8 +260,8 @@ def test_unknown_thinking_mode_is_named(tmp_path: Path) -> None:
 
 def test_template_with_forced_thinking_is_named(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "model", template=OPENS)
-    found = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
-    assert find(found, "thinking-always-on").severity == "warning" and not found.errors
+    result = light(tmp_path, f"models.student={folder}", f"models.teacher={folder}")
+    assert find(result, "thinking-always-on").severity == "warning" and not result.errors
 
 
 def test_dropped_system_prompt_is_named(tmp_path: Path) -> None:
@@ -313,12 +314,12 @@ def test_lengths_across_change_of_positions_are_refused(
 ) -> None:
     folder = patched(Path(TEACHER), tmp_path / "model", "config.json", rope_parameters=rope)
     context = context_of(tmp_path, f"models.teacher={folder}", *changes)
-    found = list(prompt_checks.length_rules(context))
+    findings = list(prompt_checks.length_rules(context))
     if evidence is None:
-        assert found == []
+        assert findings == []
         return
-    assert [finding.name for finding in found] == ["positions-change"]
-    assert found[0].severity == "error" and re.search(rf"^models.teacher: .*{evidence}", found[0].evidence)
+    assert [finding.name for finding in findings] == ["positions-change"]
+    assert findings[0].severity == "error" and re.search(rf"^models.teacher: .*{evidence}", findings[0].evidence)
     with pytest.raises(UserError, match=r"^models.teacher: its positions"):
         preflight(context.plan, context.inputs)
 
@@ -338,9 +339,9 @@ def sums(count: int, first: int = 10) -> list[dict[str, Any]]:
 
 
 def test_missing_data_file_is_named_and_rest_is_checked(tmp_path: Path) -> None:
-    found = light(tmp_path, from_file(str(tmp_path / "none.jsonl")))
-    assert [finding.name for finding in found.errors] == ["data-unreadable"]
-    assert "vocabulary width" in found.checked
+    result = light(tmp_path, from_file(str(tmp_path / "none.jsonl")))
+    assert [finding.name for finding in result.errors] == ["data-unreadable"]
+    assert "vocabulary width" in result.checked
 
 
 def test_leaked_evaluation_problem_is_named(tmp_path: Path) -> None:
@@ -375,30 +376,30 @@ def test_grader_returning_score_is_named_with_type_and_file(tmp_path: Path, monk
 
 
 def test_unknown_task_is_named(tmp_path: Path) -> None:
-    found = light(tmp_path, "task=no_such_module:grade")
-    assert [finding.name for finding in found.errors] == ["task-unusable"]
+    result = light(tmp_path, "task=no_such_module:grade")
+    assert [finding.name for finding in result.errors] == ["task-unusable"]
 
 
 def test_repeated_and_contradicting_rows_are_named(tmp_path: Path) -> None:
     rows = sums(20)
     path = jsonl(tmp_path / "labeled.jsonl", *rows, rows[0], {**rows[1], "answer": "99"})
-    found = light(tmp_path, from_file(path))
-    assert "2 rows repeat" in find(found, "duplicates").evidence
-    assert "1 problems have several different answers (rows 2 and 22)" in find(found, "contradicting-answers").evidence
+    result = light(tmp_path, from_file(path))
+    assert "2 rows repeat" in find(result, "duplicates").evidence
+    assert "1 problems have several different answers (rows 2 and 22)" in find(result, "contradicting-answers").evidence
 
 
 def test_overlapping_or_empty_evaluations_are_named(tmp_path: Path) -> None:
     same = jsonl(tmp_path / "same.jsonl", *sums(3, first=60))
     torn = jsonl(tmp_path / "torn.jsonl", {"problem": "7+7", "answer": "14"}, {"problem": "7+7", "answer": "15"})
     sources = (f"{name}: {{path: {path}}}" for name, path in (("a", same), ("b", same), ("c", torn)))
-    found = light(tmp_path, f"data.evals={{{', '.join(sources)}}}")
-    assert "data.evals.a and data.evals.b share 3 problems" in find(found, "evaluations-overlap").evidence
-    assert find(found, "evaluation-empty").severity == "error"
+    result = light(tmp_path, f"data.evals={{{', '.join(sources)}}}")
+    assert "data.evals.a and data.evals.b share 3 problems" in find(result, "evaluations-overlap").evidence
+    assert find(result, "evaluation-empty").severity == "error"
 
 
 def test_budget_over_pool_is_named(tmp_path: Path) -> None:
-    found = light(tmp_path, "labels.budget=65")
-    assert [finding.name for finding in found.errors] == ["label-budget-over-pool"]
+    result = light(tmp_path, "labels.budget=65")
+    assert [finding.name for finding in result.errors] == ["label-budget-over-pool"]
 
 
 def test_half_too_small_for_one_step_is_named(tmp_path: Path) -> None:
@@ -410,15 +411,15 @@ def test_unbalanced_and_overlapping_halves_are_named(tmp_path: Path) -> None:
     context = context_of(tmp_path)
     names = context.inputs.pools.all
     context.inputs.memo[("pools",)] = Pools(names[:12], names[11:16])
-    found = {finding.name: finding for finding in data_checks.halves(context)}
-    assert found["halves-overlap"].severity == "error" and names[11] in found["halves-overlap"].evidence
-    assert "12 and 5" in found["halves-unbalanced"].evidence
+    findings = {finding.name: finding for finding in data_checks.halves(context)}
+    assert findings["halves-overlap"].severity == "error" and names[11] in findings["halves-overlap"].evidence
+    assert "12 and 5" in findings["halves-unbalanced"].evidence
 
 
 def test_missing_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = light(tmp_path, "compute.device=cuda")
-    assert [finding.name for finding in found.errors] == ["device-missing"]
+    result = light(tmp_path, "compute.device=cuda")
+    assert [finding.name for finding in result.errors] == ["device-missing"]
 
 
 def test_impossible_plan_is_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,8 +431,8 @@ def test_impossible_plan_is_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_training_one_of_several_teachers_is_finding(tmp_path: Path) -> None:
-    found = light(tmp_path, f"models.teacher={{a: {TEACHER}, b: {TEACHER}}}")
-    assert "is a mapping to several models, which is not trained here" in find(found, "cannot-run").evidence
+    result = light(tmp_path, f"models.teacher={{a: {TEACHER}, b: {TEACHER}}}")
+    assert "is a mapping to several models, which is not trained here" in find(result, "cannot-run").evidence
 
 
 # Memory and disk --------------------------------------------------------------------------------------------------------
@@ -442,10 +443,10 @@ def test_memory_is_compared_with_estimate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, name: str | None
 ) -> None:
     # The teacher's GRPO holds most: float32 weights, gradients and two moments.
-    needed = 16 * sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(TEACHER).parameters())
+    needed = 16 * sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(TEACHER).parameters())
     monkeypatch.setattr(resource_checks, "free_memory", lambda device: share * needed)
-    found = [finding.name for finding in resource_checks.memory(context_of(tmp_path))]
-    assert found == ([] if name is None else [name])
+    names = [finding.name for finding in resource_checks.memory(context_of(tmp_path))]
+    assert names == ([] if name is None else [name])
 
 
 @pytest.mark.parametrize(
@@ -483,9 +484,11 @@ def test_memory_advice_names_adapters_with_their_requirements(monkeypatch: pytes
     remedy = advice_at(0.9, monkeypatch, tmp_path)
     # The teacher's GRPO with an adapter: frozen float32 weights, and 16 bytes for each of the adapter's.
     teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
-    linears = [one for name, one in teacher.named_modules() if isinstance(one, torch.nn.Linear) and name != "lm_head"]
-    adapter = 16 * sum(one.in_features + one.out_features for one in linears)
-    bytes_ = 4 * sum(one.numel() for one in teacher.parameters()) + 16 * adapter
+    linears = [
+        module for name, module in teacher.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+    adapter = 16 * sum(module.in_features + module.out_features for module in linears)
+    bytes_ = 4 * sum(parameter.numel() for parameter in teacher.parameters()) + 16 * adapter
     assert f"set models.lora={{r: 16}} (then {resource_checks.size(bytes_)})" in remedy
     # Weights that train stay float32 in bfloat16, with a copy: it would need more.
     assert "bfloat16" not in remedy and "gradient_checkpointing" not in remedy
@@ -506,12 +509,12 @@ def test_memory_advice_omits_settings_already_on(
     changes: list[str], named: list[str], unnamed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     remedy = advice_at(1.1, monkeypatch, tmp_path, *changes)
-    assert all(one in remedy for one in named) and not any(one in remedy for one in unnamed)
+    assert all(finding in remedy for finding in named) and not any(finding in remedy for finding in unnamed)
 
 
-@pytest.mark.parametrize(("sleep", "found"), [(0.0, []), (0.02, ["bfloat16-slower"])])
+@pytest.mark.parametrize(("sleep", "names"), [(0.0, []), (0.02, ["bfloat16-slower"])])
 def test_slower_bfloat16_is_measured(
-    sleep: float, found: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sleep: float, names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The timed pass runs under torch.autocast: one type of it is made slower."""
     real = torch.autocast
@@ -523,20 +526,20 @@ def test_slower_bfloat16_is_measured(
     monkeypatch.setattr(torch, "autocast", autocast)
     threads = torch.get_num_threads()
     findings = list(resource_checks.compute_dtype(context_of(tmp_path, "models.dtype=bfloat16")))
-    assert [finding.name for finding in findings] == found and torch.get_num_threads() == threads
-    assert all(float(re.search(r"is ([\d.]+) times", one.evidence)[1]) > 3 for one in findings)  # type: ignore[index]
+    assert [finding.name for finding in findings] == names and torch.get_num_threads() == threads
+    assert all(float(re.search(r"is ([\d.]+) times", finding.evidence)[1]) > 3 for finding in findings)  # type: ignore[index]
     assert list(resource_checks.compute_dtype(context_of(tmp_path))) == []
 
 
-@pytest.mark.parametrize(("used", "found"), [(None, ["experts-per-token-unknown"]), (6, [])])
-def test_unknown_number_of_experts_per_token_is_named(used: int | None, found: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("used", "names"), [(None, ["experts-per-token-unknown"]), (6, [])])
+def test_unknown_number_of_experts_per_token_is_named(used: int | None, names: list[str], tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "deepseek_v2", hidden_size=32, num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=4, vocab_size=64,
         num_experts_per_tok=used,
     )  # fmt: skip
     context = context_of(tmp_path)
     context.inputs.memo[("shape", "teacher")] = Shape.from_config(config)
-    assert [finding.name for finding in resource_checks.experts(context)] == found
+    assert [finding.name for finding in resource_checks.experts(context)] == names
 
 
 def test_free_memory_is_known() -> None:
@@ -589,8 +592,8 @@ def test_student_differing_from_its_frozen_copy_is_named(
     arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken(monkeypatch, "student", noisy, frozen=True)
-    found = examined(tmp_path, arms=(arm,))
-    assert [finding.name for finding in found.errors] == ["self-kl"]
+    result = examined(tmp_path, arms=(arm,))
+    assert [finding.name for finding in result.errors] == ["self-kl"]
 
 
 def test_teacher_disagreeing_with_itself_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -606,23 +609,23 @@ def test_non_finite_weights_are_named(tmp_path: Path, monkeypatch: pytest.Monkey
         return policy
 
     broken(monkeypatch, "student", spoil)
-    found = examined(tmp_path)
-    assert [finding.name for finding in found.errors] == ["not-finite"]  # and no comparison of such numbers
+    result = examined(tmp_path)
+    assert [finding.name for finding in result.errors] == ["not-finite"]  # and no comparison of such numbers
 
 
 def test_truncated_completions_are_named(tmp_path: Path) -> None:
     changes = [f"stages.{stage}.sampling.max_tokens=2" for stage in ("teacher_rl", "warmup", "opd", "student_rl")]
-    found = examined(tmp_path, *changes)
-    assert "100% of 16 sampled completions run into sampling.max_tokens 2" in find(found, "truncated").evidence
-    assert not found.errors
+    result = examined(tmp_path, *changes)
+    assert "100% of 16 sampled completions run into sampling.max_tokens 2" in find(result, "truncated").evidence
+    assert not result.errors
 
 
 def test_missing_kv_cache_and_plain_attention_are_named(tmp_path: Path) -> None:
     uncached, eager = tiny_folder(tmp_path / "uncached", "openai-gpt"), tiny_folder(tmp_path / "eager", "bloom")
-    found = examined(tmp_path, f"models.student={uncached}", f"models.teacher={eager}")
-    assert "models.student" in find(found, "decodes-without-cache").evidence
-    assert find(found, "eager-attention") and "the attention of a bloom model" in found.text()
-    assert not found.errors
+    result = examined(tmp_path, f"models.student={uncached}", f"models.teacher={eager}")
+    assert "models.student" in find(result, "decodes-without-cache").evidence
+    assert find(result, "eager-attention") and "the attention of a bloom model" in result.text()
+    assert not result.errors
 
 
 @pytest.mark.parametrize(("architecture", "reason"), [("bert", "an encoder"), ("t5", "an encoder with a decoder")])
@@ -642,8 +645,8 @@ def test_bfloat16_is_within_its_wider_bounds(tmp_path: Path) -> None:
 
 def test_missing_engine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: False)
-    found = light(tmp_path, "compute.sampler=vllm")
-    assert "pip install headwater[vllm]" in find(found, "engine-unusable").evidence
+    result = light(tmp_path, "compute.sampler=vllm")
+    assert "pip install headwater[vllm]" in find(result, "engine-unusable").evidence
 
 
 @pytest.mark.parametrize(
@@ -666,11 +669,11 @@ def test_teacher_server_is_checked_like_model(
     changes = ("stages.warmup.dense.top_k=8", "stages.opd.dense.top_k=8", "compute.server.retries=0")
     with serving(answering) as there:
         url = "http://127.0.0.1:9/v1" if answering.gone else there.url
-        found = light(tmp_path, f"models.teacher={url}", *changes, arms=("raw_teacher",))
+        result = light(tmp_path, f"models.teacher={url}", *changes, arms=("raw_teacher",))
     if name is None:
-        assert not found.errors, found.text()
+        assert not result.errors, result.text()
     else:
-        assert message in find(found, name).evidence and "models.teacher" in find(found, name).evidence
+        assert message in find(result, name).evidence and "models.teacher" in find(result, name).evidence
 
 
 def test_findings_and_docs_list_same_codes() -> None:
@@ -688,9 +691,9 @@ def test_every_finding_is_planted_by_test() -> None:
 
 def finding_names() -> set[str]:
     """The names that findings are made with: first arguments of Finding, error, warning and note."""
-    found = {name for name, _ in UNREADABLE.values()}
+    names = {name for name, _ in UNREADABLE.values()}
     for file in (ROOT / "src" / "headwater" / "doctor").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Finding", "error", "warning", "note"):
-                found |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
-    return found
+                names |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
+    return names

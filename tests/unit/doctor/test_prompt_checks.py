@@ -65,9 +65,9 @@ def plain(*texts: str) -> list[dict[str, Any]]:
     return [{"problem": text, "answer": str(n)} for n, text in enumerate(texts)]
 
 
-def only(found: Sequence[Finding], name: str, severity: str) -> Finding:
-    assert [(finding.name, finding.severity) for finding in found][:1] == [(name, severity)]
-    return found[0]
+def only(findings: Sequence[Finding], name: str, severity: str) -> Finding:
+    assert [(finding.name, finding.severity) for finding in findings][:1] == [(name, severity)]
+    return findings[0]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def only(found: Sequence[Finding], name: str, severity: str) -> Finding:
 )
 def test_control_token_in_problem_is_named_with_its_problem(tmp_path: Path, text: str, token: str) -> None:
     context = context_of(tmp_path, plain("1+1", text, "2+2"), tokenizer_of())
-    problem = next(one for one in context.inputs.all_problems if one.text == text)
+    problem = next(problem for problem in context.inputs.all_problems if problem.text == text)
     finding = only(list(prompt_checks.control_tokens(context)), "control-tokens-in-problems", "warning")
     assert f"{token} in problem {problem.id} of {tmp_path / 'rows.jsonl'}, row 2" in finding.evidence
     assert "1 of 8 problems" in finding.evidence
@@ -122,12 +122,12 @@ TALK = [
 )
 def test_template_omitting_turns_is_refused(tmp_path: Path, template: str, left_out: str | None) -> None:
     context = context_of(tmp_path, [{"prompt": TALK, "answer": "2"}], tokenizer_of(template))
-    found = list(prompt_checks.whole_problems(context))
+    findings = list(prompt_checks.whole_problems(context))
     if left_out is None:
-        assert found == []
+        assert findings == []
     else:
-        assert f"{left_out}, of problem" in only(found, "turns-left-out", "error").evidence
-        assert "row 1" in found[0].evidence
+        assert f"{left_out}, of problem" in only(findings, "turns-left-out", "error").evidence
+        assert "row 1" in findings[0].evidence
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,9 @@ def test_both_ends_of_prompt_are_checked(
     tmp_path: Path, template: str | None, frame: str | None, changes: tuple[str, ...], name: str | None
 ) -> None:
     context = context_of(tmp_path, plain("1+1", "2+2"), tokenizer_of(template, frame), *changes)
-    found = list(prompt_checks.prompt_ends(context))
-    assert [finding.name for finding in found] == ([] if name is None else [name, name])
-    assert all("models.student" in finding.evidence or "models.teacher" in finding.evidence for finding in found)
+    findings = list(prompt_checks.prompt_ends(context))
+    assert [finding.name for finding in findings] == ([] if name is None else [name, name])
+    assert all("models.student" in finding.evidence or "models.teacher" in finding.evidence for finding in findings)
 
 
 @pytest.mark.parametrize("template", [CHATML, LAST_ONLY])
@@ -170,15 +170,15 @@ def test_server_is_checked_with_whole_conversation(tmp_path: Path, template: str
         served = replace(context.inputs, recipe=find_recipe("pocket", [*TINY, url]), memo=dict(context.inputs.memo))
         del served.memo["tokenizer", "teacher"]
         served.memo["problems",] = context.inputs.problems
-        found = list(server_tokens(DoctorContext(served, ("raw_teacher",), (0,), tmp_path)))
-    assert [finding.name for finding in found] == ([] if template == CHATML else ["server-disagrees"])
+        findings = list(server_tokens(DoctorContext(served, ("raw_teacher",), (0,), tmp_path)))
+    assert [finding.name for finding in findings] == ([] if template == CHATML else ["server-disagrees"])
 
 
 def test_clock_template_gets_recorded_day(tmp_path: Path) -> None:
     dated = tokenizer_of("{{ strftime_now('%d %b %Y') }}" + CHATML)
-    told = context_of(tmp_path, plain("1+1", "2+2"), dated, day=date(2024, 3, 5))
-    assert told.prompter("student").text(told.compared_problems[0]).startswith("05 Mar 2024")
-    assert "2024-03-05" in only(list(prompt_checks.clock(told)), "template-reads-clock", "note").evidence
+    recorded = context_of(tmp_path, plain("1+1", "2+2"), dated, day=date(2024, 3, 5))
+    assert recorded.prompter("student").text(recorded.compared_problems[0]).startswith("05 Mar 2024")
+    assert "2024-03-05" in only(list(prompt_checks.clock(recorded)), "template-reads-clock", "note").evidence
     untold = context_of(tmp_path, plain("1+1", "2+2"), dated)
     assert str(tmp_path / "out") in only(list(prompt_checks.clock(untold)), "clock-not-recorded", "warning").evidence
     assert (

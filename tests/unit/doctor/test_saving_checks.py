@@ -36,7 +36,7 @@ def folders(path: Path, *architectures: str) -> list[str]:
     ]
 
 
-def found(*changes: str, arms: tuple[str, ...] = ("bridge_rl",)) -> list[Finding]:
+def findings_of(*changes: str, arms: tuple[str, ...] = ("bridge_rl",)) -> list[Finding]:
     recipe = find_recipe("pocket", [*TINY, *changes])
     with RunInputs(recipe, need_answers=False) as inputs:
         return list(examine(DoctorContext(inputs, arms, (0,), Path("out")), SAVING).findings)
@@ -53,7 +53,7 @@ def test_savable_model_has_no_finding(
     changes: tuple[str, ...], size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving_checks, "ROUND_TRIP_PARAMETERS", size)
-    assert found(*folders(tmp_path, "qwen3"), *changes) == []
+    assert findings_of(*folders(tmp_path, "qwen3"), *changes) == []
 
 
 def test_unwritable_generation_config_is_only_noted(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_unsavable_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     changes = folders(tmp_path, "qwen3")
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", refuse)
-    findings = found(*changes, arms=("direct_grpo",))  # which does not train the teacher
+    findings = findings_of(*changes, arms=("direct_grpo",))  # which does not train the teacher
     assert [(finding.name, finding.severity) for finding in findings] == [("cannot-be-saved", "error")]
     assert "models.student" in findings[0].evidence
     assert "(ValueError: Some generation parameters are set)" in findings[0].evidence
@@ -88,7 +88,7 @@ def test_adapter_losing_weights_in_merge_is_named(size: int, tmp_path: Path, mon
 
     monkeypatch.setattr(Adapter, "merged_weights", without_one)
     monkeypatch.setattr(saving_checks, "ROUND_TRIP_PARAMETERS", size)
-    [finding] = found(*folders(tmp_path, "qwen3"), ADAPTER, arms=("direct_grpo",))
+    [finding] = findings_of(*folders(tmp_path, "qwen3"), ADAPTER, arms=("direct_grpo",))
     assert (finding.name, finding.severity) == ("cannot-be-saved", "error")
     assert ("lack 1 weights" in finding.evidence) is (size > 0)
     assert ("parameters would be saved" in finding.evidence) is (size == 0)
@@ -103,7 +103,7 @@ def test_wrong_merge_is_named_although_fresh_adapter_adds_nothing(
                 yield name.replace(".base_layer", ""), tensor
 
     monkeypatch.setattr(Adapter, "merged_weights", base_alone)
-    [finding] = found(*folders(tmp_path, "llama"), ADAPTER, arms=("direct_grpo",))
+    [finding] = findings_of(*folders(tmp_path, "llama"), ADAPTER, arms=("direct_grpo",))
     assert (finding.name, finding.severity) == ("saved-model-differs", "error")
 
 
@@ -127,7 +127,7 @@ def test_tokenizer_changed_by_saving_is_named(size: int, tmp_path: Path, monkeyp
 
     monkeypatch.setattr("headwater.models.save._write_tokenizer", write_another)
     monkeypatch.setattr(saving_checks, "ROUND_TRIP_PARAMETERS", size)
-    [finding] = found(*folders(tmp_path, "qwen3"), arms=("direct_grpo",))
+    [finding] = findings_of(*folders(tmp_path, "qwen3"), arms=("direct_grpo",))
     assert (finding.name, finding.severity) == ("saved-tokenizer-differs", "error")
 
 
@@ -136,7 +136,7 @@ def test_full_temporary_folder_is_not_reported_as_model_fault(tmp_path: Path, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(saving_checks, "save_policy", full)
-    [finding] = found(*folders(tmp_path, "qwen3"), arms=("direct_grpo",))
+    [finding] = findings_of(*folders(tmp_path, "qwen3"), arms=("direct_grpo",))
     assert (finding.name, finding.severity) == ("saving-not-tried", "warning")
 
 
@@ -167,12 +167,12 @@ def test_quantized_trained_model_is_named_before_reading_weights(method: str, tm
 
     def named(*more: str, arm: str) -> list[str]:
         with RunInputs(find_recipe("pocket", [*TINY, *changes, *more]), need_answers=False) as inputs:
-            found = examine(DoctorContext(inputs, (arm,), (0,), Path("out")), checks).findings
+            findings = examine(DoctorContext(inputs, (arm,), (0,), Path("out")), checks).findings
         assert all(
             finding.name == "model-unsupported" and f"quantized weights ({method})" in finding.evidence
-            for finding in found
+            for finding in findings
         )
-        return [finding.evidence.partition(":")[0] for finding in found]
+        return [finding.evidence.partition(":")[0] for finding in findings]
 
     assert named(arm="bridge_rl") == ["models.student", "models.teacher"]
     assert named(arm="raw_teacher") == ["models.student"]  # this teacher does not train

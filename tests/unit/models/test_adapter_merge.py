@@ -173,7 +173,7 @@ def test_pissa_adapter_converted_by_peft_merges(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
@@ -210,11 +210,11 @@ def test_pissa_adapter_converted_by_peft_merges(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_unsupported_adapter_type_is_refused_by_name(
-    plain_adapter: Path, tmp_path: Path, changes: dict[str, Any], said: str
+    plain_adapter: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     shutil.copytree(plain_adapter, tmp_path / "adapter")
     change_config(tmp_path / "adapter", **changes)
-    assert said in refusal(tmp_path / "adapter")
+    assert message in refusal(tmp_path / "adapter")
 
 
 def renamed(folder: Path, new: Callable[[str], str]) -> None:

@@ -34,7 +34,7 @@ def test_adapter_size_equals_peft_parameter_count(architecture: str, fields: dic
     model, wanted = tiny_model(architecture, **fields), Lora(r=4, targets=targets)
     weights, active = adapter_size(Shape.from_config(model.config), wanted)
     lora.attach_adapter(model, "base", lora.AdapterSpec(wanted, (0, "size")), None)
-    assert weights == sum(one.numel() for one in model.parameters() if one.requires_grad)
+    assert weights == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert (active < weights) == (bool(fields) and targets == "all-linear")
 
 

@@ -116,6 +116,6 @@ def test_attention_softcap_is_computed(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kind).eval() for kind in ("eager", "sdpa")
     )
     with torch.no_grad():
-        found, capped, uncapped = (model(input_ids=IDS).logits for model in (policy.model, eager, sdpa))
-    torch.testing.assert_close(found, capped, rtol=0, atol=1e-5)
+        actual, capped, uncapped = (model(input_ids=IDS).logits for model in (policy.model, eager, sdpa))
+    torch.testing.assert_close(actual, capped, rtol=0, atol=1e-5)
     assert (uncapped - capped).abs().max() > 1e-2

@@ -70,11 +70,11 @@ def test_batched_prompts_equal_single_prompts_in_sampler_and_trainer(
 def test_padding_does_not_enter_recurrent_state_in_bfloat16(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", "lfm2", layer_types=["conv", "full_attention"])
     models = MODELS.model_copy(update={"dtype": "bfloat16"})
-    found = [
+    decoding = [
         load_policy(ModelFolder.open(str(folder), "models.teacher"), LoadOptions(models, CPU, frozen=frozen)).decoding
         for frozen in (True, False)
     ]
-    assert found == ["equal_lengths", "left_padded"]  # the weights that train are float32
+    assert decoding == ["equal_lengths", "left_padded"]  # the weights that train are float32
 
 
 def test_model_random_at_inference_is_refused() -> None:

@@ -58,8 +58,8 @@ def test_save_resolves_contradictory_generation_config(name: str, tmp_path: Path
 def test_generation_settings_move_from_old_config(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     (folder / "generation_config.json").unlink()
-    held = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**held, "temperature": 0.7, "do_sample": False, "num_beams": 1}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "temperature": 0.7, "do_sample": False, "num_beams": 1}))
     policy = load_policy(ModelFolder.open(str(folder), "models.student"), LoadOptions(MODELS, CPU, frozen=False))
     save_policy(policy, tmp_path / "saved", torch.float32)
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())

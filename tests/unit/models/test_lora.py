@@ -82,11 +82,11 @@ def test_fresh_adapter_changes_nothing_and_is_reproducible(
     qwen3_folder: Path,
 ) -> None:
     policy, same, other = adapted(qwen3_folder), adapted(qwen3_folder), adapted(qwen3_folder, draw=1)
-    found = sampled_rows(policy)
-    assert furthest_apart(scores(policy, found), scores(base(qwen3_folder), found)) < 1e-5
+    rows = sampled_rows(policy)
+    assert furthest_apart(scores(policy, rows), scores(base(qwen3_folder), rows)) < 1e-5
     first, again, others = (
-        {path: layer.lora_A["default"].weight for path, layer in one.adapter.layers.items()}  # type: ignore[union-attr]
-        for one in (policy, same, other)
+        {path: layer.lora_A["default"].weight for path, layer in trained_policy.adapter.layers.items()}  # type: ignore[union-attr]
+        for trained_policy in (policy, same, other)
     )
     assert same_bits(first, again) and not any(torch.equal(first[path], others[path]) for path in first)
 
@@ -95,8 +95,8 @@ def test_adapter_gradient_equals_full_gradient_times_other_half(qwen3_folder: Pa
     """W + s·B·A at B = 0: dL/dB = s · dL/dW · Aᵀ, and dL/dA = 0."""
     policy = adapted(qwen3_folder)
     whole = load_policy(ModelFolder.open(str(qwen3_folder), FIELD), LoadOptions(MODELS, CPU, frozen=False))
-    found = sampled_rows(whole)
-    ours, full = gradient_of(policy, found, GRPO), gradient_of(whole, found, GRPO)
+    rows = sampled_rows(whole)
+    ours, full = gradient_of(policy, rows, GRPO), gradient_of(whole, rows, GRPO)
     assert policy.adapter is not None and len(policy.adapter.layers) == 14
     assert all(".lora_" in name for name in ours)
     for path, layer in policy.adapter.layers.items():
@@ -119,7 +119,7 @@ def test_only_named_targets_get_adapters(qwen3_folder: Path) -> None:
 
 def test_bfloat16_base_is_rounded_and_adapter_is_not(qwen3_folder: Path) -> None:
     policy = adapted(qwen3_folder, dtype="bfloat16")
-    types = {(one.requires_grad, one.dtype) for one in policy.model.parameters()}
+    types = {(parameter.requires_grad, parameter.dtype) for parameter in policy.model.parameters()}
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
 
 
@@ -128,11 +128,11 @@ def test_lora_update_flops_equal_torch_count(tmp_path: Path, wanted: Lora | None
     folder = tiny_folder(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
     adapt = None if wanted is None else lora.AdapterSpec(wanted, (0,))
     policy = load_policy(ModelFolder.open(str(folder), FIELD), LoadOptions(MODELS, CPU, frozen=False, adapter=adapt))
-    found = sampled_rows(policy, max_tokens=24)
+    rows = sampled_rows(policy, max_tokens=24)
     with FlopCounterMode(display=False) as counter:
-        gradient_of(policy, found, GRPO)
+        gradient_of(policy, rows, GRPO)
     # Counted are matrix products; embedding rows and attention's own softmax are not in either figure.
-    assert policy.pass_flops(found, passes=3) == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert policy.pass_flops(rows, passes=3) == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
 # What is sampled and compared with ------------------------------------------------------------------------------------
@@ -151,42 +151,42 @@ def test_fast_decoder_uses_adapted_weights(
     fast, general = hidden_states(policy, FastDecoder(policy), 12), hidden_states(policy, CacheDecoder(policy), 12)
     plain = base(folder)
     unadapted = hidden_states(plain, CacheDecoder(plain), 12)
-    for ours, theirs in zip(fast, general, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    for ours, expected in zip(fast, general, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
     assert furthest_apart(torch.cat(general), torch.cat(unadapted)) > 0.1
 
 
 def test_sampler_logp_equals_trainer_with_adapter(qwen3_folder: Path) -> None:
     for dtype, near in (("float32", 1e-4), ("bfloat16", 0.05)):
         policy = trained(qwen3_folder, dtype=dtype)
-        found = sampled_rows(policy, draw=9)
-        drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in found])
-        assert (drawn - scores(policy, found)).abs().mean().item() < near
+        rows = sampled_rows(policy, draw=9)
+        drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in rows])
+        assert (drawn - scores(policy, rows)).abs().mean().item() < near
 
 
 def test_kl_reference_is_frozen_base_without_copy(qwen3_folder: Path) -> None:
     policy = trained(qwen3_folder)
-    reference, found = policy.reference(), sampled_rows(policy, draw=5)
+    reference, rows = policy.reference(), sampled_rows(policy, draw=5)
     assert reference.model is policy.model
-    assert furthest_apart(scores(reference, found), scores(base(qwen3_folder), found)) < 1e-5
-    assert furthest_apart(scores(policy, found), scores(reference, found)) > 0.1
+    assert furthest_apart(scores(reference, rows), scores(base(qwen3_folder), rows)) < 1e-5
+    assert furthest_apart(scores(policy, rows), scores(reference, rows)) > 0.1
     # And the policy trains on as if nobody had asked.
-    config = gradient_of(policy, found, GRPO)
-    scores(reference, found)
-    assert same_bits(gradient_of(policy, found, GRPO), config) and len(config) == 28
+    config = gradient_of(policy, rows, GRPO)
+    scores(reference, rows)
+    assert same_bits(gradient_of(policy, rows, GRPO), config) and len(config) == 28
 
 
 def test_gradient_checkpointing_keeps_lora_gradient(qwen3_folder: Path) -> None:
-    policy, found = adapted(qwen3_folder), sampled_rows(base(qwen3_folder))
+    policy, rows = adapted(qwen3_folder), sampled_rows(base(qwen3_folder))
     models = MODELS.model_copy(update={"gradient_checkpointing": True})
     again = load_policy(
         ModelFolder.open(str(qwen3_folder), FIELD),
         LoadOptions(models, CPU, frozen=False, adapter=lora.AdapterSpec(Lora(r=4, alpha=8), (0, "test"))),
     )
     assert again.model.is_gradient_checkpointing
-    ours, theirs = gradient_of(policy, found, GRPO), gradient_of(again, found, GRPO)
+    ours, expected = gradient_of(policy, rows, GRPO), gradient_of(again, rows, GRPO)
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-4, atol=1e-7)
 
 
 # What is left behind --------------------------------------------------------------------------------------------------
@@ -196,17 +196,17 @@ def test_gradient_checkpointing_keeps_lora_gradient(qwen3_folder: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_saved_adapter_keeps_log_probs_in_transformers(tmp_path: Path, output: str, tied: bool) -> None:
     policy = trained(tiny_folder(tmp_path / "base", tied=tied), output=output)
-    found, out = sampled_rows(policy, draw=7), tmp_path / "out"
+    rows, out = sampled_rows(policy, draw=7), tmp_path / "out"
     save_policy(policy, out, torch.float32)
     assert (out / "config.json").exists() is (output == "merged")
-    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    for row, ours in zip(found, logp_of(policy, [row.rollout for row in found], 4096), strict=True):
+    reloaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    for row, ours in zip(rows, logp_of(policy, [row.rollout for row in rows], 4096), strict=True):
         prompt, completion = row.rollout.prompt_ids, row.rollout.completion_ids
         ids = torch.tensor([prompt + completion])
         with torch.no_grad():
-            logp = torch.log_softmax(theirs(input_ids=ids).logits[0, len(prompt) - 1 : -1], dim=-1)
+            logp = torch.log_softmax(reloaded(input_ids=ids).logits[0, len(prompt) - 1 : -1], dim=-1)
         torch.testing.assert_close(logp.gather(1, torch.tensor(completion)[:, None])[:, 0], ours, rtol=0, atol=1e-4)
-    assert furthest_apart(scores(base(out), found), scores(policy, found)) < 1e-4
+    assert furthest_apart(scores(base(out), rows), scores(policy, rows)) < 1e-4
     if output == "merged":  # a model folder like any other: nothing in it tells of adapters
         assert load_file(out / "model.safetensors").keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
 
@@ -215,24 +215,24 @@ def test_next_stage_continues_adapter_with_its_start_as_reference(qwen3_folder: 
     first = trained(qwen3_folder, output="adapter")
     save_policy(first, tmp_path / "first", torch.float32)
     second = adapted(tmp_path / "first", draw=1, output="adapter")
-    found = sampled_rows(first, draw=3)
-    assert furthest_apart(scores(second, found), scores(first, found)) < 1e-5
+    rows = sampled_rows(first, draw=3)
+    assert furthest_apart(scores(second, rows), scores(first, rows)) < 1e-5
     optimizer = make_optimizer(second, GRPO.optim)
     update(second, optimizer, sampled_rows(second, draw=4), objective_of(GRPO), GRPO, 4096)
-    assert furthest_apart(scores(second.reference(), found), scores(first, found)) < 1e-5
-    assert furthest_apart(scores(second, found), scores(first, found)) > 0.1
+    assert furthest_apart(scores(second.reference(), rows), scores(first, rows)) < 1e-5
+    assert furthest_apart(scores(second, rows), scores(first, rows)) > 0.1
     # What it leaves behind stands on the first base and is no larger than the first adapter.
     save_policy(second, tmp_path / "second", torch.float32)
     assert load_json(tmp_path / "second" / "adapter_config.json")["base_model_name_or_path"] == str(qwen3_folder)
     shapes = [
-        {key: one.shape for key, one in load_file(tmp_path / name / "adapter_model.safetensors").items()}
+        {key: tensor.shape for key, tensor in load_file(tmp_path / name / "adapter_model.safetensors").items()}
         for name in ("first", "second")
     ]
     assert shapes[0] == shapes[1]
-    assert furthest_apart(scores(base(tmp_path / "second"), found), scores(second, found)) < 1e-4
+    assert furthest_apart(scores(base(tmp_path / "second"), rows), scores(second, rows)) < 1e-4
     # Where the output is merged, the adapter that a stage starts from becomes part of its base.
     third = adapted(tmp_path / "second", output="merged")
-    assert furthest_apart(scores(third.reference(), found), scores(second, found)) < 1e-4
+    assert furthest_apart(scores(third.reference(), rows), scores(second, rows)) < 1e-4
 
 
 def test_adapter_fingerprint_depends_on_base(tmp_path: Path) -> None:
@@ -248,17 +248,17 @@ def test_adapter_fingerprint_depends_on_base(tmp_path: Path) -> None:
 
 def test_checkpoint_holds_adapter_only_and_loads_bitwise(qwen3_folder: Path, tmp_path: Path) -> None:
     policy, place = adapted(qwen3_folder), NodeDir(tmp_path / "nodes" / "opd")
-    optimizer, found = make_optimizer(policy, GRPO.optim), sampled_rows(policy)
-    update(policy, optimizer, found, objective_of(GRPO), GRPO, 4096)
+    optimizer, rows = make_optimizer(policy, GRPO.optim), sampled_rows(policy)
+    update(policy, optimizer, rows, objective_of(GRPO), GRPO, 4096)
     save_checkpoint(place, 1, policy.model, optimizer)
     kept = load_file(place.checkpoint(1) / "adapter.safetensors")
     assert len(kept) == 28 and all(".lora_" in name for name in kept)
     assert not (place.checkpoint(1) / "model.safetensors").exists()
     other = adapted(qwen3_folder, draw=1)
-    theirs = make_optimizer(other, GRPO.optim)
-    assert load_checkpoint(place, other.model, theirs) == 1
-    for one, its in ((policy, optimizer), (other, theirs)):
-        update(one, its, found, objective_of(GRPO), GRPO, 4096)
+    restored = make_optimizer(other, GRPO.optim)
+    assert load_checkpoint(place, other.model, restored) == 1
+    for trained_policy, its in ((policy, optimizer), (other, restored)):
+        update(trained_policy, its, rows, objective_of(GRPO), GRPO, 4096)
     assert same_bits(weights_of(other), weights_of(policy))
 
 
@@ -349,7 +349,7 @@ def test_mismatched_adapter_is_refused(qwen3_folder: Path, tmp_path: Path) -> No
         adapted(tmp_path / "out", output="adapter", r=2)
     path = tmp_path / "out" / adapter_files.WEIGHTS
     tensors = load_file(path)
-    save_file({name: one[:, :3].contiguous() for name, one in tensors.items()}, path)
+    save_file({name: tensor[:, :3].contiguous() for name, tensor in tensors.items()}, path)
     with pytest.raises(UserError, match="does not fit its base model"):
         base(tmp_path / "out")
 
@@ -357,8 +357,8 @@ def test_mismatched_adapter_is_refused(qwen3_folder: Path, tmp_path: Path) -> No
 def test_general_decoder_samples_other_adapted_models(tmp_path: Path) -> None:
     policy = trained(tiny_folder(tmp_path / "model", "qwen2"))
     assert isinstance(decoder_for(policy), CacheDecoder)
-    found = sampled_rows(policy, draw=2)
-    drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in found])
-    assert furthest_apart(drawn, scores(policy, found)) < 1e-4
+    rows = sampled_rows(policy, draw=2)
+    drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in rows])
+    assert furthest_apart(drawn, scores(policy, rows)) < 1e-4
     again = TorchSampler(policy).sample([], Sampling(max_tokens=4))
     assert again == []

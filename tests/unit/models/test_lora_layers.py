@@ -41,10 +41,10 @@ def folder_of(kind: str, folder: Path) -> Path:
     return tiny_folder(folder, architecture, **config)
 
 
-def logp(model: Any, found: list[Any]) -> torch.Tensor:
+def logp(model: Any, rows: list[Any]) -> torch.Tensor:
     """Log-probs of the rows' completions by transformers' own forward pass."""
     parts = []
-    for row in found:
+    for row in rows:
         prompt, completion = row.rollout.prompt_ids, row.rollout.completion_ids
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float()
@@ -58,29 +58,31 @@ def test_lora_layers_save_and_reload_in_peft(kind: str, tmp_path: Path) -> None:
 
     start = folder_of(kind, tmp_path / "base")
     policy = trained(start, output="adapter")
-    found = sampled_rows(policy, draw=7)
-    ours = scores(policy, found)
-    assert furthest_apart(ours, scores(base(start), found)) > 0.1
-    drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in found])
+    rows = sampled_rows(policy, draw=7)
+    ours = scores(policy, rows)
+    assert furthest_apart(ours, scores(base(start), rows)) > 0.1
+    drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in rows])
     assert furthest_apart(drawn, ours) < 1e-4  # the sampler reads the same adapter
 
     save_policy(policy, tmp_path / "adapter", torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    assert furthest_apart(logp(theirs, found), ours) < 1e-4
-    assert furthest_apart(logp(theirs.merge_and_unload(), found), ours) < 1e-4
-    assert furthest_apart(scores(base(tmp_path / "adapter"), found), ours) < 1e-4
+    peft_model = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert furthest_apart(logp(peft_model, rows), ours) < 1e-4
+    assert furthest_apart(logp(peft_model.merge_and_unload(), rows), ours) < 1e-4
+    assert furthest_apart(scores(base(tmp_path / "adapter"), rows), ours) < 1e-4
 
     assert policy.adapter is not None
     adapter = replace(policy.adapter, lora=policy.adapter.lora.model_copy(update={"output": "merged"}))
     save_policy(replace(policy, adapter=adapter), tmp_path / "merged", torch.float32)
     written, first = load_file(tmp_path / "merged" / "model.safetensors"), load_file(start / "model.safetensors")
-    assert {name: one.shape for name, one in written.items()} == {name: one.shape for name, one in first.items()}
+    assert {name: tensor.shape for name, tensor in written.items()} == {
+        name: tensor.shape for name, tensor in first.items()
+    }
     handed = dict(policy.checkpoint_weights())  # what vLLM is given: names as in a checkpoint, tied head included
     assert handed.keys() - {"lm_head.weight"} == first.keys() - {"lm_head.weight"}
     assert all(torch.equal(handed[name], written[name]) for name in written)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert furthest_apart(logp(loaded, found), ours) < 1e-4
+    assert furthest_apart(logp(loaded, rows), ours) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe"])
@@ -88,12 +90,12 @@ def test_next_stage_continues_layers_with_their_start_as_reference(kind: str, tm
     first = trained(folder_of(kind, tmp_path / "base"), output="adapter")
     save_policy(first, tmp_path / "first", torch.float32)
     second = adapted(tmp_path / "first", draw=1, output="adapter")
-    found = sampled_rows(first, draw=3)
-    wanted = scores(first, found)
-    assert furthest_apart(scores(second, found), wanted) < 1e-5
+    rows = sampled_rows(first, draw=3)
+    wanted = scores(first, rows)
+    assert furthest_apart(scores(second, rows), wanted) < 1e-5
     update(second, make_optimizer(second, GRPO.optim), sampled_rows(second, draw=4), objective_of(GRPO), GRPO, 4096)
-    assert furthest_apart(scores(second.reference(), found), wanted) < 1e-5
-    assert furthest_apart(scores(second, found), wanted) > 0.05
+    assert furthest_apart(scores(second.reference(), rows), wanted) < 1e-5
+    assert furthest_apart(scores(second, rows), wanted) > 0.05
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
@@ -101,10 +103,10 @@ def test_adapter_gradient_equals_weight_gradient_times_other_half(kind: str, tmp
     """At B = 0 the gradient of B is that of the weight times A: checked on the fused matrices by full training of the same rows."""
     start = folder_of(kind, tmp_path / "base")
     policy = adapted(start)
-    found = sampled_rows(policy)
-    ours = gradient_of(policy, found, GRPO)
+    rows = sampled_rows(policy)
+    ours = gradient_of(policy, rows, GRPO)
     whole = _all_weights(start)
-    full = gradient_of(whole, found, GRPO)
+    full = gradient_of(whole, rows, GRPO)
     assert policy.adapter is not None
     for path, layer in policy.adapter.layers.items():
         weight = full[lora_targets.weight_name(path, layer)]
@@ -174,7 +176,7 @@ def test_fused_expert_update_equals_peft(transposed: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "config", "targets", "said"),
+    ("architecture", "config", "targets", "message"),
     [
         (
             "gpt2",
@@ -188,14 +190,14 @@ def test_fused_expert_update_equals_peft(transposed: bool) -> None:
     ],
 )
 def test_unsavable_targets_are_refused_before_training(
-    architecture: str, config: dict[str, Any], targets: list[str], said: str
+    architecture: str, config: dict[str, Any], targets: list[str], message: str
 ) -> None:
     model = tiny_model(architecture, **config) if architecture != "falcon_mamba" else _mamba(config)
     with pytest.raises(UserError, match=r"models\.lora\.targets: ") as raised:
         lora_targets.inject(
             model, lora_targets.peft_config(Lora(r=2).model_copy(update={"targets": tuple(targets)}), model)
         )
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def _mamba(config: dict[str, Any]) -> Any:
@@ -234,11 +236,11 @@ def test_expert_choice_routers_get_no_adapter() -> None:
 
 def test_mamba_layers_read_by_kernels_get_no_adapter(tmp_path: Path) -> None:
     policy = trained(tiny_folder(tmp_path / "base", "mamba", state_size=4), output="adapter")
-    found = sampled_rows(policy, draw=7)
+    rows = sampled_rows(policy, draw=7)
     save_policy(policy, tmp_path / "adapter", torch.float32)
     assert policy.adapter is not None
     assert {path.rpartition(".")[2] for path in policy.adapter.layers} == {"in_proj", "x_proj", "dt_proj"}
-    assert furthest_apart(scores(base(tmp_path / "adapter"), found), scores(policy, found)) < 1e-4
+    assert furthest_apart(scores(base(tmp_path / "adapter"), rows), scores(policy, rows)) < 1e-4
 
 
 def test_three_dimensional_vectors_are_no_experts() -> None:

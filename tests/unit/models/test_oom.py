@@ -36,12 +36,12 @@ def test_optimizer_step_is_retried_on_oom_with_same_result(
     assert len(packed_microbatches(rows_, 48)) >= 3
     room = Room(nth=nth, error=OUT[error])
     room.patch(monkeypatch)
-    found = update(hurt, make_optimizer(hurt, stage.optim), rows_, objective_of(stage), stage, 48)
+    stats = update(hurt, make_optimizer(hurt, stage.optim), rows_, objective_of(stage), stage, 48)
     moved = furthest(weights_of(whole), weights_of(policy))
     assert furthest(weights_of(hurt), weights_of(whole)) < 1e-3 * moved
-    assert found["microbatch_tokens"] == 24 and expected["microbatch_tokens"] == 48
+    assert stats["microbatch_tokens"] == 24 and expected["microbatch_tokens"] == 48
     same = ("loss", "grad_norm", "entropy", "tokens_trained", "updates", "sampler_gap")
-    assert {key: found[key] for key in same} == {key: pytest.approx(expected[key], rel=1e-4, abs=1e-6) for key in same}
+    assert {key: stats[key] for key in same} == {key: pytest.approx(expected[key], rel=1e-4, abs=1e-6) for key in same}
     assert max(room.sizes[nth:]) <= 24 < max(room.sizes[:nth])
 
 
@@ -53,10 +53,10 @@ def test_optimizer_steps_on_batch_halve_and_keep_microbatch_on_oom(
     update(whole, make_optimizer(whole, stage.optim), rows_, objective_of(stage), stage, 4096)
     room = Room(most=60)
     room.patch(monkeypatch)
-    found = update(hurt, make_optimizer(hurt, stage.optim), rows_, objective_of(stage), stage, 4096)
+    stats = update(hurt, make_optimizer(hurt, stage.optim), rows_, objective_of(stage), stage, 4096)
     moved = furthest(weights_of(whole), weights_of(policy))
-    assert furthest(weights_of(hurt), weights_of(whole)) < 2e-2 * moved and found["updates"] == 4
-    assert found["microbatch_tokens"] <= 60
+    assert furthest(weights_of(hurt), weights_of(whole)) < 2e-2 * moved and stats["updates"] == 4
+    assert stats["microbatch_tokens"] <= 60
     failed = [place for place, size in enumerate(room.sizes) if size > 60]
     assert failed and max(failed) < 4  # all in the first optimizer step; the others know what fits
 
@@ -100,14 +100,14 @@ def test_scoring_halves_batch_on_oom_with_same_result(policy: Policy) -> None:
         return logp_of(policy, rollouts, tokens)
 
     budget = BatchBudget(4096)
-    found = budget.fit_passes(score, rollouts)
-    longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in rollouts)
+    scores = budget.fit_passes(score, rollouts)
+    longest = max(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
     assert (
         token_budgets == [4096, 16 * longest // 2, 16 * longest // 4, 16 * longest // 8]
         and budget.size == token_budgets[-1]
     )
-    for ours, theirs in zip(found, logp_of(policy, rollouts, 4096), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for ours, expected in zip(scores, logp_of(policy, rollouts, 4096), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(TrainingStoppedError, match="the longest row alone"):
         budget.fit_passes(lambda tokens: (_ for _ in ()).throw(MemoryError), rollouts)
 
@@ -124,29 +124,29 @@ class Cramped:
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None
     ) -> list[Any]:
-        found: list[Any] = []
+        finished: list[Any] = []
         for start in range(0, len(requests), self.batch):
             part = requests[start : start + self.batch]
             if len(part) > self.room and start:
                 raise OUT["cuda"]()
             self.decoded.append(len(part))
-            found += TorchSampler(self.policy).sample(part, sampling, on_finished)
-        return found
+            finished += TorchSampler(self.policy).sample(part, sampling, on_finished)
+        return finished
 
 
 def test_sampler_halves_batch_on_oom_and_reports_rollouts_once(policy: Policy) -> None:
     wanted = requests_for([(str(place), prompt) for place, prompt in enumerate(PROMPTS)], 8, 0, 0, "memory")
     expected = TorchSampler(policy).sample(wanted, Sampling(max_tokens=6))
-    told: list[tuple[str, int]] = []
+    reported: list[tuple[str, int]] = []
     decoded: list[int] = []
     frugal = OomRetrySampler(lambda batch: Cramped(policy, batch, 5, decoded), BatchBudget(12))
-    found = frugal.sample(
-        wanted, Sampling(max_tokens=6), lambda done: told.extend((r.problem_id, r.sample) for r in done)
+    rollouts = frugal.sample(
+        wanted, Sampling(max_tokens=6), lambda done: reported.extend((r.problem_id, r.sample) for r in done)
     )
-    assert [(r.problem_id, r.sample, r.completion_ids) for r in found] == [
+    assert [(r.problem_id, r.sample, r.completion_ids) for r in rollouts] == [
         (r.problem_id, r.sample, r.completion_ids) for r in expected
     ]
-    assert sorted(told) == sorted((one.problem_id, one.sample) for one in wanted)
+    assert sorted(reported) == sorted((request.problem_id, request.sample) for request in wanted)
     # 12 fit at first, since only later batches lack room; then 6 do once; the rest comes by threes.
     assert frugal.batch.size == 3 and decoded == [12, 6, *[3] * 4, 2]
 

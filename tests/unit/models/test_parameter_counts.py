@@ -242,8 +242,8 @@ def test_kv_cache_size_equals_allocated_cache(fields: Fields) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small, **fields)).eval()
     with torch.no_grad():
         cache = model(input_ids=torch.arange(7)[None], use_cache=True).past_key_values
-    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert Shape.from_config(model.config).kv_cache_numbers * 7 == held
+    allocated = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert Shape.from_config(model.config).kv_cache_numbers * 7 == allocated
 
 
 def test_config_without_experts_per_token_counts_all_experts() -> None:

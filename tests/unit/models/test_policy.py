@@ -55,9 +55,9 @@ def test_save_policy_keeps_log_probs(tmp_path: Path, architecture: str) -> None:
         again = loaded(tmp_path / str(tied))
         assert again.model.config.tie_word_embeddings is tied
         assert same_bits(weights_of(again), weights_of(policy))
-        for ours, theirs in zip(logp_of(again, rollouts, 4096), logp_of(policy, rollouts, 4096), strict=True):
+        for ours, expected in zip(logp_of(again, rollouts, 4096), logp_of(policy, rollouts, 4096), strict=True):
             # Not to the bit: weights read from a file lie at other offsets, and matrix products care about those.
-            torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-5)
+            torch.testing.assert_close(ours, expected, rtol=0.0, atol=1e-5)
         # An untied head that is not the embedding is really there.
         same = torch.equal(again.model.lm_head.weight, again.model.get_input_embeddings().weight)
         assert same is tied
@@ -81,17 +81,18 @@ def test_save_in_bfloat16_rounds_file_and_not_policy(tmp_path: Path) -> None:
     before = weights_of(policy)
     save_policy(policy, tmp_path / "model", torch.bfloat16)
     assert all(
-        torch.equal(one, before[name]) and one.dtype == torch.float32 for name, one in weights_of(policy).items()
+        torch.equal(tensor, before[name]) and tensor.dtype == torch.float32
+        for name, tensor in weights_of(policy).items()
     )
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
     again = weights_of(loaded(tmp_path / "model"))
-    for name, one in before.items():
-        assert torch.equal(again[name], one.to(torch.bfloat16).float())
+    for name, tensor in before.items():
+        assert torch.equal(again[name], tensor.to(torch.bfloat16).float())
 
 
 def test_bfloat16_recipe_trains_float32_weights(qwen3_folder: Path) -> None:
     policy = loaded(qwen3_folder, dtype="bfloat16")
-    assert {one.dtype for one in policy.model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.float32}
     assert policy.compute_dtype == torch.bfloat16
     ids, mask = torch.tensor([[1, 6, 2]]), torch.ones(1, 3, dtype=torch.long)
     assert policy.logits(policy.hidden(ids, mask)).dtype == torch.bfloat16
@@ -106,7 +107,9 @@ def test_bfloat16_recipe_trains_float32_weights(qwen3_folder: Path) -> None:
 
 def test_frozen_model_has_compute_dtype_and_no_gradient(qwen3_folder: Path) -> None:
     policy = loaded(qwen3_folder, frozen=True, dtype="bfloat16")
-    assert {(one.dtype, one.requires_grad) for one in policy.model.parameters()} == {(torch.bfloat16, False)}
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in policy.model.parameters()} == {
+        (torch.bfloat16, False)
+    }
 
 
 def test_dropout_is_off_with_gradient_checkpointing(tmp_path: Path) -> None:
@@ -125,9 +128,9 @@ def test_gradient_checkpointing_keeps_gradient(qwen3_folder: Path) -> None:
         stage = stage_of("sft")
         rows = sampled_rows(tiny_policy(seed=1))
         update(policy, torch.optim.SGD(policy.model.parameters(), lr=0.0), rows, objective_of(stage), stage, 4096)
-        grads.append({name: one.grad for name, one in policy.model.named_parameters()})
-    for name, one in grads[0].items():
-        torch.testing.assert_close(grads[1][name], one, rtol=1e-5, atol=1e-7)
+        grads.append({name: parameter.grad for name, parameter in policy.model.named_parameters()})
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(grads[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -198,22 +201,22 @@ def words(first: str) -> PreTrainedTokenizerFast:
 
 
 def test_teacher_with_other_ids_of_equal_width_is_refused() -> None:
-    ours, theirs = make_tokenizer(), words("7")
+    ours, other = make_tokenizer(), words("7")
     fields = (FIELD, "models.teacher")
     refuse_different_tokens(ours, make_tokenizer(), fields, ["17+45"])
     with pytest.raises(
         UserError, match=r"models\.student and models\.teacher: .* different ids for the same text '17\+45\+82\+03'"
     ):
-        refuse_different_tokens(ours, theirs, fields)
+        refuse_different_tokens(ours, other, fields)
 
 
 def test_tokenizer_difference_in_user_problems_is_detected() -> None:
-    ours, theirs = make_tokenizer(), make_tokenizer()
-    theirs.add_tokens(["9/9"])
+    ours, other = make_tokenizer(), make_tokenizer()
+    other.add_tokens(["9/9"])
     fields = (FIELD, "models.teacher")
-    refuse_different_tokens(ours, theirs, fields)
+    refuse_different_tokens(ours, other, fields)
     with pytest.raises(UserError, match=r"different ids for the same text '9/9\+1'"):
-        refuse_different_tokens(ours, theirs, fields, ["1+1", "9/9+1"])
+        refuse_different_tokens(ours, other, fields, ["1+1", "9/9+1"])
 
 
 def test_output_layers_of_different_width_are_refused_with_remedy() -> None:
@@ -254,11 +257,11 @@ def test_fingerprint_depends_on_every_file_affecting_results(tmp_path: Path, wha
 
 
 def test_fingerprint_depends_on_weights(tmp_path: Path) -> None:
-    found = {
+    fingerprints = {
         ModelFolder.open(str(tiny_folder(tmp_path / str(seed), seed=seed)), "models.student").fingerprint
         for seed in range(3)
     }
-    assert len(found) == 3
+    assert len(fingerprints) == 3
     assert (
         ModelFolder.open("Qwen/Qwen3-1.7B", "models.student").fingerprint
         != ModelFolder.open("Qwen/Qwen3-8B", "models.student").fingerprint

@@ -112,21 +112,21 @@ STRICT = (
 
 
 def test_conversation_prompt_equals_transformers_rendering() -> None:
-    held = prompter(thinking=True, template="? {problem} =")
+    prompts = prompter(thinking=True, template="? {problem} =")
     wanted = [{"role": role, "content": content} for role, content in TALK]
     wanted[-1]["content"] = "? 17+45 ="
-    ids = held.tokenizer.apply_chat_template(
+    ids = prompts.tokenizer.apply_chat_template(
         wanted, add_generation_prompt=True, enable_thinking=True, return_dict=False
     )
-    assert held.ids(Problem.of_turns(TALK, "rows")) == tuple(ids)
-    assert held.text(Problem.of_turns(TALK, "rows")) == (
+    assert prompts.ids(Problem.of_turns(TALK, "rows")) == tuple(ids)
+    assert prompts.text(Problem.of_turns(TALK, "rows")) == (
         "<|system|>(+)\n<|user|>17+4\n<|assistant|>=21\n<|user|>? 17+45 =\n<|assistant|>"
     )
 
 
 def test_conversation_without_chat_template_joins_turns() -> None:
-    held = prompter(None, template="{problem} =")
-    assert held.text(Problem.of_turns(TALK, "rows")) == "(+)\n\n17+4\n\n=21\n\n17+45 ="
+    prompts = prompter(None, template="{problem} =")
+    assert prompts.text(Problem.of_turns(TALK, "rows")) == "(+)\n\n17+4\n\n=21\n\n17+45 ="
 
 
 def test_system_turns_of_data_and_recipe_are_exclusive() -> None:
@@ -135,8 +135,8 @@ def test_system_turns_of_data_and_recipe_are_exclusive() -> None:
         UserError, match=rf"problem {problem.id} of d.jsonl, row 3: has a system turn of its own, and prompt"
     ):
         prompter(system="Be brief.").ids(problem)
-    told = prompter(thinking=True, system="(+)").text(Problem.of_turns(TALK[1:], "d.jsonl"))
-    assert told == prompter(thinking=True).text(problem)
+    text = prompter(thinking=True, system="(+)").text(Problem.of_turns(TALK[1:], "d.jsonl"))
+    assert text == prompter(thinking=True).text(problem)
 
 
 def test_template_error_is_one_sentence_with_row() -> None:
@@ -177,7 +177,9 @@ def test_plain_text_prompt_has_no_suffix(single: str, before: tuple[int, ...]) -
 def characters(*special: str) -> PreTrainedTokenizerFast:
     """A token per printable character, and special tokens."""
     letters = [*map(chr, range(32, 127)), "◁", "▷", "\n"]
-    backend = Tokenizer(models.WordLevel({one: n for n, one in enumerate(["<unk>", *letters])}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({letter: n for n, letter in enumerate(["<unk>", *letters])}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
@@ -246,14 +248,14 @@ def test_template_clock_stands_at_run_day(template: str, text: str) -> None:
 
 
 def test_random_template_gives_same_prompt_each_time() -> None:
-    held = prompter(
+    prompts = prompter(
         "{{ ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'] | random }}{{ lipsum(1, false) }}{{ messages[0].content }}"
     )
     problems = [Problem.of(f"{n}+1", "rows") for n in range(40)]
     random.seed(7)
     expected = random.random()
     random.seed(7)
-    first = [held.text(problem) for problem in problems]
+    first = [prompts.text(problem) for problem in problems]
     assert random.random() == expected  # the generator of others is where it was
-    assert [held.text(problem) for problem in reversed(problems)] == first[::-1]
+    assert [prompts.text(problem) for problem in reversed(problems)] == first[::-1]
     assert {text[0] for text in first} == set("abcdefgh")

@@ -67,9 +67,9 @@ def furthest_from_alone(policy: Policy, rollouts: list[Rollout]) -> float:
     expected = [alone(policy, rollout) for rollout in rollouts]
     sampled = [torch.tensor(rollout.sampler_logp) for rollout in rollouts]
     differences = [
-        (one - right).abs().max().item()
-        for found in (sampled, logp_of(policy, rollouts, 4096))
-        for one, right in zip(found, expected, strict=True)
+        (row - right).abs().max().item()
+        for actual in (sampled, logp_of(policy, rollouts, 4096))
+        for row, right in zip(actual, expected, strict=True)
     ]
     return max(differences)
 
@@ -79,7 +79,7 @@ def test_rope_below_limit_sampler_trainer_and_single_agree(architecture: str) ->
     policy = policy_with(architecture)
     assert policy.supports_packing == (architecture != "phimoe")  # packed rows begin at position 0 each
     rollouts = sample(policy, (5, 9, 16), LIMIT - 16)
-    assert max(len(one.prompt_ids + one.completion_ids) for one in rollouts) == LIMIT
+    assert max(len(rollout.prompt_ids + rollout.completion_ids) for rollout in rollouts) == LIMIT
     assert furthest_from_alone(policy, rollouts) < 2e-4
 
 

@@ -68,8 +68,8 @@ def test_tied_head_is_saved_once_and_declared_tied(dtype: torch.dtype, tmp_path:
 
 def test_untied_config_without_head_weights_is_refused(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m")
-    held = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(held | {"tie_word_embeddings": False}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     with pytest.raises(UserError, match=r"lack 1 weights .* such as lm_head\.weight"):
         loaded(folder)
 

@@ -32,7 +32,7 @@ from runs import temporary
 from tiny import CPU
 from tiny import MODELS as ASKED
 
-LETTERS = [*"0123456789+=?. \n:,", *(chr(one) for one in range(ord("a"), ord("z") + 1)), *"ABCDJTWK"]
+LETTERS = [*"0123456789+=?. \n:,", *(chr(code) for code in range(ord("a"), ord("z") + 1)), *"ABCDJTWK"]
 QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 LLAMA_TOKENS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
@@ -169,7 +169,9 @@ def test_positions_heads_and_ties_equal_published_model(name: str) -> None:
     expected = 1.0 / rope["rope_theta"] ** half
     if rope["rope_type"] == "llama3":
         length = 2 * torch.pi / expected
-        low, high = (rope["original_max_position_embeddings"] / rope[f"{one}_freq_factor"] for one in ("low", "high"))
+        low, high = (
+            rope["original_max_position_embeddings"] / rope[f"{level}_freq_factor"] for level in ("low", "high")
+        )
         smooth = (rope["original_max_position_embeddings"] / length - rope["low_freq_factor"]) / (
             rope["high_freq_factor"] - rope["low_freq_factor"]
         )
@@ -185,14 +187,14 @@ def test_completion_ends_at_published_stop_ids_only(name: str) -> None:
     ends = set(policy.tokenizer.convert_tokens_to_ids(ENDS[MODELS[name]["model_type"]]))
     assert set(policy.stop_ids) == ends
     rollouts = samples(policy, 192, tokens=40)
-    assert {one.completion_ids[-1] for one in rollouts if one.finish == "stop"} == ends
-    assert not any(set(one.completion_ids[:-1]) & ends for one in rollouts)
-    assert all(one.completion_ids[-1] not in ends for one in rollouts if one.finish == "length")
+    assert {rollout.completion_ids[-1] for rollout in rollouts if rollout.finish == "stop"} == ends
+    assert not any(set(rollout.completion_ids[:-1]) & ends for rollout in rollouts)
+    assert all(rollout.completion_ids[-1] not in ends for rollout in rollouts if rollout.finish == "length")
 
 
 def test_qwen3_thinking_follows_recipe() -> None:
     tokenizer = loaded("Qwen/Qwen3-1.7B", frozen=True).tokenizer
-    on, off = (Prompter(tokenizer, Prompt(thinking=one, system="Be brief.")) for one in (True, False))
+    on, off = (Prompter(tokenizer, Prompt(thinking=thinking, system="Be brief.")) for thinking in (True, False))
     turns = (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 17+45?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -204,7 +206,7 @@ def test_qwen3_thinking_follows_recipe() -> None:
 
 def test_llama_3_template_has_one_bos_and_dates_in_each_mode() -> None:
     tokenizer = loaded("meta-llama/Llama-3.1-8B-Instruct", frozen=True).tokenizer
-    plain, thinking = (Prompter(tokenizer, Prompt(thinking=one)) for one in (False, True))
+    plain, thinking = (Prompter(tokenizer, Prompt(thinking=thinking)) for thinking in (False, True))
     ids = plain.ids(PROBLEM)
     # The tokenizer adds a BOS of its own to plain text; the template has written one already.
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
@@ -221,8 +223,10 @@ def test_saved_student_has_published_layout_and_same_log_probs(name: str, tmp_pa
     policy = loaded(name)
     rollouts = samples(policy, 4)
     save_policy(policy, tmp_path / "model", torch.float32)
-    ours, theirs = (json.loads((one / "config.json").read_text()) for one in (tmp_path / "model", folder_of(name)))
-    changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    ours, published = (
+        json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "model", folder_of(name))
+    )
+    changed = {key for key in ours.keys() | published.keys() if ours.get(key) != published.get(key)}
     assert changed <= {"attention_dropout", "transformers_version", "dtype"}
     ends = policy.tokenizer.convert_tokens_to_ids(ENDS[MODELS[name]["model_type"]])
     assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == ends

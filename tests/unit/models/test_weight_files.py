@@ -49,9 +49,9 @@ def sharded(folder: Path, **more: Any) -> Path:
     weights = load_file(folder / "model.safetensors")
     names = sorted(weights)
     shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, held in shards.items():
-        save_file({name: weights[name] for name in held}, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
+    for file, tensors in shards.items():
+        save_file({name: weights[name] for name in tensors}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, tensors in shards.items() for name in tensors}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
@@ -97,17 +97,19 @@ def test_config_without_size_is_refused_before_allocation(
     kept = {name: value for name, value in json.loads(path.read_text()).items() if name not in left_out}
     path.write_text(json.dumps(kept | {"num_attention_heads": 4, "num_key_value_heads": 2}))
     with torch.device("meta"):
-        wanted = sum(one.numel() for one in AutoModelForCausalLM.from_config(opened(folder).config).parameters())
-    held = sum(one.numel() for one in load_file(folder / "model.safetensors").values())
-    assert wanted > 20 * held
+        wanted = sum(
+            parameter.numel() for parameter in AutoModelForCausalLM.from_config(opened(folder).config).parameters()
+        )
+    count = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    assert wanted > 20 * count
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("reserves the memory"))
-    with pytest.raises(UserError, match=rf"a model of {wanted:,} weights, and its files hold {held:,};"):
+    with pytest.raises(UserError, match=rf"a model of {wanted:,} weights, and its files hold {count:,};"):
         loaded(folder)
 
 
 @pytest.mark.parametrize("head", ["score.weight", "v_head.summary.weight", "classifier.weight"])
 def test_reward_head_is_refused_beside_whole_language_model(head: str, tmp_path: Path) -> None:
-    folder = with_weights(tiny_folder(tmp_path / "m"), lambda held: {**held, head: torch.ones(1, 32)})
+    folder = with_weights(tiny_folder(tmp_path / "m"), lambda tensors: {**tensors, head: torch.ones(1, 32)})
     with pytest.raises(UserError, match=rf"such as {head} and would be a classifier's or a reward model's"):
         loaded(folder)
 
@@ -147,7 +149,7 @@ def test_recomputed_or_unused_weights_are_accepted(name: str, tmp_path: Path) ->
     plain = AutoModelForCausalLM.from_pretrained(folder)
     if not extra:
         extra = {"lm_head.weight": plain.lm_head.weight.detach().clone()}
-    with_weights(folder, lambda held: {**held, **extra})
+    with_weights(folder, lambda tensors: {**tensors, **extra})
     policy = loaded(folder)
     assert torch.equal(policy.model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
     assert policy.model.config.tie_word_embeddings is plain.config.tie_word_embeddings
@@ -155,7 +157,7 @@ def test_recomputed_or_unused_weights_are_accepted(name: str, tmp_path: Path) ->
 
 def test_bias_named_like_mask_is_refused(tmp_path: Path) -> None:
     folder = with_weights(
-        tiny_folder(tmp_path / "m"), lambda held: {**held, "model.layers.0.self_attn.bias": torch.ones(32)}
+        tiny_folder(tmp_path / "m"), lambda tensors: {**tensors, "model.layers.0.self_attn.bias": torch.ones(32)}
     )
     with pytest.raises(UserError, match=r"such as model\.layers\.0\.self_attn\.bias;"):
         loaded(folder)
@@ -200,9 +202,9 @@ def tensor_twice(folder: Path) -> None:
 def tensor_missing(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     path = folder / "model-00001-of-00002.safetensors"
-    held = load_file(path)
-    held.pop("model.norm.weight", None) or held.pop(sorted(held)[-1])
-    save_file(held, path, metadata={"format": "pt"})
+    tensors = load_file(path)
+    tensors.pop("model.norm.weight", None) or tensors.pop(sorted(tensors)[-1])
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def stale_shards(folder: Path) -> None:
@@ -236,7 +238,7 @@ def test_shard_index_mismatch_is_refused_at_open(spoil: Callable[[Path], None], 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.uint8])
 def test_quantized_values_without_scales_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
-    folder = with_weights(tiny_folder(tmp_path / "m"), lambda held: {**held, name: held[name].to(dtype)})
+    folder = with_weights(tiny_folder(tmp_path / "m"), lambda tensors: {**tensors, name: tensors[name].to(dtype)})
     with pytest.raises(
         UserError, match=rf"{name} is stored as [A-Z0-9_]+, and config\.json has no quantization_config"
     ):
@@ -259,14 +261,14 @@ def test_sharded_loader_refuses_ambiguous_folders(tmp_path: Path) -> None:
     save_file({"model.norm.weight": torch.zeros(32)}, shards / "model-00001-of-00003.safetensors")
     assert not direct(shards)  # it would read the stray file too
     head = torch.randn(len(opened(shards).tokenizer), 32)
-    two_heads = with_weights(tiny_folder(tmp_path / "two"), lambda held: {**held, "lm_head.weight": head})
+    two_heads = with_weights(tiny_folder(tmp_path / "two"), lambda tensors: {**tensors, "lm_head.weight": head})
     assert not direct(two_heads)
     biased = with_weights(
-        tiny_folder(tmp_path / "bias"), lambda held: {**held, "model.layers.0.mlp.bias": torch.ones(2)}
+        tiny_folder(tmp_path / "bias"), lambda tensors: {**tensors, "model.layers.0.mlp.bias": torch.ones(2)}
     )
     assert not direct(biased)
     old = with_weights(
         tiny_folder(tmp_path / "old", "llama"),
-        lambda held: {**held, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+        lambda tensors: {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
     )
     assert direct(old)

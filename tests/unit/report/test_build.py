@@ -106,15 +106,15 @@ def test_conditions_c1_and_c2_equal_node_measurements(fake_study: Path, fake_rep
     assert after["reached"] == pytest.approx(after["accuracy"] / c1["before"]["best_of_k"], abs=1e-5)
     before_rl, after_rl = after["training"]["reward"]["first"], after["training"]["reward"]["last"]
     rows = [_metrics(fake_study, "bridge", seed, 1) for seed in (0, 1, 2)]
-    assert before_rl == pytest.approx(sum(one[0]["reward"] for one in rows) / 3, abs=2e-6)
-    assert after_rl == pytest.approx(sum(one[-1]["reward"] for one in rows) / 3, abs=2e-6)
+    assert before_rl == pytest.approx(sum(row[0]["reward"] for row in rows) / 3, abs=2e-6)
+    assert after_rl == pytest.approx(sum(row[-1]["reward"] for row in rows) / 3, abs=2e-6)
     held_out = [
         _rows(fake_study / "nodes" / names(fake_study, "bridge", seed)[-1] / "conditions.jsonl") for seed in (0, 1, 2)
     ]
     opd = c2["bridge"]["opd"]
     assert opd["prompts"] == "held out"
     for key in ("kl_teacher_student", "overlap_student_prefixes"):
-        ends = [sum(one[at][key] for one in held_out) / 3 for at in (0, -1)]
+        ends = [sum(row[at][key] for row in held_out) / 3 for at in (0, -1)]
         assert (opd[key]["first"], opd[key]["last"]) == pytest.approx(ends, abs=2e-6)
     assert "base_student" not in c2 and "direct_grpo" not in c2
 
@@ -140,9 +140,9 @@ def test_shared_stages_have_one_row_with_their_arms_and_curves(fake_study: Path,
     teacher, opd = shared[0], shared[3]
     metrics = [_metrics(fake_study, "replay", seed, 1) for seed in (0, 1, 2)]
     assert teacher["through"]["best_of_group"]["steps"] == list(range(1, 13))
-    means = [sum(one[place]["best_of_group"] for one in metrics) / 3 for place in range(12)]
+    means = [sum(row[place]["best_of_group"] for row in metrics) / 3 for place in range(12)]
     assert teacher["through"]["best_of_group"]["values"] == pytest.approx(means, abs=2e-6)
-    shares = [row["informative"] for one in metrics for row in one]
+    shares = [row["informative"] for seed_rows in metrics for row in seed_rows]
     assert teacher["informative"] == pytest.approx(sum(shares) / 36, abs=2e-6)
     assert opd["conditions_through"]["entropy_student"]["steps"] == [0, 5, 10, 12]
     assert "reward" not in opd["through"] and opd["informative"] is None
@@ -238,9 +238,9 @@ def test_first_condition_equals_counts_of_started_seeds(tmp_path: Path) -> None:
         right = by_problem([json.loads(line) for line in file.read_text().splitlines()], "correct").values()
         return [sum(map(sum, right)) / (4 * PROBLEMS), sum(map(any, right)) / PROBLEMS]
 
-    found = report.build([out])["conditions"]["C1"]["sums"]
-    (after,) = found["after"]
-    for state, file in ((found["before"], untrained), (after, trained)):
+    condition = report.build([out])["conditions"]["C1"]["sums"]
+    (after,) = condition["after"]
+    for state, file in ((condition["before"], untrained), (after, trained)):
         assert [state["accuracy"], state["best_of_k"]] == pytest.approx(measured(file), abs=1e-6) and state["k"] == 4
     assert after["reached"] == pytest.approx(measured(trained)[0] / measured(untrained)[1], abs=1e-5)
 
@@ -308,11 +308,11 @@ def test_different_correct_answers_share_vote_only_if_gold_is_answer(tmp_path: P
     assert size >= 4
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = json.loads((out / "recipe.json").read_text())
-    found = {}
+    values = {}
     for task in ("sums", "countdown"):
         (out / "recipe.json").write_text(json.dumps({**recipe, "task": task}))
-        found[task] = report.build([out])["arms"]["base_student"]["maj_at_k"]["sums"]["mean"]
-    assert found == {"sums": 0.5, "countdown": 0.0}
+        values[task] = report.build([out])["arms"]["base_student"]["maj_at_k"]["sums"]["mean"]
+    assert values == {"sums": 0.5, "countdown": 0.0}
 
 
 def test_report_imports_no_torch() -> None:
@@ -351,3 +351,44 @@ def test_accuracy_paths_of_teacher_and_student() -> None:
         ("raw_teacher", "22.1", "8.9 → OPD 14.2"),
         ("bridge", "22.1 → RL 97.4", "8.9 → warm-up 56.9 → OPD ?"),
     ]
+
+
+def test_outcomes_are_shares_of_all_rollouts(tmp_path: Path) -> None:
+    arms = {name: ARMS[name] for name in ("base_student", "direct_grpo")}
+    out = fake_run(tmp_path / "out", seeds=(0,), arms=arms, steps=3)
+    folder = out / "nodes" / names(out, "direct_grpo", 0)[-1] / "rollouts"
+    folder.mkdir(exist_ok=True)
+    kinds = {
+        "right": {"correct": True, "reason": "equal", "finish": "stop"},
+        "cut": {"correct": False, "reason": "no_answer", "finish": "length"},
+        "wrong": {"correct": False, "reason": "different", "finish": "stop"},
+    }
+    for step, outcomes in enumerate((["cut"] * 8, ["cut"] * 5 + ["wrong"] * 3, ["cut"] * 7 + ["right"]), 1):
+        text = "".join(json.dumps(kinds[name]) + "\n" for name in outcomes)
+        (folder / f"{step:06d}.jsonl").write_text(text)
+    stage = next(row for row in report.build([out])["stages"] if row["stage"] == "student_rl")
+    assert stage["outcomes"] == pytest.approx(
+        {"cut": 20 / 24, "wrong": 3 / 24, "right": 1 / 24, "no_answer": 0, "ungraded": 0}
+    )
+    assert stage["no_signal"] is None  # some of its groups were informative
+
+
+def test_verdict_says_why_no_group_was_informative(tmp_path: Path) -> None:
+    arms = {name: ARMS[name] for name in ("base_student", "direct_grpo")}
+    out = fake_run(tmp_path / "out", seeds=(0,), arms=arms, steps=2)
+    node = out / "nodes" / names(out, "direct_grpo", 0)[-1]
+    rows = [{**row, "informative": 0.0} for row in _rows(node / "metrics.jsonl")]
+    (node / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    info = json.loads((node / "node.json").read_text())
+    info["settings"] = {"sampling": {"max_tokens": 48}}
+    (node / "node.json").write_text(json.dumps(info))
+    (node / "rollouts").mkdir(exist_ok=True)
+    graded = [{"correct": False, "reason": "no_answer", "finish": "length"}] * 24 + [
+        {"correct": False, "reason": "different", "finish": "stop"}
+    ]
+    for step in (1, 2):
+        (node / "rollouts" / f"{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded))
+    assert (
+        "in no group did the rewards differ. In student_rl 96 % of the completions were cut at max_tokens = 48, 4 % were wrong: "
+        "raise stages.student_rl.sampling.max_tokens"
+    ) in report.build([out])["verdict"]

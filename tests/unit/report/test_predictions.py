@@ -132,16 +132,16 @@ def test_contrasts_are_grouped_by_equal_resources(every: dict[str, Any]) -> None
 
 def _report(**differences: tuple[float, float, float]) -> dict[str, Any]:
     """A report of contrasts alone: `a__b=(low, difference, high)` in points; p is 0.01 where the interval excludes zero."""
-    found, arms = [], set()
+    contrasts, arms = [], set()
     for pair, (low, middle, high) in differences.items():
         a, b = pair.split("__")
         arms |= {a, b}
         p = 0.01 if low > 0 or high < 0 else 0.4
         scale = {"low": low / 100, "difference": middle / 100, "high": high / 100, "p": p}
         cost = {"labels": {"a": 8, "b": 8}, "flops": {"a": 4.0, "b": 2.0}, "equal": ["labels"]}
-        found.append({"a": a, "b": b, "eval": "sums", **scale, "seeds": 2, "problems": 50, **cost})
+        contrasts.append({"a": a, "b": b, "eval": "sums", **scale, "seeds": 2, "problems": 50, **cost})
     entry = {"accuracy": {"sums": {"mean": 0.5}}, "labels": {"distinct": 8}}
-    return {"evals": ["sums"], "contrasts": found, "arms": dict.fromkeys(sorted(arms), entry)}
+    return {"evals": ["sums"], "contrasts": contrasts, "arms": dict.fromkeys(sorted(arms), entry)}
 
 
 def _reading(name: str, **differences: tuple[float, float, float]) -> dict[str, Any]:

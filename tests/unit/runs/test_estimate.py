@@ -104,10 +104,10 @@ def most_allocated(do: Callable[[], object], folder: Path) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as read:
         do()
     read.export_chrome_trace(str(folder / "trace.json"))
-    events = [one for one in load_json(folder / "trace.json")["traceEvents"] if one.get("name") == "[memory]"]
-    events.sort(key=lambda one: one["ts"])
+    events = [event for event in load_json(folder / "trace.json")["traceEvents"] if event.get("name") == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
     before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
-    return float(max(one["args"]["Total Allocated"] for one in events) - before)
+    return float(max(event["args"]["Total Allocated"] for event in events) - before)
 
 
 @pytest.mark.parametrize("case", MEASURED)
@@ -124,16 +124,16 @@ def test_update_memory_is_within_quarter_of_allocator_count(case: str, tmp_path:
     )
     stage, tokens = stage_of(objective, batch_size=16, group_size=4), 16 * 128
     made = [rollout_of((1, 6, 2, row % 9), tuple(3 + (row + at) % 20 for at in range(124))) for row in range(16)]
-    found = [Row(one, advantage=1.0 if row % 2 else -1.0) for row, one in enumerate(made)]
+    rows = [Row(rollout, advantage=1.0 if row % 2 else -1.0) for row, rollout in enumerate(made)]
     if objective == "opd":
-        found = taught(
-            found,
+        rows = taught(
+            rows,
             load_policy(ModelFolder.open(str(folder), "models.teacher"), LoadOptions(TINY_MODELS, CPU, frozen=True)),
         )
-    there = sum(one.numel() * one.element_size() for one in policy.model.parameters())
+    there = sum(parameter.numel() * parameter.element_size() for parameter in policy.model.parameters())
     optimizer = make_optimizer(policy, stage.optim)
     grown = most_allocated(
-        lambda: [update(policy, optimizer, found, objective_of(stage), stage, tokens) for _ in range(2)], tmp_path
+        lambda: [update(policy, optimizer, rows, objective_of(stage), stage, tokens) for _ in range(2)], tmp_path
     )
     width, logits = 2 if models.dtype == "bfloat16" else 4, 2 if objective == "opd" else 1
     more = 0 if policy.adapter is None else policy.adapter.parameters

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headwater.config.builtin import find_recipe
-from headwater.config.recipe import Compute
+from headwater.config.compute import Compute
 from headwater.runs.executors.base import Failure, Job
 from headwater.runs.executors.local import LocalExecutor, exit_reason, worker_count, worker_limit
 from headwater.runs.executors.schedule import critical_path_first
@@ -69,7 +69,7 @@ def job_of(folder: Path, arms: str, *changes: str, progress_display: ProgressDis
     wanted = arms.split(",")
     silent = ProgressDisplay(lambda line: None, lambda title, number, total: contextlib.nullcontext(silent_progress()))
     with prepared(find_recipe("pocket", [*TINY, *changes]), wanted, [0]) as (plan, inputs):
-        todo = {plan.names[one]: one for one in plan.order()}
+        todo = {plan.names[node]: node for node in plan.order()}
         yield Job(plan, inputs, wanted, RunDir(folder), todo, progress_display or silent, lambda: False)
 
 

@@ -39,17 +39,17 @@ def chain(plan: Plan, arm: str, seed: int = 0) -> list[Node]:
     return list(plan.arms[arm][seed].ancestry())
 
 
-def told(one: Node | str | None) -> str | None:
-    return one if isinstance(one, str) or one is None else f"{one.stage}/{one.pool}"
+def source_name(source: Node | str | None) -> str | None:
+    return source if isinstance(source, str) or source is None else f"{source.stage}/{source.pool}"
 
 
 def line(node: Node) -> tuple[str, str | None, str | None, str | None]:
     """(what on which pool, from which weights, supervised by whom, on whose cached samples)."""
     return (
-        told(node) or "",
-        told(node.start),
-        told(node.teacher),
-        None if node.cache is None else told(node.cache.start),
+        source_name(node) or "",
+        source_name(node.start),
+        source_name(node.teacher),
+        None if node.cache is None else source_name(node.cache.start),
     )
 
 
@@ -287,11 +287,13 @@ def test_fingerprints_hold_day_for_clock_templates_only() -> None:
     plain = plan_of(arms=arms)
     assert plan_of(arms=arms, day=lambda role: None).names == plain.names
 
-    def told(role: str, day: str) -> str | None:
+    def day_of(role: str, day: str) -> str | None:
         return day if role == "student" else None
 
-    one, other = (plan_of(arms=arms, day=lambda role, day=day: told(role, day)) for day in ("2024-02-29", "2024-03-01"))
+    first, other = (
+        plan_of(arms=arms, day=lambda role, day=day: day_of(role, day)) for day in ("2024-02-29", "2024-03-01")
+    )
     for node, name in plain.names.items():
-        same = name == one.names[node] == other.names[node]
+        same = name == first.names[node] == other.names[node]
         assert same == all(ancestor.role != "student" for ancestor in node.ancestry()), name
-        assert same or len({name, one.names[node], other.names[node]}) == 3
+        assert same or len({name, first.names[node], other.names[node]}) == 3

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from headwater.config.recipe import Guards
 from headwater.config.stage import Stage
 from headwater.losses.batch import Row
+from headwater.storage.run_dir import NodeDir, append_jsonl
 from headwater.training.groups import count_uninformative, replace_uninformative
-from headwater.training.guards import NoSignalGuard
+from headwater.training.guards import NoSignalGuard, StageOutcomes
 from headwater.training.rollouts import CachedRollouts
 from headwater.types import Rollout, Verdict
 
@@ -71,16 +73,21 @@ def silent(step: int, informative: float = 0.0, reward: float = 0.0) -> dict[str
     return {"step": step, "informative": informative, "reward": reward}
 
 
-def no_signal_guard(folder: Path, stop: bool = True) -> NoSignalGuard:
-    """Patience 3, 40 labels; the ledger holds three steps of four groups each, on 12 labels."""
+def no_signal_guard(folder: Path, stop: bool = True, right: bool = False) -> NoSignalGuard:
+    """Patience 3, 40 labels; the ledger holds three steps of four groups each, on 12 labels; all verdicts are the same."""
     guards = Guards(no_signal="stop" if stop else "continue", patience=3)
-    folder.mkdir(exist_ok=True)
+    node = NodeDir(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     spend = {"purpose": "train", "checks": 4 * GROUP}
     lines = [json.dumps({**spend, "labels": [f"p{4 * step + i}" for i in range(4)]}) for step in range(3)]
     (folder / "ledger.jsonl").write_text(
         "\n".join([*lines, json.dumps({**spend, "purpose": "eval", "labels": ["e"]})]) + "\n"
     )
-    return NoSignalGuard(guards, stage(), 10, 40, folder / "ledger.jsonl")
+    for step in range(1, 4):
+        graded = [{"correct": right, "reason": "different", "finish": "stop"}] * GROUP
+        append_jsonl(node.rollouts(step), graded)
+    return NoSignalGuard(guards, StageOutcomes(node, "stages.teacher_rl", 48), 10, 40)
 
 
 def test_no_signal_guard_stops_stage_and_names_wasted_labels(
@@ -89,10 +96,13 @@ def test_no_signal_guard_stops_stage_and_names_wasted_labels(
     guard = no_signal_guard(tmp_path)
     assert guard.check(silent(1)) is None and guard.check(silent(2)) is None
     message = str(guard.check(silent(3)))
-    assert "no group is informative: in each of the 12 groups so far all completions were wrong" in message
-    assert "12 labels were looked at and bought nothing" in message
-    assert "the other 28 of this stage's 40 labels would be wasted too" in message
-    assert "all completions were right" in str(no_signal_guard(tmp_path).check(silent(3, reward=1.0)))
+    assert message == (
+        "no informative group in 3 steps, so reward gives no gradient: 100 % of the completions were wrong; 12 labels were looked "
+        "at, and the other 28 of this stage's 40 would be wasted too; use easier problems, a stronger model or a larger "
+        "stages.teacher_rl.group_size (or set guards.no_signal=continue to train on all the same)"
+    )
+    solved = str(no_signal_guard(tmp_path, right=True).check(silent(3, reward=1.0)))
+    assert "100 % of the completions were right" in solved and "use harder problems" in solved
     # A resumed stage that had stopped there stops again; with `continue` it goes on.
     rows_ = [silent(step) for step in (1, 2, 3)]
     assert no_signal_guard(tmp_path).catch_up(rows_) == message

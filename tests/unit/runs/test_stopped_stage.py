@@ -164,7 +164,13 @@ def assert_recorded(run: StageRun, steps: int, graded: list[str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "right", "fault", "message", "graded"),
     [
-        (NO_SIGNAL, lambda number: False, None, "4 labels were looked at", 16),
+        (
+            NO_SIGNAL,
+            lambda number: False,
+            None,
+            "4 labels were looked at; raise stages.student_rl.sampling.max_tokens",
+            16,
+        ),
         (TRUNCATION, every_other, None, "guard truncation", 16),
         # The weights turn NaN after the second step is graded, so that its loss is NaN.
         (NO_SIGNAL, every_other, at("step.gathered", 2, spoil_weights), "the loss is not finite", 16),

@@ -119,7 +119,7 @@ def made_up(vary: str, values: list[Any], bridge: list[float | None], direct: fl
         if mean is not None:
             by_arm = {"base_student": 0.1, "direct_grpo": direct, "bridge": mean}
             costs = {"labels": {"distinct": 64, "checks": 640}, "flops": 1e9}
-            arms = {name: {"accuracy": scored(one), **costs} for name, one in by_arm.items()}
+            arms = {name: {"accuracy": scored(value), **costs} for name, value in by_arm.items()}
             difference, p = mean - direct, 0.001 if abs(mean - direct) > 0.03 else 0.4
             ends = {"low": difference - 0.03, "high": difference + 0.03, "p": p}
             pair = {"a": "bridge", "b": "direct_grpo", "eval": "sums", "difference": difference, **ends}
@@ -128,9 +128,9 @@ def made_up(vary: str, values: list[Any], bridge: list[float | None], direct: fl
         page = f"{value}/report.html" if arms else None
         points.append({"value": value, "failed": failed, "command": "headwater study", "report": page, "page": page,
                        "seeds": [101], "evals": ["sums"], "arms": arms, "contrasts": contrasts})  # fmt: skip
-    found = {"recipe": "pocket", "vary": vary, "field": vary, "values": values, "seeds": [101], "evals": ["sums"],
+    result = {"recipe": "pocket", "vary": vary, "field": vary, "values": values, "seeds": [101], "evals": ["sums"],
              "arms": ["direct_grpo", "bridge"], "command": "headwater sweep", "points": points, "across": []}  # fmt: skip
-    return {**found, "said": sweep_report.sentences(found)}
+    return {**result, "said": sweep_report.sentences(result)}
 
 
 def test_sentences_state_better_undecided_and_changed_order() -> None:
@@ -142,20 +142,20 @@ def test_sentences_state_better_undecided_and_changed_order() -> None:
 
 
 def test_failed_point_is_shown_in_sentences_table_plot_and_page() -> None:
-    found = made_up("labels", [64, 128], [0.6, None])
-    assert found["said"][1] == "labels 128 failed: no group had rewards that differ."
-    plot, _ = sweep_page.plot(found)
+    result = made_up("labels", [64, 128], [0.6, None])
+    assert result["said"][1] == "labels 128 failed: no group had rewards that differ."
+    plot, _ = sweep_page.plot(result)
     assert ">128 (failed)<" in plot.svg and ">64<" in plot.svg
-    assert "failed: no group had rewards that differ" in sweep_page.page(found, plot)
-    assert sweep_page.cell(found["points"][1], "bridge", "sums") == "failed"
+    assert "failed: no group had rewards that differ" in sweep_page.page(result, plot)
+    assert sweep_page.cell(result["points"][1], "bridge", "sums") == "failed"
 
 
 def test_reports_without_sweep_arm_count_as_no_result(tmp_path: Path) -> None:
     fake_run(tmp_path / "64", seeds=(0,), arms={"direct_grpo": ARMS["direct_grpo"]})
     report.write(tmp_path / "64")
-    found = sweep_page.write(pocket("labels", "64", arms=["bridge"]), tmp_path, {})
-    assert (found["points"][0]["arms"], found["evals"]) == ({}, [])
-    assert found["said"] == ["labels 64 has not run yet."]
+    page = sweep_page.write(pocket("labels", "64", arms=["bridge"]), tmp_path, {})
+    assert (page["points"][0]["arms"], page["evals"]) == ({}, [])
+    assert page["said"] == ["labels 64 has not run yet."]
     assert "No point has a result yet." in (tmp_path / "sweep.html").read_text(encoding="utf-8")
 
 
@@ -163,8 +163,8 @@ def test_arms_not_compared_in_paper_are_compared_with_first(tmp_path: Path) -> N
     names = ["warmup_only", "raw_teacher", "replay"]
     fake_run(tmp_path / "64", arms={name: ARMS[name] for name in names})
     report.write(tmp_path / "64")
-    found = sweep_page.write(pocket("labels", "64", arms=names), tmp_path, {})
-    (point,) = found["points"]
+    page = sweep_page.write(pocket("labels", "64", arms=names), tmp_path, {})
+    (point,) = page["points"]
     pairs = {(row["a"], row["b"]): row for row in point["contrasts"]}
     assert set(pairs) == {("raw_teacher", "warmup_only"), ("replay", "warmup_only")}
     for (a, b), row in pairs.items():
@@ -179,11 +179,11 @@ def test_arms_not_compared_in_paper_are_compared_with_first(tmp_path: Path) -> N
 
 
 def test_single_arm_is_compared_with_itself_at_first_value() -> None:
-    found = made_up("lambda", [0.0, 0.5, 1.0], [0.6, 0.62, 0.5])
-    against = [{**found["points"][0]["contrasts"][0], "arm": "bridge", "a": value, "b": 0.0} for value in (0.5, 1.0)]
+    result = made_up("lambda", [0.0, 0.5, 1.0], [0.6, 0.62, 0.5])
+    against = [{**result["points"][0]["contrasts"][0], "arm": "bridge", "a": value, "b": 0.0} for value in (0.5, 1.0)]
     against[1] |= {"low": -0.13, "high": -0.07, "p": 0.001}
-    found |= {"arms": ["bridge"], "across": [against[0] | {"low": -0.01, "high": 0.05, "p": 0.4}, against[1]]}
-    assert sweep_report.sentences(found) == [
+    result |= {"arms": ["bridge"], "across": [against[0] | {"low": -0.01, "high": 0.05, "p": 0.4}, against[1]]}
+    assert sweep_report.sentences(result) == [
         "On sums, at lambda 1 bridge is worse than bridge at lambda 0; at lambda 0.5 bridge cannot be told from bridge at "
         "lambda 0. Highest at lambda 0.5, 62.0 %; as the highest of several it overstates what new runs would give."
     ]
@@ -210,8 +210,8 @@ def test_axis_kind_follows_values(vary: str, values: list[Any], kind: str) -> No
 
 
 def test_plot_spaces_doubling_budgets_equally_and_names_every_line() -> None:
-    found = made_up("labels", [64, 128, 256], [0.5, 0.6, 0.7])
-    (plot, png), (again, png_again) = sweep_page.plot(found), sweep_page.plot(found)
+    result = made_up("labels", [64, 128, 256], [0.5, 0.6, 0.7])
+    (plot, png), (again, png_again) = sweep_page.plot(result), sweep_page.plot(result)
     svg = plot.svg
     assert (svg, png) == (again.svg, png_again)
     for word in ("bridge 70.0", "direct_grpo 50.0", "student before 10.0", ">64<", ">128<", ">256<", "log scale"):
@@ -224,9 +224,9 @@ def test_plot_spaces_doubling_budgets_equally_and_names_every_line() -> None:
 
 
 def test_page_inlines_plot_in_page_colours_and_fetches_nothing() -> None:
-    found = made_up("labels", [64, 128], [0.6, 0.7])
-    found["said"] = ["<b>&"]
-    page = sweep_page.page(found, sweep_page.plot(found)[0])
+    result = made_up("labels", [64, 128], [0.6, 0.7])
+    result["said"] = ["<b>&"]
+    page = sweep_page.page(result, sweep_page.plot(result)[0])
     assert "&lt;b&gt;&amp;" in page and "<b>" not in page
     assert "currentColor" in page and TEXT not in page.split("<svg")[1].split("</svg>")[0]
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")

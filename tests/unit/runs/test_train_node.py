@@ -119,8 +119,8 @@ def test_interrupted_and_resumed_steps_equal_uninterrupted_run(
     resumed = Driver(tiny_policy(seed=8), teacher, node).run()
     assert resumed.started == [stop_after]
     assert same_bits(weights_of(resumed.policy), weights_of(whole.policy))
-    for ours, theirs in ((node.metrics, whole.node.metrics), (node.ledger, whole.node.ledger)):
-        assert stripped(ours) == stripped(theirs)
+    for ours, expected in ((node.metrics, whole.node.metrics), (node.ledger, whole.node.ledger)):
+        assert stripped(ours) == stripped(expected)
         assert [row["step"] for row in stripped(ours)] == list(range(1, 11))
     for step in range(1, 11):
         assert stripped(node.rollouts(step)) == stripped(whole.node.rollouts(step))

@@ -59,12 +59,12 @@ def test_fast_decoder_equals_general_decoder_hidden_states(kind: str) -> None:
     assert isinstance(decoder_for(policy), FastDecoder)
     # Past the first growth of the cache at 9 + 64 columns, and past the second.
     steps = 2 * (9 + INITIAL_COLUMNS) + 5
-    for ours, theirs in zip(
+    for ours, expected in zip(
         hidden_states(policy, FastDecoder(policy), steps),
         hidden_states(policy, CacheDecoder(policy), steps),
         strict=True,
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_unfused_weights_of_large_models_give_same_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,8 +75,8 @@ def test_unfused_weights_of_large_models_give_same_hidden_states(monkeypatch: py
     layer, model_layer = unfused.weights.layers[0], policy.model.model.layers[0]
     assert len(layer.qkv) == 3
     assert layer.qkv[0].weight.data_ptr() == model_layer.self_attn.q_proj.weight.data_ptr()
-    for ours, theirs in zip(hidden_states(policy, unfused, 12), fused, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for ours, expected in zip(hidden_states(policy, unfused, 12), fused, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -172,9 +172,9 @@ def test_max_tokens_truncates_but_stop_token_at_limit_counts_as_stop() -> None:
     long = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=24))
     short = TorchSampler(policy).sample(requests(samples=20), Sampling(max_tokens=6))
     assert any(rollout.finish == "stop" and len(rollout.completion_ids) == 6 for rollout in short)
-    for ours, theirs in zip(short, long, strict=True):
-        assert ours.completion_ids == theirs.completion_ids[:6]
-        assert ours.finish == (theirs.finish if len(theirs.completion_ids) <= 6 else "length")
+    for ours, longer in zip(short, long, strict=True):
+        assert ours.completion_ids == longer.completion_ids[:6]
+        assert ours.finish == (longer.finish if len(longer.completion_ids) <= 6 else "length")
 
 
 def test_every_stop_id_of_generation_config_ends_completion() -> None:
@@ -260,10 +260,10 @@ def test_gradient_checkpointing_does_not_change_sampling(tmp_path) -> None:  # t
         ModelFolder.open(folder, "models.student"), LoadOptions(settings, torch.device("cpu"), frozen=False)
     )
     assert checkpointing.model.training and checkpointing.model.is_gradient_checkpointing
-    ours, theirs = (
+    ours, expected = (
         TorchSampler(policy).sample(requests(), Sampling(max_tokens=12)) for policy in (checkpointing, plain)
     )
-    assert outcomes_by_request(ours) == outcomes_by_request(theirs)
+    assert outcomes_by_request(ours) == outcomes_by_request(expected)
     assert checkpointing.model.training
 
 

@@ -42,7 +42,7 @@ def test_atomic_write_syncs_folder_after_rename(tmp_path: Path, monkeypatch: pyt
     with atomic_folder(tmp_path / "folder") as aside:
         (aside / "b").mkdir()
         (aside / "b" / "c").write_text("x")
-    assert {Path(one).name for one in done[:3]} == {"c", "b", ".folder.tmp"} and done[-1] == str(tmp_path)
+    assert {Path(done_row).name for done_row in done[:3]} == {"c", "b", ".folder.tmp"} and done[-1] == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_full_disk_error_names_file_and_keeps_old_one(tmp_path: Path, monkeypatc
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(DiskError, match=r"report\.json: no space left on device"):
         write_atomic(path, "new")
-    assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["report.json"]
+    assert path.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_running_checksums_equal_whole_file_checksums(tmp_path: Path) -> None:
@@ -160,15 +160,15 @@ def test_temporary_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".b.json.999999999.tmp").write_text("x")
     (tmp_path / "c.json").write_text("x")
     remove_leftovers(tmp_path)
-    assert sorted(one.name for one in tmp_path.iterdir()) == [f".a.json.{os.getpid()}.tmp", "c.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".a.json.{os.getpid()}.tmp", "c.json"]
 
 
 def test_lock_has_one_holder_and_is_free_after_release(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "lock"
     with lock(path, 0.0) as ours:
         assert ours
-        with lock(path, 0.1) as theirs:
-            assert not theirs
+        with lock(path, 0.1) as second_lock:
+            assert not second_lock
     with lock(path, 0.0) as again:
         assert again
 

@@ -50,11 +50,9 @@ def test_ledger_totals_agree_with_independent_counts(tmp_path: Path) -> None:
         seen[purpose] |= set(labels)
         counts[purpose] = [a + b for a, b in zip(counts[purpose], amounts, strict=True)]
     for purpose in ("train", "eval"):
-        found = totals(read_jsonl(path), purpose)  # type: ignore[arg-type]
-        assert found.distinct == len(seen[purpose])
-        assert [found.checks, found.tokens_sampled, found.tokens_trained, found.tokens_teacher_scored] == counts[
-            purpose
-        ]
+        sums = totals(read_jsonl(path), purpose)  # type: ignore[arg-type]
+        assert sums.distinct == len(seen[purpose])
+        assert [sums.checks, sums.tokens_sampled, sums.tokens_trained, sums.tokens_teacher_scored] == counts[purpose]
 
 
 def test_empty_ledger_has_zero_totals(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_file_is_replaced_whole_and_failed_write_keeps_old_one(tmp_path: Path, m
     with pytest.raises(OSError, match="no space left"):
         write_atomic(path, "half a fi")
     assert read_json(path) == {"step": 1, "name": "αβ"}
-    assert [one.name for one in path.parent.iterdir()] == ["state.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["state.json"]
 
 
 def test_missing_or_broken_json_file_is_named(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_countdown_votes_ignore_term_order() -> None:
 def test_countdown_pools_share_no_numbers_for_any_target_and_seed() -> None:
     held_by = {pool: {text.split("=")[0] for seed in (0, 1) for text, _ in generate(400, pool, seed)} for pool in POOLS}
     for pool, numbers in held_by.items():
-        assert {pool_of(f"{one}=7") for one in numbers} == {pool}
+        assert {pool_of(f"{number}=7") for number in numbers} == {pool}
         assert not any(numbers & other for name, other in held_by.items() if name != pool)
 
 

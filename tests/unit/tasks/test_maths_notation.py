@@ -28,7 +28,9 @@ def verifier() -> Iterator[Verifier]:
 def wrongly_graded(verifier: Verifier, cases: list[tuple[str, str]], expected: bool) -> list[tuple[str, str, str]]:
     """The (gold, completion) pairs whose verdict is not the expected one, with the reason."""
     verdicts = verifier(cases)
-    return [(*case, one.reason) for case, one in zip(cases, verdicts, strict=True) if one.correct != expected]
+    return [
+        (*case, verdict.reason) for case, verdict in zip(cases, verdicts, strict=True) if verdict.correct != expected
+    ]
 
 
 def boxed(*pairs: tuple[str, str]) -> list[tuple[str, str]]:
@@ -211,8 +213,8 @@ def test_explanation_is_distinguished_from_answer() -> None:
 
 @given(st.text(max_size=200))
 def test_no_text_raises_in_search(text: str) -> None:
-    for found in (announced_answer(text), marked_answer(text)):
-        assert found is None or isinstance(found, str)
+    for answer in (announced_answer(text), marked_answer(text)):
+        assert answer is None or isinstance(answer, str)
 
 
 def test_equal_values_are_one_vote() -> None:

@@ -146,15 +146,15 @@ def test_each_gold_grades_correct_for_its_own_completion_only(task: str) -> None
     with Verifier(task, workers=1) as verifier:
         own = verifier([(gold, str(TASKS[task].as_completion(gold))) for gold in GOLDS[task]])
         others = verifier([(a, str(TASKS[task].as_completion(b))) for a in golds for b in golds if a != b])
-    assert [one.reason for one in own] == ["equal"] * len(own)
-    assert not any(one.correct for one in others) or task == "numeric"  # 3.14 is within 3.14 ± 0.01
+    assert [verdict.reason for verdict in own] == ["equal"] * len(own)
+    assert not any(verdict.correct for verdict in others) or task == "numeric"  # 3.14 is within 3.14 ± 0.01
 
 
 def test_catastrophic_pattern_is_killed_without_delaying_others() -> None:
     started = time.monotonic()
     with Verifier("regex", workers=1, seconds=0.5) as verifier:
-        found = verifier([("(a+)+b", "a" * 40), ("a", "a"), ("(x+x+)+y", "x" * 60), ("b", "b")])
-    assert [one.reason for one in found] == ["timeout", "equal", "timeout", "equal"]
+        verdicts = verifier([("(a+)+b", "a" * 40), ("a", "a"), ("(x+x+)+y", "x" * 60), ("b", "b")])
+    assert [verdict.reason for verdict in verdicts] == ["timeout", "equal", "timeout", "equal"]
     assert time.monotonic() - started < 20
 
 
@@ -177,7 +177,7 @@ def test_hostile_texts_are_graded_in_time_in_process() -> None:
 
 
 def test_extract_returns_one_spelling_for_votes() -> None:
-    for name, one, other in (
+    for name, first, other in (
         ("numeric", "\\boxed{1/2}", "The answer is 0.50."),
         ("choice", "\\boxed{C and A}", "Answer: A, C"),
         ("json", '{"a": 1, "b": 2}', '{"b": 2, "a": 1}'),
@@ -186,7 +186,7 @@ def test_extract_returns_one_spelling_for_votes() -> None:
     ):
         extract = TASKS[name].extract
         assert extract is not None
-        assert extract(one) == extract(other) is not None
+        assert extract(first) == extract(other) is not None
 
 
 def test_task_helpers_by_hand() -> None:
@@ -213,9 +213,9 @@ def test_validate_names_unusable_gold_answers(tmp_path: Path) -> None:
         {"problem": "r", "answer": "(?!z)y"},
         {"problem": "s", "answer": "(?!z).*"},
     )
-    found = validate(patterns, "regex", workers=1)
+    report = validate(patterns, "regex", workers=1)
     # The last two look around, so no example can be made; the pattern that a mere "-" satisfies is named.
-    assert [(gold, reason) for _, gold, reason in found.failed] == [("(open", "error"), ("(?!z).*", "passes_blank")]
+    assert [(gold, reason) for _, gold, reason in report.failed] == [("(open", "error"), ("(?!z).*", "passes_blank")]
     objects = rows_of(
         tmp_path / "j.jsonl", {"problem": "p", "answer": {"city": "Paris"}}, {"problem": "q", "answer": "{}"}
     )
@@ -234,11 +234,11 @@ DOCS = Path(__file__).parents[3] / "docs" / "tasks.md"
 def test_documentation_examples_are_correct(tmp_path: Path) -> None:
     text = DOCS.read_text(encoding="utf-8")
     examples = [json.loads(line) for line in text.partition("```jsonl\n")[2].partition("\n```\n\n")[0].splitlines()]
-    assert {one["task"] for one in examples} == TASKS.keys()
-    for number, one in enumerate(examples):
+    assert {example["task"] for example in examples} == TASKS.keys()
+    for number, example in enumerate(examples):
         path = tmp_path / f"{number}.jsonl"
-        path.write_text(json.dumps(one), encoding="utf-8")
+        path.write_text(json.dumps(example), encoding="utf-8")
         assert [
-            (row["correct"], row["reason"]) for row in grade_file(path, task=one["task"], workers=1, seconds=20)
-        ] == [(True, "equal")], one
+            (row["correct"], row["reason"]) for row in grade_file(path, task=example["task"], workers=1, seconds=20)
+        ] == [(True, "equal")], example
     assert all(f"| `{name}` |" in text for name in TASKS)

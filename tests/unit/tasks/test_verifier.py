@@ -77,7 +77,11 @@ def test_verifier_reports_reason_for_each_failure_and_keeps_other_verdicts(grade
 def test_verifier_keeps_custom_reasons_and_ignores_prints(graders: str) -> None:
     with Verifier(f"{graders}:misbehave") as verifier:
         verdicts = verifier([("noise", "noise"), ("x", "pair"), ("a", "b")])
-    assert [(one.correct, one.reason) for one in verdicts] == [(True, "equal"), (True, "nearly"), (False, "different")]
+    assert [(verdict.correct, verdict.reason) for verdict in verdicts] == [
+        (True, "equal"),
+        (True, "nearly"),
+        (False, "different"),
+    ]
 
 
 def test_verifier_is_not_delayed_by_hanging_answer(graders: str) -> None:
@@ -140,9 +144,9 @@ def test_verifier_grades_equal_questions_once(graders: str) -> None:
     with Verifier(f"{graders}:misbehave", workers=1, seconds=0.5) as verifier:
         verdicts = verifier([("a", "sleep")] * 20)
         started = time.perf_counter()
-        assert [one.reason for one in verifier([("a", "sleep")] * 20)] == ["timeout"] * 20
+        assert [verdict.reason for verdict in verifier([("a", "sleep")] * 20)] == ["timeout"] * 20
         assert time.perf_counter() - started < 0.2
-    assert [one.reason for one in verdicts] == ["timeout"] * 20
+    assert [verdict.reason for verdict in verdicts] == ["timeout"] * 20
 
 
 def test_verifier_keeps_order_of_questions() -> None:
@@ -157,18 +161,18 @@ def test_verifier_settles_plain_answers_without_worker() -> None:
     with Verifier("maths") as verifier:
         verdicts = verifier([("1,080", "#### 1080"), ("5", "The answer is 6."), ("7", "no idea")])
         assert verifier._pool == []
-    assert [one.reason for one in verdicts] == ["equal", "different", "no_answer"]
+    assert [verdict.reason for verdict in verdicts] == ["equal", "different", "no_answer"]
 
 
 def test_verifier_accepts_lone_surrogates_and_control_characters() -> None:
     with Verifier("maths", workers=1) as verifier:
         verdicts = verifier([("x+1", "\\boxed{\ud800+x}"), ("x+1", "\0\\boxed{1+x}\x1b")])
-    assert [one.correct for one in verdicts] == [False, True]
+    assert [verdict.correct for verdict in verdicts] == [False, True]
 
 
 def test_sums_are_graded_in_process() -> None:
     with Verifier("sums") as verifier:
-        assert [one.reason for one in verifier([("47", "17+30=47"), ("47", "=48"), ("47", "?")])] == [
+        assert [verdict.reason for verdict in verifier([("47", "17+30=47"), ("47", "=48"), ("47", "?")])] == [
             "equal", "different", "no_answer",
         ]  # fmt: skip
         assert verifier._pool == []
@@ -224,6 +228,6 @@ def test_verifier_retries_after_worker_is_killed(tmp_path: Path, monkeypatch: py
     pairs = [(text, text) for text in ("a", "kill1", "b", "kill2", "c")] + [("x", "kill3"), ("x", "d")]
     with Verifier("graders_once:once", workers=2) as verifier:
         verdicts = verifier(pairs)
-    assert [one.correct for one in verdicts] == [True] * 5 + [False] * 2
-    assert {one.reason for one in verdicts} == {"equal", "different"}
+    assert [verdict.correct for verdict in verdicts] == [True] * 5 + [False] * 2
+    assert {verdict.reason for verdict in verdicts} == {"equal", "different"}
     assert len(list(tmp_path.glob("mark-kill*"))) == 3

@@ -87,8 +87,8 @@ def test_answers_and_operation_counts_equal_graph_evaluator(dials: WordsDials) -
         beside.add(len(problem.world.steps) - len(needed))
         numbers = [number for step in problem.world.steps for number in (step.left, step.value)]
         assert min(numbers) >= 2 and max(numbers) <= dials.largest
-        told = [step.quantity for step in problem.world.steps]
-        assert len(set(told)) == len(told)  # nothing is told twice
+        quantities = [step.quantity for step in problem.world.steps]
+        assert len(set(quantities)) == len(quantities)  # nothing is told twice
         assert all(parent < index for index, step in enumerate(problem.world.steps) for parent in step.dependencies)
     assert beside == set(range(dials.distractors + 1))
 
@@ -119,8 +119,8 @@ def test_cancelling_number_is_detected_by_its_slope() -> None:
 # The text -------------------------------------------------------------------------------------------------------------
 
 THINGS = {thing for scene in SCENES for thing in scene.things}
-NAME, THING, VERB, NUMBER = "([A-Z][a-z]+)", "([a-z]+)", f"(?:{'|'.join(one.did for one in SCENES)})", r"(\d+)"
-GROUPS = f"(?:{'|'.join(one.groups for one in SCENES)})"
+NAME, THING, VERB, NUMBER = "([A-Z][a-z]+)", "([a-z]+)", f"(?:{'|'.join(scene.did for scene in SCENES)})", r"(\d+)"
+GROUPS = f"(?:{'|'.join(scene.groups for scene in SCENES)})"
 THE = f"the number of {THING} that {NAME} {VERB}"
 TIMES = {"twice": Fraction(2), "half": Fraction(1, 2), "a third": Fraction(1, 3), "a quarter": Fraction(1, 4)} | {
     "a fifth": Fraction(1, 5)
@@ -144,9 +144,9 @@ class Reader:
 
     def tell(self, sentence: str) -> None:
         for pattern, equation in self.sentences():
-            found = re.fullmatch(pattern, sentence)
-            if found:
-                left, right = equation(*found.groups())
+            match = re.fullmatch(pattern, sentence)
+            if match:
+                left, right = equation(*match.groups())
                 break
         else:
             raise AssertionError(f"not understood: {sentence}")
@@ -156,9 +156,9 @@ class Reader:
             for quantity, coefficient in side:
                 total[quantity] = total.get(quantity, Fraction(0)) + sign * Fraction(coefficient)
         number = total.pop(None, Fraction(0))
-        new = [one for one in total if one not in self.known]
+        new = [part for part in total if part not in self.known]
         assert len(new) == 1, f"tells {len(new)} new things: {sentence}"
-        rest = number + sum(total[one] * self.known[one] for one in total if one in self.known)
+        rest = number + sum(total[part] * self.known[part] for part in total if part in self.known)
         self.known[new[0]] = -rest / total[new[0]]  # type: ignore[index]
 
     def sentences(self):  # type: ignore[no-untyped-def]
@@ -178,9 +178,9 @@ class Reader:
                 return q(rest, thing)
             if rest in THINGS:
                 return q(owner, rest)
-            found = re.fullmatch(f"{NAME} {VERB} {THING}", rest)
-            assert found, rest
-            return q(found[1], found[2])
+            match = re.fullmatch(f"{NAME} {VERB} {THING}", rest)
+            assert match, rest
+            return q(match[1], match[2])
 
         def many(owner: str, times: str, thing: str, rest: str):  # type: ignore[no-untyped-def]
             return [(q(owner, thing), 1)], [(other(owner, thing, rest), factor(times))]
@@ -252,7 +252,7 @@ class Reader:
     def answer_question(self, question: str) -> Fraction:
         """What the last sentences ask for. Every pattern gives what is to be added up, multiplied or divided."""
         known = self.known
-        do = f"(?:{'|'.join(one.do for one in SCENES)})"
+        do = f"(?:{'|'.join(scene.do for scene in SCENES)})"
         unit = "(?:points|cents|dollars|tokens)"
         forms: list[tuple[str, Callable[..., Fraction]]] = [
             (f"How many {THING} did {NAME} {do}\\?", lambda t, a: known[a, t]),
@@ -296,15 +296,15 @@ class Reader:
             ),
         ]
         for pattern, answer in forms:
-            found = re.fullmatch(pattern, question)
-            if found:
-                return answer(*found.groups())
+            match = re.fullmatch(pattern, question)
+            if match:
+                return answer(*match.groups())
         raise AssertionError(f"not understood: {question}")
 
 
 def read(text: str) -> Fraction:
     sentences = re.findall(r"[^.?]+[.?]", text)
-    sentences = [one.strip() for one in sentences]
+    sentences = [sentence.strip() for sentence in sentences]
     last = (
         2
         if re.match("For each|Each|The .* (?:equal piles|people)|.* the same number on each day", sentences[-2])
@@ -323,13 +323,13 @@ def test_problem_text_states_its_graph(dials: WordsDials) -> None:
 
 
 def test_reader_distinguishes_right_from_wrong_text() -> None:
-    told = (
+    text = (
         "Mia picked 12 apples. Tom picked 5 more apples than Mia. Ada picked half as many pears as Mia picked apples. "
     )
-    assert read(told + "How many apples did Mia and Tom pick together?") == 29  # 12 + 17
+    assert read(text + "How many apples did Mia and Tom pick together?") == 29  # 12 + 17
     assert (
         read(
-            told
+            text
             + "By how much was the number of apples that Tom picked larger than the number of pears that Ada picked?"
         )
         == 11

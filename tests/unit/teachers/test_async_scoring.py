@@ -22,7 +22,7 @@ def rollouts(count: int) -> list[Rollout]:
 
 def lengths(part: Sequence[Rollout]) -> list[Any]:
     """Stands for a teacher: each rollout's score holds its number of tokens."""
-    return [Exact(torch.full((1, 1), float(len(one.completion_ids)))) for one in part]
+    return [Exact(torch.full((1, 1), float(len(rollout.completion_ids)))) for rollout in part]
 
 
 def test_async_scores_belong_to_their_rollouts() -> None:
@@ -36,10 +36,10 @@ def test_async_scores_belong_to_their_rollouts() -> None:
     with AsyncScorer(score, 3) as ahead:
         for batch in (some[4:6], some[:4], some[6:]):
             ahead.submit(batch)
-        found = ahead.results()
+        results = ahead.results()
     assert parts == [3, 3, 1]
-    assert {key: one.logp_NV.item() for key, one in found.items()} == {  # type: ignore[attr-defined]
-        (one.problem_id, one.sample): len(one.completion_ids) for one in some
+    assert {key: score.logp_NV.item() for key, score in results.items()} == {  # type: ignore[attr-defined]
+        (rollout.problem_id, rollout.sample): len(rollout.completion_ids) for rollout in some
     }
 
 

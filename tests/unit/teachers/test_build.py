@@ -34,24 +34,24 @@ def mixed_rollouts() -> list[Rollout]:
 
 def test_rollouts_are_scored_by_their_tagged_teacher_in_order() -> None:
     teacher, rollouts = two(), mixed_rollouts()
-    for one, rollout in zip(teacher.distributions(rollouts, 4096), rollouts, strict=True):
+    for distribution, rollout in zip(teacher.distributions(rollouts, 4096), rollouts, strict=True):
         own = teacher.teachers["left" if rollout.problem_id == "a" else "right"]
         assert isinstance(own, Policy)
         expected = distributions_of(own, [rollout], 4096)[0].materialize()
-        torch.testing.assert_close(one.materialize().logp_NV, expected.logp_NV, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(distribution.materialize().logp_NV, expected.logp_NV, atol=1e-5, rtol=1e-5)
 
 
 def test_requests_are_sampled_by_tagged_teacher_as_alone() -> None:
     teacher = two()
     requests = requests_for([("a", PROMPTS[0]), ("b", PROMPTS[1])], 3, 0, "tags")[::-1]
     arrived: list[Rollout] = []
-    found = teacher.sample(requests, Sampling(max_tokens=8), arrived.extend)
+    rollouts = teacher.sample(requests, Sampling(max_tokens=8), arrived.extend)
     for tag, name in (("left", "a"), ("right", "b")):
         own = teacher.teachers[tag]
         assert isinstance(own, Policy)
-        own_requests = [one for one in requests if one.problem_id == name]
+        own_requests = [request for request in requests if request.problem_id == name]
         alone = TorchSampler(own).sample(own_requests, Sampling(max_tokens=8))
-        assert [one for one in found if one.problem_id == name] == alone
+        assert [rollout for rollout in rollouts if rollout.problem_id == name] == alone
     assert len(arrived) == 6
 
 
@@ -66,22 +66,22 @@ def test_two_teachers_in_batch_give_summed_gradients_of_each(policy: Policy, div
         for index, row in enumerate(sampled_rows(policy, groups=3))
     ]
     teacher = two(cut)
-    found = teacher.distributions([row.rollout for row in rows_], 4096)
-    taught = [replace(row, teacher=one) for row, one in zip(rows_, found, strict=True)]
+    distributions = teacher.distributions([row.rollout for row in rows_], 4096)
+    taught = [replace(row, teacher=distribution) for row, distribution in zip(rows_, distributions, strict=True)]
     together = gradient_of(policy, taught, stage)
     total = sum(row.tokens for row in taught)
     apart: dict[str, torch.Tensor] = {}
     for name in "ab":
         some = [row for row in taught if row.rollout.problem_id == name]
         share = sum(row.tokens for row in some) / total
-        for key, one in gradient_of(policy, some, stage).items():
-            apart[key] = apart.get(key, torch.zeros_like(one)) + share * one
-    assert furthest(together, apart) < 1e-5 < max(one.abs().max().item() for one in together.values())
+        for key, gradient in gradient_of(policy, some, stage).items():
+            apart[key] = apart.get(key, torch.zeros_like(gradient)) + share * gradient
+    assert furthest(together, apart) < 1e-5 < max(gradient.abs().max().item() for gradient in together.values())
 
 
 def test_hidden_states_of_different_heads_are_not_concatenated(policy: Policy, teacher: Policy) -> None:
     rollouts = mixed_rollouts()
-    parts: list[Distributions] = [distributions_of(one, rollouts[:2], 4096)[0] for one in (policy, teacher)]
+    parts: list[Distributions] = [distributions_of(model, rollouts[:2], 4096)[0] for model in (policy, teacher)]
     whole = concatenate(parts, CPU)
     assert isinstance(whole, Concatenated) and len(whole) == sum(map(len, parts))
     expected = torch.cat([part.materialize().logp_NV for part in parts])
@@ -94,10 +94,10 @@ def test_hidden_states_of_different_heads_are_not_concatenated(policy: Policy, t
 def test_offloaded_teacher_keeps_its_head_and_scores_as_before(tied: bool) -> None:
     policy = tiny_policy(tied=tied)
     rollouts = mixed_rollouts()
-    expected = [one.materialize().logp_NV for one in distributions_of(policy, rollouts, 4096)]
-    moved = {id(one) for one in offloadable_weights(policy)}
-    stays = {name for name, one in policy.model.named_parameters() if id(one) not in moved}
+    expected = [distribution.materialize().logp_NV for distribution in distributions_of(policy, rollouts, 4096)]
+    moved = {id(weight) for weight in offloadable_weights(policy)}
+    stays = {name for name, parameter in policy.model.named_parameters() if id(parameter) not in moved}
     assert stays == ({"model.embed_tokens.weight"} if tied else {"lm_head.weight"})
     waiting = OffloadedTeacher(policy, CPU, TorchSampler)
-    for one, whole in zip(waiting.distributions(rollouts, 4096), expected, strict=True):
-        assert torch.equal(one.materialize().logp_NV, whole)
+    for distribution, whole in zip(waiting.distributions(rollouts, 4096), expected, strict=True):
+        assert torch.equal(distribution.materialize().logp_NV, whole)

@@ -18,10 +18,10 @@ def test_compact_ids_round_trip(vocabulary: int, bytes_of_64: int, kept: int) ->
     stored = pack_ids(ids, vocabulary)
     assert torch.equal(unpack_ids(stored), ids.int())
     if kept == 64:
-        assert sum(one.nbytes for one in stored.values()) == 50 * bytes_of_64
+        assert sum(array.nbytes for array in stored.values()) == 50 * bytes_of_64
 
 
 def test_top_64_of_large_vocabulary_takes_under_300_bytes_per_token() -> None:
     ids = torch.randint(0, 151_936, (10, 64))
     logp = torch.randn(10, 64).half()
-    assert (sum(one.nbytes for one in pack_ids(ids, 151_936).values()) + logp.nbytes) / 10 == 272
+    assert (sum(array.nbytes for array in pack_ids(ids, 151_936).values()) + logp.nbytes) / 10 == 272

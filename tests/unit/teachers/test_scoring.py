@@ -56,9 +56,9 @@ def test_teacher_equal_to_student_gives_zero_loss_and_gradient(
     # Other microbatches than the student's, so the two forward passes are not the same to the last bit.
     mirrored = taught(rows, itself, tokens=30)
     assert largest(gradient_of(policy, mirrored, stage)) < 1e-4 * scale
-    found = update(policy, make_optimizer(policy, stage.optim), mirrored, objective_of(stage), stage, 4096)
-    assert abs(found["loss"]) < 1e-5
-    assert abs(found["kl_student_teacher"]) < 1e-6 and abs(found["kl_teacher_student"]) < 1e-6
+    stats = update(policy, make_optimizer(policy, stage.optim), mirrored, objective_of(stage), stage, 4096)
+    assert abs(stats["loss"]) < 1e-5
+    assert abs(stats["kl_student_teacher"]) < 1e-6 and abs(stats["kl_teacher_student"]) < 1e-6
 
 
 def cached(folder: Path, teacher: Policy, top_k: int | None = None, temperature: float = 1.0) -> list[Row]:
@@ -99,10 +99,12 @@ def test_top_k_cache_bounds_exact_divergence_from_below(tmp_path: Path, policy: 
         cached(tmp_path, teacher, top_k=k)
         rows = read_cache(tmp_path)
         teachers = [row.teacher for row in rows]
-        assert all(isinstance(one, TopK) and one.ids_NK.shape[1] == min(k, 30) for one in teachers)
+        assert all(
+            isinstance(distribution, TopK) and distribution.ids_NK.shape[1] == min(k, 30) for distribution in teachers
+        )
         merged = torch.cat([
-            token_losses.forward_kl(*one.materialize().align(plain_logp(policy, row)))
-            for one, row in zip(teachers, rows, strict=True) if one is not None
+            token_losses.forward_kl(*distribution.materialize().align(plain_logp(policy, row)))
+            for distribution, row in zip(teachers, rows, strict=True) if distribution is not None
         ])  # fmt: skip
         assert bool((merged <= whole + 0.01).all())  # kept log-probs are rounded to float16
         gaps.append((whole - merged).mean().item())
@@ -113,10 +115,10 @@ def test_top_k_cache_bounds_exact_divergence_from_below(tmp_path: Path, policy: 
 def test_exact_cache_of_student_itself_gives_zero_loss(tmp_path: Path, policy: Policy) -> None:
     cached(tmp_path, policy)
     stage = stage_of("forward_kl", batch_size=16)
-    found = update(
+    stats = update(
         copied(policy), make_optimizer(policy, stage.optim), read_cache(tmp_path), objective_of(stage), stage, 64
     )
-    assert abs(found["loss"]) < 1e-6
+    assert abs(stats["loss"]) < 1e-6
     assert all(isinstance(row.teacher, Exact) for row in read_cache(tmp_path))
 
 
@@ -169,5 +171,5 @@ def test_huge_exact_cache_is_refused_before_sampling_with_top_k_offered(teacher:
 
 def test_scoring_leaves_no_gradient(policy: Policy) -> None:
     rollouts = [row.rollout for row in sampled_rows(policy)]
-    assert not any(one.requires_grad for one in hidden_of(policy, rollouts, 64))
-    assert not any(one.requires_grad for one in logp_of(policy, rollouts, 64))
+    assert not any(hidden.requires_grad for hidden in hidden_of(policy, rollouts, 64))
+    assert not any(logp.requires_grad for logp in logp_of(policy, rollouts, 64))

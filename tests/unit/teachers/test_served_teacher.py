@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.config.recipe import Server
+from headwater.config.compute import Server
 from headwater.config.stage import Sampling
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.distributions import TopK
@@ -42,12 +42,14 @@ ROLLOUTS = [
 @pytest.mark.parametrize("k", [1, 4, 20])
 def test_served_scores_equal_teacher_top_k(policy: Policy, k: int) -> None:
     with serving(Answering(policy, most=30)) as there:
-        found = teacher_at(there.url, k).distributions(ROLLOUTS, 4096)
-    exact = [one.materialize().top_k(k) for one in distributions_of(policy, ROLLOUTS, 4096)]
-    assert [len(one) for one in found] == [len(one.completion_ids) for one in ROLLOUTS]
-    for ours, theirs in zip(exact, found, strict=True):
-        assert isinstance(theirs, TopK) and torch.equal(ours.ids_NK, theirs.ids_NK)
-        torch.testing.assert_close(ours.logp_NK, theirs.logp_NK, atol=1e-5, rtol=0.0)
+        distributions = teacher_at(there.url, k).distributions(ROLLOUTS, 4096)
+    exact = [distribution.materialize().top_k(k) for distribution in distributions_of(policy, ROLLOUTS, 4096)]
+    assert [len(distribution) for distribution in distributions] == [
+        len(rollout.completion_ids) for rollout in ROLLOUTS
+    ]
+    for ours, served in zip(exact, distributions, strict=True):
+        assert isinstance(served, TopK) and torch.equal(ours.ids_NK, served.ids_NK)
+        torch.testing.assert_close(ours.logp_NK, served.logp_NK, atol=1e-5, rtol=0.0)
 
 
 def test_sequences_are_sent_as_ids_in_batches_of_bounded_size(policy: Policy) -> None:
@@ -55,18 +57,20 @@ def test_sequences_are_sent_as_ids_in_batches_of_bounded_size(policy: Policy) ->
         teacher_at(there.url).distributions(ROLLOUTS, 4096)
     sent = [body["prompt"] for path, body in there.requests if path == "/v1/completions"]
     assert len(sent) > 1 and all(sum(map(len, part)) <= QUICK.batch_tokens for part in sent)
-    assert sorted(one for part in sent for one in part) == sorted(
-        [*one.prompt_ids, *one.completion_ids] for one in ROLLOUTS
+    assert sorted(request for part in sent for request in part) == sorted(
+        [*rollout.prompt_ids, *rollout.completion_ids] for rollout in ROLLOUTS
     )
 
 
 def test_top_k_zero_scores_only_sampled_token(policy: Policy) -> None:
     with serving(Answering(policy)) as there:
-        found = teacher_at(there.url, 0).distributions(ROLLOUTS[:2], 4096)
-    for one, rollout, exact in zip(found, ROLLOUTS, distributions_of(policy, ROLLOUTS[:2], 4096), strict=False):
+        distributions = teacher_at(there.url, 0).distributions(ROLLOUTS[:2], 4096)
+    for distribution, rollout, exact in zip(
+        distributions, ROLLOUTS, distributions_of(policy, ROLLOUTS[:2], 4096), strict=False
+    ):
         targets = torch.tensor(rollout.completion_ids)
         torch.testing.assert_close(
-            one.token_logp(targets), exact.materialize().token_logp(targets), atol=1e-5, rtol=0.0
+            distribution.token_logp(targets), exact.materialize().token_logp(targets), atol=1e-5, rtol=0.0
         )
 
 
@@ -75,14 +79,15 @@ def test_each_sample_has_seed_of_its_request(policy: Policy) -> None:
     arrived: list[Rollout] = []
     with serving(Answering(policy)) as there:
         teacher = teacher_at(there.url)
-        found = teacher.sample(requests, Sampling(max_tokens=8), arrived.extend)
+        rollouts = teacher.sample(requests, Sampling(max_tokens=8), arrived.extend)
         again = teacher.sample(requests[::-1], Sampling(max_tokens=8))[::-1]
         seeds = {body["seed"] for path, body in there.requests if path == "/v1/completions"}
-    assert len(seeds) == 6 and all(0 <= one < 2**63 for one in seeds)
-    assert [one.completion_ids for one in found] == [one.completion_ids for one in again]
-    assert [(one.problem_id, one.sample) for one in found] == [(one.problem_id, one.sample) for one in requests]
-    assert {one.completion_ids for one in arrived} == {one.completion_ids for one in found}
-    assert all(len(one.sampler_logp) == len(one.completion_ids) for one in found)
+    assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds)
+    assert [rollout.completion_ids for rollout in rollouts] == [rollout.completion_ids for rollout in again]
+    keys = [(request.problem_id, request.sample) for request in requests]
+    assert [(rollout.problem_id, rollout.sample) for rollout in rollouts] == keys
+    assert {rollout.completion_ids for rollout in arrived} == {rollout.completion_ids for rollout in rollouts}
+    assert all(len(rollout.sampler_logp) == len(rollout.completion_ids) for rollout in rollouts)
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
@@ -110,10 +115,10 @@ def changed(good: Answers, change: Callable[[dict[str, Any]], Any]) -> Answers:
     """Answers with every choice of a completion changed."""
 
     def answer(path: str, body: dict[str, Any] | None) -> Any:
-        found = good(path, body)
-        if path == "/v1/completions" and isinstance(found, dict):
-            return {"choices": [change(one) for one in found["choices"]]}
-        return found
+        reply = good(path, body)
+        if path == "/v1/completions" and isinstance(reply, dict):
+            return {"choices": [change(choice) for choice in reply["choices"]]}
+        return reply
 
     return answer
 
@@ -124,20 +129,26 @@ def without(choice: dict[str, Any], name: str) -> dict[str, Any]:
 
 def each(choice: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     """A choice with the log-probs of every position changed."""
-    return {**choice, "prompt_logprobs": [None if one is None else change(one) for one in choice["prompt_logprobs"]]}
+    return {
+        **choice,
+        "prompt_logprobs": [None if position is None else change(position) for position in choice["prompt_logprobs"]],
+    }
 
 
 UNFIT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no prompt_logprobs": (lambda one: without(one, "prompt_logprobs"), "gives no prompt_logprobs"),
-    "other ids": (lambda one: {**one, "prompt_token_ids": [1, 2]}, "other token ids than it was sent"),
-    "too few": (lambda one: each(one, lambda known: dict(list(known.items())[:1])), "log-prob"),
-    "without the token": (lambda one: each(one, lambda known: {"27": {"logprob": -1.0}}), "no log-prob for token"),
+    "no prompt_logprobs": (lambda answer: without(answer, "prompt_logprobs"), "gives no prompt_logprobs"),
+    "other ids": (lambda answer: {**answer, "prompt_token_ids": [1, 2]}, "other token ids than it was sent"),
+    "too few": (lambda answer: each(answer, lambda known: dict(list(known.items())[:1])), "log-prob"),
+    "without the token": (
+        lambda answer: each(answer, lambda known: {"27": {"logprob": -1.0}}),
+        "no log-prob for token",
+    ),
     "beyond": (
-        lambda one: each(one, lambda known: known | {"151999": {"logprob": -9.0}}),
+        lambda answer: each(answer, lambda known: known | {"151999": {"logprob": -9.0}}),
         "beyond the student's vocab",
     ),
-    "another form": (lambda one: each(one, lambda known: {"a": 1}), "in another form than vLLM's"),
-    "a list": (lambda one: each(one, lambda known: [1.0]), "in another form than vLLM's"),
+    "another form": (lambda answer: each(answer, lambda known: {"a": 1}), "in another form than vLLM's"),
+    "a list": (lambda answer: each(answer, lambda known: [1.0]), "in another form than vLLM's"),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from headwater.config.recipe import Server
+from headwater.config.compute import Server
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.teachers import server_client
 from headwater.teachers.server_client import ServerClient, connect
@@ -177,9 +177,9 @@ def test_model_name_after_address_selects_among_several() -> None:
 
 
 def test_served_model_fingerprint_is_its_name_and_root_not_address() -> None:
-    found = []
+    fingerprints = []
     for root in ("x", "x", "y"):
         with serving(lambda path, body, root=root: {"data": [{"id": "a", "root": root}]}) as there:  # type: ignore[misc]
-            found.append(connect(there.url, "models.teacher", QUICK).fingerprint)
-    assert found[0] == found[1] != found[2]
-    assert found[0] == "3b70405c9b75078a"  # run directories of earlier versions hold it
+            fingerprints.append(connect(there.url, "models.teacher", QUICK).fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert fingerprints[0] == "3b70405c9b75078a"  # run directories of earlier versions hold it

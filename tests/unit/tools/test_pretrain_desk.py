@@ -104,7 +104,7 @@ def test_packed_rows_equal_chat_template_with_loss_on_completions_only() -> None
     assert ids[0].tolist() == [*wanted[0], *wanted[1], TOKENIZER.pad_token_id]
     assert ids[1, : len(wanted[2])].tolist() == wanted[2]
     assert positions[0].tolist() == [*range(len(wanted[0])), *range(len(wanted[1])), 0]
-    assert TOKENIZER.decode(labels[0][labels[0] != IGNORE_INDEX]) == "".join(f"{one}{END}" for _, one in pairs[:2])
+    assert TOKENIZER.decode(labels[0][labels[0] != IGNORE_INDEX]) == "".join(f"{text}{END}" for _, text in pairs[:2])
     assert TOKENIZER.decode(labels[1][labels[1] != IGNORE_INDEX]) == f"y{END}"
     with pytest.raises(ValueError, match="does not fit into rows of 5"):
         pack(TOKENIZER, pairs, 5)

@@ -37,15 +37,15 @@ def test_checkpoint_round_trips_weights_and_optimizer_bitwise(node: NodeDir, tie
         update(policy, optimizer, rows, objective_of(stage), stage, 4096)
     save_checkpoint(node, 3, policy.model, optimizer)
     other = tiny_policy(seed=9, tied=tied)
-    theirs = make_optimizer(other, stage.optim)
-    assert load_checkpoint(node, other.model, theirs) == 3
+    restored = make_optimizer(other, stage.optim)
+    assert load_checkpoint(node, other.model, restored) == 3
     assert same_bits(weights_of(other), weights_of(policy))
-    saved, read = optimizer.state_dict()["state"], theirs.state_dict()["state"]
+    saved, read = optimizer.state_dict()["state"], restored.state_dict()["state"]
     assert saved.keys() == read.keys() and len(saved) == len(weights_of(policy))
     assert all(same_bits(saved[index], read[index]) and saved[index]["step"].item() == 3 for index in saved)
     # And both go on alike, to the bit.
     update(policy, optimizer, rows, objective_of(stage), stage, 4096)
-    update(other, theirs, rows, objective_of(stage), stage, 4096)
+    update(other, restored, rows, objective_of(stage), stage, 4096)
     assert same_bits(weights_of(other), weights_of(policy))
 
 

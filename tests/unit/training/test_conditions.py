@@ -33,21 +33,21 @@ def test_overlap_is_share_of_common_top_k_tokens() -> None:
 def test_conditions_of_model_with_itself_show_no_divergence() -> None:
     policy = tiny_policy(seed=1)
     own = rollouts(policy, "own")
-    found = measure(policy, policy, own, own, 4, 1000)
-    assert found["kl_teacher_student"] == pytest.approx(0.0, abs=1e-6)
-    assert found["kl_student_teacher"] == pytest.approx(0.0, abs=1e-6)
-    assert found["overlap_student_prefixes"] == found["overlap_teacher_prefixes"] == 1.0
-    assert found["entropy_student"] == pytest.approx(found["entropy_teacher"])
+    conditions = measure(policy, policy, own, own, 4, 1000)
+    assert conditions["kl_teacher_student"] == pytest.approx(0.0, abs=1e-6)
+    assert conditions["kl_student_teacher"] == pytest.approx(0.0, abs=1e-6)
+    assert conditions["overlap_student_prefixes"] == conditions["overlap_teacher_prefixes"] == 1.0
+    assert conditions["entropy_student"] == pytest.approx(conditions["entropy_teacher"])
 
 
 def test_each_divergence_uses_prefixes_of_its_first_model() -> None:
     student, teacher = tiny_policy(seed=1), tiny_policy(seed=2)
-    own, theirs = rollouts(student, "own"), rollouts(teacher, "theirs")
-    found = measure(student, teacher, own, theirs, 4, 1000)
-    assert found["kl_teacher_student"] == pytest.approx(by_hand(teacher, student, theirs), rel=1e-4)
-    assert found["kl_student_teacher"] == pytest.approx(by_hand(student, teacher, own), rel=1e-4)
-    other = measure(student, teacher, theirs, own, 4, 1000)
-    assert abs(other["kl_teacher_student"] - found["kl_teacher_student"]) > 0.01
+    own, teacher_rollouts = rollouts(student, "own"), rollouts(teacher, "theirs")
+    conditions = measure(student, teacher, own, teacher_rollouts, 4, 1000)
+    assert conditions["kl_teacher_student"] == pytest.approx(by_hand(teacher, student, teacher_rollouts), rel=1e-4)
+    assert conditions["kl_student_teacher"] == pytest.approx(by_hand(student, teacher, own), rel=1e-4)
+    other = measure(student, teacher, teacher_rollouts, own, 4, 1000)
+    assert abs(other["kl_teacher_student"] - conditions["kl_teacher_student"]) > 0.01
 
 
 def test_scoring_batch_size_does_not_change_conditions() -> None:
@@ -59,12 +59,12 @@ def test_scoring_batch_size_does_not_change_conditions() -> None:
 
 
 @torch.no_grad()
-def by_hand(first, second, found) -> float:  # type: ignore[no-untyped-def]
+def by_hand(first, second, rollouts) -> float:  # type: ignore[no-untyped-def]
     """Token mean of KL(first ‖ second), one sequence at a time through the whole model."""
     total, count = 0.0, 0
-    for rollout in found:
+    for rollout in rollouts:
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
-        p, q = (torch.log_softmax(one.model(ids).logits[0].double(), dim=-1) for one in (first, second))
+        p, q = (torch.log_softmax(model.model(ids).logits[0].double(), dim=-1) for model in (first, second))
         start = len(rollout.prompt_ids) - 1
         p, q = p[start:-1], q[start:-1]
         total += float((p.exp() * (p - q)).sum())

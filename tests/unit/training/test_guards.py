@@ -15,8 +15,8 @@ from headwater.config.recipe import GUARDS, Guards
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
-from headwater.storage.run_dir import NodeDir
-from headwater.training.guards import MEASURES, GuardMonitor
+from headwater.storage.run_dir import NodeDir, append_jsonl
+from headwater.training.guards import MEASURES, GuardMonitor, StageOutcomes
 from headwater.training.update import make_optimizer, update
 from runs import rows
 from tiny import same_bits, sampled_rows, stage_of, weights_of
@@ -24,14 +24,19 @@ from tiny import same_bits, sampled_rows, stage_of, weights_of
 Steps = list[dict[str, Any]]
 
 
-def monitor(folder: Path, **settings: Any) -> tuple[GuardMonitor, list[str]]:
-    """A GuardMonitor with these guards alone, windows of two steps, and the list that receives its warnings."""
+def monitor(folder: Path, steps: int = 100, **settings: Any) -> tuple[GuardMonitor, list[str]]:
+    """A GuardMonitor with these guards alone, windows of two steps, and the list that receives its warnings.
+
+    steps  length of the stage
+    """
     off = dict.fromkeys(GUARDS, "off")
     guards = {
-        name: {"window": 2, **({"action": one} if isinstance(one, str) else one)} for name, one in settings.items()
+        name: {"window": 2, **({"action": setting} if isinstance(setting, str) else setting)}
+        for name, setting in settings.items()
     }
     heard: list[str] = []
-    return GuardMonitor(Guards.model_validate({**off, **guards}), NodeDir(folder), heard.append), heard
+    stage = StageOutcomes(NodeDir(folder), "stages.opd", 48)
+    return GuardMonitor(Guards.model_validate({**off, **guards}), stage, steps, heard.append), heard
 
 
 def steps(**columns: list[float]) -> Steps:
@@ -76,8 +81,8 @@ def sounded(folder: Path, guards: Any, given: Steps) -> list[tuple[int, str, flo
 def test_each_guard_by_hand(
     guard: str, bound: float, columns: dict[str, list[float]], expected: list[tuple[int, float]], tmp_path: Path
 ) -> None:
-    found = sounded(tmp_path, {guard: {"action": "warn", "bound": bound}}, steps(**columns))
-    assert found == [(step, guard, figure) for step, figure in expected]
+    alarms = sounded(tmp_path, {guard: {"action": "warn", "bound": bound}}, steps(**columns))
+    assert alarms == [(step, guard, figure) for step, figure in expected]
 
 
 def test_guard_ignores_partial_windows_and_rows_without_its_metric(tmp_path: Path) -> None:
@@ -88,7 +93,47 @@ def test_guard_ignores_partial_windows_and_rows_without_its_metric(tmp_path: Pat
     ours.check({"step": 3, "truncated": 1.0})
     assert heard == [
         "truncation: 1 of the completions reached the token limit (mean of the last 2 steps; bound 0.5): "
-        "raise sampling.max_tokens"
+        "raise stages.opd.sampling.max_tokens"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("guard", "window", "length", "columns", "expected"),
+    [
+        # A window of 20 in a stage of 3 steps is one of 3: the mean of all.
+        ("truncation", 20, 3, {"truncated": [0.4, 0.6, 0.8]}, [(3, 0.6)]),
+        ("truncation", 20, 1, {"truncated": [1.0]}, [(1, 1.0)]),
+        ("no_variance", 10, 2, {"informative": [0.0, 0.0]}, [(2, 0.0)]),
+        # Guards that compare with an earlier window need two: of 2 steps in a stage of 4 or 5. Two steps are too few to compare.
+        ("kl_explosion", 10, 4, {"kl_reference": [0.0, 0.0, 1.0, 3.0]}, [(4, 2.0)]),
+        ("kl_explosion", 10, 5, {"kl_reference": [0.0, 0.0, 0.0, 1.0, 3.0]}, [(5, 2.0)]),
+        ("entropy_collapse", 10, 4, {"entropy": [1.0, 1.0, 0.01, 0.01]}, [(4, 0.01)]),
+        ("kl_explosion", 10, 2, {"kl_reference": [0.0, 9.0]}, []),
+        ("kl_explosion", 1, 2, {"kl_reference": [0.0, 9.0]}, [(2, 9.0)]),  # unless the recipe asks for it
+        ("truncation", 2, 3, {"truncated": [0.0, 0.4, 0.8]}, [(3, 0.6)]),  # one that fits stays as it is
+    ],
+)  # fmt: skip
+def test_guard_window_fits_short_stages(
+    guard: str, window: int, length: int, columns: dict[str, list[float]], expected: list[Any], tmp_path: Path
+) -> None:
+    ours, heard = monitor(tmp_path, length, **{guard: {"action": "warn", "window": window}})
+    for row in steps(**columns):
+        ours.check(row)
+    path = tmp_path / "warnings.jsonl"
+    warnings = [(row["step"], pytest.approx(row["figure"])) for row in rows(path)] if path.exists() else []
+    assert warnings == expected and len(heard) == len(expected)
+
+
+def test_no_variance_guard_names_largest_cause_in_its_window(tmp_path: Path) -> None:
+    ours, heard = monitor(tmp_path, no_variance="warn")
+    for step, finish in ((1, "stop"), (2, "length"), (3, "length")):  # the window of step 3 holds the last two
+        row = {"correct": False, "reason": "different", "finish": finish}
+        append_jsonl(NodeDir(tmp_path).rollouts(step), [row] * 4)
+        ours.check({"step": step, "informative": 0.0 if step > 1 else 0.5})
+    assert heard == [
+        "no_variance: 0 of the groups have rewards that differ (mean of the last 2 steps; bound 0.01); 100 % of the completions "
+        "were cut at max_tokens = 48: raise stages.opd.sampling.max_tokens, or check that the model ends its answers (its stop "
+        "ids, its chat template)"
     ]
 
 
@@ -113,7 +158,7 @@ def test_guard_stop_names_value_bound_and_remedy_also_after_resume(tmp_path: Pat
 def test_guard_settings_of_recipe_override_defaults(tmp_path: Path) -> None:
     guards = find_recipe("pocket", []).guards
     assert {name: getattr(guards, name).model_dump() for name in GUARDS} == GUARDS
-    assert {one["action"] for one in GUARDS.values()} == {"warn"} and GUARDS.keys() == MEASURES.keys()
+    assert {guard["action"] for guard in GUARDS.values()} == {"warn"} and GUARDS.keys() == MEASURES.keys()
     changes = ["guards.truncation=stop", "guards.no_variance=off", "guards.sampler_gap.bound=0.2", "guards.patience=5"]
     guards = find_recipe("pocket", changes).guards
     assert guards.truncation.model_dump() == {"action": "stop", "bound": 0.5, "window": 10}
@@ -139,7 +184,7 @@ def test_non_finite_loss_or_gradient_keeps_weights_and_optimizer_state(policy: P
 
     def state() -> dict[str, torch.Tensor]:
         held_ = optimizer.state_dict()["state"]
-        return {f"{place}.{key}": value.clone() for place, one in held_.items() for key, value in one.items()}
+        return {f"{place}.{key}": value.clone() for place, entry in held_.items() for key, value in entry.items()}
 
     weights, before = weights_of(policy), state()
     rows_[3] = replace(rows_[3], advantage=bad)

@@ -65,7 +65,7 @@ def test_update_gradient_equals_plain_loss_gradient(
     rows = taught(sampled_rows(policy, groups=4, temperature=temperature), teacher)
     rows = [replace(row, advantage=0.3 * index - 1.0) for index, row in enumerate(rows)]
     stage = stage_of("mixed", sparse_share=0.25, loss_mean=mean, batch_size=16)
-    found = gradient_of(policy, rows, stage, tokens=40)
+    actual = gradient_of(policy, rows, stage, tokens=40)
     counts = [row.tokens for row in rows]
     weights = {
         "token": [1 / sum(counts)] * 16,
@@ -82,8 +82,10 @@ def test_update_gradient_equals_plain_loss_gradient(
         dense = (student.exp() * (student - known)).sum(dim=-1)
         total = total + weight * (0.25 * sparse + 0.75 * dense).sum()
     total.backward()
-    expected = {name: one.grad for name, one in policy.model.named_parameters() if one.grad is not None}
-    assert furthest(found, expected) < 1e-5 * max(1.0, largest(expected))
+    expected = {
+        name: parameter.grad for name, parameter in policy.model.named_parameters() if parameter.grad is not None
+    }
+    assert furthest(actual, expected) < 1e-5 * max(1.0, largest(expected))
 
 
 @pytest.mark.parametrize("objective", ["grpo", "opd", "sft"])
@@ -98,7 +100,7 @@ def test_eight_microbatches_of_one_equal_one_of_eight(
     at_once = run(together, rows, stage, steps=3, tokens=4096)
     moved = furthest(weights_of(together), weights_of(policy))
     assert furthest(weights_of(alone), weights_of(together)) < 1e-3 * moved
-    assert [one["loss"] for one in singly] == pytest.approx([one["loss"] for one in at_once], abs=1e-5)
+    assert [stats["loss"] for stats in singly] == pytest.approx([stats["loss"] for stats in at_once], abs=1e-5)
 
 
 def test_update_does_not_depend_on_row_order(policy: Policy, teacher: Policy) -> None:
@@ -112,9 +114,9 @@ def test_padding_does_not_change_gradient_of_row(policy: Policy) -> None:
     short, long = Row(rollout_of((1, 6, 2), (7, 3))), Row(rollout_of((1, 6, 8, 9, 2), (7, 8, 9, 10, 11, 3)))
     stage = stage_of("sft", loss_mean="constant", batch_size=2)
     both = gradient_of(policy, [short, long], stage)
-    one, other = gradient_of(policy, [short], stage), gradient_of(policy, [long], stage)
+    first, other = gradient_of(policy, [short], stage), gradient_of(policy, [long], stage)
     # constant: each row weighs 1/(rows · max_tokens), so the pair's gradient is the mean of the two.
-    expected = {name: (one[name] + other[name]) / 2 for name in one}
+    expected = {name: (first[name] + other[name]) / 2 for name in first}
     assert furthest(both, expected) < 1e-5 * max(1.0, largest(expected))
 
 
@@ -137,9 +139,9 @@ def test_batch_without_gradient_takes_no_optimizer_step(policy: Policy) -> None:
     update(policy, optimizer, rows, objective_of(stage), stage, 4096)
     before = weights_of(policy)
     idle = [replace(row, advantage=0.0, zero_gradient=True) for row in rows]
-    found = update(policy, optimizer, idle, objective_of(stage), stage, 4096)
+    stats = update(policy, optimizer, idle, objective_of(stage), stage, 4096)
     assert same_bits(weights_of(policy), before)
-    assert found["updates"] == 0 and found["tokens_trained"] == 0
+    assert stats["updates"] == 0 and stats["tokens_trained"] == 0
 
 
 # ------------------------------------------------------------------------------------- minibatches, passes and clipping
@@ -158,10 +160,10 @@ def test_one_update_per_batch_is_exactly_on_policy(policy: Policy) -> None:
     rows = sampled_rows(policy, groups=4)
     for passes, minibatches, updates in ((1, 1, 1), (2, 1, 2), (1, 2, 2), (2, 4, 8)):
         stage = stage_of("grpo", batch_size=16, passes=passes, minibatches=minibatches)
-        found = run(copied(policy), rows, stage)[0]
-        assert found["updates"] == updates
-        assert found["tokens_trained"] == passes * sum(row.tokens for row in rows)
-        assert (found["ratio_off"] > 1e-3) is (updates > 1)
+        stats = run(copied(policy), rows, stage)[0]
+        assert stats["updates"] == updates
+        assert stats["tokens_trained"] == passes * sum(row.tokens for row in rows)
+        assert (stats["ratio_off"] > 1e-3) is (updates > 1)
 
 
 def test_clipped_token_gets_no_gradient_unless_moving_back(policy: Policy) -> None:
@@ -179,8 +181,8 @@ def test_clipped_token_gets_no_gradient_unless_moving_back(policy: Policy) -> No
     assert largest(gradient(1.6, 1.0)) == 0.0  # good and already 1.6 > 1.5 times as likely
     assert largest(gradient(0.7, -1.0)) == 0.0  # bad and already 0.7 < 0.8 times as likely
     for ratio, advantage in ((1.4, 1.0), (0.7, 1.0), (1.6, -1.0), (0.9, -1.0)):
-        found, scale = gradient(ratio, advantage), ratio * advantage
-        assert furthest(found, {name: scale * one for name, one in up.items()}) < 1e-4 * largest(up)
+        actual, scale = gradient(ratio, advantage), ratio * advantage
+        assert furthest(actual, {name: scale * change for name, change in up.items()}) < 1e-4 * largest(up)
 
 
 def test_clipping_bounds_change_over_many_passes(policy: Policy) -> None:
@@ -229,25 +231,25 @@ def test_nan_teacher_stops_training_before_weights_change(policy: Policy) -> Non
 def test_gradient_is_clipped_and_its_norm_before_clipping_reported(policy: Policy) -> None:
     rows, stage = sampled_rows(policy), stage_of("grpo", optim={"lr": 1.0, "grad_clip": 0.01})
     whole = gradient_of(policy, rows, stage_of("grpo"))
-    norm = math.sqrt(sum(one.square().sum().item() for one in whole.values()))
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in whole.values()))
     before = weights_of(policy)
-    found = update(policy, torch.optim.SGD(policy.model.parameters(), lr=1.0), rows, objective_of(stage), stage, 4096)
-    moved = math.sqrt(sum((one - before[name]).square().sum().item() for name, one in weights_of(policy).items()))
+    stats = update(policy, torch.optim.SGD(policy.model.parameters(), lr=1.0), rows, objective_of(stage), stage, 4096)
+    moved = math.sqrt(sum((tensor - before[name]).square().sum().item() for name, tensor in weights_of(policy).items()))
     assert norm > 0.1
-    assert found["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
 def test_weight_decay_shrinks_matrices_and_leaves_vectors_alone(policy: Policy) -> None:
     optimizer = make_optimizer(policy, Optim(lr=0.1, weight_decay=0.5))
     before = weights_of(policy)
-    for one in policy.model.parameters():
-        one.grad = torch.zeros_like(one)
+    for parameter in policy.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    for name, one in weights_of(policy).items():
+    for name, parameter in weights_of(policy).items():
         # AdamW: w ← w − lr·decay·w = 0.95 w
-        torch.testing.assert_close(one, before[name] * 0.95 if one.ndim >= 2 else before[name])
-    assert any(one.ndim < 2 for one in before.values())
+        torch.testing.assert_close(parameter, before[name] * 0.95 if parameter.ndim >= 2 else before[name])
+    assert any(tensor.ndim < 2 for tensor in before.values())
 
 
 def test_learning_rate_schedule_by_hand() -> None:
@@ -267,16 +269,16 @@ def test_learning_rate_schedule_by_hand() -> None:
 
 def test_update_statistics_agree_with_independent_measurements(policy: Policy, teacher: Policy) -> None:
     rows = taught(sampled_rows(policy, groups=3, temperature=0.7), teacher)
-    found = run(copied(policy), rows, stage_of("opd", batch_size=12), tokens=50)[0]
+    stats = run(copied(policy), rows, stage_of("opd", batch_size=12), tokens=50)[0]
     with torch.no_grad():
         pairs = [(plain_logp(policy, row), plain_logp(teacher, row)) for row in rows]
     student, known = (torch.cat([pair[side] for pair in pairs]) for side in (0, 1))
-    assert found["loss"] == pytest.approx(token_losses.reverse_kl(student, known).mean().item(), abs=1e-4)
-    assert found["kl_student_teacher"] == pytest.approx(token_losses.reverse_kl(student, known).mean().item(), abs=1e-4)
-    assert found["kl_teacher_student"] == pytest.approx(token_losses.forward_kl(student, known).mean().item(), abs=1e-4)
-    assert found["entropy"] == pytest.approx(-(student.exp() * student).sum(dim=-1).mean().item(), abs=1e-4)
-    assert found["tokens_trained"] == sum(row.tokens for row in rows)
-    assert found["sampler_gap"] < 1e-5 and found["ratio_off"] == 0.0
+    assert stats["loss"] == pytest.approx(token_losses.reverse_kl(student, known).mean().item(), abs=1e-4)
+    assert stats["kl_student_teacher"] == pytest.approx(token_losses.reverse_kl(student, known).mean().item(), abs=1e-4)
+    assert stats["kl_teacher_student"] == pytest.approx(token_losses.forward_kl(student, known).mean().item(), abs=1e-4)
+    assert stats["entropy"] == pytest.approx(-(student.exp() * student).sum(dim=-1).mean().item(), abs=1e-4)
+    assert stats["tokens_trained"] == sum(row.tokens for row in rows)
+    assert stats["sampler_gap"] < 1e-5 and stats["ratio_off"] == 0.0
 
 
 def test_reference_kl_is_reported_and_zero_at_start(policy: Policy) -> None:
@@ -304,7 +306,7 @@ def test_opd_lowers_divergence_from_teacher(policy: Policy, teacher: Policy, div
         for step in range(20)
     ]
     for name in ("kl_student_teacher", "kl_teacher_student"):
-        early, late = (sum(one[name] for one in part) / 3 for part in (seen[:3], seen[-3:]))
+        early, late = (sum(stats[name] for stats in part) / 3 for part in (seen[:3], seen[-3:]))
         # The one-token estimate is noisier, so it gets less far in twenty steps.
         assert late < (0.9 if divergence == "sampled" else 0.6) * early, name
 

@@ -32,9 +32,9 @@ def as_before(names: list[str], count: int, step: int) -> list[str]:
 )
 def test_prompt_order_visits_each_problem_once_per_epoch(many: int, count: int) -> None:
     names = [f"p{number}" for number in range(many)]
-    found = steps(names, count, 6 * many)
-    assert all(len(set(step)) == count for step in found)
-    flat = [name for step in found for name in step]
+    visits = steps(names, count, 6 * many)
+    assert all(len(set(step)) == count for step in visits)
+    flat = [name for step in visits for name in step]
     for start in range(0, len(flat) - many + 1, many):
         assert Counter(flat[start : start + many]) == Counter(names)
 
@@ -53,8 +53,8 @@ def test_prompt_order_is_unchanged_where_epochs_end_with_step(many: int, count: 
 
 def test_prompt_order_of_last_step_of_epoch_is_unchanged() -> None:
     names = [f"p{number}" for number in range(7)]
-    found = steps(names, 3, 7)
-    assert found[2] == as_before(names, 3, 2)  # places 6, 7, 8: the first epoch ends after place 6
+    visits = steps(names, 3, 7)
+    assert visits[2] == as_before(names, 3, 2)  # places 6, 7, 8: the first epoch ends after place 6
 
 
 @pytest.mark.parametrize("first", [0, 1, 5, 37, 4999])

@@ -19,23 +19,23 @@ def _row(ids: tuple[int, ...], sampler: tuple[float, ...], teacher_NV: torch.Ten
 
 
 def _letters(ids: tuple[int, ...] | list[int]) -> str:
-    return "".join("abc"[one] for one in ids)
+    return "".join("abc"[token_id] for token_id in ids)
 
 
 def test_token_signal_is_teacher_minus_sampler_log_prob() -> None:
     teacher_NV = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
-    found = signal_of(_row((1, 2), (math.log(0.5), math.log(0.4)), teacher_NV), _letters)
+    signal = signal_of(_row((1, 2), (math.log(0.5), math.log(0.4)), teacher_NV), _letters)
     # ln ¼ − ln ½ = −0.69, ln 0.8 − ln 0.4 = +0.69.
-    assert found == {"pieces": ["b", "c"], "signal": [-0.69, 0.69]}
+    assert signal == {"pieces": ["b", "c"], "signal": [-0.69, 0.69]}
 
 
 def test_token_signal_of_long_completions_is_computed_in_chunks() -> None:
     count = 2 * AT_ONCE + 5
     teacher_NV = torch.rand(count, 3).softmax(dim=-1)
-    ids = tuple(int(one) for one in torch.arange(count) % 3)
-    found = signal_of(_row(ids, (-1.0,) * count, teacher_NV), _letters)
+    ids = tuple(int(class_id) for class_id in torch.arange(count) % 3)
+    signal = signal_of(_row(ids, (-1.0,) * count, teacher_NV), _letters)
     whole = (teacher_NV.log()[torch.arange(count), torch.tensor(ids)] + 1.0).tolist()
-    assert found["signal"] == pytest.approx(whole, abs=0.0051) and "".join(found["pieces"]) == _letters(ids)
+    assert signal["signal"] == pytest.approx(whole, abs=0.0051) and "".join(signal["pieces"]) == _letters(ids)
 
 
 def test_token_signal_needs_exact_teacher() -> None:

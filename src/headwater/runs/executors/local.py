@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from headwater.config.recipe import Compute
+from headwater.config.compute import Compute
 from headwater.runs.executors.base import Failure, Job, run_in_process
 from headwater.runs.executors.remote import RemoteNode
 from headwater.runs.executors.schedule import Schedule

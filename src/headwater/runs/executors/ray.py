@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from headwater.config.recipe import Resources
+from headwater.config.compute import Resources
 from headwater.errors import UserError
 from headwater.runs.executors.base import Failure, Job, describe
 from headwater.runs.executors.remote import Message, RemoteNode, Worker

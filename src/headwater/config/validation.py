@@ -1,0 +1,90 @@
+"""Turn pydantic's errors into one sentence per field, with the spelling that was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from headwater.config.fields import path_of, walk
+from headwater.errors import did_you_mean
+
+Keys = tuple[str, ...]
+"""Path of a field, such as `("stages", "opd", "steps")`."""
+
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "max_new_tokens": "max_tokens",
+    "max_completion_length": "max_tokens",
+    "num_generations": "group_size",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "max_grad_norm": "grad_clip",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "schedule",
+    "system_prompt": "system",
+}
+"""Names of settings in transformers and TRL, and the fields that they are here."""
+
+
+def complaints(error: ValidationError, model: type[BaseModel]) -> list[tuple[Keys, str]]:
+    """(field, sentence) of every fault that a validation found, each field once."""
+    faults = [(path_of(model, fault["loc"]), fault) for fault in error.errors(include_url=False)]
+    paths = [keys for keys, _ in faults]
+    by_field: dict[Keys, list[Any]] = {}
+    for keys, fault in faults:
+        # One member of a union fails below the field, the others at the field itself: the deeper fault tells more.
+        if not any(len(other) > len(keys) and other[: len(keys)] == keys for other in paths):
+            by_field.setdefault(keys, []).append(fault)
+    return [(keys, _sentence(keys, same, model)) for keys, same in by_field.items()]
+
+
+def _sentence(keys: Keys, faults: list[Any], model: type[BaseModel]) -> str:
+    fault = faults[0]
+    if fault["type"] == "extra_forbidden":
+        return f"unknown field {_dotted(keys)}{_intended(keys, model)}"
+    messages = dict.fromkeys(fault["msg"].removeprefix("Value error, ") for fault in faults)
+    message = " or ".join(text[:1].lower() + text[1:] for text in messages)
+    given = fault.get("input")
+    if isinstance(given, (dict, list, BaseModel)) or fault["type"] == "missing":
+        return f"{_dotted(keys)}: {message}"
+    choices = next((field.choices for field in walk(model) if _matches(field.path, keys)), ())
+    return f"{_dotted(keys)}: {message} (given: {given!r:.80}){did_you_mean(str(given), choices)}"
+
+
+def _dotted(keys: Keys) -> str:
+    return " ".join(".".join(keys).split()) or "the recipe"
+
+
+def _intended(keys: Keys, model: type[BaseModel]) -> str:
+    """A field of nearly the same name beside it, or the field of that name that is nearest to it in the schema."""
+    *section, name = keys
+    name = OTHER_NAMES.get(name, name)
+    paths = [tuple(field.path.split(".")) for field in walk(model)]
+    beside = [path[-1] for path in paths if len(path) == len(keys) and _matches(".".join(path[:-1]), tuple(section))]
+    if name in beside:
+        return f"; did you mean {name}?"
+    if close := did_you_mean(name, beside):
+        return close
+    elsewhere = [path for path in paths if path[-1] == name]
+    if not elsewhere:
+        close_names = difflib.get_close_matches(name, {path[-1] for path in paths}, n=1, cutoff=0.8)
+        elsewhere = [path for path in paths if path[-1] in close_names]
+    if not elsewhere:
+        return ""
+    return f"; did you mean {'.'.join(max(elsewhere, key=lambda path: _shared(tuple(path), keys)))}?"
+
+
+def _shared(path: Keys, keys: Keys) -> tuple[int, int]:
+    """Length of the common beginning; of equal ones the shorter path counts more."""
+    same = next(
+        (place for place, (a, b) in enumerate(zip(path, keys, strict=False)) if a != b), min(len(path), len(keys))
+    )
+    return same, -len(path)
+
+
+def _matches(path: str, keys: Keys) -> bool:
+    """Whether keys lead to a path of the schema, in which NAME stands for any key."""
+    parts = path.split(".") if path else []
+    return len(parts) == len(keys) and all(part in (key, "NAME") for part, key in zip(parts, keys, strict=True))
