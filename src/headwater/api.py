@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater import pipeline
-from headwater.config.arms import DEFAULT_ARM, DEFAULT_STUDY, arm_of
+from headwater.config.arms import DEFAULT_STUDY, arm_of, default_arm
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Columns, Recipe, parse_recipe
 from headwater.config.recipe import Source as DataSource
@@ -38,7 +38,7 @@ Grader = Callable[[str, str], bool | tuple[bool, str]]
 def run(
     recipe: Source,
     *,
-    arm: str = DEFAULT_ARM,
+    arm: str | None = None,
     out: str | Path | None = None,
     seed: int | None = None,
     changes: Changes = (),
@@ -48,6 +48,7 @@ def run(
 ) -> Result:
     """Run one arm, or resume it; returns its results, which are also written to `out`.
 
+    arm        None: the recipe's default arm
     out        run directory; `runs/NAME` by default
     changes    fields to change, such as `{"stages.opd.steps": 5, "task": my_grader}`
     track      trackers to log to: `tensorboard`, `wandb`, `trackio`, an entry point's name, or a function that opens one
@@ -57,10 +58,10 @@ def run(
     Raises `headwater.errors.HeadwaterError` with the message that the command prints. Guard the call with
     `if __name__ == "__main__":` where nodes run in worker processes (`compute.workers`).
     """
+    recipe = recipe_of(recipe, changes)
+    arms = [default_arm(recipe)] if arm is None else [arm]
     seeds = None if seed is None else [seed]
-    return study(
-        recipe, arms=[arm], seeds=seeds, out=out, changes=changes, track=track, callbacks=callbacks, quiet=quiet
-    )
+    return study(recipe, arms=arms, seeds=seeds, out=out, track=track, callbacks=callbacks, quiet=quiet)
 
 
 def study(
@@ -86,7 +87,7 @@ def study(
 
 
 def diagnose(
-    recipe: Source, *, arms: Sequence[str] = (DEFAULT_ARM,), out: str | Path | None = None, changes: Changes = ()
+    recipe: Source, *, arms: Sequence[str] | None = None, out: str | Path | None = None, changes: Changes = ()
 ) -> Examination:
     """Check everything that could fail or spoil a run, as `headwater doctor` does; writes nothing.
 
@@ -95,7 +96,8 @@ def diagnose(
     """
     parsed = recipe_of(recipe, changes)
     set_up(parsed.compute)
-    return examine_recipe(parsed, list(arms), [parsed.seed], _folder(out, parsed))
+    names = [default_arm(parsed)] if arms is None else list(arms)
+    return examine_recipe(parsed, names, [parsed.seed], _folder(out, parsed))
 
 
 def probe(

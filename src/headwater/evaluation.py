@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from headwater import stats
-from headwater.config.recipe import Evaluate, Models, Prompt, Source
+from headwater.config.recipe import Columns, Evaluate, Models, Prompt, Source
 from headwater.config.validation import complaints
 from headwater.data.labels import Labels
 from headwater.data.sources import load
@@ -41,6 +41,7 @@ class EvaluationSettings:
 
     samples     completions per problem
     task        a task's name or package.module:function
+    problem, answer  columns; recognised by their names by default
     limit       use only the first so many problems
     max_tokens  longest completion
     template    the user turn; contains {problem}
@@ -52,6 +53,8 @@ class EvaluationSettings:
 
     samples: int = 1
     task: str = "maths"
+    problem: str | None = None
+    answer: str | None = None
     limit: int | None = None
     max_tokens: int = 512
     temperature: float = 1.0
@@ -75,6 +78,7 @@ class Evaluation:
     truncated  share of completions cut at the token limit
     tokens     sampled in all
     rows       every graded completion
+    warnings   sentences on the data, such as columns that may belong to the problems and are not read
     """
 
     problems: int
@@ -85,6 +89,7 @@ class Evaluation:
     tokens: int = 0
     seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What `headwater eval --json` prints."""
@@ -96,6 +101,7 @@ class Evaluation:
             "truncated": self.truncated,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "warnings": list(self.warnings),
             "text": self.text(),
         }
 
@@ -120,7 +126,11 @@ def evaluate_model(name: str, data: str, settings: EvaluationSettings, display: 
     evaluated, prompt, models = _sections(name, settings)
     task, device = find_task(settings.task), device_of(settings.device or "auto")
     with Verifier(settings.task) as grade, contextlib.ExitStack() as stack:
-        loaded = load(Source(path=data, limit=settings.limit), "--data", True, task.gold, grade)
+        columns = Columns(problem=settings.problem, answer=settings.answer)
+        loaded = load(Source(path=data, columns=columns, limit=settings.limit), "--data", True, task.gold, grade)
+        warnings = tuple(f"{data}: {unused.evidence}; {unused.remedy('--problem')}" for unused in loaded.unused)
+        for warning in warnings:
+            display.say(f"warning: {warning}")
         # A grader that returns no verdict is refused before anything is sampled.
         failing(grade, list(loaded.gold.items())[:1])
         folder = ModelFolder.open(name, "MODEL", models.trust_remote_code)
@@ -143,7 +153,7 @@ def evaluate_model(name: str, data: str, settings: EvaluationSettings, display: 
     if settings.out is not None:
         write_atomic(settings.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     summary = summarize(rows, votes=task.extract is not None, one_answer=task.one_answer)
-    return replace(summary, tokens=int(spent["tokens_sampled"]), seconds=spent["seconds"])
+    return replace(summary, tokens=int(spent["tokens_sampled"]), seconds=spent["seconds"], warnings=warnings)
 
 
 def _sections(model_name: str, settings: EvaluationSettings) -> tuple[Evaluate, Prompt, Models]:

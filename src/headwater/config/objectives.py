@@ -88,6 +88,11 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
 }
 
 
+def default_objective(stage: str) -> str:
+    """The objective of a stage that names none: the first row that accepts it."""
+    return next(name for name, spec in OBJECTIVES.items() if stage in spec.stages)
+
+
 def objective(spec: ObjectiveSpec) -> Callable[[Function], Function]:
     """Declare a function (Stage) -> losses.objectives.Objective as an objective that a recipe can name (docs/python-api.md).
 

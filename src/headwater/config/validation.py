@@ -48,13 +48,13 @@ def _sentence(keys: Keys, faults: list[Any], model: type[BaseModel]) -> str:
     message = " or ".join(text[:1].lower() + text[1:] for text in messages)
     given = fault.get("input")
     if isinstance(given, (dict, list, BaseModel)) or fault["type"] == "missing":
-        return f"{_dotted(keys)}: {message}"
+        return f"{_dotted(keys)}: {message}" if keys else message
     choices = next((field.choices for field in walk(model) if _matches(field.path, keys)), ())
     return f"{_dotted(keys)}: {message} (given: {given!r:.80}){did_you_mean(str(given), choices)}"
 
 
 def _dotted(keys: Keys) -> str:
-    return " ".join(".".join(keys).split()) or "the recipe"
+    return " ".join(".".join(keys).split())
 
 
 def _intended(keys: Keys, model: type[BaseModel]) -> str:

@@ -73,6 +73,7 @@ CHECKS = (
     Check("positions that change with length", prompts.length_rules, exit_code=2),
     Check("characters of the problems", prompts.unknown_tokens),
     Check("control tokens in the problems", prompts.control_tokens),
+    Check("columns beside the problems", data.columns, exit_code=2),
     Check("an answer for every label", data.answers),
     Check("gold answers against their grader", data.golds),
     Check("contamination by evaluation problems", data.contamination, exit_code=2),

@@ -187,7 +187,7 @@ def measure(task: ProbeTask) -> tuple[PairMeasures, dict[str, float]]:
 
 def refuse_longer_continuations(context: DoctorContext) -> None:
     """Raises UserError where a continued answer, longer than any of a run, could follow another rule for positions."""
-    most, lengths = context.recipe.stages.teacher_rl.sampling.max_tokens, context.prompt_lengths
+    most, lengths = context.recipe.stages.require("teacher_rl").sampling.max_tokens, context.prompt_lengths
     completion = most + max(1, round(PREFIX * most))
     for role in context.roles if lengths else ():
         problem = mixed_lengths(context.inputs.config(role), lengths[-1][0], lengths[0][0], completion)
@@ -205,7 +205,7 @@ def sampled_problems(inputs: RunInputs, problems: int | None, seed: int) -> list
 
 def samples_a_problem(recipe: Recipe, samples: int | None) -> int:
     """Raises UserError for fewer samples than a group, whose information could not be measured."""
-    group = max(recipe.stages.teacher_rl.group_size, recipe.stages.student_rl.group_size)
+    group = max(recipe.stages.require(stage).group_size for stage in ("teacher_rl", "student_rl"))
     if samples is not None and samples < group:
         raise UserError(f"--samples {samples}: fewer than the group size {group}, so no whole group could be looked at")
     return max(SAMPLES, group) if samples is None else samples
@@ -216,7 +216,7 @@ def cache_passes(inputs: RunInputs) -> float:
 
     Example: 80 steps of 64 rollouts over a cache of 64 prompts × 8 rollouts are 10 passes.
     """
-    stage, pool = inputs.recipe.stages.warmup, split_pool(inputs.recipe)
+    stage, pool = inputs.recipe.stages.require("warmup"), split_pool(inputs.recipe)
     cached = len(inputs.prompts(pool, stage)) * stage.group_size
     return inputs.steps(pool, stage) * stage.batch_size / cached
 
@@ -224,7 +224,7 @@ def cache_passes(inputs: RunInputs) -> float:
 def sample_model(role: Role, task: ProbeTask) -> ModelSamples:
     """Sample one model as its RL stage would, and grade. Raises UserError if its log-probs are not finite."""
     recipe, inputs = task.recipe, task.inputs
-    stage = recipe.stages.teacher_rl if role == "teacher" else recipe.stages.student_rl
+    stage = recipe.stages.require("teacher_rl" if role == "teacher" else "student_rl")
     started = time.perf_counter()
     (field, name), *others = recipe.models.named(role).items()
     if others or is_served(name):

@@ -132,7 +132,8 @@ def context_length(context: DoctorContext) -> Iterator[Finding]:
 
 def longest_completion(context: DoctorContext) -> int:
     stages = [node.settings.sampling.max_tokens for node in context.nodes if node.settings is not None]
-    return max([*stages, context.recipe.evaluate.sampling.max_tokens])
+    evaluations = [context.recipe.evaluate.sampling.max_tokens] if context.recipe.data.evals else []
+    return max([*stages, *evaluations])
 
 
 def length_rules(context: DoctorContext) -> Iterator[Finding]:

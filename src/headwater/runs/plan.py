@@ -183,14 +183,15 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], content: Mapping[str, Any]) -> Plan:
-    """Plan arms × seeds, with the evaluations of the base models before them.
+    """Plan arms × seeds, with the evaluations of the base models before them if the recipe has evaluations.
 
     content  what else determines a node's result: `models` (role -> fingerprint of its weights), `day` (role -> the date
              that its chat template reads, or None), problem ids of each pool and evaluation, and fingerprints of their answers
     """
+    roles: list[Role] = ["student"] if recipe.models.teacher is None else ["student", "teacher"]
     lasts: dict[str, dict[int, Node]] = {
-        "base_student": {seed: Node("evaluate", "base_student", "student", seed, "student") for seed in seeds},
-        "base_teacher": {seed: Node("evaluate", "base_teacher", "teacher", seed, "teacher") for seed in seeds},
+        f"base_{role}": {seed: Node("evaluate", f"base_{role}", role, seed, role) for seed in seeds}
+        for role in (roles if recipe.data.evals else [])
     }
     for arm in arms:
         lasts[arm] = {seed: last_node(arm_of(arm, recipe), recipe, seed) for seed in seeds}

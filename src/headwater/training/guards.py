@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headwater.config.recipe import GUARDS, Guard, Guards
+from headwater.config.guards import GUARDS, Guard, Guards
 from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
 from headwater.tasks.outcomes import Outcomes
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headwater.config.builtin import find_recipe
-from headwater.config.recipe import GUARDS, Guards
+from headwater.config.guards import GUARDS, Guards
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
