@@ -61,8 +61,8 @@ def node_seconds(node: Node) -> dict[str, float]:
     spent = {name: ledger.totals(node.ledger_rows, name).seconds for name in ("train", "eval", "validation", "measure")}
     seconds = dict.fromkeys(PARTS, 0.0)
     for part in ("sample", "score", "update"):
-        values = [row.get(f"seconds_{part}") for row in node.metrics]
-        seconds[part] = sum(float(value) for value in values if is_finite_number(value))
+        values: list[Any] = [row.get(f"seconds_{part}") for row in node.metrics]
+        seconds[part] = sum((float(value) for value in values if is_finite_number(value)), start=0.0)
     if node.info.get("kind") == "rollouts":  # a teacher's cache is sampled
         seconds["sample"] += spent["train"]
     else:
@@ -117,7 +117,7 @@ def timeline(recorded: Sequence[Attempt]) -> Plot:
     scale, unit = _time_unit(max(attempt.end for attempt in recorded))
     for attempt in recorded:
         long, place = (attempt.end - attempt.start) / scale, stages.index(attempt.node.stage)
-        look = {"color": colour(place), "hatch": "//" if place >= 6 else None}
+        look: dict[str, Any] = {"color": colour(place), "hatch": "//" if place >= 6 else None}
         axes.barh(
             workers.index(attempt.worker), long, left=attempt.start / scale, height=0.62, edgecolor="#ffffff", **look
         )
