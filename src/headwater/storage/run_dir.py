@@ -122,12 +122,10 @@ class NodeDir:
 
     @property
     def failed(self) -> Path:
-        """Why the node's last attempt failed: {"sentence", "code"}, plus "traceback" for an unexpected error."""
         return self.path / "FAILED"
 
     @property
-    def attempts(self) -> Path:
-        """When and where the node ran; beside the nodes, because it says nothing about their results."""
+    def attempts(self) -> Path:  # beside the nodes, because it says nothing about their results
         return self.path.parent.parent / "attempts" / f"{self.name}.json"
 
     @property
@@ -395,9 +393,8 @@ class RunDir:
                 raise UserError(
                     f"--out {self.path}: another process is running there; wait until it ends, or use another folder"
                 )
-            remove_leftovers(self.path)
-            remove_leftovers(self.path / "nodes")  # a node that was being copied
-            remove_leftovers(self.path / "attempts")
+            for folder in ("", "nodes", "attempts"):  # in nodes/ a node that was being copied
+                remove_leftovers(self.path / folder)
             yield
 
     def join_ledgers(self) -> None:
