@@ -32,7 +32,7 @@ def test_seconds_of_parts_are_those_of_metrics_and_ledger(out: Path) -> None:
     assert stages["opd"] == pytest.approx({**parts, "evaluate": 0.75, "measure": 3.0})
 
 
-def test_timeline_has_a_bar_for_each_recorded_attempt(out: Path) -> None:
+def test_timeline_has_bar_for_each_recorded_attempt(out: Path) -> None:
     first, second = names(out, "direct_grpo", 0)[-1], names(out, "direct_grpo", 1)[-1]
     study = read_study([out])
     section = html_time.time(study)
