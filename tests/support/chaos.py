@@ -21,7 +21,7 @@ from typing import Any
 from forked_runs import ForkedRuns, ProcessResult
 from headwater.report import build as report
 from headwater.storage.run_dir import RunDir, read_json, read_jsonl, write_atomic, write_json
-from runs import TIMED, done, sets, timeless
+from runs import TIMED, WHOLE_ARM, done, sets, timeless
 
 SMALL = (  # every kind of node, a checkpoint a step, evaluations and measurements between steps: a second or two
     "data.labeled.generate.count=32",
@@ -48,7 +48,7 @@ SMALL = (  # every kind of node, a checkpoint a step, evaluations and measuremen
 
 
 def small(out: Path, *changes: str, verb: str = "run") -> list[str | Path]:
-    return [verb, "pocket", "--out", out, *sets(*SMALL, *changes)]
+    return [verb, "pocket", *(WHOLE_ARM if verb == "run" else ()), "--out", out, *sets(*SMALL, *changes)]
 
 
 def digests(out: Path) -> dict[str, str]:

@@ -42,15 +42,16 @@ def doctor(
     json_: Json = False,
 ) -> None:
     """Check everything that could fail or spoil a run; exit 3 with named findings. `run` and `study` do this first."""
-    from headwater.config.arms import default_arm
     from headwater.config.builtin import find_recipe
     from headwater.doctor.checks import diagnose
+    from headwater.runs.default_arm import choose_arm
     from headwater.runs.setup import set_up
 
     resolved = find_recipe(recipe, recipe_changes(set_, device))
-    names = [default_arm(resolved)] if arms is None else parse_arms(arms)
+    folder = out or Path("runs") / resolved.name
+    names = [choose_arm(resolved, folder).arm] if arms is None else parse_arms(arms)
     set_up(resolved.compute)
-    diagnosis = diagnose(resolved, names, [resolved.seed], out or Path("runs") / resolved.name)
+    diagnosis = diagnose(resolved, names, [resolved.seed], folder)
     print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text())
     if diagnosis.errors:
         raise RefusedError(f"refused: {diagnosis.error_names}")

@@ -28,7 +28,8 @@ Arms = Annotated[str | None, typer.Option("--arms", help="Arms, separated by com
 ArmName = Annotated[
     str | None,
     typer.Option(
-        "--arm", help=f"Which arm: {DEFAULT_ARM}, or the recipe's own stages where that needs more than it has."
+        "--arm",
+        help=f"Which arm; by default the one that --out holds or its probe advised, else {DEFAULT_ARM}, or the recipe's own stages.",
     ),
 ]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]

@@ -49,7 +49,7 @@ def run(
     arm: ArmName = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Training seed.")] = None,
 ) -> None:
-    """Run one arm: teacher RL -> warm-up -> OPD -> student RL by default."""
+    """Run one arm, by default bridge: teacher RL with all labels -> warm-up -> OPD."""
     run_study(recipe, None if arm is None else [arm], None if seed is None else [seed], options, execution)
 
 
@@ -132,7 +132,7 @@ def run_study(
 ) -> None:
     """Run arms × seeds of a recipe by name or file, or print what that would cost; then print the report.
 
-    arms  None: the recipe's default arm
+    arms  None for the one arm that `choose_arm` names
     """
     from headwater.config.builtin import find_recipe
 
@@ -147,12 +147,17 @@ def execute(
     execution: ExecutionOptions,
 ) -> None:
     """Run arms × seeds of the recipe that `read` returns."""
-    from headwater.config.arms import arm_of, default_arm
+    from headwater.config.arms import arm_of
+    from headwater.runs.default_arm import choose_arm
 
     assumptions = dry_run_options(options.dry_run, execution.on, execution.mean_tokens)
     with _executor_factory(execution.executor) as (make_executor, processes):
         recipe = read()
-        arms = [default_arm(recipe)] if arms is None else arms
+        folder = options.out or Path("runs") / recipe.name
+        if arms is None:
+            choice = choose_arm(recipe, folder)
+            arms = [choice.arm]
+            print(choice.sentence, file=sys.stderr)
         for arm in arms:
             arm_of(arm, recipe)
         seeds = seeds or [recipe.seed]
@@ -172,7 +177,6 @@ def execute(
             return
         from headwater.runs.trackers import tracked
 
-        folder = options.out or Path("runs") / recipe.name
         trackers = [] if execution.track is None else parse_list(execution.track, "--track")
         try:
             with resumable(folder), tracked(progress_display(quiet=options.json_), folder, trackers) as display:

@@ -13,6 +13,7 @@ from headwater.doctor.advice import (
     MAX_WARMUP_COST,
     MIN_INFORMATIVE,
     MIN_LEAD,
+    arm_to_run,
     label_advice,
     outcome_advice,
     student_rl_advice,
@@ -165,6 +166,14 @@ def test_switch_advice_names_existing_metrics_and_valid_until() -> None:
     assert "`informative`" in result and "50%" in result and "kl_student_teacher" in result
     assert "{metric: validation, every: 10, patience: 2}" in result
     assert Until(metric="validation", every=10, patience=2).metric == "validation"
+
+
+def test_close_advice_runs_bridge_rl_with_half_of_labels_each() -> None:
+    edge = 0.95 - MIN_LEAD
+    for student, arm in ((edge - 0.9 * CLOSE_MARGIN, "bridge_rl"), (edge + 0.9 * CLOSE_MARGIN, "bridge_rl")):
+        assert arm_to_run(pair(student, 0.95))[0] == arm
+    clear = arm_to_run(pair(edge - 1.1 * CLOSE_MARGIN, 0.95)), arm_to_run(pair(edge + 1.1 * CLOSE_MARGIN, 0.95))
+    assert clear == (("bridge", "the labels go to the teacher"), ("direct_grpo", "the labels go to the student"))
 
 
 def test_completions_cut_at_their_limit_are_named_before_any_other_advice() -> None:
