@@ -70,7 +70,7 @@ def test_curve_element_carries_values_for_script() -> None:
         assert plot.element.count(f'class="{part}"') == 1 and f'id="part-{part}"' in plot.svg
 
 
-def test_held_out_accuracy_is_a_curve_over_steps(tmp_path: Path) -> None:
+def test_held_out_accuracy_over_steps_is_drawn(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"direct_grpo": ARMS["direct_grpo"]})
     folder = out / "nodes" / names(out, "direct_grpo")[-1] / "evals"
     rows = graded(out, "direct_grpo", 0)
