@@ -42,8 +42,8 @@ def line(*values: float) -> list[Series]:
 def test_axis_spans_least_range_of_metric(
     metric: str, values: tuple[float, ...], limits: tuple[float, float] | None
 ) -> None:
-    found = axis_limits(line(*values), METRICS[metric])
-    assert found == (None if limits is None else pytest.approx(limits, rel=1e-9))
+    computed = axis_limits(line(*values), METRICS[metric])
+    assert computed == (None if limits is None else pytest.approx(limits, rel=1e-9))
 
 
 def test_flat_curves_are_named_with_their_value(tmp_path: Path) -> None:
