@@ -82,7 +82,9 @@ def estimates(plan: Plan, inputs: RunInputs, assumptions: Assumptions = Assumpti
 def condition_schedule(node: Node, plan: Plan, inputs: RunInputs, steps: int) -> tuple[Schedule, float]:
     """When a stage of `steps` steps measures condition C2, and the share of the stage's FLOPs that this costs at most."""
     roles = {base_of(source) for source in (node.start, supervisor(node)) if source is not None}
-    estimator = Estimator(plan, inputs, model_shapes(inputs, tuple(roles)), prompt_tokens(inputs, Assumptions()), Assumptions())
+    estimator = Estimator(
+        plan, inputs, model_shapes(inputs, tuple(roles)), prompt_tokens(inputs, Assumptions()), Assumptions()
+    )
     schedule = estimator.condition_schedule(node, steps)
     measured, trained = estimator.condition_cost(node, schedule, steps)[2], estimator.stage_flops(node)
     return schedule, measured / trained if trained else 0.0
@@ -261,7 +263,10 @@ class Estimator:
         teacher = supervisor(node)
         if teacher is None or node.settings is None:
             return 0, 0, 0.0
-        rows, completion = schedule.measurements(steps) * schedule.problems, self.completion_tokens(node.settings.sampling)
+        rows, completion = (
+            schedule.measurements(steps) * schedule.problems,
+            self.completion_tokens(node.settings.sampling),
+        )
         length = completion + self.prompt
         scored = int(2 * rows * length)
         flops = self.shape(node.start).flops(3 * rows * length, length / 2)

@@ -22,7 +22,6 @@ from headwater.models.policy import Policy
 from headwater.teachers.scoring import ScoringTeacher, distributions_of, hidden_of
 from headwater.types import Rollout
 
-
 MIN_PROBLEMS = 4
 """Fewest problems that C2 is measured on: a mean over fewer says little."""
 

@@ -243,9 +243,7 @@ def test_canonical_text_does_not_depend_on_key_order() -> None:
         ({"max_share": None}, None),
     ],
 )
-def test_conditions_are_limited_unless_recipe_says_how_to_measure(
-    fields: dict[str, Any], share: float | None
-) -> None:
+def test_conditions_are_limited_unless_recipe_says_how_to_measure(fields: dict[str, Any], share: float | None) -> None:
     settings = Conditions.model_validate(fields)
     assert settings.max_share == share
     assert Conditions.model_validate(settings.model_dump()) == settings  # as recipe.json is read again
