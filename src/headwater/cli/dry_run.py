@@ -91,7 +91,8 @@ def notes(nodes: Sequence[Estimate], options: DryRunOptions) -> list[str]:
     ]
     if measuring:
         lines.append(
-            f"measuring between the steps takes, of a node's FLOPs: {', '.join(measuring)} (condition C2; conditions.problems: 0 turns it off)"
+            f"measuring between the steps takes, of a node's FLOPs: {', '.join(measuring)} (condition C2; conditions.problems: 0 "
+            "turns it off)"
         )
     if options.device is None:
         return lines
