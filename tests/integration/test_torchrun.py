@@ -170,7 +170,7 @@ def test_only_run_study_and_demo_accept_several_processes() -> None:
         capture_output=True, text=True, timeout=60, env={**environment(), **world},
     )  # fmt: skip
     assert refused.returncode == 2
-    assert refused.stderr == "headwater: torchrun: only run, study and demo run in several processes\n"
+    assert refused.stderr == "headwater: torchrun: only run, study, demo, distill and grpo run in several processes\n"
 
 
 # Shares ---------------------------------------------------------------------------------------------------------------

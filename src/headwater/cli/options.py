@@ -32,6 +32,11 @@ ArmName = Annotated[
         help=f"Which arm; by default the one that --out holds or its probe advised, else {DEFAULT_ARM}, or the recipe's own stages.",
     ),
 ]
+Evals = Annotated[
+    str | None,
+    typer.Option("--evals", help="File of held-out problems with answers; without it no accuracy is measured."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Training seed.")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task's name (docs/tasks.md) or package.module:function.")]
 ProblemColumn = Annotated[
@@ -110,6 +115,11 @@ class EvalOptions:
     device: Device = None
     out: Annotated[Path | None, typer.Option("--out", help="Write every graded completion here as JSONL.")] = None
     json_: Json = False
+
+
+def examples(*commands: str) -> str:
+    """Example command lines for a command's --help, one a line."""
+    return "\n\n".join(["Examples:", *(f"  {command}" for command in commands)])
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
