@@ -480,5 +480,7 @@ def test_stage_without_signal_killed_while_recording_stops_with_same_ledger(tmp_
     assert {label for row in ledger for label in row["labels"]} == {row["problem_id"] for row in kept}
     # With the guard eased the stage goes on from its checkpoint, and no step is counted twice.
     assert go(out, None, "guards.no_signal=continue", changes[2]).code == 0
-    steps = [row["step"] for row in rows(out / "ledger.jsonl") if row["purpose"] == "train" and row["stage"] == "teacher_rl"]
+    steps = [
+        row["step"] for row in rows(out / "ledger.jsonl") if row["purpose"] == "train" and row["stage"] == "teacher_rl"
+    ]
     assert steps == [1, 2]
