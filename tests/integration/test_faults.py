@@ -463,7 +463,7 @@ def test_folder_without_checksums_of_earlier_version_is_accepted(tmp_path: Path)
 # A stage that stops itself --------------------------------------------------------------------------------------------
 
 
-def test_stage_without_signal_killed_while_recording_stops_with_same_ledger(tmp_path: Path) -> None:
+def test_killed_stage_without_signal_stops_with_same_ledger(tmp_path: Path) -> None:
     """Real kills; tests/unit/runs/test_stopped_stage.py goes through every point in one process."""
     changes = ("guards.no_signal=stop", "guards.patience=1", "stages.teacher_rl.sampling.max_tokens=1")
     stopped = go(tmp_path / "stopped", None, *changes)
