@@ -221,18 +221,19 @@ def turns_left_out(prompter: Prompter, problem: Problem) -> list[int]:
 
 def spelt_templates(context: DoctorContext) -> Iterator[Finding]:
     """Problems that are whole prompts already get a second chat template around them."""
-    problems = context.inputs.all_problems
-    roles = [role for role in context.roles if problems and context.prompter(role).has_template]
-    marks = [(mark, problem) for problem in problems if (mark := spelt_template(problem)) is not None] if roles else []
-    if marks:
-        mark, problem = marks[0]
-        yield Finding(
-            "chat-template-twice",
-            "error" if 2 * len(marks) > len(problems) else "warning",
-            f"{len(marks)} of {len(problems)} problems spell a chat template (the first: {mark} in {problem.name}), and that of "
-            f"models.{roles[0]} is applied around them",
-            "set prompt.chat=false to give them to the models as they are, or write them as messages (role and content)",
-        )
+    templated = [role for role in context.roles if context.prompter(role).has_template]
+    for name in context.inputs.data_fields if templated else ():
+        problems = context.inputs.source(name).problems
+        marks = [(mark, problem) for problem in problems if (mark := spelt_template(problem)) is not None]
+        if marks:
+            mark, problem = marks[0]
+            yield Finding(
+                "chat-template-twice",
+                "error" if 2 * len(marks) > len(problems) else "warning",
+                f"{name}: {len(marks)} of {len(problems)} problems spell a chat template (the first: {mark} in {problem.name}), and "
+                f"that of models.{templated[0]} is applied around them",
+                "set prompt.chat=false to give them to the models as they are, or write them as messages (role and content)",
+            )
 
 
 def prompt_ends(context: DoctorContext) -> Iterator[Finding]:

@@ -141,13 +141,13 @@ def test_template_losing_plain_problem_is_refused(tmp_path: Path, template: str)
     assert any(problem.id in finding.evidence for problem in context.compared_problems)
 
 
-@pytest.mark.parametrize(("spelt", "severity"), [(1, "warning"), (7, "error")])
+@pytest.mark.parametrize(("spelt", "severity"), [(1, "warning"), (2, "error")])
 def test_problem_spelling_template_is_named(tmp_path: Path, spelt: int, severity: str) -> None:
     texts = [f"<|im_start|>user\n{n}+1<|im_end|>\n<|im_start|>assistant\n" for n in range(spelt)]
     context = context_of(tmp_path, plain("1+1", *texts), tokenizer_of())
     problem = next(problem for problem in context.inputs.all_problems if problem.text == texts[0])
     finding = only(list(prompt_checks.spelt_templates(context)), "chat-template-twice", severity)
-    assert f"{spelt} of {len(context.inputs.all_problems)} problems" in finding.evidence
+    assert f"data.labeled: {spelt} of {spelt + 1} problems spell a chat template" in finding.evidence
     assert f"<|im_start|> in problem {problem.id} of {tmp_path / 'rows.jsonl'}, row 2" in finding.evidence
     assert "prompt.chat=false" in finding.remedy
     raw = context_of(tmp_path, plain("1+1", *texts), tokenizer_of(), "prompt.chat=false")
