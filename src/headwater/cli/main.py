@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from typing import Annotated
 
 import typer
 
 from headwater.cli import checks, recipes, results, run, single_stage
-from headwater.cli.options import exit_codes, launched_by_torchrun
+from headwater.cli.options import examples, exit_codes, launched_by_torchrun
+from headwater.config.builtin import builtin_names
 from headwater.errors import UserError
 
 app = typer.Typer(
     name="headwater",
-    help="Post-train language models when labels are scarce: sparse reward upstream, dense supervision downstream.",
+    help="Post-train language models when labels are scarce: rewards for the teacher, distillation into the student.",
+    epilog=examples("headwater demo", "headwater init pocket > my.yaml", "headwater run my.yaml --dry-run"),
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -21,12 +24,37 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def init(name: Annotated[str, typer.Argument(help="Which recipe to start from.")] = "pocket") -> None:
-    """Print a commented recipe to start from."""
-    from headwater.config.builtin import builtin_text
+def print_version(value: bool) -> None:
+    if value:
+        print(f"headwater {importlib.metadata.version('headwater')}")
+        raise typer.Exit
 
-    print(builtin_text(name), end="")
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=examples("headwater init gsm8k > my.yaml", "headwater init --all > all-fields.yaml"))
+def init(
+    name: Annotated[
+        str | None, typer.Argument(help=f"Recipe to start from: {', '.join(builtin_names())}.", show_default="pocket")
+    ] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Print every field at its default, with its description.")
+    ] = False,
+) -> None:
+    """Print a commented recipe to start from."""
+    if all_ and name is not None:
+        raise UserError(f"init {name} --all: --all prints a recipe of its own; leave one of the two out")
+    from headwater.config.builtin import builtin_text
+    from headwater.config.full_recipe import full_recipe
+
+    print(full_recipe() if all_ else builtin_text(name or "pocket"), end="")
 
 
 for commands in (run.commands, single_stage.commands, recipes.commands, checks.commands, results.commands):
