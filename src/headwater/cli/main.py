@@ -39,22 +39,56 @@ def options(
     pass
 
 
-@app.command(epilog=examples("headwater init gsm8k > my.yaml", "headwater init --all > all-fields.yaml"))
+@app.command(
+    epilog=examples(
+        "headwater init gsm8k > my.yaml",
+        "headwater init mine --student S --teacher T --data train.jsonl > my.yaml",
+        "headwater init --all > all-fields.yaml",
+    )
+)
 def init(
     name: Annotated[
-        str | None, typer.Argument(help=f"Recipe to start from: {', '.join(builtin_names())}.", show_default="pocket")
+        str | None,
+        typer.Argument(
+            help=f"A built-in recipe ({', '.join(builtin_names())}), or `mine` for one that is fitted to your models.",
+            show_default="pocket",
+        ),
     ] = None,
     all_: Annotated[
         bool, typer.Option("--all", help="Print every field at its default, with its description.")
     ] = False,
+    student: Annotated[str | None, typer.Option("--student", help="mine: folder or hub id of the student.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="mine: folder or hub id of the teacher.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="mine: file of problems with answers.")] = None,
+    evals: Annotated[
+        str | None, typer.Option("--evals", help="mine: file to evaluate on; without it, a part of --data is held out.")
+    ] = None,
+    task: Annotated[str | None, typer.Option("--task", help="mine: the grader, if the answers do not show it.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")
+    ] = None,
 ) -> None:
-    """Print a commented recipe to start from."""
+    """Print a commented recipe to start from.
+
+    `headwater init mine --student S --teacher T --data FILE > mine.yaml` measures the pair, the data and the device.
+    """
     if all_ and name is not None:
         raise UserError(f"init {name} --all: --all prints a recipe of its own; leave one of the two out")
-    from headwater.config.builtin import builtin_text
-    from headwater.config.full_recipe import full_recipe
+    if name != "mine":
+        if any(value is not None for value in (student, teacher, data, evals, task, device)):
+            raise UserError(
+                f"init{f' {name}' if name else ''}: takes no such options; those of models, data and device belong to `headwater init mine`"
+            )
+        from headwater.config.builtin import builtin_text
+        from headwater.config.full_recipe import full_recipe
 
-    print(full_recipe() if all_ else builtin_text(name or "pocket"), end="")
+        print(full_recipe() if all_ else builtin_text(name or "pocket"), end="")
+        return
+    if student is None or teacher is None or data is None:
+        raise UserError("init mine: needs --student, --teacher and --data")
+    from headwater.doctor.fit import FitRequest, fitted_recipe
+
+    print(fitted_recipe(FitRequest(student, teacher, data, evals, task, device or "auto")), end="")
 
 
 for commands in (run.commands, single_stage.commands, recipes.commands, checks.commands, results.commands):
