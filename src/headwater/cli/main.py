@@ -77,7 +77,7 @@ def init(
     if name != "mine":
         if any(value is not None for value in (student, teacher, data, evals, task, device)):
             raise UserError(
-                f"init{f' {name}' if name else ''}: takes no such options; those of models, data and device belong to `headwater init mine`"
+                "init: the options of models, data and device belong to `headwater init mine`, not to a built-in recipe"
             )
         from headwater.config.builtin import builtin_text
         from headwater.config.full_recipe import full_recipe
