@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater import pipeline
-from headwater.config.arms import DEFAULT_STUDY, arm_of, default_arm
+from headwater.config.arms import DEFAULT_STUDY, arm_of
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Columns, Recipe, parse_recipe
 from headwater.config.recipe import Source as DataSource
@@ -22,6 +22,7 @@ from headwater.evaluation import Evaluation, EvaluationSettings, evaluate_model
 from headwater.plugins import name_of
 from headwater.report import build
 from headwater.report.result import Result
+from headwater.runs.default_arm import choose_arm
 from headwater.runs.progress import progress_display
 from headwater.runs.setup import set_up
 from headwater.runs.trackers import Callback, Opener, tracked
@@ -48,7 +49,7 @@ def run(
 ) -> Result:
     """Run one arm, or resume it; returns its results, which are also written to `out`.
 
-    arm        None: the recipe's default arm
+    arm        None: the arm that `out` holds or its probe advised, else `bridge` (docs/arms.md)
     out        run directory; `runs/NAME` by default
     changes    fields to change, such as `{"stages.opd.steps": 5, "task": my_grader}`
     track      trackers to log to: `tensorboard`, `wandb`, `trackio`, an entry point's name, or a function that opens one
@@ -58,10 +59,12 @@ def run(
     Raises `headwater.errors.HeadwaterError` with the message that the command prints. Guard the call with
     `if __name__ == "__main__":` where nodes run in worker processes (`compute.workers`).
     """
-    recipe = recipe_of(recipe, changes)
-    arms = [default_arm(recipe)] if arm is None else [arm]
-    seeds = None if seed is None else [seed]
-    return study(recipe, arms=arms, seeds=seeds, out=out, track=track, callbacks=callbacks, quiet=quiet)
+    seeds, parsed = None if seed is None else [seed], recipe_of(recipe, changes)
+    if arm is None:
+        choice = choose_arm(parsed, _folder(out, parsed))
+        progress_display(not in_notebook() if quiet is None else quiet).say(choice.sentence)
+        arm = choice.arm
+    return study(parsed, arms=[arm], seeds=seeds, out=out, track=track, callbacks=callbacks, quiet=quiet)
 
 
 def study(
@@ -89,15 +92,15 @@ def study(
 def diagnose(
     recipe: Source, *, arms: Sequence[str] | None = None, out: str | Path | None = None, changes: Changes = ()
 ) -> Examination:
-    """Check everything that could fail or spoil a run, as `headwater doctor` does; writes nothing.
+    """Check everything that could fail or spoil a run, as `headwater doctor` does; writes nothing. Without `arms`, the arm of `run`.
 
     `result.errors` are the findings for which a run would be refused. Raises HeadwaterError only for an unknown arm or a recipe that
     cannot be read.
     """
     parsed = recipe_of(recipe, changes)
+    folder = _folder(out, parsed)
     set_up(parsed.compute)
-    names = [default_arm(parsed)] if arms is None else list(arms)
-    return examine_recipe(parsed, names, [parsed.seed], _folder(out, parsed))
+    return examine_recipe(parsed, list(arms or [choose_arm(parsed, folder).arm]), [parsed.seed], folder)
 
 
 def probe(

@@ -137,7 +137,7 @@ def test_dry_run_json_lists_nodes_with_bounds_and_writes_nothing(
 def test_dry_run_table_names_nodes_labels_and_steps(tmp_path: Path) -> None:
     result = call("run", "pocket", "--dry-run", "--out", tmp_path / "out", *sets())
     assert result.code == 0 and not (tmp_path / "out").exists()
-    for word in ("teacher_rl", "warmup", "opd", "student_rl", "labels", "FLOPs", "memory"):
+    for word in ("teacher_rl", "warmup", "opd", "labels", "FLOPs", "memory"):
         assert word in result.out
 
 

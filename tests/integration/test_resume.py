@@ -15,6 +15,7 @@ import pytest
 from forked_runs import ProcessResult, warm_runs
 from headwater.runs.executors import base as executor
 from runs import (
+    WHOLE_ARM,
     CommandResult,
     assert_same,
     infos,
@@ -117,7 +118,7 @@ BEFORE_OPD = 3 + 5
 
 def start(out: Path, fault: str) -> ProcessResult:
     """The same run as a process of its own."""
-    return warm_runs().run("run", "pocket", "--out", out, *sets(*CHANGES), fault=fault)
+    return warm_runs().run("run", "pocket", *WHOLE_ARM, "--out", out, *sets(*CHANGES), fault=fault)
 
 
 def test_finished_run_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

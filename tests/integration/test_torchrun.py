@@ -20,7 +20,7 @@ from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
 from headwater.training.groups import assign_to_ranks
 from headwater.training.update import split_minibatches
-from runs import environment, infos, load_json, node, rows, sets, temporary, tiny
+from runs import WHOLE_ARM, environment, infos, load_json, node, rows, sets, temporary, tiny
 from tiny import rollout_of, stage_of
 
 # Every kind of pass at once: a reference, several updates of one batch, microbatches so small that ranks have unlike numbers of them.
@@ -47,7 +47,7 @@ def one_process() -> Path:
 
 
 def command_of(out: Path, *changes: str) -> list[str | Path]:
-    return ["run", "pocket", "--out", out, *sets(*changes)]
+    return ["run", "pocket", *WHOLE_ARM, "--out", out, *sets(*changes)]
 
 
 def command(out: Path) -> list[str | Path]:
@@ -170,7 +170,7 @@ def test_only_run_study_and_demo_accept_several_processes() -> None:
         capture_output=True, text=True, timeout=60, env={**environment(), **world},
     )  # fmt: skip
     assert refused.returncode == 2
-    assert refused.stderr == "headwater: torchrun: only run, study and demo run in several processes\n"
+    assert refused.stderr == "headwater: torchrun: only run, study, demo, distill and grpo run in several processes\n"
 
 
 # Shares ---------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any
 from forked_runs import ForkedRuns, ProcessResult
 from headwater.report import build as report
 from headwater.storage.run_dir import RunDir, read_json, read_jsonl, write_atomic, write_json
-from runs import TIMED, done, sets, timeless
+from runs import TIMED, WHOLE_ARM, done, sets, timeless
 
 SMALL = (  # every kind of node, a checkpoint a step, evaluations and measurements between steps: a second or two
     "data.labeled.generate.count=32",
@@ -48,18 +48,18 @@ SMALL = (  # every kind of node, a checkpoint a step, evaluations and measuremen
 
 
 def small(out: Path, *changes: str, verb: str = "run") -> list[str | Path]:
-    return [verb, "pocket", "--out", out, *sets(*SMALL, *changes)]
+    return [verb, "pocket", *(WHOLE_ARM if verb == "run" else ()), "--out", out, *sets(*SMALL, *changes)]
 
 
 def digests(out: Path) -> dict[str, str]:
     """sha256 of every file of a run's folder by name, without measured times: equal for runs that did the same.
 
-    Nothing is left out but locks. A file that should not be there is a difference.
+    Nothing is left out but locks, and when and where nodes ran. A file that should not be there is a difference.
     """
     return {
         str(path.relative_to(out)): hashlib.sha256(_content(path)).hexdigest()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.parent.name != ".locks" and path.name != ".lock"
+        if path.is_file() and path.parent.name not in (".locks", "attempts") and path.name != ".lock"
     }
 
 

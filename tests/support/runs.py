@@ -44,6 +44,10 @@ TINY = (  # two steps a stage, ten graded evaluation texts: a whole arm takes a 
 )
 
 
+WHOLE_ARM = ("--arm", "bridge_rl")
+"""Option for the arm that has every kind of stage."""
+
+
 def sets(*changes: str) -> list[str]:
     """`--set` options of the tiny recipe and these further changes."""
     return [part for change in (*TINY, *changes) for part in ("--set", change)]
@@ -70,10 +74,12 @@ def call(*argv: str | Path, entry: Callable[[], None] = main) -> CommandResult:
 
 
 def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = (), whole: bool = False) -> CommandResult:
-    """Call `run` or `study` of the tiny recipe in this process.
+    """Call `run` or `study` of the tiny recipe in this process; `run` takes the arm with every kind of stage if it names none.
 
     Preflight and the HTML page take longest and have their own tests, so they are skipped unless `whole`.
     """
+    if verb == "run" and "--arm" not in options:
+        options = (*WHOLE_ARM, *options)
     with contextlib.ExitStack() as stack:
         if not whole:
             stack.enter_context(mock.patch("headwater.doctor.checks.examine", return_value=Examination((), (), ())))

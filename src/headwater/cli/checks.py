@@ -19,6 +19,7 @@ from headwater.cli.options import (
     RecipeName,
     Set,
     TaskName,
+    examples,
     parse_arms,
     recipe_changes,
 )
@@ -27,7 +28,7 @@ from headwater.errors import RefusedError
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater doctor my.yaml", "headwater doctor my.yaml --arms all --json"))
 def doctor(
     recipe: RecipeName,
     arms: Annotated[
@@ -42,21 +43,24 @@ def doctor(
     json_: Json = False,
 ) -> None:
     """Check everything that could fail or spoil a run; exit 3 with named findings. `run` and `study` do this first."""
-    from headwater.config.arms import default_arm
     from headwater.config.builtin import find_recipe
     from headwater.doctor.checks import diagnose
+    from headwater.runs.default_arm import choose_arm
     from headwater.runs.setup import set_up
 
     resolved = find_recipe(recipe, recipe_changes(set_, device))
-    names = [default_arm(resolved)] if arms is None else parse_arms(arms)
+    folder = out or Path("runs") / resolved.name
+    names = [choose_arm(resolved, folder).arm] if arms is None else parse_arms(arms)
     set_up(resolved.compute)
-    diagnosis = diagnose(resolved, names, [resolved.seed], out or Path("runs") / resolved.name)
+    diagnosis = diagnose(resolved, names, [resolved.seed], folder)
     print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text())
     if diagnosis.errors:
         raise RefusedError(f"refused: {diagnosis.error_names}")
 
 
-@commands.command()
+@commands.command(
+    epilog=examples("headwater probe my.yaml", "headwater probe my.yaml --problems 64 --samples 16 --out runs/my")
+)
 def probe(
     recipe: RecipeName,
     problems: Annotated[
@@ -89,7 +93,7 @@ def probe(
         console().print(probe_tables(result))
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater grade --data completions.jsonl --task maths"))
 def grade(
     data: Annotated[Path, typer.Option("--data", help='File of {"id","gold","completion"} rows.')],
     task: TaskName = "maths",
@@ -103,7 +107,11 @@ def grade(
         print(json.dumps(row, ensure_ascii=False))
 
 
-@commands.command()
+@commands.command(
+    epilog=examples(
+        "headwater validate train.jsonl --task maths", "headwater validate train.jsonl --problem prompt --answer target"
+    )
+)
 def validate(
     data: Annotated[str, typer.Argument(metavar="DATA", help="JSONL, CSV, Parquet, a `datasets` folder or a hub id.")],
     task: TaskName = "maths",

@@ -16,21 +16,31 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from headwater.config.arms import ARMS, DEFAULT_ARM
+from headwater.config.builtin import builtin_names
 from headwater.errors import HeadwaterError, UserError
 from headwater.runs.hardware import DEVICES
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a built-in recipe.")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help=f"A YAML file, or a built-in recipe: {', '.join(builtin_names())}.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; the same one again resumes the run.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change a field: path=value, such as stages.opd.steps=5.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
-Arms = Annotated[str | None, typer.Option("--arms", help="Arms, separated by commas, or `all`.")]
+Arms = Annotated[str | None, typer.Option("--arms", help=f"Arms, separated by commas, or `all`: {', '.join(ARMS)}.")]
 ArmName = Annotated[
     str | None,
     typer.Option(
-        "--arm", help=f"Which arm: {DEFAULT_ARM}, or the recipe's own stages where that needs more than it has."
+        "--arm",
+        help=f"Which arm; by default the one that --out holds or its probe advised, else {DEFAULT_ARM}, or the recipe's own stages. "
+        f"Arms: {', '.join(ARMS)}.",
     ),
 ]
+Evals = Annotated[
+    str | None,
+    typer.Option("--evals", help="File of held-out problems with answers; without it no accuracy is measured."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Training seed.")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task's name (docs/tasks.md) or package.module:function.")]
 ProblemColumn = Annotated[
@@ -112,6 +122,11 @@ class EvalOptions:
     device: Device = None
     out: Annotated[Path | None, typer.Option("--out", help="Write every graded completion here as JSONL.")] = None
     json_: Json = False
+
+
+def examples(*commands: str) -> str:
+    """Example command lines for a command's --help, one a line."""
+    return "\n\n".join(["Examples:", *(f"  {command}" for command in commands)])
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

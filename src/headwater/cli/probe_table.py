@@ -91,6 +91,8 @@ def _advice(advice: dict[str, Any]) -> list[Text]:
         ("Warm-up", f"{'needed' if warmup['needed'] else 'not needed'}: {warmup['because']}."),
         ("From OPD to student RL", f"{advice['switch']}."),
     ]
+    if advice["run"]["arm"] is not None:
+        sentences.append(("Run", f"--arm {advice['run']['arm']}: {advice['run']['because']}."))
     return [Text.assemble((f"{name}: ", "bold"), sentence) for name, sentence in sentences]
 
 

@@ -23,6 +23,7 @@ from headwater.cli.options import (
     Seeds,
     Workers,
     dry_run_options,
+    examples,
     launched_by_torchrun,
     parse_arms,
     parse_list,
@@ -40,7 +41,11 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(
+    epilog=examples(
+        "headwater run pocket --set stages.opd.steps=20", "headwater run my.yaml --arm bridge_rl --dry-run --on h100"
+    )
+)
 @with_options
 def run(
     recipe: RecipeName,
@@ -49,20 +54,27 @@ def run(
     arm: ArmName = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Training seed.")] = None,
 ) -> None:
-    """Run one arm: teacher RL -> warm-up -> OPD -> student RL by default."""
+    """Run one arm, by default bridge: teacher RL with all labels -> warm-up -> OPD."""
     run_study(recipe, None if arm is None else [arm], None if seed is None else [seed], options, execution)
 
 
-@commands.command()
+@commands.command(
+    epilog=examples(
+        "headwater study pocket --arms direct_grpo,bridge", "headwater study my.yaml --arms all --seeds 0,1,2 --dry-run"
+    )
+)
 @with_options
 def study(
     recipe: RecipeName, options: RunOptions, execution: ExecutionOptions, arms: Arms = None, seeds: Seeds = None
 ) -> None:
-    """Run many arms × seeds as one plan, shared nodes once, then report."""
+    """Run many arms × seeds as one plan, shared nodes once, then report.
+
+    Without --arms: direct_grpo, raw_teacher, bridge, bridge_1h, bridge_rl and replay.
+    """
     run_study(recipe, DEFAULT_STUDY if arms is None else parse_arms(arms), parse_seeds(seeds), options, execution)
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater demo --out runs/demo"))
 def demo(
     out: Out = None,
     seed: Annotated[int, typer.Option("--seed", help="Training seed.")] = 0,
@@ -74,7 +86,12 @@ def demo(
     run_study("pocket", DEFAULT_STUDY, [seed], options, ExecutionOptions())
 
 
-@commands.command()
+@commands.command(
+    epilog=examples(
+        "headwater sweep pocket --vary labels --values 64,128,256",
+        "headwater sweep my.yaml --vary stages.opd.optim.lr --values 1e-5,3e-5",
+    )
+)
 @with_options
 def sweep(
     recipe: RecipeName,
@@ -132,7 +149,7 @@ def run_study(
 ) -> None:
     """Run arms × seeds of a recipe by name or file, or print what that would cost; then print the report.
 
-    arms  None: the recipe's default arm
+    arms  None for the one arm that `choose_arm` names
     """
     from headwater.config.builtin import find_recipe
 
@@ -147,12 +164,17 @@ def execute(
     execution: ExecutionOptions,
 ) -> None:
     """Run arms × seeds of the recipe that `read` returns."""
-    from headwater.config.arms import arm_of, default_arm
+    from headwater.config.arms import arm_of
+    from headwater.runs.default_arm import choose_arm
 
     assumptions = dry_run_options(options.dry_run, execution.on, execution.mean_tokens)
     with _executor_factory(execution.executor) as (make_executor, processes):
         recipe = read()
-        arms = [default_arm(recipe)] if arms is None else arms
+        folder = options.out or Path("runs") / recipe.name
+        if arms is None:
+            choice = choose_arm(recipe, folder)
+            arms = [choice.arm]
+            print(choice.sentence, file=sys.stderr)
         for arm in arms:
             arm_of(arm, recipe)
         seeds = seeds or [recipe.seed]
@@ -172,7 +194,6 @@ def execute(
             return
         from headwater.runs.trackers import tracked
 
-        folder = options.out or Path("runs") / recipe.name
         trackers = [] if execution.track is None else parse_list(execution.track, "--track")
         try:
             with resumable(folder), tracked(progress_display(quiet=options.json_), folder, trackers) as display:

@@ -216,7 +216,8 @@ ARMS: dict[str, Arm] = {  # reports list arms in this order
         compare_with=("bridge",),
     ),
 }
-DEFAULT_ARM = "bridge_rl"
+DEFAULT_ARM = "bridge"
+"""Arm of a `run` without --arm, unless the folder or the recipe says otherwise (`runs.default_arm`)."""
 DEFAULT_STUDY = ("direct_grpo", "raw_teacher", "bridge", "bridge_1h", "bridge_rl", "replay")
 
 OWN_STAGES = "own_stages"

@@ -311,8 +311,10 @@ Place = tuple[int, int, str | None]
 
 
 def _place(keys: Keys, known: Mapping[Keys, Place]) -> Place:
-    """The place of the longest of a field's paths that has one."""
-    return next((known[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in known), (0, 0, None))
+    """The place of the longest of a field's paths that has one; else of a field below it."""
+    above = [known[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in known]
+    below = [place for other, place in known.items() if keys and other[: len(keys)] == keys]
+    return next(iter([*above, *below]), (0, 0, None))
 
 
 def _parsed_override(override: str) -> tuple[list[str], Any]:

@@ -43,7 +43,7 @@ def complaints(error: ValidationError, model: type[BaseModel]) -> list[tuple[Key
 def _sentence(keys: Keys, faults: list[Any], model: type[BaseModel]) -> str:
     fault = faults[0]
     if fault["type"] == "extra_forbidden":
-        return f"unknown field {_dotted(keys)}{_intended(keys, model)}"
+        return f"unknown field {_dotted(keys)}{intended_field(keys, model)}"
     messages = dict.fromkeys(fault["msg"].removeprefix("Value error, ") for fault in faults)
     message = " or ".join(text[:1].lower() + text[1:] for text in messages)
     given = fault.get("input")
@@ -57,7 +57,7 @@ def _dotted(keys: Keys) -> str:
     return " ".join(".".join(keys).split())
 
 
-def _intended(keys: Keys, model: type[BaseModel]) -> str:
+def intended_field(keys: Keys, model: type[BaseModel]) -> str:
     """A field of nearly the same name beside it, or the field of that name that is nearest to it in the schema."""
     *section, name = keys
     name = OTHER_NAMES.get(name, name)

@@ -105,6 +105,16 @@ def label_advice(measures: PairMeasures) -> LabelAdvice:
     return LabelAdvice("teacher" if margin > 0 else "student", because, margin)
 
 
+def arm_to_run(measures: PairMeasures) -> tuple[str | None, str]:
+    """(arm, why) for a `run` that names none: `label_advice`; where that is close, half of the labels for either model."""
+    labels = label_advice(measures)
+    if labels.close and has_signal(measures.student):
+        return "bridge_rl", (
+            f"the labels are worth about as much on the teacher as on the student (margin {labels.margin:+.2f}), so each gets half"
+        )
+    return labels.arm, f"the labels go to the {labels.where}" if labels.arm else "neither model can use labels yet"
+
+
 def has_signal(model: Readiness) -> bool:
     return model.informative.mean >= MIN_INFORMATIVE
 

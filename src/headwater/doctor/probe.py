@@ -299,7 +299,7 @@ def readiness(samples: ModelSamples, entropy: float) -> Readiness:
 
 
 def continue_right_answers(student: ModelSamples, teacher: ModelSamples, task: ProbeTask) -> Continuations | None:
-    """Let both models continue the first quarter of the teacher's right answers, one a problem.
+    """Let both models continue the first quarter of the teacher's right answers, one per problem.
 
     None, at no cost, if the teacher got nothing right.
     """
@@ -338,6 +338,7 @@ def continue_right_answers(student: ModelSamples, teacher: ModelSamples, task: P
 def as_json(measures: PairMeasures, c2: dict[str, float], samples: int) -> dict[str, Any]:
     """The measures and the advice as plain values, for probe.json and `--json`."""
     labels, warmup = advice.label_advice(measures), advice.warmup_advice(measures)
+    arm, because = advice.arm_to_run(measures)
     continuations, passes = measures.continuations, measures.passes
     models = {
         role: {**asdict(readiness), "outcomes": readiness.outcomes.shares}
@@ -363,6 +364,7 @@ def as_json(measures: PairMeasures, c2: dict[str, float], samples: int) -> dict[
         "advice": {
             "labels": {**asdict(labels), "arm": labels.arm, "close": labels.close},
             "warmup": asdict(warmup),
+            "run": {"arm": arm, "because": because},
             "outcomes": advice.outcome_advice(measures),
             "teacher": advice.teacher_advice(measures),
             "switch": advice.student_rl_advice(measures),

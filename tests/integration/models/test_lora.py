@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from headwater.models import adapter_files
-from runs import assert_same, call, infos, load_json, node, rows, sets, tiny
+from runs import WHOLE_ARM, assert_same, call, infos, load_json, node, rows, sets, tiny
 from tests.integration.test_resume import Killed, killed_at
 from tiny import same_bits, tiny_folder
 
@@ -67,7 +67,7 @@ def data(folder: Path) -> Path:
 def test_lora_settings_change_only_nodes_of_their_role(tmp_path: Path) -> None:
     names = []
     for changes in ((), ("models.lora.roles=[student]",), ("models.lora.r=8",)):
-        result = call("run", "pocket", "--dry-run", "--json", *sets(*changes))
+        result = call("run", "pocket", *WHOLE_ARM, "--dry-run", "--json", *sets(*changes))
         names.append({row["node"] for row in json.loads(result.out)})
     full, students, both = ({name for name in node_names if name.startswith("teacher_rl")} for node_names in names)
     assert full == students != both

@@ -13,7 +13,7 @@ from headwater.config.builtin import find_recipe
 from headwater.runs.estimate import Assumptions, estimates
 from headwater.runs.hardware import DEVICES
 from headwater.runs.setup import prepared
-from runs import TINY, call, infos, rows, sets, temporary, tiny
+from runs import TINY, WHOLE_ARM, call, infos, rows, sets, temporary, tiny
 
 CHANGES = (
     "stages.teacher_rl.sparse.kl_coef=0.01",  # rollouts without a signal are then trained on too, so costs are known beforehand
@@ -61,7 +61,7 @@ def test_estimated_tokens_and_flops_are_within_quarter_of_ledger() -> None:
 
 
 def test_estimated_labels_and_steps_equal_run() -> None:
-    answer = call("run", "pocket", "--dry-run", "--json", *sets(*CHANGES))
+    answer = call("run", "pocket", *WHOLE_ARM, "--dry-run", "--json", *sets(*CHANGES))
     result = {row["node"]: row for row in json.loads(answer.out)}
     for folder, info in infos(measured()):
         if info["kind"] == "train":

@@ -13,6 +13,7 @@ from headwater.doctor.advice import (
     MAX_WARMUP_COST,
     MIN_INFORMATIVE,
     MIN_LEAD,
+    arm_to_run,
     label_advice,
     outcome_advice,
     student_rl_advice,
@@ -167,11 +168,19 @@ def test_switch_advice_names_existing_metrics_and_valid_until() -> None:
     assert Until(metric="validation", every=10, patience=2).metric == "validation"
 
 
+def test_close_advice_runs_bridge_rl_with_half_of_labels_each() -> None:
+    edge = 0.95 - MIN_LEAD
+    for student, arm in ((edge - 0.9 * CLOSE_MARGIN, "bridge_rl"), (edge + 0.9 * CLOSE_MARGIN, "bridge_rl")):
+        assert arm_to_run(pair(student, 0.95))[0] == arm
+    clear = arm_to_run(pair(edge - 1.1 * CLOSE_MARGIN, 0.95)), arm_to_run(pair(edge + 1.1 * CLOSE_MARGIN, 0.95))
+    assert clear == (("bridge", "the labels go to the teacher"), ("direct_grpo", "the labels go to the student"))
+
+
 def test_completions_cut_at_their_limit_are_named_before_any_other_advice() -> None:
     measures = replace(pair(0.5, 1.0), student=model(0.5), teacher=model(0.0, 0.0, CUT))
     assert outcome_advice(measures) == {
         "teacher": "96 % of the completions were cut at max_tokens = 48, 4 % were wrong: raise stages.teacher_rl.sampling."
-        "max_tokens, or check that the model ends its answers (its stop ids, its chat template)"
+        "max_tokens, or check the model's stop ids and chat template if its answers never end"
     }
     # A signal from the few that ended says little about the model: most of its answers were not judged.
     assert outcome_advice(replace(measures, teacher=model(0.5, 0.1, CUT))).keys() == {"teacher"}
