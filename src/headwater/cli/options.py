@@ -115,7 +115,8 @@ class EvalOptions:
         bool, typer.Option("--thinking/--no-thinking", help="Passed to chat templates that have a thinking mode.")
     ] = False
     chat: Annotated[
-        bool, typer.Option("--chat/--no-chat", help="Apply the model's chat template, or give it the texts as they are.")
+        bool,
+        typer.Option("--chat/--no-chat", help="Apply the model's chat template, or give it the texts as they are."),
     ] = True
     seed: Annotated[int, typer.Option("--seed")] = 0
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32"

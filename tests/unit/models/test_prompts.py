@@ -86,7 +86,9 @@ def test_prompt_over_limit_is_refused_by_problem() -> None:
 
 
 def test_empty_prompt_is_refused_with_remedy() -> None:
-    with pytest.raises(UserError, match=r"its prompt has no tokens; remove the row, or write text .* into prompt.template"):
+    with pytest.raises(
+        UserError, match=r"its prompt has no tokens; remove the row, or write text .* into prompt.template"
+    ):
         prompter(None).ids(Problem.of("", "rows"))
 
 
@@ -107,7 +109,10 @@ def test_prompt_without_chat_is_text_with_one_bos() -> None:
 @pytest.mark.parametrize(
     ("text", "mark"),
     [
-        ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>"),
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_start|>",
+        ),
         ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n1+1?<|eot_id|>", "<|start_header_id|>"),
         ("<s> [INST] 1+1? [/INST]", "[INST]"),
         ("<bos><start_of_turn>user\n1+1?<end_of_turn>\n<start_of_turn>model\n", "<start_of_turn>"),
