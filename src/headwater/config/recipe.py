@@ -95,6 +95,8 @@ class Prompt(Strict):
     """The user's message; `{problem}` is replaced by the problem's text."""
     thinking: bool = False
     """Passed to chat templates that have `enable_thinking` (Qwen3)."""
+    chat: bool = True
+    """Apply the model's chat template; false gives the model the texts as they are (problems that spell a template, base models)."""
     max_tokens: Tokens = 2048
     """Longest prompt; a longer one is refused."""
 
