@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from headwater.cli.options import EvalOptions, Json, with_options
+from headwater.cli.options import EvalOptions, Json, examples, with_options
 from headwater.errors import RefusedError, UserError
 
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater report runs/my", "headwater report runs/seed0 runs/seed1 --out runs/both"))
 def report(
     dirs: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Run directories: of one recipe, or to compare.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; the first DIR by default.")] = None,
@@ -83,7 +83,7 @@ def print_comparison(values: dict[str, Any], folder: Path, as_json: bool) -> Non
     print(f"comparison: {folder / 'compare.html'}")
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater watch runs/my", "headwater watch runs/my --once"))
 def watch(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, running or not.")],
     every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two refreshes.")] = 1.0,
@@ -112,7 +112,13 @@ def watch(
                 live.update(status_table(status, screen.height), refresh=True)
 
 
-@commands.command("eval")
+@commands.command(
+    "eval",
+    epilog=examples(
+        "headwater eval ./model --data test.jsonl --samples 4",
+        "headwater eval pocket:qwen3-student --data test.jsonl --task sums",
+    ),
+)
 @with_options
 def eval_(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, hub id or pocket:NAME.")],
@@ -128,7 +134,7 @@ def eval_(
     print(json.dumps(evaluation.to_json()) if options.json_ else evaluation.text())
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater merge runs/my/nodes/opd.s0.1a2b3c4d/model ./merged"))
 def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder, such as a node's model/.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the merged model; must not exist.")],
@@ -143,7 +149,7 @@ def merge(
     print(out)
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater push runs/my --to me/my-model --private"))
 def push(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A run directory, or the model/ folder of one of its nodes.")

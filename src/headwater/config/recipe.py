@@ -95,6 +95,8 @@ class Prompt(Strict):
     """The user's message; `{problem}` is replaced by the problem's text."""
     thinking: bool = False
     """Passed to chat templates that have `enable_thinking` (Qwen3)."""
+    chat: bool = True
+    """Apply the model's chat template; false gives the model the texts as they are (problems that spell a template, base models)."""
     max_tokens: Tokens = 2048
     """Longest prompt; a longer one is refused."""
 
@@ -216,6 +218,16 @@ class Conditions(Strict):
     """Steps between measurements; the initial and the final state are always measured."""
     top_k: Tokens = 16
     """Number of top tokens compared for the overlap."""
+    max_share: Annotated[Fraction, Unit("share of a stage's FLOPs")] | None = 0.1
+    """Largest share of a stage's estimated FLOPs: beyond it, C2 is measured less often, then on fewer problems, then not at all. None,
+    the default where the recipe gives `problems` or `every`: measured as they say."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _measures_what_is_asked_for(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.keys() & {"problems", "every"}:
+            return {"max_share": None, **value}
+        return value
 
 
 class Recipe(Strict):
