@@ -79,7 +79,7 @@ def test_trained_student_has_equal_log_probs_in_transformers_and_vllm(family: st
     moved = mean_difference(ours, logp(loaded(start(family)), rollouts))
     gaps = mean_difference(ours, expected), mean_difference(ours, engines)
     print(f"{family}, {trains}: transformers {gaps[0]:.1e}, vLLM {gaps[1]:.1e}, base {moved:.1e}")
-    assert max(gaps) < NEAR
+    assert all(gap < NEAR for gap in gaps)
     assert moved > 20 * NEAR  # the training changed the log-probs, so base weights would fail
     chat = [{"role": "user", "content": "17+45"}]
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
