@@ -1,12 +1,19 @@
-"""mkdocs hook: replace links that leave docs/ (to the log or the sources) by their text; the site has no such pages."""
+"""mkdocs hooks: fill in the recipe reference, and replace links that leave docs/ (to the log or the sources) by their text."""
 
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by mkdocs for every page. From docs/stages/, `../` is still inside docs/."""
+    if "<!-- every field of the recipe -->" in markdown:
+        sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+        from headwater.config.reference import markdown as every_field
+
+        markdown = markdown.replace("<!-- every field of the recipe -->", every_field())
     up = "../" * (page.file.src_uri.count("/") + 1)
     return re.sub(rf"\[([^\]]+)\]\({re.escape(up)}[^)]*\)", r"\1", markdown)

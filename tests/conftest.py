@@ -94,9 +94,9 @@ def policy() -> Policy:
 @pytest.fixture
 def teacher() -> Policy:
     """Another tiny Qwen3 with the same tokenizer and other weights, frozen."""
-    found = tiny_policy("qwen3", seed=1)
-    found.model.requires_grad_(False)
-    return found
+    policy = tiny_policy("qwen3", seed=1)
+    policy.model.requires_grad_(False)
+    return policy
 
 
 @pytest.fixture(scope="session")

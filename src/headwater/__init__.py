@@ -6,14 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headwater.api import run, study
+    from headwater.api import diagnose, evaluate, grade, probe, rebuild_report, run, study, validate
+    from headwater.evaluation import EvaluationSettings
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "run", "study"]
+__all__ = [
+    "EvaluationSettings", "__version__", "diagnose", "evaluate", "grade", "probe", "rebuild_report", "run", "study", "validate",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """`run` and `study` on first use: reading a recipe or a report then needs no tensor library."""
-    if name in ("run", "study"):
+    """The functions of the Python API on first use: reading a recipe or a report then needs no tensor library."""
+    if name in __all__:
         return getattr(importlib.import_module("headwater.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

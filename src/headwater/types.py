@@ -37,9 +37,9 @@ def conversation_id(turns: Sequence[Turn]) -> str:
 
     Example: `family_of(conversation_id([("system", "Be brief."), ("user", "1+1")])) == family_of(problem_id("1+1"))`.
     """
-    asked = letters_and_digits("\n".join(user_turns(turns)))
+    question = letters_and_digits("\n".join(user_turns(turns)))
     folded = json.dumps([[role, _folded(content)] for role, content in turns], ensure_ascii=False)
-    return _digest(asked)[:FAMILY_DIGITS] + _digest(folded)[: 16 - FAMILY_DIGITS]
+    return _digest(question)[:FAMILY_DIGITS] + _digest(folded)[: 16 - FAMILY_DIGITS]
 
 
 def user_turns(turns: Sequence[Turn]) -> list[str]:

@@ -83,10 +83,10 @@ def test_conditions_are_measured_at_first_and_last_step_of_student_stages() -> N
         path = folder / "conditions.jsonl"
         (with_teacher if path.exists() else without).append((info["stage"], info["role"]))
         if path.exists():
-            found = rows(path)
-            assert [row["step"] for row in found] == [0, 2]
-            assert all(row["kl_teacher_student"] > 0 and row["kl_student_teacher"] > 0 for row in found)
-            assert all(0 < row["overlap_student_prefixes"] <= 1 for row in found)
+            measured = rows(path)
+            assert [row["step"] for row in measured] == [0, 2]
+            assert all(row["kl_teacher_student"] > 0 and row["kl_student_teacher"] > 0 for row in measured)
+            assert all(0 < row["overlap_student_prefixes"] <= 1 for row in measured)
     assert {stage for stage, _ in with_teacher} == {"warmup", "opd", "sft"}
     assert {role for _, role in with_teacher} == {"student"}
     # GRPO has no teacher, the constant control neither, and the teacher's own fine-tuning is no student's stage.
@@ -123,7 +123,7 @@ def test_condition_measurements_are_equal_after_resume(tmp_path: Path) -> None:
     assert tiny("run", cut, "--arm", "opd_only", changes=changes).code == 0
     a, b = (node(out, "opd_only", "opd") for out in (whole, cut))
     assert rows(a / "conditions.jsonl") == rows(b / "conditions.jsonl")
-    timeless = [[{**row, "seconds": 0} for row in rows(one / "ledger.jsonl")] for one in (a, b)]
+    timeless = [[{**row, "seconds": 0} for row in rows(folder / "ledger.jsonl")] for folder in (a, b)]
     assert timeless[0] == timeless[1]
 
 
@@ -160,4 +160,6 @@ def test_best_of_group_is_share_of_groups_with_correct_completion() -> None:
     for row in rows(folder / "metrics.jsonl"):
         sampled = rows(folder / "rollouts" / f"{row['step']:06d}.jsonl")
         groups = [sampled[start : start + 4] for start in range(0, len(sampled), 4)]
-        assert row["best_of_group"] == sum(any(one["correct"] for one in group) for group in groups) / len(groups)
+        assert row["best_of_group"] == sum(any(rollout["correct"] for rollout in group) for group in groups) / len(
+            groups
+        )

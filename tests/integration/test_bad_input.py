@@ -20,8 +20,8 @@ def assert_refused(result: CommandResult, *named: str) -> None:
     assert result.code == 2, result
     assert result.out == ""
     assert result.err.startswith("headwater: ") and result.err.count("\n") == 1, result.err
-    for one in named:
-        assert one in result.err, result.err
+    for text in named:
+        assert text in result.err, result.err
 
 
 def refused(tmp_path: Path, *named: str, changes: tuple[str, ...] = (), arm: str = "bridge_rl") -> None:
@@ -33,7 +33,7 @@ def refused(tmp_path: Path, *named: str, changes: tuple[str, ...] = (), arm: str
 
 def written(path: Path, rows_: list[object]) -> Path:
     path.write_text(
-        "".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in rows_), encoding="utf-8"
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows_), encoding="utf-8"
     )
     return path
 
@@ -331,7 +331,7 @@ def test_other_verbs_refuse_by_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = written(tmp_path / "data.jsonl", list(GOOD))
-    assert_refused(call(*[str(data) if one == "DATA" else one for one in argv]), *named)
+    assert_refused(call(*[str(data) if word == "DATA" else word for word in argv]), *named)
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 

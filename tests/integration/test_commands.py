@@ -27,6 +27,9 @@ from tests.integration.test_docs import EXAMPLES, PAGES, ROOT, commands, parse_e
 STUDY = "study pocket --dry-run"
 
 VERBATIM = {  # command -> regular expression of its output
+    "explain stages.opd": "objective: ",
+    "explain stages.opd.optim.lr": "number > 0",
+    "explain --schema > recipe.schema.json": '"title": "Headwater recipe"',
     "init gsm8k": "student: ",
     "init paper-qwen3-1.7b": "student: ",
     "init pocket > my.yaml": "student: pocket:qwen3-student",
@@ -57,9 +60,19 @@ VERBATIM = {  # command -> regular expression of its output
 
 SMALL = " ".join(f"--set {change}" for change in TINY if not change.startswith("data."))
 SCALED_DOWN = {  # command -> what is run instead, and a regular expression of its output
+    "distill STUDENT TEACHER --prompts FILE": (
+        "distill pocket:qwen3-student pocket:qwen3-teacher --prompts problems.jsonl --out runs/distill --set stages.opd.steps=2 "
+        "--set stages.opd.batch_size=8 --set stages.opd.sampling.max_tokens=24",
+        "KL",
+    ),
+    "grpo MODEL --data FILE": (
+        "grpo pocket:qwen3-student --data problems.jsonl --task sums --out runs/grpo --set stages.student_rl.steps=1 "
+        "--set stages.student_rl.batch_size=16 --set stages.student_rl.sampling.max_tokens=24 --set guards.no_signal=continue",
+        "mean reward",
+    ),
     "init [NAME]": ("init", "student: pocket:qwen3-student"),
     "run RECIPE [--arm NAME]": ("run my.yaml --arm direct_grpo --out runs/one SMALL", "direct_grpo"),
-    "run my.yaml --out runs/my": ("run my.yaml --out runs/my SMALL", "bridge_rl"),
+    "run my.yaml --out runs/my": ("run my.yaml --out runs/my SMALL", "bridge"),
     "study RECIPE [--arms a,b] [--seeds 0,1]": ("study my.yaml --arms direct_grpo,raw_teacher --dry-run", "student_rl"),
     "study my.yaml --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --out runs/my-study": (
         "study my.yaml --arms direct_grpo,raw_teacher,bridge --seeds 0 --out runs/my-study SMALL",

@@ -37,14 +37,14 @@ def finished() -> Path:
 
 
 class Kept:
-    """A sink that remembers what it was told."""
+    """A tracker that keeps its rows."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, int, dict[str, float]]] = []
+        self.rows: list[tuple[str, int, dict[str, float]]] = []
         self.closed = False
 
     def log(self, node: str, step: int, values: Any) -> None:
-        self.told.append((node, step, dict(values)))
+        self.rows.append((node, step, dict(values)))
 
     def close(self) -> None:
         self.closed = True
@@ -65,15 +65,15 @@ def test_tracker_receives_every_step_of_every_node_once_across_resumes(
     assert first.code == 0, first.err
     written = rows(node(out, "direct_grpo", "student_rl") / "metrics.jsonl")
     name = node(out, "direct_grpo", "student_rl").name
-    assert [(one, step) for one, step, _ in made[0].told] == [(name, 1), (name, 2), (name, 3)]
-    for (_, _, values), row in zip(made[0].told, written, strict=True):
-        assert values == {key: float(one) for key, one in row.items() if key != "step"}
+    assert [(node_name, step) for node_name, step, _ in made[0].rows] == [(name, 1), (name, 2), (name, 3)]
+    for (_, _, values), row in zip(made[0].rows, written, strict=True):
+        assert values == {key: float(value) for key, value in row.items() if key != "step"}
     assert made[0].closed
     again = tiny(
         "study", out, "--arms", "direct_grpo,opd_only", "--track", "json", changes=("stages.student_rl.steps=3",)
     )
     assert again.code == 0, again.err
-    assert {one.split(".")[0] for one, _, _ in made[1].told} == {"teacher_rl", "opd"}
+    assert {node_name.split(".")[0] for node_name, _, _ in made[1].rows} == {"teacher_rl", "opd"}
 
 
 @pytest.mark.skipif(
@@ -88,8 +88,8 @@ def test_tensorboard_shows_metrics_of_run(tmp_path: Path) -> None:
     read = EventAccumulator(str(out / "trackers" / "tensorboard"))
     read.Reload()
     folder = node(out, "direct_grpo", "student_rl")
-    found = [(event.step, event.value) for event in read.Scalars(f"{folder.name}/reward")]
-    assert found == [(row["step"], pytest.approx(row["reward"])) for row in rows(folder / "metrics.jsonl")]
+    logged = [(event.step, event.value) for event in read.Scalars(f"{folder.name}/reward")]
+    assert logged == [(row["step"], pytest.approx(row["reward"])) for row in rows(folder / "metrics.jsonl")]
     # What is there of the tracker does not stand in the way of the next start.
     assert tiny("run", out, "--arm", "direct_grpo", "--track", "tensorboard", changes=CHANGES).code == 0
 
@@ -120,17 +120,17 @@ class Hub:
         return f"https://huggingface.co/{repo_id}"
 
     def create_commit(self, repo_id: str, operations: Any, *, commit_message: str) -> None:
-        for one in operations:
-            target = self.folder / repo_id / one.path_in_repo
+        for operation in operations:
+            target = self.folder / repo_id / operation.path_in_repo
             target.parent.mkdir(parents=True, exist_ok=True)
-            with one.as_file() as file:
+            with operation.as_file() as file:
                 target.write_bytes(file.read())
 
 
 def test_pushed_model_loads_and_its_card_agrees_with_report(tmp_path: Path) -> None:
-    hub, found = Hub(tmp_path), push.find(finished(), "bridge")
+    hub, source = Hub(tmp_path), push.find(finished(), "bridge")
     assert (
-        push.push(found, "me/student", True, hub) == "https://huggingface.co/me/student" and hub.private["me/student"]
+        push.push(source, "me/student", True, hub) == "https://huggingface.co/me/student" and hub.private["me/student"]
     )
     AutoModelForCausalLM.from_pretrained(tmp_path / "me" / "student")
     AutoTokenizer.from_pretrained(tmp_path / "me" / "student")
@@ -141,8 +141,8 @@ def test_pushed_model_loads_and_its_card_agrees_with_report(tmp_path: Path) -> N
     assert head["library_name"] == "transformers" and "base_model" not in head  # pocket:… is on no hub
     report = load_json(finished() / "report.json")
     mine, before = report["arms"]["bridge"], report["arms"]["base_student"]
-    for one, name in ((mine, "this model"), (before, "the student before")):
-        result = one["accuracy"]["sums"]
+    for arm, name in ((mine, "this model"), (before, "the student before")):
+        result = arm["accuracy"]["sums"]
         row = (
             f"| sums | {name} | {100 * result['mean']:.1f} | {100 * result['low']:.1f} to {100 * result['high']:.1f} |"
         )
@@ -154,10 +154,10 @@ def test_pushed_model_loads_and_its_card_agrees_with_report(tmp_path: Path) -> N
 
 
 def test_push_accepts_node_folder_and_refuses_damage(tmp_path: Path) -> None:
-    found = push.find(node(finished(), "bridge", "warmup") / "model", None)
-    assert found.arm == "bridge" and "student after warmup" in push.card(found)
+    source = push.find(node(finished(), "bridge", "warmup") / "model", None)
+    assert source.arm == "bridge" and "student after warmup" in push.card(source)
     with pytest.raises(UserError, match=r"push --to me/x: the hub refuses \(no such user\)"):
-        push.push(found, "me/x", False, Hub(tmp_path, refuses="no such user"))
+        push.push(source, "me/x", False, Hub(tmp_path, refuses="no such user"))
 
 
 def test_push_refuses_invalid_sources_in_one_sentence(tmp_path: Path) -> None:

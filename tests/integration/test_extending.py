@@ -163,4 +163,7 @@ def test_adding_sampler_takes_two_edits(tmp_path: Path) -> None:
         copy, "-m", "headwater", "run", "pocket", "--out", tmp_path / "none", "--set", "compute.sampler=cached"
     )
     assert refused.returncode == 2
-    assert "compute.sampler: input should be 'torch' or 'uncached' or 'vllm' (given: 'cached')" in refused.stderr
+    assert (
+        "compute.sampler: input should be 'torch', 'uncached', 'vllm', or package.module:function (given: 'cached')"
+        in refused.stderr
+    )

@@ -85,7 +85,7 @@ def one_sentence(result: ProcessResult) -> str:
 
 
 def test_fault_points_table_lists_every_failpoint_in_source() -> None:
-    found = [
+    points = [
         call.args[0].value
         for path in Path(headwater.__file__).parent.rglob("*.py")
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -93,7 +93,7 @@ def test_fault_points_table_lists_every_failpoint_in_source() -> None:
         and ast.unparse(call.func) == "fault_points.failpoint"
         and isinstance(call.args[0], ast.Constant)
     ]
-    assert sorted(set(found)) == sorted(fault_points.POINTS) and len(fault_points.POINTS) >= 25
+    assert sorted(set(points)) == sorted(fault_points.POINTS) and len(fault_points.POINTS) >= 25
     assert fault_points.POINTS.keys() >= fault_points.WRITES
 
 

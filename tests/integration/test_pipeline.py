@@ -55,7 +55,7 @@ def test_run_directory_has_documented_files() -> None:
     for path, info in infos(out):
         taught = info["kind"] == "train" and info["role"] == "student" and objective(info) not in ("grpo", "constant")
         beside = {"conditions.jsonl"} if taught else set()  # how far the student stands from its teacher
-        assert {one.name for one in path.iterdir()} == wanted[info["kind"]] | beside, path.name
+        assert {file.name for file in path.iterdir()} == wanted[info["kind"]] | beside, path.name
         assert load_json(path / "DONE")["fingerprint"] == info["fingerprint"]
 
 
@@ -81,10 +81,10 @@ def test_metrics_rows_have_documented_keys_and_steps_from_one() -> None:
     for path, info in infos(all_arms()):
         if info["kind"] != "train":
             continue
-        found = rows(path / "metrics.jsonl")
-        assert [row["step"] for row in found] == list(range(1, len(found) + 1))
-        assert len(found) == 2 or path in longer
-        for row in found:
+        metrics = rows(path / "metrics.jsonl")
+        assert [row["step"] for row in metrics] == list(range(1, len(metrics) + 1))
+        assert len(metrics) == 2 or path in longer
+        for row in metrics:
             assert wanted <= row.keys(), path.name
             parts = row["seconds_sample"] + row["seconds_score"] + row["seconds_update"]
             assert 0 < parts <= row["seconds"] * 1.01
@@ -306,8 +306,8 @@ def test_trained_model_folder_has_weights_of_last_checkpoint() -> None:
     for path in nodes(all_arms(), "bridge_rl"):
         if not (path / "model").exists():
             continue
-        found = {one.name for one in (path / "model").iterdir()}
-        assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= found
+        names = {file.name for file in (path / "model").iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= names
         saved = load_file(path / "model/model.safetensors")
         last = load_file(path / "checkpoint/000002/model.safetensors")
         assert saved.keys() ^ last.keys() <= {"model.embed_tokens.weight", "lm_head.weight"}  # tied: one of the names
@@ -321,14 +321,14 @@ def test_transformers_gives_log_probs_of_trained_model() -> None:
         ModelFolder.open(str(folder), "x"),
         LoadOptions(Models(student="s", teacher="t"), torch.device("cpu"), frozen=True),
     )
-    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "17+45+82+03"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     wanted = requests_for([("p", prompt)], 3, 0, "draw")
     for rollout in TorchSampler(ours).sample(wanted, Sampling(max_tokens=24)):
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
-        logp = theirs(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]
+        logp = model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]
         assert torch.allclose(logp, logp_of(ours, [rollout], 4096)[0], atol=1e-5)
         assert torch.allclose(logp, torch.tensor(rollout.sampler_logp), atol=1e-4)
 

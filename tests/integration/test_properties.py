@@ -89,8 +89,8 @@ def test_workers_give_one_verdict_for_each_pair_in_time(
 ) -> None:
     for verifier in verifiers.values():
         started = time.monotonic()
-        found = verifier(pairs)
-        assert len(found) == len(pairs) and all(one.reason in REASONS for one in found)
+        verdicts = verifier(pairs)
+        assert len(verdicts) == len(pairs) and all(verdict.reason in REASONS for verdict in verdicts)
         assert time.monotonic() - started < 15.0
 
 
@@ -137,11 +137,11 @@ values = st.recursive(
 
 def places(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Every field of a recipe."""
-    found = [path] if path else []
+    paths = [path] if path else []
     if isinstance(value, dict):
         for key, child in value.items():
-            found += places(child, (*path, key))
-    return found
+            paths += places(child, (*path, key))
+    return paths
 
 
 edits = st.lists(
@@ -176,13 +176,14 @@ def test_edited_recipe_parses_or_is_refused_in_one_sentence(
     recipe = parse_recipe(raw, "recipe r.yaml")
     # What was read can be written down and read again, the same.
     assert Recipe.model_validate(json.loads(canonical_json(recipe))) == recipe
-    assert all(arm_of(arm, recipe).student for arm in ARMS)
+    for arm in ARMS:
+        sentence(lambda arm=arm: arm_of(arm, recipe))  # type: ignore[misc]
 
 
 @quick
 @given(
     override=st.text(max_size=40)
-    | st.tuples(st.sampled_from(places(POCKET)), texts).map(lambda one: f"{'.'.join(one[0])}={one[1]}")
+    | st.tuples(st.sampled_from(places(POCKET)), texts).map(lambda pair: f"{'.'.join(pair[0])}={pair[1]}")
 )
 def test_override_is_applied_or_refused_in_one_sentence(override: str) -> None:
     sentence(lambda: parse_recipe(POCKET, "recipe", [override]))
@@ -258,7 +259,7 @@ def test_arbitrary_completions_file_is_graded_or_refused_in_one_sentence(
     graded: list[dict[str, Any]] = []
     message = sentence(lambda: graded.extend(grade_file(path, task="numeric", workers=1)))
     assert not message or message.startswith(str(path))
-    assert all(one["reason"] in REASONS for one in graded)
+    assert all(verdict["reason"] in REASONS for verdict in graded)
 
 
 @quick
@@ -294,9 +295,11 @@ def test_split_is_stable_under_reordering_and_added_rows(
         if not texts_:
             return {}
         loaded = load(Source(path=str(path)), "d", need_answers=True)
-        pools = select_labels([one.id for one in loaded.problems], None, 0)
-        assert {half_of(one) for one in pools.first_half} <= {0} and {half_of(one) for one in pools.second_half} <= {1}
-        return {one.id: (0 if one.id in pools.first_half else 1) for one in loaded.problems}
+        pools = select_labels([problem.id for problem in loaded.problems], None, 0)
+        assert {half_of(problem) for problem in pools.first_half} <= {0} and {
+            half_of(problem) for problem in pools.second_half
+        } <= {1}
+        return {problem.id: (0 if problem.id in pools.first_half else 1) for problem in loaded.problems}
 
     before = halves(wanted)
     rows = [*more, *wanted, *(text.replace(" ", "  ") for text in wanted)]
@@ -312,11 +315,11 @@ def test_spellings_of_one_problem_share_half_and_count_as_leaks(text: str, seed:
     if any("\ud800" <= char <= "\udfff" for char in text):
         return
     spellings = [text, f" {text}\n", f"{text} .", f"({text})", text.replace(" ", "\t ")]
-    names = [problem_id(one) for one in spellings]
+    names = [problem_id(spelling) for spelling in spellings]
     assert names[0] == names[1] == names[4]
-    assert len({half_of(one) for one in names}) == 1 == len({family_of(one) for one in names})
+    assert len({half_of(name) for name in names}) == 1 == len({family_of(name) for name in names})
     leaks = find_leaks([Problem.of(text, "a")], {"e": [Problem.of(spellings[2 + seed % 2], "b")]})
-    assert [one.why for one in leaks] == ["exact"]
+    assert [leak.why for leak in leaks] == ["exact"]
     assert letters_and_digits(text) == letters_and_digits(spellings[2])
 
 

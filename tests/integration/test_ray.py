@@ -27,8 +27,8 @@ LONG = ("stages.student_rl.steps=24", "stages.warmup.steps=24", "compute.workers
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     library = pytest.importorskip("ray", reason="Ray is not installed: nothing of --executor ray is tested here")
-    found = os.pathsep.join(entry for entry in sys.path if entry)
-    os.environ["PYTHONPATH"] = found
+    python_path = os.pathsep.join(entry for entry in sys.path if entry)
+    os.environ["PYTHONPATH"] = python_path
     library.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield library
     library.shutdown()
@@ -48,12 +48,12 @@ def on_ray(out: Path, *changes: str) -> CommandResult:
 
 def processes_at(title: str) -> set[int]:
     """Ids of the cluster's processes that run a node of this name."""
-    found = set()
+    ids = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if path.read_bytes().startswith(f"ray::{title}".encode()):
-                found.add(int(path.parent.name))
-    return found
+                ids.add(int(path.parent.name))
+    return ids
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def test_readme_commands_for_own_problems_run_in_order(tmp_path: Path, monkeypat
         if target:
             (tmp_path / target.strip()).write_text(done.out)
     report = json.loads((tmp_path / "runs/my/report.json").read_text())
-    assert report["arms"]["bridge_rl"]["labels"]["distinct"] > 0
+    assert report["arms"]["bridge"]["labels"]["distinct"] > 0
 
 
 def test_readme_recipe_for_real_models_is_valid() -> None:

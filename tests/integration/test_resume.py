@@ -15,6 +15,7 @@ import pytest
 from forked_runs import ProcessResult, warm_runs
 from headwater.runs.executors import base as executor
 from runs import (
+    WHOLE_ARM,
     CommandResult,
     assert_same,
     infos,
@@ -117,7 +118,7 @@ BEFORE_OPD = 3 + 5
 
 def start(out: Path, fault: str) -> ProcessResult:
     """The same run as a process of its own."""
-    return warm_runs().run("run", "pocket", "--out", out, *sets(*CHANGES), fault=fault)
+    return warm_runs().run("run", "pocket", *WHOLE_ARM, "--out", out, *sets(*CHANGES), fault=fault)
 
 
 def test_finished_run_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +171,7 @@ def test_truncated_log_line_is_rewritten_on_resume(tmp_path: Path) -> None:
 def test_stage_keeps_at_most_two_checkpoints() -> None:
     for path, info in infos(uninterrupted()):
         if info["kind"] == "train":
-            kept = sorted(int(one.name) for one in (path / "checkpoint").iterdir())
+            kept = sorted(int(file.name) for file in (path / "checkpoint").iterdir())
             assert (
                 kept == {"teacher_rl": [2, 3], "warmup": [4, 5], "opd": [14, 16], "student_rl": [4, 5]}[info["stage"]]
             )

@@ -176,8 +176,8 @@ def test_nested_repeats_in_pattern_are_not_expanded(tmp_path: Path) -> None:
 def test_catastrophic_pattern_is_stopped_at_its_time_limit() -> None:
     with Verifier("regex", workers=1, seconds=0.5) as verifier:
         started = time.monotonic()
-        found = verifier([(r"(a+)+b", "a" * 60), (r"(.*)*x\1y", "z" * 60), ("a+", "aaa")])
-    assert found[0].reason == "timeout" and found[2].correct
+        verdicts = verifier([(r"(a+)+b", "a" * 60), (r"(.*)*x\1y", "z" * 60), ("a+", "aaa")])
+    assert verdicts[0].reason == "timeout" and verdicts[2].correct
     assert time.monotonic() - started < 20
 
 
@@ -296,7 +296,7 @@ def test_text_of_run_directory_cannot_become_markup(tmp_path: Path) -> None:
     }
     # What the page itself has: one script of its own, and links within the page and to its figures.
     for tag in ("script", "style", "b", "template", "form"):
-        assert [one for one, _ in page.tags].count(tag) <= [one for one, _ in plain.tags].count(tag), tag
+        assert [tag for tag, _ in page.tags].count(tag) <= [tag for tag, _ in plain.tags].count(tag), tag
     assert sorted({tag for tag, _ in page.tags} & {"iframe", "img", "link", "object", "embed", "base"}) == []
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcdoc", "action")], tag

@@ -35,7 +35,7 @@ def test_served_and_local_teacher_give_equal_distillation_kl(pocket_teacher: Pol
         result = tiny("run", tmp_path / "away", "--arm", "raw_teacher", changes=(*RAW, f"models.teacher={there.url}"))
     assert result.code == 0, result.err
     assert tiny("run", tmp_path / "here", "--arm", "raw_teacher", changes=RAW).code == 0
-    away, here = (rows(node(tmp_path / one, "raw_teacher", "opd") / "metrics.jsonl") for one in ("away", "here"))
+    away, here = (rows(node(tmp_path / host, "raw_teacher", "opd") / "metrics.jsonl") for host in ("away", "here"))
     # The student of the first step has learnt from the server's samples, which are drawn by other numbers.
     assert away[0]["kl_student_teacher"] == pytest.approx(here[0]["kl_student_teacher"], rel=0.5)
     ledger = rows(tmp_path / "away" / "ledger.jsonl")
@@ -57,8 +57,8 @@ def test_unservable_recipe_is_refused_before_run(
     arm: str, changes: tuple[str, ...], message: str, pocket_teacher: Policy, tmp_path: Path
 ) -> None:
     with serving(Answering(pocket_teacher)) as there:
-        found = tiny("run", tmp_path / "out", "--arm", arm, changes=(*RAW, *changes, f"models.teacher={there.url}"))
-    assert found.code == 2 and message in found.err and found.err.count("\n") == 1
+        result = tiny("run", tmp_path / "out", "--arm", arm, changes=(*RAW, *changes, f"models.teacher={there.url}"))
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -70,13 +70,13 @@ def test_server_with_other_tokenizer_or_template_is_refused(
     which: str, message: str, pocket_teacher: Policy, tmp_path: Path
 ) -> None:
     def other(path: str, body: dict[str, Any] | None) -> Any:
-        found = Answering(pocket_teacher)(path, body)
+        answer = Answering(pocket_teacher)(path, body)
         wrong = path == "/tokenize" and body is not None and which in body
-        return {"tokens": [*found["tokens"], 4]} if wrong else found
+        return {"tokens": [*answer["tokens"], 4]} if wrong else answer
 
     with serving(other) as there:
-        found = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=(*RAW, f"models.teacher={there.url}"))
-    assert found.code == 2 and message in found.err, found.err
+        result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=(*RAW, f"models.teacher={there.url}"))
+    assert result.code == 2 and message in result.err, result.err
 
 
 def test_server_failure_stops_run_and_resume_continues(pocket_teacher: Policy, tmp_path: Path) -> None:
@@ -101,15 +101,17 @@ def problems(path: Path, tags: tuple[str, ...] = ("left", "right")) -> Path:
     lines = [
         {"problem": f"{10 + i}+{20 + i}", "answer": str(30 + 2 * i), "kind": tags[i % len(tags)]} for i in range(24)
     ]
-    path.write_text("\n".join(json.dumps(one) for one in lines), encoding="utf-8")
+    path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     return path
 
 
 def test_problem_tag_is_read_from_tag_column(tmp_path: Path) -> None:
     path = problems(tmp_path / "p.jsonl")
     tagged = load_source(Source(path=str(path), columns=Columns(tag="kind")), "data.labeled", need_answers=True)
-    assert [one.tag for one in tagged.problems[:3]] == ["left", "right", "left"]
-    assert {one.tag for one in load_source(Source(path=str(path)), "data.labeled", need_answers=True).problems} == {""}
+    assert [problem.tag for problem in tagged.problems[:3]] == ["left", "right", "left"]
+    assert {
+        problem.tag for problem in load_source(Source(path=str(path)), "data.labeled", need_answers=True).problems
+    } == {""}
 
 
 def mapped(tmp_path: Path, *changes: str, tags: tuple[str, ...] = ("left", "right")) -> tuple[str, ...]:
@@ -129,7 +131,7 @@ def test_cached_rollouts_come_from_teacher_of_their_tag(tmp_path: Path) -> None:
     result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=mapped(tmp_path))
     assert result.code == 0, result.err
     cached = rows(node(tmp_path / "out", "raw_teacher", "teacher_rollouts") / "cache" / "rollouts.jsonl")
-    samplers = {one["sampler"] for one in cached}
+    samplers = {row["sampler"] for row in cached}
     assert len(samplers) == 2  # the fingerprints of two models' weights
     assert "raw_teacher" in load_json(tmp_path / "out" / "report.json")["arms"]
 
@@ -144,8 +146,8 @@ def test_cached_rollouts_come_from_teacher_of_their_tag(tmp_path: Path) -> None:
 def test_invalid_teacher_mapping_is_refused_in_one_sentence(
     arm: str, tags: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    found = tiny("run", tmp_path / "out", "--arm", arm, changes=mapped(tmp_path, tags=tags))
-    assert found.code == 2 and message in found.err and found.err.count("\n") == 1
+    result = tiny("run", tmp_path / "out", "--arm", arm, changes=mapped(tmp_path, tags=tags))
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1
 
 
 # Asynchronous scoring -------------------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def test_async_scoring_gives_same_metrics_and_is_deterministic(tmp_path: Path) -
     for out, parts in zip(outs, (1, 4, 4), strict=True):
         assert tiny("run", out, changes=[f"compute.score_ahead={parts}"]).code == 0
     plain, ahead, again = (rows(node(out, "bridge_rl", "opd") / "metrics.jsonl") for out in outs)
-    for one, other, third in zip(plain, ahead, again, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-6)
+    for first, other, third in zip(plain, ahead, again, strict=True):
+        assert other["loss"] == pytest.approx(first["loss"], rel=1e-3, abs=1e-6)
         assert other["loss"] == third["loss"] and other["grad_norm"] == third["grad_norm"]
-        assert other["tokens_teacher_scored"] == one["tokens_teacher_scored"] > 0
+        assert other["tokens_teacher_scored"] == first["tokens_teacher_scored"] > 0

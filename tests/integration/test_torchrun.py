@@ -20,7 +20,7 @@ from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
 from headwater.training.groups import assign_to_ranks
 from headwater.training.update import split_minibatches
-from runs import environment, infos, load_json, node, rows, sets, temporary, tiny
+from runs import WHOLE_ARM, environment, infos, load_json, node, rows, sets, temporary, tiny
 from tiny import rollout_of, stage_of
 
 # Every kind of pass at once: a reference, several updates of one batch, microbatches so small that ranks have unlike numbers of them.
@@ -47,7 +47,7 @@ def one_process() -> Path:
 
 
 def command_of(out: Path, *changes: str) -> list[str | Path]:
-    return ["run", "pocket", "--out", out, *sets(*changes)]
+    return ["run", "pocket", *WHOLE_ARM, "--out", out, *sets(*changes)]
 
 
 def command(out: Path) -> list[str | Path]:
@@ -63,30 +63,32 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[float, str]]:
                 yield from differences(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, list):
         assert len(a) == len(b), where
-        for index, (one, other) in enumerate(zip(a, b, strict=True)):
-            yield from differences(one, other, f"{where}[{index}]")
+        for index, (first, other) in enumerate(zip(a, b, strict=True)):
+            yield from differences(first, other, f"{where}[{index}]")
     elif isinstance(a, float):
         yield abs(a - b) / max(1.0, abs(a)), where
     else:
         assert a == b, f"{where}: {a!r} and {b!r}"
 
 
-def assert_alike(out: Path, one: Path) -> None:
+def assert_alike(out: Path, single: Path) -> None:
     """The same texts, verdicts, labels and costs; weights and measures to within rounding."""
-    assert [path.name for path, _ in infos(out)] == [path.name for path, _ in infos(one)]
-    for theirs, _ in infos(one):
-        ours = out / "nodes" / theirs.name
-        for path in (*theirs.glob("model/*.safetensors"), *theirs.glob("cache/*.safetensors")):
-            a, b = load_file(ours / path.relative_to(theirs)), load_file(path)
+    assert [path.name for path, _ in infos(out)] == [path.name for path, _ in infos(single)]
+    for reference, _ in infos(single):
+        ours = out / "nodes" / reference.name
+        for path in (*reference.glob("model/*.safetensors"), *reference.glob("cache/*.safetensors")):
+            a, b = load_file(ours / path.relative_to(reference)), load_file(path)
             assert a.keys() == b.keys()
             apart = max(distance(a[name].float(), b[name].float()) for name in a)
-            assert apart < NEAR, f"{path.relative_to(one)}: {apart}"
-        names = [path.relative_to(theirs) for path in sorted(theirs.rglob("*.jsonl")) if path.name != "sums.jsonl"]
+            assert apart < NEAR, f"{path.relative_to(single)}: {apart}"
+        names = [
+            path.relative_to(reference) for path in sorted(reference.rglob("*.jsonl")) if path.name != "sums.jsonl"
+        ]
         assert names == [path.relative_to(ours) for path in sorted(ours.rglob("*.jsonl")) if path.name != "sums.jsonl"]
         for name in names:
-            assert max(differences(rows(ours / name), rows(theirs / name)), default=(0.0, ""))[0] < NEAR, name
-        assert not [one for one in differences(rows(ours / "ledger.jsonl"), rows(theirs / "ledger.jsonl")) if one[0]]
-    assert max(differences(load_json(out / "report.json"), load_json(one / "report.json")))[0] < NEAR
+            assert max(differences(rows(ours / name), rows(reference / name)), default=(0.0, ""))[0] < NEAR, name
+        assert not [gap for gap in differences(rows(ours / "ledger.jsonl"), rows(reference / "ledger.jsonl")) if gap[0]]
+    assert max(differences(load_json(out / "report.json"), load_json(single / "report.json")))[0] < NEAR
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -95,7 +97,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_two_ranks_equal_one_with_same_ledger(tmp_path: Path) -> None:
     ended = warm_ranks().run(2, *command(tmp_path / "out"))
-    assert [one.code for one in ended] == [0, 0], ended
+    assert [rank.code for rank in ended] == [0, 0], ended
     assert_alike(tmp_path / "out", one_process())
     assert load_json(tmp_path / "out" / "env.json")["processes"] == 2 and ended[1].err == ""
 
@@ -118,7 +120,7 @@ def test_killed_rank_ends_others_and_other_world_sizes_resume(
     for size in (1, 4):
         shutil.copytree(out, tmp_path / str(size))
         again = warm_ranks().run(size, *command(tmp_path / str(size)))
-        assert [one.code for one in again] == [0] * size, again
+        assert [rank.code for rank in again] == [0] * size, again
         assert_alike(tmp_path / str(size), one_process())
 
 
@@ -131,12 +133,12 @@ def test_interrupted_ranks_leave_one_checkpoint_and_two_resume_from_one(tmp_path
     out = tmp_path / "out"
     begun = f"{out}/nodes/warmup.*/metrics.jsonl"
     ended = warm_ranks().run(2, *command(out), signals=[(begun, signal.SIGTERM)])
-    assert [one.code for one in ended] == [130, 130], ended
+    assert [rank.code for rank in ended] == [130, 130], ended
     assert ended[0].err.count("stopping after this step, with a checkpoint") == 1 and ended[1].err == ""
     again = warm_ranks().run(1, *command(out), faults={0: "step.begun:3=int"})
     assert again[0].code == 130, again
     assert (node_of(out, "opd") / "checkpoint").exists()
-    assert [one.code for one in warm_ranks().run(2, *command(out))] == [0, 0]
+    assert [rank.code for rank in warm_ranks().run(2, *command(out))] == [0, 0]
     assert_alike(out, one_process())
 
 
@@ -145,7 +147,7 @@ def test_stage_failure_on_all_ranks_spares_rest_of_study(tmp_path: Path) -> None
     changes = ["guards.no_signal=stop", "guards.patience=1", "stages.student_rl.sampling.max_tokens=1"]
     argv = ["study", "pocket", "--arms", "direct_grpo,raw_teacher", "--out", tmp_path, *sets(*changes)]
     ended = warm_ranks().run(2, *argv)
-    assert [one.code for one in ended] == [4, 4]
+    assert [rank.code for rank in ended] == [4, 4]
     assert ended[0].err.count("no informative group") == 2 and ended[1].err == ""  # as it happens, and at the end
     assert (node(tmp_path, "raw_teacher", "opd") / "DONE").exists()
     assert "no informative group" in load_json(node(tmp_path, "direct_grpo", "student_rl") / "FAILED")["sentence"]
@@ -168,7 +170,7 @@ def test_only_run_study_and_demo_accept_several_processes() -> None:
         capture_output=True, text=True, timeout=60, env={**environment(), **world},
     )  # fmt: skip
     assert refused.returncode == 2
-    assert refused.stderr == "headwater: torchrun: only run, study and demo run in several processes\n"
+    assert refused.stderr == "headwater: torchrun: only run, study, demo, distill and grpo run in several processes\n"
 
 
 # Shares ---------------------------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_assign_to_ranks_covers_every_row_once_and_keeps_groups_whole() -> None:
         for sample in range(4)
     ]
     shared = [assign_to_ranks(many, stage, 4, ProcessGroup(rank, 2)) for rank in (0, 1)]
-    assert [[row.rollout for row in one] for one in shared] == [[row.rollout for row in many]] * 2
+    assert [[row.rollout for row in rank_rows] for rank_rows in shared] == [[row.rollout for row in many]] * 2
     assert all(a.local != b.local for a, b in zip(*shared, strict=True))
     for part in split_minibatches(shared[0], 2, 4):
         here = [row for row in part if row.local]
@@ -203,5 +205,5 @@ def test_single_process_keeps_every_row() -> None:
 def test_contiguous_shares_cover_all_and_differ_by_one_at_most() -> None:
     for count in range(9):
         parts = [ProcessGroup(rank, 4).shard(range(count)) for rank in range(4)]
-        assert [one for part in parts for one in part] == list(range(count))
+        assert [rank for part in parts for rank in part] == list(range(count))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1

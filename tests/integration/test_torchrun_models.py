@@ -36,20 +36,20 @@ STEADY = tuple(f"stages.{stage}.optim.eps=1e-4" for stage in ("teacher_rl", "war
 
 def one_and_two(tmp_path: Path, *changes: str, options: tuple[str, ...] = ()) -> tuple[Path, Path]:
     """The folders of one run by one process and by two."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    result = tiny("run", one, *options, changes=changes)
+    single, two = tmp_path / "one", tmp_path / "two"
+    result = tiny("run", single, *options, changes=changes)
     assert result.code == 0, result.err
     ended = warm_ranks().run(2, *command_of(two, *changes), *options)
     assert [rank.code for rank in ended] == [0, 0], ended
-    return one, two
+    return single, two
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra `lora` is not installed")
 @pytest.mark.parametrize("output", ["merged", "adapter"])
 def test_lora_on_two_ranks_equals_one_and_resumes(output: str, tmp_path: Path) -> None:
     changes = (*CHANGES, *STEADY, "models.lora.r=4", "models.lora.alpha=8", f"models.lora.output={output}")
-    one, two = one_and_two(tmp_path, *changes)
-    assert_alike(two, one)
+    single, two = one_and_two(tmp_path, *changes)
+    assert_alike(two, single)
     broken = tmp_path / "broken"
     ended = warm_ranks().run(2, *command_of(broken, *changes), faults={1: "step.begun:7=kill"})
     assert [rank.code for rank in ended] == [4, -9], ended
@@ -63,7 +63,7 @@ def test_lora_on_two_ranks_equals_one_and_resumes(output: str, tmp_path: Path) -
         shutil.copytree(broken, tmp_path / str(size))
         again = warm_ranks().run(size, *command_of(tmp_path / str(size), *changes))
         assert [rank.code for rank in again] == [0] * size, again
-        assert_alike(tmp_path / str(size), one)
+        assert_alike(tmp_path / str(size), single)
 
 
 def test_each_rank_queries_served_teacher_for_its_own_share(tmp_path: Path, pocket_folder: Path) -> None:
@@ -88,12 +88,12 @@ def test_each_rank_queries_served_teacher_for_its_own_share(tmp_path: Path, pock
 
 def sequences(requests: list[tuple[str, Any]]) -> dict[str, int]:
     """How many sequences a server scored, and how many it sampled."""
-    found = {"scored": 0, "sampled": 0}
+    counts = {"scored": 0, "sampled": 0}
     for path, body in requests:
         if path == "/v1/completions":
             scores = body.get("prompt_logprobs") is not None
-            found["scored" if scores else "sampled"] += len(body["prompt"]) if scores else 1
-    return found
+            counts["scored" if scores else "sampled"] += len(body["prompt"]) if scores else 1
+    return counts
 
 
 def test_teachers_by_tag_on_two_ranks_equal_one(tmp_path: Path, pocket_folder: Path) -> None:
@@ -104,8 +104,8 @@ def test_teachers_by_tag_on_two_ranks_equal_one(tmp_path: Path, pocket_folder: P
     with serving(Answering(large)) as there:
         teachers = f"models.teacher={{left: 'pocket:qwen3-teacher', right: '{there.url}'}}"
         changes = (*CHANGES, *mapped(tmp_path, *RAW[:3]), teachers)
-        one, two = one_and_two(tmp_path, *changes, options=("--arm", "raw_teacher"))
-    assert_alike(two, one)
+        single, two = one_and_two(tmp_path, *changes, options=("--arm", "raw_teacher"))
+    assert_alike(two, single)
     cached = rows(node_of(two, "teacher_rollouts") / "cache" / "rollouts.jsonl")
     assert len({row["sampler"] for row in cached}) == 2
 
@@ -138,12 +138,12 @@ def start_ranks(model: Path, size: int) -> list[subprocess.Popen[str]]:
 
 
 def measurements(processes: list[subprocess.Popen[str]]) -> list[dict[str, float]]:
-    found = []
+    rows = []
     for process in processes:
         out, err = process.communicate(timeout=280)
         assert process.returncode == 0, err
-        found += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return found
+        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return rows
 
 
 def test_no_rank_holds_whole_model_while_loading_and_training(tmp_path: Path) -> None:

@@ -174,10 +174,10 @@ def test_saved_student_keeps_trained_log_probs_in_transformers(name: str, tmp_pa
             weight.copy_(before)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
-        theirs = torch.cat([plain_logp(saved, rollout) for rollout in rollouts])
+        expected = torch.cat([plain_logp(saved, rollout) for rollout in rollouts])
         start = torch.cat([plain_logp(plain_model(name), rollout) for rollout in rollouts])
     assert (ours - start).abs().max() > 1e-2
-    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(ours, expected, rtol=0.0, atol=1e-4)
 
 
 def test_stop_ids_prompt_and_size_equal_published_ones(name: str) -> None:
@@ -212,6 +212,6 @@ def test_doctor_reports_no_error_for_recipe_with_model(
         (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "real.yaml").write_text(RECIPE.replace("MODEL", str((CACHE / name).resolve())))
     monkeypatch.chdir(tmp_path)
-    said = call("doctor", "real.yaml", "--json")
-    findings = json.loads(said.out)
-    assert said.code == 0, findings
+    result = call("doctor", "real.yaml", "--json")
+    findings = json.loads(result.out)
+    assert result.code == 0, findings

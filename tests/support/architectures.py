@@ -241,15 +241,15 @@ def sampled(policy: Policy) -> list[Rollout]:
 
 def trained(policy: Policy, rollouts: list[Rollout]) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs of all completion tokens in the trainer's batches, in order of the rollouts, and the gradient of their sum."""
-    found: dict[tuple[str, int], Tensor] = {}
+    logps: dict[tuple[str, int], Tensor] = {}
     policy.model.zero_grad(set_to_none=True)
     for rows, batch in policy.batches([Row(rollout) for rollout in rollouts], 40):
         logits_NV = policy.logits(policy.completion_hidden(batch)).float()
         logp_N = logits_NV.log_softmax(-1).gather(1, batch.targets_N[:, None])[:, 0]
         logp_N.sum().backward()
         for row, logp in zip(rows, logp_N.detach().split([row.tokens for row in rows]), strict=True):
-            found[row.rollout.problem_id, row.rollout.sample] = logp
-    return torch.cat([found[rollout.problem_id, rollout.sample] for rollout in rollouts]), gradient_of(policy.model)
+            logps[row.rollout.problem_id, row.rollout.sample] = logp
+    return torch.cat([logps[rollout.problem_id, rollout.sample] for rollout in rollouts]), gradient_of(policy.model)
 
 
 def alone(folder: Path, rollouts: list[Rollout]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -257,15 +257,15 @@ def alone(folder: Path, rollouts: list[Rollout]) -> tuple[Tensor, dict[str, Tens
     # transformers 5.19 counts Falcon's alibi twice in eager attention.
     attention = "sdpa" if json.loads((folder / "config.json").read_text()).get("alibi") else "eager"
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()
-    found = []
+    logps = []
     for rollout in rollouts:
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
         start = len(rollout.prompt_ids)
         logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
         logp = logits.log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
         logp.sum().backward()
-        found.append(logp.detach())
-    return torch.cat(found), gradient_of(model)
+        logps.append(logp.detach())
+    return torch.cat(logps), gradient_of(model)
 
 
 def gradient_of(model: Any) -> dict[str, Tensor]:
@@ -286,15 +286,15 @@ def lora_of(opened: ModelFolder, models: Models, rollouts: list[Rollout], plain_
 
 
 def outcomes(names: Sequence[str]) -> list[Outcome]:
-    found = []
+    results = []
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            found.append(outcome(name, Path(folder)))
-    return found
+            results.append(outcome(name, Path(folder)))
+    return results
 
 
-def table(found: Sequence[Outcome]) -> str:
-    return "\n".join([HEADER, *(one.row() for one in found)])
+def table(results: Sequence[Outcome]) -> str:
+    return "\n".join([HEADER, *(outcome.row() for outcome in results)])
 
 
 if __name__ == "__main__":

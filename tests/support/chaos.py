@@ -21,7 +21,7 @@ from typing import Any
 from forked_runs import ForkedRuns, ProcessResult
 from headwater.report import build as report
 from headwater.storage.run_dir import RunDir, read_json, read_jsonl, write_atomic, write_json
-from runs import TIMED, done, sets, timeless
+from runs import TIMED, WHOLE_ARM, done, sets, timeless
 
 SMALL = (  # every kind of node, a checkpoint a step, evaluations and measurements between steps: a second or two
     "data.labeled.generate.count=32",
@@ -48,7 +48,7 @@ SMALL = (  # every kind of node, a checkpoint a step, evaluations and measuremen
 
 
 def small(out: Path, *changes: str, verb: str = "run") -> list[str | Path]:
-    return [verb, "pocket", "--out", out, *sets(*SMALL, *changes)]
+    return [verb, "pocket", *(WHOLE_ARM if verb == "run" else ()), "--out", out, *sets(*SMALL, *changes)]
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -72,9 +72,9 @@ def _content(path: Path) -> bytes:
         return _text(done(path.parent))
     if path.name == "state.json":
         state = read_json(path)
-        return _text({**state, "logs": {name: one for name, one in state["logs"].items() if name not in TIMED}})
+        return _text({**state, "logs": {name: log for name, log in state["logs"].items() if name not in TIMED}})
     if path.name == "sums.json":
-        return _text({name: one for name, one in read_json(path).items() if name != "state.json"})
+        return _text({name: checksum for name, checksum in read_json(path).items() if name != "state.json"})
     return path.read_bytes()
 
 
@@ -84,8 +84,8 @@ def _text(value: Any) -> bytes:
 
 def differing(out: Path, whole: Path) -> list[str]:
     """Names of files that differ between two runs, or that only one has."""
-    ours, theirs = digests(out), digests(whole)
-    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    ours, expected = digests(out), digests(whole)
+    return sorted(name for name in ours.keys() | expected.keys() if ours.get(name) != expected.get(name))
 
 
 def report_without_times(out: Path, work: Path) -> dict[str, bytes]:
@@ -104,8 +104,8 @@ def report_without_times(out: Path, work: Path) -> dict[str, bytes]:
 def zero_times(value: Any) -> Any:
     """The value with every `seconds…` at 0."""
     if isinstance(value, dict):
-        return {key: 0.0 if key.startswith("seconds") else zero_times(one) for key, one in value.items()}
-    return [zero_times(one) for one in value] if isinstance(value, list) else value
+        return {key: 0.0 if key.startswith("seconds") else zero_times(child) for key, child in value.items()}
+    return [zero_times(child) for child in value] if isinstance(value, list) else value
 
 
 # The long study of random kills ---------------------------------------------------------------------------------------
@@ -170,12 +170,14 @@ def ended_alike(result: ProcessResult, out: Path, whole: Path, work: Path) -> bo
     if result.code != 0:
         print(f"ended with {result.code}: {result.err}")
         return False
-    if found := differing(out, whole):
-        print(f"differ: {found}")
+    if differences := differing(out, whole):
+        print(f"differ: {differences}")
         return False
-    ours, theirs = report_without_times(out, work / "ours"), report_without_times(whole, work / "theirs")
-    print(f"reports without times, bytes: { {name: len(one) for name, one in ours.items()} }, equal: {ours == theirs}")
-    return ours == theirs
+    ours, expected = report_without_times(out, work / "ours"), report_without_times(whole, work / "theirs")
+    print(
+        f"reports without times, bytes: { {name: len(content) for name, content in ours.items()} }, equal: {ours == expected}"
+    )
+    return ours == expected
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def long_stage(processes: ForkedRuns, out: Path, steps: int) -> ProcessResult:
 
 def growth(result: ProcessResult, warm: float = 0.25) -> tuple[float, int]:
     """(relative growth of memory between the end of the warm-up and the end of the run, growth of open files)."""
-    usage = [one for one in result.usage if one[1]]
+    usage = [sample for sample in result.usage if sample[1]]
     first = usage[int(warm * len(usage)) :]
     part = max(1, len(first) // 5)
     memory = [[bytes_ for _, bytes_, _ in some] for some in (first[:part], first[-part:])]
@@ -75,10 +75,10 @@ def resume(processes: ForkedRuns, folder: Path, nodes: int) -> bool:
     assert again.code == 0 and not again.arrivals.get("node.begun"), again.err
     last = RunDir(out).nodes()[-1]
     last.done.unlink()
-    one = processes.run(*argv, patience=3600)
-    assert one.code == 0 and one.arrivals["node.begun"] == 1, one.err
+    third = processes.run(*argv, patience=3600)
+    assert third.code == 0 and third.arrivals["node.begun"] == 1, third.err
     print(
-        f"{count} nodes in {result.seconds:.0f} s; all done, again: {again.seconds:.1f} s; one to finish: {one.seconds:.1f} s"
+        f"{count} nodes in {result.seconds:.0f} s; all done, again: {again.seconds:.1f} s; one to finish: {third.seconds:.1f} s"
     )
     return again.seconds < 30 and count >= nodes
 

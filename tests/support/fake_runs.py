@@ -114,7 +114,7 @@ def fake_run(
         for seed in seeds:
             parents: list[str] = []
             for place, made in enumerate(nodes):
-                key = hashlib.sha256(f"{[tuple(one) for one in nodes[: place + 1]]}".encode()).hexdigest()[:8]
+                key = hashlib.sha256(f"{[tuple(node) for node in nodes[: place + 1]]}".encode()).hexdigest()[:8]
                 name = f"{made.stage}.{key}" if made.kind == "evaluate" else f"{made.stage}.s{seed}.{key}"
                 folder = out / "nodes" / name
                 last = place == len(nodes) - 1
@@ -237,15 +237,15 @@ def graded(out: Path, arm: str, seed: int, eval_name: str = "sums") -> list[dict
 
 
 def by_problem(rows: list[dict[str, Any]], key: str) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
+    values: dict[str, list[Any]] = {}
     for row in rows:
-        found.setdefault(row["problem_id"], []).append(row[key])
-    return found
+        values.setdefault(row["problem_id"], []).append(row[key])
+    return values
 
 
-def printed(found: dict[str, Any], width: int) -> str:
+def printed(report: dict[str, Any], width: int) -> str:
     buffer = io.StringIO()
-    Console(file=buffer, width=width).print(terminal_table(found))
+    Console(file=buffer, width=width).print(terminal_table(report))
     return buffer.getvalue()
 
 

@@ -53,12 +53,12 @@ class ForkedRanks:
         signals  (file, signal number): sent to every rank once the file exists
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"size": size, "argv": [str(one) for one in argv], "faults": faults or {}, "signals": list(signals)}
+        request = {"size": size, "argv": [str(word) for word in argv], "faults": faults or {}, "signals": list(signals)}
         self._process.stdin.write(json.dumps({**request, "patience": patience}) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         assert line, "the parent process has ended"
-        return [Rank(**one) for one in json.loads(line)]
+        return [Rank(**fields) for fields in json.loads(line)]
 
 
 @cache
@@ -92,9 +92,9 @@ def all_ranks(request: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in world.items()}
             fault = request["faults"].get(str(rank))
-            one = {"argv": request["argv"], "fault": fault, "user": None, "whole": False, "then": ""}
+            run_request = {"argv": request["argv"], "fault": fault, "user": None, "whole": False, "then": ""}
             try:
-                forked_runs.child(one, folder / str(rank))
+                forked_runs.child(run_request, folder / str(rank))
             finally:
                 os._exit(99)
         pids[pid] = rank
@@ -106,13 +106,13 @@ def all_ranks(request: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             message = (folder / str(pids[pid]) / "err").read_text(errors="replace")
             code = os.waitstatus_to_exitcode(status)
             ended[pids[pid]] = {"code": code, "err": message, "seconds": time.monotonic() - began}
-        for path, number in [one for one in signals if list(Path("/").glob(one[0].lstrip("/")))]:
+        for path, number in [signal for signal in signals if list(Path("/").glob(signal[0].lstrip("/")))]:
             signals.remove([path, number])
-            for one in [one for one, rank in pids.items() if rank not in ended]:
-                os.kill(one, number)
+            for run_request in [pid for pid, rank in pids.items() if rank not in ended]:
+                os.kill(run_request, number)
         if time.monotonic() - began > request["patience"]:
-            for one in [one for one, rank in pids.items() if rank not in ended]:
-                os.kill(one, 9)
+            for run_request in [pid for pid, rank in pids.items() if rank not in ended]:
+                os.kill(run_request, 9)
         time.sleep(0.005)
     return [ended[rank] for rank in range(size)]
 

@@ -79,7 +79,7 @@ class ForkedRuns:
         self._number += 1
         request = {
             "number": self._number,
-            "argv": [str(one) for one in argv], "fault": fault, "kill_after": kill_after, "signals": list(signals),
+            "argv": [str(word) for word in argv], "fault": fault, "kill_after": kill_after, "signals": list(signals),
             "user": user, "whole": whole, "then": then, "patience": patience,
         }  # fmt: skip
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -235,8 +235,8 @@ def second(argv: list[str], folder: Path) -> None:
     there = folder / "second"
     there.mkdir()
     request = {"argv": argv, "fault": None, "kill_after": None, "signals": [], "user": None, "whole": False, "then": ""}
-    found = one_run({**request, "patience": 60}, there)
-    print(f"second: {found['code']}: {found['err'].strip()}", file=sys.stderr, flush=True)
+    result = one_run({**request, "patience": 60}, there)
+    print(f"second: {result['code']}: {result['err'].strip()}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def main() -> int:
     for (kind, outcome), times in sorted(outcomes.items()):
         print(f"{kind:14} {outcome:20} {times:5}")
     for kind, seconds in sorted(spent.items()):
-        number = sum(times for (one, _), times in outcomes.items() if one == kind)
+        number = sum(times for (name, _), times in outcomes.items() if name == kind)
         print(f"{kind:14} {1000 * seconds / number:6.0f} ms a case")
     print(
         f"{args.count} cases from {args.first}, {failures} not as they must be; {time.monotonic() - began:.0f} s, slowest "

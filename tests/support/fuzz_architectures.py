@@ -120,16 +120,16 @@ def compare_with_transformers(policy: Policy, folder: Path, what: str) -> None:
     rollouts = TorchSampler(policy).sample(wanted, Sampling(max_tokens=4))
     scored = torch.cat(logp_of(policy, rollouts, 64))
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
-    found = []
+    logps = []
     for rollout in rollouts:
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
         start = len(rollout.prompt_ids)
         with torch.no_grad():
             logp = plain(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float().log_softmax(-1)
-        found.append(logp.gather(1, ids[0, start:, None])[:, 0])
-    compare(scored, torch.cat(found), f"trainer, {what}")
+        logps.append(logp.gather(1, ids[0, start:, None])[:, 0])
+    compare(scored, torch.cat(logps), f"trainer, {what}")
     compare(
         torch.tensor([logp for rollout in rollouts for logp in rollout.sampler_logp]),
-        torch.cat(found),
+        torch.cat(logps),
         f"sampler, {what}",
     )

@@ -56,8 +56,8 @@ def jsonl(draw: random.Random, folder: Path) -> str:
         problem=draw.choice([None, None, None, "problem", "", "a\nb"]), answer=draw.choice([None, None, "answer"])
     )
     source = Source(path=str(path), columns=columns)
-    found = load(source, "data.labeled", need_answers=draw.random() < 0.5, gold=TASKS[draw.choice(sorted(TASKS))].gold)
-    json.dumps([problem.text for problem in found.problems], ensure_ascii=False).encode()
+    loaded = load(source, "data.labeled", need_answers=draw.random() < 0.5, gold=TASKS[draw.choice(sorted(TASKS))].gold)
+    json.dumps([problem.text for problem in loaded.problems], ensure_ascii=False).encode()
     task = draw.choice(QUICK) if draw.random() < 0.85 else draw.choice(["regex", "json", "python", "maths"])
     validate(source, task, seconds=2.0, workers=1)
     return "validated"
@@ -101,7 +101,7 @@ def some_turns(draw: random.Random, number: int) -> Turns:
 def spelt(turns: Turns, style: str, names: dict[str, str]) -> Any:
     """Turns in one of the ways that files hold them."""
     keys = ("from", "value") if style == "sharegpt" else ("role", "content")
-    messages: list[dict[str, Any]] = [dict(zip(keys, (names[role], said), strict=True)) for role, said in turns]
+    messages: list[dict[str, Any]] = [dict(zip(keys, (names[role], text), strict=True)) for role, text in turns]
     if style == "parts":
         return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
     if style == "padded":
@@ -169,7 +169,7 @@ def conversation(draw: random.Random, folder: Path) -> str:
     form = draw.choice(["jsonl", "json", "parquet", "arrow"]) if fate == "whole" else draw.choice(["jsonl", "json"])
     path = written(rows, form, folder)
     try:
-        found = load(Source(path=str(path)), "data.labeled", need_answers=draw.random() < 0.5)
+        loaded = load(Source(path=str(path)), "data.labeled", need_answers=draw.random() < 0.5)
     except UserError as error:
         if fate == "whole" or (fate == "refused" and f"row {bad + 1}:" not in str(error)):
             raise WrongError(f"{fate} {json.dumps(rows[bad])}: {error}") from None
@@ -177,12 +177,12 @@ def conversation(draw: random.Random, folder: Path) -> str:
     if fate == "refused":
         raise WrongError(f"accepted {json.dumps(rows[bad])}")
     if fate == "whole":
-        compare_conversations(found, wanted)
+        compare_conversations(loaded, wanted)
     return f"read {fate}"
 
 
-def compare_conversations(found: LoadedProblems, wanted: Sequence[tuple[Turns, str]]) -> None:
-    read = [(problem.turns or (("user", problem.text),), found.gold.get(problem.id)) for problem in found.problems]
+def compare_conversations(loaded: LoadedProblems, wanted: Sequence[tuple[Turns, str]]) -> None:
+    read = [(problem.turns or (("user", problem.text),), loaded.gold.get(problem.id)) for problem in loaded.problems]
     if read != list(wanted):
         raise WrongError(f"read {read} for {wanted}")
 

@@ -289,9 +289,9 @@ def adapter(draw: random.Random, folder: Path) -> str:
     return "loaded"
 
 
-def compare(found: Tensor, wanted: Tensor, what: str) -> None:
-    gap = (found.double() - wanted.double()).abs().nan_to_num(0.0)
-    if not torch.equal(found.isnan(), wanted.isnan()) or float(gap.max()) > GAP:
+def compare(actual: Tensor, wanted: Tensor, what: str) -> None:
+    gap = (actual.double() - wanted.double()).abs().nan_to_num(0.0)
+    if not torch.equal(actual.isnan(), wanted.isnan()) or float(gap.max()) > GAP:
         raise WrongError(f"log-probs differ by up to {float(gap.max()):.2g} nats: {what}")
 
 

@@ -187,17 +187,17 @@ def tokenizer(draw: random.Random, folder: Path) -> str:
         spoil_tokenizer(draw, target)
     texts = draw.sample(TEXTS, 4)
     recipe = on_model(folder, [{"problem": text, "answer": "1"} for text in texts], target)
-    found = examined(recipe, weights=draw.random() < 0.05)
+    result = examined(recipe, weights=draw.random() < 0.05)
     prompter = Prompter(ModelFolder.open(str(target), "models.student").tokenizer, Prompt())
     for text in texts:
         problem = Problem.of(text, "fuzz")
         ids = prompter.ids(problem)
         prompter.completion(ids)
-        if not found.errors and max(ids) >= vocabulary:
+        if not result.errors and max(ids) >= vocabulary:
             raise WrongError(f"id {max(ids)} of {text!r} is beyond the model's {vocabulary}, and no error says so")
         if not damaged:
             compare_with_backend(target, prompter, problem, ids, faithful)
-    return found.error_names or "examined"
+    return result.error_names or "examined"
 
 
 def compare_with_backend(
@@ -300,26 +300,26 @@ def template(draw: random.Random, folder: Path) -> str:
     prompter = Prompter(ModelFolder.open(str(folder / "m"), "models.student").tokenizer, Prompt(), DAY)
     texts = [compare_with_jinja(prompter, problem, text) for problem in problems]
     rows = [{"prompt": prompter.messages(problem), "answer": "1"} for problem in problems]
-    found = examined(on_model(folder, rows, folder / "m"), weights=draw.random() < 0.05)
+    result = examined(on_model(folder, rows, folder / "m"), weights=draw.random() < 0.05)
     for problem, prompt in zip(problems, texts, strict=True):
         letters = letters_and_digits(prompt)
         lost = [content for content in problem.contents if letters_and_digits(content) not in letters]
-        if lost and not found.errors:
+        if lost and not result.errors:
             raise WrongError(f"{text!r} leaves {lost[0]!r} out of {prompt!r}, and no error says so")
-    return found.error_names or "examined"
+    return result.error_names or "examined"
 
 
 def compare_with_jinja(prompter: Prompter, problem: Problem, template: str) -> str:
     unchecked = "random" in template or template in TEMPLATES  # those have no bounds here
     wanted = None if unchecked else rendered_plainly(template, prompter.messages(problem))
     try:
-        found = prompter.text(problem)
+        text = prompter.text(problem)
     except UserError as error:
         if wanted is not None:
             raise WrongError(f"{template!r} gives {wanted!r:.500}: {error}") from None
         raise
-    if found != wanted and not unchecked:
-        raise WrongError(f"{template!r} gives {found!r:.500}, and to jinja2 {wanted!r:.500}")
-    if prompter.text(problem) != found:
+    if text != wanted and not unchecked:
+        raise WrongError(f"{template!r} gives {text!r:.500}, and to jinja2 {wanted!r:.500}")
+    if prompter.text(problem) != text:
         raise WrongError(f"{template!r} gives another text each time")
-    return found
+    return text

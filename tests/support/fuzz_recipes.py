@@ -56,8 +56,8 @@ def prepare(recipe: Recipe, arm: str, folder: Path, thorough: bool) -> str:
         preflight(plan, inputs)
         json.dumps([row.row() for row in estimates(plan, inputs)])
     if thorough:
-        found = diagnose(recipe, [arm], [recipe.seed], folder / "out")
-        found.text()
+        result = diagnose(recipe, [arm], [recipe.seed], folder / "out")
+        result.text()
         return "examined"
     return "planned"
 
@@ -83,11 +83,11 @@ def examined(recipe: Recipe, weights: bool = False) -> Examination:
     with prepared(recipe, ["direct_grpo"], [recipe.seed]) as (plan, inputs):
         context = DoctorContext.of(plan, inputs, Path("out"))
         try:
-            found = examine(context, checks)
+            result = examine(context, checks)
         finally:
             context.close()
-    found.text()
-    return found
+    result.text()
+    return result
 
 
 def recipe(draw: random.Random, folder: Path) -> str:

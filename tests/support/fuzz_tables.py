@@ -141,12 +141,12 @@ def table(draw: random.Random, folder: Path) -> str:
     source = Source(path=str(path), columns=Columns(answer="reward_model.ground_truth" if column != "answer" else None))
     refused = next((n for n, gold in enumerate(golds, 1) if gold is REFUSED), None)
     try:
-        found = load(source, "data.labeled", need_answers=False)
+        loaded = load(source, "data.labeled", need_answers=False)
     except UserError as error:
         if refused is None or f"row {refused}:" not in str(error):
             raise WrongError(f"{kind} {answers.to_pylist()}: {error}") from None
         raise
-    read = [found.gold.get(problem.id) for problem in found.problems]
+    read = [loaded.gold.get(problem.id) for problem in loaded.problems]
     if read != golds:
         raise WrongError(f"{kind} {answers.to_pylist()}: read {read}, not {golds}")
     return "read"
@@ -167,8 +167,8 @@ def separated(draw: random.Random, folder: Path) -> str:
         path.write_bytes(spoiled(draw, path.read_bytes()))
         load(Source(path=str(path)), "data.labeled", need_answers=False, gold=TASKS["exact"].gold)
         return "read damaged"
-    found = load(Source(path=str(path)), "data.labeled", need_answers=True, gold=TASKS["exact"].gold)
-    read = [(problem.text, found.gold[problem.id]) for problem in found.problems]
+    loaded = load(Source(path=str(path)), "data.labeled", need_answers=True, gold=TASKS["exact"].gold)
+    read = [(problem.text, loaded.gold[problem.id]) for problem in loaded.problems]
     if read != rows:
         raise WrongError(f"{path.read_text(encoding='utf-8')!r}: read {read}")
     return "read"

@@ -21,7 +21,9 @@ def qwen_tokenizer(
     eos: str = "<|im_end|>", pad: str = "<|endoftext|>", template: str = PLAIN
 ) -> PreTrainedTokenizerFast:
     """Few characters, and Qwen's special tokens at Qwen's own ids."""
-    characters = {one: index for index, one in enumerate("0123456789+=; -*/(),.?:%\nabcdefghijklmnopqrstuvwxyz?!")}
+    characters = {
+        character: index for index, character in enumerate("0123456789+=; -*/(),.?:%\nabcdefghijklmnopqrstuvwxyz?!")
+    }
     special = {
         "<|endoftext|>": 151643,
         "<|im_start|>": 151644,
@@ -30,7 +32,7 @@ def qwen_tokenizer(
         "</think>": 151668,
     }
     backend = Tokenizer(models.BPE(vocab=characters | special | {"<|unk|>": 100}, merges=[], unk_token="<|unk|>"))
-    backend.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in special])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=eos, pad_token=pad, unk_token="<|unk|>", chat_template=template

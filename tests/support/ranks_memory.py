@@ -96,17 +96,17 @@ def measure(folder: Path, steps: int, ranks: ProcessGroup) -> None:
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()
-        found = update(policy, optimizer, assign_to_ranks(rows, stage, 4, ranks), objective_of(stage), stage, 4096)
+        stats = update(policy, optimizer, assign_to_ranks(rows, stage, 4, ranks), objective_of(stage), stage, 4096)
         seconds.append(time.perf_counter() - began)
     stepping = status("VmHWM") - empty
     parameters = list(policy.model.parameters())
     row = {
-        "rank": ranks.rank, "of": ranks.size, "parameters": sum(one.numel() for one in parameters),
+        "rank": ranks.rank, "of": ranks.size, "parameters": sum(parameter.numel() for parameter in parameters),
         "weights_mb": sum(map(local, parameters)) / 1e6,
-        "gradients_mb": sum(local(one.grad) for one in parameters if one.grad is not None) / 1e6,
-        "optimizer_mb": sum(local(one) for state in optimizer.state.values() for one in state.values()) / 1e6,
+        "gradients_mb": sum(local(parameter.grad) for parameter in parameters if parameter.grad is not None) / 1e6,
+        "optimizer_mb": sum(local(tensor) for state in optimizer.state.values() for tensor in state.values()) / 1e6,
         "load_peak_mb": loading, "loaded_mb": loaded, "sample_peak_mb": sampling, "step_peak_mb": stepping,
-        "after_mb": forget() - empty, "grad_norm": found["grad_norm"], "loss": found["loss"], "seconds_step": seconds[-1],
+        "after_mb": forget() - empty, "grad_norm": stats["grad_norm"], "loss": stats["loss"], "seconds_step": seconds[-1],
     }  # fmt: skip
     print(json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}))
 

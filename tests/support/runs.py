@@ -44,6 +44,10 @@ TINY = (  # two steps a stage, ten graded evaluation texts: a whole arm takes a 
 )
 
 
+WHOLE_ARM = ("--arm", "bridge_rl")
+"""Option for the arm that has every kind of stage."""
+
+
 def sets(*changes: str) -> list[str]:
     """`--set` options of the tiny recipe and these further changes."""
     return [part for change in (*TINY, *changes) for part in ("--set", change)]
@@ -60,7 +64,7 @@ def call(*argv: str | Path, entry: Callable[[], None] = main) -> CommandResult:
     """Run `headwater argv…` in this process; `entry` is the entry point of another program."""
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
-    words = ["headwater", *(str(one) for one in argv)]
+    words = ["headwater", *(str(word) for word in argv)]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", words):
         try:
             entry()
@@ -70,10 +74,12 @@ def call(*argv: str | Path, entry: Callable[[], None] = main) -> CommandResult:
 
 
 def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = (), whole: bool = False) -> CommandResult:
-    """Call `run` or `study` of the tiny recipe in this process.
+    """Call `run` or `study` of the tiny recipe in this process; `run` takes the arm with every kind of stage if it names none.
 
     Preflight and the HTML page take longest and have their own tests, so they are skipped unless `whole`.
     """
+    if verb == "run" and "--arm" not in options:
+        options = (*WHOLE_ARM, *options)
     with contextlib.ExitStack() as stack:
         if not whole:
             stack.enter_context(mock.patch("headwater.doctor.checks.examine", return_value=Examination((), (), ())))
@@ -83,7 +89,7 @@ def tiny(verb: str, out: Path, *options: str | Path, changes: Sequence[str] = ()
 
 def program(*argv: str | Path) -> list[str]:
     """Command line of the program."""
-    return [sys.executable, "-m", "headwater", *(str(one) for one in argv)]
+    return [sys.executable, "-m", "headwater", *(str(word) for word in argv)]
 
 
 def spawn(*argv: str | Path, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -124,24 +130,24 @@ def infos(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 def timeless(value: Any) -> Any:
     """The value without its `seconds…` entries."""
     if isinstance(value, dict):
-        return {key: timeless(one) for key, one in value.items() if not key.startswith("seconds")}
-    return [timeless(one) for one in value] if isinstance(value, list) else value
+        return {key: timeless(child) for key, child in value.items() if not key.startswith("seconds")}
+    return [timeless(child) for child in value] if isinstance(value, list) else value
 
 
 def assert_same(out: Path, whole: Path) -> None:
     """Assert bit-identical weights, and equal metrics, ledgers, rollouts, evaluations and report apart from seconds."""
     assert [path.name for path, _ in infos(out)] == [path.name for path, _ in infos(whole)]
-    for (ours, _), (theirs, _) in zip(infos(out), infos(whole), strict=True):
-        assert done(ours) == done(theirs)
+    for (ours, _), (reference, _) in zip(infos(out), infos(whole), strict=True):
+        assert done(ours) == done(reference)
         for weights in ("model/model.safetensors", "cache/distributions.safetensors"):
-            assert (ours / weights).exists() == (theirs / weights).exists()
+            assert (ours / weights).exists() == (reference / weights).exists()
             if (ours / weights).exists():
-                a, b = load_file(ours / weights), load_file(theirs / weights)
+                a, b = load_file(ours / weights), load_file(reference / weights)
                 assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), ours.name
-        files = [path.relative_to(theirs) for path in sorted(theirs.rglob("*.jsonl"))]
+        files = [path.relative_to(reference) for path in sorted(reference.rglob("*.jsonl"))]
         assert files == [path.relative_to(ours) for path in sorted(ours.rglob("*.jsonl"))]
         for name in files:
-            assert timeless(rows(ours / name)) == timeless(rows(theirs / name)), f"{ours.name}/{name}"
+            assert timeless(rows(ours / name)) == timeless(rows(reference / name)), f"{ours.name}/{name}"
     assert timeless(rows(out / "ledger.jsonl")) == timeless(rows(whole / "ledger.jsonl"))
     assert timeless(load_json(out / "report.json")) == timeless(load_json(whole / "report.json"))
 

@@ -38,8 +38,8 @@ def serving(answer: Answers) -> Iterator[Endpoint]:
         def _speak(self, body: Any) -> None:
             endpoint.requests.append((self.path, body))
             endpoint.authorization.append(self.headers["Authorization"])
-            found = endpoint.answer(self.path, body)
-            status, value, *more = found if isinstance(found, tuple) else (200, found)
+            answer = endpoint.answer(self.path, body)
+            status, value, *more = answer if isinstance(answer, tuple) else (200, answer)
             data = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(status)
             for name, text in {"Content-Length": str(len(data)), **(more[0] if more else {})}.items():
@@ -93,7 +93,7 @@ class Answering:
                     body["messages"], tokenize=False, add_generation_prompt=True, **body["chat_template_kwargs"]
                 )
             ids = self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-            return {"tokens": [one + 1 for one in ids] if self.shifted else ids}
+            return {"tokens": [token + 1 for token in ids] if self.shifted else ids}
         top_k = body.get("prompt_logprobs")
         if top_k is not None and top_k > self.most:
             message = f"Requested prompt logprobs of {top_k}, which is greater than max allowed: {self.most}"
@@ -101,7 +101,7 @@ class Answering:
         many = isinstance(body["prompt"][0], list)
         prompts = body["prompt"] if many else [body["prompt"]]
         made = [self._scored(ids, top_k) if top_k is not None else self._sampled(ids, body) for ids in prompts]
-        return {"choices": [{"index": index, **one} for index, one in enumerate(made)][::-1]}  # out of order
+        return {"choices": [{"index": index, **choice} for index, choice in enumerate(made)][::-1]}  # out of order
 
     def _scored(self, ids: list[int], k: int) -> dict[str, Any]:
         whole = Rollout("x", 0, tuple(ids[:1]), tuple(ids[1:]), (0.0,) * (len(ids) - 1), "length", "x")
@@ -110,15 +110,15 @@ class Answering:
         for row_V, token in zip(logp_NV, ids[1:], strict=True):
             kept = {*row_V.topk(min(k, len(row_V))).indices.tolist(), token}
             positions.append(
-                {str(one): {"logprob": row_V[one].item(), "rank": 1, "decoded_token": "?"} for one in kept}
+                {str(token): {"logprob": row_V[token].item(), "rank": 1, "decoded_token": "?"} for token in kept}
             )
         return {"prompt_token_ids": ids, "prompt_logprobs": positions, "finish_reason": "length"}
 
     def _sampled(self, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
         sampling = Sampling(max_tokens=body["max_tokens"], temperature=body["temperature"])
-        one = TorchSampler(self.policy).sample(requests_for([("x", tuple(ids))], 1, 0, body["seed"]), sampling)[0]
+        rollout = TorchSampler(self.policy).sample(requests_for([("x", tuple(ids))], 1, 0, body["seed"]), sampling)[0]
         return {
-            "token_ids": list(one.completion_ids),
-            "logprobs": {"token_logprobs": list(one.sampler_logp)},
-            "finish_reason": one.finish,
+            "token_ids": list(rollout.completion_ids),
+            "logprobs": {"token_logprobs": list(rollout.sampler_logp)},
+            "finish_reason": rollout.finish,
         }

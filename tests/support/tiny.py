@@ -120,26 +120,30 @@ def sampled_rows(
         [(problem_id(str(prompt)), prompt) for prompt in PROMPTS[:groups]], group_size, 0, draw, "test"
     )
     rollouts = TorchSampler(policy).sample(wanted, Sampling(max_tokens=max_tokens, temperature=temperature))
-    return [Row(one, advantage=1.0 if index % 2 else -1.0) for index, one in enumerate(rollouts)]
+    return [Row(rollout, advantage=1.0 if index % 2 else -1.0) for index, rollout in enumerate(rollouts)]
 
 
 def taught(rows: list[Row], teacher: Policy, tokens: int = 4096) -> list[Row]:
     """The rows with the distributions of a live teacher."""
-    found = distributions_of(teacher, [row.rollout for row in rows], tokens)
-    return [replace(row, teacher=one) for row, one in zip(rows, found, strict=True)]
+    distributions = distributions_of(teacher, [row.rollout for row in rows], tokens)
+    return [replace(row, teacher=distribution) for row, distribution in zip(rows, distributions, strict=True)]
 
 
 def gradient_of(policy: Policy, rows: list[Row], stage: Stage, tokens: int = 4096) -> dict[str, torch.Tensor]:
     """Gradient that `update` computes for one optimizer step; the learning rate is 0, so the policy does not change."""
     policy.model.zero_grad(set_to_none=True)
     update(policy, torch.optim.SGD(policy.model.parameters(), lr=0.0), rows, objective_of(stage), stage, tokens)
-    found = {name: one.grad.clone() for name, one in policy.model.named_parameters() if one.grad is not None}
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in policy.model.named_parameters()
+        if parameter.grad is not None
+    }
     policy.model.zero_grad(set_to_none=True)
-    return found
+    return gradients
 
 
 def weights_of(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: one.detach().clone() for name, one in policy.model.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
 
 
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -149,7 +153,7 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def largest(a: dict[str, torch.Tensor]) -> float:
-    return max(one.abs().max().item() for one in a.values())
+    return max(gradient.abs().max().item() for gradient in a.values())
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -23,12 +23,12 @@ MODULES = {
 }
 
 ORDER = (
-    "errors", "types", "seeds", "stats", "kernels",
+    "errors", "plugins", "types", "seeds", "stats", "kernels",
     "config", "storage", "tasks", "data", "distributed", "losses", "models", "sampling", "teachers", "training",
-    "runs", "runs.executors", "doctor", "report", "pipeline", "sweeps", "api", "cli", "__main__",
+    "runs", "runs.executors", "doctor", "report", "pipeline", "sweeps", "evaluation", "api", "cli", "__main__",
 )  # fmt: skip
 """Folders and top-level modules, lowest first. A module imports from its own folder and from those before it."""
-TORCH_FREE = {"errors", "types", "seeds", "config", "storage", "tasks", "data", "report"}
+TORCH_FREE = {"errors", "plugins", "types", "seeds", "config", "storage", "tasks", "data", "report"}
 PURE = {"losses", "kernels"}
 """Tensor code without files, settings (but for the table of objectives) or models."""
 HEAVY = ("torch", "transformers", "safetensors", "datasets")
@@ -220,7 +220,7 @@ def test_only_data_labels_reads_private_gold_answers() -> None:
 
 def test_only_data_readers_and_checks_read_gold_answers() -> None:
     """`RunInputs` keeps what it has read; the nodes that it is handed to look at answers through `Labels` alone."""
-    readers = {"runs.inputs", "runs.read_once", "doctor.data_checks", "doctor.context", "cli.evaluate"}
+    readers = {"runs.inputs", "runs.read_once", "doctor.data_checks", "doctor.context", "evaluation"}
     for name, path in MODULES.items():
         if folder(name) in ("tasks", "data") or name in readers:
             continue
@@ -284,3 +284,16 @@ def test_test_names_are_short_and_plain() -> None:
         if len(node.name) > 70 or words.search(node.name)
     ]
     assert unsuitable == [], "rename, such as test_save_policy_keeps_log_probs"
+
+
+def test_local_names_state_their_content() -> None:
+    """No local or parameter is named by a word that hides its content."""
+    vague = {"found", "one", "said", "held", "told", "asked", "theirs"}
+    unsuitable = {
+        f"{path.name}: {name}"
+        for path in (*MODULES.values(), *sorted(TESTS.rglob("*.py")))
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+        if (name := node.arg if isinstance(node, ast.arg) else node.id) in vague
+    }
+    assert unsuitable == set(), "rename, such as `rows`, `weights`, `config` or `message`"

@@ -53,7 +53,7 @@ def desk(
         with display.node(name, number, len(names)) as progress:
             progress.start(0, spec.steps, "steps")
             stats = pretrain_desk(name, out, spec, where, progress=report_to(progress), workers=workers)
-        rates = ", ".join(f"{one.pass_rate:.1%} of {difficulty}" for difficulty, one in stats.items())
+        rates = ", ".join(f"{measured.pass_rate:.1%} of {difficulty}" for difficulty, measured in stats.items())
         print(f"{out / name}: solves {rates}")
 
 

@@ -209,7 +209,10 @@ def pretrain_desk(
     parameters = sum(weight.numel() for weight in learner.parameters())
     (node.path / "README.md").write_text(model_card(name, parameters, spec, measured, seed), encoding="utf-8")
     shutil.rmtree(node.checkpoint(0).parent, ignore_errors=True)
-    write_json(node.done, {"fingerprint": fingerprint, "measured": {one: asdict(m) for one, m in measured.items()}})
+    write_json(
+        node.done,
+        {"fingerprint": fingerprint, "measured": {difficulty: asdict(m) for difficulty, m in measured.items()}},
+    )
     return measured
 
 

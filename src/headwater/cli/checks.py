@@ -10,8 +10,18 @@ from typing import Annotated
 
 import typer
 
-from headwater.cli.options import Device, Json, Out, RecipeName, Set, TaskName, parse_arms, recipe_changes
-from headwater.config.arms import DEFAULT_ARM
+from headwater.cli.options import (
+    AnswerColumn,
+    Device,
+    Json,
+    Out,
+    ProblemColumn,
+    RecipeName,
+    Set,
+    TaskName,
+    parse_arms,
+    recipe_changes,
+)
 from headwater.errors import RefusedError
 
 commands = typer.Typer()
@@ -21,8 +31,11 @@ commands = typer.Typer()
 def doctor(
     recipe: RecipeName,
     arms: Annotated[
-        str, typer.Option("--arms", "--arm", help="Arms to be run, separated by commas, or `all`.")
-    ] = DEFAULT_ARM,
+        str | None,
+        typer.Option(
+            "--arms", "--arm", help="Arms to be run, separated by commas, or `all`; by default that of `run`."
+        ),
+    ] = None,
     out: Out = None,
     set_: Set = None,
     device: Device = None,
@@ -31,12 +44,14 @@ def doctor(
     """Check everything that could fail or spoil a run; exit 3 with named findings. `run` and `study` do this first."""
     from headwater.config.builtin import find_recipe
     from headwater.doctor.checks import diagnose
+    from headwater.runs.default_arm import choose_arm
     from headwater.runs.setup import set_up
 
     resolved = find_recipe(recipe, recipe_changes(set_, device))
-    names = parse_arms(arms)
+    folder = out or Path("runs") / resolved.name
+    names = [choose_arm(resolved, folder).arm] if arms is None else parse_arms(arms)
     set_up(resolved.compute)
-    diagnosis = diagnose(resolved, names, [resolved.seed], out or Path("runs") / resolved.name)
+    diagnosis = diagnose(resolved, names, [resolved.seed], folder)
     print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text())
     if diagnosis.errors:
         raise RefusedError(f"refused: {diagnosis.error_names}")
@@ -93,8 +108,8 @@ def grade(
 def validate(
     data: Annotated[str, typer.Argument(metavar="DATA", help="JSONL, CSV, Parquet, a `datasets` folder or a hub id.")],
     task: TaskName = "maths",
-    problem_column: Annotated[str | None, typer.Option("--problem", help="Column of the problem.")] = None,
-    answer_column: Annotated[str | None, typer.Option("--answer", help="Column of the answer.")] = None,
+    problem_column: ProblemColumn = None,
+    answer_column: AnswerColumn = None,
     json_: Json = False,
 ) -> None:
     """Grade every gold answer with its own grader and list those that fail. Exit 3 if any does or there is none."""
@@ -103,6 +118,8 @@ def validate(
 
     columns = Columns(problem=problem_column, answer=answer_column)
     result = validate_source(Source(path=data, columns=columns), task)
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if json_:
         print(json.dumps(asdict(result)))
     else:

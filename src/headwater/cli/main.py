@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from headwater.cli import checks, results, run
+from headwater.cli import checks, recipes, results, run, single_stage
 from headwater.cli.options import exit_codes, launched_by_torchrun
 from headwater.errors import UserError
 
@@ -29,15 +29,15 @@ def init(name: Annotated[str, typer.Argument(help="Which recipe to start from.")
     print(builtin_text(name), end="")
 
 
-for commands in (run.commands, checks.commands, results.commands):
+for commands in (run.commands, single_stage.commands, recipes.commands, checks.commands, results.commands):
     app.add_typer(commands)
 
 
 def main() -> None:
     """Entry point of `headwater …` and `python -m headwater …`."""
     with exit_codes():
-        if launched_by_torchrun() and not {"run", "study", "demo"} & set(sys.argv[1:2]):
-            raise UserError("torchrun: only run, study and demo run in several processes")
+        if launched_by_torchrun() and not {"run", "study", "demo", "distill", "grpo"} & set(sys.argv[1:2]):
+            raise UserError("torchrun: only run, study, demo, distill and grpo run in several processes")
         app()
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from headwater.config.arms import ARMS
+from headwater.config.arms import ARMS, DEFAULT_ARM
 from headwater.errors import HeadwaterError, UserError
 from headwater.runs.hardware import DEVICES
 
@@ -25,8 +25,24 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Change a field: pa
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 Arms = Annotated[str | None, typer.Option("--arms", help="Arms, separated by commas, or `all`.")]
+ArmName = Annotated[
+    str | None,
+    typer.Option(
+        "--arm",
+        help=f"Which arm; by default the one that --out holds or its probe advised, else {DEFAULT_ARM}, or the recipe's own stages.",
+    ),
+]
+Evals = Annotated[
+    str | None,
+    typer.Option("--evals", help="File of held-out problems with answers; without it no accuracy is measured."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Training seed.")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task's name (docs/tasks.md) or package.module:function.")]
+ProblemColumn = Annotated[
+    str | None, typer.Option("--problem", help='Column of the problem, or several: "{context} {question}".')
+]
+AnswerColumn = Annotated[str | None, typer.Option("--answer", help="Column of the answer.")]
 Workers = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Processes that run independent nodes; by default what the cores allow."),
@@ -83,6 +99,8 @@ class EvalOptions:
 
     samples: Annotated[int, typer.Option("--samples", min=1, help="Completions per problem.")] = 1
     task: TaskName = "maths"
+    problem: ProblemColumn = None
+    answer: AnswerColumn = None
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first so many problems.")] = None
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest completion.")] = 512
     temperature: Annotated[float, typer.Option("--temperature", min=0.001)] = 1.0
@@ -97,6 +115,11 @@ class EvalOptions:
     device: Device = None
     out: Annotated[Path | None, typer.Option("--out", help="Write every graded completion here as JSONL.")] = None
     json_: Json = False
+
+
+def examples(*commands: str) -> str:
+    """Example command lines for a command's --help, one a line."""
+    return "\n\n".join(["Examples:", *(f"  {command}" for command in commands)])
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

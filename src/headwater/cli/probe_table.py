@@ -46,6 +46,13 @@ def _models(result: dict[str, Any]) -> Table:
     row("  by 1 − p^G − (1−p)^G, %", [percent(stats["informative_formula"]) for stats in both])
     row("ended by a stop token, %", [percent(stats["ended"]) for stats in both])
     row("cut at the token limit, %", [percent(stats["truncated"]) for stats in both])
+    for name, title in (
+        ("cut", "  cut and not right, %"),
+        ("no_answer", "ended without an answer, %"),
+        ("ungraded", "stopped the grader, %"),
+        ("wrong", "wrong answer, %"),
+    ):
+        row(title, [percent(stats["outcomes"][name]) for stats in both])
     row("entropy, nats a token", [f"{stats['entropy']:.2f}" for stats in both])
     row("tokens a completion", [units(stats["tokens"]) for stats in both])
     return table
@@ -78,10 +85,14 @@ def _advice(advice: dict[str, Any]) -> list[Text]:
     }[labels["where"]]
     close = "; it is close" if labels["close"] else ""
     sentences = [
+        *((f"Completions of the {role}", f"{cause}.") for role, cause in advice["outcomes"].items()),
+        *([("Teacher", f"{advice['teacher']}.")] if advice["teacher"] else []),
         ("Labels", f"{where}{close}: {labels['because']}."),
         ("Warm-up", f"{'needed' if warmup['needed'] else 'not needed'}: {warmup['because']}."),
         ("From OPD to student RL", f"{advice['switch']}."),
     ]
+    if advice["run"]["arm"] is not None:
+        sentences.append(("Run", f"--arm {advice['run']['arm']}: {advice['run']['because']}."))
     return [Text.assemble((f"{name}: ", "bold"), sentence) for name, sentence in sentences]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,11 +103,12 @@ def eval_(
     options: EvalOptions,
 ) -> None:
     """Evaluate a model: avg@k, pass@k and maj@k with 95 % intervals."""
-    from headwater.cli.evaluate import evaluate_model
+    from headwater.evaluation import EvaluationSettings, evaluate_model
     from headwater.runs.progress import progress_display
 
-    summary = evaluate_model(model, data, options, progress_display(quiet=options.json_))
-    print(json.dumps(summary) if options.json_ else summary["text"])
+    settings = EvaluationSettings(**{field.name: getattr(options, field.name) for field in fields(EvaluationSettings)})
+    evaluation = evaluate_model(model, data, settings, progress_display(quiet=options.json_))
+    print(json.dumps(evaluation.to_json()) if options.json_ else evaluation.text())
 
 
 @commands.command()

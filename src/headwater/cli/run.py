@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headwater.cli.options import (
+    ArmName,
     Arms,
     ExecutionOptions,
     Json,
@@ -29,10 +30,11 @@ from headwater.cli.options import (
     resumable,
     with_options,
 )
-from headwater.config.arms import DEFAULT_ARM, DEFAULT_STUDY
+from headwater.config.arms import DEFAULT_STUDY
 from headwater.errors import FailedError, UserError
 
 if TYPE_CHECKING:
+    from headwater.config.recipe import Recipe
     from headwater.runs.executors.base import Executor
 
 commands = typer.Typer()
@@ -44,11 +46,11 @@ def run(
     recipe: RecipeName,
     options: RunOptions,
     execution: ExecutionOptions,
-    arm: Annotated[str, typer.Option("--arm", help="Which arm; the default is the whole recipe.")] = DEFAULT_ARM,
+    arm: ArmName = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Training seed.")] = None,
 ) -> None:
-    """Run one arm: teacher RL -> warm-up -> OPD -> student RL by default."""
-    run_study(recipe, [arm], None if seed is None else [seed], options, execution)
+    """Run one arm, by default bridge: teacher RL with all labels -> warm-up -> OPD."""
+    run_study(recipe, None if arm is None else [arm], None if seed is None else [seed], options, execution)
 
 
 @commands.command()
@@ -126,15 +128,36 @@ def sweep(
 
 
 def run_study(
-    name: str, arms: Sequence[str], seeds: Sequence[int] | None, options: RunOptions, execution: ExecutionOptions
+    name: str, arms: Sequence[str] | None, seeds: Sequence[int] | None, options: RunOptions, execution: ExecutionOptions
 ) -> None:
-    """Run arms × seeds of a recipe, or print what that would cost; then print the report."""
-    from headwater.config.arms import arm_of
+    """Run arms × seeds of a recipe by name or file, or print what that would cost; then print the report.
+
+    arms  None for the one arm that `choose_arm` names
+    """
     from headwater.config.builtin import find_recipe
+
+    execute(partial(find_recipe, name, options.changes), arms, seeds, options, execution)
+
+
+def execute(
+    read: Callable[[], Recipe],
+    arms: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    options: RunOptions,
+    execution: ExecutionOptions,
+) -> None:
+    """Run arms × seeds of the recipe that `read` returns."""
+    from headwater.config.arms import arm_of
+    from headwater.runs.default_arm import choose_arm
 
     assumptions = dry_run_options(options.dry_run, execution.on, execution.mean_tokens)
     with _executor_factory(execution.executor) as (make_executor, processes):
-        recipe = find_recipe(name, options.changes)
+        recipe = read()
+        folder = options.out or Path("runs") / recipe.name
+        if arms is None:
+            choice = choose_arm(recipe, folder)
+            arms = [choice.arm]
+            print(choice.sentence, file=sys.stderr)
         for arm in arms:
             arm_of(arm, recipe)
         seeds = seeds or [recipe.seed]
@@ -154,7 +177,6 @@ def run_study(
             return
         from headwater.runs.trackers import tracked
 
-        folder = options.out or Path("runs") / recipe.name
         trackers = [] if execution.track is None else parse_list(execution.track, "--track")
         try:
             with resumable(folder), tracked(progress_display(quiet=options.json_), folder, trackers) as display:

@@ -68,7 +68,7 @@ def mixture(recipe: Recipe, stage: Stage) -> Stage:
     """J_λ with the recipe's λ, or ½; sampled in groups of the size of student RL, so that rewards can be compared."""
     if stage.spec.weighted:
         return stage
-    group = recipe.stages.student_rl.group_size
+    group = (recipe.stages.student_rl or stage).group_size
     batch = max(group, stage.batch_size // group * group)
     return _with(stage, objective="mixed", sparse_share=0.5, group_size=group, batch_size=batch)
 
@@ -216,10 +216,18 @@ ARMS: dict[str, Arm] = {  # reports list arms in this order
         compare_with=("bridge",),
     ),
 }
-DEFAULT_ARM = "bridge_rl"
+DEFAULT_ARM = "bridge"
+"""Arm of a `run` without --arm, unless the folder or the recipe says otherwise (`runs.default_arm`)."""
 DEFAULT_STUDY = ("direct_grpo", "raw_teacher", "bridge", "bridge_1h", "bridge_rl", "replay")
 
-DESCRIPTIONS = {**BASE_MODELS, **{name: arm.description for name, arm in ARMS.items()}}
+OWN_STAGES = "own_stages"
+"""The arm of a recipe that has only some of the stages; not in `ARMS`, because the recipe decides what it is."""
+
+DESCRIPTIONS = {
+    **BASE_MODELS,
+    **{name: arm.description for name, arm in ARMS.items()},
+    OWN_STAGES: "the recipe's own stages, in their order",
+}
 """Description of every arm and base model, in the order in which reports list them."""
 
 CONTRASTS = tuple((other, name) for name, arm in ARMS.items() for other in arm.compare_with)
@@ -232,20 +240,63 @@ def split_pool(recipe: Recipe) -> Pool:
 
 
 def arm_of(name: str, recipe: Recipe) -> Arm:
-    """The arm with its pools resolved for the recipe's split. Raises UserError for an unknown name."""
-    if name not in ARMS:
+    """The arm with its pools resolved for the recipe's split.
+
+    Raises UserError for an unknown name, and for an arm that needs more than the recipe has.
+    """
+    if name not in ARMS and name != OWN_STAGES:
         raise UserError(f"--arm {name}: no such arm; there are {', '.join(ARMS)}{did_you_mean(name, ARMS)}")
-    arm, default = ARMS[name], split_pool(recipe)
+    arm, default = ARMS.get(name) or own_stages(recipe), split_pool(recipe)
+    if missing := missing_fields(arm, recipe):
+        way_out = "" if name == OWN_STAGES else ", or name no arm: then the recipe's own stages run"
+        raise UserError(f"arm {name}: needs {', '.join(missing)}, which the recipe does not have; add it{way_out}")
     teacher, student = (
         tuple(replace(step, pool=step.pool or default) for step in steps) for steps in (arm.teacher, arm.student)
     )
     return replace(arm, teacher=teacher, student=student)
 
 
+def default_arm(recipe: Recipe) -> str:
+    """The arm that runs where none is named: `DEFAULT_ARM`, or the recipe's own stages where that needs more than it has."""
+    return OWN_STAGES if missing_fields(ARMS[DEFAULT_ARM], recipe) else DEFAULT_ARM
+
+
+def own_stages(recipe: Recipe) -> Arm:
+    """The stages that the recipe has, in their order. Raises UserError where they train no student."""
+    stages = recipe.stages.named
+    student = tuple(step for step in (WARMUP, OPD, Step("student_rl")) if step.stage in stages)
+    if not student and "sft" in stages:
+        student = (SFT,)
+    if not student:
+        raise UserError(
+            "stages: the recipe trains its teacher alone; to train one model with rewards, name it models.student and the "
+            "stage student_rl"
+        )
+    teacher = (TEACHER_RL,) if "teacher_rl" in stages else ()
+    return Arm(DESCRIPTIONS[OWN_STAGES], "", teacher, student)
+
+
+def missing_fields(arm: Arm, recipe: Recipe) -> list[str]:
+    """The fields that an arm needs and the recipe does not have. Example: `["stages.teacher_rl", "data.labeled"]`."""
+    stages, missing = recipe.stages.named, dict[str, None]()
+    others = [] if arm.same_compute is None else [ARMS[name] for name in arm.same_compute]
+    for step in [step for each in (arm, *others) for step in (*each.teacher, *each.student)]:
+        if step.stage not in stages and not (step.stage == "sft" and "warmup" in stages):
+            missing[f"stages.{step.stage}"] = None
+            continue
+        settings = stage_of(recipe, step)
+        if settings.needs_labels and recipe.data.labeled is None:
+            missing["data.labeled"] = None
+        if recipe.models.teacher is None and (settings.needs_teacher or step in arm.teacher):
+            missing["models.teacher"] = None
+    return list(missing)
+
+
 def stage_of(recipe: Recipe, step: Step) -> Stage:
     """The settings of a step. Hard-label fine-tuning takes those of the warm-up unless the recipe has its own."""
     if step.stage == "sft":
-        stage = recipe.stages.sft or recipe.stages.warmup.model_copy(update={"objective": "sft", "until": None})
+        hard_labels = {"objective": "sft", "until": None}
+        stage = recipe.stages.sft or recipe.stages.require("warmup").model_copy(update=hard_labels)
     else:
-        stage = getattr(recipe.stages, step.stage)
+        stage = recipe.stages.require(step.stage)
     return step.edit(recipe, stage)

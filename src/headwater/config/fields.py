@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def walk(model: type[BaseModel], prefix: str = "", defaults: BaseModel | None = 
             type_text=type_text(info.annotation, info.metadata),
             default=default,
             unit=next((item.name for item in metadata if isinstance(item, Unit)), ""),
-            description=" ".join((info.description or "").split()),
+            description=re.sub(r"\bNone\b", "null", " ".join((info.description or "").split())),
             section=section,
             choices=tuple(choices_of(info.annotation, metadata)),
         )
@@ -107,7 +108,7 @@ def type_text(annotation: Any, metadata: Collection[Any] = ()) -> str:
         inner, *more = get_args(annotation)
         return type_text(inner, [*metadata, *more])
     if choices := choices_of(annotation, metadata):
-        return " or ".join(choices)
+        return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(type_text(member, metadata) for member in get_args(annotation))
@@ -134,7 +135,7 @@ def _bounds(metadata: Collection[Any]) -> Iterator[str]:
     for item in metadata:
         for kind, attribute, sign in ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<")):
             if isinstance(item, kind) and abs(bound := getattr(item, attribute)) < UNBOUNDED:
-                yield f"{sign} {bound:g}"
+                yield f"{sign} {bound:,}" if isinstance(bound, int) else f"{sign} {bound:g}"
 
 
 def _flat(metadata: Collection[Any]) -> list[Any]:

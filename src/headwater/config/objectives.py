@@ -6,8 +6,14 @@ Recipe validation, the plan, the doctor, estimates and the report read this tabl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from headwater import plugins
+from headwater.errors import UserError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 Source = Literal["policy", "teacher"]
 Signal = Literal["reward", "teacher"]
@@ -24,6 +30,7 @@ class ObjectiveSpec:
     reference_kl   the loss adds `sparse.kl_coef` · KL to the stage's starting weights
     weighted       the recipe weighs the two signals with `sparse_share`; a signal of weight 0 is not computed
     report_title   replaces the stage's title in reports, where the objective is not the stage's usual one; `{stage}` is that title
+    loss           the user's function (Stage) -> Objective; None for the objectives of the package (`losses.objectives.LOSSES`)
     """
 
     description: str
@@ -33,6 +40,7 @@ class ObjectiveSpec:
     reference_kl: bool = False
     weighted: bool = False
     report_title: str = ""
+    loss: Callable[[Any], Any] | None = None
 
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {
@@ -80,8 +88,35 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
 }
 
 
+def default_objective(stage: str) -> str:
+    """The objective of a stage that names none: the first row that accepts it."""
+    return next(name for name, spec in OBJECTIVES.items() if stage in spec.stages)
+
+
+def objective(spec: ObjectiveSpec) -> Callable[[Function], Function]:
+    """Declare a function (Stage) -> losses.objectives.Objective as an objective that a recipe can name (docs/python-api.md).
+
+    Example: `@objective(ObjectiveSpec("…", source="policy", signals=("reward",), stages=("student_rl",)))`.
+    """
+
+    def declare(function: Function) -> Function:
+        function.spec = spec  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
 def known_objective(name: str) -> str:
-    """Validate the name of a row. Raises ValueError, which lists the rows."""
+    """Validate the name of a row, and add the row of an objective that a user declared. Raises ValueError, which lists the rows."""
     if name not in OBJECTIVES:
-        raise ValueError(f"input should be {', '.join(map(repr, OBJECTIVES))}")
+        try:
+            function = plugins.find("objective", name)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        spec = getattr(function, "spec", None)
+        if function is not None and not isinstance(spec, ObjectiveSpec):
+            raise ValueError(f"{name} is not declared with @headwater.config.objectives.objective")
+        if function is None or spec is None:
+            raise ValueError(f"input should be {', '.join(map(repr, OBJECTIVES))}, or package.module:function")
+        OBJECTIVES[name] = replace(spec, loss=function)
     return name

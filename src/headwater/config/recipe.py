@@ -15,8 +15,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from headwater.config import yaml
 from headwater.config.compute import Compute
+from headwater.config.guards import Guards
 from headwater.config.schema import Fraction, Name, Natural, Positive, Seed, Steps, Strict, Tokens, Unit
-from headwater.config.stage import Sampling, Stage, Stages
+from headwater.config.stage import Sampling, Stages
 from headwater.config.validation import Keys, complaints
 from headwater.errors import RecipeError, UserError
 
@@ -59,9 +60,10 @@ class Models(Strict):
 
     student: str
     """Model that is distilled into, and trained by `student_rl`."""
-    teacher: str | Annotated[dict[Name, str], Field(min_length=1)]
-    """Model that supervises the student. Also `http://HOST:PORT/v1`, a model behind a vLLM server, or a mapping from a problem's
-    tag (`data.columns.tag`) to its teacher. Neither kind is trained (docs/engines.md)."""
+    teacher: str | Annotated[dict[Name, str], Field(min_length=1)] | None = None
+    """Model that supervises the student; not needed by GRPO on the student alone. Also `http://HOST:PORT/v1`, a model behind a
+    vLLM server, or a mapping from a problem's tag (`data.columns.tag`) to its teacher. Neither kind is trained
+    (docs/engines.md)."""
     expert: str | None = None
     """Stronger model; its sampled answers fine-tune the teacher in the arm `sft_teacher`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -107,7 +109,7 @@ class Columns(Strict):
     """Column names of problem and answer; None tries the usual ones."""
 
     problem: str | None = None
-    """Column of the problem's text."""
+    """A column, a path into one, or a template of several: `"{context}\\n\\n{question}"`."""
     answer: str | None = None
     """Column of the answer, or of a solution that states it."""
     tag: str | None = None
@@ -163,14 +165,26 @@ class Source(Strict):
 class Data(Strict):
     """Problems to train on and to evaluate on. A plain file name stands for `{path: FILE}`."""
 
-    labeled: Source
-    """Problems with answers: the labels that `labels.budget` counts."""
+    labeled: Source | None = None
+    """Problems with answers: the labels that `labels.budget` counts. Distillation needs none, but then `unlabeled`."""
     unlabeled: Source | None = None
     """Further prompts for warm-up and OPD, in addition to the texts of the labelled problems; no answers needed."""
-    evals: dict[Name, Source] = Field(min_length=1)
-    """Held-out problems with answers, by a name of your own; never trained on."""
+    evals: dict[Name, Source] = Field(default_factory=dict)
+    """Held-out problems with answers, by a name of your own; never trained on. Without any, no accuracy is measured."""
     validation: Source | None = None
     """Labelled problems for stages with `until: {metric: validation}`; their labels are counted separately."""
+
+    @property
+    def answers(self) -> list[str]:
+        """The fields whose answers a grader reads."""
+        fields = {"labeled": self.labeled, "evals": self.evals, "validation": self.validation}
+        return [f"data.{name}" for name, value in fields.items() if value]
+
+    @model_validator(mode="after")
+    def _holds_problems(self) -> Data:
+        if self.labeled is None and self.unlabeled is None:
+            raise ValueError("give labeled (problems with answers) or unlabeled (prompts alone)")
+        return self
 
 
 class LabelBudget(Strict):
@@ -204,71 +218,16 @@ class Conditions(Strict):
     """Number of top tokens compared for the overlap."""
 
 
-class Guard(Strict):
-    """A training guard: the action when its metric, over the last `window` steps, is beyond `bound`."""
-
-    action: Literal["warn", "stop", "off"]
-    """`warn` prints and records the alarm, `stop` ends training with exit code 4, `off` does not measure."""
-    bound: Annotated[float, Field(ge=0.0)]
-    """Value of the metric beyond which the guard acts."""
-    window: Steps
-    """Last steps over which the metric is averaged."""
-
-
-GUARDS: dict[str, dict[str, Any]] = {
-    "kl_explosion": {"action": "warn", "bound": 1.0, "window": 10},
-    "entropy_collapse": {"action": "warn", "bound": 0.03, "window": 10},
-    "truncation": {"action": "warn", "bound": 0.5, "window": 10},
-    "no_variance": {"action": "warn", "bound": 0.01, "window": 10},
-    "sampler_gap": {"action": "warn", "bound": 0.05, "window": 10},
-}
-"""Defaults of each guard (docs/guards.md); `training.guards` defines the metrics."""
-
-
-class Guards(Strict):
-    """Actions when a metric of training goes wrong (docs/guards.md).
-
-    `truncation: stop` changes only the action, `truncation: {action: stop, bound: 0.3}` the named fields."""
-
-    no_signal: Literal["stop", "continue"] = "stop"
-    """Action when in the first `patience` steps of a stage all rewards are equal within every group."""
-    patience: Steps = 3
-    """First steps of a stage that `no_signal` looks at."""
-    kl_explosion: Guard
-    """The KL has risen by more than `bound` nats per token over its lowest."""
-    entropy_collapse: Guard
-    """The entropy is at most `bound` of its value at the start of the stage."""
-    truncation: Guard
-    """More than `bound` of the completions reached the token limit."""
-    no_variance: Guard
-    """At most `bound` of the groups have rewards that differ."""
-    sampler_gap: Guard
-    """Sampler and trainer differ by more than `bound` nats per token."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_defaults(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {**value, **{name: _guard(value.get(name, {}), default) for name, default in GUARDS.items()}}
-
-
-def _guard(value: Any, default: dict[str, Any]) -> Any:
-    """A guard's value completed by its defaults. YAML reads a bare `off` as false."""
-    value = {"action": "off" if value is False else value} if isinstance(value, (str, bool)) else value
-    return {**default, **value} if isinstance(value, dict) else value
-
-
 class Recipe(Strict):
     """Everything that determines a run's outcome. The canonical recipe has four stages; arms are edits of it."""
 
-    name: Name
-    """Name of the run; its folder is `runs/NAME` unless --out names one."""
+    name: Name = "recipe"
+    """Name of the run, by default the file's; its folder is `runs/NAME` unless --out names one."""
     seed: Seed = 0
     """Training seed: of sampling, of the order of problems and of adapters' weights."""
-    task: str
+    task: str | None = None
     """Grader of completions: `sums`, `maths`, `exact`, `numeric`, `choice`, `regex`, `json`, `python` (docs/tasks.md), or a grader
-    of your own as `package.module:function(gold, completion) -> bool`."""
+    of your own as `package.module:function(gold, completion) -> bool`. Not needed without answers."""
     models: Models
     """Student and teacher, their dtype, and adapters."""
     prompt: Prompt = Prompt()
@@ -290,9 +249,12 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _validation_is_there(self) -> Recipe:
-        for name in type(self.stages).model_fields:
-            stage: Stage | None = getattr(self.stages, name)
-            wanted = stage is not None and stage.until is not None and stage.until.metric == "validation"
+        if self.task is None and self.data.answers:
+            raise ValueError(
+                f"task is missing: name the grader of the answers of {self.data.answers[0]}, such as maths"
+            )
+        for name, stage in self.stages.named.items():
+            wanted = stage.until is not None and stage.until.metric == "validation"
             if wanted and self.data.validation is None:
                 raise ValueError(f"stages.{name}.until.metric validation: data.validation is missing")
         return self
@@ -306,6 +268,8 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path}: cannot be read ({error})") from None
     raw, lines = yaml.read_with_lines(text, f"recipe {path}")
+    if isinstance(raw, dict):
+        raw = {"name": re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._")[:64] or "recipe", **raw}
     return parse_recipe(raw, f"recipe {path}", overrides, lines)
 
 
@@ -333,8 +297,8 @@ def parse_recipe(
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         known = {**{keys: (0, line, f"line {line}") for keys, line in (lines or {}).items()}, **options}
-        found = sorted((_place(keys, known), sentence) for keys, sentence in complaints(error, Recipe))
-        faults = [*((place, sentence) for (_, _, place), sentence in found), *faults]
+        located = sorted((_place(keys, known), sentence) for keys, sentence in complaints(error, Recipe))
+        faults = [*((place, sentence) for (_, _, place), sentence in located), *faults]
     if faults:
         raise RecipeError(where, faults)
     return recipe
@@ -345,8 +309,10 @@ Place = tuple[int, int, str | None]
 
 
 def _place(keys: Keys, known: Mapping[Keys, Place]) -> Place:
-    """The place of the longest of a field's paths that has one."""
-    return next((known[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in known), (0, 0, None))
+    """The place of the longest of a field's paths that has one; else of a field below it."""
+    above = [known[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in known]
+    below = [place for other, place in known.items() if keys and other[: len(keys)] == keys]
+    return next(iter([*above, *below]), (0, 0, None))
 
 
 def _parsed_override(override: str) -> tuple[list[str], Any]:

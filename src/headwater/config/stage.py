@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from headwater.config.objectives import OBJECTIVES, ObjectiveSpec, Signal, known_objective
+from headwater.config.objectives import OBJECTIVES, ObjectiveSpec, Signal, default_objective, known_objective
 from headwater.config.schema import Choices, Fraction, Natural, Positive, Steps, Strict, Tokens, Unit
+from headwater.errors import UserError
 
 
 class Sampling(Strict):
@@ -100,7 +101,8 @@ class Stage(Strict):
     """Settings of one training stage: who samples × what scores × how densely, and for how long."""
 
     objective: Annotated[str, AfterValidator(known_objective), Choices(OBJECTIVES)]
-    """Training objective: `grpo`, `opd`, `mixed`, `forward_kl`, `sft` or `constant`, as far as the stage accepts it."""
+    """Training objective, by default the stage's own: `grpo`, `opd`, `mixed`, `forward_kl`, `sft` or `constant`, as far as
+    the stage accepts it."""
     steps: Annotated[Natural, Unit("steps")] | None = None
     """Length of the stage; takes precedence over `epochs`."""
     epochs: Annotated[float, Field(gt=0.0, le=1e6), Unit("passes")] | None = None
@@ -203,27 +205,52 @@ class Stage(Strict):
 
 
 class Stages(Strict):
-    """Training stages."""
+    """Training stages; a recipe needs only those of the arms that it is run with."""
 
-    teacher_rl: Stage
+    teacher_rl: Stage | None = None
     """GRPO on the teacher, with labels."""
-    warmup: Stage
+    warmup: Stage | None = None
     """Forward KL on the teacher's rollouts, without labels."""
-    opd: Stage
+    opd: Stage | None = None
     """On-policy distillation: divergence from the teacher on the student's own rollouts, without labels."""
-    student_rl: Stage
+    student_rl: Stage | None = None
     """GRPO on the student, with labels."""
     sft: Stage | None = None
     """Hard-label fine-tuning in the arms `teacher_sft` and `sft_teacher`; None takes the warm-up's settings."""
 
+    @property
+    def named(self) -> dict[str, Stage]:
+        """The stages that the recipe has, by name, in the order in which they run."""
+        stages = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: stage for name, stage in stages.items() if stage is not None}
+
+    def require(self, name: str) -> Stage:
+        """The stage of that name. Raises UserError if the recipe has none."""
+        if name not in self.named:
+            raise UserError(f"stages.{name}: is needed here, and the recipe has no such stage")
+        return self.named[name]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_objectives(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: {"objective": default_objective(name), **stage}
+            if isinstance(stage, dict) and name in cls.model_fields
+            else stage
+            for name, stage in value.items()
+        }
+
     @model_validator(mode="after")
     def _check_objectives(self) -> Stages:
-        for name in type(self).model_fields:
-            stage: Stage | None = getattr(self, name)
-            if stage is not None and name not in stage.spec.stages:
+        if not self.named:
+            raise ValueError(f"name at least one of {', '.join(type(self).model_fields)}")
+        for name, stage in self.named.items():
+            if name not in stage.spec.stages:
                 allowed = " or ".join(objective for objective, spec in OBJECTIVES.items() if name in spec.stages)
                 raise ValueError(f"{name}.objective is {stage.objective}; this stage takes {allowed}")
-        if self.student_rl.until is not None:
+        if self.student_rl is not None and self.student_rl.until is not None:
             raise ValueError(
                 "student_rl.until: stage 3 needs a fixed number of steps, because its matched replay takes as many"
             )

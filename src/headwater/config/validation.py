@@ -43,21 +43,21 @@ def complaints(error: ValidationError, model: type[BaseModel]) -> list[tuple[Key
 def _sentence(keys: Keys, faults: list[Any], model: type[BaseModel]) -> str:
     fault = faults[0]
     if fault["type"] == "extra_forbidden":
-        return f"unknown field {_dotted(keys)}{_intended(keys, model)}"
+        return f"unknown field {_dotted(keys)}{intended_field(keys, model)}"
     messages = dict.fromkeys(fault["msg"].removeprefix("Value error, ") for fault in faults)
     message = " or ".join(text[:1].lower() + text[1:] for text in messages)
     given = fault.get("input")
     if isinstance(given, (dict, list, BaseModel)) or fault["type"] == "missing":
-        return f"{_dotted(keys)}: {message}"
+        return f"{_dotted(keys)}: {message}" if keys else message
     choices = next((field.choices for field in walk(model) if _matches(field.path, keys)), ())
     return f"{_dotted(keys)}: {message} (given: {given!r:.80}){did_you_mean(str(given), choices)}"
 
 
 def _dotted(keys: Keys) -> str:
-    return " ".join(".".join(keys).split()) or "the recipe"
+    return " ".join(".".join(keys).split())
 
 
-def _intended(keys: Keys, model: type[BaseModel]) -> str:
+def intended_field(keys: Keys, model: type[BaseModel]) -> str:
     """A field of nearly the same name beside it, or the field of that name that is nearest to it in the schema."""
     *section, name = keys
     name = OTHER_NAMES.get(name, name)

@@ -21,12 +21,15 @@ ROLES = {
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 _FIRST_MESSAGE = re.compile(r"\s*(?:array\(\s*)?\[\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:")
 _A_ROLE = re.compile(r"['\"](?:role|from)['\"]\s*:")
+_PAIR = ("user", "assistant")
 _CALLS = ("tool_calls", "function_call")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", "tools")
 """Columns beside a conversation that belong to its prompt; a text prompt would lose them."""
 SYSTEM_COLUMNS = ("system", "system_prompt")
-"""Columns beside a conversation that hold its system turn."""
+"""Columns beside a problem that hold its system turn."""
+HISTORY_COLUMN = "history"
+"""Column beside a problem that holds the turns before it, as in the files of LLaMA-Factory."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def messages_of(value: Any) -> Sequence[Mapping[str, Any]] | None:
     """The messages in a cell, as they are; None if it holds no conversation.
 
     A list of objects with a role, the same as text in JSON or in Python's spelling (which pandas writes into CSV files), one such
-    object, or an object of lists (as `datasets` stores a sequence of objects).
+    object, an object of lists (as `datasets` stores a sequence of objects), or an object whose `messages` are any of these.
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         value = _parsed(value.strip())
@@ -49,6 +52,8 @@ def messages_of(value: Any) -> Sequence[Mapping[str, Any]] | None:
         return (
             messages if messages and _key(messages[0], _CONTENT_KEYS) else None
         )  # else a text that happens to be JSON
+    if isinstance(value, dict) and "messages" in value and not _key(value, _ROLE_KEYS):
+        return messages_of(value["messages"])
     if isinstance(value, dict) and _key(value, _ROLE_KEYS):
         columns = {name: column for name, column in value.items() if column is not None}
         if all(isinstance(column, list) for column in columns.values()):
@@ -90,20 +95,46 @@ def read_conversation(messages: Sequence[Mapping[str, Any]], column: str, where:
                 f"{where}: {column!r} ends with a turn of the assistant; remove it, or name the column `messages` if that turn is "
                 "the reference answer"
             )
-        reference = _reference(last, f"{where}: the last turn of {column!r}")
-    turns = tuple(_turn(message, f"{where}: turn {number} of {column!r}") for number, message in enumerate(messages, 1))
+        reference = reference_of(last, f"{where}: the last turn of {column!r}")
+    turns = tuple(
+        _turn(message, f"{where}: turn {number} of {column!r}")
+        for number, message in enumerate(messages, 1)
+        if not _is_blank_system(message)
+    )
     if not turns or turns[-1][0] != "user":
         ends = f"its last turn is {turns[-1][0]}" if turns else "it has no other turn"
         raise UserError(f"{where}: the conversation in {column!r} does not end with a turn of the user ({ends})")
     return Conversation(turns, reference)
 
 
-def with_system(conversation: Conversation, row: Mapping[str, Any]) -> Conversation:
-    """The conversation with the system turn that stands in a column of its own, unless it has one."""
+def with_columns(conversation: Conversation, row: Mapping[str, Any], where: str) -> Conversation:
+    """The conversation with the system turn and the earlier turns that stand in columns of their own.
+
+    A conversation with a system turn keeps it, and one with earlier turns keeps these.
+    """
+    *earlier, question = conversation.turns
+    if not any(role != "system" for role, _ in earlier):
+        earlier = [*earlier, *_history(row.get(HISTORY_COLUMN), where)]
     system = next((row[name] for name in SYSTEM_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)
-    if system is None or any(role == "system" for role, _ in conversation.turns):
-        return conversation
-    return replace(conversation, turns=(("system", system), *conversation.turns))
+    if system is not None and not any(role == "system" for role, _ in earlier):
+        earlier = [_turn({"role": "system", "content": system}, f"{where}: the system turn"), *earlier]
+    return replace(conversation, turns=(*earlier, question))
+
+
+def _history(cell: Any, where: str) -> tuple[Turn, ...]:
+    """Earlier turns: a list of messages, or of pairs of a question and its answer; none for any other cell."""
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        cell = _parsed(cell.strip())
+    messages = messages_of(cell)
+    if messages is None and isinstance(cell, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in cell):
+        messages = [{"role": role, "content": text} for pair in cell for role, text in zip(_PAIR, pair, strict=True)]
+    turns = tuple(
+        _turn(message, f"{where}: turn {number} of {HISTORY_COLUMN!r}")
+        for number, message in enumerate(messages or (), 1)
+    )
+    if turns and turns[-1][0] != "assistant":
+        raise UserError(f"{where}: {HISTORY_COLUMN!r} does not end with a turn of the assistant")
+    return turns
 
 
 def refuse_media(row: Mapping[str, Any], where: str) -> None:
@@ -124,6 +155,13 @@ def _role(message: Mapping[str, Any]) -> str:
     return str(message[_key(message, _ROLE_KEYS) or ""]).strip().lower()
 
 
+def _is_blank_system(message: Mapping[str, Any]) -> bool:
+    """Whether a message is a system turn without text, which says nothing and which many templates refuse."""
+    content = next((message[name] for name in _CONTENT_KEYS if message.get(name) is not None), None)
+    blank = content in (None, [], {}) or (isinstance(content, str) and not content.strip())
+    return blank and ROLES.get(_role(message)) == "system"
+
+
 def _turn(message: Mapping[str, Any], where: str) -> Turn:
     role = _role(message)
     if role not in ROLES:
@@ -134,7 +172,9 @@ def _turn(message: Mapping[str, Any], where: str) -> Turn:
         if message.get(name):
             raise UserError(f"{where} holds {name}, which a text prompt cannot; remove such rows")
     key = _key(message, _CONTENT_KEYS)
-    content = _text(None if key is None else message[key], where)
+    if key is None:
+        raise UserError(f"{where} ({role}) has no content; give it a text, or remove the row")
+    content = _text(message[key], where)
     if not content.strip() and ROLES[role] == "user":
         raise UserError(f"{where} is blank")
     try:
@@ -165,8 +205,8 @@ def _part(part: Any, where: str) -> str:
     return text
 
 
-def _reference(message: Mapping[str, Any], where: str) -> Any:
-    """What the assistant's last turn says after its thinking; ORZ's files have the bare answer in its `ground_truth`."""
+def reference_of(message: Mapping[str, Any], where: str) -> Any:
+    """What a turn of the assistant says after its thinking; ORZ's files have the bare answer in its `ground_truth`."""
     truth = message.get("ground_truth")
     if truth is not None:
         return truth["value"] if isinstance(truth, dict) and "value" in truth else truth

@@ -14,15 +14,29 @@ from typing import Any
 from headwater.config.recipe import Source
 from headwater.data.arrow_rows import Unreadable
 from headwater.data.cells import plain_value
-from headwater.data.columns import answer_at, find_answer_column, find_problem_column, refuse_hidden_choices, value_at
+from headwater.data.choices import CHOICE_COLUMNS, ReadRow, choices_of, with_choices
+from headwater.data.columns import (
+    FURTHER_ANSWER_COLUMNS,
+    UnusedColumn,
+    answer_at,
+    context_columns,
+    fill_template,
+    find_answer_column,
+    find_problem_column,
+    is_template,
+    lacks_column,
+    template_columns,
+    value_at,
+)
 from headwater.data.contamination import Leak, find_leaks
 from headwater.data.conversations import (
     Conversation,
     messages_of,
     read_conversation,
+    reference_of,
     refuse_media,
     spells_messages,
-    with_system,
+    with_columns,
 )
 from headwater.data.rows import read_rows
 from headwater.errors import UserError
@@ -47,6 +61,7 @@ class LoadedProblems:
     without_answer   ids of problems that have no answer
     rows             row numbers of each id, contradictions and leaks included
     leaks            problems that `without_leaks` removed, and why
+    unused           filled columns that may belong to the problems and are not read
 
     Example: `load(Source(path="train.jsonl"), "data.labeled", need_answers=True).gold["9f8b…"]` is `"72"`.
     """
@@ -58,6 +73,7 @@ class LoadedProblems:
     without_answer: tuple[str, ...] = ()
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     leaks: tuple[Leak, ...] = ()
+    unused: tuple[UnusedColumn, ...] = ()
 
 
 def load(
@@ -66,11 +82,13 @@ def load(
     need_answers: bool,
     gold: Callable[[Any], str | None] | None = None,
     grader: Verifier | None = None,
+    further_answers: Sequence[str] = FURTHER_ANSWER_COLUMNS,
 ) -> LoadedProblems:
     """Read a source; `what` is the recipe's field for it, which every error names.
 
     gold    converts a cell to a gold answer (`Task.gold`); `gold_answer` by default
     grader  decides whether two answers of one problem agree (`Verifier.same_gold`); None compares their texts
+    further_answers   names of answer columns tried after the usual ones; none for prompts whose answers nobody uses
 
     Raises UserError for anything wrong with the file, a row or a column.
     """
@@ -84,18 +102,37 @@ def load(
         raise UserError(f"{where} is empty")
     problem_column = find_problem_column(source.columns, first[1], where)
     referenced = _conversation(first[1], problem_column, f"{where}, row {first[0]}").reference is not None
-    answer_column = find_answer_column(source.columns, first[1], where, need_answers and not referenced)
-    every: list[tuple[int, Conversation, str | None]] = []
+    answer_column = find_answer_column(
+        source.columns, first[1], where, need_answers and not referenced, () if referenced else further_answers
+    )
+    beside = context_columns(source.columns, first[1], (problem_column, answer_column, source.columns.tag))
+    lists_choices = choices_of(first[1]) is not None or any(name.lower() in CHOICE_COLUMNS for name in first[1])
+    every: list[ReadRow] = []
     tags: dict[int, str] = {}
+    unused = dict.fromkeys(beside, 0)
     for number, row in chain([first], rows):
         place = f"{where}, row {number}"
         if source.columns.tag is not None:
             tags[number] = _tag(row, source.columns.tag, place)
-        asked = _conversation(row, problem_column, place)
-        answer = asked.reference if answer_column is None else answer_at(row, answer_column)
-        refuse_hidden_choices(row, asked.turns[-1][1], answer, place)
-        every.append((number, asked, _answer(answer, answer_column or REFERENCE, place, gold)))
-    read = _within(every, source)
+        conversation = _conversation(row, problem_column, place)
+        answer = conversation.reference if answer_column is None else answer_at(row, answer_column)
+        choices = choices_of(row) if lists_choices else None
+        if choices is None:
+            answer = _answer(answer, answer_column or REFERENCE, place, gold)
+        every.append(ReadRow(number, conversation, answer, choices))
+        if beside:
+            problem = "\n".join(content for _, content in conversation.turns)
+            for name in beside:
+                unused[name] += name in row and lacks_column(problem, name, row[name])
+    template = template_columns(problem_column) if is_template(problem_column, first[1]) else []
+    every, hidden = with_choices(every, template, where)
+    golds = (
+        row.answer
+        if row.choices is None
+        else _answer(row.answer, answer_column or REFERENCE, f"{where}, row {row.number}", gold)
+        for row in every
+    )
+    read = _within([(row.number, row.conversation, answer) for row, answer in zip(every, golds, strict=True)], source)
     if not read:
         raise UserError(
             f"{where}: hash_range {list(source.hash_range or ())} keeps none of its {len(every)} rows; widen it"
@@ -107,7 +144,16 @@ def load(
             raise UserError(
                 f"{where}, row {without_answer[0]}: the problem has no answer in {answer_column or REFERENCE!r}{among}"
             )
-    return _merged(read, source.path, tags, grader)
+    is_text = bool(template) or messages_of(value_at(first[1], problem_column)) is None
+    columns = [(name, f"{{{name}}}", rows) for name, rows in unused.items() if rows]
+    columns += [(hidden[0].column, hidden[0].fields, len(hidden))] if hidden else []
+    return replace(
+        _merged(read, source.path, tags, grader),
+        unused=tuple(
+            UnusedColumn(name, problem_column, rows, len(every), fields if is_text else None)
+            for name, fields, rows in columns
+        ),
+    )
 
 
 def without_leaks(
@@ -119,15 +165,15 @@ def without_leaks(
 
     Example: `without_leaks(train, {"math500": test})[1]` is `{"math500": ["9f8b…"]}`.
     """
-    found = find_leaks(loaded.problems, {name: other.problems for name, other in evals.items()})
-    leaks = {name: [leak.problem_id for leak in found if leak.eval == name] for name in evals}
-    leaked = {leak.problem_id for leak in found}
+    matches = find_leaks(loaded.problems, {name: other.problems for name, other in evals.items()})
+    leaks = {name: [leak.problem_id for leak in matches if leak.eval == name] for name in evals}
+    leaked = {leak.problem_id for leak in matches}
     kept = replace(
         loaded,
         problems=[problem for problem in loaded.problems if problem.id not in leaked],
         gold={name: answer for name, answer in loaded.gold.items() if name not in leaked},
         without_answer=tuple(name for name in loaded.without_answer if name not in leaked),
-        leaks=tuple(found),
+        leaks=tuple(matches),
     )
     return kept, leaks
 
@@ -136,7 +182,12 @@ def without_leaks(
 
 
 def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversation:
-    """The problem in a row: a conversation, or a text as its only turn."""
+    """The problem in a row: a conversation, or a text as its only turn, with the turns that stand in columns of their own."""
+    if is_template(column, row):
+        value: Any = fill_template(column, row, where)
+        if not value:
+            raise UserError(f"{where}: {' and '.join(map(repr, template_columns(column)))} are blank")
+        return with_columns(Conversation((("user", _plain_text(value, column, where)),)), row, where)
     try:
         value = value_at(row, column)
     except KeyError:
@@ -145,8 +196,11 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
         raise UserError(f"{where}: {column!r} {value.reason}")
     messages = messages_of(value)
     if messages is not None:
-        refuse_media(row, where)
-        return with_system(read_conversation(messages, column, where), row)
+        conversation = read_conversation(messages, column, where)
+        for holder in (value, row) if isinstance(value, dict) else (row,):
+            refuse_media(holder, where)
+            conversation = with_columns(conversation, holder, where)
+        return conversation
     if not isinstance(value, str):
         expected = ", nor a list of messages with role and content" if isinstance(value, (list, dict)) else ""
         raise UserError(f"{where}: {column!r} is not text but {type(value).__name__}{expected}")
@@ -158,11 +212,15 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
         )
     if "<image>" in value:  # as in sets of geometry problems
         refuse_media(row, where)
+    return with_columns(Conversation((("user", _plain_text(value, column, where)),)), row, where)
+
+
+def _plain_text(value: str, column: str, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # "\ud800" is valid JSON but cannot be encoded
         raise UserError(f"{where}: {column!r} holds half a surrogate pair and is not UTF-8 text") from None
-    return Conversation((("user", value),))
+    return value
 
 
 def _tag(row: Mapping[str, Any], column: str, where: str) -> str:
@@ -173,6 +231,9 @@ def _tag(row: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def _answer(value: Any, column: str, where: str, gold: Callable[[Any], str | None] | None) -> str | None:
+    messages = messages_of(value) if isinstance(value, list) else None
+    if messages:  # a completion in the form of messages, as TRL writes it
+        value = reference_of(messages[-1], f"{where}: the last turn of {column!r}")
     try:
         return (gold or gold_answer)(plain_value(value))
     except ValueError as error:
@@ -216,8 +277,8 @@ def _merged(
     numbers: dict[str, list[int]] = {}
     gold: dict[str, str] = {}
     contradictions: dict[str, None] = {}
-    for number, asked, answer in rows:
-        problem = replace(Problem.of_turns(asked.turns, name, tags.get(number, "")), row=number)
+    for number, conversation, answer in rows:
+        problem = replace(Problem.of_turns(conversation.turns, name, tags.get(number, "")), row=number)
         problem = problems.setdefault(problem.id, problem)
         numbers.setdefault(problem.id, []).append(number)
         if answer is not None:
@@ -230,7 +291,7 @@ def _merged(
         duplicates=len(rows) - len(numbers),
         contradictions=tuple(name for name in numbers if name in contradictions),
         without_answer=tuple(name for name in numbers if name not in gold),
-        rows={name: tuple(found) for name, found in numbers.items()},
+        rows={name: tuple(row_numbers) for name, row_numbers in numbers.items()},
     )
 
 

@@ -30,6 +30,7 @@ class ValidationResult:
     without_answer  ids of problems that have no answer
     contradictions  ids of problems that occur with different answers
     duplicates      rows that repeat a problem
+    warnings        sentences on columns that may belong to the problems and are not read
 
     Example: `validate(Source(path="gsm8k/test.jsonl")).failed` is `[]`.
     """
@@ -39,6 +40,7 @@ class ValidationResult:
     without_answer: tuple[str, ...]
     contradictions: tuple[str, ...]
     duplicates: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -129,4 +131,5 @@ def validate(source: Source, task: str = "maths", seconds: float = 2.0, workers:
         without_answer=loaded.without_answer,
         contradictions=loaded.contradictions,
         duplicates=loaded.duplicates,
+        warnings=tuple(f"{source.path}: {unused.evidence}; {unused.remedy('--problem')}" for unused in loaded.unused),
     )

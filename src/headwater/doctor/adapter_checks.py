@@ -23,23 +23,23 @@ def adapters(context: DoctorContext) -> Iterator[Finding]:
         if role.partition(".")[0] not in adapted or lora is None:
             continue
         try:
-            found = coverage(context.inputs.model_folder(role), lora)
+            covered = coverage(context.inputs.model_folder(role), lora)
         except UserError as refusal:
             remedy = "name linear layers of the model in models.lora.targets, or train all weights (no models.lora)"
             yield error("adapters-impossible", f"models.{role}: {refusal}", remedy)
             continue
-        if found is not None:
-            yield from _finding(role, found, everything=lora.targets == "all-linear")
+        if covered is not None:
+            yield from _finding(role, covered, everything=lora.targets == "all-linear")
 
 
-def _finding(role: str, found: Coverage, everything: bool) -> Iterator[Finding]:
-    others = list(found.others)
+def _finding(role: str, covered: Coverage, everything: bool) -> Iterator[Finding]:
+    others = list(covered.others)
     if not others:
         return
     experts = any("expert" in name for name in others)
     names = ", ".join(others[:SHOWN]) + (f" and {len(others) - SHOWN} more" if len(others) > SHOWN else "")
-    evidence = f"models.{role}: adapters cover {found.share:.0%} of the layers' weights; not adapted: {names}"
+    evidence = f"models.{role}: adapters cover {covered.share:.0%} of the layers' weights; not adapted: {names}"
     remedy = "nothing, if that is intended; otherwise set models.lora.targets to "
     remedy += "the layers that should train, or train all weights" if everything else "all-linear, or name these too"
-    partial = found.share < MIN_SHARE if everything else experts
+    partial = covered.share < MIN_SHARE if everything else experts
     yield Finding("adapters-cover-part", "warning" if partial else "note", evidence, remedy)

@@ -80,7 +80,7 @@ def label_advice(measures: PairMeasures) -> LabelAdvice:
                 "it without any (opd_then_rl), and spend them on the student",
             )
         return LabelAdvice("student", f"{shares}: sparse reward would find nothing to reinforce in this teacher")
-    if teacher.c1 is not None and teacher.c1 >= C1_SATURATED and has_signal(student):
+    if teacher.c1 is not None and teacher.c1 >= C1_SATURATED and has_signal(student) and measures.teacher_is_better:
         k = max(teacher.pass_at)
         return LabelAdvice(
             "student",
@@ -105,6 +105,16 @@ def label_advice(measures: PairMeasures) -> LabelAdvice:
     return LabelAdvice("teacher" if margin > 0 else "student", because, margin)
 
 
+def arm_to_run(measures: PairMeasures) -> tuple[str | None, str]:
+    """(arm, why) for a `run` that names none: `label_advice`; where that is close, half of the labels for either model."""
+    labels = label_advice(measures)
+    if labels.close and has_signal(measures.student):
+        return "bridge_rl", (
+            f"the labels are worth about as much on the teacher as on the student (margin {labels.margin:+.2f}), so each gets half"
+        )
+    return labels.arm, f"the labels go to the {labels.where}" if labels.arm else "neither model can use labels yet"
+
+
 def has_signal(model: Readiness) -> bool:
     return model.informative.mean >= MIN_INFORMATIVE
 
@@ -113,8 +123,43 @@ def _share(model: Readiness) -> str:
     return f"{model.informative.mean:.0%}"
 
 
+def outcome_advice(measures: PairMeasures) -> dict[str, str]:
+    """Why a model's completions earn little, by role: of one without a signal, or whose answers mostly cannot be judged.
+
+    Example: `{"teacher": "96 % of the completions were cut at max_tokens = 48, 4 % were wrong: raise stages.teacher_rl…"}`.
+    """
+    return {
+        role: f"{model.outcomes.because(model.max_tokens)}: {model.outcomes.remedy(model.stage)}"
+        for role, model in (("student", measures.student), ("teacher", measures.teacher))
+        if not has_signal(model) or _unjudged(model)
+    }
+
+
+def _unjudged(model: Readiness) -> bool:
+    """Whether most completions say nothing about what the model can solve: no answer of theirs was compared with a gold one."""
+    return model.outcomes.largest in ("cut", "no_answer", "ungraded")
+
+
+def teacher_advice(measures: PairMeasures) -> str | None:
+    """That a teacher is not better than its student, if so: distilling it first teaches nothing that is graded right."""
+    student, teacher = measures.student.pass_rate.mean, measures.teacher.pass_rate.mean
+    if measures.teacher_is_better:
+        return None
+    seen = (
+        f"student and teacher are the same weights: KL(student‖teacher) is {measures.kl_student_prefixes:.3f} nats a token"
+        if measures.same_weights
+        else f"the teacher is right {teacher:.0%} of the time, the student {student:.0%}"
+    )
+    return (
+        f"{seen}, so distilling it as it is (raw_teacher, opd_then_rl) has little to teach; train it on the labels first "
+        "(bridge), spend them on the student (direct_grpo), or name a stronger teacher"
+    )
+
+
 def _remedy(measures: PairMeasures) -> str:
     student, teacher = measures.student, measures.teacher
+    if _unjudged(student) or _unjudged(teacher):
+        return "First mend what keeps their answers from being judged, then probe again"
     if min(student.pass_rate.mean, teacher.pass_rate.mean) > 0.5:
         return "Both models are right nearly always: use harder problems, or distil without labels (raw_teacher)"
     if teacher.pass_rate.mean > 0.5:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headwater.config.recipe import Recipe
-from headwater.doctor import adapter_checks, saving_checks, training_checks
+from headwater.doctor import adapter_checks, saving_checks, signal_checks, training_checks
 from headwater.doctor import data_checks as data
 from headwater.doctor import model_checks as models
 from headwater.doctor import prompt_checks as prompts
@@ -73,6 +73,7 @@ CHECKS = (
     Check("positions that change with length", prompts.length_rules, exit_code=2),
     Check("characters of the problems", prompts.unknown_tokens),
     Check("control tokens in the problems", prompts.control_tokens),
+    Check("columns beside the problems", data.columns, exit_code=2),
     Check("an answer for every label", data.answers),
     Check("gold answers against their grader", data.golds),
     Check("contamination by evaluation problems", data.contamination, exit_code=2),
@@ -90,14 +91,17 @@ CHECKS = (
     Check("memory", resources.memory),
     Check("disk", resources.disk),
     Check("experts per token", resources.experts),
+    Check("teachers that are distilled untrained", signal_checks.distillation_first),
     Check("width of the measured overlap", training_checks.overlap_width),
     Check("speed of the compute dtype", resources.compute_dtype),
     Check("finite log-probs", weights.finite, "weights"),
     Check("attention and cache", weights.forward_paths, "weights"),
     Check("lengths of completions", training_checks.lengths, "weights"),
+    Check("answers in completions", signal_checks.answers_found, "weights"),
     Check("learning rates", training_checks.learning_rates, "weights"),
     Check("sampler against trainer", weights.sampler_against_trainer, "comparisons"),
     Check("student taught by itself", weights.self_distillation, "comparisons"),
+    Check("teacher against student", signal_checks.teacher_is_student, "comparisons"),
     Check("saving and loading again", saving_checks.saving, "comparisons"),
     Check("teacher scored twice", weights.teacher_agrees_with_itself, "comparisons"),
 )

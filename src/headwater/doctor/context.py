@@ -121,7 +121,9 @@ class DoctorContext:
 
     def local(self, role: Role) -> list[str]:
         """The models of a role that no server holds: one, or `teacher.TAG` for each of a mapping."""
-        named = self.recipe.models.named(role) or {f"models.{role}": ""}  # a missing one has its own finding
+        named = self.recipe.models.named(role)
+        if role == "expert" and not named:
+            named = {"models.expert": ""}  # has its own finding
         return [name.removeprefix("models.") for name, where in named.items() if not is_served(where)]
 
     @property
@@ -186,7 +188,7 @@ class DoctorContext:
 
     @read_once("plan")
     def sample(self, role: str) -> Sample:
-        """A few completions on labelled problems, at the temperature of the stage that samples this model the longest."""
+        """A few completions on labelled problems, else on prompts, at the temperature of the stage that samples it the longest."""
         base = role.partition(".")[0]
         stages = [node.settings for node in self.nodes if node.settings is not None and _sampled_model(node) == base]
         sampling = max(stages, key=lambda stage: stage.sampling.max_tokens).sampling
@@ -195,7 +197,8 @@ class DoctorContext:
         tokens, problems = (FEW_TOKENS, FEW_PROBLEMS) if slow else (SAMPLED_TOKENS, SAMPLED_PROBLEMS)
         shorter = sampling.model_copy(update={"max_tokens": min(tokens, sampling.max_tokens)})
         prompter = self.prompter(role)
-        prompts = [(name, prompter.ids(inputs.problems[name])) for name in sorted(inputs.pools.all)[:problems]]
+        names = sorted(inputs.pools.all or inputs.unlabeled)[:problems]
+        prompts = [(name, prompter.ids(inputs.problems[name])) for name in names]
         requests = requests_for(prompts, SAMPLES, 0, self.seeds[0], "doctor", role)
         started = time.perf_counter()
         try:

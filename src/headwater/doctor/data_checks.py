@@ -24,6 +24,13 @@ def data_is_readable(context: DoctorContext) -> Iterator[Finding]:
     yield from try_each(*(partial(context.inputs.source, name) for name in context.inputs.data_fields))
 
 
+def columns(context: DoctorContext) -> Iterator[Finding]:
+    """Columns beside the problem that its text may need: a passage, choices, another problem column."""
+    for name in context.inputs.data_fields:
+        for unused in context.inputs.source(name).unused:
+            yield warning("column-not-read", f"{name}: {unused.evidence}", unused.remedy(f"{name}.columns.problem"))
+
+
 def _graded(context: DoctorContext) -> dict[str, LoadedProblems]:
     """The sources that need gold answers."""
     return {name: context.inputs.source(name) for name in context.inputs.data_fields if name != "data.unlabeled"}
@@ -47,7 +54,10 @@ def answers(context: DoctorContext) -> Iterator[Finding]:
 
 def golds(context: DoctorContext) -> Iterator[Finding]:
     """Every gold answer, written as a completion, must grade correct against itself."""
-    grader, task = context.inputs.grader, context.recipe.task
+    task = context.recipe.task
+    if task is None:
+        return
+    grader = context.inputs.grader
     slow = grader.task.bounded and grader.task.quick is None and not context.exhaustive
     for name, loaded in _graded(context).items():
         pairs = list(loaded.gold.items())[: SLOW_GOLDS if slow else None]

@@ -159,6 +159,8 @@ def generation_configs(context: DoctorContext) -> Iterator[Finding]:
 
 def sampling_defaults(context: DoctorContext) -> Iterator[Finding]:
     """A model's own sampling defaults are never used, which a user may not expect."""
+    if not context.recipe.data.evals:
+        return
     used = context.recipe.evaluate.sampling.model_dump(include={"temperature", "top_p", "top_k"})
     for role in context.roles:
         config = context.inputs.generation_config(role)

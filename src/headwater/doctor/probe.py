@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -38,10 +39,11 @@ from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage.ledger import Spend, record
 from headwater.storage.run_dir import RunDir, write_json
 from headwater.storage.untrusted import refuse_links
+from headwater.tasks.outcomes import Outcomes, outcome
 from headwater.teachers.server_client import is_served
 from headwater.training import conditions
 from headwater.training.evaluate import sample_and_grade
-from headwater.types import Rollout
+from headwater.types import Rollout, Verdict
 
 PROBLEMS = 128
 SAMPLES = 8
@@ -77,16 +79,30 @@ class ProbeTask:
 
 @dataclass(frozen=True)
 class ModelSamples:
-    """One model's samples, K of each of P problems in order of (problem, sample), and which were right."""
+    """One model's samples, K of each of P problems in order of (problem, sample), and their verdicts.
+
+    field  the recipe's field of its RL stage
+    """
 
     policy: Policy
     stage: Stage
+    field: str
     rollouts: Sequence[Rollout]
-    right_PK: NDArray[np.int64]
+    verdicts: Sequence[Verdict]
+    samples: int
+
+    def correct(self) -> NDArray[np.int64]:
+        """(P, K) 1 for right completions, 0 for the others."""
+        return np.array([int(verdict.correct) for verdict in self.verdicts]).reshape(-1, self.samples)
+
+    @property
+    def outcomes(self) -> Outcomes:
+        pairs = zip(self.rollouts, self.verdicts, strict=True)
+        return Outcomes(Counter(outcome(verdict.correct, verdict.reason, rollout.finish) for rollout, verdict in pairs))
 
     @property
     def right(self) -> list[Rollout]:
-        return [rollout for rollout, right in zip(self.rollouts, self.right_PK.flat, strict=True) if right]
+        return [rollout for rollout, verdict in zip(self.rollouts, self.verdicts, strict=True) if verdict.correct]
 
 
 def probe(
@@ -165,12 +181,13 @@ def measure(task: ProbeTask) -> tuple[PairMeasures, dict[str, float]]:
         kl_student_prefixes=c2["kl_student_teacher"],
         continuations=continuations,
         passes=cache_passes(task.inputs),
+        same_weights=student.policy.fingerprint == teacher.policy.fingerprint,
     ), c2
 
 
 def refuse_longer_continuations(context: DoctorContext) -> None:
     """Raises UserError where a continued answer, longer than any of a run, could follow another rule for positions."""
-    most, lengths = context.recipe.stages.teacher_rl.sampling.max_tokens, context.prompt_lengths
+    most, lengths = context.recipe.stages.require("teacher_rl").sampling.max_tokens, context.prompt_lengths
     completion = most + max(1, round(PREFIX * most))
     for role in context.roles if lengths else ():
         problem = mixed_lengths(context.inputs.config(role), lengths[-1][0], lengths[0][0], completion)
@@ -188,7 +205,7 @@ def sampled_problems(inputs: RunInputs, problems: int | None, seed: int) -> list
 
 def samples_a_problem(recipe: Recipe, samples: int | None) -> int:
     """Raises UserError for fewer samples than a group, whose information could not be measured."""
-    group = max(recipe.stages.teacher_rl.group_size, recipe.stages.student_rl.group_size)
+    group = max(recipe.stages.require(stage).group_size for stage in ("teacher_rl", "student_rl"))
     if samples is not None and samples < group:
         raise UserError(f"--samples {samples}: fewer than the group size {group}, so no whole group could be looked at")
     return max(SAMPLES, group) if samples is None else samples
@@ -199,7 +216,7 @@ def cache_passes(inputs: RunInputs) -> float:
 
     Example: 80 steps of 64 rollouts over a cache of 64 prompts × 8 rollouts are 10 passes.
     """
-    stage, pool = inputs.recipe.stages.warmup, split_pool(inputs.recipe)
+    stage, pool = inputs.recipe.stages.require("warmup"), split_pool(inputs.recipe)
     cached = len(inputs.prompts(pool, stage)) * stage.group_size
     return inputs.steps(pool, stage) * stage.batch_size / cached
 
@@ -207,7 +224,7 @@ def cache_passes(inputs: RunInputs) -> float:
 def sample_model(role: Role, task: ProbeTask) -> ModelSamples:
     """Sample one model as its RL stage would, and grade. Raises UserError if its log-probs are not finite."""
     recipe, inputs = task.recipe, task.inputs
-    stage = recipe.stages.teacher_rl if role == "teacher" else recipe.stages.student_rl
+    stage = recipe.stages.require("teacher_rl" if role == "teacher" else "student_rl")
     started = time.perf_counter()
     (field, name), *others = recipe.models.named(role).items()
     if others or is_served(name):
@@ -231,11 +248,10 @@ def sample_model(role: Role, task: ProbeTask) -> ModelSamples:
         except TrainingStoppedError as error:
             raise UserError(f"models.{role}: {error}") from None
     assert graded.verdicts is not None
-    right_PK = np.array([int(verdict.correct) for verdict in graded.verdicts]).reshape(len(prompts), task.samples)
     spend = spend_of(task, role, task.problems, policy, graded.rollouts, started)
     # Each model scores the rollouts of both for C2; the teacher's share of that is counted as scoring.
     task.charge(replace(spend, tokens_teacher_scored=spend.tokens_sampled, flops=2 * spend.flops))
-    return ModelSamples(policy, stage, graded.rollouts, right_PK)
+    return ModelSamples(policy, stage, f"stages.{role}_rl", graded.rollouts, graded.verdicts, task.samples)
 
 
 def spend_of(
@@ -260,7 +276,7 @@ def spend_of(
 
 def readiness(samples: ModelSamples, entropy: float) -> Readiness:
     """One model's measures from its samples."""
-    right_P, count, group = samples.right_PK.sum(axis=1), samples.right_PK.shape[1], samples.stage.group_size
+    right_P, count, group = samples.correct().sum(axis=1), samples.samples, samples.stage.group_size
     samples_P, rollouts = np.full(len(right_P), count), samples.rollouts
     ks = sorted({k for k in (2, 4, 8, 16, 32, 64) if k <= count} | {count})
     pass_at = {k: float(stats.pass_at_k(right_P, samples_P, k).mean()) for k in ks}
@@ -276,6 +292,9 @@ def readiness(samples: ModelSamples, entropy: float) -> Readiness:
         ended=sum(rollout.completion_ids[-1] in samples.policy.stop_ids for rollout in rollouts) / len(rollouts),
         entropy=entropy,
         tokens=sum(len(rollout.completion_ids) for rollout in rollouts) / len(rollouts),
+        outcomes=samples.outcomes,
+        stage=samples.field,
+        max_tokens=samples.stage.sampling.max_tokens,
     )
 
 
@@ -319,8 +338,12 @@ def continue_right_answers(student: ModelSamples, teacher: ModelSamples, task: P
 def as_json(measures: PairMeasures, c2: dict[str, float], samples: int) -> dict[str, Any]:
     """The measures and the advice as plain values, for probe.json and `--json`."""
     labels, warmup = advice.label_advice(measures), advice.warmup_advice(measures)
+    arm, because = advice.arm_to_run(measures)
     continuations, passes = measures.continuations, measures.passes
-    models = {role: asdict(getattr(measures, role)) for role in ("student", "teacher")}
+    models = {
+        role: {**asdict(readiness), "outcomes": readiness.outcomes.shares}
+        for role, readiness in (("student", measures.student), ("teacher", measures.teacher))
+    }
     return {
         "models": models,
         "conditions": {
@@ -341,6 +364,9 @@ def as_json(measures: PairMeasures, c2: dict[str, float], samples: int) -> dict[
         "advice": {
             "labels": {**asdict(labels), "arm": labels.arm, "close": labels.close},
             "warmup": asdict(warmup),
+            "run": {"arm": arm, "because": because},
+            "outcomes": advice.outcome_advice(measures),
+            "teacher": advice.teacher_advice(measures),
             "switch": advice.student_rl_advice(measures),
             "thresholds": {
                 "signal": advice.MIN_INFORMATIVE,

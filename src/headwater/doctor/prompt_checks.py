@@ -132,7 +132,8 @@ def context_length(context: DoctorContext) -> Iterator[Finding]:
 
 def longest_completion(context: DoctorContext) -> int:
     stages = [node.settings.sampling.max_tokens for node in context.nodes if node.settings is not None]
-    return max([*stages, context.recipe.evaluate.sampling.max_tokens])
+    evaluations = [context.recipe.evaluate.sampling.max_tokens] if context.recipe.data.evals else []
+    return max([*stages, *evaluations])
 
 
 def length_rules(context: DoctorContext) -> Iterator[Finding]:
@@ -182,9 +183,11 @@ def control_tokens(context: DoctorContext) -> Iterator[Finding]:
 def control_tokens_of(tokenizer: Any) -> dict[int, str]:
     """Id -> spelling of the tokens that steer a model: special ones, and added ones in brackets (`<think>`, `[INST]`)."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    found = {id_: token.content for id_, token in added.items() if token.special or _BRACKETED.fullmatch(token.content)}
-    found |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return {id_: content for id_, content in found.items() if id_ != tokenizer.unk_token_id}
+    tokens = {
+        id_: token.content for id_, token in added.items() if token.special or _BRACKETED.fullmatch(token.content)
+    }
+    tokens |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return {id_: content for id_, content in tokens.items() if id_ != tokenizer.unk_token_id}
 
 
 def whole_problems(context: DoctorContext) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from headwater.stats import Counts, Floats, Interval, pass_at_k
+from headwater.tasks.outcomes import Outcomes
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,8 @@ class Readiness:
                          to 0 or 1 than the true one
     c1                   reward ÷ best of k: 1 is C1, a policy that already gets what its best sample gets
     entropy              nats a token on its own rollouts
+    outcomes             how its completions ended
+    stage, max_tokens    its RL stage (`stages.teacher_rl`) and that stage's token limit
     """
 
     pass_rate: Interval
@@ -33,6 +36,9 @@ class Readiness:
     ended: float
     entropy: float
     tokens: float
+    outcomes: Outcomes
+    stage: str
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ class PairMeasures:
     kl_student_prefixes  KL(πθ‖π_T), nats a token: C2 where on-policy distillation works
     continuations        None if the teacher got nothing right
     passes               times that the warm-up trains on each of the teacher's cached rollouts
+    same_weights         whether student and teacher are the same model
     """
 
     student: Readiness
@@ -76,6 +83,11 @@ class PairMeasures:
     kl_student_prefixes: float
     continuations: Continuations | None
     passes: float
+    same_weights: bool = False
+
+    @property
+    def teacher_is_better(self) -> bool:
+        return not self.same_weights and self.teacher.pass_rate.mean > self.student.pass_rate.mean
 
 
 def informative_share(right_P: Counts, samples: int, group: int) -> Floats:

@@ -59,8 +59,8 @@ def memory(context: DoctorContext) -> Iterator[Finding]:
 def largest_pending(context: DoctorContext, inputs: RunInputs) -> tuple[float, str] | None:
     """(bytes held from start to end, name) of the pending node that holds most; None where none is pending."""
     estimator = Estimator(context.plan, inputs, context.model_shapes, prompt=0.0, assumptions=Assumptions())
-    held = [(estimator.persistent_bytes(node), context.plan.names[node]) for node in context.pending]
-    return max(held, key=lambda pair: pair[0], default=None)
+    node_bytes = [(estimator.persistent_bytes(node), context.plan.names[node]) for node in context.pending]
+    return max(node_bytes, key=lambda pair: pair[0], default=None)
 
 
 def smaller_settings(context: DoctorContext, needed: float) -> list[tuple[str, float]]:

@@ -79,12 +79,12 @@ def _without_weights(role: str, policy: Policy, folder: Path) -> Iterator[Findin
     shapes = save_without_weights(policy, folder, policy.compute_dtype)
     AutoConfig.from_pretrained(folder, trust_remote_code=policy.folder.trust_remote_code)
     named = policy.model.named_parameters(remove_duplicate=False)
-    held = sum(parameter.numel() for name, parameter in named if ".lora_" not in name)
+    parameters = sum(parameter.numel() for name, parameter in named if ".lora_" not in name)
     written = sum(math.prod(shape) for shape in shapes.values())
-    if written < held:
+    if written < parameters:
         yield error(
             "cannot-be-saved",
-            f"models.{role}: after training {written:,} of its {held:,} parameters would be saved",
+            f"models.{role}: after training {written:,} of its {parameters:,} parameters would be saved",
             "train all weights instead of an adapter, or use another model; report it",
         )
     if not reads_alike(policy.tokenizer, read_tokenizer(str(folder), policy.folder.trust_remote_code)):
@@ -113,7 +113,11 @@ def _prompts(context: DoctorContext, role: str) -> list[Rollout]:
 @contextlib.contextmanager
 def _as_if_trained(policy: Policy) -> Iterator[None]:
     """Give a fresh adapter an effect, so that an error in merging it shows; its matrices are 0 again at the end."""
-    fresh = [one for one in policy.model.parameters() if policy.adapter and one.requires_grad and not one.any()]
+    fresh = [
+        parameter
+        for parameter in policy.model.parameters()
+        if policy.adapter and parameter.requires_grad and not parameter.any()
+    ]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for matrix in fresh:

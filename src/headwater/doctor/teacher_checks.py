@@ -67,7 +67,9 @@ def _server_limits(node: Node, stage: Stage, server: str) -> Iterator[Finding]:
 def teacher_tags(context: DoctorContext) -> Iterator[Finding]:
     """With a mapping of teachers, every problem needs the tag of one."""
     known = context.recipe.models.teacher
-    for problem in context.inputs.all_problems if isinstance(known, dict) else ():
+    if not isinstance(known, dict):
+        return
+    for problem in context.inputs.all_problems:
         if problem.tag not in known:
             tag = f"has the tag {problem.tag!r}" if problem.tag else "has no tag (data.columns.tag names their column)"
             yield cannot_run(

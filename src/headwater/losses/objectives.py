@@ -143,9 +143,11 @@ LOSSES: dict[str, Callable[[Stage], Objective]] = {
     "sft": lambda stage: Objective(stage, ((1.0, cross_entropy_term),)),
     "constant": lambda stage: Objective(stage, ((1.0, partial(constant_term, stage.sparse)),)),
 }
-"""One row for each row of `config.objectives.OBJECTIVES`."""
+"""One row for each row of `config.objectives.OBJECTIVES`; a user's objective is a function of its own."""
 
 
 def objective_of(stage: Stage, importance_cap: float | None = None) -> Objective:
     """The objective of a stage, with the cap on importance weights for samplers that are not the trainer's own forward pass."""
-    return replace(LOSSES[stage.objective](stage), importance_cap=importance_cap)
+    make = stage.spec.loss or LOSSES[stage.objective]
+    objective: Objective = make(stage)
+    return replace(objective, importance_cap=importance_cap)

@@ -114,7 +114,7 @@ def _embedding_names(model: Any) -> dict[str, Tensor]:
     return {
         name: module.weight
         for name, module in model.named_modules(remove_duplicate=False)
-        if any(module is one for one in modules)
+        if any(module is adapted for adapted in modules)
     }
 
 

@@ -38,7 +38,12 @@ def refuse_unsupported(config: Any, field: str, name: str) -> None:
     A model whose code the folder brings (`auto_map`) is judged when it is loaded.
     """
     classifier = next(
-        (one for one in getattr(config, "architectures", None) or () if CLASSIFIERS.search(str(one))), None
+        (
+            architecture
+            for architecture in getattr(config, "architectures", None) or ()
+            if CLASSIFIERS.search(str(architecture))
+        ),
+        None,
     )
     if classifier is not None:
         raise UnsupportedModelError(

@@ -84,7 +84,7 @@ def _padding_is_exact(policy: Policy, sequences: tuple[tuple[int, ...], ...], al
         input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device), use_cache=False
     )
     hidden = out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
-    return all(_equal(hidden[row, : len(one)], one) for row, one in enumerate(alone))
+    return all(_equal(hidden[row, : len(expected)], expected) for row, expected in enumerate(alone))
 
 
 def _cache_is_exact(
@@ -113,7 +113,7 @@ def _cache_is_exact(
         return False  # no cache, or one whose rows cannot be selected
 
 
-def _equal(found: Tensor, expected: Tensor) -> bool:
+def _equal(actual: Tensor, expected: Tensor) -> bool:
     tolerance = TOLERANCE.get(expected.dtype, COARSE_TOLERANCE)
-    found, expected = found.float(), expected.float()
-    return bool((found - expected).abs().mean() <= tolerance * expected.abs().mean())
+    actual, expected = actual.float(), expected.float()
+    return bool((actual - expected).abs().mean() <= tolerance * expected.abs().mean())

@@ -171,13 +171,13 @@ def _refuse_far_larger(folder: ModelFolder) -> None:
     if not base.is_local:
         return
     files = WeightFiles(Path(base.path), base.field, base.name)
-    held = sum(math.prod(stored.shape) for stored in files.tensors.values())
+    stored_numbers = sum(math.prod(stored.shape) for stored in files.tensors.values())
     per_number = 32 if getattr(folder.config, "quantization_config", None) else 2
     described = folder.shape.parameters
-    if described > per_number * held + SMALL_MODEL:
+    if described > per_number * stored_numbers + SMALL_MODEL:
         raise UserError(
             f"{folder.field}: {folder.name} cannot be loaded (its config.json describes a model of {described:,} weights, and its "
-            f"files hold {held:,}; a size that config.json leaves out is that of a large model)"
+            f"files hold {stored_numbers:,}; a size that config.json leaves out is that of a large model)"
         )
 
 

@@ -139,7 +139,7 @@ def saved_targets(model: Any, layers: Mapping[str, Any], lora: Lora) -> dict[str
 
 def _suffixes(layers: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Shortest ends of names that match the given layers and nothing else of the model -> one layer that they match."""
-    found: dict[str, Any] = {}
+    suffixes: dict[str, Any] = {}
     left, names, count = dict(layers), list(names), 0
     while left:
         count += 1
@@ -147,9 +147,9 @@ def _suffixes(layers: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]
         for name in names:
             end = _end(name, count)
             only_adapted[end] = only_adapted.get(end, True) and name in layers
-        found |= {_end(name, count): layer for name, layer in left.items() if only_adapted[_end(name, count)]}
+        suffixes |= {_end(name, count): layer for name, layer in left.items() if only_adapted[_end(name, count)]}
         left = {name: layer for name, layer in left.items() if not only_adapted[_end(name, count)]}
-    return found
+    return suffixes
 
 
 def _end(name: str, parts: int) -> str:

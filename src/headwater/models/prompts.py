@@ -28,7 +28,7 @@ MAX_CHARACTERS = 500_000
 class Prompter:
     """Renders problems with a model's own chat template (or as plain text if it has none).
 
-    day  the date that a template which reads the clock is told, at midnight; None tells it the time of the call
+    day  the date (at midnight) that `strftime_now` gives to a template that reads the clock; None: the time of the call
     """
 
     tokenizer: Any

@@ -81,5 +81,5 @@ def positions(config: Any) -> int | None:
 def _rope_parameters(text: Any) -> list[Mapping[str, Any]]:
     """The RoPE parameters of a text config: one set, or one for each kind of layer."""
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    nested = [one for one in rope.values() if isinstance(one, Mapping)]
+    nested = [parameters for parameters in rope.values() if isinstance(parameters, Mapping)]
     return nested or [rope]

@@ -68,13 +68,13 @@ def _write(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
         weights = {name: tensor.to(dtype) for name, tensor in policy.merged_weights()}
         config = _written_config(policy.model, weights, dtype)
         model = policy.model if policy.adapter is None else _without_adapter(policy.model, config)
-        held, model.config = model.config, config
+        loaded_config, model.config = model.config, config
         try:
             model.save_pretrained(folder, state_dict=weights)
             config.dtype = dtype  # save_pretrained wrote the type in memory, not the one in the file
             config.save_pretrained(folder)
         finally:
-            model.config = held
+            model.config = loaded_config
         if source.trust_remote_code and Path(source.base.path, CUSTOM_GENERATE).is_dir():
             shutil.copytree(Path(source.base.path, CUSTOM_GENERATE), folder / CUSTOM_GENERATE)
     _write_tokenizer(policy.tokenizer, source, folder)

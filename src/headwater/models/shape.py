@@ -223,7 +223,7 @@ def _number(text: Any, names: Sequence[str]) -> float | None:
         for name in names:
             value = getattr(section, name, None)
             values = value if isinstance(value, (list, tuple)) else [value]
-            if values and all(isinstance(one, int) and one > 0 for one in values):
+            if values and all(isinstance(number, int) and number > 0 for number in values):
                 return sum(values) / len(values)
     return None
 

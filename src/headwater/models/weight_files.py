@@ -71,10 +71,10 @@ class WeightFiles:
     def _ambiguity(self) -> str | None:
         single, shards = (self.folder / SINGLE).is_file(), self.shards
         if shards is None:
-            found = sorted(path.name for path in self.folder.glob("*.safetensors"))
+            names = sorted(path.name for path in self.folder.glob("*.safetensors"))
             if not single:
-                return f"it holds {found[0]}, and no {SINGLE} or {INDEX} that would say what to read"
-            shard = next((name for name in found if SHARD.fullmatch(name)), None)
+                return f"it holds {names[0]}, and no {SINGLE} or {INDEX} that would say what to read"
+            shard = next((name for name in names if SHARD.fullmatch(name)), None)
             return None if shard is None else _two_readings(f"{shard}, a shard without an index")
         if not shards:
             return f"{INDEX} holds no weight_map"
@@ -84,17 +84,19 @@ class WeightFiles:
         return f"{INDEX} lists {missing[0]}, which is not there: download it again" if missing else None
 
     def _difference(self) -> str | None:
-        listed, found = self.shards, dict[str, str]()
+        listed, stored = self.shards, dict[str, str]()
         if listed is None:
             return None
         for path in self.paths:
             for tensor in self._header(path):
-                if tensor in found:
-                    return f"{found[tensor]} and {path.name} both hold {tensor}: the files are of different checkpoints"
-                found[tensor] = path.name
-        for tensor in sorted(found.keys() | listed.keys()):
-            if found.get(tensor) != listed.get(tensor):
-                says, is_ = listed.get(tensor, "no file"), found.get(tensor, "no file")
+                if tensor in stored:
+                    return (
+                        f"{stored[tensor]} and {path.name} both hold {tensor}: the files are of different checkpoints"
+                    )
+                stored[tensor] = path.name
+        for tensor in sorted(stored.keys() | listed.keys()):
+            if stored.get(tensor) != listed.get(tensor):
+                says, is_ = listed.get(tensor, "no file"), stored.get(tensor, "no file")
                 return f"{INDEX} says that {tensor} is in {says}, and it is in {is_}: the files are of different checkpoints"
         return None
 
@@ -103,7 +105,7 @@ class WeightFiles:
         try:
             config = read_object(self.folder / "config.json", self.field, self.name)
         except UserError:
-            return None  # whoever needs the config refuses it
+            return None  # the reader of the config refuses it
         if config.get("quantization_config") or config.get("compression_config"):
             return None
         for tensor, stored in self.tensors.items():

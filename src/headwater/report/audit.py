@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from headwater.config.arms import ARMS, arm_of
+from headwater.config.arms import ARMS, OWN_STAGES, arm_of
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.data.labels import half_of
 from headwater.errors import UserError
@@ -139,7 +139,8 @@ def _planned_nodes(arm: str, recipe: Recipe, seed: int) -> list[PlannedNode]:
     """The nodes that the recipe gives an arm, parents first; empty for an unknown arm."""
     if arm in BASE_ROLES:
         return [PlannedNode("evaluate", arm, BASE_ROLES[arm], seed, BASE_ROLES[arm])]
-    return list(last_node(arm_of(arm, recipe), recipe, seed).lineage()) if arm in ARMS else []
+    known = arm in ARMS or arm == OWN_STAGES
+    return list(last_node(arm_of(arm, recipe), recipe, seed).lineage()) if known else []
 
 
 def _evaluations(node: Node) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:

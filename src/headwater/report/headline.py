@@ -9,7 +9,7 @@ from headwater.report.contrasts import difference_text, find_contrast, reading
 from headwater.report.format import count, duration, join_and, percent, units
 from headwater.report.stages import stage_name
 from headwater.report.study import Node, Study
-from headwater.report.verdict import failure_word
+from headwater.report.verdict import failure_word, measured_in_training
 from headwater.report.watch import is_locked
 
 VERBS = {"holds": "beats", "does not hold": "loses to", "undecided": "does not differ significantly from"}
@@ -18,7 +18,7 @@ VERBS = {"holds": "beats", "does not hold": "loses to", "undecided": "does not d
 def headline(report: dict[str, Any]) -> str:
     """One sentence with accuracy, labels, FLOPs and time: bridge against direct GRPO if the study has both, else the best arm."""
     if not report["evals"]:
-        return "No arm has a result yet."
+        return " ".join(measured_in_training(report)) or "No arm has a result yet."
     eval_name = report["evals"][0]
     contrast = find_contrast(report, "bridge", "direct_grpo", eval_name)
     if contrast is not None:

@@ -137,6 +137,7 @@ def _stage_table(report: dict[str, Any]) -> Table:
         Column("pass@k, %", lambda row: _largest_k(row["pass_at_k"].get(name)), "right"),
         *_ends_columns("ends", ("reward", "best_of_group", "informative", "entropy")),
         Column("informative, all steps", _informative, "right"),
+        Column("completions, all steps", _outcomes),
     ]
     rows = [row for row in report["stages"] if row["ends"] or name in row["accuracy"]]
     return Table(f"Every stage once: on {name}, and first → last step of training", columns, rows)
@@ -159,6 +160,14 @@ def _first_to_last(row: dict[str, Any], key: str, measure: str) -> str | None:
     """Example: `0.1 → 0.5`."""
     ends = row[key].get(measure)
     return ends and f"{ends['first']:.3g} → {ends['last']:.3g}".replace("-", "−")
+
+
+def _outcomes(row: dict[str, Any]) -> str | None:
+    """Example: `58 % right, 30 % wrong, 12 % cut`."""
+    shares = sorted((row["outcomes"] or {}).items(), key=lambda item: -item[1])
+    return (
+        ", ".join(f"{100 * share:.0f} % {name.replace('_', ' ')}" for name, share in shares if share >= 0.005) or None
+    )
 
 
 def _informative(row: dict[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 from headwater.config.objectives import OBJECTIVES
 from headwater.report.contrasts import accuracy, mean, pass_at, pass_ks, summarize_seeds
 from headwater.report.study import EvalCounts, Node, Study, costs, is_finite_number, mean_costs, nodes_at
+from headwater.tasks.outcomes import Outcomes
 
 STAGE_NAMES = {
     "teacher_rl": "Teacher RL",
@@ -86,6 +87,7 @@ def _stage_row(arms: list[str], by_seed: Mapping[int, Node]) -> dict[str, Any]:
     eval_names = sorted({name for node in nodes for name in node.evals})
     evals = {name: {seed: n.evals[name] for seed, n in by_seed.items() if name in n.evals} for name in eval_names}
     shares = [row["informative"] for node in nodes for row in node.metrics if is_finite_number(row.get("informative"))]
+    outcomes = Outcomes.of(row for node in nodes for row in (node.training_rows() if shares else ()))
     metrics, conditions = [node.metrics for node in nodes], [node.conditions for node in nodes]
     return {
         "stage": first.stage,
@@ -98,6 +100,9 @@ def _stage_row(arms: list[str], by_seed: Mapping[int, Node]) -> dict[str, Any]:
         "pass_at_k": {name: _pass_at_k([*counts.values()]) for name, counts in evals.items()},
         # Mean over all steps; None for a stage that uses no labels.
         "informative": mean(shares) if shares else None,
+        # Shares of right, wrong, … completions; None for a stage that uses no labels.
+        "outcomes": outcomes.shares or None,
+        "no_signal": _no_signal(first, outcomes) if shares and not any(shares) else None,
         "ends": _ends(metrics, TRAINING_MEASURES),
         "conditions": _ends(conditions, C2_MEASURES),
         "ended": {str(seed): node.ended for seed, node in by_seed.items() if node.ended},
@@ -105,6 +110,12 @@ def _stage_row(arms: list[str], by_seed: Mapping[int, Node]) -> dict[str, Any]:
         "through": _curves(metrics, TRAINING_MEASURES),
         "conditions_through": _curves(conditions, C2_MEASURES),
     }
+
+
+def _no_signal(node: Node, outcomes: Outcomes) -> str:
+    """Why no group of a stage was informative, with the remedy."""
+    limit = (node.info.get("settings") or {}).get("sampling", {}).get("max_tokens", "?")
+    return f"{outcomes.because(limit)}: {outcomes.remedy(f'stages.{node.stage}')}" if outcomes.total else ""
 
 
 def _pass_at_k(evals: Sequence[EvalCounts]) -> dict[str, float]:

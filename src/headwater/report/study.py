@@ -23,6 +23,8 @@ from headwater.storage.run_dir import FREE, NodeDir, RunDir, first_difference, r
 from headwater.storage.untrusted import read_plan
 from headwater.tasks.registry import TASKS
 
+OUTCOME_STEPS = 50
+"""Steps of a stage whose completions are read for their outcomes; a long stage has gigabytes of them."""
 POOL_TEXT = {"all": "all labels", "first_half": "first half (1H)", "second_half": "second half (2H)"}
 
 
@@ -147,6 +149,13 @@ class Node:
         """(step, file) of each step's rollouts, in order."""
         files = sorted(self.dir.rollouts(0).parent.glob("[0-9]*.jsonl"))
         return [(int(path.stem), path) for path in files if path.stem.isdecimal()]
+
+    def training_rows(self) -> Iterator[dict[str, Any]]:
+        """Rollout rows of at most OUTCOME_STEPS steps, spread evenly from the first to the last."""
+        files = self.rollout_files()
+        count = min(len(files), OUTCOME_STEPS)
+        for index in range(count):
+            yield from read_jsonl(files[round(index * (len(files) - 1) / max(1, count - 1))][1])
 
     def eval_rows(self, eval_name: str) -> Iterator[dict[str, Any]]:
         return read_jsonl(self.dir.evaluation("final", eval_name))

@@ -17,6 +17,12 @@ P1_ARMS = ("raw_teacher", "direct_grpo", "bridge")
 P2_ARMS = ("bridge", "warmup_only", "opd_only")
 P3_ARMS = ("bridge_1h", "bridge_rl", "replay")
 """Arms of each prediction in the order in which their accuracies are listed."""
+TRAINING_SIGNALS = {
+    "reward": "The mean reward",
+    "kl_student_teacher": "KL(student‖teacher)",
+    "kl_teacher_student": "KL(teacher‖student)",
+}
+"""Columns of metrics.jsonl that say what a stage reached, the most telling first."""
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -27,10 +33,29 @@ def verdict(report: dict[str, Any]) -> str:
     """
     incomplete = _failed(report) + _unfinished(report)
     if not report["evals"]:
-        return " ".join(["Nothing can be said yet: no arm is finished and evaluated.", *incomplete])
+        nothing = ["Nothing can be said yet: no arm is finished and evaluated."]
+        return " ".join([*(measured_in_training(report) or nothing), *incomplete])
     eval_name = report["evals"][0]
     claims = _claims(report, eval_name) or [_best_arm(report, eval_name)]
     return " ".join([*claims, *_uninformative(report), *incomplete])
+
+
+def measured_in_training(report: dict[str, Any]) -> list[str]:
+    """Sentences about the last stage of each finished arm, measured on its own prompts: for a recipe without evaluations."""
+    finished = [name for name, arm in report["arms"].items() if not arm["failed"] and not arm["unfinished"]]
+    if not finished:
+        return []
+    sentences = ["No accuracy was measured: the recipe has no data.evals."]
+    for name in finished:
+        stage = report["arms"][name]["stages"][-1]
+        measure = next((key for key in TRAINING_SIGNALS if key in stage["ends"]), None)
+        if measure is not None:
+            first, last = (stage["ends"][measure][end] for end in ("first", "last"))
+            sentences.append(
+                f"{TRAINING_SIGNALS[measure]} went from {first:.3g} in the first step of {stage['stage']} to {last:.3g} in its last "
+                f"({name})."
+            )
+    return sentences
 
 
 def _claims(report: dict[str, Any], eval_name: str) -> list[str]:
@@ -115,13 +140,19 @@ def _best_arm(report: dict[str, Any], eval_name: str) -> str:
 
 
 def _uninformative(report: dict[str, Any]) -> list[str]:
-    """Arms that spent labels although the rewards never differed within any group."""
-    arms = []
+    """Arms that spent labels although the rewards never differed within any group, and why."""
+    arms: dict[str, list[str]] = {}
     for name, arm in report["arms"].items():
-        shares = [row["informative"] for row in arm["stages"] if row.get("informative") is not None]
-        if shares and not any(shares):
-            arms.append(f"{name} ({count(arm['labels']['distinct'])} labels)")
-    return [f"No label bought anything in {', '.join(arms)}: in no group did the rewards differ."] if arms else []
+        rows = [row for row in arm["stages"] if row.get("informative") is not None]
+        if rows and not any(row["informative"] for row in rows):
+            causes = " ".join(
+                dict.fromkeys(f"In {row['stage']} {row['no_signal']}." for row in rows if row["no_signal"])
+            )
+            arms.setdefault(causes, []).append(f"{name} ({count(arm['labels']['distinct'])} labels)")
+    return [
+        f"No label bought anything in {', '.join(names)}: in no group did the rewards differ. {causes}".rstrip()
+        for causes, names in arms.items()
+    ]
 
 
 def _failed(report: dict[str, Any]) -> list[str]:

@@ -226,7 +226,7 @@ class Estimator:
         teacher = supervisor(node)
         completion = self.completion_tokens(stage.sampling)
         if teacher is not None:
-            problems = min(recipe.conditions.problems, len(next(iter(self.inputs.evals.values()))[0]))
+            problems = len(self.inputs.condition_problems)
             # Before the first step, after the last, and every so many between; the last may be one of those.
             rows = (-(-steps // recipe.conditions.every) + 1) * problems
             length = completion + self.prompt

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from headwater.config.arms import Pool
 from headwater.config.recipe import Recipe, Source, canonical_json
 from headwater.config.stage import Stage
+from headwater.data.columns import FURTHER_ANSWER_COLUMNS
 from headwater.data.contamination import Leak
 from headwater.data.labels import Grade, Labels, Pools, select_labels
 from headwater.data.sources import LoadedProblems, load, without_leaks
@@ -29,7 +30,7 @@ from headwater.sampling.build import SamplerFactory, sampler_factory
 from headwater.tasks.registry import Task, find_task, grader_code
 from headwater.tasks.verifier import Verifier
 from headwater.teachers.server_client import ServedModel, ServedTokenizer, connect, is_served
-from headwater.types import Problem, letters_and_digits
+from headwater.types import Problem, Verdict, letters_and_digits
 
 VALIDATION = "data.validation"
 POOLS: tuple[Pool, ...] = ("all", "first_half", "second_half")
@@ -75,19 +76,26 @@ class RunInputs:
     # Data -------------------------------------------------------------------------------------------------------------
 
     @property
+    def task_name(self) -> str:
+        """Raises UserError where the recipe names none, because it has no answers."""
+        if self.recipe.task is None:
+            raise UserError("task is missing: name the grader of the answers, such as maths")
+        return self.recipe.task
+
+    @property
     @read_once("task")
     def task(self) -> Task:
-        return find_task(self.recipe.task)
+        return find_task(self.task_name)
 
     @property
     @read_once("task")
     def grader(self) -> Verifier:
         compute = self.recipe.compute
-        return Verifier(self.recipe.task, workers=compute.grader_workers, seconds=compute.grader_seconds)
+        return Verifier(self.task_name, workers=compute.grader_workers, seconds=compute.grader_seconds)
 
     @property
     def data_fields(self) -> dict[str, Source]:
-        """The recipe's data sources by field: `data.labeled`, `data.unlabeled`, `data.validation`, `data.evals.NAME`."""
+        """The data sources that the recipe has, by field: `data.labeled`, `data.unlabeled`, `data.validation`, `data.evals.NAME`."""
         data = self.recipe.data
         sources = {
             **{f"data.evals.{name}": source for name, source in data.evals.items()},
@@ -111,12 +119,15 @@ class RunInputs:
             )
             problems = [Problem.of(f"{name} {number}", name) for number in range(source.limit)]
             return LoadedProblems(problems, {problem.id: "" for problem in problems})
-        need_answers = self.need_answers and name != "data.unlabeled"
+        answers_used = name != "data.unlabeled"
+        if self.recipe.task is None:
+            return load(source, name, False, further_answers=())
+        need_answers, further = self.need_answers and answers_used, FURTHER_ANSWER_COLUMNS if answers_used else ()
         try:
             gold, grader = self.task.gold, self.grader
         except InputError:  # has its own error where a task is needed; the file can still be read
-            return load(source, name, need_answers)
-        return load(source, name, need_answers, gold, grader)
+            return load(source, name, need_answers, further_answers=further)
+        return load(source, name, need_answers, gold, grader, further)
 
     @read_once("data")
     def decontaminated(self, name: str) -> LoadedProblems:
@@ -132,7 +143,8 @@ class RunInputs:
 
     @property
     def labeled(self) -> LoadedProblems:
-        return self.decontaminated("data.labeled")
+        """The labelled problems; none in a recipe for distillation alone."""
+        return self.decontaminated("data.labeled") if "data.labeled" in self.data_fields else LoadedProblems([], {})
 
     @property
     @read_once("data")
@@ -171,13 +183,19 @@ class RunInputs:
         without = sum(id_ not in gold for id_ in ids)
         if without:
             raise UserError(f"data.labeled: {without} of the {len(ids)} problems that the budget buys have no answer")
-        return Labels({id_: gold[id_] for id_ in ids}, self.grader, len(ids))
+        return Labels({id_: gold[id_] for id_ in ids}, self.grader if ids else _no_labels, len(ids))
 
     @property
     @read_once("data")
     def evals(self) -> Mapping[str, tuple[Sequence[Problem], Labels]]:
         """Evaluation -> its problems and their labels, which are counted apart from the budget."""
         return {name: with_labels(loaded, self.grader) for name, loaded in self.eval_sources.items()}
+
+    @property
+    def condition_problems(self) -> Sequence[Problem]:
+        """The problems of the first evaluation on which condition C2 is measured; none without an evaluation."""
+        first, _ = next(iter(self.evals.values()), ([], None))
+        return first[: self.recipe.conditions.problems]
 
     @property
     @read_once("data")
@@ -270,8 +288,8 @@ class RunInputs:
             "student" if is_served(name) else field_.removeprefix("models.")
             for field_, name in self.recipe.models.named(role).items()
         ]
-        asked = self.day is not None and any(reads_clock(self.tokenizer(one)) for one in roles)
-        return str(self.day) if asked else None
+        reads_day = self.day is not None and any(reads_clock(self.tokenizer(name)) for name in roles)
+        return str(self.day) if reads_day else None
 
     @read_once("config")
     def config(self, role: str) -> Any:
@@ -328,7 +346,7 @@ class RunInputs:
         return {
             "models": self.weights_fingerprint,
             "day": self.told_day,
-            "grader": grader_code(self.recipe.task),
+            "grader": None if self.recipe.task is None else grader_code(self.recipe.task),
             "pools": {name: self.pool(name) for name in POOLS},
             "labels": {name: self.labels.only(self.pool(name)).fingerprint() for name in POOLS},
             "unlabeled": self.unlabeled,
@@ -340,6 +358,10 @@ class RunInputs:
                 for name, (problems, labels) in self.evals.items()
             },
         }
+
+
+def _no_labels(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    raise AssertionError("a recipe without labelled problems graded a completion")
 
 
 def with_labels(loaded: LoadedProblems, grade: Grade) -> tuple[Sequence[Problem], Labels]:

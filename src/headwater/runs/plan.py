@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from headwater.config.arms import Arm, Pool, Step, arm_of, stage_of
 from headwater.config.recipe import Lora, Recipe, canonical_json
+from headwater.config.samplers import SAMPLERS
 from headwater.config.stage import Stage
+from headwater.plugins import code_fingerprint
 from headwater.storage.run_dir import RunDir
 
 Role = Literal["student", "teacher", "expert"]
@@ -181,14 +183,15 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], content: Mapping[str, Any]) -> Plan:
-    """Plan arms × seeds, with the evaluations of the base models before them.
+    """Plan arms × seeds, with the evaluations of the base models before them if the recipe has evaluations.
 
-    content  what else determines a node's result: `models` (role -> fingerprint of its weights), `day` (role -> the day that
-             its chat template is told, or None), problem ids of each pool and evaluation, and fingerprints of their answers
+    content  what else determines a node's result: `models` (role -> fingerprint of its weights), `day` (role -> the date
+             that its chat template reads, or None), problem ids of each pool and evaluation, and fingerprints of their answers
     """
+    roles: list[Role] = ["student"] if recipe.models.teacher is None else ["student", "teacher"]
     lasts: dict[str, dict[int, Node]] = {
-        "base_student": {seed: Node("evaluate", "base_student", "student", seed, "student") for seed in seeds},
-        "base_teacher": {seed: Node("evaluate", "base_teacher", "teacher", seed, "teacher") for seed in seeds},
+        f"base_{role}": {seed: Node("evaluate", f"base_{role}", role, seed, role) for seed in seeds}
+        for role in (roles if recipe.data.evals else [])
     }
     for arm in arms:
         lasts[arm] = {seed: last_node(arm_of(arm, recipe), recipe, seed) for seed in seeds}
@@ -242,6 +245,10 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         recipe.compute.sampler != "torch"
     ):  # another sampler draws other tokens, and the loss corrects for its distribution
         fields |= {"sampler": recipe.compute.sampler, "importance_cap": recipe.compute.vllm.importance_cap}
+        if SAMPLERS[recipe.compute.sampler].of_user:
+            fields["sampler_code"] = code_fingerprint(SAMPLERS[recipe.compute.sampler].module)
+    if node.kind == "train" and stage and stage.spec.loss is not None:
+        fields["objective_code"] = code_fingerprint(stage.spec.loss.__module__)
     if "day" in content and (day := content["day"](node.role)) is not None:
         fields["day"] = day
     if lora is not None:

@@ -89,8 +89,7 @@ class StageMeasurements:
 
     @cached_property
     def _problems(self) -> Sequence[Problem]:
-        problems, _ = next(iter(self.context.inputs.evals.values()))
-        return problems[: self.context.inputs.recipe.conditions.problems]
+        return self.context.inputs.condition_problems
 
     @cached_property
     def _teacher(self) -> tuple[Teacher, list[Rollout]]:

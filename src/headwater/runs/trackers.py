@@ -1,4 +1,4 @@
-"""Forward a run's step metrics to TensorBoard, Weights & Biases or Trackio while it runs.
+"""Forward a run's step metrics to TensorBoard, Weights & Biases, Trackio or a user's function while it runs.
 
 Trackers read metrics.jsonl, so the training loop does not know about them, whichever process runs a node.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from headwater import plugins
 from headwater.errors import UserError
 from headwater.runs.node_context import NodeProgress, ProgressDisplay
 from headwater.storage.files import read_rows_from
@@ -83,29 +84,52 @@ def _trackio(out: RunDir) -> Tracker:
     return _hosted(run, close)
 
 
-TRACKERS: dict[str, Callable[[RunDir], Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
+Opener = Callable[[RunDir], Tracker]
+Callback = Callable[[str, int, Mapping[str, float]], None]
+"""Called with (node, step, metrics of the step)."""
+
+TRACKERS: dict[str, Opener] = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 
-def refuse_missing(names: Sequence[str]) -> None:
-    """Raises UserError for an unknown tracker or one that is not installed."""
-    for name in names:
-        if name not in TRACKERS:
-            raise UserError(f"--track {name}: no such tracker; there are {', '.join(TRACKERS)}")
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"--track {name}: needs {name}, which is not installed; pip install 'headwater[{name}]'")
+def openers(trackers: Sequence[str | Opener], callbacks: Sequence[Callback] = ()) -> dict[str, Opener]:
+    """The functions that open these trackers, by name. Raises UserError for an unknown tracker or one that is not installed."""
+    functions: dict[str, Opener] = {}
+    for tracker in trackers:
+        if not isinstance(tracker, str):
+            functions[f"{tracker.__module__}:{tracker.__qualname__}"] = tracker
+        elif tracker in TRACKERS:
+            if importlib.util.find_spec(tracker) is None:
+                raise UserError(
+                    f"--track {tracker}: needs {tracker}, which is not installed; pip install 'headwater[{tracker}]'"
+                )
+            functions[tracker] = TRACKERS[tracker]
+        else:
+            function = plugins.find("tracker", tracker)
+            if function is None:
+                known = ", ".join([*TRACKERS, *plugins.names("tracker")])
+                raise UserError(f"--track {tracker}: no such tracker; there are {known}, or package.module:function")
+            functions[tracker] = function
+    for place, callback in enumerate(callbacks):
+        functions[f"callback {place}"] = _as_opener(callback)
+    return functions
+
+
+def _as_opener(callback: Callback) -> Opener:
+    return lambda out: Tracker(callback, lambda: None)
 
 
 @dataclass
 class MetricsForwarder:
     """Logs every row of a run's metrics.jsonl once to each tracker, also over resumes: a repeated step is the same.
 
+    openers    open the trackers, by name
     trackers   opened with their first row
     last_step  tracker -> node -> last logged step; kept in `out.tracked`
     sizes      node -> bytes of its metrics.jsonl that were read
     """
 
     out: RunDir
-    names: Sequence[str]
+    openers: Mapping[str, Opener]
     trackers: dict[str, Tracker] = field(default_factory=dict)
     last_step: dict[str, dict[str, int]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
@@ -122,11 +146,11 @@ class MetricsForwarder:
                 values = {
                     key: float(value) for key, value in row.items() if key != "step" and isinstance(value, (int, float))
                 }
-                for name in self.names:
+                for name, opener in self.openers.items():
                     steps = self.last_step.setdefault(name, {})
                     if step > steps.get(node.name, 0):
                         if name not in self.trackers:
-                            self.trackers[name] = TRACKERS[name](self.out)
+                            self.trackers[name] = opener(self.out)
                         self.trackers[name].log(node.name, step, values)
                         steps[node.name] = step
         if self.trackers:
@@ -153,13 +177,15 @@ class MetricsForwarder:
 
 
 @contextlib.contextmanager
-def tracked(progress_display: ProgressDisplay, out: Path, names: Sequence[str]) -> Iterator[ProgressDisplay]:
+def tracked(
+    progress_display: ProgressDisplay, out: Path, trackers: Sequence[str | Opener], callbacks: Sequence[Callback] = ()
+) -> Iterator[ProgressDisplay]:
     """The progress display, extended to update these trackers. Raises UserError for one that is not installed."""
-    refuse_missing(names)
-    if not names:
+    opened = openers(trackers, callbacks)
+    if not opened:
         yield progress_display
         return
-    forwarder = MetricsForwarder(RunDir(out), names)
+    forwarder = MetricsForwarder(RunDir(out), opened)
 
     @contextlib.contextmanager
     def node(title: str, number: int, total: int) -> Iterator[NodeProgress]:

@@ -11,7 +11,8 @@ from headwater.sampling.base import SamplerFactory
 
 def sampler_factory(recipe: Recipe) -> SamplerFactory:
     """Factory of the recipe's samplers; keep it for the life of the process, since it may own engines."""
-    factory: SamplerFactory = importlib.import_module(SAMPLERS[recipe.compute.sampler].module).make_factory(recipe)
+    spec = SAMPLERS[recipe.compute.sampler]
+    factory: SamplerFactory = getattr(importlib.import_module(spec.module), spec.function)(recipe)
     return factory
 
 

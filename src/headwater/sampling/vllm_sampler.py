@@ -44,8 +44,7 @@ def make_factory(recipe: Recipe) -> SamplerFactory:
 
 def max_sequence_tokens(recipe: Recipe) -> int:
     """Tokens of the longest sequence, prompt and completion, that the recipe allows."""
-    stages = [getattr(recipe.stages, name) for name in type(recipe.stages).model_fields]
-    settings = [recipe.evaluate.sampling, *(stage.sampling for stage in stages if stage is not None)]
+    settings = [recipe.evaluate.sampling, *(stage.sampling for stage in recipe.stages.named.values())]
     return recipe.prompt.max_tokens + max(sampling.max_tokens for sampling in settings)
 
 

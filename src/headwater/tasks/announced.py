@@ -125,9 +125,9 @@ def announced_answer(text: str) -> str | None:
         line = first_line(text[mark.end() :])
         if line and not _is_label(line):
             return _after_phrase(line) or line
-        found = _after_phrase(text[mark.start() :])
-        if found:  # "#### Final answer" above it: what stands before are headings too
-            return found
+        statement = _after_phrase(text[mark.start() :])
+        if statement:  # "#### Final answer" above it: what stands before are headings too
+            return statement
     return _after_phrase(text)
 
 
@@ -172,10 +172,10 @@ def _is_label(line: str) -> bool:
 
 def _after_phrase(text: str) -> str | None:
     """Statement after the last "answer is …", "Answer: …" or heading "Answer"; None without any, or if it is empty."""
-    found = [match for pattern in (_PHRASE, _FOREIGN_PHRASE, _HEADING) if (match := last_match(pattern, text))]
-    if not found:
+    matches = [match for pattern in (_PHRASE, _FOREIGN_PHRASE, _HEADING) if (match := last_match(pattern, text))]
+    if not matches:
         return None
-    last = max(found, key=lambda match: match.end())
+    last = max(matches, key=lambda match: match.end())
     return _statement(text[last.end() : last.end() + LONGEST_STATEMENT], last.re is not _PHRASE)
 
 

@@ -39,18 +39,18 @@ def read_clock(text: str) -> Clock | None:
     spelled = re.sub(r"\s*:\s*", ":", " ".join(spelled.split())).strip()
     if spelled.strip(".") in ("noon", "midnight"):
         return Clock(_HALF_DAY if "noon" in spelled else 0, certain=True, named=True)
-    found = _TIME.fullmatch(spelled)
-    if found is None or int(found["minute"] or 0) > 59 or int(found["second"] or 0) > 59:
+    match = _TIME.fullmatch(spelled)
+    if match is None or int(match["minute"] or 0) > 59 or int(match["second"] or 0) > 59:
         return None
-    hour, rest = int(found["hour"]), 60 * int(found["minute"] or 0) + int(found["second"] or 0)
-    if found["word"]:
-        return Clock(_HALF_DAY if found["word"] == "noon" else 0, True, True) if (hour, rest) == (12, 0) else None
-    half = found["half"] or {"morning": "a", "afternoon": "p", "evening": "p"}.get(found["part"] or "", "")
+    hour, rest = int(match["hour"]), 60 * int(match["minute"] or 0) + int(match["second"] or 0)
+    if match["word"]:
+        return Clock(_HALF_DAY if match["word"] == "noon" else 0, True, True) if (hour, rest) == (12, 0) else None
+    half = match["half"] or {"morning": "a", "afternoon": "p", "evening": "p"}.get(match["part"] or "", "")
     if half == "" and (
-        "." in spelled or hour > 23 or (found["minute"] is None and found["hour"] != str(min(hour, 12)))
+        "." in spelled or hour > 23 or (match["minute"] is None and match["hour"] != str(min(hour, 12)))
     ):
         return None  # 3.45 and 15 are numbers
-    if half == "" and (hour > 12 or found["hour"].startswith("0")):
+    if half == "" and (hour > 12 or match["hour"].startswith("0")):
         return Clock(3600 * hour + rest, certain=True, named=False)
     if not 1 <= hour <= 12:
         return None

@@ -278,10 +278,12 @@ def _is_name(text: str) -> bool:
 
 
 def _interval(text: str) -> Range | None:
-    found = _bracketed(text)
-    if found is None or len(found[1]) != 2:
+    interval = _bracketed(text)
+    if interval is None or len(interval[1]) != 2:
         return None
-    return Range(found[0], tidy(found[1][0].removeprefix("+")), tidy(found[1][1].removeprefix("+")), found[2])
+    return Range(
+        interval[0], tidy(interval[1][0].removeprefix("+")), tidy(interval[1][1].removeprefix("+")), interval[2]
+    )
 
 
 def _same_range(gold: str, answer: str) -> bool | None:

@@ -56,17 +56,17 @@ def last_box(text: str) -> tuple[str | None, bool]:
     stack: list[int] = []  # for each open brace: where the box's content starts, or -1 for a plain brace
     opened = False
     best: tuple[int, int] | None = None
-    for found in _BRACES.finditer(text):
-        token = found.group()
+    for match in _BRACES.finditer(text):
+        token = match.group()
         if token == "{":
             stack.append(-1)
         elif token == "}":
             start = stack.pop() if stack else -1
             if start >= 0 and (best is None or start > best[0]):
-                best = (start, found.start())
+                best = (start, match.start())
         elif token[-1] == "{" and len(token) > 2:
             opened = True
-            stack.append(found.end())
+            stack.append(match.end())
     bare = last_match(_BARE_BOX, text)  # TeX allows `\boxed 7` and `\boxed7`
     if bare is not None and (best is None or bare.start() > best[0]):
         return bare.group(1).rstrip("."), True
@@ -159,11 +159,11 @@ def canonical(answer: str) -> str:
     Example: `canonical("$\\dfrac12\\,\\text{ or }−√3$")` gives `"\\frac{1}{2} , -\\sqrt{3}"`.
     """
     text = _VULGAR.sub(_spell_vulgar, answer)
-    text = _RAISED.sub(lambda found: "^{" + unicodedata.normalize("NFKC", found.group()).replace("−", "-") + "}", text)
-    text = _LOWERED.sub(lambda found: "_{" + unicodedata.normalize("NFKC", found.group()) + "}", text)
+    text = _RAISED.sub(lambda match: "^{" + unicodedata.normalize("NFKC", match.group()).replace("−", "-") + "}", text)
+    text = _LOWERED.sub(lambda match: "_{" + unicodedata.normalize("NFKC", match.group()) + "}", text)
     text = _ROOT_OF_NUMBER.sub(r"\\sqrt{\1}", text)
-    text = _SIGN_PATTERN.sub(lambda found: _SIGNS[found.group()], unicodedata.normalize("NFKC", text))
-    text = _FOREIGN_DIGIT.sub(lambda found: str(unicodedata.decimal(found.group())), text)
+    text = _SIGN_PATTERN.sub(lambda match: _SIGNS[match.group()], unicodedata.normalize("NFKC", text))
+    text = _FOREIGN_DIGIT.sub(lambda match: str(unicodedata.decimal(match.group())), text)
     # Drop zero-width and direction marks; replace control characters by spaces.
     text = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text
                    if char.isascii() or unicodedata.category(char) != "Cf")  # fmt: skip
@@ -176,19 +176,19 @@ def canonical(answer: str) -> str:
     return tidy(brace_arguments(_SHORT_LOG.sub(r"\\log_{\1}{\2}", text)))
 
 
-def _spell_vulgar(found: re.Match[str]) -> str:
-    value = Fraction(unicodedata.numeric(found[2])).limit_denominator(10)
-    return rf"{found[1]} \frac{{{value.numerator}}}{{{value.denominator}}}"
+def _spell_vulgar(match: re.Match[str]) -> str:
+    value = Fraction(unicodedata.numeric(match[2])).limit_denominator(10)
+    return rf"{match[1]} \frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
-def _unwrap(found: re.Match[str]) -> str:
+def _unwrap(match: re.Match[str]) -> str:
     """Remove \\text around numbers, letters and choices; keep it around words and one-letter units."""
-    inner = found[1].strip()
-    before = found.string[: found.start()].rstrip()
+    inner = match[1].strip()
+    before = match.string[: match.start()].rstrip()
     unit = before[-1:].isdigit() and re.fullmatch(r"[mgshlLJNWVAKCF](?:/[a-zA-Z]+)?", inner)
     if whole := _QUANTITY.fullmatch(inner):
         return rf" {whole[1]} \text{{{whole[2]}}}"
-    return found[0] if unit or re.search(r"[a-zA-Z]{2}", inner) else f" {inner} "
+    return match[0] if unit or re.search(r"[a-zA-Z]{2}", inner) else f" {inner} "
 
 
 def tidy(text: str) -> str:
@@ -203,7 +203,7 @@ def tidy(text: str) -> str:
 
 def squeezed(text: str) -> str:
     """Remove spaces, except those that end a command name; for comparing notation."""
-    return re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|\s", lambda found: found[1] + " " if found[1] else "", text)
+    return re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|\s", lambda match: match[1] + " " if match[1] else "", text)
 
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import FunctionType
 from typing import Any
 
+from headwater import plugins
 from headwater.errors import UserError, did_you_mean
 from headwater.tasks import (
     choice,
@@ -163,7 +157,7 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """Look up a built-in task, or import a user's grader given as `package.module:function`.
+    """Look up a built-in task, or a user's grader: `package.module:function`, or the name of an entry point `headwater.tasks`.
 
     The function takes (gold, completion) and returns a bool or a (bool, reason) pair; the current directory is
     on its import path. Raises UserError if the name is unknown or names no function.
@@ -172,27 +166,10 @@ def find_task(name: str) -> Task:
     """
     if name in TASKS:
         return TASKS[name]
-    module_name, colon, function_name = name.partition(":")
-    if not (colon and module_name and function_name):
-        known = f"the tasks are {', '.join(TASKS)}, or package.module:function"
+    function = plugins.find("task", name)
+    if function is None:
+        known = f"the tasks are {', '.join([*TASKS, *plugins.names('task')])}, or package.module:function"
         raise UserError(f"task {name!r} is unknown; {known}{did_you_mean(name, TASKS)}")
-    if module_name.partition(".")[0] in {*sys.stdlib_module_names, *sys.builtin_module_names}:
-        # Security: a recipe with timeit:timeit would run a gold answer as a program.
-        raise UserError(
-            f"task {name}: {module_name} has no function {function_name} that grades; the standard library is not allowed"
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # the user's module may fail in any way
-        raise UserError(f"task {name}: {module_name} does not import ({type(error).__name__}: {error})") from None
-    function = getattr(module, function_name, None)
-    top = module_name.partition(".")[0]
-    if not isinstance(function, FunctionType):
-        raise UserError(f"task {name}: {module_name} has no function {function_name}")
-    if function.__module__.partition(".")[0] != top:
-        raise UserError(f"task {name}: {function_name} is not defined in {top}, only imported there")
 
     def grade(gold: str, completion: str) -> Outcome:
         return _checked_outcome(function(gold, completion))
@@ -203,46 +180,9 @@ def find_task(name: str) -> Task:
 
 
 def grader_code(name: str) -> str | None:
-    """Fingerprint (sha256) of a user's grader and the local modules that it imports, recursively; None for built-in tasks.
-
-    Local modules are those in the folder of the grader's top-level package or module; for an installed package, those of
-    the package. Data files that the grader reads are not included.
-    """
-    if name in TASKS:
-        return None
-    find_task(name)  # raises UserError if there is no such grader
-    module = name.partition(":")[0]
-    file = Path(str(sys.modules[module].__file__)).resolve()
-    root = file.parents[module.count(".") + (file.name == "__init__.py")]
-    installed = root.name in ("site-packages", "dist-packages")
-    digest, seen, queue = hashlib.sha256(), set[Path](), [module]
-    while queue:
-        dotted = queue.pop(0)
-        for path in (
-            root.joinpath(*dotted.split(".")).with_suffix(".py"),
-            root.joinpath(*dotted.split("."), "__init__.py"),
-        ):
-            if path.is_file() and path not in seen:
-                seen.add(path)
-                content = path.read_bytes()
-                digest.update(f"{path.relative_to(root)}:{len(content)}\n".encode() + content)
-                names = _imported_modules(content, dotted, path.name == "__init__.py")
-                queue += [name for name in names if not installed or name.split(".")[0] == module.split(".")[0]]
-    return digest.hexdigest()[:16]
-
-
-def _imported_modules(content: bytes, module: str, is_package: bool) -> list[str]:
-    """Dotted names of the modules that a source file may import, with all parent packages."""
-    parents = module.split(".")
-    names = [".".join(parents[:end]) for end in range(1, len(parents))]
-    for node in ast.walk(ast.parse(content)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            up = parents[: len(parents) - node.level + is_package] if node.level else []
-            base = ".".join([*up, *([node.module] if node.module else [])])
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return [".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 2)]
+    """Fingerprint of a user's grader and the local modules that it imports; None for built-in tasks. Raises as `find_task` does."""
+    function = None if name in TASKS else plugins.find("task", name)
+    return None if function is None else plugins.code_fingerprint(function.__module__)
 
 
 def _checked_outcome(value: Any) -> Outcome:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headwater.config.recipe import GUARDS, Guard, Guards
+from headwater.config.guards import GUARDS, Guard, Guards
 from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
 from headwater.tasks.outcomes import Outcomes
 
@@ -60,8 +60,11 @@ class Measure:
     explained: bool = False
 
     def window(self, window: int, steps: int) -> int:
-        """The window of a recipe, or a shorter one that a stage of `steps` steps has room for."""
-        return max(1, min(window, steps // self.windows))
+        """The window of a recipe, or a shorter one that a stage of `steps` steps has room for.
+
+        A comparison of single steps would be noise, so windows that are compared are not shortened to fewer than two.
+        """
+        return min(window, max(self.windows, steps // self.windows))
 
 
 def _mean(mean: float, first: float, lowest: float) -> float:
@@ -74,7 +77,7 @@ MEASURES: dict[str, Measure] = {
         lambda mean, first, lowest: mean - lowest,
         below=False,
         description="the KL has risen by {figure} nats per token over its lowest",
-        remedy="lower {stage}.optim.lr, or raise {stage}.sparse.kl_coef",
+        remedy="lower {stage}.optim.lr, or in a stage with rewards raise sparse.kl_coef",
         windows=2,
     ),
     "entropy_collapse": Measure(
@@ -82,7 +85,7 @@ MEASURES: dict[str, Measure] = {
         lambda mean, first, lowest: mean / first if first > 0.0 else 1.0,
         below=True,
         description="the entropy is {figure} of its value at the start of the stage",
-        remedy="lower {stage}.optim.lr, raise {stage}.sparse.clip_high or sparse.kl_coef, or end the stage earlier",
+        remedy="lower {stage}.optim.lr, raise sparse.clip_high or sparse.kl_coef, or end the stage earlier",
         windows=2,
         unless="kl_student_teacher",  # a student that approaches a low-entropy teacher loses entropy too
     ),

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from headwater.config.recipe import Prompt
 from headwater.models.prompts import Prompter
 from headwater.types import Problem
-from runs import CommandResult, call, load_json, node, nodes, rows, spawn, temporary
+from runs import WHOLE_ARM, CommandResult, call, load_json, node, nodes, rows, spawn, temporary
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 GSM8K, MATH500 = DATA / "gsm8k" / "train.jsonl", DATA / "math500" / "test.jsonl"
@@ -114,7 +114,7 @@ def sentence(result: CommandResult) -> str:
 
 def test_gsm8k_run_without_signal_stops_and_counts_wasted_labels(tmp_path: Path) -> None:
     path, out = recipe(tmp_path / "mine.yaml"), tmp_path / "out"
-    result = call("run", path, "--out", out)
+    result = call("run", path, *WHOLE_ARM, "--out", out)
     assert result.code == 4, result.err
     why = sentence(result)
     assert "teacher_rl, step 2 of 2: no informative group in 2 steps, so reward gives no gradient: " in why
@@ -127,7 +127,7 @@ def test_gsm8k_run_without_signal_stops_and_counts_wasted_labels(tmp_path: Path)
     assert "Traceback" not in result.err
     assert not list(out.glob("nodes/teacher_rl*/DONE")) and list(out.glob("nodes/base_teacher*/DONE"))
     # What the sentence advises works in the same folder.
-    result = call("run", path, "--out", out, "--set", "guards.no_signal=continue", "--json")
+    result = call("run", path, *WHOLE_ARM, "--out", out, "--set", "guards.no_signal=continue", "--json")
     assert result.code == 0, result.err
     assert [path_.name.split(".")[0] for path_ in nodes(out, "bridge_rl")] == [
         "teacher_rl", "teacher_rollouts", "warmup", "opd", "student_rl",
@@ -164,9 +164,9 @@ def test_math500_evaluation_has_avg_pass_and_intervals(tmp_path: Path) -> None:
     assert len(rows(graded)) == 40
     first = json.loads(MATH500.read_text(encoding="utf-8").splitlines()[0])["problem"]
     assert rows(graded)[0]["problem_id"] == Problem.of(first, "").id
-    found = json.loads(call("eval", student(), "--data", MATH500, *options, "--json").out)
-    assert found["measures"]["avg@2"]["mean"] == sum(row["correct"] for row in rows(graded)) / 40
-    assert sum(found["reasons"].values()) == 40
+    answer = json.loads(call("eval", student(), "--data", MATH500, *options, "--json").out)
+    assert answer["measures"]["avg@2"]["mean"] == sum(row["correct"] for row in rows(graded)) / 40
+    assert sum(answer["reasons"].values()) == 40
 
 
 def test_user_grader_and_files_work_from_current_directory(tmp_path: Path) -> None:

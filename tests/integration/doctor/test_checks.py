@@ -33,10 +33,10 @@ def test_doctor_command_lists_its_checks_and_exits_0(tmp_path: Path) -> None:
 def test_missing_model_folder_is_doctor_finding_and_run_exit_2(tmp_path: Path) -> None:
     missing = ("--set", f"models.teacher={tmp_path / 'nowhere'}")
     result = call("doctor", "pocket", "--json", *missing)
-    found = json.loads(result.out)
-    assert result.code == 3 and not found["ok"]
-    assert [one["name"] for one in found["findings"]] == ["model-unreadable"]  # once, and no consequence of it
-    assert "data files" in found["checked"] and "student taught by itself" in found["unchecked"]
+    answer = json.loads(result.out)
+    assert result.code == 3 and not answer["ok"]
+    assert [finding["name"] for finding in answer["findings"]] == ["model-unreadable"]  # once, and no consequence of it
+    assert "data files" in answer["checked"] and "student taught by itself" in answer["unchecked"]
     ran = tiny("run", tmp_path / "out", *missing, whole=True)
     assert ran.code == 2 and "models.teacher: no such model folder" in ran.err
 
@@ -89,13 +89,13 @@ def test_disk_estimate_equals_usage_of_run(arm: str, lora: str, tmp_path: Path) 
     changes = [f"models.lora={lora}", "stages.student_rl.checkpoint_every=1"]
     with prepared(find_recipe("pocket", [*TINY, *changes]), [arm], [0]) as (plan, inputs):
         shapes = {role: inputs.shape(role) for role in ("teacher", "student")}
-        said = {
+        estimated = {
             plan.names[node]: stage_files(node, inputs, shapes[base_of(node.start)])
             for node in plan.order()
             if node.kind == "train"
         }
     assert tiny("run", tmp_path / "out", "--arm", arm, changes=changes).code == 0
-    for name, (model, checkpoint, kept) in said.items():
+    for name, (model, checkpoint, kept) in estimated.items():
         folder = tmp_path / "out" / "nodes" / name
         weights, checkpoints = (
             sum(path.stat().st_size for path in (folder / part).rglob("*.safetensors"))
@@ -104,4 +104,4 @@ def test_disk_estimate_equals_usage_of_run(arm: str, lora: str, tmp_path: Path) 
         assert len(list((folder / "checkpoint").iterdir())) == kept == (2 if "student_rl" in name else 1)
         assert weights == pytest.approx(model, rel=0.2), name
         assert checkpoints == pytest.approx(kept * checkpoint, rel=0.2), name
-    assert len(said) == (1 if arm == "direct_grpo" else 4)
+    assert len(estimated) == (1 if arm == "direct_grpo" else 4)

@@ -31,9 +31,9 @@ def kept() -> tuple[Path, dict[str, Any], list[tuple[str, bool]]]:
     plain = Labels.check
 
     def watched(self: Labels, answers: Any) -> list[Verdict]:
-        found = plain(self, answers)
-        given.extend((name, verdict.correct) for (name, _), verdict in zip(answers, found, strict=True))
-        return found
+        verdicts = plain(self, answers)
+        given.extend((name, verdict.correct) for (name, _), verdict in zip(answers, verdicts, strict=True))
+        return verdicts
 
     out = temporary() / "probed"
     with pytest.MonkeyPatch.context() as patch:
@@ -62,16 +62,16 @@ def test_probe_pass_rates_equal_verdict_counts() -> None:
     _, answer, given = kept()
     count = 8 * 4  # the student's samples are graded first, then the teacher's, then what both made of its beginnings
     for role, part in (("student", given[:count]), ("teacher", given[count : 2 * count])):
-        found = answer["models"][role]
-        assert found["pass_rate"]["mean"] == pytest.approx(sum(right for _, right in part) / count)
+        report = answer["models"][role]
+        assert report["pass_rate"]["mean"] == pytest.approx(sum(right for _, right in part) / count)
         by_problem: dict[str, list[bool]] = {}
         for name, right in part:
             by_problem.setdefault(name, []).append(right)
-        assert found["pass_at"]["4"] == pytest.approx(np.mean([any(one) for one in by_problem.values()]))
-        assert found["informative"]["mean"] == pytest.approx(
-            np.mean([len(set(one)) == 2 for one in by_problem.values()])
+        assert report["pass_at"]["4"] == pytest.approx(np.mean([any(verdicts) for verdicts in by_problem.values()]))
+        assert report["informative"]["mean"] == pytest.approx(
+            np.mean([len(set(verdicts)) == 2 for verdicts in by_problem.values()])
         )
-        assert found["truncated"] + found["ended"] == pytest.approx(1.0)
+        assert report["truncated"] + report["ended"] == pytest.approx(1.0)
     finish = answer["finish"]
     ends = [right for _, right in given[2 * count :]]
     assert finish["problems"] == len({name for name, right in given[count : 2 * count] if right}) > 0
@@ -96,13 +96,14 @@ def test_run_in_probed_folder_keeps_its_ledger_apart(tmp_path: Path) -> None:
 
 
 def test_probe_of_equal_models_finds_no_divergence_and_no_lead() -> None:
-    found = probed("--problems", "8", changes=("models.student=pocket:qwen3-teacher",))
-    assert found["models"]["student"]["pass_rate"] == found["models"]["teacher"]["pass_rate"]
-    c2 = found["conditions"]["C2"]
+    answer = probed("--problems", "8", changes=("models.student=pocket:qwen3-teacher",))
+    assert answer["models"]["student"]["pass_rate"] == answer["models"]["teacher"]["pass_rate"]
+    c2 = answer["conditions"]["C2"]
     assert c2["kl_student_teacher"] == c2["kl_teacher_student"] == 0.0
     assert c2["overlap_student_prefixes"] == c2["overlap_teacher_prefixes"] == 1.0
-    assert found["finish"]["lead"] == 0.0
-    assert (found["advice"]["labels"]["where"], found["advice"]["warmup"]["needed"]) == ("student", False)
+    assert answer["finish"]["lead"] == 0.0
+    assert (answer["advice"]["labels"]["where"], answer["advice"]["warmup"]["needed"]) == ("student", False)
+    assert "student and teacher are the same weights" in answer["advice"]["teacher"]
 
 
 def test_probe_of_untrained_models_advises_no_labels(
@@ -111,9 +112,13 @@ def test_probe_of_untrained_models_advises_no_labels(
     noise = [
         f"models.{role}={tiny_folder(tmp_path / role, seed=seed)}" for seed, role in enumerate(("student", "teacher"))
     ]
-    found = probed("--problems", "8", changes=tuple(noise))
-    assert found["advice"]["labels"]["where"] == "nowhere" and found["advice"]["labels"]["arm"] is None
-    assert found["finish"] is None and found["conditions"]["C1"]["teacher"]["ratio"] is None
+    answer = probed("--problems", "8", changes=tuple(noise))
+    assert answer["advice"]["labels"]["where"] == "nowhere" and answer["advice"]["labels"]["arm"] is None
+    assert answer["finish"] is None and answer["conditions"]["C1"]["teacher"]["ratio"] is None
+    for role in ("student", "teacher"):  # nothing is right, so what was cut is all that is truncated
+        model = answer["models"][role]
+        assert model["outcomes"]["cut"] == model["truncated"] and sum(model["outcomes"].values()) == pytest.approx(1.0)
+        assert f"stages.{role}_rl" in answer["advice"]["outcomes"][role] or model["truncated"] < 0.5
 
 
 @pytest.mark.parametrize(
@@ -125,8 +130,8 @@ def test_probe_of_untrained_models_advises_no_labels(
     ],
 )
 def test_probe_refuses_invalid_options_in_one_sentence(options: tuple[str, ...], message: str) -> None:
-    found = call("probe", "pocket", *sets(), *options)
-    assert found.code == 2 and message in found.err and "Traceback" not in found.err
+    result = call("probe", "pocket", *sets(), *options)
+    assert result.code == 2 and message in result.err and "Traceback" not in result.err
 
 
 def test_probe_refuses_continuations_across_change_of_positions(tmp_path: Path) -> None:
@@ -138,8 +143,8 @@ def test_probe_refuses_continuations_across_change_of_positions(tmp_path: Path) 
     folder = tiny_folder(tmp_path / "model", rope_parameters=rope, max_position_embeddings=512)
     models = [f"models.student={folder}", f"models.teacher={folder}"]
     most = [f"stages.{stage}.sampling.max_tokens=32" for stage in ("teacher_rl", "warmup", "student_rl")]
-    found = call("probe", "pocket", *sets(*models, *most), "--problems", "2", "--samples", "4")
-    assert found.code == 2 and "completions of up to 40 can cross this" in found.err and "Traceback" not in found.err
+    result = call("probe", "pocket", *sets(*models, *most), "--problems", "2", "--samples", "4")
+    assert result.code == 2 and "completions of up to 40 can cross this" in result.err and "Traceback" not in result.err
     shorter = [f"stages.{stage}.sampling.max_tokens=25" for stage in ("teacher_rl", "warmup", "student_rl")]
     assert call("probe", "pocket", *sets(*models, *shorter), "--problems", "2", "--samples", "4").code == 0
 

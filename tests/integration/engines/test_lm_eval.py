@@ -50,7 +50,7 @@ def test_lm_eval_scores_trained_student_like_headwater_eval(family: str, tmp_pat
     data.write_text("\n".join(json.dumps({"problem": text, "answer": answer}) for text, answer in problems))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "sums.yaml").write_text(TASK.format(data=data))
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model="hf",
         model_args=f"pretrained={folder},dtype=float32",
         tasks=["chained_sums"],
@@ -60,13 +60,13 @@ def test_lm_eval_scores_trained_student_like_headwater_eval(family: str, tmp_pat
         batch_size=16,
         bootstrap_iters=0,
     )
-    theirs = found["results"]["chained_sums"]["exact_match,last"]
+    harness_score = results["results"]["chained_sums"]["exact_match,last"]
     # Greedy on both sides: at this temperature only the most probable token is drawn.
     options = ("--task", "sums", "--temperature", "0.001", "--max-tokens", "48", "--json")
     ours = json.loads(call("eval", folder, "--data", data, *options).out)["measures"]["avg@1"]["mean"]
-    print(f"{family}: {theirs:.3f} by the harness, {ours:.3f} here")
-    assert theirs > 0.05
-    assert abs(theirs - ours) <= 0.1  # answers are extracted in slightly different ways
+    print(f"{family}: {harness_score:.3f} by the harness, {ours:.3f} here")
+    assert harness_score > 0.05
+    assert abs(harness_score - ours) <= 0.1  # answers are extracted in slightly different ways
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,14 +76,19 @@ def test_lm_eval_loglikelihood_equals_our_log_prob(family: str) -> None:
 
     folder = student(family, "whole")
     policy = loaded(folder)
-    rollouts = [one for one in texts(policy) if len(one.completion_ids) > 1]
-    pairs = [tuple(policy.tokenizer.decode(ids) for ids in (one.prompt_ids, one.completion_ids)) for one in rollouts]
+    rollouts = [text for text in texts(policy) if len(text.completion_ids) > 1]
+    pairs = [
+        tuple(policy.tokenizer.decode(ids) for ids in (rollout.prompt_ids, rollout.completion_ids))
+        for rollout in rollouts
+    ]
     again: list[Any] = [policy.tokenizer("".join(pair), add_special_tokens=False)["input_ids"] for pair in pairs]
-    assert again == [list(one.prompt_ids + one.completion_ids) for one in rollouts]  # so both score the same ids
+    assert again == [
+        list(rollout.prompt_ids + rollout.completion_ids) for rollout in rollouts
+    ]  # so both score the same ids
     harness = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=16)
     instances = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
-    theirs = torch.tensor([logp for logp, _ in harness.loglikelihood(instances, disable_tqdm=True)])
-    ours = torch.stack([one.sum() for one in logp_of(policy, rollouts, 4096)])
-    lengths = torch.tensor([len(one.completion_ids) for one in rollouts])
-    print(f"{family}: {((theirs - ours).abs() / lengths).mean():.1e} a token apart")
-    assert ((theirs - ours).abs() / lengths).max() < 1e-4  # the promise is 0.01
+    harness_logp = torch.tensor([logp for logp, _ in harness.loglikelihood(instances, disable_tqdm=True)])
+    ours = torch.stack([logp.sum() for logp in logp_of(policy, rollouts, 4096)])
+    lengths = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+    print(f"{family}: {((harness_logp - ours).abs() / lengths).mean():.1e} a token apart")
+    assert ((harness_logp - ours).abs() / lengths).max() < 1e-4  # the promise is 0.01

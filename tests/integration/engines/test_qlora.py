@@ -28,7 +28,7 @@ from tiny import CPU, MODELS, gradient_of, sampled_rows, stage_of, tiny_folder
 pytestmark = [
     pytest.mark.engines,
     pytest.mark.skipif(
-        any(importlib.util.find_spec(one) is None for one in ("peft", "bitsandbytes")),
+        any(importlib.util.find_spec(package) is None for package in ("peft", "bitsandbytes")),
         reason="peft and bitsandbytes are not installed here: `make test-engines` runs these",
     ),
 ]
@@ -67,22 +67,22 @@ def test_qlora_equals_lora_on_dequantized_weights(folder: Path, tmp_path: Path) 
     """A full-precision base with the dequantized weights gives the same log-probs and gradients."""
     policy = adapted(folder)
     save_policy(policy, tmp_path / "rounded", torch.float32)  # a fresh adapter adds 0
-    same, found = adapted(tmp_path / "rounded", quantize=None), sampled_rows(policy)
-    assert {type(one.base_layer).__name__ for one in policy.adapter.layers.values()} == {"Linear4bit"}  # type: ignore[union-attr]
-    rounding = (scores(policy, found) - scores(plain(folder), found)).abs().mean()
+    same, rows = adapted(tmp_path / "rounded", quantize=None), sampled_rows(policy)
+    assert {type(layer.base_layer).__name__ for layer in policy.adapter.layers.values()} == {"Linear4bit"}  # type: ignore[union-attr]
+    rounding = (scores(policy, rows) - scores(plain(folder), rows)).abs().mean()
     assert 1e-3 < rounding < 1.0
-    torch.testing.assert_close(scores(policy, found), scores(same, found), rtol=0, atol=1e-4)
-    ours, theirs = gradient_of(policy, found, GRPO), gradient_of(same, found, GRPO)
-    assert ours.keys() == theirs.keys() and len(ours) == 28
+    torch.testing.assert_close(scores(policy, rows), scores(same, rows), rtol=0, atol=1e-4)
+    ours, expected = gradient_of(policy, rows, GRPO), gradient_of(same, rows, GRPO)
+    assert ours.keys() == expected.keys() and len(ours) == 28
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-3, atol=1e-6)
 
 
 def test_qlora_sampler_logp_equals_trainer(folder: Path) -> None:
     policy = moved(adapted(folder))
-    found = sampled_rows(policy, draw=1)
-    drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in found])
-    assert (drawn - scores(policy, found)).abs().max() < 1e-4
+    rows = sampled_rows(policy, draw=1)
+    drawn = torch.cat([torch.tensor(row.rollout.sampler_logp) for row in rows])
+    assert (drawn - scores(policy, rows)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
@@ -90,19 +90,21 @@ def test_merged_qlora_student_is_saved_as_full_precision_weights(folder: Path, t
     """Including quantized matrices without an adapter."""
     policy = moved(adapted(folder, targets=targets))
     save_policy(policy, tmp_path / "out", torch.float32)
-    ours, theirs = (load_file(where / "model.safetensors") for where in (tmp_path / "out", folder))
-    assert {name: one.shape for name, one in ours.items()} == {name: one.shape for name, one in theirs.items()}
+    ours, start_weights = (load_file(where / "model.safetensors") for where in (tmp_path / "out", folder))
+    assert {name: tensor.shape for name, tensor in ours.items()} == {
+        name: tensor.shape for name, tensor in start_weights.items()
+    }
     assert "quantization_config" not in load_json(tmp_path / "out" / "config.json")
-    found = sampled_rows(policy, draw=2)
-    torch.testing.assert_close(scores(plain(tmp_path / "out"), found), scores(policy, found), rtol=0, atol=1e-4)
+    rows = sampled_rows(policy, draw=2)
+    torch.testing.assert_close(scores(plain(tmp_path / "out"), rows), scores(policy, rows), rtol=0, atol=1e-4)
 
 
 def test_saved_adapter_continues_on_four_bit_weights_and_refuses_to_merge(folder: Path, tmp_path: Path) -> None:
     policy = moved(adapted(folder, output="adapter"))
     save_policy(policy, tmp_path / "out", torch.float32)
-    found = sampled_rows(policy, draw=3)
+    rows = sampled_rows(policy, draw=3)
     again = adapted(tmp_path / "out", output="adapter")
-    torch.testing.assert_close(scores(again, found), scores(policy, found), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores(again, rows), scores(policy, rows), rtol=0, atol=1e-5)
     with pytest.raises(
         UserError, match=r"models\.student: .*out is an adapter, which cannot be added to weights in four"
     ):
@@ -112,8 +114,10 @@ def test_saved_adapter_continues_on_four_bit_weights_and_refuses_to_merge(folder
 def test_qlora_has_gradients_on_cpus_with_avx512_bf16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     policy = adapted(folder)
-    found = sampled_rows(policy)  # sampled without gradients; bitsandbytes then caches a layout that has none
-    assert all(one.abs().max() > 0 for name, one in gradient_of(policy, found, GRPO).items() if "lora_B" in name)
+    rows = sampled_rows(policy)  # sampled without gradients; bitsandbytes then caches a layout that has none
+    assert all(
+        gradient.abs().max() > 0 for name, gradient in gradient_of(policy, rows, GRPO).items() if "lora_B" in name
+    )
 
 
 CHANGES = (

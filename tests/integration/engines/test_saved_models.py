@@ -75,12 +75,12 @@ def test_trained_student_has_equal_log_probs_in_transformers_and_vllm(family: st
     folder = student(family, trains)
     policy = loaded(folder)
     rollouts = texts(policy)
-    ours, theirs, engines = logp(policy, rollouts), transformers_logp(folder, rollouts), vllm_logp(folder, rollouts)
+    ours, expected, engines = logp(policy, rollouts), transformers_logp(folder, rollouts), vllm_logp(folder, rollouts)
     moved = apart(ours, logp(loaded(start(family)), rollouts))
     print(
-        f"{family}, {trains}: transformers {apart(ours, theirs):.1e}, vLLM {apart(ours, engines):.1e}, base {moved:.1e}"
+        f"{family}, {trains}: transformers {apart(ours, expected):.1e}, vLLM {apart(ours, engines):.1e}, base {moved:.1e}"
     )
-    assert apart(ours, theirs) < NEAR and apart(ours, engines) < NEAR
+    assert apart(ours, expected) < NEAR and apart(ours, engines) < NEAR
     assert moved > 20 * NEAR  # the training changed the log-probs, so base weights would fail
     chat = [{"role": "user", "content": "17+45"}]
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
@@ -97,19 +97,19 @@ def test_saved_adapter_has_equal_log_probs_in_transformers_and_vllm(family: str)
 
     folder = student(family, "adapter")
     policy, base = loaded(folder), loaded(start(family))
-    found = engine(base.folder.path, enable_lora=True, max_lora_rank=8).generate(
+    outputs = engine(base.folder.path, enable_lora=True, max_lora_rank=8).generate(
         [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS * 4],
         SamplingParams(max_tokens=24, logprobs=0, seed=1),
         use_tqdm=False,
         lora_request=LoRARequest("student", 1, str(folder)),
     )
-    rollouts = [rollout_of(tuple(one.prompt_token_ids), tuple(one.outputs[0].token_ids)) for one in found]
+    rollouts = [rollout_of(tuple(output.prompt_token_ids), tuple(output.outputs[0].token_ids)) for output in outputs]
     result = [
         at[token].logprob
-        for one in found
-        for token, at in zip(one.outputs[0].token_ids, one.outputs[0].logprobs, strict=True)
+        for output in outputs
+        for token, at in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
     ]
-    ours, theirs = logp(policy, rollouts), transformers_logp(folder, rollouts)
+    ours, expected = logp(policy, rollouts), transformers_logp(folder, rollouts)
     engines, moved = apart(ours, torch.tensor(result)), apart(ours, logp(base, rollouts))
-    print(f"{family}, adapter: transformers {apart(ours, theirs):.1e}, vLLM {engines:.1e}, base {moved:.1e}")
-    assert apart(ours, theirs) < NEAR and engines < NEAR < 20 * NEAR < moved
+    print(f"{family}, adapter: transformers {apart(ours, expected):.1e}, vLLM {engines:.1e}, base {moved:.1e}")
+    assert apart(ours, expected) < NEAR and engines < NEAR < 20 * NEAR < moved

@@ -44,15 +44,15 @@ def test_wandb_offline_run_has_metrics_of_run_directory(tmp_path: Path, monkeypa
     name, written = metrics(tmp_path / "run", "direct_grpo", "student_rl")
     history = steps_of(kept)
     assert len(history) == len(written) == 2
-    for found, row in zip(history, written, strict=True):
-        assert {key: found[f"{name}/{key}"] for key in row} == pytest.approx(row)
+    for logged, row in zip(history, written, strict=True):
+        assert {key: logged[f"{name}/{key}"] for key in row} == pytest.approx(row)
 
 
 def steps_of(path: Path) -> list[dict[str, float]]:
     """The history of an offline run: a log of blocks of 32 KiB in the form of LevelDB's, with a protocol buffer in each record."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, whole, found = path.read_bytes(), 7, b"", []
+    data, at, whole, history = path.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
@@ -62,9 +62,9 @@ def steps_of(path: Path) -> list[dict[str, float]]:
         at += 7 + length
         if kind in (1, 4):  # whole, or the last of its parts
             record, whole = Record.FromString(whole), b""
-            items = {one.key or "/".join(one.nested_key): json.loads(one.value_json) for one in record.history.item}
-            found += [items] if items else []
-    return found
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            history += [items] if items else []
+    return history
 
 
 @needs("trackio")
@@ -76,7 +76,7 @@ def test_trackio_keeps_one_run_with_every_step_across_resumes(tmp_path: Path, mo
     for arm, stage, key in (("direct_grpo", "student_rl", "reward"), ("opd_only", "opd", "loss")):
         name, written = metrics(tmp_path / "run", arm, stage)
         words = ("get", "metric", "--project", "headwater", "--run", "run", "--metric", f"{name}/{key}")
-        values = [one["value"] for one in asked_of_trackio(*words)["values"]]
+        values = [value["value"] for value in asked_of_trackio(*words)["values"]]
         assert values == [pytest.approx(row[key]) for row in written]
 
 

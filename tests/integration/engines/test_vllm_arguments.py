@@ -21,8 +21,8 @@ from tiny import tiny_policy
 class Recorded:
     """In the place of `vllm.LLM`: what it was started with, and what its workers were told."""
 
-    def __init__(self, **told: Any) -> None:
-        self.told = told
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
         self.calls: list[tuple[str, Any]] = []
 
     def collective_rpc(self, name: str, kwargs: dict[str, Any]) -> None:
@@ -39,14 +39,14 @@ def test_engine_devices_and_weight_transfer_follow_recipe(
     monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: True)
     monkeypatch.setattr(vllm_sampler, "_import_vllm", lambda: SimpleNamespace(LLM=Recorded))
     engine = EnginePool(Compute(sampler="vllm", vllm=Vllm(tensor_parallel_size=size)), 64).engine(policy)
-    assert engine.llm.told["tensor_parallel_size"] == size
+    assert engine.llm.settings["tensor_parallel_size"] == size
     engine.load_weights(policy)
     ((name, handed),) = engine.llm.calls
     assert name == "reload_weights"
     assert isinstance(handed, list) == (size > 1)  # workers in processes of their own are sent what a list holds
     state = policy.model.state_dict()
-    found = dict(handed)
-    assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+    tensors = dict(handed)
+    assert tensors.keys() == state.keys() and all(torch.equal(tensors[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -55,7 +55,7 @@ def test_engine_settings_mark_untied_head(tied: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr("headwater.config.samplers.is_installed", lambda package: True)
     monkeypatch.setattr(vllm_sampler, "_import_vllm", lambda: SimpleNamespace(LLM=Recorded))
     engine = EnginePool(Compute(sampler="vllm"), 64).engine(tiny_policy(tied=tied))
-    assert engine.llm.told["hf_overrides"] == ({} if tied else {"tie_word_embeddings": False})
+    assert engine.llm.settings["hf_overrides"] == ({} if tied else {"tie_word_embeddings": False})
 
 
 def test_engine_refuses_more_devices_than_exist_and_none() -> None:

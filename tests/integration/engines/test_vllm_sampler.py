@@ -82,11 +82,11 @@ def test_vllm_receives_updated_weights_before_each_call_without_files(pool: Engi
     sampler = pool.sampler(policy)
     before = sampler.sample(sample_requests(), Sampling(max_tokens=24))
     with torch.no_grad():
-        for one in policy.model.parameters():
-            one.add_(0.1 * torch.randn_like(one))
+        for parameter in policy.model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     after = sampler.sample(sample_requests(), Sampling(max_tokens=24))
     assert gap(policy, after) < 1e-4 < 0.05 < gap(policy, before)
-    assert [one.prompt_ids for one in after] == [one.prompt_ids for one in before]
+    assert [rollout.prompt_ids for rollout in after] == [rollout.prompt_ids for rollout in before]
 
 
 def adapted(quantize: str | None = None) -> Policy:
@@ -126,8 +126,8 @@ def test_vllm_receives_merged_adapter_before_each_call(pool: EnginePool, quantiz
 def test_policies_of_one_shape_share_engine(pool: EnginePool, policy: Policy) -> None:
     other = copied(policy)
     with torch.no_grad():
-        for one in other.model.parameters():
-            one.mul_(0.8)
+        for parameter in other.model.parameters():
+            parameter.mul_(0.8)
     other.model.requires_grad_(False)
     pool.sampler(policy).sample(sample_requests(), Sampling(max_tokens=16))
     known = list(pool.engines)  # including those that other tests started
@@ -202,8 +202,8 @@ def test_engine_start_keeps_random_state_and_thread_settings() -> None:
 
 def test_saved_student_loads_in_vllm(pool: EnginePool, policy: Policy, tmp_path: Path) -> None:
     with torch.no_grad():
-        for one in policy.model.parameters():
-            one.mul_(1.1)
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.1)
     save_policy(policy, tmp_path / "saved", torch.float32)
     models = Models(student=str(tmp_path / "saved"), teacher="unused")
     saved = load_policy(
@@ -262,8 +262,8 @@ def trained(sampler: str, seed: int) -> Path:
 
 def rewards(sampler: str, seed: int) -> list[float]:
     """Mean reward of each third of the steps."""
-    found = [row["reward"] for row in rows(trained(sampler, seed) / "metrics.jsonl")]
-    return [sum(found[at : at + 8]) / 8 for at in (0, 8, 16)]
+    rewards = [row["reward"] for row in rows(trained(sampler, seed) / "metrics.jsonl")]
+    return [sum(rewards[at : at + 8]) / 8 for at in (0, 8, 16)]
 
 
 @pytest.mark.timeout(1500)
@@ -309,8 +309,8 @@ def distilled(sampler: str, out: Path) -> dict[str, Any]:
     changes = (*OPD, f"models.teacher={trained('torch', 0) / 'model'}", *(WITH_VLLM if sampler == "vllm" else ()))
     result = tiny("run", out, "--arm", "raw_teacher", changes=changes)
     assert result.code == 0, result.err
-    found: dict[str, Any] = load_json(out / "report.json")
-    return found
+    report: dict[str, Any] = load_json(out / "report.json")
+    return report
 
 
 @pytest.mark.timeout(1500)

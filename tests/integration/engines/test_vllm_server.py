@@ -46,9 +46,9 @@ FOLDER = ModelFolder.open("pocket:qwen3-teacher", "models.teacher").path
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -98,42 +98,44 @@ def served(url: str, here: Policy, top_k: int) -> ServedTeacher:
 def test_served_vllm_scores_equal_teacher(url: str, here: Policy, k: int) -> None:
     requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 8, 0, "scores")
     rollouts = TorchSampler(here).sample(requests, Sampling(max_tokens=32))
-    exact = [one.materialize() for one in distributions_of(here, rollouts, 4096)]
-    for ours, theirs in zip(exact, served(url, here, k).distributions(rollouts, 4096), strict=True):
-        assert isinstance(theirs, TopK) and theirs.ids_NK.shape[1] == k
+    exact = [distribution.materialize() for distribution in distributions_of(here, rollouts, 4096)]
+    for ours, served_scores in zip(exact, served(url, here, k).distributions(rollouts, 4096), strict=True):
+        assert isinstance(served_scores, TopK) and served_scores.ids_NK.shape[1] == k
         # Log-probs of the ids that the server returned; ids of equal log-prob may come in either order.
-        torch.testing.assert_close(ours.logp_NV.gather(1, theirs.ids_NK), theirs.logp_NK, atol=1e-3, rtol=0.0)
-        torch.testing.assert_close(ours.top_k(k).logp_NK, theirs.logp_NK, atol=1e-3, rtol=0.0)
+        torch.testing.assert_close(
+            ours.logp_NV.gather(1, served_scores.ids_NK), served_scores.logp_NK, atol=1e-3, rtol=0.0
+        )
+        torch.testing.assert_close(ours.top_k(k).logp_NK, served_scores.logp_NK, atol=1e-3, rtol=0.0)
 
 
 @pytest.mark.timeout(400)
 def test_served_vllm_top_k_zero_scores_sampled_tokens(url: str, here: Policy) -> None:
     rollouts = TorchSampler(here).sample(requests_for([("a", PROMPTS[0])], 8, 0, "alone"), Sampling(max_tokens=32))
-    for one, rollout, logp in zip(
+    for distribution, rollout, logp in zip(
         served(url, here, 0).distributions(rollouts, 4096), rollouts, logp_of(here, rollouts, 4096), strict=True
     ):
-        known = one.materialize().token_logp(torch.tensor(rollout.completion_ids))
+        known = distribution.materialize().token_logp(torch.tensor(rollout.completion_ids))
         torch.testing.assert_close(known, logp, atol=1e-3, rtol=0.0)
 
 
 @pytest.mark.timeout(400)
 def test_served_vllm_tokenizer_and_chat_template_give_our_ids(url: str, here: Policy) -> None:
-    theirs = ServedTokenizer(connect(url, "models.teacher", Server()))
-    refuse_different_tokens(here.tokenizer, theirs, ("models.student", "models.teacher"))
+    served_tokenizer = ServedTokenizer(connect(url, "models.teacher", Server()))
+    refuse_different_tokens(here.tokenizer, served_tokenizer, ("models.student", "models.teacher"))
     turns = [{"role": "user", "content": "17+45"}]
     text = here.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert theirs.chat(turns, thinking=False) == here.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert served_tokenizer.chat(turns, thinking=False) == here.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.timeout(400)
 def test_served_vllm_samples_have_teacher_log_probs_and_follow_seeds(url: str, here: Policy) -> None:
     requests = requests_for([(str(index), prompt) for index, prompt in enumerate(PROMPTS)], 4, 0, "samples")
     teacher = served(url, here, 4)
-    found, again = (teacher.sample(requests, Sampling(max_tokens=32)) for _ in range(2))
-    assert [one.completion_ids for one in found] == [one.completion_ids for one in again]
-    drawn = torch.tensor([logp for one in found for logp in one.sampler_logp])
-    torch.testing.assert_close(drawn, torch.cat(logp_of(here, found, 4096)), atol=1e-3, rtol=0.0)
-    assert all((one.completion_ids[-1] in here.stop_ids) == (one.finish == "stop") for one in found)
+    rollouts, again = (teacher.sample(requests, Sampling(max_tokens=32)) for _ in range(2))
+    assert [rollout.completion_ids for rollout in rollouts] == [rollout.completion_ids for rollout in again]
+    drawn = torch.tensor([logp for rollout in rollouts for logp in rollout.sampler_logp])
+    torch.testing.assert_close(drawn, torch.cat(logp_of(here, rollouts, 4096)), atol=1e-3, rtol=0.0)
+    assert all((rollout.completion_ids[-1] in here.stop_ids) == (rollout.finish == "stop") for rollout in rollouts)
 
 
 @pytest.mark.timeout(400)

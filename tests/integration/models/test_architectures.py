@@ -10,9 +10,9 @@ PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 
 
 def test_architecture_table_agrees_with_small_models() -> None:
-    found = outcomes(list(ARCHITECTURES))
+    results = outcomes(list(ARCHITECTURES))
     page = PAGE.read_text(encoding="utf-8")
-    missing = [row for row in table(found).splitlines() if row not in page.splitlines()]
+    missing = [row for row in table(results).splitlines() if row not in page.splitlines()]
     assert missing == []
-    assert [one.name for one in found if not (one.gap <= EXACT and one.gradient <= EXACT)] == []
-    assert sum(one.trains == "exact" for one in found) >= 100
+    assert [outcome.name for outcome in results if not (outcome.gap <= EXACT and outcome.gradient <= EXACT)] == []
+    assert sum(outcome.trains == "exact" for outcome in results) >= 100

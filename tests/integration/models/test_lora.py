@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from headwater.models import adapter_files
-from runs import assert_same, call, infos, load_json, node, rows, sets, tiny
+from runs import WHOLE_ARM, assert_same, call, infos, load_json, node, rows, sets, tiny
 from tests.integration.test_resume import Killed, killed_at
 from tiny import same_bits, tiny_folder
 
@@ -50,8 +50,8 @@ def test_lora_run_resumes_bit_for_bit_after_kill(tmp_path: Path, output: str, ar
             both = (
                 tmp_path / run / "nodes" / folder.name / "model" / adapter_files.WEIGHTS for run in ("out", "whole")
             )
-            ours, theirs = map(load_file, both)
-            assert same_bits(ours, theirs) and len(ours) > 20
+            ours, expected = map(load_file, both)
+            assert same_bits(ours, expected) and len(ours) > 20
     stood_on = load_json(node(tmp_path / "out", arm, "student_rl") / "model" / "adapter_config.json")
     assert stood_on["base_model_name_or_path"].endswith("pocket/qwen3-student")
     evaluated = call("eval", node(tmp_path / "out", arm, "opd") / "model", "--data", data(tmp_path), "--json")
@@ -67,9 +67,9 @@ def data(folder: Path) -> Path:
 def test_lora_settings_change_only_nodes_of_their_role(tmp_path: Path) -> None:
     names = []
     for changes in ((), ("models.lora.roles=[student]",), ("models.lora.r=8",)):
-        result = call("run", "pocket", "--dry-run", "--json", *sets(*changes))
+        result = call("run", "pocket", *WHOLE_ARM, "--dry-run", "--json", *sets(*changes))
         names.append({row["node"] for row in json.loads(result.out)})
-    full, students, both = ({name for name in one if name.startswith("teacher_rl")} for one in names)
+    full, students, both = ({name for name in node_names if name.startswith("teacher_rl")} for node_names in names)
     assert full == students != both
     assert not {name for name in names[0] & names[1] if name.startswith(("warmup", "opd", "student_rl"))}
 
@@ -97,16 +97,16 @@ def test_later_stage_on_other_layers_saves_adapter_equal_in_peft_and_merge(
         "models.lora.output=adapter",
         "stages.opd.optim.lr=0.05",
     )
-    said = tiny("run", tmp_path / "out", "--arm", "opd_only", changes=(*ADAPTED, *changes))
-    assert said.code == 0, said.err
+    result = tiny("run", tmp_path / "out", "--arm", "opd_only", changes=(*ADAPTED, *changes))
+    assert result.code == 0, result.err
     folder, ids = node(tmp_path / "out", "opd_only", "opd") / "model", torch.tensor([[1, 6, 15, 7, 2, 9, 8]])
     assert any(tensor.any() for name, tensor in load_file(folder / adapter_files.WEIGHTS).items() if "lora_B" in name)
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32), folder)
+    peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32), folder)
     merged = call("merge", folder, tmp_path / "merged", "--dtype", "float32")
     assert merged.code == 0, merged.err
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=2e-5)
+        torch.testing.assert_close(ours(input_ids=ids).logits, peft_model(input_ids=ids).logits, rtol=0, atol=2e-5)
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(start / "model.safetensors").keys()
 
 
@@ -116,12 +116,12 @@ def test_adapter_on_changed_base_is_refused_by_every_command(tmp_path: Path) -> 
     start, folder = tiny_folder(tmp_path / "base"), tmp_path / "olora"
     settings = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="olora")
     get_peft_model(AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32), settings).save_pretrained(folder)
-    found = [
+    results = [
         call("merge", folder, tmp_path / "merged"),
         call("eval", folder, "--data", data(tmp_path)),
         tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=(f"models.student={folder}",)),
         tiny("run", tmp_path / "out", "--arm", "bridge", changes=(f"models.teacher={folder}",)),
     ]
-    for said in found:
-        assert said.code == 2 and "init_lora_weights is 'olora'" in said.err and "Traceback" not in said.err
+    for result in results:
+        assert result.code == 2 and "init_lora_weights is 'olora'" in result.err and "Traceback" not in result.err
     assert not (tmp_path / "merged").exists()

@@ -56,8 +56,8 @@ def test_scoring_out_of_memory_retries_with_smaller_passes(tmp_path: Path, monke
         pairs = zip(
             *(rows(node(tmp_path / out, "bridge_rl", name) / "metrics.jsonl") for out in ("out", "whole")), strict=True
         )
-        for ours, theirs in pairs:
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2, abs=1e-4)
+        for ours, expected in pairs:
+            assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-2, abs=1e-4)
 
 
 REAL = """
@@ -111,10 +111,10 @@ for _ in range(3):  # the kernel may reclaim idle pages meanwhile, which only ad
     counts.append(faults() - before)
 print(min(counts))
 """
-    found = {}
+    stats = {}
     for how in ("kept", "left"):
         result = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, timeout=120)
         if result.returncode == 77:
             pytest.skip("NOT tested: this C library is not glibc")
-        found[how] = int(result.stdout)
-    assert 4 * found["kept"] < found["left"]
+        stats[how] = int(result.stdout)
+    assert 4 * stats["kept"] < stats["left"]

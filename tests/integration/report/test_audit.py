@@ -209,7 +209,9 @@ VIOLATIONS: list[tuple[Callable[[Path], None], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("plant", "name", "sentence"), VIOLATIONS, ids=[one[0].__name__ for one in VIOLATIONS])
+@pytest.mark.parametrize(
+    ("plant", "name", "sentence"), VIOLATIONS, ids=[violation[0].__name__ for violation in VIOLATIONS]
+)
 def test_each_violation_fails_its_check(out: Path, plant: Callable[[Path], None], name: str, sentence: str) -> None:
     plant(out)
     if plant is not another_joined_ledger:
@@ -248,8 +250,8 @@ def test_no_node_exceeds_its_pool_and_no_arm_its_budget() -> None:
                 len(
                     {
                         label
-                        for one in nodes
-                        for row in one.ledger_rows
+                        for node_ in nodes
+                        for row in node_.ledger_rows
                         if row["purpose"] == "train"
                         for label in row["labels"]
                     }

@@ -30,14 +30,14 @@ from headwater.report.view import Axis, Column, RowHeader, Table
 
 @pytest.mark.parametrize("evals", [("sums",), ("math500", "aime24", "aime25")])
 def test_terminal_table_fits_in_100_columns(tmp_path: Path, evals: tuple[str, ...]) -> None:
-    found = report.build([fake_run(tmp_path / "out", arms={**ARMS, **MORE_ARMS}, evals=evals)])
-    text = printed(found, 100)
+    built = report.build([fake_run(tmp_path / "out", arms={**ARMS, **MORE_ARMS}, evals=evals)])
+    text = printed(built, 100)
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
-    accuracy = found["arms"]["bridge_rl"]["accuracy"][evals[-1]]
+    accuracy = built["arms"]["bridge_rl"]["accuracy"][evals[-1]]
     line = f"{100 * accuracy['mean']:.1f} [{100 * accuracy['low']:.1f}, {100 * accuracy['high']:.1f}]"
     assert line in text
-    assert list(found["arms"])[-1] == "zz_own"
+    assert list(built["arms"])[-1] == "zz_own"
 
 
 def test_console_to_file_is_110_columns_wide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,22 +301,23 @@ def test_report_of_five_seeds_of_twelve_arms_takes_seconds(tmp_path: Path) -> No
 def test_page_shows_predictions_comparisons_conditions_and_costs(tmp_path: Path) -> None:
     more = {name: MORE_ARMS[name] for name in ("bridge_1h", "opd_only", "teacher_2h")}
     out = fake_run(tmp_path / "out", seeds=(0, 1), arms={**ARMS, **more})
-    found = report.write(out)
+    built = report.write(out)
     text = (out / "report.html").read_text()
     page = _parsed(text)
     assert page.open == []
     for title in ("The paper's predictions", "Equal labels and compute", "Conditions", "Stage by stage"):
         assert title in html.unescape(text)
     shown = html.unescape(re.sub(r"<[^>]+>", " ", text))
-    for row in found["predictions"]:
+    for row in built["predictions"]:
         assert row["reading"] in shown and row["why"].split("; ")[0] in shown
     descriptions = [value or "" for key, value in page.attributes if key == "aria-label"]
-    cost = [one for one in descriptions if "against training FLOPs" in one]
+    cost = [label for label in descriptions if "against training FLOPs" in label]
     assert len(cost) == 1 and "bridge " in cost[0] and "at 56G" in cost[0] and "base_student" in cost[0]
     assert any(
-        one.startswith("overlap on student prefixes over training steps, 2 seeds: raw_teacher") for one in descriptions
+        label.startswith("overlap on student prefixes over training steps, 2 seeds: raw_teacher")
+        for label in descriptions
     )
-    assert any(one.startswith("Teacher RL, all labels (") and "best of group from" in one for one in descriptions)
+    assert any(label.startswith("Teacher RL, all labels (") and "best of group from" in label for label in descriptions)
 
 
 def test_axis_limits_have_margin_and_are_never_equal() -> None:

@@ -13,7 +13,7 @@ from headwater.config.builtin import find_recipe
 from headwater.runs.estimate import Assumptions, estimates
 from headwater.runs.hardware import DEVICES
 from headwater.runs.setup import prepared
-from runs import TINY, call, infos, rows, sets, temporary, tiny
+from runs import TINY, WHOLE_ARM, call, infos, rows, sets, temporary, tiny
 
 CHANGES = (
     "stages.teacher_rl.sparse.kl_coef=0.01",  # rollouts without a signal are then trained on too, so costs are known beforehand
@@ -39,8 +39,8 @@ def test_estimated_tokens_and_flops_are_within_quarter_of_ledger() -> None:
     out = measured()
     recipe = find_recipe("pocket", [*TINY, *CHANGES])
     with prepared(recipe, ["bridge_rl"], [0]) as (plan, inputs):
-        result = {one.name: one for one in estimates(plan, inputs, Assumptions(mean_tokens(out)))}
-        most = {one.name: one for one in estimates(plan, inputs)}
+        result = {estimate.name: estimate for estimate in estimates(plan, inputs, Assumptions(mean_tokens(out)))}
+        most = {estimate.name: estimate for estimate in estimates(plan, inputs)}
     spent: dict[str, dict[str, float]] = {}
     for folder, _ in infos(out):
         ledger = rows(folder / "ledger.jsonl")
@@ -48,18 +48,21 @@ def test_estimated_tokens_and_flops_are_within_quarter_of_ledger() -> None:
             key: sum(row[key] for row in ledger) for key in ("flops", "tokens_sampled", "tokens_teacher_scored")
         }
     assert spent.keys() == result.keys()
-    for name, one in spent.items():
-        assert most[name].flops >= one["flops"] and most[name].tokens_sampled >= one["tokens_sampled"], name
+    for name, amounts in spent.items():
+        assert most[name].flops >= amounts["flops"] and most[name].tokens_sampled >= amounts["tokens_sampled"], name
     # Models of this size say more or less than the mean in one stage or another; all of them together do not.
     for key in ("flops", "tokens_sampled", "tokens_teacher_scored"):
-        total, estimated = sum(one[key] for one in spent.values()), sum(getattr(one, key) for one in result.values())
+        total, estimated = (
+            sum(amounts[key] for amounts in spent.values()),
+            sum(getattr(estimate, key) for estimate in result.values()),
+        )
         print(f"{key}: {estimated:.4g} estimated, {total:.4g} spent")
         assert estimated == pytest.approx(total, rel=0.25), key
 
 
 def test_estimated_labels_and_steps_equal_run() -> None:
-    answer = call("run", "pocket", "--dry-run", "--json", *sets(*CHANGES))
-    result = {one["node"]: one for one in json.loads(answer.out)}
+    answer = call("run", "pocket", *WHOLE_ARM, "--dry-run", "--json", *sets(*CHANGES))
+    result = {row["node"]: row for row in json.loads(answer.out)}
     for folder, info in infos(measured()):
         if info["kind"] == "train":
             assert result[folder.name]["steps"] == len(rows(folder / "metrics.jsonl"))
@@ -73,8 +76,8 @@ def test_estimated_labels_and_steps_equal_run() -> None:
 def dry_run(recipe: str, *options: str) -> list[dict[str, Any]]:
     answer = call("study", recipe, "--dry-run", "--json", *options)
     assert answer.code == 0, answer.err
-    found: list[dict[str, Any]] = json.loads(answer.out)
-    return found
+    rows_: list[dict[str, Any]] = json.loads(answer.out)
+    return rows_
 
 
 @pytest.mark.parametrize(
@@ -85,28 +88,28 @@ def test_recipe_of_real_models_is_estimated_without_data_or_weights(
     recipe: str, device: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = dry_run(
+    rows_ = dry_run(
         recipe, "--arms", "direct_grpo,bridge,bridge_rl,replay,teacher_2h,warmup_only", "--on", f"{count}x{device}"
     )
     by_stage: dict[str, list[dict[str, Any]]] = {}
-    for one in found:
-        by_stage.setdefault(one["node"].split(".")[0], []).append(one)
+    for row in rows_:
+        by_stage.setdefault(row["node"].split(".")[0], []).append(row)
     assert by_stage.keys() >= {"base_student", "teacher_rl", "teacher_rollouts", "warmup", "opd", "student_rl"}
-    assert all(one["labels"] == 0 for stage in ("warmup", "opd", "teacher_rollouts") for one in by_stage[stage])
-    assert max(one["peak_bytes"] for one in found) < DEVICES[device].memory  # what the recipe's head promises
-    assert all(one["gpu_hours"] == pytest.approx(count * one["hours"]) and one["hours"] > 0 for one in found)
+    assert all(row["labels"] == 0 for stage in ("warmup", "opd", "teacher_rollouts") for row in by_stage[stage])
+    assert max(row["peak_bytes"] for row in rows_) < DEVICES[device].memory  # what the recipe's head promises
+    assert all(row["gpu_hours"] == pytest.approx(count * row["hours"]) and row["hours"] > 0 for row in rows_)
     assert not list(tmp_path.iterdir())
 
 
 def test_estimate_of_paper_recipe_has_its_numbers_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = {one["node"].split(".")[0]: one for one in dry_run("paper-qwen3-1.7b", "--arms", "bridge")}
-    assert found["teacher_rl"]["steps"] == 21_748  # 10 epochs of 17,398 prompts, 8 a step
-    assert found["teacher_rl"]["labels"] == 17_398
-    assert found["opd"]["steps"] == found["warmup"]["steps"] == 272  # one epoch, 64 prompts a step
+    by_stage = {row["node"].split(".")[0]: row for row in dry_run("paper-qwen3-1.7b", "--arms", "bridge")}
+    assert by_stage["teacher_rl"]["steps"] == 21_748  # 10 epochs of 17,398 prompts, 8 a step
+    assert by_stage["teacher_rl"]["labels"] == 17_398
+    assert by_stage["opd"]["steps"] == by_stage["warmup"]["steps"] == 272  # one epoch, 64 prompts a step
     # 17,398 prompts × 8 rollouts of 16,384 tokens, sampled once and scored once by 8.2 billion weights: 2 FLOPs each and attention
     flops = 17_398 * 8 * (16_384 + 3_072) * 2 * 2 * 7.57e9
-    assert flops < found["teacher_rollouts"]["flops_at_most"] < 2.1 * flops
+    assert flops < by_stage["teacher_rollouts"]["flops_at_most"] < 2.1 * flops
 
 
 def test_estimate_names_data_of_unknown_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,10 +130,10 @@ def test_moe_estimate_uses_active_flops_and_memory_of_all_weights(
     text = call("run", "paper-qwen3-1.7b", "--arm", "bridge", "--dry-run", *models).out
     assert "models.teacher: 30.5G parameters, of which a token uses 3.35G (8 experts of a layer)" in text
     assert "models.student: 1.72G" not in text
-    found = {one["node"].split(".")[0]: one for one in dry_run("paper-qwen3-1.7b", "--arms", "bridge", *models)}
+    by_stage = {row["node"].split(".")[0]: row for row in dry_run("paper-qwen3-1.7b", "--arms", "bridge", *models)}
     # 17,398 prompts × 8 rollouts of 16,384 tokens, sampled and scored by the 3.04 billion weights that multiply a token.
     flops = 17_398 * 8 * (16_384 + 3_072) * 2 * 2 * 3.04e9
-    assert flops < found["teacher_rollouts"]["flops_at_most"] < 3 * flops
-    assert found["teacher_rollouts"]["memory_bytes"] == pytest.approx(2 * 30.53e9, rel=0.001)
+    assert flops < by_stage["teacher_rollouts"]["flops_at_most"] < 3 * flops
+    assert by_stage["teacher_rollouts"]["memory_bytes"] == pytest.approx(2 * 30.53e9, rel=0.001)
     # Weights, gradients, two moments, the copy in bfloat16, and the KL reference.
-    assert found["teacher_rl"]["memory_bytes"] == pytest.approx((16 + 2 + 2) * 30.53e9, rel=0.001)
+    assert by_stage["teacher_rl"]["memory_bytes"] == pytest.approx((16 + 2 + 2) * 30.53e9, rel=0.001)

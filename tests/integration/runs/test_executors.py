@@ -138,13 +138,13 @@ def start(out: Path) -> subprocess.Popen[str]:
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of the workers that run."""
-    found = []
+    workers = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, parent = path.read_text().rsplit(")", 1)[1].split()[:2]
             if int(parent) == process.pid and state != "Z":
-                found.append(int(path.parent.name))
-    return found
+                workers.append(int(path.parent.name))
+    return workers
 
 
 def alive(pid: int) -> bool:
@@ -227,8 +227,8 @@ def test_reuse_takes_over_finished_nodes_with_their_costs(tmp_path: Path, monkey
     result = tiny("run", out, "--arm", "raw_teacher", "--reuse", other, changes=LONG)
     assert result.code == 0, result.err
     assert f"reuse: 5 of 5 nodes taken over: 5 from {other}\n" in result.err
-    ours, theirs = load_json(out / "report.json"), load_json(other / "report.json")
-    assert ours["arms"]["raw_teacher"] == theirs["arms"]["raw_teacher"]
+    ours, expected = load_json(out / "report.json"), load_json(other / "report.json")
+    assert ours["arms"]["raw_teacher"] == expected["arms"]["raw_teacher"]
     names = {path.name for path, _ in infos(out)}
     assert rows(out / "ledger.jsonl") == [row for row in rows(other / "ledger.jsonl") if row["node"] in names]
     assert (node(out, "raw_teacher", "opd") / "DONE").samefile(node(other, "raw_teacher", "opd") / "DONE")

@@ -40,11 +40,11 @@ def test_epoch_visits_every_problem_once_without_repeats_in_step(tmp_path: Path)
     out = tmp_path / "out"
     changes = ["stages.student_rl.steps=8", "stages.student_rl.batch_size=12"]  # 3 of 16 problems a step
     assert tiny("run", out, "--arm", "direct_grpo", changes=changes).code == 0
-    found = [problems(node(out, "direct_grpo", "student_rl"), step) for step in range(1, 9)]
-    assert all(len(set(step)) == 3 for step in found)
-    first = [name for step in found for name in step][:16]
+    visits = [problems(node(out, "direct_grpo", "student_rl"), step) for step in range(1, 9)]
+    assert all(len(set(step)) == 3 for step in visits)
+    first = [name for step in visits for name in step][:16]
     assert len(set(first)) == 16
-    seen = Counter(name for step in found for name in step)
+    seen = Counter(name for step in visits for name in step)
     assert set(seen.values()) == {1, 2}  # 24 visits to 16 problems
 
 
@@ -164,16 +164,16 @@ def test_non_finite_loss_keeps_weights_of_last_checkpoint(tmp_path: Path, monkey
     real = train_node.objective_of
 
     def spoilt(stage_: Stage, *more: float | None) -> objectives.Objective:
-        found = real(stage_, *more)
+        objective = real(stage_, *more)
         if stage_.objective != "forward_kl":
-            return found
+            return objective
 
         def term(tokens: objectives.Tokens) -> torch.Tensor:
             calls["loss"] += 1
-            value = found.terms[0][1](tokens)
+            value = objective.terms[0][1](tokens)
             return value * math.nan if calls["loss"] == 3 else value
 
-        return replace(found, terms=((1.0, term),))
+        return replace(objective, terms=((1.0, term),))
 
     changes = [f"stages.warmup.{field}" for field in ("steps=4", "checkpoint_every=1")]
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -184,10 +184,10 @@ def test_non_finite_loss_keeps_weights_of_last_checkpoint(tmp_path: Path, monkey
     assert "warmup, step 3 of 4: the loss is not finite; the weights were not changed by this step" in result.err
     (path,) = out.glob("nodes/warmup.*")
     assert [row["step"] for row in rows(path / "metrics.jsonl")] == [1, 2]
-    assert sorted(one.name for one in (path / "checkpoint").iterdir()) == ["000001", "000002"]
+    assert sorted(path_.name for path_ in (path / "checkpoint").iterdir()) == ["000001", "000002"]
     assert tiny("run", whole, "--arm", "warmup_only", changes=changes).code == 0
     assert tiny("run", out, "--arm", "warmup_only", changes=changes).code == 0
-    a, b = (load_file(node(one, "warmup_only", "warmup") / "model/model.safetensors") for one in (out, whole))
+    a, b = (load_file(node(folder, "warmup_only", "warmup") / "model/model.safetensors") for folder in (out, whole))
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
@@ -220,11 +220,11 @@ def test_gradient_checkpointing_and_batch_tokens_change_only_rounding(
         a, b = node(plain, "bridge", name), node(other, "bridge", name)
         assert a.name == b.name  # the fingerprint is the same: it is the same outcome
         for step in ("000001", "000002"):
-            texts = [[row["completion"] for row in rows(one / "rollouts" / f"{step}.jsonl")] for one in (a, b)]
+            texts = [[row["completion"] for row in rows(folder / "rollouts" / f"{step}.jsonl")] for folder in (a, b)]
             assert texts[0] == texts[1]
-        tensors, found = weights(plain, name), weights(other, name)
+        tensors, other_tensors = weights(plain, name), weights(other, name)
         assert (
-            max((tensors[key] - found[key]).abs().max().item() for key in tensors) < 5e-5
+            max((tensors[key] - other_tensors[key]).abs().max().item() for key in tensors) < 5e-5
         )  # a step moves them by 1e-3
     before = load_file(pocket_folder / "qwen3-student/model.safetensors")
     after = weights(plain, "warmup")
@@ -243,8 +243,8 @@ def test_bfloat16_run_writes_bfloat16_models_close_to_float32(tmp_path: Path) ->
         rows(node(plain, "bridge", "opd") / "metrics.jsonl"),
     ):
         assert all(row["sampler_gap"] < 0.05 for row in metrics)
-    one, two = (rows(node(out, "bridge", "warmup") / "metrics.jsonl")[0]["loss"] for out in (plain, half))
-    assert two == pytest.approx(one, rel=0.15) and one != two
+    full, two = (rows(node(out, "bridge", "warmup") / "metrics.jsonl")[0]["loss"] for out in (plain, half))
+    assert two == pytest.approx(full, rel=0.15) and full != two
 
 
 def test_top_k_cache_loss_is_at_most_exact_loss(tmp_path: Path) -> None:

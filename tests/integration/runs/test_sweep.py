@@ -69,20 +69,24 @@ def test_shared_nodes_run_once_and_are_in_both_folders() -> None:
 
 
 def test_sweep_json_agrees_with_reports_of_its_points() -> None:
-    found = load_json(swept() / "sweep.json")
-    assert (found["recipe"], found["vary"], found["values"]) == ("pocket", "lambda", [0.0, 0.5])
-    assert (found["seeds"], found["arms"]) == ([0], ["direct_grpo", "mixed"])
-    for point in found["points"]:
+    sweep = load_json(swept() / "sweep.json")
+    assert (sweep["recipe"], sweep["vary"], sweep["values"]) == ("pocket", "lambda", [0.0, 0.5])
+    assert (sweep["seeds"], sweep["arms"]) == ([0], ["direct_grpo", "mixed"])
+    for point in sweep["points"]:
         report = load_json(swept() / point["report"])
         assert set(point["arms"]) == {"base_student", "base_teacher", "direct_grpo", "mixed"}
         for name, arm in point["arms"].items():
             assert arm == {key: report["arms"][name][key] for key in ("accuracy", "labels", "flops")}
-        (pair,) = [one for one in point["contrasts"] if (one["a"], one["b"]) == ("mixed", "direct_grpo")]
+        (pair,) = [
+            contrast for contrast in point["contrasts"] if (contrast["a"], contrast["b"]) == ("mixed", "direct_grpo")
+        ]
         means = [point["arms"][name]["accuracy"]["sums"]["mean"] for name in ("mixed", "direct_grpo")]
         assert pair["difference"] == pytest.approx(means[0] - means[1], abs=2e-6)
-    means = [point["arms"]["mixed"]["accuracy"]["sums"]["mean"] for point in found["points"]]
-    (one,) = [one for one in found["across"] if one["arm"] == "mixed"]
-    assert (one["a"], one["b"]) == (0.5, 0.0) and one["difference"] == pytest.approx(means[1] - means[0], abs=2e-6)
+    means = [point["arms"]["mixed"]["accuracy"]["sums"]["mean"] for point in sweep["points"]]
+    (mixed,) = [entry for entry in sweep["across"] if entry["arm"] == "mixed"]
+    assert (mixed["a"], mixed["b"]) == (0.5, 0.0) and mixed["difference"] == pytest.approx(
+        means[1] - means[0], abs=2e-6
+    )
 
 
 def test_csv_has_row_for_each_value_and_arm() -> None:
@@ -90,9 +94,9 @@ def test_csv_has_row_for_each_value_and_arm() -> None:
     assert [(row["lambda"], row["arm"]) for row in rows] == [
         (value, arm) for value in ("0", "0.5") for arm in ("base_student", "base_teacher", "direct_grpo", "mixed")
     ]
-    found = load_json(swept() / "sweep.json")["points"][1]["arms"]["mixed"]
-    assert float(rows[-1]["accuracy"]) == found["accuracy"]["sums"]["mean"]
-    assert float(rows[-1]["labels"]) == found["labels"]["distinct"] and float(rows[-1]["flops"]) == found["flops"]
+    mixed = load_json(swept() / "sweep.json")["points"][1]["arms"]["mixed"]
+    assert float(rows[-1]["accuracy"]) == mixed["accuracy"]["sums"]["mean"]
+    assert float(rows[-1]["labels"]) == mixed["labels"]["distinct"] and float(rows[-1]["flops"]) == mixed["flops"]
 
 
 def test_png_shows_line_in_colour_of_each_arm() -> None:

@@ -121,10 +121,10 @@ def test_outside_access_is_refused(name: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         code = REFUSED[name].format(port=server.getsockname()[1], outside=str(outside), victim=str(victim))
-        found = run(f"{code}\n{RIGHT}")
+        result = run(f"{code}\n{RIGHT}")
         with pytest.raises(TimeoutError):
             server.accept()
-    assert (found.passed, found.reason) == (False, "error"), found
+    assert (result.passed, result.reason) == (False, "error"), result
     assert victim.read_text() == "secret" and not outside.exists()
 
 
@@ -186,8 +186,8 @@ def test_time_memory_processes_and_files_are_limited(code: str, reason: str) -> 
         pytest.skip("no memory file system can be mounted here: the size of all files together was NOT tested")
     started = time.monotonic()
     seconds = 1.0 if reason == "timeout" else 4.0  # on a busy machine it takes a while to fill the memory
-    found = run(code, limits=sandbox.Limits(seconds=seconds))
-    assert (found.passed, found.reason) == (False, reason), found
+    result = run(code, limits=sandbox.Limits(seconds=seconds))
+    assert (result.passed, result.reason) == (False, reason), result
     assert time.monotonic() - started < 8
 
 
@@ -195,8 +195,8 @@ def test_unlimited_threads_are_bounded() -> None:
     code = (
         "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()"
     )
-    found = run(code, limits=sandbox.Limits(seconds=3.0, memory_mb=256))
-    assert not found.passed
+    result = run(code, limits=sandbox.Limits(seconds=3.0, memory_mb=256))
+    assert not result.passed
     assert threading.active_count() < 50
 
 
@@ -204,8 +204,8 @@ def test_verifier_kills_sandbox_with_its_worker() -> None:
     """The child dies with its parent, however that ends; a solution that hangs holds up nothing."""
     marker = f"sleep_marker_{os.getpid()}"
     with Verifier("python", workers=1, seconds=1.0) as verifier:
-        found = verifier([(TESTS, block(f"{marker} = 1\nwhile True: pass")), (TESTS, block(RIGHT))])
-    assert [one.reason for one in found] == ["timeout", "equal"]
+        verdicts = verifier([(TESTS, block(f"{marker} = 1\nwhile True: pass")), (TESTS, block(RIGHT))])
+    assert [verdict.reason for verdict in verdicts] == ["timeout", "equal"]
     deadline = time.monotonic() + 5
     while children() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -214,7 +214,7 @@ def test_verifier_kills_sandbox_with_its_worker() -> None:
 
 def children() -> list[str]:
     """Sandboxes that are still alive and not ours to wait for."""
-    found = []
+    alive = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
@@ -222,8 +222,8 @@ def children() -> list[str]:
         except (OSError, ValueError, IndexError):
             continue
         if str(sandbox.CHILD).encode() in words and parent == 1:
-            found.append(path.parent.name)
-    return found
+            alive.append(path.parent.name)
+    return alive
 
 
 HOOK_ONLY = """
@@ -259,6 +259,6 @@ def test_validate_runs_solutions_and_names_empty_tests(tmp_path: Path) -> None:
     ]
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps({"problem": f"p{n}", "answer": gold}) + "\n" for n, gold in enumerate(golds)))
-    found = validate(Source(path=str(path)), "python", workers=1)
-    assert found.total == 6
-    assert [reason for _, _, reason in found.failed] == ["different", "error", "passes_blank", "error"]
+    report = validate(Source(path=str(path)), "python", workers=1)
+    assert report.total == 6
+    assert [reason for _, _, reason in report.failed] == ["different", "error", "passes_blank", "error"]

@@ -47,8 +47,8 @@ def test_sandbox_solution_reaches_nothing_outside(name: str, tmp_path: Path) -> 
     victim = tmp_path / "victim"
     victim.write_text("secret", encoding="utf-8")
     code = ESCAPES[name].format(victim=str(victim))
-    found = sandbox.run(f"{code}\n{GOOD}", "assert f(2) == 4", limits=sandbox.Limits(seconds=5.0))
-    assert (found.passed, found.reason) == (False, "error"), found
+    result = sandbox.run(f"{code}\n{GOOD}", "assert f(2) == 4", limits=sandbox.Limits(seconds=5.0))
+    assert (result.passed, result.reason) == (False, "error"), result
     assert victim.read_text(encoding="utf-8") == "secret" and not list(tmp_path.glob("evil"))
 
 
@@ -85,8 +85,8 @@ BURDENS = {
 @pytest.mark.parametrize("name", BURDENS)
 def test_sandbox_stops_resource_exhaustion_and_grades_wrong(name: str) -> None:
     started = time.monotonic()
-    found = sandbox.run(f"{BURDENS[name]}\n{GOOD}", "assert f(2) == 4", limits=sandbox.Limits(seconds=2.0))
-    assert not found.passed and len(found.detail) <= 400
+    result = sandbox.run(f"{BURDENS[name]}\n{GOOD}", "assert f(2) == 4", limits=sandbox.Limits(seconds=2.0))
+    assert not result.passed and len(result.detail) <= 400
     assert time.monotonic() - started < 12
 
 
@@ -99,8 +99,8 @@ def test_sandbox_kills_fork_bomb() -> None:
         )
 
     bomb = "import os, threading\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-    found = sandbox.run(bomb, "pass", limits=sandbox.Limits(seconds=1.5))
-    assert not found.passed
+    result = sandbox.run(bomb, "pass", limits=sandbox.Limits(seconds=1.5))
+    assert not result.passed
     deadline = time.monotonic() + 20.0
     while count() > 0 and time.monotonic() < deadline:
         time.sleep(0.1)  # children of another test process's sandbox end by themselves

@@ -81,11 +81,11 @@ def test_desk_recipe_runs_on_tiny_pretrained_models(elsewhere: Path) -> None:
     assert not Path("desk/student/checkpoint").exists()
     ended = runs.call("run", "desk", "--out", "out", *SETS)
     assert ended.code == 0, ended.err
-    stages = [name.split(".")[0] for name in runs.node_names(Path("out"), "bridge_rl")]
-    assert stages == ["teacher_rl", "teacher_rollouts", "warmup", "opd", "student_rl"]
+    stages = [name.split(".")[0] for name in runs.node_names(Path("out"), "bridge")]
+    assert stages == ["teacher_rl", "teacher_rollouts", "warmup", "opd"]
     report = runs.load_json(Path("out/report.json"))
-    assert report["arms"]["bridge_rl"]["accuracy"].keys() == {"in_distribution", "harder"}
-    # 2 steps × 8 rollouts on each half's labels: every look is one check.
-    assert report["arms"]["bridge_rl"]["labels"]["checks"] == 32
-    made = AutoModelForCausalLM.from_pretrained(runs.node(Path("out"), "bridge_rl", "student_rl") / "model")
+    assert report["arms"]["bridge"]["accuracy"].keys() == {"in_distribution", "harder"}
+    # 2 steps × 8 rollouts of the teacher: every look is one check.
+    assert report["arms"]["bridge"]["labels"]["checks"] == 16
+    made = AutoModelForCausalLM.from_pretrained(runs.node(Path("out"), "bridge", "opd") / "model")
     assert made.config.hidden_size == 32

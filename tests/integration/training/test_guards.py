@@ -10,7 +10,7 @@ from runs import call, load_json, node, rows, tiny
 
 
 CUT = ("stages.student_rl.sampling.max_tokens=1", "stages.student_rl.steps=6", "guards.truncation.window=3",
-       "stages.student_rl.checkpoint_every=0")  # fmt: skip
+       "stages.student_rl.checkpoint_every=0", "guards.no_variance=off")  # fmt: skip
 
 
 def test_guard_warns_in_console_file_and_report_by_default(tmp_path: Path) -> None:
@@ -23,9 +23,9 @@ def test_guard_warns_in_console_file_and_report_by_default(tmp_path: Path) -> No
     assert (row["guard"], row["step"], row["figure"], row["bound"], row["window"], row["action"]) == (
         "truncation", 3, 1.0, 0.5, 3, "warn",
     )  # fmt: skip
-    (told,) = load_json(out / "report.json")["warnings"]
-    assert told["guard"] == "truncation" and told["arms"] == ["direct_grpo"] and told["seed"] == 0
-    assert row["sentence"] == told["sentence"]
+    (warning,) = load_json(out / "report.json")["warnings"]
+    assert warning["guard"] == "truncation" and warning["arms"] == ["direct_grpo"] and warning["seed"] == 0
+    assert row["sentence"] == warning["sentence"]
     assert "student_rl, step 3, seed 0 (direct_grpo): truncation" in result.out.replace("\n", " ")
     page = call("report", out)
     assert page.code == 0
@@ -41,7 +41,7 @@ def test_guard_stop_exits_4_and_resumes_only_after_recipe_change(tmp_path: Path)
     assert "student_rl, step 3 of 6: guard truncation: 1 of the completions" in result.err and "bound 0.5" in result.err
     path = next(out.glob("nodes/student_rl.*"))
     metrics = rows(path / "metrics.jsonl")
-    assert len(metrics) == 3 and [one.name for one in (path / "checkpoint").iterdir()] == ["000003"]
+    assert len(metrics) == 3 and [file.name for file in (path / "checkpoint").iterdir()] == ["000003"]
     # Run again it does not train on: the same sentence, the same files.
     again = tiny("run", out, "--arm", "direct_grpo", changes=stop)
     assert again.code == 4 and "student_rl, step 3 of 6: guard truncation: 1 of" in again.err

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from headwater.config.arms import ARMS, CONTRASTS, DESCRIPTIONS, Step, arm_of, stage_of
+from headwater.config.arms import ARMS, CONTRASTS, DESCRIPTIONS, OWN_STAGES, Step, arm_of, stage_of
 from headwater.config.builtin import builtin_names, builtin_text, find_recipe
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.errors import UserError
@@ -80,7 +80,7 @@ def test_contrasts_name_existing_arms_each_pair_once() -> None:
     assert {name for pair in CONTRASTS for name in pair} == set(ARMS)
     assert len({frozenset(pair) for pair in CONTRASTS}) == len(CONTRASTS) == 20
     assert {("bridge", "direct_grpo"), ("direct_grpo", "raw_teacher"), ("bridge_rl", "replay")} <= set(CONTRASTS)
-    assert list(DESCRIPTIONS) == ["base_student", "base_teacher", *ARMS] and all(DESCRIPTIONS.values())
+    assert list(DESCRIPTIONS) == ["base_student", "base_teacher", *ARMS, OWN_STAGES] and all(DESCRIPTIONS.values())
 
 
 @pytest.mark.parametrize("split", ["full", "half"])

@@ -24,7 +24,7 @@ def test_walk_gives_type_default_and_unit() -> None:
         "models.dtype": ("float32 or bfloat16", "float32", ""),
         "stages.opd.dense.beta": ("number > 0, < 1", 0.5, ""),
     }
-    assert FIELDS["models.teacher"].type_text == "text or mapping NAME: text"
+    assert FIELDS["models.teacher"].type_text == "text or mapping NAME: text or null"
     assert FIELDS["compute.sampler"].choices == ("torch", "vllm")
 
 

@@ -47,8 +47,8 @@ def test_recipe_faults_are_listed_with_lines_and_suggestions(tmp_path: Path) -> 
         "  line 5: models.teacher: input should be a valid string or input should be a valid dictionary (given: 5)",
         "  line 6: models.dtype: input should be 'float32' or 'bfloat16' (given: 'bfloat'); did you mean bfloat16?",
         "  line 9: unknown field data.evals.test.colums; did you mean columns?",
-        "  line 11: stages.teacher_rl.objective: input should be 'grpo', 'opd', 'mixed', 'forward_kl', 'sft', 'constant' "
-        "(given: 'grop'); did you mean grpo?",
+        "  line 11: stages.teacher_rl.objective: input should be 'grpo', 'opd', 'mixed', 'forward_kl', 'sft', 'constant', "
+        "or package.module:function (given: 'grop'); did you mean grpo?",
         "  line 12: unknown field stages.warmup.learning_rate; did you mean stages.warmup.optim.lr?",
         "  line 17: unknown field stages.opd.optim.lrr; did you mean lr?",
         "  --set labels.budgt=-1: unknown field labels.budgt; did you mean budget?",

@@ -97,6 +97,47 @@ def test_conversation_columns_may_be_nested_or_capitalised(
     assert loaded.gold == {problem_id("1+1?"): gold}
 
 
+BRIEF = ("system", "Be brief.")
+EARLIER = (("user", "1+1?"), ("assistant", "2"))
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"system_prompt": "Be brief.", "question": "1+2?"}, (BRIEF, ("user", "1+2?"))),
+        ({"system": "Be brief.", "instruction": "Add.", "input": "1, 2"}, (BRIEF, ("user", "Add.\n\n1, 2"))),
+        ({"history": [["1+1?", "2"]], "system": "Be brief.", "prompt": "1+2?"}, (BRIEF, *EARLIER, ("user", "1+2?"))),
+        ({"history": turns_of("1+1?", "2"), "prompt": turns_of("1+2?")}, (*EARLIER, ("user", "1+2?"))),
+        ({"history": json.dumps([["1+1?", "2"]]), "prompt": "1+2?", "system": " "}, (*EARLIER, ("user", "1+2?"))),
+        ({"prompt": {"system": "Be brief.", "messages": turns_of("1+2?")}}, (BRIEF, ("user", "1+2?"))),
+        ({"history": turns_of("3+3?", "6"), "prompt": turns_of("1+1?", "2", "1+2?")}, (*EARLIER, ("user", "1+2?"))),
+    ],
+)
+def test_system_and_history_columns_become_turns(tmp_path: Path, row: Any, turns: Any) -> None:
+    (problem,) = read(tmp_path, {**row, "answer": "3"}).problems
+    assert problem.turns == turns
+
+
+def test_history_without_turns_is_named(tmp_path: Path) -> None:
+    loaded = read(tmp_path, {"prompt": "1+2?", "history": "They met in 1900.", "answer": "3"})
+    assert [unused.column for unused in loaded.unused] == ["history"] and loaded.problems[0].turns == ()
+    sentence = refusal(tmp_path, {"prompt": "1+2?", "history": turns_of("1+1?"), "answer": "3"})
+    assert "row 1: 'history' does not end with a turn of the assistant" in sentence
+
+
+@pytest.mark.parametrize("content", [None, "", " \n", []])
+def test_system_turn_without_text_is_left_out(tmp_path: Path, content: Any) -> None:
+    (problem,) = read(
+        tmp_path, {"prompt": [{"role": "system", "content": content}, *turns_of("1+2?")], "answer": "3"}
+    ).problems
+    assert problem.turns == () and problem.id == problem_id("1+2?")
+
+
+def test_tools_within_prompt_object_are_refused(tmp_path: Path) -> None:
+    row = {"prompt": {"messages": turns_of("1+2?"), "tools": [{"name": "add"}]}, "answer": "3"}
+    assert "row 1: 'tools' is not empty" in refusal(tmp_path, row)
+
+
 def test_single_user_turn_equals_text_problem(tmp_path: Path) -> None:
     loaded = read(tmp_path, {"prompt": turns_of("1+1?"), "answer": "2"}, {"prompt": "1 + 1?", "answer": "2"})
     assert loaded.problems == [Problem(problem_id("1+1?"), "1+1?", loaded.problems[0].source)]
@@ -174,9 +215,10 @@ def test_conversations_differing_in_system_turn_share_half() -> None:
         ([{"role": "user", "content": [{"type": "text", "text": "?"}, {"type": "image"}]}], "a part of type 'image'"),
         ([*turns_of("1+1?"), {"role": "tool", "content": "2"}], "turn 2 of 'prompt' has the role 'tool'"),
         ([*turns_of("a"), {"role": "assistant", "tool_calls": [{"id": 1}]}, *turns_of("b")], "turn 2 of 'prompt' holds tool_calls"),
-        ([*turns_of("a"), {"role": "assistant", "content": None}, *turns_of("b")], "turn 2 of 'prompt' holds no text but NoneType"),
+        ([*turns_of("a"), {"role": "assistant", "content": None}, *turns_of("b")], "turn 2 of 'prompt' (assistant) has no content"),
         (turns_of("1+1?", "2"), "'prompt' ends with a turn of the assistant"),
         ([{"role": "system", "content": "Be brief."}], "does not end with a turn of the user (its last turn is system)"),
+        ([{"role": "user", "content": None}], "turn 1 of 'prompt' (user) has no content; give it a text, or remove the row"),
         (turns_of(" "), "turn 1 of 'prompt' is blank"),
         (turns_of("\ud800"), "turn 1 of 'prompt' holds half a surrogate pair"),
         ([{"role": "user", "content": 7}], "turn 1 of 'prompt' holds no text but int"),
@@ -191,50 +233,6 @@ def test_conversation_with_image_or_tool_columns_is_refused(tmp_path: Path) -> N
     for name in ("images", "tools"):
         sentence = refusal(tmp_path, {"prompt": MESSAGES, "answer": "2", name: [{"bytes": "…"}]})
         assert f"row 1: {name!r} is not empty" in sentence
-
-
-CITIES = ["Rome", "Paris", "Oslo", "Bern"]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"choices": CITIES, "answer": 1},
-        {"options": CITIES, "answer": "B", "answer_index": 1},
-        {"choices": {"text": CITIES, "label": ["A", "B", "C", "D"]}, "answer": "(B)"},
-        {"options": dict(zip("ABCD", CITIES, strict=True)), "answer": "b"},
-    ],
-)
-def test_choices_missing_from_problem_are_refused_and_shown_ones_read(tmp_path: Path, row: Any) -> None:
-    name = next(name for name in row if name != "answer")
-    sentence = refusal(tmp_path, {"question": "What is the capital of France?", **row})
-    assert f"row 1: the answer {row['answer']!r} is one of {name!r}" in sentence
-    shown = "What is the capital of France?\nA. Rome\nB. Paris\nC. Oslo\nD. Bern"
-    assert list(read(tmp_path, {"question": shown, **row}).gold) == [problem_id(shown)]
-    assert list(read(tmp_path, {"question": "Which city?", **row, "answer": "Paris"}).gold.values()) == ["Paris"]
-    assert list(read(tmp_path, {"question": "2+2?", "options": ["3", "4", "0"], "answer": 4}).gold.values()) == ["4"]
-
-
-@pytest.mark.parametrize(
-    ("choices", "answer"),
-    [
-        (["2", "4", "6", "8"], 1),  # the 2 stands in the question by chance
-        (["old", "new", "red", "is"], "3"),
-        (["A) 21", "B) 4", "C) 2"], "B"),
-        (["red", "What", "2", "is"], 0),
-    ],
-)
-def test_hidden_choices_are_refused_if_question_shows_one(tmp_path: Path, choices: Any, answer: Any) -> None:
-    sentence = refusal(tmp_path, {"question": "What is 2+2?", "choices": choices, "answer": answer})
-    assert f"row 1: the answer {answer!r} is one of 'choices'" in sentence
-
-
-def test_choices_may_have_other_labels_than_question(tmp_path: Path) -> None:
-    shown = "What is 2+2? (A) $2$ (B) $4$ (C) $\\left(6\\right)$"
-    choices = ["A. $2$", "B. $4$", "C. $(6)$"]
-    assert list(read(tmp_path, {"question": shown, "options": choices, "answer": "B"}).gold.values()) == ["B"]
-    numbers = {"question": "What is 1+0?", "options": ["A) 1", "B) 7"], "answer": "1"}
-    assert list(read(tmp_path, numbers).gold.values()) == ["1"]
 
 
 @pytest.mark.parametrize("print_turns", [str, repr, json.dumps])

@@ -254,7 +254,7 @@ def test_ungenerable_task_settings_are_refused_by_field(made: dict[str, Any], me
         (b'{"problem": "a", "answer": "1"}\n{"problem": \n', "row 2: is not JSON"),
         (b'{"problem": "a", "answer": "1"}\n\n[1]\n', "row 3: is not a JSON object but list"),
         (b'{"text": "a", "answer": "1"}', r"no column problem\|question\|prompt .* columns are text, answer"),
-        (b'{"problem": "a", "gold": "1"}', r"no column answer\|.* for the answer; its columns are problem, gold"),
+        (b'{"problem": "a", "key": "1"}', r"no column answer\|.* for the answer; its columns are problem, key"),
         (b'{"problem": "a", "answer": "1"}\n{"question": "b", "answer": "1"}', "row 2: has no column 'problem'"),
         (b'{"problem": 5, "answer": "1"}', "row 1: 'problem' is not text but int"),
         (b'{"problem": " ", "answer": "1"}', "row 1: 'problem' is blank"),

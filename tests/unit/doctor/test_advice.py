@@ -13,20 +13,41 @@ from headwater.doctor.advice import (
     MAX_WARMUP_COST,
     MIN_INFORMATIVE,
     MIN_LEAD,
+    arm_to_run,
     label_advice,
+    outcome_advice,
     student_rl_advice,
+    teacher_advice,
     warmup_advice,
 )
 from headwater.doctor.readiness import Continuations, PairMeasures, Readiness
 from headwater.stats import Interval
+from headwater.tasks.outcomes import Outcomes
 
 
 def known(share: float) -> Interval:
     return Interval(share, share, share)
 
 
-def model(informative: float, pass_rate: float = 0.2) -> Readiness:
-    return Readiness(known(pass_rate), {8: 0.5}, 8, known(informative), informative, 0.4, 0.0, 1.0, 0.5, 10.0)
+MOSTLY_WRONG, CUT = Outcomes({"wrong": 8, "right": 2}), Outcomes({"cut": 48, "wrong": 2})
+
+
+def model(informative: float, pass_rate: float = 0.2, outcomes: Outcomes = MOSTLY_WRONG) -> Readiness:
+    return Readiness(
+        pass_rate=known(pass_rate),
+        pass_at={8: 0.5},
+        group_size=8,
+        informative=known(informative),
+        informative_formula=informative,
+        c1=0.4,
+        truncated=0.0,
+        ended=1.0,
+        entropy=0.5,
+        tokens=10.0,
+        outcomes=outcomes,
+        stage="stages.teacher_rl",
+        max_tokens=48,
+    )
 
 
 def pair(student: float, teacher: float, kl: float = 0.0, passes: float = 1.0) -> PairMeasures:
@@ -145,3 +166,45 @@ def test_switch_advice_names_existing_metrics_and_valid_until() -> None:
     assert "`informative`" in result and "50%" in result and "kl_student_teacher" in result
     assert "{metric: validation, every: 10, patience: 2}" in result
     assert Until(metric="validation", every=10, patience=2).metric == "validation"
+
+
+def test_close_advice_runs_bridge_rl_with_half_of_labels_each() -> None:
+    edge = 0.95 - MIN_LEAD
+    for student, arm in ((edge - 0.9 * CLOSE_MARGIN, "bridge_rl"), (edge + 0.9 * CLOSE_MARGIN, "bridge_rl")):
+        assert arm_to_run(pair(student, 0.95))[0] == arm
+    clear = arm_to_run(pair(edge - 1.1 * CLOSE_MARGIN, 0.95)), arm_to_run(pair(edge + 1.1 * CLOSE_MARGIN, 0.95))
+    assert clear == (("bridge", "the labels go to the teacher"), ("direct_grpo", "the labels go to the student"))
+
+
+def test_completions_cut_at_their_limit_are_named_before_any_other_advice() -> None:
+    measures = replace(pair(0.5, 1.0), student=model(0.5), teacher=model(0.0, 0.0, CUT))
+    assert outcome_advice(measures) == {
+        "teacher": "96 % of the completions were cut at max_tokens = 48, 4 % were wrong: raise stages.teacher_rl.sampling."
+        "max_tokens, or check that the model ends its answers (its stop ids, its chat template)"
+    }
+    # A signal from the few that ended says little about the model: most of its answers were not judged.
+    assert outcome_advice(replace(measures, teacher=model(0.5, 0.1, CUT))).keys() == {"teacher"}
+    nowhere = replace(measures, student=model(0.0, 0.0, CUT))
+    assert outcome_advice(nowhere).keys() == {"student", "teacher"}
+    assert "First mend what keeps their answers from being judged" in label_advice(nowhere).because
+
+
+def test_outcomes_of_models_with_signal_need_no_advice() -> None:
+    assert outcome_advice(pair(0.5, 1.0)) == {}
+
+
+def test_teacher_no_better_than_its_student_is_named_with_numbers() -> None:
+    better = replace(pair(0.5, 1.0), student=model(0.5, 0.41), teacher=model(0.5, 0.43))
+    assert teacher_advice(better) is None
+    worse = str(teacher_advice(replace(better, teacher=model(0.5, 0.40))))
+    assert "the teacher is right 40% of the time, the student 41%" in worse and "(bridge)" in worse
+    assert "the teacher is right 41%" in str(teacher_advice(replace(better, teacher=model(0.5, 0.41))))
+    same = str(teacher_advice(replace(better, same_weights=True, kl_student_prefixes=0.0)))
+    assert same.startswith("student and teacher are the same weights: KL(student‖teacher) is 0.000 nats a token")
+
+
+def test_saturated_teacher_no_better_than_its_student_is_not_distilled() -> None:
+    measures = pair(student=0.90, teacher=0.90)
+    sated = replace(model(0.5, 0.9), c1=0.95)
+    advice = label_advice(replace(measures, student=sated, teacher=sated))
+    assert advice.where == "student" and "raw_teacher" not in advice.because

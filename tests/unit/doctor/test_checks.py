@@ -388,6 +388,13 @@ def test_repeated_and_contradicting_rows_are_named(tmp_path: Path) -> None:
     assert "1 problems have several different answers (rows 2 and 22)" in find(result, "contradicting-answers").evidence
 
 
+def test_unread_column_is_named_with_template(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "labeled.jsonl", *({**row, "context": "(+)"} for row in sums(20)))
+    finding = find(light(tmp_path, from_file(path)), "column-not-read")
+    assert finding.severity == "warning" and "data.labeled: column 'context' holds text in 20 of 20" in finding.evidence
+    assert 'set data.labeled.columns.problem to "{context}\\n\\n{problem}"' in finding.remedy
+
+
 def test_overlapping_or_empty_evaluations_are_named(tmp_path: Path) -> None:
     same = jsonl(tmp_path / "same.jsonl", *sums(3, first=60))
     torn = jsonl(tmp_path / "torn.jsonl", {"problem": "7+7", "answer": "14"}, {"problem": "7+7", "answer": "15"})

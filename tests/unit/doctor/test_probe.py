@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from headwater.config.builtin import find_recipe
@@ -48,8 +48,9 @@ def test_continuations_start_in_first_quarter_of_correct_teacher_answer() -> Non
     wrong, right, later = (rollout_of(prompt, (first, *[9] * 7), sample) for sample, first in enumerate((7, 8, 6)))
     policies = [policy_of(tiny_model(seed=seed)) for seed in (0, 1)]
     stage = recipe.stages.teacher_rl
-    student = probe.ModelSamples(policies[0], stage, (wrong,), np.zeros((1, 1), dtype=np.int64))
-    teacher = probe.ModelSamples(policies[1], stage, (wrong, right, later), np.array([[0, 1, 1]]))
+    no, yes = Verdict(False, "different"), Verdict(True, "equal")
+    student = probe.ModelSamples(policies[0], stage, "stages.student_rl", (wrong,), (no,), 1)
+    teacher = probe.ModelSamples(policies[1], stage, "stages.teacher_rl", (wrong, right, later), (no, yes, yes), 3)
     spends: list[Spend] = []
     labels = Labels({right.problem_id: "4"}, grade, 1)
     task = probe.ProbeTask(
@@ -66,3 +67,23 @@ def test_continuations_start_in_first_quarter_of_correct_teacher_answer() -> Non
         assert interval.mean == pytest.approx(sum(len(text) % 2 == 0 for text in part) / probe.CONTINUATIONS)
     assert [spend.checks for spend in spends] == [probe.CONTINUATIONS] * 2
     assert continuations.kl > 0.1  # two models of random weights on two right answers
+
+
+def test_readiness_counts_outcomes_of_its_samples() -> None:
+    recipe, prompt = find_recipe("pocket", list(TINY)), (1, 6, 15, 7, 2)
+    cut = [rollout_of(prompt, (7, 8), sample) for sample in range(4)]  # rollout_of makes rollouts that were cut
+    ended = [replace(rollout, finish="stop") for rollout in cut]
+    verdicts = [
+        *(
+            Verdict(correct, reason)
+            for correct, reason in ((True, "equal"), (False, "no_answer"), (False, "different"))
+        ),
+        *(Verdict(False, reason) for reason in ("no_answer", "no_answer", "different", "timeout", "truncated")),
+    ]
+    samples = probe.ModelSamples(
+        policy_of(tiny_model()), recipe.stages.teacher_rl, "stages.teacher_rl", [*cut[:3], *ended, cut[3]], verdicts, 4
+    )
+    measured = probe.readiness(samples, 0.5)
+    assert measured.outcomes.counts == {"right": 1, "cut": 3, "no_answer": 2, "wrong": 1, "ungraded": 1}
+    assert (measured.stage, measured.max_tokens) == ("stages.teacher_rl", 32)
+    assert measured.pass_rate.mean == 1 / 8 and samples.correct().tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]

@@ -351,3 +351,44 @@ def test_accuracy_paths_of_teacher_and_student() -> None:
         ("raw_teacher", "22.1", "8.9 → OPD 14.2"),
         ("bridge", "22.1 → RL 97.4", "8.9 → warm-up 56.9 → OPD ?"),
     ]
+
+
+def test_outcomes_are_shares_of_all_rollouts(tmp_path: Path) -> None:
+    arms = {name: ARMS[name] for name in ("base_student", "direct_grpo")}
+    out = fake_run(tmp_path / "out", seeds=(0,), arms=arms, steps=3)
+    folder = out / "nodes" / names(out, "direct_grpo", 0)[-1] / "rollouts"
+    folder.mkdir(exist_ok=True)
+    kinds = {
+        "right": {"correct": True, "reason": "equal", "finish": "stop"},
+        "cut": {"correct": False, "reason": "no_answer", "finish": "length"},
+        "wrong": {"correct": False, "reason": "different", "finish": "stop"},
+    }
+    for step, outcomes in enumerate((["cut"] * 8, ["cut"] * 5 + ["wrong"] * 3, ["cut"] * 7 + ["right"]), 1):
+        text = "".join(json.dumps(kinds[name]) + "\n" for name in outcomes)
+        (folder / f"{step:06d}.jsonl").write_text(text)
+    stage = next(row for row in report.build([out])["stages"] if row["stage"] == "student_rl")
+    assert stage["outcomes"] == pytest.approx(
+        {"cut": 20 / 24, "wrong": 3 / 24, "right": 1 / 24, "no_answer": 0, "ungraded": 0}
+    )
+    assert stage["no_signal"] is None  # some of its groups were informative
+
+
+def test_verdict_says_why_no_group_was_informative(tmp_path: Path) -> None:
+    arms = {name: ARMS[name] for name in ("base_student", "direct_grpo")}
+    out = fake_run(tmp_path / "out", seeds=(0,), arms=arms, steps=2)
+    node = out / "nodes" / names(out, "direct_grpo", 0)[-1]
+    rows = [{**row, "informative": 0.0} for row in _rows(node / "metrics.jsonl")]
+    (node / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    info = json.loads((node / "node.json").read_text())
+    info["settings"] = {"sampling": {"max_tokens": 48}}
+    (node / "node.json").write_text(json.dumps(info))
+    (node / "rollouts").mkdir(exist_ok=True)
+    graded = [{"correct": False, "reason": "no_answer", "finish": "length"}] * 24 + [
+        {"correct": False, "reason": "different", "finish": "stop"}
+    ]
+    for step in (1, 2):
+        (node / "rollouts" / f"{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded))
+    assert (
+        "in no group did the rewards differ. In student_rl 96 % of the completions were cut at max_tokens = 48, 4 % were wrong: "
+        "raise stages.student_rl.sampling.max_tokens"
+    ) in report.build([out])["verdict"]

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from headwater.config.recipe import Guards
+from headwater.config.guards import Guards
 from headwater.config.stage import Stage
 from headwater.losses.batch import Row
 from headwater.storage.run_dir import NodeDir, append_jsonl

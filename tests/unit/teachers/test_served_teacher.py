@@ -115,10 +115,10 @@ def changed(good: Answers, change: Callable[[dict[str, Any]], Any]) -> Answers:
     """Answers with every choice of a completion changed."""
 
     def answer(path: str, body: dict[str, Any] | None) -> Any:
-        answer = good(path, body)
-        if path == "/v1/completions" and isinstance(answer, dict):
-            return {"choices": [change(choice) for choice in answer["choices"]]}
-        return answer
+        reply = good(path, body)
+        if path == "/v1/completions" and isinstance(reply, dict):
+            return {"choices": [change(choice) for choice in reply["choices"]]}
+        return reply
 
     return answer
 

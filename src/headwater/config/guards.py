@@ -1,0 +1,64 @@
+"""Schema of the recipe's section `guards`; `training.guards` defines the metrics."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from headwater.config.schema import Steps, Strict
+
+
+class Guard(Strict):
+    """A training guard: the action when its metric, over the last `window` steps, is beyond `bound`."""
+
+    action: Literal["warn", "stop", "off"]
+    """`warn` prints and records the alarm, `stop` ends training with exit code 4, `off` does not measure."""
+    bound: Annotated[float, Field(ge=0.0)]
+    """Value of the metric beyond which the guard acts."""
+    window: Steps
+    """Last steps over which the metric is averaged."""
+
+
+GUARDS: dict[str, dict[str, Any]] = {
+    "kl_explosion": {"action": "warn", "bound": 1.0, "window": 10},
+    "entropy_collapse": {"action": "warn", "bound": 0.03, "window": 10},
+    "truncation": {"action": "warn", "bound": 0.5, "window": 10},
+    "no_variance": {"action": "warn", "bound": 0.01, "window": 10},
+    "sampler_gap": {"action": "warn", "bound": 0.05, "window": 10},
+}
+"""Defaults of each guard (docs/guards.md); `training.guards` defines the metrics."""
+
+
+class Guards(Strict):
+    """Actions when a metric of training goes wrong (docs/guards.md).
+
+    `truncation: stop` changes only the action, `truncation: {action: stop, bound: 0.3}` the named fields."""
+
+    no_signal: Literal["stop", "continue"] = "stop"
+    """Action when in the first `patience` steps of a stage all rewards are equal within every group."""
+    patience: Steps = 3
+    """First steps of a stage that `no_signal` looks at."""
+    kl_explosion: Guard
+    """The KL has risen by more than `bound` nats per token over its lowest."""
+    entropy_collapse: Guard
+    """The entropy is at most `bound` of its value at the start of the stage."""
+    truncation: Guard
+    """More than `bound` of the completions reached the token limit."""
+    no_variance: Guard
+    """At most `bound` of the groups have rewards that differ."""
+    sampler_gap: Guard
+    """Sampler and trainer differ by more than `bound` nats per token."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_defaults(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {**value, **{name: _guard(value.get(name, {}), default) for name, default in GUARDS.items()}}
+
+
+def _guard(value: Any, default: dict[str, Any]) -> Any:
+    """A guard's value completed by its defaults. YAML reads a bare `off` as false."""
+    value = {"action": "off" if value is False else value} if isinstance(value, (str, bool)) else value
+    return {**default, **value} if isinstance(value, dict) else value

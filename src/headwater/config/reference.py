@@ -1,0 +1,177 @@
+"""The recipe reference: one field or a section for a terminal, every field as Markdown, and a JSON schema for editors."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from headwater.config import yaml
+from headwater.config.builtin import builtin_names, builtin_text
+from headwater.config.fields import ANY_NAME, SchemaField, walk
+from headwater.config.guards import GUARDS
+from headwater.config.recipe import Recipe, Source
+from headwater.config.stage import Stage
+from headwater.config.validation import intended_field
+from headwater.errors import UserError, did_you_mean
+
+EXPLAINED_ONCE: dict[type[BaseModel], str] = {Stage: "stages.STAGE", Source: "data.SOURCE"}
+"""Sections that several fields hold, and the heading under which the page lists their fields once."""
+
+
+def explain(path: str, width: int = 80) -> str:
+    """What the reference says about a field, or about a section and each of its fields. Raises UserError for an unknown path.
+
+    Example: `explain("stages.opd.optim.lr")` has the lines `type     number > 0` and `default  1e-06`.
+    """
+    if not path:
+        return _section_text("", [field for field in FIELDS.values() if "." not in field.path], width)
+    name = _known_path(path)
+    field = FIELDS[name]
+    lines = [path, *_wrapped(field.description, width)]
+    lines += [f"  {key:8} {value}" for key, value in _facts(field) if value]
+    if field.section is None:
+        return "\n".join([*lines, *_wrapped(_shipped_values(path), width)])
+    inner = [other for other in FIELDS.values() if _parent(other.path) == name]
+    return "\n".join([*lines, "", _section_text(f"{path}.", inner, width)])
+
+
+def _shipped_values(path: str) -> str:
+    """The field's values in the built-in recipes. Example: `set in pocket to 0.001, in gsm8k to 5e-05`."""
+    values = []
+    for name in builtin_names():
+        value: Any = yaml.read(builtin_text(name), name)
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None and not isinstance(value, dict):
+            values.append(f"in {name} to {value_text(value)}")
+    return f"set {', '.join(values)}" if values else ""
+
+
+def _parent(path: str) -> str:
+    """The section of a field; a section's own NAME counts with it."""
+    return path.rpartition(".")[0].removesuffix(f".{ANY_NAME}")
+
+
+def _known_path(path: str) -> str:
+    """The schema's path of a field, in which NAME stands for the user's own keys."""
+    for name in FIELDS:
+        pattern = re.escape(name).replace(ANY_NAME, r"[^.]+")
+        if re.fullmatch(pattern, path):
+            return name
+    for name in FIELDS:  # an entry of a mapping, such as data.evals.test, is explained with the mapping
+        if f"{name}.{ANY_NAME}" == f"{path.rpartition('.')[0]}.{ANY_NAME}" and f"{name}.{ANY_NAME}" in PARENTS:
+            return name
+    suggestion = intended_field(tuple(path.split(".")), Recipe) or did_you_mean(path, FIELDS)
+    sections = ", ".join(name for name in FIELDS if "." not in name)
+    raise UserError(f"explain {path}: no such field; the sections are {sections}{suggestion}")
+
+
+def _facts(field: SchemaField) -> Iterator[tuple[str, str]]:
+    yield "type", field.type_text
+    yield "default", _default(field)
+    yield "unit", field.unit
+
+
+def _default(field: SchemaField) -> str:
+    if field.required and field.name == "objective":
+        return "the stage's own"
+    if field.required:
+        return "none: must be given"
+    if field.section is not None and field.default is not None:
+        return ""
+    return value_text(field.default)
+
+
+def value_text(value: Any) -> str:
+    """A default as it is written in YAML. Example: `value_text(("teacher", "student"))` is `[teacher, student]`."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(value_text, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = str(value)
+    return text if re.fullmatch(r"[\w.:/+-]+", text) else json.dumps(text, ensure_ascii=False)
+
+
+def _section_text(prefix: str, fields: list[SchemaField], width: int) -> str:
+    """One paragraph a field: name, type, default and unit on a line, the description below it."""
+    lines = []
+    for field in fields:
+        default = _default(field)
+        facts = [field.type_text, f"default {default}" if default else "", field.unit]
+        name = field.path.removeprefix(prefix).rpartition(".")[2]
+        lines += _wrapped(f"{name}: {', '.join(fact for fact in facts if fact)}", width, indent=0, hanging=4)
+        lines += _wrapped(field.description, width, indent=4)
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, width: int, indent: int = 2, hanging: int | None = None) -> list[str]:
+    after = indent if hanging is None else hanging
+    return textwrap.wrap(
+        text, width, initial_indent=" " * indent, subsequent_indent=" " * after, break_on_hyphens=False
+    )
+
+
+def markdown() -> str:
+    """Every field as one Markdown table a section; fields of stages and of problem sources are listed once."""
+    parts = []
+    for heading, fields in _page_sections():
+        rows = [
+            f"| `{field.name}` | {_cell(field.type_text)} | {_cell(_default(field))} | {field.unit} | {_cell(field.description)} |"
+            for field in fields
+        ]
+        parts.append(
+            "\n".join(
+                [f"## {heading}", "", "| field | type | default | unit | meaning |", "|---|---|---|---|---|", *rows, ""]
+            )
+        )
+    return "\n".join(parts)
+
+
+def _page_sections() -> Iterator[tuple[str, list[SchemaField]]]:
+    yield "The recipe", [field for field in FIELDS.values() if "." not in field.path]
+    done: set[type[BaseModel]] = set()
+    for field in FIELDS.values():
+        if field.section is None or (field.section in EXPLAINED_ONCE and field.section in done):
+            continue
+        heading, inner = field.path, [other for other in FIELDS.values() if _parent(other.path) == field.path]
+        owner = next((section for section in EXPLAINED_ONCE if field.path.startswith(tuple(_paths_of(section)))), None)
+        if owner is not None:
+            first = next(_paths_of(owner))
+            if not field.path.startswith(first):
+                continue
+            heading = EXPLAINED_ONCE[owner] + field.path.removeprefix(first)
+        done.add(field.section)
+        yield heading, inner
+
+
+def _paths_of(section: type[BaseModel]) -> Iterator[str]:
+    return (field.path for field in FIELDS.values() if field.section is section)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("{", "&#123;")
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of recipe files (draft 2020-12), for editors, with the short forms that validators complete."""
+    schema = Recipe.model_json_schema()
+    sections = schema["$defs"]
+    sections["Source"] = {"anyOf": [{"type": "string"}, sections["Source"]]}
+    sections["Guard"].pop("required")
+    sections["Guard"] = {"anyOf": [{"enum": ["warn", "stop", "off", False]}, sections["Guard"]]}
+    for name in ("Guards", "Stage"):
+        required = sections[name].pop("required")
+        assert set(required) <= {*GUARDS, "objective"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Headwater recipe"}
+
+
+FIELDS = {field.path: field for field in walk(Recipe)}
+"""Every field of the recipe by its path, in the order of the schema."""
+PARENTS = {path.rpartition(".")[0] for path in FIELDS}

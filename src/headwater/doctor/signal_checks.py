@@ -1,0 +1,95 @@
+"""Doctor checks of what a run could learn from: answers that a grader finds, and a teacher that differs from its student.
+
+They look at no label: whether the answers are right is for `headwater probe` to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from headwater.doctor.context import DoctorContext
+from headwater.doctor.finding import Finding, note, warning
+from headwater.doctor.weight_checks import SELF_KL, scored_rollouts, self_kl
+from headwater.runs.plan import Node, supervisor
+from headwater.tasks.outcomes import REMEDIES
+
+MAX_WITHOUT_ANSWER = 0.5
+MIN_ENDED = 4
+"""Completions that must have ended by themselves for a share of them to be judged."""
+
+
+def answers_found(context: DoctorContext) -> Iterator[Finding]:
+    """Whether the grader finds an answer in completions of the models that are rewarded for right ones from their first step."""
+    rewarded = [node for node in context.nodes if node.settings is not None and node.settings.needs_labels]
+    extract = context.inputs.task.extract if rewarded else None
+    for role in context.sampled_roles:
+        stages = [node.stage for node in rewarded if node.kind == "train" and node.start == role]
+        if extract is None or not stages:
+            continue
+        completion, rollouts = context.prompter(role).completion, context.sample(role).rollouts
+        ended = [completion(rollout.completion_ids) for rollout in rollouts if rollout.finish == "stop"]
+        missing = sum(extract(text) is None for text in ended)
+        if len(ended) >= MIN_ENDED and missing > MAX_WITHOUT_ANSWER * len(ended):
+            yield warning(
+                "no-answers",
+                f"models.{role}: the grader of task {context.recipe.task} finds no answer in {missing} of {len(ended)} sampled "
+                f"completions that ended by themselves, and stage {stages[0]} rewards right answers alone",
+                REMEDIES["no_answer"],
+            )
+
+
+def distillation_first(context: DoctorContext) -> Iterator[Finding]:
+    """Arms that distil the teacher as it is, although there are labels that could train it first."""
+    if len(context.local("teacher")) != 1 or any(
+        node.kind == "train" and node.role == "teacher" for node in context.nodes
+    ):
+        return  # a teacher that is not trained here, or a study that compares both
+    labels, stages = len(context.inputs.pools.all), untrained_distillations(context)
+    if labels and stages:
+        yield note(
+            "teacher-not-trained",
+            f"{_steps(context, stages)} distil models.teacher as it is; {labels} labels could train it first",
+            "nothing if it solves these problems much better than the student (`headwater probe` measures both and advises); else "
+            "--arm bridge",
+        )
+
+
+def teacher_is_student(context: DoctorContext) -> Iterator[Finding]:
+    """Student and teacher that give the same distributions: distilled as it is, the teacher has nothing to teach."""
+    for _, teacher in [pair for pair in context.distillations if pair[0] == "student"]:
+        student, rollouts = context.policy("student", False), scored_rollouts(context)
+        kl = self_kl(student, context.policy(teacher, True), rollouts, context.recipe.compute.microbatch_tokens)
+        if not abs(kl) < SELF_KL[student.compute_dtype]:
+            continue
+        evidence = (
+            f"models.student and models.{teacher}: on {len(rollouts)} sampled completions KL(student‖teacher) is {abs(kl):.2g} nats "
+            "a token, so they are the same model"
+        )
+        stages = untrained_distillations(context)
+        if stages:
+            yield warning(
+                "teacher-is-student",
+                f"{evidence}, and {_steps(context, stages)} distil it as it is: they would change nothing",
+                "name a stronger teacher, or train the student on the labels (--arm direct_grpo)",
+            )
+        else:
+            yield note(
+                "teacher-is-student",
+                f"{evidence} until the teacher is trained on the labels",
+                "nothing if that is intended; --arm direct_grpo trains the student itself on the same labels, at a lower cost",
+            )
+
+
+def untrained_distillations(context: DoctorContext) -> list[Node]:
+    """Stages of the student that distil a base teacher."""
+    return [node for node in context.nodes if node.kind == "train" and supervisor(node) == "teacher"]
+
+
+def _steps(context: DoctorContext, stages: list[Node]) -> str:
+    """Example: `warmup (40 steps) and opd (80 steps)`."""
+    steps = {
+        node.stage: context.inputs.steps(node.pool, node.settings)
+        for node in stages
+        if node.pool is not None and node.settings is not None
+    }
+    return " and ".join(f"{stage} ({count} step{'s' if count != 1 else ''})" for stage, count in steps.items())
