@@ -60,7 +60,9 @@ _PHRASE = re.compile(
     r"\bans(?:wer)?\b(?:\s(?:to|for|of)\s(?:the|this|your|our)\s(?:(?:original|given|math|whole)\s)?(?:question|problem|puzzle|riddle)"
     r"|,?\s(?:then|therefore|thus|hence)\b,?)?[*_:：\s]{0,8}"
     r"(?:(?:is|are|was|equals|(?:comes|works)\sout\sto|turns\sout\sto\sbe)\b|(?<=[:：])|(?<=[:：][*_])|(?<=[:：]\*\*)|="
-    rf"|(?:would|should|must|will|has\sto)\sbe(?=[\s*:]{{1,4}}(?:[-+$\\(*]{{0,4}}\d(?![\d,.]*[\s-](?:digit|decimal|significant|place))|\$|{_CHOSEN}))"
+    r"|(?:would|should|must|will|has\sto)\sbe"
+    rf"(?=[\s*:]{{1,4}}(?:[-+$\\(*]{{0,4}}\d(?![\d,.]*[\s-](?:digit|decimal|significant|place))"
+    rf"|\$|{_CHOSEN}))"
     r")[:：*_]{0,4}",
     re.IGNORECASE,
 )

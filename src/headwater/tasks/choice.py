@@ -60,8 +60,8 @@ def letters_of(statement: str) -> str | None:
 
 
 def extract(completion: str) -> str | None:
-    """Chosen letters: from the box, `####` or "answer is"; else at the last line's start; else "I choose B", "B is correct"; else the only
-    option that is named and not rejected ("option B").
+    """Chosen letters: from the box, `####` or "answer is"; else at the last line's start; else "I choose B", "B is correct"; else
+    the only option that is named and not rejected ("option B").
 
     Example: `extract("It is Paris.\\nAnswer: **B**")` is `"B"`.
     """
@@ -119,7 +119,9 @@ def _same_text(gold: str, completion: str) -> bool:
 
 
 def grade(gold: str, completion: str) -> tuple[bool, str]:
-    """Compare the chosen letters, or the text of a gold such as `B) Paris`, with the gold; reasons `equal`, `different`, `no_answer`, `truncated`, `error` (bad gold).
+    """Compare the chosen letters, or the text of a gold such as `B) Paris`, with the gold.
+
+    Reasons: `equal`, `different`, `no_answer`, `truncated`, `error` (bad gold).
 
     Example: `grade("B", "The answer is (B) Paris.")` gives `(True, "equal")`; "B or C" gives `(False, "different")`.
     """

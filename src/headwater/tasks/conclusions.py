@@ -16,7 +16,10 @@ _WORDS = (
     r"|quindi|dunque|pertanto|in\stotale|portanto|logo|assim|então|no\stotal|dus|alltså|således|таким\sобразом|следовательно|итак"
     r"|значит|отже|zatem|więc|tedy|takže|deci|siis|tehát|bu\snedenle|vậy|do\sđó|jadi|oleh\skarena\situ|άρα|επομένως|kwa\shiyo"
 )
-_SPACELESS_WORDS = r"因此|所以|综上所述|综上|最[终終]|故|したがって|従って|よって|따라서|그러므로|ดังนั้น|সুতরাং|بنابراین|لذلك|إذن|لذا|לכן|इसलिए|अतः"
+_SPACELESS_WORDS = (
+    r"因此|所以|综上所述|综上|最[终終]|故|したがって|従って|よって|따라서|그러므로|ดังนั้น|সুতরাং"
+    r"|بنابراین|لذلك|إذن|لذا|לכן|इसलिए|अतः"
+)
 _NOUNS = (
     r"(?:(?:the|le|la|das|die|el|il|o|a|az|het|resultat|final|correct)\s){0,2}(?:result|value|solution|total|sum|résultat|valeur|ergebnis"
     r"|lösung|wert|resultado|solución|valor|risultato|soluzione|valore|solução|resultaat|oplossing|wynik|wartość|výsledek|результат"
@@ -30,8 +33,8 @@ _START = re.compile(
 )
 # Between the subject and its value.
 _COPULA = (
-    r"(?:\s(?:is|are|was|were|equals?|will\sbe|amounts\sto|comes\sto|est|sont|vaut|ist|sind|beträgt|lautet|es|son|è|sono|é|são|är|er|to|wynosi|je|"
-    r"равен|равна|равно|составляет|дорівнює|este|on|là|adalah|είναι|ni)\b(?:\s(?:equal\sto|égale?\sà|gleich|therefore|thus|then|donc))?"
+    r"(?:\s(?:is|are|was|were|equals?|will\sbe|amounts\sto|comes\sto|est|sont|vaut|ist|sind|beträgt|lautet|es|son|è|sono|é|são|är|er"
+    r"|to|wynosi|je|равен|равна|равно|составляет|дорівнює|este|on|là|adalah|είναι|ni)\b(?:\s(?:equal\sto|égale?\sà|gleich|therefore|thus|then|donc))?"
     rf"|(?:\A|\s)(?:ist|beträgt|lautet|is|är|er)\s{_NOUNS}\s"  # "Daher ist die Lösung 42."
     r"|是|[为為]|等[于於]|は|[은는]\s|คือ|হল|هي|هو|היא|=|:|：)[\s:：*]*"
 )

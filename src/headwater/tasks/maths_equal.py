@@ -25,7 +25,8 @@ _HEDGES = {"or", "and", "not", "no", "maybe", "about", "approximately", "roughly
            "milliard", "milliards", "miliardi", "tausend", "duizend", "tusen", "tusind", "cientos", "cento", "cent", "hundert",
            "ungefähr", "etwa", "mindestens", "höchstens", "oder", "und", "nicht", "environ", "ou", "et", "pas", "non",
            "aproximadamente", "circa", "или", "не", "примерно", "около", "более", "менее",
-           "ist", "falsch", "est", "faux", "es", "incorrecto", "incorrecta", "errata", "неверно", "неправильно"} | set(_SCALES)  # fmt: skip
+           "ist", "falsch", "est", "faux", "es", "incorrecto", "incorrecta", "errata",
+           "неверно", "неправильно"} | set(_SCALES)  # fmt: skip
 _SCALE_STEMS = ("милл", "тыс", "млн", "млрд", "трлн", "milh", "milj", "milio", "tysi", "tisíc")
 _RELATIONS = ("<", ">", r"\leq", r"\geq", r"\neq")
 _FLIPPED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq", r"\neq": r"\neq"}

@@ -24,7 +24,8 @@ _SCIENTIFIC = re.compile(
 def number(text: str) -> Fraction | None:
     """Exact value of a numeral; None for anything else.
 
-    Formats: `1,080`, `-.5`, `2\\frac{1}{2}`, `3/4`, `6.72\\times 10^{-5}`, `-1e-07`, `0.\\overline{27}`, each also in brackets; `四十二`.
+    Formats: `1,080`, `-.5`, `2\\frac{1}{2}`, `3/4`, `6.72\\times 10^{-5}`, `-1e-07`, `0.\\overline{27}`, each also in
+    brackets; `四十二`.
     """
     text = text.strip()
     if not text or len(text) > LONGEST_NUMBER:

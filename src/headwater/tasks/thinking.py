@@ -22,8 +22,8 @@ _BEGIN = (
 )
 _ENDS = re.compile(_END, re.IGNORECASE)
 _REASONING = re.compile(r"<(/?)(?:reasoning|reflection|scratchpad|inner_monologue)>", re.IGNORECASE)
-# Special tokens that may be thinking marks of models not named above: </reasoning>, </reflection>, <seed:cot_budget_reflect>. Nobody writes a
-# special token by accident, so these words are enough there.
+# Special tokens that may be thinking marks of models not named above: </reasoning>, </reflection>, <seed:cot_budget_reflect>.
+# Nobody writes a special token by accident, so these words are enough there.
 _NAMED = (
     r"[<\[◁【{][^\s<>\[\]◁▷【】{}]{0,40}"
     r"(?:think|thought|reason|reflect|scratchpad|monologue|(?<![a-z])cot(?![a-z]))"
