@@ -78,7 +78,7 @@ def run(
             fault_points.failpoint("run.locked")
             folder.claim(recipe.model_dump(mode="json"))
             fault_points.failpoint("run.claimed")
-            if any(inputs.told_day(node.role) for node in plan.order()):
+            if any(inputs.template_day(node.role) for node in plan.order()):
                 write_json(folder.day, {"day": str(day)})
             write_json(folder.env, environment(inputs.device, processes))
             write_rows(folder.left_out, inputs.left_out)

@@ -39,7 +39,7 @@ def shuffled(items: list[str], *parts: str | int) -> list[str]:
 
 @contextlib.contextmanager
 def python_draws(*parts: str | int) -> Iterator[None]:
-    """Code of others that draws from Python's own generator draws by the parts; its state is put back."""
+    """Seed Python's global `random` by the parts for library code, and restore its state afterwards."""
     state = random.getstate()
     random.seed(seed_of(*parts))
     try:

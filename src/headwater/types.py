@@ -43,7 +43,7 @@ def conversation_id(turns: Sequence[Turn]) -> str:
 
 
 def user_turns(turns: Sequence[Turn]) -> list[str]:
-    """What the user says, turn by turn."""
+    """Contents of the user's turns, in order."""
     return [content for role, content in turns if role == "user"]
 
 

@@ -128,6 +128,15 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
         "sweep pocket --vary lambda --seeds 0,1,2 --dry-run",
         "lambda|λ",
     ),
+    "init mine --student STUDENT --teacher TEACHER --data problems.jsonl > my.yaml": (
+        "init mine --student pocket:qwen3-student --teacher pocket:qwen3-teacher --data problems.jsonl --task sums",
+        "lr: 3.0e-06",
+    ),
+    "init mine": (
+        "init mine --student pocket:qwen3-student --teacher pocket:qwen3-teacher --data problems.jsonl --evals "
+        "held-out.jsonl --task sums --device cpu",
+        "labels:",
+    ),
     "doctor RECIPE": ("doctor my.yaml", "nothing is wrong"),
     "doctor RECIPE [--arms a,b|all] [--set path=value] [--device auto|cpu|cuda] [--out DIR] [--json]": (
         "doctor my.yaml --arms direct_grpo,bridge --set labels.budget=128 --device cpu --out runs/none --json",

@@ -54,12 +54,12 @@ def small(out: Path, *changes: str, verb: str = "run") -> list[str | Path]:
 def digests(out: Path) -> dict[str, str]:
     """sha256 of every file of a run's folder by name, without measured times: equal for runs that did the same.
 
-    Nothing is left out but locks. A file that should not be there is a difference.
+    Nothing is left out but locks, and when and where nodes ran. A file that should not be there is a difference.
     """
     return {
         str(path.relative_to(out)): hashlib.sha256(_content(path)).hexdigest()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.parent.name != ".locks" and path.name != ".lock"
+        if path.is_file() and path.parent.name not in (".locks", "attempts") and path.name != ".lock"
     }
 
 

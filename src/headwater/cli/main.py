@@ -22,11 +22,39 @@ app = typer.Typer(
 
 
 @app.command()
-def init(name: Annotated[str, typer.Argument(help="Which recipe to start from.")] = "pocket") -> None:
-    """Print a commented recipe to start from."""
-    from headwater.config.builtin import builtin_text
+def init(
+    name: Annotated[
+        str, typer.Argument(help="A built-in recipe, or `mine` for one that is fitted to your models.")
+    ] = "pocket",
+    student: Annotated[str | None, typer.Option("--student", help="mine: folder or hub id of the student.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="mine: folder or hub id of the teacher.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="mine: file of problems with answers.")] = None,
+    evals: Annotated[
+        str | None, typer.Option("--evals", help="mine: file to evaluate on; without it, a part of --data is held out.")
+    ] = None,
+    task: Annotated[str | None, typer.Option("--task", help="mine: the grader, if the answers do not show it.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")
+    ] = None,
+) -> None:
+    """Print a commented recipe to start from.
 
-    print(builtin_text(name), end="")
+    `headwater init mine --student S --teacher T --data FILE > mine.yaml` measures the pair, the data and the device.
+    """
+    if name != "mine":
+        if any(value is not None for value in (student, teacher, data, evals, task, device)):
+            raise UserError(
+                f"init {name}: takes no options; those of models, data and device belong to `headwater init mine`"
+            )
+        from headwater.config.builtin import builtin_text
+
+        print(builtin_text(name), end="")
+        return
+    if student is None or teacher is None or data is None:
+        raise UserError("init mine: needs --student, --teacher and --data")
+    from headwater.doctor.fit import FitRequest, fitted_recipe
+
+    print(fitted_recipe(FitRequest(student, teacher, data, evals, task, device or "auto")), end="")
 
 
 for commands in (run.commands, single_stage.commands, recipes.commands, checks.commands, results.commands):

@@ -20,7 +20,7 @@ def builtin_text(name: str) -> str:
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = builtin_names()
-        raise UserError(f"no recipe named {name}; there are {', '.join(known)}{did_you_mean(name, known)}")
+        raise UserError(f"no recipe named {name}; there are {', '.join(known)}, and mine{did_you_mean(name, known)}")
     return path.read_text(encoding="utf-8")
 
 

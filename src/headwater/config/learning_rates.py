@@ -34,14 +34,12 @@ class Rates:
 
 
 RATES: Mapping[tuple[Signal, bool], Rates] = {
-    ("reward", False): Rates(1e-6, None, 3e-5, "1e-6 in 2605.12483 and in DAPO (2503.14476), and TRL's default for GRPO"),
-    ("reward", True): Rates(1e-5, 2e-6, 5e-4, "ten times the rate for all weights (LoRA Without Regret, Schulman et al. 2025)"),
+    ("reward", False): Rates(1e-6, None, 3e-5, "1e-6 (2605.12483, DAPO 2503.14476, TRL's default)"),
+    ("reward", True): Rates(1e-5, 2e-6, 5e-4, "1e-5, ten times that of all weights (LoRA Without Regret, Schulman et al. 2025)"),
     ("teacher", False): Rates(
-        1e-5, None, 3e-4, "1e-6 in 2605.12483 on 17,398 prompts; 5e-5 and 1e-4 in tinker-cookbook's distillation of Qwen3-8B"
+        1e-5, None, 3e-4, "1e-5, between 1e-6 (2605.12483, 17,398 prompts) and 5e-5 to 1e-4 (tinker-cookbook, Qwen3-8B)"
     ),
-    ("teacher", True): Rates(
-        1e-4, 1e-5, 2e-3, "1e-4 for OPD in tinker-cookbook's distillation of Qwen3-8B; 1e-4 to 2e-4 in QLoRA (2305.14314)"
-    ),
+    ("teacher", True): Rates(1e-4, 1e-5, 2e-3, "1e-4 (tinker-cookbook for OPD; 1e-4 to 2e-4 in QLoRA, 2305.14314)"),
 }  # fmt: skip
 """(signal, whether adapters train) -> rates."""
 

@@ -14,7 +14,7 @@ from headwater.tasks.golds import LARGEST_EXACT_FLOAT
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A cell that has no Python value. `reason` goes on after the column's name; only who needs the cell reports it."""
+    """A cell that has no Python value. `reason` follows the column's name in a message, written only if the cell is needed."""
 
     reason: str
 

@@ -99,8 +99,10 @@ def find_leaks(problems: Sequence[Problem], evals: Mapping[str, Sequence[Problem
 
 
 def repeated_turns(problems: Sequence[Problem]) -> frozenset[str]:
-    """What the user says before the last turn in two conversations or more, and in at least half of all: few-shot examples, or a
-    document that many questions are about. Sharing them makes no copies."""
+    """User turns before the last one that at least two conversations, and half of all, share.
+
+    They are few-shot examples, or a document that many questions are about: sharing them makes no copies.
+    """
     earlier = [user_turns(problem.turns)[:-1] for problem in problems if problem.turns]
     talks = [turns for turns in earlier if turns]
     counts = Counter(turn for turns in talks for turn in set(turns))

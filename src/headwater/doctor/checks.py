@@ -49,7 +49,7 @@ class Check:
 
 
 def plan_can_be_made(context: DoctorContext) -> Iterator[Finding]:
-    """The plan cannot be made for reasons that no other check has a name for."""
+    """Report a plan that cannot be made for a reason without a finding of its own."""
     yield from try_each(lambda: context.inputs.device, lambda: context.plan)
 
 

@@ -1,4 +1,4 @@
-"""What the doctor's checks look at: a run's inputs, its plan, and a few samples of its models."""
+"""Inputs of the doctor's checks: a run's data and models, its plan, and a few samples of its models."""
 
 from __future__ import annotations
 

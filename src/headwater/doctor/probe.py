@@ -299,7 +299,7 @@ def readiness(samples: ModelSamples, entropy: float) -> Readiness:
 
 
 def continue_right_answers(student: ModelSamples, teacher: ModelSamples, task: ProbeTask) -> Continuations | None:
-    """Let both models continue the first quarter of the teacher's right answers, one a problem.
+    """Let both models continue the first quarter of the teacher's right answers, one per problem.
 
     None, at no cost, if the teacher got nothing right.
     """

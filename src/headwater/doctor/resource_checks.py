@@ -33,7 +33,7 @@ SLOWER = 1.2
 
 
 def memory(context: DoctorContext) -> Iterator[Finding]:
-    """Weights, gradients and optimizer state of the largest node against what is free; activations come on top."""
+    """Compare the largest node's weights, gradients and optimizer state, without activations, with the free memory."""
     for role in context.roles:
         context.inputs.config(role)  # one that cannot be used has its own finding
     device = context.inputs.device
@@ -57,14 +57,14 @@ def memory(context: DoctorContext) -> Iterator[Finding]:
 
 
 def largest_pending(context: DoctorContext, inputs: RunInputs) -> tuple[float, str] | None:
-    """(bytes held from start to end, name) of the pending node that holds most; None where none is pending."""
+    """(persistent bytes, name) of the pending node that needs most; None without pending nodes."""
     estimator = Estimator(context.plan, inputs, context.model_shapes, prompt=0.0, assumptions=Assumptions())
     node_bytes = [(estimator.persistent_bytes(node), context.plan.names[node]) for node in context.pending]
     return max(node_bytes, key=lambda pair: pair[0], default=None)
 
 
 def smaller_settings(context: DoctorContext, needed: float) -> list[tuple[str, float]]:
-    """(setting, bytes that the largest node then needs) of every setting, not on yet, that lowers it; the best first."""
+    """(setting, bytes that the largest node needs with it) of every unused setting that saves memory, the best first."""
     models = context.recipe.models
     lora, tried = models.lora, dict[str, Models]()
     if lora is None:
@@ -108,7 +108,7 @@ def free_memory(device: torch.device) -> float | None:
 
 
 def disk(context: DoctorContext) -> Iterator[Finding]:
-    """Models, checkpoints and teacher caches of the pending nodes against the output folder's free space."""
+    """Compare models, checkpoints and teacher caches of the pending nodes with the output folder's free space."""
     inputs = context.inputs
     shapes = {role: inputs.shape(role) for role in context.roles}
     models = next_checkpoint = caches = 0.0
@@ -170,7 +170,7 @@ def stage_files(node: Node, inputs: RunInputs, shape: Shape) -> tuple[float, flo
 
 
 def experts(context: DoctorContext) -> Iterator[Finding]:
-    """Mixtures of experts whose config does not say how many experts a token is sent to."""
+    """Report mixtures of experts whose config does not state the number of experts per token."""
     for role in context.roles:
         shape = context.inputs.shape(role)
         if not shape.experts_known:

@@ -49,7 +49,7 @@ def finite(context: DoctorContext) -> Iterator[Finding]:
 
 
 def forward_paths(context: DoctorContext) -> Iterator[Finding]:
-    """Which of the slower ways of computing a model needs, as measured when it was loaded."""
+    """Report models that need a slower forward pass, as measured when they were loaded."""
     for role in context.sampled_roles:
         policy = context.sample(role).policy
         kind = policy.model.config.model_type
@@ -145,7 +145,7 @@ def self_distillation(context: DoctorContext) -> Iterator[Finding]:
 
 @torch.no_grad()
 def self_kl(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], tokens: int) -> float:
-    """Mean reverse KL a token between a policy and its frozen copy, each in the form that training uses."""
+    """Mean reverse KL per token between a policy and its frozen copy, each in the form that training uses."""
     signals = distributions_of(teacher, rollouts, tokens)
     rows = [Row(rollout, teacher=signal) for rollout, signal in zip(rollouts, signals, strict=True)]
     total = 0.0
@@ -161,7 +161,7 @@ def self_kl(student: Policy, teacher: Policy, rollouts: Sequence[Rollout], token
 
 
 def mean_gap(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """Mean absolute difference a token; NaN where either is."""
+    """Mean absolute difference per token; NaN if either input has one."""
     return (torch.cat([row.cpu() for row in first]) - torch.cat([row.cpu() for row in second])).abs().mean().item()
 
 

@@ -29,7 +29,7 @@ PASSED = (
 
 @torch.no_grad()
 def merge_into(model: Any, folder: ModelFolder) -> None:
-    """Add a saved adapter to the model's own weights, in place: the sum is the one that peft's `merge_and_unload` makes.
+    """Add a saved adapter to the model's own weights, in place, with the same sum as peft's `merge_and_unload`.
 
     Pairs of matrices on linear layers are added in float32, also to FSDP2 shards. Everything else that LoRA knows (DoRA, experts,
     embeddings, biases, whole modules, trained tokens) is merged by peft.

@@ -23,7 +23,7 @@ LONG, SHORT, PREFIX, BRANCH = 14, 12, 3, 8
 
 @torch.no_grad()
 def with_measured_batching(policy: Policy) -> Policy:
-    """The policy with `supports_padding` and `decoding` as its model allows.
+    """Policy with `supports_padding` and `decoding` set from measurements of its model.
 
     A model that packs has plain attention (`packed_attention.PACKABLE`) and needs no measurement.
 

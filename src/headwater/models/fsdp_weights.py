@@ -110,6 +110,6 @@ def _allocated(model: Any, tensor: Tensor, names: list[str], device: torch.devic
 
 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Make it the model's parameter of that dotted name."""
+    """Replace the model's parameter of that dotted name."""
     module, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(module), attribute, parameter)

@@ -75,7 +75,7 @@ class Adapter:
         return sum(tensor.numel() for layer in self.layers.values() for tensor in low_rank_pair(layer))
 
     def active_parameters(self, experts_per_token: float) -> float:
-        """Those of its weights that one token uses: of adapters on experts, those of the experts that it is sent to."""
+        """Number of its weights that one token uses: of adapters on experts, only those of the routed experts."""
         counts = ((layer, getattr(layer, "num_experts", 1)) for layer in self.layers.values())
         return sum(
             tensor.numel() * (min(1.0, experts_per_token / count) if count > 1 else 1)

@@ -67,7 +67,7 @@ class Policy:
 
     @property
     def memory_settings(self) -> list[str]:
-        """Recipe settings, not on yet, that lower the memory of a pass which trains; `models.dtype` also of one that does not."""
+        """Unused recipe settings that lower the memory of a training pass; `models.dtype` also lowers that of inference."""
         settings = [] if self.compute_dtype == torch.bfloat16 else ["models.dtype=bfloat16"]
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             return settings
@@ -150,7 +150,7 @@ class Policy:
             yield name, tensor.detach()
 
     def checkpoint_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The same under the names of a checkpoint file, where fused experts are matrices of their own."""
+        """Merged weights under the names of a checkpoint file, where each fused expert is a separate matrix."""
         if getattr(self.model, "_weight_conversions", None):
             return iter(revert_weight_conversion(self.model, dict(self.merged_weights())).items())
         return self.merged_weights()

@@ -81,7 +81,7 @@ class Shape:
 
     @property
     def active_parameters(self) -> int:
-        """All weights that one token uses, embeddings included: all but the experts that it is not sent to."""
+        """All weights that one token uses, embeddings included; of the experts, only the routed ones."""
         return self.parameters - (self.matrix_parameters - self.token_parameters)
 
     @property

@@ -50,7 +50,7 @@ def checkpoint_activations(model: Any) -> None:
 
 @contextlib.contextmanager
 def at_inference(model: nn.Module) -> Iterator[None]:
-    """No module in training mode: with gradient checkpointing a model in training mode refuses a cache."""
+    """Evaluation mode for the duration: with gradient checkpointing a model in training mode refuses a cache."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import zip_longest
 from typing import Any
 
 import matplotlib
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,7 +21,19 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
 from headwater.report.format import csv_text
-from headwater.report.svg import COLOURS, DASHES, MARKERS, QUIET, STYLE, TEXT, as_file, inline, printable, spanning
+from headwater.report.svg import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    PART,
+    QUIET,
+    STYLE,
+    TEXT,
+    as_file,
+    inline,
+    printable,
+    spanning,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,30 +130,72 @@ def as_plot(figure: Figure, name: str, description: str, rows: Sequence[tuple[An
     return Plot(name, description, inline(svg, description), svg, tuple(rows))
 
 
+CURVE_SIZE = (3.5, 2.15)
+"""Width and height of a panel of curves in inches."""
+CURVE_AXES = (0.155, 0.175, 0.825, 0.69)
+"""Left, bottom, width and height of its axes, as shares of the panel."""
+
+
 @matplotlib.rc_context(STYLE)
-def curves(name: str, title: str, series: Sequence[Series]) -> Plot:
-    """Plot a metric over steps: the mean over seeds as a line, the range from lowest to highest seed as a band."""
-    figure = Figure(figsize=(3.5, 2.15))
-    axes = figure.add_axes((0.135, 0.175, 0.845, 0.69))
-    axes.set_title(printable(title), loc="left", x=-0.13, y=1.03, fontsize=9.5)
+def curves(name: str, title: str, series: Sequence[Series], limits: tuple[float, float] | None = None) -> Plot:
+    """Plot a metric over steps: the mean over seeds as a line, the range from lowest to highest seed as a band.
+
+    limits  of the vertical axis; by default the range of the values
+
+    The element on the page carries the values (`data-curve`), for curves.js.
+    """
+    figure = Figure(figsize=CURVE_SIZE)
+    axes = figure.add_axes(CURVE_AXES)
+    axes.set_title(printable(title), loc="left", x=-0.16, y=1.03, fontsize=9.5)
     drawn = [line for line in series if line.x]
-    for line in drawn:
+    for place, line in enumerate(drawn):
         style = line_style(line.style or 0)
         if line.seeds > 1 and len(line.x) > 1:
-            axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.13, linewidth=0)
-        axes.plot(line.x, line.y, **style, markersize=3.6, markevery=max(1, len(line.x) // 5), linewidth=1.4)
+            band = axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.13, linewidth=0)
+            band.set_gid(f"{PART}band{place}")
+        marked = max(1, len(line.x) // 5)
+        (path,) = axes.plot(line.x, line.y, **style, markersize=3.6, markevery=marked, linewidth=1.4)
+        path.set_gid(f"{PART}line{place}")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
+    axes.yaxis.set_gid(f"{PART}values")
     axes.margins(x=0.02)
-    if axes.get_ylim()[0] < 0.0 <= min((min(line.low) for line in drawn), default=0.0):
-        axes.set_ylim(bottom=0.0)  # no negative axis for values that are never negative
+    if limits is not None:
+        axes.set_ylim(*limits)
     axes.set_xlabel("step", loc="right", labelpad=0, fontsize=8)
     seeds = max((line.seeds for line in series), default=0)
     text = "; ".join(f"{line.label} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in drawn) or "no step in common"
     rows: list[tuple[Any, ...]] = [("series", "step", "mean", "lowest_seed", "highest_seed")]
     for line in drawn:
         rows += [(line.label, *values) for values in zip(line.x, line.y, line.low, line.high, strict=True)]
-    return as_plot(figure, name, f"{title} over training steps, {seeds} seed{'s' * (seeds != 1)}: {text}", rows)
+    plot = as_plot(figure, name, f"{title} over training steps, {seeds} seed{'s' * (seeds != 1)}: {text}", rows)
+    values = json.dumps(_curve_values(title, drawn, axes), separators=(",", ":"))
+    return replace(plot, element=Markup(f'<svg data-curve="{escape(printable(values))}"') + plot.element[len("<svg") :])
+
+
+def tick_text(value: float) -> str:
+    """A short number. Example: `tick_text(0.0005)` is `5e−4`, `tick_text(-0.25)` is `−0.25`, `tick_text(2500)` is `2500`."""
+    text = f"{value:.1e}".replace(".0e", "e") if 0 < abs(value) < 9.9e-4 else f"{value:.4g}"
+    return re.sub(r"e(-?)[+]?0*", r"e\1", text).replace("-", "−")
+
+
+def _curve_values(title: str, drawn: Sequence[Series], axes: Axes) -> dict[str, Any]:
+    """What curves.js needs: the frame of the axes in the SVG's points, their limits, and the values of each line."""
+    (width, height), (left, bottom, wide, high) = CURVE_SIZE, CURVE_AXES
+    frame = [
+        72 * width * left,
+        72 * height * (1 - bottom),
+        72 * width * (left + wide),
+        72 * height * (1 - bottom - high),
+    ]
+    lines = []
+    for line in drawn:
+        values = {"x": line.x, "y": line.y, **({"low": line.low, "high": line.high} if line.seeds > 1 else {})}
+        short = {key: [float(f"{value:.4g}") for value in numbers] for key, numbers in values.items() if key != "x"}
+        lines.append({"label": line.label, "colour": (line.style or 0) % len(COLOURS), "x": list(line.x), **short})
+    numbers = {"frame": frame, "x": axes.get_xlim(), "y": axes.get_ylim()}
+    return {"title": title, **{key: [float(f"{v:.6g}") for v in pair] for key, pair in numbers.items()}, "lines": lines}
 
 
 @matplotlib.rc_context(STYLE)

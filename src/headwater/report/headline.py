@@ -23,7 +23,7 @@ def headline(report: dict[str, Any]) -> str:
     contrast = find_contrast(report, "bridge", "direct_grpo", eval_name)
     if contrast is not None:
         bridge, direct = (
-            f"{_accuracy(report, arm, eval_name)} % {_costs(report, arm)}" for arm in ("bridge", "direct_grpo")
+            f"{_accuracy(report, arm, eval_name)} {_costs(report, arm)}" for arm in ("bridge", "direct_grpo")
         )
         numbers = difference_text(contrast).split("direct_grpo ", 1)[1]
         return (
@@ -32,12 +32,12 @@ def headline(report: dict[str, Any]) -> str:
     scores = {name: arm["accuracy"][eval_name] for name, arm in report["arms"].items() if eval_name in arm["accuracy"]}
     best = max(scores, key=lambda name: scores[name]["mean"])
     low, high = (percent(scores[best][key]) for key in ("low", "high"))
-    accuracy = f"{_accuracy(report, best, eval_name)} % (95 % {low} to {high})"
+    accuracy = f"{_accuracy(report, best, eval_name)} (95\u00a0% {low} to {high})"
     return f"Best on {eval_name}: {best} with {accuracy} {_costs(report, best)}."
 
 
 def _accuracy(report: dict[str, Any], arm: str, eval_name: str) -> str:
-    return percent(report["arms"][arm]["accuracy"][eval_name]["mean"])
+    return f"{percent(report['arms'][arm]['accuracy'][eval_name]['mean'])}\u00a0%"
 
 
 def _costs(report: dict[str, Any], arm: str) -> str:

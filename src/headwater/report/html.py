@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from headwater.report import html_arms, html_contrasts, html_labels, html_stages
+from headwater.report import html_arms, html_contrasts, html_curves, html_labels, html_stages, html_time
 from headwater.report.figures import Plot
 from headwater.report.headline import headline, stops
 from headwater.report.render import render
@@ -37,7 +37,8 @@ def page(study: Study, report: dict[str, Any]) -> Page:
         html_arms.costs(report),
         html_stages.stages(report),
         html_stages.conditions(study, report),
-        html_stages.curves(study),
+        html_curves.curves(study),
+        html_time.time(study),
         _warnings(report),
         _rollouts(study),
         html_labels.audit_section(study),
@@ -47,7 +48,7 @@ def page(study: Study, report: dict[str, Any]) -> Page:
     plots = tuple(plot for section in sections for plot in section.plots)
     if plots:
         files = [(plot.name, plot.description.split(":")[0][:120]) for plot in plots]
-        sections.append(Section("Figures and data", "files", {"files": files}))
+        sections.append(Section("Files", "files", {"files": files}))
     values = {
         "report": report,
         "stops": stops(study, report),

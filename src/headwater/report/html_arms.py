@@ -28,17 +28,17 @@ def arms(report: dict[str, Any]) -> Section:
         Column("arm", itemgetter("header"), spans=True),
         *([Column("evaluation", itemgetter("eval"))] if len(evals) > 1 else []),
         Column("accuracy, %", itemgetter("mean"), "right"),
-        Column("95 %", itemgetter("range"), "right"),
         Column("", itemgetter("interval"), axis=axis),
+        Column("labels", lambda row: count(row["costs"]["labels"]["distinct"]), "right", spans=True),
+        Column("FLOPs", lambda row: units(row["costs"]["flops"]), "right", spans=True),
+        Column("time", lambda row: duration(row["costs"]["seconds"]), "right", spans=True),
+        Column("95 %", itemgetter("range"), "right"),
         Column(f"pass@{k}, %", itemgetter("pass"), "right"),
         Column(f"maj@{k}, %", itemgetter("maj"), "right"),
-        Column("labels", lambda row: count(row["costs"]["labels"]["distinct"]), "right", spans=True),
         Column("checks", lambda row: count(row["costs"]["labels"]["checks"]), "right", spans=True),
         Column("sampled", lambda row: units(row["costs"]["tokens"]["sampled"]), "right", spans=True),
         Column("trained", lambda row: units(row["costs"]["tokens"]["trained"]), "right", spans=True),
         Column("scored", lambda row: units(row["costs"]["tokens"]["teacher_scored"]), "right", spans=True),
-        Column("FLOPs", lambda row: units(row["costs"]["flops"]), "right", spans=True),
-        Column("time", lambda row: duration(row["costs"]["seconds"]), "right", spans=True),
     ]
     # Labels of the validation set are labels too, so the caption gives their number.
     validation = max((arm["apart"]["validation"]["labels"]["distinct"] for arm in report["arms"].values()), default=0)

@@ -1,8 +1,8 @@
-"""Sections of the page about training: results stage by stage, the paper's two conditions, the training curves."""
+"""Sections of the page about the stages: results stage by stage, and the paper's two conditions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -10,48 +10,13 @@ from typing import Any
 from headwater.report import figures
 from headwater.report.figures import Plot, Series, ValueAxis, file_stem
 from headwater.report.format import percent
-from headwater.report.stages import (
-    C2_MEASURES,
-    STAGE_NAMES,
-    accuracy_paths,
-    accuracy_steps,
-    stage_name,
-    values_at_common_steps,
-)
-from headwater.report.study import POOL_TEXT, Node, Study, is_finite_number
+from headwater.report.html_curves import HELD_OUT_METRICS, TITLES, panels_by_stage, shortened
+from headwater.report.stages import C2_MEASURES, accuracy_paths, accuracy_steps, stage_name
+from headwater.report.study import POOL_TEXT, Study
 from headwater.report.view import Column, Section, Table
-
-METRICS = {
-    "reward": "reward (share correct)",
-    "best_of_group": "best of group (pass@G)",
-    "informative": "informative groups, share",
-    "kl_teacher_student": "KL(teacher ‖ student), nats a token",
-    "kl_student_teacher": "KL(student ‖ teacher), nats a token",
-    "overlap": "overlap of top-k tokens, share",
-    "entropy": "entropy, nats a token",
-    "validation": "validation accuracy",
-    "truncated": "truncated, share",
-}
-"""Metrics with a training curve on the page; a stage's metrics.jsonl has all others."""
-
-HELD_OUT_METRICS = {
-    "kl_teacher_student": "KL(teacher ‖ student) on teacher prefixes",
-    "kl_student_teacher": "KL(student ‖ teacher) on student prefixes",
-    "overlap_teacher_prefixes": "overlap on teacher prefixes",
-    "overlap_student_prefixes": "overlap on student prefixes",
-    "entropy_student": "student's entropy, nats a token",
-}
-"""Measures of the conditions on held-out prompts that have a curve."""
-TITLES = {**METRICS, **HELD_OUT_METRICS, "entropy_teacher": "teacher's entropy, nats a token"}
-
-MAX_POINTS = 80
-"""Points per curve, in the figure and in its CSV."""
 
 PLACES = ("before", "SFT", "warm-up", "OPD", "RL")
 """Positions on the axis of the figure of all arms. A stage that replaces OPD has OPD's position."""
-
-Panels = dict[str, Any]
-"""A heading, legend entries (swatch and label), and plots."""
 
 
 def stages(report: dict[str, Any]) -> Section | None:
@@ -178,21 +143,15 @@ def _largest_k(by_k: dict[str, float] | None) -> str | None:
     return f"{percent([*by_k.values()][-1])} (k={[*by_k][-1]})" if by_k else None
 
 
-def shortened(arms: Sequence[str]) -> str:
-    """Example: `shortened(["a", "b", "c", "d", "e"])` is `a, b, c and 2 more`."""
-    return ", ".join(arms[:3]) + (f" and {len(arms) - 3} more" if len(arms) > 3 else "")
-
-
 def conditions(study: Study, report: dict[str, Any]) -> Section | None:
-    """Tables and curves of C1 (the teacher is near its optimum) and C2 (the student is near the teacher)."""
-    c1, c1_panels = _c1_table(report), _c1_panels(study)
-    c2, c2_panels = _c2_table(report), _panels_by_stage(study, HELD_OUT_METRICS, lambda node: node.conditions)
-    if not (c1 or c1_panels["plots"] or c2 or c2_panels):
+    """C1 (the teacher is near its optimum) as a table; C2 (the student is near the teacher) as curves with their values."""
+    c1, c2 = _c1_table(report), _c2_table(report)
+    panels = panels_by_stage(study, HELD_OUT_METRICS, lambda node: node.conditions, held_out=True)
+    if not (c1 or c2 or panels):
         return None
     measured = any(row["conditions"] for row in report["stages"] if row["role"] == "student")
-    view = {"c1": c1, "c1_panels": c1_panels, "c2": c2, "c2_panels": c2_panels, "held_out": measured}
-    plots = [*c1_panels["plots"], *(plot for panels in c2_panels for plot in panels["plots"])]
-    return Section("Conditions", "conditions", view, tuple(plots))
+    view = {"c1": c1, "c2": c2, "panels": panels, "held_out": measured}
+    return Section("Conditions", "conditions", view, tuple(plot for stage in panels for plot in stage["plots"]))
 
 
 def _c1_table(report: dict[str, Any]) -> Table | None:
@@ -219,23 +178,6 @@ def _reached(row: dict[str, Any]) -> str | None:
     return None if row.get("reached") is None else f"{percent(row['reached'])} %"
 
 
-def _c1_panels(study: Study) -> Panels:
-    """One panel per way to train the teacher: its reward and the best of its own groups."""
-    metrics = {"reward": "reward", "best of group": "best_of_group"}
-    plots = []
-    for arms, by_seed in study.stage_groups():
-        nodes = list(by_seed.values())
-        teacher = any(node.role == "teacher" and node.trained for node in nodes)
-        series = teacher and mean_curves(
-            (label, [node.metrics for node in nodes], key) for label, key in metrics.items()
-        )
-        if series:
-            pool = POOL_TEXT.get(nodes[0].pool or "", "")
-            title = f"{stage_name(nodes[0].stage)}, {pool} ({len(arms)} arm{'s' * (len(arms) != 1)})"
-            plots.append(figures.curves(file_stem("c1", nodes[0].name), title, series))
-    return _panels("", metrics, plots)
-
-
 def _c2_table(report: dict[str, Any]) -> Table | None:
     rows = []
     for row in report["stages"] if report["conditions"]["C2"] else ():
@@ -244,53 +186,3 @@ def _c2_table(report: dict[str, Any]) -> Table | None:
             rows.append({**row, "prompts": "held out" if row["conditions"] else "training", "values": ends})
     columns = [*_stage_columns(), Column("prompts", itemgetter("prompts")), *_ends_columns("values", C2_MEASURES)]
     return Table("C2: the student's distance from its teacher", columns, rows) if rows else None
-
-
-def curves(study: Study) -> Section | None:
-    """One panel per metric and stage, with a line for each set of arms that shares the stage's nodes."""
-    panels = _panels_by_stage(study, METRICS, lambda node: node.metrics)
-    plots = tuple(plot for stage in panels for plot in stage["plots"])
-    return Section("Training curves", "curves", {"panels": panels}, plots) if panels else None
-
-
-def _panels_by_stage(
-    study: Study, titles: dict[str, str], rows: Callable[[Node], list[dict[str, Any]]]
-) -> list[Panels]:
-    """The curves of `rows` for each stage, role and objective, in the order of STAGE_NAMES."""
-    stages: dict[tuple[str, str, str], list[tuple[str, list[list[dict[str, Any]]]]]] = {}
-    for arms, by_seed in study.stage_groups():
-        seeds = [rows(node) for node in by_seed.values()]
-        if any(seeds):
-            first = next(iter(by_seed.values()))
-            stages.setdefault((first.stage, first.role, first.objective), []).append((shortened(arms), seeds))
-    order = {stage: index for index, stage in enumerate(STAGE_NAMES)}
-    held_out = titles is HELD_OUT_METRICS
-    panels = []
-    for stage, role, objective in sorted(stages, key=lambda key: order.get(key[0], len(order))):
-        groups, plots = stages[stage, role, objective], []
-        for key, title in titles.items():
-            series = mean_curves((label, seeds, key) for label, seeds in groups)
-            if series:
-                name = file_stem("held_out" if held_out else "curve", stage, role, objective, key)
-                plots.append(figures.curves(name, title, series))
-        if plots:
-            heading = stage_name(stage, objective, role) + (", on held-out prompts" if held_out else "")
-            panels.append(_panels(heading, [label for label, _ in groups], plots))
-    return panels
-
-
-def mean_curves(lines: Iterable[tuple[str, Sequence[Sequence[dict[str, Any]]], str]]) -> list[Series]:
-    """Series from (label, rows of each seed, key of the metric). Labels without a value are left out but keep their style."""
-    series = []
-    for style, (label, seeds, key) in enumerate(lines):
-        number = sum(any(is_finite_number(row.get(key)) for row in rows) for rows in seeds)
-        if number:
-            steps, values = values_at_common_steps(seeds, key, MAX_POINTS)
-            means = [sum(at_step) / number for at_step in values]
-            series.append(Series(label, style, steps, means, [*map(min, values)], [*map(max, values)], number))
-    return series
-
-
-def _panels(heading: str, labels: Iterable[str], plots: list[Plot]) -> Panels:
-    legend = [(figures.swatch(style), label) for style, label in enumerate(labels)]
-    return {"heading": heading, "legend": legend, "plots": plots}

@@ -97,6 +97,16 @@ class Node:
         return {name: value for name, value in counts.items() if value is not None}
 
     @cached_property
+    def evals_by_step(self) -> dict[int, dict[str, EvalCounts]]:
+        """Evaluations during training: step -> evaluation -> counts."""
+        evals: dict[int, dict[str, EvalCounts]] = {}
+        for path in sorted((self.dir.path / "evals").glob("step-*/*.jsonl")):
+            step = path.parent.name.removeprefix("step-")
+            if step.isdecimal() and (counts := _count(path, self.one_answer)) is not None:
+                evals.setdefault(int(step), {})[path.stem] = counts
+        return evals
+
+    @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         return list(read_jsonl(self.dir.metrics))
 
@@ -109,6 +119,11 @@ class Node:
     def warnings(self) -> list[dict[str, Any]]:
         """Rows written when a training guard started to warn."""
         return list(read_jsonl(self.dir.warnings))
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        """{"worker", "started", "ended"} of each time the node ran, in seconds since 1970; none of an earlier version's run."""
+        return list(read_json(self.dir.attempts)) if self.dir.attempts.exists() else []
 
     @cached_property
     def failure(self) -> dict[str, Any] | None:

@@ -20,6 +20,9 @@ DASHES = ("-", "--", "-.", ":")
 TEXT, FINE, QUIET = "#1b1f24", "#d0d7de", "#57606a"
 """Colours of text, grid lines and secondary text. No arm has one of them: `inline` replaces them by the page's colours."""
 
+PART = "part-"
+"""Prefix of the id of a part of a figure. On the page the rest of the id is the part's class, for the page's script."""
+
 STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -61,6 +64,7 @@ def inline(svg: str, description: str) -> Markup:
     rest = rest.replace(FINE, "var(--line)").replace(QUIET, "var(--quiet)")
     for place, colour in enumerate(COLOURS):
         rest = rest.replace(colour, f"var(--series{place}, {colour})")
+    rest = re.sub(rf' id="{PART}(\w+)"', r' class="\1"', rest)
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', rest))
     rest = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", rest)
     # Round coordinates to a tenth of a point; axis labels are text, not tags, and keep their digits.

@@ -149,7 +149,7 @@ class RunInputs:
     @property
     @read_once("data")
     def unlabeled_problems(self) -> tuple[Problem, ...]:
-        """Problems of `data.unlabeled`; by letters, as in evaluations: another spelling of a labelled problem is no fresh prompt."""
+        """Problems of `data.unlabeled` without other spellings of labelled problems."""
         if "data.unlabeled" not in self.data_fields:
             return ()
         known = {letters_and_digits(problem.text) for problem in self.labeled.problems}
@@ -260,7 +260,7 @@ class RunInputs:
 
     @read_once("model")
     def weights_path(self, role: str) -> str:
-        """The same; refused if the folder holds no weights."""
+        """Folder of a role's model. Raises UserError if it holds no weights."""
         folder = self.model_folder(role)
         folder.require_weights()
         return folder.path
@@ -282,7 +282,7 @@ class RunInputs:
         return Prompter(tokenizer, self.recipe.prompt, self.day)
 
     @read_once("tokenizer")
-    def told_day(self, role: str) -> str | None:
+    def template_day(self, role: str) -> str | None:
         """The day, if a template that renders prompts for this role reads the clock; a served teacher's are the student's."""
         roles = [
             "student" if is_served(name) else field_.removeprefix("models.")
@@ -345,7 +345,7 @@ class RunInputs:
         validation = self.validation
         return {
             "models": self.weights_fingerprint,
-            "day": self.told_day,
+            "day": self.template_day,
             "grader": None if self.recipe.task is None else grader_code(self.recipe.task),
             "pools": {name: self.pool(name) for name in POOLS},
             "labels": {name: self.labels.only(self.pool(name)).fingerprint() for name in POOLS},

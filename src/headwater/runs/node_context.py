@@ -51,7 +51,7 @@ class NodeProgress:
     say: Callable[[str], None] = lambda line: None
 
     def advance_or_stop(self, count: int) -> None:
-        """Advance work that leaves nothing behind when it is cut short. Raises KeyboardInterrupt when asked to stop."""
+        """Advance work that leaves no partial files when interrupted. Raises KeyboardInterrupt when asked to stop."""
         self.advance(count, {})
         if self.should_stop():
             raise KeyboardInterrupt

@@ -24,6 +24,7 @@ OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, f
                model/                   a plain Hugging Face folder
                DONE                     the node's fingerprint, the checksums of its files, and its own
                FAILED                   {"sentence", "code"} of a node that failed, and the "traceback" of an unexpected error
+OUT/attempts/NODE.json     {"worker", "started", "ended"} of each time the node ran, for the report's timeline
 OUT/trackers/ tracked.json files of trackers; last step of each node that was sent to them
 OUT/.lock .locks/NODE      locked by the process that runs in the folder, and the one that runs the node
 """
@@ -121,8 +122,11 @@ class NodeDir:
 
     @property
     def failed(self) -> Path:
-        """Why the node's last attempt failed: {"sentence", "code"}, plus "traceback" for an unexpected error."""
         return self.path / "FAILED"
+
+    @property
+    def attempts(self) -> Path:  # beside the nodes, because it says nothing about their results
+        return self.path.parent.parent / "attempts" / f"{self.name}.json"
 
     @property
     def sums(self) -> Path:
@@ -248,9 +252,8 @@ class NodeDir:
         for path in (self.path / "evals").glob("*"):
             if path.name == "final" or (path.name.startswith("step-") and int(path.name[5:]) > step):
                 shutil.rmtree(path)
-        for path in self.checkpoints():
-            if int(path.name) > step:
-                shutil.rmtree(path)
+        for path in [path for path in self.checkpoints() if int(path.name) > step]:
+            shutil.rmtree(path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -360,9 +363,8 @@ class RunDir:
         earlier = read_json(self.recipe)
         field = first_difference(earlier | FREE, recipe | FREE) if isinstance(earlier, dict) else "everything"
         if field is not None:
-            raise UserError(
-                f"--out {self.path}: holds a run of another recipe (they differ in {field}); use a new folder"
-            )
+            other = f"holds a run of another recipe (they differ in {field}); use a new folder"
+            raise UserError(f"--out {self.path}: {other}")
 
     def claim(self, recipe: dict[str, Any]) -> None:
         """Write recipe.json, in a new folder or in one that already holds this recipe's run.
@@ -370,9 +372,8 @@ class RunDir:
         Raises UserError naming the first field that differs when the folder belongs to another recipe.
         """
         self.refuse_other(recipe)
-        if self.recipe.exists() and read_json(self.recipe) == recipe:
-            return
-        write_json(self.recipe, recipe)
+        if not self.recipe.exists() or read_json(self.recipe) != recipe:
+            write_json(self.recipe, recipe)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -386,14 +387,13 @@ class RunDir:
             except OSError as error:
                 raise UserError(f"--out {self.path}: cannot be written ({error.strerror})") from None
             if not free:
-                raise UserError(
-                    f"--out {self.path}: another process is running there; wait until it ends, or use another folder"
-                )
-            remove_leftovers(self.path)
-            remove_leftovers(self.path / "nodes")  # a node that was being copied
+                remedy = "wait until it ends, or use another folder"
+                raise UserError(f"--out {self.path}: another process is running there; {remedy}")
+            for folder in ("", "nodes", "attempts"):  # in nodes/ a node that was being copied
+                remove_leftovers(self.path / folder)
             yield
 
     def join_ledgers(self) -> None:
         """Rebuild OUT/ledger.jsonl from the nodes' own ledgers."""
-        parts = [node.ledger.read_text(encoding="utf-8") for node in self.nodes() if node.ledger.exists()]
-        write_atomic(self.ledger, "".join(parts))
+        ledgers = [node.ledger.read_text(encoding="utf-8") for node in self.nodes() if node.ledger.exists()]
+        write_atomic(self.ledger, "".join(ledgers))

@@ -21,7 +21,7 @@ import pytest
 
 from fake_runs import ARMS, BASE_S, MORE_ARMS, fake_run, printed
 from headwater.report import build as report
-from headwater.report import figures, html_stages, render, svg
+from headwater.report import figures, html_curves, html_stages, render, svg
 from headwater.report.figures import Interval
 from headwater.report.format import console, units
 from headwater.report.label_flow import Flow, evenly_spaced, label_flow
@@ -317,7 +317,8 @@ def test_page_shows_predictions_comparisons_conditions_and_costs(tmp_path: Path)
         label.startswith("overlap on student prefixes over training steps, 2 seeds: raw_teacher")
         for label in descriptions
     )
-    assert any(label.startswith("Teacher RL, all labels (") and "best of group from" in label for label in descriptions)
+    assert any(label.startswith("best of group (pass@G) over training steps, 2 seeds: ") for label in descriptions)
+    assert any(label.startswith("Seconds by part of the work: ") for label in descriptions)
 
 
 def test_axis_limits_have_margin_and_are_never_equal() -> None:
@@ -352,7 +353,7 @@ def test_curves_show_mean_and_range_over_seeds_at_common_steps() -> None:
     def series(*seeds: list[float]) -> list[figures.Series]:
         """The metric of each seed at the steps 1, 2, …"""
         rows = [[{"step": step, "reward": value} for step, value in enumerate(seed, 1)] for seed in seeds]
-        return html_stages.mean_curves([("bridge", rows, "reward")])
+        return html_curves.mean_curves([("bridge", rows, "reward")])
 
     plot = figures.curves("a", "reward", series([0.0, 1.0, 2.0], [2.0, 3.0]))
     # At the common steps 1 and 2 the means are 1 and 2, the minima 0 and 1, the maxima 2 and 3.

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headwater.errors import DiskError, HeadwaterError
+from headwater.errors import DiskError, HeadwaterError, UserError
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import NodeContext, NodeProgress, ProgressDisplay
 from headwater.runs.plan import Node, Plan
 from headwater.runs.run_node import run_node
-from headwater.storage.run_dir import RunDir, write_json
+from headwater.storage.run_dir import NodeDir, RunDir, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,22 @@ def run_in_process(job: Job) -> dict[str, Failure]:
 def start_node(node: Node, context: NodeContext) -> None:
     """Lock the node's folder, remove an earlier FAILED file, and run the node."""
     folder = context.node_dir(node)
-    with folder.locked():
+    with folder.locked(), recorded_attempt(folder):
         folder.failed.unlink(missing_ok=True)
         run_node(node, context)
+
+
+@contextlib.contextmanager
+def recorded_attempt(folder: NodeDir) -> Iterator[None]:
+    """Record when the node ran and in which process, also where it fails. An attempt that is killed is not recorded."""
+    started = time.time()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(DiskError, UserError):  # the node, or its own error, matters more
+            earlier = list(read_json(folder.attempts)) if folder.attempts.exists() else []
+            worker = f"{socket.gethostname()}, process {os.getpid()}"
+            write_json(folder.attempts, [*earlier, {"worker": worker, "started": started, "ended": time.time()}])
 
 
 def describe(node: Node) -> str:

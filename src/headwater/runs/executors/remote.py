@@ -51,7 +51,7 @@ class Worker:
             yield cls(plan, inputs, out)
 
     def node(self, name: str) -> Node:
-        """Raises UserError where this process has come to another plan."""
+        """Node of that name. Raises UserError if this process has made another plan."""
         node = next((node for node in self.plan.order() if self.plan.names[node] == name), None)
         if node is None:
             raise UserError(f"{name}: data, models or code changed while the study ran; run it again")

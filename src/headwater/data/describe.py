@@ -1,0 +1,112 @@
+"""Describe a file of problems: what its answers are, which grader fits them, and its worked solutions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headwater.config.recipe import Source
+from headwater.data.cells import plain_value
+from headwater.data.columns import answer_at, find_answer_column, find_problem_column
+from headwater.data.rows import read_rows
+from headwater.errors import UserError
+from headwater.tasks.choice import letters_of
+from headwater.tasks.golds import gold_answer
+
+SOLUTION_COLUMNS = (
+    "solution", "reference_solution", "worked_solution", "rationale", "explanation", "reasoning", "generated_solution",
+)  # fmt: skip
+"""Columns with a worked solution, where the answer's own cell holds none; in order of preference."""
+WORKED_WORDS = 8
+"""Least words of a cell that is a worked solution and not an answer alone."""
+MOST_ROWS = 2000
+"""Rows that the description rests on; a longer file is assumed to go on like that."""
+NEARLY_ALL, MOST = 0.95, 0.6
+_MATHS = re.compile(r"\d|\\[a-zA-Z]|π|√|∞")
+_TESTS = re.compile(r"\s*(?:assert\b|def (?:test_|check\b)|import |from \w+ import )")
+
+
+@dataclass(frozen=True)
+class FileDescription:
+    """What the rows of a file hold.
+
+    problem, answer  columns; `answer` is None where no column of that name is there (a conversation's last turn may hold it)
+    task             built-in task whose grader fits the answers
+    reason           what the task was chosen by, as a phrase with its numbers
+    solutions        texts of worked solutions; empty if there are none
+    solution_column  where they stand
+    """
+
+    problem: str
+    answer: str | None
+    task: str
+    reason: str
+    solutions: tuple[str, ...]
+    solution_column: str | None
+
+
+def describe(source: Source, where: str) -> FileDescription:
+    """Read the first rows of a file. Raises UserError, which begins with `where`, for a file that cannot be read or is empty."""
+    rows = [row for _, (_, row) in zip(range(MOST_ROWS), read_rows(source, where), strict=False)]
+    if not rows:
+        raise UserError(f"{where} is empty")
+    problem = find_problem_column(source.columns, rows[0], where)
+    answer = find_answer_column(source.columns, rows[0], where, needed=False)
+    cells = [] if answer is None else [plain_value(answer_at(row, answer)) for row in rows]
+    task, reason = task_of(cells)
+    column, solutions = _solutions(rows, answer, cells)
+    return FileDescription(problem, answer, task, reason, solutions, column)
+
+
+def task_of(cells: Sequence[Any]) -> tuple[str, str]:
+    """(built-in task, reason) for the cells that hold the answers of a file.
+
+    Example: `task_of(["B", "(C)", "A"])` is `("choice", "3 of 3 answers are letters from A to J")`.
+    """
+    given = [cell for cell in cells if cell is not None and str(cell).strip()]
+    count = len(given)
+    if not count:
+        return "maths", "no answers were found to choose by"
+    objects = [cell for cell in given if isinstance(cell, dict)]
+    texts = [str(cell) for cell in given]
+    if len(objects) >= NEARLY_ALL * count:
+        if all("tests" in cell for cell in objects):
+            return "python", f"{len(objects)} of {count} answers are objects with tests"
+        if all("value" in cell for cell in objects):
+            return "numeric", f"{len(objects)} of {count} answers are objects with a value"
+        return "json", f"{len(objects)} of {count} answers are JSON objects"
+    tests = sum(_TESTS.match(text) is not None and "assert" in text for text in texts)
+    if tests >= NEARLY_ALL * count:
+        return "python", f"{tests} of {count} answers are tests in Python"
+    letters = sum(len(text) <= 8 and letters_of(text) is not None for text in texts)
+    if letters >= NEARLY_ALL * count:
+        return "choice", f"{letters} of {count} answers are letters from A to J"
+    golds = [gold for cell in given if (gold := _maths_gold(cell)) is not None]
+    mathematical = sum(_MATHS.search(gold) is not None for gold in golds)
+    if mathematical >= MOST * count:
+        return "maths", f"{mathematical} of {count} answers hold a number or an expression"
+    return "exact", f"{count - mathematical} of {count} answers are texts without a number or an expression"
+
+
+def _maths_gold(cell: Any) -> str | None:
+    try:
+        return gold_answer(cell)
+    except ValueError:
+        return None
+
+
+def _solutions(
+    rows: Sequence[Mapping[str, Any]], answer: str | None, cells: Sequence[Any]
+) -> tuple[str | None, tuple[str, ...]]:
+    """(column, texts) of the worked solutions: the answers' own cells if most of them are, else a column that usually has them."""
+    columns = {} if answer is None else {answer: cells}
+    columns |= {
+        name: [row.get(name) for row in rows] for name in SOLUTION_COLUMNS if name in rows[0] and name != answer
+    }
+    for name, values in columns.items():
+        worked = tuple(text for text in values if isinstance(text, str) and len(text.split()) >= WORKED_WORDS)
+        if len(worked) >= MOST * len(rows):
+            return name, worked
+    return None, ()

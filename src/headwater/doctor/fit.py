@@ -1,0 +1,227 @@
+"""Measure a pair of models, a file of problems and the device, and write the recipe that fits them (`headwater init mine`)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from headwater.config import yaml
+from headwater.config.fitted import TEMPLATES, DataFacts, DeviceFacts, ModelFacts, forms
+from headwater.config.fitted_recipe import FittedRecipe
+from headwater.config.recipe import Prompt, Source, parse_recipe
+from headwater.data.describe import describe
+from headwater.data.sources import LoadedProblems, content_fraction, load, without_leaks
+from headwater.doctor.resource_checks import free_memory
+from headwater.errors import UserError
+from headwater.models.folder import ModelFolder
+from headwater.models.prompts import Prompter
+from headwater.models.tokenizer import refuse_different_tokens, refuse_different_widths
+from headwater.runs.estimate import estimates
+from headwater.runs.hardware import DEVICES, UTILISATION
+from headwater.runs.inputs import RunInputs
+from headwater.runs.plan import make_plan
+from headwater.tasks.registry import find_task
+from headwater.teachers.server_client import is_served
+from headwater.types import Problem
+
+USABLE_MEMORY = 0.8
+"""Share of the free memory that the estimated peak of a stage may take."""
+HELD_OUT, HELD_OUT_SHARE, FEWEST_HELD_OUT = 300, 0.2, 2
+"""Problems to hold out of a file that has no evaluation, and the largest share of them."""
+MEASURED_PROBLEMS = 1000
+"""Problems whose prompts are tokenized, the longest texts among them."""
+FEWEST_LABELS = 8
+"""Below this a half of the labels has too few problems for one step."""
+FITTED_ARM = "bridge_rl"
+"""Has every stage of the recipe."""
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """What the user names: two models, the labelled problems, and optionally an evaluation, a task and a device."""
+
+    student: str
+    teacher: str
+    data: str
+    evals: str | None = None
+    task: str | None = None
+    device: str = "auto"
+
+
+def fitted_recipe(request: FitRequest) -> str:
+    """The commented recipe as YAML. Nothing is written, and no weights are loaded.
+
+    Raises UserError that names the option for a model, file or device that cannot be used, and for models with different tokens.
+    """
+    device = device_facts(request.device)
+    student, teacher = _folder(request.student, "--student"), _folder(request.teacher, "--teacher")
+    _refuse_other_tokens(student, teacher)
+    data, models = data_facts(request, student), (model_facts(student), model_facts(teacher))
+    inputs: RunInputs | None = None
+    peaks = []
+    for form in forms(device.kind):
+        text = FittedRecipe(*models, data, device, form).text()
+        recipe = parse_recipe(yaml.read(text, "init mine"), "init mine")
+        inputs = RunInputs(recipe) if inputs is None else replace(inputs, recipe=recipe)  # what was read is kept
+        with inputs:
+            peaks.append(peak_bytes(inputs))
+        if peaks[-1] <= USABLE_MEMORY * device.memory:
+            return text
+    raise UserError(
+        f"--student and --teacher: need at least {min(peaks) / 2**30:.1f} GiB, with adapters and gradient checkpointing, and "
+        f"{device.name} has {device.memory / 2**30:.1f} GiB free; name smaller models or another --device, such as --device h200"
+    )
+
+
+def peak_bytes(inputs: RunInputs) -> float:
+    """Memory of the stage that needs most, as `run --dry-run` estimates it."""
+    plan = make_plan(inputs.recipe, [FITTED_ARM], [inputs.recipe.seed], inputs.content())
+    return max(estimate.peak for estimate in estimates(plan, inputs))
+
+
+# Models -----------------------------------------------------------------------------------------------------------------
+
+
+def _folder(name: str, option: str) -> ModelFolder:
+    if is_served(name):
+        raise UserError(
+            f"{option} {name}: the files of the model decide the settings; name its folder or hub id, and write the server's address "
+            "into models.teacher of the recipe afterwards"
+        )
+    return ModelFolder.open(name, option)
+
+
+def _refuse_other_tokens(student: ModelFolder, teacher: ModelFolder) -> None:
+    fields = student.field, teacher.field
+    try:
+        refuse_different_tokens(student.tokenizer, teacher.tokenizer, fields)
+    except UserError as refusal:
+        raise UserError(
+            f"{refusal}; name a teacher of the student's family (Qwen2.5 with Qwen2.5, Llama 3 with Llama 3)"
+        ) from None
+    refuse_different_widths(student.shape, teacher.shape, fields)
+
+
+def model_facts(folder: ModelFolder) -> ModelFacts:
+    shape, template = folder.shape, str(getattr(folder.tokenizer, "chat_template", None) or "")
+    positions = getattr(folder.config.get_text_config(), "max_position_embeddings", None)
+    generation = folder.generation_config
+    given = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k")}
+    return ModelFacts(
+        folder.name,
+        shape.parameters,
+        shape.vocabulary,
+        positions if isinstance(positions, int) and positions > 0 else None,
+        shape.kv_cache_numbers,
+        bool(template),
+        "enable_thinking" in template,
+        {name: value for name, value in given.items() if value} if generation.do_sample else {},
+    )
+
+
+# Data -------------------------------------------------------------------------------------------------------------------
+
+
+def data_facts(request: FitRequest, student: ModelFolder) -> DataFacts:
+    """What the files hold, in the student's tokens. Raises UserError that names the option, the file and the row."""
+    source = Source(path=request.data)
+    description = describe(source, f"--data: {request.data}")
+    task = description.task if request.task is None else request.task
+    grading_task = find_task(task)
+    labeled, share = load(source, "--data", True, grading_task.gold), None
+    if request.evals is None:
+        labeled, held_out, share = hold_out(labeled, request.data)
+    else:
+        held_out = load(Source(path=request.evals), "--evals", True, grading_task.gold)
+    labeled = without_leaks(labeled, {"held_out": held_out})[0]
+    if len(labeled.problems) < FEWEST_LABELS:
+        raise UserError(
+            f"--data: {request.data} has {len(labeled.problems)} problems to train on, outside the evaluation; at least "
+            f"{FEWEST_LABELS} are needed"
+        )
+    asks = sum("boxed" in problem.text for problem in labeled.problems) > len(labeled.problems) / 2
+    template = "{problem}" if asks else TEMPLATES.get(task, "{problem}")
+    problems = [*labeled.problems, *held_out.problems]
+    solutions = description.solutions
+    return DataFacts(
+        request.data,
+        request.evals or request.data,
+        task,
+        description.reason if request.task is None else f"{task} as --task says",
+        len(labeled.problems),
+        len(held_out.problems),
+        share,
+        longest_prompt(student, template, problems),
+        token_lengths(student, solutions) if solutions else None,
+        asks,
+    )
+
+
+def hold_out(every: LoadedProblems, path: str) -> tuple[LoadedProblems, LoadedProblems, float]:
+    """(problems to train on, problems held out, share of the content hashes that is held out).
+
+    HELD_OUT problems, at most HELD_OUT_SHARE of them; more of a file so short that chance would leave too few.
+    """
+    share = float(f"{min(HELD_OUT_SHARE, HELD_OUT / len(every.problems)):.1g}")
+    while share < 0.9:
+        inside = {problem.id for problem in every.problems if content_fraction(problem.id) < share}
+        if len(inside) >= FEWEST_HELD_OUT:
+            return _only(every, inside, False), _only(every, inside, True), share
+        share = round(share + 0.1, 2)
+    raise UserError(f"--data: {path} has too few problems ({len(every.problems)}) to hold some out; give --evals FILE")
+
+
+def _only(every: LoadedProblems, inside: set[str], keep: bool) -> LoadedProblems:
+    return replace(every, problems=[problem for problem in every.problems if (problem.id in inside) == keep])
+
+
+def longest_prompt(student: ModelFolder, template: str, problems: Sequence[Problem]) -> int:
+    """Tokens of the longest prompt among the problems with the longest texts."""
+    prompter = Prompter(student.tokenizer, Prompt(template=template, max_tokens=1_000_000_000))
+    longest = sorted(problems, key=lambda problem: -len(problem.text))[:MEASURED_PROBLEMS]
+    return max(len(prompter.ids(problem)) for problem in longest)
+
+
+def token_lengths(student: ModelFolder, texts: Sequence[str]) -> tuple[float, float]:
+    """(mean, 95th percentile) of the texts' lengths in tokens; of many, the first MEASURED_PROBLEMS."""
+    ids = student.tokenizer(list(texts[:MEASURED_PROBLEMS]), add_special_tokens=False)["input_ids"]
+    lengths = sorted(len(row) for row in ids)
+    return sum(lengths) / len(lengths), float(lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))])
+
+
+# Device -----------------------------------------------------------------------------------------------------------------
+
+
+def device_facts(name: str) -> DeviceFacts:
+    """The device here (`auto`, `cpu`, `cuda`), or one of the datasheets of `runs.hardware.DEVICES`. Raises UserError."""
+    if name in DEVICES:
+        device = DEVICES[name]
+        return DeviceFacts(
+            "cuda", name, device.memory, UTILISATION * device.flops, f"from its datasheet ({device.source})"
+        )
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: must be auto, cpu, cuda or one of {', '.join(DEVICES)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is here; name the device that will train, such as --device h100")
+    kind: Literal["cpu", "cuda"] = "cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda"
+    here = torch.device(kind)
+    title = torch.cuda.get_device_name(here) if kind == "cuda" else f"cpu with {len(os.sched_getaffinity(0))} cores"
+    flops = measured_flops(here)
+    rate = f"{flops / 1e9:,.0f} GFLOP/s measured in a matrix product"
+    return DeviceFacts(kind, title, free_memory(here) or 0.0, UTILISATION * flops, rate)
+
+
+def measured_flops(device: torch.device) -> float:
+    """FLOP/s of a matrix product in the type that trains there: the best of a few, about 0.1 s on a CPU."""
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
+    matrix, best = torch.ones(size, size, device=device, dtype=dtype), float("inf")
+    for _ in range(4):  # the first prepares kernels
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best

@@ -1,0 +1,178 @@
+"""Curves over training steps: which metrics have one, their axes, and the page's section about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headwater.report import figures
+from headwater.report.contrasts import accuracy
+from headwater.report.figures import Series, file_stem
+from headwater.report.stages import STAGE_NAMES, stage_name, values_at_common_steps
+from headwater.report.study import Node, Study, is_finite_number
+from headwater.report.view import Section
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A column with a curve.
+
+    least_span     what the vertical axis spans at least, so that it does not magnify noise
+    relative_span  the same as a share of the largest value; the larger of the two counts
+    most           the largest possible value
+    """
+
+    title: str
+    least_span: float = 0.0
+    relative_span: float = 0.2
+    most: float | None = None
+
+
+def _share(title: str) -> Metric:
+    return Metric(title, least_span=0.2, most=1.0)
+
+
+METRICS = {
+    "reward": _share("reward (share correct)"),
+    "informative": _share("informative groups, share"),
+    "best_of_group": _share("best of group (pass@G)"),
+    "validation": _share("validation accuracy"),
+    "loss": Metric("loss", least_span=0.01),
+    "kl_teacher_student": Metric("KL(teacher ‖ student), nats a token", least_span=0.02),
+    "kl_student_teacher": Metric("KL(student ‖ teacher), nats a token", least_span=0.02),
+    "overlap": _share("overlap of top-k tokens, share"),
+    "entropy": Metric("entropy, nats a token", least_span=0.05),
+    "completion_tokens": Metric("completion length, tokens", least_span=4.0),
+    "truncated": _share("truncated, share"),
+    "grad_norm": Metric("gradient norm"),
+    "lr": Metric("learning rate"),
+    "sampler_gap": Metric("sampler–trainer gap, nats a token", least_span=0.001),
+}
+"""Metrics with a training curve on the page; a stage's metrics.jsonl has all others."""
+
+HELD_OUT_METRICS = {
+    "kl_teacher_student": Metric("KL(teacher ‖ student) on teacher prefixes", least_span=0.02),
+    "kl_student_teacher": Metric("KL(student ‖ teacher) on student prefixes", least_span=0.02),
+    "overlap_teacher_prefixes": _share("overlap on teacher prefixes"),
+    "overlap_student_prefixes": _share("overlap on student prefixes"),
+    "entropy_student": Metric("student's entropy, nats a token", least_span=0.05),
+}
+"""Measures of the conditions on held-out prompts that have a curve."""
+TITLES = {
+    **{key: metric.title for key, metric in {**METRICS, **HELD_OUT_METRICS}.items()},
+    "entropy_teacher": "teacher's entropy, nats a token",
+}
+
+FLAT = 0.05
+"""A curve that moves by less than this share of its axis's least span is not drawn."""
+MAX_POINTS = 80
+"""Points per curve, in the figure and in its CSV."""
+ACCURACY = "accuracy on "
+"""Prefix of the columns that `with_evaluations` adds."""
+
+Panels = dict[str, Any]
+"""A heading, legend entries (swatch and label), plots, and the flat metrics that are not drawn."""
+
+
+def curves(study: Study) -> Section | None:
+    """One panel per metric and stage, with a line for each set of arms that shares the stage's nodes."""
+    evals = {f"{ACCURACY}{name}": _share(f"{ACCURACY}{name} (held out)") for name in _evals_during_training(study)}
+    panels = panels_by_stage(study, {**evals, **METRICS}, with_evaluations)
+    plots = tuple(plot for stage in panels for plot in stage["plots"])
+    return Section("Training curves", "curves", {"panels": panels}, plots) if panels else None
+
+
+def with_evaluations(node: Node) -> list[dict[str, Any]]:
+    """The node's metrics, and its accuracy on held-out problems at the steps where it was evaluated."""
+    rows = [
+        {"step": step, f"{ACCURACY}{name}": float(accuracy(counts).mean())}
+        for step, evals in node.evals_by_step.items()
+        for name, counts in evals.items()
+    ]
+    last = node.metrics[-1]["step"] if node.metrics else None
+    if rows and last is not None:  # the final evaluation ends a curve but is none by itself
+        rows += [{"step": last, f"{ACCURACY}{name}": float(accuracy(n).mean())} for name, n in node.evals.items()]
+    return [*node.metrics, *rows]
+
+
+def _evals_during_training(study: Study) -> list[str]:
+    nodes = (node for _, by_seed in study.stage_groups() for node in by_seed.values())
+    return list(dict.fromkeys(name for node in nodes for evals in node.evals_by_step.values() for name in evals))
+
+
+def panels_by_stage(
+    study: Study, metrics: dict[str, Metric], rows: Callable[[Node], list[dict[str, Any]]], held_out: bool = False
+) -> list[Panels]:
+    """The curves of `rows` for each stage, role and objective, in the order of STAGE_NAMES."""
+    stages: dict[tuple[str, str, str], list[tuple[str, list[list[dict[str, Any]]]]]] = {}
+    for arms, by_seed in study.stage_groups():
+        seeds = [rows(node) for node in by_seed.values()]
+        if any(seeds):
+            first = next(iter(by_seed.values()))
+            stages.setdefault((first.stage, first.role, first.objective), []).append((shortened(arms), seeds))
+    order = {stage: index for index, stage in enumerate(STAGE_NAMES)}
+    panels = []
+    for stage, role, objective in sorted(stages, key=lambda key: order.get(key[0], len(order))):
+        groups, plots, flat = stages[stage, role, objective], [], []
+        for key, metric in metrics.items():
+            series = mean_curves((label, seeds, key) for label, seeds in groups)
+            if not series:
+                continue
+            limits = axis_limits(series, metric)
+            if limits is None:
+                flat.append(f"{metric.title} {_middle(series):.3g}")
+            else:
+                name = file_stem("held_out" if held_out else "curve", stage, role, objective, key)
+                plots.append(figures.curves(name, metric.title, series, limits))
+        if plots:
+            heading = stage_name(stage, objective, role) + (", on held-out prompts" if held_out else "")
+            legend = [(figures.swatch(style), label) for style, (label, _) in enumerate(groups)]
+            panels.append({"heading": heading, "legend": legend, "plots": plots, "flat": "; ".join(flat)})
+    return panels
+
+
+def mean_curves(lines: Iterable[tuple[str, Sequence[Sequence[dict[str, Any]]], str]]) -> list[Series]:
+    """Series from (label, rows of each seed, key of the metric). Labels without a value are left out but keep their style."""
+    series = []
+    for style, (label, seeds, key) in enumerate(lines):
+        number = sum(any(is_finite_number(row.get(key)) for row in rows) for rows in seeds)
+        if number:
+            steps, values = values_at_common_steps(seeds, key, MAX_POINTS)
+            means = [sum(at_step) / number for at_step in values]
+            series.append(Series(label, style, steps, means, [*map(min, values)], [*map(max, values)], number))
+    return series
+
+
+def axis_limits(series: Sequence[Series], metric: Metric) -> tuple[float, float] | None:
+    """Limits of the vertical axis with a small margin; None for curves that are flat or have no point.
+
+    The axis spans at least what the metric says, and neither passes zero nor `metric.most` unless a value does.
+
+    Example: rewards from 0.5 to 0.55 give the limits 0.425 and 0.625, and rewards from 0.5 to 0.505 None.
+    """
+    values = [value for line in series for value in (*line.y, *line.low, *line.high)]
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    least = max(metric.least_span, metric.relative_span * max(abs(low), abs(high)))
+    if high - low <= FLAT * least:
+        return None
+    room = max(0.05 * (high - low), (least - (high - low)) / 2)
+    bottom, top = low - room, high + room
+    if low >= 0.0 > bottom:
+        bottom, top = 0.0, max(top, least)
+    if metric.most is not None and high <= metric.most < top:
+        bottom = min(bottom, max(0.0, metric.most - least))
+        top = metric.most + 0.02 * (metric.most - bottom)  # a line at the limit stays visible
+    return bottom, top
+
+
+def _middle(series: Sequence[Series]) -> float:
+    values = [value for line in series for value in line.y]
+    return (min(values) + max(values)) / 2 if values else 0.0
+
+
+def shortened(arms: Sequence[str]) -> str:
+    """Example: `shortened(["a", "b", "c", "d", "e"])` is `a, b, c and 2 more`."""
+    return ", ".join(arms[:3]) + (f" and {len(arms) - 3} more" if len(arms) > 3 else "")

@@ -1,0 +1,70 @@
+"""What a file of problems holds: columns, the grader that fits its answers, and worked solutions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headwater.config.recipe import Source
+from headwater.data.describe import describe, task_of
+from headwater.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("cells", "task"),
+    [
+        (["He has 3 + 4 = 7.\n#### 7", "#### 1,080"], "maths"),
+        (["So $x = \\frac{1}{2}$, thus \\boxed{\\frac12}", "\\boxed{\\pi}"], "maths"),
+        ([27, 3.5, "12"], "maths"),
+        (["B", "(C)", "A, D", "d"], "choice"),
+        (["Paris", "the river Seine", "Charles de Gaulle"], "exact"),
+        ([{"city": "Paris"}, {"city": "Rome", "rank": 1}], "json"),
+        ([{"value": 3.14, "abs": 0.01}], "numeric"),
+        ([{"tests": "assert f(1) == 2", "entry_point": "f"}], "python"),
+        (["assert f(1) == 2", "def check(candidate):\n    assert candidate(2) == 4"], "python"),
+        ([None, "", "B", "A"], "choice"),
+    ],
+)
+def test_task_follows_answers(cells: list[Any], task: str) -> None:
+    assert task_of(cells)[0] == task
+
+
+def test_task_reason_counts_answers() -> None:
+    assert task_of(["1", "2", "two"]) == ("maths", "2 of 3 answers hold a number or an expression")
+
+
+def written(tmp_path: Path, *rows: dict[str, Any]) -> Source:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source(path=str(path))
+
+
+def test_worked_solutions_are_answers_of_many_words(tmp_path: Path) -> None:
+    solution = "Natalia sold 24 clips in May and 72 altogether.\n#### 72"
+    description = describe(written(tmp_path, {"question": "How many?", "answer": solution}), "--data")
+    assert (description.problem, description.answer) == ("question", "answer")
+    assert (description.solution_column, description.solutions) == ("answer", (solution,))
+
+
+def test_worked_solutions_are_found_beside_answers(tmp_path: Path) -> None:
+    solution = "We add seven and five, which gives twelve in all."
+    description = describe(written(tmp_path, {"problem": "7+5", "answer": "12", "solution": solution}), "--data")
+    assert (description.answer, description.solution_column, description.solutions) == (
+        "answer",
+        "solution",
+        (solution,),
+    )
+
+
+def test_short_answers_are_no_worked_solutions(tmp_path: Path) -> None:
+    description = describe(written(tmp_path, {"problem": "7+5", "answer": "12"}), "--data")
+    assert (description.solution_column, description.solutions, description.task) == (None, (), "maths")
+
+
+def test_empty_file_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"^--data: none is empty$"):
+        describe(Source(path=str(tmp_path / "none.jsonl")), "--data: none")

@@ -1,0 +1,198 @@
+"""`headwater init mine`: facts measured from model folders, files and devices, and the recipe that follows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headwater.config import yaml
+from headwater.config.fitted import DeviceFacts
+from headwater.config.recipe import Recipe, parse_recipe
+from headwater.doctor import fit
+from headwater.doctor.fit import FitRequest, fitted_recipe
+from headwater.errors import UserError
+from headwater.models.folder import ModelFolder
+from headwater.runs.inputs import RunInputs
+from headwater.types import problem_id
+from qwen import qwen_folder
+from runs import call
+
+STUDENT, TEACHER = "pocket:qwen3-student", "pocket:qwen3-teacher"
+
+
+def sums(path: Path, count: int, first: int = 10, **more: Any) -> str:
+    rows = [{"problem": f"{n:02d}+{n + 7:02d}", "answer": str(2 * n + 7), **more} for n in range(first, first + count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def written(**changes: Any) -> str:
+    return fitted_recipe(FitRequest(**({"student": STUDENT, "teacher": TEACHER, "device": "cpu"} | changes)))
+
+
+def recipe_of(**changes: Any) -> Recipe:
+    return parse_recipe(yaml.read(written(**changes), "text"), "text")
+
+
+def test_fitted_recipe_holds_out_part_of_file_by_content(tmp_path: Path) -> None:
+    """A problem is held out if sha256("part:" + the first six digits of its id) is below the share; no label is among them."""
+    data = sums(tmp_path / "sums.jsonl", 80)
+    recipe = recipe_of(data=data, task="sums")
+    assert recipe.task == "sums" and recipe.data.evals["held_out"].hash_range == (0.0, 0.2)
+    texts = [f"{n:02d}+{n + 7:02d}" for n in range(10, 90)]
+    held_out = {
+        text
+        for text in texts
+        if int(hashlib.sha256(f"part:{problem_id(text)[:6]}".encode()).hexdigest()[:12], 16) < 0.2 * 16**12
+    }
+    with RunInputs(recipe) as inputs:
+        assert {problem.text for problem in inputs.evals["held_out"][0]} == held_out
+        assert {problem.text for problem in inputs.problems.values()} == set(texts) - held_out
+        assert recipe.labels.budget == len(inputs.pools.all) == 80 - len(held_out)
+
+
+def test_fitted_recipe_counts_labels_outside_evaluation_file(tmp_path: Path) -> None:
+    data, evals = sums(tmp_path / "train.jsonl", 60), sums(tmp_path / "test.jsonl", 30, first=50)  # 20 in both
+    text = written(data=data, evals=evals, task="sums")
+    recipe = parse_recipe(yaml.read(text, ""), "")
+    assert (
+        recipe.labels.budget == 40 and "40 problems with an answer" in text and "30 problems, never trained on" in text
+    )
+    assert recipe.data.labeled.hash_range is None and recipe.data.evals["held_out"].path == evals
+
+
+def test_fitted_recipe_measures_lengths_in_student_tokens(tmp_path: Path) -> None:
+    """Pocket tokens are characters: the solutions have 30 and 20 characters, the prompt 5 and what the chat template adds."""
+    data = sums(tmp_path / "train.jsonl", 40, solution="1+1=2 1+1=2 1+1=2 1+1=2 1+1=2 1+1=2 1+1=2 1+1=2")
+    recipe = recipe_of(data=data, task="sums")
+    tokenizer = ModelFolder.open(STUDENT, "").tokenizer
+    length = len(tokenizer("1+1=2 1+1=2 1+1=2 1+1=2 1+1=2 1+1=2 1+1=2 1+1=2", add_special_tokens=False)["input_ids"])
+    assert recipe.stages.opd.sampling.max_tokens == -(-2 * length // 64) * 64
+    assert f"2 × {length} tokens, the 95th percentile of the worked solutions (mean {length})" in written(
+        data=data, task="sums"
+    )
+
+
+def test_percentile_of_token_lengths() -> None:
+    folder = ModelFolder.open(STUDENT, "")
+    mean, high = fit.token_lengths(folder, ["1" * n for n in range(1, 101)])
+    assert (mean, high) == (50.5, 96.0)
+
+
+def test_default_task_and_template_follow_answers(tmp_path: Path) -> None:
+    recipe = recipe_of(data=sums(tmp_path / "sums.jsonl", 40))
+    assert recipe.task == "maths" and "\\boxed{}" in recipe.prompt.template
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "adapted", "checkpointing", "dtype"),
+    [
+        (125, (), False, "float32"),  # 100 GiB are 80 % of it
+        (124, (), True, "float32"),
+        (99, ("teacher",), True, "float32"),
+        (62, ("teacher", "student"), True, "float32"),
+        (37, ("teacher", "student"), True, "bfloat16"),
+    ],
+)
+def test_form_needing_most_memory_within_limit_is_taken(
+    gibibytes: int,
+    adapted: tuple[str, ...],
+    checkpointing: bool,
+    dtype: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs = [100, 80, 50, 30, 20]  # of each form in turn
+    monkeypatch.setattr(
+        fit, "device_facts", lambda name: DeviceFacts("cpu", "here", gibibytes * 2**30, 1e12, "made up")
+    )
+    monkeypatch.setattr(fit, "peak_bytes", lambda inputs: needs.pop(0) * 2**30)
+    models = recipe_of(data=sums(tmp_path / "sums.jsonl", 40), task="sums").models
+    assert (() if models.lora is None else models.lora.roles) == adapted
+    assert (models.gradient_checkpointing, models.dtype) == (checkpointing, dtype)
+
+
+def test_pair_too_large_for_device_is_refused_with_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = [100, 80, 50, 30, 20]
+    monkeypatch.setattr(fit, "device_facts", lambda name: DeviceFacts("cpu", "here", 24 * 2**30, 1e12, "made up"))
+    monkeypatch.setattr(fit, "peak_bytes", lambda inputs: needs.pop(0) * 2**30)
+    with pytest.raises(
+        UserError, match=r"need at least 20.0 GiB, with adapters and .* here has 24.0 GiB free; name smaller models"
+    ):
+        written(data=sums(tmp_path / "sums.jsonl", 40), task="sums")
+
+
+def test_peak_bytes_are_those_of_dry_run(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(written(data=sums(tmp_path / "sums.jsonl", 80), task="sums"))
+    nodes = json.loads(call("run", path, "--arm", "bridge_rl", "--dry-run", "--json").out)
+    with RunInputs(parse_recipe(yaml.read(path.read_text(), ""), "")) as inputs:
+        assert fit.peak_bytes(inputs) == max(node["peak_bytes"] for node in nodes)
+
+
+def test_named_device_is_used_instead_of_this_machine(tmp_path: Path) -> None:
+    text = written(data=sums(tmp_path / "sums.jsonl", 40), task="sums", device="rtx4090")
+    recipe = parse_recipe(yaml.read(text, ""), "")
+    assert recipe.models.dtype == "bfloat16" and recipe.compute.device == "auto" and recipe.compute.workers is None
+    assert "rtx4090, 24.0 GiB of memory free, from its datasheet" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"device": "tpu"}, "--device tpu: must be auto, cpu, cuda or one of b200, h200"),
+        ({"teacher": "http://localhost:8000/v1"}, "--teacher http://localhost:8000/v1: the files of the model decide"),
+        ({"student": "/nowhere"}, "--student: no such model folder: /nowhere"),
+        ({"data": "/nowhere.jsonl"}, "--data: /nowhere.jsonl: no such file"),
+        ({"task": "poetry"}, "task 'poetry' is unknown"),
+    ],
+)
+def test_wrong_option_is_one_sentence(changes: dict[str, str], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refusal:
+        written(**({"data": sums(tmp_path / "sums.jsonl", 40)} | changes))
+    assert str(refusal.value).startswith(sentence) and "\n" not in str(refusal.value)
+
+
+def test_missing_gpu_is_refused_with_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^--device cuda: no CUDA device is here; .* such as --device h100$"):
+        written(data=sums(tmp_path / "sums.jsonl", 40), device="cuda")
+
+
+def test_pair_with_two_tokenizers_is_refused_with_remedy(tmp_path: Path) -> None:
+    other = qwen_folder(tmp_path / "other")
+    with pytest.raises(
+        UserError, match=r"^--student and --teacher: their tokenizers give different ids .* student's family"
+    ):
+        written(data=sums(tmp_path / "sums.jsonl", 40), teacher=other)
+
+
+def test_pair_with_two_vocabulary_widths_is_refused(tmp_path: Path) -> None:
+    folders = [qwen_folder(tmp_path / str(width), width=width) for width in (151_936, 152_064)]
+    with pytest.raises(
+        UserError, match=r"^--student and --teacher: their output layers have 151936 and 152064 columns"
+    ):
+        written(data=sums(tmp_path / "sums.jsonl", 40), student=folders[0], teacher=folders[1])
+
+
+def test_row_without_answer_and_short_file_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+2", "answer": null}\n')
+    with pytest.raises(UserError, match=r"--data: .*rows.jsonl, row 2: the problem has no answer in 'answer'"):
+        written(data=str(path))
+    with pytest.raises(
+        UserError, match=r"--data: .*few.jsonl has \d problems to train on, outside the evaluation; at least 8"
+    ):
+        written(data=sums(tmp_path / "few.jsonl", 8))
+
+
+def test_sampling_settings_come_from_generation_config(tmp_path: Path) -> None:
+    folder = qwen_folder(tmp_path / "model", do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
+    recipe = recipe_of(data=sums(tmp_path / "sums.jsonl", 40), student=folder, teacher=folder)
+    sampling = recipe.evaluate.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.8, 20)
