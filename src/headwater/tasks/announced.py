@@ -76,7 +76,10 @@ _FOREIGN_PHRASE = re.compile(
     re.IGNORECASE,
 )
 _NOUN = "|".join([r"answer", *(noun for noun, _ in _NOUNS_AND_VERBS.values())])
-_ARTICLE = r"(?:(?:the|my|die|la|il|a|o|el|het|final|correct|endgültige|итоговый|окончательный)\s+|(?:最终|最終|最后的?|正确|최종)\s*){0,2}"
+_ARTICLE = (
+    r"(?:(?:the|my|die|la|il|a|o|el|het|final|correct|endgültige|итоговый|окончательный)\s+"
+    r"|(?:最终|最終|最后的?|正确|최종)\s*){0,2}"
+)
 _LEADING_ARTICLE = re.compile(_ARTICLE, re.IGNORECASE)
 # "#### Final answer", "**Answer**": a line of its own, above the answer. Marks are required, since "Answer" alone may be anything.
 _HEADING = re.compile(
