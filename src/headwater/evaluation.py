@@ -18,12 +18,12 @@ from headwater import stats
 from headwater.config.recipe import Columns, Evaluate, Models, Prompt, Source
 from headwater.config.validation import complaints
 from headwater.data.labels import Labels
-from headwater.data.sources import load
+from headwater.data.sources import LoadedProblems, load
 from headwater.data.validate import failing
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
-from headwater.models.prompts import Prompter
+from headwater.models.prompts import Prompter, spelt_template
 from headwater.runs.inputs import device_of
 from headwater.runs.node_context import ProgressDisplay
 from headwater.sampling.torch_sampler import TorchSampler
@@ -46,6 +46,7 @@ class EvaluationSettings:
     max_tokens  longest completion
     template    the user turn; contains {problem}
     thinking    passed to chat templates that have a thinking mode
+    chat        apply the model's chat template
     dtype       float32 or bfloat16
     device      auto, cpu or cuda
     out         file for every graded completion, as JSONL
@@ -62,6 +63,7 @@ class EvaluationSettings:
     top_k: int = 0
     template: str = "{problem}"
     thinking: bool = False
+    chat: bool = True
     seed: int = 0
     dtype: str = "float32"
     device: str | None = None
@@ -128,19 +130,20 @@ def evaluate_model(name: str, data: str, settings: EvaluationSettings, display: 
     with Verifier(settings.task) as grade, contextlib.ExitStack() as stack:
         columns = Columns(problem=settings.problem, answer=settings.answer)
         loaded = load(Source(path=data, columns=columns, limit=settings.limit), "--data", True, task.gold, grade)
-        warnings = tuple(f"{data}: {unused.evidence}; {unused.remedy('--problem')}" for unused in loaded.unused)
-        for warning in warnings:
-            display.say(f"warning: {warning}")
         # A grader that returns no verdict is refused before anything is sampled.
         failing(grade, list(loaded.gold.items())[:1])
         folder = ModelFolder.open(name, "MODEL", models.trust_remote_code)
         policy = load_policy(folder, LoadOptions(models, device, frozen=True))
+        prompter = Prompter(policy.tokenizer, prompt, date.today())
+        warnings = _data_warnings(data, loaded, prompter)
+        for warning in warnings:
+            display.say(f"warning: {warning}")
         progress = stack.enter_context(display.node(f"eval {name}", 1, 1))
         progress.start(0, len(loaded.problems) * evaluated.samples, "completions")
         try:
             rows, spent = evaluate(
                 TorchSampler(policy),
-                Prompter(policy.tokenizer, prompt, date.today()),
+                prompter,
                 loaded.problems,
                 Labels(loaded.gold, grade, len(loaded.gold)),
                 evaluated,
@@ -156,12 +159,25 @@ def evaluate_model(name: str, data: str, settings: EvaluationSettings, display: 
     return replace(summary, tokens=int(spent["tokens_sampled"]), seconds=spent["seconds"], warnings=warnings)
 
 
+def _data_warnings(data: str, loaded: LoadedProblems, prompter: Prompter) -> tuple[str, ...]:
+    """What the doctor would report of a run's data and prompts as `column-not-read` and `chat-template-twice`."""
+    sentences = [f"{data}: {unused.evidence}; {unused.remedy('--problem')}" for unused in loaded.unused]
+    marks = [(mark, problem) for problem in loaded.problems if (mark := spelt_template(problem)) is not None]
+    if marks and prompter.has_template:
+        mark, problem = marks[0]
+        sentences.append(
+            f"{len(marks)} of {len(loaded.problems)} problems spell a chat template (the first: {mark} in {problem.name}), and the "
+            "model's is applied around them; use --no-chat, or write them as messages (role and content)"
+        )
+    return tuple(sentences)
+
+
 def _sections(model_name: str, settings: EvaluationSettings) -> tuple[Evaluate, Prompt, Models]:
     """The settings as sections of a recipe, validated by the same rules."""
     sampling = {name: getattr(settings, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
     return (
         _validated(Evaluate, {"samples": settings.samples, "sampling": sampling}),
-        _validated(Prompt, {"template": settings.template, "thinking": settings.thinking}),
+        _validated(Prompt, {"template": settings.template, "thinking": settings.thinking, "chat": settings.chat}),
         _validated(Models, {"student": model_name, "teacher": model_name, "dtype": settings.dtype}),
     )
 

@@ -110,6 +110,28 @@ def test_condition_measurements_use_no_label_and_change_no_weight(tmp_path: Path
     assert not (b / "conditions.jsonl").exists()
 
 
+def test_condition_measurements_take_at_most_their_share_of_flops(tmp_path: Path) -> None:
+    """Of a stage of two steps, measuring on the five held-out problems would take several times what training takes."""
+    plain, limited = tmp_path / "plain", tmp_path / "limited"
+    changes = ("stages.opd.batch_size=16", "stages.opd.steps=12", "conditions.every=2", "evaluate.samples=1")
+    assert tiny("run", plain, "--arm", "raw_teacher", changes=changes).code == 0
+    result = tiny("run", limited, "--arm", "raw_teacher", changes=(*changes, "conditions.max_share=0.1"))
+    assert result.code == 0, result.err
+    assert "warmup: condition C2 (how far student and teacher are apart) is not measured" in result.err
+    assert "opd: condition C2 (how far student and teacher are apart) is measured 2 times on 5 problems" in result.err
+
+    def flops(out: Path, stage: str, purpose: str) -> float:
+        ledger = rows(node(out, "raw_teacher", stage) / "ledger.jsonl")
+        return float(sum(row["flops"] for row in ledger if row["purpose"] == purpose))
+
+    assert flops(plain, "opd", "measure") > 0.2 * flops(plain, "opd", "train")
+    assert 0 < flops(limited, "opd", "measure") <= 0.1 * flops(limited, "opd", "train")
+    assert flops(plain, "warmup", "measure") > flops(limited, "warmup", "measure") == 0
+    assert [row["step"] for row in rows(node(limited, "raw_teacher", "opd") / "conditions.jsonl")] == [0, 12]
+    weights = [node(out, "raw_teacher", "opd") / "model/model.safetensors" for out in (plain, limited)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_condition_measurements_are_equal_after_resume(tmp_path: Path) -> None:
     """Killed by a full stop in the middle of OPD, then resumed: conditions and ledger as if nothing had happened."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -19,7 +19,8 @@ import yaml
 
 import headwater
 from headwater.cli.main import app
-from headwater.config.builtin import find_recipe
+from headwater.config.arms import ARMS, DEFAULT_STUDY
+from headwater.config.builtin import builtin_names, find_recipe
 from headwater.plugins import Kind
 from headwater.runs.hardware import DEVICES
 from headwater.storage.fault_points import POINTS
@@ -80,6 +81,25 @@ def test_docs_commands_parse() -> None:
     listed = commands()
     assert len(listed) > 60
     assert [(page, command, message) for page, command in listed if (message := parse_error(command)) is not None] == []
+
+
+def test_help_of_each_verb_has_examples_of_valid_commands() -> None:
+    for verb, command in verbs().items():
+        shown = [line.strip() for line in (command.epilog or "").splitlines() if line.strip().startswith("headwater ")]
+        assert shown and all(line.startswith(f"headwater {verb}") and len(line) < 80 for line in shown), verb
+        for line in shown:
+            assert parse_error(line.removeprefix("headwater ")) is None, line
+
+
+def test_help_lists_arms_recipes_and_default_study() -> None:
+    text = " ".join(call("study", "--help").out.replace("│", " ").split())
+    assert all(name in text for name in [*ARMS, *builtin_names()])
+    assert f"Without --arms: {', '.join(DEFAULT_STUDY[:-1])} and {DEFAULT_STUDY[-1]}." in text
+
+
+def test_version_option_prints_package_version() -> None:
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert version is not None and call("--version").out == f"headwater {version[1]}\n"
 
 
 def test_theory_page_names_existing_functions() -> None:

@@ -458,3 +458,29 @@ def test_folder_without_checksums_of_earlier_version_is_accepted(tmp_path: Path)
     result = go(out)
     assert result.code == 0 and not result.arrivals.get("node.begun")
     assert rows(out / "ledger.jsonl") == rows(whole() / "ledger.jsonl")
+
+
+# A stage that stops itself --------------------------------------------------------------------------------------------
+
+
+def test_killed_stage_without_signal_stops_with_same_ledger(tmp_path: Path) -> None:
+    """Real kills; tests/unit/runs/test_stopped_stage.py goes through every point in one process."""
+    changes = ("guards.no_signal=stop", "guards.patience=1", "stages.teacher_rl.sampling.max_tokens=1")
+    stopped = go(tmp_path / "stopped", None, *changes)
+    assert stopped.code == 4 and "no informative group in 1 step" in one_sentence(stopped)
+    out = tmp_path / "killed"
+    for point in ("verdicts.checked", "step.measured", "step.charged", "checkpoint.begun"):
+        assert go(out, f"{point}:1=kill", *changes).code == KILLED, point
+    again = go(out, None, *changes)
+    assert again.code == 4 and one_sentence(again) == one_sentence(stopped)
+    assert differing(out, tmp_path / "stopped") == []
+    ledger = [row for row in rows(out / "ledger.jsonl") if row["purpose"] == "train"]
+    kept = [row for path in out.glob("nodes/teacher_rl.*/rollouts/*.jsonl") for row in rows(path)]
+    assert [row["checks"] for row in ledger] == [len(kept)] == [4]
+    assert {label for row in ledger for label in row["labels"]} == {row["problem_id"] for row in kept}
+    # With the guard eased the stage goes on from its checkpoint, and no step is counted twice.
+    assert go(out, None, "guards.no_signal=continue", changes[2]).code == 0
+    steps = [
+        row["step"] for row in rows(out / "ledger.jsonl") if row["purpose"] == "train" and row["stage"] == "teacher_rl"
+    ]
+    assert steps == [1, 2]

@@ -1,4 +1,4 @@
-"""Small models of many architectures, and what Headwater does with each, beside plain transformers.
+"""Small models of many architectures, and how Headwater loads, samples and trains each, compared with plain transformers.
 
 `python -m tests.support.architectures [NAME …]` prints the table of docs/models.md, or the rows of some models.
 """
@@ -133,7 +133,7 @@ EXACT = 2e-4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happens with a model. The texts are the table's cells; `gap` is 0 for a model that is refused.
+    """Result for one model. The texts are the table's cells; `gap` is 0 for a model that is refused.
 
     gap       largest |Δ log-prob| of trainer or sampler against transformers, each sequence alone
     gradient  largest difference of a gradient from transformers', relative to the largest gradient
@@ -197,7 +197,7 @@ def outcome(name: str, folder: Path) -> Outcome:
     rollouts = sampled(policy)
     sampler_logp = torch.tensor([logp for rollout in rollouts for logp in rollout.sampler_logp])
     trainer_logp, trainer_gradient = trained(policy, rollouts)
-    plain_logp, plain_gradient = alone(folder, rollouts)
+    plain_logp, plain_gradient = transformers_logp(folder, rollouts)
     gap = max(float((logp - plain_logp).abs().max()) for logp in (sampler_logp, trainer_logp))
     largest = max(float(gradient.abs().max()) for gradient in plain_gradient.values())
     difference = (
@@ -218,7 +218,7 @@ def outcome(name: str, folder: Path) -> Outcome:
 
 
 def sampling_of(policy: Policy) -> tuple[str, str]:
-    """(how it samples, what is special about it)."""
+    """(how the policy samples, its special properties)."""
     if supports_fast_decoder(policy):
         return "fast decoder", ""
     reasons = []
@@ -252,8 +252,8 @@ def trained(policy: Policy, rollouts: list[Rollout]) -> tuple[Tensor, dict[str, 
     return torch.cat([logps[rollout.problem_id, rollout.sample] for rollout in rollouts]), gradient_of(policy.model)
 
 
-def alone(folder: Path, rollouts: list[Rollout]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same by transformers, one sequence after the other, in eager attention, without mask or cache."""
+def transformers_logp(folder: Path, rollouts: list[Rollout]) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `trained`, by transformers: one sequence at a time with eager attention, without mask or cache."""
     # transformers 5.19 counts Falcon's alibi twice in eager attention.
     attention = "sdpa" if json.loads((folder / "config.json").read_text()).get("alibi") else "eager"
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()

@@ -21,7 +21,7 @@ from typing import Any
 from forked_runs import ForkedRuns, ProcessResult
 from headwater.report import build as report
 from headwater.storage.run_dir import RunDir, read_json, read_jsonl, write_atomic, write_json
-from runs import TIMED, WHOLE_ARM, done, sets, timeless
+from runs import TIMED, WHOLE_ARM, done, sets, without_seconds
 
 SMALL = (  # every kind of node, a checkpoint a step, evaluations and measurements between steps: a second or two
     "data.labeled.generate.count=32",
@@ -65,9 +65,9 @@ def digests(out: Path) -> dict[str, str]:
 
 def _content(path: Path) -> bytes:
     if path.suffix == ".jsonl":
-        return _text([timeless(row) for row in read_jsonl(path)])
+        return _text([without_seconds(row) for row in read_jsonl(path)])
     if path.name == "report.json":
-        return _text(timeless(read_json(path)))
+        return _text(without_seconds(read_json(path)))
     if path.name == "DONE":
         return _text(done(path.parent))
     if path.name == "state.json":
@@ -83,7 +83,7 @@ def _text(value: Any) -> bytes:
 
 
 def differing(out: Path, whole: Path) -> list[str]:
-    """Names of files that differ between two runs, or that only one has."""
+    """Names of files that differ between two runs or exist in one only."""
     ours, expected = digests(out), digests(whole)
     return sorted(name for name in ours.keys() | expected.keys() if ours.get(name) != expected.get(name))
 

@@ -167,7 +167,7 @@ def one_run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         if now - began > 0.1 * (len(usage) + 1):
-            usage.append((now - began, *holds(pid)))
+            usage.append((now - began, *process_usage(pid)))
         time.sleep(0.002)
     arrivals = folder / "arrivals"
     return {
@@ -179,8 +179,8 @@ def one_run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def holds(pid: int) -> tuple[int, int]:
-    """Bytes of resident memory and open files of a process; zeros if it has ended."""
+def process_usage(pid: int) -> tuple[int, int]:
+    """(resident bytes, number of open files) of a process; zeros if it has ended."""
     with contextlib.suppress(OSError, IndexError):
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd"))
@@ -205,7 +205,7 @@ def child(request: dict[str, Any], folder: Path) -> None:
     def arrived(name: str) -> None:
         arrivals[name] += 1
         if name == request["then"] and arrivals[name] == 1:
-            second(request["argv"], folder)
+            rerun(request["argv"], folder)
         fault(name)
 
     fault_points.arm(arrived)
@@ -230,7 +230,7 @@ def child(request: dict[str, Any], folder: Path) -> None:
     os._exit(code if isinstance(code, int) else 1)
 
 
-def second(argv: list[str], folder: Path) -> None:
+def rerun(argv: list[str], folder: Path) -> None:
     """Run the same command in a second process and print its result to this one's stderr."""
     there = folder / "second"
     there.mkdir()

@@ -90,16 +90,16 @@ SPELLINGS = {
 }
 
 
-def some_turns(draw: random.Random, number: int) -> Turns:
-    """A conversation that no other number has, and that ends with the user's turn."""
+def random_turns(draw: random.Random, number: int) -> Turns:
+    """A conversation that is distinct for each number and ends with a user turn."""
     turns = [("system", draw.choice(SAID))] if draw.random() < 0.4 else []
     for _ in range(draw.choice([0, 0, 1, 2])):
         turns += [("user", draw.choice(SAID)), ("assistant", draw.choice([*SAID, "", " "]))]
     return (*turns, ("user", f"{draw.choice(SAID)} ({number})"))
 
 
-def spelt(turns: Turns, style: str, names: dict[str, str]) -> Any:
-    """Turns in one of the ways that files hold them."""
+def in_format(turns: Turns, style: str, names: dict[str, str]) -> Any:
+    """Turns in a drawn file format."""
     keys = ("from", "value") if style == "sharegpt" else ("role", "content")
     messages: list[dict[str, Any]] = [dict(zip(keys, (names[role], text), strict=True)) for role, text in turns]
     if style == "parts":
@@ -111,8 +111,8 @@ def spelt(turns: Turns, style: str, names: dict[str, str]) -> Any:
     return {key: [turn[key] for turn in messages] for key in keys} if style == "columns" else messages
 
 
-def not_a_prompt(draw: random.Random, row: dict[str, Any], column: str) -> None:
-    """Make a row of messages one that no text prompt can hold."""
+def spoil_prompt(draw: random.Random, row: dict[str, Any], column: str) -> None:
+    """Change a row of messages so that no text prompt can hold it."""
     turns = row[column]
     place = draw.randrange(len(turns))
     kind = draw.choice(
@@ -151,9 +151,9 @@ def conversation(draw: random.Random, folder: Path) -> str:
     wanted: list[tuple[Turns, str]] = []
     rows: list[Any] = []
     for number in range(1, draw.choice([1, 2, 6]) + 1):
-        turns, gold = some_turns(draw, number), str(draw.randint(-99, 999))
+        turns, gold = random_turns(draw, number), str(draw.randint(-99, 999))
         whole: Turns = (*turns, ("assistant", f"So it is \\boxed{{{gold}}}.")) if said_answer else turns
-        row: dict[str, Any] = {column: spelt(whole, style, names)}
+        row: dict[str, Any] = {column: in_format(whole, style, names)}
         if not said_answer:
             nested = {"reward_model": {"style": "rule", "ground_truth": gold}, "extra_info": {"answer": gold}}
             row[aside] = nested.get(aside, gold)
@@ -162,8 +162,8 @@ def conversation(draw: random.Random, folder: Path) -> str:
     fate = draw.choice(["whole", "whole", "whole", "refused", "mutated"])
     bad = draw.randrange(len(rows))
     if fate == "refused":
-        rows[bad][column] = spelt(wanted[bad][0], "messages", {name: name for name in SPELLINGS})
-        not_a_prompt(draw, rows[bad], column)
+        rows[bad][column] = in_format(wanted[bad][0], "messages", {name: name for name in SPELLINGS})
+        spoil_prompt(draw, rows[bad], column)
     elif fate == "mutated":
         rows[bad] = mutated(draw, rows[bad], 3)
     form = draw.choice(["jsonl", "json", "parquet", "arrow"]) if fate == "whole" else draw.choice(["jsonl", "json"])

@@ -162,7 +162,7 @@ def adapter_settings(draw: random.Random, targets: list[str]) -> dict[str, Any]:
 
 
 def made_by_peft(draw: random.Random, model: Any, base: Path, out: Path, targets: list[str]) -> Tensor | None:
-    """Save an adapter of drawn settings, all of it far from its start; the adapted model's log-probs, None if peft refuses."""
+    """Save an adapter of drawn settings, far from its start; returns the adapted model's log-probs, None if peft refuses."""
     from peft import LoraConfig, get_peft_model
 
     try:
@@ -237,7 +237,7 @@ def spoiled_tensors(draw: random.Random, tensors: dict[str, Tensor]) -> tuple[st
 
 
 def placement(config: Path) -> dict[str, Any]:
-    """The fields of an adapter's config that say where in the model it is, if that can be read."""
+    """Fields of an adapter's config that place it in the model; empty if the config cannot be read."""
     fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     with contextlib.suppress(ValueError, RecursionError, AttributeError):
         settings = json.loads(config.read_bytes())

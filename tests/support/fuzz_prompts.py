@@ -56,8 +56,8 @@ def write_model(folder: Path, vocabulary: int) -> None:
 CHARACTERS = [*map(chr, range(32, 127)), "\n", "\t", "½", "é"]
 
 
-def some_backend(draw: random.Random) -> tuple[Tokenizer, bool]:
-    """A tokenizer, and whether its ids tell the text they were made of."""
+def random_backend(draw: random.Random) -> tuple[Tokenizer, bool]:
+    """(tokenizer, whether its ids can be decoded to the original text)."""
     kind = draw.choice(["characters", "characters", "bytes", "words", "unigram", "byte fallback"])
     tokens = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS])}
     if kind == "characters":
@@ -113,9 +113,9 @@ def post_processor(draw: random.Random) -> Any:
     )  # fmt: skip
 
 
-def some_tokenizer(draw: random.Random) -> tuple[PreTrainedTokenizerFast, bool]:
-    """A tokenizer with drawn special and added tokens, and whether its ids tell the text."""
-    made, faithful = some_backend(draw)
+def random_tokenizer(draw: random.Random) -> tuple[PreTrainedTokenizerFast, bool]:
+    """(tokenizer with drawn special and added tokens, whether its ids can be decoded to the original text)."""
+    made, faithful = random_backend(draw)
     if draw.random() < 0.6:
         made.post_processor = post_processor(draw)
     if draw.random() < 0.2:
@@ -178,7 +178,7 @@ def tokenizer(draw: random.Random, folder: Path) -> str:
     """A model with a drawn tokenizer: prompts have the ids of their whole text, and ids that the model lacks are reported."""
     target = folder / "m"
     torch.manual_seed(0)
-    made, faithful = some_tokenizer(draw)
+    made, faithful = random_tokenizer(draw)
     vocabulary = max(1, len(made) + draw.choice([0, 0, 0, 7, 64, -1, -3, -20]))
     write_model(target, vocabulary)
     made.save_pretrained(target)
@@ -261,7 +261,7 @@ def chat(draw: random.Random) -> str:
 
 
 def rendered_plainly(template: str, messages: list[dict[str, str]]) -> str | None:
-    """What jinja2 makes of a template with the names that transformers documents; None if it fails."""
+    """Render a template by jinja2 with the variables that transformers documents; None if it fails."""
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -1,4 +1,4 @@
-"""Fuzz cases of recipes and `--set` options, and what the cases of other inputs need to make a recipe and run it."""
+"""Fuzz cases of recipes and `--set` options, and helpers of other fuzz cases that make and run a recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from malformed_inputs import BOMBS, at, leaf, mutated, near, places, spoiled
 
 
 class WrongError(Exception):
-    """The program accepted an input and made something else of it, or accepted what it must refuse."""
+    """The program accepted an input that it must refuse, or misread it."""
 
 
 def small(name: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def on_model(folder: Path, rows: Sequence[dict[str, Any]], model: Path) -> Recip
 
 
 def examined(recipe: Recipe, weights: bool = False) -> Examination:
-    """What the doctor finds; without `weights`, only by the checks that load none."""
+    """The doctor's examination; without `weights`, only of checks that load none."""
     checks = [check for check in CHECKS if weights or check.stage == "files"]
     with prepared(recipe, ["direct_grpo"], [recipe.seed]) as (plan, inputs):
         context = DoctorContext.of(plan, inputs, Path("out"))

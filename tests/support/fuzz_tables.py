@@ -27,7 +27,7 @@ REFUSED = object()
 
 
 def column_cells(draw: random.Random, count: int) -> tuple[pyarrow.Array, list[Any]]:
-    """A column of a drawn type, and of each cell the gold that a person would write (None: no answer), or REFUSED."""
+    """(column of a drawn type, expected gold of each cell: text, None for no answer, or REFUSED)."""
     kind = draw.choice(list(COLUMNS))
     cells = [COLUMNS[kind](draw) for _ in range(count)]
     holes = [draw.random() < 0.1 for _ in cells]
@@ -46,7 +46,7 @@ def integer(bits: int, signed: bool = True) -> Any:
 
 
 def short_float(digits: int) -> Any:
-    """Floats that are written with few digits; with as many as their width tells apart, the digits come back."""
+    """Floats of few decimal digits, few enough for their width to keep them."""
 
     def cell(draw: random.Random) -> tuple[float, str]:
         whole = draw.randint(-(10**digits) + 1, 10**digits - 1)

@@ -40,6 +40,7 @@ TINY = (  # two steps a stage, ten graded evaluation texts: a whole arm takes a 
     "evaluate.sampling.max_tokens=32",
     "guards.no_signal=continue",
     "compute.threads=1",
+    "compute.keep_checkpoints=true",  # which tests look at
     "compute.workers=1",  # in this process, where tests can inspect and patch; test_executors.py has more
 )
 
@@ -127,11 +128,11 @@ def infos(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path, load_json(path / "node.json")
 
 
-def timeless(value: Any) -> Any:
+def without_seconds(value: Any) -> Any:
     """The value without its `seconds…` entries."""
     if isinstance(value, dict):
-        return {key: timeless(child) for key, child in value.items() if not key.startswith("seconds")}
-    return [timeless(child) for child in value] if isinstance(value, list) else value
+        return {key: without_seconds(child) for key, child in value.items() if not key.startswith("seconds")}
+    return [without_seconds(child) for child in value] if isinstance(value, list) else value
 
 
 def assert_same(out: Path, whole: Path) -> None:
@@ -147,9 +148,9 @@ def assert_same(out: Path, whole: Path) -> None:
         files = [path.relative_to(reference) for path in sorted(reference.rglob("*.jsonl"))]
         assert files == [path.relative_to(ours) for path in sorted(ours.rglob("*.jsonl"))]
         for name in files:
-            assert timeless(rows(ours / name)) == timeless(rows(reference / name)), f"{ours.name}/{name}"
-    assert timeless(rows(out / "ledger.jsonl")) == timeless(rows(whole / "ledger.jsonl"))
-    assert timeless(load_json(out / "report.json")) == timeless(load_json(whole / "report.json"))
+            assert without_seconds(rows(ours / name)) == without_seconds(rows(reference / name)), f"{ours.name}/{name}"
+    assert without_seconds(rows(out / "ledger.jsonl")) == without_seconds(rows(whole / "ledger.jsonl"))
+    assert without_seconds(load_json(out / "report.json")) == without_seconds(load_json(whole / "report.json"))
 
 
 TIMED = ("metrics.jsonl", "ledger.jsonl")

@@ -1,4 +1,4 @@
-"""HTTP server for the tests that answers like a vLLM server, from a policy of ours, or with failures that a test injects."""
+"""HTTP server for tests that answers like a vLLM server from a local policy, or with injected failures."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def serving(answer: Answers) -> Iterator[Endpoint]:
 
 @dataclass(frozen=True)
 class Answering:
-    """Answers of a vLLM server, computed from a policy of ours: prompt_logprobs, samples, ids of texts and chats."""
+    """Answers of a vLLM server, computed from a local policy: prompt_logprobs, samples, ids of texts and chats."""
 
     policy: Policy
     most: int = 20

@@ -57,6 +57,6 @@ def logp(policy: Policy, rollouts: list[Rollout]) -> torch.Tensor:
     return torch.cat(logp_of(policy, rollouts, 4096))
 
 
-def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+def mean_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Mean absolute difference of log-probs; the documentation promises 0.01 between programs."""
     return (a - b).abs().mean().item()

@@ -124,7 +124,7 @@ def sampled_rows(
 
 
 def taught(rows: list[Row], teacher: Policy, tokens: int = 4096) -> list[Row]:
-    """The rows with the distributions of a live teacher."""
+    """Rows annotated with the distributions of a live teacher."""
     distributions = distributions_of(teacher, [row.rollout for row in rows], tokens)
     return [replace(row, teacher=distribution) for row, distribution in zip(rows, distributions, strict=True)]
 

@@ -19,6 +19,7 @@ from headwater.cli.options import (
     RecipeName,
     Set,
     TaskName,
+    examples,
     parse_arms,
     recipe_changes,
 )
@@ -27,7 +28,7 @@ from headwater.errors import RefusedError
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater doctor my.yaml", "headwater doctor my.yaml --arms all --json"))
 def doctor(
     recipe: RecipeName,
     arms: Annotated[
@@ -57,7 +58,9 @@ def doctor(
         raise RefusedError(f"refused: {diagnosis.error_names}")
 
 
-@commands.command()
+@commands.command(
+    epilog=examples("headwater probe my.yaml", "headwater probe my.yaml --problems 64 --samples 16 --out runs/my")
+)
 def probe(
     recipe: RecipeName,
     problems: Annotated[
@@ -90,7 +93,7 @@ def probe(
         console().print(probe_tables(result))
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater grade --data completions.jsonl --task maths"))
 def grade(
     data: Annotated[Path, typer.Option("--data", help='File of {"id","gold","completion"} rows.')],
     task: TaskName = "maths",
@@ -104,7 +107,11 @@ def grade(
         print(json.dumps(row, ensure_ascii=False))
 
 
-@commands.command()
+@commands.command(
+    epilog=examples(
+        "headwater validate train.jsonl --task maths", "headwater validate train.jsonl --problem prompt --answer target"
+    )
+)
 def validate(
     data: Annotated[str, typer.Argument(metavar="DATA", help="JSONL, CSV, Parquet, a `datasets` folder or a hub id.")],
     task: TaskName = "maths",

@@ -16,20 +16,24 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from headwater.config.arms import ARMS, DEFAULT_ARM
+from headwater.config.builtin import builtin_names
 from headwater.errors import HeadwaterError, UserError
 from headwater.runs.hardware import DEVICES
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a built-in recipe.")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help=f"A YAML file, or a built-in recipe: {', '.join(builtin_names())}.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; the same one again resumes the run.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change a field: path=value, such as stages.opd.steps=5.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
-Arms = Annotated[str | None, typer.Option("--arms", help="Arms, separated by commas, or `all`.")]
+Arms = Annotated[str | None, typer.Option("--arms", help=f"Arms, separated by commas, or `all`: {', '.join(ARMS)}.")]
 ArmName = Annotated[
     str | None,
     typer.Option(
         "--arm",
-        help=f"Which arm; by default the one that --out holds or its probe advised, else {DEFAULT_ARM}, or the recipe's own stages.",
+        help=f"Which arm; by default the one that --out holds or its probe advised, else {DEFAULT_ARM}, or the recipe's own stages. "
+        f"Arms: {', '.join(ARMS)}.",
     ),
 ]
 Evals = Annotated[
@@ -110,6 +114,10 @@ class EvalOptions:
     thinking: Annotated[
         bool, typer.Option("--thinking/--no-thinking", help="Passed to chat templates that have a thinking mode.")
     ] = False
+    chat: Annotated[
+        bool,
+        typer.Option("--chat/--no-chat", help="Apply the model's chat template, or give it the texts as they are."),
+    ] = True
     seed: Annotated[int, typer.Option("--seed")] = 0
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32"
     device: Device = None

@@ -10,15 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from headwater.cli.options import EvalOptions, Json, with_options
+from headwater.cli.options import EvalOptions, Json, examples, with_options
 from headwater.errors import RefusedError, UserError
 
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater report runs/my", "headwater report runs/seed0 runs/seed1 --out runs/both"))
 def report(
-    dirs: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Run directories of one recipe.")],
+    dirs: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Run directories: of one recipe, or to compare.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; the first DIR by default.")] = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Prove from the files where labels went; exit 3 if not.")
@@ -29,14 +29,17 @@ def report(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of --serve; 0 takes a free one.")] = 8765,
     json_: Json = False,
 ) -> None:
-    """Rebuild the report from run directories, audit them, or serve it while they grow."""
-    from headwater.report import build
+    """Rebuild the report from run directories, audit them, or serve it while they grow. Different recipes: side by side."""
+    from headwater.report import build, side_by_side
     from headwater.report.serve import serve as serve_report
 
     if audit:
         _audit(dirs, json_)
     elif serve:
         serve_report(dirs, port, lambda address: print(f"report: {address} (Ctrl-C ends it)", flush=True))
+    elif not side_by_side.of_one_recipe(dirs):
+        folder = out or dirs[0]
+        print_comparison(side_by_side.write(folder, dirs), folder, json_)
     else:
         folder = out or dirs[0]
         print_report(build.write(folder, dirs), folder, json_)
@@ -66,7 +69,21 @@ def print_report(report: dict[str, Any], folder: Path, as_json: bool) -> None:
     print(f"report: {folder / 'report.html'}")
 
 
-@commands.command()
+def print_comparison(values: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print compare.json, or its tables and where the page is."""
+    from headwater.report.format import console
+    from headwater.report.side_by_side import tables
+    from headwater.report.terminal import rich_table
+
+    if as_json:
+        print(json.dumps(values))
+        return
+    for table in tables(values):
+        console().print(rich_table(table))
+    print(f"comparison: {folder / 'compare.html'}")
+
+
+@commands.command(epilog=examples("headwater watch runs/my", "headwater watch runs/my --once"))
 def watch(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, running or not.")],
     every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two refreshes.")] = 1.0,
@@ -95,7 +112,13 @@ def watch(
                 live.update(status_table(status, screen.height), refresh=True)
 
 
-@commands.command("eval")
+@commands.command(
+    "eval",
+    epilog=examples(
+        "headwater eval ./model --data test.jsonl --samples 4",
+        "headwater eval pocket:qwen3-student --data test.jsonl --task sums",
+    ),
+)
 @with_options
 def eval_(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, hub id or pocket:NAME.")],
@@ -111,7 +134,7 @@ def eval_(
     print(json.dumps(evaluation.to_json()) if options.json_ else evaluation.text())
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater merge runs/my/nodes/opd.s0.1a2b3c4d/model ./merged"))
 def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder, such as a node's model/.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the merged model; must not exist.")],
@@ -126,7 +149,7 @@ def merge(
     print(out)
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater push runs/my --to me/my-model --private"))
 def push(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A run directory, or the model/ folder of one of its nodes.")

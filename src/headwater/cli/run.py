@@ -23,6 +23,7 @@ from headwater.cli.options import (
     Seeds,
     Workers,
     dry_run_options,
+    examples,
     launched_by_torchrun,
     parse_arms,
     parse_list,
@@ -40,7 +41,11 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(
+    epilog=examples(
+        "headwater run pocket --set stages.opd.steps=20", "headwater run my.yaml --arm bridge_rl --dry-run --on h100"
+    )
+)
 @with_options
 def run(
     recipe: RecipeName,
@@ -53,16 +58,23 @@ def run(
     run_study(recipe, None if arm is None else [arm], None if seed is None else [seed], options, execution)
 
 
-@commands.command()
+@commands.command(
+    epilog=examples(
+        "headwater study pocket --arms direct_grpo,bridge", "headwater study my.yaml --arms all --seeds 0,1,2 --dry-run"
+    )
+)
 @with_options
 def study(
     recipe: RecipeName, options: RunOptions, execution: ExecutionOptions, arms: Arms = None, seeds: Seeds = None
 ) -> None:
-    """Run many arms × seeds as one plan, shared nodes once, then report."""
+    """Run many arms × seeds as one plan, shared nodes once, then report.
+
+    Without --arms: direct_grpo, raw_teacher, bridge, bridge_1h, bridge_rl and replay.
+    """
     run_study(recipe, DEFAULT_STUDY if arms is None else parse_arms(arms), parse_seeds(seeds), options, execution)
 
 
-@commands.command()
+@commands.command(epilog=examples("headwater demo --out runs/demo"))
 def demo(
     out: Out = None,
     seed: Annotated[int, typer.Option("--seed", help="Training seed.")] = 0,
@@ -74,7 +86,12 @@ def demo(
     run_study("pocket", DEFAULT_STUDY, [seed], options, ExecutionOptions())
 
 
-@commands.command()
+@commands.command(
+    epilog=examples(
+        "headwater sweep pocket --vary labels --values 64,128,256",
+        "headwater sweep my.yaml --vary stages.opd.optim.lr --values 1e-5,3e-5",
+    )
+)
 @with_options
 def sweep(
     recipe: RecipeName,

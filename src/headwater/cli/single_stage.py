@@ -21,7 +21,7 @@ commands = typer.Typer()
 @commands.command(
     epilog=examples(
         "headwater distill ./student ./teacher --prompts prompts.jsonl --out runs/small",
-        "headwater distill Qwen/Qwen3-0.6B Qwen/Qwen3-4B --prompts p.jsonl --set models.lora.r=32 --dry-run --on h100",
+        "headwater distill ./student ./teacher --prompts p.jsonl --set models.lora.r=32",
     )
 )
 @with_options
@@ -51,7 +51,7 @@ def distill(
 @commands.command(
     epilog=examples(
         "headwater grpo ./model --data train.jsonl --evals test.jsonl --task maths",
-        "headwater grpo Qwen/Qwen3-0.6B --data train.jsonl --set stages.student_rl.steps=100 --dry-run",
+        "headwater grpo ./model --data train.jsonl --set stages.student_rl.steps=100",
     )
 )
 @with_options

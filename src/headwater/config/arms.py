@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from headwater.config.objectives import default_objective
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
 from headwater.errors import UserError, did_you_mean
@@ -245,11 +246,15 @@ def arm_of(name: str, recipe: Recipe) -> Arm:
     Raises UserError for an unknown name, and for an arm that needs more than the recipe has.
     """
     if name not in ARMS and name != OWN_STAGES:
-        raise UserError(f"--arm {name}: no such arm; there are {', '.join(ARMS)}{did_you_mean(name, ARMS)}")
+        known = [*ARMS, OWN_STAGES]
+        raise UserError(f"--arm {name}: no such arm; there are {', '.join(known)}{did_you_mean(name, known)}")
     arm, default = ARMS.get(name) or own_stages(recipe), split_pool(recipe)
     if missing := missing_fields(arm, recipe):
-        way_out = "" if name == OWN_STAGES else ", or name no arm: then the recipe's own stages run"
-        raise UserError(f"arm {name}: needs {', '.join(missing)}, which the recipe does not have; add it{way_out}")
+        other = (
+            "" if name == OWN_STAGES else f", or name the arm {OWN_STAGES}, which runs the stages that the recipe has"
+        )
+        add = "add it" if len(missing) == 1 else "add them"
+        raise UserError(f"arm {name}: needs {', '.join(missing)}, which the recipe does not have; {add}{other}")
     teacher, student = (
         tuple(replace(step, pool=step.pool or default) for step in steps) for steps in (arm.teacher, arm.student)
     )
@@ -283,8 +288,9 @@ def missing_fields(arm: Arm, recipe: Recipe) -> list[str]:
     for step in [step for each in (arm, *others) for step in (*each.teacher, *each.student)]:
         if step.stage not in stages and not (step.stage == "sft" and "warmup" in stages):
             missing[f"stages.{step.stage}"] = None
-            continue
-        settings = stage_of(recipe, step)
+            settings = Stage(objective=default_objective(step.stage), steps=1)
+        else:
+            settings = stage_of(recipe, step)
         if settings.needs_labels and recipe.data.labeled is None:
             missing["data.labeled"] = None
         if recipe.models.teacher is None and (settings.needs_teacher or step in arm.teacher):

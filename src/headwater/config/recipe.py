@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from headwater.config import yaml
 from headwater.config.compute import Compute
@@ -95,6 +102,8 @@ class Prompt(Strict):
     """The user's message; `{problem}` is replaced by the problem's text."""
     thinking: bool = False
     """Passed to chat templates that have `enable_thinking` (Qwen3)."""
+    chat: bool = True
+    """Apply the model's chat template; false gives the model the texts as they are (problems that spell a template, base models)."""
     max_tokens: Tokens = 2048
     """Longest prompt; a longer one is refused."""
 
@@ -103,6 +112,12 @@ class Prompt(Strict):
         if "{problem}" not in self.template:
             raise ValueError("template must contain {problem}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit `chat` where it is true: recipes written before it existed stay equal, and so do their fingerprints."""
+        fields: dict[str, Any] = fields_of(self)
+        return {name: value for name, value in fields.items() if name != "chat" or not value}
 
 
 class Columns(Strict):
@@ -216,6 +231,16 @@ class Conditions(Strict):
     """Steps between measurements; the initial and the final state are always measured."""
     top_k: Tokens = 16
     """Number of top tokens compared for the overlap."""
+    max_share: Annotated[Fraction, Unit("share of a stage's FLOPs")] | None = 0.1
+    """Largest share of a stage's estimated FLOPs: beyond it, C2 is measured less often, then on fewer problems, then not at all. None,
+    the default where the recipe gives `problems` or `every`: measured as they say."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _measures_what_is_asked_for(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.keys() & {"problems", "every"}:
+            return {"max_share": None, **value}
+        return value
 
 
 class Recipe(Strict):

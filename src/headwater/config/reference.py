@@ -36,7 +36,7 @@ def explain(path: str, width: int = 80) -> str:
     lines += [f"  {key:8} {value}" for key, value in _facts(field) if value]
     if field.section is None:
         return "\n".join([*lines, *_wrapped(_shipped_values(path), width)])
-    inner = [other for other in FIELDS.values() if _parent(other.path) == name]
+    inner = [other for other in FIELDS.values() if parent_of(other.path) == name]
     return "\n".join([*lines, "", _section_text(f"{path}.", inner, width)])
 
 
@@ -52,7 +52,7 @@ def _shipped_values(path: str) -> str:
     return f"set {', '.join(values)}" if values else ""
 
 
-def _parent(path: str) -> str:
+def parent_of(path: str) -> str:
     """The section of a field; a section's own NAME counts with it."""
     return path.rpartition(".")[0].removesuffix(f".{ANY_NAME}")
 
@@ -140,7 +140,7 @@ def _page_sections() -> Iterator[tuple[str, list[SchemaField]]]:
     for field in FIELDS.values():
         if field.section is None or (field.section in EXPLAINED_ONCE and field.section in done):
             continue
-        heading, inner = field.path, [other for other in FIELDS.values() if _parent(other.path) == field.path]
+        heading, inner = field.path, [other for other in FIELDS.values() if parent_of(other.path) == field.path]
         owner = next((section for section in EXPLAINED_ONCE if field.path.startswith(tuple(_paths_of(section)))), None)
         if owner is not None:
             first = next(_paths_of(owner))

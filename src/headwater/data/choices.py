@@ -16,6 +16,7 @@ from headwater.types import letters_and_digits
 CHOICE_COLUMNS = ("choices", "options", "endings")
 _LABELLED = re.compile(r"\(?([A-Ja-j])[).:]\s*")
 _LETTER = re.compile(r"\(?([A-Za-z0-9])[).:]?")
+_SEVERAL = re.compile(r"\s*[,;]\s*(?=[A-Za-z0-9]\s*(?:[,;]|$))")
 _OWN_COLUMN = re.compile(r"((?:option|choice|op|)[ _]?)([a-j])")
 Naming = Literal["label", "text", "from 0", "from 1"]
 
@@ -45,7 +46,14 @@ class Choices:
         return all(letters_and_digits(label + text) in shown for label, text in pairs)
 
     def label_of(self, answer: Any, naming: Naming) -> str | None:
-        """The label of the choice that an answer names in this way; None if it names none."""
+        """The label of the choice that an answer names in this way; None if it names none.
+
+        An answer may list several labels: `A, C`, or a list of them.
+        """
+        if isinstance(answer, list) or (naming == "label" and _SEVERAL.search(str(answer))):
+            parts = answer if isinstance(answer, list) else _SEVERAL.split(str(answer).strip())
+            labels = [None if isinstance(part, list) else self.label_of(part, naming) for part in parts]
+            return ", ".join(map(str, labels)) if labels and None not in labels else None
         given = str(answer).strip()
         if naming == "text":
             places = [place for place, text in enumerate(self.texts) if text == given]

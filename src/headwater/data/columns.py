@@ -18,7 +18,7 @@ from headwater.types import letters_and_digits
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages", "conversations", "conversation", "query")
 FURTHER_PROBLEM_COLUMNS = (
-    "problem_statement", "problem_text", "question_content", "question_text", "instruction", "input",
+    "problem_statement", "problem_text", "question_content", "question_text", "ctx", "instruction", "input",
 )  # fmt: skip
 """Read where a row has none of the above; of several with different texts none is preferred."""
 JOINED_COLUMNS = {("body", "question"): " ", ("instruction", "input"): "\n\n"}

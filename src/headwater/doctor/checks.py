@@ -66,6 +66,7 @@ CHECKS = (
     Check("chat templates", prompts.templates, exit_code=2),
     Check("thinking mode and system prompt", prompts.fields_without_effect),
     Check("problems in their prompts", prompts.whole_problems),
+    Check("prompts that spell a chat template", prompts.spelt_templates),
     Check("ends of prompts", prompts.prompt_ends),
     Check("clock of chat templates", prompts.clock),
     Check("prompt lengths", prompts.prompt_lengths, exit_code=2),

@@ -35,6 +35,7 @@ HELD_OUT, HELD_OUT_SHARE, FEWEST_HELD_OUT = 300, 0.2, 2
 """Problems to hold out of a file that has no evaluation, and the largest share of them."""
 MEASURED_PROBLEMS = 1000
 """Problems whose prompts are tokenized, the longest texts among them."""
+MEASURED_SECONDS = 0.3
 FEWEST_LABELS = 8
 """Below this a half of the labels has too few problems for one step."""
 FITTED_ARM = "bridge_rl"
@@ -98,8 +99,9 @@ def _folder(name: str, option: str) -> ModelFolder:
 
 def _refuse_other_tokens(student: ModelFolder, teacher: ModelFolder) -> None:
     fields = student.field, teacher.field
+    tokenizers = student.tokenizer, teacher.tokenizer  # one that cannot be read has its own sentence
     try:
-        refuse_different_tokens(student.tokenizer, teacher.tokenizer, fields)
+        refuse_different_tokens(*tokenizers, fields)
     except UserError as refusal:
         raise UserError(
             f"{refusal}; name a teacher of the student's family (Qwen2.5 with Qwen2.5, Llama 3 with Llama 3)"
@@ -217,10 +219,10 @@ def device_facts(name: str) -> DeviceFacts:
 
 
 def measured_flops(device: torch.device) -> float:
-    """FLOP/s of a matrix product in the type that trains there: the best of a few, about 0.1 s on a CPU."""
+    """FLOP/s of a matrix product in the type that trains there: the best within MEASURED_SECONDS, since other work only slows it."""
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
-    matrix, best = torch.ones(size, size, device=device, dtype=dtype), float("inf")
-    for _ in range(4):  # the first prepares kernels
+    matrix, best, begun = torch.ones(size, size, device=device, dtype=dtype), float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < MEASURED_SECONDS or best == float("inf"):
         started = time.perf_counter()
         (matrix @ matrix)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - started)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import seeds, stats
-from headwater.config.arms import split_pool
+from headwater.config.arms import ARMS, missing_fields, split_pool
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
 from headwater.data.labels import Labels
@@ -51,6 +51,9 @@ CONTINUATIONS = 4
 """Samples that continue each prefix of a right answer."""
 PREFIX = 0.25
 """Share of a right answer's tokens in the prefix: enough to show the path, with most of it still to go."""
+
+PROBED_ARMS = ("bridge", "direct_grpo")
+"""The arms between which the probe advises."""
 
 Role = Literal["student", "teacher"]
 
@@ -134,8 +137,14 @@ def probe(
         refuse_links(folder.path, "--out")
         folder.refuse_other(recipe_json)
     day = date.today() if folder is None else prompt_day(folder)
+    missing = {field: None for arm in PROBED_ARMS for field in missing_fields(ARMS[arm], recipe)}
+    if missing:
+        raise UserError(
+            f"probe: compares labels on the teacher with labels on the student, which needs {', '.join(missing)}; the recipe has no "
+            "such field"
+        )
     with contextlib.ExitStack() as stack:
-        plan, inputs = stack.enter_context(prepared(recipe, ["bridge", "direct_grpo"], [seed], day))
+        plan, inputs = stack.enter_context(prepared(recipe, PROBED_ARMS, [seed], day))
         preflight(plan, inputs)
         refuse_longer_continuations(DoctorContext.of(plan, inputs))
         names, count = sampled_problems(inputs, problems, seed), samples_a_problem(recipe, samples)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from html import unescape
 from typing import Any, Literal
 
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, note, warning
-from headwater.models.prompts import Prompter, reads_clock
+from headwater.models.prompts import Prompter, reads_clock, spelt_template
 from headwater.models.rope import mixed_lengths, positions
 from headwater.sampling.vllm_sampler import max_sequence_tokens
 from headwater.tasks.thinking import after_thinking
@@ -209,13 +210,30 @@ def whole_problems(context: DoctorContext) -> Iterator[Finding]:
 
 def turns_left_out(prompter: Prompter, problem: Problem) -> list[int]:
     """Positions of the turns whose text does not stand in the prompt."""
-    prompt = prompter.text(problem)
+    prompt = unescape(prompter.text(problem))  # some templates escape for HTML
     contents = [after_thinking(content).strip() for content in problem.contents]
-    missing = [index for index, content in enumerate(contents) if content not in prompt]
+    missing = [index for index, content in enumerate(contents) if unescape(content) not in prompt]
     if not missing:
         return []
     letters = letters_and_digits(prompt)  # a template may escape or rearrange what lies between
-    return [index for index in missing if letters_and_digits(contents[index]) not in letters]
+    return [index for index in missing if letters_and_digits(unescape(contents[index])) not in letters]
+
+
+def spelt_templates(context: DoctorContext) -> Iterator[Finding]:
+    """Problems that are whole prompts already get a second chat template around them."""
+    templated = [role for role in context.roles if context.prompter(role).has_template]
+    for name in context.inputs.data_fields if templated else ():
+        problems = context.inputs.source(name).problems
+        marks = [(mark, problem) for problem in problems if (mark := spelt_template(problem)) is not None]
+        if marks:
+            mark, problem = marks[0]
+            yield Finding(
+                "chat-template-twice",
+                "error" if 2 * len(marks) > len(problems) else "warning",
+                f"{name}: {len(marks)} of {len(problems)} problems spell a chat template (the first: {mark} in {problem.name}), and "
+                f"that of models.{templated[0]} is applied around them",
+                "set prompt.chat=false to give them to the models as they are, or write them as messages (role and content)",
+            )
 
 
 def prompt_ends(context: DoctorContext) -> Iterator[Finding]:

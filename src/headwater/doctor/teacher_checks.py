@@ -85,11 +85,10 @@ def server_tokens(context: DoctorContext) -> Iterator[Finding]:
             replace(context.prompter("student"), day=None),
             context.inputs.tokenizer(role),
         )  # a server's clock runs
-        templated = getattr(student.tokenizer, "chat_template", None) is not None
         field, texts = f"models.{role}", compared_texts(context)[:SERVER_PROBLEMS]
         try:
             refuse_different_tokens(student.tokenizer, served, ("models.student", field), texts)
-            for problem in context.compared_problems[:SERVER_PROBLEMS] if templated and texts else ():
+            for problem in context.compared_problems[:SERVER_PROBLEMS] if student.has_template and texts else ():
                 served_ids = served.chat(student.messages(problem), student.prompt.thinking)
                 student_ids = student.ids(problem)
                 if served_ids is not None and tuple(served_ids) != student_ids:

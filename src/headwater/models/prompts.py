@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
@@ -22,6 +23,15 @@ TEMPLATE_SECONDS, TEMPLATE_MB = 5.0, 256
 """Limits of a chat template for one problem; those that ship with models take a tenth of a millisecond."""
 MAX_CHARACTERS = 500_000
 """A tokenizer's native code needs memory in proportion, aborts the process without it, and cannot be interrupted."""
+_CHAT_MARK = re.compile(
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<\|startoftext\|>|<｜begin▁of▁sentence｜>|\[gMASK\]<sop>)?\s*"
+    r"(<\|im_start\|>|<\|start_header_id\|>|<\|header_start\|>|\[INST\]|\[SYSTEM_PROMPT\]|<start_of_turn>|<\|start\|>"
+    r"|<\|(?:user|system|im_user|im_system)\|>|<｜User｜>|<\|START_OF_TURN_TOKEN\|>|<\|start_of_role\|>)"
+)
+_SPEAKERS = re.compile(
+    r"(\b(?:Human|User|USER):|### (?:Instruction|Human|User):)[\s\S]*"
+    r"(?:\b(?:Assistant|ASSISTANT):|### (?:Response|Assistant):)[^\n]{0,60}\s*(?:<think>)?\s*\Z"
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,8 @@ class Prompter:
 
     @property
     def has_template(self) -> bool:
-        return getattr(self.tokenizer, "chat_template", None) is not None
+        """Whether prompts are rendered with a chat template."""
+        return self.prompt.chat and getattr(self.tokenizer, "chat_template", None) is not None
 
     def text(self, problem: Problem) -> str:
         """The prompt as text, special tokens included."""
@@ -75,8 +86,14 @@ class Prompter:
             # A chat template writes its own special tokens; plain text gets those that the tokenizer puts before it (a BOS).
             ids = tuple(self.tokenizer(text, add_special_tokens=not self.has_template)["input_ids"])
             ids = ids[: len(ids) - self._ids_after_text]
+            bos = getattr(self.tokenizer, "bos_token_id", None)
+            if not self.prompt.chat and bos is not None and ids[:2] == (bos, bos):
+                ids = ids[1:]  # the text spells its own
         if not ids:
-            raise UserError(f"{where}: its prompt has no tokens")
+            raise UserError(
+                f"{where}: its prompt has no tokens; remove the row, or write text that {_named(self.tokenizer, 'tokenizer')} "
+                "knows into prompt.template"
+            )
         if len(ids) > self.prompt.max_tokens:
             raise UserError(
                 f"{where} ({problem.text[:40]!r}…): its prompt has {len(ids)} tokens, over prompt.max_tokens "
@@ -117,6 +134,18 @@ class Prompter:
     @cached_property
     def _hidden_ids(self) -> frozenset[int]:
         return frozenset(id_ for id_, mark in self._special_ids.items() if not mark)
+
+
+def spelt_template(problem: Problem) -> str | None:
+    """The mark of a chat template that a problem spells itself, such as `<|im_start|>` or `Human:`; None if it spells none.
+
+    Example: of `Human: 1+1?\\n\\nAssistant:` it is `Human:`; `Human: 1+1?` alone is a plain text.
+    """
+    for content in problem.contents:
+        match = _CHAT_MARK.match(content) or _SPEAKERS.search(content)
+        if match:
+            return match[1]
+    return None
 
 
 def reads_clock(tokenizer: Any) -> bool:

@@ -145,9 +145,9 @@ def _uninformative(report: dict[str, Any]) -> list[str]:
     for name, arm in report["arms"].items():
         rows = [row for row in arm["stages"] if row.get("informative") is not None]
         if rows and not any(row["informative"] for row in rows):
-            causes = " ".join(
-                dict.fromkeys(f"In {row['stage']} {row['no_signal']}." for row in rows if row["no_signal"])
-            )
+            # The sentence of a stage that stopped for it says why already.
+            silent = [] if arm["failed"] else [row for row in rows if row["no_signal"]]
+            causes = " ".join(dict.fromkeys(f"In {row['stage']} {row['no_signal']}." for row in silent))
             arms.setdefault(causes, []).append(f"{name} ({count(arm['labels']['distinct'])} labels)")
     return [
         f"No label bought anything in {', '.join(names)}: in no group did the rewards differ. {causes}".rstrip()

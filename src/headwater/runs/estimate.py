@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from headwater.runs.memory_estimate import pass_bytes, persistent_bytes
 from headwater.runs.plan import Node, Plan, Role, supervisor
 from headwater.teachers.served_teacher import NO_SHAPE
 from headwater.teachers.server_client import is_served
+from headwater.training.conditions import Schedule
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Estimate:
 
     bytes    weights, gradients and optimizer state, all devices together
     peak     bytes on each device at once, with activations and caches
+    measured FLOPs of measurements between a stage's steps (condition C2, validation), which are part of `flops`
     decoded  (bytes read, FLOPs) of decoding, which memory bandwidth limits; the FLOPs are part of `flops`
     """
 
@@ -38,6 +40,7 @@ class Estimate:
     bytes: float
     peak: float
     decoded: tuple[float, float] = (0.0, 0.0)
+    measured: float = 0.0
 
     def seconds(self, device: Device, count: int = 1) -> float:
         """On `count` devices, at UTILISATION and BANDWIDTH_SHARE of their peaks, with the work divided evenly."""
@@ -53,6 +56,7 @@ class Estimate:
             "tokens_sampled_at_most": self.tokens_sampled,
             "tokens_teacher_scored_at_most": self.tokens_teacher_scored,
             "flops_at_most": self.flops,
+            "flops_measuring_at_most": self.measured,
             "memory_bytes": self.bytes,
             "peak_bytes": self.peak,
         }
@@ -66,17 +70,31 @@ class Assumptions:
     devices: int = 1
 
 
+ROLES: tuple[Role, ...] = ("student", "teacher", "expert")
+
+
 def estimates(plan: Plan, inputs: RunInputs, assumptions: Assumptions = Assumptions()) -> list[Estimate]:
     """An estimate for every node of the plan, in its order. Raises UserError for models whose shape cannot be read."""
     estimator = Estimator(plan, inputs, model_shapes(inputs), prompt_tokens(inputs, assumptions), assumptions)
     return [estimator.estimate(node) for node in plan.order()]
 
 
-def model_shapes(inputs: RunInputs) -> dict[Role, Shape]:
-    """Shape of every model of the recipe; those in `hardware.MODELS` need not be on this machine."""
+def condition_schedule(node: Node, plan: Plan, inputs: RunInputs, steps: int) -> tuple[Schedule, float]:
+    """When a stage of `steps` steps measures condition C2, and the share of the stage's FLOPs that this costs at most."""
+    roles = {base_of(source) for source in (node.start, supervisor(node)) if source is not None}
+    estimator = Estimator(
+        plan, inputs, model_shapes(inputs, tuple(roles)), prompt_tokens(inputs, Assumptions()), Assumptions()
+    )
+    schedule = estimator.condition_schedule(node, steps)
+    measured, trained = estimator.condition_cost(node, schedule, steps)[2], estimator.stage_flops(node)
+    return schedule, measured / trained if trained else 0.0
+
+
+def model_shapes(inputs: RunInputs, roles: Sequence[Role] = ROLES) -> dict[Role, Shape]:
+    """Shape of the models of these roles; those in `hardware.MODELS` need not be on this machine."""
     models = inputs.recipe.models
     shapes: dict[Role, Shape] = {}
-    for role in ("student", "teacher", "expert"):
+    for role in roles:
         named = models.named(role).items()
         if named:  # of several teachers the largest
             candidates = [model_shape(field, name, models.trust_remote_code) for field, name in named]
@@ -132,6 +150,7 @@ class Estimator:
         completion = self.completion_tokens(recipe.evaluate.sampling)
         eval_tokens = int(evals * completion)
         labels = steps = scored = 0
+        measured = 0.0
         sampled = eval_tokens
         flops = shape.flops(eval_tokens + evals * self.prompt, (completion + self.prompt) / 2)
         decoded = self.decoding(shape, eval_tokens, completion)
@@ -144,11 +163,11 @@ class Estimator:
                 objective = objective_of(stage)
                 labels = len(self.inputs.pool(node.pool)) if stage.needs_labels else 0
                 steps = self.steps(node)
-                generated, scored, measured_flops = self.measurements(node, steps)
+                generated, scored, measured = self.measurements(node, steps)
                 generated += own if objective.source == "policy" else 0
                 scored += own if node.teacher is not None and "teacher" in objective.signals else 0
                 sampled += generated
-                flops = stage_flops + flops + measured_flops
+                flops = stage_flops + flops + measured
             read, decoding_flops = self.decoding(shape, generated, stage_completion)
             decoded = read + decoded[0], decoding_flops + decoded[1]
         persistent = self.persistent_bytes(node)
@@ -162,6 +181,7 @@ class Estimator:
             bytes=persistent,
             peak=persistent / self.assumptions.devices + self.working_bytes(node),
             decoded=decoded,
+            measured=measured,
         )
 
     def shape(self, source: Role | Node) -> Shape:
@@ -222,21 +242,35 @@ class Estimator:
         """(tokens sampled, tokens scored by the teacher, FLOPs) of measurements between a stage's steps."""
         recipe, stage, shape = self.inputs.recipe, node.settings, self.shape(node.start)
         assert stage is not None
-        sampled, scored, flops = 0, 0, 0.0
-        teacher = supervisor(node)
-        completion = self.completion_tokens(stage.sampling)
-        if teacher is not None:
-            problems = len(self.inputs.condition_problems)
-            # Before the first step, after the last, and every so many between; the last may be one of those.
-            rows = (-(-steps // recipe.conditions.every) + 1) * problems
-            length = completion + self.prompt
-            sampled, scored = int(rows * completion), int(2 * rows * length)
-            flops = shape.flops(3 * rows * length, length / 2) + self.shape(teacher).flops(scored, length / 2)
+        sampled, scored, flops = self.condition_cost(node, self.condition_schedule(node, steps), steps)
         if stage.until is not None and stage.until.metric == "validation" and self.inputs.validation is not None:
             rows = steps // stage.until.every * len(self.inputs.validation[0]) * recipe.evaluate.samples
             length = self.completion_tokens(recipe.evaluate.sampling) + self.prompt
             sampled, flops = sampled + int(rows * length), flops + shape.flops(rows * length, length / 2)
         return sampled, scored, flops
+
+    def condition_schedule(self, node: Node, steps: int) -> Schedule:
+        """When condition C2 is measured: as the recipe says, within its `conditions.max_share` of the stage's FLOPs."""
+        settings, teacher = self.inputs.recipe.conditions, supervisor(node)
+        whole = Schedule(0 if teacher is None else len(self.inputs.condition_problems), settings.every)
+        if settings.max_share is None or whole.problems == 0:
+            return whole
+        cost = self.condition_cost(node, Schedule(1, settings.every), 0)[2]
+        return whole.within(settings.max_share * self.stage_flops(node), cost, steps)
+
+    def condition_cost(self, node: Node, schedule: Schedule, steps: int) -> tuple[int, int, float]:
+        """(tokens sampled, tokens scored by the teacher, FLOPs) of measuring condition C2 in a stage of so many steps."""
+        teacher = supervisor(node)
+        if teacher is None or node.settings is None:
+            return 0, 0, 0.0
+        rows, completion = (
+            schedule.measurements(steps) * schedule.problems,
+            self.completion_tokens(node.settings.sampling),
+        )
+        length = completion + self.prompt
+        scored = int(2 * rows * length)
+        flops = self.shape(node.start).flops(3 * rows * length, length / 2)
+        return int(rows * completion), scored, flops + self.shape(teacher).flops(scored, length / 2)
 
     def decoding(self, shape: Shape, tokens: float, completion: float) -> tuple[float, float]:
         """(bytes read, FLOPs) of decoding: each step reads all weights once, and every row's KV cache so far."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from headwater.models.policy import Policy
+from headwater.runs.estimate import condition_schedule
 from headwater.runs.node_context import LoadFrozen, NodeContext, after_step
 from headwater.runs.plan import Node, supervisor
 from headwater.sampling.base import requests_for
@@ -16,9 +17,13 @@ from headwater.storage.ledger import record
 from headwater.storage.run_dir import append_jsonl
 from headwater.teachers.build import Teacher
 from headwater.training import conditions
+from headwater.training.conditions import Schedule
 from headwater.training.evaluate import refuse_nan
 from headwater.training.update import Metrics
 from headwater.types import Problem, Rollout
+
+NOTABLE_SHARE = 0.1
+"""Share of a stage's FLOPs above which the user is told what measuring costs."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,16 @@ class StageMeasurements:
 
     def after(self, step: int, last: bool) -> Metrics:
         """Measure the policy after `step` steps; return what joins the step's row of metrics.jsonl."""
+        if step == 0:
+            self._say_what_is_measured()
         self._condition_c2(step, last)
         return self._validation(step)
 
     def _condition_c2(self, step: int, last: bool) -> None:
         """Write a row of conditions.jsonl at the first and the last step and every `conditions.every` steps."""
-        settings = self.context.inputs.recipe.conditions
-        if supervisor(self.node) is None or not self._problems or (step % settings.every and not last):
+        if not self._schedule.due(step, last):
             return
+        settings = self.context.inputs.recipe.conditions
         started = time.perf_counter()
         with after_step(step):
             teacher, teacher_rollouts = self._teacher
@@ -88,8 +95,37 @@ class StageMeasurements:
         return {"validation": sum(row["correct"] for row in rows) / len(rows)}
 
     @cached_property
+    def _cost(self) -> tuple[Schedule, float]:
+        """When condition C2 is measured, and its share of the stage's FLOPs; it depends on nothing that a resume changes."""
+        if supervisor(self.node) is None or not self.context.inputs.condition_problems:
+            return Schedule(0, 1), 0.0
+        return condition_schedule(self.node, self.context.plan, self.context.inputs, self.context.steps(self.node))
+
+    @property
+    def _schedule(self) -> Schedule:
+        return self._cost[0]
+
+    def _say_what_is_measured(self) -> None:
+        """Tell the user what measuring costs where that is much, and where less is measured than the recipe's defaults."""
+        wanted, (schedule, share) = len(self.context.inputs.condition_problems), self._cost
+        if supervisor(self.node) is None or not wanted:
+            return
+        settings, say, stage = self.context.inputs.recipe.conditions, self.context.progress.say, self.node.stage
+        if schedule.problems == 0:
+            say(
+                f"{stage}: condition C2 (how far student and teacher are apart) is not measured, which would take more than "
+                f"{settings.max_share:.0%} of the stage's FLOPs; conditions.problems and conditions.every measure it all the same"
+            )
+        elif share > NOTABLE_SHARE or (schedule.problems, schedule.every) != (wanted, settings.every):
+            times = schedule.measurements(self.context.steps(self.node))
+            say(
+                f"{stage}: condition C2 (how far student and teacher are apart) is measured {times} times on {schedule.problems} "
+                f"problems: at most {share:.0%} of the stage's FLOPs; conditions.problems: 0 turns it off"
+            )
+
+    @cached_property
     def _problems(self) -> Sequence[Problem]:
-        return self.context.inputs.condition_problems
+        return self.context.inputs.condition_problems[: self._schedule.problems]
 
     @cached_property
     def _teacher(self) -> tuple[Teacher, list[Rollout]]:

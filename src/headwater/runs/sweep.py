@@ -144,6 +144,10 @@ def lay_out(
     points = tuple(_point(recipe, vary, varied.field, text, shared_changes) for text in typed)
     _refuse_duplicates("--values", typed, [text_of(point.value) for point in points])
     _refuse_duplicates("--values (as names of folders)", typed, [point.name for point in points])
+    if not base.data.evals:
+        raise UserError(
+            "sweep: compares accuracies, and the recipe has no data.evals; add held-out problems with answers"
+        )
     arms = varied.arms if arms is None else arms
     for arm in arms:
         arm_of(arm, base)

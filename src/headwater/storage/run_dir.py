@@ -66,8 +66,8 @@ __all__ = [  # re-exported for the modules that use file names
     "read_checked", "read_json", "read_jsonl", "write_atomic", "write_checked", "write_json",
 ]  # fmt: skip
 
-FREE = dict.fromkeys(("seed", "compute", "guards"))
-"""Recipe fields in which runs of one study may differ: they do not change results."""
+FREE = dict.fromkeys(("seed", "compute", "guards", "conditions"))
+"""Recipe fields in which runs of one study may differ: they change no trained weight."""
 
 LARGE = 256 << 20
 """Size in bytes above which a finished node's file is checked by size when a run starts, and by checksum only when used."""
@@ -349,7 +349,7 @@ class RunDir:
     def refuse_other(self, recipe: dict[str, Any]) -> None:
         """Raise UserError when the folder cannot hold this recipe's run; writes nothing.
 
-        The seed may differ: a study adds seeds to the same folder. So may `compute` and `guards`, which do not change results.
+        The seed may differ: a study adds seeds to the same folder. So may other FREE fields.
         """
         try:
             if self.path.exists() and not self.path.is_dir():

@@ -26,7 +26,7 @@ DESCRIPTIONS: Mapping[Outcome, str] = {
     "right": "were right",
 }
 REMEDIES: Mapping[Outcome, str] = {
-    "cut": "raise {stage}.sampling.max_tokens, or check that the model ends its answers (its stop ids, its chat template)",
+    "cut": "raise {stage}.sampling.max_tokens, or check the model's stop ids and chat template if its answers never end",
     "no_answer": "ask for the form of the answer in prompt.template or prompt.system (docs/tasks.md), or use another task or model",
     "ungraded": "see `reason` in the rollout files: raise compute.grader_seconds, or check the answers with `headwater validate`",
     "wrong": "use easier problems, a stronger model or a larger {stage}.group_size",

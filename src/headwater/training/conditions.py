@@ -22,6 +22,40 @@ from headwater.models.policy import Policy
 from headwater.teachers.scoring import ScoringTeacher, distributions_of, hidden_of
 from headwater.types import Rollout
 
+MIN_PROBLEMS = 4
+"""Fewest problems that C2 is measured on: a mean over fewer says little."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When C2 is measured, and on how many problems: before the first step, every `every` steps, and after the last."""
+
+    problems: int
+    every: int
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether to measure after `step` steps."""
+        return self.problems > 0 and (step % self.every == 0 or last)
+
+    def measurements(self, steps: int) -> int:
+        """Number of measurements in a stage of so many steps. Example: every 25 of 60 steps: at 0, 25, 50 and 60."""
+        return 0 if self.problems == 0 else -(-steps // self.every) + 1
+
+    def within(self, budget: float, cost: float, steps: int) -> Schedule:
+        """The schedule, or one with fewer measurements (at least two), then fewer problems, or none, that costs at most `budget`.
+
+        cost  of one problem in one measurement, in the unit of `budget`
+
+        Example: 4 measurements of 64 problems at 1 each within 150: two, of 64 problems; within 100: two, of 50; within 6: none.
+        """
+        measurements = self.measurements(steps)
+        if measurements * self.problems * cost <= budget:
+            return self
+        affordable = int(budget / cost)
+        measurements = min(measurements, max(2, affordable // self.problems))
+        problems = min(self.problems, affordable // measurements)
+        return Schedule(problems if problems >= MIN_PROBLEMS else 0, max(1, -(-steps // max(1, measurements - 1))))
+
 
 @dataclass(frozen=True)
 class Divergences:

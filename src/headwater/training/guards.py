@@ -206,10 +206,10 @@ class GuardMonitor:
 
     def catch_up(self, rows: Iterable[Row]) -> str | None:
         """Replay the rows of finished steps silently; return why the stage had stopped at the last of them, if it had."""
-        why: str | None = None
+        alarms: list[tuple[Alarm, bool]] = []
         for row in rows:
-            why = self._stop_reason(self._alarms(row))
-        return why
+            alarms = self._alarms(row)
+        return self._stop_reason(alarms)
 
     def check(self, row: Row) -> str | None:
         """Check the row of a new step; return why the stage must stop after it, or None."""
@@ -248,10 +248,11 @@ class NoSignalGuard:
 
     def catch_up(self, rows: Iterable[Row]) -> str | None:
         """Replay the rows of finished steps; return why the stage had stopped at the last of them, if it had."""
-        why: str | None = None
+        last: Row = {}
         for row in rows:
-            why = self.check(row)
-        return why
+            self._informative |= row.get("informative", 0.0) > 0.0
+            last = row
+        return self.check(last)
 
     def check(self, row: Row) -> str | None:
         """Why the stage must stop after this step; None where it goes on."""

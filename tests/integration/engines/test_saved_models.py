@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwater.types import Rollout
-from students import FAMILIES, apart, loaded, logp, start, student, texts
+from students import FAMILIES, loaded, logp, mean_difference, start, student, texts
 from tiny import PROMPTS, rollout_of
 
 HERE = importlib.util.find_spec("vllm") is not None
@@ -76,11 +76,10 @@ def test_trained_student_has_equal_log_probs_in_transformers_and_vllm(family: st
     policy = loaded(folder)
     rollouts = texts(policy)
     ours, expected, engines = logp(policy, rollouts), transformers_logp(folder, rollouts), vllm_logp(folder, rollouts)
-    moved = apart(ours, logp(loaded(start(family)), rollouts))
-    print(
-        f"{family}, {trains}: transformers {apart(ours, expected):.1e}, vLLM {apart(ours, engines):.1e}, base {moved:.1e}"
-    )
-    assert apart(ours, expected) < NEAR and apart(ours, engines) < NEAR
+    moved = mean_difference(ours, logp(loaded(start(family)), rollouts))
+    gaps = mean_difference(ours, expected), mean_difference(ours, engines)
+    print(f"{family}, {trains}: transformers {gaps[0]:.1e}, vLLM {gaps[1]:.1e}, base {moved:.1e}")
+    assert all(gap < NEAR for gap in gaps)
     assert moved > 20 * NEAR  # the training changed the log-probs, so base weights would fail
     chat = [{"role": "user", "content": "17+45"}]
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
@@ -110,6 +109,8 @@ def test_saved_adapter_has_equal_log_probs_in_transformers_and_vllm(family: str)
         for token, at in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
     ]
     ours, expected = logp(policy, rollouts), transformers_logp(folder, rollouts)
-    engines, moved = apart(ours, torch.tensor(result)), apart(ours, logp(base, rollouts))
-    print(f"{family}, adapter: transformers {apart(ours, expected):.1e}, vLLM {engines:.1e}, base {moved:.1e}")
-    assert apart(ours, expected) < NEAR and engines < NEAR < 20 * NEAR < moved
+    engines, moved = mean_difference(ours, torch.tensor(result)), mean_difference(ours, logp(base, rollouts))
+    print(
+        f"{family}, adapter: transformers {mean_difference(ours, expected):.1e}, vLLM {engines:.1e}, base {moved:.1e}"
+    )
+    assert mean_difference(ours, expected) < NEAR and engines < NEAR < 20 * NEAR < moved

@@ -12,6 +12,7 @@ from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe, parse_recipe, read_recipe
 from headwater.errors import UserError
 from headwater.runs.plan import make_plan
+from runs import call
 
 DISTILLATION = """\
 models:
@@ -91,10 +92,10 @@ def test_whole_recipe_keeps_default_arm_and_objectives() -> None:
         (
             DISTILLATION,
             "bridge",
-            "arm bridge: needs stages.teacher_rl, which the recipe does not have; add it, or name no arm",
+            "arm bridge: needs stages.teacher_rl, data.labeled, which the recipe does not have; add them, or name the arm own_stages",
         ),
-        (DISTILLATION, "direct_grpo", "arm direct_grpo: needs stages.student_rl, which"),
-        (REWARDS, "raw_teacher", "arm raw_teacher: needs stages.warmup, stages.opd, which"),
+        (DISTILLATION, "direct_grpo", "arm direct_grpo: needs stages.student_rl, data.labeled, which"),
+        (REWARDS, "raw_teacher", "arm raw_teacher: needs stages.warmup, models.teacher, stages.opd, which"),
         (DISTILLATION.replace("  teacher: large\n", ""), OWN_STAGES, "arm own_stages: needs models.teacher, which"),
         (
             REWARDS.replace("data: {labeled:", "data: {unlabeled:"),
@@ -102,7 +103,7 @@ def test_whole_recipe_keeps_default_arm_and_objectives() -> None:
             "arm own_stages: needs data.labeled, which the recipe does not have; add it",
         ),
         (REWARDS.replace("student_rl", "teacher_rl"), OWN_STAGES, "stages: the recipe trains its teacher alone"),
-        (DISTILLATION, "direct_grpo_compute", "needs stages.student_rl, stages.teacher_rl, which"),
+        (DISTILLATION, "direct_grpo_compute", "needs stages.student_rl, data.labeled, stages.teacher_rl, which"),
     ],
 )
 def test_arm_names_missing_fields(text: str, arm: str, message: str, tmp_path: Path) -> None:
@@ -110,3 +111,13 @@ def test_arm_names_missing_fields(text: str, arm: str, message: str, tmp_path: P
     with pytest.raises(UserError) as refused:
         arm_of(arm, recipe)
     assert message in str(refused.value)
+
+
+def test_probe_and_sweep_refuse_recipes_without_their_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    read(DISTILLATION, tmp_path)
+    probed = call("probe", "mine.yaml")
+    assert (probed.code, probed.out) == (2, "")
+    assert "which needs stages.teacher_rl, data.labeled, stages.student_rl; the recipe has no such field" in probed.err
+    swept = call("sweep", "mine.yaml", "--vary", "stages.opd.optim.lr", "--values", "1e-5", "--arms", "own_stages")
+    assert swept.code == 2 and "sweep: compares accuracies, and the recipe has no data.evals" in swept.err

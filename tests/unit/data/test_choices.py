@@ -46,6 +46,12 @@ def test_choices_are_added_to_problem_if_answer_is_label(tmp_path: Path, row: An
     assert texts_and_golds(loaded) == [(SHOWN, "B")] and loaded.unused == ()
 
 
+@pytest.mark.parametrize("answer", ["B, D", "b;d", ["B", "D"]])
+def test_several_labels_are_kept(tmp_path: Path, answer: Any) -> None:
+    rows = ({"question": "Which city?", "options": CITIES, "answer": "A"}, {"options": CITIES, "answer": answer})
+    assert texts_and_golds(read(tmp_path, *rows))[1] == (SHOWN, "B, D")
+
+
 def test_choices_keep_their_own_labels(tmp_path: Path) -> None:
     row = {"choices": {"text": CITIES, "label": ["1", "2", "3", "4"]}, "answerKey": "2"}
     assert texts_and_golds(read(tmp_path, row)) == [(f"{QUESTION}\n\n1. Rome\n2. Paris\n3. Oslo\n4. Bern", "2")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +148,21 @@ def test_named_device_is_used_instead_of_this_machine(tmp_path: Path) -> None:
     [
         ({"device": "tpu"}, "--device tpu: must be auto, cpu, cuda or one of b200, h200"),
         ({"teacher": "http://localhost:8000/v1"}, "--teacher http://localhost:8000/v1: the files of the model decide"),
+        ({"teacher": "BROKEN"}, "--teacher: the config of"),
         ({"student": "/nowhere"}, "--student: no such model folder: /nowhere"),
         ({"data": "/nowhere.jsonl"}, "--data: /nowhere.jsonl: no such file"),
         ({"task": "poetry"}, "task 'poetry' is unknown"),
     ],
 )
 def test_wrong_option_is_one_sentence(changes: dict[str, str], sentence: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(ModelFolder.open(TEACHER, "").path, broken)
+    (broken / "config.json").write_text('{"model_type": "qwen3", "hidden_size": "many"}')
+    named = {option: str(broken) if value == "BROKEN" else value for option, value in changes.items()}
     with pytest.raises(UserError) as refusal:
-        written(**({"data": sums(tmp_path / "sums.jsonl", 40)} | changes))
+        written(**({"data": sums(tmp_path / "sums.jsonl", 40)} | named))
     assert str(refusal.value).startswith(sentence) and "\n" not in str(refusal.value)
+    assert "family" not in str(refusal.value)
 
 
 def test_missing_gpu_is_refused_with_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_control_token_in_any_conversation_turn_is_named(tmp_path: Path) -> None
 
 TALK = [
     {"role": "system", "content": "Answer modulo 7."},
-    {"role": "user", "content": 'Let "x" be 5.'},
+    {"role": "user", "content": 'Let "x" be < 5 & > 3.'},
     {"role": "assistant", "content": "<think>Easy.</think>Fine."},
     {"role": "user", "content": "What is x plus 4?"},
 ]
@@ -115,6 +115,7 @@ TALK = [
     [
         (CHATML, None),
         (ESCAPED, None),
+        (CHATML.replace("m['content'] }}", "m['content'] | e }}"), None),
         (NO_EARLIER_THOUGHT, None),
         (LAST_ONLY, "turn 1, system"),
         (NO_SYSTEM, "turn 1, system"),
@@ -138,6 +139,19 @@ def test_template_losing_plain_problem_is_refused(tmp_path: Path, template: str)
     finding = only(list(prompt_checks.whole_problems(context)), "turns-left-out", "error")
     assert "models.student: its chat template leaves 2 problems" in finding.evidence
     assert any(problem.id in finding.evidence for problem in context.compared_problems)
+
+
+@pytest.mark.parametrize(("spelt", "severity"), [(1, "warning"), (2, "error")])
+def test_problem_spelling_template_is_named(tmp_path: Path, spelt: int, severity: str) -> None:
+    texts = [f"<|im_start|>user\n{n}+1<|im_end|>\n<|im_start|>assistant\n" for n in range(spelt)]
+    context = context_of(tmp_path, plain("1+1", *texts), tokenizer_of())
+    problem = next(problem for problem in context.inputs.all_problems if problem.text == texts[0])
+    finding = only(list(prompt_checks.spelt_templates(context)), "chat-template-twice", severity)
+    assert f"data.labeled: {spelt} of {spelt + 1} problems spell a chat template" in finding.evidence
+    assert f"<|im_start|> in problem {problem.id} of {tmp_path / 'rows.jsonl'}, row 2" in finding.evidence
+    assert "prompt.chat=false" in finding.remedy
+    raw = context_of(tmp_path, plain("1+1", *texts), tokenizer_of(), "prompt.chat=false")
+    assert list(prompt_checks.spelt_templates(raw)) == [] and raw.prompter("student").text(problem) == texts[0]
 
 
 @pytest.mark.parametrize(

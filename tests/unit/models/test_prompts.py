@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from headwater.config.recipe import Prompt
 from headwater.errors import UserError
-from headwater.models.prompts import Prompter, reads_clock
+from headwater.models.prompts import Prompter, reads_clock, spelt_template
 from headwater.tasks import maths
 from headwater.tasks.thinking import after_thinking
 from headwater.types import Problem
@@ -28,10 +28,10 @@ PROBLEM = Problem.of("17+45", "sums:test")
 
 
 def prompter(
-    chat: str | None = THINKING, tokenizer: PreTrainedTokenizerFast | None = None, **prompt: object
+    chat_template: str | None = THINKING, tokenizer: PreTrainedTokenizerFast | None = None, **prompt: object
 ) -> Prompter:
     tokenizer = tokenizer or make_tokenizer()
-    tokenizer.chat_template = chat
+    tokenizer.chat_template = chat_template
     return Prompter(tokenizer, Prompt(**prompt))  # type: ignore[arg-type]
 
 
@@ -85,9 +85,53 @@ def test_prompt_over_limit_is_refused_by_problem() -> None:
     assert refused.value.exit_code == 2
 
 
-def test_empty_prompt_is_refused() -> None:
-    with pytest.raises(UserError, match="its prompt has no tokens"):
+def test_empty_prompt_is_refused_with_remedy() -> None:
+    with pytest.raises(
+        UserError, match=r"its prompt has no tokens; remove the row, or write text .* into prompt.template"
+    ):
         prompter(None).ids(Problem.of("", "rows"))
+
+
+def test_prompt_without_chat_is_text_with_one_bos() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.bos_token = "<|endoftext|>"
+    for text in ("17+45", "<|endoftext|>17+45"):
+        assert prompter(THINKING, tokenizer, chat=False).ids(Problem.of(text, "rows")) == (0, 6, 12, 15, 9, 10)
+    system = prompter(chat=False, system="(+)", template="? {problem}")
+    assert system.text(PROBLEM) == "(+)\n\n? 17+45" and not system.has_template
+
+
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_start|>",
+        ),
+        ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n1+1?<|eot_id|>", "<|start_header_id|>"),
+        ("<s> [INST] 1+1? [/INST]", "[INST]"),
+        ("<bos><start_of_turn>user\n1+1?<end_of_turn>\n<start_of_turn>model\n", "<start_of_turn>"),
+        ("<｜begin▁of▁sentence｜><｜User｜>1+1?<｜Assistant｜>", "<｜User｜>"),
+        ("\n\nHuman: 1+1?\n\nAssistant:", "Human:"),
+        ("A conversation between User and Assistant. User: 1+1? Assistant: <think>", "User:"),
+        ("User: 1+1?\nAssistant: Let me solve this step by step.\n<think>", "User:"),
+        ("Below is a task.\n\n### Instruction:\n1+1?\n\n### Response:\n", "### Instruction:"),
+        ("What does <|im_start|> mean in ChatML?", None),
+        ("Human: an animal. How many legs has one?", None),
+        ("Ann is an Assistant: she earns 5. User: how much in 2 days?", None),
+        ("A User: Assistant: ratio of 3 holds.\nThere are 8 in all.\nHow many of each?", None),
+        ("[1, 2]: what is the sum?", None),
+    ],
+)
+def test_spelt_chat_template_is_recognised(text: str, mark: str | None) -> None:
+    assert spelt_template(Problem.of(text, "rows")) == mark
+    turns = (("system", "Be brief."), ("user", text))
+    assert spelt_template(Problem.of_turns(turns, "rows")) == mark
 
 
 def test_completion_text_omits_special_tokens_and_keeps_spaces() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -16,6 +17,8 @@ from fake_runs import ARMS, BASE_S, PROBLEMS, by_problem, fake_run, graded, name
 from headwater.errors import UserError
 from headwater.report import build as report
 from headwater.report import contrasts, html_arms, html_stages
+from headwater.report.study import Node
+from headwater.storage.run_dir import NodeDir, append_jsonl
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
@@ -392,3 +395,12 @@ def test_verdict_says_why_no_group_was_informative(tmp_path: Path) -> None:
         "in no group did the rewards differ. In student_rl 96 % of the completions were cut at max_tokens = 48, 4 % were wrong: "
         "raise stages.student_rl.sampling.max_tokens"
     ) in report.build([out])["verdict"]
+
+
+def test_outcomes_of_long_stages_are_read_from_fifty_steps(tmp_path: Path) -> None:
+    folder = NodeDir(tmp_path)
+    for step in range(1, 148):
+        append_jsonl(folder.rollouts(step), [{"step": step}])
+    steps = [row["step"] for row in Node("n", folder, True, {}).training_rows()]
+    assert (len(steps), steps[0], steps[-1]) == (50, 1, 147)
+    assert {after - before for before, after in itertools.pairwise(steps)} == {2, 3}  # 146 / 49 is just below 3

@@ -282,6 +282,12 @@ def test_user_grader_is_part_of_grading_nodes_and_not_of_caches() -> None:
     assert kinds["train"] is False and kinds["evaluate"] is False and kinds["rollouts"] is True
 
 
+def test_fingerprints_hold_chat_only_if_off() -> None:
+    default, off = plan_of(), plan_of("prompt.chat=false")
+    assert prints(plan_of("prompt.chat=true")) == prints(default)
+    assert not set(off.names.values()) & set(default.names.values())
+
+
 def test_fingerprints_hold_day_for_clock_templates_only() -> None:
     arms = ("direct_grpo", "sft_teacher")
     plain = plan_of(arms=arms)

@@ -31,7 +31,7 @@ from headwater.storage import fault_points
 from headwater.storage.run_dir import NodeDir, RunDir, read_jsonl
 from headwater.training.rollouts import PolicyRollouts
 from headwater.types import Verdict, problem_id
-from runs import timeless
+from runs import without_seconds
 from tiny import PROMPTS, stage_of, tiny_policy
 
 IDS = {problem_id(str(prompt)): prompt for prompt in PROMPTS}
@@ -104,7 +104,7 @@ class StageRun:
     def files(self) -> dict[str, Any]:
         """Every row of every log and rollout file by name, without times."""
         paths = [path for path in sorted(self.folder.path.rglob("*.jsonl")) if "checkpoint" not in path.parts]
-        return {str(path.relative_to(self.folder.path)): timeless(list(read_jsonl(path))) for path in paths}
+        return {str(path.relative_to(self.folder.path)): without_seconds(list(read_jsonl(path))) for path in paths}
 
 
 @contextmanager
@@ -278,7 +278,7 @@ def test_stopped_stage_run_again_spends_nothing_twice(
     assert run(*stopping) == message and run.files() == before and len(run.graded) == graded
     run(*easing)
     assert_recorded(run, 4, run.graded)
-    assert run.ledger[:2] == before["ledger.jsonl"] or timeless(run.ledger[:2]) == before["ledger.jsonl"]
+    assert run.ledger[:2] == before["ledger.jsonl"] or without_seconds(run.ledger[:2]) == before["ledger.jsonl"]
 
 
 def test_stopped_stage_run_again_with_less_patience_stops_at_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from headwater.config.stage import Sampling
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
-from headwater.training.conditions import divergences, measure, overlap
+from headwater.training.conditions import Schedule, divergences, measure, overlap
 from tiny import tiny_policy
 
 PROMPTS = [("a", (5, 6, 7)), ("b", (8, 9)), ("c", (10, 5, 6, 7))]
@@ -71,3 +71,26 @@ def by_hand(first, second, rollouts) -> float:  # type: ignore[no-untyped-def]
         count += len(rollout.completion_ids)
     assert math.isfinite(total)
     return total / count
+
+
+@pytest.mark.parametrize(
+    ("schedule", "budget", "steps", "expected"),
+    [
+        (Schedule(64, 25), 256.0, 60, Schedule(64, 25)),  # 0, 25, 50, 60: 4 × 64 fit exactly
+        (Schedule(64, 25), 255.9, 60, Schedule(64, 30)),  # 3 × 64 = 192: at 0, 30 and 60
+        (Schedule(64, 25), 150.0, 60, Schedule(64, 60)),  # 2 × 64 = 128
+        (Schedule(64, 25), 100.0, 60, Schedule(50, 60)),  # 2 × 50
+        (Schedule(64, 25), 8.0, 60, Schedule(4, 60)),
+        (Schedule(64, 25), 7.9, 60, Schedule(0, 60)),  # 2 × 3: fewer than MIN_PROBLEMS
+        (Schedule(64, 25), 0.0, 60, Schedule(0, 60)),
+        (Schedule(0, 25), 0.0, 60, Schedule(0, 25)),
+        (Schedule(64, 25), 100.0, 1, Schedule(50, 1)),
+    ],
+)
+def test_schedule_within_budget_measures_less_often_then_fewer_problems(
+    schedule: Schedule, budget: float, steps: int, expected: Schedule
+) -> None:
+    assert schedule.within(budget, 1.0, steps) == expected
+    due = [step for step in range(steps + 1) if expected.due(step, step == steps)]
+    assert len(due) == expected.measurements(steps)
+    assert len(due) * expected.problems <= budget
