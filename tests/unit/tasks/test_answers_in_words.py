@@ -134,7 +134,7 @@ def test_stated_value_is_graded_without_box() -> None:
     assert [case for case in STATED if not maths.grade(*case)[0]] == []
 
 
-def test_value_that_is_no_answer_is_not_accepted() -> None:
+def test_maths_refuses_value_not_stated_as_answer() -> None:
     assert [case for case in NOT_STATED if maths.grade(*case)[0]] == []
 
 
