@@ -45,6 +45,7 @@ def doctor(
     """Check everything that could fail or spoil a run; exit 3 with named findings. `run` and `study` do this first."""
     from headwater.config.builtin import find_recipe
     from headwater.doctor.checks import diagnose
+    from headwater.runs.progress import progress_display
     from headwater.runs.default_arm import choose_arm
     from headwater.runs.setup import set_up
 
@@ -52,7 +53,8 @@ def doctor(
     folder = out or Path("runs") / resolved.name
     names = [choose_arm(resolved, folder).arm] if arms is None else parse_arms(arms)
     set_up(resolved.compute)
-    diagnosis = diagnose(resolved, names, [resolved.seed], folder)
+    with progress_display(quiet=json_).task("checking") as tell:
+        diagnosis = diagnose(resolved, names, [resolved.seed], folder, tell)
     print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text())
     if diagnosis.errors:
         raise RefusedError(f"refused: {diagnosis.error_names}")
