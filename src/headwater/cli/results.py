@@ -18,7 +18,7 @@ commands = typer.Typer()
 
 @commands.command(epilog=examples("headwater report runs/my", "headwater report runs/seed0 runs/seed1 --out runs/both"))
 def report(
-    dirs: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Run directories of one recipe.")],
+    dirs: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Run directories: of one recipe, or to compare.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; the first DIR by default.")] = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Prove from the files where labels went; exit 3 if not.")
@@ -29,14 +29,17 @@ def report(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of --serve; 0 takes a free one.")] = 8765,
     json_: Json = False,
 ) -> None:
-    """Rebuild the report from run directories, audit them, or serve it while they grow."""
-    from headwater.report import build
+    """Rebuild the report from run directories, audit them, or serve it while they grow. Different recipes: side by side."""
+    from headwater.report import build, side_by_side
     from headwater.report.serve import serve as serve_report
 
     if audit:
         _audit(dirs, json_)
     elif serve:
         serve_report(dirs, port, lambda address: print(f"report: {address} (Ctrl-C ends it)", flush=True))
+    elif not side_by_side.of_one_recipe(dirs):
+        folder = out or dirs[0]
+        print_comparison(side_by_side.write(folder, dirs), folder, json_)
     else:
         folder = out or dirs[0]
         print_report(build.write(folder, dirs), folder, json_)
@@ -65,6 +68,20 @@ def print_report(report: dict[str, Any], folder: Path, as_json: bool) -> None:
     screen = console()
     screen.print(terminal_table(report, screen.width))
     print(f"report: {folder / 'report.html'}")
+
+
+def print_comparison(values: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print compare.json, or its tables and where the page is."""
+    from headwater.report.format import console
+    from headwater.report.side_by_side import tables
+    from headwater.report.terminal import rich_table
+
+    if as_json:
+        print(json.dumps(values))
+        return
+    for table in tables(values):
+        console().print(rich_table(table))
+    print(f"comparison: {folder / 'compare.html'}")
 
 
 @commands.command(epilog=examples("headwater watch runs/my", "headwater watch runs/my --once"))

@@ -1,0 +1,203 @@
+"""Runs of different recipes side by side: compare.html and compare.json, one column per run.
+
+Runs of one recipe are one study and have one report (`build`). Runs of different recipes cannot be merged, but their arms,
+settings and curves can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from headwater.report.build import summarize
+from headwater.report.contrasts import difference_text, paired_difference
+from headwater.report.figures import Interval, Plot, file_stem, forest
+from headwater.report.format import count, duration, percent, units
+from headwater.report.html_curves import curves
+from headwater.report.render import render
+from headwater.report.study import Study, read_study
+from headwater.report.terminal import accuracy_text
+from headwater.report.view import Column, Section, Table
+from headwater.storage.run_dir import FREE, RunDir, first_difference, read_json, write_atomic, write_json
+from headwater.storage.untrusted import refuse_links, refuse_malformed_files
+
+MISSING = "–"
+
+
+def of_one_recipe(outs: Sequence[Path]) -> bool:
+    """Whether the runs may be merged into one report; also true where a folder holds no run, which `build` refuses."""
+    recipes = [read_json(RunDir(out).recipe) for out in outs if RunDir(out).recipe.exists()]
+    return all(first_difference(recipes[0] | FREE, recipe | FREE) is None for recipe in recipes[1:])
+
+
+def write(out: Path, outs: Sequence[Path]) -> dict[str, Any]:
+    """Write compare.json and compare.html of the runs `outs` into `out`. Returns the contents of compare.json.
+
+    Raises UserError for a folder without a run.
+    """
+    for folder in {*outs, out}:
+        refuse_links(folder, "report")
+    studies = {}
+    for name, folder in zip(run_names(outs), outs, strict=True):
+        with refuse_malformed_files(folder):
+            studies[name] = read_study([folder])
+    with refuse_malformed_files(outs[0]):
+        values = compare(studies)
+        html = page(studies, values)
+    write_json(out / "compare.json", values)
+    write_atomic(out / "compare.html", html)
+    return values
+
+
+def run_names(outs: Sequence[Path]) -> list[str]:
+    """The folders' own names, or as much of their paths as tells them apart.
+
+    Example: `runs/a` and `old/b` are `a` and `b`; `x/run` and `y/run` are `x/run` and `y/run`.
+    """
+    parts = [Path(out).resolve().parts for out in outs]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-length:]) for path in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def compare(studies: dict[str, Study]) -> dict[str, Any]:
+    """What compare.json holds: each run's arms, the settings that differ, and the differences from the first run.
+
+    `differences` has paired differences of the same arm on the evaluation problems and seeds that both runs have.
+    """
+    reports = {name: summarize(study) for name, study in studies.items()}
+    evals = list(dict.fromkeys(eval_name for report in reports.values() for eval_name in report["evals"]))
+    arms = list(dict.fromkeys(arm for report in reports.values() for arm in report["arms"]))
+    keys = ("accuracy", "labels", "tokens", "flops", "seconds", "failed", "unfinished")
+    runs = {
+        name: {
+            "recipe": report["recipe"],
+            "seeds": report["seeds"],
+            "arms": {arm: {key: row[key] for key in keys} for arm, row in report["arms"].items()},
+        }
+        for name, report in reports.items()
+    }
+    first, *others = studies
+    differences = [
+        {"arm": arm, "eval": eval_name, "a": name, "b": first, **row}
+        for name in others
+        for arm in arms
+        for eval_name in evals
+        if (row := paired_difference(*(studies[run].results(arm, eval_name) for run in (name, first))))
+    ]
+    settings = differing_settings({name: study.recipe for name, study in studies.items()})
+    return {"runs": runs, "arms": arms, "evals": evals, "settings": settings, "differences": differences}
+
+
+def differing_settings(recipes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Dotted field -> run -> value, for the fields in which the recipes differ. A missing field is null."""
+    flat = {name: dict(_leaves(recipe)) for name, recipe in recipes.items()}
+    fields = sorted({field for values in flat.values() for field in values})
+    rows = {field: {name: values.get(field) for name, values in flat.items()} for field in fields}
+    return {
+        field: row for field, row in rows.items() if any(value != next(iter(row.values())) for value in row.values())
+    }
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted field, value) of everything that is not itself a mapping with entries."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+# Tables and page ------------------------------------------------------------------------------------------------------
+
+
+def tables(values: dict[str, Any]) -> list[Table]:
+    """Accuracy by arm and run for each evaluation, costs, differences from the first run, and the settings that differ."""
+    runs = values["runs"]
+    result = []
+    for eval_name in values["evals"]:
+        rows = [(arm, *(_accuracy(runs[run], arm, eval_name) for run in runs)) for arm in values["arms"]]
+        result.append(Table(f"Accuracy on {eval_name}, % [95 %]", _columns("arm", runs, "right"), rows))
+    rows = [(arm, *(_costs(runs[run], arm) for run in runs)) for arm in values["arms"] if not arm.startswith("base_")]
+    result.append(Table("Labels, training FLOPs and time, means per seed", _columns("arm", runs, "right"), rows))
+    if values["differences"]:
+        columns = [Column("arm", itemgetter("arm")), Column("evaluation", itemgetter("eval"))]
+        columns.append(Column("difference, paired", difference_text))
+        columns.append(Column("seeds × problems", lambda c: f"{c['seeds']} × {c['problems']}", "right"))
+        result.append(Table(f"Differences from {next(iter(runs))}", columns, values["differences"]))
+    rows = [(field, *(_setting(row[run]) for run in runs)) for field, row in values["settings"].items()]
+    result.append(Table("Settings that differ", _columns("field", runs, "left"), rows))
+    return result
+
+
+def _columns(first: str, runs: dict[str, Any], align: Any) -> list[Column]:
+    return [Column(first, itemgetter(0)), *(Column(name, itemgetter(i), align) for i, name in enumerate(runs, 1))]
+
+
+def _accuracy(run: dict[str, Any], arm: str, eval_name: str) -> str:
+    values = run["arms"].get(arm)
+    if values is None:
+        return MISSING
+    if eval_name in values["accuracy"]:
+        return accuracy_text(values["accuracy"][eval_name])
+    return "failed" if values["failed"] else "unfinished" if values["unfinished"] else MISSING
+
+
+def _costs(run: dict[str, Any], arm: str) -> str:
+    """Example: `256, 1.46 TFLOPs, 38 s`."""
+    row = run["arms"].get(arm)
+    if row is None:
+        return MISSING
+    return f"{count(row['labels']['distinct'])}, {units(row['flops'], 'FLOPs')}, {duration(row['seconds'])}"
+
+
+def _setting(value: Any) -> str:
+    text = MISSING if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def page(studies: dict[str, Study], values: dict[str, Any]) -> str:
+    """The page: a forest plot of every arm and run, the tables, and the curves of all runs in common panels."""
+    plots = [plot for eval_name in values["evals"] for plot in _forest(values, eval_name)]
+    sections = [Section("Side by side", "side_by_side", {"plots": plots, "tables": tables(values)})]
+    common = curves(joined(studies))
+    title = f"{' and '.join(values['runs'])} side by side"
+    settings = {"title": title, "headline": headline(values), "sections": [*sections, *([common] if common else [])]}
+    return render("compare.html.j2", settings)
+
+
+def headline(values: dict[str, Any]) -> str:
+    """The best arm of each run on the first evaluation. Example: `Best on sums: a: bridge 66.8 %; b: bridge 61.0 %.`"""
+    if not values["evals"]:
+        return "No run has a result yet."
+    eval_name, parts = values["evals"][0], []
+    for name, run in values["runs"].items():
+        scores = {
+            arm: row["accuracy"][eval_name]["mean"] for arm, row in run["arms"].items() if eval_name in row["accuracy"]
+        }
+        best = max(scores, key=scores.__getitem__) if scores else None
+        parts.append(
+            f"{name}: {best} {percent(scores[best])} % ({_costs(run, best)})" if best else f"{name}: no result"
+        )
+    return f"Best on {eval_name} (labels, FLOPs, time of training): {'; '.join(parts)}."
+
+
+def _forest(values: dict[str, Any], eval_name: str) -> Iterator[Plot]:
+    rows = [
+        (f"{arm}, {name}", Interval(row["mean"], row["low"], row["high"], None, tuple(row["per_seed"].values())))
+        for arm in values["arms"]
+        for name, run in values["runs"].items()
+        if (row := run["arms"].get(arm, {}).get("accuracy", {}).get(eval_name))
+    ]
+    if rows:
+        yield forest(file_stem("compare", eval_name), f"Accuracy on {eval_name}", rows, "%")
+
+
+def joined(studies: dict[str, Study]) -> Study:
+    """All runs as one study whose arms are named after their runs, for curves in common panels."""
+    arms = {f"{name}: {arm}": by_seed for name, study in studies.items() for arm, by_seed in study.arms.items()}
+    return Study({}, {}, arms, tuple(run for study in studies.values() for run in study.runs))

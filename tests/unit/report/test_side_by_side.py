@@ -1,0 +1,79 @@
+"""Runs of different recipes side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fake_runs import ARMS, TEACHER, by_problem, fake_run, graded
+from headwater.errors import UserError
+from headwater.report import side_by_side
+
+
+def changed_recipe(out: Path, **changes: object) -> Path:
+    recipe = json.loads((out / "recipe.json").read_text())
+    (out / "recipe.json").write_text(json.dumps({**recipe, **changes}))
+    return out
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """A run of direct GRPO and the bridge, and one of the bridge alone with another learning rate and other results."""
+    arms = {name: ARMS[name] for name in ("direct_grpo", "bridge")}
+    first = fake_run(tmp_path / "a" / "run", seeds=(0,), arms=arms)
+    bridge = [node._replace(times=2.0) if node == TEACHER else node for node in ARMS["bridge"]]
+    second = fake_run(tmp_path / "b" / "run", seeds=(0,), arms={"bridge": bridge}, correct=lambda *_: True)
+    changed_recipe(first, stages={"opd": {"optim": {"lr": 1e-3}, "steps": 12}})
+    changed_recipe(second, stages={"opd": {"optim": {"lr": 1e-4}, "steps": 12}})
+    return [first, second]
+
+
+def test_comparison_has_column_for_each_run(runs: list[Path], tmp_path: Path) -> None:
+    values = side_by_side.write(tmp_path, runs)
+    correct = [sum(map(sum, by_problem(graded(out, "bridge", 0), "correct").values())) / 240 for out in runs]
+    assert correct[1] == 1.0
+    means = {name: run["arms"]["bridge"]["accuracy"]["sums"]["mean"] for name, run in values["runs"].items()}
+    assert means == {"a/run": pytest.approx(correct[0], abs=1e-6), "b/run": 1.0}
+    assert values["settings"] == {"stages.opd.optim.lr": {"a/run": 1e-3, "b/run": 1e-4}}
+    (difference,) = values["differences"]
+    assert (difference["a"], difference["b"], difference["arm"]) == ("b/run", "a/run", "bridge")
+    assert difference["difference"] == pytest.approx(1.0 - correct[0], abs=1e-6)
+    accuracy = side_by_side.tables(values)[0]
+    cells = {row[0]: row[1:] for row in accuracy.rows}
+    assert [column.title for column in accuracy.columns] == ["arm", "a/run", "b/run"]
+    assert cells["direct_grpo"][1] == "–" and cells["bridge"][1].startswith("100.0 [")
+    assert json.loads((tmp_path / "compare.json").read_text()) == values
+
+
+def test_comparison_page_draws_curves_of_all_runs(runs: list[Path], tmp_path: Path) -> None:
+    before = (runs[0] / "plan.json").read_bytes()
+    side_by_side.write(tmp_path, runs)
+    page = (tmp_path / "compare.html").read_text()
+    assert re.search(
+        r"reward \(share correct\) over training steps, 1 seed: a/run: bridge from .*; b/run: bridge from ", page
+    )
+    assert page.count("reward (share correct) over training steps") == 2  # one panel of the teacher, one of the student
+    assert not (runs[0] / "report.html").exists() and (runs[0] / "plan.json").read_bytes() == before
+
+
+def test_runs_are_of_one_recipe_if_only_free_fields_differ(runs: list[Path], tmp_path: Path) -> None:
+    assert not side_by_side.of_one_recipe(runs)
+    assert side_by_side.of_one_recipe([runs[0], tmp_path])  # a folder without a run is refused by the report
+    assert side_by_side.of_one_recipe([changed_recipe(runs[0], seed=7, stages={}), changed_recipe(runs[1], stages={})])
+    with pytest.raises(UserError, match="holds no run"):
+        side_by_side.write(tmp_path / "out", [runs[0], tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/a", "old/b"], ["a", "b"]),
+        (["x/run", "y/run"], ["x/run", "y/run"]),
+        (["a/b/c", "d/b/c"], ["a/b/c", "d/b/c"]),
+    ],
+)
+def test_run_names_are_shortest_distinct_paths(folders: list[str], names: list[str]) -> None:
+    assert side_by_side.run_names([Path("/data", folder) for folder in folders]) == names
