@@ -45,8 +45,8 @@ def doctor(
     """Check everything that could fail or spoil a run; exit 3 with named findings. `run` and `study` do this first."""
     from headwater.config.builtin import find_recipe
     from headwater.doctor.checks import diagnose
-    from headwater.runs.progress import progress_display
     from headwater.runs.default_arm import choose_arm
+    from headwater.runs.progress import progress_display
     from headwater.runs.setup import set_up
 
     resolved = find_recipe(recipe, recipe_changes(set_, device))

@@ -191,6 +191,8 @@ def metrics_text(metrics: Metrics) -> str:
     known = [name for name in (REWARDED if "reward" in metrics else DISTILLED) if name in metrics]
     shown = known if "reward" in metrics else known[:2]
     return "  ".join(
-        f"{LABELS[name]} {metrics[name]:.0%}" if name == "informative" else f"{LABELS.get(name, name)} {metrics[name]:.3g}"
+        f"{LABELS[name]} {100 * metrics[name]:.0f} %"
+        if name == "informative"
+        else f"{LABELS.get(name, name)} {metrics[name]:.3g}"
         for name in shown
     )
