@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from headwater.config.objectives import default_objective
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
 from headwater.errors import UserError, did_you_mean
@@ -287,8 +288,9 @@ def missing_fields(arm: Arm, recipe: Recipe) -> list[str]:
     for step in [step for each in (arm, *others) for step in (*each.teacher, *each.student)]:
         if step.stage not in stages and not (step.stage == "sft" and "warmup" in stages):
             missing[f"stages.{step.stage}"] = None
-            continue
-        settings = stage_of(recipe, step)
+            settings = Stage(objective=default_objective(step.stage), steps=1)
+        else:
+            settings = stage_of(recipe, step)
         if settings.needs_labels and recipe.data.labeled is None:
             missing["data.labeled"] = None
         if recipe.models.teacher is None and (settings.needs_teacher or step in arm.teacher):

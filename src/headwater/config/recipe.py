@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from headwater.config import yaml
 from headwater.config.compute import Compute
@@ -105,6 +112,12 @@ class Prompt(Strict):
         if "{problem}" not in self.template:
             raise ValueError("template must contain {problem}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit `chat` where it is true: recipes written before it existed stay equal, and so do their fingerprints."""
+        fields: dict[str, Any] = fields_of(self)
+        return {name: value for name, value in fields.items() if name != "chat" or not value}
 
 
 class Columns(Strict):

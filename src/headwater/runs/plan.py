@@ -229,7 +229,7 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         "evals": content["evals"] if graded else None,
         "evaluate": recipe.evaluate.model_dump(mode="json") if graded else None,
         "task": recipe.task,
-        "prompt": recipe.prompt.model_dump(mode="json", exclude={"chat"} if recipe.prompt.chat else None),
+        "prompt": recipe.prompt.model_dump(mode="json"),
         "dtype": recipe.models.dtype,
     }
     if node.pool not in (None, "all"):  # a stage on a half counts its epochs over the smaller half

@@ -92,10 +92,10 @@ def test_whole_recipe_keeps_default_arm_and_objectives() -> None:
         (
             DISTILLATION,
             "bridge",
-            "arm bridge: needs stages.teacher_rl, which the recipe does not have; add it, or name the arm own_stages",
+            "arm bridge: needs stages.teacher_rl, data.labeled, which the recipe does not have; add them, or name the arm own_stages",
         ),
-        (DISTILLATION, "direct_grpo", "arm direct_grpo: needs stages.student_rl, which"),
-        (REWARDS, "raw_teacher", "arm raw_teacher: needs stages.warmup, stages.opd, which"),
+        (DISTILLATION, "direct_grpo", "arm direct_grpo: needs stages.student_rl, data.labeled, which"),
+        (REWARDS, "raw_teacher", "arm raw_teacher: needs stages.warmup, models.teacher, stages.opd, which"),
         (DISTILLATION.replace("  teacher: large\n", ""), OWN_STAGES, "arm own_stages: needs models.teacher, which"),
         (
             REWARDS.replace("data: {labeled:", "data: {unlabeled:"),
@@ -103,7 +103,7 @@ def test_whole_recipe_keeps_default_arm_and_objectives() -> None:
             "arm own_stages: needs data.labeled, which the recipe does not have; add it",
         ),
         (REWARDS.replace("student_rl", "teacher_rl"), OWN_STAGES, "stages: the recipe trains its teacher alone"),
-        (DISTILLATION, "direct_grpo_compute", "needs stages.student_rl, stages.teacher_rl, which"),
+        (DISTILLATION, "direct_grpo_compute", "needs stages.student_rl, data.labeled, stages.teacher_rl, which"),
     ],
 )
 def test_arm_names_missing_fields(text: str, arm: str, message: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from headwater.config.recipe import Conditions, Recipe, canonical_json, parse_recipe, read_recipe
+from headwater.config.recipe import Conditions, Prompt, Recipe, canonical_json, parse_recipe, read_recipe
 from headwater.config.stage import Sampling, Stage
 from headwater.errors import UserError
 
@@ -247,3 +247,10 @@ def test_conditions_are_limited_unless_recipe_says_how_to_measure(fields: dict[s
     settings = Conditions.model_validate(fields)
     assert settings.max_share == share
     assert Conditions.model_validate(settings.model_dump()) == settings  # as recipe.json is read again
+
+
+def test_chat_is_written_only_if_off() -> None:
+    earlier = {"system": None, "template": "{problem}", "thinking": False, "max_tokens": 2048}
+    assert Prompt().model_dump(mode="json") == earlier  # run directories from before the field stay the same run's
+    assert Prompt(chat=False).model_dump(mode="json") == {**earlier, "chat": False}
+    assert Prompt.model_validate(Prompt(chat=False).model_dump()) == Prompt(chat=False)
