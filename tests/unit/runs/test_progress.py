@@ -22,7 +22,7 @@ def test_metrics_text_shows_distance_to_teacher_without_rewards() -> None:
     assert metrics_text({"tokens": 3.0}) == ""
 
 
-def test_log_writes_one_line_a_minute_with_time_left() -> None:
+def test_log_writes_line_every_minute_with_time_left() -> None:
     log = Log("[2/6] opd (seed 0)", began=100.0)
     log.start(20, 80, "steps")  # resumed after step 20
     assert log.advance(1, "loss 1", now=159.0) is None
