@@ -73,8 +73,10 @@ def run(
             raise UserError(f"--reuse {other.path}: holds no run of Headwater")
         refuse_links(other.path, "--reuse")
     day = prompt_day(folder, others)
-    with prepared(recipe, arms, seeds, day) as (plan, inputs):
-        preflight(plan, inputs, out, say)
+    with contextlib.ExitStack() as stack:
+        with progress_display.task("checking recipe, models and data") as tell:
+            plan, inputs = stack.enter_context(prepared(recipe, arms, seeds, day))
+            preflight(plan, inputs, out, say, tell)
         with folder.locked():
             fault_points.failpoint("run.locked")
             folder.claim(recipe.model_dump(mode="json"))
