@@ -27,6 +27,7 @@ from headwater.storage import fault_points
 from headwater.storage.files import write_rows
 from headwater.storage.run_dir import RunDir, write_checked, write_json
 from headwater.storage.untrusted import read_plan, refuse_links
+from headwater.training.checkpoint import remove_checkpoints
 
 SHOWN_TEXT = 4000
 """Characters of a problem in problems.jsonl."""
@@ -72,8 +73,10 @@ def run(
             raise UserError(f"--reuse {other.path}: holds no run of Headwater")
         refuse_links(other.path, "--reuse")
     day = prompt_day(folder, others)
-    with prepared(recipe, arms, seeds, day) as (plan, inputs):
-        preflight(plan, inputs, out, say)
+    with contextlib.ExitStack() as stack:
+        with progress_display.task("checking recipe, models and data") as tell:
+            plan, inputs = stack.enter_context(prepared(recipe, arms, seeds, day))
+            preflight(plan, inputs, out, say, tell)
         with folder.locked():
             fault_points.failpoint("run.locked")
             folder.claim(recipe.model_dump(mode="json"))
@@ -88,6 +91,10 @@ def run(
             reuse_nodes(plan, folder, others, say)
             reopen_damaged_nodes(plan, folder, say)
             todo = {plan.names[node]: node for node in plan.unfinished(folder)}
+            if not recipe.compute.keep_checkpoints:
+                for node in plan.order():
+                    if plan.names[node] not in todo:  # it may have been killed before it had removed them
+                        remove_checkpoints(folder.node(plan.names[node]))
             try:
                 with stop_requests() as stopped:
                     job = Job(plan, inputs, arms, folder, todo, progress_display, stopped)
@@ -117,7 +124,7 @@ def problem_texts(inputs: RunInputs) -> list[dict[str, Any]]:
 def reopen_damaged_nodes(plan: Plan, folder: RunDir, say: Callable[[str], None]) -> None:
     """Remove DONE from nodes with damaged files and name the files, so that these nodes run again.
 
-    A trained node resumes from its last checkpoint, any other starts anew; the result is the same.
+    A trained node resumes from its last checkpoint if it kept one, any other starts anew; the result is the same.
     """
     for node in plan.order():
         node_dir = folder.node(plan.names[node])

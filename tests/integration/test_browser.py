@@ -6,6 +6,7 @@ All tests are skipped, with a warning, without playwright or Chromium (found on 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -121,8 +122,82 @@ def test_arms_on_page_match_report_json(study: Path, open_page: Any) -> None:
             arm = values["arms"][name]
             accuracy = arm["accuracy"]["sums"]
             mean, low, high = (f"{100 * accuracy[key]:.1f}" for key in ("mean", "low", "high"))
-            assert cells[:2] == [mean, f"{low} to {high}"], name
-            assert cells[5:7] == [f"{arm['labels'][key]:,}" for key in ("distinct", "checks")], name
+            assert (cells[0], cells[5]) == (mean, f"{low} to {high}"), name
+            assert [cells[2], cells[8]] == [f"{arm['labels'][key]:,}" for key in ("distinct", "checks")], name
+
+
+def test_arms_on_phone_show_accuracy_forest_and_labels(study: Path, open_page: Any) -> None:
+    with open_page(study / "report.html", "phone") as page:
+        heads = page.locator("#arms thead th").all()
+        assert [head.inner_text().split(",")[0] for head in heads if head.inner_text()][1] == "accuracy"
+        labels = next(head.bounding_box() for head in heads if head.inner_text() == "labels")
+        assert labels["x"] + labels["width"] <= 390
+
+
+def curve(page: Page, title: str) -> Any:
+    """The first panel of this metric, in view, with the values that it carries."""
+    panel = page.locator(f'#training-curves svg[aria-label^="{title}"]').first
+    page.locator("nav a", has_text="Training curves").click()
+    panel.scroll_into_view_if_needed()
+    return panel, json.loads(panel.get_attribute("data-curve") or "")
+
+
+def test_pointer_shows_values_of_nearest_step(study: Path, open_page: Any) -> None:
+    with open_page(study / "report.html") as page:
+        panel, data = curve(page, "reward (share correct)")
+        box, (left, _, right, _) = panel.bounding_box(), data["frame"]
+        line, (first, last) = data["lines"][0], data["x"]
+        step, reward = line["x"][1], line["y"][1]
+        across = left + (step - first) / (last - first) * (right - left)
+        page.mouse.move(box["x"] + box["width"] * across / 252, box["y"] + box["height"] / 2)
+        text = page.locator(".values-box").inner_text().splitlines()
+        assert text[0] == f"step {step}" and text[1] == f"{float(f'{reward:.3g}'):g} {line['label']}"
+        page.mouse.move(0, 0)
+        assert page.locator(".values-box").count() == 0
+
+
+def test_smoothing_draws_mean_of_last_points(study: Path, open_page: Any) -> None:
+    with open_page(study / "report.html") as page:
+        panel, data = curve(page, "entropy, nats a token")
+        (_, bottom, _, top), (low, high) = data["frame"], data["y"]
+        path, values = panel.locator(".line0 path").first, data["lines"][0]["y"]
+        page.select_option("#curve-options [name=smoothing]", "3")
+        heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path.get_attribute("d") or "")]
+        means = [sum(last) / len(last) for end in range(1, len(values) + 1) if (last := values[max(0, end - 3) : end])]
+        assert heights == pytest.approx([bottom + (m - low) / (high - low) * (top - bottom) for m in means], abs=0.06)
+
+
+def test_logarithmic_axis_keeps_ratios_apart_equally(study: Path, open_page: Any) -> None:
+    with open_page(study / "report.html") as page:
+        page.locator("nav a", has_text="Training curves").click()
+        panels = page.locator("#training-curves svg[data-curve]").all()
+        carried = [json.loads(panel.get_attribute("data-curve") or "") for panel in panels]
+        ranges = [[value for line in data["lines"] for value in line["y"]] for data in carried]
+        place = next(i for i, values in enumerate(ranges) if min(values) > 0 and max(values) > 3 * min(values))
+        panel, data = panels[place], carried[place]
+        page.select_option("#curve-options [name=axis]", "log")
+        drawn = panel.locator(".line0 path").first.get_attribute("d") or ""
+        heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", drawn)]
+        logs = [math.log(value) for value in data["lines"][0]["y"]]
+        slope = (heights[-1] - heights[0]) / (logs[-1] - logs[0])
+        expected = [heights[0] + slope * (value - logs[0]) for value in logs]
+        assert heights == pytest.approx(expected, abs=0.3) and not panel.locator(".values").is_visible()
+        page.select_option("#curve-options [name=axis]", "linear")
+        assert panel.locator(".values").is_visible()
+
+
+def test_arrow_keys_read_values_of_all_curves_of_stage(study: Path, open_page: Any) -> None:
+    with open_page(study / "report.html") as page:
+        _, data = curve(page, "reward (share correct)")
+        row = page.locator("#training-curves .figures").first
+        row.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        step = sorted({step for line in data["lines"] for step in line["x"]})[1]
+        assert row.locator(".values-box").count() == row.locator("svg[data-curve]").count() > 3
+        assert (page.locator("#curve-values").text_content() or "").startswith(f"step {step}: ")
+        page.keyboard.press("Escape")
+        assert row.locator(".values-box").count() == 0
 
 
 def test_filters_and_search_select_rollouts_and_survive_reload(study: Path, open_page: Any) -> None:

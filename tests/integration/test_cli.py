@@ -38,7 +38,8 @@ def test_run_in_process_prints_table_and_report_path(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "base_student" in done.stdout and "raw_teacher" in done.stdout
     assert done.stdout.strip().endswith("report: mine/report.html")
-    progress = [line for line in done.stderr.splitlines() if line.startswith("[")]
+    lines = [line.split(" ", 1)[1] for line in done.stderr.splitlines() if " " in line]  # without the time of day
+    progress = [line for line in lines if line.startswith("[")]
     assert [line.split(":")[0] for line in progress] == [
         "[1/5] base_student (seed 0)",
         "[2/5] base_teacher (seed 0)",

@@ -159,6 +159,10 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
     ),
     "grade --data FILE": ("grade --data graded.jsonl", '"correct": true'),
     "grade --data FILE --task TASK": ("grade --data graded.jsonl --task numeric", '"correct": true'),
+    'validate FILE --problem "{context} {question}"': (
+        'validate problems.jsonl --problem "{question} {answer}" --task sums',
+        "300 gold answers",
+    ),
     "validate DATA": ("validate held-out.jsonl --task sums", "4 gold answers, 0 fail"),
     "report DIR…": ("report runs/demo --json", '"verdict"'),
     "watch DIR": ("watch runs/demo --json", '"running": false'),

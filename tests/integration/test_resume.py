@@ -175,3 +175,21 @@ def test_stage_keeps_at_most_two_checkpoints() -> None:
             assert (
                 kept == {"teacher_rl": [2, 3], "warmup": [4, 5], "opd": [14, 16], "student_rl": [4, 5]}[info["stage"]]
             )
+
+
+@pytest.mark.parametrize("point", ["node.done", "node.cleaning"])
+def test_finished_stage_loses_checkpoints_also_after_kill(point: str, tmp_path: Path) -> None:
+    out, changes = tmp_path / "out", ("compute.keep_checkpoints=false", "stages.student_rl.checkpoint_every=1")
+    words = ("run", "pocket", "--arm", "direct_grpo", "--out", out, *sets(*changes))
+    count = 3 if point == "node.done" else 1  # two base models are nodes without checkpoints
+    assert warm_runs().run(*words, fault=f"{point}:{count}=kill").code == -signal.SIGKILL
+    folder = next((out / "nodes").glob("student_rl.*"))
+    assert list(folder.glob("*checkpoint*")) and (folder / "DONE").exists()
+    assert tiny("run", out, "--arm", "direct_grpo", changes=changes).code == 0
+    assert not list(folder.glob("*checkpoint*")) and (folder / "model/model.safetensors").exists()
+    # A damaged model is trained again, to the same weights, without a checkpoint to begin from.
+    weights = (folder / "model/model.safetensors").read_bytes()
+    (folder / "model/model.safetensors").write_bytes(b"damaged")
+    assert tiny("run", out, "--arm", "direct_grpo", changes=changes).code == 0
+    assert (folder / "model/model.safetensors").read_bytes() == weights
+    assert len(rows(folder / "metrics.jsonl")) == 2

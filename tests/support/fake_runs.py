@@ -245,7 +245,7 @@ def by_problem(rows: list[dict[str, Any]], key: str) -> dict[str, list[Any]]:
 
 def printed(report: dict[str, Any], width: int) -> str:
     buffer = io.StringIO()
-    Console(file=buffer, width=width).print(terminal_table(report))
+    Console(file=buffer, width=width).print(terminal_table(report, width))
     return buffer.getvalue()
 
 

@@ -40,6 +40,7 @@ TINY = (  # two steps a stage, ten graded evaluation texts: a whole arm takes a 
     "evaluate.sampling.max_tokens=32",
     "guards.no_signal=continue",
     "compute.threads=1",
+    "compute.keep_checkpoints=true",  # which tests look at
     "compute.workers=1",  # in this process, where tests can inspect and patch; test_executors.py has more
 )
 

@@ -46,13 +46,15 @@ def doctor(
     from headwater.config.builtin import find_recipe
     from headwater.doctor.checks import diagnose
     from headwater.runs.default_arm import choose_arm
+    from headwater.runs.progress import progress_display
     from headwater.runs.setup import set_up
 
     resolved = find_recipe(recipe, recipe_changes(set_, device))
     folder = out or Path("runs") / resolved.name
     names = [choose_arm(resolved, folder).arm] if arms is None else parse_arms(arms)
     set_up(resolved.compute)
-    diagnosis = diagnose(resolved, names, [resolved.seed], folder)
+    with progress_display(quiet=json_).task("checking") as tell:
+        diagnosis = diagnose(resolved, names, [resolved.seed], folder, tell)
     print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text())
     if diagnosis.errors:
         raise RefusedError(f"refused: {diagnosis.error_names}")

@@ -65,7 +65,8 @@ def print_report(report: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    console().print(terminal_table(report))
+    screen = console()
+    screen.print(terminal_table(report, screen.width))
     print(f"report: {folder / 'report.html'}")
 
 

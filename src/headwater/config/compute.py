@@ -94,5 +94,7 @@ class Compute(Strict):
     """Time limit for grading one completion, which is then graded wrong."""
     deterministic: bool = True
     """Use deterministic algorithms of torch: equal runs give equal results on one machine."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoints of finished stages. They hold weights and optimizer state; a finished stage has its model folder."""
     ray: Ray = Ray()
     """How `--executor ray` runs a study's nodes."""

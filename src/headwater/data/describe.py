@@ -9,6 +9,7 @@ from typing import Any
 
 from headwater.config.recipe import Source
 from headwater.data.cells import plain_value
+from headwater.data.choices import choices_of
 from headwater.data.columns import answer_at, find_answer_column, find_problem_column
 from headwater.data.rows import read_rows
 from headwater.errors import UserError
@@ -55,7 +56,9 @@ def describe(source: Source, where: str) -> FileDescription:
     problem = find_problem_column(source.columns, rows[0], where)
     answer = find_answer_column(source.columns, rows[0], where, needed=False)
     cells = [] if answer is None else [plain_value(answer_at(row, answer)) for row in rows]
-    task, reason = task_of(cells)
+    listed = sum(choices_of(row) is not None for row in rows)
+    choice = "choice", f"{listed} of {len(rows)} rows list choices, which are written into the problem with letters"
+    task, reason = choice if listed >= NEARLY_ALL * len(rows) else task_of(cells)
     column, solutions = _solutions(rows, answer, cells)
     return FileDescription(problem, answer, task, reason, solutions, column)
 

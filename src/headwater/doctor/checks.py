@@ -144,7 +144,15 @@ class Examination:
         return ", ".join(dict.fromkeys(finding.name for finding in self.errors))
 
 
-def examine(context: DoctorContext, checks: Sequence[Check] = CHECKS) -> Examination:
+Tell = Callable[[str], None]
+"""Called with the title of a check when it begins."""
+
+
+def _tell_nobody(title: str) -> None:
+    pass
+
+
+def examine(context: DoctorContext, checks: Sequence[Check] = CHECKS, tell: Tell = _tell_nobody) -> Examination:
     """Run every check that can be run. An input that cannot be read is one finding, whatever checks need it."""
     findings: dict[Finding, None] = {}
     checked, unchecked = [], []
@@ -154,6 +162,7 @@ def examine(context: DoctorContext, checks: Sequence[Check] = CHECKS) -> Examina
             if refused:
                 unchecked.append(check.title)
                 continue
+            tell(check.title)
             try:
                 for finding in check.run(context):
                     findings[finding] = None  # those before an input that cannot be read count too
@@ -167,12 +176,14 @@ def examine(context: DoctorContext, checks: Sequence[Check] = CHECKS) -> Examina
     return Examination(reported, tuple(checked), tuple(unchecked))
 
 
-def diagnose(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Path) -> Examination:
+def diagnose(
+    recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], out: Path, tell: Tell = _tell_nobody
+) -> Examination:
     """Check all of a recipe and some of its arms; nothing is written. Raises UserError for an unknown arm."""
     with RunInputs(recipe, need_answers=False, day=prompt_day(RunDir(out))) as inputs:
         context = DoctorContext(inputs, tuple(arms), tuple(seeds), out)
         try:
-            return examine(context)
+            return examine(context, tell=tell)
         finally:
             context.close()
 
@@ -195,7 +206,11 @@ def _say_warnings(findings: Sequence[Finding], say: Callable[[str], None]) -> No
 
 
 def preflight(
-    plan: Plan, inputs: RunInputs, out: Path | None = None, say: Callable[[str], None] = lambda message: None
+    plan: Plan,
+    inputs: RunInputs,
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    tell: Tell = _tell_nobody,
 ) -> None:
     """Refuse what would spoil a run before anything is written, and report warnings.
 
@@ -209,7 +224,7 @@ def preflight(
         _say_warnings(_refuse_user_errors(context), say)
         if out is None or not context.pending:
             return
-        examination = examine(context, [check for check in CHECKS if check.exit_code == 3])
+        examination = examine(context, [check for check in CHECKS if check.exit_code == 3], tell)
     finally:
         context.close()
     _say_warnings(examination.findings, say)

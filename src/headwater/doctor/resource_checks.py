@@ -116,8 +116,10 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
         shape = shapes.get(base_of(node.start), shapes["student"])  # served teachers have the student's vocabulary
         if node.kind == "train":
             model, checkpoint, kept = stage_files(node, inputs, shape)
-            models += model + kept * checkpoint
-            next_checkpoint = max(next_checkpoint, checkpoint)  # written beside the kept ones
+            stays = inputs.recipe.compute.keep_checkpoints
+            models += model + (kept * checkpoint if stays else 0)
+            # Written beside the kept ones, which a stage that is done removes unless they stay.
+            next_checkpoint = max(next_checkpoint, checkpoint if stays else (kept + 1) * checkpoint)
         elif node.kind == "rollouts" and node.settings is not None and node.pool is not None:
             stage = node.settings
             tokens = len(inputs.prompts(node.pool, stage)) * stage.group_size * stage.sampling.max_tokens

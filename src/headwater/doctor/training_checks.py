@@ -28,23 +28,19 @@ def learning_rates(context: DoctorContext) -> Iterator[Finding]:
         base = base_of(node.start)
         if node.kind != "train" or node.settings is None or base not in context.roles:
             continue
-        stage, adapters, parameters = (
-            node.settings,
-            node.lora(context.recipe) is not None,
-            context.inputs.shape(base).parameters,
-        )
+        stage, adapters = node.settings, node.lora(context.recipe) is not None
+        parameters = context.inputs.shape(base).parameters
         signal, rate = signal_of(stage), stage.optim.lr
         verdict, rates = judge_rate(rate, signal, adapters, parameters), RATES[signal, adapters]
         if verdict is None or (verdict == "high" and not shows_pretraining(context, base)):
             continue
-        field, trained = (
-            f"stages.{_field(context, node.stage)}.optim.lr",
-            "adapters on" if adapters else "all weights of",
-        )
-        evidence = (
-            f"{field}: {rate:g} trains {trained} models.{base} ({parameters / 1e6:,.0f} million parameters, pretrained)"
-        )
-        suggested = f"set {field}={suggested_rate(signal, adapters, parameters):g} ({rates.source})"
+        field = f"stages.{_field(context, node.stage)}.optim.lr"
+        trained = "adapters on" if adapters else "all weights of"
+        size = f"{parameters / 1e6:,.0f} million parameters, pretrained"
+        evidence = f"{field}: {rate:g} trains {trained} models.{base} ({size})"
+        rate_to_set = suggested_rate(signal, adapters, parameters)
+        small = "; small models take more" if rate_to_set > rates.usual else ""
+        suggested = f"set {field}={rate_to_set:g} (published: {rates.source}{small})"
         if verdict == "high":
             other = "" if adapters else f", or train adapters (models.lora) at {RATES[signal, True].usual:g}"
             yield warning(

@@ -15,7 +15,7 @@ from headwater.report.figures import Plot, as_plot, colour
 from headwater.report.format import duration
 from headwater.report.stages import STAGE_NAMES, UNTRAINED_NAMES, stage_name
 from headwater.report.study import Node, Study, is_finite_number
-from headwater.report.svg import STYLE, printable
+from headwater.report.svg import COLOURS, STYLE, printable
 from headwater.report.view import Section
 from headwater.storage import ledger
 
@@ -93,7 +93,8 @@ def parts_figure(by_stage: Mapping[str, Mapping[str, float]]) -> Plot:
         for place, seconds in enumerate(parts.values()):
             axes.barh(y, seconds / scale, left=left / scale, height=0.62, color=colour(place))
             left += seconds
-        axes.text(left / scale, y, f" {duration(left)}", va="center", fontsize=8)
+        place_right: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(duration(left), (left / scale, y), fontsize=8, **place_right)
     axes.set_yticks(range(len(by_stage)), [stage_name(stage) for stage in by_stage])
     axes.set_xlabel(unit)
     axes.margins(x=0.09)
@@ -113,11 +114,12 @@ def timeline(recorded: Sequence[Attempt]) -> Plot:
     """One row per worker in the order of their first starts, with a bar per node in the colour of its stage."""
     workers = list(dict.fromkeys(attempt.worker for attempt in recorded))
     stages = list(dict.fromkeys(attempt.node.stage for attempt in recorded))
-    figure, axes = _bars(len(workers), "Nodes over time, by worker")
+    figure, axes = _bars(max(len(workers), len(stages) // 2), "Nodes over time, by worker")
+    axes.set_ylim(len(workers) - 0.4, -0.6)
     scale, unit = _time_unit(max(attempt.end for attempt in recorded))
     for attempt in recorded:
         long, place = (attempt.end - attempt.start) / scale, stages.index(attempt.node.stage)
-        look: dict[str, Any] = {"color": colour(place), "hatch": "//" if place >= 6 else None}
+        look = _look(place)
         axes.barh(
             workers.index(attempt.worker), long, left=attempt.start / scale, height=0.62, edgecolor="#ffffff", **look
         )
@@ -140,11 +142,16 @@ def _bars(rows: int, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _look(place: int) -> dict[str, Any]:
+    """Colour and hatch of the entry at this place of a legend: with the seventh entry the colours begin again, hatched."""
+    return {"facecolor": colour(place), "hatch": "//" if place >= len(COLOURS) else None}
+
+
 def _time_unit(seconds: float) -> tuple[float, str]:
     """Seconds per unit, and the unit's name."""
     return (1.0, "seconds") if seconds < 300 else (60.0, "minutes") if seconds < 4 * 3600 else (3600.0, "hours")
 
 
 def _legend(figure: Figure, names: Mapping[str, int]) -> None:
-    handles = [Patch(color=colour(place), label=printable(name)) for name, place in names.items()]
+    handles = [Patch(edgecolor="#ffffff", label=printable(name), **_look(place)) for name, place in names.items()]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)

@@ -1,4 +1,4 @@
-"""Print the report as rich tables for a terminal of at least 100 columns."""
+"""Print the report as rich tables for a terminal; a narrow one gets more tables with fewer columns each."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ LONG_NAME = 14
 """If an arm's name is longer, accuracies and costs go into separate tables."""
 
 
-def terminal_table(report: dict[str, Any]) -> Group:
-    """All tables of the report, then the warnings and the verdict."""
-    parts: list[RichTable | Text] = [*_arms_tables(report), *map(rich_table, path_tables(report))]
-    parts += [*_contrast_tables(report), *map(rich_table, _predictions(report))]
+WIDE = 100
+"""Columns of a terminal from which accuracies and costs of an arm fit into one line."""
+
+
+def terminal_table(report: dict[str, Any], width: int = WIDE) -> Group:
+    """All tables of the report, then the warnings and the verdict, for a terminal of so many columns."""
+    wide = width >= WIDE
+    parts: list[RichTable | Text] = [*_arms_tables(report, wide), *map(rich_table, path_tables(report))]
+    parts += [*_contrast_tables(report, wide), *map(rich_table, _predictions(report))]
     parts += [Text(_warning(row)) for row in report["warnings"]]
     parts.append(Text(report["verdict"]))
     return Group(*[item for part in parts for item in (part, Text(""))])
@@ -46,12 +51,12 @@ def _warning(row: dict[str, Any]) -> str:
     )
 
 
-def _arms_tables(report: dict[str, Any]) -> list[RichTable]:
+def _arms_tables(report: dict[str, Any], wide: bool) -> list[RichTable]:
     """One table if it fits; else tables of two or three evaluations each, and one of the costs."""
     title = f"{report['recipe']} · {seeds_text(report)}"
     evals: list[str] = report["evals"]
     short = max(map(len, report["arms"])) <= LONG_NAME
-    if len(evals) <= 1 and short:
+    if len(evals) <= 1 and short and wide:
         return [_arms_table(report, f"{title}{''.join(f' · accuracy on {name}, %' for name in evals)}", evals, True)]
     width = 3 if short else 2
     chunks = [evals[start : start + width] for start in range(0, len(evals), width)]
@@ -109,7 +114,7 @@ def _cost_cells(arm: dict[str, Any]) -> list[str]:
     return ["–" if cell in ("0", "0F", "0 s") else cell for cell in cells]
 
 
-def _contrast_tables(report: dict[str, Any]) -> list[RichTable]:
+def _contrast_tables(report: dict[str, Any], wide: bool) -> list[RichTable]:
     columns = [
         Column("a − b", lambda c: f"{c['a']} − {c['b']}", nowrap=True),
         Column("difference [95 %]", interval_text, "right", nowrap=True),
@@ -120,6 +125,8 @@ def _contrast_tables(report: dict[str, Any]) -> list[RichTable]:
         Column("FLOPs a/b", flops_ratio, "right", nowrap=True),
         Column("a above b", reading, nowrap=True),
     ]
+    if not wide:  # the titles of the groups say whether labels and compute are equal
+        columns = [column for column in columns if column.title not in ("labels a / b", "FLOPs a/b")]
     tables = []
     for eval_name in report["evals"]:
         groups = group_by_equality([c for c in named_contrasts(report) if c["eval"] == eval_name])

@@ -68,12 +68,16 @@ class ProgressDisplay:
     say       show a line
     node      context manager that shows one node (title, its number, number of nodes); several may be open at once
     together  context manager that shows a study with several nodes running (number of nodes)
+    task      context manager that shows other work (title); call what it yields with the part in progress
     """
 
     say: Callable[[str], None]
     node: Callable[[str, int, int], contextlib.AbstractContextManager[NodeProgress]]
     together: Callable[[int], contextlib.AbstractContextManager[StudyProgress]] = lambda total: contextlib.nullcontext(
         lambda done, seconds_left: None
+    )
+    task: Callable[[str], contextlib.AbstractContextManager[Callable[[str], None]]] = lambda title: (
+        contextlib.nullcontext(lambda part: None)
     )
 
 

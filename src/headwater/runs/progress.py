@@ -1,13 +1,15 @@
 """Progress display on stderr: one bar per running node, with rate and time left, and one line per finished node.
 
-Where several nodes run at once, one more bar shows all of them together. A log file has the lines only.
+Where several nodes run at once, one more bar shows all of them together. A log file has lines with the time of day: one a minute
+for each running node, and one when it is finished.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import (
@@ -27,8 +29,18 @@ from rich.text import Text
 from headwater.runs.node_context import NodeProgress, ProgressDisplay, StudyProgress
 from headwater.training.update import Metrics
 
-SHOWN = ("reward", "informative", "kl_student_teacher", "kl_teacher_student", "loss")
-"""Metrics to show, where a step has them."""
+REWARDED = ("reward", "informative", "grad_norm")
+"""Metrics of a step with rewards, whose loss says little: it is near 0 by construction."""
+DISTILLED = ("kl_student_teacher", "kl_teacher_student", "loss")
+"""Metrics of any other step; the first two of these that it has are shown."""
+LABELS = {
+    "informative": "informative groups",
+    "grad_norm": "gradient norm",
+    "kl_student_teacher": "KL(student‖teacher)",
+    "kl_teacher_student": "KL(teacher‖student)",
+}
+LOG_SECONDS = 60.0
+"""Time between two lines of a running node in a log file."""
 WIDE = 110
 """Characters of a line with the longest title, without metrics."""
 
@@ -58,6 +70,7 @@ def progress_display(quiet: bool = False) -> ProgressDisplay:
     )  # in a log it would leave blank lines
     open_tasks: set[TaskID] = set()
     study_state = ""
+    to_log = not console.is_terminal
 
     @contextlib.contextmanager
     def bar(title: str, total: int | None, unit: str) -> Iterator[TaskID]:
@@ -76,18 +89,32 @@ def progress_display(quiet: bool = False) -> ProgressDisplay:
     @contextlib.contextmanager
     def node(title: str, number: int, total: int) -> Iterator[NodeProgress]:
         head, text, began = f"[{number}/{total}] {title}", "", time.perf_counter()
+        logged = Log(head, began)
         with bar(head, None, "") as task:
 
             def start(done: int, units: int, unit: str) -> None:
                 bars.reset(task, total=units, completed=done, unit=unit, metrics=text)
+                logged.start(done, units, unit)
 
             def advance(count: int, metrics: Metrics) -> None:
                 nonlocal text
                 text = metrics_text(metrics) or text
                 bars.update(task, advance=count, metrics=text)
+                line = logged.advance(count, text, time.perf_counter())
+                if to_log and line:
+                    say(line)
 
             yield NodeProgress(start, advance, lambda: False, lambda warning: say(f"{head}: warning {warning}"))
-        say(f"{head}: {time.perf_counter() - began:.1f} s  {text}{study_state}")
+        end = f"{head}: {time.perf_counter() - began:.1f} s  {text}{study_state}"
+        say(end.rstrip())
+
+    @contextlib.contextmanager
+    def task(title: str) -> Iterator[Callable[[str], None]]:
+        began = time.perf_counter()
+        say(f"{title} …")
+        with bar(title, None, "") as shown:
+            yield lambda part: bars.update(shown, description=f"{title}: {part}")
+        say(f"{title}: done in {time.perf_counter() - began:.1f} s")
 
     @contextlib.contextmanager
     def together(total: int) -> Iterator[StudyProgress]:
@@ -103,9 +130,41 @@ def progress_display(quiet: bool = False) -> ProgressDisplay:
             yield update
 
     def say(line: str) -> None:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(f"{time.strftime('%H:%M:%S')} {line}" if to_log else line, markup=False, soft_wrap=True)
 
-    return ProgressDisplay(say, node, together)
+    return ProgressDisplay(say, node, together, task)
+
+
+@dataclass
+class Log:
+    """The lines of a running node in a log file.
+
+    began  seconds on the clock of `advance`
+    """
+
+    head: str
+    began: float
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    first: int = 0
+    last_line: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.last_line = self.began
+
+    def start(self, done: int, total: int, unit: str) -> None:
+        self.done = self.first = done
+        self.total, self.unit = total, unit
+
+    def advance(self, count: int, metrics: str, now: float) -> str | None:
+        """The line to write at this moment, such as `[3/6] opd: step 12 of 80, about 4 min left  loss 0.1`; None if none is due."""
+        self.done += count
+        if now - self.last_line < LOG_SECONDS or self.done == self.total:
+            return None
+        self.last_line = now
+        left = (self.total - self.done) * (now - self.began) / max(1, self.done - self.first)
+        return f"{self.head}: {self.done} of {self.total} {self.unit}, {in_words(left)} left  {metrics}".rstrip()
 
 
 def columns(wide: bool) -> list[ProgressColumn]:
@@ -128,5 +187,12 @@ def in_words(seconds: float) -> str:
 
 
 def metrics_text(metrics: Metrics) -> str:
-    """The metrics of SHOWN that the step has."""
-    return " ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics)[:72]
+    """Example: `reward 0.875  informative groups 25 %  gradient norm 1.2`."""
+    known = [name for name in (REWARDED if "reward" in metrics else DISTILLED) if name in metrics]
+    shown = known if "reward" in metrics else known[:2]
+    return "  ".join(
+        f"{LABELS[name]} {100 * metrics[name]:.0f} %"
+        if name == "informative"
+        else f"{LABELS.get(name, name)} {metrics[name]:.3g}"
+        for name in shown
+    )

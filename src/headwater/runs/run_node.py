@@ -13,6 +13,7 @@ from headwater.runs.plan import Node
 from headwater.runs.train_node import label_note, train_node
 from headwater.storage import fault_points
 from headwater.storage.run_dir import write_json
+from headwater.training.checkpoint import remove_checkpoints
 
 RUNNERS: dict[str, Callable[[Node, NodeContext], dict[str, Any] | None]] = {
     "train": train_node,
@@ -51,3 +52,5 @@ def run_node(node: Node, context: NodeContext) -> None:
     fault_points.failpoint("node.worked")
     folder.finish({"fingerprint": context.plan.fingerprints[node], **({"ended": ended} if ended else {})})
     fault_points.failpoint("node.done")
+    if not context.inputs.recipe.compute.keep_checkpoints:
+        remove_checkpoints(folder)

@@ -46,7 +46,8 @@ POINTS = {
     "node.begun": "before node.json is written",
     "node.described": "node.json is written",
     "node.worked": "the node's work is finished, DONE not written",
-    "node.done": "DONE is written",
+    "node.done": "DONE is written, the stage's checkpoints are still there",
+    "node.cleaning": "they have another name and are about to be removed",
     # a training stage
     "stage.loaded": "weights and optimizer are restored from the last checkpoint",
     "stage.cut": "metrics are truncated to the checkpoint, the other files not yet",

@@ -10,12 +10,23 @@ from collections import deque
 
 LONGEST_STATEMENT = 4000  # characters read after "the answer is"
 
+_CHOSEN = r"[(（]?(?-i:[A-Ja-j])(?![a-zA-Z的])"  # a choice's letter
+# A value that ends the sentence: the verb may stand before the noun ("Daher ist die Antwort 42.") or nowhere ("Cevap 42'dir.").
+_VALUE_ENDS = (
+    r"(?=\s?(?:\$[^$\n]{1,200}\$|\*{0,2}[-+]?\d[\d.,/٫٬]{0,40}?\*{0,2})"
+    r"\s?(?:است|है|ہے|['’]?[dt][ıiuü]r)?\s?(?:[.!।۔。]?\s*$|[.!।۔]\s|。|[.!।۔]?\n))"
+)
 # Language: (noun, verbs that may follow it instead of a colon). Negations ("ist nicht", "不是") are no such verb.
 _NOUNS_AND_VERBS = {
-    "Chinese": (r"答案", r"(?:[应應][该該當当]?)?(?:就?是|[为為选選])|等[于於]"),
-    "Chinese, a choice": (r"(?<!不)故[选選]", r"(?=\s?[(（]?[A-Ja-j])"),
+    "Chinese": (r"(?:答案|正[确確][选選][项項])", r"(?:[应應][该該當当]?)?(?:就?是|[为為选選])|等[于於]"),
+    "Chinese, result": (r"最[终終][的]?结果", r"就?是|[为為]|等[于於]"),
+    "Chinese, a choice": (
+        r"(?<!不)(?:故|(?:因此|所以|[综綜]上)[,，]?(?:[应應][该該]?)?)[选選]",
+        rf"[项項擇择]?(?=\s?{_CHOSEN})",
+    ),
+    "Chinese, a choice alone": (r"(?<![^\n])[选選][项項]?", rf"(?=\s?{_CHOSEN}\s*[。.]?\s*$)"),
     "Japanese": (r"(?:答え?|解答|回答|正解)", r"は"),
-    "Korean": (r"(?:정답|답)", r"[은는]"),
+    "Korean": (r"(?:정답|답변?)", r"[은는]"),
     "German": (r"\bantwort", r"ist\b|lautet\b|beträgt\b"),
     "French": (r"\br[ée]ponse(?:\s(?:finale|correcte|exacte))?", r"est\b|vaut\b"),
     "Spanish": (r"\brespuesta(?:\s(?:final|correcta))?", r"es\b|son\b"),
@@ -24,32 +35,51 @@ _NOUNS_AND_VERBS = {
     "Dutch": (r"\bantwoord", r"is\b|luidt\b"),
     "Swedish, Danish, Norwegian": (r"\bsvaret", r"är\b|er\b|blir\b"),
     "Swedish, Danish, Norwegian, short": (r"\bsvar", r"(?!)"),
-    "Polish": (r"\bodpowied[zź]", r"to\b|brzmi\b|wynosi\b"),
-    "Czech": (r"\bodpověď", r"je\b|zní\b"),
+    "Finnish": (r"\bvastaus", r"on\b"),
+    "Polish": (r"\bodpowied[zź](?:ią)?", r"to\b|brzmi\b|wynosi\b|jest\b"),
+    "Czech, Slovak": (r"\bodpov[eě][dď]", r"je\b|zní\b|znie\b"),
+    "Hungarian": (r"\bválasz", r"az?\b(?=\s?[-$\d])"),
     "Russian": (r"\bответ(?:ом)?", r"равен\b|это\b|составляет\b|является\b|[—–-]\s"),
-    "Ukrainian": (r"\bвідповідь", r"це\b|дорівнює\b|[—–-]\s"),
-    "Turkish": (r"\b(?:cevap|yanıt)", r"(?!)"),
+    "Ukrainian": (r"\bвідповід(?:ь|дю)", r"це\b|дорівнює\b|є\b|[—–-]\s"),
+    "Turkish": (r"\b(?:cevap|cevabımız|yanıt)", r"(?!)"),
     "Vietnamese": (r"\b(?:đáp\s(?:án|số)|câu\strả\slời)", r"là\b"),
     "Indonesian": (r"\bjawaban(?:nya)?(?:\sakhir(?:nya)?)?", r"adalah\b|ialah\b"),
+    "Swahili": (r"\bjibu(?:\s(?:la\smwisho|sahihi))?", r"ni\b"),
+    "Filipino": (r"\bsagot", r"ay\b"),
     "Romanian": (r"\brăspuns(?:ul)?(?:\s(?:final|corect))?", r"este\b"),
     "Greek": (r"\bαπάντηση", r"είναι\b"),
-    "Arabic": (r"(?:الإجابة|الاجابة|الجواب)(?:\s(?:النهائية|النهائي|الصحيحة|الصحيح))?", r"ه[يو]\b"),
-    "Hebrew": (r"התשובה(?:\sהסופית)?", r"היא\b"),
+    "Arabic": (r"(?:ال)?(?:إجابة|اجابة|جواب)(?:\s(?:النهائية|النهائي|الصحيحة|الصحيح))?", r"ه[يو]\b"),
+    "Persian, Urdu": (r"\b(?:پاسخ|جواب)(?:\s(?:نهایی|صحیح|درست))?", r"برابر(?:\sبا)?|یعنی"),
+    "Hebrew": (r"ה?תשובה(?:\sה(?:סופית|נכונה))?", r"היא\b|הינה\b"),
     "Hindi": (r"(?:उत्तर|जवाब)", r"है|(?=\s?[-$\\\d])"),
+    "Bengali": (r"উত্তর(?:টি)?", r"হলো|হল|হচ্ছে|ঃ"),
+    "Thai": (r"คำตอบ(?:สุดท้าย|ที่ถูกต้อง)?", r"คือ|เท่ากับ"),
+    "Tamil, Telugu": (r"(?:பதில்|விடை|సమాధానం)", r"(?!)"),
 }
 _PHRASE = re.compile(
-    r"\banswer\b[*_:：\s]{0,8}(?:(?:is|are|was)\b|(?<=[:：])|(?<=[:：][*_])|(?<=[:：]\*\*)|=)[:：*_]{0,4}",
+    r"\bans(?:wer)?\b(?:\s(?:to|for|of)\s(?:the|this|your|our)\s(?:(?:original|given|math|whole)\s)?(?:question|problem|puzzle|riddle)"
+    r"|,?\s(?:then|therefore|thus|hence)\b,?)?[*_:：\s]{0,8}"
+    r"(?:(?:is|are|was|equals|(?:comes|works)\sout\sto|turns\sout\sto\sbe)\b|(?<=[:：])|(?<=[:：][*_])|(?<=[:：]\*\*)|="
+    r"|(?:would|should|must|will|has\sto)\sbe"
+    rf"(?=[\s*:]{{1,4}}(?:[-+$\\(*]{{0,4}}\d(?![\d,.]*[\s-](?:digit|decimal|significant|place))"
+    rf"|\$|{_CHOSEN}))"
+    r")[:：*_]{0,4}",
     re.IGNORECASE,
 )
 # The first letters of the nouns: most positions of a text fail here, which is five times as fast as trying every noun.
 _FOREIGN_PHRASE = re.compile(
-    "(?=[答故解回正정답aArRsSoOоОвВcCyYđĐjJαΑاהउज])(?:"
-    + "|".join(rf"{noun}[*_\s]{{0,8}}(?:{verbs}|[:：=＝])" for noun, verbs in _NOUNS_AND_VERBS.values())
+    "(?=[答最故因所综綜选選解回正정답aArRsSvVоОoOвВcCyYđĐjJαΑاإجپהתउजউคபவస])(?:"
+    + "|".join(
+        rf"{noun}(?:[*_\s]{{0,8}}(?:{verbs}|[:：=＝])|{_VALUE_ENDS})" for noun, verbs in _NOUNS_AND_VERBS.values()
+    )
     + ")",
     re.IGNORECASE,
 )
 _NOUN = "|".join([r"answer", *(noun for noun, _ in _NOUNS_AND_VERBS.values())])
-_ARTICLE = r"(?:(?:the|my|die|la|il|a|o|el|het|final|correct|endgültige|最终|最終|最后的?|正确|최종|итоговый|окончательный)\s*){0,2}"
+_ARTICLE = (
+    r"(?:(?:the|my|die|la|il|a|o|el|het|final|correct|endgültige|итоговый|окончательный)\s+"
+    r"|(?:最终|最終|最后的?|正确|최종)\s*){0,2}"
+)
 _LEADING_ARTICLE = re.compile(_ARTICLE, re.IGNORECASE)
 # "#### Final answer", "**Answer**": a line of its own, above the answer. Marks are required, since "Answer" alone may be anything.
 _HEADING = re.compile(
@@ -67,9 +97,18 @@ _LABEL = re.compile(
 )
 _NUMERAL = re.compile(r"[-+]?\\?\$?\s?\d[\d,]*(?:\.\d+)?(?:\s?/\s?\d+)?\s?\\?%?\.?")
 # Sentence ends: also of scripts without spaces, and their comma where the sentence goes on in words.
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？｡؟।；]|[，、](?=\s*[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])")
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？｡؟।۔；]|[，、](?=\s*[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])")
 # Verbs that end a sentence: "答えは42です".
-_FINAL_VERB = re.compile(r"\s*(?:です|である|だ|となります|になります|입니다|이다|이에요|예요|है|हैं)$")
+_FINAL_VERB = re.compile(
+    r"\s*(?:です|である|だ|となります|になります|입니다|이다|이에요|예요|है|हैं|است|ہے|['’]?[dt][ıiuü]r)$"
+)
+# Between "the answer is" and the answer.
+_ADVERB = re.compile(
+    r"(?:therefore|thus|then|indeed|hence|simply|just|clearly|exactly|donc|alors|also|daher|somit|folglich|dus|alltså|således|entonces|pues"
+    r"|quindi|dunque|portanto|então|zatem|więc|tedy|deci|jadi)\b[,:*\s]{1,4}(?=[-+$\\(*]{0,4}\d|\$|\\|[(*]{0,3}(?-i:[A-J])\b)",
+    re.IGNORECASE,
+)
+_TAGGED = re.compile(r"<answer>((?:(?!</?answer>).){1,4000})</answer>", re.DOTALL | re.IGNORECASE)
 _OR = (
     r"或者?|和|及|または|又は|と|또는|과|와|oder|und|ou|et|o|u|y|e|of|en|och|og|eller|lub|i|nebo|или|и|або|та|veya|ve|hoặc|và|atau|dan|"
     r"sau|și|ή|και|أو|و|או|या|और"
@@ -79,10 +118,14 @@ _MORE = re.compile(rf"\s*(?:[,，、]|or\b|and\b|{_OR})\s*(?=\$|\\\()")
 
 
 def announced_answer(text: str) -> str | None:
-    """Answer after the last `####` that an answer follows, else after the last announcement in words; None without either.
+    """Answer between the last `<answer>` tags, else after the last `####` that an answer follows, else after the last announcement in
+    words; None without any.
 
     Example: `announced_answer("#### Step 1\\n…\\n#### 42")` and `announced_answer("所以答案是42。")` give `"42"`.
     """
+    tagged = last_match(_TAGGED, text)
+    if tagged is not None and (answer := tagged[1].strip()):
+        return without_announcement(answer)
     for mark in reversed(list(_HASHES.finditer(text))):
         line = first_line(text[mark.end() :])
         if line and not _is_label(line):
@@ -151,6 +194,8 @@ def _statement(text: str, foreign: bool) -> str:
     foreign  the announcement may be in another language than English: words like "oder" and "或" between formulas make a list
     """
     text = text.lstrip(" \t\n*_:：")
+    if adverb := _ADVERB.match(text):
+        text = text[adverb.end() :].lstrip("*_")
     for opening, closing in (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$")):
         if text.startswith(opening):
             end = text.find(closing, len(opening))
@@ -163,7 +208,7 @@ def _statement(text: str, foreign: bool) -> str:
     if stop is not None and stop.group() in "?？؟":
         return ""  # "The answer is 42? No": a question states nothing
     sentence = line[: stop.start() if stop else None].strip().strip("*_").strip()
-    return _BETWEEN.sub(" , ", _FINAL_VERB.sub("", sentence)) if foreign else sentence
+    return _BETWEEN.sub(" , ", _FINAL_VERB.sub("", sentence).strip("*_")) if foreign else sentence
 
 
 # Solutions ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from headwater.tasks import maths_text
@@ -14,6 +15,7 @@ PLACEHOLDERS = frozenset({"proof", "notfound", "not found", "n/a", "nan", "null"
 is not among them: it may be an answer."""
 LARGEST_EXACT_FLOAT = 2**53
 """Integers beyond this are not exact as floats; their text is kept."""
+_LIST_OF_TEXTS = re.compile(r"""\[\s*(["'])(?P<first>.*?)(?<!\\)\1\s*(?P<more>[,\s].*)?\]""", re.DOTALL)
 
 
 def cell_as_is(value: Any) -> str | None:
@@ -33,6 +35,8 @@ def gold_answer(value: Any) -> str | None:
     Of a text: what follows GSM8K's `####` on the last line, else the last box, else the answer that it announces ("The answer is …"),
     else a text of one line as it is. A solution of several lines without any of these has no answer: as a gold it would be equal to
     itself and to nothing that a model writes. Nor has one of the PLACEHOLDERS.
+
+    A list of one, also one that is written as text (`["4"]`), gives its element.
 
     Raises ValueError for an object and for a list of more than one.
 
@@ -70,6 +74,13 @@ def _text_of(value: Any) -> str:
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT else repr(value)
     text = str(value).strip()
+    if listed := _LIST_OF_TEXTS.fullmatch(text):
+        if listed["more"]:
+            raise ValueError("is not an answer but a list of several, written as text")
+        # JSON and Python double every backslash in a text; a list written by hand may not.
+        runs = re.findall(r"\\+", listed["first"])
+        doubled = all(len(run) % 2 == 0 for run in runs)
+        return _text_of(listed["first"].replace("\\\\", "\\") if doubled else listed["first"])
     return text if text.strip("# \t\r\n") else ""
 
 

@@ -1,4 +1,4 @@
-"""Times of day: `3:45 PM`, `15:45`, `noon`."""
+"""Times of day (`3:45 PM`, `15:45`, `noon`) and dates (`2024-05-01`, `May 1, 2024`)."""
 
 from __future__ import annotations
 
@@ -72,3 +72,50 @@ def same_clock(gold: str, answer: str) -> bool | None:
     if wanted.certain and given.certain:
         return wanted.seconds == given.seconds
     return wanted.seconds % _HALF_DAY == given.seconds % _HALF_DAY
+
+
+# Dates ----------------------------------------------------------------------------------------------------------------
+
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_MONTH = (
+    r"(?P<month>jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?"
+    r"|dec(?:ember)?)\.?"
+)
+_WEEKDAY = r"(?:(?:mon|tues|wednes|thurs|fri|satur|sun)day\s?,?\s?)?"
+_DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?"
+_DATES = [
+    re.compile(pattern)
+    for pattern in (
+        r"(?P<year>\d{4})-(?P<month>0\d|1[0-2])-(?P<day>[0-2]\d|3[01])",
+        rf"{_WEEKDAY}{_MONTH}\s?{_DAY}(?:\s?,?\s?(?P<year>\d{{4}}))?",
+        rf"{_WEEKDAY}(?:the\s)?{_DAY}\s?(?:of\s)?{_MONTH}(?:\s?,?\s?(?P<year>\d{{4}}))?",
+        r"(?P<year>\d{4})\s?年\s?(?P<month>\d{1,2})\s?月\s?(?P<day>\d{1,2})\s?日",
+    )
+]
+
+
+def read_date(text: str) -> tuple[int | None, int, int] | None:
+    """Parse a canonical answer as (year or None, month, day); None for anything else. `05/01/2024` has two readings and is no date.
+
+    Example: `read_date("May 1st, 2024")` is `(2024, 5, 1)`.
+    """
+    if len(text) > LONGEST:
+        return None
+    spelled = " ".join(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).lower().split())
+    match = next((match for pattern in _DATES if (match := pattern.fullmatch(spelled))), None)
+    if match is None:
+        return None
+    month = int(match["month"]) if match["month"].isdigit() else _MONTHS.index(match["month"][:3]) + 1
+    return (int(match["year"]) if match["year"] else None), month, int(match["day"])
+
+
+def same_date(gold: str, answer: str) -> bool | None:
+    """Whether two canonical answers are the same date; None unless both are dates, or one is written as 2024-05-01.
+
+    An answer without a year is another than one with it.
+    """
+    wanted, given = read_date(gold), read_date(answer)
+    if wanted is not None and given is not None:
+        return wanted == given
+    # 2024-05-01 is no subtraction, whose value is 2018.
+    return False if _DATES[0].fullmatch(gold) or _DATES[0].fullmatch(answer) else None

@@ -16,18 +16,22 @@ _REPEATING = re.compile(r"([-+]?)\s*(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+
 _RATIO = re.compile(r"([-+]?)\s*(?:(\d+)\s*)?\\frac\{\s*([-+]?\d+)\s*\}\{\s*([-+]?\d+)\s*\}")
 _SLASH = re.compile(r"([-+]?)\s*(?:(\d+)\s+)?(\d+)\s*/\s*([-+]?\d+)")
 _SCIENTIFIC = re.compile(
-    r"(?:([-+]?[\d,]*\.?\d+)\s*(?:\\times|\\cdot|x)\s*)?10\^\{([-+]?\d{1,6})\}|([-+]?\d+\.?\d*)[eE]([-+]?\d{1,6})"
+    r"([-+]?)\s*(?:([\d,]*\.?\d+)\s*(?:\\times|\\cdot|x)\s*)?10\^\{([-+]?\d{1,6})\}"
+    r"|([-+]?)\s*(\d+\.?\d*)[eE]([-+]?\d{1,6})"
 )
 
 
 def number(text: str) -> Fraction | None:
     """Exact value of a numeral; None for anything else.
 
-    Formats: `1,080`, `-.5`, `2\\frac{1}{2}`, `3/4`, `6.72\\times 10^{-5}`, `0.\\overline{27}`, each also in brackets.
+    Formats: `1,080`, `-.5`, `2\\frac{1}{2}`, `3/4`, `6.72\\times 10^{-5}`, `-1e-07`, `0.\\overline{27}`, each also in
+    brackets; `四十二`.
     """
     text = text.strip()
-    if not text or len(text) > LONGEST_NUMBER or not any(char in "0123456789" for char in text):
+    if not text or len(text) > LONGEST_NUMBER:
         return None
+    if not any(char in "0123456789" for char in text):
+        return _han_number(text)
     for _ in range(MAX_OUTER_BRACKETS):
         if not (text.startswith("(") and text.endswith(")") and matching(text, 0) == len(text) - 1):
             break
@@ -42,15 +46,54 @@ def number(text: str) -> Fraction | None:
             return None
         return _signed(sign, int(mixed or 0) + Fraction(int(above), int(below)))
     if match := _SCIENTIFIC.fullmatch(text):
-        power = int(match[2] or match[4])
+        power = int(match[3] or match[6])
         if abs(power) > LARGEST_POWER:
             return None
-        return Fraction((match[1] or match[3] or "1").replace(",", "")) * Fraction(10) ** power
+        digits = (match[2] or match[5] or "1").replace(",", "")
+        return _signed(match[1] or match[4] or "", Fraction(digits) * Fraction(10) ** power)
     if match := _REPEATING.fullmatch(text):
         sign, whole, fixed, cycle = match.groups()
         nines = 10 ** len(fixed) * (10 ** len(cycle) - 1)
         return _signed(sign, Fraction(int(whole + fixed + cycle) - int(whole + fixed or "0"), nines))
     return None
+
+
+_HAN_DIGITS = {
+    char: value
+    for value, chars in enumerate(("零〇", "一", "二两兩", "三", "四", "五", "六", "七", "八", "九"))
+    for char in chars
+}
+_HAN_UNITS = {"十": 10, "百": 100, "千": 1000}
+_HAN_MYRIADS = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
+_HAN = re.compile(f"[{''.join([*_HAN_DIGITS, *_HAN_UNITS, *_HAN_MYRIADS])}]{{1,30}}")
+
+
+def _han_number(text: str) -> Fraction | None:
+    """Value of a Chinese or Japanese numeral in its standard spelling (`四十二`, `一万零五`); None for others, such as `三四`."""
+    if not _HAN.fullmatch(text):
+        return None
+    total = section = 0
+    digit: int | None = None
+    lowest_myriad, lowest_unit = 10**12, 10**4
+    for place, char in enumerate(text):
+        if char in _HAN_DIGITS:
+            if digit:  # two digits without a unit between them: "三四" is about three or four
+                return None
+            digit = _HAN_DIGITS[char]
+        elif char in _HAN_UNITS:
+            unit = _HAN_UNITS[char]
+            if unit >= lowest_unit or (digit is None and (unit != 10 or place) and section):
+                return None
+            section, lowest_unit, digit = section + (digit or 1) * unit, unit, None
+        else:
+            myriad = _HAN_MYRIADS[char]
+            if myriad >= lowest_myriad or section + (digit or 0) == 0:
+                return None
+            total, lowest_myriad = total + (section + (digit or 0)) * myriad, myriad
+            section, lowest_unit, digit = 0, 10**4, None
+    if digit and len(text) > 1 and text[-2] in "百千万萬亿億":
+        return None  # "一百五" is 150 in speech and 105 to the letter
+    return Fraction(total + section + (digit or 0))
 
 
 def _signed(sign: str, value: Fraction) -> Fraction:

@@ -11,6 +11,7 @@ import unicodedata
 from fractions import Fraction
 
 from headwater.tasks.announced import announced_answer, last_match
+from headwater.tasks.conclusions import concluded_value
 from headwater.tasks.maths_arguments import brace_arguments
 from headwater.tasks.thinking import after_thinking
 
@@ -34,6 +35,18 @@ def extract(completion: str) -> tuple[str | None, str]:
     answer = announced_answer(text) if box is None else box
     answer = answer.strip() if answer else ""
     return (answer, "") if answer else (None, "no_answer")
+
+
+def extract_value(completion: str) -> tuple[str | None, str]:
+    """Extract as `extract` does, else the value in the last sentence: for tasks whose answers are numbers and expressions.
+
+    Example: `extract_value("Therefore, the total is $42$.")` gives `("$42$", "")`.
+    """
+    answer, missing = extract(completion)
+    if missing == "no_answer":
+        value = concluded_value(after_thinking(completion))
+        return (None, missing) if value is None else (value, "")
+    return answer, missing
 
 
 def last_box(text: str) -> tuple[str | None, bool]:
@@ -84,6 +97,9 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\[$]|[$]", ""),  # currency and stray delimiters
+        (r"\A\s*(?:[\"`]|\*\*)(?=[^\"`*]+(?:[\"`]|\*\*)\.?\s*\Z)|(?:[\"`]|\*\*)(?=\.?\s*\Z)", ""),  # "42" and **42**
+        (r"\A\s*(?:USD|EUR|GBP|INR|US|Rs\.?)\s?(?=\d)", ""),
+        (r"\A([-+]?\d+(?:\.\d*)?)[eE]([-+]?\d{1,6})\Z", r"\1\\cdot 10^{\2}"),  # 1e-07, not e times 1 minus 7
         (r"(?<!\\)\\[()\[\]]", " "),  # \( \) \[ \]
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*", ""),
         (r"(?:,\s*\\!|\{,\}|\\,?,(?=\d{3}\b))\s*(?=\d{3})", ","),  # thousands separators: 32,\! 349 and 1{,}080

@@ -100,7 +100,7 @@ def extract(completion: str) -> str | None:
 
 def _answer_of(completion: str) -> tuple[str | None, str]:
     """Extract as in `maths`; a completion that is only a number is its own answer."""
-    answer, missing = maths_text.extract(completion)
+    answer, missing = maths_text.extract_value(completion)
     whole = after_thinking(completion).strip()
     if answer is None and missing != "truncated" and value_of(whole) is not None:
         return whole, ""

@@ -19,7 +19,7 @@ from headwater.distributed.checkpoint_io import ADAPTER_FILE, MODEL_FILE
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.storage import fault_points
-from headwater.storage.files import Logs, file_sums, first_damaged
+from headwater.storage.files import ASIDE, Logs, file_sums, first_damaged
 from headwater.storage.run_dir import NodeDir, atomic_folder, read_json, write_json
 
 KEPT = 2
@@ -74,6 +74,17 @@ def prune(node: NodeDir) -> None:
     """Delete all but the last two checkpoints."""
     for old in node.checkpoints()[KEPT:]:
         shutil.rmtree(old)
+
+
+def remove_checkpoints(node: NodeDir) -> None:
+    """Delete all checkpoints of a finished node: first under another name, so that a killed process leaves none that is damaged."""
+    folder = node.checkpoint(0).parent
+    aside = folder.with_name(f".{folder.name}{ASIDE}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+        fault_points.failpoint("node.cleaning")
+        shutil.rmtree(aside)
 
 
 def write_single_process(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -10,7 +10,9 @@ import pytest
 
 from headwater.config.recipe import Source
 from headwater.data.describe import describe, task_of
+from headwater.data.sources import load
 from headwater.errors import UserError
+from headwater.tasks.registry import TASKS
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,17 @@ def test_worked_solutions_are_found_beside_answers(tmp_path: Path) -> None:
         "solution",
         (solution,),
     )
+
+
+def test_rows_with_choices_are_graded_as_choices(tmp_path: Path) -> None:
+    """The answers are positions, which alone would look like numbers; what `load` makes of them are letters."""
+    rows = [
+        {"question": f"Who was number {n}?", "choices": ["Ann", "Bob", "Eve", "Dan"], "answer": n % 4} for n in range(8)
+    ]
+    source = written(tmp_path, *rows)
+    description, loaded = describe(source, "--data"), load(source, "--data", True, TASKS["choice"].gold)
+    assert (description.task, description.reason[:25]) == ("choice", "8 of 8 rows list choices,")
+    assert [loaded.gold[problem.id] for problem in loaded.problems] == ["A", "B", "C", "D"] * 2
 
 
 def test_short_answers_are_no_worked_solutions(tmp_path: Path) -> None:

@@ -95,7 +95,9 @@ def test_learning_rate_too_low_for_adapters_is_named(tmp_path: Path) -> None:
     changes = ["models.lora={r: 4}", *(f"stages.{stage}.optim.lr=1e-6" for stage in STAGES)]
     findings = list(training_checks.learning_rates(context_of(tmp_path, *changes, size={"parameters": SMOLLM2})))
     assert {finding.name for finding in findings} == {"learning-rate-low"} and len(findings) == 4
-    assert "set stages.student_rl.optim.lr=1e-05 (ten times the rate for all weights" in "".join(texts(findings))
+    assert "set stages.student_rl.optim.lr=1e-05 (published: 1e-5, ten times that of all weights" in "".join(
+        texts(findings)
+    )
 
 
 def test_learning_rate_of_untrained_model_is_not_judged(tmp_path: Path) -> None:

@@ -244,6 +244,9 @@ def characters(*special: str) -> PreTrainedTokenizerFast:
         ),
         ("<seed:think> </seed:think>", "<seed:think>{}</seed:think>{}", "<seed:think>{}</seed:think>{}"),
         ("<|START_THINKING|> <|END_THINKING|>", "<|START_THINKING|>{}<|END_THINKING|>{}", "<|START_THINKING|>{}<|END_THINKING|>{}"),
+        ("<think_fast> </think_fast>", "<think_fast>{}</think_fast>{}", "<think_fast>{}</think_fast>{}"),
+        ("<reasoning> </reasoning>", "<reasoning>{}</reasoning>{}", "<reasoning>{}</reasoning>{}"),
+        ("</reflection> <pad>", "{}</reflection>{}<pad>", "{}</reflection>{}"),
         ("◁think▷ ◁/think▷", "◁think▷{}◁/think▷{}", "◁think▷{}◁/think▷{}"),
         (
             "<|channel|> <|message|> <|start|> <|end|> <|return|>",
