@@ -136,7 +136,7 @@ def test_mistyped_data_path_is_refused_without_probe(silent_server: str) -> None
 
 def test_file_or_bare_name_as_model_is_explained(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match="model.gguf is a file; name the model folder that holds it"):
+    with pytest.raises(UserError, match=r"^models.student: model\.gguf is a file; name the model folder that holds it"):
         ModelFolder.open("model.gguf", "models.student")
     with pytest.raises(UserError, match=r"^models.student: gpt2 is no folder here, and no hub id \(owner/name\)$"):
         ModelFolder.open("gpt2", "models.student")
