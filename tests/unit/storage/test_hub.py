@@ -89,7 +89,7 @@ def test_offline_mode_of_user_is_named_without_probe(
     assert hub._probes == {}
 
 
-def test_unreachable_hub_is_probed_once_then_again_after_a_minute(
+def test_failed_probe_is_remembered_for_a_minute(
     silent_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reasons: list[str | None] = ["down", None]
