@@ -13,7 +13,14 @@ import torch
 from headwater.config.builtin import find_recipe
 from headwater.config.compute import Compute
 from headwater.runs.executors.base import Failure, Job
-from headwater.runs.executors.local import LocalExecutor, exit_reason, least_used, visible_gpus, worker_count, worker_limit
+from headwater.runs.executors.local import (
+    LocalExecutor,
+    exit_reason,
+    least_used,
+    visible_gpus,
+    worker_count,
+    worker_limit,
+)
 from headwater.runs.executors.schedule import critical_path_first
 from headwater.runs.node_context import NodeProgress, ProgressDisplay
 from headwater.runs.setup import prepared
@@ -141,7 +148,11 @@ def test_workers_take_gpus_in_turn_and_that_of_a_dead_worker() -> None:
         (None, 3, ["0", "1", "2"]),
         ("4, 6", 2, ["4", "6"]),
         ("2,-1,3", 1, ["2"]),  # CUDA stops at -1
-        ("MIG-4f3a,GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", 2, ["MIG-4f3a", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"]),
+        (
+            "MIG-4f3a,GPU-8932f937-d72c-4106-c12f-20bd9faed9f6",
+            2,
+            ["MIG-4f3a", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"],
+        ),
     ],
 )
 def test_visible_gpus_stay_within_those_set(

@@ -121,7 +121,9 @@ def visible_gpus(device: torch.device, environment: Mapping[str, str]) -> list[s
         return []
     count = torch.cuda.device_count()  # CUDA ignores what follows an entry that names no device
     entries = environment.get("CUDA_VISIBLE_DEVICES")
-    return [entry.strip() for entry in entries.split(",")][:count] if entries else [str(index) for index in range(count)]
+    return (
+        [entry.strip() for entry in entries.split(",")][:count] if entries else [str(index) for index in range(count)]
+    )
 
 
 def least_used(gpus: Sequence[str], used: Sequence[str | None]) -> str | None:
