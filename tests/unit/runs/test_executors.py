@@ -132,7 +132,7 @@ def test_each_worker_sees_one_gpu(
     assert shown == lines
 
 
-def test_workers_take_gpus_in_turn_and_that_of_a_dead_worker() -> None:
+def test_new_worker_gets_least_used_gpu() -> None:
     gpus, used = ["0", "1", "2"], list[str | None]()
     for _ in range(7):
         used.append(least_used(gpus, used))

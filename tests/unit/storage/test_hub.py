@@ -89,7 +89,7 @@ def test_offline_mode_of_user_is_named_without_probe(
     assert hub._probes == {}
 
 
-def test_failed_probe_is_remembered_for_a_minute(silent_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_probe_is_cached_then_repeated(silent_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str | None] = ["down", None]
     monkeypatch.setattr(hub, "_probe", lambda endpoint, seconds: reasons.pop(0))
     assert hub.unreachable() == hub.unreachable() == "down"
