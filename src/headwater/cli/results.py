@@ -163,7 +163,7 @@ def push(
     from huggingface_hub import HfApi
 
     from headwater.cli import push as hub
-    from headwater.models.folder import HUB_ID
+    from headwater.storage.hub import HUB_ID
 
     if not HUB_ID.match(to):
         raise UserError(f"push --to {to}: must be owner/name")

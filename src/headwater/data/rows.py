@@ -17,6 +17,7 @@ from headwater.config.recipe import Source
 from headwater.data.arrow_rows import ArrowRow, error_text
 from headwater.data.conversations import messages_of
 from headwater.errors import UserError
+from headwater.storage import hub
 
 MOST_BYTES, MOST_ROWS, BATCH_ROWS = 4 << 30, 50_000_000, 256
 """Limits of a decompressed file, and the rows of a table decompressed at once."""
@@ -236,11 +237,21 @@ def _saved_folder(path: Path, split: str, where: str) -> Iterator[Row]:
 
 
 def _hub(source: Source, where: str) -> Iterator[Row]:
-    import datasets
+    name = source.path or ""
+    if "/" in name and not hub.HUB_ID.match(name) and not name.startswith("hf://"):
+        raise UserError(f"{where}: no such file or folder")
+    reason = hub.unreachable()
+    import datasets  # after the probe: it reads whether the hub is offline only once
 
     try:
-        data = datasets.load_dataset(source.path, split=source.split)
+        data = datasets.load_dataset(name, split=source.split)
     except Exception as error:
+        if reason is not None and hub.in_local_folder(name):
+            raise UserError(f"{where}: no such file or folder") from None
+        if reason is not None:
+            raise UserError(
+                f"{where}: is no file here, and the hub cannot be reached {hub.remedy('it', reason)}"
+            ) from None
         raise UserError(f"{where}: is no file here and cannot be loaded from the hub ({error_text(error)})") from None
     yield from _dataset_rows(data, where)
 

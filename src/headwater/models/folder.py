@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -22,11 +22,10 @@ from headwater.models.shape import Shape
 from headwater.models.tokenizer import read_tokenizer, stop_ids_of
 from headwater.models.untrusted_files import as_user_error
 from headwater.models.weight_files import WeightFiles
+from headwater.storage import hub
 
 transformers_logging.disable_progress_bar()  # a run loads and saves dozens of models and shows its own progress
 transformers_logging.set_verbosity_error()  # what transformers warns about while loading is refused here with a UserError
-
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """A folder with none of these holds no tokenizer."""
@@ -82,9 +81,13 @@ class ModelFolder:
             )
 
     def require_trusted(self) -> None:
-        """Raises UserError if a config names code to import, or describes a model much larger than the weights."""
+        """Raises UserError if a config names code to import, or describes a model much larger than the weights.
+
+        Also for a hub id that is not in the cache while the hub cannot be reached.
+        """
         folder = Path(self.path)
         if not self.is_local:
+            self._require_on_hub()
             return  # transformers applies the same rules to a hub id and downloads safetensors only
         if not self.trust_remote_code:
             for name in untrusted_files.CONFIGS:
@@ -94,6 +97,15 @@ class ModelFolder:
             self.base.require_trusted()
         elif list(folder.glob("*.safetensors")):
             untrusted_files.refuse_unlike_weights(self.json("config.json"), folder, self.field, self.name)
+
+    def _require_on_hub(self) -> None:
+        reason = hub.unreachable()
+        if reason is None or isinstance(try_to_load_from_cache(self.path, "config.json"), str):
+            return
+        missing = f"{self.field}: {self.name} is no folder here"
+        if hub.in_local_folder(self.name):
+            raise UserError(missing)
+        raise UserError(f"{missing}, and the hub cannot be reached {hub.remedy('it', reason)}")
 
     def require_trainable(self, adapter: bool) -> None:
         """Raises UnsupportedModelError if the files hold quantized weights; those of bitsandbytes may carry an adapter."""
@@ -138,7 +150,10 @@ class ModelFolder:
         self.require_trusted()
         if self.base.is_local:
             refuse_unknown(self.base.json("config.json"), self.field, self.name)
-        with as_user_error(f"{self.field}: the config of {self.name} cannot be read"):
+        message = f"the config of {self.name} cannot be read"
+        if not self.base.is_local:
+            message = f"{self.name} is no folder here, and its config cannot be read from the hub"
+        with as_user_error(f"{self.field}: {message}"):
             config = AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
         refuse_unsupported(config, self.field, self.name)
         return config
@@ -260,6 +275,8 @@ def _resolve(name: str, field: str) -> str:
                 )
             WeightFiles(folder, field, name).refuse_inconsistent()
         return str(folder)
-    if HUB_ID.match(name):
+    if folder.is_file():
+        raise UserError(f"{field}: {name} is a file; name the model folder that holds it")
+    if hub.HUB_ID.match(name):
         return name
-    raise UserError(f"{field}: no such model folder: {name}")
+    raise UserError(f"{field}: {name} is no folder here{'' if '/' in name else ', and no hub id (owner/name)'}")

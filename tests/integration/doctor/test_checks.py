@@ -38,7 +38,7 @@ def test_missing_model_folder_is_doctor_finding_and_run_exit_2(tmp_path: Path) -
     assert [finding["name"] for finding in answer["findings"]] == ["model-unreadable"]  # once, and no consequence of it
     assert "data files" in answer["checked"] and "student taught by itself" in answer["unchecked"]
     ran = tiny("run", tmp_path / "out", *missing, whole=True)
-    assert ran.code == 2 and "models.teacher: no such model folder" in ran.err
+    assert ran.code == 2 and "is no folder here" in ran.err
 
 
 # run, and the table -----------------------------------------------------------------------------------------------------

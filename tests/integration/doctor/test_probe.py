@@ -126,7 +126,7 @@ def test_probe_of_untrained_models_advises_no_labels(
     [
         (("--problems", "17"), "--problems 17: the recipe's label budget buys 16 problems"),
         (("--samples", "3"), "--samples 3: fewer than the group size 4"),
-        (("--set", "models.teacher=/nowhere"), "models.teacher: no such model folder"),
+        (("--set", "models.teacher=/nowhere"), "models.teacher: /nowhere is no folder here"),
     ],
 )
 def test_probe_refuses_invalid_options_in_one_sentence(options: tuple[str, ...], message: str) -> None:

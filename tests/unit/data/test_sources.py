@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from headwater.config.recipe import Columns, Generate, Source
 from headwater.data.sources import LoadedProblems, load, without_leaks
 from headwater.errors import UserError
+from headwater.storage import hub
 from headwater.tasks.golds import gold_answer, marked_gold
 from headwater.tasks.verifier import Verifier
 from headwater.types import problem_id
@@ -292,12 +293,13 @@ def test_broken_parquet_and_foreign_folder_are_named(tmp_path: Path) -> None:
             read(Source(path=str(tmp_path / name)))
 
 
-def test_hub_id_without_network_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_error_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach\n the hub")
 
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(UserError, match="some/name: is no file here and cannot be loaded from the hub") as caught:
         read(Source(path="some/name"))

@@ -149,7 +149,7 @@ def test_named_device_is_used_instead_of_this_machine(tmp_path: Path) -> None:
         ({"device": "tpu"}, "--device tpu: must be auto, cpu, cuda or one of b200, h200"),
         ({"teacher": "http://localhost:8000/v1"}, "--teacher http://localhost:8000/v1: the files of the model decide"),
         ({"teacher": "BROKEN"}, "--teacher: the config of"),
-        ({"student": "/nowhere"}, "--student: no such model folder: /nowhere"),
+        ({"student": "/nowhere"}, "--student: /nowhere is no folder here"),
         ({"data": "/nowhere.jsonl"}, "--data: /nowhere.jsonl: no such file"),
         ({"task": "poetry"}, "task 'poetry' is unknown"),
     ],

@@ -137,7 +137,7 @@ def test_gradient_checkpointing_keeps_gradient(qwen3_folder: Path) -> None:
 
 
 def test_missing_model_is_refused_by_field(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^models\.student: no such model folder: /nowhere/at/all$"):
+    with pytest.raises(UserError, match=r"^models\.student: /nowhere/at/all is no folder here$"):
         ModelFolder.open("/nowhere/at/all", FIELD)
     with pytest.raises(
         UserError, match=r"^models\.teacher: no pocket model 'pocket:qwen9'; there are .*pocket:qwen3-student"

@@ -13,7 +13,14 @@ import torch
 from headwater.config.builtin import find_recipe
 from headwater.config.compute import Compute
 from headwater.runs.executors.base import Failure, Job
-from headwater.runs.executors.local import LocalExecutor, exit_reason, worker_count, worker_limit
+from headwater.runs.executors.local import (
+    LocalExecutor,
+    exit_reason,
+    least_used,
+    visible_gpus,
+    worker_count,
+    worker_limit,
+)
 from headwater.runs.executors.schedule import critical_path_first
 from headwater.runs.node_context import NodeProgress, ProgressDisplay
 from headwater.runs.setup import prepared
@@ -90,6 +97,71 @@ for line in sys.stdin:
     print(json.dumps({"begun": name}), flush=True)
     print(json.dumps({"done": name}), flush=True)
 """
+
+
+# A worker that notes its GPU; each of the first two nodes waits until both workers are at work.
+GPU_WORKER = """
+import json, os, pathlib, sys, time
+out = pathlib.Path(json.loads(sys.stdin.readline())["out"])
+for line in sys.stdin:
+    name = json.loads(line)["run"]
+    (out / name).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+    while len(list(out.iterdir())) < 2:
+        time.sleep(0.01)
+    print(json.dumps({"done": name}), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "seen", "lines"),
+    [
+        (["MIG-1f/0", "GPU-8a"], 2, {"MIG-1f/0", "GPU-8a"}, []),
+        (["3"], 2, {"3"}, ["2 workers share 1 GPU"]),
+        ([], 2, {"5,6"}, []),
+    ],
+)
+def test_each_worker_sees_one_gpu(
+    gpus: list[str], workers: int, seen: set[str], lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")  # without GPUs for the workers it stays as it is
+    shown: list[str] = []
+    display = ProgressDisplay(shown.append, lambda title, number, total: contextlib.nullcontext(silent_progress()))
+    with job_of(tmp_path, "raw_teacher,direct_grpo", progress_display=display) as job:
+        assert LocalExecutor(workers, (sys.executable, "-c", GPU_WORKER), gpus)(job) == {}
+        assert {(tmp_path / name).read_text() for name in job.todo} == seen
+    assert shown == lines
+
+
+def test_new_worker_gets_least_used_gpu() -> None:
+    gpus, used = ["0", "1", "2"], list[str | None]()
+    for _ in range(7):
+        used.append(least_used(gpus, used))
+    assert used == ["0", "1", "2", "0", "1", "2", "0"]
+    del used[4]  # the second worker on GPU 1
+    assert least_used(gpus, used) == "1"
+    assert least_used([], [None]) is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "gpus"),
+    [
+        (None, 3, ["0", "1", "2"]),
+        ("4, 6", 2, ["4", "6"]),
+        ("2,-1,3", 1, ["2"]),  # CUDA stops at -1
+        (
+            "MIG-4f3a,GPU-8932f937-d72c-4106-c12f-20bd9faed9f6",
+            2,
+            ["MIG-4f3a", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"],
+        ),
+    ],
+)
+def test_visible_gpus_stay_within_those_set(
+    visible: str | None, count: int, gpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert visible_gpus(torch.device("cuda"), environment) == gpus
+    assert visible_gpus(torch.device("cpu"), environment) == []
 
 
 @pytest.mark.parametrize("deaths", [1, 2])

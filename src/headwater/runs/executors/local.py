@@ -14,7 +14,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class LocalExecutor:
 
     workers  None for what the recipe, the cores and the plan allow (`worker_count`)
     command  starts a worker process
+    gpus     as CUDA_VISIBLE_DEVICES names them; each worker sees one of them. None for those that this process sees
 
     A node whose worker dies is run once more, in a new worker. No worker outlives this process. Raises UserError when a
     worker comes to another plan, for instance because the data changed meanwhile.
@@ -47,18 +48,22 @@ class LocalExecutor:
 
     workers: int | None = None
     command: Sequence[str] = (sys.executable, "-c", BOOT)
+    gpus: Sequence[str] | None = None
 
     def __call__(self, job: Job) -> dict[str, Failure]:
         limit = self.workers or worker_count(job)
         if limit == 1:
             return run_in_process(job)
         pool: list[_WorkerProcess] = []
+        gpus = visible_gpus(job.inputs.device, os.environ) if self.gpus is None else self.gpus
+        if 0 < len(gpus) < limit:
+            job.progress_display.say(f"{limit} workers share {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")
         with job.progress_display.together(len(job.plan.order())) as study_progress:
             schedule = Schedule(job, study_progress)
             try:
                 while True:
                     if not job.stopped():
-                        self._assign(schedule, pool, limit)
+                        self._assign(schedule, pool, limit, gpus)
                     busy = [worker for worker in pool if worker.node is not None]
                     if not busy:
                         return schedule.failures
@@ -73,7 +78,7 @@ class LocalExecutor:
                 for worker in pool:
                     worker.kill()
 
-    def _assign(self, schedule: Schedule, pool: list[_WorkerProcess], limit: int) -> None:
+    def _assign(self, schedule: Schedule, pool: list[_WorkerProcess], limit: int, gpus: Sequence[str]) -> None:
         """Start ready nodes in idle workers, or in new ones up to the limit."""
         for name in schedule.ready():
             idle = next((worker for worker in pool if worker.node is None and worker.alive()), None)
@@ -83,7 +88,8 @@ class LocalExecutor:
                     pool.remove(dead)
                 if len(pool) == limit:
                     return
-                idle = _WorkerProcess(self.command, schedule.job.worker_setup())
+                gpu = least_used(gpus, [worker.gpu for worker in pool])
+                idle = _WorkerProcess(self.command, schedule.job.worker_setup(), gpu)
                 pool.append(idle)
             schedule.start(name)
             idle.run(RemoteNode(schedule, name))
@@ -106,6 +112,25 @@ def worker_limit(compute: Compute, device: torch.device, cores: int) -> int:
     return 1 if device.type == "cuda" or compute.threads is None else max(1, cores // compute.threads)
 
 
+def visible_gpus(device: torch.device, environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that this process sees, each as a value of CUDA_VISIBLE_DEVICES; none if the run does not use GPUs.
+
+    Entries that are set already (numbers, UUIDs, MIG ids) stay as they are.
+    """
+    if device.type != "cuda":
+        return []
+    count = torch.cuda.device_count()  # CUDA ignores what follows an entry that names no device
+    entries = environment.get("CUDA_VISIBLE_DEVICES")
+    return (
+        [entry.strip() for entry in entries.split(",")][:count] if entries else [str(index) for index in range(count)]
+    )
+
+
+def least_used(gpus: Sequence[str], used: Sequence[str | None]) -> str | None:
+    """The first GPU with the fewest workers, where `used` are the workers' GPUs; None without GPUs."""
+    return min(gpus, key=used.count, default=None)
+
+
 def cores() -> int:
     """CPU cores that this process may use: its affinity, limited by its container's quota."""
     count = float(len(os.sched_getaffinity(0)))
@@ -116,16 +141,18 @@ def cores() -> int:
 
 
 class _WorkerProcess:
-    """A worker process and the node that it runs."""
+    """A worker process, the node that it runs, and the only GPU that it sees (None for all)."""
 
-    def __init__(self, command: Sequence[str], setup: dict[str, Any]) -> None:
+    def __init__(self, command: Sequence[str], setup: dict[str, Any], gpu: str | None) -> None:
         self.node: RemoteNode | None = None
+        self.gpu = gpu
         self._stop_requested = False
         self._unread = b""
         self._process = subprocess.Popen(
             list(command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env=None if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
             start_new_session=True,  # this process decides what Ctrl-C does to workers
         )
         assert self._process.stdin is not None and self._process.stdout is not None
