@@ -28,10 +28,12 @@ def test_watch_command_prints_stages_and_warnings_and_json(half: Path) -> None:
 
 def test_plan_records_flops_that_bound_those_of_the_ledger() -> None:
     out = all_arms()
-    flops = load_json(out / "plan.json")["flops"]
+    plan = load_json(out / "plan.json")
+    # How many steps match another arm's FLOPs is known only when that arm has run.
+    matched = {plan["arms"][arm]["0"][-1] for arm in ("direct_grpo_compute", "opd_then_rl_compute")}
     spent = {node.name: sum(row["flops"] for row in read_jsonl(node.ledger)) for node in RunDir(out).nodes()}
-    assert flops.keys() == spent.keys()
-    assert all(0 < spent[name] <= 1.001 * flops[name] for name in spent if ".compute" not in name)
+    assert plan["flops"].keys() == spent.keys()
+    assert [name for name in spent.keys() - matched if not 0 < spent[name] <= plan["flops"][name]] == []
 
 
 def test_watch_refuses_folders_without_run_and_malformed_files(tmp_path: Path, half: Path) -> None:
