@@ -58,7 +58,7 @@ def test_unservable_recipe_is_refused_before_run(
 ) -> None:
     with serving(Answering(pocket_teacher)) as there:
         result = tiny("run", tmp_path / "out", "--arm", arm, changes=(*RAW, *changes, f"models.teacher={there.url}"))
-    assert result.code == 2 and message in result.err and result.err.count("\n") == 1
+    assert result.code == 2 and message in result.err and len(result.complaints) == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -147,7 +147,7 @@ def test_invalid_teacher_mapping_is_refused_in_one_sentence(
     arm: str, tags: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     result = tiny("run", tmp_path / "out", "--arm", arm, changes=mapped(tmp_path, tags=tags))
-    assert result.code == 2 and message in result.err and result.err.count("\n") == 1
+    assert result.code == 2 and message in result.err and len(result.complaints) == 1
 
 
 # Asynchronous scoring -------------------------------------------------------------------------------------------------

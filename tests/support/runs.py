@@ -8,6 +8,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,11 @@ class CommandResult:
     code: int
     out: str
     err: str
+
+    @property
+    def complaints(self) -> list[str]:
+        """Lines of stderr but for those of the progress display, which begin with the time of day, and the choice of an arm."""
+        return [line for line in self.err.splitlines() if not re.match(r"\d\d:\d\d:\d\d |arm \w+ \(", line)]
 
 
 def call(*argv: str | Path, entry: Callable[[], None] = main) -> CommandResult:

@@ -58,7 +58,7 @@ def test_run_refuses_recipe_mistake_in_one_sentence_and_exits_2(tmp_path: Path) 
     student = qwen_folder(tmp_path / "one")
     teacher = qwen_folder(tmp_path / "other", template=PLAIN.replace("assistant;", "assistant:"))
     result = tiny("run", tmp_path / "out", "--set", f"models.student={student}", "--set", f"models.teacher={teacher}")
-    assert result.code == 2 and result.err.count("\n") == 1
+    assert result.code == 2 and len(result.complaints) == 1
     assert (
         "models.student and models.teacher: their chat templates give different ids for the same problem" in result.err
     )
