@@ -26,7 +26,7 @@ def test_watch_command_prints_stages_and_warnings_and_json(half: Path) -> None:
     assert rows["running"] is False and [node["step"] for node in rows["nodes"] if node["steps"] == 40] == [12]
 
 
-def test_plan_records_flops_that_bound_those_of_the_ledger() -> None:
+def test_planned_flops_bound_flops_of_ledger() -> None:
     out = all_arms()
     plan = load_json(out / "plan.json")
     # How many steps match another arm's FLOPs is known only when that arm has run.

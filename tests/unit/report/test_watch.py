@@ -47,7 +47,7 @@ def test_waiting_node_is_estimated_from_finished_nodes_of_its_stage(half: Path) 
     assert waiting.seconds_left == pytest.approx(6.0)  # twelve steps of half a second
 
 
-def test_waiting_node_is_estimated_by_its_flops_at_the_rate_so_far(half: Path) -> None:
+def test_waiting_node_is_estimated_by_flops_at_rate_so_far(half: Path) -> None:
     plan = json.loads((half / "plan.json").read_text())
     flops = {"teacher_rl": 20, "teacher_rollouts": 6.5, "warmup": 4, "opd": 40, "student_rl": 100}
     every = [*names(half, "bridge")[1:], *names(half, "bridge_rl")[1:]]
@@ -60,7 +60,7 @@ def test_waiting_node_is_estimated_by_its_flops_at_the_rate_so_far(half: Path) -
     assert status.seconds_left == pytest.approx(14.0 + 20.0 + 50.0)
 
 
-def test_plan_with_flops_that_are_no_numbers_is_refused(half: Path) -> None:
+def test_plan_with_malformed_flops_is_refused(half: Path) -> None:
     plan = json.loads((half / "plan.json").read_text())
     for flops in ([1.0], {names(half, "bridge")[0]: "1e9"}):
         (half / "plan.json").write_text(json.dumps({**plan, "flops": flops}))
