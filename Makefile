@@ -1,10 +1,12 @@
 # Everything a fresh machine needs: python3 (3.11 or newer) with venv, and a package registry.
 PY := .venv/bin/python
 
-.PHONY: demo test test-unit test-integration test-engines real check fuzz chaos many endurance bench docs browser clean
+.PHONY: demo install test test-unit test-integration test-engines real check fuzz chaos many endurance bench docs browser clean
 
 demo: .venv/installed
 	.venv/bin/headwater demo --out runs/demo
+
+install: .venv/installed
 
 # One process per core, each with one thread. Tests of a file share expensive runs and stay together; slow files start first.
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder

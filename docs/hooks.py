@@ -9,7 +9,7 @@ from typing import Any
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Called by mkdocs for every page. From docs/stages/, `../` is still inside docs/."""
+    """Called by mkdocs for every page."""
     if "<!-- every field of the recipe -->" in markdown:
         sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
         from headwater.config.reference import markdown as every_field

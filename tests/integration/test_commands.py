@@ -38,7 +38,7 @@ VERBATIM = {  # command -> regular expression of its output
     "doctor my.yaml": "nothing is wrong that would spoil a run",
     "run my.yaml --dry-run": "teacher_rl",
     "run my.yaml --dry-run --json": '"steps": ',
-    "run gsm8k --dry-run --json": '"steps": ',
+    "run gsm8k --dry-run --on h100": "GPU-hours",
     "run gsm8k --dry-run --on rtx4090": "GPU-hours",
     "run pocket --arm bridge --set stages.opd.dense.divergence=jsd --dry-run": "opd",
     "run pocket --arm bridge --set stages.teacher_rl.group_size=16 --dry-run": "teacher_rl",
@@ -72,6 +72,7 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
     ),
     "init [NAME]": ("init", "student: pocket:qwen3-student"),
     "run RECIPE [--arm NAME]": ("run my.yaml --arm direct_grpo --out runs/one SMALL", "direct_grpo"),
+    "run gsm8k": ("run gsm8k --dry-run", "teacher_rl"),
     "run my.yaml --out runs/my": ("run my.yaml --out runs/my SMALL", "bridge"),
     "study RECIPE [--arms a,b] [--seeds 0,1]": ("study my.yaml --arms direct_grpo,raw_teacher --dry-run", "student_rl"),
     "study my.yaml --arms direct_grpo,raw_teacher,bridge --seeds 0,1,2 --out runs/my-study": (

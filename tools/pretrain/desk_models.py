@@ -53,7 +53,7 @@ class DeskSpec:
 
 
 # Shapes follow small Qwen3 models: head size 64, MLP three times as wide. Steps and learning rates were tried on models with
-# 1 million parameters only (docs/desk.md); at these sizes they are untested guesses.
+# 1 million parameters only (docs/results.md); at these sizes they are untested guesses.
 DESK: dict[str, DeskSpec] = {
     "student": DeskSpec(hidden=384, layers=8, heads=6, kv_heads=2, worked_steps=4000, mixture_steps=800),
     "teacher-small": DeskSpec(

@@ -27,11 +27,11 @@ GUARDS: dict[str, dict[str, Any]] = {
     "no_variance": {"action": "warn", "bound": 0.01, "window": 10},
     "sampler_gap": {"action": "warn", "bound": 0.05, "window": 10},
 }
-"""Defaults of each guard (docs/guards.md); `training.guards` defines the metrics."""
+"""Defaults of each guard (docs/checks.md); `training.guards` defines the metrics."""
 
 
 class Guards(Strict):
-    """Actions when a metric of training goes wrong (docs/guards.md).
+    """Actions when a metric of training goes wrong (docs/checks.md).
 
     `truncation: stop` changes only the action, `truncation: {action: stop, bound: 0.3}` the named fields."""
 

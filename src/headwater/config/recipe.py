@@ -30,7 +30,7 @@ from headwater.errors import RecipeError, UserError
 
 
 class Lora(Strict):
-    """Low-rank adapters (peft) that a stage trains instead of all weights (docs/lora.md)."""
+    """Low-rank adapters (peft) that a stage trains instead of all weights (docs/models.md)."""
 
     r: Annotated[int, Field(ge=1, le=65536)] = 16
     """Rank of the adapters."""

@@ -1,6 +1,6 @@
 """The table of checks behind `headwater doctor`, `run` and `study`, and what runs them.
 
-A check is a generator of findings and a row of CHECKS. A new one is a function, a row, a line in docs/doctor.md and a test that
+A check is a generator of findings and a row of CHECKS. A new one is a function, a row, a line in docs/checks.md and a test that
 plants the fault.
 """
 

@@ -13,7 +13,7 @@ from headwater.runs.read_once import InputError, Part
 class Finding:
     """One thing that is wrong, or worth knowing, before any time is spent on a run.
 
-    name      kebab-case and stable; docs/doctor.md lists every one
+    name      kebab-case and stable; docs/checks.md lists every one
     severity  `error` refuses the run; `warning` is shown; `note` is in the doctor's own list only
     evidence  what was seen, with its numbers
     remedy    what to do about it

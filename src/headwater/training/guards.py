@@ -1,7 +1,7 @@
 """Guards: named metrics over the last steps of a stage, each compared with the recipe's bound.
 
 Guards decide by the rows of metrics.jsonl alone, in order, so a resumed stage makes the same decisions; their sentences also
-read the ledger and the rollouts. docs/guards.md says why each exists and what to do about it.
+read the ledger and the rollouts. docs/checks.md says why each exists and what to do about it.
 """
 
 from __future__ import annotations
