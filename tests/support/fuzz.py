@@ -157,7 +157,9 @@ def outcome_of(case: Case, draw: random.Random, folder: Path) -> tuple[str, str]
             return case(draw, folder), ""
     except HeadwaterError as error:
         message = str(error)
-        lines = message.split("\n") if isinstance(error, RecipeError) else [message]  # a line for each fault of a recipe
+        lines = (
+            message.split("\n") if isinstance(error, RecipeError) else [message]
+        )  # a line for each fault of a recipe
         if isinstance(error, UserError) and any(not line.strip() or one_line(line) != line for line in lines):
             return "!unprintable", repr(message)
         return f"refused {error.exit_code}" if error.exit_code in (2, 3) else f"!exit {error.exit_code}", message
