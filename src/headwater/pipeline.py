@@ -17,6 +17,7 @@ from headwater.config.recipe import Recipe
 from headwater.doctor.checks import preflight
 from headwater.errors import FailedError, UserError
 from headwater.report import build as report
+from headwater.runs.estimate import estimates
 from headwater.runs.executors.base import Executor, Failure, Job, describe
 from headwater.runs.executors.local import LocalExecutor
 from headwater.runs.inputs import RunInputs
@@ -86,7 +87,8 @@ def run(
             write_json(folder.env, environment(inputs.device, processes))
             write_rows(folder.left_out, inputs.left_out)
             write_rows(folder.problems, problem_texts(inputs))
-            write_checked(folder.plan, merged_with_earlier(plan.to_json(), folder))
+            flops = {row.name: row.flops for row in estimates(plan, inputs)}
+            write_checked(folder.plan, merged_with_earlier({**plan.to_json(), "flops": flops}, folder))
             fault_points.failpoint("run.planned")
             reuse_nodes(plan, folder, others, say)
             reopen_damaged_nodes(plan, folder, say)
@@ -179,7 +181,8 @@ def merged_with_earlier(plan: dict[str, Any], folder: RunDir) -> dict[str, Any]:
         raise UserError(f"{error}; delete it and name all arms and seeds again: what is done stays done") from None
     names = earlier["arms"] | plan["arms"]
     arms = {arm: {**earlier["arms"].get(arm, {}), **plan["arms"].get(arm, {})} for arm in names}
-    return {**plan, "seeds": sorted({*earlier["seeds"], *plan["seeds"]}), "arms": arms}
+    flops = {**earlier.get("flops", {}), **plan["flops"]}
+    return {**plan, "seeds": sorted({*earlier["seeds"], *plan["seeds"]}), "arms": arms, "flops": flops}
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, Any]:

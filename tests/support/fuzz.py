@@ -40,7 +40,7 @@ from fuzz_models import POCKET, adapter, adapter_folder, model_folder
 from fuzz_prompts import template, tokenizer
 from fuzz_recipes import override, recipe, recipe_text
 from fuzz_tables import parquet, separated, table
-from headwater.errors import HeadwaterError, UserError, one_line
+from headwater.errors import HeadwaterError, RecipeError, UserError, one_line
 from headwater.report import build as report
 from headwater.report.html import Page
 from malformed_inputs import mutated, spoiled
@@ -157,7 +157,10 @@ def outcome_of(case: Case, draw: random.Random, folder: Path) -> tuple[str, str]
             return case(draw, folder), ""
     except HeadwaterError as error:
         message = str(error)
-        if isinstance(error, UserError) and (not message.strip() or one_line(message) != message):
+        lines = (
+            message.split("\n") if isinstance(error, RecipeError) else [message]
+        )  # a line for each fault of a recipe
+        if isinstance(error, UserError) and any(not line.strip() or one_line(line) != line for line in lines):
             return "!unprintable", repr(message)
         return f"refused {error.exit_code}" if error.exit_code in (2, 3) else f"!exit {error.exit_code}", message
     except KeyboardInterrupt:

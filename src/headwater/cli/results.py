@@ -93,7 +93,7 @@ def watch(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Show the progress of a run: stage, step, rate, time left, key metrics, warnings by name."""
+    """Show the progress of a run: stage, pool, arms, step, rate, time left, key metrics, warnings by name."""
     from rich.live import Live
 
     from headwater.report.format import console
@@ -104,13 +104,13 @@ def watch(
     if json_:
         print(json.dumps(status.to_json()))
     elif once or not screen.is_terminal:
-        screen.print(status_table(status))
+        screen.print(status_table(status, width=screen.width))
     else:
-        with Live(status_table(status, screen.height), console=screen, auto_refresh=False) as live:
+        with Live(status_table(status, screen.height, screen.width), console=screen, auto_refresh=False) as live:
             while status.running:
                 time.sleep(every)
                 status = read_status(folder)
-                live.update(status_table(status, screen.height), refresh=True)
+                live.update(status_table(status, screen.height, screen.width), refresh=True)
 
 
 @commands.command(

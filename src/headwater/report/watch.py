@@ -8,21 +8,23 @@ status_table(status)   the same as a rich table
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
+from headwater.config.arms import BASE_MODELS, arm_of
+from headwater.config.recipe import Recipe
 from headwater.errors import UserError
 from headwater.report.format import duration, plain_table
 from headwater.report.render import clean
 from headwater.report.stages import stage_name
 from headwater.report.study import Node, is_finite_number
+from headwater.runs import plan as plans
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, read_jsonl
 from headwater.storage.untrusted import read_plan, refuse_malformed_files
 
@@ -38,8 +40,11 @@ RECENT_STEPS = 20
 class NodeStatus:
     """Status of one node. `seconds_left` is None if it cannot be estimated; `numbers` are metrics of the last step.
 
+    pool  what it trains on or samples from, in words; empty if it trains nothing, and where the recipe cannot be read
+    arms  the arms that it is part of
+
     Example: `NodeStatus("opd.s0.1a2b3c4d", "On-policy distillation", "student", 0, "at work", 12, 80, 34.0, 120.0,
-    {"kl_student_teacher": 0.08, …}, ())`.
+    {"kl_student_teacher": 0.08, …}, (), "all prompts", ("bridge", "warmup_only"))`.
     """
 
     node: str
@@ -53,6 +58,8 @@ class NodeStatus:
     seconds_left: float | None
     numbers: dict[str, float]
     warnings: tuple[str, ...]
+    pool: str = ""
+    arms: tuple[str, ...] = ()
 
     @property
     def metrics_text(self) -> list[str]:
@@ -70,13 +77,14 @@ class RunStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Remaining time of all unfinished nodes run one after the other; None if one of them has no estimate."""
+        """Remaining time of all unfinished nodes, with as many at once as now; None if one of them has no estimate."""
         left = [node.seconds_left for node in self.nodes if node.state in ("at work", "waiting", "stopped")]
-        return (
-            None
-            if any(seconds is None for seconds in left)
-            else sum(seconds for seconds in left if seconds is not None)
-        )
+        known = [seconds for seconds in left if seconds is not None]
+        return None if len(known) < len(left) else sum(known) / max(1, self.at_work)
+
+    @property
+    def at_work(self) -> int:
+        return sum(node.state == "at work" for node in self.nodes)
 
     @property
     def done(self) -> int:
@@ -94,10 +102,39 @@ def read_status(path: Path) -> RunStatus:
         raise UserError(f"{path}: holds no run ({run.plan.name} is missing)")
     with refuse_malformed_files(path):
         plan = read_plan(run.plan)
-        names = dict.fromkeys(name for seeds in plan["arms"].values() for nodes in seeds.values() for name in nodes)
-        running = is_locked(run.lock)
-        statuses = [_node_status(run.node(name), running) for name in names]
-        return RunStatus(clean(str(plan.get("recipe", ""))), running, _with_estimates(statuses, run))
+        arms: dict[str, tuple[str, ...]] = {}
+        for arm, by_seed in plan["arms"].items():
+            for name in dict.fromkeys(name for nodes in by_seed.values() for name in nodes):
+                arms[name] = (*arms.get(name, ()), clean(arm))
+        planned, running = _planned_nodes(run, plan["arms"]), is_locked(run.lock)
+        statuses = [
+            replace(_node_status(run.node(name), running), pool=_pool(planned.get(name)), arms=arms[name])
+            for name in arms
+        ]
+        flops = {name: float(value) for name, value in plan.get("flops", {}).items()}
+        return RunStatus(clean(str(plan.get("recipe", ""))), running, _with_estimates(statuses, run, flops))
+
+
+def _planned_nodes(run: RunDir, arms: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, plans.Node]:
+    """The nodes as the recipe plans them, by name; none where this version cannot read the recipe or plans other nodes."""
+    nodes: dict[str, plans.Node] = {}
+    try:
+        recipe = Recipe.model_validate(read_json(run.recipe))
+        for arm, by_seed in arms.items():
+            for seed, names in by_seed.items() if arm not in BASE_MODELS else ():
+                lineage = plans.last_node(arm_of(arm, recipe), recipe, int(seed)).lineage()
+                nodes |= dict(zip(names, lineage, strict=True))
+    except (OSError, ValueError, UserError):
+        return {}
+    return nodes
+
+
+def _pool(node: plans.Node | None) -> str:
+    """What a node trains on or samples from. Example: `all labels` for RL, `all prompts` for OPD, `first half`."""
+    if node is None or node.pool is None or node.settings is None:
+        return ""
+    labels = node.settings.needs_labels and node.kind == "train"
+    return {"all": "all labels" if labels else "all prompts"}.get(node.pool, node.pool.replace("_", " "))
 
 
 def _node_status(folder: NodeDir, running: bool) -> NodeStatus:
@@ -132,19 +169,35 @@ def _node_status(folder: NodeDir, running: bool) -> NodeStatus:
     )
 
 
-def _with_estimates(nodes: Sequence[NodeStatus], run: RunDir) -> tuple[NodeStatus, ...]:
-    """Estimate nodes without step times by the mean time of the finished nodes of the same stage."""
+def _with_estimates(nodes: Sequence[NodeStatus], run: RunDir, flops: Mapping[str, float]) -> tuple[NodeStatus, ...]:
+    """Estimate nodes without step times.
+
+    By the mean time of the finished nodes of the same stage, else by the node's estimated FLOPs at the rate of all steps and
+    nodes so far.
+    """
     finished: dict[str, list[float]] = {}
+    worked_seconds = worked_flops = 0.0
     for node in nodes:
         if node.state == "done":
             rows = read_jsonl(run.node(node.node).ledger)
             seconds = sum(row["seconds"] for row in rows if is_finite_number(row.get("seconds")))
             finished.setdefault(node.node.split(".")[0], []).append(seconds)
+            share = 1.0
+        elif node.steps and node.steps_a_minute:
+            seconds, share = 60.0 * node.step / node.steps_a_minute, node.step / node.steps
+        else:
+            continue
+        if node.node in flops:
+            worked_seconds, worked_flops = worked_seconds + seconds, worked_flops + share * flops[node.node]
     estimate = {stage: sum(seconds) / len(seconds) for stage, seconds in finished.items()}
-    return tuple(
-        replace(node, seconds_left=estimate.get(node.node.split(".")[0])) if node.seconds_left is None else node
-        for node in nodes
-    )
+
+    def whole(node: NodeStatus) -> float | None:
+        stage = node.node.split(".")[0]
+        if stage in estimate:
+            return estimate[stage]
+        return flops[node.node] * worked_seconds / worked_flops if node.node in flops and worked_flops > 0 else None
+
+    return tuple(replace(node, seconds_left=whole(node)) if node.seconds_left is None else node for node in nodes)
 
 
 def is_locked(path: Path) -> bool:
@@ -172,30 +225,54 @@ MARKS: dict[State, tuple[str, str]] = {
 }
 PRIORITY: dict[State, int] = {"at work": 0, "failed": 1, "stopped": 1, "waiting": 2, "done": 3}
 """Which nodes are listed first if there is no room for all."""
+UNKNOWN = "unknown yet"
+BAR, METRICS = 16, 30
+"""Characters of a bar, and of metrics that it leaves room for."""
 MIN_WARNINGS = 2
 OTHER_LINES = 8 + MIN_WARNINGS
 """Lines of the table that are not nodes: title, heads, the summary and at least MIN_WARNINGS warnings."""
 
 
-def status_table(status: RunStatus, height: int | None = None) -> RenderableType:
-    """One line per node, a summary line and the warnings. `height` limits the number of lines."""
+def status_table(status: RunStatus, height: int | None = None, width: int = 110) -> RenderableType:
+    """One line per node, a summary line and the warnings. `height` limits the number of lines, `width` the bars and metrics."""
     warnings = [f"! {node.stage}, seed {node.seed}: {text}" for node in status.nodes for text in node.warnings]
     room = len(status.nodes) + len(warnings) if height is None else max(3, height - OTHER_LINES)
     shown = most_urgent(status.nodes, room)
     shown_warnings = warnings[-(MIN_WARNINGS + room - len(shown)) :]
-    table = plain_table(f"{status.name} · {'running' if status.running else 'not running'}")
-    for head in ("", "stage", "seed", "step", "", "/min", "left", "metrics"):
-        table.add_column(
-            head,
-            no_wrap=head != "metrics" or height is not None,
-            justify="right" if head in ("step", "/min", "left") else "left",
+    arms = dict.fromkeys(arm for node in status.nodes for arm in node.arms if arm not in BASE_MODELS)
+    title = f"{status.name} · {'running' if status.running else 'not running'}"
+    table = plain_table(f"{title} · arm {next(iter(arms))}" if len(arms) == 1 else title)
+    heads = ["", "stage", "pool", "arms", "seed", "step", "left"]
+    rows = [heads, *map(_cells, shown)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if len(arms) < 2:
+        widths[heads.index("arms")] = 0
+    left_over = width - sum(size + 2 for size in widths if size)
+    ends = ["metrics"] if left_over >= len("metrics") else []
+    bars = [""] if left_over >= BAR + METRICS else []
+    for head, size in zip(heads, widths, strict=True):
+        if size:
+            right = head in ("step", "left")
+            table.add_column(head, no_wrap=head != "stage" or height is not None, justify="right" if right else "left")
+    for head in (*bars, *ends):
+        table.add_column(head, no_wrap=True)
+    for node, cells in zip(shown, rows[1:], strict=True):
+        bar = ProgressBar(node.steps, node.step, width=BAR) if node.state == "at work" and node.steps else ""
+        metrics = _fitting(node, left_over - (BAR + 2) * len(bars) - 1)
+        texts = [
+            Text(cell, style=MARKS[node.state][1] if head == "" else "")
+            for head, cell in zip(heads, cells, strict=True)
+        ]
+        table.add_row(
+            *(text for text, size in zip(texts, widths, strict=True) if size),
+            *([bar] if bars else []),
+            *([metrics] if ends else []),
         )
-    for node in shown:
-        _add_row(table, node)
     summary = f"{status.done} of {len(status.nodes)} nodes done"
     if status.done < len(status.nodes):
         left = status.seconds_left
-        summary += ", remaining time unknown" if left is None else f", {duration(left)} left in sequence"
+        summary += f", time left: {UNKNOWN if left is None else duration(left)}"
+        summary += f" with {status.at_work} nodes at once" if left is not None and status.at_work > 1 else ""
     hidden = [(len(status.nodes) - len(shown), "nodes"), (len(warnings) - len(shown_warnings), "warnings")]
     summary += "".join(f"; {count} {name} are not listed here" for count, name in hidden if count)
     return Group(table, Text(summary), *(Text(warning, style="yellow") for warning in shown_warnings))
@@ -207,12 +284,20 @@ def most_urgent(nodes: Sequence[NodeStatus], limit: int) -> list[NodeStatus]:
     return [nodes[index] for index in sorted(indices)]
 
 
-def _add_row(table: Table, node: NodeStatus) -> None:
-    mark, style = MARKS[node.state]
-    at_work = node.state == "at work"
+def _cells(node: NodeStatus) -> list[str]:
+    """Mark, stage, pool, arms, seed, step and time left."""
+    arms = [arm for arm in node.arms if arm not in BASE_MODELS]
+    more = f" +{len(arms) - 1}" if len(arms) > 1 else ""
+    left = UNKNOWN if node.seconds_left is None else duration(node.seconds_left) if node.seconds_left else ""
     steps = f"{node.step}/{node.steps}" if node.steps else "–"
-    bar: RenderableType = ProgressBar(node.steps, node.step, width=16) if at_work and node.steps else ""
-    rate = f"{node.steps_a_minute:.3g}" if at_work and node.steps_a_minute else ""
-    left = duration(node.seconds_left) if node.seconds_left and node.state != "done" else ""
-    metrics = "  ".join(node.metrics_text) + (f"  ({node.state})" if node.state in ("failed", "stopped") else "")
-    table.add_row(Text(mark, style=style), Text(node.stage), str(node.seed), steps, bar, rate, left, Text(metrics))
+    return [MARKS[node.state][0], node.stage, node.pool, "".join(arms[:1]) + more, str(node.seed), steps, left]
+
+
+def _fitting(node: NodeStatus, room: int) -> str:
+    """The state of a node that does not work, else its steps per minute, then as many of its metrics as have room."""
+    rate = f"{node.steps_a_minute:.3g}/min" if node.state == "at work" and node.steps_a_minute else ""
+    text = f"({node.state})" if node.state in ("failed", "stopped") else rate
+    for metric in node.metrics_text:
+        longer = f"{text}  {metric}" if text else metric
+        text = longer if len(longer) <= room else text
+    return text

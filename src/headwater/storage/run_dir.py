@@ -3,7 +3,7 @@
 OUT/recipe.json            the resolved recipe
 OUT/env.json               versions, device, threads
 OUT/day.json               the day that chat templates read as today, if one of them reads the clock
-OUT/plan.json              arms × seeds -> node names in order; the last node of an arm is its result
+OUT/plan.json              arms × seeds -> node names in order; the last node of an arm is its result; estimated FLOPs of each node
 OUT/ledger.jsonl           every node's ledger, joined
 OUT/left_out.jsonl         problems removed because they are also in an evaluation set: which, where, why
 OUT/report.json report.html

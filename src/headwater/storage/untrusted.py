@@ -29,7 +29,9 @@ def refuse_links(folder: Path, option: str) -> None:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """Read a plan.json: {"seeds": [0, …], "arms": {ARM: {SEED: [NODE, …]}}}. Raises UserError on any other shape.
+    """Read a plan.json: {"seeds": [0, …], "arms": {ARM: {SEED: [NODE, …]}}, "flops": {NODE: 1e12, …}}; earlier ones lack `flops`.
+
+    Raises UserError on any other shape.
 
     A node's name becomes a path, so a name with a slash could point outside of the folder.
     """
@@ -40,6 +42,8 @@ def read_plan(path: Path) -> dict[str, Any]:
     for by_seed in runs:
         valid = valid and isinstance(by_seed, dict) and all(re.fullmatch(r"-?\d{1,40}", seed) for seed in by_seed)
         valid = valid and all(isinstance(names, list) for names in by_seed.values())
+    flops = plan.get("flops", {})
+    valid = valid and isinstance(flops, dict) and all(type(value) in (int, float) for value in flops.values())
     if not valid:
         raise UserError(f"{path}: is not a plan written by this program")
     for name in (name for by_seed in runs for names in by_seed.values() for name in names):

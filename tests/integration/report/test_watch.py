@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fake_runs import names, unfinished_run
-from runs import call
+from headwater.storage.run_dir import RunDir, read_jsonl
+from runs import all_arms, call, load_json
 
 
 @pytest.fixture
@@ -23,6 +24,16 @@ def test_watch_command_prints_stages_and_warnings_and_json(half: Path) -> None:
     assert "! On-policy distillation, seed 0: truncation: 0.62" in result.out
     rows = json.loads(call("watch", half, "--json").out)
     assert rows["running"] is False and [node["step"] for node in rows["nodes"] if node["steps"] == 40] == [12]
+
+
+def test_planned_flops_bound_flops_of_ledger() -> None:
+    out = all_arms()
+    plan = load_json(out / "plan.json")
+    # How many steps match another arm's FLOPs is known only when that arm has run.
+    matched = {plan["arms"][arm]["0"][-1] for arm in ("direct_grpo_compute", "opd_then_rl_compute")}
+    spent = {node.name: sum(row["flops"] for row in read_jsonl(node.ledger)) for node in RunDir(out).nodes()}
+    assert plan["flops"].keys() == spent.keys()
+    assert [name for name in spent.keys() - matched if not 0 < spent[name] <= plan["flops"][name]] == []
 
 
 def test_watch_refuses_folders_without_run_and_malformed_files(tmp_path: Path, half: Path) -> None:

@@ -15,8 +15,11 @@ import pytest
 from rich.console import Console
 
 from fake_runs import names, unfinished_run
+from headwater.config.arms import arm_of
+from headwater.config.builtin import find_recipe
 from headwater.errors import UserError
 from headwater.report import serve, watch
+from headwater.runs.plan import Node, last_node
 from headwater.storage.files import lock
 
 
@@ -42,6 +45,92 @@ def test_waiting_node_is_estimated_from_finished_nodes_of_its_stage(half: Path) 
     (half / "nodes" / names(half, "bridge")[-1] / "DONE").write_text('{"fingerprint": "x"}')
     waiting = next(node for node in watch.read_status(half).nodes if node.node == names(half, "bridge_rl")[-2])
     assert waiting.seconds_left == pytest.approx(6.0)  # twelve steps of half a second
+
+
+def test_waiting_node_is_estimated_by_flops_at_rate_so_far(half: Path) -> None:
+    plan = json.loads((half / "plan.json").read_text())
+    flops = {"teacher_rl": 20, "teacher_rollouts": 6.5, "warmup": 4, "opd": 40, "student_rl": 100}
+    every = [*names(half, "bridge")[1:], *names(half, "bridge_rl")[1:]]
+    (half / "plan.json").write_text(json.dumps({**plan, "flops": {name: flops[name.split(".")[0]] for name in every}}))
+    status = watch.read_status(half)
+    left = {node.node: node.seconds_left for node in status.nodes}
+    # Done: two teachers, caches and warm-ups of 6, 3.25 and 6 s; of OPD 12 of 40 steps, or 12 FLOPs, in 6 s. That is
+    # 2 · (6 + 3.25 + 6) + 6 = 36.5 s for 2 · (20 + 6.5 + 4) + 12 = 73 FLOPs: half a second each.
+    assert [left[name] for name in names(half, "bridge_rl")[-2:]] == pytest.approx([20.0, 50.0])
+    assert status.seconds_left == pytest.approx(14.0 + 20.0 + 50.0)
+
+
+def test_plan_with_malformed_flops_is_refused(half: Path) -> None:
+    plan = json.loads((half / "plan.json").read_text())
+    for flops in ([1.0], {names(half, "bridge")[0]: "1e9"}):
+        (half / "plan.json").write_text(json.dumps({**plan, "flops": flops}))
+        with pytest.raises(UserError, match=r"plan\.json: is not a plan written by this program"):
+            watch.read_status(half)
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Path:
+    """A run of the pocket recipe that has not begun a node: `bridge` and `bridge_rl`."""
+    recipe, names_of = find_recipe("pocket", []), dict[Node, str]()
+    arms: dict[str, dict[str, list[str]]] = {}
+    for arm in ("bridge", "bridge_rl"):
+        for node in last_node(arm_of(arm, recipe), recipe, 0).lineage():
+            name = names_of.setdefault(node, f"{node.stage}.s0.{len(names_of):08d}")
+            arms.setdefault(arm, {}).setdefault("0", []).append(name)
+    (tmp_path / "plan.json").write_text(json.dumps({"recipe": "pocket", "seeds": [0], "arms": arms}))
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
+    return tmp_path
+
+
+def test_status_names_pool_and_arms_of_waiting_nodes(planned: Path) -> None:
+    nodes = [(node.node.split(".")[0], node.pool, node.arms) for node in watch.read_status(planned).nodes]
+    assert nodes == [
+        ("teacher_rl", "all labels", ("bridge",)),
+        ("teacher_rollouts", "all prompts", ("bridge",)),
+        ("warmup", "all prompts", ("bridge",)),
+        ("opd", "all prompts", ("bridge",)),
+        ("teacher_rl", "first half", ("bridge_rl",)),
+        ("teacher_rollouts", "first half", ("bridge_rl",)),
+        ("warmup", "first half", ("bridge_rl",)),
+        ("opd", "first half", ("bridge_rl",)),
+        ("student_rl", "second half", ("bridge_rl",)),
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 110, 150])
+def test_status_table_shows_pool_arm_and_unknown_time(planned: Path, width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(watch.status_table(watch.read_status(planned), width=width))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["·", "Teacher", "RL", "first", "half", "bridge_rl", "0", "–", "unknown", "yet"] in rows
+    assert "0 of 9 nodes done, time left: unknown yet" in text
+
+
+def test_status_table_of_one_arm_names_it_in_its_title(half: Path) -> None:
+    plan = json.loads((half / "plan.json").read_text())
+    del plan["arms"]["bridge_rl"]
+    (half / "plan.json").write_text(json.dumps(plan))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(watch.status_table(watch.read_status(half), width=80))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.splitlines()[0].rstrip() == "pocket · not running · arm bridge"
+    assert "(stopped)  KL(S‖T)" in text
+    assert "4 of 5 nodes done, time left: 14 s" in text
+
+
+def test_time_left_of_parallel_nodes_is_shared() -> None:
+    states: list[tuple[watch.State, float]] = [("at work", 10.0), ("at work", 20.0), ("waiting", 30.0), ("done", 0.0)]
+    nodes = tuple(
+        watch.NodeStatus(f"n{place}", "Warm-up", "", 0, state, 3, 8, None, left, {}, ())
+        for place, (state, left) in enumerate(states)
+    )
+    status = watch.RunStatus("pocket", True, nodes)
+    assert status.seconds_left == 30.0
+    console = Console(file=io.StringIO(), width=100)
+    console.print(watch.status_table(status))
+    assert "1 of 4 nodes done, time left: 30 s with 2 nodes at once" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_running_process_is_detected_by_its_lock_without_taking_it(half: Path) -> None:

