@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from headwater.tasks.golds import LARGEST_EXACT_FLOAT
+
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f]")
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,10 @@ def python_value(scalar: Any) -> Any:
         return _shortest(value, kind.bit_width)
     if isinstance(value, bytes):
         try:
-            return value.decode("utf-8")
+            text = value.decode("utf-8")
         except UnicodeDecodeError:
             return value
+        return value if _CONTROLS.search(text) else text  # packed numbers, not text
     return value
 
 

@@ -26,10 +26,10 @@ _CALLS = ("tool_calls", "function_call")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", "tools")
 """Columns beside a conversation that belong to its prompt; a text prompt would lose them."""
-SYSTEM_COLUMNS = ("system", "system_prompt")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 """Columns beside a problem that hold its system turn."""
-HISTORY_COLUMN = "history"
-"""Column beside a problem that holds the turns before it, as in the files of LLaMA-Factory."""
+HISTORY_COLUMNS = ("history", "chat_history", "previous_messages")
+"""Columns beside a problem that hold the turns before it, the first as in the files of LLaMA-Factory."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ def with_columns(conversation: Conversation, row: Mapping[str, Any], where: str)
     """
     *earlier, question = conversation.turns
     if not any(role != "system" for role, _ in earlier):
-        earlier = [*earlier, *_history(row.get(HISTORY_COLUMN), where)]
+        earlier = [*earlier, *(turn for name in HISTORY_COLUMNS for turn in _history(row.get(name), name, where))]
     system = next((row[name] for name in SYSTEM_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)
     if system is not None and not any(role == "system" for role, _ in earlier):
         earlier = [_turn({"role": "system", "content": system}, f"{where}: the system turn"), *earlier]
     return replace(conversation, turns=(*earlier, question))
 
 
-def _history(cell: Any, where: str) -> tuple[Turn, ...]:
+def _history(cell: Any, column: str, where: str) -> tuple[Turn, ...]:
     """Earlier turns: a list of messages, or of pairs of a question and its answer; none for any other cell."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         cell = _parsed(cell.strip())
@@ -129,11 +129,10 @@ def _history(cell: Any, where: str) -> tuple[Turn, ...]:
     if messages is None and isinstance(cell, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in cell):
         messages = [{"role": role, "content": text} for pair in cell for role, text in zip(_PAIR, pair, strict=True)]
     turns = tuple(
-        _turn(message, f"{where}: turn {number} of {HISTORY_COLUMN!r}")
-        for number, message in enumerate(messages or (), 1)
+        _turn(message, f"{where}: turn {number} of {column!r}") for number, message in enumerate(messages or (), 1)
     )
     if turns and turns[-1][0] != "assistant":
-        raise UserError(f"{where}: {HISTORY_COLUMN!r} does not end with a turn of the assistant")
+        raise UserError(f"{where}: {column!r} does not end with a turn of the assistant")
     return turns
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,10 @@ def _write(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     if policy.adapter is not None and policy.adapter.lora.output == "adapter":
         policy.adapter.save(policy.model, folder)
     else:
-        weights = {name: tensor.to(dtype) for name, tensor in policy.merged_weights()}
+        exact = _float32_weights(policy.model)
+        weights = {
+            name: tensor.float() if exact.search(name) else tensor.to(dtype) for name, tensor in policy.merged_weights()
+        }
         config = _written_config(policy.model, weights, dtype)
         model = policy.model if policy.adapter is None else _without_adapter(policy.model, config)
         loaded_config, model.config = model.config, config
@@ -92,6 +96,12 @@ def save_without_weights(policy: Policy, folder: Path, dtype: torch.dtype) -> di
         policy.model.generation_config.save_pretrained(folder)
     _write_tokenizer(policy.tokenizer, policy.folder, folder)
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(policy.model, shapes).items()}
+
+
+def _float32_weights(model: Any) -> re.Pattern[str]:
+    """Names of the weights that transformers keeps in float32 in a bfloat16 model, such as the routers' score corrections."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return re.compile("|".join(rf"(?:^|\.){re.escape(part)}(?:\.|$)" for part in sorted(kept)) or r"(?!)")
 
 
 def _written_config(model: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> Any:

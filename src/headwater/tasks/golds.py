@@ -9,10 +9,14 @@ from typing import Any
 
 from headwater.tasks import maths_text
 from headwater.tasks.announced import announced_answer, is_solution, marked_answer, without_announcement
+from headwater.tasks.thinking import after_thinking
 
-PLACEHOLDERS = frozenset({"proof", "notfound", "not found", "n/a", "nan", "null", "<na>"})
-"""Texts that stand for a missing answer, in lower case: NuminaMath-1.5 writes `proof` and `notfound`, pandas the last ones. `None`
-is not among them: it may be an answer."""
+PLACEHOLDERS = frozenset(
+    {"proof", "notfound", "not found", "n/a", "nan", "null", "<na>", "tbd", "?", "??", "???", "-", "–", "—"}
+    | {"#n/a", "#div/0!", "#value!", "#ref!", "#name?", "#num!", "#null!"}
+)
+"""Texts that stand for a missing answer, in lower case: NuminaMath-1.5 writes `proof` and `notfound`, pandas the next three, people
+the next ones, Excel the last. `None` is not among them: it may be an answer."""
 LARGEST_EXACT_FLOAT = 2**53
 """Integers beyond this are not exact as floats; their text is kept."""
 _LIST_OF_TEXTS = re.compile(r"""\[\s*(["'])(?P<first>.*?)(?<!\\)\1\s*(?P<more>[,\s].*)?\]""", re.DOTALL)
@@ -45,6 +49,7 @@ def gold_answer(value: Any) -> str | None:
     text = _text_of(value)
     if text.lower() in PLACEHOLDERS:
         return None
+    text = after_thinking(text).strip()  # a box within the thinking is no answer
     marked = _marked_or_boxed(text)
     if marked is not None:
         return without_announcement(marked) or None
@@ -59,7 +64,7 @@ def marked_gold(value: Any) -> str | None:
 
     Example: `marked_gold("First line.\\nSecond line.")` is the text itself.
     """
-    text = _text_of(value)
+    text = after_thinking(_text_of(value)).strip()
     return _marked_or_boxed(text) or text or None
 
 
@@ -72,7 +77,7 @@ def _text_of(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT else repr(value)
+        return str(int(value)) if value.is_integer() and abs(value) <= LARGEST_EXACT_FLOAT else _float_text(value)
     text = str(value).strip()
     if listed := _LIST_OF_TEXTS.fullmatch(text):
         if listed["more"]:
@@ -82,6 +87,11 @@ def _text_of(value: Any) -> str:
         doubled = all(len(run) % 2 == 0 for run in runs)
         return _text_of(listed["first"].replace("\\\\", "\\") if doubled else listed["first"])
     return text if text.strip("# \t\r\n") else ""
+
+
+def _float_text(value: float) -> str:
+    """A float as a person writes it: what double precision cannot tell apart in 15 digits is rounding, so 0.1 * 3 is 0.3."""
+    return repr(float(f"{value:.15g}"))
 
 
 def _marked_or_boxed(text: str) -> str | None:

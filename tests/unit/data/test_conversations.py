@@ -107,6 +107,11 @@ EARLIER = (("user", "1+1?"), ("assistant", "2"))
         ({"system_prompt": "Be brief.", "question": "1+2?"}, (BRIEF, ("user", "1+2?"))),
         ({"system": "Be brief.", "instruction": "Add.", "input": "1, 2"}, (BRIEF, ("user", "Add.\n\n1, 2"))),
         ({"history": [["1+1?", "2"]], "system": "Be brief.", "prompt": "1+2?"}, (BRIEF, *EARLIER, ("user", "1+2?"))),
+        ({"previous_messages": turns_of("1+1?", "2"), "prompt": "1+2?"}, (*EARLIER, ("user", "1+2?"))),
+        (
+            {"system_message": "Be brief.", "chat_history": [["1+1?", "2"]], "prompt": "1+2?"},
+            (BRIEF, *EARLIER, ("user", "1+2?")),
+        ),
         ({"history": turns_of("1+1?", "2"), "prompt": turns_of("1+2?")}, (*EARLIER, ("user", "1+2?"))),
         ({"history": json.dumps([["1+1?", "2"]]), "prompt": "1+2?", "system": " "}, (*EARLIER, ("user", "1+2?"))),
         ({"prompt": {"system": "Be brief.", "messages": turns_of("1+2?")}}, (BRIEF, ("user", "1+2?"))),

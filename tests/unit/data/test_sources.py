@@ -55,6 +55,15 @@ def shared(name: str) -> Source:
         ("proof", None),  # NuminaMath-1.5
         ("notfound", None),
         ("N/A", None),
+        ("#DIV/0!", None),  # Excel
+        ("TBD", None),
+        ("?", None),
+        (0.1 * 3, "0.3"),
+        (0.7 + 0.1, "0.8"),
+        (1e22, "1e+22"),
+        (5e-324, "5e-324"),
+        ("<think>maybe \\boxed{5}</think>\nThe answer is 6.", "6"),
+        ("<think>#### 5</think>6", "6"),
         ("NaN", None),
         ("<NA>", None),
         ("None", "None"),

@@ -132,6 +132,7 @@ def test_other_tasks_get_same_text_and_objects_keep_numbers(tmp_path: Path) -> N
     ("written", "kind", "sentence"),
     [
         ([b"42", b"\xff\xfe"], pa.binary(), "row 2: 'answer' holds bytes that are not UTF-8 text"),
+        ([b"42", b"*\x00\x00\x00"], pa.binary(), "row 2: 'answer' holds bytes that are not UTF-8 text"),
         ([1.0, 123456792.0], pa.float32(), "row 2: 'answer' cannot be read .*32-bit float does not hold every integer near 123456792"),
         ([timedelta(seconds=5)], pa.duration("s"), "row 1: 'answer' is no answer but timedelta; store it as text"),
         ([["1", "2"]], pa.list_(pa.string()), "row 1: 'answer' is not an answer but list"),

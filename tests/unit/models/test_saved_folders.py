@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from architectures import write_folder
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
@@ -64,6 +65,23 @@ def test_tied_head_is_saved_once_and_declared_tied(dtype: torch.dtype, tmp_path:
     save_policy(loaded(tiny_folder(tmp_path / "m")), tmp_path / "saved", dtype)
     assert "lm_head.weight" not in load_file(tmp_path / "saved" / "model.safetensors")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_float32_weights_of_bfloat16_model_stay_exact(tmp_path: Path) -> None:
+    """DeepSeek-V3's routers choose experts by a score correction that transformers never rounds."""
+    write_folder("deepseek_v3", tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    weights = load_file(path)
+    corrections = {
+        name: 7.0 + 0.01 * torch.randn(tensor.shape) for name, tensor in weights.items() if "e_score_correction" in name
+    }
+    assert corrections
+    save_file(weights | corrections, path, metadata={"format": "pt"})
+    save_policy(loaded(tmp_path / "m"), tmp_path / "saved", torch.bfloat16)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    for name, tensor in corrections.items():
+        assert saved[name].dtype == torch.float32 and torch.equal(saved[name], tensor)
+    assert {tensor.dtype for name, tensor in saved.items() if name not in corrections} == {torch.bfloat16}
 
 
 def test_untied_config_without_head_weights_is_refused(tmp_path: Path) -> None:
