@@ -275,7 +275,16 @@ class RunInputs:
     def tokenizer(self, role: str) -> Any:
         """The model's tokenizer; of a served teacher, its server's."""
         _, name = self.field_and_name(role)
-        return ServedTokenizer(self.server(role)) if is_served(name) else self.model_folder(role).tokenizer
+        if is_served(name):
+            return ServedTokenizer(self.server(role))
+        return self._loadable(role).tokenizer
+
+    def _loadable(self, role: str) -> ModelFolder:
+        """The files of a role's model; an unreachable hub is reported once, and not as damage to each file."""
+        folder = self.model_folder(role)
+        if not folder.is_local:
+            self.weights_path(role)
+        return folder
 
     def prompter(self, tokenizer: Any) -> Prompter:
         """Renders this run's problems with a model's tokenizer."""
@@ -293,7 +302,7 @@ class RunInputs:
 
     @read_once("config")
     def config(self, role: str) -> Any:
-        return self.model_folder(role).config
+        return self._loadable(role).config
 
     @read_once("config")
     def shape(self, role: str) -> Shape:
