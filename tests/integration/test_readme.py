@@ -1,4 +1,4 @@
-"""README: its commands run in order, its recipe is valid, its links, verbs and package tree match the repository."""
+"""README: its commands run in order, its links and verbs, and the architecture page's package tree, match the repository."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_readme_commands_for_own_problems_run_in_order(tmp_path: Path, monkeypat
     rows = [{"question": f"What is {n} + {n}?", "answer": f"{n} and {n} are {2 * n}.\n#### {2 * n}"} for n in range(20)]
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
     lines = commands()
-    assert [line.split()[0] for line in lines] == ["init", "validate", "doctor", "run", "run"]
+    assert [line.split()[0] for line in lines] == ["init", "validate", "doctor", "probe", "run"]
     for command in lines:
         line, _, target = command.partition(" > ")
         words = line.replace("STUDENT", "pocket:qwen3-student").replace("TEACHER", "pocket:qwen3-teacher").split()
-        if words[0] in ("doctor", "run"):
+        if words[0] in ("doctor", "probe", "run"):
             words += [word for change in SHORT for word in ("--set", change)]
         done = call(*words)
         assert done.code == 0, (command, done.err)
@@ -64,8 +64,9 @@ def test_readme_links_and_verbs_exist() -> None:
     assert listed == set(re.findall(r"^│ ([a-z]+) ", result, flags=re.MULTILINE))
 
 
-def test_readme_tree_lists_every_folder_and_top_level_module() -> None:
-    tree = re.search(r"^    src/headwater/\n((?:      .*\n)+)", README, flags=re.MULTILINE)
+def test_architecture_tree_lists_every_folder_and_top_level_module() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    tree = re.search(r"^    src/headwater/\n((?:      .*\n)+)", page, flags=re.MULTILINE)
     assert tree is not None
     listed = [line.split()[0] for line in tree[1].splitlines()]
     package = ROOT / "src/headwater"
