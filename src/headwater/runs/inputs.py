@@ -306,13 +306,13 @@ class RunInputs:
 
     @read_once("config")
     def shape(self, role: str) -> Shape:
-        return self.model_folder(role).shape
+        return self._loadable(role).shape
 
     @read_once("generation config")
     def generation_config(self, role: str) -> GenerationConfig:
         """The model's generation config or, where it has none, the one that transformers derives from its config."""
         self.config(role)
-        return self.model_folder(role).generation_config
+        return self._loadable(role).generation_config
 
     def stop_ids(self, role: str) -> tuple[int, ...]:
         return stop_ids_of(self.generation_config(role), self.config(role), self.tokenizer(role))
