@@ -73,7 +73,9 @@ class ModelFolder:
         return _is_adapter(Path(self.path))
 
     def require_weights(self) -> None:
-        """Raises UserError for a desk model that has not been pretrained yet."""
+        """Raises UserError for a desk model that has not been pretrained yet, and for a hub id that cannot be loaded now."""
+        if not self.is_local:
+            self._require_on_hub()
         if self.is_local and not list(Path(self.path).glob("*.safetensors")):
             raise UserError(
                 f"{self.field}: {self.name} has no weights yet; `python -m tools.pretrain desk`, in a checkout of the source, makes "

@@ -275,7 +275,16 @@ class RunInputs:
     def tokenizer(self, role: str) -> Any:
         """The model's tokenizer; of a served teacher, its server's."""
         _, name = self.field_and_name(role)
-        return ServedTokenizer(self.server(role)) if is_served(name) else self.model_folder(role).tokenizer
+        if is_served(name):
+            return ServedTokenizer(self.server(role))
+        return self._loadable(role).tokenizer
+
+    def _loadable(self, role: str) -> ModelFolder:
+        """The files of a role's model; an unreachable hub is reported once, and not as damage to each file."""
+        folder = self.model_folder(role)
+        if not folder.is_local:
+            self.weights_path(role)
+        return folder
 
     def prompter(self, tokenizer: Any) -> Prompter:
         """Renders this run's problems with a model's tokenizer."""
@@ -293,17 +302,17 @@ class RunInputs:
 
     @read_once("config")
     def config(self, role: str) -> Any:
-        return self.model_folder(role).config
+        return self._loadable(role).config
 
     @read_once("config")
     def shape(self, role: str) -> Shape:
-        return self.model_folder(role).shape
+        return self._loadable(role).shape
 
     @read_once("generation config")
     def generation_config(self, role: str) -> GenerationConfig:
         """The model's generation config or, where it has none, the one that transformers derives from its config."""
         self.config(role)
-        return self.model_folder(role).generation_config
+        return self._loadable(role).generation_config
 
     def stop_ids(self, role: str) -> tuple[int, ...]:
         return stop_ids_of(self.generation_config(role), self.config(role), self.tokenizer(role))

@@ -41,6 +41,14 @@ def test_missing_model_folder_is_doctor_finding_and_run_exit_2(tmp_path: Path) -
     assert ran.code == 2 and "is no folder here" in ran.err
 
 
+def test_unreachable_hub_is_one_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    answer = json.loads(call("doctor", "pocket", "--json", "--set", "models.teacher=Qwen/Nowhere-8B").out)
+    (finding,) = answer["findings"]
+    assert finding["name"] == "model-unreadable"
+    assert "Qwen/Nowhere-8B is no folder here, and the hub cannot be reached (HF_HUB_OFFLINE is set)" in str(finding)
+
+
 # run, and the table -----------------------------------------------------------------------------------------------------
 
 
