@@ -97,17 +97,23 @@ def run(
                 for node in plan.order():
                     if plan.names[node] not in todo:  # it may have been killed before it had removed them
                         remove_checkpoints(folder.node(plan.names[node]))
+            interrupted = False
             try:
                 with stop_requests() as stopped:
                     job = Job(plan, inputs, arms, folder, todo, progress_display, stopped)
                     failures = (executor or LocalExecutor())(job)
-                    if stopped():
-                        raise KeyboardInterrupt
+                    interrupted = stopped()
+            except KeyboardInterrupt:
+                interrupted = True
             finally:
                 fault_points.failpoint("run.ended")
                 folder.join_ledgers()
             fault_points.failpoint("run.joined")
-            result = report.write(out)
+            if not interrupted:
+                result = report.write(out)
+        if interrupted:
+            report.write(out)  # once the folder is free, since the page says whether the run is still going on
+            raise KeyboardInterrupt
     if failures:
         raise study_error(job, failures)
     return result

@@ -236,7 +236,7 @@ def rerun(argv: list[str], folder: Path) -> None:
     there.mkdir()
     request = {"argv": argv, "fault": None, "kill_after": None, "signals": [], "user": None, "whole": False, "then": ""}
     result = one_run({**request, "patience": 60}, there)
-    print(f"second: {result['code']}: {result['err'].strip()}", file=sys.stderr, flush=True)
+    print(f"second: {result['code']}: {result['err'].strip().splitlines()[-1]}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

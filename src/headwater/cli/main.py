@@ -70,7 +70,7 @@ def init(
 ) -> None:
     """Print a commented recipe to start from.
 
-    `headwater init mine --student S --teacher T --data FILE > mine.yaml` measures the pair, the data and the device.
+    `headwater init mine --student S --teacher T --data FILE > my.yaml` measures the pair, the data and the device.
     """
     if all_ and name is not None:
         raise UserError(f"init {name} --all: --all prints a recipe of its own; leave one of the two out")

@@ -60,6 +60,7 @@ def _audit(dirs: list[Path], as_json: bool) -> None:
 def print_report(report: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Print report.json, or the terminal table and where the page is."""
     from headwater.report.format import console
+    from headwater.report.result import Result
     from headwater.report.terminal import terminal_table
 
     if as_json:
@@ -67,6 +68,9 @@ def print_report(report: dict[str, Any], folder: Path, as_json: bool) -> None:
         return
     screen = console()
     screen.print(terminal_table(report, screen.width))
+    students = [path for arm in Result(folder, report).arms.values() for path in arm.student_folders.values()]
+    if len(students) == 1:
+        print(f"student: {students[0]}")
     print(f"report: {folder / 'report.html'}")
 
 

@@ -78,10 +78,10 @@ class FittedRecipe:
             f"form     {self.form}",
             *self.remarks(),
             "",
-            "headwater doctor mine.yaml            check everything that could fail or spoil a run",
-            "headwater probe mine.yaml             measure whether the labels belong on the teacher or on the student",
-            "headwater run mine.yaml --dry-run     list the stages with their costs; with --on h100, hours on that device",
-            "headwater run mine.yaml --out runs/mine",
+            "headwater doctor my.yaml            check everything that could fail or spoil a run",
+            "headwater probe my.yaml             measure whether the labels belong on the teacher or on the student",
+            "headwater run my.yaml --dry-run     list the stages with their costs; with --on h100, hours on that device",
+            "headwater run my.yaml --out runs/my",
         ]
 
     def remarks(self) -> list[str]:

@@ -16,7 +16,8 @@ VERBS = {"holds": "beats", "does not hold": "loses to", "undecided": "does not d
 
 
 def headline(report: dict[str, Any]) -> str:
-    """One sentence with accuracy, labels, FLOPs and time: bridge against direct GRPO if the study has both, else the best arm."""
+    """One sentence with accuracy, labels, FLOPs and time: bridge against direct GRPO if the study has both, else the best
+    trained arm against the untrained student."""
     if not report["evals"]:
         return " ".join(measured_in_training(report)) or "No arm has a result yet."
     eval_name = report["evals"][0]
@@ -30,6 +31,15 @@ def headline(report: dict[str, Any]) -> str:
             f"The bridge {VERBS[reading(contrast)]} direct GRPO on {eval_name}: {bridge}, against {direct}; {numbers}."
         )
     scores = {name: arm["accuracy"][eval_name] for name, arm in report["arms"].items() if eval_name in arm["accuracy"]}
+    trained = {name: score for name, score in scores.items() if report["arms"][name]["flops"]}
+    if trained:
+        arm = max(trained, key=lambda name: trained[name]["mean"])
+        contrast = find_contrast(report, arm, "base_student", eval_name)
+        if contrast is not None:
+            before = f"{_accuracy(report, 'base_student', eval_name)} before training"
+            numbers = difference_text(contrast).split("base_student ", 1)[1]
+            own = f"{_accuracy(report, arm, eval_name)} {_costs(report, arm)}"
+            return f"{arm} {VERBS[reading(contrast)]} the untrained student on {eval_name}: {own}, against {before}; {numbers}."
     best = max(scores, key=lambda name: scores[name]["mean"])
     low, high = (percent(scores[best][key]) for key in ("low", "high"))
     accuracy = f"{_accuracy(report, best, eval_name)} (95\u00a0% {low} to {high})"

@@ -163,8 +163,9 @@ class Log:
         if now - self.last_line < LOG_SECONDS or self.done == self.total:
             return None
         self.last_line = now
-        left = (self.total - self.done) * (now - self.began) / max(1, self.done - self.first)
-        return f"{self.head}: {self.done} of {self.total} {self.unit}, {in_words(left)} left  {metrics}".rstrip()
+        done = self.done - self.first
+        left = f", {in_words((self.total - self.done) * (now - self.began) / done)} left" if done else ""
+        return f"{self.head}: {self.done} of {self.total} {self.unit}{left}  {metrics}".rstrip()
 
 
 def columns(wide: bool) -> list[ProgressColumn]:

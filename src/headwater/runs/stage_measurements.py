@@ -107,9 +107,9 @@ class StageMeasurements:
 
     def _say_what_is_measured(self) -> None:
         """Tell the user what measuring costs where that is much, and where less is measured than the recipe's defaults."""
-        wanted, (schedule, share) = len(self.context.inputs.condition_problems), self._cost
-        if supervisor(self.node) is None or not wanted:
+        if supervisor(self.node) is None or not self.context.inputs.condition_problems:
             return
+        wanted, (schedule, share) = len(self.context.inputs.condition_problems), self._cost
         settings, say, stage = self.context.inputs.recipe.conditions, self.context.progress.say, self.node.stage
         if schedule.problems == 0:
             say(

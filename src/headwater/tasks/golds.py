@@ -90,8 +90,9 @@ def _text_of(value: Any) -> str:
 
 
 def _float_text(value: float) -> str:
-    """A float as a person writes it: what double precision cannot tell apart in 15 digits is rounding, so 0.1 * 3 is 0.3."""
-    return repr(float(f"{value:.15g}"))
+    """A float as a person writes it: 0.1 * 3, whose digits 0.30000000000000004 are those of rounding, is 0.3."""
+    exact, rounded = repr(value), repr(float(f"{value:.15g}"))
+    return rounded if len(rounded) <= len(exact) - 4 else exact
 
 
 def _marked_or_boxed(text: str) -> str | None:

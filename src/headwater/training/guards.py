@@ -243,7 +243,7 @@ class NoSignalGuard:
 
     def __init__(self, guards: Guards, stage: StageOutcomes, steps: int, pool: int) -> None:
         self._step = min(guards.patience, steps) if guards.no_signal == "stop" else None
-        self._stage, self._pool = stage, pool
+        self._stage, self._steps, self._pool = stage, steps, pool
         self._informative = False
 
     def catch_up(self, rows: Iterable[Row]) -> str | None:
@@ -264,7 +264,8 @@ class NoSignalGuard:
         step = int(row["step"])
         spent = [spend for spend in read_jsonl(self._stage.folder.ledger) if spend["purpose"] == "train"]
         labels = len({label for spend in spent for label in spend["labels"]})
-        outcomes, left = self._stage.over(range(1, step + 1)), self._pool - labels
+        outcomes = self._stage.over(range(1, step + 1))
+        left = self._pool - labels if step < self._steps else 0
         rest = f", and the other {left} of this stage's {self._pool} would be wasted too" if left > 0 else ""
         return (
             f"no informative group in {step} step{'s' if step > 1 else ''}, so reward gives no gradient: "

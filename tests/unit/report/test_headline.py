@@ -38,14 +38,24 @@ def test_headline_has_accuracy_and_costs_of_both_arms(fake_report: dict[str, Any
     )
 
 
-def test_headline_of_other_arms_names_best_with_costs(tmp_path: Path) -> None:
+def test_headline_of_other_arms_compares_best_with_untrained_student(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "bridge_rl")}
     values = report.build([fake_run(tmp_path / "out", seeds=(0,), arms=arms)])
     row = values["arms"]["bridge_rl"]["accuracy"]["sums"]
-    mean, low, high = (f"{100 * row[key]:.1f}" for key in ("mean", "low", "high"))
+    mean = f"{100 * row['mean']:.1f}"
     # Four stages of 12 steps and a cache: 4 · 1.8e10 + 2e9 FLOPs; 64 labels of each half.
     costs = "with 128 labels, 74.0 GFLOPs and 27 s of training"
-    assert plain(headline(values)) == f"Best on sums: bridge_rl with {mean} % (95 % {low} to {high}) {costs}."
+    before = f"{100 * values['arms']['base_student']['accuracy']['sums']['mean']:.1f} % before training"
+    text = plain(headline(values))
+    assert text.startswith(f"bridge_rl beats the untrained student on sums: {mean} % {costs}, against {before}; +")
+
+
+def test_headline_of_untrained_models_names_best(tmp_path: Path) -> None:
+    values = report.build([fake_run(tmp_path / "out", seeds=(0,), arms={"base_student": ARMS["base_student"]})])
+    row = values["arms"]["base_student"]["accuracy"]["sums"]
+    mean, low, high = (f"{100 * row[key]:.1f}" for key in ("mean", "low", "high"))
+    text = f"Best on sums: base_student with {mean} % (95 % {low} to {high}) without training."
+    assert plain(headline(values)) == text
 
 
 def test_headline_names_guard_and_step_of_stopped_stage(tmp_path: Path) -> None:

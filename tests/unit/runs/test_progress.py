@@ -51,3 +51,9 @@ def test_log_lines_begin_with_time_of_day(capsys: pytest.CaptureFixture[str], mo
         "[3/6] warmup (seed 0): 1 of 2 steps, about 0 s left  loss 0.5",
         "[3/6] warmup (seed 0): T  loss 0.25",
     ]
+
+
+def test_log_gives_no_time_left_before_first_result() -> None:
+    log = Log("[1/6] base_student (seed 0)", began=0.0)
+    log.start(0, 10, "completions")
+    assert log.advance(0, "", now=90.0) == "[1/6] base_student (seed 0): 0 of 10 completions"
