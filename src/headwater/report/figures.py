@@ -256,9 +256,16 @@ def line_description(panels: Panels, axis: ValueAxis) -> str:
     return ". ".join(parts)
 
 
+LEAST_POINTS = 5.0
+"""Percentage points that an axis of accuracies spans at least."""
+
+
 def _set_limits(axes: Axes, series: Sequence[Series], axis: ValueAxis) -> None:
     axes.set_xlabel(printable(axis.label))
-    axes.set_ylim(*spanning([100 * value for line in series for value in (*line.y, *line.low, *line.high)]))
+    values = [100 * value for line in series for value in (*line.y, *line.low, *line.high)]
+    if max(values) - min(values) < LEAST_POINTS:  # a plain axis, rather than one that magnifies rounding
+        values += [max(0.0, min(values) - LEAST_POINTS / 2), min(100.0, max(values) + LEAST_POINTS / 2)]
+    axes.set_ylim(*spanning(values))
     if axis.ticks:
         axes.set_xlim(*spanning([*axis.ticks], 0.15))
         axes.set_xticks([*axis.ticks], [printable(text) for text in axis.ticks.values()])

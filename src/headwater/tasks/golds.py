@@ -52,9 +52,9 @@ def gold_answer(value: Any) -> str | None:
     text = after_thinking(text).strip()  # a box within the thinking is no answer
     marked = _marked_or_boxed(text)
     if marked is not None:
-        return without_announcement(marked) or None
+        return _without_label(without_announcement(marked)) or None
     announced = announced_answer(text)
-    return announced or None if announced is not None or is_solution(text) else text or None
+    return announced or None if announced is not None or is_solution(text) else _without_label(text) or None
 
 
 def marked_gold(value: Any) -> str | None:
@@ -87,6 +87,11 @@ def _text_of(value: Any) -> str:
         doubled = all(len(run) % 2 == 0 for run in runs)
         return _text_of(listed["first"].replace("\\\\", "\\") if doubled else listed["first"])
     return text if text.strip("# \t\r\n") else ""
+
+
+def _without_label(text: str) -> str:
+    """The value after a word and a colon: `Total: 7` gives `7`."""
+    return re.sub(r"^[A-Za-z][A-Za-z ]{0,30}:\s+(?=[-+−]?[$\\]?[\d.\\])", "", text)
 
 
 def _float_text(value: float) -> str:
