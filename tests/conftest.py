@@ -56,8 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fixed_random_state() -> None:
-    """Seed torch before each test, so that its random tensors do not depend on other tests."""
+def fixed_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed torch before each test, so that its random tensors do not depend on other tests, nor tables on a terminal's width."""
+    monkeypatch.delenv("COLUMNS", raising=False)
     torch.manual_seed(0)
     torch.set_num_threads(1)
 

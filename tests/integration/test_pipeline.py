@@ -209,7 +209,7 @@ def test_leaked_training_problem_is_excluded_with_warning(tmp_path: Path) -> Non
     result = tiny("run", tmp_path / "out", "--arm", "direct_grpo", changes=[f"data.labeled={path}", "labels.budget=24"])
     assert result.code == 0
     (warning,) = [line for line in result.err.splitlines() if "data.labeled: " in line]
-    assert warning.startswith("warning evaluation-leak: data.labeled: 1 problems also stand in data.evals.sums")
+    assert warning[9:].startswith("warning evaluation-leak: data.labeled: 1 problems also stand in data.evals.sums")
     assert "left out" in warning
     seen = {row["problem_id"] for row in rows(next((tmp_path / "out/nodes").glob("student_rl*/rollouts/000001.jsonl")))}
     assert problem_id(leaked) not in seen

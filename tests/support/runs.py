@@ -63,8 +63,8 @@ class CommandResult:
 
     @property
     def complaints(self) -> list[str]:
-        """Lines of stderr but for those of the progress display, which begin with the time of day, and the choice of an arm."""
-        return [line for line in self.err.splitlines() if not re.match(r"\d\d:\d\d:\d\d |arm \w+ \(", line)]
+        """Lines of stderr but for the progress display's, which begin with the time of day, the choice of an arm and the report's path."""
+        return [line for line in self.err.splitlines() if not re.match(r"\d\d:\d\d:\d\d |arm \w+ \(|report: ", line)]
 
 
 def call(*argv: str | Path, entry: Callable[[], None] = main) -> CommandResult:

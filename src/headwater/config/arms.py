@@ -69,7 +69,8 @@ def mixture(recipe: Recipe, stage: Stage) -> Stage:
     """J_λ with the recipe's λ, or ½; sampled in groups of the size of student RL, so that rewards can be compared."""
     if stage.spec.weighted:
         return stage
-    group = (recipe.stages.student_rl or stage).group_size
+    rewarded = recipe.stages.student_rl or recipe.stages.teacher_rl
+    group = max(2, stage.group_size) if rewarded is None else rewarded.group_size
     batch = max(group, stage.batch_size // group * group)
     return _with(stage, objective="mixed", sparse_share=0.5, group_size=group, batch_size=batch)
 
