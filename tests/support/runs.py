@@ -63,7 +63,7 @@ class CommandResult:
 
     @property
     def complaints(self) -> list[str]:
-        """Lines of stderr but for the progress display's, which begin with the time of day, the choice of an arm and the report's path."""
+        """Lines of stderr without the progress display's, the choice of an arm and the report's path."""
         return [line for line in self.err.splitlines() if not re.match(r"\d\d:\d\d:\d\d |arm \w+ \(|report: ", line)]
 
 
