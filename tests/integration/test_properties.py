@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from headwater.config.arms import ARMS, arm_of
@@ -220,6 +220,7 @@ file_rows = st.lists(
 
 
 @settings(quick, max_examples=300)
+@example(rows=[{"problem": {"role": [None]}}], noise=b"", need=False, task="maths")
 @given(
     rows=file_rows, noise=st.binary(max_size=20), need=st.booleans(), task=st.sampled_from(["maths", "json", "python"])
 )

@@ -151,7 +151,8 @@ def _key(message: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def _role(message: Mapping[str, Any]) -> str:
-    return str(message[_key(message, _ROLE_KEYS) or ""]).strip().lower()
+    """The role of a message in lower case; "" if it has none, which `_turn` refuses."""
+    return str(message.get(_key(message, _ROLE_KEYS) or "", "")).strip().lower()
 
 
 def _is_blank_system(message: Mapping[str, Any]) -> bool:
