@@ -160,7 +160,9 @@ def outcome_of(case: Case, draw: random.Random, folder: Path) -> tuple[str, str]
         lines = (
             message.split("\n") if isinstance(error, RecipeError) else [message]
         )  # a line for each fault of a recipe
-        if isinstance(error, UserError) and any(not line.strip() or one_line(line) != line for line in lines):
+        if isinstance(error, UserError) and any(
+            not line.strip() or one_line(line.removeprefix("  ")) != line.removeprefix("  ") for line in lines
+        ):
             return "!unprintable", repr(message)
         return f"refused {error.exit_code}" if error.exit_code in (2, 3) else f"!exit {error.exit_code}", message
     except KeyboardInterrupt:
