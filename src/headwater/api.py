@@ -23,6 +23,7 @@ from headwater.plugins import name_of
 from headwater.report import build
 from headwater.report.result import Result
 from headwater.runs.default_arm import choose_arm
+from headwater.runs.node_context import ProgressDisplay
 from headwater.runs.progress import progress_display
 from headwater.runs.setup import set_up
 from headwater.runs.trackers import Callback, Opener, tracked
@@ -62,7 +63,7 @@ def run(
     seeds, parsed = None if seed is None else [seed], recipe_of(recipe, changes)
     if arm is None:
         choice = choose_arm(parsed, _folder(out, parsed))
-        progress_display(not in_notebook() if quiet is None else quiet).say(choice.sentence)
+        _display(quiet).say(choice.sentence)
         arm = choice.arm
     return study(parsed, arms=[arm], seeds=seeds, out=out, track=track, callbacks=callbacks, quiet=quiet)
 
@@ -83,8 +84,7 @@ def study(
     for arm in arms:
         arm_of(arm, parsed)
     folder = _folder(out, parsed)
-    silent = not in_notebook() if quiet is None else quiet
-    with tracked(progress_display(silent), folder, track, callbacks) as display:
+    with tracked(_display(quiet), folder, track, callbacks) as display:
         report = pipeline.run(parsed, list(arms), list(seeds or [parsed.seed]), folder, display)
     return Result(folder, report)
 
@@ -120,9 +120,8 @@ def probe(
     out       directory of the later run, which then stores the result and the label checks
     """
     parsed = recipe_of(recipe, changes)
-    silent = not in_notebook() if quiet is None else quiet
     chosen = parsed.seed if seed is None else seed
-    return probes.probe(parsed, problems, samples, chosen, None if out is None else Path(out), progress_display(silent))
+    return probes.probe(parsed, problems, samples, chosen, None if out is None else Path(out), _display(quiet))
 
 
 def evaluate(
@@ -136,8 +135,7 @@ def evaluate(
 
     Example: `evaluate(student, "held-out.jsonl", EvaluationSettings(samples=8)).measures["avg@8"].mean`.
     """
-    silent = not in_notebook() if quiet is None else quiet
-    return evaluate_model(str(model), str(data), settings or EvaluationSettings(), progress_display(silent))
+    return evaluate_model(str(model), str(data), settings or EvaluationSettings(), _display(quiet))
 
 
 def validate(
@@ -180,6 +178,11 @@ def recipe_of(recipe: Source, changes: Changes = ()) -> Recipe:
     if isinstance(recipe, Mapping):
         return parse_recipe(_plain(recipe, "recipe"), "recipe", overrides)
     return find_recipe(str(recipe), overrides)
+
+
+def _display(quiet: bool | None) -> ProgressDisplay:
+    """The progress display of a call; None shows progress in a notebook only."""
+    return progress_display(quiet=not in_notebook() if quiet is None else quiet)
 
 
 def in_notebook() -> bool:

@@ -99,6 +99,17 @@ def template_columns(template: str) -> list[str]:
     return list(dict.fromkeys(_FIELD.findall(template)))
 
 
+def required_cell(row: Mapping[str, Any], path: str, where: str) -> Any:
+    """`value_at` for a column that a row must have. Raises UserError where it is missing or cannot be read."""
+    try:
+        value = value_at(row, path)
+    except KeyError:
+        raise UserError(f"{where}: has no column {path!r}; its columns are {', '.join(map(str, row))}") from None
+    if isinstance(value, Unreadable):
+        raise UserError(f"{where}: {path!r} {value.reason}")
+    return value
+
+
 def fill_template(template: str, row: Mapping[str, Any], where: str) -> str:
     """The text of a problem that is made of several columns; an empty cell adds nothing.
 
@@ -109,12 +120,7 @@ def fill_template(template: str, row: Mapping[str, Any], where: str) -> str:
 
     def cell_text(match: re.Match[str]) -> str:
         name = match[1]
-        try:
-            value = value_at(row, name)
-        except KeyError:
-            raise UserError(f"{where}: has no column {name!r}; its columns are {', '.join(map(str, row))}") from None
-        if isinstance(value, Unreadable):
-            raise UserError(f"{where}: {name!r} {value.reason}")
+        value = required_cell(row, name, where)
         if value is None or isinstance(value, str):
             return value or ""
         choices = read_choices(name, value)

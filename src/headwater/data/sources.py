@@ -12,7 +12,6 @@ from itertools import chain
 from typing import Any
 
 from headwater.config.recipe import Source
-from headwater.data.arrow_rows import Unreadable
 from headwater.data.cells import plain_value
 from headwater.data.choices import CHOICE_COLUMNS, ReadRow, choices_of, with_choices
 from headwater.data.columns import (
@@ -25,6 +24,7 @@ from headwater.data.columns import (
     find_problem_column,
     is_template,
     lacks_column,
+    required_cell,
     template_columns,
     value_at,
 )
@@ -188,12 +188,7 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
         if not value:
             raise UserError(f"{where}: {' and '.join(map(repr, template_columns(column)))} are blank")
         return with_columns(Conversation((("user", _plain_text(value, column, where)),)), row, where)
-    try:
-        value = value_at(row, column)
-    except KeyError:
-        raise UserError(f"{where}: has no column {column!r}; its columns are {', '.join(map(str, row))}") from None
-    if isinstance(value, Unreadable):
-        raise UserError(f"{where}: {column!r} {value.reason}")
+    value = required_cell(row, column, where)
     messages = messages_of(value)
     if messages is not None:
         conversation = read_conversation(messages, column, where)
