@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import urllib.request
 from functools import cache
@@ -259,8 +260,9 @@ def test_docs_command_parses(command: str) -> None:
 def test_report_serve_answers_and_ends_on_interrupt(work_folder: Path) -> None:
     words = [*shlex.split("report runs/demo --serve"), "--port", "0"]
     with subprocess.Popen(
-        program(*words), cwd=work_folder, stdout=subprocess.PIPE, text=True, env=environment()
-    ) as server:
+        program(*words), cwd=work_folder, stdout=subprocess.PIPE, text=True, env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in background jobs
+    ) as server:  # fmt: skip
         assert server.stdout is not None
         address = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())
         assert address is not None
