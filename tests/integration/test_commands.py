@@ -209,7 +209,7 @@ def work_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.yaml").write_text(recipe)
     row = {"id": "1", "gold": "47", "completion": "The answer is 47."}
     (folder / "graded.jsonl").write_text(json.dumps(row))
-    for path in EXAMPLES.glob("*"):
+    for path in EXAMPLES.glob("*.*"):  # not what running an example leaves there, such as __pycache__
         shutil.copy(path, folder / path.name)
     for seed in (0, 1):
         result = tiny("run", folder / f"runs/seed{seed}", "--arm", "direct_grpo", "--seed", str(seed))
