@@ -62,6 +62,8 @@ def _text(path: Path, where: str) -> str:
     try:
         if path.exists() and not path.is_file():  # a device or a pipe has no end
             raise UserError(f"{where}: is not a file")
+        if path.exists() and path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{where}: has over {MOST_BYTES:,} bytes; that is no file of problems")
         data = _decompressed(path, where) if path.suffix.lower() in COMPRESSIONS else path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{where}: no such file") from None
