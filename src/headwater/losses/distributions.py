@@ -121,6 +121,7 @@ class Composed:
     """
 
     parts: tuple[Distributions, ...]
+    """All over one vocabulary, and those stored as hidden states in one dtype."""
     weights: tuple[float, ...]
 
     def __len__(self) -> int:
@@ -153,9 +154,7 @@ class Composed:
 def _logits(distributions: Distributions, buffer_CV: Tensor | None) -> tuple[Tensor, float]:
     """(logits, their temperature) of exact distributions. Raises ValueError for top-k ones: the product of tails is unknown."""
     if isinstance(distributions, FromHidden):
-        fits = isinstance(distributions.head, LinearHead) and buffer_CV is not None
-        same = fits and distributions.head.dtype == buffer_CV.dtype  # type: ignore[union-attr]
-        distributions = distributions.with_logits(buffer_CV if same else None)
+        distributions = distributions.with_logits(buffer_CV)
     if isinstance(distributions, FromLogits):
         return distributions.logits_NV, distributions.temperature
     known = distributions.materialize()

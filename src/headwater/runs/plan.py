@@ -276,13 +276,13 @@ def _relevant_settings(node: Node) -> Any:
     if node.settings is None:
         return None
     if node.kind == "train":
-        settings = node.settings.model_dump(mode="json", exclude={"checkpoint_every"})
-        if settings["until"] is None:
-            del settings["until"]
+        relevant = node.settings.model_dump(mode="json", exclude={"checkpoint_every"})
+        if relevant["until"] is None:
+            del relevant["until"]
         # Fields that came later are absent at their defaults, so that earlier fingerprints stay valid.
         for name in ("entropy_above", "clip", "teacher_weights"):
-            if settings["dense"][name] == Dense.model_fields[name].default:
-                del settings["dense"][name]
-        return settings
+            if relevant["dense"][name] == Dense.model_fields[name].default:
+                del relevant["dense"][name]
+        return relevant
     settings = node.settings
     return {"samples": settings.group_size, "sampling": settings.sampling.model_dump(), "top_k": settings.dense.top_k}
