@@ -132,7 +132,7 @@ def test_composed_rejects_top_k_parts() -> None:
         Composed(parts, (1.25, -0.25)).materialize()
 
 
-def test_reverse_kl_to_composed_teacher_has_gradient_of_weighted_log_prob_reward() -> None:
+def test_reverse_kl_to_composed_teacher_has_exopd_gradient() -> None:
     """ExOPD's reward λ (log T − log R) − (log S − log R), averaged over all tokens that the student may draw (2602.12125)."""
     logits = torch.randn(1, 9, dtype=torch.float64, requires_grad=True)
     teacher, reference, student = random_logp(1, 9, 8), random_logp(1, 9, 9), torch.log_softmax(logits, dim=-1)
