@@ -23,7 +23,7 @@ from headwater.cli.options import (
     parse_arms,
     recipe_changes,
 )
-from headwater.errors import RefusedError
+from headwater.errors import CONTROL_CHARACTERS, RefusedError
 
 commands = typer.Typer()
 
@@ -106,7 +106,7 @@ def grade(
     from headwater.data.validate import grade_file
 
     for row in grade_file(data, task=task, seconds=seconds, workers=workers):
-        print(json.dumps(row, ensure_ascii=False))
+        print(CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(row, ensure_ascii=False)))
 
 
 @commands.command(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import Source
-from headwater.data.arrow_rows import ArrowRow, error_text
+from headwater.data.arrow_rows import ArrowRow
 from headwater.data.conversations import messages_of
-from headwater.errors import UserError
+from headwater.errors import UserError, error_text
 from headwater.storage import hub
 
 MOST_BYTES, MOST_ROWS, BATCH_ROWS = 4 << 30, 50_000_000, 256

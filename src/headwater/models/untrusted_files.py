@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from headwater.errors import HeadwaterError, UnsupportedModelError, UserError
+from headwater.errors import HeadwaterError, UnsupportedModelError, UserError, error_text
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
@@ -163,7 +163,7 @@ def as_user_error(message: str, kind: type[UserError] = UserError) -> Iterator[N
     except (HeadwaterError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        detail = " ".join(str(error).split())[:200] or type(error).__name__
+        detail = error_text(error)
         if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
             detail = f"{type(error).__name__}: {detail}"
         if isinstance(error, ImportError):

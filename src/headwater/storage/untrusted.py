@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from headwater.errors import HeadwaterError, UserError
+from headwater.errors import HeadwaterError, UserError, error_text
 from headwater.storage.run_dir import read_checked
 
 MAX_BYTES = 4 << 30
@@ -74,7 +74,6 @@ def refuse_malformed_files(folder: Path) -> Iterator[None]:
     except (HeadwaterError, OSError):
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        message = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder}: its files do not have the format this program writes ({type(error).__name__}: {message})"
+            f"{folder}: its files do not have the format this program writes ({type(error).__name__}: {error_text(error)})"
         ) from error
