@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from headwater.errors import CONTROL_CHARACTERS
 from headwater.models.tokenizer import PROBES
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
@@ -69,10 +70,14 @@ def _problem(states: tuple[tuple[Path, int, int], ...], limit: int, rows: int | 
                 return f"{path.name} {kind}"
             if not isinstance(values[path.name], dict):
                 return f"{path.name} is no JSON object but {type(values[path.name]).__name__}"
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        keys = (key for part in _parts(values.get(name)) for key in part)
+        if any(map(CONTROL_CHARACTERS.search, keys)):  # native code prints the names of settings that it does not know
+            return f"{name} holds a name with control characters"
     for name, value in values.items():
         largest = max(_ids(name, value), default=0)
         if largest >= limit:
-            holds = "no vocabulary reaches it" if rows is None else f"the model has {rows} rows"
+            holds = "no vocabulary reaches it" if rows is None else f"the model's largest weight has {rows} rows"
             return f"{name} gives a token the id {largest}, and {holds}"
     tokenizer = values.get("tokenizer.json")
     for section in SECTIONS if tokenizer is not None else ():

@@ -144,7 +144,7 @@ def test_model_folder_refuses_token_id_beyond_vocabulary(place: str, folder: Pat
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
     with pytest.raises(
         UserError,
-        match=r"models\.student: the tokenizer of .* gives a token the id 2147483648, and the model has \d+ rows",
+        match=r"models\.student: the tokenizer of .* gives a token the id 2147483648, and the model's largest weight has \d+ rows",
     ):
         assert ModelFolder.open(str(folder), "models.student").tokenizer
 

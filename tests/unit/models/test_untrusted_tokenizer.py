@@ -73,7 +73,7 @@ FROM_JSON: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "id of the vocabulary": (
         replaced(model={"type": "BPE", "vocab": {"a": 100_000}}),
-        "the id 100000, and the model has 30 rows",
+        "the id 100000, and the model's largest weight has 30 rows",
     ),
 }
 
@@ -89,8 +89,17 @@ def test_tokenizer_bomb_is_refused_from_json_alone(kind: str, tmp_path: Path) ->
 @pytest.mark.usefixtures("no_child")
 def test_ids_of_other_tokenizer_files_are_compared_with_rows(name: str, tmp_path: Path) -> None:
     value = {"added_tokens_decoder": {"2147483648": {}}} if name == "tokenizer_config.json" else {"x": 1 << 31}
-    assert problem(tmp_path, value, name=name) == f"{name} gives a token the id 2147483648, and the model has 30 rows"
+    assert (
+        problem(tmp_path, value, name=name)
+        == f"{name} gives a token the id 2147483648, and the model's largest weight has 30 rows"
+    )
     assert problem(tmp_path, {}, name=name) is None
+
+
+def test_setting_whose_name_native_code_would_print_is_refused(tmp_path: Path) -> None:
+    token = {"content": "<s>", "\x1b[2J": True}
+    refusal = problem(tmp_path, {"added_tokens_decoder": {"1": token}}, name="tokenizer_config.json")
+    assert refusal == "tokenizer_config.json holds a name with control characters"
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "[1]"])
