@@ -2,6 +2,7 @@
 
 OUT/recipe.json            the resolved recipe
 OUT/env.json               versions, device, threads
+OUT/preflight.json         {"inputs", "nodes"} that passed preflight: a hash of recipe, versions and device, and names of nodes
 OUT/day.json               the day that chat templates read as today, if one of them reads the clock
 OUT/plan.json              arms × seeds -> node names in order; the last node of an arm is its result; estimated FLOPs of each node
 OUT/ledger.jsonl           every node's ledger, joined
@@ -22,7 +23,8 @@ OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, f
                sums.jsonl               one row per file of a step: step, sha256
                cache/                   a teacher's rollouts and distributions
                model/                   a plain Hugging Face folder
-               DONE                     the node's fingerprint, the checksums of its files, and its own
+               DONE                     the node's fingerprint, the checksums of its files, and its own; of a cache also how many
+                                        rollouts have distributions in it
                FAILED                   {"sentence", "code"} of a node that failed, and the "traceback" of an unexpected error
 OUT/attempts/NODE.json     {"worker", "started", "ended"} of each time the node ran, for the report's timeline
 OUT/trackers/ tracked.json files of trackers; last step of each node that was sent to them
@@ -33,6 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +65,15 @@ from headwater.storage.files import (
 )
 
 __all__ = [  # re-exported for the modules that use file names
-    "FREE", "LARGE", "NodeDir", "RunDir", "append_jsonl", "atomic_folder", "first_difference", "keep_rows",
+    "DISTRIBUTIONS", "FREE", "LARGE", "NodeDir", "RunDir", "append_jsonl", "atomic_folder", "first_difference", "keep_rows",
     "read_checked", "read_json", "read_jsonl", "write_atomic", "write_checked", "write_json",
 ]  # fmt: skip
 
 FREE = dict.fromkeys(("seed", "compute", "guards", "conditions"))
 """Recipe fields in which runs of one study may differ: they change no trained weight."""
+
+DISTRIBUTIONS = "distributions.safetensors"
+"""File of a teacher cache that is large and can be computed again from its rollouts."""
 
 LARGE = 256 << 20
 """Size in bytes above which a finished node's file is checked by size when a run starts, and by checksum only when used."""
@@ -149,6 +155,10 @@ class NodeDir:
         append_jsonl(path, rows)
         append_jsonl(self.sums, [{"step": step, "file": str(path.relative_to(self.path)), "sha256": file_sum(path)}])
 
+    def has_kept(self, path: Path) -> bool:
+        """Whether the logs hold a file of a step."""
+        return any(row["file"] == str(path.relative_to(self.path)) for row in read_jsonl(self.sums))
+
     def is_done(self, fingerprint: str) -> bool:
         """Whether DONE exists with this fingerprint; `damage` checks the files themselves."""
         if not self.done.exists():
@@ -157,6 +167,21 @@ class NodeDir:
             return read_checked(self.done).get("fingerprint") == fingerprint
         except UserError:
             return False
+
+    @property
+    def scored_rollouts(self) -> int:
+        """Rollouts of a finished teacher cache whose distributions it holds; all of them where DONE does not say."""
+        return int(read_checked(self.done).get("scored", sys.maxsize))
+
+    def remove_distributions(self) -> None:
+        """Delete a finished cache's distributions: first from DONE, so that a killed process leaves no damage."""
+        path = self.cache / DISTRIBUTIONS
+        if path.exists() and self.done.exists():
+            done = read_checked(self.done)
+            done["sums"].pop(str(path.relative_to(self.path)), None)
+            write_checked(self.done, {**done, "scored": 0})
+            fault_points.failpoint("cache.released")
+            path.unlink(missing_ok=True)  # another worker's stage may have ended at the same time
 
     def finish(self, value: Mapping[str, Any]) -> None:
         """Write DONE with the checksums of all files except checkpoints (which have their own) and files of a step."""
@@ -282,6 +307,10 @@ class RunDir:
     @property
     def env(self) -> Path:
         return self.path / "env.json"
+
+    @property
+    def preflight(self) -> Path:
+        return self.path / "preflight.json"
 
     @property
     def day(self) -> Path:
