@@ -106,7 +106,11 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
             fault_points.failpoint("step.evaluated")
         return last
 
-    if measure(done) and done:
+    marks = logs.marks()
+    ended = measure(done)
+    if done and logs.marks() != marks:  # an interrupt had left it out: the checkpoint refers to it as any other does
+        save_checkpoint(folder, done, policy.model, optimizer, logs, policy.ranks)
+    if ended and done:
         return done
     for result in train_steps(policy, optimizer, source, objective, stage, range(done, steps), microbatch_tokens):
         step = result.step
