@@ -427,11 +427,11 @@ def test_damaged_log_is_rewritten_from_earlier_checkpoint_or_refused(
 
 def test_large_file_is_verified_whole_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headwater.errors import UserError
-    from headwater.storage import run_dir
+    from headwater.storage import node_dir
 
     out = copied(tmp_path)
-    monkeypatch.setattr(run_dir, "LARGE", 1 << 10)
-    folder = run_dir.NodeDir(node(out, "bridge_rl", "opd"))
+    monkeypatch.setattr(node_dir, "LARGE", 1 << 10)
+    folder = node_dir.NodeDir(node(out, "bridge_rl", "opd"))
     flip(folder.model / "model.safetensors")
     assert folder.damage() is None  # the size is the same, so the check at the start does not see it
     with pytest.raises(UserError, match=r"model\.safetensors: is damaged"):

@@ -126,7 +126,7 @@ def interrupting(function: Callable[..., Any], count: int) -> Callable[..., Any]
     return call
 
 
-def test_interrupt_while_measuring_keeps_the_step_and_resumes_exactly(tmp_path: Path) -> None:
+def test_interrupt_while_measuring_keeps_step_and_resumes_exactly(tmp_path: Path) -> None:
     """In condition C2 after the warm-up's last step (the student scores twice per measurement), then in an evaluation of stage 3."""
     out, scored = tmp_path / "out", "headwater.training.conditions.hidden_of"
     with mock.patch(scored, interrupting(conditions.hidden_of, 3)):

@@ -181,10 +181,11 @@ def test_only_run_dir_names_files_of_run() -> None:
     # Keys of recipes and reports ("evals", "nodes") are names of fields and not of files.
     fields = {"nodes", "evals"}
     for name, path in MODULES.items():
-        if name == "storage.run_dir" or folder(name) in ("cli", "report"):  # the last two tell users where to look
+        # The last two folders tell users where to look.
+        if name in ("storage.run_dir", "storage.node_dir") or folder(name) in ("cli", "report"):
             continue
         spelt = {text for text in strings(path) if text in RUN_FILES and text not in fields}
-        assert not spelt, f"{name} spells {spelt}; storage.run_dir knows them"
+        assert not spelt, f"{name} spells {spelt}; storage.run_dir and storage.node_dir know them"
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -88,7 +88,7 @@ def test_finished_run_skips_preflight(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
 
 
-def test_resumed_run_repeats_only_checks_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_repeats_only_machine_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examined: list[int] = []
 
     def examine(context: DoctorContext, checks: Sequence[Check], *tell: object) -> Examination:

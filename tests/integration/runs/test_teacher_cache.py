@@ -17,7 +17,7 @@ CHANGES = (
 )
 
 
-def test_cache_grows_for_an_arm_that_reads_more_and_is_scored_again(tmp_path: Path) -> None:
+def test_cache_grows_for_added_arm_and_is_scored_again(tmp_path: Path) -> None:
     """A step reads 16 of the 64 rollouts of the pool: the warm-up takes one, fine-tuning three."""
     out = tmp_path / "out"
     assert tiny("run", out, "--arm", "warmup_only", changes=CHANGES).code == 0

@@ -48,7 +48,7 @@ def test_inputs_are_read_lazily_and_once(calls: list[str]) -> None:
     assert len(calls) == 2
 
 
-def test_stage_reads_the_rollouts_of_its_steps_at_most_its_pool() -> None:
+def test_stage_reads_rollouts_of_its_steps_at_most_its_pool() -> None:
     """16 labels × 4 samples; 16 rollouts a step."""
     with RunInputs(find_recipe("pocket", list(TINY))) as inputs:
         warmup = inputs.recipe.stages.require("warmup")

@@ -154,7 +154,7 @@ def test_cache_does_not_depend_on_training_of_its_readers() -> None:
         assert cache_name(f"stages.warmup.{sampled}") != plain
 
 
-def test_cache_is_done_with_the_rollouts_of_its_unfinished_readers(tmp_path: Path) -> None:
+def test_cache_is_done_with_rollouts_of_its_unfinished_readers(tmp_path: Path) -> None:
     """Pools of 4 problems; the fake data's stages read as many rollouts as they have steps."""
     plan = plan_of(
         "stages.warmup.steps=2",

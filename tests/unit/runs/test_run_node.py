@@ -56,7 +56,7 @@ def test_cached_rollouts_are_read_once_per_epoch_in_new_order() -> None:
     assert [row.rollout.problem_id for row in other(0).rows] != epochs[0][:4]
 
 
-def test_cache_of_first_reads_gives_the_steps_of_a_whole_one() -> None:
+def test_cache_of_first_reads_gives_steps_of_whole_cache() -> None:
     pool = [
         replace(row, rollout=replace(row.rollout, sample=s))
         for s in (0, 1)

@@ -164,7 +164,7 @@ def test_node_is_done_only_for_its_own_fingerprint(tmp_path: Path) -> None:
     assert node.is_done("abc") and not node.is_done("abd")
 
 
-def test_cache_loses_its_distributions_and_is_undamaged_at_every_moment(tmp_path: Path) -> None:
+def test_cache_losing_its_distributions_is_never_damaged(tmp_path: Path) -> None:
     node = NodeDir(tmp_path)
     node.cache.mkdir()
     for name in ("rollouts.jsonl", DISTRIBUTIONS):
