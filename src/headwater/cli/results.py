@@ -121,7 +121,7 @@ def watch(
     "eval",
     epilog=examples(
         "headwater eval ./model --data test.jsonl --samples 4",
-        "headwater eval ./before ./after --data gsm8k.jsonl --data math.jsonl --temperature 0 --save both.json",
+        "headwater eval ./a ./b --data test.jsonl --temperature 0 --save both.json",
         "headwater eval --compare before.json after.json",
     ),
 )
