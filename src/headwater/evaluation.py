@@ -201,7 +201,7 @@ def _evaluate(
     grade: Verifier,
     section: Evaluate,
     settings: EvaluationSettings,
-    advance: Callable[[int, Mapping[str, float]], None],
+    advance: Callable[[int, dict[str, float]], None],
 ) -> Evaluation:
     """One model on one data set."""
     task = find_task(settings.task)

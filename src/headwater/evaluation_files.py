@@ -128,7 +128,7 @@ def _by_data(path: Path) -> dict[str, list[Mapping[str, Any]]]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         evaluations = values.get("evaluations", [values])
-        by_data = defaultdict(list)
+        by_data: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for evaluation in evaluations:
             shares = [float(share) for problem in evaluation["by_problem"].values() for share in problem.values()]
             if not all(0.0 <= share <= 1.0 for share in shares):
