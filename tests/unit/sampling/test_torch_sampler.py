@@ -229,7 +229,7 @@ def test_draw_tokens_never_returns_token_of_probability_zero() -> None:
     assert draw_tokens(logits, draws, Sampling())[0].tolist() == [1, 3, 1, 3]
 
 
-def test_draw_tokens_at_temperature_zero_takes_first_maximum_with_probability_one() -> None:
+def test_draw_tokens_at_temperature_zero_takes_first_maximum() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0], [1.0, -torch.inf, 0.0], [0.0, torch.nan, 1.0]])
     token, logp = draw_tokens(logits, torch.full((3,), 0.9, dtype=torch.float64), Sampling(temperature=0.0))
     assert token.tolist()[:2] == [1, 0] and logp.tolist()[:2] == [0.0, 0.0]
