@@ -23,7 +23,7 @@ MODULES = {
 ORDER = (
     "errors", "plugins", "types", "seeds", "stats", "kernels",
     "config", "storage", "tasks", "data", "distributed", "losses", "models", "sampling", "teachers", "training",
-    "runs", "runs.executors", "doctor", "report", "pipeline", "sweeps", "evaluation", "api", "cli", "__main__",
+    "runs", "runs.executors", "doctor", "report", "pipeline", "sweeps", "evaluation", "evaluation_files", "api", "cli", "__main__",
 )  # fmt: skip
 """Folders and top-level modules, lowest first. A module imports from its own folder and from those before it."""
 TORCH_FREE = {"errors", "plugins", "types", "seeds", "config", "storage", "tasks", "data", "report"}
