@@ -389,7 +389,7 @@ def test_protections_of_machine_are_named(
     assert list(data_checks.sandbox_layers(context_of(tmp_path))) == []
 
 
-def test_verifier_refuses_programs_that_machine_cannot_confine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verifier_refuses_programs_on_machine_without_seccomp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "layers", lambda: ())
     with Verifier("python", workers=1) as verifier, pytest.raises(UserError, match=r"cannot confine .* none"):
         verifier([python_tests.WARM_UP])
