@@ -139,6 +139,10 @@ def test_ordinary_tokenizer_needs_no_process(tokenizer: dict[str, Any], tmp_path
 
 IN_CHILD: dict[str, tuple[dict[str, Any], str | None]] = {
     "abort": (replaced(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}), "more than 20 seconds or 2048 MiB"),
+    "decoder": (
+        replaced(decoder={"type": "Strip", "content": "1", "start": 0, "stop": 2}),
+        "makes the tokenizers library fail",
+    ),
     "panic": (replaced(pre_tokenizer=split("(k|k|kk)+$")), "makes the tokenizers library fail"),
     "many ids": (
         replaced(
