@@ -80,8 +80,8 @@ def _problem(states: tuple[tuple[Path, int, int], ...], limit: int, rows: int | 
             holds = "no vocabulary reaches it" if rows is None else f"the model's largest weight has {rows} rows"
             return f"{name} gives a token the id {largest}, and {holds}"
     tokenizer = values.get("tokenizer.json")
-    for section in SECTIONS if tokenizer is not None else ():
-        parts = list(itertools.islice(_parts(tokenizer.get(section)), MAX_PARTS + 1))
+    for section in SECTIONS:
+        parts = list(itertools.islice(_parts(values.get("tokenizer.json", {}).get(section)), MAX_PARTS + 1))
         if len(parts) > MAX_PARTS:
             return f"the {section} in tokenizer.json has over {MAX_PARTS:,} parts"
         growth = math.prod(map(_growth, parts))
