@@ -78,59 +78,40 @@ Marks = Mapping[str, Sequence[Any]]
 """Offsets of a node's logs at a checkpoint: file name -> [bytes, sha256 of those bytes]."""
 
 
+class InFolder:
+    """Path of the file or folder of that name in the owner's `path`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: NodeDir | RunDir, kind: type[Any]) -> Path:
+        return owner.path / self.name
+
+
 @dataclass(frozen=True)
 class NodeDir:
     """The files of one node."""
 
     path: Path
 
+    info = InFolder("node.json")
+    metrics = InFolder("metrics.jsonl")
+    ledger = InFolder("ledger.jsonl")
+    conditions = InFolder("conditions.jsonl")
+    warnings = InFolder("warnings.jsonl")
+    model = InFolder("model")
+    cache = InFolder("cache")
+    done = InFolder("DONE")
+    failed = InFolder("FAILED")
+    sums = InFolder("sums.jsonl")
+
     @property
     def name(self) -> str:
         return self.path.name
 
     @property
-    def info(self) -> Path:
-        return self.path / "node.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.jsonl"
-
-    @property
-    def conditions(self) -> Path:
-        return self.path / "conditions.jsonl"
-
-    @property
-    def warnings(self) -> Path:
-        return self.path / "warnings.jsonl"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def cache(self) -> Path:
-        return self.path / "cache"
-
-    @property
-    def done(self) -> Path:
-        return self.path / "DONE"
-
-    @property
-    def failed(self) -> Path:
-        return self.path / "FAILED"
-
-    @property
     def attempts(self) -> Path:  # beside the nodes, because it says nothing about their results
         return self.path.parent.parent / "attempts" / f"{self.name}.json"
-
-    @property
-    def sums(self) -> Path:
-        return self.path / "sums.jsonl"
 
     @property
     def logs(self) -> tuple[Path, ...]:
@@ -275,69 +256,22 @@ class RunDir:
 
     path: Path
 
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.json"
-
-    @property
-    def env(self) -> Path:
-        return self.path / "env.json"
-
-    @property
-    def day(self) -> Path:
-        return self.path / "day.json"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.jsonl"
-
-    @property
-    def report_json(self) -> Path:
-        return self.path / "report.json"
-
-    @property
-    def report_html(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / ".lock"
-
-    @property
-    def left_out(self) -> Path:
-        return self.path / "left_out.jsonl"
-
-    @property
-    def problems(self) -> Path:
-        return self.path / "problems.jsonl"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def labels(self) -> Path:
-        return self.path / "labels.csv"
-
-    @property
-    def probe(self) -> Path:
-        return self.path / "probe.json"
-
-    @property
-    def probe_ledger(self) -> Path:
-        return self.path / "probe" / "ledger.jsonl"
-
-    @property
-    def trackers(self) -> Path:
-        return self.path / "trackers"
-
-    @property
-    def tracked(self) -> Path:
-        return self.path / "tracked.json"
+    recipe = InFolder("recipe.json")
+    env = InFolder("env.json")
+    day = InFolder("day.json")
+    plan = InFolder("plan.json")
+    ledger = InFolder("ledger.jsonl")
+    report_json = InFolder("report.json")
+    report_html = InFolder("report.html")
+    lock = InFolder(".lock")
+    left_out = InFolder("left_out.jsonl")
+    problems = InFolder("problems.jsonl")
+    figures = InFolder("figures")
+    labels = InFolder("labels.csv")
+    probe = InFolder("probe.json")
+    probe_ledger = InFolder("probe/ledger.jsonl")
+    trackers = InFolder("trackers")
+    tracked = InFolder("tracked.json")
 
     def node(self, name: str) -> NodeDir:
         return NodeDir(self.path / "nodes" / name)
