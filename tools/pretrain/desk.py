@@ -60,6 +60,10 @@ class CombinedOptimizer:
 
     parts: tuple[torch.optim.Optimizer, ...]
 
+    @property
+    def param_groups(self) -> list[Any]:
+        return [group for part in self.parts for group in part.param_groups]
+
     def state_dict(self) -> dict[str, Any]:
         state: dict[int, Any] = {}
         groups: list[Any] = []
