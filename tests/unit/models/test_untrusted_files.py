@@ -173,7 +173,7 @@ def test_model_folder_with_huge_text_file_is_refused_by_its_size(folder: Path) -
         ModelFolder.open(str(folder), "models.student")
 
 
-def test_config_that_asks_for_huge_tables_is_refused_before_allocation(tmp_path: Path) -> None:
+def test_config_asking_for_huge_tables_is_refused_before_allocation(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "gptj", "gptj", rotary_dim=8)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -182,7 +182,7 @@ def test_config_that_asks_for_huge_tables_is_refused_before_allocation(tmp_path:
         load_policy(ModelFolder.open(str(folder), "MODEL"), LoadOptions(MODELS, CPU, frozen=True))
 
 
-def test_config_whose_layout_takes_too_long_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_with_endless_layout_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LAYOUT_SECONDS", 0.2)
     monkeypatch.setattr("headwater.models.folder.AutoConfig.from_pretrained", lambda *given, **named: time.sleep(30))
     with pytest.raises(

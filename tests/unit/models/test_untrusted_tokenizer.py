@@ -96,7 +96,7 @@ def test_ids_of_other_tokenizer_files_are_compared_with_rows(name: str, tmp_path
     assert problem(tmp_path, {}, name=name) is None
 
 
-def test_setting_whose_name_native_code_would_print_is_refused(tmp_path: Path) -> None:
+def test_unprintable_name_of_setting_is_refused(tmp_path: Path) -> None:
     token = {"content": "<s>", "\x1b[2J": True}
     refusal = problem(tmp_path, {"added_tokens_decoder": {"1": token}}, name="tokenizer_config.json")
     assert refusal == "tokenizer_config.json holds a name with control characters"
