@@ -23,7 +23,8 @@ from headwater.cli.options import (
     parse_arms,
     recipe_changes,
 )
-from headwater.errors import RefusedError
+from headwater.config.builtin import builtin_names
+from headwater.errors import RefusedError, UserError
 
 commands = typer.Typer()
 
@@ -125,6 +126,10 @@ def validate(
     from headwater.config.recipe import Columns, Source
     from headwater.data.validate import validate as validate_source
 
+    if data.endswith((".yaml", ".yml")) or data in builtin_names():
+        raise UserError(
+            f"validate {data}: reads a file of problems; `headwater doctor {data}` checks a recipe and its data"
+        )
     columns = Columns(problem=problem_column, answer=answer_column)
     result = validate_source(Source(path=data, columns=columns), task)
     for warning in result.warnings:

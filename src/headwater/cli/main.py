@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,6 @@ app = typer.Typer(
     name="headwater",
     help="Post-train language models when labels are scarce: rewards for the teacher, distillation into the student.",
     epilog=examples("headwater demo", "headwater init pocket > my.yaml", "headwater run my.yaml --dry-run"),
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -95,12 +94,41 @@ for commands in (run.commands, single_stage.commands, recipes.commands, checks.c
     app.add_typer(commands)
 
 
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""A command line that cannot be parsed; typer does not export it by name."""
+
+
+def usage_sentence(error: Any) -> str:
+    """What is wrong with a command line, and what would be right.
+
+    Example: `run: missing argument 'RECIPE': A YAML file, or a built-in recipe: …; for example: headwater run pocket --set …`.
+    """
+    message, context = error.format_message().rstrip("."), error.ctx
+    sentence = f"{message[:1].lower()}{message[1:]}"
+    if context is None or context.parent is None:
+        return f"{sentence}; `headwater --help` lists the commands"
+    verb, option = context.info_name, getattr(error, "option_name", None)
+    example = next((line.strip() for line in (context.command.epilog or "").splitlines() if "headwater " in line), "")
+    if option is not None:
+        others = context.parent.command.commands.items()
+        owners = [name for name, command in others if any(option in param.opts for param in command.params)]
+        if owners:
+            sentence = f"no such option: {option}, which belongs to {', '.join(owners)}"
+        return f"{verb}: {sentence}; `headwater {verb} --help` lists the options of {verb}"
+    wanted = str(getattr(getattr(error, "param", None), "help", None) or "").rstrip(".") if "issing" in message else ""
+    return f"{verb}: {sentence}{f': {wanted}' if wanted else ''}; for example: {example}"
+
+
 def main() -> None:
     """Entry point of `headwater …` and `python -m headwater …`."""
     with exit_codes():
         if launched_by_torchrun() and not {"run", "study", "demo", "distill", "grpo"} & set(sys.argv[1:2]):
             raise UserError("torchrun: only run, study, demo, distill and grpo run in several processes")
-        app()
+        try:
+            code = app(sys.argv[1:] or ["--help"], prog_name="headwater", standalone_mode=False)
+        except USAGE_ERROR as error:
+            raise UserError(usage_sentence(error)) from None
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -349,7 +349,8 @@ class RunDir:
     def refuse_other(self, recipe: dict[str, Any]) -> None:
         """Raise UserError when the folder cannot hold this recipe's run; writes nothing.
 
-        The seed may differ: a study adds seeds to the same folder. So may other FREE fields.
+        The seed may differ: a study adds seeds to the same folder. So may other FREE fields, and the part of a path that the
+        working directory decides; what the files hold is part of every node's fingerprint.
         """
         try:
             if self.path.exists() and not self.path.is_dir():
