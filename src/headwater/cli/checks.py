@@ -41,6 +41,7 @@ def doctor(
     out: Out = None,
     set_: Set = None,
     device: Device = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="List the checks that were done.")] = False,
     json_: Json = False,
 ) -> None:
     """Check everything that could fail or spoil a run; exit 3 with named findings. `run` and `study` do this first."""
@@ -56,7 +57,7 @@ def doctor(
     set_up(resolved.compute)
     with progress_display(quiet=json_).task("checking") as tell:
         diagnosis = diagnose(resolved, names, [resolved.seed], folder, tell)
-    print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text())
+    print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text(verbose))
     if diagnosis.errors:
         raise RefusedError(f"refused: {diagnosis.error_names}")
 

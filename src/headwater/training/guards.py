@@ -237,12 +237,12 @@ class NoSignalGuard:
 
     Call `check` after the step's ledger row and rollouts are written: the sentence counts labels and outcomes from them.
 
-    steps  length of the stage, which may be shorter than `guards.patience`
+    steps  length of the stage; one shorter than `guards.patience`, as in a first try, is not stopped: `no_variance` warns of it
     pool   number of labels that the stage may look at
     """
 
     def __init__(self, guards: Guards, stage: StageOutcomes, steps: int, pool: int) -> None:
-        self._step = min(guards.patience, steps) if guards.no_signal == "stop" else None
+        self._step = guards.patience if guards.no_signal == "stop" and steps >= guards.patience else None
         self._stage, self._steps, self._pool = stage, steps, pool
         self._informative = False
 

@@ -24,7 +24,7 @@ from headwater.data.labels import Pools
 from headwater.doctor import checks, context, data_checks, prompt_checks, resource_checks
 from headwater.doctor.checks import CHECKS, Examination, diagnose, examine, preflight
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import UNREADABLE, Finding
+from headwater.doctor.finding import UNREADABLE, Finding, error, note, told_once, warning
 from headwater.doctor.prompt_checks import thinking_state
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
@@ -265,14 +265,9 @@ def test_template_with_forced_thinking_is_named(tmp_path: Path) -> None:
 
 
 def test_dropped_system_prompt_is_named(tmp_path: Path) -> None:
-    assert (
-        "models.teacher"
-        in [
-            finding
-            for finding in light(tmp_path, "prompt.system=Add up.").findings
-            if finding.name == "system-without-effect"
-        ][1].evidence
-    )
+    result = light(tmp_path, "prompt.system=Add up.")
+    (finding,) = (finding for finding in result.findings if finding.name == "system-without-effect")
+    assert finding.evidence.startswith("models.student and models.teacher: ")
 
 
 def test_thinking_state_is_read_from_prompt() -> None:
@@ -703,3 +698,20 @@ def finding_names() -> set[str]:
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Finding", "error", "warning", "note"):
                 names |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
     return names
+
+
+def test_doctor_tells_errors_last_and_same_finding_of_two_models_once() -> None:
+    pads = [note("pad-is-eos", f"models.{role}: id 2 both pads and ends", "nothing") for role in ("student", "teacher")]
+    others = [error("bad", "data.labeled: row 3", "mend it"), warning("odd", "models.teacher: id 9", "look"), *pads]
+    result = Examination(told_once(others), ("data files", "memory"), ("lengths of completions",))
+    assert result.text().splitlines() == [
+        "note pad-is-eos: models.student and models.teacher: id 2 both pads and ends",
+        "    -> nothing",
+        "warning odd: models.teacher: id 9",
+        "    -> look",
+        "2 checks done (--verbose lists them)",
+        "1 check not done, because of the errors below",
+        "error bad: data.labeled: row 3",
+        "    -> mend it",
+    ]
+    assert "2 checks done: data files, memory\n" in result.text(verbose=True)
