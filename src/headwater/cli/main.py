@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from headwater.cli import checks, recipes, results, run, single_stage
-from headwater.cli.options import examples, exit_codes, launched_by_torchrun
+from headwater.cli.options import AnswerColumn, ProblemColumn, examples, exit_codes, launched_by_torchrun
 from headwater.config.builtin import builtin_names
 from headwater.errors import UserError
 
@@ -42,6 +42,7 @@ def options(
     epilog=examples(
         "headwater init gsm8k > my.yaml",
         "headwater init mine --student S --teacher T --data train.jsonl > my.yaml",
+        "headwater init mine --student S --teacher T --data F --problem text --answer y",
         "headwater init --all > all-fields.yaml",
     )
 )
@@ -63,6 +64,11 @@ def init(
         str | None, typer.Option("--evals", help="mine: file to evaluate on; without it, a part of --data is held out.")
     ] = None,
     task: Annotated[str | None, typer.Option("--task", help="mine: the grader, if the answers do not show it.")] = None,
+    problem: ProblemColumn = None,
+    answer: AnswerColumn = None,
+    tag: Annotated[
+        str | None, typer.Option("--tag", help="Column that selects a problem's teacher, where there are several.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")
     ] = None,
@@ -74,7 +80,7 @@ def init(
     if all_ and name is not None:
         raise UserError(f"init {name} --all: --all prints a recipe of its own; leave one of the two out")
     if name != "mine":
-        if any(value is not None for value in (student, teacher, data, evals, task, device)):
+        if any(value is not None for value in (student, teacher, data, evals, task, problem, answer, tag, device)):
             raise UserError(
                 "init: the options of models, data and device belong to `headwater init mine`, not to a built-in recipe"
             )
@@ -85,9 +91,11 @@ def init(
         return
     if student is None or teacher is None or data is None:
         raise UserError("init mine: needs --student, --teacher and --data")
+    from headwater.config.recipe import Columns
     from headwater.doctor.fit import FitRequest, fitted_recipe
 
-    print(fitted_recipe(FitRequest(student, teacher, data, evals, task, device or "auto")), end="")
+    columns = Columns(problem=problem, answer=answer, tag=tag)
+    print(fitted_recipe(FitRequest(student, teacher, data, evals, task, device or "auto", columns)), end="")
 
 
 for commands in (run.commands, single_stage.commands, recipes.commands, checks.commands, results.commands):

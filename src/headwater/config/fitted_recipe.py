@@ -248,6 +248,8 @@ class FittedRecipe:
         data, share = self.data, self.data.held_out_share
         labeled: dict[str, Any] = {"path": data.path}
         held_out: dict[str, Any] = {"path": data.evals_path}
+        if data.columns:
+            labeled["columns"] = held_out["columns"] = dict(data.columns)
         above = below = ""
         if share is not None:
             labeled["hash_range"], held_out["hash_range"] = [share, 1], [0, share]

@@ -203,3 +203,26 @@ def test_sampling_settings_come_from_generation_config(tmp_path: Path) -> None:
     recipe = recipe_of(data=sums(tmp_path / "sums.jsonl", 40), student=folder, teacher=folder)
     sampling = recipe.evaluate.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.8, 20)
+
+
+def test_named_columns_are_read_and_written_into_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    rows = [{"aufgabe": f"{n}+7", "loesung": str(n + 7), "fach": "sums", "label": "x"} for n in range(10, 60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = ("--problem", "aufgabe", "--answer", "loesung", "--tag", "fach")
+    made = call("init", "mine", "--student", STUDENT, "--teacher", TEACHER, "--data", path, "--device", "cpu", *named)
+    assert made.code == 0, made.err
+    recipe = parse_recipe(yaml.read(made.out, ""), "")
+    for source in (recipe.data.labeled, recipe.data.evals["held_out"]):
+        assert source.columns.model_dump() == {"problem": "aufgabe", "answer": "loesung", "tag": "fach"}
+    with RunInputs(recipe) as inputs:
+        assert set(inputs.labeled.gold.values()) <= {row["loesung"] for row in rows}
+
+
+def test_unknown_columns_are_refused_with_options_that_name_them(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"aufgabe": "1+2", "loesung": "3"}\n' * 20)
+    with pytest.raises(
+        UserError, match=r"its columns are aufgabe, loesung; name one in columns.problem \(--problem\)$"
+    ):
+        written(data=str(path))
