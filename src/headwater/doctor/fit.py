@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from headwater.config import yaml
+from headwater.config.arms import OWN_STAGES
 from headwater.config.fitted import TEMPLATES, DataFacts, DeviceFacts, ModelFacts, forms
 from headwater.config.fitted_recipe import FittedRecipe
-from headwater.config.recipe import Columns, Prompt, Source, parse_recipe
+from headwater.config.recipe import Columns, Prompt, Recipe, Source, parse_recipe
 from headwater.data.describe import describe
 from headwater.data.sources import LoadedProblems, content_fraction, load, without_leaks
 from headwater.doctor.resource_checks import free_memory
@@ -80,10 +81,62 @@ def fitted_recipe(request: FitRequest) -> str:
     )
 
 
-def peak_bytes(inputs: RunInputs) -> float:
+def peak_bytes(inputs: RunInputs, arm: str = FITTED_ARM) -> float:
     """Memory of the stage that needs most, as `run --dry-run` estimates it."""
-    plan = make_plan(inputs.recipe, [FITTED_ARM], [inputs.recipe.seed], inputs.content())
+    plan = make_plan(inputs.recipe, [arm], [inputs.recipe.seed], inputs.content())
     return max(estimate.peak for estimate in estimates(plan, inputs))
+
+
+def fitted_stage(read: Callable[[Mapping[str, Any]], Recipe], device_name: str) -> tuple[dict[str, Any], str]:
+    """(values by field, what they rest on in words) for the one stage of a recipe, by the rules of `init mine`.
+
+    read  the recipe with such values where the user gives none
+
+    Raises UserError for files that cannot be read, and where the stage does not fit into the device's memory.
+    """
+    recipe = read({})
+    ((stage, settings),) = recipe.stages.named.items()
+    field_ = "data.labeled" if settings.needs_labels else "data.unlabeled"
+    folders = [
+        ModelFolder.open(name, field, recipe.models.trust_remote_code)
+        for role in ("student", "teacher")
+        for field, name in recipe.models.named(role).items()
+        if not is_served(name)
+    ]
+    device, student = device_facts(device_name), folders[0]
+    facts = [model_facts(folder) for folder in folders]
+    largest = max(facts, key=lambda model: model.parameters)
+    inputs = RunInputs(recipe)
+    with inputs:
+        source, loaded = inputs.data_fields[field_], inputs.decontaminated(field_)
+        solutions = describe(source, f"{field_}: {source.path}").solutions if source.path is not None else ()
+    data = DataFacts(
+        field_, field_, recipe.task or "", "", len(loaded.problems), 0, None,
+        longest_prompt(student, recipe.prompt.template, loaded.problems),
+        token_lengths(student, solutions) if solutions else None, True,
+    )  # fmt: skip
+    peaks = []
+    for form in forms(device.kind):
+        if form.adapted == ("teacher",):
+            continue  # it does not train here
+        given = recipe.models.lora is not None
+        fitted = FittedRecipe(
+            facts[0], largest, data, device, replace(form, adapted=("teacher", "student")) if given else form
+        )
+        values = fitted.stage_values(stage, settings.needs_labels)
+        if given:
+            del values["models.lora"]
+        if not recipe.data.evals:
+            del values["evaluate.sampling.max_tokens"]
+        inputs = replace(inputs, recipe=read(values))
+        with inputs:
+            peaks.append(peak_bytes(inputs, OWN_STAGES))
+        if peaks[-1] <= USABLE_MEMORY * device.memory:
+            return values, f"{device.name} with {device.memory / 2**30:.1f} GiB free"
+    raise UserError(
+        f"models.student: {student.name} needs at least {min(peaks) / 2**30:.1f} GiB with adapters and gradient checkpointing, and "
+        f"{device.name} has {device.memory / 2**30:.1f} GiB free; name a smaller model, or use a larger device"
+    )
 
 
 # Models -----------------------------------------------------------------------------------------------------------------

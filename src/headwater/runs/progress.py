@@ -107,7 +107,10 @@ def progress_display(quiet: bool = False) -> ProgressDisplay:
                 if to_log and line:
                     say(line)
 
-            yield NodeProgress(start, advance, lambda: False, partial(warn, head))
+            def part(name: str) -> None:
+                bars.update(task, description=f"{head}: {name}" if name else head)
+
+            yield NodeProgress(start, advance, lambda: False, partial(warn, head), part=part)
         end = f"{head}: {time.perf_counter() - began:.1f} s  {text}{study_state}"
         say(end.rstrip())
 

@@ -42,13 +42,15 @@ class StageMeasurements:
         """Measure the policy after `step` steps; return what joins the step's row of metrics.jsonl."""
         if step == 0:
             self._say_what_is_measured()
-        self._condition_c2(step, last)
+        part = self.context.progress.part
+        if self._schedule.due(step, last):
+            part("measuring C2")
+            self._condition_c2(step)
+            part("")
         return self._validation(step)
 
-    def _condition_c2(self, step: int, last: bool) -> None:
-        """Write a row of conditions.jsonl at the first and the last step and every `conditions.every` steps."""
-        if not self._schedule.due(step, last):
-            return
+    def _condition_c2(self, step: int) -> None:
+        """Write a row of conditions.jsonl."""
         settings = self.context.inputs.recipe.conditions
         started = time.perf_counter()
         with after_step(step):

@@ -25,6 +25,7 @@ OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, f
                DONE                     the node's fingerprint, the checksums of its files, and its own
                FAILED                   {"sentence", "code"} of a node that failed, and the "traceback" of an unexpected error
 OUT/attempts/NODE.json     {"worker", "started", "ended"} of each time the node ran, for the report's timeline
+OUT/attempts/NODE.now.json what the node does at this moment; removed when it ends
 OUT/trackers/ tracked.json files of trackers; last step of each node that was sent to them
 OUT/.lock .locks/NODE      locked by the process that runs in the folder, and the one that runs the node
 """
@@ -78,6 +79,16 @@ Marks = Mapping[str, Sequence[Any]]
 """Offsets of a node's logs at a checkpoint: file name -> [bytes, sha256 of those bytes]."""
 
 
+class _Inside:
+    """A file or folder as an attribute of the directory object that holds it."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+
+    def __get__(self, directory: NodeDir | RunDir, kind: object = None) -> Path:
+        return directory.path.joinpath(*self._names)
+
+
 @dataclass(frozen=True)
 class NodeDir:
     """The files of one node."""
@@ -88,49 +99,24 @@ class NodeDir:
     def name(self) -> str:
         return self.path.name
 
-    @property
-    def info(self) -> Path:
-        return self.path / "node.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.jsonl"
-
-    @property
-    def conditions(self) -> Path:
-        return self.path / "conditions.jsonl"
-
-    @property
-    def warnings(self) -> Path:
-        return self.path / "warnings.jsonl"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def cache(self) -> Path:
-        return self.path / "cache"
-
-    @property
-    def done(self) -> Path:
-        return self.path / "DONE"
-
-    @property
-    def failed(self) -> Path:
-        return self.path / "FAILED"
+    info = _Inside("node.json")
+    metrics = _Inside("metrics.jsonl")
+    ledger = _Inside("ledger.jsonl")
+    conditions = _Inside("conditions.jsonl")
+    warnings = _Inside("warnings.jsonl")
+    model = _Inside("model")
+    cache = _Inside("cache")
+    done = _Inside("DONE")
+    failed = _Inside("FAILED")
+    sums = _Inside("sums.jsonl")
 
     @property
     def attempts(self) -> Path:  # beside the nodes, because it says nothing about their results
         return self.path.parent.parent / "attempts" / f"{self.name}.json"
 
     @property
-    def sums(self) -> Path:
-        return self.path / "sums.jsonl"
+    def now(self) -> Path:
+        return self.attempts.with_suffix(".now.json")
 
     @property
     def logs(self) -> tuple[Path, ...]:
@@ -275,69 +261,22 @@ class RunDir:
 
     path: Path
 
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.json"
-
-    @property
-    def env(self) -> Path:
-        return self.path / "env.json"
-
-    @property
-    def day(self) -> Path:
-        return self.path / "day.json"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.jsonl"
-
-    @property
-    def report_json(self) -> Path:
-        return self.path / "report.json"
-
-    @property
-    def report_html(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / ".lock"
-
-    @property
-    def left_out(self) -> Path:
-        return self.path / "left_out.jsonl"
-
-    @property
-    def problems(self) -> Path:
-        return self.path / "problems.jsonl"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def labels(self) -> Path:
-        return self.path / "labels.csv"
-
-    @property
-    def probe(self) -> Path:
-        return self.path / "probe.json"
-
-    @property
-    def probe_ledger(self) -> Path:
-        return self.path / "probe" / "ledger.jsonl"
-
-    @property
-    def trackers(self) -> Path:
-        return self.path / "trackers"
-
-    @property
-    def tracked(self) -> Path:
-        return self.path / "tracked.json"
+    recipe = _Inside("recipe.json")
+    env = _Inside("env.json")
+    day = _Inside("day.json")
+    plan = _Inside("plan.json")
+    ledger = _Inside("ledger.jsonl")
+    report_json = _Inside("report.json")
+    report_html = _Inside("report.html")
+    lock = _Inside(".lock")
+    left_out = _Inside("left_out.jsonl")
+    problems = _Inside("problems.jsonl")
+    figures = _Inside("figures")
+    labels = _Inside("labels.csv")
+    probe = _Inside("probe.json")
+    probe_ledger = _Inside("probe", "ledger.jsonl")
+    trackers = _Inside("trackers")
+    tracked = _Inside("tracked.json")
 
     def node(self, name: str) -> NodeDir:
         return NodeDir(self.path / "nodes" / name)
