@@ -220,7 +220,7 @@ def test_named_columns_are_read_and_written_into_recipe(tmp_path: Path) -> None:
         assert set(inputs.labeled.gold.values()) <= {row["loesung"] for row in rows}
 
 
-def test_unknown_columns_are_refused_with_options_that_name_them(tmp_path: Path) -> None:
+def test_unknown_columns_are_refused_with_options_naming_them(tmp_path: Path) -> None:
     path = tmp_path / "odd.jsonl"
     path.write_text('{"aufgabe": "1+2", "loesung": "3"}\n' * 20)
     with pytest.raises(

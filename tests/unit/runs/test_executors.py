@@ -192,9 +192,9 @@ def test_exit_reason_names_code_or_signal() -> None:
     assert exit_reason(3) == "ended with code 3" and exit_reason(-15) == "was killed by SIGTERM"
 
 
-def test_node_notes_what_it_does_while_it_runs(tmp_path: Path) -> None:
-    folder, told = RunDir(tmp_path).node("opd.s0.1a2b"), []
-    shown = NodeProgress(lambda *start: told.append(start), lambda *more: told.append(more), lambda: False)
+def test_running_node_writes_its_work_to_file(tmp_path: Path) -> None:
+    folder, calls = RunDir(tmp_path).node("opd.s0.1a2b"), []
+    shown = NodeProgress(lambda *start: calls.append(start), lambda *more: calls.append(more), lambda: False)
     with recorded_progress(folder, shown) as progress:
         progress.start(2, 8, "completions")
         progress.advance(3, {})
@@ -207,4 +207,4 @@ def test_node_notes_what_it_does_while_it_runs(tmp_path: Path) -> None:
             "completions",
             "measuring C2",
         )
-    assert told == [(2, 8, "completions"), (3, {})] and not folder.now.exists()
+    assert calls == [(2, 8, "completions"), (3, {})] and not folder.now.exists()

@@ -228,10 +228,10 @@ def test_joined_ledger_has_node_ledgers_in_name_order(tmp_path: Path) -> None:
     ],
 )
 def test_paths_from_other_working_directory_are_no_difference(other: str, difference: str | None) -> None:
-    one, two = ({"data": {"labeled": {"path": path, "split": "train"}}} for path in ("data/train.jsonl", other))
-    assert first_difference(one, two) == difference
+    first, second = ({"data": {"labeled": {"path": path, "split": "train"}}} for path in ("data/train.jsonl", other))
+    assert first_difference(first, second) == difference
 
 
-def test_text_that_is_no_path_must_be_equal() -> None:
+def test_texts_other_than_paths_must_be_equal() -> None:
     templates = [{"prompt": {"template": text}} for text in ("a/b", "b")]
     assert first_difference(*templates) == "prompt.template"
