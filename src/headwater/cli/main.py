@@ -93,9 +93,12 @@ def init(
         raise UserError("init mine: needs --student, --teacher and --data")
     from headwater.config.recipe import Columns
     from headwater.doctor.fit import FitRequest, fitted_recipe
+    from headwater.runs.progress import progress_display
 
     columns = Columns(problem=problem, answer=answer, tag=tag)
-    print(fitted_recipe(FitRequest(student, teacher, data, evals, task, device or "auto", columns)), end="")
+    with progress_display().task("reading models and data, measuring the device"):
+        recipe = fitted_recipe(FitRequest(student, teacher, data, evals, task, device or "auto", columns))
+    print(recipe, end="")
 
 
 for commands in (run.commands, single_stage.commands, recipes.commands, checks.commands, results.commands):

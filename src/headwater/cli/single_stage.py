@@ -101,10 +101,13 @@ def run_stage(
         values = recorded_values(options.out or Path("runs") / recipe.name)
         if values is None and not (options.dry_run and names_hub_model(recipe)):  # a dry run fetches nothing
             from headwater.doctor.fit import fitted_stage
+            from headwater.runs.progress import progress_display
 
             device = (execution.on or "").lstrip("0123456789").removeprefix("x") or recipe.compute.device
-            values, place = fitted_stage(read_with, device)
-            shown = ", ".join(f"{field}={json.dumps(value)}" for field, value in values.items())
+            with progress_display(quiet=options.json_).task("fitting the stage to models, data and device"):
+                values, place = fitted_stage(read_with, device)
+            own = [field for field in values if not any(change.startswith(field) for change in options.changes)]
+            shown = ", ".join(f"{field}={json.dumps(values[field])}" for field in own)
             print(f"fitted to {place}: {shown}; --set changes any", file=sys.stderr)
         return read_with(values or {})
 

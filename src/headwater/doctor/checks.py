@@ -20,7 +20,7 @@ from headwater.doctor import resource_checks as resources
 from headwater.doctor import teacher_checks as teachers
 from headwater.doctor import weight_checks as weights
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, told_once, try_each, unreadable
+from headwater.doctor.finding import Finding, texts, told_once, try_each, unreadable
 from headwater.errors import RefusedError, UserError
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Plan
@@ -132,11 +132,11 @@ class Examination:
     def text(self, verbose: bool = False) -> str:
         """Every finding and how many checks ran, errors last: nearest to the prompt. `verbose` lists the checks by title."""
         by_severity = {
-            severity: [finding.text() for finding in self.findings if finding.severity == severity]
+            severity: texts([finding for finding in self.findings if finding.severity == severity])
             for severity in ("note", "warning", "error")
         }
         errors = by_severity.pop("error")
-        lines = [text for texts in by_severity.values() for text in texts]
+        lines = [text for listed in by_severity.values() for text in listed]
         hint = "" if verbose else " (--verbose lists them)"
         lines.append(f"{counted(len(self.checked), 'check')} done{_listed(self.checked, verbose)}{hint}")
         if self.unchecked:

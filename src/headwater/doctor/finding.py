@@ -60,6 +60,18 @@ def told_once(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     )
 
 
+def texts(findings: Iterable[Finding]) -> list[str]:
+    """The findings in words; a remedy that several of one name share follows the last of them."""
+    by_remedy: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        by_remedy.setdefault((finding.name, finding.remedy), []).append(finding)
+    return [
+        line
+        for *others, last in by_remedy.values()
+        for line in (*(other.text().partition("\n")[0] for other in others), last.text())
+    ]
+
+
 UNREADABLE: Mapping[Part, tuple[str, str]] = {
     "task": ("task-unusable", "set task to sums, maths, or package.module:function of a module that imports from here"),
     "data": ("data-unreadable", "fix the file or the field that the sentence names"),

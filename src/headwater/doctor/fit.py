@@ -132,7 +132,7 @@ def fitted_stage(read: Callable[[Mapping[str, Any]], Recipe], device_name: str) 
         with inputs:
             peaks.append(peak_bytes(inputs, OWN_STAGES))
         if peaks[-1] <= USABLE_MEMORY * device.memory:
-            return values, f"{device.name} with {device.memory / 2**30:.1f} GiB free"
+            return values, f"{device.name}, {device.memory / 2**30:.1f} GiB free"
     raise UserError(
         f"models.student: {student.name} needs at least {min(peaks) / 2**30:.1f} GiB with adapters and gradient checkpointing, and "
         f"{device.name} has {device.memory / 2**30:.1f} GiB free; name a smaller model, or use a larger device"

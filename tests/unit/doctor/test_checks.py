@@ -24,7 +24,7 @@ from headwater.data.labels import Pools
 from headwater.doctor import checks, context, data_checks, prompt_checks, resource_checks
 from headwater.doctor.checks import CHECKS, Examination, diagnose, examine, preflight
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import UNREADABLE, Finding, error, note, told_once, warning
+from headwater.doctor.finding import UNREADABLE, Finding, error, note, texts, told_once, warning
 from headwater.doctor.prompt_checks import thinking_state
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
@@ -715,3 +715,14 @@ def test_doctor_tells_errors_last_and_same_finding_of_two_models_once() -> None:
         "    -> mend it",
     ]
     assert "2 checks done: data files, memory\n" in result.text(verbose=True)
+
+
+def test_remedy_of_two_findings_of_one_name_is_printed_once() -> None:
+    long = [
+        note("lengths-not-judged", f"models.{role}: {count} of 4", "run it") for role, count in (("a", 4), ("b", 3))
+    ]
+    assert texts([long[0], note("other", "x", "y"), long[1]]) == [
+        "note lengths-not-judged: models.a: 4 of 4",
+        "note lengths-not-judged: models.b: 3 of 4\n    -> run it",
+        "note other: x\n    -> y",
+    ]

@@ -263,7 +263,7 @@ def test_single_stage_is_fitted_like_recipe(
     )
     monkeypatch.setattr(fit, "peak_bytes", lambda inputs, arm: needs.pop(0) * 2**30)
     values, place = fit.fitted_stage(stage_reader(sums(tmp_path / "sums.jsonl", 200), stage), "auto")
-    assert {name: values.get(name) for name in expected} == expected and place.startswith("here with ")
+    assert {name: values.get(name) for name in expected} == expected and place.startswith("here, ")
     signal, adapters = "teacher" if stage == "opd" else "reward", "models.lora" in values
     parameters = ModelFolder.open(STUDENT, "").shape.parameters
     assert values[f"stages.{stage}.optim.lr"] == suggested_rate(signal, adapters, parameters)

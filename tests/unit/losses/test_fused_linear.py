@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headwater.losses import token_losses
-from headwater.losses.distributions import Distributions, Exact, FromHidden, LinearHead, TopK
+from headwater.losses.distributions import Composed, Distributions, Exact, FromHidden, LinearHead, TopK
 from headwater.losses.logprobs import loss_and_stats, token_stats
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
@@ -24,8 +24,10 @@ DIVERGENCES = {
     "forward": token_losses.FORWARD,
     "jsd": token_losses.jensen_shannon(0.5),
     "jsd tenth": token_losses.jensen_shannon(0.1),
+    "skewed": token_losses.skewed(0.9),
+    "entropy aware": token_losses.entropy_aware(1.2),
 }
-FORMS = ("hidden", "exact", "top")
+FORMS = ("hidden", "exact", "top", "composed")
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -42,7 +44,11 @@ def teacher_of(form: str, dtype: torch.dtype = torch.float64, temperature: float
     from_hidden = FromHidden(random(N, HT, seed=5, dtype=dtype), head_of(HT, 6, dtype), temperature)
     logp = from_hidden.materialize().logp_NV
     kept = logp.topk(4, dim=-1)
-    return {"hidden": from_hidden, "exact": Exact(logp), "top": TopK(kept.indices, kept.values)}[form]
+    other = FromHidden(random(N, HT + 1, seed=15, dtype=dtype), head_of(HT + 1, 16, dtype), temperature)
+    composed = Composed((from_hidden, other, Exact(logp)), (1.25, -0.5, 0.25))
+    return {"hidden": from_hidden, "exact": Exact(logp), "top": TopK(kept.indices, kept.values), "composed": composed}[
+        form
+    ]
 
 
 def targets() -> Tensor:
@@ -261,7 +267,7 @@ def watched() -> Iterator[OperationLog]:
         yield mode
 
 
-@pytest.mark.parametrize("form", ["hidden", "top"])
+@pytest.mark.parametrize("form", ["hidden", "top", "composed"])
 def test_fused_loss_never_allocates_logits_of_all_tokens(form: str) -> None:
     count, chunk = 4000, 16 * V
     hidden = random(count, H, seed=1).requires_grad_()
@@ -269,7 +275,11 @@ def test_fused_loss_never_allocates_logits_of_all_tokens(form: str) -> None:
     head.weight_VH.requires_grad_()
     from_hidden = FromHidden(random(count, HT, seed=5), head_of(HT, 6), 1.0)
     kept = from_hidden.materialize().logp_NV.topk(4, dim=-1)
-    teacher = from_hidden if form == "hidden" else TopK(kept.indices, kept.values)
+    teacher = {
+        "hidden": from_hidden,
+        "top": TopK(kept.indices, kept.values),
+        "composed": Composed((from_hidden, from_hidden), (1.25, -0.25)),
+    }[form]
     with watched() as log:
         loss, _ = loss_and_stats(
             hidden, head, TokenInputs(torch.zeros(count, dtype=torch.long), 1.0, teacher, token_losses.REVERSE),
