@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from headwater.cli import checks, recipes, results, run, single_stage
-from headwater.cli.options import AnswerColumn, ProblemColumn, examples, exit_codes, launched_by_torchrun
+from headwater.cli.options import FitOptions, examples, exit_codes, launched_by_torchrun, with_options
 from headwater.config.builtin import builtin_names
 from headwater.errors import UserError
 
@@ -46,7 +46,9 @@ def options(
         "headwater init --all > all-fields.yaml",
     )
 )
+@with_options
 def init(
+    options: FitOptions,
     name: Annotated[
         str | None,
         typer.Argument(
@@ -57,21 +59,6 @@ def init(
     all_: Annotated[
         bool, typer.Option("--all", help="Print every field at its default, with its description.")
     ] = False,
-    student: Annotated[str | None, typer.Option("--student", help="mine: folder or hub id of the student.")] = None,
-    teacher: Annotated[str | None, typer.Option("--teacher", help="mine: folder or hub id of the teacher.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="mine: file of problems with answers.")] = None,
-    evals: Annotated[
-        str | None, typer.Option("--evals", help="mine: file to evaluate on; without it, a part of --data is held out.")
-    ] = None,
-    task: Annotated[str | None, typer.Option("--task", help="mine: the grader, if the answers do not show it.")] = None,
-    problem: ProblemColumn = None,
-    answer: AnswerColumn = None,
-    tag: Annotated[
-        str | None, typer.Option("--tag", help="Column that selects a problem's teacher, where there are several.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")
-    ] = None,
 ) -> None:
     """Print a commented recipe to start from.
 
@@ -80,7 +67,7 @@ def init(
     if all_ and name is not None:
         raise UserError(f"init {name} --all: --all prints a recipe of its own; leave one of the two out")
     if name != "mine":
-        if any(value is not None for value in (student, teacher, data, evals, task, problem, answer, tag, device)):
+        if options != FitOptions():
             raise UserError(
                 "init: the options of models, data and device belong to `headwater init mine`, not to a built-in recipe"
             )
@@ -89,15 +76,23 @@ def init(
 
         print(full_recipe() if all_ else builtin_text(name or "pocket"), end="")
         return
-    if student is None or teacher is None or data is None:
+    if options.student is None or options.teacher is None or options.data is None:
         raise UserError("init mine: needs --student, --teacher and --data")
     from headwater.config.recipe import Columns
     from headwater.doctor.fit import FitRequest, fitted_recipe
     from headwater.runs.progress import progress_display
 
-    columns = Columns(problem=problem, answer=answer, tag=tag)
+    request = FitRequest(
+        options.student,
+        options.teacher,
+        options.data,
+        options.evals,
+        options.task,
+        options.device,
+        Columns(problem=options.problem, answer=options.answer, tag=options.tag),
+    )
     with progress_display().task("reading models and data, measuring the device"):
-        recipe = fitted_recipe(FitRequest(student, teacher, data, evals, task, device or "auto", columns))
+        recipe = fitted_recipe(request)
     print(recipe, end="")
 
 
