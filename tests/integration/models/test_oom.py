@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from forked_runs import Place, warm_runs
 from headwater.models.policy import Policy
-from headwater.training import update as training
 from runs import node, rows, tiny
 from simulated_oom import OUT, Room
 
@@ -60,11 +60,8 @@ def test_scoring_out_of_memory_retries_with_smaller_passes(tmp_path: Path, monke
             assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-2, abs=1e-4)
 
 
-REAL = """
-import resource, sys
-import torch
-torch.set_num_threads(1)
-sys.path[:0] = {path!r}
+LIMITED = """
+import resource
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
 from headwater.training.update import make_optimizer, update
@@ -82,39 +79,42 @@ print(int(found["microbatch_tokens"]), int(found["tokens_trained"]))
 """
 
 
-def test_cpu_out_of_memory_is_retried_with_smaller_microbatches() -> None:
+def test_cpu_out_of_memory_is_retried_with_smaller_microbatches(tmp_path: Path) -> None:
     """256 rows of 123 tokens want gigabytes for their activations at once; the process may take 600 MiB more."""
-    path = [str(Path(training.__file__).parents[1]), str(Path(__file__).parents[2] / "support")]
-    result = subprocess.run(
-        [sys.executable, "-c", REAL.format(path=path)], capture_output=True, text=True, timeout=250, check=False
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    fitted, trained = map(int, result.stdout.split())
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED, encoding="utf-8")
+    result = warm_runs().run(place=Place(script=script))
+    assert result.code == 0, result.err[-2000:]
+    fitted, trained = map(int, result.out.split())
     assert trained == 256 * 120
     assert 123 <= fitted <= 256 * 123 // 2
 
 
 def test_freed_memory_is_reused_without_new_pages() -> None:
-    """In a process of its own: it is for the whole process. 64 MiB are 16,384 pages, which come anew each time without it."""
+    """In processes of their own: it is for the whole process. 64 MiB are 16,384 pages, which come anew each time without it."""
     program = """
-import resource, sys, torch
+import os, resource, sys, torch
 from headwater.models.oom import keep_freed_memory
-if sys.argv[1] == "kept" and not keep_freed_memory():
-    sys.exit(77)
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(1 << 24)
-counts = []
-for _ in range(3):  # the kernel may reclaim idle pages meanwhile, which only adds faults
-    before = faults()
-    for _ in range(20):
-        torch.ones(1 << 24)
-    counts.append(faults() - before)
-print(min(counts))
+for how in ("kept", "left"):
+    if os.fork():
+        if os.waitstatus_to_exitcode(os.wait()[1]) == 77:
+            sys.exit(77)
+        continue
+    if how == "kept" and not keep_freed_memory():
+        sys.exit(77)
+    faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+    counts = []
+    for _ in range(3):  # the kernel may reclaim idle pages meanwhile, which only adds faults
+        before = faults()
+        for _ in range(20):
+            torch.ones(1 << 24)
+        counts.append(faults() - before)
+    print(how, min(counts))
+    sys.exit(0)
 """
-    stats = {}
-    for how in ("kept", "left"):
-        result = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, timeout=120)
-        if result.returncode == 77:
-            pytest.skip("NOT tested: this C library is not glibc")
-        stats[how] = int(result.stdout)
-    assert 4 * stats["kept"] < stats["left"]
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    if result.returncode == 77:
+        pytest.skip("NOT tested: this C library is not glibc")
+    faults = {how: int(count) for how, count in map(str.split, result.stdout.splitlines())}
+    assert 4 * faults["kept"] < faults["left"]

@@ -6,8 +6,6 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +218,7 @@ def test_unfinished_arm_is_listed_and_has_no_accuracy(tmp_path: Path) -> None:
     assert row["header"].warnings == (f"unfinished: seed 2 waits for {warmup}",)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_report_is_written_without_finished_arm(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]})
     for done in out.glob("nodes/*/DONE"):
@@ -252,7 +251,9 @@ def test_run_directories_with_different_seeds_merge(
     fake_study: Path, fake_report: dict[str, Any], tmp_path: Path
 ) -> None:
     first, second = fake_run(tmp_path / "a", seeds=(0, 1)), fake_run(tmp_path / "b", seeds=(2,))
-    merged = report.build([first, second])
+    recipe = json.loads((second / "recipe.json").read_text())
+    (second / "recipe.json").write_text(json.dumps({**recipe, "compute": {**recipe.get("compute", {}), "workers": 2}}))
+    merged = report.build([first, second])  # the number of workers changes no result
     assert merged["seeds"] == [0, 1, 2]
     assert merged == fake_report == report.build([fake_study])
     assert report.build([second, first])["arms"]["bridge"] == fake_report["arms"]["bridge"]
@@ -316,11 +317,6 @@ def test_different_correct_answers_share_vote_only_if_gold_is_answer(tmp_path: P
         (out / "recipe.json").write_text(json.dumps({**recipe, "task": task}))
         values[task] = report.build([out])["arms"]["base_student"]["maj_at_k"]["sums"]["mean"]
     assert values == {"sums": 0.5, "countdown": 0.0}
-
-
-def test_report_imports_no_torch() -> None:
-    code = "import sys, headwater.report.build, headwater.stats; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_accuracy_paths_of_teacher_and_student() -> None:

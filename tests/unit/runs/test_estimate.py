@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
+from headwater.cli.dry_run import notes
+from headwater.cli.options import DryRunOptions
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Lora
 from headwater.losses.batch import Row
@@ -19,12 +22,12 @@ from headwater.models import lora
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.shape import Shape
-from headwater.runs.estimate import Assumptions, estimates
+from headwater.runs.estimate import Assumptions, condition_schedule, estimates
 from headwater.runs.hardware import MODELS
 from headwater.runs.memory_estimate import FOUR_BITS, pass_bytes, persistent_bytes
 from headwater.runs.setup import prepared
 from headwater.training.update import make_optimizer, update
-from runs import TINY, load_json
+from runs import TINY
 from tiny import CPU, rollout_of, stage_of, taught, tiny_folder
 from tiny import MODELS as TINY_MODELS
 
@@ -54,6 +57,15 @@ def test_persistent_memory_is_sum_of_its_parts() -> None:
     rest = shape.parameters - shape.linear_parameters
     four = persistent_bytes(shape, adapter, True, (shape,), 2)
     assert four == pytest.approx(FOUR_BITS * shape.linear_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
+
+
+def test_dry_run_and_stage_state_one_share_of_condition_c2() -> None:
+    with prepared(find_recipe("pocket", TINY), ["raw_teacher"], [0]) as (plan, inputs):
+        opd = plan.arms["raw_teacher"][0]
+        _, share = condition_schedule(opd, plan, inputs, 2)
+        estimate = next(row for row in estimates(plan, inputs) if row.name == plan.names[opd])
+    assert estimate.condition_share == share > 0.5
+    assert f" opd.s0 {share:.0%} (" in "\n".join(notes([estimate], DryRunOptions(None, 1, None)))
 
 
 def test_weights_gradients_and_optimizer_state_are_divided_by_devices() -> None:
@@ -99,15 +111,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 """Architecture and its own fields, of the cases that are not Qwen3."""
 
 
-def most_allocated(do: Callable[[], object], folder: Path) -> float:
+def most_allocated(do: Callable[[], object]) -> float:
     """Bytes of tensors at once, over those that were there before; what the allocator itself wrote down."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as read:
         do()
-    read.export_chrome_trace(str(folder / "trace.json"))
-    events = [event for event in load_json(folder / "trace.json")["traceEvents"] if event.get("name") == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
-    return float(max(event["args"]["Total Allocated"] for event in events) - before)
+    assert read.profiler is not None and read.profiler.kineto_results is not None
+    events = [event for event in read.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return float(max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))))
 
 
 @pytest.mark.parametrize("case", MEASURED)
@@ -133,7 +143,7 @@ def test_update_memory_is_within_quarter_of_allocator_count(case: str, tmp_path:
     there = sum(parameter.numel() * parameter.element_size() for parameter in policy.model.parameters())
     optimizer = make_optimizer(policy, stage.optim)
     grown = most_allocated(
-        lambda: [update(policy, optimizer, rows, objective_of(stage), stage, tokens) for _ in range(2)], tmp_path
+        lambda: [update(policy, optimizer, rows, objective_of(stage), stage, tokens) for _ in range(2)]
     )
     width, logits = 2 if models.dtype == "bfloat16" else 4, 2 if objective == "opd" else 1
     more = 0 if policy.adapter is None else policy.adapter.parameters
