@@ -92,6 +92,9 @@ class Compute(Strict):
     """Processes that grade completions."""
     grader_seconds: Seconds = 2.0
     """Time limit for grading one completion, which is then graded wrong."""
+    sandbox: Literal["required", "optional"] = "required"
+    """Task `python`: `required` refuses a machine without the sandbox's system-call filter; `optional` runs completions there all the
+    same, which can then harm it (docs/safety.md)."""
     deterministic: bool = True
     """Use deterministic algorithms of torch: equal runs give equal results on one machine."""
     keep_checkpoints: bool = False
