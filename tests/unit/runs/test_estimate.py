@@ -68,7 +68,7 @@ def test_dry_run_and_stage_state_one_share_of_condition_c2() -> None:
     assert f" opd.s0 {share:.0%} (" in "\n".join(notes([estimate], DryRunOptions(None, 1, None)))
 
 
-def test_estimated_cache_holds_rollouts_that_stages_read() -> None:
+def test_estimated_cache_holds_rollouts_read_by_stages() -> None:
     """Two warm-up steps of 16 rollouts, of the 64 of 16 prompts; 32 tokens each."""
     with prepared(find_recipe("pocket", TINY), ["raw_teacher"], [0]) as (plan, inputs):
         cache = next(row for row in estimates(plan, inputs) if row.name.startswith("teacher_rollouts"))
