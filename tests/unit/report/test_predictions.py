@@ -287,3 +287,19 @@ def test_validation_labels_are_counted_apart_and_noted_below_table(tmp_path: Pat
     assert "Accuracy on sums and costs (and 30 validation labels)" in page
     assert "and 30 validation labels, which decided when stages end, in bridge" in text
     assert "validation 10.0 GFLOPs" in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "result", "note"),
+    [
+        (0.01, 0.06, 0.009, "holds", ""),
+        (-0.06, -0.01, 0.009, "does not hold", ""),
+        (-0.01, 0.06, 0.3, "undecided", ""),
+        (0.001, 0.06, 0.061, "undecided", " (the interval excludes 0 but p is not below 0.05: undecided)"),
+        (-0.001, 0.06, 0.041, "undecided", " (p is below 0.05 but the interval includes 0: undecided)"),
+    ],
+)
+def test_contrast_is_decided_only_by_interval_and_p(low: float, high: float, p: float, result: str, note: str) -> None:
+    contrast = {"a": "bridge", "b": "replay", "difference": (low + high) / 2, "low": low, "high": high, "p": p}
+    assert contrasts.reading(contrast) == result
+    assert contrasts.difference_text(contrast).endswith(f", p {p:.3f}{note}")
