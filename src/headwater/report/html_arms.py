@@ -23,7 +23,7 @@ def arms(report: dict[str, Any]) -> Section:
     k = largest.pop() if len(largest) == 1 else "k"
     rows = [_row(report, name, eval_name, k) for name in report["arms"] for eval_name in evals]
     scores = [row["accuracy"] for row in rows if row["accuracy"]]
-    axis = interval_axis(scores, lambda value: f"{percent(max(0.0, value))} %")
+    axis = interval_axis(scores, lambda value: f"{percent(max(0.0, value))}\u00a0%")
     columns = [
         Column("arm", itemgetter("header"), spans=True),
         *([Column("evaluation", itemgetter("eval"))] if len(evals) > 1 else []),

@@ -247,13 +247,17 @@ def test_served_runs_of_different_recipes_are_side_by_side(half: Path, monkeypat
     monkeypatch.setattr(serve.side_by_side, "current_page", lambda outs: f"<main>{[out.name for out in outs]}</main>")
     text = serve.LivePage([half, other]).render()
     assert "['out', 'other']</main>" in text
-    assert "<strong>out: 5 of" in text and "<strong>other: 5 of" in text
+    assert "<strong>out: 7 of 10 nodes" in text and "<strong>other: 7 of 10 nodes" in text
 
 
 def test_served_status_has_pool_and_arms_of_running_node(half: Path) -> None:
     status = watch.read_status(half)
     arms = ("base_student", "bridge", "bridge_rl")
-    nodes = [replace(node, state="at work", pool="all prompts", arms=arms) for node in status.nodes if node.step == 12]
+    nodes = [
+        replace(node, state="at work", pool="all prompts", arms=arms)
+        for node in status.nodes
+        if node.state == "stopped"
+    ]
     view = serve.status_view("", replace(status, running=True, nodes=tuple(nodes)))
     assert view["rows"][0][:6] == [
         "On-policy distillation",
