@@ -28,7 +28,7 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
 from headwater.sampling.base import requests_for
-from headwater.sampling.decoder import supports_fast_decoder
+from headwater.sampling.decoder import fast_decoder_spec
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.types import Rollout, problem_id
 from tests.support.tiny import CPU, PROMPTS
@@ -115,10 +115,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "olmo": {}, "olmo2": {}, "olmo3, sliding window": MIXED, "olmo_hybrid": DELTA, "olmoe": MOE, "openai-gpt": {},
     "opt": {"dropout": 0.1, "word_embed_proj_dim": 16}, "persimmon": {}, "phi": {}, "phi3": {"sliding_window": None},
-    "phimoe": MOE, "qwen2": {}, "qwen2_moe": MOE, "qwen2_vl": CONFIG_ONLY, "qwen3": {}, "qwen3_5_moe_text": {**DELTA, **MOE},
+    "phimoe": MOE, "qwen2": {}, "qwen2, sliding window": MIXED, "qwen2_moe": MOE, "qwen2_vl": CONFIG_ONLY,
+    "qwen3": {}, "qwen3_5_moe_text": {**DELTA, **MOE},
     "qwen3_5_text": DELTA, "qwen3_moe": MOE, "qwen3_next": {**DELTA, **MOE}, "recurrent_gemma": {"lru_width": 32},
     "roberta": CONFIG_ONLY, "roberta, is_decoder": {"is_decoder": True}, "rwkv": NO_HEADS,
-    "seed_oss": {}, "smollm3": {}, "solar_open": MOE, "stablelm": {}, "starcoder2": {}, "t5": CONFIG_ONLY,
+    "seed_oss": {}, "smollm3": {"no_rope_layers": [1, 0]}, "solar_open": MOE, "stablelm": {}, "starcoder2": {}, "t5": CONFIG_ONLY,
     "vaultgemma": MIXED, "xglm": {}, "xlstm": NO_HEADS, "youtu": MLA,
     "zamba2": {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "n_mamba_heads": 8, "mamba_headdim": 8,
@@ -219,7 +220,7 @@ def outcome(name: str, folder: Path) -> Outcome:
 
 def sampling_of(policy: Policy) -> tuple[str, str]:
     """(how the policy samples, its special properties)."""
-    if supports_fast_decoder(policy):
+    if fast_decoder_spec(policy) is not None:
         return "fast decoder", ""
     reasons = []
     if policy.model.config._attn_implementation == "eager" and hasattr(policy.model.config, "num_attention_heads"):

@@ -7,9 +7,11 @@ sampler cached before are those of another model. Nothing is exact across that l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from headwater.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,17 @@ def mixed_lengths(config: Any, shortest: int, prompt: int, completion: int) -> s
         f"{shortest} to {prompt} tokens with completions of up to {completion} can cross this, where sampler and trainer would "
         f"compute different log-probs; {', '.join(remedies)}, or take a model without this scaling"
     )
+
+
+def refuse_mixed_lengths(config: Any, field: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """Raises UserError if sequences of these prompts, of at most `max_tokens` tokens, follow more than one rule for positions.
+
+    field  the setting that names the model
+    """
+    lengths = sorted(map(len, prompts))
+    problem = mixed_lengths(config, lengths[0], lengths[-1], max_tokens - lengths[-1])
+    if problem is not None:
+        raise UserError(f"{field}: {problem}")
 
 
 def positions(config: Any) -> int | None:

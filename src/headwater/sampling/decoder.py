@@ -8,11 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from headwater.errors import UserError
 from headwater.losses.batch import padded_parts
 from headwater.models.cached_forward import CachedBatch
 from headwater.models.policy import Policy
-from headwater.models.rope import mixed_lengths
+from headwater.models.rope import refuse_mixed_lengths
+from headwater.sampling.fast_architectures import DecoderSpec, decoder_spec
 from headwater.sampling.fast_decoder import FastDecoder
 
 RECOMPUTED_TOKENS = 2048
@@ -49,23 +49,19 @@ class Decoder(Protocol):
 
 
 def decoder_for(policy: Policy) -> Decoder:
-    """The fast decoder for plain Qwen3 and Llama models, else the general one that the model's cache allows."""
-    if supports_fast_decoder(policy):
-        return FastDecoder(policy)
+    """The fast decoder for the architectures that it knows, else the general one that the model's cache allows."""
+    spec = fast_decoder_spec(policy)
+    if spec is not None:
+        return FastDecoder(policy, spec)
     return RecomputeDecoder(policy) if policy.decoding == "recompute" else CacheDecoder(policy)
 
 
-def supports_fast_decoder(policy: Policy) -> bool:
-    config = policy.model.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    return (
-        config.model_type in ("qwen3", "llama")
-        and policy.body is policy.model.base_model
-        and getattr(config, "hidden_act", "") == "silu"
-        and not getattr(config, "use_sliding_window", False)
-        and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
-        and (policy.adapter.is_unquantized if policy.adapter is not None else not hasattr(policy.model, "peft_config"))
-    )
+def fast_decoder_spec(policy: Policy) -> DecoderSpec | None:
+    """What the fast decoder has to know of this policy's model; None if it cannot run it."""
+    adapted = hasattr(policy.model, "peft_config")
+    unquantized = policy.adapter.is_unquantized if policy.adapter is not None else not adapted
+    plain = policy.body is policy.model.base_model and unquantized
+    return decoder_spec(policy.model.config) if plain else None
 
 
 class CacheDecoder:
@@ -82,7 +78,7 @@ class CacheDecoder:
         self.batches: list[tuple[list[int], CachedBatch]] = []  # with the row of each of the batch's own rows
 
     def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
-        _refuse_mixed_lengths(self.policy, prompts, max_tokens)
+        refuse_mixed_lengths(self.policy.model.config, self.policy.folder.field, prompts, max_tokens)
         self.prompts = list(prompts)
         return max_rows
 
@@ -141,7 +137,7 @@ class RecomputeDecoder:
         self.sequences: list[tuple[int, ...]] = []
 
     def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
-        _refuse_mixed_lengths(self.policy, prompts, max_tokens)
+        refuse_mixed_lengths(self.policy.model.config, self.policy.folder.field, prompts, max_tokens)
         self.prompts, self.sequences = list(prompts), []
         return 1
 
@@ -173,11 +169,3 @@ class RecomputeDecoder:
             hidden_BTH = self.policy.hidden(ids_BT, mask_BT)
             hidden.update({ids: hidden_BTH[row, len(ids) - 1] for row, ids in enumerate(part)})
         return torch.stack([hidden[ids] for ids in sequences])
-
-
-def _refuse_mixed_lengths(policy: Policy, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> None:
-    """Raises UserError if the sequences follow more than one rule for positions (`models.rope`)."""
-    lengths = sorted(map(len, prompts))
-    problem = mixed_lengths(policy.model.config, lengths[0], lengths[-1], max_tokens - lengths[-1])
-    if problem is not None:
-        raise UserError(f"{policy.folder.field}: {problem}")

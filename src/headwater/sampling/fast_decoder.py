@@ -1,4 +1,4 @@
-"""Fast decoder for plain Qwen3 and Llama: the model's arithmetic in few, large operations on a preallocated KV cache."""
+"""Fast decoder for common architectures: the model's arithmetic in few, large operations on a preallocated KV cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from headwater.kernels import LANES, Kernels
 from headwater.models.policy import Policy
+from headwater.models.rope import refuse_mixed_lengths
+from headwater.sampling.fast_architectures import DecoderSpec
 from headwater.sampling.fast_weights import DecoderWeights, Projection
 from headwater.sampling.kv_cache import KVCache, PrefilledPrompts
 
@@ -29,18 +31,18 @@ class FastDecoder:
     RoPE tables are computed by the model's own module, so all its static scaling rules apply.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        config = policy.model.config
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.eps = config.rms_norm_eps
-        self.weights = DecoderWeights.read(policy, self.heads, self.kv_heads, self.width)
+    def __init__(self, policy: Policy, spec: DecoderSpec) -> None:
+        self.policy, self.spec = policy, spec
+        self.heads, self.kv_heads, self.width = spec.heads, spec.kv_heads, spec.width
+        self.weights = DecoderWeights.read(policy, spec)
         self.kernels = self.weights.kernels
-        self.eps_1 = torch.full((1,), self.eps, dtype=torch.float32, device=policy.device)
         self.logits = self.weights.head
+        self.gate: Callable[[Tensor], Tensor] = swiglu if spec.activation == "silu" else geglu
+        if self.kernels is not None and spec.activation == "silu":
+            self.gate = self.kernels.silu_gate
 
     def begin(self, prompts: Sequence[tuple[int, ...]], max_rows: int, max_tokens: int) -> int:
+        refuse_mixed_lengths(self.policy.model.config, self.policy.folder.field, prompts, max_tokens)
         max_rows, device, dtype = min(max_rows, len(prompts)), self.policy.device, self.weights.embedding.dtype
         self.waiting = list(prompts)
         self.prefilled: PrefilledPrompts | None = None
@@ -48,7 +50,7 @@ class FastDecoder:
         lanes = LANES if self.kernels else 1
         heads = (self.kv_heads, self.width)
         self.cache = KVCache(len(self.weights.layers), max_rows, columns, max_tokens, heads, lanes, dtype, device)
-        self.table = self._rope_table(max_tokens)
+        self.tables = {rope: self._rope_table(rope, max_tokens) for rope in dict.fromkeys(self.spec.ropes)}
         return max(1, max_rows // REFILL_FRACTION)
 
     def prefill(self, count: int) -> Tensor:
@@ -69,13 +71,13 @@ class FastDecoder:
         attend = self._torch_attention(window) if self.kernels is None else self._kernel_attention(self.kernels)
         hidden_AH = self._forward(token_A[:, None], attend)
         self.cache.advance()
-        return self._norm(hidden_AH, self.weights.last_norm)
+        return self.weights.last_norm(hidden_AH)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self.cache.select_rows(rows)
 
     def _prefill_next(self) -> PrefilledPrompts:
-        """Run the next distinct prompts in one pass, right-padded, so that the causal mask is the only one needed."""
+        """Run the next distinct prompts in one pass, right-padded, so that only causality and sliding windows mask."""
         prompts: dict[tuple[int, ...], int] = {}
         pending: list[int] = []
         width = 0
@@ -92,30 +94,36 @@ class FastDecoder:
         ids_PT = torch.tensor([(*prompt, *(pad_id,) * (width - len(prompt))) for prompt in prompts]).to(device)
         keys: list[Tensor] = []
         values: list[Tensor] = []
-        table_N = self.table.index_select(0, torch.arange(width, device=device).repeat(len(prompts)))
+        position_N = torch.arange(width, device=device).repeat(len(prompts))
+        tables = {rope: table.index_select(0, position_N) for rope, table in self.tables.items()}
+        masks = {window: window_mask(width, window, device) for window in set(self.spec.windows)}
 
         def attend(layer: int, qkv_ND: Tensor) -> Tensor:
-            q_NHD, k_NKD, v_NKD = self._split_heads(layer, qkv_ND, table_N)
+            q_NHD, k_NKD, v_NKD = self._split_heads(layer, qkv_ND, tables[self.spec.ropes[layer]])
             q_PHTD, k_PKTD, v_PKTD = (part.unflatten(0, (-1, width)).transpose(1, 2) for part in (q_NHD, k_NKD, v_NKD))
             keys.append(k_PKTD)
             values.append(v_PKTD)
-            out_PHTD = functional.scaled_dot_product_attention(q_PHTD, k_PKTD, v_PKTD, is_causal=True, enable_gqa=True)
+            mask_TT = masks[self.spec.windows[layer]]
+            out_PHTD = functional.scaled_dot_product_attention(
+                q_PHTD, k_PKTD, v_PKTD, attn_mask=mask_TT, is_causal=mask_TT is None, enable_gqa=True
+            )
             return out_PHTD.transpose(1, 2).flatten(0, 1).flatten(1)
 
         x_NH = self._forward(ids_PT, attend)
         last = [row * width + length - 1 for row, length in enumerate(lengths)]
-        hidden_PH = self._norm(x_NH.index_select(0, torch.tensor(last, device=device)), self.weights.last_norm)
+        hidden_PH = self.weights.last_norm(x_NH.index_select(0, torch.tensor(last, device=device)))
         return PrefilledPrompts(keys, values, hidden_PH, lengths, pending)
 
     def _torch_attention(self, window: int) -> Attention:
         """Attention of one new token per row to the row's own columns, all within the first `window`."""
         cache, rows, group = self.cache, len(self.cache), self.heads // self.kv_heads
         cache.unmask_column()
-        bias_AKT = cache.bias_SKT[:rows, :, :window]
-        table_A = self.table.index_select(0, cache.position_A)
+        biases = {size: cache.window_bias(window, size) for size in set(self.spec.windows)}
+        tables = {rope: table.index_select(0, cache.position_A) for rope, table in self.tables.items()}
 
         def attend(layer: int, qkv_AD: Tensor) -> Tensor:
-            q_AHD, k_AKD, v_AKD = self._split_heads(layer, qkv_AD, table_A)
+            bias_AKT = biases[self.spec.windows[layer]]
+            q_AHD, k_AKD, v_AKD = self._split_heads(layer, qkv_AD, tables[self.spec.ropes[layer]])
             cache.write(layer, k_AKD, v_AKD)
             k_AKTD, v_AKTD = (
                 cached[:rows, :, :window] for cached in (cache.keys[layer].squeeze(-1), cache.values[layer])
@@ -134,12 +142,13 @@ class FastDecoder:
 
     def _kernel_attention(self, kernels: Kernels) -> Attention:
         """The same by the CPU kernel, which reads each row's own columns only."""
-        table_TD = torch.view_as_real(self.table).flatten(1)
+        tables = {rope: torch.view_as_real(table).flatten(1) for rope, table in self.tables.items()}
 
         def attend(layer: int, qkv_AD: Tensor) -> Tensor:
             cache, heads_norm = self.cache, self.weights.layers[layer].heads_norm
+            weight, table_TD = None if heads_norm is None else heads_norm.weight, tables[self.spec.ropes[layer]]
             return kernels.decode_attention(
-                qkv_AD, heads_norm, table_TD, cache.position_A, cache.keys[layer], cache.values[layer], self.eps
+                qkv_AD, weight, table_TD, cache.position_A, cache.keys[layer], cache.values[layer], self.spec.eps
             )
 
         return attend
@@ -147,10 +156,12 @@ class FastDecoder:
     def _forward(self, ids_AL: Tensor, attend: Attention) -> Tensor:
         """All layers on L new tokens of each of A rows, N = A · L: x (N, H) before the final norm."""
         x = functional.embedding(ids_AL.reshape(-1), self.weights.embedding)
+        if self.weights.embedding_scale is not None:
+            x = x * self.weights.embedding_scale
         for index, layer in enumerate(self.weights.layers):
-            x = layer.out.add_to(x, attend(index, project(layer.qkv, self._norm(x, layer.attention_norm))))
-            gate_up = project(layer.gate_up, self._norm(x, layer.mlp_norm))
-            x = layer.down.add_to(x, swiglu(gate_up) if self.kernels is None else self.kernels.silu_gate(gate_up))
+            qkv = layer.qkv_norm(project(layer.qkv, layer.attention_norm(x)))
+            x = layer.out.add_to(x, attend(index, qkv))
+            x = layer.down.add_to(x, self.gate(project(layer.gate_up, layer.mlp_norm(x))))
         return x
 
     def _split_heads(self, layer: int, qkv_ND: Tensor, table_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,42 +172,36 @@ class FastDecoder:
         q_and_k, heads_norm = (self.heads + self.kv_heads) * self.width, self.weights.layers[layer].heads_norm
         qk = qkv_ND[:, :q_and_k].unflatten(1, (-1, self.width))
         if heads_norm is not None:
-            qk = self._rms_norm(qk, heads_norm)
+            qk = heads_norm.by_torch(qk)
         q, k = (self._apply_rope(part, table_N) for part in (qk[:, : self.heads], qk[:, self.heads :]))
         return q, k, qkv_ND[:, q_and_k:].unflatten(1, (-1, self.width))
 
-    def _norm(self, x_NH: Tensor, weight_H: Tensor | None) -> Tensor:
-        return (
-            self._rms_norm(x_NH, weight_H) if self.kernels is None else self.kernels.rms_norm(x_NH, weight_H, self.eps)
-        )
-
-    def _rms_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """RMS norm over the last dimension; in float32 as four operations, where torch's own takes seven on a CPU."""
-        if x.dtype != torch.float32:
-            normed = functional.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
-            return normed if weight is None else weight * normed
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        normed = x * torch.addcmul(self.eps_1, length, length, value=1.0 / x.shape[-1]).rsqrt_()
-        return normed if weight is None else normed.mul_(weight)
-
-    def _rope_table(self, max_tokens: int) -> Tensor:
-        """Complex (T, D/2) where heads are interleaved, else cos and sin (T, 2, D)."""
+    def _rope_table(self, rope: str | None, max_tokens: int) -> Tensor:
+        """Complex (T, D/2) where heads are interleaved, else cos and sin (T, 2, D). Dimensions without RoPE: angle 0."""
         position_1T = torch.arange(max_tokens, device=self.policy.device)[None]
-        rotary = self.policy.model.base_model.rotary_emb
-        cos, sin = (table[0] for table in rotary(self.weights.embedding[:1, None], position_1T))
+        rotary, kind = self.policy.model.base_model.rotary_emb, self.weights.embedding[:1, None]
+        cos, sin = (table[0] for table in (rotary(kind, position_1T, rope) if rope else rotary(kind, position_1T)))
+        if rope is None:
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        half, rest = self.spec.rotary_width // 2, self.width - self.spec.rotary_width
         if self.weights.interleaved:
-            half = self.width // 2
-            return torch.complex(cos[:, :half].contiguous(), sin[:, :half].contiguous())
-        return torch.stack([cos, sin], dim=1)
+            cos, sin = (
+                functional.pad(cos[:, :half], (0, rest // 2), value=1.0),
+                functional.pad(sin[:, :half], (0, rest // 2)),
+            )
+            return torch.complex(cos.contiguous(), sin.contiguous())
+        return torch.stack([functional.pad(cos, (0, rest), value=1.0), functional.pad(sin, (0, rest))], dim=1)
 
     def _apply_rope(self, x: Tensor, table_N: Tensor) -> Tensor:
         """RoPE on (N, heads, D) (2104.09864)."""
         if self.weights.interleaved:
             pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
             return torch.view_as_real(pairs * table_N[:, None]).flatten(-2)
-        half = x.shape[-1] // 2
+        rotary = self.spec.rotary_width
+        half = rotary // 2
         cos, sin = table_N[:, :1], table_N[:, 1:]
-        return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+        turned = torch.cat([-x[..., half:rotary], x[..., :half], x[..., rotary:]], dim=-1)
+        return (x * cos + turned * sin).to(x.dtype)  # OLMo 2 has its angles in float32
 
 
 def project(linears: Sequence[Projection], x: Tensor) -> Tensor:
@@ -211,3 +216,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if gate.dtype != torch.float32:
         return functional.silu(gate) * up
     return torch.sigmoid(gate).mul_(gate).mul_(up)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) · up, with the tanh approximation of GELU."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.gelu(gate, approximate="tanh") * up
+
+
+def window_mask(tokens: int, window: int | None, device: torch.device) -> Tensor | None:
+    """bool (T, T): which tokens each token attends to; None where causality says it all."""
+    if window is None or window >= tokens:
+        return None
+    position_T = torch.arange(tokens, device=device)
+    distance_TT = position_T[:, None] - position_T
+    return (distance_TT >= 0) & (distance_TT < window)

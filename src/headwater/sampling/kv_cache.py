@@ -92,6 +92,15 @@ class KVCache:
         """Let each row attend to its next column."""
         self.bias_SKT.view(-1).index_fill_(0, self.write_N, 0.0)
 
+    def window_bias(self, columns: int, window: int | None) -> Tensor:
+        """Attention bias (A, kv_heads, columns) of the next token, with only its last `window` columns unmasked."""
+        bias_AKT = self.bias_SKT[: len(self), :, :columns]
+        if window is None or window >= columns:
+            return bias_AKT
+        first_A11 = (self.position_A - window + 1)[:, None, None]
+        past_A1T = torch.arange(columns, device=bias_AKT.device) < first_A11
+        return bias_AKT.masked_fill(past_A1T, -torch.inf)
+
     def write(self, layer: int, keys_AKD: Tensor, values_AKD: Tensor) -> None:
         """Store one token's key and value for every row."""
         for cached, new in ((self.keys[layer], keys_AKD), (self.values[layer], values_AKD)):
