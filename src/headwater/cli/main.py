@@ -96,7 +96,7 @@ for commands in (run.commands, single_stage.commands, recipes.commands, checks.c
 
 
 def main() -> None:
-    """Entry point of `headwater …` and `python -m headwater …`."""
+    """Run the command line; `headwater.__main__` calls it."""
     with exit_codes():
         if launched_by_torchrun() and not {"run", "study", "demo", "distill", "grpo"} & set(sys.argv[1:2]):
             raise UserError("torchrun: only run, study, demo, distill and grpo run in several processes")

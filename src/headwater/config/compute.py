@@ -53,7 +53,7 @@ class Server(Strict):
     """Requests to a served teacher (`models.teacher: http://…`)."""
 
     seconds: Seconds = 120.0
-    """Timeout of one request, which is then retried."""
+    """Timeout of one request, from its start to the last byte of the answer; it is then retried."""
     retries: Annotated[int, Field(ge=0, le=100)] = 5
     """Retries of a request without a usable response, after 0.5, 1, 2 … 30 seconds."""
     concurrency: Annotated[int, Field(ge=1, le=1024), Unit("requests")] = 8

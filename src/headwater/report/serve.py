@@ -6,6 +6,8 @@ cannot read it by DNS rebinding.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +27,8 @@ from headwater.storage.run_dir import RunDir
 
 REFRESH_SECONDS = 10
 """The page reloads itself after this time while there is something to come."""
+SILENCE_SECONDS, CONNECTION_SECONDS, MAX_CONNECTIONS = 10.0, 60.0, 32
+"""Limits of a connection: silence of the client, and its whole time; connections at a time, beyond which new ones are closed."""
 REST_FACTOR = 10.0
 """After a build, wait this many times the build's duration before the next one."""
 HEADERS = {
@@ -81,7 +85,7 @@ def serve(outs: Sequence[Path], port: int, ready: Callable[[str], None]) -> None
     """Serve until interrupted. Calls `ready` with the address; port 0 takes a free one. Raises UserError if the port is taken."""
     page = LivePage(outs)
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), _handler(page))
+        server = PageServer(("127.0.0.1", port), _handler(page))
     except OSError as error:
         raise UserError(f"--port {port}: cannot listen there ({error.strerror})") from None
     with server:
@@ -89,8 +93,48 @@ def serve(outs: Sequence[Path], port: int, ready: Callable[[str], None]) -> None
         server.serve_forever()
 
 
+class PageServer(ThreadingHTTPServer):
+    """A thread per connection, up to `MAX_CONNECTIONS`, each ended after `CONNECTION_SECONDS`."""
+
+    request_queue_size = MAX_CONNECTIONS
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(address, handler)
+        self.free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self.free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            self.free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        timer = threading.Timer(CONNECTION_SECONDS, _shut_down, (request,))
+        timer.daemon = True
+        timer.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            timer.cancel()
+            self.free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing: a client has closed its connection, or was too slow."""
+
+
+def _shut_down(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 def _handler(page: LivePage) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        timeout = SILENCE_SECONDS
+
         def do_GET(self) -> None:
             port = self.connection.getsockname()[1]
             if self.headers.get("Host") not in (f"127.0.0.1:{port}", f"localhost:{port}"):

@@ -6,7 +6,8 @@ run, and every scored sequence's ids are compared with those that were sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,12 +17,12 @@ import torch
 from headwater import seeds
 from headwater.config.stage import Sampling
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from headwater.errors import UserError
+from headwater.errors import TrainingStoppedError, one_line
 from headwater.losses.batch import Row
 from headwater.losses.distributions import Distributions, TopK
 from headwater.models.shape import Shape
 from headwater.sampling.base import OnFinished, Request
-from headwater.teachers.server_client import Answer, ServedModel
+from headwater.teachers.server_client import Answer, ServedModel, is_token_id
 from headwater.types import Rollout
 
 NO_SHAPE = Shape(
@@ -31,6 +32,10 @@ NO_SHAPE = Shape(
 """Shape of a served model: it costs no FLOPs and no memory on this machine."""
 SEEDS = 1 << 63
 """vLLM takes a request's seed as a signed 64-bit number."""
+ROUNDING = 1e-3
+"""Excess over 0 of a log-prob, and over 1 of the probabilities at a position, that is taken for rounding."""
+LEAST_LOGP = -1e30
+"""vLLM writes -9999 for a probability of 0."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,10 @@ class ServedTeacher:
             or not all(isinstance(choice, dict) for choice in choices)
         ):
             raise self._error(f"does not give {count} choices for {count} prompts")
-        return sorted(choices, key=lambda choice: choice.get("index", 0))
+        places = [choice.get("index", place) for place, choice in enumerate(choices)]
+        if not all(map(is_token_id, places)) or sorted(places) != list(range(count)):
+            raise self._error(f"does not number its {count} choices from 0 to {count - 1}")
+        return [choices[places.index(place)] for place in range(count)]
 
     def _top_k(self, choice: Answer, rollout: Rollout) -> TopK:
         positions = choice.get("prompt_logprobs")
@@ -110,15 +118,17 @@ class ServedTeacher:
     def _top_k_at(self, position: Any, token: int, width: int) -> list[tuple[int, float]]:
         """The `width` most likely (id, log-prob); the server adds the sampled token if it is none of them."""
         try:
-            logp = {int(name): float(entry["logprob"]) for name, entry in position.items()}
+            logp = {int(name): self._logp(entry["logprob"]) for name, entry in position.items()}
+            if list(map(str, logp)) != list(position):
+                raise ValueError
         except (AttributeError, KeyError, TypeError, ValueError):
             raise self._error("gives prompt_logprobs in another form than vLLM's") from None
-        if max(logp, default=0) >= self.vocabulary:
-            raise self._error(
-                f"names token {max(logp)}, beyond the student's vocabulary of {self.vocabulary}: the vocabularies differ"
-            )
+        self._refuse_ids(logp)
         if token not in logp:
             raise self._error(f"gives no log-prob for token {token}, which was sampled there")
+        mass = sum(map(math.exp, logp.values()))
+        if mass > 1.0 + ROUNDING:
+            raise self._error(f"gives tokens at one position probabilities that sum to {mass:.4g}, over 1")
         if not self.top_k:
             return [(token, logp[token])]
         if len(logp) > width:
@@ -127,8 +137,22 @@ class ServedTeacher:
             raise self._error(f"gives {len(logp)} log-probs at a position where {width} were requested")
         return sorted(logp.items(), key=lambda item: (-item[1], item[0]))
 
-    def _error(self, message: str) -> UserError:
-        return UserError(f"{self.model.client.field}: {self.model.client.url} {message}")
+    def _logp(self, value: Any) -> float:
+        """A log-prob of an answer, 0 where rounding has put it above."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not LEAST_LOGP <= value <= ROUNDING:
+            raise self._error(f"gives {value!r:.40} as a log-prob, which must be a number of at most 0")
+        return min(float(value), 0.0)
+
+    def _refuse_ids(self, ids: Collection[int]) -> None:
+        beyond = next((token for token in ids if not 0 <= token < self.vocabulary), None)
+        if beyond is not None:
+            raise self._error(
+                f"names token {beyond}, beyond the student's vocabulary of {self.vocabulary}: the vocabularies differ"
+            )
+
+    def _error(self, message: str) -> TrainingStoppedError:
+        """An answer that cannot be used; the run can be resumed with a server that works."""
+        return TrainingStoppedError(f"{self.model.client.field}: {self.model.client.url} {one_line(message)}")
 
     # Sampling -------------------------------------------------------------------------------------------------------
 
@@ -166,19 +190,24 @@ class ServedTeacher:
             "return_token_ids": True,
         }
         choice = self._choices(body, 1)[0]
-        ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
+        ids, logprobs, finish = choice.get("token_ids"), choice.get("logprobs"), choice.get("finish_reason")
         sampler_logp = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         if not isinstance(ids, list) or not isinstance(sampler_logp, list) or len(ids) != len(sampler_logp) or not ids:
             raise self._error("gives no token ids or log-probs for its samples; serve the model with vLLM")
-        if max(ids) >= self.vocabulary:
-            raise self._error(f"samples token {max(ids)}, beyond the student's vocabulary of {self.vocabulary}")
+        if not all(map(is_token_id, ids)):
+            raise self._error("gives samples whose token ids are not all whole numbers from 0 on")
+        self._refuse_ids(ids)
+        if len(ids) > sampling.max_tokens:
+            raise self._error(f"samples {len(ids)} tokens where at most {sampling.max_tokens} were requested")
+        if finish not in ("stop", "length"):
+            raise self._error(f"ends a sample with finish_reason {finish!r:.40}, which is neither stop nor length")
         return Rollout(
             problem_id=request.problem_id,
             sample=request.sample,
             prompt_ids=request.prompt_ids,
             completion_ids=tuple(ids),
-            sampler_logp=tuple(float(value) for value in sampler_logp),
-            finish="stop" if choice.get("finish_reason") == "stop" else "length",
+            sampler_logp=tuple(map(self._logp, sampler_logp)),
+            finish=finish,
             sampler=self.fingerprint,
             temperature=sampling.temperature,
         )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import socket
+import threading
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +17,7 @@ from typing import Any
 import httpx2
 
 from headwater.config.compute import Server
-from headwater.errors import TrainingStoppedError, UserError
+from headwater.errors import TrainingStoppedError, UserError, one_line
 
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
 """Seconds before the first retry, and the largest pause; pauses double from one retry to the next."""
@@ -89,15 +93,23 @@ class ServerClient:
 
     def _request_once(self, path: str, body: Answer | None) -> Answer:
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        deadline = _Deadline()
         try:
-            with self.http.stream(method, f"{self.root}{path}", content=content) as response:
+            with (
+                deadline.limit(self.settings.seconds),
+                self.http.stream(
+                    method, f"{self.root}{path}", content=content, extensions={"trace": deadline.trace}
+                ) as response,
+            ):
                 if not response.is_success:
                     self._raise_for_status(response)
                 text = _read(response, MAX_ANSWER_BYTES)
-        except httpx2.TimeoutException:
-            raise _RetryableError(f"no answer within {self.settings.seconds:g} s") from None
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise _RetryableError(_one_line(error)) from None
+            late = deadline.over or isinstance(error, httpx2.TimeoutException)
+            reason = f"no whole answer within {self.settings.seconds:g} s" if late else _one_line(error)
+            raise _RetryableError(reason) from None
+        if deadline.over:  # an answer without a length ends where its connection does
+            raise _RetryableError(f"no whole answer within {self.settings.seconds:g} s")
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError):
@@ -119,6 +131,38 @@ class ServerClient:
 
 class _RetryableError(Exception):
     """A failure that another try may not have."""
+
+
+class _Deadline:
+    """Bound on the time of a whole request: httpx limits the silence between two bytes only."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self._sockets: list[socket.socket] = []
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        """Shut the connection down after this time, which ends a read or write that another thread waits in."""
+        timer = threading.Timer(seconds, self._end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Remember the request's connection (httpcore's extension `trace`)."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._sockets.append(info["return_value"].get_extra_info("socket"))
+            if self.over:
+                self._end()
+
+    def _end(self) -> None:
+        self.over = True
+        for connection in self._sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def _read(response: httpx2.Response, limit: int) -> bytes:
@@ -144,7 +188,7 @@ def _error_message(response: httpx2.Response) -> str:
 
 
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())[:MAX_MESSAGE_CHARS] or type(message).__name__
+    return one_line(" ".join(str(message).split()))[:MAX_MESSAGE_CHARS] or type(message).__name__
 
 
 @dataclass(frozen=True)
@@ -178,9 +222,11 @@ def connect(name: str, field: str, settings: Server) -> ServedModel:
     except TrainingStoppedError as error:
         raise UserError(str(error)) from None
     models = (
-        [entry for entry in listed if isinstance(entry, dict) and "id" in entry] if isinstance(listed, list) else []
+        [entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+        if isinstance(listed, list)
+        else []
     )
-    names = [str(model["id"]) for model in models]
+    names = [model["id"] for model in models]
     if not names or (wanted and wanted not in names) or (not wanted and len(names) > 1):
         raise UserError(
             f"{field}: {url} has {'no model' if not names else 'the models ' + ', '.join(names)}; name one as {url}#MODEL"
@@ -190,7 +236,13 @@ def connect(name: str, field: str, settings: Server) -> ServedModel:
     # Without the address, which may change from run to run while the served model stays the same.
     identity = f"served:{chosen['id']}:{chosen.get('root')}"
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return ServedModel(client, str(chosen["id"]), max_tokens if isinstance(max_tokens, int) else None, fingerprint)
+    known = isinstance(max_tokens, int) and max_tokens > 0
+    return ServedModel(client, chosen["id"], max_tokens if known else None, fingerprint)
+
+
+def is_token_id(value: object) -> bool:
+    """Whether a JSON value is a whole number from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(frozen=True)
@@ -219,8 +271,8 @@ class ServedTokenizer:
     def _tokenize(self, body: Answer) -> list[int]:
         client = self.model.client
         ids = client.request("/tokenize", body).get("tokens")
-        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-            raise UserError(
+        if not isinstance(ids, list) or not all(map(is_token_id, ids)):
+            raise TrainingStoppedError(
                 f"{client.field}: {client.url} gives no token ids for a text (/tokenize); serve it with vLLM"
             )
         return ids

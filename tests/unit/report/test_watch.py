@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
 import shutil
+import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -170,21 +173,21 @@ def address(half: Path) -> Iterator[str]:
         addresses.append(where)
         ready.set()
 
-    made = serve.ThreadingHTTPServer
+    made = serve.PageServer
 
     class Kept(made):  # type: ignore[valid-type, misc]
         def __init__(self, *given: object) -> None:
             super().__init__(*given)
             servers.append(self)
 
-    serve.ThreadingHTTPServer = Kept  # type: ignore[misc]
+    serve.PageServer = Kept  # type: ignore[misc]
     try:
         thread = threading.Thread(target=serve.serve, args=([half], 0, started), daemon=True)
         thread.start()
         assert ready.wait(10)
         yield addresses[0]
     finally:
-        serve.ThreadingHTTPServer = made  # type: ignore[misc]
+        serve.PageServer = made  # type: ignore[misc]
         servers[0].shutdown()  # type: ignore[attr-defined]
         thread.join(10)
 
@@ -281,3 +284,24 @@ def test_serve_refuses_occupied_port(half: Path, address: str) -> None:
     port = int(address.rstrip("/").rsplit(":", 1)[1])
     with pytest.raises(UserError, match=f"--port {port}: cannot listen there"):
         serve.serve([half], port, lambda where: None)
+
+
+def test_slow_clients_hold_bounded_threads_and_are_closed(
+    half: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "CONNECTION_SECONDS", 0.5)
+    before, place = threading.active_count(), ("127.0.0.1", int(address.rstrip("/").rsplit(":", 1)[1]))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(place, timeout=10)) for _ in range(60)]
+        for client in clients[:: len(clients) - 1]:
+            with contextlib.suppress(OSError):
+                client.sendall(b"GET / HT")  # and no more
+        assert threading.active_count() - before <= 2 * serve.MAX_CONNECTIONS  # a thread and its timer
+        for client in clients:
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(1) == b""
+    monkeypatch.undo()
+    until = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.02)
+    assert "<main" in _get(address)

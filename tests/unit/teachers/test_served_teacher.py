@@ -149,15 +149,73 @@ UNFIT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "another form": (lambda answer: each(answer, lambda known: {"a": 1}), "in another form than vLLM's"),
     "a list": (lambda answer: each(answer, lambda known: [1.0]), "in another form than vLLM's"),
+    "an id twice": (
+        lambda answer: each(answer, lambda known: known | {"07": {"logprob": -9.0}}),
+        "in another form than vLLM's",
+    ),
+    "a negative id": (lambda answer: each(answer, lambda known: known | {"-1": {"logprob": -9.0}}), "names token -1"),
+    "log-prob of 5": (lambda answer: each(answer, lambda known: scored(known, 5.0)), "gives 5.0 as a log-prob"),
+    "log-prob that is no number": (
+        lambda answer: each(answer, lambda known: scored(known, float("nan"))),
+        "gives nan as a log-prob",
+    ),
+    "log-prob of many digits": (lambda answer: each(answer, lambda known: scored(known, -(10**400))), "as a log-prob"),
+    "log-prob in a string": (
+        lambda answer: each(answer, lambda known: scored(known, "-1")),
+        "gives '-1' as a log-prob",
+    ),
+    "mass over 1": (lambda answer: each(answer, lambda known: scored(known, -0.1)), "probabilities that sum to"),
+    "index in a string": (lambda answer: {**answer, "index": "0"}, "does not number its"),
+    "index twice": (lambda answer: {**answer, "index": 0}, "does not number its"),
+    "negative index": (lambda answer: {**answer, "index": -1}, "does not number its"),
+    "terminal escape": (
+        lambda answer: each(answer, lambda known: scored(known, "\x1b]0;x\x07")),
+        "as a log-prob, which must be a number of at most 0",
+    ),
 }
+
+
+def scored(known: dict[str, Any], value: Any) -> dict[str, Any]:
+    return {name: {"logprob": value} for name in known}
 
 
 @pytest.mark.parametrize("kind", UNFIT)
 def test_unusable_server_answer_is_refused_in_one_sentence(kind: str, policy: Policy) -> None:
     change, result = UNFIT[kind]
-    with serving(changed(Answering(policy), change)) as there, pytest.raises(UserError) as refused:
+    with serving(changed(Answering(policy), change)) as there, pytest.raises(TrainingStoppedError) as refused:
         teacher_at(there.url).distributions(ROLLOUTS, 4096)
     assert str(refused.value).startswith("models.teacher: http://") and result in str(refused.value)
+    assert str(refused.value).isprintable() and refused.value.exit_code == 4
+
+
+def test_log_prob_above_zero_by_rounding_counts_as_zero(policy: Policy) -> None:
+    certain = changed(Answering(policy), lambda answer: each(answer, lambda known: {"7": {"logprob": 1e-4}}))
+    with serving(certain) as there:
+        distributions = teacher_at(there.url, 0).distributions([rollout_of((1, 6), (7,))], 64)
+    assert isinstance(distributions[0], TopK) and distributions[0].logp_NK.tolist() == [[0.0]]
+
+
+SAMPLES: dict[str, tuple[dict[str, Any], str]] = {
+    "id in a string": ({"token_ids": ["7"]}, "not all whole numbers"),
+    "negative id": ({"token_ids": [-7]}, "not all whole numbers"),
+    "bool as id": ({"token_ids": [True]}, "not all whole numbers"),
+    "id beyond": ({"token_ids": [151999]}, "beyond the student's vocabulary"),
+    "too long": ({"token_ids": [7] * 9, "logprobs": {"token_logprobs": [-1.0] * 9}}, "at most 8 were requested"),
+    "log-prob of 5": ({"token_ids": [7], "logprobs": {"token_logprobs": [5.0]}}, "gives 5.0 as a log-prob"),
+    "no log-prob": ({"token_ids": [7], "logprobs": {"token_logprobs": [None]}}, "gives None as a log-prob"),
+    "aborted": ({"finish_reason": "abort"}, "neither stop nor length"),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_malformed_sample_of_server_stops_run(kind: str, policy: Policy) -> None:
+    change, sentence = SAMPLES[kind]
+    good = {"token_ids": [7], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "stop"}
+    with serving(changed(Answering(policy), lambda answer: good | change)) as there:
+        teacher = teacher_at(there.url)
+        with pytest.raises(TrainingStoppedError) as stopped:
+            teacher.sample(requests_for([("a", (1, 6, 15))], 1, 0, "draw"), Sampling(max_tokens=8))
+    assert sentence in str(stopped.value)
 
 
 def test_top_k_above_server_limit_is_refused_with_server_message(policy: Policy) -> None:

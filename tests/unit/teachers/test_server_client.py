@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from headwater.config.compute import Server
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.teachers import server_client
-from headwater.teachers.server_client import ServerClient, connect
+from headwater.teachers.server_client import ServedTokenizer, ServerClient, connect
 from serving import Answers, serving
 
 QUICK = Server(seconds=2.0, retries=2)
@@ -70,8 +73,40 @@ def test_timeout_is_retried() -> None:
         time.sleep(0.4)
         return {}
 
-    with serving(late) as there, pytest.raises(TrainingStoppedError, match=r"1 tries \(no answer within 0\.1 s\)"):
+    with (
+        serving(late) as there,
+        pytest.raises(TrainingStoppedError, match=r"1 tries \(no whole answer within 0\.1 s\)"),
+    ):
         client(there.url, seconds=0.1, retries=0).request("/v1/models")
+
+
+@pytest.mark.parametrize("part", ["headers", "body"])
+def test_answer_of_single_bytes_ends_with_time_limit(part: str) -> None:
+    header = b"HTTP/1.1 200 OK\r\n" + (b"X-A: " if part == "headers" else b"Content-Length: 9999\r\n\r\n")
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+
+        def drip() -> int:
+            sent_bytes = 0
+            connection = server.accept()[0]
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(header)
+                while sent_bytes < 100:
+                    sent_bytes += connection.send(b"1")
+                    time.sleep(0.05)
+            return sent_bytes
+
+        sent = pool.submit(drip)
+        began = time.monotonic()
+        with pytest.raises(TrainingStoppedError, match=r"no whole answer within 0\.4 s"):
+            client(f"http://127.0.0.1:{server.getsockname()[1]}", seconds=0.4, retries=0).request("/v1/models")
+        assert time.monotonic() - began < 3.0 and sent.result() < 60
+
+
+def test_message_of_server_reaches_terminal_without_control_characters() -> None:
+    with serving(lambda path, body: (400, {"error": {"message": "\x1b]0;title\x07\x9b2J\u202etxt"}})) as there:
+        with pytest.raises(UserError) as refused:
+            client(there.url).request("/v1/completions", {})
+    assert str(refused.value).isprintable() and "title" in str(refused.value)
 
 
 def test_refused_connection_names_reason(pauses: list[float]) -> None:
@@ -144,6 +179,14 @@ def test_invalid_api_key_is_refused_without_being_shown(key: str, monkeypatch: p
     with pytest.raises(UserError, match=r"compute\.server\.key_env: SERVER_KEY holds characters") as refused:
         client("http://127.0.0.1:9", key_env="SERVER_KEY").request("/v1/models")
     assert "secr" not in str(refused.value)
+
+
+@pytest.mark.parametrize("tokens", [None, [1, "2"], [True], [-1], [1.0]])
+def test_malformed_token_ids_of_text_stop_run(tokens: Any) -> None:
+    with serving(lambda path, body: {"data": [{"id": "a"}], "tokens": tokens}) as there:
+        tokenizer = ServedTokenizer(connect(there.url, "models.teacher", QUICK))
+        with pytest.raises(TrainingStoppedError, match="gives no token ids for a text"):
+            tokenizer.chat([], False)
 
 
 def test_missing_key_sends_no_authorization_header() -> None:
