@@ -18,6 +18,8 @@ _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*$", re.MULTILINE)
 LANGUAGES = ("python", "py", "python3", "")
 BLANK = "```python\npass\n```"
 """An empty solution: if it passes, the tests test nothing."""
+WARM_UP = ("assert f(2) == 4", "```python\ndef f(x): return 2 * x\n```")
+"""A gold answer and a completion that start the sandbox's server."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def quick(gold: str, completion: str) -> tuple[bool, str] | None:
 
 def grade(gold: str, completion: str) -> tuple[bool, str]:
     """Run the tests; reasons: `equal` (all passed), `different` (one failed), `error` (the code does not load, ends the
-    process, or the tests are none), `timeout`, `memory`, `no_answer`, `truncated`.
+    process, or the tests are none), `unsupported` (the tests need what the sandbox refuses; docs/safety.md), `timeout`, `memory`,
+    `no_answer`, `truncated`.
 
     Example: ``grade("assert f(2) == 4", "```python\\ndef f(x): return 2 * x\\n```")`` gives `(True, "equal")`.
     """

@@ -151,6 +151,7 @@ TASKS: dict[str, Task] = {
         as_completion=python_tests.as_completion,
         blank=python_tests.BLANK,
         gold=cell_as_is,
+        warm_up=python_tests.WARM_UP,
         one_answer=False,
     ),
 }

@@ -1,36 +1,40 @@
-"""Run untrusted Python in a sandboxed process: limits, an empty folder, no network, no inherited environment.
+"""Run untrusted Python in sandboxed processes, one for a solution and one for its tests.
 
-`sandbox_child` runs inside and restricts itself; this module starts it, enforces the time limit and interprets the report.
-Passing is proven by a random token that the child reads only after the last test: code under test can fake an exit code or
-output, but not the token.
+A server (`sandbox_child`) forks both for each run, and they confine themselves before they read any code (`sandbox_confine`). The
+tests' process calls the solution's by messages of plain data and reports the verdict here; the solution's process has no part in that.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
-import select
-import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-CHILD = Path(__file__).with_name("sandbox_child.py")
-PREFIX = "headwater-sandbox-"
 LONGEST_REPORT = 10_000
+BOOT = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from headwater.tasks import sandbox_child; del sys.path[0]; "
+    "sandbox_child.serve()"
+)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Resource limits of one run. `processes` counts threads; with seccomp, new processes are refused altogether."""
+    """Resource limits of one run.
+
+    seconds     of both processes together; of processor time for each
+    memory_mb   of each of the two processes; for the solution's its folder included
+    folder_mb   of the folder, which both share
+    processes   threads; no process can be started
+    """
 
     seconds: float = 30.0
     memory_mb: int = 512
@@ -42,10 +46,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Example: `Outcome(passed=False, reason="different", detail="AssertionError", layers=("landlock 7", …))`.
+    """Example: `Outcome(passed=False, reason="different", detail="AssertionError", layers=("seccomp", …))`.
 
-    reason  `equal`, `different` (a test failed), `error` (the solution does not load or ends the process), `timeout`,
-            `memory`
+    reason  `equal`, `different` (a test failed), `error` (the solution does not load or ends its process), `unsupported` (the tests
+            need an object of the solution's in a way that would let it decide the verdict), `timeout`, `memory`
     """
 
     passed: bool
@@ -54,108 +58,115 @@ class Outcome:
     layers: tuple[str, ...]
 
 
-def run(code: str, tests: str, entry_point: str | None = None, limits: Limits = Limits()) -> Outcome:
-    """Run a solution, then its tests, in a fresh sandbox.
+class Server:
+    """The process that forks the runs. It ends when this object's socket is closed, as when this process ends.
 
-    Example: `run("def f(x): return 2 * x", "assert f(2) == 4").passed` is True.
+    without  layers to leave out, for tests of the others: `namespaces`, `private root`, `user`, `landlock`, `seccomp`
     """
-    _remove_stale_folders()
-    proof = secrets.token_hex(16)
-    parts = [text.encode("utf-8", "surrogatepass") for text in (code, tests)]
-    setup = json.dumps(
-        {
-            **asdict(limits),
-            "parent": os.getpid(),
-            "code": len(parts[0]),
-            "tests": len(parts[1]),
-            "entry_point": entry_point,
-        }
-    ).encode()
-    folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
-    try:
-        with tempfile.TemporaryFile() as payload:
-            payload.write(b"%08d" % len(setup) + setup + parts[0] + parts[1] + proof.encode())
-            payload.seek(0)
-            process = subprocess.Popen(
+
+    def __init__(self, without: tuple[str, ...]) -> None:
+        self.owner = os.getpid()
+        self.control, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with child:
+            self.process = subprocess.Popen(
                 # Not -I: it would ignore PYTHONHASHSEED. The environment below is complete.
-                [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(CHILD)],
-                stdin=payload,
-                stdout=subprocess.PIPE,
+                [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", "-c", BOOT, str(Path(__file__).parents[2])],
+                stdin=child.fileno(),
+                stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                cwd=folder,
                 env={
                     "PATH": "/usr/bin:/bin",
-                    "HOME": folder,
-                    "TMPDIR": folder,
+                    "HOME": "/work",
+                    "TMPDIR": "/work",
                     "LANG": "C.UTF-8",
                     "PYTHONHASHSEED": "0",
                 },
                 start_new_session=True,
             )
-        report, timed_out = _read_report(process, limits.seconds)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return _outcome(report, timed_out, process.returncode, proof)
+        self.control.send(json.dumps({"without": without}).encode())
+
+    def close(self) -> None:
+        self.control.close()
+        if self.owner == os.getpid():
+            self.process.kill()
+            self.process.wait()
+
+    def run(self, job: bytes, limits: Limits) -> tuple[bytes, bool, list[int]]:
+        """(report of the tests' process, whether time ran out, exit statuses of the solution's and the tests' process)."""
+        deadline = time.monotonic() + limits.seconds
+        channel, child = socket.socketpair()
+        with channel, child:
+            socket.send_fds(self.control, [json.dumps({"limits": asdict(limits)}).encode()], [child.fileno()])
+            child.close()
+            report, timed_out = _exchange(channel, b"%012d" % len(job) + job, deadline)
+        self.control.send(b".")
+        return report, timed_out, json.loads(self.control.recv(1000))
 
 
-def _read_report(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, bool]:
-    """The child's report, and whether it was killed at the time limit."""
-    assert process.stdout is not None
-    deadline, report, timed_out = time.monotonic() + seconds, b"", False
+def _exchange(channel: socket.socket, job: bytes, deadline: float) -> tuple[bytes, bool]:
+    """Send a job to the tests' process; its report, and whether the deadline passed first."""
+    report = b""
     try:
+        channel.settimeout(max(deadline - time.monotonic(), 0.001))
+        channel.sendall(job)
         while len(report) <= LONGEST_REPORT:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0 or not select.select([process.stdout], [], [], remaining)[0]:
-                timed_out = True
-                break
-            data = os.read(process.stdout.fileno(), 4096)
+            channel.settimeout(max(deadline - time.monotonic(), 0.001))
+            data = channel.recv(4096)
             if not data:
                 break
             report += data
-        # The pipe is closed. A process that keeps running without it is killed below.
-        if not timed_out:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=min(0.2, max(0.0, deadline - time.monotonic())))
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.wait()
-        process.stdout.close()
-    return report, timed_out
+    except TimeoutError:
+        return report, True
+    except OSError:  # the process has ended
+        pass
+    return report, False
 
 
-def _outcome(report: bytes, timed_out: bool, status: int, proof: str) -> Outcome:
-    """Interpret a report. It is untrusted: the code under test may have written it."""
+_servers: dict[tuple[str, ...], Server] = {}
+_lock = threading.Lock()
+
+
+def run(
+    code: str,
+    tests: str,
+    entry_point: str | None = None,
+    limits: Limits = Limits(),
+    without: tuple[str, ...] = (),
+) -> Outcome:
+    """Run a solution and its tests in fresh processes, one run at a time. Raises OSError if the server cannot be used.
+
+    Example: `run("def f(x): return 2 * x", "assert f(2) == 4").passed` is True.
+    """
+    job = json.dumps({"code": code, "tests": tests, "entry_point": entry_point}).encode()
+    with _lock:
+        server = _servers.get(without)
+        if server is None or server.owner != os.getpid() or server.process.poll() is not None:
+            server = _servers[without] = Server(without)
+        try:
+            report, timed_out, statuses = server.run(job, limits)
+        except BaseException:  # whatever the server would still send belongs to this run
+            server.close()
+            del _servers[without]
+            raise
+    return _outcome(report, timed_out, statuses)
+
+
+def _outcome(report: bytes, timed_out: bool, statuses: list[int]) -> Outcome:
+    """Interpret a report; it may be cut or missing where the tests' process was ended."""
     try:
         fields: Any = json.loads(report)
     except (ValueError, RecursionError):
-        fields = None
-    fields = fields if isinstance(fields, dict) else {}
-    names = fields.get("layers")
-    layers = tuple(str(name) for name in names) if isinstance(names, list) else ()
-    failure = str(fields.get("failed", ""))[:200]
-    if not timed_out and fields.get("proof") == proof and not failure:
-        return Outcome(True, "equal", "", layers)
-    if timed_out or status == -signal.SIGXCPU:
+        fields = {}
+    layers, reason, detail = tuple(fields.get("layers", ())), fields.get("reason"), fields.get("detail", "")
+    if timed_out or -signal.SIGXCPU in statuses:
         return Outcome(False, "timeout", "", layers)
-    if failure == "MemoryError" or (status == -signal.SIGKILL and not report):
-        return Outcome(False, "memory", failure, layers)
-    if fields.get("at") == "tests" and failure not in ("", "SystemExit"):
-        return Outcome(False, "different", failure, layers)
-    return Outcome(False, "error", failure or f"ended with status {status} before its tests did", layers)
+    if reason is None:
+        killed = statuses[1] == -signal.SIGKILL
+        return Outcome(False, "memory" if killed else "error", f"ended with statuses {statuses}", layers)
+    return Outcome(fields["passed"], reason, detail, layers)
 
 
 @cache
 def layers() -> tuple[str, ...]:
-    """Restrictions that this machine supports, found by a trial run. Example: `("network namespace", …, "limits")`."""
+    """Restrictions that this machine supports, found by a trial run. Example: `("seccomp", "private root", …, "limits")`."""
     return run("", "pass").layers
-
-
-@cache
-def _remove_stale_folders() -> None:
-    """Remove folders of processes that were killed before they could clean up."""
-    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        pid = path.name.removeprefix(PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
-            shutil.rmtree(path, ignore_errors=True)

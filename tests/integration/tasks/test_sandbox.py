@@ -37,7 +37,20 @@ ESCAPES = {
     "an interpreter of C": "import _ctypes",
     "a terminal": "import pty\npty.spawn('/bin/true')",
     "a device": "open('/dev/tty', 'w').write('x')",
-    "the home folder": "import os\nos.listdir('/root') or os.listdir('/home')",
+    "the configuration folder": "import os\nassert 'passwd' in os.listdir('/etc')",
+    "the state of a file": "import os\nos.stat({victim!r})",
+    "the mode of a file": "import os\nos.chmod({victim!r}, 0o777)",
+    "the times of a file": "import os\nos.utime({victim!r}, (0, 0))",
+    "an attribute of a file": "import os\nos.setxattr({victim!r}, 'user.x', b'x')",
+    "shared memory": "from multiprocessing import shared_memory\nshared_memory.SharedMemory(create=True, size=1)",
+    "a memory file": "import os\nos.memfd_create('x')",
+    "signals on input and output": ("import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())"),
+    "asynchronous input and output": "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)",
+    "the scheduler": "import os\nos.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))",
+    "processors of others": "import os\nos.sched_setaffinity(os.getppid(), [0])",
+    "packages in their folder": (
+        "import os\nassert any(os.listdir(os.path.dirname(os.__file__) + '/' + n) for n in ('site-packages', 'dist-packages'))"
+    ),
     "packages that are installed": "import torch",
 }
 
@@ -91,18 +104,9 @@ def test_sandbox_stops_resource_exhaustion_and_grades_wrong(name: str) -> None:
 
 
 def test_sandbox_kills_fork_bomb() -> None:
-    def count() -> int:
-        return sum(
-            str(sandbox.CHILD).encode() in path.read_bytes()
-            for path in Path("/proc").glob("[0-9]*/cmdline")
-            if path.exists()
-        )
-
     bomb = "import os, threading\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     result = sandbox.run(bomb, "pass", limits=sandbox.Limits(seconds=1.5))
     assert not result.passed
-    deadline = time.monotonic() + 20.0
-    while count() > 0 and time.monotonic() < deadline:
-        time.sleep(0.1)  # children of another test process's sandbox end by themselves
-    assert count() == 0
+    server = sandbox._servers[()].process.pid
+    assert Path(f"/proc/{server}/task/{server}/children").read_text() == ""
     assert shutil.which("true")  # and the machine still starts programs
