@@ -11,6 +11,7 @@ from headwater.config.arms import BASE_MODELS, DESCRIPTIONS
 from headwater.report import figures
 from headwater.report.figures import Interval, Plot, Series, ValueAxis, file_stem
 from headwater.report.format import count, duration, non_training_notes, percent, units
+from headwater.report.verdict import failure_word
 from headwater.report.view import Column, RowHeader, Section, Table, interval_axis
 
 Cost = Callable[[dict[str, Any]], float]
@@ -53,7 +54,9 @@ def _row(report: dict[str, Any], name: str, eval_name: str, common_k: str) -> di
     arm = report["arms"][name]
     # The top of the page has the sentences of the failures: a column of names is too narrow for them.
     warnings = [f"unfinished on seed {seed}" for seed in arm["unfinished"]]
-    warnings += [f"{failure['state']} on seed {seed}" for seed, failure in arm["failed"].items()]
+    for seed, failure in arm["failed"].items():
+        state = failure_word(failure).lower() if failure["state"] == "failed" else failure["state"]
+        warnings.append(f"{state} on seed {seed}")
     row = dict.fromkeys(("accuracy", "mean", "interval", "pass", "maj"))
     row |= {"header": RowHeader(name, (DESCRIPTIONS.get(name, ""),), tuple(warnings)), "eval": eval_name, "costs": arm}
     accuracy = arm["accuracy"].get(eval_name)

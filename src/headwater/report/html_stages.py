@@ -96,7 +96,8 @@ def _stage_table(report: dict[str, Any]) -> Table:
         Column("completions, all steps", _outcomes),
     ]
     rows = [row for row in report["stages"] if row["ends"] or name in row["accuracy"]]
-    return Table(f"Every stage once: on {name}, and first → last step of training", columns, rows)
+    measured = [column for column in columns if any(column.cell(row) is not None for row in rows)]
+    return Table(f"Every stage once: on {name}, and first → last step of training", measured, rows)
 
 
 def _stage_columns() -> list[Column]:
@@ -178,7 +179,7 @@ def c1_figure(eval_name: str, teachers: dict[str, Any]) -> Plot:
 def _c1_table(report: dict[str, Any]) -> Table | None:
     rows = []
     for eval_name, teachers in (report["conditions"]["C1"] or {}).items():
-        if teachers["before"]:
+        if teachers["before"] and teachers["after"]:
             rows.append({"eval": eval_name, "when": "before", "arms": [], "training": {}, **teachers["before"]})
         for state in teachers["after"]:
             pool = POOL_TEXT.get(state["pool"], state["pool"] or "no labels")
