@@ -1,4 +1,7 @@
-"""Shared fixtures. Tests use one thread: bit-reproducible sums need a fixed number, and CI has few cores."""
+"""Shared fixtures. Tests use one thread: bit-reproducible sums need a fixed number, and CI has few cores.
+
+Fixtures import what they need on first use: the xdist controller, which runs no test, then loads none of the libraries.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,18 @@ import gc
 import json
 import os
 import shutil
+import sys
 import tempfile
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from transformers import PreTrainedTokenizerFast
 
-from fake_runs import shared_run
-from headwater.models.policy import Policy
-from tiny import tiny_folder, tiny_policy
-from tools.pretrain.pocket import make_tokenizer
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-torch.set_num_threads(1)
-gc.freeze()  # full collections then skip the objects of the libraries, some 200 ms each
+    from headwater.models.policy import Policy
 
 SLOWEST = (
     "test_torchrun_models.py",
@@ -55,9 +54,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)  # stable: the rest keeps its order
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fork the parent of `ForkedRuns` if tests use it: it must be a fork from before the first backward pass."""
+    gc.freeze()  # full collections then skip the objects of the libraries, some 200 ms each
+    if "forked_runs" in sys.modules and not session.config.option.collectonly:
+        sys.modules["forked_runs"].warm_runs()
+
+
 @pytest.fixture(autouse=True)
 def fixed_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seed torch before each test, so that its random tensors do not depend on other tests, nor tables on a terminal's width."""
+    import torch
+
     monkeypatch.delenv("COLUMNS", raising=False)
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -66,6 +74,8 @@ def fixed_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def fake_study() -> Path:
     """A fake run of ARMS over three seeds, with its report. It is made once for all test workers: tests must not change it."""
+    from fake_runs import shared_run
+
     return shared_run()
 
 
@@ -76,8 +86,16 @@ def fake_report(fake_study: Path) -> dict[str, Any]:
     return values
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures of a report's page empty: drawing them takes nearly all of its time."""
+    monkeypatch.setattr("headwater.report.figures.as_file", lambda figure, name: "<svg><g></g></svg>")
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
+    from tools.pretrain.pocket import make_tokenizer
+
     return make_tokenizer()
 
 
@@ -89,12 +107,16 @@ def architecture(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def policy() -> Policy:
     """A tiny Qwen3, new for each test, which may train it."""
+    from tiny import tiny_policy
+
     return tiny_policy("qwen3", seed=0)
 
 
 @pytest.fixture
 def teacher() -> Policy:
     """Another tiny Qwen3 with the same tokenizer and other weights, frozen."""
+    from tiny import tiny_policy
+
     policy = tiny_policy("qwen3", seed=1)
     policy.model.requires_grad_(False)
     return policy
@@ -102,11 +124,15 @@ def teacher() -> Policy:
 
 @pytest.fixture(scope="session")
 def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import tiny_folder
+
     return tiny_folder(tmp_path_factory.mktemp("models") / "qwen3", "qwen3")
 
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import tiny_folder
+
     return tiny_folder(tmp_path_factory.mktemp("models") / "llama", "llama", seed=1)
 
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 
+from forked_runs import warm_runs
 from headwater.config.arms import ARMS, DEFAULT_STUDY
 from headwater.report.html import Page
 from runs import all_arms, call, load_json, node, node_names, rows, sets, spawn, tiny
@@ -54,10 +55,10 @@ def test_run_in_process_prints_table_and_report_path(tmp_path: Path) -> None:
 
 
 def test_json_option_prints_only_report_to_stdout(tmp_path: Path) -> None:
-    done = spawn("run", "pocket", "--arm", "direct_grpo", "--json", "--out", "mine", *sets(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert strict(done.stdout) == load_json(tmp_path / "mine/report.json")
-    assert done.stdout.count("\n") == 1
+    done = warm_runs().run("run", "pocket", "--arm", "direct_grpo", "--json", "--out", tmp_path / "mine", *sets())
+    assert done.code == 0, done.err
+    assert strict(done.out) == load_json(tmp_path / "mine/report.json")
+    assert done.out.count("\n") == 1
 
 
 def test_json_option_leaves_stdout_empty_on_error() -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from forked_runs import Place, ProcessResult, warm_runs
 from runs import rows, sets
 
 ROOT = Path(__file__).parents[2]
@@ -60,11 +58,9 @@ def copy_with(edits: list[Edit], folder: Path) -> Path:
     return folder
 
 
-def python(copy: Path, *arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run Python on the copy's package instead of the installed one."""
-    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=timeout)
+def run_copy(copy: Path, *argv: str | Path, script: str | None = None) -> ProcessResult:
+    """Run the copy's program, or a module with the copy's package, in a process that has the libraries loaded."""
+    return warm_runs().run(*argv, whole=True, place=Place(copy, copy / "src", script))
 
 
 def test_adding_arm_takes_one_edit(tmp_path: Path) -> None:
@@ -72,9 +68,9 @@ def test_adding_arm_takes_one_edit(tmp_path: Path) -> None:
     assert [edit.path for edit in edits] == ["src/headwater/config/arms.py"]
     copy, out = copy_with(edits, tmp_path / "copy"), tmp_path / "run"
     arms = ("--arms", "raw_teacher,raw_warmup_only")
-    done = python(copy, "-m", "headwater", "study", "pocket", *arms, "--out", out, "--json", *sets())
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(done.stdout)
+    done = run_copy(copy, "study", "pocket", *arms, "--out", out, "--json", *sets())
+    assert done.code == 0, done.out + done.err
+    report = json.loads(done.out)
     assert report["arms"]["raw_warmup_only"]["text"] == "warm-up from the teacher before RL, nothing else"
     assert report["arms"]["raw_warmup_only"]["labels"]["distinct"] == 0
     assert ("raw_teacher", "raw_warmup_only") in {(contrast["a"], contrast["b"]) for contrast in report["contrasts"]}
@@ -88,13 +84,13 @@ def test_adding_task_takes_two_edits(tmp_path: Path) -> None:
     copy, data = copy_with(edits, tmp_path / "copy"), tmp_path / "data.jsonl"
     golds = [{"problem": "Is 7 prime?", "answer": "yes"}, {"problem": "Is 8 prime?", "answer": "No"}]
     data.write_text("".join(json.dumps(row) + "\n" for row in golds), encoding="utf-8")
-    validated = python(copy, "-m", "headwater", "validate", data, "--task", "yes_no")
-    assert "2 gold answers, 0 fail" in validated.stdout, validated.stdout + validated.stderr
+    validated = run_copy(copy, "validate", data, "--task", "yes_no")
+    assert "2 gold answers, 0 fail" in validated.out, validated.out + validated.err
     completions = ["Not sure. Yes.", "Yes? It is 2*4, so no.", "Perhaps."]
     rows_ = [{"gold": "no", "completion": completion} for completion in completions]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows_), encoding="utf-8")
-    graded = python(copy, "-m", "headwater", "grade", "--data", data, "--task", "yes_no")
-    verdicts = [json.loads(line) for line in graded.stdout.splitlines()]
+    graded = run_copy(copy, "grade", "--data", data, "--task", "yes_no")
+    verdicts = [json.loads(line) for line in graded.out.splitlines()]
     assert [(row["correct"], row["reason"]) for row in verdicts] == [
         (False, "different"),
         (True, "equal"),
@@ -110,16 +106,16 @@ def test_adding_objective_takes_three_edits(tmp_path: Path) -> None:
         "tests/unit/losses/test_objectives.py",
     ]
     copy = copy_with(edits, tmp_path / "copy")
-    tested = python(
-        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", edits[2].path, "-k", "every_objective_by_hand"
+    tested = run_copy(
+        copy, "-q", "-p", "no:cacheprovider", edits[2].path, "-k", "every_objective_by_hand", script="pytest"
     )
-    assert tested.returncode == 0, tested.stdout + tested.stderr
-    assert "1 passed" in tested.stdout
+    assert tested.code == 0, tested.out + tested.err
+    assert "1 passed" in tested.out
 
     out = tmp_path / "run"
     change = ("stages.student_rl.objective=raft", "stages.student_rl.steps=1")
-    trained = python(copy, "-m", "headwater", "run", "pocket", "--arm", "direct_grpo", "--out", out, *sets(*change))
-    assert trained.returncode == 0, trained.stdout + trained.stderr
+    trained = run_copy(copy, "run", "pocket", "--arm", "direct_grpo", "--out", out, *sets(*change))
+    assert trained.code == 0, trained.out + trained.err
     (node,) = (path for path in (out / "nodes").iterdir() if path.name.startswith("student_rl."))
     assert json.loads((node / "node.json").read_text(encoding="utf-8"))["settings"]["objective"] == "raft"
     (step,) = rows(node / "metrics.jsonl")
@@ -147,8 +143,8 @@ def test_adding_sampler_takes_two_edits(tmp_path: Path) -> None:
     for sampler in ("torch", "uncached"):
         out = tmp_path / sampler
         change = (f"compute.sampler={sampler}", "stages.student_rl.steps=2", "conditions.problems=0")
-        trained = python(copy, "-m", "headwater", "run", "pocket", "--arm", "direct_grpo", "--out", out, *sets(*change))
-        assert trained.returncode == 0, trained.stdout + trained.stderr
+        trained = run_copy(copy, "run", "pocket", "--arm", "direct_grpo", "--out", out, *sets(*change))
+        assert trained.code == 0, trained.out + trained.err
         (node,) = (path for path in (out / "nodes").iterdir() if path.name.startswith("student_rl."))
         steps[sampler] = node.name, rows(node / "metrics.jsonl")
     assert steps["torch"][0] != steps["uncached"][0]  # fingerprints
@@ -159,11 +155,9 @@ def test_adding_sampler_takes_two_edits(tmp_path: Path) -> None:
         assert (
             embedded["grad_norm"] == pytest.approx(uncached["grad_norm"], rel=1e-3) and uncached["sampler_gap"] < 1e-5
         )
-    refused = python(
-        copy, "-m", "headwater", "run", "pocket", "--out", tmp_path / "none", "--set", "compute.sampler=cached"
-    )
-    assert refused.returncode == 2
+    refused = run_copy(copy, "run", "pocket", "--out", tmp_path / "none", "--set", "compute.sampler=cached")
+    assert refused.code == 2
     assert (
         "compute.sampler: input should be 'torch', 'uncached', 'vllm', or package.module:function (given: 'cached')"
-        in refused.stderr
+        in refused.err
     )

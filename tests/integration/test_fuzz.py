@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import fuzz
-import headwater
+from forked_runs import Place, warm_runs
 from headwater.errors import RefusedError, TrainingStoppedError, UserError
 
 
 def test_fuzzed_inputs_are_accepted_or_refused_in_one_sentence() -> None:
-    script = Path(__file__).parents[1] / "support" / "fuzz.py"
-    path = os.pathsep.join([str(Path(headwater.__file__).parents[1]), str(script.parents[2])])
-    result = subprocess.run(
-        [sys.executable, str(script), "--count", "200"],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "200 cases from 0, 0 not as they must be" in result.stdout
+    result = warm_runs().run("--count", "200", place=Place(script=Path(fuzz.__file__)))
+    assert result.code == 0, result.out[-4000:] + result.err[-2000:]
+    assert "200 cases from 0, 0 not as they must be" in result.out
     for reached in ("planned", "validated", "graded", "refused 2", "reported", "read whole", "loaded", "examined"):
-        assert reached in result.stdout
+        assert reached in result.out
     for kind in fuzz.KINDS:
-        assert f"{kind} " in result.stdout
+        assert f"{kind} " in result.out
 
 
 @pytest.mark.parametrize(

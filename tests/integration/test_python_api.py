@@ -5,16 +5,15 @@ from __future__ import annotations
 import html
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import headwater
+from forked_runs import Place, warm_runs
 from headwater.errors import UserError
 from headwater.report.result import Result
-from runs import environment, tiny
+from runs import tiny
 
 PAGE = (Path(__file__).parents[2] / "docs" / "python-api.md").read_text(encoding="utf-8")
 
@@ -31,11 +30,9 @@ def test_documented_programs_run_as_printed(tmp_path: Path) -> None:
     (tmp_path / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     printed = {}
     for name in ("train.py", "check.py"):
-        ended = subprocess.run(
-            [sys.executable, name], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
-        )
-        assert ended.returncode == 0, ended.stderr
-        printed[name] = ended.stdout.splitlines()
+        ended = warm_runs().run(place=Place(tmp_path, script=tmp_path / name))
+        assert ended.code == 0, ended.err
+        printed[name] = ended.out.splitlines()
     metrics = next((tmp_path / "runs" / "mine" / "nodes").glob("student_rl*/metrics.jsonl"))
     rewards = [json.loads(line)["reward"] for line in metrics.read_text(encoding="utf-8").splitlines()]
     node = metrics.parent.name

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from forked_ranks import warm_ranks
+from forked_ranks import run_ranks
 from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
 from headwater.training.groups import assign_to_ranks
@@ -96,7 +96,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_two_ranks_equal_one_with_same_ledger(tmp_path: Path) -> None:
-    ended = warm_ranks().run(2, *command(tmp_path / "out"))
+    ended = run_ranks(2, *command(tmp_path / "out"))
     assert [rank.code for rank in ended] == [0, 0], ended
     assert_alike(tmp_path / "out", one_process())
     assert load_json(tmp_path / "out" / "env.json")["processes"] == 2 and ended[1].err == ""
@@ -107,7 +107,7 @@ def test_killed_rank_ends_others_and_other_world_sizes_resume(
 ) -> None:
     out = tmp_path / "two"
     # OPD's steps are the 9th to 11th that a rank begins: two of teacher RL and two of warm-up come before.
-    ended = warm_ranks().run(2, *command(out), faults={1: "step.begun:7=kill"})
+    ended = run_ranks(2, *command(out), faults={1: "step.begun:7=kill"})
     assert ended[1].code == -signal.SIGKILL and ended[0].code == 4
     assert ended[0].err.endswith(
         "headwater: another process of this run was lost; run the same command again to resume from the last checkpoint\n"
@@ -119,7 +119,7 @@ def test_killed_rank_ends_others_and_other_world_sizes_resume(
     ]
     for size in (1, 4):
         shutil.copytree(out, tmp_path / str(size))
-        again = warm_ranks().run(size, *command(tmp_path / str(size)))
+        again = run_ranks(size, *command(tmp_path / str(size)))
         assert [rank.code for rank in again] == [0] * size, again
         assert_alike(tmp_path / str(size), one_process())
 
@@ -132,13 +132,13 @@ def node_of(out: Path, stage: str) -> Path:
 def test_interrupted_ranks_leave_one_checkpoint_and_two_resume_from_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     begun = f"{out}/nodes/warmup.*/metrics.jsonl"
-    ended = warm_ranks().run(2, *command(out), signals=[(begun, signal.SIGTERM)])
+    ended = run_ranks(2, *command(out), signals=[(begun, signal.SIGTERM)])
     assert [rank.code for rank in ended] == [130, 130], ended
     assert ended[0].err.count("stopping after this step, with a checkpoint") == 1 and ended[1].err == ""
-    again = warm_ranks().run(1, *command(out), faults={0: "step.begun:3=int"})
+    again = run_ranks(1, *command(out), faults={0: "step.begun:3=int"})
     assert again[0].code == 130, again
     assert (node_of(out, "opd") / "checkpoint").exists()
-    assert [rank.code for rank in warm_ranks().run(2, *command(out))] == [0, 0]
+    assert [rank.code for rank in run_ranks(2, *command(out))] == [0, 0]
     assert_alike(out, one_process())
 
 
@@ -146,7 +146,7 @@ def test_interrupted_ranks_leave_one_checkpoint_and_two_resume_from_one(tmp_path
 def test_stage_failure_on_all_ranks_spares_rest_of_study(tmp_path: Path) -> None:
     changes = ["guards.no_signal=stop", "guards.patience=1", "stages.student_rl.sampling.max_tokens=1"]
     argv = ["study", "pocket", "--arms", "direct_grpo,raw_teacher", "--out", tmp_path, *sets(*changes)]
-    ended = warm_ranks().run(2, *argv)
+    ended = run_ranks(2, *argv)
     assert [rank.code for rank in ended] == [4, 4]
     assert ended[0].err.count("no informative group") == 2 and ended[1].err == ""  # as it happens, and at the end
     assert (node(tmp_path, "raw_teacher", "opd") / "DONE").exists()
@@ -164,13 +164,9 @@ def test_torchrun_gives_same_run_and_rank_0_prints(tmp_path: Path) -> None:
 
 
 def test_only_run_study_and_demo_accept_several_processes() -> None:
-    world = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    refused = subprocess.run(
-        [sys.executable, "-m", "headwater", "probe", "pocket"],
-        capture_output=True, text=True, timeout=60, env={**environment(), **world},
-    )  # fmt: skip
-    assert refused.returncode == 2
-    assert refused.stderr == "headwater: torchrun: only run, study, demo, distill and grpo run in several processes\n"
+    for refused in run_ranks(2, "probe", "pocket"):
+        assert refused.code == 2
+        assert refused.err == "headwater: torchrun: only run, study, demo, distill and grpo run in several processes\n"
 
 
 # Shares ---------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from forked_ranks import warm_ranks
+from forked_ranks import run_ranks
 from headwater.config.recipe import Lora
 from headwater.distributed.process_group import ProcessGroup
 from headwater.errors import UserError
@@ -39,7 +39,7 @@ def one_and_two(tmp_path: Path, *changes: str, options: tuple[str, ...] = ()) ->
     single, two = tmp_path / "one", tmp_path / "two"
     result = tiny("run", single, *options, changes=changes)
     assert result.code == 0, result.err
-    ended = warm_ranks().run(2, *command_of(two, *changes), *options)
+    ended = run_ranks(2, *command_of(two, *changes), *options)
     assert [rank.code for rank in ended] == [0, 0], ended
     return single, two
 
@@ -51,7 +51,7 @@ def test_lora_on_two_ranks_equals_one_and_resumes(output: str, tmp_path: Path) -
     single, two = one_and_two(tmp_path, *changes)
     assert_alike(two, single)
     broken = tmp_path / "broken"
-    ended = warm_ranks().run(2, *command_of(broken, *changes), faults={1: "step.begun:7=kill"})
+    ended = run_ranks(2, *command_of(broken, *changes), faults={1: "step.begun:7=kill"})
     assert [rank.code for rank in ended] == [4, -9], ended
     kept = sorted((node_of(broken, "opd") / "checkpoint" / "000002").glob("shard-*"))
     assert len(kept) == 2
@@ -61,7 +61,7 @@ def test_lora_on_two_ranks_equals_one_and_resumes(output: str, tmp_path: Path) -
         assert names and all(".lora_" in name for name in names)
     for size in (1, 2):
         shutil.copytree(broken, tmp_path / str(size))
-        again = warm_ranks().run(size, *command_of(tmp_path / str(size), *changes))
+        again = run_ranks(size, *command_of(tmp_path / str(size), *changes))
         assert [rank.code for rank in again] == [0] * size, again
         assert_alike(tmp_path / str(size), single)
 
@@ -79,7 +79,7 @@ def test_each_rank_queries_served_teacher_for_its_own_share(tmp_path: Path, pock
                 result = tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes)
                 assert result.code == 0, result.err
             else:
-                ended = warm_ranks().run(2, *command_of(tmp_path / "two", *changes), "--arm", "raw_teacher")
+                ended = run_ranks(2, *command_of(tmp_path / "two", *changes), "--arm", "raw_teacher")
                 assert [rank.code for rank in ended] == [0, 0], ended
             counts.append(sequences(requests))
     assert_alike(tmp_path / "two", tmp_path / "one")

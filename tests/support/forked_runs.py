@@ -1,9 +1,10 @@
 """Runs of the program as forks of one process that has done the imports: real processes and signals, started in milliseconds.
 
-    runs = ForkedRuns()                                # starts the parent process once
+    runs = ForkedRuns()                                # forks the parent process once
     runs.run("run", "pocket", "--out", out, fault="step.begun:3=kill").code    # -9
 
-The parent has one thread and never runs a backward pass, so that it can be forked safely. A child leads its own process group.
+The parent is itself a fork of this process, from before its first backward pass (autograd refuses one in a fork of a process that
+has run one). It has one thread and runs no backward pass, so that it can be forked safely. A child leads its own process group.
 Preflight and the HTML page, the slowest parts, are skipped unless `whole`.
 """
 
@@ -11,19 +12,23 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
+import importlib
 import json
 import os
+import runpy
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 from unittest import mock
 
 from headwater.doctor.checks import Examination, preflight
@@ -43,16 +48,19 @@ class ProcessResult:
     seconds: float
     arrivals: dict[str, int]
     usage: list[tuple[float, int, int]]
+    out: str = ""
 
 
 class ForkedRuns:
     def __init__(self) -> None:
+        here, there = socket.socketpair()
         self._number = 0
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "TOKENIZERS_PARALLELISM": "false"}
-        environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        self._pid = os.fork()
+        if self._pid == 0:
+            here.close()
+            serve(there.makefile("rw"))
+        there.close()
+        self._channel = here.makefile("rw")
         atexit.register(self.close)
 
     def run(
@@ -65,6 +73,7 @@ class ForkedRuns:
         whole: bool = False,
         then: str = "",
         patience: float = 280,
+        place: Place | None = None,
     ) -> ProcessResult:
         """One run of the program.
 
@@ -75,47 +84,71 @@ class ForkedRuns:
         patience    seconds after which a run that should have ended is killed
         then        a point that stops at its first arrival until a second run of the same program has ended; see `err`
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._number += 1
         request = {
-            "number": self._number,
             "argv": [str(word) for word in argv], "fault": fault, "kill_after": kill_after, "signals": list(signals),
             "user": user, "whole": whole, "then": then, "patience": patience,
         }  # fmt: skip
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        result: dict[str, Any] = {"number": 0}
-        while result["number"] != self._number:  # skip the result of an earlier run that timed out here
-            line = self._process.stdout.readline()
-            assert line, "the warm process is gone"
-            result = json.loads(line)
-        del result["number"]
+        result = self.ask("forked_runs:one_run", request | (place or Place()).request())
         return ProcessResult(**{**result, "usage": [tuple(sample) for sample in result["usage"]]})
 
+    def ask(self, function: str, request: dict[str, Any]) -> Any:
+        """Result of a function `module:name`, called in the parent with the request and an empty folder."""
+        self._number += 1
+        print(json.dumps([self._number, function, request]), file=self._channel, flush=True)
+        number = 0
+        while number != self._number:  # skip the result of an earlier run that timed out here
+            line = self._channel.readline()
+            assert line, "the parent process has ended"
+            number, result = json.loads(line)
+        return result
+
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(OSError):
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and from what a child runs.
+
+    cwd     its working directory, which Python also imports from
+    source  folder of another copy of the package to import; the libraries stay those that the parent has imported
+    script  Python file, or name of a module, to run instead of the program
+    """
+
+    cwd: Path | None = None
+    source: Path | None = None
+    script: Path | str | None = None
+
+    def request(self) -> dict[str, str | None]:
+        return {name: None if path is None else str(path) for name, path in vars(self).items()}
 
 
 @cache
 def warm_runs() -> ForkedRuns:
-    """The parent process that all tests of one xdist worker share."""
+    """The parent process that all tests of one xdist worker share. conftest.py forks it when the tests are collected."""
     return ForkedRuns()
 
 
-def serve() -> None:
-    """Parent process: fork a child for every request line on stdin and print its result."""
-    warm_up()
-    sink = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        request = json.loads(line)
-        with tempfile.TemporaryDirectory() as folder:
-            if request["user"] is not None:
-                os.chmod(folder, 0o777)
-            print(json.dumps({"number": request["number"], **one_run(request, Path(folder))}), file=sink, flush=True)
+def serve(channel: TextIO) -> NoReturn:
+    """Parent process: answer requests, a line each, until the process that forked it ends."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "dumb", "TOKENIZERS_PARALLELISM": "false"}
+        for line in channel:
+            warm_up()
+            number, function, request = json.loads(line)
+            module, name = function.split(":")
+            with tempfile.TemporaryDirectory() as folder:
+                result = getattr(importlib.import_module(module), name)(request, Path(folder))
+            print(json.dumps([number, result]), file=channel, flush=True)
+    except BaseException:
+        traceback.print_exc(file=sys.__stderr__)
+    os._exit(1)
 
 
+@cache
 def warm_up() -> None:
     import torch
 
@@ -124,6 +157,7 @@ def warm_up() -> None:
     import headwater.pipeline
     import headwater.report.build
     import headwater.runs.executors.local
+    import headwater.runs.executors.torchrun
     import headwater.runs.progress  # noqa: F401
     from headwater.config.builtin import find_recipe
     from headwater.config.stage import Sampling
@@ -143,9 +177,12 @@ def warm_up() -> None:
         LoadOptions(recipe.models, torch.device("cpu"), frozen=True),
     )
     TorchSampler(policy).sample(requests_for([("p", (1, 5, 15, 6, 2))], 2, 0, "warm"), Sampling(max_tokens=3))
+    gc.freeze()  # the children's full collections then skip the objects of the libraries
 
 
 def one_run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if request["user"] is not None:
+        folder.chmod(0o777)
     began = time.monotonic()
     pid = os.fork()
     if pid == 0:
@@ -172,7 +209,10 @@ def one_run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     arrivals = folder / "arrivals"
     return {
         "code": os.waitstatus_to_exitcode(status),
-        "err": (folder / "err").read_text(errors="replace") if (folder / "err").exists() else "",
+        **{
+            name: path.read_text(errors="replace") if (path := folder / name).exists() else ""
+            for name in ("err", "out")
+        },
         "seconds": time.monotonic() - began,
         "arrivals": json.loads(arrivals.read_text()) if arrivals.exists() else {},
         "usage": usage,
@@ -196,7 +236,7 @@ def child(request: dict[str, Any], folder: Path) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o666), number)
     sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w", buffering=1)
-    from headwater.cli.main import main
+    main = entry(request)
     from headwater.storage import fault_points
 
     arrivals: Counter[str] = Counter()
@@ -211,7 +251,7 @@ def child(request: dict[str, Any], folder: Path) -> None:
     fault_points.arm(arrived)
     code: Any = 0
     with contextlib.ExitStack() as stack:
-        if not request["whole"]:
+        if not request["whole"] and request["script"] is None:
             stack.enter_context(mock.patch("headwater.doctor.checks.examine", return_value=Examination((), (), ())))
             stack.enter_context(mock.patch("headwater.report.html.page", return_value=Page("")))
         stack.enter_context(mock.patch.object(sys, "argv", ["headwater", *request["argv"]]))
@@ -220,8 +260,6 @@ def child(request: dict[str, Any], folder: Path) -> None:
         except SystemExit as end:
             code = end.code or 0
         except BaseException:
-            import traceback
-
             traceback.print_exc()
             code = 1
     (folder / "arrivals").write_text(json.dumps(arrivals))
@@ -230,14 +268,31 @@ def child(request: dict[str, Any], folder: Path) -> None:
     os._exit(code if isinstance(code, int) else 1)
 
 
+def entry(request: dict[str, Any]) -> Callable[[], object]:
+    """Go where the request wants to run, and return what it runs there."""
+    if request["cwd"] is not None:
+        os.chdir(request["cwd"])
+        sys.path.insert(0, request["cwd"])
+    if request["source"] is not None:
+        own = str(Path(__file__).parent)
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] in ("headwater", "tests", "tools") or (
+                getattr(module, "__file__", None) or ""
+            ).startswith(own):
+                del sys.modules[name]
+        sys.path.insert(0, request["source"])
+    if (script := request["script"]) is not None:
+        run = runpy.run_path if script.endswith(".py") else runpy.run_module
+        return lambda: run(script, run_name="__main__")
+    from headwater.cli.main import main
+
+    return main
+
+
 def rerun(argv: list[str], folder: Path) -> None:
     """Run the same command in a second process and print its result to this one's stderr."""
     there = folder / "second"
     there.mkdir()
     request = {"argv": argv, "fault": None, "kill_after": None, "signals": [], "user": None, "whole": False, "then": ""}
-    result = one_run({**request, "patience": 60}, there)
+    result = one_run({**request, **Place().request(), "patience": 60}, there)
     print(f"second: {result['code']}: {result['err'].strip().splitlines()[-1]}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    serve()

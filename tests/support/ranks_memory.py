@@ -27,10 +27,7 @@ from headwater.training.groups import assign_to_ranks
 from headwater.training.update import make_optimizer, update
 from tiny import CPU, MODELS, sampled_rows, stage_of, tiny_folder
 
-torch.set_num_threads(1)
-# Return freed memory to the system at once, so that the allocator's reserve is not counted.
 LIBC, M_MMAP_THRESHOLD = ctypes.CDLL("libc.so.6"), -3
-LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def local(tensor: Tensor) -> int:
@@ -64,6 +61,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=usual)
     parser.add_argument("--model", type=Path, help="a model folder to use instead of making one")
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    LIBC.mallopt(
+        M_MMAP_THRESHOLD, 1 << 16
+    )  # freed memory returns to the system at once: no reserve of the allocator is counted
     ranks = init_process_group() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE_PROCESS
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(ranks.broadcast(temporary))

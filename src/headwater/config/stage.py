@@ -61,14 +61,43 @@ class Sparse(Strict):
     """Maximum number of extra sampling rounds that replace groups whose rewards are all equal."""
 
 
+class TeacherWeights(Strict):
+    """Weights of the log-probs of frozen models, whose normalized product is the teacher's distribution. They sum to 1.
+
+    ExOPD (2602.12125) is `{teacher: 1.25, base_teacher: -0.25}`, or with `start` as the reference; weak-to-strong distillation
+    (2607.26246) is `{start: 1, teacher: 1, base_teacher: -1}`.
+    """
+
+    teacher: float = 0.0
+    """The stage's teacher."""
+    base_teacher: float = 0.0
+    """models.teacher before any training."""
+    start: float = 0.0
+    """The stage's own starting weights."""
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> TeacherWeights:
+        total = self.teacher + self.base_teacher + self.start
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the weights sum to {total:g}; they must sum to 1, or the temperature changes too")
+        return self
+
+
 class Dense(Strict):
     """Token-level teacher supervision."""
 
-    divergence: Literal["reverse", "forward", "jsd", "sampled"] = "reverse"
-    """`reverse` KL(student‖teacher), `forward` KL(teacher‖student), `jsd` with `beta`, exact over the vocabulary;
+    divergence: Literal["reverse", "forward", "jsd", "skewed", "entropy_aware", "sampled"] = "reverse"
+    """`reverse` KL(student‖teacher), `forward` KL(teacher‖student), `jsd` with `beta`, `skewed` KL(student‖beta·teacher +
+    (1−beta)·student), `entropy_aware` reverse plus forward where the teacher is uncertain, exact over the vocabulary;
     `sampled` is the one-token estimate (k1) as an advantage."""
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Weight of the teacher in the mixture of `jsd`."""
+    """Weight of the teacher in the mixture of `jsd` and `skewed`."""
+    entropy_above: Annotated[float, Field(ge=0.0), Unit("nats")] = 0.8
+    """Entropy of the teacher above which `entropy_aware` adds the forward KL."""
+    clip: Annotated[float, Field(gt=0.0), Unit("nats")] | None = None
+    """Upper bound of the divergence of one token; above it the token has no gradient. None bounds nothing."""
+    teacher_weights: TeacherWeights | None = None
+    """A teacher composed of several frozen models; None is the stage's teacher alone."""
     top_k: Tokens | None = None
     """Teacher distributions keep the top k tokens and the total mass of the others; None keeps the whole vocabulary."""
 
@@ -190,6 +219,10 @@ class Stage(Strict):
         if self.sampling.top_p != 1.0 or self.sampling.top_k != 0:
             raise ValueError(
                 "training must sample with top_p 1 and top_k 0: no loss accounts for a truncated distribution"
+            )
+        if self.dense.teacher_weights is not None and not self.on_policy:
+            raise ValueError(
+                f"dense.teacher_weights: objective {self.objective} reads cached rollouts, which hold one teacher's distributions"
             )
         if self.until is not None:
             self._check_metric(self.until.metric)

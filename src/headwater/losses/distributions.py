@@ -109,6 +109,61 @@ class FromLogits:
 
 
 @dataclass(frozen=True)
+class Composed:
+    """softmax(Σ_m c_m · log π_m) of exact distributions π_m: their weighted product Π π_m^{c_m}, normalized.
+
+    Every reward that is a weighted difference of log-probs is the reverse KL to such a distribution: where Σ c_m = 1,
+    Σ_v S(v) (log S(v) − Σ_m c_m log π_m(v)) = KL(S ‖ composed) − log Z, and log Z does not depend on the student S. So
+    c = (λ, 1−λ) over the trained teacher and a reference is ExOPD (2602.12125), and (1, α, −α) over the student's start, the
+    trained teacher and the teacher before training is weak-to-strong distillation (2607.05394, 2607.26246).
+
+    Example: π_1 = (½, ½), π_2 = (¼, ¾) and c = (2, −1) give (½² / ¼, ½² / ¾) = (1, ⅓), normalized (¾, ¼).
+    """
+
+    parts: tuple[Distributions, ...]
+    """All over one vocabulary, and those stored as hidden states in one dtype."""
+    weights: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def rows(self, start: int, stop: int) -> Composed:
+        return Composed(tuple(part.rows(start, stop) for part in self.parts), self.weights)
+
+    def materialize(self) -> Exact:
+        return self.with_logits().materialize()
+
+    def buffer(self, tokens: int) -> Tensor | None:
+        """Memory for one part's logits, which all parts and chunks reuse; None where no part has a linear head."""
+        buffers = (part.buffer(tokens) for part in self.parts if isinstance(part, FromHidden))
+        return next((buffer_CV for buffer_CV in buffers if buffer_CV is not None), None)
+
+    @torch.no_grad()
+    def with_logits(self, buffer_CV: Tensor | None = None) -> FromLogits:
+        """The weighted sum of the parts' logits in float32 or wider, at temperature 1; `buffer_CV` holds one part's at a time."""
+        total_CV: Tensor | None = None
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            logits_CV, temperature = _logits(part, buffer_CV)
+            if total_CV is None:
+                total_CV = torch.zeros_like(logits_CV, dtype=logp_dtype(logits_CV.dtype))
+            total_CV.add_(logits_CV.to(total_CV.device), alpha=weight / temperature)
+        assert total_CV is not None
+        return FromLogits(total_CV, 1.0)
+
+
+def _logits(distributions: Distributions, buffer_CV: Tensor | None) -> tuple[Tensor, float]:
+    """(logits, their temperature) of exact distributions. Raises ValueError for top-k ones: the product of tails is unknown."""
+    if isinstance(distributions, FromHidden):
+        distributions = distributions.with_logits(buffer_CV)
+    if isinstance(distributions, FromLogits):
+        return distributions.logits_NV, distributions.temperature
+    known = distributions.materialize()
+    if isinstance(known, TopK):
+        raise ValueError("a composed teacher needs whole distributions, and a part holds only its top-k tokens")
+    return known.logp_NV, 1.0
+
+
+@dataclass(frozen=True)
 class Exact:
     """Exact distributions stored as log-probs (N, V)."""
 
@@ -218,6 +273,10 @@ def _with_tail(logp_NK: Tensor) -> Tensor:
 def concatenate(parts: Sequence[Distributions], device: torch.device) -> Distributions:
     """Concatenate on a device: as one value if all parts share form and head, else as `Concatenated`."""
     first = parts[0]
+    if isinstance(first, Composed):
+        composed = [part for part in parts if isinstance(part, Composed)]
+        by_model = zip(*(part.parts for part in composed), strict=True)
+        return Composed(tuple(concatenate(model, device) for model in by_model), first.weights)
     if any(isinstance(part, Concatenated) for part in parts) or not _share_head(parts):
         return Concatenated(tuple(parts))
     if isinstance(first, FromHidden):

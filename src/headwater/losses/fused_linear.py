@@ -19,7 +19,16 @@ from torch import Tensor
 
 from headwater.kernels import Kernels, kernels
 from headwater.losses import token_losses
-from headwater.losses.distributions import Distributions, Exact, FromHidden, FromLogits, LinearHead, TopK, logp_dtype
+from headwater.losses.distributions import (
+    Composed,
+    Distributions,
+    Exact,
+    FromHidden,
+    FromLogits,
+    LinearHead,
+    TopK,
+    logp_dtype,
+)
 from headwater.losses.token_losses import Divergence, LogitGradient, Pair
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
@@ -124,7 +133,7 @@ def _run(
         size = max(1, min(count, fused.chunk_elements // vocabulary))
         step = max(1, fused.block_elements // vocabulary)
         buffer_CV = head.buffer(size)
-        teacher_buffer_CV = teacher.buffer(size) if isinstance(teacher, FromHidden) else None
+        teacher_buffer_CV = teacher.buffer(size) if isinstance(teacher, (FromHidden, Composed)) else None
         fast = kernels() if buffer_CV.device.type == "cpu" and buffer_CV.dtype == torch.float32 else None
         parts: list[TokenStats] = []
         loss = torch.zeros((), dtype=logp_dtype(head.dtype), device=hidden_NH.device)
@@ -133,7 +142,7 @@ def _run(
             hidden_CH = hidden_NH[start:stop].to(head.dtype)
             logits_CV = head.logits_into(buffer_CV[: stop - start], hidden_CH, weight_VH)
             chunk_teacher = None if teacher is None else teacher.rows(start, stop)
-            if isinstance(chunk_teacher, FromHidden):
+            if isinstance(chunk_teacher, (FromHidden, Composed)):
                 chunk_teacher = chunk_teacher.with_logits(teacher_buffer_CV)
             for first in range(0, stop - start, step):
                 last = min(stop - start, first + step)

@@ -82,10 +82,13 @@ def clipped_term(sparse: Sparse, tokens: Tokens, advantages_N: Tensor) -> Tensor
     return tokens.importance_weighted(loss_N)
 
 
-def dense_term(tokens: Tokens) -> Tensor:
-    """The exact divergence between student and teacher at every token."""
+def dense_term(dense: Dense, tokens: Tokens) -> Tensor:
+    """The exact divergence between student and teacher at every token, min(D, clip) where the recipe bounds it.
+
+    A token above the bound adds a constant to the loss and nothing to the gradient.
+    """
     assert tokens.student.divergence_N is not None
-    return tokens.student.divergence_N
+    return tokens.student.divergence_N if dense.clip is None else tokens.student.divergence_N.clamp_max(dense.clip)
 
 
 def sampled_term(sparse: Sparse, tokens: Tokens) -> Tensor:
@@ -108,6 +111,8 @@ def divergence_of(dense: Dense) -> Divergence | None:
         "reverse": token_losses.REVERSE,
         "forward": token_losses.FORWARD,
         "jsd": token_losses.jensen_shannon(dense.beta),
+        "skewed": token_losses.skewed(dense.beta),
+        "entropy_aware": token_losses.entropy_aware(dense.entropy_above),
     }
     return exact.get(dense.divergence)
 
@@ -124,7 +129,7 @@ def on_policy(stage: Stage, sparse_share: float) -> Objective:
         terms.append((sparse_share, partial(sparse_term, stage.sparse)))
     if sparse_share < 1.0:
         divergence = divergence_of(stage.dense)
-        dense = partial(sampled_term, stage.sparse) if divergence is None else dense_term
+        dense = partial(sampled_term, stage.sparse) if divergence is None else partial(dense_term, stage.dense)
         terms.append((1.0 - sparse_share, dense))
     return Objective(
         stage,
@@ -139,7 +144,7 @@ LOSSES: dict[str, Callable[[Stage], Objective]] = {
     "grpo": lambda stage: on_policy(stage, 1.0),
     "opd": lambda stage: on_policy(stage, 0.0),
     "mixed": lambda stage: on_policy(stage, stage.sparse_share or 0.0),
-    "forward_kl": lambda stage: Objective(stage, ((1.0, dense_term),), token_losses.FORWARD),
+    "forward_kl": lambda stage: Objective(stage, ((1.0, partial(dense_term, stage.dense)),), token_losses.FORWARD),
     "sft": lambda stage: Objective(stage, ((1.0, cross_entropy_term),)),
     "constant": lambda stage: Objective(stage, ((1.0, partial(constant_term, stage.sparse)),)),
 }

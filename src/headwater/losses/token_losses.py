@@ -85,6 +85,34 @@ def jsd(student_logp_NE: Tensor, teacher_logp_NE: Tensor, beta: float) -> Tensor
     return beta * forward_kl(mixture_NE, teacher_logp_NE) + (1.0 - beta) * forward_kl(mixture_NE, student_logp_NE)
 
 
+def skewed_reverse_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor, beta: float) -> Tensor:
+    """Reverse KL to a proximal teacher, KL(S ‖ β T + (1−β) S): bounded by −log(1−β) at every token.
+
+    Where the teacher excludes what the student says, the plain reverse KL is unbounded and one token can outweigh a batch.
+    Shapes: (N, E), (N, E) -> (N,). Source: TOP-D 2607.04751; the skew divergence of Lee (1999).
+
+    Example: β = ½, student (1, 0), teacher (0, 1): the mixture is (½, ½), and the divergence ln 2.
+    """
+    mixture_NE = torch.logaddexp(
+        teacher_logp_NE.clamp_min(LOWEST) + math.log(beta), student_logp_NE.clamp_min(LOWEST) + math.log1p(-beta)
+    )
+    return reverse_kl(student_logp_NE, mixture_NE)
+
+
+def entropy_aware_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor, above: float) -> Tensor:
+    """KL(S ‖ T) + 1[H(T) > above] · KL(T ‖ S): the forward KL is added where the teacher itself sees several ways on.
+
+    above  entropy of the teacher in nats
+
+    Shapes: (N, E), (N, E) -> (N,). Source: EOPD 2603.07079, there with the one-token estimate of the reverse KL and the forward KL
+    over the teacher's top 16; here both are exact, so the teacher itself is a stationary point.
+
+    Example: above 0.5, teacher (½, ½) of entropy 0.6931, student (¼, ¾): 0.1308 + 0.1438 = 0.2746; above 0.8: 0.1308.
+    """
+    uncertain_N = _entropy(teacher_logp_NE) > above
+    return reverse_kl(student_logp_NE, teacher_logp_NE) + uncertain_N * forward_kl(student_logp_NE, teacher_logp_NE)
+
+
 def sampled_reverse_kl(
     student_logp_N: Tensor, old_logp_N: Tensor, teacher_logp_N: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
@@ -181,6 +209,29 @@ def _jsd_closed_form(pair: Pair, beta: float) -> tuple[Tensor, LogitGradient]:
     return beta * teacher_N + (1.0 - beta) * student_N, gradient
 
 
+def _skewed_closed_form(pair: Pair, beta: float) -> tuple[Tensor, LogitGradient]:
+    """d KL(S ‖ M) / d logit_j = p_S(j) · (a_j − Σ_i p_S(i) a_i), with a = log p_S − log M − (1−β) p_S / M."""
+    mixture_NE = torch.logaddexp(pair.teacher_logp_NE + math.log(beta), pair.student_logp_NE + math.log1p(-beta))
+    ratio_NE = pair.student_logp_NE - mixture_NE
+    value_N = torch.linalg.vecdot(pair.student_p_NE, ratio_NE)
+
+    def gradient(outer_N1: Tensor) -> Tensor:
+        by_p_NE = ratio_NE - (1.0 - beta) * ratio_NE.exp()
+        mean_N1 = torch.linalg.vecdot(pair.student_p_NE, by_p_NE)[:, None]
+        return by_p_NE.sub_(mean_N1).mul_(pair.student_p_NE).mul_(outer_N1)
+
+    return value_N, gradient
+
+
+def _entropy_aware_closed_form(pair: Pair, above: float) -> tuple[Tensor, LogitGradient]:
+    """The closed forms of both KLs, the forward one where the teacher's entropy is above the threshold."""
+    uncertain_N = (-torch.linalg.vecdot(pair.teacher_p_NE, pair.teacher_logp_NE) > above).to(pair.reverse_N.dtype)
+    (reverse_N, reverse), (forward_N, forward) = _reverse_closed_form(pair), _forward_closed_form(pair)
+    return reverse_N + uncertain_N * forward_N, lambda outer_N1: reverse(outer_N1).add_(
+        forward(outer_N1 * uncertain_N[:, None])
+    )
+
+
 REVERSE = Divergence(reverse_kl, _reverse_closed_form)
 FORWARD = Divergence(forward_kl, _forward_closed_form)
 
@@ -191,6 +242,26 @@ def jensen_shannon(beta: float) -> Divergence:
         lambda student_logp_NE, teacher_logp_NE: jsd(student_logp_NE, teacher_logp_NE, beta),
         lambda pair: _jsd_closed_form(pair, beta),
     )
+
+
+def skewed(beta: float) -> Divergence:
+    """`skewed_reverse_kl` at a fixed β, the teacher's share of the mixture."""
+    return Divergence(
+        lambda student_logp_NE, teacher_logp_NE: skewed_reverse_kl(student_logp_NE, teacher_logp_NE, beta),
+        lambda pair: _skewed_closed_form(pair, beta),
+    )
+
+
+def entropy_aware(above: float) -> Divergence:
+    """`entropy_aware_kl` at a fixed threshold in nats."""
+    return Divergence(
+        lambda student_logp_NE, teacher_logp_NE: entropy_aware_kl(student_logp_NE, teacher_logp_NE, above),
+        lambda pair: _entropy_aware_closed_form(pair, above),
+    )
+
+
+def _entropy(logp_NE: Tensor) -> Tensor:
+    return -(logp_NE.exp() * logp_NE.clamp_min(LOWEST)).sum(dim=-1)
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from headwater.models.shape import Shape
 from headwater.runs.hardware import BANDWIDTH_SHARE, MODELS, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
 from headwater.runs.memory_estimate import pass_bytes, persistent_bytes
-from headwater.runs.plan import Node, Plan, Role, supervisor
+from headwater.runs.plan import Node, Plan, Role, scorers, supervisor
 from headwater.teachers.served_teacher import NO_SHAPE
 from headwater.teachers.server_client import is_served
 from headwater.training.conditions import Schedule
@@ -232,8 +232,7 @@ class Estimator:
             if stage.passes * stage.minibatches > 1:
                 flops += shape.flops(tokens, context, 1, adapter)
             flops += shape.flops(tokens, context)
-            if node.teacher is not None and "teacher" in objective.signals:
-                flops += self.shape(node.teacher).flops(tokens, context)
+            flops += sum(self.shape(source).flops(tokens, context) for source in scorers(node))
             if "reference" in objective.signals:
                 flops += shape.flops(tokens, context)
         return flops
@@ -285,12 +284,13 @@ class Estimator:
         if node.kind != "train" or stage is None:
             return persistent_bytes(None, 0, False, [shape], width)
         objective, (adapter, _), lora = objective_of(stage), self.adapter_size(node), node.lora(self.inputs.recipe)
-        frozen = []
+        queried = set(scorers(node))
         teacher = supervisor(node)
-        if teacher is not None and ("teacher" in objective.signals or self.inputs.recipe.conditions.problems):
-            frozen.append(self.shape(teacher))
-        if "reference" in objective.signals and not adapter:
-            frozen.append(shape)
+        if teacher is not None and self.inputs.recipe.conditions.problems:
+            queried.add(teacher)
+        if "reference" in objective.signals:
+            queried.add(node.start)
+        frozen = [self.shape(source) for source in queried if source != node.start or not adapter]
         return persistent_bytes(shape, adapter, lora is not None and lora.quantize is not None, frozen, width)
 
     def working_bytes(self, node: Node) -> float:

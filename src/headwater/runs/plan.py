@@ -10,7 +10,7 @@ from typing import Any, Literal
 from headwater.config.arms import Arm, Pool, Step, arm_of, stage_of
 from headwater.config.recipe import Lora, Recipe, canonical_json
 from headwater.config.samplers import SAMPLERS
-from headwater.config.stage import Stage
+from headwater.config.stage import Dense, Stage, TeacherWeights
 from headwater.plugins import code_fingerprint
 from headwater.storage.run_dir import RunDir
 
@@ -95,6 +95,21 @@ def supervisor(node: Node) -> Role | Node | None:
     if node.role != "student":
         return None
     return node.teacher if node.teacher is not None else None if node.cache is None else node.cache.start
+
+
+def scorers(node: Node) -> dict[Role | Node, float]:
+    """The frozen models that score the rollouts of an on-policy stage, and the weight of each (`dense.teacher_weights`).
+
+    Models of weight 0 are left out, and a model that two names mean counts once. So λ = 1, and a reference that is the teacher
+    itself, are plain distillation. Empty for a stage without a teacher.
+    """
+    if node.settings is None or node.teacher is None:
+        return {}
+    given = node.settings.dense.teacher_weights or TeacherWeights(teacher=1.0)
+    weights: dict[Role | Node, float] = {}
+    for source, weight in ((node.teacher, given.teacher), ("teacher", given.base_teacher), (node.start, given.start)):
+        weights[source] = weights.get(source, 0.0) + weight
+    return {source: weight for source, weight in weights.items() if weight}
 
 
 def last_node(arm: Arm, recipe: Recipe, seed: int) -> Node:
@@ -261,7 +276,13 @@ def _relevant_settings(node: Node) -> Any:
     if node.settings is None:
         return None
     if node.kind == "train":
-        unset = {"until"} if node.settings.until is None else set()
-        return node.settings.model_dump(mode="json", exclude={"checkpoint_every", *unset})
+        relevant = node.settings.model_dump(mode="json", exclude={"checkpoint_every"})
+        if relevant["until"] is None:
+            del relevant["until"]
+        # Fields that came later are absent at their defaults, so that earlier fingerprints stay valid.
+        for name in ("entropy_above", "clip", "teacher_weights"):
+            if relevant["dense"][name] == Dense.model_fields[name].default:
+                del relevant["dense"][name]
+        return relevant
     settings = node.settings
     return {"samples": settings.group_size, "sampling": settings.sampling.model_dump(), "top_k": settings.dense.top_k}

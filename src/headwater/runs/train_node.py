@@ -18,14 +18,16 @@ from headwater.models.save import save_policy
 from headwater.models.tokenizer import refuse_different_widths
 from headwater.runs.evaluate_node import run_evals, start_final_evaluation
 from headwater.runs.node_context import LoadFrozen, NodeContext
-from headwater.runs.plan import Node
+from headwater.runs.plan import Node, scorers
 from headwater.runs.stage_measurements import StageMeasurements
 from headwater.sampling.build import importance_cap
 from headwater.storage import fault_points
 from headwater.storage.files import Logs
 from headwater.storage.ledger import record
 from headwater.storage.run_dir import append_jsonl, atomic_folder, keep_rows, read_jsonl
+from headwater.teachers.build import Teacher
 from headwater.teachers.cache import read_cache
+from headwater.teachers.composed import ComposedTeacher
 from headwater.training import token_signals
 from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from headwater.training.early_stopping import PlateauMonitor
@@ -148,13 +150,16 @@ def rollout_source(
         folder = context.node_dir(node.cache)
         folder.refuse_damage(f"{folder.cache.name}/")
         return CachedRollouts(read_cache(folder.cache), stage, node.seed, policy.ranks)
-    teacher = load_frozen(node.teacher) if "teacher" in objective.signals and node.teacher else None
-    if teacher is not None:
-        refuse_different_widths(policy, teacher, ("models.student", "models.teacher"))
+    reference = context.reference(node, policy) if uses_reference(node, objective) else None
+    teacher = stage_teacher(node, policy, reference, load_frozen) if "teacher" in objective.signals else None
     prompter = context.prompter(policy)
     # Dynamic sampling reuses (problem, sample) keys, so scores made while sampling could belong to discarded rollouts.
     # Ranks make their passes together, which a scoring thread would break.
-    score_while_sampling = teacher is not None and not stage.sparse.dynamic_sampling and policy.ranks.single_process
+    # The base under an adapter is the policy that samples, with the adapter switched off.
+    shares_policy = policy.adapter is not None and node.start in scorers(node)
+    score_while_sampling = (
+        teacher is not None and not stage.sparse.dynamic_sampling and policy.ranks.single_process and not shares_policy
+    )
     return PolicyRollouts(
         policy=policy,
         stage=stage,
@@ -165,10 +170,33 @@ def rollout_source(
         prompter=prompter,
         labels=inputs.labels.only(inputs.pool(node.pool)) if "reward" in objective.signals else None,
         teacher=teacher,
-        reference=context.reference(node, policy) if "reference" in objective.signals else None,
+        reference=reference if "reference" in objective.signals else None,
         budget=BatchBudget(inputs.recipe.compute.microbatch_tokens),
         parts=inputs.recipe.compute.score_ahead if score_while_sampling else 1,
     )
+
+
+def uses_reference(node: Node, objective: Objective) -> bool:
+    """Whether a stage needs its initial weights: for a KL term, or as a part of its teacher."""
+    return "reference" in objective.signals or node.start in scorers(node)
+
+
+def stage_teacher(
+    node: Node, policy: Policy, reference: Policy | None, load_frozen: LoadFrozen
+) -> Teacher | ComposedTeacher | None:
+    """The model that scores a stage's rollouts, or the composition of several; None without one.
+
+    Raises UserError where vocabularies have different widths.
+    """
+    sources = scorers(node)
+    models = [reference if source == node.start else load_frozen(source) for source in sources]
+    loaded = tuple(model for model in models if model is not None)
+    for model in loaded:
+        refuse_different_widths(policy, model, ("models.student", "models.teacher"))
+    if not loaded:
+        return None
+    weights = tuple(sources.values())
+    return loaded[0] if weights == (1.0,) else ComposedTeacher(loaded, weights)
 
 
 def charge(node: Node, context: NodeContext, result: StepResult, objective: Objective, policy: Policy) -> None:

@@ -23,6 +23,7 @@ from headwater.models.prompts import Prompter
 from headwater.sampling.base import OnFinished, Sampler, requests_for
 from headwater.teachers.async_scoring import AsyncScorer
 from headwater.teachers.build import Teacher
+from headwater.teachers.composed import ComposedTeacher
 from headwater.teachers.scoring import distributions_of, logp_of
 from headwater.training.evaluate import SamplingStoppedError, sample_and_grade
 from headwater.training.groups import (
@@ -82,7 +83,7 @@ class PolicyRollouts:
     sampler: Sampler
     prompter: Prompter
     labels: Labels | None
-    teacher: Teacher | None
+    teacher: Teacher | ComposedTeacher | None
     reference: Policy | None
     budget: BatchBudget
     parts: int = 1

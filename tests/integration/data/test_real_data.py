@@ -14,10 +14,11 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from forked_runs import Place, warm_runs
 from headwater.config.recipe import Prompt
 from headwater.models.prompts import Prompter
 from headwater.types import Problem
-from runs import WHOLE_ARM, CommandResult, call, load_json, node, nodes, rows, spawn, temporary
+from runs import WHOLE_ARM, CommandResult, call, load_json, node, nodes, rows, temporary
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 GSM8K, MATH500 = DATA / "gsm8k" / "train.jsonl", DATA / "math500" / "test.jsonl"
@@ -177,8 +178,9 @@ def test_user_grader_and_files_work_from_current_directory(tmp_path: Path) -> No
         task="my_graders:short",
         data={"labeled": "mine.jsonl", "evals": {"math500": {"path": str(MATH500), "limit": 4}}},
     )
-    done = spawn("run", "mine.yaml", "--out", "out", "--arm", "direct_grpo", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    words = ("run", "mine.yaml", "--out", "out", "--arm", "direct_grpo")
+    done = warm_runs().run(*words, whole=True, place=Place(tmp_path))
+    assert done.code == 0, done.err
     texts = rows(node(tmp_path / "out", "direct_grpo", "student_rl") / "rollouts/000001.jsonl")
     assert [row["correct"] for row in texts] == [len(row["completion"]) % 2 == 0 for row in texts]
     assert {row["reason"] for row in texts} == {"by length"}

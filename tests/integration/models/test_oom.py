@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from forked_runs import Place, warm_runs
 from headwater.models.policy import Policy
-from headwater.training import update as training
 from runs import node, rows, tiny
 from simulated_oom import OUT, Room
 
@@ -60,11 +60,8 @@ def test_scoring_out_of_memory_retries_with_smaller_passes(tmp_path: Path, monke
             assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-2, abs=1e-4)
 
 
-REAL = """
-import resource, sys
-import torch
-torch.set_num_threads(1)
-sys.path[:0] = {path!r}
+LIMITED = """
+import resource
 from headwater.losses.batch import Row
 from headwater.losses.objectives import objective_of
 from headwater.training.update import make_optimizer, update
@@ -82,14 +79,13 @@ print(int(found["microbatch_tokens"]), int(found["tokens_trained"]))
 """
 
 
-def test_cpu_out_of_memory_is_retried_with_smaller_microbatches() -> None:
+def test_cpu_out_of_memory_is_retried_with_smaller_microbatches(tmp_path: Path) -> None:
     """256 rows of 123 tokens want gigabytes for their activations at once; the process may take 600 MiB more."""
-    path = [str(Path(training.__file__).parents[1]), str(Path(__file__).parents[2] / "support")]
-    result = subprocess.run(
-        [sys.executable, "-c", REAL.format(path=path)], capture_output=True, text=True, timeout=250, check=False
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    fitted, trained = map(int, result.stdout.split())
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED, encoding="utf-8")
+    result = warm_runs().run(place=Place(script=script))
+    assert result.code == 0, result.err[-2000:]
+    fitted, trained = map(int, result.out.split())
     assert trained == 256 * 120
     assert 123 <= fitted <= 256 * 123 // 2
 

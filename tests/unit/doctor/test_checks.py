@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.data.labels import Pools
-from headwater.doctor import checks, context, data_checks, prompt_checks, resource_checks
+from headwater.doctor import checks, context, data_checks, prompt_checks, resource_checks, weight_checks
 from headwater.doctor.checks import CHECKS, Examination, diagnose, examine, preflight
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import UNREADABLE, Finding
@@ -83,6 +83,15 @@ def light(tmp_path: Path, *changes: str, arms: Sequence[str] = ("bridge_rl",)) -
         return examine(context, [check for check in CHECKS if check.stage == "files"])
 
 
+def checked_by(
+    tmp_path: Path, *runs: Callable[[DoctorContext], Iterator[Finding]], arms: Sequence[str] = ("bridge_rl",)
+) -> Examination:
+    """By these checks of the tiny pocket recipe alone."""
+    context = context_of(tmp_path, arms=arms)
+    with context.inputs:
+        return examine(context, [check for check in CHECKS if check.run in runs])
+
+
 def find(result: Examination, name: str) -> Finding:
     """The finding of that name, which must be there."""
     named = [finding for finding in result.findings if finding.name == name]
@@ -113,7 +122,7 @@ def test_pocket_models_pass_every_check(tmp_path: Path, pair: str) -> None:
 def test_pocket_preflight_takes_seconds(tmp_path: Path) -> None:
     # Processor time, which a busy sibling core may double: a bound against a check that grows out of hand, not a speed claim.
     recipe = find_recipe("pocket", ["compute.threads=1"])
-    diagnose(recipe, ("bridge_rl",), (0,), tmp_path)  # imports and first calls are not the doctor's
+    diagnose(recipe_of(), ("bridge_rl",), (0,), tmp_path)  # imports and first calls are not the doctor's
     started = time.process_time()
     assert not diagnose(recipe, ("bridge_rl",), (0,), tmp_path).errors
     assert time.process_time() - started < 8.0
@@ -590,7 +599,7 @@ def noisy(policy: Policy) -> Policy:
 
 def test_sampler_disagreeing_with_trainer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, "student", noisy)
-    finding = find(examined(tmp_path), "sampler-trainer-gap")
+    finding = find(checked_by(tmp_path, weight_checks.sampler_against_trainer), "sampler-trainer-gap")
     assert finding.severity == "error" and "float32" in finding.evidence
 
 
@@ -599,13 +608,13 @@ def test_student_differing_from_its_frozen_copy_is_named(
     arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken(monkeypatch, "student", noisy, frozen=True)
-    result = examined(tmp_path, arms=(arm,))
+    result = checked_by(tmp_path, weight_checks.sampler_against_trainer, weight_checks.self_distillation, arms=(arm,))
     assert [finding.name for finding in result.errors] == ["self-kl"]
 
 
 def test_teacher_disagreeing_with_itself_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, "teacher", noisy)
-    finding = find(examined(tmp_path), "teacher-disagrees-with-itself")
+    finding = find(checked_by(tmp_path, weight_checks.teacher_agrees_with_itself), "teacher-disagrees-with-itself")
     assert finding.severity == "error" and "models.teacher" in finding.evidence
 
 

@@ -1,4 +1,4 @@
-"""Teacher distributions: the three forms agree, and top-k bounds the exact divergence."""
+"""Teacher distributions: the forms agree, compositions are exact, and top-k bounds the exact divergence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from headwater.losses import token_losses
-from headwater.losses.distributions import TAIL_FLOOR, Exact, FromHidden, TopK, concatenate
+from headwater.losses.distributions import TAIL_FLOOR, Composed, Exact, FromHidden, TopK, concatenate
 
 DIVERGENCES = {
     "forward": token_losses.forward_kl,
@@ -112,13 +112,53 @@ def test_from_hidden_applies_head_and_temperature_by_hand() -> None:
     assert not plain.requires_grad
 
 
-@pytest.mark.parametrize("form", ["hidden", "exact", "top"])
+def test_composed_is_normalized_weighted_product_by_hand() -> None:
+    parts = Exact(torch.tensor([[0.5, 0.5]]).log()), Exact(torch.tensor([[0.25, 0.75]]).log())
+    # (½² / ¼, ½² / ¾) = (1, ⅓), normalized (¾, ¼).
+    assert Composed(parts, (2.0, -1.0)).materialize().logp_NV.exp()[0].tolist() == pytest.approx([0.75, 0.25])
+
+
+def test_composed_divides_each_part_by_its_own_temperature() -> None:
+    head = torch.nn.Linear(4, 7)
+    warm, plain = FromHidden(torch.randn(3, 4), head, 2.0), FromHidden(torch.randn(3, 4), head, 1.0)
+    product = 1.5 * warm.materialize().logp_NV - 0.5 * plain.materialize().logp_NV
+    actual = Composed((warm, plain), (1.5, -0.5)).materialize().logp_NV
+    torch.testing.assert_close(actual, torch.log_softmax(product, dim=-1))
+
+
+def test_composed_rejects_top_k_parts() -> None:
+    parts = Exact(random_logp(2, 5, 0)), top(random_logp(2, 5, 1), 2)
+    with pytest.raises(ValueError, match="whole distributions"):
+        Composed(parts, (1.25, -0.25)).materialize()
+
+
+def test_reverse_kl_to_composed_teacher_has_exopd_gradient() -> None:
+    """ExOPD's reward λ (log T − log R) − (log S − log R), averaged over all tokens that the student may draw (2602.12125)."""
+    logits = torch.randn(1, 9, dtype=torch.float64, requires_grad=True)
+    teacher, reference, student = random_logp(1, 9, 8), random_logp(1, 9, 9), torch.log_softmax(logits, dim=-1)
+    target = Composed((Exact(teacher), Exact(reference)), (1.25, -0.25)).materialize()
+    exact = torch.autograd.grad(token_losses.reverse_kl(*target.align(student)).sum(), logits, retain_graph=True)[0]
+    drawn = student.detach()
+    reward = 1.25 * (teacher - reference) - (drawn - reference)
+    expected = torch.autograd.grad(-(drawn.exp() * reward * student).sum(), logits)[0]
+    assert exact.abs().max().item() > 0.01
+    torch.testing.assert_close(exact, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("form", ["hidden", "exact", "top", "composed", "composed of two heads"])
 def test_concatenate_keeps_row_order_in_every_form(form: str) -> None:
     head = torch.nn.Linear(4, 7)
     hidden = torch.randn(6, 4)
     whole = FromHidden(hidden, head, 1.0)
     logp = whole.materialize().logp_NV
-    forms = {"hidden": whole, "exact": Exact(logp), "top": top(logp, 3)}
+    two_heads = concatenate([whole.rows(0, 2), FromHidden(hidden[2:], torch.nn.Linear(4, 7), 1.0)], torch.device("cpu"))
+    forms = {
+        "hidden": whole,
+        "exact": Exact(logp),
+        "top": top(logp, 3),
+        "composed": Composed((whole, Exact(logp.flip(1))), (1.25, -0.25)),
+        "composed of two heads": Composed((whole, two_heads), (1.25, -0.25)),
+    }
     chosen = forms[form]
     rejoined = concatenate([chosen.rows(0, 2), chosen.rows(2, 3), chosen.rows(3, 6)], torch.device("cpu"))
     student = torch.log_softmax(torch.randn(6, 7), dim=-1)

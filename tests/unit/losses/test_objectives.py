@@ -203,3 +203,15 @@ def test_update_applies_importance_weights_if_cap_is_set(policy: Policy) -> None
     (plain, plain_metrics), (half, measured) = gradient(None), gradient(2.0)
     assert furthest({name: gradient_ * 0.5 for name, gradient_ in plain.items()}, half) < 1e-6 < largest(half)
     assert measured["importance"] == pytest.approx(0.5, abs=1e-5) and "importance" not in plain_metrics
+
+
+def test_clip_bounds_divergence_and_stops_gradient_of_tokens_above_it(policy: Policy, teacher: Policy) -> None:
+    rows = annotated(policy, teacher)
+    divergence = torch.tensor([0.5, 3.0], requires_grad=True)
+    stats = TokenStats(torch.zeros(2), torch.zeros(2), divergence_N=divergence)
+    loss = objective_of(stage_of("opd", dense={"clip": 2.0})).token_loss(Tokens(stats, torch.zeros(2), torch.zeros(2)))
+    assert loss.tolist() == [0.5, 2.0]
+    assert torch.autograd.grad(loss.sum(), divergence)[0].tolist() == [1.0, 0.0]
+    plain = gradient_of(policy, rows, stage_of("opd"))
+    assert same_bits(gradient_of(policy, rows, stage_of("opd", dense={"clip": 1e6})), plain)
+    assert largest(gradient_of(policy, rows, stage_of("opd", dense={"clip": 1e-6}))) == 0.0

@@ -19,6 +19,8 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reverse": token_losses.reverse_kl,
     "jsd half": partial(token_losses.jsd, beta=0.5),
     "jsd tenth": partial(token_losses.jsd, beta=0.1),
+    "skewed": partial(token_losses.skewed_reverse_kl, beta=0.9),
+    "entropy aware": partial(token_losses.entropy_aware_kl, above=0.5),
 }
 
 
@@ -115,6 +117,18 @@ def test_divergences_by_hand() -> None:
     assert token_losses.jsd(student, teacher, 0.25).item() == pytest.approx(
         0.25 * 0.0757750 + 0.75 * 0.0094727, abs=1e-6
     )
+    # The second half of the JSD at β = ½: KL(S‖M) = 0.0353749.
+    assert token_losses.skewed_reverse_kl(student, teacher, 0.5).item() == pytest.approx(0.0353749, abs=1e-7)
+    # H(T) = ln 2 = 0.693: above 0.6 both KLs, 0.1308120 + 0.1438410; above 0.7 the reverse one alone.
+    assert token_losses.entropy_aware_kl(student, teacher, 0.6).item() == pytest.approx(0.2746530, abs=1e-7)
+    assert token_losses.entropy_aware_kl(student, teacher, 0.7).item() == pytest.approx(0.1308120, abs=1e-7)
+
+
+def test_skewed_reverse_kl_is_bounded_where_teacher_excludes_student() -> None:
+    # Disjoint supports, β = 0.9: M = (0.1, 0.9) and KL((1, 0) ‖ M) = −ln 0.1, where the plain reverse KL is infinite.
+    disjoint = logp(1.0, 0.0), logp(0.0, 1.0)
+    assert token_losses.skewed_reverse_kl(*disjoint, 0.9).item() == pytest.approx(-math.log(0.1), rel=1e-12)
+    assert token_losses.reverse_kl(*disjoint).item() == math.inf
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

@@ -36,14 +36,15 @@ def logp(model: Any) -> torch.Tensor:
     return result
 
 
-def made_by_peft(base: Path, out: Path, seed: int = 0, **settings: Any) -> torch.Tensor:
-    """Save an adapter whose every trained tensor is far from its start; returns the adapted model's own log-probs."""
+def made_by_peft(base: Path, out: Path, seed: int = 0, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Save an adapter whose every trained tensor is far from its start; returns peft's log-probs without and with it."""
     from peft import LoraConfig, get_peft_model
 
     wanted: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **settings}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        plain = logp(model)
         adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **wanted)).eval()
         with torch.no_grad():
             for parameter in adapted.parameters():
@@ -52,7 +53,7 @@ def made_by_peft(base: Path, out: Path, seed: int = 0, **settings: Any) -> torch
         adapted.save_pretrained(out)
     make_tokenizer().save_pretrained(out)
     change_config(out, base_model_name_or_path=str(base))
-    return logp(adapted)
+    return plain, logp(adapted)
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -116,8 +117,7 @@ MERGED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def test_merge_equals_peft_outputs(tmp_path: Path, kind: str) -> None:
     architecture, config, settings = MERGED[kind]
     base = tiny_folder(tmp_path / "base", architecture, **config)
-    wanted = made_by_peft(base, tmp_path / "adapter", **settings)
-    plain = logp(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    plain, wanted = made_by_peft(base, tmp_path / "adapter", **settings)
     assert (wanted - plain).abs().max() > 0.05
     torch.testing.assert_close(logp(opened(tmp_path / "adapter").model), wanted, rtol=0, atol=2e-5)
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", "float32")
@@ -235,7 +235,7 @@ def renamed(folder: Path, new: Callable[[str], str]) -> None:
 )
 def test_adapter_names_of_other_programs_are_recognised(tmp_path: Path, new: Callable[[str], str]) -> None:
     base = tiny_folder(tmp_path / "base")
-    wanted = made_by_peft(base, tmp_path / "adapter")
+    _, wanted = made_by_peft(base, tmp_path / "adapter")
     renamed(tmp_path / "adapter", new)
     torch.testing.assert_close(logp(opened(tmp_path / "adapter").model), wanted, rtol=0, atol=2e-5)
 
@@ -288,7 +288,7 @@ def test_adapter_in_older_expert_layout_merges(tmp_path: Path) -> None:
 def test_adapter_folders_of_other_trainers_load(tmp_path: Path) -> None:
     """peft writes no tokenizer, some trainers the base's config.json; a whole model beside an adapter is refused."""
     base, folder = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
-    wanted = made_by_peft(base, folder)
+    _, wanted = made_by_peft(base, folder)
     for path in folder.iterdir():
         if path.name not in (adapter_files.CONFIG, adapter_files.WEIGHTS):
             path.unlink()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-from headwater.config.stage import Sampling
+from headwater.config.stage import Sampling, Stage
 from headwater.errors import TrainingStoppedError
-from headwater.losses.batch import packed_microbatches
+from headwater.losses.batch import Row, packed_microbatches
 from headwater.losses.objectives import objective_of
 from headwater.models.oom import BatchBudget, is_out_of_memory
 from headwater.models.policy import Policy
@@ -20,20 +21,29 @@ from headwater.sampling.torch_sampler import OomRetrySampler, TorchSampler
 from headwater.teachers.scoring import logp_of
 from headwater.training.update import make_optimizer, update
 from simulated_oom import OUT, Room
-from tiny import PROMPTS, copied, furthest, same_bits, sampled_rows, stage_of, taught, weights_of
+from tiny import PROMPTS, copied, furthest, same_bits, sampled_rows, stage_of, taught, tiny_policy, weights_of
+
+
+@cache
+def undisturbed_step(objective: str) -> tuple[Policy, list[Row], Stage, Policy, dict[str, float]]:
+    """(policy, rows, stage, policy after an optimizer step, its statistics) where memory suffices. Tests must not change them."""
+    policy, teacher = tiny_policy("qwen3", seed=0), tiny_policy("qwen3", seed=1)
+    rows_ = taught(sampled_rows(policy, groups=4), teacher)
+    stage = stage_of(objective, batch_size=16, optim={"lr": 1e-3, "eps": 1e-4, "grad_clip": 0.5})
+    whole = copied(policy)
+    expected = update(whole, make_optimizer(whole, stage.optim), rows_, objective_of(stage), stage, 48)
+    assert len(packed_microbatches(rows_, 48)) >= 3
+    return policy, rows_, stage, whole, expected
 
 
 @pytest.mark.parametrize("error", OUT)
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize("objective", ["grpo", "opd"])
 def test_optimizer_step_is_retried_on_oom_with_same_result(
-    policy: Policy, teacher: Policy, objective: str, nth: int, error: str, monkeypatch: pytest.MonkeyPatch
+    objective: str, nth: int, error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows_ = taught(sampled_rows(policy, groups=4), teacher)
-    stage = stage_of(objective, batch_size=16, optim={"lr": 1e-3, "eps": 1e-4, "grad_clip": 0.5})
-    whole, hurt = copied(policy), copied(policy)
-    expected = update(whole, make_optimizer(whole, stage.optim), rows_, objective_of(stage), stage, 48)
-    assert len(packed_microbatches(rows_, 48)) >= 3
+    policy, rows_, stage, whole, expected = undisturbed_step(objective)
+    hurt = copied(policy)
     room = Room(nth=nth, error=OUT[error])
     room.patch(monkeypatch)
     stats = update(hurt, make_optimizer(hurt, stage.optim), rows_, objective_of(stage), stage, 48)

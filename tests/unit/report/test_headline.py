@@ -75,6 +75,7 @@ def test_headline_calls_other_failures_failed(tmp_path: Path, sentence: str, cod
     assert stops_of(out) == [f"Failed: On-policy distillation (seed 0; bridge): {sentence}."]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_headline_names_step_of_interrupted_run(tmp_path: Path) -> None:
     out = unfinished_run(tmp_path / "out")
     opd = "Interrupted: On-policy distillation at step 12 of 40 (seed 0; bridge)."

@@ -244,6 +244,7 @@ def test_verdict_states_if_compute_matched_arms_are_not_equal(tmp_path: Path) ->
     assert "; 56.0 GFLOPs and 18.0 GFLOPs, not equal after all)" in verdict
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_failed_node_is_reported_with_its_sentence_and_skipped_arms(tmp_path: Path) -> None:
     arms = {name: ARMS[name] for name in ("base_student", "direct_grpo", "bridge_rl", "replay")}
     out = fake_run(tmp_path / "out", seeds=(0, 1), arms=arms)
@@ -274,6 +275,7 @@ def test_failed_node_is_reported_with_its_sentence_and_skipped_arms(tmp_path: Pa
     assert "private" not in page + text + json.dumps(values)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_validation_labels_are_counted_apart_and_noted_below_table(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,))
     ledger = out / "nodes" / names(out, "bridge", 0)[-1] / "ledger.jsonl"

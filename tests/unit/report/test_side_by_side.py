@@ -31,6 +31,7 @@ def runs(tmp_path: Path) -> list[Path]:
     return [first, second]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_comparison_has_column_for_each_run(runs: list[Path], tmp_path: Path) -> None:
     values = side_by_side.write(tmp_path, runs)
     correct = [sum(map(sum, by_problem(graded(out, "bridge", 0), "correct").values())) / 240 for out in runs]

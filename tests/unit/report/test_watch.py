@@ -198,6 +198,7 @@ def _get(address: str, path: str = "", host: str | None = None) -> str:
         return response.read().decode()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_served_page_follows_run_and_writes_nothing(half: Path, address: str) -> None:
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
     before = {path: path.stat().st_mtime_ns for path in half.rglob("*")}

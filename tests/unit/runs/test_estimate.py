@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from headwater.runs.hardware import MODELS
 from headwater.runs.memory_estimate import FOUR_BITS, pass_bytes, persistent_bytes
 from headwater.runs.setup import prepared
 from headwater.training.update import make_optimizer, update
-from runs import TINY, load_json
+from runs import TINY
 from tiny import CPU, rollout_of, stage_of, taught, tiny_folder
 from tiny import MODELS as TINY_MODELS
 
@@ -99,15 +100,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 """Architecture and its own fields, of the cases that are not Qwen3."""
 
 
-def most_allocated(do: Callable[[], object], folder: Path) -> float:
+def most_allocated(do: Callable[[], object]) -> float:
     """Bytes of tensors at once, over those that were there before; what the allocator itself wrote down."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as read:
         do()
-    read.export_chrome_trace(str(folder / "trace.json"))
-    events = [event for event in load_json(folder / "trace.json")["traceEvents"] if event.get("name") == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
-    return float(max(event["args"]["Total Allocated"] for event in events) - before)
+    assert read.profiler is not None and read.profiler.kineto_results is not None
+    events = [event for event in read.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return float(max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))))
 
 
 @pytest.mark.parametrize("case", MEASURED)
@@ -133,7 +132,7 @@ def test_update_memory_is_within_quarter_of_allocator_count(case: str, tmp_path:
     there = sum(parameter.numel() * parameter.element_size() for parameter in policy.model.parameters())
     optimizer = make_optimizer(policy, stage.optim)
     grown = most_allocated(
-        lambda: [update(policy, optimizer, rows, objective_of(stage), stage, tokens) for _ in range(2)], tmp_path
+        lambda: [update(policy, optimizer, rows, objective_of(stage), stage, tokens) for _ in range(2)]
     )
     width, logits = 2 if models.dtype == "bfloat16" else 4, 2 if objective == "opd" else 1
     more = 0 if policy.adapter is None else policy.adapter.parameters

@@ -10,7 +10,7 @@ from headwater.config.arms import ARMS
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
-from headwater.runs.plan import Node, Plan, make_plan
+from headwater.runs.plan import Node, Plan, make_plan, scorers
 
 POOLS = {"all": ("a", "b", "c", "d"), "first_half": ("a", "b"), "second_half": ("c", "d")}
 
@@ -303,3 +303,30 @@ def test_fingerprints_hold_day_for_clock_templates_only() -> None:
         same = name == first.names[node] == other.names[node]
         assert same == all(ancestor.role != "student" for ancestor in node.ancestry()), name
         assert same or len({name, first.names[node], other.names[node]}) == 3
+
+
+def opd_node(weights: str, arm: str = "bridge") -> Node:
+    plan = plan_of(f"stages.opd.dense.teacher_weights={weights}", arms=(arm,))
+    return next(node for node in chain(plan, arm) if node.stage == "opd")
+
+
+def test_scorers_are_models_with_weights_of_composed_teacher() -> None:
+    node = opd_node("{teacher: 1.25, base_teacher: -0.25}")
+    assert scorers(node) == {node.teacher: 1.25, "teacher": -0.25}
+    node = opd_node("{start: 1.0, teacher: 2.0, base_teacher: -2.0}")
+    assert scorers(node) == {node.start: 1.0, node.teacher: 2.0, "teacher": -2.0}
+
+
+def test_scorers_of_weight_one_on_one_model_are_plain_teacher() -> None:
+    node = opd_node("{teacher: 1.0, base_teacher: 0.0}")
+    assert scorers(node) == {node.teacher: 1.0}
+    # The raw teacher is its own reference: 1.25 − 0.25.
+    assert scorers(opd_node("{teacher: 1.25, base_teacher: -0.25}", "raw_teacher")) == {"teacher": 1.0}
+
+
+def test_fingerprints_hold_later_settings_of_dense_only_if_set() -> None:
+    plain = prints(plan_of())
+    assert prints(plan_of("stages.opd.dense.clip=null")) == plain
+    for change in ("clip=2.0", "entropy_above=0.5", "teacher_weights={teacher: 1.25, base_teacher: -0.25}"):
+        changed = prints(plan_of(f"stages.opd.dense.{change}"))
+        assert changed["opd"] != plain["opd"] and changed["warmup"] == plain["warmup"], change

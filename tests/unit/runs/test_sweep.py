@@ -150,6 +150,7 @@ def test_failed_point_is_shown_in_sentences_table_plot_and_page() -> None:
     assert sweep_page.cell(result["points"][1], "bridge", "sums") == "failed"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_reports_without_sweep_arm_count_as_no_result(tmp_path: Path) -> None:
     fake_run(tmp_path / "64", seeds=(0,), arms={"direct_grpo": ARMS["direct_grpo"]})
     report.write(tmp_path / "64")
@@ -159,6 +160,7 @@ def test_reports_without_sweep_arm_count_as_no_result(tmp_path: Path) -> None:
     assert "No point has a result yet." in (tmp_path / "sweep.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_arms_not_compared_in_paper_are_compared_with_first(tmp_path: Path) -> None:
     names = ["warmup_only", "raw_teacher", "replay"]
     fake_run(tmp_path / "64", arms={name: ARMS[name] for name in names})

@@ -54,21 +54,23 @@ def assert_plain_logp(policy: Policy, rollouts: list[Rollout]) -> None:
 
 
 @cache
-def sampled_in_one_batch(name: str) -> tuple[Policy, list[Rollout]]:
-    """A policy and its rollouts of all requests at once."""
+def sampled_in_one_batch(name: str) -> tuple[Policy, list[Rollout], list[list[float]]]:
+    """A policy, its rollouts of all requests at once, and their log-probs by the plain model."""
     policy = tiny_policy(name, seed=2, std=0.2)
-    return policy, TorchSampler(policy, batch=64).sample(requests(), Sampling(max_tokens=90))
+    rollouts = TorchSampler(policy, batch=64).sample(requests(), Sampling(max_tokens=90))
+    return policy, rollouts, [plain_logp(policy, rollout) for rollout in rollouts]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2"])
 @pytest.mark.parametrize("batch", [3, 8])
 def test_batch_size_does_not_change_completions(name: str, batch: int) -> None:
-    policy, whole = sampled_in_one_batch(name)
+    policy, whole, plain = sampled_in_one_batch(name)
     lengths = sorted(len(rollout.completion_ids) for rollout in whole)
     assert lengths[0] <= 6 and lengths[-1] == 90 and len(set(lengths)) > 8
     small_batch = TorchSampler(policy, batch=batch).sample(requests(), Sampling(max_tokens=90))
     assert outcomes(small_batch) == outcomes(whole)
-    assert_plain_logp(policy, small_batch)
+    for rollout, expected in zip(small_batch, plain, strict=True):
+        assert rollout.sampler_logp == pytest.approx(expected, abs=2e-5)
 
 
 def test_reused_cache_slots_do_not_leak_earlier_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
