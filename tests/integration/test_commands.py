@@ -28,6 +28,7 @@ from tests.integration.test_docs import EXAMPLES, PAGES, ROOT, commands, parse_e
 STUDY = "study pocket --dry-run"
 
 VERBATIM = {  # command -> regular expression of its output
+    "eval --compare before.json after.json": r"lenient +student 50.0% +student 100.0% +2 +\+50.0 points",
     "explain stages.opd": "objective: ",
     "explain stages.opd.optim.lr": "number > 0",
     "explain --schema > recipe.schema.json": '"title": "Headwater recipe"',
@@ -159,6 +160,11 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
         "eval pocket:qwen3-student --data held-out.jsonl --samples 8 --task sums --limit 2 --max-tokens 32",
         "pass@8",
     ),
+    "eval STUDENT TEACHER --data held-out.jsonl --temperature 0 --save after.json": (
+        "eval pocket:qwen3-student pocket:qwen3-teacher --data held-out.jsonl --temperature 0 --save new.json --task sums --limit 2 "
+        "--max-tokens 16",
+        "pocket:qwen3-teacher +held-out.jsonl +2 ",
+    ),
     "grade --data FILE": ("grade --data graded.jsonl", '"correct": true'),
     "grade --data FILE --task TASK": ("grade --data graded.jsonl --task numeric", '"correct": true'),
     'validate FILE --problem "{context} {question}"': (
@@ -207,6 +213,13 @@ def work_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = builtin_text("pocket").replace("{generate: {pool: train, count: 2000}}", "problems.jsonl")
     recipe = recipe.replace("{generate: {pool: eval, count: 500}}", "held-out.jsonl")
     (folder / "mine.yaml").write_text(recipe)
+    for name, share in (("before", 0.0), ("after", 1.0)):
+        result_file = {
+            "model": "student",
+            "data": "test.jsonl",
+            "by_problem": {"p": {"correct": 1.0}, "q": {"correct": share}},
+        }
+        (folder / f"{name}.json").write_text(json.dumps(result_file))
     row = {"id": "1", "gold": "47", "completion": "The answer is 47."}
     (folder / "graded.jsonl").write_text(json.dumps(row))
     for path in EXAMPLES.glob("*.*"):  # not what running an example leaves there, such as __pycache__

@@ -39,6 +39,7 @@ from fuzz_data import conversation, graded, jsonl
 from fuzz_models import POCKET, adapter, adapter_folder, model_folder
 from fuzz_prompts import template, tokenizer
 from fuzz_recipes import override, recipe, recipe_text
+from fuzz_sandbox import sandboxed
 from fuzz_tables import parquet, separated, table
 from headwater.errors import HeadwaterError, RecipeError, UserError, one_line
 from headwater.report import build as report
@@ -108,8 +109,9 @@ KINDS: dict[str, tuple[int, Case]] = {
     "template": (4, template),
     "architecture": (4, architecture),
     "run_directory": (3, run_directory),
+    "sandbox": (0, sandboxed),
 }
-"""Share of each kind in percent."""
+"""Share of each kind in percent; `--kind` runs those of 0."""
 NAMING = ("conversation", "table", "separated", "adapter", "tokenizer", "template", "architecture")
 """Kinds whose refusals must name a field, a row or a path in the case's folder."""
 

@@ -124,11 +124,14 @@ def validate(
     """Grade every gold answer with its own grader and list those that fail. Exit 3 if any does or there is none."""
     from headwater.config.recipe import Columns, Source
     from headwater.data.validate import validate as validate_source
+    from headwater.tasks import sandbox
 
     columns = Columns(problem=problem_column, answer=answer_column)
     result = validate_source(Source(path=data, columns=columns), task)
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if task == "python":
+        print(f"completions run under {', '.join(sandbox.layers())}", file=sys.stderr)
     if json_:
         print(json.dumps(asdict(result)))
     else:

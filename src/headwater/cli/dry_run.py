@@ -85,14 +85,11 @@ def notes(nodes: Sequence[Estimate], options: DryRunOptions) -> list[str]:
     length = "at full length" if options.mean_tokens is None else f"of {options.mean_tokens:g} tokens on average"
     lines.append(f"in all {units(sum(node.flops for node in nodes), 'FLOPs')}, with completions {length}")
     measuring = [
-        f"{node.name.rsplit('.', 1)[0]} {node.measured / node.flops:.0%}"
-        for node in nodes
-        if node.measured > 0.01 * node.flops
+        f"{node.name.rsplit('.', 1)[0]} {node.condition_share:.0%}" for node in nodes if node.condition_share > 0.01
     ]
     if measuring:
         lines.append(
-            f"measuring between the steps takes, of a node's FLOPs: {', '.join(measuring)} (condition C2; conditions.problems: 0 "
-            "turns it off)"
+            f"measuring condition C2 takes, of a stage's FLOPs, at most: {', '.join(measuring)} (conditions.problems: 0 turns it off)"
         )
     if options.device is None:
         return lines

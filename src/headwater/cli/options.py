@@ -107,7 +107,7 @@ class EvalOptions:
     answer: AnswerColumn = None
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first so many problems.")] = None
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest completion.")] = 512
-    temperature: Annotated[float, typer.Option("--temperature", min=0.001)] = 1.0
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 decodes greedily.")] = 1.0
     top_p: Annotated[float, typer.Option("--top-p", min=0.001, max=1.0)] = 1.0
     top_k: Annotated[int, typer.Option("--top-k", min=0)] = 0
     template: Annotated[str, typer.Option("--template", help="The user turn; must contain {problem}.")] = "{problem}"
@@ -121,7 +121,17 @@ class EvalOptions:
     seed: Annotated[int, typer.Option("--seed")] = 0
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32"
     device: Device = None
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--form",
+            help="Form of the answer that counts in strict reading: boxed or hashes (####); by default the one that the prompt names.",
+        ),
+    ] = None
+    sampler: Annotated[str, typer.Option("--sampler", help="torch or vllm.")] = "torch"
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences decoded at once.")] = 256
     out: Annotated[Path | None, typer.Option("--out", help="Write every graded completion here as JSONL.")] = None
+    save: Annotated[Path | None, typer.Option("--save", help="Write the results here as JSON, for --compare.")] = None
     json_: Json = False
 
 

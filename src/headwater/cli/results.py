@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,22 +121,46 @@ def watch(
     "eval",
     epilog=examples(
         "headwater eval ./model --data test.jsonl --samples 4",
-        "headwater eval pocket:qwen3-student --data test.jsonl --task sums",
+        "headwater eval ./a ./b --data test.jsonl --temperature 0 --save both.json",
+        "headwater eval --compare before.json after.json",
     ),
 )
 @with_options
 def eval_(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, hub id or pocket:NAME.")],
-    data: Annotated[str, typer.Option("--data", help="JSONL, Parquet, a `datasets` folder or a hub id.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Model folders, hub ids or pocket:NAME.")],
     options: EvalOptions,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="JSONL, Parquet, a `datasets` folder or a hub id; several times for several."),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Compare two result files of --save or --json instead, problem by problem."),
+    ] = False,
 ) -> None:
-    """Evaluate a model: avg@k, pass@k and maj@k with 95 % intervals."""
-    from headwater.evaluation import EvaluationSettings, evaluate_model
+    """Evaluate models: avg@k, pass@k and maj@k with 95 % intervals; or compare two evaluations, paired by problem."""
+    from headwater import evaluation, evaluation_files
+
+    if compare:
+        if len(models) != 2:
+            raise UserError(f"eval --compare: needs two result files, not {len(models)}")
+        comparisons = evaluation_files.compare(*map(Path, models))
+        print(
+            json.dumps([asdict(row) for row in comparisons])
+            if options.json_
+            else evaluation_files.comparison_text(comparisons)
+        )
+        return
+    if not data:
+        raise UserError("eval: --data is missing: name the file of problems with answers")
     from headwater.runs.progress import progress_display
 
-    settings = EvaluationSettings(**{field.name: getattr(options, field.name) for field in fields(EvaluationSettings)})
-    evaluation = evaluate_model(model, data, settings, progress_display(quiet=options.json_))
-    print(json.dumps(evaluation.to_json()) if options.json_ else evaluation.text())
+    names = [field.name for field in fields(evaluation.EvaluationSettings)]
+    settings = evaluation.EvaluationSettings(**{name: getattr(options, name) for name in names})
+    evaluations = evaluation.evaluate_models(models, data, settings, progress_display(quiet=options.json_))
+    if options.save is not None:
+        evaluation_files.write(options.save, evaluations)
+    print(json.dumps(evaluation_files.to_json(evaluations)) if options.json_ else evaluation_files.text(evaluations))
 
 
 @commands.command(epilog=examples("headwater merge runs/my/nodes/opd.s0.1a2b3c4d/model ./merged"))

@@ -13,10 +13,10 @@ from headwater.errors import UserError
 
 
 class Sampling(Strict):
-    """How completions are drawn. Training stages need top_p 1 and top_k 0."""
+    """How completions are drawn. Training stages need a temperature above 0, top_p 1 and top_k 0."""
 
-    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
-    """Divides the logits before a token is drawn."""
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
+    """Divides the logits before a token is drawn; 0 takes the most probable token (evaluations only)."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Draw from the most probable tokens that hold this probability together; 1 keeps every token."""
     top_k: Annotated[Natural, Unit("tokens")] = 0
@@ -220,6 +220,8 @@ class Stage(Strict):
             raise ValueError(
                 "training must sample with top_p 1 and top_k 0: no loss accounts for a truncated distribution"
             )
+        if self.sampling.temperature == 0.0:
+            raise ValueError("sampling.temperature must be above 0: a stage trains on samples, not on greedy decoding")
         if self.dense.teacher_weights is not None and not self.on_policy:
             raise ValueError(
                 f"dense.teacher_weights: objective {self.objective} reads cached rollouts, which hold one teacher's distributions"

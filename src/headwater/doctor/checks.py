@@ -40,12 +40,14 @@ class Check:
     stage      it runs only if no earlier stage found an error: a run that is refused anyway loads no weights
     exit_code  of `run` when it finds an error: 2 for a mistake in the recipe or its data, which is reported alone in one sentence
                and also for a finished run, that preflight does not examine otherwise
+    of_machine it depends on what the machine, or a server, can do now: a resumed run repeats it
     """
 
     title: str
     run: Callable[[DoctorContext], Iterator[Finding]]
     stage: Stage = "files"
     exit_code: Literal[2, 3] = 3
+    of_machine: bool = False
 
 
 def plan_can_be_made(context: DoctorContext) -> Iterator[Finding]:
@@ -76,6 +78,7 @@ CHECKS = (
     Check("control tokens in the problems", prompts.control_tokens),
     Check("columns beside the problems", data.columns, exit_code=2),
     Check("an answer for every label", data.answers),
+    Check("protections of the machine", data.sandbox_layers),
     Check("gold answers against their grader", data.golds),
     Check("contamination by evaluation problems", data.contamination, exit_code=2),
     Check("duplicates and contradictions", data.repeats, exit_code=2),
@@ -86,11 +89,11 @@ CHECKS = (
     Check("tags of problems", teachers.teacher_tags, exit_code=2),
     Check("device and plan", plan_can_be_made, exit_code=2),
     Check("sampling engine", teachers.engine),
-    Check("teacher servers' tokens", teachers.server_tokens, exit_code=2),
-    Check("teacher servers", teachers.servers),
+    Check("teacher servers' tokens", teachers.server_tokens, exit_code=2, of_machine=True),
+    Check("teacher servers", teachers.servers, of_machine=True),
     Check("adapters", adapter_checks.adapters),
-    Check("memory", resources.memory),
-    Check("disk", resources.disk),
+    Check("memory", resources.memory, of_machine=True),
+    Check("disk", resources.disk, of_machine=True),
     Check("experts per token", resources.experts),
     Check("teachers that are distilled untrained", signal_checks.distillation_first),
     Check("width of the measured overlap", training_checks.overlap_width),
@@ -106,6 +109,7 @@ CHECKS = (
     Check("saving and loading again", saving_checks.saving, "comparisons"),
     Check("teacher scored twice", weights.teacher_agrees_with_itself, "comparisons"),
 )
+MACHINE_CHECKS = tuple(check for check in CHECKS if check.of_machine)
 
 
 @dataclass(frozen=True)
@@ -188,10 +192,10 @@ def diagnose(
             context.close()
 
 
-def _refuse_user_errors(context: DoctorContext) -> list[Finding]:
+def _refuse_user_errors(context: DoctorContext, checks: Sequence[Check]) -> list[Finding]:
     """Run the checks of exit code 2; returns their other findings. Raises UserError for the first error."""
     findings = []
-    for check in CHECKS:
+    for check in checks:
         for finding in check.run(context) if check.exit_code == 2 else ():
             if finding.severity == "error":
                 raise UserError(finding.evidence)
@@ -211,20 +215,22 @@ def preflight(
     out: Path | None = None,
     say: Callable[[str], None] = lambda message: None,
     tell: Tell = _tell_nobody,
+    checks: Sequence[Check] = CHECKS,
 ) -> None:
     """Refuse what would spoil a run before anything is written, and report warnings.
 
-    out  the run's folder. None (dry run, probe, point of a sweep), like a folder whose nodes are all finished, runs only the
-         checks of exit code 2, which load no weights
+    out     the run's folder. None (dry run, probe, point of a sweep), like a folder whose nodes are all finished, runs only the
+            checks of exit code 2, which load no weights
+    checks  MACHINE_CHECKS where the others have passed for the same inputs
 
     Raises UserError for a mistake in the recipe or its data, RefusedError with the name, evidence and remedy of other errors.
     """
     context = DoctorContext.of(plan, inputs, out or Path())
     try:
-        _say_warnings(_refuse_user_errors(context), say)
+        _say_warnings(_refuse_user_errors(context, checks), say)
         if out is None or not context.pending:
             return
-        examination = examine(context, [check for check in CHECKS if check.exit_code == 3], tell)
+        examination = examine(context, [check for check in checks if check.exit_code == 3], tell)
     finally:
         context.close()
     _say_warnings(examination.findings, say)

@@ -28,7 +28,7 @@ def arms(report: dict[str, Any]) -> Section:
     columns = [
         Column("arm", itemgetter("header"), spans=True),
         *([Column("evaluation", itemgetter("eval"))] if len(evals) > 1 else []),
-        Column("accuracy,\u00a0%\n[95\u00a0%]", itemgetter("mean"), "right"),
+        Column("accuracy\n%\u00a0[95\u00a0%]", itemgetter("mean"), "right"),
         Column("", itemgetter("interval"), axis=axis),
         Column("labels", lambda row: count(row["costs"]["labels"]["distinct"]), "right", spans=True),
         Column("FLOPs", lambda row: units(row["costs"]["flops"]), "right", spans=True),

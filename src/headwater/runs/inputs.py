@@ -91,7 +91,12 @@ class RunInputs:
     @read_once("task")
     def grader(self) -> Verifier:
         compute = self.recipe.compute
-        return Verifier(self.task_name, workers=compute.grader_workers, seconds=compute.grader_seconds)
+        return Verifier(
+            self.task_name,
+            workers=compute.grader_workers,
+            seconds=compute.grader_seconds,
+            sandbox=compute.sandbox,
+        )
 
     @property
     def data_fields(self) -> dict[str, Source]:
@@ -234,6 +239,11 @@ class RunInputs:
             prompts -= len(self.pool(pool)) - min(len(self.pools.first_half), len(self.pools.second_half))
         return settings.steps_over(prompts)
 
+    def cached_rollouts(self, pool: Pool, settings: Stage, unknown_steps: bool = False) -> int:
+        """Teacher rollouts that a stage reads from a cache: those of its steps, at most one per prompt of its pool and sample."""
+        whole = len(self.prompts(pool, settings)) * settings.group_size
+        return whole if unknown_steps else min(whole, max(1, self.steps(pool, settings)) * settings.batch_size)
+
     def with_grader(self, wrap: Callable[[Grade], Grade]) -> RunInputs:
         """The same inputs, whose completions are graded by `wrap(grader)`: for ranks that share the grading."""
         evals = {name: (problems, labels.graded_by(wrap)) for name, (problems, labels) in self.evals.items()}
@@ -354,6 +364,7 @@ class RunInputs:
         validation = self.validation
         return {
             "models": self.weights_fingerprint,
+            "reads": self.cached_rollouts,
             "day": self.template_day,
             "grader": None if self.recipe.task is None else grader_code(self.recipe.task),
             "pools": {name: self.pool(name) for name in POOLS},

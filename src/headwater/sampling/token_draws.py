@@ -43,9 +43,14 @@ def draw_tokens(logits_BV: Tensor, draws_B: Tensor, sampling: Sampling) -> tuple
     logits_BV  any float dtype; probabilities are computed in float32 at `sampling.temperature`
     draws_B    float64 in [0, 1)
 
+    At temperature 0 the most probable token, the first of equals, has probability 1.
+
     Example: probabilities (0.25, 0.75) give token 0 for a draw below 0.25, else token 1.
     """
     logits_BV = logits_BV.float()
+    if sampling.temperature == 0.0:
+        most_B, token_B = logits_BV.max(dim=-1)
+        return token_B, most_B - most_B  # 0, or NaN
     fast = kernels() if logits_BV.device.type == "cpu" and not sampling.top_k and sampling.top_p >= 1.0 else None
     if fast:
         return fast.sample(logits_BV.contiguous(), draws_B.double(), sampling.temperature)

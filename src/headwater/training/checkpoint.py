@@ -50,7 +50,7 @@ def save_checkpoint(
         checkpoint_io.save(Path(ranks.broadcast("")), model, optimizer, ranks)
         ranks.broadcast(None)  # wait until the checkpoint is complete
         return
-    before = [int(path.name) for path in node.checkpoints()]
+    before = [int(path.name) for path in node.checkpoints() if int(path.name) < step]
     node.sync_steps(before[0] if before else 0, step)
     fault_points.failpoint("checkpoint.begun")
     with atomic_folder(node.checkpoint(step)) as folder:

@@ -72,7 +72,7 @@ def test_minimal_recipe_gets_paper_defaults() -> None:
         ("stages.opd.batch_size", 2.5, "stages.opd.batch_size: input should be a valid integer"),
         ("stages.opd.steps", -1, "stages.opd.steps: input should be greater than or equal to 0 (given: -1)"),
         ("stages.opd.objective", "ppo", "stages.opd.objective: input should be 'grpo', 'opd', 'mixed', 'forward_kl', "),
-        ("stages.opd.sampling.temperature", 0.0, "stages.opd.sampling.temperature: input should be greater than 0"),
+        ("stages.opd.sampling.temperature", 0.0, "stages.opd: sampling.temperature must be above 0"),
         ("stages.opd.dense.beta", 1.0, "stages.opd.dense.beta: input should be less than 1"),
         ("stages", {}, "stages: name at least one of teacher_rl, warmup, opd, student_rl, sft"),
         ("stages", ..., "stages: field required"),

@@ -32,6 +32,8 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.shape import Shape
 from headwater.runs.inputs import RunInputs
+from headwater.tasks import python_tests, sandbox
+from headwater.tasks.verifier import Verifier
 from qwen import END, PAD, PLAIN, qwen_folder
 from runs import TINY
 from serving import Answering, serving
@@ -375,6 +377,31 @@ def test_gold_answer_rejected_by_grader_is_named_with_its_problem(tmp_path: Path
 def test_task_rejecting_most_gold_answers_is_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "labeled.jsonl", *({"problem": row["problem"], "answer": "=" * 60} for row in sums(20)))
     assert find(light(tmp_path, from_file(path)), "gold-fails-grader").severity == "error"
+
+
+PROTECTIONS = {
+    ("seccomp", "required"): ("sandbox-layers", "note"),
+    ("audit hook", "required"): ("sandbox-missing", "error"),
+    ("audit hook", "optional"): ("sandbox-incomplete", "warning"),
+}
+
+
+@pytest.mark.parametrize("case", PROTECTIONS, ids="-".join)
+def test_protections_of_machine_are_named(
+    case: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (layer, wanted), (name, severity) = case, PROTECTIONS[case]
+    monkeypatch.setattr(sandbox, "layers", lambda: (layer, "limits"))
+    findings = list(data_checks.sandbox_layers(context_of(tmp_path, "task=python", f"compute.sandbox={wanted}")))
+    assert [(finding.name, finding.severity) for finding in findings] == [(name, severity)]
+    assert f"{layer}, limits" in findings[0].evidence
+    assert list(data_checks.sandbox_layers(context_of(tmp_path))) == []
+
+
+def test_verifier_refuses_programs_on_machine_without_seccomp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "layers", lambda: ())
+    with Verifier("python", workers=1) as verifier, pytest.raises(UserError, match=r"cannot confine .* none"):
+        verifier([python_tests.WARM_UP])
 
 
 def test_grader_returning_score_is_named_with_type_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

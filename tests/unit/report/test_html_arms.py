@@ -27,7 +27,7 @@ def test_accuracy_cell_holds_its_interval(values: dict[str, Any]) -> None:
     row = values["arms"]["bridge"]["accuracy"]["sums"]
     mean, low, high = (f"{100 * row[key]:.1f}" for key in ("mean", "low", "high"))
     bridge = table.rows[list(values["arms"]).index("bridge")]
-    assert titles(values)[:3] == ["arm", "accuracy, %\n[95 %]", ""]
+    assert titles(values)[:3] == ["arm", "accuracy\n% [95 %]", ""]
     assert table.columns[1].cell(bridge) == f"{mean}\n[{low}, {high}]"
 
 

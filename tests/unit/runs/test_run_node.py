@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from headwater.config.guards import Guards
 from headwater.config.stage import Stage
@@ -12,7 +15,7 @@ from headwater.losses.batch import Row
 from headwater.storage.run_dir import NodeDir, append_jsonl
 from headwater.training.groups import count_uninformative, replace_uninformative
 from headwater.training.guards import NoSignalGuard, StageOutcomes
-from headwater.training.rollouts import CachedRollouts
+from headwater.training.rollouts import CachedRollouts, epoch_order
 from headwater.types import Rollout, Verdict
 
 GROUP = 4
@@ -40,16 +43,32 @@ def names(rows_: list[Row]) -> list[str]:
 
 def test_cached_rollouts_are_read_once_per_epoch_in_new_order() -> None:
     cached = [Row(Rollout(f"p{index}", 0, (1,), (2,), (-1.0,), "stop", "s")) for index in range(12)]
-    gather = CachedRollouts(cached, stage(objective="sft", batch_size=4), 0)
+    prompts = [row.rollout.problem_id for row in cached]
+    gather = CachedRollouts(cached, prompts, stage(objective="sft", batch_size=4, group_size=1), 0)
     epochs = [
         [row.rollout.problem_id for step in steps for row in gather(step).rows] for steps in ((0, 1, 2), (3, 4, 5))
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"p{index}" for index in range(12))
     assert epochs[0] != epochs[1]
-    again = CachedRollouts(cached, stage(objective="sft", batch_size=4), 0)
+    again = CachedRollouts(cached, prompts, stage(objective="sft", batch_size=4, group_size=1), 0)
     assert [row.rollout.problem_id for row in again(4).rows] == epochs[1][4:8]  # a resumed stage goes on where it was
-    other = CachedRollouts(cached, stage(objective="sft", batch_size=4), 1)
+    other = CachedRollouts(cached, prompts, stage(objective="sft", batch_size=4, group_size=1), 1)
     assert [row.rollout.problem_id for row in other(0).rows] != epochs[0][:4]
+
+
+def test_cache_of_first_reads_gives_steps_of_whole_cache() -> None:
+    pool = [
+        replace(row, rollout=replace(row.rollout, sample=s))
+        for s in (0, 1)
+        for row in group("a", "1") + group("b", "1")
+    ]
+    pool = sorted(pool, key=lambda row: (row.rollout.problem_id, row.rollout.sample))
+    settings = stage(objective="sft", batch_size=3, group_size=2)
+    first = [pool[index] for index in reversed(epoch_order(4, 7, 0)[:3])]  # an extended cache has another order
+    whole, partial = (CachedRollouts(rows, ("a", "b"), settings, 7) for rows in (pool, first))
+    assert whole(0).rows == partial(0).rows
+    with pytest.raises(KeyError):
+        partial(1)
 
 
 # Dynamic sampling -----------------------------------------------------------------------------------------------------

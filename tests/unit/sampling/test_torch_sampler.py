@@ -202,9 +202,10 @@ def test_finished_sequences_do_not_change_remaining_ones() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_near_zero_temperature_equals_greedy_decoding_of_transformers(name: str) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1e-5])
+def test_lowest_temperatures_equal_greedy_decoding_of_transformers(name: str, temperature: float) -> None:
     policy = tiny_policy(name, seed=6, **ARCHITECTURES[name])
-    rollouts = TorchSampler(policy).sample(requests(samples=1), Sampling(max_tokens=16, temperature=1e-5))
+    rollouts = TorchSampler(policy).sample(requests(samples=1), Sampling(max_tokens=16, temperature=temperature))
     for rollout in rollouts:
         ids = torch.tensor([rollout.prompt_ids])
         greedy = policy.model.generate(
@@ -226,6 +227,13 @@ def test_draw_tokens_never_returns_token_of_probability_zero() -> None:
     logits = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log().expand(4, 5)
     draws = torch.tensor([0.0, 0.5, 0.49999999, 1.0 - 2**-53], dtype=torch.float64)
     assert draw_tokens(logits, draws, Sampling())[0].tolist() == [1, 3, 1, 3]
+
+
+def test_draw_tokens_at_temperature_zero_takes_first_maximum() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0], [1.0, -torch.inf, 0.0], [0.0, torch.nan, 1.0]])
+    token, logp = draw_tokens(logits, torch.full((3,), 0.9, dtype=torch.float64), Sampling(temperature=0.0))
+    assert token.tolist()[:2] == [1, 0] and logp.tolist()[:2] == [0.0, 0.0]
+    assert math.isnan(logp[2])  # a model whose logits are not finite is noticed
 
 
 def test_draw_tokens_with_top_k_and_top_p_by_hand() -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from headwater.errors import UserError
+from headwater.storage import fault_points
 from headwater.storage.files import file_sums
 from headwater.storage.run_dir import (
+    DISTRIBUTIONS,
     NodeDir,
     RunDir,
     append_jsonl,
@@ -160,6 +162,28 @@ def test_node_is_done_only_for_its_own_fingerprint(tmp_path: Path) -> None:
     assert not node.is_done("abc")
     write_json(node.done, {"fingerprint": "abc"})
     assert node.is_done("abc") and not node.is_done("abd")
+
+
+def test_cache_losing_its_distributions_is_never_damaged(tmp_path: Path) -> None:
+    node = NodeDir(tmp_path)
+    node.cache.mkdir()
+    for name in ("rollouts.jsonl", DISTRIBUTIONS):
+        (node.cache / name).write_text(name)
+    node.finish({"fingerprint": "abc", "scored": 9})
+    assert (node.scored_rollouts, node.damage()) == (9, None)
+
+    def stop(point: str) -> None:
+        if point == "cache.released":
+            raise KeyboardInterrupt
+
+    fault_points.arm(stop)
+    with pytest.raises(KeyboardInterrupt):
+        node.remove_distributions()
+    fault_points.arm(None)
+    for left in ([DISTRIBUTIONS, "rollouts.jsonl"], ["rollouts.jsonl"]):
+        assert sorted(path.name for path in node.cache.iterdir()) == left
+        assert (node.scored_rollouts, node.damage(), node.is_done("abc")) == (0, None, True)
+        node.remove_distributions()
 
 
 RECIPE = {"name": "r", "seed": 0, "stages": {"opd": {"steps": 5, "optim": {"lr": 1e-6}}}, "evals": ["a", "b"]}
