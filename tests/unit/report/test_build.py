@@ -263,7 +263,9 @@ def test_run_directories_with_different_seeds_merge(
     fake_study: Path, fake_report: dict[str, Any], tmp_path: Path
 ) -> None:
     first, second = fake_run(tmp_path / "a", seeds=(0, 1)), fake_run(tmp_path / "b", seeds=(2,))
-    merged = report.build([first, second])
+    recipe = json.loads((second / "recipe.json").read_text())
+    (second / "recipe.json").write_text(json.dumps({**recipe, "compute": {**recipe.get("compute", {}), "workers": 2}}))
+    merged = report.build([first, second])  # the number of workers changes no result
     assert merged["seeds"] == [0, 1, 2]
     assert merged == fake_report == report.build([fake_study])
     assert report.build([second, first])["arms"]["bridge"] == fake_report["arms"]["bridge"]
