@@ -91,12 +91,8 @@ class RunInputs:
     @read_once("task")
     def grader(self) -> Verifier:
         compute = self.recipe.compute
-        return Verifier(
-            self.task_name,
-            workers=compute.grader_workers,
-            seconds=compute.grader_seconds,
-            sandbox=compute.sandbox,
-        )
+        workers, seconds = compute.grader_workers, compute.grader_seconds
+        return Verifier(self.task_name, workers=workers, seconds=seconds, sandbox=compute.sandbox)
 
     @property
     def data_fields(self) -> dict[str, Source]:

@@ -244,16 +244,8 @@ class VllmSampler:
 
     def _rollout(self, request: Request, output: Any, sampling: Sampling) -> Rollout:
         ids = tuple(output.token_ids)
-        return Rollout(
-            problem_id=request.problem_id,
-            sample=request.sample,
-            prompt_ids=request.prompt_ids,
-            completion_ids=ids,
-            sampler_logp=tuple(logprobs[token].logprob for token, logprobs in zip(ids, output.logprobs, strict=True)),
-            finish="stop" if output.finish_reason == "stop" else "length",
-            sampler=self.policy.fingerprint,
-            temperature=sampling.temperature,
-        )
+        logp = tuple(logprobs[token].logprob for token, logprobs in zip(ids, output.logprobs, strict=True))
+        return request.rollout(ids, logp, output.finish_reason == "stop", self.policy, sampling)
 
 
 def architecture_key(policy: Policy) -> str:

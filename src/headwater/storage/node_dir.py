@@ -42,59 +42,41 @@ Marks = Mapping[str, Sequence[Any]]
 """Offsets of a node's logs at a checkpoint: file name -> [bytes, sha256 of those bytes]."""
 
 
+class InFolder:
+    """Path of the file or folder of that name in the owner's `path`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Any, kind: type[Any]) -> Path:
+        path: Path = owner.path / self.name
+        return path
+
+
 @dataclass(frozen=True)
 class NodeDir:
     """The files of one node."""
 
     path: Path
 
+    info = InFolder("node.json")
+    metrics = InFolder("metrics.jsonl")
+    ledger = InFolder("ledger.jsonl")
+    conditions = InFolder("conditions.jsonl")
+    warnings = InFolder("warnings.jsonl")
+    model = InFolder("model")
+    cache = InFolder("cache")
+    done = InFolder("DONE")
+    failed = InFolder("FAILED")
+    sums = InFolder("sums.jsonl")
+
     @property
     def name(self) -> str:
         return self.path.name
 
     @property
-    def info(self) -> Path:
-        return self.path / "node.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.jsonl"
-
-    @property
-    def conditions(self) -> Path:
-        return self.path / "conditions.jsonl"
-
-    @property
-    def warnings(self) -> Path:
-        return self.path / "warnings.jsonl"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def cache(self) -> Path:
-        return self.path / "cache"
-
-    @property
-    def done(self) -> Path:
-        return self.path / "DONE"
-
-    @property
-    def failed(self) -> Path:
-        return self.path / "FAILED"
-
-    @property
     def attempts(self) -> Path:  # beside the nodes, because it says nothing about their results
         return self.path.parent.parent / "attempts" / f"{self.name}.json"
-
-    @property
-    def sums(self) -> Path:
-        return self.path / "sums.jsonl"
 
     @property
     def logs(self) -> tuple[Path, ...]:

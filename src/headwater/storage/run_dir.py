@@ -55,7 +55,7 @@ from headwater.storage.files import (
     write_checked,
     write_json,
 )
-from headwater.storage.node_dir import DISTRIBUTIONS, LARGE, NodeDir
+from headwater.storage.node_dir import DISTRIBUTIONS, LARGE, InFolder, NodeDir
 
 __all__ = [  # re-exported for the modules that use file names
     "DISTRIBUTIONS", "FREE", "LARGE", "NodeDir", "RunDir", "append_jsonl", "atomic_folder", "first_difference", "keep_rows",
@@ -72,73 +72,23 @@ class RunDir:
 
     path: Path
 
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.json"
-
-    @property
-    def env(self) -> Path:
-        return self.path / "env.json"
-
-    @property
-    def preflight(self) -> Path:
-        return self.path / "preflight.json"
-
-    @property
-    def day(self) -> Path:
-        return self.path / "day.json"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.jsonl"
-
-    @property
-    def report_json(self) -> Path:
-        return self.path / "report.json"
-
-    @property
-    def report_html(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / ".lock"
-
-    @property
-    def left_out(self) -> Path:
-        return self.path / "left_out.jsonl"
-
-    @property
-    def problems(self) -> Path:
-        return self.path / "problems.jsonl"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def labels(self) -> Path:
-        return self.path / "labels.csv"
-
-    @property
-    def probe(self) -> Path:
-        return self.path / "probe.json"
-
-    @property
-    def probe_ledger(self) -> Path:
-        return self.path / "probe" / "ledger.jsonl"
-
-    @property
-    def trackers(self) -> Path:
-        return self.path / "trackers"
-
-    @property
-    def tracked(self) -> Path:
-        return self.path / "tracked.json"
+    recipe = InFolder("recipe.json")
+    env = InFolder("env.json")
+    preflight = InFolder("preflight.json")
+    day = InFolder("day.json")
+    plan = InFolder("plan.json")
+    ledger = InFolder("ledger.jsonl")
+    report_json = InFolder("report.json")
+    report_html = InFolder("report.html")
+    lock = InFolder(".lock")
+    left_out = InFolder("left_out.jsonl")
+    problems = InFolder("problems.jsonl")
+    figures = InFolder("figures")
+    labels = InFolder("labels.csv")
+    probe = InFolder("probe.json")
+    probe_ledger = InFolder("probe/ledger.jsonl")
+    trackers = InFolder("trackers")
+    tracked = InFolder("tracked.json")
 
     def node(self, name: str) -> NodeDir:
         return NodeDir(self.path / "nodes" / name)

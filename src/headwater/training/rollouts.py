@@ -118,7 +118,7 @@ class PolicyRollouts:
         except TrainingStoppedError as error:
             if not any(row.verdict for row in sampled):
                 raise
-            return self._stopped(sampled, str(error))
+            return self._batch(sampled, {}, sampled, [], str(error))  # what was graded must be charged
         metrics: Metrics = {
             "seconds_sample": seconds["sample"],
             "seconds_score": seconds["grade"] + time.perf_counter() - started,
@@ -131,28 +131,22 @@ class PolicyRollouts:
             metrics["reward"] = sum(row.verdict.correct for row in sampled if row.verdict) / len(sampled)
             metrics["informative"] = 1.0 - count_uninformative(sampled, group_size) / groups
             metrics["best_of_group"] = count_solved(sampled, group_size) / groups
+        return self._batch(kept, metrics, sampled, kept)
+
+    def _batch(
+        self, rows: list[Row], metrics: Metrics, sampled: list[Row], scored: list[Row], stopped: str | None = None
+    ) -> StepBatch:
+        """The batch of a step with what it cost: the rollouts of `sampled` and the scores of `scored`."""
         problems = {row.rollout.problem_id for row in sampled}
         return StepBatch(
-            kept,
+            rows,
             metrics,
             labels=() if self.labels is None else tuple(sorted(problems)),
             checks=0 if self.labels is None else len(sampled),
             tokens_sampled=sum(row.tokens for row in sampled),
-            tokens_teacher_scored=0 if self.teacher is None else sum(row.tokens for row in kept),
-            flops=self._flops(sampled, kept, problems),
-        )
-
-    def _stopped(self, sampled: list[Row], why: str) -> StepBatch:
-        """The batch of a step that stopped after its rollouts, or some of them, were graded: what must be charged for it."""
-        problems = {row.rollout.problem_id for row in sampled}
-        return StepBatch(
-            sampled,
-            {},
-            labels=tuple(sorted(problems)),
-            checks=len(sampled),
-            tokens_sampled=sum(row.tokens for row in sampled),
-            flops=self._flops(sampled, [], problems),
-            stopped=why,
+            tokens_teacher_scored=0 if self.teacher is None else sum(row.tokens for row in scored),
+            flops=self._flops(sampled, scored, problems),
+            stopped=stopped,
         )
 
     def _sample(

@@ -15,9 +15,10 @@ import yaml
 from headwater.config.builtin import builtin_names, builtin_text
 from headwater.config.fields import walk
 from headwater.config.recipe import Recipe
-from headwater.config.reference import explain, json_schema, markdown
+from headwater.config.reference import explain, json_schema
 from headwater.errors import UserError
 from runs import call
+from tools.recipe_reference import markdown
 
 ROOT = Path(__file__).parents[3]
 SCHEMA = json_schema()
