@@ -65,6 +65,42 @@ def test_waiting_node_is_estimated_by_flops_at_rate_so_far(half: Path) -> None:
     assert status.seconds_left == pytest.approx(14.0 + 20.0 + 50.0)
 
 
+def working(half: Path, name: str, **now: object) -> watch.NodeStatus:
+    """The status of a node that a process runs in, and whose file says what it does."""
+    folder = half / "nodes" / name
+    folder.mkdir(exist_ok=True)
+    (folder / "DONE").unlink(missing_ok=True)
+    if not (folder / "node.json").exists():
+        (folder / "node.json").write_text(
+            json.dumps({"stage": name.split(".")[0], "role": "student", "seed": 0, "kind": "evaluate"})
+        )
+    (half / "attempts").mkdir(exist_ok=True)
+    times = {"started": 100.0, "at": 130.0, "first": 0, "part": ""}
+    (half / "attempts" / f"{name}.now.json").write_text(json.dumps({**times, **now}))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock(half / ".lock", 0.0))
+        return next(node for node in watch.read_status(half).nodes if node.node == name)
+
+
+def test_watch_shows_progress_of_evaluation_with_time_left(half: Path) -> None:
+    """12 of 40 completions in 30 s: 28 more take 70 s."""
+    opd = working(half, names(half, "bridge")[-1], done=12, total=40, unit="completions")
+    assert (opd.work, opd.seconds_left, opd.step, opd.steps) == ("evaluating 12 of 40 completions", 70.0, 12, 40)
+    table = Console(file=io.StringIO(), width=160)
+    table.print(watch.status_table(watch.RunStatus("run", True, (opd,)), width=160))
+    assert "evaluating 12 of 40 completions" in table.file.getvalue()  # type: ignore[attr-defined]
+    cache = working(half, names(half, "bridge")[1], done=8, total=64, unit="rollouts", first=4)
+    assert (cache.work, cache.seconds_left) == ("making 8 of 64 rollouts", 420.0)
+
+
+def test_watch_names_measurement_between_steps(half: Path) -> None:
+    opd = working(half, names(half, "bridge")[-1], done=12, total=40, unit="steps", part="measuring C2")
+    assert (opd.work, opd.seconds_left) == ("measuring C2", 14.0)  # 28 steps of half a second
+    (half / "attempts" / f"{opd.node}.now.json").write_text('{"part": "meas')
+    with lock(half / ".lock", 0.0):
+        assert next(node for node in watch.read_status(half).nodes if node.node == opd.node).work == ""
+
+
 def test_plan_with_malformed_flops_is_refused(half: Path) -> None:
     plan = json.loads((half / "plan.json").read_text())
     for flops in ([1.0], {names(half, "bridge")[0]: "1e9"}):
