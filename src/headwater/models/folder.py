@@ -186,17 +186,18 @@ class ModelFolder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        assert self.config is not None  # transformers reads it too, and would blame the tokenizer for its faults
         return self.read_tokenizer()
 
     def read_tokenizer(self) -> Any:
-        """A new tokenizer. Raises UserError that names the field; hostile files are refused before a library opens them."""
+        """A new tokenizer for each call. Raises UserError that names the field; hostile files are refused before they are opened."""
+        config = self.config  # read first: transformers would blame the tokenizer for its faults
+        own = config if self.tokenizer_path == self.base.path else None
         message = f"{self.field}: the tokenizer of {self.name} cannot be loaded"
         with as_user_error(message):
             problem = self._problem_of_tokenizer()
             if problem is not None:
                 raise UserError(f"{message} ({problem})")
-            return read_tokenizer(self.tokenizer_path, self.trust_remote_code)
+            return read_tokenizer(self.tokenizer_path, self.trust_remote_code, own)
 
     def _problem_of_tokenizer(self) -> str | None:
         path, base = Path(self.tokenizer_path), self.base
