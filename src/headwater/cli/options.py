@@ -98,6 +98,27 @@ class ExecutionOptions:
 
 
 @dataclass(frozen=True)
+class FitOptions:
+    """Options of `init mine`: what the recipe is fitted to."""
+
+    student: Annotated[str | None, typer.Option("--student", help="mine: folder or hub id of the student.")] = None
+    teacher: Annotated[str | None, typer.Option("--teacher", help="mine: folder or hub id of the teacher.")] = None
+    data: Annotated[str | None, typer.Option("--data", help="mine: file of problems with answers.")] = None
+    evals: Annotated[
+        str | None, typer.Option("--evals", help="mine: file to evaluate on; without it, a part of --data is held out.")
+    ] = None
+    task: Annotated[str | None, typer.Option("--task", help="mine: the grader, if the answers do not show it.")] = None
+    problem: ProblemColumn = None
+    answer: AnswerColumn = None
+    tag: Annotated[
+        str | None, typer.Option("--tag", help="Column that selects a problem's teacher, where there are several.")
+    ] = None
+    device: Annotated[
+        str, typer.Option("--device", help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")
+    ] = "auto"
+
+
+@dataclass(frozen=True)
 class EvalOptions:
     """Options of `eval`: how the model is prompted and sampled, and how completions are graded."""
 

@@ -318,9 +318,10 @@ class Logs:
 
 
 def first_difference(a: Any, b: Any, path: str = "") -> str | None:
-    """Dotted name of the first field in which two plain values differ; None when they are equal.
+    """Dotted name of the first field in which two recipes as plain values differ; None when they are equal.
 
-    A field that is missing on one side and null on the other counts as equal: an older version did not have it.
+    A field that is missing on one side and null on the other counts as equal: an older version did not have it. So do two paths
+    that may be one file as seen from two working directories; node fingerprints hold what the files contain.
     """
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
@@ -328,4 +329,14 @@ def first_difference(a: Any, b: Any, path: str = "") -> str | None:
             if difference is not None:
                 return difference
         return None
+    names_files = path.endswith(".path.") or path.startswith("models.")
+    if names_files and isinstance(a, str) and isinstance(b, str) and _may_be_same_file(a, b):
+        return None
     return None if a == b else path.rstrip(".")
+
+
+def _may_be_same_file(a: str, b: str) -> bool:
+    """Whether the parts of one path end the other's. Example: `train.jsonl` and `../data/train.jsonl`."""
+    parts = [[p for p in Path(os.path.normpath(path)).parts if p not in ("..", os.sep)] for path in (a, b)]
+    shorter = min(map(len, parts))
+    return shorter > 0 and parts[0][-shorter:] == parts[1][-shorter:]
