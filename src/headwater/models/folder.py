@@ -182,9 +182,14 @@ class ModelFolder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        assert self.config is not None  # transformers reads it too, and would blame the tokenizer for its faults
         with as_user_error(f"{self.field}: the tokenizer of {self.name} cannot be loaded"):
-            return read_tokenizer(self.tokenizer_path, self.trust_remote_code)
+            return self.read_tokenizer()
+
+    def read_tokenizer(self) -> Any:
+        """A tokenizer of its own for each call."""
+        config = self.config  # read first: transformers would blame the tokenizer for its faults
+        own = config if self.tokenizer_path == self.base.path else None
+        return read_tokenizer(self.tokenizer_path, self.trust_remote_code, own)
 
     @property
     def tokenizer_path(self) -> str:

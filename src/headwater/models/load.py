@@ -22,7 +22,6 @@ from headwater.models.batching_probe import with_measured_batching
 from headwater.models.folder import ModelFolder
 from headwater.models.packed_attention import enable_packing
 from headwater.models.policy import Policy, split_head, with_root_weights
-from headwater.models.tokenizer import read_tokenizer
 from headwater.models.training_mode import checkpoint_activations, disable_dropout
 from headwater.models.untrusted_files import as_user_error
 from headwater.models.weight_files import WeightFiles, unused_weights
@@ -82,7 +81,7 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
             "adapter to continue training it, or merge it first (`headwater merge`)"
         )
     with as_user_error(f"{folder.field}: {folder.name} cannot be loaded"):
-        tokenizer = read_tokenizer(folder.tokenizer_path, folder.trust_remote_code)
+        tokenizer = folder.read_tokenizer()
         dtype = compute_dtype if base_frozen else torch.float32
         model = None if ranks.single_process else fsdp_weights.build_without_weights(base, dtype)
         if model is None:

@@ -12,7 +12,7 @@ from headwater.report.study import Node, Study
 from headwater.report.verdict import failure_word, measured_in_training
 from headwater.report.watch import is_locked
 
-VERBS = {"holds": "beats", "does not hold": "loses to", "undecided": "does not differ significantly from"}
+VERBS = {"holds": "beats", "does not hold": "loses to", "undecided": "is not shown to differ from"}
 
 
 def headline(report: dict[str, Any]) -> str:

@@ -6,12 +6,14 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -275,6 +277,37 @@ def test_served_page_is_rebuilt_in_background_when_files_change(half: Path, monk
     page.builder.join()
     assert "report 2" in page.render() and len(builds) == 2
     assert '<meta http-equiv="refresh"' not in page.render() and len(builds) == 2
+
+
+def test_served_runs_of_different_recipes_are_side_by_side(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = half.parent / "other"
+    shutil.copytree(half, other)
+    recipe = json.loads((other / "recipe.json").read_text())
+    (other / "recipe.json").write_text(json.dumps({**recipe, "task": "words"}))
+    monkeypatch.setattr(serve.side_by_side, "current_page", lambda outs: f"<main>{[out.name for out in outs]}</main>")
+    text = serve.LivePage([half, other]).render()
+    assert "['out', 'other']</main>" in text
+    assert "<strong>out: 7 of 10 nodes" in text and "<strong>other: 7 of 10 nodes" in text
+
+
+def test_served_status_has_pool_and_arms_of_running_node(half: Path) -> None:
+    status = watch.read_status(half)
+    arms = ("base_student", "bridge", "bridge_rl")
+    nodes = [
+        replace(node, state="at work", pool="all prompts", arms=arms)
+        for node in status.nodes
+        if node.state == "stopped"
+    ]
+    view = serve.status_view("", replace(status, running=True, nodes=tuple(nodes)))
+    assert view["rows"][0][:6] == [
+        "On-policy distillation",
+        "all prompts",
+        "bridge, bridge_rl",
+        "0",
+        "12 of 40",
+        "14 s",
+    ]
+    assert view["summary"] == "0 of 1 nodes done; running"
 
 
 def test_server_serves_only_page_and_refuses_other_hosts(address: str) -> None:
