@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 
 from headwater import seeds
 from headwater.config.recipe import Prompt
-from headwater.errors import UserError
+from headwater.errors import UserError, error_text
 from headwater.models.resource_limits import OutOfTimeError, resource_limits
 from headwater.models.untrusted_files import as_user_error
 from headwater.tasks.thinking import is_thinking_mark
@@ -169,7 +169,7 @@ def render_chat(
     except MemoryError:
         raise UserError(f"{template} takes more than {TEMPLATE_MB} MiB on {where}") from None
     except Exception as error:
-        detail = " ".join(str(error).split())[:200]
+        detail = error_text(error)
         remedy = "; change these turns, prompt.system or the chat template" if type(error) is TemplateError else ""
         raise UserError(f"{template} cannot be used on {where} ({type(error).__name__}: {detail}){remedy}") from None
     return text
