@@ -62,7 +62,9 @@ def _known_path(path: str) -> str:
             return name
     suggestion = intended_field(tuple(path.split(".")), Recipe) or did_you_mean(path, FIELDS)
     sections = ", ".join(name for name in FIELDS if "." not in name)
-    raise UserError(f"explain {path}: no such field; the sections are {sections}{suggestion}")
+    raise UserError(
+        f"explain {path}: no such field{suggestion or ';'} {'T' if suggestion else 't'}he sections are {sections}"
+    )
 
 
 def _facts(field: SchemaField) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ from headwater.doctor import resource_checks as resources
 from headwater.doctor import teacher_checks as teachers
 from headwater.doctor import weight_checks as weights
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, try_each, unreadable
+from headwater.doctor.finding import Finding, texts, told_once, try_each, unreadable
 from headwater.errors import RefusedError, UserError
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Plan
@@ -96,6 +96,7 @@ CHECKS = (
     Check("disk", resources.disk, of_machine=True),
     Check("experts per token", resources.experts),
     Check("teachers that are distilled untrained", signal_checks.distillation_first),
+    Check("chance that a stage is stopped for lack of signal", signal_checks.early_stop),
     Check("width of the measured overlap", training_checks.overlap_width),
     Check("speed of the compute dtype", resources.compute_dtype),
     Check("finite log-probs", weights.finite, "weights"),
@@ -132,20 +133,33 @@ class Examination:
             "unchecked": list(self.unchecked),
         }
 
-    def text(self) -> str:
-        """Every finding, errors first, then what was checked."""
-        order = ("error", "warning", "note")
-        lines = [finding.text() for finding in sorted(self.findings, key=lambda finding: order.index(finding.severity))]
-        lines.append(f"checked: {', '.join(self.checked)}")
+    def text(self, verbose: bool = False) -> str:
+        """Every finding and how many checks ran, errors last: nearest to the prompt. `verbose` lists the checks by title."""
+        by_severity = {
+            severity: texts([finding for finding in self.findings if finding.severity == severity])
+            for severity in ("note", "warning", "error")
+        }
+        errors = by_severity.pop("error")
+        lines = [text for listed in by_severity.values() for text in listed]
+        hint = "" if verbose else " (--verbose lists them)"
+        lines.append(f"{counted(len(self.checked), 'check')} done{_listed(self.checked, verbose)}{hint}")
         if self.unchecked:
-            lines.append(f"not checked, because of the errors above: {', '.join(self.unchecked)}")
-        if not self.errors:
-            lines.append("nothing is wrong that would spoil a run")
-        return "\n".join(lines)
+            count = f"{counted(len(self.unchecked), 'check')} not done, because of the errors below"
+            lines.append(f"{count}{_listed(self.unchecked, verbose)}")
+        return "\n".join([*lines, *(errors or ["nothing is wrong that would spoil a run"])])
 
     @property
     def error_names(self) -> str:
         return ", ".join(dict.fromkeys(finding.name for finding in self.errors))
+
+
+def counted(number: int, noun: str) -> str:
+    """Example: `counted(2, "check")` is `"2 checks"`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _listed(titles: Sequence[str], verbose: bool) -> str:
+    return f": {', '.join(titles)}" if verbose else ""
 
 
 Tell = Callable[[str], None]
@@ -176,8 +190,8 @@ def examine(context: DoctorContext, checks: Sequence[Check] = CHECKS, tell: Tell
                 unchecked.append(check.title)
     # A plan that cannot be made is the consequence of any error with a name of its own.
     named = any(finding.severity == "error" and finding.name != "cannot-run" for finding in findings)
-    reported = tuple(finding for finding in findings if not (named and finding.name == "cannot-run"))
-    return Examination(reported, tuple(checked), tuple(unchecked))
+    reported = [finding for finding in findings if not (named and finding.name == "cannot-run")]
+    return Examination(told_once(reported), tuple(checked), tuple(unchecked))
 
 
 def diagnose(

@@ -366,13 +366,8 @@ class RunInputs:
             "pools": {name: self.pool(name) for name in POOLS},
             "labels": {name: self.labels.only(self.pool(name)).fingerprint() for name in POOLS},
             "unlabeled": self.unlabeled,
-            "validation": None
-            if validation is None
-            else [validation[1].fingerprint(), *(problem.id for problem in validation[0])],
-            "evals": {
-                name: [labels.fingerprint(), *(problem.id for problem in problems)]
-                for name, (problems, labels) in self.evals.items()
-            },
+            "validation": None if validation is None else _graded(*validation),
+            "evals": {name: _graded(*held_out) for name, held_out in self.evals.items()},
         }
 
 
@@ -383,6 +378,10 @@ def _no_labels(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
 def with_labels(loaded: LoadedProblems, grade: Grade) -> tuple[Sequence[Problem], Labels]:
     """A source's problems and labels for all of them."""
     return loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))
+
+
+def _graded(problems: Sequence[Problem], labels: Labels) -> list[str]:
+    return [labels.fingerprint(), *(problem.id for problem in problems)]
 
 
 def leak_row(source: str, leak: Leak, loaded: LoadedProblems) -> dict[str, Any]:

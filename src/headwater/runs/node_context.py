@@ -42,6 +42,7 @@ class NodeProgress:
     advance      (count, metrics of the step)
     should_stop  whether the user asked for a stop
     warn, say    show a warning, a line
+    part         name what is done between steps, such as `measuring C2`; empty when it is over
     """
 
     start: Callable[[int, int, str], None]
@@ -49,6 +50,7 @@ class NodeProgress:
     should_stop: Callable[[], bool]
     warn: Callable[[str], None] = lambda sentence: None
     say: Callable[[str], None] = lambda line: None
+    part: Callable[[str], None] = lambda title: None
 
     def advance_or_stop(self, count: int) -> None:
         """Advance work that leaves no partial files when interrupted. Raises StopRequested when asked to stop."""

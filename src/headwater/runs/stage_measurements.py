@@ -49,6 +49,7 @@ class StageMeasurements:
         written = any(row["step"] == step for row in read_jsonl(folder.conditions))
         if self.context.ranks.broadcast(written) or not self._schedule.due(step, last):
             return
+        self.context.progress.part("measuring C2")
         settings = self.context.inputs.recipe.conditions
         started = time.perf_counter()
         with after_step(step):
@@ -86,6 +87,7 @@ class StageMeasurements:
                 seconds=time.perf_counter() - started,
             ),
         )
+        self.context.progress.part("")
 
     def validation(self, step: int) -> Metrics:
         """Accuracy on `data.validation` at the end of each window of a stage that stops on it, for its row of metrics.jsonl.

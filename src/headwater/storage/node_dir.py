@@ -79,6 +79,10 @@ class NodeDir:
         return self.path.parent.parent / "attempts" / f"{self.name}.json"
 
     @property
+    def now(self) -> Path:
+        return self.attempts.with_suffix(".now.json")
+
+    @property
     def logs(self) -> tuple[Path, ...]:
         """Append-only files with rows for each step."""
         return (self.metrics, self.ledger, self.conditions, self.warnings, self.sums)

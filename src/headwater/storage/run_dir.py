@@ -27,6 +27,7 @@ OUT/nodes/NODE/node.json   what the node is: kind, stage, role, seed, parents, f
                                         rollouts have distributions in it
                FAILED                   {"sentence", "code"} of a node that failed, and the "traceback" of an unexpected error
 OUT/attempts/NODE.json     {"worker", "started", "ended"} of each time the node ran, for the report's timeline
+OUT/attempts/NODE.now.json what the node does at this moment; removed when it ends
 OUT/trackers/ tracked.json files of trackers; last step of each node that was sent to them
 OUT/.lock .locks/NODE      locked by the process that runs in the folder, and the one that runs the node
 """
@@ -100,7 +101,8 @@ class RunDir:
     def refuse_other(self, recipe: dict[str, Any]) -> None:
         """Raise UserError when the folder cannot hold this recipe's run; writes nothing.
 
-        The seed may differ: a study adds seeds to the same folder. So may other FREE fields.
+        The seed may differ: a study adds seeds to the same folder. So may other FREE fields, and the part of a path that the
+        working directory decides; what the files hold is part of every node's fingerprint.
         """
         try:
             if self.path.exists() and not self.path.is_dir():

@@ -23,7 +23,7 @@ from runs import TINY, call, tiny
 
 
 def test_doctor_command_lists_its_checks_and_exits_0(tmp_path: Path) -> None:
-    result = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1")
+    result = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1", "--verbose")
     assert result.code == 0, result.err
     for check in CHECKS:
         assert check.title in result.out

@@ -68,6 +68,13 @@ def test_dry_run_and_stage_state_one_share_of_condition_c2() -> None:
     assert f" opd.s0 {share:.0%} (" in "\n".join(notes([estimate], DryRunOptions(None, 1, None)))
 
 
+def test_estimated_cache_holds_rollouts_read_by_stages() -> None:
+    """Two warm-up steps of 16 rollouts, of the 64 of 16 prompts; 32 tokens each."""
+    with prepared(find_recipe("pocket", TINY), ["raw_teacher"], [0]) as (plan, inputs):
+        cache = next(row for row in estimates(plan, inputs) if row.name.startswith("teacher_rollouts"))
+    assert cache.tokens_sampled == cache.tokens_teacher_scored == 2 * 16 * 32
+
+
 def test_weights_gradients_and_optimizer_state_are_divided_by_devices() -> None:
     with prepared(find_recipe("pocket", TINY), ["bridge_rl"], [0]) as (plan, inputs):
         single, shared = (estimates(plan, inputs, Assumptions(devices=devices)) for devices in (1, 4))

@@ -92,7 +92,7 @@ def silent(step: int, informative: float = 0.0, reward: float = 0.0) -> dict[str
     return {"step": step, "informative": informative, "reward": reward}
 
 
-def no_signal_guard(folder: Path, stop: bool = True, right: bool = False) -> NoSignalGuard:
+def no_signal_guard(folder: Path, stop: bool = True, right: bool = False, steps: int = 10) -> NoSignalGuard:
     """Patience 3, 40 labels; the ledger holds three steps of four groups each, on 12 labels; all verdicts are the same."""
     guards = Guards(no_signal="stop" if stop else "continue", patience=3)
     node = NodeDir(folder)
@@ -106,7 +106,7 @@ def no_signal_guard(folder: Path, stop: bool = True, right: bool = False) -> NoS
     for step in range(1, 4):
         graded = [{"correct": right, "reason": "different", "finish": "stop"}] * GROUP
         append_jsonl(node.rollouts(step), graded)
-    return NoSignalGuard(guards, StageOutcomes(node, "stages.teacher_rl", 48), 10, 40)
+    return NoSignalGuard(guards, StageOutcomes(node, "stages.teacher_rl", 48), steps, 40)
 
 
 def test_no_signal_guard_stops_stage_and_names_wasted_labels(
@@ -126,6 +126,11 @@ def test_no_signal_guard_stops_stage_and_names_wasted_labels(
     rows_ = [silent(step) for step in (1, 2, 3)]
     assert no_signal_guard(tmp_path).catch_up(rows_) == message
     assert no_signal_guard(tmp_path, stop=False).catch_up(rows_) is None
+
+
+def test_no_signal_guard_leaves_stage_shorter_than_patience(tmp_path: Path) -> None:
+    assert no_signal_guard(tmp_path, steps=2).check(silent(2)) is None
+    assert no_signal_guard(tmp_path, steps=3).check(silent(3)) is not None
 
 
 def test_no_signal_guard_passes_with_one_informative_group_or_continue(tmp_path: Path) -> None:

@@ -239,3 +239,23 @@ def test_joined_ledger_has_node_ledgers_in_name_order(tmp_path: Path) -> None:
     folder.join_ledgers()
     folder.join_ledgers()  # rebuilt, not appended
     assert [row["node"] for row in read_jsonl(folder.ledger)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ("/a/data/train.jsonl", None),  # the same file from another working directory
+        ("../data/train.jsonl", None),
+        ("train.jsonl", None),
+        ("data/test.jsonl", "data.labeled.path"),
+        ("other/train.jsonl", "data.labeled.path"),
+    ],
+)
+def test_paths_from_other_working_directory_are_no_difference(other: str, difference: str | None) -> None:
+    first, second = ({"data": {"labeled": {"path": path, "split": "train"}}} for path in ("data/train.jsonl", other))
+    assert first_difference(first, second) == difference
+
+
+def test_texts_other_than_paths_must_be_equal() -> None:
+    templates = [{"prompt": {"template": text}} for text in ("a/b", "b")]
+    assert first_difference(*templates) == "prompt.template"
