@@ -11,8 +11,9 @@ from typing import Any
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by mkdocs for every page."""
     if "<!-- every field of the recipe -->" in markdown:
-        sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
-        from headwater.config.reference import markdown as every_field
+        root = Path(__file__).parents[1]
+        sys.path[:0] = [str(root / "src"), str(root)]
+        from tools.recipe_reference import markdown as every_field
 
         markdown = markdown.replace("<!-- every field of the recipe -->", every_field())
     up = "../" * (page.file.src_uri.count("/") + 1)

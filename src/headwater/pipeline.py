@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -13,8 +14,8 @@ from typing import Any
 
 import torch
 
-from headwater.config.recipe import Recipe
-from headwater.doctor.checks import preflight
+from headwater.config.recipe import Recipe, canonical_json
+from headwater.doctor.checks import CHECKS, MACHINE_CHECKS, preflight
 from headwater.errors import FailedError, UserError
 from headwater.report import build as report
 from headwater.runs.estimate import estimates
@@ -23,12 +24,12 @@ from headwater.runs.executors.local import LocalExecutor
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import ProgressDisplay
 from headwater.runs.plan import Plan
+from headwater.runs.run_node import remove_unneeded
 from headwater.runs.setup import prepared, prompt_day, stop_requests
 from headwater.storage import fault_points
 from headwater.storage.files import write_rows
-from headwater.storage.run_dir import RunDir, write_checked, write_json
+from headwater.storage.run_dir import RunDir, read_checked, write_checked, write_json
 from headwater.storage.untrusted import read_plan, refuse_links
-from headwater.training.checkpoint import remove_checkpoints
 
 SHOWN_TEXT = 4000
 """Characters of a problem in problems.jsonl."""
@@ -77,14 +78,24 @@ def run(
     with contextlib.ExitStack() as stack:
         with progress_display.task("checking recipe, models and data") as tell:
             plan, inputs = stack.enter_context(prepared(recipe, arms, seeds, day))
-            preflight(plan, inputs, out, say, tell)
+            env = environment(inputs.device, processes)
+            passed, earlier = what_preflight_judges(plan, env), passed_earlier(folder)
+            known = passed["inputs"] == earlier["inputs"] and set(passed["nodes"]) <= set(earlier["nodes"])
+            if known:
+                say(
+                    "recipe, models and data passed preflight when this run began; only memory, disk and servers are checked again"
+                )
+            preflight(plan, inputs, out, say, tell, MACHINE_CHECKS if known else CHECKS)
         with folder.locked():
             fault_points.failpoint("run.locked")
             folder.claim(recipe.model_dump(mode="json"))
             fault_points.failpoint("run.claimed")
             if any(inputs.template_day(node.role) for node in plan.order()):
                 write_json(folder.day, {"day": str(day)})
-            write_json(folder.env, environment(inputs.device, processes))
+            if not known and plan.unfinished(folder):  # of a finished run not everything was judged
+                also = earlier["nodes"] if passed["inputs"] == earlier["inputs"] else []
+                write_checked(folder.preflight, {**passed, "nodes": sorted({*passed["nodes"], *also})})
+            write_json(folder.env, env)
             write_rows(folder.left_out, inputs.left_out)
             write_rows(folder.problems, problem_texts(inputs))
             flops = {row.name: row.flops for row in estimates(plan, inputs)}
@@ -93,10 +104,9 @@ def run(
             reuse_nodes(plan, folder, others, say)
             reopen_damaged_nodes(plan, folder, say)
             todo = {plan.names[node]: node for node in plan.unfinished(folder)}
-            if not recipe.compute.keep_checkpoints:
-                for node in plan.order():
-                    if plan.names[node] not in todo:  # it may have been killed before it had removed them
-                        remove_checkpoints(folder.node(plan.names[node]))
+            for node in plan.order():
+                if plan.names[node] not in todo:  # its process may have been killed before it had removed them
+                    remove_unneeded(node, plan, folder)
             interrupted = False
             try:
                 with stop_requests() as stopped:
@@ -117,6 +127,22 @@ def run(
     if failures:
         raise study_error(job, failures)
     return result
+
+
+def what_preflight_judges(plan: Plan, env: Mapping[str, Any]) -> dict[str, Any]:
+    """Contents of preflight.json: a hash of recipe, versions and device, and the nodes, whose names hash data and weights."""
+    inputs = {"recipe": plan.recipe.model_dump(mode="json"), "versions": env["versions"], "device": env["device"]}
+    digest = hashlib.sha256(canonical_json(inputs).encode()).hexdigest()
+    return {"inputs": digest, "nodes": sorted(set(plan.names.values()))}
+
+
+def passed_earlier(folder: RunDir) -> dict[str, Any]:
+    """What preflight.json says; nothing where it is missing or damaged, so that everything is judged again."""
+    nothing: dict[str, Any] = {"inputs": None, "nodes": []}
+    try:
+        return {**nothing, **read_checked(folder.preflight)} if folder.preflight.exists() else nothing
+    except UserError:
+        return nothing
 
 
 def problem_texts(inputs: RunInputs) -> list[dict[str, Any]]:

@@ -11,15 +11,16 @@ import hashlib
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from headwater.errors import UserError
 
 Kind = Literal["task", "objective", "sampler", "tracker"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def names(kind: Kind) -> list[str]:
@@ -61,6 +62,35 @@ def find(kind: Kind, name: str) -> FunctionType | None:
 
 def _entry(kind: Kind, name: str) -> EntryPoint | None:
     return next(iter(entry_points(group=f"headwater.{kind}s", name=name)), None)
+
+
+def declare(kind: Kind, facts: Any) -> Callable[[Function], Function]:
+    """Decorator that attaches facts about a function of this kind, which `find_declared` returns."""
+
+    def attach(function: Function) -> Function:
+        function.declared = kind, facts  # type: ignore[attr-defined]
+        return function
+
+    return attach
+
+
+def find_declared(kind: Kind, name: str, known: Collection[str]) -> tuple[FunctionType, Any]:
+    """The function of that name and the facts that it is declared with.
+
+    known  names of the package's own functions, for messages
+
+    Raises ValueError, from which pydantic makes a fault of the field, if there is no such function or it is not declared.
+    """
+    try:
+        function = find(kind, name)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    if function is None:
+        raise ValueError(f"input should be {', '.join(map(repr, known))}, or package.module:function")
+    declared, facts = getattr(function, "declared", (None, None))
+    if declared != kind:
+        raise ValueError(f"{name} is not declared with @headwater.config.{kind}s.{kind}")
+    return function, facts
 
 
 def name_of(function: Callable[..., Any], kind: str) -> str:

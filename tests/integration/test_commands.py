@@ -249,6 +249,7 @@ def call_once(line: str) -> CommandResult:
     return call(*shlex.split(line))
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("command", [*VERBATIM, *SCALED_DOWN])
 def test_docs_command_runs(command: str, work_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line_to_run, expected = (command, VERBATIM[command]) if command in VERBATIM else SCALED_DOWN[command]

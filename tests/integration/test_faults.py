@@ -99,8 +99,8 @@ def test_fault_points_table_lists_every_failpoint_in_source() -> None:
 
 def test_run_reaches_every_fault_point() -> None:
     """All but `folder.moved`, which needs an existing folder (`test_run_killed_while_replacing_folder_resumes_bit_for_bit`), and
-    `node.cleaning`, since this run keeps its checkpoints (test_resume.py kills there)."""
-    assert set(points()) == set(fault_points.POINTS) - {"folder.moved", "node.cleaning"}
+    two of removals, since this run keeps its checkpoints (test_resume.py and test_run_dir.py stop there)."""
+    assert set(points()) == set(fault_points.POINTS) - {"folder.moved", "node.cleaning", "cache.released"}
 
 
 def test_unarmed_failpoint_does_nothing_and_parse_fault_refuses_names() -> None:
@@ -427,11 +427,11 @@ def test_damaged_log_is_rewritten_from_earlier_checkpoint_or_refused(
 
 def test_large_file_is_verified_whole_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headwater.errors import UserError
-    from headwater.storage import run_dir
+    from headwater.storage import node_dir
 
     out = copied(tmp_path)
-    monkeypatch.setattr(run_dir, "LARGE", 1 << 10)
-    folder = run_dir.NodeDir(node(out, "bridge_rl", "opd"))
+    monkeypatch.setattr(node_dir, "LARGE", 1 << 10)
+    folder = node_dir.NodeDir(node(out, "bridge_rl", "opd"))
     flip(folder.model / "model.safetensors")
     assert folder.damage() is None  # the size is the same, so the check at the start does not see it
     with pytest.raises(UserError, match=r"model\.safetensors: is damaged"):

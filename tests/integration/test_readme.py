@@ -77,7 +77,7 @@ def test_architecture_tree_lists_every_folder_and_top_level_module() -> None:
     assert all(len(line.split()) >= 3 for line in tree[1].splitlines()), "each entry has a description"
 
 
-@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("target", ["demo", "install"])
 def test_readme_make_commands_are_makefile_targets(target: str) -> None:
     assert f"    make {target} " in README
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)

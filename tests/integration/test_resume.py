@@ -14,6 +14,8 @@ import pytest
 
 from forked_runs import ProcessResult, warm_runs
 from headwater.runs.executors import base as executor
+from headwater.storage.run_dir import NodeDir
+from headwater.training import conditions
 from runs import (
     WHOLE_ARM,
     CommandResult,
@@ -108,6 +110,35 @@ def test_interrupted_run_exits_130_with_resume_command(tmp_path: Path) -> None:
     opd = next((out / "nodes").glob("opd.*"))
     done = len(rows(opd / "metrics.jsonl"))
     assert done == 5 and (opd / "checkpoint" / f"{done:06d}" / "sums.json").exists()  # also where none was due
+    assert go(out).code == 0
+    assert_same(out, uninterrupted())
+
+
+def interrupting(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """`function`, whose call number `count` comes with a SIGINT."""
+    calls = iter(range(1, count + 1))
+
+    def call(*args: Any, **more: Any) -> Any:
+        if next(calls, None) == count:
+            signal.raise_signal(signal.SIGINT)
+        return function(*args, **more)
+
+    return call
+
+
+def test_interrupt_while_measuring_keeps_step_and_resumes_exactly(tmp_path: Path) -> None:
+    """In condition C2 after the warm-up's last step (the student scores twice per measurement), then in an evaluation of stage 3."""
+    out, scored = tmp_path / "out", "headwater.training.conditions.hidden_of"
+    with mock.patch(scored, interrupting(conditions.hidden_of, 3)):
+        ended = go(out)
+    assert ended.code == 130 and f"interrupted; the same command with --out {out} resumes" in ended.err
+    warmup = next((out / "nodes").glob("warmup.*"))
+    assert [row["step"] for row in rows(warmup / "conditions.jsonl")] == [0]
+    assert len(rows(warmup / "metrics.jsonl")) == 5 and (warmup / "checkpoint/000005/sums.json").exists()
+    with mock.patch.object(NodeDir, "has_kept", interrupting(NodeDir.has_kept, 1)):
+        assert go(out).code == 130
+    student = next((out / "nodes").glob("student_rl.*"))
+    assert (student / "checkpoint/000002/sums.json").exists() and not (student / "evals").exists()
     assert go(out).code == 0
     assert_same(out, uninterrupted())
 

@@ -16,7 +16,7 @@ SET_OPD = [
     word
     for change in ("steps=3", "batch_size=8", "sampling.max_tokens=24", "optim.lr=1.0e-3")
     for word in ("--set", f"stages.opd.{change}")
-]
+] + ["--set", "compute.microbatch_tokens=16384"]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_distill_is_run_of_equivalent_recipe(folder: Path) -> None:
+def test_distill_is_run_of_equivalent_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     by_verb = call("distill", *PAIR, "--prompts", "prompts.jsonl", "--out", "a", *SET_OPD)
     by_file = call("run", "mine.yaml", "--out", "b")
     assert (by_verb.code, by_file.code) == (0, 0), by_verb.err + by_file.err
@@ -49,14 +49,21 @@ def test_distill_is_run_of_equivalent_recipe(folder: Path) -> None:
     assert load_json(Path("a/recipe.json"))["name"] == "distill-qwen3-student"
     assert load_json(Path("b/recipe.json"))["name"] == "mine"
     assert call("report", "a", "--audit").code == 0
+    finished = (Path("b/nodes") / node / "DONE").stat().st_mtime_ns
+    monkeypatch.chdir(folder.parent)  # the recipe's paths are beside it, and its run is the same from here
+    again = call("run", f"{folder.name}/mine.yaml", "--out", f"{folder.name}/b")
+    assert again.code == 0 and (folder / "b/nodes" / node / "DONE").stat().st_mtime_ns == finished, again.err
 
 
-def test_distill_resumes_and_dry_run_writes_nothing(folder: Path) -> None:
+def test_distill_resumes_and_dry_run_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["distill", *PAIR, "--prompts", "prompts.jsonl", "--out", "a", *SET_OPD]
     planned = json.loads(call(*command, "--dry-run", "--json").out)
     assert [(row["node"].split(".")[0], row["labels"], row["steps"]) for row in planned] == [("opd", 0, 3)]
     assert not Path("a").exists()
     first = call(*command, "--json")
+    fitted = load_json(Path("a/recipe.json"))
+    assert fitted["compute"]["microbatch_tokens"] == 16384 and fitted["compute"]["sample_batch"] < 256
+    monkeypatch.setattr("headwater.doctor.fit.device_facts", pytest.fail)  # what was fitted stays, whatever is free now
     again = call(*command, "--json")
     assert again.code == 0 and json.loads(again.out) == json.loads(first.out)
     other = call(*command, "--set", "stages.opd.steps=4")
@@ -80,6 +87,7 @@ def test_grpo_is_direct_grpo_of_whole_recipe(folder: Path) -> None:
     }
     Path("whole.json").write_text(json.dumps(recipe))  # JSON is YAML
     changes = ["stages.student_rl.batch_size=8", "stages.student_rl.sampling.max_tokens=24", "guards.no_signal=continue",
+               "stages.student_rl.optim.lr=1e-6",
                "stages.student_rl.steps=2", "evaluate.samples=2", "evaluate.sampling.max_tokens=24"]  # fmt: skip
     words = [word for change in changes for word in ("--set", change)]
     data = ("--data", "train.jsonl", "--evals", "test.jsonl", "--task", "sums")

@@ -39,7 +39,9 @@ from fuzz_data import conversation, graded, jsonl
 from fuzz_models import POCKET, adapter, adapter_folder, model_folder
 from fuzz_prompts import template, tokenizer
 from fuzz_recipes import override, recipe, recipe_text
+from fuzz_sandbox import sandboxed
 from fuzz_tables import parquet, separated, table
+from fuzz_tokenizers import hostile_tokenizer
 from headwater.errors import HeadwaterError, RecipeError, UserError, one_line
 from headwater.report import build as report
 from headwater.report.html import Page
@@ -108,9 +110,11 @@ KINDS: dict[str, tuple[int, Case]] = {
     "template": (4, template),
     "architecture": (4, architecture),
     "run_directory": (3, run_directory),
+    "sandbox": (0, sandboxed),
+    "hostile_tokenizer": (0, hostile_tokenizer),
 }
-"""Share of each kind in percent."""
-NAMING = ("conversation", "table", "separated", "adapter", "tokenizer", "template", "architecture")
+"""Share of each kind in percent; `--kind` runs those of 0."""
+NAMING = ("conversation", "table", "separated", "adapter", "tokenizer", "hostile_tokenizer", "template", "architecture")
 """Kinds whose refusals must name a field, a row or a path in the case's folder."""
 
 

@@ -64,7 +64,11 @@ class CommandResult:
     @property
     def complaints(self) -> list[str]:
         """Lines of stderr without the progress display's, the choice of an arm and the report's path."""
-        return [line for line in self.err.splitlines() if not re.match(r"\d\d:\d\d:\d\d |arm \w+ \(|report: ", line)]
+        return [
+            line
+            for line in self.err.splitlines()
+            if not re.match(r"\d\d:\d\d:\d\d |arm \w+ \(|report: |fitted to ", line)
+        ]
 
 
 def call(*argv: str | Path, entry: Callable[[], None] = main) -> CommandResult:

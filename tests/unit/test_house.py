@@ -21,12 +21,12 @@ MODULES = {
 }
 
 ORDER = (
-    "errors", "plugins", "types", "seeds", "stats", "kernels",
+    "errors", "printing", "plugins", "types", "seeds", "stats", "kernels",
     "config", "storage", "tasks", "data", "distributed", "losses", "models", "sampling", "teachers", "training",
     "runs", "runs.executors", "doctor", "report", "pipeline", "sweeps", "evaluation", "evaluation_files", "api", "cli", "__main__",
 )  # fmt: skip
 """Folders and top-level modules, lowest first. A module imports from its own folder and from those before it."""
-TORCH_FREE = {"errors", "plugins", "types", "seeds", "config", "storage", "tasks", "data", "report"}
+TORCH_FREE = {"errors", "printing", "plugins", "types", "seeds", "config", "storage", "tasks", "data", "report"}
 PURE = {"losses", "kernels"}
 """Tensor code without files, settings (but for the table of objectives) or models."""
 HEAVY = ("torch", "transformers", "safetensors", "datasets")
@@ -191,10 +191,11 @@ def test_only_run_dir_names_files_of_run() -> None:
     # Keys of recipes and reports ("evals", "nodes") are names of fields and not of files.
     fields = {"nodes", "evals"}
     for name, path in MODULES.items():
-        if name == "storage.run_dir" or folder(name) in ("cli", "report"):  # the last two tell users where to look
+        # The last two folders tell users where to look.
+        if name in ("storage.run_dir", "storage.node_dir") or folder(name) in ("cli", "report"):
             continue
         spelt = {text for text in strings(path) if text in RUN_FILES and text not in fields}
-        assert not spelt, f"{name} spells {spelt}; storage.run_dir knows them"
+        assert not spelt, f"{name} spells {spelt}; storage.run_dir and storage.node_dir know them"
 
 
 def test_modules_are_shorter_than_400_lines() -> None:

@@ -31,7 +31,7 @@ from headwater.models.prompts import Prompter
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.storage.run_dir import NodeDir, read_json, write_json
-from headwater.tasks.word_problems import WordsDials, generate, grade, is_worked, problems, solutions
+from headwater.tasks.word_problems import WordsDials, generate, grade, problems
 from headwater.training.checkpoint import load_checkpoint, save_checkpoint
 from headwater.types import Problem
 from tools.pretrain.common import (
@@ -47,6 +47,7 @@ from tools.pretrain.common import (
     save,
 )
 from tools.pretrain.desk_models import DeskSpec, model_config, shipped_tokenizer
+from tools.pretrain.solutions import words_is_worked, words_short, words_solutions, words_worked
 
 CHECKPOINT_EVERY = 500
 MICROBATCH_ROWS = 16  # rows per forward and backward pass, which bounds activation memory
@@ -59,6 +60,10 @@ class CombinedOptimizer:
     """Several optimizers with one parameter group each, saved and loaded as one: parameters are numbered consecutively."""
 
     parts: tuple[torch.optim.Optimizer, ...]
+
+    @property
+    def param_groups(self) -> list[Any]:
+        return [group for part in self.parts for group in part.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[int, Any] = {}
@@ -89,12 +94,12 @@ def batches(spec: DeskSpec, seed: int, first: int = 0, workers: int = 0) -> Iter
         return spec.batch, "pretrain", f"{seed}:{step}", share, spec.dials
 
     if not workers:
-        yield from (solutions(*arguments(step)) for step in range(first, spec.steps))
+        yield from (words_solutions(*arguments(step)) for step in range(first, spec.steps))
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         pending: deque[Future[Pairs]] = deque()
         for step in range(first, spec.steps):
-            pending.append(pool.submit(solutions, *arguments(step)))
+            pending.append(pool.submit(words_solutions, *arguments(step)))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -231,7 +236,7 @@ def measure(folder: Path, dials: WordsDials, device: torch.device, count: int, s
     texts = [prompter.completion(rollout.completion_ids) for rollout in rollouts]
     return sample_stats(
         [
-            (is_worked(text), grade(gold, text)[0], rollout.finish == "stop")
+            (words_is_worked(text), grade(gold, text)[0], rollout.finish == "stop")
             for text, (_, gold), rollout in zip(texts, labeled, rollouts, strict=True)
         ]
     )
@@ -256,8 +261,8 @@ A Qwen3ForCausalLM with {parameters:,} parameters, trained from scratch on word 
 {spec.dials.max_ops} operations in templated English. It knows nothing else, though its tokenizer takes any text.
 
 - Problem: {example.text}
-- Worked: {example.worked}
-- Short: {example.short}
+- Worked: {words_worked(example)}
+- Short: {words_short(example)}
 
 ## Training
 `python -m tools.pretrain desk` trains it (seed {seed}). Next-token loss on correct completions, {spec.batch} a step, each problem

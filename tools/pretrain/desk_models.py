@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from headwater.tasks.word_problems import DIALS, WordsDials, problems
 from tools.pretrain import common
 from tools.pretrain.common import SPECIAL, generation_config, wrap_tokenizer
+from tools.pretrain.solutions import words_worked
 
 SHIPPED = Path(str(files("headwater"))) / "desk"
 VOCABULARY = 4096
@@ -81,7 +82,7 @@ def corpus() -> list[str]:
     """Training text of the tokenizer: general English (a frozen copy of this project's docs) and worked word problems."""
     english = Path(__file__).with_name("english.txt").read_text(encoding="utf-8")
     examples = islice(problems("pretrain", "tokenizer"), CORPUS_PROBLEMS)
-    return [*english.splitlines(keepends=True), *(f"{example.text}\n{example.worked}" for example in examples)]
+    return [*english.splitlines(keepends=True), *(f"{example.text}\n{words_worked(example)}" for example in examples)]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -11,7 +11,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -41,10 +40,9 @@ from tools.pretrain.common import (  # fmt: skip
     save,
     wrap_tokenizer,
 )
+from tools.pretrain.solutions import CORPORA
 
 ALPHABET = "0123456789+=; -*/(),.?:%\n"
-# Tasks to train on: modules with generate, worked, short, is_worked, grade, about and their own dials.
-CORPORA: dict[str, ModuleType] = {"sums": sums, "countdown": countdown}
 POSITIONS = 512
 
 

@@ -23,7 +23,8 @@ from headwater.cli.options import (
     parse_arms,
     recipe_changes,
 )
-from headwater.errors import RefusedError
+from headwater.config.builtin import builtin_names
+from headwater.errors import CONTROL_CHARACTERS, RefusedError, UserError
 
 commands = typer.Typer()
 
@@ -40,6 +41,7 @@ def doctor(
     out: Out = None,
     set_: Set = None,
     device: Device = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="List the checks that were done.")] = False,
     json_: Json = False,
 ) -> None:
     """Check everything that could fail or spoil a run; exit 3 with named findings. `run` and `study` do this first."""
@@ -55,7 +57,7 @@ def doctor(
     set_up(resolved.compute)
     with progress_display(quiet=json_).task("checking") as tell:
         diagnosis = diagnose(resolved, names, [resolved.seed], folder, tell)
-    print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text())
+    print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text(verbose))
     if diagnosis.errors:
         raise RefusedError(f"refused: {diagnosis.error_names}")
 
@@ -106,7 +108,7 @@ def grade(
     from headwater.data.validate import grade_file
 
     for row in grade_file(data, task=task, seconds=seconds, workers=workers):
-        print(json.dumps(row, ensure_ascii=False))
+        print(CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(row, ensure_ascii=False)))
 
 
 @commands.command(
@@ -124,11 +126,18 @@ def validate(
     """Grade every gold answer with its own grader and list those that fail. Exit 3 if any does or there is none."""
     from headwater.config.recipe import Columns, Source
     from headwater.data.validate import validate as validate_source
+    from headwater.tasks import sandbox
 
+    if data.endswith((".yaml", ".yml")) or data in builtin_names():
+        raise UserError(
+            f"validate {data}: reads a file of problems; `headwater doctor {data}` checks a recipe and its data"
+        )
     columns = Columns(problem=problem_column, answer=answer_column)
     result = validate_source(Source(path=data, columns=columns), task)
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if task == "python":
+        print(f"completions run under {', '.join(sandbox.layers())}", file=sys.stderr)
     if json_:
         print(json.dumps(asdict(result)))
     else:

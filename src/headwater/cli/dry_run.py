@@ -12,10 +12,11 @@ from rich.table import Column, Table
 from headwater.cli.options import DryRunOptions
 from headwater.config.recipe import Recipe
 from headwater.doctor.checks import preflight
+from headwater.doctor.fit import device_here
 from headwater.models.shape import Shape
-from headwater.report.format import console, units
+from headwater.report.format import console, duration, units
 from headwater.runs.estimate import Assumptions, Estimate, estimates, model_shapes
-from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION
+from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import make_plan
 
@@ -32,13 +33,18 @@ def print_dry_run(
     if as_json:
         print(json.dumps([json_row(estimate, options) for estimate in nodes]))
         return
-    console().print(cost_table(nodes, options))
+    device = None if options.device is None else DEVICES[options.device]
+    if device is None and not inputs.missing:  # models that are not here will hardly train here
+        device = device_here(inputs.device)
+    console().print(cost_table(nodes, options, device))
     for message in inputs.missing or ():
         print(message)
     for role, shape in model_shapes(inputs).items():
         if shape.experts_per_token:
             print(experts_note(f"models.{role}", shape))
-    print("\n".join(notes(nodes, options)))
+    print("\n".join(notes(nodes, options, device)))
+    if device is not None and (advice := memory_advice(nodes, recipe, device.memory, options)):
+        print(advice)
 
 
 def json_row(estimate: Estimate, options: DryRunOptions) -> dict[str, Any]:
@@ -49,19 +55,24 @@ def json_row(estimate: Estimate, options: DryRunOptions) -> dict[str, Any]:
     return {**estimate.row(), "hours": seconds / 3600, "gpu_hours": options.count * seconds / 3600}
 
 
-def cost_table(nodes: Sequence[Estimate], options: DryRunOptions) -> Table:
+def cost_table(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | None) -> Table:
+    """One row per node.
+
+    device  the one that `options` names, else this machine's; None for no times
+    """
     at_most = "" if options.mean_tokens is not None else " ≤"
     columns = ["labels", "steps", f"tokens{at_most}", f"scored{at_most}", f"FLOPs{at_most}", "weights", "peak"]
-    if options.device is not None:
-        columns.append("GPU-hours")
+    if device is not None:
+        columns.append("time here" if options.device is None else "GPU-hours")
     table = Table(Column("node", no_wrap=True), *columns, title="what would run", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for node in nodes:
         cells = [
             node.name.rsplit(".", 1)[0], str(node.labels), str(node.steps), units(node.tokens_sampled),
             units(node.tokens_teacher_scored), units(node.flops), units(node.bytes, "B"), units(node.peak, "B"),
         ]  # fmt: skip
-        if options.device is not None:
-            cells.append(hours(options.count * node.seconds(DEVICES[options.device], options.count)))
+        if device is not None:
+            seconds = options.count * node.seconds(device, options.count)
+            cells.append(duration(seconds) if options.device is None else hours(seconds))
         table.add_row(*cells)
     return table
 
@@ -76,7 +87,7 @@ def experts_note(field: str, shape: Shape) -> str:
     )
 
 
-def notes(nodes: Sequence[Estimate], options: DryRunOptions) -> list[str]:
+def notes(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | None) -> list[str]:
     """Explain the columns, and give the totals."""
     lines = [
         "labels: distinct problems whose answers a node may use; tokens: sampled; scored: by the teacher; "
@@ -85,28 +96,62 @@ def notes(nodes: Sequence[Estimate], options: DryRunOptions) -> list[str]:
     length = "at full length" if options.mean_tokens is None else f"of {options.mean_tokens:g} tokens on average"
     lines.append(f"in all {units(sum(node.flops for node in nodes), 'FLOPs')}, with completions {length}")
     measuring = [
-        f"{node.name.rsplit('.', 1)[0]} {node.measured / node.flops:.0%}"
-        for node in nodes
-        if node.measured > 0.01 * node.flops
+        f"{node.name.rsplit('.', 1)[0]} {node.condition_share:.0%}" for node in nodes if node.condition_share > 0.01
     ]
     if measuring:
         lines.append(
-            f"measuring between the steps takes, of a node's FLOPs: {', '.join(measuring)} (condition C2; conditions.problems: 0 "
-            "turns it off)"
+            f"measuring condition C2 takes, of a stage's FLOPs, at most: {', '.join(measuring)} (conditions.problems: 0 turns it off)"
         )
-    if options.device is None:
+    if device is None:
         return lines
-    device = DEVICES[options.device]
-    seconds = sum(node.seconds(device, options.count) for node in nodes)
-    largest = max(node.peak for node in nodes)
+    seconds, largest = sum(node.seconds(device, options.count) for node in nodes), max(node.peak for node in nodes)
     fits = "which fits" if largest <= device.memory else "which does not fit"
-    lines += [
+    work = f"{UTILISATION:.0%} of {units(device.flops, 'FLOP')}/s"
+    decoding = f"while decoding, {BANDWIDTH_SHARE:.0%} of {units(device.bandwidth, 'B')}/s"
+    if options.device is None:
+        return [
+            *lines,
+            f"here: about {duration(seconds)} if nodes run one after the other; at most {units(largest, 'B')} at once of "
+            f"{units(device.memory, 'B')} that are free, {fits}",
+            f"an estimate from {work} as measured just now in a matrix product and, {decoding} in a copy; loading, grading and the "
+            "overhead of small models come on top",
+        ]
+    return [
+        *lines,
         f"on {options.count} × {options.device}: {hours(options.count * seconds)} GPU-hours, {hours(seconds)} hours if nodes run "
         f"one after the other; at most {units(largest, 'B')} on a device of {units(device.memory, 'B')}, {fits}",
-        f"assumed: {UTILISATION:.0%} of {units(device.flops, 'FLOP')}/s in bfloat16 and, while decoding, {BANDWIDTH_SHARE:.0%} of "
-        f"{units(device.bandwidth, 'B')}/s ({device.source}); the work divided evenly",
+        f"assumed: {work} in bfloat16 and, {decoding} ({device.source}); the work divided evenly",
     ]
-    return lines
+
+
+def memory_advice(nodes: Sequence[Estimate], recipe: Recipe, memory: float, options: DryRunOptions) -> str | None:
+    """What to change where the largest node needs more memory than there is; None where all fit."""
+    largest = max(nodes, key=lambda node: node.peak)
+    if largest.peak <= memory:
+        return None
+    models, compute = recipe.models, recipe.compute
+    weights = largest.bytes / options.count
+    changes = []
+    if weights > memory / 2:  # weights, gradients and optimizer state
+        if models.lora is None:
+            changes.append("train adapters (models.lora={r: 32})")
+        elif models.lora.quantize is None:
+            changes.append("hold the frozen weights in four bits (models.lora.quantize=nf4)")
+        if models.dtype != "bfloat16":
+            changes.append("set models.dtype=bfloat16")
+    if largest.peak - weights > memory / 2:  # activations and the KV cache
+        if not models.gradient_checkpointing:
+            changes.append("set models.gradient_checkpointing=true")
+        changes += [
+            f"lower compute.microbatch_tokens (now {compute.microbatch_tokens})",
+            f"compute.sample_batch (now {compute.sample_batch})",
+        ]
+    other = (
+        "name a larger device with --on" if options.device is None else "name a larger device or more of them with --on"
+    )
+    place = "are free here" if options.device is None else f"{options.device} has"
+    shown = f"{units(memory, 'B')} {place}" if options.device is None else f"{place} {units(memory, 'B')}"
+    return f"memory: {largest.name.rsplit('.', 1)[0]} needs {units(largest.peak, 'B')} and {shown}: {', '.join([*changes, other])}"
 
 
 def hours(seconds: float) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from headwater.cli import checks, recipes, results, run, single_stage
-from headwater.cli.options import examples, exit_codes, launched_by_torchrun
+from headwater.cli.options import FitOptions, examples, exit_codes, launched_by_torchrun, with_options
 from headwater.config.builtin import builtin_names
 from headwater.errors import UserError
 
@@ -17,7 +17,6 @@ app = typer.Typer(
     name="headwater",
     help="Post-train language models when labels are scarce: rewards for the teacher, distillation into the student.",
     epilog=examples("headwater demo", "headwater init pocket > my.yaml", "headwater run my.yaml --dry-run"),
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -43,10 +42,13 @@ def options(
     epilog=examples(
         "headwater init gsm8k > my.yaml",
         "headwater init mine --student S --teacher T --data train.jsonl > my.yaml",
+        "headwater init mine --student S --teacher T --data F --problem text --answer y",
         "headwater init --all > all-fields.yaml",
     )
 )
+@with_options
 def init(
+    options: FitOptions,
     name: Annotated[
         str | None,
         typer.Argument(
@@ -57,16 +59,6 @@ def init(
     all_: Annotated[
         bool, typer.Option("--all", help="Print every field at its default, with its description.")
     ] = False,
-    student: Annotated[str | None, typer.Option("--student", help="mine: folder or hub id of the student.")] = None,
-    teacher: Annotated[str | None, typer.Option("--teacher", help="mine: folder or hub id of the teacher.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="mine: file of problems with answers.")] = None,
-    evals: Annotated[
-        str | None, typer.Option("--evals", help="mine: file to evaluate on; without it, a part of --data is held out.")
-    ] = None,
-    task: Annotated[str | None, typer.Option("--task", help="mine: the grader, if the answers do not show it.")] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")
-    ] = None,
 ) -> None:
     """Print a commented recipe to start from.
 
@@ -75,7 +67,7 @@ def init(
     if all_ and name is not None:
         raise UserError(f"init {name} --all: --all prints a recipe of its own; leave one of the two out")
     if name != "mine":
-        if any(value is not None for value in (student, teacher, data, evals, task, device)):
+        if options != FitOptions():
             raise UserError(
                 "init: the options of models, data and device belong to `headwater init mine`, not to a built-in recipe"
             )
@@ -84,15 +76,53 @@ def init(
 
         print(full_recipe() if all_ else builtin_text(name or "pocket"), end="")
         return
-    if student is None or teacher is None or data is None:
+    if options.student is None or options.teacher is None or options.data is None:
         raise UserError("init mine: needs --student, --teacher and --data")
+    from headwater.config.recipe import Columns
     from headwater.doctor.fit import FitRequest, fitted_recipe
+    from headwater.runs.progress import progress_display
 
-    print(fitted_recipe(FitRequest(student, teacher, data, evals, task, device or "auto")), end="")
+    request = FitRequest(
+        options.student,
+        options.teacher,
+        options.data,
+        options.evals,
+        options.task,
+        options.device,
+        Columns(problem=options.problem, answer=options.answer, tag=options.tag),
+    )
+    with progress_display().task("reading models and data, measuring the device"):
+        recipe = fitted_recipe(request)
+    print(recipe, end="")
 
 
 for commands in (run.commands, single_stage.commands, recipes.commands, checks.commands, results.commands):
     app.add_typer(commands)
+
+
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""A command line that cannot be parsed; typer does not export it by name."""
+
+
+def usage_sentence(error: Any) -> str:
+    """What is wrong with a command line, and what would be right.
+
+    Example: `run: missing argument 'RECIPE': A YAML file, or a built-in recipe: …; for example: headwater run pocket --set …`.
+    """
+    message, context = error.format_message().rstrip("."), error.ctx
+    sentence = f"{message[:1].lower()}{message[1:]}"
+    if context is None or context.parent is None:
+        return f"{sentence}; `headwater --help` lists the commands"
+    verb, option = context.info_name, getattr(error, "option_name", None)
+    example = next((line.strip() for line in (context.command.epilog or "").splitlines() if "headwater " in line), "")
+    if option is not None:
+        others = context.parent.command.commands.items()
+        owners = [name for name, command in others if any(option in param.opts for param in command.params)]
+        if owners:
+            sentence = f"no such option: {option}, which belongs to {', '.join(owners)}"
+        return f"{verb}: {sentence}; `headwater {verb} --help` lists the options of {verb}"
+    wanted = str(getattr(getattr(error, "param", None), "help", None) or "").rstrip(".") if "issing" in message else ""
+    return f"{verb}: {sentence}{f': {wanted}' if wanted else ''}; for example: {example}"
 
 
 def main() -> None:
@@ -100,7 +130,11 @@ def main() -> None:
     with exit_codes():
         if launched_by_torchrun() and not {"run", "study", "demo", "distill", "grpo"} & set(sys.argv[1:2]):
             raise UserError("torchrun: only run, study, demo, distill and grpo run in several processes")
-        app()
+        try:
+            code = app(sys.argv[1:] or ["--help"], prog_name="headwater", standalone_mode=False)
+        except USAGE_ERROR as error:
+            raise UserError(usage_sentence(error)) from None
+        sys.exit(code)
 
 
 if __name__ == "__main__":

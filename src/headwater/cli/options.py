@@ -11,13 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TextIO, cast, get_type_hints
 
 import typer
 
 from headwater.config.arms import ARMS, DEFAULT_ARM
 from headwater.config.builtin import builtin_names
-from headwater.errors import HeadwaterError, UserError
+from headwater.errors import HeadwaterError, UserError, printable
+from headwater.printing import PrintableStream
 from headwater.runs.hardware import DEVICES
 
 RecipeName = Annotated[
@@ -95,6 +96,27 @@ class ExecutionOptions:
         float | None,
         typer.Option("--mean-tokens", min=1.0, help="With --dry-run: mean completion length, where you know it."),
     ] = None
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Options of `init mine`: what the recipe is fitted to."""
+
+    student: Annotated[str | None, typer.Option("--student", help="mine: folder or hub id of the student.")] = None
+    teacher: Annotated[str | None, typer.Option("--teacher", help="mine: folder or hub id of the teacher.")] = None
+    data: Annotated[str | None, typer.Option("--data", help="mine: file of problems with answers.")] = None
+    evals: Annotated[
+        str | None, typer.Option("--evals", help="mine: file to evaluate on; without it, a part of --data is held out.")
+    ] = None
+    task: Annotated[str | None, typer.Option("--task", help="mine: the grader, if the answers do not show it.")] = None
+    problem: ProblemColumn = None
+    answer: AnswerColumn = None
+    tag: Annotated[
+        str | None, typer.Option("--tag", help="Column that selects a problem's teacher, where there are several.")
+    ] = None
+    device: Annotated[
+        str, typer.Option("--device", help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")
+    ] = "auto"
 
 
 @dataclass(frozen=True)
@@ -234,9 +256,10 @@ def launched_by_torchrun() -> bool:
 def exit_codes() -> Iterator[None]:
     """Turn expected errors into one line on stderr and an exit code; Ctrl-C exits with 130."""
     try:
-        yield
+        with contextlib.redirect_stdout(cast(TextIO, PrintableStream(sys.stdout))):
+            yield
     except HeadwaterError as error:
-        print(f"headwater: {error}", file=sys.stderr)
+        print(f"headwater: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

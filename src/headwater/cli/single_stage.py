@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +15,9 @@ import typer
 from headwater.cli.options import Evals, ExecutionOptions, RunOptions, Seed, TaskName, examples, with_options
 from headwater.cli.run import execute
 from headwater.config.arms import OWN_STAGES
-from headwater.config.learning_rates import RATES, Signal
+from headwater.config.fitted import GROUP, OPD_GROUP
+from headwater.storage.run_dir import RunDir, read_json
+from headwater.storage.untrusted import refuse_malformed_files
 
 if TYPE_CHECKING:
     from headwater.config.recipe import Recipe
@@ -43,7 +50,7 @@ def distill(
         "name": f"distill-{short_name(student)}",
         "models": {"student": student, "teacher": teacher},
         "data": {"unlabeled": prompts},
-        "stages": {"opd": {"epochs": 1, "group_size": 4, "optim": {"lr": usual_rate("teacher", options.changes)}}},
+        "stages": {"opd": {"epochs": 1, "group_size": OPD_GROUP}},
     }
     run_stage("distill", evaluated(raw, evals, task), seed, options, execution)
 
@@ -68,18 +75,12 @@ def grpo(
 
     The stage is `stages.student_rl`: four passes over the problems; `--set` changes any field of the recipe.
     """
-    stage = {
-        "epochs": 4,
-        "batch_size": 128,
-        "optim": {"lr": usual_rate("reward", options.changes)},
-        "sparse": {"kl_coef": 0.0},
-    }
     raw = {
         "name": f"grpo-{short_name(model)}",
         "task": task,
         "models": {"student": model},
         "data": {"labeled": data},
-        "stages": {"student_rl": stage},
+        "stages": {"student_rl": {"epochs": 4, "group_size": GROUP, "sparse": {"kl_coef": 0.0}}},
     }
     run_stage("grpo", evaluated(raw, evals, task), seed, options, execution)
 
@@ -87,25 +88,68 @@ def grpo(
 def run_stage(
     verb: str, raw: dict[str, Any], seed: int | None, options: RunOptions, execution: ExecutionOptions
 ) -> None:
-    """Run the stages of a recipe given as plain values."""
+    """Run the one stage of a recipe given as plain values, completed by values that fit the models, the data and the device."""
+    from headwater.config.recipe import parse_recipe
+
+    def read_with(values: Mapping[str, Any]) -> Recipe:
+        return parse_recipe(
+            raw, verb, [*(f"{field}={json.dumps(value)}" for field, value in values.items()), *options.changes]
+        )
 
     def read() -> Recipe:
-        from headwater.config.recipe import parse_recipe
+        recipe = read_with({})
+        values = recorded_values(options.out or Path("runs") / recipe.name)
+        if values is None and not (options.dry_run and names_hub_model(recipe)):  # a dry run fetches nothing
+            from headwater.doctor.fit import fitted_stage
+            from headwater.runs.progress import progress_display
 
-        return parse_recipe(raw, verb, options.changes)
+            device = (execution.on or "").lstrip("0123456789").removeprefix("x") or recipe.compute.device
+            with progress_display(quiet=options.json_).task("fitting the stage to models, data and device"):
+                values, place = fitted_stage(read_with, device)
+            own = [field for field in values if not any(change.startswith(field) for change in options.changes)]
+            shown = ", ".join(f"{field}={json.dumps(values[field])}" for field in own)
+            print(f"fitted to {place}: {shown}; --set changes any", file=sys.stderr)
+        return read_with(values or {})
 
     execute(read, [OWN_STAGES], None if seed is None else [seed], options, execution)
+
+
+def recorded_values(folder: Path) -> dict[str, Any] | None:
+    """The fitted values of the run that a folder holds, which it goes on with; None in a new folder."""
+    path = RunDir(folder).recipe
+    if not path.exists():
+        return None
+    with refuse_malformed_files(folder):
+        recipe = read_json(path)
+        fields = {
+            "models": ("dtype", "gradient_checkpointing", "lora"),
+            "compute": ("microbatch_tokens", "sample_batch"),
+            "evaluate": ("sampling",),
+            **{
+                f"stages.{name}": ("batch_size", "sampling", "optim")
+                for name, stage in recipe["stages"].items()
+                if stage
+            },
+        }
+        return {
+            f"{section}.{name}": value
+            for section, names in fields.items()
+            for name in names
+            if (value := reduce(dict.__getitem__, section.split("."), recipe).get(name)) is not None
+        }
+
+
+def names_hub_model(recipe: Recipe) -> bool:
+    from headwater.models.folder import ModelFolder
+    from headwater.teachers.server_client import is_served
+
+    named = {**recipe.models.named("student"), **recipe.models.named("teacher")}
+    return not all(is_served(name) or ModelFolder.open(name, field).is_local for field, name in named.items())
 
 
 def evaluated(raw: dict[str, Any], evals: str | None, task: str) -> dict[str, Any]:
     """The recipe with an evaluation file, if there is one, and the grader of its answers."""
     return raw if evals is None else {**raw, "task": task, "data": {**raw["data"], "evals": {"held_out": evals}}}
-
-
-def usual_rate(signal: Signal, changes: list[str]) -> float:
-    """The published learning rate to start from: that of adapters where `--set` adds them."""
-    adapters = any(change.startswith("models.lora") for change in changes)
-    return RATES[signal, adapters].usual
 
 
 def short_name(model: str) -> str:

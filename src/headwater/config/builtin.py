@@ -6,9 +6,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from headwater.config.recipe import Recipe, read_recipe
+from headwater.config.recipe_paths import refuse_missing
 from headwater.errors import UserError, did_you_mean
 
 FOLDER = Path(str(files("headwater"))) / "builtin"
+MOST_LISTED = 50
+"""Files of a folder among which a misspelt name is looked up."""
 
 
 def builtin_names() -> list[str]:
@@ -28,8 +31,19 @@ def find_recipe(name: str, overrides: list[str]) -> Recipe:
     """Read a YAML file, or else the built-in recipe of that name, with `path=value` overrides. Raises UserError."""
     for path in (Path(name), FOLDER / f"{name}.yaml"):
         if path.is_file():
-            return read_recipe(path, overrides)
+            recipe = read_recipe(path, overrides)
+            if path.parent != FOLDER:
+                refuse_missing(recipe.model_dump(mode="json"), path.parent)
+            return recipe
+    path = Path(name)
+    if path.is_dir():
+        inside = sorted(map(str, [*path.glob("*.y*ml"), *path.glob("*recipe*")]))
+        raise UserError(f"recipe {name}: is a folder; name a recipe's file{f', such as {inside[0]}' if inside else ''}")
     known = builtin_names()
+    if path.suffix in (".yaml", ".yml", ".json") or path.parent != Path():
+        beside = sorted(str(other) for other in path.parent.glob("*.y*ml"))[:MOST_LISTED]
+        hint = did_you_mean(name, beside) or "; `headwater init` prints one to start from"
+        raise UserError(f"recipe {name}: no such file in {path.parent.absolute()}{hint}")
     raise UserError(
         f"recipe {name}: no such file, and no built-in recipe of that name ({', '.join(known)}){did_you_mean(name, known)}"
     )

@@ -92,9 +92,13 @@ class Compute(Strict):
     """Processes that grade completions."""
     grader_seconds: Seconds = 2.0
     """Time limit for grading one completion, which is then graded wrong."""
+    sandbox: Literal["required", "optional"] = "required"
+    """Task `python`: `required` refuses a machine without the sandbox's system-call filter; `optional` runs completions there all the
+    same, which can then harm it (docs/safety.md)."""
     deterministic: bool = True
     """Use deterministic algorithms of torch: equal runs give equal results on one machine."""
     keep_checkpoints: bool = False
-    """Keep the checkpoints of finished stages. They hold weights and optimizer state; a finished stage has its model folder."""
+    """Keep the checkpoints of finished stages (weights and optimizer state, beside the model folder), and the distributions of
+    teacher caches that all their stages have read."""
     ray: Ray = Ray()
     """How `--executor ray` runs a study's nodes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from headwater.config.commented_yaml import Setting
@@ -69,6 +69,7 @@ class DataFacts:
     prompt_tokens    the longest prompt
     solution_tokens  (mean, 95th percentile) of worked solutions; None where there are none
     asks_for_form    whether most problems ask for the form of the answer themselves
+    columns          columns that the user names, by the field of `data.SOURCE.columns`
     """
 
     path: str
@@ -81,6 +82,7 @@ class DataFacts:
     prompt_tokens: int
     solution_tokens: tuple[float, float] | None
     asks_for_form: bool
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,23 @@ class FittedRecipe:
             )
         return lines
 
+    def stage_values(self, stage: str, rewarded: bool) -> dict[str, Any]:
+        """The values that decide memory and how fast the student learns in one stage, by field: for recipes of that stage alone."""
+        form, field = self.form, f"stages.{stage}"
+        values = {
+            "models.dtype": form.dtype,
+            "models.gradient_checkpointing": form.checkpointing,
+            f"{field}.batch_size": self.rollouts if rewarded else self.transfer_rollouts,
+            f"{field}.sampling.max_tokens": self.completion.value,
+            f"{field}.optim.lr": self.rate("student", "reward" if rewarded else "teacher").value["lr"],
+            "evaluate.sampling.max_tokens": self.completion.value,
+            "compute.microbatch_tokens": self.microbatch(),
+            "compute.sample_batch": self.sample_batch(),
+        }
+        if form.adapted:
+            values["models.lora"] = self.models()["lora"].value
+        return values
+
     # Sizes ------------------------------------------------------------------------------------------------------------
 
     @property
@@ -248,6 +265,8 @@ class FittedRecipe:
         data, share = self.data, self.data.held_out_share
         labeled: dict[str, Any] = {"path": data.path}
         held_out: dict[str, Any] = {"path": data.evals_path}
+        if data.columns:
+            labeled["columns"] = held_out["columns"] = dict(data.columns)
         above = below = ""
         if share is not None:
             labeled["hash_range"], held_out["hash_range"] = [share, 1], [0, share]

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from headwater import plugins
-from headwater.errors import UserError
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 Source = Literal["policy", "teacher"]
 Signal = Literal["reward", "teacher"]
@@ -93,30 +90,17 @@ def default_objective(stage: str) -> str:
     return next(name for name, spec in OBJECTIVES.items() if stage in spec.stages)
 
 
-def objective(spec: ObjectiveSpec) -> Callable[[Function], Function]:
+def objective(spec: ObjectiveSpec) -> Callable[[plugins.Function], plugins.Function]:
     """Declare a function (Stage) -> losses.objectives.Objective as an objective that a recipe can name (docs/python-api.md).
 
     Example: `@objective(ObjectiveSpec("…", source="policy", signals=("reward",), stages=("student_rl",)))`.
     """
-
-    def declare(function: Function) -> Function:
-        function.spec = spec  # type: ignore[attr-defined]
-        return function
-
-    return declare
+    return plugins.declare("objective", spec)
 
 
 def known_objective(name: str) -> str:
     """Validate the name of a row, and add the row of an objective that a user declared. Raises ValueError, which lists the rows."""
     if name not in OBJECTIVES:
-        try:
-            function = plugins.find("objective", name)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        spec = getattr(function, "spec", None)
-        if function is not None and not isinstance(spec, ObjectiveSpec):
-            raise ValueError(f"{name} is not declared with @headwater.config.objectives.objective")
-        if function is None or spec is None:
-            raise ValueError(f"input should be {', '.join(map(repr, OBJECTIVES))}, or package.module:function")
+        function, spec = plugins.find_declared("objective", name, OBJECTIVES)
         OBJECTIVES[name] = replace(spec, loss=function)
     return name

@@ -23,6 +23,7 @@ from pydantic import (
 from headwater.config import yaml
 from headwater.config.compute import Compute
 from headwater.config.guards import Guards
+from headwater.config.recipe_paths import with_paths
 from headwater.config.schema import Fraction, Name, Natural, Positive, Seed, Steps, Strict, Tokens, Unit
 from headwater.config.stage import Sampling, Stages
 from headwater.config.validation import Keys, complaints
@@ -150,7 +151,8 @@ class Source(Strict):
     """Source of problems: a file, a folder saved by `datasets`, a hub id, or a generator."""
 
     path: str | None = None
-    """JSONL, CSV or Parquet file, folder saved by `datasets`, or hub id."""
+    """JSONL, CSV or Parquet file, folder saved by `datasets`, or hub id. A relative path is looked up beside the recipe's file,
+    then in the working directory."""
     split: str = "train"
     """Split of a hub dataset or of a folder with several."""
     columns: Columns = Columns()
@@ -286,7 +288,10 @@ class Recipe(Strict):
 
 
 def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a YAML recipe and apply `path=value` overrides. Raises UserError that names the file, the lines and the fields."""
+    """Read a YAML recipe and apply `path=value` overrides. Raises UserError that names the file, the lines and the fields.
+
+    Relative paths in the file are those beside it, if they exist there; those of overrides are the working directory's.
+    """
     try:
         with path.open("rb") as file:
             text = file.read(4 * yaml.LONGEST).decode("utf-8")
@@ -295,6 +300,7 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     raw, lines = yaml.read_with_lines(text, f"recipe {path}")
     if isinstance(raw, dict):
         raw = {"name": re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._")[:64] or "recipe", **raw}
+        raw = with_paths(raw, path.parent)
     return parse_recipe(raw, f"recipe {path}", overrides, lines)
 
 

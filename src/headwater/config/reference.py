@@ -1,4 +1,4 @@
-"""The recipe reference: one field or a section for a terminal, every field as Markdown, and a JSON schema for editors."""
+"""The recipe reference: one field or a section for a terminal, and a JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -8,19 +8,13 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
-
 from headwater.config import yaml
 from headwater.config.builtin import builtin_names, builtin_text
 from headwater.config.fields import ANY_NAME, SchemaField, walk
 from headwater.config.guards import GUARDS
-from headwater.config.recipe import Recipe, Source
-from headwater.config.stage import Stage
+from headwater.config.recipe import Recipe
 from headwater.config.validation import intended_field
 from headwater.errors import UserError, did_you_mean
-
-EXPLAINED_ONCE: dict[type[BaseModel], str] = {Stage: "stages.STAGE", Source: "data.SOURCE"}
-"""Sections that several fields hold, and the heading under which the page lists their fields once."""
 
 
 def explain(path: str, width: int = 80) -> str:
@@ -68,16 +62,19 @@ def _known_path(path: str) -> str:
             return name
     suggestion = intended_field(tuple(path.split(".")), Recipe) or did_you_mean(path, FIELDS)
     sections = ", ".join(name for name in FIELDS if "." not in name)
-    raise UserError(f"explain {path}: no such field; the sections are {sections}{suggestion}")
+    raise UserError(
+        f"explain {path}: no such field{suggestion or ';'} {'T' if suggestion else 't'}he sections are {sections}"
+    )
 
 
 def _facts(field: SchemaField) -> Iterator[tuple[str, str]]:
     yield "type", field.type_text
-    yield "default", _default(field)
+    yield "default", default_text(field)
     yield "unit", field.unit
 
 
-def _default(field: SchemaField) -> str:
+def default_text(field: SchemaField) -> str:
+    """A field's default as the reference prints it."""
     if field.required and field.name == "objective":
         return "the stage's own"
     if field.required:
@@ -103,7 +100,7 @@ def _section_text(prefix: str, fields: list[SchemaField], width: int) -> str:
     """One paragraph a field: name, type, default and unit on a line, the description below it."""
     lines = []
     for field in fields:
-        default = _default(field)
+        default = default_text(field)
         facts = [field.type_text, f"default {default}" if default else "", field.unit]
         name = field.path.removeprefix(prefix).rpartition(".")[2]
         lines += _wrapped(f"{name}: {', '.join(fact for fact in facts if fact)}", width, indent=0, hanging=4)
@@ -116,47 +113,6 @@ def _wrapped(text: str, width: int, indent: int = 2, hanging: int | None = None)
     return textwrap.wrap(
         text, width, initial_indent=" " * indent, subsequent_indent=" " * after, break_on_hyphens=False
     )
-
-
-def markdown() -> str:
-    """Every field as one Markdown table a section; fields of stages and of problem sources are listed once."""
-    parts = []
-    for heading, fields in _page_sections():
-        rows = [
-            f"| `{field.name}` | {_cell(field.type_text)} | {_cell(_default(field))} | {field.unit} | {_cell(field.description)} |"
-            for field in fields
-        ]
-        parts.append(
-            "\n".join(
-                [f"## {heading}", "", "| field | type | default | unit | meaning |", "|---|---|---|---|---|", *rows, ""]
-            )
-        )
-    return "\n".join(parts)
-
-
-def _page_sections() -> Iterator[tuple[str, list[SchemaField]]]:
-    yield "The recipe", [field for field in FIELDS.values() if "." not in field.path]
-    done: set[type[BaseModel]] = set()
-    for field in FIELDS.values():
-        if field.section is None or (field.section in EXPLAINED_ONCE and field.section in done):
-            continue
-        heading, inner = field.path, [other for other in FIELDS.values() if parent_of(other.path) == field.path]
-        owner = next((section for section in EXPLAINED_ONCE if field.path.startswith(tuple(_paths_of(section)))), None)
-        if owner is not None:
-            first = next(_paths_of(owner))
-            if not field.path.startswith(first):
-                continue
-            heading = EXPLAINED_ONCE[owner] + field.path.removeprefix(first)
-        done.add(field.section)
-        yield heading, inner
-
-
-def _paths_of(section: type[BaseModel]) -> Iterator[str]:
-    return (field.path for field in FIELDS.values() if field.section is section)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("{", "&#123;")
 
 
 def json_schema() -> dict[str, Any]:

@@ -5,12 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from headwater import plugins
-from headwater.errors import UserError
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -38,28 +34,15 @@ SAMPLERS = {
 }
 
 
-def sampler(trainer_logp: bool) -> Callable[[Function], Function]:
+def sampler(trainer_logp: bool) -> Callable[[plugins.Function], plugins.Function]:
     """Declare a function (Recipe) -> SamplerFactory as a sampler that a recipe can name (docs/python-api.md)."""
-
-    def declare(function: Function) -> Function:
-        function.trainer_logp = trainer_logp  # type: ignore[attr-defined]
-        return function
-
-    return declare
+    return plugins.declare("sampler", trainer_logp)
 
 
 def check_sampler_name(name: str) -> str:
     """The name itself; adds the row of a sampler that a user declared. Raises ValueError if there is no such sampler."""
     if name not in SAMPLERS:
-        try:
-            function = plugins.find("sampler", name)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        if function is None:
-            raise ValueError(f"input should be {', '.join(map(repr, SAMPLERS))}, or package.module:function")
-        trainer_logp = getattr(function, "trainer_logp", None)
-        if trainer_logp is None:
-            raise ValueError(f"{name} is not declared with @headwater.config.samplers.sampler")
+        function, trainer_logp = plugins.find_declared("sampler", name, SAMPLERS)
         SAMPLERS[name] = SamplerSpec(function.__module__, bool(trainer_logp), function=function.__name__)
     return name
 

@@ -282,5 +282,6 @@ def _find(given: str | None, usual: Sequence[str], row: Mapping[str, Any]) -> st
 def _refuse(given: str | None, usual: Sequence[str], row: Mapping[str, Any], role: str, where: str) -> NoReturn:
     wanted = "|".join(usual[:3]) if given is None else repr(given)
     raise UserError(
-        f"{where}: has no column {wanted} for the {role}; its columns are {', '.join(column_names(row))}; name one in columns.{role}"
+        f"{where}: has no column {wanted} for the {role}; its columns are {', '.join(column_names(row))}; name one in columns.{role} "
+        f"(--{role})"
     )

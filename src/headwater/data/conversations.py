@@ -177,11 +177,16 @@ def _turn(message: Mapping[str, Any], where: str) -> Turn:
     content = _text(message[key], where)
     if not content.strip() and ROLES[role] == "user":
         raise UserError(f"{where} is blank")
+    return ROLES[role], encodable(content, where)
+
+
+def encodable(text: str, where: str) -> str:
+    """The text itself. Raises UserError that begins with `where` for one that is not UTF-8, such as "\\ud800", which is valid JSON."""
     try:
-        content.encode("utf-8")
-    except UnicodeEncodeError:  # "\ud800" is valid JSON but cannot be encoded
+        text.encode("utf-8")
+    except UnicodeEncodeError:
         raise UserError(f"{where} holds half a surrogate pair and is not UTF-8 text") from None
-    return ROLES[role], content
+    return text
 
 
 def _text(content: Any, where: str) -> str:

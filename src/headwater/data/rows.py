@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import Source
-from headwater.data.arrow_rows import ArrowRow, error_text
+from headwater.data.arrow_rows import ArrowRow
 from headwater.data.conversations import messages_of
-from headwater.errors import UserError
+from headwater.errors import UserError, error_text
 from headwater.storage import hub
 
 MOST_BYTES, MOST_ROWS, BATCH_ROWS = 4 << 30, 50_000_000, 256
@@ -46,13 +46,17 @@ def file_rows(path: Path, where: str) -> Iterator[Row]:
     if path.suffix.lower() in COMPRESSIONS:
         raise UserError(f"{where}: is a compressed {suffix[1:]} file; decompress it")
     if not path.is_file():
-        raise UserError(f"{where}: {'is not a file' if path.exists() else 'no such file'}")
+        raise UserError(f"{where}: {'is not a file' if path.exists() else _no_such_file(path)}")
     return _TABLE_READERS[suffix](path, where)
 
 
 def _format(path: Path) -> str:
     """The ending of a file's name without its compression. Example: `.csv` of `a.csv.gz`."""
     return (Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
+
+
+def _no_such_file(path: Path) -> str:
+    return "no such file" if path.is_absolute() else f"no such file in {Path.cwd()}"
 
 
 # Text files -----------------------------------------------------------------------------------------------------------
@@ -62,9 +66,11 @@ def _text(path: Path, where: str) -> str:
     try:
         if path.exists() and not path.is_file():  # a device or a pipe has no end
             raise UserError(f"{where}: is not a file")
+        if path.exists() and path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{where}: has over {MOST_BYTES:,} bytes; that is no file of problems")
         data = _decompressed(path, where) if path.suffix.lower() in COMPRESSIONS else path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{where}: no such file") from None
+        raise UserError(f"{where}: {_no_such_file(path)}") from None
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error_text(error)})") from None
     try:

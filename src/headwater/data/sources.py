@@ -31,6 +31,7 @@ from headwater.data.columns import (
 from headwater.data.contamination import Leak, find_leaks
 from headwater.data.conversations import (
     Conversation,
+    encodable,
     messages_of,
     read_conversation,
     reference_of,
@@ -187,7 +188,7 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
         value: Any = fill_template(column, row, where)
         if not value:
             raise UserError(f"{where}: {' and '.join(map(repr, template_columns(column)))} are blank")
-        return with_columns(Conversation((("user", _plain_text(value, column, where)),)), row, where)
+        return with_columns(Conversation((("user", encodable(value, f"{where}: {column!r}")),)), row, where)
     value = required_cell(row, column, where)
     messages = messages_of(value)
     if messages is not None:
@@ -207,15 +208,7 @@ def _conversation(row: Mapping[str, Any], column: str, where: str) -> Conversati
         )
     if "<image>" in value:  # as in sets of geometry problems
         refuse_media(row, where)
-    return with_columns(Conversation((("user", _plain_text(value, column, where)),)), row, where)
-
-
-def _plain_text(value: str, column: str, where: str) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # "\ud800" is valid JSON but cannot be encoded
-        raise UserError(f"{where}: {column!r} holds half a surrogate pair and is not UTF-8 text") from None
-    return value
+    return with_columns(Conversation((("user", encodable(value, f"{where}: {column!r}")),)), row, where)
 
 
 def _tag(row: Mapping[str, Any], column: str, where: str) -> str:

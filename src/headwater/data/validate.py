@@ -111,7 +111,9 @@ def failing(verifier: Verifier, golds: Sequence[tuple[str, str]]) -> list[tuple[
     for (name, gold), completion, verdict in zip(golds, completions, verdicts, strict=True):
         if completion is not None and not verdict.correct:
             failed.append((name, gold, verdict.reason))
-        elif completion is None and (verdict.correct or verdict.reason in ("error", "timeout", "memory")):
+        elif completion is None and (
+            verdict.correct or verdict.reason in ("error", "timeout", "memory", "unsupported")
+        ):
             failed.append((name, gold, "passes_blank" if verdict.correct else verdict.reason))
     return failed
 

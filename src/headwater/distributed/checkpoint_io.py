@@ -22,8 +22,8 @@ from headwater.distributed.process_group import ProcessGroup
 
 WEIGHT, STATE = "weight.", "optimizer."
 """Prefixes of tensor names in a sharded checkpoint."""
-MODEL_FILE, ADAPTER_FILE = "model.safetensors", "adapter.safetensors"
-"""File with the unsharded weights of a single process: the whole model, or its adapter (`training.checkpoint`)."""
+MODEL_FILE, ADAPTER_FILE, OPTIMIZER_FILE = "model.safetensors", "adapter.safetensors", "optimizer.safetensors"
+"""What a single process writes (`training.checkpoint`): unsharded weights of the whole model or of its adapter; optimizer state."""
 
 
 def save(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: ProcessGroup) -> None:
@@ -114,7 +114,7 @@ def _load_unsharded(path: Path, model: Any, optimizer: torch.optim.Optimizer, st
                 stored_name = next(name for name in names if name in file.keys())  # noqa: SIM118
                 tensor.copy_(local_shard(file.get_tensor(stored_name), tensor))
     slots: dict[int, dict[str, Tensor]] = {}
-    numbered, optimizer_path = parameters(optimizer), path.with_name("optimizer.safetensors")
+    numbered, optimizer_path = parameters(optimizer), path.with_name(OPTIMIZER_FILE)
     if optimizer_path.exists():
         with safe_open(optimizer_path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118

@@ -20,7 +20,7 @@ from headwater.doctor import resource_checks as resources
 from headwater.doctor import teacher_checks as teachers
 from headwater.doctor import weight_checks as weights
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, try_each, unreadable
+from headwater.doctor.finding import Finding, texts, told_once, try_each, unreadable
 from headwater.errors import RefusedError, UserError
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Plan
@@ -40,12 +40,14 @@ class Check:
     stage      it runs only if no earlier stage found an error: a run that is refused anyway loads no weights
     exit_code  of `run` when it finds an error: 2 for a mistake in the recipe or its data, which is reported alone in one sentence
                and also for a finished run, that preflight does not examine otherwise
+    of_machine it depends on what the machine, or a server, can do now: a resumed run repeats it
     """
 
     title: str
     run: Callable[[DoctorContext], Iterator[Finding]]
     stage: Stage = "files"
     exit_code: Literal[2, 3] = 3
+    of_machine: bool = False
 
 
 def plan_can_be_made(context: DoctorContext) -> Iterator[Finding]:
@@ -76,6 +78,7 @@ CHECKS = (
     Check("control tokens in the problems", prompts.control_tokens),
     Check("columns beside the problems", data.columns, exit_code=2),
     Check("an answer for every label", data.answers),
+    Check("protections of the machine", data.sandbox_layers),
     Check("gold answers against their grader", data.golds),
     Check("contamination by evaluation problems", data.contamination, exit_code=2),
     Check("duplicates and contradictions", data.repeats, exit_code=2),
@@ -86,13 +89,14 @@ CHECKS = (
     Check("tags of problems", teachers.teacher_tags, exit_code=2),
     Check("device and plan", plan_can_be_made, exit_code=2),
     Check("sampling engine", teachers.engine),
-    Check("teacher servers' tokens", teachers.server_tokens, exit_code=2),
-    Check("teacher servers", teachers.servers),
+    Check("teacher servers' tokens", teachers.server_tokens, exit_code=2, of_machine=True),
+    Check("teacher servers", teachers.servers, of_machine=True),
     Check("adapters", adapter_checks.adapters),
-    Check("memory", resources.memory),
-    Check("disk", resources.disk),
+    Check("memory", resources.memory, of_machine=True),
+    Check("disk", resources.disk, of_machine=True),
     Check("experts per token", resources.experts),
     Check("teachers that are distilled untrained", signal_checks.distillation_first),
+    Check("chance that a stage is stopped for lack of signal", signal_checks.early_stop),
     Check("width of the measured overlap", training_checks.overlap_width),
     Check("speed of the compute dtype", resources.compute_dtype),
     Check("finite log-probs", weights.finite, "weights"),
@@ -106,6 +110,7 @@ CHECKS = (
     Check("saving and loading again", saving_checks.saving, "comparisons"),
     Check("teacher scored twice", weights.teacher_agrees_with_itself, "comparisons"),
 )
+MACHINE_CHECKS = tuple(check for check in CHECKS if check.of_machine)
 
 
 @dataclass(frozen=True)
@@ -128,20 +133,33 @@ class Examination:
             "unchecked": list(self.unchecked),
         }
 
-    def text(self) -> str:
-        """Every finding, errors first, then what was checked."""
-        order = ("error", "warning", "note")
-        lines = [finding.text() for finding in sorted(self.findings, key=lambda finding: order.index(finding.severity))]
-        lines.append(f"checked: {', '.join(self.checked)}")
+    def text(self, verbose: bool = False) -> str:
+        """Every finding and how many checks ran, errors last: nearest to the prompt. `verbose` lists the checks by title."""
+        by_severity = {
+            severity: texts([finding for finding in self.findings if finding.severity == severity])
+            for severity in ("note", "warning", "error")
+        }
+        errors = by_severity.pop("error")
+        lines = [text for listed in by_severity.values() for text in listed]
+        hint = "" if verbose else " (--verbose lists them)"
+        lines.append(f"{counted(len(self.checked), 'check')} done{_listed(self.checked, verbose)}{hint}")
         if self.unchecked:
-            lines.append(f"not checked, because of the errors above: {', '.join(self.unchecked)}")
-        if not self.errors:
-            lines.append("nothing is wrong that would spoil a run")
-        return "\n".join(lines)
+            count = f"{counted(len(self.unchecked), 'check')} not done, because of the errors below"
+            lines.append(f"{count}{_listed(self.unchecked, verbose)}")
+        return "\n".join([*lines, *(errors or ["nothing is wrong that would spoil a run"])])
 
     @property
     def error_names(self) -> str:
         return ", ".join(dict.fromkeys(finding.name for finding in self.errors))
+
+
+def counted(number: int, noun: str) -> str:
+    """Example: `counted(2, "check")` is `"2 checks"`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _listed(titles: Sequence[str], verbose: bool) -> str:
+    return f": {', '.join(titles)}" if verbose else ""
 
 
 Tell = Callable[[str], None]
@@ -172,8 +190,8 @@ def examine(context: DoctorContext, checks: Sequence[Check] = CHECKS, tell: Tell
                 unchecked.append(check.title)
     # A plan that cannot be made is the consequence of any error with a name of its own.
     named = any(finding.severity == "error" and finding.name != "cannot-run" for finding in findings)
-    reported = tuple(finding for finding in findings if not (named and finding.name == "cannot-run"))
-    return Examination(reported, tuple(checked), tuple(unchecked))
+    reported = [finding for finding in findings if not (named and finding.name == "cannot-run")]
+    return Examination(told_once(reported), tuple(checked), tuple(unchecked))
 
 
 def diagnose(
@@ -188,10 +206,10 @@ def diagnose(
             context.close()
 
 
-def _refuse_user_errors(context: DoctorContext) -> list[Finding]:
+def _refuse_user_errors(context: DoctorContext, checks: Sequence[Check]) -> list[Finding]:
     """Run the checks of exit code 2; returns their other findings. Raises UserError for the first error."""
     findings = []
-    for check in CHECKS:
+    for check in checks:
         for finding in check.run(context) if check.exit_code == 2 else ():
             if finding.severity == "error":
                 raise UserError(finding.evidence)
@@ -211,20 +229,22 @@ def preflight(
     out: Path | None = None,
     say: Callable[[str], None] = lambda message: None,
     tell: Tell = _tell_nobody,
+    checks: Sequence[Check] = CHECKS,
 ) -> None:
     """Refuse what would spoil a run before anything is written, and report warnings.
 
-    out  the run's folder. None (dry run, probe, point of a sweep), like a folder whose nodes are all finished, runs only the
-         checks of exit code 2, which load no weights
+    out     the run's folder. None (dry run, probe, point of a sweep), like a folder whose nodes are all finished, runs only the
+            checks of exit code 2, which load no weights
+    checks  MACHINE_CHECKS where the others have passed for the same inputs
 
     Raises UserError for a mistake in the recipe or its data, RefusedError with the name, evidence and remedy of other errors.
     """
     context = DoctorContext.of(plan, inputs, out or Path())
     try:
-        _say_warnings(_refuse_user_errors(context), say)
+        _say_warnings(_refuse_user_errors(context, checks), say)
         if out is None or not context.pending:
             return
-        examination = examine(context, [check for check in CHECKS if check.exit_code == 3], tell)
+        examination = examine(context, [check for check in checks if check.exit_code == 3], tell)
     finally:
         context.close()
     _say_warnings(examination.findings, say)

@@ -9,9 +9,10 @@ from itertools import combinations
 from headwater.data.sources import LoadedProblems, without_leaks
 from headwater.data.validate import failing
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import Finding, error, try_each, warning
+from headwater.doctor.finding import Finding, error, note, try_each, warning
 from headwater.errors import UserError
 from headwater.runs.inputs import VALIDATION
+from headwater.tasks import sandbox
 
 SHOWN = 3
 MIN_BALANCE = 0.5
@@ -58,6 +59,8 @@ def golds(context: DoctorContext) -> Iterator[Finding]:
     if task is None:
         return
     grader = context.inputs.grader
+    if task == "python" and grader.sandbox == "required" and sandbox.refusal():
+        return  # has its own finding
     slow = grader.task.bounded and grader.task.quick is None and not context.exhaustive
     for name, loaded in _graded(context).items():
         pairs = list(loaded.gold.items())[: SLOW_GOLDS if slow else None]
@@ -76,6 +79,19 @@ def golds(context: DoctorContext) -> Iterator[Finding]:
                 f"{task}: {_few(failed)}",
                 "a label that fails its own grader is wasted: fix or remove it, or choose another task",
             )
+
+
+def sandbox_layers(context: DoctorContext) -> Iterator[Finding]:
+    """Protections of the machine under which completions of the task `python` run."""
+    if context.recipe.task != "python":
+        return
+    refusal, layers = sandbox.refusal(), ", ".join(sandbox.layers())
+    if refusal is None:
+        yield note("sandbox-layers", f"completions run under {layers}", "nothing: docs/safety.md describes each layer")
+    elif context.recipe.compute.sandbox == "required":
+        yield error("sandbox-missing", refusal, "run on Linux with x86-64 or ARM64, or set compute.sandbox=optional")
+    else:
+        yield warning("sandbox-incomplete", refusal, "read samples, and run on a machine that holds nothing else")
 
 
 def contamination(context: DoctorContext) -> Iterator[Finding]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from headwater.runs.read_once import InputError, Part
@@ -40,6 +41,35 @@ def warning(name: str, evidence: str, remedy: str) -> Finding:
 
 def note(name: str, evidence: str, remedy: str) -> Finding:
     return Finding(name, "note", evidence, remedy)
+
+
+def told_once(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The findings, of which those that say the same of several models are one.
+
+    Example: `models.student: id 2 pads` and `models.teacher: id 2 pads` become `models.student and models.teacher: id 2 pads`.
+    """
+    models: dict[Finding, list[str]] = {}
+    for finding in findings:
+        model, colon, rest = finding.evidence.partition(": ")
+        one_model = bool(colon) and re.fullmatch(r"models\.[\w.-]+", model) is not None
+        key = replace(finding, evidence=rest) if one_model else finding
+        models.setdefault(key, []).extend([model] if one_model else [])
+    return tuple(
+        replace(finding, evidence=f"{' and '.join(named)}: {finding.evidence}") if named else finding
+        for finding, named in models.items()
+    )
+
+
+def texts(findings: Iterable[Finding]) -> list[str]:
+    """The findings in words; a remedy that several of one name share follows the last of them."""
+    by_remedy: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        by_remedy.setdefault((finding.name, finding.remedy), []).append(finding)
+    return [
+        line
+        for *others, last in by_remedy.values()
+        for line in (*(other.text().partition("\n")[0] for other in others), last.text())
+    ]
 
 
 UNREADABLE: Mapping[Part, tuple[str, str]] = {

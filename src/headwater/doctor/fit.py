@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 
 from headwater.config import yaml
+from headwater.config.arms import OWN_STAGES
 from headwater.config.fitted import TEMPLATES, DataFacts, DeviceFacts, ModelFacts, forms
 from headwater.config.fitted_recipe import FittedRecipe
-from headwater.config.recipe import Prompt, Source, parse_recipe
+from headwater.config.recipe import Columns, Prompt, Recipe, Source, parse_recipe
 from headwater.data.describe import describe
 from headwater.data.sources import LoadedProblems, content_fraction, load, without_leaks
 from headwater.doctor.resource_checks import free_memory
@@ -22,7 +23,7 @@ from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
 from headwater.models.tokenizer import refuse_different_tokens, refuse_different_widths
 from headwater.runs.estimate import estimates
-from headwater.runs.hardware import DEVICES, UTILISATION
+from headwater.runs.hardware import DEVICES, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import make_plan
 from headwater.tasks.registry import find_task
@@ -35,7 +36,7 @@ HELD_OUT, HELD_OUT_SHARE, FEWEST_HELD_OUT = 300, 0.2, 2
 """Problems to hold out of a file that has no evaluation, and the largest share of them."""
 MEASURED_PROBLEMS = 1000
 """Problems whose prompts are tokenized, the longest texts among them."""
-MEASURED_SECONDS = 0.3
+MEASURED_SECONDS, DRY_RUN_SECONDS, FEWEST_TRIES = 0.3, 0.1, 5
 FEWEST_LABELS = 8
 """Below this a half of the labels has too few problems for one step."""
 FITTED_ARM = "bridge_rl"
@@ -44,7 +45,7 @@ FITTED_ARM = "bridge_rl"
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What the user names: two models, the labelled problems, and optionally an evaluation, a task and a device."""
+    """What the user names: two models, the labelled problems, and optionally an evaluation, a task, a device and columns."""
 
     student: str
     teacher: str
@@ -52,6 +53,7 @@ class FitRequest:
     evals: str | None = None
     task: str | None = None
     device: str = "auto"
+    columns: Columns = field(default_factory=Columns)
 
 
 def fitted_recipe(request: FitRequest) -> str:
@@ -79,10 +81,62 @@ def fitted_recipe(request: FitRequest) -> str:
     )
 
 
-def peak_bytes(inputs: RunInputs) -> float:
+def peak_bytes(inputs: RunInputs, arm: str = FITTED_ARM) -> float:
     """Memory of the stage that needs most, as `run --dry-run` estimates it."""
-    plan = make_plan(inputs.recipe, [FITTED_ARM], [inputs.recipe.seed], inputs.content())
+    plan = make_plan(inputs.recipe, [arm], [inputs.recipe.seed], inputs.content())
     return max(estimate.peak for estimate in estimates(plan, inputs))
+
+
+def fitted_stage(read: Callable[[Mapping[str, Any]], Recipe], device_name: str) -> tuple[dict[str, Any], str]:
+    """(values by field, what they rest on in words) for the one stage of a recipe, by the rules of `init mine`.
+
+    read  the recipe with such values where the user gives none
+
+    Raises UserError for files that cannot be read, and where the stage does not fit into the device's memory.
+    """
+    recipe = read({})
+    ((stage, settings),) = recipe.stages.named.items()
+    field_ = "data.labeled" if settings.needs_labels else "data.unlabeled"
+    folders = [
+        ModelFolder.open(name, field, recipe.models.trust_remote_code)
+        for role in ("student", "teacher")
+        for field, name in recipe.models.named(role).items()
+        if not is_served(name)
+    ]
+    device, student = device_facts(device_name), folders[0]
+    facts = [model_facts(folder) for folder in folders]
+    largest = max(facts, key=lambda model: model.parameters)
+    inputs = RunInputs(recipe)
+    with inputs:
+        source, loaded = inputs.data_fields[field_], inputs.decontaminated(field_)
+        solutions = describe(source, f"{field_}: {source.path}").solutions if source.path is not None else ()
+    data = DataFacts(
+        field_, field_, recipe.task or "", "", len(loaded.problems), 0, None,
+        longest_prompt(student, recipe.prompt.template, loaded.problems),
+        token_lengths(student, solutions) if solutions else None, True,
+    )  # fmt: skip
+    peaks = []
+    for form in forms(device.kind):
+        if form.adapted == ("teacher",):
+            continue  # it does not train here
+        given = recipe.models.lora is not None
+        fitted = FittedRecipe(
+            facts[0], largest, data, device, replace(form, adapted=("teacher", "student")) if given else form
+        )
+        values = fitted.stage_values(stage, settings.needs_labels)
+        if given:
+            del values["models.lora"]
+        if not recipe.data.evals:
+            del values["evaluate.sampling.max_tokens"]
+        inputs = replace(inputs, recipe=read(values))
+        with inputs:
+            peaks.append(peak_bytes(inputs, OWN_STAGES))
+        if peaks[-1] <= USABLE_MEMORY * device.memory:
+            return values, f"{device.name}, {device.memory / 2**30:.1f} GiB free"
+    raise UserError(
+        f"models.student: {student.name} needs at least {min(peaks) / 2**30:.1f} GiB with adapters and gradient checkpointing, and "
+        f"{device.name} has {device.memory / 2**30:.1f} GiB free; name a smaller model, or use a larger device"
+    )
 
 
 # Models -----------------------------------------------------------------------------------------------------------------
@@ -131,7 +185,7 @@ def model_facts(folder: ModelFolder) -> ModelFacts:
 
 def data_facts(request: FitRequest, student: ModelFolder) -> DataFacts:
     """What the files hold, in the student's tokens. Raises UserError that names the option, the file and the row."""
-    source = Source(path=request.data)
+    source = Source(path=request.data, columns=request.columns)
     description = describe(source, f"--data: {request.data}")
     task = description.task if request.task is None else request.task
     grading_task = find_task(task)
@@ -139,7 +193,7 @@ def data_facts(request: FitRequest, student: ModelFolder) -> DataFacts:
     if request.evals is None:
         labeled, held_out, share = hold_out(labeled, request.data)
     else:
-        held_out = load(Source(path=request.evals), "--evals", True, grading_task.gold)
+        held_out = load(Source(path=request.evals, columns=request.columns), "--evals", True, grading_task.gold)
     labeled = without_leaks(labeled, {"held_out": held_out})[0]
     if len(labeled.problems) < FEWEST_LABELS:
         raise UserError(
@@ -161,6 +215,7 @@ def data_facts(request: FitRequest, student: ModelFolder) -> DataFacts:
         longest_prompt(student, template, problems),
         token_lengths(student, solutions) if solutions else None,
         asks,
+        request.columns.model_dump(exclude_none=True),
     )
 
 
@@ -218,12 +273,27 @@ def device_facts(name: str) -> DeviceFacts:
     return DeviceFacts(kind, title, free_memory(here) or 0.0, UTILISATION * flops, rate)
 
 
-def measured_flops(device: torch.device) -> float:
-    """FLOP/s of a matrix product in the type that trains there: the best within MEASURED_SECONDS, since other work only slows it."""
+def measured_flops(device: torch.device, seconds: float = MEASURED_SECONDS) -> float:
+    """FLOP/s of a matrix product in the type that trains there."""
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
-    matrix, best, begun = torch.ones(size, size, device=device, dtype=dtype), float("inf"), time.perf_counter()
-    while time.perf_counter() - begun < MEASURED_SECONDS or best == float("inf"):
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    return 2.0 * size**3 / _best_seconds(lambda: (matrix @ matrix)[0, 0].item(), seconds)
+
+
+def _best_seconds(work: Callable[[], object], seconds: float) -> float:
+    """The shortest time of some work that waits for the device, tried for `seconds`: other load only slows it."""
+    times: list[float] = []
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < seconds or len(times) < FEWEST_TRIES:
         started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * size**3 / best
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def device_here(device: torch.device) -> Device:
+    """The device of this process as `runs.hardware.Device`: rates measured in a fifth of a second, and the memory that is free."""
+    numbers = torch.ones(1 << 22, device=device)
+    copied = torch.empty_like(numbers)
+    bandwidth = 2.0 * 4 * len(numbers) / _best_seconds(lambda: copied.copy_(numbers)[0].item(), DRY_RUN_SECONDS)
+    return Device(measured_flops(device, DRY_RUN_SECONDS), free_memory(device) or 0.0, bandwidth, "measured")

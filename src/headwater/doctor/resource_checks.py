@@ -122,7 +122,7 @@ def disk(context: DoctorContext) -> Iterator[Finding]:
             next_checkpoint = max(next_checkpoint, checkpoint if stays else (kept + 1) * checkpoint)
         elif node.kind == "rollouts" and node.settings is not None and node.pool is not None:
             stage = node.settings
-            tokens = len(inputs.prompts(node.pool, stage)) * stage.group_size * stage.sampling.max_tokens
+            tokens = context.plan.cached_rollouts(node) * stage.sampling.max_tokens
             top_k, exact = stage.dense.top_k, tokens * shape.vocabulary * 4
             caches += exact if top_k is None else 6 * tokens * min(top_k, shape.vocabulary)
             if top_k is None and LARGE_CACHE < exact <= EXACT_CACHE_LIMIT and shape.vocabulary > 2 * CACHED_TOP_K:

@@ -6,14 +6,20 @@ They look at no label: whether the answers are right is for `headwater probe` to
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from headwater.doctor.advice import MIN_INFORMATIVE
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, note, warning
 from headwater.doctor.weight_checks import SELF_KL, scored_rollouts, self_kl
+from headwater.errors import UserError
 from headwater.runs.plan import Node, supervisor
+from headwater.storage.run_dir import RunDir, read_json
 from headwater.tasks.outcomes import REMEDIES
 
 MAX_WITHOUT_ANSWER = 0.5
+MAX_STOPPED = 0.1
+"""Chance of being stopped by the guard `no_signal` from which the user is told."""
 MIN_ENDED = 4
 """Completions that must have ended by themselves for a share of them to be judged."""
 
@@ -52,6 +58,46 @@ def distillation_first(context: DoctorContext) -> Iterator[Finding]:
             "nothing if it solves these problems much better than the student (`headwater probe` measures both and advises); else "
             "--arm bridge",
         )
+
+
+def early_stop(context: DoctorContext) -> Iterator[Finding]:
+    """Stages whose first steps hold so few groups that the guard `no_signal` may stop them by chance.
+
+    It estimates from the share of informative groups that a probe in the run's folder measured, else from MIN_INFORMATIVE.
+    """
+    guards = context.recipe.guards
+    for node in context.nodes if guards.no_signal == "stop" else ():
+        stage, base = node.settings, node.start
+        if node.kind != "train" or stage is None or node.pool is None or not stage.needs_labels:
+            continue
+        if context.inputs.steps(node.pool, stage) < guards.patience:
+            continue
+        measured = None if isinstance(base, Node) else probed_share(context.out, base)
+        share, groups = measured if measured is not None else MIN_INFORMATIVE, guards.patience * stage.prompts_per_step
+        chance = (1.0 - share) ** groups
+        if chance <= MAX_STOPPED:
+            continue
+        source = (
+            f"{share:.0%} of models.{base}'s groups, as `headwater probe` measured"
+            if measured is not None
+            else f"{share:.0%} of the groups (fewer are of little use; `headwater probe` measures how many there are)"
+        )
+        yield warning(
+            "early-stop-likely",
+            f"stages.{node.stage}: the guard no_signal stops the stage if the rewards differ in none of its first {groups} groups "
+            f"({guards.patience} steps of {stage.prompts_per_step} problems); where they differ in {source}, chance alone does that "
+            f"in {chance:.0%} of runs",
+            f"raise stages.{node.stage}.batch_size or guards.patience, or set guards.no_signal=continue, as for a first try",
+        )
+
+
+def probed_share(out: Path, role: str) -> float | None:
+    """Share of informative groups of a base model in the probe.json of a run's folder; None where there is none."""
+    path = RunDir(out).probe
+    try:
+        return float(read_json(path)["models"][role]["informative"]["mean"]) if path.exists() else None
+    except (KeyError, TypeError, ValueError, UserError):
+        return None  # of an earlier version
 
 
 def teacher_is_student(context: DoctorContext) -> Iterator[Finding]:

@@ -20,10 +20,8 @@ from headwater.distributed import checkpoint_io
 from headwater.distributed.process_group import ProcessGroup
 from headwater.models.architecture import attention_of
 from headwater.models.folder import ModelFolder
+from headwater.models.lora_targets import BASE
 from headwater.models.weight_files import WeightFiles, unused_weights
-
-ADAPTED = ".base_layer"
-"""What peft inserts into the name of an adapted matrix."""
 
 
 def build_without_weights(base: ModelFolder, dtype: torch.dtype) -> Any | None:
@@ -93,7 +91,7 @@ def load_shards(model: Any, base: ModelFolder, device: torch.device, ranks: Proc
     files, shards = _files(base), dict[str, Tensor]()
     stored = files.tensors
     for tensor, names in tensors:
-        name = next((name for name in (name.replace(ADAPTED, "") for name in names) if name in stored), None)
+        name = next((name for name in (name.replace(BASE, "") for name in names) if name in stored), None)
         if name is not None:
             shards[name] = _allocated(model, tensor, names, device).detach()
     checkpoint_io.load_tensors(shards, files.folder, ranks)

@@ -16,9 +16,12 @@ PROBES = (
 """Texts that student and teacher must tokenize alike: an equal vocabulary size is not enough."""
 
 
-def read_tokenizer(path: str, trust_remote_code: bool) -> Any:
-    """Raises ValueError if there is none: for some architectures transformers then makes an empty one."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+def read_tokenizer(path: str, trust_remote_code: bool, config: Any = None) -> Any:
+    """Raises ValueError if there is none: for some architectures transformers then makes an empty one.
+
+    config  the transformers config in the same folder, which is read if it is not given
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, config=config)
     tokenizer.init_kwargs.pop("local_files_only", None)  # a setting of this process that would be saved with the model
     if getattr(tokenizer, "unk_token", None) == "":  # in no vocabulary: transformers looks up its id without end
         tokenizer.unk_token = None

@@ -163,6 +163,13 @@ def _few(names: set[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - SHOWN_FAULTS} more" if len(names) > SHOWN_FAULTS else "")
 
 
+def _sampled(settings: Any) -> Any:
+    """The settings that a teacher cache is made with."""
+    if not isinstance(settings, dict) or not isinstance(settings.get("dense"), dict):
+        return settings
+    return [settings.get("group_size"), settings.get("sampling"), settings["dense"].get("top_k")]
+
+
 def nodes_as_planned(files: RunFiles) -> Counted:
     faults, started, done = list(files.faults), 0, 0
     for node, planned in files.nodes.values():
@@ -178,8 +185,13 @@ def nodes_as_planned(files: RunFiles) -> Counted:
             "seed": planned.seed,
             "settings": None if planned.settings is None else planned.settings.model_dump(mode="json"),
         }
+        info = dict(node.info)
+        if (
+            planned.kind == "rollouts"
+        ):  # several stages read it: node.json has the settings of the one for which it ran last
+            info["settings"], expected["settings"] = (_sampled(row.get("settings")) for row in (info, expected))
         faults += [
-            f"{node.name}: {key} is not what the recipe says" for key in expected if node.info.get(key) != expected[key]
+            f"{node.name}: {key} is not what the recipe says" for key in expected if info.get(key) != expected[key]
         ]
         labels = node.info.get("labels")
         if planned.kind == "train" and (labels is None or labels["pool"] != planned.pool):
@@ -274,7 +286,7 @@ def ledger_agrees(files: RunFiles) -> Counted:
             faults += _step_faults(node, planned)
         elif planned.kind == "rollouts" and node.train_rows:
             tokens = sum(len(row["completion_ids"]) for row in node.rollouts.get(0, []))
-            if node.train_rows[0]["tokens_sampled"] != tokens:
+            if sum(row["tokens_sampled"] for row in node.train_rows) != tokens:
                 faults.append(f"{node.name}: the ledger's tokens are not those of the cache")
         for when, name, ledger_row, rows in _charged_evaluations(node, planned, files.recipe):
             graded += len(rows)

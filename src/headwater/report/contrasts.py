@@ -16,7 +16,7 @@ from headwater.report.study import EvalCounts, Study, mean_number
 Values = Callable[[EvalCounts], np.ndarray]
 """A function from one evaluation to a value per problem, (P,)."""
 Reading = Literal["holds", "does not hold", "undecided"]
-COMPARISON = {"holds": "is better than", "does not hold": "is worse than", "undecided": "cannot be told from"}
+COMPARISON = {"holds": "is better than", "does not hold": "is worse than", "undecided": "is not shown to differ from"}
 
 COMPUTE_TOLERANCE = 0.1
 EQUALITY_GROUPS: tuple[tuple[str, list[str]], ...] = (
@@ -162,10 +162,21 @@ def _is_trained(study: Study, arm: str) -> bool:
 
 
 def reading(contrast: dict[str, Any]) -> Reading:
-    """Whether `a` is better than `b`. Decided only if the interval excludes zero and p < 0.05."""
+    """Whether `a` is better than `b`: the one rule of every page and table. Decided only if the 95 % interval excludes zero
+    and p < 0.05."""
     if contrast["p"] < 0.05 and contrast["low"] > 0:
         return "holds"
     return "does not hold" if contrast["p"] < 0.05 and contrast["high"] < 0 else "undecided"
+
+
+def disagreement(contrast: dict[str, Any]) -> str:
+    """Why a contrast is undecided although the interval or p alone would decide it; empty if they agree."""
+    excludes = contrast["low"] > 0 or contrast["high"] < 0
+    if excludes == (contrast["p"] < 0.05):
+        return ""
+    if excludes:
+        return "the interval excludes 0 but p is not below 0.05: undecided"
+    return "p is below 0.05 but the interval includes 0: undecided"
 
 
 def find_contrast(report: dict[str, Any], a: str, b: str, eval_name: str) -> dict[str, Any] | None:
@@ -186,10 +197,11 @@ def group_by_equality(contrasts: Sequence[dict[str, Any]]) -> list[tuple[str, li
 
 
 def difference_text(c: dict[str, Any]) -> str:
-    """Example: `bridge − replay +3.6 points, 95 % +1.0 to +6.3, p 0.009`."""
+    """Example: `bridge − replay +3.6 points, 95 % +1.0 to +6.3, p 0.009`, and in brackets whether interval and p disagree."""
+    note = f" ({disagreement(c)})" if disagreement(c) else ""
     return (
         f"{c['a']} − {c['b']} {points(c['difference'])} points, 95 % {points(c['low'])} to {points(c['high'])}, "
-        f"p {p_text(c['p'])}"
+        f"p {p_text(c['p'])}{note}"
     )
 
 

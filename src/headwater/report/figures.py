@@ -198,8 +198,17 @@ def _curve_values(title: str, drawn: Sequence[Series], axes: Axes) -> dict[str, 
     return {"title": title, **{key: [float(f"{v:.6g}") for v in pair] for key, pair in numbers.items()}, "lines": lines}
 
 
-@matplotlib.rc_context(STYLE)
 def forest(name: str, title: str, estimates: Sequence[tuple[str, Interval]], unit: str) -> Plot:
+    """A forest plot with its files."""
+    values = [f"{label} {100 * r.mean:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f})" for label, r in estimates]
+    rows: list[tuple[Any, ...]] = [("row", "mean", "low", "high", "per_seed")]
+    rows += [(label, r.mean, r.low, r.high, " ".join(map(str, r.seeds))) for label, r in estimates]
+    figure = forest_figure(title, estimates, unit)
+    return as_plot(figure, name, f"{title}, {unit}: {'; '.join(values)}", rows)
+
+
+@matplotlib.rc_context(STYLE)
+def forest_figure(title: str, estimates: Sequence[tuple[str, Interval]], unit: str) -> Figure:
     """Draw a forest plot of (label, estimate) with a dashed line at the level of the first. Values are shown times 100."""
     figure = Figure(figsize=(6.2, 0.22 * len(estimates) + 0.85), layout="constrained")
     axes = figure.add_subplot()
@@ -214,10 +223,7 @@ def forest(name: str, title: str, estimates: Sequence[tuple[str, Interval]], uni
     axes.set_ylim(len(estimates) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(unit)
-    values = [f"{label} {100 * r.mean:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f})" for label, r in estimates]
-    rows: list[tuple[Any, ...]] = [("row", "mean", "low", "high", "per_seed")]
-    rows += [(label, r.mean, r.low, r.high, " ".join(map(str, r.seeds))) for label, r in estimates]
-    return as_plot(figure, name, f"{title}, {unit}: {'; '.join(values)}", rows)
+    return figure
 
 
 Panels = Mapping[str, Sequence[Series]]

@@ -12,7 +12,7 @@ from headwater.report.study import Node, Study
 from headwater.report.verdict import failure_word, measured_in_training
 from headwater.report.watch import is_locked
 
-VERBS = {"holds": "beats", "does not hold": "loses to", "undecided": "does not differ significantly from"}
+VERBS = {"holds": "beats", "does not hold": "loses to", "undecided": "is not shown to differ from"}
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -63,7 +63,7 @@ def _costs(report: dict[str, Any], arm: str) -> str:
 def stops(study: Study, report: dict[str, Any]) -> list[str]:
     """One sentence per node that stopped, failed, was interrupted or is running, with its step.
 
-    Example: `Stopped: Teacher RL at step 8 of 40 (seed 0; bridge): guard truncation: 0.62 of the completions reached …`.
+    Example: `Stopped: Teacher RL at step 8 of 40 (seed 0; bridge): guard truncation: 62% of the completions reached …`.
     """
     sentences = {}
     for failure, where in _by_node(report, "failed"):

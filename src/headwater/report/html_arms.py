@@ -11,30 +11,30 @@ from headwater.config.arms import BASE_MODELS, DESCRIPTIONS
 from headwater.report import figures
 from headwater.report.figures import Interval, Plot, Series, ValueAxis, file_stem
 from headwater.report.format import count, duration, non_training_notes, percent, units
+from headwater.report.verdict import failure_word
 from headwater.report.view import Column, RowHeader, Section, Table, interval_axis
 
 Cost = Callable[[dict[str, Any]], float]
 
 
 def arms(report: dict[str, Any]) -> Section:
-    """One row per arm and evaluation: accuracy with its interval, pass@k, maj@k, and the arm's costs."""
+    """One row per arm and evaluation: accuracy with its interval, the arm's costs, and pass@k and maj@k where k is above 1."""
     evals = report["evals"] or [""]
     largest = {list(by_k)[-1] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values()}
     k = largest.pop() if len(largest) == 1 else "k"
     rows = [_row(report, name, eval_name, k) for name in report["arms"] for eval_name in evals]
     scores = [row["accuracy"] for row in rows if row["accuracy"]]
-    axis = interval_axis(scores, lambda value: f"{percent(max(0.0, value))} %")
+    axis = interval_axis(scores, lambda value: f"{percent(max(0.0, value))}\u00a0%")
     columns = [
         Column("arm", itemgetter("header"), spans=True),
         *([Column("evaluation", itemgetter("eval"))] if len(evals) > 1 else []),
-        Column("accuracy, %", itemgetter("mean"), "right"),
+        Column("accuracy\n%\u00a0[95\u00a0%]", itemgetter("mean"), "right"),
         Column("", itemgetter("interval"), axis=axis),
         Column("labels", lambda row: count(row["costs"]["labels"]["distinct"]), "right", spans=True),
         Column("FLOPs", lambda row: units(row["costs"]["flops"]), "right", spans=True),
         Column("time", lambda row: duration(row["costs"]["seconds"]), "right", spans=True),
-        Column("95 %", itemgetter("range"), "right"),
-        Column(f"pass@{k}, %", itemgetter("pass"), "right"),
-        Column(f"maj@{k}, %", itemgetter("maj"), "right"),
+        *([Column(f"pass@{k},\u00a0%", itemgetter("pass"), "right")] if has_several_samples(report) else []),
+        *([Column(f"maj@{k},\u00a0%", itemgetter("maj"), "right")] if any(row["maj"] for row in rows) else []),
         Column("checks", lambda row: count(row["costs"]["labels"]["checks"]), "right", spans=True),
         Column("sampled", lambda row: units(row["costs"]["tokens"]["sampled"]), "right", spans=True),
         Column("trained", lambda row: units(row["costs"]["tokens"]["trained"]), "right", spans=True),
@@ -52,25 +52,30 @@ def arms(report: dict[str, Any]) -> Section:
 def _row(report: dict[str, Any], name: str, eval_name: str, common_k: str) -> dict[str, Any]:
     """Values of one arm and evaluation. A k that is not in the column's title is in the cell."""
     arm = report["arms"][name]
-    warnings = [f"unfinished: seed {seed} waits for {node}" for seed, node in arm["unfinished"].items()]
+    # The top of the page has the sentences of the failures: a column of names is too narrow for them.
+    warnings = [f"unfinished on seed {seed}" for seed in arm["unfinished"]]
     for seed, failure in arm["failed"].items():
-        stage = "" if failure["state"] == "failed" else f"{failure['stage']} failed: "
-        warnings.append(f"{failure['state']} on seed {seed}: {stage}{failure['sentence']}")
-    row = dict.fromkeys(("accuracy", "mean", "range", "interval", "pass", "maj"))
+        state = failure_word(failure).lower() if failure["state"] == "failed" else failure["state"]
+        warnings.append(f"{state} on seed {seed}")
+    row = dict.fromkeys(("accuracy", "mean", "interval", "pass", "maj"))
     row |= {"header": RowHeader(name, (DESCRIPTIONS.get(name, ""),), tuple(warnings)), "eval": eval_name, "costs": arm}
     accuracy = arm["accuracy"].get(eval_name)
     if accuracy is not None:
         row |= {
             "accuracy": accuracy,
-            "mean": percent(accuracy["mean"]),
-            "range": f"{percent(accuracy['low'])} to {percent(accuracy['high'])}",
+            "mean": f"{percent(accuracy['mean'])}\n[{percent(accuracy['low'])}, {percent(accuracy['high'])}]",
             "interval": _interval(report, name, eval_name),
         }
         k, best = list(arm["pass_at_k"][eval_name].items())[-1]
         majority, suffix = arm["maj_at_k"][eval_name], "" if common_k == k else f" (k={k})"
         row["pass"] = f"{percent(best['mean'])}{suffix}"
-        row["maj"] = f"{percent(majority['mean'])}{suffix}" if majority else None
+        row["maj"] = f"{percent(majority['mean'])}{suffix}" if majority and majority["k"] > 1 else None
     return row
+
+
+def has_several_samples(report: dict[str, Any]) -> bool:
+    """Whether any problem was sampled more than once: with one sample, pass@k is the accuracy."""
+    return any(list(by_k) != ["1"] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values())
 
 
 def _interval(report: dict[str, Any], arm: str, eval_name: str) -> Interval:
@@ -89,7 +94,7 @@ def _forests(report: dict[str, Any]) -> Iterator[Plot]:
 
 
 def costs(report: dict[str, Any]) -> Section | None:
-    """Accuracy against labels and against training FLOPs, on the first evaluation of the recipe."""
+    """Accuracy against labels and against training FLOPs, on the first evaluation, where arms differ in that cost."""
     labels = ValueAxis("distinct labels, mean per seed", format=count)
     flops = ValueAxis("training FLOPs, mean per seed", format=_short_units, log=True)
     plots = [
@@ -121,7 +126,7 @@ def _accuracy_by_cost(report: dict[str, Any], axis: ValueAxis, cost: Cost) -> It
             level = arms[name]["accuracy"][eval_name]["mean"]
             series.append(Series(name, None, (), [level]))
             rows.append((name, "", level, "", ""))
-        if any(cost(arms[name]) for name in points):
+        if len({cost(arms[name]) for name in points}) > 1:
             quantity = axis.label.split(",")[0]
             stem = file_stem("cost", quantity.replace(" ", "_"), eval_name)
             panels = {f"Accuracy on {eval_name} against {quantity}, %": series}

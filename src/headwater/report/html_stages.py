@@ -8,8 +8,9 @@ from operator import itemgetter
 from typing import Any
 
 from headwater.report import figures
-from headwater.report.figures import Plot, Series, ValueAxis, file_stem
+from headwater.report.figures import Interval, Plot, Series, ValueAxis, file_stem
 from headwater.report.format import percent
+from headwater.report.html_arms import has_several_samples
 from headwater.report.html_curves import HELD_OUT_METRICS, TITLES, panels_by_stage, shortened
 from headwater.report.stages import C2_MEASURES, accuracy_paths, accuracy_steps, stage_name
 from headwater.report.study import POOL_TEXT, Study
@@ -20,8 +21,8 @@ PLACES = ("before", "SFT", "warm-up", "OPD", "RL")
 
 
 def stages(report: dict[str, Any]) -> Section | None:
-    """Accuracy and pass@k before, between and after the stages, and the measures of every stage."""
-    if not path_tables(report):
+    """Accuracy and pass@k of the students before, between and after the stages, and the measures of every stage."""
+    if not any(accuracy_paths(report, name) for name in report["evals"]):
         return None
     plots = list(_stage_plots(report))
     ended_early = [
@@ -31,24 +32,11 @@ def stages(report: dict[str, Any]) -> Section | None:
         for seed, ended in row["ended"].items()
     ]
     view = {
-        "paths": path_tables(report),
         "plots": plots,
         "table": _stage_table(report),
         "ended_early": ended_early,
     }
     return Section("Stage by stage", "stages", view, tuple(plots))
-
-
-def path_tables(report: dict[str, Any]) -> list[Table]:
-    """Accuracies of each trained arm's teacher and student over the stages, a table per evaluation."""
-    columns = [
-        Column(title, itemgetter(index), nowrap=index == 0) for index, title in enumerate(("arm", "teacher", "student"))
-    ]
-    tables = [
-        Table(f"accuracy on {name} before, between and after the stages, %", columns, accuracy_paths(report, name))
-        for name in report["evals"]
-    ]
-    return [table for table in tables if table.rows]
 
 
 def _stage_plots(report: dict[str, Any]) -> Iterator[Plot]:
@@ -62,14 +50,17 @@ def _stage_plots(report: dict[str, Any]) -> Iterator[Plot]:
     used = {place for stages in steps.values() for place, _ in stages}
     places = [place for place in PLACES if place in used]
     axis = ValueAxis(ticks=dict(enumerate(places)))
-    for title, value in (("Accuracy", _accuracy), ("pass@k at the largest k", _pass_at_largest_k)):
+    values = {"Accuracy": _accuracy}
+    if has_several_samples(report):
+        values["pass@k at the largest k"] = _pass_at_largest_k
+    for title, value in values.items():
         series = []
         for style, (arm, stages) in enumerate(steps.items()):
-            values = {places.index(place): value(stage, eval_name) for place, stage in stages}
-            points = [(place, share) for place, share in sorted(values.items()) if share is not None]
+            by_place = {places.index(place): value(stage, eval_name) for place, stage in stages}
+            points = [(place, share) for place, share in sorted(by_place.items()) if share is not None]
             if points:
                 series.append(Series(arm, style, [x for x, _ in points], [y for _, y in points]))
-        if series:
+        if any(len(line.x) > 1 for line in series):
             rows: list[tuple[Any, ...]] = [("series", "place", "value")]
             rows += [
                 (line.label, axis.text(x), str(100 * y)) for line in series for x, y in zip(line.x, line.y, strict=True)
@@ -93,19 +84,20 @@ def _pass_at_largest_k(stage: dict[str, Any], eval_name: str) -> float | None:
 
 def _stage_table(report: dict[str, Any]) -> Table:
     """Every stage once: its result, and its measures at the first and the last step of training."""
-    name = report["evals"][0]
+    name, several = report["evals"][0], has_several_samples(report)
     columns = [
         *_stage_columns(),
         Column(
             "accuracy, %", lambda row: row["accuracy"].get(name) and percent(row["accuracy"][name]["mean"]), "right"
         ),
-        Column("pass@k, %", lambda row: _largest_k(row["pass_at_k"].get(name)), "right"),
+        *([Column("pass@k, %", lambda row: _largest_k(row["pass_at_k"].get(name)), "right")] if several else []),
         *_ends_columns("ends", ("reward", "best_of_group", "informative", "entropy")),
         Column("informative, all steps", _informative, "right"),
         Column("completions, all steps", _outcomes),
     ]
     rows = [row for row in report["stages"] if row["ends"] or name in row["accuracy"]]
-    return Table(f"Every stage once: on {name}, and first → last step of training", columns, rows)
+    measured = [column for column in columns if any(column.cell(row) is not None for row in rows)]
+    return Table(f"Every stage once: on {name}, and first → last step of training", measured, rows)
 
 
 def _stage_columns() -> list[Column]:
@@ -144,20 +136,50 @@ def _largest_k(by_k: dict[str, float] | None) -> str | None:
 
 
 def conditions(study: Study, report: dict[str, Any]) -> Section | None:
-    """C1 (the teacher is near its optimum) as a table; C2 (the student is near the teacher) as curves with their values."""
+    """C1 (the teacher is near its optimum) as a figure, C2 (the student is near the teacher) as curves, both with their values."""
     c1, c2 = _c1_table(report), _c2_table(report)
+    figures_c1 = [c1_figure(eval_name, teachers) for eval_name, teachers in _trained_teachers(report)]
     panels = panels_by_stage(study, HELD_OUT_METRICS, lambda node: node.conditions, held_out=True)
     if not (c1 or c2 or panels):
         return None
     measured = any(row["conditions"] for row in report["stages"] if row["role"] == "student")
-    view = {"c1": c1, "c2": c2, "panels": panels, "held_out": measured}
-    return Section("Conditions", "conditions", view, tuple(plot for stage in panels for plot in stage["plots"]))
+    view = {"c1": c1, "c1_plots": figures_c1, "c2": c2, "panels": panels, "held_out": measured}
+    plots = (*figures_c1, *(plot for stage in panels for plot in stage["plots"]))
+    return Section("Conditions", "conditions", view, plots)
+
+
+def _trained_teachers(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(evaluation, C1) where the teacher was evaluated before and after training with several samples a problem."""
+    for eval_name, teachers in (report["conditions"]["C1"] or {}).items():
+        if teachers["before"] and teachers["after"] and teachers["before"]["k"] > 1:
+            yield eval_name, teachers
+
+
+def c1_figure(eval_name: str, teachers: dict[str, Any]) -> Plot:
+    """A row per state of the teacher: a dot at its accuracy, a line from there to its best-of-k, and the best-of-k before as
+    the dashed line that C1 asks the accuracy to reach."""
+    states = [("before training", teachers["before"])]
+    states += [
+        (f"after {stage_name(row['stage'])}, {POOL_TEXT.get(row['pool'], row['pool'] or 'no labels')}", row)
+        for row in teachers["after"]
+    ]
+    goal = teachers["before"]["best_of_k"]
+    rows = [
+        (label, Interval(row["accuracy"], row["accuracy"], max(row["accuracy"], row["best_of_k"]), goal))
+        for label, row in states
+    ]
+    title = f"The teacher's accuracy and best-of-k on {eval_name}"
+    values = [(label, row["accuracy"], row["best_of_k"], row["k"]) for label, row in states]
+    texts = [f"{label} {percent(mean)} and {percent(best)} (k={k})" for label, mean, best, k in values]
+    figure = figures.forest_figure(title, rows, "%")
+    header = ("teacher", "accuracy", "best_of_k", "k")
+    return figures.as_plot(figure, file_stem("c1", eval_name), f"{title}, %: {'; '.join(texts)}", [header, *values])
 
 
 def _c1_table(report: dict[str, Any]) -> Table | None:
     rows = []
     for eval_name, teachers in (report["conditions"]["C1"] or {}).items():
-        if teachers["before"]:
+        if teachers["before"] and teachers["after"]:
             rows.append({"eval": eval_name, "when": "before", "arms": [], "training": {}, **teachers["before"]})
         for state in teachers["after"]:
             pool = POOL_TEXT.get(state["pool"], state["pool"] or "no labels")

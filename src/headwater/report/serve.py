@@ -16,8 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from headwater.config.arms import BASE_MODELS
 from headwater.errors import HeadwaterError, UserError
 from headwater.report import build as report
+from headwater.report import side_by_side
 from headwater.report.format import duration
 from headwater.report.render import render
 from headwater.report.watch import RunStatus, read_status
@@ -72,7 +74,8 @@ class LivePage:
     def _build(self, versions: FileVersions) -> None:
         started = time.monotonic()
         try:
-            self.html, self.built_from = report.page(self.outs), versions
+            page = report.page if side_by_side.of_one_recipe(self.outs) else side_by_side.current_page
+            self.html, self.built_from = page(self.outs), versions
         except HeadwaterError as error:  # the run has just started or is writing a row: the next request tries again
             self.html = self.html or render("message.html.j2", {"message": str(error)})
         self.next_build = time.monotonic() + REST_FACTOR * (time.monotonic() - started)
@@ -161,20 +164,24 @@ def _file_versions(outs: Sequence[Path]) -> FileVersions:
 
 
 def _status(outs: Sequence[Path]) -> tuple[str, bool]:
-    """The running nodes as HTML, and whether a run is going on."""
+    """The running nodes of each run as HTML, and whether a run is going on."""
     try:
-        statuses = [read_status(out) for out in outs]
+        statuses = dict(zip(side_by_side.run_names(outs), map(read_status, outs), strict=True))
     except HeadwaterError:
         return "", True
-    return "".join(map(_status_section, statuses)), any(status.running for status in statuses)
+    runs = [status_view(name if len(outs) > 1 else "", status) for name, status in statuses.items()]
+    return render("status.html.j2", {"runs": runs}), any(status.running for status in statuses.values())
 
 
-def _status_section(status: RunStatus) -> str:
+def status_view(name: str, status: RunStatus) -> dict[str, Any]:
+    """A summary line, and a row for each node that is at work: what `headwater watch` shows."""
     rows = []
     for node in status.nodes:
         if node.state == "at work":
-            left = duration(node.seconds_left) if node.seconds_left is not None else "?"
+            left = duration(node.seconds_left) if node.seconds_left is not None else "unknown yet"
+            arms = ", ".join(arm for arm in node.arms if arm not in BASE_MODELS)
             metrics, warnings = " · ".join(node.metrics_text), "; ".join(node.warnings)
-            rows.append([node.stage, str(node.seed), f"{node.step} of {node.steps or '?'}", left, metrics, warnings])
+            step = f"{node.step} of {node.steps}" if node.steps else "–"
+            rows.append([node.stage, node.pool, arms, str(node.seed), step, left, metrics, warnings])
     summary = f"{status.done} of {len(status.nodes)} nodes done; {'running' if status.running else 'not running'}"
-    return render("status.html.j2", {"summary": summary, "rows": rows})
+    return {"summary": f"{name}: {summary}" if name else summary, "rows": rows}

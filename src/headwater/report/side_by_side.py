@@ -37,18 +37,27 @@ def write(out: Path, outs: Sequence[Path]) -> dict[str, Any]:
 
     Raises UserError for a folder without a run.
     """
-    for folder in {*outs, out}:
-        refuse_links(folder, "report")
+    refuse_links(out, "report")
+    values, html = _built(outs)
+    write_json(out / "compare.json", values)
+    write_atomic(out / "compare.html", html)
+    return values
+
+
+def current_page(outs: Sequence[Path]) -> str:
+    """The page as `write` would write it now. Raises UserError as `write` does."""
+    return _built(outs)[1]
+
+
+def _built(outs: Sequence[Path]) -> tuple[dict[str, Any], str]:
     studies = {}
     for name, folder in zip(run_names(outs), outs, strict=True):
+        refuse_links(folder, "report")
         with refuse_malformed_files(folder):
             studies[name] = read_study([folder])
     with refuse_malformed_files(outs[0]):
         values = compare(studies)
-        html = page(studies, values)
-    write_json(out / "compare.json", values)
-    write_atomic(out / "compare.html", html)
-    return values
+        return values, page(studies, values)
 
 
 def run_names(outs: Sequence[Path]) -> list[str]:

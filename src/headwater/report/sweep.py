@@ -134,7 +134,7 @@ def names(summary: dict[str, Any]) -> dict[Value, str]:
 def sentences(summary: dict[str, Any]) -> list[str]:
     """Where one arm is better than the other, where their order changes, and which points failed.
 
-    Example: `On sums, at labels 64 bridge is better than direct_grpo; at labels 256 bridge cannot be told from direct_grpo.`
+    Example: `On sums, at labels 64 bridge is better than direct_grpo; at labels 256 bridge is not shown to differ from direct_grpo.`
     """
     text, vary, result = names(summary), summary["vary"], []
     for eval_name in summary["evals"]:

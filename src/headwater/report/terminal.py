@@ -23,7 +23,8 @@ from headwater.report.format import (
     seeds_text,
     units,
 )
-from headwater.report.html_stages import path_tables
+from headwater.report.html_arms import has_several_samples
+from headwater.report.stages import accuracy_paths
 from headwater.report.view import Cell, Column, RowHeader, Table
 
 LONG_NAME = 14
@@ -37,11 +38,23 @@ WIDE = 100
 def terminal_table(report: dict[str, Any], width: int = WIDE) -> Group:
     """All tables of the report, then the warnings and the verdict, for a terminal of so many columns."""
     wide = width >= WIDE
-    parts: list[RichTable | Text] = [*_arms_tables(report, wide), *map(rich_table, path_tables(report))]
+    parts: list[RichTable | Text] = [*_arms_tables(report, wide), *map(rich_table, _path_tables(report))]
     parts += [*_contrast_tables(report, wide), *map(rich_table, _predictions(report))]
     parts += [Text(_warning(row)) for row in report["warnings"]]
     parts.append(Text(report["verdict"]))
     return Group(*[item for part in parts for item in (part, Text(""))])
+
+
+def _path_tables(report: dict[str, Any]) -> list[Table]:
+    """Accuracies of each trained arm's teacher and student over the stages, a table per evaluation."""
+    columns = [
+        Column(title, itemgetter(index), nowrap=index == 0) for index, title in enumerate(("arm", "teacher", "student"))
+    ]
+    tables = [
+        Table(f"accuracy on {name} before, between and after the stages, %", columns, accuracy_paths(report, name))
+        for name in report["evals"]
+    ]
+    return [table for table in tables if table.rows]
 
 
 def _warning(row: dict[str, Any]) -> str:
@@ -68,14 +81,15 @@ def _arms_table(report: dict[str, Any], title: str, evals: Sequence[str], costs:
     table = plain_table(title)
     table.add_column("arm", no_wrap=True)
     largest = {list(by_k)[-1] for arm in report["arms"].values() for by_k in arm["pass_at_k"].values()}
-    k = largest.pop() if len(largest) == 1 else "k"
+    k, several = largest.pop() if len(largest) == 1 else "k", has_several_samples(report)
     for name in evals:
         table.add_column("accuracy [95 %]" if len(evals) == 1 else name, justify="right", no_wrap=True)
-        table.add_column(f"pass@{k}", justify="right", no_wrap=True)
+        if several:
+            table.add_column(f"pass@{k}", justify="right", no_wrap=True)
     for head in ("labels", "checks", "sampled", "trained", "scored", "FLOPs", "time") if costs else ():
         table.add_column(head, justify="right", no_wrap=True)
     for name, arm in report["arms"].items():
-        scores = [cell for eval_name in evals for cell in _score_cells(arm, eval_name)]
+        scores = [cell for eval_name in evals for cell in _score_cells(arm, eval_name)[: 1 + several]]
         table.add_row(name, *scores, *(_cost_cells(arm) if costs else []), style=None if arm["accuracy"] else "dim")
     if costs:
         notes = ["labels, tokens (sampled, trained on, scored by the teacher), FLOPs and time: mean per seed"]

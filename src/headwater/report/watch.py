@@ -8,6 +8,7 @@ status_table(status)   the same as a rich table
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ class NodeStatus:
 
     pool  what it trains on or samples from, in words; empty if it trains nothing, and where the recipe cannot be read
     arms  the arms that it is part of
+    work  what a node at work does beside its steps; empty otherwise. Example: `12 of 40 completions`, `measuring C2`
 
     Example: `NodeStatus("opd.s0.1a2b3c4d", "On-policy distillation", "student", 0, "at work", 12, 80, 34.0, 120.0,
     {"kl_student_teacher": 0.08, …}, (), "all prompts", ("bridge", "warmup_only"))`.
@@ -60,6 +62,7 @@ class NodeStatus:
     warnings: tuple[str, ...]
     pool: str = ""
     arms: tuple[str, ...] = ()
+    work: str = ""
 
     @property
     def metrics_text(self) -> list[str]:
@@ -153,6 +156,10 @@ def _node_status(folder: NodeDir, running: bool) -> NodeStatus:
     times = [row["seconds"] for row in node.metrics[-RECENT_STEPS:] if is_finite_number(row.get("seconds"))]
     step_seconds = sum(times) / len(times) if times else None
     left = (int(steps) - step) * step_seconds if step_seconds is not None and steps is not None else None
+    work = _work(folder) if state == "at work" else Work()
+    left = left if work.left is None else work.left
+    if steps is None and work.total:
+        step, steps = work.done, work.total
     _, *rest = node.name.split(".")
     return NodeStatus(
         node=node.name,
@@ -166,7 +173,33 @@ def _node_status(folder: NodeDir, running: bool) -> NodeStatus:
         seconds_left=0.0 if state in ("done", "failed") else left,
         numbers={key: float(last[key]) for key in [key for key in KEY_METRICS if is_finite_number(last.get(key))][:3]},
         warnings=tuple(clean(str(row["sentence"])) for row in node.warnings),
+        work=work.text,
     )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a node does beside its steps: in words, units done and in all, seconds until that is done."""
+
+    text: str = ""
+    done: int = 0
+    total: int = 0
+    left: float | None = None
+
+
+def _work(folder: NodeDir) -> Work:
+    """Nothing where the node has not begun, trains, or its file is just being written."""
+    try:
+        now = json.loads(folder.now.read_text(encoding="utf-8"))
+        done, total, first = int(now["done"]), int(now["total"]), int(now["first"])
+        seconds, part, unit = float(now["at"]) - float(now["started"]), clean(str(now["part"])), clean(str(now["unit"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Work()
+    if part or unit == "steps":
+        return Work(part)
+    verb = "evaluating" if unit == "completions" else "making"
+    left = seconds / (done - first) * (total - done) if done > first else None
+    return Work(f"{verb} {done} of {total} {unit}", done, total, left)
 
 
 def _with_estimates(nodes: Sequence[NodeStatus], run: RunDir, flops: Mapping[str, float]) -> tuple[NodeStatus, ...]:
@@ -294,9 +327,9 @@ def _cells(node: NodeStatus) -> list[str]:
 
 
 def _fitting(node: NodeStatus, room: int) -> str:
-    """The state of a node that does not work, else its steps per minute, then as many of its metrics as have room."""
+    """The state of a node that does not work, else what it does or its steps per minute, then as many of its metrics as have room."""
     rate = f"{node.steps_a_minute:.3g}/min" if node.state == "at work" and node.steps_a_minute else ""
-    text = f"({node.state})" if node.state in ("failed", "stopped") else rate
+    text = f"({node.state})" if node.state in ("failed", "stopped") else node.work or rate
     for metric in node.metrics_text:
         longer = f"{text}  {metric}" if text else metric
         text = longer if len(longer) <= room else text

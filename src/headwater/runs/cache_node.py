@@ -4,49 +4,88 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 from headwater.runs.node_context import NodeContext, after_step
 from headwater.runs.plan import Node
-from headwater.sampling.base import requests_for
+from headwater.sampling.base import Request, requests_for
 from headwater.storage import fault_points
+from headwater.storage.files import keep_rows
 from headwater.storage.ledger import record
 from headwater.storage.run_dir import atomic_folder
-from headwater.teachers.cache import refuse_huge_cache, write_cache
+from headwater.teachers.build import Teacher
+from headwater.teachers.cache import read_rollouts, refuse_huge_cache, write_distributions, write_rollouts
 from headwater.training.evaluate import refuse_nan
+from headwater.training.rollouts import epoch_order
+from headwater.types import Rollout
 
 
-def cache_node(node: Node, context: NodeContext) -> None:
-    """Fill the teacher cache that one or several stages read."""
+def cache_node(node: Node, context: NodeContext) -> dict[str, Any]:
+    """Fill the teacher cache that one or several stages read, with as many rollouts as they read.
+
+    Rollouts of an earlier, finished cache are kept, for instance where an arm that was added later reads more of them, or reads
+    distributions that were removed after their last use. Returns, for DONE, `scored`: the number of rollouts with distributions.
+    """
     assert node.settings is not None and node.pool is not None
     started, settings, folder = time.perf_counter(), node.settings, context.node_dir(node)
-    folder.cut_back_to(-1)
+    kept = kept_rollouts(node, context)
     teacher = context.frozen(node.start, settings)
-    prompter = context.prompter(teacher)
-    names = context.inputs.prompts(node.pool, settings)
-    prompts = [(name, prompter.ids(context.inputs.problems[name])) for name in names]
-    progress, top_k = context.progress, settings.dense.top_k
-    progress.start(0, 2 * len(prompts) * settings.group_size, "rollouts")  # sampled, then scored
-    requests = requests_for(prompts, settings.group_size, 0, node.seed, node.stage)
-    rollouts = context.sampler(teacher).sample(
-        requests, settings.sampling, lambda finished: progress.advance_or_stop(len(finished))
-    )
+    requests = missing_requests(node, context, teacher, kept)
+    # A cache that is repaired after its last use needs its rollouts only, which the report reads.
+    score = context.inputs.recipe.compute.keep_checkpoints or context.plan.cached_rollouts(node, context.out) > 0
+    count = len(kept) + len(requests)
+    if kept:
+        context.progress.say(f"{folder.name}: {len(kept)} rollouts are kept, {len(requests)} sampled, {count} scored")
+    context.progress.start(0, len(requests) + (count if score else 0), "rollouts")
+    sampled: list[Rollout] = []
+    if requests:
+        sampled = context.sampler(teacher).sample(
+            requests, settings.sampling, lambda finished: context.progress.advance_or_stop(len(finished))
+        )
     fault_points.failpoint("cache.sampled")
     with after_step(0):
-        refuse_nan(rollouts)
-    tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
-    refuse_huge_cache(teacher, tokens, top_k)
+        refuse_nan(sampled)
+    rollouts, top_k = [*kept, *sampled], settings.dense.top_k
+    tokens_scored = sum(len(rollout.completion_ids) for rollout in rollouts) if score else 0
+    refuse_huge_cache(teacher, tokens_scored, top_k)
     with atomic_folder(folder.cache) as aside, after_step(0):
-        microbatch_tokens = context.inputs.recipe.compute.microbatch_tokens
-        write_cache(aside, teacher, rollouts, top_k, microbatch_tokens, progress.advance_or_stop)
+        write_rollouts(aside, rollouts)
+        if score:
+            microbatch_tokens = context.inputs.recipe.compute.microbatch_tokens
+            write_distributions(aside, teacher, rollouts, top_k, microbatch_tokens, context.progress.advance_or_stop)
+        folder.done.unlink(missing_ok=True)  # the cache that it describes is about to be replaced
     fault_points.failpoint("cache.saved")
-    tokens_read = tokens + sum(len(rollout.prompt_ids) for rollout in rollouts)
+    keep_rows(folder.ledger, lambda row: True)  # writes the file anew before it grows: another run may share it
+    tokens_read = [sum(map(len, (r.prompt_ids, r.completion_ids))) for r in (*sampled, *(rollouts if score else ()))]
     record(
         folder.ledger,
         replace(
             context.spend(node),
-            tokens_sampled=tokens,
-            tokens_teacher_scored=tokens,
-            flops=2 * teacher.shape.flops(tokens_read, tokens_read / len(rollouts)),
+            tokens_sampled=sum(len(rollout.completion_ids) for rollout in sampled),
+            tokens_teacher_scored=tokens_scored,
+            flops=teacher.shape.flops(sum(tokens_read), sum(tokens_read) / max(1, len(tokens_read))),
             seconds=time.perf_counter() - started,
         ),
     )
+    return {"scored": len(rollouts) if score else 0}
+
+
+def kept_rollouts(node: Node, context: NodeContext) -> list[Rollout]:
+    """The rollouts of the finished and intact cache that the run directory holds; without one, delete what is left of it."""
+    folder = context.out.node(context.plan.names[node])
+    done = folder.is_done(context.plan.fingerprints[node]) and folder.damage(f"{folder.cache.name}/") is None
+    if context.ranks.broadcast(done):
+        return read_rollouts(folder.cache)
+    context.node_dir(node).cut_back_to(-1)
+    return []
+
+
+def missing_requests(node: Node, context: NodeContext, teacher: Teacher, kept: list[Rollout]) -> list[Request]:
+    """Requests for the rollouts that the plan's stages read and the cache does not hold, in the order of the prompts."""
+    assert node.settings is not None and node.pool is not None
+    prompter, inputs = context.prompter(teacher), context.inputs
+    prompts = [(name, prompter.ids(inputs.problems[name])) for name in inputs.prompts(node.pool, node.settings)]
+    requests = requests_for(prompts, node.settings.group_size, 0, node.seed, node.stage)
+    read = sorted(epoch_order(len(requests), node.seed, 0)[: context.plan.cached_rollouts(node)])
+    known = {(rollout.problem_id, rollout.sample) for rollout in kept}
+    return [request for request in map(requests.__getitem__, read) if (request.problem_id, request.sample) not in known]

@@ -28,6 +28,7 @@ class Estimate:
     bytes    weights, gradients and optimizer state, all devices together
     peak     bytes on each device at once, with activations and caches
     measured FLOPs of measurements between a stage's steps (condition C2, validation), which are part of `flops`
+    condition_share  FLOPs of measuring condition C2, as a share of the stage's without measurements and evaluations
     decoded  (bytes read, FLOPs) of decoding, which memory bandwidth limits; the FLOPs are part of `flops`
     """
 
@@ -41,6 +42,7 @@ class Estimate:
     peak: float
     decoded: tuple[float, float] = (0.0, 0.0)
     measured: float = 0.0
+    condition_share: float = 0.0
 
     def seconds(self, device: Device, count: int = 1) -> float:
         """On `count` devices, at UTILISATION and BANDWIDTH_SHARE of their peaks, with the work divided evenly."""
@@ -85,9 +87,7 @@ def condition_schedule(node: Node, plan: Plan, inputs: RunInputs, steps: int) ->
     estimator = Estimator(
         plan, inputs, model_shapes(inputs, tuple(roles)), prompt_tokens(inputs, Assumptions()), Assumptions()
     )
-    schedule = estimator.condition_schedule(node, steps)
-    measured, trained = estimator.condition_cost(node, schedule, steps)[2], estimator.stage_flops(node)
-    return schedule, measured / trained if trained else 0.0
+    return estimator.condition_schedule(node, steps), estimator.condition_share(node, steps)
 
 
 def model_shapes(inputs: RunInputs, roles: Sequence[Role] = ROLES) -> dict[Role, Shape]:
@@ -150,7 +150,7 @@ class Estimator:
         completion = self.completion_tokens(recipe.evaluate.sampling)
         eval_tokens = int(evals * completion)
         labels = steps = scored = 0
-        measured = 0.0
+        measured = condition_share = 0.0
         sampled = eval_tokens
         flops = shape.flops(eval_tokens + evals * self.prompt, (completion + self.prompt) / 2)
         decoded = self.decoding(shape, eval_tokens, completion)
@@ -164,6 +164,7 @@ class Estimator:
                 labels = len(self.inputs.pool(node.pool)) if stage.needs_labels else 0
                 steps = self.steps(node)
                 generated, scored, measured = self.measurements(node, steps)
+                condition_share = self.condition_share(node, steps)
                 generated += own if objective.source == "policy" else 0
                 scored += own if node.teacher is not None and "teacher" in objective.signals else 0
                 sampled += generated
@@ -182,6 +183,7 @@ class Estimator:
             peak=persistent / self.assumptions.devices + self.working_bytes(node),
             decoded=decoded,
             measured=measured,
+            condition_share=condition_share,
         )
 
     def shape(self, source: Role | Node) -> Shape:
@@ -211,8 +213,8 @@ class Estimator:
         assert node.settings is not None and node.pool is not None
         stage = node.settings
         if node.kind == "rollouts":
-            prompts = len(self.inputs.prompts(node.pool, stage))
-            return prompts * stage.group_size, prompts
+            rows = self.plan.cached_rollouts(node)
+            return rows, min(rows, len(self.inputs.prompts(node.pool, stage)))
         steps = self.steps(node)
         shared = stage.on_policy and self.assumptions.mean_tokens is not None
         return steps * stage.batch_size, steps * (stage.prompts_per_step if shared else stage.batch_size)
@@ -256,6 +258,14 @@ class Estimator:
             return whole
         cost = self.condition_cost(node, Schedule(1, settings.every), 0)[2]
         return whole.within(settings.max_share * self.stage_flops(node), cost, steps)
+
+    def condition_share(self, node: Node, steps: int) -> float:
+        """FLOPs of measuring condition C2 in a stage of so many steps, as a share of the FLOPs of its training."""
+        measured, trained = (
+            self.condition_cost(node, self.condition_schedule(node, steps), steps)[2],
+            self.stage_flops(node),
+        )
+        return measured / trained if trained else 0.0
 
     def condition_cost(self, node: Node, schedule: Schedule, steps: int) -> tuple[int, int, float]:
         """(tokens sampled, tokens scored by the teacher, FLOPs) of measuring condition C2 in a stage of so many steps."""

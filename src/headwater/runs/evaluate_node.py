@@ -27,11 +27,19 @@ def run_evals(policy: Teacher, node: Node, context: NodeContext, when: str, step
     """Run every evaluation of the recipe; write its graded completions and its ledger row (purpose `eval`).
 
     when  `final`, or `step-000010` for an evaluation between two steps
+
+    Raises StopRequested when asked to stop; evaluations between two steps that are written by then are not repeated.
     """
     folder = context.node_dir(node)
+
+    def between_steps(count: int) -> None:
+        context.progress.check_stop()
+
     for name, held_out in context.inputs.evals.items():
         fault_points.failpoint("evaluation.begun")
-        progress = context.progress.advance_or_stop if when == "final" else None
+        if when != "final" and context.ranks.broadcast(folder.has_kept(folder.evaluation(when, name))):
+            continue
+        progress = context.progress.advance_or_stop if when == "final" else between_steps
         # Every model answers a problem with the same random numbers, which makes paired comparisons less noisy.
         draw = (node.seed, "eval", name)
         rows, spend = context.grade_held_out(node, policy, held_out, "eval", step, draw, progress)

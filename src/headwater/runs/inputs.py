@@ -91,7 +91,8 @@ class RunInputs:
     @read_once("task")
     def grader(self) -> Verifier:
         compute = self.recipe.compute
-        return Verifier(self.task_name, workers=compute.grader_workers, seconds=compute.grader_seconds)
+        workers, seconds = compute.grader_workers, compute.grader_seconds
+        return Verifier(self.task_name, workers=workers, seconds=seconds, sandbox=compute.sandbox)
 
     @property
     def data_fields(self) -> dict[str, Source]:
@@ -234,6 +235,11 @@ class RunInputs:
             prompts -= len(self.pool(pool)) - min(len(self.pools.first_half), len(self.pools.second_half))
         return settings.steps_over(prompts)
 
+    def cached_rollouts(self, pool: Pool, settings: Stage, unknown_steps: bool = False) -> int:
+        """Teacher rollouts that a stage reads from a cache: those of its steps, at most one per prompt of its pool and sample."""
+        whole = len(self.prompts(pool, settings)) * settings.group_size
+        return whole if unknown_steps else min(whole, max(1, self.steps(pool, settings)) * settings.batch_size)
+
     def with_grader(self, wrap: Callable[[Grade], Grade]) -> RunInputs:
         """The same inputs, whose completions are graded by `wrap(grader)`: for ranks that share the grading."""
         evals = {name: (problems, labels.graded_by(wrap)) for name, (problems, labels) in self.evals.items()}
@@ -354,18 +360,14 @@ class RunInputs:
         validation = self.validation
         return {
             "models": self.weights_fingerprint,
+            "reads": self.cached_rollouts,
             "day": self.template_day,
             "grader": None if self.recipe.task is None else grader_code(self.recipe.task),
             "pools": {name: self.pool(name) for name in POOLS},
             "labels": {name: self.labels.only(self.pool(name)).fingerprint() for name in POOLS},
             "unlabeled": self.unlabeled,
-            "validation": None
-            if validation is None
-            else [validation[1].fingerprint(), *(problem.id for problem in validation[0])],
-            "evals": {
-                name: [labels.fingerprint(), *(problem.id for problem in problems)]
-                for name, (problems, labels) in self.evals.items()
-            },
+            "validation": None if validation is None else _graded(*validation),
+            "evals": {name: _graded(*held_out) for name, held_out in self.evals.items()},
         }
 
 
@@ -376,6 +378,10 @@ def _no_labels(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
 def with_labels(loaded: LoadedProblems, grade: Grade) -> tuple[Sequence[Problem], Labels]:
     """A source's problems and labels for all of them."""
     return loaded.problems, Labels(loaded.gold, grade, len(loaded.gold))
+
+
+def _graded(problems: Sequence[Problem], labels: Labels) -> list[str]:
+    return [labels.fingerprint(), *(problem.id for problem in problems)]
 
 
 def leak_row(source: str, leak: Leak, loaded: LoadedProblems) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from headwater.config.stage import Stage
 from headwater.data.labels import Labels
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from headwater.errors import TrainingStoppedError
+from headwater.errors import StopRequested, TrainingStoppedError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
@@ -42,6 +42,7 @@ class NodeProgress:
     advance      (count, metrics of the step)
     should_stop  whether the user asked for a stop
     warn, say    show a warning, a line
+    part         name what is done between steps, such as `measuring C2`; empty when it is over
     """
 
     start: Callable[[int, int, str], None]
@@ -49,12 +50,17 @@ class NodeProgress:
     should_stop: Callable[[], bool]
     warn: Callable[[str], None] = lambda sentence: None
     say: Callable[[str], None] = lambda line: None
+    part: Callable[[str], None] = lambda title: None
 
     def advance_or_stop(self, count: int) -> None:
-        """Advance work that leaves no partial files when interrupted. Raises KeyboardInterrupt when asked to stop."""
+        """Advance work that leaves no partial files when interrupted. Raises StopRequested when asked to stop."""
         self.advance(count, {})
+        self.check_stop()
+
+    def check_stop(self) -> None:
+        """Raise StopRequested when asked to stop."""
         if self.should_stop():
-            raise KeyboardInterrupt
+            raise StopRequested
 
 
 StudyProgress = Callable[[int, float | None], None]

@@ -162,6 +162,7 @@ class Plan:
     arms          arm -> seed -> last node
     names         node -> its name, which is also its folder's
     fingerprints  node -> hash of everything that determines its result
+    reads         stage -> number of its teacher's cached rollouts that it reads
     """
 
     recipe: Recipe
@@ -169,6 +170,7 @@ class Plan:
     arms: Mapping[str, Mapping[int, Node]]
     names: Mapping[Node, str]
     fingerprints: Mapping[Node, str]
+    reads: Mapping[Node, int]
 
     def order(self) -> list[Node]:
         """Every node once in topological order; nodes of equal name are the same work, such as a cache with several readers."""
@@ -178,8 +180,22 @@ class Plan:
         return list(first.values())
 
     def is_done(self, node: Node, folder: RunDir) -> bool:
-        """Whether the folder holds the node, finished and with this plan's fingerprint."""
-        return folder.node(self.names[node]).is_done(self.fingerprints[node])
+        """Whether the folder holds the node, finished and with this plan's fingerprint; a cache with all that is still to be read."""
+        node_dir = folder.node(self.names[node])
+        done = node_dir.is_done(self.fingerprints[node])
+        return done and (node.kind != "rollouts" or node_dir.scored_rollouts >= self.cached_rollouts(node, folder))
+
+    def cached_rollouts(self, cache: Node, unfinished_in: RunDir | None = None) -> int:
+        """Number of rollouts of a cache that the plan's stages read, or those of its stages that a folder does not hold yet."""
+        return max(
+            (
+                count
+                for stage, count in self.reads.items()
+                if stage.cache is not None and self.names[stage.cache] == self.names[cache]
+                if unfinished_in is None or not self.is_done(stage, unfinished_in)
+            ),
+            default=0,
+        )
 
     def unfinished(self, folder: RunDir) -> list[Node]:
         """Nodes in topological order that the folder does not hold yet."""
@@ -201,7 +217,8 @@ def make_plan(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], content
     """Plan arms × seeds, with the evaluations of the base models before them if the recipe has evaluations.
 
     content  what else determines a node's result: `models` (role -> fingerprint of its weights), `day` (role -> the date
-             that its chat template reads, or None), problem ids of each pool and evaluation, and fingerprints of their answers
+             that its chat template reads, or None), problem ids of each pool and evaluation, and fingerprints of their answers;
+             `reads` ((pool, stage) -> `RunInputs.cached_rollouts`)
     """
     roles: list[Role] = ["student"] if recipe.models.teacher is None else ["student", "teacher"]
     lasts: dict[str, dict[int, Node]] = {
@@ -217,7 +234,12 @@ def make_plan(recipe: Recipe, arms: Sequence[str], seeds: Sequence[int], content
                 if node not in fingerprints:
                     fingerprints[node] = fingerprint(node, recipe, content, fingerprints)
     names = {node: f"{node.stage}.s{node.seed}.{digest[:8]}" for node, digest in fingerprints.items()}
-    return Plan(recipe, tuple(seeds), lasts, names, fingerprints)
+    reads = {
+        node: content["reads"](node.pool, node.settings, node.compute is not None)
+        for node in names
+        if node.cache is not None
+    }
+    return Plan(recipe, tuple(seeds), lasts, names, fingerprints, reads)
 
 
 def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: Mapping[Node, str]) -> str:

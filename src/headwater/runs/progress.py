@@ -7,11 +7,12 @@ for each running node, and one when it is finished.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,6 +27,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from headwater.printing import PrintableConsole
 from headwater.runs.node_context import NodeProgress, ProgressDisplay, StudyProgress
 from headwater.training.update import Metrics
 
@@ -64,11 +66,12 @@ class TimeLeft(TimeRemainingColumn):
 
 def progress_display(quiet: bool = False) -> ProgressDisplay:
     """A display on stderr; with `quiet` it shows nothing."""
-    console = Console(stderr=True, quiet=quiet, highlight=False)
+    console = PrintableConsole(stderr=True, quiet=quiet, highlight=False)
     bars = Progress(
         *columns(console.width >= WIDE), console=console, expand=True, transient=True, disable=not console.is_terminal
     )  # in a log it would leave blank lines
     open_tasks: set[TaskID] = set()
+    warned: set[str] = set()
     study_state = ""
     to_log = not console.is_terminal
 
@@ -104,9 +107,19 @@ def progress_display(quiet: bool = False) -> ProgressDisplay:
                 if to_log and line:
                     say(line)
 
-            yield NodeProgress(start, advance, lambda: False, lambda warning: say(f"{head}: warning {warning}"))
+            def part(name: str) -> None:
+                bars.update(task, description=f"{head}: {name}" if name else head)
+
+            yield NodeProgress(start, advance, lambda: False, partial(warn, head), part=part)
         end = f"{head}: {time.perf_counter() - began:.1f} s  {text}{study_state}"
         say(end.rstrip())
+
+    def warn(head: str, warning: str) -> None:
+        """Show a warning once, not again for every seed and every time that it begins anew; `watch` and the report list all."""
+        without_numbers = re.sub(r"\d[\d.]*", "", warning)
+        if without_numbers not in warned:
+            warned.add(without_numbers)
+            say(f"{head}: warning {warning}")
 
     @contextlib.contextmanager
     def task(title: str) -> Iterator[Callable[[str], None]]:

@@ -9,10 +9,10 @@ from headwater.errors import TrainingStoppedError
 from headwater.runs.cache_node import cache_node
 from headwater.runs.evaluate_node import evaluate_node
 from headwater.runs.node_context import NodeContext
-from headwater.runs.plan import Node
+from headwater.runs.plan import Node, Plan
 from headwater.runs.train_node import label_note, train_node
 from headwater.storage import fault_points
-from headwater.storage.run_dir import write_json
+from headwater.storage.run_dir import RunDir, write_json
 from headwater.training.checkpoint import remove_checkpoints
 
 RUNNERS: dict[str, Callable[[Node, NodeContext], dict[str, Any] | None]] = {
@@ -46,11 +46,23 @@ def run_node(node: Node, context: NodeContext) -> None:
     )
     fault_points.failpoint("node.described")
     try:
-        ended = RUNNERS[node.kind](node, context)
+        result = RUNNERS[node.kind](node, context)
     except TrainingStoppedError as error:
         raise TrainingStoppedError(f"{node.stage}, {error}") from None
     fault_points.failpoint("node.worked")
-    folder.finish({"fingerprint": context.plan.fingerprints[node], **({"ended": ended} if ended else {})})
+    folder.finish({"fingerprint": context.plan.fingerprints[node], **(result or {})})
     fault_points.failpoint("node.done")
-    if not context.inputs.recipe.compute.keep_checkpoints:
-        remove_checkpoints(folder)
+    if context.ranks.is_main:
+        remove_unneeded(node, context.plan, context.out)
+
+
+def remove_unneeded(node: Node, plan: Plan, out: RunDir) -> None:
+    """Delete what nothing reads once a node is finished: its checkpoints, and the distributions of a cache read by all its stages.
+
+    `compute.keep_checkpoints` keeps both.
+    """
+    if plan.recipe.compute.keep_checkpoints:
+        return
+    remove_checkpoints(out.node(plan.names[node]))
+    if node.cache is not None and plan.cached_rollouts(node.cache, out) == 0:
+        out.node(plan.names[node.cache]).remove_distributions()

@@ -14,7 +14,7 @@ from headwater.runs.plan import Node, supervisor
 from headwater.sampling.base import requests_for
 from headwater.storage import fault_points
 from headwater.storage.ledger import record
-from headwater.storage.run_dir import append_jsonl
+from headwater.storage.run_dir import append_jsonl, read_jsonl
 from headwater.teachers.build import Teacher
 from headwater.training import conditions
 from headwater.training.conditions import Schedule
@@ -38,17 +38,18 @@ class StageMeasurements:
     policy: Policy
     load_frozen: LoadFrozen
 
-    def after(self, step: int, last: bool) -> Metrics:
-        """Measure the policy after `step` steps; return what joins the step's row of metrics.jsonl."""
+    def condition_c2(self, step: int, last: bool) -> None:
+        """Write a row of conditions.jsonl at the first and the last step and every `conditions.every` steps, unless it is there.
+
+        Raises StopRequested when asked to stop; nothing is written then.
+        """
         if step == 0:
             self._say_what_is_measured()
-        self._condition_c2(step, last)
-        return self._validation(step)
-
-    def _condition_c2(self, step: int, last: bool) -> None:
-        """Write a row of conditions.jsonl at the first and the last step and every `conditions.every` steps."""
-        if not self._schedule.due(step, last):
+        folder = self.context.node_dir(self.node)
+        written = any(row["step"] == step for row in read_jsonl(folder.conditions))
+        if self.context.ranks.broadcast(written) or not self._schedule.due(step, last):
             return
+        self.context.progress.part("measuring C2")
         settings = self.context.inputs.recipe.conditions
         started = time.perf_counter()
         with after_step(step):
@@ -56,9 +57,14 @@ class StageMeasurements:
             student_rollouts = self._sample(self.policy, "student", step)
         microbatch_tokens = self.context.inputs.recipe.compute.microbatch_tokens
         measured = conditions.measure(
-            self.policy, teacher, student_rollouts, teacher_rollouts, settings.top_k, microbatch_tokens
+            self.policy,
+            teacher,
+            student_rollouts,
+            teacher_rollouts,
+            settings.top_k,
+            microbatch_tokens,
+            self.context.progress.check_stop,
         )
-        folder = self.context.node_dir(self.node)
         append_jsonl(
             folder.conditions,
             [{"step": step, **measured, "top_k": settings.top_k, "problems": len(self._problems)}],
@@ -81,9 +87,13 @@ class StageMeasurements:
                 seconds=time.perf_counter() - started,
             ),
         )
+        self.context.progress.part("")
 
-    def _validation(self, step: int) -> Metrics:
-        """Accuracy on `data.validation` at the end of each window of a stage that stops on it; its checks count apart."""
+    def validation(self, step: int) -> Metrics:
+        """Accuracy on `data.validation` at the end of each window of a stage that stops on it, for its row of metrics.jsonl.
+
+        Its checks count apart.
+        """
         until = None if self.node.settings is None else self.node.settings.until
         held_out = self.context.inputs.validation
         if until is None or until.metric != "validation" or held_out is None or step == 0 or step % until.every:
@@ -143,6 +153,9 @@ class StageMeasurements:
     def _sample(self, model: Teacher, *draw: str | int) -> list[Rollout]:
         assert self.node.settings is not None
         requests = requests_for(self._prompts, 1, 0, self.node.seed, "conditions", *draw)
-        rollouts = self.context.sampler(model).sample(requests, self.node.settings.sampling)
+        check_stop = self.context.progress.check_stop
+        rollouts = self.context.sampler(model).sample(
+            requests, self.node.settings.sampling, lambda finished: check_stop()
+        )
         refuse_nan(rollouts)
         return rollouts

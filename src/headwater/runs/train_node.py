@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 from headwater.config.stage import Stage
-from headwater.errors import TrainingStoppedError
+from headwater.errors import StopRequested, TrainingStoppedError
 from headwater.losses.batch import Row
 from headwater.losses.objectives import Objective, objective_of
 from headwater.models.oom import BatchBudget
@@ -40,7 +40,7 @@ from headwater.training.update import make_optimizer
 def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
     """Train a stage, save its model and evaluate it.
 
-    Returns {"step", "of", "why"} for a stage that stopped before its last step.
+    Returns, for DONE, `ended`: {"step", "of", "why"} of a stage that stopped before its last step.
     """
     assert node.settings is not None
     stage, folder = node.settings, context.node_dir(node)
@@ -59,14 +59,15 @@ def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
     run_evals(policy, node, context, "final", step)
     if step == steps or stage.until is None:
         return None
-    return {"step": step, "of": steps, "why": f"plateau of {stage.until.metric}"}
+    return {"ended": {"step": step, "of": steps, "why": f"plateau of {stage.until.metric}"}}
 
 
 def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) -> int:
     """Train the policy from its last checkpoint to the end of the stage; return the number of finished steps.
 
-    Each step is recorded in the order metrics, ledger, rollouts, checkpoint: exact resume depends on it. Whatever stops
-    training, the step is recorded first: its labels were looked at. A step that was not finished leaves no checkpoint.
+    Each step is recorded in the order metrics, ledger, rollouts, condition C2, evaluation, checkpoint: exact resume depends on it.
+    Whatever stops training, the step is recorded first: its labels were looked at. A step that was not finished leaves no
+    checkpoint; one that is resumed is measured first if an interrupt left that out.
 
     Raises TrainingStoppedError when a guard or the loop stops training, KeyboardInterrupt when asked to stop. Both leave a
     checkpoint to resume from.
@@ -97,18 +98,29 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
         raise TrainingStoppedError(f"step {done} of {steps}: {why}")
     if earlier:  # sums over smaller microbatches differ in their last bits, so a resumed stage keeps the size
         microbatch_tokens = min(microbatch_tokens, int(earlier[-1].get("microbatch_tokens", microbatch_tokens)))
-    if done and plateau.reached(done):
-        return done
-    if not done:
-        measurements.after(0, last=steps == 0)
 
+    def measure(step: int) -> bool:
+        """Measure what is due after a step and not written yet; whether the step is the last."""
+        last = step == steps or plateau.reached(step)
+        measurements.condition_c2(step, last=step == steps)
+        if stage.eval_every and step and step % stage.eval_every == 0 and not last:
+            run_evals(policy, node, context, f"step-{step:06d}", step)
+            fault_points.failpoint("step.evaluated")
+        return last
+
+    marks = logs.marks()
+    ended = measure(done)
+    if done and logs.marks() != marks:  # an interrupt had left it out: the checkpoint refers to it as any other does
+        save_checkpoint(folder, done, policy.model, optimizer, logs, policy.ranks)
+    if ended and done:
+        return done
     for result in train_steps(policy, optimizer, source, objective, stage, range(done, steps), microbatch_tokens):
         step = result.step
         row, stopped = result.metrics, result.stopped
         error = None if stopped is None else TrainingStoppedError(f"step {step} of {steps}: {stopped}")
         if error is None:
             try:
-                row = {**row, **measurements.after(step, last=step == steps)}
+                row = {**row, **measurements.validation(step)}
             except TrainingStoppedError as measuring:
                 error = measuring
         append_jsonl(folder.metrics, [row])
@@ -122,12 +134,13 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
             raise error
         no_signal_stop, guard_stop = no_signal.check(row), guards.check(row)
         why = no_signal_stop or guard_stop
-        last = step == steps or plateau.reached(step)
-        if stage.eval_every and step % stage.eval_every == 0 and not last:
-            run_evals(policy, node, context, f"step-{step:06d}", step)
-            fault_points.failpoint("step.evaluated")
+        last = stop = False
+        try:
+            last = measure(step)
+        except StopRequested:  # measured when the stage is resumed
+            stop = True
         fault_points.failpoint("step.ended")
-        stop = progress.should_stop()
+        stop = stop or progress.should_stop()
         if last or stop or why or (stage.checkpoint_every and step % stage.checkpoint_every == 0):
             save_checkpoint(folder, step, policy.model, optimizer, logs, policy.ranks)
         if why:
@@ -149,7 +162,8 @@ def rollout_source(
         assert node.cache is not None
         folder = context.node_dir(node.cache)
         folder.refuse_damage(f"{folder.cache.name}/")
-        return CachedRollouts(read_cache(folder.cache), stage, node.seed, policy.ranks)
+        prompts = inputs.prompts(node.pool, stage)
+        return CachedRollouts(read_cache(folder.cache), prompts, stage, node.seed, policy.ranks)
     reference = context.reference(node, policy) if uses_reference(node, objective) else None
     teacher = stage_teacher(node, policy, reference, load_frozen) if "teacher" in objective.signals else None
     prompter = context.prompter(policy)

@@ -20,6 +20,21 @@ class Request:
     prompt_ids: tuple[int, ...]
     rng_key: tuple[str | int, ...]
 
+    def rollout(
+        self, ids: tuple[int, ...], logp: tuple[float, ...], stopped: bool, policy: Policy, sampling: Sampling
+    ) -> Rollout:
+        """The rollout of these tokens. `stopped` says whether they end with a stop id."""
+        return Rollout(
+            problem_id=self.problem_id,
+            sample=self.sample,
+            prompt_ids=self.prompt_ids,
+            completion_ids=ids,
+            sampler_logp=logp,
+            finish="stop" if stopped else "length",
+            sampler=policy.fingerprint,
+            temperature=sampling.temperature,
+        )
+
 
 OnFinished = Callable[[Sequence[Rollout]], None]
 

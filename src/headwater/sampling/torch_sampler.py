@@ -15,7 +15,7 @@ from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.models.training_mode import at_inference
 from headwater.sampling.base import OnFinished, Request, Sampler, SamplerFactory
-from headwater.sampling.continuous_batch import ContinuousBatch, FinishedSequence
+from headwater.sampling.continuous_batch import ContinuousBatch
 from headwater.sampling.decoder import decoder_for
 from headwater.sampling.token_draws import draw_tokens
 from headwater.types import Rollout
@@ -84,8 +84,10 @@ class TorchSampler:
                 finished_rows = batch.finished_rows()
                 if len(finished_rows):
                     finished = {
-                        sequence.request: self._rollout(requests[sequence.request], sequence, sampling)
-                        for sequence in batch.sequences(finished_rows)
+                        done.request: requests[done.request].rollout(
+                            done.ids, done.logp, done.stopped, self.policy, sampling
+                        )
+                        for done in batch.sequences(finished_rows)
                     }
                     rollouts.update(finished)
                     if on_finished is not None:
@@ -94,18 +96,6 @@ class TorchSampler:
                 elif on_finished is not None and step % STOP_EVERY == 0:
                     on_finished([])
         return [rollouts[index] for index in range(len(requests))]
-
-    def _rollout(self, request: Request, sequence: FinishedSequence, sampling: Sampling) -> Rollout:
-        return Rollout(
-            problem_id=request.problem_id,
-            sample=request.sample,
-            prompt_ids=request.prompt_ids,
-            completion_ids=sequence.ids,
-            sampler_logp=sequence.logp,
-            finish="stop" if sequence.stopped else "length",
-            sampler=self.policy.fingerprint,
-            temperature=sampling.temperature,
-        )
 
 
 def stop_mask(policy: Policy) -> Tensor:

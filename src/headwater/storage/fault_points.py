@@ -82,6 +82,7 @@ POINTS = {
     "cache.scored": "some of them are scored",
     "cache.written": "the teacher's distributions are written to the temporary folder",
     "cache.saved": "the cache is in its place, its cost not written",
+    "cache.released": "its last reader is done; DONE lists no distributions, which are about to be removed",
 }
 """Name of each failpoint, in the order of a run -> what has happened when it is reached."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,12 +57,5 @@ class Totals:
 def totals(rows: Iterable[dict[str, Any]], purpose: Purpose = "train") -> Totals:
     """Add up the rows of one purpose: labels used for training and for evaluation are never mixed."""
     chosen = [row for row in rows if row["purpose"] == purpose]
-    return Totals(
-        distinct=len({label for row in chosen for label in row["labels"]}),
-        checks=sum(row["checks"] for row in chosen),
-        tokens_sampled=sum(row["tokens_sampled"] for row in chosen),
-        tokens_trained=sum(row["tokens_trained"] for row in chosen),
-        tokens_teacher_scored=sum(row["tokens_teacher_scored"] for row in chosen),
-        flops=sum(row["flops"] for row in chosen),
-        seconds=sum(row["seconds"] for row in chosen),
-    )
+    sums = {field.name: sum(row[field.name] for row in chosen) for field in fields(Totals) if field.name != "distinct"}
+    return Totals(distinct=len({label for row in chosen for label in row["labels"]}), **sums)

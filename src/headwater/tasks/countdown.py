@@ -7,13 +7,12 @@ target; a short one is `50-46+24`. The answer is the last attempt up to its firs
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from dataclasses import dataclass
 from itertools import product
 
-from headwater.tasks.sums import POOLS
+from headwater.tasks import pools
 
 LONGEST_ANSWER = 128  # characters of a completion that the grader reads
 MAX_NUMBERS = 12  # in a gold answer; all combinations of signs are tried to solve it
@@ -50,9 +49,7 @@ DIALS = CountdownDials()  # what the pocket models are trained on
 
 def pool_of(problem: str) -> str:
     """Pool of a problem, from a hash of its numbers without the target: no two pools share a set of numbers."""
-    numbers = problem.rpartition("=")[0]
-    byte = hashlib.sha256(b"headwater-countdown:" + numbers.encode()).digest()[0]
-    return next(name for name, (low, high) in POOLS.items() if low <= byte < high)
+    return pools.pool_of("countdown", problem.rpartition("=")[0])
 
 
 def parse_problem(problem: str) -> tuple[list[int], int] | None:
@@ -64,49 +61,10 @@ def parse_problem(problem: str) -> tuple[list[int], int] | None:
     return ([int(number) for number in match[1].split(",")], int(match[2])) if match else None
 
 
-def attempts(problem: str, dials: CountdownDials = DIALS) -> list[str]:
-    """Attempts of a worked solution with their steps: signs from all + to all − until the target is reached.
-
-    Example: `attempts("50,46,24=72")` is `["50+46+24=96+24=120", "50+46-24=96-24=72"]`.
-    """
-    parsed = parse_problem(problem)
-    if parsed is None:
-        raise ValueError(f"countdown: {problem!r:.80} is no problem such as 50,46,24=28")
-    numbers, target = parsed
-    lines: list[str] = []
-    for signs in product((1, -1), repeat=len(numbers) - 1):
-        terms = [numbers[0], *(sign * number for sign, number in zip(signs, numbers[1:], strict=True))]
-        steps = [[sum(terms[:done]), *terms[done:]] for done in range(1, len(terms) + 1)]
-        lines.append("=".join(format_terms(step, dials.width) for step in steps))
-        if sum(terms) == target:
-            return lines
-    raise ValueError(f"countdown: {problem} has no solution that begins with +{numbers[0]}")
-
-
 def format_terms(terms: list[int], width: int) -> str:
     """Write signed terms, zero-padded. Example: `format_terms([50, -6], 2)` is `"50-06"`."""
     signed = [f"{'-' if term < 0 else '+'}{abs(term):0{width}d}" for term in terms]
     return "".join(signed).removeprefix("+")
-
-
-def worked(problem: str, dials: CountdownDials = DIALS) -> str:
-    """Worked solution, all attempts until the target is reached: `50,46,24=72` -> `50+46+24=96+24=120;50+46-24=96-24=72`."""
-    return ";".join(attempts(problem, dials))
-
-
-def short(problem: str, dials: CountdownDials = DIALS) -> str:
-    """Short solution, the successful attempt alone: `50,46,24=72` -> `50+46-24`."""
-    return attempts(problem, dials)[-1].partition("=")[0]
-
-
-def is_worked(completion: str) -> bool:
-    """Whether a completion shows attempts or steps. Used for statistics of samples, never for grading."""
-    return "=" in completion or ";" in completion
-
-
-def about(dials: CountdownDials = DIALS) -> str:
-    """Describe the task for a model card."""
-    return f"Countdown with + and − on {dials.numbers} numbers up to {dials.largest}"
 
 
 def generate(n: int, pool: str, seed: int, dials: CountdownDials = DIALS) -> list[tuple[str, str]]:
@@ -116,10 +74,7 @@ def generate(n: int, pool: str, seed: int, dials: CountdownDials = DIALS) -> lis
     Raises ValueError for an unknown pool, or when the pool runs out of problems at this difficulty.
     Example: generate(1, "eval", 0) -> [("50,46,24=28", "50,46,24=28")]
     """
-    if pool not in POOLS:
-        raise ValueError(f"countdown: no pool {pool!r}; the pools are {', '.join(POOLS)}")
-    if n < 0:
-        raise ValueError(f"countdown: cannot generate {n} problems")
+    pools.check_request("countdown", n, pool)
     # Python guarantees the same sequence across versions for random() only, so nothing else is drawn from.
     draw = random.Random(f"countdown:{pool}:{seed}").random
     problems: dict[str, None] = {}

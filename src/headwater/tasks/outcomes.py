@@ -15,7 +15,7 @@ Outcome = Literal["right", "cut", "no_answer", "ungraded", "wrong"]
 
 NO_ANSWER = ("no_answer", "truncated")
 """Reasons of a grader that found no answer; `truncated` is a box, block or object that is not closed."""
-UNGRADED = ("timeout", "memory", "error")
+UNGRADED = ("timeout", "memory", "error", "unsupported")
 """Reasons of a grader that came to no result."""
 
 DESCRIPTIONS: Mapping[Outcome, str] = {

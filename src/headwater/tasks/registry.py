@@ -17,6 +17,7 @@ from headwater.tasks import (
     numeric,
     python_tests,
     regex,
+    sandbox,
     sums,
     word_problems,
 )
@@ -62,6 +63,7 @@ class Task:
     as_completion  a completion that contains the gold answer, for `validate`; its result is None if none is known
     blank          a wrong completion, which `validate` grades instead; the reason "error" means that the gold is unusable
     gold           conversion of a data cell to a gold answer; None: the formats of mathematics data sets
+    refusal        why this machine cannot confine the programs that it runs; its result is None if it can
     warm_up        a pair to grade at worker start, so that imports do not count against the first answer's time
     generator      problem generator (`generate` in a recipe); None if the task has none
     file           source file of a user's grader; None for built-in tasks
@@ -77,6 +79,7 @@ class Task:
     as_completion: Callable[[str], str | None] = str
     blank: str = "-"
     gold: Callable[[Any], str | None] | None = None
+    refusal: Callable[[], str | None] | None = None
     warm_up: tuple[str, str] | None = None
     generator: Generator | None = None
     one_answer: bool = True
@@ -151,6 +154,7 @@ TASKS: dict[str, Task] = {
         as_completion=python_tests.as_completion,
         blank=python_tests.BLANK,
         gold=cell_as_is,
+        refusal=sandbox.refusal,
         warm_up=python_tests.WARM_UP,
         one_answer=False,
     ),

@@ -169,4 +169,18 @@ def _outcome(report: bytes, timed_out: bool, statuses: list[int]) -> Outcome:
 @cache
 def layers() -> tuple[str, ...]:
     """Restrictions that this machine supports, found by a trial run. Example: `("seccomp", "private root", …, "limits")`."""
-    return run("", "pass").layers
+    try:
+        return run("", "pass").layers
+    except (OSError, ValueError):  # the server does not start
+        return ()
+
+
+def refusal() -> str | None:
+    """Why this machine cannot confine a program: it has no system-call filter. None if it can."""
+    if "seccomp" in layers():
+        return None
+    present = ", ".join(layers()) or "none"
+    return (
+        f"this machine cannot confine programs by seccomp (its protections: {present}); grade on Linux with x86-64 or ARM64, or accept "
+        "the risk with compute.sandbox=optional in a recipe"
+    )

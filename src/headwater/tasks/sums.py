@@ -6,17 +6,11 @@ A worked solution (`17+45=62+82=44+03=47`) shows the running sum after each term
 
 from __future__ import annotations
 
-import hashlib
 import random
 from dataclasses import dataclass
 
-# Each pool is a range of the first hash byte. Pretraining uses the most problems, so it gets half of the range.
-POOLS: dict[str, tuple[int, int]] = {
-    "pretrain": (0, 128),
-    "train": (128, 176),
-    "unlabelled": (176, 224),
-    "eval": (224, 256),
-}
+from headwater.tasks.pools import check_request, pool_of
+
 LONGEST_ANSWER = 32  # characters; enough for any modulus, and bounds what the grader copies
 
 
@@ -48,43 +42,6 @@ class SumsDials:
 DIALS = SumsDials()  # what the pocket models are trained on
 
 
-def pool_of(problem: str) -> str:
-    """Pool of a problem, from a hash of its text alone: pools stay disjoint for all seeds and difficulties."""
-    byte = hashlib.sha256(b"headwater-sums:" + problem.encode()).digest()[0]
-    return next(name for name, (low, high) in POOLS.items() if low <= byte < high)
-
-
-def running_sums(problem: str, dials: SumsDials = DIALS) -> list[str]:
-    """Zero-padded running sum after each term: `17+45+82` -> ['17', '62', '44']."""
-    sums: list[str] = []
-    total = 0
-    for term in problem.split("+"):
-        total = (total + int(term)) % dials.modulus
-        sums.append(str(total).zfill(dials.width))
-    return sums
-
-
-def worked(problem: str, dials: SumsDials = DIALS) -> str:
-    """Worked solution: `17+45+82+03` -> `17+45=62+82=44+03=47`."""
-    terms, sums = problem.split("+"), running_sums(problem, dials)
-    return terms[0] + "".join(f"+{term}={total}" for term, total in zip(terms[1:], sums[1:], strict=True))
-
-
-def short(problem: str, dials: SumsDials = DIALS) -> str:
-    """Short solution: `17+45+82+03` -> `=47`."""
-    return "=" + running_sums(problem, dials)[-1]
-
-
-def is_worked(completion: str) -> bool:
-    """Whether a completion shows steps before its answer. Used for statistics of samples, never for grading."""
-    return not completion.lstrip().startswith("=")
-
-
-def about(dials: SumsDials = DIALS) -> str:
-    """Describe the task for a model card."""
-    return f"chained sums mod {dials.modulus} of {dials.min_terms} to {dials.max_terms} terms"
-
-
 def generate(n: int, pool: str, seed: int, dials: SumsDials = DIALS) -> list[tuple[str, str]]:
     """Generate n distinct (problem, answer) pairs from one pool. The first k pairs do not depend on n.
 
@@ -92,10 +49,7 @@ def generate(n: int, pool: str, seed: int, dials: SumsDials = DIALS) -> list[tup
     Raises ValueError for an unknown pool, or one with fewer than n problems at this difficulty.
     Example: generate(1, "eval", 0) -> [("17+45+82+03", "47")]
     """
-    if pool not in POOLS:
-        raise ValueError(f"sums: no pool {pool!r}; the pools are {', '.join(POOLS)}")
-    if n < 0:
-        raise ValueError(f"sums: cannot generate {n} problems")
+    check_request("sums", n, pool)
     _check_pool_size(n, pool, dials)
     # Python guarantees the same sequence across versions for random() only, so nothing else is drawn from.
     draw = random.Random(f"sums:{pool}:{seed}").random
@@ -105,7 +59,7 @@ def generate(n: int, pool: str, seed: int, dials: SumsDials = DIALS) -> list[tup
         count = dials.min_terms + int(draw() * (dials.max_terms - dials.min_terms + 1))
         terms = [int(draw() * dials.modulus) for _ in range(count)]
         problem = "+".join(str(term).zfill(dials.width) for term in terms)
-        if problem not in seen and pool_of(problem) == pool:
+        if problem not in seen and pool_of("sums", problem) == pool:
             seen.add(problem)
             pairs.append((problem, str(sum(terms) % dials.modulus).zfill(dials.width)))
     return pairs
@@ -123,7 +77,7 @@ def _check_pool_size(n: int, pool: str, dials: SumsDials) -> None:
     for count in range(dials.min_terms, dials.max_terms + 1):
         for index in range(dials.modulus**count):
             digits = [index // dials.modulus**place % dials.modulus for place in range(count)]
-            available += pool_of("+".join(str(digit).zfill(dials.width) for digit in digits)) == pool
+            available += pool_of("sums", "+".join(str(digit).zfill(dials.width) for digit in digits)) == pool
     if available < n:
         raise ValueError(
             f"sums: pool {pool!r} has {available} problems with modulus {dials.modulus} and {dials.min_terms} to "

@@ -20,8 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from headwater.errors import UserError
 from headwater.tasks.registry import NO_VERDICT, Task, find_task
@@ -47,18 +46,28 @@ class Verifier:
     beyond what the worker uses when it is ready. Use it as a context manager, or call `close`; workers also exit when
     their parent is gone.
 
-    Raises UserError for an unknown task.
+    `sandbox="optional"` grades a task also on a machine that cannot confine its programs.
+
+    Raises UserError for an unknown task, and on use for one whose programs this machine cannot confine.
 
     Example:
         with Verifier("maths") as verifier:
             verifier([("1/2", r"\\boxed{0.5}")])  # [Verdict(correct=True, reason="equal", seconds=…)]
     """
 
-    def __init__(self, task_name: str, workers: int = 2, seconds: float = 2.0, memory_mb: int = 1024) -> None:
+    def __init__(
+        self,
+        task_name: str,
+        workers: int = 2,
+        seconds: float = 2.0,
+        memory_mb: int = 1024,
+        sandbox: Literal["required", "optional"] = "required",
+    ) -> None:
         self.task: Task = find_task(task_name)
         self.workers = workers
         self.seconds = seconds
         self.memory_mb = memory_mb
+        self.sandbox = sandbox
         self._cache: dict[bytes, Verdict] = {}
         self._pool: list[_Worker] = []
         self._owner_pid = os.getpid()
@@ -67,9 +76,7 @@ class Verifier:
     def __enter__(self) -> Verifier:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -142,6 +149,9 @@ class Verifier:
     def _grade_in_workers(self, pairs: list[Pair]) -> list[Verdict]:
         if self._owner_pid != os.getpid():  # after a fork the pipes belong to the parent
             self._pool, self._owner_pid = [], os.getpid()
+        refusal = self.task.refusal() if self.task.refusal and self.sandbox == "required" else None
+        if refusal is not None:
+            raise UserError(f"task {self.task.name}: {refusal}")
         verdicts: dict[int, Verdict] = {}
         queue, crashed = deque(range(len(pairs))), set[int]()
         try:

@@ -7,15 +7,13 @@ solution has one sentence per operation, a short one none. Both end in "The answ
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
-from headwater.tasks.sums import POOLS
-from headwater.tasks.word_problems_text import NAMES, SCENES, Scene, answer_sentence, write_problem, write_solution
+from headwater.tasks.pools import check_request, pool_of
+from headwater.tasks.word_problems_text import NAMES, SCENES, Scene, write_problem
 from headwater.tasks.word_problems_world import (  # fmt: skip
     Draw,
     Quantity,
@@ -60,22 +58,15 @@ DIALS = WordsDials()  # what the desk models are trained on
 
 @dataclass(frozen=True, slots=True)
 class WordProblem:
-    """A problem with both solutions and the DAG behind it.
+    """A problem, the DAG behind it and the words that it is told in.
 
     Example: `next(problems("eval", 0))`
     """
 
     text: str
-    worked: str
-    short: str
     gold: str
     world: World
-
-
-def pool_of(text: str) -> str:
-    """Pool of a problem, from a hash of its text alone: pools stay disjoint for all seeds and difficulties."""
-    byte = hashlib.sha256(b"headwater-words:" + text.encode()).digest()[0]
-    return next(name for name, (low, high) in POOLS.items() if low <= byte < high)
+    scene: Scene
 
 
 def problems(pool: str, seed: int | str, dials: WordsDials = DIALS) -> Iterator[WordProblem]:
@@ -84,8 +75,7 @@ def problems(pool: str, seed: int | str, dials: WordsDials = DIALS) -> Iterator[
     The numbers of operations and of distractors are uniform over their ranges.
     Raises ValueError for an unknown pool.
     """
-    if pool not in POOLS:
-        raise ValueError(f"words: no pool {pool!r}; the pools are {', '.join(POOLS)}")
+    check_request("words", 0, pool)
     # Python guarantees the same sequence across versions for random() only, so nothing else is drawn from.
     draw = random.Random(f"words:{pool}:{seed}").random
     while True:
@@ -93,7 +83,7 @@ def problems(pool: str, seed: int | str, dials: WordsDials = DIALS) -> Iterator[
         people = 1 + max(int(step.quantity.owner[1:-1]) for step in draft.world.steps)
         for _ in range(MAX_RENAMES):  # new names make a new problem, far faster than a new DAG
             names = sample(draw, NAMES, people)
-            if pool_of(draft.text.format(*names)) == pool:
+            if pool_of("words", draft.text.format(*names)) == pool:
                 yield fill_names(draft, names)
                 break
 
@@ -108,9 +98,7 @@ def draft_problem(draw: Draw, dials: WordsDials) -> WordProblem:
         quantities = draw_quantities(draw, scene, 2 * ops + 4 + distractors)
         world = generate_world(draw, quantities, ops, distractors, dials.largest)
     world = shuffle_steps(draw, world)
-    value = world.question.value
-    text = write_problem(world, scene, draw)
-    return WordProblem(text, write_solution(world, scene), answer_sentence(value), str(value), world)
+    return WordProblem(write_problem(world, scene, draw), str(world.question.value), world, scene)
 
 
 def draw_quantities(draw: Draw, scene: Scene, count: int) -> list[Quantity]:
@@ -134,7 +122,7 @@ def fill_names(draft: WordProblem, names: Sequence[str]) -> WordProblem:
         return replace(step, quantity=Quantity(step.quantity.owner.format(*names), step.quantity.thing))
 
     world = World(tuple(map(fill, draft.world.steps)), fill(draft.world.question))
-    return replace(draft, text=draft.text.format(*names), worked=draft.worked.format(*names), world=world)
+    return replace(draft, text=draft.text.format(*names), world=world)
 
 
 def generate(n: int, pool: str, seed: int, dials: WordsDials = DIALS) -> list[tuple[str, str]]:
@@ -142,28 +130,13 @@ def generate(n: int, pool: str, seed: int, dials: WordsDials = DIALS) -> list[tu
 
     Raises ValueError for an unknown pool.
     """
-    if n < 0:
-        raise ValueError(f"words: cannot generate {n} problems")
+    check_request("words", n, pool)
     pairs: dict[str, str] = {}
     source = problems(pool, seed, dials)
     while len(pairs) < n:
         problem = next(source)
         pairs.setdefault(problem.text, problem.gold)
     return list(pairs.items())
-
-
-def solutions(
-    n: int, pool: str, seed: int | str, worked_share: float, dials: WordsDials = DIALS
-) -> list[tuple[str, str]]:
-    """n (problem, completion) training pairs, each worked with probability `worked_share` and short otherwise."""
-    draw = random.Random(f"words:{pool}:{seed}:forms").random
-    drafts = islice(problems(pool, seed, dials), n)
-    return [(problem.text, problem.worked if draw() < worked_share else problem.short) for problem in drafts]
-
-
-def is_worked(completion: str) -> bool:
-    """Whether a completion shows steps before its answer. Used for statistics of samples, never for grading."""
-    return not completion.lstrip().startswith(ANSWER_PREFIXES)
 
 
 def extract(completion: str) -> str | None:

@@ -1,4 +1,4 @@
-"""English text of word problems: word lists, and several sentence templates per relation and question.
+"""English text of word problems: word lists, and several sentence templates for each relation and question.
 
 Sentences name every owner and thing and use no pronouns, so they are unambiguous. The order of names gives nothing away:
 "Mia picked 5 fewer apples than Tom" may define Tom's number.
@@ -56,192 +56,136 @@ SCENES = (
     Scene("ran", "run", "races", ("miles", "kilometers", "laps"), shareable=False),
 )
 
+# In the templates x is the quantity that a step defines or that is asked for first, y and z are those that it refers to, and nx, ny and
+# nz are "number of … that …". `xy` is what x is compared with: only what differs from x.
+_SUM, _BALANCE = "The {nx} was the sum of the {ny} and the {nz}.", "The {nx} was the {ny} minus the {nz}."
+_GAP = "By how much was the {nx} larger than the {ny}?"
+# Of two parts that make a whole together; their place is given by the relation.
+_TOGETHER = {
+    "same thing": (
+        "{whole.owner} {did} as many {whole.thing} as {part.owner} and {z.owner} together.",
+        "Together, {part.owner} and {z.owner} {did} as many {whole.thing} as {whole.owner}.",
+    ),
+    "same owner": (
+        "{whole.owner} {did} as many {whole.thing} as {part.owner} {did} {part.thing} and {z.thing} together.",
+        "Together, the {part.thing} and {z.thing} that {part.owner} {did} were as many as the {whole.thing} that {whole.owner} {did}.",
+    ),
+    "neither": (),
+}
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "given": ("{x.owner} {did} {left} {x.thing}.", "In all, {x.owner} {did} {left} {x.thing}.", "The {nx} was {left}."),
+    "groups": (
+        "{x.owner} {did} {left} {groups} of {right} {x.thing} each.",
+        "{x.owner} {did} {left} {groups} with {right} {x.thing} in each of them.",
+        "There were {right} {x.thing} in each of the {left} {groups} that {x.owner} {did}.",
+    ),
+    "more": (
+        "{x.owner} {did} {right} more {x.thing} than {xy}.",
+        "{y.owner} {did} {right} fewer {y.thing} than {yx}.",
+        "The {nx} was {right} more than the {ny}.",
+    ),
+    "fewer": (
+        "{x.owner} {did} {right} fewer {x.thing} than {xy}.",
+        "{y.owner} {did} {right} more {y.thing} than {yx}.",
+        "The {nx} was {right} less than the {ny}.",
+    ),
+    "times": (
+        "{x.owner} {did} {times} as many {x.thing} as {xy}.",
+        "{y.owner} {did} {fraction} as many {y.thing} as {yx}.",
+        "The {nx} was {times} the {ny}.",
+    ),
+    "part": (
+        "{x.owner} {did} {fraction} as many {x.thing} as {xy}.",
+        "{y.owner} {did} {times} as many {y.thing} as {yx}.",
+        "The {nx} was {fraction_of} the {ny}.",
+    ),
+    **{f"sum, {case}": (*ways, _SUM) for case, ways in _TOGETHER.items()},
+    **{f"balance, {case}": (*ways, _BALANCE) for case, ways in _TOGETHER.items()},
+    "rest, same thing": (
+        "Together, {x.owner} and {y.owner} {did} {left} {x.thing}.",
+        "{y.owner} and {x.owner} {did} {left} {x.thing} between them.",
+        "{y.owner} and {x.owner} together {did} {left} {x.thing}.",
+    ),
+    "rest, same owner": (
+        "{x.owner} {did} {left} {x.thing} and {y.thing} together.",
+        "In all, {x.owner} {did} {left} {y.thing} and {x.thing}.",
+    ),
+    "rest, neither": ("The sum of the {ny} and the {nx} was {left}.",),
+    "plain": ("How many {x.thing} did {x.owner} {do}?", "What was the {nx}?", "Find the {nx}."),
+    "price": (
+        "For each {single} that {x.owner} {did}, {x.owner} got {right} {unit}. How many {unit} did {x.owner} get in all?",
+        "Each {single} that {x.owner} {did} was worth {right} {unit}. "
+        "How many {unit} were the {x.thing} that {x.owner} {did} worth together?",
+    ),
+    "share": (
+        "The {x.thing} that {x.owner} {did} were put into {right} equal piles. How many {x.thing} were in each pile?",
+        "The {x.thing} that {x.owner} {did} were shared equally by {right} people. How many {x.thing} did each of them get?",
+    ),
+    "share, not shareable": (
+        "{x.owner} {did} the {x.thing} over {right} days, the same number on each day. "
+        "How many {x.thing} did {x.owner} {do} on each day?",
+    ),
+    "total, same thing": (
+        "How many {x.thing} did {x.owner} and {y.owner} {do} together?",
+        "What was the total number of {x.thing} that {y.owner} and {x.owner} {did}?",
+    ),
+    "total, same owner": ("How many {x.thing} and {y.thing} did {x.owner} {do} in all?",),
+    "total, neither": ("What was the sum of the {nx} and the {ny}?",),
+    "gap, same thing": (
+        _GAP,
+        "How many more {x.thing} did {x.owner} {do} than {y.owner}?",
+        "How many fewer {x.thing} did {y.owner} {do} than {x.owner}?",
+    ),
+    "gap, same owner": (_GAP, "How many more {x.thing} than {y.thing} did {x.owner} {do}?"),
+    "gap, neither": (_GAP,),
+}
+"""Relation, and what its quantities share where the sentence depends on it -> phrasings."""
+
 
 def write_problem(world: World, scene: Scene, draw: Draw) -> str:
     """Problem text: one sentence per step, in order, then the question."""
-    sentences = [step_sentence(step, world.steps, scene, draw) for step in world.steps]
-    return " ".join([*sentences, question_sentence(world, scene, draw)])
+    sentences = []
+    for step in (*world.steps, world.question):
+        named = [world.steps[parent].quantity for parent in step.dependencies]
+        quantities = named if step is world.question else [step.quantity, *named]
+        sentences.append(write_sentence(step, quantities, scene, draw))
+    return " ".join(sentences)
 
 
-def write_solution(world: World, scene: Scene) -> str:
-    """Worked solution: one sentence per operation on the path to the answer, then the answer.
-
-    Example: `"Mia picked 3*4=12 apples. Tom picked 12+5=17 apples. Together that is 12+17=29. The answer is 29."`
-    """
-    steps = [world.steps[index] for index in world.needed]
-    sentences = [
-        f"{step.quantity.owner} {scene.did} {step.expression}={step.value} {step.quantity.thing}."
-        for step in steps
-        if step.sign
-    ]
-    question = world.question
-    if question.sign:
-        subject = {"total": "Together that is", "gap": "The difference is", "price": "That is", "share": "Each part is"}
-        sentences.append(f"{subject[question.relation]} {question.expression}={question.value}.")
-    return " ".join([*sentences, answer_sentence(question.value)])
-
-
-def answer_sentence(value: int) -> str:
-    return f"The answer is {value}."
-
-
-def step_sentence(step: Step, steps: Sequence[Step], scene: Scene, draw: Draw) -> str:
-    """A random phrasing of a step."""
-    new, did = step.quantity, scene.did
-    operands = [steps[parent].quantity for parent in step.dependencies]
-    literal = step.right if step.parents[1] is None else step.left  # the operand that the text states
-    this = f"The number of {new.thing} that {new.owner} {did} was"
-    if step.relation == "given":
-        ways = [f"{new.owner} {did} {step.left} {new.thing}.", f"In all, {new.owner} {did} {step.left} {new.thing}."]
-        return choice(draw, [*ways, f"{this} {step.left}."])
-    if step.relation == "groups":
-        many, groups, each = step.left, scene.groups, f"{step.right} {new.thing}"
-        return choice(
-            draw,
-            [
-                f"{new.owner} {did} {many} {groups} of {each} each.",
-                f"{new.owner} {did} {many} {groups} with {each} in each of them.",
-                f"There were {each} in each of the {many} {groups} that {new.owner} {did}.",
-            ],
-        )
-    if step.relation in ("sum", "balance"):
-        return choice(draw, sum_sentences(step.relation, new, operands[0], operands[1], scene))
-    (old,) = operands
-    that = number_of(old, did)
-    if step.relation == "rest":
-        return choice(draw, together_sentences(new, old, literal, scene))
-    if step.relation in ("more", "fewer"):
-        word, inverse = ("more", "fewer") if step.relation == "more" else ("fewer", "more")
-        ways = [
-            f"{more_than(new, f'{literal} {word}', old, did)}.",
-            f"{more_than(old, f'{literal} {inverse}', new, did)}.",
-        ]
-        return choice(draw, [*ways, f"{this} {literal} {'more' if word == 'more' else 'less'} than {that}."])
-    times, part = "twice" if literal == 2 else f"{literal} times", PARTS[literal]
-    word, inverse = (times, part) if step.relation == "times" else (part, times)
-    of = word if word in ("half", times) else f"{word} of"
-    return choice(
-        draw,
-        [f"{times_as_many(new, word, old, did)}.", f"{times_as_many(old, inverse, new, did)}.", f"{this} {of} {that}."],
+def write_sentence(step: Step, quantities: Sequence[Quantity], scene: Scene, draw: Draw) -> str:
+    """A random phrasing of a step or question about these quantities, that of the step itself first."""
+    x, y, z = [*quantities, quantities[-1], quantities[-1]][:3]
+    whole, part = (y, x) if step.relation == "balance" else (x, y)  # the sum of part and z is the whole
+    first = part if len(quantities) > 2 else x
+    case = "same thing" if len({quantity.thing for quantity in quantities}) == 1 else "neither"
+    if case == "neither" and first.owner == z.owner:
+        case = "same owner"
+    if step.relation == "share" and not scene.shareable:
+        case = "not shareable"
+    fraction, times = PARTS.get(step.right, ""), "twice" if step.right == 2 else f"{step.right} times"
+    named = {"x": x, "y": y, "z": z, "whole": whole, "part": part}
+    unit = choice(draw, UNITS) if step.relation == "price" else ""
+    ways = TEMPLATES.get(f"{step.relation}, {case}") or TEMPLATES[step.relation]
+    return choice(draw, ways).format(
+        **named,
+        **{f"n{name}": f"number of {named[name].thing} that {named[name].owner} {scene.did}" for name in "xyz"},
+        xy=_beside(x, y, scene),
+        yx=_beside(y, x, scene),
+        left=step.left,
+        right=step.right,
+        times=times,
+        fraction=fraction,
+        fraction_of=fraction if fraction == "half" else f"{fraction} of",
+        did=scene.did,
+        do=scene.do,
+        groups=scene.groups,
+        single=x.thing[:-1],
+        unit=unit,
     )
 
 
-def number_of(first: Quantity, did: str) -> str:
-    return f"the number of {first.thing} that {first.owner} {did}"
-
-
-def more_than(first: Quantity, more: str, second: Quantity, did: str) -> str:
-    """Example: `"Tom picked 5 more pears than Mia picked apples"`."""
-    return f"{first.owner} {did} {more} {first.thing} than {compared_with(first, second, did)}"
-
-
-def times_as_many(first: Quantity, times: str, second: Quantity, did: str) -> str:
-    """Example: `"Tom picked twice as many pears as Mia"`."""
-    return f"{first.owner} {did} {times} as many {first.thing} as {compared_with(first, second, did)}"
-
-
-def compared_with(first: Quantity, second: Quantity, did: str) -> str:
-    """The phrase after "than" or "as": only what differs from the first quantity."""
+def _beside(first: Quantity, second: Quantity, scene: Scene) -> str:
+    """The phrase after "than" or "as". Example: `"Mia"` in "more apples than Mia", `"Mia picked apples"` in "more pears than …"."""
     if first.thing == second.thing:
         return second.owner
-    return second.thing if first.owner == second.owner else f"{second.owner} {did} {second.thing}"
-
-
-def together_sentences(first: Quantity, second: Quantity, many: int, scene: Scene) -> list[str]:
-    """Phrasings of: two quantities sum to `many`."""
-    did = scene.did
-    if first.thing == second.thing:
-        return [
-            f"Together, {first.owner} and {second.owner} {did} {many} {first.thing}.",
-            f"{second.owner} and {first.owner} {did} {many} {first.thing} between them.",
-            f"{second.owner} and {first.owner} together {did} {many} {first.thing}.",
-        ]
-    if first.owner == second.owner:
-        return [
-            f"{first.owner} {did} {many} {first.thing} and {second.thing} together.",
-            f"In all, {first.owner} {did} {many} {second.thing} and {first.thing}.",
-        ]
-    return [f"The sum of {number_of(second, did)} and {number_of(first, did)} was {many}."]
-
-
-def sum_sentences(relation: str, new: Quantity, b: Quantity, c: Quantity, scene: Scene) -> list[str]:
-    """Phrasings of: a new quantity is the sum `b + c` or, for "balance", the difference `b - c`."""
-    did = scene.did
-    this = f"The number of {new.thing} that {new.owner} {did} was"
-    whole, part, rest = (new, b, c) if relation == "sum" else (b, new, c)
-    ways = []
-    if whole.thing == part.thing == rest.thing:
-        ways = [
-            f"{whole.owner} {did} as many {whole.thing} as {part.owner} and {rest.owner} together.",
-            f"Together, {part.owner} and {rest.owner} {did} as many {whole.thing} as {whole.owner}.",
-        ]
-    elif part.owner == rest.owner:
-        ways = [
-            f"{whole.owner} {did} as many {whole.thing} as {part.owner} {did} {part.thing} and {rest.thing} together.",
-            f"Together, the {part.thing} and {rest.thing} that {part.owner} {did} were as many as "
-            f"the {whole.thing} that {whole.owner} {did}.",
-        ]
-    if relation == "sum":
-        return [*ways, f"{this} the sum of {number_of(b, did)} and {number_of(c, did)}."]
-    return [*ways, f"{this} {number_of(b, did)} minus {number_of(c, did)}."]
-
-
-def question_sentence(world: World, scene: Scene, draw: Draw) -> str:
-    """A random phrasing of the question."""
-    question, did, do = world.question, scene.did, scene.do
-    first, *rest = (world.steps[parent].quantity for parent in question.dependencies)
-    if question.relation == "plain":
-        ways = [
-            f"How many {first.thing} did {first.owner} {do}?",
-            f"What was {number_of(first, did)}?",
-            f"Find {number_of(first, did)}.",
-        ]
-    elif question.relation == "price":
-        unit, single = choice(draw, UNITS), first.thing[:-1]
-        ways = [
-            f"For each {single} that {first.owner} {did}, {first.owner} got {question.right} {unit}. "
-            f"How many {unit} did {first.owner} get in all?",
-            f"Each {single} that {first.owner} {did} was worth {question.right} {unit}. "
-            f"How many {unit} were the {first.thing} that {first.owner} {did} worth together?",
-        ]
-    elif question.relation == "share" and scene.shareable:
-        ways = [
-            f"The {first.thing} that {first.owner} {did} were put into {question.right} equal piles. "
-            f"How many {first.thing} were in each pile?",
-            f"The {first.thing} that {first.owner} {did} were shared equally by {question.right} people. "
-            f"How many {first.thing} did each of them get?",
-        ]
-    elif question.relation == "share":
-        ways = [
-            f"{first.owner} {did} the {first.thing} over {question.right} days, the same number on each day. "
-            f"How many {first.thing} did {first.owner} {do} on each day?"
-        ]
-    else:
-        ways = pair_questions(question.relation, first, rest[0], scene)
-    return choice(draw, ways)
-
-
-def pair_questions(relation: str, first: Quantity, second: Quantity, scene: Scene) -> list[str]:
-    """Phrasings of a question for the sum ("total") or the difference ("gap") of two quantities."""
-    did, do = scene.did, scene.do
-    numbers = number_of(first, did), number_of(second, did)
-    same_thing, same_owner = first.thing == second.thing, first.owner == second.owner
-    if relation == "total":
-        ways = [f"What was the sum of {numbers[0]} and {numbers[1]}?"]
-        if same_thing:
-            ways = [
-                f"How many {first.thing} did {first.owner} and {second.owner} {do} together?",
-                f"What was the total number of {first.thing} that {second.owner} and {first.owner} {did}?",
-            ]
-        elif same_owner:
-            ways = [f"How many {first.thing} and {second.thing} did {first.owner} {do} in all?"]
-        return ways
-    ways = [f"By how much was {numbers[0]} larger than {numbers[1]}?"]
-    if same_thing:
-        ways += [
-            f"How many more {first.thing} did {first.owner} {do} than {second.owner}?",
-            f"How many fewer {first.thing} did {second.owner} {do} than {first.owner}?",
-        ]
-    elif same_owner:
-        ways += [f"How many more {first.thing} than {second.thing} did {first.owner} {do}?"]
-    return ways
+    return second.thing if first.owner == second.owner else f"{second.owner} {scene.did} {second.thing}"

@@ -20,6 +20,7 @@ from headwater.losses.logprobs import tokens_at_once
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
+from headwater.storage.run_dir import DISTRIBUTIONS
 from headwater.teachers import compact_ids
 from headwater.teachers.scoring import FrozenModel, ScoringTeacher, distributions_of
 from headwater.types import Rollout
@@ -38,7 +39,18 @@ def refuse_huge_cache(teacher: FrozenModel, tokens: int, top_k: int | None) -> N
         )
 
 
-def write_cache(
+def write_rollouts(folder: Path, rollouts: Sequence[Rollout]) -> None:
+    keys = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
+    lines = [json.dumps({key: getattr(rollout, key) for key in keys}) for rollout in rollouts]
+    (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    fault_points.failpoint("cache.rollouts")
+
+
+def read_rollouts(folder: Path) -> list[Rollout]:
+    return [_rollout(json.loads(line)) for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def write_distributions(
     folder: Path,
     teacher: Policy | ScoringTeacher,
     rollouts: Sequence[Rollout],
@@ -46,18 +58,14 @@ def write_cache(
     tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write rollouts and the teacher's distributions at each of their tokens: exact float32, or top-k and the tail's mass.
+    """Write the teacher's distributions at each token of the rollouts: exact float32, or top-k and the tail's mass.
 
     Size with top_k 64: 256 bytes per token, 272 for a vocabulary of more than 65,536.
 
     tokens    of one scoring pass
     progress  called with the number of rollouts scored since the last call
     """
-    keys = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
-    lines = [json.dumps({key: getattr(rollout, key) for key in keys}) for rollout in rollouts]
-    (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     budget = BatchBudget(tokens)
-    fault_points.failpoint("cache.rollouts")
     chunks: list[dict[str, Tensor]] = []
     shard = teacher.ranks.shard(rollouts)
     for start in teacher.ranks.lockstep(range(0, len(shard), 64)):
@@ -81,7 +89,7 @@ def write_cache(
         return
     save_file(
         {key: torch.cat([chunk[key] for chunk in chunks]).contiguous() for key in chunks[0]},
-        folder / "distributions.safetensors",
+        folder / DISTRIBUTIONS,
     )
     fault_points.failpoint("cache.written")
 
@@ -89,9 +97,8 @@ def write_cache(
 def read_cache(folder: Path) -> list[Row]:
     """Read rollouts with their teacher's distributions. Raises UserError if a file is missing, damaged or inconsistent."""
     try:
-        lines = (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
-        stored = load_file(folder / "distributions.safetensors")
-        rollouts = [_rollout(json.loads(line)) for line in lines]
+        rollouts = read_rollouts(folder)
+        stored = load_file(folder / DISTRIBUTIONS)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: the teacher cache cannot be read ({error})") from None
     lengths = [len(rollout.completion_ids) for rollout in rollouts]

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import save_file, save_model
 
 from headwater.distributed import checkpoint_io
-from headwater.distributed.checkpoint_io import ADAPTER_FILE, MODEL_FILE
+from headwater.distributed.checkpoint_io import ADAPTER_FILE, MODEL_FILE, OPTIMIZER_FILE
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.storage import fault_points
@@ -24,13 +24,6 @@ from headwater.storage.run_dir import NodeDir, atomic_folder, read_json, write_j
 
 KEPT = 2
 """Checkpoints that stay on disk: the newest may turn out to be damaged."""
-
-
-def trained_part(model: Any) -> dict[str, torch.nn.Parameter] | None:
-    """The trainable weights of a model with frozen ones (LoRA); None when all weights train."""
-    named = dict(model.named_parameters())
-    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    return None if len(trained) == len(named) else trained
 
 
 def save_checkpoint(
@@ -50,7 +43,7 @@ def save_checkpoint(
         checkpoint_io.save(Path(ranks.broadcast("")), model, optimizer, ranks)
         ranks.broadcast(None)  # wait until the checkpoint is complete
         return
-    before = [int(path.name) for path in node.checkpoints()]
+    before = [int(path.name) for path in node.checkpoints() if int(path.name) < step]
     node.sync_steps(before[0] if before else 0, step)
     fault_points.failpoint("checkpoint.begun")
     with atomic_folder(node.checkpoint(step)) as folder:
@@ -88,11 +81,11 @@ def remove_checkpoints(node: NodeDir) -> None:
 
 
 def write_single_process(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Write weights and optimizer state of a single process."""
-    adapter = trained_part(model)
-    if adapter is None:
+    """Write weights (of a model with frozen ones, LoRA, those that train) and optimizer state of a single process."""
+    if all(parameter.requires_grad for parameter in model.parameters()):
         save_model(model, str(folder / MODEL_FILE))
     else:
+        adapter = checkpoint_io.checkpoint_tensors(model)
         save_file({name: tensor.detach().contiguous() for name, tensor in adapter.items()}, folder / ADAPTER_FILE)
     fault_points.failpoint("checkpoint.weights")
     tensors = {
@@ -101,7 +94,7 @@ def write_single_process(folder: Path, model: Any, optimizer: torch.optim.Optimi
         for key, value in state.items()
     }
     if tensors:
-        save_file(tensors, folder / "optimizer.safetensors")
+        save_file(tensors, folder / OPTIMIZER_FILE)
 
 
 def load_checkpoint(
@@ -121,10 +114,7 @@ def load_checkpoint(
         return 0
     folder = Path(chosen)
     state = read_json(folder / "state.json")
-    if ranks.single_process and ((folder / MODEL_FILE).exists() or (folder / ADAPTER_FILE).exists()):
-        read_single_process(folder, state, model, optimizer)
-    else:
-        checkpoint_io.load(folder, state, model, optimizer, ranks)
+    checkpoint_io.load(folder, state, model, optimizer, ranks)
     return int(state["step"])
 
 
@@ -144,22 +134,6 @@ def newest_intact(node: NodeDir, say: Callable[[str], None]) -> str | None:
             f"delete {node.path} to start the stage again"
         )
     return None
-
-
-def read_single_process(folder: Path, state: Any, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    adapter = trained_part(model)
-    if adapter is None:
-        load_model(model, str(folder / MODEL_FILE), device=str(next(model.parameters()).device))
-    else:
-        with torch.no_grad():
-            for name, tensor in load_file(folder / ADAPTER_FILE).items():
-                adapter[name].copy_(tensor)
-    tensors = load_file(folder / "optimizer.safetensors") if (folder / "optimizer.safetensors").exists() else {}
-    per_parameter: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        per_parameter.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
 
 
 def damage_of(node: NodeDir, folder: Path) -> str | None:

@@ -6,7 +6,7 @@ to be small at its start. Measured on held-out prompts, without labels; the pape
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headwater.losses import token_losses
-from headwater.losses.distributions import concatenate
+from headwater.losses.distributions import Distributions, concatenate
 from headwater.losses.logprobs import tokens_at_once
 from headwater.models.fsdp import sharded_forward
 from headwater.models.oom import BatchBudget
@@ -22,6 +22,8 @@ from headwater.models.policy import Policy
 from headwater.teachers.scoring import ScoringTeacher, distributions_of, hidden_of
 from headwater.types import Rollout
 
+PASS_ROLLOUTS = 8
+"""Rollouts that a model scores between two chances for the caller to stop: seconds, also for a large model on a CPU."""
 MIN_PROBLEMS = 4
 """Fewest problems that C2 is measured on: a mean over fewer says little."""
 
@@ -75,16 +77,18 @@ def measure(
     teacher_rollouts: Sequence[Rollout],
     top_k: int,
     tokens: int,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Measure C2, top-k overlap and entropies on rollouts of both models.
 
-    tokens  maximum tokens in a scoring pass
+    tokens      maximum tokens in a scoring pass
+    check_stop  called between passes; what it raises ends the measurement
 
     Returns kl_teacher_student, overlap_teacher_prefixes and entropy_teacher on the teacher's rollouts; kl_student_teacher,
     overlap_student_prefixes and entropy_student on the student's.
     """
-    on_teacher = divergences(student, teacher, teacher_rollouts, top_k, tokens)
-    on_student = divergences(student, teacher, student_rollouts, top_k, tokens)
+    on_teacher = divergences(student, teacher, teacher_rollouts, top_k, tokens, check_stop)
+    on_student = divergences(student, teacher, student_rollouts, top_k, tokens, check_stop)
     return {
         "kl_teacher_student": on_teacher.kl_teacher_student,
         "kl_student_teacher": on_student.kl_student_teacher,
@@ -97,13 +101,24 @@ def measure(
 
 @torch.no_grad()
 def divergences(
-    student: Policy, teacher: Policy | ScoringTeacher, rollouts: Sequence[Rollout], top_k: int, tokens: int
+    student: Policy,
+    teacher: Policy | ScoringTeacher,
+    rollouts: Sequence[Rollout],
+    top_k: int,
+    tokens: int,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Divergences:
     """Compare the two models at every completion token of rollouts that share one sampling temperature."""
     budget, ranks = BatchBudget(tokens), student.ranks
     share = ranks.shard(rollouts)
-    student_hidden = budget.fit_passes(partial(hidden_of, student, share), share)
-    teacher_distributions = budget.fit_passes(partial(distributions_of, teacher, share), share)
+    student_hidden: list[Tensor] = []
+    teacher_distributions: list[Distributions] = []
+    for start in ranks.lockstep(range(0, len(share), PASS_ROLLOUTS)):
+        part = [] if start is None else share[start : start + PASS_ROLLOUTS]
+        student_hidden += budget.fit_passes(partial(hidden_of, student, part), part)
+        check_stop()
+        teacher_distributions += budget.fit_passes(partial(distributions_of, teacher, part), part)
+        check_stop()
 
     def sum_over_tokens() -> Tensor:
         sums = torch.zeros(5, dtype=torch.float64)

@@ -76,7 +76,7 @@ MEASURES: dict[str, Measure] = {
         ("kl_reference", "kl_student_teacher", "kl_teacher_student"),
         lambda mean, first, lowest: mean - lowest,
         below=False,
-        description="the KL has risen by {figure} nats per token over its lowest",
+        description="the KL has risen by {figure:.3g} nats per token over its lowest",
         remedy="lower {stage}.optim.lr, or in a stage with rewards raise sparse.kl_coef",
         windows=2,
     ),
@@ -84,7 +84,7 @@ MEASURES: dict[str, Measure] = {
         ("entropy",),
         lambda mean, first, lowest: mean / first if first > 0.0 else 1.0,
         below=True,
-        description="the entropy is {figure} of its value at the start of the stage",
+        description="the entropy is {figure:.3g} of its value at the start of the stage",
         remedy="lower {stage}.optim.lr, raise sparse.clip_high or sparse.kl_coef, or end the stage earlier",
         windows=2,
         unless="kl_student_teacher",  # a student that approaches a low-entropy teacher loses entropy too
@@ -93,14 +93,14 @@ MEASURES: dict[str, Measure] = {
         ("truncated",),
         _mean,
         below=False,
-        description="{figure} of the completions reached the token limit",
+        description="{figure:.0%} of the completions reached the token limit",
         remedy="raise {stage}.sampling.max_tokens",
     ),
     "no_variance": Measure(
         ("informative",),
         _mean,
         below=True,
-        description="{figure} of the groups have rewards that differ",
+        description="{figure:.0%} of the groups have rewards that differ",
         remedy="end the stage earlier, use harder or easier problems, or raise {stage}.group_size",
         explained=True,
     ),
@@ -108,7 +108,7 @@ MEASURES: dict[str, Measure] = {
         ("sampler_gap",),
         _mean,
         below=False,
-        description="sampler and trainer differ by {figure} nats per token",
+        description="sampler and trainer differ by {figure:.3g} nats per token",
         remedy="run `headwater doctor`, or set models.dtype to float32",
     ),
 }
@@ -129,11 +129,11 @@ class Alarm:
     def sentence(self, stage: StageOutcomes) -> str:
         """The alarm in words, with its remedy.
 
-        Example: `truncation: 0.62 of the completions reached the token limit (mean of the last 10 steps; bound 0.5): raise
+        Example: `truncation: 62% of the completions reached the token limit (mean of the last 10 steps; bound 0.5): raise
         stages.opd.sampling.max_tokens`.
         """
         measure = MEASURES[self.guard]
-        description = measure.description.format(figure=f"{self.figure:.3g}")
+        description = measure.description.format(figure=self.figure)
         cause, remedy = "", measure.remedy.format(stage=stage.field)
         if measure.explained:
             outcomes = stage.over(range(self.step - self.window + 1, self.step + 1))
@@ -237,12 +237,12 @@ class NoSignalGuard:
 
     Call `check` after the step's ledger row and rollouts are written: the sentence counts labels and outcomes from them.
 
-    steps  length of the stage, which may be shorter than `guards.patience`
+    steps  length of the stage; one shorter than `guards.patience`, as in a first try, is not stopped: `no_variance` warns of it
     pool   number of labels that the stage may look at
     """
 
     def __init__(self, guards: Guards, stage: StageOutcomes, steps: int, pool: int) -> None:
-        self._step = min(guards.patience, steps) if guards.no_signal == "stop" else None
+        self._step = guards.patience if guards.no_signal == "stop" and steps >= guards.patience else None
         self._stage, self._steps, self._pool = stage, steps, pool
         self._informative = False
 

@@ -40,24 +40,43 @@ from headwater.training.update import Metrics
 from headwater.types import Rollout
 
 
-class CachedRollouts:
-    """Teacher rollouts from the cache, reshuffled every epoch. Call it with a step index."""
+def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
+    """Order in which a stage reads `size` teacher rollouts in an epoch; a cache holds as many of epoch 0's first as are read."""
+    order: list[int] = seeds.generator(seed, "stored", epoch).permutation(size).tolist()
+    return order
 
-    def __init__(self, rows: Sequence[Row], stage: Stage, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> None:
-        self._rows, self._stage, self._seed, self._ranks = rows, stage, seed, ranks
+
+class CachedRollouts:
+    """Teacher rollouts from the cache, reshuffled every epoch. Call it with a step index.
+
+    prompts  the problem ids of the pool. The cache may hold only those of its rollouts, `stage.group_size` for each prompt, that
+             come first in the first epoch
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[str],
+        stage: Stage,
+        seed: int,
+        ranks: ProcessGroup = SINGLE_PROCESS,
+    ) -> None:
+        self._rows = {(row.rollout.problem_id, row.rollout.sample): row for row in rows}
+        self._pool = [(name, sample) for name in prompts for sample in range(stage.group_size)]
+        self._stage, self._seed, self._ranks = stage, seed, ranks
         self._epoch, self._order = -1, list[int]()
 
     def __call__(self, step: int) -> StepBatch:
         positions = range(step * self._stage.batch_size, (step + 1) * self._stage.batch_size)
-        places = (divmod(position, len(self._rows)) for position in positions)
-        rows = [self._rows[self._epoch_order(epoch)[place]] for epoch, place in places]
+        places = (divmod(position, len(self._pool)) for position in positions)
+        rows = [self._rows[self._pool[self._epoch_order(epoch)[place]]] for epoch, place in places]
         rows = assign_to_ranks(rows, self._stage, 1, self._ranks)
         return StepBatch(rows, {"seconds_sample": 0.0, "seconds_score": 0.0, "truncated": truncated_share(rows)})
 
     def _epoch_order(self, epoch: int) -> list[int]:
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = seeds.generator(self._seed, "stored", epoch).permutation(len(self._rows)).tolist()
+            self._order = epoch_order(len(self._pool), self._seed, epoch)
         return self._order
 
 
@@ -99,7 +118,7 @@ class PolicyRollouts:
         except TrainingStoppedError as error:
             if not any(row.verdict for row in sampled):
                 raise
-            return self._stopped(sampled, str(error))
+            return self._batch(sampled, {}, sampled, [], str(error))  # what was graded must be charged
         metrics: Metrics = {
             "seconds_sample": seconds["sample"],
             "seconds_score": seconds["grade"] + time.perf_counter() - started,
@@ -112,28 +131,22 @@ class PolicyRollouts:
             metrics["reward"] = sum(row.verdict.correct for row in sampled if row.verdict) / len(sampled)
             metrics["informative"] = 1.0 - count_uninformative(sampled, group_size) / groups
             metrics["best_of_group"] = count_solved(sampled, group_size) / groups
+        return self._batch(kept, metrics, sampled, kept)
+
+    def _batch(
+        self, rows: list[Row], metrics: Metrics, sampled: list[Row], scored: list[Row], stopped: str | None = None
+    ) -> StepBatch:
+        """The batch of a step with what it cost: the rollouts of `sampled` and the scores of `scored`."""
         problems = {row.rollout.problem_id for row in sampled}
         return StepBatch(
-            kept,
+            rows,
             metrics,
             labels=() if self.labels is None else tuple(sorted(problems)),
             checks=0 if self.labels is None else len(sampled),
             tokens_sampled=sum(row.tokens for row in sampled),
-            tokens_teacher_scored=0 if self.teacher is None else sum(row.tokens for row in kept),
-            flops=self._flops(sampled, kept, problems),
-        )
-
-    def _stopped(self, sampled: list[Row], why: str) -> StepBatch:
-        """The batch of a step that stopped after its rollouts, or some of them, were graded: what must be charged for it."""
-        problems = {row.rollout.problem_id for row in sampled}
-        return StepBatch(
-            sampled,
-            {},
-            labels=tuple(sorted(problems)),
-            checks=len(sampled),
-            tokens_sampled=sum(row.tokens for row in sampled),
-            flops=self._flops(sampled, [], problems),
-            stopped=why,
+            tokens_teacher_scored=0 if self.teacher is None else sum(row.tokens for row in scored),
+            flops=self._flops(sampled, scored, problems),
+            stopped=stopped,
         )
 
     def _sample(

@@ -115,7 +115,7 @@ def sentence(result: CommandResult) -> str:
 
 def test_gsm8k_run_without_signal_stops_and_counts_wasted_labels(tmp_path: Path) -> None:
     path, out = recipe(tmp_path / "mine.yaml"), tmp_path / "out"
-    result = call("run", path, *WHOLE_ARM, "--out", out)
+    result = call("run", path, *WHOLE_ARM, "--out", out, "--set", "guards.patience=2")
     assert result.code == 4, result.err
     why = sentence(result)
     assert "teacher_rl, step 2 of 2: no informative group in 2 steps, so reward gives no gradient: " in why

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from headwater.config.builtin import find_recipe
 from headwater.doctor import checks
-from headwater.doctor.checks import CHECKS
+from headwater.doctor.checks import CHECKS, Check, Examination
+from headwater.doctor.context import DoctorContext
 from headwater.doctor.resource_checks import stage_files
+from headwater.report.html import Page
 from headwater.runs.estimate import base_of
 from headwater.runs.setup import prepared
 from qwen import END, PAD, PLAIN, qwen_folder
@@ -20,7 +23,7 @@ from runs import TINY, call, tiny
 
 
 def test_doctor_command_lists_its_checks_and_exits_0(tmp_path: Path) -> None:
-    result = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1")
+    result = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1", "--verbose")
     assert result.code == 0, result.err
     for check in CHECKS:
         assert check.title in result.out
@@ -83,6 +86,32 @@ def test_finished_run_skips_preflight(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
     monkeypatch.setattr(checks, "examine", lambda *given: pytest.fail("the doctor was asked again"))
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
+
+
+def test_resumed_run_repeats_only_machine_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examined: list[int] = []
+
+    def examine(context: DoctorContext, checks: Sequence[Check], *tell: object) -> Examination:
+        examined.append(len(checks))
+        return Examination((), (), ())
+
+    monkeypatch.setattr(checks, "examine", examine)
+    monkeypatch.setattr("headwater.report.html.page", lambda *given: Page(""))
+    out, options = tmp_path / "out", ("--arm", "direct_grpo")
+    ended = []
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr("headwater.pipeline.reuse_nodes", interrupt)
+            ended.append(tiny("run", out, *options, whole=True))
+    changed = tiny("run", out, *options, changes=["guards.patience=9"], whole=True)
+    assert [result.code for result in (*ended, changed)] == [130, 130, 0]
+    assert examined[1] < 4 < examined[0] == examined[2]
+    line = "recipe, models and data passed preflight when this run began"
+    assert [line in result.err for result in (*ended, changed)] == [False, True, False]
+
+
+def interrupt(*given: object) -> None:
+    raise KeyboardInterrupt
 
 
 # Disk and memory against runs -------------------------------------------------------------------------------------------

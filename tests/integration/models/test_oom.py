@@ -91,26 +91,30 @@ def test_cpu_out_of_memory_is_retried_with_smaller_microbatches(tmp_path: Path) 
 
 
 def test_freed_memory_is_reused_without_new_pages() -> None:
-    """In a process of its own: it is for the whole process. 64 MiB are 16,384 pages, which come anew each time without it."""
+    """In processes of their own: it is for the whole process. 64 MiB are 16,384 pages, which come anew each time without it."""
     program = """
-import resource, sys, torch
+import os, resource, sys, torch
 from headwater.models.oom import keep_freed_memory
-if sys.argv[1] == "kept" and not keep_freed_memory():
-    sys.exit(77)
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(1 << 24)
-counts = []
-for _ in range(3):  # the kernel may reclaim idle pages meanwhile, which only adds faults
-    before = faults()
-    for _ in range(20):
-        torch.ones(1 << 24)
-    counts.append(faults() - before)
-print(min(counts))
+for how in ("kept", "left"):
+    if os.fork():
+        if os.waitstatus_to_exitcode(os.wait()[1]) == 77:
+            sys.exit(77)
+        continue
+    if how == "kept" and not keep_freed_memory():
+        sys.exit(77)
+    faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+    counts = []
+    for _ in range(3):  # the kernel may reclaim idle pages meanwhile, which only adds faults
+        before = faults()
+        for _ in range(20):
+            torch.ones(1 << 24)
+        counts.append(faults() - before)
+    print(how, min(counts))
+    sys.exit(0)
 """
-    stats = {}
-    for how in ("kept", "left"):
-        result = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, timeout=120)
-        if result.returncode == 77:
-            pytest.skip("NOT tested: this C library is not glibc")
-        stats[how] = int(result.stdout)
-    assert 4 * stats["kept"] < stats["left"]
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    if result.returncode == 77:
+        pytest.skip("NOT tested: this C library is not glibc")
+    faults = {how: int(count) for how, count in map(str.split, result.stdout.splitlines())}
+    assert 4 * faults["kept"] < faults["left"]

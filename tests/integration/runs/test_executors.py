@@ -284,14 +284,6 @@ def test_locked_folder_can_be_reported_and_foreign_folder_gets_no_lock(tmp_path:
     assert [path.name for path in foreign.iterdir()] == ["mine.txt"]
 
 
-def test_runs_with_different_worker_counts_make_one_report(tmp_path: Path) -> None:
-    for seed in ("0", "1"):
-        result = tiny("run", tmp_path / seed, "--arm", "direct_grpo", "--seed", seed, "--workers", str(1 + int(seed)))
-        assert result.code == 0, result.err
-    result = call("report", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--json")
-    assert result.code == 0 and json.loads(result.out)["seeds"] == [0, 1]
-
-
 def test_crash_releases_folder_lock(tmp_path: Path) -> None:
     code = f"from pathlib import Path\nfrom headwater.storage.run_dir import RunDir\nwith RunDir(Path({str(tmp_path)!r})).locked():\n"
     holder = subprocess.Popen([sys.executable, "-c", f"{code}    print('held', flush=True); input()"],

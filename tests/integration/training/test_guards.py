@@ -17,7 +17,9 @@ def test_guard_warns_in_console_file_and_report_by_default(tmp_path: Path) -> No
     out = tmp_path / "out"
     result = tiny("run", out, "--arm", "direct_grpo", changes=CUT)
     assert result.code == 0
-    assert "student_rl on all (seed 0): warning truncation: 1 of the completions reached the token limit" in result.err
+    assert (
+        "student_rl on all (seed 0): warning truncation: 100% of the completions reached the token limit" in result.err
+    )
     assert result.err.count("warning truncation") == 1
     (row,) = rows(node(out, "direct_grpo", "student_rl") / "warnings.jsonl")
     assert (row["guard"], row["step"], row["figure"], row["bound"], row["window"], row["action"]) == (
@@ -38,7 +40,9 @@ def test_guard_stop_exits_4_and_resumes_only_after_recipe_change(tmp_path: Path)
     stop = (*CUT, "guards.truncation.action=stop")
     result = tiny("run", out, "--arm", "direct_grpo", changes=stop)
     assert result.code == 4
-    assert "student_rl, step 3 of 6: guard truncation: 1 of the completions" in result.err and "bound 0.5" in result.err
+    assert (
+        "student_rl, step 3 of 6: guard truncation: 100% of the completions" in result.err and "bound 0.5" in result.err
+    )
     path = next(out.glob("nodes/student_rl.*"))
     metrics = rows(path / "metrics.jsonl")
     assert len(metrics) == 3 and [file.name for file in (path / "checkpoint").iterdir()] == ["000003"]

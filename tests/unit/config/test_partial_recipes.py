@@ -46,7 +46,10 @@ def node_stages(recipe: Recipe) -> list[str]:
         def __missing__(self, name: str) -> Any:
             return name
 
-    content = {"models": str, "pools": pools, "labels": Answers(), "unlabeled": (), "evals": {}, "grader": None}
+    content = {
+        "models": str, "pools": pools, "labels": Answers(), "unlabeled": (), "evals": {}, "grader": None,
+        "reads": lambda pool, stage, unknown_steps: 1,
+    }  # fmt: skip
     plan = make_plan(recipe, [default_arm(recipe)], [0], content)
     return [node.stage for node in plan.order()]
 

@@ -24,7 +24,7 @@ from headwater.data.labels import Pools
 from headwater.doctor import checks, context, data_checks, prompt_checks, resource_checks, weight_checks
 from headwater.doctor.checks import CHECKS, Examination, diagnose, examine, preflight
 from headwater.doctor.context import DoctorContext
-from headwater.doctor.finding import UNREADABLE, Finding
+from headwater.doctor.finding import UNREADABLE, Finding, error, note, texts, told_once, warning
 from headwater.doctor.prompt_checks import thinking_state
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
@@ -32,6 +32,8 @@ from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.shape import Shape
 from headwater.runs.inputs import RunInputs
+from headwater.tasks import python_tests, sandbox
+from headwater.tasks.verifier import Verifier
 from qwen import END, PAD, PLAIN, qwen_folder
 from runs import TINY
 from serving import Answering, serving
@@ -274,14 +276,9 @@ def test_template_with_forced_thinking_is_named(tmp_path: Path) -> None:
 
 
 def test_dropped_system_prompt_is_named(tmp_path: Path) -> None:
-    assert (
-        "models.teacher"
-        in [
-            finding
-            for finding in light(tmp_path, "prompt.system=Add up.").findings
-            if finding.name == "system-without-effect"
-        ][1].evidence
-    )
+    result = light(tmp_path, "prompt.system=Add up.")
+    (finding,) = (finding for finding in result.findings if finding.name == "system-without-effect")
+    assert finding.evidence.startswith("models.student and models.teacher: ")
 
 
 def test_thinking_state_is_read_from_prompt() -> None:
@@ -375,6 +372,31 @@ def test_gold_answer_rejected_by_grader_is_named_with_its_problem(tmp_path: Path
 def test_task_rejecting_most_gold_answers_is_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "labeled.jsonl", *({"problem": row["problem"], "answer": "=" * 60} for row in sums(20)))
     assert find(light(tmp_path, from_file(path)), "gold-fails-grader").severity == "error"
+
+
+PROTECTIONS = {
+    ("seccomp", "required"): ("sandbox-layers", "note"),
+    ("audit hook", "required"): ("sandbox-missing", "error"),
+    ("audit hook", "optional"): ("sandbox-incomplete", "warning"),
+}
+
+
+@pytest.mark.parametrize("case", PROTECTIONS, ids="-".join)
+def test_protections_of_machine_are_named(
+    case: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (layer, wanted), (name, severity) = case, PROTECTIONS[case]
+    monkeypatch.setattr(sandbox, "layers", lambda: (layer, "limits"))
+    findings = list(data_checks.sandbox_layers(context_of(tmp_path, "task=python", f"compute.sandbox={wanted}")))
+    assert [(finding.name, finding.severity) for finding in findings] == [(name, severity)]
+    assert f"{layer}, limits" in findings[0].evidence
+    assert list(data_checks.sandbox_layers(context_of(tmp_path))) == []
+
+
+def test_verifier_refuses_programs_on_machine_without_seccomp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "layers", lambda: ())
+    with Verifier("python", workers=1) as verifier, pytest.raises(UserError, match=r"cannot confine .* none"):
+        verifier([python_tests.WARM_UP])
 
 
 def test_grader_returning_score_is_named_with_type_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -712,3 +734,31 @@ def finding_names() -> set[str]:
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Finding", "error", "warning", "note"):
                 names |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
     return names
+
+
+def test_doctor_tells_errors_last_and_same_finding_of_two_models_once() -> None:
+    pads = [note("pad-is-eos", f"models.{role}: id 2 both pads and ends", "nothing") for role in ("student", "teacher")]
+    others = [error("bad", "data.labeled: row 3", "mend it"), warning("odd", "models.teacher: id 9", "look"), *pads]
+    result = Examination(told_once(others), ("data files", "memory"), ("lengths of completions",))
+    assert result.text().splitlines() == [
+        "note pad-is-eos: models.student and models.teacher: id 2 both pads and ends",
+        "    -> nothing",
+        "warning odd: models.teacher: id 9",
+        "    -> look",
+        "2 checks done (--verbose lists them)",
+        "1 check not done, because of the errors below",
+        "error bad: data.labeled: row 3",
+        "    -> mend it",
+    ]
+    assert "2 checks done: data files, memory\n" in result.text(verbose=True)
+
+
+def test_remedy_of_two_findings_of_one_name_is_printed_once() -> None:
+    long = [
+        note("lengths-not-judged", f"models.{role}: {count} of 4", "run it") for role, count in (("a", 4), ("b", 3))
+    ]
+    assert texts([long[0], note("other", "x", "y"), long[1]]) == [
+        "note lengths-not-judged: models.a: 4 of 4",
+        "note lengths-not-judged: models.b: 3 of 4\n    -> run it",
+        "note other: x\n    -> y",
+    ]

@@ -13,6 +13,7 @@ import torch
 
 from headwater.config import yaml
 from headwater.config.fitted import DeviceFacts
+from headwater.config.learning_rates import suggested_rate
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.doctor import fit
 from headwater.doctor.fit import FitRequest, fitted_recipe
@@ -203,3 +204,75 @@ def test_sampling_settings_come_from_generation_config(tmp_path: Path) -> None:
     recipe = recipe_of(data=sums(tmp_path / "sums.jsonl", 40), student=folder, teacher=folder)
     sampling = recipe.evaluate.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.8, 20)
+
+
+def test_named_columns_are_read_and_written_into_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    rows = [{"aufgabe": f"{n}+7", "loesung": str(n + 7), "fach": "sums", "label": "x"} for n in range(10, 60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = ("--problem", "aufgabe", "--answer", "loesung", "--tag", "fach")
+    made = call("init", "mine", "--student", STUDENT, "--teacher", TEACHER, "--data", path, "--device", "cpu", *named)
+    assert made.code == 0, made.err
+    recipe = parse_recipe(yaml.read(made.out, ""), "")
+    for source in (recipe.data.labeled, recipe.data.evals["held_out"]):
+        assert source.columns.model_dump() == {"problem": "aufgabe", "answer": "loesung", "tag": "fach"}
+    with RunInputs(recipe) as inputs:
+        assert set(inputs.labeled.gold.values()) <= {row["loesung"] for row in rows}
+
+
+def test_unknown_columns_are_refused_with_options_naming_them(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"aufgabe": "1+2", "loesung": "3"}\n' * 20)
+    with pytest.raises(
+        UserError, match=r"its columns are aufgabe, loesung; name one in columns.problem \(--problem\)$"
+    ):
+        written(data=str(path))
+
+
+# One stage from the command line --------------------------------------------------------------------------------------
+
+
+def stage_reader(path: str, stage: str, *changes: str) -> Any:
+    field = "unlabeled" if stage == "opd" else "labeled"
+    raw = {
+        "task": "sums", "models": {"student": STUDENT, "teacher": TEACHER}, "data": {field: path},
+        "stages": {stage: {"epochs": 1, "group_size": 8}},
+    }  # fmt: skip
+    return lambda values: parse_recipe(raw, "test", [*(f"{k}={json.dumps(v)}" for k, v in values.items()), *changes])
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "expected"),
+    [
+        (51, {"models.gradient_checkpointing": False}),  # 40 GiB are within 80 % of it
+        (45, {"models.gradient_checkpointing": True}),
+        (26, {"models.lora": {"r": 32, "alpha": 64}, "models.gradient_checkpointing": True}),
+    ],
+)
+@pytest.mark.parametrize("stage", ["opd", "student_rl"])
+def test_single_stage_is_fitted_like_recipe(
+    gibibytes: int,
+    expected: dict[str, Any],
+    stage: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs = [40, 30, 20, 10]  # of the forms in which the teacher does not train
+    monkeypatch.setattr(
+        fit, "device_facts", lambda name: DeviceFacts("cpu", "here", gibibytes * 2**30, 1e12, "made up")
+    )
+    monkeypatch.setattr(fit, "peak_bytes", lambda inputs, arm: needs.pop(0) * 2**30)
+    values, place = fit.fitted_stage(stage_reader(sums(tmp_path / "sums.jsonl", 200), stage), "auto")
+    assert {name: values.get(name) for name in expected} == expected and place.startswith("here, ")
+    signal, adapters = "teacher" if stage == "opd" else "reward", "models.lora" in values
+    parameters = ModelFolder.open(STUDENT, "").shape.parameters
+    assert values[f"stages.{stage}.optim.lr"] == suggested_rate(signal, adapters, parameters)
+    assert values[f"stages.{stage}.sampling.max_tokens"] > 1 and "evaluate.sampling.max_tokens" not in values
+
+
+def test_single_stage_keeps_adapters_of_user_at_their_rate(tmp_path: Path) -> None:
+    read = stage_reader(sums(tmp_path / "sums.jsonl", 40), "opd", "models.lora.r=4")
+    values, _ = fit.fitted_stage(read, "cpu")
+    assert "models.lora" not in values and read(values).models.lora.r == 4
+    parameters = ModelFolder.open(STUDENT, "").shape.parameters
+    assert values["stages.opd.optim.lr"] == suggested_rate("teacher", True, parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from headwater.config.builtin import find_recipe
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding
-from headwater.doctor.signal_checks import answers_found, distillation_first, teacher_is_student
+from headwater.doctor.signal_checks import answers_found, distillation_first, early_stop, teacher_is_student
 from headwater.runs.inputs import RunInputs
 from runs import TINY
 from tiny import rollout_of
@@ -24,9 +25,11 @@ from tiny import rollout_of
 POCKET = Path(__file__).parents[3] / "src" / "headwater" / "pocket"
 
 
-def findings(check: Callable[[DoctorContext], Any], arms: Sequence[str], *changes: str) -> list[Finding]:
+def findings(
+    check: Callable[[DoctorContext], Any], arms: Sequence[str], *changes: str, out: Path = Path("out")
+) -> list[Finding]:
     with RunInputs(find_recipe("pocket", [*TINY, *changes]), need_answers=False) as inputs:
-        context = DoctorContext(inputs, tuple(arms), (0,), Path("out"))
+        context = DoctorContext(inputs, tuple(arms), (0,), out)
         try:
             return list(check(context))
         finally:
@@ -130,3 +133,40 @@ def test_completions_with_answers_or_too_few_give_no_finding(texts: Any, arms: A
 def test_student_distilled_before_its_rl_is_not_judged() -> None:
     names = [finding.evidence.split(":")[0] for finding in answers(["47"] * 16, ["bridge_rl"])]
     assert names == ["models.teacher"]
+
+
+# Stopped by chance ----------------------------------------------------------------------------------------------------
+
+FEW_GROUPS = (
+    "guards.no_signal=stop",
+    "guards.patience=2",
+    "stages.teacher_rl.batch_size=8",
+    "stages.teacher_rl.group_size=4",
+)
+
+
+def test_stage_with_few_groups_in_window_of_guard_is_warned_of() -> None:
+    """2 steps of 2 problems: all 4 groups are silent in 0.85^4 = 52 % of runs; with 16 problems a step in 0.85^32 = 0.6 %."""
+    (finding,) = findings(early_stop, ["bridge"], *FEW_GROUPS)
+    assert (finding.name, finding.severity) == ("early-stop-likely", "warning")
+    assert (
+        "none of its first 4 groups (2 steps of 2 problems)" in finding.evidence and "52% of runs" in finding.evidence
+    )
+    assert not findings(early_stop, ["bridge"], *FEW_GROUPS, "stages.teacher_rl.batch_size=64")
+
+
+def test_early_stop_is_not_judged_where_guard_cannot_stop() -> None:
+    assert not findings(early_stop, ["bridge"], *FEW_GROUPS, "guards.no_signal=continue")
+    assert not findings(early_stop, ["bridge"], *FEW_GROUPS, "guards.patience=99")  # the stage is shorter
+    assert not findings(early_stop, ["raw_teacher"], *FEW_GROUPS)  # no stage with rewards
+
+
+def test_early_stop_is_estimated_from_probe_in_folder(tmp_path: Path) -> None:
+    share = {"teacher": 0.5, "student": 0.02}
+    models = {role: {"informative": {"mean": mean}} for role, mean in share.items()}
+    (tmp_path / "probe.json").write_text(json.dumps({"models": models}))
+    assert not findings(early_stop, ["bridge"], *FEW_GROUPS, out=tmp_path)  # 0.5^4 = 6 %
+    student = [change.replace("teacher_rl", "student_rl") for change in FEW_GROUPS]
+    (finding,) = findings(early_stop, ["direct_grpo"], *student, out=tmp_path)
+    assert "2% of models.student's groups, as `headwater probe` measured" in finding.evidence
+    assert "92% of runs" in finding.evidence  # 0.98^4

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from architectures import write_folder
 from headwater.errors import UserError
@@ -159,3 +159,15 @@ def test_full_disk_is_not_reported_as_unsavable_tokenizer(tmp_path: Path, monkey
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
         save_policy(policy, tmp_path / "saved", torch.float32)
+
+
+def test_config_of_folder_is_read_once_for_its_tokenizer(qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ModelFolder.open(str(qwen3_folder), "models.student")
+    assert folder.config.model_type == "qwen3"
+
+    def read_again(*args: Any, **more: Any) -> None:
+        raise AssertionError("the config was read again")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", read_again)
+    first, second = folder.tokenizer, folder.read_tokenizer()
+    assert first is not second and first("17+45")["input_ids"] == second("17+45")["input_ids"] != []

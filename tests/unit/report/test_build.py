@@ -120,6 +120,18 @@ def test_conditions_c1_and_c2_equal_node_measurements(fake_study: Path, fake_rep
     assert "base_student" not in c2 and "direct_grpo" not in c2
 
 
+def test_c1_figure_has_teacher_before_and_after_each_stage(fake_report: dict[str, Any]) -> None:
+    teachers = fake_report["conditions"]["C1"]["sums"]
+    plot = html_stages.c1_figure("sums", teachers)
+    header, before, *after = plot.rows
+    assert plot.name == "c1-sums" and header == ("teacher", "accuracy", "best_of_k", "k")
+    assert before == ("before training", teachers["before"]["accuracy"], teachers["before"]["best_of_k"], 4)
+    assert [row[1:] for row in after] == [(row["accuracy"], row["best_of_k"], 4) for row in teachers["after"]]
+    assert (
+        f"before training {100 * before[1]:.1f} and {100 * before[2]:.1f} (k=4); after Teacher RL" in plot.description
+    )
+
+
 def test_c2_falls_back_to_training_prompts_without_held_out_measurements(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,))
     for file in out.glob("nodes/*/conditions.jsonl"):
@@ -215,7 +227,7 @@ def test_unfinished_arm_is_listed_and_has_no_accuracy(tmp_path: Path) -> None:
     text = printed(values, 110)
     assert f"replay: not finished on seed 0 (waits for {plan['replay']['0'][-1]})" in " ".join(text.split())
     row = next(row for row in html_arms.arms(values).view["table"].rows if row["header"].text == "warmup_only")
-    assert row["header"].warnings == (f"unfinished: seed 2 waits for {warmup}",)
+    assert row["header"].warnings == ("unfinished on seed 2",)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -251,7 +263,9 @@ def test_run_directories_with_different_seeds_merge(
     fake_study: Path, fake_report: dict[str, Any], tmp_path: Path
 ) -> None:
     first, second = fake_run(tmp_path / "a", seeds=(0, 1)), fake_run(tmp_path / "b", seeds=(2,))
-    merged = report.build([first, second])
+    recipe = json.loads((second / "recipe.json").read_text())
+    (second / "recipe.json").write_text(json.dumps({**recipe, "compute": {**recipe.get("compute", {}), "workers": 2}}))
+    merged = report.build([first, second])  # the number of workers changes no result
     assert merged["seeds"] == [0, 1, 2]
     assert merged == fake_report == report.build([fake_study])
     assert report.build([second, first])["arms"]["bridge"] == fake_report["arms"]["bridge"]

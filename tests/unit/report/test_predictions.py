@@ -267,8 +267,10 @@ def test_failed_node_is_reported_with_its_sentence_and_skipped_arms(tmp_path: Pa
     )
     assert values["verdict"].endswith("Not run because of it: bridge_rl, replay.")
     page, text = (out / "report.html").read_text(), " ".join(printed(values, 110).split())
-    assert "failed on seed 0: no group differs." in page
-    assert "not run on seed 1: opd failed: opd, step 3 of 12: the loss is &lt;b&gt;not finite&lt;/b&gt;" in page
+    assert ">failed on seed 0<" in page and page.count(">not run on seed 1<") == 2
+    assert "Failed: Student RL (seed 0; direct_grpo): no group differs." in page
+    where = "On-policy distillation at step 3 of 12 (seed 1; bridge_rl, replay)"
+    assert f"Stopped: {where}: the loss is &lt;b&gt;not finite&lt;/b&gt;." in page
     assert "replay: not run on seed 1 (opd failed: opd, step 3 of 12: the loss is <b>not finite</b>)" in text
     assert "private" not in page + text + json.dumps(values)
 
@@ -289,3 +291,19 @@ def test_validation_labels_are_counted_apart_and_noted_below_table(tmp_path: Pat
     assert "Accuracy on sums and costs (and 30 validation labels)" in page
     assert "and 30 validation labels, which decided when stages end, in bridge" in text
     assert "validation 10.0 GFLOPs" in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "result", "note"),
+    [
+        (0.01, 0.06, 0.009, "holds", ""),
+        (-0.06, -0.01, 0.009, "does not hold", ""),
+        (-0.01, 0.06, 0.3, "undecided", ""),
+        (0.001, 0.06, 0.061, "undecided", " (the interval excludes 0 but p is not below 0.05: undecided)"),
+        (-0.001, 0.06, 0.041, "undecided", " (p is below 0.05 but the interval includes 0: undecided)"),
+    ],
+)
+def test_contrast_is_decided_only_by_interval_and_p(low: float, high: float, p: float, result: str, note: str) -> None:
+    contrast = {"a": "bridge", "b": "replay", "difference": (low + high) / 2, "low": low, "high": high, "p": p}
+    assert contrasts.reading(contrast) == result
+    assert contrasts.difference_text(contrast).endswith(f", p {p:.3f}{note}")

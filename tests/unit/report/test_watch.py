@@ -6,12 +6,14 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,42 @@ def test_waiting_node_is_estimated_by_flops_at_rate_so_far(half: Path) -> None:
     # 2 · (6 + 3.25 + 6) + 6 = 36.5 s for 2 · (20 + 6.5 + 4) + 12 = 73 FLOPs: half a second each.
     assert [left[name] for name in names(half, "bridge_rl")[-2:]] == pytest.approx([20.0, 50.0])
     assert status.seconds_left == pytest.approx(14.0 + 20.0 + 50.0)
+
+
+def working(half: Path, name: str, **now: object) -> watch.NodeStatus:
+    """The status of a node that a process runs in, and whose file says what it does."""
+    folder = half / "nodes" / name
+    folder.mkdir(exist_ok=True)
+    (folder / "DONE").unlink(missing_ok=True)
+    if not (folder / "node.json").exists():
+        (folder / "node.json").write_text(
+            json.dumps({"stage": name.split(".")[0], "role": "student", "seed": 0, "kind": "evaluate"})
+        )
+    (half / "attempts").mkdir(exist_ok=True)
+    times = {"started": 100.0, "at": 130.0, "first": 0, "part": ""}
+    (half / "attempts" / f"{name}.now.json").write_text(json.dumps({**times, **now}))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock(half / ".lock", 0.0))
+        return next(node for node in watch.read_status(half).nodes if node.node == name)
+
+
+def test_watch_shows_progress_of_evaluation_with_time_left(half: Path) -> None:
+    """12 of 40 completions in 30 s: 28 more take 70 s."""
+    opd = working(half, names(half, "bridge")[-1], done=12, total=40, unit="completions")
+    assert (opd.work, opd.seconds_left, opd.step, opd.steps) == ("evaluating 12 of 40 completions", 70.0, 12, 40)
+    table = Console(file=io.StringIO(), width=160)
+    table.print(watch.status_table(watch.RunStatus("run", True, (opd,)), width=160))
+    assert "evaluating 12 of 40 completions" in table.file.getvalue()  # type: ignore[attr-defined]
+    cache = working(half, names(half, "bridge")[1], done=8, total=64, unit="rollouts", first=4)
+    assert (cache.work, cache.seconds_left) == ("making 8 of 64 rollouts", 420.0)
+
+
+def test_watch_names_measurement_between_steps(half: Path) -> None:
+    opd = working(half, names(half, "bridge")[-1], done=12, total=40, unit="steps", part="measuring C2")
+    assert (opd.work, opd.seconds_left) == ("measuring C2", 14.0)  # 28 steps of half a second
+    (half / "attempts" / f"{opd.node}.now.json").write_text('{"part": "meas')
+    with lock(half / ".lock", 0.0):
+        assert next(node for node in watch.read_status(half).nodes if node.node == opd.node).work == ""
 
 
 def test_plan_with_malformed_flops_is_refused(half: Path) -> None:
@@ -239,6 +277,37 @@ def test_served_page_is_rebuilt_in_background_when_files_change(half: Path, monk
     page.builder.join()
     assert "report 2" in page.render() and len(builds) == 2
     assert '<meta http-equiv="refresh"' not in page.render() and len(builds) == 2
+
+
+def test_served_runs_of_different_recipes_are_side_by_side(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = half.parent / "other"
+    shutil.copytree(half, other)
+    recipe = json.loads((other / "recipe.json").read_text())
+    (other / "recipe.json").write_text(json.dumps({**recipe, "task": "words"}))
+    monkeypatch.setattr(serve.side_by_side, "current_page", lambda outs: f"<main>{[out.name for out in outs]}</main>")
+    text = serve.LivePage([half, other]).render()
+    assert "['out', 'other']</main>" in text
+    assert "<strong>out: 7 of 10 nodes" in text and "<strong>other: 7 of 10 nodes" in text
+
+
+def test_served_status_has_pool_and_arms_of_running_node(half: Path) -> None:
+    status = watch.read_status(half)
+    arms = ("base_student", "bridge", "bridge_rl")
+    nodes = [
+        replace(node, state="at work", pool="all prompts", arms=arms)
+        for node in status.nodes
+        if node.state == "stopped"
+    ]
+    view = serve.status_view("", replace(status, running=True, nodes=tuple(nodes)))
+    assert view["rows"][0][:6] == [
+        "On-policy distillation",
+        "all prompts",
+        "bridge, bridge_rl",
+        "0",
+        "12 of 40",
+        "14 s",
+    ]
+    assert view["summary"] == "0 of 1 nodes done; running"
 
 
 def test_server_serves_only_page_and_refuses_other_hosts(address: str) -> None:

@@ -12,6 +12,8 @@ import pytest
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
+from headwater.cli.dry_run import notes
+from headwater.cli.options import DryRunOptions
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Lora
 from headwater.losses.batch import Row
@@ -20,7 +22,7 @@ from headwater.models import lora
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.shape import Shape
-from headwater.runs.estimate import Assumptions, estimates
+from headwater.runs.estimate import Assumptions, condition_schedule, estimates
 from headwater.runs.hardware import MODELS
 from headwater.runs.memory_estimate import FOUR_BITS, pass_bytes, persistent_bytes
 from headwater.runs.setup import prepared
@@ -55,6 +57,22 @@ def test_persistent_memory_is_sum_of_its_parts() -> None:
     rest = shape.parameters - shape.linear_parameters
     four = persistent_bytes(shape, adapter, True, (shape,), 2)
     assert four == pytest.approx(FOUR_BITS * shape.linear_parameters + 2 * rest + 16 * adapter + 2 * shape.parameters)
+
+
+def test_dry_run_and_stage_state_one_share_of_condition_c2() -> None:
+    with prepared(find_recipe("pocket", TINY), ["raw_teacher"], [0]) as (plan, inputs):
+        opd = plan.arms["raw_teacher"][0]
+        _, share = condition_schedule(opd, plan, inputs, 2)
+        estimate = next(row for row in estimates(plan, inputs) if row.name == plan.names[opd])
+    assert estimate.condition_share == share > 0.5
+    assert f" opd.s0 {share:.0%} (" in "\n".join(notes([estimate], DryRunOptions(None, 1, None)))
+
+
+def test_estimated_cache_holds_rollouts_read_by_stages() -> None:
+    """Two warm-up steps of 16 rollouts, of the 64 of 16 prompts; 32 tokens each."""
+    with prepared(find_recipe("pocket", TINY), ["raw_teacher"], [0]) as (plan, inputs):
+        cache = next(row for row in estimates(plan, inputs) if row.name.startswith("teacher_rollouts"))
+    assert cache.tokens_sampled == cache.tokens_teacher_scored == 2 * 16 * 32
 
 
 def test_weights_gradients_and_optimizer_state_are_divided_by_devices() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from headwater.config.builtin import find_recipe
 from headwater.config.compute import Compute
-from headwater.runs.executors.base import Failure, Job
+from headwater.runs.executors.base import Failure, Job, recorded_progress
 from headwater.runs.executors.local import (
     LocalExecutor,
     exit_reason,
@@ -189,3 +190,21 @@ def test_node_of_killed_worker_is_retried_once_then_fails(deaths: int, tmp_path:
 
 def test_exit_reason_names_code_or_signal() -> None:
     assert exit_reason(3) == "ended with code 3" and exit_reason(-15) == "was killed by SIGTERM"
+
+
+def test_running_node_writes_its_work_to_file(tmp_path: Path) -> None:
+    folder, calls = RunDir(tmp_path).node("opd.s0.1a2b"), []
+    shown = NodeProgress(lambda *start: calls.append(start), lambda *more: calls.append(more), lambda: False)
+    with recorded_progress(folder, shown) as progress:
+        progress.start(2, 8, "completions")
+        progress.advance(3, {})
+        progress.part("measuring C2")
+        note = json.loads(folder.now.read_text())
+        assert (note["first"], note["done"], note["total"], note["unit"], note["part"]) == (
+            2,
+            5,
+            8,
+            "completions",
+            "measuring C2",
+        )
+    assert calls == [(2, 8, "completions"), (3, {})] and not folder.now.exists()

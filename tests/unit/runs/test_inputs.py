@@ -48,6 +48,16 @@ def test_inputs_are_read_lazily_and_once(calls: list[str]) -> None:
     assert len(calls) == 2
 
 
+def test_stage_reads_rollouts_of_its_steps_at_most_its_pool() -> None:
+    """16 labels × 4 samples; 16 rollouts a step."""
+    with RunInputs(find_recipe("pocket", list(TINY))) as inputs:
+        warmup = inputs.recipe.stages.require("warmup")
+        lengths = [warmup.model_copy(update={"steps": steps}) for steps in (0, 1, 3, 9)]
+        assert [inputs.cached_rollouts("all", stage) for stage in lengths] == [16, 16, 48, 64]
+        assert inputs.cached_rollouts("first_half", lengths[2]) == 32
+        assert inputs.cached_rollouts("all", lengths[1], unknown_steps=True) == 64
+
+
 def test_unreadable_input_is_tried_once_and_named(tmp_path: Path, calls: list[str]) -> None:
     recipe = find_recipe("pocket", [*TINY, f"data.labeled={{path: {tmp_path / 'none.jsonl'}}}"])
     inputs = RunInputs(recipe)

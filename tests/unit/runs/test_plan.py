@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Recipe
 from headwater.errors import UserError
 from headwater.runs.plan import Node, Plan, make_plan, scorers
+from headwater.storage.run_dir import RunDir
 
 POOLS = {"all": ("a", "b", "c", "d"), "first_half": ("a", "b"), "second_half": ("c", "d")}
 
@@ -20,6 +22,9 @@ def content(**other: Any) -> dict[str, Any]:
     plain = {
         "models": lambda role: f"weights of {role}",
         "pools": POOLS,
+        "reads": lambda pool, stage, unknown_steps: (
+            len(POOLS[pool]) if unknown_steps else min(len(POOLS[pool]), stage.steps)
+        ),
         "labels": {name: f"answers of {name}" for name in POOLS},
         "unlabeled": (),
         "evals": {"sums": ["answers", "x", "y"]},
@@ -147,6 +152,36 @@ def test_cache_does_not_depend_on_training_of_its_readers() -> None:
         assert cache_name(f"stages.warmup.{reader}") == plain
     for sampled in ("group_size=2", "sampling.max_tokens=9", "sampling.temperature=0.5", "dense.top_k=4"):
         assert cache_name(f"stages.warmup.{sampled}") != plain
+
+
+def test_cache_is_done_with_rollouts_of_its_unfinished_readers(tmp_path: Path) -> None:
+    """Pools of 4 problems; the fake data's stages read as many rollouts as they have steps."""
+    plan = plan_of(
+        "stages.warmup.steps=2",
+        "stages.sft={steps: 3, sampling: {max_tokens: 48}}",
+        arms=("warmup_only", "teacher_sft"),
+    )
+    folder = RunDir(tmp_path)
+    warmup, sft = (plan.arms[arm][0] for arm in ("warmup_only", "teacher_sft"))
+    cache = warmup.cache
+    assert cache is not None and plan.names[cache] == plan.names[sft.cache or cache]
+    assert plan.cached_rollouts(cache) == 3
+
+    def finish(node: Node, **value: int) -> None:
+        folder.node(plan.names[node]).path.mkdir(parents=True, exist_ok=True)
+        folder.node(plan.names[node]).finish({"fingerprint": plan.fingerprints[node], **value})
+
+    finish(cache, scored=2)
+    assert not plan.is_done(cache, folder)
+    finish(cache)  # of an earlier version: its whole pool
+    assert plan.is_done(cache, folder)
+    finish(cache, scored=2)
+    finish(sft)
+    assert plan.is_done(cache, folder) and plan.cached_rollouts(cache, folder) == 2
+    finish(cache, scored=0)
+    assert not plan.is_done(cache, folder)
+    finish(warmup)
+    assert plan.is_done(cache, folder)
 
 
 def test_plan_lists_parents_before_children() -> None:

@@ -57,3 +57,18 @@ def test_log_gives_no_time_left_before_first_result() -> None:
     log = Log("[1/6] base_student (seed 0)", began=0.0)
     log.start(0, 10, "completions")
     assert log.advance(0, "", now=90.0) == "[1/6] base_student (seed 0): 0 of 10 completions"
+
+
+def test_warning_is_shown_once_for_all_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    display = progress_display()
+    for seed, share in ((0, "62%"), (1, "70%")):
+        with display.node(f"opd (seed {seed})", seed + 1, 2) as progress:
+            progress.warn(
+                f"truncation: {share} of the completions reached the limit: raise stages.opd.sampling.max_tokens"
+            )
+            progress.warn("sampler_gap: 0.1 nats")
+    shown = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert shown == [
+        "[1/2] opd (seed 0): warning truncation: 62% of the completions reached the limit: raise stages.opd.sampling.max_tokens",
+        "[1/2] opd (seed 0): warning sampler_gap: 0.1 nats",
+    ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from headwater.config.guards import Guards
 from headwater.config.stage import Stage
@@ -12,7 +15,7 @@ from headwater.losses.batch import Row
 from headwater.storage.run_dir import NodeDir, append_jsonl
 from headwater.training.groups import count_uninformative, replace_uninformative
 from headwater.training.guards import NoSignalGuard, StageOutcomes
-from headwater.training.rollouts import CachedRollouts
+from headwater.training.rollouts import CachedRollouts, epoch_order
 from headwater.types import Rollout, Verdict
 
 GROUP = 4
@@ -40,16 +43,32 @@ def names(rows_: list[Row]) -> list[str]:
 
 def test_cached_rollouts_are_read_once_per_epoch_in_new_order() -> None:
     cached = [Row(Rollout(f"p{index}", 0, (1,), (2,), (-1.0,), "stop", "s")) for index in range(12)]
-    gather = CachedRollouts(cached, stage(objective="sft", batch_size=4), 0)
+    prompts = [row.rollout.problem_id for row in cached]
+    gather = CachedRollouts(cached, prompts, stage(objective="sft", batch_size=4, group_size=1), 0)
     epochs = [
         [row.rollout.problem_id for step in steps for row in gather(step).rows] for steps in ((0, 1, 2), (3, 4, 5))
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"p{index}" for index in range(12))
     assert epochs[0] != epochs[1]
-    again = CachedRollouts(cached, stage(objective="sft", batch_size=4), 0)
+    again = CachedRollouts(cached, prompts, stage(objective="sft", batch_size=4, group_size=1), 0)
     assert [row.rollout.problem_id for row in again(4).rows] == epochs[1][4:8]  # a resumed stage goes on where it was
-    other = CachedRollouts(cached, stage(objective="sft", batch_size=4), 1)
+    other = CachedRollouts(cached, prompts, stage(objective="sft", batch_size=4, group_size=1), 1)
     assert [row.rollout.problem_id for row in other(0).rows] != epochs[0][:4]
+
+
+def test_cache_of_first_reads_gives_steps_of_whole_cache() -> None:
+    pool = [
+        replace(row, rollout=replace(row.rollout, sample=s))
+        for s in (0, 1)
+        for row in group("a", "1") + group("b", "1")
+    ]
+    pool = sorted(pool, key=lambda row: (row.rollout.problem_id, row.rollout.sample))
+    settings = stage(objective="sft", batch_size=3, group_size=2)
+    first = [pool[index] for index in reversed(epoch_order(4, 7, 0)[:3])]  # an extended cache has another order
+    whole, partial = (CachedRollouts(rows, ("a", "b"), settings, 7) for rows in (pool, first))
+    assert whole(0).rows == partial(0).rows
+    with pytest.raises(KeyError):
+        partial(1)
 
 
 # Dynamic sampling -----------------------------------------------------------------------------------------------------
@@ -73,7 +92,7 @@ def silent(step: int, informative: float = 0.0, reward: float = 0.0) -> dict[str
     return {"step": step, "informative": informative, "reward": reward}
 
 
-def no_signal_guard(folder: Path, stop: bool = True, right: bool = False) -> NoSignalGuard:
+def no_signal_guard(folder: Path, stop: bool = True, right: bool = False, steps: int = 10) -> NoSignalGuard:
     """Patience 3, 40 labels; the ledger holds three steps of four groups each, on 12 labels; all verdicts are the same."""
     guards = Guards(no_signal="stop" if stop else "continue", patience=3)
     node = NodeDir(folder)
@@ -87,7 +106,7 @@ def no_signal_guard(folder: Path, stop: bool = True, right: bool = False) -> NoS
     for step in range(1, 4):
         graded = [{"correct": right, "reason": "different", "finish": "stop"}] * GROUP
         append_jsonl(node.rollouts(step), graded)
-    return NoSignalGuard(guards, StageOutcomes(node, "stages.teacher_rl", 48), 10, 40)
+    return NoSignalGuard(guards, StageOutcomes(node, "stages.teacher_rl", 48), steps, 40)
 
 
 def test_no_signal_guard_stops_stage_and_names_wasted_labels(
@@ -107,6 +126,11 @@ def test_no_signal_guard_stops_stage_and_names_wasted_labels(
     rows_ = [silent(step) for step in (1, 2, 3)]
     assert no_signal_guard(tmp_path).catch_up(rows_) == message
     assert no_signal_guard(tmp_path, stop=False).catch_up(rows_) is None
+
+
+def test_no_signal_guard_leaves_stage_shorter_than_patience(tmp_path: Path) -> None:
+    assert no_signal_guard(tmp_path, steps=2).check(silent(2)) is None
+    assert no_signal_guard(tmp_path, steps=3).check(silent(3)) is not None
 
 
 def test_no_signal_guard_passes_with_one_informative_group_or_continue(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_sentences_state_better_undecided_and_changed_order() -> None:
     result = made_up("labels", [64, 128, 256, 512], [0.6, 0.58, 0.51, 0.4])["said"]
     assert result == [
         "On sums, at labels 64 and 128 bridge is better than direct_grpo; at labels 512 bridge is worse than direct_grpo; "
-        "at labels 256 bridge cannot be told from direct_grpo. The order turns between labels 128 and 512."
+        "at labels 256 bridge is not shown to differ from direct_grpo. The order turns between labels 128 and 512."
     ]
 
 
@@ -186,7 +186,7 @@ def test_single_arm_is_compared_with_itself_at_first_value() -> None:
     against[1] |= {"low": -0.13, "high": -0.07, "p": 0.001}
     result |= {"arms": ["bridge"], "across": [against[0] | {"low": -0.01, "high": 0.05, "p": 0.4}, against[1]]}
     assert sweep_report.sentences(result) == [
-        "On sums, at lambda 1 bridge is worse than bridge at lambda 0; at lambda 0.5 bridge cannot be told from bridge at "
+        "On sums, at lambda 1 bridge is worse than bridge at lambda 0; at lambda 0.5 bridge is not shown to differ from bridge at "
         "lambda 0. Highest at lambda 0.5, 62.0 %; as the highest of several it overstates what new runs would give."
     ]
 

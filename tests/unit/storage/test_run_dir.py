@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from headwater.errors import UserError
+from headwater.storage import fault_points
 from headwater.storage.files import file_sums
 from headwater.storage.run_dir import (
+    DISTRIBUTIONS,
     NodeDir,
     RunDir,
     append_jsonl,
@@ -162,6 +164,28 @@ def test_node_is_done_only_for_its_own_fingerprint(tmp_path: Path) -> None:
     assert node.is_done("abc") and not node.is_done("abd")
 
 
+def test_cache_losing_its_distributions_is_never_damaged(tmp_path: Path) -> None:
+    node = NodeDir(tmp_path)
+    node.cache.mkdir()
+    for name in ("rollouts.jsonl", DISTRIBUTIONS):
+        (node.cache / name).write_text(name)
+    node.finish({"fingerprint": "abc", "scored": 9})
+    assert (node.scored_rollouts, node.damage()) == (9, None)
+
+    def stop(point: str) -> None:
+        if point == "cache.released":
+            raise KeyboardInterrupt
+
+    fault_points.arm(stop)
+    with pytest.raises(KeyboardInterrupt):
+        node.remove_distributions()
+    fault_points.arm(None)
+    for left in ([DISTRIBUTIONS, "rollouts.jsonl"], ["rollouts.jsonl"]):
+        assert sorted(path.name for path in node.cache.iterdir()) == left
+        assert (node.scored_rollouts, node.damage(), node.is_done("abc")) == (0, None, True)
+        node.remove_distributions()
+
+
 RECIPE = {"name": "r", "seed": 0, "stages": {"opd": {"steps": 5, "optim": {"lr": 1e-6}}}, "evals": ["a", "b"]}
 
 
@@ -215,3 +239,23 @@ def test_joined_ledger_has_node_ledgers_in_name_order(tmp_path: Path) -> None:
     folder.join_ledgers()
     folder.join_ledgers()  # rebuilt, not appended
     assert [row["node"] for row in read_jsonl(folder.ledger)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ("/a/data/train.jsonl", None),  # the same file from another working directory
+        ("../data/train.jsonl", None),
+        ("train.jsonl", None),
+        ("data/test.jsonl", "data.labeled.path"),
+        ("other/train.jsonl", "data.labeled.path"),
+    ],
+)
+def test_paths_from_other_working_directory_are_no_difference(other: str, difference: str | None) -> None:
+    first, second = ({"data": {"labeled": {"path": path, "split": "train"}}} for path in ("data/train.jsonl", other))
+    assert first_difference(first, second) == difference
+
+
+def test_texts_other_than_paths_must_be_equal() -> None:
+    templates = [{"prompt": {"template": text}} for text in ("a/b", "b")]
+    assert first_difference(*templates) == "prompt.template"

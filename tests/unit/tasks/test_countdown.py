@@ -21,16 +21,16 @@ from headwater.tasks.countdown import (
     extract,
     generate,
     grade,
-    is_worked,
     parse_problem,
     parse_terms,
     pool_of,
-    short,
-    worked,
 )
+from headwater.tasks.pools import POOLS
 from headwater.tasks.registry import TASKS
-from headwater.tasks.sums import POOLS
 from runs import call
+from tools.pretrain.solutions import countdown_is_worked as is_worked
+from tools.pretrain.solutions import countdown_short as short
+from tools.pretrain.solutions import countdown_worked as worked
 
 FOUR = CountdownDials(numbers=4, largest=120)
 

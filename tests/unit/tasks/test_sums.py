@@ -8,7 +8,11 @@ import time
 
 import pytest
 
-from headwater.tasks.sums import POOLS, SumsDials, generate, grade, is_worked, pool_of, short, worked
+from headwater.tasks.pools import POOLS, pool_of
+from headwater.tasks.sums import SumsDials, generate, grade
+from tools.pretrain.solutions import sums_is_worked as is_worked
+from tools.pretrain.solutions import sums_short as short
+from tools.pretrain.solutions import sums_worked as worked
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -43,7 +47,7 @@ def test_sums_reason_names_fault() -> None:
 def test_sums_pools_share_no_problem_for_any_seed() -> None:
     texts = {pool: {text for seed in (0, 1, 2) for text, _ in generate(500, pool, seed)} for pool in POOLS}
     for pool, problems in texts.items():
-        assert {pool_of(text) for text in problems} == {pool}
+        assert {pool_of("sums", text) for text in problems} == {pool}
         assert not any(problems & other for name, other in texts.items() if name != pool)
 
 
@@ -78,7 +82,7 @@ def test_sums_impossible_dials_are_refused(wrong: dict[str, int]) -> None:
 
 def test_sums_pool_returns_all_and_states_its_size_if_asked_for_more() -> None:
     dials = SumsDials(modulus=5, min_terms=2, max_terms=3)  # 5**2 + 5**3 = 150 problems in all pools together
-    counts = {pool: sum(1 for text in _every_problem(5, (2, 3)) if pool_of(text) == pool) for pool in POOLS}
+    counts = {pool: sum(1 for text in _every_problem(5, (2, 3)) if pool_of("sums", text) == pool) for pool in POOLS}
     assert sum(counts.values()) == 150
     for pool, count in counts.items():
         assert len(generate(count, pool, 0, dials)) == count

@@ -14,21 +14,12 @@ import pytest
 
 from headwater.config.recipe import Generate, Source
 from headwater.data.sources import load
+from headwater.tasks.pools import POOLS, pool_of
 from headwater.tasks.registry import TASKS
-from headwater.tasks.word_problems import (
-    POOLS,
-    WordProblem,
-    WordsDials,
-    extract,
-    generate,
-    grade,
-    is_worked,
-    pool_of,
-    problems,
-    solutions,
-)
+from headwater.tasks.word_problems import WordProblem, WordsDials, extract, generate, grade, problems
 from headwater.tasks.word_problems_text import NAMES, SCENES
 from headwater.tasks.word_problems_world import Quantity, Step, gradients, has_no_shortcut
+from tools.pretrain.solutions import words_is_worked, words_short, words_solutions, words_worked
 
 EASY, HARD = WordsDials(1, 4), WordsDials(7, 10, distractors=3)
 
@@ -340,13 +331,13 @@ def test_reader_distinguishes_right_from_wrong_text() -> None:
 
 def test_worked_solution_has_sentence_and_valid_equation_per_operation() -> None:
     for problem in made(200, WordsDials()):
-        *steps, last = re.findall(r"[^.]+\.", problem.worked)
-        assert last.strip() == problem.short == f"The answer is {problem.gold}."
+        *steps, last = re.findall(r"[^.]+\.", words_worked(problem))
+        assert last.strip() == words_short(problem) == f"The answer is {problem.gold}."
         assert len(steps) == problem.world.operations
         for step in steps:
             left, sign, right, value = re.search(r"(\d+)([-+*/])(\d+)=(\d+)", step).groups()  # type: ignore[union-attr]
             assert OPERATIONS[sign](Fraction(left), Fraction(right)) == int(value)
-        assert is_worked(problem.worked) and not is_worked(problem.short)
+        assert words_is_worked(words_worked(problem)) and not words_is_worked(words_short(problem))
 
 
 def test_texts_vary_in_every_respect() -> None:
@@ -362,7 +353,7 @@ def test_texts_vary_in_every_respect() -> None:
 def test_pools_share_no_problem_for_any_seed() -> None:
     texts_by_pool = {pool: {text for seed in (0, 1) for text, _ in generate(150, pool, seed)} for pool in POOLS}
     for pool, texts in texts_by_pool.items():
-        assert {pool_of(text) for text in texts} == {pool}
+        assert {pool_of("words", text) for text in texts} == {pool}
         assert not any(texts & other for name, other in texts_by_pool.items() if name != pool)
 
 
@@ -390,9 +381,9 @@ def test_problems_are_equal_in_every_process() -> None:
 
 
 def test_worked_share_of_solutions_follows_setting() -> None:
-    worked = [is_worked(completion) for _, completion in solutions(400, "pretrain", 0, 0.25)]
+    worked = [words_is_worked(completion) for _, completion in words_solutions(400, "pretrain", 0, 0.25)]
     assert abs(sum(worked) - 100) < 35  # 100 are expected, with a standard deviation of 8.7
-    assert all(is_worked(completion) for _, completion in solutions(50, "pretrain", 0, 1.0))
+    assert all(words_is_worked(completion) for _, completion in words_solutions(50, "pretrain", 0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -417,7 +408,7 @@ def test_hardest_dials_generate_problems() -> None:
 
 def test_gold_grades_one_in_both_forms_and_perturbed_zero() -> None:
     for problem in made(60, WordsDials()):
-        for completion in (problem.worked, problem.short, f"the answer is {problem.gold}"):
+        for completion in (words_worked(problem), words_short(problem), f"the answer is {problem.gold}"):
             assert grade(problem.gold, completion) == (True, "equal")
         for wrong in (
             f"{problem.gold}0",

@@ -15,7 +15,7 @@ from headwater.losses.batch import Row
 from headwater.losses.distributions import Exact, TopK
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
-from headwater.teachers.cache import read_cache, refuse_huge_cache, write_cache
+from headwater.teachers.cache import read_cache, refuse_huge_cache, write_distributions, write_rollouts
 from headwater.teachers.scoring import distributions_of, hidden_of, logp_of
 from headwater.training.update import make_optimizer, update
 from tiny import copied, furthest, gradient_of, largest, sampled_rows, stage_of, taught, tiny_policy
@@ -64,7 +64,8 @@ def test_teacher_equal_to_student_gives_zero_loss_and_gradient(
 def cached(folder: Path, teacher: Policy, top_k: int | None = None, temperature: float = 1.0) -> list[Row]:
     rows = sampled_rows(teacher, groups=4, temperature=temperature)
     folder.mkdir(exist_ok=True)
-    write_cache(folder, teacher, [row.rollout for row in rows], top_k, 64)
+    write_rollouts(folder, [row.rollout for row in rows])
+    write_distributions(folder, teacher, [row.rollout for row in rows], top_k, 64)
     return rows
 
 

@@ -18,7 +18,7 @@ from headwater.config.recipe import parse_recipe
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.storage.run_dir import NodeDir
-from headwater.tasks.word_problems import pool_of
+from headwater.tasks.pools import pool_of
 from tiny import CPU
 from tiny_desk import TINY, TOKENIZER, use_tiny_desk
 from tools.pretrain import desk
@@ -133,7 +133,7 @@ def test_step_problems_depend_on_seed_and_step_only_even_with_workers() -> None:
     assert len(here) == 6 and len({text for pairs in here for text, _ in pairs}) == 24
     assert list(batches(TINY, seed=5, first=2)) == here[2:]
     assert list(batches(TINY, seed=5, workers=2)) == here
-    assert {pool_of(text) for pairs in here for text, _ in pairs} == {"pretrain"}
+    assert {pool_of("words", text) for pairs in here for text, _ in pairs} == {"pretrain"}
     assert all("=" in completion for pairs in here[:4] for _, completion in pairs)  # worked ones come first
 
 

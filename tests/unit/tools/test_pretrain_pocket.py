@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwater.tasks import countdown
-from headwater.tasks.sums import SumsDials, pool_of, short, worked
+from headwater.tasks.pools import pool_of
+from headwater.tasks.sums import SumsDials
 from tools.pretrain.pocket import (
     ALPHABET,
     ASSISTANT,
@@ -29,6 +30,7 @@ from tools.pretrain.pocket import (
     pretrain,
     pretrain_pocket,
 )
+from tools.pretrain.solutions import countdown_short, countdown_worked, sums_short, sums_worked
 
 SHIPPED = Path(str(resources.files("headwater"))) / "pocket"
 TINY = PretrainSpec(
@@ -130,8 +132,8 @@ def test_training_reads_pretraining_pool_only_and_worked_solutions_first() -> No
     assert len(seen) == TINY.steps
     for step, batch in enumerate(seen):
         for problem, completion in batch:
-            assert pool_of(problem) == "pretrain"
-            forms = {worked(problem, TINY.dials)} | ({short(problem, TINY.dials)} if step >= 24 else set())
+            assert pool_of("sums", problem) == "pretrain"
+            forms = {sums_worked(problem, TINY.dials)} | ({sums_short(problem, TINY.dials)} if step >= 24 else set())
             assert completion in forms
     mixture = [text.startswith("=") for batch in seen[24:] for _, text in batch]
     assert 0.5 < sum(mixture) / len(mixture) < 1.0  # 1 - p_cot = 0.78 of 96
@@ -144,9 +146,9 @@ def test_countdown_models_read_countdown_pretraining_pool_in_both_forms() -> Non
     seen = list(batches(spec, seed=0))
     forms = [
         "worked"
-        if completion == countdown.worked(problem)
+        if completion == countdown_worked(problem)
         else "short"
-        if completion == countdown.short(problem)
+        if completion == countdown_short(problem)
         else ""
         for batch in seen
         for problem, completion in batch

@@ -7,6 +7,7 @@ only its descendants.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -16,12 +17,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headwater.errors import DiskError, HeadwaterError, UserError
+from headwater.errors import DiskError, HeadwaterError, UserError, error_text
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import NodeContext, NodeProgress, ProgressDisplay
 from headwater.runs.plan import Node, Plan
 from headwater.runs.run_node import run_node
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, write_json
+from headwater.training.update import Metrics
+
+PROGRESS_SECONDS = 2.0
+"""Least time between two notes of what a node does, for `headwater watch`."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,7 @@ class Failure:
         """A HeadwaterError keeps its message and exit code; any other exception has its type's name and code 1."""
         if isinstance(error, HeadwaterError):
             return cls(str(error), error.exit_code)
-        message = " ".join(str(error).split())
-        return cls(f"{type(error).__name__}: {message}"[:400], 1, "".join(traceback.format_exception(error)))
+        return cls(f"{type(error).__name__}: {error_text(error, 400)}", 1, "".join(traceback.format_exception(error)))
 
     def to_json(self) -> dict[str, Any]:
         """Contents of the node's FAILED file."""
@@ -135,9 +139,9 @@ def run_in_process(job: Job) -> dict[str, Failure]:
 def start_node(node: Node, context: NodeContext) -> None:
     """Lock the node's folder, remove an earlier FAILED file, and run the node."""
     folder = context.node_dir(node)
-    with folder.locked(), recorded_attempt(folder):
+    with folder.locked(), recorded_attempt(folder), recorded_progress(folder, context.progress) as progress:
         folder.failed.unlink(missing_ok=True)
-        run_node(node, context)
+        run_node(node, replace(context, progress=progress))
 
 
 @contextlib.contextmanager
@@ -151,6 +155,43 @@ def recorded_attempt(folder: NodeDir) -> Iterator[None]:
             earlier = list(read_json(folder.attempts)) if folder.attempts.exists() else []
             worker = f"{socket.gethostname()}, process {os.getpid()}"
             write_json(folder.attempts, [*earlier, {"worker": worker, "started": started, "ended": time.time()}])
+
+
+@contextlib.contextmanager
+def recorded_progress(folder: NodeDir, progress: NodeProgress) -> Iterator[NodeProgress]:
+    """Progress that also writes what the node does now to a file, for `headwater watch`; the file goes when the node ends.
+
+    It says nothing about results, so it is not synced, and a disk that cannot take it is left to the node's own files.
+    """
+    work: dict[str, Any] = {"part": "", "done": 0, "total": 0, "unit": "", "first": 0, "started": time.time()}
+    written = 0.0
+
+    def write(**changes: Any) -> None:
+        nonlocal written
+        work.update(changes)
+        if "done" not in changes or "total" in changes or time.monotonic() - written > PROGRESS_SECONDS:
+            written = time.monotonic()
+            with contextlib.suppress(OSError):
+                folder.now.parent.mkdir(exist_ok=True)
+                folder.now.write_text(json.dumps({**work, "at": time.time()}), encoding="utf-8")
+
+    def start(done: int, total: int, unit: str) -> None:
+        progress.start(done, total, unit)
+        write(done=done, total=total, unit=unit, first=done, started=time.time())
+
+    def advance(count: int, metrics: Metrics) -> None:
+        progress.advance(count, metrics)
+        write(done=work["done"] + count)
+
+    def part(title: str) -> None:
+        progress.part(title)
+        write(part=title)
+
+    try:
+        yield replace(progress, start=start, advance=advance, part=part)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.now.unlink(missing_ok=True)
 
 
 def describe(node: Node) -> str:

@@ -1,0 +1,61 @@
+"""Table and notes of a dry run: time on this machine or on a named device, and what to change where memory is short."""
+
+from __future__ import annotations
+
+import torch
+
+from headwater.cli.dry_run import cost_table, memory_advice, notes
+from headwater.cli.options import DryRunOptions
+from headwater.config.builtin import find_recipe
+from headwater.doctor.fit import device_here
+from headwater.runs.estimate import Estimate
+from headwater.runs.hardware import Device
+
+HERE = Device(flops=1e9, memory=4e9, bandwidth=1e9, source="measured")
+NODES = [
+    Estimate("teacher_rl.s0.1a2b", 8, 10, 1000, 0, flops=0.4e9 * 90, bytes=1e9, peak=3e9),
+    Estimate("opd.s0.3c4d", 0, 10, 1000, 1000, flops=0.4e9 * 600, bytes=3e9, peak=5e9),
+]
+PLAIN = DryRunOptions(None, 1, None)
+
+
+def test_table_gives_time_on_this_machine() -> None:
+    """0.4e9 FLOP/s are expected of 1e9: 90 and 600 seconds."""
+    table = cost_table(NODES, PLAIN, HERE)
+    assert table.columns[-1].header == "time here" and list(table.columns[-1].cells) == ["90 s", "10.0 min"]
+    assert [column.header for column in cost_table(NODES, PLAIN, None).columns][-1] == "peak"
+    text = "\n".join(notes(NODES, PLAIN, HERE))
+    assert (
+        "here: about 11.5 min if nodes run one after the other; at most 5.00 GB at once of 4.00 GB that are free, which"
+        in text
+    )
+    assert "does not fit" in text and "an estimate from 40% of 1.00 GFLOP/s as measured just now" in text
+
+
+def test_named_device_gives_hours_from_its_datasheet() -> None:
+    options = DryRunOptions("h100", 2, None)
+    device = Device(flops=1e9, memory=4e9, bandwidth=1e9, source="sheet")
+    assert cost_table(NODES, options, device).columns[-1].header == "GPU-hours"
+    assert "on 2 × h100: 0.19 GPU-hours, 0.096 hours" in "\n".join(notes(NODES, options, device))
+
+
+def test_memory_advice_names_largest_node_and_unused_settings() -> None:
+    recipe = find_recipe("pocket", [])
+    assert memory_advice(NODES[:1], recipe, HERE.memory, PLAIN) is None
+    weights = str(memory_advice(NODES, recipe, HERE.memory, PLAIN))
+    assert weights.startswith(
+        "memory: opd.s0 needs 5.00 GB and 4.00 GB are free here: train adapters (models.lora={r: 32})"
+    )
+    assert "gradient_checkpointing" not in weights  # 2 of the 5 GB are activations
+    adapters = find_recipe("pocket", ["models.lora={r: 4, quantize: nf4}", "models.dtype=bfloat16"])
+    activations = [Estimate("opd.s0.3c4d", 0, 10, 0, 0, flops=1.0, bytes=1e9, peak=5e9)]
+    assert memory_advice(activations, adapters, HERE.memory, DryRunOptions("l40s", 1, None)) == (
+        "memory: opd.s0 needs 5.00 GB and l40s has 4.00 GB: set models.gradient_checkpointing=true, lower compute.microbatch_tokens "
+        f"(now {adapters.compute.microbatch_tokens}), compute.sample_batch (now {adapters.compute.sample_batch}), name a larger "
+        "device or more of them with --on"
+    )
+
+
+def test_rates_of_this_machine_are_plausible() -> None:
+    here = device_here(torch.device("cpu"))
+    assert 1e8 < here.flops < 1e15 and 1e7 < here.bandwidth < 1e13 and here.memory > 1e8

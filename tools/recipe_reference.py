@@ -1,0 +1,56 @@
+"""Every field of the recipe as Markdown tables, with which docs/hooks.py fills docs/recipe.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from headwater.config.fields import SchemaField
+from headwater.config.recipe import Source
+from headwater.config.reference import FIELDS, default_text, parent_of
+from headwater.config.stage import Stage
+
+EXPLAINED_ONCE: dict[type[BaseModel], str] = {Stage: "stages.STAGE", Source: "data.SOURCE"}
+"""Sections that several fields hold, and the heading under which the page lists their fields once."""
+
+
+def markdown() -> str:
+    """Every field as one Markdown table a section; fields of stages and of problem sources are listed once."""
+    parts = []
+    for heading, fields in _page_sections():
+        rows = [
+            f"| `{field.name}` | {_cell(field.type_text)} | {_cell(default_text(field))} | {field.unit} | {_cell(field.description)} |"
+            for field in fields
+        ]
+        parts.append(
+            "\n".join(
+                [f"## {heading}", "", "| field | type | default | unit | meaning |", "|---|---|---|---|---|", *rows, ""]
+            )
+        )
+    return "\n".join(parts)
+
+
+def _page_sections() -> Iterator[tuple[str, list[SchemaField]]]:
+    yield "The recipe", [field for field in FIELDS.values() if "." not in field.path]
+    done: set[type[BaseModel]] = set()
+    for field in FIELDS.values():
+        if field.section is None or (field.section in EXPLAINED_ONCE and field.section in done):
+            continue
+        heading, inner = field.path, [other for other in FIELDS.values() if parent_of(other.path) == field.path]
+        owner = next((section for section in EXPLAINED_ONCE if field.path.startswith(tuple(_paths_of(section)))), None)
+        if owner is not None:
+            first = next(_paths_of(owner))
+            if not field.path.startswith(first):
+                continue
+            heading = EXPLAINED_ONCE[owner] + field.path.removeprefix(first)
+        done.add(field.section)
+        yield heading, inner
+
+
+def _paths_of(section: type[BaseModel]) -> Iterator[str]:
+    return (field.path for field in FIELDS.values() if field.section is section)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("{", "&#123;")
