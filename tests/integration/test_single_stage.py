@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_distill_is_run_of_equivalent_recipe(folder: Path) -> None:
+def test_distill_is_run_of_equivalent_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     by_verb = call("distill", *PAIR, "--prompts", "prompts.jsonl", "--out", "a", *SET_OPD)
     by_file = call("run", "mine.yaml", "--out", "b")
     assert (by_verb.code, by_file.code) == (0, 0), by_verb.err + by_file.err
@@ -49,6 +49,10 @@ def test_distill_is_run_of_equivalent_recipe(folder: Path) -> None:
     assert load_json(Path("a/recipe.json"))["name"] == "distill-qwen3-student"
     assert load_json(Path("b/recipe.json"))["name"] == "mine"
     assert call("report", "a", "--audit").code == 0
+    finished = (Path("b/nodes") / node / "DONE").stat().st_mtime_ns
+    monkeypatch.chdir(folder.parent)  # the recipe's paths are beside it, and its run is the same from here
+    again = call("run", f"{folder.name}/mine.yaml", "--out", f"{folder.name}/b")
+    assert again.code == 0 and (folder / "b/nodes" / node / "DONE").stat().st_mtime_ns == finished, again.err
 
 
 def test_distill_resumes_and_dry_run_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

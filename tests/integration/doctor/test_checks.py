@@ -23,7 +23,7 @@ from runs import TINY, call, tiny
 
 
 def test_doctor_command_lists_its_checks_and_exits_0(tmp_path: Path) -> None:
-    result = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1")
+    result = call("doctor", "pocket", "--out", tmp_path / "out", "--set", "compute.threads=1", "--verbose")
     assert result.code == 0, result.err
     for check in CHECKS:
         assert check.title in result.out
@@ -82,6 +82,7 @@ def test_run_prints_doctor_warnings_and_continues(tmp_path: Path) -> None:
     assert "warning system-without-effect: models.student" in result.err and "pad-is-eos" not in result.err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_finished_run_skips_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
     monkeypatch.setattr(checks, "examine", lambda *given: pytest.fail("the doctor was asked again"))
