@@ -135,7 +135,7 @@ def test_greedy_gsm8k_evaluation_agrees_with_harness_on_every_problem(tmp_path: 
 
 
 @needs("lm_eval")
-def test_strict_reading_finds_what_filter_of_harness_finds() -> None:
+def test_strict_reading_equals_filter_of_harness() -> None:
     from lm_eval.filters.extraction import RegexFilter
 
     texts = [
