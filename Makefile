@@ -25,6 +25,7 @@ test-integration: .venv/installed-test
 # 5,000 hostile recipes, data files, model folders and run directories, as bounded as the program promises to be.
 fuzz: .venv/installed-test
 	PYTHONPATH=. $(PY) tests/support/fuzz.py --count 5000
+	PYTHONPATH=. $(PY) tests/support/fuzz.py --count 2000 --kind hostile_tokenizer
 	PYTHONPATH=. $(PY) tests/support/fuzz.py --count 2000 --kind sandbox
 
 # Kills, full disks and damage of every kind, then 500 kills at random times; docs/reliability.md says how long it takes.

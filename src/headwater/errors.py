@@ -9,6 +9,11 @@ from collections.abc import Iterable, Sequence
 MAX_MESSAGE_CHARS = 2000
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+BACKTRACE = re.compile(
+    r"\n\s*(?:Exception raised from |C\+\+ CapturedTraceback|frame #0|stack backtrace|Traceback \(most)"
+)
+"""Begin of what native code and other interpreters append to a message."""
+
 
 def one_line(text: str) -> str:
     """Make text safe for a terminal: line breaks become spaces; control characters, bidi marks and lone surrogates U+FFFD.
@@ -17,6 +22,22 @@ def one_line(text: str) -> str:
     """
     shown = text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]}…"
     return CONTROL_CHARACTERS.sub("\ufffd", re.sub("[\r\n\u2028\u2029]+", " ", shown))
+
+
+def printable(text: str) -> str:
+    """Text of one or more lines without control characters except line breaks and tabs."""
+    return CONTROL_CHARACTERS.sub(lambda match: match[0] if match[0] in "\n\t" else "\ufffd", text)
+
+
+def error_text(error: BaseException | str, most: int = 200) -> str:
+    """A library's message in one line: without the backtrace of its native code, cut at a word where it is long.
+
+    Example: `error_text("no  such file\nException raised from f (most recent call first)")` is `no such file`.
+    """
+    text = " ".join(one_line(BACKTRACE.split(str(error), maxsplit=1)[0]).split())
+    if len(text) > most:
+        text = f"{text[:most].rpartition(' ')[0] or text[:most]} …"
+    return text or type(error).__name__
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

@@ -154,7 +154,8 @@ def evaluate_models(
 
     Raises UserError for a setting that a recipe would not allow, and for a model, file or row that cannot be used.
     """
-    recipe, task, device = _recipe(models[0], settings), find_task(settings.task), device_of(settings.device or "auto")
+    task, device = find_task(settings.task), device_of(settings.device or "auto")
+    recipe = _recipe(models[0], settings, compiled=device.type != "cpu")
     make_sampler, evaluations = sampler_factory(recipe), []
     with Verifier(settings.task) as grade:
         columns = Columns(problem=settings.problem, answer=settings.answer)
@@ -244,8 +245,11 @@ def _data_warnings(data: str, loaded: LoadedProblems, prompter: Prompter) -> tup
     return tuple(sentences)
 
 
-def _recipe(model: str, settings: EvaluationSettings) -> Recipe:
-    """The settings as a recipe that only evaluates: validated by the same rules, and what makes the sampler."""
+def _recipe(model: str, settings: EvaluationSettings, compiled: bool) -> Recipe:
+    """The settings as a recipe that only evaluates: validated by the same rules, and what makes the sampler.
+
+    compiled  whether vLLM compiles the model, which on a CPU takes longer than most evaluations
+    """
     if settings.form is not None and settings.form not in FORMS:
         raise UserError(f"eval: form {settings.form!r} is unknown{did_you_mean(settings.form, FORMS)}")
     sampling = {name: getattr(settings, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
@@ -256,7 +260,7 @@ def _recipe(model: str, settings: EvaluationSettings) -> Recipe:
         "data": {"unlabeled": "none"},
         "stages": {"opd": {"objective": "opd", "steps": 1, "sampling": {"max_tokens": settings.max_tokens}}},
         "evaluate": {"samples": settings.samples, "sampling": sampling},
-        "compute": {"sampler": settings.sampler, "sample_batch": settings.batch},
+        "compute": {"sampler": settings.sampler, "sample_batch": settings.batch, "vllm": {"compiled": compiled}},
     }
     return parse_recipe(raw, "eval")
 

@@ -45,6 +45,7 @@ VERBATIM = {  # command -> regular expression of its output
     "run pocket --arm bridge --set stages.opd.dense.divergence=jsd --dry-run": "opd",
     "run pocket --arm bridge --set stages.teacher_rl.group_size=16 --dry-run": "teacher_rl",
     "run pocket --arm warmup_only --set stages.warmup.dense.top_k=8 --dry-run": "warmup",
+    "run pocket --arm bridge --set 'stages.opd.dense.teacher_weights={teacher: 1.25, base_teacher: -0.25}' --dry-run": "opd",
     "study pocket --arms all --dry-run": "teacher_rl",
     "study pocket --arms bridge,direct_grpo,raw_teacher --seeds 0,1,2 --dry-run": "teacher_rl",
     "study pocket --arms bridge_1h,bridge_rl,replay --dry-run": "student_rl",
@@ -141,8 +142,8 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
         "labels:",
     ),
     "doctor RECIPE": ("doctor my.yaml", "nothing is wrong"),
-    "doctor RECIPE [--arms a,b|all] [--set path=value] [--device auto|cpu|cuda] [--out DIR] [--json]": (
-        "doctor my.yaml --arms direct_grpo,bridge --set labels.budget=128 --device cpu --out runs/none --json",
+    "doctor RECIPE [--arms a,b|all] [--set path=value] [--device auto|cpu|cuda] [--out DIR] [--verbose] [--json]": (
+        "doctor my.yaml --arms direct_grpo,bridge --set labels.budget=128 --device cpu --out runs/none --verbose --json",
         '"findings"',
     ),
     "probe RECIPE": ("probe my.yaml --problems 8 --samples 8", "labels"),
@@ -177,6 +178,7 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
 }
 
 PARSED_ONLY = {
+    "validate --task python": "a sentence names it without its file",
     "demo": "takes minutes; it is the study `pocket` of the default arms, whose plan is printed above",
     "run my.yaml --set compute.sampler=vllm": "needs vLLM: tests/integration/engines/test_vllm_sampler.py, make test-engines",
     "run my.yaml --arm raw_teacher --set models.teacher=http://gpu-7:8000/v1": "server: tests/integration/test_teachers.py starts one",

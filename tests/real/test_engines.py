@@ -22,6 +22,8 @@ from runs import call, rows
 from tiny import CPU, MODELS, rollout_of
 from tools.real.__main__ import CACHE
 
+if importlib.util.find_spec("vllm") is not None:
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes minutes on a CPU
 MODEL = (CACHE / "SmolLM2-135M-Instruct").resolve()
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
 PROBLEMS = int(os.environ.get("HEADWATER_REAL_PROBLEMS", "100"))

@@ -41,6 +41,7 @@ from fuzz_prompts import template, tokenizer
 from fuzz_recipes import override, recipe, recipe_text
 from fuzz_sandbox import sandboxed
 from fuzz_tables import parquet, separated, table
+from fuzz_tokenizers import hostile_tokenizer
 from headwater.errors import HeadwaterError, RecipeError, UserError, one_line
 from headwater.report import build as report
 from headwater.report.html import Page
@@ -110,9 +111,10 @@ KINDS: dict[str, tuple[int, Case]] = {
     "architecture": (4, architecture),
     "run_directory": (3, run_directory),
     "sandbox": (0, sandboxed),
+    "hostile_tokenizer": (0, hostile_tokenizer),
 }
 """Share of each kind in percent; `--kind` runs those of 0."""
-NAMING = ("conversation", "table", "separated", "adapter", "tokenizer", "template", "architecture")
+NAMING = ("conversation", "table", "separated", "adapter", "tokenizer", "hostile_tokenizer", "template", "architecture")
 """Kinds whose refusals must name a field, a row or a path in the case's folder."""
 
 

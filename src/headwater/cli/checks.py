@@ -24,7 +24,7 @@ from headwater.cli.options import (
     recipe_changes,
 )
 from headwater.config.builtin import builtin_names
-from headwater.errors import RefusedError, UserError
+from headwater.errors import CONTROL_CHARACTERS, RefusedError, UserError
 
 commands = typer.Typer()
 
@@ -108,7 +108,7 @@ def grade(
     from headwater.data.validate import grade_file
 
     for row in grade_file(data, task=task, seconds=seconds, workers=workers):
-        print(json.dumps(row, ensure_ascii=False))
+        print(CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(row, ensure_ascii=False)))
 
 
 @commands.command(

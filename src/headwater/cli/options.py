@@ -11,13 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TextIO, cast, get_type_hints
 
 import typer
 
 from headwater.config.arms import ARMS, DEFAULT_ARM
 from headwater.config.builtin import builtin_names
-from headwater.errors import HeadwaterError, UserError
+from headwater.errors import HeadwaterError, UserError, printable
+from headwater.printing import PrintableStream
 from headwater.runs.hardware import DEVICES
 
 RecipeName = Annotated[
@@ -255,9 +256,10 @@ def launched_by_torchrun() -> bool:
 def exit_codes() -> Iterator[None]:
     """Turn expected errors into one line on stderr and an exit code; Ctrl-C exits with 130."""
     try:
-        yield
+        with contextlib.redirect_stdout(cast(TextIO, PrintableStream(sys.stdout))):
+            yield
     except HeadwaterError as error:
-        print(f"headwater: {error}", file=sys.stderr)
+        print(f"headwater: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

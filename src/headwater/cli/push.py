@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import yaml
 
 from headwater.config.arms import BASE_MODELS
-from headwater.errors import UserError
+from headwater.errors import UserError, error_text
 from headwater.report import build as report
 from headwater.storage.run_dir import NodeDir, RunDir, read_json
 from headwater.storage.untrusted import read_plan
@@ -122,6 +122,5 @@ def push(finished: Finished, to: str, private: bool, api: Api) -> str:
         address = api.create_repo(to, private=private, exist_ok=True)
         api.create_commit(to, operations, commit_message=f"{finished.node.name}, made with Headwater")
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"push --to {to}: the hub refuses ({reason})") from None
+        raise UserError(f"push --to {to}: the hub refuses ({error_text(error, 300)})") from None
     return str(address)

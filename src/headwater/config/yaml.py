@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from headwater.errors import UserError
+from headwater.errors import UserError, error_text
 
 LONGEST = 1 << 18
 """Maximum length; the longest built-in recipe has about 5 thousand characters."""
@@ -45,9 +45,7 @@ def read_with_lines(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], i
         raise UserError(f"{where}: is not YAML ({' '.join(str(error).split())})") from None
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         # Values that cannot be constructed: a date of month 13, a number of 5,000 digits, `!!bool maybe`.
-        raise UserError(
-            f"{where}: is not YAML ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        ) from None
+        raise UserError(f"{where}: is not YAML ({type(error).__name__}: {error_text(error)})") from None
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply") from None
 

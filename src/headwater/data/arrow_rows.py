@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from headwater.errors import error_text
 from headwater.tasks.golds import LARGEST_EXACT_FLOAT
 
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f]")
@@ -103,7 +104,3 @@ def _shortest(value: Any, bits: int) -> float:
             f"a {bits}-bit float does not hold every integer near {exact:.0f}; store it as an integer or as text"
         )
     return float(spelling)
-
-
-def error_text(error: Exception) -> str:
-    return f"{' '.join(str(error).split())[:200] or type(error).__name__}"

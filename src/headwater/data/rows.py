@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from headwater.config.recipe import Source
-from headwater.data.arrow_rows import ArrowRow, error_text
+from headwater.data.arrow_rows import ArrowRow
 from headwater.data.conversations import messages_of
-from headwater.errors import UserError
+from headwater.errors import UserError, error_text
 from headwater.storage import hub
 
 MOST_BYTES, MOST_ROWS, BATCH_ROWS = 4 << 30, 50_000_000, 256
@@ -66,6 +66,8 @@ def _text(path: Path, where: str) -> str:
     try:
         if path.exists() and not path.is_file():  # a device or a pipe has no end
             raise UserError(f"{where}: is not a file")
+        if path.exists() and path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{where}: has over {MOST_BYTES:,} bytes; that is no file of problems")
         data = _decompressed(path, where) if path.suffix.lower() in COMPRESSIONS else path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{where}: {_no_such_file(path)}") from None

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from headwater.doctor.context import DoctorContext
 from headwater.doctor.finding import Finding, error, warning
 from headwater.doctor.weight_checks import AGREEMENT, dtype_name, mean_gap
-from headwater.errors import HeadwaterError
+from headwater.errors import HeadwaterError, error_text
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.save import save_policy, save_without_weights
@@ -49,7 +49,7 @@ def saving(context: DoctorContext) -> Iterator[Finding]:
             detail = str(failure) if isinstance(failure, HeadwaterError) else f"{type(failure).__name__}: {failure}"
             yield error(
                 "cannot-be-saved",
-                f"models.{role}: after training it could not be saved and loaded again ({' '.join(detail.split())[:300]})",
+                f"models.{role}: after training it could not be saved and loaded again ({error_text(detail, 300)})",
                 "correct what the sentence names in the model's folder, or use another model",
             )
 

@@ -12,15 +12,18 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, GenerationConfig
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from headwater.errors import UnsupportedModelError, UserError
 from headwater.models import adapter_files, untrusted_files
 from headwater.models.architecture import refuse_unknown, refuse_unsupported
 from headwater.models.generation_config import read_generation_config
+from headwater.models.resource_limits import layout_limits
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import read_tokenizer, stop_ids_of
 from headwater.models.untrusted_files import as_user_error
+from headwater.models.untrusted_tokenizer import problem_of_tokenizer
 from headwater.models.weight_files import WeightFiles
 from headwater.storage import hub
 
@@ -156,7 +159,8 @@ class ModelFolder:
         if not self.base.is_local:
             message = f"{self.name} is no folder here, and its config cannot be read from the hub"
         with as_user_error(f"{self.field}: {message}"):
-            config = AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
+            with layout_limits():
+                config = AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
         refuse_unsupported(config, self.field, self.name)
         return config
 
@@ -182,14 +186,33 @@ class ModelFolder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        with as_user_error(f"{self.field}: the tokenizer of {self.name} cannot be loaded"):
-            return self.read_tokenizer()
+        return self.read_tokenizer()
 
     def read_tokenizer(self) -> Any:
-        """A tokenizer of its own for each call."""
+        """A new tokenizer for each call. Raises UserError that names the field; hostile files are refused before they are opened."""
         config = self.config  # read first: transformers would blame the tokenizer for its faults
         own = config if self.tokenizer_path == self.base.path else None
-        return read_tokenizer(self.tokenizer_path, self.trust_remote_code, own)
+        message = f"{self.field}: the tokenizer of {self.name} cannot be loaded"
+        with as_user_error(message):
+            problem = self._problem_of_tokenizer()
+            if problem is not None:
+                raise UserError(f"{message} ({problem})")
+            return read_tokenizer(self.tokenizer_path, self.trust_remote_code, own)
+
+    def _problem_of_tokenizer(self) -> str | None:
+        path, base = Path(self.tokenizer_path), self.base
+        if path.is_relative_to(str(files("headwater"))):
+            return None  # shipped with the package
+        if not path.is_dir():
+            cached = (
+                cached_file(self.tokenizer_path, name, _raise_exceptions_for_missing_entries=False)
+                for name in ("tokenizer.json", "tokenizer_config.json")
+            )
+            file = next((file for file in cached if file is not None), None)
+            return None if file is None else problem_of_tokenizer(Path(file).parent, None)
+        tensors = WeightFiles(Path(base.path), base.field, base.name).tensors.values() if base.is_local else ()
+        rows = max((extent for stored in tensors for extent in stored.shape), default=None)
+        return problem_of_tokenizer(path, rows)
 
     @property
     def tokenizer_path(self) -> str:
@@ -204,7 +227,7 @@ class ModelFolder:
 
     @cached_property
     def shape(self) -> Shape:
-        with as_user_error(f"{self.field}: the config of {self.name} cannot be used"):
+        with as_user_error(f"{self.field}: the config of {self.name} cannot be used"), layout_limits():
             return Shape.from_config(self.config, self.trust_remote_code)
 
     @cached_property
@@ -273,7 +296,6 @@ def _resolve(name: str, field: str) -> str:
                 "save_pretrained, which writes safetensors"
             )
         untrusted_files.refuse_unsafe(folder, field, name)
-        untrusted_files.refuse_huge_token_ids(folder, field, name)
         if not _is_adapter(folder):
             if (folder / adapter_files.CONFIG).is_file():
                 raise UserError(

@@ -32,6 +32,9 @@ SCORES = re.compile(r"(^|\.)(score|v_head|value_head|classifier|reward_head|regr
 SMALL_MODEL = 1_000_000
 """Weights that may be missing from the files before the model is built, which then tells their names."""
 
+LARGE_BUFFERS = 1 << 30
+"""Bytes that a model may always keep in tables that it computes, such as causal masks."""
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -80,8 +83,8 @@ def load_policy(folder: ModelFolder, options: LoadOptions) -> Policy:
             f"{folder.field}: {folder.name} is an adapter, which cannot be added to weights in four bits; set models.lora.output: "
             "adapter to continue training it, or merge it first (`headwater merge`)"
         )
+    tokenizer = folder.read_tokenizer()
     with as_user_error(f"{folder.field}: {folder.name} cannot be loaded"):
-        tokenizer = folder.read_tokenizer()
         dtype = compute_dtype if base_frozen else torch.float32
         model = None if ranks.single_process else fsdp_weights.build_without_weights(base, dtype)
         if model is None:
@@ -177,6 +180,12 @@ def _refuse_far_larger(folder: ModelFolder) -> None:
         raise UserError(
             f"{folder.field}: {folder.name} cannot be loaded (its config.json describes a model of {described:,} weights, and its "
             f"files hold {stored_numbers:,}; a size that config.json leaves out is that of a large model)"
+        )
+    buffers = folder.shape.buffer_bytes
+    if buffers > per_number * 4 * stored_numbers + LARGE_BUFFERS:
+        raise UserError(
+            f"{folder.field}: {folder.name} cannot be loaded (its config.json asks for {buffers:,} bytes of tables besides the "
+            f"weights, of which its files hold {stored_numbers:,}; is its number of positions right?)"
         )
 
 

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 
 from headwater import seeds
 from headwater.config.recipe import Prompt
-from headwater.errors import UserError
+from headwater.errors import UserError, error_text
 from headwater.models.resource_limits import OutOfTimeError, resource_limits
 from headwater.models.untrusted_files import as_user_error
 from headwater.tasks.thinking import is_thinking_mark
@@ -112,28 +112,20 @@ class Prompter:
 
     def completion(self, ids: Sequence[int]) -> str:
         """A completion as text, without special tokens except those that begin or end the thinking: graders look for these."""
-        ids = list(ids)
-        shown = self._thinking_ids.isdisjoint(ids)
-        if not shown:
-            ids = [token for token in ids if token not in self._hidden_ids]
-        return self.tokenizer.decode(ids, skip_special_tokens=shown, clean_up_tokenization_spaces=False)
+        thinking, hidden = self._special_ids
+        plain = thinking.isdisjoint(ids)
+        ids = list(ids) if plain else [token for token in ids if token not in hidden]
+        return self.tokenizer.decode(ids, skip_special_tokens=plain, clean_up_tokenization_spaces=False)
 
     @cached_property
-    def _special_ids(self) -> dict[int, bool]:
-        """Special id -> whether it is a thinking mark."""
+    def _special_ids(self) -> tuple[frozenset[int], frozenset[int]]:
+        """(ids of the marks of thinking, other special ids)."""
         tokenizer = self.tokenizer
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {id_: token.content for id_, token in added.items() if token.special}
         special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-        return {id_: is_thinking_mark(content) for id_, content in special.items()}
-
-    @cached_property
-    def _thinking_ids(self) -> frozenset[int]:
-        return frozenset(id_ for id_, mark in self._special_ids.items() if mark)
-
-    @cached_property
-    def _hidden_ids(self) -> frozenset[int]:
-        return frozenset(id_ for id_, mark in self._special_ids.items() if not mark)
+        thinking = frozenset(id_ for id_, content in special.items() if is_thinking_mark(content))
+        return thinking, frozenset(special) - thinking
 
 
 def spelt_template(problem: Problem) -> str | None:
@@ -177,7 +169,7 @@ def render_chat(
     except MemoryError:
         raise UserError(f"{template} takes more than {TEMPLATE_MB} MiB on {where}") from None
     except Exception as error:
-        detail = " ".join(str(error).split())[:200]
+        detail = error_text(error)
         remedy = "; change these turns, prompt.system or the chat template" if type(error) is TemplateError else ""
         raise UserError(f"{template} cannot be used on {where} ({type(error).__name__}: {detail}){remedy}") from None
     return text

@@ -1,4 +1,4 @@
-"""Limit the time and memory of untrusted code (a chat template) that runs in this process."""
+"""Limit the time and memory of untrusted code (a chat template) and untrusted sizes (a config) that run in this process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator
 
 PAGE_BYTES = resource.getpagesize()
+LAYOUT_SECONDS, LAYOUT_MB = 120.0, 4096
+"""Limits of a model's layout, which takes under a second for any model whose weights exist."""
 
 
 class OutOfTimeError(Exception):
@@ -45,6 +47,18 @@ def resource_limits(seconds: float, megabytes: int) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if timer[0]:
             signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+@contextlib.contextmanager
+def layout_limits() -> Iterator[None]:
+    """Limits for reading a config and laying out its model without weights. Raises ValueError where it takes more."""
+    try:
+        with resource_limits(LAYOUT_SECONDS, LAYOUT_MB):
+            yield
+    except (OutOfTimeError, MemoryError):
+        raise ValueError(
+            f"laying out the model that its config.json describes takes more than {LAYOUT_SECONDS:g} seconds or {LAYOUT_MB} MiB"
+        ) from None
 
 
 def _used() -> int:

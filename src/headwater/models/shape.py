@@ -41,6 +41,7 @@ class Shape:
     experts_per_token   routed experts that a token is sent to; 0 in a model without experts
     experts_known       False where the config does not say how many: then all of them are in `token_parameters`
     linears             (name, inputs, outputs) of every linear layer except the head
+    buffer_bytes        of tables that the model computes from its config and that are no weights, such as causal masks
     config              what it was measured on, so that the model can be built again (`empty_model`); None for a served model
     """
 
@@ -60,6 +61,7 @@ class Shape:
     experts_per_token: float = 0.0
     experts_known: bool = True
     linears: tuple[tuple[str, int, int], ...] = ()
+    buffer_bytes: int = 0
     config: Any = field(default=None, repr=False, compare=False)
     trust_remote_code: bool = False
 
@@ -172,6 +174,7 @@ def _measure(config: Any, trust_remote_code: bool) -> Shape:
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D)) and module is not head
         ),
+        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         config=copy.deepcopy(config),
         trust_remote_code=trust_remote_code,
     )

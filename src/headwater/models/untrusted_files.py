@@ -9,28 +9,29 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from headwater.errors import HeadwaterError, UnsupportedModelError, UserError
+from headwater.errors import HeadwaterError, UnsupportedModelError, UserError, error_text
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors format's own limit."""
 
-LARGEST_TOKEN_ID = 1 << 24
-HUGE_INTEGER = re.compile(rb":\s*\d{8,}")
-"""A number of eight digits or more as a value in a JSON file; real tokenizers hold none, so that they are not parsed twice."""
+MAX_BYTES = {".json": 64 << 20, ".model": 128 << 20, ".txt": 128 << 20, ".jinja": 1 << 20}
+"""Largest file that is read whole, by its ending."""
 
 
 def refuse_unsafe(folder: Path, field: str, name: str) -> None:
-    """Raises UserError for a folder with a pickle in it (also one named *.safetensors), or an index that points outside."""
-    for path in sorted(folder.iterdir()):
+    """Raises UserError for a folder with a pickle in it (also one named *.safetensors), with a pipe, device or absurdly large file, or
+    with an index that points outside."""
+    for path in sorted([*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]):
+        if path.suffix in (*MAX_BYTES, ".safetensors"):
+            _refuse_irregular(path, field, name)
         if path.suffix.lower() in PICKLES:
             raise UserError(
                 f"{field}: {name} holds {path.name}, a pickle, which can run any program when it is read; it was not read: keep "
@@ -52,19 +53,15 @@ def refuse_unsafe(folder: Path, field: str, name: str) -> None:
                 )
 
 
-def refuse_huge_token_ids(folder: Path, field: str, name: str) -> None:
-    """Raises UserError for token ids that no vocabulary has: the tokenizer's native code reserves memory up to the largest one."""
-    path = folder / "tokenizer.json"
-    if not path.is_file() or not HUGE_INTEGER.search(path.read_bytes()):
-        return
-    tokenizer = read_object(path, field, name)
-    added, model = tokenizer.get("added_tokens"), tokenizer.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    ids = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    ids += vocabulary.values() if isinstance(vocabulary, dict) else ()
-    largest = max((number for number in ids if isinstance(number, int)), default=0)
-    if largest >= LARGEST_TOKEN_ID:
-        raise UserError(f"{field}: {path.name} in {name} gives a token the id {largest}, which no vocabulary reaches")
+def _refuse_irregular(path: Path, field: str, name: str) -> None:
+    """Raises UserError for a device, a pipe or a broken link, whose reading may never end, and for a file of absurd size."""
+    if not path.is_file():
+        raise UserError(f"{field}: {name} holds {path.name}, which is not a regular file; it was not read: remove it")
+    size, most = path.stat().st_size, MAX_BYTES.get(path.suffix)
+    if most is not None and size > most:
+        raise UserError(
+            f"{field}: {name} holds {path.name} of {size:,} bytes, over the {most:,} that such a file may have; it was not read"
+        )
 
 
 def _not_safetensors(path: Path) -> str:
@@ -166,7 +163,7 @@ def as_user_error(message: str, kind: type[UserError] = UserError) -> Iterator[N
     except (HeadwaterError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        detail = " ".join(str(error).split())[:200] or type(error).__name__
+        detail = error_text(error)
         if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
             detail = f"{type(error).__name__}: {detail}"
         if isinstance(error, ImportError):

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from headwater.printing import PrintableConsole
+
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
@@ -99,4 +101,5 @@ def plain_table(title: str) -> Table:
 def console(file: IO[str] | None = None) -> Console:
     """Rich console with the terminal's width, or 110 columns if the output is a file or a pipe."""
     target = file or sys.stdout
-    return Console(file=target) if target.isatty() or "COLUMNS" in os.environ else Console(file=target, width=110)
+    width = None if target.isatty() or "COLUMNS" in os.environ else 110
+    return PrintableConsole(file=target, width=width)

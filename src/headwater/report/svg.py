@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,8 @@ def as_file(figure: Figure, name: str) -> str:
     name  unique among the figures of a page, because the ids in the file are derived from it
     """
     sink = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": f"headwater {name}"}):
+    with warnings.catch_warnings(), matplotlib.rc_context({**STYLE, "svg.hashsalt": f"headwater {name}"}):
+        warnings.simplefilter("ignore", UserWarning)  # of characters that the font lacks: it would print them
         figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return sink.getvalue()
 

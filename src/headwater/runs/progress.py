@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,6 +27,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from headwater.printing import PrintableConsole
 from headwater.runs.node_context import NodeProgress, ProgressDisplay, StudyProgress
 from headwater.training.update import Metrics
 
@@ -66,7 +66,7 @@ class TimeLeft(TimeRemainingColumn):
 
 def progress_display(quiet: bool = False) -> ProgressDisplay:
     """A display on stderr; with `quiet` it shows nothing."""
-    console = Console(stderr=True, quiet=quiet, highlight=False)
+    console = PrintableConsole(stderr=True, quiet=quiet, highlight=False)
     bars = Progress(
         *columns(console.width >= WIDE), console=console, expand=True, transient=True, disable=not console.is_terminal
     )  # in a log it would leave blank lines

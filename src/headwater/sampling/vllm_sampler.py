@@ -24,7 +24,7 @@ from headwater.config.compute import Compute, Vllm
 from headwater.config.recipe import Recipe
 from headwater.config.samplers import missing_package
 from headwater.config.stage import Sampling
-from headwater.errors import UserError
+from headwater.errors import UserError, error_text
 from headwater.models.policy import Policy
 from headwater.sampling.base import OnFinished, Request, SamplerFactory
 from headwater.types import Rollout
@@ -168,9 +168,9 @@ def check_device_count(count: int, device: torch.device) -> None:
 
 
 def engine_error(policy: Policy, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
     return UserError(
-        f"compute.sampler: vllm cannot run {policy.folder.path} ({reason}); set compute.sampler=torch, or change compute.vllm"
+        f"compute.sampler: vllm cannot run {policy.folder.path} ({error_text(error, 300)}); set compute.sampler=torch, "
+        "or change compute.vllm"
     )
 
 

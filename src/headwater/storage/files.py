@@ -99,8 +99,15 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def refuse_irregular(path: Path) -> None:
+    """Raises UserError for a pipe, a device or a folder in the place of a file: reading it may never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file")
+
+
 def read_json(path: Path) -> Any:
     """Read JSON. Raises UserError that names the file when it is missing or malformed."""
+    refuse_irregular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -155,6 +162,7 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def read_jsonl(path: Path, size: int | None = None) -> Iterator[dict[str, Any]]:
     """Yield the rows of an append-only file, or of its first `size` bytes; a last line cut short by a crash is skipped."""
+    refuse_irregular(path)
     if not path.exists():
         return
     left = path.stat().st_size if size is None else size
@@ -174,6 +182,7 @@ def read_jsonl(path: Path, size: int | None = None) -> Iterator[dict[str, Any]]:
 
 def read_rows_from(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
     """Rows of an append-only file from byte `start` on, and the offset after the last complete row."""
+    refuse_irregular(path)
     if not path.exists():
         return [], start
     with path.open("rb") as file:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from headwater.errors import error_text
+
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 """owner/name"""
 PROBE_SECONDS = 6.0
@@ -63,8 +65,8 @@ def _probe(endpoint: str, seconds: float) -> str | None:
             # Its own timeout is for each step of a request, so the limit is that of `join` below.
             status = get_session().head(endpoint, timeout=2 * seconds).status_code
         except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
-            detail = " ".join(re.sub(r"^\[Errno -?\d+\] ", "", str(error)).split())[:150]
-            reasons.append(f"{host}: {detail or type(error).__name__}")
+            detail = error_text(re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__)
+            reasons.append(f"{host}: {detail}")
         else:
             reasons.append(f"{host} answers with HTTP {status}" if status in GATEWAY_ERRORS else None)
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from headwater.errors import HeadwaterError, UserError
+from headwater.errors import HeadwaterError, UserError, error_text
 from headwater.storage.run_dir import read_checked
 
+MAX_BYTES = 4 << 30
+"""Largest file of a run directory besides weights."""
 NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 
 
 def refuse_links(folder: Path, option: str) -> None:
-    """Raise UserError when the folder contains a symbolic link: writing to it would change a file elsewhere.
+    """Raise UserError when the folder contains a symbolic link, a pipe, a device or a huge log.
 
-    The folder itself may be a link: the user named it.
+    Writing to a link would change a file elsewhere; reading a pipe may never end. The folder itself may be a link: the user named
+    it.
     """
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -26,6 +30,16 @@ def refuse_links(folder: Path, option: str) -> None:
             if path.is_symlink():
                 where = path.relative_to(folder)
                 raise UserError(f"{option} {folder}: {where} is a symbolic link, which no run creates; remove it")
+            try:
+                mode, size = (status := path.stat()).st_mode, status.st_size
+            except FileNotFoundError:  # a run in the folder has just removed it
+                continue
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise UserError(f"{option} {folder}: {path.relative_to(folder)} is no regular file; remove it")
+            if size > MAX_BYTES and path.suffix != ".safetensors":
+                raise UserError(
+                    f"{option} {folder}: {path.relative_to(folder)} has {size:,} bytes, which no run writes"
+                )
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -60,7 +74,6 @@ def refuse_malformed_files(folder: Path) -> Iterator[None]:
     except (HeadwaterError, OSError):
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        message = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder}: its files do not have the format this program writes ({type(error).__name__}: {message})"
+            f"{folder}: its files do not have the format this program writes ({type(error).__name__}: {error_text(error)})"
         ) from error

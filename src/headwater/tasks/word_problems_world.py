@@ -6,6 +6,7 @@ or an earlier step's value. The question is the last step. Steps that it does no
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -22,6 +23,9 @@ SIGNS = {
 }  # fmt: skip
 """Relation -> operator. The first nine define a quantity, the last five ask for one. `rest` is a stated total minus a
 quantity, `balance` one quantity minus another. Repeated entries in the tables below are weights."""
+OPERATORS: dict[str, Callable[[float, float], float]] = {
+    "": lambda left, right: left, "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+}  # fmt: skip
 LEAVES = ("given", "given", "groups")
 ON_ONE = ("more", "more", "fewer", "fewer", "times", "times", "part", "rest")
 ON_TWO = ("sum", "sum", "balance")
@@ -58,7 +62,7 @@ class Step:
 
     @property
     def value(self) -> int:
-        return int(apply_operator(self.sign, self.left, self.right))
+        return int(OPERATORS[self.sign](self.left, self.right))
 
     @property
     def expression(self) -> str:
@@ -87,16 +91,6 @@ class World:
     def operations(self) -> int:
         """Number of arithmetic operations on the path to the answer."""
         return sum(step.sign != "" for step in (*(self.steps[index] for index in self.needed), self.question))
-
-
-def apply_operator(sign: str, left: float, right: float) -> float:
-    if sign == "+":
-        return left + right
-    if sign == "-":
-        return left - right
-    if sign == "*":
-        return left * right
-    return left / right if sign == "/" else left
 
 
 def gradients(steps: Sequence[Step], last: Step) -> dict[int, float]:
@@ -224,7 +218,7 @@ def draw_question(
 
 def in_range(step: Step, largest: int) -> bool:
     """Whether the value is an integer and it and the left operand are within bounds."""
-    value = apply_operator(step.sign, step.left, step.right)
+    value = OPERATORS[step.sign](step.left, step.right)
     return value == int(value) and LEAST <= value <= largest and step.left <= largest
 
 

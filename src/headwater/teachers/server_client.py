@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 
 from headwater.config.compute import Server
-from headwater.errors import TrainingStoppedError, UserError, one_line
+from headwater.errors import TrainingStoppedError, UserError, error_text
 
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
 """Seconds before the first retry, and the largest pause; pauses double from one retry to the next."""
@@ -65,7 +65,9 @@ class ServerClient:
                 follow_redirects=False,
             )
         except (ValueError, ImportError) as error:
-            raise UserError(f"{self.field}: the environment's proxy cannot be used ({_one_line(error)})") from None
+            raise UserError(
+                f"{self.field}: the environment's proxy cannot be used ({error_text(error, MAX_MESSAGE_CHARS)})"
+            ) from None
 
     @property
     def root(self) -> str:
@@ -106,7 +108,9 @@ class ServerClient:
                 text = _read(response, MAX_ANSWER_BYTES)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             late = deadline.over or isinstance(error, httpx2.TimeoutException)
-            reason = f"no whole answer within {self.settings.seconds:g} s" if late else _one_line(error)
+            reason = (
+                f"no whole answer within {self.settings.seconds:g} s" if late else error_text(error, MAX_MESSAGE_CHARS)
+            )
             raise _RetryableError(reason) from None
         if deadline.over:  # an answer without a length ends where its connection does
             raise _RetryableError(f"no whole answer within {self.settings.seconds:g} s")
@@ -121,7 +125,7 @@ class ServerClient:
     def _raise_for_status(self, response: httpx2.Response) -> None:
         status = response.status_code
         if response.has_redirect_location:
-            message = f"it redirects to {_one_line(response.headers['location'])}; name that address in the recipe"
+            message = f"it redirects to {error_text(response.headers['location'], MAX_MESSAGE_CHARS)}; name that address in the recipe"
         else:
             message = _error_message(response)
         if status in (408, 429) or status >= 500:
@@ -182,13 +186,9 @@ def _error_message(response: httpx2.Response) -> str:
     except httpx2.HTTPError:
         return response.reason_phrase
     try:
-        return _one_line(json.loads(text)["error"]["message"])
+        return error_text(str(json.loads(text)["error"]["message"]), MAX_MESSAGE_CHARS)
     except (ValueError, KeyError, TypeError, RecursionError):
-        return _one_line(text or response.reason_phrase)
-
-
-def _one_line(message: object) -> str:
-    return one_line(" ".join(str(message).split()))[:MAX_MESSAGE_CHARS] or type(message).__name__
+        return error_text(text or response.reason_phrase, MAX_MESSAGE_CHARS)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ def test_run_prints_doctor_warnings_and_continues(tmp_path: Path) -> None:
     assert "warning system-without-effect: models.student" in result.err and "pad-is-eos" not in result.err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_finished_run_skips_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiny("run", tmp_path / "out", "--arm", "direct_grpo", whole=True).code == 0
     monkeypatch.setattr(checks, "examine", lambda *given: pytest.fail("the doctor was asked again"))

@@ -147,6 +147,7 @@ def test_table_cells_span_rows_of_entry_and_draw_intervals() -> None:
     assert _parsed(text).tags["i"] == 5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_zero_measure_is_shown_and_missing_one_is_dash(fake_report: dict[str, Any]) -> None:
     first = fake_report["stages"][0]
     rows = [{**first, "informative": value, "accuracy": {"sums": {"mean": 0.0}}, "ends": {}} for value in (0.0, None)]
@@ -231,6 +232,7 @@ def _data(text: str) -> Any:
     return json.loads(re.search(r'id="rollouts-data">(.*?)</script>', text, flags=re.DOTALL).group(1))  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_100_000_rollouts_are_sampled_within_bounds_stated_on_page(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]})
     node = next(out.glob("nodes/opd*"))
@@ -248,6 +250,7 @@ def test_100_000_rollouts_are_sampled_within_bounds_stated_on_page(tmp_path: Pat
     assert f"A sample of {len(_data(text)['rows'])} of about 120," in text  # 12 steps × 10,000, and the evaluation
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_rollout_data_has_problem_completion_and_dense_signal(tmp_path: Path) -> None:
     out = fake_run(tmp_path / "out", seeds=(0,), arms={"bridge": ARMS["bridge"]})
     node = next(out.glob("nodes/opd*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import resource
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from headwater.config.builtin import find_recipe
 from headwater.errors import UserError
 from headwater.models import prompts
+from headwater.models import resource_limits as limits
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.prompts import Prompter
@@ -140,5 +142,50 @@ def test_model_folder_refuses_token_id_beyond_vocabulary(place: str, folder: Pat
     else:
         tokenizer["added_tokens"][0]["id"] = 1 << 31
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
-    with pytest.raises(UserError, match=r"models\.student: tokenizer\.json in .* gives a token the id 2147483648"):
+    with pytest.raises(
+        UserError,
+        match=r"models\.student: the tokenizer of .* gives a token the id 2147483648, and the model's largest weight has \d+ rows",
+    ):
+        assert ModelFolder.open(str(folder), "models.student").tokenizer
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "broken link", "folder"])
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "additional_chat_templates/a.jinja"])
+def test_model_folder_with_irregular_file_is_refused_before_it_is_read(name: str, kind: str, folder: Path) -> None:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case _:
+            path.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    with pytest.raises(UserError, match=rf"models\.student: .* holds {path.name}, which is not a regular file"):
         ModelFolder.open(str(folder), "models.student")
+
+
+def test_model_folder_with_huge_text_file_is_refused_by_its_size(folder: Path) -> None:
+    with (folder / "chat_template.jinja").open("wb") as file:
+        file.truncate(1 << 40)  # no block of it is on the disk
+    with pytest.raises(UserError, match=r"holds chat_template\.jinja of 1,099,511,627,776 bytes"):
+        ModelFolder.open(str(folder), "models.student")
+
+
+def test_config_asking_for_huge_tables_is_refused_before_allocation(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "gptj", "gptj", rotary_dim=8)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"n_positions": 10**10}), encoding="utf-8")  # 8 numbers of a table for each
+    with pytest.raises(UserError, match=r"its config\.json asks for 6[\d,]{14,} bytes of tables besides the weights"):
+        load_policy(ModelFolder.open(str(folder), "MODEL"), LoadOptions(MODELS, CPU, frozen=True))
+
+
+def test_config_with_endless_layout_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LAYOUT_SECONDS", 0.2)
+    monkeypatch.setattr("headwater.models.folder.AutoConfig.from_pretrained", lambda *given, **named: time.sleep(30))
+    with pytest.raises(
+        UserError, match=r"the config of .* cannot be read \(laying out the model .* more than 0\.2 seconds"
+    ):
+        assert ModelFolder.open(str(folder), "models.student").config

@@ -139,8 +139,8 @@ def test_update_memory_is_within_quarter_of_allocator_count(case: str, tmp_path:
     policy = load_policy(
         ModelFolder.open(str(folder), "models.student"), LoadOptions(models, CPU, frozen=False, adapter=wanted)
     )
-    stage, tokens = stage_of(objective, batch_size=16, group_size=4), 16 * 128
-    made = [rollout_of((1, 6, 2, row % 9), tuple(3 + (row + at) % 20 for at in range(124))) for row in range(16)]
+    stage, tokens = stage_of(objective, batch_size=8, group_size=4), 8 * 128
+    made = [rollout_of((1, 6, 2, row % 9), tuple(3 + (row + at) % 20 for at in range(124))) for row in range(8)]
     rows = [Row(rollout, advantage=1.0 if row % 2 else -1.0) for row, rollout in enumerate(made)]
     if objective == "opd":
         rows = taught(

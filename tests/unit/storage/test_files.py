@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from headwater.storage.files import (
     write_atomic,
     write_checked,
 )
+from headwater.storage.untrusted import refuse_links
 
 
 def test_atomic_write_syncs_folder_after_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,3 +179,25 @@ def test_row_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, [{"text": "αβ"}])
     assert json.loads(path.read_text(encoding="utf-8")) == {"text": "αβ"}
+
+
+@pytest.mark.parametrize(
+    "read", [files.read_json, lambda path: list(read_jsonl(path)), lambda path: read_rows_from(path, 0)]
+)
+def test_pipe_in_place_of_run_file_is_refused_without_waiting(read: Callable[[Path], object], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is no regular file"):
+        read(tmp_path / "metrics.jsonl")
+
+
+def test_run_directory_with_pipe_or_huge_log_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "nodes").mkdir()
+    log = tmp_path / "nodes" / "metrics.jsonl"
+    with log.open("wb") as file:
+        file.truncate(5 << 30)  # no block of it is on the disk
+    with pytest.raises(UserError, match=r"--out .*: nodes/metrics\.jsonl has 5,368,709,120 bytes"):
+        refuse_links(tmp_path, "--out")
+    log.unlink()
+    os.mkfifo(log)
+    with pytest.raises(UserError, match=r"--out .*: nodes/metrics\.jsonl is no regular file"):
+        refuse_links(tmp_path, "--out")

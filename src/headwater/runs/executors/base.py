@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headwater.errors import DiskError, HeadwaterError, UserError
+from headwater.errors import DiskError, HeadwaterError, UserError, error_text
 from headwater.runs.inputs import RunInputs
 from headwater.runs.node_context import NodeContext, NodeProgress, ProgressDisplay
 from headwater.runs.plan import Node, Plan
@@ -45,8 +45,7 @@ class Failure:
         """A HeadwaterError keeps its message and exit code; any other exception has its type's name and code 1."""
         if isinstance(error, HeadwaterError):
             return cls(str(error), error.exit_code)
-        message = " ".join(str(error).split())
-        return cls(f"{type(error).__name__}: {message}"[:400], 1, "".join(traceback.format_exception(error)))
+        return cls(f"{type(error).__name__}: {error_text(error, 400)}", 1, "".join(traceback.format_exception(error)))
 
     def to_json(self) -> dict[str, Any]:
         """Contents of the node's FAILED file."""

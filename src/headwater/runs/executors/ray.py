@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any
 
 from headwater.config.compute import Resources
-from headwater.errors import UserError
+from headwater.errors import UserError, error_text
 from headwater.runs.executors.base import Failure, Job, describe
 from headwater.runs.executors.remote import Message, RemoteNode, Worker
 from headwater.runs.executors.schedule import Schedule
@@ -94,7 +94,7 @@ def result_of(ray: Any, job: Job, task: Any) -> Message:
         message: Message = ray.get(task)
     except ray.exceptions.RayError as error:
         tries = 1 + job.plan.recipe.compute.ray.retries
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {error_text(error)}"
         return {"failure": Failure(f"its process was lost {tries} times ({reason})", 1).to_json()}
     return message
 

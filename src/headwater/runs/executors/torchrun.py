@@ -19,7 +19,7 @@ from typing import Any
 
 from headwater.data.labels import Grade
 from headwater.distributed.process_group import ProcessGroup, is_lost_process
-from headwater.errors import HeadwaterError, LostProcessError
+from headwater.errors import HeadwaterError, LostProcessError, printable
 from headwater.runs.executors.base import Failure, Job, start_node
 from headwater.runs.executors.remote import Message, Worker
 from headwater.runs.inputs import RunInputs
@@ -135,7 +135,7 @@ def run_on_worker_rank(node: Node, context: NodeContext) -> bool:
 
 
 def _print_error(ranks: ProcessGroup, message: str) -> None:
-    print(f"headwater: process {ranks.rank} of {ranks.size}: {message}", file=sys.stderr)
+    print(f"headwater: process {ranks.rank} of {ranks.size}: {printable(message)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
