@@ -16,6 +16,7 @@ import torch
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.save import save_policy
+from headwater.tasks.answer_forms import hashes
 from headwater.teachers.scoring import logp_of
 from headwater.types import problem_id
 from runs import call, rows
@@ -131,6 +132,25 @@ def test_greedy_gsm8k_evaluation_agrees_with_harness_on_every_problem(tmp_path: 
     assert len(same) >= 0.98 * PROBLEMS  # rounding may change a token whose two best logits are equal
     assert strict == []
     assert len(lenient) <= 0.1 * PROBLEMS  # the harness takes the last number of a text, whatever is said of it
+
+
+@needs("lm_eval")
+def test_strict_reading_equals_filter_of_harness() -> None:
+    from lm_eval.filters.extraction import RegexFilter
+
+    texts = [
+        "6 * 3 = 18\n#### 18",
+        "so it is 18.",
+        "#### 1,080",
+        "#### -5",
+        "**18** ###18",
+        "####\n18",
+        "The answer is #### 7 ",
+    ]
+    strict = RegexFilter(regex_pattern=r"#### (\-?[0-9\.\,]+)")
+    expected = [group[0] for group in strict.apply([[text] for text in texts], [{}] * len(texts))]
+    ours = [hashes(text) for text in texts]
+    assert ["[invalid]" if answer is None else answer.removeprefix("#### ").strip() for answer in ours] == expected
 
 
 @needs("vllm")
