@@ -170,8 +170,8 @@ def test_overlap_of_few_tokens_is_named_on_large_vocabulary(
 
 
 def test_cache_of_whole_large_vocabulary_is_named(tmp_path: Path) -> None:
-    """16 labels, half of them for the teacher: 8 prompts of 4 rollouts or 16 of 4, 32 tokens each, of 151,936 float32."""
-    context = context_of(tmp_path, arms=("bridge",), size={"vocabulary": 151_936})
+    """8 steps read all rollouts of 16 prompts, 4 each, of 32 tokens, of 151,936 float32."""
+    context = context_of(tmp_path, "stages.warmup.steps=8", arms=("bridge",), size={"vocabulary": 151_936})
     (finding,) = [row for row in resource_checks.disk(context) if row.name == "cache-whole-vocabulary"]
     tokens = 16 * 4 * 32
     assert f"take 0.6 MiB for each token, up to {tokens * 151_936 * 4 / 2**30:.1f} GiB in all" in finding.evidence
