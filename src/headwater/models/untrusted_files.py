@@ -138,7 +138,7 @@ def refuse_unlike_weights(config: Mapping[str, Any], folder: Path, field: str, n
     limits = [
         (("num_hidden_layers", "n_layer", "num_layers"), tensors, f"{tensors} tensors"),
         (
-            ("vocab_size", "hidden_size", "intermediate_size", "n_embd", "n_inner"),
+            ("vocab_size", "hidden_size", "intermediate_size", "n_embd", "n_inner", "num_labels"),
             max(numbers, 1),
             f"{numbers:,} numbers",
         ),

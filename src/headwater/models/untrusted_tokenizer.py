@@ -130,6 +130,8 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 def _growth(part: dict[str, Any]) -> int:
     """How many times as long a text can become in one part."""
     kind, pattern = part.get("type"), part.get("pattern")
+    if kind == "ByteLevel":
+        return 2  # a character for each byte, of up to two bytes
     if kind == "TemplateProcessing":
         pieces = part.get("single")
         return (

@@ -54,6 +54,10 @@ FROM_JSON: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "prepended": (replaced(normalizer={"type": "Prepend", "prepend": "x" * 100}), "makes a text 100 times as long"),
     "decoder": (replaced(decoder={"type": "Sequence", "decoders": [DOUBLING] * 9}), "the decoder in tokenizer.json"),
+    "bytes of bytes": (
+        replaced(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "use_regex": False}] * 33}),
+        "the pre_tokenizer in tokenizer.json makes a text 8.59e+09 times",
+    ),
     "repeated template": (
         replaced(
             post_processor={"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 99}
