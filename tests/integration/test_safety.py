@@ -329,7 +329,7 @@ def test_environment_secrets_are_in_no_file_of_run(tmp_path: Path, monkeypatch: 
     def explode(*given: Any) -> None:
         raise RuntimeError("something nobody expected")
 
-    monkeypatch.setattr("headwater.runs.cache_node.write_cache", explode)
+    monkeypatch.setattr("headwater.runs.cache_node.write_rollouts", explode)
     broken = tiny("run", tmp_path / "broken", "--arm", "warmup_only")
     assert broken.code == 1 and list((tmp_path / "broken").glob("nodes/*/FAILED"))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -84,7 +84,7 @@ def test_server_failure_stops_run_and_resume_continues(pocket_teacher: Policy, t
 
     def tiring(path: str, body: dict[str, Any] | None) -> Any:
         calls[0] += path == "/v1/completions"
-        return (503, b"restarting") if path == "/v1/completions" and calls[0] > 70 else good(path, body)
+        return (503, b"restarting") if path == "/v1/completions" and calls[0] > 50 else good(path, body)
 
     with serving(tiring) as there:
         changes = (*RAW, f"models.teacher={there.url}")
