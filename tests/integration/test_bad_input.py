@@ -56,7 +56,7 @@ def contents(folder: Path) -> dict[str, str]:
         ("dtype: float32", "dtype: float8", ["models.dtype", "'float8'"]),
         ("objective: opd", "objective: sft", ["stages", "opd.objective is sft", "opd or mixed"]),
         ("task: sums", "# no task", ["task"]),
-        ("temperature: 1.0", "temperature: 0", ["evaluate.sampling.temperature"]),
+        ("temperature: 1.0", "temperature: -1", ["evaluate.sampling.temperature"]),
         (
             "batch_size: 128",
             "batch_size: 130",
@@ -245,7 +245,7 @@ def test_missing_data_file_is_refused_by_field(tmp_path: Path) -> None:
 
 def test_bridge_prompts_need_no_answer_and_columns_may_have_other_names(tmp_path: Path) -> None:
     bare = written(tmp_path / "bare.jsonl", [{"text": f"{a:02d}+41+11+90"} for a in range(9)])
-    changes = ["data.unlabeled.path=" + str(bare), "data.unlabeled.columns.problem=text"]
+    changes = ["data.unlabeled.path=" + str(bare), "data.unlabeled.columns.problem=text", "stages.warmup.steps=8"]
     assert tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes).code == 0
     cache = next((tmp_path / "out/nodes").glob("teacher_rollouts*/cache/rollouts.jsonl"))
     assert len({row["problem_id"] for row in rows(cache)}) == 16 + 9
