@@ -181,7 +181,9 @@ def test_damaged_folder_is_refused_by_field_and_folder(tmp_path: Path, damage: s
         loaded(folder)
     message = str(refused.value)
     assert (
-        message.startswith(f"models.student: {folder} cannot be loaded (")
+        message.startswith(
+            f"models.student: {'the tokenizer of ' * (damage == 'no tokenizer')}{folder} cannot be loaded ("
+        )
         and "\n" not in message
         and len(message) < 500
     )

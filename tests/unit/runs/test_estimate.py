@@ -65,7 +65,7 @@ def test_dry_run_and_stage_state_one_share_of_condition_c2() -> None:
         _, share = condition_schedule(opd, plan, inputs, 2)
         estimate = next(row for row in estimates(plan, inputs) if row.name == plan.names[opd])
     assert estimate.condition_share == share > 0.5
-    assert f" opd.s0 {share:.0%} (" in "\n".join(notes([estimate], DryRunOptions(None, 1, None)))
+    assert f" opd.s0 {share:.0%} (" in "\n".join(notes([estimate], DryRunOptions(None, 1, None), None))
 
 
 def test_estimated_cache_holds_rollouts_read_by_stages() -> None:

@@ -190,14 +190,15 @@ def test_step_is_recorded_before_training_stops(
     assert_recorded(run, 2, run.graded)
 
 
-def test_step_is_recorded_before_measurement_stops_training(tmp_path: Path) -> None:
-    def after(self: Any, step: int, last: bool) -> dict[str, float]:
+@pytest.mark.parametrize("measurement", ["condition_c2", "validation"])
+def test_step_is_recorded_before_measurement_stops_training(tmp_path: Path, measurement: str) -> None:
+    def measure(self: Any, step: int, last: bool = False) -> dict[str, float]:
         if step == 2:
             raise TrainingStoppedError("after step 2: the log-probs are not finite")
         return {}
 
     run = StageRun(NodeDir(tmp_path), every_other)
-    with mock.patch.object(StageMeasurements, "after", after):
+    with mock.patch.object(StageMeasurements, measurement, measure):
         assert run() == "after step 2: the log-probs are not finite"
     assert_recorded(run, 2, run.graded)
 
