@@ -197,7 +197,7 @@ def test_console_script_is_same_program() -> None:
     from importlib.metadata import entry_points
 
     (script,) = entry_points(group="console_scripts", name="headwater")
-    from headwater.cli.main import main
+    from headwater.__main__ import main
 
     assert script.load() is main
     assert (Path(sys.executable).parent / "headwater").exists()

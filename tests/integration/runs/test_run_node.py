@@ -77,9 +77,9 @@ def test_stage_three_and_replay_sample_from_their_own_half(tmp_path: Path) -> No
 def test_bridge_prompts_are_used_by_dense_stages_only(tmp_path: Path) -> None:
     more = "data.unlabeled={generate: {pool: unlabelled, count: 16}}"
     out = tmp_path / "out"
-    assert (
-        tiny("run", out, "--arm", "bridge", changes=[more, "stages.opd.steps=4", "stages.teacher_rl.steps=4"]).code == 0
-    )
+    # Eight steps of 16 rollouts read the whole cache: four of each of 32 prompts.
+    changes = [more, "stages.warmup.steps=8", "stages.opd.steps=4", "stages.teacher_rl.steps=4"]
+    assert tiny("run", out, "--arm", "bridge", changes=changes).code == 0
     recipe = find_recipe("pocket", [*TINY, more])
     with prepared(recipe, ["bridge"], [0]) as (_, inputs):
         unlabeled, labeled = set(inputs.unlabeled), set(inputs.pools.all)
