@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from headwater.config.objectives import OBJECTIVES, ObjectiveSpec, Signal, default_objective, known_objective
 from headwater.config.schema import Choices, Fraction, Natural, Positive, Steps, Strict, Tokens, Unit
@@ -105,6 +105,13 @@ class Dense(Strict):
     def exact(self) -> bool:
         """Whether the divergence sums over the vocabulary, so that it needs the teacher's whole distribution."""
         return self.divergence != "sampled"
+
+    @model_serializer(mode="wrap")
+    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit fields at their defaults that recipes and fingerprints written before they existed do not have."""
+        later = {"entropy_above", "clip", "teacher_weights"}
+        unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in serialize(self).items() if name not in unset}
 
 
 class Until(Strict):

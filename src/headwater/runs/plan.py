@@ -10,7 +10,7 @@ from typing import Any, Literal
 from headwater.config.arms import Arm, Pool, Step, arm_of, stage_of
 from headwater.config.recipe import Lora, Recipe, canonical_json
 from headwater.config.samplers import SAMPLERS
-from headwater.config.stage import Dense, Stage, TeacherWeights
+from headwater.config.stage import Stage, TeacherWeights
 from headwater.plugins import code_fingerprint
 from headwater.storage.run_dir import RunDir
 
@@ -301,10 +301,6 @@ def _relevant_settings(node: Node) -> Any:
         relevant = node.settings.model_dump(mode="json", exclude={"checkpoint_every"})
         if relevant["until"] is None:
             del relevant["until"]
-        # Fields that came later are absent at their defaults, so that earlier fingerprints stay valid.
-        for name in ("entropy_above", "clip", "teacher_weights"):
-            if relevant["dense"][name] == Dense.model_fields[name].default:
-                del relevant["dense"][name]
         return relevant
     settings = node.settings
     return {"samples": settings.group_size, "sampling": settings.sampling.model_dump(), "top_k": settings.dense.top_k}
