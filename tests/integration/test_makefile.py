@@ -36,4 +36,6 @@ def test_makefile_program_starts(line: str) -> None:
 
 
 def test_makefile_runs_fuzz_chaos_and_endurance() -> None:
-    assert len(LINES) == 3
+    programs = [re.findall(r"tests/support/(\w+)\.py", line)[0] for line in LINES]
+    assert programs == ["fuzz", "fuzz", "fuzz", "chaos", "endurance"]
+    assert [re.findall(r"--kind (\w+)", line) for line in LINES[:3]] == [[], ["hostile_tokenizer"], ["sandbox"]]
