@@ -9,13 +9,18 @@ from headwater.report.contrasts import difference_text, find_contrast, reading
 from headwater.report.format import count, duration, join_and, percent, units
 from headwater.report.stages import stage_name
 from headwater.report.study import Node, Study
-from headwater.report.verdict import failure_word, measured_in_training
+from headwater.report.verdict import failure_word, measured_in_training, uninformative
 from headwater.report.watch import is_locked
 
 VERBS = {"holds": "beats", "does not hold": "loses to", "undecided": "is not shown to differ from"}
 
 
 def headline(report: dict[str, Any]) -> str:
+    """The main result in one sentence, and whether labels bought nothing in an arm."""
+    return " ".join([_main_result(report), *uninformative(report)])
+
+
+def _main_result(report: dict[str, Any]) -> str:
     """One sentence with accuracy, labels, FLOPs and time: bridge against direct GRPO if the study has both, else the best
     trained arm against the untrained student."""
     if not report["evals"]:

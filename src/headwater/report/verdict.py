@@ -37,7 +37,7 @@ def verdict(report: dict[str, Any]) -> str:
         return " ".join([*(measured_in_training(report) or nothing), *incomplete])
     eval_name = report["evals"][0]
     claims = _claims(report, eval_name) or [_best_arm(report, eval_name)]
-    return " ".join([*claims, *_uninformative(report), *incomplete])
+    return " ".join([*claims, *uninformative(report), *incomplete])
 
 
 def measured_in_training(report: dict[str, Any]) -> list[str]:
@@ -139,7 +139,7 @@ def _best_arm(report: dict[str, Any], eval_name: str) -> str:
     )
 
 
-def _uninformative(report: dict[str, Any]) -> list[str]:
+def uninformative(report: dict[str, Any]) -> list[str]:
     """Arms that spent labels although the rewards never differed within any group, and why."""
     arms: dict[str, list[str]] = {}
     for name, arm in report["arms"].items():

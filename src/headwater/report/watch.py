@@ -195,11 +195,12 @@ def _work(folder: NodeDir) -> Work:
         seconds, part, unit = float(now["at"]) - float(now["started"]), clean(str(now["part"])), clean(str(now["unit"]))
     except (OSError, ValueError, KeyError, TypeError):
         return Work()
-    if part or unit == "steps":
+    if part or unit in ("", "steps"):
         return Work(part)
-    verb = "evaluating" if unit == "completions" else "making"
+    kind = unit.split()[0]
+    verb = "evaluating" if kind == "completions" else "making"
     left = seconds / (done - first) * (total - done) if done > first else None
-    return Work(f"{verb} {done} of {total} {unit}", done, total, left)
+    return Work(f"{verb} {done} of {total} {kind}", done, total, left)
 
 
 def _with_estimates(nodes: Sequence[NodeStatus], run: RunDir, flops: Mapping[str, float]) -> tuple[NodeStatus, ...]:

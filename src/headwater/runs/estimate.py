@@ -161,8 +161,8 @@ class Estimator:
                 sampled, scored, flops, generated = own, own, stage_flops, own
             else:
                 objective = objective_of(stage)
-                labels = len(self.inputs.pool(node.pool)) if stage.needs_labels else 0
                 steps = self.steps(node)
+                labels = self.labels(node, steps)
                 generated, scored, measured = self.measurements(node, steps)
                 condition_share = self.condition_share(node, steps)
                 generated += own if objective.source == "policy" else 0
@@ -207,6 +207,13 @@ class Estimator:
         """A stage's steps; at equal compute, as many as the estimated FLOPs of the other arm pay for."""
         assert node.settings is not None and node.pool is not None
         return node.matched_steps(self.inputs.steps(node.pool, node.settings), self.stage_flops)
+
+    def labels(self, node: Node, steps: int) -> int:
+        """Distinct labels that a stage's steps look at. Dynamic sampling may look at every label of the pool."""
+        if node.settings is None or node.pool is None or not node.settings.needs_labels:
+            return 0
+        pool = len(self.inputs.pool(node.pool))
+        return pool if node.settings.sparse.dynamic_sampling else min(pool, steps * node.settings.prompts_per_step)
 
     def rows(self, node: Node) -> tuple[int, int]:
         """(rows, prompts prefilled) of all steps. An upper bound prefills a prompt per row, an estimate one per group."""

@@ -20,7 +20,7 @@ def evaluate_node(node: Node, context: NodeContext) -> None:
 def start_final_evaluation(context: NodeContext) -> None:
     samples = context.inputs.recipe.evaluate.samples
     completions = sum(len(problems) * samples for problems, _ in context.inputs.evals.values())
-    context.progress.start(0, completions, "completions")
+    context.progress.start(0, completions, "completions evaluated")
 
 
 def run_evals(policy: Teacher, node: Node, context: NodeContext, when: str, step: int) -> None:

@@ -66,8 +66,10 @@ def test_estimated_labels_and_steps_equal_run() -> None:
     for folder, info in infos(measured()):
         if info["kind"] == "train":
             assert result[folder.name]["steps"] == len(rows(folder / "metrics.jsonl"))
-            allowed = info["labels"]["distinct_allowed"] if info["labels"] else 0
-            assert result[folder.name]["labels"] == allowed
+            used = {
+                label for row in rows(folder / "ledger.jsonl") if row["purpose"] == "train" for label in row["labels"]
+            }
+            assert result[folder.name]["labels"] == len(used)
 
 
 # Recipes whose data and models are not here ---------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def working(half: Path, name: str, **now: object) -> watch.NodeStatus:
 
 def test_watch_shows_progress_of_evaluation_with_time_left(half: Path) -> None:
     """12 of 40 completions in 30 s: 28 more take 70 s."""
-    opd = working(half, names(half, "bridge")[-1], done=12, total=40, unit="completions")
+    opd = working(half, names(half, "bridge")[-1], done=12, total=40, unit="completions evaluated")
     assert (opd.work, opd.seconds_left, opd.step, opd.steps) == ("evaluating 12 of 40 completions", 70.0, 12, 40)
     table = Console(file=io.StringIO(), width=160)
     table.print(watch.status_table(watch.RunStatus("run", True, (opd,)), width=160))
