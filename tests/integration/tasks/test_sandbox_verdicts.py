@@ -250,6 +250,8 @@ def test_solution_cannot_forge_verdict(name: str) -> None:
             "assert f(2).startswith('ab')",
             "unsupported",
         ),
+        ("class S:\n    startswith = bool\ndef f(x): return S()", "assert f(2).startswith('ab')", "unsupported"),
+        ("class S:\n    issuperset = ValueError\ndef f(x): return S()", "assert f(2).issuperset({4})", "unsupported"),
         (
             "class S:\n    def __contains__(self, t): return True\ndef f(x): return S()",
             "assert 4 in f(2)",
