@@ -237,7 +237,7 @@ def connect(name: str, field: str, settings: Server) -> ServedModel:
     # Without the address, which may change from run to run while the served model stays the same.
     identity = f"served:{chosen['id']}:{chosen.get('root')}"
     fingerprint = hashlib.sha256(identity.encode(errors="backslashreplace")).hexdigest()[:16]
-    known = is_token_id(max_tokens) and max_tokens > 0
+    known = isinstance(max_tokens, int) and max_tokens > 0
     return ServedModel(client, chosen["id"], max_tokens if known else None, fingerprint)
 
 
