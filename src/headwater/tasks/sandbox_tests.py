@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import importlib
 import itertools
 import sys
@@ -162,10 +163,12 @@ class Solution:
 
     def _error(self, raised: dict[str, Any], operation: str) -> BaseException:
         base = builtin_error(raised["base"])
-        ends_loop = issubclass(base, (StopIteration, StopAsyncIteration, GeneratorExit))
-        if ends_loop and operation != "next":  # it would end a loop of the tests before its assertions
-            return RuntimeError(f"the solution raised {base.__name__}")
         kind = self._resolve({"id": raised["id"], "error": raised})
+        ends_loop = issubclass(
+            kind, (StopIteration, StopAsyncIteration, GeneratorExit)
+        )  # a parent may decide it, not the base
+        if ends_loop and operation != "next":  # it would end a loop of the tests before its assertions
+            return RuntimeError(f"the solution raised {kind.__name__}")
         error = make_error(kind, tuple(decode(wire, self._resolve) for wire in raised["arguments"]))
         if kind is not base:
             for name, wire in raised["attributes"].items():
@@ -187,7 +190,7 @@ class Proxy:
         if name.startswith("__") and name.endswith("__") and name not in _READABLE:
             raise AttributeError(name)
         value = self._headwater_solution.perform("getattr", self, name)
-        if name in _PREDICATES and isinstance(value, CallableProxy):
+        if name in _PREDICATES and callable(value):  # a class of data too: `startswith = bool`
             self._headwater_solution.refuse(f"{name}() of an object that is no data")
         return value
 
@@ -289,8 +292,10 @@ class SolutionModule(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         solution: Solution = self.__dict__["_headwater_solution"]
-        if name == "__all__":
-            return [name for name in solution.names() if not name.startswith("_") and name not in _BUILTINS]
+        if (
+            name == "__all__"
+        ):  # `namespace` has set what the tests use; a program must not replace names that the tests define
+            return []
         if name.startswith("__"):
             raise AttributeError(name)
         return solution.lookup(name)
@@ -306,9 +311,14 @@ def namespace(solution: Solution, tests: ast.Module, entry_point: str | None) ->
     """Globals for the tests: the names that they use and the program defines.
 
     A built-in name is the program's only if it is the entry point, or if the tests use no other name of the program: otherwise a
-    program could replace the `abs` or `sorted` that its answers are compared by.
+    program could replace the `abs` or `sorted` that its answers are compared by. A name that the tests use as a module of the
+    standard library, such as `math` in `math.isclose`, is that module for the same reason.
     """
     nodes = list(ast.walk(tests))
+    attributes: dict[str, set[str]] = {}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            attributes.setdefault(node.value.id, set()).add(node.attr)
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
     used |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
     defined = set(solution.names()) & used
@@ -319,8 +329,18 @@ def namespace(solution: Solution, tests: ast.Module, entry_point: str | None) ->
         own = defined
     values = {}
     for name in own:
-        try:
-            values[name] = solution.lookup(name)
-        except AttributeError:
-            continue
+        with contextlib.suppress(AttributeError):
+            module = _standard_module(name, attributes.get(name, set())) if name != entry_point else None
+            values[name] = module or solution.lookup(name)
     return values
+
+
+def _standard_module(name: str, attributes: set[str]) -> types.ModuleType | None:
+    """The module of the standard library that has these attributes, at least one; None if the tests mean something else."""
+    if not attributes or name not in sys.stdlib_module_names:
+        return None
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        return None
+    return module if all(hasattr(module, attribute) for attribute in attributes) else None

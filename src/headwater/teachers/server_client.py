@@ -229,13 +229,14 @@ def connect(name: str, field: str, settings: Server) -> ServedModel:
     names = [model["id"] for model in models]
     if not names or (wanted and wanted not in names) or (not wanted and len(names) > 1):
         raise UserError(
-            f"{field}: {url} has {'no model' if not names else 'the models ' + ', '.join(names)}; name one as {url}#MODEL"
+            f"{field}: {url} has {error_text('the models ' + ', '.join(names), MAX_MESSAGE_CHARS) if names else 'no model'}; "
+            f"name one as {url}#MODEL"
         )
     chosen = next(model for model in models if not wanted or model["id"] == wanted)
     max_tokens = chosen.get("max_model_len")
     # Without the address, which may change from run to run while the served model stays the same.
     identity = f"served:{chosen['id']}:{chosen.get('root')}"
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(identity.encode(errors="backslashreplace")).hexdigest()[:16]
     known = isinstance(max_tokens, int) and max_tokens > 0
     return ServedModel(client, chosen["id"], max_tokens if known else None, fingerprint)
 

@@ -184,6 +184,8 @@ FORGERIES = {
     "an exit": ("def f(x): raise SystemExit(0)", "error"),
     "a skipped test": ("import unittest\ndef f(x): raise unittest.SkipTest('no')", "different"),
     "an end of a loop": ("def f(x): raise StopIteration", "different"),
+    "an end of a loop by a second parent": (
+        "class Stop(StopIteration): pass\nclass E(ValueError, Stop): pass\ndef f(x): raise E", "different"),
     "a patched assertion": (
         "import unittest\nunittest.TestCase.assertEqual = lambda *a: None\nimport builtins\n"
         "builtins.AssertionError = KeyError\ndef f(x): return 5", "different"),
@@ -248,6 +250,8 @@ def test_solution_cannot_forge_verdict(name: str) -> None:
             "assert f(2).startswith('ab')",
             "unsupported",
         ),
+        ("class S:\n    startswith = bool\ndef f(x): return S()", "assert f(2).startswith('ab')", "unsupported"),
+        ("class S:\n    issuperset = ValueError\ndef f(x): return S()", "assert f(2).issuperset({4})", "unsupported"),
         (
             "class S:\n    def __contains__(self, t): return True\ndef f(x): return S()",
             "assert 4 in f(2)",
@@ -258,6 +262,17 @@ def test_solution_cannot_forge_verdict(name: str) -> None:
         (
             "def f(x): return 5\nclass math:\n    fabs = lambda x: 0",
             "import math\nassert math.fabs(f(2) - 4) < 1",
+            "different",
+        ),
+        ("def f(x): return 5\nclass math:\n    isclose = lambda *a: True", "assert math.isclose(f(2), 4)", "different"),
+        (
+            "def f(x): return 5\nclass unittest:\n    TestCase = object",
+            "import unittest\nfrom solution import *\nclass T(unittest.TestCase):\n    def test_f(self): self.assertEqual(f(2), 4)",
+            "different",
+        ),
+        (
+            "def f(x): return 5\ndef expect(a, b): pass",
+            "def expect(a, b): assert a == b\nfrom solution import *\nexpect(f(2), 4)",
             "different",
         ),
         ("import os\ndef f(x): os._exit(0)", "try: f(2)\nexcept BaseException: pass", "error"),

@@ -219,6 +219,20 @@ def test_model_name_after_address_selects_among_several() -> None:
                 connect(name, "models.teacher", QUICK)
 
 
+def test_long_list_of_served_models_is_cut_in_message() -> None:
+    with serving(lambda path, body: {"data": [{"id": f"model-{number}"} for number in range(10_000)]}) as there:
+        with pytest.raises(UserError, match="has the models model-0, model-1, ") as refusal:
+            connect(there.url, "models.teacher", QUICK)
+    assert len(str(refusal.value)) < 600
+
+
+@pytest.mark.parametrize("key", ["id", "root"])
+def test_lone_surrogate_in_served_model_is_no_error(key: str) -> None:
+    with serving(lambda path, body: {"data": [{"id": "a", key: "\ud800"}]}) as there:
+        served = connect(there.url, "models.teacher", QUICK)
+    assert served.name == ("\ud800" if key == "id" else "a") and len(served.fingerprint) == 16
+
+
 def test_served_model_fingerprint_is_its_name_and_root_not_address() -> None:
     fingerprints = []
     for root in ("x", "x", "y"):
