@@ -1,4 +1,4 @@
-"""Headwater: sparse reward upstream, dense teacher supervision downstream, every label accounted for."""
+"""Headwater: post-train language models where labels are scarce, with GRPO on a teacher and distillation into a student."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -48,7 +48,7 @@ def test_guard_stop_exits_4_and_resumes_only_after_recipe_change(tmp_path: Path)
     assert len(metrics) == 3 and [file.name for file in (path / "checkpoint").iterdir()] == ["000003"]
     # Run again it does not train on: the same sentence, the same files.
     again = tiny("run", out, "--arm", "direct_grpo", changes=stop)
-    assert again.code == 4 and "student_rl, step 3 of 6: guard truncation: 100 % of" in again.err
+    assert again.code == 4 and "student_rl, step 3 of 6: guard truncation: 100% of" in again.err
     assert rows(path / "metrics.jsonl") == metrics and len(rows(path / "warnings.jsonl")) == 1
     # With `warn` it goes on from the checkpoint, to what a run that only warned would have become.
     eased = tiny("run", out, "--arm", "direct_grpo", changes=CUT)
