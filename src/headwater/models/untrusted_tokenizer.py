@@ -193,7 +193,7 @@ def _problem_in_child(path: Path, size: int, texts: Sequence[str]) -> str | None
     limits = f"takes more than {seconds} seconds or {megabytes} MiB to open and use"
     try:
         ended = subprocess.run(
-            program, input=json.dumps(setup).encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+            list(program), input=json.dumps(setup).encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
             timeout=CHILD_WALL_SECONDS + seconds, check=False,
         )  # fmt: skip
         problem = json.loads(ended.stdout)["problem"] if ended.returncode == 0 else limits
