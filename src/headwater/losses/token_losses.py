@@ -78,10 +78,7 @@ def jsd(student_logp_NE: Tensor, teacher_logp_NE: Tensor, beta: float) -> Tensor
 
     Example: β = ½, student (¼, ¾), teacher (½, ½): M = (⅜, ⅝); ½·0.0323 + ½·0.0354 = 0.0338.
     """
-    # The floor keeps the gradient of an event that neither can produce 0: that of logaddexp(−inf, −inf) is NaN.
-    mixture_NE = torch.logaddexp(
-        teacher_logp_NE.clamp_min(LOWEST) + math.log(beta), student_logp_NE.clamp_min(LOWEST) + math.log1p(-beta)
-    )
+    mixture_NE = _mixture(student_logp_NE, teacher_logp_NE, beta)
     return beta * forward_kl(mixture_NE, teacher_logp_NE) + (1.0 - beta) * forward_kl(mixture_NE, student_logp_NE)
 
 
@@ -93,10 +90,7 @@ def skewed_reverse_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor, beta: fl
 
     Example: β = ½, student (1, 0), teacher (0, 1): the mixture is (½, ½), and the divergence ln 2.
     """
-    mixture_NE = torch.logaddexp(
-        teacher_logp_NE.clamp_min(LOWEST) + math.log(beta), student_logp_NE.clamp_min(LOWEST) + math.log1p(-beta)
-    )
-    return reverse_kl(student_logp_NE, mixture_NE)
+    return reverse_kl(student_logp_NE, _mixture(student_logp_NE, teacher_logp_NE, beta))
 
 
 def entropy_aware_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor, above: float) -> Tensor:
@@ -109,7 +103,7 @@ def entropy_aware_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor, above: fl
 
     Example: above 0.5, teacher (½, ½) of entropy 0.6931, student (¼, ¾): 0.1308 + 0.1438 = 0.2746; above 0.8: 0.1308.
     """
-    uncertain_N = _entropy(teacher_logp_NE) > above
+    uncertain_N = entropy(teacher_logp_NE) > above
     return reverse_kl(student_logp_NE, teacher_logp_NE) + uncertain_N * forward_kl(student_logp_NE, teacher_logp_NE)
 
 
@@ -260,8 +254,17 @@ def entropy_aware(above: float) -> Divergence:
     )
 
 
-def _entropy(logp_NE: Tensor) -> Tensor:
+def entropy(logp_NE: Tensor) -> Tensor:
+    """Entropy in nats; events of log-prob −inf add 0. Shapes: (N, E) -> (N,)."""
     return -(logp_NE.exp() * logp_NE.clamp_min(LOWEST)).sum(dim=-1)
+
+
+def _mixture(student_logp_NE: Tensor, teacher_logp_NE: Tensor, beta: float) -> Tensor:
+    """Log-probs of β T + (1−β) S."""
+    # The floor keeps the gradient of an event that neither can produce 0: that of logaddexp(−inf, −inf) is NaN.
+    return torch.logaddexp(
+        teacher_logp_NE.clamp_min(LOWEST) + math.log(beta), student_logp_NE.clamp_min(LOWEST) + math.log1p(-beta)
+    )
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:

@@ -145,8 +145,8 @@ def _sums(student_NV: Tensor, teacher_NV: Tensor, top_k: int) -> Tensor:
             token_losses.forward_kl(student_NV, teacher_NV).sum(),
             token_losses.reverse_kl(student_NV, teacher_NV).sum(),
             overlap(student_NV, teacher_NV, top_k).sum(),
-            _entropy(student_NV).sum(),
-            _entropy(teacher_NV).sum(),
+            token_losses.entropy(student_NV).sum(),
+            token_losses.entropy(teacher_NV).sum(),
         ]
     ).to("cpu", torch.float64)
 
@@ -161,7 +161,3 @@ def overlap(student_NV: Tensor, teacher_NV: Tensor, top_k: int) -> Tensor:
     k = max(1, min(top_k, student_NV.shape[-1] // 2))
     chosen = torch.zeros_like(student_NV, dtype=torch.bool).scatter_(1, student_NV.topk(k, dim=-1).indices, True)
     return chosen.gather(1, teacher_NV.topk(k, dim=-1).indices).float().mean(dim=-1)
-
-
-def _entropy(logp_NV: Tensor) -> Tensor:
-    return -(logp_NV.exp() * logp_NV.clamp_min(token_losses.LOWEST)).sum(dim=-1)
