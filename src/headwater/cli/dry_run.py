@@ -90,7 +90,7 @@ def experts_note(field: str, shape: Shape) -> str:
 def notes(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | None) -> list[str]:
     """Explain the columns, and give the totals."""
     lines = [
-        "labels: distinct problems whose answers a node may use; tokens: sampled; scored: by the teacher; "
+        "labels: distinct problems whose answers a node uses; tokens: sampled; scored: by the teacher; "
         "weights: memory with gradients and optimizer state, summed over devices; peak: per device, with activations and caches"
     ]
     length = "at full length" if options.mean_tokens is None else f"of {options.mean_tokens:g} tokens on average"
