@@ -45,7 +45,7 @@ class TokenBytes:
     def table(self) -> Mapping[int, bytes]:
         """Id -> bytes of the token: part of a character where the token holds no more, `MARK` and the name for a special token."""
         tokenizer = self.tokenizer
-        added = {id_: token for id_, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+        added = dict(getattr(tokenizer, "added_tokens_decoder", {}))
         special = set(tokenizer.all_special_ids) | {id_ for id_, token in added.items() if token.special}
         kind = _kind(tokenizer)
         table: dict[int, bytes] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -21,7 +22,7 @@ def two_divisions(draw: st.DrawFn) -> tuple[list[bytes], list[bytes]]:
     pieces = []
     for _ in range(2):
         places = [0, *sorted(draw(cuts)), len(text)]
-        pieces.append([text[a:b] for a, b in zip(places, places[1:], strict=False)])
+        pieces.append([text[a:b] for a, b in itertools.pairwise(places)])
     return pieces[0], pieces[1]
 
 

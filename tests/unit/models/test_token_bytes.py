@@ -42,7 +42,7 @@ def test_partial_characters_have_their_bytes() -> None:
     ids = ids_of(tokens, "👩")
     pieces = tokens.pieces(ids)
     assert len(pieces) > 1 and b"".join(pieces) == "👩".encode()
-    assert any(not piece.decode("utf-8", "ignore").encode() == piece for piece in pieces)
+    assert any(piece.decode("utf-8", "ignore").encode() != piece for piece in pieces)
 
 
 def test_text_cut_within_character_is_read_up_to_it() -> None:
