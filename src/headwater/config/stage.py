@@ -86,10 +86,13 @@ class TeacherWeights(Strict):
 class Dense(Strict):
     """Token-level teacher supervision."""
 
-    divergence: Literal["reverse", "forward", "jsd", "skewed", "entropy_aware", "sampled"] = "reverse"
+    divergence: Literal["reverse", "forward", "jsd", "skewed", "entropy_aware", "sampled", "uld"] = "reverse"
     """`reverse` KL(student‖teacher), `forward` KL(teacher‖student), `jsd` with `beta`, `skewed` KL(student‖beta·teacher +
     (1−beta)·student), `entropy_aware` reverse plus forward where the teacher is uncertain, exact over the vocabulary;
-    `sampled` is the one-token estimate (k1) as an advantage."""
+    `sampled` is the one-token estimate (k1) as an advantage; `uld` the distance of the sorted probabilities, for two tokenizers."""
+    tokenizers: Literal["same", "aligned"] = "same"
+    """`same`: student and teacher must tokenize alike. `aligned`: cross-tokenizer distillation; the teacher reads the text in its own
+    ids, and both are aligned by bytes (docs/teachers.md)."""
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Weight of the teacher in the mixture of `jsd` and `skewed`."""
     entropy_above: Annotated[float, Field(ge=0.0), Unit("nats")] = 0.8
@@ -106,10 +109,22 @@ class Dense(Strict):
         """Whether the divergence sums over the vocabulary, so that it needs the teacher's whole distribution."""
         return self.divergence != "sampled"
 
+    @model_validator(mode="after")
+    def _check_tokenizers(self) -> Dense:
+        if self.divergence == "uld" and self.tokenizers == "same":
+            raise ValueError(
+                "divergence uld: compares sorted probabilities of two tokenizers; set tokenizers to aligned"
+            )
+        if self.divergence == "uld" and self.top_k is not None:
+            raise ValueError("top_k: divergence uld needs the teacher's whole distribution")
+        if self.tokenizers == "aligned" and self.teacher_weights is not None:
+            raise ValueError("teacher_weights: a composed teacher needs one vocabulary; set tokenizers to same")
+        return self
+
     @model_serializer(mode="wrap")
     def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Omit fields at their defaults that recipes and fingerprints written before they existed do not have."""
-        later = {"entropy_above", "clip", "teacher_weights"}
+        later = {"tokenizers", "entropy_above", "clip", "teacher_weights"}
         unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
         return {name: value for name, value in serialize(self).items() if name not in unset}
 

@@ -16,7 +16,8 @@ from headwater.config.stage import Sampling, Stage
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, TopK
+from headwater.losses.distributions import Distributions
+from headwater.losses.materialized import TopK
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from headwater.errors import UserError
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, Exact, TopK, concatenate
+from headwater.losses.distributions import Distributions, concatenate
 from headwater.losses.logprobs import tokens_at_once
+from headwater.losses.materialized import Exact, TopK
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
