@@ -175,8 +175,9 @@ def _block(
     logp_RV = torch.log_softmax(wide_RV / inputs.temperature if inputs.temperature != 1.0 else wide_RV, dim=-1)
     p_RV = logp_RV.exp()
     targets_R1 = inputs.targets_N[rows, None]
+    logp_R = logp_RV.gather(1, targets_R1).squeeze(1)
     values: dict[str, Tensor | None] = {
-        "logp_N": logp_RV.gather(1, targets_R1).squeeze(1),
+        "logp_N": logp_R,
         "entropy_N": -torch.linalg.vecdot(p_RV, logp_RV),
     }
     divergence_gradient: LogitGradient | None = None
@@ -184,9 +185,7 @@ def _block(
         known = teacher.materialize()
         compared: dict[str, Tensor | None]
         if isinstance(known, SpanLogp):
-            compared = dict(
-                zip(("kl_student_teacher_N", "teacher_logp_N"), known.compare(values["logp_N"]), strict=True)
-            )
+            compared = dict(zip(("kl_student_teacher_N", "teacher_logp_N"), known.compare(logp_R), strict=True))
         elif isinstance(known, (TopK, Sorted)):
             compared, divergence_gradient = _compare_kept(known, logp_RV, p_RV, inputs.divergence if train else None)
         else:

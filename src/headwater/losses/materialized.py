@@ -170,17 +170,14 @@ class SpanLogp:
 
         Example: one span of the student's tokens a, b with log-probs -1, -2 and the teacher's token ab with -0.5: (1.5, 0.5).
         """
-        own_C, other_C = (
-            torch.tensor(ends, device=student_logp_N.device)
-            .diff(prepend=torch.zeros(1, device=student_logp_N.device))
-            .long()
-            for ends in (spans.first_ends, spans.second_ends)
-        )
-        span_C, read = torch.arange(len(own_C), device=own_C.device), spans.first_read
+        pairs, device = spans.pairs(), student_logp_N.device
+        own_C = torch.tensor([len(own) for own, _ in pairs], dtype=torch.long, device=device)
+        other_C = torch.tensor([len(other) for _, other in pairs], dtype=torch.long, device=device)
+        span_C, read = torch.arange(len(pairs), device=device), spans.first_read
         own_span_R, other_span_R = span_C.repeat_interleave(own_C), span_C.repeat_interleave(other_C)
         own_logp_R = student_logp_N[:read]
-        own_logp_C = own_logp_R.new_zeros(len(own_C)).index_add_(0, own_span_R, own_logp_R)
-        teacher_logp_C = own_logp_R.new_zeros(len(own_C)).index_add_(
+        own_logp_C = own_logp_R.new_zeros(len(pairs)).index_add_(0, own_span_R, own_logp_R)
+        teacher_logp_C = own_logp_R.new_zeros(len(pairs)).index_add_(
             0, other_span_R, teacher_logp_M[: len(other_span_R)].to(own_logp_R)
         )
         logp_N, size_N = torch.zeros_like(student_logp_N), torch.zeros_like(student_logp_N, dtype=torch.long)
