@@ -7,7 +7,7 @@ events, so that every divergence in `token_losses` works on every form.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -353,6 +353,15 @@ class Concatenated:
 Known = Exact | TopK | ExactGain
 """The forms that hold log-probs."""
 
+
+def truncate_to_top_k(distributions: Distributions, k: int) -> TopK:
+    """The k most likely tokens and the tail, if the distributions hold more. Raises ValueError for a gain, which needs both models."""
+    known = distributions.materialize()
+    if isinstance(known, ExactGain):
+        raise ValueError("a gain needs whole distributions")
+    return known if isinstance(known, TopK) else known.top_k(k)
+
+
 TAIL_FLOOR = 1e-7
 """float32 cannot tell a smaller tail from rounding; both sides get the same floor, so equality still gives zero."""
 
@@ -367,7 +376,8 @@ def concatenate(parts: Sequence[Distributions], device: torch.device) -> Distrib
     first = parts[0]
     if isinstance(first, (Composed, Gain)):
         by_model = zip(*(part.parts for part in parts if isinstance(part, (Composed, Gain))), strict=True)
-        return replace(first, parts=tuple(concatenate(model, device) for model in by_model))
+        models = tuple(concatenate(model, device) for model in by_model)
+        return Composed(models, first.weights) if isinstance(first, Composed) else Gain((models[0], models[1]))
     if isinstance(first, ExactGain):
         gains = [part for part in parts if isinstance(part, ExactGain)]
         teacher, base = (concatenate([getattr(part, name) for part in gains], device) for name in ("teacher", "base"))

@@ -24,7 +24,10 @@ def test_pass_rate_weights_look_at_spent_labels_only(tmp_path: Path) -> None:
     assert looked and call("report", out, "--audit").code == 0
     plain = tmp_path / "plain"
     assert tiny("run", plain, "--arm", "bridge", changes=GROUPS).code == 0
-    assert bridge["labels"] == load_json(plain / "report.json")["arms"]["bridge"]["labels"]
+    unweighted = load_json(plain / "report.json")["arms"]["bridge"]
+    graded = 3 * 8  # steps × rollouts
+    assert bridge["labels"]["distinct"] == unweighted["labels"]["distinct"]
+    assert bridge["labels"]["checks"] == unweighted["labels"]["checks"] + graded
 
 
 @pytest.mark.parametrize(
