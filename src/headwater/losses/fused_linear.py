@@ -27,10 +27,9 @@ from headwater.losses.distributions import (
     FromHidden,
     FromLogits,
     Gain,
-    LinearHead,
     TopK,
-    logp_dtype,
 )
+from headwater.losses.output_head import LinearHead, logp_dtype
 from headwater.losses.token_losses import Divergence, LogitGradient, Pair
 from headwater.losses.token_stats import TokenInputs, TokenStats
 

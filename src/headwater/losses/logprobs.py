@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from headwater.losses import fused_linear, token_losses
-from headwater.losses.distributions import ExactGain, Head, LinearHead, logp_dtype
+from headwater.losses.distributions import ExactGain
 from headwater.losses.fused_linear import FusedPass, TokenLoss
+from headwater.losses.output_head import Head, LinearHead, logp_dtype
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
 
