@@ -233,7 +233,7 @@ def test_stages_on_unequal_halves_take_equal_steps() -> None:
     assert inputs.steps("all", stage) == 23
 
 
-def test_controls_leave_out_settings_of_objective_that_they_replace() -> None:
+def test_controls_leave_out_settings_of_replaced_objective() -> None:
     recipe = recipe_with("stages.opd.dense.gain_over=start", "stages.opd.dense.token_weights.first=9")
     (constant,) = arm_of("constant_advantage", recipe).student
     assert stage_of(recipe, constant).dense.token_weights is None and stage_of(recipe, constant).dense.gain_over is None

@@ -45,7 +45,7 @@ def test_composed_teacher_costs_sum_of_its_models(policy: Policy, teacher: Polic
     assert together == teacher.pass_flops(rows) + policy.pass_flops(rows)
 
 
-def test_gain_over_own_start_pulls_towards_teacher_only_where_both_agree(policy: Policy, teacher: Policy) -> None:
+def test_gain_over_student_itself_equals_plain_opd(policy: Policy, teacher: Policy) -> None:
     rows = composed_rows(sampled_rows(policy), ComposedTeacher((teacher, tiny_policy(seed=7)), gain))
     fused = gradient_of(policy, rows, stage_of("opd"))
     stored = [replace(row, teacher=row.teacher.materialize()) for row in rows]  # type: ignore[union-attr]

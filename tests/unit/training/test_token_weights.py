@@ -99,7 +99,7 @@ def test_weights_of_one_leave_gradient_bitwise_equal(policy: Policy, teacher: Po
     assert same_bits(gradient_of(policy, rows, stage), gradient_of(policy, ones, stage))
 
 
-def test_weighted_gradient_is_that_of_kept_rows(policy: Policy, teacher: Policy) -> None:
+def test_weighted_gradient_equals_gradient_of_kept_rows(policy: Policy, teacher: Policy) -> None:
     """Weight 2 on half of the rows: the mean over them alone, if all have as many tokens."""
     rows = [row for row in taught(sampled_rows(policy), teacher) if row.tokens == 8][:4]
     assert len(rows) == 4
