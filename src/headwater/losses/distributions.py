@@ -6,51 +6,15 @@ events, so that every divergence in `token_losses` works on every form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from headwater.kernels import kernels
-from headwater.losses.materialized import Exact, Known, Sorted, SpanLogp, TopK
-
-Head = Callable[[Tensor], Tensor]
-"""Hidden states (…, H) -> logits (…, V)."""
-
-
-def logp_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of log-probs computed from logits: float32, or float64 where the logits are."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """A linear head, logits = hidden · Wᵀ + b, computed in `dtype`. Its weights are exposed to `fused_linear`."""
-
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    dtype: torch.dtype
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        bias_V = None if self.bias_V is None else self.bias_V.to(self.dtype)
-        return functional.linear(hidden.to(self.dtype), self.weight_VH.to(self.dtype), bias_V)
-
-    def buffer(self, tokens: int) -> Tensor:
-        """Uninitialized memory for the logits of some tokens."""
-        return self.weight_VH.new_empty((tokens, len(self.weight_VH)), dtype=self.dtype)
-
-    def logits_into(self, logits_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-        """Write logits into a buffer; `weight_VH` is the weight in the head's dtype."""
-        bias_V = None if self.bias_V is None else self.bias_V.to(self.dtype)
-        fast = kernels() if logits_CV.device.type == "cpu" and self.dtype == torch.float32 else None
-        if fast is not None and fast.matmul_is_faster() and weight_VH.is_contiguous():
-            return fast.matmul(hidden_CH.contiguous(), weight_VH, bias_V, logits_CV)
-        if bias_V is None:
-            return torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
-        return torch.addmm(bias_V, hidden_CH, weight_VH.T, out=logits_CV)
+from headwater.losses.materialized import Exact, ExactGain, Known, Sorted, SpanLogp, TopK
+from headwater.losses.output_head import Head, LinearHead, logp_dtype
 
 
 class Distributions(Protocol):
@@ -150,6 +114,43 @@ class Composed:
             total_CV.add_(logits_CV.to(total_CV.device), alpha=weight / temperature)
         assert total_CV is not None
         return FromLogits(total_CV, 1.0)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The gain of one exact distribution over another, which a student follows where that also brings it closer to the first.
+
+    It materializes to `ExactGain`, whose target is the student's own distribution, moved (OPD², 2607.15161).
+    """
+
+    parts: tuple[Distributions, Distributions]
+    """(the teacher, the model that it is compared with), over one vocabulary."""
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def rows(self, start: int, stop: int) -> Gain:
+        return Gain((self.parts[0].rows(start, stop), self.parts[1].rows(start, stop)))
+
+    def materialize(self) -> ExactGain:
+        teacher, base = (part.materialize() for part in self.parts)
+        if not (isinstance(teacher, Exact) and isinstance(base, Exact)):
+            raise ValueError("a gain needs whole distributions, and a part holds only its top-k tokens")
+        return ExactGain(teacher, base)
+
+    def buffer(self, tokens: int) -> Tensor | None:
+        """Memory for the teacher's logits; those of the other model get their own."""
+        return self.parts[0].buffer(tokens) if isinstance(self.parts[0], FromHidden) else None
+
+    @torch.no_grad()
+    def with_logits(self, buffer_CV: Tensor | None = None) -> Gain:
+        """Compute the logits of both models."""
+        buffers = (buffer_CV, None)
+        teacher, base = (
+            part.with_logits(buffer) if isinstance(part, FromHidden) else part
+            for part, buffer in zip(self.parts, buffers, strict=True)
+        )
+        return Gain((teacher, base))
 
 
 def _logits(distributions: Distributions, buffer_CV: Tensor | None) -> tuple[Tensor, float]:
@@ -263,17 +264,30 @@ class Concatenated:
     def materialize(self) -> Known:
         parts = [part.materialize() for part in self.parts]
         whole = concatenate(parts, parts[0].device)
-        assert isinstance(whole, (Exact, TopK, Sorted, SpanLogp))
+        assert isinstance(whole, Known)
         return whole
+
+
+def truncate_to_top_k(distributions: Distributions, k: int) -> TopK:
+    """The k most likely tokens and the tail, if the distributions hold more. Raises ValueError for forms that are no list of tokens."""
+    known = distributions.materialize()
+    if not isinstance(known, (Exact, TopK)):
+        raise ValueError(f"{type(known).__name__} distributions have no top k tokens")
+    return known if isinstance(known, TopK) and known.ids_NK.shape[1] <= k else known.top_k(k)
 
 
 def concatenate(parts: Sequence[Distributions], device: torch.device) -> Distributions:
     """Concatenate on a device: as one value if all parts share form and head, else as `Concatenated`."""
     first = parts[0]
-    if isinstance(first, Composed):
-        composed = [part for part in parts if isinstance(part, Composed)]
-        by_model = zip(*(part.parts for part in composed), strict=True)
-        return Composed(tuple(concatenate(model, device) for model in by_model), first.weights)
+    if isinstance(first, (Composed, Gain)):
+        by_model = zip(*(part.parts for part in parts if isinstance(part, (Composed, Gain))), strict=True)
+        models = tuple(concatenate(model, device) for model in by_model)
+        return Composed(models, first.weights) if isinstance(first, Composed) else Gain((models[0], models[1]))
+    if isinstance(first, ExactGain):
+        gains = [part for part in parts if isinstance(part, ExactGain)]
+        teacher, base = (concatenate([getattr(part, name) for part in gains], device) for name in ("teacher", "base"))
+        assert isinstance(teacher, Exact) and isinstance(base, Exact)
+        return ExactGain(teacher, base)
     if isinstance(first, Aligned):
         aligned = [part for part in parts if isinstance(part, Aligned)]
         size_N = torch.cat([part.size_N for part in aligned]).to(device)

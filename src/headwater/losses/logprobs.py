@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from headwater.losses import fused_linear, token_losses
-from headwater.losses.distributions import Head, LinearHead, logp_dtype
 from headwater.losses.fused_linear import FusedPass, TokenLoss
-from headwater.losses.materialized import Sorted, SpanLogp
+from headwater.losses.materialized import ExactGain, Sorted, SpanLogp
+from headwater.losses.output_head import Head, LinearHead, logp_dtype
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
 
@@ -98,6 +98,8 @@ def _chunk_stats(hidden_NH: Tensor, head: Head, inputs: TokenInputs) -> tuple[An
     if isinstance(teacher, Sorted):  # a KL between ranks is none between tokens
         return logp_N, entropy_N, divergence_N, None, None, None
     with torch.no_grad():
+        if isinstance(teacher, ExactGain):  # the KLs are measured to the teacher, not to the student's target
+            teacher_NE = teacher.teacher.align(logp_NV)[1]
         kls = token_losses.reverse_kl(student_NE, teacher_NE), token_losses.forward_kl(student_NE, teacher_NE)
         token_logp_N = teacher.token_logp(inputs.targets_N) if inputs.teacher_tokens else None
     return logp_N, entropy_N, divergence_N, *kls, token_logp_N

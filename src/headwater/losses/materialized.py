@@ -46,6 +46,57 @@ class Exact:
 
 
 @dataclass(frozen=True)
+class ExactGain:
+    """Log-probs (N, V) of a teacher, and of the model that its gain is measured over."""
+
+    teacher: Exact
+    base: Exact
+
+    def __len__(self) -> int:
+        return len(self.teacher)
+
+    @property
+    def device(self) -> torch.device:
+        return self.teacher.device
+
+    def rows(self, start: int, stop: int) -> ExactGain:
+        return ExactGain(self.teacher.rows(start, stop), self.base.rows(start, stop))
+
+    def materialize(self) -> ExactGain:
+        return self
+
+    def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of the student and of its target over the same events, both (N, E)."""
+        return student_logp_NV, self.target(student_logp_NV)
+
+    @torch.no_grad()
+    def target(self, student_logp_NV: Tensor) -> Tensor:
+        """Log-probs (N, V) of T̂ ∝ S · exp(g): the student's distribution S moved by the gated gain g, without gradient.
+
+        With A^Δ = log T − log T₀ and A = log T − log S, each minus its mean under S, g is A^Δ where both have the same sign and 0
+        elsewhere. The gradient of KL(S ‖ T̂) at a constant T̂ is p_S(j) · (Σ_v p_S(v) g(v) − g(j)): the expectation over S of the
+        policy gradient with advantage g, without sampling noise (OPD², 2607.15161; there the mean is over the top 1,024 tokens).
+
+        Example: S = (½, ½), T = (¾, ¼), T₀ = (¼, ¾) give A^Δ = ±1.0986 and A = ±0.5493, so T̂ ∝ (½ · 3, ½ / 3) = (0.9, 0.1).
+        """
+        student_NV, teacher_NV, base_NV = (
+            logp_NV.to(student_logp_NV).clamp_min(LOWEST)
+            for logp_NV in (student_logp_NV, self.teacher.logp_NV, self.base.logp_NV)
+        )
+        p_NV = student_NV.exp()
+        gain_NV, distance_NV = (
+            ratio_NV - torch.linalg.vecdot(p_NV, ratio_NV)[:, None]
+            for ratio_NV in (teacher_NV - base_NV, teacher_NV - student_NV)
+        )
+        gated_NV = torch.where(gain_NV * distance_NV > 0.0, gain_NV, torch.zeros_like(gain_NV))
+        return torch.log_softmax(student_NV + gated_NV, dim=-1)
+
+    def token_logp(self, targets_N: Tensor) -> Tensor:
+        """The teacher's log-prob of each target token (N,)."""
+        return self.teacher.token_logp(targets_N)
+
+
+@dataclass(frozen=True)
 class TopK:
     """The k most probable tokens, and one further event, the tail, for all others.
 
@@ -209,7 +260,7 @@ class SpanLogp:
         return (student_logp_N - teacher_logp_N) / self.size_N.clamp_min(1), teacher_logp_N
 
 
-Known = Exact | TopK | Sorted | SpanLogp
+Known = Exact | ExactGain | TopK | Sorted | SpanLogp
 """The materialized forms."""
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headwater.errors import UserError
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, concatenate
+from headwater.losses.distributions import Distributions, concatenate, truncate_to_top_k
 from headwater.losses.logprobs import tokens_at_once
 from headwater.losses.materialized import Exact, Known, Sorted, TopK
 from headwater.models.oom import BatchBudget
@@ -95,11 +95,9 @@ def _to_tensors(block: Known, top_k: int | None, vocabulary: int) -> dict[str, T
     `count` (top-k)."""
     if isinstance(block, Sorted):
         return {"logp": block.logp_NV.cpu(), "compared": block.compared_N.cpu()}
-    assert isinstance(block, (Exact, TopK))
     if isinstance(block, Exact) and top_k is None:
         return {"logp": block.logp_NV.cpu()}
-    whole = isinstance(block, TopK) and (top_k is None or block.ids_NK.shape[1] <= top_k)
-    kept = block if isinstance(block, TopK) and whole else block.top_k(top_k or 1)
+    kept = block if isinstance(block, TopK) and top_k is None else truncate_to_top_k(block, top_k or 1)
     logp_NK = kept.logp_NK if top_k is None else kept.logp_NK.half()
     count = {} if kept.count_N is None else {"count": kept.count_N.cpu().int()}
     return {"logp": logp_NK.cpu(), **compact_ids.pack_ids(kept.ids_NK.cpu(), vocabulary), **count}

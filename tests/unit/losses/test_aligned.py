@@ -15,13 +15,13 @@ from headwater.losses.distributions import (
     Aligned,
     FromHidden,
     FromLogits,
-    LinearHead,
     SharedTokens,
     concatenate,
     select_rows,
 )
 from headwater.losses.logprobs import loss_and_stats, token_stats
 from headwater.losses.materialized import Exact, Sorted, SpanLogp, TopK
+from headwater.losses.output_head import LinearHead
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
 CPU = torch.device("cpu")
