@@ -28,16 +28,18 @@ BOOT = (
 
 @dataclass(frozen=True)
 class Limits:
-    """Resource limits of one run.
+    """Resource limits of one run; its memory is 512 MiB in all, with at most 64 MiB of the kernel's buffers for it.
 
-    seconds     of both processes together; of processor time for each
-    memory_mb   of each of the two processes; for the solution's its folder included
-    folder_mb   of the folder, which both share
-    processes   threads; no process can be started
+    seconds      of both processes together; of processor time for each
+    solution_mb  address space of the solution's process, shared memory included
+    tests_mb     address space of the tests' process
+    folder_mb    of the folder, which both share
+    processes    threads; no process can be started
     """
 
     seconds: float = 30.0
-    memory_mb: int = 512
+    solution_mb: int = 256
+    tests_mb: int = 128
     file_mb: int = 16
     folder_mb: int = 64
     open_files: int = 64
