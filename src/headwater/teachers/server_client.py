@@ -25,8 +25,8 @@ FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
 MAX_MESSAGE_CHARS = 300
 MAX_ERROR_BYTES = 1 << 16
 BASE_ENTRIES, ENTRY_BYTES, ENTRY_VALUES = 4096, 256, 8
-"""Bounds of an answer: bytes and JSON values for each entry (a token with its log-prob) that a request asks for, and for so many more.
-vLLM writes about 90 bytes and 4 values. Parsed, an answer within both bounds takes at most 2.5 KiB an entry, within the first alone 8."""
+"""Bounds of an answer: bytes and JSON values for each entry (token with log-prob) that a request asks for, and for so many more.
+vLLM writes about 90 bytes and 4 values. Parsed, an answer within both takes at most 2.5 KiB an entry, within the first alone 8."""
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 """A JSON string, or one that does not end: it takes time proportional to the text."""
 
