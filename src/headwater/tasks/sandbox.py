@@ -17,9 +17,12 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+from headwater.errors import one_line
 
 LONGEST_REPORT = 10_000
+FAILURES = ("different", "error", "unsupported", "memory")
+"""Reasons that a report may give besides `equal`."""
 BOOT = (
     "import sys; sys.path.insert(0, sys.argv[1]); from headwater.tasks import sandbox_child; del sys.path[0]; "
     "sandbox_child.serve()"
@@ -154,18 +157,22 @@ def run(
 
 
 def _outcome(report: bytes, timed_out: bool, statuses: list[int]) -> Outcome:
-    """Interpret a report; it may be cut or missing where the tests' process was ended."""
+    """Interpret a report. It may be cut or missing where the tests' process was ended, and hostile tests may write anything there."""
     try:
-        fields: Any = json.loads(report)
+        fields = json.loads(report)
     except (ValueError, RecursionError):
         fields = {}
-    layers, reason, detail = tuple(fields.get("layers", ())), fields.get("reason"), fields.get("detail", "")
+    fields = fields if isinstance(fields, dict) else {}
+    layers, reason, detail = fields.get("layers"), fields.get("reason"), fields.get("detail")
+    layers = tuple(map(str, layers)) if isinstance(layers, list) else ()
     if timed_out or -signal.SIGXCPU in statuses:
         return Outcome(False, "timeout", "", layers)
-    if reason is None:
-        killed = statuses[1] == -signal.SIGKILL
-        return Outcome(False, "memory" if killed else "error", f"ended with statuses {statuses}", layers)
-    return Outcome(fields["passed"], reason, detail, layers)
+    if fields.get("passed") is True and reason == "equal":
+        return Outcome(True, "equal", "", layers)
+    if reason in FAILURES and isinstance(detail, str):
+        return Outcome(False, reason, one_line(detail), layers)
+    killed = statuses[1] == -signal.SIGKILL
+    return Outcome(False, "memory" if killed else "error", f"ended with statuses {statuses}", layers)
 
 
 @cache
