@@ -58,7 +58,7 @@ def test_shared_tokens_are_kept_and_others_are_one_event() -> None:
 @pytest.mark.parametrize(
     "divergence", [token_losses.REVERSE, token_losses.FORWARD, token_losses.jensen_shannon(0.5), token_losses.SORTED]
 )
-def test_fused_and_plain_losses_agree_and_skip_tokens_within_spans(
+def test_fused_and_plain_losses_agree_and_skip_inner_tokens(
     shared: SharedTokens | None, divergence: token_losses.Divergence
 ) -> None:
     sizes = [2, 0, 1, -1, 1]
@@ -98,7 +98,7 @@ def test_whole_shared_vocabulary_gives_exact_divergence() -> None:
     assert torch.allclose(token_losses.reverse_kl(*known.align(student)), exact, atol=1e-6)
 
 
-def test_served_tokens_are_renamed_and_those_without_counterpart_join_tail() -> None:
+def test_served_tokens_are_renamed_and_unshared_ones_join_tail() -> None:
     served = TopK(torch.tensor([[2, 0, 4], [1, 3, 0]]), torch.tensor([[0.5, 0.2, 0.1], [0.6, 0.2, 0.1]]).log())
     known = Aligned(served, SHARED, torch.tensor([1, 1])).materialize()
     assert isinstance(known, TopK) and known.count_N is not None
@@ -248,7 +248,7 @@ def test_span_gradient_averages_to_gradient_of_span_divergence(models: tuple[Ten
     assert by_loss.abs().max() > 0.01
 
 
-def test_spans_that_end_by_themselves_have_unbiased_gradient() -> None:
+def test_gradient_of_self_delimiting_spans_is_unbiased() -> None:
     """One span of one or two tokens (`ab` or `a`, `b`): the averaged gradient is that of the exact KL over the span's spellings."""
     logits = torch.tensor([[0.3, -0.2, 0.5], [0.1, 0.7, -0.4]], dtype=torch.float64, requires_grad=True)
     first, second = torch.log_softmax(logits[0], -1), torch.log_softmax(logits[1], -1)
@@ -276,7 +276,7 @@ def test_spans_of_one_token_are_sampled_tokens_to_the_bit() -> None:
     assert torch.equal(teacher_logp_N, other)
 
 
-def test_tokens_that_are_not_compared_have_advantage_zero() -> None:
+def test_uncompared_tokens_have_advantage_zero() -> None:
     spans = align([b"a", b"b"], [b"a", b"x"])
     form = SpanLogp.of(spans, torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -9.0]))
     assert form.size_N.tolist() == [1, 0]

@@ -79,7 +79,7 @@ def test_special_token_without_counterpart_ends_text() -> None:
     assert spans.first_read == len(ids_of(student, "a b"))
 
 
-def test_text_that_is_not_given_back_is_not_compared() -> None:
+def test_lossy_texts_are_not_compared() -> None:
     student, teacher = token_bytes("bytes"), token_bytes("lossy")
     own = ids_of(student, "ok FINE")
     _, spans = teacher.translate(student.pieces(own))
@@ -96,7 +96,7 @@ def test_shared_ids_have_equal_bytes_and_ends() -> None:
     assert len(set(own)) == len(own) and len(set(other)) == len(other)
 
 
-def test_byte_pieces_yield_to_tokens_that_texts_use() -> None:
+def test_byte_pieces_yield_to_plain_tokens() -> None:
     """SentencePiece has `a` twice: as a token and as the byte <0x61>."""
     tokens = token_bytes("sentencepiece")
     assert tokens.table[tokens.ids[b"x"]] == b"x"
