@@ -269,7 +269,7 @@ def test_gradient_of_self_delimiting_spans_is_unbiased() -> None:
     assert torch.allclose(by_loss, by_kl, atol=1e-12)
 
 
-def test_spans_of_one_token_are_sampled_tokens_to_the_bit() -> None:
+def test_spans_of_one_token_are_sampled_tokens_bit_for_bit() -> None:
     own, other = torch.randn(7), torch.randn(7)
     spans = align([b"x"] * 7, [b"x"] * 7)
     _, teacher_logp_N = SpanLogp.of(spans, own, other).compare(torch.randn(7))
