@@ -120,7 +120,11 @@ def choose(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def verdict_text(row: Mapping[str, Any]) -> str:
     """How a rollout ended. Example: a wrong one with `finish` "length" is `cut at max_tokens`."""
     correct = row.get("correct")
-    return NOT_GRADED if correct is None else VERDICTS[outcome(bool(correct), str(row.get("reason")), str(row.get("finish")))]
+    return (
+        NOT_GRADED
+        if correct is None
+        else VERDICTS[outcome(bool(correct), str(row.get("reason")), str(row.get("finish")))]
+    )
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[float, str]:
