@@ -57,12 +57,13 @@ class Arm:
 
 def constant(recipe: Recipe, stage: Stage) -> Stage:
     """Advantage −1 on every sampled token: no teacher, no labels (2608.31046)."""
-    return _with(stage, objective="constant", sparse_share=None, until=None)
+    dense = {**stage.dense.model_dump(), "token_weights": None, "gain_over": None}
+    return _with(stage, objective="constant", sparse_share=None, until=None, dense=dense)
 
 
 def forward_kl(recipe: Recipe, stage: Stage) -> Stage:
     """Forward KL on the student's own samples: the divergence of the warm-up on the prefixes of OPD (2605.16826)."""
-    return _with(stage, dense={**stage.dense.model_dump(), "divergence": "forward"})
+    return _with(stage, dense={**stage.dense.model_dump(), "divergence": "forward", "gain_over": None})
 
 
 def mixture(recipe: Recipe, stage: Stage) -> Stage:
@@ -259,7 +260,24 @@ def arm_of(name: str, recipe: Recipe) -> Arm:
     teacher, student = (
         tuple(replace(step, pool=step.pool or default) for step in steps) for steps in (arm.teacher, arm.student)
     )
-    return replace(arm, teacher=teacher, student=student)
+    arm = replace(arm, teacher=teacher, student=student)
+    _refuse_unspent_labels(name, arm, recipe)
+    return arm
+
+
+def _refuse_unspent_labels(name: str, arm: Arm, recipe: Recipe) -> None:
+    """Refuse a dense stage that weighs prompts by labels which no earlier stage of the arm looks at: it takes no labels of its own."""
+    spent: set[Pool | None] = set()
+    for step in (*arm.teacher, *arm.student):
+        stage = stage_of(recipe, step)
+        if stage.grades_spent_labels and not spent & {step.pool, "all"}:
+            assert stage.dense.token_weights is not None
+            raise UserError(
+                f"stages.{step.stage}.dense.token_weights.prompts: {stage.dense.token_weights.prompts} grades rollouts with the labels "
+                f"of the pool {step.pool}, and no earlier stage of the arm {name} looks at them; leave it out in this arm"
+            )
+        if stage.needs_labels:
+            spent.add(step.pool)
 
 
 def default_arm(recipe: Recipe) -> str:

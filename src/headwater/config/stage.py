@@ -83,6 +83,21 @@ class TeacherWeights(Strict):
         return self
 
 
+class TokenWeights(Strict):
+    """Weights of the tokens that the teacher's signal trains. They are rescaled to a mean of 1 over the tokens of a step, so that a
+    selection does not change the learning rate."""
+
+    prompts: Literal["all", "pass_rate", "all_wrong"] = "all"
+    """`pass_rate` weighs each prompt by p·(1−p), with p the share of its rollouts that are right (2603.11178); `all_wrong` keeps
+    the prompts whose rollouts are all wrong, without rescaling (2608.00782). Both look at labels, which must be the stage's
+    own or spent by an earlier stage."""
+    first: Tokens | None = None
+    """Compare only the first tokens of a completion with the teacher (2602.15260); None compares all."""
+    soft_or: Annotated[float, Field(gt=0.0, lt=1.0), Unit("share of the tokens")] | None = None
+    """Keep the share of tokens with the highest h + d − h·d, with h the student's entropy and d KL(teacher‖student), both scaled
+    to 0…1 over the step (2604.14084). Takes one more forward pass of the student."""
+
+
 class Dense(Strict):
     """Token-level teacher supervision."""
 
@@ -98,8 +113,18 @@ class Dense(Strict):
     """Upper bound of the divergence of one token; above it the token has no gradient. None bounds nothing."""
     teacher_weights: TeacherWeights | None = None
     """A teacher composed of several frozen models; None is the stage's teacher alone."""
+    gain_over: Literal["base_teacher", "start"] | None = None
+    """Follow the teacher's gain over this model, where it agrees with the distance to the teacher (OPD², 2607.15161):
+    `base_teacher` is models.teacher before any training, `start` the stage's starting weights. None follows the teacher."""
+    token_weights: TokenWeights | None = None
+    """Weights of prompts and tokens; None weighs every token alike."""
     top_k: Tokens | None = None
     """Teacher distributions keep the top k tokens and the total mass of the others; None keeps the whole vocabulary."""
+
+    @property
+    def weighs_by_verdict(self) -> bool:
+        """Whether a token's weight depends on whether its prompt's rollouts are right, so that they must be graded."""
+        return self.token_weights is not None and self.token_weights.prompts != "all"
 
     @property
     def exact(self) -> bool:
@@ -109,7 +134,7 @@ class Dense(Strict):
     @model_serializer(mode="wrap")
     def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Omit fields at their defaults that recipes and fingerprints written before they existed do not have."""
-        later = {"entropy_above", "clip", "teacher_weights"}
+        later = {"entropy_above", "clip", "teacher_weights", "gain_over", "token_weights"}
         unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
         return {name: value for name, value in serialize(self).items() if name not in unset}
 
@@ -133,6 +158,15 @@ class Until(Strict):
     """Smallest relative improvement that counts."""
 
 
+class LengthSchedule(Strict):
+    """Length curriculum: the longest completion grows linearly to `sampling.max_tokens` (2605.16826)."""
+
+    start: Tokens
+    """Longest completion in the first step."""
+    steps: Steps
+    """Steps after which `sampling.max_tokens` is reached."""
+
+
 class Stage(Strict):
     """Settings of one training stage: who samples × what scores × how densely, and for how long."""
 
@@ -153,6 +187,8 @@ class Stage(Strict):
     """Learning rate and the optimizer's other settings."""
     sampling: Sampling = Sampling()
     """How the stage's completions are drawn."""
+    length_schedule: LengthSchedule | None = None
+    """Sample shorter completions in the first steps; None samples `sampling.max_tokens` throughout."""
     sparse: Sparse = Sparse()
     """Policy gradient on rewards; for `grpo` and `mixed`."""
     dense: Dense = Dense()
@@ -175,6 +211,17 @@ class Stage(Strict):
         """Distinct prompts in an on-policy step."""
         return self.batch_size // self.group_size
 
+    def sampling_at(self, step: int) -> Sampling:
+        """How completions are drawn in a step (from 0).
+
+        Example: max_tokens 48 with {start: 16, steps: 4} samples up to 16, 24, 32, 40, then 48 tokens.
+        """
+        schedule, longest = self.length_schedule, self.sampling.max_tokens
+        if schedule is None or step >= schedule.steps:
+            return self.sampling
+        length = schedule.start + (longest - schedule.start) * step // schedule.steps
+        return self.sampling.model_copy(update={"max_tokens": length})
+
     def steps_over(self, prompts: int) -> int:
         """Number of steps on a pool of `prompts` prompts.
 
@@ -195,13 +242,20 @@ class Stage(Strict):
 
     @property
     def signals(self) -> tuple[Signal, ...]:
-        """What scores a rollout, without a signal that `sparse_share` gives weight 0."""
+        """What scores a rollout, without a signal that `sparse_share` gives weight 0, but with a reward that weighs its tokens."""
         weightless = (("reward", 0.0), ("teacher", 1.0))
-        return tuple(signal for signal in self.spec.signals if (signal, self.sparse_share) not in weightless)
+        signals = tuple(signal for signal in self.spec.signals if (signal, self.sparse_share) not in weightless)
+        graded = "teacher" in signals and "reward" not in signals and self.dense.weighs_by_verdict
+        return ("reward", *signals) if graded else signals
 
     @property
     def needs_labels(self) -> bool:
         return "reward" in self.signals
+
+    @property
+    def grades_spent_labels(self) -> bool:
+        """Whether the stage has no reward of its own and grades rollouts of prompts whose labels earlier stages looked at."""
+        return self.needs_labels and "reward" not in self.spec.signals
 
     @property
     def needs_teacher(self) -> bool:
@@ -211,6 +265,11 @@ class Stage(Strict):
     def needs_reference(self) -> bool:
         """Whether the loss reads log-probs of the stage's starting weights."""
         return self.spec.reference_kl and self.needs_labels and self.sparse.kl_coef > 0.0
+
+    @model_serializer(mode="wrap")
+    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit the length schedule where there is none: recipes and fingerprints from before it existed do not have it."""
+        return {name: value for name, value in serialize(self).items() if (name, value) != ("length_schedule", None)}
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Stage:
@@ -229,15 +288,37 @@ class Stage(Strict):
             )
         if self.sampling.temperature == 0.0:
             raise ValueError("sampling.temperature must be above 0: a stage trains on samples, not on greedy decoding")
-        if self.dense.teacher_weights is not None and not self.on_policy:
+        if self.dense.gain_over is not None and (self.dense.divergence, self.dense.teacher_weights) != (
+            "reverse",
+            None,
+        ):
+            raise ValueError("dense.gain_over: needs divergence reverse and no teacher_weights")
+        several = "gain_over" if self.dense.gain_over is not None else "teacher_weights"
+        if getattr(self.dense, several) is not None and not self.on_policy:
             raise ValueError(
-                f"dense.teacher_weights: objective {self.objective} reads cached rollouts, which hold one teacher's distributions"
+                f"dense.{several}: objective {self.objective} reads cached rollouts, which hold one teacher's distributions"
             )
+        if self.dense.token_weights is not None and not (self.on_policy and "teacher" in self.signals):
+            raise ValueError(
+                f"dense.token_weights: objective {self.objective} does not compare the policy's own rollouts with a teacher"
+            )
+        if self.length_schedule is not None:
+            self._check_length_schedule(self.length_schedule)
         if self.until is not None:
             self._check_metric(self.until.metric)
         if self.minibatches > self.batch_size:
             raise ValueError(f"minibatches {self.minibatches} is more than batch_size {self.batch_size}")
         return self
+
+    def _check_length_schedule(self, schedule: LengthSchedule) -> None:
+        if not self.on_policy:
+            raise ValueError(
+                f"length_schedule: objective {self.objective} reads cached rollouts, which have their lengths"
+            )
+        if schedule.start >= self.sampling.max_tokens:
+            raise ValueError(
+                f"length_schedule.start {schedule.start} must be below sampling.max_tokens {self.sampling.max_tokens}"
+            )
 
     def _check_metric(self, metric: str) -> None:
         if metric == "reward" and not self.needs_labels:

@@ -6,56 +6,21 @@ events, so that every divergence in `token_losses` works on every form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from headwater.kernels import kernels
-
-Head = Callable[[Tensor], Tensor]
-"""Hidden states (…, H) -> logits (…, V)."""
-
-
-def logp_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of log-probs computed from logits: float32, or float64 where the logits are."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """A linear head, logits = hidden · Wᵀ + b, computed in `dtype`. Its weights are exposed to `fused_linear`."""
-
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    dtype: torch.dtype
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        bias_V = None if self.bias_V is None else self.bias_V.to(self.dtype)
-        return functional.linear(hidden.to(self.dtype), self.weight_VH.to(self.dtype), bias_V)
-
-    def buffer(self, tokens: int) -> Tensor:
-        """Uninitialized memory for the logits of some tokens."""
-        return self.weight_VH.new_empty((tokens, len(self.weight_VH)), dtype=self.dtype)
-
-    def logits_into(self, logits_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-        """Write logits into a buffer; `weight_VH` is the weight in the head's dtype."""
-        bias_V = None if self.bias_V is None else self.bias_V.to(self.dtype)
-        fast = kernels() if logits_CV.device.type == "cpu" and self.dtype == torch.float32 else None
-        if fast is not None and fast.matmul_is_faster() and weight_VH.is_contiguous():
-            return fast.matmul(hidden_CH.contiguous(), weight_VH, bias_V, logits_CV)
-        if bias_V is None:
-            return torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
-        return torch.addmm(bias_V, hidden_CH, weight_VH.T, out=logits_CV)
+from headwater.losses.output_head import Head, LinearHead, logp_dtype
+from headwater.losses.token_losses import LOWEST
 
 
 class Distributions(Protocol):
     def __len__(self) -> int: ...
     def rows(self, start: int, stop: int) -> Distributions: ...
-    def materialize(self) -> Exact | TopK:
+    def materialize(self) -> Known:
         """The form that holds log-probs; hidden states and logits are turned into it here."""
         ...
 
@@ -151,6 +116,43 @@ class Composed:
         return FromLogits(total_CV, 1.0)
 
 
+@dataclass(frozen=True)
+class Gain:
+    """The gain of one exact distribution over another, which a student follows where that also brings it closer to the first.
+
+    It materializes to `ExactGain`, whose target is the student's own distribution, moved (OPD², 2607.15161).
+    """
+
+    parts: tuple[Distributions, Distributions]
+    """(the teacher, the model that it is compared with), over one vocabulary."""
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def rows(self, start: int, stop: int) -> Gain:
+        return Gain((self.parts[0].rows(start, stop), self.parts[1].rows(start, stop)))
+
+    def materialize(self) -> ExactGain:
+        teacher, base = (part.materialize() for part in self.parts)
+        if not (isinstance(teacher, Exact) and isinstance(base, Exact)):
+            raise ValueError("a gain needs whole distributions, and a part holds only its top-k tokens")
+        return ExactGain(teacher, base)
+
+    def buffer(self, tokens: int) -> Tensor | None:
+        """Memory for the teacher's logits; those of the other model get their own."""
+        return self.parts[0].buffer(tokens) if isinstance(self.parts[0], FromHidden) else None
+
+    @torch.no_grad()
+    def with_logits(self, buffer_CV: Tensor | None = None) -> Gain:
+        """Compute the logits of both models."""
+        buffers = (buffer_CV, None)
+        teacher, base = (
+            part.with_logits(buffer) if isinstance(part, FromHidden) else part
+            for part, buffer in zip(self.parts, buffers, strict=True)
+        )
+        return Gain((teacher, base))
+
+
 def _logits(distributions: Distributions, buffer_CV: Tensor | None) -> tuple[Tensor, float]:
     """(logits, their temperature) of exact distributions. Raises ValueError for top-k ones: the product of tails is unknown."""
     if isinstance(distributions, FromHidden):
@@ -158,7 +160,7 @@ def _logits(distributions: Distributions, buffer_CV: Tensor | None) -> tuple[Ten
     if isinstance(distributions, FromLogits):
         return distributions.logits_NV, distributions.temperature
     known = distributions.materialize()
-    if isinstance(known, TopK):
+    if not isinstance(known, Exact):
         raise ValueError("a composed teacher needs whole distributions, and a part holds only its top-k tokens")
     return known.logp_NV, 1.0
 
@@ -194,6 +196,57 @@ class Exact:
     def token_logp(self, targets_N: Tensor) -> Tensor:
         """The teacher's log-prob of each target token (N,)."""
         return self.logp_NV.gather(1, targets_N[:, None]).squeeze(1).float()
+
+
+@dataclass(frozen=True)
+class ExactGain:
+    """Log-probs (N, V) of a teacher, and of the model that its gain is measured over."""
+
+    teacher: Exact
+    base: Exact
+
+    def __len__(self) -> int:
+        return len(self.teacher)
+
+    @property
+    def device(self) -> torch.device:
+        return self.teacher.device
+
+    def rows(self, start: int, stop: int) -> ExactGain:
+        return ExactGain(self.teacher.rows(start, stop), self.base.rows(start, stop))
+
+    def materialize(self) -> ExactGain:
+        return self
+
+    def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of the student and of its target over the same events, both (N, E)."""
+        return student_logp_NV, self.target(student_logp_NV)
+
+    @torch.no_grad()
+    def target(self, student_logp_NV: Tensor) -> Tensor:
+        """Log-probs (N, V) of T̂ ∝ S · exp(g): the student's distribution S moved by the gated gain g, without gradient.
+
+        With A^Δ = log T − log T₀ and A = log T − log S, each minus its mean under S, g is A^Δ where both have the same sign and 0
+        elsewhere. The gradient of KL(S ‖ T̂) at a constant T̂ is p_S(j) · (Σ_v p_S(v) g(v) − g(j)): the expectation over S of the
+        policy gradient with advantage g, without sampling noise (OPD², 2607.15161; there the mean is over the top 1,024 tokens).
+
+        Example: S = (½, ½), T = (¾, ¼), T₀ = (¼, ¾) give A^Δ = ±1.0986 and A = ±0.5493, so T̂ ∝ (½ · 3, ½ / 3) = (0.9, 0.1).
+        """
+        student_NV, teacher_NV, base_NV = (
+            logp_NV.to(student_logp_NV).clamp_min(LOWEST)
+            for logp_NV in (student_logp_NV, self.teacher.logp_NV, self.base.logp_NV)
+        )
+        p_NV = student_NV.exp()
+        gain_NV, distance_NV = (
+            ratio_NV - torch.linalg.vecdot(p_NV, ratio_NV)[:, None]
+            for ratio_NV in (teacher_NV - base_NV, teacher_NV - student_NV)
+        )
+        gated_NV = torch.where(gain_NV * distance_NV > 0.0, gain_NV, torch.zeros_like(gain_NV))
+        return torch.log_softmax(student_NV + gated_NV, dim=-1)
+
+    def token_logp(self, targets_N: Tensor) -> Tensor:
+        """The teacher's log-prob of each target token (N,)."""
+        return self.teacher.token_logp(targets_N)
 
 
 @dataclass(frozen=True)
@@ -254,11 +307,23 @@ class Concatenated:
             offset += len(part)
         return Concatenated(tuple(chosen))
 
-    def materialize(self) -> Exact | TopK:
+    def materialize(self) -> Known:
         parts = [part.materialize() for part in self.parts]
         whole = concatenate(parts, parts[0].device)
-        assert isinstance(whole, (Exact, TopK))
+        assert isinstance(whole, Known)
         return whole
+
+
+Known = Exact | TopK | ExactGain
+"""The forms that hold log-probs."""
+
+
+def truncate_to_top_k(distributions: Distributions, k: int) -> TopK:
+    """The k most likely tokens and the tail, if the distributions hold more. Raises ValueError for a gain, which needs both models."""
+    known = distributions.materialize()
+    if isinstance(known, ExactGain):
+        raise ValueError("a gain needs whole distributions")
+    return known if isinstance(known, TopK) else known.top_k(k)
 
 
 TAIL_FLOOR = 1e-7
@@ -273,10 +338,15 @@ def _with_tail(logp_NK: Tensor) -> Tensor:
 def concatenate(parts: Sequence[Distributions], device: torch.device) -> Distributions:
     """Concatenate on a device: as one value if all parts share form and head, else as `Concatenated`."""
     first = parts[0]
-    if isinstance(first, Composed):
-        composed = [part for part in parts if isinstance(part, Composed)]
-        by_model = zip(*(part.parts for part in composed), strict=True)
-        return Composed(tuple(concatenate(model, device) for model in by_model), first.weights)
+    if isinstance(first, (Composed, Gain)):
+        by_model = zip(*(part.parts for part in parts if isinstance(part, (Composed, Gain))), strict=True)
+        models = tuple(concatenate(model, device) for model in by_model)
+        return Composed(models, first.weights) if isinstance(first, Composed) else Gain((models[0], models[1]))
+    if isinstance(first, ExactGain):
+        gains = [part for part in parts if isinstance(part, ExactGain)]
+        teacher, base = (concatenate([getattr(part, name) for part in gains], device) for name in ("teacher", "base"))
+        assert isinstance(teacher, Exact) and isinstance(base, Exact)
+        return ExactGain(teacher, base)
     if any(isinstance(part, Concatenated) for part in parts) or not _share_head(parts):
         return Concatenated(tuple(parts))
     if isinstance(first, FromHidden):

@@ -23,12 +23,13 @@ from headwater.losses.distributions import (
     Composed,
     Distributions,
     Exact,
+    ExactGain,
     FromHidden,
     FromLogits,
-    LinearHead,
+    Gain,
     TopK,
-    logp_dtype,
 )
+from headwater.losses.output_head import LinearHead, logp_dtype
 from headwater.losses.token_losses import Divergence, LogitGradient, Pair
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
@@ -133,7 +134,7 @@ def _run(
         size = max(1, min(count, fused.chunk_elements // vocabulary))
         step = max(1, fused.block_elements // vocabulary)
         buffer_CV = head.buffer(size)
-        teacher_buffer_CV = teacher.buffer(size) if isinstance(teacher, (FromHidden, Composed)) else None
+        teacher_buffer_CV = teacher.buffer(size) if isinstance(teacher, (FromHidden, Composed, Gain)) else None
         fast = kernels() if buffer_CV.device.type == "cpu" and buffer_CV.dtype == torch.float32 else None
         parts: list[TokenStats] = []
         loss = torch.zeros((), dtype=logp_dtype(head.dtype), device=hidden_NH.device)
@@ -142,7 +143,7 @@ def _run(
             hidden_CH = hidden_NH[start:stop].to(head.dtype)
             logits_CV = head.logits_into(buffer_CV[: stop - start], hidden_CH, weight_VH)
             chunk_teacher = None if teacher is None else teacher.rows(start, stop)
-            if isinstance(chunk_teacher, (FromHidden, Composed)):
+            if isinstance(chunk_teacher, (FromHidden, Composed, Gain)):
                 chunk_teacher = chunk_teacher.with_logits(teacher_buffer_CV)
             for first in range(0, stop - start, step):
                 last = min(stop - start, first + step)
@@ -185,12 +186,15 @@ def _block(
         if isinstance(known, TopK):
             compared, divergence_gradient = _compare_top_k(known, logp_RV, p_RV, inputs.divergence if train else None)
         else:
-            teacher_logp_RV = known.logp_NV.to(logp_RV)
+            exact = known.teacher if isinstance(known, ExactGain) else known
+            teacher_logp_RV = exact.logp_NV.to(logp_RV)
             if isinstance(teacher, Exact):  # cached from a model that may exclude events: −inf
                 teacher_logp_RV = teacher_logp_RV.clamp_min(token_losses.LOWEST)
             pair = Pair.of(logp_RV, p_RV, teacher_logp_RV)
             compared = {"kl_student_teacher_N": pair.reverse_N, "kl_teacher_student_N": pair.forward_N}
             if inputs.divergence is not None and train:
+                if isinstance(known, ExactGain):
+                    pair = Pair.of(logp_RV, p_RV, known.target(logp_RV))
                 compared["divergence_N"], divergence_gradient = inputs.divergence.closed_form(pair)
         if inputs.divergence is not None and "divergence_N" not in compared:
             compared["divergence_N"] = inputs.divergence(*known.align(logp_RV))

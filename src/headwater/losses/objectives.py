@@ -88,7 +88,8 @@ def dense_term(dense: Dense, tokens: Tokens) -> Tensor:
     A token above the bound adds a constant to the loss and nothing to the gradient.
     """
     assert tokens.student.divergence_N is not None
-    return tokens.student.divergence_N if dense.clip is None else tokens.student.divergence_N.clamp_max(dense.clip)
+    divergence_N = tokens.student.divergence_N
+    return tokens.dense_weighted(divergence_N if dense.clip is None else divergence_N.clamp_max(dense.clip))
 
 
 def sampled_term(sparse: Sparse, tokens: Tokens) -> Tensor:
@@ -97,7 +98,7 @@ def sampled_term(sparse: Sparse, tokens: Tokens) -> Tensor:
     loss_N = token_losses.sampled_reverse_kl(
         tokens.student.logp_N, tokens.old_logp_N, tokens.student.teacher_logp_N, sparse.clip_low, sparse.clip_high
     )
-    return tokens.importance_weighted(loss_N)
+    return tokens.dense_weighted(tokens.importance_weighted(loss_N))
 
 
 def cross_entropy_term(tokens: Tokens) -> Tensor:

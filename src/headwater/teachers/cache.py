@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headwater.errors import UserError
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, Exact, TopK, concatenate
+from headwater.losses.distributions import Distributions, Exact, TopK, concatenate, truncate_to_top_k
 from headwater.losses.logprobs import tokens_at_once
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
@@ -78,7 +78,7 @@ def write_distributions(
             if isinstance(block, Exact) and top_k is None:
                 chunks.append({"logp": block.logp_NV.cpu()})
             else:
-                kept = block if isinstance(block, TopK) else block.top_k(top_k or 1)
+                kept = truncate_to_top_k(block, top_k or 1)
                 ids = compact_ids.pack_ids(kept.ids_NK.cpu(), teacher.vocabulary)
                 chunks.append({"logp": kept.logp_NK.half().cpu(), **ids})
         if progress is not None:
