@@ -139,7 +139,7 @@ def test_arms_on_phone_show_accuracy_forest_and_labels(study: Path, open_page: A
             labels = row.locator("td[data-label=labels]")
             assert labels.inner_text() == f"{arm['labels']['distinct']:,}"
             box = labels.bounding_box() or {}
-            assert 0 <= box["x"] and box["x"] + box["width"] <= 390
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 390
         assert page.locator("#arms th.axis").is_visible()
 
 
