@@ -91,7 +91,7 @@ BASE_MODELS = {"base_student": "student before", "base_teacher": "teacher before
 
 ARMS: dict[str, Arm] = {  # reports list arms in this order
     "direct_grpo": Arm(
-        "cold student, GRPO on all labels",
+        "GRPO on the student with all labels, no teacher",
         "would the labels have done as much on the student?",
         teacher=(),
         student=(RL_ON_ALL,),
@@ -136,20 +136,20 @@ ARMS: dict[str, Arm] = {  # reports list arms in this order
         compare_with=("bridge",),
     ),
     "bridge": Arm(
-        "RL'd teacher → warm-up → OPD",
+        "GRPO on the teacher → warm-up → OPD",
         "the method",
         teacher=(TEACHER_RL,),
         student=(WARMUP, OPD),
     ),
     "bridge_1h": Arm(
-        "bridge on 1H: what stage 3 and its replay begin from",
+        "bridge on the first half (1H): where stage 3 and its replay begin",
         "what do the stages before stage 3 reach?",
         teacher=(TEACHER_RL_1H,),
         student=BRIDGE_1H,
         compare_with=("bridge_rl", "replay"),
     ),
     "bridge_rl": Arm(  # the canonical recipe
-        "bridge on 1H, then GRPO on fresh labels (2H)",
+        "bridge on 1H, then GRPO on the unused second half (2H)",
         "the whole recipe",
         teacher=(TEACHER_RL_1H,),
         student=(*BRIDGE_1H, Step("student_rl", "second_half")),
@@ -157,7 +157,7 @@ ARMS: dict[str, Arm] = {  # reports list arms in this order
     ),
     "replay": Arm(
         "bridge on 1H, then GRPO on 1H again",
-        "are fresh labels better than more training?",
+        "are unused labels better than more training?",
         teacher=(TEACHER_RL_1H,),
         student=(*BRIDGE_1H, Step("student_rl", "first_half")),
         compare_with=("bridge_rl",),
@@ -205,7 +205,7 @@ ARMS: dict[str, Arm] = {  # reports list arms in this order
     ),
     # Controls that could refute the method.
     "constant_advantage": Arm(
-        "cold student, every sampled token pushed down alike: no teacher, no labels",
+        "student alone, every sampled token pushed down alike: no teacher, no labels",
         "a control without teacher and labels",
         teacher=(),
         student=(replace(OPD, edit=constant),),
