@@ -209,7 +209,7 @@ class SpanLogp:
     of that token.
 
     logp_N  natural log, at the sampling temperature
-    size_N  number of the student's tokens in the token's span; 0 where the tokenizations do not agree, which is not compared
+    size_N  number of the student's tokens in the token's span; -1 where the tokenizations do not agree, which is not compared
     """
 
     logp_N: Tensor
@@ -231,7 +231,7 @@ class SpanLogp:
         teacher_logp_C = own_logp_R.new_zeros(len(pairs)).index_add_(
             0, other_span_R, teacher_logp_M[: len(other_span_R)].to(own_logp_R)
         )
-        logp_N, size_N = torch.zeros_like(student_logp_N), torch.zeros_like(student_logp_N, dtype=torch.long)
+        logp_N, size_N = torch.zeros_like(student_logp_N), torch.full_like(student_logp_N, -1, dtype=torch.long)
         # In a span of one token the bracket is exactly 0, so it has the teacher's number to the bit.
         logp_N[:read] = teacher_logp_C[own_span_R] - (own_logp_C[own_span_R] - own_logp_R)
         size_N[:read] = own_C[own_span_R]

@@ -24,6 +24,7 @@ from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter, reads_clock
 from headwater.models.shape import Shape
+from headwater.models.token_bytes import TokenBytes, TokenPair, same_tokens
 from headwater.models.tokenizer import stop_ids_of
 from headwater.runs.read_once import InputError, read_once
 from headwater.sampling.build import SamplerFactory, sampler_factory
@@ -282,8 +283,38 @@ class RunInputs:
         """The model's tokenizer; of a served teacher, its server's."""
         _, name = self.field_and_name(role)
         if is_served(name):
-            return ServedTokenizer(self.server(role))
+            local = self.served_tokenizer
+            return ServedTokenizer(self.server(role)) if local is None else local.tokenizer
         return self._loadable(role).tokenizer
+
+    @property
+    @read_once("tokenizer")
+    def served_tokenizer(self) -> ModelFolder | None:
+        """Folder of a served teacher's tokenizer, where it is not the student's."""
+        models = self.recipe.models
+        if models.teacher_tokenizer is None:
+            return None
+        return ModelFolder.open(models.teacher_tokenizer, "models.teacher_tokenizer", models.trust_remote_code)
+
+    @read_once("tokenizer")
+    def token_bytes(self, role: str) -> TokenBytes:
+        """The bytes of each token of a role's tokenizer, and its end. Raises UserError for a server whose tokenizer is not here."""
+        field_, name = self.field_and_name(role)
+        if not is_served(name):
+            return TokenBytes.of(self.tokenizer(role), self.stop_ids(role))
+        folder = self.served_tokenizer
+        if folder is None:
+            raise UserError(
+                f"{field_}: is a server ({name}), and tokenizers are aligned by the bytes of each token; name a folder with its "
+                "tokenizer as models.teacher_tokenizer"
+            )
+        return TokenBytes.of(folder.tokenizer, folder.stop_ids)
+
+    @read_once("tokenizer")
+    def token_pair(self, learner: str, teacher: str) -> TokenPair | None:
+        """The tokenizers of a learner and its teacher; None where they are the same."""
+        own, other = self.token_bytes(learner), self.token_bytes(teacher)
+        return None if same_tokens(own, other) else TokenPair(own, other)
 
     def _loadable(self, role: str) -> ModelFolder:
         """The files of a role's model; an unreachable hub is reported once, and not as damage to each file."""
@@ -292,9 +323,10 @@ class RunInputs:
             self.weights_path(role)
         return folder
 
-    def prompter(self, tokenizer: Any) -> Prompter:
-        """Renders this run's problems with a model's tokenizer."""
-        return Prompter(tokenizer, self.recipe.prompt, self.day)
+    def prompter(self, tokenizer: Any, role: str = "student") -> Prompter:
+        """Renders this run's problems with a model's tokenizer, in the words of its role."""
+        prompt = self.recipe.prompt
+        return Prompter(tokenizer, prompt if role == "student" else prompt.of_teacher, self.day)
 
     @read_once("tokenizer")
     def template_day(self, role: str) -> str | None:

@@ -42,7 +42,13 @@ def refuse_huge_cache(teacher: FrozenModel, tokens: int, top_k: int | None) -> N
 
 def write_rollouts(folder: Path, rollouts: Sequence[Rollout]) -> None:
     keys = ("problem_id", "sample", "prompt_ids", "completion_ids", "sampler_logp", "finish", "sampler", "temperature")
-    lines = [json.dumps({key: getattr(rollout, key) for key in keys}) for rollout in rollouts]
+    lines = [
+        json.dumps(
+            {key: getattr(rollout, key) for key in keys}
+            | ({"teacher_ids": rollout.teacher_ids} if rollout.teacher_ids else {})
+        )
+        for rollout in rollouts
+    ]
     (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     fault_points.failpoint("cache.rollouts")
 

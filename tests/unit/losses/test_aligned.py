@@ -279,7 +279,7 @@ def test_spans_of_one_token_are_sampled_tokens_bit_for_bit() -> None:
 def test_uncompared_tokens_have_advantage_zero() -> None:
     spans = align([b"a", b"b"], [b"a", b"x"])
     form = SpanLogp.of(spans, torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -9.0]))
-    assert form.size_N.tolist() == [1, 0]
+    assert form.size_N.tolist() == [1, -1]
     own = torch.tensor([-1.1, -2.2])
     kl_N, teacher_logp_N = form.compare(own)
     assert teacher_logp_N[1] == own[1] and kl_N.tolist() == pytest.approx([-0.6, 0.0])
