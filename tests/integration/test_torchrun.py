@@ -113,8 +113,8 @@ def test_two_ranks_equal_one_with_teacher_of_other_tokenizer(tmp_path: Path) -> 
     changes = (
         *CHANGES,
         f"models.teacher={folder}",
-        "stages.warmup.dense.tokenizers=aligned",
-        "stages.opd.dense.tokenizers=aligned",
+        "stages.warmup.dense.tokenizers=prefix",
+        "stages.opd.dense.tokenizers=prefix",
     )
     options = ["run", "pocket", "--arm", "raw_teacher"]
     assert tiny("run", tmp_path / "one", "--arm", "raw_teacher", changes=changes).code == 0

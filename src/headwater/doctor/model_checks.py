@@ -53,7 +53,7 @@ def token_ids(context: DoctorContext) -> Iterator[Finding]:
                 for node in context.nodes
                 if node.kind == "train" and node.settings and node.settings.needs_teacher
             )
-            aligned = " and ".join(f"stages.{stage}.dense.tokenizers=aligned" for stage in stages)
+            aligned = " and ".join(f"stages.{stage}.dense.tokenizers=prefix" for stage in stages)
             remedy = f"choose a teacher with the student's tokenizer, or set {aligned} (cross-tokenizer distillation, docs/teachers.md)"
             yield error("token-ids-differ", str(refusal), remedy)
 

@@ -176,7 +176,7 @@ def measure(task: ProbeTask) -> tuple[PairMeasures, dict[str, float]]:
     """Measure both models; also returns C2 on all samples (`conditions.measure`)."""
     recipe = task.recipe
     if (
-        any(stage.dense.tokenizers == "aligned" for stage in recipe.stages.named.values())
+        any(stage.dense.tokenizers != "same" for stage in recipe.stages.named.values())
         or recipe.prompt.teacher is not None
     ):
         raise UserError(

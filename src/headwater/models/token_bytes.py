@@ -140,10 +140,6 @@ class TokenPair:
     student: TokenBytes
     teacher: TokenBytes
 
-    @cached_property
-    def shared_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return shared_ids(self.student, self.teacher)
-
     def to_teacher(self, rollout: Rollout) -> tuple[tuple[int, ...], Spans]:
         """A completion in the teacher's ids, and the common spans of (student, teacher). At least one id, also where none agrees."""
         pieces = self.student.pieces(rollout.completion_ids)
@@ -170,13 +166,6 @@ class TokenPair:
             finish=rollout.finish if read == len(rollout.completion_ids) else "length",
             teacher_ids=rollout.completion_ids[:read],
         )
-
-
-def shared_ids(student: TokenBytes, teacher: TokenBytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids of the tokens with equal bytes: (the student's, the teacher's), in the order of the student's ids."""
-    common = student.ids.keys() & teacher.ids.keys()
-    pairs = sorted((student.ids[piece], teacher.ids[piece]) for piece in common if piece)
-    return tuple(own for own, _ in pairs), tuple(other for _, other in pairs)
 
 
 def same_tokens(student: TokenBytes, teacher: TokenBytes) -> bool:

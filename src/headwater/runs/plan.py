@@ -60,7 +60,7 @@ class Node:
     @property
     def aligns_tokenizers(self) -> bool:
         """Whether its teacher may have another tokenizer than its learner."""
-        return self.settings is not None and self.settings.needs_teacher and self.settings.dense.tokenizers == "aligned"
+        return self.settings is not None and self.settings.needs_teacher and self.settings.dense.tokenizers != "same"
 
     @property
     def weights(self) -> Role | Node:
@@ -322,7 +322,12 @@ def fingerprint(node: Node, recipe: Recipe, content: Mapping[str, Any], known: M
         node.aligns_tokenizers
     ):  # the rollouts of a cache are in the ids of their reader, and the form decides what it holds
         assert stage is not None
-        fields["aligned"] = [of(node.learner), stage.dense.divergence, recipe.models.teacher_tokenizer]
+        fields["aligned"] = [
+            of(node.learner),
+            stage.dense.tokenizers,
+            stage.dense.divergence,
+            recipe.models.teacher_tokenizer,
+        ]
     if "day" in content and (day := content["day"](node.role)) is not None:
         fields["day"] = day
     if lora is not None:

@@ -144,7 +144,7 @@ class StageMeasurements:
         assert source is not None
         teacher = self.load_teacher(source)
         if isinstance(teacher, TranslatedTeacher):  # whatever the loss compares, C2 is a KL
-            teacher = replace(teacher, form="shared")
+            teacher = replace(teacher, form="shared" if teacher.form == "shared" else "prefix")
         return teacher, self._sample(teacher, "teacher")
 
     @cached_property

@@ -235,11 +235,12 @@ class PolicyRollouts:
 
 def alignment_metrics(rows: Sequence[Row], ranks: ProcessGroup) -> Metrics:
     """Shares of the step's tokens: `compared` with a teacher of another tokenizer, and `unreadable`, which it does not give back."""
-    sizes = [row.teacher.size_N for row in rows if row.local and isinstance(row.teacher, (Aligned, SpanLogp))]
+    teachers = [row.teacher for row in rows if row.local]
+    states = [t.state_N if isinstance(t, Aligned) else t.size_N for t in teachers if isinstance(t, (Aligned, SpanLogp))]
     sums = {
-        "compared": float(sum(int((size_N > 0).sum()) for size_N in sizes)),
-        "unreadable": float(sum(int((size_N < 0).sum()) for size_N in sizes)),
-        "tokens": float(sum(map(len, sizes))),
+        "compared": float(sum(int((state_N > 0).sum()) for state_N in states)),
+        "unreadable": float(sum(int((state_N < 0).sum()) for state_N in states)),
+        "tokens": float(sum(map(len, states))),
     }
     sums = ranks.all_reduce_sum(sums)
     tokens = max(1.0, sums.pop("tokens"))

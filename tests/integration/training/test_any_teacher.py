@@ -19,7 +19,7 @@ from serving import Answering, serving
 from tiny import CPU, MODELS, tiny_model
 from tools.pretrain.pocket import make_tokenizer
 
-ALIGNED = ("stages.warmup.dense.tokenizers=aligned", "stages.opd.dense.tokenizers=aligned")
+ALIGNED = ("stages.warmup.dense.tokenizers=prefix", "stages.opd.dense.tokenizers=prefix")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_sft_warmup_reads_teacher_texts_in_student_ids(pairs_teacher: Path, tmp_
     out = tmp_path / "out"
     changes = (
         f"models.teacher={pairs_teacher}",
-        "stages.warmup.dense.tokenizers=aligned",
+        "stages.warmup.dense.tokenizers=prefix",
         "stages.warmup.objective=sft",
     )
     assert tiny("run", out, "--arm", "warmup_only", changes=changes).code == 0
@@ -128,7 +128,7 @@ def test_served_teacher_with_other_tokenizer(divergence: str, pairs_teacher: Pat
             f"models.teacher_tokenizer={pairs_teacher}",
             *ALIGNED,
             "stages.warmup.dense.top_k=20",
-            f"stages.opd.dense={{divergence: {divergence}, top_k: 20, tokenizers: aligned}}",
+            f"stages.opd.dense={{divergence: {divergence}, top_k: 20, tokenizers: prefix}}",
             "compute.server.retries=0",
         )
         result = tiny("run", out, "--arm", "raw_teacher", changes=changes)
@@ -154,9 +154,9 @@ def test_teacher_reads_its_own_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("stages.opd.dense.divergence=uld",), "set tokenizers to aligned"),
+        (("stages.opd.dense.divergence=uld",), "set tokenizers to prefix"),
         (
-            ("stages.opd.dense={divergence: uld, tokenizers: aligned, top_k: 3}",),
+            ("stages.opd.dense={divergence: uld, tokenizers: prefix, top_k: 3}",),
             "needs the teacher's whole distribution",
         ),
         (("prompt.teacher={template: hello}",), "template must contain {problem}"),

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from headwater.losses.distributions import Aligned
-from headwater.losses.materialized import Exact, Sorted, SpanLogp, TopK
+from headwater.losses.materialized import Exact, Grouped, Sorted, SpanLogp, TopK
 from headwater.models.policy import Policy
 from headwater.models.token_bytes import TokenBytes, TokenPair, same_tokens
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.teachers.cache import read_cache, write_distributions, write_rollouts
 from headwater.teachers.scoring import distributions_of, logp_of
-from headwater.teachers.translated import Form, TranslatedTeacher, form_of
+from headwater.teachers.translated import Form, TranslatedTeacher, begun_tokens, form_of
 from headwater.types import Rollout
 from tests.support.tokenizer_kinds import token_bytes
 from tiny import sampled_rows, stage_of, tiny_policy
@@ -47,7 +47,7 @@ def teacher() -> Policy:
     return tiny_policy(seed=4, tokenizer=PAIRS, vocab_size=len(PAIRS))
 
 
-def translated(teacher: Policy, pair: TokenPair | None, form: Form = "shared") -> TranslatedTeacher:
+def translated(teacher: Policy, pair: TokenPair | None, form: Form = "prefix") -> TranslatedTeacher:
     return TranslatedTeacher(teacher, lambda name: PROMPT, pair, form, CHARACTERS, len(CHARACTERS), TorchSampler)
 
 
@@ -63,20 +63,33 @@ def teacher_logp(teacher: Policy, ids: tuple[int, ...]) -> torch.Tensor:
     return torch.log_softmax(logits, dim=-1)
 
 
-def test_student_reads_shared_tokens_where_spans_begin(student: Policy, teacher: Policy, pair: TokenPair) -> None:
+@pytest.mark.parametrize("form", ["prefix", "shared"])
+def test_student_reads_groups_where_its_tokens_begin(form: Form, teacher: Policy, pair: TokenPair) -> None:
     rollout = written("=62;1", pair.student)
     ids = (*tuple(PAIRS("=62;1", add_special_tokens=False)["input_ids"]), PAIRS.eos_token_id)
     assert len(ids) == 5 < len(rollout.completion_ids) == 6
-    (form,) = translated(teacher, pair).distributions([rollout], 1000)
-    assert isinstance(form, Aligned) and form.size_N.tolist() == [1, 2, 0, 1, 1, 1]
-    known = form.materialize()
-    assert isinstance(known, TopK) and known.count_N is not None
-    exact = teacher_logp(teacher, ids)
+    (scored,) = translated(teacher, pair, form).distributions([rollout], 1000)
+    assert isinstance(scored, Aligned) and scored.state_N.tolist() == [1, 1, int(form == "prefix"), 1, 1, 1]
+    known, exact = scored.materialize(), teacher_logp(teacher, ids).exp()
+    assert isinstance(known, Grouped)
+    spelt, vocabulary = {group: token for token, group in enumerate(known.group_V.tolist())}, PAIRS.get_vocab()
     for position, row in ((0, 0), (1, 1), (3, 2), (4, 3), (5, 4)):
-        kept = dict(zip(known.ids_NK[position].tolist(), known.logp_NK[position].tolist(), strict=True))
-        for own, other in zip(*pair.shared_ids, strict=True):
-            assert kept[own] == pytest.approx(exact[row, other].item(), abs=1e-5)
-    assert known.count_N[2] == 0
+        for group, token in spelt.items():
+            name = CHARACTERS.convert_ids_to_tokens(token)
+            with_it = [name, *(name + digit for digit in "0123456789" if form == "prefix" and name in "0123456789")]
+            expected = sum(exact[row, vocabulary[each]].item() for each in with_it)
+            assert known.logp_NE[position, group].exp().item() == pytest.approx(expected, abs=1e-5), name
+    if form == "prefix":  # the second digit: the pairs that begin with 6
+        pairs = {digit: exact[1, vocabulary["6" + digit]].item() for digit in "0123456789"}
+        for group, token in spelt.items():
+            expected = pairs.get(CHARACTERS.convert_ids_to_tokens(token), 0.0) / sum(pairs.values())
+            assert known.logp_NE[2, group].exp().item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_begun_tokens_of_finer_and_coarser_teachers() -> None:
+    assert begun_tokens([b"6", b"2", b";"], [b"62", b";"]) == [(0, b""), (0, b"6"), (1, b"")]
+    assert begun_tokens([b"62", b";"], [b"6", b"2", b";"]) == [(0, b""), (2, b"")]
+    assert begun_tokens([b"ab", b"cd"], [b"abc", b"d"]) == [(0, b""), (0, b"ab")]
 
 
 def test_span_logps_are_sums_of_both_models(student: Policy, teacher: Policy, pair: TokenPair) -> None:
@@ -101,7 +114,7 @@ def test_sorted_form_holds_teacher_probabilities(teacher: Policy, pair: TokenPai
     )
 
 
-@pytest.mark.parametrize("form", ["shared", "spans", "sorted"])
+@pytest.mark.parametrize("form", ["prefix", "shared", "spans", "sorted"])
 def test_forms_do_not_depend_on_batches(form: Form, teacher: Policy, pair: TokenPair) -> None:
     rollouts = [written(text, pair.student, stop) for text, stop in (("=62;1", True), ("1", False), ("12+34=46", True))]
     whole = translated(teacher, pair, form).distributions(rollouts, 1000)
@@ -130,14 +143,15 @@ def test_renamed_ids_change_nothing_but_rounding(policy: Policy) -> None:
     itself = TokenPair(bytes_of(CHARACTERS), bytes_of(CHARACTERS))
     made = {
         form: TranslatedTeacher(policy, prompts.__getitem__, itself, form, CHARACTERS, 30, TorchSampler)  # type: ignore[arg-type]
-        for form in ("shared", "spans")
+        for form in ("shared", "prefix", "spans")
     }
-    for rollout, form, plain in zip(
-        rollouts, made["shared"].distributions(rollouts, 100), distributions_of(policy, rollouts, 100), strict=True
-    ):
-        known, exact = form.materialize(), plain.materialize()
-        assert isinstance(known, TopK) and isinstance(exact, Exact)
-        assert torch.equal(known.logp_NK, exact.logp_NV) and len(known) == len(rollout.completion_ids)
+    for name in ("shared", "prefix"):
+        for form, plain in zip(
+            made[name].distributions(rollouts, 100), distributions_of(policy, rollouts, 100), strict=True
+        ):
+            known, exact = form.materialize(), plain.materialize()
+            assert isinstance(known, Grouped) and isinstance(exact, Exact)
+            torch.testing.assert_close(known.logp_NE[:, known.group_V], exact.logp_NV, atol=1e-5, rtol=1e-5)
     for form, logp in zip(made["spans"].distributions(rollouts, 100), logp_of(policy, rollouts, 100), strict=True):
         assert isinstance(form, SpanLogp) and torch.equal(form.logp_N, logp)
 
@@ -158,15 +172,15 @@ def test_teacher_samples_become_student_ids_and_are_scored_as_sampled(teacher: P
     # A rollout that the teacher divided in another way than its tokenizer would is scored in the ids that it sampled.
     divided = (PAIRS.get_vocab()["6"], PAIRS.get_vocab()["2"])
     spelt = replace(written("62", pair.student, stop=False), teacher_ids=divided)
-    (form,) = both.distributions([spelt], 1000)
-    assert isinstance(form, Aligned) and form.size_N.tolist() == [1, 1]
+    (form,) = translated(teacher, pair, "shared").distributions([spelt], 1000)
+    assert isinstance(form, Aligned) and form.state_N.tolist() == [1, 1]
 
 
 def test_unknown_characters_are_not_compared(teacher: Policy, pair: TokenPair) -> None:
     rollout = written("1x2", token_bytes("bytes"))
     other = TokenPair(token_bytes("bytes"), pair.teacher)
     (form,) = translated(teacher, other).distributions([rollout], 1000)
-    assert isinstance(form, Aligned) and form.size_N.tolist() == [1, -1, -1, -1]
+    assert isinstance(form, Aligned) and form.state_N.tolist() == [1, -1, -1, -1]
     # `<s>` is a special token that the student lacks: its text ends before it.
     first, *rest = token_bytes("bytes").tokenizer("12", add_special_tokens=False)["input_ids"]
     sampled = replace(rollout, completion_ids=(first, 1, *rest), sampler_logp=(-1.0,) * (2 + len(rest)))
@@ -178,11 +192,12 @@ def test_text_without_common_bytes_is_scored_and_not_compared(teacher: Policy, p
     other = TokenPair(token_bytes("bytes"), pair.teacher)
     for form in ("shared", "spans"):
         (scored,) = translated(teacher, other, form).distributions([written("é", token_bytes("bytes"))], 1000)  # type: ignore[arg-type]
-        assert (getattr(scored, "size_N") < 0).all()  # noqa: B009
+        assert isinstance(scored, (Aligned, SpanLogp))
+        assert ((scored.state_N if isinstance(scored, Aligned) else scored.size_N) < 0).all()
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
-@pytest.mark.parametrize("form", ["shared", "sorted"])
+@pytest.mark.parametrize("form", ["prefix", "shared", "sorted"])
 def test_cached_teacher_equals_live_one(
     top_k: int | None, form: Form, teacher: Policy, pair: TokenPair, tmp_path: Path
 ) -> None:
@@ -198,15 +213,16 @@ def test_cached_teacher_equals_live_one(
     for row, live in zip(rows, both.distributions(rollouts, 100), strict=True):
         assert row.teacher is not None
         known, other = row.teacher.materialize(), live.materialize()
-        if isinstance(other, TopK) and top_k is not None:
+        if isinstance(other, Grouped) and top_k is not None:
             other = other.top_k(top_k)
-        assert isinstance(known, (TopK, Sorted)) and isinstance(other, (TopK, Sorted))
+        assert isinstance(known, (TopK, Grouped, Sorted)) and type(other) is type(known)
         logp = student.expand(row.tokens, -1)
         for a, b in zip(known.align(logp), other.align(logp), strict=True):
             torch.testing.assert_close(a.exp(), b.exp(), atol=1e-3 if top_k else 1e-6, rtol=1e-3)
 
 
 def test_form_follows_divergence() -> None:
-    forms = {"reverse": "shared", "jsd": "shared", "sampled": "spans", "uld": "sorted"}
+    forms = {"reverse": "prefix", "jsd": "prefix", "sampled": "spans", "uld": "sorted"}
     for divergence, form in forms.items():
-        assert form_of(stage_of("opd", dense={"divergence": divergence, "tokenizers": "aligned"}).dense) == form
+        assert form_of(stage_of("opd", dense={"divergence": divergence, "tokenizers": "prefix"}).dense) == form
+    assert form_of(stage_of("opd", dense={"tokenizers": "shared"}).dense) == "shared"
