@@ -54,7 +54,7 @@ BASE_MODELS = {"base_student": "student before", "base_teacher": "teacher before
 
 PAPER_ARMS: dict[str, Arm] = {
     "direct_grpo": Arm(
-        "cold student, GRPO on all labels",
+        "GRPO on the student with all labels, no teacher",
         "would the labels have done as much on the student?",
         teacher=(),
         student=(RL_ON_ALL,),
@@ -99,21 +99,21 @@ PAPER_ARMS: dict[str, Arm] = {
         compare_with=("bridge",),
     ),
     "bridge": Arm(
-        "RL'd teacher → warm-up → OPD",
+        "GRPO on the teacher → warm-up → OPD",
         "the method",
         teacher=(TEACHER_RL,),
         student=(WARMUP, OPD),
         compare_with=tuple(name for name in FOLLOW_UPS if name != "rescue"),
     ),
     "bridge_1h": Arm(
-        "bridge on 1H: what stage 3 and its replay begin from",
+        "bridge on the first half (1H): where stage 3 and its replay begin",
         "what do the stages before stage 3 reach?",
         teacher=(TEACHER_RL_1H,),
         student=BRIDGE_1H,
         compare_with=("bridge_rl", "replay"),
     ),
     "bridge_rl": Arm(  # the canonical recipe
-        "bridge on 1H, then GRPO on fresh labels (2H)",
+        "bridge on 1H, then GRPO on the unused second half (2H)",
         "the whole recipe",
         teacher=(TEACHER_RL_1H,),
         student=(*BRIDGE_1H, Step("student_rl", "second_half")),
@@ -121,7 +121,7 @@ PAPER_ARMS: dict[str, Arm] = {
     ),
     "replay": Arm(
         "bridge on 1H, then GRPO on 1H again",
-        "are fresh labels better than more training?",
+        "are unused labels better than more training?",
         teacher=(TEACHER_RL_1H,),
         student=(*BRIDGE_1H, Step("student_rl", "first_half")),
         compare_with=("bridge_rl",),
@@ -169,7 +169,7 @@ PAPER_ARMS: dict[str, Arm] = {
     ),
     # Controls that could refute the method.
     "constant_advantage": Arm(
-        "cold student, every sampled token pushed down alike: no teacher, no labels",
+        "student alone, every sampled token pushed down alike: no teacher, no labels",
         "a control without teacher and labels",
         teacher=(),
         student=(replace(OPD, edit=constant),),
