@@ -92,7 +92,7 @@ def dry_run(recipe: str, *options: str) -> list[dict[str, Any]]:
         ("gsm8k-qwen3", "rtx4090", 1),
         ("paper-qwen3-one-gpu", "rtx4090", 1),
         ("paper-llama-one-gpu", "rtx4090", 1),
-    ],  # fmt: skip
+    ],
 )
 def test_recipe_of_real_models_is_estimated_without_data_or_weights(
     recipe: str, device: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
