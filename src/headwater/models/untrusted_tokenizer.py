@@ -38,6 +38,8 @@ MAX_PARTS, MAX_ADDED_CHARACTERS = 10_000, 1 << 20
 ORDINARY_PARTS, ORDINARY_TEXT = 300, 600
 """Bounds of an ordinary file: objects in all sections, characters of a text in them."""
 SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "padding", "truncation")
+ENCODING = SECTIONS[:3]
+"""Sections that a text passes one after the other."""
 ORDINARY = frozenset({
     "Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "BertNormalizer", "Prepend", "Replace",
     "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Digits", "Punctuation", "Split",
@@ -80,13 +82,18 @@ def _problem(states: tuple[tuple[Path, int, int], ...], limit: int, rows: int | 
             holds = "no vocabulary reaches it" if rows is None else f"the model's largest weight has {rows} rows"
             return f"{name} gives a token the id {largest}, and {holds}"
     tokenizer = values.get("tokenizer.json")
+    encoded = 1
     for section in SECTIONS:
-        parts = list(itertools.islice(_parts(values.get("tokenizer.json", {}).get(section)), MAX_PARTS + 1))
+        parts = list(itertools.islice(_parts((tokenizer or {}).get(section)), MAX_PARTS + 1))
         if len(parts) > MAX_PARTS:
             return f"the {section} in tokenizer.json has over {MAX_PARTS:,} parts"
         growth = math.prod(map(_growth, parts))
         if growth > MAX_GROWTH:
             return f"the {section} in tokenizer.json makes a text {growth:.3g} times as long"
+        if section in ENCODING:
+            encoded *= growth
+    if encoded > MAX_GROWTH:
+        return f"the {', '.join(ENCODING[:-1])} and {ENCODING[-1]} in tokenizer.json together make a text {encoded:.3g} times as long"
     contents = _added_contents(tokenizer or {})
     if sum(map(len, contents)) > MAX_ADDED_CHARACTERS:
         return f"the added tokens in tokenizer.json have over {MAX_ADDED_CHARACTERS:,} characters"
