@@ -35,6 +35,8 @@ CHILD_SECONDS, CHILD_WALL_SECONDS, CHILD_MEGABYTES = 20, 120.0, 2048
 """Limits of the process that opens an unusual tokenizer: processor time, time, and memory beyond what the packages take."""
 MAX_PARTS, MAX_ADDED_CHARACTERS = 10_000, 1 << 20
 """Largest number of JSON objects in a section, and of characters of all added tokens together."""
+MAX_WORD = 1000
+"""Largest word that a WordPiece model splits; BERT's is 100."""
 ORDINARY_PARTS, ORDINARY_TEXT = 300, 600
 """Bounds of an ordinary file: objects in all sections, characters of a text in them."""
 SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "padding", "truncation")
@@ -94,6 +96,8 @@ def _problem(states: tuple[tuple[Path, int, int], ...], limit: int, rows: int | 
             encoded *= growth
     if encoded > MAX_GROWTH:
         return f"the {', '.join(ENCODING[:-1])} and {ENCODING[-1]} in tokenizer.json together make a text {encoded:.3g} times as long"
+    if (longest := _longest_word(tokenizer or {})) > MAX_WORD:
+        return f"tokenizer.json splits words of up to {longest} characters, over {MAX_WORD:,}, in time that grows with their cube"
     contents = _added_contents(tokenizer or {})
     if sum(map(len, contents)) > MAX_ADDED_CHARACTERS:
         return f"the added tokens in tokenizer.json have over {MAX_ADDED_CHARACTERS:,} characters"
@@ -159,6 +163,13 @@ def _added_contents(tokenizer: dict[str, Any]) -> list[str]:
     added = tokenizer.get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     return [token["content"] for token in tokens if isinstance(token.get("content"), str)]
+
+
+def _longest_word(tokenizer: dict[str, Any]) -> float:
+    """Characters of the longest word that a WordPiece model splits; 0 for other models."""
+    model = tokenizer.get("model")
+    longest = model.get("max_input_chars_per_word") if isinstance(model, dict) else None
+    return longest if isinstance(longest, (int, float)) else 0
 
 
 def _is_ordinary(tokenizer: dict[str, Any]) -> bool:

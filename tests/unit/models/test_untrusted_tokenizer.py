@@ -74,6 +74,10 @@ FROM_JSON: dict[str, tuple[dict[str, Any], str]] = {
         ),
         "the normalizer, pre_tokenizer and post_processor in tokenizer.json together make a text 600 times as long",
     ),
+    "long words": (
+        replaced(model={"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 65_536}),
+        "splits words of up to 65536 characters, over 1,000",
+    ),
     "many parts": (replaced(normalizer=sequence(*[{"type": "Lowercase"}] * 10_001)), "has over 10,000 parts"),
     "added tokens": (
         replaced(
