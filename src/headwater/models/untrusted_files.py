@@ -96,6 +96,17 @@ def refuse_code(config: Mapping[str, Any], path: Path, field: str) -> None:
             )
 
 
+def refuse_kernels(config: Any, field: str, name: str) -> None:
+    """Raises UserError if a config names a hub repository as its attention: transformers would download and run its code."""
+    for part in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))):
+        implementation = getattr(part, "_attn_implementation", None)
+        if isinstance(implementation, str) and "/" in implementation:
+            raise UserError(
+                f"{field}: the config of {name} asks for attention by {implementation!r:.80}, code that would be downloaded and run; "
+                "remove the entry, or set models.trust_remote_code to true only if you have read it"
+            )
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a safetensors file: its shape and the format's name of its type."""

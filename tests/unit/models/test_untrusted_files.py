@@ -83,6 +83,18 @@ def test_remote_code_in_config_is_refused_by_field_unimported(name: str, folder:
     assert not (tmp_path / "touched").exists()
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_config_naming_code_for_attention_is_refused(key: str, folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for value in ("kernels-community/flash-attn2", "paged|owner/name:function", {"": "owner/name@main"}):
+        path.write_text(json.dumps(config | {key: value}), encoding="utf-8")
+        with pytest.raises(UserError, match=r"asks for attention by '.*/.*', code that would be downloaded and run"):
+            assert ModelFolder.open(str(folder), "models.student").config
+    path.write_text(json.dumps(config | {key: "sdpa"}), encoding="utf-8")
+    assert ModelFolder.open(str(folder), "models.student").config._attn_implementation == "sdpa"
+
+
 def test_shard_index_leading_outside_folder_is_refused(folder: Path) -> None:
     index = {"metadata": {}, "weight_map": {"a": "../../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
