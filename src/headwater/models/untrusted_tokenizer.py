@@ -21,6 +21,7 @@ from typing import Any
 
 from headwater.errors import CONTROL_CHARACTERS
 from headwater.models.tokenizer import PROBES
+from headwater.models.untrusted_files import TooManyValuesError, parse_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 CONVERTED = ("tokenizer.model", "spiece.model", "tiktoken.model", "sentencepiece.bpe.model")
@@ -68,7 +69,9 @@ def _problem(states: tuple[tuple[Path, int, int], ...], limit: int, rows: int | 
     for path, _, _ in states:
         if path.suffix == ".json":
             try:
-                values[path.name] = json.loads(path.read_text(encoding="utf-8"))
+                values[path.name] = parse_json(path.read_bytes())
+            except TooManyValuesError as error:
+                return f"{path.name} {error}"
             except (OSError, ValueError, RecursionError) as error:
                 kind = "is nested too deeply" if isinstance(error, RecursionError) else "is not JSON"
                 return f"{path.name} {kind}"
