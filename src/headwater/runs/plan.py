@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from headwater.config.arms import Arm, Pool, Step, arm_of, stage_of
+from headwater.config.arm import Arm, Pool, Step
+from headwater.config.arms import arm_of, stage_of
+from headwater.config.dense import TeacherWeights
 from headwater.config.recipe import Lora, Recipe, canonical_json
 from headwater.config.samplers import SAMPLERS
-from headwater.config.stage import Stage, TeacherWeights
+from headwater.config.stage import Stage
 from headwater.errors import UserError
 from headwater.plugins import code_fingerprint
 from headwater.storage.run_dir import RunDir

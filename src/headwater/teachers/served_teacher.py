@@ -19,7 +19,8 @@ from headwater.config.stage import Sampling
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import TrainingStoppedError, one_line
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, TopK
+from headwater.losses.distributions import Distributions
+from headwater.losses.materialized import TopK
 from headwater.models.shape import Shape
 from headwater.sampling.base import OnFinished, Request
 from headwater.teachers.server_client import Answer, ServedModel, is_token_id

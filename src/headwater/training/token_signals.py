@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Exact, ExactGain
+from headwater.losses.materialized import Exact, ExactGain
 
 ROWS, TOKENS = 4, 256
 """Number of rollouts of a step, and of tokens of each, whose signal is kept."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from headwater.config.stage import TokenWeights
+from headwater.config.dense import TokenWeights
 from headwater.losses.batch import Row
 from headwater.losses.logprobs import token_stats
 from headwater.losses.token_stats import TokenInputs

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from headwater.losses import token_losses
-from headwater.losses.distributions import TAIL_FLOOR, Composed, Exact, ExactGain, FromHidden, Gain, TopK, concatenate
+from headwater.losses.distributions import Composed, FromHidden, Gain, concatenate
+from headwater.losses.materialized import TAIL_FLOOR, Exact, ExactGain, TopK
 
 DIVERGENCES = {
     "forward": token_losses.forward_kl,

@@ -14,8 +14,9 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headwater.losses import token_losses
-from headwater.losses.distributions import Composed, Distributions, Exact, FromHidden, Gain, TopK
+from headwater.losses.distributions import Composed, Distributions, FromHidden, Gain
 from headwater.losses.logprobs import loss_and_stats, token_stats
+from headwater.losses.materialized import Exact, TopK
 from headwater.losses.output_head import LinearHead
 from headwater.losses.token_stats import TokenInputs, TokenStats
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Exact
+from headwater.losses.materialized import Exact
 from headwater.models.policy import Policy
 from headwater.teachers.composed import ComposedTeacher, gain, product
 from headwater.teachers.scoring import distributions_of

@@ -10,7 +10,7 @@ import torch
 
 from headwater.config.arms import arm_of
 from headwater.config.builtin import find_recipe
-from headwater.config.stage import TokenWeights
+from headwater.config.dense import TokenWeights
 from headwater.errors import UserError
 from headwater.losses.batch import Row
 from headwater.losses.logprobs import token_stats
