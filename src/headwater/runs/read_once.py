@@ -9,7 +9,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 from headwater.errors import UnsupportedModelError, UserError
 
 Part = Literal[
-    "task", "data", "labels", "device", "model", "tokenizer", "config", "generation config", "weights", "server",
+    "task", "data", "labels", "device", "hub", "model", "tokenizer", "config", "generation config", "weights", "server",
     "engine", "plan", "architecture",
 ]  # fmt: skip
 """What an InputError is about; the doctor has a finding for each."""
