@@ -46,6 +46,7 @@ VERBATIM = {  # command -> regular expression of its output
     "run pocket --arm bridge --set stages.teacher_rl.group_size=16 --dry-run": "teacher_rl",
     "run pocket --arm warmup_only --set stages.warmup.dense.top_k=8 --dry-run": "warmup",
     "run pocket --arm bridge --set 'stages.opd.dense.teacher_weights={teacher: 1.25, base_teacher: -0.25}' --dry-run": "opd",
+    "run pocket --arm bridge --set stages.opd.dense.gain_over=base_teacher --dry-run": "opd",
     "study pocket --arms all --dry-run": "teacher_rl",
     "study pocket --arms bridge,direct_grpo,raw_teacher --seeds 0,1,2 --dry-run": "teacher_rl",
     "study pocket --arms bridge_1h,bridge_rl,replay --dry-run": "student_rl",
@@ -201,6 +202,7 @@ OTHER_PROGRAMS = {  # start of a line -> why it is not run here
     "vllm serve": "needs vLLM: tests/integration/engines/test_vllm_server.py, make test-engines",
     ".venv-bench/bin/python -m benchmarks": "needs the peers: tests/unit/test_benchmarks.py runs the harness without them",
     "python -m tools.pretrain desk": "takes hours and a GPU: tests/integration/tools/test_pretrain_desk.py makes small models",
+    "python -m benchmarks.sandbox": "takes minutes: tests/unit/test_benchmarks.py runs few gradings",
     "python -m benchmarks.ten_settings": "takes hours: tests/unit/test_benchmarks.py",
 }
 

@@ -57,12 +57,13 @@ class Arm:
 
 def constant(recipe: Recipe, stage: Stage) -> Stage:
     """Advantage −1 on every sampled token: no teacher, no labels (2608.31046)."""
-    return _with(stage, objective="constant", sparse_share=None, until=None)
+    dense = {**stage.dense.model_dump(), "token_weights": None, "gain_over": None}
+    return _with(stage, objective="constant", sparse_share=None, until=None, dense=dense)
 
 
 def forward_kl(recipe: Recipe, stage: Stage) -> Stage:
     """Forward KL on the student's own samples: the divergence of the warm-up on the prefixes of OPD (2605.16826)."""
-    return _with(stage, dense={**stage.dense.model_dump(), "divergence": "forward"})
+    return _with(stage, dense={**stage.dense.model_dump(), "divergence": "forward", "gain_over": None})
 
 
 def mixture(recipe: Recipe, stage: Stage) -> Stage:
@@ -90,7 +91,7 @@ BASE_MODELS = {"base_student": "student before", "base_teacher": "teacher before
 
 ARMS: dict[str, Arm] = {  # reports list arms in this order
     "direct_grpo": Arm(
-        "cold student, GRPO on all labels",
+        "GRPO on the student with all labels, no teacher",
         "would the labels have done as much on the student?",
         teacher=(),
         student=(RL_ON_ALL,),
@@ -135,20 +136,20 @@ ARMS: dict[str, Arm] = {  # reports list arms in this order
         compare_with=("bridge",),
     ),
     "bridge": Arm(
-        "RL'd teacher → warm-up → OPD",
+        "GRPO on the teacher → warm-up → OPD",
         "the method",
         teacher=(TEACHER_RL,),
         student=(WARMUP, OPD),
     ),
     "bridge_1h": Arm(
-        "bridge on 1H: what stage 3 and its replay begin from",
+        "bridge on the first half (1H): where stage 3 and its replay begin",
         "what do the stages before stage 3 reach?",
         teacher=(TEACHER_RL_1H,),
         student=BRIDGE_1H,
         compare_with=("bridge_rl", "replay"),
     ),
     "bridge_rl": Arm(  # the canonical recipe
-        "bridge on 1H, then GRPO on fresh labels (2H)",
+        "bridge on 1H, then GRPO on the unused second half (2H)",
         "the whole recipe",
         teacher=(TEACHER_RL_1H,),
         student=(*BRIDGE_1H, Step("student_rl", "second_half")),
@@ -156,7 +157,7 @@ ARMS: dict[str, Arm] = {  # reports list arms in this order
     ),
     "replay": Arm(
         "bridge on 1H, then GRPO on 1H again",
-        "are fresh labels better than more training?",
+        "are unused labels better than more training?",
         teacher=(TEACHER_RL_1H,),
         student=(*BRIDGE_1H, Step("student_rl", "first_half")),
         compare_with=("bridge_rl",),
@@ -204,7 +205,7 @@ ARMS: dict[str, Arm] = {  # reports list arms in this order
     ),
     # Controls that could refute the method.
     "constant_advantage": Arm(
-        "cold student, every sampled token pushed down alike: no teacher, no labels",
+        "student alone, every sampled token pushed down alike: no teacher, no labels",
         "a control without teacher and labels",
         teacher=(),
         student=(replace(OPD, edit=constant),),
@@ -259,7 +260,24 @@ def arm_of(name: str, recipe: Recipe) -> Arm:
     teacher, student = (
         tuple(replace(step, pool=step.pool or default) for step in steps) for steps in (arm.teacher, arm.student)
     )
-    return replace(arm, teacher=teacher, student=student)
+    arm = replace(arm, teacher=teacher, student=student)
+    _refuse_unspent_labels(name, arm, recipe)
+    return arm
+
+
+def _refuse_unspent_labels(name: str, arm: Arm, recipe: Recipe) -> None:
+    """Refuse a dense stage that weighs prompts by labels which no earlier stage of the arm looks at: it takes no labels of its own."""
+    spent: set[Pool | None] = set()
+    for step in (*arm.teacher, *arm.student):
+        stage = stage_of(recipe, step)
+        if stage.grades_spent_labels and not spent & {step.pool, "all"}:
+            assert stage.dense.token_weights is not None
+            raise UserError(
+                f"stages.{step.stage}.dense.token_weights.prompts: {stage.dense.token_weights.prompts} grades rollouts with the labels "
+                f"of the pool {step.pool}, and no earlier stage of the arm {name} looks at them; leave it out in this arm"
+            )
+        if stage.needs_labels:
+            spent.add(step.pool)
 
 
 def default_arm(recipe: Recipe) -> str:

@@ -231,3 +231,11 @@ def test_stages_on_unequal_halves_take_equal_steps() -> None:
     # 2 epochs over the smaller half: 20 prompts, 2 a step; over all 23 labels: 46 prompts, 2 a step.
     assert inputs.steps("first_half", stage) == inputs.steps("second_half", stage) == 10
     assert inputs.steps("all", stage) == 23
+
+
+def test_controls_leave_out_settings_of_replaced_objective() -> None:
+    recipe = recipe_with("stages.opd.dense.gain_over=start", "stages.opd.dense.token_weights.first=9")
+    (constant,) = arm_of("constant_advantage", recipe).student
+    assert stage_of(recipe, constant).dense.token_weights is None and stage_of(recipe, constant).dense.gain_over is None
+    forward = stage_of(recipe, arm_of("forward_kl_on_student", recipe).student[-1]).dense
+    assert (forward.divergence, forward.gain_over) == ("forward", None) and forward.token_weights is not None
