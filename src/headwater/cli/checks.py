@@ -101,7 +101,7 @@ def probe(
     if json_:
         print(json.dumps(dict(result)))
     else:
-        console().print(probe_tables(result.values))
+        console().print(probe_tables(result.report))
 
 
 @commands.command(epilog=examples("headwater grade --data completions.jsonl --task maths"))

@@ -43,6 +43,7 @@ def options(
         "headwater init gsm8k > my.yaml",
         "headwater init mine --student S --teacher T --data train.jsonl > my.yaml",
         "headwater init mine --student S --teacher T --data F --problem text --answer y",
+        "headwater init mine --student S --teacher T --data F --hours 2 > my.yaml",
         "headwater init --all > all-fields.yaml",
     )
 )
@@ -93,6 +94,7 @@ def init(
         options.task,
         options.device,
         Columns(problem=options.problem, answer=options.answer, tag=options.tag),
+        options.hours,
     )
     with display.task("reading models and data, measuring the device"):
         recipe = fitted_recipe(request)

@@ -120,6 +120,10 @@ class FitOptions:
     device: Annotated[
         str, typer.Option("--device", help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")
     ] = "auto"
+    hours: Annotated[
+        float | None,
+        typer.Option("--hours", min=0.01, help="mine: what the default arm may take on that device, as estimated."),
+    ] = None
 
 
 @dataclass(frozen=True)

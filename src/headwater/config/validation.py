@@ -34,7 +34,7 @@ OTHER_NAMES = {
     "eval_dataset": "evals",
 }
 """Names of settings in transformers, TRL and verl, and the fields that they are here."""
-STARTS = {
+STARTS: dict[Keys, str] = {
     ("data",): (
         ", such as {labeled: train.jsonl} (problems with answers) or {unlabeled: prompts.jsonl}; `headwater init mine --student S "
         "--teacher T --data FILE` writes a whole recipe"

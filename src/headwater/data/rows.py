@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from headwater.config.recipe import Source
 from headwater.data.arrow_rows import ArrowRow
@@ -254,8 +253,9 @@ def _hub(source: Source, where: str) -> Iterator[Row]:
     if "/" in name and not hub.HUB_ID.match(name) and not name.startswith("hf://"):
         raise UserError(f"{where}: no such file or folder")
     reason = hub.unreachable()
+    if reason is None and hub.HUB_ID.match(name):
+        hub.refuse_absent(where.removesuffix(f": {name}"), name, "data set")
     import datasets  # after the probe: it reads whether the hub is offline only once
-    from huggingface_hub import constants
 
     try:
         data = datasets.load_dataset(name, split=source.split)
@@ -266,9 +266,6 @@ def _hub(source: Source, where: str) -> Iterator[Row]:
             raise UserError(
                 f"{where}: is no file here, and the hub cannot be reached {hub.remedy('it', reason)}"
             ) from None
-        if isinstance(error, FileNotFoundError):
-            host = urlsplit(constants.ENDPOINT).netloc
-            raise UserError(f"{where}: exists neither on {host} nor as a file in {Path.cwd()}") from None
         raise UserError(f"{where}: is no file here and cannot be loaded from the hub ({error_text(error)})") from None
     yield from _dataset_rows(data, where)
 

@@ -18,16 +18,16 @@ class ProbeResult(Mapping[str, Any]):
     """
 
     measures: PairMeasures
-    values: Mapping[str, Any]
+    report: Mapping[str, Any]
 
     def __getitem__(self, key: str) -> Any:
-        return self.values[key]
+        return self.report[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
+        return iter(self.report)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.report)
 
     @property
     def student(self) -> Readiness:

@@ -113,7 +113,7 @@ class ModelFolder:
         if self.is_cached:
             return
         if hub.in_local_folder(self.name):
-            likely = did_you_mean(self.name, hub.folders_here(self.name))
+            likely = did_you_mean(self.name, hub.names_here(self.name))
             raise UserError(f"{self.field}: {self.name} is no folder here{likely}")
         hub.refuse_unreachable({self.field: self.path})
         hub.refuse_absent(self.field, self.path)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from headwater.errors import UserError, did_you_mean, error_text
@@ -73,8 +74,8 @@ def refuse_unreachable(models: Mapping[str, str]) -> None:
     raise UserError(f"{' and '.join(missing)}: {' and '.join(names)} {are}, and the hub cannot be reached {them}")
 
 
-def refuse_absent(field: str, name: str) -> None:
-    """Raises UserError where the hub, which answers, has no such model, or does not give it without a token.
+def refuse_absent(field: str, name: str, kind: Literal["model", "data set"] = "model") -> None:
+    """Raises UserError where the hub, which answers, has no such name, or does not give it without a token.
 
     One request without retries: the hub's library repeats it, and hides which of these it is.
     """
@@ -82,9 +83,9 @@ def refuse_absent(field: str, name: str) -> None:
     from huggingface_hub.utils import build_hf_headers, get_session
 
     host = urlsplit(constants.ENDPOINT).netloc
-    address = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+    path = f"{name}/resolve/main/config.json" if kind == "model" else f"datasets/{name}/resolve/main/README.md"
     try:
-        answer = get_session().head(address, headers=build_hf_headers(), timeout=PROBE_SECONDS)
+        answer = get_session().head(f"{constants.ENDPOINT}/{path}", headers=build_hf_headers(), timeout=PROBE_SECONDS)
     except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
         raise UserError(f"{field}: {name} cannot be loaded from {host} ({error_text(error)})") from None
     code = answer.headers.get("X-Error-Code", "")
@@ -93,6 +94,8 @@ def refuse_absent(field: str, name: str) -> None:
             f"{field}: {name} needs its owner's permission: accept the terms on its page at {host}, then set HF_TOKEN"
         )
     if code == "EntryNotFound":
+        if kind == "data set":
+            return  # it exists, without a README
         raise UserError(f"{field}: {name} on {host} holds no config.json, so no model")
     if answer.status_code in (401, 404):  # 401 is the hub's answer for an unknown name without a token
         raise UserError(f"{field}: {absent(name, host)}")
@@ -101,16 +104,16 @@ def refuse_absent(field: str, name: str) -> None:
 
 
 def absent(name: str, host: str) -> str:
-    """That the hub has no such name, and the folder that may be meant."""
-    likely = did_you_mean(name, folders_here(name)) or "."
-    return f"{name} exists neither on {host} nor as a folder here{likely} Check its spelling, or set HF_TOKEN if it is private"
+    """That the hub has no such name, and the one here that may be meant."""
+    likely = did_you_mean(name, names_here(name)) or "."
+    return f"{name} exists neither on {host} nor as a file or folder here{likely} Check its spelling, or set HF_TOKEN if it is private"
 
 
-def folders_here(name: str) -> list[str]:
-    """Folders that a name may mean: those in the working folder, and those in its first part where that is one of them."""
+def names_here(name: str) -> list[str]:
+    """Files and folders that a name may mean: those in the working folder, and in its first part where that is one of them."""
     parent = Path(name).parts[0]
-    names = [path.name for path in Path().iterdir() if path.is_dir() and not path.name.startswith(".")]
-    inside = [f"{parent}/{path.name}" for path in Path(parent).iterdir() if path.is_dir()] if parent in names else []
+    names = [path.name for path in Path().iterdir() if not path.name.startswith(".")]
+    inside = [f"{parent}/{path.name}" for path in Path(parent).iterdir()] if Path(parent).is_dir() else []
     return [*names, *inside]
 
 

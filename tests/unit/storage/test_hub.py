@@ -134,8 +134,8 @@ def test_absent_name_is_named_with_folder_that_may_be_meant(tmp_path: Path, monk
         sentence = refusal(lambda: ModelFolder.open(QWEN, "models.student").config)
     host = constants.ENDPOINT.removeprefix("http://")
     assert sentence == (
-        f"models.student: {QWEN} exists neither on {host} nor as a folder here; did you mean Qwen3-1.7B? Check its spelling, or set "
-        "HF_TOKEN if it is private"
+        f"models.student: {QWEN} exists neither on {host} nor as a file or folder here; did you mean Qwen3-1.7B? Check its "
+        "spelling, or set HF_TOKEN if it is private"
     )
     assert len(server.requests) <= 2  # no retries
 
@@ -159,7 +159,7 @@ def test_other_refusals_of_hub_have_own_sentences(
 def test_absent_data_set_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(404, "RepoNotFound", monkeypatch):
         sentence = refusal(lambda: load(Source(path="openai/gsm9k"), "data.labeled", True))
-    assert sentence.startswith("data.labeled: openai/gsm9k: ") and "neither on 127.0.0.1" in sentence
+    assert sentence.startswith("data.labeled: openai/gsm9k exists neither on 127.0.0.1:")
 
 
 def test_unreachable_hub_is_said_once_for_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
