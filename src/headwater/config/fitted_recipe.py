@@ -112,7 +112,6 @@ class FittedRecipe(FittedSizes):
     def settings(self) -> dict[str, Any]:
         """The recipe, block by block."""
         limit, evaluate = self.evaluation()
-        longest_transfer = max(self.warmup().value["steps"].value, self.opd().value["steps"].value)
         return {
             "name": "mine",
             "seed": 0,
@@ -130,11 +129,8 @@ class FittedRecipe(FittedSizes):
             "evaluate": evaluate,
             "conditions": Setting(
                 {
-                    "problems": Setting(
-                        min(self.data.held_out, 4 if self.tight else 16), "held-out problems; 0 measures nothing"
-                    ),
-                    "every": Setting(
-                        max(1, math.ceil(longest_transfer / 2)), "steps: at the start, in the middle and at the end"
+                    "max_share": Setting(
+                        0.1, "of a stage's FLOPs at most; `problems` and `every` measure as often as they say instead"
                     ),
                     "top_k": Setting(
                         max(1, min(16, self.student.vocabulary // 4)), "most probable tokens whose overlap is measured"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from headwater.runs.estimate import estimates, total_seconds
 from headwater.runs.hardware import DEVICES, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import make_plan
+from headwater.runs.read_once import resized
 from headwater.tasks.registry import find_task
 from headwater.teachers.server_client import is_served
 from headwater.types import Problem
@@ -98,18 +99,7 @@ def fitted_recipe(request: FitRequest) -> str:
 def inputs_of(fitted: FittedRecipe, earlier: RunInputs | None) -> RunInputs:
     """The inputs of a recipe as it would be written; what earlier ones have read is kept."""
     recipe = parse_recipe(yaml.read(fitted.text(), "init mine"), "init mine")
-    return RunInputs(recipe) if earlier is None else replace(earlier, recipe=recipe, memo=kept_reads(earlier.memo))
-
-
-def kept_reads(memo: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-    """What does not depend on the sizes of a recipe: all but the evaluation's limit, the label budget and what is read from them."""
-    sized = ("decontaminated", "evals", "pools", "labels", "grader")  # the last one is closed with its inputs
-    kept = {("source", "data.labeled")}
-    return {key: value for key, value in memo.items() if key in kept or _method(key) not in (*sized, "source")}
-
-
-def _method(key: Hashable) -> Any:
-    return key[0] if isinstance(key, tuple) else key
+    return RunInputs(recipe) if earlier is None else resized(earlier, recipe)
 
 
 def within_time(fitted: FittedRecipe, hours: float | None, inputs: RunInputs) -> FittedRecipe:

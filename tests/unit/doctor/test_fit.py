@@ -22,7 +22,9 @@ from headwater.doctor.fit import FitRequest, fitted_recipe
 from headwater.doctor.signal_checks import early_stop
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
+from headwater.runs.estimate import estimates
 from headwater.runs.inputs import RunInputs
+from headwater.runs.plan import make_plan
 from headwater.types import problem_id
 from qwen import qwen_folder
 from runs import call
@@ -146,7 +148,7 @@ def hours_of_dry_run(text: str, path: Path, device: str) -> float:
     return float(sum(node["hours"] for node in nodes))
 
 
-def test_time_of_recipe_is_that_of_dry_run(tmp_path: Path) -> None:
+def test_time_of_recipe_equals_dry_run(tmp_path: Path) -> None:
     data = sums(tmp_path / "sums.jsonl", 80)
     text = written(data=data, task="sums", device="h100")
     hours = hours_of_dry_run(text, tmp_path / "mine.yaml", "h100")
@@ -166,6 +168,15 @@ def test_hours_bound_estimate_of_dry_run(tmp_path: Path, monkeypatch: pytest.Mon
         UserError, match=r"--hours 0.001: the smallest recipe .* takes .* on slow; give --hours 0.\d or more"
     ):
         written(data=data, task="sums", device="slow", hours=0.001)
+
+
+def test_condition_costs_at_most_tenth_of_any_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fit.DEVICES, "slow", fit.Device(2e9, 64 * 2**30, 1e9, "made up"))
+    for hours in (2.0, 0.1):
+        recipe = recipe_of(data=sums(tmp_path / "sums.jsonl", 80), task="sums", device="slow", hours=hours)
+        with RunInputs(recipe) as inputs:
+            nodes = estimates(make_plan(recipe, ["bridge"], [0], inputs.content()), inputs)
+        assert max(node.condition_share for node in nodes) <= 0.1
 
 
 def test_slow_device_without_hours_is_fitted_to_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

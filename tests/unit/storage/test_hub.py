@@ -128,7 +128,7 @@ def test_offline_mode_of_user_is_named_without_probe(
     assert hub._probes == {}
 
 
-def test_absent_name_is_named_with_folder_that_may_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_name_is_named_with_similar_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "Qwen3-1.7B").mkdir()
     with answering(404, "RepoNotFound", monkeypatch) as server:
         sentence = refusal(lambda: ModelFolder.open(QWEN, "models.student").config)
