@@ -11,15 +11,18 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast, get_type_hints
 
 import typer
 
-from headwater.config.arms import ARMS, DEFAULT_ARM
+from headwater.config.arms import ARMS, DEFAULT_ARM, STUDIES
 from headwater.config.builtin import builtin_names
 from headwater.errors import HeadwaterError, UserError, printable
 from headwater.printing import PrintableStream
 from headwater.runs.hardware import DEVICES
+
+if TYPE_CHECKING:
+    from headwater.runs.display import ProgressDisplay
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help=f"A YAML file, or a built-in recipe: {', '.join(builtin_names())}.")
@@ -28,7 +31,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run directory; the same
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change a field: path=value, such as stages.opd.steps=5.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
-Arms = Annotated[str | None, typer.Option("--arms", help=f"Arms, separated by commas, or `all`: {', '.join(ARMS)}.")]
+Arms = Annotated[
+    str | None, typer.Option("--arms", help=f"Arms, separated by commas, or a list: all, improved. {', '.join(ARMS)}.")
+]
 ArmName = Annotated[
     str | None,
     typer.Option(
@@ -117,6 +122,10 @@ class FitOptions:
     device: Annotated[
         str, typer.Option("--device", help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")
     ] = "auto"
+    hours: Annotated[
+        float | None,
+        typer.Option("--hours", min=0.01, help="mine: what the default arm may take on that device, as estimated."),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +206,12 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
+def say_loading(what: str, display: ProgressDisplay) -> None:
+    """Show what a command does before it imports torch and transformers, which takes seconds."""
+    if "torch" not in sys.modules:
+        display.say(f"{what}: loading torch and transformers …")
+
+
 def recipe_changes(set_: list[str] | None, device: str | None, workers: int | None = None) -> list[str]:
     """Options that change a field of the recipe, as `path=value`."""
     named = {"compute.device": device, "compute.workers": workers}
@@ -235,8 +250,8 @@ def parse_list(text: str, option: str) -> list[str]:
 
 
 def parse_arms(text: str) -> list[str]:
-    """The arms that `--arms` names; `all` names every arm."""
-    return list(ARMS) if text == "all" else parse_list(text, "--arms")
+    """The arms that `--arms` names; `all` and `improved` name lists of arms."""
+    return list(STUDIES[text]) if text in STUDIES else parse_list(text, "--arms")
 
 
 def parse_seeds(text: str | None) -> list[int] | None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from headwater.config.arms import Arm, Pool, Step, arm_of, stage_of
+from headwater.config.arm import Arm, Pool, Step
+from headwater.config.arms import arm_of, stage_of
 from headwater.config.dense import TeacherWeights
 from headwater.config.recipe import Lora, Recipe, canonical_json
 from headwater.config.samplers import SAMPLERS

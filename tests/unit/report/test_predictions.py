@@ -127,7 +127,7 @@ def test_contrasts_are_grouped_by_equal_resources(every: dict[str, Any]) -> None
     assert ("bridge_rl", "replay") in groups["Equal compute"]  # unused labels are the point of it
     assert ("direct_grpo", "raw_teacher") in groups["Neither equal"]
     named = [pair for members in groups.values() for pair in members]
-    assert sorted(named) == sorted(CONTRASTS)
+    assert sorted(named) == sorted(pair for pair in CONTRASTS if set(pair) <= every["arms"].keys())
 
 
 def _report(**differences: tuple[float, float, float]) -> dict[str, Any]:
