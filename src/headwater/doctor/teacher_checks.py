@@ -14,6 +14,7 @@ from headwater.errors import HeadwaterError, UserError
 from headwater.models.tokenizer import PROBES, refuse_different_tokens
 from headwater.runs.plan import Node
 from headwater.runs.read_once import InputError
+from headwater.runs.tokenizers import token_bytes
 from headwater.teachers.build import top_k_of
 from headwater.teachers.served_teacher import ServedTeacher, check_scoring
 from headwater.teachers.server_client import ServedTokenizer, is_served
@@ -108,7 +109,7 @@ def server_tokens(context: DoctorContext) -> Iterator[Finding]:
                 refuse_different_tokens(local.tokenizer, server, ("models.teacher_tokenizer", field), texts)
                 continue
             if ("student", role) in context.aligned_pairs:
-                context.inputs.token_bytes(role)  # its tokenizer's files are needed
+                token_bytes(context.inputs, role)  # its tokenizer's files are needed
             refuse_different_tokens(student.tokenizer, served, ("models.student", field), texts)
             for problem in context.compared_problems[:SERVER_PROBLEMS] if student.has_template and texts else ():
                 served_ids = served.chat(student.messages(problem), student.prompt.thinking)

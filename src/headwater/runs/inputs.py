@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +17,14 @@ from headwater.config.arm import Pool
 from headwater.config.recipe import Recipe, Source, canonical_json
 from headwater.config.stage import Stage
 from headwater.data.columns import FURTHER_ANSWER_COLUMNS
-from headwater.data.contamination import Leak
 from headwater.data.labels import Grade, Labels, Pools, select_labels
 from headwater.data.rows import no_such_file
-from headwater.data.sources import LoadedProblems, load, without_leaks
+from headwater.data.sources import LoadedProblems, leak_row, load, without_leaks
 from headwater.errors import UserError
+from headwater.models.device import device_of
 from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter, reads_clock
 from headwater.models.shape import Shape
-from headwater.models.token_bytes import TokenBytes, TokenPair, same_tokens
 from headwater.models.tokenizer import stop_ids_of
 from headwater.runs.hub_models import refuse_unreachable_hub
 from headwater.runs.read_once import InputError, read_once
@@ -300,26 +299,6 @@ class RunInputs:
             return None
         return ModelFolder.open(models.teacher_tokenizer, "models.teacher_tokenizer", models.trust_remote_code)
 
-    @read_once("tokenizer")
-    def token_bytes(self, role: str) -> TokenBytes:
-        """The bytes of each token of a role's tokenizer, and its end. Raises UserError for a server whose tokenizer is not here."""
-        field_, name = self.field_and_name(role)
-        if not is_served(name):
-            return TokenBytes.of(self.tokenizer(role), self.stop_ids(role))
-        folder = self.served_tokenizer
-        if folder is None:
-            raise UserError(
-                f"{field_}: is a server ({name}), and tokenizers are aligned by the bytes of each token; name a folder with its "
-                "tokenizer as models.teacher_tokenizer"
-            )
-        return TokenBytes.of(folder.tokenizer, folder.stop_ids)
-
-    @read_once("tokenizer")
-    def token_pair(self, learner: str, teacher: str) -> TokenPair | None:
-        """The tokenizers of a learner and its teacher; None where they are the same."""
-        own, other = self.token_bytes(learner), self.token_bytes(teacher)
-        return None if same_tokens(own, other) else TokenPair(own, other)
-
     def _loadable(self, role: str) -> ModelFolder:
         """The files of a role's model; an unreachable hub is reported once, and not as damage to each file."""
         folder = self.model_folder(role)
@@ -418,14 +397,3 @@ def with_labels(loaded: LoadedProblems, grade: Grade) -> tuple[Sequence[Problem]
 
 def _graded(problems: Sequence[Problem], labels: Labels) -> list[str]:
     return [labels.fingerprint(), *(problem.id for problem in problems)]
-
-
-def leak_row(source: str, leak: Leak, loaded: LoadedProblems) -> dict[str, Any]:
-    return {"data": source, **asdict(leak), "rows": list(loaded.rows.get(leak.problem_id, ()))}
-
-
-def device_of(name: str) -> torch.device:
-    """Raises UserError when a GPU is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("compute.device: cuda was asked for, but no CUDA device is available")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

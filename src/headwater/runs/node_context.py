@@ -20,6 +20,7 @@ from headwater.models.prompts import Prompter
 from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Node, Plan, Role, base_of
+from headwater.runs.tokenizers import token_pair
 from headwater.sampling.base import Sampler
 from headwater.storage import ledger
 from headwater.storage.ledger import Purpose, Spend
@@ -89,7 +90,7 @@ class NodeContext:
         own_words = inputs.recipe.prompt.teacher is not None and node.learner == "student"
         if not (own_words or node.aligns_tokenizers):
             return model
-        pair = inputs.token_pair(node.learner, base_of(source)) if node.aligns_tokenizers else None
+        pair = token_pair(inputs, node.learner, base_of(source)) if node.aligns_tokenizers else None
         prompter, problems = inputs.prompter(model.tokenizer, "teacher"), {p.id: p for p in inputs.all_problems}
         width = int(inputs.config(node.learner).get_text_config().vocab_size)
         return TranslatedTeacher(

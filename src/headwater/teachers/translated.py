@@ -109,7 +109,7 @@ class TranslatedTeacher:
         """The teacher's signal at the student's tokens, in the student's ids."""
         readings = [self._read(rollout) for rollout in rollouts]
         own = [reading for reading, _ in readings]
-        spans = [found for _, found in readings]
+        spans = [both for _, both in readings]
         if self.form == "spans" and self.pair is not None:
             logps = token_logps(self.model, own, tokens)
             return [

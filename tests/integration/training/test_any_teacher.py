@@ -143,11 +143,11 @@ def test_teacher_reads_its_own_words(tmp_path: Path) -> None:
     assert tiny("run", plain, "--arm", "raw_teacher").code == 0
     result = tiny("run", worded, "--arm", "raw_teacher", changes=("prompt.teacher={template: '{problem}+00'}",))
     assert result.code == 0, result.err
-    one, two = (
+    plain_rows, worded_rows = (
         rows(node(out, "raw_teacher", "teacher_rollouts") / "cache" / "rollouts.jsonl") for out in (plain, worded)
     )
-    assert [row["prompt_ids"] for row in one] == [row["prompt_ids"] for row in two]
-    assert [row["completion_ids"] for row in one] != [row["completion_ids"] for row in two]
+    assert [row["prompt_ids"] for row in plain_rows] == [row["prompt_ids"] for row in worded_rows]
+    assert [row["completion_ids"] for row in plain_rows] != [row["completion_ids"] for row in worded_rows]
     assert load_json(worded / "report.json")["arms"]["raw_teacher"]
 
 
