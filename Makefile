@@ -68,10 +68,11 @@ check: .venv/installed-check
 docs: .venv-docs/installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
 
-# The report in a headless Chromium, which must be there already (apt install chromium, or HEADWATER_CHROMIUM=path), with axe-core.
-browser: .venv/installed-test .axe/package/axe.min.js
+# The report and the site in a headless Chromium, which must be there already (apt install chromium, or HEADWATER_CHROMIUM=path),
+# with axe-core.
+browser: .venv/installed-test .axe/package/axe.min.js docs
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
-	$(PY) -m pytest tests/integration/test_browser.py
+	$(PY) -m pytest tests/integration/test_browser.py tests/integration/test_site.py
 
 .axe/package/axe.min.js:
 	mkdir -p .axe
