@@ -20,9 +20,10 @@ from headwater.config.stage import Optim, Sampling, Stage
 from headwater.data.labels import Labels
 from headwater.losses import token_losses
 from headwater.losses.batch import Row
-from headwater.losses.distributions import FromHidden, LinearHead
+from headwater.losses.distributions import FromHidden
 from headwater.losses.logprobs import loss_and_stats
 from headwater.losses.objectives import objective_of
+from headwater.losses.output_head import LinearHead
 from headwater.losses.token_stats import TokenInputs, TokenStats
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy

@@ -106,7 +106,7 @@ def test_every_section_and_figure_is_shown_without_network_access(study: Path, o
 
 def test_navigation_and_arms_fit_at_desktop_width(study: Path, open_page: Any) -> None:
     with open_page(study / "report.html") as page:
-        for selector in ("nav", "#arms .wide", "#comparisons > .wide"):
+        for selector in ("nav", "#arms .wide", "#comparisons .wide"):
             wider = page.locator(selector).first.evaluate("element => element.scrollWidth - element.clientWidth")
             assert wider <= 0, f"{selector} scrolls sideways by {wider} px"
 
@@ -115,23 +115,50 @@ def test_arms_on_page_match_report_json(study: Path, open_page: Any) -> None:
     values = json.loads((study / "report.json").read_text(encoding="utf-8"))
     with open_page(study / "report.html") as page:
         rows = page.locator("#arms tbody tr").evaluate_all(
-            "rows => rows.map(row => [row.cells[0].firstChild.textContent, [...row.cells].slice(1).map(c => c.innerText)])"
+            """rows => rows.map(row => [row.cells[0].firstChild.textContent,
+                Object.fromEntries([...row.cells].map(cell => [cell.dataset.label, cell.innerText]))])"""
         )
         assert [name for name, _ in rows] == list(values["arms"])
         for name, cells in rows:
             arm = values["arms"][name]
             accuracy = arm["accuracy"]["sums"]
             mean, low, high = (f"{100 * accuracy[key]:.1f}" for key in ("mean", "low", "high"))
-            assert (cells[0], cells[5]) == (mean, f"{low} to {high}"), name
-            assert [cells[2], cells[8]] == [f"{arm['labels'][key]:,}" for key in ("distinct", "checks")], name
+            assert cells["accuracy %\u00a0[95\u00a0%]"] == f"{mean}\n[{low}, {high}]", name
+            assert [cells["labels"], cells["checks"]] == [
+                f"{arm['labels'][key]:,}" for key in ("distinct", "checks")
+            ], name
 
 
 def test_arms_on_phone_show_accuracy_forest_and_labels(study: Path, open_page: Any) -> None:
+    values = json.loads((study / "report.json").read_text(encoding="utf-8"))
     with open_page(study / "report.html", "phone") as page:
-        heads = page.locator("#arms thead th").all()
-        assert [head.inner_text().split(",")[0] for head in heads if head.inner_text()][1] == "accuracy"
-        labels = next(head.bounding_box() for head in heads if head.inner_text() == "labels")
-        assert labels["x"] + labels["width"] <= 390
+        rows = page.locator("#arms tbody tr").all()
+        assert len(rows) == len(values["arms"])
+        for row, arm in zip(rows, values["arms"].values(), strict=True):
+            assert (row.locator("td.forest").bounding_box() or {})["width"] > 300
+            assert (
+                f"{100 * arm['accuracy']['sums']['mean']:.1f}" in row.locator("td[data-label^=accuracy]").inner_text()
+            )
+            labels = row.locator("td[data-label=labels]")
+            assert labels.inner_text() == f"{arm['labels']['distinct']:,}"
+            box = labels.bounding_box() or {}
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+        assert page.locator("#arms th.axis").is_visible()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_captions_and_figures_fit_without_scrolling_sideways(study: Path, open_page: Any, size: str) -> None:
+    """Folded tables of numbers may scroll, but not their captions."""
+    with open_page(study / "report.html", size) as page:
+        page.add_style_tag(content="main > section { content-visibility: visible !important }")
+        page.locator("details").evaluate_all("all => all.forEach(details => { details.open = true; })")
+        for part in page.locator("caption span, figure, nav").all():
+            box = part.bounding_box()
+            assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= SIZES[size]["width"]
+        open_tables = page.locator("main > section > .wide").evaluate_all(
+            "regions => regions.filter(r => r.scrollWidth > r.clientWidth).map(r => r.ariaLabel)"
+        )
+        assert open_tables == []
 
 
 def curve(page: Page, title: str) -> Any:
@@ -221,6 +248,10 @@ def test_filters_and_search_select_rollouts_and_survive_reload(study: Path, open
         page.wait_for_timeout(300)
         texts = page.locator("#rollout-list article").all_inner_texts()
         assert texts and all("✗ wrong" in text and "7" in text for text in texts)
+        page.fill("#filters [name=search]", "")
+        page.select_option("#filters [name=verdict]", label="cut at max_tokens")
+        page.wait_for_timeout(300)
+        assert heads(page) and all(head.startswith("✗ cut at max_tokens ") for head in heads(page))
         page.fill("#filters [name=search]", "no rollout says this")
         page.wait_for_timeout(300)
         assert heads(page) == [] and page.locator("#rollout-count").inner_text().startswith("0 of ")

@@ -97,6 +97,22 @@ def test_help_lists_arms_recipes_and_default_study() -> None:
     assert f"Without --arms: {', '.join(DEFAULT_STUDY[:-1])} and {DEFAULT_STUDY[-1]}." in text
 
 
+def test_safety_page_names_existing_tests() -> None:
+    """Each promise names the tests that hold it, after the name of their file."""
+    rows = [line for line in PAGES["docs/safety.md"].splitlines() if line.startswith("|") and "`tests/" in line]
+    missing, number = [], 0
+    for row in rows:
+        path = ""
+        for name in re.findall(r"`(tests/[\w/]+\.py|test_\w+)`", row):
+            if name.endswith(".py"):
+                path = name
+                continue
+            number += 1
+            if f"def {name}(" not in (ROOT / path).read_text(encoding="utf-8"):
+                missing.append((path, name))
+    assert missing == [] and number > 60, number
+
+
 def test_version_option_prints_package_version() -> None:
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert version is not None and call("--version").out == f"headwater {version[1]}\n"
@@ -185,7 +201,7 @@ def test_arms_page_agrees_with_table_of_arms() -> None:
 
 def test_docs_navigation_and_links_lead_to_existing_pages() -> None:
     nav = set(re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert len(nav) == 22 and nav == {str(path.relative_to(ROOT / "docs")) for path in DOCS}
+    assert len(nav) == 23 and nav == {str(path.relative_to(ROOT / "docs")) for path in DOCS}
     for page, text in PAGES.items():
         links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
         assert [link for link in links if link and not ((ROOT / page).parent / link).exists()] == [], page

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headwater.config.arms import ARMS
+from headwater.config.arms import PAPER_ARMS as ARMS
 from headwater.config.builtin import find_recipe
 from headwater.config.recipe import Models
 from headwater.config.stage import Sampling

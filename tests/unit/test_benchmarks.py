@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import child, limits, loss, runner, summary
+from benchmarks import child, limits, loss, runner, sandbox, summary
 from benchmarks.cases import CannotRunError, Case, all_cases, select_cases
 from benchmarks.rewards import parity
 from benchmarks.table import cells
@@ -217,3 +217,16 @@ def test_gpu_workload_is_skipped_with_reason_without_gpu() -> None:
 
 def test_reward_without_task_is_parity_of_last_token() -> None:
     assert parity("t7 t12") and not parity("t12 t7") and parity("")
+
+
+def test_sandbox_gradings_have_right_verdicts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "STARTS", 2)
+    sandbox.main(["--gradings", "13", "--workers", "1"])
+    assert "gradings: 12 in " in capsys.readouterr().out
+    pairs, reasons = sandbox.gradings(8)
+    assert len(set(pairs)) == 8 and reasons.count("different") == 2
+    monkeypatch.setattr(sandbox, "gradings", lambda count: (pairs, ["equal"] * 8))
+    with pytest.raises(RuntimeError, match="1 of 7 verdicts are not the right ones"):
+        sandbox.main(["--workers", "1"])

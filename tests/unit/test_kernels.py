@@ -13,7 +13,8 @@ from headwater import kernels
 from headwater.config.stage import Sampling
 from headwater.kernels import LANES, Kernels, pack_weight
 from headwater.losses import fused_linear, token_losses
-from headwater.losses.distributions import FromHidden, LinearHead
+from headwater.losses.distributions import FromHidden
+from headwater.losses.output_head import LinearHead
 from headwater.losses.token_stats import TokenInputs
 from headwater.sampling import fast_weights, token_draws
 from headwater.sampling.base import requests_for

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO, cast, get_type_hints
 
 import typer
 
-from headwater.config.arms import ARMS, DEFAULT_ARM
+from headwater.config.arms import ARMS, DEFAULT_ARM, STUDIES
 from headwater.config.builtin import builtin_names
 from headwater.errors import HeadwaterError, UserError, printable
 from headwater.printing import PrintableStream
@@ -28,7 +28,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run directory; the same
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change a field: path=value, such as stages.opd.steps=5.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
-Arms = Annotated[str | None, typer.Option("--arms", help=f"Arms, separated by commas, or `all`: {', '.join(ARMS)}.")]
+Arms = Annotated[
+    str | None, typer.Option("--arms", help=f"Arms, separated by commas, or a list: all, improved. {', '.join(ARMS)}.")
+]
 ArmName = Annotated[
     str | None,
     typer.Option(
@@ -235,8 +237,8 @@ def parse_list(text: str, option: str) -> list[str]:
 
 
 def parse_arms(text: str) -> list[str]:
-    """The arms that `--arms` names; `all` names every arm."""
-    return list(ARMS) if text == "all" else parse_list(text, "--arms")
+    """The arms that `--arms` names; `all` and `improved` name lists of arms."""
+    return list(STUDIES[text]) if text in STUDIES else parse_list(text, "--arms")
 
 
 def parse_seeds(text: str | None) -> list[int] | None:

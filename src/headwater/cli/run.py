@@ -211,7 +211,7 @@ def execute(
             if len(arms) * len(seeds) > 1:  # the other arms and seeds have a report
                 print_report(read_json(RunDir(folder).report_json), folder, options.json_)
             print(
-                f"report: {RunDir(folder).report_html}; the same command goes on from the last checkpoint, also with "
+                f"report: {RunDir(folder).report_html}; run the command again to resume from the last checkpoint, also with "
                 "changed guards",
                 file=sys.stderr,
             )

@@ -1,68 +1,42 @@
 """Arms of a study: the stages of each, and everything that reports and docs state about it, in one table.
 
-Every control is the method with one stage removed, swapped or changed. A new arm is one row of `ARMS` (docs/extending.md).
+Every control is the method with one stage removed, swapped or changed. A new arm is one row of `PAPER_ARMS`, or of
+`follow_up_arms.FOLLOW_UPS` (docs/extending.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
+from headwater.config.arm import (
+    BRIDGE_1H,
+    OPD,
+    RL_ON_ALL,
+    SFT,
+    TEACHER_RL,
+    TEACHER_RL_1H,
+    WARMUP,
+    Arm,
+    Pool,
+    Step,
+    changed,
+)
+from headwater.config.follow_up_arms import FOLLOW_UPS
 from headwater.config.objectives import default_objective
 from headwater.config.recipe import Recipe
 from headwater.config.stage import Stage
 from headwater.errors import UserError, did_you_mean
 
-Pool = Literal["all", "first_half", "second_half"]
-
-Edit = Callable[[Recipe, Stage], Stage]
-"""Changes a stage's settings: (the recipe, the stage as the recipe has it) -> the stage that runs."""
-
-
-def unchanged(recipe: Recipe, stage: Stage) -> Stage:
-    return stage
-
-
-@dataclass(frozen=True)
-class Step:
-    """One stage of an arm and the part of the labelled pool that it trains on (dense stages use the problem texts only).
-
-    pool  None in the table: `split_pool`
-    """
-
-    stage: Literal["teacher_rl", "warmup", "opd", "student_rl", "sft"]
-    pool: Pool | None = None
-    edit: Edit = unchanged
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One arm: stages of the teacher, then of the student. Without dense student stages the teacher is never trained.
-
-    description   what the arm is, as reports and docs/arms.md print it
-    question      the question that the arm answers (docs/arms.md)
-    compare_with  arms whose accuracy is reported as a contrast with this one: each of them minus this arm
-    same_compute  (like, as): the last stage takes as many steps as bring the whole arm to the FLOPs of arm `as`, where a step costs
-                  what it cost in arm `like`; None keeps the recipe's number of steps
-    """
-
-    description: str
-    question: str
-    teacher: tuple[Step, ...]
-    student: tuple[Step, ...]
-    compare_with: tuple[str, ...] = ()
-    same_compute: tuple[str, str] | None = None
-
 
 def constant(recipe: Recipe, stage: Stage) -> Stage:
     """Advantage −1 on every sampled token: no teacher, no labels (2608.31046)."""
-    return _with(stage, objective="constant", sparse_share=None, until=None)
+    dense = {**stage.dense.model_dump(), "token_weights": None, "gain_over": None}
+    return changed(stage, objective="constant", sparse_share=None, until=None, dense=dense)
 
 
 def forward_kl(recipe: Recipe, stage: Stage) -> Stage:
     """Forward KL on the student's own samples: the divergence of the warm-up on the prefixes of OPD (2605.16826)."""
-    return _with(stage, dense={**stage.dense.model_dump(), "divergence": "forward"})
+    return changed(stage, dense={**stage.dense.model_dump(), "divergence": "forward", "gain_over": None})
 
 
 def mixture(recipe: Recipe, stage: Stage) -> Stage:
@@ -72,25 +46,15 @@ def mixture(recipe: Recipe, stage: Stage) -> Stage:
     rewarded = recipe.stages.student_rl or recipe.stages.teacher_rl
     group = max(2, stage.group_size) if rewarded is None else rewarded.group_size
     batch = max(group, stage.batch_size // group * group)
-    return _with(stage, objective="mixed", sparse_share=0.5, group_size=group, batch_size=batch)
+    return changed(stage, objective="mixed", sparse_share=0.5, group_size=group, batch_size=batch)
 
-
-def _with(stage: Stage, **fields: Any) -> Stage:
-    """A copy of the stage with these fields, validated."""
-    return Stage.model_validate({**stage.model_dump(), **fields})
-
-
-TEACHER_RL, WARMUP, OPD, SFT = Step("teacher_rl"), Step("warmup"), Step("opd"), Step("sft")
-RL_ON_ALL = Step("student_rl", "all")
-TEACHER_RL_1H = Step("teacher_rl", "first_half")
-BRIDGE_1H = (Step("warmup", "first_half"), Step("opd", "first_half"))
 
 BASE_MODELS = {"base_student": "student before", "base_teacher": "teacher before"}
 """Untrained models, which every study evaluates, and their descriptions."""
 
-ARMS: dict[str, Arm] = {  # reports list arms in this order
+PAPER_ARMS: dict[str, Arm] = {
     "direct_grpo": Arm(
-        "cold student, GRPO on all labels",
+        "GRPO on the student with all labels, no teacher",
         "would the labels have done as much on the student?",
         teacher=(),
         student=(RL_ON_ALL,),
@@ -135,28 +99,29 @@ ARMS: dict[str, Arm] = {  # reports list arms in this order
         compare_with=("bridge",),
     ),
     "bridge": Arm(
-        "RL'd teacher → warm-up → OPD",
+        "GRPO on the teacher → warm-up → OPD",
         "the method",
         teacher=(TEACHER_RL,),
         student=(WARMUP, OPD),
+        compare_with=tuple(name for name in FOLLOW_UPS if name != "rescue"),
     ),
     "bridge_1h": Arm(
-        "bridge on 1H: what stage 3 and its replay begin from",
+        "bridge on the first half (1H): where stage 3 and its replay begin",
         "what do the stages before stage 3 reach?",
         teacher=(TEACHER_RL_1H,),
         student=BRIDGE_1H,
         compare_with=("bridge_rl", "replay"),
     ),
     "bridge_rl": Arm(  # the canonical recipe
-        "bridge on 1H, then GRPO on fresh labels (2H)",
+        "bridge on 1H, then GRPO on the unused second half (2H)",
         "the whole recipe",
         teacher=(TEACHER_RL_1H,),
         student=(*BRIDGE_1H, Step("student_rl", "second_half")),
-        compare_with=("teacher_2h",),
+        compare_with=("teacher_2h", "rescue"),
     ),
     "replay": Arm(
         "bridge on 1H, then GRPO on 1H again",
-        "are fresh labels better than more training?",
+        "are unused labels better than more training?",
         teacher=(TEACHER_RL_1H,),
         student=(*BRIDGE_1H, Step("student_rl", "first_half")),
         compare_with=("bridge_rl",),
@@ -204,7 +169,7 @@ ARMS: dict[str, Arm] = {  # reports list arms in this order
     ),
     # Controls that could refute the method.
     "constant_advantage": Arm(
-        "cold student, every sampled token pushed down alike: no teacher, no labels",
+        "student alone, every sampled token pushed down alike: no teacher, no labels",
         "a control without teacher and labels",
         teacher=(),
         student=(replace(OPD, edit=constant),),
@@ -218,6 +183,10 @@ ARMS: dict[str, Arm] = {  # reports list arms in this order
         compare_with=("bridge",),
     ),
 }
+ARMS = PAPER_ARMS | FOLLOW_UPS
+"""Every arm by name, in the order in which reports list them."""
+STUDIES = {"all": tuple(PAPER_ARMS), "improved": ("bridge", "bridge_rl", "bridge_constant", *FOLLOW_UPS)}
+"""Lists of arms that `--arms` names: the paper's with their controls, and the published follow-ups beside the bridge."""
 DEFAULT_ARM = "bridge"
 """Arm of a `run` without --arm, unless the folder or the recipe says otherwise (`runs.default_arm`)."""
 DEFAULT_STUDY = ("direct_grpo", "raw_teacher", "bridge", "bridge_1h", "bridge_rl", "replay")
@@ -259,7 +228,24 @@ def arm_of(name: str, recipe: Recipe) -> Arm:
     teacher, student = (
         tuple(replace(step, pool=step.pool or default) for step in steps) for steps in (arm.teacher, arm.student)
     )
-    return replace(arm, teacher=teacher, student=student)
+    arm = replace(arm, teacher=teacher, student=student)
+    _refuse_unspent_labels(name, arm, recipe)
+    return arm
+
+
+def _refuse_unspent_labels(name: str, arm: Arm, recipe: Recipe) -> None:
+    """Refuse a dense stage that weighs prompts by labels which no earlier stage of the arm looks at: it takes no labels of its own."""
+    spent: set[Pool | None] = set()
+    for step in (*arm.teacher, *arm.student):
+        stage = stage_of(recipe, step)
+        if stage.grades_spent_labels and not spent & {step.pool, "all"}:
+            assert stage.dense.token_weights is not None
+            raise UserError(
+                f"stages.{step.stage}.dense.token_weights.prompts: {stage.dense.token_weights.prompts} grades rollouts with the labels "
+                f"of the pool {step.pool}, and no earlier stage of the arm {name} looks at them; leave it out in this arm"
+            )
+        if stage.needs_labels:
+            spent.add(step.pool)
 
 
 def default_arm(recipe: Recipe) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from headwater.config.dense import Dense
 from headwater.config.objectives import OBJECTIVES, ObjectiveSpec, Signal, default_objective, known_objective
 from headwater.config.schema import Choices, Fraction, Natural, Positive, Steps, Strict, Tokens, Unit
 from headwater.errors import UserError
@@ -61,59 +62,6 @@ class Sparse(Strict):
     """Maximum number of extra sampling rounds that replace groups whose rewards are all equal."""
 
 
-class TeacherWeights(Strict):
-    """Weights of the log-probs of frozen models, whose normalized product is the teacher's distribution. They sum to 1.
-
-    ExOPD (2602.12125) is `{teacher: 1.25, base_teacher: -0.25}`, or with `start` as the reference; weak-to-strong distillation
-    (2607.26246) is `{start: 1, teacher: 1, base_teacher: -1}`.
-    """
-
-    teacher: float = 0.0
-    """The stage's teacher."""
-    base_teacher: float = 0.0
-    """models.teacher before any training."""
-    start: float = 0.0
-    """The stage's own starting weights."""
-
-    @model_validator(mode="after")
-    def _check_sum(self) -> TeacherWeights:
-        total = self.teacher + self.base_teacher + self.start
-        if abs(total - 1.0) > 1e-6:
-            raise ValueError(f"the weights sum to {total:g}; they must sum to 1, or the temperature changes too")
-        return self
-
-
-class Dense(Strict):
-    """Token-level teacher supervision."""
-
-    divergence: Literal["reverse", "forward", "jsd", "skewed", "entropy_aware", "sampled"] = "reverse"
-    """`reverse` KL(student‖teacher), `forward` KL(teacher‖student), `jsd` with `beta`, `skewed` KL(student‖beta·teacher +
-    (1−beta)·student), `entropy_aware` reverse plus forward where the teacher is uncertain, exact over the vocabulary;
-    `sampled` is the one-token estimate (k1) as an advantage."""
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Weight of the teacher in the mixture of `jsd` and `skewed`."""
-    entropy_above: Annotated[float, Field(ge=0.0), Unit("nats")] = 0.8
-    """Entropy of the teacher above which `entropy_aware` adds the forward KL."""
-    clip: Annotated[float, Field(gt=0.0), Unit("nats")] | None = None
-    """Upper bound of the divergence of one token; above it the token has no gradient. None bounds nothing."""
-    teacher_weights: TeacherWeights | None = None
-    """A teacher composed of several frozen models; None is the stage's teacher alone."""
-    top_k: Tokens | None = None
-    """Teacher distributions keep the top k tokens and the total mass of the others; None keeps the whole vocabulary."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether the divergence sums over the vocabulary, so that it needs the teacher's whole distribution."""
-        return self.divergence != "sampled"
-
-    @model_serializer(mode="wrap")
-    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit fields at their defaults that recipes and fingerprints written before they existed do not have."""
-        later = {"entropy_above", "clip", "teacher_weights"}
-        unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
-        return {name: value for name, value in serialize(self).items() if name not in unset}
-
-
 class Until(Strict):
     """Early stopping: end a stage before its last step when a metric has stopped improving.
 
@@ -131,6 +79,15 @@ class Until(Strict):
     """Consecutive windows without improvement that end the stage."""
     least: Annotated[float, Field(ge=0.0)] = 0.02
     """Smallest relative improvement that counts."""
+
+
+class LengthSchedule(Strict):
+    """Length curriculum: the longest completion grows linearly to `sampling.max_tokens` (2605.16826)."""
+
+    start: Tokens
+    """Longest completion in the first step."""
+    steps: Steps
+    """Steps after which `sampling.max_tokens` is reached."""
 
 
 class Stage(Strict):
@@ -153,6 +110,8 @@ class Stage(Strict):
     """Learning rate and the optimizer's other settings."""
     sampling: Sampling = Sampling()
     """How the stage's completions are drawn."""
+    length_schedule: LengthSchedule | None = None
+    """Sample shorter completions in the first steps; None samples `sampling.max_tokens` throughout."""
     sparse: Sparse = Sparse()
     """Policy gradient on rewards; for `grpo` and `mixed`."""
     dense: Dense = Dense()
@@ -175,6 +134,17 @@ class Stage(Strict):
         """Distinct prompts in an on-policy step."""
         return self.batch_size // self.group_size
 
+    def sampling_at(self, step: int) -> Sampling:
+        """How completions are drawn in a step (from 0).
+
+        Example: max_tokens 48 with {start: 16, steps: 4} samples up to 16, 24, 32, 40, then 48 tokens.
+        """
+        schedule, longest = self.length_schedule, self.sampling.max_tokens
+        if schedule is None or step >= schedule.steps:
+            return self.sampling
+        length = schedule.start + (longest - schedule.start) * step // schedule.steps
+        return self.sampling.model_copy(update={"max_tokens": length})
+
     def steps_over(self, prompts: int) -> int:
         """Number of steps on a pool of `prompts` prompts.
 
@@ -195,13 +165,20 @@ class Stage(Strict):
 
     @property
     def signals(self) -> tuple[Signal, ...]:
-        """What scores a rollout, without a signal that `sparse_share` gives weight 0."""
+        """What scores a rollout, without a signal that `sparse_share` gives weight 0, but with a reward that weighs its tokens."""
         weightless = (("reward", 0.0), ("teacher", 1.0))
-        return tuple(signal for signal in self.spec.signals if (signal, self.sparse_share) not in weightless)
+        signals = tuple(signal for signal in self.spec.signals if (signal, self.sparse_share) not in weightless)
+        graded = "teacher" in signals and "reward" not in signals and self.dense.weighs_by_verdict
+        return ("reward", *signals) if graded else signals
 
     @property
     def needs_labels(self) -> bool:
         return "reward" in self.signals
+
+    @property
+    def grades_spent_labels(self) -> bool:
+        """Whether the stage has no reward of its own and grades rollouts of prompts whose labels earlier stages looked at."""
+        return self.needs_labels and "reward" not in self.spec.signals
 
     @property
     def needs_teacher(self) -> bool:
@@ -211,6 +188,11 @@ class Stage(Strict):
     def needs_reference(self) -> bool:
         """Whether the loss reads log-probs of the stage's starting weights."""
         return self.spec.reference_kl and self.needs_labels and self.sparse.kl_coef > 0.0
+
+    @model_serializer(mode="wrap")
+    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit the length schedule where there is none: recipes and fingerprints from before it existed do not have it."""
+        return {name: value for name, value in serialize(self).items() if (name, value) != ("length_schedule", None)}
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Stage:
@@ -229,15 +211,37 @@ class Stage(Strict):
             )
         if self.sampling.temperature == 0.0:
             raise ValueError("sampling.temperature must be above 0: a stage trains on samples, not on greedy decoding")
-        if self.dense.teacher_weights is not None and not self.on_policy:
+        if self.dense.gain_over is not None and (self.dense.divergence, self.dense.teacher_weights) != (
+            "reverse",
+            None,
+        ):
+            raise ValueError("dense.gain_over: needs divergence reverse and no teacher_weights")
+        several = "gain_over" if self.dense.gain_over is not None else "teacher_weights"
+        if getattr(self.dense, several) is not None and not self.on_policy:
             raise ValueError(
-                f"dense.teacher_weights: objective {self.objective} reads cached rollouts, which hold one teacher's distributions"
+                f"dense.{several}: objective {self.objective} reads cached rollouts, which hold one teacher's distributions"
             )
+        if self.dense.token_weights is not None and not (self.on_policy and "teacher" in self.signals):
+            raise ValueError(
+                f"dense.token_weights: objective {self.objective} does not compare the policy's own rollouts with a teacher"
+            )
+        if self.length_schedule is not None:
+            self._check_length_schedule(self.length_schedule)
         if self.until is not None:
             self._check_metric(self.until.metric)
         if self.minibatches > self.batch_size:
             raise ValueError(f"minibatches {self.minibatches} is more than batch_size {self.batch_size}")
         return self
+
+    def _check_length_schedule(self, schedule: LengthSchedule) -> None:
+        if not self.on_policy:
+            raise ValueError(
+                f"length_schedule: objective {self.objective} reads cached rollouts, which have their lengths"
+            )
+        if schedule.start >= self.sampling.max_tokens:
+            raise ValueError(
+                f"length_schedule.start {schedule.start} must be below sampling.max_tokens {self.sampling.max_tokens}"
+            )
 
     def _check_metric(self, metric: str) -> None:
         if metric == "reward" and not self.needs_labels:

@@ -58,11 +58,12 @@ def _server_limits(node: Node, stage: Stage, server: str) -> Iterator[Finding]:
             f"stages.{name}.dense.top_k: models.teacher is a server ({server}), which gives the top-k log-probs and not the whole "
             "distribution; set it (for example 64, with --max-logprobs 64 at the server)",
         )
-    if stage.dense.teacher_weights is not None:
-        yield cannot_run(
-            f"stages.{name}.dense.teacher_weights: models.teacher is a server ({server}), and the product of several models needs "
-            "their whole distributions; name a folder",
-        )
+    for field in ("teacher_weights", "gain_over"):
+        if getattr(stage.dense, field) is not None:
+            yield cannot_run(
+                f"stages.{name}.dense.{field}: models.teacher is a server ({server}), and several models are combined by their "
+                "whole distributions; name a folder",
+            )
     if stage.sampling.temperature != 1.0:
         yield cannot_run(
             f"stages.{name}.sampling.temperature: models.teacher is a server ({server}), which scores at temperature 1 only",

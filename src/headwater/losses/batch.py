@@ -35,6 +35,7 @@ class Row:
     local          this rank runs the row; each rank runs some rows and counts all
     *_logp         per completion token, (n,) float32
     teacher        the teacher's distributions at the n completion tokens
+    dense_weights  weight of the teacher's signal at each completion token, (n,) float32; None is 1 everywhere
     """
 
     rollout: Rollout
@@ -45,6 +46,7 @@ class Row:
     reference_logp: Tensor | None = None
     old_logp: Tensor | None = None
     teacher: Distributions | None = None
+    dense_weights: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -73,6 +75,7 @@ class Batch:
     old_logp_N: Tensor | None
     teacher: Distributions | None
     temperature: float
+    dense_weights_N: Tensor | None = None
 
 
 def collate(rows: Sequence[Row], pad_id: int, device: torch.device) -> Batch:
@@ -127,6 +130,7 @@ def _batch(
         old_logp_N=_concatenate([row.old_logp for row in rows], device),
         teacher=concatenate(teachers, device) if teachers else None,
         temperature=temperatures.pop(),
+        dense_weights_N=_concatenate([row.dense_weights for row in rows], device),
     )
 
 

@@ -6,56 +6,21 @@ events, so that every divergence in `token_losses` works on every form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from headwater.kernels import kernels
-
-Head = Callable[[Tensor], Tensor]
-"""Hidden states (…, H) -> logits (…, V)."""
-
-
-def logp_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of log-probs computed from logits: float32, or float64 where the logits are."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-@dataclass(frozen=True)
-class LinearHead:
-    """A linear head, logits = hidden · Wᵀ + b, computed in `dtype`. Its weights are exposed to `fused_linear`."""
-
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    dtype: torch.dtype
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        bias_V = None if self.bias_V is None else self.bias_V.to(self.dtype)
-        return functional.linear(hidden.to(self.dtype), self.weight_VH.to(self.dtype), bias_V)
-
-    def buffer(self, tokens: int) -> Tensor:
-        """Uninitialized memory for the logits of some tokens."""
-        return self.weight_VH.new_empty((tokens, len(self.weight_VH)), dtype=self.dtype)
-
-    def logits_into(self, logits_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-        """Write logits into a buffer; `weight_VH` is the weight in the head's dtype."""
-        bias_V = None if self.bias_V is None else self.bias_V.to(self.dtype)
-        fast = kernels() if logits_CV.device.type == "cpu" and self.dtype == torch.float32 else None
-        if fast is not None and fast.matmul_is_faster() and weight_VH.is_contiguous():
-            return fast.matmul(hidden_CH.contiguous(), weight_VH, bias_V, logits_CV)
-        if bias_V is None:
-            return torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
-        return torch.addmm(bias_V, hidden_CH, weight_VH.T, out=logits_CV)
+from headwater.losses.materialized import Exact, ExactGain, Known, Sorted, SpanLogp, TopK
+from headwater.losses.output_head import Head, LinearHead, logp_dtype
 
 
 class Distributions(Protocol):
     def __len__(self) -> int: ...
     def rows(self, start: int, stop: int) -> Distributions: ...
-    def materialize(self) -> Exact | TopK:
+    def materialize(self) -> Known:
         """The form that holds log-probs; hidden states and logits are turned into it here."""
         ...
 
@@ -151,6 +116,43 @@ class Composed:
         return FromLogits(total_CV, 1.0)
 
 
+@dataclass(frozen=True)
+class Gain:
+    """The gain of one exact distribution over another, which a student follows where that also brings it closer to the first.
+
+    It materializes to `ExactGain`, whose target is the student's own distribution, moved (OPD², 2607.15161).
+    """
+
+    parts: tuple[Distributions, Distributions]
+    """(the teacher, the model that it is compared with), over one vocabulary."""
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def rows(self, start: int, stop: int) -> Gain:
+        return Gain((self.parts[0].rows(start, stop), self.parts[1].rows(start, stop)))
+
+    def materialize(self) -> ExactGain:
+        teacher, base = (part.materialize() for part in self.parts)
+        if not (isinstance(teacher, Exact) and isinstance(base, Exact)):
+            raise ValueError("a gain needs whole distributions, and a part holds only its top-k tokens")
+        return ExactGain(teacher, base)
+
+    def buffer(self, tokens: int) -> Tensor | None:
+        """Memory for the teacher's logits; those of the other model get their own."""
+        return self.parts[0].buffer(tokens) if isinstance(self.parts[0], FromHidden) else None
+
+    @torch.no_grad()
+    def with_logits(self, buffer_CV: Tensor | None = None) -> Gain:
+        """Compute the logits of both models."""
+        buffers = (buffer_CV, None)
+        teacher, base = (
+            part.with_logits(buffer) if isinstance(part, FromHidden) else part
+            for part, buffer in zip(self.parts, buffers, strict=True)
+        )
+        return Gain((teacher, base))
+
+
 def _logits(distributions: Distributions, buffer_CV: Tensor | None) -> tuple[Tensor, float]:
     """(logits, their temperature) of exact distributions. Raises ValueError for top-k ones: the product of tails is unknown."""
     if isinstance(distributions, FromHidden):
@@ -158,82 +160,87 @@ def _logits(distributions: Distributions, buffer_CV: Tensor | None) -> tuple[Ten
     if isinstance(distributions, FromLogits):
         return distributions.logits_NV, distributions.temperature
     known = distributions.materialize()
-    if isinstance(known, TopK):
+    if not isinstance(known, Exact):
         raise ValueError("a composed teacher needs whole distributions, and a part holds only its top-k tokens")
     return known.logp_NV, 1.0
 
 
 @dataclass(frozen=True)
-class Exact:
-    """Exact distributions stored as log-probs (N, V)."""
+class SharedTokens:
+    """Tokens of two vocabularies that stand for the same bytes: student_K[i] and teacher_K[i]. `student_of_V` is -1 for the others."""
 
-    logp_NV: Tensor
+    student_K: Tensor
+    teacher_K: Tensor
+    student_of_V: Tensor
 
-    def __len__(self) -> int:
-        return self.logp_NV.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.logp_NV.device
-
-    def rows(self, start: int, stop: int) -> Exact:
-        return Exact(self.logp_NV[start:stop])
-
-    def materialize(self) -> Exact:
-        return self
-
-    def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs of student and teacher over the same events, both (N, E); the student's keep their gradient."""
-        return student_logp_NV, self.logp_NV.to(student_logp_NV)
-
-    def top_k(self, k: int) -> TopK:
-        """Keep the k most probable tokens and merge the others into the tail."""
-        kept = self.logp_NV.topk(min(k, self.logp_NV.shape[-1]), dim=-1)
-        return TopK(kept.indices, kept.values)
-
-    def token_logp(self, targets_N: Tensor) -> Tensor:
-        """The teacher's log-prob of each target token (N,)."""
-        return self.logp_NV.gather(1, targets_N[:, None]).squeeze(1).float()
+    @staticmethod
+    def of(student_ids: Sequence[int], teacher_ids: Sequence[int], width: int, device: torch.device) -> SharedTokens:
+        """width  of the teacher's output layer"""
+        student_K, teacher_K = torch.tensor(student_ids, device=device), torch.tensor(teacher_ids, device=device)
+        student_of_V = torch.full((width,), -1, dtype=torch.long, device=device)
+        student_of_V[teacher_K] = student_K
+        return SharedTokens(student_K, teacher_K, student_of_V)
 
 
 @dataclass(frozen=True)
-class TopK:
-    """The k most probable tokens, and one further event, the tail, for all others.
+class Aligned:
+    """Distributions of a teacher with another tokenizer, at the student's tokens that begin a common span.
 
-    A divergence over these k+1 events is that of the two distributions after merging the tail: never more than the exact
-    one, zero when they are equal, and its gradient is exact, with no term dropped (the bias of 2605.11182 comes from a sum
-    over the k tokens alone).
+    With shared tokens it becomes a `TopK` over them, in the student's ids: every token that the two vocabularies do not share is
+    in the tail, on both sides. Without, it becomes the `Sorted` probabilities (ULD, 2402.12030), which need no common vocabulary.
+
+    base    at each of the student's tokens, in the teacher's own ids; any row where `size_N` is not positive
+    size_N  tokens of the span that begins at this token of the student; 0 within a span, -1 where the texts do not agree
     """
 
-    ids_NK: Tensor
-    logp_NK: Tensor
+    base: Distributions
+    shared: SharedTokens | None
+    size_N: Tensor
 
     def __len__(self) -> int:
-        return self.ids_NK.shape[0]
+        return len(self.size_N)
 
-    @property
-    def device(self) -> torch.device:
-        return self.ids_NK.device
+    def rows(self, start: int, stop: int) -> Aligned:
+        return Aligned(self.base.rows(start, stop), self.shared, self.size_N[start:stop])
 
-    def rows(self, start: int, stop: int) -> TopK:
-        return TopK(self.ids_NK[start:stop], self.logp_NK[start:stop])
+    def buffer(self, tokens: int) -> Tensor | None:
+        """Memory for the teacher's logits of some tokens, if they are computed from hidden states."""
+        return self.base.buffer(tokens) if isinstance(self.base, FromHidden) else None
 
-    def materialize(self) -> TopK:
-        return self
+    def with_logits(self, buffer_CV: Tensor | None = None) -> Aligned:
+        """Compute the logits, where the base holds hidden states."""
+        if not isinstance(self.base, FromHidden):
+            return self
+        return Aligned(self.base.with_logits(buffer_CV), self.shared, self.size_N)
 
-    def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
-        return self.align_kept(student_logp_NV.gather(1, self.ids_NK.long()))
+    def materialize(self) -> TopK | Sorted:
+        known, compared_N = self.base.materialize(), self.size_N > 0
+        if self.shared is None:
+            if not isinstance(known, Exact):
+                raise ValueError(
+                    "sorted probabilities need whole distributions, and this one holds only its top-k tokens"
+                )
+            return Sorted(known.logp_NV.sort(dim=-1, descending=True).values, compared_N)
+        if isinstance(known, Exact):
+            ids_NK = self.shared.student_K.expand(len(self), -1)
+            logp_NK = known.logp_NV.index_select(1, self.shared.teacher_K)
+            return TopK(ids_NK, logp_NK, compared_N * ids_NK.shape[1])
+        assert isinstance(known, TopK)
+        ids_NK = self.shared.student_of_V[known.ids_NK.long()]
+        shared_NK = (ids_NK >= 0) & compared_N[:, None]
+        order_NK = shared_NK.argsort(dim=-1, descending=True, stable=True)
+        return TopK(ids_NK.clamp_min(0).gather(1, order_NK), known.logp_NK.gather(1, order_NK), shared_NK.sum(dim=-1))
 
-    def align_kept(self, student_logp_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """As `align`, from the student's log-probs of the kept tokens."""
-        return _with_tail(student_logp_NK), _with_tail(self.logp_NK.to(student_logp_NK))
 
-    def token_logp(self, targets_N: Tensor) -> Tensor:
-        """Raises ValueError for a token outside the kept ones: only its tail is known."""
-        matches_NK = self.ids_NK == targets_N[:, None]
-        if not bool(matches_NK.any(dim=1).all()):
-            raise ValueError("a token outside the teacher's kept top-k has no log-prob of its own")
-        return self.logp_NK.float()[matches_NK]
+def select_rows(distributions: Distributions, index_N: Tensor) -> Distributions:
+    """Rows of a teacher's distributions by index, repeated or left out."""
+    if isinstance(distributions, FromHidden):
+        return FromHidden(distributions.hidden_NH[index_N], distributions.head, distributions.temperature)
+    known = distributions.materialize()
+    if isinstance(known, TopK):
+        return TopK(known.ids_NK[index_N], known.logp_NK[index_N])
+    assert isinstance(known, Exact)
+    return Exact(known.logp_NV[index_N])
 
 
 @dataclass(frozen=True)
@@ -254,29 +261,37 @@ class Concatenated:
             offset += len(part)
         return Concatenated(tuple(chosen))
 
-    def materialize(self) -> Exact | TopK:
+    def materialize(self) -> Known:
         parts = [part.materialize() for part in self.parts]
         whole = concatenate(parts, parts[0].device)
-        assert isinstance(whole, (Exact, TopK))
+        assert isinstance(whole, Known)
         return whole
 
 
-TAIL_FLOOR = 1e-7
-"""float32 cannot tell a smaller tail from rounding; both sides get the same floor, so equality still gives zero."""
-
-
-def _with_tail(logp_NK: Tensor) -> Tensor:
-    tail_N1 = (1.0 - logp_NK.exp().sum(dim=-1, keepdim=True)).clamp_min(TAIL_FLOOR).log()
-    return torch.cat([logp_NK, tail_N1], dim=-1)
+def truncate_to_top_k(distributions: Distributions, k: int) -> TopK:
+    """The k most likely tokens and the tail, if the distributions hold more. Raises ValueError for forms that are no list of tokens."""
+    known = distributions.materialize()
+    if not isinstance(known, (Exact, TopK)):
+        raise ValueError(f"{type(known).__name__} distributions have no top k tokens")
+    return known if isinstance(known, TopK) and known.ids_NK.shape[1] <= k else known.top_k(k)
 
 
 def concatenate(parts: Sequence[Distributions], device: torch.device) -> Distributions:
     """Concatenate on a device: as one value if all parts share form and head, else as `Concatenated`."""
     first = parts[0]
-    if isinstance(first, Composed):
-        composed = [part for part in parts if isinstance(part, Composed)]
-        by_model = zip(*(part.parts for part in composed), strict=True)
-        return Composed(tuple(concatenate(model, device) for model in by_model), first.weights)
+    if isinstance(first, (Composed, Gain)):
+        by_model = zip(*(part.parts for part in parts if isinstance(part, (Composed, Gain))), strict=True)
+        models = tuple(concatenate(model, device) for model in by_model)
+        return Composed(models, first.weights) if isinstance(first, Composed) else Gain((models[0], models[1]))
+    if isinstance(first, ExactGain):
+        gains = [part for part in parts if isinstance(part, ExactGain)]
+        teacher, base = (concatenate([getattr(part, name) for part in gains], device) for name in ("teacher", "base"))
+        assert isinstance(teacher, Exact) and isinstance(base, Exact)
+        return ExactGain(teacher, base)
+    if isinstance(first, Aligned):
+        aligned = [part for part in parts if isinstance(part, Aligned)]
+        size_N = torch.cat([part.size_N for part in aligned]).to(device)
+        return Aligned(concatenate([part.base for part in aligned], device), first.shared, size_N)
     if any(isinstance(part, Concatenated) for part in parts) or not _share_head(parts):
         return Concatenated(tuple(parts))
     if isinstance(first, FromHidden):
@@ -284,9 +299,13 @@ def concatenate(parts: Sequence[Distributions], device: torch.device) -> Distrib
         return FromHidden(hidden_NH.to(device), first.head, first.temperature)
     if isinstance(first, Exact):
         return Exact(torch.cat([part.logp_NV for part in parts if isinstance(part, Exact)]).to(device))
+    if isinstance(first, (Sorted, SpanLogp)):
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return type(first)(*(torch.cat(column).to(device) for column in columns))
     kept = [part for part in parts if isinstance(part, TopK)]
     ids_NK, logp_NK = torch.cat([part.ids_NK for part in kept]), torch.cat([part.logp_NK for part in kept])
-    return TopK(ids_NK.to(device), logp_NK.to(device))
+    counts = [part.count_N for part in kept if part.count_N is not None]
+    return TopK(ids_NK.to(device), logp_NK.to(device), torch.cat(counts).to(device) if counts else None)
 
 
 def _share_head(parts: Sequence[Distributions]) -> bool:

@@ -20,15 +20,15 @@ from torch import Tensor
 from headwater.kernels import Kernels, kernels
 from headwater.losses import token_losses
 from headwater.losses.distributions import (
+    Aligned,
     Composed,
     Distributions,
-    Exact,
     FromHidden,
     FromLogits,
-    LinearHead,
-    TopK,
-    logp_dtype,
+    Gain,
 )
+from headwater.losses.materialized import Exact, ExactGain, Sorted, SpanLogp, TopK
+from headwater.losses.output_head import LinearHead, logp_dtype
 from headwater.losses.token_losses import Divergence, LogitGradient, Pair
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
@@ -133,7 +133,7 @@ def _run(
         size = max(1, min(count, fused.chunk_elements // vocabulary))
         step = max(1, fused.block_elements // vocabulary)
         buffer_CV = head.buffer(size)
-        teacher_buffer_CV = teacher.buffer(size) if isinstance(teacher, (FromHidden, Composed)) else None
+        teacher_buffer_CV = teacher.buffer(size) if isinstance(teacher, (FromHidden, Composed, Gain, Aligned)) else None
         fast = kernels() if buffer_CV.device.type == "cpu" and buffer_CV.dtype == torch.float32 else None
         parts: list[TokenStats] = []
         loss = torch.zeros((), dtype=logp_dtype(head.dtype), device=hidden_NH.device)
@@ -142,7 +142,7 @@ def _run(
             hidden_CH = hidden_NH[start:stop].to(head.dtype)
             logits_CV = head.logits_into(buffer_CV[: stop - start], hidden_CH, weight_VH)
             chunk_teacher = None if teacher is None else teacher.rows(start, stop)
-            if isinstance(chunk_teacher, (FromHidden, Composed)):
+            if isinstance(chunk_teacher, (FromHidden, Composed, Gain, Aligned)):
                 chunk_teacher = chunk_teacher.with_logits(teacher_buffer_CV)
             for first in range(0, stop - start, step):
                 last = min(stop - start, first + step)
@@ -175,27 +175,34 @@ def _block(
     logp_RV = torch.log_softmax(wide_RV / inputs.temperature if inputs.temperature != 1.0 else wide_RV, dim=-1)
     p_RV = logp_RV.exp()
     targets_R1 = inputs.targets_N[rows, None]
+    logp_R = logp_RV.gather(1, targets_R1).squeeze(1)
     values: dict[str, Tensor | None] = {
-        "logp_N": logp_RV.gather(1, targets_R1).squeeze(1),
+        "logp_N": logp_R,
         "entropy_N": -torch.linalg.vecdot(p_RV, logp_RV),
     }
     divergence_gradient: LogitGradient | None = None
     if teacher is not None:
         known = teacher.materialize()
-        if isinstance(known, TopK):
-            compared, divergence_gradient = _compare_top_k(known, logp_RV, p_RV, inputs.divergence if train else None)
+        compared: dict[str, Tensor | None]
+        if isinstance(known, SpanLogp):
+            compared = dict(zip(("kl_student_teacher_N", "teacher_logp_N"), known.compare(logp_R), strict=True))
+        elif isinstance(known, (TopK, Sorted)):
+            compared, divergence_gradient = _compare_kept(known, logp_RV, p_RV, inputs.divergence if train else None)
         else:
-            teacher_logp_RV = known.logp_NV.to(logp_RV)
+            exact = known.teacher if isinstance(known, ExactGain) else known
+            teacher_logp_RV = exact.logp_NV.to(logp_RV)
             if isinstance(teacher, Exact):  # cached from a model that may exclude events: −inf
                 teacher_logp_RV = teacher_logp_RV.clamp_min(token_losses.LOWEST)
             pair = Pair.of(logp_RV, p_RV, teacher_logp_RV)
             compared = {"kl_student_teacher_N": pair.reverse_N, "kl_teacher_student_N": pair.forward_N}
             if inputs.divergence is not None and train:
+                if isinstance(known, ExactGain):
+                    pair = Pair.of(logp_RV, p_RV, known.target(logp_RV))
                 compared["divergence_N"], divergence_gradient = inputs.divergence.closed_form(pair)
-        if inputs.divergence is not None and "divergence_N" not in compared:
+        if inputs.divergence is not None and "divergence_N" not in compared and not isinstance(known, SpanLogp):
             compared["divergence_N"] = inputs.divergence(*known.align(logp_RV))
         values |= compared
-        if inputs.teacher_tokens:
+        if inputs.teacher_tokens and not isinstance(known, (SpanLogp, Sorted)):
             values["teacher_logp_N"] = known.token_logp(inputs.targets_N[rows])
     stats = TokenStats(**values)  # type: ignore[arg-type]
     if fused.token_loss is None:
@@ -272,20 +279,21 @@ def _loss_derivatives(
     return loss_R.detach(), gradients[0], None if divergence_R is None else gradients[1]
 
 
-def _compare_top_k(
-    teacher: TopK, logp_RV: Tensor, p_RV: Tensor, divergence: Divergence | None
+def _compare_kept(
+    teacher: TopK | Sorted, logp_RV: Tensor, p_RV: Tensor, divergence: Divergence | None
 ) -> tuple[dict[str, Tensor | None], LogitGradient | None]:
-    """As `Pair`, over the k kept tokens and the tail: few enough events to leave their gradient to autograd."""
+    """As `Pair`, over the k kept tokens and the tail, or over ranks: their gradient is left to autograd."""
+    kept_ids = teacher.kept_ids(logp_RV)
     with torch.enable_grad():
-        student_NK = logp_RV.gather(1, teacher.ids_NK.long()).requires_grad_()
+        student_NK = logp_RV.gather(1, kept_ids).requires_grad_()
         student_NE, teacher_NE = teacher.align_kept(student_NK)
         value_N = None if divergence is None else divergence(student_NE, teacher_NE)
         by_kept_NK = None if value_N is None else torch.autograd.grad(value_N.sum(), student_NK, retain_graph=True)[0]
-    with torch.no_grad():
-        compared: dict[str, Tensor | None] = {
-            "kl_student_teacher_N": token_losses.reverse_kl(student_NE, teacher_NE).detach(),
-            "kl_teacher_student_N": token_losses.forward_kl(student_NE, teacher_NE).detach(),
-        }
+    compared: dict[str, Tensor | None] = {}
+    if isinstance(teacher, TopK):
+        with torch.no_grad():
+            compared["kl_student_teacher_N"] = token_losses.reverse_kl(student_NE, teacher_NE).detach()
+            compared["kl_teacher_student_N"] = token_losses.forward_kl(student_NE, teacher_NE).detach()
     if value_N is None or by_kept_NK is None:
         return compared, None
     compared["divergence_N"] = value_N.detach()
@@ -293,6 +301,6 @@ def _compare_top_k(
     def gradient(outer_N1: Tensor) -> Tensor:
         weighted_NK = by_kept_NK * outer_N1
         gradient_RV = p_RV * -weighted_NK.sum(dim=-1, keepdim=True)
-        return gradient_RV.scatter_add_(1, teacher.ids_NK.long(), weighted_NK)
+        return gradient_RV.scatter_add_(1, kept_ids, weighted_NK)
 
     return compared, gradient

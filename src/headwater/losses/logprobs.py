@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from headwater.losses import fused_linear, token_losses
-from headwater.losses.distributions import Head, LinearHead, logp_dtype
 from headwater.losses.fused_linear import FusedPass, TokenLoss
+from headwater.losses.materialized import ExactGain, Sorted, SpanLogp
+from headwater.losses.output_head import Head, LinearHead, logp_dtype
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
 
@@ -89,9 +90,16 @@ def _chunk_stats(hidden_NH: Tensor, head: Head, inputs: TokenInputs) -> tuple[An
     if inputs.teacher is None:
         return logp_N, entropy_N, None, None, None, None
     teacher = inputs.teacher.materialize()
+    if isinstance(teacher, SpanLogp):
+        kl_N, teacher_logp_N = teacher.compare(logp_N)
+        return logp_N, entropy_N, None, kl_N, None, teacher_logp_N
     student_NE, teacher_NE = teacher.align(logp_NV)
     divergence_N = None if inputs.divergence is None else inputs.divergence(student_NE, teacher_NE)
+    if isinstance(teacher, Sorted):  # a KL between ranks is none between tokens
+        return logp_N, entropy_N, divergence_N, None, None, None
     with torch.no_grad():
+        if isinstance(teacher, ExactGain):  # the KLs are measured to the teacher, not to the student's target
+            teacher_NE = teacher.teacher.align(logp_NV)[1]
         kls = token_losses.reverse_kl(student_NE, teacher_NE), token_losses.forward_kl(student_NE, teacher_NE)
-        teacher_logp_N = teacher.token_logp(inputs.targets_N) if inputs.teacher_tokens else None
-    return logp_N, entropy_N, divergence_N, *kls, teacher_logp_N
+        token_logp_N = teacher.token_logp(inputs.targets_N) if inputs.teacher_tokens else None
+    return logp_N, entropy_N, divergence_N, *kls, token_logp_N

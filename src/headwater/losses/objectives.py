@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from headwater.config.dense import Dense
 from headwater.config.objectives import Source
-from headwater.config.stage import Dense, Sparse, Stage
+from headwater.config.stage import Sparse, Stage
 from headwater.losses import token_losses
 from headwater.losses.token_losses import Divergence
 from headwater.losses.token_stats import Tokens
@@ -88,7 +89,8 @@ def dense_term(dense: Dense, tokens: Tokens) -> Tensor:
     A token above the bound adds a constant to the loss and nothing to the gradient.
     """
     assert tokens.student.divergence_N is not None
-    return tokens.student.divergence_N if dense.clip is None else tokens.student.divergence_N.clamp_max(dense.clip)
+    divergence_N = tokens.student.divergence_N
+    return tokens.dense_weighted(divergence_N if dense.clip is None else divergence_N.clamp_max(dense.clip))
 
 
 def sampled_term(sparse: Sparse, tokens: Tokens) -> Tensor:
@@ -97,7 +99,7 @@ def sampled_term(sparse: Sparse, tokens: Tokens) -> Tensor:
     loss_N = token_losses.sampled_reverse_kl(
         tokens.student.logp_N, tokens.old_logp_N, tokens.student.teacher_logp_N, sparse.clip_low, sparse.clip_high
     )
-    return tokens.importance_weighted(loss_N)
+    return tokens.dense_weighted(tokens.importance_weighted(loss_N))
 
 
 def cross_entropy_term(tokens: Tokens) -> Tensor:
@@ -113,8 +115,14 @@ def divergence_of(dense: Dense) -> Divergence | None:
         "jsd": token_losses.jensen_shannon(dense.beta),
         "skewed": token_losses.skewed(dense.beta),
         "entropy_aware": token_losses.entropy_aware(dense.entropy_above),
+        "uld": token_losses.SORTED,
     }
     return exact.get(dense.divergence)
+
+
+def off_policy_divergence(dense: Dense) -> Divergence:
+    """Forward KL, whatever divergence OPD has; with `uld`, which compares no tokens, that."""
+    return token_losses.SORTED if dense.divergence == "uld" else token_losses.FORWARD
 
 
 def on_policy(stage: Stage, sparse_share: float) -> Objective:
@@ -144,7 +152,9 @@ LOSSES: dict[str, Callable[[Stage], Objective]] = {
     "grpo": lambda stage: on_policy(stage, 1.0),
     "opd": lambda stage: on_policy(stage, 0.0),
     "mixed": lambda stage: on_policy(stage, stage.sparse_share or 0.0),
-    "forward_kl": lambda stage: Objective(stage, ((1.0, partial(dense_term, stage.dense)),), token_losses.FORWARD),
+    "forward_kl": lambda stage: Objective(
+        stage, ((1.0, partial(dense_term, stage.dense)),), off_policy_divergence(stage.dense)
+    ),
     "sft": lambda stage: Objective(stage, ((1.0, cross_entropy_term),)),
     "constant": lambda stage: Objective(stage, ((1.0, partial(constant_term, stage.sparse)),)),
 }

@@ -107,6 +107,17 @@ def entropy_aware_kl(student_logp_NE: Tensor, teacher_logp_NE: Tensor, above: fl
     return reverse_kl(student_logp_NE, teacher_logp_NE) + uncertain_N * forward_kl(student_logp_NE, teacher_logp_NE)
 
 
+def sorted_difference(student_logp_NE: Tensor, teacher_logp_NE: Tensor) -> Tensor:
+    """L1 distance of sorted probabilities, Σ_i |p_S(i) − p_T(i)| over ranks i: ULD (2402.12030 eq. 5), the Wasserstein distance under
+    equal costs. It needs no common vocabulary and cannot tell apart distributions that differ by a permutation of tokens.
+
+    Shapes: (N, E), (N, E) -> (N,), sorted in descending order.
+
+    Example: student (¾, ¼), teacher (½, ½): ¼ + ¼ = ½.
+    """
+    return (student_logp_NE.exp() - teacher_logp_NE.exp()).abs().sum(dim=-1)
+
+
 def sampled_reverse_kl(
     student_logp_N: Tensor, old_logp_N: Tensor, teacher_logp_N: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
@@ -226,8 +237,21 @@ def _entropy_aware_closed_form(pair: Pair, above: float) -> tuple[Tensor, LogitG
     )
 
 
+def _sorted_closed_form(pair: Pair) -> tuple[Tensor, LogitGradient]:
+    """d ULD / d logit_j = p_S(j) · (sign_j − Σ_i p_S(i) sign_i), with sign the sign of p_S − p_T at each rank."""
+    difference_NE = pair.student_p_NE - pair.teacher_p_NE
+    sign_NE = difference_NE.sign()
+
+    def gradient(outer_N1: Tensor) -> Tensor:
+        mean_N1 = torch.linalg.vecdot(pair.student_p_NE, sign_NE)[:, None]
+        return (sign_NE - mean_N1).mul_(pair.student_p_NE).mul_(outer_N1)
+
+    return difference_NE.abs().sum(dim=-1), gradient
+
+
 REVERSE = Divergence(reverse_kl, _reverse_closed_form)
 FORWARD = Divergence(forward_kl, _forward_closed_form)
+SORTED = Divergence(sorted_difference, _sorted_closed_form)
 
 
 def jensen_shannon(beta: float) -> Divergence:

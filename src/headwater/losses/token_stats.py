@@ -62,6 +62,7 @@ class Tokens:
     advantages_N      the advantage of each token's rollout
     reference_logp_N  log-probs under the weights that the stage started with, if the loss has a KL penalty
     importance_N      importance weight of each token, if its sampler's probabilities differ from the trainer's
+    dense_weights_N   weight of the teacher's signal at each token, if the recipe weighs them
     """
 
     student: TokenStats
@@ -69,7 +70,12 @@ class Tokens:
     advantages_N: Tensor
     reference_logp_N: Tensor | None = None
     importance_N: Tensor | None = None
+    dense_weights_N: Tensor | None = None
 
     def importance_weighted(self, loss_N: Tensor) -> Tensor:
         """A policy-gradient loss (N,), corrected for the sampler's probabilities."""
         return loss_N if self.importance_N is None else self.importance_N * loss_N
+
+    def dense_weighted(self, loss_N: Tensor) -> Tensor:
+        """The loss (N,) of comparing with the teacher, with the weights of the tokens."""
+        return loss_N if self.dense_weights_N is None else self.dense_weights_N * loss_N

@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.losses.batch import Batch, Row, collate, collate_packed, microbatches, packed_microbatches, packed_tokens
-from headwater.losses.distributions import Head, LinearHead
+from headwater.losses.output_head import Head, LinearHead
 from headwater.losses.packing import gather_rows
 from headwater.models import lora
 from headwater.models.folder import ModelFolder

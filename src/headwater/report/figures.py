@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -130,6 +131,8 @@ def as_plot(figure: Figure, name: str, description: str, rows: Sequence[tuple[An
     return Plot(name, description, inline(svg, description), svg, tuple(rows))
 
 
+WIDTH = 4.8
+"""Width in inches of every other figure of the page: its text stays readable where a phone's screen scales it."""
 CURVE_SIZE = (3.5, 2.15)
 """Width and height of a panel of curves in inches."""
 CURVE_AXES = (0.155, 0.175, 0.825, 0.69)
@@ -210,9 +213,7 @@ def forest(name: str, title: str, estimates: Sequence[tuple[str, Interval]], uni
 @matplotlib.rc_context(STYLE)
 def forest_figure(title: str, estimates: Sequence[tuple[str, Interval]], unit: str) -> Figure:
     """Draw a forest plot of (label, estimate) with a dashed line at the level of the first. Values are shown times 100."""
-    figure = Figure(figsize=(6.2, 0.22 * len(estimates) + 0.85), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(printable(title), loc="left")
+    figure, axes = titled_figure(title, 0.22 * len(estimates) + 0.85)
     if estimates and (level := estimates[0][1].level) is not None:
         axes.axvline(100 * level, color=TEXT, linewidth=0.8, linestyle="--")
     for y, (_, row) in enumerate(estimates):
@@ -226,6 +227,13 @@ def forest_figure(title: str, estimates: Sequence[tuple[str, Interval]], unit: s
     return figure
 
 
+def titled_figure(title: str, height: float) -> tuple[Figure, Axes]:
+    """A figure of one axes, with the title at the figure's left edge: long labels of rows leave no room for it above the axes."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.suptitle(printable(title), x=0.01, ha="left", fontsize=10)
+    return figure, figure.add_subplot()
+
+
 Panels = Mapping[str, Sequence[Series]]
 """Title -> series. Values are shares; line plots show them in per cent."""
 
@@ -236,9 +244,9 @@ def line_plot(name: str, panels: Panels, axis: ValueAxis, rows: Sequence[tuple[A
 
 
 @matplotlib.rc_context(STYLE)
-def line_figure(panels: Panels, axis: ValueAxis, width: float = 6.2, least_height: float = 2.9) -> Figure:
+def line_figure(panels: Panels, axis: ValueAxis, width: float = WIDTH, plot_height: float = 2.4) -> Figure:
     """Draw one panel per title: a line through the values of each series, or a single point, with intervals."""
-    heights = [max(least_height, 0.17 * len(series) + 0.85) for series in panels.values()]
+    heights = [plot_height + 0.17 * math.ceil(len(series) / LEGEND_COLUMNS) for series in panels.values()]
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     grid = figure.subplots(len(panels), squeeze=False, gridspec_kw={"height_ratios": heights}).flat
     for axes, (title, series) in zip(grid, panels.items(), strict=True):
@@ -262,6 +270,7 @@ def line_description(panels: Panels, axis: ValueAxis) -> str:
     return ". ".join(parts)
 
 
+LEGEND_COLUMNS = 2
 LEAST_POINTS = 5.0
 """Percentage points that an axis of accuracies spans at least."""
 
@@ -291,7 +300,7 @@ def _set_limits(axes: Axes, series: Sequence[Series], axis: ValueAxis) -> None:
 
 
 def _draw_lines(figure: Figure, axes: Axes, series: Sequence[Series]) -> None:
-    """Draw the series, and list them at the right in the order of their last values, with these."""
+    """Draw the series, and list them below the axes in the order of their last values, with these."""
     arms = [entry for entry in series if entry.style is not None]
     lines_of_points = any(len(entry.x) > 1 for entry in arms)
     shifts = iter(sideways_shifts([0.0 if lines_of_points else entry.x[0] for entry in arms]))
@@ -312,7 +321,8 @@ def _draw_lines(figure: Figure, axes: Axes, series: Sequence[Series]) -> None:
         lines.append((y[-1], line, f"{printable(entry.label)} {y[-1]:.1f}"))
     lines.sort(key=lambda end: -end[0])
     handles, labels = [line for _, line, _ in lines], [text for *_, text in lines]
-    axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.05, -0.2), "ncols": LEGEND_COLUMNS}
+    axes.legend(handles, labels, **place, frameon=False, fontsize=8, columnspacing=1.2)
 
 
 def sideways_shifts(values: Sequence[float]) -> list[float]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from headwater.report import figures
 from headwater.report.contrasts import accuracy
 from headwater.report.figures import Series, file_stem
@@ -36,7 +38,7 @@ def _share(title: str) -> Metric:
 METRICS = {
     "reward": _share("reward (share correct)"),
     "informative": _share("informative groups, share"),
-    "best_of_group": _share("best of group (pass@G)"),
+    "best_of_group": Metric("best of group (pass@G)", least_span=1.0, most=1.0),
     "validation": _share("validation accuracy"),
     "loss": Metric("loss", least_span=0.01),
     "kl_teacher_student": Metric("KL(teacher ‖ student), nats a token", least_span=0.02),
@@ -72,7 +74,9 @@ ACCURACY = "accuracy on "
 """Prefix of the columns that `with_evaluations` adds."""
 
 Panels = dict[str, Any]
-"""A heading, legend entries (swatch and label), plots, and the flat metrics that are not drawn."""
+"""A heading, legend entries (swatch and label), plots, and the metrics that are not drawn, with the reason."""
+Groups = list[tuple[str, list[list[dict[str, Any]]]]]
+"""The arms that share a stage's nodes, and the rows of each seed."""
 
 
 def curves(study: Study) -> Section | None:
@@ -105,7 +109,7 @@ def panels_by_stage(
     study: Study, metrics: dict[str, Metric], rows: Callable[[Node], list[dict[str, Any]]], held_out: bool = False
 ) -> list[Panels]:
     """The curves of `rows` for each stage, role and objective, in the order of STAGE_NAMES."""
-    stages: dict[tuple[str, str, str], list[tuple[str, list[list[dict[str, Any]]]]]] = {}
+    stages: dict[tuple[str, str, str], Groups] = {}
     for arms, by_seed in study.stage_groups():
         seeds = [rows(node) for node in by_seed.values()]
         if any(seeds):
@@ -120,8 +124,10 @@ def panels_by_stage(
             if not series:
                 continue
             limits = axis_limits(series, metric)
-            if limits is None:
-                flat.append(f"{metric.title} {_middle(series):.3g}")
+            if key == "loss" and (same := _equal_metric(series, groups)):
+                flat.append(f"loss, which equals {metrics[same].title.split(',')[0]}")
+            elif limits is None:
+                flat.append(f"{metric.title}, nearly constant at {_middle(series):.3g}")
             else:
                 name = file_stem("held_out" if held_out else "curve", stage, role, objective, key)
                 plots.append(figures.curves(name, metric.title, series, limits))
@@ -166,6 +172,18 @@ def axis_limits(series: Sequence[Series], metric: Metric) -> tuple[float, float]
         bottom = min(bottom, max(0.0, metric.most - least))
         top = metric.most + 0.02 * (metric.most - bottom)  # a line at the limit stays visible
     return bottom, top
+
+
+def _equal_metric(loss: Sequence[Series], groups: Groups) -> str | None:
+    """The divergence whose values the loss of a distillation stage repeats, up to rounding; None if there is none."""
+    for key in ("kl_teacher_student", "kl_student_teacher"):
+        series = mean_curves((label, seeds, key) for label, seeds in groups)
+        if len(series) == len(loss) and all(
+            np.allclose(a.y, b.y, rtol=1e-4, atol=1e-8) if len(a.y) == len(b.y) else False
+            for a, b in zip(loss, series, strict=True)
+        ):
+            return key
+    return None
 
 
 def _middle(series: Sequence[Series]) -> float:

@@ -138,12 +138,20 @@ def _largest_k(by_k: dict[str, float] | None) -> str | None:
 def conditions(study: Study, report: dict[str, Any]) -> Section | None:
     """C1 (the teacher is near its optimum) as a figure, C2 (the student is near the teacher) as curves, both with their values."""
     c1, c2 = _c1_table(report), _c2_table(report)
+    one_sample = c1 is None and _evaluated_teacher_once(report)
     figures_c1 = [c1_figure(eval_name, teachers) for eval_name, teachers in _trained_teachers(report)]
     panels = panels_by_stage(study, HELD_OUT_METRICS, lambda node: node.conditions, held_out=True)
-    if not (c1 or c2 or panels):
+    if not (c1 or c2 or panels or one_sample):
         return None
     measured = any(row["conditions"] for row in report["stages"] if row["role"] == "student")
-    view = {"c1": c1, "c1_plots": figures_c1, "c2": c2, "panels": panels, "held_out": measured}
+    view = {
+        "c1": c1,
+        "c1_plots": figures_c1,
+        "one_sample": one_sample,
+        "c2": c2,
+        "panels": panels,
+        "held_out": measured,
+    }
     plots = (*figures_c1, *(plot for stage in panels for plot in stage["plots"]))
     return Section("Conditions", "conditions", view, plots)
 
@@ -153,6 +161,12 @@ def _trained_teachers(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, A
     for eval_name, teachers in (report["conditions"]["C1"] or {}).items():
         if teachers["before"] and teachers["after"] and teachers["before"]["k"] > 1:
             yield eval_name, teachers
+
+
+def _evaluated_teacher_once(report: dict[str, Any]) -> bool:
+    """Whether a trained teacher was evaluated with one sample a problem: its best-of-k is then its accuracy, and C1 unknown."""
+    after = [state for teachers in (report["conditions"]["C1"] or {}).values() for state in teachers["after"]]
+    return any(state["k"] == 1 for state in after)
 
 
 def c1_figure(eval_name: str, teachers: dict[str, Any]) -> Plot:
@@ -179,9 +193,10 @@ def c1_figure(eval_name: str, teachers: dict[str, Any]) -> Plot:
 def _c1_table(report: dict[str, Any]) -> Table | None:
     rows = []
     for eval_name, teachers in (report["conditions"]["C1"] or {}).items():
-        if teachers["before"] and teachers["after"]:
+        after = [state for state in teachers["after"] if state["k"] > 1]
+        if teachers["before"] and after:
             rows.append({"eval": eval_name, "when": "before", "arms": [], "training": {}, **teachers["before"]})
-        for state in teachers["after"]:
+        for state in after:
             pool = POOL_TEXT.get(state["pool"], state["pool"] or "no labels")
             rows.append({"eval": eval_name, "when": f"after {stage_name(state['stage'])}, {pool}", **state})
     columns = [

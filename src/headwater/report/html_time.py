@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from headwater.report.figures import Plot, as_plot, colour
+from headwater.report.figures import Plot, as_plot, colour, titled_figure
 from headwater.report.format import duration
 from headwater.report.stages import STAGE_NAMES, UNTRAINED_NAMES, stage_name
 from headwater.report.study import Node, Study, is_finite_number
@@ -19,9 +20,13 @@ from headwater.report.svg import COLOURS, STYLE, printable
 from headwater.report.view import Section
 from headwater.storage import ledger
 
-PARTS = ("sample", "score", "update", "other training", "evaluate", "measure")
-"""What a node's time is spent on; `score` is grading and the teacher's passes, `measure` the conditions."""
-WIDTH = 8.4
+TRAINING_PARTS = ("sample", "score", "update", "other training")
+"""Parts of the training time, which the headline and the table of arms give; `score` is grading and the teacher's passes."""
+PARTS = (*TRAINING_PARTS, "evaluate", "measure", "load and save")
+"""What a node's time is spent on; `measure` is measuring the conditions, `load and save` the rest of its recorded attempts."""
+
+
+LEGEND_COLUMNS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,7 @@ def seconds_by_stage(nodes: Iterable[Node]) -> dict[str, dict[str, float]]:
 
 
 def node_seconds(node: Node) -> dict[str, float]:
-    """Seconds of each of PARTS: of steps from metrics.jsonl, of everything else from the ledger."""
+    """Seconds of each of PARTS: of steps from metrics.jsonl, of the rest of training, evaluating and measuring from the ledger."""
     spent = {name: ledger.totals(node.ledger_rows, name).seconds for name in ("train", "eval", "validation", "measure")}
     seconds = dict.fromkeys(PARTS, 0.0)
     for part in ("sample", "score", "update"):
@@ -67,7 +72,9 @@ def node_seconds(node: Node) -> dict[str, float]:
         seconds["sample"] += spent["train"]
     else:
         seconds["other training"] = max(0.0, spent["train"] - sum(seconds.values()))
-    return {**seconds, "evaluate": spent["eval"] + spent["validation"], "measure": spent["measure"]}
+    seconds |= {"evaluate": spent["eval"] + spent["validation"], "measure": spent["measure"]}
+    attempted = sum(row["ended"] - row["started"] for row in node.attempts)
+    return {**seconds, "load and save": max(0.0, attempted - sum(seconds.values()))}
 
 
 def attempts(nodes: Sequence[Node]) -> list[Attempt]:
@@ -86,19 +93,19 @@ def attempts(nodes: Sequence[Node]) -> list[Attempt]:
 @matplotlib.rc_context(STYLE)
 def parts_figure(by_stage: Mapping[str, Mapping[str, float]]) -> Plot:
     """Stacked horizontal bars, one per stage."""
-    figure, axes = _bars(len(by_stage), "Seconds by part of the work, all nodes")
+    used = [part for part in PARTS if any(parts[part] for parts in by_stage.values())]
+    figure, axes = _bars(len(by_stage), "Seconds by part of the work, all nodes", len(used))
     scale, unit = _time_unit(max(sum(parts.values()) for parts in by_stage.values()))
     for y, parts in enumerate(by_stage.values()):
         left = 0.0
         for place, seconds in enumerate(parts.values()):
-            axes.barh(y, seconds / scale, left=left / scale, height=0.62, color=colour(place))
+            axes.barh(y, seconds / scale, left=left / scale, height=0.62, edgecolor="#ffffff", **_look(place))
             left += seconds
         place_right: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(duration(left), (left / scale, y), fontsize=8, **place_right)
     axes.set_yticks(range(len(by_stage)), [stage_name(stage) for stage in by_stage])
     axes.set_xlabel(unit)
-    axes.margins(x=0.09)
-    used = [part for part in PARTS if any(parts[part] for parts in by_stage.values())]
+    axes.margins(x=0.12)
     _legend(figure, {part: PARTS.index(part) for part in used})
     text = "; ".join(
         f"{stage_name(stage)} {', '.join(f'{part} {duration(s)}' for part, s in parts.items() if s)}"
@@ -114,7 +121,7 @@ def timeline(recorded: Sequence[Attempt]) -> Plot:
     """One row per worker in the order of their first starts, with a bar per node in the colour of its stage."""
     workers = list(dict.fromkeys(attempt.worker for attempt in recorded))
     stages = list(dict.fromkeys(attempt.node.stage for attempt in recorded))
-    figure, axes = _bars(max(len(workers), len(stages) // 2), "Nodes over time, by worker")
+    figure, axes = _bars(len(workers), "Nodes over time, by worker", len(stages))
     axes.set_ylim(len(workers) - 0.4, -0.6)
     scale, unit = _time_unit(max(attempt.end for attempt in recorded))
     for attempt in recorded:
@@ -133,10 +140,8 @@ def timeline(recorded: Sequence[Attempt]) -> Plot:
     return as_plot(figure, "timeline", f"Nodes over time, by worker: {'; '.join(listed)}{more}", rows)
 
 
-def _bars(rows: int, title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, 0.26 * rows + 1.0), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left")
+def _bars(rows: int, title: str, legend_entries: int) -> tuple[Figure, Axes]:
+    figure, axes = titled_figure(title, 0.26 * rows + 0.85 + 0.17 * math.ceil(legend_entries / LEGEND_COLUMNS))
     axes.set_ylim(rows - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     return figure, axes
@@ -154,4 +159,4 @@ def _time_unit(seconds: float) -> tuple[float, str]:
 
 def _legend(figure: Figure, names: Mapping[str, int]) -> None:
     handles = [Patch(edgecolor="#ffffff", label=printable(name), **_look(place)) for name, place in names.items()]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=8, ncols=LEGEND_COLUMNS)

@@ -17,7 +17,7 @@ from headwater.report.figures import Plot, as_plot, colour
 from headwater.report.format import count
 from headwater.report.svg import QUIET, STYLE, TEXT, printable
 
-POOL_X, STAGE_X, ARM_X = (1.8, 1.9), (3.7, 3.8, 6.55), (8.0, 8.1)
+POOL_X, STAGE_X, ARM_X = (2.0, 2.1), (2.9, 3.0, 6.6), (7.4, 7.5)
 """Horizontal positions: text and band start of pools; band end, text and band start of stages; band end and text of arms."""
 
 
@@ -36,7 +36,7 @@ def label_flow(name: str, title: str, flows: Sequence[Flow], arms: Sequence[str]
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         rows = max(len(arms), len(flows))
         height = 0.3 * rows + 0.75
-        figure = Figure(figsize=(7.4, height))
+        figure = Figure(figsize=(5.2, height))
         axes = figure.add_axes((0.01, 0.02, 0.98, 1 - 0.62 / height))
         axes.set_axis_off()
         axes.set_xlim(0, 10)

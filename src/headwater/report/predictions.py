@@ -141,7 +141,7 @@ def _ablation_notes(report: dict[str, Any], eval_name: str) -> list[str]:
 
 
 def _fresh_label_notes(report: dict[str, Any], eval_name: str) -> list[str]:
-    """P3: split bridge_rl − replay into the gain of fresh labels and the loss from replay, both relative to bridge_1h."""
+    """P3: split bridge_rl − replay into the gain of unused labels and the loss from replay, both relative to bridge_1h."""
     pairs = (("bridge_rl", "replay"), ("bridge_rl", "bridge_1h"), ("replay", "bridge_1h"))
     gap, fresh, replay = (find_contrast(report, a, b, eval_name) for a, b in pairs)
     if gap is None or fresh is None or replay is None:
@@ -152,7 +152,7 @@ def _fresh_label_notes(report: dict[str, Any], eval_name: str) -> list[str]:
     if abs(total - gain - loss) < 1e-5 and total > 0 and loss > 0:
         share = f"{100 * min(loss / total, 1):.0f} % of it" if gain > 0 else "all of it"
         notes.append(
-            f"of the {points(total)} points between bridge_rl and replay, {points(gain)} are fresh labels over bridge_1h "
+            f"of the {points(total)} points between bridge_rl and replay, {points(gain)} are unused labels over bridge_1h "
             f"and {points(loss)} ({share}) replay falling below it"
         )
     labels = {name: report["arms"][name]["labels"]["distinct"] for name in ("bridge_rl", "replay")}
@@ -175,7 +175,7 @@ PREDICTIONS = (
     ),
     Prediction(
         "P3",
-        "fresh labels after the bridge help and matched replay does not",
+        "unused labels after the bridge help and matched replay does not",
         (Part("bridge_rl", "bridge_1h"), Part("bridge_rl", "replay"), Part("replay", "bridge_1h", above=False)),
         _fresh_label_notes,
     ),

@@ -1,7 +1,7 @@
 """Sample a bounded number of rollouts for the page's browser: problem, completion, verdict and training signal.
 
-The sample has the first, middle and last step of each stage, and the graded evaluation of each arm's result. Right and wrong
-rollouts alternate, and those with a stored dense signal come first. The run's files hold all rollouts.
+The sample has the first, middle and last step of each stage, and the graded evaluation of each arm's result. The verdicts
+(right, wrong, cut at max_tokens, …) alternate, and those with a stored dense signal come first. The run's files hold all rollouts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from headwater.report.render import clean
 from headwater.report.stages import STAGE_NAMES, stage_name
 from headwater.report.study import Node, Study, is_finite_number
 from headwater.storage.run_dir import read_jsonl
+from headwater.tasks.outcomes import Outcome, outcome
 
+VERDICTS: Mapping[Outcome, str] = {
+    "right": "right",
+    "cut": "cut at max_tokens",
+    "no_answer": "no answer",
+    "ungraded": "grader gave no result",
+    "wrong": "wrong",
+}
+NOT_GRADED = "not graded"
 MAX_BYTES = 1_300_000
 """Size of the sample as JSON, which is most of the page."""
 PER_SOURCE = 6
@@ -97,16 +106,25 @@ def _sources(arms: list[str], node: Node, seed: int, study: Study) -> Iterator[t
 
 def choose(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most PER_SOURCE rows: verdicts alternate, strongest signals first, ties in an order given by hashed names."""
-    by_verdict: dict[Any, list[dict[str, Any]]] = {}
+    by_verdict: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        best = by_verdict.setdefault(row.get("correct"), [])
+        best = by_verdict.setdefault(verdict_text(row), [])
         best.append(row)
         if len(best) > 64:  # bounds the memory: a row may hold a long text and its signal
             best[:] = heapq.nsmallest(PER_SOURCE, best, key=_rank)
-    verdicts = sorted(by_verdict, key=str, reverse=True)
-    groups = [heapq.nsmallest(PER_SOURCE, by_verdict[verdict], key=_rank) for verdict in verdicts]
+    groups = [heapq.nsmallest(PER_SOURCE, by_verdict[verdict], key=_rank) for verdict in sorted(by_verdict)]
     mixed = (row for round_ in itertools.zip_longest(*groups) for row in round_ if row is not None)
     return list(itertools.islice(mixed, PER_SOURCE))
+
+
+def verdict_text(row: Mapping[str, Any]) -> str:
+    """How a rollout ended. Example: a wrong one with `finish` "length" is `cut at max_tokens`."""
+    correct = row.get("correct")
+    return (
+        NOT_GRADED
+        if correct is None
+        else VERDICTS[outcome(bool(correct), str(row.get("reason")), str(row.get("finish")))]
+    )
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[float, str]:
@@ -120,14 +138,13 @@ def _rank(row: Mapping[str, Any]) -> tuple[float, str]:
 
 def _shown(row: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """One rollout as browse.js reads it; `cut` is the number of characters left out."""
-    text = clean(str(row.get("completion", row.get("text")) or ""))
-    correct, node = row.get("correct"), source.node
+    text, node = clean(str(row.get("completion", row.get("text")) or "")), source.node
     shown: dict[str, Any] = {
         "stage": "Evaluation" if source.step is None else stage_name(node.stage, node.objective),
         "node": node.name,
         "seed": source.seed,
         "step": clean(str(row.get("eval")))[:64] if source.step is None else source.step,
-        "verdict": "not graded" if correct is None else "right" if correct else "wrong",
+        "verdict": verdict_text(row),
         "reason": clean(str(row.get("reason") or ""))[:80],
         "problem": clean(str(row.get("problem_id")))[:64],
         "sample": _integer(row.get("sample")),

@@ -26,7 +26,7 @@ TRAINING_SIGNALS = {
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """A few sentences: the paper's ordering (P1), its two stages (P2), fresh labels (P3), equal compute, failures.
+    """A few sentences: the paper's ordering (P1), its two stages (P2), unused labels (P3), equal compute, failures.
 
     Uses the recipe's first evaluation. "Holds" and "does not hold" require that the interval excludes zero and p < 0.05;
     everything else is "undecided".
@@ -62,7 +62,7 @@ def _claims(report: dict[str, Any], eval_name: str) -> list[str]:
     sentences = [
         _ordering(report, eval_name),
         _prediction(report, "P2", "the bridge needs both its warm-up and OPD", P2_ARMS, eval_name),
-        _prediction(report, "P3", "fresh labels after the bridge help and matched replay does not", P3_ARMS, eval_name)
+        _prediction(report, "P3", "unused labels after the bridge help and matched replay does not", P3_ARMS, eval_name)
         or _fresh_labels(report, eval_name),
         _equal_compute(report, eval_name),
     ]
@@ -101,14 +101,14 @@ def _prediction(report: dict[str, Any], name: str, claim: str, arms: Sequence[st
 
 
 def _fresh_labels(report: dict[str, Any], eval_name: str) -> str | None:
-    """Fresh labels against replay, for studies in which P3 was not measured."""
+    """Unused labels against replay, for studies in which P3 was not measured."""
     c = find_contrast(report, "bridge_rl", "replay", eval_name)
     if c is None:
         return None
     claim = {
-        "holds": "Fresh labels after the bridge do better than replaying the used ones",
-        "does not hold": "Fresh labels after the bridge do worse than replaying the used ones, against the paper",
-        "undecided": "Whether fresh labels after the bridge beat replaying the used ones is undecided",
+        "holds": "Unused labels after the bridge do better than replaying the used ones",
+        "does not hold": "Unused labels after the bridge do worse than replaying the used ones, against the paper",
+        "undecided": "Whether unused labels after the bridge beat replaying the used ones is undecided",
     }[reading(c)]
     return f"{claim}: {_numbers(report, ('bridge_rl', 'replay'), [c], eval_name)}."
 

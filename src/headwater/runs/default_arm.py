@@ -22,7 +22,7 @@ class ArmChoice:
 
     @property
     def sentence(self) -> str:
-        """Example: "arm bridge (RL'd teacher → warm-up → OPD): the default; --arm names another"."""
+        """Example: "arm bridge (GRPO on the teacher → warm-up → OPD): the default; --arm names another"."""
         return f"arm {self.arm} ({DESCRIPTIONS[self.arm]}): {self.because}; --arm names another"
 
 

@@ -242,8 +242,9 @@ class Estimator:
                 flops += shape.flops(tokens, context, 1, adapter)
             flops += shape.flops(tokens, context)
             flops += sum(self.shape(source).flops(tokens, context) for source in scorers(node))
-            if "reference" in objective.signals:
-                flops += shape.flops(tokens, context)
+            weights = stage.dense.token_weights
+            scoring_passes = ("reference" in objective.signals) + (weights is not None and weights.soft_or is not None)
+            flops += scoring_passes * shape.flops(tokens, context)
         return flops
 
     def measurements(self, node: Node, steps: int) -> tuple[int, int, float]:

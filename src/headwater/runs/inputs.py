@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from transformers import GenerationConfig
 
-from headwater.config.arms import Pool
+from headwater.config.arm import Pool
 from headwater.config.recipe import Recipe, Source, canonical_json
 from headwater.config.stage import Stage
 from headwater.data.columns import FURTHER_ANSWER_COLUMNS

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from headwater.config.arms import Arm, Pool, Step, arm_of, stage_of
+from headwater.config.arm import Arm, Pool, Step
+from headwater.config.arms import arm_of, stage_of
+from headwater.config.dense import TeacherWeights
 from headwater.config.recipe import Lora, Recipe, canonical_json
 from headwater.config.samplers import SAMPLERS
-from headwater.config.stage import Stage, TeacherWeights
+from headwater.config.stage import Stage
+from headwater.errors import UserError
 from headwater.plugins import code_fingerprint
 from headwater.storage.run_dir import RunDir
 
@@ -101,10 +104,21 @@ def scorers(node: Node) -> dict[Role | Node, float]:
     """The frozen models that score the rollouts of an on-policy stage, and the weight of each (`dense.teacher_weights`).
 
     Models of weight 0 are left out, and a model that two names mean counts once. So λ = 1, and a reference that is the teacher
-    itself, are plain distillation. Empty for a stage without a teacher.
+    itself, are plain distillation. With `dense.gain_over`, the teacher and −1 for the model that it is compared with. Empty for a
+    stage without a teacher.
+
+    Raises UserError where `gain_over` names the teacher itself.
     """
     if node.settings is None or node.teacher is None:
         return {}
+    if (over := node.settings.dense.gain_over) is not None:
+        base = "teacher" if over == "base_teacher" else node.start
+        if base == node.teacher:
+            raise UserError(
+                f"stages.{node.stage}.dense.gain_over: {over} is the teacher itself, which has no gain over itself; run an arm "
+                "that trains the teacher, or leave it out"
+            )
+        return {node.teacher: 1.0, base: -1.0}
     given = node.settings.dense.teacher_weights or TeacherWeights(teacher=1.0)
     weights: dict[Role | Node, float] = {}
     for source, weight in ((node.teacher, given.teacher), ("teacher", given.base_teacher), (node.start, given.start)):

@@ -27,7 +27,7 @@ from headwater.storage.ledger import record
 from headwater.storage.run_dir import append_jsonl, atomic_folder, keep_rows, read_jsonl
 from headwater.teachers.build import Teacher
 from headwater.teachers.cache import read_cache
-from headwater.teachers.composed import ComposedTeacher
+from headwater.teachers.composed import ComposedTeacher, gain, product
 from headwater.training import token_signals
 from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from headwater.training.early_stopping import PlateauMonitor
@@ -90,7 +90,10 @@ def train_stage(node: Node, context: NodeContext, policy: Policy, steps: int) ->
     outcomes = StageOutcomes(folder, f"stages.{node.stage}", stage.sampling.max_tokens)
     guards = GuardMonitor(recipe.guards, outcomes, steps, progress.warn)
     pool = 0 if node.pool is None else len(context.inputs.pool(node.pool))
-    no_signal = NoSignalGuard(recipe.guards, outcomes, steps, pool)
+    rescued = stage.dense.token_weights is not None and stage.dense.token_weights.prompts == "all_wrong"
+    no_signal = NoSignalGuard(
+        recipe.guards.model_copy(update={"no_signal": "continue"}) if rescued else recipe.guards, outcomes, steps, pool
+    )
     plateau = PlateauMonitor(stage.until, folder.metrics)
     microbatch_tokens = recipe.compute.microbatch_tokens
     earlier = list(read_jsonl(folder.metrics))
@@ -167,6 +170,10 @@ def rollout_source(
     reference = context.reference(node, policy) if uses_reference(node, objective) else None
     teacher = stage_teacher(node, policy, reference, load_frozen) if "teacher" in objective.signals else None
     prompter = context.prompter(policy)
+    prompts = inputs.prompts(node.pool, stage)
+    if stage.grades_spent_labels:
+        spent = spent_labels(node, context)
+        prompts = tuple(name for name in prompts if name in spent)
     # Dynamic sampling reuses (problem, sample) keys, so scores made while sampling could belong to discarded rollouts.
     # Ranks make their passes together, which a scoring thread would break.
     # The base under an adapter is the policy that samples, with the adapter switched off.
@@ -179,7 +186,7 @@ def rollout_source(
         stage=stage,
         draw=(node.stage, node.seed),
         objective=objective,
-        prompts={name: prompter.ids(inputs.problems[name]) for name in inputs.prompts(node.pool, stage)},
+        prompts={name: prompter.ids(inputs.problems[name]) for name in prompts},
         sampler=context.sampler(policy),
         prompter=prompter,
         labels=inputs.labels.only(inputs.pool(node.pool)) if "reward" in objective.signals else None,
@@ -190,6 +197,13 @@ def rollout_source(
     )
 
 
+def spent_labels(node: Node, context: NodeContext) -> set[str]:
+    """Ids of the problems whose labels the stages before this one looked at."""
+    earlier = [context.node_dir(parent).ledger for parent in node.lineage() if parent != node]
+    spends = (spend for ledger in earlier for spend in read_jsonl(ledger))
+    return {label for spend in spends if spend["purpose"] == "train" for label in spend["labels"]}
+
+
 def uses_reference(node: Node, objective: Objective) -> bool:
     """Whether a stage needs its initial weights: for a KL term, or as a part of its teacher."""
     return "reference" in objective.signals or node.start in scorers(node)
@@ -198,7 +212,7 @@ def uses_reference(node: Node, objective: Objective) -> bool:
 def stage_teacher(
     node: Node, policy: Policy, reference: Policy | None, load_frozen: LoadFrozen
 ) -> Teacher | ComposedTeacher | None:
-    """The model that scores a stage's rollouts, or the composition of several; None without one.
+    """The model that scores a stage's rollouts, or the combination of several; None without one.
 
     Raises UserError where vocabularies have different widths.
     """
@@ -210,7 +224,10 @@ def stage_teacher(
     if not loaded:
         return None
     weights = tuple(sources.values())
-    return loaded[0] if weights == (1.0,) else ComposedTeacher(loaded, weights)
+    if weights == (1.0,):
+        return loaded[0]
+    assert node.settings is not None
+    return ComposedTeacher(loaded, gain if node.settings.dense.gain_over is not None else product(weights))
 
 
 def charge(node: Node, context: NodeContext, result: StepResult, objective: Objective, policy: Policy) -> None:

@@ -17,9 +17,12 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+from headwater.errors import one_line
 
 LONGEST_REPORT = 10_000
+FAILURES = ("different", "error", "unsupported", "memory")
+"""Reasons that a report may give besides `equal`."""
 BOOT = (
     "import sys; sys.path.insert(0, sys.argv[1]); from headwater.tasks import sandbox_child; del sys.path[0]; "
     "sandbox_child.serve()"
@@ -28,16 +31,18 @@ BOOT = (
 
 @dataclass(frozen=True)
 class Limits:
-    """Resource limits of one run.
+    """Resource limits of one run; its memory is 512 MiB in all, with at most 64 MiB of the kernel's buffers for it.
 
-    seconds     of both processes together; of processor time for each
-    memory_mb   of each of the two processes; for the solution's its folder included
-    folder_mb   of the folder, which both share
-    processes   threads; no process can be started
+    seconds      of both processes together; of processor time for each
+    solution_mb  address space of the solution's process, shared memory included
+    tests_mb     address space of the tests' process
+    folder_mb    of the folder, which both share
+    processes    threads; no process can be started
     """
 
     seconds: float = 30.0
-    memory_mb: int = 512
+    solution_mb: int = 256
+    tests_mb: int = 128
     file_mb: int = 16
     folder_mb: int = 64
     open_files: int = 64
@@ -152,18 +157,22 @@ def run(
 
 
 def _outcome(report: bytes, timed_out: bool, statuses: list[int]) -> Outcome:
-    """Interpret a report; it may be cut or missing where the tests' process was ended."""
+    """Interpret a report. It may be cut or missing where the tests' process was ended, and hostile tests may write anything there."""
     try:
-        fields: Any = json.loads(report)
+        fields = json.loads(report)
     except (ValueError, RecursionError):
         fields = {}
-    layers, reason, detail = tuple(fields.get("layers", ())), fields.get("reason"), fields.get("detail", "")
+    fields = fields if isinstance(fields, dict) else {}
+    layers, reason, detail = fields.get("layers"), fields.get("reason"), fields.get("detail")
+    layers = tuple(map(str, layers)) if isinstance(layers, list) else ()
     if timed_out or -signal.SIGXCPU in statuses:
         return Outcome(False, "timeout", "", layers)
-    if reason is None:
-        killed = statuses[1] == -signal.SIGKILL
-        return Outcome(False, "memory" if killed else "error", f"ended with statuses {statuses}", layers)
-    return Outcome(fields["passed"], reason, detail, layers)
+    if fields.get("passed") is True and reason == "equal":
+        return Outcome(True, "equal", "", layers)
+    if reason in FAILURES and isinstance(detail, str):
+        return Outcome(False, reason, one_line(detail), layers)
+    killed = statuses[1] == -signal.SIGKILL
+    return Outcome(False, "memory" if killed else "error", f"ended with statuses {statuses}", layers)
 
 
 @cache

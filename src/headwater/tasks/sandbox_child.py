@@ -103,7 +103,8 @@ def start(role: str, channel: int, link: int, job: dict[str, Any]) -> int:
         kept = sorted({0, 1, 2, link, channel if role == "tests" else link})
         for low, high in zip(kept, [*kept[1:], 1_000_000], strict=True):
             os.closerange(low + 1, high)
-        layers = sandbox_confine.confine(job["limits"], job["layers"], job["without"])
+        limits = {**job["limits"], "memory_mb": job["limits"][f"{role}_mb"]}
+        layers = sandbox_confine.confine(limits, job["layers"], job["without"])
         for name in [
             name for name in sys.modules if name.partition(".")[0] in ("headwater", "ctypes", "_ctypes", "__main__")
         ]:

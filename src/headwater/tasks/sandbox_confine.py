@@ -111,7 +111,7 @@ def unmount_work() -> None:
 def confine(limits: dict[str, Any], server_layers: list[str], without: Collection[str]) -> list[str]:
     """Apply all layers to this process but those left out; the layers that hold. Raises OSError where a limit cannot be set.
 
-    limits         fields of `sandbox.Limits`
+    limits         fields of `sandbox.Limits`, and this process's `memory_mb`
     server_layers  of the server, which this process inherits
     without        names of layers to leave out, for tests of the others: `user`, `landlock`, `seccomp`
     """
@@ -126,7 +126,7 @@ def confine(limits: dict[str, Any], server_layers: list[str], without: Collectio
     layers = [*server_layers, *user]
     layers += [] if "landlock" in without else restrict_files(own_root)
     counted = bool(user) or "user namespace" in server_layers  # otherwise the kernel counts unrelated processes too
-    limit_resources(limits, counted, own_root)
+    limit_resources(limits, counted)
     profile = sandbox_filter.Profile(os.getpid(), files=own_root, threads=counted)
     if "seccomp" not in without and sandbox_filter.install(profile):
         layers = ["seccomp", *([] if own_root else ["no files"]), *layers]
@@ -155,10 +155,10 @@ def drop_privileges() -> None:
     LIBC.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
 
 
-def limit_resources(limits: dict[str, Any], limit_processes: bool, own_root: bool) -> None:
-    """Set rlimits. Address space and folder together are within `memory_mb`."""
+def limit_resources(limits: dict[str, Any], limit_processes: bool) -> None:
+    """Set rlimits."""
     seconds = int(limits["seconds"]) + 1
-    memory = (limits["memory_mb"] - (limits["folder_mb"] if own_root else 0)) * MEGABYTE
+    memory = limits["memory_mb"] * MEGABYTE
     bounds = [
         (resource.RLIMIT_CPU, seconds, seconds + 1),
         (resource.RLIMIT_FSIZE, limits["file_mb"] * MEGABYTE, limits["file_mb"] * MEGABYTE),
@@ -166,6 +166,7 @@ def limit_resources(limits: dict[str, Any], limit_processes: bool, own_root: boo
         (resource.RLIMIT_CORE, 0, 0),
         (resource.RLIMIT_MEMLOCK, 0, 0),
         (resource.RLIMIT_MSGQUEUE, 0, 0),
+        (resource.RLIMIT_SIGPENDING, 64, 64),
         (resource.RLIMIT_AS, memory, memory),
     ]
     if limit_processes:

@@ -21,6 +21,11 @@ LARGEST_MESSAGE = 4 * 2**20
 LARGEST_JSON_INTEGER = 2**4000
 """Integers beyond it cross in hexadecimal: reading decimal digits takes quadratic time, and Python limits it."""
 
+PREDICATES = frozenset(
+    name for kind in (str, float, set) for name in dir(kind) if name.startswith("is") or name.endswith("swith")
+)
+"""Methods of data that answer yes or no: an object of a solution's own that has one could only be posing as data."""
+
 Reference = Callable[[Any], Any]
 
 TYPES: dict[str, type] = {
@@ -155,7 +160,8 @@ def _refuse(name: str) -> None:
 
 def _named_tuple(name: str, fields: list[str], items: list[Any]) -> tuple[Any, ...]:
     """A tuple with attributes. Not by `collections.namedtuple`, which compiles the names that it is given."""
-    if len(fields) != len(items) or any(not field.isidentifier() or field.startswith("_") for field in fields):
+    invalid = any(not field.isidentifier() or field.startswith("_") or field in PREDICATES for field in fields)
+    if len(fields) != len(items) or invalid:
         raise ValueError("fields of a named tuple")
     attributes: dict[str, Any] = {field: property(operator.itemgetter(place)) for place, field in enumerate(fields)}
     return type(name, (tuple,), {**attributes, "_fields": tuple(fields), "__module__": "solution"})(items)

@@ -17,14 +17,10 @@ import types
 from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from typing import Any, NoReturn
 
-from headwater.tasks.sandbox_data import EndedError, Link, TooLargeError, decode, encode, update
+from headwater.tasks.sandbox_data import PREDICATES, EndedError, Link, TooLargeError, decode, encode, update
 from headwater.tasks.sandbox_solution import builtin_error, make_error, reference_of_error
 
 _BUILTINS = frozenset(dir(builtins))
-_PREDICATES = frozenset(
-    name for kind in (str, float, set) for name in dir(kind) if name.startswith("is") or name.endswith("swith")
-)
-"""Methods of data that answer yes or no: an object of a solution's own that has one could only be posing as data."""
 LONGEST_ITERATOR = 100_000
 _READABLE = frozenset({"__name__", "__qualname__", "__doc__", "__annotations__", "__dict__"})
 
@@ -190,7 +186,7 @@ class Proxy:
         if name.startswith("__") and name.endswith("__") and name not in _READABLE:
             raise AttributeError(name)
         value = self._headwater_solution.perform("getattr", self, name)
-        if name in _PREDICATES and callable(value):  # a class of data too: `startswith = bool`
+        if name in PREDICATES and callable(value):  # a class of data too: `startswith = bool`
             self._headwater_solution.refuse(f"{name}() of an object that is no data")
         return value
 

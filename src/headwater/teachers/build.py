@@ -16,7 +16,7 @@ from headwater.config.stage import Sampling, Stage
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import UserError
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, TopK
+from headwater.losses.distributions import Distributions, truncate_to_top_k
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
@@ -175,12 +175,6 @@ class TaggedTeachers:
 
 
 Teacher = SingleTeacher | TaggedTeachers
-
-
-def truncate_to_top_k(distributions: Distributions, k: int) -> Distributions:
-    """The k most likely tokens and the tail, if the distributions hold more."""
-    known = distributions.materialize()
-    return known if isinstance(known, TopK) else known.top_k(k)
 
 
 def sampler_for(model: Teacher, make_sampler: SamplerFactory) -> Sampler:

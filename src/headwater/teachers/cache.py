@@ -15,8 +15,9 @@ from torch import Tensor
 
 from headwater.errors import UserError
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, Exact, TopK, concatenate
+from headwater.losses.distributions import Distributions, concatenate, truncate_to_top_k
 from headwater.losses.logprobs import tokens_at_once
+from headwater.losses.materialized import Exact, Known, Sorted, TopK
 from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.storage import fault_points
@@ -75,12 +76,7 @@ def write_distributions(
         size = tokens_at_once(teacher.vocabulary, teacher.device)
         for row in range(0, len(distributions), size):
             block = distributions.rows(row, min(len(distributions), row + size)).materialize()
-            if isinstance(block, Exact) and top_k is None:
-                chunks.append({"logp": block.logp_NV.cpu()})
-            else:
-                kept = block if isinstance(block, TopK) else block.top_k(top_k or 1)
-                ids = compact_ids.pack_ids(kept.ids_NK.cpu(), teacher.vocabulary)
-                chunks.append({"logp": kept.logp_NK.half().cpu(), **ids})
+            chunks.append(_to_tensors(block, top_k, teacher.vocabulary))
         if progress is not None:
             progress(len(batch))
         fault_points.failpoint("cache.scored")
@@ -92,6 +88,19 @@ def write_distributions(
         folder / DISTRIBUTIONS,
     )
     fault_points.failpoint("cache.written")
+
+
+def _to_tensors(block: Known, top_k: int | None, vocabulary: int) -> dict[str, Tensor]:
+    """Named tensors of distributions: `logp` alone (exact), with `compared` (sorted), or with ids and, where rows are partly filled,
+    `count` (top-k)."""
+    if isinstance(block, Sorted):
+        return {"logp": block.logp_NV.cpu(), "compared": block.compared_N.cpu()}
+    if isinstance(block, Exact) and top_k is None:
+        return {"logp": block.logp_NV.cpu()}
+    kept = block if isinstance(block, TopK) and top_k is None else truncate_to_top_k(block, top_k or 1)
+    logp_NK = kept.logp_NK if top_k is None else kept.logp_NK.half()
+    count = {} if kept.count_N is None else {"count": kept.count_N.cpu().int()}
+    return {"logp": logp_NK.cpu(), **compact_ids.pack_ids(kept.ids_NK.cpu(), vocabulary), **count}
 
 
 def read_cache(folder: Path) -> list[Row]:
@@ -107,11 +116,15 @@ def read_cache(folder: Path) -> list[Row]:
             f"{folder}: the teacher cache holds {stored['logp'].shape[0]} distributions for {sum(lengths)} tokens"
         )
     logps = stored["logp"].split(lengths)
+    teachers: list[Distributions]
     if len(stored) == 1:
-        teachers: list[Distributions] = [Exact(logp) for logp in logps]
+        teachers = [Exact(logp) for logp in logps]
+    elif "compared" in stored:
+        teachers = [Sorted(*pair) for pair in zip(logps, stored["compared"].split(lengths), strict=True)]
     else:
         kept = compact_ids.unpack_ids(stored).split(lengths)
-        teachers = [TopK(ids, logp.float()) for ids, logp in zip(kept, logps, strict=True)]
+        counts = stored["count"].split(lengths) if "count" in stored else [None] * len(lengths)
+        teachers = [TopK(ids, logp.float(), count) for ids, logp, count in zip(kept, logps, counts, strict=True)]
     return [Row(rollout, teacher=teacher) for rollout, teacher in zip(rollouts, teachers, strict=True)]
 
 

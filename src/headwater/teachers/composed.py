@@ -1,8 +1,8 @@
-"""A teacher composed of several frozen models: the normalized weighted product of their distributions."""
+"""A teacher made of several frozen models: the weighted product of their distributions, or the gain of one over another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 
 from headwater.distributed.process_group import ProcessGroup
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Composed, Distributions
+from headwater.losses.distributions import Composed, Distributions, Gain
 from headwater.models.shape import Shape
 from headwater.teachers.build import Teacher
 from headwater.teachers.scoring import distributions_of
@@ -19,13 +19,13 @@ from headwater.types import Rollout
 
 @dataclass(frozen=True)
 class ComposedTeacher:
-    """Scores rollouts with every model and returns `Composed` distributions. It does not sample.
+    """Scores rollouts with every model and combines their distributions. It does not sample.
 
-    weights  of each model's log-probs, summing to 1
+    combine  distributions of all models at a rollout's tokens -> the teacher's, `Composed` or `Gain`
     """
 
     models: tuple[Teacher, ...]
-    weights: tuple[float, ...]
+    combine: Callable[[tuple[Distributions, ...]], Distributions]
 
     @property
     def tokenizer(self) -> Any:
@@ -52,4 +52,15 @@ class ComposedTeacher:
 
     def distributions(self, rollouts: Sequence[Rollout], tokens: int) -> list[Distributions]:
         scored = [distributions_of(model, rollouts, tokens) for model in self.models]
-        return [Composed(parts, self.weights) for parts in zip(*scored, strict=True)]
+        return [self.combine(parts) for parts in zip(*scored, strict=True)]
+
+
+def product(weights: tuple[float, ...]) -> Callable[[tuple[Distributions, ...]], Distributions]:
+    """Combine by the normalized product of the distributions, with these weights of the log-probs; they sum to 1."""
+    return lambda parts: Composed(parts, weights)
+
+
+def gain(parts: tuple[Distributions, ...]) -> Distributions:
+    """Combine (the teacher's, another model's) distributions to the teacher's gain over the other model."""
+    teacher, base = parts
+    return Gain((teacher, base))

@@ -19,7 +19,8 @@ from headwater.config.stage import Sampling
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from headwater.errors import TrainingStoppedError, one_line
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Distributions, TopK
+from headwater.losses.distributions import Distributions
+from headwater.losses.materialized import TopK
 from headwater.models.shape import Shape
 from headwater.sampling.base import OnFinished, Request
 from headwater.teachers.server_client import Answer, ServedModel, is_token_id
@@ -82,14 +83,14 @@ class ServedTeacher:
             "add_special_tokens": False,
             "return_token_ids": True,
         }
-        choices = self._choices(body, len(rollouts))
+        choices = self._choices(body, len(rollouts), sum(map(len, sequences)) * (self.top_k + 1))
         for choice, sequence in zip(choices, sequences, strict=True):
             if choice.get("prompt_token_ids", sequence) != sequence:
                 raise self._error("answers for other token ids than it was sent")
         return [self._top_k(choice, rollout) for choice, rollout in zip(choices, rollouts, strict=True)]
 
-    def _choices(self, body: Answer, count: int) -> list[Answer]:
-        choices = self.model.client.request("/v1/completions", body).get("choices")
+    def _choices(self, body: Answer, count: int, entries: int) -> list[Answer]:
+        choices = self.model.client.request("/v1/completions", body, entries).get("choices")
         if (
             not isinstance(choices, list)
             or len(choices) != count
@@ -189,7 +190,8 @@ class ServedTeacher:
             "add_special_tokens": False,
             "return_token_ids": True,
         }
-        choice = self._choices(body, 1)[0]
+        # The text of a sampled token stands in three fields.
+        choice = self._choices(body, 1, len(request.prompt_ids) + 4 * sampling.max_tokens)[0]
         ids, logprobs, finish = choice.get("token_ids"), choice.get("logprobs"), choice.get("finish_reason")
         sampler_logp = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         if not isinstance(ids, list) or not isinstance(sampler_logp, list) or len(ids) != len(sampler_logp) or not ids:

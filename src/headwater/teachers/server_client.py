@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -22,7 +23,12 @@ from headwater.errors import TrainingStoppedError, UserError, error_text
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
 """Seconds before the first retry, and the largest pause; pauses double from one retry to the next."""
 MAX_MESSAGE_CHARS = 300
-MAX_ANSWER_BYTES, MAX_ERROR_BYTES = 2 << 30, 1 << 16
+MAX_ERROR_BYTES = 1 << 16
+BASE_ENTRIES, ENTRY_BYTES, ENTRY_VALUES = 4096, 256, 8
+"""Bounds of an answer: bytes and JSON values for each entry (token with log-prob) that a request asks for, and for so many more.
+vLLM writes about 90 bytes and 4 values. Parsed, an answer within both takes at most 2.5 KiB an entry, within the first alone 8."""
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+"""A JSON string, or one that does not end: it takes time proportional to the text."""
 
 Answer = dict[str, Any]
 
@@ -74,8 +80,10 @@ class ServerClient:
         """The address without the /v1 of the OpenAI-compatible part."""
         return self.url.rstrip("/").removesuffix("/v1")
 
-    def request(self, path: str, body: Answer | None = None) -> Answer:
+    def request(self, path: str, body: Answer | None = None, entries: int = 0) -> Answer:
         """GET, or POST a JSON body; retried with growing pauses on timeouts, 408, 429, 5xx and unusable answers.
+
+        entries  tokens that the request asks for, with alternatives, which bounds the size of the answer
 
         Raises UserError if the server refuses, TrainingStoppedError when the retries are used up: the run can be resumed.
         """
@@ -84,7 +92,7 @@ class ServerClient:
             if attempt:
                 time.sleep(min(MAX_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)))
             try:
-                return self._request_once(path, body)
+                return self._request_once(path, body, entries + BASE_ENTRIES)
             except _RetryableError as error:
                 reason = str(error)
         tries = self.settings.retries + 1
@@ -93,7 +101,7 @@ class ServerClient:
             "which resumes from here"
         )
 
-    def _request_once(self, path: str, body: Answer | None) -> Answer:
+    def _request_once(self, path: str, body: Answer | None, entries: int) -> Answer:
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         deadline = _Deadline()
         try:
@@ -105,7 +113,7 @@ class ServerClient:
             ):
                 if not response.is_success:
                     self._raise_for_status(response)
-                text = _read(response, MAX_ANSWER_BYTES)
+                text = _read(response, entries * ENTRY_BYTES + 1)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             late = deadline.over or isinstance(error, httpx2.TimeoutException)
             reason = (
@@ -114,6 +122,7 @@ class ServerClient:
             raise _RetryableError(reason) from None
         if deadline.over:  # an answer without a length ends where its connection does
             raise _RetryableError(f"no whole answer within {self.settings.seconds:g} s")
+        _refuse_large(text, entries)
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError):
@@ -177,6 +186,20 @@ def _read(response: httpx2.Response, limit: int) -> bytes:
         if len(data) >= limit:
             break
     return bytes(data[:limit])
+
+
+def _refuse_large(text: bytes, entries: int) -> None:
+    """Raises _RetryableError for an answer that has more bytes or JSON values than so many entries take."""
+    most_bytes, most_values = entries * ENTRY_BYTES, entries * ENTRY_VALUES
+    if len(text) > most_bytes:
+        raise _RetryableError(f"its answer has over {most_bytes:,} bytes, more than the request asked for")
+    if _separators(text) > most_values and _separators(_STRING.sub(b"", text)) > most_values:
+        raise _RetryableError(f"its answer has over {most_values:,} values, more than the request asked for")
+
+
+def _separators(text: bytes) -> int:
+    """A bound on the number of JSON values."""
+    return sum(map(text.count, b",[{"))
 
 
 def _error_message(response: httpx2.Response) -> str:
@@ -271,7 +294,7 @@ class ServedTokenizer:
 
     def _tokenize(self, body: Answer) -> list[int]:
         client = self.model.client
-        ids = client.request("/tokenize", body).get("tokens")
+        ids = client.request("/tokenize", body, len(json.dumps(body))).get("tokens")
         if not isinstance(ids, list) or not all(map(is_token_id, ids)):
             raise TrainingStoppedError(
                 f"{client.field}: {client.url} gives no token ids for a text (/tokenize); serve it with vLLM"

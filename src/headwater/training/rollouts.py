@@ -36,6 +36,7 @@ from headwater.training.groups import (
 )
 from headwater.training.loop import StepBatch
 from headwater.training.prompt_order import PromptOrder
+from headwater.training.token_weights import with_dense_weights
 from headwater.training.update import Metrics
 from headwater.types import Rollout
 
@@ -115,6 +116,8 @@ class PolicyRollouts:
                 started = time.perf_counter()
                 kept = assign_to_ranks(kept, self.stage, self.stage.group_size, self.policy.ranks)
                 kept = self._score(kept, scorer.results())
+                if (weights := self.stage.dense.token_weights) is not None:
+                    kept = with_dense_weights(kept, weights, self.stage.group_size, self.policy, self.budget)
         except TrainingStoppedError as error:
             if not any(row.verdict for row in sampled):
                 raise
@@ -122,9 +125,12 @@ class PolicyRollouts:
         metrics: Metrics = {
             "seconds_sample": seconds["sample"],
             "seconds_score": seconds["grade"] + time.perf_counter() - started,
-            "truncated": truncated_share(sampled),
+            # A completion that the length schedule cuts says nothing about sampling.max_tokens, which the guard asks about.
+            "truncated": truncated_share(sampled) if self.stage.sampling_at(step) == self.stage.sampling else 0.0,
             "completion_tokens": sum(row.tokens for row in sampled) / len(sampled),
         }
+        if self.stage.length_schedule is not None:
+            metrics["max_tokens"] = self.stage.sampling_at(step).max_tokens
         if self.labels is not None:
             group_size = self.stage.group_size
             groups = len(sampled) // group_size
@@ -165,7 +171,7 @@ class PolicyRollouts:
             requests = requests_for(prompts, self.stage.group_size, 0, seed, name, step, attempt)
             try:
                 graded = sample_and_grade(
-                    self.sampler, requests, self.stage.sampling, self.labels, self.prompter, on_finished
+                    self.sampler, requests, self.stage.sampling_at(step), self.labels, self.prompter, on_finished
                 )
             except SamplingStoppedError as error:
                 sampled += [Row(*graded_row) for graded_row in zip(error.rollouts, error.verdicts, strict=True)]
@@ -218,5 +224,7 @@ class PolicyRollouts:
         context = sum(lengths) / len(lengths) / 2
         tokens = sum(row.tokens for row in sampled) + sum(len(self.prompts[name]) for name in problems)
         flops = self.policy.shape.flops(tokens, context)
-        scorers = [scorer for scorer in (self.teacher, self.reference) if scorer is not None]
+        weights = self.stage.dense.token_weights
+        student = self.policy if weights is not None and weights.soft_or is not None else None
+        scorers = [scorer for scorer in (self.teacher, self.reference, student) if scorer is not None]
         return flops + sum(scorer.pass_flops(kept) for scorer in scorers)

@@ -178,7 +178,8 @@ def backward(policy: Policy, objective: Objective, batch: Batch, weight_N: Tenso
         reference_logp_N = None if batch.reference_logp_N is None else batch.reference_logp_N[chunk]
         sampler_logp_N = batch.sampler_logp_N[chunk]
         importance_N = None if cap is None else token_losses.truncated_importance(old_logp_N, sampler_logp_N, cap)
-        tokens = Tokens(stats, old_logp_N, batch.advantages_N[chunk], reference_logp_N, importance_N)
+        dense_weights_N = None if batch.dense_weights_N is None else batch.dense_weights_N[chunk]
+        tokens = Tokens(stats, old_logp_N, batch.advantages_N[chunk], reference_logp_N, importance_N, dense_weights_N)
         return objective.token_loss(tokens) * weight_N[chunk]
 
     def forward() -> tuple[Tensor, TokenStats]:

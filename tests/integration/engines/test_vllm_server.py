@@ -21,7 +21,7 @@ import torch
 from headwater.config.compute import Server
 from headwater.config.stage import Sampling
 from headwater.errors import UserError
-from headwater.losses.distributions import TopK
+from headwater.losses.materialized import TopK
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy

@@ -136,7 +136,10 @@ def test_table_cells_span_rows_of_entry_and_draw_intervals() -> None:
     interval = Interval(1.0, 0.5, 1.5, level=3.0, seeds=(0.9, 1.1))
     rows = [["a", "x", interval, "1 s"], ["a", "y", None, "1 s"]]
     text = _table(Table("t", columns, rows, rows_per_entry=2))
-    assert text.count('<th scope="row" rowspan="2">a</th>') == 1 and text.count('<td rowspan="2">1 s</td>') == 1
+    assert (
+        text.count('<th scope="row" rowspan="2">a</th>') == 1
+        and text.count('<td rowspan="2" data-label="time">1 s</td>') == 1
+    )
     # 0.5, 1 and 1.5 on an axis from 0 to 2; the level 3 is clipped to its right end.
     for part in (
         "left:25.0%;right:calc(100% - 75.0%)",

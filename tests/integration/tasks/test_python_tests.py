@@ -195,7 +195,7 @@ def test_unlimited_threads_are_bounded() -> None:
     code = (
         "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()"
     )
-    result = run(code, limits=sandbox.Limits(seconds=3.0, memory_mb=256))
+    result = run(code, limits=sandbox.Limits(seconds=3.0, solution_mb=128))
     assert not result.passed
     assert threading.active_count() < 50
 

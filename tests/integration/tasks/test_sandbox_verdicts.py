@@ -251,6 +251,11 @@ def test_solution_cannot_forge_verdict(name: str) -> None:
             "unsupported",
         ),
         ("class S:\n    startswith = bool\ndef f(x): return S()", "assert f(2).startswith('ab')", "unsupported"),
+        (
+            "import collections\nN = collections.namedtuple('N', 'startswith')\ndef f(x): return N(lambda t: True)",
+            "assert f(2).startswith('ab')",
+            "unsupported",
+        ),
         ("class S:\n    issuperset = ValueError\ndef f(x): return S()", "assert f(2).issuperset({4})", "unsupported"),
         (
             "class S:\n    def __contains__(self, t): return True\ndef f(x): return S()",
@@ -291,6 +296,37 @@ def test_solution_cannot_forge_verdict(name: str) -> None:
 def test_unsafe_tests_are_refused(code: str, tests: str, reason: str) -> None:
     result = run(code, tests)
     assert (result.passed, result.reason) == (False, reason), result
+
+
+HOSTILE_REPORTS = {
+    "a list": "[]",
+    "a text for a verdict": '{"passed": "yes", "reason": "equal"}',
+    "an object for a reason": '{"passed": true, "reason": {"a": 1}}',
+    "an unknown reason": '{"passed": false, "reason": "\\u001b]0;title", "detail": ""}',
+    "no detail": '{"passed": false, "reason": "different"}',
+    "layers of a wrong type": '{"passed": false, "reason": "equal", "layers": 5}',
+    "no number": "NaN",
+    "no verdict": '{"reason": "equal"}',
+    "nested lists": "[" * 5000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_REPORTS)
+def test_report_written_by_hostile_tests_is_error(name: str) -> None:
+    """Gold answers are untrusted: their tests may write to the channel that carries the verdict."""
+    tests = f"""
+    import os
+    for descriptor in range(3, 64):
+        try: os.write(descriptor, {HOSTILE_REPORTS[name]!r}.encode())
+        except OSError: pass
+    os._exit(0)
+    """
+    result = run("def f(x): return x", tests)
+    assert (result.passed, result.reason) == (False, "error"), result
+
+
+def test_detail_of_verdict_is_one_printable_line() -> None:
+    assert run("def f(x): raise ValueError('\x1b[2J\\n')", "f(1)").detail.isprintable()
 
 
 def test_expected_values_never_enter_solution() -> None:

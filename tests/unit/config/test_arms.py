@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from headwater.config.arms import ARMS, CONTRASTS, DESCRIPTIONS, OWN_STAGES, Step, arm_of, stage_of
+from headwater.config.arm import Step
+from headwater.config.arms import ARMS, CONTRASTS, DESCRIPTIONS, OWN_STAGES, arm_of, stage_of
 from headwater.config.builtin import builtin_names, builtin_text, find_recipe
+from headwater.config.follow_up_arms import FOLLOW_UPS
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.errors import UserError
 from runs import call
@@ -78,7 +80,7 @@ def test_arms_are_distinct() -> None:
 
 def test_contrasts_name_existing_arms_each_pair_once() -> None:
     assert {name for pair in CONTRASTS for name in pair} == set(ARMS)
-    assert len({frozenset(pair) for pair in CONTRASTS}) == len(CONTRASTS) == 20
+    assert len({frozenset(pair) for pair in CONTRASTS}) == len(CONTRASTS) == 20 + len(FOLLOW_UPS)
     assert {("bridge", "direct_grpo"), ("direct_grpo", "raw_teacher"), ("bridge_rl", "replay")} <= set(CONTRASTS)
     assert list(DESCRIPTIONS) == ["base_student", "base_teacher", *ARMS, OWN_STAGES] and all(DESCRIPTIONS.values())
 
@@ -231,3 +233,32 @@ def test_stages_on_unequal_halves_take_equal_steps() -> None:
     # 2 epochs over the smaller half: 20 prompts, 2 a step; over all 23 labels: 46 prompts, 2 a step.
     assert inputs.steps("first_half", stage) == inputs.steps("second_half", stage) == 10
     assert inputs.steps("all", stage) == 23
+
+
+def test_controls_leave_out_settings_of_replaced_objective() -> None:
+    recipe = recipe_with("stages.opd.dense.gain_over=start", "stages.opd.dense.token_weights.first=9")
+    (constant,) = arm_of("constant_advantage", recipe).student
+    assert stage_of(recipe, constant).dense.token_weights is None and stage_of(recipe, constant).dense.gain_over is None
+    forward = stage_of(recipe, arm_of("forward_kl_on_student", recipe).student[-1]).dense
+    assert (forward.divergence, forward.gain_over) == ("forward", None) and forward.token_weights is not None
+
+
+def test_follow_ups_change_one_stage_of_bridge_or_bridge_rl() -> None:
+    recipe = recipe_with()
+    for name in FOLLOW_UPS:
+        base = "bridge_rl" if name == "rescue" else "bridge"
+        follow_up, plain = arm_of(name, recipe), arm_of(base, recipe)
+        assert follow_up.teacher == plain.teacher, name
+        settings = [[stage_of(recipe, step) for step in arm.student] for arm in (follow_up, plain)]
+        assert [ours == other for ours, other in zip(*settings, strict=True)] == [True] * (len(settings[0]) - 1) + [
+            False
+        ]
+        assert settings[0][-1].optim == settings[1][-1].optim and settings[0][-1].steps == settings[1][-1].steps
+
+
+def test_follow_ups_compare_equal_numbers_of_labels() -> None:
+    recipe = recipe_with()
+    pools = {name: {step.pool for step in arm_of(name, recipe).student} for name in FOLLOW_UPS}
+    assert pools.pop("rescue") == {"first_half", "second_half"} and set(map(frozenset, pools.values())) == {
+        frozenset({"all"})
+    }

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from headwater.config.recipe import Conditions, Prompt, Recipe, canonical_json, parse_recipe, read_recipe
 from headwater.config.stage import Sampling, Stage
 from headwater.errors import UserError
+from tiny import stage_of
 
 RAW: dict[str, Any] = {
     "name": "tiny",
@@ -212,6 +213,16 @@ def test_recipe_is_immutable() -> None:
     recipe = parse_recipe(RAW, "here")
     with pytest.raises(ValidationError, match="frozen"):
         recipe.stages.opd.optim.lr = 1.0
+
+
+def test_length_schedule_grows_to_max_tokens_by_hand() -> None:
+    stage = stage_of("opd", sampling={"max_tokens": 48}, length_schedule={"start": 16, "steps": 4})
+    assert [stage.sampling_at(step).max_tokens for step in range(6)] == [16, 24, 32, 40, 48, 48]
+    with pytest.raises(ValueError, match=r"length_schedule.start 48 must be below sampling.max_tokens 48"):
+        stage_of("opd", sampling={"max_tokens": 48}, length_schedule={"start": 48, "steps": 4})
+    with pytest.raises(ValueError, match="reads cached rollouts"):
+        stage_of("forward_kl", length_schedule={"start": 4, "steps": 4})
+    assert "length_schedule" not in stage_of("opd").model_dump()
 
 
 def test_steps_over_pool_by_hand() -> None:

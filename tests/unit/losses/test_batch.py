@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.losses.batch import Row, collate, microbatches
-from headwater.losses.distributions import Exact
 from headwater.losses.logprobs import token_stats
+from headwater.losses.materialized import Exact
 from headwater.losses.objectives import objective_of
 from headwater.losses.token_stats import TokenInputs
 from headwater.models.policy import Policy

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from headwater.losses import token_losses
-from headwater.losses.distributions import TAIL_FLOOR, Composed, Exact, FromHidden, TopK, concatenate
+from headwater.losses.distributions import Composed, FromHidden, Gain, concatenate
+from headwater.losses.materialized import TAIL_FLOOR, Exact, ExactGain, TopK
 
 DIVERGENCES = {
     "forward": token_losses.forward_kl,
@@ -145,7 +146,41 @@ def test_reverse_kl_to_composed_teacher_has_exopd_gradient() -> None:
     torch.testing.assert_close(exact, expected, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("form", ["hidden", "exact", "top", "composed", "composed of two heads"])
+def test_gain_moves_student_by_hand() -> None:
+    # A^Δ = log(T/T₀) = ±1.0986 and A = log(T/S) = 0.4055, −0.6931, centred ±0.5493: both agree, so T̂ ∝ (½ · 3, ½ / 3).
+    gain = ExactGain(Exact(torch.tensor([[0.75, 0.25]]).log()), Exact(torch.tensor([[0.25, 0.75]]).log()))
+    student = torch.tensor([[0.5, 0.5]]).log()
+    assert gain.target(student).exp()[0].tolist() == pytest.approx([0.9, 0.1])
+    # A student beyond the teacher: the distance now has the other sign, and the target is the student itself.
+    beyond = torch.tensor([[0.9, 0.1]]).log()
+    torch.testing.assert_close(gain.target(beyond), beyond)
+
+
+def test_gain_has_gradient_of_enumerated_policy_gradient() -> None:
+    logits = random_logp(6, 7, 3).requires_grad_()
+    teacher, base = random_logp(6, 7, 4), random_logp(6, 7, 5)
+    target = Gain((Exact(teacher), Exact(base))).materialize()
+    student = torch.log_softmax(logits, dim=-1)
+    actual = torch.autograd.grad(token_losses.reverse_kl(*target.align(student)).sum(), logits, retain_graph=True)[0]
+    p = student.detach().exp()
+
+    def centred(ratio: Tensor) -> Tensor:
+        return ratio - (p * ratio).sum(dim=-1, keepdim=True)
+
+    gain, distance = centred(teacher - base), centred(teacher - student.detach())
+    advantage = gain * (gain * distance > 0)
+    assert 0.2 < (advantage != 0).double().mean() < 0.8
+    sampled = -(p * advantage * student).sum()
+    torch.testing.assert_close(actual, torch.autograd.grad(sampled, logits)[0])
+
+
+def test_gain_rejects_top_k_parts() -> None:
+    logp = random_logp(2, 5, 0)
+    with pytest.raises(ValueError, match="whole distributions"):
+        Gain((Exact(logp), top(logp, 2))).materialize()
+
+
+@pytest.mark.parametrize("form", ["hidden", "exact", "top", "composed", "composed of two heads", "gain", "exact gain"])
 def test_concatenate_keeps_row_order_in_every_form(form: str) -> None:
     head = torch.nn.Linear(4, 7)
     hidden = torch.randn(6, 4)
@@ -158,6 +193,8 @@ def test_concatenate_keeps_row_order_in_every_form(form: str) -> None:
         "top": top(logp, 3),
         "composed": Composed((whole, Exact(logp.flip(1))), (1.25, -0.25)),
         "composed of two heads": Composed((whole, two_heads), (1.25, -0.25)),
+        "gain": Gain((whole, Exact(logp.flip(1)))),
+        "exact gain": ExactGain(Exact(logp), Exact(logp.flip(1))),
     }
     chosen = forms[form]
     rejoined = concatenate([chosen.rows(0, 2), chosen.rows(2, 3), chosen.rows(3, 6)], torch.device("cpu"))

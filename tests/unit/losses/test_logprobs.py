@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from headwater.losses import token_losses
-from headwater.losses.distributions import Distributions, Exact, FromHidden, TopK
+from headwater.losses.distributions import Distributions, FromHidden
 from headwater.losses.logprobs import token_stats
+from headwater.losses.materialized import Exact, TopK
 from headwater.losses.token_stats import TokenInputs, TokenStats
 
 N, H, V = 23, 5, 11

@@ -11,6 +11,7 @@ import signal
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,12 +95,15 @@ def test_shard_index_leading_outside_folder_is_refused(folder: Path) -> None:
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000"),
         ({"vocab_size": 10**12}, "vocab_size 1000000000000"),
+        ({"num_labels": 10**9}, "num_labels 1000000000"),
+        ({"intermediate_size": 10**12}, "intermediate_size 1000000000000"),
+        ({"text_config": {"hidden_size": 10**12}}, "hidden_size 1000000000000"),
         ({"num_hidden_layers": 3}, "lack 11 weights"),
         ({"intermediate_size": 65}, "in another shape"),
     ],
 )
 def test_config_larger_than_weights_is_refused_without_random_weights(
-    change: dict[str, int], named: str, folder: Path
+    change: dict[str, Any], named: str, folder: Path
 ) -> None:
     content = json.loads((folder / "config.json").read_text(encoding="utf-8")) | change
     content.pop("layer_types", None)

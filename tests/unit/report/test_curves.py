@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fake_runs import ARMS, fake_run, graded, names, write_rows
+from fake_runs import ARMS, MORE_ARMS, fake_run, graded, names, write_rows
 from headwater.report import figures
 from headwater.report.figures import Series
 from headwater.report.html_curves import METRICS, axis_limits, curves, mean_curves, panels_by_stage
@@ -31,6 +31,7 @@ def line(*values: float) -> list[Series]:
         ("reward", (0.98, 1.0), (0.8, 1.004)),  # not above one, but for a margin
         ("reward", (0.1, 0.9), (0.06, 0.94)),  # the values and 5 % of their range
         ("reward", (0.5, 0.505), None),
+        ("best_of_group", (0.875, 1.0), (0.0, 1.02)),  # always the whole range: with few groups its steps are large
         ("truncated", (0.0, 0.0), None),
         ("sampler_gap", (3e-8, 6e-8), None),  # rounding
         ("sampler_gap", (0.001, 0.003), (0.0009, 0.0031)),
@@ -52,7 +53,18 @@ def test_flat_curves_are_named_with_their_value(tmp_path: Path) -> None:
     drawn = {plot.name.removeprefix("curve-student_rl-student--") for plot in panels["plots"]}
     # The fake run's learning rate is 1e-3 at every step and its sampler gap at most 1e-5; it has no completion length.
     assert drawn == {"reward", "informative", "best_of_group", "loss", "entropy", "truncated", "grad_norm"}
-    assert re.fullmatch(r"learning rate 0\.001; sampler–trainer gap, nats a token \S+e-06", panels["flat"])
+    rate, gap = panels["flat"].split("; ")
+    assert rate == "learning rate, nearly constant at 0.001"
+    assert re.fullmatch(r"sampler–trainer gap, nats a token, nearly constant at \S+e-06", gap)
+
+
+@pytest.mark.parametrize(("times", "drawn"), [(1.0, {"kl_student_teacher"}), (1.01, {"loss", "kl_student_teacher"})])
+def test_loss_equal_to_divergence_is_not_drawn_twice(tmp_path: Path, times: float, drawn: set[str]) -> None:
+    out = fake_run(tmp_path / "out", seeds=(0,), arms={"opd_only": MORE_ARMS["opd_only"]})
+    values = [{"step": step, "kl_student_teacher": 1.0 / step, "loss": times / step} for step in range(1, 9)]
+    panels = panels_by_stage(read_study([out]), METRICS, lambda node: values if node.stage == "opd" else [])
+    assert {plot.name.rsplit("-", 1)[1] for plot in panels[0]["plots"]} == drawn
+    assert (panels[0]["flat"] == "loss, which equals KL(student ‖ teacher)") == (times == 1.0)
 
 
 def test_curve_element_carries_values_for_script() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from fake_runs import ARMS, fake_run, names, write_rows
 from headwater.report import html_time
-from headwater.report.study import read_study
+from headwater.report.study import costs, read_study
 
 
 @pytest.fixture
@@ -26,10 +26,31 @@ def test_seconds_of_parts_are_those_of_metrics_and_ledger(out: Path) -> None:
     # Two seeds of 12 steps of 0.5 s, of which sampling and the update take 0.2 s each; a cache takes 3.25 s.
     assert list(stages) == ["teacher_rollouts", "teacher_rl", "warmup", "opd"]
     assert {part: seconds for part, seconds in stages["teacher_rollouts"].items() if seconds} == {"sample": 6.5}
-    parts = {"sample": 4.8, "score": 0.0, "update": 4.8, "other training": 2.4, "evaluate": 0.0, "measure": 0.0}
+    parts = {
+        "sample": 4.8,
+        "score": 0.0,
+        "update": 4.8,
+        "other training": 2.4,
+        "evaluate": 0.0,
+        "measure": 0.0,
+        "load and save": 0.0,
+    }
     assert stages["teacher_rl"] == pytest.approx(parts)
     # Of one of the two seeds: an evaluation and four measurements of the conditions, at the steps 0, 5, 10 and 12.
     assert stages["opd"] == pytest.approx({**parts, "evaluate": 0.75, "measure": 3.0})
+
+
+def test_parts_sum_to_recorded_attempts_of_timeline(out: Path) -> None:
+    name = names(out, "direct_grpo")[-1]
+    (out / "attempts").mkdir()
+    (out / "attempts" / f"{name}.json").write_text(json.dumps([{"worker": "w", "started": 10.0, "ended": 40.0}]))
+    study = read_study([out])
+    (node,) = [node for node in study.arms["direct_grpo"][0] if node.name == name]
+    seconds = html_time.node_seconds(node)
+    assert sum(seconds.values()) == pytest.approx(30.0) and seconds["load and save"] > 0.0
+    # The rest is the training time that the headline and the table of arms give.
+    training = sum(seconds[part] for part in html_time.TRAINING_PARTS)
+    assert training == pytest.approx(costs([node])["seconds"])
 
 
 def test_timeline_has_bar_for_each_recorded_attempt(out: Path) -> None:

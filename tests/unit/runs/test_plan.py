@@ -359,9 +359,20 @@ def test_scorers_of_weight_one_on_one_model_are_plain_teacher() -> None:
     assert scorers(opd_node("{teacher: 1.25, base_teacher: -0.25}", "raw_teacher")) == {"teacher": 1.0}
 
 
+def test_scorers_of_gain_are_teacher_and_model_compared_with() -> None:
+    plan = plan_of("stages.opd.dense.gain_over=base_teacher", arms=("bridge",))
+    node = next(node for node in chain(plan, "bridge") if node.stage == "opd")
+    assert scorers(node) == {node.teacher: 1.0, "teacher": -1.0}
+    plan = plan_of("stages.opd.dense.gain_over=start", arms=("bridge",))
+    node = next(node for node in chain(plan, "bridge") if node.stage == "opd")
+    assert scorers(node) == {node.teacher: 1.0, node.start: -1.0}
+    with pytest.raises(UserError, match=r"stages.opd.dense.gain_over: base_teacher is the teacher itself"):
+        scorers(chain(plan_of("stages.opd.dense.gain_over=base_teacher", arms=("raw_teacher",)), "raw_teacher")[-1])
+
+
 def test_fingerprints_hold_later_settings_of_dense_only_if_set() -> None:
     plain = prints(plan_of())
     assert prints(plan_of("stages.opd.dense.clip=null")) == plain
-    for change in ("clip=2.0", "entropy_above=0.5", "teacher_weights={teacher: 1.25, base_teacher: -0.25}"):
+    for change in ("clip=2.0", "entropy_above=0.5", "gain_over=start", "token_weights.first=9"):
         changed = prints(plan_of(f"stages.opd.dense.{change}"))
         assert changed["opd"] != plain["opd"] and changed["warmup"] == plain["warmup"], change

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from headwater.errors import TrainingStoppedError
-from headwater.losses.distributions import Exact
+from headwater.losses.materialized import Exact
 from headwater.teachers.async_scoring import AsyncScorer
 from headwater.types import Rollout
 from tiny import rollout_of

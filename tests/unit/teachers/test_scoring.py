@@ -12,7 +12,7 @@ import torch
 from headwater.errors import UserError
 from headwater.losses import token_losses
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Exact, TopK
+from headwater.losses.materialized import Exact, TopK
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
 from headwater.teachers.cache import read_cache, refuse_huge_cache, write_distributions, write_rollouts

@@ -12,7 +12,7 @@ import torch
 from headwater.config.compute import Server
 from headwater.config.stage import Sampling
 from headwater.errors import TrainingStoppedError, UserError
-from headwater.losses.distributions import TopK
+from headwater.losses.materialized import TopK
 from headwater.models.policy import Policy
 from headwater.sampling.base import requests_for
 from headwater.teachers import server_client

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -50,7 +51,7 @@ RETRYABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "HTML": (lambda: b"<html>oops", "its answer is not JSON"),
     "a JSON list": (lambda: [1], "its answer is not a JSON object but list"),
     "half a JSON object": (lambda: b'{"choices": [', "its answer is not JSON"),
-    "deep JSON": (lambda: b"[" * 100_000, "its answer is not JSON"),
+    "deep JSON": (lambda: b"[" * 20_000, "its answer is not JSON"),
     "connection closed early": (lambda: (200, b"{", {"Content-Length": "9"}), "peer closed connection"),
 }
 
@@ -141,17 +142,47 @@ def test_redirect_is_refused_without_sending_prompts_or_key(status: int, monkeyp
         assert other.requests == []
 
 
-def test_responses_and_error_messages_are_read_up_to_limit(
-    monkeypatch: pytest.MonkeyPatch, pauses: list[float]
-) -> None:
-    monkeypatch.setattr(server_client, "MAX_ANSWER_BYTES", 100)
+def test_error_messages_are_read_up_to_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_client, "MAX_ERROR_BYTES", 20)
-    with serving(lambda path, body: {"long": "x" * 200_000}) as there:
-        with pytest.raises(TrainingStoppedError, match="its answer is not JSON"):
-            client(there.url).request("/v1/models")
-        there.answer = lambda path, body: (400, b"y" * 200_000)
+    with serving(lambda path, body: (400, b"y" * 200_000)) as there:
         with pytest.raises(UserError, match=r"status 400: y{20}\)"):
             client(there.url).request("/v1/models")
+
+
+ENTRIES = 2000
+MOST_BYTES = (ENTRIES + server_client.BASE_ENTRIES) * server_client.ENTRY_BYTES
+LARGE_ANSWERS = {
+    "a long text": (b"x" * (10 << 20), r"over 1,560,576 bytes, more than the request asked for"),
+    "lists of lists": (
+        b'{"a": [' + b"[[]]," * (MOST_BYTES // 5 - 9) + b"0]}",
+        r"over 48,768 values, more than the request",
+    ),
+    "objects": (b'{"a": [' + b"{}," * (MOST_BYTES // 3 - 9) + b"0]}", r"over 48,768 values, more than the request"),
+    "a text that never ends": (b'{"a": "' + b'\\",' * (MOST_BYTES // 3 - 9), "its answer is not JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE_ANSWERS)
+def test_answer_larger_than_request_asks_for_is_refused_within_memory(kind: str) -> None:
+    """A list of lists takes 32 times its text when it is parsed."""
+    text, message = LARGE_ANSWERS[kind]
+    with serving(lambda path, body: text) as there:
+        tracemalloc.start()
+        try:
+            with pytest.raises(TrainingStoppedError, match=message):
+                client(there.url, retries=0).request("/v1/completions", {}, ENTRIES)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 2560 * (ENTRIES + server_client.BASE_ENTRIES)
+
+
+def test_answer_with_texts_of_brackets_and_commas_is_read() -> None:
+    """Tokens may consist of the characters that separate JSON values."""
+    entry = {"logprob": -13.462918281555176, "rank": 151_643, "decoded_token": '[{,"\\' * 10}
+    whole = {"choices": [{str(token): entry} for token in range(ENTRIES + server_client.BASE_ENTRIES - 10)]}
+    with serving(lambda path, body: whole) as there:
+        assert client(there.url).request("/v1/completions", {}, ENTRIES) == whole
 
 
 def test_root_is_address_without_v1() -> None:

@@ -13,7 +13,7 @@ from headwater.config.stage import Optim, Stage
 from headwater.errors import TrainingStoppedError
 from headwater.losses import token_losses
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Exact
+from headwater.losses.materialized import Exact
 from headwater.losses.objectives import objective_of
 from headwater.models.policy import Policy
 from headwater.teachers.scoring import logp_of

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headwater.losses.batch import Row
-from headwater.losses.distributions import Exact, TopK
+from headwater.losses.materialized import Exact, TopK
 from headwater.training.token_signals import AT_ONCE, kept, pieces, signal_of
 from headwater.types import Rollout
 

@@ -84,12 +84,12 @@
     return `dense: mean ${signed(mean)} nats a token` + (lowest.length ? `; least likely under the teacher: ${lowest.join(", ")}` : "");
   };
   const article = (row) => {
-    const className = row.verdict === "right" ? "right" : row.verdict === "wrong" ? "wrong" : "plain";
+    const className = row.verdict === "right" ? "right" : row.verdict === "not graded" ? "plain" : "wrong";
     const box = element("article", undefined, className);
     const head = element("p");
-    head.append(element("strong", row.verdict === "right" ? "✓ right" : row.verdict === "wrong" ? "✗ wrong" : "not graded"));
+    head.append(element("strong", `${{ right: "✓ ", wrong: "✗ " }[className] || ""}${row.verdict}`));
     const facts = [row.stage, typeof row.step === "number" ? `step ${row.step}` : row.step, `seed ${row.seed}`, row.reason, `problem ${row.problem}`,
-      `sample ${row.sample}`, `${row.tokens} tokens`, row.finish === "length" ? "cut off at the token limit" : "", row.arms.map((arm) => data.arms[arm]).join(", ")];
+      `sample ${row.sample}`, `${row.tokens} tokens`, row.finish === "length" && row.verdict === "right" ? "cut at max_tokens" : "", row.arms.map((arm) => data.arms[arm]).join(", ")];
     head.append(` ${facts.filter(Boolean).join(" · ")}`);
     box.append(head);
     if (question(row)) {

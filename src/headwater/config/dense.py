@@ -1,0 +1,102 @@
+"""Schema of token-level supervision by a teacher. Frozen; unknown keys are rejected."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from headwater.config.schema import Strict, Tokens, Unit
+
+
+class TeacherWeights(Strict):
+    """Weights of the log-probs of frozen models, whose normalized product is the teacher's distribution. They sum to 1.
+
+    ExOPD (2602.12125) is `{teacher: 1.25, base_teacher: -0.25}`, or with `start` as the reference; weak-to-strong distillation
+    (2607.26246) is `{start: 1, teacher: 1, base_teacher: -1}`.
+    """
+
+    teacher: float = 0.0
+    """The stage's teacher."""
+    base_teacher: float = 0.0
+    """models.teacher before any training."""
+    start: float = 0.0
+    """The stage's own starting weights."""
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> TeacherWeights:
+        total = self.teacher + self.base_teacher + self.start
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the weights sum to {total:g}; they must sum to 1, or the temperature changes too")
+        return self
+
+
+class TokenWeights(Strict):
+    """Weights of the tokens that the teacher's signal trains. They are rescaled to a mean of 1 over the tokens of a step, so that a
+    selection does not change the learning rate."""
+
+    prompts: Literal["all", "pass_rate", "all_wrong"] = "all"
+    """`pass_rate` weighs each prompt by p·(1−p), with p the share of its rollouts that are right (2603.11178); `all_wrong` keeps
+    the prompts whose rollouts are all wrong, without rescaling (2608.00782). Both look at labels, which must be the stage's
+    own or spent by an earlier stage."""
+    first: Tokens | None = None
+    """Compare only the first tokens of a completion with the teacher (2602.15260); None compares all."""
+    soft_or: Annotated[float, Field(gt=0.0, lt=1.0), Unit("share of the tokens")] | None = None
+    """Keep the share of tokens with the highest h + d − h·d, with h the student's entropy and d KL(teacher‖student), both scaled
+    to 0…1 over the step (2604.14084). Takes one more forward pass of the student."""
+
+
+class Dense(Strict):
+    """Token-level teacher supervision."""
+
+    divergence: Literal["reverse", "forward", "jsd", "skewed", "entropy_aware", "sampled", "uld"] = "reverse"
+    """`reverse` KL(student‖teacher), `forward` KL(teacher‖student), `jsd` with `beta`, `skewed` KL(student‖beta·teacher +
+    (1−beta)·student), `entropy_aware` reverse plus forward where the teacher is uncertain, exact over the vocabulary;
+    `sampled` is the one-token estimate (k1) as an advantage; `uld` the distance of the sorted probabilities, for two tokenizers."""
+    tokenizers: Literal["same", "aligned"] = "same"
+    """`same`: student and teacher must tokenize alike. `aligned`: cross-tokenizer distillation; the teacher reads the text in its own
+    ids, and both are aligned by bytes (docs/teachers.md)."""
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Weight of the teacher in the mixture of `jsd` and `skewed`."""
+    entropy_above: Annotated[float, Field(ge=0.0), Unit("nats")] = 0.8
+    """Entropy of the teacher above which `entropy_aware` adds the forward KL."""
+    clip: Annotated[float, Field(gt=0.0), Unit("nats")] | None = None
+    """Upper bound of the divergence of one token; above it the token has no gradient. None bounds nothing."""
+    teacher_weights: TeacherWeights | None = None
+    """A teacher composed of several frozen models; None is the stage's teacher alone."""
+    gain_over: Literal["base_teacher", "start"] | None = None
+    """Follow the teacher's gain over this model, where it agrees with the distance to the teacher (OPD², 2607.15161):
+    `base_teacher` is models.teacher before any training, `start` the stage's starting weights. None follows the teacher."""
+    token_weights: TokenWeights | None = None
+    """Weights of prompts and tokens; None weighs every token alike."""
+    top_k: Tokens | None = None
+    """Teacher distributions keep the top k tokens and the total mass of the others; None keeps the whole vocabulary."""
+
+    @property
+    def weighs_by_verdict(self) -> bool:
+        """Whether a token's weight depends on whether its prompt's rollouts are right, so that they must be graded."""
+        return self.token_weights is not None and self.token_weights.prompts != "all"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the divergence sums over the vocabulary, so that it needs the teacher's whole distribution."""
+        return self.divergence != "sampled"
+
+    @model_validator(mode="after")
+    def _check_tokenizers(self) -> Dense:
+        if self.divergence == "uld" and self.tokenizers == "same":
+            raise ValueError(
+                "divergence uld: compares sorted probabilities of two tokenizers; set tokenizers to aligned"
+            )
+        if self.divergence == "uld" and self.top_k is not None:
+            raise ValueError("top_k: divergence uld needs the teacher's whole distribution")
+        if self.tokenizers == "aligned" and self.teacher_weights is not None:
+            raise ValueError("teacher_weights: a composed teacher needs one vocabulary; set tokenizers to same")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _omit_later_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit fields at their defaults that recipes and fingerprints written before they existed do not have."""
+        later = {"entropy_above", "clip", "teacher_weights", "gain_over", "token_weights", "tokenizers"}
+        unset = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in serialize(self).items() if name not in unset}

@@ -1,0 +1,273 @@
+"""Distributions as log-probs: over the whole vocabulary, the top k and a tail, sorted, or of common spans alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from headwater.losses.alignment import Spans
+from headwater.losses.token_losses import LOWEST
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Exact distributions stored as log-probs (N, V)."""
+
+    logp_NV: Tensor
+
+    def __len__(self) -> int:
+        return self.logp_NV.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.logp_NV.device
+
+    def rows(self, start: int, stop: int) -> Exact:
+        return Exact(self.logp_NV[start:stop])
+
+    def materialize(self) -> Exact:
+        return self
+
+    def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of student and teacher over the same events, both (N, E); the student's keep their gradient."""
+        return student_logp_NV, self.logp_NV.to(student_logp_NV)
+
+    def top_k(self, k: int) -> TopK:
+        """Keep the k most probable tokens and merge the others into the tail."""
+        kept = self.logp_NV.topk(min(k, self.logp_NV.shape[-1]), dim=-1)
+        return TopK(kept.indices, kept.values)
+
+    def token_logp(self, targets_N: Tensor) -> Tensor:
+        """The teacher's log-prob of each target token (N,)."""
+        return self.logp_NV.gather(1, targets_N[:, None]).squeeze(1).float()
+
+
+@dataclass(frozen=True)
+class ExactGain:
+    """Log-probs (N, V) of a teacher, and of the model that its gain is measured over."""
+
+    teacher: Exact
+    base: Exact
+
+    def __len__(self) -> int:
+        return len(self.teacher)
+
+    @property
+    def device(self) -> torch.device:
+        return self.teacher.device
+
+    def rows(self, start: int, stop: int) -> ExactGain:
+        return ExactGain(self.teacher.rows(start, stop), self.base.rows(start, stop))
+
+    def materialize(self) -> ExactGain:
+        return self
+
+    def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of the student and of its target over the same events, both (N, E)."""
+        return student_logp_NV, self.target(student_logp_NV)
+
+    @torch.no_grad()
+    def target(self, student_logp_NV: Tensor) -> Tensor:
+        """Log-probs (N, V) of T̂ ∝ S · exp(g): the student's distribution S moved by the gated gain g, without gradient.
+
+        With A^Δ = log T − log T₀ and A = log T − log S, each minus its mean under S, g is A^Δ where both have the same sign and 0
+        elsewhere. The gradient of KL(S ‖ T̂) at a constant T̂ is p_S(j) · (Σ_v p_S(v) g(v) − g(j)): the expectation over S of the
+        policy gradient with advantage g, without sampling noise (OPD², 2607.15161; there the mean is over the top 1,024 tokens).
+
+        Example: S = (½, ½), T = (¾, ¼), T₀ = (¼, ¾) give A^Δ = ±1.0986 and A = ±0.5493, so T̂ ∝ (½ · 3, ½ / 3) = (0.9, 0.1).
+        """
+        student_NV, teacher_NV, base_NV = (
+            logp_NV.to(student_logp_NV).clamp_min(LOWEST)
+            for logp_NV in (student_logp_NV, self.teacher.logp_NV, self.base.logp_NV)
+        )
+        p_NV = student_NV.exp()
+        gain_NV, distance_NV = (
+            ratio_NV - torch.linalg.vecdot(p_NV, ratio_NV)[:, None]
+            for ratio_NV in (teacher_NV - base_NV, teacher_NV - student_NV)
+        )
+        gated_NV = torch.where(gain_NV * distance_NV > 0.0, gain_NV, torch.zeros_like(gain_NV))
+        return torch.log_softmax(student_NV + gated_NV, dim=-1)
+
+    def token_logp(self, targets_N: Tensor) -> Tensor:
+        """The teacher's log-prob of each target token (N,)."""
+        return self.teacher.token_logp(targets_N)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k most probable tokens, and one further event, the tail, for all others.
+
+    A divergence over these k+1 events is that of the two distributions after merging the tail: never more than the exact
+    one, zero when they are equal, and its gradient is exact, with no term dropped (the bias of 2605.11182 comes from a sum
+    over the k tokens alone).
+
+    count_N  number of kept tokens in each row, which come first; None: all k. A row without any is one event, whose divergence is 0
+    """
+
+    ids_NK: Tensor
+    logp_NK: Tensor
+    count_N: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.ids_NK.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids_NK.device
+
+    def rows(self, start: int, stop: int) -> TopK:
+        count_N = None if self.count_N is None else self.count_N[start:stop]
+        return TopK(self.ids_NK[start:stop], self.logp_NK[start:stop], count_N)
+
+    def materialize(self) -> TopK:
+        return self
+
+    def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+        return self.align_kept(student_logp_NV.gather(1, self.kept_ids(student_logp_NV)))
+
+    def kept_ids(self, student_logp_NV: Tensor) -> Tensor:
+        """Ids of the student's tokens (N, K) whose log-probs `align_kept` reads."""
+        return self.ids_NK.long()
+
+    def align_kept(self, student_logp_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """As `align`, from the student's log-probs of the kept tokens."""
+        teacher_logp_NK = self.logp_NK.to(student_logp_NK)
+        if self.count_N is not None:
+            absent_NK = self._absent(self.count_N)
+            student_logp_NK = student_logp_NK.masked_fill(absent_NK, LOWEST)
+            teacher_logp_NK = teacher_logp_NK.masked_fill(absent_NK, LOWEST)
+        return _with_tail(student_logp_NK), _with_tail(teacher_logp_NK)
+
+    def top_k(self, k: int) -> TopK:
+        """Keep the k most probable of the kept tokens and merge the others into the tail."""
+        logp_NK = self.logp_NK if self.count_N is None else self.logp_NK.masked_fill(self._absent(self.count_N), LOWEST)
+        kept = logp_NK.topk(min(k, logp_NK.shape[-1]), dim=-1)
+        count_N = None if self.count_N is None else self.count_N.clamp_max(kept.values.shape[-1])
+        return TopK(self.ids_NK.gather(1, kept.indices), kept.values, count_N)
+
+    def _absent(self, count_N: Tensor) -> Tensor:
+        return torch.arange(self.ids_NK.shape[1], device=self.device) >= count_N[:, None]
+
+    def token_logp(self, targets_N: Tensor) -> Tensor:
+        """Raises ValueError for a token outside the kept ones: only its tail is known."""
+        matches_NK = self.ids_NK == targets_N[:, None]
+        if not bool(matches_NK.any(dim=1).all()):
+            raise ValueError("a token outside the teacher's kept top-k has no log-prob of its own")
+        return self.logp_NK.float()[matches_NK]
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """A distribution's probabilities from the largest to the smallest, without the tokens that they belong to.
+
+    logp_NV     log-probs, descending
+    compared_N  whether the row is compared; the divergence of the others is 0
+    """
+
+    logp_NV: Tensor
+    compared_N: Tensor
+
+    def __len__(self) -> int:
+        return self.logp_NV.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.logp_NV.device
+
+    def rows(self, start: int, stop: int) -> Sorted:
+        return Sorted(self.logp_NV[start:stop], self.compared_N[start:stop])
+
+    def materialize(self) -> Sorted:
+        return self
+
+    def align(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+        return self.align_kept(student_logp_NV.gather(1, self.kept_ids(student_logp_NV)))
+
+    def kept_ids(self, student_logp_NV: Tensor) -> Tensor:
+        """The student's ids from its most to its least probable token (N, V)."""
+        return student_logp_NV.argsort(dim=-1, descending=True, stable=True)
+
+    def align_kept(self, student_logp_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Events are ranks; the smaller vocabulary has probability 0 at the ranks that it lacks."""
+        ranks, skipped_N1 = max(student_logp_NV.shape[1], self.logp_NV.shape[1]), ~self.compared_N[:, None]
+        student_NE, teacher_NE = (
+            functional.pad(logp_NV, (0, ranks - logp_NV.shape[1]), value=LOWEST).masked_fill(skipped_N1, LOWEST)
+            for logp_NV in (student_logp_NV, self.logp_NV.to(student_logp_NV))
+        )
+        return student_NE, teacher_NE
+
+
+@dataclass(frozen=True)
+class SpanLogp:
+    """A teacher's log-prob of each common span of two tokenizations, at every token of the student in that span.
+
+    For a token t of span c the number is log p_T(c) − Σ_{s ∈ c, s ≠ t} log p_S(s), with the student's log-probs when it sampled. So
+    its difference to log p_S(t) is log p_T(c) − log p_S(c), the span's log-ratio, and a span of one token has the teacher's log-prob
+    of that token.
+
+    logp_N  natural log, at the sampling temperature
+    size_N  number of the student's tokens in the token's span; 0 where the tokenizations do not agree, which is not compared
+    """
+
+    logp_N: Tensor
+    size_N: Tensor
+
+    @staticmethod
+    def of(spans: Spans, student_logp_N: Tensor, teacher_logp_M: Tensor) -> SpanLogp:
+        """From the log-probs of the N tokens of the student and of the M tokens of the teacher.
+
+        Example: one span of the student's tokens a, b with log-probs -1, -2 and the teacher's token ab with -0.5: (1.5, 0.5).
+        """
+        pairs, device = spans.pairs(), student_logp_N.device
+        own_C = torch.tensor([len(own) for own, _ in pairs], dtype=torch.long, device=device)
+        other_C = torch.tensor([len(other) for _, other in pairs], dtype=torch.long, device=device)
+        span_C, read = torch.arange(len(pairs), device=device), spans.first_read
+        own_span_R, other_span_R = span_C.repeat_interleave(own_C), span_C.repeat_interleave(other_C)
+        own_logp_R = student_logp_N[:read]
+        own_logp_C = own_logp_R.new_zeros(len(pairs)).index_add_(0, own_span_R, own_logp_R)
+        teacher_logp_C = own_logp_R.new_zeros(len(pairs)).index_add_(
+            0, other_span_R, teacher_logp_M[: len(other_span_R)].to(own_logp_R)
+        )
+        logp_N, size_N = torch.zeros_like(student_logp_N), torch.zeros_like(student_logp_N, dtype=torch.long)
+        # In a span of one token the bracket is exactly 0, so it has the teacher's number to the bit.
+        logp_N[:read] = teacher_logp_C[own_span_R] - (own_logp_C[own_span_R] - own_logp_R)
+        size_N[:read] = own_C[own_span_R]
+        return SpanLogp(logp_N, size_N)
+
+    def __len__(self) -> int:
+        return self.logp_N.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.logp_N.device
+
+    def rows(self, start: int, stop: int) -> SpanLogp:
+        return SpanLogp(self.logp_N[start:stop], self.size_N[start:stop])
+
+    def materialize(self) -> SpanLogp:
+        return self
+
+    def compare(self, student_logp_N: Tensor) -> tuple[Tensor, Tensor]:
+        """(sampled reverse KL, the teacher's log-prob as `token_losses.sampled_reverse_kl` reads it) of each token, without gradient.
+
+        The first sums to log p_S(c) − log p_T(c) over a span. The second is the student's own where nothing is compared.
+        """
+        student_logp_N, compared_N = student_logp_N.detach(), self.size_N > 0
+        teacher_logp_N = torch.where(compared_N, self.logp_N.to(student_logp_N), student_logp_N)
+        return (student_logp_N - teacher_logp_N) / self.size_N.clamp_min(1), teacher_logp_N
+
+
+Known = Exact | ExactGain | TopK | Sorted | SpanLogp
+"""The materialized forms."""
+
+
+TAIL_FLOOR = 1e-7
+"""float32 cannot tell a smaller tail from rounding; both sides get the same floor, so equality still gives zero."""
+
+
+def _with_tail(logp_NK: Tensor) -> Tensor:
+    tail_N1 = (1.0 - logp_NK.exp().sum(dim=-1, keepdim=True)).clamp_min(TAIL_FLOOR).log()
+    return torch.cat([logp_NK, tail_N1], dim=-1)
