@@ -16,7 +16,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "recipe-fields.md"
 HEAD = """# Recipe fields
 
 Every field of a [recipe](recipe.md), generated from the schema. A field's path joins the heading and the name:
-`--set stages.opd.optim.lr=1e-5`. `STAGE` is `teacher_rl`, `warmup`, `opd`, `student_rl` or `sft`; `SOURCE` is `labeled`, `unlabeled`, `validation` or `evals.NAME`.
+`--set stages.opd.optim.lr=1e-5`. `STAGE` is `teacher_rl`, `warmup`, `opd`, `student_rl` or `sft`;
+`SOURCE` is `labeled`, `unlabeled`, `validation` or `evals.NAME`.
 `headwater explain stages.opd.optim.lr` prints the same in a terminal.
 
 """
