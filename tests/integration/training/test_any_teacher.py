@@ -165,3 +165,15 @@ def test_teacher_reads_its_own_words(tmp_path: Path) -> None:
 def test_impossible_combinations_are_refused(changes: tuple[str, ...], message: str, tmp_path: Path) -> None:
     result = tiny("run", tmp_path / "out", "--arm", "raw_teacher", changes=changes)
     assert result.code == 2 and message in result.err
+
+
+def test_doctor_measures_pair_and_names_unequal_prompts(pairs_teacher: Path, tmp_path: Path) -> None:
+    changes = (f"models.teacher={pairs_teacher}", *ALIGNED, "prompt.teacher={template: '{problem} '}")
+    result = tiny("doctor", tmp_path / "out", "--arm", "raw_teacher", changes=changes, whole=True)
+    assert "note tokenizers-aligned: models.student and models.teacher: 100.0% of the tokens" in result.out
+    assert "100.0% of the student's vocabulary is the teacher's too; 0 texts are not given back" in " ".join(
+        result.out.split()
+    )
+    assert "note prompts-differ" in result.out
+    equal = tiny("doctor", tmp_path / "out", "--arm", "raw_teacher", changes=ALIGNED, whole=True)
+    assert "note tokenizers-equal" in equal.out
