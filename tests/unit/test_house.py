@@ -21,13 +21,13 @@ MODULES = {
 }
 
 ORDER = (
-    "errors", "printing", "plugins", "types", "seeds", "stats", "kernels",
+    "errors", "printing", "plugins", "types", "seeds", "stats", "kernels", "devices",
     "config", "storage", "tasks", "data", "distributed", "losses", "models", "sampling", "teachers", "training",
     "runs", "runs.executors", "doctor", "report", "pipeline", "sweeps", "evaluation", "evaluation_files", "api", "cli", "__main__",
 )  # fmt: skip
 """Folders and top-level modules, lowest first. A module imports from its own folder and from those before it."""
 TORCH_FREE = {"errors", "printing", "plugins", "types", "seeds", "config", "storage", "tasks", "data", "report"}
-PURE = {"losses", "kernels"}
+PURE = {"losses", "kernels", "devices"}
 """Tensor code without files, settings (but for the table of objectives) or models."""
 HEAVY = ("torch", "transformers", "safetensors", "datasets")
 
