@@ -27,7 +27,7 @@ try:
 except ImportError:  # torch before 2.10
     torch_varlen = None  # type: ignore[assignment]
 
-VARLEN: Callable[..., Tensor] | None = None if torch_varlen is None else torch_varlen.varlen_attn
+VARLEN: Callable[..., Any] | None = None if torch_varlen is None else torch_varlen.varlen_attn
 
 MAX_WASTE = 1 << 20
 """Attention scores that padding may add to a block before a new block is started: about the cost of starting one."""
@@ -158,7 +158,7 @@ def block_attention(packing: Packing, q_MHD: Tensor, k_MKD: Tensor, v_MKD: Tenso
 
 
 def varlen_attention(
-    varlen: Callable[..., Tensor], packing: Packing, q_MHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, scaling: float | None
+    varlen: Callable[..., Any], packing: Packing, q_MHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, scaling: float | None
 ) -> Tensor:
     """The same by torch's varlen attention, whose arguments differ between versions of torch."""
     known, group = inspect.signature(varlen).parameters, q_MHD.shape[1] // k_MKD.shape[1]
@@ -172,7 +172,8 @@ def varlen_attention(
     elif scaling is not None:
         q_MHD = q_MHD * (scaling * q_MHD.shape[-1] ** 0.5)
     starts, longest = packing.block_row_starts, max(width for _, width in packing.blocks)
-    return varlen(q_MHD, k_MKD, v_MKD, starts, starts, longest, longest, **options)
+    output_MHD: Tensor = varlen(q_MHD, k_MKD, v_MKD, starts, starts, longest, longest, **options)
+    return output_MHD
 
 
 def gather_rows(x_LE: Tensor, index_M: Tensor) -> Tensor:
