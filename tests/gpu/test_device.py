@@ -142,17 +142,11 @@ def test_update_out_of_memory_halves_microbatch_and_gives_same_weights(
     stage, rows = stage_of("grpo"), sampled_rows(policy_on(CPU))
     whole, halved = policy_on(device), policy_on(device)
     update(whole, torch.optim.SGD(whole.model.parameters(), lr=0.1), rows, objective_of(stage), stage, 4096)
-    room, budget = Room(most=20), BatchBudget(4096)
+    room = Room(most=20)
     room.patch(monkeypatch)
-
-    def attempt(tokens: int) -> dict[str, float]:
-        halved.model.zero_grad(set_to_none=True)
-        return update(
-            halved, torch.optim.SGD(halved.model.parameters(), lr=0.1), rows, objective_of(stage), stage, tokens
-        )
-
-    budget.fit_passes(attempt, [row.rollout for row in rows])
-    assert budget.size < 40 and max(room.sizes) > 20 and len(room.sizes) > 3
+    optimizer = torch.optim.SGD(halved.model.parameters(), lr=0.1)
+    fitted = update(halved, optimizer, rows, objective_of(stage), stage, 4096)["microbatch_tokens"]
+    assert fitted < 40 and max(room.sizes) > 20 and room.sizes[-1] <= 20
     for name, weight in weights_of(whole).items():
         torch.testing.assert_close(weights_of(halved)[name], weight, rtol=1e-4, atol=1e-6)
 
