@@ -143,7 +143,17 @@ def test_pure_folders_import_no_files_and_no_models() -> None:
         assert {folder(module) for module in own(MODULES[name])} <= PURE | {"types"} | settings, name
         outside = {dependency.split(".")[0] for dependency in imported(MODULES[name])}
         library = {"ctypes", "functools", "importlib"} if name == "kernels" else {"functools"}
-        usual = {"__future__", "collections", "dataclasses", "math", "typing", "torch", "headwater"}
+        usual = {
+            "__future__",
+            "collections",
+            "dataclasses",
+            "inspect",
+            "itertools",
+            "math",
+            "typing",
+            "torch",
+            "headwater",
+        }
         assert outside <= usual | library, name
 
 
