@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.cases import Case
-from headwater.config.recipe import Generate, Prompt, Source
+from headwater.config.prompt import Prompt
+from headwater.config.recipe import Generate, Source
 from headwater.data.sources import load
 from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
