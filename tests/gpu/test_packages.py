@@ -10,8 +10,9 @@ from tests.unit.test_house import MODULES, imported_at_start
 
 ROOT = Path(__file__).parents[2]
 USUAL = {
-    "torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "scipy", "yaml", "rich", "typer", "jinja2",
-    "matplotlib", "sympy",
+    "torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "scipy", "yaml", "rich", "typer",
+    "jinja2",
+    "markupsafe", "matplotlib", "sympy",
 }  # fmt: skip
 """Packages that machines for deep learning commonly have; docs/performance.md names them."""
 
