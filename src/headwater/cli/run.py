@@ -120,7 +120,7 @@ def sweep(
         options.changes,
     )
     display = progress_display(quiet=options.json_)
-    say_loading(f"{recipe} by {vary}", display)
+    say_loading(f"laying out a sweep of {recipe} by {vary}", display)
     from headwater import sweeps
     from headwater.report.format import console
     from headwater.report.sweep_page import dry_run_table, terminal_table
@@ -186,7 +186,7 @@ def execute(
             raise UserError("--seeds: a seed is named twice")
         if len(set(arms)) != len(arms):
             raise UserError(f"--arms {','.join(arms)}: an arm is named twice")
-        say_loading(f"checking {recipe.name}", display)
+        say_loading(f"checking recipe {recipe.name}", display)
         from headwater import pipeline
         from headwater.cli.results import print_report
         from headwater.storage.run_dir import RunDir, read_json

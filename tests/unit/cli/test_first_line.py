@@ -21,15 +21,15 @@ main()
 """
 
 COMMANDS = {
-    "run pocket": "checking pocket: loading torch and transformers …",
-    "run pocket --dry-run": "checking pocket: loading torch and transformers …",
-    "study pocket": "checking pocket: loading torch and transformers …",
-    "demo": "checking pocket: loading torch and transformers …",
+    "run pocket": "checking recipe pocket: loading torch and transformers …",
+    "run pocket --dry-run": "checking recipe pocket: loading torch and transformers …",
+    "study pocket": "checking recipe pocket: loading torch and transformers …",
+    "demo": "checking recipe pocket: loading torch and transformers …",
     "doctor pocket": "checking pocket: loading torch and transformers …",
     "probe pocket": "probing the models of pocket: loading torch and transformers …",
-    "sweep pocket --vary labels": "pocket by labels: loading torch and transformers …",
-    "distill S T --prompts p.jsonl": "checking distill-S: loading torch and transformers …",
-    "grpo S --data d.jsonl": "checking grpo-S: loading torch and transformers …",
+    "sweep pocket --vary labels": "laying out a sweep of pocket by labels: loading torch and transformers …",
+    "distill S T --prompts p.jsonl": "checking recipe distill-S: loading torch and transformers …",
+    "grpo S --data d.jsonl": "checking recipe grpo-S: loading torch and transformers …",
     "eval S --data d.jsonl": "evaluating S: loading torch and transformers …",
     "init mine --student S --teacher T --data d.jsonl": "fitting a recipe: loading torch and transformers …",
 }

@@ -139,8 +139,9 @@ def test_no_signal_guard_stops_stage_and_names_wasted_labels(
     message = str(guard.check(silent(3)))
     assert message == (
         "no informative group in 3 steps, so reward gives no gradient: 100 % of the completions were wrong; 12 labels were looked "
-        "at, and the other 28 of this stage's 40 would be wasted too; use easier problems, a stronger model or a larger "
-        "stages.teacher_rl.group_size (or set guards.no_signal=continue to train on all the same)"
+        "at, and the other 28 of this stage's 40 would be wasted too; use easier problems, a stronger model, a lower "
+        "stages.teacher_rl.sampling.temperature or a larger stages.teacher_rl.group_size "
+        "(or set guards.no_signal=continue to train on all the same)"
     )
     solved = str(no_signal_guard(tmp_path, right=True).check(silent(3, reward=1.0)))
     assert "100 % of the completions were right" in solved and "use harder problems" in solved
