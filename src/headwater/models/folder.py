@@ -168,6 +168,8 @@ class ModelFolder:
             with layout_limits():
                 config = AutoConfig.from_pretrained(self.base.path, trust_remote_code=self.trust_remote_code)
         refuse_unsupported(config, self.field, self.name)
+        if not self.trust_remote_code:
+            untrusted_files.refuse_kernels(config, self.field, self.name)
         return config
 
     @property

@@ -64,6 +64,20 @@ FROM_JSON: dict[str, tuple[dict[str, Any], str]] = {
         ),
         "the post_processor in tokenizer.json makes a text 99 times",
     ),
+    "growth in each section": (
+        replaced(
+            normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 30},
+            post_processor={
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 20,
+            },
+        ),
+        "the normalizer, pre_tokenizer and post_processor in tokenizer.json together make a text 600 times as long",
+    ),
+    "long words": (
+        replaced(model={"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 65_536}),
+        "splits words of up to 65536 characters, over 1,000",
+    ),
     "many parts": (replaced(normalizer=sequence(*[{"type": "Lowercase"}] * 10_001)), "has over 10,000 parts"),
     "added tokens": (
         replaced(
