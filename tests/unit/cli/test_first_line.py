@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,16 @@ def test_line_appears_before_torch_is_imported(command: str, tmp_path: Path) -> 
     lines = ended.stderr.splitlines()
     assert (ended.returncode, lines[-1]) == (7, "IMPORT")
     assert COMMANDS[command] in lines[-2]
+
+
+def test_first_rank_of_torchrun_prints_first_line(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", IMPORT_OF_TORCH_ENDS_PROGRAM, "run", "pocket"]
+    for rank, lines in (("0", 2), ("1", 1)):
+        ranks = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        ended = subprocess.run(
+            program, check=False, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=os.environ | ranks
+        )
+        assert (ended.returncode, len(ended.stderr.splitlines())) == (7, lines)
 
 
 def test_validate_names_its_file_before_it_reads_it(tmp_path: Path) -> None:

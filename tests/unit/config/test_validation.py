@@ -82,7 +82,7 @@ def test_single_fault_is_one_line_with_place(tmp_path: Path) -> None:
         ("", "`headwater init mine --student S --teacher T --data FILE` writes a whole recipe"),
     ],
 )
-def test_missing_or_misnamed_data_says_what_to_write(data: str, hint: str, tmp_path: Path) -> None:
+def test_missing_or_misnamed_data_has_hint(data: str, hint: str, tmp_path: Path) -> None:
     recipe = f"task: maths\nmodels: {{student: a}}\n{data}\nstages: {{student_rl: {{steps: 1}}}}\n"
     assert any(hint in line for line in faults_of(recipe, tmp_path))
 
