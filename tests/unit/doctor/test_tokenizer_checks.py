@@ -44,7 +44,7 @@ def names(result: Examination) -> dict[str, str]:
     return {finding.name: finding.severity for finding in result.findings}
 
 
-def test_pair_that_fits_is_noted_with_figures(tmp_path: Path) -> None:
+def test_good_pair_is_noted_with_figures(tmp_path: Path) -> None:
     teacher = teacher_with(tmp_path / "pairs", make_tokenizer("pairs"))
     result = examined(tmp_path, teacher, *ALIGNED)
     assert names(result) == {"tokenizers-aligned": "note"}
