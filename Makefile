@@ -83,9 +83,10 @@ bench: .venv-bench/installed
 .venv/bin/python:
 	python3 -m venv .venv
 
+# pip shows its progress: torch alone can take minutes.
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(PY) -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable .
+	$(PY) -m pip install --constraint constraints.txt torch==2.13.0
+	$(PY) -m pip install --constraint constraints.txt --editable .
 	touch $@
 
 .venv/installed-test: .venv/installed

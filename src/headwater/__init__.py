@@ -13,17 +13,21 @@ if TYPE_CHECKING:
         evaluate_each,
         grade,
         probe,
+        read_recipe,
         rebuild_report,
         run,
         study,
         validate,
     )
+    from headwater.config.recipe import Recipe
+    from headwater.doctor.probe_result import ProbeResult
     from headwater.evaluation import EvaluationSettings
+    from headwater.report.result import Result
 
 __version__ = "0.1.0"
 __all__ = [
-    "EvaluationSettings", "__version__", "compare_evaluations", "diagnose", "evaluate", "evaluate_each", "grade", "probe",
-    "rebuild_report", "run", "study", "validate",
+    "EvaluationSettings", "ProbeResult", "Recipe", "Result", "__version__", "compare_evaluations", "diagnose", "evaluate",
+    "evaluate_each", "grade", "probe", "read_recipe", "rebuild_report", "run", "study", "validate",
 ]  # fmt: skip
 
 

@@ -18,13 +18,14 @@ from headwater.data.validate import ValidationResult
 from headwater.doctor import probe as probes
 from headwater.doctor.checks import Examination
 from headwater.doctor.checks import diagnose as examine_recipe
+from headwater.doctor.probe_result import ProbeResult
 from headwater.evaluation import Evaluation, EvaluationSettings, evaluate_models
 from headwater.evaluation_files import Comparison, compare
 from headwater.plugins import name_of
 from headwater.report import build
 from headwater.report.result import Result
 from headwater.runs.default_arm import choose_arm
-from headwater.runs.node_context import ProgressDisplay
+from headwater.runs.display import ProgressDisplay
 from headwater.runs.progress import progress_display
 from headwater.runs.setup import set_up
 from headwater.runs.trackers import Callback, Opener, tracked
@@ -61,7 +62,7 @@ def run(
     Raises `headwater.errors.HeadwaterError` with the message that the command prints. Guard the call with
     `if __name__ == "__main__":` where nodes run in worker processes (`compute.workers`).
     """
-    seeds, parsed = None if seed is None else [seed], recipe_of(recipe, changes)
+    seeds, parsed = None if seed is None else [seed], read_recipe(recipe, changes)
     if arm is None:
         choice = choose_arm(parsed, _folder(out, parsed))
         _display(quiet).say(choice.sentence)
@@ -81,7 +82,7 @@ def study(
     quiet: bool | None = None,
 ) -> Result:
     """Run arms × seeds as one plan with shared nodes run once; returns the results. Arguments as for `run`."""
-    parsed = recipe_of(recipe, changes)
+    parsed = read_recipe(recipe, changes)
     for arm in arms:
         arm_of(arm, parsed)
     folder = _folder(out, parsed)
@@ -98,7 +99,7 @@ def diagnose(
     `result.errors` are the findings for which a run would be refused. Raises HeadwaterError only for an unknown arm or a recipe that
     cannot be read.
     """
-    parsed = recipe_of(recipe, changes)
+    parsed = read_recipe(recipe, changes)
     folder = _folder(out, parsed)
     set_up(parsed.compute)
     return examine_recipe(parsed, list(arms or [choose_arm(parsed, folder).arm]), [parsed.seed], folder)
@@ -113,14 +114,16 @@ def probe(
     out: str | Path | None = None,
     changes: Changes = (),
     quiet: bool | None = None,
-) -> dict[str, Any]:
-    """Measure how ready student and teacher are; returns what `headwater probe --json` prints, with `["advice"]["labels"]["arm"]`.
+) -> ProbeResult:
+    """Measure how ready student and teacher are, and advise where to spend the labels, as `headwater probe` does.
+
+    Example: `probe("my.yaml").arm` is the arm to run.
 
     problems  labelled problems to sample; 128 by default
     samples   completions per problem; 8 or the group size by default
     out       directory of the later run, which then stores the result and the label checks
     """
-    parsed = recipe_of(recipe, changes)
+    parsed = read_recipe(recipe, changes)
     chosen = parsed.seed if seed is None else seed
     return probes.probe(parsed, problems, samples, chosen, None if out is None else Path(out), _display(quiet))
 
@@ -188,8 +191,11 @@ def rebuild_report(*folders: str | Path, out: str | Path | None = None) -> Resul
     return Result(target, build.write(target, paths))
 
 
-def recipe_of(recipe: Source, changes: Changes = ()) -> Recipe:
-    """Parse a recipe. Raises UserError with the message that the command would print."""
+def read_recipe(recipe: Source, changes: Changes = ()) -> Recipe:
+    """Parse a recipe, and change fields of it. Raises UserError with the message that the command would print.
+
+    Example: `read_recipe("my.yaml", {"labels.budget": 64}).labels.budget` is 64.
+    """
     overrides = _overrides(changes)
     if isinstance(recipe, Recipe):
         recipe = recipe.model_dump(mode="json")

@@ -18,11 +18,11 @@ from headwater.config.recipe import Recipe, canonical_json
 from headwater.doctor.checks import CHECKS, MACHINE_CHECKS, preflight
 from headwater.errors import FailedError, UserError
 from headwater.report import build as report
+from headwater.runs.display import ProgressDisplay
 from headwater.runs.estimate import estimates
 from headwater.runs.executors.base import Executor, Failure, Job, describe
 from headwater.runs.executors.local import LocalExecutor
 from headwater.runs.inputs import RunInputs
-from headwater.runs.node_context import ProgressDisplay
 from headwater.runs.plan import Plan
 from headwater.runs.run_node import remove_unneeded
 from headwater.runs.setup import prepared, prompt_day, stop_requests

@@ -12,8 +12,8 @@ from headwater import pipeline
 from headwater.doctor.checks import preflight
 from headwater.errors import HeadwaterError, UserError
 from headwater.report import sweep_page
+from headwater.runs.display import ProgressDisplay
 from headwater.runs.estimate import Estimate, estimates
-from headwater.runs.node_context import ProgressDisplay
 from headwater.runs.setup import prepared
 from headwater.runs.sweep import Point, Sweep, text_of
 from headwater.storage.run_dir import RunDir

@@ -115,15 +115,18 @@ def test_arms_on_page_match_report_json(study: Path, open_page: Any) -> None:
     values = json.loads((study / "report.json").read_text(encoding="utf-8"))
     with open_page(study / "report.html") as page:
         rows = page.locator("#arms tbody tr").evaluate_all(
-            "rows => rows.map(row => [row.cells[0].firstChild.textContent, [...row.cells].slice(1).map(c => c.innerText)])"
+            """rows => rows.map(row => [row.cells[0].firstChild.textContent,
+                Object.fromEntries([...row.cells].map(cell => [cell.dataset.label, cell.innerText]))])"""
         )
         assert [name for name, _ in rows] == list(values["arms"])
         for name, cells in rows:
             arm = values["arms"][name]
             accuracy = arm["accuracy"]["sums"]
             mean, low, high = (f"{100 * accuracy[key]:.1f}" for key in ("mean", "low", "high"))
-            assert (cells[0], cells[5]) == (mean, f"{low} to {high}"), name
-            assert [cells[2], cells[8]] == [f"{arm['labels'][key]:,}" for key in ("distinct", "checks")], name
+            assert cells["accuracy %\u00a0[95\u00a0%]"] == f"{mean}\n[{low}, {high}]", name
+            assert [cells["labels"], cells["checks"]] == [
+                f"{arm['labels'][key]:,}" for key in ("distinct", "checks")
+            ], name
 
 
 def test_arms_on_phone_show_accuracy_forest_and_labels(study: Path, open_page: Any) -> None:

@@ -42,6 +42,7 @@ VERBATIM = {  # command -> regular expression of its output
     "run my.yaml --dry-run --json": '"steps": ',
     "run gsm8k --dry-run --on h100": "GPU-hours",
     "run gsm8k --dry-run --on rtx4090": "GPU-hours",
+    "study gsm8k-qwen2.5 --arms direct_grpo,bridge --dry-run --on rtx4090": r"which fits",
     "run pocket --arm bridge --set stages.opd.dense.divergence=jsd --dry-run": "opd",
     "run pocket --arm bridge --set stages.teacher_rl.group_size=16 --dry-run": "teacher_rl",
     "run pocket --arm warmup_only --set stages.warmup.dense.top_k=8 --dry-run": "warmup",
@@ -180,6 +181,10 @@ SCALED_DOWN = {  # command -> what is run instead, and a regular expression of i
 }
 
 PARSED_ONLY = {
+    "study smollm2-arithmetic --arms direct_grpo,bridge,opd_only,warmup_only,teacher_sft --set "
+    "models.student=.real/SmolLM2-135M-Instruct --set models.teacher=.real/SmolLM2-135M-Instruct --out RUNS/smollm2": (
+        "needs the weights of `make real`, and 90 minutes"
+    ),
     "validate --task python": "a sentence names it without its file",
     "demo": "takes minutes; it is the study `pocket` of the default arms, whose plan is printed above",
     "run my.yaml --set compute.sampler=vllm": "needs vLLM: tests/integration/engines/test_vllm_sampler.py, make test-engines",
@@ -202,6 +207,7 @@ OTHER_PROGRAMS = {  # start of a line -> why it is not run here
     "torchrun --nnodes 2": "needs two machines",
     "vllm serve": "needs vLLM: tests/integration/engines/test_vllm_server.py, make test-engines",
     ".venv-bench/bin/python -m benchmarks": "needs the peers: tests/unit/test_benchmarks.py runs the harness without them",
+    "python -m tools.real": "fetches real weights: make real",
     "python -m tools.pretrain desk": "takes hours and a GPU: tests/integration/tools/test_pretrain_desk.py makes small models",
     "python -m benchmarks.sandbox": "takes minutes: tests/unit/test_benchmarks.py runs few gradings",
     "python -m benchmarks.ten_settings": "takes hours: tests/unit/test_benchmarks.py",

@@ -13,7 +13,7 @@ import headwater
 from forked_runs import Place, warm_runs
 from headwater.errors import UserError
 from headwater.report.result import Result
-from runs import tiny
+from runs import TINY, tiny
 
 PAGE = (Path(__file__).parents[2] / "docs" / "python-api.md").read_text(encoding="utf-8")
 
@@ -40,9 +40,10 @@ def test_documented_programs_run_as_printed(tmp_path: Path) -> None:
     assert printed["train.py"][2].split()[0] == "2"
     recipe = json.loads((tmp_path / "runs" / "mine" / "recipe.json").read_text(encoding="utf-8"))
     assert (recipe["task"], recipe["compute"]["sampler"]) == ("mine:last_word", "mine:small_batches")
-    errors, verdicts, accuracy, valid, arm = printed["check.py"]
+    errors, verdicts, accuracy, valid, arm, reasons = printed["check.py"]
     assert (errors, verdicts, valid) == ("[]", "[True, False]", "True")
-    assert 0.0 <= float(accuracy) <= 1.0 and arm in ("bridge", "direct_grpo", "raw_teacher")
+    assert 0.0 <= float(accuracy) <= 1.0 and arm in ("bridge", "bridge_rl", "direct_grpo", "None")
+    assert 0.0 <= float(reasons.split()[0]) <= 1.0 and len(reasons.split()) > 5
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +88,26 @@ def test_result_shows_page_in_notebook(run: Path) -> None:
 
 
 def test_package_lists_its_functions() -> None:
-    functions = {"diagnose", "evaluate", "grade", "probe", "rebuild_report", "run", "study", "validate"}
-    assert functions <= set(dir(headwater)) and all(callable(getattr(headwater, name)) for name in functions)
+    functions = {"diagnose", "evaluate", "grade", "probe", "read_recipe", "rebuild_report", "run", "study", "validate"}
+    types = {"EvaluationSettings", "ProbeResult", "Recipe", "Result"}
+    assert functions | types <= set(dir(headwater))
+    assert all(callable(getattr(headwater, name)) for name in functions | types)
+
+
+def test_run_takes_recipe_object_with_changes(tmp_path: Path) -> None:
+    recipe = headwater.read_recipe("pocket", TINY)
+    assert isinstance(recipe, headwater.Recipe) and recipe.evaluate.samples == 2
+    result = headwater.run(recipe, arm="direct_grpo", out=tmp_path / "mine", changes={"evaluate.samples": 1})
+    assert isinstance(result, headwater.Result) and result.arms["direct_grpo"].accuracy["sums"].mean <= 1.0
+    written = json.loads((tmp_path / "mine" / "recipe.json").read_text(encoding="utf-8"))
+    assert written == {**recipe.model_dump(mode="json"), "evaluate": {**written["evaluate"], "samples": 1}}
 
 
 def test_functions_raise_sentence_of_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^recipe nothing: no such file"):
         headwater.diagnose("nothing")
     with pytest.raises(UserError, match=r"^recipe: .*labels.budget"):
-        headwater.run({**json.loads(headwater.api.recipe_of("pocket").model_dump_json()), "labels": {"budget": -1}})
+        headwater.run({**json.loads(headwater.read_recipe("pocket").model_dump_json()), "labels": {"budget": -1}})
     with pytest.raises(UserError, match=r"task 'sum' is unknown"):
         headwater.grade([("1", "1")], task="sum")
     with pytest.raises(UserError, match=r"nothing.jsonl"):

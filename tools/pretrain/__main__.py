@@ -12,8 +12,8 @@ import typer
 
 from headwater.cli.options import Device, exit_codes, parse_list
 from headwater.errors import UserError
+from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import device_of
-from headwater.runs.node_context import NodeProgress
 from headwater.runs.progress import progress_display
 from tools.pretrain.desk import pretrain_desk
 from tools.pretrain.desk_models import DESK, with_steps

@@ -22,6 +22,7 @@ from headwater.cli.options import (
     examples,
     parse_arms,
     recipe_changes,
+    say_loading,
 )
 from headwater.config.builtin import builtin_names
 from headwater.errors import CONTROL_CHARACTERS, RefusedError, UserError
@@ -46,16 +47,19 @@ def doctor(
 ) -> None:
     """Check everything that could fail or spoil a run; exit 3 with named findings. `run` and `study` do this first."""
     from headwater.config.builtin import find_recipe
-    from headwater.doctor.checks import diagnose
     from headwater.runs.default_arm import choose_arm
     from headwater.runs.progress import progress_display
-    from headwater.runs.setup import set_up
 
     resolved = find_recipe(recipe, recipe_changes(set_, device))
     folder = out or Path("runs") / resolved.name
     names = [choose_arm(resolved, folder).arm] if arms is None else parse_arms(arms)
+    display = progress_display(quiet=json_, log_parts=True)
+    say_loading(f"checking {recipe}", display)
+    from headwater.doctor.checks import diagnose
+    from headwater.runs.setup import set_up
+
     set_up(resolved.compute)
-    with progress_display(quiet=json_).task("checking") as tell:
+    with display.task("checking") as tell:
         diagnosis = diagnose(resolved, names, [resolved.seed], folder, tell)
     print(json.dumps(diagnosis.as_json()) if json_ else diagnosis.text(verbose))
     if diagnosis.errors:
@@ -84,17 +88,20 @@ def probe(
     """Measure how ready student and teacher are, and recommend where to spend the labels, with reasons."""
     from headwater.cli.probe_table import probe_tables
     from headwater.config.builtin import find_recipe
-    from headwater.doctor import probe as probes
     from headwater.report.format import console
     from headwater.runs.progress import progress_display
 
     resolved = find_recipe(recipe, recipe_changes(set_, device))
+    display = progress_display(quiet=json_)
+    say_loading(f"probing the models of {recipe}", display)
+    from headwater.doctor import probe as probes
+
     seed = resolved.seed if seed is None else seed
-    result = probes.probe(resolved, problems, samples, seed, out, progress_display(quiet=json_))
+    result = probes.probe(resolved, problems, samples, seed, out, display)
     if json_:
-        print(json.dumps(result))
+        print(json.dumps(dict(result)))
     else:
-        console().print(probe_tables(result))
+        console().print(probe_tables(result.report))
 
 
 @commands.command(epilog=examples("headwater grade --data completions.jsonl --task maths"))
@@ -124,14 +131,16 @@ def validate(
     json_: Json = False,
 ) -> None:
     """Grade every gold answer with its own grader and list those that fail. Exit 3 if any does or there is none."""
-    from headwater.config.recipe import Columns, Source
-    from headwater.data.validate import validate as validate_source
-    from headwater.tasks import sandbox
-
     if data.endswith((".yaml", ".yml")) or data in builtin_names():
         raise UserError(
             f"validate {data}: reads a file of problems; `headwater doctor {data}` checks a recipe and its data"
         )
+    from headwater.config.recipe import Columns, Source
+    from headwater.data.validate import validate as validate_source
+    from headwater.runs.progress import progress_display
+    from headwater.tasks import sandbox
+
+    progress_display(quiet=json_).say(f"grading the gold answers of {data} …")
     columns = Columns(problem=problem_column, answer=answer_column)
     result = validate_source(Source(path=data, columns=columns), task)
     for warning in result.warnings:

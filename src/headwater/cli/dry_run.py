@@ -15,7 +15,7 @@ from headwater.doctor.checks import preflight
 from headwater.doctor.fit import device_here
 from headwater.models.shape import Shape
 from headwater.report.format import console, duration, units
-from headwater.runs.estimate import Assumptions, Estimate, estimates, model_shapes
+from headwater.runs.estimate import Assumptions, Estimate, estimates, model_shapes, total_seconds
 from headwater.runs.hardware import BANDWIDTH_SHARE, DEVICES, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import make_plan
@@ -104,7 +104,7 @@ def notes(nodes: Sequence[Estimate], options: DryRunOptions, device: Device | No
         )
     if device is None:
         return lines
-    seconds, largest = sum(node.seconds(device, options.count) for node in nodes), max(node.peak for node in nodes)
+    seconds, largest = total_seconds(nodes, device, options.count), max(node.peak for node in nodes)
     fits = "which fits" if largest <= device.memory else "which does not fit"
     work = f"{UTILISATION:.0%} of {units(device.flops, 'FLOP')}/s"
     decoding = f"while decoding, {BANDWIDTH_SHARE:.0%} of {units(device.bandwidth, 'B')}/s"

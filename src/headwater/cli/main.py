@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from headwater.cli import checks, recipes, results, run, single_stage
-from headwater.cli.options import FitOptions, examples, exit_codes, launched_by_torchrun, with_options
+from headwater.cli.options import FitOptions, examples, exit_codes, launched_by_torchrun, say_loading, with_options
 from headwater.config.builtin import builtin_names
 from headwater.errors import UserError
 
@@ -43,6 +43,7 @@ def options(
         "headwater init gsm8k > my.yaml",
         "headwater init mine --student S --teacher T --data train.jsonl > my.yaml",
         "headwater init mine --student S --teacher T --data F --problem text --answer y",
+        "headwater init mine --student S --teacher T --data F --hours 2 > my.yaml",
         "headwater init --all > all-fields.yaml",
     )
 )
@@ -79,8 +80,11 @@ def init(
     if options.student is None or options.teacher is None or options.data is None:
         raise UserError("init mine: needs --student, --teacher and --data")
     from headwater.config.recipe import Columns
-    from headwater.doctor.fit import FitRequest, fitted_recipe
     from headwater.runs.progress import progress_display
+
+    display = progress_display()
+    say_loading("fitting a recipe", display)
+    from headwater.doctor.fit import FitRequest, fitted_recipe
 
     request = FitRequest(
         options.student,
@@ -90,8 +94,9 @@ def init(
         options.task,
         options.device,
         Columns(problem=options.problem, answer=options.answer, tag=options.tag),
+        options.hours,
     )
-    with progress_display().task("reading models and data, measuring the device"):
+    with display.task("reading models and data, measuring the device"):
         recipe = fitted_recipe(request)
     print(recipe, end="")
 

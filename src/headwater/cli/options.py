@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast, get_type_hints
 
 import typer
 
@@ -20,6 +20,9 @@ from headwater.config.builtin import builtin_names
 from headwater.errors import HeadwaterError, UserError, printable
 from headwater.printing import PrintableStream
 from headwater.runs.hardware import DEVICES
+
+if TYPE_CHECKING:
+    from headwater.runs.display import ProgressDisplay
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help=f"A YAML file, or a built-in recipe: {', '.join(builtin_names())}.")
@@ -119,6 +122,10 @@ class FitOptions:
     device: Annotated[
         str, typer.Option("--device", help="mine: auto, cpu, cuda, or a device that is elsewhere, such as h100.")
     ] = "auto"
+    hours: Annotated[
+        float | None,
+        typer.Option("--hours", min=0.01, help="mine: what the default arm may take on that device, as estimated."),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,12 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run_command
+
+
+def say_loading(what: str, display: ProgressDisplay) -> None:
+    """Show what a command does before it imports torch and transformers, which takes seconds."""
+    if "torch" not in sys.modules:
+        display.say(f"{what}: loading torch and transformers …")
 
 
 def recipe_changes(set_: list[str] | None, device: str | None, workers: int | None = None) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -12,7 +12,7 @@ from rich.text import Text
 from headwater.report.format import percent, plain_table, units
 
 
-def probe_tables(result: dict[str, Any]) -> Group:
+def probe_tables(result: Mapping[str, Any]) -> Group:
     """Everything that probe.json holds, for a terminal."""
     labels = result["labels"]
     spent = (
@@ -23,7 +23,7 @@ def probe_tables(result: dict[str, Any]) -> Group:
     return Group(*parts)
 
 
-def _models(result: dict[str, Any]) -> Table:
+def _models(result: Mapping[str, Any]) -> Table:
     table = plain_table(
         f"{result['recipe']} · seed {result['seed']} · {result['problems']} problems × {result['samples']} samples"
     )
@@ -58,7 +58,7 @@ def _models(result: dict[str, Any]) -> Table:
     return table
 
 
-def _distance(result: dict[str, Any]) -> Table:
+def _distance(result: Mapping[str, Any]) -> Table:
     table, c2, finish = plain_table("student against teacher (C2)"), result["conditions"]["C2"], result["finish"]
     for head in ("", "on student prefixes", "on teacher prefixes"):
         table.add_column(head, justify="left" if head == "" else "right")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headwater.cli.options import EvalOptions, Json, examples, with_options
+from headwater.cli.options import EvalOptions, Json, examples, say_loading, with_options
 from headwater.errors import RefusedError, UserError
 
 commands = typer.Typer()
@@ -139,6 +139,11 @@ def eval_(
     ] = False,
 ) -> None:
     """Evaluate models: avg@k, pass@k and maj@k with 95 % intervals; or compare two evaluations, paired by problem."""
+    from headwater.runs.progress import progress_display
+
+    display = progress_display(quiet=options.json_)
+    if not compare and data:
+        say_loading(f"evaluating {', '.join(models)}", display)
     from headwater import evaluation, evaluation_files
 
     if compare:
@@ -153,11 +158,9 @@ def eval_(
         return
     if not data:
         raise UserError("eval: --data is missing: name the file of problems with answers")
-    from headwater.runs.progress import progress_display
-
     names = [field.name for field in fields(evaluation.EvaluationSettings)]
     settings = evaluation.EvaluationSettings(**{name: getattr(options, name) for name in names})
-    evaluations = evaluation.evaluate_models(models, data, settings, progress_display(quiet=options.json_))
+    evaluations = evaluation.evaluate_models(models, data, settings, display)
     if options.save is not None:
         evaluation_files.write(options.save, evaluations)
     print(json.dumps(evaluation_files.to_json(evaluations)) if options.json_ else evaluation_files.text(evaluations))

@@ -29,6 +29,7 @@ from headwater.cli.options import (
     parse_list,
     parse_seeds,
     resumable,
+    say_loading,
     with_options,
 )
 from headwater.config.arms import DEFAULT_STUDY
@@ -107,6 +108,7 @@ def sweep(
     seeds: Seeds = None,
 ) -> None:
     """Run a study at every value of one setting, shared nodes once; then one plot, one table, one page."""
+    from headwater.runs.progress import progress_display
     from headwater.runs.sweep import lay_out
 
     plan = lay_out(
@@ -117,12 +119,12 @@ def sweep(
         parse_seeds(seeds),
         options.changes,
     )
+    display = progress_display(quiet=options.json_)
+    say_loading(f"{recipe} by {vary}", display)
     from headwater import sweeps
     from headwater.report.format import console
     from headwater.report.sweep_page import dry_run_table, terminal_table
-    from headwater.runs.progress import progress_display
 
-    display = progress_display(quiet=options.json_)
     if options.dry_run:
         rows = sweeps.dry_run(plan, display.say)
         if options.json_:
@@ -166,7 +168,9 @@ def execute(
     """Run arms × seeds of the recipe that `read` returns."""
     from headwater.config.arms import arm_of
     from headwater.runs.default_arm import choose_arm
+    from headwater.runs.progress import progress_display
 
+    display = progress_display(quiet=options.json_)
     assumptions = dry_run_options(options.dry_run, execution.on, execution.mean_tokens)
     with _executor_factory(execution.executor) as (make_executor, processes):
         recipe = read()
@@ -182,9 +186,9 @@ def execute(
             raise UserError("--seeds: a seed is named twice")
         if len(set(arms)) != len(arms):
             raise UserError(f"--arms {','.join(arms)}: an arm is named twice")
+        say_loading(f"checking {recipe.name}", display)
         from headwater import pipeline
         from headwater.cli.results import print_report
-        from headwater.runs.progress import progress_display
         from headwater.storage.run_dir import RunDir, read_json
 
         if assumptions is not None:
@@ -196,13 +200,13 @@ def execute(
 
         trackers = [] if execution.track is None else parse_list(execution.track, "--track")
         try:
-            with resumable(folder), tracked(progress_display(quiet=options.json_), folder, trackers) as display:
+            with resumable(folder), tracked(display, folder, trackers) as tracking_display:
                 report = pipeline.run(
                     recipe,
                     arms,
                     seeds,
                     folder,
-                    display,
+                    tracking_display,
                     reuse=options.reuse or [],
                     executor=make_executor(),
                     processes=processes,
@@ -211,7 +215,7 @@ def execute(
             if len(arms) * len(seeds) > 1:  # the other arms and seeds have a report
                 print_report(read_json(RunDir(folder).report_json), folder, options.json_)
             print(
-                f"report: {RunDir(folder).report_html}; the same command goes on from the last checkpoint, also with "
+                f"report: {RunDir(folder).report_html}; run the command again to resume from the last checkpoint, also with "
                 "changed guards",
                 file=sys.stderr,
             )

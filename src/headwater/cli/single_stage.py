@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headwater.cli.options import Evals, ExecutionOptions, RunOptions, Seed, TaskName, examples, with_options
+from headwater.cli.options import (
+    Evals,
+    ExecutionOptions,
+    RunOptions,
+    Seed,
+    TaskName,
+    examples,
+    say_loading,
+    with_options,
+)
 from headwater.cli.run import execute
 from headwater.config.arms import OWN_STAGES
 from headwater.config.fitted import GROUP, OPD_GROUP
+from headwater.runs.progress import progress_display
 from headwater.storage.run_dir import RunDir, read_json
 from headwater.storage.untrusted import refuse_malformed_files
 
@@ -97,14 +107,14 @@ def run_stage(
         )
 
     def read() -> Recipe:
-        recipe = read_with({})
+        recipe, display = read_with({}), progress_display(quiet=options.json_)
+        say_loading(f"checking {recipe.name}", display)
         values = recorded_values(options.out or Path("runs") / recipe.name)
         if values is None and not (options.dry_run and names_hub_model(recipe)):  # a dry run fetches nothing
             from headwater.doctor.fit import fitted_stage
-            from headwater.runs.progress import progress_display
 
             device = (execution.on or "").lstrip("0123456789").removeprefix("x") or recipe.compute.device
-            with progress_display(quiet=options.json_).task("fitting the stage to models, data and device"):
+            with display.task("fitting the stage to models, data and device"):
                 values, place = fitted_stage(read_with, device)
             own = [field for field in values if not any(change.startswith(field) for change in options.changes)]
             shown = ", ".join(f"{field}={json.dumps(values[field])}" for field in own)

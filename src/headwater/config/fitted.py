@@ -24,14 +24,19 @@ DEFAULT_ANSWER_TOKENS = 512
 SOLUTION_MARGIN = 2.0
 """Models write longer than reference solutions: on GSM8K 250 to 350 tokens where the 95th percentile of the references is 220."""
 MOST_LABELS = 1024
-ROLLOUTS, FEWEST_ROLLOUTS = 128, 16
+ROLLOUTS = 128
 GROUP, OPD_GROUP = 8, 4
 RL_STEPS, WARMUP_STEPS, OPD_STEPS = 200, 60, 100
 """Steps that a stage should have, if its passes over the prompts allow."""
 RL_PASSES, WARMUP_PASSES, OPD_PASSES = 10, 3, 10
-STEP_SECONDS, STAGE_SECONDS, EVAL_SECONDS, FEWEST_STEPS = 300.0, 7200.0, 600.0, 5
-"""On a slow device: the longest step, stage and evaluation that the settings aim for, and the fewest steps of a stage."""
-MOST_EVALUATED, FEWEST_EVALUATED = 500, 10
+STEP_SECONDS = 300.0
+"""A device is slow for a pair where a GRPO step of ROLLOUTS takes longer."""
+SLOW_HOURS = 8.0
+"""What the default arm may take on a slow device where no other limit is given."""
+MOST_EVALUATED = 500
+JUDGED_GROUPS = 15
+"""Groups without a difference in rewards before a stage is stopped: where 15 % of groups have one, chance alone gives none of 15 in
+9 % of runs."""
 SMALL_CACHE = 1 << 30
 """Bytes up to which a teacher cache keeps whole distributions."""
 
@@ -92,6 +97,7 @@ class DeviceFacts:
     memory  bytes that are free
     flops   FLOP/s of matrix products that training can expect
     source  where the two come from
+    bandwidth  bytes per second of its memory, which limits decoding
     """
 
     kind: Literal["cpu", "cuda"]
@@ -99,6 +105,33 @@ class DeviceFacts:
     memory: float
     flops: float
     source: str
+    bandwidth: float = math.inf
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How large steps, stages and evaluations may be.
+
+    step, stage, evaluation  seconds that the settings aim for
+    fewest_* what is trained and evaluated at least
+    """
+
+    step: float = STEP_SECONDS
+    stage: float = 7200.0
+    evaluation: float = 600.0
+    fewest_steps: int = 5
+    fewest_rollouts: int = 16
+    fewest_evaluated: int = 10
+
+    @classmethod
+    def scaled(cls, share: float) -> Effort:
+        """The usual seconds times a share; much below 1, with the fewest steps and rollouts that still are a try."""
+        usual = cls()
+        fewest = {"fewest_steps": 2, "fewest_rollouts": 8, "fewest_evaluated": 4} if share < 0.5 else {}
+        return cls(share * usual.step, share * usual.stage, share * usual.evaluation, **fewest)
+
+
+USUAL_EFFORT = Effort()
 
 
 @dataclass(frozen=True)
@@ -170,13 +203,13 @@ def rounded_up(value: float, multiple: int) -> int:
     return max(multiple, math.ceil(value / multiple) * multiple)
 
 
-def steps_for(wanted: int, one_pass: int, passes: int, step_seconds: float) -> int:
+def steps_for(wanted: int, one_pass: int, passes: int, step_seconds: float, effort: Effort = USUAL_EFFORT) -> int:
     """At least one pass over the prompts, at most `passes`, and in between `wanted`; fewer where a stage would take too long.
 
     Example: 100 wanted, 17 a pass, 10 passes at most: 100. With 2 a pass: 20. Of 300 seconds each: 24.
     """
     steps = min(max(wanted, one_pass), passes * one_pass)
-    return max(1, min(steps, max(FEWEST_STEPS, int(STAGE_SECONDS / max(step_seconds, 1e-9)))))
+    return max(1, min(steps, max(effort.fewest_steps, int(effort.stage / max(step_seconds, 1e-9)))))
 
 
 def millions(parameters: int) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from headwater.config.commented_yaml import Setting, commented_yaml
 from headwater.config.fitted import (
-    EVAL_SECONDS,
-    FEWEST_EVALUATED,
-    FEWEST_ROLLOUTS,
-    FEWEST_STEPS,
     GROUP,
     MOST_EVALUATED,
     MOST_LABELS,
@@ -20,38 +17,27 @@ from headwater.config.fitted import (
     OPD_STEPS,
     RL_PASSES,
     RL_STEPS,
-    ROLLOUTS,
     SMALL_CACHE,
-    STAGE_SECONDS,
-    STEP_SECONDS,
     TEMPLATES,
     WARMUP_PASSES,
     WARMUP_STEPS,
-    DataFacts,
-    DeviceFacts,
-    Form,
-    ModelFacts,
     duration,
-    max_tokens,
     millions,
     passes,
-    rounded_up,
     steps_for,
 )
+from headwater.config.fitted_sizes import FittedSizes, Trained
 from headwater.config.learning_rates import RATES, Signal, suggested_rate
-
-Trained = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
-class FittedRecipe:
-    """Settings for one pair, its data and a device, in one form of training; `text()` is the commented YAML."""
+class FittedRecipe(FittedSizes):
+    """Settings for one pair, its data and a device, in one form of training; `text()` is the commented YAML.
 
-    student: ModelFacts
-    teacher: ModelFacts
-    data: DataFacts
-    device: DeviceFacts
-    form: Form
+    times  estimated seconds of each stage and, as `total`, of the default arm, for the comments; empty before the estimate
+    """
+
+    times: Mapping[str, float] = field(default_factory=dict)
 
     def text(self) -> str:
         """The recipe as YAML: facts first, then every value with what it is and where it comes from."""
@@ -91,12 +77,16 @@ class FittedRecipe:
             lines.append(
                 "note     the teacher is not larger than the student: it can pass on only what the reward teaches it"
             )
+        if "total" in self.times:
+            lines.append(
+                f"time     {duration(self.times['total'])} for `headwater run my.yaml`, as --dry-run estimates, with long completions"
+            )
         if self.slow:
             lines.append(
-                "note     this device is slow for the pair: stages are cut to about 2 hours each, enough to try everything and"
+                "note     this device is slow for the pair: the recipe is cut to what it can do, enough to try everything and little to"
             )
             lines.append(
-                "         little to learn from; `init mine … --device h100` (or rtx4090, …) writes a recipe for a GPU elsewhere"
+                "         learn from; --hours changes the limit, and --device h100 (or rtx4090, …) writes a recipe for a GPU elsewhere"
             )
         return lines
 
@@ -114,82 +104,14 @@ class FittedRecipe:
             "compute.sample_batch": self.sample_batch(),
         }
         if form.adapted:
-            values["models.lora"] = self.models()["lora"].value
+            values["models.lora"] = self.lora()
         return values
-
-    # Sizes ------------------------------------------------------------------------------------------------------------
-
-    @property
-    def budget(self) -> int:
-        """Labels: all up to MOST_LABELS; on a slow device, what one pass of a GRPO stage can use."""
-        step_seconds = self.rl_seconds("teacher", FEWEST_ROLLOUTS)
-        affordable = max(FEWEST_STEPS, int(STAGE_SECONDS / step_seconds)) * FEWEST_ROLLOUTS // GROUP
-        budget = min(self.data.labels, MOST_LABELS, affordable)
-        return budget // 8 * 8 if budget < self.data.labels else budget
-
-    @property
-    def completion(self) -> Setting:
-        """`max_tokens` of a completion."""
-        positions = [model.positions for model in (self.student, self.teacher) if model.positions is not None]
-        return max_tokens(self.data, min(positions, default=None))
-
-    @property
-    def longest_prompt(self) -> int:
-        return rounded_up(1.25 * self.data.prompt_tokens, 64)
-
-    def seconds(self, rollouts: int, weights: float) -> float:
-        """Of completions half as long as the limit, where each token is multiplied with `weights` (2 FLOPs each)."""
-        return rollouts * (self.completion.value / 2 + self.data.prompt_tokens) * 2 * weights / self.device.flops
-
-    def rl_seconds(self, role: Trained, rollouts: int) -> float:
-        """Of a GRPO step: sampling, and a forward and backward pass."""
-        return self.seconds(rollouts, 4 * self.model(role).parameters)
-
-    def transfer_seconds(self, rollouts: int) -> float:
-        """Of a step of warm-up or OPD: the same for the student, and one pass of the teacher."""
-        return self.seconds(rollouts, 4 * self.student.parameters + self.teacher.parameters)
-
-    def model(self, role: Trained) -> ModelFacts:
-        return self.student if role == "student" else self.teacher
-
-    @property
-    def slow(self) -> bool:
-        """Whether the device, and not the data, decides how much is trained."""
-        return self.rl_seconds("teacher", ROLLOUTS) > STEP_SECONDS
-
-    @property
-    def rollouts(self) -> int:
-        """Of a GRPO step: fewer where it would take longer than STEP_SECONDS, or the labels are few."""
-        rollouts = ROLLOUTS
-        while rollouts > FEWEST_ROLLOUTS and (
-            self.rl_seconds("teacher", rollouts) > STEP_SECONDS or rollouts // GROUP > self.budget // 4
-        ):
-            rollouts //= 2
-        return rollouts
-
-    @property
-    def transfer_rollouts(self) -> int:
-        return max(FEWEST_ROLLOUTS, self.rollouts // 2)
-
-    def microbatch(self) -> int:
-        """Tokens of a pass; at least one row."""
-        row = rounded_up(self.longest_prompt + self.completion.value, 256)
-        return max(8192 if self.device.kind == "cuda" else 2048, row)
-
-    def sample_batch(self) -> int:
-        numbers = max(1, self.student.cache_numbers, self.teacher.cache_numbers)
-        width = 2 if self.form.dtype == "bfloat16" else 4
-        row, rows = (self.longest_prompt + self.completion.value) * numbers * width, 256
-        while rows > 8 and (rows * row > self.device.memory / 5 or rows > max(16, 2 * self.rollouts)):
-            rows //= 2
-        return rows
 
     # Blocks -----------------------------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
         """The recipe, block by block."""
         limit, evaluate = self.evaluation()
-        longest_transfer = max(self.warmup().value["steps"].value, self.opd().value["steps"].value)
         return {
             "name": "mine",
             "seed": 0,
@@ -207,11 +129,8 @@ class FittedRecipe:
             "evaluate": evaluate,
             "conditions": Setting(
                 {
-                    "problems": Setting(
-                        min(self.data.held_out, 4 if self.slow else 16), "held-out problems; 0 measures nothing"
-                    ),
-                    "every": Setting(
-                        max(1, math.ceil(longest_transfer / 2)), "steps: at the start, in the middle and at the end"
+                    "max_share": Setting(
+                        0.1, "of a stage's FLOPs at most; `problems` and `every` measure as often as they say instead"
                     ),
                     "top_k": Setting(
                         max(1, min(16, self.student.vocabulary // 4)), "most probable tokens whose overlap is measured"
@@ -219,6 +138,7 @@ class FittedRecipe:
                 },
                 "distance between student and teacher, measured without labels",
             ),
+            **self.guards(),
             "compute": self.compute(),
         }  # fmt: skip
 
@@ -235,18 +155,23 @@ class FittedRecipe:
             ),
         }  # fmt: skip
         if form.adapted:
-            lora: dict[str, Any] = {"r": 32, "alpha": 64}
-            if form.adapted == ("teacher",):
-                lora["roles"] = ["teacher"]
-            if form.quantize:
-                lora |= {"quantize": "nf4", "output": "adapter"}
             extra = "qlora" if form.quantize else "lora"
             comment = (
                 f"adapters, because all weights would not fit into {self.device.memory / 2**30:.0f} GiB (16 bytes a weight while it "
                 f"trains). Needs pip install 'headwater[{extra}]'. Rank 32 is enough for RL (LoRA Without Regret)"
             )
-            block["lora"] = Setting(lora, comment)
+            output = (
+                "a stage keeps its adapter alone, which the next one continues; `headwater merge` writes a whole model"
+            )
+            block["lora"] = Setting({**self.lora(), "output": Setting("adapter", output)}, comment)
         return block
+
+    def lora(self) -> dict[str, Any]:
+        """The adapters of a form that has any."""
+        lora: dict[str, Any] = {"r": 32, "alpha": 64}
+        if self.form.adapted == ("teacher",):
+            lora["roles"] = ["teacher"]
+        return lora | ({"quantize": "nf4", "output": "adapter"} if self.form.quantize else {})
 
     def prompt(self) -> dict[str, Any]:
         data = self.data
@@ -282,7 +207,9 @@ class FittedRecipe:
 
     def _budget_comment(self) -> str:
         if self.budget < min(self.data.labels, MOST_LABELS):
-            return f"problems whose answer training may use, of {self.data.labels:,}: what a stage of 2 h can use on this device"
+            return (
+                f"problems whose answer training may use, of {self.data.labels:,}: what the stages can use in the time"
+            )
         if self.budget < self.data.labels:
             return f"problems whose answer training may use, of {self.data.labels:,}; raise it if labels are not scarce"
         return "problems whose answer training may use: all of them"
@@ -298,7 +225,7 @@ class FittedRecipe:
     def grpo(self, role: Trained, comment: str) -> Setting:
         rollouts, first = self.rollouts, role == "teacher"
         prompts, seconds = rollouts // GROUP, self.rl_seconds(role, rollouts)
-        steps = steps_for(RL_STEPS, math.ceil(self.budget / prompts), RL_PASSES, seconds)
+        steps = steps_for(RL_STEPS, math.ceil(self.budget / prompts), RL_PASSES, seconds, self.effort)
         kl = "no KL to the start, as DAPO and Dr. GRPO; the paper's 5e-4 needs another copy of the model"
         return Setting(
             {
@@ -306,7 +233,7 @@ class FittedRecipe:
                 "steps": Setting(
                     steps,
                     f"{passes(steps * prompts / self.budget)} over {self.budget} labels (the paper makes {RL_PASSES})"
-                    f"{self._time(steps, seconds)}",
+                    f"{self._time(f'{role}_rl')}",
                 ),
                 "batch_size": Setting(rollouts, f"rollouts a step: {prompts} problems × {GROUP}{self._few}"),
                 "group_size": Setting(
@@ -322,13 +249,13 @@ class FittedRecipe:
     def warmup(self) -> Setting:
         batch, rollouts = self.transfer_rollouts, self.budget * GROUP
         seconds = self.transfer_seconds(batch)
-        steps = steps_for(WARMUP_STEPS, math.ceil(rollouts / batch), WARMUP_PASSES, seconds)
+        steps = steps_for(WARMUP_STEPS, math.ceil(rollouts / batch), WARMUP_PASSES, seconds, self.effort)
         fields: dict[str, Any] = {
             "objective": "forward_kl",
             "steps": Setting(
                 steps,
                 f"{passes(steps * batch / rollouts)} over the {rollouts:,} cached rollouts (the paper makes 1)"
-                f"{self._time(steps, seconds)}",
+                f"{self._time('warmup')}",
             ),
             "batch_size": Setting(batch, f"rollouts a step{self._few}"),
             "group_size": Setting(GROUP, "teacher rollouts of each problem that are cached"),
@@ -347,12 +274,12 @@ class FittedRecipe:
     def opd(self) -> Setting:
         batch = self.transfer_rollouts
         seconds, prompts = self.transfer_seconds(batch), batch // OPD_GROUP
-        steps = steps_for(OPD_STEPS, math.ceil(self.budget / prompts), OPD_PASSES, seconds)
+        steps = steps_for(OPD_STEPS, math.ceil(self.budget / prompts), OPD_PASSES, seconds, self.effort)
         return Setting(
             {
                 "objective": "opd",
                 "steps": Setting(
-                    steps, f"{passes(steps * prompts / self.budget)} over the problems{self._time(steps, seconds)}"
+                    steps, f"{passes(steps * prompts / self.budget)} over the problems{self._time('opd')}"
                 ),
                 "batch_size": Setting(batch, f"rollouts a step: {prompts} problems × {OPD_GROUP}{self._few}"),
                 "group_size": Setting(OPD_GROUP, "student rollouts of one problem"),
@@ -364,16 +291,17 @@ class FittedRecipe:
 
     @property
     def _few(self) -> str:
-        return "; few, because this device is slow for the pair" if self.slow else ""
+        return "; few, because time is short" if self.tight else ""
 
-    def _time(self, steps: int, seconds: float) -> str:
-        return f"; about {duration(seconds)} a step here, {duration(steps * seconds)} in all" if self.slow else ""
+    def _time(self, stage: str) -> str:
+        """How long the stage takes, with its evaluation and measurements."""
+        return f"; about {duration(self.times[stage])}" if stage in self.times else ""
 
     def evaluation(self) -> tuple[int | None, Setting]:
         """(limit of the evaluation's problems, None for all of them; the block `evaluate`)."""
-        samples = 1 if self.slow else 4
+        samples = 1 if self.tight else 4
         seconds = self.seconds(samples, max(self.student.parameters, self.teacher.parameters))
-        affordable = max(FEWEST_EVALUATED, int(EVAL_SECONDS / max(seconds, 1e-9)))
+        affordable = max(self.effort.fewest_evaluated, int(self.effort.evaluation / max(seconds, 1e-9)))
         problems = min(MOST_EVALUATED, self.data.held_out, affordable)
         own = self.student.sampling
         sampling = {"temperature": 1.0, **own, "max_tokens": self.completion.value}
@@ -386,6 +314,14 @@ class FittedRecipe:
         error = 98 / math.sqrt(problems)
         comment = f"on {problems} problems: a 95 % interval of about ±{error:.0f} points at an accuracy of 50 %"
         return (None if problems == self.data.held_out else problems), Setting(fields, comment)
+
+    def guards(self) -> dict[str, Any]:
+        """Longer patience where a step has few groups."""
+        if self.patience == 3:
+            return {}
+        groups = self.patience * self.rollouts // GROUP
+        comment = f"steps without any difference in rewards before a stage is stopped: {groups} groups, so that chance rarely does it"
+        return {"guards": {"patience": Setting(self.patience, comment)}}
 
     def compute(self) -> dict[str, Any]:
         block = {

@@ -39,6 +39,8 @@ class Guards(Strict):
     """Action when in the first `patience` steps of a stage all rewards are equal within every group."""
     patience: Steps = 3
     """First steps of a stage that `no_signal` looks at."""
+    unchanged_teacher: Literal["warn", "stop", "off"] = "warn"
+    """Action at the end of a teacher's stage in which no step had a gradient: the student would distil the teacher as it was."""
     kl_explosion: Guard
     """The KL has risen by more than `bound` nats per token over its lowest."""
     entropy_collapse: Guard

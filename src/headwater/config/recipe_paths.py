@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from headwater.errors import UserError
+from headwater.errors import UserError, did_you_mean
 
 FIELDS = {"models": ("student", "teacher", "expert"), "data": ("labeled", "unlabeled", "evals", "validation")}
 """Section -> its fields that name files and folders."""
@@ -59,7 +59,9 @@ def refuse_missing(recipe: Mapping[str, Any], folder: Path) -> None:
     for field, name in (pair for section, key in fields for pair in names(recipe[section][key], f"{section}.{key}")):
         relative = not os.path.isabs(name) and _SURELY_PATH.match(name)
         if relative and not (os.path.exists(name) or os.path.exists(os.path.join(folder, name))):
+            places = [os.path.dirname(os.path.join(base, name)) for base in (folder, here)]
+            files = [file for place in places if os.path.isdir(place) for file in os.listdir(place)]
             raise UserError(
                 f"{field}: {name}: no such file or folder, neither beside the recipe in {os.path.abspath(folder)} nor in the "
-                f"working directory {here}"
+                f"working directory {here}{did_you_mean(os.path.basename(name), files)}"
             )

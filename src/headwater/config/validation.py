@@ -24,8 +24,25 @@ OTHER_NAMES = {
     "warmup_ratio": "warmup",
     "lr_scheduler_type": "schedule",
     "system_prompt": "system",
+    "train": "labeled",
+    "train_files": "labeled",
+    "train_dataset": "labeled",
+    "prompts": "unlabeled",
+    "eval": "evals",
+    "test": "evals",
+    "val_files": "evals",
+    "eval_dataset": "evals",
 }
-"""Names of settings in transformers and TRL, and the fields that they are here."""
+"""Names of settings in transformers, TRL and verl, and the fields that they are here."""
+STARTS: dict[Keys, str] = {
+    ("data",): (
+        ", such as {labeled: train.jsonl} (problems with answers) or {unlabeled: prompts.jsonl}; `headwater init mine --student S "
+        "--teacher T --data FILE` writes a whole recipe"
+    ),
+    ("models",): ", such as {student: FOLDER, teacher: FOLDER}: folders or hub ids",
+    ("stages",): ", such as {opd: {steps: 100}}; `headwater explain stages` lists them",
+}
+"""What to write where a section is missing."""
 
 
 def complaints(error: ValidationError, model: type[BaseModel]) -> list[tuple[Keys, str]]:
@@ -48,7 +65,7 @@ def _sentence(keys: Keys, faults: list[Any], model: type[BaseModel]) -> str:
     message = " or ".join(text[:1].lower() + text[1:] for text in messages)
     given = fault.get("input")
     if isinstance(given, (dict, list, BaseModel)) or fault["type"] == "missing":
-        return f"{_dotted(keys)}: {message}" if keys else message
+        return f"{_dotted(keys)}: {message}{STARTS.get(keys, '')}" if keys else message
     choices = next((field.choices for field in walk(model) if _matches(field.path, keys)), ())
     return f"{_dotted(keys)}: {message} (given: {given!r:.80}){did_you_mean(str(given), choices)}"
 

@@ -16,7 +16,7 @@ from typing import Any
 from headwater.config.recipe import Source
 from headwater.data.arrow_rows import ArrowRow
 from headwater.data.conversations import messages_of
-from headwater.errors import UserError, error_text
+from headwater.errors import UserError, did_you_mean, error_text
 from headwater.storage import hub
 
 MOST_BYTES, MOST_ROWS, BATCH_ROWS = 4 << 30, 50_000_000, 256
@@ -46,7 +46,7 @@ def file_rows(path: Path, where: str) -> Iterator[Row]:
     if path.suffix.lower() in COMPRESSIONS:
         raise UserError(f"{where}: is a compressed {suffix[1:]} file; decompress it")
     if not path.is_file():
-        raise UserError(f"{where}: {'is not a file' if path.exists() else _no_such_file(path)}")
+        raise UserError(f"{where}: {'is not a file' if path.exists() else no_such_file(path)}")
     return _TABLE_READERS[suffix](path, where)
 
 
@@ -55,8 +55,14 @@ def _format(path: Path) -> str:
     return (Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 
-def _no_such_file(path: Path) -> str:
-    return "no such file" if path.is_absolute() else f"no such file in {Path.cwd()}"
+def no_such_file(path: Path) -> str:
+    """That a file is missing, and the file beside it whose name is nearest.
+
+    Example: `no such file in /home/me; did you mean data/train.jsonl?`
+    """
+    missing = "no such file" if path.is_absolute() else f"no such file in {Path.cwd()}"
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return missing + did_you_mean(str(path), [str(other) for other in beside if other.is_file()])
 
 
 # Text files -----------------------------------------------------------------------------------------------------------
@@ -70,7 +76,7 @@ def _text(path: Path, where: str) -> str:
             raise UserError(f"{where}: has over {MOST_BYTES:,} bytes; that is no file of problems")
         data = _decompressed(path, where) if path.suffix.lower() in COMPRESSIONS else path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{where}: {_no_such_file(path)}") from None
+        raise UserError(f"{where}: {no_such_file(path)}") from None
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error_text(error)})") from None
     try:
@@ -247,6 +253,8 @@ def _hub(source: Source, where: str) -> Iterator[Row]:
     if "/" in name and not hub.HUB_ID.match(name) and not name.startswith("hf://"):
         raise UserError(f"{where}: no such file or folder")
     reason = hub.unreachable()
+    if reason is None and hub.HUB_ID.match(name):
+        hub.refuse_absent(where.removesuffix(f": {name}"), name, "data set")
     import datasets  # after the probe: it reads whether the hub is offline only once
 
     try:

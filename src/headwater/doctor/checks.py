@@ -29,7 +29,12 @@ from headwater.runs.setup import prompt_day
 from headwater.storage.run_dir import RunDir
 
 Stage = Literal["files", "weights", "comparisons"]
-STAGES: tuple[Stage, ...] = ("files", "weights", "comparisons")
+STAGES: dict[Stage, str] = {
+    "files": "recipe, files and prompts",
+    "weights": "the models on samples",
+    "comparisons": "student against teacher",
+}
+"""Stages of checks in their order, and what each looks at."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +167,11 @@ def _listed(titles: Sequence[str], verbose: bool) -> str:
     return f": {', '.join(titles)}" if verbose else ""
 
 
-Tell = Callable[[str], None]
-"""Called with the title of a check when it begins."""
+Tell = Callable[[str, str], None]
+"""Called with what a check's stage looks at, and the check's title, when it begins."""
 
 
-def _tell_nobody(title: str) -> None:
+def _tell_nobody(group: str, title: str) -> None:
     pass
 
 
@@ -174,13 +179,13 @@ def examine(context: DoctorContext, checks: Sequence[Check] = CHECKS, tell: Tell
     """Run every check that can be run. An input that cannot be read is one finding, whatever checks need it."""
     findings: dict[Finding, None] = {}
     checked, unchecked = [], []
-    for stage in STAGES:
+    for stage, group in STAGES.items():
         refused = any(finding.severity == "error" for finding in findings)
         for check in (check for check in checks if check.stage == stage):
             if refused:
                 unchecked.append(check.title)
                 continue
-            tell(check.title)
+            tell(group, check.title)
             try:
                 for finding in check.run(context):
                     findings[finding] = None  # those before an input that cannot be read count too

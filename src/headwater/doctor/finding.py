@@ -77,6 +77,10 @@ UNREADABLE: Mapping[Part, tuple[str, str]] = {
     "data": ("data-unreadable", "fix the file or the field that the sentence names"),
     "labels": ("label-budget-over-pool", "lower labels.budget, or add labelled problems"),
     "device": ("device-missing", "set compute.device to auto or cpu, or run where a GPU is visible"),
+    "hub": (
+        "model-unreadable",
+        "there: `hf download NAME --local-dir FOLDER` (pip install huggingface_hub); then name the folders in the recipe",
+    ),
     "model": ("model-unreadable", "name a folder with config.json, *.safetensors and a tokenizer, or a hub id"),
     "tokenizer": ("model-unreadable", "save tokenizer.json and tokenizer_config.json beside the weights"),
     "config": ("model-unreadable", "fix or replace its config.json"),

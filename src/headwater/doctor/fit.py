@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +12,17 @@ from typing import Any, Literal
 import torch
 
 from headwater.config import yaml
-from headwater.config.arms import OWN_STAGES
-from headwater.config.fitted import TEMPLATES, DataFacts, DeviceFacts, ModelFacts, forms
+from headwater.config.arms import DEFAULT_ARM, OWN_STAGES
+from headwater.config.fitted import (
+    SLOW_HOURS,
+    TEMPLATES,
+    DataFacts,
+    DeviceFacts,
+    Effort,
+    ModelFacts,
+    duration,
+    forms,
+)
 from headwater.config.fitted_recipe import FittedRecipe
 from headwater.config.recipe import Columns, Prompt, Recipe, Source, parse_recipe
 from headwater.data.describe import describe
@@ -22,10 +32,11 @@ from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter
 from headwater.models.tokenizer import refuse_different_tokens, refuse_different_widths
-from headwater.runs.estimate import estimates
+from headwater.runs.estimate import estimates, total_seconds
 from headwater.runs.hardware import DEVICES, UTILISATION, Device
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import make_plan
+from headwater.runs.read_once import resized
 from headwater.tasks.registry import find_task
 from headwater.teachers.server_client import is_served
 from headwater.types import Problem
@@ -36,7 +47,10 @@ HELD_OUT, HELD_OUT_SHARE, FEWEST_HELD_OUT = 300, 0.2, 2
 """Problems to hold out of a file that has no evaluation, and the largest share of them."""
 MEASURED_PROBLEMS = 1000
 """Problems whose prompts are tokenized, the longest texts among them."""
-MEASURED_SECONDS, DRY_RUN_SECONDS, FEWEST_TRIES = 0.3, 0.1, 5
+MEASURED_SECONDS, FEWEST_TRIES = 0.3, 5
+SHARES, HALVINGS = (0.002, 64.0), 7
+"""Range of the shares of the usual effort that are tried to fit a limit of hours, and how often it is halved (on a log scale)."""
+FEWEST_SHOWN = "2 steps of 8 completions in a stage"
 FEWEST_LABELS = 8
 """Below this a half of the labels has too few problems for one step."""
 FITTED_ARM = "bridge_rl"
@@ -45,7 +59,7 @@ FITTED_ARM = "bridge_rl"
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What the user names: two models, the labelled problems, and optionally an evaluation, a task, a device and columns."""
+    """What the user names: two models, the labelled problems, and optionally an evaluation, a task, a device, columns and hours."""
 
     student: str
     teacher: str
@@ -54,12 +68,14 @@ class FitRequest:
     task: str | None = None
     device: str = "auto"
     columns: Columns = field(default_factory=Columns)
+    hours: float | None = None
 
 
 def fitted_recipe(request: FitRequest) -> str:
     """The commented recipe as YAML. Nothing is written, and no weights are loaded.
 
-    Raises UserError that names the option for a model, file or device that cannot be used, and for models with different tokens.
+    Raises UserError that names the option for a model, file or device that cannot be used, for models with different tokens, and
+    for too few hours.
     """
     device = device_facts(request.device)
     student, teacher = _folder(request.student, "--student"), _folder(request.teacher, "--teacher")
@@ -68,17 +84,68 @@ def fitted_recipe(request: FitRequest) -> str:
     inputs: RunInputs | None = None
     peaks = []
     for form in forms(device.kind):
-        text = FittedRecipe(*models, data, device, form).text()
-        recipe = parse_recipe(yaml.read(text, "init mine"), "init mine")
-        inputs = RunInputs(recipe) if inputs is None else replace(inputs, recipe=recipe)  # what was read is kept
+        fitted = FittedRecipe(*models, data, device, form)
+        inputs = inputs_of(fitted, inputs)
         with inputs:
             peaks.append(peak_bytes(inputs))
         if peaks[-1] <= USABLE_MEMORY * device.memory:
-            return text
+            return within_time(fitted, request.hours, inputs).text()
     raise UserError(
         f"--student and --teacher: need at least {min(peaks) / 2**30:.1f} GiB, with adapters and gradient checkpointing, and "
         f"{device.name} has {device.memory / 2**30:.1f} GiB free; name smaller models or another --device, such as --device h200"
     )
+
+
+def inputs_of(fitted: FittedRecipe, earlier: RunInputs | None) -> RunInputs:
+    """The inputs of a recipe as it would be written; what earlier ones have read is kept."""
+    recipe = parse_recipe(yaml.read(fitted.text(), "init mine"), "init mine")
+    return RunInputs(recipe) if earlier is None else resized(earlier, recipe)
+
+
+def within_time(fitted: FittedRecipe, hours: float | None, inputs: RunInputs) -> FittedRecipe:
+    """The recipe that trains as much as `hours` allow by the estimate, with its stages' times.
+
+    hours  None: SLOW_HOURS on a slow device, and no limit on any other
+
+    Raises UserError where even the smallest recipe takes longer than `hours`.
+    """
+
+    def timed(share: float) -> FittedRecipe:
+        sized = replace(fitted, effort=Effort.scaled(share))
+        return replace(sized, times=stage_times(inputs_of(sized, inputs), fitted.device))
+
+    if hours is None and not fitted.slow:
+        return replace(fitted, times=stage_times(inputs, fitted.device))
+    limit, (low, high) = 3600 * (SLOW_HOURS if hours is None else hours), SHARES
+    best, largest = timed(low), timed(high)
+    least = best.times["total"]
+    if least > limit and hours is not None:
+        raise UserError(
+            f"--hours {hours:g}: the smallest recipe for this pair, with {FEWEST_SHOWN}, takes {duration(least)} on "
+            f"{fitted.device.name}; give --hours {math.ceil(least / 360) / 10:g} or more, a larger --device, or smaller models"
+        )
+    if largest.times["total"] <= limit:
+        return largest
+    for _ in range(HALVINGS if least <= limit else 0):
+        middle = math.sqrt(low * high)
+        candidate = timed(middle)
+        if candidate.times["total"] <= limit:
+            low, best = middle, candidate
+        else:
+            high = middle
+    return best
+
+
+def stage_times(inputs: RunInputs, device: DeviceFacts) -> dict[str, float]:
+    """Seconds of each stage and, as `total`, of the default arm with its evaluations, as `run --dry-run` estimates them."""
+    datasheet = Device(device.flops / UTILISATION, device.memory, device.bandwidth, device.source)
+    times: dict[str, float] = {}
+    with inputs:
+        for arm in (FITTED_ARM, DEFAULT_ARM):
+            nodes = estimates(make_plan(inputs.recipe, [arm], [inputs.recipe.seed], inputs.content()), inputs)
+            times |= {node.name.split(".")[0]: node.seconds(datasheet) for node in nodes}
+            times["total"] = total_seconds(nodes, datasheet)
+    return times
 
 
 def peak_bytes(inputs: RunInputs, arm: str = FITTED_ARM) -> float:
@@ -259,7 +326,12 @@ def device_facts(name: str) -> DeviceFacts:
     if name in DEVICES:
         device = DEVICES[name]
         return DeviceFacts(
-            "cuda", name, device.memory, UTILISATION * device.flops, f"from its datasheet ({device.source})"
+            "cuda",
+            name,
+            device.memory,
+            UTILISATION * device.flops,
+            f"from its datasheet ({device.source})",
+            device.bandwidth,
         )
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {name}: must be auto, cpu, cuda or one of {', '.join(DEVICES)}")
@@ -268,12 +340,12 @@ def device_facts(name: str) -> DeviceFacts:
     kind: Literal["cpu", "cuda"] = "cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda"
     here = torch.device(kind)
     title = torch.cuda.get_device_name(here) if kind == "cuda" else f"cpu with {len(os.sched_getaffinity(0))} cores"
-    flops = measured_flops(here)
-    rate = f"{flops / 1e9:,.0f} GFLOP/s measured in a matrix product"
-    return DeviceFacts(kind, title, free_memory(here) or 0.0, UTILISATION * flops, rate)
+    measured = device_here(here)
+    rate = f"{measured.flops / 1e9:,.0f} GFLOP/s measured in a matrix product"
+    return DeviceFacts(kind, title, measured.memory, UTILISATION * measured.flops, rate, measured.bandwidth)
 
 
-def measured_flops(device: torch.device, seconds: float = MEASURED_SECONDS) -> float:
+def measured_flops(device: torch.device, seconds: float) -> float:
     """FLOP/s of a matrix product in the type that trains there."""
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
@@ -292,8 +364,8 @@ def _best_seconds(work: Callable[[], object], seconds: float) -> float:
 
 
 def device_here(device: torch.device) -> Device:
-    """The device of this process as `runs.hardware.Device`: rates measured in a fifth of a second, and the memory that is free."""
+    """The device of this process as `runs.hardware.Device`: rates measured in half a second, and the memory that is free."""
     numbers = torch.ones(1 << 22, device=device)
     copied = torch.empty_like(numbers)
-    bandwidth = 2.0 * 4 * len(numbers) / _best_seconds(lambda: copied.copy_(numbers)[0].item(), DRY_RUN_SECONDS)
-    return Device(measured_flops(device, DRY_RUN_SECONDS), free_memory(device) or 0.0, bandwidth, "measured")
+    bandwidth = 2.0 * 4 * len(numbers) / _best_seconds(lambda: copied.copy_(numbers)[0].item(), MEASURED_SECONDS)
+    return Device(measured_flops(device, MEASURED_SECONDS), free_memory(device) or 0.0, bandwidth, "measured")

@@ -25,14 +25,15 @@ from headwater.data.labels import Labels
 from headwater.doctor import advice
 from headwater.doctor.checks import preflight
 from headwater.doctor.context import DoctorContext
+from headwater.doctor.probe_result import ProbeResult
 from headwater.doctor.readiness import Continuations, PairMeasures, Readiness, informative_share
 from headwater.errors import TrainingStoppedError, UserError
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.policy import Policy
 from headwater.models.rope import mixed_lengths
 from headwater.models.tokenizer import refuse_different_widths
+from headwater.runs.display import ProgressDisplay
 from headwater.runs.inputs import RunInputs
-from headwater.runs.node_context import ProgressDisplay
 from headwater.runs.setup import prepared, prompt_day
 from headwater.sampling.base import Request, requests_for
 from headwater.sampling.torch_sampler import TorchSampler
@@ -115,13 +116,13 @@ def probe(
     seed: int,
     out: Path | None,
     progress_display: ProgressDisplay,
-) -> dict[str, Any]:
+) -> ProbeResult:
     """Measure and advise; with `out`, keep the answer and the label use in that run's folder.
 
     problems  number of labelled problems to sample; None is 128, or all that the budget buys if those are fewer
     samples   completions a problem; None is 8, or the group size if that is larger
 
-    Returns what probe.json holds. Raises UserError for what cannot be measured or loaded.
+    Raises UserError for what cannot be measured or loaded.
     """
     started = time.perf_counter()
     recipe_json = recipe.model_dump(mode="json")
@@ -169,7 +170,7 @@ def probe(
         }
         if folder is not None:
             write_json(folder.probe, answer)
-    return answer
+    return ProbeResult(measures, answer)
 
 
 def measure(task: ProbeTask) -> tuple[PairMeasures, dict[str, float]]:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from headwater.errors import UnsupportedModelError, UserError
+from headwater.errors import UnsupportedModelError, UserError, did_you_mean
 from headwater.models import adapter_files, untrusted_files
 from headwater.models.architecture import refuse_unknown, refuse_unsupported
 from headwater.models.generation_config import read_generation_config
@@ -71,6 +71,11 @@ class ModelFolder:
         return Path(self.path).is_dir()
 
     @property
+    def is_cached(self) -> bool:
+        """Whether the hub's cache on this machine holds it."""
+        return isinstance(try_to_load_from_cache(self.path, "config.json"), str)
+
+    @property
     def is_adapter(self) -> bool:
         """Whether the folder holds a LoRA adapter and no model of its own."""
         return _is_adapter(Path(self.path))
@@ -104,13 +109,14 @@ class ModelFolder:
             untrusted_files.refuse_unlike_weights(self.json("config.json"), folder, self.field, self.name)
 
     def _require_on_hub(self) -> None:
-        reason = hub.unreachable()
-        if reason is None or isinstance(try_to_load_from_cache(self.path, "config.json"), str):
+        """Raises UserError for a hub id that is not in the cache while the hub cannot be reached, or that it does not have."""
+        if self.is_cached:
             return
-        missing = f"{self.field}: {self.name} is no folder here"
         if hub.in_local_folder(self.name):
-            raise UserError(missing)
-        raise UserError(f"{missing}, and the hub cannot be reached {hub.remedy('it', reason)}")
+            likely = did_you_mean(self.name, hub.names_here(self.name))
+            raise UserError(f"{self.field}: {self.name} is no folder here{likely}")
+        hub.refuse_unreachable({self.field: self.path})
+        hub.refuse_absent(self.field, self.path)
 
     def require_trainable(self, adapter: bool) -> None:
         """Raises UnsupportedModelError if the files hold quantized weights; those of bitsandbytes may carry an adapter."""

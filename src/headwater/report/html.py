@@ -70,7 +70,7 @@ def _warnings(report: dict[str, Any]) -> Section | None:
         Column("what it measured", itemgetter("sentence")),
     ]
     rows = report["warnings"]
-    return Section("Warnings", "warnings", {"table": Table("Guards", columns, rows)}) if rows else None
+    return Section("Warnings", "warnings", {"table": Table("Guards", columns, rows, cards=True)}) if rows else None
 
 
 def _rollouts(study: Study) -> Section | None:

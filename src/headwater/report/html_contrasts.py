@@ -40,7 +40,7 @@ def predictions(report: dict[str, Any]) -> Section | None:
         Column("reading", lambda row: f"{MARKS[row['reading']]} {row['reading']}", nowrap=True),
         Column("why", lambda row: row["why"].split("; ")),
     ]
-    table = Table("P1 to P3", columns, report["predictions"], stacked=True)
+    table = Table("P1 to P3", columns, report["predictions"], cards=True)
     return Section("The paper's predictions", "predictions", {"table": table})
 
 

@@ -72,4 +72,4 @@ def _audit(run: RunDir) -> dict[str, Any]:
     ]
     holding = sum(check.holds for check in checks)
     note = f"{holding} of {len(checks)} claims about the use of labels hold, recounted from the run's files."
-    return {"table": Table("What the files prove about labels", columns, checks, stacked=True), "note": note}
+    return {"table": Table("What the files prove about labels", columns, checks, cards=True), "note": note}

@@ -1,4 +1,4 @@
-"""Runs of different recipes side by side: compare.html and compare.json, one column per run.
+"""Runs of different recipes side by side: compare.html and compare.json.
 
 Runs of one recipe are one study and have one report (`build`). Runs of different recipes cannot be merged, but their arms,
 settings and curves can be compared.
@@ -11,15 +11,16 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from headwater.config.arms import DESCRIPTIONS
 from headwater.report.build import summarize
-from headwater.report.contrasts import difference_text, paired_difference
-from headwater.report.figures import Interval, Plot, file_stem, forest
-from headwater.report.format import count, duration, percent, units
+from headwater.report.contrasts import paired_difference, reading
+from headwater.report.figures import Interval
+from headwater.report.format import count, duration, p_text, percent, points, units
 from headwater.report.html_curves import curves
 from headwater.report.render import render
 from headwater.report.study import Study, read_study
 from headwater.report.terminal import accuracy_text
-from headwater.report.view import Column, Section, Table
+from headwater.report.view import Column, Section, Table, interval_axis
 from headwater.storage.run_dir import FREE, RunDir, first_difference, read_json, write_atomic, write_json
 from headwater.storage.untrusted import refuse_links, refuse_malformed_files
 
@@ -125,43 +126,65 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def tables(values: dict[str, Any]) -> list[Table]:
-    """Accuracy by arm and run for each evaluation, costs, differences from the first run, and the settings that differ."""
+    """Accuracy and costs by arm and run for each evaluation, differences from the first run, and the settings that differ."""
     runs = values["runs"]
-    result = []
-    for eval_name in values["evals"]:
-        rows = [(arm, *(_accuracy(runs[run], arm, eval_name) for run in runs)) for arm in values["arms"]]
-        result.append(Table(f"Accuracy on {eval_name}, % [95 %]", _columns("arm", runs, "right"), rows))
-    rows = [(arm, *(_costs(runs[run], arm) for run in runs)) for arm in values["arms"] if not arm.startswith("base_")]
-    result.append(Table("Labels, training FLOPs and time, means per seed", _columns("arm", runs, "right"), rows))
+    result = [_results(values, eval_name) for eval_name in values["evals"] or [""]]
     if values["differences"]:
-        columns = [Column("arm", itemgetter("arm")), Column("evaluation", itemgetter("eval"))]
-        columns.append(Column("difference, paired", difference_text))
-        columns.append(Column("seeds × problems", lambda c: f"{c['seeds']} × {c['problems']}", "right"))
-        result.append(Table(f"Differences from {next(iter(runs))}", columns, values["differences"]))
+        result.append(_differences(values))
     rows = [(field, *(_setting(row[run]) for run in runs)) for field, row in values["settings"].items()]
-    result.append(Table("Settings that differ", _columns("field", runs, "left"), rows))
+    columns = [Column("field", itemgetter(0)), *(Column(name, itemgetter(i)) for i, name in enumerate(runs, 1))]
+    result.append(Table("Settings that differ", columns, rows))
     return result
 
 
-def _columns(first: str, runs: dict[str, Any], align: Any) -> list[Column]:
-    return [Column(first, itemgetter(0)), *(Column(name, itemgetter(i), align) for i, name in enumerate(runs, 1))]
+def _results(values: dict[str, Any], eval_name: str) -> Table:
+    """A group of rows per arm, one row for each run that has the arm."""
+    rows: list[Any] = []
+    for arm in values["arms"]:
+        of_arm = [(name, run["arms"][arm]) for name, run in values["runs"].items() if arm in run["arms"]]
+        rows += [f"{arm}: {DESCRIPTIONS[arm]}" if arm in DESCRIPTIONS else arm, *of_arm]
+    scores = [
+        row[1]["accuracy"][eval_name] for row in rows if not isinstance(row, str) and eval_name in row[1]["accuracy"]
+    ]
+    columns = [
+        Column("run", itemgetter(0)),
+        Column("accuracy\n%\u00a0[95\u00a0%]", lambda row: _accuracy(row[1], eval_name), "right"),
+        Column(
+            "",
+            lambda row: _interval(row[1], eval_name),
+            axis=interval_axis(scores, lambda v: f"{percent(max(0.0, v))} %"),
+        ),
+        Column("labels", lambda row: count(row[1]["labels"]["distinct"]), "right"),
+        Column("training FLOPs", lambda row: units(row[1]["flops"]), "right"),
+        Column("training time", lambda row: duration(row[1]["seconds"]), "right"),
+    ]
+    return Table(f"Accuracy{f' on {eval_name}' if eval_name else ''} and costs, means per seed", columns, rows)
 
 
-def _accuracy(run: dict[str, Any], arm: str, eval_name: str) -> str:
-    values = run["arms"].get(arm)
-    if values is None:
-        return MISSING
-    if eval_name in values["accuracy"]:
-        return accuracy_text(values["accuracy"][eval_name])
-    return "failed" if values["failed"] else "unfinished" if values["unfinished"] else MISSING
+def _differences(values: dict[str, Any]) -> Table:
+    rows = values["differences"]
+    columns = [
+        Column("run, arm", lambda c: f"{c['a']}, {c['arm']}"),
+        *([Column("evaluation", itemgetter("eval"))] if len(values["evals"]) > 1 else []),
+        Column("points", lambda c: points(c["difference"]), "right"),
+        Column("95 %", lambda c: f"{points(c['low'])} to {points(c['high'])}", "right"),
+        Column("", lambda c: Interval(c["difference"], c["low"], c["high"], 0.0), axis=interval_axis(rows, points)),
+        Column("p", lambda c: p_text(c["p"]), "right"),
+        Column("higher", reading, nowrap=True),
+        Column("seeds × problems", lambda c: f"{c['seeds']} × {c['problems']}", "right"),
+    ]
+    return Table(f"Differences from {next(iter(values['runs']))}, paired", columns, rows)
 
 
-def _costs(run: dict[str, Any], arm: str) -> str:
-    """Example: `256, 1.46 TFLOPs, 38 s`."""
-    row = run["arms"].get(arm)
-    if row is None:
-        return MISSING
-    return f"{count(row['labels']['distinct'])}, {units(row['flops'], 'FLOPs')}, {duration(row['seconds'])}"
+def _accuracy(arm: dict[str, Any], eval_name: str) -> str:
+    if eval_name in arm["accuracy"]:
+        return accuracy_text(arm["accuracy"][eval_name])
+    return "failed" if arm["failed"] else "unfinished" if arm["unfinished"] else MISSING
+
+
+def _interval(arm: dict[str, Any], eval_name: str) -> Interval | None:
+    row = arm["accuracy"].get(eval_name)
+    return row and Interval(row["mean"], row["low"], row["high"], None, tuple(row["per_seed"].values()))
 
 
 def _setting(value: Any) -> str:
@@ -170,9 +193,8 @@ def _setting(value: Any) -> str:
 
 
 def page(studies: dict[str, Study], values: dict[str, Any]) -> str:
-    """The page: a forest plot of every arm and run, the tables, and the curves of all runs in common panels."""
-    plots = [plot for eval_name in values["evals"] for plot in _forest(values, eval_name)]
-    sections = [Section("Side by side", "side_by_side", {"plots": plots, "tables": tables(values)})]
+    """The page: the tables, and the curves of all runs in common panels."""
+    sections = [Section("Side by side", "side_by_side", {"tables": tables(values)})]
     common = curves(joined(studies))
     title = f"{' and '.join(values['runs'])} side by side"
     settings = {"title": title, "headline": headline(values), "sections": [*sections, *([common] if common else [])]}
@@ -190,20 +212,17 @@ def headline(values: dict[str, Any]) -> str:
         }
         best = max(scores, key=scores.__getitem__) if scores else None
         parts.append(
-            f"{name}: {best} {percent(scores[best])} % ({_costs(run, best)})" if best else f"{name}: no result"
+            f"{name}: {best} {percent(scores[best])} % ({_costs(run['arms'][best])})" if best else f"{name}: no result"
         )
-    return f"Best on {eval_name} (labels, FLOPs, time of training): {'; '.join(parts)}."
+    return f"Best on {eval_name}: {'; '.join(parts)}."
 
 
-def _forest(values: dict[str, Any], eval_name: str) -> Iterator[Plot]:
-    rows = [
-        (f"{arm}, {name}", Interval(row["mean"], row["low"], row["high"], None, tuple(row["per_seed"].values())))
-        for arm in values["arms"]
-        for name, run in values["runs"].items()
-        if (row := run["arms"].get(arm, {}).get("accuracy", {}).get(eval_name))
-    ]
-    if rows:
-        yield forest(file_stem("compare", eval_name), f"Accuracy on {eval_name}", rows, "%")
+def _costs(arm: dict[str, Any]) -> str:
+    """Example: `256 labels, 1.46 TFLOPs and 38 s of training`; `without training` for an untrained model."""
+    if not arm["flops"]:
+        return "without training"
+    labels = arm["labels"]["distinct"]
+    return f"{count(labels)} label{'s' * (labels != 1)}, {units(arm['flops'], 'FLOPs')} and {duration(arm['seconds'])} of training"
 
 
 def joined(studies: dict[str, Study]) -> Study:

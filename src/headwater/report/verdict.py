@@ -149,9 +149,25 @@ def uninformative(report: dict[str, Any]) -> list[str]:
             silent = [] if arm["failed"] else [row for row in rows if row["no_signal"]]
             causes = " ".join(dict.fromkeys(f"In {row['stage']} {row['no_signal']}." for row in silent))
             arms.setdefault(causes, []).append(f"{name} ({count(arm['labels']['distinct'])} labels)")
-    return [
+    sentences = [
         f"No label bought anything in {', '.join(names)}: in no group did the rewards differ. {causes}".rstrip()
         for causes, names in arms.items()
+    ]
+    return [*sentences, *_unchanged_teachers(report)]
+
+
+def _unchanged_teachers(report: dict[str, Any]) -> list[str]:
+    """Arms whose student was distilled from a teacher that its own stage had not changed."""
+    arms: dict[str, list[str]] = {}
+    for name, arm in report["arms"].items():
+        rows = arm["stages"]
+        stage = next((row["stage"] for row in rows if row["role"] == "teacher" and row["informative"] == 0.0), None)
+        if stage is not None and any(row["role"] == "student" for row in rows):
+            arms.setdefault(stage, []).append(name)
+    return [
+        f"In {', '.join(names)} the student was distilled from the teacher as it was before {stage}, which had no gradient: use "
+        "problems that the teacher solves sometimes, raise max_tokens, or spend the labels on the student (--arm direct_grpo)."
+        for stage, names in arms.items()
     ]
 
 

@@ -39,9 +39,10 @@ class Axis:
 
 
 def interval_axis(rows: Iterable[dict[str, Any]], label: Callable[[float], str]) -> Axis:
-    """An axis with room for zero and the intervals of all `rows`; from 0 to 1 if there are none."""
+    """An axis for shares or their differences, with room for zero and the intervals of all `rows`; from 0 to 1 without rows."""
     ends = [row[end] for row in rows for end in ("low", "high")]
     low, high = spanning([0.0, *ends]) if ends else (0.0, 1.0)
+    high = min(high, 1.0)
     return Axis(low, high, (label(low), label(high)))
 
 
@@ -82,11 +83,12 @@ class Table:
 
     rows            values that the columns read; a string is the heading of a group of rows
     rows_per_entry  rows that share the cells of the columns with `spans`
-    stacked         cells hold sentences: on a phone they are placed below each other
+    cards           cells hold sentences: on a phone each row is a card whose cells name their columns, as in every table with
+                    a column of intervals
     """
 
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Any]
     rows_per_entry: int = 1
-    stacked: bool = False
+    cards: bool = False

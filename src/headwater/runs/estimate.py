@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,6 +70,11 @@ class Assumptions:
 
     mean_tokens: float | None = None
     devices: int = 1
+
+
+def total_seconds(nodes: Iterable[Estimate], device: Device, count: int = 1) -> float:
+    """Time of nodes that run one after the other on these devices: what `run --dry-run` and `init mine` name."""
+    return sum(node.seconds(device, count) for node in nodes)
 
 
 ROLES: tuple[Role, ...] = ("student", "teacher", "expert")

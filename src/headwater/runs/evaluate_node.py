@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headwater.runs.display import ACCURACY
 from headwater.runs.node_context import NodeContext
 from headwater.runs.plan import Node
 from headwater.storage import fault_points
@@ -30,7 +31,7 @@ def run_evals(policy: Teacher, node: Node, context: NodeContext, when: str, step
 
     Raises StopRequested when asked to stop; evaluations between two steps that are written by then are not repeated.
     """
-    folder = context.node_dir(node)
+    folder, accuracies = context.node_dir(node), {}
 
     def between_steps(count: int) -> None:
         context.progress.check_stop()
@@ -50,3 +51,6 @@ def run_evals(policy: Teacher, node: Node, context: NodeContext, when: str, step
         fault_points.failpoint("evaluation.written")
         record(folder.ledger, spend)
         fault_points.failpoint("evaluation.charged")
+        accuracies[f"{ACCURACY}{name}"] = sum(row["correct"] for row in rows) / len(rows)
+    if when == "final":
+        context.progress.advance(0, accuracies)

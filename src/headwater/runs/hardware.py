@@ -19,8 +19,16 @@ _LLAMA3: dict[str, Any] = {
     },
     "bos_token_id": 128_000, "eos_token_id": [128_001, 128_008, 128_009],
 }  # fmt: skip
-
-
+_QWEN25: dict[str, Any] = {
+    "model_type": "qwen2", "vocab_size": 151_936, "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32_768, "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    "bos_token_id": 151_643, "eos_token_id": 151_645,
+}  # fmt: skip
+_SMOLLM2: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 49_152, "num_key_value_heads": 3, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 _QWEN3_MOE: dict[str, Any] = {
     **_QWEN3, "model_type": "qwen3_moe", "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
     "moe_intermediate_size": 768, "norm_topk_prob": True,
@@ -44,6 +52,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-8B": _sized(_QWEN3, 36, 4096, 32, 12_288, tied=False),
     "Qwen/Qwen3-14B": _sized(_QWEN3, 40, 5120, 40, 17_408, tied=False),
     "Qwen/Qwen3-30B-A3B": _sized(_QWEN3_MOE, 48, 2048, 32, 6144, tied=False),
+    "Qwen/Qwen2.5-0.5B-Instruct": _sized(_QWEN25, 24, 896, 14, 4864, tied=True),
+    "Qwen/Qwen2.5-1.5B-Instruct": _sized(_QWEN25, 28, 1536, 12, 8960, tied=True),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _sized(_SMOLLM2, 30, 576, 9, 1536, tied=True),
+    "meta-llama/Llama-3.2-1B-Instruct": {
+        **_sized(_LLAMA3, 16, 2048, 32, 8192, tied=True),
+        "head_dim": 64,
+        "rope_parameters": {**_LLAMA3["rope_parameters"], "factor": 32.0},
+    },
     "meta-llama/Llama-3.1-8B-Instruct": _sized(_LLAMA3, 32, 4096, 32, 14_336, tied=False),
     "meta-llama/Llama-3.3-70B-Instruct": _sized(_LLAMA3, 80, 8192, 64, 28_672, tied=False),
 }

@@ -19,12 +19,14 @@ from headwater.config.stage import Stage
 from headwater.data.columns import FURTHER_ANSWER_COLUMNS
 from headwater.data.contamination import Leak
 from headwater.data.labels import Grade, Labels, Pools, select_labels
+from headwater.data.rows import no_such_file
 from headwater.data.sources import LoadedProblems, load, without_leaks
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
 from headwater.models.prompts import Prompter, reads_clock
 from headwater.models.shape import Shape
 from headwater.models.tokenizer import stop_ids_of
+from headwater.runs.hub_models import refuse_unreachable_hub
 from headwater.runs.read_once import InputError, read_once
 from headwater.sampling.build import SamplerFactory, sampler_factory
 from headwater.tasks.registry import Task, find_task, grader_code
@@ -113,7 +115,7 @@ class RunInputs:
         if self.missing is not None and source.path is not None and not Path(source.path).expanduser().exists():
             if source.limit is None:
                 raise UserError(
-                    f"{name}: {source.path} is not here, and {name}.limit does not say how many problems to assume"
+                    f"{name}: {source.path}: {no_such_file(Path(source.path))} (an estimate needs the file, or {name}.limit)"
                 )
             self.missing.append(
                 f"{name}: {source.path} is not here; assumed to hold {source.limit:,} problems, its limit"
@@ -268,6 +270,8 @@ class RunInputs:
     def weights_path(self, role: str) -> str:
         """Folder of a role's model. Raises UserError if it holds no weights."""
         folder = self.model_folder(role)
+        if not folder.is_local:
+            refuse_unreachable_hub(self.recipe.models)
         folder.require_weights()
         return folder.path
 

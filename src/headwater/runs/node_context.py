@@ -1,4 +1,4 @@
-"""What a node runs with: the plan, the run's inputs, its folder, its processes, and a progress display."""
+"""What a node runs with: the plan, the run's inputs, its folder, its processes, and its progress."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 from headwater.config.stage import Stage
 from headwater.data.labels import Labels
 from headwater.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from headwater.errors import StopRequested, TrainingStoppedError
+from headwater.errors import TrainingStoppedError
 from headwater.models.folder import ModelFolder
 from headwater.models.load import LoadOptions, load_policy
 from headwater.models.lora import AdapterSpec
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
+from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
 from headwater.runs.plan import Node, Plan, Role
 from headwater.sampling.base import Sampler
@@ -30,62 +31,7 @@ from headwater.teachers.build import (
     sampler_for,
 )
 from headwater.training.evaluate import evaluate
-from headwater.training.update import Metrics
 from headwater.types import Problem
-
-
-@dataclass(frozen=True)
-class NodeProgress:
-    """Progress of one node.
-
-    start        (steps already done, total, unit)
-    advance      (count, metrics of the step)
-    should_stop  whether the user asked for a stop
-    warn, say    show a warning, a line
-    part         name what is done between steps, such as `measuring C2`; empty when it is over
-    """
-
-    start: Callable[[int, int, str], None]
-    advance: Callable[[int, Metrics], None]
-    should_stop: Callable[[], bool]
-    warn: Callable[[str], None] = lambda sentence: None
-    say: Callable[[str], None] = lambda line: None
-    part: Callable[[str], None] = lambda title: None
-
-    def advance_or_stop(self, count: int) -> None:
-        """Advance work that leaves no partial files when interrupted. Raises StopRequested when asked to stop."""
-        self.advance(count, {})
-        self.check_stop()
-
-    def check_stop(self) -> None:
-        """Raise StopRequested when asked to stop."""
-        if self.should_stop():
-            raise StopRequested
-
-
-StudyProgress = Callable[[int, float | None], None]
-"""(nodes done, seconds left or None)"""
-
-
-@dataclass(frozen=True)
-class ProgressDisplay:
-    """Shows a run's progress to the user.
-
-    say       show a line
-    node      context manager that shows one node (title, its number, number of nodes); several may be open at once
-    together  context manager that shows a study with several nodes running (number of nodes)
-    task      context manager that shows other work (title); call what it yields with the part in progress
-    """
-
-    say: Callable[[str], None]
-    node: Callable[[str, int, int], contextlib.AbstractContextManager[NodeProgress]]
-    together: Callable[[int], contextlib.AbstractContextManager[StudyProgress]] = lambda total: contextlib.nullcontext(
-        lambda done, seconds_left: None
-    )
-    task: Callable[[str], contextlib.AbstractContextManager[Callable[[str], None]]] = lambda title: (
-        contextlib.nullcontext(lambda part: None)
-    )
-
 
 LoadFrozen = Callable[[Role | Node], Teacher]
 """Memoized loader of the frozen models that a stage queries: `NodeContext.frozen`, cached while the stage runs."""

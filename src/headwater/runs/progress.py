@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from rich.progress import (
     BarColumn,
@@ -28,8 +29,10 @@ from rich.table import Column
 from rich.text import Text
 
 from headwater.printing import PrintableConsole
-from headwater.runs.node_context import NodeProgress, ProgressDisplay, StudyProgress
-from headwater.training.update import Metrics
+from headwater.runs.display import ACCURACY, NodeProgress, ProgressDisplay, StudyProgress
+
+if TYPE_CHECKING:
+    from headwater.training.update import Metrics
 
 REWARDED = ("reward", "informative", "grad_norm")
 """Metrics of a step with rewards, whose loss says little: it is near 0 by construction."""
@@ -64,8 +67,11 @@ class TimeLeft(TimeRemainingColumn):
         return super().render(task)
 
 
-def progress_display(quiet: bool = False) -> ProgressDisplay:
-    """A display on stderr; with `quiet` it shows nothing."""
+def progress_display(quiet: bool = False, log_parts: bool = False) -> ProgressDisplay:
+    """A display on stderr; with `quiet` it shows nothing.
+
+    log_parts  whether a log file has a line for every part of a task, not only for every group of parts
+    """
     console = PrintableConsole(stderr=True, quiet=quiet, highlight=False)
     bars = Progress(
         *columns(console.width >= WIDE), console=console, expand=True, transient=True, disable=not console.is_terminal
@@ -97,7 +103,7 @@ def progress_display(quiet: bool = False) -> ProgressDisplay:
 
             def start(done: int, units: int, unit: str) -> None:
                 bars.reset(task, total=units, completed=done, unit=unit, metrics=text)
-                logged.start(done, units, unit)
+                logged.start(done, units, unit, time.perf_counter())
 
             def advance(count: int, metrics: Metrics) -> None:
                 nonlocal text
@@ -122,11 +128,21 @@ def progress_display(quiet: bool = False) -> ProgressDisplay:
             say(f"{head}: warning {warning}")
 
     @contextlib.contextmanager
-    def task(title: str) -> Iterator[Callable[[str], None]]:
-        began = time.perf_counter()
+    def task(title: str) -> Iterator[Callable[[str, str], None]]:
+        began, last_group = time.perf_counter(), ""
         say(f"{title} …")
         with bar(title, None, "") as shown:
-            yield lambda part: bars.update(shown, description=f"{title}: {part}")
+
+            def tell(group: str, part: str) -> None:
+                nonlocal last_group
+                bars.update(shown, description=f"{title}: {part}")
+                if to_log and log_parts:
+                    say(f"{title} {group}: {part}")
+                elif group != last_group:
+                    say(f"{title} {group} …")
+                last_group = group
+
+            yield tell
         say(f"{title}: done in {time.perf_counter() - began:.1f} s")
 
     @contextlib.contextmanager
@@ -152,7 +168,7 @@ def progress_display(quiet: bool = False) -> ProgressDisplay:
 class Log:
     """The lines of a running node in a log file.
 
-    began  seconds on the clock of `advance`
+    began  seconds on the clock of `start` and `advance`, when the units now counted began
     """
 
     head: str
@@ -166,9 +182,9 @@ class Log:
     def __post_init__(self) -> None:
         self.last_line = self.began
 
-    def start(self, done: int, total: int, unit: str) -> None:
+    def start(self, done: int, total: int, unit: str, now: float) -> None:
         self.done = self.first = done
-        self.total, self.unit = total, unit
+        self.total, self.unit, self.began = total, unit, now
 
     def advance(self, count: int, metrics: str, now: float) -> str | None:
         """The line to write at this moment, such as `[3/6] opd: step 12 of 80, about 4 min left  loss 0.1`; None if none is due."""
@@ -204,9 +220,10 @@ def metrics_text(metrics: Metrics) -> str:
     """Example: `reward 0.875  informative groups 25 %  gradient norm 1.2`."""
     known = [name for name in (REWARDED if "reward" in metrics else DISTILLED) if name in metrics]
     shown = known if "reward" in metrics else known[:2]
+    shown += [name for name in metrics if name.startswith(ACCURACY)]
     return "  ".join(
-        f"{LABELS[name]} {100 * metrics[name]:.0f} %"
-        if name == "informative"
+        f"{LABELS.get(name, name)} {100 * metrics[name]:.0f} %"
+        if name == "informative" or name.startswith(ACCURACY)
         else f"{LABELS.get(name, name)} {metrics[name]:.3g}"
         for name in shown
     )

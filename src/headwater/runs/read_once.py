@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 from headwater.errors import UnsupportedModelError, UserError
 
 Part = Literal[
-    "task", "data", "labels", "device", "model", "tokenizer", "config", "generation config", "weights", "server",
+    "task", "data", "labels", "device", "hub", "model", "tokenizer", "config", "generation config", "weights", "server",
     "engine", "plan", "architecture",
 ]  # fmt: skip
 """What an InputError is about; the doctor has a finding for each."""
@@ -59,3 +60,18 @@ def read_once(part: Part) -> Callable[[Callable[Concatenate[S, P], T]], Callable
         return once
 
     return decorate
+
+
+SIZED = ("decontaminated", "evals", "pools", "labels", "grader")
+"""What a limit or the label budget decides, and the grader, which is closed with its inputs."""
+
+
+def resized(inputs: S, recipe: Any) -> S:
+    """The same inputs for a recipe that differs in limits, the label budget and sizes of stages; what is read already is kept."""
+
+    def kept(key: Hashable) -> bool:
+        method = key[0] if isinstance(key, tuple) else key
+        return key == ("source", "data.labeled") or method not in (*SIZED, "source")
+
+    memo = {key: value for key, value in inputs.memo.items() if kept(key)}
+    return replace(inputs, recipe=recipe, memo=memo)  # type: ignore[type-var]

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from headwater import plugins
 from headwater.errors import UserError
-from headwater.runs.node_context import NodeProgress, ProgressDisplay
+from headwater.runs.display import NodeProgress, ProgressDisplay
 from headwater.storage.files import read_rows_from
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, write_json
 from headwater.training.update import Metrics

@@ -31,7 +31,7 @@ from headwater.teachers.composed import ComposedTeacher, gain, product
 from headwater.training import token_signals
 from headwater.training.checkpoint import load_checkpoint, prune, save_checkpoint
 from headwater.training.early_stopping import PlateauMonitor
-from headwater.training.guards import GuardMonitor, NoSignalGuard, StageOutcomes
+from headwater.training.guards import GuardMonitor, NoSignalGuard, StageOutcomes, unchanged_teacher
 from headwater.training.loop import Source, StepResult, train_steps
 from headwater.training.rollouts import CachedRollouts, PolicyRollouts
 from headwater.training.update import make_optimizer
@@ -48,6 +48,10 @@ def train_node(node: Node, context: NodeContext) -> dict[str, Any] | None:
     steps = context.steps(node)
     step = train_stage(node, context, policy, steps)
     fault_points.failpoint("stage.ended")
+    if node.role == "teacher":
+        outcomes = StageOutcomes(folder, f"stages.{node.stage}", stage.sampling.max_tokens)
+        if why := unchanged_teacher(context.inputs.recipe.guards, outcomes, context.progress.warn):
+            raise TrainingStoppedError(f"step {step} of {steps}: {why}")
     # A node that was interrupted between its last step and DONE evaluates again: drop the ledger rows of the first time.
     keep_rows(folder.ledger, lambda row: row["purpose"] != "eval" or row["step"] < step)
     with atomic_folder(folder.model) as aside:

@@ -232,6 +232,32 @@ class GuardMonitor:
         return None
 
 
+UNCHANGED = "unchanged_teacher"
+
+
+def unchanged_teacher(guards: Guards, stage: StageOutcomes, warn: Callable[[str], None]) -> str | None:
+    """Warn at the end of a teacher's stage in which no step had a gradient; returns why the stage must stop instead, or None.
+
+    What the student distils afterwards is then the teacher as it was before the labels.
+    """
+    rows = [row for row in read_jsonl(stage.folder.metrics) if "informative" in row]
+    if guards.unchanged_teacher == "off" or not rows or any(row["informative"] or row.get("grad_norm") for row in rows):
+        return None
+    last = int(rows[-1]["step"])
+    outcomes = stage.over(int(row["step"]) for row in rows)
+    sentence = (
+        f"{UNCHANGED}: no step of {stage.field} had a gradient, so a student that distils this teacher learns nothing from the "
+        f"labels: {outcomes.because(stage.max_tokens)}; {outcomes.remedy(stage.field)}"
+    )
+    if guards.unchanged_teacher == "stop":
+        return f"guard {sentence} (or set guards.{UNCHANGED}=warn to distil it all the same)"
+    warn(sentence)
+    if not any(row["guard"] == UNCHANGED for row in read_jsonl(stage.folder.warnings)):  # of an interrupted end
+        alarm = Alarm(UNCHANGED, last, 0.0, 0.0, len(rows), "warn")
+        append_jsonl(stage.folder.warnings, [{**asdict(alarm), "sentence": sentence}])
+    return None
+
+
 class NoSignalGuard:
     """Stops a stage whose labels buy nothing: in its first steps every group's rewards are equal.
 

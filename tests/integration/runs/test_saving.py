@@ -22,7 +22,7 @@ from headwater.config.stage import Sampling
 from headwater.data.labels import Labels
 from headwater.models.prompts import Prompter
 from headwater.runs import cache_node, train_node
-from headwater.runs.node_context import NodeProgress
+from headwater.runs.display import NodeProgress
 from headwater.sampling.base import requests_for
 from headwater.sampling.torch_sampler import TorchSampler
 from headwater.training import evaluate

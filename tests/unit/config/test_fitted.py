@@ -13,6 +13,7 @@ from headwater.config.commented_yaml import Setting, commented_yaml, flow
 from headwater.config.fitted import (
     DataFacts,
     DeviceFacts,
+    Effort,
     Form,
     ModelFacts,
     duration,
@@ -112,7 +113,24 @@ def test_recipe_for_slow_device_uses_fewer_labels_rollouts_and_problems() -> Non
     assert recipe.labels.budget == 8  # 5 steps of 2 problems, down to a multiple of 8
     assert recipe.evaluate.samples == 1 and recipe.compute.workers == 1 and recipe.models.dtype == "float32"
     assert recipe.data.evals["held_out"].limit == int(600 / (480 * 2 * 1.544e9 / 40e9))
-    assert "about 40 min a step here, 3.3 h in all" in settings.text() and "--device h100" in settings.text()
+    assert "--hours changes the limit" in settings.text() and "--device h100" in settings.text()
+
+
+def test_estimated_times_stand_in_head_and_beside_steps() -> None:
+    text = fitted(
+        times={"total": 5400.0, "teacher_rl": 1200.0, "warmup": 60.0, "opd": 600.0, "student_rl": 12.0}
+    ).text()
+    assert "# time     1.5 h for `headwater run my.yaml`" in text
+    lines = [line for line in text.splitlines() if "steps" in line and "; about " in line]
+    assert [line.split("; about ")[1] for line in lines] == ["20 min", "60 s", "10 min", "12 s"]
+
+
+def test_smaller_effort_gives_smaller_sizes_and_longer_patience() -> None:
+    large, small = fitted(device=LAPTOP), fitted(device=LAPTOP, effort=Effort.scaled(0.01))
+    assert (small.rollouts, small.transfer_rollouts, small.budget) == (8, 8, 8)
+    assert recipe_of(small).stages.teacher_rl.steps == 2
+    assert (large.rollouts, large.patience, small.patience) == (16, 8, 15)  # 15 groups of 2 and 1 a step
+    assert recipe_of(small).guards.patience == 15 and "guards" not in fitted().text()
 
 
 def test_recipe_with_held_out_part_divides_one_file() -> None:
@@ -130,6 +148,7 @@ def test_every_form_gives_valid_recipe_with_published_rates(device: DeviceFacts)
         assert (() if lora is None else tuple(sorted(lora.roles))) == tuple(sorted(form.adapted))
         assert recipe.models.gradient_checkpointing == form.checkpointing
         assert (lora is not None and lora.quantize == "nf4") == form.quantize
+        assert lora is None or lora.output == "adapter"  # a stage keeps no whole model
         rates = {
             ("teacher", "teacher_rl"): "reward",
             ("student", "warmup"): "teacher",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headwater.config import yaml
-from headwater.config.builtin import builtin_text
+from headwater.config.builtin import builtin_names, builtin_text
 from headwater.errors import UserError
 
 
@@ -36,6 +36,6 @@ def test_same_key_in_different_objects_merges_and_aliases_work() -> None:
     assert yaml.read("a: 1\n'1': 2\n1: 3\n", "r") == {"a": 1, "1": 2, 1: 3}  # a text and a number are different keys
 
 
-@pytest.mark.parametrize("name", ["pocket", "pocket-countdown", "gsm8k", "desk", "paper-llama-8b", "paper-qwen3-1.7b"])
+@pytest.mark.parametrize("name", builtin_names())
 def test_builtin_recipes_repeat_no_key(name: str) -> None:
-    assert yaml.read(builtin_text(name), name)["name"]
+    assert yaml.read(builtin_text(name), name)["name"] == name

@@ -20,6 +20,7 @@ from headwater.doctor.advice import (
     teacher_advice,
     warmup_advice,
 )
+from headwater.doctor.probe_result import ProbeResult
 from headwater.doctor.readiness import Continuations, PairMeasures, Readiness
 from headwater.stats import Interval
 from headwater.tasks.outcomes import Outcomes
@@ -53,6 +54,18 @@ def model(informative: float, pass_rate: float = 0.2, outcomes: Outcomes = MOSTL
 def pair(student: float, teacher: float, kl: float = 0.0, passes: float = 1.0) -> PairMeasures:
     """Both have a signal; they end right so often from the teacher's right beginnings."""
     return PairMeasures(model(0.5), model(0.9), 0.5, Continuations(100, known(student), known(teacher), kl), passes)
+
+
+def test_probe_result_is_typed_and_mapping() -> None:
+    measures = pair(student=0.30, teacher=0.95)
+    result = ProbeResult(measures, {"problems": 16})
+    assert (result.arm, result.labels, result.warmup) == (
+        arm_to_run(measures)[0],
+        label_advice(measures),
+        warmup_advice(measures),
+    )
+    assert result.student is measures.student and result.teacher is measures.teacher
+    assert dict(result) == {"problems": 16} and "arm='bridge'" in repr(result)
 
 
 def test_large_teacher_lead_gives_labels_to_teacher() -> None:

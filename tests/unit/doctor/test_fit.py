@@ -12,14 +12,19 @@ import pytest
 import torch
 
 from headwater.config import yaml
-from headwater.config.fitted import DeviceFacts
+from headwater.config.fitted import SLOW_HOURS, DeviceFacts, duration
+from headwater.config.guards import Guards
 from headwater.config.learning_rates import suggested_rate
 from headwater.config.recipe import Recipe, parse_recipe
 from headwater.doctor import fit
+from headwater.doctor.context import DoctorContext
 from headwater.doctor.fit import FitRequest, fitted_recipe
+from headwater.doctor.signal_checks import early_stop
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
+from headwater.runs.estimate import estimates
 from headwater.runs.inputs import RunInputs
+from headwater.runs.plan import make_plan
 from headwater.types import problem_id
 from qwen import qwen_folder
 from runs import call
@@ -135,6 +140,64 @@ def test_peak_bytes_are_those_of_dry_run(tmp_path: Path) -> None:
     nodes = json.loads(call("run", path, "--arm", "bridge_rl", "--dry-run", "--json").out)
     with RunInputs(parse_recipe(yaml.read(path.read_text(), ""), "")) as inputs:
         assert fit.peak_bytes(inputs) == max(node["peak_bytes"] for node in nodes)
+
+
+def hours_of_dry_run(text: str, path: Path, device: str) -> float:
+    path.write_text(text)
+    nodes = json.loads(call("run", path, "--dry-run", "--on", device, "--json").out)
+    return float(sum(node["hours"] for node in nodes))
+
+
+def test_time_of_recipe_equals_dry_run(tmp_path: Path) -> None:
+    data = sums(tmp_path / "sums.jsonl", 80)
+    text = written(data=data, task="sums", device="h100")
+    hours = hours_of_dry_run(text, tmp_path / "mine.yaml", "h100")
+    assert f"# time     {duration(3600 * hours)} for `headwater run my.yaml`" in text
+
+
+def test_hours_bound_estimate_of_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, wholes = sums(tmp_path / "sums.jsonl", 80), []
+    slow = fit.Device(2e9, 64 * 2**30, 1e9, "made up")
+    monkeypatch.setitem(fit.DEVICES, "slow", slow)
+    for hours in (2.0, 0.5, 0.1):
+        wholes.append(
+            hours_of_dry_run(written(data=data, task="sums", device="slow", hours=hours), tmp_path / "m.yaml", "slow")
+        )
+        assert hours / 3 < wholes[-1] <= hours
+    with pytest.raises(
+        UserError, match=r"--hours 0.001: the smallest recipe .* takes .* on slow; give --hours 0.\d or more"
+    ):
+        written(data=data, task="sums", device="slow", hours=0.001)
+
+
+def test_condition_costs_at_most_tenth_of_any_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fit.DEVICES, "slow", fit.Device(2e9, 64 * 2**30, 1e9, "made up"))
+    for hours in (2.0, 0.1):
+        recipe = recipe_of(data=sums(tmp_path / "sums.jsonl", 80), task="sums", device="slow", hours=hours)
+        with RunInputs(recipe) as inputs:
+            nodes = estimates(make_plan(recipe, ["bridge"], [0], inputs.content()), inputs)
+        assert max(node.condition_share for node in nodes) <= 0.1
+
+
+def test_slow_device_without_hours_is_fitted_to_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fit.DEVICES, "slow", fit.Device(2e8, 64 * 2**30, 1e8, "made up"))
+    text = written(data=sums(tmp_path / "sums.jsonl", 80), task="sums", device="slow")
+    assert 1.0 < hours_of_dry_run(text, tmp_path / "mine.yaml", "slow") <= SLOW_HOURS
+
+
+def test_written_recipe_has_no_warning_of_early_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fit.DEVICES, "slow", fit.Device(2e9, 64 * 2**30, 1e9, "made up"))
+    recipe = recipe_of(data=sums(tmp_path / "sums.jsonl", 80), task="sums", device="slow", hours=0.1)
+    with RunInputs(recipe) as inputs:
+        context = DoctorContext(inputs, ("bridge_rl",), (0,), tmp_path / "out")
+        assert list(early_stop(context)) == []
+        usual = recipe.model_copy(update={"guards": Guards.model_validate({})})
+    with RunInputs(usual) as inputs:
+        stages = [
+            stage for stage in (recipe.stages.teacher_rl, recipe.stages.student_rl) if stage and (stage.steps or 0) >= 3
+        ]
+        names = {finding.name for finding in early_stop(DoctorContext(inputs, ("bridge_rl",), (0,), tmp_path / "out"))}
+        assert names == ({"early-stop-likely"} if stages else set())
 
 
 def test_named_device_is_used_instead_of_this_machine(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_comparison_has_column_for_each_run(runs: list[Path], tmp_path: Path) -> None:
+def test_comparison_has_row_for_each_arm_and_run(runs: list[Path], tmp_path: Path) -> None:
     values = side_by_side.write(tmp_path, runs)
     correct = [sum(map(sum, by_problem(graded(out, "bridge", 0), "correct").values())) / 240 for out in runs]
     assert correct[1] == 1.0
@@ -43,9 +43,15 @@ def test_comparison_has_column_for_each_run(runs: list[Path], tmp_path: Path) ->
     assert (difference["a"], difference["b"], difference["arm"]) == ("b/run", "a/run", "bridge")
     assert difference["difference"] == pytest.approx(1.0 - correct[0], abs=1e-6)
     accuracy = side_by_side.tables(values)[0]
-    cells = {row[0]: row[1:] for row in accuracy.rows}
-    assert [column.title for column in accuracy.columns] == ["arm", "a/run", "b/run"]
-    assert cells["direct_grpo"][1] == "–" and cells["bridge"][1].startswith("100.0 [")
+    groups = [
+        row if isinstance(row, str) else [column.cell(row) for column in accuracy.columns] for row in accuracy.rows
+    ]
+    assert groups[-3].startswith("bridge: ") and [cells[0] for cells in groups[-2:]] == ["a/run", "b/run"]
+    assert groups[-1][1].startswith("100.0 [") and groups[-1][2].mean == 1.0 and groups[-1][3] == "96"
+    (row,) = [row for row in groups if isinstance(row, str) and row.startswith("direct_grpo")]
+    assert groups[groups.index(row) + 1][0] == "a/run" and isinstance(
+        groups[groups.index(row) + 2], str
+    )  # b has no such arm
     assert json.loads((tmp_path / "compare.json").read_text()) == values
 
 

@@ -36,8 +36,9 @@ from tiny import MODELS as TINY_MODELS
 
 BILLIONS = {
     "Qwen/Qwen3-0.6B": 0.596, "Qwen/Qwen3-1.7B": 1.72, "Qwen/Qwen3-4B": 4.02, "Qwen/Qwen3-8B": 8.19, "Qwen/Qwen3-14B": 14.77,
-    "Qwen/Qwen3-30B-A3B": 30.53,
-    "meta-llama/Llama-3.1-8B-Instruct": 8.03, "meta-llama/Llama-3.3-70B-Instruct": 70.55,
+    "Qwen/Qwen3-30B-A3B": 30.53, "Qwen/Qwen2.5-0.5B-Instruct": 0.494, "Qwen/Qwen2.5-1.5B-Instruct": 1.544,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 0.1345,
+    "meta-llama/Llama-3.2-1B-Instruct": 1.236, "meta-llama/Llama-3.1-8B-Instruct": 8.03, "meta-llama/Llama-3.3-70B-Instruct": 70.55,
 }  # fmt: skip
 """Parameters that their publishers count."""
 

@@ -13,6 +13,7 @@ import torch
 
 from headwater.config.builtin import find_recipe
 from headwater.config.compute import Compute
+from headwater.runs.display import NodeProgress, ProgressDisplay
 from headwater.runs.executors.base import Failure, Job, recorded_progress
 from headwater.runs.executors.local import (
     LocalExecutor,
@@ -23,7 +24,6 @@ from headwater.runs.executors.local import (
     worker_limit,
 )
 from headwater.runs.executors.schedule import critical_path_first
-from headwater.runs.node_context import NodeProgress, ProgressDisplay
 from headwater.runs.setup import prepared
 from headwater.storage.run_dir import RunDir
 from runs import (

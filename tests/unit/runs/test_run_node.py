@@ -12,9 +12,9 @@ import pytest
 from headwater.config.guards import Guards
 from headwater.config.stage import Stage
 from headwater.losses.batch import Row
-from headwater.storage.run_dir import NodeDir, append_jsonl
+from headwater.storage.run_dir import NodeDir, append_jsonl, read_jsonl
 from headwater.training.groups import count_uninformative, replace_uninformative
-from headwater.training.guards import NoSignalGuard, StageOutcomes
+from headwater.training.guards import NoSignalGuard, StageOutcomes, unchanged_teacher
 from headwater.training.rollouts import CachedRollouts, epoch_order
 from headwater.types import Rollout, Verdict
 
@@ -107,6 +107,28 @@ def no_signal_guard(folder: Path, stop: bool = True, right: bool = False, steps:
         graded = [{"correct": right, "reason": "different", "finish": "stop"}] * GROUP
         append_jsonl(node.rollouts(step), graded)
     return NoSignalGuard(guards, StageOutcomes(node, "stages.teacher_rl", 48), steps, 40)
+
+
+@pytest.mark.parametrize(("informative", "grad_norm"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.1)])
+def test_teacher_without_gradient_is_warned_of_once(informative: float, grad_norm: float, tmp_path: Path) -> None:
+    no_signal_guard(tmp_path)  # writes rollouts of three steps
+    stage, sentences = StageOutcomes(NodeDir(tmp_path), "stages.teacher_rl", 48), list[str]()
+    rows = [silent(1), silent(2), {**silent(3, informative), "grad_norm": grad_norm}]
+    append_jsonl(stage.folder.metrics, rows)
+    changed = informative > 0.0 or grad_norm > 0.0
+    for _ in range(2):  # a node that was interrupted at its end warns again and records it once
+        assert unchanged_teacher(Guards.model_validate({}), stage, sentences.append) is None
+    warnings = list(read_jsonl(stage.folder.warnings))
+    assert [row["guard"] for row in warnings] == ([] if changed else ["unchanged_teacher"])
+    stop = unchanged_teacher(Guards.model_validate({"unchanged_teacher": "stop"}), stage, sentences.append)
+    if changed:
+        assert sentences == [] and stop is None
+    else:
+        assert (
+            set(sentences) == {warnings[0]["sentence"]} and "learns nothing from the labels: 100 % of" in sentences[0]
+        )
+        assert str(stop).endswith("(or set guards.unchanged_teacher=warn to distil it all the same)")
+    assert unchanged_teacher(Guards.model_validate({"unchanged_teacher": "off"}), stage, sentences.append) is None
 
 
 def test_no_signal_guard_stops_stage_and_names_wasted_labels(

@@ -22,8 +22,9 @@ from headwater.models.oom import BatchBudget
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.runs import train_node
+from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
-from headwater.runs.node_context import NodeContext, NodeProgress
+from headwater.runs.node_context import NodeContext
 from headwater.runs.plan import Node, Plan
 from headwater.runs.stage_measurements import StageMeasurements
 from headwater.sampling.torch_sampler import TorchSampler

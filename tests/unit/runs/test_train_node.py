@@ -23,8 +23,9 @@ from headwater.losses.batch import Row
 from headwater.models.policy import Policy
 from headwater.models.prompts import Prompter
 from headwater.runs import train_node
+from headwater.runs.display import NodeProgress
 from headwater.runs.inputs import RunInputs
-from headwater.runs.node_context import NodeContext, NodeProgress
+from headwater.runs.node_context import NodeContext
 from headwater.runs.plan import Node, Plan
 from headwater.storage.run_dir import NodeDir, RunDir, read_jsonl
 from headwater.training.checkpoint import load_checkpoint

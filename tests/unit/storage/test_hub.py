@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from huggingface_hub import constants
 
+from headwater.api import read_recipe
 from headwater.config.recipe import Source
 from headwater.data.sources import load
 from headwater.errors import UserError
 from headwater.models.folder import ModelFolder
+from headwater.runs.inputs import RunInputs
+from headwater.runs.read_once import InputError
 from headwater.storage import hub
 
 QWEN = "Qwen/Qwen3-1.7B"
@@ -48,6 +55,37 @@ def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr(constants, "ENDPOINT", f"http://{address}")
         yield address
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Answers every request with one status and the error code of the hub."""
+
+    status, error_code = 404, "RepoNotFound"
+    requests: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        if self.path != "/":
+            self.requests.append(self.path)
+        self.send_response(200 if self.path == "/" else self.status)
+        self.send_header("X-Error-Code", self.error_code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def answering(status: int, error_code: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Answer]]:
+    """A hub that refuses every name so, as HF_ENDPOINT; counts the requests."""
+    handler = type("Handler", (Answer,), {"status": status, "error_code": error_code, "requests": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield handler
+        server.shutdown()
 
 
 def refusal(load_from_hub: Callable[[], object]) -> str:
@@ -88,6 +126,58 @@ def test_offline_mode_of_user_is_named_without_probe(
     assert f"{beginning}, and the hub cannot be reached (HF_HUB_OFFLINE is set)" in sentence
     assert sentence.endswith("or unset HF_HUB_OFFLINE")
     assert hub._probes == {}
+
+
+def test_absent_name_is_named_with_similar_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Qwen3-1.7B").mkdir()
+    with answering(404, "RepoNotFound", monkeypatch) as server:
+        sentence = refusal(lambda: ModelFolder.open(QWEN, "models.student").config)
+    host = constants.ENDPOINT.removeprefix("http://")
+    assert sentence == (
+        f"models.student: {QWEN} exists neither on {host} nor as a file or folder here; did you mean Qwen3-1.7B? Check its "
+        "spelling, or set HF_TOKEN if it is private"
+    )
+    assert len(server.requests) <= 2  # no retries
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "part"),
+    [
+        (403, "GatedRepo", "needs its owner's permission"),
+        (404, "EntryNotFound", "holds no config.json"),
+        (500, "", "cannot be loaded"),
+    ],
+)
+def test_other_refusals_of_hub_have_own_sentences(
+    status: int, code: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with answering(status, code, monkeypatch) as server:
+        assert part in refusal(lambda: ModelFolder.open(QWEN, "models.student").config)
+    assert len(server.requests) <= 2
+
+
+def test_absent_data_set_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(404, "RepoNotFound", monkeypatch):
+        sentence = refusal(lambda: load(Source(path="openai/gsm9k"), "data.labeled", True))
+    assert sentence.startswith("data.labeled: openai/gsm9k exists neither on 127.0.0.1:")
+
+
+def test_unreachable_hub_is_said_once_for_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    recipe = read_recipe("pocket", {"models.student": "Qwen/Qwen3-0.6B", "models.teacher": QWEN})
+    inputs = RunInputs(recipe)
+    start = time.monotonic()
+    sentences = set()
+    for read in (inputs.weights_path, inputs.config, inputs.tokenizer):
+        for role in ("student", "teacher"):
+            with pytest.raises(InputError) as caught:
+                read(role)
+            sentences.add(str(caught.value))
+    assert sentences == {
+        "models.student and models.teacher: Qwen/Qwen3-0.6B and Qwen/Qwen3-1.7B are no folders here, and the hub cannot be reached "
+        "(127.0.0.1:1: Connection refused): download them to folders on a machine with network, or set HF_ENDPOINT"
+    }
+    assert time.monotonic() - start < 5.0
 
 
 def test_failed_probe_is_cached_then_repeated(silent_server: str, monkeypatch: pytest.MonkeyPatch) -> None:

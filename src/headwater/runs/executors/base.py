@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from headwater.errors import DiskError, HeadwaterError, UserError, error_text
+from headwater.runs.display import NodeProgress, ProgressDisplay
 from headwater.runs.inputs import RunInputs
-from headwater.runs.node_context import NodeContext, NodeProgress, ProgressDisplay
+from headwater.runs.node_context import NodeContext
 from headwater.runs.plan import Node, Plan
 from headwater.runs.run_node import run_node
 from headwater.storage.run_dir import NodeDir, RunDir, read_json, write_json

@@ -6,9 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 
+from headwater.runs.display import StudyProgress
 from headwater.runs.estimate import estimates
 from headwater.runs.executors.base import Failure, Job, describe
-from headwater.runs.node_context import StudyProgress
 
 TRIES = 2  # another node may have used up the memory; a node that loses two workers is the cause itself
 SHOW_TIME_LEFT_FROM = 0.05  # share of the work after which the estimate is worth showing

@@ -20,10 +20,11 @@ from typing import Any
 from headwater.data.labels import Grade
 from headwater.distributed.process_group import ProcessGroup, is_lost_process
 from headwater.errors import HeadwaterError, LostProcessError, printable
+from headwater.runs.display import NodeProgress
 from headwater.runs.executors.base import Failure, Job, start_node
 from headwater.runs.executors.remote import Message, Worker
 from headwater.runs.inputs import RunInputs
-from headwater.runs.node_context import NodeContext, NodeProgress
+from headwater.runs.node_context import NodeContext
 from headwater.runs.plan import Node
 from headwater.runs.setup import stop_requests
 from headwater.storage.run_dir import NodeDir, RunDir

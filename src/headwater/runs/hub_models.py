@@ -1,0 +1,25 @@
+"""The models of a recipe that come from the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from headwater.config.recipe import Models
+from headwater.errors import UserError
+from headwater.runs.read_once import InputError
+from headwater.storage import hub
+from headwater.teachers.server_client import is_served
+
+
+def refuse_unreachable_hub(models: Models) -> None:
+    """Raises InputError, one for all models that are to come from a hub that cannot be reached."""
+    named = {field: name for role in ("student", "teacher", "expert") for field, name in models.named(role).items()}
+    wanted = {
+        field: name
+        for field, name in named.items()
+        if not is_served(name) and hub.HUB_ID.match(name) and not Path(name).expanduser().is_dir()
+    }
+    try:
+        hub.refuse_unreachable(wanted)
+    except UserError as error:
+        raise InputError("hub", str(error)) from None
