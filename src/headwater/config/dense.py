@@ -90,8 +90,9 @@ class Dense(Strict):
             )
         if self.divergence == "uld" and self.top_k is not None:
             raise ValueError("top_k: divergence uld needs the teacher's whole distribution")
-        if self.tokenizers == "aligned" and self.teacher_weights is not None:
-            raise ValueError("teacher_weights: a composed teacher needs one vocabulary; set tokenizers to same")
+        for several in ("teacher_weights", "gain_over"):
+            if self.tokenizers == "aligned" and getattr(self, several) is not None:
+                raise ValueError(f"{several}: several models need one vocabulary; set tokenizers to same")
         return self
 
     @model_serializer(mode="wrap")
